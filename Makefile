@@ -1,0 +1,26 @@
+# Two commands: `make demo` runs the main job, `make test` runs every check. Both set up .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test setup check clean
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/softprompt demo --output runs/demo --overwrite
+
+test: setup check
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+check: setup
+	$(BIN)/ruff format --check src tests bench pretraining
+	$(BIN)/ruff check src tests bench pretraining
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

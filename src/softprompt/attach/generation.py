@@ -1,0 +1,190 @@
+"""``generate`` with prompts, by transformers' own loop.
+
+The loop sees the text alone, so logits processors, stopping criteria, streamers and
+``max_length`` mean what they mean without a prompt. Only the inputs of each forward pass are
+rewritten, through the public ``prepare_inputs_for_generation``: virtual ids in front at the
+first pass, the mask and positions extended over them at every pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import Cache, GenerationConfig, PreTrainedModel
+
+from softprompt.backbone.facts import Facts, output_limit
+from softprompt.engine.context import check_context
+from softprompt.engine.layout import Layout, Prompts
+from softprompt.errors import ConfigError
+
+_STATIC = ("static", "offloaded_static", "sliding_window", "hybrid", "hybrid_chunked")
+_SPECULATIVE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+
+
+@contextmanager
+def prompted_steps(model: PreTrainedModel, prompts: Prompts, facts: Facts) -> Iterator[None]:
+    """Rewrite the inputs of every generation step inside the context."""
+    name = "prepare_inputs_for_generation"
+    steps = _Steps(cast(Any, model).prepare_inputs_for_generation, prompts, facts)
+    before = model.__dict__.get(name)
+    model.__dict__[name] = steps.prepare
+    try:
+        yield
+    finally:
+        del model.__dict__[name]
+        if before is not None:
+            model.__dict__[name] = before
+
+
+class _Steps:
+    """The rewriting of one ``generate`` call."""
+
+    def __init__(
+        self, original: Callable[..., dict[str, Any]], prompts: Prompts, facts: Facts
+    ) -> None:
+        self._original = original
+        self._prompts = prompts
+        self._facts = facts
+        self._first_pass: int | None = (
+            None  # text columns of the first pass, which holds the prompts
+        )
+
+    def prepare(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Stand in for ``prepare_inputs_for_generation`` of a decoder."""
+        prompts = self._prompts.repeated(input_ids.shape[0])
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        embeds = inputs_embeds if is_first_iteration and not seen else None
+        whole = input_ids if embeds is None else embeds
+        fed = whole.shape[1] if next_sequence_length is None else next_sequence_length
+        if seen and is_first_iteration and next_sequence_length is not None:
+            # transformers took the cached prompt for text when it counted what is new.
+            fed += prompts.width
+        text = seen - prompts.width + fed if seen else fed
+        mask = attention_mask
+        if mask is None:
+            mask = torch.ones(input_ids.shape[0], text, dtype=torch.long, device=input_ids.device)
+        starts = not seen and (is_first_iteration or next_sequence_length is None)
+        if starts:
+            self._first_pass = text
+        layout = Layout.of(mask[:, :text], prompts, lead_limit=self._first_pass)
+        ids = input_ids[:, -fed:]
+        if embeds is not None:
+            inputs_embeds = layout.embeds(embeds, prompts.table)
+        elif starts:
+            ids = layout.ids(ids, self._facts.vocabulary, self._facts.pad_id)
+        if position_ids is not None:
+            given = None if position_ids.shape[1] != text else position_ids
+            kwargs["position_ids"] = layout.positions(given)[
+                :, -(prompts.width + text if starts else fed) :
+            ]
+        return self._original(
+            ids,
+            next_sequence_length=None if starts else fed,
+            past_key_values=past_key_values,
+            attention_mask=layout.mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+
+def check_generation(
+    model: PreTrainedModel, facts: Facts, prompts: Prompts, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the keyword arguments for ``generate``, checked against the context.
+
+    Raises:
+        ConfigError: For speculative decoding, which rewinds the cache by text lengths.
+        ContextOverflowError: If prompt, input and new tokens cannot fit.
+    """
+    config: GenerationConfig = kwargs.get("generation_config") or model.generation_config
+    for name in _SPECULATIVE:
+        if kwargs.get(name, getattr(config, name, None)) is not None:
+            raise ConfigError(f"{name} does not work with soft prompts; leave it out")
+    cache = kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length() and kwargs.get("prefill_chunk_size"):
+        raise ConfigError(
+            "prefill_chunk_size does not go with a filled past_key_values; leave one out"
+        )
+    width, tokens = _text_size(kwargs)
+    new = _new_tokens(config, kwargs, width)
+    if facts.is_encoder_decoder:
+        check_context(tokens, prompts.width, facts.context_length)
+        check_context(0, 0, output_limit(model), new=new, what="decoder")
+        return kwargs
+    check_context(tokens, prompts.width, facts.context_length, new=new)
+    if kwargs.get("cache_implementation", config.cache_implementation) in _STATIC:
+        asked = kwargs.get("max_cache_len", config.max_cache_len) or 0
+        kwargs["max_cache_len"] = max(asked, prompts.width + width + new)
+    return kwargs
+
+
+def encoder_kwargs(
+    model: PreTrainedModel, facts: Facts, prompts: Prompts, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Run the encoder on the prompted input, so that ``generate`` only decodes.
+
+    ``input_ids`` stay the caller's: the encoder's logits processors see the text alone.
+    """
+    kwargs = dict(kwargs)
+    ids, embeds, mask = (kwargs.get(n) for n in ("input_ids", "inputs_embeds", "attention_mask"))
+    done = kwargs.get("encoder_outputs")
+    whole = ids if ids is not None else embeds
+    if mask is None and whole is not None:
+        mask = _text_mask(whole, model.generation_config)
+    if mask is None:
+        return kwargs
+    layout = Layout.of(mask, prompts, compact=True)
+    if done is None:
+        inputs: dict[str, Any] = {"attention_mask": layout.mask, "return_dict": True}
+        if ids is not None:
+            inputs["input_ids"] = layout.ids(ids, facts.vocabulary, facts.pad_id)
+        else:
+            inputs["inputs_embeds"] = layout.embeds(kwargs.pop("inputs_embeds"), prompts.table)
+        kwargs["encoder_outputs"] = model.get_encoder()(**inputs)
+        kwargs["attention_mask"] = layout.mask
+    elif done[0].shape[1] == layout.mask.shape[1]:
+        kwargs["attention_mask"] = layout.mask
+    return kwargs
+
+
+def _text_mask(tokens: Tensor, config: GenerationConfig) -> Tensor:
+    """Infer a mask as transformers does: padding counts only where it cannot be an ending."""
+    pad, eos = config.pad_token_id, config.eos_token_id
+    ends = eos if isinstance(eos, list) else [eos]
+    if tokens.dim() == 2 and pad is not None and pad not in ends:
+        return tokens.ne(pad).long()
+    return torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+
+
+def _text_size(kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Return the columns of the input, and the real tokens of its longest row."""
+    for name in ("input_ids", "inputs_embeds"):
+        if kwargs.get(name) is not None:
+            width = int(kwargs[name].shape[1])
+            mask = kwargs.get("attention_mask")
+            return width, int(mask.sum(-1).max()) if mask is not None and mask.dim() == 2 else width
+    return 0, 0
+
+
+def _new_tokens(config: GenerationConfig, kwargs: dict[str, Any], width: int) -> int:
+    """Return how many tokens the call may add; 20 is transformers' default."""
+    new = kwargs.get("max_new_tokens", config.max_new_tokens)
+    if new is not None:
+        return int(new)
+    length = kwargs.get("max_length", config.max_length)
+    return max(1, int(length) - width) if length is not None else 20

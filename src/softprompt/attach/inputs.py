@@ -1,0 +1,180 @@
+"""Turning the arguments of a forward call into those of the prompted model.
+
+One function for every task type: ids, mask, positions, token types and labels are laid out
+together, so that none can be forgotten (PEFT builds each by hand in six places).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from softprompt.attach.tasks import TaskRules
+from softprompt.backbone.facts import Facts
+from softprompt.engine.context import check_context
+from softprompt.engine.layout import Layout, Prompts
+from softprompt.engine.packed import is_packed, packed_mask
+from softprompt.errors import ConfigError
+
+IGNORED = -100
+"""Label of a column that no loss reads, transformers' convention."""
+
+_PER_TOKEN = {"token_type_ids": 0, "global_attention_mask": 0}
+"""Per-token arguments beside ids and mask, with their value on prompt columns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One forward call of a prompted model.
+
+    Attributes:
+        inputs: The caller's keyword arguments.
+        prompts: The prompts of its rows.
+        facts: Facts of the base.
+        rules: The task's rules.
+    """
+
+    inputs: dict[str, Any]
+    prompts: Prompts
+    facts: Facts
+    rules: TaskRules
+
+
+def prompted_inputs(call: Call) -> dict[str, Any]:
+    """Return the base's keyword arguments for a call, prompts included.
+
+    A filled cache, or encoder outputs, already hold the prompt: it is not injected again, and
+    a mask that covers the text alone is extended over it.
+
+    Raises:
+        ConfigError: If the shapes do not fit together.
+        ContextOverflowError: If prompt and input exceed the context.
+    """
+    inputs = dict(call.inputs)
+    encoder_outputs = inputs.get("encoder_outputs")
+    if encoder_outputs is not None:
+        return _behind_encoder(call, inputs, int(encoder_outputs[0].shape[1]))
+    tokens = _tokens(inputs)
+    cache = inputs.get("past_key_values")
+    seen = cache.get_seq_length() if isinstance(cache, Cache) else 0
+    if seen and not call.facts.is_encoder_decoder:
+        return _behind_cache(call, inputs, tokens, seen)
+    return _at_the_start(call, inputs, tokens)
+
+
+def _at_the_start(call: Call, inputs: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
+    facts, prompts = call.facts, call.prompts
+    given: Tensor | None = inputs.get("attention_mask")
+    if given is not None and given.dim() == 2:
+        mask = given
+    else:
+        mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+    if mask.shape != tokens.shape[:2]:
+        raise ConfigError(
+            f"attention_mask must be {list(tokens.shape[:2])} like the input, got {list(mask.shape)}; "
+            "do not count the virtual tokens"
+        )
+    lengths = mask.sum(1).cpu()
+    for real, virtual in set(zip(lengths.tolist(), prompts.lengths.tolist(), strict=True)):
+        check_context(int(real), int(virtual), facts.context_length)
+    layout = Layout.of(mask, prompts, compact=facts.is_encoder_decoder)
+    positions = inputs.pop("position_ids", None)
+    if inputs.get("input_ids") is not None:
+        inputs["input_ids"] = layout.ids(inputs["input_ids"], facts.vocabulary, facts.pad_id)
+    else:
+        inputs["inputs_embeds"] = layout.embeds(inputs["inputs_embeds"], prompts.table)
+    inputs["attention_mask"] = layout.mask
+    if given is not None and given.dim() == 4:
+        inputs["attention_mask"] = _extended_4d(given, prompts)
+    elif given is None and positions is not None and is_packed(positions):
+        dtype = torch.float32 if prompts.table.numel() == 0 else prompts.table.dtype
+        inputs["attention_mask"] = packed_mask(positions, prompts.width, dtype)
+    if facts.accepts_position_ids and (positions is not None or _needs_positions(call, layout)):
+        inputs["position_ids"] = layout.positions(positions)
+    elif positions is not None:
+        raise ConfigError(f"{facts.architecture} takes no position_ids; leave them out")
+    _spread(call, inputs, layout)
+    return inputs
+
+
+def _needs_positions(call: Call, layout: Layout) -> bool:
+    return not (layout.is_plain or call.facts.positions_from_ids)
+
+
+def _spread(call: Call, inputs: dict[str, Any], layout: Layout) -> None:
+    """Move per-token arguments and labels to their columns."""
+    for name, fill in _PER_TOKEN.items():
+        if inputs.get(name) is not None:
+            inputs[name] = layout.spread(inputs[name], fill)
+    labels = inputs.get("labels")
+    if labels is not None and call.rules.token_labels:
+        inputs["labels"] = layout.spread(labels, IGNORED)
+    if call.rules.span_labels:
+        for name in ("start_positions", "end_positions"):
+            if inputs.get(name) is not None:
+                inputs[name] = inputs[name] + layout.prompt_width
+
+
+def _behind_cache(call: Call, inputs: dict[str, Any], tokens: Tensor, seen: int) -> dict[str, Any]:
+    """Continue from a cache that holds the prompt and ``seen - P`` text tokens."""
+    width, new = call.prompts.width, tokens.shape[1]
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        mask = torch.ones(
+            tokens.shape[0], seen - width + new, dtype=torch.long, device=tokens.device
+        )
+    if mask.dim() == 2:
+        if mask.shape[1] == seen - width + new:
+            mask = Layout.of(mask, call.prompts).mask
+        elif mask.shape[1] != seen + new:
+            raise ConfigError(
+                f"attention_mask must cover the {seen - width} cached and {new} new tokens "
+                f"({seen - width + new} columns), got {mask.shape[1]}"
+            )
+        inputs["attention_mask"] = mask
+        check_context(int(mask.sum(1).max()), 0, call.facts.context_length)
+        if call.facts.accepts_position_ids:
+            given = inputs.get("position_ids")
+            counted = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -new:]
+            inputs["position_ids"] = (
+                counted if given is None else given + _column(call.prompts, given)
+            )
+    return inputs
+
+
+def _behind_encoder(call: Call, inputs: dict[str, Any], columns: int) -> dict[str, Any]:
+    """Extend a text mask over encoder outputs that hold the prompt."""
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.shape[1] + call.prompts.width == columns:
+        inputs["attention_mask"] = Layout.of(mask, call.prompts, compact=True).mask
+    return inputs
+
+
+def _column(prompts: Prompts, like: Tensor) -> Tensor:
+    return prompts.lengths.to(like.device).unsqueeze(1)
+
+
+def _tokens(inputs: dict[str, Any]) -> Tensor:
+    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    if (ids is None) == (embeds is None):
+        raise ConfigError("pass exactly one of input_ids and inputs_embeds")
+    return cast(Tensor, ids if ids is not None else embeds)
+
+
+def _extended_4d(mask: Tensor, prompts: Prompts) -> Tensor:
+    """Extend a caller's mask ``[B, 1, T, T]`` over prompt columns that every token sees."""
+    width = prompts.width
+    if not bool((prompts.lengths == width).all()):
+        raise ConfigError("a 4-D attention_mask needs the same prompt length in every row")
+    batch, heads, rows, columns = mask.shape
+    seen, hidden = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
+    out = mask.new_full((batch, heads, rows + width, columns + width), hidden)
+    out[..., :, :width] = seen
+    causal = torch.ones(width, width, dtype=torch.bool, device=mask.device).tril()
+    out[..., :width, :width] = out[..., :width, :width].masked_fill(~causal, hidden)
+    out[..., width:, width:] = mask
+    return out

@@ -1,0 +1,57 @@
+"""What differs between task types, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from softprompt.errors import ConfigError
+from softprompt.prompts.configs import TaskType
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRules:
+    """How one task type treats the extra columns.
+
+    Attributes:
+        suffix: End of the class name of such models in transformers.
+        token_labels: Whether ``labels`` hold one value per token, so the prompt gets -100.
+        span_labels: Whether ``start_positions`` / ``end_positions`` count columns, so they move by P.
+        heads: Modules that are new for the task, trained and saved with the prompt.
+    """
+
+    suffix: str
+    token_labels: bool = False
+    span_labels: bool = False
+    heads: tuple[str, ...] = ()
+
+
+RULES: Mapping[TaskType, TaskRules] = {
+    TaskType.CAUSAL_LM: TaskRules("ForCausalLM", token_labels=True),
+    TaskType.SEQ_2_SEQ_LM: TaskRules("ForConditionalGeneration"),
+    TaskType.SEQ_CLS: TaskRules("ForSequenceClassification", heads=("classifier", "score")),
+    TaskType.TOKEN_CLS: TaskRules(
+        "ForTokenClassification", token_labels=True, heads=("classifier", "score")
+    ),
+    TaskType.QUESTION_ANS: TaskRules(
+        "ForQuestionAnswering", span_labels=True, heads=("qa_outputs",)
+    ),
+    TaskType.FEATURE_EXTRACTION: TaskRules("Model"),
+}
+
+
+def infer_task(model: PreTrainedModel) -> TaskType:
+    """Read the task type from the model's class name.
+
+    Raises:
+        ConfigError: If the name says nothing.
+    """
+    name = type(model).__name__.replace("LMHeadModel", "ForCausalLM")
+    for task, rules in RULES.items():
+        if name.endswith(rules.suffix):
+            return task
+    raise ConfigError(
+        f"task_type is missing and {name} does not tell it; set task_type to one of {', '.join(RULES)}"
+    )

@@ -1,0 +1,142 @@
+"""What the rest of the library needs to know about a base model, read once.
+
+This file and ``engine`` are the only places that know how transformers spells things.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from softprompt.errors import BackboneError
+from softprompt.prompts import initialisers
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Facts of one base model.
+
+    Attributes:
+        architecture: Class name, such as ``LlamaForCausalLM``.
+        is_encoder_decoder: Whether the prompt stands before an encoder's input.
+        token_dim: Width of the embeddings and of a prompt (H); may be narrower than the hidden size.
+        vocabulary: Rows of the embedding table (V); ids from V on are virtual.
+        num_layers: Transformer layers (L).
+        num_attention_heads: Attention heads (A).
+        context_length: Most positions the model has, in tokens; None when its positions are relative.
+        embedding_rms: Root mean square of an embedding as the model sees it.
+        accepts_position_ids: Whether ``forward`` takes ``position_ids``.
+        positions_from_ids: Whether positions are counted from the ids that are not padding (RoBERTa).
+        pad_id: An id that is safe to put where the mask is zero.
+    """
+
+    architecture: str
+    is_encoder_decoder: bool
+    token_dim: int
+    vocabulary: int
+    num_layers: int
+    num_attention_heads: int
+    context_length: int | None
+    embedding_rms: float
+    accepts_position_ids: bool
+    positions_from_ids: bool
+    pad_id: int
+
+
+def facts_of(model: PreTrainedModel) -> Facts:
+    """Read the facts of a loaded model.
+
+    Raises:
+        BackboneError: If it has no input embedding or its config lacks a size.
+    """
+    config = model.config.get_text_config()
+    table = input_embedding(model)
+    from_ids = _counts_positions_from_ids(model)
+    pad = config.pad_token_id
+    vocabulary, width = table.weight.shape
+    return Facts(
+        architecture=type(model).__name__,
+        is_encoder_decoder=is_encoder_decoder(model),
+        token_dim=width,
+        vocabulary=vocabulary,
+        num_layers=_size(config, "num_hidden_layers", "num_layers", "n_layer"),
+        num_attention_heads=_size(config, "num_attention_heads", "n_head", "num_heads", default=1),
+        context_length=_context_length(config, from_ids),
+        embedding_rms=_embedding_rms(table),
+        accepts_position_ids="position_ids" in inspect.signature(model.forward).parameters,
+        positions_from_ids=from_ids,
+        pad_id=pad if isinstance(pad, int) and 0 <= pad < vocabulary else 0,
+    )
+
+
+def is_encoder_decoder(model: PreTrainedModel) -> bool:
+    """Tell whether the model has an encoder and a decoder."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def input_embedding(model: PreTrainedModel) -> nn.Embedding:
+    """Return the module that embeds the ids a prompt stands before (the encoder's, where there is one).
+
+    Raises:
+        BackboneError: If the model has none.
+    """
+    owner = model.get_encoder() if is_encoder_decoder(model) else model
+    try:
+        table = cast(PreTrainedModel, owner).get_input_embeddings()
+    except NotImplementedError:
+        table = None
+    if table is None or not isinstance(getattr(table, "weight", None), Tensor):
+        raise BackboneError(
+            f"{type(model).__name__} has no input embedding table, so no prompt can stand before its input; "
+            "use a text model"
+        )
+    return cast(nn.Embedding, table)
+
+
+def output_limit(model: PreTrainedModel) -> int | None:
+    """Return the most positions the decoder of a seq2seq model has; None when relative."""
+    return _context_length(model.config.get_text_config(), False)
+
+
+def _size(config: Any, *names: str, default: int | None = None) -> int:
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+    if default is not None:
+        return default
+    raise BackboneError(f"the model's config has none of {', '.join(names)}; is it a text model?")
+
+
+def _context_length(config: Any, from_ids: bool) -> int | None:
+    for name in ("max_position_embeddings", "max_seq_len", "n_positions"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0 and not _relative(config):
+            # RoBERTa's table starts at padding_idx + 1, so that many positions do not exist.
+            return value - (config.pad_token_id + 1) if from_ids else value
+    return None
+
+
+def _relative(config: Any) -> bool:
+    return hasattr(config, "relative_attention_num_buckets") or bool(
+        getattr(config, "alibi", False)
+    )
+
+
+def _counts_positions_from_ids(model: PreTrainedModel) -> bool:
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return module.padding_idx is not None
+    return False
+
+
+def _embedding_rms(table: nn.Embedding) -> float:
+    if table.weight.is_meta:
+        return math.nan
+    device = table.weight.device
+    return initialisers.rms(lambda ids: cast(Tensor, table(ids.to(device))), table.weight.shape[0])

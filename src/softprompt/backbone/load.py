@@ -1,0 +1,164 @@
+"""Loading a base model and its tokenizer from a folder, the Hub, or memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from softprompt.backbone.facts import is_encoder_decoder
+from softprompt.bundled import model_directory
+from softprompt.errors import BackboneError, ConfigError
+
+DEMO = "demo"
+"""Name of the base model that ships with the package."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedBase:
+    """A base model ready to be prompted."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+
+def load_base(
+    name_or_path: str | Path | PreTrainedModel,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seq2seq: bool | None = None,
+    torch_dtype: str | torch.dtype | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+) -> LoadedBase:
+    """Load a causal or seq2seq language model with its tokenizer.
+
+    A name that is no folder is looked up in the local Hub cache, and downloaded only when the
+    environment variable ``ALLOW_DOWNLOADS`` is ``true`` (caikit's rule).
+
+    Args:
+        name_or_path: Folder, Hub id, ``"demo"``, or a model in memory.
+        tokenizer: Used instead of the one beside the model.
+        seq2seq: Forces the kind; None reads it from the config.
+        torch_dtype: Such as ``"bfloat16"``; None keeps the checkpoint's. A model in memory is
+            converted in place.
+        device: Such as ``"cuda:0"``; None keeps the CPU or the model's own.
+        revision: Revision on the Hub.
+
+    Raises:
+        BackboneError: If there is no such model, or it is not one of these kinds.
+        ConfigError: For an unknown dtype.
+    """
+    dtype = parse_dtype(torch_dtype)
+    if isinstance(name_or_path, PreTrainedModel):
+        return _in_memory(name_or_path, tokenizer, dtype, device)
+    name = str(name_or_path)
+    source = str(model_directory()) if name == DEMO else name
+    local = Path(source).exists()
+    options: dict[str, Any] = {
+        "revision": revision,
+        "local_files_only": not (local or downloads_allowed()),
+    }
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        kind = bool(getattr(config, "is_encoder_decoder", False)) if seq2seq is None else seq2seq
+        loader = AutoModelForSeq2SeqLM if kind else AutoModelForCausalLM
+        model = loader.from_pretrained(source, dtype=dtype or "auto", **options)
+        words = tokenizer or AutoTokenizer.from_pretrained(source, **options)
+    except Exception as cause:
+        raise BackboneError(_why_not_loaded(name, local, cause)) from cause
+    if device is not None:
+        cast(Any, model).to(parse_device(device))
+    return LoadedBase(cast(PreTrainedModel, model.eval()), words, name)
+
+
+def downloads_allowed() -> bool:
+    """Tell whether ``ALLOW_DOWNLOADS`` permits fetching from the Hub."""
+    return os.environ.get("ALLOW_DOWNLOADS", "").lower() in ("1", "true", "yes")
+
+
+def parse_dtype(value: str | torch.dtype | None) -> torch.dtype | None:
+    """Turn ``"bfloat16"`` and the like into a torch dtype.
+
+    Raises:
+        ConfigError: If it is none of the floating dtypes that a model can have.
+    """
+    if value is None or isinstance(value, torch.dtype):
+        return value
+    known: Mapping[str, torch.dtype] = {
+        "float32": torch.float32,
+        "float16": torch.float16,
+        "bfloat16": torch.bfloat16,
+        "float64": torch.float64,
+    }
+    name = value.removeprefix("torch.")
+    if name not in known:
+        raise ConfigError(f"torch_dtype must be one of {', '.join(known)}, got {value!r}")
+    return known[name]
+
+
+def parse_device(value: str) -> torch.device:
+    """Turn a device name into a device that is there.
+
+    Raises:
+        ConfigError: If the name is not one of torch's, or the machine has no such device.
+    """
+    try:
+        device = torch.device(value)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as cause:
+        raise ConfigError(
+            f"device {value!r} cannot be used here ({str(cause).splitlines()[0]}); try 'cpu'"
+        ) from cause
+    return device
+
+
+def _in_memory(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: torch.dtype | None,
+    device: str | None,
+) -> LoadedBase:
+    name = str(model.config._name_or_path or model.name_or_path)
+    if tokenizer is None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, local_files_only=not downloads_allowed()
+            )
+        except Exception as cause:
+            raise BackboneError(
+                f"no tokenizer beside the model in memory (name {name!r}); pass tokenizer=…"
+            ) from cause
+    if dtype is not None:
+        cast(Any, model).to(dtype)
+    if device is not None:
+        cast(Any, model).to(parse_device(device))
+    if not (model.can_generate() or is_encoder_decoder(model)):
+        raise BackboneError(
+            f"{type(model).__name__} is neither a causal nor a seq2seq language model; "
+            "use get_peft_model for other tasks"
+        )
+    return LoadedBase(model, tokenizer, name)
+
+
+def _why_not_loaded(name: str, local: bool, cause: Exception) -> str:
+    first = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+    if local:
+        return f"base model {name!r} cannot be loaded: {first}"
+    return (
+        f"base model {name!r} is neither a folder nor in the local Hub cache; check the path, use "
+        f"'{DEMO}', or set ALLOW_DOWNLOADS=true to fetch it ({first[:160]})"
+    )

@@ -1,0 +1,158 @@
+"""Where prompts stand in a padded batch.
+
+A row of T text columns becomes P + T columns, P being the longest prompt of the batch. The
+prompt stands directly before the row's first real token, whatever the padding side:
+
+    right padding   [p0 p1 | t0 t1 t2 . . ]      left padding   [. . p0 p1 | t0 t1 t2]
+    no prompt       [ .  . | t0 t1 t2 . . ]      "compact"      [p0 p1 | t0 t1 t2 . .]
+
+so text column t is always column P + t, real tokens are contiguous (sliding windows and
+ALiBi count columns), and positions come from the mask: a row in a batch is the row alone.
+The compact form starts every row at column 0, for encoders that count columns as positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+_PAD = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """The rows of several prompts in one table, and which prompt each batch row uses.
+
+    Attributes:
+        table: All rows, ``[N, H]``.
+        starts: First table row of each batch row's prompt, ``[B]``.
+        lengths: Rows of each batch row's prompt, 0 for none, ``[B]``.
+    """
+
+    table: Tensor
+    starts: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, prompts: Sequence[Tensor], choice: Sequence[int]) -> Self:
+        """Gather prompts ``[P_i, H]``; ``choice[b]`` is row b's prompt, -1 for none.
+
+        Prompts that no row uses are left out, so they get no gradient rather than a zero one.
+        """
+        used = sorted({c for c in choice if c >= 0})
+        sizes = [int(prompts[c].shape[0]) for c in used]
+        first = {c: sum(sizes[:i]) for i, c in enumerate(used)}
+        length = {c: size for c, size in zip(used, sizes, strict=True)}
+        table = torch.cat([prompts[c] for c in used]) if used else torch.empty(0, 0)
+        device = table.device
+        return cls(
+            table,
+            torch.tensor([first.get(c, 0) for c in choice], dtype=torch.long, device=device),
+            torch.tensor([length.get(c, 0) for c in choice], dtype=torch.long, device=device),
+        )
+
+    @property
+    def width(self) -> int:
+        """Length of the longest prompt in the batch (P)."""
+        return int(self.lengths.max()) if self.lengths.numel() else 0
+
+    def repeated(self, rows: int) -> Prompts:
+        """Return the same prompts for a batch whose rows were each repeated (beams, samples)."""
+        times = rows // self.lengths.shape[0]
+        return replace(
+            self,
+            starts=self.starts.repeat_interleave(times),
+            lengths=self.lengths.repeat_interleave(times),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The columns of one prompted batch.
+
+    Attributes:
+        text: Text column that stands at each place, -1 elsewhere, ``[B, W]``.
+        slot: Table row that stands at each place, -1 elsewhere, ``[B, W]``.
+        mask: 1 at real places, ``[B, W]``.
+        prompt_width: Columns the prompts take (P); W = P + T.
+    """
+
+    text: Tensor
+    slot: Tensor
+    mask: Tensor
+    prompt_width: int
+
+    @classmethod
+    def of(
+        cls, mask: Tensor, prompts: Prompts, *, compact: bool = False, lead_limit: int | None = None
+    ) -> Self:
+        """Lay out a batch with attention mask ``[B, T]`` (1 = real token).
+
+        Args:
+            mask: The text's attention mask.
+            prompts: The rows' prompts.
+            compact: Start every row at column 0 instead of keeping text columns in line.
+            lead_limit: Most padding to leave before a prompt; a batch that is fed in chunks has its
+                prompts in the first chunk, though a row's text may begin in a later one.
+        """
+        device = mask.device
+        total = mask.shape[1]
+        width = prompts.width
+        lengths = prompts.lengths.to(device).unsqueeze(1)  # [B, 1]
+        real = mask.bool()
+        lead = torch.where(real.any(1), real.long().argmax(1), total).unsqueeze(
+            1
+        )  # [B, 1] pads before
+        if lead_limit is not None:
+            lead = lead.clamp(max=lead_limit)
+        end = lengths if compact else width + lead  # [B, 1] first text column
+        column = torch.arange(width + total, device=device).unsqueeze(0)  # [1, W]
+        inside = column - end  # [B, W] text token counted from the first real one
+        text = torch.where((inside >= 0) & (inside + lead < total), inside + lead, _PAD)
+        before = inside + lengths  # [B, W] row of the prompt
+        slot = torch.where(
+            (before >= 0) & (inside < 0), before + prompts.starts.to(device).unsqueeze(1), _PAD
+        )
+        text_mask = mask.gather(1, text.clamp(min=0)) * (text >= 0)
+        return cls(text, slot, torch.where(slot >= 0, 1, text_mask).to(mask.dtype), width)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every row starts at column 0, so that default positions are right."""
+        return bool((self.mask[:, 0] == 1).all())
+
+    def ids(self, input_ids: Tensor, vocabulary: int, pad_id: int) -> Tensor:
+        """Return ids ``[B, W]`` with virtual ones from ``vocabulary`` on."""
+        text = input_ids.gather(1, self.text.clamp(min=0))
+        ids = torch.where(self.text >= 0, text, pad_id)
+        return torch.where(self.slot >= 0, self.slot + vocabulary, ids)
+
+    def embeds(self, inputs_embeds: Tensor, table: Tensor) -> Tensor:
+        """Return embeddings ``[B, W, H]`` from text embeddings ``[B, T, H]`` and prompt rows ``[N, H]``."""
+        batch = torch.arange(self.text.shape[0], device=inputs_embeds.device).unsqueeze(1)
+        text = inputs_embeds[batch, self.text.clamp(min=0)]
+        if not table.numel():
+            return text
+        rows = table.to(inputs_embeds.device, inputs_embeds.dtype)[self.slot.clamp(min=0)]
+        return torch.where((self.slot >= 0).unsqueeze(-1), rows, text)
+
+    def spread(self, values: Tensor, fill: int) -> Tensor:
+        """Return per-token values ``[B, T]`` at their columns ``[B, W]``, ``fill`` elsewhere."""
+        return torch.where(self.text >= 0, values.gather(1, self.text.clamp(min=0)), fill)
+
+    def positions(self, given: Tensor | None = None) -> Tensor:
+        """Return position ids ``[B, W]``: counted from the mask, or the caller's moved behind the prompt.
+
+        Args:
+            given: Positions of the text ``[B, T]``; those of a row's prompt end where they start.
+        """
+        counted = (self.mask.long().cumsum(1) - 1).clamp(min=0)
+        if given is None:
+            return counted
+        length = (self.slot >= 0).sum(1, keepdim=True)  # [B, 1]
+        text = self.spread(given.expand(self.text.shape[0], -1), 0) + length
+        return torch.where(self.text >= 0, text, counted)

@@ -1,0 +1,119 @@
+"""The plain path: one padded batch through the model's own forward.
+
+It runs any model transformers can run, and it is the oracle the faster paths are held to.
+Rows are padded on the left, so the targets of all rows end in the last columns and the
+head runs on those alone (``logits_to_keep``).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from softprompt.backbone.facts import Facts, facts_of, input_embedding, output_limit
+from softprompt.engine.context import check_context
+from softprompt.engine.layout import Layout, Prompts
+from softprompt.engine.rows import EngineRow, TargetLogProbs
+from softprompt.engine.virtual import VirtualVocabulary
+
+_IGNORED = -100
+
+
+class PlainEngine:
+    """Scores targets with one padded forward pass a batch."""
+
+    name = "plain"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._facts: Facts = facts_of(model)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def target_log_probs(
+        self, rows: Sequence[EngineRow], prompts: Sequence[Tensor]
+    ) -> TargetLogProbs:
+        """Score the targets of rows; see ``Engine``.
+
+        Raises:
+            ContextOverflowError: If a row does not fit behind its prompt.
+        """
+        self._check(rows, prompts)
+        chosen = Prompts.of(prompts, [row.prompt for row in rows])
+        vocabulary = VirtualVocabulary(input_embedding(self._model))
+        run = self._encoder_decoder if self._facts.is_encoder_decoder else self._causal
+        try:
+            with vocabulary.lend(chosen.table if chosen.table.numel() else None):
+                return run(rows, chosen)
+        finally:
+            vocabulary.remove()
+
+    def _causal(self, rows: Sequence[EngineRow], prompts: Prompts) -> TargetLogProbs:
+        ids, mask = self._padded([row.source + row.target for row in rows], left=True)
+        layout = Layout.of(mask, prompts)
+        inputs: dict[str, Any] = {
+            "input_ids": layout.ids(ids, self._facts.vocabulary, self._facts.pad_id),
+            "attention_mask": layout.mask,
+            "use_cache": False,
+        }
+        if self._facts.accepts_position_ids and not self._facts.positions_from_ids:
+            inputs["position_ids"] = layout.positions()
+        longest = max(len(row.target) for row in rows)
+        if self._keeps_logits:
+            inputs["logits_to_keep"] = longest + 1
+        logits = self._model(**inputs).logits[:, -(longest + 1) : -1]  # [B, longest, V]
+        labels = self._labels(rows, longest, left=True)
+        return _picked(logits, labels)
+
+    def _encoder_decoder(self, rows: Sequence[EngineRow], prompts: Prompts) -> TargetLogProbs:
+        ids, mask = self._padded([row.source for row in rows], left=False)
+        layout = Layout.of(mask, prompts, compact=True)
+        labels = self._labels(rows, max(len(row.target) for row in rows), left=False)
+        output = self._model(
+            input_ids=layout.ids(ids, self._facts.vocabulary, self._facts.pad_id),
+            attention_mask=layout.mask,
+            labels=labels,
+            use_cache=False,
+        )
+        return _picked(output.logits, labels)
+
+    def _padded(self, sequences: Sequence[tuple[int, ...]], *, left: bool) -> tuple[Tensor, Tensor]:
+        """Return ids and mask ``[B, T]``."""
+        total = max(1, *(len(s) for s in sequences))
+        ids = torch.full((len(sequences), total), self._facts.pad_id)
+        mask = torch.zeros_like(ids)
+        for i, sequence in enumerate(sequences):
+            where = slice(total - len(sequence), total) if left else slice(0, len(sequence))
+            ids[i, where] = torch.tensor(sequence, dtype=torch.long)
+            mask[i, where] = 1
+        return ids.to(self._model.device), mask.to(self._model.device)
+
+    def _labels(self, rows: Sequence[EngineRow], width: int, *, left: bool) -> Tensor:
+        """Return target ids ``[B, width]``, -100 where a row has none."""
+        labels = torch.full((len(rows), width), _IGNORED)
+        for i, row in enumerate(rows):
+            where = slice(width - len(row.target), width) if left else slice(0, len(row.target))
+            labels[i, where] = torch.tensor(row.target, dtype=torch.long)
+        return labels.to(self._model.device)
+
+    def _check(self, rows: Sequence[EngineRow], prompts: Sequence[Tensor]) -> None:
+        limit, seq2seq = self._facts.context_length, self._facts.is_encoder_decoder
+        for row in rows:
+            virtual = prompts[row.prompt].shape[0] if row.prompt >= 0 else 0
+            tokens = len(row.source) + (0 if seq2seq else len(row.target))
+            check_context(tokens, virtual, limit)
+            if seq2seq:
+                check_context(len(row.target), 0, output_limit(self._model), what="decoder")
+
+
+def _picked(logits: Tensor, labels: Tensor) -> TargetLogProbs:
+    """Return log p of the labels from logits ``[B, T, V]`` and labels ``[B, T]``."""
+    real = labels != _IGNORED
+    chosen = logits[real].float()  # [M, V]: the softmax runs on target positions only
+    values = -F.cross_entropy(chosen, labels[real], reduction="none")
+    return TargetLogProbs(values, real.nonzero()[:, 0])

@@ -1,0 +1,54 @@
+"""What an engine is asked and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRow:
+    """One row to run: a source, the answer to score behind it, and the prompt before both.
+
+    Attributes:
+        source: Token ids of the input; for seq2seq what the encoder reads.
+        target: Token ids of the answer, EOS included; never empty.
+        prompt: Index into the prompts of the call, -1 for none.
+    """
+
+    source: tuple[int, ...]
+    target: tuple[int, ...]
+    prompt: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TargetLogProbs:
+    """Log-probabilities of every target token of a batch.
+
+    Attributes:
+        values: log p of each token, rows in order and tokens in order, float32 ``[M]``.
+        row_index: The row each value belongs to, ``[M]``.
+    """
+
+    values: Tensor
+    row_index: Tensor
+
+    def row_sums(self, count: int) -> Tensor:
+        """Return the log-probability of each row's whole target, ``[B]``."""
+        zeros = self.values.new_zeros(count)
+        return zeros.index_add(0, self.row_index, self.values)
+
+
+class Engine(Protocol):
+    """Teacher-forced passes over a frozen model, differentiable in the prompts."""
+
+    name: str
+
+    def target_log_probs(
+        self, rows: Sequence[EngineRow], prompts: Sequence[Tensor]
+    ) -> TargetLogProbs:
+        """Score the targets of rows under their prompts ``[P_i, H]``."""
+        ...

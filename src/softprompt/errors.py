@@ -1,0 +1,87 @@
+"""Every error softprompt raises on purpose, one tree under one root.
+
+SoftPromptError
+├── ConfigError            a setting is wrong, unknown, or contradicts another
+│   └── UsageError         an argument of a command or of ``tune`` is wrong
+├── DataError              a data file or a record in it cannot be used
+│   └── TemplateError      the verbalizer and the records do not fit together
+├── BackboneError          the base model cannot be loaded or lacks a needed fact
+│   ├── ContextOverflowError   prompt + input exceed the model's context
+│   └── FingerprintError   the prompt was made for another base model
+├── ArtifactError          a saved prompt is missing, damaged or not ours to read
+│   └── OutputExistsError  an output would overwrite something
+├── AdapterError           a named prompt does not exist, or already does
+└── TrainingError          the optimisation cannot go on
+    └── TrainingInterrupted    stopped by the user; the state is saved
+
+Every message says what was expected, what came, and what to do next, in one line.
+The classes also derive from the builtin that a PEFT or transformers user would
+catch (``ValueError``, ``KeyError``), so swapping libraries keeps handlers working.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SoftPromptError(Exception):
+    """Root of all deliberate errors; the command line turns each into one line and exit code 2."""
+
+    def __str__(self) -> str:
+        """Return the message as written, also where the builtin parent would quote it."""
+        return " ".join(str(part) for part in self.args)
+
+
+class ConfigError(SoftPromptError, ValueError):
+    """A setting is wrong, unknown, or contradicts another."""
+
+
+class UsageError(ConfigError):
+    """An argument of a command or of ``tune`` is wrong."""
+
+
+class DataError(SoftPromptError, ValueError):
+    """A data file, or a record in it, cannot be used."""
+
+
+class TemplateError(DataError):
+    """The verbalizer and the records do not fit together."""
+
+
+class BackboneError(SoftPromptError, ValueError):
+    """The base model cannot be loaded, or lacks a fact that is needed."""
+
+
+class ContextOverflowError(BackboneError):
+    """Prompt and input together exceed the model's context."""
+
+
+class FingerprintError(BackboneError):
+    """The prompt was made for another base model."""
+
+
+class ArtifactError(SoftPromptError, ValueError):
+    """A saved prompt is missing, damaged or in a form that cannot be read."""
+
+
+class OutputExistsError(ArtifactError):
+    """Writing would overwrite something that is already there."""
+
+
+class AdapterError(SoftPromptError, ValueError):
+    """A named prompt does not exist, or already does."""
+
+
+class TrainingError(SoftPromptError, RuntimeError):
+    """The optimisation cannot go on."""
+
+
+class TrainingInterrupted(TrainingError):
+    """Training was stopped by the user; its state is saved and can be resumed."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a hint such as `` (did you mean 'lr'?)`` for a misspelt name, or an empty string."""
+    close = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
