@@ -1,0 +1,90 @@
+"""Which rows go together: batches of similar length, random in everything else.
+
+Rows are shuffled, cut into buckets of a few batches, sorted by length inside each bucket, cut
+into batches, and the batches are shuffled. Small buckets keep batches random from epoch to epoch,
+large ones save padding; 16 batches save nearly all of it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from softprompt.errors import ConfigError, DataError
+
+BATCHES_PER_BUCKET = 16
+
+
+def plan_batches(
+    lengths: Sequence[int],
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    max_tokens: int | None = None,
+    shuffle: bool = True,
+) -> list[list[int]]:
+    """Return batches of row indices, each index exactly once.
+
+    Args:
+        lengths: Tokens of each row.
+        batch_size: Most rows in a batch.
+        seed: With ``epoch``, the only source of randomness.
+        epoch: Changes the plan from epoch to epoch.
+        max_tokens: Most tokens in a padded batch, that is rows x longest row.
+        shuffle: False gives the rows from longest to shortest, the same for every seed.
+
+    Raises:
+        ConfigError: ``batch_size`` is not positive.
+        DataError: A row alone is longer than ``max_tokens``.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"expected a batch_size of at least 1, got {batch_size}")
+    _check_rows_fit(lengths, max_tokens)
+    order = list(range(len(lengths)))
+    if not shuffle:
+        order.sort(key=lambda index: -lengths[index])
+        return _cut(order, lengths, batch_size, max_tokens)
+    # A text seed is hashed with SHA-512, the same in every process and Python version.
+    generator = random.Random(f"plan_batches {seed} {epoch}")
+    generator.shuffle(order)
+    width = _bucket_width(len(order), batch_size)
+    batches: list[list[int]] = []
+    for start in range(0, len(order), width):
+        bucket = sorted(order[start : start + width], key=lambda index: lengths[index])
+        batches += _cut(bucket, lengths, batch_size, max_tokens)
+    generator.shuffle(batches)
+    return batches
+
+
+def _check_rows_fit(lengths: Sequence[int], max_tokens: int | None) -> None:
+    if max_tokens is None:
+        return
+    for index, length in enumerate(lengths):
+        if length > max_tokens:
+            raise DataError(
+                f"row {index + 1} has {length} tokens, more than max_tokens={max_tokens} for a "
+                "whole batch; raise max_tokens or lower max_source_length"
+            )
+
+
+def _bucket_width(rows: int, batch_size: int) -> int:
+    batches = -(-rows // batch_size)
+    # At least two buckets, or a small data set would be sorted the same way in every epoch.
+    return batch_size * max(1, min(BATCHES_PER_BUCKET, batches // 2))
+
+
+def _cut(
+    order: Sequence[int], lengths: Sequence[int], batch_size: int, max_tokens: int | None
+) -> list[list[int]]:
+    batches: list[list[int]] = []
+    longest = 0
+    for index in order:
+        grown = max(longest, lengths[index])
+        is_full = not batches or len(batches[-1]) == batch_size
+        if is_full or (max_tokens is not None and (len(batches[-1]) + 1) * grown > max_tokens):
+            batches.append([])
+            grown = lengths[index]
+        batches[-1].append(index)
+        longest = grown
+    return batches

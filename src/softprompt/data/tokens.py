@@ -1,0 +1,250 @@
+"""Records to token ids: the template's text kept whole, one BOS, one EOS, nothing cut unsaid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from softprompt.data.continuation import Continuation
+from softprompt.data.records import Example
+from softprompt.data.source_cut import cut_values
+from softprompt.data.special_frame import SpecialFrame, encode
+from softprompt.data.template import Verbalizer
+from softprompt.errors import ConfigError, DataError, TemplateError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """The ids of one example; a target ends in EOS, and is empty where the example has none."""
+
+    source: tuple[int, ...]
+    target: tuple[int, ...]
+    source_cut: bool
+    target_cut: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CutSummary:
+    """How much of the data the length limits cost, in rows and tokens."""
+
+    rows: int
+    sources_cut: int
+    targets_cut: int
+    tokens_dropped: int
+
+    def __str__(self) -> str:
+        if not (self.sources_cut or self.targets_cut):
+            return f"{self.rows:,} rows, none cut"
+        return (
+            f"{self.rows:,} rows, cut to the length limits: {self.sources_cut:,} sources, "
+            f"{self.targets_cut:,} targets ({self.tokens_dropped:,} tokens dropped)"
+        )
+
+
+class RowTokenizer:
+    """Turns examples into the ids a model reads and the ids it should answer.
+
+    Causal: source = the tokenizer's leading special tokens + text, no EOS; target = continuation
+    + EOS. Seq2seq: both as the tokenizer frames them, which is how such models are trained.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        verbalizer: Verbalizer,
+        *,
+        max_source_length: int,
+        max_target_length: int,
+        seq2seq: bool,
+    ) -> None:
+        """Read the tokenizer's special tokens off and check the limits (tokens, specials counted).
+
+        Raises:
+            ConfigError: A limit leaves no room for text.
+            TemplateError: The template's own text is longer than ``max_source_length``.
+        """
+        self.tokenizer = tokenizer
+        self.verbalizer = verbalizer
+        self.max_source_length = max_source_length
+        self.max_target_length = max_target_length
+        self.seq2seq = seq2seq
+        frame = SpecialFrame.of(tokenizer)
+        self._source_frame = frame if seq2seq else SpecialFrame(frame.prefix, ())
+        self._target_frame = self._frame_of_targets()
+        self._continuation = None if seq2seq else Continuation(tokenizer, verbalizer.tail)
+        self._marks = _special_texts(tokenizer)
+        self._template_has_marks = any(
+            mark in literal for mark in self._marks for literal in verbalizer.literals
+        )
+        self._target_ids: dict[str, tuple[int, ...]] = {}
+        self._check_limits()
+
+    def row(self, example: Example) -> TokenRow:
+        """Return the ids of one example.
+
+        Raises:
+            DataError: A field is missing, or holds a special token that the template uses as one.
+        """
+        return self.tokenize([example])[0][0]
+
+    def tokenize(self, examples: Sequence[Example]) -> tuple[list[TokenRow], CutSummary]:
+        """Return the ids of all examples, and what the limits cut.
+
+        Raises:
+            DataError: As for ``row``.
+        """
+        sources = self._sources([example.fields for example in examples])
+        targets = [self._target(example.target) for example in examples]
+        rows = [
+            TokenRow(source, target, bool(source_loss), bool(target_loss))
+            for (source, source_loss), (target, target_loss) in zip(sources, targets, strict=True)
+        ]
+        summary = CutSummary(
+            rows=len(rows),
+            sources_cut=sum(row.source_cut for row in rows),
+            targets_cut=sum(row.target_cut for row in rows),
+            tokens_dropped=sum(loss for _, loss in sources) + sum(loss for _, loss in targets),
+        )
+        return rows, summary
+
+    def source(self, fields: Mapping[str, str]) -> tuple[tuple[int, ...], bool]:
+        """Return the ids in front of the answer, and whether field values were cut.
+
+        Raises:
+            DataError: As for ``row``.
+        """
+        ids, loss = self._sources([fields])[0]
+        return ids, bool(loss)
+
+    def target(self, text: str) -> tuple[int, ...]:
+        """Return the ids of an answer with its EOS, cut to ``max_target_length``."""
+        return self._target(text)[0]
+
+    def label(self, text: str) -> tuple[int, ...]:
+        """Return the ids of a label, the same as those of a target, never cut.
+
+        Raises:
+            DataError: The label does not fit into ``max_target_length``.
+        """
+        ids, loss = self._target(text)
+        if loss:
+            raise DataError(
+                f"the label {text!r} takes {len(ids) + loss} tokens, max_target_length is "
+                f"{self.max_target_length}; raise it or shorten the label"
+            )
+        return ids
+
+    def labels(self, texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """Return the ids of each label of a task.
+
+        Raises:
+            DataError: A label does not fit, or the tokenizer cannot tell two of them apart.
+        """
+        ids = {text: self.label(text) for text in texts}
+        owners: dict[tuple[int, ...], str] = {}
+        for text, own in ids.items():
+            if (other := owners.setdefault(own, text)) != text:
+                raise DataError(
+                    f"the labels {other!r} and {text!r} are the same tokens to this tokenizer; "
+                    "rename one in the data"
+                )
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of generated or target ids, without special tokens and separator."""
+        text = self.tokenizer.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        # The annotation of transformers allows a batch, which a flat list of ids never is.
+        decoded = str(text)
+        return decoded if self._continuation is None else self._continuation.text(decoded)
+
+    def _frame_of_targets(self) -> SpecialFrame:
+        eos = self.tokenizer.eos_token_id
+        end = () if eos is None else (int(eos),)
+        if not self.seq2seq:
+            return SpecialFrame((), end)
+        frame = SpecialFrame.of(self.tokenizer, as_target=True)
+        return frame if set(end) <= set(frame.suffix) else SpecialFrame(frame.prefix, end)
+
+    def _check_limits(self) -> None:
+        for option, limit, frame in (
+            ("max_source_length", self.max_source_length, self._source_frame),
+            ("max_target_length", self.max_target_length, self._target_frame),
+        ):
+            if limit <= len(frame):
+                raise ConfigError(
+                    f"expected {option} above {len(frame)}, the tokenizer's own special tokens, "
+                    f"got {limit}"
+                )
+        own = len(self._ids(dict.fromkeys(self.verbalizer.fields, "")))
+        if own > self.max_source_length:
+            raise TemplateError(
+                f"the verbalizer's own text takes {own} tokens, max_source_length is "
+                f"{self.max_source_length}; raise it or shorten the verbalizer"
+            )
+
+    def _sources(
+        self, all_fields: Sequence[Mapping[str, str]]
+    ) -> list[tuple[tuple[int, ...], int]]:
+        framed = self._framed([self._text(fields) for fields in all_fields])
+        sources = []
+        for fields, ids in zip(all_fields, framed, strict=True):
+            if len(ids) <= self.max_source_length:
+                sources.append((ids, 0))
+            else:
+                kept = self._ids(cut_values(fields, self.verbalizer.fields, self._fits))
+                sources.append((kept, len(ids) - len(kept)))
+        return sources
+
+    def _ids(self, fields: Mapping[str, str]) -> tuple[int, ...]:
+        return self._framed([self._text(fields)])[0]
+
+    def _fits(self, fields: Mapping[str, str]) -> bool:
+        return len(self._ids(fields)) <= self.max_source_length
+
+    def _text(self, fields: Mapping[str, str]) -> str:
+        rendered = self.verbalizer.render(fields)
+        if self._template_has_marks:
+            self._refuse_marks(fields)
+        return rendered if self._continuation is None else self._continuation.of_source(rendered)
+
+    def _refuse_marks(self, fields: Mapping[str, str]) -> None:
+        for name in self.verbalizer.fields:
+            mark = next((mark for mark in self._marks if mark in fields[name]), None)
+            if mark is not None:
+                raise DataError(
+                    f"the field {name!r} holds {mark!r}, which would be read as a special token "
+                    "because the verbalizer uses special tokens; remove it from the data"
+                )
+
+    def _framed(self, texts: list[str]) -> list[tuple[int, ...]]:
+        plain = encode(
+            self.tokenizer, texts, special=False, marks_are_text=not self._template_has_marks
+        )
+        return [self._source_frame.around(ids) for ids in plain]
+
+    def _target(self, text: str | None) -> tuple[tuple[int, ...], int]:
+        if text is None:
+            return (), 0
+        if text not in self._target_ids:
+            self._target_ids[text] = self._plain_target(text)
+        plain = self._target_ids[text]
+        room = self.max_target_length - len(self._target_frame)
+        frame = self._target_frame
+        return frame.prefix + plain[:room] + frame.suffix, max(0, len(plain) - room)
+
+    def _plain_target(self, text: str) -> tuple[int, ...]:
+        if self._continuation is not None:
+            return self._continuation.ids(text)
+        return encode(self.tokenizer, [text], special=False, as_target=True, marks_are_text=True)[0]
+
+
+def _special_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    added = tokenizer.added_tokens_decoder.values()
+    named = {str(mark) for mark in tokenizer.all_special_tokens}
+    return tuple(sorted(named | {token.content for token in added if token.special}))

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import types
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from softprompt.data import Example, data_fingerprint, read_examples
+from softprompt.errors import DataError
+
+
+def refused(match, source, **options):
+    with pytest.raises(DataError, match=match) as caught:
+        read_examples(source, **options)
+    assert "\n" not in str(caught.value)
+
+
+class TestPairs:
+    def test_input_and_output(self):
+        rows = [{"input": "late", "output": "complaint", "id": 7}]
+        assert read_examples(rows) == [Example({"input": "late", "id": "7"}, "complaint")]
+
+    def test_text_and_labels_with_the_alias_input(self):
+        rows = [{"text": "late", "labels": ["complaint", "delivery"]}]
+        expected = Example({"text": "late", "input": "late"}, "complaint,delivery")
+        assert read_examples(rows) == [expected]
+
+    def test_named_columns_may_have_spaces(self):
+        rows = [{"Tweet text": "late", "Label": "complaint", "ID": 0}]
+        examples = read_examples(rows, input_field="Tweet text", output_field="Label")
+        assert examples == [
+            Example({"Tweet text": "late", "ID": "0", "input": "late"}, "complaint")
+        ]
+
+    def test_input_and_output_win_when_nothing_is_named(self):
+        rows = [{"text": "a", "labels": "b", "input": "c", "output": "d"}]
+        assert read_examples(rows) == [Example({"text": "a", "labels": "b", "input": "c"}, "d")]
+
+    def test_one_name_is_enough_when_the_other_is_clear(self):
+        rows = [{"text": "late", "category": 3}]
+        assert read_examples(rows, output_field="category")[0].target == "3"
+        rows = [{"sentence": "late", "labels": "no"}]
+        assert read_examples(rows, input_field="sentence")[0].fields["input"] == "late"
+
+    @pytest.mark.parametrize(
+        ("row", "names"),
+        [
+            ({"input": "a", "labels": "b"}, "input, labels"),
+            ({"text": "a", "output": "b"}, "text, output"),
+            ({"input": "x", "text": "a", "labels": "b"}, "input, text, labels"),
+            ({}, "no fields"),
+        ],
+    )
+    def test_an_open_choice_is_refused_with_the_columns(self, row, names):
+        refused(f"row 1: .*got {names}.*input_field and output_field", [row])
+
+    def test_two_candidates_are_refused(self):
+        row = {"input": "x", "text": "a", "labels": "b", "output": "c", "sentence": "s", "y": "z"}
+        refused("both input and text could be the input", [row], output_field="y")
+        del row["input"]
+        refused("both output and labels could be the target", [row], input_field="sentence")
+
+    def test_an_alias_over_another_column_is_refused(self):
+        row = {"instruction": "a", "input": "b", "output": "c"}
+        refused("clashes with the column 'input'", [row], input_field="instruction")
+
+    def test_input_as_target_is_refused(self):
+        row = {"input": "a", "output": "c"}
+        refused("cannot be input and target", [row], input_field="input", output_field="input")
+
+    @pytest.mark.parametrize("option", ["input_field", "output_field"])
+    def test_a_missing_named_field_names_the_nearest(self, option):
+        rows = [{"text": "a", "category": "b"}]
+        wrong = {"input_field": "txt", "output_field": "categry"}[option]
+        right = {"input_field": "text", "output_field": "category"} | {option: wrong}
+        hint = {"input_field": "text", "output_field": "category"}[option]
+        refused(f"row 1: .*{wrong!r} .*got text, category .did you mean {hint!r}", rows, **right)
+
+    def test_a_misspelt_pair_names_the_nearest(self):
+        refused("did you mean 'label'", [{"text": "a", "label": "b"}])
+
+
+class TestValues:
+    @pytest.mark.parametrize(
+        ("value", "text"),
+        [
+            (3, "3"),
+            (2.5, "2.5"),
+            (True, "true"),
+            ("", ""),
+            (np.int64(3), "3"),
+            (np.float32(0.5), "0.5"),
+        ],
+    )
+    def test_scalars_become_text(self, value, text):
+        assert read_examples([{"input": value, "output": "x"}])[0].fields["input"] == text
+
+    def test_integer_targets_become_text(self):
+        assert read_examples([{"input": "a", "output": 0}])[0].target == "0"
+
+    @pytest.mark.parametrize("value", [["a"], {"a": 1}, b"a", np.array([1, 2])])
+    def test_other_values_are_refused(self, value):
+        kind = type(value).__name__
+        refused(f"row 1: .*field 'input'.*{kind}", [{"input": value, "output": "x"}])
+
+    def test_only_a_labels_column_may_hold_a_list(self):
+        refused("row 1: .*'output'.*list", [{"input": "a", "output": ["x"]}])
+        refused("row 1: .*'labels'.*dict", [{"text": "a", "labels": [{}]}])
+
+    @pytest.mark.parametrize("value", [None, "", "  ", float("nan")])
+    def test_a_target_without_text_is_refused_when_needed(self, value):
+        rows = [{"input": "a", "output": "x"}, {"input": "a", "output": value}]
+        refused("row 2: expected a value in the field 'output', got", rows)
+        assert read_examples(rows, require_target=False)[1].target is None
+
+    def test_an_empty_list_of_labels_is_no_target(self):
+        refused("row 1: .*'labels'", [{"text": "a", "labels": []}])
+
+    def test_a_null_input_is_refused(self):
+        refused("row 1: .*'input', got None", [{"input": None, "output": "x"}])
+
+    def test_a_null_elsewhere_leaves_the_field_out(self):
+        rows = [{"input": "a", "note": None, "output": "x"}]
+        assert read_examples(rows)[0].fields == {"input": "a"}
+
+    def test_a_later_record_without_the_field_is_refused(self):
+        rows = [{"input": "a", "output": "x"}, {"inputs": "a", "output": "x"}]
+        refused("row 2: expected the field 'input', got inputs, output .did you mean", rows)
+
+
+class TestWithoutTarget:
+    def test_a_target_is_optional(self):
+        assert read_examples([{"input": "a"}], require_target=False) == [
+            Example({"input": "a"}, None)
+        ]
+
+    def test_a_target_that_is_there_is_no_field(self):
+        rows = [{"text": "a", "labels": "x"}]
+        assert read_examples(rows, require_target=False) == [
+            Example({"text": "a", "input": "a"}, "x")
+        ]
+
+    def test_a_named_target_may_be_absent(self):
+        rows = [{"input": "a"}]
+        examples = read_examples(rows, output_field="Label", require_target=False)
+        assert examples == [Example({"input": "a"}, None)]
+
+    def test_an_input_is_still_needed(self):
+        refused(
+            "no field input or text among txt .did you mean", [{"txt": "a"}], require_target=False
+        )
+
+
+class TestMemory:
+    def test_iterators_and_tuples(self):
+        rows = ({"input": str(n), "output": "x"} for n in range(3))
+        assert [e.fields["input"] for e in read_examples(rows)] == ["0", "1", "2"]
+
+    def test_no_rows(self):
+        refused("expected at least one row, got none", [])
+
+    def test_a_row_that_is_no_record(self):
+        refused("row 2: .*the text 'late'", [{"input": "a", "output": "x"}, "late"])
+        refused("row 1: .*type int", [1])
+
+    def test_column_names_that_are_no_text(self):
+        refused("row 1: .*column names as text, got 0", [{0: "a", 1: "b"}])
+
+    def test_one_record_instead_of_rows(self):
+        refused("got one dict; put it into a list", {"input": "a", "output": "x"})
+
+    def test_something_else(self):
+        refused("a list of records or a Dataset, got int", 3)
+
+    def test_any_mapping_is_a_record(self):
+        row = types.MappingProxyType({"input": "a", "output": "x"})
+        assert read_examples([row])[0].target == "x"
+
+    def test_dataset_and_dataset_dict(self):
+        datasets = pytest.importorskip("datasets")
+        dataset = datasets.Dataset.from_list(
+            [{"text": "a", "labels": 1}, {"text": "b", "labels": 0}]
+        )
+        assert [e.target for e in read_examples(dataset)] == ["1", "0"]
+        refused("one DatasetDict; pass one split of train", datasets.DatasetDict(train=dataset))
+        assert data_fingerprint(dataset)["rows"] == 2
+
+
+class TestFingerprint:
+    def test_of_a_file(self, tmp_path):
+        path = tmp_path / "train.jsonl"
+        path.write_text('{"input": "a", "output": "x"}\n\n{"input": "b", "output": "y"}\n')
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert data_fingerprint(path) == {"path": "train.jsonl", "sha256": digest, "rows": 2}
+
+    def test_of_rows_depends_on_their_content_and_order(self):
+        rows = [{"input": "a", "output": 1}, {"input": "b", "output": None}]
+        first = data_fingerprint(rows)
+        assert first["path"] == "rows in memory"
+        assert first["rows"] == 2
+        assert first == data_fingerprint([dict(reversed(row.items())) for row in rows])
+        assert first != data_fingerprint(rows[::-1])
+        assert json.dumps(first)
+
+    def test_an_iterator_is_refused(self):
+        with pytest.raises(DataError, match="pass a list"):
+            data_fingerprint(iter([{"input": "a"}]))
+
+
+@given(
+    st.lists(
+        st.dictionaries(st.text(), st.none() | st.text() | st.integers() | st.lists(st.text()))
+    )
+)
+def test_rows_are_read_or_refused_in_one_line(rows):
+    try:
+        assert len(read_examples(rows)) == len(rows)
+    except DataError as error:
+        assert str(error)

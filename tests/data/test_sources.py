@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import builtins
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from softprompt.data import Example, read_examples
+from softprompt.data.sources import SUFFIXES, read_records
+from softprompt.errors import DataError
+
+ROWS = [
+    {"input": 'the "quoted", parcel', "output": "complaint"},
+    {"input": "naïve ☕", "output": "no complaint"},
+]
+EXAMPLES = [Example({"input": row["input"]}, row["output"]) for row in ROWS]
+
+
+def refused(path, match):
+    with pytest.raises(DataError, match=match) as caught:
+        read_examples(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(name, content):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+def as_bytes(suffix):
+    if suffix == ".jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+    if suffix == ".json":
+        return json.dumps(ROWS, indent=1, ensure_ascii=False).encode()
+    if suffix == ".csv":
+        return 'input,output\n"the ""quoted"", parcel",complaint\nnaïve ☕,no complaint\n'.encode()
+    if suffix == ".tsv":
+        return 'input\toutput\nthe "quoted", parcel\tcomplaint\nnaïve ☕\tno complaint\n'.encode()
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import feather, ipc, parquet
+
+    table, sink = pyarrow.Table.from_pylist(ROWS), pyarrow.BufferOutputStream()
+    if suffix == ".parquet":
+        parquet.write_table(table, sink)
+    elif suffix == ".feather":
+        feather.write_feather(table, sink)
+    else:
+        with ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+class TestEveryFormat:
+    @pytest.mark.parametrize("suffix", SUFFIXES)
+    def test_reads_the_same_examples(self, written, suffix):
+        path = written(f"train{suffix}", as_bytes(suffix))
+        assert read_examples(path) == EXAMPLES
+        assert read_examples(str(path)) == EXAMPLES
+        assert read_examples(written(f"upper{suffix.upper()}", as_bytes(suffix))) == EXAMPLES
+
+    @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv"])
+    def test_byte_order_mark_and_windows_line_ends(self, written, suffix):
+        content = b"\xef\xbb\xbf" + as_bytes(suffix).replace(b"\n", b"\r\n")
+        assert read_examples(written(f"train{suffix}", content)) == EXAMPLES
+
+    @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv"])
+    def test_bytes_that_are_not_utf8(self, written, suffix):
+        content = as_bytes(suffix)
+        row = content.index("ï".encode())
+        line = content.count(b"\n", 0, row) + 1
+        path = written(f"train{suffix}", content.replace("ï".encode(), b"\xef"))
+        refused(path, rf"train{suffix}, line {line}: not UTF-8 \(byte 0xef\)")
+
+    @pytest.mark.parametrize("suffix", SUFFIXES)
+    def test_an_empty_file(self, written, suffix):
+        refused(written(f"train{suffix}", b""), "the file is empty")
+
+    @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv"])
+    def test_a_blank_file(self, written, suffix):
+        refused(written(f"train{suffix}", b" \n\n"), "the file is empty")
+
+    @pytest.mark.parametrize("suffix", SUFFIXES)
+    def test_a_truncated_file_never_gives_a_raw_error(self, written, suffix):
+        content = as_bytes(suffix)
+        for end in range(0, len(content), 7):
+            try:
+                read_examples(written(f"train{suffix}", content[:end]))
+            except DataError as error:
+                assert "\n" not in str(error)
+
+
+class TestPaths:
+    def test_missing(self, tmp_path, written):
+        written("train.jsonl", "{}")
+        refused(tmp_path / "trian.jsonl", "no such data file .did you mean 'train.jsonl'")
+        refused(tmp_path / "nowhere" / "train.jsonl", "no such data file$")
+
+    def test_directory(self, tmp_path):
+        refused(tmp_path, "got a directory")
+
+    def test_unknown_suffix(self, written):
+        known = ", ".join(SUFFIXES)
+        refused(
+            written("train.jsnl", "x"), f"expected one of the suffixes {known}, got '.jsnl'.*jsonl"
+        )
+        refused(written("train", "x"), "got 'none'")
+
+
+class TestJsonLines:
+    def test_a_malformed_line_has_its_number(self, written):
+        text = '{"input": "a", "output": "b"}\n\n{"input": "a" "output": "b"}\n'
+        refused(
+            written("t.jsonl", text), r"t.jsonl, line 3: not valid JSON \(Expecting ',' .*column 15"
+        )
+
+    @pytest.mark.parametrize(
+        ("line", "kind"), [("[1]", "list"), ('"late"', "text 'late'"), ("null", "None")]
+    )
+    def test_a_line_that_is_no_object(self, written, line, kind):
+        refused(written("t.jsonl", f'{{"input": "a", "output": "b"}}\n{line}'), f"line 2: .*{kind}")
+
+    def test_a_repeated_field(self, written):
+        refused(
+            written("t.jsonl", '{"input": "a", "input": "b"}'), "line 1: .*'input' occurs twice"
+        )
+
+    def test_a_missing_field_has_its_line(self, written):
+        text = '{"input": "a", "output": "b"}\n{"input": "a", "ouput": "b"}\n'
+        refused(written("t.jsonl", text), "t.jsonl, line 2: .*'output', got input, ouput .did you")
+
+    def test_nesting_beyond_measure(self, written):
+        refused(written("t.jsonl", "[" * 200_000), "line 1: .*nested too deeply|line 1: not valid")
+
+    def test_unicode_line_separators_stay_inside_a_value(self, written):
+        row = {"input": "a\u2028b\u0085c", "output": "x"}
+        path = written("t.jsonl", json.dumps(row, ensure_ascii=False))
+        assert read_examples(path)[0].fields["input"] == row["input"]
+
+
+class TestJsonList:
+    def test_records_have_the_line_where_they_begin(self, written):
+        text = '[\n {"input": "a",\n "output": "b"},\n\n 3]'
+        refused(written("t.json", text), "t.json, line 5: .*type int")
+        refused(
+            written("t.json", '[\n{"input": "a", "output": "b"},\n{"x": "y"}]'), "line 3: .*got x"
+        )
+
+    @pytest.mark.parametrize(
+        ("text", "match"),
+        [
+            ('{"a": "b"}', "line 1: expected a JSON list.*jsonl, got '{"),
+            ('[\n{"a": }]', "line 2: not valid JSON"),
+            ('[{"a": 1}\n{"a": 2}]', "line 2: expected ',' or ']'"),
+            ('[{"a": 1},\n]', "line 2: not valid JSON"),
+            ('[{"a": 1}', "line 1: expected ',' or ']'"),
+            ('[{"input": 1, "output": 1}]\n\nmore', "line 3: expected the end.*'more'"),
+            ("[]", "at least one row, got none"),
+            ('[{"a": 1, "a": 2}]', "'a' occurs twice"),
+        ],
+    )
+    def test_refused(self, written, text, match):
+        path = written("t.json", text)
+        with pytest.raises(DataError, match=match):
+            list(read_records(path))
+
+    @settings(suppress_health_check=list(HealthCheck))
+    @given(
+        rows=st.lists(st.dictionaries(st.text(), st.text() | st.integers()), min_size=1),
+        indent=st.sampled_from([None, 2]),
+    )
+    def test_agrees_with_the_json_module(self, written, rows, indent):
+        path = written("t.json", json.dumps(rows, indent=indent))
+        assert [located.record for located in read_records(path)] == rows
+
+
+class TestTables:
+    def test_csv_values_may_hold_line_ends(self, written):
+        text = 'input,output\n"a\nb",x\n\n"c"\n'
+        refused(
+            written("t.csv", text), r"t.csv, line 5: expected 2 fields \(input, output\), got 1"
+        )
+        assert read_examples(written("t.csv", text[:-4]))[0].fields["input"] == "a\nb"
+
+    @pytest.mark.parametrize("row", ['"a"b,x', '"a,x\n'])
+    def test_csv_quotes_that_do_not_close(self, written, row):
+        refused(written("t.csv", f"input,output\na,x\n{row}"), "line 3: not valid CSV")
+
+    def test_tsv_quotes_are_ordinary(self, written):
+        path = written("t.tsv", 'input\toutput\n"a\tx\nit \'s "b"\ty\n')
+        assert [e.fields["input"] for e in read_examples(path)] == ['"a', 'it \'s "b"']
+
+    @pytest.mark.parametrize(("suffix", "tab"), [(".csv", ","), (".tsv", "\t")])
+    def test_rows_and_headers(self, written, suffix, tab):
+        def text(*rows):
+            return "\n".join(tab.join(row) for row in rows)
+
+        head = ("input", "output")
+        name = f"t{suffix}"
+        refused(written(name, text(head, ("a", "b", "c"))), "line 2: expected 2 fields .*, got 3")
+        refused(written(name, text(head)), "at least one row, got none")
+        refused(written(name, text(("input", "input"), ("a", "b"))), "names 'input' twice")
+        refused(
+            written(name, text(("input", ""), ("a", "b"))), "column 2 of the header has no name"
+        )
+        refused(
+            written(name, text(head, ("a", ""))), "line 2: expected a value in .*'output', got ''"
+        )
+
+
+class TestColumnFiles:
+    @pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".feather"])
+    def test_a_damaged_file(self, written, suffix):
+        pytest.importorskip("pyarrow")
+        refused(written(f"t{suffix}", b"ARROW1 and nothing more"), "not a readable")
+        refused(written(f"t{suffix}", b"nothing at all"), "not a readable")
+
+    @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+    def test_without_pyarrow_the_extra_is_named(self, written, suffix, monkeypatch):
+        path, real = written(f"t{suffix}", b"x"), builtins.__import__
+
+        def without_pyarrow(name, *args, **kwargs):
+            if name.split(".")[0] == "pyarrow":
+                raise ImportError(name)
+            return real(name, *args, **kwargs)
+
+        monkeypatch.setattr(builtins, "__import__", without_pyarrow)
+        refused(path, r'pip install "softprompt\[data\]"')
+
+    def test_nulls_and_numbers(self, tmp_path):
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        rows = [{"input": "a", "output": 1}, {"input": "b", "output": None}]
+        parquet.write_table(pyarrow.Table.from_pylist(rows[:1]), tmp_path / "good.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "null.parquet")
+        assert read_examples(tmp_path / "good.parquet")[0].target == "1"
+        refused(tmp_path / "null.parquet", "null.parquet, row 2: .*'output', got None")

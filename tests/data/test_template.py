@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from softprompt.data import Example, Verbalizer
+from softprompt.errors import TemplateError
+
+NAMES = st.text(alphabet="abAB_09", min_size=1, max_size=6)
+
+
+def test_renders_fields_between_literals():
+    verbalizer = Verbalizer("{{title}}: {{input}} Label:")
+    assert verbalizer.fields == ("title", "input")
+    assert verbalizer.literals == (": ", " Label:")
+    assert verbalizer.tail == " Label:"
+    assert verbalizer.render({"title": "t", "input": "i", "other": "o"}) == "t: i Label:"
+
+
+def test_a_value_with_a_placeholder_is_inserted_verbatim():
+    assert Verbalizer("{{a}} {{b}}").render({"a": "{{b}}", "b": "{{a}}"}) == "{{b}} {{a}}"
+
+
+def test_a_repeated_field_is_rendered_each_time():
+    verbalizer = Verbalizer("{{a}}{{a}}")
+    assert verbalizer.fields == ("a",)
+    assert verbalizer.render({"a": "x"}) == "xx"
+    assert verbalizer.tail == ""
+
+
+def test_braces_that_are_no_placeholder_are_literal():
+    assert Verbalizer("{ {{a}} {{ b }} {{c-d}}").render({"a": "x"}) == "{ x {{ b }} {{c-d}}"
+    assert Verbalizer("{{{a}}}").render({"a": "x"}) == "{x}"
+
+
+@pytest.mark.parametrize("template", ["", "Text:", "{{}}", "{{a b}}", "{{a-b}}"])
+def test_no_placeholder_is_refused(template):
+    with pytest.raises(TemplateError, match=r"at least one placeholder such as {{input}}"):
+        Verbalizer(template)
+
+
+@pytest.mark.parametrize("template", ["{{ input }}", "{input}", "{{input }}", "{{input}"])
+def test_a_near_miss_is_named(template):
+    with pytest.raises(TemplateError, match=r"write {{input}}, two braces and no spaces"):
+        Verbalizer(template)
+
+
+@given(st.lists(st.tuples(st.booleans(), NAMES), min_size=1), st.data())
+def test_rendering_agrees_with_joining_the_pieces(pieces, data):
+    pieces.append((True, "input"))
+    values = {name: data.draw(st.text(max_size=8)) for is_field, name in pieces if is_field}
+    template = "".join(f"{{{{{name}}}}}" if is_field else name for is_field, name in pieces)
+    expected = "".join(values[name] if is_field else name for is_field, name in pieces)
+    verbalizer = Verbalizer(template)
+    assert verbalizer.render(values) == expected
+    rebuilt = [f"{{{{{s.text}}}}}" if s.is_field else s.text for s in verbalizer.segments]
+    assert "".join(rebuilt) == template
+
+
+class TestCheck:
+    examples = (Example({"input": "a", "title": "b"}, "x"), Example({"input": "c"}, "y"))
+
+    def test_fits(self):
+        Verbalizer("{{input}}").check(self.examples, "output")
+        Verbalizer("{{anything}}").check([])
+
+    def test_unknown_field(self):
+        with pytest.raises(
+            TemplateError, match=r"row 1: .*'inptu'; known: input, title .did you mean 'input'"
+        ):
+            Verbalizer("{{inptu}}").check(self.examples, "output")
+
+    def test_a_field_that_one_row_lacks(self):
+        with pytest.raises(TemplateError, match=r"row 2: .*'title'; known: input"):
+            Verbalizer("{{input}} {{title}}").check(self.examples, "output")
+
+    @pytest.mark.parametrize(
+        ("name", "given"), [("Label", "Label"), ("output", None), ("labels", None)]
+    )
+    def test_target_field(self, name, given):
+        with pytest.raises(TemplateError, match=f"names the target field '{name}'.*input, title"):
+            Verbalizer(f"{{{{input}}}} {{{{{name}}}}}").check(self.examples, given)
+
+    def test_an_ordinary_column_called_labels(self):
+        examples = [Example({"input": "a", "labels": "b"}, "x")]
+        Verbalizer("{{input}} {{labels}}").check(examples)
