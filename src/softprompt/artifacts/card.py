@@ -1,0 +1,177 @@
+"""The model card (``README.md`` in a prompt folder): what it is, its use, how good it is."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from softprompt.artifacts.manifest import Manifest
+
+# The hub rejects a card whose base_model is a path, so only ids go into the front matter.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_BUNDLED = "demo"
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+_GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+_FOLDER = "path/to/this/folder"
+_OWN_TAG = "- softprompt"
+_PLACEHOLDER = re.compile(r"\{\{([_a-zA-Z0-9]+)\}\}")
+
+
+def model_card(config: Mapping[str, Any], manifest: Manifest | None) -> str:
+    """Return the card as Markdown with YAML front matter; it claims no licence.
+
+    Args:
+        config: the content of ``adapter_config.json``.
+        manifest: adds template, metrics, data and settings; None for a prompt without them.
+    """
+    base = _base_name(config, manifest)
+    sections = [_front_matter(base), _title(config, base)]
+    if manifest is not None:
+        sections += [_with_softprompt(config, manifest), _with_peft(config, base, manifest)]
+        sections += [_format(manifest), _table("Results", _flat(manifest.metrics))]
+        sections += [_table("Data", _flat(manifest.data))]
+        sections += [_table("Training settings", _flat(manifest.settings))]
+        sections += [_table("Versions", {**manifest.versions, "created": manifest.created})]
+    else:
+        sections.append(_with_peft(config, base, None))
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def is_own_card(text: str) -> bool:
+    """Tell whether a README is a card that ``model_card`` wrote, and so may be replaced."""
+    front = text.split("\n---\n", maxsplit=1)[0]
+    return front.startswith("---\nlibrary_name: peft\n") and _OWN_TAG in front.splitlines()
+
+
+def _task_type(config: Mapping[str, Any]) -> str:
+    value = config.get("task_type")
+    return str(getattr(value, "value", value) or "")
+
+
+def _base_name(config: Mapping[str, Any], manifest: Manifest | None) -> str:
+    if manifest is not None:
+        return manifest.base_model
+    return str(config.get("base_model_name_or_path") or "")
+
+
+def _front_matter(base: str) -> str:
+    lines = ["---", "library_name: peft"]
+    if _HUB_ID.fullmatch(base):
+        lines.append(f"base_model: {json.dumps(base)}")
+    return "\n".join([*lines, "tags:", _OWN_TAG, "- prompt-tuning", "---"])
+
+
+def _title(config: Mapping[str, Any], base: str) -> str:
+    tokens = config.get("num_virtual_tokens")
+    kind = _task_type(config) or "no task type"
+    return (
+        f"# Soft prompt for {f'`{base}`' if base else 'a frozen model'}\n\n"
+        f"{tokens} trained vectors (virtual tokens, {kind}) that go in front of the input of "
+        f"{'`' + base + '`' if base else 'the frozen base model'}, whose weights stay unchanged."
+    )
+
+
+def _with_softprompt(config: Mapping[str, Any], manifest: Manifest) -> str:
+    kind = _task_type(config)
+    if kind in _GENERATING:
+        argument = _example_argument(manifest.template)
+        lines = ["import softprompt", "", f'prompt = softprompt.load("{_FOLDER}")']
+        lines += [f"print(prompt({argument}))"]
+    else:
+        # PEFT has a class of its own for features, transformers calls that plain AutoModel.
+        auto = _AUTO_CLASSES.get(kind, "AutoModel")
+        special = "ForFeatureExtraction" if kind == "FEATURE_EXTRACTION" else ""
+        name = f"AutoPeft{auto.removeprefix('Auto')}{special}"
+        lines = [
+            f"from softprompt import {name}",
+            "",
+            f'model = {name}.from_pretrained("{_FOLDER}")',
+        ]
+    return _code("Use it with softprompt", *lines)
+
+
+def _example_argument(template: str) -> str:
+    fields = dict.fromkeys(_PLACEHOLDER.findall(template))
+    if len(fields) <= 1:
+        return '"your text"'
+    return "{" + ", ".join(f'"{name}": "…"' for name in fields) + "}"
+
+
+def _with_peft(config: Mapping[str, Any], base: str, manifest: Manifest | None) -> str:
+    kind = _task_type(config)
+    auto = _AUTO_CLASSES.get(kind, "AutoModel")
+    lines = ["from peft import PeftModel"]
+    if base == _BUNDLED:
+        lines += ["from softprompt.backbone.load import load_base", ""]
+        lines += [f'loaded = load_base("{_BUNDLED}")  # the model inside the softprompt package']
+        lines += ["base, tokenizer = loaded.model, loaded.tokenizer"]
+    else:
+        name = json.dumps(base or "path/to/the/base/model")
+        lines += [f"from transformers import {auto}, AutoTokenizer", ""]
+        lines += [f"base = {auto}.from_pretrained({name})"]
+        lines += [f"tokenizer = AutoTokenizer.from_pretrained({name})"]
+    lines += [f'model = PeftModel.from_pretrained(base, "{_FOLDER}").eval()']
+    text = _PLACEHOLDER.sub("your text", manifest.template) if manifest else "your text"
+    lines += [f'inputs = tokenizer({json.dumps(text, ensure_ascii=False)}, return_tensors="pt")']
+    if kind in _GENERATING:
+        # Spelt out: tokenizers that also return token_type_ids make generate refuse **inputs.
+        lines += ["tokens = model.generate("]
+        lines += ['    input_ids=inputs["input_ids"],']
+        lines += ['    attention_mask=inputs["attention_mask"],']
+        lines += ["    max_new_tokens=20,", ")"]
+        lines += ["print(tokenizer.decode(tokens[0], skip_special_tokens=True))"]
+    else:
+        lines += ["print(model(**inputs))"]
+    return _code("Use it with PEFT", *lines)
+
+
+def _format(manifest: Manifest) -> str:
+    lines = ["## Input and output", "", "The input is rendered with this template:", ""]
+    lines += [_fenced(manifest.template, ""), "", f"Task: {manifest.task}."]
+    if manifest.labels:
+        lines[-1] += f" Labels: {', '.join(f'`{label}`' for label in manifest.labels)}."
+    lines[-1] += (
+        f" At most {manifest.max_source_length} tokens of input and "
+        f"{manifest.max_target_length} of output."
+    )
+    return "\n".join(lines)
+
+
+def _table(title: str, values: Mapping[str, Any]) -> str:
+    if not values:
+        return ""
+    rows = [f"| {_cell(name)} | {_cell(value)} |" for name, value in values.items()]
+    return "\n".join([f"## {title}", "", "| name | value |", "|---|---|", *rows])
+
+
+def _cell(value: Any) -> str:
+    shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return " ".join(shown.split()).replace("|", "\\|")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + str(name)] = value
+    return flat
+
+
+def _code(title: str, *lines: str) -> str:
+    return f"## {title}\n\n" + _fenced("\n".join(lines), "python")
+
+
+def _fenced(text: str, language: str) -> str:
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"

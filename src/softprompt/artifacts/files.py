@@ -1,0 +1,142 @@
+"""Writing that a crash cannot leave half done: one file, or the files of one folder together.
+
+Everything is first written and fsynced under a temporary name on the same file system, then
+renamed. A new folder appears in one rename. In an existing folder each file is replaced by one
+rename, and when one of them fails, those already replaced are put back.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from softprompt.errors import OutputExistsError
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Replace the file at ``path`` by ``data`` (text as UTF-8), or leave it exactly as it was.
+
+    Raises:
+        OSError: the file system refused.
+    """
+    temporary = _temporary_beside(path)
+    try:
+        _write_synced(temporary, data.encode() if isinstance(data, str) else data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_directory(path.parent)
+
+
+def require_empty(directory: Path) -> None:
+    """Check that ``directory`` may be written to: it is absent, or an empty folder.
+
+    Raises:
+        OutputExistsError: it is a file, or holds something.
+    """
+    if directory.is_dir():
+        found = sorted(entry.name for entry in directory.iterdir())
+        if found:
+            raise OutputExistsError(
+                f"expected a new or empty output directory, {directory} holds {len(found)} "
+                f"entries ({', '.join(found[:3])}{', …' if len(found) > 3 else ''}): choose "
+                "another one, or pass --overwrite (overwrite=True in Python)"
+            )
+    else:
+        require_no_file(directory)
+
+
+def require_no_file(directory: Path) -> None:
+    """Check that no ordinary file stands where a folder is to be written, overwriting or not.
+
+    Raises:
+        OutputExistsError: there is one.
+    """
+    if os.path.lexists(directory) and not directory.is_dir():
+        raise OutputExistsError(
+            f"expected an output directory, {directory} is a file: choose another path"
+        )
+
+
+def write_folder(directory: Path, files: Mapping[str, bytes], stale: Iterable[str] = ()) -> None:
+    """Write all of ``files`` (name to bytes) into ``directory``, or change nothing.
+
+    Args:
+        directory: made when it is absent; other files in it stay.
+        files: replaced in this order.
+        stale: names to remove, because they would contradict the new files.
+
+    Raises:
+        OSError: the file system refused; what was there before is whole.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    if directory.is_dir():
+        _replace_files(directory, files, [name for name in stale if name not in files])
+        return
+    temporary = _temporary_beside(directory)
+    try:
+        temporary.mkdir()
+        for name, data in files.items():
+            _write_synced(temporary / name, data)
+        _sync_directory(temporary)
+        os.replace(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _sync_directory(directory.parent)
+
+
+def _replace_files(directory: Path, files: Mapping[str, bytes], stale: Iterable[str]) -> None:
+    staged = {name: _temporary_beside(directory / name) for name in files}
+    kept: dict[str, Path] = {}
+    touched: list[str] = []
+    try:
+        for name, data in files.items():
+            _write_synced(staged[name], data)
+        for name in [*files, *stale]:
+            if os.path.lexists(directory / name):
+                backup = _temporary_beside(directory / name)
+                kept[name] = backup
+                shutil.copy2(directory / name, backup, follow_symlinks=False)
+        for name, temporary in staged.items():
+            os.replace(temporary, directory / name)
+            touched.append(name)
+        for name in stale:
+            (directory / name).unlink(missing_ok=True)
+            touched.append(name)
+    except BaseException:
+        # BaseException: Ctrl-C between two renames must not leave a mixed folder either.
+        for name in touched:
+            if name in kept:
+                os.replace(kept[name], directory / name)
+            else:
+                (directory / name).unlink(missing_ok=True)
+        raise
+    finally:
+        for leftover in [*staged.values(), *kept.values()]:
+            leftover.unlink(missing_ok=True)
+    _sync_directory(directory)
+
+
+def _temporary_beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("xb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_directory(directory: Path) -> None:
+    # Windows cannot open a folder; a rename there is durable without it.
+    if os.name == "nt":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

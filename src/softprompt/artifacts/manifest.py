@@ -1,0 +1,152 @@
+"""``softprompt.json``: what a prompt needs to be used again and PEFT's files have no place for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any, Literal
+
+from softprompt.errors import ArtifactError, nearest
+
+FORMAT_VERSION = 1
+_OPTIONAL = frozenset({"weights_sha256"})
+_RECORDED_PACKAGES = ("softprompt", "torch", "transformers", "safetensors")
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a result depends on."""
+    versions = {"python": platform.python_version()}
+    for package in _RECORDED_PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """The content of ``softprompt.json``; each field is described in ``docs/formats.md``.
+
+    ``history`` holds one point per epoch: ``{"epoch", "update", "loss", "learning_rate",
+    "validation": {...}}``. ``weights_sha256`` is filled in when the folder is written.
+    """
+
+    format_version: int = FORMAT_VERSION
+    template: str
+    task: Literal["classification", "generation"]
+    labels: tuple[str, ...] | None
+    base_model: str
+    base_fingerprint: dict[str, Any]
+    max_source_length: int
+    max_target_length: int
+    dtype: str
+    seq2seq: bool
+    metrics: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=installed_versions)
+    created: str = field(default_factory=_now)
+    weights_sha256: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; a number that is not finite becomes ``None``."""
+        pairs = ((item.name, getattr(self, item.name)) for item in dataclasses.fields(self))
+        return {name: _plain(value, name) for name, value in pairs}
+
+    def to_json(self) -> str:
+        """Return the text of ``softprompt.json``."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Manifest:
+        """Rebuild a manifest from ``to_dict``'s values.
+
+        Raises:
+            ArtifactError: a newer format, an unknown or missing key, or a value of a wrong type.
+        """
+        _check_version(values)
+        hints = typing.get_type_hints(cls)
+        for name in values:
+            if name not in hints:
+                raise ArtifactError(
+                    f"unknown key {name!r} in softprompt.json{nearest(name, hints)}: "
+                    "remove it, or read the folder with the softprompt that wrote it"
+                )
+        missing = [name for name in hints if name not in values and name not in _OPTIONAL]
+        if missing:
+            raise ArtifactError(
+                f"softprompt.json lacks {', '.join(missing)}: restore it from the original, or "
+                "delete it to load the prompt as a plain PEFT folder"
+            )
+        return cls(**{name: _checked(name, value, hints[name]) for name, value in values.items()})
+
+
+def _check_version(values: Mapping[str, Any]) -> None:
+    version = values.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise ArtifactError(
+            f"softprompt.json has format_version {version}, this softprompt reads up to "
+            f"{FORMAT_VERSION}: upgrade with `pip install -U softprompt`"
+        )
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise ArtifactError(
+            f"expected format_version {FORMAT_VERSION} in softprompt.json, came {version!r}: "
+            "restore the file, or delete it to load the prompt as a plain PEFT folder"
+        )
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    if _fits(value, hint):
+        return tuple(value) if name == "labels" and value is not None else value
+    expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    raise ArtifactError(
+        f"expected {name} in softprompt.json to be {expected}, came {type(value).__name__} "
+        f"{str(value)[:40]!r}: restore the file from the original"
+    )
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, option) for option in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)
+
+
+def _plain(value: Any, where: str) -> Any:
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, str):
+        # str(): members of a string enum are written as their value.
+        return str.__str__(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    raise ArtifactError(
+        f"expected plain JSON values in softprompt.json, {where} is a {type(value).__name__}: "
+        "convert it to a number, text, list or dict first"
+    )
