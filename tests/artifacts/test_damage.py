@@ -203,25 +203,27 @@ def test_files_may_be_links_as_in_the_hub_cache(tmp_path, written):
     assert load_adapter(tmp_path / "snapshot").prompt.shape == (3, 8)
 
 
-def test_a_hub_id_is_not_downloaded_unasked(tmp_path, monkeypatch):
+def test_an_unknown_hub_id_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("ALLOW_DOWNLOADS", raising=False)
-    refused("some-org/some-prompt is neither: set ALLOW_DOWNLOADS=true", "some-org/some-prompt")
+
+    def snapshot(repository, **options):
+        raise OSError("no connection")
+
+    monkeypatch.setattr("softprompt.artifacts.location.snapshot_download", snapshot)
+    refused(r"some-org/some-prompt is neither \(no connection\)", "some-org/some-prompt")
 
 
-def test_a_hub_id_is_fetched_when_allowed(written, monkeypatch):
+def test_a_hub_id_is_fetched(written, monkeypatch):
     asked = {}
 
     def snapshot(repository, **options):
         asked.update(options, repository=repository)
         return str(written.parent)
 
-    monkeypatch.setenv("ALLOW_DOWNLOADS", "true")
     monkeypatch.setattr("softprompt.artifacts.location.snapshot_download", snapshot)
     stored = load_adapter("some-org/some-prompt", subfolder="prompt", revision="v2")
     assert stored.location == str(written)
     assert (asked["repository"], asked["revision"]) == ("some-org/some-prompt", "v2")
-    assert not asked["local_files_only"]
     assert "prompt/adapter_config.json" in asked["allow_patterns"]
 
 

@@ -12,7 +12,6 @@ from softprompt.artifacts.layout import (
     PICKLED_WEIGHTS_NAME,
     WEIGHTS_NAME,
 )
-from softprompt.backbone.load import downloads_allowed
 from softprompt.errors import ArtifactError
 from softprompt.prompts.configs import CONFIG_NAME
 
@@ -22,8 +21,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def locate(source: str | Path, subfolder: str | None, revision: str | None) -> Path:
     """Return the folder that holds the adapter's files, fetched first when ``source`` is a hub id.
 
-    A path that exists wins over a hub id. The hub itself is asked only when the environment has
-    ``ALLOW_DOWNLOADS=true``; without it, what an earlier download left on this machine is used.
+    A path that exists wins over a hub id; ``HF_HUB_OFFLINE=1`` keeps to what is already here.
 
     Raises:
         ArtifactError: nothing there, a file instead of a folder, or a subfolder leading outside.
@@ -71,24 +69,17 @@ def _outside(subfolder: str) -> ArtifactError:
 def _snapshot(repository: str, subfolder: str | None, revision: str | None) -> Path:
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     names = (CONFIG_NAME, WEIGHTS_NAME, PICKLED_WEIGHTS_NAME, MANIFEST_NAME)
-    allowed = downloads_allowed()
     try:
         path = snapshot_download(
             repository,
             revision=revision,
             allow_patterns=[prefix + name for name in names],
-            local_files_only=not allowed,
         )
     # OSError and ValueError are the roots of what the hub client raises: HTTP, cache, id.
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
-        advice = (
-            f"the hub answered: {reason}; check the name and the connection"
-            if allowed
-            else "set ALLOW_DOWNLOADS=true if it is a repository on the hub, or check the path"
-        )
         raise ArtifactError(
-            f"expected a prompt directory or a repository already downloaded, {repository} is "
-            f"neither: {advice}"
+            f"expected a prompt directory or a repository on the hub, {repository} is neither "
+            f"({reason}): check the path, or the name and the connection"
         ) from error
     return Path(path)

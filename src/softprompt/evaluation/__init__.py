@@ -1,0 +1,1 @@
+"""Numbers that say how good a prompt is, from its scores and answers."""

@@ -1,0 +1,108 @@
+"""The outcome of an evaluation: plain numbers, as JSON or as a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from softprompt.evaluation.metrics import LabelRow
+
+_LABELS_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """How good a prompt, or its base alone, is on some rows; None is not applicable.
+
+    Attributes:
+        task: "classification" scores the label set, "generation" generates text.
+        rows: Rows evaluated.
+        without_prompt: Whether the base was evaluated with the template alone.
+        accuracy: Share of rows with the right label.
+        macro_f1: Mean F1 over the labels that occur in gold or predictions.
+        exact_match: Share of generated answers equal to the target, outer white space aside.
+        rouge_l: Mean ROUGE-L F-measure of the generated answers.
+        perplexity: Of the target tokens; for labels, over the rows whose gold label is scored.
+        invalid: Gold labels, or generated answers, outside the label set.
+        inputs_cut: Rows whose input exceeded the prompt's limit and lost its end.
+        targets_cut: Rows whose target exceeded the prompt's limit and lost its end.
+        collapsed: Whether over 95 % of the predictions are one label though gold is not.
+        predictions: Rows by predicted label.
+        per_label: Counts and rates of each label.
+        confusion: Rows by gold label, then by predicted label; zero counts are left out.
+    """
+
+    task: Literal["classification", "generation"]
+    rows: int
+    without_prompt: bool
+    accuracy: float | None = None
+    macro_f1: float | None = None
+    exact_match: float | None = None
+    rouge_l: float | None = None
+    perplexity: float | None = None
+    invalid: int | None = None
+    inputs_cut: int = 0
+    targets_cut: int = 0
+    collapsed: bool | None = None
+    predictions: Mapping[str, int] | None = None
+    per_label: tuple[LabelRow, ...] | None = None
+    confusion: Mapping[str, Mapping[str, int]] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; a number that is not finite becomes None."""
+        values = {name: _finite(value) for name, value in asdict(self).items()}
+        if self.per_label is not None:
+            values["per_label"] = [asdict(row) for row in self.per_label]
+        return values
+
+    def __str__(self) -> str:
+        """Return a table for people."""
+        subject = "base without prompt" if self.without_prompt else "tuned prompt"
+        lines = [f"{subject}, {self.task}, {self.rows:,} rows"]
+        numbers = {
+            "accuracy": self.accuracy,
+            "macro F1": self.macro_f1,
+            "exact match": self.exact_match,
+            "ROUGE-L": self.rouge_l,
+            "perplexity": self.perplexity,
+        }
+        lines += [
+            f"  {name:<12} {value:>10.4f}" for name, value in numbers.items() if value is not None
+        ]
+        counts = {
+            "invalid": self.invalid,
+            "inputs cut": self.inputs_cut or None,
+            "targets cut": self.targets_cut or None,
+        }
+        lines += [
+            f"  {name:<12} {value:>10,}" for name, value in counts.items() if value is not None
+        ]
+        lines += self._label_lines()
+        if self.collapsed:
+            lines.append("  collapsed: over 95 % of the predictions are one label")
+        return "\n".join(lines)
+
+    def _label_lines(self) -> list[str]:
+        if self.per_label is None:
+            return []
+        rows = list(self.per_label)
+        title = "label"
+        if len(rows) > _LABELS_SHOWN:
+            rows = sorted(rows, key=lambda row: row.f1)[:_LABELS_SHOWN]
+            title = f"label ({_LABELS_SHOWN} lowest F1)"
+        width = max(len(title), *(len(row.label) for row in rows))
+        head = f"  {title:<{width}}  support  predicted  precision  recall      F1"
+        return [
+            head,
+            *(
+                f"  {row.label:<{width}}  {row.support:>7,}  {row.predicted:>9,}"
+                f"  {row.precision:>9.4f}  {row.recall:>6.4f}  {row.f1:>6.4f}"
+                for row in rows
+            ),
+        ]
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""Using a tuned prompt: answers, label scores, and why an answer ended."""

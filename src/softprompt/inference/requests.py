@@ -1,0 +1,75 @@
+"""What a caller passes in, as the fields that a template is rendered from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from softprompt.errors import DataError, TemplateError
+
+Request = str | Mapping[str, Any]
+"""One input: a text, for templates of one field, or the template's fields by name."""
+
+
+def listed(requests: Request | Iterable[Request]) -> list[Request]:
+    """Return the requests as a list, also when a single one was passed."""
+    if isinstance(requests, str | Mapping):
+        return [requests]
+    return list(requests)
+
+
+def fields_of(request: Request, template_fields: Sequence[str]) -> dict[str, str]:
+    """Return the template's fields of one request, as text.
+
+    A bare text stands for the only field of the template; ``text`` stands in for a missing
+    ``input``, as in data files.
+
+    Raises:
+        TemplateError: The request lacks a field, or a bare text meets several fields.
+        DataError: A value is no text or number.
+    """
+    names = list(dict.fromkeys(template_fields))
+    if isinstance(request, str):
+        if len(names) != 1:
+            raise TemplateError(
+                f"the template has the fields {', '.join(names)}, so a bare text is ambiguous; "
+                f"pass a mapping such as {{{names[0]!r}: ...}}"
+            )
+        return {names[0]: request}
+    if not isinstance(request, Mapping):
+        raise DataError(
+            f"an input is a text or a mapping of fields, got {type(request).__name__}; "
+            "pass a str or a dict"
+        )
+    given = dict(request)
+    if "input" not in given and "text" in given:
+        given["input"] = given["text"]
+    missing = [name for name in names if name not in given]
+    if missing:
+        raise TemplateError(
+            f"the template needs the fields {', '.join(names)}; the input lacks "
+            f"{', '.join(missing)} and has {', '.join(map(str, request)) or 'none'}"
+        )
+    return {name: _text(name, given[name]) for name in names}
+
+
+def require_tokens(sources: Sequence[Sequence[int]]) -> None:
+    """Check that every input has a token for the model to go on from.
+
+    Raises:
+        DataError: An input is empty, and the tokenizer puts no token in front of it.
+    """
+    for number, source in enumerate(sources, start=1):
+        if not source:
+            raise DataError(
+                f"input {number} has no tokens, there is nothing for the model to read; "
+                "give it text or leave it out"
+            )
+
+
+def _text(name: str, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    raise DataError(f"the field {name!r} expects a text or a number, got {type(value).__name__}")

@@ -1,0 +1,105 @@
+"""Labels scored by how likely the model finds them as the answer.
+
+score(x, k) = sum over the tokens of label k of log p(token | prompt, x, tokens before),
+the label's tokens ending with the end token where the tokenizer has one. Normalised, the
+sum is divided by the label's token count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softprompt.engine.rows import Engine, EngineRow
+from softprompt.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class LabelScores:
+    """How likely each label is as the answer to one input.
+
+    Attributes:
+        label: The best label.
+        scores: Log-probability of each label (per token when normalised), nats.
+        probabilities: Softmax of the scores over the label set.
+        input_cut: Whether the input was longer than the prompt's limit and lost its end.
+    """
+
+    label: str
+    scores: Mapping[str, float]
+    probabilities: Mapping[str, float]
+    input_cut: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+
+def check_label_ids(labels: Sequence[str], label_ids: Sequence[Sequence[int]]) -> None:
+    """Check that labels can be told apart by their tokens.
+
+    Raises:
+        ConfigError: There is no label, a label has no token, or two have the same tokens.
+    """
+    if not labels:
+        raise ConfigError("scoring expects at least one label, got none; pass labels")
+    seen: dict[tuple[int, ...], str] = {}
+    for label, ids in zip(labels, label_ids, strict=True):
+        if not ids:
+            raise ConfigError(f"the label {label!r} has no tokens; give it another name")
+        if tuple(ids) in seen:
+            raise ConfigError(
+                f"the labels {seen[tuple(ids)]!r} and {label!r} have the same tokens under this "
+                "tokenizer; rename or drop one of them"
+            )
+        seen[tuple(ids)] = label
+
+
+@torch.no_grad()
+def score_labels(
+    engine: Engine,
+    prompts: Sequence[Tensor],
+    sources: Sequence[Sequence[int]],
+    label_ids: Sequence[Sequence[int]],
+    *,
+    prompt_index: int = 0,
+    batch_size: int = 64,
+    normalize: bool = False,
+) -> Tensor:
+    """Return how likely each label is for each source, without gradients.
+
+    Args:
+        engine: Scores targets after sources.
+        prompts: Prompt rows ``[P, H]``, or nothing.
+        sources: Text tokens of N inputs.
+        label_ids: Tokens of K labels.
+        prompt_index: Which prompt stands before every input; -1 is none.
+        batch_size: (input, label) pairs in one pass, at most.
+        normalize: Divide each sum by the label's token count.
+
+    Returns:
+        float32 ``[N, K]`` in nats, on the CPU.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size expects at least 1 row, got {batch_size}")
+    labels = [tuple(ids) for ids in label_ids]
+    # Sources of like length share a pass, and the labels of one source stand together.
+    order = sorted(range(len(sources)), key=lambda index: len(sources[index]))
+    pairs = [(index, label) for index in order for label in range(len(labels))]
+    scores = torch.zeros(len(sources), len(labels))
+    for start in range(0, len(pairs), batch_size):
+        chosen = pairs[start : start + batch_size]
+        rows = [EngineRow(tuple(sources[i]), labels[k], prompt_index) for i, k in chosen]
+        sums = engine.target_log_probs(rows, prompts).row_sums(len(rows))
+        where = torch.tensor(chosen)
+        scores[where[:, 0], where[:, 1]] = sums.float().cpu()
+    return per_token(scores, [len(ids) for ids in labels]) if normalize else scores
+
+
+def per_token(scores: Tensor, label_tokens: Sequence[int]) -> Tensor:
+    """Return scores ``[N, K]`` divided by each label's number of tokens."""
+    return scores / torch.tensor(label_tokens, dtype=scores.dtype)

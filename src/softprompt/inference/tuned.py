@@ -1,0 +1,232 @@
+"""A prompt in use: a frozen model, the rows learned for it, and how its text is put."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast, final, overload
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from softprompt.artifacts.manifest import Manifest
+from softprompt.artifacts.native import save_adapter
+from softprompt.attach.embedding import PromptEmbedding
+from softprompt.attach.heads import BASE
+from softprompt.attach.model import PeftModel
+from softprompt.attach.saving import state_of
+from softprompt.data.template import Verbalizer
+from softprompt.data.tokens import RowTokenizer
+from softprompt.engine.choose import build_engine
+from softprompt.engine.rows import Engine
+from softprompt.errors import ConfigError
+from softprompt.inference.generation import Generation, Generator
+from softprompt.inference.options import GenerationOptions
+from softprompt.inference.requests import Request, fields_of, listed, require_tokens
+from softprompt.inference.scoring import LabelScores, check_label_ids, score_labels
+
+
+@final
+class TunedPrompt:
+    """What ``tune`` returns and ``load`` reads: call it with a text to get the answer.
+
+    Attributes:
+        model: The base model with the prompt attached.
+        tokenizer: The base model's tokenizer.
+        manifest: Template, label set, limits and provenance of the prompt.
+        adapter: Name of the prompt on the model.
+        rows: Turns fields into token ids the way the prompt was trained.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        manifest: Manifest,
+        adapter: str = "default",
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.manifest = manifest
+        self.adapter = adapter
+        self.rows = RowTokenizer(
+            tokenizer,
+            Verbalizer(manifest.template),
+            max_source_length=manifest.max_source_length,
+            max_target_length=manifest.max_target_length,
+            seq2seq=manifest.seq2seq,
+        )
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """Metrics recorded when the prompt was made."""
+        return self.manifest.metrics
+
+    @property
+    def history(self) -> Sequence[Mapping[str, Any]]:
+        """One point for each epoch of training."""
+        return self.manifest.history
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """The label set; None for a prompt that generates free text."""
+        return self.manifest.labels
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine that scores targets over the base model."""
+        return build_engine(self.model.get_base_model())
+
+    def prompts(self) -> list[Tensor]:
+        """Return the prompt ``[P, H]``, detached, as the one prompt an engine is given."""
+        encoder = cast(PromptEmbedding, self.model.prompt_encoder[self.adapter])
+        return [encoder.materialize().detach()]
+
+    # A str is iterable too; the first overload is the one meant.
+    @overload
+    def __call__(self, requests: Request) -> str: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def __call__(self, requests: Iterable[Request]) -> list[str]: ...
+
+    def __call__(self, requests: Request | Iterable[Request]) -> str | list[str]:
+        """Return the best label, or the generated text, of one input or of each in a list.
+
+        Raises:
+            TemplateError: An input does not have the template's fields.
+        """
+        if self.manifest.task == "classification":
+            answers = [each.label for each in self.classify(requests)]
+        else:
+            limit = self.manifest.max_target_length
+            answers = [each.text for each in self.generate(requests, max_new_tokens=limit)]
+        return answers[0] if isinstance(requests, str | Mapping) else answers
+
+    def classify(
+        self,
+        requests: Request | Iterable[Request],
+        labels: Sequence[str] | None = None,
+        *,
+        normalize: bool = False,
+        batch_size: int = 64,
+    ) -> list[LabelScores]:
+        """Return how likely each label is as the answer to each input.
+
+        Args:
+            requests: One input or several: texts, or mappings of the template's fields.
+            labels: Label set; None takes the one recorded with the prompt.
+            normalize: Divide a label's log-probability by its token count.
+            batch_size: (input, label) pairs in one pass, at most.
+
+        Raises:
+            ConfigError: There is no label set, or two labels have the same tokens.
+            TemplateError: An input does not have the template's fields.
+            ContextOverflowError: Prompt, input and label exceed the model's context.
+        """
+        names = self.labels if labels is None else tuple(labels)
+        if names is None:
+            raise ConfigError(
+                "this prompt generates free text and has no label set; pass labels=[...] or "
+                "call generate"
+            )
+        label_ids = self.label_ids(names)
+        sources, cut = self._sources(requests)
+        scores = score_labels(
+            self.engine,
+            self.prompts(),
+            sources,
+            label_ids,
+            batch_size=batch_size,
+            normalize=normalize,
+        )
+        shares = torch.softmax(scores, dim=1)
+        return [
+            LabelScores(
+                label=names[int(row.argmax())],
+                scores=dict(zip(names, row.tolist(), strict=True)),
+                probabilities=dict(zip(names, share.tolist(), strict=True)),
+                input_cut=was_cut,
+            )
+            for row, share, was_cut in zip(scores, shares, cut, strict=True)
+        ]
+
+    def generate(
+        self,
+        requests: Request | Iterable[Request],
+        *,
+        options: GenerationOptions | None = None,
+        batch_size: int = 16,
+        **settings: Any,
+    ) -> list[Generation]:
+        """Return one generated answer for each input.
+
+        Args:
+            requests: One input or several: texts, or mappings of the template's fields.
+            options: How to generate; or name its fields as ``settings``.
+            batch_size: Rows in one call of the model.
+            **settings: Fields of ``GenerationOptions``, such as ``max_new_tokens=20``.
+
+        Raises:
+            ConfigError: An option is unknown, out of range, or would be ignored.
+            TemplateError: An input does not have the template's fields.
+            ContextOverflowError: Prompt, input and answer exceed the model's context.
+        """
+        if options is not None and settings:
+            raise ConfigError(
+                f"generate takes options or single settings, got both ({', '.join(settings)}); "
+                "put the settings into the options"
+            )
+        chosen = options or GenerationOptions.from_settings(settings)
+        sources, cut = self._sources(requests)
+        return self.generate_rows(sources, chosen, batch_size=batch_size, cut=cut)
+
+    def generate_rows(
+        self,
+        sources: Sequence[Sequence[int]],
+        options: GenerationOptions,
+        *,
+        batch_size: int = 16,
+        cut: Sequence[bool] | None = None,
+        without_prompt: bool = False,
+    ) -> list[Generation]:
+        """Return one generated answer for each row of token ids; see ``generate``."""
+        adapter = BASE if without_prompt else self.adapter
+        generator = Generator.of(self.model, self.tokenizer, self.rows.decode, adapter=adapter)
+        return generator.answers(sources, options, batch_size=batch_size, cut=cut)
+
+    def label_ids(self, labels: Sequence[str]) -> list[tuple[int, ...]]:
+        """Return the tokens of each label.
+
+        Raises:
+            ConfigError: There is no label, or two labels have the same tokens.
+        """
+        label_ids = [self.rows.label(label) for label in labels]
+        check_label_ids(labels, label_ids)
+        return label_ids
+
+    def save(self, directory: str | Path, *, overwrite: bool = False) -> None:
+        """Write the prompt as PEFT's folder with ``softprompt.json`` and a model card.
+
+        Raises:
+            OutputExistsError: The directory is not empty and ``overwrite`` is off.
+        """
+        config = replace(self.model.peft_config[self.adapter], inference_mode=True)
+        save_adapter(
+            Path(directory),
+            config.to_dict(),
+            state_of(self.model, self.adapter),
+            self.manifest,
+            overwrite=overwrite,
+        )
+
+    def _sources(
+        self, requests: Request | Iterable[Request]
+    ) -> tuple[list[tuple[int, ...]], list[bool]]:
+        names = self.rows.verbalizer.fields
+        found = [self.rows.source(fields_of(each, names)) for each in listed(requests)]
+        sources = [ids for ids, _ in found]
+        require_tokens(sources)
+        return sources, [cut for _, cut in found]

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from softprompt.errors import ConfigError
+from softprompt.inference.generation import GenerationOptions
+
+
+def test_defaults_are_caikits_greedy_twenty_tokens():
+    options = GenerationOptions()
+    assert (options.max_new_tokens, options.min_new_tokens) == (20, 0)
+    assert options.decoding_method == "GREEDY"
+    assert not options.samples
+
+
+def test_every_option_has_help():
+    for each in dataclasses.fields(GenerationOptions):
+        assert each.metadata["help"].endswith("."), each.name
+
+
+@pytest.mark.parametrize("name", ["top_k", "top_p", "typical_p", "temperature", "seed"])
+def test_a_sampling_option_under_greedy_is_refused_not_ignored(name):
+    value = 1 if name in ("top_k", "seed") else 0.5
+    with pytest.raises(ConfigError, match=f"{name} would be ignored under decoding_method GREEDY"):
+        GenerationOptions(**{name: value})
+    GenerationOptions(decoding_method="SAMPLING", **{name: value})
+
+
+def test_beams_and_sampling_exclude_each_other():
+    with pytest.raises(ConfigError, match="num_beams 2 needs decoding_method GREEDY"):
+        GenerationOptions(decoding_method="SAMPLING", num_beams=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens expects a whole number of at least 1, got 0"),
+        ({"max_new_tokens": True}, "max_new_tokens expects a whole number"),
+        ({"max_new_tokens": 5.0}, "max_new_tokens expects a whole number"),
+        ({"min_new_tokens": -1}, "min_new_tokens expects a whole number of at least 0"),
+        ({"min_new_tokens": 30}, "min_new_tokens 30 exceeds max_new_tokens 20"),
+        ({"repetition_penalty": 0}, "repetition_penalty expects a finite number above 0"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty expects a finite number"),
+        ({"max_time": float("inf")}, "max_time expects a finite number above 0"),
+        ({"stop_sequences": "end"}, "put it in a list"),
+        ({"stop_sequences": [""]}, "at least one character"),
+        ({"decoding_method": "greedy"}, "expects GREEDY or SAMPLING, got 'greedy'"),
+        ({"decoding_method": "SAMPLING", "top_p": 1.5}, "above 0 and at most 1, got 1.5"),
+        ({"decoding_method": "SAMPLING", "temperature": 0}, "temperature expects a finite number"),
+        ({"decoding_method": "SAMPLING", "seed": 2**63}, "seed expects a whole number of at most"),
+    ],
+)
+def test_values_out_of_range_are_refused(settings, words):
+    with pytest.raises(ConfigError, match=words.replace("(", r"\(")):
+        GenerationOptions(**settings)
+
+
+def test_an_unknown_name_gets_the_nearest_known_one():
+    with pytest.raises(ConfigError, match="did you mean 'max_new_tokens'"):
+        GenerationOptions.from_settings({"max_new_token": 3})
+
+
+def test_stop_sequences_are_kept_as_a_tuple():
+    assert GenerationOptions(stop_sequences=["a", "b"]).stop_sequences == ("a", "b")

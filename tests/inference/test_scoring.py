@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from softprompt.engine.choose import build_engine
+from softprompt.engine.rows import EngineRow
+from softprompt.errors import ConfigError
+from softprompt.inference.scoring import check_label_ids, score_labels
+
+SOURCES = [(0, 40), (0, 41, 42, 43, 44, 45), (0, 50, 51), (0, 60)]
+LABELS = [(70, 1), (71, 72, 73, 1), (70, 75, 1)]
+
+
+def prompt_rows(width=32):
+    return torch.randn(3, width, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("name", ["llama", "bart", "t5"])
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
+def test_batched_scores_equal_one_at_a_time(request, answer_log_prob, name, batch_size):
+    model = request.getfixturevalue(name)
+    prompt = prompt_rows()
+    expected = torch.tensor(
+        [[answer_log_prob(model, prompt, s, k) for k in LABELS] for s in SOURCES]
+    )
+    scores = score_labels(build_engine(model), [prompt], SOURCES, LABELS, batch_size=batch_size)
+    assert torch.allclose(scores, expected, atol=2e-5)
+
+
+def test_without_a_prompt_the_base_is_scored(llama, answer_log_prob):
+    expected = answer_log_prob(llama, torch.empty(0, 32), SOURCES[1], LABELS[1])
+    scores = score_labels(build_engine(llama), [], SOURCES, LABELS, prompt_index=-1)
+    assert float(scores[1, 1]) == pytest.approx(expected, abs=2e-5)
+
+
+def test_each_row_meets_the_prompt_that_was_chosen(llama):
+    prompts = [prompt_rows(), 2 * prompt_rows()]
+    engine = build_engine(llama)
+    second = score_labels(engine, prompts, SOURCES, LABELS, prompt_index=1)
+    assert torch.allclose(second, score_labels(engine, prompts[1:], SOURCES, LABELS), atol=2e-5)
+    assert not torch.allclose(second, score_labels(engine, prompts, SOURCES, LABELS), atol=1e-2)
+
+
+def test_normalised_scores_are_per_token(llama):
+    engine = build_engine(llama)
+    raw = score_labels(engine, [prompt_rows()], SOURCES, LABELS)
+    each = score_labels(engine, [prompt_rows()], SOURCES, LABELS, normalize=True)
+    assert torch.allclose(each, raw / torch.tensor([2.0, 4.0, 3.0]))
+
+
+class CountingEngine:
+    name = "counting"
+
+    def __init__(self, engine):
+        self.engine = engine
+        self.sizes = []
+
+    def target_log_probs(self, rows, prompts):
+        assert all(isinstance(row, EngineRow) for row in rows)
+        self.sizes.append(len(rows))
+        return self.engine.target_log_probs(rows, prompts)
+
+
+def test_a_pass_never_holds_more_rows_than_asked_and_keeps_no_graph(llama):
+    engine = CountingEngine(build_engine(llama))
+    prompt = prompt_rows().requires_grad_()
+    scores = score_labels(engine, [prompt], SOURCES, LABELS, batch_size=5)
+    assert engine.sizes == [5, 5, 2]
+    assert not scores.requires_grad
+
+
+def test_no_sources_give_no_scores(llama):
+    assert score_labels(build_engine(llama), [], [], LABELS, prompt_index=-1).shape == (0, 3)
+
+
+def test_a_batch_of_no_rows_is_refused(llama):
+    with pytest.raises(ConfigError, match="at least 1 row"):
+        score_labels(build_engine(llama), [], SOURCES, LABELS, prompt_index=-1, batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "ids", "words"),
+    [
+        ([], [], "at least one label"),
+        (["a"], [()], "'a' has no tokens"),
+        (["a", "b"], [(4, 1), (4, 1)], "'a' and 'b' have the same tokens"),
+        (["a", "a"], [(4, 1), (4, 1)], "'a' and 'a' have the same tokens"),
+    ],
+)
+def test_labels_that_cannot_be_told_apart_are_refused(labels, ids, words):
+    with pytest.raises(ConfigError, match=words):
+        check_label_ids(labels, ids)
