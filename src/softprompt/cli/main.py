@@ -1,0 +1,76 @@
+"""The entry point: commands by name, loaded when they are used; errors as one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module, metadata
+from typing import Any, final
+
+import click
+
+from softprompt.errors import SoftPromptError, TrainingInterrupted, nearest
+
+COMMANDS = ("tune", "evaluate", "generate", "info", "demo")
+INTERRUPTED = 130
+
+
+@final
+class Commands(click.Group):
+    """Commands that live in a module of their own, imported when they are asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of a prompt's life."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command; a name that does not exist fails, naming the nearest."""
+        if cmd_name not in COMMANDS:
+            known = ", ".join(COMMANDS)
+            ctx.fail(f"no command {cmd_name!r}{nearest(cmd_name, COMMANDS)}; there are {known}")
+        command: click.Command = import_module(f"softprompt.cli.{cmd_name}").command
+        return command
+
+
+def _version() -> str:
+    try:
+        return metadata.version("softprompt")
+    except metadata.PackageNotFoundError:  # run from a source tree
+        return "(not installed)"
+
+
+@click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(_version(), message="softprompt %(version)s")
+def cli() -> None:
+    """Tune soft prompts for frozen language models, evaluate them, and use them."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; exits with 0, 2 for an error, or 130 after Ctrl-C."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    try:
+        result: Any = cli.main(
+            None if arguments is None else list(arguments), "softprompt", standalone_mode=False
+        )
+    except click.ClickException as error:
+        return _say(f"Error: {error.format_message()}", error.exit_code)
+    except TrainingInterrupted as error:
+        return _say(str(error), INTERRUPTED)
+    except (click.Abort, KeyboardInterrupt):
+        return _say("interrupted", INTERRUPTED)
+    except SoftPromptError as error:
+        return _say(f"Error: {error}", 2)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+def _say(message: str, code: int) -> int:
+    click.echo(" ".join(message.split()), err=True)
+    return code

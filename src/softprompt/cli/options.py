@@ -1,0 +1,84 @@
+"""Command-line options made from the fields of settings dataclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import Field, fields
+from typing import Any, TypeVar, get_origin
+
+import click
+
+from softprompt.training.fields import choices_of, default_of, type_of
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+ALIASES = {"learning_rate": ("--lr",)}
+
+
+def options_of(owner: type, *, leave_out: Collection[str] = ()) -> Callable[[Command], Command]:
+    """Return a decorator that adds one option per field of ``owner``.
+
+    Every option defaults to None, "not given", so that a file or the dataclass itself can
+    supply the value; the help shows the dataclass's default.
+    """
+    chosen = [item for item in fields(owner) if item.name not in leave_out]
+
+    def decorate(command: Command) -> Command:
+        for item in reversed(chosen):
+            command = _option(owner, item)(command)
+        return command
+
+    return decorate
+
+
+def given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that were given."""
+    return {name: value for name, value in values.items() if value not in (None, ())}
+
+
+def parts_of(values: dict[str, Any], owner: type) -> dict[str, Any]:
+    """Take the given options that belong to ``owner`` out of ``values``."""
+    names = [item.name for item in fields(owner) if item.name in values]
+    return {name: values.pop(name) for name in names}
+
+
+def output_options(command: Command) -> Command:
+    """Add ``--json`` and ``--quiet``, which every command has."""
+    command = click.option(
+        "--quiet", is_flag=True, help="Show warnings and errors only, and no progress bar."
+    )(command)
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON object and nothing else."
+    )(command)
+
+
+def base_options(command: Command) -> Command:
+    """Add what decides how the base of a saved prompt is loaded."""
+    for name, text in (
+        ("--device", "Device to run on, such as cpu or cuda:0."),
+        ("--torch-dtype", "Data type of the base; by default the recorded one."),
+        ("--base-model", "Base model to use instead of the recorded one; it is checked."),
+    ):
+        command = click.option(name, help=text)(command)
+    return command
+
+
+def _option(owner: type, item: Field[Any]) -> Callable[[Command], Command]:
+    flag = "--" + item.name.replace("_", "-")
+    kind = type_of(owner, item.name)
+    default = default_of(item)
+    text = item.metadata["help"] + (
+        "" if default in (None, ()) else f"  [default: {_shown(default)}]"
+    )
+    if kind is bool:
+        return click.option(f"{flag}/--no-{flag[2:]}", item.name, default=None, help=text)
+    choices = choices_of(owner, item.name)
+    if choices is not None:
+        return click.option(flag, item.name, type=click.Choice(choices), help=text)
+    if get_origin(kind) is tuple:
+        return click.option(flag, item.name, multiple=True, help=text + "  [repeatable]")
+    return click.option(flag, *ALIASES.get(item.name, ()), item.name, type=kind, help=text)
+
+
+def _shown(default: Any) -> str:
+    return str(default).lower() if isinstance(default, bool) else str(default)

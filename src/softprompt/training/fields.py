@@ -1,0 +1,126 @@
+"""Settings as dataclass fields: each carries its help text and its legal range.
+
+One declaration serves the keyword arguments of `tune`, the keys of a run file, and the options of
+the command line, so the three can never differ.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from softprompt.errors import ConfigError, nearest
+
+Settings = TypeVar("Settings")
+
+
+def about(
+    help_text: str,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+) -> dict[str, Any]:
+    """Return a field's metadata: help text and range (``least`` and ``most`` belong to it)."""
+    return {"help": help_text, "least": least, "above": above, "most": most}
+
+
+@cache
+def type_of(owner: type, name: str) -> Any:
+    """Return the resolved annotation of a field without ``| None``."""
+    hint = get_type_hints(owner)[name]
+    if get_origin(hint) in (Union, types.UnionType):
+        return next(kind for kind in get_args(hint) if kind is not type(None))
+    return hint
+
+
+def choices_of(owner: type, name: str) -> tuple[str, ...] | None:
+    """Return the values a field is limited to, or None when it is not."""
+    kind = type_of(owner, name)
+    return get_args(kind) if get_origin(kind) is Literal else None
+
+
+def from_mapping(owner: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """Build a settings dataclass, refusing names it does not have.
+
+    Raises:
+        ConfigError: a key is unknown; the nearest known one is named.
+    """
+    known = [item.name for item in fields(owner)]  # type: ignore[arg-type]
+    for name in values:
+        if name not in known:
+            raise ConfigError(
+                f"unknown setting {name!r}{nearest(name, known)}; known: {', '.join(known)}"
+            )
+    return owner(**values)
+
+
+def check(settings: Any) -> None:
+    """Check type and range of every field of a settings dataclass.
+
+    Raises:
+        ConfigError: naming the field, what it takes, and what came.
+    """
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        if value is None and item.default is None:
+            continue
+        _check_value(type(settings), item, value)
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """Return the fields that are not None as plain values, nested settings as dicts."""
+    values = {item.name: getattr(settings, item.name) for item in fields(settings)}
+    return {
+        name: plain(value)
+        if is_dataclass(value)
+        else list(value)
+        if isinstance(value, tuple)
+        else value
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def default_of(item: Field[Any]) -> Any:
+    """Return a field's default, also where a factory makes it."""
+    if item.default_factory is not MISSING:
+        return item.default_factory()
+    return item.default
+
+
+def _check_value(owner: type, item: Field[Any], value: Any) -> None:
+    kind = type_of(owner, item.name)
+    choices = choices_of(owner, item.name)
+    if choices is not None:
+        if value not in choices:
+            hint = nearest(str(value).upper(), choices) or nearest(str(value).lower(), choices)
+            raise ConfigError(f"{item.name} is one of {', '.join(choices)}; got {value!r}{hint}")
+    elif kind in (int, float):
+        if isinstance(value, bool) or not isinstance(value, (int, kind)):
+            raise ConfigError(f"{item.name} takes {_article(kind)}; got {value!r}")
+        _check_range(item, value)
+    elif not isinstance(value, get_origin(kind) or kind):
+        raise ConfigError(f"{item.name} takes {_article(get_origin(kind) or kind)}; got {value!r}")
+
+
+def _check_range(item: Field[Any], value: float) -> None:
+    least, above, most = (item.metadata[key] for key in ("least", "above", "most"))
+    if not math.isfinite(value):
+        raise ConfigError(f"{item.name} must be finite; got {value!r}")
+    if least is not None and value < least:
+        raise ConfigError(f"{item.name} must be at least {least}; got {value!r}")
+    if above is not None and value <= above:
+        raise ConfigError(f"{item.name} must be above {above}; got {value!r}")
+    if most is not None and value > most:
+        raise ConfigError(f"{item.name} must be at most {most}; got {value!r}")
+
+
+def _article(kind: type) -> str:
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(
+        kind, f"a {kind.__name__}"
+    )

@@ -1,0 +1,201 @@
+"""`tune`: from data to a prompt that can be used at once."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Unpack
+
+from softprompt.artifacts.files import require_empty, require_no_file
+from softprompt.backbone.load import DEMO
+from softprompt.errors import ConfigError, OutputExistsError, UsageError
+from softprompt.inference.tuned import TunedPrompt
+from softprompt.training.checkpoint import remove_state, state_path
+from softprompt.training.fields import default_of
+from softprompt.training.preparation import Base, Prepared, Rows, prepare, read_data
+from softprompt.training.run_file import RUN_FILE, read_run, write_run
+from softprompt.training.session import Trained, run
+from softprompt.training.settings import TuneOptions, TuneSettings
+
+
+def tune(
+    base_model: Base = DEMO,
+    train_data: Rows | None = None,
+    validation_data: Rows | None = None,
+    *,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    **options: Unpack[TuneOptions],
+) -> TunedPrompt:
+    """Tune a soft prompt for a frozen model and return it ready for use.
+
+    Args:
+        base_model: A folder, a model name, ``"demo"`` (the bundled model), or a loaded model.
+        train_data: A data file or rows: ``input`` and ``output``, or ``text`` and ``labels``.
+        validation_data: The same, to choose the best epoch by. Nothing is split off by itself.
+        output: Directory to write the prompt to; without it nothing is written.
+        overwrite: Write into an output directory that is not empty.
+        resume: Continue the run that was interrupted in ``output``, with its own settings.
+        **options: The fields of `TuneSettings`; ``lr`` is another name of ``learning_rate``.
+
+    Raises:
+        ConfigError: An unknown or contradictory setting.
+        DataError: Data that cannot be read, or does not fit the verbalizer.
+        BackboneError: A base model that cannot be loaded, or a row that exceeds its context.
+        OutputExistsError: The output directory is not empty.
+        TrainingError: The loss is not finite, or there is nothing to resume.
+        TrainingInterrupted: Ctrl-C or SIGTERM; the state is saved when there is an ``output``.
+    """
+    target = None if output is None else Path(output)
+    if resume:
+        plan = _resumed(base_model, train_data, validation_data, target, dict(options))
+    else:
+        settings = TuneSettings.from_dict(options)
+        plan = _Plan(base_model, _kept(train_data), _kept(validation_data), settings)
+        _check_output(target, overwrite)
+    if plan.train_data is None:
+        raise UsageError("train_data is missing; give a data file or rows of input and output")
+    data = read_data(plan.train_data, plan.validation_data, plan.settings)
+    prepared = prepare(plan.base_model, data, plan.settings)
+    if target is not None and not resume:
+        remove_state(target)
+        write_run(state_path(target).with_name(RUN_FILE), plan.names(), plan.settings)
+    trained = run(prepared, target, resume=resume)
+    return _finished(prepared, trained, plan, target)
+
+
+def _finished(
+    prepared: Prepared, trained: Trained, plan: _Plan, target: Path | None
+) -> TunedPrompt:
+    tuned = TunedPrompt(
+        prepared.peft_model,
+        prepared.base.tokenizer,
+        prepared.manifest(trained.metrics, trained.history),
+    )
+    if target is not None:
+        tuned.save(target, overwrite=True)
+        write_run(target / RUN_FILE, plan.names(), plan.settings)
+        remove_state(target)
+    return tuned
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a run is made of, before anything is read."""
+
+    base_model: Base
+    train_data: Rows | None
+    validation_data: Rows | None
+    settings: TuneSettings
+
+    def names(self) -> dict[str, str | None]:
+        """Return what the run file says of the sources; None for what was in memory."""
+        named = {
+            "base_model": _name(self.base_model),
+            "train_data": _name(self.train_data),
+        }
+        if self.validation_data is not None:
+            named["validation_data"] = _name(self.validation_data)
+        return named
+
+
+def _name(source: Base | Rows | None) -> str | None:
+    """Return a path that means the same from every directory, or a name as it is."""
+    if not isinstance(source, str | Path):
+        return None
+    return os.path.abspath(source) if os.path.exists(source) else str(source)
+
+
+def _kept(data: Rows | None) -> Rows | None:
+    """Return rows as a list, since they are read twice (for training and for their hash)."""
+    return data if data is None or isinstance(data, str | Path) else list(data)
+
+
+def _check_output(output: Path | None, overwrite: bool) -> None:
+    if output is None:
+        if overwrite:
+            raise UsageError("overwrite has no meaning without output; name an output directory")
+        return
+    if overwrite:
+        require_no_file(output)
+        return
+    if state_path(output).exists():
+        raise OutputExistsError(
+            f"{output} holds an interrupted run; continue it with --resume (resume=True in "
+            "Python), or start again with --overwrite (overwrite=True)"
+        )
+    require_empty(output)
+
+
+def _resumed(
+    base_model: Base,
+    train_data: Rows | None,
+    validation_data: Rows | None,
+    output: Path | None,
+    options: dict[str, Any],
+) -> _Plan:
+    """Return the plan of the run that was interrupted in ``output``."""
+    if output is None:
+        raise UsageError("resume needs the output directory of the interrupted run")
+    if not state_path(output).exists():
+        raise UsageError(
+            f"nothing to resume in {output}: it holds no interrupted run; start it without resume"
+        )
+    saved = read_run(state_path(output).with_name(RUN_FILE))
+    names = {
+        name: saved.pop(name, None) for name in ("base_model", "train_data", "validation_data")
+    }
+    settings = _same_settings(TuneSettings.from_dict(saved), options)
+    if names["base_model"] is None and base_model == DEMO:
+        raise UsageError("the interrupted run used a model in memory; give base_model again")
+    for name, given in (("train_data", train_data), ("validation_data", validation_data)):
+        if isinstance(given, str | Path) and names[name] not in (None, os.path.abspath(given)):
+            raise ConfigError(f"the interrupted run has {name} {names[name]}; leave {name} out")
+    return _Plan(
+        base_model if names["base_model"] is None else names["base_model"],
+        names["train_data"] or _kept(train_data),
+        names["validation_data"] or _kept(validation_data),
+        settings,
+    )
+
+
+def _same_settings(saved: TuneSettings, options: dict[str, Any]) -> TuneSettings:
+    """Return the saved settings; only whether a progress bar is shown may be set anew.
+
+    Raises:
+        ConfigError: A setting differs from the interrupted run's.
+    """
+    silent = bool(options.pop("silence_progress_bars", saved.silence_progress_bars))
+    if options:
+        asked = TuneSettings.from_dict({**saved.to_dict(), **options})
+        for item in fields(TuneSettings):
+            was, now = getattr(saved, item.name), getattr(asked, item.name)
+            if item.name != "silence_progress_bars" and was != now:
+                raise ConfigError(
+                    f"the interrupted run has {item.name} {was!r}, not {now!r}; leave it out to "
+                    "resume, or start again with overwrite"
+                )
+    return replace(saved, silence_progress_bars=silent)
+
+
+def _signature() -> inspect.Signature:
+    """Return the signature with every option by name and default, for help() and editors."""
+    written = inspect.signature(tune)
+    named = [p for p in written.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    options = [
+        inspect.Parameter(
+            item.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=default_of(item),
+            annotation=item.type,
+        )
+        for item in fields(TuneSettings)
+    ]
+    alias = inspect.Parameter("lr", inspect.Parameter.KEYWORD_ONLY, default=None)
+    return written.replace(parameters=[*named, *options, alias])
+
+
+tune.__signature__ = _signature()  # type: ignore[attr-defined]

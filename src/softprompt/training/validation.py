@@ -1,0 +1,99 @@
+"""How good the prompt is on the validation data: accuracy for labels, loss for free text."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from softprompt.data.tokens import TokenRow
+from softprompt.engine.rows import Engine
+from softprompt.evaluation.likelihood import TargetLikelihood, classify_rows, target_likelihood
+
+logger = logging.getLogger(__name__)
+
+PLATEAU_EPOCHS = 3
+ROWS_BETWEEN_STOPS = 256
+
+
+@dataclass
+class Validation:
+    """The validation rows and how they are scored; with ``labels`` as a classification.
+
+    ``labels`` maps each label to its target ids. ``check_stop`` is asked every 256 rows.
+    """
+
+    engine: Engine
+    rows: Sequence[TokenRow]
+    labels: dict[str, tuple[int, ...]] | None
+    batch_size: int
+    check_stop: Callable[[], None] = lambda: None
+    _at_chance: int = field(default=0, init=False)
+
+    def metrics(self, prompt: Tensor) -> dict[str, float]:
+        """Measure a prompt ``[P, H]``.
+
+        Returns:
+            ``accuracy`` (labels) or ``perplexity`` (free text), and ``loss`` (nats per token).
+        """
+        return self._likelihood(prompt) if self.labels is None else self._accuracy(prompt)
+
+    def quality(self, metrics: dict[str, float]) -> float:
+        """Return the number that decides which epoch is best; more is better."""
+        return -metrics["loss"] if self.labels is None else metrics["accuracy"]
+
+    def _parts(self) -> Iterator[Sequence[TokenRow]]:
+        for start in range(0, len(self.rows), ROWS_BETWEEN_STOPS):
+            self.check_stop()
+            yield self.rows[start : start + ROWS_BETWEEN_STOPS]
+
+    def _likelihood(self, prompt: Tensor) -> dict[str, float]:
+        parts = [
+            target_likelihood(self.engine, [prompt], rows, batch_size=self.batch_size)
+            for rows in self._parts()
+        ]
+        whole = TargetLikelihood(sum(p.log_prob for p in parts), sum(p.tokens for p in parts))
+        return {"perplexity": whole.perplexity, "loss": whole.loss}
+
+    def _accuracy(self, prompt: Tensor) -> dict[str, float]:
+        assert self.labels is not None
+        names, ids = list(self.labels), list(self.labels.values())
+        parts = [
+            classify_rows(self.engine, [prompt], rows, ids, batch_size=self.batch_size).scores
+            for rows in self._parts()
+        ]
+        scores = torch.cat(parts).double()  # [N, K]
+        gold = torch.tensor([ids.index(row.target) for row in self.rows])
+        predicted = scores.argmax(dim=1)
+        accuracy = (predicted == gold).double().mean().item()
+        log_prob = scores[torch.arange(len(gold)), gold].sum().item()
+        self._watch_collapse(predicted.tolist(), gold.tolist(), names, accuracy)
+        whole = TargetLikelihood(log_prob, sum(len(row.target) for row in self.rows))
+        return {"accuracy": accuracy, "loss": whole.loss}
+
+    def _watch_collapse(
+        self, predicted: list[int], gold: list[int], names: list[str], accuracy: float
+    ) -> None:
+        """Say so when all rows get one label, or accuracy stays at the commonest label's share."""
+        answers, truth = Counter(predicted), Counter(gold)
+        chance = max(truth.values()) / len(gold)
+        self._at_chance = self._at_chance + 1 if accuracy <= chance else 0
+        if len(answers) == 1 and len(truth) > 1:
+            logger.warning(
+                "all %d validation rows are answered %r; if this lasts, change the learning rate, "
+                "the initial prompt or the seed",
+                len(gold),
+                names[predicted[0]],
+            )
+        if self._at_chance == PLATEAU_EPOCHS:
+            logger.warning(
+                "validation accuracy %.3f is not above the commonest label's share %.3f for %d "
+                "epochs; change the learning rate, the initial prompt or the base model",
+                accuracy,
+                chance,
+                PLATEAU_EPOCHS,
+            )

@@ -1,0 +1,250 @@
+"""Every command run in this process on the bundled model and a handful of rows."""
+
+import io
+import json
+import os
+import signal
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from softprompt import bundled
+from softprompt.cli import demo, generate, tune
+from softprompt.cli.main import run
+from softprompt.inference.options import GenerationOptions
+from softprompt.training.events import Events
+from softprompt.training.settings import TuneSettings, TuningConfig
+
+QUICK = ["--num-epochs", "1", "--num-virtual-tokens", "2", "--batch-size", "4"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    kinds = [("it broke again", "complaint"), ("lovely, thank you", "no complaint")]
+    rows = [{"input": f"{text} {i}", "output": label} for i in range(6) for text, label in kinds]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def prompt_dir(tmp_path_factory, data):
+    output = tmp_path_factory.mktemp("prompts") / "prompt"
+    assert run(["tune", "--train-data", data, "--output", str(output), "--quiet", *QUICK]) == 0
+    return str(output)
+
+
+@pytest.fixture
+def result(capsys):
+    """Run a command with --json and return the one object on its stdout."""
+
+    def call(*arguments):
+        code = run([*arguments, "--json"])
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        assert out.endswith("}\n")
+        assert out.count("\n") == 1
+        return json.loads(out)
+
+    return call
+
+
+@pytest.fixture
+def failure(capsys):
+    """Run a command that fails and return its one line on stderr."""
+
+    def call(*arguments, code=2):
+        assert run(arguments) == code
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.count("\n") == 1
+        return err
+
+    return call
+
+
+def test_tune_reports_one_object(result, data, tmp_path):
+    output = str(tmp_path / "out")
+    found = result(
+        "tune",
+        *("--base-model", "demo", "--train-data", data, "--validation-data", data),
+        *("--output", output, *QUICK),
+    )
+    assert found["output"] == output
+    assert found["steps"] == 3
+    assert found["final_loss"] > 0
+    assert found["tokens_per_second"] > 0
+    assert set(found["metrics"]) == {"accuracy", "loss"}
+    assert found["labels"] == ["complaint", "no complaint"]
+    assert os.path.exists(output + "/adapter_model.safetensors")
+
+
+def test_tune_for_people(capsys, data, tmp_path):
+    output = str(tmp_path / "out")
+    assert run(["tune", "--train-data", data, "--output", output, *QUICK]) == 0
+    out, err = capsys.readouterr()
+    assert "final loss" in out.replace("_", " ")
+    assert "learning rate" in err
+    assert "epoch 1: loss" in err
+
+
+def test_quiet_leaves_stderr_empty(capsys, data, tmp_path):
+    output = str(tmp_path / "out")
+    assert run(["tune", "--train-data", data, "--output", output, "--quiet", *QUICK]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_file_is_overridden_by_options(result, data, tmp_path):
+    config = tmp_path / "mine.toml"
+    config.write_text(
+        f"train_data = '{data}'\nnum_epochs = 2\nlr = 0.5\nbatch_size = 12\n"
+        "[tuning_config]\nnum_virtual_tokens = 3\n"
+        "prompt_tuning_init_method = 'SAMPLE_VOCAB'\n"
+    )
+    options = ["--config", str(config), "--learning-rate", "0.25", "--num-virtual-tokens", "4"]
+    found = result("tune", *options, "--output", str(tmp_path / "out"))
+    assert (found["steps"], found["learning_rate"]) == (2, 0.25)
+    saved = (tmp_path / "out" / "run.toml").read_text()
+    assert "num_virtual_tokens = 4" in saved
+    assert 'prompt_tuning_init_method = "SAMPLE_VOCAB"' in saved
+    again = result(
+        "tune", "--config", str(tmp_path / "out" / "run.toml"), "--output", str(tmp_path / "b")
+    )
+    assert again["final_loss"] == found["final_loss"]
+
+
+def test_evaluate_reports_one_object(result, prompt_dir, data):
+    tuned = result("evaluate", prompt_dir, "--data", data)
+    assert {"rows", "accuracy", "macro_f1", "invalid"} <= set(tuned)
+    assert (tuned["rows"], tuned["without_prompt"]) == (12, False)
+    base = result("evaluate", prompt_dir, "--data", data, "--without-prompt")
+    assert base["without_prompt"] is True
+    assert base["perplexity"] != tuned["perplexity"]
+    text = result("evaluate", prompt_dir, "--data", data, "--task", "generation", "--limit", "2")
+    assert {"exact_match", "rouge_l", "perplexity"} <= set(text)
+    assert text["rows"] == 2
+
+
+def test_generate_answers_a_text(result, prompt_dir):
+    found = result("generate", prompt_dir, "--text", "it broke", "--max-new-tokens", "3")
+    assert {"text", "input_token_count", "generated_tokens", "finish_reason"} <= set(found)
+    assert found["generated_tokens"] <= 3
+    named = result("generate", prompt_dir, "--field", "input=it broke", "--max-new-tokens", "3")
+    assert named == found
+
+
+def test_generate_answers_lines_of_stdin(result, prompt_dir, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("it broke\n\nlovely\n"))
+    found = result("generate", prompt_dir, "--max-new-tokens", "3")
+    assert len(found["results"]) == 2
+    assert found["results"][0] == result(
+        "generate", prompt_dir, "--text", "it broke", "--max-new-tokens", "3"
+    )
+
+
+def test_info_reports_what_it_is(result, capsys, prompt_dir):
+    found = result("info", prompt_dir)
+    assert (found["base_model"], found["virtual_tokens"]) == ("demo", 2)
+    assert len(found["nearest"]) == 2
+    assert found["settings"]["num_epochs"] == 1
+    assert found["data"]["train"]["rows"] == 12
+    assert result("info", prompt_dir, "--without-base")["nearest"] is None
+    assert run(["info", prompt_dir, "--quiet"]) == 0
+    out = capsys.readouterr().out
+    assert "nearest tokens" in out
+    assert "num epochs" in out
+
+
+def test_info_without_its_base_says_so(capsys, prompt_dir, tmp_path):
+    for path in Path(prompt_dir).iterdir():
+        moved = path.read_bytes().replace(b'"base_model": "demo"', b'"base_model": "gone"')
+        (tmp_path / path.name).write_bytes(moved)
+    assert run(["info", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert "warning: shown without its base" in err
+    assert "gone" in out
+
+
+def test_demo_does_the_whole_job(result, data, tmp_path, monkeypatch, failure):
+    monkeypatch.setattr(bundled, "complaints", lambda split: data)
+    monkeypatch.setitem(demo.SETTINGS, "num_epochs", 1)
+    output = str(tmp_path / "demo")
+    found = result("demo", "--output", output)
+    assert set(found["test"]) == {"base", "tuned"}
+    assert os.path.exists(found["curve"])
+    assert "--overwrite" in failure("demo", "--output", output)
+    assert result("demo", "--output", output, "--overwrite")["test"] == found["test"]
+
+
+def test_demo_prints_a_table(capsys, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(bundled, "complaints", lambda split: data)
+    monkeypatch.setitem(demo.SETTINGS, "num_epochs", 1)
+    assert run(["demo", "--output", str(tmp_path / "demo"), "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0].split()[-2:] == ["base", "tuned"]
+    assert any(line.startswith("accuracy") for line in out.splitlines())
+
+
+def test_ctrl_c_saves_prints_how_to_go_on_and_that_works(capsys, data, tmp_path, monkeypatch):
+    told = Events.update
+
+    def tell(self, state, loss):
+        told(self, state, loss)
+        if state.update == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    output = str(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(Events, "update", tell)
+        assert run(["tune", "--train-data", data, "--output", output, *QUICK]) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    command = last.partition("continue it with: ")[2] or last.partition("continue with: ")[2]
+    assert command.startswith("softprompt tune --resume")
+    assert run([*command.split()[1:], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["tnue"], "no command 'tnue' (did you mean 'tune'?)"),
+        (["tune", "--lerning-rate", "1"], "--learning-rate"),
+        (["tune", "--num-epochs", "many"], "'many' is not a valid integer"),
+        (["tune", "--train-data", "x"], "tune needs --output DIR"),
+        (["tune", "--output", "o"], "train_data is missing"),
+        (["tune", "--output", "o", "--num-epochs", "0"], "num_epochs must be at least 1"),
+        (["tune", "--output", "o", "--train-data", "no.jsonl"], "no.jsonl"),
+        (["tune", "--output", "o", "--resume"], "holds no interrupted run"),
+        (["tune", "--output", "o", "--config", "no.toml"], "cannot read the run file no.toml"),
+        (["evaluate", "nowhere", "--data", "x"], "nowhere does not exist"),
+        (["evaluate", "nowhere"], "Missing option '--data'"),
+        (["generate", "nowhere", "--text", "x"], "nowhere does not exist"),
+        (["generate", "nowhere", "--text", "x", "--max-new-tokens", "0"], "max_new_tokens"),
+        (["generate", "nowhere", "--field", "x"], "--field takes NAME=TEXT; got 'x'"),
+        (["info", "nowhere"], "nowhere does not exist"),
+    ],
+)
+def test_every_mistake_is_one_line_and_code_2(failure, monkeypatch, tmp_path, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    assert words in failure(*arguments)
+    assert os.listdir(tmp_path) == []
+
+
+def test_no_input_at_all_is_a_mistake(failure, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert "stdin is empty" in failure("generate", "nowhere")
+
+
+def test_every_setting_has_an_option():
+    for command, owners in (
+        (tune.command, (TuneSettings, TuningConfig)),
+        (generate.command, (GenerationOptions,)),
+    ):
+        options = {option for parameter in command.params for option in parameter.opts}
+        for owner in owners:
+            for item in fields(owner):
+                flag = "--" + item.name.replace("_", "-")
+                assert flag in options or item.name == "tuning_config"
+    assert "--lr" in {option for parameter in tune.command.params for option in parameter.opts}

@@ -1,0 +1,249 @@
+"""The loop against a toy engine whose loss is known in closed form."""
+
+import io
+import json
+import sys
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from softprompt.engine.rows import EngineRow, TargetLogProbs
+from softprompt.errors import TrainingError, TrainingInterrupted
+from softprompt.training.checkpoint import load_state, save_state
+from softprompt.training.events import LOG_FILE, Events
+from softprompt.training.loop import Job, train
+from softprompt.training.optimisation import build_optimizer
+from softprompt.training.settings import TuneSettings
+from softprompt.training.state import RunState
+
+
+@dataclass
+class ToyEngine:
+    """log p of token t after source s is -(mean(prompt) - s - t)**2, with noise under dropout."""
+
+    module: torch.nn.Module
+    calls: int = 0
+    broken_at: int | None = None
+    interrupt_at: int | None = None
+    on_interrupt: object = None
+    name = "toy"
+
+    def target_log_probs(self, rows, prompts):
+        self.calls += 1
+        if self.calls == self.interrupt_at:
+            self.on_interrupt()
+        values, index = [], []
+        for number, row in enumerate(rows):
+            for token in row.target:
+                noise = torch.rand(()) if self.module.training else 0.0
+                values.append(-((prompts[0].mean() - sum(row.source) - token - noise) ** 2))
+                index.append(number)
+        stacked = torch.stack(values)
+        if self.calls == self.broken_at:
+            stacked = torch.where(torch.tensor(index) == 1, stacked * float("nan"), stacked)
+        return TargetLogProbs(stacked, torch.tensor(index))
+
+
+ROWS = [EngineRow((i % 3,), tuple(range(1 + i % 4))) for i in range(11)]
+
+
+class Run:
+    """One run of the loop, in memory or with an output directory."""
+
+    def __init__(self, output=None, engine=None, rows=ROWS, **settings):
+        defaults = {"num_epochs": 3, "batch_size": 2, "learning_rate": 0.1}
+        self.settings = TuneSettings.from_dict(defaults | settings)
+        torch.manual_seed(0)
+        self.prompt = torch.nn.Parameter(torch.randn(2, 3))
+        module = torch.nn.Dropout().eval()
+        self.engine = engine or ToyEngine(module)
+        self.engine.module = module
+        self.job = Job(
+            self.engine, module, self.prompt, rows, self.settings, 0.1, embedding_rms=1.0
+        )
+        self.optimizer = build_optimizer(self.settings, self.prompt, 0.1)
+        self.state, self.output, self.stopped = RunState(), output, False
+
+    def save(self):
+        if self.output:
+            save_state(self.output, self.state, self.prompt, self.optimizer, {})
+
+    def check_stop(self):
+        if self.stopped:
+            raise TrainingInterrupted("stopped")
+
+    def stop(self):
+        self.stopped = True
+
+    def go(self):
+        total = self.job.total_updates()
+        with Events(self.output, self.state, total, silent=True) as events:
+            train(
+                self.job,
+                self.state,
+                self.optimizer,
+                events,
+                check_stop=self.check_stop,
+                save=self.save,
+            )
+        return self.prompt.detach().clone()
+
+
+def test_accumulated_micro_batches_give_the_gradient_of_the_whole():
+    whole = Run(batch_size=11, accumulate_steps=1, max_grad_norm=0).go()
+    parts = Run(batch_size=2, accumulate_steps=6, max_grad_norm=0).go()
+    torch.testing.assert_close(parts, whole)
+
+
+def test_the_last_partial_group_is_an_update_of_its_own_tokens():
+    run = Run(batch_size=2, accumulate_steps=4, num_epochs=1)
+    assert [len(update) for update in run.job.updates(0)] == [4, 2]
+    run.go()
+    assert run.state.update == 2
+    tokens = sum(len(row.target) for row in ROWS)
+    assert run.state.history[0]["update"] == 2
+    assert run.state.tokens == tokens + len(ROWS)
+
+
+def test_the_logged_loss_is_the_mean_over_target_tokens(tmp_path):
+    run = Run(output=tmp_path, batch_size=11, num_epochs=2)
+    start = run.prompt.detach().mean()
+    expected = [(start - sum(row.source) - token) ** 2 for row in ROWS for token in row.target]
+    run.go()
+    lines = [json.loads(line) for line in (tmp_path / LOG_FILE).read_text().splitlines()]
+    assert [line["name"] for line in lines] == ["loss", "loss"]
+    assert [(line["data"]["epoch"], line["data"]["step"]) for line in lines] == [(0, 1), (1, 2)]
+    assert lines[0]["data"]["value"] == pytest.approx(torch.stack(expected).mean().item())
+    assert lines[0]["data"]["value"] == pytest.approx(run.state.history[0]["loss"])
+    assert set(lines[0]["data"]) == {"epoch", "step", "value", "timestamp"}
+
+
+def test_the_same_seed_repeats_and_another_does_not():
+    assert torch.equal(Run(seed=1).go(), Run(seed=1).go())
+    assert not torch.equal(Run(seed=1).go(), Run(seed=2).go())
+
+
+def test_gradients_are_clipped():
+    run = Run(num_epochs=1, batch_size=11, max_grad_norm=0.01)
+    seen = []
+    run.optimizer.step = lambda: seen.append(run.prompt.grad.norm().item())
+    run.go()
+    assert seen == [pytest.approx(0.01, rel=1e-3)]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("call", [1, 2, 4, 6, 9, 13, 18])
+def test_interrupted_and_resumed_is_bit_equal_to_uninterrupted(tmp_path, call, dropout, optimizer):
+    settings = {"accumulate_steps": 3, "keep_dropout": dropout, "optimizer": optimizer}
+    straight = Run(output=tmp_path / "a", **settings)
+    expected = straight.go()
+
+    engine = ToyEngine(None, interrupt_at=call)
+    first = Run(output=tmp_path / "b", engine=engine, **settings)
+    engine.on_interrupt = first.stop
+    try:
+        first.go()
+    except TrainingInterrupted:
+        first.save()
+    else:
+        assert call == 18  # the last batch: nothing is left to stop
+
+    second = Run(output=tmp_path / "b", **settings)
+    second.state = load_state(tmp_path / "b", second.prompt, second.optimizer, {})
+    assert torch.equal(second.go(), expected)
+    assert second.state.history == straight.state.history
+    logs = [
+        [json.loads(line)["data"] | {"timestamp": 0} for line in path.read_text().splitlines()]
+        for path in (tmp_path / "a" / LOG_FILE, tmp_path / "b" / LOG_FILE)
+    ]
+    assert logs[0] == logs[1]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_progress_bar_is_shown_on_a_terminal_unless_silenced(monkeypatch, silent):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    state = RunState()
+    with Events(None, state, 2, silent=silent) as events:
+        state.add_update(3.0, 2, 500, seconds=0.5, rate=0.1)
+        events.update(state, 1.5)
+        events.epoch({"epoch": 1, "loss": 1.5})
+    shown = terminal.getvalue()
+    assert ("epoch 1, loss 1.5000, 1,000 tokens/s" in shown) is not silent
+    assert (shown == "") is silent
+
+
+def test_a_state_of_an_epoch_ago_drops_the_log_lines_since(tmp_path):
+    run = Run(output=tmp_path, num_epochs=2)
+    run.go()
+    full = (tmp_path / LOG_FILE).read_text()
+    again = Run(output=tmp_path, num_epochs=2)
+    again.state = RunState(update=6, epoch=1)
+    again.go()
+    kept = (tmp_path / LOG_FILE).read_text().splitlines()
+    assert len(kept) == len(full.splitlines()) == 12
+    assert kept[:6] == full.splitlines()[:6]
+    assert kept[6:] != full.splitlines()[6:]
+
+
+def test_a_loss_that_is_not_finite_names_rows_and_update():
+    run = Run(engine=ToyEngine(None, broken_at=3))
+    update = run.job.updates(0)[2][0]
+    with pytest.raises(
+        TrainingError, match=r"update 3 \(epoch 1\): the loss is not finite"
+    ) as error:
+        run.go()
+    assert f"training rows {update[1] + 1})" in str(error.value)
+    assert "the prompt itself is sound" in str(error.value)
+
+
+def test_a_prompt_that_left_the_embeddings_scale_blames_the_learning_rate():
+    run = Run(engine=ToyEngine(None, broken_at=2))
+    run.job = replace(run.job, embedding_rms=1e-4)
+    with pytest.raises(TrainingError, match=r"1e\+03 x that rms\); try 5.7e-05 or less"):
+        run.go()
+
+
+def test_a_gradient_that_is_not_finite_stops():
+    run = Run()
+    run.prompt.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(TrainingError, match=r"update 1 \(epoch 1\): the gradient is"):
+        run.go()
+
+
+class ListedValidation:
+    """Gives listed qualities epoch by epoch."""
+
+    def __init__(self, qualities):
+        self.qualities, self.seen = list(qualities), []
+
+    def metrics(self, prompt):
+        self.seen.append(prompt.clone())
+        return {"accuracy": self.qualities[len(self.seen) - 1]}
+
+    def quality(self, metrics):
+        return metrics["accuracy"]
+
+
+def test_the_best_prompt_is_kept_and_the_earlier_of_equals():
+    validation = ListedValidation([0.5, 0.8, 0.8, 0.6])
+    run = Run(num_epochs=4)
+    run.job = replace(run.job, validation=validation)
+    run.go()
+    assert run.state.best_epoch == 2
+    assert torch.equal(run.state.best_prompt, validation.seen[1])
+    assert [point["validation"]["accuracy"] for point in run.state.history] == [0.5, 0.8, 0.8, 0.6]
+
+
+def test_training_stops_when_patience_is_over():
+    run = Run(num_epochs=10, early_stopping_patience=2)
+    run.job = replace(run.job, validation=ListedValidation([0.5, 0.8, 0.8, 0.6, 0.9]))
+    run.go()
+    assert (run.state.epoch, run.state.best_epoch) == (4, 2)

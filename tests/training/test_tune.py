@@ -1,0 +1,282 @@
+import inspect
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from softprompt.backbone.freeze import weights_hash
+from softprompt.backbone.load import LoadedBase
+from softprompt.errors import (
+    BackboneError,
+    ConfigError,
+    ContextOverflowError,
+    DataError,
+    OutputExistsError,
+    TemplateError,
+    TrainingError,
+    UsageError,
+)
+from softprompt.inference.loading import load
+from softprompt.training.run_file import read_run
+from softprompt.training.settings import RATE_PER_RMS
+from softprompt.training.tune import tune
+
+FILES = {
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "run.toml",
+    "softprompt.json",
+    "training_logs.jsonl",
+}
+QUICK = {"num_epochs": 2, "batch_size": 4, "tuning_config": {"num_virtual_tokens": 3}}
+
+
+def prompt_of(tuned):
+    return tuned.model.prompt_encoder["default"].embedding.weight.detach()
+
+
+@pytest.mark.parametrize("base", ["llama", "bart"])
+def test_tuning_lowers_the_loss_and_answers(bases, rows, held_out, base):
+    tuned = tune(bases / base, rows, held_out, **(QUICK | {"num_epochs": 8}), lr=0.5)
+    losses = [point["loss"] for point in tuned.history]
+    assert losses[-1] < losses[0]
+    assert tuned.labels == ("no", "yes")
+    assert tuned("the film was good") in tuned.labels
+    assert tuned.manifest.seq2seq is (base == "bart")
+    assert tuned.metrics["updates"] == 8 * 6
+    assert tuned.metrics["validation"] == tuned.history[tuned.metrics["epoch"] - 1]["validation"]
+    best = max(point["validation"]["accuracy"] for point in tuned.history)
+    assert tuned.metrics["validation"]["accuracy"] == best
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_only_the_prompt_changes(llama, rows, dropout):
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    before = weights_hash(model)
+    base = LoadedBase(model, AutoTokenizer.from_pretrained(llama), str(llama))
+    start = prompt_of(tune(base, rows, **(QUICK | {"num_epochs": 1}), lr=1e-30))
+    tuned = tune(base, rows, **QUICK, keep_dropout=dropout)
+    assert weights_hash(model) == before
+    assert not model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not torch.equal(prompt_of(tuned), start)
+
+
+def test_the_seed_decides_and_the_global_generator_is_left_alone(llama, rows):
+    torch.manual_seed(5)
+    first = prompt_of(tune(llama, rows, **QUICK, keep_dropout=True))
+    drawn = torch.rand(3)
+    torch.manual_seed(6)
+    again = prompt_of(tune(llama, rows, **QUICK, keep_dropout=True))
+    other = prompt_of(tune(llama, rows, **QUICK, keep_dropout=True, seed=74))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(3))
+
+
+@pytest.mark.parametrize(
+    ("method", "extra"),
+    [
+        ("RANDOM", {}),
+        ("STANDARD_NORMAL", {}),
+        ("SAMPLE_VOCAB", {}),
+        ("LABELS", {}),
+        ("TEXT", {"prompt_tuning_init_text": "good film"}),
+    ],
+)
+def test_what_a_prompt_starts_from(llama, rows, method, extra):
+    config = {"num_virtual_tokens": 40, "prompt_tuning_init_method": method, **extra}
+    tuned = tune(llama, rows, num_epochs=1, lr=1e-30, tuning_config=config)
+    prompt = prompt_of(tuned)
+    table = tuned.model.get_base_model().get_input_embeddings().weight.detach()
+    nearest = torch.cdist(prompt, table).min(dim=1)
+    rms = prompt.square().mean().sqrt().item()
+    scale = table.square().mean().sqrt().item()
+    ids = [tuned.tokenizer.convert_tokens_to_ids(word) for word in ("no", "yes")]
+    match method:
+        case "RANDOM":
+            assert rms == pytest.approx(scale, rel=0.15)
+            assert nearest.values.min() > 0.1
+        case "STANDARD_NORMAL":
+            assert rms == pytest.approx(1, rel=0.15)
+        case "SAMPLE_VOCAB":
+            assert nearest.values.max() < 1e-3
+            assert len(set(nearest.indices.tolist())) > 5
+        case "LABELS":
+            torch.testing.assert_close(prompt[:2], table[ids])
+        case "TEXT":
+            words = tuned.tokenizer("good film")["input_ids"]
+            torch.testing.assert_close(prompt, table[(words * 40)[:40]])
+
+
+def test_labels_cannot_start_a_prompt_for_free_text(llama, rows):
+    with pytest.raises(ConfigError, match="LABELS needs a classification task"):
+        tune(llama, rows, task="generation", tuning_config={"prompt_tuning_init_method": "LABELS"})
+
+
+def test_the_default_learning_rate_is_relative_to_the_embeddings(llama, rows, caplog):
+    caplog.set_level("INFO", "softprompt")
+    tuned = tune(llama, rows, **QUICK)
+    table = tuned.model.get_base_model().get_input_embeddings().weight
+    expected = RATE_PER_RMS * table.square().mean().sqrt().item()
+    assert tuned.metrics["learning_rate"] == pytest.approx(expected, rel=1e-4)
+    assert f"learning rate {expected:.4g}" in caplog.text
+    assert tune(llama, rows, **QUICK, learning_rate=0.02).metrics["learning_rate"] == 0.02
+
+
+def test_without_output_nothing_is_written(llama, rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tune(llama, rows, **QUICK)
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_the_output_is_complete_and_loads_to_the_same_answers(llama, rows, held_out, tmp_path):
+    output = tmp_path / "deep" / "prompt"
+    tuned = tune(llama, rows, held_out, output=output, **QUICK)
+    assert {path.name for path in output.iterdir()} == FILES
+    assert len((output / "training_logs.jsonl").read_text().splitlines()) == 12
+    loaded = load(output)
+    assert torch.equal(prompt_of(loaded), prompt_of(tuned))
+    texts = [row["input"] for row in held_out]
+    assert loaded(texts) == tuned(texts)
+    manifest = json.loads((output / "softprompt.json").read_text())
+    assert manifest["data"]["train"]["rows"] == 22
+    assert manifest["settings"]["num_epochs"] == 2
+    assert manifest["history"] == [dict(point) for point in tuned.history]
+
+
+def test_the_runs_own_file_repeats_it(llama, rows, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first = tune(llama, data, output=tmp_path / "a", **QUICK, lr=0.05, verbalizer="{{input}} ?")
+    again = tune(**read_run(tmp_path / "a" / "run.toml"), output=tmp_path / "b")
+    assert torch.equal(prompt_of(first), prompt_of(again))
+    texts = [(tmp_path / name / "run.toml").read_text() for name in "ab"]
+    assert texts[0] == texts[1]
+
+
+def test_a_model_or_an_iterator_in_memory_will_do(llama, rows, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    tuned = tune(model, iter(rows), output=tmp_path / "a", **QUICK)
+    assert tuned.manifest.data["train"]["path"] == "rows in memory"
+    assert "# train_data was in memory" in (tmp_path / "a" / "run.toml").read_text()
+
+
+def test_settings_of_batches_and_types_reach_the_run(llama, rows):
+    tuned = tune(
+        llama, rows, **QUICK, torch_dtype=torch.bfloat16, max_tokens_per_batch=30, device="cpu"
+    )
+    assert tuned.manifest.dtype == "bfloat16"
+    assert prompt_of(tuned).dtype == torch.float32
+    assert tuned.metrics["updates"] > 12
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_every_optimizer_and_schedule_trains(llama, rows, optimizer, schedule):
+    tuned = tune(llama, rows, **(QUICK | {"num_epochs": 5}), optimizer=optimizer, schedule=schedule)
+    assert tuned.history[-1]["loss"] < tuned.history[0]["loss"]
+
+
+def test_free_text_is_validated_by_its_loss(llama, rows, held_out):
+    tuned = tune(llama, rows, held_out, task="generation", **QUICK)
+    assert tuned.labels is None
+    assert set(tuned.metrics["validation"]) == {"loss", "perplexity"}
+    kept = tuned.history[tuned.metrics["epoch"] - 1]["validation"]["loss"]
+    assert kept == min(point["validation"]["loss"] for point in tuned.history)
+
+
+def test_without_validation_the_last_prompt_is_kept(llama, rows):
+    tuned = tune(llama, rows, **QUICK)
+    assert "validation" not in tuned.metrics
+    assert tuned.metrics["epoch"] == tuned.metrics["epochs"] == 2
+
+
+def test_a_failing_run_says_why_and_leaves_nothing(llama, rows, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    calls = []
+
+    def spoil(module, inputs, logits):
+        calls.append(1)
+        return logits * float("nan") if len(calls) > 7 else logits
+
+    model.lm_head.register_forward_hook(spoil)
+    with pytest.raises(TrainingError, match=r"update 8 \(epoch 2\): .* for 4 of 4 rows"):
+        tune(model, rows, output=tmp_path / "out", **QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_output_is_refused_before_any_work(tmp_path):
+    (tmp_path / "precious.txt").write_text("keep")
+    with pytest.raises(OutputExistsError, match=r"precious\.txt"):
+        tune("no such model", "no such file", output=tmp_path)
+    assert (tmp_path / "precious.txt").read_text() == "keep"
+
+
+def test_overwrite_replaces_the_prompt_and_keeps_other_files(llama, rows, tmp_path):
+    tune(llama, rows, output=tmp_path, **QUICK)
+    (tmp_path / "notes.txt").write_text("keep")
+    other = tune(llama, rows, output=tmp_path, overwrite=True, seed=1, **QUICK)
+    assert torch.equal(prompt_of(load(tmp_path)), prompt_of(other))
+    assert (tmp_path / "notes.txt").read_text() == "keep"
+    assert len((tmp_path / "training_logs.jsonl").read_text().splitlines()) == 12
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"verbalizer": "no placeholder"}, TemplateError, "at least one placeholder"),
+        ({"verbalizer": "{{inptu}}"}, TemplateError, r"did you mean 'input'\?"),
+        ({"verbalizer": "{{output}}"}, TemplateError, "names the target field"),
+        ({"early_stopping_patience": 1}, ConfigError, "needs validation_data"),
+        ({"learning_rte": 1}, ConfigError, r"did you mean 'learning_rate'\?"),
+        ({"overwrite": True}, UsageError, "overwrite has no meaning without output"),
+        ({"resume": True}, UsageError, "resume needs the output directory"),
+        ({}, BackboneError, "no such model"),
+    ],
+)
+def test_what_is_wrong_is_found_before_the_model_is_loaded(rows, options, error, message):
+    with pytest.raises(error, match=message):
+        tune("no such model", rows, **options)
+
+
+def test_missing_and_unusable_data(llama, rows, held_out, tmp_path):
+    with pytest.raises(UsageError, match="train_data is missing"):
+        tune(llama)
+    with pytest.raises(DataError, match=r"none\.jsonl"):
+        tune(llama, tmp_path / "none.jsonl")
+    strange = [*held_out, {"input": "it", "output": "yess"}]
+    with pytest.raises(DataError, match=r"validation row 9: 'yess' .*did you mean 'yes'\?"):
+        tune(llama, rows, strange)
+
+
+def test_a_row_longer_than_the_context_is_refused_with_the_numbers(llama, rows):
+    long = [*rows, {"input": "film " * 70, "output": "yes"}]
+    with pytest.raises(ContextOverflowError, match=r"72 \+ 3 virtual tokens exceed the model's 64"):
+        tune(llama, long, **QUICK)
+
+
+def test_a_place_without_a_prompt_is_refused(llama, rows):
+    with pytest.raises(ConfigError, match="output_model_types of a causal model"):
+        tune(llama, rows, tuning_config={"output_model_types": ["ENCODER"]})
+
+
+def test_the_signature_shows_every_option_with_its_default():
+    parameters = inspect.signature(tune).parameters
+    assert list(parameters)[:3] == ["base_model", "train_data", "validation_data"]
+    assert parameters["num_epochs"].default == 20
+    assert "lr" in parameters
+    assert "options" not in parameters
+
+
+def test_the_recorded_base_is_found_from_another_directory(bases, rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(bases)
+    tune("llama", rows, output=tmp_path / "prompt", **QUICK)
+    monkeypatch.chdir(tmp_path)
+    assert Path(load("prompt").manifest.base_model) == bases / "llama"
+    assert os.path.samefile(read_run("prompt/run.toml")["base_model"], bases / "llama")
