@@ -29,8 +29,11 @@ class Facts:
         num_layers: Transformer layers (L).
         num_attention_heads: Attention heads (A).
         context_length: Most positions the model has, in tokens; None when its positions are relative.
+        rope_changes_at: Length past which all rotary positions of a batch depend on its longest row
+            (rope types dynamic and longrope); None where they never do.
         embedding_rms: Root mean square of an embedding as the model sees it.
         accepts_position_ids: Whether ``forward`` takes ``position_ids``.
+        takes_cache: Whether ``forward`` takes ``past_key_values``, as decoders do.
         positions_from_ids: Whether positions are counted from the ids that are not padding (RoBERTa).
         pad_id: An id that is safe to put where the mask is zero.
     """
@@ -42,8 +45,10 @@ class Facts:
     num_layers: int
     num_attention_heads: int
     context_length: int | None
+    rope_changes_at: int | None
     embedding_rms: float
     accepts_position_ids: bool
+    takes_cache: bool
     positions_from_ids: bool
     pad_id: int
 
@@ -58,6 +63,7 @@ def facts_of(model: PreTrainedModel) -> Facts:
     table = input_embedding(model)
     from_ids = _counts_positions_from_ids(model)
     pad = config.pad_token_id
+    arguments = inspect.signature(model.forward).parameters
     vocabulary, width = table.weight.shape
     return Facts(
         architecture=type(model).__name__,
@@ -67,8 +73,10 @@ def facts_of(model: PreTrainedModel) -> Facts:
         num_layers=_size(config, "num_hidden_layers", "num_layers", "n_layer"),
         num_attention_heads=_size(config, "num_attention_heads", "n_head", "num_heads", default=1),
         context_length=_context_length(config, from_ids),
+        rope_changes_at=_rope_changes_at(config),
         embedding_rms=_embedding_rms(table),
-        accepts_position_ids="position_ids" in inspect.signature(model.forward).parameters,
+        accepts_position_ids="position_ids" in arguments,
+        takes_cache="past_key_values" in arguments,
         positions_from_ids=from_ids,
         pad_id=pad if isinstance(pad, int) and 0 <= pad < vocabulary else 0,
     )
@@ -120,6 +128,16 @@ def _context_length(config: Any, from_ids: bool) -> int | None:
             # RoBERTa's table starts at padding_idx + 1, so that many positions do not exist.
             return value - (config.pad_token_id + 1) if from_ids else value
     return None
+
+
+def _rope_changes_at(config: Any) -> int | None:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = parameters.values() if "rope_type" not in parameters else (parameters,)
+    changing = [k for k in kinds if isinstance(k, dict) and k.get("rope_type") in ("dynamic", "longrope")]
+    if not changing:
+        return None
+    original = changing[0].get("original_max_position_embeddings")
+    return int(original or config.max_position_embeddings)
 
 
 def _relative(config: Any) -> bool:

@@ -19,7 +19,9 @@ from softprompt.backbone.facts import facts_of
 from softprompt.errors import ArtifactError
 
 _TENSORS = 16
-_VALUES = 16
+_TENSORS_PER_LAYER = 2
+"""Names sort layer by layer, so two evenly spaced tensors a layer leave no layer out."""
+_VALUES = 8
 _TOLERANCE = 0.02
 """Relative to the rms of the sample: bfloat16 rounding is 0.004 at most, a retrained model far above."""
 
@@ -47,7 +49,8 @@ class Fingerprint:
         # The head is new for every task; the backbone below it is what a prompt depends on.
         state = dict(model.base_model.named_parameters(remove_duplicate=True))
         names = sorted(n for n, p in state.items() if p.dim() > 1 and not p.is_meta)
-        chosen = [names[i * len(names) // _TENSORS] for i in range(min(_TENSORS, len(names)))]
+        count = min(len(names), max(_TENSORS, _TENSORS_PER_LAYER * facts.num_layers))
+        chosen = [names[i * len(names) // count] for i in range(count)]
         values: list[float] = []
         for name in chosen:
             flat = state[name].detach().reshape(-1)

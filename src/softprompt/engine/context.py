@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from softprompt.errors import ContextOverflowError
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from softprompt.backbone.facts import Facts
+from softprompt.engine.rows import EngineRow
+from softprompt.errors import ContextOverflowError, DataError
 
 
 def check_context(
@@ -29,3 +35,43 @@ def check_context(
         f"{parts} exceed the {what}'s {limit:,}; shorten the input, the prompt"
         + (" or max_new_tokens" if new else " or lower max_source_length")
     )
+
+
+def depends_on_neighbours(
+    rows: Sequence[EngineRow], prompts: Sequence[Tensor], facts: Facts
+) -> bool:
+    """Tell whether rows of a batch would change each other's rotary positions (``rope_changes_at``)."""
+    if facts.rope_changes_at is None:
+        return False
+    virtual = [int(prompts[row.prompt].shape[0]) if row.prompt >= 0 else 0 for row in rows]
+    lengths = [v + len(r.source) + len(r.target) for v, r in zip(virtual, rows, strict=True)]
+    return max(lengths) > facts.rope_changes_at
+
+
+def check_rows(
+    rows: Sequence[EngineRow], prompts: Sequence[Tensor], facts: Facts, target_limit: int | None
+) -> None:
+    """Refuse a batch with a row that cannot be run.
+
+    Args:
+        rows: The rows.
+        prompts: Their prompts ``[P_i, H]``.
+        facts: Facts of the model.
+        target_limit: Positions of the decoder of a seq2seq model; unused for causal models.
+
+    Raises:
+        DataError: If nothing stands before a row's answer.
+        ContextOverflowError: If a row does not fit behind its prompt.
+    """
+    seq2seq = facts.is_encoder_decoder
+    for index, row in enumerate(rows):
+        if not row.source and row.prompt < 0:
+            raise DataError(
+                f"row {index} has an empty input and no prompt, so nothing stands before its answer; "
+                "give it an input or a prompt"
+            )
+        virtual = int(prompts[row.prompt].shape[0]) if row.prompt >= 0 else 0
+        tokens = len(row.source) + (0 if seq2seq else len(row.target))
+        check_context(tokens, virtual, facts.context_length)
+        if seq2seq:
+            check_context(len(row.target), 0, target_limit, what="decoder")

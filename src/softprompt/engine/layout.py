@@ -47,7 +47,9 @@ class Prompts:
         sizes = [int(prompts[c].shape[0]) for c in used]
         first = {c: sum(sizes[:i]) for i, c in enumerate(used)}
         length = {c: size for c, size in zip(used, sizes, strict=True)}
-        table = torch.cat([prompts[c] for c in used]) if used else torch.empty(0, 0)
+        rows = [prompts[c] for c in used] or [torch.empty(0, 0)]
+        # One prompt is passed on as the leaf it is: torch.compile cannot trace a hook that holds another.
+        table = rows[0] if len(rows) == 1 else torch.cat(rows)
         device = table.device
         return cls(
             table,
@@ -124,6 +126,13 @@ class Layout:
     def is_plain(self) -> bool:
         """Whether every row starts at column 0, so that default positions are right."""
         return bool((self.mask[:, 0] == 1).all())
+
+    def isolated(self, dtype: torch.dtype) -> Tensor:
+        """Return an additive mask ``[B, 1, W, W]`` in which prompt rows see prompt rows alone."""
+        prompt = self.slot >= 0
+        allowed = self.mask.bool().unsqueeze(1) & (~prompt.unsqueeze(2) | prompt.unsqueeze(1))
+        mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+        return mask.masked_fill(~allowed, torch.finfo(dtype).min).unsqueeze(1)
 
     def ids(self, input_ids: Tensor, vocabulary: int, pad_id: int) -> Tensor:
         """Return ids ``[B, W]`` with virtual ones from ``vocabulary`` on."""

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from softprompt.backbone.facts import Facts, facts_of, input_embedding, output_limit
-from softprompt.engine.context import check_context
+from softprompt.engine.context import check_rows, depends_on_neighbours
 from softprompt.engine.layout import Layout, Prompts
-from softprompt.engine.rows import EngineRow, TargetLogProbs
+from softprompt.engine.rows import EngineRow, TargetLogProbs, joined
 from softprompt.engine.virtual import VirtualVocabulary
 
 _IGNORED = -100
@@ -30,8 +30,9 @@ class PlainEngine:
 
     name = "plain"
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, prompt_sees_input: bool = True) -> None:
         self._model = model
+        self._sees_input = prompt_sees_input
         self._facts: Facts = facts_of(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -41,9 +42,12 @@ class PlainEngine:
         """Score the targets of rows; see ``Engine``.
 
         Raises:
+            DataError: If nothing stands before a row's answer.
             ContextOverflowError: If a row does not fit behind its prompt.
         """
-        self._check(rows, prompts)
+        check_rows(rows, prompts, self._facts, output_limit(self._model))
+        if len(rows) > 1 and depends_on_neighbours(rows, prompts, self._facts):
+            return joined([self.target_log_probs([row], prompts) for row in rows])
         chosen = Prompts.of(prompts, [row.prompt for row in rows])
         vocabulary = VirtualVocabulary(input_embedding(self._model))
         run = self._encoder_decoder if self._facts.is_encoder_decoder else self._causal
@@ -68,29 +72,23 @@ class PlainEngine:
             inputs["logits_to_keep"] = longest + 1
         logits = self._model(**inputs).logits[:, -(longest + 1) : -1]  # [B, longest, V]
         labels = self._labels(rows, longest, left=True)
-        return _picked(logits, labels)
+        return picked(logits, labels)
 
     def _encoder_decoder(self, rows: Sequence[EngineRow], prompts: Prompts) -> TargetLogProbs:
         ids, mask = self._padded([row.source for row in rows], left=False)
         layout = Layout.of(mask, prompts, compact=True)
         labels = self._labels(rows, max(len(row.target) for row in rows), left=False)
-        output = self._model(
+        states = self._model.get_encoder()(
             input_ids=layout.ids(ids, self._facts.vocabulary, self._facts.pad_id),
-            attention_mask=layout.mask,
-            labels=labels,
-            use_cache=False,
+            attention_mask=layout.mask if self._sees_input else layout.isolated(self._model.dtype),
         )
-        return _picked(output.logits, labels)
+        output = self._model(
+            encoder_outputs=states, attention_mask=layout.mask, labels=labels, use_cache=False
+        )
+        return picked(output.logits, labels)
 
     def _padded(self, sequences: Sequence[tuple[int, ...]], *, left: bool) -> tuple[Tensor, Tensor]:
-        """Return ids and mask ``[B, T]``."""
-        total = max(1, *(len(s) for s in sequences))
-        ids = torch.full((len(sequences), total), self._facts.pad_id)
-        mask = torch.zeros_like(ids)
-        for i, sequence in enumerate(sequences):
-            where = slice(total - len(sequence), total) if left else slice(0, len(sequence))
-            ids[i, where] = torch.tensor(sequence, dtype=torch.long)
-            mask[i, where] = 1
+        ids, mask = pad_rows(sequences, left=left, pad_id=self._facts.pad_id)
         return ids.to(self._model.device), mask.to(self._model.device)
 
     def _labels(self, rows: Sequence[EngineRow], width: int, *, left: bool) -> Tensor:
@@ -101,17 +99,22 @@ class PlainEngine:
             labels[i, where] = torch.tensor(row.target, dtype=torch.long)
         return labels.to(self._model.device)
 
-    def _check(self, rows: Sequence[EngineRow], prompts: Sequence[Tensor]) -> None:
-        limit, seq2seq = self._facts.context_length, self._facts.is_encoder_decoder
-        for row in rows:
-            virtual = prompts[row.prompt].shape[0] if row.prompt >= 0 else 0
-            tokens = len(row.source) + (0 if seq2seq else len(row.target))
-            check_context(tokens, virtual, limit)
-            if seq2seq:
-                check_context(len(row.target), 0, output_limit(self._model), what="decoder")
+
+def pad_rows(
+    sequences: Sequence[tuple[int, ...]], *, left: bool, pad_id: int
+) -> tuple[Tensor, Tensor]:
+    """Return ids and mask ``[B, T]``, padded on one side to the longest row."""
+    total = max(1, *(len(sequence) for sequence in sequences))
+    ids = torch.full((len(sequences), total), pad_id)
+    mask = torch.zeros_like(ids)
+    for i, sequence in enumerate(sequences):
+        where = slice(total - len(sequence), total) if left else slice(0, len(sequence))
+        ids[i, where] = torch.tensor(sequence, dtype=torch.long)
+        mask[i, where] = 1
+    return ids, mask
 
 
-def _picked(logits: Tensor, labels: Tensor) -> TargetLogProbs:
+def picked(logits: Tensor, labels: Tensor) -> TargetLogProbs:
     """Return log p of the labels from logits ``[B, T, V]`` and labels ``[B, T]``."""
     real = labels != _IGNORED
     chosen = logits[real].float()  # [M, V]: the softmax runs on target positions only

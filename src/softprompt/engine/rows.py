@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -40,6 +41,12 @@ class TargetLogProbs:
         """Return the log-probability of each row's whole target, ``[B]``."""
         zeros = self.values.new_zeros(count)
         return zeros.index_add(0, self.row_index, self.values)
+
+
+def joined(parts: Sequence[TargetLogProbs]) -> TargetLogProbs:
+    """Return the answers for rows that were run one by one, as those of their batch."""
+    numbers = [torch.full_like(part.row_index, row) for row, part in enumerate(parts)]
+    return TargetLogProbs(torch.cat([part.values for part in parts]), torch.cat(numbers))
 
 
 class Engine(Protocol):

@@ -1,0 +1,208 @@
+"""Attention over a packed stream, registered with transformers' attention and mask interfaces.
+
+The mask interface hands the layers a ``Visibility`` in the place of a mask, so it reaches them
+as an argument, also when gradient checkpointing runs them again during backward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+from softprompt.engine.visibility import Block, MaskRule, Visibility
+from softprompt.errors import BackboneError
+
+NAME = "softprompt_forest"
+"""Name of the attention implementation in ``config._attn_implementation``."""
+
+_UNSUPPORTED = ("s_aux", "head_mask")
+_plan: ContextVar[Visibility | None] = ContextVar("softprompt_forest_plan", default=None)
+
+
+class ForestUnsupportedError(BackboneError):
+    """The architecture asks attention for something the forest does not have."""
+
+
+@dataclass(slots=True)
+class LayerMask:
+    """A visibility in the place of an attention mask, with its additive form kept per dtype."""
+
+    visibility: Visibility
+    bias: Tensor | None
+    _additive: dict[tuple[torch.dtype, int], list[Tensor]]
+
+    @classmethod
+    def of(cls, visibility: Visibility, bias: Tensor | None = None) -> LayerMask:
+        """Wrap a visibility, with a bias ``[A, L, L]`` by query and key position (T5)."""
+        return cls(visibility, bias, {})
+
+    def additive(self, dtype: torch.dtype, repeats: int) -> list[Tensor]:
+        """Return a mask ``[G, 1 or A, repeats · Tq, Tk]`` a block, -inf where unseen."""
+        key = (dtype, repeats)
+        if key not in self._additive:
+            self._additive[key] = [
+                self._block_mask(block, dtype).repeat(1, 1, repeats, 1)
+                for block in self.visibility.blocks
+            ]
+        return self._additive[key]
+
+    def _block_mask(self, block: Block, dtype: torch.dtype) -> Tensor:
+        if self.bias is None:
+            values = torch.zeros(block.sees.shape, dtype=dtype, device=block.sees.device).unsqueeze(1)
+        else:
+            queries = self.visibility.query_positions[block.queries].unsqueeze(2)
+            keys = self.visibility.key_positions[block.keys].unsqueeze(1)
+            values = self.bias.to(dtype)[:, queries, keys].transpose(0, 1)  # [G, A, Tq, Tk]
+        return values.masked_fill(~block.sees.unsqueeze(1), -math.inf)
+
+
+@contextmanager
+def forest_attention(model: PreTrainedModel, plan: Visibility | None = None) -> Iterator[None]:
+    """Run the model's attention over packed streams inside the context.
+
+    Args:
+        model: The model.
+        plan: Who sees whom, for every mask the model makes; None where layers are handed theirs.
+
+    Raises:
+        ForestUnsupportedError: If the model does not honour the attention interface.
+    """
+    before = model.config._attn_implementation
+    token = _plan.set(plan)
+    try:
+        _implement(model, NAME)
+        if model.config._attn_implementation != NAME:
+            raise ForestUnsupportedError(
+                f"{type(model).__name__} does not honour transformers' attention interface"
+            )
+        yield
+    finally:
+        _plan.reset(token)
+        _implement(model, before)
+
+
+def also_in_backward(model: PreTrainedModel, last: Tensor, first: Tensor) -> None:
+    """Keep the implementation for a backward pass that runs layers again (gradient checkpointing).
+
+    Args:
+        model: The model; its own implementation is back when backward is over.
+        last: A result of the pass, whose gradient is the first to be computed.
+        first: An input of the pass, whose gradient is the last.
+    """
+    before = model.config._attn_implementation
+
+    def enter(gradient: Tensor) -> None:
+        _implement(model, NAME)
+
+    def leave(gradient: Tensor) -> None:
+        _implement(model, before)
+
+    last.register_hook(enter)
+    first.register_hook(leave)
+
+
+def _implement(model: PreTrainedModel, name: str) -> None:
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        model.set_attn_implementation(name)
+    finally:
+        hf_logging.set_verbosity(verbosity)
+
+
+def forest_mask(*, mask_function: MaskRule, **_: Any) -> LayerMask | None:
+    """Mask interface: the plan of the pass, under the layer kind's own rule."""
+    plan = _plan.get()
+    return LayerMask.of(plan.restricted(mask_function)) if plan is not None else None
+
+
+def forest_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: LayerMask | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention interface: queries ``[1, A, N, D]`` and keys ``[1, A_kv, N, D]`` to ``[1, N, A, D]``.
+
+    Raises:
+        ForestUnsupportedError: For attention sinks, biases and the like, and without a plan.
+    """
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise ForestUnsupportedError(f"{type(module).__name__} passes {name} to attention")
+    if not isinstance(attention_mask, LayerMask):
+        raise ForestUnsupportedError(f"{type(module).__name__} made its own attention mask")
+    _, heads, tokens, width = query.shape
+    repeats = heads // key.shape[1]
+    if kwargs.get("position_bias") not in (None, attention_mask):
+        raise ForestUnsupportedError(f"{type(module).__name__} adds a position bias of its own")
+    masks = attention_mask.additive(query.dtype, repeats)
+    streams = [_stream(part) for part in (query, key, value)]
+    scale = width**-0.5 if scaling is None else scaling
+    outputs = []
+    for block, mask in zip(attention_mask.visibility.blocks, masks, strict=True):
+        q, k, v = _gathered(streams, block, key.shape[1], repeats)
+        mixed = _attend(q, k, v, mask, scale, dropout, softcap)
+        outputs.append(_flattened(mixed, repeats))
+    packed = F.embedding(attention_mask.visibility.where, torch.cat(outputs))
+    return packed.view(1, tokens, heads, -1), None
+
+
+def _stream(part: Tensor) -> Tensor:
+    """Return ``[N, A · D]`` from ``[1, A, N, D]``, a view where a linear layer just made it."""
+    return part[0].transpose(0, 1).flatten(1)
+
+
+def _gathered(
+    streams: list[Tensor], block: Block, kv_heads: int, repeats: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries ``[G, A_kv, repeats · Tq, D]``, keys and values ``[G, A_kv, Tk, D]``.
+
+    The query heads that share a key head stand behind each other as further queries, so
+    grouped keys are never copied per head. ``F.embedding`` is a gather with a fast backward.
+    """
+    query, key, value = streams
+    groups, length = block.queries.shape
+    q = F.embedding(block.queries, query).view(groups, length, kv_heads, repeats, -1)
+    q = q.permute(0, 2, 3, 1, 4).reshape(groups, kv_heads, repeats * length, -1)
+    k, v = (
+        F.embedding(block.keys, part).view(groups, block.keys.shape[1], kv_heads, -1).transpose(1, 2)
+        for part in (key, value)
+    )
+    return q, k, v
+
+
+def _flattened(mixed: Tensor, repeats: int) -> Tensor:
+    """Return ``[G · Tq, A · D]`` from ``[G, A_kv, repeats · Tq, D]``."""
+    groups, kv_heads, _, width = mixed.shape
+    parts = mixed.view(groups, kv_heads, repeats, -1, width).permute(0, 3, 1, 2, 4)
+    return parts.reshape(-1, kv_heads * repeats * width)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, dropout: float, softcap: float | None
+) -> Tensor:
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+    scores = softcap * torch.tanh((q @ k.transpose(-1, -2)) * scale / softcap)
+    weights = torch.softmax(scores + mask, dim=-1, dtype=torch.float32).to(q.dtype)
+    return F.dropout(weights, dropout, training=dropout > 0) @ v
+
+
+AttentionInterface.register(NAME, forest_attention_forward)
+AttentionMaskInterface.register(NAME, forest_mask)

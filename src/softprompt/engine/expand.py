@@ -1,0 +1,130 @@
+"""The prompt's keys and values once, expanded over the rows, for models without the forest.
+
+Rows stand padded on the right directly behind the cached prompts, so that columns count as the
+model expects (ALiBi, local windows).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from softprompt.backbone.facts import facts_of, input_embedding
+from softprompt.backbone.freeze import recomputes_layers
+from softprompt.engine.attention import ForestUnsupportedError
+from softprompt.engine.context import check_rows, depends_on_neighbours
+from softprompt.engine.layout import Prompts
+from softprompt.engine.plain import PlainEngine, pad_rows, picked
+from softprompt.engine.rows import EngineRow, TargetLogProbs
+from softprompt.engine.virtual import VirtualVocabulary
+
+
+class ExpandEngine:
+    """Scores targets behind a prompt that is run once."""
+
+    name = "expand"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Prepare for a model.
+
+        Raises:
+            ForestUnsupportedError: If the model has no cache of keys and values to expand.
+        """
+        self._model = model
+        self._facts = facts_of(model)
+        self._plain = PlainEngine(model)
+        parameters = inspect.signature(model.forward).parameters
+        self._keeps_logits = "logits_to_keep" in parameters
+        if self._facts.is_encoder_decoder or "past_key_values" not in parameters:
+            raise ForestUnsupportedError(f"{type(model).__name__} has no decoder cache to expand")
+
+    def target_log_probs(
+        self, rows: Sequence[EngineRow], prompts: Sequence[Tensor]
+    ) -> TargetLogProbs:
+        """Score the targets of rows; see ``Engine``.
+
+        Raises:
+            DataError: If nothing stands before a row's answer.
+            ContextOverflowError: If a row does not fit behind its prompt.
+        """
+        check_rows(rows, prompts, self._facts, None)
+        used = sorted({row.prompt for row in rows if row.prompt >= 0})
+        checkpointing = recomputes_layers(self._model)
+        unlike = depends_on_neighbours(rows, prompts, self._facts)
+        if not used or checkpointing or unlike or not all(row.source for row in rows):
+            # Checkpointing drops the cache; an empty source is predicted from the prompt's own pass.
+            return self._plain.target_log_probs(rows, prompts)
+        chosen = Prompts.of([prompts[p] for p in used], range(len(used)))
+        vocabulary = VirtualVocabulary(input_embedding(self._model))
+        try:
+            with vocabulary.lend(chosen.table):
+                cache, mask = self._prompt_pass(chosen)
+        finally:
+            vocabulary.remove()
+        return self._text_pass(rows, used, cache, mask)
+
+    def _prompt_pass(self, prompts: Prompts) -> tuple[Cache, Tensor]:
+        """Return the keys and values of the prompts, ``[K, A_kv, P, D]`` a layer, and their mask ``[K, P]``."""
+        column = torch.arange(prompts.width, device=prompts.lengths.device)
+        row = column - (prompts.width - prompts.lengths).unsqueeze(1)  # [K, P], negative where padded
+        virtual = row + prompts.starts.unsqueeze(1) + self._facts.vocabulary
+        ids = torch.where(row >= 0, virtual, self._facts.pad_id).to(self._model.device)
+        mask = (row >= 0).long().to(self._model.device)
+        cache = DynamicCache()
+        output = self._model(
+            input_ids=ids, past_key_values=cache, use_cache=True, **self._placed(mask, ids.shape[1])
+        )
+        cache = output.past_key_values
+        if not isinstance(cache, Cache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+            raise ForestUnsupportedError(
+                f"{type(self._model).__name__} keeps more than keys and values, which cannot be expanded"
+            )
+        return cache, mask
+
+    def _text_pass(
+        self, rows: Sequence[EngineRow], used: Sequence[int], cache: Cache, mask: Tensor
+    ) -> TargetLogProbs:
+        ids, text_mask = pad_rows(
+            [row.source + row.target for row in rows], left=False, pad_id=self._facts.pad_id
+        )
+        device = self._model.device
+        ids, text_mask = ids.to(device), text_mask.to(device)
+        owner = torch.tensor([used.index(r.prompt) if r.prompt >= 0 else 0 for r in rows], device=device)
+        prompted = torch.tensor([r.prompt >= 0 for r in rows], device=device).unsqueeze(1)
+        whole = torch.cat([mask[owner] * prompted, text_mask], dim=1)  # [B, P + T]
+        labels = torch.full_like(ids, -100)
+        for i, row in enumerate(rows):
+            where = slice(len(row.source) - 1, len(row.source) + len(row.target) - 1)
+            labels[i, where] = torch.tensor(row.target)
+        columns = (labels != -100).any(0).nonzero()[:, 0]
+        extra: dict[str, Any] = {"logits_to_keep": columns} if self._keeps_logits else {}
+        logits = self._model(
+            input_ids=ids,
+            past_key_values=_expanded(cache, owner),
+            use_cache=True,
+            **self._placed(whole, ids.shape[1]),
+            **extra,
+        ).logits
+        return picked(logits if self._keeps_logits else logits[:, columns], labels[:, columns])
+
+    def _placed(self, mask: Tensor, columns: int) -> dict[str, Tensor]:
+        """Return mask and positions of the last ``columns`` of a batch."""
+        placed = {"attention_mask": mask}
+        if self._facts.accepts_position_ids:
+            placed["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -columns:]
+        return placed
+
+
+def _expanded(cache: Cache, owner: Tensor) -> Cache:
+    """Return the cache of each row's prompt, ``[B, A_kv, P, D]`` a layer."""
+    expanded = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        keys, values = layer.keys.index_select(0, owner), layer.values.index_select(0, owner)
+        expanded.update(keys, values, index)
+    return expanded

@@ -1,0 +1,92 @@
+"""The forest path of causal models: one packed row of real tokens, logits where a target is."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from softprompt.backbone.facts import facts_of, input_embedding
+from softprompt.backbone.freeze import recomputes_layers
+from softprompt.engine.attention import (
+    ForestUnsupportedError,
+    also_in_backward,
+    forest_attention,
+)
+from softprompt.engine.context import check_rows, depends_on_neighbours
+from softprompt.engine.forest import Forest
+from softprompt.engine.plain import PlainEngine
+from softprompt.engine.rows import EngineRow, TargetLogProbs
+from softprompt.engine.virtual import VirtualVocabulary
+from softprompt.engine.visibility import visibility_of
+
+
+class ForestEngine:
+    """Scores targets over a forest; exact, with no padding in token-wise layers."""
+
+    name = "forest"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Prepare for a model.
+
+        Raises:
+            ForestUnsupportedError: If the model cannot take a packed row.
+        """
+        self._model = model
+        self._facts = facts_of(model)
+        self._plain = PlainEngine(model)
+        parameters = inspect.signature(model.forward).parameters
+        if self._facts.is_encoder_decoder or "position_ids" not in parameters:
+            raise ForestUnsupportedError(f"{type(model).__name__} takes no position_ids")
+        if "logits_to_keep" not in parameters:
+            raise ForestUnsupportedError(f"{type(model).__name__} takes no logits_to_keep")
+
+    def target_log_probs(
+        self, rows: Sequence[EngineRow], prompts: Sequence[Tensor]
+    ) -> TargetLogProbs:
+        """Score the targets of rows; see ``Engine``.
+
+        Raises:
+            ContextOverflowError: If a row does not fit behind its prompt.
+        """
+        check_rows(rows, prompts, self._facts, None)
+        if depends_on_neighbours(rows, prompts, self._facts):
+            return self._plain.target_log_probs(rows, prompts)
+        forest = Forest.of(rows, [int(prompt.shape[0]) for prompt in prompts])
+        used = [root.prompt for root in forest.roots if root.prompt >= 0]
+        table = torch.cat([prompts[p] for p in used]) if used else None
+        offsets = _offsets(prompts, used)
+        device = self._model.device
+        wanted, place = torch.unique(forest.predictors, return_inverse=True)
+        vocabulary = VirtualVocabulary(input_embedding(self._model))
+        plan = visibility_of(forest).to(device)
+        try:
+            with vocabulary.lend(table), forest_attention(self._model, plan):
+                logits = self._model(
+                    input_ids=forest.ids(self._facts.vocabulary, offsets).unsqueeze(0).to(device),
+                    position_ids=forest.positions().unsqueeze(0).to(device),
+                    attention_mask=torch.ones(1, len(forest), dtype=torch.long, device=device),
+                    logits_to_keep=wanted.to(device),
+                    use_cache=False,
+                ).logits[0]
+        finally:
+            vocabulary.remove()
+        log_probs = F.log_softmax(logits.float(), dim=-1)  # one softmax a predictor, shared by its answers
+        values = log_probs[place.to(device), forest.labels.to(device)]
+        if recomputes_layers(self._model) and table is not None:
+            if values.requires_grad:
+                also_in_backward(self._model, values, table)
+        return TargetLogProbs(values, forest.row_index.to(device))
+
+
+def _offsets(prompts: Sequence[Tensor], used: Sequence[int]) -> list[int]:
+    """Return where each used prompt starts in the concatenated table."""
+    offsets, at = [0] * len(prompts), 0
+    for prompt in used:
+        offsets[prompt] = at
+        at += int(prompts[prompt].shape[0])
+    return offsets

@@ -1,0 +1,142 @@
+"""Running a stack of layers on real tokens only, between its embeddings and its head.
+
+Hooks on the layers take the padding out before the first one and, where wanted, put it back
+after the last; in between each layer is handed visibilities in the place of its masks. What
+happens before and after (positions, pooling, heads) is the model's own code on its own shapes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from softprompt.engine.attention import ForestUnsupportedError, LayerMask
+
+_SELF, _CROSS = "attention_mask", "encoder_attention_mask"
+_BIASES = {_SELF: "position_bias", _CROSS: "encoder_decoder_position_bias"}
+"""Where a layer takes the relative position bias that belongs to a mask (T5)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Which padded places are real, and where each stands in the packed stream.
+
+    Attributes:
+        take: Flat padded index ``b · W + w`` of each packed token, ``[N]``.
+        put: Packed index of each padded place, ``[B, W]``; places that are not real hold 0.
+        real: Which padded places are real, bool ``[B, W]``.
+    """
+
+    take: Tensor
+    put: Tensor
+    real: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor) -> Packing:
+        """Pack the places where a mask ``[B, W]`` is 1, row by row."""
+        real = mask.bool()
+        flat = real.reshape(-1)
+        put = (flat.long().cumsum(0) - 1).clamp(min=0).view(real.shape)
+        return cls(flat.nonzero()[:, 0], put, real)
+
+    def packed(self, hidden: Tensor) -> Tensor:
+        """Return ``[1, N, H]`` from ``[B, W, H]``."""
+        return F.embedding(self.take, hidden.flatten(0, 1)).unsqueeze(0)
+
+    def unpacked(self, hidden: Tensor) -> Tensor:
+        """Return ``[B, W, H]`` from ``[1, N, H]``, zeros where nothing is real."""
+        return F.embedding(self.put, hidden[0]) * self.real.unsqueeze(-1)
+
+
+def layers_of(stack: nn.Module) -> nn.ModuleList:
+    """Return the layers of an encoder or decoder.
+
+    Raises:
+        ForestUnsupportedError: If the stack has no single list of them.
+    """
+    lists = [m for m in stack.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not lists:
+        raise ForestUnsupportedError(f"{type(stack).__name__} has no list of layers")
+    return lists[0]
+
+
+@contextmanager
+def packed_layers(
+    layers: nn.ModuleList,
+    packing: Packing,
+    mask: LayerMask,
+    *,
+    cross: LayerMask | None = None,
+    unpack: bool,
+) -> Iterator[None]:
+    """Run the layers on a packed stream inside the context.
+
+    Args:
+        layers: The layers, run in order.
+        packing: The padding to take out.
+        mask: Who sees whom in the stream.
+        cross: Who sees which encoder state, for decoder layers.
+        unpack: Whether to put the padding back after the last layer.
+    """
+    masks = {_SELF: mask} | ({_CROSS: cross} if cross is not None else {})
+    handles = []
+    for index, layer in enumerate(layers):
+        hook = _before(layer, masks, packing if index == 0 else None)
+        handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+    if unpack:
+        handles.append(layers[-1].register_forward_hook(_after(packing)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _before(layer: nn.Module, masks: dict[str, LayerMask], packing: Packing | None) -> Any:
+    names = list(inspect.signature(layer.forward).parameters)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if packing is not None:
+            given[names[0]] = packing.packed(given[names[0]])
+        for name, mask in masks.items():
+            given[name] = mask
+            if _BIASES[name] in names:
+                # The bias is part of the mask; anything but None keeps T5 from computing it N × N.
+                given[_BIASES[name]] = mask
+        first = given.pop(names[0])
+        return (first,), given
+
+    return hook
+
+
+def _after(packing: Packing) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (packing.unpacked(output[0]), *output[1:])
+        return packing.unpacked(output)
+
+    return hook
+
+
+def relative_bias(stack: nn.Module, length: int) -> Tensor | None:
+    """Return T5's relative position bias ``[A, length, length]``, None for other stacks.
+
+    Raises:
+        ForestUnsupportedError: If its layers have biases of their own each.
+    """
+    owners = [m for m in stack.modules() if getattr(m, "has_relative_attention_bias", False)]
+    if not owners:
+        return None
+    if len(owners) > 1:
+        raise ForestUnsupportedError(f"{type(stack).__name__} has a position bias in every layer")
+    with torch.no_grad():
+        bias: Tensor = owners[0].compute_bias(length, length)[0]
+    return bias

@@ -1,0 +1,70 @@
+"""A small probe that a fast path must pass before it is trusted.
+
+Silent failures are real: models whose state is more than keys and values, attention that
+ignores the mask it is given. The probe runs rows of unlike lengths under two prompts and under
+none through the candidate and through the plain path, and compares log-probabilities and
+prompt gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from softprompt.backbone.facts import facts_of
+from softprompt.engine.rows import Engine, EngineRow
+
+_LENGTHS = ((5, 2, 0), (1, 1, 0), (3, 3, 1), (4, 1, -1), (7, 2, 1))
+"""Source tokens, target tokens and prompt of each probe row."""
+
+_PROMPTS = (4, 3)
+
+_TOLERANCE = {
+    torch.float64: (1e-6, 1e-6),
+    torch.float32: (1e-4, 1e-3),
+    torch.float16: (2e-2, 5e-2),
+    torch.bfloat16: (1e-1, 2e-1),
+}
+"""Largest difference by dtype: of log-probabilities, and of gradients relative to their norm."""
+
+
+def difference(candidate: Engine, reference: Engine, model: PreTrainedModel) -> str | None:
+    """Return how the candidate differs from the reference on the probe, None when it does not."""
+    facts = facts_of(model)
+    allowed, allowed_gradient = _TOLERANCE.get(model.dtype, _TOLERANCE[torch.float32])
+    generator = torch.Generator().manual_seed(0)
+    top = min(facts.vocabulary, 1000)
+    rows = []
+    for source, target, prompt in _LENGTHS:
+        ids = torch.randint(0, top, (source + target,), generator=generator).tolist()
+        rows.append(EngineRow(tuple(ids[:source]), tuple(ids[source:]), prompt))
+    values = [
+        (torch.randn(length, facts.token_dim, generator=generator) * facts.embedding_rms).to(model.device)
+        for length in _PROMPTS
+    ]
+    training = model.training
+    model.eval()
+    try:
+        expected, expected_gradients = _run(reference, rows, values)
+        got, gradients = _run(candidate, rows, values)
+    finally:
+        model.train(training)
+    worst = float((got - expected).abs().max())
+    if not worst <= allowed:
+        return f"its log-probabilities differ by {worst:.2g} on the probe"
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        relative = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-12))
+        if not relative <= allowed_gradient:
+            return f"its prompt gradients differ by {relative:.2g} on the probe"
+    return None
+
+
+def _run(
+    engine: Engine, rows: list[EngineRow], values: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    with torch.enable_grad():
+        prompts = [value.clone().requires_grad_() for value in values]
+        scores = engine.target_log_probs(rows, prompts).values
+        gradients = torch.autograd.grad(scores.sum(), prompts)
+    return scores.detach().float(), [gradient.float() for gradient in gradients]

@@ -1,0 +1,195 @@
+"""Who sees whom in a packed stream, as a few padded blocks instead of one N × N mask.
+
+A block is a bundle of queries with the keys they may see: all roots form one, the groups of
+similar length another. Its size is G × Tq × Tk, so a batch of many rows stays linear in rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from softprompt.engine.forest import Forest
+
+MaskRule = Callable[[int, int, Tensor, Tensor], Tensor]
+"""transformers' mask function: (batch, head, query index, key index) -> bool."""
+
+_FILL = 0.6
+"""Groups at least this share of the longest are padded to it together; shorter ones get a block of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Queries and keys of one attention call.
+
+    Attributes:
+        queries: Stream index of each query, 0 where padded, ``[G, Tq]``.
+        keys: Stream index of each key, 0 where padded, ``[G, Tk]``.
+        sees: Which query sees which key, bool ``[G, Tq, Tk]``; every padded query sees the first key.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    sees: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Visibility:
+    """The blocks of a stream.
+
+    Attributes:
+        blocks: The blocks; together their queries hold every token of the stream once.
+        where: Place of each token in the concatenated padded queries, ``[N]``.
+        query_positions: Position of each query token in its own row, ``[N]``.
+        key_positions: Position of each key token in its own row.
+    """
+
+    blocks: tuple[Block, ...]
+    where: Tensor
+    query_positions: Tensor
+    key_positions: Tensor
+
+    def restricted(self, rule: MaskRule) -> Visibility:
+        """Return the same visibility, further restricted by an architecture's own rule.
+
+        The rule (causal, sliding window, chunks) is asked about positions in the row, which is
+        what its indices mean when a row is alone.
+        """
+        blocks = []
+        for block in self.blocks:
+            queries = self.query_positions[block.queries].unsqueeze(2)  # [G, Tq, 1]
+            keys = self.key_positions[block.keys].unsqueeze(1)  # [G, 1, Tk]
+            allowed = rule(0, 0, queries, keys)
+            sees = block.sees & allowed
+            # A padded query must see something, or its softmax is NaN.
+            blind = ~sees.any(2, keepdim=True)
+            first = torch.zeros_like(sees)
+            first[..., 0] = True
+            blocks.append(Block(block.queries, block.keys, sees | (blind & first)))
+        return Visibility(tuple(blocks), self.where, self.query_positions, self.key_positions)
+
+    def to(self, device: torch.device) -> Visibility:
+        """Return the same visibility on a device."""
+        return Visibility(
+            tuple(Block(b.queries.to(device), b.keys.to(device), b.sees.to(device)) for b in self.blocks),
+            self.where.to(device),
+            self.query_positions.to(device),
+            self.key_positions.to(device),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One bundle of queries before it is padded: stream indices and who sees whom.
+
+    Attributes:
+        queries: Stream indices ``[q]``.
+        keys: Stream indices ``[k]``.
+        sees: bool ``[q, k]``.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    sees: Tensor
+
+
+def visibility_of(forest: Forest) -> Visibility:
+    """Return who sees whom in a forest: ancestors and oneself."""
+    root_starts, group_starts = forest.starts
+    roots, spans = [], []
+    for root, start in zip(forest.roots, root_starts, strict=True):
+        index = torch.arange(start, start + len(root))
+        roots.append(Span(index, index, torch.ones(len(root), len(root), dtype=torch.bool).tril()))
+    for group, start in zip(forest.groups, group_starts, strict=True):
+        own = torch.arange(start, start + len(group.tokens))
+        above = roots[group.root].keys
+        sees = torch.cat([torch.ones(len(own), len(above), dtype=torch.bool), group.sees()], dim=1)
+        spans.append(Span(own, torch.cat([above, own]), sees))
+    positions = forest.positions()
+    return padded([roots, spans], positions, positions)
+
+
+def padded(
+    kinds: Sequence[Sequence[Span]], query_positions: Tensor, key_positions: Tensor
+) -> Visibility:
+    """Pad spans into blocks: kinds apart, and within a kind those of similar length together."""
+    blocks: list[Block] = []
+    where = torch.zeros(len(query_positions), dtype=torch.long)
+    offset = 0
+    for spans in kinds:
+        for bundle in _bundles([span for span in spans if len(span.queries)]):
+            tallest = max(len(span.queries) for span in bundle)
+            widest = max(len(span.keys) for span in bundle)
+            queries = torch.zeros(len(bundle), tallest, dtype=torch.long)
+            keys = torch.zeros(len(bundle), widest, dtype=torch.long)
+            sees = torch.zeros(len(bundle), tallest, widest, dtype=torch.bool)
+            sees[..., 0] = True
+            for i, span in enumerate(bundle):
+                q, k = len(span.queries), len(span.keys)
+                queries[i, :q], keys[i, :k], sees[i, :q, :k] = span.queries, span.keys, span.sees
+                sees[i, :q, k:] = False
+                where[span.queries] = offset + i * tallest + torch.arange(q)
+            offset += len(bundle) * tallest
+            blocks.append(Block(queries, keys, sees))
+    return Visibility(tuple(blocks), where, query_positions, key_positions)
+
+
+def _bundles(spans: Sequence[Span]) -> list[list[Span]]:
+    """Split spans into runs of similar query length, longest first."""
+    ordered = sorted(spans, key=lambda span: -len(span.queries))
+    cuts = [0]
+    for i, span in enumerate(ordered):
+        if len(span.queries) < _FILL * len(ordered[cuts[-1]].queries):
+            cuts.append(i)
+    return [ordered[a:b] for a, b in pairwise([*cuts, len(ordered)]) if a < b]
+
+
+def whole_rows(lengths: Sequence[int]) -> Visibility:
+    """Return the visibility of packed rows in which every token sees its whole row."""
+    return _rows(lengths, causal=False)
+
+
+def chains(lengths: Sequence[int]) -> Visibility:
+    """Return the visibility of packed rows in which every token sees its row up to itself."""
+    return _rows(lengths, causal=True)
+
+
+def across(queries: Sequence[int], keys: Sequence[Tensor], key_positions: Tensor) -> Visibility:
+    """Return the visibility of packed query rows over another stream.
+
+    Args:
+        queries: Tokens of each query row.
+        keys: Indices into the key stream that each query row sees.
+        key_positions: Position of each token of the key stream.
+    """
+    spans = [
+        Span(index, seen, torch.ones(len(index), len(seen), dtype=torch.bool))
+        for index, seen in zip(_indices(queries), keys, strict=True)
+    ]
+    return padded([spans], _positions(queries), key_positions)
+
+
+def _rows(lengths: Sequence[int], *, causal: bool) -> Visibility:
+    spans = []
+    for index in _indices(lengths):
+        sees = torch.ones(len(index), len(index), dtype=torch.bool)
+        spans.append(Span(index, index, sees.tril() if causal else sees))
+    positions = _positions(lengths)
+    return padded([spans], positions, positions)
+
+
+def _positions(lengths: Sequence[int]) -> Tensor:
+    return torch.cat([torch.arange(length) for length in lengths])
+
+
+def _indices(lengths: Sequence[int]) -> list[Tensor]:
+    """Return the stream indices of each row."""
+    at, rows = 0, []
+    for length in lengths:
+        rows.append(torch.arange(at, at + length))
+        at += length
+    return rows

@@ -1,0 +1,213 @@
+"""The forest equals the one-row-at-a-time oracle, on random forests and many architectures."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from oracles.families import CAUSAL, SEQ2SEQ, causal, seq2seq
+from softprompt.backbone.facts import facts_of
+from softprompt.engine.choose import build_engine
+from softprompt.engine.forest import Forest
+from softprompt.engine.packed_causal import ForestEngine
+from softprompt.engine.packed_seq2seq import PackedSeq2SeqEngine
+from softprompt.engine.plain import PlainEngine
+from softprompt.engine.rows import EngineRow
+from softprompt.engine.visibility import visibility_of
+
+FOREST = [
+    "gpt2",
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "phi",
+    "phi3",
+    "gpt_neox",
+    "opt",
+    "olmo2",
+    "granite",
+    "cohere",
+    "smollm3",
+    "stablelm",
+]
+EXPAND = ["gptj", "gpt_neo", "bloom", "mpt", "falcon"]
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+@functools.cache
+def model_of(name):
+    build = seq2seq if name in SEQ2SEQ else causal
+    return build(name).requires_grad_(False)
+
+
+def prompts_for(model, *lengths):
+    generator = torch.Generator().manual_seed(4)
+    width = facts_of(model).token_dim
+    return [torch.randn(n, width, generator=generator).requires_grad_() for n in lengths]
+
+
+def solo(model, rows, prompts, **options):
+    """Score every row by itself on the plain path."""
+    engine = PlainEngine(model, **options)
+    return torch.cat([engine.target_log_probs([row], prompts).values for row in rows])
+
+
+def gradients(values, prompts):
+    found = torch.autograd.grad(values.sum(), prompts, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, prompts, strict=True)]
+
+
+def assert_equals_solo(engine, model, rows, prompts, **options):
+    got, expected = engine.target_log_probs(rows, prompts), solo(model, rows, prompts, **options)
+    torch.testing.assert_close(got.values, expected, **CLOSE)
+    index = [i for i, row in enumerate(rows) for _ in row.target]
+    assert got.row_index.tolist() == index
+    if any(row.prompt >= 0 for row in rows):
+        ours, theirs = gradients(got.values, prompts), gradients(expected, prompts)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, **CLOSE)
+
+
+tokens = st.integers(3, 12)  # a small alphabet, so that beginnings and answers are shared
+row = st.builds(
+    EngineRow,
+    source=st.lists(tokens, min_size=1, max_size=9).map(tuple),
+    target=st.lists(tokens, min_size=1, max_size=4).map(tuple),
+    prompt=st.sampled_from([0, 1, -1]),
+)
+batch = st.lists(row, min_size=1, max_size=8)
+
+
+@pytest.mark.parametrize("name", [*FOREST, *SEQ2SEQ])
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@given(rows=batch)
+def test_random_forests(name, rows):
+    model = model_of(name)
+    engine = PackedSeq2SeqEngine(model) if name in SEQ2SEQ else ForestEngine(model)
+    assert_equals_solo(engine, model, rows, prompts_for(model, 5, 3))
+
+
+@pytest.mark.parametrize("name", EXPAND)
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@given(rows=batch)
+def test_random_batches_behind_expanded_prompts(name, rows):
+    model = model_of(name)
+    assert_equals_solo(build_engine(model, "expand"), model, rows, prompts_for(model, 5, 3))
+
+
+@pytest.mark.parametrize("name", SEQ2SEQ)
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@given(rows=batch)
+def test_prompts_that_do_not_see_the_input(name, rows):
+    model = model_of(name)
+    engine = build_engine(model, "forest", prompt_sees_input=False)
+    prompts = prompts_for(model, 5, 3)
+    assert_equals_solo(engine, model, rows, prompts, prompt_sees_input=False)
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+@given(rows=batch, data=st.data())
+def test_permuting_and_splitting_change_nothing(rows, data):
+    model = model_of("llama")
+    engine, prompts = ForestEngine(model), prompts_for(model, 5, 3)
+    whole = engine.target_log_probs(rows, prompts).row_sums(len(rows))
+    order = data.draw(st.permutations(range(len(rows))))
+    shuffled = engine.target_log_probs([rows[i] for i in order], prompts).row_sums(len(rows))
+    torch.testing.assert_close(shuffled, whole[list(order)], **CLOSE)
+    cut = data.draw(st.integers(0, len(rows)))
+    parts = [engine.target_log_probs(p, prompts).values for p in (rows[:cut], rows[cut:]) if p]
+    torch.testing.assert_close(torch.cat(parts), engine.target_log_probs(rows, prompts).values, **CLOSE)
+
+
+def test_a_prompt_without_any_input():
+    model = model_of("llama")
+    rows = [EngineRow((), (5, 6), 0), EngineRow((), (5, 7, 2), 0), EngineRow((9,), (4,), -1)]
+    assert_equals_solo(ForestEngine(model), model, rows, prompts_for(model, 4))
+
+
+def test_each_token_is_planned_once():
+    shared = (1, 40, 41)
+    labels = [(50, 51, 2), (50, 52, 2), (53, 2)]
+    rows = [EngineRow((*shared, 7, 8), label) for label in labels]
+    rows += [EngineRow((*shared, 9), label) for label in labels]
+    forest = Forest.of(rows, [20])
+    # 20 virtual + 3 shared + (2 + 1) own + per source the trie 50, 51, 52, 53; endings are never fed.
+    assert len(forest) == 20 + 3 + 3 + 2 * 4
+    assert len(forest.roots) == 1 and len(forest.groups) == 2
+    assert forest.positions().max() == 20 + 3 + 2 + 2 - 1
+
+
+def test_blocks_stay_linear_in_rows():
+    rows = [EngineRow(tuple(range(3 + i, 33 + i)), (2,)) for i in range(64)]
+    seen = sum(block.sees.numel() for block in visibility_of(Forest.of(rows, [10])).blocks)
+    assert seen <= 64 * 30 * 40 + 10 * 10
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_gradient_checkpointing(name, reentrant):
+    model = (seq2seq if name in SEQ2SEQ else causal)(name).requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for attribute in ("attn_pdrop", "resid_pdrop", "embd_pdrop", "dropout_rate", "attention_dropout"):
+        if hasattr(model.config, attribute):
+            setattr(model.config, attribute, 0.0)
+    rows = [EngineRow((5, 6, 7), (8, 2)), EngineRow((5, 9), (8, 4, 2))]
+    prompts = prompts_for(model, 4)
+    engine = build_engine(model, "forest")
+    before = model.config._attn_implementation
+    expected = gradients(engine.target_log_probs(rows, prompts).values, prompts)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.train()
+    for module in model.modules():
+        if hasattr(module, "dropout") and isinstance(module.dropout, float):
+            module.dropout = 0.0
+    values = engine.target_log_probs(rows, prompts).values
+    values.sum().backward()
+    torch.testing.assert_close(prompts[0].grad, expected[0], **CLOSE)
+    assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_half_precision(name):
+    model = (seq2seq if name in SEQ2SEQ else causal)(name).requires_grad_(False)
+    rows = [EngineRow((5, 6, 7), (8, 2)), EngineRow((5, 9), (8, 4, 2))]
+    prompts = prompts_for(model, 4)
+    exact = PlainEngine(model).target_log_probs(rows, prompts).values
+    model.to(torch.bfloat16)
+    engine = build_engine(model, "forest")
+    values = engine.target_log_probs(rows, prompts).values
+    assert values.dtype is torch.float32
+    torch.testing.assert_close(values, exact, atol=0.1, rtol=0.05)
+    values.sum().backward()
+    assert prompts[0].grad.dtype is torch.float32 and prompts[0].grad.abs().sum() > 0
+
+
+def test_autocast():
+    model = model_of("llama")
+    rows = [EngineRow((5, 6, 7), (8, 2)), EngineRow((5, 9), (8, 4, 2))]
+    prompts = prompts_for(model, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        values = ForestEngine(model).target_log_probs(rows, prompts).values
+    exact = PlainEngine(model).target_log_probs(rows, prompts).values
+    torch.testing.assert_close(values.float(), exact, atol=0.1, rtol=0.05)
+
+
+def test_the_base_is_left_as_it_was():
+    model = causal("llama")
+    ids = torch.tensor([[5, 6, 7]])
+    before, implementation = model(ids).logits, model.config._attn_implementation
+    ForestEngine(model).target_log_probs([EngineRow((5,), (6,))], prompts_for(model, 3))
+    assert model.config._attn_implementation == implementation
+    assert torch.equal(model(ids).logits, before)

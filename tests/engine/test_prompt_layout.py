@@ -1,0 +1,194 @@
+"""Where prompts stand in a batch, held to a loop that places one token at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from softprompt.engine.layout import Layout, Prompts
+
+H, V, PAD = 3, 50, 0
+
+
+@dataclass
+class Batch:
+    mask: torch.Tensor
+    prompts: Prompts
+    rows: list[list[int]]  # table rows of each batch row's prompt
+    leads: list[int]
+    ends: list[int]  # padding behind
+
+
+@st.composite
+def batches(draw):
+    """Rows of one batch: padding before, real tokens, padding behind, and a prompt of 0 to 4 rows."""
+    total = draw(st.integers(1, 9))
+    sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    values = [torch.randn(size, H) for size in sizes]
+    mask, choice, leads, ends = [], [], [], []
+    for _ in range(draw(st.integers(1, 5))):
+        real = draw(st.integers(1, total))
+        lead = draw(st.integers(0, total - real))
+        mask.append([0] * lead + [1] * real + [0] * (total - lead - real))
+        leads.append(lead)
+        ends.append(total - lead - real)
+        choice.append(draw(st.integers(-1, len(sizes) - 1)))
+    prompts = Prompts.of(values, choice)
+    used = sorted({c for c in choice if c >= 0})
+    first = {c: sum(sizes[u] for u in used if u < c) for c in used}
+    rows = [list(range(first[c], first[c] + sizes[c])) if c >= 0 else [] for c in choice]
+    return Batch(torch.tensor(mask), prompts, rows, leads, ends)
+
+
+def placed(batch, *, compact):
+    """Return, for each row, its columns as ("text", t), ("slot", n) or None, one at a time."""
+    total, width = batch.mask.shape[1], max(len(rows) for rows in batch.rows)
+    result = []
+    for rows, lead in zip(batch.rows, batch.leads, strict=True):
+        columns = [None] * (width + total)
+        begin = 0 if compact else width + lead - len(rows)
+        for offset, row in enumerate(rows):
+            columns[begin + offset] = ("slot", row)
+        for t in range(lead, total):
+            columns[begin + len(rows) + t - lead] = ("text", t)
+        result.append(columns)
+    return result
+
+
+def filled(batch, columns, text, slot, fill):
+    """Return the grid of columns with values from ``text(b, t)`` and ``slot(n)``."""
+    return [
+        [fill if c is None else (text(b, c[1]) if c[0] == "text" else slot(c[1])) for c in row]
+        for b, row in enumerate(columns)
+    ]
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@given(batch=batches())
+@settings(max_examples=80)
+def test_against_a_loop(batch, compact):
+    layout = Layout.of(batch.mask, batch.prompts, compact=compact)
+    columns = placed(batch, compact=compact)
+    count, total = batch.mask.shape
+    ids = torch.arange(count * total).reshape(count, total) % V
+    embeds = torch.randn(count, total, H)
+    table = batch.prompts.table
+
+    def mask(b, t):
+        return batch.mask[b, t].item()
+
+    assert layout.mask.tolist() == filled(batch, columns, mask, lambda n: 1, 0)
+    assert layout.mask.dtype is batch.mask.dtype
+    expected = filled(batch, columns, lambda b, t: ids[b, t].item(), lambda n: V + n, PAD)
+    assert layout.ids(ids, V, PAD).tolist() == expected
+    assert layout.spread(ids, -7).tolist() == filled(
+        batch, columns, lambda b, t: ids[b, t].item(), lambda n: -7, -7
+    )
+    rows = layout.embeds(embeds, table)
+    for b, row in enumerate(columns):
+        for w, column in enumerate(row):
+            if column is not None:
+                kind, index = column
+                assert torch.equal(rows[b, w], embeds[b, index] if kind == "text" else table[index])
+
+
+@given(batch=batches())
+@settings(max_examples=80)
+def test_what_callers_rely_on(batch):
+    layout = Layout.of(batch.mask, batch.prompts)
+    width, total = batch.prompts.width, batch.mask.shape[1]
+    assert layout.prompt_width == width
+    assert layout.mask.shape == (len(batch.rows), width + total)
+    for b, (rows, lead) in enumerate(zip(batch.rows, batch.leads, strict=True)):
+        real = int(batch.mask[b].sum())
+        assert layout.text[b, width + lead :].tolist() == list(range(lead, total))
+        ones = layout.mask[b].nonzero()[:, 0].tolist()
+        assert len(ones) == real + len(rows)
+        assert ones == list(range(ones[0], ones[0] + len(ones)))
+        positions = layout.positions()[b]
+        assert positions[layout.mask[b].bool()].tolist() == list(range(len(ones)))
+        assert int(positions.min()) >= 0
+
+
+@given(batch=batches())
+@settings(max_examples=40)
+def test_the_compact_form_starts_at_the_first_column(batch):
+    layout = Layout.of(batch.mask, batch.prompts, compact=True)
+    assert layout.is_plain
+    for b, rows in enumerate(batch.rows):
+        real = int(batch.mask[b].sum()) + len(rows)
+        assert layout.mask[b].tolist() == [1] * real + [0] * (layout.mask.shape[1] - real)
+
+
+@given(batch=batches())
+@settings(max_examples=40)
+def test_given_positions_move_behind_the_prompt(batch):
+    layout = Layout.of(batch.mask, batch.prompts)
+    given_positions = torch.arange(batch.mask.shape[1]).unsqueeze(0) * 3
+    positions = layout.positions(given_positions)
+    for b, rows in enumerate(batch.rows):
+        text = layout.text[b] >= 0
+        expected = given_positions[0, layout.text[b][text]] + len(rows)
+        assert torch.equal(positions[b][text], expected)
+        assert positions[b][layout.slot[b] >= 0].tolist() == list(range(len(rows)))
+
+
+def test_holes_inside_a_row_stay_masked():
+    prompts = Prompts.of([torch.randn(2, H)], [0])
+    layout = Layout.of(torch.tensor([[0, 1, 0, 1, 0]]), prompts)
+    assert layout.mask.tolist() == [[0, 1, 1, 1, 0, 1, 0]]
+    assert layout.positions()[0][layout.mask[0].bool()].tolist() == [0, 1, 2, 3]
+
+
+def test_a_row_without_real_tokens_holds_its_prompt_alone():
+    prompts = Prompts.of([torch.randn(2, H)], [0, -1])
+    layout = Layout.of(torch.zeros(2, 3, dtype=torch.long), prompts)
+    assert layout.mask.sum(1).tolist() == [2, 0]
+
+
+def test_padding_before_a_prompt_can_be_limited():
+    prompts = Prompts.of([torch.randn(2, H)], [0])
+    mask = torch.tensor([[0, 0, 0, 1, 1]])
+    assert Layout.of(mask, prompts).slot.tolist() == [[-1, -1, -1, 0, 1, -1, -1]]
+    limited = Layout.of(mask, prompts, lead_limit=2)
+    assert limited.slot.tolist() == [[-1, -1, 0, 1, -1, -1, -1]]
+    assert limited.mask.tolist() == [[0, 0, 1, 1, 0, 1, 1]]
+
+
+def test_prompts_no_row_uses_stay_out_of_the_table():
+    values = [torch.full((size, H), float(size)) for size in (1, 2, 3)]
+    prompts = Prompts.of(values, [2, -1, 0, 2])
+    assert prompts.table[:, 0].tolist() == [1, 3, 3, 3]
+    assert prompts.starts.tolist() == [1, 0, 0, 1]
+    assert prompts.lengths.tolist() == [3, 0, 1, 3]
+    assert prompts.width == 3
+
+
+def test_no_prompt_at_all():
+    prompts = Prompts.of([torch.randn(2, H)], [-1, -1])
+    assert (prompts.width, prompts.table.numel()) == (0, 0)
+    mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
+    layout = Layout.of(mask, prompts)
+    assert layout.mask.tolist() == mask.tolist()
+    embeds = torch.randn(2, 3, H)
+    assert torch.equal(layout.embeds(embeds, prompts.table), embeds)
+
+
+def test_repeated_rows_keep_their_prompts():
+    prompts = Prompts.of([torch.randn(2, H), torch.randn(1, H)], [0, 1]).repeated(6)
+    assert prompts.lengths.tolist() == [2, 2, 2, 1, 1, 1]
+    assert prompts.starts.tolist() == [0, 0, 0, 2, 2, 2]
+
+
+def test_embeddings_keep_their_dtype_and_the_prompt_its_gradient():
+    table = torch.randn(2, H, requires_grad=True)
+    prompts = Prompts.of([table], [0, -1])
+    layout = Layout.of(torch.ones(2, 3, dtype=torch.long), prompts)
+    rows = layout.embeds(torch.randn(2, 3, H, dtype=torch.bfloat16), prompts.table)
+    assert rows.dtype is torch.bfloat16
+    rows.float().sum().backward()
+    assert table.grad.tolist() == [[1.0] * H] * 2
