@@ -1,35 +1,99 @@
-"""Prompt tuning for frozen Hugging Face models: train, evaluate, inspect and use soft prompts."""
+"""Prompt tuning for frozen Hugging Face models: train, evaluate, inspect and use soft prompts.
 
-from softprompt.attach.auto import (
-    AutoPeftModel,
-    AutoPeftModelForCausalLM,
-    AutoPeftModelForFeatureExtraction,
-    AutoPeftModelForQuestionAnswering,
-    AutoPeftModelForSeq2SeqLM,
-    AutoPeftModelForSequenceClassification,
-    AutoPeftModelForTokenClassification,
-)
-from softprompt.attach.classes import (
-    PeftModelForCausalLM,
-    PeftModelForFeatureExtraction,
-    PeftModelForQuestionAnswering,
-    PeftModelForSeq2SeqLM,
-    PeftModelForSequenceClassification,
-    PeftModelForTokenClassification,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
-from softprompt.attach.embedding import PromptEmbedding
-from softprompt.attach.model import PeftModel
-from softprompt.prompts.configs import (
-    PeftConfig,
-    PeftType,
-    PromptLearningConfig,
-    PromptTuningConfig,
-    PromptTuningInit,
-    TaskType,
-)
+Names are imported when they are first used, so that ``import softprompt`` and
+``softprompt --help`` do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from softprompt.attach.auto import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+    )
+    from softprompt.attach.classes import (
+        PeftModelForCausalLM,
+        PeftModelForFeatureExtraction,
+        PeftModelForQuestionAnswering,
+        PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification,
+        PeftModelForTokenClassification,
+        get_peft_model,
+        get_peft_model_state_dict,
+        set_peft_model_state_dict,
+    )
+    from softprompt.attach.embedding import PromptEmbedding
+    from softprompt.attach.model import PeftModel
+    from softprompt.errors import SoftPromptError
+    from softprompt.evaluation.evaluate import evaluate
+    from softprompt.evaluation.report import Report
+    from softprompt.inference.generation import Generation
+    from softprompt.inference.loading import load
+    from softprompt.inference.options import GenerationOptions
+    from softprompt.inference.tuned import TunedPrompt
+    from softprompt.prompts.configs import (
+        PeftConfig,
+        PeftType,
+        PromptLearningConfig,
+        PromptTuningConfig,
+        PromptTuningInit,
+        TaskType,
+    )
+    from softprompt.training.settings import TuneSettings, TuningConfig
+    from softprompt.training.tune import tune
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "softprompt.training.tune": ("tune",),
+    "softprompt.training.settings": ("TuneSettings", "TuningConfig"),
+    "softprompt.inference.loading": ("load",),
+    "softprompt.inference.tuned": ("TunedPrompt",),
+    "softprompt.inference.generation": ("Generation",),
+    "softprompt.inference.options": ("GenerationOptions",),
+    "softprompt.evaluation.evaluate": ("evaluate",),
+    "softprompt.evaluation.report": ("Report",),
+    "softprompt.attach.classes": (
+        "get_peft_model",
+        "get_peft_model_state_dict",
+        "set_peft_model_state_dict",
+        "PeftModelForCausalLM",
+        "PeftModelForSeq2SeqLM",
+        "PeftModelForSequenceClassification",
+        "PeftModelForTokenClassification",
+        "PeftModelForQuestionAnswering",
+        "PeftModelForFeatureExtraction",
+    ),
+    "softprompt.attach.model": ("PeftModel",),
+    "softprompt.attach.embedding": ("PromptEmbedding",),
+    "softprompt.attach.auto": (
+        "AutoPeftModel",
+        "AutoPeftModelForCausalLM",
+        "AutoPeftModelForSeq2SeqLM",
+        "AutoPeftModelForSequenceClassification",
+        "AutoPeftModelForTokenClassification",
+        "AutoPeftModelForQuestionAnswering",
+        "AutoPeftModelForFeatureExtraction",
+    ),
+    "softprompt.prompts.configs": (
+        "PromptTuningConfig",
+        "PromptTuningInit",
+        "PromptLearningConfig",
+        "PeftConfig",
+        "PeftType",
+        "TaskType",
+    ),
+    "softprompt.errors": ("SoftPromptError",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AutoPeftModel",
@@ -39,6 +103,8 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "Generation",
+    "GenerationOptions",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",
@@ -52,8 +118,28 @@ __all__ = [
     "PromptLearningConfig",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "Report",
+    "SoftPromptError",
     "TaskType",
+    "TuneSettings",
+    "TunedPrompt",
+    "TuningConfig",
+    "evaluate",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "load",
     "set_peft_model_state_dict",
+    "tune",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from the module that defines it."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'softprompt' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return sorted([*globals(), *__all__])

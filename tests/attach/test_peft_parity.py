@@ -141,14 +141,19 @@ def test_initial_rows(init, tmp_path):
     byte_bpe(bos=True).save_pretrained(tmp_path)
     extra = {}
     if init == "TEXT":
-        extra = {"prompt_tuning_init_text": "is it good or bad", "tokenizer_name_or_path": str(tmp_path)}
+        extra = {
+            "prompt_tuning_init_text": "is it good or bad",
+            "tokenizer_name_or_path": str(tmp_path),
+        }
     for length in (3, 40):
         rows = []
         for library in (softprompt, peft):
             config = library.PromptTuningConfig(
                 task_type="CAUSAL_LM", num_virtual_tokens=length, prompt_tuning_init=init, **extra
             )
-            model = build(__import__("transformers").AutoModelForCausalLM, CAUSAL["llama"](), vocab_size=400)
+            model = build(
+                __import__("transformers").AutoModelForCausalLM, CAUSAL["llama"](), vocab_size=400
+            )
             torch.manual_seed(11)
             rows.append(weight(library.get_peft_model(model, config)).detach())
         assert torch.equal(*rows)

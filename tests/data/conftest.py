@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
 from tokenizers import (
     Tokenizer,
     decoders,
@@ -18,12 +17,6 @@ from tokenizers import (
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from softprompt.bundled import model_directory
-
-# A busy machine must not turn a property into a failure, and a failure must come back.
-settings.register_profile(
-    "steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.load_profile("steady")
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 

@@ -6,7 +6,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
-TEXT = ["is it good or bad", "the parcel is late again", "thank you, great service", "label: text: input"]
+TEXT = [
+    "is it good or bad",
+    "the parcel is late again",
+    "thank you, great service",
+    "label: text: input",
+]
 
 
 def byte_bpe(*, bos: bool = False, vocabulary: int = 320) -> PreTrainedTokenizerFast:
@@ -26,5 +31,9 @@ def byte_bpe(*, bos: bool = False, vocabulary: int = 320) -> PreTrainedTokenizer
             single="<s> $A", special_tokens=[("<s>", 1)]
         )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
     )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedModel
 
+from softprompt.attach.inputs import check_ids
 from softprompt.backbone.facts import Facts, output_limit
 from softprompt.engine.context import check_context
 from softprompt.engine.layout import Layout, Prompts
@@ -23,6 +24,27 @@ from softprompt.errors import ConfigError
 
 _STATIC = ("static", "offloaded_static", "sliding_window", "hybrid", "hybrid_chunked")
 _SPECULATIVE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+
+
+@contextmanager
+def prompted_generation(
+    model: PreTrainedModel, facts: Facts, prompts: Prompts | None, kwargs: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Yield the keyword arguments for the base's ``generate``, which is prompted inside the context.
+
+    Raises:
+        ConfigError: For speculative decoding, which rewinds the cache by text lengths.
+        ContextOverflowError: If prompt, input and new tokens cannot fit.
+    """
+    if prompts is None:
+        yield kwargs
+        return
+    kwargs = check_generation(model, facts, prompts, kwargs)
+    if facts.is_encoder_decoder:
+        yield encoder_kwargs(model, facts, prompts, kwargs)
+        return
+    with prompted_steps(model, prompts, facts):
+        yield kwargs
 
 
 @contextmanager
@@ -108,7 +130,8 @@ def check_generation(
     """Return the keyword arguments for ``generate``, checked against the context.
 
     Raises:
-        ConfigError: For speculative decoding, which rewinds the cache by text lengths.
+        ConfigError: For speculative decoding, which rewinds the cache by text lengths, or ids that
+            are no token of the base.
         ContextOverflowError: If prompt, input and new tokens cannot fit.
     """
     config: GenerationConfig = kwargs.get("generation_config") or model.generation_config
@@ -120,6 +143,7 @@ def check_generation(
         raise ConfigError(
             "prefill_chunk_size does not go with a filled past_key_values; leave one out"
         )
+    check_ids(kwargs.get("input_ids"), facts.vocabulary)
     width, tokens = _text_size(kwargs)
     new = _new_tokens(config, kwargs, width)
     if facts.is_encoder_decoder:

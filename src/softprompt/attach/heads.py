@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from softprompt.errors import ConfigError
+from softprompt.errors import AdapterError, ConfigError
 
 BASE = "__base__"
 """The name that stands for no prompt in ``adapter_names``."""
@@ -28,22 +28,21 @@ class SwitchedHead(nn.Module):
         self.modules_to_save = nn.ModuleDict()
         self.active: str | tuple[str, ...] | None = None
 
-    def add(self, adapter: str) -> nn.Module:
+    def add(self, adapter: str) -> None:
         """Copy the original for an adapter, in float32."""
-        head = copy.deepcopy(self.original_module).float()
-        self.modules_to_save[adapter] = head
-        return head
+        self.modules_to_save[adapter] = copy.deepcopy(self.original_module).float()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the active copy, or each row through its own."""
         if not isinstance(self.active, tuple):
             return self._run(self.active, args, kwargs)
         first: Tensor = args[0]
+        # Beams and returned sequences repeat each row.
+        times = first.shape[0] // len(self.active)
+        names = [name for name in self.active for _ in range(times)]
         result: Tensor | None = None
         for name in dict.fromkeys(self.active):
-            index = torch.tensor(
-                [i for i, n in enumerate(self.active) if n == name], device=first.device
-            )
+            index = torch.tensor([i for i, n in enumerate(names) if n == name], device=first.device)
             part = self._run(name, (first[index], *args[1:]), kwargs)
             if result is None:
                 result = part.new_empty((first.shape[0], *part.shape[1:]))
@@ -60,19 +59,19 @@ class SwitchedHead(nn.Module):
         return head(args[0].to(wanted), *args[1:], **kwargs).to(came)
 
 
-def find_heads(model: nn.Module, names: Sequence[str], *, required: Sequence[str]) -> list[str]:
+def find_heads(model: nn.Module, names: Sequence[str], *, optional: Sequence[str]) -> list[str]:
     """Return the paths of the modules whose last name part is in ``names``.
 
     Raises:
-        ConfigError: If a required name matches nothing.
+        ConfigError: If a name that is not optional matches nothing.
     """
     paths = [
         path
         for path, _ in model.named_modules()
         if path.rpartition(".")[2] in names and not _inside_head(path, names)
     ]
-    for name in required:
-        if not any(path.rpartition(".")[2] == name for path in paths):
+    for name in names:
+        if name not in optional and not any(path.rpartition(".")[2] == name for path in paths):
             raise ConfigError(
                 f"modules_to_save names {name!r}, but {type(model).__name__} has no such module; "
                 "see model.named_modules()"
@@ -80,16 +79,36 @@ def find_heads(model: nn.Module, names: Sequence[str], *, required: Sequence[str
     return paths
 
 
-def switch_heads(model: nn.Module, paths: Sequence[str]) -> dict[str, SwitchedHead]:
-    """Put a switch in the place of each module."""
-    switches: dict[str, SwitchedHead] = {}
+def require_free(model: nn.Module, paths: Sequence[str], adapter: str) -> None:
+    """Refuse a second trained copy under one name, which would replace the first.
+
+    Raises:
+        AdapterError: If another prompted model on the same base has such a copy.
+    """
+    for path in paths:
+        module = model.get_submodule(path)
+        if isinstance(module, SwitchedHead) and adapter in module.modules_to_save:
+            raise AdapterError(
+                f"the base already carries a {path} for an adapter named {adapter!r}, of another prompted "
+                "model; unload that one first, or give this adapter another name"
+            )
+
+
+def add_heads(model: nn.Module, paths: Sequence[str], adapter: str) -> None:
+    """Put a switch in the place of each module, with a copy for an adapter."""
     for path in paths:
         current = model.get_submodule(path)
         if not isinstance(current, SwitchedHead):
             current = SwitchedHead(current)
             _set(model, path, current)
-        switches[path] = current
-    return switches
+        current.add(adapter)
+
+
+def drop_heads(model: nn.Module, adapter: str) -> None:
+    """Delete an adapter's copies."""
+    for _, switch in switches_of(model):
+        if adapter in switch.modules_to_save:
+            del switch.modules_to_save[adapter]
 
 
 def restore_heads(model: nn.Module) -> None:
@@ -103,6 +122,13 @@ def switches_of(model: nn.Module) -> Iterator[tuple[str, SwitchedHead]]:
     for path, module in model.named_modules():
         if isinstance(module, SwitchedHead):
             yield path, module
+
+
+def heads_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield an adapter's copies with the paths of the modules they stand for."""
+    for path, switch in switches_of(model):
+        if adapter in switch.modules_to_save:
+            yield path, switch.modules_to_save[adapter]
 
 
 def _inside_head(path: str, names: Sequence[str]) -> bool:

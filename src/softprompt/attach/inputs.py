@@ -6,6 +6,7 @@ together, so that none can be forgotten (PEFT builds each by hand in six places)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -44,6 +45,75 @@ class Call:
     rules: TaskRules
 
 
+def bound(
+    parameters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Return all arguments of a forward call by name; ``parameters`` are the base's, in order.
+
+    Raises:
+        ConfigError: For more positional arguments than the base takes, or for task ids.
+    """
+    refuse_task_ids(kwargs)
+    if len(args) > len(parameters):
+        raise ConfigError(
+            f"forward takes {len(parameters)} positional arguments, got {len(args)}; pass them by name"
+        )
+    return {**dict(zip(parameters, args, strict=False)), **kwargs}
+
+
+def named_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of ``generate`` with the first one, or ``inputs``, as ``input_ids``.
+
+    Raises:
+        ConfigError: For task ids.
+    """
+    refuse_task_ids(kwargs)
+    named = dict(kwargs)
+    given = args[0] if args else named.pop("inputs", None)
+    if given is not None:
+        named["input_ids"] = given
+    return named
+
+
+def refuse_task_ids(kwargs: dict[str, Any]) -> None:
+    """Take an absent ``task_ids`` out of the arguments and refuse a given one.
+
+    Raises:
+        ConfigError: If there are task ids.
+    """
+    if kwargs.pop("task_ids", None) is not None:
+        raise ConfigError(
+            "task_ids belong to multitask prompts; this prompt has one task, leave them out"
+        )
+
+
+def batch_size(inputs: dict[str, Any]) -> int:
+    """Return the rows of a call.
+
+    Raises:
+        ConfigError: If it has no input.
+    """
+    if inputs.get("encoder_outputs") is not None:
+        return int(inputs["encoder_outputs"][0].shape[0])
+    return int(_tokens(inputs).shape[0])
+
+
+def check_ids(ids: Tensor | None, vocabulary: int) -> None:
+    """Refuse ids that are no token of the base: from V on they would silently mean prompt rows.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    if ids is None or not ids.numel():
+        return
+    largest = int(ids.max())
+    if largest >= vocabulary:
+        raise ConfigError(
+            f"input_ids hold {largest:,}, but the base has {vocabulary:,} tokens; "
+            "use the tokenizer that belongs to it"
+        )
+
+
 def prompted_inputs(call: Call) -> dict[str, Any]:
     """Return the base's keyword arguments for a call, prompts included.
 
@@ -55,6 +125,7 @@ def prompted_inputs(call: Call) -> dict[str, Any]:
         ContextOverflowError: If prompt and input exceed the context.
     """
     inputs = dict(call.inputs)
+    check_ids(inputs.get("input_ids"), call.facts.vocabulary)
     encoder_outputs = inputs.get("encoder_outputs")
     if encoder_outputs is not None:
         return _behind_encoder(call, inputs, int(encoder_outputs[0].shape[1]))
@@ -81,7 +152,8 @@ def _at_the_start(call: Call, inputs: dict[str, Any], tokens: Tensor) -> dict[st
     lengths = mask.sum(1).cpu()
     for real, virtual in set(zip(lengths.tolist(), prompts.lengths.tolist(), strict=True)):
         check_context(int(real), int(virtual), facts.context_length)
-    layout = Layout.of(mask, prompts, compact=facts.is_encoder_decoder)
+    first_column_counts = call.rules.pooled and not facts.takes_cache
+    layout = Layout.of(mask, prompts, compact=facts.is_encoder_decoder or first_column_counts)
     positions = inputs.pop("position_ids", None)
     if inputs.get("input_ids") is not None:
         inputs["input_ids"] = layout.ids(inputs["input_ids"], facts.vocabulary, facts.pad_id)

@@ -41,48 +41,49 @@ class Stored:
 
 
 def state_of(model: PeftModel, adapter: str) -> dict[str, Tensor]:
-    """Return what a saved prompt holds: its rows and its heads, under PEFT's names."""
-    state = {PROMPT_KEY: model.get_prompt_embedding_to_save(adapter)}
-    for path, switch in heads.switches_of(model.base_model):
-        if adapter in switch.modules_to_save:
-            for name, value in switch.modules_to_save[adapter].state_dict().items():
-                state[f"{_HEAD}{path}.{name}"] = value.detach().cpu()
+    """Return copies of what a saved prompt holds: its rows and its heads, under PEFT's names."""
+    state = {PROMPT_KEY: model.get_prompt_embedding_to_save(adapter).clone()}
+    for path, head in heads.heads_of(model.base_model, adapter):
+        for part, value in head.state_dict().items():
+            state[f"{_HEAD}{path}.{part}"] = value.detach().cpu().clone()
     return state
 
 
 def load_state(model: PeftModel, adapter: str, tensors: Mapping[str, Tensor]) -> None:
-    """Copy saved values into an attached prompt and its heads.
+    """Copy saved values into an attached prompt and its heads, all of them or none.
 
     Raises:
         ArtifactError: If a value is missing, left over, or of another shape.
     """
     left = dict(tensors)
+    fitting: list[tuple[Tensor, Tensor]] = []
     targets: dict[str, Tensor] = {PROMPT_KEY: model.encoder_of(adapter).materialize()}
-    for path, switch in heads.switches_of(model.base_model):
-        if adapter in switch.modules_to_save:
-            for part, parameter in switch.modules_to_save[adapter].named_parameters():
-                targets[f"{_HEAD}{path}.{part}"] = parameter
+    for path, head in heads.heads_of(model.base_model, adapter):
+        for part, own in head.state_dict().items():
+            targets[f"{_HEAD}{path}.{part}"] = own
     for name, target in targets.items():
         if name not in left:
             raise ArtifactError(
                 f"the saved prompt lacks {name}, expected {list(target.shape)}; save it again"
             )
         value = left.pop(name)
-        if name == PROMPT_KEY:
+        if name == PROMPT_KEY and model.facts.is_encoder_decoder:
             # PEFT gives seq2seq prompts 2 P rows and reads the first P.
-            value = value[: target.shape[0]]
+            value = value[: target.shape[0]] if len(value) == 2 * len(target) else value
         if value.shape != target.shape:
             raise ArtifactError(
                 f"{name} is {list(value.shape)}, but this model needs {list(target.shape)}; "
                 "was the prompt made for another base?"
             )
-        with torch.no_grad():
-            target.copy_(value)
+        fitting.append((target, value))
     if left:
         raise ArtifactError(
             f"the saved prompt holds {', '.join(sorted(left))}, which this model has no place for; "
             "name the module in modules_to_save"
         )
+    with torch.no_grad():
+        for target, value in fitting:
+            target.copy_(value)
 
 
 def save(model: PeftModel, adapter: str, directory: Path) -> None:

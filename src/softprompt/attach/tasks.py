@@ -18,12 +18,15 @@ class TaskRules:
     Attributes:
         suffix: End of the class name of such models in transformers.
         token_labels: Whether ``labels`` hold one value per token, so the prompt gets -100.
+        pooled: Whether one place of a row decides its output: the last real one in decoders, the first
+            column in encoders, where every row therefore starts.
         span_labels: Whether ``start_positions`` / ``end_positions`` count columns, so they move by P.
         heads: Modules that are new for the task, trained and saved with the prompt.
     """
 
     suffix: str
     token_labels: bool = False
+    pooled: bool = False
     span_labels: bool = False
     heads: tuple[str, ...] = ()
 
@@ -31,7 +34,9 @@ class TaskRules:
 RULES: Mapping[TaskType, TaskRules] = {
     TaskType.CAUSAL_LM: TaskRules("ForCausalLM", token_labels=True),
     TaskType.SEQ_2_SEQ_LM: TaskRules("ForConditionalGeneration"),
-    TaskType.SEQ_CLS: TaskRules("ForSequenceClassification", heads=("classifier", "score")),
+    TaskType.SEQ_CLS: TaskRules(
+        "ForSequenceClassification", pooled=True, heads=("classifier", "score")
+    ),
     TaskType.TOKEN_CLS: TaskRules(
         "ForTokenClassification", token_labels=True, heads=("classifier", "score")
     ),

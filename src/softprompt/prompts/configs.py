@@ -167,6 +167,10 @@ class PeftConfig:
                 f"Can't find '{CONFIG_NAME}' at '{name}' ({type(cause).__name__}); "
                 "give the folder that save_pretrained wrote"
             ) from cause
+        if not isinstance(values, dict):
+            raise ArtifactError(
+                f"expected a JSON object in {path}, got a {type(values).__name__}; save the prompt again"
+            )
         return cls.from_dict(values)
 
 

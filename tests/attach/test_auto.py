@@ -1,0 +1,86 @@
+"""Base and prompt in one call, from folders alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import softprompt
+from oracles.peft_pair import TASKS, base, batch
+from softprompt import AutoPeftModel, PeftModel, PromptTuningConfig, TaskType, get_peft_model
+from softprompt.errors import ArtifactError, ConfigError
+
+AUTO = {
+    "CAUSAL_LM": softprompt.AutoPeftModelForCausalLM,
+    "SEQ_2_SEQ_LM": softprompt.AutoPeftModelForSeq2SeqLM,
+    "SEQ_CLS": softprompt.AutoPeftModelForSequenceClassification,
+    "TOKEN_CLS": softprompt.AutoPeftModelForTokenClassification,
+    "QUESTION_ANS": softprompt.AutoPeftModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": softprompt.AutoPeftModelForFeatureExtraction,
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Return, for each task, a prompted model and the folder of its prompt."""
+    made = {}
+    for task in TASKS:
+        folder = tmp_path_factory.mktemp(task)
+        base(task).save_pretrained(folder / "base")
+        model = TASKS[task][0].from_pretrained(folder / "base")
+        prompted = get_peft_model(
+            model, PromptTuningConfig(task_type=task, num_virtual_tokens=3)
+        ).eval()
+        prompted.save_pretrained(folder / "prompt")
+        made[task] = prompted, folder / "prompt"
+    return made
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task(task, saved):
+    prompted, folder = saved[task]
+    for auto in (AUTO[task], AutoPeftModel):
+        loaded = auto.from_pretrained(folder)
+        assert type(loaded) is type(prompted)
+        assert loaded.num_parameters(only_trainable=True) == 0
+        assert torch.equal(loaded.eval()(**batch(task))[0], prompted(**batch(task))[0])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_wrong_class_is_refused(task, saved):
+    wrong = AUTO["SEQ_CLS" if task != "SEQ_CLS" else "CAUSAL_LM"]
+    with pytest.raises(
+        ConfigError, match=f"{wrong.__name__} loads task_type {wrong.task}, .* for {task}$"
+    ):
+        wrong.from_pretrained(saved[task][1])
+
+
+def test_options_reach_base_and_prompt(saved):
+    loaded = AutoPeftModel.from_pretrained(
+        saved["CAUSAL_LM"][1], adapter_name="mine", is_trainable=True, dtype=torch.bfloat16
+    )
+    assert loaded.base_model.dtype is torch.bfloat16
+    assert loaded.prompt_encoder["mine"].embedding.weight.dtype is torch.float32
+    assert loaded.num_parameters(only_trainable=True) == 3 * 32
+
+
+def test_a_prompt_that_names_no_base_is_explained(tmp_path):
+    prompted = get_peft_model(base("CAUSAL_LM"), PromptTuningConfig(num_virtual_tokens=3))
+    prompted.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"use PeftModel\.from_pretrained"):
+        AutoPeftModel.from_pretrained(tmp_path)
+    assert isinstance(PeftModel.from_pretrained(base("CAUSAL_LM"), tmp_path), PeftModel)
+
+
+def test_a_missing_prompt_is_explained(tmp_path):
+    with pytest.raises(ArtifactError, match="adapter_config"):
+        AutoPeftModel.from_pretrained(tmp_path)
+
+
+def test_the_class_is_not_instantiated():
+    with pytest.raises(ConfigError, match="call its from_pretrained"):
+        AutoPeftModel()
+
+
+def test_there_is_one_for_every_task():
+    assert {str(task) for task in TaskType} == set(AUTO)

@@ -1,0 +1,125 @@
+"""The public names, in order, and what importing them costs."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import softprompt
+
+PEFT_NAMES = [
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
+    "PeftConfig",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftType",
+    "PromptEmbedding",
+    "PromptTuningConfig",
+    "PromptTuningInit",
+    "TaskType",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "set_peft_model_state_dict",
+]
+OWN_NAMES = [
+    "Generation",
+    "GenerationOptions",
+    "PromptLearningConfig",
+    "Report",
+    "SoftPromptError",
+    "TuneSettings",
+    "TunedPrompt",
+    "TuningConfig",
+    "evaluate",
+    "load",
+    "tune",
+]
+NAMES = sorted([*PEFT_NAMES, *OWN_NAMES])
+OPTIONAL = ["matplotlib", "fastapi", "datasets", "pyarrow", "peft"]
+PLUMBING = {"Any", "TYPE_CHECKING", "annotations", "importlib"}
+
+
+def test_the_public_names_in_order():
+    assert softprompt.__all__ == NAMES
+    assert set(NAMES) <= set(dir(softprompt))
+    for name in NAMES:
+        assert getattr(softprompt, name).__name__ == name
+
+
+def test_there_are_no_others():
+    public = {
+        name
+        for name, value in vars(softprompt).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    }
+    assert public <= {*NAMES, *PLUMBING}
+    with pytest.raises(AttributeError, match="no attribute 'tuen'"):
+        _ = softprompt.tuen
+
+
+def test_the_names_of_peft_are_pefts():
+    import peft
+
+    assert all(hasattr(peft, name) for name in PEFT_NAMES)
+
+
+def test_types_see_the_same_names():
+    """What is imported for type checkers is what is imported at run time, from the same place."""
+    source = Path(softprompt.__file__).read_text(encoding="utf-8")
+    (block,) = [node for node in ast.parse(source).body if isinstance(node, ast.If)]
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    assert sorted(seen) == NAMES
+    for name, module in seen.items():
+        assert getattr(importlib.import_module(module), name) is getattr(softprompt, name)
+
+
+def loaded_after(code):
+    """Return the top-level modules a fresh interpreter holds after running code."""
+    code += "\nimport sys; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(ran.stdout.split())
+
+
+def test_importing_softprompt_waits_for_nothing_heavy():
+    assert not loaded_after("import softprompt") & {"torch", "transformers", "sklearn", *OPTIONAL}
+
+
+def test_using_prompts_imports_no_plots_servers_or_data_sets():
+    names = ["get_peft_model", "PeftModel", "AutoPeftModel", "PromptTuningConfig", "TunedPrompt"]
+    loaded = loaded_after(f"import softprompt\nfor name in {names}: getattr(softprompt, name)")
+    assert "torch" in loaded
+    assert not loaded & {"sklearn", *OPTIONAL}
+
+
+def test_no_public_name_imports_plots_servers_or_data_sets():
+    """sklearn brings pandas and pyarrow, transformers' optimizers bring peft, where installed."""
+    loaded = loaded_after(
+        "import softprompt\nfor name in softprompt.__all__: getattr(softprompt, name)"
+    )
+    assert not loaded & {"matplotlib", "fastapi", "datasets"}
+
+
+def test_the_second_import_path():
+    from softprompt.tuners.prompt_tuning import PromptEmbedding
+    from softprompt.tuners.prompt_tuning.config import PromptTuningConfig, PromptTuningInit
+
+    assert PromptEmbedding is softprompt.PromptEmbedding
+    assert PromptTuningConfig is softprompt.PromptTuningConfig
+    assert PromptTuningInit is softprompt.PromptTuningInit
