@@ -149,7 +149,7 @@ def british(shared: Path, wanted: Callable[[str, str], bool]) -> list[Split]:
         json.loads(present(shared / f"data/g2p_lexicon/{name}_gold.json").read_text("utf-8"))
         for name in ("us", "gb")
     )
-    rows = [
+    rows = distinct(
         {"input": word, "output": gold[word]}
         for word, sound in sorted(american.items())
         if isinstance(sound, str)
@@ -157,7 +157,7 @@ def british(shared: Path, wanted: Callable[[str, str], bool]) -> list[Split]:
         and set(gold[word]) <= phonemes
         and set(word) <= letters
         and wanted(sound, gold[word])
-    ]
+    )
     random.Random(0).shuffle(rows)
     return [Split(rows[:1200], rows[1200:1328], rows[1328:1628])]
 

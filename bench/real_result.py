@@ -65,7 +65,7 @@ def line(result: Result) -> str:
     """Return a row of the table."""
     settings = result.settings
     perplexity = "-"
-    if result.base_perplexity is not None and result.tuned_perplexity is not None:
+    if result.commonest is None and result.base_perplexity and result.tuned_perplexity:
         perplexity = f"{result.base_perplexity:.2f} → {mean(result.tuned_perplexity):.2f}"
     cells = [
         result.name,

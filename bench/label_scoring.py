@@ -1,0 +1,150 @@
+"""Scoring many labels: one forest against a PEFT user's loop and against prompt reuse alone.
+
+Every input is scored against 77 labels (the intent names of Banking77) on a GPT-2-small shape
+with random weights. A PEFT user runs one batched forward per label; with the prompt's keys and
+values computed once (engine ``expand``) the rows are still run once per label; the forest runs
+prompt, input and a trie of the labels' tokens once. One thread, one process, alternating.
+
+    python bench/label_scoring.py [--inputs 4] [--rounds 3] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as tf
+from torch import Tensor
+from training_step import SCALE, count, gpt2_small
+
+from softprompt.engine.choose import build_engine
+from softprompt.engine.plain import pad_rows
+from softprompt.engine.rows import EngineRow
+
+LABELS = 77
+VIRTUAL = 20
+
+
+def label_ids(generator: torch.Generator) -> list[tuple[int, ...]]:
+    """Make labels shaped like Banking77's: two to seven tokens, many sharing their first words."""
+    heads = [tuple(torch.randint(10, 50000, (2,), generator=generator).tolist()) for _ in range(15)]
+    labels = []
+    for i in range(LABELS):
+        tail = torch.randint(10, 50000, (1 + i % 5,), generator=generator).tolist()
+        labels.append((*heads[i % len(heads)], *tail))
+    return labels
+
+
+def sources(count_: int, generator: torch.Generator) -> list[tuple[int, ...]]:
+    """Make inputs of 10 to 30 tokens."""
+    lengths = [10 + (i * 7) % 21 for i in range(count_)]
+    return [tuple(torch.randint(10, 50000, (n,), generator=generator).tolist()) for n in lengths]
+
+
+def engine_step(
+    model: Any, kind: str, inputs: list[tuple[int, ...]], labels: list[tuple[int, ...]], prompt: Tensor
+) -> Callable[[], Tensor]:
+    """Return a function that scores every input against every label, ``[N, K]``."""
+    engine = build_engine(model, kind)
+    rows = [EngineRow(source, label) for source in inputs for label in labels]
+
+    @torch.no_grad()
+    def step() -> Tensor:
+        parts = []
+        per_call = len(rows) if kind == "forest" else 4 * len(labels)
+        for at in range(0, len(rows), per_call):
+            batch = rows[at : at + per_call]
+            parts.append(engine.target_log_probs(batch, [prompt]).row_sums(len(batch)))
+        return torch.cat(parts).view(len(inputs), len(labels))
+
+    return step
+
+
+def peft_step(
+    model: Any, inputs: list[tuple[int, ...]], labels: list[tuple[int, ...]], prompt: Tensor
+) -> Callable[[], Tensor]:
+    """Return what a PEFT user writes: for each label one forward over all inputs."""
+    from peft import PromptTuningConfig, get_peft_model
+
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL)
+    prompted = get_peft_model(model, config).eval()
+    prompted.prompt_encoder["default"].embedding.weight.data.copy_(prompt)
+
+    @torch.no_grad()
+    def step() -> Tensor:
+        columns = []
+        for label in labels:
+            ids, mask = pad_rows([source + label for source in inputs], left=False, pad_id=0)
+            logits = prompted(input_ids=ids, attention_mask=mask).logits[:, VIRTUAL:]
+            scores = []
+            for i, source in enumerate(inputs):
+                at = slice(len(source) - 1, len(source) + len(label) - 1)
+                log_probs = torch.log_softmax(logits[i, at], dim=-1)
+                scores.append(log_probs.gather(1, torch.tensor(label).unsqueeze(1)).sum())
+            columns.append(torch.stack(scores))
+        return torch.stack(columns, dim=1)
+
+    return step
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--inputs", type=int, default=4, help="inputs scored in one call")
+    parser.add_argument("--rounds", type=int, default=3, help="timed calls of each side")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    tf.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    model = gpt2_small().eval().requires_grad_(False)
+    labels, inputs = label_ids(generator), sources(options.inputs, generator)
+    prompt = torch.randn(VIRTUAL, 768, generator=generator) * SCALE
+    steps = {
+        "forest": engine_step(model, "forest", inputs, labels, prompt),
+        "prompt KV reused": engine_step(model, "expand", inputs, labels, prompt),
+        "PEFT loop over labels": peft_step(model, inputs, labels, prompt),
+    }
+    scores = {name: step() for name, step in steps.items()}
+    flops = {name: count(step) for name, step in steps.items()}  # type: ignore[arg-type]
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(options.rounds):
+        for name, step in steps.items():
+            start = time.process_time()
+            step()
+            times[name].append(time.process_time() - start)
+    seconds = {name: statistics.median(spent) for name, spent in times.items()}
+    results = [
+        {
+            "way": name,
+            "gflop": flops[name] / 1e9,
+            "flops_ratio": flops[name] / flops["forest"],
+            "seconds": seconds[name],
+            "seconds_ratio": seconds[name] / seconds["forest"],
+            "largest_difference": float((scores[name] - scores["forest"]).abs().max()),
+        }
+        for name in steps
+    ]
+    if options.json:
+        print(json.dumps(results, indent=2))
+        return
+    print(f"{LABELS} labels x {options.inputs} inputs, GPT-2 small, P={VIRTUAL}")
+    print("| way | GFLOP | x forest | CPU time, x forest | largest difference of a score |")
+    print("|---|---|---|---|---|")
+    for r in results:
+        print(
+            f"| {r['way']} | {r['gflop']:.0f} | {r['flops_ratio']:.1f} | {r['seconds_ratio']:.1f} "
+            f"| {r['largest_difference']:.1g} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
