@@ -21,11 +21,11 @@ from typing import Any
 import torch
 import transformers as tf
 from torch import Tensor
-from training_step import SCALE, count, gpt2_small
 
 from softprompt.engine.choose import build_engine
 from softprompt.engine.plain import pad_rows
 from softprompt.engine.rows import EngineRow
+from training_step import SCALE, count, gpt2_small
 
 LABELS = 77
 VIRTUAL = 20
@@ -48,7 +48,11 @@ def sources(count_: int, generator: torch.Generator) -> list[tuple[int, ...]]:
 
 
 def engine_step(
-    model: Any, kind: str, inputs: list[tuple[int, ...]], labels: list[tuple[int, ...]], prompt: Tensor
+    model: Any,
+    kind: str,
+    inputs: list[tuple[int, ...]],
+    labels: list[tuple[int, ...]],
+    prompt: Tensor,
 ) -> Callable[[], Tensor]:
     """Return a function that scores every input against every label, ``[N, K]``."""
     engine = build_engine(model, kind)
@@ -73,7 +77,7 @@ def peft_step(
     from peft import PromptTuningConfig, get_peft_model
 
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL)
-    prompted = get_peft_model(model, config).eval()
+    prompted: Any = get_peft_model(model, config).eval()
     prompted.prompt_encoder["default"].embedding.weight.data.copy_(prompt)
 
     @torch.no_grad()
@@ -101,7 +105,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    tf.logging.set_verbosity_error()
+    tf.logging.set_verbosity(40)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)

@@ -89,7 +89,9 @@ def llama_135m() -> Any:
 
 def t5_small() -> Any:
     """T5-small: 6 + 6 layers of 512."""
-    return tf.T5ForConditionalGeneration(tf.T5Config(decoder_start_token_id=0))
+    config: Any = tf.T5Config()
+    config.decoder_start_token_id = 0
+    return tf.T5ForConditionalGeneration(config)
 
 
 def bert_small() -> Any:
@@ -106,9 +108,17 @@ WORKS: dict[str, Work] = {
         "GPT-2 small, P=100, B=16, T 11-53", gpt2_small, 100, spread(11, 53, 16), 7.2, 6.0, 0.35
     ),
     "llama-p100": Work(
-        "Llama 30 x 576, GQA 9/3, P=100, B=32, T 11-53", llama_135m, 100, spread(11, 53, 32), 6.0, 5.0, 0.35
+        "Llama 30 x 576, GQA 9/3, P=100, B=32, T 11-53",
+        llama_135m,
+        100,
+        spread(11, 53, 32),
+        6.0,
+        5.0,
+        0.35,
     ),
-    "gpt2-p20": Work("GPT-2 small, P=20, B=8, T 27-101", gpt2_small, 20, spread(27, 101, 8), 2.5, 2.2),
+    "gpt2-p20": Work(
+        "GPT-2 small, P=20, B=8, T 27-101", gpt2_small, 20, spread(27, 101, 8), 2.5, 2.2
+    ),
     "t5-p100": Work(
         "T5-small, P=100, B=16, source 21-107, target 8",
         t5_small,
@@ -217,7 +227,9 @@ def prompted_step(
     return step, prompt
 
 
-def attention_flop(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+def attention_flop(
+    query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
     """Return the FLOPs of fused attention on the CPU, which torch's counter does not know."""
     batch, heads, tokens, width = query
     return int(2 * batch * heads * tokens * key[2] * (width + value[3]))
@@ -354,12 +366,17 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    tf.logging.set_verbosity_error()
-    results = [measure(name, options.rounds) for name in ([options.only] if options.only else WORKS)]
+    tf.logging.set_verbosity(40)
+    results = [
+        measure(name, options.rounds) for name in ([options.only] if options.only else WORKS)
+    ]
     if options.json:
         print(json.dumps(results, indent=2))
         return
-    print("| work | GFLOP PEFT / ours | ratio (target) | seconds ratio (target) | memory ours / PEFT | over bound: FLOPs, time |")
+    print(
+        "| work | GFLOP PEFT / ours | ratio (target) | seconds ratio (target) "
+        "| memory ours / PEFT | over bound: FLOPs, time |"
+    )
     print("|---|---|---|---|---|---|")
     for r in results:
         print(

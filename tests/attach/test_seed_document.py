@@ -67,9 +67,10 @@ def test_the_signature(run):
         "prompt_tuning_init_text",
         "tokenizer_name_or_path",
         "tokenizer_kwargs",
+        "prompt_sees_input",  # ours, behind the document's
     ]
     assert arguments["prompt_tuning_init"].default is PromptTuningInit.RANDOM
-    assert all(arguments[name].default is None for name in own[1:])
+    assert all(arguments[name].default is None for name in own[1:4])
     assert {"num_virtual_tokens", "task_type", "inference_mode"} <= set(arguments)
 
 

@@ -14,7 +14,13 @@ from softprompt.engine.choose import build_engine, choose_engine
 from softprompt.engine.rows import EngineRow, TargetLogProbs
 from softprompt.errors import ConfigError
 
-EXPECTED = {"gptj": "expand", "gpt_neo": "expand", "bloom": "expand", "mpt": "expand", "falcon": "expand"}
+EXPECTED = {
+    "gptj": "expand",
+    "gpt_neo": "expand",
+    "bloom": "expand",
+    "mpt": "expand",
+    "falcon": "expand",
+}
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -96,7 +102,9 @@ def test_rope_that_depends_on_the_length_of_the_batch(rope, kind):
             "long_factor": [4 * f for f in factors],
             "original_max_position_embeddings": 16,
         }
-        config = tf.Phi3Config(**{**GQA, "max_position_embeddings": 64}, original_max_position_embeddings=16)
+        config = tf.Phi3Config(
+            **{**GQA, "max_position_embeddings": 64}, original_max_position_embeddings=16
+        )
     else:
         parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
         config = tf.LlamaConfig(**{**GQA, "max_position_embeddings": 64})

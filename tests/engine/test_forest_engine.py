@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from oracles.families import CAUSAL, SEQ2SEQ, causal, seq2seq
+from oracles.families import SEQ2SEQ, causal, seq2seq
 from softprompt.backbone.facts import facts_of
 from softprompt.engine.choose import build_engine
 from softprompt.engine.forest import Forest
@@ -125,7 +125,9 @@ def test_permuting_and_splitting_change_nothing(rows, data):
     torch.testing.assert_close(shuffled, whole[list(order)], **CLOSE)
     cut = data.draw(st.integers(0, len(rows)))
     parts = [engine.target_log_probs(p, prompts).values for p in (rows[:cut], rows[cut:]) if p]
-    torch.testing.assert_close(torch.cat(parts), engine.target_log_probs(rows, prompts).values, **CLOSE)
+    torch.testing.assert_close(
+        torch.cat(parts), engine.target_log_probs(rows, prompts).values, **CLOSE
+    )
 
 
 def test_a_prompt_without_any_input():
@@ -160,7 +162,13 @@ def test_gradient_checkpointing(name, reentrant):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    for attribute in ("attn_pdrop", "resid_pdrop", "embd_pdrop", "dropout_rate", "attention_dropout"):
+    for attribute in (
+        "attn_pdrop",
+        "resid_pdrop",
+        "embd_pdrop",
+        "dropout_rate",
+        "attention_dropout",
+    ):
         if hasattr(model.config, attribute):
             setattr(model.config, attribute, 0.0)
     rows = [EngineRow((5, 6, 7), (8, 2)), EngineRow((5, 9), (8, 4, 2))]

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from softprompt.attach.tasks import RULES, infer_task
 from softprompt.backbone.facts import Facts
+from softprompt.engine.packed_encoder import is_bidirectional
 from softprompt.errors import ConfigError
 from softprompt.prompts.configs import PeftConfig, PromptTuningConfig, TaskType
 
@@ -17,7 +18,7 @@ def completed(
     model: PreTrainedModel,
     facts: Facts,
     *,
-    shared: TaskType | None,
+    shared: PromptTuningConfig | None,
     own: TaskType | None,
 ) -> PromptTuningConfig:
     """Return a copy of ``config`` with the base's sizes, task and heads; the caller's stays as it is.
@@ -26,7 +27,7 @@ def completed(
         config: What the user wrote.
         model: The base.
         facts: Its facts.
-        shared: Task of the prompts that are already attached.
+        shared: Configuration of a prompt that is already attached.
         own: Task of the prompted model's class.
 
     Raises:
@@ -35,10 +36,22 @@ def completed(
     if not isinstance(config, PromptTuningConfig):
         raise ConfigError(f"expected a PromptTuningConfig, got a {type(config).__name__}")
     task = TaskType(config.task_type) if config.task_type else infer_task(model)
-    if shared not in (None, task):
+    if shared is not None and shared.task_type is not task:
         raise ConfigError(
-            f"all prompts on one model share its task_type {shared}, got {task}; "
+            f"all prompts on one model share its task_type {shared.task_type}, got {task}; "
             "attach the other task to a model of its own"
+        )
+    if shared is not None and shared.prompt_sees_input != config.prompt_sees_input:
+        raise ConfigError(
+            f"all prompts on one model share prompt_sees_input={shared.prompt_sees_input}, got "
+            f"{config.prompt_sees_input}; attach this one to a model of its own"
+        )
+    if not config.prompt_sees_input:
+        _check_isolated(model, facts, task)
+    if facts.is_encoder_decoder and RULES[task].heads:
+        raise ConfigError(
+            f"task_type {task} needs an encoder or a decoder, {facts.architecture} has both; "
+            "use SEQ_2_SEQ_LM with the answer as text"
         )
     if own not in (None, task):
         raise ConfigError(
@@ -67,3 +80,17 @@ def completed(
         extra = [name for name in config.modules_to_save or [] if name not in heads]
         config.modules_to_save = [*extra, *heads]
     return config
+
+
+def _check_isolated(model: PreTrainedModel, facts: Facts, task: TaskType) -> None:
+    """Refuse ``prompt_sees_input=False`` where it changes nothing or cannot be had."""
+    if not facts.is_encoder_decoder and not is_bidirectional(model):
+        raise ConfigError(
+            f"prompt_sees_input=False would be ignored: in {facts.architecture} nothing before the input "
+            "sees it anyway; leave it out"
+        )
+    if RULES[task].pooled and (facts.positions_from_ids or not facts.accepts_position_ids):
+        raise ConfigError(
+            f"prompt_sees_input=False needs explicit positions, which {facts.architecture} does not take; "
+            "leave it out"
+        )

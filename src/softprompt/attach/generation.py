@@ -174,7 +174,8 @@ def encoder_kwargs(
         return kwargs
     layout = Layout.of(mask, prompts, compact=True)
     if done is None:
-        inputs: dict[str, Any] = {"attention_mask": layout.mask, "return_dict": True}
+        seen = layout.mask if prompts.sees_input else layout.isolated(model.dtype)
+        inputs: dict[str, Any] = {"attention_mask": seen, "return_dict": True}
         if ids is not None:
             inputs["input_ids"] = layout.ids(ids, facts.vocabulary, facts.pad_id)
         else:

@@ -12,10 +12,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
 from softprompt.attach.tasks import TaskRules
-from softprompt.backbone.facts import Facts
+from softprompt.backbone.facts import Facts, is_encoder_decoder
 from softprompt.engine.context import check_context
 from softprompt.engine.layout import Layout, Prompts
 from softprompt.engine.packed import is_packed, packed_mask
@@ -114,8 +114,8 @@ def check_ids(ids: Tensor | None, vocabulary: int) -> None:
         )
 
 
-def prompted_inputs(call: Call) -> dict[str, Any]:
-    """Return the base's keyword arguments for a call, prompts included.
+def prompted_inputs(call: Call) -> tuple[dict[str, Any], Layout | None]:
+    """Return the base's keyword arguments for a call, prompts included, and where the rows stand.
 
     A filled cache, or encoder outputs, already hold the prompt: it is not injected again, and
     a mask that covers the text alone is extended over it.
@@ -128,16 +128,18 @@ def prompted_inputs(call: Call) -> dict[str, Any]:
     check_ids(inputs.get("input_ids"), call.facts.vocabulary)
     encoder_outputs = inputs.get("encoder_outputs")
     if encoder_outputs is not None:
-        return _behind_encoder(call, inputs, int(encoder_outputs[0].shape[1]))
+        return _behind_encoder(call, inputs, int(encoder_outputs[0].shape[1])), None
     tokens = _tokens(inputs)
     cache = inputs.get("past_key_values")
     seen = cache.get_seq_length() if isinstance(cache, Cache) else 0
     if seen and not call.facts.is_encoder_decoder:
-        return _behind_cache(call, inputs, tokens, seen)
+        return _behind_cache(call, inputs, tokens, seen), None
     return _at_the_start(call, inputs, tokens)
 
 
-def _at_the_start(call: Call, inputs: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
+def _at_the_start(
+    call: Call, inputs: dict[str, Any], tokens: Tensor
+) -> tuple[dict[str, Any], Layout]:
     facts, prompts = call.facts, call.prompts
     given: Tensor | None = inputs.get("attention_mask")
     if given is not None and given.dim() == 2:
@@ -153,7 +155,12 @@ def _at_the_start(call: Call, inputs: dict[str, Any], tokens: Tensor) -> dict[st
     for real, virtual in set(zip(lengths.tolist(), prompts.lengths.tolist(), strict=True)):
         check_context(int(real), int(virtual), facts.context_length)
     first_column_counts = call.rules.pooled and not facts.takes_cache
-    layout = Layout.of(mask, prompts, compact=facts.is_encoder_decoder or first_column_counts)
+    layout = Layout.of(
+        mask,
+        prompts,
+        compact=facts.is_encoder_decoder or first_column_counts,
+        text_first=first_column_counts and not call.prompts.sees_input,
+    )
     positions = inputs.pop("position_ids", None)
     if inputs.get("input_ids") is not None:
         inputs["input_ids"] = layout.ids(inputs["input_ids"], facts.vocabulary, facts.pad_id)
@@ -170,11 +177,30 @@ def _at_the_start(call: Call, inputs: dict[str, Any], tokens: Tensor) -> dict[st
     elif positions is not None:
         raise ConfigError(f"{facts.architecture} takes no position_ids; leave them out")
     _spread(call, inputs, layout)
-    return inputs
+    return inputs, layout
 
 
 def _needs_positions(call: Call, layout: Layout) -> bool:
-    return not (layout.is_plain or call.facts.positions_from_ids)
+    moved = not layout.is_plain or (call.rules.pooled and not call.prompts.sees_input)
+    return moved and not call.facts.positions_from_ids
+
+
+def isolated_inputs(
+    model: PreTrainedModel, inputs: dict[str, Any], layout: Layout
+) -> dict[str, Any]:
+    """Return the arguments for prompts that do not see the input: a mask of its own for the encoder.
+
+    A decoder attends to all encoder states, so the encoder of a seq2seq model is run here.
+    """
+    inputs = dict(inputs)
+    mask = layout.isolated(model.dtype)
+    if not is_encoder_decoder(model):
+        return inputs | {"attention_mask": mask}
+    given = {n: inputs.pop(n, None) for n in ("input_ids", "inputs_embeds")}
+    states = model.get_encoder()(
+        **{name: value for name, value in given.items() if value is not None}, attention_mask=mask
+    )
+    return inputs | {"encoder_outputs": states}
 
 
 def _spread(call: Call, inputs: dict[str, Any], layout: Layout) -> None:

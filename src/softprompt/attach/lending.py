@@ -37,6 +37,7 @@ def lent(
     vocabulary: VirtualVocabulary,
     rows: Sequence[str],
     value_of: Callable[[str], Tensor],
+    sees_input: bool,
 ) -> Iterator[Prompts | None]:
     """Lend the rows' prompts to the embedding and switch the heads; None when no row has one.
 
@@ -45,6 +46,7 @@ def lent(
         vocabulary: The hook on its embedding.
         rows: The name of each row's prompt, ``__base__`` for none.
         value_of: Gives the rows ``[P, H]`` of a named prompt.
+        sees_input: Whether an encoder's prompts attend to the input.
 
     Raises:
         ConfigError: If the embedding table was resized since the prompts were attached.
@@ -59,6 +61,7 @@ def lent(
     prompts = Prompts.of(
         [value_of(name) for name in distinct],
         [-1 if name == BASE else distinct.index(name) for name in rows],
+        sees_input,
     )
     switches = [switch for _, switch in heads.switches_of(model)]
     for switch in switches:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -25,7 +25,14 @@ from softprompt.attach.embedding import PromptEmbedding
 from softprompt.attach.generation import prompted_generation
 from softprompt.attach.heads import BASE
 from softprompt.attach.hub import upload
-from softprompt.attach.inputs import Call, batch_size, bound, named_input, prompted_inputs
+from softprompt.attach.inputs import (
+    Call,
+    batch_size,
+    bound,
+    isolated_inputs,
+    named_input,
+    prompted_inputs,
+)
 from softprompt.attach.lending import lent, row_names
 from softprompt.attach.tasks import RULES, infer_task
 from softprompt.backbone.facts import Facts, facts_of, input_embedding
@@ -38,10 +45,7 @@ from softprompt.prompts.configs import PeftConfig, PromptTuningConfig, TaskType
 
 
 class PeftModel(nn.Module):
-    """A frozen base with named prompts; the subclasses only name the task.
-
-    Prompts are ``prompt_encoder[name].embedding.weight``, float32 ``[P, H]``.
-    """
+    """A frozen base with named prompts, ``prompt_encoder[name].embedding.weight``, float32 ``[P, H]``."""
 
     task: ClassVar[TaskType | None] = None
     classes: ClassVar[dict[TaskType, type[PeftModel]]] = {}
@@ -78,8 +82,6 @@ class PeftModel(nn.Module):
         self._vocabulary = VirtualVocabulary(input_embedding(model))
         self.set_adapter(adapter_name)
 
-    # -- adapters ---------------------------------------------------------------------------
-
     def add_adapter(
         self,
         adapter_name: str,
@@ -98,7 +100,7 @@ class PeftModel(nn.Module):
             peft_config,
             self.base_model,
             self.facts,
-            shared=self.task_type if self.peft_config else None,
+            shared=next(iter(self.peft_config.values()), None),
             own=self.task,
         )
         optional = RULES[cast(TaskType, config.task_type)].heads
@@ -129,9 +131,7 @@ class PeftModel(nn.Module):
         """
         self._known(adapter_name)
         if len(self.peft_config) == 1:
-            raise AdapterError(
-                f"'{adapter_name}' is the last prompt; use unload() to get the base back"
-            )
+            raise AdapterError(f"{adapter_name!r} is the last prompt; unload() gives the base back")
         del self.peft_config[adapter_name]
         del self.prompt_encoder[adapter_name]
         self.manifests.pop(adapter_name, None)
@@ -165,8 +165,6 @@ class PeftModel(nn.Module):
         heads.restore_heads(self.base_model)
         return self.base_model
 
-    # -- running ----------------------------------------------------------------------------
-
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Run the base on prompted inputs; outputs cover P + T columns, text column t at P + t.
 
@@ -184,8 +182,11 @@ class PeftModel(nn.Module):
         with self._prompted(adapter_names, inputs) as prompts:
             if prompts is not None:
                 call = Call(inputs, prompts, self.facts, RULES[self.task_type])
-                inputs = prompted_inputs(call)
-            with without_padding(self.base_model, inputs):
+                inputs, layout = prompted_inputs(call)
+                if layout is not None and not prompts.sees_input:
+                    inputs = isolated_inputs(self.base_model, inputs, layout)
+            pooled = prompts is not None and RULES[self.task_type].pooled
+            with without_padding(self.base_model, inputs) if pooled else nullcontext():
                 return self.base_model(**inputs)
 
     def generate(
@@ -219,10 +220,12 @@ class PeftModel(nn.Module):
         batch = batch_size(inputs)
         rows = [BASE] * batch if self._disabled else row_names(chosen, self.active_adapter, batch)
         return lent(
-            self.base_model, self._vocabulary, rows, lambda n: self.encoder_of(n).materialize()
+            self.base_model,
+            self._vocabulary,
+            rows,
+            lambda name: self.encoder_of(name).materialize(),
+            self.active_peft_config.prompt_sees_input,
         )
-
-    # -- files ------------------------------------------------------------------------------
 
     def save_pretrained(
         self,
@@ -329,8 +332,6 @@ class PeftModel(nn.Module):
         except Exception:
             self.delete_adapter(adapter_name)
             raise
-
-    # -- facts ------------------------------------------------------------------------------
 
     @property
     def task_type(self) -> TaskType:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as hf_logging
 
 from softprompt.backbone.facts import is_encoder_decoder
 from softprompt.bundled import model_directory
@@ -76,13 +79,27 @@ def load_base(
         config = AutoConfig.from_pretrained(source, **options)
         kind = bool(getattr(config, "is_encoder_decoder", False)) if seq2seq is None else seq2seq
         loader = AutoModelForSeq2SeqLM if kind else AutoModelForCausalLM
-        model = loader.from_pretrained(source, dtype=dtype or "auto", **options)
+        with _progress_on_terminals_only():
+            model = loader.from_pretrained(source, dtype=dtype or "auto", **options)
         words = tokenizer or AutoTokenizer.from_pretrained(source, **options)
     except Exception as cause:
         raise BackboneError(_why_not_loaded(name, local, cause)) from cause
     if device is not None:
         cast(Any, model).to(parse_device(device))
     return LoadedBase(cast(PreTrainedModel, model.eval()), words, name)
+
+
+@contextmanager
+def _progress_on_terminals_only() -> Iterator[None]:
+    """Keep transformers' weight-loading bar out of logs and pipes."""
+    if sys.stderr.isatty() or not hf_logging.is_progress_bar_enabled():
+        yield
+        return
+    cast(Any, hf_logging).disable_progress_bar()
+    try:
+        yield
+    finally:
+        cast(Any, hf_logging).enable_progress_bar()
 
 
 def downloads_allowed() -> bool:

@@ -6,12 +6,13 @@ as an argument, also when gradient checkpointing runs them again during backward
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,9 @@ class LayerMask:
 
     def _block_mask(self, block: Block, dtype: torch.dtype) -> Tensor:
         if self.bias is None:
-            values = torch.zeros(block.sees.shape, dtype=dtype, device=block.sees.device).unsqueeze(1)
+            values = torch.zeros(block.sees.shape, dtype=dtype, device=block.sees.device).unsqueeze(
+                1
+            )
         else:
             queries = self.visibility.query_positions[block.queries].unsqueeze(2)
             keys = self.visibility.key_positions[block.keys].unsqueeze(1)
@@ -107,13 +110,13 @@ def also_in_backward(model: PreTrainedModel, last: Tensor, first: Tensor) -> Non
     def leave(gradient: Tensor) -> None:
         _implement(model, before)
 
-    last.register_hook(enter)
-    first.register_hook(leave)
+    cast(Any, last).register_hook(enter)
+    cast(Any, first).register_hook(leave)
 
 
 def _implement(model: PreTrainedModel, name: str) -> None:
     verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()
+    hf_logging.set_verbosity(logging.ERROR)
     try:
         model.set_attn_implementation(name)
     finally:
@@ -181,7 +184,9 @@ def _gathered(
     q = F.embedding(block.queries, query).view(groups, length, kv_heads, repeats, -1)
     q = q.permute(0, 2, 3, 1, 4).reshape(groups, kv_heads, repeats * length, -1)
     k, v = (
-        F.embedding(block.keys, part).view(groups, block.keys.shape[1], kv_heads, -1).transpose(1, 2)
+        F.embedding(block.keys, part)
+        .view(groups, block.keys.shape[1], kv_heads, -1)
+        .transpose(1, 2)
         for part in (key, value)
     )
     return q, k, v
@@ -195,10 +200,18 @@ def _flattened(mixed: Tensor, repeats: int) -> Tensor:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, dropout: float, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scale: float,
+    dropout: float,
+    softcap: float | None,
 ) -> Tensor:
     if softcap is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale
+        )
     scores = softcap * torch.tanh((q @ k.transpose(-1, -2)) * scale / softcap)
     weights = torch.softmax(scores + mask, dim=-1, dtype=torch.float32).to(q.dtype)
     return F.dropout(weights, dropout, training=dropout > 0) @ v

@@ -76,7 +76,9 @@ def build_engine(
     elif kind in _FAST:
         problem = _problem(kind, model, prompt_sees_input)
         if problem is not None:
-            raise ConfigError(f"engine {kind!r} cannot run this model: {problem}; use engine='auto'")
+            raise ConfigError(
+                f"engine {kind!r} cannot run this model: {problem}; use engine='auto'"
+            )
     if kind in _FAST:
         return _FAST[kind](model, prompt_sees_input)
     return PlainEngine(model, prompt_sees_input=prompt_sees_input)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -72,7 +72,9 @@ class ExpandEngine:
     def _prompt_pass(self, prompts: Prompts) -> tuple[Cache, Tensor]:
         """Return the keys and values of the prompts, ``[K, A_kv, P, D]`` a layer, and their mask ``[K, P]``."""
         column = torch.arange(prompts.width, device=prompts.lengths.device)
-        row = column - (prompts.width - prompts.lengths).unsqueeze(1)  # [K, P], negative where padded
+        row = column - (prompts.width - prompts.lengths).unsqueeze(
+            1
+        )  # [K, P], negative where padded
         virtual = row + prompts.starts.unsqueeze(1) + self._facts.vocabulary
         ids = torch.where(row >= 0, virtual, self._facts.pad_id).to(self._model.device)
         mask = (row >= 0).long().to(self._model.device)
@@ -81,7 +83,9 @@ class ExpandEngine:
             input_ids=ids, past_key_values=cache, use_cache=True, **self._placed(mask, ids.shape[1])
         )
         cache = output.past_key_values
-        if not isinstance(cache, Cache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        if not isinstance(cache, Cache) or any(
+            type(layer) is not DynamicLayer for layer in cache.layers
+        ):
             raise ForestUnsupportedError(
                 f"{type(self._model).__name__} keeps more than keys and values, which cannot be expanded"
             )
@@ -95,7 +99,9 @@ class ExpandEngine:
         )
         device = self._model.device
         ids, text_mask = ids.to(device), text_mask.to(device)
-        owner = torch.tensor([used.index(r.prompt) if r.prompt >= 0 else 0 for r in rows], device=device)
+        owner = torch.tensor(
+            [used.index(r.prompt) if r.prompt >= 0 else 0 for r in rows], device=device
+        )
         prompted = torch.tensor([r.prompt >= 0 for r in rows], device=device).unsqueeze(1)
         whole = torch.cat([mask[owner] * prompted, text_mask], dim=1)  # [B, P + T]
         labels = torch.full_like(ids, -100)
@@ -124,7 +130,7 @@ class ExpandEngine:
 def _expanded(cache: Cache, owner: Tensor) -> Cache:
     """Return the cache of each row's prompt, ``[B, A_kv, P, D]`` a layer."""
     expanded = DynamicCache()
-    for index, layer in enumerate(cache.layers):
+    for index, layer in enumerate(cast(Sequence[Any], cache.layers)):
         keys, values = layer.keys.index_select(0, owner), layer.values.index_select(0, owner)
         expanded.update(keys, values, index)
     return expanded

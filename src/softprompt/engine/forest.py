@@ -113,7 +113,9 @@ class Forest:
         """Plan a batch; ``virtual[p]`` is the length of prompt p."""
         roots, root_of = _roots(rows, virtual)
         groups: list[Group] = []
-        found: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}  # -> group, end of the source
+        found: dict[
+            tuple[int, tuple[int, ...]], tuple[int, int]
+        ] = {}  # -> group, end of the source
         scored: list[tuple[int, int, int, int, int]] = []  # root, group, token in it, label, row
         for number, row in enumerate(rows):
             root = root_of[row.prompt]
@@ -161,9 +163,7 @@ class Forest:
         return torch.tensor(positions, dtype=torch.long)
 
 
-def _roots(
-    rows: Sequence[EngineRow], virtual: Sequence[int]
-) -> tuple[list[Root], dict[int, int]]:
+def _roots(rows: Sequence[EngineRow], virtual: Sequence[int]) -> tuple[list[Root], dict[int, int]]:
     sources: dict[int, list[tuple[int, ...]]] = {}
     for row in rows:
         sources.setdefault(row.prompt, []).append(row.source)

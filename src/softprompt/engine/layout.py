@@ -31,14 +31,16 @@ class Prompts:
         table: All rows, ``[N, H]``.
         starts: First table row of each batch row's prompt, ``[B]``.
         lengths: Rows of each batch row's prompt, 0 for none, ``[B]``.
+        sees_input: Whether an encoder's prompts attend to the input.
     """
 
     table: Tensor
     starts: Tensor
     lengths: Tensor
+    sees_input: bool = True
 
     @classmethod
-    def of(cls, prompts: Sequence[Tensor], choice: Sequence[int]) -> Self:
+    def of(cls, prompts: Sequence[Tensor], choice: Sequence[int], sees_input: bool = True) -> Self:
         """Gather prompts ``[P_i, H]``; ``choice[b]`` is row b's prompt, -1 for none.
 
         Prompts that no row uses are left out, so they get no gradient rather than a zero one.
@@ -55,6 +57,7 @@ class Prompts:
             table,
             torch.tensor([first.get(c, 0) for c in choice], dtype=torch.long, device=device),
             torch.tensor([length.get(c, 0) for c in choice], dtype=torch.long, device=device),
+            sees_input,
         )
 
     @property
@@ -90,7 +93,13 @@ class Layout:
 
     @classmethod
     def of(
-        cls, mask: Tensor, prompts: Prompts, *, compact: bool = False, lead_limit: int | None = None
+        cls,
+        mask: Tensor,
+        prompts: Prompts,
+        *,
+        compact: bool = False,
+        text_first: bool = False,
+        lead_limit: int | None = None,
     ) -> Self:
         """Lay out a batch with attention mask ``[B, T]`` (1 = real token).
 
@@ -98,6 +107,8 @@ class Layout:
             mask: The text's attention mask.
             prompts: The rows' prompts.
             compact: Start every row at column 0 instead of keeping text columns in line.
+            text_first: Let the text start at column 0 and put the prompts behind it; positions stay
+                those of the prompt before the text. For encoders that pool the first column.
             lead_limit: Most padding to leave before a prompt; a batch that is fed in chunks has its
                 prompts in the first chunk, though a row's text may begin in a later one.
         """
@@ -116,6 +127,10 @@ class Layout:
         inside = column - end  # [B, W] text token counted from the first real one
         text = torch.where((inside >= 0) & (inside + lead < total), inside + lead, _PAD)
         before = inside + lengths  # [B, W] row of the prompt
+        if text_first:
+            text = torch.where(column + lead < total, column + lead, _PAD)
+            before = column - total
+            inside = torch.where(before < lengths, -1, 0)
         slot = torch.where(
             (before >= 0) & (inside < 0), before + prompts.starts.to(device).unsqueeze(1), _PAD
         )
@@ -159,9 +174,12 @@ class Layout:
         Args:
             given: Positions of the text ``[B, T]``; those of a row's prompt end where they start.
         """
-        counted = (self.mask.long().cumsum(1) - 1).clamp(min=0)
+        prompt = self.slot >= 0
+        length = prompt.sum(1, keepdim=True)  # [B, 1]
+        row = prompt.long().cumsum(1) - 1
+        real = (self.mask.bool() & ~prompt).long().cumsum(1) - 1
+        counted = torch.where(prompt, row, (length + real).clamp(min=0))
         if given is None:
             return counted
-        length = (self.slot >= 0).sum(1, keepdim=True)  # [B, 1]
         text = self.spread(given.expand(self.text.shape[0], -1), 0) + length
         return torch.where(self.text >= 0, text, counted)

@@ -75,7 +75,9 @@ class ForestEngine:
                 ).logits[0]
         finally:
             vocabulary.remove()
-        log_probs = F.log_softmax(logits.float(), dim=-1)  # one softmax a predictor, shared by its answers
+        log_probs = F.log_softmax(
+            logits.float(), dim=-1
+        )  # one softmax a predictor, shared by its answers
         values = log_probs[place.to(device), forest.labels.to(device)]
         if recomputes_layers(self._model) and table is not None:
             if values.requires_grad:

@@ -46,11 +46,24 @@ def without_padding(
     return _packed(model, mask)
 
 
+@torch.no_grad()
+def is_bidirectional(model: PreTrainedModel) -> bool:
+    """Tell whether a token's hidden state depends on the tokens behind it."""
+    ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=model.device) % facts_of(model).vocabulary
+    training = model.training
+    model.train(False)
+    try:
+        states = model.base_model(input_ids=ids).last_hidden_state[:, :2]
+    finally:
+        model.train(training)
+    return not torch.allclose(states[0], states[1], atol=1e-6)
+
+
 def why_not_packed(model: PreTrainedModel) -> str:
     """Return why the model's layers are run padded, empty when they are packed."""
     if model not in _packable:
         training = model.training
-        model.eval()
+        model.train(False)
         try:
             _packable[model] = _probe(model)
         except Exception as cause:  # whatever a model's own code raises on our inputs
@@ -68,9 +81,7 @@ def _packed(model: PreTrainedModel, mask: Tensor) -> Iterator[None]:
     bias = relative_bias(stack, max(lengths))
     with (
         forest_attention(model),
-        packed_layers(
-            layers_of(stack), Packing.of(mask), LayerMask.of(plan, bias), unpack=True
-        ),
+        packed_layers(layers_of(stack), Packing.of(mask), LayerMask.of(plan, bias), unpack=True),
     ):
         yield
 

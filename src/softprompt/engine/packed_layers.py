@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +109,7 @@ def _before(layer: nn.Module, masks: dict[str, LayerMask], packing: Packing | No
         for name, mask in masks.items():
             given[name] = mask
             if _BIASES[name] in names:
-                # The bias is part of the mask; anything but None keeps T5 from computing it N × N.
+                # The bias is part of the mask; anything but None keeps T5 from computing it N x N.
                 given[_BIASES[name]] = mask
         first = given.pop(names[0])
         return (first,), given
@@ -138,5 +138,5 @@ def relative_bias(stack: nn.Module, length: int) -> Tensor | None:
     if len(owners) > 1:
         raise ForestUnsupportedError(f"{type(stack).__name__} has a position bias in every layer")
     with torch.no_grad():
-        bias: Tensor = owners[0].compute_bias(length, length)[0]
+        bias: Tensor = cast(Any, owners[0]).compute_bias(length, length)[0]
     return bias

@@ -8,6 +8,7 @@ the same prompt and source (the labels of one input) share one encoder row. With
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -43,10 +44,12 @@ class PackedSeq2SeqEngine:
         if not self._facts.is_encoder_decoder:
             raise ForestUnsupportedError(f"{type(model).__name__} has no encoder")
         if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
-            raise ForestUnsupportedError(f"{type(model).__name__} does not say how it shifts labels")
+            raise ForestUnsupportedError(
+                f"{type(model).__name__} does not say how it shifts labels"
+            )
         self._plain = PlainEngine(model, prompt_sees_input=prompt_sees_input)
         self._encoder = model.get_encoder()
-        self._decoder = model.get_decoder()
+        self._decoder = cast(Any, model).get_decoder()
 
     def target_log_probs(
         self, rows: Sequence[EngineRow], prompts: Sequence[Tensor]
@@ -109,7 +112,7 @@ class PackedSeq2SeqEngine:
         )
         keys = [plan.keys[k] for k in owner]
         cross = LayerMask.of(across(targets, keys, plan.positions).to(device))
-        start = self._model.prepare_decoder_input_ids_from_labels(labels=labels)
+        start = cast(Any, self._model).prepare_decoder_input_ids_from_labels(labels=labels)
         packing = Packing.of(mask)
         with packed_layers(layers_of(self._decoder), packing, self_mask, cross=cross, unpack=False):
             logits = self._model(

@@ -40,11 +40,13 @@ def difference(candidate: Engine, reference: Engine, model: PreTrainedModel) -> 
         ids = torch.randint(0, top, (source + target,), generator=generator).tolist()
         rows.append(EngineRow(tuple(ids[:source]), tuple(ids[source:]), prompt))
     values = [
-        (torch.randn(length, facts.token_dim, generator=generator) * facts.embedding_rms).to(model.device)
+        (torch.randn(length, facts.token_dim, generator=generator) * facts.embedding_rms).to(
+            model.device
+        )
         for length in _PROMPTS
     ]
     training = model.training
-    model.eval()
+    model.train(False)
     try:
         expected, expected_gradients = _run(reference, rows, values)
         got, gradients = _run(candidate, rows, values)

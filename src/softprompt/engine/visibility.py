@@ -1,7 +1,7 @@
-"""Who sees whom in a packed stream, as a few padded blocks instead of one N × N mask.
+"""Who sees whom in a packed stream, as a few padded blocks instead of one N x N mask.
 
 A block is a bundle of queries with the keys they may see: all roots form one, the groups of
-similar length another. Its size is G × Tq × Tk, so a batch of many rows stays linear in rows.
+similar length another. Its size is G x Tq x Tk, so a batch of many rows stays linear in rows.
 """
 
 from __future__ import annotations
@@ -75,7 +75,10 @@ class Visibility:
     def to(self, device: torch.device) -> Visibility:
         """Return the same visibility on a device."""
         return Visibility(
-            tuple(Block(b.queries.to(device), b.keys.to(device), b.sees.to(device)) for b in self.blocks),
+            tuple(
+                Block(b.queries.to(device), b.keys.to(device), b.sees.to(device))
+                for b in self.blocks
+            ),
             self.where.to(device),
             self.query_positions.to(device),
             self.key_positions.to(device),

@@ -78,7 +78,8 @@ class TunedPrompt:
     @cached_property
     def engine(self) -> Engine:
         """The engine that scores targets over the base model."""
-        return build_engine(self.model.get_base_model())
+        config = self.model.peft_config[self.adapter]
+        return build_engine(self.model.get_base_model(), prompt_sees_input=config.prompt_sees_input)
 
     def prompts(self) -> list[Tensor]:
         """Return the prompt ``[P, H]``, detached, as the one prompt an engine is given."""

@@ -37,6 +37,9 @@ class PeftType(StrEnum):
     """The methods of prompt learning this library trains; PEFT's names."""
 
     PROMPT_TUNING = "PROMPT_TUNING"
+    ISOLATED_PROMPT_TUNING = "ISOLATED_PROMPT_TUNING"
+    """Ours: an encoder's prompt that does not see the input. PEFT refuses the name, as it must:
+    it would run another model."""
 
 
 class PromptTuningInit(StrEnum):
@@ -227,6 +230,10 @@ class PromptTuningConfig(PromptLearningConfig):
     tokenizer_kwargs: dict[str, Any] | None = field(
         default=None, metadata={"help": "Keyword arguments of the tokenizer, with TEXT only."}
     )
+    prompt_sees_input: bool = field(
+        default=True,
+        metadata={"help": "Whether an encoder's prompt attends to the input, as in PEFT."},
+    )
 
     def __post_init__(self) -> None:
         """Validate the initialisation.
@@ -235,7 +242,10 @@ class PromptTuningConfig(PromptLearningConfig):
             ConfigError: For an unknown initialisation, or settings it lacks or would ignore.
         """
         super().__post_init__()
-        self.peft_type = PeftType.PROMPT_TUNING
+        if self.peft_type is PeftType.ISOLATED_PROMPT_TUNING:
+            self.prompt_sees_input = False
+        kinds = (PeftType.ISOLATED_PROMPT_TUNING, PeftType.PROMPT_TUNING)
+        self.peft_type = kinds[bool(self.prompt_sees_input)]
         if self.prompt_tuning_init not in list(PromptTuningInit):
             raise ConfigError(
                 f"prompt_tuning_init must be one of {', '.join(PromptTuningInit)}, got "
@@ -256,12 +266,18 @@ class PromptTuningConfig(PromptLearningConfig):
                 "tokenizer_kwargs may not hold trust_remote_code: a saved prompt must not be able to run code"
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields under PEFT's keys; ``peft_type`` says whether the prompt sees the input."""
+        values = PromptLearningConfig.to_dict(self)
+        del values["prompt_sees_input"]
+        return values
+
 
 def _config_class(peft_type: str | None, default: type[PeftConfig]) -> type[PeftConfig]:
     """Return the class for a saved ``peft_type``; the asking class when none is named."""
     if peft_type is None:
         return default
-    classes: dict[str, type[PeftConfig]] = {PeftType.PROMPT_TUNING: PromptTuningConfig}
+    classes: dict[str, type[PeftConfig]] = dict.fromkeys(PeftType, PromptTuningConfig)
     if peft_type not in classes:
         raise ConfigError(
             f"peft_type must be one of {', '.join(classes)}, got {peft_type!r}; "

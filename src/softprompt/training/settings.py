@@ -59,6 +59,14 @@ class TuningConfig:
         ),
     )
 
+    prompt_sees_input: bool = field(
+        default=True,
+        metadata=about(
+            "Let an encoder's prompt attend to the input, as PEFT does; without it the prompt is "
+            "computed once for all inputs, and PEFT cannot load it."
+        ),
+    )
+
     def __post_init__(self) -> None:
         """Refuse wrong values, and combinations in which one setting would be ignored."""
         if isinstance(self.output_model_types, list):

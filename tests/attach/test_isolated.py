@@ -1,0 +1,113 @@
+"""Encoder prompts that do not see the input: opt-in, saved, honoured, refused by PEFT."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+import transformers as tf
+
+import softprompt
+from oracles.families import ENCODERS, SEQ2SEQ, build, causal, seq2seq
+from oracles.naive import padded
+from softprompt import PeftModel, PromptTuningConfig, get_peft_model
+from softprompt.errors import ConfigError
+
+CLOSE = {"atol": 2e-6, "rtol": 1e-5}
+ROWS = [[5, 6, 7, 8, 2], [11, 2], [21, 22, 2]]
+
+
+def isolated(model, **config):
+    return get_peft_model(
+        model, PromptTuningConfig(num_virtual_tokens=5, prompt_sees_input=False, **config)
+    ).eval()
+
+
+def classifier(name):
+    return build(tf.AutoModelForSequenceClassification, ENCODERS[name](), num_labels=3)
+
+
+@pytest.mark.parametrize("name", ["bert", "electra", "distilbert"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_classifier_rows_equal_alone_and_depend_on_the_text(name, side):
+    ours = isolated(classifier(name))
+    ids, mask = padded(ROWS, side)
+    logits = ours(input_ids=ids, attention_mask=mask).logits
+    for i, row in enumerate(ROWS):
+        solo = ours(input_ids=torch.tensor([row])).logits[0]
+        torch.testing.assert_close(logits[i], solo, **CLOSE)
+    assert (logits[0] - logits[1]).abs().max() > 1e-4
+
+
+def test_the_prompts_own_states_ignore_the_input():
+    model = build(tf.AutoModel, ENCODERS["bert"]())
+    ours = isolated(model)
+    seeing = get_peft_model(
+        build(tf.AutoModel, ENCODERS["bert"]()), PromptTuningConfig(num_virtual_tokens=5)
+    ).eval()
+    first, second = torch.tensor([[5, 6, 7]]), torch.tensor([[8, 9, 10]])
+    states = [ours(input_ids=ids).last_hidden_state[:, :5] for ids in (first, second)]
+    assert torch.equal(*states)
+    states = [seeing(input_ids=ids).last_hidden_state[:, :5] for ids in (first, second)]
+    assert not torch.allclose(*states)
+
+
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_seq2seq_rows_equal_alone(name):
+    ours = isolated(seq2seq(name))
+    ids, mask = padded(ROWS, "right")
+    labels = torch.randint(3, 64, (3, 4))
+    logits = ours(input_ids=ids, attention_mask=mask, labels=labels).logits
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    tokens = ours.generate(input_ids=ids, attention_mask=mask, **options)
+    for i, row in enumerate(ROWS):
+        one = torch.tensor([row])
+        alone = ours(input_ids=one, labels=labels[i : i + 1]).logits[0]
+        torch.testing.assert_close(logits[i], alone, **CLOSE)
+        assert tokens[i].tolist() == ours.generate(input_ids=one, **options)[0].tolist()
+
+
+def test_saved_loaded_and_refused_by_peft(tmp_path):
+    ours = isolated(classifier("bert"))
+    ours.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(classifier("bert"), tmp_path).eval()
+    assert not again.active_peft_config.prompt_sees_input
+    ids = torch.tensor([ROWS[0]])
+    assert torch.equal(again(input_ids=ids).logits, ours(input_ids=ids).logits)
+    with pytest.raises(KeyError, match="ISOLATED_PROMPT_TUNING"):
+        peft.PeftModel.from_pretrained(classifier("bert"), tmp_path)
+
+
+def test_refused_where_it_would_be_ignored_or_cannot_be_had():
+    with pytest.raises(ConfigError, match="would be ignored"):
+        isolated(causal("llama"))
+    with pytest.raises(ConfigError, match="explicit positions"):
+        isolated(classifier("roberta"))
+    ours = isolated(classifier("bert"))
+    with pytest.raises(ConfigError, match="share prompt_sees_input=False"):
+        ours.add_adapter("b", PromptTuningConfig(num_virtual_tokens=2))
+
+
+def test_tuned_and_used_again(tmp_path):
+    from oracles.tokenizers import byte_bpe
+
+    tokenizer = byte_bpe()
+    config = SEQ2SEQ["t5"]()
+    config.vocab_size = len(tokenizer)
+    model = build(tf.AutoModelForSeq2SeqLM, config)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = [{"input": f"text {i}", "output": "good" if i % 2 else "bad"} for i in range(8)]
+    tuned = softprompt.tune(
+        tmp_path / "base",
+        rows,
+        num_epochs=1,
+        tuning_config={"num_virtual_tokens": 4, "prompt_sees_input": False},
+        output=tmp_path / "prompt",
+        silence_progress_bars=True,
+    )
+    assert tuned.engine.name == "forest"
+    loaded = softprompt.load(tmp_path / "prompt")
+    assert not loaded.model.active_peft_config.prompt_sees_input
+    texts = ["text 3", "something else"]
+    assert [s.scores for s in loaded.classify(texts)] == [s.scores for s in tuned.classify(texts)]
