@@ -1,9 +1,10 @@
 """Scoring many labels: one forest against a PEFT user's loop and against prompt reuse alone.
 
-Every input is scored against 77 labels (the intent names of Banking77) on a GPT-2-small shape
-with random weights. A PEFT user runs one batched forward per label; with the prompt's keys and
-values computed once (engine ``expand``) the rows are still run once per label; the forest runs
-prompt, input and a trie of the labels' tokens once. One thread, one process, alternating.
+Every input is scored against 77 labels (the intent names of Banking77, read from ``--shared``;
+without it labels of the same shape are drawn) on a GPT-2-small shape with random weights. A
+PEFT user runs one batched forward per label; with the prompt's keys and values computed once
+(engine ``expand``) the rows are still run once per label; the forest runs prompt, input and a
+trie of the labels' tokens once. One thread, one process, alternating.
 
     python bench/label_scoring.py [--inputs 4] [--rounds 3] [--json]
 """
@@ -16,23 +17,29 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
 from torch import Tensor
 
+from softprompt.bundled import model_directory
 from softprompt.engine.choose import build_engine
 from softprompt.engine.plain import pad_rows
 from softprompt.engine.rows import EngineRow
 from training_step import SCALE, count, gpt2_small
 
 LABELS = 77
-VIRTUAL = 20
 
 
-def label_ids(generator: torch.Generator) -> list[tuple[int, ...]]:
-    """Make labels shaped like Banking77's: two to seven tokens, many sharing their first words."""
+def label_ids(shared: Path, generator: torch.Generator) -> list[tuple[int, ...]]:
+    """Return the names' token ids by the bundled tokenizer, or drawn ones with shared first words."""
+    names = shared / "data" / "banking77" / "categories.json"
+    if names.is_file():
+        tokenizer: Any = tf.AutoTokenizer.from_pretrained(model_directory())
+        texts = [" " + name.replace("_", " ") for name in json.loads(names.read_text())]
+        return [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     heads = [tuple(torch.randint(10, 50000, (2,), generator=generator).tolist()) for _ in range(15)]
     labels = []
     for i in range(LABELS):
@@ -76,7 +83,7 @@ def peft_step(
     """Return what a PEFT user writes: for each label one forward over all inputs."""
     from peft import PromptTuningConfig, get_peft_model
 
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL)
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=prompt.shape[0])
     prompted: Any = get_peft_model(model, config).eval()
     prompted.prompt_encoder["default"].embedding.weight.data.copy_(prompt)
 
@@ -85,7 +92,7 @@ def peft_step(
         columns = []
         for label in labels:
             ids, mask = pad_rows([source + label for source in inputs], left=False, pad_id=0)
-            logits = prompted(input_ids=ids, attention_mask=mask).logits[:, VIRTUAL:]
+            logits = prompted(input_ids=ids, attention_mask=mask).logits[:, prompt.shape[0] :]
             scores = []
             for i, source in enumerate(inputs):
                 at = slice(len(source) - 1, len(source) + len(label) - 1)
@@ -100,6 +107,10 @@ def peft_step(
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--shared", type=Path, default=Path("../shared"), help="folder of real data"
+    )
+    parser.add_argument("--virtual", type=int, default=20, help="virtual tokens (P)")
     parser.add_argument("--inputs", type=int, default=4, help="inputs scored in one call")
     parser.add_argument("--rounds", type=int, default=3, help="timed calls of each side")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -110,8 +121,8 @@ def main() -> None:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
     model = gpt2_small().eval().requires_grad_(False)
-    labels, inputs = label_ids(generator), sources(options.inputs, generator)
-    prompt = torch.randn(VIRTUAL, 768, generator=generator) * SCALE
+    labels, inputs = label_ids(options.shared, generator), sources(options.inputs, generator)
+    prompt = torch.randn(options.virtual, 768, generator=generator) * SCALE
     steps = {
         "forest": engine_step(model, "forest", inputs, labels, prompt),
         "prompt KV reused": engine_step(model, "expand", inputs, labels, prompt),
@@ -140,7 +151,7 @@ def main() -> None:
     if options.json:
         print(json.dumps(results, indent=2))
         return
-    print(f"{LABELS} labels x {options.inputs} inputs, GPT-2 small, P={VIRTUAL}")
+    print(f"{len(labels)} labels x {options.inputs} inputs, GPT-2 small, P={options.virtual}")
     print("| way | GFLOP | x forest | CPU time, x forest | largest difference of a score |")
     print("|---|---|---|---|---|")
     for r in results:

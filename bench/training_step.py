@@ -60,6 +60,7 @@ class Work:
     seconds: float
     memory: float | None = None
     task: str = "CAUSAL_LM"
+    sees_input: bool = True
 
 
 def spread(low: int, high: int, count: int) -> tuple[int, ...]:
@@ -128,6 +129,16 @@ WORKS: dict[str, Work] = {
         1.2,
         task="SEQ_2_SEQ_LM",
     ),
+    "t5-p100-isolated": Work(
+        "the same, prompt_sees_input=False",
+        t5_small,
+        100,
+        spread(21, 107, 16),
+        2.2,
+        2.0,
+        task="SEQ_2_SEQ_LM",
+        sees_input=False,
+    ),
     "bert-p20": Work(
         "BERT-small SEQ_CLS, P=20, B=32, T 16-80",
         bert_small,
@@ -185,7 +196,7 @@ def ours(work: Work) -> tuple[Callable[[], float], Any]:
         return prompted_step(softprompt, model, work, batch_of(work, rows))
     width = model.get_input_embeddings().weight.shape[1]
     prompt = torch.nn.Parameter(torch.randn(work.virtual, width) * SCALE)
-    engine = build_engine(model)
+    engine = build_engine(model, prompt_sees_input=work.sees_input)
     tokens = sum(len(row.target) for row in rows)
 
     def step() -> float:

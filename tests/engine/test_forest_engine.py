@@ -219,3 +219,66 @@ def test_the_base_is_left_as_it_was():
     ForestEngine(model).target_log_probs([EngineRow((5,), (6,))], prompts_for(model, 3))
     assert model.config._attn_implementation == implementation
     assert torch.equal(model(ids).logits, before)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(rows=batch)
+def test_the_tree_says_what_the_blocks_say(rows):
+    forest = Forest.of(rows, [5, 3])
+    plan = visibility_of(forest)
+    enter, leave = plan.tree
+    tree = (enter[None] <= enter[:, None]) & (enter[:, None] < leave[None])  # [query, key]
+    slots = [
+        keys[seen]
+        for block in plan.blocks
+        for keys, sees in zip(block.keys, block.sees, strict=True)
+        for seen in sees
+    ]
+    for token in range(len(forest)):
+        seen = slots[int(plan.where[token])]
+        assert set(seen.tolist()) == set(tree[token].nonzero()[:, 0].tolist())
+    assert tree.diagonal().all()
+    assert int(tree.sum()) == sum(len(path) for path in paths_of(forest))
+
+
+def paths_of(forest):
+    """Return the tokens each token of the stream sees, by walking up parents."""
+    paths = [list(range(i + 1)) for root in forest.roots for i in range(len(root))]
+    for group in forest.groups:
+        above = len(forest.roots[group.root])
+        paths += [[0] * (above + depth + 1) for depth in group.depths]
+    return paths
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
+def test_the_gpu_kernel_gives_the_same_numbers(name, monkeypatch):
+    """FlexAttention has no backward on the CPU; its forward there is compared with the blocks'."""
+    from softprompt.engine import attention
+
+    model = model_of(name)
+    rows = [
+        EngineRow((5, 6, 7, 9, 9), (8, 2)),
+        EngineRow((5, 9), (8, 4, 2), 1),
+        EngineRow((5, 9), (8, 5), 1),
+    ]
+    prompts = [p.detach() for p in prompts_for(model, 5, 3)]
+    with torch.no_grad():
+        expected = ForestEngine(model).target_log_probs(rows, prompts).values
+        calls = []
+
+        def with_flex(module, query, key, value, attention_mask, scaling=None, **kwargs):
+            calls.append(1)
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            mixed = attention.attend(query, key, value, attention_mask.flex(), scale)
+            return mixed.transpose(1, 2).contiguous(), None
+
+        attention.AttentionInterface.register(attention.NAME, with_flex)
+        try:
+            got = ForestEngine(model).target_log_probs(rows, prompts).values
+        finally:
+            attention.AttentionInterface.register(
+                attention.NAME, attention.forest_attention_forward
+            )
+    assert calls
+    torch.testing.assert_close(got, expected, **CLOSE)

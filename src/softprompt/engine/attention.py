@@ -17,9 +17,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
+from softprompt.engine.flex import attend, block_mask
 from softprompt.engine.visibility import Block, MaskRule, Visibility
 from softprompt.errors import BackboneError
 
@@ -41,11 +43,18 @@ class LayerMask:
     visibility: Visibility
     bias: Tensor | None
     _additive: dict[tuple[torch.dtype, int], list[Tensor]]
+    _flex: list[BlockMask | None]
 
     @classmethod
     def of(cls, visibility: Visibility, bias: Tensor | None = None) -> LayerMask:
         """Wrap a visibility, with a bias ``[A, L, L]`` by query and key position (T5)."""
-        return cls(visibility, bias, {})
+        return cls(visibility, bias, {}, [])
+
+    def flex(self) -> BlockMask | None:
+        """Return the mask of the GPU kernel, None where it does not apply."""
+        if not self._flex:
+            self._flex.append(None if self.bias is not None else block_mask(self.visibility))
+        return self._flex[0]
 
     def additive(self, dtype: torch.dtype, repeats: int) -> list[Tensor]:
         """Return a mask ``[G, 1 or A, repeats · Tq, Tk]`` a block, -inf where unseen."""
@@ -154,9 +163,14 @@ def forest_attention_forward(
     repeats = heads // key.shape[1]
     if kwargs.get("position_bias") not in (None, attention_mask):
         raise ForestUnsupportedError(f"{type(module).__name__} adds a position bias of its own")
+    scale = width**-0.5 if scaling is None else scaling
+    flex = (
+        attention_mask.flex() if query.device.type == "cuda" and not (softcap or dropout) else None
+    )
+    if flex is not None:
+        return attend(query, key, value, flex, scale).transpose(1, 2).contiguous(), None
     masks = attention_mask.additive(query.dtype, repeats)
     streams = [_stream(part) for part in (query, key, value)]
-    scale = width**-0.5 if scaling is None else scaling
     outputs = []
     for block, mask in zip(attention_mask.visibility.blocks, masks, strict=True):
         q, k, v = _gathered(streams, block, key.shape[1], repeats)

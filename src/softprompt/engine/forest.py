@@ -58,6 +58,23 @@ class Group:
         """Whether every token follows the one before it."""
         return all(parent == i - 1 for i, parent in enumerate(self.parents))
 
+    def depth_first(self) -> tuple[list[int], list[int]]:
+        """Return each token's place in depth-first order, and the place where its descendants end."""
+        n = len(self.tokens)
+        sizes = [1] * n
+        for token in reversed(range(n)):
+            if self.parents[token] != _ROOT:
+                sizes[self.parents[token]] += sizes[token]
+        places, following = [0] * n, 0
+        inside = [0] * n  # next free place below each token
+        for token, parent in enumerate(self.parents):
+            if parent == _ROOT:
+                places[token], following = following, following + sizes[token]
+            else:
+                places[token], inside[parent] = inside[parent], inside[parent] + sizes[token]
+            inside[token] = places[token] + 1
+        return places, [place + size for place, size in zip(places, sizes, strict=True)]
+
     def sees(self) -> Tensor:
         """Return which token sees which, itself and its ancestors, bool ``[n, n]``."""
         n = len(self.tokens)
@@ -161,6 +178,22 @@ class Forest:
             first = len(self.roots[group.root])
             positions += [first + depth for depth in group.depths]
         return torch.tensor(positions, dtype=torch.long)
+
+    def tree(self) -> Tensor:
+        """Return, in depth-first order, where each token stands and where its descendants end, ``[2, N]``."""
+        enter, leave, at = [0] * len(self), [0] * len(self), 0
+        root_starts, group_starts = self.starts
+        for number, (root, start) in enumerate(zip(self.roots, root_starts, strict=True)):
+            for token in range(start, start + len(root)):
+                enter[token], at = at, at + 1
+            for group, first in zip(self.groups, group_starts, strict=True):
+                if group.root == number:
+                    for token, (place, end) in enumerate(zip(*group.depth_first(), strict=True)):
+                        enter[first + token], leave[first + token] = at + place, at + end
+                    at += len(group.tokens)
+            for token in range(start, start + len(root)):
+                leave[token] = at
+        return torch.tensor([enter, leave])
 
 
 def _roots(rows: Sequence[EngineRow], virtual: Sequence[int]) -> tuple[list[Root], dict[int, int]]:

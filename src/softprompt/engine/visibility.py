@@ -7,7 +7,7 @@ similar length another. Its size is G x Tq x Tk, so a batch of many rows stays l
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -46,12 +46,17 @@ class Visibility:
         where: Place of each token in the concatenated padded queries, ``[N]``.
         query_positions: Position of each query token in its own row, ``[N]``.
         key_positions: Position of each key token in its own row.
+        tree: For a forest, the stretch of the depth-first order below each token, ``[2, N]``: token k
+            is seen by token q when ``tree[0, k] <= tree[0, q] < tree[1, k]``.
+        rule: The restriction that was applied, for kernels that evaluate it themselves.
     """
 
     blocks: tuple[Block, ...]
     where: Tensor
     query_positions: Tensor
     key_positions: Tensor
+    tree: Tensor | None = None
+    rule: MaskRule | None = None
 
     def restricted(self, rule: MaskRule) -> Visibility:
         """Return the same visibility, further restricted by an architecture's own rule.
@@ -70,18 +75,20 @@ class Visibility:
             first = torch.zeros_like(sees)
             first[..., 0] = True
             blocks.append(Block(block.queries, block.keys, sees | (blind & first)))
-        return Visibility(tuple(blocks), self.where, self.query_positions, self.key_positions)
+        return replace(self, blocks=tuple(blocks), rule=rule)
 
     def to(self, device: torch.device) -> Visibility:
         """Return the same visibility on a device."""
-        return Visibility(
-            tuple(
+        return replace(
+            self,
+            blocks=tuple(
                 Block(b.queries.to(device), b.keys.to(device), b.sees.to(device))
                 for b in self.blocks
             ),
-            self.where.to(device),
-            self.query_positions.to(device),
-            self.key_positions.to(device),
+            where=self.where.to(device),
+            query_positions=self.query_positions.to(device),
+            key_positions=self.key_positions.to(device),
+            tree=None if self.tree is None else self.tree.to(device),
         )
 
 
@@ -113,7 +120,7 @@ def visibility_of(forest: Forest) -> Visibility:
         sees = torch.cat([torch.ones(len(own), len(above), dtype=torch.bool), group.sees()], dim=1)
         spans.append(Span(own, torch.cat([above, own]), sees))
     positions = forest.positions()
-    return padded([roots, spans], positions, positions)
+    return replace(padded([roots, spans], positions, positions), tree=forest.tree())
 
 
 def padded(
