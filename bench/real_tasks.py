@@ -41,6 +41,7 @@ from real_heads import HeadWork
 from real_result import HEADER, Result, commonest_share, line, mean, sizes
 from softprompt.backbone.facts import facts_of
 from softprompt.backbone.load import load_base
+from softprompt.cli.demo import SETTINGS
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 FIRST_SEED = 73
@@ -54,19 +55,19 @@ class Work:
     Attributes:
         base_model: Folder below ../shared, or ``demo``.
         splits: Reads the data; several splits are folds.
-        rate: Learning rate in units of the embedding rms.
         tokens, init, text: The prompt and what it starts from.
         options: Other arguments of `softprompt.tune`.
+        rate: Learning rate in units of the embedding rms; None is the one in ``options``, or the
+            default.
     """
 
     base_model: str
     splits: Callable[[Path], list[Split]]
-    epochs: int
-    rate: float
     tokens: int
     init: str
     options: Mapping[str, Any]
     text: str | None = None
+    rate: float | None = None
 
     def run(self, name: str, shared: Path, seeds: Sequence[int]) -> Result:
         """Tune and test once for each seed."""
@@ -74,7 +75,9 @@ class Work:
         if base_model != DEMO:
             base_model = str(present(shared / base_model))
         splits = self.splits(shared)
-        rate = self.rate * facts_of(load_base(base_model).model).embedding_rms
+        rms = facts_of(load_base(base_model).model).embedding_rms
+        rate = self.options.get("learning_rate")
+        rate = rate if self.rate is None else self.rate * rms
         bases: list[softprompt.Report] = []
         tuned: list[list[softprompt.Report]] = []
         start = time.perf_counter()
@@ -85,12 +88,10 @@ class Work:
                     base_model,
                     split.train,
                     split.validation or None,
-                    num_epochs=self.epochs,
-                    learning_rate=rate,
                     tuning_config=self._prompt(),
                     seed=seed,
                     silence_progress_bars=True,
-                    **self.options,
+                    **{**self.options, "learning_rate": rate},
                 )
                 if seed == seeds[0]:
                     bases.append(softprompt.evaluate(prompt, split.test, without_prompt=True))
@@ -107,8 +108,8 @@ class Work:
             settings={
                 "tokens": self.tokens,
                 "init": self.init,
-                "epochs": self.epochs,
-                "rate": self.rate,
+                "epochs": self.options["num_epochs"],
+                "rate": round(prompt.metrics["learning_rate"] / rms, 3),
                 "batch": self.options["batch_size"],
             },
             base=[_pooled(bases)],
@@ -144,11 +145,27 @@ def _labelled(
     batch: int = 16,
 ) -> dict[str, Work]:
     """Return the same task with the same settings on both small language models."""
-    options = {"verbalizer": verbalizer, "batch_size": batch, "task": "classification"}
-    return {
-        base: Work(base, splits, epochs, 0.57, 20, "TEXT", options, text)
-        for base in (STORIES, DEMO)
+    options = {
+        "verbalizer": verbalizer,
+        "num_epochs": epochs,
+        "batch_size": batch,
+        "task": "classification",
     }
+    return {base: Work(base, splits, 20, "TEXT", options, text) for base in (STORIES, DEMO)}
+
+
+def _demonstration() -> Work:
+    """Return what `softprompt demo` does."""
+    options = dict(SETTINGS)
+    tuning = options.pop("tuning_config")
+    return Work(
+        DEMO,
+        demo_complaints,
+        tuning["num_virtual_tokens"],
+        tuning["prompt_tuning_init_method"],
+        options,
+        tuning.get("prompt_tuning_init_text"),
+    )
 
 
 LABELLED = {
@@ -172,23 +189,20 @@ LABELLED = {
 }
 SPELLING = {
     "task": "generation",
+    "num_epochs": 15,
     "batch_size": 16,
     "max_source_length": 40,
     "max_target_length": 40,
 }
+BRITISH_R = partial(british, wanted=drops_r)
+BRITISH_ALL = partial(british, wanted=lambda *_: True)
 WORKS: dict[str, Work | HeadWork] = {
-    **{f"{name}-stories": works[STORIES] for name, works in LABELLED.items()},
+    "complaints-demo": _demonstration(),
     **{f"{name}-demo": works[DEMO] for name, works in LABELLED.items()},
-    "complaints-demo": _labelled(
-        demo_complaints,
-        "{{input}}\nIs this message a complaint? Answer:",
-        "Is this message a complaint? Answer complaint or no complaint.",
-    )[DEMO],
-    "british-r": Work(G2P, partial(british, wanted=drops_r), 15, 2.0, 1, "RANDOM", SPELLING),
-    "british-r-10": Work(G2P, partial(british, wanted=drops_r), 15, 2.0, 10, "RANDOM", SPELLING),
-    "british-all": Work(
-        G2P, partial(british, wanted=lambda *_: True), 15, 2.0, 1, "RANDOM", SPELLING
-    ),
+    **{f"{name}-stories": works[STORIES] for name, works in LABELLED.items()},
+    "british-r": Work(G2P, BRITISH_R, 1, "RANDOM", SPELLING, rate=2.0),
+    "british-r-10": Work(G2P, BRITISH_R, 10, "RANDOM", SPELLING, rate=2.0),
+    "british-all": Work(G2P, BRITISH_ALL, 1, "RANDOM", SPELLING, rate=2.0),
     "sst2-minilm": HeadWork(sst2),
     "banking10-minilm": HeadWork(banking),
 }

@@ -16,12 +16,13 @@ def spam(shared, real_data):
 def test_a_prompt_tells_spam_from_ham(shared, spam):
     tuned = softprompt.tune(
         shared("models/stories260K"),
-        spam.train[:160],
-        num_epochs=4,
+        spam.train,
+        spam.validation[:60],
+        num_epochs=3,
         batch_size=8,
         verbalizer="{{input}}\nLabel (ham or spam):",
         tuning_config={
-            "num_virtual_tokens": 10,
+            "num_virtual_tokens": 20,
             "prompt_tuning_init_method": "TEXT",
             "prompt_tuning_init_text": "Is this text message spam or ham? Label:",
         },

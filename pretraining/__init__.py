@@ -1,0 +1,1 @@
+"""Rebuild the small language model that ships inside the package; see README.md here."""
