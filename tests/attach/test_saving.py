@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -21,6 +22,7 @@ from softprompt import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from softprompt.attach import saving
 from softprompt.errors import AdapterError, ArtifactError, ConfigError, FingerprintError
 
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -315,3 +317,15 @@ def test_saving_can_push(hub, tmp_path):
     prompted().save_pretrained(tmp_path, push_to_hub=True, repo_id="someone/prompt")
     assert hub["created"] == "someone/prompt"
     assert files(tmp_path) == OWN
+
+
+def test_what_was_measured_is_not_said_of_rows_trained_further(tmp_path):
+    model = causal("llama")
+    ours = get_peft_model(model, PromptTuningConfig(num_virtual_tokens=2))
+    manifest = dataclasses.replace(saving.manifest_of(ours, "default"), metrics={"accuracy": 0.9})
+    ours.manifests["default"] = manifest
+    ours.save_pretrained(tmp_path)
+    frozen = PeftModel.from_pretrained(causal("llama"), tmp_path)
+    assert frozen.manifests["default"].metrics == {"accuracy": 0.9}
+    further = PeftModel.from_pretrained(causal("llama"), tmp_path, is_trainable=True)
+    assert further.manifests["default"].metrics == {}

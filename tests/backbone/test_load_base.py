@@ -12,7 +12,6 @@ from oracles.families import ENCODERS, build, causal, seq2seq
 from oracles.tokenizers import byte_bpe
 from softprompt.backbone.freeze import weights_hash
 from softprompt.backbone.load import load_base
-from softprompt.bundled import model_directory
 from softprompt.errors import BackboneError, ConfigError
 
 
@@ -135,8 +134,6 @@ def test_a_folder_that_needs_its_own_code_is_refused(tmp_path):
 
 
 def test_the_bundled_model_goes_by_name():
-    if not (model_directory() / "model.safetensors").is_file():
-        pytest.skip("the bundled model is not built yet")
     loaded = load_base("demo")
     assert loaded.name == "demo"
     assert loaded.tokenizer("late")["input_ids"]

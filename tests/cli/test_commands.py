@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 from dataclasses import fields
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from softprompt import bundled
+from softprompt.backbone.load import load_base
 from softprompt.cli import demo, generate, tune
 from softprompt.cli.main import run
+from softprompt.engine import choose
 from softprompt.inference.options import GenerationOptions
 from softprompt.training.events import Events
 from softprompt.training.settings import TuneSettings, TuningConfig
@@ -138,10 +141,23 @@ def test_generate_answers_a_text(result, prompt_dir):
 def test_generate_answers_lines_of_stdin(result, prompt_dir, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("it broke\n\nlovely\n"))
     found = result("generate", prompt_dir, "--max-new-tokens", "3")
-    assert len(found["results"]) == 2
-    assert found["results"][0] == result(
-        "generate", prompt_dir, "--text", "it broke", "--max-new-tokens", "3"
-    )
+    assert [each["line"] for each in found["results"]] == [1, 3]
+    alone = result("generate", prompt_dir, "--text", "it broke", "--max-new-tokens", "3")
+    assert found["results"][0] == {"line": 1} | alone
+
+
+def test_blank_lines_of_stdin_are_named(capsys, prompt_dir, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\nit broke\n \n"))
+    assert run(["generate", prompt_dir, "--max-new-tokens", "1", "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 1
+    assert err == "warning: 2 blank lines of stdin have no answer: 1, 3\n"
+
+
+def test_stdin_that_is_not_text_is_a_mistake(failure, monkeypatch):
+    stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert "stdin is not UTF-8" in failure("generate", "nowhere")
 
 
 def test_info_reports_what_it_is(result, capsys, prompt_dir):
@@ -150,7 +166,9 @@ def test_info_reports_what_it_is(result, capsys, prompt_dir):
     assert len(found["nearest"]) == 2
     assert found["settings"]["num_epochs"] == 1
     assert found["data"]["train"]["rows"] == 12
-    assert result("info", prompt_dir, "--without-base")["nearest"] is None
+    assert found["engine"] == {"name": "forest", "reason": ""}
+    without = result("info", prompt_dir, "--without-base")
+    assert (without["nearest"], without["engine"]) == (None, None)
     assert run(["info", prompt_dir, "--quiet"]) == 0
     out = capsys.readouterr().out
     assert "nearest tokens" in out
@@ -165,6 +183,36 @@ def test_info_without_its_base_says_so(capsys, prompt_dir, tmp_path):
     out, err = capsys.readouterr()
     assert "warning: shown without its base" in err
     assert "gone" in out
+
+
+def test_info_says_why_no_faster_engine_runs(capsys, prompt_dir, monkeypatch):
+    monkeypatch.setattr(choose, "difference", lambda *engines: "it differs")
+    assert run(["info", prompt_dir, "--quiet"]) == 0
+    out = capsys.readouterr().out
+    assert "engine          plain (forest: it differs; expand: it differs)" in out
+
+
+@pytest.fixture
+def other_base(tmp_path):
+    """The bundled model with other weights."""
+    base = load_base("demo")
+    for weight in base.model.parameters():
+        weight.data.mul_(2)
+    base.model.save_pretrained(tmp_path / "other")
+    base.tokenizer.save_pretrained(tmp_path / "other")
+    return str(tmp_path / "other")
+
+
+def test_a_base_the_prompt_was_not_made_for(result, failure, prompt_dir, data, other_base):
+    for command in (
+        ["evaluate", prompt_dir, "--data", data, "--limit", "1"],
+        ["generate", prompt_dir, "--text", "x", "--max-new-tokens", "1"],
+        ["info", prompt_dir],
+    ):
+        told = failure(*command, "--base-model", other_base)
+        assert "was made for demo" in told
+        assert "--ignore-fingerprint" in told
+        result(*command, "--base-model", other_base, "--ignore-fingerprint")
 
 
 def test_demo_does_the_whole_job(result, data, tmp_path, monkeypatch, failure):
@@ -218,6 +266,30 @@ def test_ctrl_c_saves_prints_how_to_go_on_and_that_works(capsys, data, tmp_path,
         (["tune", "--output", "o", "--train-data", "no.jsonl"], "no.jsonl"),
         (["tune", "--output", "o", "--resume"], "holds no interrupted run"),
         (["tune", "--output", "o", "--config", "no.toml"], "cannot read the run file no.toml"),
+        (["tune", "--output", "o", "--config", "three.toml"], "train_data takes a text; got 3"),
+        (["tune", "--output", "o", "--train-data", "empty.jsonl"], "the file is empty"),
+        (["tune", "--output", "o", "--train-data", "bad.jsonl"], "bad.jsonl, line 2: not valid"),
+        (["tune", "--output", "o", "--train-data", "lacks.jsonl"], "line 1: expected the fields"),
+        (["tune", "--output", "o", "--train-data", "data", "--verbalizer", "x"], "placeholder"),
+        (
+            ["tune", "--output", "o", "--train-data", "data", "--base-model", "no"],
+            "'no' is neither",
+        ),
+        (
+            [
+                "tune",
+                "--output",
+                "o",
+                "--train-data",
+                "data",
+                "--num-virtual-tokens",
+                "600",
+                "--quiet",
+            ],
+            "+ 600 virtual tokens exceed the model's",
+        ),
+        (["tune", "--output", "full", "--train-data", "data"], "full holds 1 entries (kept)"),
+        (["tune", "--output", "full/kept/o", "--train-data", "data", "--quiet"], "Not a directory"),
         (["evaluate", "nowhere", "--data", "x"], "nowhere does not exist"),
         (["evaluate", "nowhere"], "Missing option '--data'"),
         (["generate", "nowhere", "--text", "x"], "nowhere does not exist"),
@@ -226,10 +298,32 @@ def test_ctrl_c_saves_prints_how_to_go_on_and_that_works(capsys, data, tmp_path,
         (["info", "nowhere"], "nowhere does not exist"),
     ],
 )
-def test_every_mistake_is_one_line_and_code_2(failure, monkeypatch, tmp_path, arguments, words):
+def test_every_mistake_is_one_line_and_code_2(
+    failure, monkeypatch, tmp_path, data, arguments, words
+):
     monkeypatch.chdir(tmp_path)
-    assert words in failure(*arguments)
-    assert os.listdir(tmp_path) == []
+    (tmp_path / "three.toml").write_text("train_data = 3\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "bad.jsonl").write_text('{"input": "a", "output": "b"}\n{oops\n')
+    (tmp_path / "lacks.jsonl").write_text('{"message": "a"}\n')
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "kept").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    assert words in failure(*[data if word == "data" else word for word in arguments])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-10], lambda b: b[:-1] + bytes([b[-1] ^ 1])])
+def test_damaged_weights_are_one_line_and_code_2(failure, prompt_dir, tmp_path, damage):
+    shutil.copytree(prompt_dir, tmp_path / "copy")
+    weights = tmp_path / "copy" / "adapter_model.safetensors"
+    weights.write_bytes(damage(weights.read_bytes()))
+    assert str(weights) in failure("generate", str(tmp_path / "copy"), "--text", "x")
+
+
+def test_without_a_command_the_help_is_shown(capsys):
+    assert run([]) == 0
+    assert capsys.readouterr().out.startswith("Usage: softprompt")
 
 
 def test_no_input_at_all_is_a_mistake(failure, monkeypatch):

@@ -194,3 +194,11 @@ def test_a_row_beyond_the_context_is_refused(make_tuned):
     tuned = make_tuned(max_source_length=300)
     with pytest.raises(ContextOverflowError, match="4 virtual tokens"):
         evaluate(tuned, [{"input": "x" * 200, "output": "good"}])
+
+
+def test_every_engine_gives_the_same_report(make_tuned):
+    tuned = make_tuned()
+    reports = [evaluate(tuned, ROWS, engine=name) for name in ("forest", "expand", "plain")]
+    assert len({report.accuracy for report in reports}) == 1
+    for report in reports[1:]:
+        assert report.perplexity == pytest.approx(reports[0].perplexity, rel=1e-4)

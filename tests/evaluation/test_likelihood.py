@@ -12,7 +12,6 @@ from softprompt.evaluation.likelihood import (
     TargetLikelihood,
     classify_rows,
     target_likelihood,
-    target_perplexity,
 )
 
 
@@ -48,9 +47,7 @@ def test_perplexity_by_hand(batch_size):
     assert found.log_prob == pytest.approx(-expected)
     assert found.tokens == 6
     assert found.loss == pytest.approx(expected / 6)
-    assert target_perplexity(ByHand(), [], ROWS, prompt_index=-1) == pytest.approx(
-        math.exp(expected / 6)
-    )
+    assert found.perplexity == pytest.approx(math.exp(expected / 6))
 
 
 def test_the_prompt_is_behind_the_rows_only_when_asked_for():

@@ -62,11 +62,14 @@ class CountingEngine:
         return self.engine.target_log_probs(rows, prompts)
 
 
-def test_a_pass_never_holds_more_rows_than_asked_and_keeps_no_graph(llama):
+def test_a_pass_holds_whole_inputs_and_keeps_no_graph(llama):
     engine = CountingEngine(build_engine(llama))
     prompt = prompt_rows().requires_grad_()
-    scores = score_labels(engine, [prompt], SOURCES, LABELS, batch_size=5)
-    assert engine.sizes == [5, 5, 2]
+    scores = score_labels(engine, [prompt], SOURCES, LABELS, batch_size=7)
+    assert engine.sizes == [6, 6]
+    engine.sizes.clear()
+    score_labels(engine, [prompt], SOURCES, LABELS, batch_size=1)
+    assert engine.sizes == [3, 3, 3, 3]
     assert not scores.requires_grad
 
 

@@ -40,7 +40,7 @@ def lines(axis):
     return {line.get_label(): line for line in axis.get_lines()}
 
 
-def test_the_png_shows_losses_accuracy_and_the_first_best_epoch(tmp_path, figures):
+def test_the_png_shows_losses_accuracy_and_the_best_epoch(tmp_path, figures):
     path = tmp_path / "new" / "curve.png"
     training_curve(HISTORY, path, title="a title", base_accuracy=0.45)
     assert path.read_bytes().startswith(b"\x89PNG")
@@ -49,9 +49,15 @@ def test_the_png_shows_losses_accuracy_and_the_first_best_epoch(tmp_path, figure
     losses, accuracy = map(lines, figures[0].axes)
     assert list(losses["training loss"].get_ydata()) == [point["loss"] for point in HISTORY]
     assert list(losses["validation loss"].get_xdata()) == [1, 2, 3, 4]
-    best = accuracy["best checkpoint (epoch 2: 80.0%)"]
-    assert (list(best.get_xdata()), list(best.get_ydata())) == ([2], [0.8])
+    best = accuracy["best checkpoint (epoch 3: 80.0%)"]  # as accurate as epoch 2, less loss
+    assert (list(best.get_xdata()), list(best.get_ydata())) == ([3], [0.8])
     assert set(accuracy["accuracy without the prompt (45.0%)"].get_ydata()) == {0.45}
+
+
+def test_the_first_of_equals_is_best(tmp_path, figures):
+    points = [point | {"validation_loss": 1.0} for point in HISTORY]
+    training_curve(points, tmp_path / "curve.png")
+    assert "best checkpoint (epoch 2: 80.0%)" in lines(figures[0].axes[1])
 
 
 def test_without_accuracy_the_lowest_validation_loss_is_best(tmp_path, figures):

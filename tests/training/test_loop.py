@@ -229,7 +229,7 @@ class ListedValidation:
         return {"accuracy": self.qualities[len(self.seen) - 1]}
 
     def quality(self, metrics):
-        return metrics["accuracy"]
+        return [metrics["accuracy"]]
 
 
 def test_the_best_prompt_is_kept_and_the_earlier_of_equals():
@@ -240,6 +240,16 @@ def test_the_best_prompt_is_kept_and_the_earlier_of_equals():
     assert run.state.best_epoch == 2
     assert torch.equal(run.state.best_prompt, validation.seen[1])
     assert [point["validation"]["accuracy"] for point in run.state.history] == [0.5, 0.8, 0.8, 0.6]
+
+
+def test_a_resumed_run_knows_the_best_quality(tmp_path):
+    run = Run(output=tmp_path, num_epochs=2)
+    run.job = replace(run.job, validation=ListedValidation([0.5, 0.8]))
+    run.go()
+    state = load_state(tmp_path, run.prompt, run.optimizer, {})
+    assert state.best_quality == run.state.best_quality == [0.8]
+    state.offer([0.8], {}, run.prompt)
+    assert (state.best_epoch, state.stale_epochs) == (2, 1)
 
 
 def test_training_stops_when_patience_is_over():

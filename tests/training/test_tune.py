@@ -237,6 +237,8 @@ def test_overwrite_replaces_the_prompt_and_keeps_other_files(llama, rows, tmp_pa
         ({"learning_rte": 1}, ConfigError, r"did you mean 'learning_rate'\?"),
         ({"overwrite": True}, UsageError, "overwrite has no meaning without output"),
         ({"resume": True}, UsageError, "resume needs the output directory"),
+        ({"resume": True, "overwrite": True}, UsageError, "give one of them"),
+        ({"seed": 2**32}, ConfigError, "seed must be at most"),
         ({}, BackboneError, "no such model"),
     ],
 )
@@ -259,6 +261,18 @@ def test_a_row_longer_than_the_context_is_refused_with_the_numbers(llama, rows):
     long = [*rows, {"input": "film " * 70, "output": "yes"}]
     with pytest.raises(ContextOverflowError, match=r"72 \+ 3 virtual tokens exceed the model's 64"):
         tune(llama, long, **QUICK)
+
+
+def test_a_batch_too_small_for_a_row_is_refused_before_anything_is_written(llama, rows, tmp_path):
+    with pytest.raises(ConfigError, match=r"max_tokens_per_batch 2 is less than the .* tokens"):
+        tune(llama, rows, output=tmp_path / "out", max_tokens_per_batch=2, **QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_of_the_same_tokens_are_refused_before_training(llama):
+    unknown = [{"input": "it was", "output": word} for word in ("zip", "zap") * 3]
+    with pytest.raises(DataError, match="'zap' and 'zip' are the same tokens"):
+        tune(llama, unknown, **QUICK)
 
 
 def test_a_place_without_a_prompt_is_refused(llama, rows):

@@ -117,3 +117,22 @@ def test_output_model_types_name_the_one_place():
         TuningConfig(output_model_types=["ENCODER"]).check_model_types(False)
     with pytest.raises(ConfigError, match=r"seq2seq model is \['ENCODER'\]; got \['DECODER'\]"):
         TuningConfig(output_model_types=["DECODER"]).check_model_types(True)
+
+
+def test_pefts_enumeration_keeps_its_meaning():
+    from softprompt.prompts.configs import PromptTuningInit
+
+    given = TuningConfig(prompt_tuning_init_method=PromptTuningInit.RANDOM)
+    assert given.prompt_tuning_init_method == "STANDARD_NORMAL"
+    given = TuningConfig(prompt_tuning_init_method=PromptTuningInit.SAMPLE_VOCAB)
+    assert given.prompt_tuning_init_method == "SAMPLE_VOCAB"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"), [("ouput", "output"), ("validation_dat", "validation_data")]
+)
+def test_a_misspelt_argument_of_tune_is_named(wrong, near):
+    from softprompt.training.tune import tune
+
+    with pytest.raises(ConfigError, match=f"did you mean '{near}'"):
+        tune("demo", [{"input": "a", "output": "b"}], **{wrong: "x"})

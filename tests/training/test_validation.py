@@ -32,7 +32,7 @@ def test_accuracy_and_loss_of_labels():
     subject = validation()
     metrics = subject.metrics(torch.tensor([[4.0]]))  # yes for 0..3, no for 4 and 5
     assert metrics == {"accuracy": 0.5, "loss": 0.5}
-    assert subject.quality(metrics) == 0.5
+    assert subject.quality(metrics) == [0.5, -0.5]
 
 
 def test_loss_and_perplexity_of_free_text():
@@ -40,7 +40,15 @@ def test_loss_and_perplexity_of_free_text():
     metrics = subject.metrics(torch.tensor([[4.0]]))
     assert metrics["loss"] == 0.5
     assert abs(metrics["perplexity"] - 2.718281828**0.5) < 1e-6
-    assert subject.quality(metrics) == -0.5
+    assert subject.quality(metrics) == [-0.5]
+
+
+def test_accuracy_decides_first_and_the_loss_between_equals():
+    qualities = [
+        validation().quality({"accuracy": accuracy, "loss": loss})
+        for accuracy, loss in [(0.5, 0.1), (0.8, 0.9), (0.8, 0.4), (0.8, 0.4)]
+    ]
+    assert qualities[0] < qualities[1] < qualities[2] == qualities[3]
 
 
 def test_collapse_and_a_plateau_at_chance_are_warned_of_once_each_time(caplog):

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.artifacts.manifest import Manifest
-from softprompt.artifacts.native import load_adapter, save_adapter
+from softprompt.artifacts.native import StoredAdapter, load_adapter, save_adapter
 from softprompt.attach import heads
 from softprompt.backbone.fingerprint import Fingerprint
 from softprompt.errors import ArtifactError, FingerprintError
@@ -140,7 +140,7 @@ def read(location: str | Path, subfolder: str | None, revision: str | None) -> S
     return Stored(config, stored.tensors, stored.manifest, stored.location)
 
 
-def check_base(stored: Stored, model: PreTrainedModel, ignore: bool) -> None:
+def check_base(stored: Stored | StoredAdapter, model: PreTrainedModel, ignore: bool) -> None:
     """Refuse a base that the prompt was not made for.
 
     Raises:
@@ -154,7 +154,8 @@ def check_base(stored: Stored, model: PreTrainedModel, ignore: bool) -> None:
         raise FingerprintError(
             f"the prompt in {stored.location} was made for {stored.manifest.base_model} "
             f"({made_for.model_type}, fingerprint {made_for.short}), this base is {model.name_or_path} "
-            f"({here.model_type}, {here.short}); load its own base, or pass ignore_fingerprint=True"
+            f"({here.model_type}, {here.short}); load its own base, or pass --ignore-fingerprint "
+            "(ignore_fingerprint=True in Python)"
         )
 
 
@@ -162,6 +163,8 @@ def fill(model: PeftModel, adapter: str, stored: Stored, *, trainable: bool) -> 
     """Give an attached prompt its saved values, frozen unless it is to be trained further."""
     load_state(model, adapter, stored.tensors)
     if stored.manifest is not None:
-        model.manifests[adapter] = stored.manifest
+        # What was measured does not hold for rows that are about to change.
+        fresh: dict[str, Any] = {"metrics": {}, "history": []} if trainable else {}
+        model.manifests[adapter] = dataclasses.replace(stored.manifest, **fresh)
     if trainable:
         model.thaw(adapter)

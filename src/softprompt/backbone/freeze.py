@@ -29,3 +29,8 @@ def recomputes_layers(model: nn.Module) -> bool:
     return model.training and any(
         getattr(module, "gradient_checkpointing", False) for module in model.modules()
     )
+
+
+def skips_layers(model: nn.Module) -> bool:
+    """Tell whether a pass may leave out layers of the model (LayerDrop, in training)."""
+    return model.training and any(getattr(module, "layerdrop", 0.0) for module in model.modules())

@@ -21,6 +21,11 @@ from softprompt.cli.streams import show, start_logging
 )
 @click.option("--normalize", is_flag=True, help="Divide label scores by the label's token count.")
 @click.option("--limit", type=int, help="Evaluate the first rows only.")
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "forest", "expand", "plain"]),
+    help="How targets are scored; by default the fastest exact way.",
+)
 @click.option("--batch-size", type=int, help="Rows in one pass.")
 @click.option("--input-field", help="Column of the input; by default as in training.")
 @click.option("--output-field", help="Column of the target; by default as in training.")
@@ -33,6 +38,7 @@ def command(
     base_model: str | None,
     torch_dtype: str | None,
     device: str | None,
+    ignore_fingerprint: bool,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -42,6 +48,12 @@ def command(
     from softprompt.evaluation.evaluate import evaluate
     from softprompt.inference.loading import load
 
-    tuned = load(prompt_dir, base_model, torch_dtype=torch_dtype, device=device)
+    tuned = load(
+        prompt_dir,
+        base_model,
+        torch_dtype=torch_dtype,
+        device=device,
+        ignore_fingerprint=ignore_fingerprint,
+    )
     report = evaluate(tuned, data, **given(options))
     show(report.to_dict(), str(report), as_json=as_json)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -32,43 +31,66 @@ def command(
     base_model: str | None,
     torch_dtype: str | None,
     device: str | None,
+    ignore_fingerprint: bool,
     as_json: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
     """Generate answers to a text, or to each line of stdin.
 
-    With --json the answer to --text is one object; answers to lines are in "results".
+    With --json the answer to --text is one object; answers to lines are in "results", each with
+    the number of its "line". Blank lines have no answer, and a warning says which they are.
     """
-    requests = _requests(text, pairs)
+    lines = _lines() if text is None and not pairs else None
+    requests = [_request(text, pairs)] if lines is None else list(lines.values())
     settings = given(options)
     GenerationOptions.from_settings({k: v for k, v in settings.items() if k != "batch_size"})
     start_logging(quiet=quiet)
     from softprompt.inference.loading import load
 
-    tuned = load(prompt_dir, base_model, torch_dtype=torch_dtype, device=device)
+    tuned = load(
+        prompt_dir,
+        base_model,
+        torch_dtype=torch_dtype,
+        device=device,
+        ignore_fingerprint=ignore_fingerprint,
+    )
     answers = tuned.generate(requests, **settings)
-    results = [answer.to_dict() for answer in answers]
-    single = text is not None or bool(pairs)
-    result = results[0] if single else {"results": results}
+    found = [answer.to_dict() for answer in answers]
+    result = (
+        found[0]
+        if lines is None
+        else {"results": [{"line": n} | each for n, each in zip(lines, found, strict=True)]}
+    )
     show(result, "\n".join(answer.text for answer in answers), as_json=as_json)
 
 
-def _requests(text: str | None, pairs: tuple[str, ...]) -> list[str | Mapping[str, str]]:
-    if pairs:
-        fields = {} if text is None else {"input": text}
-        for pair in pairs:
-            name, separator, value = pair.partition("=")
-            if not separator:
-                raise UsageError(f"--field takes NAME=TEXT; got {pair!r}")
-            fields[name] = value
-        return [fields]
-    if text is not None:
-        return [text]
+def _request(text: str | None, pairs: tuple[str, ...]) -> str | dict[str, str]:
+    """Return the one input that the options give: a text, or fields by name."""
+    if not pairs:
+        return text or ""
+    fields = {} if text is None else {"input": text}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            raise UsageError(f"--field takes NAME=TEXT; got {pair!r}")
+        fields[name] = value
+    return fields
+
+
+def _lines() -> dict[int, str]:
+    """Return the lines of stdin that hold something, by their numbers."""
     if sys.stdin.isatty():
         raise UsageError("nothing to answer: give --text, or lines on stdin")
-    lines = [line.rstrip("\r\n") for line in sys.stdin]
-    requests: list[str | Mapping[str, str]] = [line for line in lines if line.strip()]
-    if not requests:
+    try:
+        lines = dict(enumerate((line.rstrip("\r\n") for line in sys.stdin), start=1))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"stdin is not UTF-8 ({error.reason}); convert the text first") from error
+    kept = {number: line for number, line in lines.items() if line.strip()}
+    if not kept:
         raise UsageError("nothing to answer: stdin is empty; give --text, or lines on stdin")
-    return requests
+    blank = sorted(lines.keys() - kept.keys())
+    if blank:
+        shown = ", ".join(map(str, blank[:5])) + (", ..." if len(blank) > 5 else "")
+        click.echo(f"warning: {len(blank)} blank lines of stdin have no answer: {shown}", err=True)
+    return kept

@@ -2,62 +2,103 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.options import output_options
+from softprompt.cli.options import fingerprint_option, output_options
 from softprompt.cli.streams import show, start_logging, table
 
 if TYPE_CHECKING:
     from softprompt.artifacts.native import StoredAdapter
+    from softprompt.backbone.load import LoadedBase
+    from softprompt.engine.choose import EngineChoice
     from softprompt.inspection.describe import PromptSummary
 
 
 @click.command("info")
 @click.argument("prompt_dir")
 @click.option("--base-model", help="Base model to compare with instead of the recorded one.")
-@click.option("--without-base", is_flag=True, help="Do not load the base; no nearest tokens.")
+@click.option(
+    "--without-base", is_flag=True, help="Do not load the base; no nearest tokens, no engine."
+)
+@fingerprint_option
 @output_options
 def command(
-    prompt_dir: str, base_model: str | None, without_base: bool, as_json: bool, quiet: bool
+    *,
+    prompt_dir: str,
+    base_model: str | None,
+    without_base: bool,
+    ignore_fingerprint: bool,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
-    """Show what a prompt is, for which base, how it was made, and how good it is."""
+    """Show what a prompt is, for which base, how it was made, and how good it is.
+
+    With its base it also says which engine runs it, and why no faster one does.
+    """
     start_logging(quiet=quiet)
     from softprompt.artifacts.native import load_adapter
+    from softprompt.backbone.facts import input_embedding
+    from softprompt.inspection.describe import describe
 
     stored = load_adapter(prompt_dir)
-    summary = _summary(stored, base_model, without_base)
+    base = None if without_base else _base(stored, base_model, ignore_fingerprint)
+    if base is None:
+        summary = describe(stored)
+    else:
+        summary = describe(stored, input_embedding(base.model).weight, base.tokenizer)
+    engine = None if base is None else _engine(stored, base)
     made = (
         {"data": stored.manifest.data, "settings": stored.manifest.settings}
         if stored.manifest
         else {}
     )
-    show(summary.to_dict() | made, _text(summary, made), as_json=as_json)
+    result = summary.to_dict() | {"engine": None if engine is None else asdict(engine)} | made
+    show(result, _text(summary, engine, made), as_json=as_json)
 
 
-def _summary(stored: StoredAdapter, base_model: str | None, without_base: bool) -> PromptSummary:
-    """Describe a prompt, with its base where that can be loaded."""
-    from softprompt.backbone.facts import input_embedding
+def _base(
+    stored: StoredAdapter, base_model: str | None, ignore_fingerprint: bool
+) -> LoadedBase | None:
+    """Load the base and check that it is the prompt's; the recorded one may be absent."""
+    from softprompt.attach.saving import check_base
     from softprompt.backbone.load import load_base
     from softprompt.errors import BackboneError
-    from softprompt.inspection.describe import describe
 
     recorded = stored.config.get("base_model_name_or_path")
     name = base_model or (stored.manifest.base_model if stored.manifest else recorded)
-    if without_base or not name:
-        return describe(stored)
+    if not name:
+        return None
     try:
         base = load_base(name)
+        if _writes_text(stored):  # under another head the sample of weights is another one
+            check_base(stored, base.model, ignore_fingerprint)
     except BackboneError as error:
         if base_model is not None:
             raise
         click.echo(f"warning: shown without its base: {error}", err=True)
-        return describe(stored)
-    return describe(stored, input_embedding(base.model).weight, base.tokenizer)
+        return None
+    return base
 
 
-def _text(summary: PromptSummary, made: dict[str, Any]) -> str:
+def _engine(stored: StoredAdapter, base: LoadedBase) -> EngineChoice | None:
+    """Return what runs the prompt; None for classifiers, which no engine runs."""
+    from softprompt.engine.choose import choose_engine
+    from softprompt.prompts.configs import PeftType
+
+    if not _writes_text(stored):
+        return None
+    isolated = stored.config["peft_type"] == PeftType.ISOLATED_PROMPT_TUNING
+    return choose_engine(base.model, prompt_sees_input=not isolated)
+
+
+def _writes_text(stored: StoredAdapter) -> bool:
+    return stored.config.get("task_type") in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+
+
+def _text(summary: PromptSummary, engine: EngineChoice | None, made: dict[str, Any]) -> str:
     numbers = summary.geometry
     rows: dict[str, Any] = {
         "prompt": summary.location,
@@ -66,6 +107,7 @@ def _text(summary: PromptSummary, made: dict[str, Any]) -> str:
         "task": summary.task or summary.task_type,
         "labels": None if summary.labels is None else ", ".join(summary.labels),
         "template": summary.template and summary.template.replace("\n", "\\n"),
+        "engine": engine and engine.name + (f" ({engine.reason})" if engine.reason else ""),
         "virtual tokens": f"{summary.virtual_tokens} x {summary.width}",
         "size": f"{summary.parameters:,} values, {summary.bytes:,} bytes",
         "rms": numbers.rms,

@@ -53,10 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        result: Any = cli.main(
-            None if arguments is None else list(arguments), "softprompt", standalone_mode=False
-        )
+        result: Any = cli.main(words or ["--help"], "softprompt", standalone_mode=False)
     except click.ClickException as error:
         return _say(f"Error: {error.format_message()}", error.exit_code)
     except TrainingInterrupted as error:
@@ -68,6 +67,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a full disk, a folder that may not be written to
+        return _say(f"Error: {error}", 2)
     return result if isinstance(result, int) else 0
 
 

@@ -52,6 +52,13 @@ def output_options(command: Command) -> Command:
     )(command)
 
 
+def fingerprint_option(command: Command) -> Command:
+    """Add the way around the check of the base."""
+    return click.option(
+        "--ignore-fingerprint", is_flag=True, help="Use a base that the prompt was not made for."
+    )(command)
+
+
 def base_options(command: Command) -> Command:
     """Add what decides how the base of a saved prompt is loaded."""
     for name, text in (
@@ -60,7 +67,7 @@ def base_options(command: Command) -> Command:
         ("--base-model", "Base model to use instead of the recorded one; it is checked."),
     ):
         command = click.option(name, help=text)(command)
-    return command
+    return fingerprint_option(command)
 
 
 def _option(owner: type, item: Field[Any]) -> Callable[[Command], Command]:

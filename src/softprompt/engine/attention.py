@@ -18,7 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as hf_logging
 
 from softprompt.engine.flex import attend, block_mask
@@ -89,7 +94,7 @@ def forest_attention(model: PreTrainedModel, plan: Visibility | None = None) -> 
     Raises:
         ForestUnsupportedError: If the model does not honour the attention interface.
     """
-    before = model.config._attn_implementation
+    before = _implementations(model)
     token = _plan.set(plan)
     try:
         _implement(model, NAME)
@@ -100,7 +105,7 @@ def forest_attention(model: PreTrainedModel, plan: Visibility | None = None) -> 
         yield
     finally:
         _plan.reset(token)
-        _implement(model, before)
+        _restore(before)
 
 
 def also_in_backward(model: PreTrainedModel, last: Tensor, first: Tensor) -> None:
@@ -111,16 +116,34 @@ def also_in_backward(model: PreTrainedModel, last: Tensor, first: Tensor) -> Non
         last: A result of the pass, whose gradient is the first to be computed.
         first: An input of the pass, whose gradient is the last.
     """
-    before = model.config._attn_implementation
+    before = _implementations(model)
 
     def enter(gradient: Tensor) -> None:
         _implement(model, NAME)
 
     def leave(gradient: Tensor) -> None:
-        _implement(model, before)
+        _restore(before)
 
     cast(Any, last).register_hook(enter)
     cast(Any, first).register_hook(leave)
+
+
+def _implementations(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str]]:
+    """Return the attention implementation of every config in the model; parts may have their own."""
+    left = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
+    found: dict[int, PreTrainedConfig] = {}
+    while left:
+        config = left.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            below = [getattr(config, name, None) for name in config.sub_configs]
+            left += [each for each in below if each is not None]
+    return [(config, config._attn_implementation) for config in found.values()]
+
+
+def _restore(before: list[tuple[PreTrainedConfig, str]]) -> None:
+    for config, name in before:
+        config._attn_implementation_internal = name
 
 
 def _implement(model: PreTrainedModel, name: str) -> None:

@@ -96,6 +96,10 @@ def choose_engine(model: PreTrainedModel, *, prompt_sees_input: bool = True) -> 
                 chosen = name
                 break
             reasons.append(f"{name}: {problem}")
+        if chosen == "plain":
+            alone = PlainEngine(model, prompt_sees_input=prompt_sees_input).why_alone()
+            if alone:
+                reasons.append(f"plain, row by row: padded, {alone}")
         known[prompt_sees_input] = EngineChoice(chosen, "; ".join(reasons))
         if reasons:
             logger.info("engine %s for %s (%s)", chosen, type(model).__name__, "; ".join(reasons))

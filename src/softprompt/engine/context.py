@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import Facts
+from softprompt.backbone.facts import Facts, input_embedding
 from softprompt.engine.rows import EngineRow
-from softprompt.errors import ContextOverflowError, DataError
+from softprompt.errors import ConfigError, ContextOverflowError, DataError
 
 
 def check_context(
@@ -48,6 +49,20 @@ def depends_on_neighbours(
     return max(lengths) > facts.rope_changes_at
 
 
+def check_table(model: PreTrainedModel, facts: Facts) -> None:
+    """Refuse a model whose embedding table was resized: virtual ids would silently mean tokens.
+
+    Raises:
+        ConfigError: If it has not the size in ``facts``.
+    """
+    size = int(input_embedding(model).weight.shape[0])
+    if size != facts.vocabulary:
+        raise ConfigError(
+            f"the embedding table had {facts.vocabulary:,} rows when the engine was built, now it has "
+            f"{size:,}; resize it first, then build the engine"
+        )
+
+
 def check_rows(
     rows: Sequence[EngineRow], prompts: Sequence[Tensor], facts: Facts, target_limit: int | None
 ) -> None:
@@ -60,17 +75,24 @@ def check_rows(
         target_limit: Positions of the decoder of a seq2seq model; unused for causal models.
 
     Raises:
-        DataError: If nothing stands before a row's answer.
+        DataError: If nothing stands before a row's answer, or an id is no token of the model.
         ContextOverflowError: If a row does not fit behind its prompt.
     """
     seq2seq = facts.is_encoder_decoder
     for index, row in enumerate(rows):
-        if not row.source and row.prompt < 0:
+        virtual = int(prompts[row.prompt].shape[0]) if row.prompt >= 0 else 0
+        if not row.source and not virtual:
             raise DataError(
                 f"row {index} has an empty input and no prompt, so nothing stands before its answer; "
                 "give it an input or a prompt"
             )
-        virtual = int(prompts[row.prompt].shape[0]) if row.prompt >= 0 else 0
+        # From V on ids would silently mean prompt rows. A decoder may have a vocabulary of its own.
+        largest = max(row.source + (() if seq2seq else row.target), default=0)
+        if largest >= facts.vocabulary:
+            raise DataError(
+                f"row {index} holds the id {largest:,}, but the model has {facts.vocabulary:,} tokens; "
+                "use the tokenizer that belongs to it"
+            )
         tokens = len(row.source) + (0 if seq2seq else len(row.target))
         check_context(tokens, virtual, facts.context_length)
         if seq2seq:

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from softprompt.backbone.facts import facts_of, input_embedding
 from softprompt.backbone.freeze import recomputes_layers
 from softprompt.engine.attention import ForestUnsupportedError
-from softprompt.engine.context import check_rows, depends_on_neighbours
+from softprompt.engine.context import check_rows, check_table, depends_on_neighbours
 from softprompt.engine.layout import Prompts
 from softprompt.engine.plain import PlainEngine, pad_rows, picked
 from softprompt.engine.rows import EngineRow, TargetLogProbs
@@ -53,8 +53,9 @@ class ExpandEngine:
             DataError: If nothing stands before a row's answer.
             ContextOverflowError: If a row does not fit behind its prompt.
         """
+        check_table(self._model, self._facts)
         check_rows(rows, prompts, self._facts, None)
-        used = sorted({row.prompt for row in rows if row.prompt >= 0})
+        used = sorted({row.prompt for row in rows if row.prompt >= 0 and len(prompts[row.prompt])})
         checkpointing = recomputes_layers(self._model)
         unlike = depends_on_neighbours(rows, prompts, self._facts)
         if not used or checkpointing or unlike or not all(row.source for row in rows):
@@ -100,9 +101,9 @@ class ExpandEngine:
         device = self._model.device
         ids, text_mask = ids.to(device), text_mask.to(device)
         owner = torch.tensor(
-            [used.index(r.prompt) if r.prompt >= 0 else 0 for r in rows], device=device
+            [used.index(r.prompt) if r.prompt in used else 0 for r in rows], device=device
         )
-        prompted = torch.tensor([r.prompt >= 0 for r in rows], device=device).unsqueeze(1)
+        prompted = torch.tensor([r.prompt in used for r in rows], device=device).unsqueeze(1)
         whole = torch.cat([mask[owner] * prompted, text_mask], dim=1)  # [B, P + T]
         labels = torch.full_like(ids, -100)
         for i, row in enumerate(rows):

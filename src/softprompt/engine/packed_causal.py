@@ -17,7 +17,7 @@ from softprompt.engine.attention import (
     also_in_backward,
     forest_attention,
 )
-from softprompt.engine.context import check_rows, depends_on_neighbours
+from softprompt.engine.context import check_rows, check_table, depends_on_neighbours
 from softprompt.engine.forest import Forest
 from softprompt.engine.plain import PlainEngine
 from softprompt.engine.rows import EngineRow, TargetLogProbs
@@ -42,6 +42,9 @@ class ForestEngine:
         parameters = inspect.signature(model.forward).parameters
         if self._facts.is_encoder_decoder or "position_ids" not in parameters:
             raise ForestUnsupportedError(f"{type(model).__name__} takes no position_ids")
+        if getattr(model.config.get_text_config(), "attn_temperature_tuning", False):
+            # Llama 4; a probe is too short to see it.
+            raise ForestUnsupportedError(f"{type(model).__name__} scales attention by column")
         if "logits_to_keep" not in parameters:
             raise ForestUnsupportedError(f"{type(model).__name__} takes no logits_to_keep")
 
@@ -53,17 +56,22 @@ class ForestEngine:
         Raises:
             ContextOverflowError: If a row does not fit behind its prompt.
         """
+        check_table(self._model, self._facts)
         check_rows(rows, prompts, self._facts, None)
-        if depends_on_neighbours(rows, prompts, self._facts):
+        again = recomputes_layers(self._model) and torch.is_grad_enabled()
+        trained = any(prompts[row.prompt].requires_grad for row in rows if row.prompt >= 0)
+        if depends_on_neighbours(rows, prompts, self._facts) or (again and not trained):
+            # No gradient of a prompt would say when backward, which runs layers again, is over.
             return self._plain.target_log_probs(rows, prompts)
         forest = Forest.of(rows, [int(prompt.shape[0]) for prompt in prompts])
         used = [root.prompt for root in forest.roots if root.prompt >= 0]
-        table = torch.cat([prompts[p] for p in used]) if used else None
+        values_of = [prompts[p] for p in used if len(prompts[p])]
+        table = torch.cat(values_of) if values_of else None
         offsets = _offsets(prompts, used)
         device = self._model.device
         wanted, place = torch.unique(forest.predictors, return_inverse=True)
-        vocabulary = VirtualVocabulary(input_embedding(self._model))
         plan = visibility_of(forest).to(device)
+        vocabulary = VirtualVocabulary(input_embedding(self._model))
         try:
             with vocabulary.lend(table), forest_attention(self._model, plan):
                 logits = self._model(
@@ -79,9 +87,8 @@ class ForestEngine:
             logits.float(), dim=-1
         )  # one softmax a predictor, shared by its answers
         values = log_probs[place.to(device), forest.labels.to(device)]
-        if recomputes_layers(self._model) and table is not None:
-            if values.requires_grad:
-                also_in_backward(self._model, values, table)
+        if again and table is not None:
+            also_in_backward(self._model, values, table)
         return TargetLogProbs(values, forest.row_index.to(device))
 
 

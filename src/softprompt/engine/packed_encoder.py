@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softprompt.backbone.facts import facts_of
-from softprompt.backbone.freeze import recomputes_layers
+from softprompt.backbone.freeze import recomputes_layers, skips_layers
 from softprompt.engine.attention import LayerMask, forest_attention
 from softprompt.engine.packed_layers import Packing, layers_of, packed_layers, relative_bias
+from softprompt.engine.selfcheck import probing
 from softprompt.engine.visibility import whole_rows
 
 _PROBE = (9, 4, 6)
@@ -37,39 +38,37 @@ def without_padding(
         inputs: The arguments of the forward call inside the context.
     """
     mask = inputs.get("attention_mask")
-    asked = any(inputs.get(name) for name in ("output_attentions", "output_hidden_states"))
-    checkpointing = recomputes_layers(model)
-    if mask is None or mask.dim() != 2 or asked or checkpointing or model.can_generate():
+    asked = any(_wants(model, inputs, n) for n in ("output_attentions", "output_hidden_states"))
+    unlike = recomputes_layers(model) or skips_layers(model)
+    if mask is None or mask.dim() != 2 or asked or unlike or model.can_generate():
         return nullcontext()
     if bool(mask.all()) or why_not_packed(model):
         return nullcontext()
     return _packed(model, mask)
 
 
+def _wants(model: PreTrainedModel, inputs: Mapping[str, Any], name: str) -> bool:
+    given = inputs.get(name)
+    return bool(getattr(model.config, name, False) if given is None else given)
+
+
 @torch.no_grad()
 def is_bidirectional(model: PreTrainedModel) -> bool:
     """Tell whether a token's hidden state depends on the tokens behind it."""
     ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=model.device) % facts_of(model).vocabulary
-    training = model.training
-    model.train(False)
-    try:
+    with probing(model):
         states = model.base_model(input_ids=ids).last_hidden_state[:, :2]
-    finally:
-        model.train(training)
     return not torch.allclose(states[0], states[1], atol=1e-6)
 
 
 def why_not_packed(model: PreTrainedModel) -> str:
     """Return why the model's layers are run padded, empty when they are packed."""
     if model not in _packable:
-        training = model.training
-        model.train(False)
         try:
-            _packable[model] = _probe(model)
+            with probing(model):
+                _packable[model] = _probe(model)
         except Exception as cause:  # whatever a model's own code raises on our inputs
             _packable[model] = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-        finally:
-            model.train(training)
     return _packable[model]
 
 

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from softprompt.backbone.facts import facts_of, input_embedding, output_limit
-from softprompt.backbone.freeze import recomputes_layers
+from softprompt.backbone.freeze import recomputes_layers, skips_layers
 from softprompt.engine.attention import ForestUnsupportedError, LayerMask, forest_attention
-from softprompt.engine.context import check_rows
+from softprompt.engine.context import check_rows, check_table
 from softprompt.engine.encoder_plan import EncoderPlan, encoder_plan
 from softprompt.engine.packed_layers import Packing, layers_of, packed_layers, relative_bias
 from softprompt.engine.plain import PlainEngine, pad_rows
@@ -60,9 +60,11 @@ class PackedSeq2SeqEngine:
             DataError: If nothing stands before a row's answer.
             ContextOverflowError: If a row does not fit behind its prompt.
         """
+        check_table(self._model, self._facts)
         check_rows(rows, prompts, self._facts, output_limit(self._model))
-        if recomputes_layers(self._model):
-            # Backward runs the layers again, without the hooks that pack them.
+        if recomputes_layers(self._model) or skips_layers(self._model):
+            # Backward would run the layers again without the hooks that pack them; or the first
+            # layer, which does the packing, may be left out.
             return self._plain.target_log_probs(rows, prompts)
         sources = list(dict.fromkeys((row.prompt, row.source) for row in rows))
         number = {source: i for i, source in enumerate(sources)}
@@ -81,12 +83,13 @@ class PackedSeq2SeqEngine:
         """Return packed encoder states ``[1, N, H]``."""
         device = self._model.device
         ids, mask = plan.padded(self._facts.pad_id)
-        table = torch.cat([prompts[p] for p in plan.used]) if plan.used else None
+        rows = [prompts[p] for p in plan.used if len(prompts[p])]
+        table = torch.cat(rows) if rows else None
         see = plan.visibility()
         bias = relative_bias(self._encoder, int(ids.shape[1]))
-        vocabulary = VirtualVocabulary(input_embedding(self._model))
         packing = Packing.of(mask.to(device))
         layers = layers_of(self._encoder)
+        vocabulary = VirtualVocabulary(input_embedding(self._model))
         try:
             with (
                 vocabulary.lend(table),

@@ -1,6 +1,7 @@
 """The plain path: one padded batch through the model's own forward.
 
-It runs any model transformers can run, and it is the oracle the faster paths are held to.
+It runs any model transformers can run, and row by row it is the oracle the faster paths are held
+to. Models that padding disturbs (RWKV, RecurrentGemma) are found by a probe and run row by row.
 Rows are padded on the left, so the targets of all rows end in the last columns and the
 head runs on those alone (``logits_to_keep``).
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -17,12 +19,15 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from softprompt.backbone.facts import Facts, facts_of, input_embedding, output_limit
-from softprompt.engine.context import check_rows, depends_on_neighbours
+from softprompt.engine.context import check_rows, check_table, depends_on_neighbours
 from softprompt.engine.layout import Layout, Prompts
 from softprompt.engine.rows import EngineRow, TargetLogProbs, joined
+from softprompt.engine.selfcheck import difference
 from softprompt.engine.virtual import VirtualVocabulary
 
 _IGNORED = -100
+
+_alone: WeakKeyDictionary[PreTrainedModel, dict[bool, str]] = WeakKeyDictionary()
 
 
 class PlainEngine:
@@ -30,7 +35,11 @@ class PlainEngine:
 
     name = "plain"
 
-    def __init__(self, model: PreTrainedModel, *, prompt_sees_input: bool = True) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, prompt_sees_input: bool = True, trusted: bool = False
+    ) -> None:
+        """Prepare for a model; ``trusted`` skips the probe for models that padding disturbs."""
+        self._trusted = trusted
         self._model = model
         self._sees_input = prompt_sees_input
         self._facts: Facts = facts_of(model)
@@ -45,8 +54,11 @@ class PlainEngine:
             DataError: If nothing stands before a row's answer.
             ContextOverflowError: If a row does not fit behind its prompt.
         """
+        check_table(self._model, self._facts)
         check_rows(rows, prompts, self._facts, output_limit(self._model))
-        if len(rows) > 1 and depends_on_neighbours(rows, prompts, self._facts):
+        if len(rows) > 1 and (
+            depends_on_neighbours(rows, prompts, self._facts) or self.why_alone()
+        ):
             return joined([self.target_log_probs([row], prompts) for row in rows])
         chosen = Prompts.of(prompts, [row.prompt for row in rows])
         vocabulary = VirtualVocabulary(input_embedding(self._model))
@@ -56,6 +68,20 @@ class PlainEngine:
                 return run(rows, chosen)
         finally:
             vocabulary.remove()
+
+    def why_alone(self) -> str:
+        """Return why rows are run one at a time, empty when they are batched; remembered per model."""
+        if self._trusted:
+            return ""
+        known = _alone.setdefault(self._model, {})
+        if self._sees_input not in known:
+            batched = PlainEngine(self._model, prompt_sees_input=self._sees_input, trusted=True)
+            try:
+                problem = difference(batched, batched, self._model)
+            except Exception:
+                problem = None
+            known[self._sees_input] = problem or ""
+        return known[self._sees_input]
 
     def _causal(self, rows: Sequence[EngineRow], prompts: Prompts) -> TargetLogProbs:
         ids, mask = self._padded([row.source + row.target for row in rows], left=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from softprompt.data.records import Example, Rows, read_examples
 from softprompt.data.tokens import TokenRow
+from softprompt.engine.rows import Engine
 from softprompt.errors import ConfigError, DataError
 from softprompt.evaluation.likelihood import classify_rows, target_likelihood
 from softprompt.evaluation.metrics import label_metrics, text_metrics
@@ -32,6 +33,7 @@ def evaluate(
     task: Task | None = None,
     limit: int | None = None,
     normalize: bool = False,
+    engine: str = "auto",
 ) -> Report:
     """Evaluate a prompt on every row of ``data``.
 
@@ -48,6 +50,7 @@ def evaluate(
         task: Overrides the prompt's own task.
         limit: Rows from the start of ``data`` to evaluate; None is all.
         normalize: Divide a label's log-probability by its token count.
+        engine: Path that scores targets; ``auto`` is the fastest exact one.
 
     Raises:
         ConfigError: A setting is wrong, or labels are to be scored without a label set.
@@ -64,7 +67,7 @@ def evaluate(
     rows, _ = tuned.rows.tokenize(examples)
     require_tokens([row.source for row in rows])
     targets = [str(example.target) for example in examples]
-    subject = _Subject(tuned, without_prompt, batch_size)
+    subject = _Subject(tuned, tuned.engine_of(engine), without_prompt, batch_size)
     if chosen == "classification":
         return _classification(subject, rows, targets, normalize)
     return _generation(subject, rows, targets)
@@ -75,6 +78,7 @@ class _Subject:
     """What is evaluated: the model behind its prompt, or without."""
 
     tuned: TunedPrompt
+    engine: Engine
     without_prompt: bool
     batch_size: int
 
@@ -115,7 +119,7 @@ def _classification(
 ) -> Report:
     labels = subject.tuned.labels or ()
     found = classify_rows(
-        subject.tuned.engine,
+        subject.engine,
         subject.prompts,
         rows,
         subject.tuned.label_ids(labels),
@@ -151,7 +155,7 @@ def _generation(subject: _Subject, rows: Sequence[TokenRow], targets: Sequence[s
         without_prompt=subject.without_prompt,
     )
     likelihood = target_likelihood(
-        tuned.engine,
+        subject.engine,
         subject.prompts,
         rows,
         prompt_index=subject.prompt_index,

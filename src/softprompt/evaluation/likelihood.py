@@ -123,18 +123,3 @@ def target_likelihood(
         ]
         total += float(engine.target_log_probs(batch, prompts).values.double().sum())
     return TargetLikelihood(total, sum(len(row.target) for row in rows))
-
-
-def target_perplexity(
-    engine: Engine,
-    prompts: Sequence[Tensor],
-    rows: Sequence[TokenRow],
-    *,
-    prompt_index: int = 0,
-    batch_size: int = 16,
-) -> float:
-    """Return the perplexity of the rows' targets; see ``target_likelihood``."""
-    found = target_likelihood(
-        engine, prompts, rows, prompt_index=prompt_index, batch_size=batch_size
-    )
-    return found.perplexity

@@ -78,7 +78,8 @@ def score_labels(
         sources: Text tokens of N inputs.
         label_ids: Tokens of K labels.
         prompt_index: Which prompt stands before every input; -1 is none.
-        batch_size: (input, label) pairs in one pass, at most.
+        batch_size: (input, label) pairs in one pass; the labels of one input always stay together,
+            because the forest engine then runs the input once.
         normalize: Divide each sum by the label's token count.
 
     Returns:
@@ -87,16 +88,17 @@ def score_labels(
     if batch_size < 1:
         raise ConfigError(f"batch_size expects at least 1 row, got {batch_size}")
     labels = [tuple(ids) for ids in label_ids]
-    # Sources of like length share a pass, and the labels of one source stand together.
+    # Sources of like length share a pass, so that a padded engine pads little.
     order = sorted(range(len(sources)), key=lambda index: len(sources[index]))
-    pairs = [(index, label) for index in order for label in range(len(labels))]
     scores = torch.zeros(len(sources), len(labels))
-    for start in range(0, len(pairs), batch_size):
-        chosen = pairs[start : start + batch_size]
-        rows = [EngineRow(tuple(sources[i]), labels[k], prompt_index) for i, k in chosen]
+    inputs = max(1, batch_size // len(labels))
+    for start in range(0, len(order), inputs):
+        chosen = order[start : start + inputs]
+        rows = [
+            EngineRow(tuple(sources[i]), label, prompt_index) for i in chosen for label in labels
+        ]
         sums = engine.target_log_probs(rows, prompts).row_sums(len(rows))
-        where = torch.tensor(chosen)
-        scores[where[:, 0], where[:, 1]] = sums.float().cpu()
+        scores[chosen] = sums.float().cpu().view(len(chosen), len(labels))
     return per_token(scores, [len(ids) for ids in labels]) if normalize else scores
 
 

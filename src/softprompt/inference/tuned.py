@@ -77,9 +77,18 @@ class TunedPrompt:
 
     @cached_property
     def engine(self) -> Engine:
-        """The engine that scores targets over the base model."""
+        """The fastest exact engine that scores targets over the base model."""
+        return self.engine_of("auto")
+
+    def engine_of(self, kind: str) -> Engine:
+        """Return an engine over the base model by its name.
+
+        Raises:
+            ConfigError: There is no such engine, or it does not run this model exactly.
+        """
         config = self.model.peft_config[self.adapter]
-        return build_engine(self.model.get_base_model(), prompt_sees_input=config.prompt_sees_input)
+        base = self.model.get_base_model()
+        return build_engine(base, kind, prompt_sees_input=config.prompt_sees_input)
 
     def prompts(self) -> list[Tensor]:
         """Return the prompt ``[P, H]``, detached, as the one prompt an engine is given."""

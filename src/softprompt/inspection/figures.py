@@ -86,20 +86,21 @@ def _draw(
     _frame(losses, _TRAINING)
     scored = _series(points, "validation_accuracy")
     if scored[0] or base_accuracy is not None:
-        _draw_accuracy(losses.twinx(), scored, base_accuracy)
+        _draw_accuracy(losses.twinx(), points, base_accuracy)
     else:
         losses.spines["right"].set_visible(False)
     if validated[0] and not scored[0]:
-        best = min(validated[1])
-        _mark_best(losses, validated, best, f"{best:.3f}", _VALIDATION)
+        best = min(zip(validated[1], validated[0], strict=True))
+        _mark_best(losses, best[1], best[0], f"{best[0]:.3f}", _VALIDATION)
     figure.suptitle(title, fontsize=13, fontweight="bold", color=_INK)
     # Outside the axes, so that it never covers a curve.
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=10, labelcolor=_INK)
 
 
 def _draw_accuracy(
-    axis: Any, scored: tuple[list[float], list[float]], base_accuracy: float | None
+    axis: Any, points: Sequence[Mapping[str, Any]], base_accuracy: float | None
 ) -> None:
+    scored = _series(points, "validation_accuracy")
     axis.set_ylabel("validation accuracy", color=_ACCURACY, fontsize=11)
     _frame(axis, _ACCURACY)
     axis.set_ylim(0, 1.05)
@@ -108,8 +109,12 @@ def _draw_accuracy(
     if scored[0]:
         line = {"marker": "s", "markersize": 4.5, "linewidth": 2.0, "color": _ACCURACY}
         axis.plot(*scored, label="validation accuracy", **line)
-        best = max(scored[1])
-        _mark_best(axis, scored, best, f"{best:.1%}", _ACCURACY)
+        best = min(
+            (p for p in points if p.get("validation_accuracy") is not None),
+            key=lambda p: (-p["validation_accuracy"], p.get("validation_loss") or 0.0),
+        )
+        accuracy = best["validation_accuracy"]
+        _mark_best(axis, best["epoch"], accuracy, f"{accuracy:.1%}", _ACCURACY)
     if base_accuracy is not None:
         label = f"accuracy without the prompt ({base_accuracy:.1%})"
         axis.axhline(base_accuracy, color=_ACCURACY, linestyle="--", linewidth=1.3, label=label)
@@ -123,11 +128,8 @@ def _frame(axis: Any, color: str) -> None:
     axis.tick_params(axis="y", colors=color)
 
 
-def _mark_best(
-    axis: Any, series: tuple[list[float], list[float]], best: float, shown: str, color: str
-) -> None:
-    # The first of equals: that is the checkpoint training keeps.
-    epoch = series[0][series[1].index(best)]
+def _mark_best(axis: Any, epoch: float, best: float, shown: str, color: str) -> None:
+    # By training's own order: accuracy, then loss, then the earlier epoch.
     axis.plot(
         [epoch],
         [best],

@@ -23,7 +23,7 @@ from softprompt.training.state import RunState
 
 STATE_DIRECTORY = ".state"
 STATE_FILE = "state.safetensors"
-FORMAT = 1
+FORMAT = 2
 
 
 def state_path(output: Path) -> Path:

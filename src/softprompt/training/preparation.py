@@ -147,7 +147,7 @@ def prepare(base_model: Base, data: TuningData, settings: TuneSettings) -> Prepa
         logger.info("validation data: %s", validation_cuts)
     labels = None
     if data.labels is not None:
-        labels = {label: tokenizer.label(label) for label in data.labels}
+        labels = tokenizer.labels(data.labels)
     _check_lengths(base, facts, [*train, *validation], settings)
     peft_model = _attached(base, facts, data.labels, settings)
     return Prepared(
@@ -243,6 +243,12 @@ def _check_lengths(
     seq2seq = facts.is_encoder_decoder
     longest = max(len(row.source) + (0 if seq2seq else len(row.target)) for row in rows)
     check_context(longest, settings.tuning_config.num_virtual_tokens, facts.context_length)
+    both = max(len(row.source) + len(row.target) for row in rows)
+    if settings.max_tokens_per_batch is not None and both > settings.max_tokens_per_batch:
+        raise ConfigError(
+            f"max_tokens_per_batch {settings.max_tokens_per_batch} is less than the {both} tokens "
+            "of the longest row; raise it, or lower max_source_length"
+        )
     if seq2seq:
         target = max(len(row.target) for row in rows)
         check_context(target, 0, output_limit(base.model), what="decoder")

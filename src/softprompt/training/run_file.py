@@ -21,7 +21,7 @@ def read_run(path: str | Path) -> dict[str, Any]:
     """Read a run file into keyword arguments of `tune`, checking that every key exists.
 
     Raises:
-        ConfigError: the file is missing, is not TOML, or has an unknown key.
+        ConfigError: the file is missing, is not TOML, has an unknown key, or a source that is no text.
     """
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -30,6 +30,9 @@ def read_run(path: str | Path) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     _check_keys(values, [*SOURCES, "lr", *TuneSettings.__dataclass_fields__], str(path))
+    for name in SOURCES:
+        if not isinstance(values.get(name, ""), str):
+            raise ConfigError(f"{path}: {name} takes a text; got {values[name]!r}")
     tuning = values.get("tuning_config", {})
     if not isinstance(tuning, dict):
         raise ConfigError(f"{path}: tuning_config must be a table, [tuning_config]")

@@ -11,12 +11,21 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
 from softprompt.errors import ConfigError
+from softprompt.prompts.configs import PromptTuningInit
 from softprompt.training.fields import about, check, from_mapping, plain
 
 RATE_PER_RMS = 0.57
 """Default learning rate in units of the embedding's rms (measured, see docs/training.md)."""
 
 SOURCE_METHODS = ("ONLY_SOURCE_SHARED", "AVERAGE_SOURCE")
+
+_PEFT_INITS = {
+    PromptTuningInit.RANDOM: "STANDARD_NORMAL",
+    PromptTuningInit.RANDOM_SCALED: "RANDOM",
+    PromptTuningInit.TEXT: "TEXT",
+    PromptTuningInit.SAMPLE_VOCAB: "SAMPLE_VOCAB",
+    PromptTuningInit.LABELS: "LABELS",
+}
 
 InitMethod = Literal[
     "RANDOM",
@@ -69,6 +78,10 @@ class TuningConfig:
 
     def __post_init__(self) -> None:
         """Refuse wrong values, and combinations in which one setting would be ignored."""
+        if isinstance(self.prompt_tuning_init_method, PromptTuningInit):
+            # PEFT's enumeration keeps PEFT's meaning, in which RANDOM is N(0, 1).
+            method = _PEFT_INITS[self.prompt_tuning_init_method]
+            object.__setattr__(self, "prompt_tuning_init_method", method)
         if isinstance(self.output_model_types, list):
             object.__setattr__(self, "output_model_types", tuple(self.output_model_types))
         check(self)
@@ -194,7 +207,9 @@ class TuneSettings:
     )
     seed: int = field(
         default=73,
-        metadata=about("Seed of the initial prompt and of the order of the rows.", least=0),
+        metadata=about(
+            "Seed of the initial prompt and of the order of the rows.", least=0, most=2**32 - 1
+        ),
     )
     silence_progress_bars: bool = field(default=False, metadata=about("Show no progress bar."))
 

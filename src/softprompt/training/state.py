@@ -27,7 +27,7 @@ class RunState:
     seconds: float = 0.0
     stale_epochs: int = 0
     best_epoch: int = 0
-    best_quality: float | None = None
+    best_quality: list[float] | None = None
     best_metrics: dict[str, float] = field(default_factory=dict)
     best_prompt: Tensor | None = None  # [P, H]
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -52,7 +52,7 @@ class RunState:
         self.epoch_loss = 0.0
         self.epoch_targets = 0
 
-    def offer(self, quality: float, metrics: dict[str, float], prompt: Tensor) -> None:
+    def offer(self, quality: list[float], metrics: dict[str, float], prompt: Tensor) -> None:
         """Keep a prompt if it is better than the best so far; among equals the earlier stays."""
         if self.best_quality is not None and quality <= self.best_quality:
             self.stale_epochs += 1

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Unpack
 
 from softprompt.artifacts.files import require_empty, require_no_file
 from softprompt.backbone.load import DEMO
-from softprompt.errors import ConfigError, OutputExistsError, UsageError
+from softprompt.errors import ConfigError, OutputExistsError, UsageError, nearest
 from softprompt.inference.tuned import TunedPrompt
 from softprompt.training.checkpoint import remove_state, state_path
 from softprompt.training.fields import default_of
 from softprompt.training.preparation import Base, Prepared, Rows, prepare, read_data
 from softprompt.training.run_file import RUN_FILE, read_run, write_run
 from softprompt.training.session import Trained, run
-from softprompt.training.settings import TuneOptions, TuneSettings
+from softprompt.training.settings import TuneOptions, TuneSettings, TuningConfig
 
 
 def tune(
@@ -50,9 +51,12 @@ def tune(
         TrainingInterrupted: Ctrl-C or SIGTERM; the state is saved when there is an ``output``.
     """
     target = None if output is None else Path(output)
+    if resume and overwrite:
+        raise UsageError("resume goes on with a run and overwrite starts anew; give one of them")
     if resume:
         plan = _resumed(base_model, train_data, validation_data, target, dict(options))
     else:
+        _check_names(options)
         settings = TuneSettings.from_dict(options)
         plan = _Plan(base_model, _kept(train_data), _kept(validation_data), settings)
         _check_output(target, overwrite)
@@ -65,6 +69,20 @@ def tune(
         write_run(state_path(target).with_name(RUN_FILE), plan.names(), plan.settings)
     trained = run(prepared, target, resume=resume)
     return _finished(prepared, trained, plan, target)
+
+
+def _check_names(options: Mapping[str, Any]) -> None:
+    """Refuse a name that neither ``tune`` nor its settings have.
+
+    Raises:
+        ConfigError: The nearest known name is named.
+    """
+    known = list(inspect.signature(tune).parameters)
+    for name in options:
+        if name not in known and name not in TuningConfig.__dataclass_fields__:
+            raise ConfigError(
+                f"tune has no argument {name!r}{nearest(name, known)}; see help(tune)"
+            )
 
 
 def _finished(

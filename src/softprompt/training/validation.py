@@ -1,4 +1,4 @@
-"""How good the prompt is on the validation data: accuracy for labels, loss for free text."""
+"""How good the prompt is on the validation data: accuracy, then loss; loss for free text."""
 
 from __future__ import annotations
 
@@ -42,9 +42,13 @@ class Validation:
         """
         return self._likelihood(prompt) if self.labels is None else self._accuracy(prompt)
 
-    def quality(self, metrics: dict[str, float]) -> float:
-        """Return the number that decides which epoch is best; more is better."""
-        return -metrics["loss"] if self.labels is None else metrics["accuracy"]
+    def quality(self, metrics: dict[str, float]) -> list[float]:
+        """Return what decides which epoch is best, first things first; more is better.
+
+        The loss decides between equal accuracies, of which a small data set has many.
+        """
+        by_loss = [-metrics["loss"]]
+        return by_loss if self.labels is None else [metrics["accuracy"], *by_loss]
 
     def _parts(self) -> Iterator[Sequence[TokenRow]]:
         for start in range(0, len(self.rows), ROWS_BETWEEN_STOPS):
