@@ -352,3 +352,28 @@ def test_raw_errors_are_explained():
         ours(input_ids=torch.ones(2, 3, dtype=torch.long), adapter_names=["default"])
     with pytest.raises(ArtifactError):
         PeftModel.from_pretrained(causal("llama"), "does/not-exist-anywhere/here")
+
+
+def test_per_layer_embeddings():
+    """Gemma 4 looks input ids up in a second table, which has no row for a virtual id."""
+    from oracles.families import GQA
+    from softprompt.engine.choose import choose_engine
+
+    config = tf.Gemma4TextConfig(
+        **{**GQA, "num_hidden_layers": 2},
+        head_dim=8,
+        global_head_dim=8,
+        vocab_size_per_layer_input=64,
+        hidden_size_per_layer_input=8,
+        num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=8,
+    )
+    model = build(tf.AutoModelForCausalLM, config)
+    ours = prompted(model, "CAUSAL_LM")
+    ids, mask = padded([[5, 6, 7, 8], [9, 10]], "left")
+    logits = ours(input_ids=ids, attention_mask=mask).logits[1, -2:]
+    alone = ours(input_ids=torch.tensor([[9, 10]])).logits[0, -2:]
+    torch.testing.assert_close(logits, alone, **CLOSE)
+    assert ours.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3).shape[1] <= 7
+    assert choose_engine(model).name == "forest"

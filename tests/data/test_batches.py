@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from softprompt.data import plan_batches
+from softprompt.data.batches import split_batch
 from softprompt.errors import ConfigError, DataError
 
 LENGTHS = st.lists(st.integers(0, 60), max_size=200)
@@ -25,11 +26,12 @@ def test_every_index_exactly_once_in_batches_of_the_size(lengths, size, seed, ep
     assert len(batches) == -(-len(lengths) // size)
 
 
-@given(LENGTHS, st.integers(1, 20), st.integers(0, 3), st.integers(60, 200), st.booleans())
-def test_max_tokens_bounds_the_padded_batch(lengths, size, seed, most, shuffle):
-    batches = plan_batches(lengths, size, seed=seed, epoch=0, max_tokens=most, shuffle=shuffle)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    assert all(padded([batch], lengths) <= most and len(batch) <= size for batch in batches)
+@given(LENGTHS, st.integers(60, 200))
+def test_parts_of_a_batch_are_bounded_and_make_it_up(lengths, most):
+    batch = list(range(len(lengths)))
+    parts = split_batch(batch, lengths, most)
+    assert [i for part in parts for i in part] == batch
+    assert all(part and padded([part], lengths) <= most for part in parts)
 
 
 def test_seed_and_epoch_decide_everything():
@@ -86,7 +88,7 @@ def test_without_shuffling_the_longest_come_first():
 
 def test_a_row_above_the_bound_is_refused_with_the_numbers():
     with pytest.raises(DataError, match="row 2 has 40 tokens, more than max_tokens=32"):
-        plan_batches([3, 40], 2, seed=0, epoch=0, max_tokens=32)
+        split_batch([0, 1], [3, 40], 32)
 
 
 def test_an_impossible_batch_size_is_refused():

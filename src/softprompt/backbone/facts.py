@@ -106,6 +106,15 @@ def input_embedding(model: PreTrainedModel) -> nn.Embedding:
     return cast(nn.Embedding, table)
 
 
+def side_embeddings(model: PreTrainedModel) -> list[nn.Embedding]:
+    """Return further tables that are looked up with the input ids: Gemma's per-layer embeddings."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if name.endswith("embed_tokens_per_layer") and isinstance(module, nn.Embedding)
+    ]
+
+
 def output_limit(model: PreTrainedModel) -> int | None:
     """Return the most positions the decoder of a seq2seq model has; None when relative."""
     return _context_length(model.config.get_text_config(), False)

@@ -21,7 +21,6 @@ def plan_batches(
     *,
     seed: int,
     epoch: int,
-    max_tokens: int | None = None,
     shuffle: bool = True,
 ) -> list[list[int]]:
     """Return batches of row indices, each index exactly once.
@@ -31,20 +30,17 @@ def plan_batches(
         batch_size: Most rows in a batch.
         seed: With ``epoch``, the only source of randomness.
         epoch: Changes the plan from epoch to epoch.
-        max_tokens: Most tokens in a padded batch, that is rows x longest row.
         shuffle: False gives the rows from longest to shortest, the same for every seed.
 
     Raises:
         ConfigError: ``batch_size`` is not positive.
-        DataError: A row alone is longer than ``max_tokens``.
     """
     if batch_size < 1:
         raise ConfigError(f"expected a batch_size of at least 1, got {batch_size}")
-    _check_rows_fit(lengths, max_tokens)
     order = list(range(len(lengths)))
     if not shuffle:
         order.sort(key=lambda index: -lengths[index])
-        return _cut(order, lengths, batch_size, max_tokens)
+        return _cut(order, batch_size)
     # A text seed is hashed with SHA-512, the same in every process and Python version.
     generator = random.Random(f"plan_batches {seed} {epoch}")
     generator.shuffle(order)
@@ -52,20 +48,36 @@ def plan_batches(
     batches: list[list[int]] = []
     for start in range(0, len(order), width):
         bucket = sorted(order[start : start + width], key=lambda index: lengths[index])
-        batches += _cut(bucket, lengths, batch_size, max_tokens)
+        batches += _cut(bucket, batch_size)
     generator.shuffle(batches)
     return batches
 
 
-def _check_rows_fit(lengths: Sequence[int], max_tokens: int | None) -> None:
-    if max_tokens is None:
-        return
-    for index, length in enumerate(lengths):
-        if length > max_tokens:
+def split_batch(batch: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Split a batch into parts whose padded size is bounded; together they are still the batch.
+
+    Args:
+        batch: Row indices.
+        lengths: Tokens of each row, by index.
+        max_tokens: Most tokens in a padded part, that is rows x longest row.
+
+    Raises:
+        DataError: A row alone is longer than ``max_tokens``.
+    """
+    parts: list[list[int]] = []
+    longest = 0
+    for index in batch:
+        if lengths[index] > max_tokens:
             raise DataError(
-                f"row {index + 1} has {length} tokens, more than max_tokens={max_tokens} for a "
-                "whole batch; raise max_tokens or lower max_source_length"
+                f"row {index + 1} has {lengths[index]} tokens, more than max_tokens={max_tokens} for a "
+                "whole pass; raise it or lower max_source_length"
             )
+        longest = max(longest, lengths[index])
+        if not parts or (len(parts[-1]) + 1) * longest > max_tokens:
+            parts.append([])
+            longest = lengths[index]
+        parts[-1].append(index)
+    return parts
 
 
 def _bucket_width(rows: int, batch_size: int) -> int:
@@ -74,17 +86,5 @@ def _bucket_width(rows: int, batch_size: int) -> int:
     return batch_size * max(1, min(BATCHES_PER_BUCKET, batches // 2))
 
 
-def _cut(
-    order: Sequence[int], lengths: Sequence[int], batch_size: int, max_tokens: int | None
-) -> list[list[int]]:
-    batches: list[list[int]] = []
-    longest = 0
-    for index in order:
-        grown = max(longest, lengths[index])
-        is_full = not batches or len(batches[-1]) == batch_size
-        if is_full or (max_tokens is not None and (len(batches[-1]) + 1) * grown > max_tokens):
-            batches.append([])
-            grown = lengths[index]
-        batches[-1].append(index)
-        longest = grown
-    return batches
+def _cut(order: Sequence[int], size: int) -> list[list[int]]:
+    return [list(order[start : start + size]) for start in range(0, len(order), size)]

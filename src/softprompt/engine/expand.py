@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from softprompt.backbone.facts import facts_of, input_embedding
+from softprompt.backbone.facts import facts_of, input_embedding, side_embeddings
 from softprompt.backbone.freeze import recomputes_layers
 from softprompt.engine.attention import ForestUnsupportedError
 from softprompt.engine.context import check_rows, check_table, depends_on_neighbours
@@ -62,7 +62,7 @@ class ExpandEngine:
             # Checkpointing drops the cache; an empty source is predicted from the prompt's own pass.
             return self._plain.target_log_probs(rows, prompts)
         chosen = Prompts.of([prompts[p] for p in used], range(len(used)))
-        vocabulary = VirtualVocabulary(input_embedding(self._model))
+        vocabulary = VirtualVocabulary(input_embedding(self._model), side_embeddings(self._model))
         try:
             with vocabulary.lend(chosen.table):
                 cache, mask = self._prompt_pass(chosen)

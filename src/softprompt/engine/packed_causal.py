@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import facts_of, input_embedding
+from softprompt.backbone.facts import facts_of, input_embedding, side_embeddings
 from softprompt.backbone.freeze import recomputes_layers
 from softprompt.engine.attention import (
     ForestUnsupportedError,
@@ -71,7 +71,7 @@ class ForestEngine:
         device = self._model.device
         wanted, place = torch.unique(forest.predictors, return_inverse=True)
         plan = visibility_of(forest).to(device)
-        vocabulary = VirtualVocabulary(input_embedding(self._model))
+        vocabulary = VirtualVocabulary(input_embedding(self._model), side_embeddings(self._model))
         try:
             with vocabulary.lend(table), forest_attention(self._model, plan):
                 logits = self._model(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import facts_of, input_embedding, output_limit
+from softprompt.backbone.facts import facts_of, input_embedding, output_limit, side_embeddings
 from softprompt.backbone.freeze import recomputes_layers, skips_layers
 from softprompt.engine.attention import ForestUnsupportedError, LayerMask, forest_attention
 from softprompt.engine.context import check_rows, check_table
@@ -89,7 +89,7 @@ class PackedSeq2SeqEngine:
         bias = relative_bias(self._encoder, int(ids.shape[1]))
         packing = Packing.of(mask.to(device))
         layers = layers_of(self._encoder)
-        vocabulary = VirtualVocabulary(input_embedding(self._model))
+        vocabulary = VirtualVocabulary(input_embedding(self._model), side_embeddings(self._model))
         try:
             with (
                 vocabulary.lend(table),

@@ -18,7 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import Facts, facts_of, input_embedding, output_limit
+from softprompt.backbone.facts import (
+    Facts,
+    facts_of,
+    input_embedding,
+    output_limit,
+    side_embeddings,
+)
 from softprompt.engine.context import check_rows, check_table, depends_on_neighbours
 from softprompt.engine.layout import Layout, Prompts
 from softprompt.engine.rows import EngineRow, TargetLogProbs, joined
@@ -61,7 +67,7 @@ class PlainEngine:
         ):
             return joined([self.target_log_probs([row], prompts) for row in rows])
         chosen = Prompts.of(prompts, [row.prompt for row in rows])
-        vocabulary = VirtualVocabulary(input_embedding(self._model))
+        vocabulary = VirtualVocabulary(input_embedding(self._model), side_embeddings(self._model))
         run = self._encoder_decoder if self._facts.is_encoder_decoder else self._causal
         try:
             with vocabulary.lend(chosen.table if chosen.table.numel() else None):

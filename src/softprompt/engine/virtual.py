@@ -7,7 +7,7 @@ base model behaves, bit for bit, as if nobody had touched it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,13 +22,21 @@ class VirtualVocabulary:
     A plain object, not closures, so that a model that carries it can be copied and pickled.
     """
 
-    def __init__(self, embedding: nn.Embedding) -> None:
+    def __init__(self, embedding: nn.Embedding, beside: Sequence[nn.Embedding] = ()) -> None:
+        """Hook an embedding.
+
+        Args:
+            embedding: The input embedding.
+            beside: Further tables that are given the same ids (per-layer embeddings of Gemma); a
+                virtual id means their padding, as an image token does there.
+        """
         self.size = int(embedding.weight.shape[0])
         self.rows: Tensor | None = None  # [N, H], row n has id V + n
         self._virtual: Tensor | None = None
         self._handles: tuple[RemovableHandle, ...] = (
             embedding.register_forward_pre_hook(self.before),
             embedding.register_forward_hook(self.after),
+            *(table.register_forward_pre_hook(self.beside) for table in beside),
         )
 
     @contextmanager
@@ -52,6 +60,13 @@ class VirtualVocabulary:
         ids = args[0]
         self._virtual = ids - self.size
         return (torch.where(ids < self.size, ids, 0), *args[1:])
+
+    def beside(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Forward pre-hook of further tables: give them their padding in the place of virtual ids."""
+        if self.rows is None:
+            return None
+        padding = getattr(module, "padding_idx", None) or 0
+        return (torch.where(args[0] < self.size, args[0], padding), *args[1:])
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Forward hook: put the rows where the virtual ids stood.

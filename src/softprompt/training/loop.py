@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from softprompt.data.batches import plan_batches
+from softprompt.data.batches import plan_batches, split_batch
 from softprompt.engine.rows import Engine, EngineRow
 from softprompt.errors import TrainingError
 from softprompt.training.events import Events
@@ -46,22 +46,21 @@ class Job:
     def updates(self, epoch: int) -> list[Update]:
         """Return the updates of an epoch: a function of (seed, epoch) only."""
         chosen = self.settings
-        batches = plan_batches(
-            [len(row.source) + len(row.target) for row in self.rows],
-            chosen.batch_size,
-            seed=chosen.seed,
-            epoch=epoch,
-            max_tokens=chosen.max_tokens_per_batch,
-        )
-        size = chosen.accumulate_steps
-        return [batches[start : start + size] for start in range(0, len(batches), size)]
+        lengths = [len(row.source) + len(row.target) for row in self.rows]
+        batches = plan_batches(lengths, chosen.batch_size, seed=chosen.seed, epoch=epoch)
+        size, budget = chosen.accumulate_steps, chosen.max_tokens_per_batch
+        updates = [batches[start : start + size] for start in range(0, len(batches), size)]
+        if budget is None:
+            return updates
+        # The budget splits passes, never updates: memory changes, the optimiser does not notice.
+        return [
+            [part for batch in update for part in split_batch(batch, lengths, budget)]
+            for update in updates
+        ]
 
     def total_updates(self) -> int:
         """Return the updates of the whole run."""
-        epochs = self.settings.num_epochs
-        if self.settings.max_tokens_per_batch is None:
-            return epochs * len(self.updates(0))
-        return sum(len(self.updates(epoch)) for epoch in range(epochs))
+        return self.settings.num_epochs * len(self.updates(0))
 
 
 def train(

@@ -149,7 +149,10 @@ class TuneSettings:
     batch_size: int = field(default=8, metadata=about("Rows in a batch.", least=1))
     max_tokens_per_batch: int | None = field(
         default=None,
-        metadata=about("Tokens in a batch at most; a batch may then hold fewer rows.", least=1),
+        metadata=about(
+            "Padded tokens of a pass at most; a batch is then run in several passes of one update.",
+            least=1,
+        ),
     )
     max_source_length: int = field(
         default=256, metadata=about("Tokens of an input at most.", least=1)
