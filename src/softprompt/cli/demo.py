@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from softprompt.evaluation.report import Report
 
 SETTINGS: dict[str, Any] = {
-    "verbalizer": "{{input}}\nIs this message a complaint? Answer:",
+    "verbalizer": "Message: {{input}}\nLabel:",
     "num_epochs": 5,
     "batch_size": 16,
     "tuning_config": {
@@ -59,7 +59,9 @@ def command(output: str, overwrite: bool, seed: int, as_json: bool, quiet: bool)
     )
     base = evaluate(tuned, complaints("test"), without_prompt=True)
     after = evaluate(tuned, complaints("test"))
-    curve = _draw_curve(tuned.history, Path(output), base.accuracy)
+    # The curve shows the validation split, so the base is drawn as it does there.
+    untuned = evaluate(tuned, complaints("validation"), without_prompt=True)
+    curve = _draw_curve(tuned.history, Path(output), untuned.accuracy)
     result = summary(tuned, output) | {
         "curve": curve,
         "test": {"base": base.to_dict(), "tuned": after.to_dict()},
