@@ -6,7 +6,7 @@ PEFT user runs one batched forward per label; with the prompt's keys and values 
 (engine ``expand``) the rows are still run once per label; the forest runs prompt, input and a
 trie of the labels' tokens once. One thread, one process, alternating.
 
-    python bench/label_scoring.py [--inputs 4] [--rounds 3] [--json]
+    python bench/label_scoring.py [--virtual 100] [--inputs 4] [--rounds 3] [--json]
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument(
         "--shared", type=Path, default=Path("../shared"), help="folder of real data"
     )
-    parser.add_argument("--virtual", type=int, default=20, help="virtual tokens (P)")
+    parser.add_argument("--virtual", type=int, default=100, help="virtual tokens (P)")
     parser.add_argument("--inputs", type=int, default=4, help="inputs scored in one call")
     parser.add_argument("--rounds", type=int, default=3, help="timed calls of each side")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

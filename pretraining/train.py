@@ -33,7 +33,7 @@ def arguments() -> argparse.Namespace:
         "--work", type=Path, default=Path("build/pretraining"), help="folder of pretraining.prepare"
     )
     add("--out", type=Path, default=Path("src/softprompt/bundled/model"), help="model folder")
-    add("--steps", type=int, default=3900)
+    add("--steps", type=int, default=7000)
     add("--batch-tokens", type=int, default=2048, help="tokens of one step")
     add("--lr", type=float, default=2e-3, help="peak learning rate")
     add("--layers", type=int, default=4)
