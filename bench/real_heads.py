@@ -38,6 +38,7 @@ class HeadWork:
     tokens: int = 10
     batch: int = 16
     train_rows: int = 400
+    sees_input: bool = True
 
     def run(self, name: str, shared: Path, seeds: Sequence[int]) -> Result:
         """Train and test both once for each seed."""
@@ -92,6 +93,7 @@ class HeadWork:
             task_type="SEQ_CLS",
             num_virtual_tokens=self.tokens,
             prompt_tuning_init="SAMPLE_VOCAB",
+            prompt_sees_input=self.sees_input,
         )
         model = softprompt.get_peft_model(encoder, config).eval()
 

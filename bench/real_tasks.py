@@ -59,6 +59,7 @@ class Work:
         options: Other arguments of `softprompt.tune`.
         rate: Learning rate in units of the embedding rms; None is the one in ``options``, or the
             default.
+        sees_input: Whether an encoder's prompt attends to the input.
     """
 
     base_model: str
@@ -68,6 +69,7 @@ class Work:
     options: Mapping[str, Any]
     text: str | None = None
     rate: float | None = None
+    sees_input: bool = True
 
     def run(self, name: str, shared: Path, seeds: Sequence[int]) -> Result:
         """Tune and test once for each seed."""
@@ -124,6 +126,7 @@ class Work:
         return {
             "num_virtual_tokens": self.tokens,
             "prompt_tuning_init_method": self.init,
+            "prompt_sees_input": self.sees_input,
         } | text
 
 
@@ -201,9 +204,11 @@ WORKS: dict[str, Work | HeadWork] = {
     **{f"{name}-demo": works[DEMO] for name, works in LABELLED.items()},
     **{f"{name}-stories": works[STORIES] for name, works in LABELLED.items()},
     "british-r": Work(G2P, BRITISH_R, 1, "RANDOM", SPELLING, rate=2.0),
+    "british-r-isolated": Work(G2P, BRITISH_R, 1, "RANDOM", SPELLING, rate=2.0, sees_input=False),
     "british-r-10": Work(G2P, BRITISH_R, 10, "RANDOM", SPELLING, rate=2.0),
     "british-all": Work(G2P, BRITISH_ALL, 1, "RANDOM", SPELLING, rate=2.0),
     "sst2-minilm": HeadWork(sst2),
+    "sst2-minilm-isolated": HeadWork(sst2, sees_input=False),
     "banking10-minilm": HeadWork(banking),
 }
 
