@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from softprompt.artifacts.manifest import Manifest
+from softprompt.prompts.configs import PeftType
 
 # The hub rejects a card whose base_model is a path, so only ids go into the front matter.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -108,6 +109,11 @@ def _example_argument(template: str) -> str:
 def _with_peft(config: Mapping[str, Any], base: str, manifest: Manifest | None) -> str:
     kind = _task_type(config)
     auto = _AUTO_CLASSES.get(kind, "AutoModel")
+    if config.get("peft_type") == PeftType.ISOLATED_PROMPT_TUNING:
+        return (
+            "## With PEFT\n\nNot possible: this prompt does not attend to the input "
+            "(`prompt_sees_input=False`), and PEFT would run another model. It refuses the `peft_type`."
+        )
     lines = ["from peft import PeftModel"]
     if base == _BUNDLED:
         lines += ["from softprompt.backbone.load import load_base", ""]
