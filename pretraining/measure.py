@@ -20,7 +20,6 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from pretraining.handwritten import read_letters
 
 TEMPLATE = "Message: {}\nLabel:"
-TASK = ("complaint", "no complaint")
 START = (
     "complaint means unhappy, something went wrong. no complaint means all else, happy or plain.\n"
 )

@@ -35,11 +35,11 @@ from softprompt.attach.inputs import (
 )
 from softprompt.attach.lending import lent, row_names
 from softprompt.attach.tasks import RULES, infer_task
-from softprompt.backbone.facts import Facts, facts_of, input_embedding, side_embeddings
+from softprompt.backbone.facts import Facts, facts_of, input_embedding
 from softprompt.backbone.freeze import freeze
 from softprompt.engine.layout import Prompts
 from softprompt.engine.packed_encoder import without_padding
-from softprompt.engine.virtual import VirtualVocabulary
+from softprompt.engine.virtual import vocabulary_of
 from softprompt.errors import AdapterError, ConfigError
 from softprompt.prompts.configs import PeftConfig, PromptTuningConfig, TaskType
 
@@ -79,7 +79,7 @@ class PeftModel(nn.Module):
         self.add_adapter(adapter_name, peft_config)
         # Only now that nothing can be refused any more is the base touched.
         freeze(model)
-        self._vocabulary = VirtualVocabulary(input_embedding(model), side_embeddings(model))
+        self._vocabulary = vocabulary_of(model)
         self.set_adapter(adapter_name)
 
     def add_adapter(

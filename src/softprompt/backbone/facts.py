@@ -115,6 +115,18 @@ def side_embeddings(model: PreTrainedModel) -> list[nn.Embedding]:
     ]
 
 
+def recomputes_layers(model: nn.Module) -> bool:
+    """Tell whether backward will run layers of the model again (gradient checkpointing, in training)."""
+    return model.training and any(
+        getattr(module, "gradient_checkpointing", False) for module in model.modules()
+    )
+
+
+def skips_layers(model: nn.Module) -> bool:
+    """Tell whether a pass may leave out layers of the model (LayerDrop, in training)."""
+    return model.training and any(getattr(module, "layerdrop", 0.0) for module in model.modules())
+
+
 def output_limit(model: PreTrainedModel) -> int | None:
     """Return the most positions the decoder of a seq2seq model has; None when relative."""
     return _context_length(model.config.get_text_config(), False)

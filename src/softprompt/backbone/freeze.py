@@ -22,15 +22,3 @@ def weights_hash(model: nn.Module) -> str:
         digest.update(f"{name}{tuple(data.shape)}{data.dtype}".encode())
         digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def recomputes_layers(model: nn.Module) -> bool:
-    """Tell whether backward will run layers of the model again (gradient checkpointing, in training)."""
-    return model.training and any(
-        getattr(module, "gradient_checkpointing", False) for module in model.modules()
-    )
-
-
-def skips_layers(model: nn.Module) -> bool:
-    """Tell whether a pass may leave out layers of the model (LayerDrop, in training)."""
-    return model.training and any(getattr(module, "layerdrop", 0.0) for module in model.modules())

@@ -15,14 +15,13 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from softprompt.backbone.facts import facts_of, input_embedding, side_embeddings
-from softprompt.backbone.freeze import recomputes_layers
+from softprompt.backbone.facts import facts_of, recomputes_layers
 from softprompt.engine.attention import ForestUnsupportedError
 from softprompt.engine.context import check_rows, check_table, depends_on_neighbours
 from softprompt.engine.layout import Prompts
 from softprompt.engine.plain import PlainEngine, pad_rows, picked
 from softprompt.engine.rows import EngineRow, TargetLogProbs
-from softprompt.engine.virtual import VirtualVocabulary
+from softprompt.engine.virtual import virtual_rows
 
 
 class ExpandEngine:
@@ -62,12 +61,8 @@ class ExpandEngine:
             # Checkpointing drops the cache; an empty source is predicted from the prompt's own pass.
             return self._plain.target_log_probs(rows, prompts)
         chosen = Prompts.of([prompts[p] for p in used], range(len(used)))
-        vocabulary = VirtualVocabulary(input_embedding(self._model), side_embeddings(self._model))
-        try:
-            with vocabulary.lend(chosen.table):
-                cache, mask = self._prompt_pass(chosen)
-        finally:
-            vocabulary.remove()
+        with virtual_rows(self._model, chosen.table):
+            cache, mask = self._prompt_pass(chosen)
         return self._text_pass(rows, used, cache, mask)
 
     def _prompt_pass(self, prompts: Prompts) -> tuple[Cache, Tensor]:

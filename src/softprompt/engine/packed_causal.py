@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import facts_of, input_embedding, side_embeddings
-from softprompt.backbone.freeze import recomputes_layers
+from softprompt.backbone.facts import facts_of, recomputes_layers
 from softprompt.engine.attention import (
     ForestUnsupportedError,
     also_in_backward,
@@ -21,7 +20,7 @@ from softprompt.engine.context import check_rows, check_table, depends_on_neighb
 from softprompt.engine.forest import Forest
 from softprompt.engine.plain import PlainEngine
 from softprompt.engine.rows import EngineRow, TargetLogProbs
-from softprompt.engine.virtual import VirtualVocabulary
+from softprompt.engine.virtual import virtual_rows
 from softprompt.engine.visibility import visibility_of
 
 
@@ -71,21 +70,16 @@ class ForestEngine:
         device = self._model.device
         wanted, place = torch.unique(forest.predictors, return_inverse=True)
         plan = visibility_of(forest).to(device)
-        vocabulary = VirtualVocabulary(input_embedding(self._model), side_embeddings(self._model))
-        try:
-            with vocabulary.lend(table), forest_attention(self._model, plan):
-                logits = self._model(
-                    input_ids=forest.ids(self._facts.vocabulary, offsets).unsqueeze(0).to(device),
-                    position_ids=forest.positions().unsqueeze(0).to(device),
-                    attention_mask=torch.ones(1, len(forest), dtype=torch.long, device=device),
-                    logits_to_keep=wanted.to(device),
-                    use_cache=False,
-                ).logits[0]
-        finally:
-            vocabulary.remove()
-        log_probs = F.log_softmax(
-            logits.float(), dim=-1
-        )  # one softmax a predictor, shared by its answers
+        with virtual_rows(self._model, table), forest_attention(self._model, plan):
+            logits = self._model(
+                input_ids=forest.ids(self._facts.vocabulary, offsets).unsqueeze(0).to(device),
+                position_ids=forest.positions().unsqueeze(0).to(device),
+                attention_mask=torch.ones(1, len(forest), dtype=torch.long, device=device),
+                logits_to_keep=wanted.to(device),
+                use_cache=False,
+            ).logits[0]
+        # One softmax a predictor, shared by its answers.
+        log_probs = F.log_softmax(logits.float(), dim=-1)
         values = log_probs[place.to(device), forest.labels.to(device)]
         if again and table is not None:
             also_in_backward(self._model, values, table)

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import facts_of
-from softprompt.backbone.freeze import recomputes_layers, skips_layers
+from softprompt.backbone.facts import facts_of, recomputes_layers, skips_layers
 from softprompt.engine.attention import LayerMask, forest_attention
 from softprompt.engine.packed_layers import Packing, layers_of, packed_layers, relative_bias
 from softprompt.engine.selfcheck import probing
@@ -39,10 +38,9 @@ def without_padding(
     """
     mask = inputs.get("attention_mask")
     asked = any(_wants(model, inputs, n) for n in ("output_attentions", "output_hidden_states"))
-    unlike = recomputes_layers(model) or skips_layers(model)
-    if mask is None or mask.dim() != 2 or asked or unlike or model.can_generate():
+    if mask is None or mask.dim() != 2 or bool(mask.all()) or asked or model.can_generate():
         return nullcontext()
-    if bool(mask.all()) or why_not_packed(model):
+    if recomputes_layers(model) or skips_layers(model) or why_not_packed(model):
         return nullcontext()
     return _packed(model, mask)
 

@@ -15,15 +15,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import facts_of, input_embedding, output_limit, side_embeddings
-from softprompt.backbone.freeze import recomputes_layers, skips_layers
+from softprompt.backbone.facts import facts_of, output_limit, recomputes_layers, skips_layers
 from softprompt.engine.attention import ForestUnsupportedError, LayerMask, forest_attention
 from softprompt.engine.context import check_rows, check_table
 from softprompt.engine.encoder_plan import EncoderPlan, encoder_plan
 from softprompt.engine.packed_layers import Packing, layers_of, packed_layers, relative_bias
 from softprompt.engine.plain import PlainEngine, pad_rows
 from softprompt.engine.rows import EngineRow, TargetLogProbs
-from softprompt.engine.virtual import VirtualVocabulary
+from softprompt.engine.virtual import virtual_rows
 from softprompt.engine.visibility import across, chains
 
 
@@ -89,17 +88,13 @@ class PackedSeq2SeqEngine:
         bias = relative_bias(self._encoder, int(ids.shape[1]))
         packing = Packing.of(mask.to(device))
         layers = layers_of(self._encoder)
-        vocabulary = VirtualVocabulary(input_embedding(self._model), side_embeddings(self._model))
-        try:
-            with (
-                vocabulary.lend(table),
-                packed_layers(layers, packing, LayerMask.of(see.to(device), bias), unpack=False),
-            ):
-                states: Tensor = self._encoder(
-                    input_ids=ids.to(device), attention_mask=mask.to(device)
-                ).last_hidden_state
-        finally:
-            vocabulary.remove()
+        with (
+            virtual_rows(self._model, table),
+            packed_layers(layers, packing, LayerMask.of(see.to(device), bias), unpack=False),
+        ):
+            states: Tensor = self._encoder(
+                input_ids=ids.to(device), attention_mask=mask.to(device)
+            ).last_hidden_state
         return states
 
     def _decode(

@@ -21,15 +21,13 @@ from transformers import PreTrainedModel
 from softprompt.backbone.facts import (
     Facts,
     facts_of,
-    input_embedding,
     output_limit,
-    side_embeddings,
 )
 from softprompt.engine.context import check_rows, check_table, depends_on_neighbours
 from softprompt.engine.layout import Layout, Prompts
 from softprompt.engine.rows import EngineRow, TargetLogProbs, joined
 from softprompt.engine.selfcheck import difference
-from softprompt.engine.virtual import VirtualVocabulary
+from softprompt.engine.virtual import virtual_rows
 
 _IGNORED = -100
 
@@ -67,13 +65,9 @@ class PlainEngine:
         ):
             return joined([self.target_log_probs([row], prompts) for row in rows])
         chosen = Prompts.of(prompts, [row.prompt for row in rows])
-        vocabulary = VirtualVocabulary(input_embedding(self._model), side_embeddings(self._model))
         run = self._encoder_decoder if self._facts.is_encoder_decoder else self._causal
-        try:
-            with vocabulary.lend(chosen.table if chosen.table.numel() else None):
-                return run(rows, chosen)
-        finally:
-            vocabulary.remove()
+        with virtual_rows(self._model, chosen.table if chosen.table.numel() else None):
+            return run(rows, chosen)
 
     def why_alone(self) -> str:
         """Return why rows are run one at a time, empty when they are batched; remembered per model."""

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from softprompt.backbone.facts import input_embedding, side_embeddings
 
 
 class VirtualVocabulary:
@@ -78,3 +81,19 @@ class VirtualVocabulary:
         index, self._virtual = self._virtual, None
         picked = self.rows.to(output.device, output.dtype)[index.clamp(min=0)]
         return torch.where((index >= 0).unsqueeze(-1), picked, output)
+
+
+def vocabulary_of(model: PreTrainedModel) -> VirtualVocabulary:
+    """Hook every table of a model that its input ids are looked up in."""
+    return VirtualVocabulary(input_embedding(model), side_embeddings(model))
+
+
+@contextmanager
+def virtual_rows(model: PreTrainedModel, rows: Tensor | None) -> Iterator[None]:
+    """Let ids from V on mean ``rows`` ``[N, H]`` in the model inside the context, and leave no hook."""
+    vocabulary = vocabulary_of(model)
+    try:
+        with vocabulary.lend(rows):
+            yield
+    finally:
+        vocabulary.remove()
