@@ -248,7 +248,7 @@ def test_a_resumed_run_knows_the_best_quality(tmp_path):
     run.go()
     state = load_state(tmp_path, run.prompt, run.optimizer, {})
     assert state.best_quality == run.state.best_quality == [0.8]
-    state.offer([0.8], {}, run.prompt)
+    state.offer([0.8], run.prompt)
     assert (state.best_epoch, state.stale_epochs) == (2, 1)
 
 

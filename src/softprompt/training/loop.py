@@ -125,7 +125,7 @@ def _finish_epoch(job: Job, state: RunState, events: Events) -> None:
     if job.validation is not None:
         metrics = job.validation.metrics(job.prompt.detach())
         point["validation"] = metrics
-        state.offer(job.validation.quality(metrics), metrics, job.prompt)
+        state.offer(job.validation.quality(metrics), job.prompt)
     state.add_epoch(point)
     events.epoch(point)
 

@@ -28,7 +28,6 @@ class RunState:
     stale_epochs: int = 0
     best_epoch: int = 0
     best_quality: list[float] | None = None
-    best_metrics: dict[str, float] = field(default_factory=dict)
     best_prompt: Tensor | None = None  # [P, H]
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -52,12 +51,12 @@ class RunState:
         self.epoch_loss = 0.0
         self.epoch_targets = 0
 
-    def offer(self, quality: list[float], metrics: dict[str, float], prompt: Tensor) -> None:
+    def offer(self, quality: list[float], prompt: Tensor) -> None:
         """Keep a prompt if it is better than the best so far; among equals the earlier stays."""
         if self.best_quality is not None and quality <= self.best_quality:
             self.stale_epochs += 1
             return
-        self.best_quality, self.best_metrics = quality, metrics
+        self.best_quality = quality
         self.best_epoch, self.stale_epochs = self.epoch + 1, 0
         self.best_prompt = prompt.detach().clone()
 
