@@ -74,8 +74,8 @@ def test_saved_loaded_and_refused_by_peft(tmp_path):
     assert not again.active_peft_config.prompt_sees_input
     ids = torch.tensor([ROWS[0]])
     assert torch.equal(again(input_ids=ids).logits, ours(input_ids=ids).logits)
-    assert "does not attend to the input" in (tmp_path / "README.md").read_text(encoding="utf-8")
-    with pytest.raises(KeyError, match="ISOLATED_PROMPT_TUNING"):
+    assert "`prompt_sees_input=False`" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(KeyError, match="EXTENDED_PROMPT_TUNING"):
         peft.PeftModel.from_pretrained(classifier("bert"), tmp_path)
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from softprompt.artifacts.layout import OUR_KEYS
 from softprompt.artifacts.manifest import Manifest
 from softprompt.prompts.configs import PeftType
 
@@ -109,10 +110,10 @@ def _example_argument(template: str) -> str:
 def _with_peft(config: Mapping[str, Any], base: str, manifest: Manifest | None) -> str:
     kind = _task_type(config)
     auto = _AUTO_CLASSES.get(kind, "AutoModel")
-    if config.get("peft_type") == PeftType.ISOLATED_PROMPT_TUNING:
+    if config.get("peft_type") == PeftType.EXTENDED_PROMPT_TUNING:
         return (
-            "## With PEFT\n\nNot possible: this prompt does not attend to the input "
-            "(`prompt_sees_input=False`), and PEFT would run another model. It refuses the `peft_type`."
+            "## With PEFT\n\nNot possible: this prompt has options that PEFT does not have "
+            f"({_options(config)}), and PEFT would run another model. It refuses the `peft_type`."
         )
     lines = ["from peft import PeftModel"]
     if base == _BUNDLED:
@@ -137,6 +138,10 @@ def _with_peft(config: Mapping[str, Any], base: str, manifest: Manifest | None) 
     else:
         lines += ["print(model(**inputs))"]
     return _code("Use it with PEFT", *lines)
+
+
+def _options(config: Mapping[str, Any]) -> str:
+    return ", ".join(f"`{name}={config[name]}`" for name in sorted(OUR_KEYS & config.keys()))
 
 
 def _format(manifest: Manifest) -> str:

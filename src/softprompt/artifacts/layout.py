@@ -42,6 +42,8 @@ PEFT_KEYS = frozenset(
         "tokenizer_name_or_path",
     }
 )
+OUR_KEYS = frozenset({"prompt_sees_input", "output_model_types", "placement"})
+"""Options that PEFT does not have; a config that holds one has a ``peft_type`` that PEFT refuses."""
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -71,8 +73,11 @@ def config_json(config: Mapping[str, Any]) -> str:
     Raises:
         ArtifactError: a key PEFT does not know, or a value JSON cannot hold.
     """
+    allowed = PEFT_KEYS
+    if config.get("peft_type") == PeftType.EXTENDED_PROMPT_TUNING:
+        allowed |= OUR_KEYS
     for key in config:
-        if key not in PEFT_KEYS:
+        if key not in allowed:
             raise ArtifactError(
                 f"{CONFIG_NAME} holds PEFT's keys only, came {key!r}{nearest(key, PEFT_KEYS)}: "
                 "put settings of our own into softprompt.json"

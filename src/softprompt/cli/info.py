@@ -86,12 +86,11 @@ def _base(
 def _engine(stored: StoredAdapter, base: LoadedBase) -> EngineChoice | None:
     """Return what runs the prompt; None for classifiers, which no engine runs."""
     from softprompt.engine.choose import choose_engine
-    from softprompt.prompts.configs import PeftType
 
     if not _writes_text(stored):
         return None
-    isolated = stored.config["peft_type"] == PeftType.ISOLATED_PROMPT_TUNING
-    return choose_engine(base.model, prompt_sees_input=not isolated)
+    sees_input = bool(stored.config.get("prompt_sees_input", True))
+    return choose_engine(base.model, prompt_sees_input=sees_input)
 
 
 def _writes_text(stored: StoredAdapter) -> bool:

@@ -18,11 +18,15 @@ class EngineRow:
         source: Token ids of the input; for seq2seq what the encoder reads.
         target: Token ids of the answer, EOS included; never empty.
         prompt: Index into the prompts of the call, -1 for none.
+        at: Source tokens before the prompt; 0 puts it in front, ``len(source)`` behind the input.
+        decoder_prompt: Index of the prompt before the answer of a seq2seq model, -1 for none.
     """
 
     source: tuple[int, ...]
     target: tuple[int, ...]
     prompt: int = 0
+    at: int = 0
+    decoder_prompt: int = -1
 
 
 @dataclass(frozen=True, slots=True)

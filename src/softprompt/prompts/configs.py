@@ -9,53 +9,38 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from huggingface_hub import hf_hub_download
 
 from softprompt.errors import ArtifactError, ConfigError, nearest
+from softprompt.prompts.kinds import (
+    Parameterization,
+    PeftType,
+    Placement,
+    PromptTuningInit,
+    TaskType,
+)
+
+__all__ = [
+    "CONFIG_NAME",
+    "Parameterization",
+    "PeftConfig",
+    "PeftType",
+    "Placement",
+    "PromptLearningConfig",
+    "PromptTuningConfig",
+    "PromptTuningInit",
+    "TaskType",
+    "configures",
+]
 
 CONFIG_NAME = "adapter_config.json"
 """File name of a saved configuration, PEFT's."""
-
-
-class TaskType(StrEnum):
-    """What the base model is for; PEFT's names."""
-
-    SEQ_CLS = "SEQ_CLS"
-    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
-    CAUSAL_LM = "CAUSAL_LM"
-    TOKEN_CLS = "TOKEN_CLS"
-    QUESTION_ANS = "QUESTION_ANS"
-    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
-
-
-class PeftType(StrEnum):
-    """The methods of prompt learning this library trains; PEFT's names."""
-
-    PROMPT_TUNING = "PROMPT_TUNING"
-    ISOLATED_PROMPT_TUNING = "ISOLATED_PROMPT_TUNING"
-    """Ours: an encoder's prompt that does not see the input. PEFT refuses the name, as it must:
-    it would run another model."""
-
-
-class PromptTuningInit(StrEnum):
-    """Where the first values of a soft prompt come from.
-
-    ``RANDOM``, ``TEXT`` and ``SAMPLE_VOCAB`` mean what they mean in PEFT. ``RANDOM`` is
-    N(0, 1), 50 to 100 times outside the embedding scale of a Llama; ``RANDOM_SCALED`` is
-    the same draw times the rms of the base's embeddings. ``LABELS`` starts each row at a
-    class label (the mean of its sub-tokens, Lester et al. 2021), the rest from the vocabulary.
-    """
-
-    TEXT = "TEXT"
-    SAMPLE_VOCAB = "SAMPLE_VOCAB"
-    RANDOM = "RANDOM"
-    RANDOM_SCALED = "RANDOM_SCALED"
-    LABELS = "LABELS"
 
 
 @dataclass
@@ -234,6 +219,19 @@ class PromptTuningConfig(PromptLearningConfig):
         default=True,
         metadata={"help": "Whether an encoder's prompt attends to the input, as in PEFT."},
     )
+    output_model_types: list[str] | None = field(
+        default=None,
+        metadata={"help": "Parts of a seq2seq model that get a prompt: ENCODER, DECODER."},
+    )
+    placement: Placement | str = field(
+        default=Placement.PREFIX, metadata={"help": "Where the prompt stands in the input."}
+    )
+    parameterization: Parameterization | str = field(
+        default=Parameterization.DIRECT, metadata={"help": "What is trained for the rows."}
+    )
+    parameterization_rank: int | None = field(
+        default=None, metadata={"help": "Rank r of low_rank and ulpt."}
+    )
 
     def __post_init__(self) -> None:
         """Validate the initialisation.
@@ -242,10 +240,12 @@ class PromptTuningConfig(PromptLearningConfig):
             ConfigError: For an unknown initialisation, or settings it lacks or would ignore.
         """
         super().__post_init__()
-        if self.peft_type is PeftType.ISOLATED_PROMPT_TUNING:
-            self.prompt_sees_input = False
-        kinds = (PeftType.ISOLATED_PROMPT_TUNING, PeftType.PROMPT_TUNING)
-        self.peft_type = kinds[bool(self.prompt_sees_input)]
+        self.placement = _member(Placement, "placement", self.placement)
+        self.parameterization = _member(Parameterization, "parameterization", self.parameterization)
+        self._check_parameterization()
+        self._check_model_types()
+        extended = self.peft_options() != {}
+        self.peft_type = (PeftType.PROMPT_TUNING, PeftType.EXTENDED_PROMPT_TUNING)[extended]
         if self.prompt_tuning_init not in list(PromptTuningInit):
             raise ConfigError(
                 f"prompt_tuning_init must be one of {', '.join(PromptTuningInit)}, got "
@@ -266,21 +266,104 @@ class PromptTuningConfig(PromptLearningConfig):
                 "tokenizer_kwargs may not hold trust_remote_code: a saved prompt must not be able to run code"
             )
 
+    def peft_options(self) -> dict[str, Any]:
+        """Return the options set here that PEFT does not have; where there is one, it cannot load the prompt."""
+        options: dict[str, Any] = {}
+        if not self.prompt_sees_input:
+            options["prompt_sees_input"] = False
+        if self.output_model_types not in (None, ["ENCODER"]) and not self._is_causal():
+            options["output_model_types"] = list(self.output_model_types or ())
+        if self.placement is not Placement.PREFIX:
+            options["placement"] = str(self.placement)
+        return options
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields under PEFT's keys; ``peft_type`` says whether the prompt sees the input."""
+        """Return the fields under PEFT's keys; ours are there only where they say something.
+
+        What was trained in the place of the rows is no part of the artifact: it is baked.
+        """
         values = PromptLearningConfig.to_dict(self)
-        del values["prompt_sees_input"]
-        return values
+        for name in _OURS:
+            del values[name]
+        return values | self.peft_options()
+
+    def _is_causal(self) -> bool:
+        return self.task_type not in (None, TaskType.SEQ_2_SEQ_LM)
+
+    def _check_parameterization(self) -> None:
+        ranked = self.parameterization in (Parameterization.LOW_RANK, Parameterization.ULPT)
+        rank = self.parameterization_rank
+        if ranked and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+            raise ConfigError(
+                f"parameterization {self.parameterization} needs a parameterization_rank of 1 or more, got "
+                f"{rank!r}"
+            )
+        if rank is not None and not ranked:
+            raise ConfigError(
+                f"parameterization_rank would be ignored with parameterization {self.parameterization}; "
+                "leave it out, or use low_rank or ulpt"
+            )
+
+    def _check_model_types(self) -> None:
+        if self.output_model_types is None:
+            return
+        given = [str(each) for each in self.output_model_types]
+        allowed = [["ENCODER"], ["DECODER"], ["ENCODER", "DECODER"]]
+        if sorted(given, reverse=True) not in allowed:
+            raise ConfigError(
+                f"output_model_types must be one of {', '.join(map(str, allowed))}, got {given}"
+            )
+        self.output_model_types = sorted(given, reverse=True)
+
+
+_OURS = (
+    "prompt_sees_input",
+    "output_model_types",
+    "placement",
+    "parameterization",
+    "parameterization_rank",
+)
+"""Fields that PEFT's configuration does not have."""
+
+_Member = TypeVar("_Member", bound=StrEnum)
+_Config = TypeVar("_Config", bound=PeftConfig)
+
+
+def _member(kind: type[_Member], name: str, value: str) -> _Member:
+    """Return the member of an enumeration that a value names.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if value not in list(kind):
+        raise ConfigError(
+            f"{name} must be one of {', '.join(kind)}, got {value!r}{nearest(str(value), kind)}"
+        )
+    return kind(value)
+
+
+_classes: dict[str, type[PeftConfig]] = dict.fromkeys(
+    (PeftType.PROMPT_TUNING, PeftType.EXTENDED_PROMPT_TUNING), PromptTuningConfig
+)
+
+
+def configures(peft_type: PeftType) -> Callable[[type[_Config]], type[_Config]]:
+    """Return a decorator that makes a class the configuration of a method."""
+
+    def register(owner: type[_Config]) -> type[_Config]:
+        _classes[peft_type] = owner
+        return owner
+
+    return register
 
 
 def _config_class(peft_type: str | None, default: type[PeftConfig]) -> type[PeftConfig]:
     """Return the class for a saved ``peft_type``; the asking class when none is named."""
     if peft_type is None:
         return default
-    classes: dict[str, type[PeftConfig]] = dict.fromkeys(PeftType, PromptTuningConfig)
-    if peft_type not in classes:
+    if peft_type not in _classes:
         raise ConfigError(
-            f"peft_type must be one of {', '.join(classes)}, got {peft_type!r}; "
+            f"peft_type must be one of {', '.join(_classes)}, got {peft_type!r}; "
             "this version trains and loads no other method"
         )
-    return classes[peft_type]
+    return _classes[peft_type]

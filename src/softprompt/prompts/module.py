@@ -1,0 +1,47 @@
+"""The one interface of everything that is trained in the place of a prompt.
+
+A prompt is a value: ``materialize`` makes it from whatever parameters are trained, never looking
+at the input, so training, serving, composing and saving share one code path.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+
+class PromptModule(nn.Module, ABC):
+    """The parameters behind one named prompt; its attributes are called as in PEFT's modules.
+
+    Attributes:
+        kind: ``rows`` for a prompt that stands in the input, ``[S * P, H]``; ``kv`` for one that is
+            keys and values of every layer, ``[L, 2, A_kv, P, D]``.
+        num_tasks: Tasks (K) that have a value of their own; task ids go from 0 to K - 1.
+    """
+
+    kind: ClassVar[Literal["rows", "kv"]] = "rows"
+    num_tasks: int = 1
+
+    @abstractmethod
+    def materialize(self, task: int = 0) -> Tensor:
+        """Return the prompt's value for a task in float32, with gradients.
+
+        Raises:
+            ConfigError: If there is no such task.
+        """
+
+    @abstractmethod
+    def stored(self) -> dict[str, Tensor]:
+        """Return copies of what a file holds, baked, on the CPU, under PEFT's names (``prompt_embeddings`` ...)."""
+
+    @abstractmethod
+    def load_stored(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what ``stored`` returned, or PEFT's file holds.
+
+        Raises:
+            ArtifactError: If a tensor is missing, left over or of another shape, or parameters cannot be
+                recovered from the baked value.
+        """
