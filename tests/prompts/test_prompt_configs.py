@@ -129,7 +129,7 @@ def test_bad_values_are_refused_in_one_line(options, message):
 def test_other_methods_are_refused():
     with pytest.raises(
         ConfigError,
-        match="peft_type must be one of PROMPT_TUNING, .*, got 'LORA'",
+        match=r"peft_type must be one of PROMPT_TUNING, .*, got 'LORA'",
     ):
         PeftConfig(peft_type="LORA")
     with pytest.raises(ConfigError, match="got 'LORA'"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import final
+
 import torch
 from torch import Tensor, nn
 
@@ -9,9 +12,11 @@ from softprompt.backbone.texts import label_token_ids, text_token_ids
 from softprompt.errors import ConfigError
 from softprompt.prompts import initialisers
 from softprompt.prompts.configs import PromptTuningConfig, PromptTuningInit
+from softprompt.prompts.module import PROMPT_KEY, PromptModule, check_task, take_over
 
 
-class PromptEmbedding(nn.Module):
+@final
+class PromptEmbedding(PromptModule):
     """P trainable rows of a frozen model's embedding space (Lester et al. 2021).
 
     The rows are ``embedding.weight``, float32 ``[P·S, H]`` whatever the base's dtype: a
@@ -83,9 +88,18 @@ class PromptEmbedding(nn.Module):
         rms = initialisers.rms(embed, vocabulary)
         return initialisers.normal(length, width, std=rms, generator=generator)
 
-    def materialize(self) -> Tensor:
-        """Return the prompt's rows, ``[P·S, H]`` float32, with gradients."""
+    def materialize(self, task: int = 0) -> Tensor:
+        """Return the prompt's rows ``[S·P, H]``; see ``PromptModule``."""
+        check_task(task, self.num_tasks)
         return self.embedding.weight
+
+    def stored(self) -> dict[str, Tensor]:
+        """Return what a file holds; see ``PromptModule``."""
+        return {PROMPT_KEY: self.embedding.weight.detach().cpu().clone()}
+
+    def load_stored(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over stored rows; see ``PromptModule``."""
+        take_over({PROMPT_KEY: self.embedding.weight}, tensors)
 
     def forward(self, indices: Tensor) -> Tensor:
         """Return rows ``[..., H]`` for indices, as PEFT's module does."""

@@ -10,7 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
+
+from softprompt.errors import ArtifactError, ConfigError
+
+PROMPT_KEY = "prompt_embeddings"
+"""Name of the baked value in PEFT's weights file."""
 
 
 class PromptModule(nn.Module, ABC):
@@ -45,3 +51,42 @@ class PromptModule(nn.Module, ABC):
             ArtifactError: If a tensor is missing, left over or of another shape, or parameters cannot be
                 recovered from the baked value.
         """
+
+
+def check_task(task: int, count: int) -> None:
+    """Refuse a task id that a prompt does not have.
+
+    Raises:
+        ConfigError: If it is none of 0 to ``count`` - 1.
+    """
+    if not 0 <= task < count:
+        raise ConfigError(
+            f"task_ids go from 0 to {count - 1} with num_tasks={count}, got {task}; use one of those"
+        )
+
+
+@torch.no_grad()
+def take_over(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copy stored tensors into parameters of the same names, all of them or none.
+
+    Raises:
+        ArtifactError: If one is missing, left over, or of another shape.
+    """
+    for name, target in targets.items():
+        if name not in tensors:
+            raise ArtifactError(
+                f"the saved prompt lacks {name}, expected {list(target.shape)}; save it again"
+            )
+        if tensors[name].shape != target.shape:
+            raise ArtifactError(
+                f"{name} is {list(tensors[name].shape)}, but this model needs {list(target.shape)}; "
+                "was the prompt made for another base?"
+            )
+    left = sorted(tensors.keys() - targets.keys())
+    if left:
+        raise ArtifactError(
+            f"the saved prompt holds {', '.join(left)}, which this kind of prompt has no place for; "
+            "is adapter_config.json the one that belongs to it?"
+        )
+    for name, target in targets.items():
+        target.copy_(tensors[name])
