@@ -127,6 +127,24 @@ def skips_layers(model: nn.Module) -> bool:
     return model.training and any(getattr(module, "layerdrop", 0.0) for module in model.modules())
 
 
+def start_id(model: PreTrainedModel) -> int | None:
+    """Return the token that starts every text (BOS); None where any first token does, as CLS in encoders.
+
+    Raises:
+        BackboneError: If the model's texts start with no such token (T5).
+    """
+    config = model.config.get_text_config()
+    start = getattr(config, "bos_token_id", None)
+    if isinstance(start, int):
+        return start
+    if is_encoder_decoder(model) or model.can_generate():
+        raise BackboneError(
+            f"{type(model).__name__} has no token that starts every text, so no prompt can stand behind it; "
+            "use placement prefix"
+        )
+    return None
+
+
 def output_limit(model: PreTrainedModel) -> int | None:
     """Return the most positions the decoder of a seq2seq model has; None when relative."""
     return _context_length(model.config.get_text_config(), False)

@@ -193,6 +193,12 @@ class Layout:
         rows = table.to(inputs_embeds.device, inputs_embeds.dtype)[self.slot.clamp(min=0)]
         return torch.where((self.slot >= 0).unsqueeze(-1), rows, text)
 
+    def moved(self, columns: Tensor) -> Tensor:
+        """Return the columns ``[B]`` at which text columns ``[B]`` stand."""
+        places = (self.text == columns.to(self.text.device).unsqueeze(1)).long().argmax(1)
+        known = columns <= self.text.max().to(columns.device)
+        return torch.where(known, places.to(columns.device), columns + self.prompt_width)
+
     def spread(self, values: Tensor, fill: int) -> Tensor:
         """Return per-token values ``[B, T]`` at their columns ``[B, W]``, ``fill`` elsewhere."""
         return torch.where(self.text >= 0, values.gather(1, self.text.clamp(min=0)), fill)
