@@ -44,7 +44,10 @@ def prompt_offsets(
         ConfigError: If offsets are of the wrong shape, or a placement needs to be told.
     """
     if given is not None:
-        return one_a_row("prompt_at", given, len(rows))
+        offsets = one_a_row("prompt_at", given, len(rows))
+        if min(offsets) < 0:
+            raise ConfigError(f"prompt_at counts tokens from 0 on, got {min(offsets)}")
+        return offsets
     placements = [
         Placement.PREFIX if row.name == BASE else placement_of(configs[row.name]) for row in rows
     ]
@@ -57,7 +60,8 @@ def prompt_offsets(
         )
     mask = _mask(inputs)
     lengths = mask.sum(1).tolist()
-    begins = _begins(model, inputs, mask)
+    after_bos = Placement.AFTER_BOS in placements
+    begins = _begins(model, inputs, mask) if after_bos else [0] * len(rows)
     return [
         {Placement.PREFIX: 0, Placement.AFTER_BOS: begin, Placement.SUFFIX: length}[placement]
         for placement, begin, length in zip(placements, begins, lengths, strict=True)

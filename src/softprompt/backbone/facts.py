@@ -128,21 +128,20 @@ def skips_layers(model: nn.Module) -> bool:
 
 
 def start_id(model: PreTrainedModel) -> int | None:
-    """Return the token that starts every text (BOS); None where any first token does, as CLS in encoders.
+    """Return the token that starts every text (BOS); None for encoders, where any first token does (CLS).
 
     Raises:
         BackboneError: If the model's texts start with no such token (T5).
     """
-    config = model.config.get_text_config()
-    start = getattr(config, "bos_token_id", None)
-    if isinstance(start, int):
-        return start
-    if is_encoder_decoder(model) or model.can_generate():
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        return None
+    start = getattr(model.config.get_text_config(), "bos_token_id", None)
+    if not isinstance(start, int):
         raise BackboneError(
             f"{type(model).__name__} has no token that starts every text, so no prompt can stand behind it; "
             "use placement prefix"
         )
-    return None
+    return start
 
 
 def output_limit(model: PreTrainedModel) -> int | None:
