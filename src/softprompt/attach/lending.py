@@ -12,6 +12,8 @@ from softprompt.attach import heads
 from softprompt.attach.heads import BASE
 from softprompt.backbone.facts import input_embedding
 from softprompt.engine.layout import Prompts
+from softprompt.engine.lock import locked
+from softprompt.engine.recomputed import recomputed_alike
 from softprompt.engine.virtual import VirtualVocabulary
 from softprompt.errors import AdapterError, ConfigError
 
@@ -41,6 +43,8 @@ def lent(
 ) -> Iterator[Prompts | None]:
     """Lend the rows' prompts to the embedding and switch the heads; None when no row has one.
 
+    The context holds the model's lock: threads take turns.
+
     Args:
         model: The base, whose heads are switched.
         vocabulary: The hook on its embedding.
@@ -63,12 +67,13 @@ def lent(
         [-1 if name == BASE else distinct.index(name) for name in rows],
         sees_input,
     )
-    switches = [switch for _, switch in heads.switches_of(model)]
-    for switch in switches:
-        switch.active = rows[0] if len(set(rows)) == 1 else tuple(rows)
-    try:
-        with vocabulary.lend(prompts.table if distinct else None):
-            yield prompts if distinct else None
-    finally:
+    with locked(model), recomputed_alike(model):
+        switches = [switch for _, switch in heads.switches_of(model)]
         for switch in switches:
-            switch.active = None
+            switch.active = rows[0] if len(set(rows)) == 1 else tuple(rows)
+        try:
+            with vocabulary.lend(prompts.table if distinct else None):
+                yield prompts if distinct else None
+        finally:
+            for switch in switches:
+                switch.active = None

@@ -10,12 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import facts_of, recomputes_layers
-from softprompt.engine.attention import (
-    ForestUnsupportedError,
-    also_in_backward,
-    forest_attention,
-)
+from softprompt.backbone.facts import facts_of
+from softprompt.engine.attention import ForestUnsupportedError, forest_attention
 from softprompt.engine.context import check_rows, check_table, depends_on_neighbours
 from softprompt.engine.forest import Forest
 from softprompt.engine.plain import PlainEngine
@@ -57,10 +53,7 @@ class ForestEngine:
         """
         check_table(self._model, self._facts)
         check_rows(rows, prompts, self._facts, None)
-        again = recomputes_layers(self._model) and torch.is_grad_enabled()
-        trained = any(prompts[row.prompt].requires_grad for row in rows if row.prompt >= 0)
-        if depends_on_neighbours(rows, prompts, self._facts) or (again and not trained):
-            # No gradient of a prompt would say when backward, which runs layers again, is over.
+        if depends_on_neighbours(rows, prompts, self._facts):
             return self._plain.target_log_probs(rows, prompts)
         forest = Forest.of(rows, [int(prompt.shape[0]) for prompt in prompts])
         used = [root.prompt for root in forest.roots if root.prompt >= 0]
@@ -81,8 +74,6 @@ class ForestEngine:
         # One softmax a predictor, shared by its answers.
         log_probs = F.log_softmax(logits.float(), dim=-1)
         values = log_probs[place.to(device), forest.labels.to(device)]
-        if again and table is not None:
-            also_in_backward(self._model, values, table)
         return TargetLogProbs(values, forest.row_index.to(device))
 
 
