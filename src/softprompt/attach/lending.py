@@ -16,6 +16,8 @@ from softprompt.attach.choosing import RowPrompt
 from softprompt.attach.heads import BASE
 from softprompt.backbone.facts import input_embedding
 from softprompt.engine.layout import Prompts
+from softprompt.engine.lock import locked
+from softprompt.engine.recomputed import recomputed_alike
 from softprompt.engine.virtual import VirtualVocabulary
 from softprompt.errors import ConfigError
 
@@ -99,6 +101,8 @@ def lent(
 ) -> Iterator[LentPrompts]:
     """Lend prompts to the embedding and switch the heads to each row's own.
 
+    The context holds the model's lock: threads take turns.
+
     Raises:
         ConfigError: If the embedding table was resized since the prompts were attached.
     """
@@ -109,12 +113,13 @@ def lent(
             f"{size:,}; resize it first, then attach"
         )
     names = [row.name for row in rows]
-    switches = [switch for _, switch in heads.switches_of(model)]
-    for switch in switches:
-        switch.active = names[0] if len(set(names)) == 1 else tuple(names)
-    try:
-        with vocabulary.lend(prompts.table):
-            yield prompts
-    finally:
+    with locked(model), recomputed_alike(model):
+        switches = [switch for _, switch in heads.switches_of(model)]
         for switch in switches:
-            switch.active = None
+            switch.active = names[0] if len(set(names)) == 1 else tuple(names)
+        try:
+            with vocabulary.lend(prompts.table):
+                yield prompts
+        finally:
+            for switch in switches:
+                switch.active = None

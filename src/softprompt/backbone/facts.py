@@ -106,6 +106,17 @@ def input_embedding(model: PreTrainedModel) -> nn.Embedding:
     return cast(nn.Embedding, table)
 
 
+def decoder_embedding(model: PreTrainedModel) -> nn.Embedding | None:
+    """Return the module that embeds a seq2seq decoder's ids; None where it has other ids than the encoder."""
+    if not is_encoder_decoder(model):
+        return None
+    table = cast(Any, model).get_decoder().get_input_embeddings()
+    same = isinstance(table, nn.Embedding) and len(table.weight) == len(
+        input_embedding(model).weight
+    )
+    return cast(nn.Embedding, table) if same else None
+
+
 def side_embeddings(model: PreTrainedModel) -> list[nn.Embedding]:
     """Return further tables that are looked up with the input ids: Gemma's per-layer embeddings."""
     return [

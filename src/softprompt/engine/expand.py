@@ -65,7 +65,7 @@ class ExpandEngine(PredictingEngine):
         chosen = Prompts.of([prompts[p] for p in used], range(len(used)))
         with virtual_rows(self._model, chosen.table):
             cache, mask = self._prompt_pass(chosen)
-        return self._text_pass(rows, used, cache, mask, head)
+            return self._text_pass(rows, used, cache, mask, head)
 
     def _prompt_pass(self, prompts: Prompts) -> tuple[Cache, Tensor]:
         """Return the keys and values of the prompts, ``[K, A_kv, P, D]`` a layer, and their mask ``[K, P]``."""

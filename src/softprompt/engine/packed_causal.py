@@ -10,12 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import facts_of, recomputes_layers
-from softprompt.engine.attention import (
-    ForestUnsupportedError,
-    also_in_backward,
-    forest_attention,
-)
+from softprompt.backbone.facts import facts_of
+from softprompt.engine.attention import ForestUnsupportedError, forest_attention
 from softprompt.engine.context import check_rows, check_table, depends_on_neighbours
 from softprompt.engine.forest import Forest
 from softprompt.engine.plain import PlainEngine
@@ -60,10 +56,7 @@ class ForestEngine(PredictingEngine):
         """
         check_table(self._model, self._facts)
         check_rows(rows, prompts, self._facts, None)
-        again = recomputes_layers(self._model) and torch.is_grad_enabled()
-        trained = any(prompts[row.prompt].requires_grad for row in rows if row.prompt >= 0)
-        if depends_on_neighbours(rows, prompts, self._facts) or (again and not trained):
-            # No gradient of a prompt would say when backward, which runs layers again, is over.
+        if depends_on_neighbours(rows, prompts, self._facts):
             return self._plain.predict(rows, prompts, head)
         forest = Forest.of(rows, [int(prompt.shape[0]) for prompt in prompts])
         used = [root.prompt for root in forest.roots if root.prompt >= 0]
@@ -82,9 +75,6 @@ class ForestEngine(PredictingEngine):
                 use_cache=False,
             ).logits[0]
         states = head.states if head is not None else None  # [1, K, H]
-        if again and table is not None:
-            # Whatever is made of the results, gradients pass what they came from before any layer.
-            also_in_backward(self._model, logits if states is None else states, table)
         scored = (place.to(device), forest.labels.to(device), forest.row_index.to(device))
         return Predictions(logits, None if states is None else states[0], *scored)
 
