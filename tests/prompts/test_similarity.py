@@ -48,7 +48,7 @@ def test_a_prompt_is_most_like_itself_by_its_mean():
 
 
 def test_what_cannot_be_compared():
-    with pytest.raises(ConfigError, match="one base .* 6 and 5 wide"):
+    with pytest.raises(ConfigError, match=r"one base .* 6 and 5 wide"):
         similarity(A, drawn(3, 4, 5))
     with pytest.raises(ConfigError, match=r"mean, pairs, got 'pair' \(did you mean 'pairs'"):
         similarity(A, B, "pair")
