@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Literal, get_args
+
+Measure = Literal["mean", "pairs"]
+"""How two prompts are compared: by their mean rows, or by all pairs of rows."""
+
+MEASURES: tuple[Measure, ...] = get_args(Measure)
 
 
 class TaskType(StrEnum):

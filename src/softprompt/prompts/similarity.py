@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from softprompt.errors import ConfigError, nearest
+from softprompt.prompts.kinds import MEASURES, Measure
 
-Measure = Literal["mean", "pairs"]
-
-MEASURES: tuple[Measure, ...] = ("mean", "pairs")
+__all__ = ["MEASURES", "Measure", "similarity"]
 
 
 def similarity(first: Tensor, second: Tensor, measure: Measure = "mean") -> float:
