@@ -114,7 +114,7 @@ def test_recycling_copes_with_tables_of_less_than_full_rank():
 
 
 def test_recycling_needs_enough_tokens_and_matching_tables():
-    with pytest.raises(ConfigError, match="share 6 tokens, too few"):
+    with pytest.raises(ConfigError, match="of the 6 that the two bases share, too few"):
         recycle(A, drawn(5, 6, 6), drawn(6, 6, 9))
     with pytest.raises(ConfigError, match="same tokens"):
         recycle(A, drawn(5, 40, 6), drawn(6, 39, 9))

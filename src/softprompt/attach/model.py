@@ -35,6 +35,7 @@ from softprompt.attach.inputs import (
 )
 from softprompt.attach.lending import lent, row_names
 from softprompt.attach.tasks import RULES, infer_task
+from softprompt.attach.transfer import started_prompt
 from softprompt.backbone.facts import Facts, facts_of, input_embedding
 from softprompt.backbone.freeze import freeze
 from softprompt.engine.layout import Prompts
@@ -106,7 +107,7 @@ class PeftModel(nn.Module):
         optional = RULES[cast(TaskType, config.task_type)].heads
         paths = heads.find_heads(self.base_model, config.modules_to_save or [], optional=optional)
         heads.require_free(self.base_model, paths, adapter_name)
-        encoder = PromptEmbedding(config, input_embedding(self.base_model), generator=generator)
+        encoder = started_prompt(config, self.base_model, generator=generator)
         self.prompt_encoder[adapter_name] = encoder.to(self.base_model.device)
         self.peft_config[adapter_name] = config
         heads.add_heads(self.base_model, paths, adapter_name)

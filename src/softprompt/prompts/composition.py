@@ -131,8 +131,8 @@ def recycle(prompt: Tensor, table_a: Tensor, table_b: Tensor) -> Recycled:
     fitted = int((~held_out).sum())
     if fitted < table_a.shape[1]:
         raise ConfigError(
-            f"recycling fits {table_a.shape[1]} values for each of the other base's, and the two bases "
-            f"share {table_a.shape[0]} tokens, too few; tune from RANDOM or TEXT instead"
+            f"recycling needs {table_a.shape[1]} shared tokens to fit on, and {fitted} are left of the "
+            f"{table_a.shape[0]} that the two bases share, too few; start from RANDOM or TEXT instead"
         )
     # On the CPU lstsq also copes with tables of less than full rank.
     inputs, targets = table_a.cpu().double(), table_b.cpu().double()

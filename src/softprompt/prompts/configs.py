@@ -215,6 +215,9 @@ class PromptTuningConfig(PromptLearningConfig):
     tokenizer_kwargs: dict[str, Any] | None = field(
         default=None, metadata={"help": "Keyword arguments of the tokenizer, with TEXT only."}
     )
+    prompt_tuning_init_prompt: str | None = field(
+        default=None, metadata={"help": "Saved prompt to start from, for PROMPT."}
+    )
     prompt_sees_input: bool = field(
         default=True,
         metadata={"help": "Whether an encoder's prompt attends to the input, as in PEFT."},
@@ -259,11 +262,32 @@ class PromptTuningConfig(PromptLearningConfig):
                     raise ConfigError(
                         f"When prompt_tuning_init='{init.value}', {name} can't be {value}."
                     )
+        self._check_prompt(init)
         if self.tokenizer_kwargs and init is not PromptTuningInit.TEXT:
             raise ConfigError("tokenizer_kwargs only valid when using prompt_tuning_init='TEXT'.")
         if (self.tokenizer_kwargs or {}).get("trust_remote_code"):
             raise ConfigError(
                 "tokenizer_kwargs may not hold trust_remote_code: a saved prompt must not be able to run code"
+            )
+
+    def _check_prompt(self, init: PromptTuningInit) -> None:
+        if init is not PromptTuningInit.PROMPT:
+            if self.prompt_tuning_init_prompt is not None:
+                raise ConfigError(
+                    f"prompt_tuning_init_prompt would be ignored with prompt_tuning_init='{init}'; "
+                    "use PROMPT, or leave it out"
+                )
+            return
+        # A saved prompt does not carry where it started from.
+        if not self.prompt_tuning_init_prompt and not self.inference_mode:
+            raise ConfigError(
+                "When prompt_tuning_init='PROMPT', prompt_tuning_init_prompt can't be "
+                f"{self.prompt_tuning_init_prompt}."
+            )
+        if self.parameterization is not Parameterization.DIRECT:
+            raise ConfigError(
+                f"prompt_tuning_init='PROMPT' starts from rows, which parameterization "
+                f"{self.parameterization} cannot be given; use direct, or another initialisation"
             )
 
     def peft_options(self) -> dict[str, Any]:
@@ -317,6 +341,7 @@ class PromptTuningConfig(PromptLearningConfig):
 
 
 _OURS = (
+    "prompt_tuning_init_prompt",
     "prompt_sees_input",
     "output_model_types",
     "placement",
