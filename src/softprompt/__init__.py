@@ -10,6 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from softprompt.artifacts.composed import (
+        average_prompts,
+        concatenate_prompts,
+        subtract_prompts,
+    )
     from softprompt.attach.auto import (
         AutoPeftModel,
         AutoPeftModelForCausalLM,
@@ -36,10 +41,12 @@ if TYPE_CHECKING:
     from softprompt.errors import SoftPromptError
     from softprompt.evaluation.evaluate import evaluate
     from softprompt.evaluation.report import Report
+    from softprompt.inference.ensemble import Ensemble
     from softprompt.inference.generation import Generation
-    from softprompt.inference.loading import load
+    from softprompt.inference.loading import load, load_many
     from softprompt.inference.options import GenerationOptions
     from softprompt.inference.tuned import TunedPrompt
+    from softprompt.inspection.retrieval import similar_prompts
     from softprompt.prompts.configs import (
         PeftConfig,
         PeftType,
@@ -65,7 +72,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "softprompt.training.tune": ("tune",),
     "softprompt.training.settings": ("TuneSettings", "TuningConfig"),
-    "softprompt.inference.loading": ("load",),
+    "softprompt.inference.loading": ("load", "load_many"),
+    "softprompt.inference.ensemble": ("Ensemble",),
+    "softprompt.inspection.retrieval": ("similar_prompts",),
+    "softprompt.artifacts.composed": (
+        "average_prompts",
+        "concatenate_prompts",
+        "subtract_prompts",
+    ),
     "softprompt.inference.tuned": ("TunedPrompt",),
     "softprompt.inference.generation": ("Generation",),
     "softprompt.inference.options": ("GenerationOptions",),
@@ -125,6 +139,7 @@ __all__ = [
     "AutoPeftModelForTokenClassification",
     "CPTConfig",
     "CPTEmbedding",
+    "Ensemble",
     "Generation",
     "GenerationOptions",
     "MultitaskPromptEmbedding",
@@ -152,11 +167,16 @@ __all__ = [
     "TuneSettings",
     "TunedPrompt",
     "TuningConfig",
+    "average_prompts",
+    "concatenate_prompts",
     "evaluate",
     "get_peft_model",
     "get_peft_model_state_dict",
     "load",
+    "load_many",
     "set_peft_model_state_dict",
+    "similar_prompts",
+    "subtract_prompts",
     "tune",
 ]
 

@@ -46,6 +46,7 @@ PEFT_NAMES = [
     "set_peft_model_state_dict",
 ]
 OWN_NAMES = [
+    "Ensemble",
     "Generation",
     "GenerationOptions",
     "MultitaskPromptEmbedding",
@@ -55,8 +56,13 @@ OWN_NAMES = [
     "TuneSettings",
     "TunedPrompt",
     "TuningConfig",
+    "average_prompts",
+    "concatenate_prompts",
     "evaluate",
     "load",
+    "load_many",
+    "similar_prompts",
+    "subtract_prompts",
     "tune",
 ]
 NAMES = sorted([*PEFT_NAMES, *OWN_NAMES])

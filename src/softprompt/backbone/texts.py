@@ -37,13 +37,21 @@ def label_token_ids(config: PromptTuningConfig) -> list[list[int]]:
 
 
 def _tokenizer(config: PromptTuningConfig, options: dict[str, object]) -> PreTrainedTokenizerBase:
-    name = str(config.tokenizer_name_or_path)
+    return load_tokenizer(str(config.tokenizer_name_or_path), **options)
+
+
+def load_tokenizer(name: str, **options: object) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a name or folder.
+
+    Raises:
+        ConfigError: If it cannot be loaded.
+    """
     source = str(model_directory()) if name == DEMO else name
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
     except Exception as cause:
         first = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         raise ConfigError(
-            f"the tokenizer {name!r} for the initial text cannot be loaded: {first[:160]}"
+            f"the tokenizer {name!r} for the initial prompt cannot be loaded: {first[:160]}"
         ) from cause
     return tokenizer

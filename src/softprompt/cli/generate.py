@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from softprompt.cli.options import base_options, given, options_of, output_options
+from softprompt.cli.prompts import base_options_of, load_prompts
 from softprompt.cli.streams import show, start_logging
 from softprompt.errors import UsageError
 from softprompt.inference.options import GenerationOptions
@@ -28,10 +29,6 @@ def command(
     prompt_dir: str,
     text: str | None,
     pairs: tuple[str, ...],
-    base_model: str | None,
-    torch_dtype: str | None,
-    device: str | None,
-    ignore_fingerprint: bool,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -43,18 +40,11 @@ def command(
     """
     lines = _lines() if text is None and not pairs else None
     requests = [_request(text, pairs)] if lines is None else list(lines.values())
+    base = base_options_of(options)
     settings = given(options)
     GenerationOptions.from_settings({k: v for k, v in settings.items() if k != "batch_size"})
     start_logging(quiet=quiet)
-    from softprompt.inference.loading import load
-
-    tuned = load(
-        prompt_dir,
-        base_model,
-        torch_dtype=torch_dtype,
-        device=device,
-        ignore_fingerprint=ignore_fingerprint,
-    )
+    (tuned,) = load_prompts([prompt_dir], base)
     answers = tuned.generate(requests, **settings)
     found = [answer.to_dict() for answer in answers]
     result = (

@@ -39,6 +39,21 @@ class LabelScores:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One input whose labels are to be scored.
+
+    Attributes:
+        source: Text tokens of the input.
+        labels: Tokens of the K labels.
+        prompt: Index of the prompt before it, -1 for none.
+    """
+
+    source: tuple[int, ...]
+    labels: tuple[tuple[int, ...], ...]
+    prompt: int = 0
+
+
 def check_label_ids(labels: Sequence[str], label_ids: Sequence[Sequence[int]]) -> None:
     """Check that labels can be told apart by their tokens.
 
@@ -59,7 +74,6 @@ def check_label_ids(labels: Sequence[str], label_ids: Sequence[Sequence[int]]) -
         seen[tuple(ids)] = label
 
 
-@torch.no_grad()
 def score_labels(
     engine: Engine,
     prompts: Sequence[Tensor],
@@ -85,21 +99,51 @@ def score_labels(
     Returns:
         float32 ``[N, K]`` in nats, on the CPU.
     """
+    labels = tuple(tuple(ids) for ids in label_ids)
+    questions = [Question(tuple(source), labels, prompt_index) for source in sources]
+    scores = score_questions(engine, prompts, questions, batch_size=batch_size)
+    scores = scores.view(len(questions), len(labels))
+    return per_token(scores, [len(ids) for ids in labels]) if normalize else scores
+
+
+@torch.no_grad()
+def score_questions(
+    engine: Engine,
+    prompts: Sequence[Tensor],
+    questions: Sequence[Question],
+    *,
+    batch_size: int = 64,
+) -> Tensor:
+    """Return how likely each label of each question is; see ``score_labels``.
+
+    Questions of several prompts share passes: one forest holds the rows of all.
+
+    Returns:
+        float32 ``[N, K]`` in nats, on the CPU; all questions have K labels.
+
+    Raises:
+        ConfigError: ``batch_size`` is less than 1.
+    """
     if batch_size < 1:
         raise ConfigError(f"batch_size expects at least 1 row, got {batch_size}")
-    labels = [tuple(ids) for ids in label_ids]
-    # Sources of like length share a pass, so that a padded engine pads little.
-    order = sorted(range(len(sources)), key=lambda index: len(sources[index]))
-    scores = torch.zeros(len(sources), len(labels))
-    inputs = max(1, batch_size // len(labels))
+    count = len(questions[0].labels) if questions else 0
+    # Sources of like length share a pass, so that a padded engine pads little; those of one prompt
+    # do before that, because every pass runs each of its prompts once.
+    order = sorted(
+        range(len(questions)), key=lambda i: (questions[i].prompt, len(questions[i].source))
+    )
+    scores = torch.zeros(len(questions), count)
+    inputs = max(1, batch_size // max(1, count))
     for start in range(0, len(order), inputs):
         chosen = order[start : start + inputs]
         rows = [
-            EngineRow(tuple(sources[i]), label, prompt_index) for i in chosen for label in labels
+            EngineRow(questions[i].source, label, questions[i].prompt)
+            for i in chosen
+            for label in questions[i].labels
         ]
         sums = engine.target_log_probs(rows, prompts).row_sums(len(rows))
-        scores[chosen] = sums.float().cpu().view(len(chosen), len(labels))
-    return per_token(scores, [len(ids) for ids in labels]) if normalize else scores
+        scores[chosen] = sums.float().cpu().view(len(chosen), count)
+    return scores
 
 
 def per_token(scores: Tensor, label_tokens: Sequence[int]) -> Tensor:

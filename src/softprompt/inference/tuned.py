@@ -142,7 +142,7 @@ class TunedPrompt:
                 "call generate"
             )
         label_ids = self.label_ids(names)
-        sources, cut = self._sources(requests)
+        sources, cut = self.sources(requests)
         scores = score_labels(
             self.engine,
             self.prompts(),
@@ -189,7 +189,7 @@ class TunedPrompt:
                 "put the settings into the options"
             )
         chosen = options or GenerationOptions.from_settings(settings)
-        sources, cut = self._sources(requests)
+        sources, cut = self.sources(requests)
         return self.generate_rows(sources, chosen, batch_size=batch_size, cut=cut)
 
     def generate_rows(
@@ -205,6 +205,21 @@ class TunedPrompt:
         adapter = BASE if without_prompt else self.adapter
         generator = Generator.of(self.model, self.tokenizer, self.rows.decode, adapter=adapter)
         return generator.answers(sources, options, batch_size=batch_size, cut=cut)
+
+    def sources(
+        self, requests: Request | Iterable[Request]
+    ) -> tuple[list[tuple[int, ...]], list[bool]]:
+        """Return the text tokens of each input, and whether it lost its end.
+
+        Raises:
+            TemplateError: An input does not have the template's fields.
+            DataError: An input has no tokens.
+        """
+        names = self.rows.verbalizer.fields
+        found = [self.rows.source(fields_of(each, names)) for each in listed(requests)]
+        sources = [ids for ids, _ in found]
+        require_tokens(sources)
+        return sources, [cut for _, cut in found]
 
     def label_ids(self, labels: Sequence[str]) -> list[tuple[int, ...]]:
         """Return the tokens of each label.
@@ -230,12 +245,3 @@ class TunedPrompt:
             self.manifest,
             overwrite=overwrite,
         )
-
-    def _sources(
-        self, requests: Request | Iterable[Request]
-    ) -> tuple[list[tuple[int, ...]], list[bool]]:
-        names = self.rows.verbalizer.fields
-        found = [self.rows.source(fields_of(each, names)) for each in listed(requests)]
-        sources = [ids for ids, _ in found]
-        require_tokens(sources)
-        return sources, [cut for _, cut in found]

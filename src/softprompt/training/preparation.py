@@ -42,6 +42,7 @@ INITS = {
     "TEXT": PromptTuningInit.TEXT,
     "SAMPLE_VOCAB": PromptTuningInit.SAMPLE_VOCAB,
     "LABELS": PromptTuningInit.LABELS,
+    "PROMPT": PromptTuningInit.PROMPT,
 }
 """caikit's names of the initial prompt, and ours."""
 
@@ -223,7 +224,8 @@ def _attached(
         prompt_sees_input=tuning.prompt_sees_input,
         prompt_tuning_init=init,
         prompt_tuning_init_text=text,
-        tokenizer_name_or_path=base.name if text is not None else None,
+        prompt_tuning_init_prompt=tuning.prompt_tuning_init_prompt,
+        tokenizer_name_or_path=base.name if text or tuning.prompt_tuning_init_prompt else None,
         base_model_name_or_path=base.name,
     )
     with torch.random.fork_rng():

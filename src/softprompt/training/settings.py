@@ -25,6 +25,7 @@ _PEFT_INITS = {
     PromptTuningInit.TEXT: "TEXT",
     PromptTuningInit.SAMPLE_VOCAB: "SAMPLE_VOCAB",
     PromptTuningInit.LABELS: "LABELS",
+    PromptTuningInit.PROMPT: "PROMPT",
 }
 
 InitMethod = Literal[
@@ -32,6 +33,7 @@ InitMethod = Literal[
     "TEXT",
     "SAMPLE_VOCAB",
     "LABELS",
+    "PROMPT",
     "STANDARD_NORMAL",
     "ONLY_SOURCE_SHARED",
     "AVERAGE_SOURCE",
@@ -50,12 +52,19 @@ class TuningConfig:
         metadata=about(
             "What the prompt starts from: RANDOM (normal, at the scale of the base's embeddings), "
             "TEXT (the embeddings of prompt_tuning_init_text), SAMPLE_VOCAB (random tokens), "
-            "LABELS (the class labels), STANDARD_NORMAL (N(0,1), which is PEFT's RANDOM)."
+            "LABELS (the class labels), PROMPT (a saved prompt), STANDARD_NORMAL (N(0,1), which is PEFT's RANDOM)."
         ),
     )
     prompt_tuning_init_text: str | None = field(
         default=None,
         metadata=about("Text to start from; only with prompt_tuning_init_method TEXT."),
+    )
+    prompt_tuning_init_prompt: str | None = field(
+        default=None,
+        metadata=about(
+            "Saved prompt to start from, of any length and of this base or another; only with "
+            "prompt_tuning_init_method PROMPT."
+        ),
     )
     prompt_tuning_init_source_model: str | None = field(
         default=None,
@@ -105,6 +114,21 @@ class TuningConfig:
             raise ConfigError(
                 f"prompt_tuning_init_text would be ignored with prompt_tuning_init_method {method};"
                 " use TEXT or leave the text out"
+            )
+
+        self._check_prompt()
+
+    def _check_prompt(self) -> None:
+        method, prompt = self.prompt_tuning_init_method, self.prompt_tuning_init_prompt
+        if method == "PROMPT" and not prompt:
+            raise ConfigError(
+                "prompt_tuning_init_method PROMPT needs a prompt_tuning_init_prompt; give the folder "
+                "of a saved prompt, or use RANDOM"
+            )
+        if method != "PROMPT" and prompt is not None:
+            raise ConfigError(
+                f"prompt_tuning_init_prompt would be ignored with prompt_tuning_init_method {method}; "
+                "use PROMPT or leave the prompt out"
             )
 
     def check_model_types(self, is_encoder_decoder: bool) -> None:
