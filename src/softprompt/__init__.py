@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from softprompt.errors import SoftPromptError
     from softprompt.evaluation.evaluate import evaluate
     from softprompt.evaluation.report import Report
+    from softprompt.inference.conversion import convert
     from softprompt.inference.generation import Generation
     from softprompt.inference.loading import load
     from softprompt.inference.options import GenerationOptions
@@ -56,6 +57,7 @@ _HOMES = {
     "softprompt.training.tune": ("tune",),
     "softprompt.training.settings": ("TuneSettings", "TuningConfig"),
     "softprompt.inference.loading": ("load",),
+    "softprompt.inference.conversion": ("convert",),
     "softprompt.inference.tuned": ("TunedPrompt",),
     "softprompt.inference.generation": ("Generation",),
     "softprompt.inference.options": ("GenerationOptions",),
@@ -124,6 +126,7 @@ __all__ = [
     "TuneSettings",
     "TunedPrompt",
     "TuningConfig",
+    "convert",
     "evaluate",
     "get_peft_model",
     "get_peft_model_state_dict",

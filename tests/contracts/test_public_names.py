@@ -47,6 +47,7 @@ OWN_NAMES = [
     "TuneSettings",
     "TunedPrompt",
     "TuningConfig",
+    "convert",
     "evaluate",
     "load",
     "tune",
