@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from softprompt.errors import SoftPromptError
     from softprompt.evaluation.evaluate import evaluate
     from softprompt.evaluation.report import Report
+    from softprompt.inference.conversion import convert
     from softprompt.inference.ensemble import Ensemble
     from softprompt.inference.generation import Generation
     from softprompt.inference.loading import load, load_many
@@ -80,6 +81,7 @@ _HOMES = {
         "concatenate_prompts",
         "subtract_prompts",
     ),
+    "softprompt.inference.conversion": ("convert",),
     "softprompt.inference.tuned": ("TunedPrompt",),
     "softprompt.inference.generation": ("Generation",),
     "softprompt.inference.options": ("GenerationOptions",),
@@ -169,6 +171,7 @@ __all__ = [
     "TuningConfig",
     "average_prompts",
     "concatenate_prompts",
+    "convert",
     "evaluate",
     "get_peft_model",
     "get_peft_model_state_dict",

@@ -58,6 +58,7 @@ OWN_NAMES = [
     "TuningConfig",
     "average_prompts",
     "concatenate_prompts",
+    "convert",
     "evaluate",
     "load",
     "load_many",

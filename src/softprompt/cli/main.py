@@ -12,7 +12,7 @@ import click
 
 from softprompt.errors import SoftPromptError, TrainingInterrupted, nearest
 
-COMMANDS = ("tune", "evaluate", "generate", "info", "similar", "compose", "demo")
+COMMANDS = ("tune", "evaluate", "generate", "info", "similar", "compose", "convert", "demo")
 INTERRUPTED = 130
 
 
