@@ -16,6 +16,7 @@ from softprompt.attach import saving
 from softprompt.attach.adapters import Adapters
 from softprompt.attach.choosing import RowPrompt, TaskIds, chosen_rows
 from softprompt.attach.completion import sees_input_of
+from softprompt.attach.context_loss import without_context_labels
 from softprompt.attach.counts import count, sentence
 from softprompt.attach.decoder import decoder_inputs
 from softprompt.attach.generation import prompted_generation
@@ -37,6 +38,7 @@ from softprompt.backbone.facts import input_embedding
 from softprompt.engine.packed_encoder import without_padding
 from softprompt.errors import ConfigError
 from softprompt.prompts.configs import PeftType, PromptLearningConfig, TaskType
+from softprompt.prompts.cpt_embedding import CPTEmbedding
 from softprompt.prompts.module import PROMPT_KEY
 
 
@@ -76,6 +78,8 @@ class PeftModel(Adapters):
         inputs = bound(self._arguments_of_forward, args, kwargs)
         rows = self._rows(inputs, adapter_names, task_ids)
         rules = RULES[self.task_type]
+        names = [row.name for row in rows]
+        inputs, context = without_context_labels(inputs, names, self.peft_config)
         with self._prompted(rows, inputs, prompt_at) as prompts:
             if prompts.decoder is not None:
                 inputs = decoder_inputs(self.base_model, self.facts, prompts.decoder, inputs)
@@ -86,7 +90,8 @@ class PeftModel(Adapters):
                 inputs = isolated_inputs(self.base_model, inputs, layout)
             packed = without_padding(self.base_model, inputs) if rules.pooled else nullcontext()
             with packed:
-                return self.base_model(**inputs)
+                outputs = self.base_model(**inputs)
+            return outputs if context is None else context.scored(outputs, layout)
 
     def generate(
         self,
@@ -147,7 +152,10 @@ class PeftModel(Adapters):
 
     def parts_of(self, row: RowPrompt) -> PromptParts:
         """Return the value of a prompt by where it goes, with gradients."""
-        value = self.encoder_of(row.name).materialize(row.task)
+        encoder = self.encoder_of(row.name)
+        if isinstance(encoder, CPTEmbedding) and torch.is_grad_enabled():
+            encoder.project_()
+        value = encoder.materialize(row.task)
         return split_value(value, self.peft_config[row.name], self.facts)
 
     def save_pretrained(
