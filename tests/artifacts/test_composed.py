@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import warnings
 
+import peft
 import pytest
 import torch
 
@@ -39,6 +41,18 @@ def test_the_result_says_what_it_was_made_of_and_claims_no_results(tmp_path, pai
     assert [each["weights_sha256"] for each in made_of] == [s.weights_sha256 for s in sources]
     for name in ("template", "labels", "base_fingerprint", "max_source_length", "task"):
         assert getattr(record, name) == getattr(sources[0], name)
+
+
+def test_peft_reads_the_configuration(tmp_path, pair):
+    concatenate_prompts(pair, tmp_path / "out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = peft.PeftConfig.from_pretrained(str(tmp_path / "out"))
+    assert (config.num_virtual_tokens, config.token_dim, config.peft_type) == (
+        6,
+        8,
+        "PROMPT_TUNING",
+    )
 
 
 def test_unlike_lengths_are_joined_or_resized_on_demand(tmp_path, pair):
