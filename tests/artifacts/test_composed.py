@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import warnings
 
+import peft
 import pytest
 import torch
 
@@ -34,11 +36,23 @@ def test_the_result_says_what_it_was_made_of_and_claims_no_results(tmp_path, pai
     assert record.settings["composition"] == {"operation": "average", "weights": [3.0, 1.0]}
     assert record.settings["input_field"] == "question"
     assert "learning_rate" not in record.settings
-    made_of = record.data["made_of"]
+    made_of = list(record.data["made_of"].values())
     assert [each["prompt"] for each in made_of] == [str(path) for path in pair]
     assert [each["weights_sha256"] for each in made_of] == [s.weights_sha256 for s in sources]
     for name in ("template", "labels", "base_fingerprint", "max_source_length", "task"):
         assert getattr(record, name) == getattr(sources[0], name)
+
+
+def test_peft_reads_the_configuration(tmp_path, pair):
+    concatenate_prompts(pair, tmp_path / "out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = peft.PeftConfig.from_pretrained(str(tmp_path / "out"))
+    assert (config.num_virtual_tokens, config.token_dim, config.peft_type) == (
+        6,
+        8,
+        "PROMPT_TUNING",
+    )
 
 
 def test_unlike_lengths_are_joined_or_resized_on_demand(tmp_path, pair):
@@ -119,7 +133,7 @@ def test_nothing_is_overwritten_unasked(tmp_path, pair):
 def test_prompts_that_peft_wrote(tmp_path, pair, caplog):
     plain = [folder(tmp_path / f"p{i}", drawn(i), manifest=False) for i in range(2)]
     assert (
-        average_prompts([plain[0], pair[0]]).manifest.data["made_of"][0]["weights_sha256"] is None
+        average_prompts([plain[0], pair[0]]).manifest.data["made_of"]["1"]["weights_sha256"] is None
     )
     with caplog.at_level(logging.WARNING, "softprompt"):
         made = average_prompts(plain, tmp_path / "out")

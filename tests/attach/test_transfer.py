@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 
+import peft
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -115,11 +116,14 @@ def test_another_base_gets_the_linear_image(root, source, caplog):
     assert "its 4 rows made 6" in found.note
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_where_it_started_from_is_no_part_of_the_artifact(root, source, tmp_path):
     started(root, source, 4).save_pretrained(tmp_path / "out")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["peft_type"] == "PROMPT_TUNING"
     assert "prompt_tuning_init_prompt" not in config
+    theirs = peft.PeftModel.from_pretrained(base(root), str(tmp_path / "out"))
+    assert torch.equal(theirs.prompt_encoder["default"].embedding.weight, stored(source, root))
     again = PeftModel.from_pretrained(base(root), tmp_path / "out")
     assert torch.equal(rows(again), stored(source, root))
     more = PeftModel.from_pretrained(base(root), tmp_path / "out", is_trainable=True)

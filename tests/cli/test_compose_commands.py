@@ -37,7 +37,7 @@ def test_average(capsys, pair, output):
     found, _ = printed(capsys, "compose", "average", *pair, *weights, "--output", output)
     assert found["output"] == output
     assert found["composition"] == {"operation": "average", "weights": [3.0, 1.0]}
-    assert [each["prompt"] for each in found["made_of"]] == pair
+    assert [each["prompt"] for each in found["made_of"].values()] == pair
     torch.testing.assert_close(rows(output), 0.75 * drawn(0) + 0.25 * drawn(1))
 
 

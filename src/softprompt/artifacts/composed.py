@@ -14,7 +14,7 @@ from softprompt.artifacts.files import require_empty
 from softprompt.artifacts.layout import PROMPT_KEY, config_json, parse_object
 from softprompt.artifacts.manifest import Manifest
 from softprompt.artifacts.native import StoredAdapter, load_adapter, save_adapter
-from softprompt.artifacts.parts import base_name, options_of, require_one_base, rows_of
+from softprompt.artifacts.parts import options_of, require_one_base, rows_of
 from softprompt.errors import ConfigError, nearest
 from softprompt.prompts import composition
 from softprompt.prompts.configs import PromptTuningConfig
@@ -204,14 +204,13 @@ def _manifest(pattern: Manifest, members: Sequence[StoredAdapter], how: dict[str
     settings = {
         key: pattern.settings[key] for key in _READ_BY_EVALUATION if key in pattern.settings
     }
-    made_of = [
-        {
+    made_of = {
+        str(number): {
             "prompt": member.location,
-            "base_model": base_name(member),
             "weights_sha256": member.manifest.weights_sha256 if member.manifest else None,
         }
-        for member in members
-    ]
+        for number, member in enumerate(members, start=1)
+    }
     fresh = Manifest(
         template=pattern.template,
         task=pattern.task,

@@ -105,6 +105,7 @@ def _show(made: StoredAdapter, as_json: bool) -> None:
     rows = {
         "output": made.location,
         "virtual tokens": made.config["num_virtual_tokens"],
-        "made of": manifest and ", ".join(each["prompt"] for each in manifest.data["made_of"]),
+        "made of": manifest
+        and ", ".join(each["prompt"] for each in manifest.data["made_of"].values()),
     }
     show(result, table(rows), as_json=as_json)

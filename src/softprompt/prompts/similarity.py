@@ -1,4 +1,4 @@
-"""How alike two prompts of one base are; Vu et al. 2022 (SPoT, section 4) compare tasks by it."""
+"""How alike two prompts of one base are; Vu et al. 2022 (SPoT) compare tasks by it."""
 
 from __future__ import annotations
 
