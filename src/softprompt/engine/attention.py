@@ -99,11 +99,7 @@ def forest_attention(model: PreTrainedModel, plan: Visibility | None = None) -> 
         before = implementations_of(model)
         token = _plan.set(plan)
         try:
-            _implement(model, NAME)
-            if model.config._attn_implementation != NAME:
-                raise ForestUnsupportedError(
-                    f"{type(model).__name__} does not honour transformers' attention interface"
-                )
+            implement(model, NAME)
             with recomputed_alike(model):
                 yield
         finally:
@@ -111,13 +107,22 @@ def forest_attention(model: PreTrainedModel, plan: Visibility | None = None) -> 
             switch(before)
 
 
-def _implement(model: PreTrainedModel, name: str) -> None:
+def implement(model: PreTrainedModel, name: str) -> None:
+    """Set the attention implementation of a model and its parts.
+
+    Raises:
+        ForestUnsupportedError: If the model does not honour the attention interface.
+    """
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity(logging.ERROR)
     try:
         model.set_attn_implementation(name)
     finally:
         hf_logging.set_verbosity(verbosity)
+    if model.config._attn_implementation != name:
+        raise ForestUnsupportedError(
+            f"{type(model).__name__} does not honour transformers' attention interface"
+        )
 
 
 def forest_mask(*, mask_function: MaskRule, **_: Any) -> LayerMask | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import is_encoder_decoder
+from softprompt.backbone.facts import is_encoder_decoder, recomputes_layers
 from softprompt.engine.prefixes import Prefixes
 
 
@@ -35,7 +35,12 @@ class _HandOn(torch.autograd.Function):
 
 
 def reentrant(model: nn.Module) -> bool:
-    """Tell whether layers are checkpointed with a backward of their own each."""
+    """Tell whether layers will be checkpointed with a backward of their own each.
+
+    Asked before ``recomputed_alike`` wraps the function that does it.
+    """
+    if not recomputes_layers(model):
+        return False
     for module in model.modules():
         run = getattr(module, "_gradient_checkpointing_func", None)
         if run is not None:

@@ -16,16 +16,12 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from softprompt.backbone.facts import Facts, recomputes_layers
-from softprompt.engine.attention import (
-    ForestUnsupportedError,
-    also_in_backward,
-    implement,
-    implementations,
-    restore,
-)
+from softprompt.engine.attention import ForestUnsupportedError, implement
+from softprompt.engine.lock import locked
 from softprompt.engine.prefix_attention import EAGER, NAME, PrefixPlan, active_plan
 from softprompt.engine.prefix_gradient import gathered_gradient, reentrant
 from softprompt.engine.prefixes import Prefixes
+from softprompt.engine.recomputed import implementations_of, recomputed_alike, switch
 from softprompt.errors import ConfigError
 
 
@@ -37,27 +33,17 @@ def prefixed_attention(model: PreTrainedModel, facts: Facts, prefixes: Prefixes)
         ForestUnsupportedError: If the model does not honour the attention interface.
     """
     own = model.config.get_text_config()._attn_implementation
-    before = implementations(model)
-    with ExitStack() as stack:
-        stack.callback(restore, before)
+    with locked(model), ExitStack() as stack:
+        before = implementations_of(model)
+        stack.callback(switch, before)
         implement(model, NAME)
-        again = recomputes_layers(model) and torch.is_grad_enabled()
-        outer = prefixes
-        if again and prefixes.table.requires_grad and reentrant(model):
+        if prefixes.table.requires_grad and torch.is_grad_enabled() and reentrant(model):
             prefixes = stack.enter_context(gathered_gradient(model, prefixes))
         plan = PrefixPlan(prefixes, own if own == EAGER else "sdpa", facts.is_encoder_decoder)
         token = active_plan.set(plan)
         stack.callback(active_plan.reset, token)
         _shift_positions(model, facts, prefixes, stack)
-
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            lasts = [value for value in output.values() if isinstance(value, Tensor)]
-            lasts = [value for value in lasts if value.requires_grad]
-            if lasts and outer.table.requires_grad:
-                also_in_backward(model, lasts, outer.table)
-
-        if again:
-            stack.callback(model.register_forward_hook(keep).remove)
+        stack.enter_context(recomputed_alike(model))
         yield
 
 
@@ -177,11 +163,12 @@ def prefixed_cache(
             kwargs["position_ids"] = whole.clamp(min=0)[:, -tokens.shape[1] :]
         return args, kwargs
 
-    handle = model.register_forward_pre_hook(place, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    with locked(model):
+        handle = model.register_forward_pre_hook(place, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 def _filled(cache: object, prefixes: Prefixes, model: PreTrainedModel) -> Cache:

@@ -10,18 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-KV_DIMENSIONS = 5
-"""Dimensions of a prompt that is keys and values, ``[L, 2, A_kv, P, D]``; rows ``[P, H]`` have two."""
-
-
-def is_prefix(prompt: Tensor) -> bool:
-    """Tell whether a prompt is keys and values rather than rows."""
-    return prompt.dim() == KV_DIMENSIONS
+def is_keys_and_values(prompt: Tensor) -> bool:
+    """Tell a prompt of keys and values ``[L, 2, A_kv, P, D]`` from one of rows ``[P, H]``."""
+    return prompt.dim() == 5
 
 
 def virtual_length(prompt: Tensor) -> int:
     """Return the virtual tokens (P) of a prompt of either kind."""
-    return int(prompt.shape[3 if is_prefix(prompt) else 0])
+    return int(prompt.shape[3 if is_keys_and_values(prompt) else 0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +42,7 @@ class Prefixes:
             prompts: Prompts of both kinds; those that no row uses get no gradient.
             choice: Each row's prompt, -1 for none.
         """
-        used = sorted({c for c in choice if c >= 0 and is_prefix(prompts[c])})
+        used = sorted({c for c in choice if c >= 0 and is_keys_and_values(prompts[c])})
         if not used:
             return None
         width = max(virtual_length(prompts[c]) for c in used)

@@ -102,7 +102,7 @@ class PrefixTuningConfig(PromptLearningConfig):
         """
         values = PromptLearningConfig.to_dict(self)
         for name in _AT_THE_START:
-            del values[name]
+            values.pop(name, None)
         if self.task_type is TaskType.SEQ_2_SEQ_LM and self.num_layers is not None:
             values |= {"num_layers": 2 * self.num_layers, "num_transformer_submodules": 2}
         return values
