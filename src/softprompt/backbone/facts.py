@@ -106,6 +106,12 @@ def input_embedding(model: PreTrainedModel) -> nn.Embedding:
     return cast(nn.Embedding, table)
 
 
+def decoder_embedding(model: PreTrainedModel) -> nn.Embedding:
+    """Return the module in which the decoder of a seq2seq model looks ids up; the encoder's may be another."""
+    decoder = cast(Any, model).get_decoder()
+    return cast(nn.Embedding, decoder.get_input_embeddings())
+
+
 def side_embeddings(model: PreTrainedModel) -> list[nn.Embedding]:
     """Return further tables that are looked up with the input ids: Gemma's per-layer embeddings."""
     return [

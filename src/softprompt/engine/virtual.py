@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import input_embedding, side_embeddings
+from softprompt.backbone.facts import decoder_embedding, input_embedding, side_embeddings
 
 
 class VirtualVocabulary:
@@ -89,9 +89,17 @@ def vocabulary_of(model: PreTrainedModel) -> VirtualVocabulary:
 
 
 @contextmanager
-def virtual_rows(model: PreTrainedModel, rows: Tensor | None) -> Iterator[None]:
-    """Let ids from V on mean ``rows`` ``[N, H]`` in the model inside the context, and leave no hook."""
-    vocabulary = vocabulary_of(model)
+def virtual_rows(
+    model: PreTrainedModel, rows: Tensor | None, *, decoder: bool = False
+) -> Iterator[None]:
+    """Let ids from V on mean ``rows`` ``[N, H]`` in the model inside the context, and leave no hook.
+
+    Args:
+        model: The model.
+        rows: The rows.
+        decoder: Whether they stand among the ids of a seq2seq model's decoder instead of its input.
+    """
+    vocabulary = VirtualVocabulary(decoder_embedding(model)) if decoder else vocabulary_of(model)
     try:
         with vocabulary.lend(rows):
             yield
