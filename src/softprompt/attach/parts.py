@@ -6,7 +6,7 @@ from torch import Tensor
 
 from softprompt.attach.lending import PromptParts
 from softprompt.backbone.facts import Facts
-from softprompt.engine.prefixes import is_keys_and_values
+from softprompt.engine.rows import is_keys_and_values
 from softprompt.prompts.configs import PromptLearningConfig
 
 ENCODER, DECODER = "ENCODER", "DECODER"

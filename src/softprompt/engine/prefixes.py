@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-def is_keys_and_values(prompt: Tensor) -> bool:
-    """Tell a prompt of keys and values ``[L, 2, A_kv, P, D]`` from one of rows ``[P, H]``."""
-    return prompt.dim() == 5
+from softprompt.engine.rows import is_keys_and_values
 
 
 def virtual_length(prompt: Tensor) -> int:

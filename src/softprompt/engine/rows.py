@@ -29,6 +29,18 @@ class EngineRow:
     decoder_prompt: int = -1
 
 
+def is_keys_and_values(prompt: Tensor) -> bool:
+    """Tell a prompt of keys and values ``[L, 2, A_kv, P, D]`` from one of rows ``[P, H]``."""
+    return prompt.dim() == 5
+
+
+def prompt_length(prompts: Sequence[Tensor], index: int) -> int:
+    """Return the positions that a prompt of a call takes (P), 0 for none."""
+    if index < 0:
+        return 0
+    return int(prompts[index].shape[3 if is_keys_and_values(prompts[index]) else 0])
+
+
 @dataclass(frozen=True, slots=True)
 class TargetLogProbs:
     """Log-probabilities of every target token of a batch.
