@@ -20,7 +20,6 @@ from softprompt.prompts.configs import (
     PromptLearningConfig,
     TaskType,
 )
-
 from softprompt.prompts.prefix import PrefixTuningConfig
 
 

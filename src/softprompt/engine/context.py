@@ -77,18 +77,19 @@ def check_rows(
         _check_placement(index, row, prompts, facts, sees_input)
         if not row.source and not _fed(prompts, row.prompt):
             raise DataError(
-                f"row {index} has an empty input and no prompt, so nothing stands before its answer; "
+                f"row {index} has an empty input and no prompt in it, so nothing stands before its answer; "
                 "give it an input or a prompt"
             )
-        virtual = prompt_length(prompts, row.prompt)
+        virtual, fed = prompt_length(prompts, row.prompt), _fed(prompts, row.prompt)
         if not facts.is_encoder_decoder:
             _check_ids(index, row.source + row.target, facts.vocabulary)
             check_context(len(row.source) + len(row.target), virtual, facts.context_length)
             continue
         _check_ids(index, row.source, facts.vocabulary)
-        check_context(len(row.source), virtual, facts.context_length)
-        virtual = prompt_length(prompts, row.decoder_prompt)
-        check_context(len(row.target), virtual, output_limit(model), what="decoder")
+        check_context(len(row.source), fed, facts.context_length)
+        # Keys and values stand in the decoder, whichever of the two names them.
+        behind = virtual - fed + prompt_length(prompts, row.decoder_prompt)
+        check_context(len(row.target), behind, output_limit(model), what="decoder")
         # A decoder may have a vocabulary of its own.
         _check_ids(index, row.target, int(decoder_embedding(model).weight.shape[0]))
 

@@ -21,7 +21,7 @@ from softprompt.engine.context import check_rows, depends_on_neighbours
 from softprompt.engine.layout import Prompts
 from softprompt.engine.plain import PlainEngine, pad_rows
 from softprompt.engine.predictions import IGNORED, HeadInput, PredictingEngine, Predictions
-from softprompt.engine.rows import EngineRow
+from softprompt.engine.rows import EngineRow, any_prefix
 from softprompt.engine.virtual import virtual_rows
 
 
@@ -55,6 +55,9 @@ class ExpandEngine(PredictingEngine):
             ContextOverflowError: If a row does not fit behind its prompt.
         """
         check_rows(self._model, self._facts, rows, prompts)
+        if any_prefix(rows, prompts):
+            # Their keys and values are given: the plain path puts them into the cache as they are.
+            return self._plain.predict(rows, prompts, head)
         used = sorted({row.prompt for row in rows if row.prompt >= 0 and len(prompts[row.prompt])})
         checkpointing = recomputes_layers(self._model)
         unlike = depends_on_neighbours(rows, prompts, self._facts)

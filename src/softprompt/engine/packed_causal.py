@@ -14,10 +14,12 @@ from softprompt.backbone.facts import facts_of
 from softprompt.engine.attention import ForestUnsupportedError, forest_attention
 from softprompt.engine.context import check_rows, depends_on_neighbours
 from softprompt.engine.forest import causal_plan
+from softprompt.engine.forest_prefixes import forest_prefixes, why_unread
 from softprompt.engine.placed import PlacedPrompts
 from softprompt.engine.plain import PlainEngine
 from softprompt.engine.predictions import HeadInput, PredictingEngine, Predictions
-from softprompt.engine.rows import EngineRow
+from softprompt.engine.prefix_gradient import gathered_gradient
+from softprompt.engine.rows import EngineRow, any_prefix
 from softprompt.engine.virtual import virtual_rows
 
 
@@ -27,13 +29,14 @@ class ForestEngine(PredictingEngine):
 
     name = "forest"
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Prepare for a model.
+    def __init__(self, model: PreTrainedModel, *, trusted: bool = False) -> None:
+        """Prepare for a model; ``trusted`` skips the probe for prompts of keys and values.
 
         Raises:
             ForestUnsupportedError: If the model cannot take a packed row.
         """
         self._model = model
+        self._trusted = trusted
         self._facts = facts_of(model)
         self._plain = PlainEngine(model)
         parameters = inspect.signature(model.forward).parameters
@@ -55,14 +58,18 @@ class ForestEngine(PredictingEngine):
             ContextOverflowError: If a row does not fit behind its prompt.
         """
         check_rows(self._model, self._facts, rows, prompts)
-        if depends_on_neighbours(rows, prompts, self._facts):
+        if depends_on_neighbours(rows, prompts, self._facts) or not self._reads(rows, prompts):
             return self._plain.predict(rows, prompts, head)
         placed = PlacedPrompts.of(prompts, (row.prompt for row in rows), self._facts.vocabulary)
         plan = causal_plan(rows, prompts, placed)
         device = self._model.device
         wanted, place = plan.targets.places()
-        seen = plan.visibility().to(device)
-        with virtual_rows(self._model, placed.table), forest_attention(self._model, seen):
+        kept = forest_prefixes(plan, rows, prompts)
+        with (
+            gathered_gradient(self._model, kept.values) as values,
+            virtual_rows(self._model, placed.table),
+            forest_attention(self._model, kept.visibility.to(device), values),
+        ):
             logits = self._model(
                 input_ids=plan.ids.unsqueeze(0).to(device),
                 position_ids=plan.positions.unsqueeze(0).to(device),
@@ -72,3 +79,9 @@ class ForestEngine(PredictingEngine):
             ).logits
         states = head.states if head is not None else None  # [1, K, H]
         return Predictions.of_stream(logits, states, place, plan.targets)
+
+    def _reads(self, rows: Sequence[EngineRow], prompts: Sequence[Tensor]) -> bool:
+        """Tell whether the forest reads the rows' prompts of keys and values as the plain path does."""
+        if self._trusted or not any_prefix(rows, prompts):
+            return True
+        return not why_unread(self._model, ForestEngine(self._model, trusted=True), self._plain)

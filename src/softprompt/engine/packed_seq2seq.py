@@ -30,7 +30,7 @@ from softprompt.engine.placed import PlacedPrompts
 from softprompt.engine.plain import PlainEngine, pad_rows
 from softprompt.engine.plan import Plan
 from softprompt.engine.predictions import HeadInput, PredictingEngine, Predictions
-from softprompt.engine.rows import EngineRow
+from softprompt.engine.rows import EngineRow, any_prefix
 from softprompt.engine.virtual import virtual_rows
 
 
@@ -69,9 +69,9 @@ class PackedSeq2SeqEngine(PredictingEngine):
             ContextOverflowError: If a row does not fit behind its prompt.
         """
         check_rows(self._model, self._facts, rows, prompts, sees_input=self._sees_input)
-        if recomputes_layers(self._model) or skips_layers(self._model):
+        if recomputes_layers(self._model) or skips_layers(self._model) or any_prefix(rows, prompts):
             # Backward would run the layers again without the hooks that pack them; or the first
-            # layer, which does the packing, may be left out.
+            # layer, which does the packing, may be left out. Keys and values stand in padded rows.
             return self._plain.predict(rows, prompts, head)
         placed = PlacedPrompts.of(prompts, (row.prompt for row in rows), self._facts.vocabulary)
         encoder = encoder_plan(rows, placed, self._sees_input)

@@ -21,8 +21,11 @@ from transformers import PreTrainedModel
 from softprompt.backbone.facts import Facts, decoder_embedding, facts_of
 from softprompt.engine.context import check_rows, depends_on_neighbours
 from softprompt.engine.layout import Layout, Prompts
+from softprompt.engine.lock import locked
 from softprompt.engine.predictions import IGNORED, HeadInput, PredictingEngine, Predictions
-from softprompt.engine.rows import EngineRow
+from softprompt.engine.prefix_paths import prefix_path, prefixed
+from softprompt.engine.prefixes import Prefixes
+from softprompt.engine.rows import EngineRow, is_keys_and_values
 from softprompt.engine.selfcheck import difference
 from softprompt.engine.virtual import virtual_rows
 from softprompt.errors import ConfigError
@@ -57,7 +60,9 @@ class PlainEngine(PredictingEngine):
         """
         check_rows(self._model, self._facts, rows, prompts, sees_input=self._sees_input)
         if len(rows) > 1 and (
-            depends_on_neighbours(rows, prompts, self._facts) or self.why_alone()
+            depends_on_neighbours(rows, prompts, self._facts)
+            or self.why_alone()
+            or self._prefix_counts_columns(rows, prompts)
         ):
             return Predictions.joined([self.predict([row], prompts, head) for row in rows])
         run = self._encoder_decoder if self._facts.is_encoder_decoder else self._causal
@@ -77,6 +82,12 @@ class PlainEngine(PredictingEngine):
             known[self._sees_input] = problem or ""
         return known[self._sees_input]
 
+    def _prefix_counts_columns(self, rows: Sequence[EngineRow], prompts: Sequence[Tensor]) -> bool:
+        """Tell whether the padding before a row would count between its prefix and its text."""
+        if _prefixes(rows, prompts) is None:
+            return False
+        return prefix_path(self._model, self._facts).counts_columns
+
     def _causal(
         self, rows: Sequence[EngineRow], prompts: Sequence[Tensor], head: HeadInput | None
     ) -> Predictions:
@@ -94,7 +105,7 @@ class PlainEngine(PredictingEngine):
         if self._keeps_logits:
             inputs["logits_to_keep"] = longest + 1
         ends = slice(-(longest + 1), -1)
-        with _lent(self._model, chosen):
+        with self._behind(rows, prompts), _lent(self._model, chosen):
             logits = self._model(**inputs).logits[:, ends]  # [B, longest, V]
         hidden = head.states[:, ends] if head is not None and head.states is not None else None
         return Predictions.of_columns(logits, hidden, self._labels(rows, longest, left=True))
@@ -114,7 +125,7 @@ class PlainEngine(PredictingEngine):
             )
         inputs = {"encoder_outputs": states, "attention_mask": layout.mask, "use_cache": False}
         labels = self._labels(rows, max(len(row.target) for row in rows), left=False)
-        chosen = Prompts.of(prompts, [row.decoder_prompt for row in rows])
+        chosen = Prompts.of(prompts, _of_rows(prompts, [row.decoder_prompt for row in rows]))
         if chosen.width:
             # Padding is behind: a decoder looks back, so it needs no mask.
             layout = Layout.of((labels != IGNORED).long(), chosen, compact=True)
@@ -125,9 +136,15 @@ class PlainEngine(PredictingEngine):
             labels = layout.spread(labels, IGNORED)
         else:
             inputs["labels"] = labels
-        with _lent(self._model, chosen, decoder=True):
+        with self._behind(rows, prompts), _lent(self._model, chosen, decoder=True):
             logits = self._model(**inputs).logits
         return Predictions.of_columns(logits, head.states if head else None, labels)
+
+    def _behind(
+        self, rows: Sequence[EngineRow], prompts: Sequence[Tensor]
+    ) -> AbstractContextManager[None]:
+        prefixes = _prefixes(rows, prompts)
+        return nullcontext() if prefixes is None else prefixed(self._model, self._facts, prefixes)
 
     def _shifted(self, labels: Tensor) -> Tensor:
         """Return the decoder's own ids for labels ``[B, T]``.
@@ -157,14 +174,26 @@ class PlainEngine(PredictingEngine):
 
 
 def _before_the_input(rows: Sequence[EngineRow], prompts: Sequence[Tensor]) -> Prompts:
-    return Prompts.of(prompts, [row.prompt for row in rows], at=[row.at for row in rows])
+    chosen = _of_rows(prompts, [row.prompt for row in rows])
+    return Prompts.of(prompts, chosen, at=[row.at for row in rows])
+
+
+def _of_rows(prompts: Sequence[Tensor], choice: Sequence[int]) -> list[int]:
+    """Return the same choice of prompts, -1 where it is keys and values."""
+    return [-1 if c >= 0 and is_keys_and_values(prompts[c]) else c for c in choice]
+
+
+def _prefixes(rows: Sequence[EngineRow], prompts: Sequence[Tensor]) -> Prefixes | None:
+    """Return the rows' keys and values; in a seq2seq model they stand in the decoder either way."""
+    first = Prefixes.of(prompts, [row.prompt for row in rows])
+    return first or Prefixes.of(prompts, [row.decoder_prompt for row in rows])
 
 
 def _lent(
     model: PreTrainedModel, prompts: Prompts, *, decoder: bool = False
-) -> AbstractContextManager[None]:
+) -> AbstractContextManager[Any]:
     if not prompts.width:
-        return nullcontext()
+        return locked(model)
     return virtual_rows(model, prompts.table, decoder=decoder)
 
 

@@ -88,7 +88,7 @@ def prefix_mask(
     if plan is None:
         raise ForestUnsupportedError("a prefix mask was asked for outside a prefixed pass")
     if plan.causal_only and not _is_causal(mask_function, device):
-        make = AttentionMaskInterface()[plan.inner]
+        make = cast(Any, AttentionMaskInterface)()[plan.inner]
         own = make(
             batch_size=batch_size,
             q_length=q_length,
@@ -176,7 +176,7 @@ def prefix_attention_forward(
 
 def _inner(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     if name != EAGER:
-        return cast(Callable[..., tuple[Tensor, Tensor | None]], AttentionInterface()[name])
+        return cast(Callable[..., tuple[Tensor, Tensor | None]], cast(Any, AttentionInterface)()[name])
     found = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if found is None:
         raise ForestUnsupportedError(f"{type(module).__name__} has no eager attention to call")

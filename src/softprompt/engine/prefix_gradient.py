@@ -7,9 +7,8 @@ the embedding's gradient is computed, the last of the pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softprompt.backbone.facts import is_encoder_decoder, recomputes_layers
-from softprompt.engine.prefixes import Prefixes
 
 
 class _HandOn(torch.autograd.Function):
@@ -34,7 +32,7 @@ class _HandOn(torch.autograd.Function):
         return gradients[0], gathered, None
 
 
-def reentrant(model: nn.Module) -> bool:
+def _reentrant(model: nn.Module) -> bool:
     """Tell whether layers will be checkpointed with a backward of their own each.
 
     Asked before ``recomputed_alike`` wraps the function that does it.
@@ -49,13 +47,19 @@ def reentrant(model: nn.Module) -> bool:
 
 
 @contextmanager
-def gathered_gradient(model: PreTrainedModel, prefixes: Prefixes) -> Iterator[Prefixes]:
-    """Yield the same prefixes over a leaf whose gradient reaches the given ones after backward."""
-    table = prefixes.table
-    leaf = table.detach().requires_grad_()
+def gathered_gradient(model: PreTrainedModel, values: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the same values as leaves, where that is needed, whose gradients reach them after backward."""
+    trained = any(value.requires_grad for value in values) and torch.is_grad_enabled()
+    if not (trained and _reentrant(model)):
+        yield list(values)
+        return
+    leaves = [value.detach().requires_grad_(value.requires_grad) for value in values]
 
     def hand_on(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return cast(Tensor, cast(Any, _HandOn).apply(output, table, leaf))
+        for value, leaf in zip(values, leaves, strict=True):
+            if value.requires_grad:
+                output = cast(Any, _HandOn).apply(output, value, leaf)
+        return output
 
     owners: list[Any] = [model]
     if is_encoder_decoder(model):
@@ -63,7 +67,7 @@ def gathered_gradient(model: PreTrainedModel, prefixes: Prefixes) -> Iterator[Pr
     embeddings = {id(e): e for e in (owner.get_input_embeddings() for owner in owners)}
     handles = [embedding.register_forward_hook(hand_on) for embedding in embeddings.values()]
     try:
-        yield replace(prefixes, table=leaf)
+        yield leaves
     finally:
         for handle in handles:
             handle.remove()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,7 @@ from softprompt.backbone.facts import Facts, recomputes_layers
 from softprompt.engine.attention import ForestUnsupportedError, implement
 from softprompt.engine.lock import locked
 from softprompt.engine.prefix_attention import EAGER, NAME, PrefixPlan, active_plan
-from softprompt.engine.prefix_gradient import gathered_gradient, reentrant
+from softprompt.engine.prefix_gradient import gathered_gradient
 from softprompt.engine.prefixes import Prefixes
 from softprompt.engine.recomputed import implementations_of, recomputed_alike, switch
 from softprompt.errors import ConfigError
@@ -37,8 +38,8 @@ def prefixed_attention(model: PreTrainedModel, facts: Facts, prefixes: Prefixes)
         before = implementations_of(model)
         stack.callback(switch, before)
         implement(model, NAME)
-        if prefixes.table.requires_grad and torch.is_grad_enabled() and reentrant(model):
-            prefixes = stack.enter_context(gathered_gradient(model, prefixes))
+        (table,) = stack.enter_context(gathered_gradient(model, [prefixes.table]))
+        prefixes = replace(prefixes, table=table)
         plan = PrefixPlan(prefixes, own if own == EAGER else "sdpa", facts.is_encoder_decoder)
         token = active_plan.set(plan)
         stack.callback(active_plan.reset, token)
@@ -137,7 +138,7 @@ def prefixed_cache(
         if recomputes_layers(model) and torch.is_grad_enabled():
             raise ConfigError(
                 f"gradient checkpointing drops the cache that holds the prefix of {facts.architecture}; "
-                "call gradient_checkpointing_disable()"
+                "turn it off"
             )
         kwargs = dict(kwargs)
         tokens = tokens_of(kwargs)

@@ -144,7 +144,9 @@ class _Probe:
 
 
 def _picked(output: Any, mask: Tensor) -> Tensor:
-    found: Tensor = next(v for v in output.values() if isinstance(v, Tensor) and v.is_floating_point())
+    found: Tensor = next(
+        v for v in output.values() if isinstance(v, Tensor) and v.is_floating_point()
+    )
     if found.shape[:2] == mask.shape:
         return found[mask.bool()].float()
     return found.float()
@@ -176,7 +178,9 @@ def _unread(probe: _Probe, run: Callable[[], Tensor]) -> str:
         with torch.enable_grad():
             outputs = run()
             weights = torch.arange(outputs.numel(), device=outputs.device).sin().view_as(outputs)
-            (gradient,) = torch.autograd.grad((outputs * weights).sum(), value, materialize_grads=True)
+            (gradient,) = torch.autograd.grad(
+                (outputs * weights).sum(), value, materialize_grads=True
+            )
     finally:
         value.requires_grad_(False)
     silent = [i for i, layer in enumerate(gradient) if not bool(layer.any())]
