@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from softprompt.artifacts.manifest import Manifest
 from softprompt.attach import heads, names
 from softprompt.attach.completion import completed
+from softprompt.attach.prefixes import trained_directly
 from softprompt.attach.tasks import RULES
 from softprompt.attach.transfer import started_prompt
 from softprompt.backbone.facts import Facts, facts_of
@@ -126,6 +127,7 @@ class Adapters(nn.Module, ABC):
         """
         self._frozen.discard(self._known(adapter_name))
         self.peft_config[adapter_name].inference_mode = False
+        trained_directly(self.peft_config[adapter_name])
         self._set_gradients()
 
     @contextmanager

@@ -33,6 +33,7 @@ from softprompt.attach.inputs import (
 from softprompt.attach.lending import LentPrompts, PromptParts, lent
 from softprompt.attach.parts import split_value
 from softprompt.attach.placing import PromptAt, prompt_offsets
+from softprompt.attach.prefixes import check_prefixed
 from softprompt.attach.tasks import RULES, infer_task
 from softprompt.backbone.facts import input_embedding
 from softprompt.engine.packed_encoder import without_padding
@@ -83,6 +84,7 @@ class PeftModel(Adapters):
         with self._prompted(rows, inputs, prompt_at) as prompts:
             if prompts.decoder is not None:
                 inputs = decoder_inputs(self.base_model, self.facts, prompts.decoder, inputs)
+            check_prefixed(self.base_model, self.facts, prompts.prefixes, inputs)
             if prompts.input is None:
                 return self.base_model(**inputs)
             inputs, layout = prompted_inputs(Call(inputs, prompts.input, self.facts, rules))
@@ -148,7 +150,7 @@ class PeftModel(Adapters):
         at = prompt_offsets(self.base_model, rows, self.peft_config, inputs, prompt_at)
         sees_input = sees_input_of(self.active_peft_config)
         prompts = LentPrompts.of(rows, self.parts_of, sees_input=sees_input, at=at)
-        return lent(self.base_model, self._vocabulary, rows, prompts)
+        return lent(self.base_model, self.facts, self._vocabulary, rows, prompts)
 
     def parts_of(self, row: RowPrompt) -> PromptParts:
         """Return the value of a prompt by where it goes, with gradients."""

@@ -68,7 +68,7 @@ def started_prompt(
         or config.inference_mode
         or config.prompt_tuning_init is not PromptTuningInit.PROMPT
     ):
-        return build_prompt(config, table, generator=generator)
+        return build_prompt(config, table, generator=generator, model=model)
     found = transferred_rows(
         str(config.prompt_tuning_init_prompt),
         model,

@@ -106,15 +106,10 @@ def input_embedding(model: PreTrainedModel) -> nn.Embedding:
     return cast(nn.Embedding, table)
 
 
-def decoder_embedding(model: PreTrainedModel) -> nn.Embedding | None:
-    """Return the module that embeds a seq2seq decoder's ids; None where it has other ids than the encoder."""
-    if not is_encoder_decoder(model):
-        return None
-    table = cast(Any, model).get_decoder().get_input_embeddings()
-    same = isinstance(table, nn.Embedding) and len(table.weight) == len(
-        input_embedding(model).weight
-    )
-    return cast(nn.Embedding, table) if same else None
+def decoder_embedding(model: PreTrainedModel) -> nn.Embedding:
+    """Return the module in which the decoder of a seq2seq model looks ids up; the encoder's may be another."""
+    decoder = cast(Any, model).get_decoder()
+    return cast(nn.Embedding, decoder.get_input_embeddings())
 
 
 def side_embeddings(model: PreTrainedModel) -> list[nn.Embedding]:

@@ -8,10 +8,11 @@ from softprompt.backbone.load import DEMO
 from softprompt.bundled import model_directory
 from softprompt.errors import ConfigError
 from softprompt.prompts.configs import PromptTuningConfig
+from softprompt.prompts.prefix import PrefixTuningConfig
 
 
-def text_token_ids(config: PromptTuningConfig) -> list[int]:
-    """Tokenise ``prompt_tuning_init_text``, special tokens included as in PEFT.
+def text_token_ids(config: PromptTuningConfig | PrefixTuningConfig) -> list[int]:
+    """Tokenise the initial text of a configuration, special tokens included as in PEFT.
 
     Raises:
         ConfigError: If the tokenizer cannot be loaded.
@@ -19,9 +20,11 @@ def text_token_ids(config: PromptTuningConfig) -> list[int]:
     options = dict(config.tokenizer_kwargs or {})
     special = bool(options.pop("add_special_tokens", True))
     tokenizer = _tokenizer(config, options)
-    ids: list[int] = tokenizer(config.prompt_tuning_init_text, add_special_tokens=special)[
-        "input_ids"
-    ]
+    if isinstance(config, PrefixTuningConfig):
+        text = config.prefix_tuning_init_text
+    else:
+        text = config.prompt_tuning_init_text
+    ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
     return ids
 
 
@@ -36,7 +39,9 @@ def label_token_ids(config: PromptTuningConfig) -> list[list[int]]:
     return [tokenizer(line, add_special_tokens=False)["input_ids"] for line in lines]
 
 
-def _tokenizer(config: PromptTuningConfig, options: dict[str, object]) -> PreTrainedTokenizerBase:
+def _tokenizer(
+    config: PromptTuningConfig | PrefixTuningConfig, options: dict[str, object]
+) -> PreTrainedTokenizerBase:
     return load_tokenizer(str(config.tokenizer_name_or_path), **options)
 
 

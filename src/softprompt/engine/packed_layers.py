@@ -8,7 +8,7 @@ happens before and after (positions, pooling, heads) is the model's own code on 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -26,25 +26,48 @@ _BIASES = {_SELF: "position_bias", _CROSS: "encoder_decoder_position_bias"}
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """Which padded places are real, and where each stands in the packed stream.
+    """Where the tokens of a packed stream stand in a padded grid.
 
     Attributes:
-        take: Flat padded index ``b · W + w`` of each packed token, ``[N]``.
-        put: Packed index of each padded place, ``[B, W]``; places that are not real hold 0.
-        real: Which padded places are real, bool ``[B, W]``.
+        take: Flat place ``b · W + w`` of each packed token, ``[N]``.
+        shape: Rows and columns of the grid (B, W).
     """
 
     take: Tensor
-    put: Tensor
-    real: Tensor
+    shape: tuple[int, int]
 
     @classmethod
     def of(cls, mask: Tensor) -> Packing:
         """Pack the places where a mask ``[B, W]`` is 1, row by row."""
-        real = mask.bool()
-        flat = real.reshape(-1)
-        put = (flat.long().cumsum(0) - 1).clamp(min=0).view(real.shape)
-        return cls(flat.nonzero()[:, 0], put, real)
+        return cls(mask.reshape(-1).nonzero()[:, 0], (int(mask.shape[0]), int(mask.shape[1])))
+
+    @classmethod
+    def by_column(cls, positions: Tensor) -> Packing:
+        """Lay tokens ``[N]`` out so that each column is a position, for stacks that count columns.
+
+        Tokens of one position (beginnings of many rows, branches of a tree) go to rows of their own.
+        """
+        order = positions.argsort(stable=True)
+        column = positions[order]
+        first = torch.searchsorted(column, column)  # [N] where its position begins
+        row = torch.empty_like(positions)
+        row[order] = torch.arange(len(order)) - first
+        width = int(positions.max()) + 1
+        return cls(row * width + positions, (int(row.max()) + 1, width))
+
+    @classmethod
+    def in_line(cls, tokens: int) -> Packing:
+        """Lay tokens out as they are, for stacks whose positions are in their attention alone."""
+        return cls(torch.arange(tokens), (1, tokens))
+
+    def grid(self, values: Tensor, fill: int) -> Tensor:
+        """Return values ``[N]`` at their places ``[B, W]``, ``fill`` elsewhere."""
+        flat = values.new_full((self.shape[0] * self.shape[1],), fill)
+        return flat.index_copy(0, self.take, values).view(self.shape)
+
+    def to(self, device: torch.device) -> Packing:
+        """Return the same packing on a device."""
+        return Packing(self.take.to(device), self.shape)
 
     def packed(self, hidden: Tensor) -> Tensor:
         """Return ``[1, N, H]`` from ``[B, W, H]``."""
@@ -52,7 +75,8 @@ class Packing:
 
     def unpacked(self, hidden: Tensor) -> Tensor:
         """Return ``[B, W, H]`` from ``[1, N, H]``, zeros where nothing is real."""
-        return F.embedding(self.put, hidden[0]) * self.real.unsqueeze(-1)
+        flat = hidden.new_zeros(self.shape[0] * self.shape[1], hidden.shape[2])
+        return flat.index_copy(0, self.take, hidden[0]).view(*self.shape, -1)
 
 
 def layers_of(stack: nn.Module) -> nn.ModuleList:
@@ -74,7 +98,8 @@ def packed_layers(
     mask: LayerMask,
     *,
     cross: LayerMask | None = None,
-    unpack: bool,
+    keep: Tensor | None = None,
+    unpack: bool = False,
 ) -> Iterator[None]:
     """Run the layers on a packed stream inside the context.
 
@@ -83,6 +108,7 @@ def packed_layers(
         packing: The padding to take out.
         mask: Who sees whom in the stream.
         cross: Who sees which encoder state, for decoder layers.
+        keep: Tokens of the stream to hand on after the last layer ``[K]``; None for all.
         unpack: Whether to put the padding back after the last layer.
     """
     masks = {_SELF: mask} | ({_CROSS: cross} if cross is not None else {})
@@ -90,8 +116,10 @@ def packed_layers(
     for index, layer in enumerate(layers):
         hook = _before(layer, masks, packing if index == 0 else None)
         handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+    if keep is not None:
+        handles.append(layers[-1].register_forward_hook(_after(lambda hidden: hidden[:, keep])))
     if unpack:
-        handles.append(layers[-1].register_forward_hook(_after(packing)))
+        handles.append(layers[-1].register_forward_hook(_after(packing.unpacked)))
     try:
         yield
     finally:
@@ -117,11 +145,11 @@ def _before(layer: nn.Module, masks: dict[str, LayerMask], packing: Packing | No
     return hook
 
 
-def _after(packing: Packing) -> Any:
+def _after(change: Callable[[Tensor], Tensor]) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if isinstance(output, tuple):
-            return (packing.unpacked(output[0]), *output[1:])
-        return packing.unpacked(output)
+            return (change(output[0]), *output[1:])
+        return change(output)
 
     return hook
 

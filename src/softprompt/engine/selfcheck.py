@@ -8,7 +8,7 @@ log-probabilities and prompt gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -22,7 +22,8 @@ from softprompt.engine.rows import Engine, EngineRow, TargetLogProbs, joined
 _LENGTHS = ((5, 2, 0), (1, 1, 0), (3, 3, 1), (4, 1, -1), (7, 2, 1))
 """Source tokens, target tokens and prompt of each probe row."""
 
-_PROMPTS = (4, 3)
+PROBED_LENGTHS = (4, 3)
+"""Virtual tokens of the two prompts of the probe."""
 
 _TOLERANCE = {
     torch.float64: (1e-4, 5e-4),  # transformers computes softmax and norms in float32
@@ -55,10 +56,15 @@ def probing(model: PreTrainedModel) -> Iterator[None]:
                 module.training = True
 
 
-def difference(candidate: Engine, reference: Engine, model: PreTrainedModel) -> str | None:
+def difference(
+    candidate: Engine,
+    reference: Engine,
+    model: PreTrainedModel,
+    prompts: Sequence[Tensor] | None = None,
+) -> str | None:
     """Return how the candidate differs on the probe from the reference given one row at a time.
 
-    None when it does not.
+    None when it does not. ``prompts`` are the two prompts to probe with, random rows unless given.
     """
     facts = facts_of(model)
     allowed, allowed_gradient = _TOLERANCE.get(model.dtype, _TOLERANCE[torch.float32])
@@ -68,11 +74,11 @@ def difference(candidate: Engine, reference: Engine, model: PreTrainedModel) -> 
     for source, target, prompt in _LENGTHS:
         ids = torch.randint(0, top, (source + target,), generator=generator).tolist()
         rows.append(EngineRow(tuple(ids[:source]), tuple(ids[source:]), prompt))
-    values = [
+    values = prompts or [
         (torch.randn(length, facts.token_dim, generator=generator) * facts.embedding_rms).to(
             model.device
         )
-        for length in _PROMPTS
+        for length in PROBED_LENGTHS
     ]
     with probing(model):
         expected, expected_gradients = _run(reference, rows, values, alone=True)
@@ -88,7 +94,7 @@ def difference(candidate: Engine, reference: Engine, model: PreTrainedModel) -> 
 
 
 def _run(
-    engine: Engine, rows: list[EngineRow], values: list[Tensor], *, alone: bool
+    engine: Engine, rows: list[EngineRow], values: Sequence[Tensor], *, alone: bool
 ) -> tuple[Tensor, list[Tensor]]:
     with torch.enable_grad():
         prompts = [value.clone().requires_grad_() for value in values]
