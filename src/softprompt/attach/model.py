@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -29,16 +29,14 @@ from softprompt.attach.inputs import (
     Call,
     batch_size,
     bound,
-    isolated_inputs,
     named_input,
-    prompted_inputs,
+    prompted_pass,
 )
 from softprompt.attach.lending import lent, row_names
 from softprompt.attach.tasks import RULES, infer_task
 from softprompt.backbone.facts import Facts, facts_of, input_embedding
 from softprompt.backbone.freeze import freeze
 from softprompt.engine.layout import Prompts
-from softprompt.engine.packed_encoder import without_padding
 from softprompt.engine.virtual import vocabulary_of
 from softprompt.errors import AdapterError, ConfigError
 from softprompt.prompts.configs import PeftConfig, PromptTuningConfig, TaskType
@@ -180,14 +178,11 @@ class PeftModel(nn.Module):
         """
         inputs = bound(self._parameters_of_forward, args, kwargs)
         with self._prompted(adapter_names, inputs) as prompts:
-            if prompts is not None:
-                call = Call(inputs, prompts, self.facts, RULES[self.task_type])
-                inputs, layout = prompted_inputs(call)
-                if layout is not None and not prompts.sees_input:
-                    inputs = isolated_inputs(self.base_model, inputs, layout)
-            pooled = prompts is not None and RULES[self.task_type].pooled
-            with without_padding(self.base_model, inputs) if pooled else nullcontext():
+            if prompts is None:
                 return self.base_model(**inputs)
+            call = Call(inputs, prompts, self.facts, RULES[self.task_type])
+            with prompted_pass(self.base_model, call) as prepared:
+                return self.base_model(**prepared)
 
     def generate(
         self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any

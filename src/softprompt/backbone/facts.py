@@ -103,7 +103,17 @@ def input_embedding(model: PreTrainedModel) -> nn.Embedding:
             f"{type(model).__name__} has no input embedding table, so no prompt can stand before its input; "
             "use a text model"
         )
-    return cast(nn.Embedding, table)
+    return cast(nn.Embedding, _looked_up(model, cast(nn.Embedding, table)))
+
+
+def _looked_up(model: PreTrainedModel, table: nn.Embedding) -> nn.Module:
+    """Return the module a table's ids go through: T5 without its decoder has a twin that is never run."""
+    encoder = model.get_encoder()
+    if isinstance(encoder, PreTrainedModel):
+        inner = encoder.get_input_embeddings()
+        if getattr(inner, "weight", None) is table.weight:
+            return inner
+    return table
 
 
 def side_embeddings(model: PreTrainedModel) -> list[nn.Embedding]:
@@ -125,6 +135,12 @@ def recomputes_layers(model: nn.Module) -> bool:
 def skips_layers(model: nn.Module) -> bool:
     """Tell whether a pass may leave out layers of the model (LayerDrop, in training)."""
     return model.training and any(getattr(module, "layerdrop", 0.0) for module in model.modules())
+
+
+def has_windows(stack: nn.Module) -> bool:
+    """Tell whether some layers of a model, encoder or decoder see only a stretch of the input."""
+    kinds = getattr(getattr(stack, "config", None), "layer_types", None) or ()
+    return any(kind != "full_attention" for kind in kinds)
 
 
 def output_limit(model: PreTrainedModel) -> int | None:
