@@ -137,6 +137,17 @@ ENCODERS: dict[str, Config] = {
     ),
 }
 
+ROTARY_ENCODERS: dict[str, Config] = {
+    "modernbert": lambda: tf.ModernBertConfig(
+        **SIZES, cls_token_id=1, sep_token_id=2, local_attention=8, global_attn_every_n_layers=2
+    ),
+    "eurobert": lambda: tf.EuroBertConfig(**GQA),
+    "nomic_bert": lambda: tf.NomicBertConfig(**SIZES),
+    "gte": lambda: tf.GteConfig(**SIZES),
+    "jina_v3": lambda: tf.JinaEmbeddingsV3Config(**SIZES),
+    "esm": lambda: tf.EsmConfig(**SIZES, mask_token_id=3, position_embedding_type="rotary"),
+}
+
 
 def build(loader: type, config: Any, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """Build a random model in eval mode; ``changes`` are set on its config."""

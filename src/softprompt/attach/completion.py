@@ -11,7 +11,7 @@ from softprompt.attach.placing import placement_of
 from softprompt.attach.prefixes import check_kind, sized
 from softprompt.attach.tasks import RULES, infer_task
 from softprompt.backbone.facts import Facts, is_encoder_decoder, start_id
-from softprompt.engine.packed_encoder import is_bidirectional
+from softprompt.engine.isolation import is_bidirectional, why_not_isolated
 from softprompt.errors import ConfigError
 from softprompt.prompts.configs import (
     PeftConfig,
@@ -150,4 +150,9 @@ def _check_isolated(model: PreTrainedModel, facts: Facts, task: TaskType) -> Non
         raise ConfigError(
             f"prompt_sees_input=False needs explicit positions, which {facts.architecture} does not take; "
             "leave it out"
+        )
+    problem = why_not_isolated(model)
+    if problem:
+        raise ConfigError(
+            f"prompt_sees_input=False cannot be had in {facts.architecture}: {problem}; leave it out"
         )

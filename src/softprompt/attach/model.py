@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -26,9 +26,8 @@ from softprompt.attach.inputs import (
     Call,
     batch_size,
     bound,
-    isolated_inputs,
     named_input,
-    prompted_inputs,
+    prompted_pass,
 )
 from softprompt.attach.lending import LentPrompts, PromptParts, lent
 from softprompt.attach.parts import split_value
@@ -36,7 +35,6 @@ from softprompt.attach.placing import PromptAt, prompt_offsets
 from softprompt.attach.prefixes import check_prefixed
 from softprompt.attach.tasks import RULES, infer_task
 from softprompt.backbone.facts import input_embedding
-from softprompt.engine.packed_encoder import without_padding
 from softprompt.errors import ConfigError
 from softprompt.prompts.configs import PeftType, PromptLearningConfig, TaskType
 from softprompt.prompts.cpt_embedding import CPTEmbedding
@@ -78,7 +76,6 @@ class PeftModel(Adapters):
         """
         inputs = bound(self._arguments_of_forward, args, kwargs)
         rows = self._rows(inputs, adapter_names, task_ids)
-        rules = RULES[self.task_type]
         names = [row.name for row in rows]
         inputs, context = without_context_labels(inputs, names, self.peft_config)
         with self._prompted(rows, inputs, prompt_at) as prompts:
@@ -87,12 +84,9 @@ class PeftModel(Adapters):
             check_prefixed(self.base_model, self.facts, prompts.prefixes, inputs)
             if prompts.input is None:
                 return self.base_model(**inputs)
-            inputs, layout = prompted_inputs(Call(inputs, prompts.input, self.facts, rules))
-            if layout is not None and not prompts.input.sees_input:
-                inputs = isolated_inputs(self.base_model, inputs, layout)
-            packed = without_padding(self.base_model, inputs) if rules.pooled else nullcontext()
-            with packed:
-                outputs = self.base_model(**inputs)
+            call = Call(inputs, prompts.input, self.facts, RULES[self.task_type])
+            with prompted_pass(self.base_model, call) as (prepared, layout):
+                outputs = self.base_model(**prepared)
             return outputs if context is None else context.scored(outputs, layout)
 
     def generate(

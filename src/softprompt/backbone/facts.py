@@ -103,7 +103,17 @@ def input_embedding(model: PreTrainedModel) -> nn.Embedding:
             f"{type(model).__name__} has no input embedding table, so no prompt can stand before its input; "
             "use a text model"
         )
-    return cast(nn.Embedding, table)
+    return cast(nn.Embedding, _looked_up(model, cast(nn.Embedding, table)))
+
+
+def _looked_up(model: PreTrainedModel, table: nn.Embedding) -> nn.Module:
+    """Return the module a table's ids go through: T5 without its decoder has a twin that is never run."""
+    encoder = model.get_encoder()
+    if isinstance(encoder, PreTrainedModel):
+        inner = encoder.get_input_embeddings()
+        if getattr(inner, "weight", None) is table.weight:
+            return inner
+    return table
 
 
 def decoder_embedding(model: PreTrainedModel) -> nn.Embedding:
@@ -148,6 +158,12 @@ def start_id(model: PreTrainedModel) -> int | None:
             "use placement prefix"
         )
     return start
+
+
+def has_windows(stack: nn.Module) -> bool:
+    """Tell whether some layers of a model, encoder or decoder see only a stretch of the input."""
+    kinds = getattr(getattr(stack, "config", None), "layer_types", None) or ()
+    return any(kind != "full_attention" for kind in kinds)
 
 
 def output_limit(model: PreTrainedModel) -> int | None:
