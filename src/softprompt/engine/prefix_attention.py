@@ -176,7 +176,9 @@ def prefix_attention_forward(
 
 def _inner(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     if name != EAGER:
-        return cast(Callable[..., tuple[Tensor, Tensor | None]], cast(Any, AttentionInterface)()[name])
+        return cast(
+            Callable[..., tuple[Tensor, Tensor | None]], cast(Any, AttentionInterface)()[name]
+        )
     found = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if found is None:
         raise ForestUnsupportedError(f"{type(module).__name__} has no eager attention to call")
