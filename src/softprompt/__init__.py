@@ -64,6 +64,8 @@ if TYPE_CHECKING:
     )
     from softprompt.prompts.multitask import MultitaskPromptTuningConfig
     from softprompt.prompts.p_tuning import PromptEncoderConfig
+    from softprompt.prompts.prefix import PrefixTuningConfig
+    from softprompt.prompts.prefix_encoder import PrefixEncoder
     from softprompt.prompts.prompt_encoder import PromptEncoder
     from softprompt.training.settings import TuneSettings, TuningConfig
     from softprompt.training.tune import tune
@@ -120,6 +122,8 @@ _HOMES = {
     "softprompt.attach.multitask": ("MultitaskPromptEmbedding",),
     "softprompt.prompts.multitask": ("MultitaskPromptTuningConfig",),
     "softprompt.prompts.p_tuning": ("PromptEncoderConfig",),
+    "softprompt.prompts.prefix": ("PrefixTuningConfig",),
+    "softprompt.prompts.prefix_encoder": ("PrefixEncoder",),
     "softprompt.prompts.prompt_encoder": ("PromptEncoder",),
     "softprompt.prompts.cpt": ("CPTConfig",),
     "softprompt.prompts.cpt_embedding": ("CPTEmbedding",),
@@ -156,6 +160,8 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PrefixEncoder",
+    "PrefixTuningConfig",
     "PromptEmbedding",
     "PromptEncoder",
     "PromptEncoderConfig",

@@ -34,6 +34,8 @@ PEFT_NAMES = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PrefixEncoder",
+    "PrefixTuningConfig",
     "PromptEmbedding",
     "PromptEncoder",
     "PromptEncoderConfig",
@@ -149,6 +151,7 @@ def test_the_second_import_path_of_every_method():
         ],
         "p_tuning": ["PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"],
         "cpt": ["CPTConfig", "CPTEmbedding"],
+        "prefix_tuning": ["PrefixTuningConfig", "PrefixEncoder"],
     }.items():
         theirs = importlib.import_module(f"peft.tuners.{method}")
         for name in names:
