@@ -113,7 +113,7 @@ def convert(
         stored=stored,
         to=to,
         task=None if task is None else str(task),
-        name=name or Path(source).resolve().stem,
+        name=name or _name_of(source),
         others=others,
         base=base,
         encode=None if base is None else _encoder(base),
@@ -136,6 +136,11 @@ def _check_options(
         raise ConfigError("vllm writes the request for one input text; pass text (--text)")
     if (name is not None or add) and target.name != _NAMING:
         raise ConfigError(f"names and further prompts are for {_NAMING}, not for {target.name}")
+
+
+def _name_of(source: str | Path) -> str:
+    path = Path(source).resolve()
+    return path.stem if path.is_file() else path.name
 
 
 def _reader(origin: Format, source: str | Path) -> Read:

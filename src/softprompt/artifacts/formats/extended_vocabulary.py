@@ -110,10 +110,12 @@ def _entry(
     text = "".join(token_text(name, index) for index in range(len(ids)))
     form = None if export.encode is None else text_form(tokenizer, text, ids, export.encode)
     manifest = prompt.stored.manifest
+    template = manifest.template if manifest else "{{input}}"
     return {
         "token_ids": ids,
         "tokens": text,
-        "template": manifest.template if manifest else "{{input}}",
+        # A causal model's answer begins with the space that its template ends in.
+        "template": template if prompt.seq2seq else template.rstrip(" "),
         "labels": list(manifest.labels) if manifest and manifest.labels else None,
         "text": None if form is None else asdict(form),
     }
