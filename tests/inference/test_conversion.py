@@ -344,6 +344,21 @@ def test_the_base_is_checked(tmp_path, prompts, bases):
     refused("expected rows 48 wide .*came 32", tmp_path / "p.npy", tmp_path / "y", **wide)
 
 
+def test_a_base_of_another_kind_or_width(tmp_path, prompts, bases):
+    other = {"to": "caikit", "error": ArtifactError}
+    plain = prompts / "unnamed"
+    refused(
+        "is for CAUSAL_LM, .* a seq2seq model",
+        plain,
+        tmp_path / "x",
+        base_model=str(bases / "t5"),
+        **other,
+    )
+    refused("rows 48 wide", plain, tmp_path / "x", base_model=str(bases / "wide"), **other)
+    write_prompt(tmp_path / "p", str(bases / "llama"), task_type="SEQ_CLS")
+    refused("it is for SEQ_CLS", tmp_path / "p", tmp_path / "x", to="tgis")
+
+
 def test_what_is_missing_is_asked_for(tmp_path, prompts):
     convert(prompts / "causal", tmp_path / "p.npy", to="npy")
     refused(
