@@ -16,9 +16,11 @@ from softprompt.backbone.facts import facts_of
 from softprompt.backbone.fingerprint import Fingerprint
 from softprompt.backbone.load import LoadedBase
 from softprompt.errors import ArtifactError
-from softprompt.prompts.configs import PromptTuningConfig, TaskType
+from softprompt.prompts.configs import PeftType, PromptTuningConfig, TaskType
 
 ENCODER, DECODER = "ENCODER", "DECODER"
+
+_KINDS = {TaskType.CAUSAL_LM: False, TaskType.SEQ_2_SEQ_LM: True}
 
 _MAX_TOKENS = (256, 128)
 """Input and answer lengths where a format does not record them."""
@@ -132,6 +134,22 @@ def check_width(width: int, base: LoadedBase, where: str) -> None:
             f"expected rows {own} wide in {where}, as the embeddings of {base.name}, came {width}: "
             "name the base that the prompt was made for"
         )
+
+
+def check_fit(stored: StoredAdapter, base: LoadedBase) -> None:
+    """Refuse a base of another kind or width than a prompt's, whatever its weights are.
+
+    Raises:
+        ArtifactError: the prompt cannot stand before this base.
+    """
+    task, seq2seq = stored.config.get("task_type"), facts_of(base.model).is_encoder_decoder
+    if task in _KINDS and _KINDS[task] != seq2seq:
+        raise ArtifactError(
+            f"the prompt in {stored.location} is for {task}, {base.name} is a "
+            f"{'seq2seq' if seq2seq else 'causal'} model; name the base that it was made for"
+        )
+    if stored.config["peft_type"] != PeftType.PREFIX_TUNING:
+        check_width(stored.prompt.shape[1], base, stored.location)
 
 
 def _manifest(origin: Origin, base: LoadedBase | None) -> Manifest:

@@ -127,6 +127,8 @@ def staged_folder(directory: Path) -> Iterator[Path]:
     Raises:
         OSError: the file system refused.
     """
+    # Renaming a link would leave what it points to behind.
+    directory = directory.resolve()
     directory.parent.mkdir(parents=True, exist_ok=True)
     staged, old = _temporary_beside(directory), _temporary_beside(directory)
     try:

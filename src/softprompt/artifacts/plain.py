@@ -12,7 +12,7 @@ from softprompt.artifacts.layout import PROMPT_KEY
 from softprompt.artifacts.native import StoredAdapter
 from softprompt.artifacts.peft_layouts import COLS_KEY, LAYOUTS, ROWS_KEY
 from softprompt.errors import ArtifactError, ConfigError, nearest
-from softprompt.prompts.configs import PeftType, Placement
+from softprompt.prompts.configs import PeftType, Placement, TaskType
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +112,8 @@ def _beyond_rows(stored: StoredAdapter) -> str | None:
     config = stored.config
     heads = sorted(name for name in stored.tensors if name != PROMPT_KEY)
     placement = config.get("placement", Placement.PREFIX)
+    if config.get("task_type") not in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM):
+        return f"it is for {config.get('task_type')}, the format for models that write text"
     if config["peft_type"] == PeftType.PREFIX_TUNING:
         return "it is keys and values of every layer, not rows of the input; only peft holds those"
     if heads:

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from softprompt.cli.options import base_options, output_options
+from softprompt.cli.generate import request_of
+from softprompt.cli.options import fingerprint_option, output_options
 from softprompt.cli.streams import show, start_logging, table
 from softprompt.errors import UsageError
 
@@ -22,17 +23,25 @@ from softprompt.errors import UsageError
 )
 @click.option("--task", help="Task of a multitask prompt, by number or name.")
 @click.option("--text", help="Input of the request that vllm writes.")
+@click.option(
+    "--field", "pairs", multiple=True, metavar="NAME=TEXT", help="Field of a template with several."
+)
 @click.option("--name", help="What extended-vocab calls the prompt.  [default: the source's name]")
 @click.option(
     "--add", multiple=True, metavar="NAME=PROMPT", help="Further prompt in the extended-vocab."
 )
 @click.option("--overwrite", is_flag=True, help="Replace what the destination holds.")
-@base_options
+@click.option("--base-model", help="Base model of the prompt; by default the recorded one.")
+@click.option("--torch-dtype", help="Data type to load the base in; by default the checkpoint's.")
+@click.option("--device", help="Device to load the base on, such as cpu or cuda:0.")
+@fingerprint_option
 @output_options
 def command(
     *,
     source: str,
     destination: str,
+    text: str | None,
+    pairs: tuple[str, ...],
     add: tuple[str, ...],
     as_json: bool,
     quiet: bool,
@@ -43,10 +52,11 @@ def command(
     The format of SOURCE is recognised from its files. Where they do not name the base model,
     --base-model does; a base that is loaded is checked against the prompt.
     """
+    request = request_of(text, pairs) if text is not None or pairs else None
     start_logging(quiet=quiet)
     from softprompt.inference.conversion import convert
 
-    done = convert(source, destination, add=_added(add), **options)
+    done = convert(source, destination, text=request, add=_added(add), **options)
     head = {
         "source": done.source,
         "source_format": done.source_format,

@@ -39,7 +39,7 @@ def command(
     the number of its "line". Blank lines have no answer, and a warning says which they are.
     """
     lines = _lines() if text is None and not pairs else None
-    requests = [_request(text, pairs)] if lines is None else list(lines.values())
+    requests = [request_of(text, pairs)] if lines is None else list(lines.values())
     base = base_options_of(options)
     settings = given(options)
     GenerationOptions.from_settings({k: v for k, v in settings.items() if k != "batch_size"})
@@ -55,7 +55,7 @@ def command(
     show(result, "\n".join(answer.text for answer in answers), as_json=as_json)
 
 
-def _request(text: str | None, pairs: tuple[str, ...]) -> str | dict[str, str]:
+def request_of(text: str | None, pairs: tuple[str, ...]) -> str | dict[str, str]:
     """Return the one input that the options give: a text, or fields by name."""
     if not pairs:
         return text or ""

@@ -11,6 +11,8 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from softprompt.artifacts.bare import check_fit
+from softprompt.artifacts.files import require_empty, require_new_file
 from softprompt.artifacts.formats import Export, Format, Read, detect, format_named
 from softprompt.artifacts.native import StoredAdapter
 from softprompt.attach.saving import check_base
@@ -92,7 +94,7 @@ def convert(
     _check_options(target, text, name, add)
     origin = detect(source)
     read = _reader(origin, source)
-    _check_output(target, origin, output, overwrite)
+    _check_output(target, output, overwrite)
     base = None
     options = {"tokenizer": tokenizer, "torch_dtype": torch_dtype, "device": device}
     if base_model is not None:
@@ -109,11 +111,12 @@ def convert(
     if base is not None:
         for each in (stored, *others.values()):
             check_base(each, base.model, ignore_fingerprint)
+            check_fit(each, base)
     export = Export(
         stored=stored,
         to=to,
         task=None if task is None else str(task),
-        name=name or Path(source).resolve().stem,
+        name=name or _name_of(source),
         others=others,
         base=base,
         encode=None if base is None else _encoder(base),
@@ -138,6 +141,11 @@ def _check_options(
         raise ConfigError(f"names and further prompts are for {_NAMING}, not for {target.name}")
 
 
+def _name_of(source: str | Path) -> str:
+    path = Path(source).resolve()
+    return path.stem if path.is_file() else path.name
+
+
 def _reader(origin: Format, source: str | Path) -> Read:
     if origin.read is None:
         raise ArtifactError(
@@ -147,15 +155,23 @@ def _reader(origin: Format, source: str | Path) -> Read:
     return origin.read
 
 
-def _check_output(target: Format, origin: Format, output: Path, overwrite: bool) -> None:
-    """Refuse a folder that already is a prompt of another format: it would be two at once."""
-    if target.holds != "folder" or not output.is_dir() or not any(output.iterdir()):
+def _check_output(target: Format, output: Path, overwrite: bool) -> None:
+    """Refuse what may not be written before a base is loaded for it.
+
+    A folder that already is a prompt of another format would be two at once.
+    """
+    if target.holds == "file":
+        require_new_file(output, overwrite=overwrite)
+        return
+    if not overwrite:
+        require_empty(output)
+    if not output.is_dir() or not any(output.iterdir()):
         return
     try:
         found = detect(output)
     except ArtifactError:
         return
-    if overwrite and found.read is not target.read:
+    if found.read is not target.read:
         raise OutputExistsError(
             f"{output} holds a prompt in the format {found.name}, and would be two at once; choose "
             "another folder"

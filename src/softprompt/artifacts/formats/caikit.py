@@ -121,13 +121,12 @@ def _text(config: Mapping[str, Any], key: str, path: Path) -> str:
 
 def _inside(path: Path, part: str, name: Any) -> Path:
     """Return the file a config names, which must lie in the folder itself."""
-    file = path / str(name)
-    if not isinstance(name, str) or file.resolve().parent != path.resolve():
+    if not isinstance(name, str) or Path(name).name != name:
         raise ArtifactError(
             f"expected a file in {path} for {part} in {CONFIG_FILE}, came {name!r}, which leads "
             "elsewhere: put the file beside it"
         )
-    return file
+    return path / name
 
 
 def _check_sizes(recorded: Mapping[str, Any], base: LoadedBase, path: Path) -> None:

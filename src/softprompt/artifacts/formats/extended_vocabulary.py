@@ -12,10 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.artifacts.bare import check_width
 from softprompt.artifacts.files import require_empty, require_no_file, staged_folder
 from softprompt.artifacts.formats.format import Export, Format, write_failed
 from softprompt.artifacts.formats.vocabulary_rows import extend
@@ -42,10 +40,7 @@ def _write(export: Export, path: Path) -> Mapping[str, Any]:
     base = export.loaded()
     prompts = _prompts(export)
     _check_output(path, overwrite=export.overwrite)
-    rows: dict[str, Tensor] = {}
-    for name, prompt in prompts.items():
-        rows[name] = prompt.input_rows
-        check_width(rows[name].shape[1], base, prompt.stored.location)
+    rows = {name: prompt.input_rows for name, prompt in prompts.items()}
     tokenizer, model = copy.deepcopy(base.tokenizer), base.model
     vocabulary = input_embedding(model).weight.shape[0]
     ids = add_prompt_tokens(tokenizer, vocabulary, {name: len(r) for name, r in rows.items()})
@@ -110,10 +105,12 @@ def _entry(
     text = "".join(token_text(name, index) for index in range(len(ids)))
     form = None if export.encode is None else text_form(tokenizer, text, ids, export.encode)
     manifest = prompt.stored.manifest
+    template = manifest.template if manifest else "{{input}}"
     return {
         "token_ids": ids,
         "tokens": text,
-        "template": manifest.template if manifest else "{{input}}",
+        # A causal model's answer begins with the space that its template ends in.
+        "template": template if prompt.seq2seq else template.rstrip(" "),
         "labels": list(manifest.labels) if manifest and manifest.labels else None,
         "text": None if form is None else asdict(form),
     }

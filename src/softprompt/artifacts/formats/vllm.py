@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.artifacts.bare import check_rows, check_width
+from softprompt.artifacts.bare import check_rows
 from softprompt.artifacts.files import read_bytes
 from softprompt.artifacts.formats.format import Export, Format, write_output_file
 from softprompt.artifacts.formats.part_files import tensor_bytes
@@ -71,7 +71,6 @@ def _write(export: Export, path: Path) -> Mapping[str, Any]:
         )
     table = input_embedding(base.model)
     rows = prompt.input_rows
-    check_width(rows.shape[1], base, export.stored.location)
     ids = torch.tensor(export.source, device=table.weight.device)
     text: Tensor = table(ids)
     joined = torch.cat([rows.to(text.device, text.dtype), text])  # [P + T, H]

@@ -147,7 +147,7 @@ def _resize(model: PreTrainedModel, new: int) -> None:
 
 def _tied(model: PreTrainedModel) -> bool:
     weight = cast(Any, model).get_output_embeddings().weight
-    table = model.get_input_embeddings().weight
+    table = cast(Any, model).get_input_embeddings().weight
     return weight is table or weight is input_embedding(model).weight
 
 
