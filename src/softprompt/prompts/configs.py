@@ -215,9 +215,6 @@ class PromptTuningConfig(PromptLearningConfig):
     tokenizer_kwargs: dict[str, Any] | None = field(
         default=None, metadata={"help": "Keyword arguments of the tokenizer, with TEXT only."}
     )
-    prompt_tuning_init_prompt: str | None = field(
-        default=None, metadata={"help": "Saved prompt to start from, for PROMPT."}
-    )
     prompt_sees_input: bool = field(
         default=True,
         metadata={"help": "Whether an encoder's prompt attends to the input, as in PEFT."},
@@ -234,6 +231,9 @@ class PromptTuningConfig(PromptLearningConfig):
     )
     parameterization_rank: int | None = field(
         default=None, metadata={"help": "Rank r of low_rank and ulpt."}
+    )
+    prompt_tuning_init_prompt: str | None = field(
+        default=None, metadata={"help": "Saved prompt to start from, for PROMPT."}
     )
 
     def __post_init__(self) -> None:
