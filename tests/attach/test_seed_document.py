@@ -67,8 +67,8 @@ def test_the_signature(run):
         "prompt_tuning_init_text",
         "tokenizer_name_or_path",
         "tokenizer_kwargs",
-        "prompt_tuning_init_prompt",  # ours, behind the document's
-        "prompt_sees_input",
+        "prompt_sees_input",  # ours, behind the document's
+        "prompt_tuning_init_prompt",
     ]
     assert arguments["prompt_tuning_init"].default is PromptTuningInit.RANDOM
     assert all(arguments[name].default is None for name in own[1:4])

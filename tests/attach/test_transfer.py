@@ -116,6 +116,16 @@ def test_another_base_gets_the_linear_image(root, source, caplog):
     assert "its 4 rows made 6" in found.note
 
 
+def test_a_map_between_unrelated_bases_is_called_worthless(root, source, words, tmp_path):
+    unrelated = llama(9, width=24)
+    words.save_pretrained(tmp_path)
+    found = transferred_rows(source, unrelated, 4, tokenizer_name=str(tmp_path))
+    assert found.recycled.error > 0.9
+    assert "next to nothing: RANDOM or TEXT" in found.note
+    near = transferred_rows(source, base(root, "second"), 4)
+    assert "next to nothing" not in near.note
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_where_it_started_from_is_no_part_of_the_artifact(root, source, tmp_path):
     started(root, source, 4).save_pretrained(tmp_path / "out")

@@ -28,6 +28,9 @@ from softprompt.prompts.module import PROMPT_KEY, PromptModule
 
 logger = logging.getLogger(__name__)
 
+_WORTHLESS = 0.9
+"""Error from which a map is hardly better than zeros, whose error is 1."""
+
 
 @dataclass(frozen=True, slots=True)
 class Transferred:
@@ -127,6 +130,8 @@ def transferred_rows(
             f", mapped from {manifest.base_model} by {fit.tokens:,} shared tokens; this is approximate: "
             f"relative error {fit.error:.3f} on tokens left out of the fit"
         )
+        if fit.error > _WORTHLESS:
+            note += ", so the map says next to nothing: RANDOM or TEXT may well be a better start"
         return Transferred(fit.rows, note, fit)
     width = input_embedding(model).weight.shape[1]
     if rows.shape[1] != width:

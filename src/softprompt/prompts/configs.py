@@ -222,9 +222,6 @@ class PromptTuningConfig(PromptLearningConfig):
     tokenizer_kwargs: dict[str, Any] | None = field(
         default=None, metadata={"help": "Keyword arguments of the tokenizer, with TEXT only."}
     )
-    prompt_tuning_init_prompt: str | None = field(
-        default=None, metadata={"help": "Saved prompt to start from, for PROMPT.", "ours": True}
-    )
     prompt_sees_input: bool = field(
         default=True,
         metadata={
@@ -249,6 +246,9 @@ class PromptTuningConfig(PromptLearningConfig):
     )
     parameterization_rank: int | None = field(
         default=None, metadata={"help": "Rank r of low_rank and ulpt.", "ours": True}
+    )
+    prompt_tuning_init_prompt: str | None = field(
+        default=None, metadata={"help": "Saved prompt to start from, for PROMPT.", "ours": True}
     )
 
     def __post_init__(self) -> None:
