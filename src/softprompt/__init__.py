@@ -47,14 +47,16 @@ if TYPE_CHECKING:
         PromptTuningInit,
         TaskType,
     )
-    from softprompt.training.settings import TuneSettings, TuningConfig
+    from softprompt.training.settings import TuneSettings
     from softprompt.training.tune import tune
+    from softprompt.training.tuning_config import TuningConfig
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "softprompt.training.tune": ("tune",),
-    "softprompt.training.settings": ("TuneSettings", "TuningConfig"),
+    "softprompt.training.settings": ("TuneSettings",),
+    "softprompt.training.tuning_config": ("TuningConfig",),
     "softprompt.inference.loading": ("load",),
     "softprompt.inference.tuned": ("TunedPrompt",),
     "softprompt.inference.generation": ("Generation",),

@@ -10,7 +10,8 @@ import click
 from softprompt.cli.options import given, options_of, output_options, parts_of
 from softprompt.cli.streams import show, start_logging, table
 from softprompt.errors import UsageError
-from softprompt.training.settings import TuneSettings, TuningConfig
+from softprompt.training.settings import TuneSettings
+from softprompt.training.tuning_config import TuningConfig
 
 if TYPE_CHECKING:
     from softprompt.inference.tuned import TunedPrompt

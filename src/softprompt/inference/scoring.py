@@ -67,6 +67,7 @@ def score_labels(
     label_ids: Sequence[Sequence[int]],
     *,
     prompt_index: int = 0,
+    decoder_index: int = -1,
     batch_size: int = 64,
     normalize: bool = False,
 ) -> Tensor:
@@ -78,6 +79,7 @@ def score_labels(
         sources: Text tokens of N inputs.
         label_ids: Tokens of K labels.
         prompt_index: Which prompt stands before every input; -1 is none.
+        decoder_index: Which prompt stands before every answer of a seq2seq model; -1 is none.
         batch_size: (input, label) pairs in one pass; the labels of one input always stay together,
             because the forest engine then runs the input once.
         normalize: Divide each sum by the label's token count.
@@ -95,7 +97,9 @@ def score_labels(
     for start in range(0, len(order), inputs):
         chosen = order[start : start + inputs]
         rows = [
-            EngineRow(tuple(sources[i]), label, prompt_index) for i in chosen for label in labels
+            EngineRow(tuple(sources[i]), label, prompt_index, decoder_prompt=decoder_index)
+            for i in chosen
+            for label in labels
         ]
         sums = engine.target_log_probs(rows, prompts).row_sums(len(rows))
         scores[chosen] = sums.float().cpu().view(len(chosen), len(labels))
