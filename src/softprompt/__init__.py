@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from softprompt.attach.embedding import PromptEmbedding
     from softprompt.attach.model import PeftModel
+    from softprompt.attach.multitask import MultitaskPromptEmbedding
     from softprompt.errors import SoftPromptError
     from softprompt.evaluation.evaluate import evaluate
     from softprompt.evaluation.report import Report
@@ -47,6 +48,15 @@ if TYPE_CHECKING:
         PromptTuningInit,
         TaskType,
     )
+    from softprompt.prompts.cpt import CPTConfig
+    from softprompt.prompts.cpt_embedding import CPTEmbedding
+    from softprompt.prompts.kinds import (
+        MultitaskPromptTuningInit,
+        PromptEncoderReparameterizationType,
+    )
+    from softprompt.prompts.multitask import MultitaskPromptTuningConfig
+    from softprompt.prompts.p_tuning import PromptEncoderConfig
+    from softprompt.prompts.prompt_encoder import PromptEncoder
     from softprompt.training.settings import TuneSettings
     from softprompt.training.tune import tune
     from softprompt.training.tuning_config import TuningConfig
@@ -93,6 +103,16 @@ _HOMES = {
         "PeftType",
         "TaskType",
     ),
+    "softprompt.attach.multitask": ("MultitaskPromptEmbedding",),
+    "softprompt.prompts.multitask": ("MultitaskPromptTuningConfig",),
+    "softprompt.prompts.p_tuning": ("PromptEncoderConfig",),
+    "softprompt.prompts.prompt_encoder": ("PromptEncoder",),
+    "softprompt.prompts.cpt": ("CPTConfig",),
+    "softprompt.prompts.cpt_embedding": ("CPTEmbedding",),
+    "softprompt.prompts.kinds": (
+        "MultitaskPromptTuningInit",
+        "PromptEncoderReparameterizationType",
+    ),
     "softprompt.errors": ("SoftPromptError",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -105,8 +125,13 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "CPTConfig",
+    "CPTEmbedding",
     "Generation",
     "GenerationOptions",
+    "MultitaskPromptEmbedding",
+    "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",
@@ -117,6 +142,9 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "PromptEmbedding",
+    "PromptEncoder",
+    "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
     "PromptLearningConfig",
     "PromptTuningConfig",
     "PromptTuningInit",

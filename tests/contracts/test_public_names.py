@@ -21,6 +21,10 @@ PEFT_NAMES = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "CPTConfig",
+    "CPTEmbedding",
+    "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",
@@ -31,6 +35,9 @@ PEFT_NAMES = [
     "PeftModelForTokenClassification",
     "PeftType",
     "PromptEmbedding",
+    "PromptEncoder",
+    "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
     "PromptTuningConfig",
     "PromptTuningInit",
     "TaskType",
@@ -41,6 +48,7 @@ PEFT_NAMES = [
 OWN_NAMES = [
     "Generation",
     "GenerationOptions",
+    "MultitaskPromptEmbedding",
     "PromptLearningConfig",
     "Report",
     "SoftPromptError",
@@ -123,3 +131,25 @@ def test_the_second_import_path():
     assert PromptEmbedding is softprompt.PromptEmbedding
     assert PromptTuningConfig is softprompt.PromptTuningConfig
     assert PromptTuningInit is softprompt.PromptTuningInit
+
+
+def test_the_second_import_path_of_every_method():
+    for method, names in {
+        "multitask_prompt_tuning": [
+            "MultitaskPromptEmbedding",
+            "MultitaskPromptTuningConfig",
+            "MultitaskPromptTuningInit",
+        ],
+        "p_tuning": ["PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"],
+        "cpt": ["CPTConfig", "CPTEmbedding"],
+    }.items():
+        theirs = importlib.import_module(f"peft.tuners.{method}")
+        for name in names:
+            config, model = (
+                importlib.import_module(f"softprompt.tuners.{method}{part}")
+                for part in (".config", ".model")
+            )
+            ours = importlib.import_module(f"softprompt.tuners.{method}")
+            assert hasattr(theirs, name)
+            assert getattr(ours, name) is getattr(softprompt, name)
+            assert hasattr(config, name) or hasattr(model, name)

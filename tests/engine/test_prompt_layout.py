@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softprompt.engine.layout import Layout, Prompts
+from softprompt.errors import DataError
 
 H, V, PAD = 3, 50, 0
 
@@ -20,41 +21,43 @@ class Batch:
     prompts: Prompts
     rows: list[list[int]]  # table rows of each batch row's prompt
     leads: list[int]
+    at: list[int]
     ends: list[int]  # padding behind
 
 
 @st.composite
-def batches(draw):
+def batches(draw, placed=False):
     """Rows of one batch: padding before, real tokens, padding behind, and a prompt of 0 to 4 rows."""
     total = draw(st.integers(1, 9))
     sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
     values = [torch.randn(size, H) for size in sizes]
-    mask, choice, leads, ends = [], [], [], []
+    mask, choice, leads, at, ends = [], [], [], [], []
     for _ in range(draw(st.integers(1, 5))):
         real = draw(st.integers(1, total))
         lead = draw(st.integers(0, total - real))
         mask.append([0] * lead + [1] * real + [0] * (total - lead - real))
         leads.append(lead)
+        at.append(draw(st.integers(0, real)) if placed else 0)
         ends.append(total - lead - real)
         choice.append(draw(st.integers(-1, len(sizes) - 1)))
-    prompts = Prompts.of(values, choice)
+    prompts = Prompts.of(values, choice, at=at)
     used = sorted({c for c in choice if c >= 0})
     first = {c: sum(sizes[u] for u in used if u < c) for c in used}
     rows = [list(range(first[c], first[c] + sizes[c])) if c >= 0 else [] for c in choice]
-    return Batch(torch.tensor(mask), prompts, rows, leads, ends)
+    return Batch(torch.tensor(mask), prompts, rows, leads, at, ends)
 
 
 def placed(batch, *, compact):
     """Return, for each row, its columns as ("text", t), ("slot", n) or None, one at a time."""
     total, width = batch.mask.shape[1], max(len(rows) for rows in batch.rows)
     result = []
-    for rows, lead in zip(batch.rows, batch.leads, strict=True):
+    for rows, lead, at in zip(batch.rows, batch.leads, batch.at, strict=True):
         columns = [None] * (width + total)
         begin = 0 if compact else width + lead - len(rows)
-        for offset, row in enumerate(rows):
-            columns[begin + offset] = ("slot", row)
-        for t in range(lead, total):
-            columns[begin + len(rows) + t - lead] = ("text", t)
+        text = [("text", t) for t in range(lead, total)]
+        virtual = [("slot", row) for row in rows]
+        for offset, column in enumerate([*text[:at], *virtual, *text[at:]]):
+            columns[begin + offset] = column
         result.append(columns)
     return result
 
@@ -68,7 +71,7 @@ def filled(batch, columns, text, slot, fill):
 
 
 @pytest.mark.parametrize("compact", [False, True])
-@given(batch=batches())
+@given(batch=batches(placed=True))
 @settings(max_examples=80)
 def test_against_a_loop(batch, compact):
     layout = Layout.of(batch.mask, batch.prompts, compact=compact)
@@ -137,6 +140,55 @@ def test_given_positions_move_behind_the_prompt(batch):
         assert positions[b][layout.slot[b] >= 0].tolist() == list(range(len(rows)))
 
 
+@pytest.mark.parametrize("compact", [False, True])
+@given(batch=batches(placed=True))
+@settings(max_examples=60)
+def test_positions_count_in_the_order_of_the_row(batch, compact):
+    layout = Layout.of(batch.mask, batch.prompts, compact=compact)
+    given_positions = torch.arange(batch.mask.shape[1]).unsqueeze(0) * 3
+    moved = layout.positions(given_positions)
+    for b, rows in enumerate(batch.rows):
+        real = layout.mask[b].bool()
+        assert layout.positions()[b][real].tolist() == list(range(int(real.sum())))
+        for column in real.nonzero()[:, 0].tolist():
+            text = int(layout.text[b, column])
+            behind = text - batch.leads[b] >= batch.at[b]
+            if text >= 0:
+                assert int(moved[b, column]) == 3 * text + (len(rows) if behind else 0)
+
+
+@given(batch=batches(placed=True))
+@settings(max_examples=40)
+def test_text_first_keeps_the_positions_of_the_place(batch):
+    layout = Layout.of(batch.mask, batch.prompts, text_first=True)
+    inside = Layout.of(batch.mask, batch.prompts)
+    for b in range(len(batch.rows)):
+        for name in ("text", "slot"):
+            ours, theirs = (
+                {
+                    int(where): int(position)
+                    for where, position, real in zip(
+                        getattr(each, name)[b], each.positions()[b], each.mask[b], strict=True
+                    )
+                    if where >= 0 and real
+                }
+                for each in (layout, inside)
+            )
+            assert ours == theirs
+
+
+def test_a_prompt_behind_more_tokens_than_there_are():
+    prompts = Prompts.of([torch.randn(2, H)], [0, 0], at=[1, 3])
+    with pytest.raises(DataError, match="row 1 has 2 tokens, but its prompt should stand behind 3"):
+        Layout.of(torch.tensor([[1, 1, 1], [0, 1, 1]]), prompts)
+
+
+def test_holes_count_for_nothing_before_a_prompt():
+    prompts = Prompts.of([torch.randn(1, H)], [0], at=[2])
+    layout = Layout.of(torch.tensor([[0, 1, 0, 1, 1]]), prompts)
+    assert layout.text.tolist() == [[-1, 1, 2, 3, -1, 4]]
+
+
 def test_holes_inside_a_row_stay_masked():
     prompts = Prompts.of([torch.randn(2, H)], [0])
     layout = Layout.of(torch.tensor([[0, 1, 0, 1, 0]]), prompts)
@@ -179,7 +231,8 @@ def test_no_prompt_at_all():
 
 
 def test_repeated_rows_keep_their_prompts():
-    prompts = Prompts.of([torch.randn(2, H), torch.randn(1, H)], [0, 1]).repeated(6)
+    prompts = Prompts.of([torch.randn(2, H), torch.randn(1, H)], [0, 1], at=[3, 0]).repeated(6)
+    assert prompts.at.tolist() == [3, 3, 3, 0, 0, 0]
     assert prompts.lengths.tolist() == [2, 2, 2, 1, 1, 1]
     assert prompts.starts.tolist() == [0, 0, 0, 2, 2, 2]
 

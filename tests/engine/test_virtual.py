@@ -24,14 +24,14 @@ def table():
 def test_idle_it_changes_nothing(table):
     ids = torch.tensor([[0, 5, 2]])
     before = table(ids)
-    VirtualVocabulary(table)
+    VirtualVocabulary([table])
     assert torch.equal(table(ids), before)
     with pytest.raises(IndexError):
         table(torch.tensor([V]))
 
 
 def test_lent_rows_have_the_ids_behind_the_table(table):
-    vocabulary, rows = VirtualVocabulary(table), torch.randn(3, H)
+    vocabulary, rows = VirtualVocabulary([table]), torch.randn(3, H)
     with vocabulary.lend(rows):
         out = table(torch.tensor([[V + 2, 1, V], [0, V + 1, 5]]))
     weight = table.weight
@@ -42,7 +42,7 @@ def test_lent_rows_have_the_ids_behind_the_table(table):
 
 
 def test_rows_get_gradients_only_from_their_ids(table):
-    vocabulary, rows = VirtualVocabulary(table), torch.randn(3, H, requires_grad=True)
+    vocabulary, rows = VirtualVocabulary([table]), torch.randn(3, H, requires_grad=True)
     table.requires_grad_(False)
     with vocabulary.lend(rows):
         table(torch.tensor([0, V, V, 3])).sum().backward()
@@ -51,14 +51,14 @@ def test_rows_get_gradients_only_from_their_ids(table):
 
 
 def test_text_in_front_of_lent_rows_is_bit_identical(table):
-    vocabulary, ids = VirtualVocabulary(table), torch.tensor([[0, 5, 2]])
+    vocabulary, ids = VirtualVocabulary([table]), torch.tensor([[0, 5, 2]])
     before = table(ids)
     with vocabulary.lend(torch.randn(1, H)):
         assert torch.equal(table(ids), before)
 
 
 def test_lending_nests(table):
-    vocabulary = VirtualVocabulary(table)
+    vocabulary = VirtualVocabulary([table])
     outer, inner = torch.zeros(1, H), torch.ones(1, H)
     ids = torch.tensor([V])
     with vocabulary.lend(outer):
@@ -71,7 +71,7 @@ def test_lending_nests(table):
 
 
 def test_an_exception_inside_gives_the_rows_back(table):
-    vocabulary = VirtualVocabulary(table)
+    vocabulary = VirtualVocabulary([table])
     with pytest.raises(KeyError), vocabulary.lend(torch.zeros(1, H)):
         raise KeyError
     assert vocabulary.rows is None
@@ -80,7 +80,7 @@ def test_an_exception_inside_gives_the_rows_back(table):
 
 
 def test_after_a_failed_lookup_the_next_one_is_right(table):
-    vocabulary, rows = VirtualVocabulary(table), torch.zeros(1, H)
+    vocabulary, rows = VirtualVocabulary([table]), torch.zeros(1, H)
     with pytest.raises(IndexError), vocabulary.lend(rows):
         table(torch.tensor([V, -100]))
     with vocabulary.lend(rows):
@@ -89,7 +89,7 @@ def test_after_a_failed_lookup_the_next_one_is_right(table):
 
 
 def test_removed_it_is_gone(table):
-    vocabulary = VirtualVocabulary(table)
+    vocabulary = VirtualVocabulary([table])
     vocabulary.remove()
     assert not table._forward_hooks
     assert not table._forward_pre_hooks
@@ -100,7 +100,7 @@ def test_removed_it_is_gone(table):
 def test_a_model_is_bit_identical_while_idle_and_after(table):
     model, ids = causal("gemma"), torch.tensor([[5, 6, 7]])
     before = model(ids).logits
-    vocabulary = VirtualVocabulary(model.get_input_embeddings())
+    vocabulary = VirtualVocabulary([model.get_input_embeddings()])
     assert torch.equal(model(ids).logits, before)
     vocabulary.remove()
     assert torch.equal(model(ids).logits, before)
@@ -109,7 +109,7 @@ def test_a_model_is_bit_identical_while_idle_and_after(table):
 def test_a_scale_inside_the_embedding_is_bypassed():
     model = causal("gemma")
     table = model.get_input_embeddings()
-    vocabulary, rows = VirtualVocabulary(table), torch.ones(1, 32)
+    vocabulary, rows = VirtualVocabulary([table]), torch.ones(1, 32)
     with vocabulary.lend(rows):
         out = table(torch.tensor([64, 5]))
     assert torch.equal(out[0], rows[0])
@@ -118,7 +118,7 @@ def test_a_scale_inside_the_embedding_is_bypassed():
 
 def test_rows_take_the_dtype_of_the_table():
     table = nn.Embedding(V, H, dtype=torch.bfloat16)
-    with VirtualVocabulary(table).lend(torch.full((1, H), 0.1)):
+    with VirtualVocabulary([table]).lend(torch.full((1, H), 0.1)):
         out = table(torch.tensor([V, 0]))
     assert out.dtype is torch.bfloat16
     assert out[0, 0] == torch.tensor(0.1, dtype=torch.bfloat16)
@@ -128,7 +128,7 @@ def test_rows_take_the_dtype_of_the_table():
 def test_copies_are_independent(how, table):
     owner = nn.Module()
     owner.table = table
-    owner.vocabulary = VirtualVocabulary(table)
+    owner.vocabulary = VirtualVocabulary([table])
     if how == "copy":
         other = copy.deepcopy(owner)
     else:

@@ -6,11 +6,19 @@ import copy
 
 from transformers import PreTrainedModel
 
+from softprompt.attach.parts import DECODER, model_types_of
+from softprompt.attach.placing import placement_of
 from softprompt.attach.tasks import RULES, infer_task
-from softprompt.backbone.facts import Facts
+from softprompt.backbone.facts import Facts, is_encoder_decoder, start_id
 from softprompt.engine.packed_encoder import is_bidirectional
 from softprompt.errors import ConfigError
-from softprompt.prompts.configs import PeftConfig, PromptTuningConfig, TaskType
+from softprompt.prompts.configs import (
+    PeftConfig,
+    PeftType,
+    Placement,
+    PromptLearningConfig,
+    TaskType,
+)
 
 
 def completed(
@@ -18,9 +26,9 @@ def completed(
     model: PreTrainedModel,
     facts: Facts,
     *,
-    shared: PromptTuningConfig | None,
+    shared: PromptLearningConfig | None,
     own: TaskType | None,
-) -> PromptTuningConfig:
+) -> PromptLearningConfig:
     """Return a copy of ``config`` with the base's sizes, task and heads; the caller's stays as it is.
 
     Args:
@@ -33,7 +41,7 @@ def completed(
     Raises:
         ConfigError: If the configuration does not fit the base or the other prompts.
     """
-    if not isinstance(config, PromptTuningConfig):
+    if not isinstance(config, PromptLearningConfig):
         raise ConfigError(f"expected a PromptTuningConfig, got a {type(config).__name__}")
     task = TaskType(config.task_type) if config.task_type else infer_task(model)
     if shared is not None and shared.task_type is not task:
@@ -41,13 +49,15 @@ def completed(
             f"all prompts on one model share its task_type {shared.task_type}, got {task}; "
             "attach the other task to a model of its own"
         )
-    if shared is not None and shared.prompt_sees_input != config.prompt_sees_input:
+    if shared is not None and sees_input_of(shared) != sees_input_of(config):
         raise ConfigError(
-            f"all prompts on one model share prompt_sees_input={shared.prompt_sees_input}, got "
-            f"{config.prompt_sees_input}; attach this one to a model of its own"
+            f"all prompts on one model share prompt_sees_input={sees_input_of(shared)}, got "
+            f"{sees_input_of(config)}; attach this one to a model of its own"
         )
-    if not config.prompt_sees_input:
+    if not sees_input_of(config):
         _check_isolated(model, facts, task)
+    if placement_of(config) is not Placement.PREFIX:
+        _check_placement(config, model)
     if facts.is_encoder_decoder and RULES[task].heads:
         raise ConfigError(
             f"task_type {task} needs an encoder or a decoder, {facts.architecture} has both; "
@@ -57,11 +67,7 @@ def completed(
         raise ConfigError(
             f"the model's class takes task_type {own}, got {task}; use get_peft_model"
         )
-    if (config.num_transformer_submodules or 1) != 1:
-        raise ConfigError(
-            f"num_transformer_submodules={config.num_transformer_submodules} adds rows that nothing "
-            "reads; leave it out, the prompt stands before the (encoder's) input"
-        )
+    submodules = _submodules(config, facts)
     if config.token_dim not in (None, facts.token_dim):
         raise ConfigError(
             f"token_dim is {config.token_dim}, but {facts.architecture}'s embeddings are "
@@ -69,17 +75,58 @@ def completed(
         )
     config = copy.copy(config)
     config.task_type = task
-    config.num_transformer_submodules = 1
+    config.num_transformer_submodules = submodules
     config.token_dim = facts.token_dim
     config.num_layers = config.num_layers or facts.num_layers
     config.num_attention_heads = config.num_attention_heads or facts.num_attention_heads
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = model.name_or_path or None
+    if getattr(config, "encoder_hidden_size", facts.token_dim) is None:
+        setattr(config, "encoder_hidden_size", facts.token_dim)  # noqa: B010 - of some kinds only
     heads = RULES[task].heads
     if heads:
         extra = [name for name in config.modules_to_save or [] if name not in heads]
         config.modules_to_save = [*extra, *heads]
     return config
+
+
+def sees_input_of(config: PromptLearningConfig) -> bool:
+    """Return whether an encoder's prompt attends to the input; kinds without the option do."""
+    return bool(getattr(config, "prompt_sees_input", True))
+
+
+def _submodules(config: PromptLearningConfig, facts: Facts) -> int:
+    """Return how many parts of the model get rows of their own (S)."""
+    given = config.num_transformer_submodules
+    named: list[str] | None = getattr(config, "output_model_types", None)
+    if not facts.is_encoder_decoder and named not in (None, [DECODER]):
+        raise ConfigError(
+            f"output_model_types of a causal model is ['{DECODER}'], got {named}; leave it out"
+        )
+    if config.peft_type is PeftType.MULTITASK_PROMPT_TUNING and facts.is_encoder_decoder:
+        return given or 1
+    count = len(model_types_of(config, facts)) if named is not None else 1
+    if given not in (None, 1, count):
+        raise ConfigError(
+            f"num_transformer_submodules={given} adds rows that nothing reads; leave it out, the prompt stands "
+            "in the (encoder's) input, and output_model_types=['ENCODER', 'DECODER'] gives the decoder one too"
+        )
+    return count
+
+
+def _check_placement(config: PromptLearningConfig, model: PreTrainedModel) -> None:
+    """Refuse a placement that this model, or another option, cannot have."""
+    if not sees_input_of(config):
+        raise ConfigError(
+            "prompt_sees_input=False needs placement prefix; leave one of the two out"
+        )
+    if getattr(config, "output_model_types", None) == [DECODER] and is_encoder_decoder(model):
+        raise ConfigError(
+            "placement is about the encoder's input, and output_model_types ['DECODER'] puts nothing there; "
+            "leave one of the two out"
+        )
+    if placement_of(config) is Placement.AFTER_BOS:
+        start_id(model)
 
 
 def _check_isolated(model: PreTrainedModel, facts: Facts, task: TaskType) -> None:

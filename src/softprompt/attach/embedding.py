@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
-from softprompt.backbone.texts import label_token_ids, text_token_ids
-from softprompt.errors import ConfigError
-from softprompt.prompts import initialisers
-from softprompt.prompts.configs import PromptTuningConfig, PromptTuningInit
+from softprompt.attach.initial import initial_table
+from softprompt.prompts.configs import PromptTuningConfig
 from softprompt.prompts.module import PROMPT_KEY, PromptModule, check_task, take_over
+from softprompt.prompts.parameterisations import RowParameters, reparameterised
+
+logger = logging.getLogger(__name__)
 
 
 @final
 class PromptEmbedding(PromptModule):
     """P trainable rows of a frozen model's embedding space (Lester et al. 2021).
 
-    The rows are ``embedding.weight``, float32 ``[P·S, H]`` whatever the base's dtype: a
-    bfloat16 prompt cannot take small steps. Under ``inference_mode`` nothing is drawn or
-    read, because the weights are about to be loaded.
+    The rows are ``embedding.weight``, float32 ``[S·P, H]`` whatever the base's dtype: a
+    bfloat16 prompt cannot take small steps. With a ``parameterization`` there is no such table
+    but ``parameters_of_rows``; what is saved is the rows they make, and rows that are loaded are a
+    table again. Under ``inference_mode`` nothing is drawn or read, because the weights are about to
+    be loaded.
     """
+
+    embedding: nn.Embedding
+    parameters_of_rows: RowParameters | None
 
     def __init__(
         self,
@@ -42,66 +49,41 @@ class PromptEmbedding(PromptModule):
             ConfigError: If the config lacks the length or names another width than the table's.
         """
         super().__init__()
-        if config.num_virtual_tokens is None:
-            raise ConfigError(
-                "num_virtual_tokens is missing; give the length of the prompt, such as 20"
-            )
-        vocabulary, width = word_embeddings.weight.shape
-        if config.token_dim not in (None, width):
-            raise ConfigError(
-                f"token_dim is {config.token_dim}, but the base's embeddings are {width} wide; leave it out"
-            )
-        length = config.num_virtual_tokens * (config.num_transformer_submodules or 1)
-        self.embedding = nn.Embedding(length, width, dtype=torch.float32)
-        if config.inference_mode or config.prompt_tuning_init is PromptTuningInit.RANDOM:
-            if generator is not None:
-                rows = initialisers.normal(length, width, std=1.0, generator=generator)
-                self.embedding.weight.data.copy_(rows)
-            return
-        rows = self._first_rows(config, word_embeddings, length, generator)
-        self.embedding.weight.data.copy_(rows)
-
-    @staticmethod
-    def _first_rows(
-        config: PromptTuningConfig,
-        table: nn.Embedding,
-        length: int,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        vocabulary, width = table.weight.shape
-        device = table.weight.device
-
-        def embed(ids: Tensor) -> Tensor:
-            rows: Tensor = table(ids.to(device))
-            return rows
-
-        match config.prompt_tuning_init:
-            case PromptTuningInit.TEXT:
-                return initialisers.from_tokens(length, text_token_ids(config), embed)
-            case PromptTuningInit.LABELS:
-                labels = label_token_ids(config)
-                return initialisers.from_labels(
-                    length, labels, vocabulary, embed, generator=generator
-                )
-            case PromptTuningInit.SAMPLE_VOCAB:
-                return initialisers.sampled(length, vocabulary, embed, generator=generator)
-        rms = initialisers.rms(embed, vocabulary)
-        return initialisers.normal(length, width, std=rms, generator=generator)
+        table = initial_table(config, word_embeddings, generator)
+        loaded_next = config.inference_mode
+        self.parameters_of_rows = (
+            None if loaded_next else reparameterised(config, table.weight.detach(), generator)
+        )
+        if self.parameters_of_rows is None:
+            self.embedding = table
 
     def materialize(self, task: int = 0) -> Tensor:
         """Return the prompt's rows ``[S·P, H]``; see ``PromptModule``."""
         check_task(task, self.num_tasks)
-        return self.embedding.weight
+        behind = self.parameters_of_rows
+        return self.embedding.weight if behind is None else behind.rows()
 
     def stored(self) -> dict[str, Tensor]:
         """Return what a file holds; see ``PromptModule``."""
-        return {PROMPT_KEY: self.embedding.weight.detach().cpu().clone()}
+        return {PROMPT_KEY: self.materialize().detach().cpu().clone()}
 
     def load_stored(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over stored rows; see ``PromptModule``."""
-        take_over({PROMPT_KEY: self.embedding.weight}, tensors)
+        """Take over stored rows, which are trained directly from then on; see ``PromptModule``."""
+        behind = self.parameters_of_rows
+        if behind is None:
+            take_over({PROMPT_KEY: self.embedding.weight}, tensors)
+            return
+        value = behind.rows().detach().clone()
+        take_over({PROMPT_KEY: value}, tensors)
+        trains = any(parameter.requires_grad for parameter in behind.parameters())
+        length, width = value.shape
+        self.embedding = nn.Embedding(length, width, _weight=value, _freeze=not trains)
+        self.parameters_of_rows = None
+        logger.info(
+            "the loaded rows are baked: training goes on with the rows themselves, not %s",
+            type(behind).__name__,
+        )
 
     def forward(self, indices: Tensor) -> Tensor:
         """Return rows ``[..., H]`` for indices, as PEFT's module does."""
-        rows: Tensor = self.embedding(indices)
-        return rows
+        return self.materialize()[indices]

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import nn
 
 from softprompt.attach.embedding import PromptEmbedding
+from softprompt.attach.initial import size_of
+from softprompt.attach.multitask import MultitaskPromptEmbedding
+from softprompt.attach.source_prompt import source_of
 from softprompt.errors import ConfigError
 from softprompt.prompts.configs import PromptLearningConfig, PromptTuningConfig
+from softprompt.prompts.cpt import CPTConfig
+from softprompt.prompts.cpt_embedding import CPTEmbedding
 from softprompt.prompts.module import PromptModule
+from softprompt.prompts.multitask import MultitaskPromptTuningConfig
+from softprompt.prompts.p_tuning import PromptEncoderConfig
+from softprompt.prompts.prompt_encoder import PromptEncoder
 
 
 def build_prompt(
@@ -27,6 +37,19 @@ def build_prompt(
     Raises:
         ConfigError: If no module belongs to the configuration, or it lacks something.
     """
-    if isinstance(config, PromptTuningConfig):
-        return PromptEmbedding(config, word_embeddings, generator=generator)
+    match config:
+        case MultitaskPromptTuningConfig():
+            source = source_of(config)
+            return MultitaskPromptEmbedding(
+                config, word_embeddings, source=source, generator=generator
+            )
+        case PromptTuningConfig():
+            return PromptEmbedding(config, word_embeddings, generator=generator)
+        case PromptEncoderConfig():
+            _, width = size_of(config, word_embeddings)
+            sized = dataclasses.replace(config, token_dim=width)
+            return PromptEncoder(sized, generator=generator)
+        case CPTConfig():
+            size_of(config, word_embeddings)
+            return CPTEmbedding(config, word_embeddings)
     raise ConfigError(f"expected the configuration of a prompt, got a {type(config).__name__}")

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedModel
 
+from softprompt.attach.decoder import decoder_steps
 from softprompt.attach.inputs import check_ids
+from softprompt.attach.lending import LentPrompts
 from softprompt.backbone.facts import Facts, output_limit
 from softprompt.engine.context import check_context
 from softprompt.engine.layout import Layout, Prompts
@@ -28,7 +30,7 @@ _SPECULATIVE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_
 
 @contextmanager
 def prompted_generation(
-    model: PreTrainedModel, facts: Facts, prompts: Prompts | None, kwargs: dict[str, Any]
+    model: PreTrainedModel, facts: Facts, prompts: LentPrompts, kwargs: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """Yield the keyword arguments for the base's ``generate``, which is prompted inside the context.
 
@@ -36,24 +38,29 @@ def prompted_generation(
         ConfigError: For speculative decoding, which rewinds the cache by text lengths.
         ContextOverflowError: If prompt, input and new tokens cannot fit.
     """
-    if prompts is None:
+    if prompts.table is None:
         yield kwargs
         return
     kwargs = check_generation(model, facts, prompts, kwargs)
-    if facts.is_encoder_decoder:
-        yield encoder_kwargs(model, facts, prompts, kwargs)
+    if facts.is_encoder_decoder and prompts.input is not None:
+        kwargs = encoder_kwargs(model, facts, prompts.input, kwargs)
+    original = cast(Any, model).prepare_inputs_for_generation
+    if prompts.decoder is not None:
+        steps = decoder_steps(original, facts, prompts.decoder)
+    elif prompts.input is not None and not facts.is_encoder_decoder:
+        steps = _Steps(original, prompts.input, facts).prepare
+    else:
+        yield kwargs
         return
-    with prompted_steps(model, prompts, facts):
+    with _replaced(model, "prepare_inputs_for_generation", steps):
         yield kwargs
 
 
 @contextmanager
-def prompted_steps(model: PreTrainedModel, prompts: Prompts, facts: Facts) -> Iterator[None]:
-    """Rewrite the inputs of every generation step inside the context."""
-    name = "prepare_inputs_for_generation"
-    steps = _Steps(cast(Any, model).prepare_inputs_for_generation, prompts, facts)
+def _replaced(model: PreTrainedModel, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """Let a public method of one model be another inside the context."""
     before = model.__dict__.get(name)
-    model.__dict__[name] = steps.prepare
+    model.__dict__[name] = method
     try:
         yield
     finally:
@@ -125,7 +132,7 @@ class _Steps:
 
 
 def check_generation(
-    model: PreTrainedModel, facts: Facts, prompts: Prompts, kwargs: dict[str, Any]
+    model: PreTrainedModel, facts: Facts, prompts: LentPrompts, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the keyword arguments for ``generate``, checked against the context.
 
@@ -146,14 +153,21 @@ def check_generation(
     check_ids(kwargs.get("input_ids"), facts.vocabulary)
     width, tokens = _text_size(kwargs)
     new = _new_tokens(config, kwargs, width)
+    static = kwargs.get("cache_implementation", config.cache_implementation) in _STATIC
+    virtual = prompts.input.width if prompts.input is not None else 0
     if facts.is_encoder_decoder:
-        check_context(tokens, prompts.width, facts.context_length)
-        check_context(0, 0, output_limit(model), new=new, what="decoder")
+        before = prompts.decoder.width if prompts.decoder is not None else 0
+        if before and static:
+            raise ConfigError("a static cache does not go with a decoder prompt; leave it out")
+        check_context(tokens, virtual, facts.context_length)
+        check_context(0, before, output_limit(model), new=new, what="decoder")
         return kwargs
-    check_context(tokens, prompts.width, facts.context_length, new=new)
-    if kwargs.get("cache_implementation", config.cache_implementation) in _STATIC:
+    if prompts.placed and kwargs.get("prefill_chunk_size"):
+        raise ConfigError("prefill_chunk_size needs placement prefix; leave one of the two out")
+    check_context(tokens, virtual, facts.context_length, new=new)
+    if static:
         asked = kwargs.get("max_cache_len", config.max_cache_len) or 0
-        kwargs["max_cache_len"] = max(asked, prompts.width + width + new)
+        kwargs["max_cache_len"] = max(asked, virtual + width + new)
     return kwargs
 
 

@@ -51,9 +51,8 @@ def bound(
     """Return all arguments of a forward call by name; ``parameters`` are the base's, in order.
 
     Raises:
-        ConfigError: For more positional arguments than the base takes, or for task ids.
+        ConfigError: For more positional arguments than the base takes.
     """
-    refuse_task_ids(kwargs)
     if len(args) > len(parameters):
         raise ConfigError(
             f"forward takes {len(parameters)} positional arguments, got {len(args)}; pass them by name"
@@ -62,29 +61,12 @@ def bound(
 
 
 def named_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of ``generate`` with the first one, or ``inputs``, as ``input_ids``.
-
-    Raises:
-        ConfigError: For task ids.
-    """
-    refuse_task_ids(kwargs)
+    """Return the arguments of ``generate`` with the first one, or ``inputs``, as ``input_ids``."""
     named = dict(kwargs)
     given = args[0] if args else named.pop("inputs", None)
     if given is not None:
         named["input_ids"] = given
     return named
-
-
-def refuse_task_ids(kwargs: dict[str, Any]) -> None:
-    """Take an absent ``task_ids`` out of the arguments and refuse a given one.
-
-    Raises:
-        ConfigError: If there are task ids.
-    """
-    if kwargs.pop("task_ids", None) is not None:
-        raise ConfigError(
-            "task_ids belong to multitask prompts; this prompt has one task, leave them out"
-        )
 
 
 def batch_size(inputs: dict[str, Any]) -> int:
@@ -214,7 +196,7 @@ def _spread(call: Call, inputs: dict[str, Any], layout: Layout) -> None:
     if call.rules.span_labels:
         for name in ("start_positions", "end_positions"):
             if inputs.get(name) is not None:
-                inputs[name] = inputs[name] + layout.prompt_width
+                inputs[name] = layout.moved(inputs[name])
 
 
 def _behind_cache(call: Call, inputs: dict[str, Any], tokens: Tensor, seen: int) -> dict[str, Any]:

@@ -1,52 +1,107 @@
-"""Which prompt each row of a batch gets, lent to the base for one call."""
+"""The prompts of one call's rows, lent to the base for its duration."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Self
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.attach import heads
+from softprompt.attach.choosing import RowPrompt
 from softprompt.attach.heads import BASE
 from softprompt.backbone.facts import input_embedding
 from softprompt.engine.layout import Prompts
+from softprompt.engine.lock import locked
+from softprompt.engine.recomputed import recomputed_alike
 from softprompt.engine.virtual import VirtualVocabulary
-from softprompt.errors import AdapterError, ConfigError
+from softprompt.errors import ConfigError
 
 
-def row_names(names: Sequence[str] | None, active: str, batch: int) -> list[str]:
-    """Return one name a row: the caller's, or the active prompt's for all.
+@dataclass(frozen=True, slots=True)
+class PromptParts:
+    """The value of one prompt by where it goes.
 
-    Raises:
-        AdapterError: If there is not one name a row.
+    Attributes:
+        input: Rows ``[P, H]`` in the (encoder's) input, None where there are none.
+        decoder: Rows ``[P, H]`` before the decoder's input of a seq2seq model, None where there are none.
     """
-    if names is None:
-        return [active] * batch
-    if len(names) != batch:
-        raise AdapterError(
-            f"adapter_names must hold one name a row: {batch} rows, got {len(names)} names"
-        )
-    return list(names)
+
+    input: Tensor | None
+    decoder: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LentPrompts:
+    """The prompts of a batch; ids from V on mean rows of their common table.
+
+    Attributes:
+        input: Prompts in the (encoder's) input, None when no row has one.
+        decoder: Prompts before the decoder's input, None when no row has one.
+        placed: Whether a prompt may stand elsewhere than in front.
+    """
+
+    input: Prompts | None
+    decoder: Prompts | None
+    placed: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        rows: Sequence[RowPrompt],
+        parts_of: Callable[[RowPrompt], PromptParts],
+        *,
+        sees_input: bool,
+        at: Sequence[int] | None,
+    ) -> Self:
+        """Gather the prompts of rows; each value is made once, however many rows share it."""
+        distinct = [row for row in dict.fromkeys(rows) if row.name != BASE]
+        parts = [parts_of(row) for row in distinct]
+        number = {row: i for i, row in enumerate(distinct)}
+        chosen = [number.get(row, -1) for row in rows]
+        first = _gathered([part.input for part in parts], chosen, sees_input, at)
+        second = _gathered([part.decoder for part in parts], chosen, True, None)
+        if first is not None and second is not None:
+            table = torch.cat([first.table, second.table])
+            second = replace(second, table=table, starts=second.starts + len(first.table))
+            first = replace(first, table=table)
+        return cls(first, second, at is not None)
+
+    @property
+    def table(self) -> Tensor | None:
+        """All rows, ``[N, H]``; None when there are none."""
+        either = self.input or self.decoder
+        return None if either is None else either.table
+
+
+def _gathered(
+    values: Sequence[Tensor | None],
+    chosen: Sequence[int],
+    sees_input: bool,
+    at: Sequence[int] | None,
+) -> Prompts | None:
+    """Return the prompts of those rows whose prompt has this part, None when no row's has."""
+    having = [i for i, value in enumerate(values) if value is not None]
+    choice = [having.index(c) if c in having else -1 for c in chosen]
+    if all(c < 0 for c in choice):
+        return None
+    return Prompts.of([v for v in values if v is not None], choice, sees_input, at)
 
 
 @contextmanager
 def lent(
     model: PreTrainedModel,
     vocabulary: VirtualVocabulary,
-    rows: Sequence[str],
-    value_of: Callable[[str], Tensor],
-    sees_input: bool,
-) -> Iterator[Prompts | None]:
-    """Lend the rows' prompts to the embedding and switch the heads; None when no row has one.
+    rows: Sequence[RowPrompt],
+    prompts: LentPrompts,
+) -> Iterator[LentPrompts]:
+    """Lend prompts to the embedding and switch the heads to each row's own.
 
-    Args:
-        model: The base, whose heads are switched.
-        vocabulary: The hook on its embedding.
-        rows: The name of each row's prompt, ``__base__`` for none.
-        value_of: Gives the rows ``[P, H]`` of a named prompt.
-        sees_input: Whether an encoder's prompts attend to the input.
+    The context holds the model's lock: threads take turns.
 
     Raises:
         ConfigError: If the embedding table was resized since the prompts were attached.
@@ -57,18 +112,14 @@ def lent(
             f"the embedding table had {vocabulary.size:,} rows when the prompts were attached, now it has "
             f"{size:,}; resize it first, then attach"
         )
-    distinct = [name for name in dict.fromkeys(rows) if name != BASE]
-    prompts = Prompts.of(
-        [value_of(name) for name in distinct],
-        [-1 if name == BASE else distinct.index(name) for name in rows],
-        sees_input,
-    )
-    switches = [switch for _, switch in heads.switches_of(model)]
-    for switch in switches:
-        switch.active = rows[0] if len(set(rows)) == 1 else tuple(rows)
-    try:
-        with vocabulary.lend(prompts.table if distinct else None):
-            yield prompts if distinct else None
-    finally:
+    names = [row.name for row in rows]
+    with locked(model), recomputed_alike(model):
+        switches = [switch for _, switch in heads.switches_of(model)]
         for switch in switches:
-            switch.active = None
+            switch.active = names[0] if len(set(names)) == 1 else tuple(names)
+        try:
+            with vocabulary.lend(prompts.table):
+                yield prompts
+        finally:
+            for switch in switches:
+                switch.active = None

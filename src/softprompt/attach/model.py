@@ -1,27 +1,23 @@
-"""Named soft prompts on one frozen model, under PEFT's interface.
-
-The base is never wrapped layer by layer: its input embedding carries a hook that is idle
-except inside our own calls, and task heads are switched. ``unload`` takes both away.
-"""
+"""Named soft prompts on one frozen model, under PEFT's interface: calls, files and counts."""
 
 from __future__ import annotations
 
-import inspect
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.artifacts.manifest import Manifest
-from softprompt.attach import heads, names, saving
-from softprompt.attach.completion import completed
+from softprompt.attach import saving
+from softprompt.attach.adapters import Adapters
+from softprompt.attach.choosing import RowPrompt, TaskIds, chosen_rows
+from softprompt.attach.completion import sees_input_of
 from softprompt.attach.counts import count, sentence
-from softprompt.attach.embedding import PromptEmbedding
+from softprompt.attach.decoder import decoder_inputs
 from softprompt.attach.generation import prompted_generation
 from softprompt.attach.heads import BASE
 from softprompt.attach.hub import upload
@@ -33,21 +29,20 @@ from softprompt.attach.inputs import (
     named_input,
     prompted_inputs,
 )
-from softprompt.attach.lending import lent, row_names
+from softprompt.attach.lending import LentPrompts, PromptParts, lent
+from softprompt.attach.parts import split_value
+from softprompt.attach.placing import PromptAt, prompt_offsets
 from softprompt.attach.tasks import RULES, infer_task
-from softprompt.backbone.facts import Facts, facts_of, input_embedding
-from softprompt.backbone.freeze import freeze
-from softprompt.engine.layout import Prompts
+from softprompt.backbone.facts import input_embedding
 from softprompt.engine.packed_encoder import without_padding
-from softprompt.engine.virtual import vocabulary_of
-from softprompt.errors import AdapterError, ConfigError
-from softprompt.prompts.configs import PeftConfig, PromptTuningConfig, TaskType
+from softprompt.errors import ConfigError
+from softprompt.prompts.configs import PeftType, PromptLearningConfig, TaskType
+from softprompt.prompts.module import PROMPT_KEY
 
 
-class PeftModel(nn.Module):
-    """A frozen base with named prompts, ``prompt_encoder[name].embedding.weight``, float32 ``[P, H]``."""
+class PeftModel(Adapters):
+    """A frozen base with named prompts, such as ``prompt_encoder[name].embedding.weight``, float32 ``[P, H]``."""
 
-    task: ClassVar[TaskType | None] = None
     classes: ClassVar[dict[TaskType, type[PeftModel]]] = {}
 
     def __init_subclass__(cls, task: TaskType) -> None:
@@ -56,121 +51,21 @@ class PeftModel(nn.Module):
         cls.task = task
         PeftModel.classes[task] = cls
 
-    def __init__(
-        self, model: PreTrainedModel, peft_config: PeftConfig, adapter_name: str = "default"
-    ) -> None:
-        """Freeze ``model`` and attach a first prompt.
-
-        Raises:
-            ConfigError: If the model or the configuration cannot be used.
-        """
-        super().__init__()
-        if not isinstance(model, PreTrainedModel):
-            raise ConfigError(f"expected a transformers model, got a {type(model).__name__}")
-        self.base_model = model
-        self.prompt_encoder = nn.ModuleDict()
-        self.peft_config: dict[str, PromptTuningConfig] = {}
-        self.manifests: dict[str, Manifest] = {}
-        self.active_adapter = adapter_name
-        self._frozen: set[str] = set()
-        self._disabled = False
-        self.facts: Facts = facts_of(model)
-        self._parameters_of_forward = tuple(inspect.signature(model.forward).parameters)
-        self.add_adapter(adapter_name, peft_config)
-        # Only now that nothing can be refused any more is the base touched.
-        freeze(model)
-        self._vocabulary = vocabulary_of(model)
-        self.set_adapter(adapter_name)
-
-    def add_adapter(
+    def forward(
         self,
-        adapter_name: str,
-        peft_config: PeftConfig,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        """Add an untrained prompt; it becomes active only by ``set_adapter``.
-
-        Raises:
-            AdapterError: If the name is taken or not a plain name.
-            ConfigError: If the configuration does not fit this model.
-        """
-        names.check_new(adapter_name, self.peft_config, self.prompt_encoder)
-        config = completed(
-            peft_config,
-            self.base_model,
-            self.facts,
-            shared=next(iter(self.peft_config.values()), None),
-            own=self.task,
-        )
-        optional = RULES[cast(TaskType, config.task_type)].heads
-        paths = heads.find_heads(self.base_model, config.modules_to_save or [], optional=optional)
-        heads.require_free(self.base_model, paths, adapter_name)
-        encoder = PromptEmbedding(config, input_embedding(self.base_model), generator=generator)
-        self.prompt_encoder[adapter_name] = encoder.to(self.base_model.device)
-        self.peft_config[adapter_name] = config
-        heads.add_heads(self.base_model, paths, adapter_name)
-        if config.inference_mode:
-            self._frozen.add(adapter_name)
-        self._set_gradients()
-
-    def set_adapter(self, adapter_name: str) -> None:
-        """Make a prompt the active one; only the active prompt is trainable.
-
-        Raises:
-            AdapterError: If there is no such prompt.
-        """
-        self.active_adapter = self._known(adapter_name)
-        self._set_gradients()
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove a prompt; deleting the active one makes the first of the others active.
-
-        Raises:
-            AdapterError: If there is no such prompt, or it is the last one.
-        """
-        self._known(adapter_name)
-        if len(self.peft_config) == 1:
-            raise AdapterError(f"{adapter_name!r} is the last prompt; unload() gives the base back")
-        del self.peft_config[adapter_name]
-        del self.prompt_encoder[adapter_name]
-        self.manifests.pop(adapter_name, None)
-        self._frozen.discard(adapter_name)
-        heads.drop_heads(self.base_model, adapter_name)
-        if self.active_adapter == adapter_name:
-            self.set_adapter(next(iter(self.peft_config)))
-
-    def thaw(self, adapter_name: str) -> None:
-        """Let a prompt that was loaded frozen be trained further.
-
-        Raises:
-            AdapterError: If there is no such prompt.
-        """
-        self._frozen.discard(self._known(adapter_name))
-        self.peft_config[adapter_name].inference_mode = False
-        self._set_gradients()
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Run the base alone inside the context, in ``forward`` and ``generate`` of every task."""
-        before, self._disabled = self._disabled, True
-        try:
-            yield
-        finally:
-            self._disabled = before
-
-    def unload(self) -> PreTrainedModel:
-        """Detach everything and return the base, its outputs bit-identical to before."""
-        self._vocabulary.remove()
-        heads.restore_heads(self.base_model)
-        return self.base_model
-
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Run the base on prompted inputs; outputs cover P + T columns, text column t at P + t.
+        *args: Any,
+        adapter_names: Sequence[str] | None = None,
+        task_ids: TaskIds | None = None,
+        prompt_at: PromptAt | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the base on prompted inputs; outputs cover P + T columns, text behind the prompt at P + t.
 
         Args:
             *args: The base's positional arguments.
             adapter_names: A prompt for each row, ``__base__`` for none; None is the active one.
+            task_ids: The task of each row, ``[B]``, for multitask prompts.
+            prompt_at: Real tokens of each row before its prompt, ``[B]``; None follows the placement.
             **kwargs: The base's keyword arguments; masks and labels cover the text alone.
 
         Raises:
@@ -178,25 +73,36 @@ class PeftModel(nn.Module):
             ConfigError: If the arguments do not fit together.
             ContextOverflowError: If prompt and input exceed the model's context.
         """
-        inputs = bound(self._parameters_of_forward, args, kwargs)
-        with self._prompted(adapter_names, inputs) as prompts:
-            if prompts is not None:
-                call = Call(inputs, prompts, self.facts, RULES[self.task_type])
-                inputs, layout = prompted_inputs(call)
-                if layout is not None and not prompts.sees_input:
-                    inputs = isolated_inputs(self.base_model, inputs, layout)
-            pooled = prompts is not None and RULES[self.task_type].pooled
-            with without_padding(self.base_model, inputs) if pooled else nullcontext():
+        inputs = bound(self._arguments_of_forward, args, kwargs)
+        rows = self._rows(inputs, adapter_names, task_ids)
+        rules = RULES[self.task_type]
+        with self._prompted(rows, inputs, prompt_at) as prompts:
+            if prompts.decoder is not None:
+                inputs = decoder_inputs(self.base_model, self.facts, prompts.decoder, inputs)
+            if prompts.input is None:
+                return self.base_model(**inputs)
+            inputs, layout = prompted_inputs(Call(inputs, prompts.input, self.facts, rules))
+            if layout is not None and not prompts.input.sees_input:
+                inputs = isolated_inputs(self.base_model, inputs, layout)
+            packed = without_padding(self.base_model, inputs) if rules.pooled else nullcontext()
+            with packed:
                 return self.base_model(**inputs)
 
     def generate(
-        self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        adapter_names: Sequence[str] | None = None,
+        task_ids: TaskIds | None = None,
+        prompt_at: PromptAt | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Generate with transformers' ``generate``; sequences hold no virtual tokens.
 
         Args:
             *args: At most the input ids, as transformers takes them.
             adapter_names: A prompt for each input row, ``__base__`` for none.
+            task_ids: The task of each input row, ``[B]``, for multitask prompts.
+            prompt_at: Real tokens of each row before its prompt, ``[B]``; None follows the placement.
             **kwargs: What ``generate`` of the base takes; lengths count text tokens.
 
         Raises:
@@ -206,26 +112,43 @@ class PeftModel(nn.Module):
         """
         kwargs = named_input(args, kwargs)
         kwargs.setdefault("generation_config", self.__dict__.get("generation_config"))
+        rows = self._rows(kwargs, adapter_names, task_ids)
         with (
             torch.no_grad(),
-            self._prompted(adapter_names, kwargs) as prompts,
+            self._prompted(rows, kwargs, prompt_at) as prompts,
             prompted_generation(self.base_model, self.facts, prompts, kwargs) as prepared,
         ):
             return cast(Any, self.base_model).generate(*args[1:], **prepared)
 
-    def _prompted(
-        self, chosen: Sequence[str] | None, inputs: dict[str, Any]
-    ) -> AbstractContextManager[Prompts | None]:
-        """Lend each row its prompt; no row has one while adapters are disabled."""
+    def _rows(
+        self, inputs: dict[str, Any], chosen: Sequence[str] | None, task_ids: TaskIds | None
+    ) -> list[RowPrompt]:
+        """Return each row's prompt; none while adapters are disabled."""
         batch = batch_size(inputs)
-        rows = [BASE] * batch if self._disabled else row_names(chosen, self.active_adapter, batch)
-        return lent(
-            self.base_model,
-            self._vocabulary,
-            rows,
-            lambda name: self.encoder_of(name).materialize(),
-            self.active_peft_config.prompt_sees_input,
+        rows = chosen_rows(
+            chosen, task_ids, active=self.active_adapter, batch=batch, tasks_of=self._tasks_of
         )
+        return [RowPrompt(BASE)] * batch if self._disabled else rows
+
+    def _tasks_of(self, name: str) -> int | None:
+        multitask = (
+            self.peft_config[self._known(name)].peft_type is PeftType.MULTITASK_PROMPT_TUNING
+        )
+        return self.encoder_of(name).num_tasks if multitask else None
+
+    def _prompted(
+        self, rows: Sequence[RowPrompt], inputs: dict[str, Any], prompt_at: PromptAt | None
+    ) -> AbstractContextManager[LentPrompts]:
+        """Lend each row its prompt for a call."""
+        at = prompt_offsets(self.base_model, rows, self.peft_config, inputs, prompt_at)
+        sees_input = sees_input_of(self.active_peft_config)
+        prompts = LentPrompts.of(rows, self.parts_of, sees_input=sees_input, at=at)
+        return lent(self.base_model, self._vocabulary, rows, prompts)
+
+    def parts_of(self, row: RowPrompt) -> PromptParts:
+        """Return the value of a prompt by where it goes, with gradients."""
+        value = self.encoder_of(row.name).materialize(row.task)
+        return split_value(value, self.peft_config[row.name], self.facts)
 
     def save_pretrained(
         self,
@@ -345,7 +268,7 @@ class PeftModel(nn.Module):
         return [self.active_adapter]
 
     @property
-    def active_peft_config(self) -> PromptTuningConfig:
+    def active_peft_config(self) -> PromptLearningConfig:
         """Configuration of the active prompt."""
         return self.peft_config[self.active_adapter]
 
@@ -367,8 +290,8 @@ class PeftModel(nn.Module):
         return count(self, trainable=only_trainable, without=list(table))
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
-        """Return a prompt's rows ``[P·S, H]`` on the CPU."""
-        return self.encoder_of(adapter_name).materialize().detach().cpu()
+        """Return the value that is saved, baked: ``[S·P, H]`` on the CPU."""
+        return self.encoder_of(adapter_name).stored()[PROMPT_KEY]
 
     def __getattr__(self, name: str) -> Any:
         """Look up what this module lacks on the base, as PEFT does."""
@@ -378,22 +301,3 @@ class PeftModel(nn.Module):
             if name == "base_model":
                 raise
             return getattr(self.base_model, name)
-
-    def _set_gradients(self) -> None:
-        """Let the active prompt and its heads train, unless it was loaded frozen."""
-        for name in self.peft_config:
-            trains = name == self.active_adapter and name not in self._frozen
-            self.prompt_encoder[name].requires_grad_(trains)
-            for _, head in heads.heads_of(self.base_model, name):
-                head.requires_grad_(trains)
-
-    def encoder_of(self, name: str) -> PromptEmbedding:
-        """Return the trainable module of a prompt.
-
-        Raises:
-            AdapterError: If there is no such prompt.
-        """
-        return cast(PromptEmbedding, self.prompt_encoder[self._known(name)])
-
-    def _known(self, name: str) -> str:
-        return names.known(name, self.peft_config)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,13 +16,11 @@ from softprompt.artifacts.native import StoredAdapter, load_adapter, save_adapte
 from softprompt.attach import heads
 from softprompt.backbone.fingerprint import Fingerprint
 from softprompt.errors import ArtifactError, FingerprintError
-from softprompt.prompts.configs import PromptTuningConfig, TaskType
+from softprompt.prompts.configs import PeftType, PromptLearningConfig, TaskType
+from softprompt.prompts.module import PROMPT_KEY, check_fit, take_over
 
 if TYPE_CHECKING:
     from softprompt.attach.model import PeftModel
-
-PROMPT_KEY = "prompt_embeddings"
-"""Name of the rows in PEFT's weights file."""
 
 _HEAD = "base_model."
 _MAX_TOKENS = (256, 128)
@@ -34,19 +31,16 @@ _MAX_TOKENS = (256, 128)
 class Stored:
     """A prompt read from disk, in our terms."""
 
-    config: PromptTuningConfig
+    config: PromptLearningConfig
     tensors: Mapping[str, Tensor]
     manifest: Manifest | None
     location: str
 
 
 def state_of(model: PeftModel, adapter: str) -> dict[str, Tensor]:
-    """Return copies of what a saved prompt holds: its rows and its heads, under PEFT's names."""
-    state = {PROMPT_KEY: model.get_prompt_embedding_to_save(adapter).clone()}
-    for path, head in heads.heads_of(model.base_model, adapter):
-        for part, value in head.state_dict().items():
-            state[f"{_HEAD}{path}.{part}"] = value.detach().cpu().clone()
-    return state
+    """Return copies of what a saved prompt holds: its baked values and its heads, under PEFT's names."""
+    state = model.encoder_of(adapter).stored()
+    return state | {name: value.cpu().clone() for name, value in _heads(model, adapter).items()}
 
 
 def load_state(model: PeftModel, adapter: str, tensors: Mapping[str, Tensor]) -> None:
@@ -55,35 +49,34 @@ def load_state(model: PeftModel, adapter: str, tensors: Mapping[str, Tensor]) ->
     Raises:
         ArtifactError: If a value is missing, left over, or of another shape.
     """
-    left = dict(tensors)
-    fitting: list[tuple[Tensor, Tensor]] = []
-    targets: dict[str, Tensor] = {PROMPT_KEY: model.encoder_of(adapter).materialize()}
-    for path, head in heads.heads_of(model.base_model, adapter):
-        for part, own in head.state_dict().items():
-            targets[f"{_HEAD}{path}.{part}"] = own
-    for name, target in targets.items():
-        if name not in left:
-            raise ArtifactError(
-                f"the saved prompt lacks {name}, expected {list(target.shape)}; save it again"
-            )
-        value = left.pop(name)
-        if name == PROMPT_KEY and model.facts.is_encoder_decoder:
-            # PEFT gives seq2seq prompts 2 P rows and reads the first P.
-            value = value[: target.shape[0]] if len(value) == 2 * len(target) else value
-        if value.shape != target.shape:
-            raise ArtifactError(
-                f"{name} is {list(value.shape)}, but this model needs {list(target.shape)}; "
-                "was the prompt made for another base?"
-            )
-        fitting.append((target, value))
+    encoder = model.encoder_of(adapter)
+    heads_of = _heads(model, adapter)
+    own = {name: value for name, value in tensors.items() if not name.startswith(_HEAD)}
+    given = {name: value for name, value in tensors.items() if name.startswith(_HEAD)}
+    left = sorted(given.keys() - heads_of.keys())
     if left:
         raise ArtifactError(
-            f"the saved prompt holds {', '.join(sorted(left))}, which this model has no place for; "
+            f"the saved prompt holds {', '.join(left)}, which this model has no place for; "
             "name the module in modules_to_save"
         )
-    with torch.no_grad():
-        for target, value in fitting:
-            target.copy_(value)
+    check_fit(heads_of, given)
+    config = model.peft_config[adapter]
+    reads_half = model.facts.is_encoder_decoder and config.num_transformer_submodules == 1
+    rows = own.get(PROMPT_KEY)
+    if reads_half and rows is not None and len(rows) == 2 * (config.num_virtual_tokens or 0):
+        # PEFT gives seq2seq prompts 2 P rows and reads the first P.
+        own[PROMPT_KEY] = rows[: len(rows) // 2]
+    encoder.load_stored(own)
+    take_over(heads_of, given)
+
+
+def _heads(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+    """Return the values of an adapter's heads under PEFT's names, sharing their memory."""
+    return {
+        f"{_HEAD}{path}.{part}": value.detach()
+        for path, head in heads.heads_of(model.base_model, adapter)
+        for part, value in head.state_dict().items()
+    }
 
 
 def save(model: PeftModel, adapter: str, directory: Path) -> None:
@@ -131,13 +124,21 @@ def read(location: str | Path, subfolder: str | None, revision: str | None) -> S
     values: dict[str, Any] = dict(stored.config)
     # Training further must not read the initial text again: the rows are loaded over it.
     values["inference_mode"] = True
-    values["num_transformer_submodules"] = 1
-    config = PromptTuningConfig.from_dict(values)
+    values["num_transformer_submodules"] = _submodules(values)
+    config = PromptLearningConfig.from_dict(values)
     if config.num_virtual_tokens is None:
         raise ArtifactError(
             f"{location}: adapter_config.json lacks num_virtual_tokens; save the prompt again"
         )
     return Stored(config, stored.tensors, stored.manifest, stored.location)
+
+
+def _submodules(values: Mapping[str, Any]) -> int:
+    """Return S as it is run: PEFT writes 2 for every seq2seq prompt and reads the second half of few."""
+    if values.get("peft_type") == PeftType.MULTITASK_PROMPT_TUNING:
+        default = 2 if values.get("task_type") == TaskType.SEQ_2_SEQ_LM else 1
+        return int(values.get("num_transformer_submodules") or default)
+    return 2 if len(values.get("output_model_types") or ()) == 2 else 1
 
 
 def check_base(stored: Stored | StoredAdapter, model: PreTrainedModel, ignore: bool) -> None:

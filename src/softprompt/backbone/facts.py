@@ -106,6 +106,17 @@ def input_embedding(model: PreTrainedModel) -> nn.Embedding:
     return cast(nn.Embedding, table)
 
 
+def decoder_embedding(model: PreTrainedModel) -> nn.Embedding | None:
+    """Return the module that embeds a seq2seq decoder's ids; None where it has other ids than the encoder."""
+    if not is_encoder_decoder(model):
+        return None
+    table = cast(Any, model).get_decoder().get_input_embeddings()
+    same = isinstance(table, nn.Embedding) and len(table.weight) == len(
+        input_embedding(model).weight
+    )
+    return cast(nn.Embedding, table) if same else None
+
+
 def side_embeddings(model: PreTrainedModel) -> list[nn.Embedding]:
     """Return further tables that are looked up with the input ids: Gemma's per-layer embeddings."""
     return [
@@ -125,6 +136,23 @@ def recomputes_layers(model: nn.Module) -> bool:
 def skips_layers(model: nn.Module) -> bool:
     """Tell whether a pass may leave out layers of the model (LayerDrop, in training)."""
     return model.training and any(getattr(module, "layerdrop", 0.0) for module in model.modules())
+
+
+def start_id(model: PreTrainedModel) -> int | None:
+    """Return the token that starts every text (BOS); None for encoders, where any first token does (CLS).
+
+    Raises:
+        BackboneError: If the model's texts start with no such token (T5).
+    """
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        return None
+    start = getattr(model.config.get_text_config(), "bos_token_id", None)
+    if not isinstance(start, int):
+        raise BackboneError(
+            f"{type(model).__name__} has no token that starts every text, so no prompt can stand behind it; "
+            "use placement prefix"
+        )
+    return start
 
 
 def output_limit(model: PreTrainedModel) -> int | None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,13 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging as hf_logging
 
 from softprompt.engine.flex import attend, block_mask
+from softprompt.engine.lock import locked
+from softprompt.engine.recomputed import implementations_of, recomputed_alike, switch
 from softprompt.engine.visibility import Block, MaskRule, Visibility
 from softprompt.errors import BackboneError
 
@@ -85,7 +86,7 @@ class LayerMask:
 
 @contextmanager
 def forest_attention(model: PreTrainedModel, plan: Visibility | None = None) -> Iterator[None]:
-    """Run the model's attention over packed streams inside the context.
+    """Run the model's attention over packed streams inside the context, which holds the model's lock.
 
     Args:
         model: The model.
@@ -94,56 +95,20 @@ def forest_attention(model: PreTrainedModel, plan: Visibility | None = None) -> 
     Raises:
         ForestUnsupportedError: If the model does not honour the attention interface.
     """
-    before = _implementations(model)
-    token = _plan.set(plan)
-    try:
-        _implement(model, NAME)
-        if model.config._attn_implementation != NAME:
-            raise ForestUnsupportedError(
-                f"{type(model).__name__} does not honour transformers' attention interface"
-            )
-        yield
-    finally:
-        _plan.reset(token)
-        _restore(before)
-
-
-def also_in_backward(model: PreTrainedModel, last: Tensor, first: Tensor) -> None:
-    """Keep the implementation for a backward pass that runs layers again (gradient checkpointing).
-
-    Args:
-        model: The model; its own implementation is back when backward is over.
-        last: A result of the pass, whose gradient is the first to be computed.
-        first: An input of the pass, whose gradient is the last.
-    """
-    before = _implementations(model)
-
-    def enter(gradient: Tensor) -> None:
-        _implement(model, NAME)
-
-    def leave(gradient: Tensor) -> None:
-        _restore(before)
-
-    cast(Any, last).register_hook(enter)
-    cast(Any, first).register_hook(leave)
-
-
-def _implementations(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str]]:
-    """Return the attention implementation of every config in the model; parts may have their own."""
-    left = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
-    found: dict[int, PreTrainedConfig] = {}
-    while left:
-        config = left.pop()
-        if id(config) not in found:
-            found[id(config)] = config
-            below = [getattr(config, name, None) for name in config.sub_configs]
-            left += [each for each in below if each is not None]
-    return [(config, config._attn_implementation) for config in found.values()]
-
-
-def _restore(before: list[tuple[PreTrainedConfig, str]]) -> None:
-    for config, name in before:
-        config._attn_implementation_internal = name
+    with locked(model):
+        before = implementations_of(model)
+        token = _plan.set(plan)
+        try:
+            _implement(model, NAME)
+            if model.config._attn_implementation != NAME:
+                raise ForestUnsupportedError(
+                    f"{type(model).__name__} does not honour transformers' attention interface"
+                )
+            with recomputed_alike(model):
+                yield
+        finally:
+            _plan.reset(token)
+            switch(before)
 
 
 def _implement(model: PreTrainedModel, name: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
@@ -19,12 +19,14 @@ from softprompt.backbone.facts import facts_of, recomputes_layers
 from softprompt.engine.attention import ForestUnsupportedError
 from softprompt.engine.context import check_rows, check_table, depends_on_neighbours
 from softprompt.engine.layout import Prompts
-from softprompt.engine.plain import PlainEngine, pad_rows, picked
-from softprompt.engine.rows import EngineRow, TargetLogProbs
+from softprompt.engine.plain import PlainEngine, pad_rows
+from softprompt.engine.predictions import IGNORED, HeadInput, PredictingEngine, Predictions
+from softprompt.engine.rows import EngineRow
 from softprompt.engine.virtual import virtual_rows
 
 
-class ExpandEngine:
+@final
+class ExpandEngine(PredictingEngine):
     """Scores targets behind a prompt that is run once."""
 
     name = "expand"
@@ -43,10 +45,10 @@ class ExpandEngine:
         if self._facts.is_encoder_decoder or "past_key_values" not in parameters:
             raise ForestUnsupportedError(f"{type(model).__name__} has no decoder cache to expand")
 
-    def target_log_probs(
-        self, rows: Sequence[EngineRow], prompts: Sequence[Tensor]
-    ) -> TargetLogProbs:
-        """Score the targets of rows; see ``Engine``.
+    def predict(
+        self, rows: Sequence[EngineRow], prompts: Sequence[Tensor], head: HeadInput | None = None
+    ) -> Predictions:
+        """Run the rows; see ``PredictingEngine``.
 
         Raises:
             DataError: If nothing stands before a row's answer.
@@ -59,11 +61,11 @@ class ExpandEngine:
         unlike = depends_on_neighbours(rows, prompts, self._facts)
         if not used or checkpointing or unlike or not all(row.source for row in rows):
             # Checkpointing drops the cache; an empty source is predicted from the prompt's own pass.
-            return self._plain.target_log_probs(rows, prompts)
+            return self._plain.predict(rows, prompts, head)
         chosen = Prompts.of([prompts[p] for p in used], range(len(used)))
         with virtual_rows(self._model, chosen.table):
             cache, mask = self._prompt_pass(chosen)
-        return self._text_pass(rows, used, cache, mask)
+            return self._text_pass(rows, used, cache, mask, head)
 
     def _prompt_pass(self, prompts: Prompts) -> tuple[Cache, Tensor]:
         """Return the keys and values of the prompts, ``[K, A_kv, P, D]`` a layer, and their mask ``[K, P]``."""
@@ -88,8 +90,13 @@ class ExpandEngine:
         return cache, mask
 
     def _text_pass(
-        self, rows: Sequence[EngineRow], used: Sequence[int], cache: Cache, mask: Tensor
-    ) -> TargetLogProbs:
+        self,
+        rows: Sequence[EngineRow],
+        used: Sequence[int],
+        cache: Cache,
+        mask: Tensor,
+        head: HeadInput | None,
+    ) -> Predictions:
         ids, text_mask = pad_rows(
             [row.source + row.target for row in rows], left=False, pad_id=self._facts.pad_id
         )
@@ -100,11 +107,11 @@ class ExpandEngine:
         )
         prompted = torch.tensor([r.prompt in used for r in rows], device=device).unsqueeze(1)
         whole = torch.cat([mask[owner] * prompted, text_mask], dim=1)  # [B, P + T]
-        labels = torch.full_like(ids, -100)
+        labels = torch.full_like(ids, IGNORED)
         for i, row in enumerate(rows):
             where = slice(len(row.source) - 1, len(row.source) + len(row.target) - 1)
             labels[i, where] = torch.tensor(row.target)
-        columns = (labels != -100).any(0).nonzero()[:, 0]
+        columns = (labels != IGNORED).any(0).nonzero()[:, 0]
         extra: dict[str, Any] = {"logits_to_keep": columns} if self._keeps_logits else {}
         logits = self._model(
             input_ids=ids,
@@ -113,7 +120,10 @@ class ExpandEngine:
             **self._placed(whole, ids.shape[1]),
             **extra,
         ).logits
-        return picked(logits if self._keeps_logits else logits[:, columns], labels[:, columns])
+        hidden = head.states if head is not None else None
+        if not self._keeps_logits:
+            logits, hidden = logits[:, columns], None if hidden is None else hidden[:, columns]
+        return Predictions.of_columns(logits, hidden, labels[:, columns])
 
     def _placed(self, mask: Tensor, columns: int) -> dict[str, Tensor]:
         """Return mask and positions of the last ``columns`` of a batch."""

@@ -6,9 +6,13 @@ prompt stands directly before the row's first real token, whatever the padding s
     right padding   [p0 p1 | t0 t1 t2 . . ]      left padding   [. . p0 p1 | t0 t1 t2]
     no prompt       [ .  . | t0 t1 t2 . . ]      "compact"      [p0 p1 | t0 t1 t2 . .]
 
-so text column t is always column P + t, real tokens are contiguous (sliding windows and
-ALiBi count columns), and positions come from the mask: a row in a batch is the row alone.
-The compact form starts every row at column 0, for encoders that count columns as positions.
+A prompt may also stand behind the first tokens of its row, up to its end (``at``):
+
+    right padding   [t0 | p0 p1 | t1 t2 . . ]      left padding   [. . t0 | p0 p1 | t1 t2]
+
+so a text column t behind its prompt is always column P + t, real tokens are contiguous (sliding
+windows and ALiBi count columns), and positions come from the mask: a row in a batch is the row
+alone. The compact form starts every row at column 0, for encoders that count columns as positions.
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ from typing import Self
 
 import torch
 from torch import Tensor
+
+from softprompt.errors import DataError
 
 _PAD = -1
 
@@ -31,19 +37,33 @@ class Prompts:
         table: All rows, ``[N, H]``.
         starts: First table row of each batch row's prompt, ``[B]``.
         lengths: Rows of each batch row's prompt, 0 for none, ``[B]``.
+        at: Real tokens of each batch row before its prompt, ``[B]``.
         sees_input: Whether an encoder's prompts attend to the input.
     """
 
     table: Tensor
     starts: Tensor
     lengths: Tensor
+    at: Tensor
     sees_input: bool = True
 
     @classmethod
-    def of(cls, prompts: Sequence[Tensor], choice: Sequence[int], sees_input: bool = True) -> Self:
+    def of(
+        cls,
+        prompts: Sequence[Tensor],
+        choice: Sequence[int],
+        sees_input: bool = True,
+        at: Sequence[int] | None = None,
+    ) -> Self:
         """Gather prompts ``[P_i, H]``; ``choice[b]`` is row b's prompt, -1 for none.
 
         Prompts that no row uses are left out, so they get no gradient rather than a zero one.
+
+        Args:
+            prompts: The prompts.
+            choice: Each row's prompt.
+            sees_input: Whether an encoder's prompts attend to the input.
+            at: Real tokens of each row before its prompt; None puts every prompt in front.
         """
         used = sorted({c for c in choice if c >= 0})
         sizes = [int(prompts[c].shape[0]) for c in used]
@@ -57,6 +77,7 @@ class Prompts:
             table,
             torch.tensor([first.get(c, 0) for c in choice], dtype=torch.long, device=device),
             torch.tensor([length.get(c, 0) for c in choice], dtype=torch.long, device=device),
+            torch.tensor(at or [0] * len(choice), dtype=torch.long, device=device),
             sees_input,
         )
 
@@ -72,6 +93,7 @@ class Prompts:
             self,
             starts=self.starts.repeat_interleave(times),
             lengths=self.lengths.repeat_interleave(times),
+            at=self.at.repeat_interleave(times),
         )
 
 
@@ -83,12 +105,14 @@ class Layout:
         text: Text column that stands at each place, -1 elsewhere, ``[B, W]``.
         slot: Table row that stands at each place, -1 elsewhere, ``[B, W]``.
         mask: 1 at real places, ``[B, W]``.
+        at: Real tokens of each row before its prompt, ``[B, 1]``.
         prompt_width: Columns the prompts take (P); W = P + T.
     """
 
     text: Tensor
     slot: Tensor
     mask: Tensor
+    at: Tensor
     prompt_width: int
 
     @classmethod
@@ -108,34 +132,39 @@ class Layout:
             prompts: The rows' prompts.
             compact: Start every row at column 0 instead of keeping text columns in line.
             text_first: Let the text start at column 0 and put the prompts behind it; positions stay
-                those of the prompt before the text. For encoders that pool the first column.
-            lead_limit: Most padding to leave before a prompt; a batch that is fed in chunks has its
+                those of the prompt in its place. For encoders that pool the first column.
+            lead_limit: Most padding to leave before a row; a batch that is fed in chunks has its
                 prompts in the first chunk, though a row's text may begin in a later one.
+
+        Raises:
+            DataError: If a row has fewer real tokens than should stand before its prompt.
         """
         device = mask.device
-        total = mask.shape[1]
-        width = prompts.width
+        total, width = mask.shape[1], prompts.width
         lengths = prompts.lengths.to(device).unsqueeze(1)  # [B, 1]
-        real = mask.bool()
-        lead = torch.where(real.any(1), real.long().argmax(1), total).unsqueeze(
-            1
-        )  # [B, 1] pads before
+        at = prompts.at.to(device).unsqueeze(1)  # [B, 1]
+        lead, before = _split(mask, at)
         if lead_limit is not None:
             lead = lead.clamp(max=lead_limit)
-        end = lengths if compact else width + lead  # [B, 1] first text column
+        cut = torch.where(at > 0, before - lead, 0)  # [B, 1] text columns before the prompt
+        begin = torch.zeros_like(lead) if compact else width + lead - lengths
         column = torch.arange(width + total, device=device).unsqueeze(0)  # [1, W]
-        inside = column - end  # [B, W] text token counted from the first real one
-        text = torch.where((inside >= 0) & (inside + lead < total), inside + lead, _PAD)
-        before = inside + lengths  # [B, W] row of the prompt
+        place = column - begin  # [B, W] place in the row, padding before it not counted
+        virtual = torch.where(
+            (place >= cut) & (place < cut + lengths), place - cut, _PAD
+        )  # [B, W] row of the prompt
+        inside = torch.where(place < cut, place, place - lengths)  # text column from the first real
+        is_text = (place >= 0) & (virtual < 0)
         if text_first:
-            text = torch.where(column + lead < total, column + lead, _PAD)
-            before = column - total
-            inside = torch.where(before < lengths, -1, 0)
-        slot = torch.where(
-            (before >= 0) & (inside < 0), before + prompts.starts.to(device).unsqueeze(1), _PAD
-        )
+            inside = column.expand_as(place)
+            virtual = torch.where(
+                (column >= total) & (column - total < lengths), column - total, _PAD
+            )
+            is_text = virtual < 0
+        text = torch.where(is_text & (inside + lead < total), inside + lead, _PAD)
+        slot = torch.where(virtual >= 0, virtual + prompts.starts.to(device).unsqueeze(1), _PAD)
         text_mask = mask.gather(1, text.clamp(min=0)) * (text >= 0)
-        return cls(text, slot, torch.where(slot >= 0, 1, text_mask).to(mask.dtype), width)
+        return cls(text, slot, torch.where(slot >= 0, 1, text_mask).to(mask.dtype), at, width)
 
     @property
     def is_plain(self) -> bool:
@@ -164,6 +193,12 @@ class Layout:
         rows = table.to(inputs_embeds.device, inputs_embeds.dtype)[self.slot.clamp(min=0)]
         return torch.where((self.slot >= 0).unsqueeze(-1), rows, text)
 
+    def moved(self, columns: Tensor) -> Tensor:
+        """Return the columns ``[B]`` at which text columns ``[B]`` stand."""
+        places = (self.text == columns.to(self.text.device).unsqueeze(1)).long().argmax(1)
+        known = columns <= self.text.max().to(columns.device)
+        return torch.where(known, places.to(columns.device), columns + self.prompt_width)
+
     def spread(self, values: Tensor, fill: int) -> Tensor:
         """Return per-token values ``[B, T]`` at their columns ``[B, W]``, ``fill`` elsewhere."""
         return torch.where(self.text >= 0, values.gather(1, self.text.clamp(min=0)), fill)
@@ -176,10 +211,31 @@ class Layout:
         """
         prompt = self.slot >= 0
         length = prompt.sum(1, keepdim=True)  # [B, 1]
-        row = prompt.long().cumsum(1) - 1
+        row = self.at + prompt.long().cumsum(1) - 1
         real = (self.mask.bool() & ~prompt).long().cumsum(1) - 1
-        counted = torch.where(prompt, row, (length + real).clamp(min=0))
+        moved = torch.where(
+            (real >= self.at) | (self.at == 0), length, 0
+        )  # [B, W] behind the prompt
+        counted = torch.where(prompt, row, (moved + real).clamp(min=0))
         if given is None:
             return counted
-        text = self.spread(given.expand(self.text.shape[0], -1), 0) + length
+        text = self.spread(given.expand(self.text.shape[0], -1), 0) + moved
         return torch.where(self.text >= 0, text, counted)
+
+
+def _split(mask: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first real column of each row and the one its prompt stands before, both ``[B, 1]``."""
+    real = mask.bool()
+    total = mask.shape[1]
+    lead = torch.where(real.any(1), real.long().argmax(1), total).unsqueeze(1)
+    if not bool(at.any()):
+        return lead, lead
+    seen = real.long().cumsum(1)  # [B, T]
+    if bool((at > seen[:, -1:]).any()):
+        row = int((at > seen[:, -1:]).nonzero()[0, 0])
+        raise DataError(
+            f"row {row} has {int(seen[row, -1]):,} tokens, but its prompt should stand behind "
+            f"{int(at[row]):,}; give it a longer input or put the prompt earlier"
+        )
+    behind = (seen >= at).long().argmax(1, keepdim=True) + 1
+    return lead, torch.where(at > 0, behind, lead)

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import final
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import facts_of, recomputes_layers
-from softprompt.engine.attention import (
-    ForestUnsupportedError,
-    also_in_backward,
-    forest_attention,
-)
+from softprompt.backbone.facts import facts_of
+from softprompt.engine.attention import ForestUnsupportedError, forest_attention
 from softprompt.engine.context import check_rows, check_table, depends_on_neighbours
 from softprompt.engine.forest import Forest
 from softprompt.engine.plain import PlainEngine
-from softprompt.engine.rows import EngineRow, TargetLogProbs
+from softprompt.engine.predictions import HeadInput, PredictingEngine, Predictions
+from softprompt.engine.rows import EngineRow
 from softprompt.engine.virtual import virtual_rows
 from softprompt.engine.visibility import visibility_of
 
 
-class ForestEngine:
+@final
+class ForestEngine(PredictingEngine):
     """Scores targets over a forest; exact, with no padding in token-wise layers."""
 
     name = "forest"
@@ -47,21 +45,19 @@ class ForestEngine:
         if "logits_to_keep" not in parameters:
             raise ForestUnsupportedError(f"{type(model).__name__} takes no logits_to_keep")
 
-    def target_log_probs(
-        self, rows: Sequence[EngineRow], prompts: Sequence[Tensor]
-    ) -> TargetLogProbs:
-        """Score the targets of rows; see ``Engine``.
+    def predict(
+        self, rows: Sequence[EngineRow], prompts: Sequence[Tensor], head: HeadInput | None = None
+    ) -> Predictions:
+        """Run the rows; see ``PredictingEngine``.
 
         Raises:
+            DataError: If nothing stands before a row's answer.
             ContextOverflowError: If a row does not fit behind its prompt.
         """
         check_table(self._model, self._facts)
         check_rows(rows, prompts, self._facts, None)
-        again = recomputes_layers(self._model) and torch.is_grad_enabled()
-        trained = any(prompts[row.prompt].requires_grad for row in rows if row.prompt >= 0)
-        if depends_on_neighbours(rows, prompts, self._facts) or (again and not trained):
-            # No gradient of a prompt would say when backward, which runs layers again, is over.
-            return self._plain.target_log_probs(rows, prompts)
+        if depends_on_neighbours(rows, prompts, self._facts):
+            return self._plain.predict(rows, prompts, head)
         forest = Forest.of(rows, [int(prompt.shape[0]) for prompt in prompts])
         used = [root.prompt for root in forest.roots if root.prompt >= 0]
         values_of = [prompts[p] for p in used if len(prompts[p])]
@@ -78,12 +74,9 @@ class ForestEngine:
                 logits_to_keep=wanted.to(device),
                 use_cache=False,
             ).logits[0]
-        # One softmax a predictor, shared by its answers.
-        log_probs = F.log_softmax(logits.float(), dim=-1)
-        values = log_probs[place.to(device), forest.labels.to(device)]
-        if again and table is not None:
-            also_in_backward(self._model, values, table)
-        return TargetLogProbs(values, forest.row_index.to(device))
+        states = head.states if head is not None else None  # [1, K, H]
+        scored = (place.to(device), forest.labels.to(device), forest.row_index.to(device))
+        return Predictions(logits, None if states is None else states[0], *scored)
 
 
 def _offsets(prompts: Sequence[Tensor], used: Sequence[int]) -> list[int]:

@@ -8,11 +8,10 @@ the same prompt and source (the labels of one input) share one encoder row. With
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from softprompt.backbone.facts import facts_of, output_limit, recomputes_layers, skips_layers
@@ -21,12 +20,14 @@ from softprompt.engine.context import check_rows, check_table
 from softprompt.engine.encoder_plan import EncoderPlan, encoder_plan
 from softprompt.engine.packed_layers import Packing, layers_of, packed_layers, relative_bias
 from softprompt.engine.plain import PlainEngine, pad_rows
-from softprompt.engine.rows import EngineRow, TargetLogProbs
+from softprompt.engine.predictions import HeadInput, PredictingEngine, Predictions
+from softprompt.engine.rows import EngineRow
 from softprompt.engine.virtual import virtual_rows
 from softprompt.engine.visibility import across, chains
 
 
-class PackedSeq2SeqEngine:
+@final
+class PackedSeq2SeqEngine(PredictingEngine):
     """Scores targets of a seq2seq model without padding in its layers."""
 
     name = "forest"
@@ -50,10 +51,10 @@ class PackedSeq2SeqEngine:
         self._encoder = model.get_encoder()
         self._decoder = cast(Any, model).get_decoder()
 
-    def target_log_probs(
-        self, rows: Sequence[EngineRow], prompts: Sequence[Tensor]
-    ) -> TargetLogProbs:
-        """Score the targets of rows; see ``Engine``.
+    def predict(
+        self, rows: Sequence[EngineRow], prompts: Sequence[Tensor], head: HeadInput | None = None
+    ) -> Predictions:
+        """Run the rows; see ``PredictingEngine``.
 
         Raises:
             DataError: If nothing stands before a row's answer.
@@ -64,7 +65,7 @@ class PackedSeq2SeqEngine:
         if recomputes_layers(self._model) or skips_layers(self._model):
             # Backward would run the layers again without the hooks that pack them; or the first
             # layer, which does the packing, may be left out.
-            return self._plain.target_log_probs(rows, prompts)
+            return self._plain.predict(rows, prompts, head)
         sources = list(dict.fromkeys((row.prompt, row.source) for row in rows))
         number = {source: i for i, source in enumerate(sources)}
         plan = encoder_plan(
@@ -74,9 +75,12 @@ class PackedSeq2SeqEngine:
             states = self._encode(plan, prompts)
             owner = [number[row.prompt, row.source] for row in rows]
             logits, labels = self._decode(rows, owner, states, plan)
-        values = -F.cross_entropy(logits.float(), labels, reduction="none")
+        hidden = head.states[0] if head is not None and head.states is not None else None
         row_index = [i for i, row in enumerate(rows) for _ in row.target]
-        return TargetLogProbs(values, torch.tensor(row_index, device=values.device))
+        place = torch.arange(len(labels), device=labels.device)
+        return Predictions(
+            logits, hidden, place, labels, torch.tensor(row_index, device=labels.device)
+        )
 
     def _encode(self, plan: EncoderPlan, prompts: Sequence[Tensor]) -> Tensor:
         """Return packed encoder states ``[1, N, H]``."""

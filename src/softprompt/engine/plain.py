@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, final
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from softprompt.backbone.facts import (
@@ -25,16 +24,16 @@ from softprompt.backbone.facts import (
 )
 from softprompt.engine.context import check_rows, check_table, depends_on_neighbours
 from softprompt.engine.layout import Layout, Prompts
-from softprompt.engine.rows import EngineRow, TargetLogProbs, joined
+from softprompt.engine.predictions import IGNORED, HeadInput, PredictingEngine, Predictions
+from softprompt.engine.rows import EngineRow
 from softprompt.engine.selfcheck import difference
 from softprompt.engine.virtual import virtual_rows
-
-_IGNORED = -100
 
 _alone: WeakKeyDictionary[PreTrainedModel, dict[bool, str]] = WeakKeyDictionary()
 
 
-class PlainEngine:
+@final
+class PlainEngine(PredictingEngine):
     """Scores targets with one padded forward pass a batch."""
 
     name = "plain"
@@ -49,10 +48,10 @@ class PlainEngine:
         self._facts: Facts = facts_of(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
-    def target_log_probs(
-        self, rows: Sequence[EngineRow], prompts: Sequence[Tensor]
-    ) -> TargetLogProbs:
-        """Score the targets of rows; see ``Engine``.
+    def predict(
+        self, rows: Sequence[EngineRow], prompts: Sequence[Tensor], head: HeadInput | None = None
+    ) -> Predictions:
+        """Run the rows; see ``PredictingEngine``.
 
         Raises:
             DataError: If nothing stands before a row's answer.
@@ -63,11 +62,11 @@ class PlainEngine:
         if len(rows) > 1 and (
             depends_on_neighbours(rows, prompts, self._facts) or self.why_alone()
         ):
-            return joined([self.target_log_probs([row], prompts) for row in rows])
+            return Predictions.joined([self.predict([row], prompts, head) for row in rows])
         chosen = Prompts.of(prompts, [row.prompt for row in rows])
         run = self._encoder_decoder if self._facts.is_encoder_decoder else self._causal
         with virtual_rows(self._model, chosen.table if chosen.table.numel() else None):
-            return run(rows, chosen)
+            return run(rows, chosen, head)
 
     def why_alone(self) -> str:
         """Return why rows are run one at a time, empty when they are batched; remembered per model."""
@@ -83,7 +82,9 @@ class PlainEngine:
             known[self._sees_input] = problem or ""
         return known[self._sees_input]
 
-    def _causal(self, rows: Sequence[EngineRow], prompts: Prompts) -> TargetLogProbs:
+    def _causal(
+        self, rows: Sequence[EngineRow], prompts: Prompts, head: HeadInput | None
+    ) -> Predictions:
         ids, mask = self._padded([row.source + row.target for row in rows], left=True)
         layout = Layout.of(mask, prompts)
         inputs: dict[str, Any] = {
@@ -96,11 +97,14 @@ class PlainEngine:
         longest = max(len(row.target) for row in rows)
         if self._keeps_logits:
             inputs["logits_to_keep"] = longest + 1
-        logits = self._model(**inputs).logits[:, -(longest + 1) : -1]  # [B, longest, V]
-        labels = self._labels(rows, longest, left=True)
-        return picked(logits, labels)
+        ends = slice(-(longest + 1), -1)
+        logits = self._model(**inputs).logits[:, ends]  # [B, longest, V]
+        hidden = head.states[:, ends] if head is not None and head.states is not None else None
+        return Predictions.of_columns(logits, hidden, self._labels(rows, longest, left=True))
 
-    def _encoder_decoder(self, rows: Sequence[EngineRow], prompts: Prompts) -> TargetLogProbs:
+    def _encoder_decoder(
+        self, rows: Sequence[EngineRow], prompts: Prompts, head: HeadInput | None
+    ) -> Predictions:
         ids, mask = self._padded([row.source for row in rows], left=False)
         layout = Layout.of(mask, prompts, compact=True)
         labels = self._labels(rows, max(len(row.target) for row in rows), left=False)
@@ -111,7 +115,7 @@ class PlainEngine:
         output = self._model(
             encoder_outputs=states, attention_mask=layout.mask, labels=labels, use_cache=False
         )
-        return picked(output.logits, labels)
+        return Predictions.of_columns(output.logits, head.states if head else None, labels)
 
     def _padded(self, sequences: Sequence[tuple[int, ...]], *, left: bool) -> tuple[Tensor, Tensor]:
         ids, mask = pad_rows(sequences, left=left, pad_id=self._facts.pad_id)
@@ -119,7 +123,7 @@ class PlainEngine:
 
     def _labels(self, rows: Sequence[EngineRow], width: int, *, left: bool) -> Tensor:
         """Return target ids ``[B, width]``, -100 where a row has none."""
-        labels = torch.full((len(rows), width), _IGNORED)
+        labels = torch.full((len(rows), width), IGNORED)
         for i, row in enumerate(rows):
             where = slice(width - len(row.target), width) if left else slice(0, len(row.target))
             labels[i, where] = torch.tensor(row.target, dtype=torch.long)
@@ -138,11 +142,3 @@ def pad_rows(
         ids[i, where] = torch.tensor(sequence, dtype=torch.long)
         mask[i, where] = 1
     return ids, mask
-
-
-def picked(logits: Tensor, labels: Tensor) -> TargetLogProbs:
-    """Return log p of the labels from logits ``[B, T, V]`` and labels ``[B, T]``."""
-    real = labels != _IGNORED
-    chosen = logits[real].float()  # [M, V]: the softmax runs on target positions only
-    values = -F.cross_entropy(chosen, labels[real], reduction="none")
-    return TargetLogProbs(values, real.nonzero()[:, 0])

@@ -47,6 +47,23 @@ class TargetLogProbs:
         return zeros.index_add(0, self.row_index, self.values)
 
 
+@dataclass(frozen=True, slots=True)
+class TargetOutputs:
+    """What predicts every target token of a batch, differentiable in the prompts.
+
+    Attributes:
+        logits: Logits that predict each token, rows in order and tokens in order, float32 ``[M, V]``.
+        hidden: What entered the LM head for them, ``[M, H]``.
+        labels: The target tokens, ``[M]``.
+        row_index: The row each belongs to, ``[M]``.
+    """
+
+    logits: Tensor
+    hidden: Tensor
+    labels: Tensor
+    row_index: Tensor
+
+
 def joined(parts: Sequence[TargetLogProbs]) -> TargetLogProbs:
     """Return the answers for rows that were run one by one, as those of their batch."""
     numbers = [torch.full_like(part.row_index, row) for row, part in enumerate(parts)]
@@ -62,4 +79,8 @@ class Engine(Protocol):
         self, rows: Sequence[EngineRow], prompts: Sequence[Tensor]
     ) -> TargetLogProbs:
         """Score the targets of rows under their prompts ``[P_i, H]``."""
+        ...
+
+    def target_outputs(self, rows: Sequence[EngineRow], prompts: Sequence[Tensor]) -> TargetOutputs:
+        """Return logits and last hidden states for the same tokens, in the same order."""
         ...

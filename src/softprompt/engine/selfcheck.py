@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.backbone.facts import facts_of
+from softprompt.engine.lock import locked
 from softprompt.engine.rows import Engine, EngineRow, TargetLogProbs, joined
 
 _LENGTHS = ((5, 2, 0), (1, 1, 0), (3, 3, 1), (4, 1, -1), (7, 2, 1))
@@ -38,19 +39,20 @@ def probing(model: PreTrainedModel) -> Iterator[None]:
 
     Every module is in its own mode again afterwards.
     """
-    training = [module for module in model.modules() if module.training]
-    gradients = torch.is_grad_enabled()
-    model.train(False)
-    try:
-        with (
-            torch.inference_mode(False),
-            torch.set_grad_enabled(gradients),
-            torch.autocast(model.device.type, enabled=False),
-        ):
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with locked(model):
+        training = [module for module in model.modules() if module.training]
+        gradients = torch.is_grad_enabled()
+        model.train(False)
+        try:
+            with (
+                torch.inference_mode(False),
+                torch.set_grad_enabled(gradients),
+                torch.autocast(model.device.type, enabled=False),
+            ):
+                yield
+        finally:
+            for module in training:
+                module.training = True
 
 
 def difference(candidate: Engine, reference: Engine, model: PreTrainedModel) -> str | None:

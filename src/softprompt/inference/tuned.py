@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast, final, overload
+from typing import Any, final, overload
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from softprompt.artifacts.manifest import Manifest
 from softprompt.artifacts.native import save_adapter
-from softprompt.attach.embedding import PromptEmbedding
+from softprompt.attach.completion import sees_input_of
 from softprompt.attach.heads import BASE
 from softprompt.attach.model import PeftModel
 from softprompt.attach.saving import state_of
@@ -88,12 +88,11 @@ class TunedPrompt:
         """
         config = self.model.peft_config[self.adapter]
         base = self.model.get_base_model()
-        return build_engine(base, kind, prompt_sees_input=config.prompt_sees_input)
+        return build_engine(base, kind, prompt_sees_input=sees_input_of(config))
 
     def prompts(self) -> list[Tensor]:
         """Return the prompt ``[P, H]``, detached, as the one prompt an engine is given."""
-        encoder = cast(PromptEmbedding, self.model.prompt_encoder[self.adapter])
-        return [encoder.materialize().detach()]
+        return [self.model.encoder_of(self.adapter).materialize().detach()]
 
     # A str is iterable too; the first overload is the one meant.
     @overload

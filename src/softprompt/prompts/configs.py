@@ -13,11 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from huggingface_hub import hf_hub_download
 
 from softprompt.errors import ArtifactError, ConfigError, nearest
+from softprompt.prompts.fields import member, positive
 from softprompt.prompts.kinds import (
     Parameterization,
     PeftType,
@@ -84,10 +85,12 @@ class PeftConfig:
         return True
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON values, under PEFT's keys."""
+        """Return the fields as plain JSON values, under PEFT's keys; fields marked ``ours`` are not among them."""
+        ours = {f.name for f in dataclasses.fields(self) if f.metadata.get("ours")}
         return {
             key: str(value) if isinstance(value, StrEnum) else value
             for key, value in dataclasses.asdict(self).items()
+            if key not in ours
         }
 
     @classmethod
@@ -188,11 +191,8 @@ class PromptLearningConfig(PeftConfig):
             ConfigError: If ``num_virtual_tokens`` is not a positive integer.
         """
         super().__post_init__()
-        count = self.num_virtual_tokens
-        if count is not None and (
-            isinstance(count, bool) or not isinstance(count, int) or count < 1
-        ):
-            raise ConfigError(f"num_virtual_tokens must be a positive integer, got {count!r}")
+        if self.num_virtual_tokens is not None:
+            positive("num_virtual_tokens", self.num_virtual_tokens)
 
 
 @dataclass
@@ -202,6 +202,13 @@ class PromptTuningConfig(PromptLearningConfig):
     ``tokenizer_kwargs`` go to ``AutoTokenizer.from_pretrained``; ``add_special_tokens=False``
     among them leaves the tokenizer's special tokens out of the text (PEFT keeps them).
     """
+
+    method: ClassVar[PeftType] = PeftType.PROMPT_TUNING
+    """The method's name in PEFT, as long as no option is set that PEFT lacks."""
+    inits: ClassVar[type[StrEnum]] = PromptTuningInit
+    """What ``prompt_tuning_init`` may be."""
+    native_model_types: ClassVar[tuple[list[str] | None, ...]] = (None, ["ENCODER"])
+    """Values of ``output_model_types`` that mean the same in PEFT."""
 
     prompt_tuning_init: PromptTuningInit | str = field(
         default=PromptTuningInit.RANDOM, metadata={"help": "How the prompt starts."}
@@ -217,20 +224,28 @@ class PromptTuningConfig(PromptLearningConfig):
     )
     prompt_sees_input: bool = field(
         default=True,
-        metadata={"help": "Whether an encoder's prompt attends to the input, as in PEFT."},
+        metadata={
+            "help": "Whether an encoder's prompt attends to the input, as in PEFT.",
+            "ours": True,
+        },
     )
     output_model_types: list[str] | None = field(
         default=None,
-        metadata={"help": "Parts of a seq2seq model that get a prompt: ENCODER, DECODER."},
+        metadata={
+            "help": "Parts of a seq2seq model that get a prompt: ENCODER, DECODER.",
+            "ours": True,
+        },
     )
     placement: Placement | str = field(
-        default=Placement.PREFIX, metadata={"help": "Where the prompt stands in the input."}
+        default=Placement.PREFIX,
+        metadata={"help": "Where the prompt stands in the input.", "ours": True},
     )
     parameterization: Parameterization | str = field(
-        default=Parameterization.DIRECT, metadata={"help": "What is trained for the rows."}
+        default=Parameterization.DIRECT,
+        metadata={"help": "What is trained for the rows.", "ours": True},
     )
     parameterization_rank: int | None = field(
-        default=None, metadata={"help": "Rank r of low_rank and ulpt."}
+        default=None, metadata={"help": "Rank r of low_rank and ulpt.", "ours": True}
     )
 
     def __post_init__(self) -> None:
@@ -240,38 +255,21 @@ class PromptTuningConfig(PromptLearningConfig):
             ConfigError: For an unknown initialisation, or settings it lacks or would ignore.
         """
         super().__post_init__()
-        self.placement = _member(Placement, "placement", self.placement)
-        self.parameterization = _member(Parameterization, "parameterization", self.parameterization)
+        self.placement = member(Placement, "placement", self.placement)
+        self.parameterization = member(Parameterization, "parameterization", self.parameterization)
         self._check_parameterization()
         self._check_model_types()
         extended = self.peft_options() != {}
-        self.peft_type = (PeftType.PROMPT_TUNING, PeftType.EXTENDED_PROMPT_TUNING)[extended]
-        if self.prompt_tuning_init not in list(PromptTuningInit):
-            raise ConfigError(
-                f"prompt_tuning_init must be one of {', '.join(PromptTuningInit)}, got "
-                f"{self.prompt_tuning_init!r}{nearest(str(self.prompt_tuning_init), PromptTuningInit)}"
-            )
-        init = self.prompt_tuning_init = PromptTuningInit(self.prompt_tuning_init)
-        if init in (PromptTuningInit.TEXT, PromptTuningInit.LABELS):
-            for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
-                value = getattr(self, name)
-                if value is None or (name == "tokenizer_name_or_path" and not value):
-                    raise ConfigError(
-                        f"When prompt_tuning_init='{init.value}', {name} can't be {value}."
-                    )
-        if self.tokenizer_kwargs and init is not PromptTuningInit.TEXT:
-            raise ConfigError("tokenizer_kwargs only valid when using prompt_tuning_init='TEXT'.")
-        if (self.tokenizer_kwargs or {}).get("trust_remote_code"):
-            raise ConfigError(
-                "tokenizer_kwargs may not hold trust_remote_code: a saved prompt must not be able to run code"
-            )
+        self.peft_type = PeftType.EXTENDED_PROMPT_TUNING if extended else self.method
+        self.prompt_tuning_init = member(self.inits, "prompt_tuning_init", self.prompt_tuning_init)
+        self._check_text()
 
     def peft_options(self) -> dict[str, Any]:
         """Return the options set here that PEFT does not have; where there is one, it cannot load the prompt."""
         options: dict[str, Any] = {}
         if not self.prompt_sees_input:
             options["prompt_sees_input"] = False
-        if self.output_model_types not in (None, ["ENCODER"]) and not self._is_causal():
+        if self.output_model_types not in self.native_model_types and not self._is_causal():
             options["output_model_types"] = list(self.output_model_types or ())
         if self.placement is not Placement.PREFIX:
             options["placement"] = str(self.placement)
@@ -282,23 +280,31 @@ class PromptTuningConfig(PromptLearningConfig):
 
         What was trained in the place of the rows is no part of the artifact: it is baked.
         """
-        values = PromptLearningConfig.to_dict(self)
-        for name in _OURS:
-            del values[name]
-        return values | self.peft_options()
+        return super().to_dict() | self.peft_options()
 
     def _is_causal(self) -> bool:
         return self.task_type not in (None, TaskType.SEQ_2_SEQ_LM)
 
+    def _check_text(self) -> None:
+        init = self.prompt_tuning_init
+        if init in (PromptTuningInit.TEXT, PromptTuningInit.LABELS):
+            for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
+                value = getattr(self, name)
+                if value is None or (name == "tokenizer_name_or_path" and not value):
+                    raise ConfigError(f"When prompt_tuning_init='{init}', {name} can't be {value}.")
+        if self.tokenizer_kwargs and init != PromptTuningInit.TEXT:
+            raise ConfigError("tokenizer_kwargs only valid when using prompt_tuning_init='TEXT'.")
+        if (self.tokenizer_kwargs or {}).get("trust_remote_code"):
+            raise ConfigError(
+                "tokenizer_kwargs may not hold trust_remote_code: a saved prompt must not be able to run code"
+            )
+
     def _check_parameterization(self) -> None:
         ranked = self.parameterization in (Parameterization.LOW_RANK, Parameterization.ULPT)
         rank = self.parameterization_rank
-        if ranked and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-            raise ConfigError(
-                f"parameterization {self.parameterization} needs a parameterization_rank of 1 or more, got "
-                f"{rank!r}"
-            )
-        if rank is not None and not ranked:
+        if ranked:
+            positive(f"parameterization_rank of {self.parameterization}", rank)
+        elif rank is not None:
             raise ConfigError(
                 f"parameterization_rank would be ignored with parameterization {self.parameterization}; "
                 "leave it out, or use low_rank or ulpt"
@@ -316,30 +322,7 @@ class PromptTuningConfig(PromptLearningConfig):
         self.output_model_types = sorted(given, reverse=True)
 
 
-_OURS = (
-    "prompt_sees_input",
-    "output_model_types",
-    "placement",
-    "parameterization",
-    "parameterization_rank",
-)
-"""Fields that PEFT's configuration does not have."""
-
-_Member = TypeVar("_Member", bound=StrEnum)
 _Config = TypeVar("_Config", bound=PeftConfig)
-
-
-def _member(kind: type[_Member], name: str, value: str) -> _Member:
-    """Return the member of an enumeration that a value names.
-
-    Raises:
-        ConfigError: If there is none.
-    """
-    if value not in list(kind):
-        raise ConfigError(
-            f"{name} must be one of {', '.join(kind)}, got {value!r}{nearest(str(value), kind)}"
-        )
-    return kind(value)
 
 
 _classes: dict[str, type[PeftConfig]] = dict.fromkeys(

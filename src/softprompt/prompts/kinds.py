@@ -49,11 +49,12 @@ class Parameterization(StrEnum):
     DIRECT = "direct"
     """The rows themselves (Lester et al. 2021)."""
     LOW_RANK = "low_rank"
-    """A ``[P, r]`` times B ``[r, H]`` (Xiao et al. 2023, decomposed prompt tuning)."""
+    """A ``[P, r]`` times B ``[r, H]`` (decomposed prompt tuning, Xiao et al. 2023, arXiv:2310.10094)."""
     ULPT = "ulpt"
-    """Z ``[P, r]`` times a fixed random ``[r, H]``, then a learned scale and shift (Wu et al. 2025)."""
+    """Z ``[P, r]`` times a fixed random ``[r, H]``, then a learned scale and shift (Wu et al. 2025,
+    arXiv:2502.04501)."""
     RESIDUAL = "residual"
-    """P + MLP(P) (Razdaibiedina et al. 2023)."""
+    """P + MLP(P) (Razdaibiedina et al. 2023, arXiv:2305.03937)."""
 
 
 class PromptTuningInit(StrEnum):
@@ -70,3 +71,38 @@ class PromptTuningInit(StrEnum):
     RANDOM = "RANDOM"
     RANDOM_SCALED = "RANDOM_SCALED"
     LABELS = "LABELS"
+
+
+class MultitaskPromptTuningInit(StrEnum):
+    """Where the first values of a multitask prompt come from.
+
+    The last three read a source prompt, ``prompt_tuning_init_state_dict_path``, whose shared rows
+    they take over: the task matrix becomes the mean over the source's tasks (columns and rows
+    averaged each by itself, as in PEFT), that of one task, or starts anew. The others set the
+    shared rows as in ``PromptTuningInit``.
+    """
+
+    TEXT = "TEXT"
+    RANDOM = "RANDOM"
+    AVERAGE_SOURCE_TASKS = "AVERAGE_SOURCE_TASKS"
+    EXACT_SOURCE_TASK = "EXACT_SOURCE_TASK"
+    ONLY_SOURCE_SHARED = "ONLY_SOURCE_SHARED"
+    SAMPLE_VOCAB = "SAMPLE_VOCAB"
+    RANDOM_SCALED = "RANDOM_SCALED"
+    LABELS = "LABELS"
+
+
+class TaskMatrixInit(StrEnum):
+    """How the matrix starts that a task multiplies the shared rows with."""
+
+    ONES = "ones"
+    """At exactly 1: every task starts at the shared prompt."""
+    NORMAL = "normal"
+    """PEFT's: both factors from N(0, 0.02²), so that every prompt starts near zero."""
+
+
+class PromptEncoderReparameterizationType(StrEnum):
+    """What stands behind the rows of P-tuning."""
+
+    MLP = "MLP"
+    LSTM = "LSTM"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,18 @@ class PromptModule(nn.Module, ABC):
         kind: ``rows`` for a prompt that stands in the input, ``[S * P, H]``; ``kv`` for one that is
             keys and values of every layer, ``[L, 2, A_kv, P, D]``.
         num_tasks: Tasks (K) that have a value of their own; task ids go from 0 to K - 1.
+        fixed: Names of parameters that are never trained.
     """
 
     kind: ClassVar[Literal["rows", "kv"]] = "rows"
     num_tasks: int = 1
+    fixed: ClassVar[tuple[str, ...]] = ()
+
+    @final
+    def set_trainable(self, trainable: bool) -> None:
+        """Let the parameters train or not; ``fixed`` ones never do."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(trainable and name not in self.fixed)
 
     @abstractmethod
     def materialize(self, task: int = 0) -> Tensor:
@@ -65,9 +73,8 @@ def check_task(task: int, count: int) -> None:
         )
 
 
-@torch.no_grad()
-def take_over(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Copy stored tensors into parameters of the same names, all of them or none.
+def check_fit(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Check that stored tensors have the names and shapes of the parameters they are for.
 
     Raises:
         ArtifactError: If one is missing, left over, or of another shape.
@@ -85,8 +92,18 @@ def take_over(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> N
     left = sorted(tensors.keys() - targets.keys())
     if left:
         raise ArtifactError(
-            f"the saved prompt holds {', '.join(left)}, which this kind of prompt has no place for; "
+            f"the saved prompt holds {', '.join(left)}, which this model has no place for; "
             "is adapter_config.json the one that belongs to it?"
         )
+
+
+@torch.no_grad()
+def take_over(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copy stored tensors into parameters of the same names, all of them or none.
+
+    Raises:
+        ArtifactError: If they do not fit.
+    """
+    check_fit(targets, tensors)
     for name, target in targets.items():
         target.copy_(tensors[name])

@@ -1,0 +1,163 @@
+"""The named prompts on one frozen base: adding, choosing, removing and detaching them.
+
+The base is never wrapped layer by layer: its input embedding carries a hook that is idle
+except inside our own calls, and task heads are switched. ``unload`` takes both away.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from softprompt.artifacts.manifest import Manifest
+from softprompt.attach import heads, names
+from softprompt.attach.completion import completed
+from softprompt.attach.encoders import build_prompt
+from softprompt.attach.tasks import RULES
+from softprompt.backbone.facts import Facts, facts_of, input_embedding
+from softprompt.backbone.freeze import freeze
+from softprompt.engine.virtual import vocabulary_of
+from softprompt.errors import AdapterError, ConfigError
+from softprompt.prompts.configs import PeftConfig, PromptLearningConfig, TaskType
+from softprompt.prompts.module import PromptModule
+
+
+class Adapters(nn.Module, ABC):
+    """A frozen base and its prompts: ``prompt_encoder[name]``, ``peft_config[name]``, ``manifests[name]``."""
+
+    task: ClassVar[TaskType | None] = None
+
+    def __init__(
+        self, model: PreTrainedModel, peft_config: PeftConfig, adapter_name: str = "default"
+    ) -> None:
+        """Freeze ``model`` and attach a first prompt.
+
+        Raises:
+            ConfigError: If the model or the configuration cannot be used.
+        """
+        super().__init__()
+        if not isinstance(model, PreTrainedModel):
+            raise ConfigError(f"expected a transformers model, got a {type(model).__name__}")
+        self.base_model = model
+        self.prompt_encoder = nn.ModuleDict()
+        self.peft_config: dict[str, PromptLearningConfig] = {}
+        self.manifests: dict[str, Manifest] = {}
+        self.active_adapter = adapter_name
+        self._frozen: set[str] = set()
+        self._disabled = False
+        self.facts: Facts = facts_of(model)
+        self._arguments_of_forward = tuple(inspect.signature(model.forward).parameters)
+        self.add_adapter(adapter_name, peft_config)
+        # Only now that nothing can be refused any more is the base touched.
+        freeze(model)
+        self._vocabulary = vocabulary_of(model)
+        self.set_adapter(adapter_name)
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Add an untrained prompt; it becomes active only by ``set_adapter``.
+
+        Raises:
+            AdapterError: If the name is taken or not a plain name.
+            ConfigError: If the configuration does not fit this model.
+        """
+        names.check_new(adapter_name, self.peft_config, self.prompt_encoder)
+        config = completed(
+            peft_config,
+            self.base_model,
+            self.facts,
+            shared=next(iter(self.peft_config.values()), None),
+            own=self.task,
+        )
+        optional = RULES[cast(TaskType, config.task_type)].heads
+        paths = heads.find_heads(self.base_model, config.modules_to_save or [], optional=optional)
+        heads.require_free(self.base_model, paths, adapter_name)
+        encoder = build_prompt(config, input_embedding(self.base_model), generator=generator)
+        self.prompt_encoder[adapter_name] = encoder.to(self.base_model.device)
+        self.peft_config[adapter_name] = config
+        heads.add_heads(self.base_model, paths, adapter_name)
+        if config.inference_mode:
+            self._frozen.add(adapter_name)
+        self._set_gradients()
+
+    def set_adapter(self, adapter_name: str) -> None:
+        """Make a prompt the active one; only the active prompt is trainable.
+
+        Raises:
+            AdapterError: If there is no such prompt.
+        """
+        self.active_adapter = self._known(adapter_name)
+        self._set_gradients()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove a prompt; deleting the active one makes the first of the others active.
+
+        Raises:
+            AdapterError: If there is no such prompt, or it is the last one.
+        """
+        self._known(adapter_name)
+        if len(self.peft_config) == 1:
+            raise AdapterError(f"{adapter_name!r} is the last prompt; unload() gives the base back")
+        del self.peft_config[adapter_name]
+        del self.prompt_encoder[adapter_name]
+        self.manifests.pop(adapter_name, None)
+        self._frozen.discard(adapter_name)
+        heads.drop_heads(self.base_model, adapter_name)
+        if self.active_adapter == adapter_name:
+            self.set_adapter(next(iter(self.peft_config)))
+
+    def thaw(self, adapter_name: str) -> None:
+        """Let a prompt that was loaded frozen be trained further.
+
+        Raises:
+            AdapterError: If there is no such prompt.
+        """
+        self._frozen.discard(self._known(adapter_name))
+        self.peft_config[adapter_name].inference_mode = False
+        self._set_gradients()
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Run the base alone inside the context, in ``forward`` and ``generate`` of every task."""
+        before, self._disabled = self._disabled, True
+        try:
+            yield
+        finally:
+            self._disabled = before
+
+    def unload(self) -> PreTrainedModel:
+        """Detach everything and return the base, its outputs bit-identical to before."""
+        self._vocabulary.remove()
+        heads.restore_heads(self.base_model)
+        return self.base_model
+
+    def encoder_of(self, name: str) -> PromptModule:
+        """Return the trainable module of a prompt.
+
+        Raises:
+            AdapterError: If there is no such prompt.
+        """
+        return cast(PromptModule, self.prompt_encoder[self._known(name)])
+
+    def _set_gradients(self) -> None:
+        """Let the active prompt and its heads train, unless it was loaded frozen."""
+        for name in self.peft_config:
+            trains = name == self.active_adapter and name not in self._frozen
+            self.encoder_of(name).set_trainable(trains)
+            for _, head in heads.heads_of(self.base_model, name):
+                head.requires_grad_(trains)
+
+    def _known(self, name: str) -> str:
+        return names.known(name, self.peft_config)

@@ -1,0 +1,53 @@
+"""Reading the source prompt that a multitask prompt starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from softprompt.errors import ConfigError
+from softprompt.prompts.module import PROMPT_KEY
+from softprompt.prompts.multitask import SOURCE_INITS, MultitaskPromptTuningConfig
+from softprompt.prompts.task_matrices import SourcePrompt
+
+
+def source_of(config: MultitaskPromptTuningConfig) -> SourcePrompt | None:
+    """Return the source prompt a configuration names; None where it starts without one.
+
+    Raises:
+        ConfigError: If the file is missing, damaged, holds code, or is no prompt.
+    """
+    if config.inference_mode or config.prompt_tuning_init not in SOURCE_INITS:
+        return None
+    path = Path(str(config.prompt_tuning_init_state_dict_path))
+    if not path.is_file():
+        raise ConfigError(
+            f"prompt_tuning_init_state_dict_path must be a weights file such as adapter_model.safetensors, "
+            f"{path} is {'a folder' if path.is_dir() else 'not there'}; give the file of the source prompt"
+        )
+    return SourcePrompt.of(_tensors(path), str(path))
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    # A damaged file can fail anywhere in the unpickler; code in it is refused there, never run.
+    except Exception as cause:
+        reason = " ".join(str(cause).split())[:120] or type(cause).__name__
+        raise ConfigError(
+            f"the source prompt {path} is damaged or holds more than tensors ({reason}); save it again as "
+            ".safetensors from a source you trust"
+        ) from cause
+    if isinstance(loaded, Tensor):
+        # caikit's encoder.pt: the rows and nothing else.
+        return {PROMPT_KEY: loaded.detach()}
+    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise ConfigError(
+            f"the source prompt {path} must hold a dict of named tensors; save it again with save_pretrained"
+        )
+    return {str(name): value.detach() for name, value in loaded.items()}

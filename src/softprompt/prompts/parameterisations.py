@@ -1,0 +1,140 @@
+"""What is trained in the place of a prompt's rows: modules whose ``rows`` are ``[S·P, H]``.
+
+Each starts at or near given rows, so that every initialisation of a prompt keeps its meaning.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from softprompt.errors import ConfigError
+from softprompt.prompts.configs import PromptTuningConfig
+from softprompt.prompts.kinds import Parameterization
+from softprompt.prompts.randomness import drawing_from, drawn_seed
+
+BOTTLENECK = 400
+"""Width inside the residual network. On T5-Large it gives the 925K parameters that Xiao et al. 2023 count
+for residual prompt tuning (100 tokens, one network shared by all)."""
+
+
+class RowParameters(nn.Module, ABC):
+    """Parameters that make rows."""
+
+    @abstractmethod
+    def rows(self) -> Tensor:
+        """Return the rows ``[S·P, H]`` in float32, with gradients."""
+
+
+@final
+class LowRank(RowParameters):
+    """A ``[S·P, r]`` times B ``[r, H]``: decomposed prompt tuning (Xiao et al. 2023, arXiv:2310.10094).
+
+    Starts at the best approximation of rank r of the given rows. The paper draws both factors instead.
+    """
+
+    def __init__(self, first: Tensor, rank: int) -> None:
+        """Factor the first rows ``[S·P, H]``.
+
+        Raises:
+            ConfigError: If the rank is no restriction.
+        """
+        super().__init__()
+        _check_rank(rank, min(first.shape), first)
+        left, sizes, right = torch.linalg.svd(first, full_matrices=False)
+        scale = sizes[:rank].sqrt()
+        self.a = nn.Parameter(left[:, :rank] * scale)
+        self.b = nn.Parameter(scale[:, None] * right[:rank])
+
+    def rows(self) -> Tensor:
+        """Return A B; see ``RowParameters``."""
+        return self.a @ self.b
+
+
+@final
+class FixedBasis(RowParameters):
+    """Z ``[S·P, r]`` times a fixed random R ``[r, H]``, times s ``[H]`` plus b ``[H]``: ULPT.
+
+    After Wu et al. 2025 (arXiv:2502.04501v1): P r + 2 H parameters. R is N(0, 1/r), drawn from ``seed``
+    and kept as a buffer. Z starts at the least-squares fit of the given rows, which a small r can only
+    meet roughly; s starts at 1, b at 0.
+    """
+
+    basis: Tensor
+
+    def __init__(self, first: Tensor, rank: int, seed: int) -> None:
+        """Draw the basis and fit the first rows ``[S·P, H]``.
+
+        Raises:
+            ConfigError: If the rank is no restriction.
+        """
+        super().__init__()
+        width = first.shape[1]
+        _check_rank(rank, width, first)
+        self.seed = seed
+        drawn = torch.randn(rank, width, generator=torch.Generator().manual_seed(seed))
+        self.register_buffer("basis", drawn / rank**0.5)
+        self.z = nn.Parameter(torch.linalg.lstsq(self.basis.T, first.T).solution.T.contiguous())
+        self.scale = nn.Parameter(torch.ones(width))
+        self.shift = nn.Parameter(torch.zeros(width))
+
+    def rows(self) -> Tensor:
+        """Return Z R ∘ s + b; see ``RowParameters``."""
+        return self.z @ self.basis * self.scale + self.shift
+
+
+@final
+class Residual(RowParameters):
+    """P + MLP(P), one network for all rows (Razdaibiedina et al. 2023, arXiv:2305.03937).
+
+    The network is down-projection, ReLU, up-projection, layer norm, as in the paper. The norm's weight
+    starts at 0 here, so that the prompt starts at exactly P.
+    """
+
+    def __init__(self, first: Tensor) -> None:
+        """Take over the first rows ``[S·P, H]`` and draw the network."""
+        super().__init__()
+        width = first.shape[1]
+        inner = min(BOTTLENECK, width)
+        self.prompt = nn.Parameter(first.clone())
+        norm = nn.LayerNorm(width)
+        nn.init.zeros_(norm.weight)
+        self.network = nn.Sequential(
+            nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, width), norm
+        )
+
+    def rows(self) -> Tensor:
+        """Return P + MLP(P); see ``RowParameters``."""
+        added: Tensor = self.network(self.prompt)
+        return self.prompt + added
+
+
+def reparameterised(
+    config: PromptTuningConfig, first: Tensor, generator: torch.Generator | None
+) -> RowParameters | None:
+    """Return what a configuration trains in the place of its first rows ``[S·P, H]``; None for the rows themselves.
+
+    Raises:
+        ConfigError: If the rank does not fit the prompt.
+    """
+    rank = config.parameterization_rank or 0
+    match config.parameterization:
+        case Parameterization.LOW_RANK:
+            return LowRank(first, rank)
+        case Parameterization.ULPT:
+            return FixedBasis(first, rank, drawn_seed(generator))
+        case Parameterization.RESIDUAL:
+            with drawing_from(generator):
+                return Residual(first)
+    return None
+
+
+def _check_rank(rank: int, most: int, first: Tensor) -> None:
+    if rank > most:
+        raise ConfigError(
+            f"parameterization_rank {rank} restricts nothing for rows {list(first.shape)}; use at most {most}, "
+            "or parameterization direct"
+        )
