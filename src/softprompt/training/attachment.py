@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -11,14 +11,18 @@ from softprompt.attach.classes import get_peft_model
 from softprompt.attach.encoders import build_prompt
 from softprompt.attach.model import PeftModel
 from softprompt.backbone.facts import Facts, input_embedding
+from softprompt.backbone.fingerprint import Fingerprint
 from softprompt.backbone.load import LoadedBase
 from softprompt.errors import ConfigError
 from softprompt.inference.places import Places
 from softprompt.prompts.configs import PromptTuningConfig, PromptTuningInit, TaskType
+from softprompt.prompts.kinds import MultitaskPromptTuningInit
 from softprompt.prompts.module import PromptModule
+from softprompt.prompts.multitask import MultitaskPromptTuningConfig
 from softprompt.training.examples import TaskData
 from softprompt.training.settings import TuneSettings
-from softprompt.training.tuning_config import INITS
+from softprompt.training.source_prompts import SourceInfo, find_source
+from softprompt.training.tuning_config import INITS, SOURCE_METHODS, TuningConfig
 
 
 def places_of(settings: TuneSettings, facts: Facts) -> Places:
@@ -34,11 +38,27 @@ def attach(
     Raises:
         ConfigError: a setting that this base or this data has no use for.
     """
-    labels = {label for task in data for label in task.labels or ()}
-    config = plain_config(base, facts, tuple(sorted(labels)) or None, settings)
+    known = {label for task in data for label in task.labels or ()}
+    labels = tuple(sorted(known)) or None
+    config = (
+        multitask_config(base, facts, labels, settings, num_tasks=len(data))
+        if settings.multitask
+        else plain_config(base, facts, labels, settings)
+    )
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        return get_peft_model(base.model, config)
+        model = get_peft_model(base.model, config)
+    if settings.tuning_config.from_source:
+        _forget_source(model)
+    return model
+
+
+def _forget_source(model: PeftModel) -> None:
+    """Say RANDOM from now on: a saved prompt must load where its source is not."""
+    config = cast(MultitaskPromptTuningConfig, model.peft_config["default"])
+    config.prompt_tuning_init = MultitaskPromptTuningInit.RANDOM
+    config.prompt_tuning_init_state_dict_path = None
+    config.prompt_tuning_init_task = 0
 
 
 def fresh_prompt(
@@ -61,6 +81,87 @@ def plain_config(
 ) -> PromptTuningConfig:
     """Return the configuration of plain prompt tuning, whose rows do not come from a source."""
     tuning = settings.tuning_config
+    return PromptTuningConfig(
+        **placed(base, facts, settings),
+        **_first_rows(base, labels, tuning),
+        prompt_sees_input=tuning.prompt_sees_input,
+        placement=tuning.placement,
+        parameterization=tuning.parameterization,
+        parameterization_rank=tuning.parameterization_rank,
+    )
+
+
+def multitask_config(
+    base: LoadedBase,
+    facts: Facts,
+    labels: tuple[str, ...] | None,
+    settings: TuneSettings,
+    *,
+    num_tasks: int,
+) -> MultitaskPromptTuningConfig:
+    """Return the configuration of a multitask prompt, from a source prompt where that is set.
+
+    Raises:
+        ConfigError: the source prompt does not fit, or a setting that multitask prompts do not have.
+    """
+    tuning = settings.tuning_config
+    first: dict[str, Any] = {}
+    if tuning.from_source:
+        name = tuning.prompt_tuning_init_source_model or ""
+        source = find_source(name, settings.source_prompt_base)
+        _check_source(source, base, facts, settings)
+        task = tuning.prompt_tuning_init_task
+        first = {
+            "prompt_tuning_init": SOURCE_METHODS[tuning.prompt_tuning_init_method],
+            "prompt_tuning_init_state_dict_path": str(source.weights),
+            "prompt_tuning_init_task": 0 if task is None else source.task_number(task),
+        }
+    return MultitaskPromptTuningConfig(
+        **placed(base, facts, settings),
+        **(first or _first_rows(base, labels, tuning)),
+        prompt_sees_input=tuning.prompt_sees_input,
+        placement=tuning.placement,
+        num_tasks=num_tasks,
+        num_ranks=tuning.num_ranks or 1,
+    )
+
+
+def _check_source(
+    source: SourceInfo, base: LoadedBase, facts: Facts, settings: TuneSettings
+) -> None:
+    """Refuse a source of another base or another size.
+
+    Raises:
+        ConfigError: saying which setting differs, and what the source has.
+    """
+    misfit = source.misfit(facts.token_dim, Fingerprint.of(base.model))
+    if misfit:
+        raise ConfigError(
+            f"the source prompt {source.name} does not fit {base.name}: {misfit}; `softprompt "
+            "sources list --base-model` shows which do"
+        )
+    tuning = settings.tuning_config
+    needed = tuning.num_virtual_tokens * places_of(settings, facts).submodules
+    if source.virtual_tokens != needed:
+        raise ConfigError(
+            f"the source prompt {source.name} has {source.virtual_tokens} virtual tokens, this "
+            f"prompt needs {needed}; set num_virtual_tokens to the source's"
+        )
+    ranks = tuning.num_ranks or 1
+    takes_tasks = tuning.prompt_tuning_init_method != "ONLY_SOURCE_SHARED"
+    if takes_tasks and source.ranks != ranks:
+        raise ConfigError(
+            f"the source prompt {source.name} has "
+            + (f"num_ranks {source.ranks}" if source.ranks else "no task matrices")
+            + f", this prompt needs {ranks}; set num_ranks to the source's, or use "
+            "ONLY_SOURCE_SHARED"
+        )
+
+
+def _first_rows(
+    base: LoadedBase, labels: tuple[str, ...] | None, tuning: TuningConfig
+) -> dict[str, Any]:
+    """Return what a configuration says of rows that do not come from a source prompt."""
     init = INITS.get(tuning.prompt_tuning_init_method, PromptTuningInit.RANDOM_SCALED)
     text = tuning.prompt_tuning_init_text
     if init is PromptTuningInit.LABELS:
@@ -71,17 +172,12 @@ def plain_config(
             )
         text = "\n".join(labels)
     special = tuning.prompt_tuning_init_special_tokens
-    return PromptTuningConfig(
-        **placed(base, facts, settings),
-        prompt_sees_input=tuning.prompt_sees_input,
-        placement=tuning.placement,
-        parameterization=tuning.parameterization,
-        parameterization_rank=tuning.parameterization_rank,
-        prompt_tuning_init=init,
-        prompt_tuning_init_text=text,
-        tokenizer_name_or_path=base.name if text is not None else None,
-        tokenizer_kwargs=None if special else {"add_special_tokens": False},
-    )
+    return {
+        "prompt_tuning_init": init.value,
+        "prompt_tuning_init_text": text,
+        "tokenizer_name_or_path": base.name if text is not None else None,
+        "tokenizer_kwargs": None if special else {"add_special_tokens": False},
+    }
 
 
 def placed(base: LoadedBase, facts: Facts, settings: TuneSettings) -> dict[str, Any]:
