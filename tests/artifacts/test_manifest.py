@@ -76,3 +76,14 @@ def test_a_missing_format_version_is_named(manifest):
     del values["format_version"]
     with pytest.raises(ArtifactError, match="expected format_version 1"):
         Manifest.from_dict(values)
+
+
+def test_the_tasks_of_a_multitask_prompt_are_kept(manifest):
+    named = dataclasses.replace(manifest, tasks=("reviews", "posts"))
+    assert Manifest.from_dict(json.loads(named.to_json())) == named
+
+
+def test_a_file_from_before_there_were_tasks_is_read(manifest):
+    values = manifest.to_dict()
+    del values["tasks"]
+    assert Manifest.from_dict(values).tasks is None

@@ -17,7 +17,8 @@ from typing import Any, Literal
 from softprompt.errors import ArtifactError, nearest
 
 FORMAT_VERSION = 1
-_OPTIONAL = frozenset({"weights_sha256"})
+_OPTIONAL = frozenset({"tasks", "weights_sha256"})
+_TUPLES = ("labels", "tasks")
 _RECORDED_PACKAGES = ("softprompt", "torch", "transformers", "safetensors")
 
 
@@ -42,6 +43,7 @@ class Manifest:
 
     ``history`` holds one point per epoch: ``{"epoch", "update", "loss", "learning_rate",
     "validation": {...}}``. ``weights_sha256`` is filled in when the folder is written.
+    ``tasks`` names the tasks of a multitask prompt in the order of their ids.
     """
 
     format_version: int = FORMAT_VERSION
@@ -61,6 +63,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=installed_versions)
     created: str = field(default_factory=_now)
     weights_sha256: str | None = None
+    tasks: tuple[str, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; a number that is not finite becomes ``None``."""
@@ -111,7 +114,7 @@ def _check_version(values: Mapping[str, Any]) -> None:
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
     if _fits(value, hint):
-        return tuple(value) if name == "labels" and value is not None else value
+        return tuple(value) if name in _TUPLES and value is not None else value
     expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
     raise ArtifactError(
         f"expected {name} in softprompt.json to be {expected}, came {type(value).__name__} "
