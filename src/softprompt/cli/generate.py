@@ -19,6 +19,7 @@ from softprompt.inference.options import GenerationOptions
 @click.option(
     "--field", "pairs", multiple=True, metavar="NAME=TEXT", help="Field of a template with several."
 )
+@click.option("--task-name", "task", help="Task of a multitask prompt, by name or number.")
 @click.option("--batch-size", type=int, help="Inputs in one pass.")
 @options_of(GenerationOptions)
 @base_options
@@ -44,7 +45,9 @@ def command(
     lines = _lines() if text is None and not pairs else None
     requests = [_request(text, pairs)] if lines is None else list(lines.values())
     settings = given(options)
-    GenerationOptions.from_settings({k: v for k, v in settings.items() if k != "batch_size"})
+    GenerationOptions.from_settings(
+        {k: v for k, v in settings.items() if k not in ("batch_size", "task")}
+    )
     start_logging(quiet=quiet)
     from softprompt.inference.loading import load
 

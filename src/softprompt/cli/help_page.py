@@ -29,7 +29,22 @@ def help_page() -> str:
         if command is not None:
             child = click.Context(command, info_name=name, parent=context, terminal_width=WIDTH)
             parts.append(_section(f"softprompt {name}", command, child))
+            parts += _below(f"softprompt {name}", command, child)
     return "\n".join(parts)
+
+
+def _below(title: str, command: click.Command, context: click.Context) -> list[str]:
+    """Return the sections of the commands inside a group."""
+    if not isinstance(command, click.Group):
+        return []
+    return [
+        _section(
+            f"{title} {name}",
+            inner,
+            click.Context(inner, info_name=name, parent=context, terminal_width=WIDTH),
+        )
+        for name, inner in command.commands.items()
+    ]
 
 
 def _section(title: str, command: click.Command, context: click.Context) -> str:

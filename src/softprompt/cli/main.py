@@ -12,7 +12,7 @@ import click
 
 from softprompt.errors import SoftPromptError, TrainingInterrupted, nearest
 
-COMMANDS = ("tune", "evaluate", "generate", "info", "demo")
+COMMANDS = ("tune", "evaluate", "generate", "info", "sources", "demo")
 INTERRUPTED = 130
 
 

@@ -97,6 +97,7 @@ class Prepared:
             history=history,
             settings=settings.to_dict(),
             data=self._data(),
+            tasks=self.names or None,
         )
 
     def _data(self) -> dict[str, Any]:

@@ -83,7 +83,12 @@ class SourceInfo:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return asdict(self) | {"weights": str(self.weights), "tasks": list(self.tasks)}
+        made_for = None if self.fingerprint is None else self.fingerprint["short"]
+        return asdict(self) | {
+            "weights": str(self.weights),
+            "tasks": list(self.tasks),
+            "fingerprint": made_for,
+        }
 
 
 def source_folder(given: str | None) -> Path | None:
