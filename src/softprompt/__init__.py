@@ -67,14 +67,16 @@ if TYPE_CHECKING:
     from softprompt.prompts.prefix import PrefixTuningConfig
     from softprompt.prompts.prefix_encoder import PrefixEncoder
     from softprompt.prompts.prompt_encoder import PromptEncoder
-    from softprompt.training.settings import TuneSettings, TuningConfig
+    from softprompt.training.settings import TuneSettings
     from softprompt.training.tune import tune
+    from softprompt.training.tuning_config import TuningConfig
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "softprompt.training.tune": ("tune",),
-    "softprompt.training.settings": ("TuneSettings", "TuningConfig"),
+    "softprompt.training.settings": ("TuneSettings",),
+    "softprompt.training.tuning_config": ("TuningConfig",),
     "softprompt.inference.loading": ("load", "load_many"),
     "softprompt.inference.ensemble": ("Ensemble",),
     "softprompt.inspection.retrieval": ("similar_prompts",),

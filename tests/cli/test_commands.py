@@ -18,7 +18,8 @@ from softprompt.cli.main import run
 from softprompt.engine import choose
 from softprompt.inference.options import GenerationOptions
 from softprompt.training.events import Events
-from softprompt.training.settings import TuneSettings, TuningConfig
+from softprompt.training.settings import TuneSettings
+from softprompt.training.tuning_config import TuningConfig
 
 QUICK = ["--num-epochs", "1", "--num-virtual-tokens", "2", "--batch-size", "4"]
 

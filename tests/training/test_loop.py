@@ -10,12 +10,44 @@ import torch
 
 from softprompt.engine.rows import EngineRow, TargetLogProbs
 from softprompt.errors import TrainingError, TrainingInterrupted
-from softprompt.training.checkpoint import load_state, save_state
+from softprompt.prompts.module import PromptModule
+from softprompt.training.checkpoint import Snapshot, load_state, save_state
 from softprompt.training.events import LOG_FILE, Events
-from softprompt.training.loop import Job, train
-from softprompt.training.optimisation import build_optimizer
+from softprompt.training.job import Job
+from softprompt.training.loop import train
+from softprompt.training.objective import Likelihood
+from softprompt.training.optimisation import Rates, build_optimizer
+from softprompt.training.sampling import Sampling
 from softprompt.training.settings import TuneSettings
-from softprompt.training.state import RunState
+from softprompt.training.state import RunState, Sums
+
+
+class Rows(PromptModule):
+    """Rows that are trained as they are."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.weight = torch.nn.Parameter(rows)
+
+    def materialize(self, task=0):
+        return self.weight
+
+    def stored(self):
+        raise NotImplementedError
+
+    def load_stored(self, tensors):
+        raise NotImplementedError
+
+
+class Product(Rows):
+    """Rows that are the product of two parameters."""
+
+    def __init__(self, rows):
+        super().__init__(rows)
+        self.factor = torch.nn.Parameter(torch.full((2, 1), 0.5))
+
+    def materialize(self, task=0):
+        return self.weight * self.factor
 
 
 @dataclass
@@ -51,23 +83,45 @@ ROWS = [EngineRow((i % 3,), tuple(range(1 + i % 4))) for i in range(11)]
 class Run:
     """One run of the loop, in memory or with an output directory."""
 
-    def __init__(self, output=None, engine=None, rows=ROWS, **settings):
+    def __init__(self, output=None, engine=None, rows=ROWS, kind=Rows, **settings):
         defaults = {"num_epochs": 3, "batch_size": 2, "learning_rate": 0.1}
         self.settings = TuneSettings.from_dict(defaults | settings)
         torch.manual_seed(0)
-        self.prompt = torch.nn.Parameter(torch.randn(2, 3))
-        module = torch.nn.Dropout().eval()
-        self.engine = engine or ToyEngine(module)
-        self.engine.module = module
-        self.job = Job(
-            self.engine, module, self.prompt, rows, self.settings, 0.1, embedding_rms=1.0
+        self.module = kind(torch.randn(2, 3))
+        self.prompt = self.module.weight
+        base = torch.nn.Dropout().eval()
+        self.engine = engine or ToyEngine(base)
+        self.engine.module = base
+        sampling = Sampling(
+            [len(row.source) + len(row.target) for row in rows],
+            [row.prompt for row in rows],
+            self.settings.batch_size,
+            self.settings.accumulate_steps,
+            self.settings.seed,
         )
-        self.optimizer = build_optimizer(self.settings, self.prompt, 0.1)
+        self.job = Job(
+            self.module,
+            Likelihood(self.engine),
+            rows,
+            sampling,
+            base,
+            self.settings,
+            0.1,
+            embedding_rms=1.0,
+        )
+        self.optimizer = build_optimizer(self.settings, self.module, Rates(0.1))
         self.state, self.output, self.stopped = RunState(), output, False
 
     def save(self):
         if self.output:
-            save_state(self.output, self.state, self.prompt, self.optimizer, {})
+            snapshot = Snapshot.of("toy", self.state, self.module, self.optimizer)
+            save_state(self.output, snapshot, {})
+
+    def load(self):
+        snapshot = load_state(self.output, {})
+        assert snapshot.stage == "toy"
+        snapshot.restore(self.module, self.optimizer)
+        self.state = snapshot.run
 
     def check_stop(self):
         if self.stopped:
@@ -78,7 +132,8 @@ class Run:
 
     def go(self):
         total = self.job.total_updates()
-        with Events(self.output, self.state, total, silent=True) as events:
+        log = self.output / LOG_FILE if self.output else None
+        with Events(log, self.state, total, silent=True) as events:
             train(
                 self.job,
                 self.state,
@@ -87,7 +142,7 @@ class Run:
                 check_stop=self.check_stop,
                 save=self.save,
             )
-        return self.prompt.detach().clone()
+        return self.module.materialize().detach().clone()
 
 
 def test_accumulated_micro_batches_give_the_gradient_of_the_whole():
@@ -98,7 +153,7 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole():
 
 def test_the_last_partial_group_is_an_update_of_its_own_tokens():
     run = Run(batch_size=2, accumulate_steps=4, num_epochs=1)
-    assert [len(update) for update in run.job.updates(0)] == [4, 2]
+    assert [len(update) for update in run.job.sampling.updates(0)] == [4, 2]
     run.go()
     assert run.state.update == 2
     tokens = sum(len(row.target) for row in ROWS)
@@ -134,9 +189,13 @@ def test_gradients_are_clipped():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 @pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("kind", [Rows, Product])
 @pytest.mark.parametrize("call", [1, 2, 4, 6, 9, 13, 18])
-def test_interrupted_and_resumed_is_bit_equal_to_uninterrupted(tmp_path, call, dropout, optimizer):
+def test_interrupted_and_resumed_is_bit_equal_to_uninterrupted(
+    tmp_path, call, dropout, optimizer, kind
+):
     settings = {"accumulate_steps": 3, "keep_dropout": dropout, "optimizer": optimizer}
+    settings["kind"] = kind
     straight = Run(output=tmp_path / "a", **settings)
     expected = straight.go()
 
@@ -151,7 +210,7 @@ def test_interrupted_and_resumed_is_bit_equal_to_uninterrupted(tmp_path, call, d
         assert call == 18  # the last batch: nothing is left to stop
 
     second = Run(output=tmp_path / "b", **settings)
-    second.state = load_state(tmp_path / "b", second.prompt, second.optimizer, {})
+    second.load()
     assert torch.equal(second.go(), expected)
     assert second.state.history == straight.state.history
     logs = [
@@ -172,7 +231,7 @@ def test_a_progress_bar_is_shown_on_a_terminal_unless_silenced(monkeypatch, sile
     monkeypatch.setattr(sys, "stderr", terminal)
     state = RunState()
     with Events(None, state, 2, silent=silent) as events:
-        state.add_update(3.0, 2, 500, seconds=0.5, rate=0.1)
+        state.add_update(Sums(2, 500, loss=3.0), seconds=0.5, rate=0.1)
         events.update(state, 1.5)
         events.epoch({"epoch": 1, "loss": 1.5})
     shown = terminal.getvalue()
@@ -195,7 +254,7 @@ def test_a_state_of_an_epoch_ago_drops_the_log_lines_since(tmp_path):
 
 def test_a_loss_that_is_not_finite_names_rows_and_update():
     run = Run(engine=ToyEngine(None, broken_at=3))
-    update = run.job.updates(0)[2][0]
+    update = run.job.sampling.updates(0)[2][0]
     with pytest.raises(
         TrainingError, match=r"update 3 \(epoch 1\): the loss is not finite"
     ) as error:
@@ -224,8 +283,8 @@ class ListedValidation:
     def __init__(self, qualities):
         self.qualities, self.seen = list(qualities), []
 
-    def metrics(self, prompt):
-        self.seen.append(prompt.clone())
+    def metrics(self, prompts):
+        self.seen.append(prompts[0].clone())
         return {"accuracy": self.qualities[len(self.seen) - 1]}
 
     def quality(self, metrics):
@@ -238,7 +297,7 @@ def test_the_best_prompt_is_kept_and_the_earlier_of_equals():
     run.job = replace(run.job, validation=validation)
     run.go()
     assert run.state.best_epoch == 2
-    assert torch.equal(run.state.best_prompt, validation.seen[1])
+    assert torch.equal(run.state.best["weight"], validation.seen[1])
     assert [point["validation"]["accuracy"] for point in run.state.history] == [0.5, 0.8, 0.8, 0.6]
 
 
@@ -246,9 +305,10 @@ def test_a_resumed_run_knows_the_best_quality(tmp_path):
     run = Run(output=tmp_path, num_epochs=2)
     run.job = replace(run.job, validation=ListedValidation([0.5, 0.8]))
     run.go()
-    state = load_state(tmp_path, run.prompt, run.optimizer, {})
+    state = load_state(tmp_path, {}).run
     assert state.best_quality == run.state.best_quality == [0.8]
-    state.offer([0.8], run.prompt)
+    assert torch.equal(state.best["weight"], run.state.best["weight"])
+    state.offer([0.8], run.module.state_dict())
     assert (state.best_epoch, state.stale_epochs) == (2, 1)
 
 
@@ -257,3 +317,37 @@ def test_training_stops_when_patience_is_over():
     run.job = replace(run.job, validation=ListedValidation([0.5, 0.8, 0.8, 0.6, 0.9]))
     run.go()
     assert (run.state.epoch, run.state.best_epoch) == (4, 2)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_every_parameter_behind_a_prompt_gets_the_gradient_of_the_whole(steps):
+    run = Run(kind=Product, batch_size=11 // steps, accumulate_steps=6, max_grad_norm=0)
+    prompt = run.module.materialize()
+    rows = [run.job.rows[i] for batch in run.job.sampling.updates(0)[0] for i in batch]
+    loss = -run.engine.target_log_probs(rows, [prompt]).values.mean()
+    expected = torch.autograd.grad(loss, list(run.module.parameters()))
+    seen = []
+    run.optimizer.step = lambda: seen.append([p.grad.clone() for p in run.module.parameters()])
+    run.go()
+    for found, wanted in zip(seen[0], expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_pass_runs_behind_the_prompts_of_its_own_tasks_only():
+    rows = [EngineRow((task,), (1,), task) for task in (0, 0, 1, 2, 2)]
+    run = Run(rows=rows, batch_size=2)
+    run.module.weight = torch.nn.Parameter(torch.arange(3.0)[:, None])
+    run.module.materialize = lambda task=0: run.module.weight[task : task + 1]
+    seen = []
+
+    def objective(rows, prompts, tasks):
+        seen.append((tasks, [prompt.item() for prompt in prompts], [row.prompt for row in rows]))
+        return Likelihood(run.engine)(rows, prompts, tasks)
+
+    run.job = replace(run.job, objective=objective)
+    run.optimizer = torch.optim.SGD([{"params": [run.module.weight], "lr": 0.0, "peak": 0.0}])
+    run.go()
+    for tasks, values, numbers in seen:
+        assert tasks == sorted(set(tasks))
+        assert values == [float(task) for task in tasks]
+        assert set(numbers) == set(range(len(tasks)))

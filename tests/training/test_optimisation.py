@@ -3,8 +3,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softprompt.training.optimisation import build_optimizer, rate_factor, set_rate
+from softprompt.training.optimisation import Rates, build_optimizer, rate_factor, set_rates
 from softprompt.training.settings import TuneSettings
+
+
+def _module(*shape):
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(torch.ones(*shape))
+    return module.weight, module
 
 
 @given(
@@ -31,10 +37,10 @@ def test_constant_schedule_stays():
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_both_optimizers_minimise(name):
-    prompt = torch.nn.Parameter(torch.ones(3, 4))
-    optimizer = build_optimizer(TuneSettings(optimizer=name), prompt, 0.1)
+    prompt, module = _module(3, 4)
+    optimizer = build_optimizer(TuneSettings(optimizer=name), module, Rates(0.1))
     for step in range(60):
-        set_rate(optimizer, 0.1 * (1 - step / 60))
+        set_rates(optimizer, 1 - step / 60)
         optimizer.zero_grad()
         prompt.square().sum().backward()
         optimizer.step()
@@ -42,8 +48,18 @@ def test_both_optimizers_minimise(name):
 
 
 def test_weight_decay_is_passed_on():
-    prompt = torch.nn.Parameter(torch.ones(1, 2))
-    optimizer = build_optimizer(TuneSettings(weight_decay=0.5), prompt, 0.1)
+    prompt, module = _module(1, 2)
+    optimizer = build_optimizer(TuneSettings(weight_decay=0.5), module, Rates(0.1))
     prompt.grad = torch.zeros(1, 2)
     optimizer.step()
     assert prompt.detach().tolist() == [[pytest.approx(0.95)] * 2]
+
+
+def test_task_matrices_have_a_rate_of_their_own():
+    _, module = _module(2, 2)
+    module.prefix_task_cols = torch.nn.Parameter(torch.ones(2, 1))
+    module.fixed = torch.nn.Parameter(torch.ones(1), requires_grad=False)
+    optimizer = build_optimizer(TuneSettings(), module, Rates(0.3, 0.4))
+    set_rates(optimizer, 0.5)
+    rates = {tuple(group["params"][0].shape): group["lr"] for group in optimizer.param_groups}
+    assert rates == {(2, 2): 0.15, (2, 1): 0.2}

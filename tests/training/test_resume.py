@@ -13,9 +13,9 @@ from softprompt.errors import (
     TrainingInterrupted,
     UsageError,
 )
-from softprompt.training import session
 from softprompt.training.checkpoint import state_path
 from softprompt.training.events import Events
+from softprompt.training.interrupt import StopSignal
 from softprompt.training.tune import tune
 
 SETTINGS = {
@@ -165,17 +165,66 @@ def test_without_output_an_interrupted_run_says_that_nothing_is_saved(llama, row
 
 
 def test_a_second_ctrl_c_acts_at_once(llama, rows, tmp_path, monkeypatch):
-    class Impatient(session.StopSignal):
+    class Impatient(StopSignal):
         def check(self):
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(session, "StopSignal", Impatient)
+    monkeypatch.setattr("softprompt.training.tune.StopSignal", Impatient)
     # A job in the background starts with Ctrl-C ignored, and then so would the second one be.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(TrainingInterrupted, match=r"stopped at once; .* --resume --output"):
             tune(llama, rows, output=tmp_path / "out", **SETTINGS)
     finally:
         signal.signal(signal.SIGINT, before)
     assert state_path(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_ctrl_c_before_the_first_state_leaves_a_resumable_run_or_nothing(
+    llama, rows, tmp_path, monkeypatch, signals
+):
+    """Once it is noted and the first state is written; the second one acts before that."""
+    output = tmp_path / "out"
+
+    def impatient(*arguments):
+        written(*arguments)
+        for _ in range(signals):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    from softprompt.training.run_file import write_run as written
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("softprompt.training.tune.write_run", impatient)
+            expected = (TrainingInterrupted, KeyboardInterrupt)[signals - 1]
+            with pytest.raises(expected):
+                tune(llama, rows, output=output, **SETTINGS)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if signals == 1:
+        assert tune(llama, rows, output=output, resume=True).metrics["updates"] == 9
+    else:
+        assert not output.exists()
+
+
+def test_ctrl_c_while_the_model_loads_leaves_nothing(llama, rows, tmp_path, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("softprompt.training.preparation.load_base", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            tune(llama, rows, output=tmp_path / "out", **SETTINGS)
+    assert not (tmp_path / "out").exists()
+    tune(llama, rows, output=tmp_path / "out", **SETTINGS)
+
+
+def test_what_a_killed_start_left_is_no_interrupted_run(llama, rows, tmp_path):
+    left = tmp_path / "out" / ".state"
+    left.mkdir(parents=True)
+    (left / "run.toml").write_text("num_epochs = 3\n")
+    tune(llama, rows, output=tmp_path / "out", **SETTINGS)
+    assert not left.exists()

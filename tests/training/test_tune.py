@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from softprompt.backbone.freeze import weights_hash
 from softprompt.backbone.load import LoadedBase
 from softprompt.errors import (
+    ArtifactError,
     BackboneError,
     ConfigError,
     ContextOverflowError,
@@ -87,6 +88,10 @@ def test_the_seed_decides_and_the_global_generator_is_left_alone(llama, rows):
         ("SAMPLE_VOCAB", {}),
         ("LABELS", {}),
         ("TEXT", {"prompt_tuning_init_text": "good film"}),
+        (
+            "TEXT",
+            {"prompt_tuning_init_text": "good film", "prompt_tuning_init_special_tokens": False},
+        ),
     ],
 )
 def test_what_a_prompt_starts_from(llama, rows, method, extra):
@@ -109,6 +114,9 @@ def test_what_a_prompt_starts_from(llama, rows, method, extra):
             assert len(set(nearest.indices.tolist())) > 5
         case "LABELS":
             torch.testing.assert_close(prompt[:2], table[ids])
+        case "TEXT" if not extra.get("prompt_tuning_init_special_tokens", True):
+            ids = tuned.tokenizer("good film", add_special_tokens=False)["input_ids"]
+            torch.testing.assert_close(prompt, table[(ids * 40)[:40]])
         case "TEXT":
             words = tuned.tokenizer("good film")["input_ids"]
             torch.testing.assert_close(prompt, table[(words * 40)[:40]])
@@ -210,6 +218,26 @@ def test_a_failing_run_says_why_and_leaves_nothing(llama, rows, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_failing_run_leaves_the_prompt_it_was_to_overwrite(llama, rows, tmp_path):
+    tune(llama, rows, output=tmp_path / "out", **QUICK)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(TrainingError):
+        tune(model, rows, output=tmp_path / "out", overwrite=True, engine="plain", **QUICK)
+    after = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert after == before
+
+
+@pytest.mark.parametrize("below", ["", "new/deeper"])
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch, below):
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path))
+    with pytest.raises(ArtifactError, match=f"{tmp_path} is read-only for this user"):
+        tune("no such model", "no such file", output=tmp_path / below)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_existing_output_is_refused_before_any_work(tmp_path):
     (tmp_path / "precious.txt").write_text("keep")
     with pytest.raises(OutputExistsError, match=r"precious\.txt"):
@@ -252,8 +280,14 @@ def test_missing_and_unusable_data(llama, rows, held_out, tmp_path):
     with pytest.raises(DataError, match=r"none\.jsonl"):
         tune(llama, tmp_path / "none.jsonl")
     strange = [*held_out, {"input": "it", "output": "yess"}]
-    with pytest.raises(DataError, match=r"validation row 9: 'yess' .*did you mean 'yes'\?"):
+    with pytest.raises(DataError, match=r"validation data, row 9: 'yess' .*did you mean 'yes'\?"):
         tune(llama, rows, strange)
+    path = tmp_path / "held_out.jsonl"
+    path.write_text("\n" + "".join(json.dumps(row) + "\n" for row in strange))
+    with pytest.raises(
+        DataError, match=r"validation data, held_out\.jsonl, line 10: 'yess' is not"
+    ):
+        tune(llama, rows, path)
 
 
 def test_a_row_longer_than_the_context_is_refused_with_the_numbers(llama, rows):

@@ -6,7 +6,10 @@ import torch
 from softprompt.engine.choose import ENGINES
 from softprompt.errors import ConfigError
 from softprompt.training.fields import choices_of, type_of
-from softprompt.training.settings import TuneOptions, TuneSettings, TuningConfig
+from softprompt.training.settings import TuneOptions, TuneSettings
+from softprompt.training.tuning_config import TuningConfig
+
+SOURCE = {"prompt_tuning_init_source_model": "somewhere"}
 
 
 def test_defaults_are_those_of_caikits_document():
@@ -76,7 +79,7 @@ def test_to_dict_and_back_is_the_same():
         ({"keep_best": 1}, "keep_best takes true or false; got 1"),
         ({"verbalizer": 3}, "verbalizer takes a text; got 3"),
         ({"task": "Classification"}, r"did you mean 'classification'\?"),
-        ({"tuning_type": "MULTITASK_PROMPT_TUNING"}, "is not available yet; use PROMPT_TUNING"),
+        ({"tuning_type": "MULTITASK_PROMPT"}, r"did you mean 'MULTITASK_PROMPT_TUNING'\?"),
         ({"tuning_config": {"num_virtual_token": 3}}, r"did you mean 'num_virtual_tokens'\?"),
         ({"tuning_config": 3}, "tuning_config takes a TuningConfig; got 3"),
     ],
@@ -99,8 +102,22 @@ def test_wrong_settings_are_refused(values, message):
             "TEXT needs a prompt_tuning_init_text",
         ),
         ({"prompt_tuning_init_source_model": "m"}, "source_model would be ignored"),
-        ({"prompt_tuning_init_method": "AVERAGE_SOURCE"}, "needs MULTITASK_PROMPT_TUNING"),
-        ({"prompt_tuning_init_method": "ONLY_SOURCE_SHARED"}, "needs MULTITASK_PROMPT_TUNING"),
+        ({"prompt_tuning_init_method": "AVERAGE_SOURCE"}, "needs a prompt_tuning_init_source"),
+        ({"prompt_tuning_init_method": "ONLY_SOURCE_SHARED"}, "needs a prompt_tuning_init_source"),
+        (
+            {
+                "prompt_tuning_init_method": "EXACT_SOURCE_TASK",
+                "prompt_tuning_init_source_model": "m",
+            },
+            "needs a prompt_tuning_init_task",
+        ),
+        ({"prompt_tuning_init_task": "sst2"}, "prompt_tuning_init_task would be ignored"),
+        ({"prompt_tuning_init_special_tokens": False}, "special_tokens would be ignored"),
+        ({"parameterization": "low_rank"}, "low_rank needs a parameterization_rank"),
+        ({"parameterization_rank": 2}, "parameterization_rank would be ignored"),
+        ({"parameterization": "lowrank"}, r"did you mean 'low_rank'\?"),
+        ({"placement": "sufix"}, r"did you mean 'suffix'\?"),
+        ({"num_ranks": 0}, "num_ranks must be at least 1"),
         ({"prompt_tuning_init_method": "random"}, r"did you mean 'RANDOM'\?"),
         ({"num_virtual_tokens": 0}, "num_virtual_tokens must be at least 1"),
     ],
@@ -110,13 +127,76 @@ def test_what_a_prompt_would_ignore_is_refused(values, message):
         TuningConfig(**values)
 
 
-def test_output_model_types_name_the_one_place():
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"tuning_config": {"prompt_tuning_init_method": method, **SOURCE}}
+        for method in ("AVERAGE_SOURCE", "AVERAGE_SOURCE_TASKS", "ONLY_SOURCE_SHARED")
+    ]
+    + [
+        {"tuning_config": {"num_ranks": 2}},
+        {"task_learning_rate": 0.4},
+        {"task_sampling": "uniform"},
+        {"distillation_weight": 0.5},
+        {"task_verbalizers": {"a": "{{input}}"}},
+    ],
+    ids=lambda values: str(values)[:60],
+)
+def test_what_belongs_to_multitask_tuning_is_refused_without_it(values):
+    TuneSettings.from_dict(values | {"tuning_type": "MULTITASK_PROMPT_TUNING"})
+    with pytest.raises(ConfigError, match=r"(needs|set) tuning_type MULTITASK_PROMPT_TUNING"):
+        TuneSettings.from_dict(values)
+
+
+def test_settings_of_several_data_sets_are_refused_with_one():
+    mixed = TuneSettings(tuning_type="MULTITASK_PROMPT_TUNING", task_sampling="uniform")
+    mixed.check_tasks(["a", "b"])
+    with pytest.raises(ConfigError, match="task_sampling would be ignored with one data set"):
+        mixed.check_tasks([])
+    with pytest.raises(ConfigError, match="need tuning_type MULTITASK_PROMPT_TUNING"):
+        TuneSettings().check_tasks(["a", "b"])
+    own = TuneSettings(tuning_type="MULTITASK_PROMPT_TUNING", task_verbalizers={"sst": "{{input}}"})
+    with pytest.raises(ConfigError, match=r"names the task 'sst' \(did you mean 'sst2'\?\)"):
+        own.check_tasks(["sst2", "sms"])
+
+
+def test_a_source_folder_needs_a_source():
+    with pytest.raises(ConfigError, match="source_prompt_base would be ignored"):
+        TuneSettings(tuning_type="MULTITASK_PROMPT_TUNING", source_prompt_base="x")
+
+
+def test_a_parameterization_is_refused_where_there_is_one_already():
+    with pytest.raises(ConfigError, match="parameterization residual would be ignored"):
+        TuneSettings.from_dict(
+            {
+                "tuning_type": "MULTITASK_PROMPT_TUNING",
+                "tuning_config": {"parameterization": "residual"},
+            }
+        )
+
+
+def test_enumerations_of_other_libraries_name_the_tuning_type():
+    from softprompt.prompts.configs import PeftType
+
+    found = TuneSettings.from_dict({"tuning_type": PeftType.MULTITASK_PROMPT_TUNING})
+    assert found.multitask
+    assert found == TuneSettings(tuning_type="MULTITASK_PROMPT_TUNING")
+
+
+def test_output_model_types_name_the_places_of_the_model():
     TuningConfig(output_model_types=["DECODER"]).check_model_types(False)
-    TuningConfig(output_model_types=("ENCODER",)).check_model_types(True)
+    for types in (["ENCODER"], ["DECODER"], ["ENCODER", "DECODER"], ["DECODER", "ENCODER"]):
+        TuningConfig(output_model_types=types).check_model_types(True)
     with pytest.raises(ConfigError, match=r"causal model is \['DECODER'\]; got \['ENCODER'\]"):
         TuningConfig(output_model_types=["ENCODER"]).check_model_types(False)
-    with pytest.raises(ConfigError, match=r"seq2seq model is \['ENCODER'\]; got \['DECODER'\]"):
-        TuningConfig(output_model_types=["DECODER"]).check_model_types(True)
+    with pytest.raises(ConfigError, match=r"\['ENCODER', 'DECODER'\]; got \['DECODE'\]"):
+        TuningConfig(output_model_types=["DECODE"]).check_model_types(True)
+    only = TuningConfig(output_model_types=["DECODER"], placement="suffix")
+    with pytest.raises(ConfigError, match="placement suffix would be ignored"):
+        only.check_model_types(True)
+    only = TuningConfig(output_model_types=["DECODER"], prompt_sees_input=False)
+    with pytest.raises(ConfigError, match="prompt_sees_input would be ignored"):
+        only.check_model_types(True)
 
 
 def test_pefts_enumeration_keeps_its_meaning():

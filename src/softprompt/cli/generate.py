@@ -20,6 +20,7 @@ from softprompt.inference.options import GenerationOptions
 @click.option(
     "--field", "pairs", multiple=True, metavar="NAME=TEXT", help="Field of a template with several."
 )
+@click.option("--task-name", "task", help="Task of a multitask prompt, by name or number.")
 @click.option("--batch-size", type=int, help="Inputs in one pass.")
 @options_of(GenerationOptions)
 @base_options
@@ -42,7 +43,9 @@ def command(
     requests = [request_of(text, pairs)] if lines is None else list(lines.values())
     base = base_options_of(options)
     settings = given(options)
-    GenerationOptions.from_settings({k: v for k, v in settings.items() if k != "batch_size"})
+    GenerationOptions.from_settings(
+        {k: v for k, v in settings.items() if k not in ("batch_size", "task")}
+    )
     start_logging(quiet=quiet)
     (tuned,) = load_prompts([prompt_dir], base)
     answers = tuned.generate(requests, **settings)

@@ -19,6 +19,7 @@ from softprompt.evaluation.report import Report
 from softprompt.inference.ensemble import Ensemble
 from softprompt.inference.options import GenerationOptions
 from softprompt.inference.requests import require_tokens
+from softprompt.inference.task_choice import Task as TaskName
 from softprompt.inference.tuned import TunedPrompt
 
 Task = Literal["classification", "generation"]
@@ -33,6 +34,7 @@ def evaluate(
     input_field: str | None = None,
     output_field: str | None = None,
     task: Task | None = None,
+    task_name: TaskName | None = None,
     limit: int | None = None,
     normalize: bool = False,
     engine: str = "auto",
@@ -51,6 +53,7 @@ def evaluate(
         input_field: Input column; None takes the one the prompt was tuned with.
         output_field: Target column; None takes the one the prompt was tuned with.
         task: Overrides the prompt's own task.
+        task_name: The task of a multitask prompt, by name or number.
         limit: Rows from the start of ``data`` to evaluate; None is all.
         normalize: Divide a label's log-probability by its token count.
         engine: Path that scores targets; ``auto`` is the fastest exact one.
@@ -60,6 +63,10 @@ def evaluate(
         DataError: The data is empty, or a record cannot be used.
         ContextOverflowError: Prompt and row together exceed the model's context.
     """
+    if isinstance(tuned, TunedPrompt):
+        tuned = tuned.of_task(task_name)
+    elif task_name is not None:
+        raise ConfigError("task_name would be ignored with an ensemble; leave it out")
     members = tuned.members if isinstance(tuned, Ensemble) else (tuned,)
     chosen = _chosen_task(members[0], task, normalize)
     source_field = _column("input_field", members, input_field)
@@ -94,8 +101,15 @@ class _Subject:
         return [] if self.without_prompt else self.tuned.prompts()
 
     @property
-    def prompt_index(self) -> int:
-        return -1 if self.without_prompt else 0
+    def indices(self) -> dict[str, int]:
+        """Where the prompt's parts are in ``prompts``, as the scoring functions take it."""
+        if self.without_prompt:
+            return {"prompt_index": -1, "decoder_index": -1}
+        places = self.tuned.places
+        return {
+            "prompt_index": places.source_index(0),
+            "decoder_index": places.decoder_index(0),
+        }
 
 
 def _chosen_task(tuned: TunedPrompt, task: Task | None, normalize: bool) -> Task:
@@ -161,7 +175,7 @@ def _classification(
         subject.prompts,
         rows,
         subject.tuned.label_ids(labels),
-        prompt_index=subject.prompt_index,
+        **subject.indices,
         batch_size=subject.batch_size,
         normalize=normalize,
     )
@@ -180,7 +194,7 @@ def _generation(subject: _Subject, rows: Sequence[TokenRow], targets: Sequence[s
         subject.engine,
         subject.prompts,
         rows,
-        prompt_index=subject.prompt_index,
+        **subject.indices,
         batch_size=subject.batch_size,
     )
     metrics = text_metrics(targets, [answer.text for answer in answers], tuned.labels)

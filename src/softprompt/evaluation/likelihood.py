@@ -68,6 +68,7 @@ def classify_rows(
     label_ids: Sequence[Sequence[int]],
     *,
     prompt_index: int = 0,
+    decoder_index: int = -1,
     batch_size: int = 64,
     normalize: bool = False,
 ) -> Classified:
@@ -79,12 +80,19 @@ def classify_rows(
         rows: Tokenised rows; their targets are not looked at.
         label_ids: Tokens of the K labels.
         prompt_index: Which prompt stands before every row; -1 is none.
+        decoder_index: Which prompt stands before every answer of a seq2seq model; -1 is none.
         batch_size: (row, label) pairs in one pass, at most.
         normalize: Rank labels by their log-probability per token.
     """
     sources = [row.source for row in rows]
     scores = score_labels(
-        engine, prompts, sources, label_ids, prompt_index=prompt_index, batch_size=batch_size
+        engine,
+        prompts,
+        sources,
+        label_ids,
+        prompt_index=prompt_index,
+        decoder_index=decoder_index,
+        batch_size=batch_size,
     )
     lengths = tuple(len(ids) for ids in label_ids)
     ranked = per_token(scores, lengths) if normalize else scores
@@ -98,6 +106,7 @@ def target_likelihood(
     rows: Sequence[TokenRow],
     *,
     prompt_index: int = 0,
+    decoder_index: int = -1,
     batch_size: int = 16,
 ) -> TargetLikelihood:
     """Return how likely the rows' targets are, without gradients.
@@ -107,6 +116,7 @@ def target_likelihood(
         prompts: Prompt rows ``[P, H]``, or nothing.
         rows: Tokenised rows, at least one.
         prompt_index: Which prompt stands before every row; -1 is none.
+        decoder_index: Which prompt stands before every answer of a seq2seq model; -1 is none.
         batch_size: Rows in one pass.
 
     Raises:
@@ -118,7 +128,7 @@ def target_likelihood(
     total = 0.0
     for start in range(0, len(ordered), batch_size):
         batch = [
-            EngineRow(row.source, row.target, prompt_index)
+            EngineRow(row.source, row.target, prompt_index, decoder_prompt=decoder_index)
             for row in ordered[start : start + batch_size]
         ]
         total += float(engine.target_log_probs(batch, prompts).values.double().sum())

@@ -68,6 +68,7 @@ class Generator:
         seq2seq: Whether rows go to an encoder and answers start from the decoder's own token.
         device: Where the model's input must be.
         adapter: The prompt of a PeftModel to use for every row; None is the active one.
+        task: The task of a multitask prompt to use for every row.
     """
 
     generate: Callable[..., Any]
@@ -77,6 +78,7 @@ class Generator:
     seq2seq: bool
     device: torch.device
     adapter: str | None = None
+    task: int | None = None
 
     @classmethod
     def of(
@@ -86,6 +88,7 @@ class Generator:
         decode: Decode,
         *,
         adapter: str | None = None,
+        task: int | None = None,
     ) -> Generator:
         """Read what generation needs from a PeftModel or a transformers model.
 
@@ -106,6 +109,7 @@ class Generator:
             seq2seq=bool(model.config.is_encoder_decoder),
             device=model.device,
             adapter=adapter,
+            task=task,
         )
 
     def answers(
@@ -165,9 +169,7 @@ class Generator:
                     [StopAtSequences(stops)] if stops.texts else []
                 ),
                 **self._settings(options),
-                **(
-                    {} if self.adapter is None else {"adapter_names": [self.adapter] * len(sources)}
-                ),
+                **self._chosen(len(sources)),
             )
         first_new = 1 if self.seq2seq else ids.shape[1]
         endings = [
@@ -195,6 +197,14 @@ class Generator:
             ids[index, start : start + len(source)] = torch.tensor(source, dtype=torch.long)
             mask[index, start : start + len(source)] = 1
         return ids.to(self.device), mask.to(self.device)
+
+    def _chosen(self, rows: int) -> dict[str, Any]:
+        chosen: dict[str, Any] = {}
+        if self.adapter is not None:
+            chosen["adapter_names"] = [self.adapter] * rows
+        if self.task is not None:
+            chosen["task_ids"] = [self.task] * rows
+        return chosen
 
     def _settings(self, options: GenerationOptions) -> dict[str, Any]:
         settings: dict[str, Any] = {

@@ -46,12 +46,16 @@ class Question:
     Attributes:
         source: Text tokens of the input.
         labels: Tokens of the K labels.
-        prompt: Index of the prompt before it, -1 for none.
+        prompt: Index of the prompt in it, -1 for none.
+        at: Source tokens before that prompt.
+        decoder_prompt: Index of the prompt before the answer of a seq2seq model, -1 for none.
     """
 
     source: tuple[int, ...]
     labels: tuple[tuple[int, ...], ...]
     prompt: int = 0
+    at: int = 0
+    decoder_prompt: int = -1
 
 
 def check_label_ids(labels: Sequence[str], label_ids: Sequence[Sequence[int]]) -> None:
@@ -81,6 +85,8 @@ def score_labels(
     label_ids: Sequence[Sequence[int]],
     *,
     prompt_index: int = 0,
+    decoder_index: int = -1,
+    offsets: Sequence[int] | None = None,
     batch_size: int = 64,
     normalize: bool = False,
 ) -> Tensor:
@@ -92,6 +98,8 @@ def score_labels(
         sources: Text tokens of N inputs.
         label_ids: Tokens of K labels.
         prompt_index: Which prompt stands before every input; -1 is none.
+        decoder_index: Which prompt stands before every answer of a seq2seq model; -1 is none.
+        offsets: Source tokens before the prompt of each input; None puts every prompt in front.
         batch_size: (input, label) pairs in one pass; the labels of one input always stay together,
             because the forest engine then runs the input once.
         normalize: Divide each sum by the label's token count.
@@ -100,7 +108,10 @@ def score_labels(
         float32 ``[N, K]`` in nats, on the CPU.
     """
     labels = tuple(tuple(ids) for ids in label_ids)
-    questions = [Question(tuple(source), labels, prompt_index) for source in sources]
+    questions = [
+        Question(tuple(source), labels, prompt_index, at, decoder_index)
+        for source, at in zip(sources, offsets or [0] * len(sources), strict=True)
+    ]
     scores = score_questions(engine, prompts, questions, batch_size=batch_size)
     scores = scores.view(len(questions), len(labels))
     return per_token(scores, [len(ids) for ids in labels]) if normalize else scores
@@ -137,9 +148,9 @@ def score_questions(
     for start in range(0, len(order), inputs):
         chosen = order[start : start + inputs]
         rows = [
-            EngineRow(questions[i].source, label, questions[i].prompt)
-            for i in chosen
-            for label in questions[i].labels
+            EngineRow(each.source, label, each.prompt, each.at, each.decoder_prompt)
+            for each in (questions[i] for i in chosen)
+            for label in each.labels
         ]
         sums = engine.target_log_probs(rows, prompts).row_sums(len(rows))
         scores[chosen] = sums.float().cpu().view(len(chosen), count)

@@ -17,6 +17,7 @@ from softprompt.artifacts.native import save_adapter
 from softprompt.attach.completion import sees_input_of
 from softprompt.attach.heads import BASE
 from softprompt.attach.model import PeftModel
+from softprompt.attach.parts import model_types_of
 from softprompt.attach.saving import state_of
 from softprompt.data.template import Verbalizer
 from softprompt.data.tokens import RowTokenizer
@@ -25,8 +26,10 @@ from softprompt.engine.rows import Engine
 from softprompt.errors import ConfigError
 from softprompt.inference.generation import Generation, Generator
 from softprompt.inference.options import GenerationOptions
+from softprompt.inference.places import Places
 from softprompt.inference.requests import Request, fields_of, listed, require_tokens
 from softprompt.inference.scoring import LabelScores, check_label_ids, score_labels
+from softprompt.inference.task_choice import Task, manifest_of_task, task_number
 
 
 @final
@@ -38,6 +41,7 @@ class TunedPrompt:
         tokenizer: The base model's tokenizer.
         manifest: Template, label set, limits and provenance of the prompt.
         adapter: Name of the prompt on the model.
+        task: The task of a multitask prompt it is used for; None before one is chosen.
         rows: Turns fields into token ids the way the prompt was trained.
     """
 
@@ -47,10 +51,14 @@ class TunedPrompt:
         tokenizer: PreTrainedTokenizerBase,
         manifest: Manifest,
         adapter: str = "default",
+        *,
+        task: int | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.manifest = manifest
+        self.whole = manifest
+        self.task = task
+        self.manifest = manifest = manifest_of_task(manifest, task or 0)
         self.adapter = adapter
         self.rows = RowTokenizer(
             tokenizer,
@@ -59,6 +67,21 @@ class TunedPrompt:
             max_target_length=manifest.max_target_length,
             seq2seq=manifest.seq2seq,
         )
+
+    def of_task(self, task: Task | None) -> TunedPrompt:
+        """Return this prompt as used for one task, with that task's template and label set.
+
+        Args:
+            task: Name or number; None will do for a prompt with one task.
+
+        Raises:
+            ConfigError: There is no such task, or None was given and there are several.
+        """
+        if task is None and self.task is not None:
+            return self
+        count = self.model.encoder_of(self.adapter).num_tasks
+        number = task_number(task, self.whole, count)
+        return TunedPrompt(self.model, self.tokenizer, self.whole, self.adapter, task=number)
 
     @property
     def metrics(self) -> Mapping[str, Any]:
@@ -90,23 +113,45 @@ class TunedPrompt:
         base = self.model.get_base_model()
         return build_engine(base, kind, prompt_sees_input=sees_input_of(config))
 
+    @property
+    def places(self) -> Places:
+        """The parts of the model that the prompt feeds."""
+        types = model_types_of(self.model.peft_config[self.adapter], self.model.facts)
+        return Places.of(types, seq2seq=self.model.facts.is_encoder_decoder)
+
     def prompts(self) -> list[Tensor]:
-        """Return the prompt ``[P, H]``, detached, as the one prompt an engine is given."""
-        return [self.model.encoder_of(self.adapter).materialize().detach()]
+        """Return the prompt, detached, as an engine is given it: ``[P, H]`` for each of its places.
+
+        Raises:
+            ConfigError: The prompt has several tasks, and none is chosen.
+        """
+        encoder = self.model.encoder_of(self.adapter)
+        task = task_number(self.task, self.whole, encoder.num_tasks)
+        return self.places.parts([encoder.materialize(task).detach()])
 
     # A str is iterable too; the first overload is the one meant.
     @overload
-    def __call__(self, requests: Request) -> str: ...  # type: ignore[overload-overlap]
+    def __call__(  # type: ignore[overload-overlap]
+        self, requests: Request, *, task: Task | None = None
+    ) -> str: ...
 
     @overload
-    def __call__(self, requests: Iterable[Request]) -> list[str]: ...
+    def __call__(self, requests: Iterable[Request], *, task: Task | None = None) -> list[str]: ...
 
-    def __call__(self, requests: Request | Iterable[Request]) -> str | list[str]:
+    def __call__(
+        self, requests: Request | Iterable[Request], *, task: Task | None = None
+    ) -> str | list[str]:
         """Return the best label, or the generated text, of one input or of each in a list.
+
+        Args:
+            requests: One input or several: texts, or mappings of the template's fields.
+            task: The task of a multitask prompt, by name or number.
 
         Raises:
             TemplateError: An input does not have the template's fields.
         """
+        if task is not None:
+            return self.of_task(task)(requests)
         if self.manifest.task == "classification":
             answers = [each.label for each in self.classify(requests)]
         else:
@@ -119,6 +164,7 @@ class TunedPrompt:
         requests: Request | Iterable[Request],
         labels: Sequence[str] | None = None,
         *,
+        task: Task | None = None,
         normalize: bool = False,
         batch_size: int = 64,
     ) -> list[LabelScores]:
@@ -127,6 +173,7 @@ class TunedPrompt:
         Args:
             requests: One input or several: texts, or mappings of the template's fields.
             labels: Label set; None takes the one recorded with the prompt.
+            task: The task of a multitask prompt, by name or number.
             normalize: Divide a label's log-probability by its token count.
             batch_size: (input, label) pairs in one pass, at most.
 
@@ -135,6 +182,11 @@ class TunedPrompt:
             TemplateError: An input does not have the template's fields.
             ContextOverflowError: Prompt, input and label exceed the model's context.
         """
+        if task is not None:
+            return self.of_task(task).classify(
+                requests, labels, normalize=normalize, batch_size=batch_size
+            )
+        prompts = self.prompts()
         names = self.labels if labels is None else tuple(labels)
         if names is None:
             raise ConfigError(
@@ -145,9 +197,11 @@ class TunedPrompt:
         sources, cut = self.sources(requests)
         scores = score_labels(
             self.engine,
-            self.prompts(),
+            prompts,
             sources,
             label_ids,
+            prompt_index=self.places.source_index(0),
+            decoder_index=self.places.decoder_index(0),
             batch_size=batch_size,
             normalize=normalize,
         )
@@ -166,6 +220,7 @@ class TunedPrompt:
         self,
         requests: Request | Iterable[Request],
         *,
+        task: Task | None = None,
         options: GenerationOptions | None = None,
         batch_size: int = 16,
         **settings: Any,
@@ -174,6 +229,7 @@ class TunedPrompt:
 
         Args:
             requests: One input or several: texts, or mappings of the template's fields.
+            task: The task of a multitask prompt, by name or number.
             options: How to generate; or name its fields as ``settings``.
             batch_size: Rows in one call of the model.
             **settings: Fields of ``GenerationOptions``, such as ``max_new_tokens=20``.
@@ -187,6 +243,10 @@ class TunedPrompt:
             raise ConfigError(
                 f"generate takes options or single settings, got both ({', '.join(settings)}); "
                 "put the settings into the options"
+            )
+        if task is not None:
+            return self.of_task(task).generate(
+                requests, options=options, batch_size=batch_size, **settings
             )
         chosen = options or GenerationOptions.from_settings(settings)
         sources, cut = self.sources(requests)
@@ -202,8 +262,15 @@ class TunedPrompt:
         without_prompt: bool = False,
     ) -> list[Generation]:
         """Return one generated answer for each row of token ids; see ``generate``."""
-        adapter = BASE if without_prompt else self.adapter
-        generator = Generator.of(self.model, self.tokenizer, self.rows.decode, adapter=adapter)
+        count = self.model.encoder_of(self.adapter).num_tasks
+        task = task_number(self.task, self.whole, count)
+        generator = Generator.of(
+            self.model,
+            self.tokenizer,
+            self.rows.decode,
+            adapter=BASE if without_prompt else self.adapter,
+            task=task if count > 1 and not without_prompt else None,
+        )
         return generator.answers(sources, options, batch_size=batch_size, cut=cut)
 
     def sources(
@@ -242,6 +309,6 @@ class TunedPrompt:
             Path(directory),
             config.to_dict(),
             state_of(self.model, self.adapter),
-            self.manifest,
+            self.whole,
             overwrite=overwrite,
         )

@@ -21,15 +21,16 @@ LOG_FILE = "training_logs.jsonl"
 
 
 class Events:
-    """Progress of one run. Without an output directory no file is written.
+    """Progress of one stage of a run. Without a log file none is written.
 
     Lines of the log file: ``{"name": "loss", "data": {"epoch", "step", "value", "timestamp"}}``,
     one per update; epochs count from 0, steps (updates) from 1 through the whole run, the value
     is the mean loss per target token, in nats.
     """
 
-    def __init__(self, output: Path | None, state: RunState, total: int, *, silent: bool) -> None:
-        self._log = _open_log(output / LOG_FILE, state.update) if output else None
+    def __init__(self, log: Path | None, state: RunState, total: int, *, silent: bool) -> None:
+        """Open the log file ``log`` behind what it holds of this run."""
+        self._log = _open_log(log, state.update) if log else None
         self._bar = tqdm(
             total=total,
             initial=state.update,

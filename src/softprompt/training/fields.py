@@ -78,6 +78,8 @@ def plain(settings: Any) -> dict[str, Any]:
     return {
         name: plain(value)
         if is_dataclass(value)
+        else dict(value)
+        if isinstance(value, dict)
         else list(value)
         if isinstance(value, tuple)
         else value

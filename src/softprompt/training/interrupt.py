@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import signal
 import threading
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -62,3 +64,13 @@ class StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+def how_to_go_on(where: str, output: Path | None) -> str:
+    """Return the sentence that ends an interrupted run: where it stopped, and what continues it."""
+    if output is None:
+        return (
+            f"training was stopped {where}; nothing is saved, since the run has no output directory"
+        )
+    command = f"softprompt tune --resume --output {shlex.quote(str(output))}"
+    return f"training was stopped {where}; its state is saved, continue with: {command}"

@@ -10,57 +10,20 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
 
-from softprompt.data.batches import plan_batches, split_batch
-from softprompt.engine.rows import Engine, EngineRow
+from softprompt.engine.rows import EngineRow
 from softprompt.errors import TrainingError
 from softprompt.training.events import Events
-from softprompt.training.optimisation import rate_factor, set_rate
+from softprompt.training.job import Job
+from softprompt.training.objective import Scored
+from softprompt.training.optimisation import rate_factor, set_rates
+from softprompt.training.sampling import Update
 from softprompt.training.settings import RATE_PER_RMS, TuneSettings
-from softprompt.training.state import RunState
-from softprompt.training.validation import Validation
-
-Update = list[list[int]]
-"""Micro-batches of row numbers whose gradients make one update."""
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What is trained on what: fixed for the whole run, also across a resume."""
-
-    engine: Engine
-    model: Module
-    prompt: Parameter
-    rows: Sequence[EngineRow]
-    settings: TuneSettings
-    learning_rate: float
-    embedding_rms: float
-    validation: Validation | None = None
-
-    def updates(self, epoch: int) -> list[Update]:
-        """Return the updates of an epoch: a function of (seed, epoch) only."""
-        chosen = self.settings
-        lengths = [len(row.source) + len(row.target) for row in self.rows]
-        batches = plan_batches(lengths, chosen.batch_size, seed=chosen.seed, epoch=epoch)
-        size, budget = chosen.accumulate_steps, chosen.max_tokens_per_batch
-        updates = [batches[start : start + size] for start in range(0, len(batches), size)]
-        if budget is None:
-            return updates
-        # The budget splits passes, never updates: memory changes, the optimiser does not notice.
-        return [
-            [part for batch in update for part in split_batch(batch, lengths, budget)]
-            for update in updates
-        ]
-
-    def total_updates(self) -> int:
-        """Return the updates of the whole run."""
-        return self.settings.num_epochs * len(self.updates(0))
+from softprompt.training.state import RunState, Sums
 
 
 def train(
@@ -80,39 +43,53 @@ def train(
     """
     settings, total = job.settings, job.total_updates()
     while state.epoch < settings.num_epochs and not _patience_is_over(settings, state):
-        for update in job.updates(state.epoch)[state.group :]:
+        for update in job.sampling.updates(state.epoch)[state.group :]:
             started = time.perf_counter()
             factor = rate_factor(settings.schedule, state.update, total, settings.warmup_ratio)
-            rate = job.learning_rate * factor
-            set_rate(optimizer, rate)
-            loss_sum, targets, tokens = _accumulate(job, update, state, check_stop)
+            set_rates(optimizer, factor)
+            sums = _accumulate(job, update, state, check_stop)
             _clip(job, state)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             seconds = time.perf_counter() - started
-            state.add_update(loss_sum, targets, tokens, seconds=seconds, rate=rate)
-            events.update(state, loss_sum / targets)
+            state.add_update(sums, seconds=seconds, rate=job.learning_rate * factor)
+            events.update(state, sums.loss / sums.targets)
         _finish_epoch(job, state, events)
         save()
 
 
-def _accumulate(
-    job: Job, update: Update, state: RunState, check_stop: Callable[[], None]
-) -> tuple[float, int, int]:
-    """Add up the gradient of an update; returns summed loss, target tokens and all tokens."""
+def _accumulate(job: Job, update: Update, state: RunState, check_stop: Callable[[], None]) -> Sums:
+    """Add up the gradient of an update.
+
+    Each task's prompt is made once; the passes add their gradients to that value, and only their
+    sum goes through the parameters behind it, which is the same by the chain rule.
+    """
     rows = [job.rows[i] for batch in update for i in batch]
     targets = sum(len(row.target) for row in rows)
-    loss_sum = 0.0
-    job.prompt.grad = None
+    sums = Sums(targets=targets, tokens=targets + sum(len(row.source) for row in rows))
+    values = {task: job.prompt.materialize(task) for task in sorted({row.prompt for row in rows})}
+    leaves = {task: value.detach().requires_grad_() for task, value in values.items()}
+    for parameter in job.prompt.parameters():
+        parameter.grad = None
     with _dropout(job, state.update):
         for batch in update:
             check_stop()
-            scores = job.engine.target_log_probs([job.rows[i] for i in batch], [job.prompt])
-            loss = -scores.values.sum()
-            _check_loss(job, state, batch, scores.values, scores.row_index)
-            (loss / targets).backward()  # type: ignore[no-untyped-call]
-            loss_sum += loss.item()
-    return loss_sum, targets, targets + sum(len(row.source) for row in rows)
+            scored = _scored(job, [job.rows[i] for i in batch], leaves)
+            _check_loss(job, state, batch, scored)
+            (scored.loss / targets).backward()  # type: ignore[no-untyped-call]
+            sums.loss -= scored.values.detach().sum().item()
+            sums.penalty += 0.0 if scored.penalty is None else scored.penalty.item()
+    gradients = [leaf.grad for leaf in leaves.values()]
+    torch.autograd.backward(list(values.values()), gradients)
+    return sums
+
+
+def _scored(job: Job, rows: Sequence[EngineRow], values: dict[int, Tensor]) -> Scored:
+    """Run rows behind the prompts of their tasks, and no others."""
+    tasks = sorted({row.prompt for row in rows})
+    number = {task: place for place, task in enumerate(tasks)}
+    numbered = [EngineRow(row.source, row.target, number[row.prompt], row.at) for row in rows]
+    return job.objective(numbered, [values[task] for task in tasks], tasks)
 
 
 def _finish_epoch(job: Job, state: RunState, events: Events) -> None:
@@ -122,10 +99,14 @@ def _finish_epoch(job: Job, state: RunState, events: Events) -> None:
         "loss": state.mean_loss,
         "learning_rate": state.learning_rate,
     }
+    if job.distils:
+        point["distillation"] = state.mean_penalty
     if job.validation is not None:
-        metrics = job.validation.metrics(job.prompt.detach())
+        with torch.no_grad():
+            values = [job.prompt.materialize(task) for task in range(job.prompt.num_tasks)]
+        metrics = job.validation.metrics(values)
         point["validation"] = metrics
-        state.offer(job.validation.quality(metrics), job.prompt)
+        state.offer(job.validation.quality(metrics), job.prompt.state_dict())
     state.add_epoch(point)
     events.epoch(point)
 
@@ -152,19 +133,18 @@ def _dropout(job: Job, update: int) -> Iterator[None]:
 
 def _clip(job: Job, state: RunState) -> None:
     limit = job.settings.max_grad_norm or math.inf
-    norm = torch.nn.utils.clip_grad_norm_([job.prompt], limit)
+    norm = torch.nn.utils.clip_grad_norm_(job.prompt.parameters(), limit)
     if not torch.isfinite(norm):
         raise TrainingError(f"{_where(state)}: the gradient is {norm.item()}; {_cause(job)}")
 
 
-def _check_loss(
-    job: Job, state: RunState, batch: list[int], values: Tensor, row_index: Tensor
-) -> None:
-    finite = torch.isfinite(values)
-    if bool(finite.all()):
+def _check_loss(job: Job, state: RunState, batch: list[int], scored: Scored) -> None:
+    finite = torch.isfinite(scored.values)
+    sound = scored.penalty is None or bool(torch.isfinite(scored.penalty))
+    if bool(finite.all()) and sound:
         return
-    bad = sorted({batch[i] + 1 for i in row_index[~finite].tolist()})
-    rows = ", ".join(map(str, bad[:10])) + (" ..." if len(bad) > 10 else "")
+    bad = sorted({batch[i] for i in scored.row_index[~finite].tolist()}) or batch
+    rows = ", ".join(job.name_of(i) for i in bad[:10]) + (" ..." if len(bad) > 10 else "")
     raise TrainingError(
         f"{_where(state)}: the loss is not finite for {len(bad)} of {len(batch)} rows of the "
         f"batch (training rows {rows}); {_cause(job)}"
@@ -177,7 +157,8 @@ def _where(state: RunState) -> str:
 
 def _cause(job: Job) -> str:
     """Name the likely cause of a number that is not finite, and what to do."""
-    rms = job.prompt.detach().double().pow(2).mean().sqrt().item()
+    with torch.no_grad():
+        rms = job.prompt.materialize().double().pow(2).mean().sqrt().item()
     relative = job.learning_rate / job.embedding_rms
     if not math.isfinite(rms) or rms > 100 * job.embedding_rms:
         return (

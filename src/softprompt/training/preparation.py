@@ -3,59 +3,51 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
-import torch
-from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from softprompt.artifacts.manifest import Manifest
-from softprompt.attach.classes import get_peft_model
-from softprompt.attach.embedding import PromptEmbedding
 from softprompt.attach.model import PeftModel
 from softprompt.backbone.facts import Facts, facts_of, output_limit
 from softprompt.backbone.fingerprint import Fingerprint
 from softprompt.backbone.freeze import freeze
 from softprompt.backbone.load import LoadedBase, load_base
-from softprompt.data.labels import label_set
-from softprompt.data.records import Example, data_fingerprint, read_examples
 from softprompt.data.template import Verbalizer
 from softprompt.data.tokens import CutSummary, RowTokenizer, TokenRow
 from softprompt.engine.choose import build_engine
 from softprompt.engine.context import check_context
 from softprompt.engine.rows import Engine
-from softprompt.errors import ConfigError, DataError, nearest
-from softprompt.prompts.configs import PromptTuningConfig, PromptTuningInit, TaskType
-from softprompt.training.settings import RATE_PER_RMS, TuneSettings
+from softprompt.errors import ConfigError
+from softprompt.inference.places import Places
+from softprompt.prompts.module import PromptModule
+from softprompt.training.attachment import attach, places_of
+from softprompt.training.examples import TaskData
+from softprompt.training.optimisation import Rates
+from softprompt.training.settings import RATE_PER_RMS, TASK_RATE, TuneSettings
 
 logger = logging.getLogger(__name__)
 
 Base: TypeAlias = str | Path | PreTrainedModel | LoadedBase
-Rows: TypeAlias = str | Path | Iterable[Mapping[str, Any]]
-
-INITS = {
-    "RANDOM": PromptTuningInit.RANDOM_SCALED,
-    "STANDARD_NORMAL": PromptTuningInit.RANDOM,
-    "TEXT": PromptTuningInit.TEXT,
-    "SAMPLE_VOCAB": PromptTuningInit.SAMPLE_VOCAB,
-    "LABELS": PromptTuningInit.LABELS,
-    "PROMPT": PromptTuningInit.PROMPT,
-}
-"""caikit's names of the initial prompt, and ours."""
 
 
 @dataclass(frozen=True, slots=True)
-class TuningData:
-    """The examples of a run, what their targets are, and what identifies the files."""
+class TaskRows:
+    """The tokenised rows of one task; ``labels`` maps each label to its target ids."""
 
-    train: list[Example]
-    validation: list[Example]
-    labels: tuple[str, ...] | None
-    verbalizer: Verbalizer
-    fingerprints: dict[str, Any]
+    data: TaskData
+    train: list[TokenRow]
+    validation: list[TokenRow]
+    labels: dict[str, tuple[int, ...]] | None
+    cuts: CutSummary
+
+    def record(self) -> dict[str, Any]:
+        """Return what a manifest says of the task's data."""
+        cut = {"sources": self.cuts.sources_cut, "targets": self.cuts.targets_cut}
+        return self.data.fingerprints | {"cut": cut}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,24 +58,35 @@ class Prepared:
     facts: Facts
     fingerprint: Fingerprint
     peft_model: PeftModel
-    prompt: Parameter
     engine: Engine
-    data: TuningData
-    train: list[TokenRow]
-    validation: list[TokenRow]
-    labels: dict[str, tuple[int, ...]] | None
-    cuts: CutSummary
+    tasks: list[TaskRows]
     settings: TuneSettings
-    learning_rate: float
+    rates: Rates
+
+    @property
+    def prompt(self) -> PromptModule:
+        """The module that is trained."""
+        return self.peft_model.encoder_of("default")
+
+    @property
+    def places(self) -> Places:
+        """The parts of the model that the prompt feeds."""
+        return places_of(self.settings, self.facts)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the tasks; empty for a single data set without a name."""
+        return tuple(task.data.name for task in self.tasks if task.data.name)
 
     def manifest(self, metrics: dict[str, Any], history: list[dict[str, Any]]) -> Manifest:
         """Return the manifest of the finished prompt."""
-        settings = self.settings
-        cut = {"sources": self.cuts.sources_cut, "targets": self.cuts.targets_cut}
+        settings, first = self.settings, self.tasks[0].data
+        alone = len(self.tasks) == 1
+        kinds = {task.data.kind for task in self.tasks}
         return Manifest(
-            template=settings.verbalizer,
-            task="generation" if self.labels is None else "classification",
-            labels=self.data.labels,
+            template=first.template if alone else settings.verbalizer,
+            task="classification" if kinds == {"classification"} else "generation",
+            labels=first.labels if alone else None,
             base_model=self.base.name,
             base_fingerprint=self.fingerprint.to_dict(),
             max_source_length=settings.max_source_length,
@@ -93,35 +96,27 @@ class Prepared:
             metrics=metrics,
             history=history,
             settings=settings.to_dict(),
-            data=self.data.fingerprints | {"cut": cut},
+            data=self._data(),
+            tasks=self.names or None,
         )
 
-
-def read_data(train: Rows, validation: Rows | None, settings: TuneSettings) -> TuningData:
-    """Read and check the data against the verbalizer, before any model is loaded.
-
-    Raises:
-        DataError: a file or a record cannot be used.
-        TemplateError: the verbalizer does not fit the records.
-        ConfigError: settings that need validation data, without any.
-    """
-    verbalizer = Verbalizer(settings.verbalizer)
-    if validation is None and settings.early_stopping_patience is not None:
-        raise ConfigError(
-            "early_stopping_patience needs validation_data: nothing is split off the training data"
-        )
-    examples = _read(train, verbalizer, settings)
-    held_out = [] if validation is None else _read(validation, verbalizer, settings)
-    labels = label_set([str(example.target) for example in examples], task=settings.task)
-    if labels is not None:
-        _check_labels(held_out, labels)
-    fingerprints: dict[str, Any] = {"train": data_fingerprint(train)}
-    if validation is not None:
-        fingerprints["validation"] = data_fingerprint(validation)
-    return TuningData(examples, held_out, labels, verbalizer, fingerprints)
+    def _data(self) -> dict[str, Any]:
+        if not self.names:
+            return self.tasks[0].record()
+        return {
+            "tasks": {
+                task.data.name: {
+                    "template": task.data.template,
+                    "task": task.data.kind,
+                    "labels": None if task.data.labels is None else list(task.data.labels),
+                    **task.record(),
+                }
+                for task in self.tasks
+            }
+        }
 
 
-def prepare(base_model: Base, data: TuningData, settings: TuneSettings) -> Prepared:
+def prepare(base_model: Base, data: Sequence[TaskData], settings: TuneSettings) -> Prepared:
     """Load the base, tokenise the rows, and attach a fresh prompt.
 
     Raises:
@@ -133,61 +128,42 @@ def prepare(base_model: Base, data: TuningData, settings: TuneSettings) -> Prepa
     facts = facts_of(base.model)
     settings.tuning_config.check_model_types(facts.is_encoder_decoder)
     freeze(base.model)
-    tokenizer = RowTokenizer(
-        base.tokenizer,
-        data.verbalizer,
-        max_source_length=settings.max_source_length,
-        max_target_length=settings.max_target_length,
-        seq2seq=facts.is_encoder_decoder,
-    )
-    train, cuts = tokenizer.tokenize(data.train)
-    logger.info("training data: %s", cuts)
-    validation: list[TokenRow] = []
-    if data.validation:
-        validation, validation_cuts = tokenizer.tokenize(data.validation)
-        logger.info("validation data: %s", validation_cuts)
-    labels = None
-    if data.labels is not None:
-        labels = tokenizer.labels(data.labels)
-    _check_lengths(base, facts, [*train, *validation], settings)
-    peft_model = _attached(base, facts, data.labels, settings)
+    tasks = [_tokenized(task, base, facts, settings) for task in data]
+    rows = [row for task in tasks for row in (*task.train, *task.validation)]
+    _check_lengths(base, facts, rows, settings)
     return Prepared(
         base=base,
         facts=facts,
         fingerprint=Fingerprint.of(base.model),
-        peft_model=peft_model,
-        prompt=_prompt_of(peft_model),
+        peft_model=attach(base, facts, data, settings),
         engine=build_engine(
             base.model,
             settings.engine,
             prompt_sees_input=settings.tuning_config.prompt_sees_input,
         ),
-        data=data,
-        train=train,
-        validation=validation,
-        labels=labels,
-        cuts=cuts,
+        tasks=tasks,
         settings=settings,
-        learning_rate=_learning_rate(settings, facts),
+        rates=_rates(settings, facts),
     )
 
 
-def _read(source: Rows, verbalizer: Verbalizer, settings: TuneSettings) -> list[Example]:
-    examples = read_examples(
-        source, input_field=settings.input_field, output_field=settings.output_field
+def _tokenized(task: TaskData, base: LoadedBase, facts: Facts, settings: TuneSettings) -> TaskRows:
+    tokenizer = RowTokenizer(
+        base.tokenizer,
+        Verbalizer(task.template),
+        max_source_length=settings.max_source_length,
+        max_target_length=settings.max_target_length,
+        seq2seq=facts.is_encoder_decoder,
     )
-    verbalizer.check(examples, settings.output_field)
-    return examples
-
-
-def _check_labels(examples: Sequence[Example], labels: tuple[str, ...]) -> None:
-    for number, example in enumerate(examples, start=1):
-        if example.target not in labels:
-            target = str(example.target)
-            raise DataError(
-                f"validation row {number}: {target!r} is not among the {len(labels)} labels of the "
-                f"training data{nearest(target, labels)}; correct it, or set task to 'generation'"
-            )
+    of_task = f" of {task.name}" if task.name else ""
+    train, cuts = tokenizer.tokenize(task.train)
+    logger.info("training data%s: %s", of_task, cuts)
+    validation: list[TokenRow] = []
+    if task.validation:
+        validation, validation_cuts = tokenizer.tokenize(task.validation)
+        logger.info("validation data%s: %s", of_task, validation_cuts)
+    labels = None if task.labels is None else tokenizer.labels(task.labels)
+    return TaskRows(task, train, validation, labels, cuts)
 
 
 def _loaded(base_model: Base, settings: TuneSettings) -> LoadedBase:
@@ -203,48 +179,15 @@ def _loaded(base_model: Base, settings: TuneSettings) -> LoadedBase:
     return loaded
 
 
-def _attached(
-    base: LoadedBase, facts: Facts, labels: tuple[str, ...] | None, settings: TuneSettings
-) -> PeftModel:
-    """Attach a prompt that starts from the seed alone, leaving global randomness untouched."""
-    tuning = settings.tuning_config
-    init = INITS[tuning.prompt_tuning_init_method]
-    text = tuning.prompt_tuning_init_text
-    if init is PromptTuningInit.LABELS:
-        if labels is None:
-            raise ConfigError(
-                "prompt_tuning_init_method LABELS needs a classification task, and the targets "
-                "look like free text; set task to 'classification', or use RANDOM"
-            )
-        text = "\n".join(labels)
-    config = PromptTuningConfig(
-        task_type=TaskType.SEQ_2_SEQ_LM if facts.is_encoder_decoder else TaskType.CAUSAL_LM,
-        num_virtual_tokens=tuning.num_virtual_tokens,
-        num_transformer_submodules=1,
-        prompt_sees_input=tuning.prompt_sees_input,
-        prompt_tuning_init=init,
-        prompt_tuning_init_text=text,
-        prompt_tuning_init_prompt=tuning.prompt_tuning_init_prompt,
-        tokenizer_name_or_path=base.name if text or tuning.prompt_tuning_init_prompt else None,
-        base_model_name_or_path=base.name,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        return get_peft_model(base.model, config)
-
-
-def _prompt_of(peft_model: PeftModel) -> Parameter:
-    encoder = cast(PromptEmbedding, peft_model.prompt_encoder["default"])
-    return cast(Parameter, encoder.embedding.weight)
-
-
 def _check_lengths(
     base: LoadedBase, facts: Facts, rows: Sequence[TokenRow], settings: TuneSettings
 ) -> None:
     """Refuse rows that do not fit behind the prompt now, not in the middle of an epoch."""
     seq2seq = facts.is_encoder_decoder
     longest = max(len(row.source) + (0 if seq2seq else len(row.target)) for row in rows)
-    check_context(longest, settings.tuning_config.num_virtual_tokens, facts.context_length)
+    places = places_of(settings, facts)
+    before = settings.tuning_config.num_virtual_tokens if places.source else 0
+    check_context(longest, before, facts.context_length)
     both = max(len(row.source) + len(row.target) for row in rows)
     if settings.max_tokens_per_batch is not None and both > settings.max_tokens_per_batch:
         raise ConfigError(
@@ -253,18 +196,23 @@ def _check_lengths(
         )
     if seq2seq:
         target = max(len(row.target) for row in rows)
-        check_context(target, 0, output_limit(base.model), what="decoder")
+        behind = settings.tuning_config.num_virtual_tokens if places.decoder else 0
+        check_context(target, behind, output_limit(base.model), what="decoder")
 
 
-def _learning_rate(settings: TuneSettings, facts: Facts) -> float:
-    """Return the learning rate, and say how it stands to the scale of the embeddings."""
+def _rates(settings: TuneSettings, facts: Facts) -> Rates:
+    """Return the learning rates, and say how they stand to the scale of the embeddings."""
     rms = facts.embedding_rms
     if settings.learning_rate is None:
         rate = RATE_PER_RMS * rms
         logger.info("learning rate %.4g (%g x the embedding rms %.4g)", rate, RATE_PER_RMS, rms)
-        return rate
-    rate = settings.learning_rate
-    logger.info(
-        "learning rate %.4g as given (%.3g x the embedding rms %.4g)", rate, rate / rms, rms
-    )
-    return rate
+    else:
+        rate = settings.learning_rate
+        logger.info(
+            "learning rate %.4g as given (%.3g x the embedding rms %.4g)", rate, rate / rms, rms
+        )
+    if not settings.multitask:
+        return Rates(rate)
+    task_rate = settings.task_learning_rate or TASK_RATE
+    logger.info("learning rate of the task matrices %.4g", task_rate)
+    return Rates(rate, task_rate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 
 from softprompt.artifacts.files import write_atomically
 from softprompt.errors import ConfigError, nearest
-from softprompt.training.settings import TuneSettings, TuningConfig
+from softprompt.training.settings import TuneSettings
+from softprompt.training.tuning_config import TuningConfig
 
 RUN_FILE = "run.toml"
-SOURCES = ("base_model", "train_data", "validation_data", "output")
+DATA = ("train_data", "validation_data")
+SOURCES = ("base_model", *DATA, "output")
 """Keys besides the settings."""
 
 
@@ -31,8 +34,7 @@ def read_run(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     _check_keys(values, [*SOURCES, "lr", *TuneSettings.__dataclass_fields__], str(path))
     for name in SOURCES:
-        if not isinstance(values.get(name, ""), str):
-            raise ConfigError(f"{path}: {name} takes a text; got {values[name]!r}")
+        _check_source(values.get(name, ""), name, str(path))
     tuning = values.get("tuning_config", {})
     if not isinstance(tuning, dict):
         raise ConfigError(f"{path}: tuning_config must be a table, [tuning_config]")
@@ -40,19 +42,21 @@ def read_run(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def write_run(path: Path, sources: Mapping[str, str | None], settings: TuneSettings) -> None:
-    """Write a run file; a source that is None was in memory and is noted as a comment."""
+def write_run(path: Path, sources: Mapping[str, Any], settings: TuneSettings) -> None:
+    """Write a run file; a source that is None was in memory and is noted as a comment.
+
+    Data sets by task and other mappings are tables.
+    """
+    given = {name: value for name, value in sources.items() if not _in_memory(value)}
     lines = [
-        f"{name} = {_literal(value)}"
-        if value is not None
-        else f"# {name} was in memory and has to be given again"
-        for name, value in sources.items()
+        f"# {name} was in memory and has to be given again" for name in sources if name not in given
     ]
-    values = settings.to_dict()
-    tuning = values.pop("tuning_config")
-    lines += [f"{name} = {_literal(value)}" for name, value in values.items()]
-    lines += ["", "[tuning_config]"]
-    lines += [f"{name} = {_literal(value)}" for name, value in tuning.items()]
+    values = given | settings.to_dict()
+    tables = {name: value for name, value in values.items() if isinstance(value, Mapping)}
+    lines += [f"{name} = {_literal(value)}" for name, value in values.items() if name not in tables]
+    for table, entries in tables.items():
+        lines += ["", f"[{table}]"]
+        lines += [f"{_key(name)} = {_literal(value)}" for name, value in entries.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "\n".join(lines) + "\n")
 
@@ -63,6 +67,23 @@ def _check_keys(values: Mapping[str, Any], known: list[str], where: str) -> None
             raise ConfigError(
                 f"{where}: unknown key {name!r}{nearest(name, known)}; known: {', '.join(known)}"
             )
+
+
+def _check_source(value: Any, name: str, path: str) -> None:
+    if isinstance(value, str):
+        return
+    by_task = name in DATA and isinstance(value, dict)
+    if not by_task or not all(isinstance(each, str) for each in value.values()):
+        takes = "a text, or a table of task = text" if name in DATA else "a text"
+        raise ConfigError(f"{path}: {name} takes {takes}; got {value!r}")
+
+
+def _in_memory(source: Any) -> bool:
+    return source is None or (isinstance(source, Mapping) and None in source.values())
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _literal(name)
 
 
 def _literal(value: Any) -> str:

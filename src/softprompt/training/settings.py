@@ -6,144 +6,24 @@ its document gives no default, the one here is explained in docs/training.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
-from softprompt.errors import ConfigError
-from softprompt.prompts.configs import PromptTuningInit
+from softprompt.errors import ConfigError, nearest
 from softprompt.training.fields import about, check, from_mapping, plain
+from softprompt.training.tuning_config import TuningConfig
 
 RATE_PER_RMS = 0.57
 """Default learning rate in units of the embedding's rms (measured, see docs/training.md)."""
 
-SOURCE_METHODS = ("ONLY_SOURCE_SHARED", "AVERAGE_SOURCE")
+TASK_RATE = 0.4
+"""Default learning rate of task matrices, which are near one (Wang et al. 2023)."""
 
-_PEFT_INITS = {
-    PromptTuningInit.RANDOM: "STANDARD_NORMAL",
-    PromptTuningInit.RANDOM_SCALED: "RANDOM",
-    PromptTuningInit.TEXT: "TEXT",
-    PromptTuningInit.SAMPLE_VOCAB: "SAMPLE_VOCAB",
-    PromptTuningInit.LABELS: "LABELS",
-    PromptTuningInit.PROMPT: "PROMPT",
-}
+DISTILLATION_WEIGHT = 0.9
+"""Default weight of distillation against the likelihood."""
 
-InitMethod = Literal[
-    "RANDOM",
-    "TEXT",
-    "SAMPLE_VOCAB",
-    "LABELS",
-    "PROMPT",
-    "STANDARD_NORMAL",
-    "ONLY_SOURCE_SHARED",
-    "AVERAGE_SOURCE",
-]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TuningConfig:
-    """The prompt itself: how long it is and what it starts from."""
-
-    num_virtual_tokens: int = field(
-        default=20, metadata=about("Length of the prompt in virtual tokens.", least=1)
-    )
-    prompt_tuning_init_method: InitMethod = field(
-        default="RANDOM",
-        metadata=about(
-            "What the prompt starts from: RANDOM (normal, at the scale of the base's embeddings), "
-            "TEXT (the embeddings of prompt_tuning_init_text), SAMPLE_VOCAB (random tokens), "
-            "LABELS (the class labels), PROMPT (a saved prompt), STANDARD_NORMAL (N(0,1), which is PEFT's RANDOM)."
-        ),
-    )
-    prompt_tuning_init_text: str | None = field(
-        default=None,
-        metadata=about("Text to start from; only with prompt_tuning_init_method TEXT."),
-    )
-    prompt_tuning_init_prompt: str | None = field(
-        default=None,
-        metadata=about(
-            "Saved prompt to start from, of any length and of this base or another; only with "
-            "prompt_tuning_init_method PROMPT."
-        ),
-    )
-    prompt_tuning_init_source_model: str | None = field(
-        default=None,
-        metadata=about("Source prompt of multitask tuning, which is not available yet."),
-    )
-    output_model_types: tuple[str, ...] | None = field(
-        default=None,
-        metadata=about(
-            "Where the prompt goes: DECODER (causal models) or ENCODER (seq2seq models)."
-        ),
-    )
-
-    prompt_sees_input: bool = field(
-        default=True,
-        metadata=about(
-            "Let an encoder's prompt attend to the input, as PEFT does; without it the prompt is "
-            "computed once for all inputs, and PEFT cannot load it."
-        ),
-    )
-
-    def __post_init__(self) -> None:
-        """Refuse wrong values, and combinations in which one setting would be ignored."""
-        if isinstance(self.prompt_tuning_init_method, PromptTuningInit):
-            # PEFT's enumeration keeps PEFT's meaning, in which RANDOM is N(0, 1).
-            method = _PEFT_INITS[self.prompt_tuning_init_method]
-            object.__setattr__(self, "prompt_tuning_init_method", method)
-        if isinstance(self.output_model_types, list):
-            object.__setattr__(self, "output_model_types", tuple(self.output_model_types))
-        check(self)
-        method, text = self.prompt_tuning_init_method, self.prompt_tuning_init_text
-        if method in SOURCE_METHODS:
-            raise ConfigError(
-                f"prompt_tuning_init_method {method} needs MULTITASK_PROMPT_TUNING, which is not "
-                "available yet; use RANDOM, TEXT, SAMPLE_VOCAB or LABELS"
-            )
-        if self.prompt_tuning_init_source_model is not None:
-            raise ConfigError(
-                "prompt_tuning_init_source_model would be ignored: it needs "
-                "MULTITASK_PROMPT_TUNING, which is not available yet; leave it out"
-            )
-        if method == "TEXT" and not (text and text.strip()):
-            raise ConfigError(
-                "prompt_tuning_init_method TEXT needs a prompt_tuning_init_text; got "
-                f"{text!r}; give a text or use RANDOM"
-            )
-        if method != "TEXT" and text is not None:
-            raise ConfigError(
-                f"prompt_tuning_init_text would be ignored with prompt_tuning_init_method {method};"
-                " use TEXT or leave the text out"
-            )
-
-        self._check_prompt()
-
-    def _check_prompt(self) -> None:
-        method, prompt = self.prompt_tuning_init_method, self.prompt_tuning_init_prompt
-        if method == "PROMPT" and not prompt:
-            raise ConfigError(
-                "prompt_tuning_init_method PROMPT needs a prompt_tuning_init_prompt; give the folder "
-                "of a saved prompt, or use RANDOM"
-            )
-        if method != "PROMPT" and prompt is not None:
-            raise ConfigError(
-                f"prompt_tuning_init_prompt would be ignored with prompt_tuning_init_method {method}; "
-                "use PROMPT or leave the prompt out"
-            )
-
-    def check_model_types(self, is_encoder_decoder: bool) -> None:
-        """Refuse an output_model_types other than the one place this kind of model offers.
-
-        Raises:
-            ConfigError: the prompt would not go where the setting says.
-        """
-        place = "ENCODER" if is_encoder_decoder else "DECODER"
-        if self.output_model_types not in (None, (place,)):
-            kind = "seq2seq" if is_encoder_decoder else "causal"
-            raise ConfigError(
-                f"output_model_types of a {kind} model is ['{place}']; got "
-                f"{list(self.output_model_types or ())}"
-            )
+MULTITASK = "MULTITASK_PROMPT_TUNING"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +32,10 @@ class TuneSettings:
 
     tuning_type: Literal["PROMPT_TUNING", "MULTITASK_PROMPT_TUNING"] = field(
         default="PROMPT_TUNING",
-        metadata=about("Kind of tuning; MULTITASK_PROMPT_TUNING is not available yet."),
+        metadata=about(
+            "Kind of tuning: one prompt's rows, or a shared prompt times a low-rank matrix for each "
+            "task."
+        ),
     )
     tuning_config: TuningConfig = field(default_factory=TuningConfig)
     num_epochs: int = field(default=20, metadata=about("Passes over the training data.", least=1))
@@ -164,11 +47,38 @@ class TuneSettings:
             most=1e6,
         ),
     )
+    task_learning_rate: float | None = field(
+        default=None,
+        metadata=about(
+            f"Peak learning rate of the task matrices of a multitask prompt; by default {TASK_RATE}.",
+            above=0,
+            most=1e6,
+        ),
+    )
+    task_sampling: Literal["proportional", "uniform"] | None = field(
+        default=None,
+        metadata=about(
+            "How several data sets are mixed: proportional to their rows (the default), or uniform."
+        ),
+    )
+    distillation_weight: float | None = field(
+        default=None,
+        metadata=about(
+            "With several data sets, weight of what is learned from a teacher prompt for each; 0 "
+            f"trains without teachers.  By default {DISTILLATION_WEIGHT}.",
+            least=0,
+            most=1e6,
+        ),
+    )
     accumulate_steps: int = field(
         default=1, metadata=about("Batches whose gradients make one update.", least=1)
     )
     verbalizer: str = field(
         default="{{input}}", metadata=about("Template that turns a record into the model's input.")
+    )
+    task_verbalizers: dict[str, str] | None = field(
+        default=None,
+        metadata=about("Templates of single tasks among several, by task; verbalizer for others."),
     )
     batch_size: int = field(default=8, metadata=about("Rows in a batch.", least=1))
     max_tokens_per_batch: int | None = field(
@@ -189,6 +99,12 @@ class TuneSettings:
     )
     input_field: str | None = field(default=None, metadata=about("Column of the input text."))
     output_field: str | None = field(default=None, metadata=about("Column of the target."))
+    source_prompt_base: str | None = field(
+        default=None,
+        metadata=about(
+            "Folder that holds source prompts; by default the environment's SOURCE_PROMPT_BASE."
+        ),
+    )
     torch_dtype: str | None = field(
         default=None, metadata=about("Data type of the base; by default its own.")
     )
@@ -246,11 +162,76 @@ class TuneSettings:
             object.__setattr__(
                 self, "tuning_config", from_mapping(TuningConfig, self.tuning_config)
             )
+        if isinstance(self.task_verbalizers, Mapping):
+            object.__setattr__(self, "task_verbalizers", dict(self.task_verbalizers))
         check(self)
-        if self.tuning_type == "MULTITASK_PROMPT_TUNING":
+        if not self.multitask:
+            self._check_single()
+        elif self.tuning_config.parameterization != "direct":
             raise ConfigError(
-                "tuning_type MULTITASK_PROMPT_TUNING is not available yet; use PROMPT_TUNING"
+                f"parameterization {self.tuning_config.parameterization} would be ignored with "
+                f"tuning_type {MULTITASK}, which has its own; leave one of them out"
             )
+        if self.source_prompt_base is not None and not self.tuning_config.from_source:
+            raise ConfigError(
+                "source_prompt_base would be ignored: the prompt does not start from a source "
+                "prompt; set prompt_tuning_init_method AVERAGE_SOURCE, or leave it out"
+            )
+
+    @property
+    def multitask(self) -> bool:
+        """Whether a shared prompt and task matrices are trained."""
+        return self.tuning_type == MULTITASK
+
+    def check_tasks(self, tasks: Sequence[str]) -> None:
+        """Refuse settings that do not fit the data sets.
+
+        Args:
+            tasks: Names of the tasks; none for a single data set without a name.
+
+        Raises:
+            ConfigError: a setting would be ignored, or a task does not exist.
+        """
+        if tasks and not self.multitask:
+            raise ConfigError(
+                f"data sets with task names ({', '.join(tasks)}) need tuning_type {MULTITASK}; set "
+                "it, or give one data set without a name"
+            )
+        if len(tasks) < 2:
+            for name in ("task_sampling", "distillation_weight", "task_verbalizers"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"{name} would be ignored with one data set; give several as "
+                        "{task: data}, or leave it out"
+                    )
+        for task in self.task_verbalizers or {}:
+            if task not in tasks:
+                raise ConfigError(
+                    f"task_verbalizers names the task {task!r}{nearest(task, tasks)}; the data has "
+                    f"{', '.join(tasks)}"
+                )
+
+    def _check_single(self) -> None:
+        """Refuse what only a multitask prompt has a use for."""
+        tuning = self.tuning_config
+        if tuning.from_source:
+            raise ConfigError(
+                f"prompt_tuning_init_method {tuning.prompt_tuning_init_method} needs tuning_type "
+                f"{MULTITASK}; set it, or use RANDOM, TEXT, SAMPLE_VOCAB or LABELS"
+            )
+        unused = {
+            "tuning_config.num_ranks": tuning.num_ranks,
+            "task_learning_rate": self.task_learning_rate,
+            "task_sampling": self.task_sampling,
+            "distillation_weight": self.distillation_weight,
+            "task_verbalizers": self.task_verbalizers,
+        }
+        for name, value in unused.items():
+            if value is not None:
+                raise ConfigError(
+                    f"{name} would be ignored with tuning_type {self.tuning_type}; set tuning_type "
+                    f"{MULTITASK}, or leave it out"
+                )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TuneSettings:
@@ -281,8 +262,12 @@ class TuneOptions(TypedDict, total=False):
     num_epochs: int
     learning_rate: float | None
     lr: float | None
+    task_learning_rate: float | None
+    task_sampling: str | None
+    distillation_weight: float | None
     accumulate_steps: int
     verbalizer: str
+    task_verbalizers: Mapping[str, str] | None
     batch_size: int
     max_tokens_per_batch: int | None
     max_source_length: int
@@ -290,6 +275,7 @@ class TuneOptions(TypedDict, total=False):
     task: str | None
     input_field: str | None
     output_field: str | None
+    source_prompt_base: str | None
     torch_dtype: Any
     device: str | None
     engine: str

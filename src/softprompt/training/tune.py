@@ -7,24 +7,27 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
-from softprompt.artifacts.files import require_empty, require_no_file
 from softprompt.backbone.load import DEMO
-from softprompt.errors import ConfigError, OutputExistsError, UsageError, nearest
+from softprompt.errors import ConfigError, UsageError, nearest
 from softprompt.inference.tuned import TunedPrompt
-from softprompt.training.checkpoint import remove_state, state_path
+from softprompt.training.checkpoint import load_state, remove_state, state_path
+from softprompt.training.examples import Data, Rows, read_data
 from softprompt.training.fields import default_of
-from softprompt.training.preparation import Base, Prepared, Rows, prepare, read_data
+from softprompt.training.interrupt import StopSignal
+from softprompt.training.output import check_output, kept_if_resumable, publish_logs
+from softprompt.training.preparation import Base, Prepared, prepare
 from softprompt.training.run_file import RUN_FILE, read_run, write_run
-from softprompt.training.session import Trained, run
-from softprompt.training.settings import TuneOptions, TuneSettings, TuningConfig
+from softprompt.training.session import Trained, identity, run
+from softprompt.training.settings import TuneOptions, TuneSettings
+from softprompt.training.tuning_config import TuningConfig
 
 
 def tune(
     base_model: Base = DEMO,
-    train_data: Rows | None = None,
-    validation_data: Rows | None = None,
+    train_data: Data | None = None,
+    validation_data: Data | None = None,
     *,
     output: str | Path | None = None,
     overwrite: bool = False,
@@ -35,7 +38,8 @@ def tune(
 
     Args:
         base_model: A folder, a model name, ``"demo"`` (the bundled model), or a loaded model.
-        train_data: A data file or rows: ``input`` and ``output``, or ``text`` and ``labels``.
+        train_data: A data file or rows: ``input`` and ``output``, or ``text`` and ``labels``; several
+            as ``{task: data}``, which trains one source prompt for all of them.
         validation_data: The same, to choose the best epoch by. Nothing is split off by itself.
         output: Directory to write the prompt to; without it nothing is written.
         overwrite: Write into an output directory that is not empty.
@@ -59,15 +63,18 @@ def tune(
         _check_names(options)
         settings = TuneSettings.from_dict(options)
         plan = _Plan(base_model, _kept(train_data), _kept(validation_data), settings)
-        _check_output(target, overwrite)
+        check_output(target, overwrite=overwrite)
     if plan.train_data is None:
         raise UsageError("train_data is missing; give a data file or rows of input and output")
     data = read_data(plan.train_data, plan.validation_data, plan.settings)
     prepared = prepare(plan.base_model, data, plan.settings)
-    if target is not None and not resume:
-        remove_state(target)
-        write_run(state_path(target).with_name(RUN_FILE), plan.names(), plan.settings)
-    trained = run(prepared, target, resume=resume)
+    found = load_state(target, identity(prepared)) if resume and target is not None else None
+    # From here on a Ctrl-C is noted, so the run's file and its first state are written together.
+    with StopSignal() as stop, kept_if_resumable(target):
+        if target is not None and not resume:
+            remove_state(target)
+            write_run(state_path(target).with_name(RUN_FILE), plan.names(), plan.settings)
+        trained = run(prepared, target, stop, found)
     return _finished(prepared, trained, plan, target)
 
 
@@ -96,7 +103,7 @@ def _finished(
     if target is not None:
         tuned.save(target, overwrite=True)
         write_run(target / RUN_FILE, plan.names(), plan.settings)
-        remove_state(target)
+        publish_logs(target)
     return tuned
 
 
@@ -105,11 +112,11 @@ class _Plan:
     """What a run is made of, before anything is read."""
 
     base_model: Base
-    train_data: Rows | None
-    validation_data: Rows | None
+    train_data: Data | None
+    validation_data: Data | None
     settings: TuneSettings
 
-    def names(self) -> dict[str, str | None]:
+    def names(self) -> dict[str, Any]:
         """Return what the run file says of the sources; None for what was in memory."""
         named = {
             "base_model": _name(self.base_model),
@@ -120,38 +127,29 @@ class _Plan:
         return named
 
 
-def _name(source: Base | Rows | None) -> str | None:
-    """Return a path that means the same from every directory, or a name as it is."""
+def _name(source: Base | Data | None) -> str | dict[str, str | None] | None:
+    """Return a path that means the same from every directory, or a name as it is.
+
+    Data sets by task give their names by task; None is what was in memory.
+    """
+    if isinstance(source, Mapping):
+        return {task: cast(str | None, _name(rows)) for task, rows in source.items()}
     if not isinstance(source, str | Path):
         return None
     return os.path.abspath(source) if os.path.exists(source) else str(source)
 
 
-def _kept(data: Rows | None) -> Rows | None:
+def _kept(data: Data | None) -> Data | None:
     """Return rows as a list, since they are read twice (for training and for their hash)."""
+    if isinstance(data, Mapping):
+        return {task: cast(Rows, _kept(rows)) for task, rows in data.items()}
     return data if data is None or isinstance(data, str | Path) else list(data)
-
-
-def _check_output(output: Path | None, overwrite: bool) -> None:
-    if output is None:
-        if overwrite:
-            raise UsageError("overwrite has no meaning without output; name an output directory")
-        return
-    if overwrite:
-        require_no_file(output)
-        return
-    if state_path(output).exists():
-        raise OutputExistsError(
-            f"{output} holds an interrupted run; continue it with --resume (resume=True in "
-            "Python), or start again with --overwrite (overwrite=True)"
-        )
-    require_empty(output)
 
 
 def _resumed(
     base_model: Base,
-    train_data: Rows | None,
-    validation_data: Rows | None,
+    train_data: Data | None,
+    validation_data: Data | None,
     output: Path | None,
     options: dict[str, Any],
 ) -> _Plan:
@@ -170,7 +168,7 @@ def _resumed(
     if names["base_model"] is None and base_model == DEMO:
         raise UsageError("the interrupted run used a model in memory; give base_model again")
     for name, given in (("train_data", train_data), ("validation_data", validation_data)):
-        if isinstance(given, str | Path) and names[name] not in (None, os.path.abspath(given)):
+        if given is not None and names[name] not in (None, _name(given)):
             raise ConfigError(f"the interrupted run has {name} {names[name]}; leave {name} out")
     return _Plan(
         base_model if names["base_model"] is None else names["base_model"],

@@ -1,4 +1,4 @@
-"""How good the prompt is on the validation data: accuracy, then loss; loss for free text."""
+"""How good prompts are on the validation data: accuracy, then loss; loss for free text."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
+from typing import final
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from softprompt.data.tokens import TokenRow
 from softprompt.engine.rows import Engine
 from softprompt.evaluation.likelihood import TargetLikelihood, classify_rows, target_likelihood
+from softprompt.inference.places import USUAL, Places
 
 logger = logging.getLogger(__name__)
 
@@ -22,9 +25,10 @@ ROWS_BETWEEN_STOPS = 256
 
 @dataclass
 class Validation:
-    """The validation rows and how they are scored; with ``labels`` as a classification.
+    """The validation rows of one task and how they are scored; with ``labels`` as a classification.
 
-    ``labels`` maps each label to its target ids. ``check_stop`` is asked every 256 rows.
+    ``labels`` maps each label to its target ids. ``check_stop`` is asked every 256 rows. ``task``
+    is the number of the task, ``name`` what it is called among several.
     """
 
     engine: Engine
@@ -32,15 +36,19 @@ class Validation:
     labels: dict[str, tuple[int, ...]] | None
     batch_size: int
     check_stop: Callable[[], None] = lambda: None
+    places: Places = USUAL
+    task: int = 0
+    name: str = ""
     _at_chance: int = field(default=0, init=False)
 
-    def metrics(self, prompt: Tensor) -> dict[str, float]:
-        """Measure a prompt ``[P, H]``.
+    def metrics(self, prompts: Sequence[Tensor]) -> dict[str, float]:
+        """Measure the task's own of the prompts ``[S·P, H]`` of all tasks.
 
         Returns:
             ``accuracy`` (labels) or ``perplexity`` (free text), and ``loss`` (nats per token).
         """
-        return self._likelihood(prompt) if self.labels is None else self._accuracy(prompt)
+        parts = self.places.parts([prompts[self.task]])
+        return self._likelihood(parts) if self.labels is None else self._accuracy(parts)
 
     def quality(self, metrics: dict[str, float]) -> list[float]:
         """Return what decides which epoch is best, first things first; more is better.
@@ -55,19 +63,34 @@ class Validation:
             self.check_stop()
             yield self.rows[start : start + ROWS_BETWEEN_STOPS]
 
-    def _likelihood(self, prompt: Tensor) -> dict[str, float]:
+    def _likelihood(self, prompts: Sequence[Tensor]) -> dict[str, float]:
         parts = [
-            target_likelihood(self.engine, [prompt], rows, batch_size=self.batch_size)
+            target_likelihood(
+                self.engine,
+                prompts,
+                rows,
+                prompt_index=self.places.source_index(0),
+                decoder_index=self.places.decoder_index(0),
+                batch_size=self.batch_size,
+            )
             for rows in self._parts()
         ]
         whole = TargetLikelihood(sum(p.log_prob for p in parts), sum(p.tokens for p in parts))
         return {"perplexity": whole.perplexity, "loss": whole.loss}
 
-    def _accuracy(self, prompt: Tensor) -> dict[str, float]:
+    def _accuracy(self, prompts: Sequence[Tensor]) -> dict[str, float]:
         assert self.labels is not None
         names, ids = list(self.labels), list(self.labels.values())
         parts = [
-            classify_rows(self.engine, [prompt], rows, ids, batch_size=self.batch_size).scores
+            classify_rows(
+                self.engine,
+                prompts,
+                rows,
+                ids,
+                prompt_index=self.places.source_index(0),
+                decoder_index=self.places.decoder_index(0),
+                batch_size=self.batch_size,
+            ).scores
             for rows in self._parts()
         ]
         scores = torch.cat(parts).double()  # [N, K]
@@ -88,16 +111,49 @@ class Validation:
         self._at_chance = self._at_chance + 1 if accuracy <= chance else 0
         if len(answers) == 1 and len(truth) > 1:
             logger.warning(
-                "all %d validation rows are answered %r; if this lasts, change the learning rate, "
+                "all %d validation rows%s are answered %r; if this lasts, change the learning rate, "
                 "the initial prompt or the seed",
                 len(gold),
+                self._of_task,
                 names[predicted[0]],
             )
         if self._at_chance == PLATEAU_EPOCHS:
             logger.warning(
-                "validation accuracy %.3f is not above the commonest label's share %.3f for %d "
+                "validation accuracy %.3f%s is not above the commonest label's share %.3f for %d "
                 "epochs; change the learning rate, the initial prompt or the base model",
                 accuracy,
+                self._of_task,
                 chance,
                 PLATEAU_EPOCHS,
             )
+
+    @property
+    def _of_task(self) -> str:
+        return f" of task {self.name}" if self.name else ""
+
+
+@final
+@dataclass
+class TaskValidations:
+    """Validation of several tasks: each by itself, and the means by which epochs are compared."""
+
+    parts: Sequence[Validation]
+
+    def metrics(self, prompts: Sequence[Tensor]) -> dict[str, float]:
+        """Measure the prompts ``[S·P, H]`` of all tasks.
+
+        Returns:
+            ``accuracy`` (mean over the tasks with labels, if any) and ``loss`` (mean over all
+            tasks), then each task's own metrics as ``<task> accuracy`` and so on.
+        """
+        found = {part.name: part.metrics(prompts) for part in self.parts}
+        accuracies = [each["accuracy"] for each in found.values() if "accuracy" in each]
+        means = {"accuracy": fmean(accuracies)} if accuracies else {}
+        means["loss"] = fmean(each["loss"] for each in found.values())
+        own = {f"{task} {name}": v for task, each in found.items() for name, v in each.items()}
+        return means | own
+
+    def quality(self, metrics: dict[str, float]) -> list[float]:
+        """Return what decides which epoch is best: the mean accuracy, then the mean loss."""
+        accuracy = [metrics["accuracy"]] if "accuracy" in metrics else []
+        return [*accuracy, -metrics["loss"]]

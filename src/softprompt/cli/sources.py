@@ -1,0 +1,84 @@
+"""``softprompt sources``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from softprompt.cli.options import output_options
+from softprompt.cli.streams import show, start_logging
+from softprompt.errors import UsageError
+
+if TYPE_CHECKING:
+    from softprompt.training.source_prompts import SourceInfo
+
+
+@click.group("sources")
+def command() -> None:
+    """Source prompts: what a multitask prompt can start from."""
+
+
+@command.command("list")
+@click.option("--source-prompt-base", help="Folder to look in; by default SOURCE_PROMPT_BASE.")
+@click.option("--base-model", help="Base model; says which sources fit it, and why others do not.")
+@output_options
+def list_command(
+    source_prompt_base: str | None, base_model: str | None, as_json: bool, quiet: bool
+) -> None:
+    """List the source prompts there are: tasks, sizes, base, metrics."""
+    start_logging(quiet=quiet)
+    from softprompt.training.source_prompts import VARIABLE, list_sources, source_folder
+
+    folder = source_folder(source_prompt_base)
+    if folder is None:
+        raise UsageError(f"no folder to look in; give --source-prompt-base, or set {VARIABLE}")
+    sources = list_sources(folder)
+    misfits = None if base_model is None else _misfits(sources, base_model)
+    found = [
+        source.to_dict()
+        | ({} if misfits is None else {"fits": not misfits[i], "misfit": misfits[i] or None})
+        for i, source in enumerate(sources)
+    ]
+    lines = [
+        _line(source, None if misfits is None else misfits[i]) for i, source in enumerate(sources)
+    ]
+    text = "\n".join(lines) or f"no source prompts in {folder}"
+    show({"folder": str(folder), "sources": found}, text, as_json=as_json)
+
+
+def _misfits(sources: list[SourceInfo], base_model: str) -> list[str]:
+    """Return why each source does not fit a base; empty texts for those that do."""
+    from softprompt.backbone.facts import facts_of
+    from softprompt.backbone.fingerprint import Fingerprint
+    from softprompt.backbone.load import load_base
+
+    model = load_base(base_model).model
+    width, fingerprint = facts_of(model).token_dim, Fingerprint.of(model)
+    return [source.misfit(width, fingerprint) for source in sources]
+
+
+def _line(source: SourceInfo, misfit: str | None) -> str:
+    if source.problem:
+        return f"{source.name}  cannot be used: {source.problem}"
+    tasks = ", ".join(source.tasks) or "none (a plain prompt, for ONLY_SOURCE_SHARED)"
+    parts = [
+        source.name,
+        f"tasks: {tasks}",
+        f"{source.virtual_tokens} x {source.width}, num_ranks {source.ranks}",
+        f"base: {source.base_model or 'not on record'}",
+    ]
+    parts += [f"{name} {value:.4g}" for name, value in _measured(source.metrics).items()]
+    if misfit is not None:
+        parts.append(f"does not fit: {misfit}" if misfit else "fits")
+    return "  ".join(parts)
+
+
+def _measured(metrics: dict[str, Any]) -> dict[str, float]:
+    """Return the validation metrics over all tasks, or the training loss where there are none."""
+    measured = metrics.get("validation") or {"training loss": metrics.get("loss")}
+    return {
+        name: measured[name]
+        for name in ("accuracy", "loss", "training loss")
+        if isinstance(measured.get(name), float)
+    }

@@ -1,0 +1,53 @@
+"""Which task of a multitask prompt is meant, and what is on record of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from softprompt.artifacts.manifest import Manifest
+from softprompt.errors import ConfigError, nearest
+
+Task = str | int
+"""A task of a multitask prompt, by its name or its number."""
+
+
+def task_number(task: Task | None, manifest: Manifest, count: int) -> int:
+    """Return the number of a task of a prompt that has ``count`` of them.
+
+    Raises:
+        ConfigError: there is no such task, or none is named where there are several.
+    """
+    names = manifest.tasks or tuple(map(str, range(count)))
+    known = ", ".join(names)
+    if task is None:
+        if count == 1:
+            return 0
+        raise ConfigError(f"this prompt has {count} tasks ({known}); choose one with task=...")
+    if task in names:
+        return names.index(str(task))
+    number = int(task) if str(task).isdecimal() else count
+    if number < count:
+        return number
+    raise ConfigError(
+        f"this prompt has no task {task!r}{nearest(str(task), names)}; its tasks are {known}"
+    )
+
+
+def manifest_of_task(manifest: Manifest, number: int) -> Manifest:
+    """Return what a manifest says of one of its tasks; the whole where it keeps none apart.
+
+    Template, kind and label set of each task are in ``data["tasks"]`` by the task's name.
+    """
+    name = manifest.tasks[number] if manifest.tasks else None
+    own: Mapping[str, Any] | None = manifest.data.get("tasks", {}).get(name)
+    if own is None:
+        return manifest
+    labels = own["labels"]
+    return replace(
+        manifest,
+        template=own["template"],
+        task=own["task"],
+        labels=None if labels is None else tuple(labels),
+    )

@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+from softprompt.engine.rows import EngineRow
+from softprompt.inference.places import Places
+
+ROW = EngineRow((1, 2), (3,), at=1)
+
+
+@pytest.mark.parametrize(
+    ("types", "seq2seq", "indices"),
+    [
+        (None, False, [(0, -1), (1, -1)]),
+        (["DECODER"], False, [(0, -1), (1, -1)]),
+        (None, True, [(0, -1), (1, -1)]),
+        (["ENCODER"], True, [(0, -1), (1, -1)]),
+        (["DECODER"], True, [(-1, 0), (-1, 1)]),
+        (["ENCODER", "DECODER"], True, [(0, 1), (2, 3)]),
+        (["DECODER", "ENCODER"], True, [(0, 1), (2, 3)]),
+    ],
+)
+def test_rows_point_at_the_parts_of_their_prompt(types, seq2seq, indices):
+    places = Places.of(types, seq2seq=seq2seq)
+    found = [places.row(ROW, number) for number in range(2)]
+    assert [(row.prompt, row.decoder_prompt) for row in found] == indices
+    assert all((row.source, row.target, row.at) == ((1, 2), (3,), 1) for row in found)
+
+
+def test_the_first_half_is_the_encoders():
+    places = Places.of(["ENCODER", "DECODER"], seq2seq=True)
+    values = [torch.arange(4.0)[:, None], torch.arange(4.0, 8.0)[:, None]]
+    parts = places.parts(values)
+    assert [part[:, 0].tolist() for part in parts] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert places.submodules == 2
