@@ -150,7 +150,7 @@ class Ensemble:
         first = self.members[0]
         device = first.model.get_base_model().device
         questions = [
-            Question(tuple(source), labels, member)
+            Question(tuple(source), labels, member, self.members[member].rows.offset(source))
             for member, (labels, inputs) in enumerate(zip(self.label_ids(), sources, strict=True))
             for source in inputs
         ]

@@ -18,6 +18,7 @@ from softprompt.attach.completion import sees_input_of
 from softprompt.attach.heads import BASE
 from softprompt.attach.model import PeftModel
 from softprompt.attach.parts import model_types_of
+from softprompt.attach.placing import placement_of
 from softprompt.attach.saving import state_of
 from softprompt.data.template import Verbalizer
 from softprompt.data.tokens import RowTokenizer
@@ -30,6 +31,7 @@ from softprompt.inference.places import Places
 from softprompt.inference.requests import Request, fields_of, listed, require_tokens
 from softprompt.inference.scoring import LabelScores, check_label_ids, score_labels
 from softprompt.inference.task_choice import Task, manifest_of_task, task_number
+from softprompt.prompts.kinds import Placement
 
 
 @final
@@ -66,6 +68,7 @@ class TunedPrompt:
             max_source_length=manifest.max_source_length,
             max_target_length=manifest.max_target_length,
             seq2seq=manifest.seq2seq,
+            placement=placement_of(model.peft_config[adapter]),
         )
 
     def of_task(self, task: Task | None) -> TunedPrompt:
@@ -202,6 +205,7 @@ class TunedPrompt:
             label_ids,
             prompt_index=self.places.source_index(0),
             decoder_index=self.places.decoder_index(0),
+            offsets=[self.rows.offset(source) for source in sources],
             batch_size=batch_size,
             normalize=normalize,
         )
@@ -264,12 +268,14 @@ class TunedPrompt:
         """Return one generated answer for each row of token ids; see ``generate``."""
         count = self.model.encoder_of(self.adapter).num_tasks
         task = task_number(self.task, self.whole, count)
+        placed = self.rows.placement is not Placement.PREFIX
         generator = Generator.of(
             self.model,
             self.tokenizer,
             self.rows.decode,
             adapter=BASE if without_prompt else self.adapter,
             task=task if count > 1 and not without_prompt else None,
+            offset=self.rows.offset if placed and not without_prompt else None,
         )
         return generator.answers(sources, options, batch_size=batch_size, cut=cut)
 
