@@ -2,14 +2,15 @@
 
 Silent failures are real: models whose state is more than keys and values, attention that
 ignores the mask it is given. The probe runs rows of unlike lengths under two prompts and under
-none through the candidate, and each row alone through the plain path, and compares
-log-probabilities and prompt gradients.
+none, and two more answers to the first row's input, through the candidate, and each row alone
+through the plain path, and compares log-probabilities and prompt gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -69,11 +70,7 @@ def difference(
     facts = facts_of(model)
     allowed, allowed_gradient = _TOLERANCE.get(model.dtype, _TOLERANCE[torch.float32])
     generator = torch.Generator().manual_seed(0)
-    top = min(facts.vocabulary, 1000)
-    rows = []
-    for source, target, prompt in _LENGTHS:
-        ids = torch.randint(0, top, (source + target,), generator=generator).tolist()
-        rows.append(EngineRow(tuple(ids[:source]), tuple(ids[source:]), prompt))
+    rows = _rows(model, min(facts.vocabulary, 1000), generator)
     values = prompts or [
         (torch.randn(length, facts.token_dim, generator=generator) * facts.embedding_rms).to(
             model.device
@@ -91,6 +88,21 @@ def difference(
         if not relative <= allowed_gradient:
             return f"its prompt gradients differ by {relative:.2g} on the probe"
     return None
+
+
+def _rows(model: PreTrainedModel, top: int, generator: torch.Generator) -> list[EngineRow]:
+    rows = []
+    for source, target, prompt in _LENGTHS:
+        ids = torch.randint(0, top, (source + target,), generator=generator).tolist()
+        rows.append(EngineRow(tuple(ids[:source]), tuple(ids[source:]), prompt))
+    first = rows[0]
+    forked = (first.target[0], *rows[3].source[:2])
+    rows += [replace(first, target=forked), replace(first, target=rows[2].source[:2])]
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        # Both sides of a seq2seq model, and one side alone.
+        own = [-1, 1, 0, -1, 1, -1, -1]
+        rows = [replace(row, decoder_prompt=p) for row, p in zip(rows, own, strict=True)]
+    return rows
 
 
 def _run(
