@@ -7,21 +7,17 @@ from typing import Any
 
 from softprompt.errors import ConfigError, nearest
 from softprompt.prompts.configs import PromptLearningConfig, configures
+from softprompt.prompts.fields import positive
 from softprompt.prompts.kinds import PeftType, TaskType
-
-_AT_THE_START = (
-    "prefix_tuning_init_text",
-    "tokenizer_name_or_path",
-    "tokenizer_kwargs",
-    "freeze_first_token",
-)
-"""Fields of our own that only matter when a prefix is made, so they are no part of its file."""
 
 
 @configures(PeftType.PREFIX_TUNING)
 @dataclass
 class PrefixTuningConfig(PromptLearningConfig):
     """Prefix tuning (Li and Liang 2021): keys and values ``[L, 2, A_kv, P, D]``, at positions 0 to P - 1.
+
+    The settings of the text, and ``freeze_first_token``, only matter when a prefix is made, so they are
+    no part of its file.
 
     ``token_dim`` is A_kv times D and ``num_attention_heads`` is A_kv, as PEFT writes them for
     grouped queries. For seq2seq models the prefix stands before the decoder's own tokens.
@@ -37,17 +33,21 @@ class PrefixTuningConfig(PromptLearningConfig):
         default=False, metadata={"help": "Train a small network in the place of the values."}
     )
     prefix_tuning_init_text: str | None = field(
-        default=None, metadata={"help": "Text whose keys and values the prefix starts as."}
+        default=None,
+        metadata={"help": "Text whose keys and values the prefix starts as.", "ours": True},
     )
     tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "Tokenizer of the text."}
+        default=None, metadata={"help": "Tokenizer of the text.", "ours": True}
     )
     tokenizer_kwargs: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Keyword arguments of the tokenizer."}
+        default=None, metadata={"help": "Keyword arguments of the tokenizer.", "ours": True}
     )
     freeze_first_token: bool = field(
         default=False,
-        metadata={"help": "Keep the first token of the text, which attention rests on, as it is."},
+        metadata={
+            "help": "Keep the first token of the text, which attention rests on, as it is.",
+            "ours": True,
+        },
     )
 
     def __post_init__(self) -> None:
@@ -63,14 +63,14 @@ class PrefixTuningConfig(PromptLearningConfig):
                 f'init_weights must be "zero" or None, got {self.init_weights!r}'
                 f"{nearest(str(self.init_weights), ['zero'])}"
             )
-        size = self.encoder_hidden_size
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            raise ConfigError(f"encoder_hidden_size must be a positive integer, got {size!r}")
-        # PEFT's files carry the size whether it is used or not.
-        if size is not None and not self.prefix_projection and not self.inference_mode:
-            raise ConfigError(
-                "encoder_hidden_size would be ignored without prefix_projection=True; set that, or leave it out"
-            )
+        if self.encoder_hidden_size is not None:
+            positive("encoder_hidden_size", self.encoder_hidden_size)
+            # PEFT's files carry the size whether it is used or not.
+            if not self.prefix_projection and not self.inference_mode:
+                raise ConfigError(
+                    "encoder_hidden_size would be ignored without prefix_projection=True; set that, or "
+                    "leave it out"
+                )
         self._check_text()
 
     def _check_text(self) -> None:
@@ -101,8 +101,6 @@ class PrefixTuningConfig(PromptLearningConfig):
         PEFT hands a seq2seq decoder every second of its layers, so its file names twice as many.
         """
         values = PromptLearningConfig.to_dict(self)
-        for name in _AT_THE_START:
-            values.pop(name, None)
         if self.task_type is TaskType.SEQ_2_SEQ_LM and self.num_layers is not None:
             values |= {"num_layers": 2 * self.num_layers, "num_transformer_submodules": 2}
         return values

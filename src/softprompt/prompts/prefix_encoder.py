@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, cast, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from softprompt.errors import ArtifactError, ConfigError
 from softprompt.prompts.kinds import TaskType
 from softprompt.prompts.module import PROMPT_KEY, PromptModule, check_task, take_over
 from softprompt.prompts.prefix import PrefixTuningConfig
+from softprompt.prompts.randomness import drawing_from
 
 
 @final
@@ -51,31 +52,21 @@ class PrefixEncoder(PromptModule):
         flat = 2 * layers * width
         self.transform: nn.Sequential | None = None
         self.register_buffer("first", None)
-        if config.prefix_projection and not config.inference_mode:
-            hidden = config.encoder_hidden_size or width
-            self.embedding = nn.Embedding(length, width, dtype=torch.float32)
-            self.transform = nn.Sequential(
-                nn.Linear(width, hidden, dtype=torch.float32),
-                nn.Tanh(),
-                nn.Linear(hidden, flat, dtype=torch.float32),
-            )
-        else:
-            self.embedding = nn.Embedding(length, flat, dtype=torch.float32)
-        self._initialise(config, text, generator)
+        with drawing_from(generator):
+            if config.prefix_projection and not config.inference_mode:
+                hidden = config.encoder_hidden_size or width
+                self.embedding = nn.Embedding(length, width, dtype=torch.float32)
+                self.transform = nn.Sequential(
+                    nn.Linear(width, hidden, dtype=torch.float32),
+                    nn.Tanh(),
+                    nn.Linear(hidden, flat, dtype=torch.float32),
+                )
+            else:
+                self.embedding = nn.Embedding(length, flat, dtype=torch.float32)
+        self._initialise(config, text)
 
     @torch.no_grad()
-    def _initialise(
-        self, config: PrefixTuningConfig, text: Tensor | None, generator: torch.Generator | None
-    ) -> None:
-        if generator is not None:
-            self.embedding.weight.copy_(
-                torch.randn(self.embedding.weight.shape, generator=generator)
-            )
-            for layer in list(self.transform or [])[::2]:
-                bound = cast(nn.Linear, layer).in_features ** -0.5  # torch's own range
-                for parameter in layer.parameters():
-                    drawn = torch.rand(parameter.shape, generator=generator)
-                    parameter.copy_((2 * drawn - 1) * bound)
+    def _initialise(self, config: PrefixTuningConfig, text: Tensor | None) -> None:
         if config.init_weights == "zero" and not config.inference_mode:
             zeroed = self.embedding if self.transform is None else self.transform[-1]
             for parameter in zeroed.parameters():
