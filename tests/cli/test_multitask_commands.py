@@ -1,0 +1,107 @@
+"""Source training, sources and adaptation on the command line."""
+
+import json
+
+import pytest
+
+from softprompt.cli.main import run
+from softprompt.cli.tune import data_sets, pairs
+from softprompt.errors import UsageError
+
+QUICK = ["--num-epochs", "1", "--num-virtual-tokens", "2", "--batch-size", "6"]
+MULTITASK = ["--tuning-type", "MULTITASK_PROMPT_TUNING", *QUICK]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for name, labels in (("moods", ("good", "bad")), ("kinds", ("yes", "no"))):
+        rows = [{"input": f"it {label} {i}", "output": label} for i in range(4) for label in labels]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory, files):
+    folder = tmp_path_factory.mktemp("sources")
+    data = [f"{name}={files / name}.jsonl" for name in ("moods", "kinds")]
+    words = ["--train-data", data[0], "--train-data", data[1]]
+    output = ["--output", str(folder / "both"), "--quiet"]
+    own = ["--task-verbalizers", "kinds={{input}} ?", "--distillation-weight", "0"]
+    assert run(["tune", *MULTITASK, *words, *own, *output]) == 0
+    return folder
+
+
+@pytest.fixture
+def result(capsys):
+    """Run a command with --json and return its object."""
+
+    def call(*arguments):
+        assert run([*map(str, arguments), "--json"]) == 0, capsys.readouterr().err
+        return json.loads(capsys.readouterr().out)
+
+    return call
+
+
+def test_sources_are_listed_with_what_fits(result, capsys, sources, monkeypatch):
+    monkeypatch.setenv("SOURCE_PROMPT_BASE", str(sources))
+    (found,) = result("sources", "list", "--base-model", "demo")["sources"]
+    assert (found["name"], found["tasks"], found["fits"]) == ("both", ["moods", "kinds"], True)
+    assert (found["virtual_tokens"], found["ranks"], found["misfit"]) == (2, 1, None)
+    assert len(found["fingerprint"]) == 12
+    assert "fits" not in result("sources", "list")["sources"][0]
+    assert run(["sources", "list", "--quiet"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("both  tasks: moods, kinds  2 x ")
+    assert "training loss" in out
+
+
+def test_a_source_is_used_by_one_task_or_adapted(result, sources, files, tmp_path):
+    prompt = sources / "both"
+    data = files / "kinds.jsonl"
+    report = result("evaluate", prompt, "--data", data, "--task-name", "kinds")
+    assert report["rows"] == 8
+    answer = result("generate", prompt, "--text", "it", "--task-name", "1", "--max-new-tokens", 2)
+    assert answer["generated_tokens"] <= 2
+    found = result(
+        *("tune", *MULTITASK, "--train-data", data, "--output", tmp_path / "out"),
+        *("--source-prompt-base", sources, "--prompt-tuning-init-source-model", "both"),
+        *("--prompt-tuning-init-method", "AVERAGE_SOURCE", "--task-learning-rate", "0.2"),
+    )
+    assert (found["steps"], found["tasks"], found["labels"]) == (2, None, ["no", "yes"])
+
+
+def test_cut_rows_are_reported(result, files, tmp_path):
+    words = ["--train-data", files / "moods.jsonl", "--max-source-length", "3", *QUICK]
+    assert result("tune", *words, "--output", tmp_path / "out")["cut"] == {
+        "sources": 8,
+        "targets": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sources", "list"], "no folder to look in; give --source-prompt-base"),
+        (["sources", "list", "--source-prompt-base", "none"], "must be a folder of source prompts"),
+        (["tune", "--output", "o", "--train-data", "a", "--train-data", "b"], "takes TASK=..."),
+        (["tune", "--output", "o", "--train-data", "a=x.jsonl"], "need tuning_type MULTITASK"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, monkeypatch, tmp_path, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SOURCE_PROMPT_BASE", raising=False)
+    assert run(arguments) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_a_path_that_exists_is_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b.jsonl").write_text("")
+    assert data_sets(["a=b.jsonl"], "--train-data") == "a=b.jsonl"
+    assert data_sets(["a=c.jsonl"], "--train-data") == {"a": "c.jsonl"}
+    assert data_sets(["a=b=c", "d=e"], "--train-data") == {"a": "b=c", "d": "e"}
+    with pytest.raises(UsageError, match="names the task 'a' twice"):
+        pairs(["a=1", "a=2"], "--train-data")
