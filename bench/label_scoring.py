@@ -112,7 +112,7 @@ def largest(scores: Tensor, loop: Tensor) -> float:
 
 def equal(result: dict[str, Any]) -> bool:
     """Tell whether raw and length-normalised scores are the loop's."""
-    return max(result["raw_difference"], result["normalised_difference"]) <= 1e-5
+    return bool(max(result["raw_difference"], result["normalised_difference"]) <= 1e-5)
 
 
 def main() -> None:
