@@ -10,6 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from softprompt.artifacts.composed import (
+        average_prompts,
+        concatenate_prompts,
+        subtract_prompts,
+    )
     from softprompt.attach.auto import (
         AutoPeftModel,
         AutoPeftModelForCausalLM,
@@ -36,10 +41,13 @@ if TYPE_CHECKING:
     from softprompt.errors import SoftPromptError
     from softprompt.evaluation.evaluate import evaluate
     from softprompt.evaluation.report import Report
+    from softprompt.inference.conversion import convert
+    from softprompt.inference.ensemble import Ensemble
     from softprompt.inference.generation import Generation
-    from softprompt.inference.loading import load
+    from softprompt.inference.loading import load, load_many
     from softprompt.inference.options import GenerationOptions
     from softprompt.inference.tuned import TunedPrompt
+    from softprompt.inspection.retrieval import similar_prompts
     from softprompt.prompts.configs import (
         PeftConfig,
         PeftType,
@@ -56,6 +64,8 @@ if TYPE_CHECKING:
     )
     from softprompt.prompts.multitask import MultitaskPromptTuningConfig
     from softprompt.prompts.p_tuning import PromptEncoderConfig
+    from softprompt.prompts.prefix import PrefixTuningConfig
+    from softprompt.prompts.prefix_encoder import PrefixEncoder
     from softprompt.prompts.prompt_encoder import PromptEncoder
     from softprompt.training.settings import TuneSettings
     from softprompt.training.tune import tune
@@ -67,7 +77,15 @@ _HOMES = {
     "softprompt.training.tune": ("tune",),
     "softprompt.training.settings": ("TuneSettings",),
     "softprompt.training.tuning_config": ("TuningConfig",),
-    "softprompt.inference.loading": ("load",),
+    "softprompt.inference.loading": ("load", "load_many"),
+    "softprompt.inference.ensemble": ("Ensemble",),
+    "softprompt.inspection.retrieval": ("similar_prompts",),
+    "softprompt.artifacts.composed": (
+        "average_prompts",
+        "concatenate_prompts",
+        "subtract_prompts",
+    ),
+    "softprompt.inference.conversion": ("convert",),
     "softprompt.inference.tuned": ("TunedPrompt",),
     "softprompt.inference.generation": ("Generation",),
     "softprompt.inference.options": ("GenerationOptions",),
@@ -106,6 +124,8 @@ _HOMES = {
     "softprompt.attach.multitask": ("MultitaskPromptEmbedding",),
     "softprompt.prompts.multitask": ("MultitaskPromptTuningConfig",),
     "softprompt.prompts.p_tuning": ("PromptEncoderConfig",),
+    "softprompt.prompts.prefix": ("PrefixTuningConfig",),
+    "softprompt.prompts.prefix_encoder": ("PrefixEncoder",),
     "softprompt.prompts.prompt_encoder": ("PromptEncoder",),
     "softprompt.prompts.cpt": ("CPTConfig",),
     "softprompt.prompts.cpt_embedding": ("CPTEmbedding",),
@@ -127,6 +147,7 @@ __all__ = [
     "AutoPeftModelForTokenClassification",
     "CPTConfig",
     "CPTEmbedding",
+    "Ensemble",
     "Generation",
     "GenerationOptions",
     "MultitaskPromptEmbedding",
@@ -141,6 +162,8 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PrefixEncoder",
+    "PrefixTuningConfig",
     "PromptEmbedding",
     "PromptEncoder",
     "PromptEncoderConfig",
@@ -154,11 +177,17 @@ __all__ = [
     "TuneSettings",
     "TunedPrompt",
     "TuningConfig",
+    "average_prompts",
+    "concatenate_prompts",
+    "convert",
     "evaluate",
     "get_peft_model",
     "get_peft_model_state_dict",
     "load",
+    "load_many",
     "set_peft_model_state_dict",
+    "similar_prompts",
+    "subtract_prompts",
     "tune",
 ]
 

@@ -5,7 +5,12 @@ import os
 import pytest
 
 from softprompt.artifacts import files
-from softprompt.artifacts.files import require_empty, write_atomically, write_folder
+from softprompt.artifacts.files import (
+    require_empty,
+    staged_folder,
+    write_atomically,
+    write_folder,
+)
 from softprompt.errors import OutputExistsError
 
 
@@ -125,3 +130,41 @@ def test_require_empty_refuses_a_file(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputExistsError, match="is a file"):
         require_empty(tmp_path / "file")
+
+
+def test_a_staged_folder_takes_the_place_of_the_old_one(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    with staged_folder(tmp_path / "out") as staged:
+        (staged / "new").write_text("new")
+        assert (tmp_path / "out" / "old").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_staged_folder_that_fails_changes_nothing(tmp_path, error):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    with pytest.raises(error), staged_folder(tmp_path / "out") as staged:
+        (staged / "new").write_text("new")
+        raise error
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["old"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_old_folder_comes_back_when_the_exchange_fails(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    replace, calls = os.replace, []
+
+    def second_fails(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError("refused")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", second_fails)
+    with pytest.raises(OSError, match="refused"), staged_folder(tmp_path / "out") as staged:
+        (staged / "new").write_text("new")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["old"]

@@ -23,7 +23,8 @@ def test_the_examples_of_the_page_hold(tmp_path, monkeypatch):
 
 
 def test_every_field_of_the_manifest_has_its_row_in_order():
-    rows = re.findall(r"^\| `(\w+)` \|", PAGE.read_text().split("## `softprompt.json`")[1], re.M)
+    section = PAGE.read_text().split("## `softprompt.json`")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \|", section, re.M)
     assert rows == [item.name for item in dataclasses.fields(Manifest)]
 
 

@@ -82,6 +82,15 @@ def test_compiled(backend):
     assert not torch.allclose(changed, expected)
 
 
+def test_compiled_with_padding():
+    """Encoders run padded inside a graph; the lock is left out of it."""
+    model, inputs = prompted("SEQ_CLS"), batch("SEQ_CLS")
+    expected = outputs(model, "SEQ_CLS")
+    torch._dynamo.reset()
+    got = torch.compile(model, backend="eager")(**inputs)[0]
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_unload_gives_the_base_back(task):
     model = base(task)

@@ -8,9 +8,11 @@ import torch
 import transformers as tf
 
 import softprompt
-from oracles.families import ENCODERS, SEQ2SEQ, build, causal, seq2seq
+from oracles.families import ENCODERS, ROTARY_ENCODERS, SEQ2SEQ, build, causal, seq2seq
 from oracles.naive import padded
 from softprompt import PeftModel, PromptTuningConfig, get_peft_model
+from softprompt.attach import inputs as attach_inputs
+from softprompt.engine.packed_layers import layers_of
 from softprompt.errors import ConfigError
 
 CLOSE = {"atol": 2e-6, "rtol": 1e-5}
@@ -37,6 +39,47 @@ def test_classifier_rows_equal_alone_and_depend_on_the_text(name, side):
         solo = ours(input_ids=torch.tensor([row])).logits[0]
         torch.testing.assert_close(logits[i], solo, **CLOSE)
     assert (logits[0] - logits[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION"])
+@pytest.mark.parametrize("name", ["bert", "electra", "distilbert", "eurobert", "gte"])
+def test_prompts_are_computed_once(name, task, monkeypatch):
+    """Two prompts and none in a batch: outputs and gradients equal those of the padded mask."""
+    loader = {
+        "SEQ_CLS": tf.AutoModelForSequenceClassification,
+        "TOKEN_CLS": tf.AutoModelForTokenClassification,
+        "FEATURE_EXTRACTION": tf.AutoModel,
+    }[task]
+    config = {**ENCODERS, **ROTARY_ENCODERS}[name]()
+    # EuroBERT's default pools with the mask, and breaks on one of four dimensions.
+    ours = isolated(build(loader, config, classifier_pooling="bos"), task_type=task)
+    short = PromptTuningConfig(num_virtual_tokens=2, prompt_sees_input=False, task_type=task)
+    ours.add_adapter("b", short)
+    ours.eval().prompt_encoder["b"].requires_grad_(True)
+    rows = [*ROWS, [31, 32, 33, 34, 35, 2], [41]]
+    names = ["default", "b", "default", "b", "__base__"]
+    ids, mask = padded(rows, "right")
+    weights = [ours.prompt_encoder[n].embedding.weight for n in ("default", "b")]
+    tokens = []
+    layers = layers_of(ours.base_model.base_model, windows=True)
+    layers[-1].register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[:2]))
+
+    def run():
+        output = ours(input_ids=ids, attention_mask=mask, adapter_names=names)
+        values = output[0]
+        if task != "SEQ_CLS":
+            values = torch.cat(
+                [values[i, 5 : 5 + len(row)] for i, row in enumerate(rows)]
+                + [values[0, :5], values[1, 3:5]]
+            )
+        return values, *torch.autograd.grad(values.square().sum(), weights)
+
+    packed = run()
+    assert tokens[-1] == (1, 5 + 2 + sum(map(len, rows)))
+    monkeypatch.setattr(attach_inputs, "packs", lambda *_, **__: False)
+    for got, expected in zip(packed, run(), strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert tokens[-1] == (5, 5 + 6)
 
 
 def test_the_prompts_own_states_ignore_the_input():
@@ -84,6 +127,13 @@ def test_refused_where_it_would_be_ignored_or_cannot_be_had():
         isolated(causal("llama"))
     with pytest.raises(ConfigError, match="explicit positions"):
         isolated(classifier("roberta"))
+    long = tf.LongT5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, local_radius=3
+    )
+    with pytest.raises(ConfigError, match=r"in LongT5\w+: it takes no mask of our own"):
+        isolated(build(tf.AutoModelForSeq2SeqLM, long))
+    with pytest.raises(ConfigError, match="layers see only a window"):
+        isolated(build(tf.AutoModelForTokenClassification, ROTARY_ENCODERS["modernbert"]()))
     ours = isolated(classifier("bert"))
     with pytest.raises(ConfigError, match="share prompt_sees_input=False"):
         ours.add_adapter("b", PromptTuningConfig(num_virtual_tokens=2))

@@ -68,6 +68,7 @@ def test_the_signature(run):
         "tokenizer_name_or_path",
         "tokenizer_kwargs",
         "prompt_sees_input",  # ours, behind the document's
+        "prompt_tuning_init_prompt",
     ]
     assert arguments["prompt_tuning_init"].default is PromptTuningInit.RANDOM
     assert all(arguments[name].default is None for name in own[1:4])

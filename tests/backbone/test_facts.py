@@ -97,3 +97,13 @@ def test_a_model_without_a_table_is_refused():
     )
     with pytest.raises(BackboneError, match="no input embedding table"):
         facts_of(tf.ViTModel(config))
+
+
+def test_the_table_that_is_run():
+    """T5 without its decoder holds its table in two modules and runs one of them."""
+    model = tf.T5EncoderModel(SEQ2SEQ["t5"]()).eval()
+    assert input_embedding(model) is model.encoder.embed_tokens
+    called = []
+    input_embedding(model).register_forward_hook(lambda *_: called.append(True))
+    model(torch.tensor([[5, 6]]))
+    assert called

@@ -60,7 +60,7 @@ def test_each_line_is_a_label_without_special_tokens(folder, words):
 @pytest.mark.parametrize("read", [text_token_ids, label_token_ids])
 def test_a_missing_tokenizer_is_one_clear_error(read, tmp_path):
     with pytest.raises(
-        ConfigError, match=r"tokenizer '.*' for the initial text cannot be loaded"
+        ConfigError, match=r"tokenizer '.*' for the initial prompt cannot be loaded"
     ) as caught:
         read(config(str(tmp_path / "none"), "good"))
     assert "\n" not in str(caught.value)

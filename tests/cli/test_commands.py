@@ -131,6 +131,22 @@ def test_evaluate_reports_one_object(result, prompt_dir, data):
     assert text["rows"] == 2
 
 
+def test_evaluate_reports_several_prompts_as_an_ensemble(
+    result, failure, capsys, prompt_dir, data, tmp_path
+):
+    pair = [prompt_dir, str(shutil.copytree(prompt_dir, tmp_path / "copy"))]
+    alone = result("evaluate", prompt_dir, "--data", data)
+    found = result("evaluate", *pair, "--data", data, "--combine", "vote")
+    assert (found["combine"], list(found["members"])) == ("vote", pair)
+    assert found["members"][pair[1]]["accuracy"] == alone["accuracy"] == found["accuracy"]
+    assert result("evaluate", *pair, "--data", data)["combine"] == "mean"
+    assert run(["evaluate", *pair, "--data", data, "--quiet"]) == 0
+    assert "ensemble of 2 prompts by mean" in capsys.readouterr().out
+    wrong = failure("evaluate", prompt_dir, "--data", data, "--combine", "vote")
+    assert "name two or more" in wrong
+    assert "a name of its own" in failure("evaluate", pair[0], pair[0], "--data", data, "--quiet")
+
+
 def test_generate_answers_a_text(result, prompt_dir):
     found = result("generate", prompt_dir, "--text", "it broke", "--max-new-tokens", "3")
     assert {"text", "input_token_count", "generated_tokens", "finish_reason"} <= set(found)

@@ -42,6 +42,11 @@ def test_the_engine_page():
     run_doctest((ROOT / "docs/engine.md").read_text(encoding="utf-8"), "docs/engine.md")
 
 
+def test_the_composition_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_doctest((ROOT / "docs/composition.md").read_text(encoding="utf-8"), "docs/composition.md")
+
+
 def test_the_readmes_commands_in_order(tmp_path):
     """Every softprompt command, in one folder, as a user would type them one after the other."""
     assert len(COMMANDS) >= 4

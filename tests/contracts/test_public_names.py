@@ -34,6 +34,8 @@ PEFT_NAMES = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PrefixEncoder",
+    "PrefixTuningConfig",
     "PromptEmbedding",
     "PromptEncoder",
     "PromptEncoderConfig",
@@ -46,6 +48,7 @@ PEFT_NAMES = [
     "set_peft_model_state_dict",
 ]
 OWN_NAMES = [
+    "Ensemble",
     "Generation",
     "GenerationOptions",
     "MultitaskPromptEmbedding",
@@ -55,8 +58,14 @@ OWN_NAMES = [
     "TuneSettings",
     "TunedPrompt",
     "TuningConfig",
+    "average_prompts",
+    "concatenate_prompts",
+    "convert",
     "evaluate",
     "load",
+    "load_many",
+    "similar_prompts",
+    "subtract_prompts",
     "tune",
 ]
 NAMES = sorted([*PEFT_NAMES, *OWN_NAMES])
@@ -142,6 +151,7 @@ def test_the_second_import_path_of_every_method():
         ],
         "p_tuning": ["PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"],
         "cpt": ["CPTConfig", "CPTEmbedding"],
+        "prefix_tuning": ["PrefixTuningConfig", "PrefixEncoder"],
     }.items():
         theirs = importlib.import_module(f"peft.tuners.{method}")
         for name in names:

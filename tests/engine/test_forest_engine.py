@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,12 +13,12 @@ from hypothesis import strategies as st
 from oracles.families import SEQ2SEQ, causal, seq2seq
 from softprompt.backbone.facts import facts_of
 from softprompt.engine.choose import build_engine
-from softprompt.engine.forest import Forest
+from softprompt.engine.forest import Forest, causal_paths
 from softprompt.engine.packed_causal import ForestEngine
 from softprompt.engine.packed_seq2seq import PackedSeq2SeqEngine
+from softprompt.engine.placed import PlacedPrompts
 from softprompt.engine.plain import PlainEngine
 from softprompt.engine.rows import EngineRow
-from softprompt.engine.visibility import visibility_of
 
 FOREST = [
     "gpt2",
@@ -55,6 +56,13 @@ def prompts_for(model, *lengths):
     return [torch.randn(n, width, generator=generator).requires_grad_() for n in lengths]
 
 
+def forest_of(rows, *lengths):
+    """Plan rows of a model of 64 tokens under prompts of these lengths."""
+    prompts = [torch.zeros(length, 4) for length in lengths]
+    placed = PlacedPrompts.of(prompts, (row.prompt for row in rows), 64)
+    return Forest.of(causal_paths(rows, prompts, placed))
+
+
 def solo(model, rows, prompts, **options):
     """Score every row by itself on the plain path."""
     engine = PlainEngine(model, **options)
@@ -78,13 +86,18 @@ def assert_equals_solo(engine, model, rows, prompts, **options):
 
 
 tokens = st.integers(3, 12)  # a small alphabet, so that beginnings and answers are shared
-row = st.builds(
-    EngineRow,
-    source=st.lists(tokens, min_size=1, max_size=9).map(tuple),
-    target=st.lists(tokens, min_size=1, max_size=4).map(tuple),
-    prompt=st.sampled_from([0, 1, -1]),
-)
-batch = st.lists(row, min_size=1, max_size=8)
+
+
+@st.composite
+def row(draw):
+    """A row with its prompt somewhere; many in front, where it is shared."""
+    source = tuple(draw(st.lists(tokens, min_size=1, max_size=9)))
+    at = draw(st.sampled_from([0, 0, 1, len(source)]))
+    target = tuple(draw(st.lists(tokens, min_size=1, max_size=4)))
+    return EngineRow(source, target, draw(st.sampled_from([0, 1, -1])), at)
+
+
+batch = st.lists(row(), min_size=1, max_size=8)
 
 
 @pytest.mark.parametrize("name", [*FOREST, *SEQ2SEQ])
@@ -109,6 +122,7 @@ def test_random_batches_behind_expanded_prompts(name, rows):
 @given(rows=batch)
 def test_prompts_that_do_not_see_the_input(name, rows):
     model = model_of(name)
+    rows = [replace(row, at=0) for row in rows]
     engine = build_engine(model, "forest", prompt_sees_input=False)
     prompts = prompts_for(model, 5, 3)
     assert_equals_solo(engine, model, rows, prompts, prompt_sees_input=False)
@@ -141,16 +155,16 @@ def test_each_token_is_planned_once():
     labels = [(50, 51, 2), (50, 52, 2), (53, 2)]
     rows = [EngineRow((*shared, 7, 8), label) for label in labels]
     rows += [EngineRow((*shared, 9), label) for label in labels]
-    forest = Forest.of(rows, [20])
+    forest = forest_of(rows, 20)
     # 20 virtual + 3 shared + (2 + 1) own + per source the trie 50, 51, 52, 53; endings are never fed.
     assert len(forest) == 20 + 3 + 3 + 2 * 4
     assert len(forest.roots) == 1 and len(forest.groups) == 2
-    assert forest.positions().max() == 20 + 3 + 2 + 2 - 1
+    assert forest.plan().positions.max() == 20 + 3 + 2 + 2 - 1
 
 
 def test_blocks_stay_linear_in_rows():
     rows = [EngineRow(tuple(range(3 + i, 33 + i)), (2,)) for i in range(64)]
-    seen = sum(block.sees.numel() for block in visibility_of(Forest.of(rows, [10])).blocks)
+    seen = sum(block.sees.numel() for block in forest_of(rows, 10).plan().visibility().blocks)
     assert seen <= 64 * 30 * 40 + 10 * 10
 
 
@@ -224,8 +238,8 @@ def test_the_base_is_left_as_it_was():
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rows=batch)
 def test_the_tree_says_what_the_blocks_say(rows):
-    forest = Forest.of(rows, [5, 3])
-    plan = visibility_of(forest)
+    forest = forest_of(rows, 5, 3)
+    plan = forest.plan().visibility()
     enter, leave = plan.tree
     tree = (enter[None] <= enter[:, None]) & (enter[:, None] < leave[None])  # [query, key]
     slots = [
@@ -243,9 +257,9 @@ def test_the_tree_says_what_the_blocks_say(rows):
 
 def paths_of(forest):
     """Return the tokens each token of the stream sees, by walking up parents."""
-    paths = [list(range(i + 1)) for root in forest.roots for i in range(len(root))]
+    paths = [list(range(i + 1)) for root in forest.roots for i in range(len(root.tokens))]
     for group in forest.groups:
-        above = len(forest.roots[group.root])
+        above = len(forest.roots[group.root].tokens)
         paths += [[0] * (above + depth + 1) for depth in group.depths]
     return paths
 

@@ -102,5 +102,12 @@ def test_a_table_of_another_width_is_refused():
         describe(stored(torch.ones(3, 4)), torch.ones(6, 5))
 
 
+def test_keys_and_values_have_no_neighbours_in_the_table(letters):
+    adapter = stored(torch.ones(3, 16))
+    adapter.config["peft_type"] = "PREFIX_TUNING"
+    summary = describe(adapter, torch.ones(6, 4), letters(6))
+    assert (summary.nearest, summary.geometry.base_rms) == (None, None)
+
+
 def test_rms_of_low_precision_is_taken_in_double():
     assert rms_of(torch.full((300, 300), 0.01, dtype=torch.float16)) == pytest.approx(0.01, 1e-3)

@@ -76,6 +76,19 @@ CAUSAL: dict[str, Config] = {
     "stablelm": lambda: tf.StableLmConfig(**GQA),
 }
 
+BART_SIZES: dict[str, Any] = {
+    "vocab_size": V,
+    "d_model": H,
+    "encoder_layers": L,
+    "decoder_layers": L,
+    "encoder_attention_heads": A,
+    "decoder_attention_heads": A,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 64,
+    "forced_eos_token_id": None,
+}
+
 SEQ2SEQ: dict[str, Config] = {
     "t5": lambda: tf.T5Config(
         vocab_size=V,
@@ -89,20 +102,21 @@ SEQ2SEQ: dict[str, Config] = {
         eos_token_id=2,
     ),
     "bart": lambda: tf.BartConfig(
+        **BART_SIZES, decoder_start_token_id=2, scale_embedding=True, **IDS
+    ),
+    "mt5": lambda: tf.MT5Config(
         vocab_size=V,
         d_model=H,
-        encoder_layers=L,
-        decoder_layers=L,
-        encoder_attention_heads=A,
-        decoder_attention_heads=A,
-        encoder_ffn_dim=48,
-        decoder_ffn_dim=48,
-        max_position_embeddings=64,
-        decoder_start_token_id=2,
-        forced_eos_token_id=None,
-        scale_embedding=True,
-        **IDS,
+        d_kv=8,
+        d_ff=48,
+        num_layers=L,
+        num_heads=A,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=2,
     ),
+    "mbart": lambda: tf.MBartConfig(**BART_SIZES, scale_embedding=True, **IDS),
+    "pegasus": lambda: tf.PegasusConfig(**BART_SIZES, decoder_start_token_id=0, **IDS),
 }
 
 ENCODERS: dict[str, Config] = {
@@ -121,6 +135,17 @@ ENCODERS: dict[str, Config] = {
         max_position_embeddings=64,
         pad_token_id=0,
     ),
+}
+
+ROTARY_ENCODERS: dict[str, Config] = {
+    "modernbert": lambda: tf.ModernBertConfig(
+        **SIZES, cls_token_id=1, sep_token_id=2, local_attention=8, global_attn_every_n_layers=2
+    ),
+    "eurobert": lambda: tf.EuroBertConfig(**GQA),
+    "nomic_bert": lambda: tf.NomicBertConfig(**SIZES),
+    "gte": lambda: tf.GteConfig(**SIZES),
+    "jina_v3": lambda: tf.JinaEmbeddingsV3Config(**SIZES),
+    "esm": lambda: tf.EsmConfig(**SIZES, mask_token_id=3, position_embedding_type="rotary"),
 }
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.backbone.facts import input_embedding
+from softprompt.engine.rows import EngineRow
 
 
 def solo_logits(model: PreTrainedModel, prompt: Tensor | None, ids: Tensor) -> Tensor:
@@ -16,6 +19,33 @@ def solo_logits(model: PreTrainedModel, prompt: Tensor | None, ids: Tensor) -> T
         return model(inputs_embeds=embeds).logits[0]
     rows = prompt.to(embeds.dtype).unsqueeze(0)
     return model(inputs_embeds=torch.cat([rows, embeds], dim=1)).logits[0, prompt.shape[0] :]
+
+
+def row_logits(model: PreTrainedModel, row: EngineRow, prompts: list[Tensor]) -> Tensor:
+    """Return the logits ``[n, V]`` that predict a row's target, its prompts placed by hand."""
+    table = input_embedding(model)
+    source = with_prompt(
+        table, row.source, row.at, prompts[row.prompt] if row.prompt >= 0 else None
+    )
+    if not model.config.is_encoder_decoder:
+        whole = torch.cat([source, table(torch.tensor([row.target]))], dim=1)
+        return model(inputs_embeds=whole).logits[0, -len(row.target) - 1 : -1]
+    encoded = model.get_encoder()(inputs_embeds=source)
+    start = model.prepare_decoder_input_ids_from_labels(labels=torch.tensor([row.target]))
+    own = prompts[row.decoder_prompt] if row.decoder_prompt >= 0 else None
+    table = model.get_decoder().get_input_embeddings()
+    inputs = with_prompt(table, tuple(start[0].tolist()), 0, own)
+    logits: Tensor = model(encoder_outputs=encoded, decoder_inputs_embeds=inputs).logits
+    return logits[0, -len(row.target) :]
+
+
+def with_prompt(table: Any, ids: tuple[int, ...], at: int, prompt: Tensor | None) -> Tensor:
+    """Return embeddings ``[1, W, H]`` of ids with a prompt behind the first ``at`` of them."""
+    embeds = table(torch.tensor([ids], dtype=torch.long))
+    if prompt is None:
+        return embeds
+    rows = prompt.to(embeds.dtype).unsqueeze(0)
+    return torch.cat([embeds[:, :at], rows, embeds[:, at:]], dim=1)
 
 
 def solo_greedy(model: PreTrainedModel, prompt: Tensor | None, ids: Tensor, new: int) -> list[int]:

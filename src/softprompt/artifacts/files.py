@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-from softprompt.errors import OutputExistsError
+from softprompt.errors import ArtifactError, OutputExistsError
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
@@ -29,6 +30,35 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _sync_directory(path.parent)
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the content of a file.
+
+    Raises:
+        ArtifactError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(
+            f"could not read {path} ({error}): check its permissions and the disk"
+        ) from error
+
+
+def require_new_file(path: Path, *, overwrite: bool) -> None:
+    """Check that a file may be written at ``path``.
+
+    Raises:
+        OutputExistsError: a folder is there, or a file that may not be overwritten.
+    """
+    if path.is_dir():
+        raise OutputExistsError(f"expected an output file, {path} is a folder: name a file in it")
+    if os.path.lexists(path) and not overwrite:
+        raise OutputExistsError(
+            f"expected a new output file, {path} exists: choose another one, or pass --overwrite "
+            "(overwrite=True in Python)"
+        )
 
 
 def require_empty(directory: Path) -> None:
@@ -85,6 +115,36 @@ def write_folder(directory: Path, files: Mapping[str, bytes], stale: Iterable[st
         os.replace(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    _sync_directory(directory.parent)
+
+
+@contextmanager
+def staged_folder(directory: Path) -> Iterator[Path]:
+    """Give a folder to fill, which takes the place of ``directory`` when the block ends well.
+
+    What stood at ``directory`` is removed as a whole, and put back if the exchange fails.
+
+    Raises:
+        OSError: the file system refused.
+    """
+    # Renaming a link would leave what it points to behind.
+    directory = directory.resolve()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    staged, old = _temporary_beside(directory), _temporary_beside(directory)
+    try:
+        staged.mkdir()
+        yield staged
+        if directory.exists():
+            os.replace(directory, old)
+        try:
+            os.replace(staged, directory)
+        except BaseException:
+            if old.exists():
+                os.replace(old, directory)
+            raise
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     _sync_directory(directory.parent)
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "PROMPT_KEY",
     "WEIGHTS_NAME",
     "check_config",
+    "check_dtype",
     "check_tensors",
     "check_values",
     "config_json",
@@ -113,11 +114,7 @@ def check_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], wher
     width = tensors[PROMPT_KEY].shape[-1] if tensors[PROMPT_KEY].dim() else 0
     for name, shape in expected.items():
         tensor = tensors[name]
-        if tensor.dtype not in _DTYPES:
-            raise ArtifactError(
-                f"expected {name} in {where} to be float32, float16, bfloat16 or float64, came "
-                f"{str(tensor.dtype).removeprefix('torch.')}: convert it with .float() and save again"
-            )
+        check_dtype(name, tensor, where)
         if not _fits(tensor, shape, width):
             meaning = f" ({layout.meaning})" if name == PROMPT_KEY else ""
             raise ArtifactError(
@@ -125,6 +122,19 @@ def check_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], wher
                 f"{meaning} in {where}, came {list(tensor.shape)}: "
                 f"check that {CONFIG_NAME} belongs to these weights"
             )
+
+
+def check_dtype(name: str, tensor: Tensor, where: str) -> None:
+    """Check that a tensor has one of the floating types that prompts are stored in.
+
+    Raises:
+        ArtifactError: it has another.
+    """
+    if tensor.dtype not in _DTYPES:
+        raise ArtifactError(
+            f"expected {name} in {where} to be float32, float16, bfloat16 or float64, came "
+            f"{str(tensor.dtype).removeprefix('torch.')}: convert it with .float() and save again"
+        )
 
 
 def _fits(tensor: Tensor, shape: Shape, width: int) -> bool:

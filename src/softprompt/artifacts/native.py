@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as bytes_from_tensors
 from torch import Tensor
 
 from softprompt.artifacts.card import is_own_card, model_card
-from softprompt.artifacts.files import require_empty, require_no_file, write_folder
+from softprompt.artifacts.files import (
+    read_bytes,
+    require_empty,
+    require_no_file,
+    write_folder,
+)
 from softprompt.artifacts.layout import (
     CARD_NAME,
     MANIFEST_NAME,
@@ -35,6 +37,7 @@ from softprompt.artifacts.layout import (
 )
 from softprompt.artifacts.location import locate
 from softprompt.artifacts.manifest import Manifest
+from softprompt.artifacts.pickles import damaged, load_pickled
 from softprompt.errors import ArtifactError
 from softprompt.prompts.configs import CONFIG_NAME
 
@@ -98,7 +101,7 @@ def save_adapter(
         files[MANIFEST_NAME] = manifest.to_json().encode()
     card = directory / CARD_NAME
     # save_pretrained(".") in a project must not cost the user the project's own README.
-    if not card.is_file() or is_own_card(_read(card).decode(errors="replace")):
+    if not card.is_file() or is_own_card(read_bytes(card).decode(errors="replace")):
         files[CARD_NAME] = model_card(config, manifest).encode()
     try:
         write_folder(directory, files, stale=(PICKLED_WEIGHTS_NAME, MANIFEST_NAME))
@@ -129,7 +132,7 @@ def load_adapter(
             f"expected {CONFIG_NAME} in {directory}, it has none: pass the folder that "
             "save_pretrained or `softprompt tune` wrote"
         )
-    config = parse_object(_read(config_path).decode(errors="replace"), str(config_path))
+    config = parse_object(read_bytes(config_path).decode(errors="replace"), str(config_path))
     check_config(config)
     manifest = _read_manifest(directory / MANIFEST_NAME)
     tensors, path = _read_tensors(directory, manifest)
@@ -141,7 +144,9 @@ def _read_manifest(path: Path) -> Manifest | None:
     if not path.is_file():
         return None
     try:
-        return Manifest.from_dict(parse_object(_read(path).decode(errors="replace"), path.name))
+        return Manifest.from_dict(
+            parse_object(read_bytes(path).decode(errors="replace"), path.name)
+        )
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
 
@@ -149,12 +154,12 @@ def _read_manifest(path: Path) -> Manifest | None:
 def _read_tensors(directory: Path, manifest: Manifest | None) -> tuple[dict[str, Tensor], Path]:
     path = directory / WEIGHTS_NAME
     if path.is_file():
-        data = _read(path)
+        data = read_bytes(path)
         try:
             tensors = tensors_from_bytes(data)
         # A damaged header can fail in the parser, in the dtype table or in torch.
         except Exception as error:
-            raise _damaged(path, len(data), error) from error
+            raise damaged(path, len(data), error) from error
         _check_digest(path, data, manifest)
         return tensors, path
     path = directory / PICKLED_WEIGHTS_NAME
@@ -177,17 +182,7 @@ def _check_digest(path: Path, data: bytes, manifest: Manifest | None) -> None:
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
-    data = _read(path)
-    try:
-        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ArtifactError(
-            f"expected tensors only in {path}, it is damaged or holds code, which is never run: "
-            f"save it again as {WEIGHTS_NAME} from a source you trust"
-        ) from error
-    # A damaged stream can fail anywhere in the unpickler, IndexError and AttributeError included.
-    except Exception as error:
-        raise _damaged(path, len(data), error) from error
+    loaded = load_pickled(path)
     if not isinstance(loaded, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()
     ):
@@ -196,20 +191,3 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
             "save the adapter again with save_pretrained"
         )
     return {key: value.detach() for key, value in loaded.items()}
-
-
-def _damaged(path: Path, size: int, error: Exception) -> ArtifactError:
-    reason = " ".join(str(error).split())[:120]
-    return ArtifactError(
-        f"expected whole weights in {path}, the file is truncated or damaged ({size:,} bytes; "
-        f"{reason}): copy it again from the original"
-    )
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ArtifactError(
-            f"could not read {path} ({error}): check its permissions and the disk"
-        ) from error

@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 from softprompt.artifacts.manifest import Manifest
 from softprompt.attach import heads, names
 from softprompt.attach.completion import completed
-from softprompt.attach.encoders import build_prompt
+from softprompt.attach.prefixes import trained_directly
 from softprompt.attach.tasks import RULES
-from softprompt.backbone.facts import Facts, facts_of, input_embedding
+from softprompt.attach.transfer import started_prompt
+from softprompt.backbone.facts import Facts, facts_of
 from softprompt.backbone.freeze import freeze
 from softprompt.engine.virtual import vocabulary_of
 from softprompt.errors import AdapterError, ConfigError
@@ -84,7 +85,7 @@ class Adapters(nn.Module, ABC):
         optional = RULES[cast(TaskType, config.task_type)].heads
         paths = heads.find_heads(self.base_model, config.modules_to_save or [], optional=optional)
         heads.require_free(self.base_model, paths, adapter_name)
-        encoder = build_prompt(config, input_embedding(self.base_model), generator=generator)
+        encoder = started_prompt(config, self.base_model, generator=generator)
         self.prompt_encoder[adapter_name] = encoder.to(self.base_model.device)
         self.peft_config[adapter_name] = config
         heads.add_heads(self.base_model, paths, adapter_name)
@@ -126,6 +127,7 @@ class Adapters(nn.Module, ABC):
         """
         self._frozen.discard(self._known(adapter_name))
         self.peft_config[adapter_name].inference_mode = False
+        trained_directly(self.peft_config[adapter_name])
         self._set_gradients()
 
     @contextmanager

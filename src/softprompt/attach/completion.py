@@ -8,9 +8,10 @@ from transformers import PreTrainedModel
 
 from softprompt.attach.parts import DECODER, model_types_of
 from softprompt.attach.placing import placement_of
+from softprompt.attach.prefixes import check_kind, sized
 from softprompt.attach.tasks import RULES, infer_task
 from softprompt.backbone.facts import Facts, is_encoder_decoder, start_id
-from softprompt.engine.packed_encoder import is_bidirectional
+from softprompt.engine.isolation import is_bidirectional, why_not_isolated
 from softprompt.errors import ConfigError
 from softprompt.prompts.configs import (
     PeftConfig,
@@ -19,6 +20,7 @@ from softprompt.prompts.configs import (
     PromptLearningConfig,
     TaskType,
 )
+from softprompt.prompts.prefix import PrefixTuningConfig
 
 
 def completed(
@@ -67,27 +69,35 @@ def completed(
         raise ConfigError(
             f"the model's class takes task_type {own}, got {task}; use get_peft_model"
         )
-    submodules = _submodules(config, facts)
-    if config.token_dim not in (None, facts.token_dim):
-        raise ConfigError(
-            f"token_dim is {config.token_dim}, but {facts.architecture}'s embeddings are "
-            f"{facts.token_dim} wide; leave it out, or use the base the prompt was made for"
-        )
+    check_kind(config, shared)
     config = copy.copy(config)
+    if isinstance(config, PrefixTuningConfig):
+        sized(config, model, facts)
+    else:
+        _size_rows(config, facts)
     config.task_type = task
-    config.num_transformer_submodules = submodules
-    config.token_dim = facts.token_dim
-    config.num_layers = config.num_layers or facts.num_layers
-    config.num_attention_heads = config.num_attention_heads or facts.num_attention_heads
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = model.name_or_path or None
-    if getattr(config, "encoder_hidden_size", facts.token_dim) is None:
-        setattr(config, "encoder_hidden_size", facts.token_dim)  # noqa: B010 - of some kinds only
     heads = RULES[task].heads
     if heads:
         extra = [name for name in config.modules_to_save or [] if name not in heads]
         config.modules_to_save = [*extra, *heads]
     return config
+
+
+def _size_rows(config: PromptLearningConfig, facts: Facts) -> None:
+    """Fill in the sizes of a prompt that is rows."""
+    config.num_transformer_submodules = _submodules(config, facts)
+    if config.token_dim not in (None, facts.token_dim):
+        raise ConfigError(
+            f"token_dim is {config.token_dim}, but {facts.architecture}'s embeddings are "
+            f"{facts.token_dim} wide; leave it out, or use the base the prompt was made for"
+        )
+    config.token_dim = facts.token_dim
+    config.num_layers = config.num_layers or facts.num_layers
+    config.num_attention_heads = config.num_attention_heads or facts.num_attention_heads
+    if getattr(config, "encoder_hidden_size", facts.token_dim) is None:
+        setattr(config, "encoder_hidden_size", facts.token_dim)  # noqa: B010 - of some kinds only
 
 
 def sees_input_of(config: PromptLearningConfig) -> bool:
@@ -140,4 +150,9 @@ def _check_isolated(model: PreTrainedModel, facts: Facts, task: TaskType) -> Non
         raise ConfigError(
             f"prompt_sees_input=False needs explicit positions, which {facts.architecture} does not take; "
             "leave it out"
+        )
+    problem = why_not_isolated(model)
+    if problem:
+        raise ConfigError(
+            f"prompt_sees_input=False cannot be had in {facts.architecture}: {problem}; leave it out"
         )

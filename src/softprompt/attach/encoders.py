@@ -6,10 +6,12 @@ import dataclasses
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from softprompt.attach.embedding import PromptEmbedding
 from softprompt.attach.initial import size_of
 from softprompt.attach.multitask import MultitaskPromptEmbedding
+from softprompt.attach.prefixes import build_prefix
 from softprompt.attach.source_prompt import source_of
 from softprompt.errors import ConfigError
 from softprompt.prompts.configs import PromptLearningConfig, PromptTuningConfig
@@ -18,6 +20,7 @@ from softprompt.prompts.cpt_embedding import CPTEmbedding
 from softprompt.prompts.module import PromptModule
 from softprompt.prompts.multitask import MultitaskPromptTuningConfig
 from softprompt.prompts.p_tuning import PromptEncoderConfig
+from softprompt.prompts.prefix import PrefixTuningConfig
 from softprompt.prompts.prompt_encoder import PromptEncoder
 
 
@@ -26,6 +29,7 @@ def build_prompt(
     word_embeddings: nn.Embedding,
     *,
     generator: torch.Generator | None = None,
+    model: PreTrainedModel | None = None,
 ) -> PromptModule:
     """Return the untrained module of a configuration whose sizes are filled in.
 
@@ -33,6 +37,7 @@ def build_prompt(
         config: What to build.
         word_embeddings: The base's input embedding; gives rows for TEXT and the like.
         generator: Source of randomness; None is torch's global one, as in PEFT.
+        model: The base, which reads the text that a prefix starts as.
 
     Raises:
         ConfigError: If no module belongs to the configuration, or it lacks something.
@@ -49,6 +54,8 @@ def build_prompt(
             _, width = size_of(config, word_embeddings)
             sized = dataclasses.replace(config, token_dim=width)
             return PromptEncoder(sized, generator=generator)
+        case PrefixTuningConfig():
+            return build_prefix(config, model, generator)
         case CPTConfig():
             size_of(config, word_embeddings)
             return CPTEmbedding(config, word_embeddings)

@@ -22,6 +22,8 @@ from softprompt.attach.lending import LentPrompts
 from softprompt.backbone.facts import Facts, output_limit
 from softprompt.engine.context import check_context
 from softprompt.engine.layout import Layout, Prompts
+from softprompt.engine.prefix_paths import prefix_path
+from softprompt.engine.prefixes import Prefixes
 from softprompt.errors import ConfigError
 
 _STATIC = ("static", "offloaded_static", "sliding_window", "hybrid", "hybrid_chunked")
@@ -38,6 +40,8 @@ def prompted_generation(
         ConfigError: For speculative decoding, which rewinds the cache by text lengths.
         ContextOverflowError: If prompt, input and new tokens cannot fit.
     """
+    if prompts.prefixes is not None:
+        _check_prefixed_generation(model, facts, prompts.prefixes, kwargs)
     if prompts.table is None:
         yield kwargs
         return
@@ -54,6 +58,38 @@ def prompted_generation(
         return
     with _replaced(model, "prepare_inputs_for_generation", steps):
         yield kwargs
+
+
+def _check_prefixed_generation(
+    model: PreTrainedModel, facts: Facts, prefixes: Prefixes, kwargs: dict[str, Any]
+) -> None:
+    """Refuse what would be misread behind prefixes.
+
+    Raises:
+        ConfigError: For speculative decoding, static caches, and a filled cache where prefixes stand in it.
+        ContextOverflowError: If prefix, input and new tokens cannot fit.
+    """
+    config: GenerationConfig = kwargs.get("generation_config") or model.generation_config
+    _refuse_speculation(config, kwargs)
+    if kwargs.get("cache_implementation", config.cache_implementation) in _STATIC:
+        raise ConfigError(
+            "a static cache has its masks made before the layers see the prefix; leave cache_implementation out"
+        )
+    cache = kwargs.get("past_key_values")
+    path = prefix_path(model, facts)
+    if cache is not None and cache.get_seq_length() and not path.in_attention:
+        raise ConfigError(
+            f"{facts.architecture} keeps its prefix in the cache, which generate would count as text; leave "
+            "past_key_values out"
+        )
+    check_ids(kwargs.get("input_ids"), facts.vocabulary)
+    width, tokens = _text_size(kwargs)
+    new = _new_tokens(config, kwargs, width)
+    if facts.is_encoder_decoder:
+        check_context(tokens, 0, facts.context_length)
+        check_context(0, prefixes.width, output_limit(model), new=new, what="decoder")
+    else:
+        check_context(tokens, prefixes.width, facts.context_length, new=new)
 
 
 @contextmanager
@@ -131,6 +167,12 @@ class _Steps:
         )
 
 
+def _refuse_speculation(config: GenerationConfig, kwargs: dict[str, Any]) -> None:
+    for name in _SPECULATIVE:
+        if kwargs.get(name, getattr(config, name, None)) is not None:
+            raise ConfigError(f"{name} does not work with soft prompts; leave it out")
+
+
 def check_generation(
     model: PreTrainedModel, facts: Facts, prompts: LentPrompts, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
@@ -142,9 +184,7 @@ def check_generation(
         ContextOverflowError: If prompt, input and new tokens cannot fit.
     """
     config: GenerationConfig = kwargs.get("generation_config") or model.generation_config
-    for name in _SPECULATIVE:
-        if kwargs.get(name, getattr(config, name, None)) is not None:
-            raise ConfigError(f"{name} does not work with soft prompts; leave it out")
+    _refuse_speculation(config, kwargs)
     cache = kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() and kwargs.get("prefill_chunk_size"):
         raise ConfigError(

@@ -80,5 +80,10 @@ def _first_rows(
             return initialisers.from_labels(length, labels, vocabulary, embed, generator=generator)
         case PromptTuningInit.SAMPLE_VOCAB:
             return initialisers.sampled(length, vocabulary, embed, generator=generator)
+        case PromptTuningInit.PROMPT:
+            raise ConfigError(
+                "prompt_tuning_init='PROMPT' needs the base model, to check that the prompt is its own; "
+                "use get_peft_model, or add_adapter"
+            )
     rms = initialisers.rms(embed, vocabulary)
     return initialisers.normal(length, width, std=rms, generator=generator)

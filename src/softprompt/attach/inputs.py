@@ -6,7 +6,8 @@ together, so that none can be forgotten (PEFT builds each by hand in six places)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from softprompt.backbone.facts import Facts, is_encoder_decoder
 from softprompt.engine.context import check_context
 from softprompt.engine.layout import Layout, Prompts
 from softprompt.engine.packed import is_packed, packed_mask
+from softprompt.engine.packed_encoder import packs, without_padding
 from softprompt.errors import ConfigError
 
 IGNORED = -100
@@ -94,6 +96,26 @@ def check_ids(ids: Tensor | None, vocabulary: int) -> None:
             f"input_ids hold {largest:,}, but the base has {vocabulary:,} tokens; "
             "use the tokenizer that belongs to it"
         )
+
+
+@contextmanager
+def prompted_pass(
+    model: PreTrainedModel, call: Call
+) -> Iterator[tuple[dict[str, Any], Layout | None]]:
+    """Yield the base's keyword arguments for a call, to be run inside the context, and its layout.
+
+    There the layers of an encoder run without padding where that is exact, and prompts that do
+    not see the input once.
+    """
+    inputs, layout = prompted_inputs(call)
+    isolated = layout if not call.prompts.sees_input else None
+    # A prompt that stands at other positions in another row is not the same.
+    alike = isolated is None or "position_ids" in inputs or isolated.is_plain
+    if call.rules.packs and alike and packs(model, inputs, isolated=isolated is not None):
+        with without_padding(model, inputs["attention_mask"], isolated):
+            yield inputs, layout
+    else:
+        yield (inputs if isolated is None else isolated_inputs(model, inputs, isolated)), layout
 
 
 def prompted_inputs(call: Call) -> tuple[dict[str, Any], Layout | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -14,9 +14,11 @@ from transformers import PreTrainedModel
 from softprompt.attach import heads
 from softprompt.attach.choosing import RowPrompt
 from softprompt.attach.heads import BASE
-from softprompt.backbone.facts import input_embedding
+from softprompt.backbone.facts import Facts, input_embedding
 from softprompt.engine.layout import Prompts
 from softprompt.engine.lock import locked
+from softprompt.engine.prefix_paths import prefixed
+from softprompt.engine.prefixes import Prefixes
 from softprompt.engine.recomputed import recomputed_alike
 from softprompt.engine.virtual import VirtualVocabulary
 from softprompt.errors import ConfigError
@@ -29,10 +31,12 @@ class PromptParts:
     Attributes:
         input: Rows ``[P, H]`` in the (encoder's) input, None where there are none.
         decoder: Rows ``[P, H]`` before the decoder's input of a seq2seq model, None where there are none.
+        prefix: Keys and values ``[L, 2, A_kv, P, D]`` of the decoder's layers, None where there are none.
     """
 
     input: Tensor | None
     decoder: Tensor | None = None
+    prefix: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +47,13 @@ class LentPrompts:
         input: Prompts in the (encoder's) input, None when no row has one.
         decoder: Prompts before the decoder's input, None when no row has one.
         placed: Whether a prompt may stand elsewhere than in front.
+        prefixes: Keys and values before the tokens, None when no row has any.
     """
 
     input: Prompts | None
     decoder: Prompts | None
     placed: bool = False
+    prefixes: Prefixes | None = None
 
     @classmethod
     def of(
@@ -69,7 +75,9 @@ class LentPrompts:
             table = torch.cat([first.table, second.table])
             second = replace(second, table=table, starts=second.starts + len(first.table))
             first = replace(first, table=table)
-        return cls(first, second, at is not None)
+        prefixes = [part.prefix for part in parts if part.prefix is not None]
+        kept = Prefixes.of(prefixes, chosen) if prefixes else None
+        return cls(first, second, at is not None, kept)
 
     @property
     def table(self) -> Tensor | None:
@@ -95,11 +103,12 @@ def _gathered(
 @contextmanager
 def lent(
     model: PreTrainedModel,
+    facts: Facts,
     vocabulary: VirtualVocabulary,
     rows: Sequence[RowPrompt],
     prompts: LentPrompts,
 ) -> Iterator[LentPrompts]:
-    """Lend prompts to the embedding and switch the heads to each row's own.
+    """Lend prompts to the embedding, or to attention, and switch the heads to each row's own.
 
     The context holds the model's lock: threads take turns.
 
@@ -113,7 +122,8 @@ def lent(
             f"{size:,}; resize it first, then attach"
         )
     names = [row.name for row in rows]
-    with locked(model), recomputed_alike(model):
+    behind = nullcontext() if prompts.prefixes is None else prefixed(model, facts, prompts.prefixes)
+    with locked(model), behind, recomputed_alike(model):
         switches = [switch for _, switch in heads.switches_of(model)]
         for switch in switches:
             switch.active = names[0] if len(set(names)) == 1 else tuple(names)

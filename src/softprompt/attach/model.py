@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -16,6 +16,7 @@ from softprompt.attach import saving
 from softprompt.attach.adapters import Adapters
 from softprompt.attach.choosing import RowPrompt, TaskIds, chosen_rows
 from softprompt.attach.completion import sees_input_of
+from softprompt.attach.context_loss import without_context_labels
 from softprompt.attach.counts import count, sentence
 from softprompt.attach.decoder import decoder_inputs
 from softprompt.attach.generation import prompted_generation
@@ -25,18 +26,18 @@ from softprompt.attach.inputs import (
     Call,
     batch_size,
     bound,
-    isolated_inputs,
     named_input,
-    prompted_inputs,
+    prompted_pass,
 )
 from softprompt.attach.lending import LentPrompts, PromptParts, lent
 from softprompt.attach.parts import split_value
 from softprompt.attach.placing import PromptAt, prompt_offsets
+from softprompt.attach.prefixes import check_prefixed
 from softprompt.attach.tasks import RULES, infer_task
 from softprompt.backbone.facts import input_embedding
-from softprompt.engine.packed_encoder import without_padding
 from softprompt.errors import ConfigError
 from softprompt.prompts.configs import PeftType, PromptLearningConfig, TaskType
+from softprompt.prompts.cpt_embedding import CPTEmbedding
 from softprompt.prompts.module import PROMPT_KEY
 
 
@@ -75,18 +76,18 @@ class PeftModel(Adapters):
         """
         inputs = bound(self._arguments_of_forward, args, kwargs)
         rows = self._rows(inputs, adapter_names, task_ids)
-        rules = RULES[self.task_type]
+        names = [row.name for row in rows]
+        inputs, context = without_context_labels(inputs, names, self.peft_config)
         with self._prompted(rows, inputs, prompt_at) as prompts:
             if prompts.decoder is not None:
                 inputs = decoder_inputs(self.base_model, self.facts, prompts.decoder, inputs)
+            check_prefixed(self.base_model, self.facts, prompts.prefixes, inputs)
             if prompts.input is None:
                 return self.base_model(**inputs)
-            inputs, layout = prompted_inputs(Call(inputs, prompts.input, self.facts, rules))
-            if layout is not None and not prompts.input.sees_input:
-                inputs = isolated_inputs(self.base_model, inputs, layout)
-            packed = without_padding(self.base_model, inputs) if rules.pooled else nullcontext()
-            with packed:
-                return self.base_model(**inputs)
+            call = Call(inputs, prompts.input, self.facts, RULES[self.task_type])
+            with prompted_pass(self.base_model, call) as (prepared, layout):
+                outputs = self.base_model(**prepared)
+            return outputs if context is None else context.scored(outputs, layout)
 
     def generate(
         self,
@@ -143,11 +144,14 @@ class PeftModel(Adapters):
         at = prompt_offsets(self.base_model, rows, self.peft_config, inputs, prompt_at)
         sees_input = sees_input_of(self.active_peft_config)
         prompts = LentPrompts.of(rows, self.parts_of, sees_input=sees_input, at=at)
-        return lent(self.base_model, self._vocabulary, rows, prompts)
+        return lent(self.base_model, self.facts, self._vocabulary, rows, prompts)
 
     def parts_of(self, row: RowPrompt) -> PromptParts:
         """Return the value of a prompt by where it goes, with gradients."""
-        value = self.encoder_of(row.name).materialize(row.task)
+        encoder = self.encoder_of(row.name)
+        if isinstance(encoder, CPTEmbedding) and torch.is_grad_enabled():
+            encoder.project_()
+        value = encoder.materialize(row.task)
         return split_value(value, self.peft_config[row.name], self.facts)
 
     def save_pretrained(

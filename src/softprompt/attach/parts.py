@@ -6,6 +6,7 @@ from torch import Tensor
 
 from softprompt.attach.lending import PromptParts
 from softprompt.backbone.facts import Facts
+from softprompt.engine.rows import is_keys_and_values
 from softprompt.prompts.configs import PromptLearningConfig
 
 ENCODER, DECODER = "ENCODER", "DECODER"
@@ -26,6 +27,8 @@ def model_types_of(config: PromptLearningConfig, facts: Facts) -> tuple[str, ...
 
 def split_value(value: Tensor, config: PromptLearningConfig, facts: Facts) -> PromptParts:
     """Return a prompt's value ``[S·P, H]`` by where it goes: the encoder's rows come first."""
+    if is_keys_and_values(value):
+        return PromptParts(None, prefix=value)
     if not facts.is_encoder_decoder:
         return PromptParts(value)
     match model_types_of(config, facts):

@@ -147,7 +147,8 @@ def check_base(stored: Stored | StoredAdapter, model: PreTrainedModel, ignore: b
     Raises:
         FingerprintError: If the fingerprints differ and that is not ignored.
     """
-    if stored.manifest is None or ignore:
+    # A prompt from a format that records no weights of its base has an empty fingerprint.
+    if stored.manifest is None or ignore or not stored.manifest.base_fingerprint:
         return
     made_for = Fingerprint.from_dict(stored.manifest.base_fingerprint)
     here = Fingerprint.of(model)

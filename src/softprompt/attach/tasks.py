@@ -21,6 +21,8 @@ class TaskRules:
         pooled: Whether one place of a row decides its output: the last real one in decoders, the first
             column in encoders, where every row therefore starts.
         span_labels: Whether ``start_positions`` / ``end_positions`` count columns, so they move by P.
+        packs: Whether nothing reads an output where the input is padded, so that encoders may run
+            without padding; a softmax over the columns (spans) does.
         heads: Modules that are new for the task, trained and saved with the prompt.
     """
 
@@ -28,6 +30,7 @@ class TaskRules:
     token_labels: bool = False
     pooled: bool = False
     span_labels: bool = False
+    packs: bool = False
     heads: tuple[str, ...] = ()
 
 
@@ -35,15 +38,15 @@ RULES: Mapping[TaskType, TaskRules] = {
     TaskType.CAUSAL_LM: TaskRules("ForCausalLM", token_labels=True),
     TaskType.SEQ_2_SEQ_LM: TaskRules("ForConditionalGeneration"),
     TaskType.SEQ_CLS: TaskRules(
-        "ForSequenceClassification", pooled=True, heads=("classifier", "score")
+        "ForSequenceClassification", pooled=True, packs=True, heads=("classifier", "score")
     ),
     TaskType.TOKEN_CLS: TaskRules(
-        "ForTokenClassification", token_labels=True, heads=("classifier", "score")
+        "ForTokenClassification", token_labels=True, packs=True, heads=("classifier", "score")
     ),
     TaskType.QUESTION_ANS: TaskRules(
         "ForQuestionAnswering", span_labels=True, heads=("qa_outputs",)
     ),
-    TaskType.FEATURE_EXTRACTION: TaskRules("Model"),
+    TaskType.FEATURE_EXTRACTION: TaskRules("Model", packs=True),
 }
 
 

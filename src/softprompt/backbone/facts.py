@@ -103,18 +103,23 @@ def input_embedding(model: PreTrainedModel) -> nn.Embedding:
             f"{type(model).__name__} has no input embedding table, so no prompt can stand before its input; "
             "use a text model"
         )
-    return cast(nn.Embedding, table)
+    return cast(nn.Embedding, _looked_up(model, cast(nn.Embedding, table)))
 
 
-def decoder_embedding(model: PreTrainedModel) -> nn.Embedding | None:
-    """Return the module that embeds a seq2seq decoder's ids; None where it has other ids than the encoder."""
-    if not is_encoder_decoder(model):
-        return None
-    table = cast(Any, model).get_decoder().get_input_embeddings()
-    same = isinstance(table, nn.Embedding) and len(table.weight) == len(
-        input_embedding(model).weight
-    )
-    return cast(nn.Embedding, table) if same else None
+def _looked_up(model: PreTrainedModel, table: nn.Embedding) -> nn.Module:
+    """Return the module a table's ids go through: T5 without its decoder has a twin that is never run."""
+    encoder = model.get_encoder()
+    if isinstance(encoder, PreTrainedModel):
+        inner = encoder.get_input_embeddings()
+        if getattr(inner, "weight", None) is table.weight:
+            return inner
+    return table
+
+
+def decoder_embedding(model: PreTrainedModel) -> nn.Embedding:
+    """Return the module in which the decoder of a seq2seq model looks ids up; the encoder's may be another."""
+    decoder = cast(Any, model).get_decoder()
+    return cast(nn.Embedding, decoder.get_input_embeddings())
 
 
 def side_embeddings(model: PreTrainedModel) -> list[nn.Embedding]:
@@ -153,6 +158,12 @@ def start_id(model: PreTrainedModel) -> int | None:
             "use placement prefix"
         )
     return start
+
+
+def has_windows(stack: nn.Module) -> bool:
+    """Tell whether some layers of a model, encoder or decoder see only a stretch of the input."""
+    kinds = getattr(getattr(stack, "config", None), "layer_types", None) or ()
+    return any(kind != "full_attention" for kind in kinds)
 
 
 def output_limit(model: PreTrainedModel) -> int | None:

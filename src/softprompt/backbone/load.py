@@ -79,7 +79,7 @@ def load_base(
         config = AutoConfig.from_pretrained(source, **options)
         kind = bool(getattr(config, "is_encoder_decoder", False)) if seq2seq is None else seq2seq
         loader = AutoModelForSeq2SeqLM if kind else AutoModelForCausalLM
-        with _progress_on_terminals_only():
+        with progress_on_terminals_only():
             model = loader.from_pretrained(source, dtype=dtype or "auto", **options)
         words = tokenizer or AutoTokenizer.from_pretrained(source, **options)
     except Exception as cause:
@@ -90,8 +90,8 @@ def load_base(
 
 
 @contextmanager
-def _progress_on_terminals_only() -> Iterator[None]:
-    """Keep transformers' weight-loading bar out of logs and pipes."""
+def progress_on_terminals_only() -> Iterator[None]:
+    """Keep transformers' loading and saving bars out of logs and pipes."""
     if sys.stderr.isatty() or not hf_logging.is_progress_bar_enabled():
         yield
         return

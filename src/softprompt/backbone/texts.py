@@ -8,10 +8,11 @@ from softprompt.backbone.load import DEMO
 from softprompt.bundled import model_directory
 from softprompt.errors import ConfigError
 from softprompt.prompts.configs import PromptTuningConfig
+from softprompt.prompts.prefix import PrefixTuningConfig
 
 
-def text_token_ids(config: PromptTuningConfig) -> list[int]:
-    """Tokenise ``prompt_tuning_init_text``, special tokens included as in PEFT.
+def text_token_ids(config: PromptTuningConfig | PrefixTuningConfig) -> list[int]:
+    """Tokenise the initial text of a configuration, special tokens included as in PEFT.
 
     Raises:
         ConfigError: If the tokenizer cannot be loaded.
@@ -19,9 +20,11 @@ def text_token_ids(config: PromptTuningConfig) -> list[int]:
     options = dict(config.tokenizer_kwargs or {})
     special = bool(options.pop("add_special_tokens", True))
     tokenizer = _tokenizer(config, options)
-    ids: list[int] = tokenizer(config.prompt_tuning_init_text, add_special_tokens=special)[
-        "input_ids"
-    ]
+    if isinstance(config, PrefixTuningConfig):
+        text = config.prefix_tuning_init_text
+    else:
+        text = config.prompt_tuning_init_text
+    ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
     return ids
 
 
@@ -36,14 +39,24 @@ def label_token_ids(config: PromptTuningConfig) -> list[list[int]]:
     return [tokenizer(line, add_special_tokens=False)["input_ids"] for line in lines]
 
 
-def _tokenizer(config: PromptTuningConfig, options: dict[str, object]) -> PreTrainedTokenizerBase:
-    name = str(config.tokenizer_name_or_path)
+def _tokenizer(
+    config: PromptTuningConfig | PrefixTuningConfig, options: dict[str, object]
+) -> PreTrainedTokenizerBase:
+    return load_tokenizer(str(config.tokenizer_name_or_path), **options)
+
+
+def load_tokenizer(name: str, **options: object) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a name or folder.
+
+    Raises:
+        ConfigError: If it cannot be loaded.
+    """
     source = str(model_directory()) if name == DEMO else name
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
     except Exception as cause:
         first = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         raise ConfigError(
-            f"the tokenizer {name!r} for the initial text cannot be loaded: {first[:160]}"
+            f"the tokenizer {name!r} for the initial prompt cannot be loaded: {first[:160]}"
         ) from cause
     return tokenizer

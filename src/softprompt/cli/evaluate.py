@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from softprompt.cli.options import base_options, given, output_options
+from softprompt.cli.prompts import base_options_of, load_prompts
 from softprompt.cli.streams import show, start_logging
+from softprompt.errors import UsageError
+
+if TYPE_CHECKING:
+    from softprompt.inference.ensemble import Combine, Ensemble
+    from softprompt.inference.tuned import TunedPrompt
 
 
 @click.command("evaluate")
-@click.argument("prompt_dir")
+@click.argument("prompt_dirs", nargs=-1, required=True)
 @click.option("--data", required=True, type=click.Path(), help="Rows that were not trained on.")
+@click.option(
+    "--combine",
+    type=click.Choice(["mean", "vote"]),
+    help="How several prompts answer together: mean log-probability (default), or majority vote.",
+)
 @click.option("--without-prompt", is_flag=True, help="Evaluate the base with the template alone.")
 @click.option(
     "--task",
@@ -34,27 +45,28 @@ from softprompt.cli.streams import show, start_logging
 @output_options
 def command(
     *,
-    prompt_dir: str,
+    prompt_dirs: tuple[str, ...],
     data: str,
-    base_model: str | None,
-    torch_dtype: str | None,
-    device: str | None,
-    ignore_fingerprint: bool,
+    combine: Combine | None,
     as_json: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Evaluate a prompt, or its base alone, on a data file."""
+    """Evaluate a prompt, or its base alone, on a data file.
+
+    Several prompts of one base and one label set are evaluated as an ensemble, and each by itself.
+    """
+    if combine is not None and len(prompt_dirs) == 1:
+        raise UsageError(
+            "--combine would be ignored with one prompt; name two or more, or leave it out"
+        )
     start_logging(quiet=quiet)
     from softprompt.evaluation.evaluate import evaluate
-    from softprompt.inference.loading import load
+    from softprompt.inference.ensemble import Ensemble
 
-    tuned = load(
-        prompt_dir,
-        base_model,
-        torch_dtype=torch_dtype,
-        device=device,
-        ignore_fingerprint=ignore_fingerprint,
-    )
-    report = evaluate(tuned, data, **given(options))
+    prompts = load_prompts(prompt_dirs, base_options_of(options))
+    subject: TunedPrompt | Ensemble = prompts[0]
+    if len(prompts) > 1:
+        subject = Ensemble(prompts, combine=combine or "mean", names=prompt_dirs)
+    report = evaluate(subject, data, **given(options))
     show(report.to_dict(), str(report), as_json=as_json)

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from softprompt.cli.options import base_options, given, options_of, output_options
+from softprompt.cli.prompts import base_options_of, load_prompts
 from softprompt.cli.streams import show, start_logging
 from softprompt.errors import UsageError
 from softprompt.inference.options import GenerationOptions
@@ -29,10 +30,6 @@ def command(
     prompt_dir: str,
     text: str | None,
     pairs: tuple[str, ...],
-    base_model: str | None,
-    torch_dtype: str | None,
-    device: str | None,
-    ignore_fingerprint: bool,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -43,21 +40,14 @@ def command(
     the number of its "line". Blank lines have no answer, and a warning says which they are.
     """
     lines = _lines() if text is None and not pairs else None
-    requests = [_request(text, pairs)] if lines is None else list(lines.values())
+    requests = [request_of(text, pairs)] if lines is None else list(lines.values())
+    base = base_options_of(options)
     settings = given(options)
     GenerationOptions.from_settings(
         {k: v for k, v in settings.items() if k not in ("batch_size", "task")}
     )
     start_logging(quiet=quiet)
-    from softprompt.inference.loading import load
-
-    tuned = load(
-        prompt_dir,
-        base_model,
-        torch_dtype=torch_dtype,
-        device=device,
-        ignore_fingerprint=ignore_fingerprint,
-    )
+    (tuned,) = load_prompts([prompt_dir], base)
     answers = tuned.generate(requests, **settings)
     found = [answer.to_dict() for answer in answers]
     result = (
@@ -68,7 +58,7 @@ def command(
     show(result, "\n".join(answer.text for answer in answers), as_json=as_json)
 
 
-def _request(text: str | None, pairs: tuple[str, ...]) -> str | dict[str, str]:
+def request_of(text: str | None, pairs: tuple[str, ...]) -> str | dict[str, str]:
     """Return the one input that the options give: a text, or fields by name."""
     if not pairs:
         return text or ""

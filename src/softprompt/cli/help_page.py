@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from softprompt.cli.main import COMMANDS, cli
+from softprompt.cli.main import cli
 
 WIDTH = 100
 
@@ -23,32 +23,20 @@ def help_page() -> str:
     context = click.Context(
         cli, info_name="softprompt", terminal_width=WIDTH, help_option_names=["-h", "--help"]
     )
-    parts = [INTRODUCTION, _section("softprompt", cli, context)]
-    for name in COMMANDS:
-        command = cli.get_command(context, name)
-        if command is not None:
-            child = click.Context(command, info_name=name, parent=context, terminal_width=WIDTH)
-            parts.append(_section(f"softprompt {name}", command, child))
-            parts += _below(f"softprompt {name}", command, child)
-    return "\n".join(parts)
+    return "\n".join([INTRODUCTION, *_sections("softprompt", cli, context)])
 
 
-def _below(title: str, command: click.Command, context: click.Context) -> list[str]:
-    """Return the sections of the commands inside a group."""
+def _sections(title: str, command: click.Command, context: click.Context) -> list[str]:
+    """Return the help of a command, and of the commands below it."""
+    found = [f"## {title}\n\n```text\n{command.get_help(context)}\n```\n"]
     if not isinstance(command, click.Group):
-        return []
-    return [
-        _section(
-            f"{title} {name}",
-            inner,
-            click.Context(inner, info_name=name, parent=context, terminal_width=WIDTH),
-        )
-        for name, inner in command.commands.items()
-    ]
-
-
-def _section(title: str, command: click.Command, context: click.Context) -> str:
-    return f"## {title}\n\n```text\n{command.get_help(context)}\n```\n"
+        return found
+    for name in command.list_commands(context):
+        child = command.get_command(context, name)
+        if child is not None:
+            below = click.Context(child, info_name=name, parent=context, terminal_width=WIDTH)
+            found += _sections(f"{title} {name}", child, below)
+    return found
 
 
 if __name__ == "__main__":

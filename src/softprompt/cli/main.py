@@ -12,7 +12,17 @@ import click
 
 from softprompt.errors import SoftPromptError, TrainingInterrupted, nearest
 
-COMMANDS = ("tune", "evaluate", "generate", "info", "sources", "demo")
+COMMANDS = (
+    "tune",
+    "evaluate",
+    "generate",
+    "info",
+    "sources",
+    "similar",
+    "compose",
+    "convert",
+    "demo",
+)
 INTERRUPTED = 130
 
 

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from softprompt.data.chat_frame import ChatFrame
 from softprompt.data.continuation import Continuation
 from softprompt.data.records import Example
 from softprompt.data.source_cut import cut_values
 from softprompt.data.special_frame import SpecialFrame, encode
 from softprompt.data.template import Verbalizer
 from softprompt.errors import ConfigError, DataError, TemplateError
+from softprompt.prompts.kinds import Placement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,6 +27,8 @@ class TokenRow:
     target: tuple[int, ...]
     source_cut: bool
     target_cut: bool
+    at: int = 0
+    """Source ids before the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,7 @@ class RowTokenizer:
 
     Causal: source = the tokenizer's leading special tokens + text, no EOS; target = continuation
     + EOS. Seq2seq: both as the tokenizer frames them, which is how such models are trained.
+    With a prompt in the system turn the source is the tokenizer's chat template around the text.
     """
 
     def __init__(
@@ -60,11 +65,12 @@ class RowTokenizer:
         max_source_length: int,
         max_target_length: int,
         seq2seq: bool,
+        placement: Placement = Placement.PREFIX,
     ) -> None:
         """Read the tokenizer's special tokens off and check the limits (tokens, specials counted).
 
         Raises:
-            ConfigError: A limit leaves no room for text.
+            ConfigError: A limit leaves no room for text, or the tokenizer has no such placement.
             TemplateError: The template's own text is longer than ``max_source_length``.
         """
         self.tokenizer = tokenizer
@@ -72,10 +78,23 @@ class RowTokenizer:
         self.max_source_length = max_source_length
         self.max_target_length = max_target_length
         self.seq2seq = seq2seq
+        self.placement = placement
         frame = SpecialFrame.of(tokenizer)
-        self._source_frame = frame if seq2seq else SpecialFrame(frame.prefix, ())
+        in_chat = placement is Placement.CHAT_SYSTEM
+        self._chat = ChatFrame.of(tokenizer) if in_chat else None
+        if self._chat is not None:
+            frame = self._chat.frame
+        elif not seq2seq:
+            frame = SpecialFrame(frame.prefix, ())
+        self._source_frame = frame
+        if placement is Placement.AFTER_BOS and not frame.prefix:
+            raise ConfigError(
+                "placement after_bos needs a tokenizer that starts texts with a token of its own, this one "
+                "does not; use prefix"
+            )
         self._target_frame = self._frame_of_targets()
-        self._continuation = None if seq2seq else Continuation(tokenizer, verbalizer.tail)
+        tail = verbalizer.tail if self._chat is None else self._chat.tail
+        self._continuation = None if seq2seq else Continuation(tokenizer, tail)
         self._marks = _special_texts(tokenizer)
         self._template_has_marks = any(
             mark in literal for mark in self._marks for literal in verbalizer.literals
@@ -100,7 +119,7 @@ class RowTokenizer:
         sources = self._sources([example.fields for example in examples])
         targets = [self._target(example.target) for example in examples]
         rows = [
-            TokenRow(source, target, bool(source_loss), bool(target_loss))
+            TokenRow(source, target, bool(source_loss), bool(target_loss), self.offset(source))
             for (source, source_loss), (target, target_loss) in zip(sources, targets, strict=True)
         ]
         summary = CutSummary(
@@ -119,6 +138,15 @@ class RowTokenizer:
         """
         ids, loss = self._sources([fields])[0]
         return ids, bool(loss)
+
+    def offset(self, source: Sequence[int]) -> int:
+        """Return how many ids of a source stand before the prompt."""
+        match self.placement:
+            case Placement.AFTER_BOS:
+                return len(self._source_frame.prefix)
+            case Placement.SUFFIX:
+                return len(source)
+        return 0 if self._chat is None else self._chat.at
 
     def target(self, text: str) -> tuple[int, ...]:
         """Return the ids of an answer with its EOS, cut to ``max_target_length``."""
@@ -211,7 +239,9 @@ class RowTokenizer:
         rendered = self.verbalizer.render(fields)
         if self._template_has_marks:
             self._refuse_marks(fields)
-        return rendered if self._continuation is None else self._continuation.of_source(rendered)
+        if self._continuation is None or self._chat is not None:
+            return rendered
+        return self._continuation.of_source(rendered)
 
     def _refuse_marks(self, fields: Mapping[str, str]) -> None:
         for name in self.verbalizer.fields:

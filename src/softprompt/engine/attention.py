@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -35,7 +35,9 @@ NAME = "softprompt_forest"
 """Name of the attention implementation in ``config._attn_implementation``."""
 
 _UNSUPPORTED = ("s_aux", "head_mask")
-_plan: ContextVar[Visibility | None] = ContextVar("softprompt_forest_plan", default=None)
+_plan: ContextVar[tuple[Visibility, Sequence[Tensor]] | None] = ContextVar(
+    "softprompt_forest_plan", default=None
+)
 
 
 class ForestUnsupportedError(BackboneError):
@@ -48,13 +50,33 @@ class LayerMask:
 
     visibility: Visibility
     bias: Tensor | None
+    prefixes: Sequence[Tensor]
     _additive: dict[tuple[torch.dtype, int], list[Tensor]]
     _flex: list[BlockMask | None]
 
     @classmethod
-    def of(cls, visibility: Visibility, bias: Tensor | None = None) -> LayerMask:
-        """Wrap a visibility, with a bias ``[A, L, L]`` by query and key position (T5)."""
-        return cls(visibility, bias, {}, [])
+    def of(
+        cls, visibility: Visibility, bias: Tensor | None = None, prefixes: Sequence[Tensor] = ()
+    ) -> LayerMask:
+        """Wrap a visibility.
+
+        Args:
+            visibility: Who sees whom.
+            bias: Added to the scores, by query and key position, ``[A, N, N]`` (T5).
+            prefixes: Keys and values ``[L, 2, A_kv, P, D]`` that stand behind the stream's, in the order in
+                which the visibility counts them.
+        """
+        return cls(visibility, bias, prefixes, {}, [])
+
+    def behind(self, stream: Tensor, module: nn.Module, part: int) -> Tensor:
+        """Return keys (part 0) or values (1) of a stream ``[N, A_kv · D]`` with those of the prefixes behind."""
+        if not self.prefixes:
+            return stream
+        index = getattr(module, "layer_idx", None)
+        if not isinstance(index, int):
+            raise ForestUnsupportedError(f"{type(module).__name__} does not know its layer")
+        own = [prefix[index, part].to(stream.device, stream.dtype) for prefix in self.prefixes]
+        return torch.cat([stream, *(each.transpose(0, 1).flatten(1) for each in own)])
 
     def flex(self) -> BlockMask | None:
         """Return the mask of the GPU kernel, None where it does not apply."""
@@ -85,25 +107,24 @@ class LayerMask:
 
 
 @contextmanager
-def forest_attention(model: PreTrainedModel, plan: Visibility | None = None) -> Iterator[None]:
+def forest_attention(
+    model: PreTrainedModel, plan: Visibility | None = None, prefixes: Sequence[Tensor] = ()
+) -> Iterator[None]:
     """Run the model's attention over packed streams inside the context, which holds the model's lock.
 
     Args:
         model: The model.
         plan: Who sees whom, for every mask the model makes; None where layers are handed theirs.
+        prefixes: Keys and values ``[L, 2, A_kv, P, D]`` that the plan counts behind the stream's.
 
     Raises:
         ForestUnsupportedError: If the model does not honour the attention interface.
     """
     with locked(model):
         before = implementations_of(model)
-        token = _plan.set(plan)
+        token = _plan.set(None if plan is None else (plan, prefixes))
         try:
-            _implement(model, NAME)
-            if model.config._attn_implementation != NAME:
-                raise ForestUnsupportedError(
-                    f"{type(model).__name__} does not honour transformers' attention interface"
-                )
+            implement(model, NAME)
             with recomputed_alike(model):
                 yield
         finally:
@@ -111,19 +132,31 @@ def forest_attention(model: PreTrainedModel, plan: Visibility | None = None) -> 
             switch(before)
 
 
-def _implement(model: PreTrainedModel, name: str) -> None:
+def implement(model: PreTrainedModel, name: str) -> None:
+    """Set the attention implementation of a model and its parts.
+
+    Raises:
+        ForestUnsupportedError: If the model does not honour the attention interface.
+    """
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity(logging.ERROR)
     try:
         model.set_attn_implementation(name)
     finally:
         hf_logging.set_verbosity(verbosity)
+    if model.config._attn_implementation != name:
+        raise ForestUnsupportedError(
+            f"{type(model).__name__} does not honour transformers' attention interface"
+        )
 
 
 def forest_mask(*, mask_function: MaskRule, **_: Any) -> LayerMask | None:
     """Mask interface: the plan of the pass, under the layer kind's own rule."""
     plan = _plan.get()
-    return LayerMask.of(plan.restricted(mask_function)) if plan is not None else None
+    if plan is None:
+        return None
+    visibility, prefixes = plan
+    return LayerMask.of(visibility.restricted(mask_function), prefixes=prefixes)
 
 
 def forest_attention_forward(
@@ -158,7 +191,11 @@ def forest_attention_forward(
     if flex is not None:
         return attend(query, key, value, flex, scale).transpose(1, 2).contiguous(), None
     masks = attention_mask.additive(query.dtype, repeats)
-    streams = [_stream(part) for part in (query, key, value)]
+    streams = [
+        _stream(query),
+        attention_mask.behind(_stream(key), module, 0),
+        attention_mask.behind(_stream(value), module, 1),
+    ]
     outputs = []
     for block, mask in zip(attention_mask.visibility.blocks, masks, strict=True):
         q, k, v = _gathered(streams, block, key.shape[1], repeats)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import Facts, input_embedding
-from softprompt.engine.rows import EngineRow
+from softprompt.backbone.facts import Facts, decoder_embedding, input_embedding, output_limit
+from softprompt.engine.rows import EngineRow, is_keys_and_values, prompt_length
 from softprompt.errors import ConfigError, ContextOverflowError, DataError
 
 
@@ -44,17 +44,58 @@ def depends_on_neighbours(
     """Tell whether rows of a batch would change each other's rotary positions (``rope_changes_at``)."""
     if facts.rope_changes_at is None:
         return False
-    virtual = [int(prompts[row.prompt].shape[0]) if row.prompt >= 0 else 0 for row in rows]
+    virtual = [prompt_length(prompts, row.prompt) for row in rows]
     lengths = [v + len(r.source) + len(r.target) for v, r in zip(virtual, rows, strict=True)]
     return max(lengths) > facts.rope_changes_at
 
 
-def check_table(model: PreTrainedModel, facts: Facts) -> None:
-    """Refuse a model whose embedding table was resized: virtual ids would silently mean tokens.
+def check_rows(
+    model: PreTrainedModel,
+    facts: Facts,
+    rows: Sequence[EngineRow],
+    prompts: Sequence[Tensor],
+    *,
+    sees_input: bool = True,
+) -> None:
+    """Refuse a batch that cannot be run.
+
+    Args:
+        model: The model.
+        facts: Facts of the model when the engine was built.
+        rows: The rows.
+        prompts: Their prompts.
+        sees_input: Whether an encoder's prompt attends to the input.
 
     Raises:
-        ConfigError: If it has not the size in ``facts``.
+        ConfigError: If the embedding table was resized, or the model cannot have a prompt there.
+        DataError: If nothing stands before a row's answer, an id is no token of the model, or a
+            prompt should stand behind more tokens than there are.
+        ContextOverflowError: If a row does not fit behind its prompt.
     """
+    _check_table(model, facts)
+    for index, row in enumerate(rows):
+        _check_placement(index, row, prompts, facts, sees_input)
+        if not row.source and not _fed(prompts, row.prompt):
+            raise DataError(
+                f"row {index} has an empty input and no prompt in it, so nothing stands before its answer; "
+                "give it an input or a prompt"
+            )
+        virtual, fed = prompt_length(prompts, row.prompt), _fed(prompts, row.prompt)
+        if not facts.is_encoder_decoder:
+            _check_ids(index, row.source + row.target, facts.vocabulary)
+            check_context(len(row.source) + len(row.target), virtual, facts.context_length)
+            continue
+        _check_ids(index, row.source, facts.vocabulary)
+        check_context(len(row.source), fed, facts.context_length)
+        # Keys and values stand in the decoder, whichever of the two names them.
+        behind = virtual - fed + prompt_length(prompts, row.decoder_prompt)
+        check_context(len(row.target), behind, output_limit(model), what="decoder")
+        # A decoder may have a vocabulary of its own.
+        _check_ids(index, row.target, int(decoder_embedding(model).weight.shape[0]))
+
+
+def _check_table(model: PreTrainedModel, facts: Facts) -> None:
+    """Refuse a model whose embedding table was resized: virtual ids would silently mean tokens."""
     size = int(input_embedding(model).weight.shape[0])
     if size != facts.vocabulary:
         raise ConfigError(
@@ -63,37 +104,42 @@ def check_table(model: PreTrainedModel, facts: Facts) -> None:
         )
 
 
-def check_rows(
-    rows: Sequence[EngineRow], prompts: Sequence[Tensor], facts: Facts, target_limit: int | None
+def _check_ids(index: int, ids: Sequence[int], vocabulary: int) -> None:
+    """Refuse an id past the table: from V on ids would silently mean prompt rows."""
+    largest = max(ids, default=0)
+    if largest >= vocabulary:
+        raise DataError(
+            f"row {index} holds the id {largest:,}, but the model has {vocabulary:,} tokens; "
+            "use the tokenizer that belongs to it"
+        )
+
+
+def _check_placement(
+    index: int, row: EngineRow, prompts: Sequence[Tensor], facts: Facts, sees_input: bool
 ) -> None:
-    """Refuse a batch with a row that cannot be run.
+    if not 0 <= row.at <= len(row.source):
+        raise DataError(
+            f"row {index} should have its prompt behind {row.at:,} tokens, but its input has "
+            f"{len(row.source):,}; put the prompt earlier"
+        )
+    if row.decoder_prompt >= 0 and not facts.is_encoder_decoder:
+        raise ConfigError(
+            f"row {index} has a decoder prompt, but {facts.architecture} has no encoder and decoder; "
+            "give it the prompt as its own"
+        )
+    if row.at and row.prompt >= 0 and not sees_input:
+        raise ConfigError(
+            f"row {index} has its prompt behind {row.at:,} tokens, but a prompt that does not see the "
+            "input stands in front of it; use the prefix placement"
+        )
+    if row.at and row.prompt >= 0 and is_keys_and_values(prompts[row.prompt]):
+        raise ConfigError(
+            f"row {index} has its prompt behind {row.at:,} tokens, but keys and values stand in front "
+            "of the input; use the prefix placement"
+        )
 
-    Args:
-        rows: The rows.
-        prompts: Their prompts ``[P_i, H]``.
-        facts: Facts of the model.
-        target_limit: Positions of the decoder of a seq2seq model; unused for causal models.
 
-    Raises:
-        DataError: If nothing stands before a row's answer, or an id is no token of the model.
-        ContextOverflowError: If a row does not fit behind its prompt.
-    """
-    seq2seq = facts.is_encoder_decoder
-    for index, row in enumerate(rows):
-        virtual = int(prompts[row.prompt].shape[0]) if row.prompt >= 0 else 0
-        if not row.source and not virtual:
-            raise DataError(
-                f"row {index} has an empty input and no prompt, so nothing stands before its answer; "
-                "give it an input or a prompt"
-            )
-        # From V on ids would silently mean prompt rows. A decoder may have a vocabulary of its own.
-        largest = max(row.source + (() if seq2seq else row.target), default=0)
-        if largest >= facts.vocabulary:
-            raise DataError(
-                f"row {index} holds the id {largest:,}, but the model has {facts.vocabulary:,} tokens; "
-                "use the tokenizer that belongs to it"
-            )
-        tokens = len(row.source) + (0 if seq2seq else len(row.target))
-        check_context(tokens, virtual, facts.context_length)
-        if seq2seq:
-            check_context(len(row.target), 0, target_limit, what="decoder")
+def _fed(prompts: Sequence[Tensor], prompt: int) -> int:
+    """Return the tokens of a prompt that are run and can predict; keys and values are none."""
+    keys_and_values = prompt >= 0 and is_keys_and_values(prompts[prompt])
+    return 0 if keys_and_values else prompt_length(prompts, prompt)

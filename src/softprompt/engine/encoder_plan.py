@@ -1,7 +1,7 @@
-"""What an encoder runs for a batch of sources, and which of its states each source owns.
+"""What an encoder runs for a batch, and which of its states each input owns.
 
-The prompt sees the input: one row ``[prompt | source]`` for each source. It does not: the
-prompts once, and one row for each source that sees its prompt and itself.
+The prompt sees the input: one row for each input, its prompt in its place. It does not: the
+prompts once, and one row for each input that sees its prompt and itself.
 """
 
 from __future__ import annotations
@@ -12,89 +12,75 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softprompt.engine.visibility import Span, Visibility, padded
+from softprompt.engine.placed import PlacedPrompts
+from softprompt.engine.plan import Plan
+from softprompt.engine.rows import EngineRow
+from softprompt.engine.visibility import Span
 
 
 @dataclass(frozen=True, slots=True)
 class EncoderPlan:
-    """Rows of an encoder pass.
+    """An encoder's pass, and what its rows mean to a decoder.
 
     Attributes:
-        rows: First position and ids of each row; ids from V on are virtual.
-        sees: Packed indices each row's tokens see, its own among them.
-        keys: Packed indices of the states each source owns, prompt first.
-        used: Prompts of the call in the order their rows stand in the table.
+        plan: The pass.
+        owners: The input each row of the batch has; rows with one input and prompt share it.
+        owned: Tokens of the stream whose states each input owns, in the order of its row.
     """
 
-    rows: tuple[tuple[int, tuple[int, ...]], ...]
-    sees: tuple[Tensor, ...]
-    keys: tuple[Tensor, ...]
-    used: tuple[int, ...]
-
-    @property
-    def positions(self) -> Tensor:
-        """Position of each packed token in ``[prompt | source]``, ``[N]``."""
-        return torch.cat([torch.arange(start, start + len(ids)) for start, ids in self.rows])
-
-    def padded(self, pad_id: int) -> tuple[Tensor, Tensor]:
-        """Return ids and mask ``[R, W]``, each row at its own positions."""
-        width = max(start + len(ids) for start, ids in self.rows)
-        ids = torch.full((len(self.rows), width), pad_id)
-        mask = torch.zeros_like(ids)
-        for i, (start, row) in enumerate(self.rows):
-            ids[i, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
-            mask[i, start : start + len(row)] = 1
-        return ids, mask
-
-    def visibility(self) -> Visibility:
-        """Return who sees whom in the packed rows."""
-        spans, at = [], 0
-        for (_, ids), seen in zip(self.rows, self.sees, strict=True):
-            own = torch.arange(at, at + len(ids))
-            spans.append(Span(own, seen, torch.ones(len(own), len(seen), dtype=torch.bool)))
-            at += len(ids)
-        positions = self.positions
-        return padded([spans], positions, positions)
+    plan: Plan
+    owners: tuple[int, ...]
+    owned: tuple[Tensor, ...]
 
 
-def encoder_plan(
-    sources: Sequence[tuple[int, tuple[int, ...]]],
-    lengths: Sequence[int],
-    vocabulary: int,
-    sees_input: bool,
-) -> EncoderPlan:
-    """Plan the encoder rows of sources.
+def encoder_plan(rows: Sequence[EngineRow], placed: PlacedPrompts, sees_input: bool) -> EncoderPlan:
+    """Plan the encoder rows of a batch.
 
     Args:
-        sources: Prompt (-1 for none) and ids of each source.
-        lengths: Length of each prompt of the call.
-        vocabulary: First virtual id (V).
+        rows: The rows; prompts that do not see the input stand in front of it.
+        placed: The encoder's prompts.
         sees_input: Whether the prompt sees the input.
     """
-    used = sorted({prompt for prompt, _ in sources if prompt >= 0})
-    virtual: dict[int, tuple[int, ...]] = {-1: ()}
-    first = vocabulary
-    for prompt in used:
-        virtual[prompt] = tuple(range(first, first + lengths[prompt]))
-        first += lengths[prompt]
+    prompt_of = {placed.source(row): row.prompt for row in rows}
+    sources = list(prompt_of.items())
+    number = {source: i for i, source in enumerate(prompt_of)}
+    owners = tuple(number[placed.source(row)] for row in rows)
     if sees_input:
-        rows = [(0, virtual[prompt] + source) for prompt, source in sources]
-        own = _indices(rows)
-        return EncoderPlan(tuple(rows), tuple(own), tuple(own), tuple(used))
-    shared = [(0, virtual[prompt]) for prompt in used]
-    rows = [*shared, *((len(virtual[prompt]), source) for prompt, source in sources)]
-    own = _indices(rows)
-    above = {-1: torch.empty(0, dtype=torch.long)} | dict(zip(used, own, strict=False))
-    keys = [
-        torch.cat([above[prompt], index])
-        for (prompt, _), index in zip(sources, own[len(used) :], strict=True)
+        own = _indices([source for source, _ in sources])
+        sequences = [(0, source) for source, _ in sources]
+        return EncoderPlan(_plan(sequences, own, own), owners, tuple(own))
+    shared = sorted(prompt for prompt, ids in placed.ids.items() if ids)
+    above = [len(placed.ids_of(prompt)) for _, prompt in sources]
+    sequences = [
+        *((0, placed.ids_of(prompt)) for prompt in shared),
+        *((length, source[length:]) for length, (source, _) in zip(above, sources, strict=True)),
     ]
-    return EncoderPlan(tuple(rows), (*own[: len(used)], *keys), tuple(keys), tuple(used))
+    own = _indices([ids for _, ids in sequences])
+    states = {prompt: index for prompt, index in zip(shared, own, strict=False)}
+    owned = [
+        torch.cat([states[prompt], index]) if prompt in states else index
+        for (_, prompt), index in zip(sources, own[len(shared) :], strict=True)
+    ]
+    return EncoderPlan(_plan(sequences, own, [*own[: len(shared)], *owned]), owners, tuple(owned))
 
 
-def _indices(rows: Sequence[tuple[int, tuple[int, ...]]]) -> list[Tensor]:
+def _plan(
+    sequences: Sequence[tuple[int, tuple[int, ...]]], own: Sequence[Tensor], seen: Sequence[Tensor]
+) -> Plan:
+    """Return the pass of sequences with first positions, each seeing all of the given tokens."""
+    spans = [
+        Span(queries, keys, torch.ones(len(queries), len(keys), dtype=torch.bool))
+        for queries, keys in zip(own, seen, strict=True)
+    ]
+    ids = torch.tensor([token for _, ids in sequences for token in ids], dtype=torch.long)
+    positions = torch.cat([torch.arange(start, start + len(ids)) for start, ids in sequences])
+    return Plan(ids, positions, (tuple(spans),))
+
+
+def _indices(sequences: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Return the stream indices of each sequence."""
     at, found = 0, []
-    for _, ids in rows:
+    for ids in sequences:
         found.append(torch.arange(at, at + len(ids)))
         at += len(ids)
     return found

@@ -17,11 +17,11 @@ from transformers.cache_utils import DynamicLayer
 
 from softprompt.backbone.facts import facts_of, recomputes_layers
 from softprompt.engine.attention import ForestUnsupportedError
-from softprompt.engine.context import check_rows, check_table, depends_on_neighbours
+from softprompt.engine.context import check_rows, depends_on_neighbours
 from softprompt.engine.layout import Prompts
 from softprompt.engine.plain import PlainEngine, pad_rows
 from softprompt.engine.predictions import IGNORED, HeadInput, PredictingEngine, Predictions
-from softprompt.engine.rows import EngineRow
+from softprompt.engine.rows import EngineRow, any_prefix
 from softprompt.engine.virtual import virtual_rows
 
 
@@ -54,13 +54,17 @@ class ExpandEngine(PredictingEngine):
             DataError: If nothing stands before a row's answer.
             ContextOverflowError: If a row does not fit behind its prompt.
         """
-        check_table(self._model, self._facts)
-        check_rows(rows, prompts, self._facts, None)
+        check_rows(self._model, self._facts, rows, prompts)
+        if any_prefix(rows, prompts):
+            # Their keys and values are given: the plain path puts them into the cache as they are.
+            return self._plain.predict(rows, prompts, head)
         used = sorted({row.prompt for row in rows if row.prompt >= 0 and len(prompts[row.prompt])})
         checkpointing = recomputes_layers(self._model)
         unlike = depends_on_neighbours(rows, prompts, self._facts)
-        if not used or checkpointing or unlike or not all(row.source for row in rows):
-            # Checkpointing drops the cache; an empty source is predicted from the prompt's own pass.
+        behind = any(row.at for row in rows if row.prompt in used)
+        if not used or checkpointing or unlike or behind or not all(row.source for row in rows):
+            # Checkpointing drops the cache; an empty source is predicted from the prompt's own pass;
+            # the keys of a prompt behind other tokens are different in every row.
             return self._plain.predict(rows, prompts, head)
         chosen = Prompts.of([prompts[p] for p in used], range(len(used)))
         with virtual_rows(self._model, chosen.table):

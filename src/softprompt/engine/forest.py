@@ -1,26 +1,30 @@
-"""The plan of one pass: a forest of tokens, each computed once.
+"""Causal rows as a forest of tokens, each computed once.
 
-    root     prompt rows, then the tokens with which all of its rows begin
-    ├─ row   the rest of one source
+    root     what all rows of one owner begin with: their prompt, a common beginning of the input
+    ├─ row   the rest of one input
     │  ├─ a candidate answer, sharing its first tokens with the others
     │  └─ …
     └─ row   …
 
 In a causal model nothing that follows changes what stands before, so every token of a forest
-has the hidden state it would have in its own padded row. Rows with the same prompt and source
-share everything up to where their targets part. The last token of a target is never fed:
-nothing is predicted from it.
+has the hidden state it would have in its own padded row. Rows are ids, a prompt's from V on, so
+a prompt is shared by what stands before it and no further: by all rows when it is in front of
+them, by the answers of one input when it stands behind it. The last token of a target is never
+fed: nothing is predicted from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from softprompt.engine.rows import EngineRow
+from softprompt.engine.placed import PlacedPrompts
+from softprompt.engine.plan import Plan, Targets
+from softprompt.engine.rows import EngineRow, is_keys_and_values, prompt_length
+from softprompt.engine.visibility import Span
 
 _ROOT = -1
 """Parent of a group's first tokens."""
@@ -88,157 +92,215 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Root:
-    """A prompt and the tokens that all of its rows begin with.
+class Path:
+    """What one row feeds, and what it predicts.
 
     Attributes:
-        prompt: Index into the prompts of the call, -1 for none.
-        virtual: Rows of the prompt.
-        tokens: The shared beginning.
+        owner: Rows of different owners share nothing: the prompt, or the encoder row they see.
+        ids: The ids before its target, virtual ones among them.
+        target: The target tokens.
+        offset: Positions taken before the first id; the same for all rows of an owner.
     """
 
-    prompt: int
-    virtual: int
-    tokens: tuple[int, ...]
+    owner: int
+    ids: tuple[int, ...]
+    target: tuple[int, ...]
+    offset: int = 0
 
-    def __len__(self) -> int:
-        return self.virtual + len(self.tokens)
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """What all rows of an owner begin with; nothing where the owner has one input only.
+
+    Attributes:
+        owner: The owner.
+        tokens: The shared beginning.
+        offset: Position of its first token, behind keys and values that are not in the stream.
+    """
+
+    owner: int
+    tokens: tuple[int, ...]
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Forest:
-    """Roots, groups below them, and the tokens whose successors are scored.
-
-    The stream of a pass holds the roots in order, then the groups in order.
+    """Roots, and groups below them. The stream holds the roots in order, then the groups in order.
 
     Attributes:
         roots: The roots.
         groups: The groups.
-        predictors: Stream index of the token before each target token, ``[M]``.
-        labels: The target tokens, ``[M]``.
-        row_index: The row each belongs to, ``[M]``.
+        scored: Group, token in it, label and row of each target token.
     """
 
     roots: tuple[Root, ...]
     groups: tuple[Group, ...]
-    predictors: Tensor
-    labels: Tensor
-    row_index: Tensor
+    scored: tuple[tuple[int, int, int, int], ...]
 
     @classmethod
-    def of(cls, rows: Sequence[EngineRow], virtual: Sequence[int]) -> Forest:
-        """Plan a batch; ``virtual[p]`` is the length of prompt p."""
-        roots, root_of = _roots(rows, virtual)
+    def of(cls, paths: Sequence[Path]) -> Forest:
+        """Plan rows."""
+        roots = _roots(paths)
+        root_of = {root.owner: number for number, root in enumerate(roots)}
         groups: list[Group] = []
-        found: dict[
-            tuple[int, tuple[int, ...]], tuple[int, int]
-        ] = {}  # -> group, end of the source
-        scored: list[tuple[int, int, int, int, int]] = []  # root, group, token in it, label, row
-        for number, row in enumerate(rows):
-            root = root_of[row.prompt]
-            key = (row.prompt, row.source)
+        found: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}  # -> group, end of the input
+        scored: list[tuple[int, int, int, int]] = []
+        for row, path in enumerate(paths):
+            root = root_of[path.owner]
+            key = (path.owner, path.ids)
             if key not in found:
                 group = Group(root)
                 end = _ROOT
-                for token in row.source[len(roots[root].tokens) :]:
+                for token in path.ids[len(roots[root].tokens) :]:
                     end = group.child(end, token)
                 found[key] = (len(groups), end)
                 groups.append(group)
-            index, at = found[key]
-            for i, token in enumerate(row.target):
-                scored.append((root, index, at, token, number))
-                if i + 1 < len(row.target):
-                    at = groups[index].child(at, token)
-        return cls(tuple(roots), tuple(groups), *_scored_tensors(roots, groups, scored))
+            number, at = found[key]
+            for i, token in enumerate(path.target):
+                scored.append((number, at, token, row))
+                if i + 1 < len(path.target):
+                    at = groups[number].child(at, token)
+        return cls(tuple(roots), tuple(groups), tuple(scored))
+
+    @property
+    def _parts(self) -> list[Sequence[int]]:
+        return [*(root.tokens for root in self.roots), *(group.tokens for group in self.groups)]
 
     @property
     def starts(self) -> tuple[list[int], list[int]]:
         """Stream index of the first token of each root, and of each group."""
-        return _starts(self.roots, self.groups)
+        at, starts = 0, []
+        for tokens in self._parts:
+            starts.append(at)
+            at += len(tokens)
+        return starts[: len(self.roots)], starts[len(self.roots) :]
 
     def __len__(self) -> int:
-        return sum(map(len, self.roots)) + sum(len(group.tokens) for group in self.groups)
+        return sum(map(len, self._parts))
 
-    def ids(self, vocabulary: int, offsets: Sequence[int]) -> Tensor:
-        """Return the ids of the stream ``[N]``; prompt p's rows are from ``vocabulary + offsets[p]`` on."""
-        ids: list[int] = []
-        for root in self.roots:
-            first = vocabulary + (offsets[root.prompt] if root.prompt >= 0 else 0)
-            ids += [*range(first, first + root.virtual), *root.tokens]
-        for group in self.groups:
-            ids += group.tokens
-        return torch.tensor(ids, dtype=torch.long)
+    def plan(self) -> Plan:
+        """Return the stream to run."""
+        ids = [token for tokens in self._parts for token in tokens]
+        return Plan(
+            torch.tensor(ids, dtype=torch.long),
+            torch.tensor(list(self._positions()), dtype=torch.long),
+            self._spans(),
+            self._targets(),
+            self.tree(),
+        )
 
-    def positions(self) -> Tensor:
-        """Return the position of each token in its own row, ``[N]``."""
-        positions: list[int] = []
+    def _positions(self) -> Iterator[int]:
         for root in self.roots:
-            positions += range(len(root))
+            yield from range(root.offset, root.offset + len(root.tokens))
         for group in self.groups:
-            first = len(self.roots[group.root])
-            positions += [first + depth for depth in group.depths]
-        return torch.tensor(positions, dtype=torch.long)
+            root = self.roots[group.root]
+            first = root.offset + len(root.tokens)
+            yield from (first + depth for depth in group.depths)
+
+    def _spans(self) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
+        root_starts, group_starts = self.starts
+        roots, groups = [], []
+        for root, start in zip(self.roots, root_starts, strict=True):
+            index = torch.arange(start, start + len(root.tokens))
+            sees = torch.ones(len(index), len(index), dtype=torch.bool).tril()
+            roots.append(Span(index, index, sees, root.owner))
+        for group, start in zip(self.groups, group_starts, strict=True):
+            own = torch.arange(start, start + len(group.tokens))
+            above = roots[group.root].keys
+            sees = torch.cat(
+                [torch.ones(len(own), len(above), dtype=torch.bool), group.sees()], dim=1
+            )
+            groups.append(Span(own, torch.cat([above, own]), sees, roots[group.root].owner))
+        return tuple(roots), tuple(groups)
+
+    def _targets(self) -> Targets:
+        root_starts, group_starts = self.starts
+        predictors = []
+        for number, token, _, _ in self.scored:
+            root = self.groups[number].root
+            end_of_root = root_starts[root] + len(self.roots[root].tokens) - 1
+            predictors.append(end_of_root if token == _ROOT else group_starts[number] + token)
+        return Targets(
+            torch.tensor(predictors, dtype=torch.long),
+            torch.tensor([label for _, _, label, _ in self.scored], dtype=torch.long),
+            torch.tensor([row for _, _, _, row in self.scored], dtype=torch.long),
+        )
 
     def tree(self) -> Tensor:
         """Return, in depth-first order, where each token stands and where its descendants end, ``[2, N]``."""
         enter, leave, at = [0] * len(self), [0] * len(self), 0
         root_starts, group_starts = self.starts
         for number, (root, start) in enumerate(zip(self.roots, root_starts, strict=True)):
-            for token in range(start, start + len(root)):
+            for token in range(start, start + len(root.tokens)):
                 enter[token], at = at, at + 1
             for group, first in zip(self.groups, group_starts, strict=True):
                 if group.root == number:
                     for token, (place, end) in enumerate(zip(*group.depth_first(), strict=True)):
                         enter[first + token], leave[first + token] = at + place, at + end
                     at += len(group.tokens)
-            for token in range(start, start + len(root)):
+            for token in range(start, start + len(root.tokens)):
                 leave[token] = at
         return torch.tensor([enter, leave])
 
 
-def _roots(rows: Sequence[EngineRow], virtual: Sequence[int]) -> tuple[list[Root], dict[int, int]]:
-    sources: dict[int, list[tuple[int, ...]]] = {}
-    for row in rows:
-        sources.setdefault(row.prompt, []).append(row.source)
-    roots = [
-        Root(prompt, virtual[prompt] if prompt >= 0 else 0, _common_prefix(own))
-        for prompt, own in sources.items()
+def causal_plan(
+    rows: Sequence[EngineRow], prompts: Sequence[Tensor], placed: PlacedPrompts
+) -> Plan:
+    """Plan rows of a causal model."""
+    return Forest.of(causal_paths(rows, prompts, placed)).plan()
+
+
+def causal_paths(
+    rows: Sequence[EngineRow], prompts: Sequence[Tensor], placed: PlacedPrompts
+) -> list[Path]:
+    """Return the paths of rows; a prompt of keys and values takes positions but no tokens."""
+    offsets = [
+        prompt_length(prompts, row.prompt)
+        if row.prompt >= 0 and is_keys_and_values(prompts[row.prompt])
+        else 0
+        for row in rows
     ]
-    return roots, {root.prompt: i for i, root in enumerate(roots)}
+    return [
+        Path(row.prompt, placed.source(row), row.target, offset)
+        for row, offset in zip(rows, offsets, strict=True)
+    ]
 
 
-def _common_prefix(sources: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """Return the tokens all sources begin with."""
-    first, last = min(sources), max(sources)  # in order, these two differ first
+def decoder_plan(
+    rows: Sequence[EngineRow], owners: Sequence[int], starts: Sequence[int], placed: PlacedPrompts
+) -> Plan:
+    """Plan the decoder's rows ``[decoder prompt | start | target]`` of a seq2seq model.
+
+    Args:
+        rows: The rows.
+        owners: The encoder row that each of them sees.
+        starts: The token that each of them starts with.
+        placed: The decoder's prompts.
+    """
+    paths = [
+        Path(owner, (*placed.ids_of(row.decoder_prompt), start), row.target)
+        for row, owner, start in zip(rows, owners, starts, strict=True)
+    ]
+    return Forest.of(paths).plan()
+
+
+def _roots(paths: Sequence[Path]) -> list[Root]:
+    inputs: dict[int, set[tuple[int, ...]]] = {}
+    offsets: dict[int, int] = {}
+    for path in paths:
+        inputs.setdefault(path.owner, set()).add(path.ids)
+        offsets[path.owner] = path.offset
+    return [
+        # One input needs no root: with its answers it is one bundle of queries instead of two.
+        Root(owner, _common_prefix(own) if len(own) > 1 else (), offsets[owner])
+        for owner, own in inputs.items()
+    ]
+
+
+def _common_prefix(inputs: set[tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the tokens all inputs begin with."""
+    first, last = min(inputs), max(inputs)  # in order, these two differ first
     shared = 0
     while shared < min(len(first), len(last)) and first[shared] == last[shared]:
         shared += 1
     return first[:shared]
-
-
-def _starts(roots: Sequence[Root], groups: Sequence[Group]) -> tuple[list[int], list[int]]:
-    at, root_starts, group_starts = 0, [], []
-    for root in roots:
-        root_starts.append(at)
-        at += len(root)
-    for group in groups:
-        group_starts.append(at)
-        at += len(group.tokens)
-    return root_starts, group_starts
-
-
-def _scored_tensors(
-    roots: Sequence[Root], groups: Sequence[Group], scored: Sequence[tuple[int, int, int, int, int]]
-) -> tuple[Tensor, Tensor, Tensor]:
-    root_starts, group_starts = _starts(roots, groups)
-    predictors, labels, numbers = [], [], []
-    for root, group, token, label, row in scored:
-        end_of_root = root_starts[root] + len(roots[root]) - 1
-        predictors.append(end_of_root if token == _ROOT else group_starts[group] + token)
-        labels.append(label)
-        numbers.append(row)
-    return (
-        torch.tensor(predictors, dtype=torch.long),
-        torch.tensor(labels, dtype=torch.long),
-        torch.tensor(numbers, dtype=torch.long),
-    )

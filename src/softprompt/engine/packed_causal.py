@@ -12,13 +12,15 @@ from transformers import PreTrainedModel
 
 from softprompt.backbone.facts import facts_of
 from softprompt.engine.attention import ForestUnsupportedError, forest_attention
-from softprompt.engine.context import check_rows, check_table, depends_on_neighbours
-from softprompt.engine.forest import Forest
+from softprompt.engine.context import check_rows, depends_on_neighbours
+from softprompt.engine.forest import causal_plan
+from softprompt.engine.forest_prefixes import forest_prefixes, why_unread
+from softprompt.engine.placed import PlacedPrompts
 from softprompt.engine.plain import PlainEngine
 from softprompt.engine.predictions import HeadInput, PredictingEngine, Predictions
-from softprompt.engine.rows import EngineRow
+from softprompt.engine.prefix_gradient import gathered_gradient
+from softprompt.engine.rows import EngineRow, any_prefix
 from softprompt.engine.virtual import virtual_rows
-from softprompt.engine.visibility import visibility_of
 
 
 @final
@@ -27,13 +29,14 @@ class ForestEngine(PredictingEngine):
 
     name = "forest"
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Prepare for a model.
+    def __init__(self, model: PreTrainedModel, *, trusted: bool = False) -> None:
+        """Prepare for a model; ``trusted`` skips the probe for prompts of keys and values.
 
         Raises:
             ForestUnsupportedError: If the model cannot take a packed row.
         """
         self._model = model
+        self._trusted = trusted
         self._facts = facts_of(model)
         self._plain = PlainEngine(model)
         parameters = inspect.signature(model.forward).parameters
@@ -54,35 +57,31 @@ class ForestEngine(PredictingEngine):
             DataError: If nothing stands before a row's answer.
             ContextOverflowError: If a row does not fit behind its prompt.
         """
-        check_table(self._model, self._facts)
-        check_rows(rows, prompts, self._facts, None)
-        if depends_on_neighbours(rows, prompts, self._facts):
+        check_rows(self._model, self._facts, rows, prompts)
+        if depends_on_neighbours(rows, prompts, self._facts) or not self._reads(rows, prompts):
             return self._plain.predict(rows, prompts, head)
-        forest = Forest.of(rows, [int(prompt.shape[0]) for prompt in prompts])
-        used = [root.prompt for root in forest.roots if root.prompt >= 0]
-        values_of = [prompts[p] for p in used if len(prompts[p])]
-        table = torch.cat(values_of) if values_of else None
-        offsets = _offsets(prompts, used)
+        placed = PlacedPrompts.of(prompts, (row.prompt for row in rows), self._facts.vocabulary)
+        plan = causal_plan(rows, prompts, placed)
         device = self._model.device
-        wanted, place = torch.unique(forest.predictors, return_inverse=True)
-        plan = visibility_of(forest).to(device)
-        with virtual_rows(self._model, table), forest_attention(self._model, plan):
+        wanted, place = plan.targets.places()
+        kept = forest_prefixes(plan, rows, prompts)
+        with (
+            gathered_gradient(self._model, kept.values) as values,
+            virtual_rows(self._model, placed.table),
+            forest_attention(self._model, kept.visibility.to(device), values),
+        ):
             logits = self._model(
-                input_ids=forest.ids(self._facts.vocabulary, offsets).unsqueeze(0).to(device),
-                position_ids=forest.positions().unsqueeze(0).to(device),
-                attention_mask=torch.ones(1, len(forest), dtype=torch.long, device=device),
+                input_ids=plan.ids.unsqueeze(0).to(device),
+                position_ids=plan.positions.unsqueeze(0).to(device),
+                attention_mask=torch.ones(1, len(plan), dtype=torch.long, device=device),
                 logits_to_keep=wanted.to(device),
                 use_cache=False,
-            ).logits[0]
+            ).logits
         states = head.states if head is not None else None  # [1, K, H]
-        scored = (place.to(device), forest.labels.to(device), forest.row_index.to(device))
-        return Predictions(logits, None if states is None else states[0], *scored)
+        return Predictions.of_stream(logits, states, place, plan.targets)
 
-
-def _offsets(prompts: Sequence[Tensor], used: Sequence[int]) -> list[int]:
-    """Return where each used prompt starts in the concatenated table."""
-    offsets, at = [0] * len(prompts), 0
-    for prompt in used:
-        offsets[prompt] = at
-        at += int(prompts[prompt].shape[0])
-    return offsets
+    def _reads(self, rows: Sequence[EngineRow], prompts: Sequence[Tensor]) -> bool:
+        """Tell whether the forest reads the rows' prompts of keys and values as the plain path does."""
+        if self._trusted or not any_prefix(rows, prompts):
+            return True
+        return not why_unread(self._model, ForestEngine(self._model, trusted=True), self._plain)

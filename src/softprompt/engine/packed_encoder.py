@@ -7,19 +7,22 @@ shapes they expect. A model earns it by a probe: hidden states packed must equal
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softprompt.backbone.facts import facts_of, recomputes_layers, skips_layers
 from softprompt.engine.attention import LayerMask, forest_attention
+from softprompt.engine.layout import Layout
 from softprompt.engine.packed_layers import Packing, layers_of, packed_layers, relative_bias
 from softprompt.engine.selfcheck import probing
-from softprompt.engine.visibility import whole_rows
+from softprompt.engine.visibility import Span, Visibility, padded, whole_rows
 
 _PROBE = (9, 4, 6)
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -27,22 +30,27 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _packable: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
-def without_padding(
-    model: PreTrainedModel, inputs: Mapping[str, Any]
-) -> AbstractContextManager[None]:
-    """Run the layers of an encoder on real tokens inside the context, where that is exact and pays.
+def packs(model: PreTrainedModel, inputs: Mapping[str, Any], *, isolated: bool = False) -> bool:
+    """Tell whether a forward call of an encoder runs without padding: where that is exact and pays.
+
+    Padding then has the output the head gives for a state of zeros, so a call that reads more of
+    it (hidden states, labels there) is run padded, as are decoders.
 
     Args:
-        model: The model; decoders are left alone.
-        inputs: The arguments of the forward call inside the context.
+        model: The model.
+        inputs: The arguments of the call.
+        isolated: Whether prompts do not see the input, so that each is computed once.
     """
     mask = inputs.get("attention_mask")
     asked = any(_wants(model, inputs, n) for n in ("output_attentions", "output_hidden_states"))
-    if mask is None or mask.dim() != 2 or bool(mask.all()) or asked or model.can_generate():
-        return nullcontext()
-    if recomputes_layers(model) or skips_layers(model) or why_not_packed(model):
-        return nullcontext()
-    return _packed(model, mask)
+    if mask is None or mask.dim() != 2 or asked or torch.compiler.is_compiling():
+        return False
+    if bool(mask.all()) and not isolated:
+        return False
+    labels = inputs.get("labels")
+    if labels is not None and labels.shape == mask.shape and bool((labels[mask == 0] >= 0).any()):
+        return False
+    return not skips_layers(model) and not why_not_packed(model) and _can_run_again(model)
 
 
 def _wants(model: PreTrainedModel, inputs: Mapping[str, Any], name: str) -> bool:
@@ -50,13 +58,12 @@ def _wants(model: PreTrainedModel, inputs: Mapping[str, Any], name: str) -> bool
     return bool(getattr(model.config, name, False) if given is None else given)
 
 
-@torch.no_grad()
-def is_bidirectional(model: PreTrainedModel) -> bool:
-    """Tell whether a token's hidden state depends on the tokens behind it."""
-    ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=model.device) % facts_of(model).vocabulary
-    with probing(model):
-        states = model.base_model(input_ids=ids).last_hidden_state[:, :2]
-    return not torch.allclose(states[0], states[1], atol=1e-6)
+def _can_run_again(model: PreTrainedModel) -> bool:
+    """Tell whether backward runs layers again, if it does, behind the hooks that pack them."""
+    if not recomputes_layers(model):
+        return True
+    layers = layers_of(model.base_model, windows=True)
+    return all(isinstance(layer, GradientCheckpointingLayer) for layer in layers)
 
 
 def why_not_packed(model: PreTrainedModel) -> str:
@@ -71,21 +78,62 @@ def why_not_packed(model: PreTrainedModel) -> str:
 
 
 @contextmanager
-def _packed(model: PreTrainedModel, mask: Tensor) -> Iterator[None]:
+def without_padding(
+    model: PreTrainedModel, mask: Tensor, isolated: Layout | None = None
+) -> Iterator[None]:
+    """Run the layers of an encoder on real tokens inside the context; ask ``packs`` first.
+
+    Args:
+        model: The model.
+        mask: The attention mask of the call, ``[B, W]``.
+        isolated: Where prompts stand that do not see the input: each is computed once.
+    """
     stack = model.base_model
-    lengths = mask.sum(1).tolist()
-    plan = whole_rows(lengths).to(mask.device)
-    bias = relative_bias(stack, max(lengths))
+    if isolated is None:
+        packing = Packing.of(mask)
+        # Windows and relative positions count the columns of the padded batch.
+        columns = torch.arange(mask.shape[1]).expand(mask.shape)[mask.bool().cpu()]
+        plan = replace(
+            whole_rows(mask.sum(1).tolist()), query_positions=columns, key_positions=columns
+        )
+    else:
+        packing = Packing.sharing(mask, isolated.slot)
+        plan = _shared_prompts(packing, isolated)
+    plan = plan.to(mask.device)
+    bias = relative_bias(stack, mask.shape[1])
+    layers = layers_of(stack, windows=True)
     with (
-        forest_attention(model),
-        packed_layers(layers_of(stack), Packing.of(mask), LayerMask.of(plan, bias), unpack=True),
+        forest_attention(model, plan),
+        packed_layers(layers, packing, LayerMask.of(plan, bias), unpack=True),
     ):
         yield
+
+
+def _shared_prompts(packing: Packing, layout: Layout) -> Visibility:
+    """Return who sees whom: a prompt itself, a row's text its prompt and itself."""
+    prompts: dict[int, Span] = {}
+    texts = []
+    assert packing.home is not None, "prompts stand in several rows"
+    home, virtual = packing.home.cpu(), (layout.slot >= 0).cpu()
+    for places, own, above in zip(home, (home >= 0) & ~virtual, virtual, strict=True):
+        text, prompt = places[own], places[above]
+        if len(prompt):
+            first = int(prompt[0])
+            prompts[first] = _all_seen(prompt, prompt)
+        texts.append(_all_seen(text, torch.cat([prompt, text])))
+    positions = layout.positions().flatten()[packing.take].cpu()
+    return padded([list(prompts.values()), texts], positions, positions)
+
+
+def _all_seen(queries: Tensor, keys: Tensor) -> Span:
+    return Span(queries, keys, torch.ones(len(queries), len(keys), dtype=torch.bool))
 
 
 @torch.no_grad()
 def _probe(model: PreTrainedModel) -> str:
     facts = facts_of(model)
+    if facts.is_encoder_decoder or model.can_generate():
+        return "it is no encoder"
     generator = torch.Generator().manual_seed(0)
     shape = (len(_PROBE), max(_PROBE))
     ids = torch.randint(0, min(facts.vocabulary, 1000), shape, generator=generator).to(model.device)
@@ -93,9 +141,11 @@ def _probe(model: PreTrainedModel) -> str:
     mask = (torch.arange(shape[1]) < torch.tensor(_PROBE).unsqueeze(1)).long().to(model.device)
     ids = torch.where(mask.bool(), ids, facts.pad_id)
     states = []
-    for context in (nullcontext(), _packed(model, mask)):
+    for context in (nullcontext(), without_padding(model, mask)):
         with context:
             output = model.base_model(input_ids=ids, attention_mask=mask)
+        if getattr(output, "past_key_values", None) is not None:
+            return "it fills a cache"
         states.append(output.last_hidden_state[mask.bool()].float())
     worst = float((states[0] - states[1]).abs().max())
     if not worst <= _TOLERANCE.get(model.dtype, 1e-4):

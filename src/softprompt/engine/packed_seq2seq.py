@@ -1,8 +1,9 @@
-"""The forest path of seq2seq models: encoder and decoder rows packed, logits packed with them.
+"""The forest path of seq2seq models: encoder and decoder rows packed, logits where a target is.
 
-The encoder's prompt sees the input, as in PEFT, so it is computed for each source; rows with
-the same prompt and source (the labels of one input) share one encoder row. With
-``prompt_sees_input=False`` the prompt's states do not depend on the input and are computed once.
+The encoder's prompt sees the input, as in PEFT, so it is computed for each input. Rows with the
+same prompt and input (the labels of one input) share one encoder row, and below it the decoder's
+prompt and the tokens their answers begin with. With ``prompt_sees_input=False`` the prompt's
+states do not depend on the input and are computed once.
 """
 
 from __future__ import annotations
@@ -11,19 +12,26 @@ from collections.abc import Sequence
 from typing import Any, cast, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import facts_of, output_limit, recomputes_layers, skips_layers
+from softprompt.backbone.facts import (
+    decoder_embedding,
+    facts_of,
+    recomputes_layers,
+    skips_layers,
+)
 from softprompt.engine.attention import ForestUnsupportedError, LayerMask, forest_attention
-from softprompt.engine.context import check_rows, check_table
+from softprompt.engine.context import check_rows
 from softprompt.engine.encoder_plan import EncoderPlan, encoder_plan
+from softprompt.engine.forest import decoder_plan
 from softprompt.engine.packed_layers import Packing, layers_of, packed_layers, relative_bias
+from softprompt.engine.placed import PlacedPrompts
 from softprompt.engine.plain import PlainEngine, pad_rows
+from softprompt.engine.plan import Plan
 from softprompt.engine.predictions import HeadInput, PredictingEngine, Predictions
-from softprompt.engine.rows import EngineRow
+from softprompt.engine.rows import EngineRow, any_prefix
 from softprompt.engine.virtual import virtual_rows
-from softprompt.engine.visibility import across, chains
 
 
 @final
@@ -60,67 +68,77 @@ class PackedSeq2SeqEngine(PredictingEngine):
             DataError: If nothing stands before a row's answer.
             ContextOverflowError: If a row does not fit behind its prompt.
         """
-        check_table(self._model, self._facts)
-        check_rows(rows, prompts, self._facts, output_limit(self._model))
-        if recomputes_layers(self._model) or skips_layers(self._model):
+        check_rows(self._model, self._facts, rows, prompts, sees_input=self._sees_input)
+        if recomputes_layers(self._model) or skips_layers(self._model) or any_prefix(rows, prompts):
             # Backward would run the layers again without the hooks that pack them; or the first
-            # layer, which does the packing, may be left out.
+            # layer, which does the packing, may be left out. Keys and values stand in padded rows.
             return self._plain.predict(rows, prompts, head)
-        sources = list(dict.fromkeys((row.prompt, row.source) for row in rows))
-        number = {source: i for i, source in enumerate(sources)}
-        plan = encoder_plan(
-            sources, [len(p) for p in prompts], self._facts.vocabulary, self._sees_input
-        )
+        placed = PlacedPrompts.of(prompts, (row.prompt for row in rows), self._facts.vocabulary)
+        encoder = encoder_plan(rows, placed, self._sees_input)
         with forest_attention(self._model):
-            states = self._encode(plan, prompts)
-            owner = [number[row.prompt, row.source] for row in rows]
-            logits, labels = self._decode(rows, owner, states, plan)
-        hidden = head.states[0] if head is not None and head.states is not None else None
-        row_index = [i for i, row in enumerate(rows) for _ in row.target]
-        place = torch.arange(len(labels), device=labels.device)
-        return Predictions(
-            logits, hidden, place, labels, torch.tensor(row_index, device=labels.device)
-        )
+            with virtual_rows(self._model, placed.table):
+                states = self._encode(encoder.plan)
+            return self._decode(rows, prompts, encoder, states, head)
 
-    def _encode(self, plan: EncoderPlan, prompts: Sequence[Tensor]) -> Tensor:
+    def _encode(self, plan: Plan) -> Tensor:
         """Return packed encoder states ``[1, N, H]``."""
-        device = self._model.device
-        ids, mask = plan.padded(self._facts.pad_id)
-        rows = [prompts[p] for p in plan.used if len(prompts[p])]
-        table = torch.cat(rows) if rows else None
-        see = plan.visibility()
-        bias = relative_bias(self._encoder, int(ids.shape[1]))
-        packing = Packing.of(mask.to(device))
-        layers = layers_of(self._encoder)
-        with (
-            virtual_rows(self._model, table),
-            packed_layers(layers, packing, LayerMask.of(see.to(device), bias), unpack=False),
-        ):
+        bias, packing = self._prepared(self._encoder, plan)
+        ids = packing.grid(plan.ids, self._filler).to(self._model.device)
+        mask = LayerMask.of(plan.visibility().to(ids.device), bias)
+        with packed_layers(layers_of(self._encoder), packing.to(ids.device), mask):
             states: Tensor = self._encoder(
-                input_ids=ids.to(device), attention_mask=mask.to(device)
+                input_ids=ids, attention_mask=torch.ones_like(ids)
             ).last_hidden_state
         return states
 
     def _decode(
-        self, rows: Sequence[EngineRow], owner: Sequence[int], states: Tensor, plan: EncoderPlan
-    ) -> tuple[Tensor, Tensor]:
-        """Return packed logits ``[M, V]`` and the target tokens ``[M]``."""
+        self,
+        rows: Sequence[EngineRow],
+        prompts: Sequence[Tensor],
+        encoder: EncoderPlan,
+        states: Tensor,
+        head: HeadInput | None,
+    ) -> Predictions:
         device = self._model.device
-        labels, mask = pad_rows([row.target for row in rows], left=False, pad_id=self._facts.pad_id)
-        labels, mask = labels.to(device), mask.to(device)
-        targets = [len(row.target) for row in rows]
-        self_mask = LayerMask.of(
-            chains(targets).to(device), relative_bias(self._decoder, max(targets))
+        table = decoder_embedding(self._model).weight
+        placed = PlacedPrompts.of(
+            prompts, (row.decoder_prompt for row in rows), int(table.shape[0])
         )
-        keys = [plan.keys[k] for k in owner]
-        cross = LayerMask.of(across(targets, keys, plan.positions).to(device))
-        start = cast(Any, self._model).prepare_decoder_input_ids_from_labels(labels=labels)
-        packing = Packing.of(mask)
-        with packed_layers(layers_of(self._decoder), packing, self_mask, cross=cross, unpack=False):
+        plan = decoder_plan(rows, encoder.owners, self._starts(rows), placed)
+        bias, packing = self._prepared(self._decoder, plan)
+        wanted, place = plan.targets.places()
+        hooks = packed_layers(
+            layers_of(self._decoder),
+            packing.to(device),
+            LayerMask.of(plan.visibility().to(device), bias),
+            cross=LayerMask.of(plan.visibility_over(encoder.plan, encoder.owned).to(device)),
+            keep=wanted.to(device),
+        )
+        with virtual_rows(self._model, placed.table, decoder=True), hooks:
             logits = self._model(
                 encoder_outputs=(states,),
                 attention_mask=torch.ones(1, states.shape[1], dtype=torch.long, device=device),
-                decoder_input_ids=start,
+                decoder_input_ids=packing.grid(plan.ids, self._filler).to(device),
                 use_cache=False,
-            ).logits[0]
-        return logits, labels[mask.bool()]
+            ).logits
+        hidden = head.states if head is not None else None
+        return Predictions.of_stream(logits, hidden, place, plan.targets)
+
+    def _prepared(self, stack: nn.Module, plan: Plan) -> tuple[Tensor | None, Packing]:
+        """Return a stack's relative position bias, and how its tokens are laid out for its embeddings."""
+        bias = relative_bias(stack, int(plan.positions.max()) + 1)
+        # With a bias positions are in attention alone; else the stack counts columns.
+        packing = Packing.by_column(plan.positions) if bias is None else Packing.in_line(len(plan))
+        return bias, packing
+
+    @property
+    def _filler(self) -> int:
+        """An id for places that hold no token; not padding, which some models do not count."""
+        return 0 if self._facts.pad_id else 1
+
+    def _starts(self, rows: Sequence[EngineRow]) -> list[int]:
+        """Return the token before each answer; mBART's is the answer's last."""
+        labels, _ = pad_rows([row.target for row in rows], left=False, pad_id=self._facts.pad_id)
+        shifted = cast(Any, self._model).prepare_decoder_input_ids_from_labels(labels=labels)
+        starts: list[int] = shifted[:, 0].tolist()
+        return starts

@@ -10,24 +10,25 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, final
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast, final
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import (
-    Facts,
-    facts_of,
-    output_limit,
-)
-from softprompt.engine.context import check_rows, check_table, depends_on_neighbours
+from softprompt.backbone.facts import Facts, decoder_embedding, facts_of
+from softprompt.engine.context import check_rows, depends_on_neighbours
 from softprompt.engine.layout import Layout, Prompts
+from softprompt.engine.lock import locked
 from softprompt.engine.predictions import IGNORED, HeadInput, PredictingEngine, Predictions
-from softprompt.engine.rows import EngineRow
+from softprompt.engine.prefix_paths import prefix_path, prefixed
+from softprompt.engine.prefixes import Prefixes
+from softprompt.engine.rows import EngineRow, is_keys_and_values
 from softprompt.engine.selfcheck import difference
 from softprompt.engine.virtual import virtual_rows
+from softprompt.errors import ConfigError
 
 _alone: WeakKeyDictionary[PreTrainedModel, dict[bool, str]] = WeakKeyDictionary()
 
@@ -57,16 +58,15 @@ class PlainEngine(PredictingEngine):
             DataError: If nothing stands before a row's answer.
             ContextOverflowError: If a row does not fit behind its prompt.
         """
-        check_table(self._model, self._facts)
-        check_rows(rows, prompts, self._facts, output_limit(self._model))
+        check_rows(self._model, self._facts, rows, prompts, sees_input=self._sees_input)
         if len(rows) > 1 and (
-            depends_on_neighbours(rows, prompts, self._facts) or self.why_alone()
+            depends_on_neighbours(rows, prompts, self._facts)
+            or self.why_alone()
+            or self._prefix_counts_columns(rows, prompts)
         ):
             return Predictions.joined([self.predict([row], prompts, head) for row in rows])
-        chosen = Prompts.of(prompts, [row.prompt for row in rows])
         run = self._encoder_decoder if self._facts.is_encoder_decoder else self._causal
-        with virtual_rows(self._model, chosen.table if chosen.table.numel() else None):
-            return run(rows, chosen, head)
+        return run(rows, prompts, head)
 
     def why_alone(self) -> str:
         """Return why rows are run one at a time, empty when they are batched; remembered per model."""
@@ -82,11 +82,18 @@ class PlainEngine(PredictingEngine):
             known[self._sees_input] = problem or ""
         return known[self._sees_input]
 
+    def _prefix_counts_columns(self, rows: Sequence[EngineRow], prompts: Sequence[Tensor]) -> bool:
+        """Tell whether the padding before a row would count between its prefix and its text."""
+        if _prefixes(rows, prompts) is None:
+            return False
+        return prefix_path(self._model, self._facts).counts_columns
+
     def _causal(
-        self, rows: Sequence[EngineRow], prompts: Prompts, head: HeadInput | None
+        self, rows: Sequence[EngineRow], prompts: Sequence[Tensor], head: HeadInput | None
     ) -> Predictions:
         ids, mask = self._padded([row.source + row.target for row in rows], left=True)
-        layout = Layout.of(mask, prompts)
+        chosen = _before_the_input(rows, prompts)
+        layout = Layout.of(mask, chosen)
         inputs: dict[str, Any] = {
             "input_ids": layout.ids(ids, self._facts.vocabulary, self._facts.pad_id),
             "attention_mask": layout.mask,
@@ -98,24 +105,60 @@ class PlainEngine(PredictingEngine):
         if self._keeps_logits:
             inputs["logits_to_keep"] = longest + 1
         ends = slice(-(longest + 1), -1)
-        logits = self._model(**inputs).logits[:, ends]  # [B, longest, V]
+        with self._behind(rows, prompts), _lent(self._model, chosen):
+            logits = self._model(**inputs).logits[:, ends]  # [B, longest, V]
         hidden = head.states[:, ends] if head is not None and head.states is not None else None
         return Predictions.of_columns(logits, hidden, self._labels(rows, longest, left=True))
 
     def _encoder_decoder(
-        self, rows: Sequence[EngineRow], prompts: Prompts, head: HeadInput | None
+        self, rows: Sequence[EngineRow], prompts: Sequence[Tensor], head: HeadInput | None
     ) -> Predictions:
         ids, mask = self._padded([row.source for row in rows], left=False)
-        layout = Layout.of(mask, prompts, compact=True)
+        chosen = _before_the_input(rows, prompts)
+        layout = Layout.of(mask, chosen, compact=True)
+        with _lent(self._model, chosen):
+            states = self._model.get_encoder()(
+                input_ids=layout.ids(ids, self._facts.vocabulary, self._facts.pad_id),
+                attention_mask=layout.mask
+                if self._sees_input
+                else layout.isolated(self._model.dtype),
+            )
+        inputs = {"encoder_outputs": states, "attention_mask": layout.mask, "use_cache": False}
         labels = self._labels(rows, max(len(row.target) for row in rows), left=False)
-        states = self._model.get_encoder()(
-            input_ids=layout.ids(ids, self._facts.vocabulary, self._facts.pad_id),
-            attention_mask=layout.mask if self._sees_input else layout.isolated(self._model.dtype),
-        )
-        output = self._model(
-            encoder_outputs=states, attention_mask=layout.mask, labels=labels, use_cache=False
-        )
-        return Predictions.of_columns(output.logits, head.states if head else None, labels)
+        chosen = Prompts.of(prompts, _of_rows(prompts, [row.decoder_prompt for row in rows]))
+        if chosen.width:
+            # Padding is behind: a decoder looks back, so it needs no mask.
+            layout = Layout.of((labels != IGNORED).long(), chosen, compact=True)
+            first = int(decoder_embedding(self._model).weight.shape[0])
+            inputs["decoder_input_ids"] = layout.ids(
+                self._shifted(labels), first, self._facts.pad_id
+            )
+            labels = layout.spread(labels, IGNORED)
+        else:
+            inputs["labels"] = labels
+        with self._behind(rows, prompts), _lent(self._model, chosen, decoder=True):
+            logits = self._model(**inputs).logits
+        return Predictions.of_columns(logits, head.states if head else None, labels)
+
+    def _behind(
+        self, rows: Sequence[EngineRow], prompts: Sequence[Tensor]
+    ) -> AbstractContextManager[None]:
+        prefixes = _prefixes(rows, prompts)
+        return nullcontext() if prefixes is None else prefixed(self._model, self._facts, prefixes)
+
+    def _shifted(self, labels: Tensor) -> Tensor:
+        """Return the decoder's own ids for labels ``[B, T]``.
+
+        Raises:
+            ConfigError: If the model does not say how it makes them.
+        """
+        shift = getattr(self._model, "prepare_decoder_input_ids_from_labels", None)
+        if shift is None:
+            raise ConfigError(
+                f"{self._facts.architecture} does not say how its decoder starts, so no prompt can "
+                "stand there; use output_model_types ['ENCODER']"
+            )
+        return cast(Tensor, shift(labels=labels))
 
     def _padded(self, sequences: Sequence[tuple[int, ...]], *, left: bool) -> tuple[Tensor, Tensor]:
         ids, mask = pad_rows(sequences, left=left, pad_id=self._facts.pad_id)
@@ -128,6 +171,30 @@ class PlainEngine(PredictingEngine):
             where = slice(width - len(row.target), width) if left else slice(0, len(row.target))
             labels[i, where] = torch.tensor(row.target, dtype=torch.long)
         return labels.to(self._model.device)
+
+
+def _before_the_input(rows: Sequence[EngineRow], prompts: Sequence[Tensor]) -> Prompts:
+    chosen = _of_rows(prompts, [row.prompt for row in rows])
+    return Prompts.of(prompts, chosen, at=[row.at for row in rows])
+
+
+def _of_rows(prompts: Sequence[Tensor], choice: Sequence[int]) -> list[int]:
+    """Return the same choice of prompts, -1 where it is keys and values."""
+    return [-1 if c >= 0 and is_keys_and_values(prompts[c]) else c for c in choice]
+
+
+def _prefixes(rows: Sequence[EngineRow], prompts: Sequence[Tensor]) -> Prefixes | None:
+    """Return the rows' keys and values; in a seq2seq model they stand in the decoder either way."""
+    first = Prefixes.of(prompts, [row.prompt for row in rows])
+    return first or Prefixes.of(prompts, [row.decoder_prompt for row in rows])
+
+
+def _lent(
+    model: PreTrainedModel, prompts: Prompts, *, decoder: bool = False
+) -> AbstractContextManager[Any]:
+    if not prompts.width:
+        return locked(model)
+    return virtual_rows(model, prompts.table, decoder=decoder)
 
 
 def pad_rows(

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from softprompt.engine.plan import Targets
 from softprompt.engine.rows import EngineRow, TargetLogProbs, TargetOutputs
 from softprompt.errors import BackboneError
 
@@ -58,6 +59,15 @@ class Predictions:
         place = torch.arange(len(chosen), device=labels.device)
         states = None if hidden is None else hidden[real]
         return cls(logits[real], states, place, chosen, real.nonzero()[:, 0])
+
+    @classmethod
+    def of_stream(
+        cls, logits: Tensor, hidden: Tensor | None, place: Tensor, targets: Targets
+    ) -> Predictions:
+        """Take those of a packed stream: logits ``[1, K, V]``, states ``[1, K, H]``, places ``[M]``."""
+        states = None if hidden is None else hidden[0]
+        rest = (place, targets.labels, targets.row_index)
+        return cls(logits[0], states, *(each.to(logits.device) for each in rest))
 
     @classmethod
     def joined(cls, parts: Sequence[Predictions]) -> Predictions:

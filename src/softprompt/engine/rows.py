@@ -29,6 +29,24 @@ class EngineRow:
     decoder_prompt: int = -1
 
 
+def is_keys_and_values(prompt: Tensor) -> bool:
+    """Tell a prompt of keys and values ``[L, 2, A_kv, P, D]`` from one of rows ``[P, H]``."""
+    return prompt.dim() == 5
+
+
+def prompt_length(prompts: Sequence[Tensor], index: int) -> int:
+    """Return the positions that a prompt of a call takes (P), 0 for none."""
+    if index < 0:
+        return 0
+    return int(prompts[index].shape[3 if is_keys_and_values(prompts[index]) else 0])
+
+
+def any_prefix(rows: Sequence[EngineRow], prompts: Sequence[Tensor]) -> bool:
+    """Tell whether a row has a prompt of keys and values."""
+    used = {index for row in rows for index in (row.prompt, row.decoder_prompt) if index >= 0}
+    return any(is_keys_and_values(prompts[index]) for index in used)
+
+
 @dataclass(frozen=True, slots=True)
 class TargetLogProbs:
     """Log-probabilities of every target token of a batch.

@@ -17,7 +17,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import decoder_embedding, input_embedding, side_embeddings
+from softprompt.backbone.facts import (
+    decoder_embedding,
+    input_embedding,
+    is_encoder_decoder,
+    side_embeddings,
+)
 from softprompt.engine.lock import locked
 from softprompt.engine.recomputed import recomputed_alike
 
@@ -98,19 +103,33 @@ class VirtualVocabulary:
 
 def vocabulary_of(model: PreTrainedModel) -> VirtualVocabulary:
     """Hook every table of a model that its input ids are looked up in."""
-    tables = [input_embedding(model), decoder_embedding(model)]
-    distinct = {id(table): table for table in tables if table is not None}
-    return VirtualVocabulary(list(distinct.values()), side_embeddings(model))
+    table = input_embedding(model)
+    tables = {id(table): table}
+    if is_encoder_decoder(model):
+        other = decoder_embedding(model)
+        # A decoder may have other ids than the encoder.
+        if isinstance(other, nn.Embedding) and len(other.weight) == len(table.weight):
+            tables[id(other)] = other
+    return VirtualVocabulary(list(tables.values()), side_embeddings(model))
 
 
 @contextmanager
-def virtual_rows(model: PreTrainedModel, rows: Tensor | None) -> Iterator[None]:
+def virtual_rows(
+    model: PreTrainedModel, rows: Tensor | None, *, decoder: bool = False
+) -> Iterator[None]:
     """Let ids from V on mean ``rows`` ``[N, H]`` in the model inside the context, and leave no hook.
 
     The context holds the model's lock.
+
+    Args:
+        model: The model.
+        rows: The rows.
+        decoder: Whether they stand among the ids of a seq2seq model's decoder instead of its input.
     """
     with locked(model), recomputed_alike(model):
-        vocabulary = vocabulary_of(model)
+        vocabulary = (
+            VirtualVocabulary([decoder_embedding(model)]) if decoder else vocabulary_of(model)
+        )
         try:
             with vocabulary.lend(rows):
                 yield

@@ -13,8 +13,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from softprompt.engine.forest import Forest
-
 MaskRule = Callable[[int, int, Tensor, Tensor], Tensor]
 """transformers' mask function: (batch, head, query index, key index) -> bool."""
 
@@ -100,27 +98,13 @@ class Span:
         queries: Stream indices ``[q]``.
         keys: Stream indices ``[k]``.
         sees: bool ``[q, k]``.
+        owner: What the queries belong to: a prompt, or an encoder row; -1 for nothing.
     """
 
     queries: Tensor
     keys: Tensor
     sees: Tensor
-
-
-def visibility_of(forest: Forest) -> Visibility:
-    """Return who sees whom in a forest: ancestors and oneself."""
-    root_starts, group_starts = forest.starts
-    roots, spans = [], []
-    for root, start in zip(forest.roots, root_starts, strict=True):
-        index = torch.arange(start, start + len(root))
-        roots.append(Span(index, index, torch.ones(len(root), len(root), dtype=torch.bool).tril()))
-    for group, start in zip(forest.groups, group_starts, strict=True):
-        own = torch.arange(start, start + len(group.tokens))
-        above = roots[group.root].keys
-        sees = torch.cat([torch.ones(len(own), len(above), dtype=torch.bool), group.sees()], dim=1)
-        spans.append(Span(own, torch.cat([above, own]), sees))
-    positions = forest.positions()
-    return replace(padded([roots, spans], positions, positions), tree=forest.tree())
+    owner: int = -1
 
 
 def padded(
@@ -160,46 +144,10 @@ def _bundles(spans: Sequence[Span]) -> list[list[Span]]:
 
 def whole_rows(lengths: Sequence[int]) -> Visibility:
     """Return the visibility of packed rows in which every token sees its whole row."""
-    return _rows(lengths, causal=False)
-
-
-def chains(lengths: Sequence[int]) -> Visibility:
-    """Return the visibility of packed rows in which every token sees its row up to itself."""
-    return _rows(lengths, causal=True)
-
-
-def across(queries: Sequence[int], keys: Sequence[Tensor], key_positions: Tensor) -> Visibility:
-    """Return the visibility of packed query rows over another stream.
-
-    Args:
-        queries: Tokens of each query row.
-        keys: Indices into the key stream that each query row sees.
-        key_positions: Position of each token of the key stream.
-    """
-    spans = [
-        Span(index, seen, torch.ones(len(index), len(seen), dtype=torch.bool))
-        for index, seen in zip(_indices(queries), keys, strict=True)
-    ]
-    return padded([spans], _positions(queries), key_positions)
-
-
-def _rows(lengths: Sequence[int], *, causal: bool) -> Visibility:
-    spans = []
-    for index in _indices(lengths):
-        sees = torch.ones(len(index), len(index), dtype=torch.bool)
-        spans.append(Span(index, index, sees.tril() if causal else sees))
-    positions = _positions(lengths)
-    return padded([spans], positions, positions)
-
-
-def _positions(lengths: Sequence[int]) -> Tensor:
-    return torch.cat([torch.arange(length) for length in lengths])
-
-
-def _indices(lengths: Sequence[int]) -> list[Tensor]:
-    """Return the stream indices of each row."""
-    at, rows = 0, []
+    at, spans = 0, []
     for length in lengths:
-        rows.append(torch.arange(at, at + length))
+        index = torch.arange(at, at + length)
+        spans.append(Span(index, index, torch.ones(length, length, dtype=torch.bool)))
         at += length
-    return rows
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    return padded([spans], positions, positions)

@@ -12,9 +12,11 @@ from softprompt.data.records import Example, Rows, read_examples
 from softprompt.data.tokens import TokenRow
 from softprompt.engine.rows import Engine
 from softprompt.errors import ConfigError, DataError
+from softprompt.evaluation.labels import ensemble_report, label_report
 from softprompt.evaluation.likelihood import classify_rows, target_likelihood
-from softprompt.evaluation.metrics import label_metrics, text_metrics
+from softprompt.evaluation.metrics import text_metrics
 from softprompt.evaluation.report import Report
+from softprompt.inference.ensemble import Ensemble
 from softprompt.inference.options import GenerationOptions
 from softprompt.inference.requests import require_tokens
 from softprompt.inference.task_choice import Task as TaskName
@@ -24,7 +26,7 @@ Task = Literal["classification", "generation"]
 
 
 def evaluate(
-    tuned: TunedPrompt,
+    tuned: TunedPrompt | Ensemble,
     data: Rows,
     *,
     without_prompt: bool = False,
@@ -37,13 +39,14 @@ def evaluate(
     normalize: bool = False,
     engine: str = "auto",
 ) -> Report:
-    """Evaluate a prompt on every row of ``data``.
+    """Evaluate a prompt, or an ensemble of prompts, on every row of ``data``.
 
     Labels are scored over the prompt's label set; free text is generated greedily, with at
-    most ``max_target_length`` tokens, and compared with the target.
+    most ``max_target_length`` tokens, and compared with the target. The report of an ensemble
+    holds those of its members.
 
     Args:
-        tuned: The prompt with its model.
+        tuned: The prompt with its model, or an ensemble.
         data: A path, or rows; read as in training.
         without_prompt: Evaluate the base with the template alone.
         batch_size: Rows, or (row, label) pairs, in one pass.
@@ -60,21 +63,28 @@ def evaluate(
         DataError: The data is empty, or a record cannot be used.
         ContextOverflowError: Prompt and row together exceed the model's context.
     """
-    tuned = tuned.of_task(task_name)
-    chosen = _chosen_task(tuned, task, normalize)
-    recorded = tuned.manifest.settings
-    source_field = input_field or recorded.get("input_field")
-    target_field = output_field or recorded.get("output_field")
+    if isinstance(tuned, TunedPrompt):
+        tuned = tuned.of_task(task_name)
+    elif task_name is not None:
+        raise ConfigError("task_name would be ignored with an ensemble; leave it out")
+    members = tuned.members if isinstance(tuned, Ensemble) else (tuned,)
+    chosen = _chosen_task(members[0], task, normalize)
+    source_field = _column("input_field", members, input_field)
+    target_field = _column("output_field", members, output_field)
     examples = read_examples(data, input_field=source_field, output_field=target_field)
     examples = _limited(examples, limit)
-    tuned.rows.verbalizer.check(examples, target_field)
-    rows, _ = tuned.rows.tokenize(examples)
-    require_tokens([row.source for row in rows])
+    rows = [_rows_of(member, examples, target_field) for member in members]
     targets = [str(example.target) for example in examples]
-    subject = _Subject(tuned, tuned.engine_of(engine), without_prompt, batch_size)
+    scorer = members[0].engine_of(engine)
+    if isinstance(tuned, Ensemble):
+        _check_ensemble(chosen, without_prompt)
+        return ensemble_report(
+            tuned, scorer, rows, targets, batch_size=batch_size, normalize=normalize
+        )
+    subject = _Subject(tuned, scorer, without_prompt, batch_size)
     if chosen == "classification":
-        return _classification(subject, rows, targets, normalize)
-    return _generation(subject, rows, targets)
+        return _classification(subject, rows[0], targets, normalize)
+    return _generation(subject, rows[0], targets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +126,37 @@ def _chosen_task(tuned: TunedPrompt, task: Task | None, normalize: bool) -> Task
     return chosen
 
 
+def _check_ensemble(task: Task, without_prompt: bool) -> None:
+    if task != "classification":
+        raise ConfigError(
+            "an ensemble scores labels and generates no text; evaluate its members alone"
+        )
+    if without_prompt:
+        raise ConfigError(
+            "without_prompt evaluates the base under one prompt's template; name one prompt for it"
+        )
+
+
+def _column(name: str, members: Sequence[TunedPrompt], given: str | None) -> str | None:
+    """Return the column that was given, or the one that the prompts were tuned with."""
+    recorded = {member.manifest.settings.get(name) for member in members}
+    if given is None and len(recorded) > 1:
+        raise ConfigError(
+            f"the prompts were tuned with different {name}s ({', '.join(sorted(map(str, recorded)))}); "
+            f"give {name}"
+        )
+    return given or next(iter(recorded))
+
+
+def _rows_of(
+    member: TunedPrompt, examples: Sequence[Example], target_field: str | None
+) -> list[TokenRow]:
+    member.rows.verbalizer.check(examples, target_field)
+    rows, _ = member.rows.tokenize(examples)
+    require_tokens([row.source for row in rows])
+    return rows
+
+
 def _limited(examples: list[Example], limit: int | None) -> list[Example]:
     if limit is not None and limit < 1:
         raise ConfigError(f"limit expects at least 1 row, got {limit}")
@@ -138,23 +179,7 @@ def _classification(
         batch_size=subject.batch_size,
         normalize=normalize,
     )
-    metrics = label_metrics(gold, [labels[k] for k in found.predicted], labels)
-    places = {label: k for k, label in enumerate(labels)}
-    likelihood = found.likelihood([places.get(label) for label in gold])
-    return Report(
-        task="classification",
-        rows=len(rows),
-        without_prompt=subject.without_prompt,
-        accuracy=metrics.accuracy,
-        macro_f1=metrics.macro_f1,
-        perplexity=likelihood.perplexity if likelihood.tokens else None,
-        invalid=metrics.invalid,
-        inputs_cut=sum(row.source_cut for row in rows),
-        collapsed=metrics.collapsed,
-        predictions=metrics.predictions,
-        per_label=metrics.per_label,
-        confusion=metrics.confusion,
-    )
+    return label_report(found, rows, gold, labels, without_prompt=subject.without_prompt)
 
 
 def _generation(subject: _Subject, rows: Sequence[TokenRow], targets: Sequence[str]) -> Report:

@@ -92,6 +92,7 @@ def classify_rows(
         label_ids,
         prompt_index=prompt_index,
         decoder_index=decoder_index,
+        offsets=[row.at for row in rows],
         batch_size=batch_size,
     )
     lengths = tuple(len(ids) for ids in label_ids)
@@ -128,7 +129,7 @@ def target_likelihood(
     total = 0.0
     for start in range(0, len(ordered), batch_size):
         batch = [
-            EngineRow(row.source, row.target, prompt_index, decoder_prompt=decoder_index)
+            EngineRow(row.source, row.target, prompt_index, row.at, decoder_index)
             for row in ordered[start : start + batch_size]
         ]
         total += float(engine.target_log_probs(batch, prompts).values.double().sum())

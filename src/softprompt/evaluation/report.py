@@ -32,6 +32,8 @@ class Report:
         predictions: Rows by predicted label.
         per_label: Counts and rates of each label.
         confusion: Rows by gold label, then by predicted label; zero counts are left out.
+        combine: How the members of an ensemble were combined; None for one prompt.
+        members: The report of each member of an ensemble by its name, on the same rows.
     """
 
     task: Literal["classification", "generation"]
@@ -49,17 +51,23 @@ class Report:
     predictions: Mapping[str, int] | None = None
     per_label: tuple[LabelRow, ...] | None = None
     confusion: Mapping[str, Mapping[str, int]] | None = None
+    combine: str | None = None
+    members: Mapping[str, Report] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; a number that is not finite becomes None."""
         values = {name: _finite(value) for name, value in asdict(self).items()}
         if self.per_label is not None:
             values["per_label"] = [asdict(row) for row in self.per_label]
+        if self.members is not None:
+            values["members"] = {name: each.to_dict() for name, each in self.members.items()}
         return values
 
     def __str__(self) -> str:
         """Return a table for people."""
         subject = "base without prompt" if self.without_prompt else "tuned prompt"
+        if self.members is not None:
+            subject = f"ensemble of {len(self.members)} prompts by {self.combine}"
         lines = [f"{subject}, {self.task}, {self.rows:,} rows"]
         numbers = {
             "accuracy": self.accuracy,
@@ -79,10 +87,23 @@ class Report:
         lines += [
             f"  {name:<12} {value:>10,}" for name, value in counts.items() if value is not None
         ]
+        lines += self._member_lines()
         lines += self._label_lines()
         if self.collapsed:
             lines.append("  collapsed: over 95 % of the predictions are one label")
         return "\n".join(lines)
+
+    def _member_lines(self) -> list[str]:
+        if self.members is None:
+            return []
+        width = max(len("member"), *map(len, self.members))
+        return [
+            f"  {'member':<{width}}  accuracy  macro F1",
+            *(
+                f"  {name:<{width}}  {each.accuracy or 0.0:>8.4f}  {each.macro_f1 or 0.0:>8.4f}"
+                for name, each in self.members.items()
+            ),
+        ]
 
     def _label_lines(self) -> list[str]:
         if self.per_label is None:

@@ -69,6 +69,7 @@ class Generator:
         device: Where the model's input must be.
         adapter: The prompt of a PeftModel to use for every row; None is the active one.
         task: The task of a multitask prompt to use for every row.
+        offset: Gives the tokens of a row before its prompt; None where prompts stand in front.
     """
 
     generate: Callable[..., Any]
@@ -79,6 +80,7 @@ class Generator:
     device: torch.device
     adapter: str | None = None
     task: int | None = None
+    offset: Callable[[Sequence[int]], int] | None = None
 
     @classmethod
     def of(
@@ -89,6 +91,7 @@ class Generator:
         *,
         adapter: str | None = None,
         task: int | None = None,
+        offset: Callable[[Sequence[int]], int] | None = None,
     ) -> Generator:
         """Read what generation needs from a PeftModel or a transformers model.
 
@@ -110,6 +113,7 @@ class Generator:
             device=model.device,
             adapter=adapter,
             task=task,
+            offset=offset,
         )
 
     def answers(
@@ -169,7 +173,7 @@ class Generator:
                     [StopAtSequences(stops)] if stops.texts else []
                 ),
                 **self._settings(options),
-                **self._chosen(len(sources)),
+                **self._chosen(sources),
             )
         first_new = 1 if self.seq2seq else ids.shape[1]
         endings = [
@@ -198,12 +202,14 @@ class Generator:
             mask[index, start : start + len(source)] = 1
         return ids.to(self.device), mask.to(self.device)
 
-    def _chosen(self, rows: int) -> dict[str, Any]:
+    def _chosen(self, sources: Sequence[tuple[int, ...]]) -> dict[str, Any]:
         chosen: dict[str, Any] = {}
         if self.adapter is not None:
-            chosen["adapter_names"] = [self.adapter] * rows
+            chosen["adapter_names"] = [self.adapter] * len(sources)
         if self.task is not None:
-            chosen["task_ids"] = [self.task] * rows
+            chosen["task_ids"] = [self.task] * len(sources)
+        if self.offset is not None:
+            chosen["prompt_at"] = [self.offset(source) for source in sources]
         return chosen
 
     def _settings(self, options: GenerationOptions) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Reading a prompt back onto the base model it was made for."""
+"""Reading prompts back onto the base model they were made for."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,11 +13,12 @@ from softprompt.artifacts.native import StoredAdapter, load_adapter
 from softprompt.attach.model import PeftModel
 from softprompt.backbone.fingerprint import Fingerprint
 from softprompt.backbone.load import load_base
-from softprompt.errors import ArtifactError
+from softprompt.errors import ArtifactError, ConfigError
 from softprompt.inference.tuned import TunedPrompt
 
 _SOURCE_LENGTH = 256
 _TARGET_LENGTH = 128
+_FIRST = "default"
 
 
 def load(
@@ -48,25 +50,81 @@ def load(
         BackboneError: The base model cannot be loaded.
         FingerprintError: The base is not the one the prompt was made for.
     """
-    stored = load_adapter(directory)
-    named = _recorded_base(stored) if base_model is None else base_model
-    manifest = stored.manifest
-    if torch_dtype is None and manifest is not None and not isinstance(named, PreTrainedModel):
-        torch_dtype = manifest.dtype
+    (tuned,) = load_many(
+        [directory],
+        base_model,
+        tokenizer=tokenizer,
+        torch_dtype=torch_dtype,
+        device=device,
+        ignore_fingerprint=ignore_fingerprint,
+    )
+    return tuned
+
+
+def load_many(
+    directories: Sequence[str | Path],
+    base_model: str | Path | PreTrainedModel | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    torch_dtype: str | torch.dtype | None = None,
+    device: str | None = None,
+    ignore_fingerprint: bool = False,
+) -> list[TunedPrompt]:
+    """Load several prompts of one base model, which is loaded once; see ``load``.
+
+    Args:
+        directories: Folders of the prompts, or names on the Hub, at least one.
+        base_model: As for ``load``; None takes the one on record with the first prompt.
+        tokenizer: Used instead of the base model's own.
+        torch_dtype: dtype of the base; None takes the recorded one, which must then be the same.
+        device: Such as "cuda:0".
+        ignore_fingerprint: Use prompts on a base they were not made for.
+
+    Raises:
+        ConfigError: No prompt is named, or the recorded dtypes differ.
+        ArtifactError: A folder is missing or damaged, or the first names no base model.
+        BackboneError: The base model cannot be loaded.
+        FingerprintError: The base is not the one a prompt was made for.
+    """
+    if isinstance(directories, str | Path) or not directories:
+        raise ConfigError(f"expected the folders of one prompt or more, got {directories!r}")
+    found = [load_adapter(directory) for directory in directories]
+    named = _recorded_base(found[0]) if base_model is None else base_model
+    if torch_dtype is None and not isinstance(named, PreTrainedModel):
+        torch_dtype = _recorded_dtype(found)
     base = load_base(
         named,
         tokenizer=tokenizer,
-        seq2seq=_seq2seq(stored),
+        seq2seq=_seq2seq(found[0]),
         torch_dtype=torch_dtype,
         device=device,
     )
-    if manifest is None:
-        manifest = _plain_manifest(stored, base.name, base.model)
     base.model.eval()  # type: ignore[no-untyped-call]
+    names = [_FIRST, *(f"prompt{number}" for number in range(2, len(found) + 1))]
     model = PeftModel.from_pretrained(
-        base.model, stored.location, ignore_fingerprint=ignore_fingerprint
+        base.model, found[0].location, names[0], ignore_fingerprint=ignore_fingerprint
     )
-    return TunedPrompt(model, base.tokenizer, manifest)
+    for name, stored in zip(names[1:], found[1:], strict=True):
+        model.load_adapter(stored.location, name, ignore_fingerprint=ignore_fingerprint)
+    return [
+        TunedPrompt(
+            model,
+            base.tokenizer,
+            stored.manifest or _plain_manifest(stored, base.name, base.model),
+            name,
+        )
+        for name, stored in zip(names, found, strict=True)
+    ]
+
+
+def _recorded_dtype(found: Sequence[StoredAdapter]) -> str | None:
+    dtypes = sorted({stored.manifest.dtype for stored in found if stored.manifest is not None})
+    if len(dtypes) > 1:
+        raise ConfigError(
+            f"the prompts were made for a base in {' and '.join(dtypes)}; choose with --torch-dtype "
+            "(torch_dtype=... in Python)"
+        )
+    return dtypes[0] if dtypes else None
 
 
 def _recorded_base(stored: StoredAdapter) -> str:

@@ -39,6 +39,25 @@ class LabelScores:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One input whose labels are to be scored.
+
+    Attributes:
+        source: Text tokens of the input.
+        labels: Tokens of the K labels.
+        prompt: Index of the prompt in it, -1 for none.
+        at: Source tokens before that prompt.
+        decoder_prompt: Index of the prompt before the answer of a seq2seq model, -1 for none.
+    """
+
+    source: tuple[int, ...]
+    labels: tuple[tuple[int, ...], ...]
+    prompt: int = 0
+    at: int = 0
+    decoder_prompt: int = -1
+
+
 def check_label_ids(labels: Sequence[str], label_ids: Sequence[Sequence[int]]) -> None:
     """Check that labels can be told apart by their tokens.
 
@@ -59,7 +78,6 @@ def check_label_ids(labels: Sequence[str], label_ids: Sequence[Sequence[int]]) -
         seen[tuple(ids)] = label
 
 
-@torch.no_grad()
 def score_labels(
     engine: Engine,
     prompts: Sequence[Tensor],
@@ -68,6 +86,7 @@ def score_labels(
     *,
     prompt_index: int = 0,
     decoder_index: int = -1,
+    offsets: Sequence[int] | None = None,
     batch_size: int = 64,
     normalize: bool = False,
 ) -> Tensor:
@@ -80,6 +99,7 @@ def score_labels(
         label_ids: Tokens of K labels.
         prompt_index: Which prompt stands before every input; -1 is none.
         decoder_index: Which prompt stands before every answer of a seq2seq model; -1 is none.
+        offsets: Source tokens before the prompt of each input; None puts every prompt in front.
         batch_size: (input, label) pairs in one pass; the labels of one input always stay together,
             because the forest engine then runs the input once.
         normalize: Divide each sum by the label's token count.
@@ -87,23 +107,54 @@ def score_labels(
     Returns:
         float32 ``[N, K]`` in nats, on the CPU.
     """
+    labels = tuple(tuple(ids) for ids in label_ids)
+    questions = [
+        Question(tuple(source), labels, prompt_index, at, decoder_index)
+        for source, at in zip(sources, offsets or [0] * len(sources), strict=True)
+    ]
+    scores = score_questions(engine, prompts, questions, batch_size=batch_size)
+    scores = scores.view(len(questions), len(labels))
+    return per_token(scores, [len(ids) for ids in labels]) if normalize else scores
+
+
+@torch.no_grad()
+def score_questions(
+    engine: Engine,
+    prompts: Sequence[Tensor],
+    questions: Sequence[Question],
+    *,
+    batch_size: int = 64,
+) -> Tensor:
+    """Return how likely each label of each question is; see ``score_labels``.
+
+    Questions of several prompts share passes: one forest holds the rows of all.
+
+    Returns:
+        float32 ``[N, K]`` in nats, on the CPU; all questions have K labels.
+
+    Raises:
+        ConfigError: ``batch_size`` is less than 1.
+    """
     if batch_size < 1:
         raise ConfigError(f"batch_size expects at least 1 row, got {batch_size}")
-    labels = [tuple(ids) for ids in label_ids]
-    # Sources of like length share a pass, so that a padded engine pads little.
-    order = sorted(range(len(sources)), key=lambda index: len(sources[index]))
-    scores = torch.zeros(len(sources), len(labels))
-    inputs = max(1, batch_size // len(labels))
+    count = len(questions[0].labels) if questions else 0
+    # Sources of like length share a pass, so that a padded engine pads little; those of one prompt
+    # do before that, because every pass runs each of its prompts once.
+    order = sorted(
+        range(len(questions)), key=lambda i: (questions[i].prompt, len(questions[i].source))
+    )
+    scores = torch.zeros(len(questions), count)
+    inputs = max(1, batch_size // max(1, count))
     for start in range(0, len(order), inputs):
         chosen = order[start : start + inputs]
         rows = [
-            EngineRow(tuple(sources[i]), label, prompt_index, decoder_prompt=decoder_index)
-            for i in chosen
-            for label in labels
+            EngineRow(each.source, label, each.prompt, each.at, each.decoder_prompt)
+            for each in (questions[i] for i in chosen)
+            for label in each.labels
         ]
         sums = engine.target_log_probs(rows, prompts).row_sums(len(rows))
-        scores[chosen] = sums.float().cpu().view(len(chosen), len(labels))
-    return per_token(scores, [len(ids) for ids in labels]) if normalize else scores
+        scores[chosen] = sums.float().cpu().view(len(chosen), count)
+    return scores
 
 
 def per_token(scores: Tensor, label_tokens: Sequence[int]) -> Tensor:

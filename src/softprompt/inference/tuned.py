@@ -18,6 +18,7 @@ from softprompt.attach.completion import sees_input_of
 from softprompt.attach.heads import BASE
 from softprompt.attach.model import PeftModel
 from softprompt.attach.parts import model_types_of
+from softprompt.attach.placing import placement_of
 from softprompt.attach.saving import state_of
 from softprompt.data.template import Verbalizer
 from softprompt.data.tokens import RowTokenizer
@@ -30,6 +31,7 @@ from softprompt.inference.places import Places
 from softprompt.inference.requests import Request, fields_of, listed, require_tokens
 from softprompt.inference.scoring import LabelScores, check_label_ids, score_labels
 from softprompt.inference.task_choice import Task, manifest_of_task, task_number
+from softprompt.prompts.kinds import Placement
 
 
 @final
@@ -66,6 +68,7 @@ class TunedPrompt:
             max_source_length=manifest.max_source_length,
             max_target_length=manifest.max_target_length,
             seq2seq=manifest.seq2seq,
+            placement=placement_of(model.peft_config[adapter]),
         )
 
     def of_task(self, task: Task | None) -> TunedPrompt:
@@ -194,7 +197,7 @@ class TunedPrompt:
                 "call generate"
             )
         label_ids = self.label_ids(names)
-        sources, cut = self._sources(requests)
+        sources, cut = self.sources(requests)
         scores = score_labels(
             self.engine,
             prompts,
@@ -202,6 +205,7 @@ class TunedPrompt:
             label_ids,
             prompt_index=self.places.source_index(0),
             decoder_index=self.places.decoder_index(0),
+            offsets=[self.rows.offset(source) for source in sources],
             batch_size=batch_size,
             normalize=normalize,
         )
@@ -249,7 +253,7 @@ class TunedPrompt:
                 requests, options=options, batch_size=batch_size, **settings
             )
         chosen = options or GenerationOptions.from_settings(settings)
-        sources, cut = self._sources(requests)
+        sources, cut = self.sources(requests)
         return self.generate_rows(sources, chosen, batch_size=batch_size, cut=cut)
 
     def generate_rows(
@@ -264,14 +268,31 @@ class TunedPrompt:
         """Return one generated answer for each row of token ids; see ``generate``."""
         count = self.model.encoder_of(self.adapter).num_tasks
         task = task_number(self.task, self.whole, count)
+        placed = self.rows.placement is not Placement.PREFIX
         generator = Generator.of(
             self.model,
             self.tokenizer,
             self.rows.decode,
             adapter=BASE if without_prompt else self.adapter,
             task=task if count > 1 and not without_prompt else None,
+            offset=self.rows.offset if placed and not without_prompt else None,
         )
         return generator.answers(sources, options, batch_size=batch_size, cut=cut)
+
+    def sources(
+        self, requests: Request | Iterable[Request]
+    ) -> tuple[list[tuple[int, ...]], list[bool]]:
+        """Return the text tokens of each input, and whether it lost its end.
+
+        Raises:
+            TemplateError: An input does not have the template's fields.
+            DataError: An input has no tokens.
+        """
+        names = self.rows.verbalizer.fields
+        found = [self.rows.source(fields_of(each, names)) for each in listed(requests)]
+        sources = [ids for ids, _ in found]
+        require_tokens(sources)
+        return sources, [cut for _, cut in found]
 
     def label_ids(self, labels: Sequence[str]) -> list[tuple[int, ...]]:
         """Return the tokens of each label.
@@ -297,12 +318,3 @@ class TunedPrompt:
             self.whole,
             overwrite=overwrite,
         )
-
-    def _sources(
-        self, requests: Request | Iterable[Request]
-    ) -> tuple[list[tuple[int, ...]], list[bool]]:
-        names = self.rows.verbalizer.fields
-        found = [self.rows.source(fields_of(each, names)) for each in listed(requests)]
-        sources = [ids for ids, _ in found]
-        require_tokens(sources)
-        return sources, [cut for _, cut in found]

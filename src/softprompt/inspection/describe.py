@@ -14,6 +14,7 @@ from torch import Tensor
 from softprompt.artifacts.native import StoredAdapter
 from softprompt.errors import FingerprintError
 from softprompt.inspection.neighbours import NearToken, Vocabulary, nearest_tokens
+from softprompt.prompts.kinds import PeftType
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,8 @@ def describe(
         FingerprintError: the table has another width than the prompt.
     """
     prompt, manifest = stored.prompt.detach().float(), stored.manifest
+    if stored.config.get("peft_type") == PeftType.PREFIX_TUNING:
+        table = None  # keys and values of layers have no neighbours among the embeddings
     if table is not None and table.shape[1] != prompt.shape[1]:
         raise FingerprintError(
             f"expected an embedding table {prompt.shape[1]} wide, as the prompt's rows, came "

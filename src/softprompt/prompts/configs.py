@@ -247,6 +247,9 @@ class PromptTuningConfig(PromptLearningConfig):
     parameterization_rank: int | None = field(
         default=None, metadata={"help": "Rank r of low_rank and ulpt.", "ours": True}
     )
+    prompt_tuning_init_prompt: str | None = field(
+        default=None, metadata={"help": "Saved prompt to start from, for PROMPT.", "ours": True}
+    )
 
     def __post_init__(self) -> None:
         """Validate the initialisation.
@@ -263,6 +266,28 @@ class PromptTuningConfig(PromptLearningConfig):
         self.peft_type = PeftType.EXTENDED_PROMPT_TUNING if extended else self.method
         self.prompt_tuning_init = member(self.inits, "prompt_tuning_init", self.prompt_tuning_init)
         self._check_text()
+        self._check_prompt()
+
+    def _check_prompt(self) -> None:
+        init = self.prompt_tuning_init
+        if init != PromptTuningInit.PROMPT:
+            if self.prompt_tuning_init_prompt is not None:
+                raise ConfigError(
+                    f"prompt_tuning_init_prompt would be ignored with prompt_tuning_init='{init}'; "
+                    "use PROMPT, or leave it out"
+                )
+            return
+        # A saved prompt does not carry where it started from.
+        if not self.prompt_tuning_init_prompt and not self.inference_mode:
+            raise ConfigError(
+                "When prompt_tuning_init='PROMPT', prompt_tuning_init_prompt can't be "
+                f"{self.prompt_tuning_init_prompt}."
+            )
+        if self.parameterization is not Parameterization.DIRECT:
+            raise ConfigError(
+                f"prompt_tuning_init='PROMPT' starts from rows, which parameterization "
+                f"{self.parameterization} cannot be given; use direct, or another initialisation"
+            )
 
     def peft_options(self) -> dict[str, Any]:
         """Return the options set here that PEFT does not have; where there is one, it cannot load the prompt."""

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Literal, get_args
+
+Measure = Literal["mean", "pairs"]
+"""How two prompts are compared: by their mean rows, or by all pairs of rows."""
+
+MEASURES: tuple[Measure, ...] = get_args(Measure)
 
 
 class TaskType(StrEnum):
@@ -64,6 +70,7 @@ class PromptTuningInit(StrEnum):
     N(0, 1), 50 to 100 times outside the embedding scale of a Llama; ``RANDOM_SCALED`` is
     the same draw times the rms of the base's embeddings. ``LABELS`` starts each row at a
     class label (the mean of its sub-tokens, Lester et al. 2021), the rest from the vocabulary.
+    ``PROMPT`` starts at the rows of another prompt (Vu et al. 2022, SPoT).
     """
 
     TEXT = "TEXT"
@@ -71,6 +78,7 @@ class PromptTuningInit(StrEnum):
     RANDOM = "RANDOM"
     RANDOM_SCALED = "RANDOM_SCALED"
     LABELS = "LABELS"
+    PROMPT = "PROMPT"
 
 
 class MultitaskPromptTuningInit(StrEnum):

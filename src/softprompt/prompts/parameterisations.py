@@ -44,10 +44,11 @@ class LowRank(RowParameters):
         """
         super().__init__()
         _check_rank(rank, min(first.shape), first)
-        left, sizes, right = torch.linalg.svd(first, full_matrices=False)
+        # In double: the last bits of LAPACK's answers depend on where tensors lie in memory.
+        left, sizes, right = torch.linalg.svd(first.double(), full_matrices=False)
         scale = sizes[:rank].sqrt()
-        self.a = nn.Parameter(left[:, :rank] * scale)
-        self.b = nn.Parameter(scale[:, None] * right[:rank])
+        self.a = nn.Parameter((left[:, :rank] * scale).float())
+        self.b = nn.Parameter((scale[:, None] * right[:rank]).float())
 
     def rows(self) -> Tensor:
         """Return A B; see ``RowParameters``."""
@@ -77,7 +78,8 @@ class FixedBasis(RowParameters):
         self.seed = seed
         drawn = torch.randn(rank, width, generator=torch.Generator().manual_seed(seed))
         self.register_buffer("basis", drawn / rank**0.5)
-        self.z = nn.Parameter(torch.linalg.lstsq(self.basis.T, first.T).solution.T.contiguous())
+        fit = torch.linalg.lstsq(self.basis.T.double(), first.T.double()).solution.T
+        self.z = nn.Parameter(fit.float().contiguous())
         self.scale = nn.Parameter(torch.ones(width))
         self.shift = nn.Parameter(torch.zeros(width))
 

@@ -8,9 +8,9 @@ from typing import Any, cast
 import torch
 
 from softprompt.attach.classes import get_peft_model
-from softprompt.attach.encoders import build_prompt
 from softprompt.attach.model import PeftModel
-from softprompt.backbone.facts import Facts, input_embedding
+from softprompt.attach.transfer import started_prompt
+from softprompt.backbone.facts import Facts
 from softprompt.backbone.fingerprint import Fingerprint
 from softprompt.backbone.load import LoadedBase
 from softprompt.errors import ConfigError
@@ -73,7 +73,7 @@ def fresh_prompt(
     config = plain_config(base, facts, labels, settings)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed + number)
-        return build_prompt(config, input_embedding(base.model)).to(base.model.device)
+        return started_prompt(config, base.model).to(base.model.device)
 
 
 def plain_config(
@@ -175,7 +175,8 @@ def _first_rows(
     return {
         "prompt_tuning_init": init.value,
         "prompt_tuning_init_text": text,
-        "tokenizer_name_or_path": base.name if text is not None else None,
+        "prompt_tuning_init_prompt": tuning.prompt_tuning_init_prompt,
+        "tokenizer_name_or_path": base.name if text or tuning.prompt_tuning_init_prompt else None,
         "tokenizer_kwargs": None if special else {"add_special_tokens": False},
     }
 

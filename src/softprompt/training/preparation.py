@@ -23,6 +23,7 @@ from softprompt.engine.context import check_context
 from softprompt.engine.rows import Engine
 from softprompt.errors import ConfigError
 from softprompt.inference.places import Places
+from softprompt.prompts.kinds import Placement
 from softprompt.prompts.module import PromptModule
 from softprompt.training.attachment import attach, places_of
 from softprompt.training.examples import TaskData
@@ -154,6 +155,7 @@ def _tokenized(task: TaskData, base: LoadedBase, facts: Facts, settings: TuneSet
         max_source_length=settings.max_source_length,
         max_target_length=settings.max_target_length,
         seq2seq=facts.is_encoder_decoder,
+        placement=Placement(settings.tuning_config.placement),
     )
     of_task = f" of {task.name}" if task.name else ""
     train, cuts = tokenizer.tokenize(task.train)

@@ -95,7 +95,7 @@ def _job(
     """Return what trains a prompt on the rows of all tasks; ``mixed`` draws several into a batch."""
     settings = prepared.settings
     rows = [
-        EngineRow(row.source, row.target, number)
+        EngineRow(row.source, row.target, number, row.at)
         for number, task in enumerate(prepared.tasks)
         for row in task.train
     ]

@@ -24,6 +24,7 @@ INITS = {
     "TEXT": PromptTuningInit.TEXT,
     "SAMPLE_VOCAB": PromptTuningInit.SAMPLE_VOCAB,
     "LABELS": PromptTuningInit.LABELS,
+    "PROMPT": PromptTuningInit.PROMPT,
 }
 """caikit's names of the initial rows, and ours."""
 
@@ -35,6 +36,7 @@ InitMethod = Literal[
     "TEXT",
     "SAMPLE_VOCAB",
     "LABELS",
+    "PROMPT",
     "STANDARD_NORMAL",
     "ONLY_SOURCE_SHARED",
     "AVERAGE_SOURCE",
@@ -55,7 +57,8 @@ class TuningConfig:
         metadata=about(
             "What the prompt starts from: RANDOM (normal, at the scale of the base's embeddings), "
             "TEXT (the embeddings of prompt_tuning_init_text), SAMPLE_VOCAB (random tokens), "
-            "LABELS (the class labels), STANDARD_NORMAL (N(0,1), which is PEFT's RANDOM); from a "
+            "LABELS (the class labels), PROMPT (a saved prompt), STANDARD_NORMAL (N(0,1), which is "
+            "PEFT's RANDOM); from a "
             "source prompt AVERAGE_SOURCE (its shared prompt and the mean of its tasks), "
             "EXACT_SOURCE_TASK (one of its tasks) or ONLY_SOURCE_SHARED."
         ),
@@ -69,6 +72,13 @@ class TuningConfig:
         metadata=about(
             "Keep the special tokens the tokenizer puts around prompt_tuning_init_text, as PEFT "
             "does."
+        ),
+    )
+    prompt_tuning_init_prompt: str | None = field(
+        default=None,
+        metadata=about(
+            "Saved prompt to start from, of any length and of this base or another; only with "
+            "prompt_tuning_init_method PROMPT."
         ),
     )
     prompt_tuning_init_source_model: str | None = field(
@@ -129,6 +139,7 @@ class TuningConfig:
             object.__setattr__(self, "prompt_tuning_init_task", str(self.prompt_tuning_init_task))
         check(self)
         self._check_text()
+        self._check_prompt()
         self._check_source()
         self._check_parameterization()
 
@@ -155,6 +166,19 @@ class TuningConfig:
             raise ConfigError(
                 "prompt_tuning_init_special_tokens would be ignored with prompt_tuning_init_method "
                 f"{method}; use TEXT or leave it out"
+            )
+
+    def _check_prompt(self) -> None:
+        method, prompt = self.prompt_tuning_init_method, self.prompt_tuning_init_prompt
+        if method == "PROMPT" and not prompt:
+            raise ConfigError(
+                "prompt_tuning_init_method PROMPT needs a prompt_tuning_init_prompt; give the folder "
+                "of a saved prompt, or use RANDOM"
+            )
+        if method != "PROMPT" and prompt is not None:
+            raise ConfigError(
+                f"prompt_tuning_init_prompt would be ignored with prompt_tuning_init_method {method}; "
+                "use PROMPT or leave the prompt out"
             )
 
     def _check_source(self) -> None:

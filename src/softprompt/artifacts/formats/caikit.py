@@ -1,0 +1,149 @@
+"""``caikit``: the folder that caikit-nlp's ``PeftPromptTuning.save`` writes.
+
+``config.yml`` beside ``encoder.pt`` and ``decoder.pt``; caikit itself refuses to run one without
+the base's weights inside (``has_base_model``), its TGIS module runs them as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from softprompt.artifacts.bare import DECODER, ENCODER, Origin, bare_adapter
+from softprompt.artifacts.files import read_bytes
+from softprompt.artifacts.formats.format import Export, Format, Source
+from softprompt.artifacts.formats.part_files import PART_NAMES, part_bytes, read_part
+from softprompt.artifacts.formats.prefix_store import write_parts
+from softprompt.artifacts.manifest import installed_versions
+from softprompt.artifacts.native import StoredAdapter
+from softprompt.backbone.load import LoadedBase
+from softprompt.errors import ArtifactError, FingerprintError
+
+CONFIG_FILE = "config.yml"
+MODULE_ID = "6655831b-960a-4dc5-8df4-867026e2cd41"
+_MODULE = {
+    "module_id": MODULE_ID,
+    "module_class": "caikit_nlp.modules.text_generation.peft_prompt_tuning.PeftPromptTuning",
+    "name": "Peft generation",
+    "version": "0.1.0",
+}
+_SIZES = ("model_type", "vocab_size", "hidden_size", "d_model", "n_embd", "num_hidden_layers")
+
+
+def _lacks(path: Path) -> str | None:
+    if not path.is_dir():
+        return "not a folder"
+    return None if (path / CONFIG_FILE).is_file() else f"no {CONFIG_FILE}"
+
+
+def _read(source: Source, base: LoadedBase | None) -> StoredAdapter:
+    path = Path(source)
+    config = _config(path / CONFIG_FILE)
+    parts = {}
+    for part in PART_NAMES:
+        name = config.get(part)
+        if name:
+            parts[part] = read_part(_inside(path, part, name))
+    seq2seq = _text(config, "task_type", path).rpartition(".")[2] == "SEQ_2_SEQ_LM"
+    recorded = config.get("base_model_config")
+    if base is not None and isinstance(recorded, dict):
+        _check_sizes(recorded, base, path)
+    origin = Origin(
+        base_model=base.name if base else _text(config, "base_model_name", path),
+        seq2seq=seq2seq,
+        template=_text(config, "verbalizer", path),
+        dtype=str(config.get("trained_torch_dtype") or "float32"),
+        settings={"tuning_type": str(config.get("tuning_type") or "PROMPT_TUNING")},
+    )
+    return bare_adapter(parts, origin, base, str(path))
+
+
+def _write(export: Export, path: Path) -> Mapping[str, Any]:
+    prompt, base = export.plain(), export.loaded()
+    manifest = prompt.stored.manifest
+    parts = {ENCODER: prompt.encoder, DECODER: prompt.decoder}
+    config = base.model.config.to_dict()
+    config.pop("_name_or_path", None)
+    now = str(datetime.now())
+    values = {
+        **_MODULE,
+        "softprompt_version": installed_versions()["softprompt"],
+        "created": now,
+        "saved": now,
+        "tracking_id": str(uuid.uuid4()),
+        "base_model_config": json.loads(json.dumps(config, default=str)),
+        "base_model_name": base.name,
+        "eos_token": base.tokenizer.eos_token,
+        "has_base_model": False,
+        "verbalizer": manifest.template if manifest else "{{input}}",
+        "tuning_type": "PROMPT_TUNING",
+        "task_type": "SEQ_2_SEQ_LM" if prompt.seq2seq else "CAUSAL_LM",
+        "trained_torch_dtype": manifest.dtype if manifest else "float32",
+        "output_model_types": json.dumps([k for k, rows in parts.items() if rows is not None]),
+        **{k: "" if rows is None else PART_NAMES[k] for k, rows in parts.items()},
+        "training_logs": "training_logs.jsonl",
+    }
+    files = {**part_bytes(prompt), CONFIG_FILE: yaml.safe_dump(values).encode()}
+    write_parts(path, files, overwrite=export.overwrite)
+    return {}
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(read_bytes(path).decode(errors="replace"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ArtifactError(
+            f"expected plain YAML in {path}, it cannot be read ({reason}): restore it from the original"
+        ) from error
+    if not isinstance(values, dict):
+        raise ArtifactError(
+            f"expected a mapping in {path}, came a {type(values).__name__}: restore it from the original"
+        )
+    return values
+
+
+def _text(config: Mapping[str, Any], key: str, path: Path) -> str:
+    value = config.get(key)
+    if not isinstance(value, str) or not value:
+        raise ArtifactError(
+            f"expected a text for {key} in {path / CONFIG_FILE}, came {value!r}: check that it is a "
+            "prompt of caikit-nlp's PeftPromptTuning"
+        )
+    return value
+
+
+def _inside(path: Path, part: str, name: Any) -> Path:
+    """Return the file a config names, which must lie in the folder itself."""
+    if not isinstance(name, str) or Path(name).name != name:
+        raise ArtifactError(
+            f"expected a file in {path} for {part} in {CONFIG_FILE}, came {name!r}, which leads "
+            "elsewhere: put the file beside it"
+        )
+    return path / name
+
+
+def _check_sizes(recorded: Mapping[str, Any], base: LoadedBase, path: Path) -> None:
+    here = base.model.config.to_dict()
+    for key in _SIZES:
+        if key in recorded and key in here and recorded[key] != here[key]:
+            raise FingerprintError(
+                f"the prompt in {path} was made for a base with {key} {recorded[key]!r}, "
+                f"{base.name} has {here[key]!r}; load its own base"
+            )
+
+
+CAIKIT = Format(
+    "caikit",
+    "a folder with config.yml and encoder.pt, decoder.pt or both",
+    _lacks,
+    _read,
+    _write,
+    writes_with_base=True,
+)

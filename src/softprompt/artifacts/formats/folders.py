@@ -1,0 +1,77 @@
+"""``softprompt`` and ``peft``: the folder of ``save_adapter``, with and without what PEFT lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from softprompt.artifacts.files import read_bytes
+from softprompt.artifacts.formats.format import Export, Format, Source
+from softprompt.artifacts.layout import (
+    MANIFEST_NAME,
+    PICKLED_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    parse_object,
+)
+from softprompt.artifacts.native import StoredAdapter, load_adapter, save_adapter
+from softprompt.artifacts.plain import beyond_peft, single_task
+from softprompt.backbone.load import LoadedBase
+from softprompt.errors import ArtifactError
+from softprompt.prompts.configs import CONFIG_NAME, PeftType
+
+
+def _lacks_folder(path: Path) -> str | None:
+    if not path.is_dir():
+        return "not a folder"
+    if not (path / CONFIG_NAME).is_file():
+        return f"no {CONFIG_NAME}"
+    if not any((path / name).is_file() for name in (WEIGHTS_NAME, PICKLED_WEIGHTS_NAME)):
+        return f"no {WEIGHTS_NAME} or {PICKLED_WEIGHTS_NAME}"
+    return None
+
+
+def _lacks_ours(path: Path) -> str | None:
+    missing = _lacks_folder(path)
+    if missing is not None or (path / MANIFEST_NAME).is_file():
+        return missing
+    text = read_bytes(path / CONFIG_NAME).decode(errors="replace")
+    kind = parse_object(text, str(path / CONFIG_NAME)).get("peft_type")
+    return None if kind == PeftType.EXTENDED_PROMPT_TUNING else f"no {MANIFEST_NAME}"
+
+
+def _read(source: Source, base: LoadedBase | None) -> StoredAdapter:
+    return load_adapter(source)
+
+
+def _write(export: Export, path: Path) -> Mapping[str, Any]:
+    stored = export.stored
+    if export.task is not None:
+        stored = single_task(stored, export.task)
+    save_adapter(path, stored.config, stored.tensors, stored.manifest, overwrite=export.overwrite)
+    return {}
+
+
+def _write_for_peft(export: Export, path: Path) -> Mapping[str, Any]:
+    reason = beyond_peft(export.stored)
+    if reason is not None:
+        raise ArtifactError(
+            f"{export.stored.location} cannot be written as peft: {reason}; use --to softprompt"
+        )
+    return _write(export, path)
+
+
+SOFTPROMPT = Format(
+    "softprompt",
+    f"a folder with {CONFIG_NAME}, {WEIGHTS_NAME} and {MANIFEST_NAME}",
+    _lacks_ours,
+    _read,
+    _write,
+)
+PEFT = Format(
+    "peft",
+    f"a folder with {CONFIG_NAME} and {WEIGHTS_NAME} (or {PICKLED_WEIGHTS_NAME})",
+    _lacks_folder,
+    _read,
+    _write_for_peft,
+)

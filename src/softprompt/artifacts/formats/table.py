@@ -1,0 +1,58 @@
+"""The table of formats: order matters, because the first that fits a source is its format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from softprompt.artifacts.formats.arrays import NPY, TENSOR
+from softprompt.artifacts.formats.caikit import CAIKIT
+from softprompt.artifacts.formats.extended_vocabulary import EXTENDED_VOCABULARY
+from softprompt.artifacts.formats.folders import PEFT, SOFTPROMPT
+from softprompt.artifacts.formats.format import Format
+from softprompt.artifacts.formats.prefix_store import TGIS
+from softprompt.artifacts.formats.vllm import VLLM
+from softprompt.errors import ArtifactError, ConfigError, nearest
+
+FORMATS: tuple[Format, ...] = (
+    SOFTPROMPT,
+    PEFT,
+    CAIKIT,
+    TGIS,
+    NPY,
+    TENSOR,
+    EXTENDED_VOCABULARY,
+    VLLM,
+)
+
+
+def format_named(name: str) -> Format:
+    """Return a format that can be written.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    known = {each.name: each for each in FORMATS if each.write is not None}
+    if name not in known:
+        raise ConfigError(f"no format {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+    return known[name]
+
+
+def detect(source: str | Path) -> Format:
+    """Return the format of a path; a name that is no path is taken for a hub id of a folder.
+
+    Raises:
+        ArtifactError: it fits none; each layout that was tried is named, with what is missing.
+    """
+    path = Path(source)
+    if not path.exists():
+        return PEFT
+    tried = []
+    for each in FORMATS:
+        missing = each.lacks(path)
+        if missing is None:
+            return each
+        tried.append(f"{each.name}: {missing}")
+    raise ArtifactError(
+        f"{source} is in no format known here ({'; '.join(tried)}); check the path, or save the "
+        "rows as one tensor in .safetensors"
+    )

@@ -1,0 +1,101 @@
+"""``vllm``: the JSON body of one request to vLLM's ``/v1/completions`` with ``prompt_embeds``.
+
+The server must run with ``--enable-prompt-embeds``. The tensor is what the base's embedding
+module returns for the text's ids, prompt in front, in the base's dtype.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softprompt.artifacts.bare import check_rows
+from softprompt.artifacts.files import read_bytes
+from softprompt.artifacts.formats.format import Export, Format, write_output_file
+from softprompt.artifacts.formats.part_files import tensor_bytes
+from softprompt.artifacts.layout import parse_object
+from softprompt.backbone.facts import input_embedding, side_embeddings
+from softprompt.errors import ArtifactError, ConfigError
+
+_KEY = "prompt_embeds"
+_MAX_NEW_TOKENS = 20
+
+
+def read_payload(path: Path) -> Tensor:
+    """Return the tensor ``[P + T, H]`` of a request.
+
+    Raises:
+        ArtifactError: it is no such body, or the tensor is not dense, finite and 2-D.
+    """
+    body = parse_object(read_bytes(path).decode(errors="replace"), str(path))
+    try:
+        data = base64.b64decode(body.get(_KEY) or "", validate=True)
+        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (binascii.Error, TypeError) as error:
+        raise ArtifactError(f"expected base64 text for {_KEY} in {path}: write it again") from error
+    # Whatever the unpickler stumbles over; code in it is refused and never run.
+    except Exception as error:
+        raise ArtifactError(
+            f"expected a tensor in {_KEY} of {path}, it is damaged or holds code, which is never "
+            "run: write it again"
+        ) from error
+    return check_rows(loaded, str(path))
+
+
+def _lacks(path: Path) -> str | None:
+    return None if path.is_file() and path.suffix == ".json" else "not a .json file"
+
+
+@torch.no_grad()
+def _write(export: Export, path: Path) -> Mapping[str, Any]:
+    prompt, base = export.plain(), export.loaded()
+    if prompt.seq2seq:
+        raise ArtifactError(
+            f"{export.stored.location} is for a seq2seq model, and vLLM takes prompt_embeds for "
+            "causal models only; serve it with tgis"
+        )
+    if not export.source:
+        raise ConfigError("vllm writes the request for one input text; pass text (--text)")
+    if side_embeddings(base.model):
+        raise ArtifactError(
+            f"{base.name} looks ids up in further tables, so embeddings alone are not its input; "
+            "use its prompts with softprompt"
+        )
+    table = input_embedding(base.model)
+    rows = prompt.input_rows
+    ids = torch.tensor(export.source, device=table.weight.device)
+    text: Tensor = table(ids)
+    joined = torch.cat([rows.to(text.device, text.dtype), text])  # [P + T, H]
+    if not bool(torch.isfinite(joined).all()):
+        raise ArtifactError(
+            f"the rows overflow {str(text.dtype).removeprefix('torch.')}, the base's dtype; pass "
+            "torch_dtype=float32 or bfloat16"
+        )
+    manifest = prompt.stored.manifest
+    body = {
+        "model": base.name,
+        "max_tokens": manifest.max_target_length if manifest else _MAX_NEW_TOKENS,
+        "temperature": 0,
+        _KEY: base64.b64encode(tensor_bytes(joined)).decode(),
+    }
+    write_output_file(path, json.dumps(body).encode() + b"\n", overwrite=export.overwrite)
+    return {"tokens": len(joined), "width": joined.shape[1], "dtype": str(joined.dtype)[6:]}
+
+
+VLLM = Format(
+    "vllm",
+    "a .json file, the body of one request with prompt_embeds",
+    _lacks,
+    None,
+    _write,
+    writes_with_base=True,
+    holds="file",
+)

@@ -1,0 +1,186 @@
+"""A base model with rows of prompts appended to its embedding table, and a head that avoids them.
+
+A softmax over more ids than the base has needs the new ones to weigh nothing. With a bias that is
+exact. Without one, each new row of the head repeats the row of the token that was least likely on
+a probe: it is then as unlikely as that token, and a tie goes to the lower id, which is the token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from softprompt.backbone.facts import input_embedding, is_encoder_decoder, side_embeddings
+from softprompt.errors import ArtifactError
+
+_PROBE_TOKENS = 16
+_MASKED = -1.0e4
+"""A logit whose share is 0 in every dtype, and which every dtype can hold."""
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+_HALF_TOLERANCE = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Extension:
+    """What became of the base.
+
+    Attributes:
+        vocabulary: Rows of the new table.
+        head: How the new ids are kept from being given: ``bias``, ``least likely row`` or ``tied``.
+        extra_mass: Largest share of probability all new ids had together on the probe.
+        rounding: Largest relative error of a stored value, from dtype and scale.
+        difference: Largest difference of a logit on the probe, relative to their spread.
+    """
+
+    vocabulary: int
+    head: str
+    extra_mass: float
+    rounding: float
+    difference: float
+
+
+@torch.no_grad()
+def extend(
+    model: PreTrainedModel, rows: Mapping[str, Tensor], ids: Mapping[str, list[int]]
+) -> Extension:
+    """Append the rows of prompts to a model, in place, and check it against the original.
+
+    Args:
+        model: in evaluation mode.
+        rows: rows ``[P, H]`` by prompt.
+        ids: where each row goes, by prompt.
+
+    Raises:
+        ArtifactError: the model cannot hold prompts as vocabulary.
+    """
+    table = input_embedding(model)
+    if side_embeddings(model):
+        raise ArtifactError(
+            f"{type(model).__name__} looks ids up in further tables, which prompts have no rows for; "
+            "use the prompts with softprompt"
+        )
+    old, scale = table.weight.shape[0], _scale(table)
+    name = next(iter(rows))
+    probe = torch.linspace(0, old - 1, _PROBE_TOKENS, device=table.weight.device).long()
+    before = _logits(model, embeds=torch.cat([rows[name].to(table(probe)), table(probe)]))
+    head = _prepare_head(model)
+    new = max(each for own in ids.values() for each in own) + 1
+    _resize(model, new)
+    table = input_embedding(model)
+    table.weight[old:] = 0
+    rounding = 0.0
+    for own, values in rows.items():
+        index = torch.tensor(ids[own], device=table.weight.device)
+        table.weight[index] = (values.float() / scale).to(table.weight)
+        lost = (table(index).float() - values.to(table.weight.device).float()).abs().max()
+        rounding = max(rounding, float(lost / values.abs().max()))
+    _mask_head(model, head, old, least_likely(before))
+    after = _logits(model, ids=torch.cat([torch.tensor(ids[name]).to(probe), probe]))
+    spread = float(before.std())
+    difference = float((after[:, :old] - before).abs().max()) / max(spread, 1e-12)
+    if not difference <= _TOLERANCE.get(table.weight.dtype, _HALF_TOLERANCE):
+        raise ArtifactError(
+            f"{type(model).__name__} with the prompt as vocabulary gives other logits than with the "
+            f"prompt in front (relative difference {difference:.2g}); use --to vllm or tgis"
+        )
+    mass = float(after.softmax(-1)[:, old:].sum(-1).max())
+    return Extension(new, head, mass, rounding, difference)
+
+
+def least_likely(logits: Tensor) -> int:
+    """Return the id whose best chance over the positions of ``logits`` ``[N, V]`` is the smallest."""
+    return int(logits.log_softmax(-1).max(0).values.argmin())
+
+
+def _scale(table: nn.Embedding) -> float:
+    """Return what the module multiplies its rows by, as Gemma's and BART's do.
+
+    Raises:
+        ArtifactError: it does something else to them.
+    """
+    ids = torch.linspace(0, table.weight.shape[0] - 1, _PROBE_TOKENS).long().to(table.weight.device)
+    seen, rows = table(ids).double(), table.weight[ids].double()
+    scale = float((seen * rows).sum() / rows.square().sum())
+    if seen.shape != rows.shape or not torch.allclose(seen, rows * scale, rtol=2e-2, atol=1e-6):
+        raise ArtifactError(
+            f"the embedding module {type(table).__name__} does more than look rows up and scale "
+            "them, so prompts cannot be rows of it; use the prompts with softprompt"
+        )
+    declared = getattr(table, "embed_scale", None)
+    # The declared factor, not the estimate: rows must come out as exact as the dtype allows.
+    return float(scale if declared is None else declared)
+
+
+def _prepare_head(model: PreTrainedModel) -> str:
+    """Untie the head where that is needed and safe, and return how new ids will be masked."""
+    output = cast(Any, model).get_output_embeddings()
+    if getattr(output, "bias", None) is not None or _logits_bias(model) is not None:
+        return "bias"
+    if not _tied(model):
+        return "least likely row"
+    # T5 scales its hidden states by whether the head is tied, so there it stays so.
+    if is_encoder_decoder(model):
+        return "tied"
+    model.config.tie_word_embeddings = False
+    model.config.get_text_config().tie_word_embeddings = False
+    output.weight = nn.Parameter(output.weight.detach().clone(), requires_grad=False)
+    return "least likely row"
+
+
+def _resize(model: PreTrainedModel, new: int) -> None:
+    """Give embedding and head ``new`` rows each; a head of its own stays its own."""
+    output = cast(Any, model).get_output_embeddings()
+    own = None if _tied(model) else output.weight.detach()
+    model.resize_token_embeddings(new, mean_resizing=False)
+    output = cast(Any, model).get_output_embeddings()
+    if own is not None and _tied(model):
+        # T5 1.1 has a head of its own under a config that says it is tied, and resizing obeys that.
+        grown = own.new_zeros(new, own.shape[1])
+        grown[: len(own)] = own
+        output.weight = nn.Parameter(grown, requires_grad=False)
+
+
+def _tied(model: PreTrainedModel) -> bool:
+    weight = cast(Any, model).get_output_embeddings().weight
+    table = cast(Any, model).get_input_embeddings().weight
+    return weight is table or weight is input_embedding(model).weight
+
+
+def _mask_head(model: PreTrainedModel, head: str, old: int, donor: int) -> None:
+    output = cast(Any, model).get_output_embeddings()
+    if head == "bias":
+        bias = _logits_bias(model)
+        target = output.bias if bias is None else bias[0]
+        if not _tied(model):
+            output.weight[old:] = output.weight[donor]
+        target[old:] = _MASKED
+    elif head == "least likely row":
+        output.weight[old:] = output.weight[donor]
+
+
+def _logits_bias(model: PreTrainedModel) -> Tensor | None:
+    bias = getattr(model, "final_logits_bias", None)
+    return bias if isinstance(bias, Tensor) else None
+
+
+def _logits(
+    model: PreTrainedModel, *, ids: Tensor | None = None, embeds: Tensor | None = None
+) -> Tensor:
+    """Return logits ``[N, V]`` of one row, at every token of it (of the answer's start, in seq2seq)."""
+    given: dict[str, Any] = (
+        {"input_ids": ids[None]}
+        if ids is not None
+        else {"inputs_embeds": cast(Tensor, embeds)[None]}
+    )
+    if is_encoder_decoder(model):
+        config = model.config.get_text_config()
+        start = config.decoder_start_token_id
+        first = start if isinstance(start, int) else config.pad_token_id or 0
+        given["decoder_input_ids"] = torch.tensor([[first, 0, 1, 2]], device=model.device)
+    logits: Tensor = model(**given).logits[0]
+    return logits.float()

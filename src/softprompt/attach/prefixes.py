@@ -1,0 +1,140 @@
+"""Prefix tuning on an attached model: sizes, first values, and what a call may hold."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from softprompt.backbone.facts import Facts, output_limit
+from softprompt.backbone.keyvalues import key_value_shape, text_key_values
+from softprompt.backbone.texts import text_token_ids
+from softprompt.engine.context import check_context
+from softprompt.engine.packed import is_packed
+from softprompt.engine.prefix_paths import prefix_path
+from softprompt.engine.prefixes import Prefixes
+from softprompt.errors import ConfigError
+from softprompt.prompts.configs import PromptLearningConfig
+from softprompt.prompts.prefix import PrefixTuningConfig
+from softprompt.prompts.prefix_encoder import PrefixEncoder
+
+logger = logging.getLogger(__name__)
+
+
+def check_kind(config: PromptLearningConfig, shared: PromptLearningConfig | None) -> None:
+    """Refuse prefixes and prompts in the input on one model.
+
+    Raises:
+        ConfigError: If ``config`` is of another kind than the prompt that is already attached.
+    """
+    kinds = [isinstance(each, PrefixTuningConfig) for each in (config, shared)]
+    if shared is not None and kinds[0] != kinds[1]:
+        raise ConfigError(
+            f"all prompts on one model are prefixes or none is: it has {shared.peft_type}, got "
+            f"{config.peft_type}; attach this one to a model of its own"
+        )
+
+
+def sized(config: PrefixTuningConfig, model: PreTrainedModel, facts: Facts) -> None:
+    """Fill in the sizes of the base's keys and values.
+
+    Raises:
+        BackboneError: If no prefix can stand in this base.
+        ConfigError: If the configuration names other sizes.
+    """
+    shape = key_value_shape(model)
+    prefix_path(model, facts)
+    sizes = {
+        "num_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "token_dim": shape.heads * shape.width,
+    }
+    for name, size in sizes.items():
+        given = getattr(config, name)
+        # A seq2seq prefix is stored with every second layer empty.
+        doubled = name == "num_layers" and facts.is_encoder_decoder and given == 2 * size
+        if given not in (None, size) and not doubled:
+            raise ConfigError(
+                f"{name} is {given}, but {facts.architecture}'s keys and values need {size}; leave it out, or "
+                "use the base the prefix was made for"
+            )
+        setattr(config, name, size)
+    config.num_transformer_submodules = 1
+    if config.prefix_projection and config.encoder_hidden_size is None:
+        config.encoder_hidden_size = sizes["token_dim"]
+
+
+def build_prefix(
+    config: PrefixTuningConfig,
+    model: PreTrainedModel | None,
+    generator: torch.Generator | None,
+) -> PrefixEncoder:
+    """Return the untrained module of a prefix whose sizes are filled in.
+
+    Raises:
+        ConfigError: If it starts from a text and there is no model to read it.
+    """
+    text: Tensor | None = None
+    if config.prefix_tuning_init_text is not None and not config.inference_mode:
+        if model is None:
+            raise ConfigError("prefix_tuning_init_text needs the base model; use get_peft_model")
+        text = text_key_values(model, text_token_ids(config), config.num_virtual_tokens or 0)
+    return PrefixEncoder(config, text=text, generator=generator)
+
+
+def trained_directly(config: PromptLearningConfig) -> None:
+    """Say that a prefix whose projection was baked into its file is trained without it."""
+    if isinstance(config, PrefixTuningConfig) and config.prefix_projection:
+        logger.warning(
+            "the file of a projected prefix holds its keys and values only: they are trained directly from here"
+        )
+        config.prefix_projection, config.encoder_hidden_size = False, None
+
+
+def check_prefixed(
+    model: PreTrainedModel, facts: Facts, prefixes: Prefixes | None, inputs: dict[str, Any]
+) -> None:
+    """Refuse arguments of a call that would be misread behind prefixes.
+
+    Raises:
+        ConfigError: For attention masks of one's own, and packed rows.
+        ContextOverflowError: If prefix and input exceed the context.
+    """
+    if prefixes is None:
+        return
+    for name in ("attention_mask", "decoder_attention_mask"):
+        mask = inputs.get(name)
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            raise ConfigError(
+                f"{name} must be [B, T] behind a prefix, which each layer masks by its own rule; pass "
+                "padding alone"
+            )
+    positions = inputs.get("position_ids")
+    if positions is not None and positions.dim() == 2 and is_packed(positions):
+        raise ConfigError(
+            "position_ids start again inside a row, and a prefix stands before whole rows; pass each sequence "
+            "as a row of its own"
+        )
+    tokens, mask, limit = _columns(model, facts, inputs)
+    counts = [tokens] * len(prefixes.lengths)
+    if mask is not None and mask.dim() == 2:
+        counts = mask.sum(1).tolist()
+    for count, virtual in set(zip(counts, prefixes.lengths.tolist(), strict=True)):
+        check_context(int(count), int(virtual), limit)
+
+
+def _columns(
+    model: PreTrainedModel, facts: Facts, inputs: dict[str, Any]
+) -> tuple[int, Tensor | None, int | None]:
+    """Return the columns behind the prefixes, their mask, and how many the model has."""
+    if facts.is_encoder_decoder:
+        names = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
+        limit, mask = output_limit(model), inputs.get("decoder_attention_mask")
+    else:
+        names = ("input_ids", "inputs_embeds", "labels")
+        limit, mask = facts.context_length, inputs.get("attention_mask")
+    found = [inputs[name] for name in names if inputs.get(name) is not None]
+    return (int(found[0].shape[1]) if found else 0), mask, limit

@@ -1,0 +1,174 @@
+"""Starting a prompt from another one (Vu et al. 2022, SPoT): of any length, of this base or another."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from softprompt.artifacts.manifest import Manifest
+from softprompt.artifacts.native import StoredAdapter, load_adapter
+from softprompt.artifacts.parts import rows_of
+from softprompt.attach.encoders import build_prompt
+from softprompt.attach.saving import check_base
+from softprompt.backbone.facts import input_embedding
+from softprompt.backbone.fingerprint import Fingerprint
+from softprompt.backbone.load import load_base
+from softprompt.backbone.texts import load_tokenizer
+from softprompt.backbone.vocabulary import shared_ids
+from softprompt.errors import BackboneError, ConfigError
+from softprompt.prompts.composition import Recycled, recycle, resized
+from softprompt.prompts.configs import PromptLearningConfig, PromptTuningConfig, PromptTuningInit
+from softprompt.prompts.module import PROMPT_KEY, PromptModule
+
+logger = logging.getLogger(__name__)
+
+_WORTHLESS = 0.9
+"""Error from which a map is hardly better than zeros, whose error is 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transferred:
+    """First rows of a prompt, from another prompt.
+
+    Attributes:
+        rows: ``[S * P, H]`` in float32 on the CPU.
+        note: What was done to the source, in one line.
+        recycled: The fit that mapped it from another base; None when the base is its own.
+    """
+
+    rows: Tensor
+    note: str
+    recycled: Recycled | None = None
+
+
+def started_prompt(
+    config: PromptLearningConfig,
+    model: PreTrainedModel,
+    *,
+    generator: torch.Generator | None = None,
+) -> PromptModule:
+    """Return the untrained module of a configuration, started from the prompt it names, if any.
+
+    Args:
+        config: What to build, its sizes filled in.
+        model: The base it is for.
+        generator: Source of randomness of the other initialisations.
+
+    Raises:
+        ConfigError: If the configuration, or the prompt it names, cannot be used.
+        ArtifactError: If that prompt cannot be read.
+        BackboneError: If it is of another base, and that base cannot be loaded.
+    """
+    table = input_embedding(model)
+    if (
+        not isinstance(config, PromptTuningConfig)
+        or config.inference_mode
+        or config.prompt_tuning_init is not PromptTuningInit.PROMPT
+    ):
+        return build_prompt(config, table, generator=generator, model=model)
+    found = transferred_rows(
+        str(config.prompt_tuning_init_prompt),
+        model,
+        config.num_virtual_tokens or 0,
+        parts=config.num_transformer_submodules or 1,
+        tokenizer_name=config.tokenizer_name_or_path,
+    )
+    logger.log(logging.WARNING if found.recycled else logging.INFO, "%s", found.note)
+    # In inference mode nothing is drawn, because values are about to be loaded.
+    module = build_prompt(dataclasses.replace(config, inference_mode=True), table)
+    module.load_stored({PROMPT_KEY: found.rows})
+    return module
+
+
+def transferred_rows(
+    source: str | Path,
+    model: PreTrainedModel,
+    num_virtual_tokens: int,
+    *,
+    parts: int = 1,
+    tokenizer_name: str | None = None,
+) -> Transferred:
+    """Return the rows of a stored prompt, made to fit another length and another base.
+
+    A prompt of another base is mapped by least squares on the tokens that both bases share
+    (``composition.recycle``). This is an approximation; the note holds its error.
+
+    Args:
+        source: Folder of the prompt, or its name on the Hub.
+        model: The base the rows are for.
+        num_virtual_tokens: Length wanted (P); longer repeats rows, shorter cuts them.
+        parts: Parts of the model that each get P rows (S).
+        tokenizer_name: Tokenizer of ``model``, read only for another base; None takes the one
+            beside the model.
+
+    Raises:
+        ArtifactError: The prompt cannot be read, or is not made of rows.
+        ConfigError: It has another number of parts, or the bases share too few tokens.
+        BackboneError: The base it was made for cannot be loaded, or is not the one on record.
+    """
+    stored = load_adapter(source)
+    rows = rows_of(stored)
+    if rows.shape[0] != parts:
+        raise ConfigError(
+            f"{source} is a prompt for {rows.shape[0]} part(s) of a model, this one is for {parts}; "
+            "start from a prompt with the same output_model_types"
+        )
+    note = f"the prompt starts from {source}"
+    if rows.shape[1] != num_virtual_tokens:
+        note += f", its {rows.shape[1]} rows made {num_virtual_tokens}"
+    rows = resized(rows, num_virtual_tokens).flatten(0, 1)
+    manifest = stored.manifest
+    if manifest is not None and not _made_for(manifest, model):
+        fit = _recycled(stored, manifest, rows, model, tokenizer_name)
+        note += (
+            f", mapped from {manifest.base_model} by {fit.tokens:,} shared tokens; this is approximate: "
+            f"relative error {fit.error:.3f} on tokens left out of the fit"
+        )
+        if fit.error > _WORTHLESS:
+            note += ", so the map says next to nothing: RANDOM or TEXT may well be a better start"
+        return Transferred(fit.rows, note, fit)
+    width = input_embedding(model).weight.shape[1]
+    if rows.shape[1] != width:
+        raise ConfigError(
+            f"{source} is {rows.shape[1]} wide, this base's embeddings are {width}, and it does not say "
+            "which base it was made for; start from a prompt with a softprompt.json"
+        )
+    return Transferred(rows, note)
+
+
+def _made_for(manifest: Manifest, model: PreTrainedModel) -> bool:
+    return Fingerprint.from_dict(manifest.base_fingerprint).matches(Fingerprint.of(model))
+
+
+@torch.no_grad()
+def _recycled(
+    stored: StoredAdapter,
+    manifest: Manifest,
+    rows: Tensor,
+    model: PreTrainedModel,
+    tokenizer_name: str | None,
+) -> Recycled:
+    # The whole base is loaded, not its table alone: its fingerprint tells whether it is the right one.
+    try:
+        own = load_base(manifest.base_model, seq2seq=manifest.seq2seq, torch_dtype=manifest.dtype)
+    except BackboneError as cause:
+        raise BackboneError(
+            f"{stored.location} was made for {manifest.base_model}, which is needed to map it to this "
+            f"base and cannot be loaded: {cause}"
+        ) from cause
+    check_base(stored, own.model, False)
+    words = load_tokenizer(tokenizer_name or str(model.name_or_path))
+    there, here = input_embedding(own.model), input_embedding(model)
+    sizes = there.weight.shape[0], here.weight.shape[0]
+    from_ids, to_ids = shared_ids(own.tokenizer, words, sizes)
+    return recycle(
+        rows,
+        there(torch.tensor(from_ids, dtype=torch.long)),
+        here(torch.tensor(to_ids, dtype=torch.long, device=here.weight.device)),
+    )

@@ -1,0 +1,133 @@
+"""Keys and values of a base's layers: their shape, and those of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from softprompt.backbone.facts import is_encoder_decoder
+from softprompt.errors import BackboneError, ConfigError, SoftPromptError
+
+
+@dataclass(frozen=True, slots=True)
+class KeyValueShape:
+    """Sizes of the self-attention that a prefix stands in: L, A_kv and D."""
+
+    layers: int
+    heads: int
+    width: int
+
+
+_shapes: WeakKeyDictionary[PreTrainedModel, KeyValueShape] = WeakKeyDictionary()
+
+
+def key_value_shape(model: PreTrainedModel) -> KeyValueShape:
+    """Return the sizes of a model's keys and values, read from a cache; remembered per model.
+
+    Raises:
+        BackboneError: If it keeps anything else for what it has read, or layers differ.
+    """
+    if model not in _shapes:
+        try:
+            layers, _, heads, _, width = key_values(model, [0]).shape
+            _shapes[model] = KeyValueShape(layers, heads, width)
+        except BackboneError:
+            if model.can_generate():
+                raise
+            _shapes[model] = _encoder_shape(model)
+    return _shapes[model]
+
+
+def text_key_values(model: PreTrainedModel, ids: Sequence[int], length: int) -> Tensor:
+    """Return keys and values ``[L, 2, A_kv, P, D]`` of a text, tiled or cut to ``length`` tokens.
+
+    Raises:
+        ConfigError: If there is no token, or the model's keys and values depend on an input.
+    """
+    if not ids:
+        raise ConfigError("prefix_tuning_init_text has no tokens; give a text with at least one")
+    tiled = [ids[i % len(ids)] for i in range(length)]
+    try:
+        if not is_encoder_decoder(model):
+            return key_values(model, tiled)
+    except BackboneError:
+        if model.can_generate():
+            raise
+    raise ConfigError(
+        f"prefix_tuning_init_text needs a decoder alone: in {type(model).__name__} a text's keys and "
+        "values depend on the input; leave it out, or use init_weights='zero'"
+    )
+
+
+def key_values(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
+    """Return the keys and values ``[L, 2, A_kv, T, D]`` of token ids, rotations applied.
+
+    Raises:
+        BackboneError: If the model keeps more than equal keys and values in every layer.
+    """
+    try:
+        layers = cached(model, torch.tensor([list(ids)], device=model.device))
+        rows = [torch.stack([layer.keys[0], layer.values[0]]) for layer in layers]
+        return torch.stack([row.to("cpu", torch.float32) for row in rows])
+    except SoftPromptError:
+        raise
+    except Exception as cause:  # whatever a model's own code raises on a plain cache
+        raise _refused(model) from cause
+
+
+def _refused(model: PreTrainedModel) -> BackboneError:
+    return BackboneError(
+        f"{type(model).__name__} keeps more than equal keys and values in every layer, so no prefix can "
+        "stand in them; use PromptTuningConfig"
+    )
+
+
+@torch.no_grad()
+def cached(model: PreTrainedModel, ids: Tensor) -> Sequence[Any]:
+    """Return the cache's self-attention layers after ``ids`` ``[B, T]``.
+
+    Raises:
+        BackboneError: If they hold more than keys and values.
+    """
+    modes = [module for module in model.modules() if module.training]
+    model.train(False)
+    try:
+        cache = _run(model, ids)
+    finally:
+        for module in modes:
+            module.training = True
+    if not cache.layers:
+        raise _refused(model)
+    layers = cast(Sequence[Any], cache.layers)
+    if any(type(layer) is not DynamicLayer or layer.keys is None for layer in layers):
+        raise _refused(model)
+    return layers
+
+
+def _run(model: PreTrainedModel, ids: Tensor) -> Cache:
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    cache: Cache = DynamicCache()
+    if is_encoder_decoder(model):
+        cache = EncoderDecoderCache(cache, DynamicCache())
+        inputs["decoder_input_ids"] = ids
+    # Some heads do not return the cache, but it is filled in place.
+    model(**inputs, past_key_values=cache, use_cache=True)
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def _encoder_shape(model: PreTrainedModel) -> KeyValueShape:
+    config = model.config.get_text_config()
+    layers, heads, hidden = (
+        getattr(config, name, None)
+        for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    )
+    if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(hidden, int)):
+        raise _refused(model)
+    return KeyValueShape(layers, heads, hidden // heads)

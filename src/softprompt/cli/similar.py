@@ -1,0 +1,53 @@
+"""``softprompt similar``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from softprompt.cli.options import output_options
+from softprompt.cli.streams import show, start_logging
+from softprompt.prompts.kinds import MEASURES, Measure
+
+if TYPE_CHECKING:
+    from softprompt.inspection.retrieval import Retrieval
+
+
+@click.command("similar")
+@click.argument("prompt_dir")
+@click.argument("folder")
+@click.option("--top", type=int, help="Show the most similar ones only.")
+@click.option(
+    "--measure",
+    type=click.Choice(MEASURES),
+    default="mean",
+    show_default=True,
+    help="Cosine of the mean rows, or mean cosine of all pairs of rows.",
+)
+@output_options
+def command(
+    prompt_dir: str, folder: str, top: int | None, measure: Measure, as_json: bool, quiet: bool
+) -> None:
+    """Show which prompts in the subfolders of FOLDER are most like a prompt.
+
+    The weights are those of a weighted average of the prompts shown. Prompts of other bases, and
+    folders without a readable prompt, are named on stderr.
+    """
+    start_logging(quiet=quiet)
+    from softprompt.inspection.retrieval import similar_prompts
+
+    answer = similar_prompts(prompt_dir, folder, top=top, measure=measure)
+    for each in answer.skipped:
+        click.echo(f"warning: skipped {each.folder}: {each.reason}", err=True)
+    show(answer.to_dict(), _text(answer), as_json=as_json)
+
+
+def _text(answer: Retrieval) -> str:
+    if not answer.found:
+        return "no prompt to compare with"
+    lines = ["similarity  weight  prompt"]
+    lines += [
+        f"{each.similarity:>10.4f}  {each.weight:>6.3f}  {each.prompt}" for each in answer.found
+    ]
+    return "\n".join(lines)

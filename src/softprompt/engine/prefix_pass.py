@@ -1,0 +1,182 @@
+"""Running a model's own forward, and ``generate``, behind prefixes.
+
+Two ways: inside attention, with the text alone in the cache, for models that honour
+transformers' attention interface; and as the first columns of the cache, for the others.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from softprompt.backbone.facts import Facts, recomputes_layers
+from softprompt.engine.attention import ForestUnsupportedError, implement
+from softprompt.engine.lock import locked
+from softprompt.engine.prefix_attention import EAGER, NAME, PrefixPlan, active_plan
+from softprompt.engine.prefix_gradient import gathered_gradient
+from softprompt.engine.prefixes import Prefixes
+from softprompt.engine.recomputed import implementations_of, recomputed_alike, switch
+from softprompt.errors import ConfigError
+
+
+@contextmanager
+def prefixed_attention(model: PreTrainedModel, facts: Facts, prefixes: Prefixes) -> Iterator[None]:
+    """Put prefixes inside the attention of every pass in the context; masks and caches hold the text alone.
+
+    Raises:
+        ForestUnsupportedError: If the model does not honour the attention interface.
+    """
+    own = model.config.get_text_config()._attn_implementation
+    with locked(model), ExitStack() as stack:
+        before = implementations_of(model)
+        stack.callback(switch, before)
+        implement(model, NAME)
+        (table,) = stack.enter_context(gathered_gradient(model, [prefixes.table]))
+        prefixes = replace(prefixes, table=table)
+        plan = PrefixPlan(prefixes, own if own == EAGER else "sdpa", facts.is_encoder_decoder)
+        token = active_plan.set(plan)
+        stack.callback(active_plan.reset, token)
+        _shift_positions(model, facts, prefixes, stack)
+        stack.enter_context(recomputed_alike(model))
+        yield
+
+
+def _shift_positions(
+    model: PreTrainedModel, facts: Facts, prefixes: Prefixes, stack: ExitStack
+) -> None:
+    """Let the positions of the text start behind each row's prefix."""
+    if facts.is_encoder_decoder:
+        table = getattr(cast(Any, model).get_decoder(), "embed_positions", None)
+        if table is not None:
+            _shift_decoder(table, prefixes, stack)
+        return
+
+    def place(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kwargs = dict(kwargs)
+        given = kwargs.get("position_ids")
+        kwargs["position_ids"] = text_positions(facts, kwargs, given) + _column(prefixes, kwargs)
+        return args, kwargs
+
+    if facts.accepts_position_ids:
+        stack.callback(model.register_forward_pre_hook(place, with_kwargs=True).remove)
+
+
+def text_positions(facts: Facts, kwargs: dict[str, Any], given: Tensor | None = None) -> Tensor:
+    """Return the positions ``[B, T]`` of the tokens of a call in their own text."""
+    if given is not None:
+        return given
+    tokens = tokens_of(kwargs)
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        seen = cached_tokens(kwargs.get("past_key_values"))
+        counted = torch.arange(seen, seen + tokens.shape[1], device=tokens.device).unsqueeze(0)
+    else:
+        counted = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+    return counted + facts.pad_id + 1 if facts.positions_from_ids else counted
+
+
+def _column(prefixes: Prefixes, kwargs: dict[str, Any]) -> Tensor:
+    tokens = tokens_of(kwargs)
+    return prefixes.repeated(tokens.shape[0]).lengths.to(tokens.device).unsqueeze(1)
+
+
+def tokens_of(kwargs: dict[str, Any]) -> Tensor:
+    """Return the input of a forward call, ids or embeddings."""
+    ids = kwargs.get("input_ids")
+    return cast(Tensor, ids if ids is not None else kwargs["inputs_embeds"])
+
+
+def cached_tokens(cache: object) -> int:
+    """Return how many tokens a cache holds."""
+    return int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+
+
+def _shift_decoder(table: nn.Module, prefixes: Prefixes, stack: ExitStack) -> None:
+    """Shift the learned positions of a seq2seq decoder, which its forward does not let one give."""
+    if "position_ids" not in inspect.signature(table.forward).parameters:
+        raise ForestUnsupportedError(f"{type(table).__name__} takes no position_ids")
+    rows: list[int] = []
+
+    def place(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        positions = kwargs["position_ids"]  # [T], the same in every row
+        tokens = next(iter(args), kwargs.get("input_ids"))
+        count = prefixes.lengths.shape[0] if not isinstance(tokens, Tensor) else tokens.shape[0]
+        lengths = prefixes.repeated(count).lengths.to(positions.device)
+        rows.append(count)
+        return args, kwargs | {"position_ids": (positions + lengths.unsqueeze(1)).flatten()}
+
+    def part(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output.view(rows.pop(), -1, output.shape[-1])
+
+    stack.callback(table.register_forward_pre_hook(place, with_kwargs=True).remove)
+    stack.callback(table.register_forward_hook(part).remove)
+
+
+@contextmanager
+def prefixed_cache(
+    model: PreTrainedModel, facts: Facts, prefixes: Prefixes, *, counts_columns: bool = False
+) -> Iterator[None]:
+    """Put prefixes into the cache of every pass in the context, masks and positions extended over them.
+
+    Args:
+        model: A decoder.
+        facts: Its facts.
+        prefixes: The rows' prefixes.
+        counts_columns: Whether the model counts columns rather than positions, so that padding may not
+            stand between prefix and text.
+    """
+    prefixes = prefixes.shifted()
+
+    def place(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if recomputes_layers(model) and torch.is_grad_enabled():
+            raise ConfigError(
+                f"gradient checkpointing drops the cache that holds the prefix of {facts.architecture}; "
+                "turn it off"
+            )
+        kwargs = dict(kwargs)
+        tokens = tokens_of(kwargs)
+        own = prefixes.repeated(tokens.shape[0])
+        cache = kwargs.get("past_key_values")
+        seen = cached_tokens(cache)
+        text = max(0, seen - own.width) + tokens.shape[1]
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            mask = tokens.new_ones(tokens.shape[0], text, dtype=torch.long)
+        if counts_columns and bool((mask[:, 0] == 0).any()):
+            raise ConfigError(
+                f"{facts.architecture} counts columns, so padding may not stand between prefix and text; pad "
+                "on the right, or run rows of one length"
+            )
+        if not seen:
+            kwargs["past_key_values"] = _filled(cache, own, model)
+        column = torch.arange(own.width, device=mask.device)
+        before = column >= own.width - own.lengths.to(mask.device).unsqueeze(1)
+        kwargs["attention_mask"] = torch.cat([before.to(mask.dtype), mask], dim=1)
+        if facts.accepts_position_ids:
+            whole = kwargs["attention_mask"].long().cumsum(1) - 1
+            kwargs["position_ids"] = whole.clamp(min=0)[:, -tokens.shape[1] :]
+        return args, kwargs
+
+    with locked(model):
+        handle = model.register_forward_pre_hook(place, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _filled(cache: object, prefixes: Prefixes, model: PreTrainedModel) -> Cache:
+    """Return a cache that holds the prefixes, the caller's own when there is one."""
+    filled = cache if isinstance(cache, Cache) else DynamicCache()
+    like = torch.empty(0, dtype=model.dtype, device=model.device)
+    for index in range(prefixes.layers):
+        keys, values = prefixes.layer(index, like)
+        filled.update(keys, values, index)
+    return filled

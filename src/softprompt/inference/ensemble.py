@@ -1,0 +1,233 @@
+"""Several prompts of one base that answer together, in one pass over the base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, final, overload
+
+import torch
+from torch import Tensor
+
+from softprompt.attach.completion import sees_input_of
+from softprompt.backbone.fingerprint import Fingerprint
+from softprompt.engine.rows import Engine
+from softprompt.errors import ConfigError, FingerprintError, nearest
+from softprompt.inference.requests import Request
+from softprompt.inference.scoring import LabelScores, Question, per_token, score_questions
+from softprompt.inference.tuned import TunedPrompt
+
+Combine = Literal["mean", "vote"]
+
+COMBINES: tuple[Combine, ...] = ("mean", "vote")
+
+
+@dataclass(frozen=True, slots=True)
+class Combined:
+    """What an ensemble answers for N inputs.
+
+    Attributes:
+        predicted: Index of the answer for each input.
+        scores: Mean over the members of each label's log-probability ``[N, K]``, nats.
+        shares: ``[N, K]``, summing to 1: under "mean" the softmax of the scores, under "vote" the
+            share of the members that chose the label.
+    """
+
+    predicted: tuple[int, ...]
+    scores: Tensor
+    shares: Tensor
+
+
+@final
+class Ensemble:
+    """Prompts of one base and one label set as one classifier (Lester et al. 2021, section 6).
+
+    The members' templates may differ. Under "mean" the answer is the label of the highest
+    log-probability on average; under "vote" it is the label most members choose, and of those that
+    get equally many votes the one that is higher on average.
+
+    Attributes:
+        members: The prompts.
+        names: What each member is called in a report.
+        combine: "mean" or "vote".
+        labels: The label set, in the order of the first member.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[TunedPrompt],
+        *,
+        combine: Combine = "mean",
+        names: Sequence[str] | None = None,
+    ) -> None:
+        """Check that the members can answer together; nothing is copied.
+
+        Args:
+            members: Two prompts or more; their models may be one or equal ones, the first's is run.
+            combine: How the members' answers are combined.
+            names: One name for each member; None numbers them from 1.
+
+        Raises:
+            ConfigError: There are too few members, their label sets differ, or a setting is wrong.
+            FingerprintError: The members are of different bases.
+        """
+        if combine not in COMBINES:
+            raise ConfigError(
+                f"combine is one of {', '.join(COMBINES)}, got {combine!r}{nearest(str(combine), COMBINES)}"
+            )
+        self.members = tuple(members)
+        self.names = tuple(names or map(str, range(1, len(self.members) + 1)))
+        if len(self.members) < 2 or len(set(self.names)) != len(self.members):
+            raise ConfigError(
+                f"an ensemble needs two prompts or more, each with a name of its own, got "
+                f"{len(self.members)} named {', '.join(self.names) or 'nothing'}"
+            )
+        self.combine = combine
+        self.labels = self._shared_labels()
+        self._check_bases()
+
+    # A str is iterable too; the first overload is the one meant.
+    @overload
+    def __call__(self, requests: Request) -> str: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def __call__(self, requests: Iterable[Request]) -> list[str]: ...
+
+    def __call__(self, requests: Request | Iterable[Request]) -> str | list[str]:
+        """Return the best label of one input, or of each in a list; see ``classify``."""
+        answers = [each.label for each in self.classify(requests)]
+        return answers[0] if isinstance(requests, str | Mapping) else answers
+
+    def classify(
+        self,
+        requests: Request | Iterable[Request],
+        *,
+        normalize: bool = False,
+        batch_size: int = 64,
+    ) -> list[LabelScores]:
+        """Return the ensemble's answer to each input; ``scores`` are means over the members.
+
+        Args:
+            requests: One input or several: texts, or mappings of the templates' fields.
+            normalize: Divide a label's log-probability by its token count.
+            batch_size: (member, input, label) triples in one pass, at most.
+
+        Raises:
+            TemplateError: An input does not have the fields of a member's template.
+            ContextOverflowError: Prompt, input and label exceed the model's context.
+        """
+        given = requests if isinstance(requests, str | Mapping) else list(requests)
+        found = [member.sources(given) for member in self.members]
+        scores = self.scores([sources for sources, _ in found], batch_size=batch_size)
+        answer = self.combined(self.ranked(scores) if normalize else scores)
+        cut = [any(lost) for lost in zip(*(cuts for _, cuts in found), strict=True)]
+        return [
+            LabelScores(
+                label=self.labels[best],
+                scores=dict(zip(self.labels, row.tolist(), strict=True)),
+                probabilities=dict(zip(self.labels, share.tolist(), strict=True)),
+                input_cut=was_cut,
+            )
+            for best, row, share, was_cut in zip(
+                answer.predicted, answer.scores, answer.shares, cut, strict=True
+            )
+        ]
+
+    def scores(
+        self,
+        sources: Sequence[Sequence[Sequence[int]]],
+        *,
+        engine: Engine | None = None,
+        batch_size: int = 64,
+    ) -> Tensor:
+        """Return the log-probability of each label under each member, ``[M, N, K]`` in nats.
+
+        Args:
+            sources: For each of the M members the text tokens of the same N inputs.
+            engine: What scores; None takes the first member's.
+            batch_size: (member, input, label) triples in one pass, at most.
+        """
+        first = self.members[0]
+        device = first.model.get_base_model().device
+        questions = [
+            Question(tuple(source), labels, member, self.members[member].rows.offset(source))
+            for member, (labels, inputs) in enumerate(zip(self.label_ids(), sources, strict=True))
+            for source in inputs
+        ]
+        scores = score_questions(
+            engine or first.engine,
+            [self._rows_of(member).to(device) for member in self.members],
+            questions,
+            batch_size=batch_size,
+        )
+        return scores.view(len(self.members), -1, len(self.labels))
+
+    def combined(self, scores: Tensor) -> Combined:
+        """Combine the members' scores ``[M, N, K]``."""
+        mean = scores.mean(dim=0)
+        if self.combine == "mean":
+            return Combined(_best(mean), mean, torch.softmax(mean, dim=1))
+        chosen = torch.nn.functional.one_hot(scores.argmax(dim=2), scores.shape[2])
+        votes = chosen.sum(dim=0)
+        most = votes == votes.max(dim=1, keepdim=True).values
+        return Combined(
+            _best(mean.masked_fill(~most, -torch.inf)), mean, votes.float() / len(scores)
+        )
+
+    def ranked(self, scores: Tensor) -> Tensor:
+        """Return scores ``[M, N, K]`` divided by the tokens of each label under each member."""
+        parts = zip(scores, self.label_ids(), strict=True)
+        return torch.stack([per_token(own, [len(ids) for ids in labels]) for own, labels in parts])
+
+    def label_ids(self) -> list[tuple[tuple[int, ...], ...]]:
+        """Return each member's tokens of the labels, in the order of ``labels``.
+
+        Raises:
+            ConfigError: Two labels have the same tokens.
+        """
+        return [tuple(member.label_ids(self.labels)) for member in self.members]
+
+    def _rows_of(self, member: TunedPrompt) -> Tensor:
+        prompts = member.prompts()
+        if len(prompts) != 1:
+            raise ConfigError(
+                f"an ensemble takes prompts of one part, got one of {len(prompts)}; evaluate it by itself"
+            )
+        return prompts[0]
+
+    def _shared_labels(self) -> tuple[str, ...]:
+        for name, member in zip(self.names, self.members, strict=True):
+            if not member.labels:
+                raise ConfigError(
+                    f"an ensemble scores labels, and prompt {name} generates free text; leave it out"
+                )
+        first = self.members[0].labels or ()
+        for name, member in zip(self.names, self.members, strict=True):
+            odd = set(member.labels or ()) ^ set(first)
+            if odd:
+                raise ConfigError(
+                    f"the members of an ensemble share one label set; prompts {self.names[0]} and {name} "
+                    f"differ in {', '.join(map(repr, sorted(odd)))}"
+                )
+        return first
+
+    def _check_bases(self) -> None:
+        first = self.members[0]
+        own = first.model.get_base_model()
+        options = sees_input_of(first.model.peft_config[first.adapter])
+        for name, member in zip(self.names[1:], self.members[1:], strict=True):
+            base = member.model.get_base_model()
+            if base is not own and not Fingerprint.of(base).matches(Fingerprint.of(own)):
+                raise FingerprintError(
+                    f"the members of an ensemble share one base, prompts {self.names[0]} and {name} do "
+                    "not; use prompts of one base"
+                )
+            if sees_input_of(member.model.peft_config[member.adapter]) != options:
+                raise ConfigError(
+                    "the members of an ensemble share prompt_sees_input, prompts "
+                    f"{self.names[0]} and {name} differ in it; evaluate them by themselves"
+                )
+
+
+def _best(scores: Tensor) -> tuple[int, ...]:
+    return tuple(scores.argmax(dim=1).tolist())

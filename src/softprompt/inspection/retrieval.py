@@ -1,0 +1,110 @@
+"""The prompts of a folder that are most like a given one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from softprompt.artifacts.native import load_adapter
+from softprompt.artifacts.parts import other_base, rows_of
+from softprompt.errors import ArtifactError, BackboneError, ConfigError
+from softprompt.prompts.similarity import Measure, similarity
+
+
+@dataclass(frozen=True, slots=True)
+class Similar:
+    """One prompt and its cosine with the given one, between -1 and 1.
+
+    ``weight`` is its share of the similarities found, those below 0 counted as 0: the weights of a
+    weighted average (Vu et al. 2022). All weights are 0 when no similarity is positive.
+    """
+
+    prompt: str
+    similarity: float
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A folder that was not compared, and why."""
+
+    folder: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieval:
+    """What was found: the most similar prompts, best first, and what could not be compared."""
+
+    found: tuple[Similar, ...]
+    skipped: tuple[Skipped, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "found": [
+                {"prompt": each.prompt, "similarity": each.similarity, "weight": each.weight}
+                for each in self.found
+            ],
+            "skipped": [{"folder": each.folder, "reason": each.reason} for each in self.skipped],
+        }
+
+
+def similar_prompts(
+    prompt: str | Path,
+    folder: str | Path,
+    *,
+    top: int | None = None,
+    measure: Measure = "mean",
+) -> Retrieval:
+    """Compare a stored prompt with those in the subfolders of a folder.
+
+    The prompt itself is left out. Prompts of other bases, and folders that hold no readable
+    prompt, are listed as skipped.
+
+    Args:
+        prompt: The prompt to compare with.
+        folder: Each subfolder of it is a prompt.
+        top: How many to return; None returns all.
+        measure: ``mean`` compares the mean rows, ``pairs`` all pairs of rows.
+
+    Raises:
+        ArtifactError: The prompt or the folder cannot be read, or the folder is empty.
+        ConfigError: ``top`` is less than 1, or there is no such measure.
+    """
+    if top is not None and top < 1:
+        raise ConfigError(f"top expects at least 1, got {top}")
+    query = load_adapter(prompt)
+    rows = rows_of(query).flatten(0, 1)
+    here = Path(query.location).resolve()
+    scored: list[tuple[float, str]] = []
+    skipped: list[Skipped] = []
+    for path in _subfolders(Path(folder)):
+        if path.resolve() == here:
+            continue
+        try:
+            other = load_adapter(path)
+            reason = other_base(query, other)
+            if reason is None:
+                cosine = similarity(rows, rows_of(other).flatten(0, 1), measure)
+                scored.append((cosine, str(path)))
+        except (ArtifactError, BackboneError) as error:
+            reason = str(error)
+        if reason is not None:
+            skipped.append(Skipped(str(path), reason))
+    best = sorted(scored, key=lambda each: (-each[0], each[1]))[:top]
+    total = sum(max(cosine, 0.0) for cosine, _ in best)
+    found = (
+        Similar(path, cosine, max(cosine, 0.0) / total if total else 0.0) for cosine, path in best
+    )
+    return Retrieval(tuple(found), tuple(skipped))
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise ArtifactError(f"expected a folder of prompts, {folder} is not a folder")
+    found = sorted(each for each in folder.iterdir() if each.is_dir())
+    if not found:
+        raise ArtifactError(f"{folder} holds no folders; give the one whose subfolders are prompts")
+    return found

@@ -1,0 +1,319 @@
+"""Prefix tuning past PEFT: any row of any batch is the row alone, checkpointing changes nothing, text starts."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers as tf
+
+import softprompt
+from oracles.families import CAUSAL, ENCODERS, build, causal, seq2seq
+from oracles.naive import padded
+from oracles.prefixed import solo_decoder_logits, solo_greedy_behind, solo_logits_behind
+from oracles.tokenizers import byte_bpe
+from softprompt import PrefixTuningConfig, get_peft_model
+from softprompt.errors import BackboneError, ConfigError, ContextOverflowError
+
+CLOSE = {"atol": 1e-5, "rtol": 1e-4}
+ROWS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [20, 21, 22], [30, 31, 32, 33, 34], [5, 6, 7]]
+NAMES = ["default", "long", "__base__", "long"]
+INSIDE = ["llama", "gpt2", "qwen2", "mistral", "gemma2", "gpt_neox", "opt"]
+
+
+def prefixed(model, task="CAUSAL_LM", **options):
+    """Return a model with a prefix of 4 and one of 11, longer than the tiny sliding windows."""
+    torch.manual_seed(0)
+    config = PrefixTuningConfig(task_type=task, num_virtual_tokens=4, **options)
+    attached = get_peft_model(model, config)
+    attached.add_adapter("long", PrefixTuningConfig(task_type=task, num_virtual_tokens=11))
+    return attached.eval()
+
+
+def value(model, name):
+    return None if name == "__base__" else model.encoder_of(name).materialize().detach()
+
+
+@pytest.mark.parametrize("name", [*INSIDE, "bloom", "gptj", "falcon"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_row_in_a_batch_is_the_row_alone(name, side):
+    model = prefixed(causal(name))
+    ids, mask = padded(ROWS, side)
+    logits = model(input_ids=ids, attention_mask=mask, adapter_names=NAMES).logits
+    assert logits.shape[:2] == ids.shape
+    for row, adapter, real, got in zip(ROWS, NAMES, mask.bool(), logits, strict=True):
+        expected = solo_logits_behind(model.base_model, value(model, adapter), row)
+        torch.testing.assert_close(got[real], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("name", [*INSIDE, "bloom", "gptj"])
+def test_generation_from_a_mixed_batch_is_that_of_each_row(name):
+    model = prefixed(causal(name))
+    model.generation_config.eos_token_id = None
+    ids, mask = padded(ROWS, "left")
+    inputs = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 6}
+    out = model.generate(**inputs, adapter_names=NAMES, do_sample=False)
+    for row, adapter, got in zip(ROWS, NAMES, out, strict=True):
+        expected = solo_greedy_behind(model.base_model, value(model, adapter), row, 6)
+        assert got[ids.shape[1] :].tolist() == expected
+    beams = model.generate(**inputs, adapter_names=NAMES, num_beams=3, do_sample=False)
+    for i, (row, adapter) in enumerate(zip(ROWS, NAMES, strict=True)):
+        alone = model.generate(
+            input_ids=torch.tensor([row]), attention_mask=torch.ones(1, len(row), dtype=torch.long),
+            max_new_tokens=6, num_beams=3, do_sample=False, adapter_names=[adapter],
+        )  # fmt: skip
+        assert beams[i, ids.shape[1] :].tolist() == alone[0, len(row) :].tolist()
+
+
+@pytest.mark.parametrize("name", ["gpt_neo", "mpt"])
+def test_models_that_count_columns_refuse_padding_behind_the_prefix(name):
+    model = prefixed(causal(name))
+    ids, mask = padded(ROWS, "right")
+    logits = model(input_ids=ids, attention_mask=mask, adapter_names=NAMES).logits
+    for row, adapter, got in zip(ROWS, NAMES, logits, strict=True):
+        expected = solo_logits_behind(model.base_model, value(model, adapter), row)
+        torch.testing.assert_close(got[: len(row)], expected, **CLOSE)
+    ids, mask = padded(ROWS, "left")
+    with pytest.raises(ConfigError, match="counts columns"):
+        model(input_ids=ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_seq2seq_rows(name):
+    model = prefixed(seq2seq(name), "SEQ_2_SEQ_LM")
+    ids, mask = padded(ROWS, "right")
+    answers = [[0, 5, 6, 7], [0, 8], [0, 9, 10], [0, 11, 12, 13]]
+    decoder_ids, decoder_mask = padded(answers, "right")
+    logits = model(
+        input_ids=ids, attention_mask=mask, decoder_input_ids=decoder_ids,
+        decoder_attention_mask=decoder_mask, adapter_names=NAMES,
+    ).logits  # fmt: skip
+    for row, answer, adapter, got in zip(ROWS, answers, NAMES, logits, strict=True):
+        prefix = value(model, adapter)
+        expected = solo_decoder_logits(model.base_model, prefix, row, answer)
+        torch.testing.assert_close(got[: len(answer)], expected, **CLOSE)
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, adapter_names=NAMES, max_new_tokens=5, num_beams=2
+    )
+    for i, (row, adapter) in enumerate(zip(ROWS, NAMES, strict=True)):
+        alone = model.generate(
+            input_ids=torch.tensor([row]), adapter_names=[adapter], max_new_tokens=5, num_beams=2
+        )
+        length = alone.shape[1]
+        assert out[i, :length].tolist() == alone[0].tolist()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "t5", "bart"])
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("projected", [True, False])
+def test_checkpointing_changes_nothing(name, reentrant, projected):
+    inside = name in INSIDE
+    model = prefixed(
+        causal(name) if inside else seq2seq(name, dropout_rate=0.0, dropout=0.0),
+        "CAUSAL_LM" if inside else "SEQ_2_SEQ_LM", prefix_projection=projected,
+    )  # fmt: skip
+    ids, mask = padded(ROWS, "right")
+    labels = ids.masked_fill(mask == 0, -100)
+    results = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            options = {"use_reentrant": reentrant}
+            model.base_model.activation_checkpointing_enable(options)
+        model.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        model.zero_grad()
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
+        loss.backward()
+        trained = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        results.append((loss.detach(), trained))
+    torch.testing.assert_close(results[0], results[1], **CLOSE)
+    assert len(results[0][1]) == (5 if projected else 1)
+
+
+def test_continuing_from_a_cache():
+    model = prefixed(causal("llama"))
+    ids = torch.tensor([ROWS[0]])
+    whole = model(input_ids=ids).logits
+    first = model(input_ids=ids[:, :6], use_cache=True)
+    rest = model(
+        input_ids=ids[:, 6:],
+        past_key_values=first.past_key_values,
+        attention_mask=torch.ones_like(ids),
+    )
+    torch.testing.assert_close(rest.logits, whole[:, 6:], **CLOSE)
+    started = model.generate(
+        input_ids=ids[:, :6], max_new_tokens=4, do_sample=False, return_dict_in_generate=True
+    )
+    assert started.past_key_values.get_seq_length() == started.sequences.shape[1] - 1
+    more = {"max_new_tokens": 3, "do_sample": False}
+    again = model.generate(started.sequences, past_key_values=started.past_key_values, **more)
+    assert again.tolist() == model.generate(started.sequences, **more).tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gptj", "t5"])
+def test_the_base_is_untouched(name):
+    base = seq2seq(name) if name == "t5" else causal(name)
+    ids = torch.tensor([ROWS[0]])
+    extra = {"decoder_input_ids": ids} if name == "t5" else {}
+    before = base(input_ids=ids, **extra).logits
+    tokens = base.generate(ids, max_new_tokens=5, do_sample=False)
+    implementation = base.config._attn_implementation
+    model = prefixed(base, "SEQ_2_SEQ_LM" if name == "t5" else "CAUSAL_LM")
+    assert not torch.equal(model(input_ids=ids, **extra).logits, before)
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids=ids, **extra).logits, before)
+        assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), tokens)
+    assert torch.equal(base(input_ids=ids, **extra).logits, before)
+    assert base.config._attn_implementation == implementation
+    unloaded = model.unload()
+    assert torch.equal(unloaded(input_ids=ids, **extra).logits, before)
+    assert not [m for m in unloaded.modules() if m._forward_hooks or m._forward_pre_hooks]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "bloom", "gptj"])
+def test_a_text_start_is_the_text_in_front(name, tmp_path):
+    """The exact oracle: logits behind the prefix are those behind the text's own tokens."""
+    tokenizer = byte_bpe(bos=True)
+    tokenizer.save_pretrained(tmp_path)
+    base = causal(name, vocab_size=400)
+    text = tokenizer("the parcel is late")["input_ids"]
+    options = {
+        "prefix_tuning_init_text": "the parcel is late",
+        "tokenizer_name_or_path": str(tmp_path),
+    }
+    for length in (len(text), len(text) - 2, 2 * len(text)):
+        config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length, **options)
+        model = get_peft_model(copy.deepcopy(base), config).eval()
+        front = (text * 2)[:length]
+        got = model(input_ids=torch.tensor([ROWS[0]])).logits
+        expected = base(input_ids=torch.tensor([front + ROWS[0]])).logits[:, length:]
+        torch.testing.assert_close(got, expected, **CLOSE)
+
+
+def test_a_frozen_first_token_stays(tmp_path):
+    byte_bpe(bos=True).save_pretrained(tmp_path / "tokenizer")
+    config = PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, freeze_first_token=True,
+        prefix_tuning_init_text="thank you", tokenizer_name_or_path=str(tmp_path / "tokenizer"),
+    )  # fmt: skip
+    base = causal("llama", vocab_size=400)
+    model = get_peft_model(copy.deepcopy(base), config)
+    before = model.encoder_of("default").materialize().detach().clone()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        model(input_ids=torch.tensor([ROWS[0]]), labels=torch.tensor([ROWS[0]])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = model.encoder_of("default").materialize().detach()
+    assert torch.equal(after[..., 0, :], before[..., 0, :])
+    assert not torch.equal(after[..., 1:, :], before[..., 1:, :])
+    model.save_pretrained(tmp_path / "out")
+    loaded = softprompt.PeftModel.from_pretrained(base, tmp_path / "out")
+    assert torch.equal(loaded.encoder_of("default").materialize(), after)
+
+
+def test_heads_on_decoders_and_encoders_batched():
+    for base in (
+        build(tf.AutoModelForSequenceClassification, CAUSAL["llama"](), num_labels=3),
+        build(tf.AutoModelForSequenceClassification, ENCODERS["bert"](), num_labels=3),
+        build(tf.AutoModelForSequenceClassification, ENCODERS["roberta"](), num_labels=3),
+    ):
+        model = prefixed(base, "SEQ_CLS")
+        pad = base.config.pad_token_id
+        ids, mask = padded(ROWS, "right", pad)
+        names = ["default", "long", "default", "long"]
+        got = model(input_ids=ids, attention_mask=mask, adapter_names=names).logits
+        for row, adapter, logits in zip(ROWS, names, got, strict=True):
+            alone = model(input_ids=torch.tensor([row]), adapter_names=[adapter]).logits[0]
+            torch.testing.assert_close(logits, alone, **CLOSE)
+
+
+def test_half_precision_copies_and_pickles():
+    model = prefixed(causal("llama").to(torch.bfloat16))
+    ids = torch.tensor([ROWS[0]])
+    expected = model(input_ids=ids).logits
+    assert expected.dtype == torch.bfloat16
+    assert model.prompt_encoder["default"].embedding.weight.dtype == torch.float32
+    pickled = pickle.loads(pickle.dumps(model))  # noqa: S301 - our own
+    for copied in (copy.deepcopy(model), pickled):
+        assert torch.equal(copied(input_ids=ids).logits, expected)
+
+
+def test_eager_attention():
+    sdpa, eager = (prefixed(causal("llama")) for _ in range(2))
+    eager.base_model.set_attn_implementation("eager")
+    ids, mask = padded(ROWS, "left")
+    a, b = (m(input_ids=ids, attention_mask=mask, adapter_names=NAMES) for m in (sdpa, eager))
+    torch.testing.assert_close(a.logits[mask.bool()], b.logits[mask.bool()], **CLOSE)
+    weights = eager(input_ids=ids, attention_mask=mask, output_attentions=True).attentions
+    assert weights[0].shape == (4, 4, 10, 4 + 10)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init_weights": "zeros"}, "init_weights must be"),
+        ({"encoder_hidden_size": 8}, "would be ignored without prefix_projection"),
+        ({"encoder_hidden_size": 0, "prefix_projection": True}, "positive"),
+        ({"prefix_tuning_init_text": "a"}, "needs tokenizer_name_or_path"),
+        ({"tokenizer_name_or_path": "a"}, "would be ignored without prefix_tuning_init_text"),
+        ({"freeze_first_token": True}, "would be ignored without prefix_tuning_init_text"),
+        ({"prefix_tuning_init_text": "a", "tokenizer_name_or_path": "b", "prefix_projection": True},
+         "does not go with"),
+        ({"prefix_tuning_init_text": "a", "tokenizer_name_or_path": "b", "init_weights": "zero"},
+         "does not go with"),
+        ({"prefix_tuning_init_text": "a", "tokenizer_name_or_path": "b",
+          "tokenizer_kwargs": {"trust_remote_code": True}}, "run code"),
+    ],
+)  # fmt: skip
+def test_settings_that_would_be_ignored(options, message):
+    with pytest.raises(ConfigError, match=message):
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, **options)
+
+
+def test_what_does_not_fit_the_model():
+    model = prefixed(causal("gpt2"))
+    ids = torch.tensor([ROWS[0]])
+    for options, message in (
+        ({"num_layers": 3}, "num_layers is 3"),
+        ({"token_dim": 8}, "token_dim is 8"),
+    ):
+        config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, **options)
+        with pytest.raises(ConfigError, match=message):
+            model.add_adapter("other", config)
+    rows = softprompt.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(ConfigError, match="all prompts on one model are prefixes or none is"):
+        model.add_adapter("other", rows)
+    with pytest.raises(ContextOverflowError, match="4 virtual tokens"):
+        model(input_ids=torch.full((1, 62), 5))
+    with pytest.raises(ContextOverflowError, match="new tokens exceed"):
+        model.generate(ids, max_new_tokens=60)
+    with pytest.raises(ConfigError, match="attention_mask must be"):
+        model(input_ids=ids, attention_mask=torch.ones(1, 1, 10, 10))
+    with pytest.raises(ConfigError, match="position_ids start again"):
+        model(input_ids=ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6]]))
+    with pytest.raises(ConfigError, match="static cache"):
+        model.generate(ids, max_new_tokens=2, cache_implementation="static")
+    with pytest.raises(ConfigError, match="prompt_lookup_num_tokens does not work"):
+        model.generate(ids, max_new_tokens=2, prompt_lookup_num_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("config", "loader"),
+    [
+        (lambda: tf.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4),
+         tf.AutoModelForCausalLM),
+        (ENCODERS["albert"], tf.AutoModelForSequenceClassification),
+        (ENCODERS["distilbert"], tf.AutoModelForSequenceClassification),
+    ],
+)  # fmt: skip
+def test_models_no_prefix_can_stand_in(config, loader):
+    model = build(loader, config())
+    with pytest.raises(BackboneError, match="use PromptTuningConfig"):
+        get_peft_model(model, PrefixTuningConfig(num_virtual_tokens=4))

@@ -1,0 +1,60 @@
+"""A placement is trained, recorded, saved, loaded, scored and generated with, row by row as in a batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import softprompt
+from softprompt.backbone.facts import input_embedding
+from softprompt.backbone.load import load_base
+
+CHAT = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[answer]\n{% endif %}"
+)
+TEXTS = ["The kettle broke after one day.", "Hello"]
+
+
+@pytest.mark.parametrize("placement", ["suffix", "chat_system"])
+def test_from_tune_to_answers(placement, tmp_path):
+    base = load_base("demo")
+    if placement == "chat_system":
+        base.tokenizer.chat_template = CHAT
+    data = [
+        {"input": f"item {i} is {word}", "output": word}
+        for i in range(4)
+        for word in ("good", "bad")
+    ]
+    tuned = softprompt.tune(
+        base, data, output=tmp_path / "prompt", num_epochs=1, batch_size=4,
+        tuning_config={"num_virtual_tokens": 3, "placement": placement},
+        task="classification", silence_progress_bars=True,
+    )  # fmt: skip
+    again = softprompt.load(
+        tmp_path / "prompt", base_model=tuned.model.get_base_model(), tokenizer=base.tokenizer
+    )
+    assert again.model.active_peft_config.placement == placement
+    scores = again.classify(TEXTS)
+    assert [s.scores for s in scores] == [s.scores for s in tuned.classify(TEXTS)]
+    rows = again.model.encoder_of("default").materialize().detach()
+    model = again.model.get_base_model()
+    table = input_embedding(model)
+    for text, found in zip(TEXTS, scores, strict=True):
+        source, _ = again.rows.source({"input": text})
+        at = again.rows.offset(source)
+        assert at > 0
+        ids = torch.tensor(source)
+        for label in ("good", "bad"):
+            target = torch.tensor(again.rows.label(label))
+            whole = torch.cat([table(ids[:at]), rows, table(ids[at:]), table(target)])
+            with torch.no_grad():
+                logits = model(inputs_embeds=whole[None]).logits[0]
+            log_probs = logits[-len(target) - 1 : -1].log_softmax(-1)
+            expected = log_probs[torch.arange(len(target)), target].sum()
+            assert found.scores[label] == pytest.approx(float(expected), abs=1e-4)
+    both = again.generate(TEXTS, max_new_tokens=4)
+    alone = [again.generate(text, max_new_tokens=4)[0] for text in TEXTS]
+    assert [each.text for each in both] == [each.text for each in alone]
+    report = softprompt.evaluate(again, data)
+    assert report.accuracy is not None
