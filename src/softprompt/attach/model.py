@@ -127,8 +127,14 @@ class PeftModel(Adapters):
     ) -> list[RowPrompt]:
         """Return each row's prompt; none while adapters are disabled."""
         batch = batch_size(inputs)
+        # Disabled, a call is the base's, which nobody tells a task.
+        needless = self._disabled and task_ids is None
         rows = chosen_rows(
-            chosen, task_ids, active=self.active_adapter, batch=batch, tasks_of=self._tasks_of
+            chosen,
+            task_ids,
+            active=self.active_adapter,
+            batch=batch,
+            tasks_of=(lambda name: self._tasks_of(name) and 1) if needless else self._tasks_of,
         )
         return [RowPrompt(BASE)] * batch if self._disabled else rows
 
