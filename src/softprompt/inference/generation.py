@@ -93,21 +93,14 @@ class Generator:
         task: int | None = None,
         offset: Callable[[Sequence[int]], int] | None = None,
     ) -> Generator:
-        """Read what generation needs from a PeftModel or a transformers model.
-
-        Answers end at the tokenizer's end token, which prompts are trained to give, and at
-        the ones in the base's own generation settings.
-        """
-        config = getattr(model.generation_config, "eos_token_id", None)
-        listed = config if isinstance(config, list) else [config]
-        eos_ids = frozenset(i for i in [*listed, tokenizer.eos_token_id] if i is not None)
+        """Read what generation needs from a PeftModel or a transformers model."""
         # A tokenizer may have more ids than the model has embeddings.
         known = range(model.get_input_embeddings().weight.shape[0])
         candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         return cls(
             generate=model.generate,
             decode=decode,
-            eos_ids=eos_ids,
+            eos_ids=end_ids(model, tokenizer),
             pad_id=next(each for each in candidates if each in known),
             seq2seq=bool(model.config.is_encoder_decoder),
             device=model.device,
@@ -242,3 +235,14 @@ class Generator:
             return kept
         # Decoding both together keeps the space between input and answer.
         return self.decode([*source, *ending.tokens]).removesuffix(answer) + kept
+
+
+def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the tokens that end an answer.
+
+    They are the tokenizer's end token, which prompts are trained to give, and the ones in the base's
+    own generation settings.
+    """
+    config = getattr(model.generation_config, "eos_token_id", None)
+    listed = config if isinstance(config, list) else [config]
+    return frozenset(i for i in [*listed, tokenizer.eos_token_id] if i is not None)
