@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from softprompt.artifacts.manifest import installed_versions
 from softprompt.server import chat, classify, completions, health, listing, problems
 from softprompt.server.access import Access
-from softprompt.server.backend import Batcher
+from softprompt.server.backend import Backend
 from softprompt.server.limits import Limits
 from softprompt.server.meter import Meter
 from softprompt.server.page import page_routes
@@ -25,7 +25,7 @@ from softprompt.server.settings import ServeSettings
 
 
 def create_app(
-    settings: ServeSettings, registry: Registry, batcher: Batcher, scorer: Scorer
+    settings: ServeSettings, registry: Registry, batcher: Backend, scorer: Scorer
 ) -> FastAPI:
     """Return the application; the batcher and the scorer are its own and end with it.
 

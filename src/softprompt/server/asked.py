@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from softprompt.errors import ConfigError, DataError
+from softprompt.inference.continuous.request import Request
 from softprompt.inference.options import GenerationOptions
-from softprompt.server.backend import Request
 from softprompt.server.served import Input, Served, chat_input
 from softprompt.server.shapes import ChatBody, ClassifyBody, CompletionBody, Generation
 

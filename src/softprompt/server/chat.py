@@ -10,8 +10,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
+from softprompt.inference.continuous.events import EchoEvent, TokenEvent
 from softprompt.server.asked import asked_chat
-from softprompt.server.backend import EchoEvent, TokenEvent
 from softprompt.server.completions import check_rows, gathered
 from softprompt.server.replies import ChatCompletion, Choice, Reply, Scores
 from softprompt.server.run import Run

@@ -177,7 +177,7 @@ def _common(service: Service, name: str) -> dict[str, Any]:
         "id": name,
         "object": "model",
         "owned_by": "softprompt",
-        "engine": service.batcher.name,
-        "engine_reason": service.batcher.reason,
+        "engine": service.batcher.engine,
+        "engine_reason": getattr(service.batcher, "reason", ""),
         "chat": bool(service.registry.base.tokenizer.chat_template),
     }

@@ -7,7 +7,7 @@ from typing import final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from softprompt.server.backend import Batcher
+from softprompt.server.backend import Backend
 
 OTHER = "other"
 """The label of all prompts past the cap."""
@@ -57,14 +57,34 @@ _WHOLE = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40,
 class Meter:
     """The numbers of one server."""
 
-    def __init__(self, batcher: Batcher, resident: Callable[[], int], most_prompts: int) -> None:
+    def __init__(self, batcher: Backend, resident: Callable[[], int], most_prompts: int) -> None:
         self.registry = CollectorRegistry()
         self._most = most_prompts
         self._named: set[str] = set()
-        self._gauge("num_requests_running", "Answers being generated.", lambda: batcher.running)
-        self._gauge("num_requests_waiting", "Requests that wait.", lambda: batcher.waiting)
         self._gauge(
-            "kv_cache_usage_perc", "Share of the cache in use.", lambda: batcher.cache_usage
+            "num_requests_running", "Answers being generated.", lambda: batcher.stats.running
+        )
+        self._gauge("num_requests_waiting", "Requests that wait.", lambda: batcher.stats.waiting)
+        room = batcher.bounds.max_cached_tokens
+        self._gauge(
+            "kv_cache_usage_perc",
+            "Share of the cache of running answers in use; 1 is all.",
+            lambda: batcher.stats.cached_tokens / room,
+        )
+        self._gauge(
+            "prompt_cache_tokens",
+            "Virtual tokens whose keys and values are kept.",
+            lambda: batcher.stats.resident_tokens,
+        )
+        self._gauge(
+            "prompt_cache_hits",
+            "Requests so far that found their prompt's keys and values.",
+            lambda: batcher.stats.prompt_hits,
+        )
+        self._gauge(
+            "prompt_cache_misses",
+            "Requests so far that had to compute them.",
+            lambda: batcher.stats.prompt_misses,
         )
         self._gauge("prompts_resident", "Prompts in memory.", resident)
         self.input = self._counter("prompt_tokens", "Text tokens of inputs.")

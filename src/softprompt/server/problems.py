@@ -19,9 +19,11 @@ from softprompt.errors import (
     ConfigError,
     ContextOverflowError,
     DataError,
+    NotServingError,
+    QueueFullError,
+    ServingError,
     SoftPromptError,
 )
-from softprompt.server.backend import QueueFullError
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +99,9 @@ def problem_of(error: BaseException) -> Problem:
             return Problem(400, str(error), code="context_length_exceeded")
         case ArtifactError():
             return Problem(500, str(error), code="prompt_unusable", param="model")
-        case ConfigError() | DataError():
+        case NotServingError():
+            return Problem(503, str(error), headers={"Retry-After": "1"})
+        case ConfigError() | DataError() | ServingError():
             return Problem(400, str(error))
         case SoftPromptError():
             return Problem(500, str(error))

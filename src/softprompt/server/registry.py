@@ -24,8 +24,9 @@ from softprompt.backbone.load import LoadedBase
 from softprompt.data.template import Verbalizer
 from softprompt.data.tokens import RowTokenizer
 from softprompt.errors import AdapterError, ArtifactError, SoftPromptError
+from softprompt.inference.continuous.request import PromptValue
+from softprompt.inference.continuous.values import content_key
 from softprompt.inference.task_choice import Task, manifest_of_task, task_number
-from softprompt.server.backend import PromptValue
 from softprompt.server.folder import FILES, Root, Signature
 from softprompt.server.outline import Outline, outlined
 from softprompt.server.served import PlainText, Served
@@ -244,9 +245,9 @@ class Registry:
                 )
             parts = split_value(value, config, self._facts)
             standing = parts.input if parts.prefix is None else parts.prefix
-            prompt = PromptValue(
-                f"{version}:{number}", standing, parts.decoder, sees_input_of(config)
-            )
+            sees_input = sees_input_of(config)
+            key = content_key(standing, parts.decoder, sees_input)
+            prompt = PromptValue(key, standing, parts.decoder, sees_input)
             tasks.append(Served(name, version, self.base_served.plain, prompt, rows, own))
         return Loaded(signature, tuple(tasks), manifest.tasks)
 

@@ -11,8 +11,14 @@ from typing import Any
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
+from softprompt.inference.continuous.events import (
+    EchoEvent,
+    Event,
+    FinishEvent,
+    TokenEvent,
+    TopLogProbs,
+)
 from softprompt.server.asked import Asked
-from softprompt.server.backend import EchoEvent, Event, FinishEvent, TokenEvent, TopLogProbs
 
 
 class Usage(BaseModel):

@@ -10,15 +10,10 @@ from typing import final
 
 from fastapi import Request as HTTPRequest
 
-from softprompt.server.backend import (
-    Batcher,
-    EchoEvent,
-    Event,
-    FinishEvent,
-    Request,
-    Ticket,
-    TokenEvent,
-)
+from softprompt.inference.continuous.events import EchoEvent, Event, FinishEvent, TokenEvent
+from softprompt.inference.continuous.request import Request
+from softprompt.inference.continuous.ticket import Ticket
+from softprompt.server.backend import Backend
 from softprompt.server.meter import Meter
 from softprompt.server.problems import Problem
 
@@ -26,7 +21,7 @@ _SLACK = 1.0
 """Seconds that the batcher, which ends answers by itself, gets on top of their time."""
 
 
-def submit_all(batcher: Batcher, requests: Sequence[Request]) -> list[Ticket]:
+def submit_all(batcher: Backend, requests: Sequence[Request]) -> list[Ticket]:
     """Submit requests, all of them or none."""
     tickets: list[Ticket] = []
     try:

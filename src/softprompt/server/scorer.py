@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from softprompt.engine.choose import build_engine
 from softprompt.engine.rows import Engine, EngineRow
-from softprompt.server.backend import NotServingError, PromptValue, QueueFullError
+from softprompt.errors import NotServingError, QueueFullError
+from softprompt.inference.continuous.request import PromptValue
 
 _RETRY_SECONDS = 1.0
 

@@ -14,11 +14,11 @@ from softprompt.backbone.load import LoadedBase
 from softprompt.data.special_frame import SpecialFrame, encode
 from softprompt.data.tokens import RowTokenizer
 from softprompt.errors import ConfigError, DataError
+from softprompt.inference.continuous.request import PromptValue
 from softprompt.inference.requests import Request as Fields
 from softprompt.inference.requests import fields_of
 from softprompt.inference.scoring import check_label_ids
 from softprompt.prompts.kinds import Placement
-from softprompt.server.backend import PromptValue
 
 Decode = Callable[[Sequence[int]], str]
 CUT = (

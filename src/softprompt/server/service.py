@@ -17,7 +17,7 @@ from softprompt.backbone.facts import input_embedding
 from softprompt.inference.task_choice import Task
 from softprompt.inspection.describe import describe
 from softprompt.server.access import Access
-from softprompt.server.backend import Batcher
+from softprompt.server.backend import Backend
 from softprompt.server.meter import Meter
 from softprompt.server.registry import Registry
 from softprompt.server.replies import TokenTexts
@@ -48,7 +48,7 @@ class Service:
 
     settings: ServeSettings
     registry: Registry
-    batcher: Batcher
+    batcher: Backend
     scorer: Scorer
     access: Access
     meter: Meter

@@ -68,6 +68,9 @@ class ServeSettings:
     max_request_rows: int = field(
         default=64, metadata=about("Answers, or scored texts, of one request.", least=1)
     )
+    max_score_rows: int = field(
+        default=512, metadata=about("Labels of texts that are scored in one pass.", least=1)
+    )
     max_body_bytes: int = field(
         default=2**20, metadata=about("Largest request; more is refused (413).", least=1)
     )

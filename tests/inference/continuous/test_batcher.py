@@ -6,11 +6,10 @@ import random
 import time
 
 import pytest
-import torch
 
 from oracles.served import drawn, served
 from softprompt.inference.continuous.batcher import Batcher
-from softprompt.inference.continuous.events import FinishEvent, TokenEvent
+from softprompt.inference.continuous.events import TokenEvent
 from softprompt.inference.continuous.request import Bounds
 
 NAMES = ["llama", "gpt2", "mistral", "gemma2", "qwen3", "gpt_neox"]
