@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from softprompt.engine.rows import EngineRow
 from softprompt.errors import ConfigError
+from softprompt.inference.continuous.request import PromptValue
 from softprompt.inference.scoring import per_token
 from softprompt.server.asked import texts_of
 from softprompt.server.problems import Problem
@@ -54,6 +55,9 @@ class Classification(BaseModel):
     usage: ClassifyUsage
 
 
+_NO_PROMPT = PromptValue("base", None)
+
+
 class Questions:
     """Texts and labels as tokens, ready to be scored."""
 
@@ -61,21 +65,19 @@ class Questions:
         """Read a body.
 
         Raises:
-            ConfigError: There are no labels, or the base alone is asked.
+            ConfigError: There are no labels.
             DataError: A text does not suit the prompt.
             Problem: More texts than a request may have.
         """
-        if served.prompt is None or served.rows is None:
-            raise ConfigError("the base model has no template to classify with; name a prompt")
         texts = texts_of(body)
         if len(texts) > most_rows:
             raise Problem(400, f"the request has {len(texts)} texts, this server takes {most_rows}")
         names = served.labels if body.labels is None else tuple(body.labels)
         if names is None:
             raise ConfigError(
-                f"the prompt {served.name!r} generates free text and has no labels; send labels"
+                f"{served.name!r} generates free text and has no labels of its own; send labels"
             )
-        self.prompt = served.prompt
+        self.prompt = served.prompt or _NO_PROMPT
         self.names = names
         self.label_ids = served.label_ids(names)
         self.inputs: list[Input] = [

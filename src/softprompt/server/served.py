@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from softprompt.artifacts.manifest import Manifest
 from softprompt.backbone.load import LoadedBase
 from softprompt.data.special_frame import SpecialFrame, encode
+from softprompt.data.template import Verbalizer
 from softprompt.data.tokens import RowTokenizer
 from softprompt.errors import ConfigError, DataError
 from softprompt.inference.continuous.request import PromptValue
@@ -21,6 +22,8 @@ from softprompt.inference.scoring import check_label_ids
 from softprompt.prompts.kinds import Placement
 
 Decode = Callable[[Sequence[int]], str]
+_LENGTH = 128
+"""Most tokens of a label of the base."""
 CUT = (
     "the input takes more than the {limit:,} tokens that the prompt {name!r} was trained with; shorten it, or "
     "send truncate_input=true to lose its end"
@@ -48,6 +51,7 @@ class PlainText:
     """Texts as the base reads them, with the special tokens it puts in front.
 
     Attributes:
+        answers: How labels become tokens where no prompt says so.
         lock: To be held while the base's tokenizer reads texts. It has a mode, whether special tokens are
             read as such, and two threads that want different ones get each other's.
     """
@@ -55,6 +59,13 @@ class PlainText:
     def __init__(self, base: LoadedBase, *, seq2seq: bool) -> None:
         self.lock = threading.RLock()
         self.tokenizer: PreTrainedTokenizerBase = base.tokenizer
+        self.answers = RowTokenizer(
+            base.tokenizer,
+            Verbalizer("{{input}}"),
+            max_source_length=_LENGTH,
+            max_target_length=_LENGTH,
+            seq2seq=seq2seq,
+        )
         frame = SpecialFrame.of(base.tokenizer)
         self.frame = frame if seq2seq else SpecialFrame(frame.prefix, ())
 
@@ -120,15 +131,15 @@ class Served:
         return Input(ids, self.rows.offset(ids), self.rows.decode, cut)
 
     def label_ids(self, labels: Sequence[str]) -> list[tuple[int, ...]]:
-        """Return the tokens of labels as answers of this prompt.
+        """Return the tokens of labels as answers of this prompt, or as the base would write them.
 
         Raises:
             ConfigError: There is none, or two have the same tokens.
             DataError: One is longer than the prompt's answers may be.
         """
-        assert self.rows is not None
+        rows = self.rows or self.plain.answers
         with self.plain.lock:
-            found = [self.rows.label(label) for label in labels]
+            found = [rows.label(label) for label in labels]
         check_label_ids(labels, found)
         return found
 
