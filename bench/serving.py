@@ -85,7 +85,7 @@ def throughput(
         "rows": [middle(found) for found in rows.values()],
         "equal_to_solo": share(answers[OURS], answers[ALONE]),
         "peft_batches_equal_to_solo": share(answers[GROUPED], answers[ALONE]),
-        "engine": batcher.engine if hasattr(batcher, "engine") else "forest",
+        "engine": batcher.engine,
     }
 
 

@@ -36,7 +36,7 @@ def _write(root: Path, count: int) -> None:
     model = load_base("demo").model
     tables = prompt_tables(model, 2)
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL)
-    prompted = get_peft_model(model, config)
+    prompted: Any = get_peft_model(model, config)
     prompted.prompt_encoder["default"].embedding.weight.data.copy_(tables[0])
     prompted.save_pretrained(str(root / "first"))
     files = [path for path in (root / "first").iterdir() if path.is_file()]

@@ -41,6 +41,8 @@ class Numbers:
 def model_named(name: str) -> tuple[Any, Any]:
     """Return a frozen model that ends no answer by itself, and a tokenizer."""
     torch.manual_seed(0)
+    model: Any
+    tokenizer: Any
     if name == "gpt2":
         model, tokenizer = gpt2_small(), Numbers()
         # Random weights repeat the input's last token for ever; wider ones make every choice count.

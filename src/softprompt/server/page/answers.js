@@ -75,6 +75,7 @@ export class Answer {
   }
 
   async score(signal) {
+    this.say("scoring");
     const reply = await post(this.asked.path, this.asked.body, signal);
     const found = reply.data?.[0] ?? reply;
     const shares = Object.entries(found.probabilities ?? {}).sort((a, b) => b[1] - a[1]);

@@ -79,7 +79,7 @@ function rows(geometry, nearest) {
   const head = element("tr", {}, ...["#", "Norm", nearest ? "Nearest tokens (cosine)" : ""].map((text) => element("th", { scope: "col", text })));
   const body = geometry.norms.map((norm, i) => element("tr", {},
     element("td", { text: String(i + 1) }),
-    element("td", { class: "norm" }, normBar(norm, geometry.norm_max), element("span", { text: number(norm, 2) })),
+    element("td", {}, normBar(norm, geometry.norm_max), element("span", { text: number(norm, 2) })),
     element("td", {}, ...(nearest?.[i] ?? []).map((near) => element("span", { class: "near" },
       element("code", { text: visible(near.token) }), ` ${near.cosine.toFixed(2)}`)))));
   return section("Rows", summary, element("div", { class: "table-box", tabIndex: 0, role: "group", "aria-label": "Rows of the prompt" },

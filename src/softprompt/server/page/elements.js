@@ -10,7 +10,7 @@ export function element(name, properties = {}, ...children) {
     if (key === "class") made.className = value;
     else if (key === "text") made.textContent = value;
     else if (key === "on") for (const [event, act] of Object.entries(value)) made.addEventListener(event, act);
-    else if (key in made && key !== "list") made[key] = value;
+    else if (key in made) made[key] = value;
     else made.setAttribute(key, value);
   }
   made.append(...children.filter((child) => child !== null && child !== undefined));
