@@ -59,21 +59,22 @@ def prompts_in(root: Path, base: LoadedBase, count: int, virtual: int) -> dict[s
         dtype="float32",
         seq2seq=False,
     )
-    table = base.model.get_input_embeddings().weight.detach()
+    model: Any = base.model
+    table = model.get_input_embeddings().weight.detach()
     generator = torch.Generator().manual_seed(11)
     for i in range(count):
         torch.manual_seed(i)
         config: Any = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual)
         if i % 4 == 3:
             config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual)
-        model = get_peft_model(base.model, config)
+        prompted = get_peft_model(model, config)
         values = {
-            name: value.detach().clone() for name, value in state_of(model, "default").items()
+            name: value.detach().clone() for name, value in state_of(prompted, "default").items()
         }
         if i % 4 != 3:
             rows = table[torch.randint(0, len(table), (virtual,), generator=generator)]
             values["prompt_embeddings"] = rows + torch.randn(rows.shape, generator=generator) * 0.3
-        model.unload()
+        prompted.unload()
         save_adapter(root / f"prompt-{i}", config.to_dict(), values, manifest, overwrite=False)
     damaged(root, root / "prompt-0")
     return {
