@@ -154,7 +154,7 @@ class Generator:
         seeds: Sequence[int | None],
         options: GenerationOptions,
     ) -> list[Generation]:
-        ids, mask = self._padded(sources)
+        ids, mask = self.padded(sources)
         stops = StopSequences(options.stop_sequences, options.min_new_tokens, self.decode)
         texts = [() if self.seq2seq else source for source in sources]
         with torch.no_grad():
@@ -165,7 +165,7 @@ class Generator:
                 stopping_criteria=StoppingCriteriaList(
                     [StopAtSequences(stops)] if stops.texts else []
                 ),
-                **self._settings(options),
+                **self.settings(options),
                 **self._chosen(sources),
             )
         first_new = 1 if self.seq2seq else ids.shape[1]
@@ -184,7 +184,8 @@ class Generator:
             for source, ending, seed in zip(sources, endings, seeds, strict=True)
         ]
 
-    def _padded(self, sources: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    def padded(self, sources: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+        """Return rows of ids ``[B, T]`` filled up to the longest, and their mask."""
         width = max(len(source) for source in sources)
         ids = torch.full((len(sources), width), self.pad_id, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -205,7 +206,8 @@ class Generator:
             chosen["prompt_at"] = [self.offset(source) for source in sources]
         return chosen
 
-    def _settings(self, options: GenerationOptions) -> dict[str, Any]:
+    def settings(self, options: GenerationOptions) -> dict[str, Any]:
+        """Return the arguments of ``generate`` by which nothing but the options decides."""
         settings: dict[str, Any] = {
             "max_new_tokens": options.max_new_tokens,
             "min_new_tokens": options.min_new_tokens or None,

@@ -10,7 +10,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from softprompt.server.access import Access
-from softprompt.server.problems import Problem, problem_of
+from softprompt.server.problems import Problem
 from softprompt.server.settings import ServeSettings
 
 
@@ -32,11 +32,14 @@ class Limits:
         try:
             self._check(Headers(scope=scope))
             await self._app(scope, bounded.receive, bounded.send)
-        except Problem as problem:
-            if not bounded.answering:
-                response = problem_of(problem).response()
-                response.headers["connection"] = "close"
-                await response(scope, receive, bounded.send)
+        except Exception as error:
+            # An app may take any error in a body for bad JSON, so the reason is kept here.
+            problem = error if isinstance(error, Problem) else bounded.problem
+            if problem is None or bounded.answering:
+                raise
+            response = problem.response()
+            response.headers["connection"] = "close"
+            await response(scope, receive, send)
 
     def _check(self, headers: Headers) -> None:
         self._access.check_host(headers.get("host", ""))
@@ -55,6 +58,7 @@ class _Bounded:
         self._deadline = time.monotonic() + settings.body_seconds
         self._bytes = 0
         self._whole = False
+        self.problem: Problem | None = None
         self.answering = False
 
     async def receive(self) -> Message:
@@ -69,21 +73,31 @@ class _Bounded:
         try:
             message = await asyncio.wait_for(self._receive(), left)
         except TimeoutError:
-            raise Problem(408, "the request took too long to arrive; send it again") from None
+            raise self._given_up(
+                Problem(408, "the request took too long to arrive; send it again")
+            ) from None
         self._bytes += len(message.get("body", b""))
         self._whole = not message.get("more_body", False)
         if self._bytes > self._settings.max_body_bytes:
-            raise _too_large(self._settings.max_body_bytes)
+            raise self._given_up(_too_large(self._settings.max_body_bytes))
         return message
 
     async def send(self, message: Message) -> None:
         """Send the next piece of the answer; a client that stops reading is hung up on.
 
         Raises:
-            OSError: Nobody read for too long.
+            TimeoutError: Nobody read for too long.
+            Problem: The request was given up, and the app answers something else.
         """
+        if self.problem is not None and not self.answering:
+            raise self.problem
         self.answering = True
         await asyncio.wait_for(self._send(message), self._settings.stall_seconds)
+
+    def _given_up(self, problem: Problem) -> Problem:
+        """Remember why."""
+        self.problem = problem
+        return problem
 
 
 def _too_large(most: int) -> Problem:

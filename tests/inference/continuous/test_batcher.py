@@ -23,14 +23,32 @@ SMALL = Bounds(
 )
 
 
-@pytest.fixture(scope="module", params=NAMES)
+SIMPLE = {
+    "bloom": ("plain", "other", "suffix"),
+    "gptj": ("plain", "other", "prefix"),
+    "t5": ("plain", "other"),
+    "bart": ("plain", "other", "prefix"),
+}
+
+
+@pytest.fixture(scope="module", params=[*NAMES, *SIMPLE])
 def base(request):
-    return served(request.param)
+    seq2seq = request.param in ("t5", "bart")
+    kinds = SIMPLE.get(request.param, ("plain", "other", "suffix", "prefix"))
+    return served(request.param, kinds=kinds, seq2seq=seq2seq)
 
 
 def same(finish, generation):
     assert finish.ended_by == generation.finish_reason
     assert (finish.text, len(finish.tokens)) == (generation.text, generation.generated_tokens)
+
+
+def test_the_runner_is_the_best_that_runs_the_model(base):
+    batcher = Batcher(base.model, base.tokenizer, SMALL)
+    batcher.stop()
+    model_type = base.model.config.model_type
+    assert batcher.engine == ("simple" if model_type in SIMPLE else "forest")
+    assert bool(batcher.reason) == (model_type in SIMPLE)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -58,6 +76,8 @@ def test_every_answer_is_its_solo_answer(base, seed):
         same(end, base.alone(name, ids, options))
         events = [event for event in ticket if isinstance(event, TokenEvent)]
         assert "".join(event.text for event in events) == end.text
+        if base.model.config.is_encoder_decoder and name == "prefix":
+            continue
         expected = base.log_probs(ticket.request, end.tokens)
         assert [event.logprob for event in events] == pytest.approx(expected, abs=1e-4)
     assert sum(end.reason != "cancelled" for end in ends) > 12

@@ -26,6 +26,7 @@ class Answer:
         seed: What it draws with; None when it draws nothing.
         decode: Token ids to text.
         eos_ids: Tokens that end it.
+        penalised: Input tokens that a repetition penalty counts.
         deadline: When its time is over, by ``time.monotonic``.
     """
 
@@ -36,6 +37,7 @@ class Answer:
         seed: int | None,
         decode: Decode,
         eos_ids: frozenset[int],
+        penalised: tuple[int, ...],
         deadline: float,
     ) -> None:
         self.request = request
@@ -49,7 +51,7 @@ class Answer:
         options = request.options
         stops = StopSequences(options.stop_sequences, options.min_new_tokens, decode)
         self._text = GrowingText(decode, stops)
-        self._processors = row_processors(options, [request.ids], [seed])
+        self._processors = row_processors(options, [penalised], [seed])
 
     @property
     def is_plain(self) -> bool:

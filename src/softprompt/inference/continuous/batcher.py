@@ -16,12 +16,15 @@ from typing import final
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from softprompt.backbone.facts import is_encoder_decoder
+from softprompt.engine.decode_probe import why_undecodable
 from softprompt.errors import NotServingError, QueueFullError
 from softprompt.inference.continuous.forest_runner import ForestRunner
 from softprompt.inference.continuous.job import Job
 from softprompt.inference.continuous.pace import Pace
 from softprompt.inference.continuous.request import Bounds, Decode, Request
 from softprompt.inference.continuous.runner import Runner
+from softprompt.inference.continuous.simple_runner import SimpleRunner
 from softprompt.inference.continuous.ticket import Ticket
 from softprompt.inference.generation import end_ids
 
@@ -57,6 +60,10 @@ class BatcherStats:
 class Batcher:
     """Answers requests for any prompts of one base model, many at once.
 
+    Attributes:
+        bounds: What it uses at most.
+        reason: Why it is not the decode forest that runs the requests; empty when it is.
+
     Args:
         model: The base model; put into evaluation mode.
         tokenizer: Its tokenizer.
@@ -74,9 +81,15 @@ class Batcher:
     ) -> None:
         model.eval()  # type: ignore[no-untyped-call]
         self.bounds = bounds or Bounds()
-        self._runner: Runner = ForestRunner(model, self.bounds)
+        self.reason = why_undecodable(model)
+        self._runner: Runner = (
+            SimpleRunner(model, tokenizer, self.bounds)
+            if self.reason
+            else ForestRunner(model, self.bounds)
+        )
         self._decode = decode or _decoder(tokenizer)
         self._eos_ids = end_ids(model, tokenizer)
+        self._seq2seq = is_encoder_decoder(model)
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._pace = Pace()
@@ -118,7 +131,7 @@ class Batcher:
         """
         self._runner.check(request)
         ticket = Ticket(request, self._wake)
-        job = Job.of(ticket, self._decode, self._eos_ids)
+        job = Job.of(ticket, self._decode, self._eos_ids, seq2seq=self._seq2seq)
         with self._changed:
             if self._failure is not None:
                 raise NotServingError(f"serving has failed ({self._failure}); start it again")

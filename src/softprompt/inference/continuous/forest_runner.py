@@ -19,7 +19,7 @@ from softprompt.inference.continuous.job import Job
 from softprompt.inference.continuous.request import Bounds, Request
 from softprompt.inference.continuous.residents import ResidentPrompts
 from softprompt.inference.continuous.runner import Admission
-from softprompt.inference.continuous.sequence import Echo, Reading, Sequence, scored
+from softprompt.inference.continuous.sequence import Echo, Reading, Sequence, not_finite, scored
 
 Work = list[tuple[Sequence, NewTokens]]
 
@@ -227,9 +227,7 @@ class ForestRunner:
         """Give an answer its next token; None when what the model gave is no number."""
         try:
             if token is None:
-                raise ServingError(
-                    "the model's output for this request is not finite; check its prompt"
-                )
+                raise not_finite()
             sequence.lane.tainted = False
             events: list[Event] = [answer.add(token, *score)]
         except Exception as cause:  # a decoder of the caller's may raise anything

@@ -31,14 +31,18 @@ class Job:
     ended: set[int] = field(default_factory=set)
 
     @classmethod
-    def of(cls, ticket: Ticket, decode: Decode, eos_ids: frozenset[int]) -> Job:
+    def of(
+        cls, ticket: Ticket, decode: Decode, eos_ids: frozenset[int], *, seq2seq: bool = False
+    ) -> Job:
         """Prepare a request; its time starts now."""
         request = ticket.request
         limit = request.options.max_time
         deadline = math.inf if limit is None else time.monotonic() + limit
         own = request.decode or decode
+        # An encoder's input is no part of the text that goes on.
+        text = () if seq2seq else request.ids
         answers = [
-            Answer(request, i, seed, own, eos_ids, deadline)
+            Answer(request, i, seed, own, eos_ids, text, deadline)
             for i, seed in enumerate(_seeds(request))
             if request.generate
         ]

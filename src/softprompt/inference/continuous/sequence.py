@@ -10,6 +10,7 @@ from torch import Tensor
 from softprompt.engine.decode import NewTokens, Wanted
 from softprompt.engine.decode_store import Lane
 from softprompt.engine.rows import is_keys_and_values
+from softprompt.errors import ServingError
 from softprompt.inference.continuous.answer import Answer
 from softprompt.inference.continuous.events import EchoEvent, TopLogProbs
 from softprompt.inference.continuous.job import Job
@@ -148,3 +149,8 @@ def scored(logits: Tensor, labels: list[int], count: int) -> list[tuple[float, T
         (value, tuple(zip(ids, tops, strict=True)))
         for value, ids, tops in zip(own, tokens.tolist(), values.tolist(), strict=True)
     ]
+
+
+def not_finite() -> ServingError:
+    """Return the error of a request for which the model gives no numbers."""
+    return ServingError("the model's output for this request is not finite; check its prompt")
