@@ -2,6 +2,7 @@
 
 import copy
 
+import browser
 import pytest
 
 from oracles.serving import PAIRS, app_over, running, write_prompt
@@ -65,6 +66,16 @@ def server(base, shared_prompts):
 def client(server):
     with server.client() as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def page(tmp_path_factory):
+    """A headless browser; skips with the reason where there is none."""
+    if reason := browser.missing():
+        pytest.skip(reason)
+    opened = browser.Browser(tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()
 
 
 @pytest.fixture(scope="session")

@@ -6,18 +6,8 @@ import re
 import subprocess
 import sys
 
-import browser as chromium
 import pytest
 from page_stub import CARDS, MARKUP, PAGE, Stub
-
-pytestmark = pytest.mark.skipif(chromium.missing() is not None, reason=str(chromium.missing()))
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    opened = chromium.Browser(tmp_path_factory.mktemp("profile"))
-    yield opened
-    opened.close()
 
 
 @pytest.fixture

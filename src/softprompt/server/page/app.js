@@ -44,7 +44,7 @@ function drawFields() {
   part("fields").replaceChildren(...wanted.map((name, i) => {
     const id = i === 0 ? "text" : `text-${i}`;
     const box = element("textarea", {
-      id, rows: wanted.length > 1 ? 2 : 4, value: texts[name] ?? "", spellcheck: false, required: true,
+      id, rows: wanted.length > 1 ? 2 : 3, value: texts[name] ?? "", spellcheck: false, required: true,
       placeholder: name ? "" : "Write what the prompts should answer",
       on: { input: () => { texts[name] = box.value; } },
     });
