@@ -57,6 +57,8 @@ def status_of(sock):
             break
         head += piece
     head, _, rest = head.partition(b"\r\n\r\n")
+    while b"connection: close" in head.lower() and (piece := sock.recv(65536)):
+        rest += piece
     return int(head.split()[1]), rest
 
 

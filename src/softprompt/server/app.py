@@ -81,7 +81,7 @@ def create_app(
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type"],
         )
-    app.add_middleware(Limits, settings=settings, access=access)
+    app.add_middleware(Limits, settings=settings, access=access, meter=service.meter)
     return app
 
 

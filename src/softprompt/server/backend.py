@@ -13,6 +13,7 @@ class Backend(Protocol):
     """Answers many requests at once."""
 
     bounds: Bounds
+    reason: str
 
     @property
     def engine(self) -> str:

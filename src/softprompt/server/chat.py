@@ -17,7 +17,7 @@ from softprompt.server.replies import ChatCompletion, Choice, Reply, Scores
 from softprompt.server.run import Run
 from softprompt.server.service import USER, Service, in_thread, service_of
 from softprompt.server.shapes import ChatBody
-from softprompt.server.streaming import CLIENT_GONE, EventStream, unless_gone
+from softprompt.server.streaming import CLIENT_GONE, STREAMED, EventStream, unless_gone
 
 router = APIRouter(tags=["generation"], dependencies=[USER])
 
@@ -25,7 +25,7 @@ _TOKENS = 128
 """Most tokens of an answer when a client does not say, and no prompt has a limit on record."""
 
 
-@router.post("/v1/chat/completions", response_model=ChatCompletion)
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAMED)
 async def chat(body: ChatBody, request: Request) -> Response:
     """Answer a conversation, ``n`` times."""
     service = service_of(request)

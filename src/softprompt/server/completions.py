@@ -17,12 +17,12 @@ from softprompt.server.replies import Choice, Completion, Reply, Scores
 from softprompt.server.run import Run
 from softprompt.server.service import USER, Service, in_thread, service_of
 from softprompt.server.shapes import CompletionBody
-from softprompt.server.streaming import CLIENT_GONE, EventStream, unless_gone
+from softprompt.server.streaming import CLIENT_GONE, STREAMED, EventStream, unless_gone
 
 router = APIRouter(tags=["generation"], dependencies=[USER])
 
 
-@router.post("/v1/completions", response_model=Completion)
+@router.post("/v1/completions", response_model=Completion, responses=STREAMED)
 async def complete(body: CompletionBody, request: Request) -> Response:
     """Answer one prompt or several, each ``n`` times."""
     service = service_of(request)

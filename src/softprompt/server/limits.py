@@ -10,6 +10,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from softprompt.server.access import Access
+from softprompt.server.meter import Meter
 from softprompt.server.problems import Problem
 from softprompt.server.settings import ServeSettings
 
@@ -18,8 +19,9 @@ from softprompt.server.settings import ServeSettings
 class Limits:
     """An ASGI layer; outside the app, so that nothing is parsed before it is bounded."""
 
-    def __init__(self, app: ASGIApp, settings: ServeSettings, access: Access) -> None:
+    def __init__(self, app: ASGIApp, settings: ServeSettings, access: Access, meter: Meter) -> None:
         self._app = app
+        self._meter = meter
         self._settings = settings
         self._access = access
 
@@ -28,7 +30,13 @@ class Limits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        bounded = _Bounded(receive, send, self._settings)
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                self._meter.refused.labels(str(message["status"])).inc()
+            await send(message)
+
+        bounded = _Bounded(receive, counted, self._settings)
         try:
             self._check(Headers(scope=scope))
             await self._app(scope, bounded.receive, bounded.send)
@@ -39,7 +47,7 @@ class Limits:
                 raise
             response = problem.response()
             response.headers["connection"] = "close"
-            await response(scope, receive, send)
+            await response(scope, receive, counted)
 
     def _check(self, headers: Headers) -> None:
         self._access.check_host(headers.get("host", ""))

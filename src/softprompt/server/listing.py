@@ -178,6 +178,6 @@ def _common(service: Service, name: str) -> dict[str, Any]:
         "object": "model",
         "owned_by": "softprompt",
         "engine": service.batcher.engine,
-        "engine_reason": getattr(service.batcher, "reason", ""),
+        "engine_reason": service.batcher.reason,
         "chat": bool(service.registry.base.tokenizer.chat_template),
     }

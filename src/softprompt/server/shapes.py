@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 
 MOST_TOKENS = 1 << 20
 _INT64 = 2**63 - 1
 
+
+def _whole(value: Any) -> Any:
+    """Take 3.0 for 3: to JSON they are the same number."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
 Text = Annotated[str, Field(max_length=1 << 20)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=_INT64)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[Whole, Field(ge=0, le=_INT64)]], Field(min_length=1)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Fields = Annotated[dict[str, str | float | int], Field(min_length=1)]
 
@@ -21,7 +35,7 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     model: str = Field(description="Name of a prompt, or of the base model.")
-    task: str | int | None = Field(None, description="Task of a multitask prompt.")
+    task: str | Whole | None = Field(None, description="Task of a multitask prompt.")
     user: str | None = Field(None, description="Taken and not used.")
 
     @model_validator(mode="before")
@@ -44,16 +58,16 @@ class Generation(Body):
 
     temperature: float | None = Field(1.0, ge=0, le=100, description="0 takes the likeliest token.")
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=_INT64, description="0 and -1 are off.")
+    top_k: Whole | None = Field(None, ge=-1, le=_INT64, description="0 and -1 are off.")
     min_p: float | None = Field(None, ge=0, le=1)
     typical_p: float | None = Field(None, gt=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     frequency_penalty: float | None = Field(None, ge=0, le=0, description="Only 0 is served.")
     presence_penalty: float | None = Field(None, ge=0, le=0, description="Only 0 is served.")
-    seed: int | None = Field(None, ge=0, le=_INT64)
+    seed: Whole | None = Field(None, ge=0, le=_INT64)
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    n: int | None = Field(1, ge=1, le=128)
-    min_tokens: int | None = Field(0, ge=0, le=MOST_TOKENS)
+    n: Whole | None = Field(1, ge=1, le=128)
+    min_tokens: Whole | None = Field(0, ge=0, le=MOST_TOKENS)
     max_time: float | None = Field(None, gt=0, le=86400, description="Seconds.")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -74,10 +88,10 @@ class CompletionBody(Generation):
     )
     raw: bool = Field(False, description="Put prompt in front of the model without the template.")
     truncate_input: bool = Field(False, description="Cut an input that is too long for the prompt.")
-    max_tokens: int | None = Field(16, ge=0, le=MOST_TOKENS)
+    max_tokens: Whole | None = Field(16, ge=0, le=MOST_TOKENS)
     echo: bool | None = False
-    logprobs: int | None = Field(None, ge=0, le=20)
-    best_of: Literal[1] | None = None
+    logprobs: Whole | None = Field(None, ge=0, le=20)
+    best_of: Whole | None = Field(None, ge=1, le=1, description="Only 1 is served.")
     suffix: None = None
     logit_bias: None = None
 
@@ -113,10 +127,10 @@ class ChatBody(Generation):
     """``POST /v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
-    max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
+    max_tokens: Whole | None = Field(None, ge=1, le=MOST_TOKENS)
+    max_completion_tokens: Whole | None = Field(None, ge=1, le=MOST_TOKENS)
     logprobs: bool | None = False
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    top_logprobs: Whole | None = Field(None, ge=0, le=20)
 
 
 class ClassifyBody(Body):

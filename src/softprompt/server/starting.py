@@ -71,7 +71,7 @@ def build_app(settings: ServeSettings, root: Root, bounds: Bounds) -> FastAPI:
         base.name,
         len(registry.names()),
         batcher.engine,
-        "",
+        f" ({batcher.reason})" if batcher.reason else "",
     )
     return create_app(settings, registry, batcher, scorer)
 

@@ -17,6 +17,15 @@ from softprompt.server.run import Run, until_gone
 
 Result = TypeVar("Result")
 _DONE = b"data: [DONE]\n\n"
+_EVENT = {
+    "type": "object",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+}
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": _EVENT}}}
+}
+"""For the description of routes that may stream."""
 CLIENT_GONE = 499
 """What a log shows for an answer that nobody waited for."""
 

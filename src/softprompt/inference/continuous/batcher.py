@@ -121,8 +121,12 @@ class Batcher:
         with self._changed:
             return replace(self._stats, waiting=len(self._waiting))
 
-    def submit(self, request: Request) -> Ticket:
+    def submit(self, request: Request, *, wait: bool = False) -> Ticket:
         """Take a request into the queue; any thread may call.
+
+        Args:
+            request: The request.
+            wait: Wait while the queue is full, instead of refusing.
 
         Raises:
             SoftPromptError: The request could never be run.
@@ -133,17 +137,19 @@ class Batcher:
         ticket = Ticket(request, self._wake)
         job = Job.of(ticket, self._decode, self._eos_ids, seq2seq=self._seq2seq)
         with self._changed:
+            if wait:
+                self._changed.wait_for(lambda: self._closing or not self._is_full)
             if self._failure is not None:
                 raise NotServingError(f"serving has failed ({self._failure}); start it again")
             if self._closing:
                 raise NotServingError(
                     "serving is stopping and takes no more requests; ask another server"
                 )
-            if len(self._waiting) >= self.bounds.max_queue:
-                wait = self._pace.seconds_for(len(self._waiting))
+            if self._is_full:
+                seconds = self._pace.seconds_for(len(self._waiting))
                 raise QueueFullError(
-                    f"{len(self._waiting)} requests wait, which is max_queue; try again in {wait:.0f} s",
-                    wait,
+                    f"{len(self._waiting)} requests wait, which is max_queue; try again in {seconds:.0f} s",
+                    seconds,
                 )
             self._waiting.append(job)
             self._changed.notify_all()
@@ -166,6 +172,10 @@ class Batcher:
     def _wake(self) -> None:
         with self._changed:
             self._changed.notify_all()
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self._waiting) >= self.bounds.max_queue
 
     def _is_idle(self) -> bool:
         return self._failure is not None or not (self._waiting or self._runner.rows)

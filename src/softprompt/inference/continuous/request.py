@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from torch import Tensor
 
 from softprompt.engine.prefixes import virtual_length
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, DataError
 from softprompt.inference.options import GenerationOptions
 
 Decode = Callable[[Sequence[int]], str]
@@ -71,12 +71,17 @@ class Request:
 
         Raises:
             ConfigError: A value is out of range, or nothing is asked for.
+            DataError: A token id is negative.
         """
         if self.n < 1:
             raise ConfigError(f"n expects at least 1 answer, got {self.n}")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_TOP_LOGPROBS:
             raise ConfigError(
                 f"logprobs expects 0 to {MAX_TOP_LOGPROBS} likeliest tokens, got {self.logprobs}"
+            )
+        if min(self.ids, default=0) < 0:
+            raise DataError(
+                f"token ids are at least 0, got {min(self.ids)}; use the tokenizer that belongs to the model"
             )
         if not self.generate and not self.echo:
             raise ConfigError(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from softprompt.attach.completion import sees_input_of
-from softprompt.inference.continuous.request import PromptValue
-from softprompt.inference.tuned import TunedPrompt
+from softprompt.inference.continuous.request import PromptValue, Request
+
+if TYPE_CHECKING:
+    from softprompt.inference.tuned import TunedPrompt
 
 
 def prompt_value(tuned: TunedPrompt) -> PromptValue:
@@ -23,6 +27,14 @@ def prompt_value(tuned: TunedPrompt) -> PromptValue:
     decoder = parts[places.decoder_index(0)].clone() if places.decoder else None
     sees_input = sees_input_of(tuned.model.peft_config[tuned.adapter])
     return PromptValue(content_key(value, decoder, sees_input), value, decoder, sees_input)
+
+
+def request_of(
+    tuned: TunedPrompt, value: PromptValue, ids: Sequence[int], **settings: Any
+) -> Request:
+    """Return a request whose answer is ``tuned.generate_rows([ids])``'s; settings are its other fields."""
+    at = tuned.rows.offset(ids) if value.value is not None else 0
+    return Request(tuple(ids), value, at, decode=tuned.rows.decode, **settings)
 
 
 def content_key(
