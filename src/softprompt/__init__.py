@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from softprompt.inference.generation import Generation
     from softprompt.inference.loading import load, load_many
     from softprompt.inference.options import GenerationOptions
+    from softprompt.inference.serving import Serving
     from softprompt.inference.tuned import TunedPrompt
     from softprompt.inspection.retrieval import similar_prompts
     from softprompt.prompts.configs import (
@@ -87,6 +88,7 @@ _HOMES = {
     ),
     "softprompt.inference.conversion": ("convert",),
     "softprompt.inference.tuned": ("TunedPrompt",),
+    "softprompt.inference.serving": ("Serving",),
     "softprompt.inference.generation": ("Generation",),
     "softprompt.inference.options": ("GenerationOptions",),
     "softprompt.evaluation.evaluate": ("evaluate",),
@@ -172,6 +174,7 @@ __all__ = [
     "PromptTuningConfig",
     "PromptTuningInit",
     "Report",
+    "Serving",
     "SoftPromptError",
     "TaskType",
     "TuneSettings",

@@ -11,6 +11,9 @@ SoftPromptError
 ├── ArtifactError          a saved prompt is missing, damaged or not ours to read
 │   └── OutputExistsError  an output would overwrite something
 ├── AdapterError           a named prompt does not exist, or already does
+├── ServingError           a request cannot be answered
+│   ├── QueueFullError         too many requests wait; come back later
+│   └── NotServingError        serving has stopped, is stopping, or has failed
 └── TrainingError          the optimisation cannot go on
     └── TrainingInterrupted    stopped by the user; the state is saved
 
@@ -71,6 +74,26 @@ class OutputExistsError(ArtifactError):
 
 class AdapterError(SoftPromptError, ValueError):
     """A named prompt does not exist, or already does."""
+
+
+class ServingError(SoftPromptError, RuntimeError):
+    """A request cannot be answered."""
+
+
+class QueueFullError(ServingError):
+    """Too many requests wait already.
+
+    Attributes:
+        retry_after: Seconds after which there is likely to be room.
+    """
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class NotServingError(ServingError):
+    """Serving has stopped, is stopping, or has failed."""
 
 
 class TrainingError(SoftPromptError, RuntimeError):

@@ -54,6 +54,7 @@ OWN_NAMES = [
     "MultitaskPromptEmbedding",
     "PromptLearningConfig",
     "Report",
+    "Serving",
     "SoftPromptError",
     "TuneSettings",
     "TunedPrompt",

@@ -140,13 +140,38 @@ def load_adapter(
     return StoredAdapter(config, tensors, manifest, str(directory))
 
 
+def adapter_of_files(files: Mapping[str, bytes], name: str) -> StoredAdapter:
+    """Check a prompt whose files were read already; pickled weights are not looked at.
+
+    Args:
+        files: the content of ``adapter_config.json``, ``adapter_model.safetensors`` and, where
+            there is one, ``softprompt.json``.
+        name: stands for the folder in messages.
+
+    Raises:
+        ArtifactError: a file is missing, damaged, or not a prompt-tuning adapter's.
+    """
+    where = Path(name)
+    for needed in (CONFIG_NAME, WEIGHTS_NAME):
+        if needed not in files:
+            raise ArtifactError(f"expected {needed} in {name}, it has none: copy it there")
+    config = parse_object(files[CONFIG_NAME].decode(errors="replace"), str(where / CONFIG_NAME))
+    check_config(config)
+    record = files.get(MANIFEST_NAME)
+    manifest = None if record is None else _manifest_of(record, where / MANIFEST_NAME)
+    path = where / WEIGHTS_NAME
+    tensors = _tensors_of(files[WEIGHTS_NAME], path, manifest)
+    check_tensors(config, tensors, str(path))
+    return StoredAdapter(config, tensors, manifest, name)
+
+
 def _read_manifest(path: Path) -> Manifest | None:
-    if not path.is_file():
-        return None
+    return _manifest_of(read_bytes(path), path) if path.is_file() else None
+
+
+def _manifest_of(data: bytes, path: Path) -> Manifest:
     try:
-        return Manifest.from_dict(
-            parse_object(read_bytes(path).decode(errors="replace"), path.name)
-        )
+        return Manifest.from_dict(parse_object(data.decode(errors="replace"), path.name))
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
 
@@ -154,14 +179,7 @@ def _read_manifest(path: Path) -> Manifest | None:
 def _read_tensors(directory: Path, manifest: Manifest | None) -> tuple[dict[str, Tensor], Path]:
     path = directory / WEIGHTS_NAME
     if path.is_file():
-        data = read_bytes(path)
-        try:
-            tensors = tensors_from_bytes(data)
-        # A damaged header can fail in the parser, in the dtype table or in torch.
-        except Exception as error:
-            raise damaged(path, len(data), error) from error
-        _check_digest(path, data, manifest)
-        return tensors, path
+        return _tensors_of(read_bytes(path), path, manifest), path
     path = directory / PICKLED_WEIGHTS_NAME
     if path.is_file():
         return _unpickled(path), path
@@ -169,6 +187,16 @@ def _read_tensors(directory: Path, manifest: Manifest | None) -> tuple[dict[str,
         f"expected {WEIGHTS_NAME} (or {PICKLED_WEIGHTS_NAME}) in {directory}, it has neither: "
         "copy the weights beside adapter_config.json"
     )
+
+
+def _tensors_of(data: bytes, path: Path, manifest: Manifest | None) -> dict[str, Tensor]:
+    try:
+        tensors = tensors_from_bytes(data)
+    # A damaged header can fail in the parser, in the dtype table or in torch.
+    except Exception as error:
+        raise damaged(path, len(data), error) from error
+    _check_digest(path, data, manifest)
+    return tensors
 
 
 def _check_digest(path: Path, data: bytes, manifest: Manifest | None) -> None:

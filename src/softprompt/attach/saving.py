@@ -13,6 +13,7 @@ from torch import Tensor
 from softprompt.artifacts.manifest import Manifest
 from softprompt.artifacts.native import load_adapter, save_adapter
 from softprompt.attach import heads
+from softprompt.backbone.facts import Facts
 from softprompt.backbone.fingerprint import Fingerprint
 from softprompt.errors import ArtifactError
 from softprompt.prompts.configs import PeftType, PromptLearningConfig, TaskType
@@ -59,14 +60,19 @@ def load_state(model: PeftModel, adapter: str, tensors: Mapping[str, Tensor]) ->
             "name the module in modules_to_save"
         )
     check_fit(heads_of, given)
-    config = model.peft_config[adapter]
-    reads_half = model.facts.is_encoder_decoder and config.num_transformer_submodules == 1
-    rows = own.get(PROMPT_KEY)
-    if reads_half and rows is not None and len(rows) == 2 * (config.num_virtual_tokens or 0):
-        # PEFT gives seq2seq prompts 2 P rows and reads the first P.
-        own[PROMPT_KEY] = rows[: len(rows) // 2]
-    encoder.load_stored(own)
+    encoder.load_stored(rows_read(own, model.peft_config[adapter], model.facts))
     take_over(heads_of, given)
+
+
+def rows_read(
+    tensors: Mapping[str, Tensor], config: PromptLearningConfig, facts: Facts
+) -> Mapping[str, Tensor]:
+    """Return a file's tensors with the rows that are read: PEFT gives seq2seq prompts 2 P and reads P."""
+    rows = tensors.get(PROMPT_KEY)
+    reads_half = facts.is_encoder_decoder and config.num_transformer_submodules == 1
+    if not reads_half or rows is None or len(rows) != 2 * (config.num_virtual_tokens or 0):
+        return tensors
+    return {**tensors, PROMPT_KEY: rows[: len(rows) // 2]}
 
 
 def _heads(model: PeftModel, adapter: str) -> dict[str, Tensor]:
@@ -119,7 +125,16 @@ def read(location: str | Path, subfolder: str | None, revision: str | None) -> S
         ArtifactError: If the files are missing or damaged.
         ConfigError: If the configuration is not one we know.
     """
-    stored = load_adapter(location, subfolder=subfolder, revision=revision)
+    return in_our_terms(load_adapter(location, subfolder=subfolder, revision=revision))
+
+
+def in_our_terms(stored: StoredAdapter) -> Stored:
+    """Turn what a folder holds into our configuration and its tensors.
+
+    Raises:
+        ArtifactError: If the configuration lacks the prompt's length.
+        ConfigError: If it is not one we know.
+    """
     values: dict[str, Any] = dict(stored.config)
     # Training further must not read the initial text again: the rows are loaded over it.
     values["inference_mode"] = True
@@ -127,7 +142,7 @@ def read(location: str | Path, subfolder: str | None, revision: str | None) -> S
     config = PromptLearningConfig.from_dict(values)
     if config.num_virtual_tokens is None:
         raise ArtifactError(
-            f"{location}: adapter_config.json lacks num_virtual_tokens; save the prompt again"
+            f"{stored.location}: adapter_config.json lacks num_virtual_tokens; save the prompt again"
         )
     return Stored(config, stored.tensors, stored.manifest, stored.location)
 

@@ -16,6 +16,7 @@ COMMANDS = (
     "tune",
     "evaluate",
     "generate",
+    "serve",
     "info",
     "sources",
     "similar",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import facts_of
+from softprompt.backbone.facts import Facts, facts_of
 from softprompt.engine.attention import ForestUnsupportedError, forest_attention
 from softprompt.engine.context import check_rows, depends_on_neighbours
 from softprompt.engine.forest import causal_plan
@@ -21,6 +21,22 @@ from softprompt.engine.predictions import HeadInput, PredictingEngine, Predictio
 from softprompt.engine.prefix_gradient import gathered_gradient
 from softprompt.engine.rows import EngineRow, any_prefix
 from softprompt.engine.virtual import virtual_rows
+
+
+def require_packable(model: PreTrainedModel, facts: Facts) -> None:
+    """Refuse a model that cannot take the tokens of several rows as one.
+
+    Raises:
+        ForestUnsupportedError: If it cannot.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    if facts.is_encoder_decoder or "position_ids" not in parameters:
+        raise ForestUnsupportedError(f"{type(model).__name__} takes no position_ids")
+    if getattr(model.config.get_text_config(), "attn_temperature_tuning", False):
+        # Llama 4; a probe is too short to see it.
+        raise ForestUnsupportedError(f"{type(model).__name__} scales attention by column")
+    if "logits_to_keep" not in parameters:
+        raise ForestUnsupportedError(f"{type(model).__name__} takes no logits_to_keep")
 
 
 @final
@@ -39,14 +55,7 @@ class ForestEngine(PredictingEngine):
         self._trusted = trusted
         self._facts = facts_of(model)
         self._plain = PlainEngine(model)
-        parameters = inspect.signature(model.forward).parameters
-        if self._facts.is_encoder_decoder or "position_ids" not in parameters:
-            raise ForestUnsupportedError(f"{type(model).__name__} takes no position_ids")
-        if getattr(model.config.get_text_config(), "attn_temperature_tuning", False):
-            # Llama 4; a probe is too short to see it.
-            raise ForestUnsupportedError(f"{type(model).__name__} scales attention by column")
-        if "logits_to_keep" not in parameters:
-            raise ForestUnsupportedError(f"{type(model).__name__} takes no logits_to_keep")
+        require_packable(model, self._facts)
 
     def predict(
         self, rows: Sequence[EngineRow], prompts: Sequence[Tensor], head: HeadInput | None = None

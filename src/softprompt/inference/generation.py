@@ -93,21 +93,14 @@ class Generator:
         task: int | None = None,
         offset: Callable[[Sequence[int]], int] | None = None,
     ) -> Generator:
-        """Read what generation needs from a PeftModel or a transformers model.
-
-        Answers end at the tokenizer's end token, which prompts are trained to give, and at
-        the ones in the base's own generation settings.
-        """
-        config = getattr(model.generation_config, "eos_token_id", None)
-        listed = config if isinstance(config, list) else [config]
-        eos_ids = frozenset(i for i in [*listed, tokenizer.eos_token_id] if i is not None)
+        """Read what generation needs from a PeftModel or a transformers model."""
         # A tokenizer may have more ids than the model has embeddings.
         known = range(model.get_input_embeddings().weight.shape[0])
         candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         return cls(
             generate=model.generate,
             decode=decode,
-            eos_ids=eos_ids,
+            eos_ids=end_ids(model, tokenizer),
             pad_id=next(each for each in candidates if each in known),
             seq2seq=bool(model.config.is_encoder_decoder),
             device=model.device,
@@ -161,7 +154,7 @@ class Generator:
         seeds: Sequence[int | None],
         options: GenerationOptions,
     ) -> list[Generation]:
-        ids, mask = self._padded(sources)
+        ids, mask = self.padded(sources)
         stops = StopSequences(options.stop_sequences, options.min_new_tokens, self.decode)
         texts = [() if self.seq2seq else source for source in sources]
         with torch.no_grad():
@@ -172,7 +165,7 @@ class Generator:
                 stopping_criteria=StoppingCriteriaList(
                     [StopAtSequences(stops)] if stops.texts else []
                 ),
-                **self._settings(options),
+                **self.settings(options),
                 **self._chosen(sources),
             )
         first_new = 1 if self.seq2seq else ids.shape[1]
@@ -191,7 +184,8 @@ class Generator:
             for source, ending, seed in zip(sources, endings, seeds, strict=True)
         ]
 
-    def _padded(self, sources: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    def padded(self, sources: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+        """Return rows of ids ``[B, T]`` filled up to the longest, and their mask."""
         width = max(len(source) for source in sources)
         ids = torch.full((len(sources), width), self.pad_id, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -212,7 +206,8 @@ class Generator:
             chosen["prompt_at"] = [self.offset(source) for source in sources]
         return chosen
 
-    def _settings(self, options: GenerationOptions) -> dict[str, Any]:
+    def settings(self, options: GenerationOptions) -> dict[str, Any]:
+        """Return the arguments of ``generate`` by which nothing but the options decides."""
         settings: dict[str, Any] = {
             "max_new_tokens": options.max_new_tokens,
             "min_new_tokens": options.min_new_tokens or None,
@@ -242,3 +237,14 @@ class Generator:
             return kept
         # Decoding both together keeps the space between input and answer.
         return self.decode([*source, *ending.tokens]).removesuffix(answer) + kept
+
+
+def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the tokens that end an answer.
+
+    They are the tokenizer's end token, which prompts are trained to give, and the ones in the base's
+    own generation settings.
+    """
+    config = getattr(model.generation_config, "eos_token_id", None)
+    listed = config if isinstance(config, list) else [config]
+    return frozenset(i for i in [*listed, tokenizer.eos_token_id] if i is not None)

@@ -15,7 +15,7 @@ from softprompt.errors import ConfigError, nearest
 
 DecodingMethod = Literal["GREEDY", "SAMPLING"]
 
-_SAMPLING_ONLY = ("top_k", "top_p", "typical_p", "temperature", "seed")
+_SAMPLING_ONLY = ("top_k", "top_p", "min_p", "typical_p", "temperature", "seed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,12 @@ class GenerationOptions:
         default=None,
         metadata={"help": "Draw among the likeliest tokens of this total mass. SAMPLING only."},
     )
+    min_p: float | None = field(
+        default=None,
+        metadata={
+            "help": "Draw among tokens at least this share as likely as the likeliest. SAMPLING only."
+        },
+    )
     typical_p: float | None = field(
         default=None,
         metadata={"help": "Draw among the most typical tokens of this mass. SAMPLING only."},
@@ -54,6 +60,13 @@ class GenerationOptions:
     )
     repetition_penalty: float = field(
         default=1.0, metadata={"help": "Above 1 makes tokens of the input and answer less likely."}
+    )
+    frequency_penalty: float = field(
+        default=0.0,
+        metadata={"help": "Taken from a token's logit for each time it is in the answer."},
+    )
+    presence_penalty: float = field(
+        default=0.0, metadata={"help": "Taken from a token's logit if it is in the answer."}
     )
     max_time: float | None = field(
         default=None, metadata={"help": "Seconds after which a batch stops where it is."}
@@ -118,6 +131,7 @@ class GenerationOptions:
         _check_number("repetition_penalty", self.repetition_penalty)
         for name, most in (
             ("top_p", 1.0),
+            ("min_p", 1.0),
             ("typical_p", 1.0),
             ("temperature", math.inf),
             ("max_time", math.inf),
@@ -125,6 +139,11 @@ class GenerationOptions:
             value = getattr(self, name)
             if value is not None:
                 _check_number(name, value, most)
+        for name in ("frequency_penalty", "presence_penalty"):
+            value = getattr(self, name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not -2 <= value <= 2:
+                raise ConfigError(f"{name} expects a number from -2 to 2, got {value!r}")
         for stop in self.stop_sequences:
             if not isinstance(stop, str) or not stop:
                 raise ConfigError(
@@ -149,6 +168,22 @@ class GenerationOptions:
                 f"{', '.join(ignored)} would be ignored under decoding_method GREEDY; "
                 "choose SAMPLING or leave it out"
             )
+
+
+def options_from(
+    options: GenerationOptions | None, settings: Mapping[str, Any], caller: str
+) -> GenerationOptions:
+    """Return the options a caller gave whole or field by field.
+
+    Raises:
+        ConfigError: Both were given, or a setting is unknown or out of range.
+    """
+    if options is not None and settings:
+        raise ConfigError(
+            f"{caller} takes options or single settings, got both ({', '.join(settings)}); "
+            "put the settings into the options"
+        )
+    return options or GenerationOptions.from_settings(settings)
 
 
 def _check_integer(name: str, value: Any, least: int, most: int | None = None) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -74,6 +75,29 @@ class RowRepetitionPenalty(LogitsProcessor):
         return torch.where(seen, penalised, scores)
 
 
+class RowCountPenalty(LogitsProcessor):
+    """Takes from a token's logit by how often it is in its row's own answer, as OpenAI's API does.
+
+    Args:
+        frequency: Taken for each time.
+        presence: Taken once.
+    """
+
+    def __init__(self, frequency: float, presence: float) -> None:
+        self._frequency = frequency
+        self._presence = presence
+        self._start: int | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the penalised scores ``[B, V]``."""
+        if self._start is None:
+            self._start = input_ids.shape[1]
+        answers = input_ids[:, self._start :]
+        ones = torch.ones_like(answers, dtype=scores.dtype)
+        counts = torch.zeros_like(scores).scatter_add(1, answers, ones)
+        return scores - self._frequency * counts - self._presence * (counts > 0)
+
+
 def row_seeds(options: GenerationOptions, count: int) -> list[int | None]:
     """Return the seed of each of ``count`` answers: the one asked for, drawn ones, or None.
 
@@ -101,6 +125,8 @@ def row_processors(
         processors.append(
             RowRepetitionPenalty(options.repetition_penalty, texts, options.num_beams)
         )
+    if options.frequency_penalty or options.presence_penalty:
+        processors.append(RowCountPenalty(options.frequency_penalty, options.presence_penalty))
     if not options.samples:
         return processors
     if options.temperature is not None:
@@ -109,6 +135,8 @@ def row_processors(
         processors.append(TopKLogitsWarper(options.top_k))
     if options.top_p is not None:
         processors.append(TopPLogitsWarper(float(options.top_p)))
+    if options.min_p is not None:
+        processors.append(MinPLogitsWarper(float(options.min_p)))
     if options.typical_p is not None and options.typical_p < 1.0:
         processors.append(TypicalLogitsWarper(float(options.typical_p)))
     processors.append(RowSampler([seed for seed in seeds if seed is not None]))

@@ -20,7 +20,8 @@ from softprompt.inference.options import GenerationOptions
 FinishReason = Literal["eos_token", "stop_sequence", "max_tokens", "time_limit"]
 Decode = Callable[[Sequence[int]], str]
 
-_INCOMPLETE = "\ufffd"
+INCOMPLETE = "\ufffd"
+"""What a decoder gives for the first bytes of a character."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +49,22 @@ class StopSequences:
 
     def completed_by_last(self, tokens: Sequence[int]) -> int | None:
         """Return the character at which a stop sequence completed by the last token begins."""
-        if not self.texts or not tokens or len(tokens) < self.min_new_tokens:
+        if not self.texts or not tokens:
             return None
-        text = self.decode(tokens)
+        return self.completed(len(tokens), self.decode(tokens), self.decode(tokens[:-1]))
+
+    def completed(self, count: int, text: str, before_last: str) -> int | None:
+        """Return where a stop sequence begins that the last of ``count`` tokens completed.
+
+        Args:
+            count: Tokens of the answer.
+            text: Their text.
+            before_last: The text of all but the last of them.
+        """
+        if count < self.min_new_tokens:
+            return None
         # The last token may complete a character that was decoded as a replacement before.
-        before = len(self.decode(tokens[:-1]).rstrip(_INCOMPLETE))
+        before = len(before_last.rstrip(INCOMPLETE))
         starts = (text.find(stop, max(0, before - len(stop) + 1)) for stop in self.texts)
         return min((start for start in starts if start >= 0), default=None)
 

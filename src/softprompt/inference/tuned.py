@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -25,8 +25,10 @@ from softprompt.data.tokens import RowTokenizer
 from softprompt.engine.choose import build_engine
 from softprompt.engine.rows import Engine
 from softprompt.errors import ConfigError
+from softprompt.inference.continuous.streaming import streamed
+from softprompt.inference.continuous.values import prompt_value, request_of
 from softprompt.inference.generation import Generation, Generator
-from softprompt.inference.options import GenerationOptions
+from softprompt.inference.options import GenerationOptions, options_from
 from softprompt.inference.places import Places
 from softprompt.inference.requests import Request, fields_of, listed, require_tokens
 from softprompt.inference.scoring import LabelScores, check_label_ids, score_labels
@@ -243,18 +245,38 @@ class TunedPrompt:
             TemplateError: An input does not have the template's fields.
             ContextOverflowError: Prompt, input and answer exceed the model's context.
         """
-        if options is not None and settings:
-            raise ConfigError(
-                f"generate takes options or single settings, got both ({', '.join(settings)}); "
-                "put the settings into the options"
-            )
         if task is not None:
             return self.of_task(task).generate(
                 requests, options=options, batch_size=batch_size, **settings
             )
-        chosen = options or GenerationOptions.from_settings(settings)
+        chosen = options_from(options, settings, "generate")
         sources, cut = self.sources(requests)
         return self.generate_rows(sources, chosen, batch_size=batch_size, cut=cut)
+
+    def stream(
+        self,
+        request: Request,
+        *,
+        task: Task | None = None,
+        options: GenerationOptions | None = None,
+        **settings: Any,
+    ) -> Iterator[str]:
+        """Yield the generated answer to one input piece by piece; together they are ``generate``'s text.
+
+        Args:
+            request: A text, or a mapping of the template's fields.
+            task: The task of a multitask prompt, by name or number.
+            options: How to generate; or name its fields as ``settings``.
+            **settings: Fields of ``GenerationOptions``.
+
+        Raises:
+            SoftPromptError: As ``generate``; or for beams, which cannot be streamed.
+        """
+        tuned = self.of_task(task)
+        chosen = options_from(options, settings, "stream")
+        (ids,), _ = tuned.sources([request])
+        asked = request_of(tuned, prompt_value(tuned), ids, options=chosen)
+        return streamed(self.model.get_base_model(), self.tokenizer, asked)
 
     def generate_rows(
         self,

@@ -1,0 +1,171 @@
+"""Serving many prompts from one model: our batcher against a PEFT user's loops.
+
+16 clients ask one thing after the other of 8 prompts (50 virtual tokens, popularity by Zipf's
+law, inputs of 24 to 40 tokens, 32 new tokens each, greedy). Ours runs all in one batch; PEFT runs
+one `generate` for each prompt's waiting requests, padded to the longest of them, or one request
+at a time. One process, one thread of compute. Ours must give the tokens that PEFT gives to the
+request alone. Also: time to the first token with a prompt that is known and one that is not, and
+memory and latency with 1,000 prompts in the folder against 1.
+
+    python bench/serving.py [--model gpt2|demo] [--requests 64] [--rounds 1] [--json]
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers as tf
+
+from serving_peft import PeftServer
+from serving_registry import registered
+from serving_work import (
+    OUTPUT,
+    PROMPTS,
+    Ask,
+    Took,
+    asks,
+    by_clients,
+    model_named,
+    prompt_tables,
+    request_of,
+    timed,
+    values_of,
+)
+from softprompt.inference.continuous.batcher import Batcher
+from softprompt.inference.continuous.events import FinishEvent, TokenEvent
+from softprompt.inference.continuous.request import PromptValue
+
+OURS, ALONE, GROUPED = "ours", "PEFT, one request at a time", "PEFT, a batch for each prompt"
+
+
+def answered(batcher: Batcher, ask: Ask, values: Sequence[PromptValue]) -> Took:
+    """Ask the batcher and note when each token comes."""
+    began, took = time.perf_counter(), Took()
+    for event in batcher.submit(request_of(ask, values)):
+        if isinstance(event, TokenEvent):
+            took.times.append(time.perf_counter() - began)
+        elif isinstance(event, FinishEvent):
+            took.ids = event.tokens
+    return took
+
+
+def throughput(
+    model: Any, tokenizer: Any, requests: int, clients: int, rounds: int
+) -> dict[str, Any]:
+    """Measure the three ways, alternating; the medians of the rounds count."""
+    tables = prompt_tables(model, PROMPTS)
+    values, todo = values_of(tables), asks(model, requests)
+    some = todo[: max(4, requests // 4)]
+    peft = PeftServer(model, tables)
+    batcher = Batcher(model, tokenizer)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    answers: dict[str, list[Took]] = {}
+    by_clients(clients, todo[:PROMPTS], lambda ask: answered(batcher, ask, values))
+    for _ in range(rounds):
+        for way, work in (
+            (OURS, lambda: by_clients(clients, todo, lambda ask: answered(batcher, ask, values))),
+            (GROUPED, lambda: peft.by_prompt(todo, clients)),
+            (ALONE, lambda: peft.one_by_one(some)),
+        ):
+            row, answers[way] = timed(work, way)
+            rows.setdefault(way, []).append(row)
+    batcher.stop()
+    return {
+        "rows": [middle(found) for found in rows.values()],
+        "equal_to_solo": share(answers[OURS], answers[ALONE]),
+        "peft_batches_equal_to_solo": share(answers[GROUPED], answers[ALONE]),
+        "engine": batcher.engine,
+    }
+
+
+def middle(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the round of median speed."""
+    return sorted(rows, key=lambda row: row["tokens_per_cpu_second"])[len(rows) // 2]
+
+
+def share(found: Sequence[Took], solo: Sequence[Took]) -> float:
+    """Return the share of answers whose tokens are those of the request alone."""
+    pairs = list(zip(found, solo, strict=False))
+    return sum(a.ids == b.ids for a, b in pairs) / len(pairs)
+
+
+def first_tokens(model: Any, tokenizer: Any, times: int) -> dict[str, float]:
+    """Return the median time to the first token, idle server, of new and of known prompts, ms."""
+    values = values_of(prompt_tables(model, times))
+    todo = [Ask(i, ask.ids) for i, ask in enumerate(asks(model, times))]
+    batcher = Batcher(model, tokenizer)
+    answered(batcher, todo[0], values_of(prompt_tables(model, times + 1)[-1:]))
+    cold = [answered(batcher, ask, values).first for ask in todo]
+    warm = [answered(batcher, ask, values).first for ask in todo]
+    batcher.stop()
+    return {
+        "cold_ms": 1000 * statistics.median(cold),
+        "warm_ms": 1000 * statistics.median(warm),
+    }
+
+
+def table(result: dict[str, Any]) -> None:
+    """Print everything."""
+    print(
+        "| way | tokens/s | tokens per CPU s | first token p50, p95 ms | between tokens p50, p95 ms |"
+    )
+    print("|---|---|---|---|---|")
+    for row in result["rows"]:
+        first, between = row["first_ms"], row["between_ms"]
+        print(
+            f"| {row['way']} | {row['tokens_per_second']:.0f} | {row['tokens_per_cpu_second']:.0f} "
+            f"| {first[0]:.0f}, {first[1]:.0f} | {between[0]:.0f}, {between[1]:.0f} |"
+        )
+    print(
+        f"\nanswers equal to the request alone: ours {result['equal_to_solo']:.0%}, "
+        f"PEFT's batches {result['peft_batches_equal_to_solo']:.0%}"
+    )
+    first = result["first_token"]
+    print(f"first token, idle: known prompt {first['warm_ms']:.0f} ms, new {first['cold_ms']:.0f}")
+    for row in result.get("registered", []):
+        print(
+            f"{row['prompts']} prompts in the folder: {row['memory_mib']:.1f} MiB more than none, "
+            f"listed in {row['listing_ms']:.0f} ms, first token {row['first_ms']:.1f} ms"
+        )
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", choices=["gpt2", "demo"], default="gpt2", help="what is served")
+    parser.add_argument("--requests", type=int, default=64, help="requests in all")
+    parser.add_argument("--clients", type=int, default=16, help="clients at once")
+    parser.add_argument("--rounds", type=int, default=1, help="timed runs of each way")
+    parser.add_argument("--registered", type=int, default=1000, help="prompts in the folder")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    tf.logging.set_verbosity(40)
+    torch.set_num_threads(1)
+    model, tokenizer = model_named(options.model)
+    result = {
+        "model": options.model,
+        "new_tokens": OUTPUT,
+        **throughput(model, tokenizer, options.requests, options.clients, options.rounds),
+        "first_token": first_tokens(*model_named(options.model), 5),
+        "registered": [registered(count) for count in (1, options.registered)],
+    }
+    if options.json:
+        print(json.dumps(result, indent=2))
+    else:
+        table(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""A saved prompt as a value for a base that it is not attached to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from softprompt.attach.completion import completed
+from softprompt.attach.encoders import build_prompt
+from softprompt.attach.saving import Stored, check_base, rows_read
+from softprompt.backbone.facts import facts_of, input_embedding
+from softprompt.errors import ArtifactError
+from softprompt.prompts.configs import PromptLearningConfig
+
+
+@torch.no_grad()
+def prompt_values(
+    stored: Stored, model: PreTrainedModel, *, ignore_fingerprint: bool = False
+) -> tuple[PromptLearningConfig, tuple[Tensor, ...]]:
+    """Return the completed configuration of a saved prompt and its value for each of its tasks.
+
+    The base is read and not changed, so this may run while another thread uses it.
+
+    Args:
+        stored: What was read from disk.
+        model: The base it is for.
+        ignore_fingerprint: Take a prompt that was made for another base.
+
+    Raises:
+        ArtifactError: If the tensors do not fit, or the prompt holds trained heads.
+        ConfigError: If the configuration does not fit the base.
+        FingerprintError: If the base is another one.
+    """
+    heads = sorted(name for name in stored.tensors if name.startswith("base_model."))
+    if heads:
+        raise ArtifactError(
+            f"{stored.location} holds trained modules ({', '.join(heads[:3])}), which cannot stand beside "
+            "other prompts; attach it with PeftModel.from_pretrained"
+        )
+    check_base(stored, model, ignore_fingerprint)
+    facts = facts_of(model)
+    config = completed(stored.config, model, facts, shared=None, own=None)
+    module = build_prompt(config, input_embedding(model), model=model)
+    module.load_stored(rows_read(stored.tensors, config, facts))
+    return config, tuple(module.materialize(task).detach() for task in range(module.num_tasks))

@@ -1,0 +1,152 @@
+"""One pass over the new tokens of many rows, each behind what it holds already.
+
+Rows join and leave between passes. A row's tokens are run once, as many at a time as the caller
+likes: its prompt, its input in parts, then one token a step. No padding is run, and logits are
+made only where they are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from softprompt.backbone.facts import facts_of
+from softprompt.backbone.keyvalues import key_value_shape
+from softprompt.engine.attention import ForestUnsupportedError, implement
+from softprompt.engine.decode_attention import NAME, active, decode_plan
+from softprompt.engine.decode_store import KeyValueStore, Lane
+from softprompt.engine.lock import locked
+from softprompt.engine.packed_causal import require_packable
+from softprompt.engine.recomputed import implementations_of, switch
+from softprompt.engine.virtual import virtual_rows
+
+Wanted = Literal["none", "last", "all"]
+
+
+@dataclass(frozen=True, slots=True)
+class NewTokens:
+    """What one row adds in a pass.
+
+    Attributes:
+        lane: The row's lane.
+        ids: Its new tokens; V + n is row n of its own prompt.
+        prompt: The prompt's rows ``[P, H]``, where ids need them.
+        wanted: After which of the tokens logits are wanted.
+    """
+
+    lane: Lane
+    ids: tuple[int, ...]
+    prompt: Tensor | None = None
+    wanted: Wanted = "last"
+
+
+@final
+class DecodeForest:
+    """Runs the new tokens of rows over a store of lanes.
+
+    Attributes:
+        store: The lanes.
+
+    Raises:
+        BackboneError: If the model cannot be run so.
+    """
+
+    def __init__(self, model: PreTrainedModel, max_tokens: int) -> None:
+        self._model = model
+        facts = facts_of(model)
+        require_packable(model, facts)
+        limit = facts.rope_changes_at
+        if limit is not None and limit < (facts.context_length or limit + 1):
+            raise ForestUnsupportedError(
+                f"{type(model).__name__} changes its positions when a row gets long"
+            )
+        self._vocabulary = facts.vocabulary
+        like = torch.empty(0, dtype=model.dtype, device=model.device)
+        self.store = KeyValueStore(key_value_shape(model), like, max_tokens)
+        with locked(model):
+            before = implementations_of(model)
+            try:
+                implement(model, NAME)
+            finally:
+                switch(before)
+        self._implementations = [(config, NAME) for config, _ in before]
+        self._device = model.device
+
+    def step(self, news: Sequence[NewTokens]) -> list[Tensor]:
+        """Run the new tokens of rows, and return each row's wanted logits, float32 ``[k, V]``.
+
+        The caller holds no lock; the pass holds the model's.
+        """
+        plan, order = decode_plan(
+            self.store, [(new.lane, len(new.ids)) for new in news], self._device
+        )
+        ids, positions, wanted, counts = self._stream([news[i] for i in order])
+        tables = [news[i].prompt for i in order if self._is_virtual(news[i])]
+        with locked(self._model), torch.no_grad():
+            before = [(config, config._attn_implementation) for config, _ in self._implementations]
+            token = active.set(plan)
+            switch(self._implementations)
+            try:
+                logits = self._forward(ids, positions, wanted, [t for t in tables if t is not None])
+            finally:
+                switch(before)
+                active.reset(token)
+        for new in news:
+            new.lane.length += len(new.ids)
+        return self._parted(logits, counts, order)
+
+    def _is_virtual(self, new: NewTokens) -> bool:
+        return new.prompt is not None and max(new.ids) >= self._vocabulary
+
+    def _stream(
+        self, news: Sequence[NewTokens]
+    ) -> tuple[list[int], list[int], list[int], list[int]]:
+        """Return ids, positions, indices of wanted logits, and how many of those each row wants."""
+        ids: list[int] = []
+        positions: list[int] = []
+        wanted: list[int] = []
+        counts: list[int] = []
+        offset = 0  # rows of the prompts before this one in the table
+        for new in news:
+            own = new.ids
+            if self._is_virtual(new):
+                assert new.prompt is not None
+                own = tuple(i + offset if i >= self._vocabulary else i for i in own)
+                offset += int(new.prompt.shape[0])
+            count = {"none": 0, "last": 1, "all": len(own)}[new.wanted]
+            end = len(ids) + len(own)
+            wanted += range(end - count, end)
+            counts.append(count)
+            ids += own
+            positions += range(new.lane.length, new.lane.length + len(own))
+        return ids, positions, wanted, counts
+
+    def _forward(
+        self, ids: list[int], positions: list[int], wanted: list[int], tables: list[Tensor]
+    ) -> Tensor:
+        inputs = {
+            "input_ids": torch.tensor([ids], device=self._device),
+            "position_ids": torch.tensor([positions], device=self._device),
+            "attention_mask": torch.ones(1, len(ids), dtype=torch.long, device=self._device),
+            # One position at least, because an empty choice means all of them to some models.
+            "logits_to_keep": torch.tensor(wanted or [0], device=self._device),
+            "use_cache": False,
+        }
+        if not tables:
+            logits: Tensor = self._model(**inputs).logits
+        else:
+            with virtual_rows(self._model, torch.cat(tables).to(self._device)):
+                logits = self._model(**inputs).logits
+        return logits[0].float()
+
+    def _parted(self, logits: Tensor, counts: list[int], order: list[int]) -> list[Tensor]:
+        parts = torch.split(logits[: sum(counts)], counts)
+        found: list[Tensor] = [logits] * len(order)
+        for i, part in zip(order, parts, strict=True):
+            found[i] = part
+        return found

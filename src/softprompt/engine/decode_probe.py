@@ -1,0 +1,112 @@
+"""What the decode forest must show before a model is served by it.
+
+Rows of unlike lengths, under prompts of both kinds and under none, join at different passes, read
+in parts, and one leaves in between; their log-probabilities are compared with each row alone on
+the plain path.
+"""
+
+from __future__ import annotations
+
+import logging
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from softprompt.backbone.facts import facts_of
+from softprompt.backbone.keyvalues import key_value_shape
+from softprompt.engine.decode import DecodeForest, NewTokens
+from softprompt.engine.decode_store import Lane
+from softprompt.engine.plain import PlainEngine
+from softprompt.engine.rows import EngineRow, is_keys_and_values
+from softprompt.engine.selfcheck import probing
+from softprompt.errors import SoftPromptError
+
+logger = logging.getLogger(__name__)
+
+_LENGTHS = (6, 11, 3, 8)
+"""Tokens of each probe row: behind rows, behind none, behind keys and values, behind rows again."""
+
+_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+_declined: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
+
+
+def why_undecodable(model: PreTrainedModel) -> str:
+    """Return why the decode forest cannot serve a model, empty when it can; remembered per model."""
+    if model not in _declined:
+        try:
+            with probing(model), torch.no_grad():
+                _declined[model] = _difference(model)
+        except Exception as cause:  # whatever a model's own code raises on our inputs
+            first = (str(cause).strip().splitlines() or [""])[0]
+            own = isinstance(cause, SoftPromptError)
+            _declined[model] = first if own else f"{type(cause).__name__}: {first}"
+        if _declined[model]:
+            logger.info("no decode forest for %s (%s)", type(model).__name__, _declined[model])
+    return _declined[model]
+
+
+def _difference(model: PreTrainedModel) -> str:
+    forest = DecodeForest(model, 4096)
+    facts, shape = facts_of(model), key_value_shape(model)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator).to(model.device)
+
+    rows = drawn(4, facts.token_dim) * facts.embedding_rms
+    prompts = [rows, None, drawn(shape.layers, 2, shape.heads, 3, shape.width), rows.flip(0)]
+    top = min(facts.vocabulary, 1000)
+    texts = [torch.randint(0, top, (n,), generator=generator).tolist() for n in _LENGTHS]
+    got = _run(forest, texts, prompts, facts.vocabulary)
+    plain = PlainEngine(model)
+    worst = 0.0
+    for text, prompt, logs in zip(texts, prompts, got, strict=True):
+        row = EngineRow(tuple(text[:1]), tuple(text[1:]), -1 if prompt is None else 0)
+        expected = plain.target_log_probs([row], [] if prompt is None else [prompt]).values
+        worst = max(worst, float((logs - expected).abs().max()))
+    if worst <= _TOLERANCE.get(model.dtype, 1e-4):
+        return ""
+    return f"its log-probabilities differ by {worst:.2g} on the probe"
+
+
+def _run(
+    forest: DecodeForest, texts: list[list[int]], prompts: list[Tensor | None], vocabulary: int
+) -> list[Tensor]:
+    """Return log p of every token but the first of each text behind its prompt."""
+    visitor = forest.store.take(8)
+    assert visitor is not None
+    forest.step([NewTokens(visitor[0], (1, 2))])
+    lanes: list[Lane] = []
+    left: list[list[int]] = []
+    for text, prompt in zip(texts, prompts, strict=True):
+        lanes += forest.store.take(len(text) + 8) or []
+        virtual: list[int] = []
+        if prompt is not None and is_keys_and_values(prompt):
+            forest.store.fill(lanes[-1], forest.store.converted(prompt))
+        elif prompt is not None:
+            virtual = list(range(vocabulary, vocabulary + len(prompt)))
+        left.append([*virtual, *text])
+    logits: list[list[Tensor]] = [[] for _ in texts]
+    passed = 0
+    while any(left):
+        if passed == 2:
+            forest.store.release(visitor[0])
+        # Row i joins at pass i, and reads 1, 2, 3 or 4 tokens at a time.
+        running = [i for i in range(min(len(texts), passed + 1)) if left[i]]
+        news = []
+        for i in running:
+            ids, left[i] = tuple(left[i][: i + 1]), left[i][i + 1 :]
+            rows = prompts[i] if max(ids) >= vocabulary else None
+            news.append(NewTokens(lanes[i], ids, rows, "all"))
+        for i, part in zip(running, forest.step(news), strict=True):
+            logits[i].append(part)
+        passed += 1
+    found = []
+    for text, parts in zip(texts, logits, strict=True):
+        logs = torch.cat(parts)[-len(text) : -1].log_softmax(-1)
+        labels = torch.tensor(text[1:], device=logs.device).unsqueeze(1)
+        found.append(logs.gather(1, labels)[:, 0])
+    return found

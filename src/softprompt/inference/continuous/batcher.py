@@ -1,0 +1,259 @@
+"""Many requests at once: a bounded queue, and a thread that runs them on one model.
+
+The thread takes the model's lock for each pass, so other calls on the model take turns with it.
+A request fails alone. If the thread itself fails, all its requests fail with the reason, and
+``healthy`` tells.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from softprompt.backbone.facts import is_encoder_decoder
+from softprompt.engine.decode_probe import why_undecodable
+from softprompt.errors import NotServingError, QueueFullError
+from softprompt.inference.continuous.forest_runner import ForestRunner
+from softprompt.inference.continuous.job import Job
+from softprompt.inference.continuous.pace import Pace
+from softprompt.inference.continuous.request import Bounds, Decode, Request
+from softprompt.inference.continuous.runner import Runner
+from softprompt.inference.continuous.simple_runner import SimpleRunner
+from softprompt.inference.continuous.ticket import Ticket
+from softprompt.inference.generation import end_ids
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BatcherStats:
+    """What a batcher is doing.
+
+    Attributes:
+        waiting: Requests in the queue.
+        running: Answers that run.
+        cached_tokens: Tokens that running rows have room for.
+        resident_prompts: Prompts whose keys and values are kept.
+        resident_tokens: Virtual tokens of those.
+        prompt_hits: Requests so far that found their prompt's keys and values.
+        prompt_misses: Requests so far that had to compute them.
+        steps: Passes run so far.
+    """
+
+    waiting: int = 0
+    running: int = 0
+    cached_tokens: int = 0
+    resident_prompts: int = 0
+    resident_tokens: int = 0
+    prompt_hits: int = 0
+    prompt_misses: int = 0
+    steps: int = 0
+
+
+@final
+class Batcher:
+    """Answers requests for any prompts of one base model, many at once.
+
+    Attributes:
+        bounds: What it uses at most.
+        reason: Why it is not the decode forest that runs the requests; empty when it is.
+
+    Args:
+        model: The base model; put into evaluation mode.
+        tokenizer: Its tokenizer.
+        bounds: What may be used at most.
+        decode: Token ids to text; None is the tokenizer's, special tokens left out.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        bounds: Bounds | None = None,
+        *,
+        decode: Decode | None = None,
+    ) -> None:
+        model.eval()  # type: ignore[no-untyped-call]
+        self.bounds = bounds or Bounds()
+        self.reason = why_undecodable(model)
+        self._runner: Runner = (
+            SimpleRunner(model, tokenizer, self.bounds)
+            if self.reason
+            else ForestRunner(model, self.bounds)
+        )
+        self._decode = decode or _decoder(tokenizer)
+        self._eos_ids = end_ids(model, tokenizer)
+        self._seq2seq = is_encoder_decoder(model)
+        self._waiting: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._pace = Pace()
+        self._stats = BatcherStats()
+        self._closing = False
+        self._stopping = False
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._work, name="softprompt-batcher", daemon=True)
+        self._thread.start()
+
+    @property
+    def engine(self) -> str:
+        """What runs the requests: "forest" or "simple"."""
+        return self._runner.name
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the thread runs."""
+        return self._failure is None and self._thread.is_alive()
+
+    @property
+    def failure(self) -> Exception | None:
+        """What the thread failed with."""
+        return self._failure
+
+    @property
+    def stats(self) -> BatcherStats:
+        """What is being done now."""
+        with self._changed:
+            return replace(self._stats, waiting=len(self._waiting))
+
+    def submit(self, request: Request, *, wait: bool = False) -> Ticket:
+        """Take a request into the queue; any thread may call.
+
+        Args:
+            request: The request.
+            wait: Wait while the queue is full, instead of refusing.
+
+        Raises:
+            SoftPromptError: The request could never be run.
+            QueueFullError: Too many wait.
+            NotServingError: The batcher is stopping, has stopped, or has failed.
+        """
+        self._runner.check(request)
+        ticket = Ticket(request, self._wake)
+        job = Job.of(ticket, self._decode, self._eos_ids, seq2seq=self._seq2seq)
+        with self._changed:
+            if wait:
+                self._changed.wait_for(lambda: self._closing or not self._is_full)
+            if self._failure is not None:
+                raise NotServingError(f"serving has failed ({self._failure}); start it again")
+            if self._closing:
+                raise NotServingError(
+                    "serving is stopping and takes no more requests; ask another server"
+                )
+            if self._is_full:
+                seconds = self._pace.seconds_for(len(self._waiting))
+                raise QueueFullError(
+                    f"{len(self._waiting)} requests wait, which is max_queue; try again in {seconds:.0f} s",
+                    seconds,
+                )
+            self._waiting.append(job)
+            self._changed.notify_all()
+        return ticket
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Take no more requests, and wait for those that are here; False if that took too long."""
+        with self._changed:
+            self._closing = True
+            return self._changed.wait_for(self._is_idle, timeout)
+
+    def stop(self) -> None:
+        """Stop the thread; requests that are here end with the reason "cancelled"."""
+        with self._changed:
+            self._closing = self._stopping = True
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self._waiting) >= self.bounds.max_queue
+
+    def _is_idle(self) -> bool:
+        return self._failure is not None or not (self._waiting or self._runner.rows)
+
+    def _work(self) -> None:
+        try:
+            while self._has_work():
+                self._admit()
+                self._runner.step()
+                self._note()
+            self._abandon(None)
+        except Exception as cause:
+            logger.exception("serving has failed")
+            self._abandon(cause)
+
+    def _has_work(self) -> bool:
+        """Wait for something to do; False when it is time to stop."""
+        with self._changed:
+            while not (self._stopping or self._waiting or self._runner.rows):
+                self._changed.wait()
+            return not self._stopping
+
+    def _admit(self) -> None:
+        """Start waiting jobs in order, until one finds no room."""
+        with self._changed:
+            waiting = list(self._waiting)
+        for job in waiting:
+            if job.is_over:
+                job.close()
+            else:
+                admission = self._runner.admit(job)
+                if admission == "no room":
+                    break
+                if admission == "later":
+                    continue
+            with self._changed:
+                self._waiting.remove(job)
+
+    def _note(self) -> None:
+        """Note what was done, for those who ask and those who wait."""
+        runner = self._runner
+        with self._changed:
+            before = self._stats
+            self._stats = BatcherStats(
+                running=runner.rows,
+                cached_tokens=runner.cached_tokens,
+                resident_prompts=len(runner.residents),
+                resident_tokens=runner.residents.tokens,
+                prompt_hits=runner.residents.hits,
+                prompt_misses=runner.residents.misses,
+                steps=before.steps + 1,
+            )
+            self._pace.note(max(0, before.running - runner.rows))
+            self._changed.notify_all()
+
+    def _abandon(self, cause: Exception | None) -> None:
+        """End every job: cancelled, or failed with the cause."""
+        with self._changed:
+            self._failure, self._closing = cause, True
+            waiting, self._waiting = list(self._waiting), deque()
+            self._changed.notify_all()
+        if cause is None:
+            for job in [*waiting, *self._runner.jobs]:
+                job.ticket.cancel()
+                job.close()
+            return
+        error = NotServingError(f"serving has failed: {type(cause).__name__}: {cause}")
+        error.__cause__ = cause
+        for job in [*waiting, *self._runner.jobs]:
+            job.fail(error)
+
+
+def _decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:
+    def decode(ids: Sequence[int]) -> str:
+        return str(
+            tokenizer.decode(
+                list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+    return decode

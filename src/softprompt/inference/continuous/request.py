@@ -1,0 +1,139 @@
+"""What is asked of a batcher, and within which bounds it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+
+from torch import Tensor
+
+from softprompt.engine.prefixes import virtual_length
+from softprompt.errors import ConfigError, DataError
+from softprompt.inference.options import GenerationOptions
+
+Decode = Callable[[Sequence[int]], str]
+
+MAX_TOP_LOGPROBS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class PromptValue:
+    """A prompt as a request uses it; a request keeps the value it began with.
+
+    Attributes:
+        key: Names the content: equal keys are the same values, whatever the prompt is called.
+        value: Rows ``[P, H]`` in the (encoder's) input, or keys and values ``[L, 2, A_kv, P, D]``.
+        decoder: Rows ``[P, H]`` before the decoder's input of a seq2seq model.
+        sees_input: Whether an encoder's prompt attends to the input.
+    """
+
+    key: str
+    value: Tensor | None
+    decoder: Tensor | None = None
+    sees_input: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """Virtual tokens, in all places."""
+        parts = [part for part in (self.value, self.decoder) if part is not None]
+        return sum(virtual_length(part) for part in parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One input and what is wanted of it.
+
+    Attributes:
+        ids: Token ids of the input.
+        prompt: The prompt; None asks the base model.
+        at: Input tokens before the prompt.
+        options: How to generate. ``max_time`` counts from submission; with n > 1 answer i draws with
+            ``seed + i``.
+        n: Answers.
+        logprobs: Likeliest tokens to name with each token's log-probability; None wants none of it.
+        echo: Whether the input's own log-probabilities are wanted, as an ``EchoEvent``.
+        generate: Whether answers are wanted; without them only the input is scored.
+        decode: Token ids to text; None is the batcher's own.
+    """
+
+    ids: tuple[int, ...]
+    prompt: PromptValue | None = None
+    at: int = 0
+    options: GenerationOptions = field(default_factory=GenerationOptions)
+    n: int = 1
+    logprobs: int | None = None
+    echo: bool = False
+    generate: bool = True
+    decode: Decode | None = None
+
+    def __post_init__(self) -> None:
+        """Check what needs no model.
+
+        Raises:
+            ConfigError: A value is out of range, or nothing is asked for.
+            DataError: A token id is negative.
+        """
+        if self.n < 1:
+            raise ConfigError(f"n expects at least 1 answer, got {self.n}")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_TOP_LOGPROBS:
+            raise ConfigError(
+                f"logprobs expects 0 to {MAX_TOP_LOGPROBS} likeliest tokens, got {self.logprobs}"
+            )
+        if min(self.ids, default=0) < 0:
+            raise DataError(
+                f"token ids are at least 0, got {min(self.ids)}; use the tokenizer that belongs to the model"
+            )
+        if not self.generate and not self.echo:
+            raise ConfigError(
+                "the request wants neither an answer nor its input's scores; ask for one"
+            )
+
+    @property
+    def new_tokens(self) -> int:
+        """Most new tokens of one answer."""
+        return self.options.max_new_tokens if self.generate else 0
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Virtual tokens of its prompt."""
+        return 0 if self.prompt is None else self.prompt.tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a batcher may use at most.
+
+    Attributes:
+        max_batch_rows: Answers that run at once.
+        max_step_tokens: Tokens in one pass of the model; longer inputs are run in parts.
+        max_cached_tokens: Tokens that the keys and values of running rows have room for.
+        max_queue: Requests that wait.
+        max_prompts_resident: Prompts whose keys and values are kept.
+        max_prompt_tokens: Virtual tokens of those, together.
+    """
+
+    max_batch_rows: int = 32
+    max_step_tokens: int = 512
+    max_cached_tokens: int = 65_536
+    max_queue: int = 256
+    max_prompts_resident: int = 64
+    max_prompt_tokens: int = 16_384
+
+    def __post_init__(self) -> None:
+        """Check every bound.
+
+        Raises:
+            ConfigError: One is below 1, or a pass cannot hold one token of every row.
+        """
+        for each in fields(self):
+            value = getattr(self, each.name)
+            least = 0 if each.name.startswith("max_prompt") else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(
+                    f"{each.name} expects a whole number of at least {least}, got {value!r}"
+                )
+        if self.max_step_tokens < self.max_batch_rows:
+            raise ConfigError(
+                f"max_step_tokens {self.max_step_tokens} is below max_batch_rows {self.max_batch_rows}, but "
+                "every row needs a token in each pass; raise the one or lower the other"
+            )

@@ -1,0 +1,1 @@
+"""Many prompts of one base model over HTTP; needs the extra ``serve``."""

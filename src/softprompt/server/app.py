@@ -1,0 +1,106 @@
+"""The HTTP application: its routes, and what stands around them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+from softprompt.artifacts.manifest import installed_versions
+from softprompt.server import chat, classify, completions, health, listing, problems
+from softprompt.server.access import Access
+from softprompt.server.backend import Backend
+from softprompt.server.limits import Limits
+from softprompt.server.meter import Meter
+from softprompt.server.page import page_routes
+from softprompt.server.problems import ErrorBody
+from softprompt.server.registry import Registry
+from softprompt.server.replies import TokenTexts
+from softprompt.server.scorer import Scorer
+from softprompt.server.service import Service
+from softprompt.server.settings import ServeSettings
+
+
+def create_app(
+    settings: ServeSettings, registry: Registry, batcher: Backend, scorer: Scorer
+) -> FastAPI:
+    """Return the application; the batcher and the scorer are its own and end with it.
+
+    Args:
+        settings: What it is told.
+        registry: The prompts.
+        batcher: Generates; it runs already.
+        scorer: Scores labels; it runs already.
+
+    Raises:
+        UsageError: A file of keys cannot be used.
+    """
+    access = Access.of(settings)
+    service = Service(
+        settings=settings,
+        registry=registry,
+        batcher=batcher,
+        scorer=scorer,
+        access=access,
+        meter=Meter(batcher, lambda: registry.resident, settings.max_metric_prompts),
+        tokens=TokenTexts(registry.base.tokenizer),
+    )
+    app = FastAPI(
+        title="softprompt",
+        version=installed_versions()["softprompt"],
+        summary="Many soft prompts of one base model.",
+        # FastAPI's pages about the API load their scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=_lifespan,
+        responses={
+            "4XX": {"model": ErrorBody, "description": "What is wrong with the request."},
+            "5XX": {"model": ErrorBody, "description": "What is wrong with the server."},
+        },
+    )
+    app.state.service = service
+    for router in (
+        completions.router,
+        chat.router,
+        classify.router,
+        listing.models,
+        listing.admin,
+        health.router,
+        page_routes(),
+    ):
+        app.include_router(router)
+    problems.install(app)
+    if settings.allowed_origin:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.allowed_origin),
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type"],
+        )
+    app.add_middleware(Limits, settings=settings, access=access, meter=service.meter)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
+    """Watch the folder while the server runs; let running answers finish at its end."""
+    service: Service = app.state.service
+    watching = asyncio.create_task(service.watch())
+    try:
+        yield
+    finally:
+        service.draining = True
+        watching.cancel()
+        with suppress(asyncio.CancelledError):
+            await watching
+        await asyncio.to_thread(_stop, service)
+
+
+def _stop(service: Service) -> None:
+    service.scorer.stop()
+    service.batcher.drain(service.settings.drain_seconds)
+    service.batcher.stop()

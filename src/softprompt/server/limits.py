@@ -1,0 +1,112 @@
+"""Bounds around every request: its size, the time it takes to arrive, and an answer nobody reads."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import final
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from softprompt.server.access import Access
+from softprompt.server.meter import Meter
+from softprompt.server.problems import Problem
+from softprompt.server.settings import ServeSettings
+
+
+@final
+class Limits:
+    """An ASGI layer; outside the app, so that nothing is parsed before it is bounded."""
+
+    def __init__(self, app: ASGIApp, settings: ServeSettings, access: Access, meter: Meter) -> None:
+        self._app = app
+        self._meter = meter
+        self._settings = settings
+        self._access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer it with what is wrong."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                self._meter.refused.labels(str(message["status"])).inc()
+            await send(message)
+
+        bounded = _Bounded(receive, counted, self._settings)
+        try:
+            self._check(Headers(scope=scope))
+            await self._app(scope, bounded.receive, bounded.send)
+        except Exception as error:
+            # An app may take any error in a body for bad JSON, so the reason is kept here.
+            problem = error if isinstance(error, Problem) else bounded.problem
+            if problem is None or bounded.answering:
+                raise
+            response = problem.response()
+            response.headers["connection"] = "close"
+            await response(scope, receive, counted)
+
+    def _check(self, headers: Headers) -> None:
+        self._access.check_host(headers.get("host", ""))
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length) > self._settings.max_body_bytes:
+            raise _too_large(self._settings.max_body_bytes)
+
+
+class _Bounded:
+    """The two ends of one request."""
+
+    def __init__(self, receive: Receive, send: Send, settings: ServeSettings) -> None:
+        self._receive = receive
+        self._send = send
+        self._settings = settings
+        self._deadline = time.monotonic() + settings.body_seconds
+        self._bytes = 0
+        self._whole = False
+        self.problem: Problem | None = None
+        self.answering = False
+
+    async def receive(self) -> Message:
+        """Return the next piece of the request.
+
+        Raises:
+            Problem: 413 or 408.
+        """
+        if self._whole:
+            return await self._receive()
+        left = max(0.0, self._deadline - time.monotonic())
+        try:
+            message = await asyncio.wait_for(self._receive(), left)
+        except TimeoutError:
+            raise self._given_up(
+                Problem(408, "the request took too long to arrive; send it again")
+            ) from None
+        self._bytes += len(message.get("body", b""))
+        self._whole = not message.get("more_body", False)
+        if self._bytes > self._settings.max_body_bytes:
+            raise self._given_up(_too_large(self._settings.max_body_bytes))
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Send the next piece of the answer; a client that stops reading is hung up on.
+
+        Raises:
+            TimeoutError: Nobody read for too long.
+            Problem: The request was given up, and the app answers something else.
+        """
+        if self.problem is not None and not self.answering:
+            raise self.problem
+        self.answering = True
+        await asyncio.wait_for(self._send(message), self._settings.stall_seconds)
+
+    def _given_up(self, problem: Problem) -> Problem:
+        """Remember why."""
+        self.problem = problem
+        return problem
+
+
+def _too_large(most: int) -> Problem:
+    return Problem(413, f"the request is larger than {most:,} bytes; send less at a time")

@@ -1,0 +1,183 @@
+"""``/v1/models``, the prompts' cards, and ``/v1/prompts`` for administrators."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+from softprompt.errors import AdapterError
+from softprompt.server.problems import Problem
+from softprompt.server.service import ADMIN, USER, Service, in_thread, service_of
+
+models = APIRouter(tags=["prompts"], dependencies=[USER])
+admin = APIRouter(tags=["administration"], dependencies=[ADMIN])
+
+Name = Annotated[str, Path(description="Name of a prompt.")]
+
+
+class Model(BaseModel):
+    """A prompt, or the base, under OpenAI's names; ``parent`` is the base."""
+
+    id: str
+    object: str
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+    engine: str
+    engine_reason: str
+    peft_type: str | None = None
+    virtual_tokens: int | None = None
+    task: str | None = None
+    labels: list[str] | None = None
+    template: str | None = None
+    tasks: list[str] | None = None
+    chat: bool
+
+
+class Models(BaseModel):
+    """All that can be asked."""
+
+    object: str
+    data: list[Model]
+
+
+class PromptState(BaseModel):
+    """A prompt as an administrator sees it."""
+
+    name: str
+    resident: bool
+    unloaded: bool
+    version: str | None = None
+    problem: str | None = None
+
+
+class PromptStates(BaseModel):
+    """All prompts of the folder."""
+
+    object: str
+    data: list[PromptState]
+
+
+@models.get("/v1/models", response_model=Models)
+async def list_models(request: Request) -> JSONResponse:
+    """List the base and every prompt whose record can be read."""
+    return JSONResponse({"object": "list", "data": await in_thread(_models, service_of(request))})
+
+
+@models.get("/v1/models/{model:path}", response_model=Model)
+async def get_model(model: Annotated[str, Path()], request: Request) -> JSONResponse:
+    """Show one of them."""
+    return JSONResponse(await in_thread(_model, service_of(request), model))
+
+
+@models.get("/v1/prompts/{name}/card")
+async def card(name: Name, request: Request) -> JSONResponse:
+    """Show a prompt: its record, size, norms and nearest tokens."""
+    service = service_of(request)
+    if name in await in_thread(service.registry.withdrawn):
+        raise AdapterError(f"the prompt {name!r} is unloaded")
+    return JSONResponse(await in_thread(service.card, name))
+
+
+@admin.get("/v1/prompts", response_model=PromptStates)
+async def list_prompts(request: Request) -> JSONResponse:
+    """List the folder's prompts with their state."""
+    return JSONResponse({"object": "list", "data": await in_thread(_states, service_of(request))})
+
+
+@admin.post("/v1/prompts/{name}/load", response_model=PromptState)
+async def load(name: Name, request: Request) -> JSONResponse:
+    """Put a prompt into service and read it now."""
+    served = await in_thread(service_of(request).registry.load, name)
+    return JSONResponse(_state(name, resident=True, version=served.version))
+
+
+@admin.post("/v1/prompts/{name}/unload", response_model=PromptState)
+async def unload(name: Name, request: Request) -> JSONResponse:
+    """Take a prompt out of service; running requests finish."""
+    await in_thread(service_of(request).registry.unload, name)
+    return JSONResponse(_state(name, unloaded=True))
+
+
+@admin.post("/v1/prompts/{name}/reload", response_model=PromptState)
+async def reload(name: Name, request: Request) -> JSONResponse:
+    """Read a prompt's files again."""
+    served = await in_thread(service_of(request).registry.reload, name)
+    return JSONResponse(_state(name, resident=True, version=served.version))
+
+
+def _state(
+    name: str,
+    *,
+    resident: bool = False,
+    unloaded: bool = False,
+    version: str | None = None,
+    problem: str | None = None,
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "resident": resident,
+        "unloaded": unloaded,
+        "version": version,
+        "problem": problem,
+    }
+
+
+def _states(service: Service) -> list[dict[str, Any]]:
+    registry, out = service.registry, set(service.registry.withdrawn())
+    return [
+        _state(
+            name,
+            resident=registry.is_resident(name),
+            unloaded=name in out,
+            problem=registry.outline(name).problem,
+        )
+        for name in registry.root.names()
+    ]
+
+
+def _models(service: Service) -> list[dict[str, Any]]:
+    found = [_base(service)]
+    for name in service.registry.names():
+        try:
+            found.append(_prompt(service, name))
+        except (Problem, AdapterError):  # damaged, or gone since the listing began
+            continue
+    return found
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
+    if name == service.registry.base.name:
+        return _base(service)
+    if name in service.registry.withdrawn():
+        raise AdapterError(f"the prompt {name!r} is unloaded; load it to have it answer")
+    return _prompt(service, name)
+
+
+def _base(service: Service) -> dict[str, Any]:
+    name = service.registry.base.name
+    return {**_common(service, name), "created": 0, "root": name, "parent": None}
+
+
+def _prompt(service: Service, name: str) -> dict[str, Any]:
+    outline = service.registry.outline(name)
+    if outline.problem is not None:
+        raise Problem(500, outline.problem, code="prompt_unusable", param="model")
+    base = service.registry.base.name
+    head = {**_common(service, name), "created": outline.created, "root": base, "parent": base}
+    return {**head, **outline.facts}
+
+
+def _common(service: Service, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "owned_by": "softprompt",
+        "engine": service.batcher.engine,
+        "engine_reason": service.batcher.reason,
+        "chat": bool(service.registry.base.tokenizer.chat_template),
+    }

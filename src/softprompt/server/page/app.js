@@ -1,0 +1,175 @@
+// The page: what is chosen and written becomes requests, one for each answer beside the others.
+
+import { Answer } from "./answers.js";
+import { apiKey, setApiKey } from "./api.js";
+import { cardBody } from "./card.js";
+import { Chooser } from "./chooser.js";
+import { element, seconds } from "./elements.js";
+import { boxesOf, card, classifies, inputOf, listed, rendered } from "./models.js";
+import { curl, python, snippet } from "./snippets.js";
+
+const part = (id) => document.getElementById(id);
+const texts = { "": "" };
+const chooser = new Chooser(() => drawFields());
+let running = null;
+
+function trouble(error) {
+  const shown = part("trouble");
+  shown.hidden = !error;
+  shown.textContent = error ? error.message : "";
+}
+
+async function load() {
+  try {
+    const found = await listed();
+    chooser.show(found);
+    const parts = [found.base?.id ?? "no base model"];
+    if (found.base?.engine) parts.push(`${found.base.engine} engine`);
+    parts.push(`${found.prompts.length} ${found.prompts.length === 1 ? "prompt" : "prompts"}`);
+    part("about").textContent = parts.join(" · ");
+    trouble(null);
+    chooser.chooseFirst();
+  } catch (error) {
+    part("about").textContent = "not connected";
+    if (error.status === 401) part("key-box").open = true;
+    trouble(error);
+  }
+}
+
+function drawFields() {
+  const wanted = [...new Set(chooser.chosen.flatMap((model) => boxesOf(model.template)))];
+  if (!wanted.length) wanted.push("");
+  const shown = [...part("fields").querySelectorAll("textarea")].map((box) => box.dataset.field);
+  if (shown.join("\n") === wanted.join("\n") && shown.length) return;
+  part("fields").replaceChildren(...wanted.map((name, i) => {
+    const id = i === 0 ? "text" : `text-${i}`;
+    const box = element("textarea", {
+      id, rows: wanted.length > 1 ? 2 : 3, value: texts[name] ?? "", spellcheck: false, required: true,
+      placeholder: name ? "" : "Write what the prompts should answer",
+      on: { input: () => { texts[name] = box.value; } },
+    });
+    box.dataset.field = name;
+    return element("div", { class: "field" }, element("label", { htmlFor: id, text: name || "Text" }), box);
+  }));
+}
+
+function optionsLine() {
+  const said = [`${part("max-tokens").value} tokens`];
+  said.push(Number(part("temperature").value) ? `temperature ${part("temperature").value}` : "greedy");
+  part("options-line").textContent = said.join(", ");
+}
+
+function generation() {
+  const body = { max_tokens: Number(part("max-tokens").value), temperature: Number(part("temperature").value) };
+  if (body.temperature && part("top-p").value) body.top_p = Number(part("top-p").value);
+  if (body.temperature && part("seed").value) body.seed = Number(part("seed").value);
+  if (part("stop-text").value) body.stop = [part("stop-text").value];
+  return { ...body, stream: true, stream_options: { include_usage: true } };
+}
+
+function ownLabels() {
+  return part("labels").value.split(",").map((label) => label.trim()).filter(Boolean);
+}
+
+function request(model, input) {
+  const wanted = part("answer-kind").value;
+  const labels = ownLabels();
+  const scored = wanted === "labels" || (wanted === "auto" && (classifies(model) || labels.length > 0));
+  const head = model.taskName === undefined ? { model: model.id } : { model: model.id, task: model.taskName };
+  if (!scored) return { kind: "text", path: "v1/completions", body: { ...head, ...input, ...generation() } };
+  const body = input.fields ? { ...head, ...input } : { ...head, input: input.prompt };
+  if (labels.length) body.labels = labels;
+  return { kind: "labels", path: "v1/classify", body };
+}
+
+function tool(text, label, act) {
+  return element("button", { type: "button", class: "plain", text, "aria-label": label, on: { click: act } });
+}
+
+function requests() {
+  const made = chooser.chosen.map((model) => {
+    const asked = request(model, inputOf(model.template, texts));
+    asked.key = asked.title = model.key;
+    asked.note = [model.virtual_tokens ? `${model.virtual_tokens} virtual tokens` : "", model.task ?? ""].filter(Boolean).join(" · ");
+    asked.tools = [tool("Card", `Card of ${model.key}`, () => showCard(model)), tool("Code", `Code for ${model.key}`, () => showCode(asked))];
+    return asked;
+  });
+  if (chooser.base && (chooser.withBase || !made.length)) made.unshift(baseRequest(chooser.base, chooser.chosen[0]));
+  return made;
+}
+
+// The base is asked as the first prompt is: the same text, and the same labels.
+function baseRequest(base, first) {
+  const asked = request({ ...base, labels: first?.labels }, { prompt: rendered(first?.template, texts) });
+  if (asked.kind === "labels") asked.body.labels ??= first?.labels;
+  asked.key = base.key;
+  asked.title = "Base model";
+  asked.note = first ? `no prompt · text as ${first.key} puts it` : "no prompt";
+  asked.isBase = true;
+  asked.tools = [tool("Code", "Code for the base model", () => showCode(asked))];
+  return asked;
+}
+
+async function run() {
+  if (running || !part("ask").reportValidity()) return;
+  running = new AbortController();
+  const { signal } = running;
+  part("run").disabled = true;
+  part("stop").disabled = false;
+  trouble(null);
+  const began = performance.now();
+  try {
+    const answers = requests().map((asked) => new Answer(asked));
+    part("empty").hidden = true;
+    part("answers").replaceChildren(...answers.map((answer) => answer.panel));
+    part("progress").textContent = `asking for ${answers.length} ${answers.length === 1 ? "answer" : "answers"}`;
+    const good = (await Promise.all(answers.map((answer) => answer.run(signal)))).filter(Boolean).length;
+    const took = seconds(performance.now() - began);
+    part("progress").textContent = signal.aborted ? "stopped" : `${good} of ${answers.length} answered in ${took}`;
+  } finally {
+    running = null;
+    part("run").disabled = false;
+    part("stop").disabled = true;
+  }
+}
+
+function stop() {
+  running?.abort();
+}
+
+function openSheet(title, ...content) {
+  part("sheet-title").textContent = title;
+  part("sheet-body").replaceChildren(...content);
+  if (!part("sheet").open) part("sheet").showModal();
+}
+
+async function showCard(model) {
+  openSheet(model.key, element("p", { class: "quiet", text: "Reading the card…" }));
+  let content;
+  try {
+    content = cardBody(await card(model.id));
+  } catch (error) {
+    content = [element("p", { class: "error", text: error.message })];
+  }
+  if (part("sheet").open) openSheet(model.key, ...content);
+}
+
+function showCode(asked) {
+  const needsKey = apiKey() !== "";
+  openSheet(`The same from elsewhere: ${asked.title}`, snippet("curl", curl(asked, needsKey)), snippet("Python", python(asked, needsKey)));
+}
+
+part("ask").addEventListener("submit", (event) => { event.preventDefault(); run(); });
+part("ask").addEventListener("input", optionsLine);
+part("stop").addEventListener("click", stop);
+part("sheet-close").addEventListener("click", () => part("sheet").close());
+part("sheet").addEventListener("click", (event) => { if (event.target === part("sheet")) part("sheet").close(); });
+part("key").value = apiKey();
+part("key").addEventListener("change", () => { setApiKey(part("key").value); load(); });
+document.addEventListener("keydown", (event) => {
+  if (event.isComposing || part("sheet").open) return;
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); run(); }
+  else if (event.key === "Escape" && running) { event.preventDefault(); stop(); }
+});
+optionsLine();
+load();

@@ -1,0 +1,46 @@
+// What the server serves: prompts, their base, and how a text becomes a prompt's input.
+
+import { get } from "./api.js";
+
+// Every prompt as {key, id, ...}; each task of a multitask prompt is a choice of its own.
+export async function listed() {
+  const { data } = await get("v1/models");
+  const prompts = data.filter((each) => each.parent).flatMap((each) =>
+    each.tasks?.length
+      ? each.tasks.map((name) => ({ ...each, key: `${each.id} · ${name}`, taskName: name }))
+      : [{ ...each, key: each.id }]);
+  const base = data.find((each) => !each.parent);
+  return { base: base ? { ...base, key: base.id } : null, prompts };
+}
+
+export function card(name) {
+  return get(`v1/prompts/${encodeURIComponent(name)}/card`);
+}
+
+const FIELD = /\{\{([_a-zA-Z0-9]+)\}\}/g;
+const PLAIN = "{{input}}";
+
+function fieldsOf(template) {
+  return [...new Set([...(template ?? PLAIN).matchAll(FIELD)].map((match) => match[1]))];
+}
+
+// One field is "the text", whatever a template calls it, so that prompts can share a box.
+export function boxesOf(template) {
+  const names = fieldsOf(template);
+  return names.length > 1 ? names : [""];
+}
+
+export function rendered(template, values) {
+  const single = fieldsOf(template).length <= 1;
+  return (template ?? PLAIN).replace(FIELD, (_, name) => values[single ? "" : name] ?? "");
+}
+
+export function inputOf(template, values) {
+  const names = fieldsOf(template);
+  if (names.length <= 1) return { prompt: values[""] ?? "" };
+  return { fields: Object.fromEntries(names.map((name) => [name, values[name] ?? ""])) };
+}
+
+export function classifies(model) {
+  return model.task === "classification" || Boolean(model.labels?.length);
+}

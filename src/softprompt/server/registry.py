@@ -1,0 +1,279 @@
+"""Prompts by name: read when they are first asked for, noticed when they change.
+
+A prompt that nobody calls costs its folder's entry in a listing. What is kept is bounded; a request
+holds on to the version it began with, so that a prompt may be replaced or dropped meanwhile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import final
+
+from softprompt.artifacts.manifest import Manifest
+from softprompt.artifacts.native import StoredAdapter, adapter_of_files
+from softprompt.attach.completion import sees_input_of
+from softprompt.attach.detached import prompt_values
+from softprompt.attach.parts import split_value
+from softprompt.attach.placing import placement_of
+from softprompt.attach.saving import in_our_terms
+from softprompt.backbone.facts import facts_of
+from softprompt.backbone.load import LoadedBase
+from softprompt.data.template import Verbalizer
+from softprompt.data.tokens import RowTokenizer
+from softprompt.errors import AdapterError, ArtifactError, SoftPromptError
+from softprompt.inference.continuous.request import PromptValue
+from softprompt.inference.continuous.values import content_key
+from softprompt.inference.task_choice import Task, manifest_of_task, task_number
+from softprompt.server.folder import FILES, Root, Signature
+from softprompt.server.outline import Outline, outlined
+from softprompt.server.served import PlainText, Served
+
+_TRIES = 3
+"""Readings of a prompt whose files keep changing before it counts as damaged."""
+_LENGTHS = (256, 128)
+"""Input and answer limits of folders that have no record of theirs, as for ``load``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What was found under a name: versions for each task, or why there are none."""
+
+    signature: Signature
+    tasks: tuple[Served, ...]
+    names: tuple[str, ...] | None
+    problem: str | None = None
+
+
+@final
+class Registry:
+    """The prompts of one root for one base; safe to use from several threads."""
+
+    def __init__(self, root: Root, base: LoadedBase, *, max_resident: int, max_bytes: int) -> None:
+        self.root = root
+        self.base = base
+        self._facts = facts_of(base.model)
+        plain = PlainText(base, seq2seq=self._facts.is_encoder_decoder)
+        self.base_served = Served(base.name, "base", plain)
+        self._max_resident = max_resident
+        self._max_bytes = max_bytes
+        self._known: OrderedDict[str, Loaded] = OrderedDict()
+        self._outlines: dict[str, Outline] = {}
+        self._withdrawn: set[str] = set()
+        self._guard = threading.Lock()
+        self._loading = threading.Lock()
+
+    @property
+    def resident(self) -> int:
+        """How many prompts are in memory."""
+        with self._guard:
+            return sum(loaded.problem is None for loaded in self._known.values())
+
+    def names(self) -> list[str]:
+        """Return the prompts in service, by their folders.
+
+        Raises:
+            ArtifactError: The root is gone.
+        """
+        found = self.root.names()
+        with self._guard:
+            return [name for name in found if name not in self._withdrawn]
+
+    def is_resident(self, name: str) -> bool:
+        """Tell whether a prompt is in memory."""
+        with self._guard:
+            return name in self._known and self._known[name].problem is None
+
+    def withdrawn(self) -> list[str]:
+        """Return the prompts that were taken out of service."""
+        with self._guard:
+            return sorted(self._withdrawn)
+
+    def get(self, name: str, task: Task | None = None) -> Served:
+        """Return the present version of a prompt; the base by its own name.
+
+        Raises:
+            AdapterError: There is no such prompt in service.
+            ArtifactError: Its files cannot be used.
+            ConfigError: It has several tasks and none is named, or not this one.
+        """
+        if name == self.base.name:
+            return self.base_served
+        with self._guard:
+            gone = name in self._withdrawn
+        if gone:
+            raise AdapterError(f"the prompt {name!r} is unloaded; load it to have it answer")
+        loaded = self._present(name)
+        if loaded.problem is not None:
+            raise ArtifactError(loaded.problem)
+        first = loaded.tasks[0]
+        if len(loaded.tasks) == 1 and task is None:
+            return first
+        assert first.manifest is not None
+        return loaded.tasks[task_number(task, first.manifest, len(loaded.tasks))]
+
+    def load(self, name: str) -> Served:
+        """Put a prompt into service and read it now; see ``get``."""
+        self.root.signature(name)
+        with self._guard:
+            self._withdrawn.discard(name)
+        loaded = self._present(name)
+        if loaded.problem is not None:
+            raise ArtifactError(loaded.problem)
+        return loaded.tasks[0]
+
+    def unload(self, name: str) -> None:
+        """Take a prompt out of service; running requests finish.
+
+        Raises:
+            AdapterError: There is no such prompt.
+        """
+        self.root.signature(name)
+        with self._guard:
+            self._withdrawn.add(name)
+            self._known.pop(name, None)
+
+    def reload(self, name: str) -> Served:
+        """Read a prompt again, whatever its files look like; see ``load``."""
+        with self._guard:
+            self._known.pop(name, None)
+        return self.load(name)
+
+    def poll(self) -> list[str]:
+        """Drop what is no longer as it was read, and return the names; it is read again when asked for."""
+        with self._guard:
+            seen = [(name, loaded.signature) for name, loaded in self._known.items()]
+            listed = list(self._outlines)
+        changed = [name for name, signature in seen if self._signature(name) != signature]
+        gone = [name for name in listed if self._signature(name) is None]
+        with self._guard:
+            for name in changed:
+                self._known.pop(name, None)
+            for name in gone:
+                self._outlines.pop(name, None)
+        return changed
+
+    def outline(self, name: str) -> Outline:
+        """Return what the small files of a prompt say; its weights are not read.
+
+        Raises:
+            AdapterError: There is no such prompt.
+        """
+        signature = self.root.signature(name)
+        with self._guard:
+            known = self._outlines.get(name)
+        if known is None or known.signature != signature:
+            known = outlined(self.root, name, signature, self._max_bytes)
+            with self._guard:
+                self._outlines[name] = known
+        return known
+
+    def stored(self, name: str) -> tuple[StoredAdapter, str]:
+        """Return what a prompt's files hold, checked, and its version.
+
+        Raises:
+            AdapterError: There is no such prompt.
+            ArtifactError: Its files cannot be used.
+        """
+        for _ in range(_TRIES):
+            signature = self.root.signature(name)
+            found = ((file, self.root.read(name, file, self._max_bytes)) for file in FILES)
+            files = {file: data for file, data in found if data is not None}
+            try:
+                stored = adapter_of_files(files, name)
+            except ArtifactError:
+                if self.root.signature(name) == signature:
+                    raise
+                continue
+            if self.root.signature(name) == signature:
+                return stored, _digest(files, FILES)
+        raise ArtifactError(f"the files of {name} keep changing while they are read; try again")
+
+    def _present(self, name: str) -> Loaded:
+        signature = self.root.signature(name)
+        loaded = self._kept(name, signature)
+        if loaded is not None:
+            return loaded
+        with self._loading:
+            loaded = self._kept(name, signature)
+            if loaded is not None:
+                return loaded
+            loaded = self._read(name, signature)
+            with self._guard:
+                self._known[name] = loaded
+                self._known.move_to_end(name)
+                while len(self._known) > self._max_resident:
+                    self._known.popitem(last=False)
+        return loaded
+
+    def _kept(self, name: str, signature: Signature) -> Loaded | None:
+        with self._guard:
+            loaded = self._known.get(name)
+            if loaded is None or loaded.signature != signature:
+                return None
+            self._known.move_to_end(name)
+            return loaded
+
+    def _read(self, name: str, signature: Signature) -> Loaded:
+        try:
+            stored, version = self.stored(name)
+            return self._made(name, signature, stored, version)
+        except AdapterError:
+            raise
+        except SoftPromptError as error:
+            # The same files fail the same way; they are not read again until they change.
+            return Loaded(signature, (), None, f"the prompt {name!r} cannot be served: {error}")
+
+    def _made(self, name: str, signature: Signature, stored: StoredAdapter, version: str) -> Loaded:
+        if name == self.base.name:
+            raise ArtifactError("it has the name of the base model; rename its folder")
+        config, values = prompt_values(in_our_terms(stored), self.base.model)
+        manifest = stored.manifest or self._plain_manifest()
+        tasks = []
+        for number, value in enumerate(values):
+            own = manifest_of_task(manifest, number)
+            with self.base_served.plain.lock:
+                rows = RowTokenizer(
+                    self.base.tokenizer,
+                    Verbalizer(own.template),
+                    max_source_length=own.max_source_length,
+                    max_target_length=own.max_target_length,
+                    seq2seq=self._facts.is_encoder_decoder,
+                    placement=placement_of(config),
+                )
+            parts = split_value(value, config, self._facts)
+            standing = parts.input if parts.prefix is None else parts.prefix
+            sees_input = sees_input_of(config)
+            key = content_key(standing, parts.decoder, sees_input)
+            prompt = PromptValue(key, standing, parts.decoder, sees_input)
+            tasks.append(Served(name, version, self.base_served.plain, prompt, rows, own))
+        return Loaded(signature, tuple(tasks), manifest.tasks)
+
+    def _plain_manifest(self) -> Manifest:
+        return Manifest(
+            template="{{input}}",
+            task="generation",
+            labels=None,
+            base_model=self.base.name,
+            base_fingerprint={},
+            max_source_length=_LENGTHS[0],
+            max_target_length=_LENGTHS[1],
+            dtype=str(self.base.model.dtype).removeprefix("torch."),
+            seq2seq=self._facts.is_encoder_decoder,
+        )
+
+    def _signature(self, name: str) -> Signature | None:
+        try:
+            return self.root.signature(name)
+        except AdapterError:
+            return None
+
+
+def _digest(files: dict[str, bytes], names: tuple[str, ...]) -> str:
+    whole = hashlib.sha256()
+    for name in names:
+        data = files.get(name)
+        whole.update(b"-" if data is None else hashlib.sha256(data).digest())
+    return whole.hexdigest()

@@ -1,0 +1,165 @@
+"""Label scores for many callers: what waits is scored in one pass of the engine."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from softprompt.engine.choose import build_engine
+from softprompt.engine.rows import Engine, EngineRow
+from softprompt.errors import NotServingError, QueueFullError
+from softprompt.inference.continuous.request import PromptValue
+
+_RETRY_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """Targets to score behind one prompt.
+
+    Attributes:
+        prompt: The prompt.
+        rows: Sources with their targets; which prompt they stand behind is filled in.
+        answer: Gets the log-probability of each row's target, float32 on the CPU.
+    """
+
+    prompt: PromptValue
+    rows: tuple[EngineRow, ...]
+    answer: Future[Tensor]
+
+
+@final
+class Scorer:
+    """A thread that owns the scoring of one model; engines take the model's lock for each pass."""
+
+    def __init__(self, model: PreTrainedModel, *, max_rows: int, max_waiting: int) -> None:
+        self._model = model
+        self._max_rows = max_rows
+        self._waiting: queue.Queue[Scoring | None] = queue.Queue(max_waiting)
+        self._engines: dict[bool, Engine] = {}
+        self._stopped = False
+        self._thread = threading.Thread(target=self._work, name="softprompt-scorer", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    def submit(self, prompt: PromptValue, rows: Sequence[EngineRow]) -> Future[Tensor]:
+        """Have targets scored.
+
+        Raises:
+            QueueFullError: Too many callers wait.
+            NotServingError: It has stopped.
+        """
+        if self._stopped:
+            raise NotServingError("the server is stopping; send the request to another one")
+        scoring = Scoring(prompt, tuple(rows), Future())
+        try:
+            self._waiting.put_nowait(scoring)
+        except queue.Full:
+            raise QueueFullError(
+                f"{self._waiting.maxsize} requests wait already; try again later", _RETRY_SECONDS
+            ) from None
+        return scoring.answer
+
+    def stop(self) -> None:
+        """Finish what runs, and fail what waits."""
+        self._stopped = True
+        while True:
+            try:
+                left = self._waiting.get_nowait()
+            except queue.Empty:
+                break
+            if left is not None:
+                left.answer.set_exception(NotServingError("the server is stopping"))
+        self._waiting.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _work(self) -> None:
+        held: Scoring | None = None
+        while True:
+            first = held or self._waiting.get()
+            if first is None:
+                return
+            held, batch, ends = self._batch(first)
+            alive = [each for each in batch if each.answer.set_running_or_notify_cancel()]
+            if alive:
+                self._answer(alive)
+            if ends:
+                return
+
+    def _batch(self, first: Scoring) -> tuple[Scoring | None, list[Scoring], bool]:
+        """Take what waits and may share a pass; what does not comes first next time."""
+        batch, rows = [first], len(first.rows)
+        while True:
+            try:
+                following = self._waiting.get_nowait()
+            except queue.Empty:
+                return None, batch, False
+            if following is None:
+                return None, batch, True
+            rows += len(following.rows)
+            alike = following.prompt.sees_input == first.prompt.sees_input
+            if rows > self._max_rows or not alike:
+                return following, batch, False
+            batch.append(following)
+
+    def _answer(self, batch: Sequence[Scoring]) -> None:
+        try:
+            found = self._scores(batch)
+        except Exception as error:  # whatever a model's own code raises on one of the rows
+            if len(batch) == 1:
+                batch[0].answer.set_exception(error)
+                return
+            for each in batch:
+                self._answer([each])
+            return
+        for each, scores in zip(batch, found, strict=True):
+            each.answer.set_result(scores)
+
+    @torch.no_grad()
+    def _scores(self, batch: Sequence[Scoring]) -> Sequence[Tensor]:
+        prompts: list[Tensor] = []
+        places: dict[str, tuple[int, int]] = {}
+        rows: list[EngineRow] = []
+        for each in batch:
+            if each.prompt.key not in places:
+                places[each.prompt.key] = (
+                    _placed(prompts, each.prompt.value),
+                    _placed(prompts, each.prompt.decoder),
+                )
+            source, decoder = places[each.prompt.key]
+            rows += [replace(row, prompt=source, decoder_prompt=decoder) for row in each.rows]
+        engine = self._engine(batch[0].prompt.sees_input)
+        sums = torch.cat(
+            [
+                engine.target_log_probs(part, prompts).row_sums(len(part)).float().cpu()
+                for part in (
+                    rows[at : at + self._max_rows] for at in range(0, len(rows), self._max_rows)
+                )
+            ]
+        )
+        return torch.split(sums, [len(each.rows) for each in batch])
+
+    def _engine(self, sees_input: bool) -> Engine:
+        if sees_input not in self._engines:
+            self._engines[sees_input] = build_engine(
+                self._model, "auto", prompt_sees_input=sees_input
+            )
+        return self._engines[sees_input]
+
+
+def _placed(prompts: list[Tensor], value: Tensor | None) -> int:
+    if value is None:
+        return -1
+    prompts.append(value)
+    return len(prompts) - 1

@@ -1,0 +1,209 @@
+"""A prompt ready to answer: its value, and how a client's input becomes the ids before an answer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from softprompt.artifacts.manifest import Manifest
+from softprompt.backbone.load import LoadedBase
+from softprompt.data.special_frame import SpecialFrame, encode
+from softprompt.data.template import Verbalizer
+from softprompt.data.tokens import RowTokenizer
+from softprompt.errors import ConfigError, DataError
+from softprompt.inference.continuous.request import PromptValue
+from softprompt.inference.requests import Request as Fields
+from softprompt.inference.requests import fields_of
+from softprompt.inference.scoring import check_label_ids
+from softprompt.prompts.kinds import Placement
+
+Decode = Callable[[Sequence[int]], str]
+_LENGTH = 128
+"""Most tokens of a label of the base."""
+CUT = (
+    "the input takes more than the {limit:,} tokens that the prompt {name!r} was trained with; shorten it, or "
+    "send truncate_input=true to lose its end"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """What stands before an answer.
+
+    Attributes:
+        ids: Text tokens.
+        at: How many of them stand before the prompt.
+        decode: Answer tokens to text, as the prompt's answers are written.
+        cut: Whether its end was lost.
+    """
+
+    ids: tuple[int, ...]
+    at: int
+    decode: Decode
+    cut: bool = False
+
+
+class PlainText:
+    """Texts as the base reads them, with the special tokens it puts in front.
+
+    Attributes:
+        answers: How labels become tokens where no prompt says so.
+        lock: To be held while the base's tokenizer reads texts. It has a mode, whether special tokens are
+            read as such, and two threads that want different ones get each other's.
+    """
+
+    def __init__(self, base: LoadedBase, *, seq2seq: bool) -> None:
+        self.lock = threading.RLock()
+        self.tokenizer: PreTrainedTokenizerBase = base.tokenizer
+        self.answers = RowTokenizer(
+            base.tokenizer,
+            Verbalizer("{{input}}"),
+            max_source_length=_LENGTH,
+            max_target_length=_LENGTH,
+            seq2seq=seq2seq,
+        )
+        frame = SpecialFrame.of(base.tokenizer)
+        self.frame = frame if seq2seq else SpecialFrame(frame.prefix, ())
+
+    def ids(self, text: str) -> tuple[int, ...]:
+        """Return the ids of a text; special tokens written in it are taken as such."""
+        return self.frame.around(self.bare_ids([text])[0])
+
+    def bare_ids(self, texts: list[str]) -> list[tuple[int, ...]]:
+        """Return the ids of texts with nothing put around them."""
+        with self.lock:
+            return encode(self.tokenizer, texts, special=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids without special tokens."""
+        return str(
+            self.tokenizer.decode(
+                list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One version of a prompt for one of its tasks, or the base alone.
+
+    Attributes:
+        name: What clients call it.
+        version: Changes with the files' content.
+        plain: How the base reads texts.
+        prompt: The value; None is the base alone.
+        rows: How the prompt reads its fields; None is the base alone.
+        manifest: Its record; None for the base and for folders PEFT wrote.
+    """
+
+    name: str
+    version: str
+    plain: PlainText
+    prompt: PromptValue | None = None
+    rows: RowTokenizer | None = None
+    manifest: Manifest | None = None
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """The label set on record."""
+        return self.manifest.labels if self.manifest else None
+
+    def of_fields(self, request: Fields, *, truncate: bool = False) -> Input:
+        """Return the input that the prompt's template makes of a text or of fields.
+
+        Raises:
+            TemplateError: The fields are not the template's.
+            DataError: It is empty, or longer than the prompt's limit and not to be cut.
+        """
+        if self.rows is None:
+            if not isinstance(request, str):
+                raise DataError("the base model has no template; send its text as prompt")
+            return self.of_text(request)
+        fields = fields_of(request, self.rows.verbalizer.fields)
+        with self.plain.lock:
+            ids, cut = self.rows.source(fields)
+        if cut and not truncate:
+            raise DataError(CUT.format(limit=self.rows.max_source_length, name=self.name))
+        return Input(ids, self.rows.offset(ids), self.rows.decode, cut)
+
+    def label_ids(self, labels: Sequence[str]) -> list[tuple[int, ...]]:
+        """Return the tokens of labels as answers of this prompt, or as the base would write them.
+
+        Raises:
+            ConfigError: There is none, or two have the same tokens.
+            DataError: One is longer than the prompt's answers may be.
+        """
+        rows = self.rows or self.plain.answers
+        with self.plain.lock:
+            found = [rows.label(label) for label in labels]
+        check_label_ids(labels, found)
+        return found
+
+    def of_text(self, text: str) -> Input:
+        """Return the input that a text is without a template."""
+        return self.of_ids(self.plain.ids(text))
+
+    def of_ids(self, ids: Sequence[int]) -> Input:
+        """Return the input that token ids are.
+
+        Raises:
+            ConfigError: The prompt stands in a chat's system turn, which bare ids do not show.
+        """
+        given = tuple(ids)
+        return Input(given, self._at(given), self.plain.decode)
+
+    def _at(self, ids: tuple[int, ...]) -> int:
+        match self.rows.placement if self.rows is not None else Placement.PREFIX:
+            case Placement.SUFFIX:
+                return len(ids)
+            case Placement.AFTER_BOS:
+                first = self.plain.frame.prefix
+                return len(first) if ids[: len(first)] == first else 0
+            case Placement.CHAT_SYSTEM:
+                raise ConfigError(
+                    f"the prompt {self.name!r} stands in the system turn of a chat; send a text, or messages to "
+                    "/v1/chat/completions"
+                )
+        return 0
+
+
+def chat_input(served: Served, messages: Sequence[Mapping[str, Any]]) -> Input:
+    """Return the input that the tokenizer's chat template makes of messages.
+
+    Raises:
+        ConfigError: There is no chat template, or the messages do not suit it or the prompt.
+    """
+    tokenizer: Any = served.plain.tokenizer
+    if not tokenizer.chat_template:
+        raise ConfigError("this base model has no chat template; send the text to /v1/completions")
+    in_system = served.rows is not None and served.rows.placement is Placement.CHAT_SYSTEM
+    if in_system:
+        if messages[0]["role"] == "system":
+            raise ConfigError(
+                f"the prompt {served.name!r} stands in the system turn; leave the system message out"
+            )
+        messages = [{"role": "system", "content": _STAND_IN}, *messages]
+    try:
+        text = str(
+            tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        )
+    except Exception as cause:  # templates raise what they like
+        first = (str(cause).splitlines() or [type(cause).__name__])[0]
+        raise ConfigError(f"the chat template refuses these messages: {first}") from cause
+    if not in_system:
+        return served.of_ids(served.plain.bare_ids([text])[0])
+    head, found, tail = text.partition(_STAND_IN)
+    if not found:
+        raise ConfigError("the chat template of this base model prints no system turn")
+    before, behind = served.plain.bare_ids([head, tail])
+    return Input(before + behind, len(before), served.plain.decode)
+
+
+_STAND_IN = "SYSTEMTURN"
+"""Stands where the prompt goes while the template is rendered, as in training."""

@@ -1,0 +1,139 @@
+"""From settings to a listening server, and to its end."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from softprompt.backbone.freeze import freeze
+from softprompt.backbone.load import load_base
+from softprompt.errors import UsageError
+from softprompt.inference.continuous.batcher import Batcher
+from softprompt.inference.continuous.request import Bounds
+from softprompt.server.access import Access
+from softprompt.server.app import create_app
+from softprompt.server.folder import Root
+from softprompt.server.registry import Registry
+from softprompt.server.scorer import Scorer
+from softprompt.server.settings import ServeSettings
+
+logger = logging.getLogger(__name__)
+
+
+def serve(settings: ServeSettings) -> None:
+    """Serve until told to stop; running answers are finished first.
+
+    Raises:
+        UsageError: The folder, a file of keys or the address cannot be used.
+        BackboneError: The base cannot be loaded.
+    """
+    # What is wrong with the settings shows before a model is loaded.
+    root = Root.of(settings.prompts)
+    Access.of(settings)
+    bounds = bounds_of(settings)
+    with listening(settings.host, settings.port) as sock:
+        app = build_app(settings, root, bounds)
+        if not settings.is_local and settings.api_key_file is None:
+            logger.warning(
+                "everybody who reaches %s can use this server; --api-key-file asks for a key",
+                settings.host,
+            )
+        address = sock.getsockname()
+        host = f"[{address[0]}]" if ":" in address[0] else address[0]
+        logger.info("listening on http://%s:%d", host, address[1])
+        _run(app, settings, sock)
+
+
+def build_app(settings: ServeSettings, root: Root, bounds: Bounds) -> FastAPI:
+    """Load the base and return the application over it.
+
+    Raises:
+        BackboneError: The base cannot be loaded.
+    """
+    base = load_base(settings.base_model, torch_dtype=settings.torch_dtype, device=settings.device)
+    freeze(base.model)
+    registry = Registry(
+        root,
+        base,
+        max_resident=settings.max_prompts_resident,
+        max_bytes=settings.max_prompt_bytes,
+    )
+    batcher = Batcher(base.model, base.tokenizer, bounds)
+    scorer = Scorer(base.model, max_rows=settings.max_score_rows, max_waiting=settings.max_waiting)
+    scorer.start()
+    logger.info(
+        "%s with %d prompts, engine %s%s",
+        base.name,
+        len(registry.names()),
+        batcher.engine,
+        f" ({batcher.reason})" if batcher.reason else "",
+    )
+    return create_app(settings, registry, batcher, scorer)
+
+
+def bounds_of(settings: ServeSettings) -> Bounds:
+    """Return what the batcher may use.
+
+    Raises:
+        ConfigError: The bounds contradict each other.
+    """
+    return Bounds(
+        max_batch_rows=settings.max_batch_rows,
+        max_step_tokens=settings.max_step_tokens,
+        max_cached_tokens=settings.max_cached_tokens,
+        max_queue=settings.max_waiting,
+        max_prompts_resident=settings.max_prompts_resident,
+        max_prompt_tokens=settings.max_prompt_tokens,
+    )
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """Return a socket bound to an address; clients are refused until the server listens on it.
+
+    Raises:
+        UsageError: The address cannot be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise UsageError(f"{host!r} is no address to listen on ({error.strerror})") from error
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        sock.close()
+        raise UsageError(
+            f"cannot listen on {host}:{port} ({error.strerror}); choose another --host or --port"
+        ) from error
+    return sock
+
+
+def _run(app: FastAPI, settings: ServeSettings, sock: socket.socket) -> None:
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+        ws="none",
+        lifespan="on",
+    )
+    # uvicorn drains on these signals and then raises them again, to whoever had them before.
+    before = signal.signal(signal.SIGTERM, _taken)
+    try:
+        uvicorn.Server(config).run(sockets=[sock])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _taken(number: int, frame: Any) -> None:
+    """Do nothing: the server has stopped already."""

@@ -1,0 +1,141 @@
+"""A tiny base with prompts of every kind on it, and the answers that each gives alone."""
+
+from __future__ import annotations
+
+import copy
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from oracles import families
+from oracles.tokenizers import byte_bpe
+from softprompt import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from softprompt.artifacts.manifest import Manifest
+from softprompt.backbone.fingerprint import Fingerprint
+from softprompt.engine.plain import PlainEngine
+from softprompt.engine.rows import EngineRow
+from softprompt.inference.continuous.request import PromptValue, Request
+from softprompt.inference.continuous.values import prompt_value
+from softprompt.inference.options import GenerationOptions
+from softprompt.inference.tuned import TunedPrompt
+
+VOCABULARY = 330
+
+
+@dataclass
+class Served:
+    """A base, its tokenizer, and prompts by name; ``None`` is the base alone."""
+
+    model: Any
+    tokenizer: Any
+    prompts: dict[str, TunedPrompt]
+    values: dict[str, PromptValue]
+
+    def request(self, name: str | None, ids: tuple[int, ...], **more: Any) -> Request:
+        """Return a request for a named prompt, as its TunedPrompt would place it."""
+        if name is None:
+            decode = next(iter(self.prompts.values())).rows.decode
+            return Request(ids, decode=decode, **more)
+        rows = self.prompts[name].rows
+        return Request(ids, self.values[name], rows.offset(ids), decode=rows.decode, **more)
+
+    def alone(self, name: str | None, ids: tuple[int, ...], options: GenerationOptions) -> Any:
+        """Return what ``TunedPrompt.generate`` answers to one row."""
+        tuned = self.prompts[name or next(iter(self.prompts))]
+        return tuned.generate_rows([ids], options, without_prompt=name is None)[0]
+
+    def log_probs(self, request: Request, tokens: tuple[int, ...]) -> list[float]:
+        """Return log p of each token behind a request's input, by the plain engine."""
+        value = None if request.prompt is None else request.prompt.value
+        row = EngineRow(request.ids, tokens, -1 if value is None else 0, request.at)
+        with torch.no_grad():
+            found = PlainEngine(self.model).target_log_probs(
+                [row], [] if value is None else [value]
+            )
+        return found.values.tolist()
+
+
+def tiny(name: str, *, seq2seq: bool = False, seed: int = 0, **changes: Any) -> Any:
+    """Return a tiny base whose choices are no ties."""
+    torch.manual_seed(seed)
+    build = families.seq2seq if seq2seq else families.causal
+    model = build(name, vocab_size=VOCABULARY, **changes).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4)
+    return model.requires_grad_(False)
+
+
+def served(
+    name: str, *, kinds: tuple[str, ...] = ("plain", "other", "suffix", "prefix"), **changes: Any
+) -> Served:
+    """Attach prompts of some kinds to a tiny base."""
+    model = tiny(name, **changes)
+    seq2seq = model.config.is_encoder_decoder
+    task = "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM"
+    tokenizer = byte_bpe(bos=not seq2seq)
+    configs = {
+        "plain": PromptTuningConfig(task_type=task, num_virtual_tokens=5),
+        "other": PromptTuningConfig(task_type=task, num_virtual_tokens=3),
+        "suffix": PromptTuningConfig(task_type=task, num_virtual_tokens=4, placement="suffix"),
+        "after_bos": PromptTuningConfig(
+            task_type=task, num_virtual_tokens=4, placement="after_bos"
+        ),
+        "prefix": PrefixTuningConfig(task_type=task, num_virtual_tokens=6),
+    }
+    attached: dict[str, Any] = {}
+    generator = torch.Generator().manual_seed(1)
+    for kind in kinds:
+        if (
+            kind == "prefix"
+        ):  # such prompts need a model of their own; the values meet in the batcher
+            attached[kind] = get_peft_model(copy.deepcopy(model), configs[kind], adapter_name=kind)
+        elif rows := next((p for k, p in attached.items() if k != "prefix"), None):
+            rows.add_adapter(kind, configs[kind])
+            attached[kind] = rows
+        else:
+            attached[kind] = get_peft_model(model, configs[kind], adapter_name=kind)
+        with torch.no_grad():
+            for parameter in attached[kind].encoder_of(kind).parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    manifest = Manifest(
+        template="{{input}}",
+        task="generation",
+        labels=None,
+        base_model="tiny",
+        base_fingerprint=Fingerprint.of(model).to_dict(),
+        max_source_length=64,
+        max_target_length=32,
+        dtype="float32",
+        seq2seq=seq2seq,
+    )
+    prompts = {kind: TunedPrompt(attached[kind], tokenizer, manifest, kind) for kind in kinds}
+    values = {kind: prompt_value(tuned) for kind, tuned in prompts.items()}
+    return Served(model, tokenizer, prompts, values)
+
+
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {},
+    {"repetition_penalty": 1.4},
+    {"frequency_penalty": 0.8, "presence_penalty": 0.4},
+    {"min_new_tokens": 5},
+    {"decoding_method": "SAMPLING", "seed": 3, "top_k": 20, "min_p": 0.02},
+    {"decoding_method": "SAMPLING", "seed": 4, "top_p": 0.8, "temperature": 0.7},
+    {"decoding_method": "SAMPLING", "seed": 5, "typical_p": 0.9},
+)
+
+
+def drawn(rng: random.Random, names: list[str | None]) -> tuple[str | None, tuple[int, ...], Any]:
+    """Return a prompt's name, ids and options at random."""
+    ids = (1, *(rng.randrange(4, 260) for _ in range(rng.choice([0, 1, 3, 7, 12, 20]))))
+    settings = rng.choice(SETTINGS)
+    options = (
+        GenerationOptions(max_new_tokens=rng.choice([1, 6, 9, 14]), **settings)
+        if ("min_new_tokens" not in settings)
+        else GenerationOptions(max_new_tokens=10, **settings)
+    )
+    return rng.choice(names), ids, options

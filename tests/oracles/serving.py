@@ -1,0 +1,221 @@
+"""A real server on a free port in this process, prompts made on the spot, and a batcher of a script."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import torch
+import uvicorn
+
+from softprompt.artifacts.manifest import Manifest
+from softprompt.artifacts.native import save_adapter
+from softprompt.backbone.fingerprint import Fingerprint
+from softprompt.errors import NotServingError, QueueFullError
+from softprompt.inference.continuous.batcher import Batcher, BatcherStats
+from softprompt.inference.continuous.events import EchoEvent, FinishEvent, TokenEvent
+from softprompt.inference.continuous.request import Bounds
+from softprompt.inference.continuous.ticket import Ticket
+from softprompt.server.app import create_app
+from softprompt.server.folder import Root
+from softprompt.server.registry import Registry
+from softprompt.server.scorer import Scorer
+from softprompt.server.settings import ServeSettings
+from softprompt.server.starting import bounds_of, listening
+
+CLASSIFIER = "Text : {{input}} Label :"
+PAIRS = "{{first}} then {{second}} :"
+
+
+def write_prompt(
+    directory: Any,
+    base: Any,
+    *,
+    length: int = 4,
+    seed: int = 0,
+    manifest: bool = True,
+    **changes: Any,
+) -> Any:
+    """Save a prompt of random rows at the scale of the base's embeddings; see ``write_rows``."""
+    table = base.model.get_input_embeddings().weight.detach().float()
+    generator = torch.Generator().manual_seed(seed)
+    rows = table[torch.randint(0, len(table), (length,), generator=generator)].clone()
+    rows += torch.randn(rows.shape, generator=generator) * table.std()
+    return write_rows(directory, base, rows, manifest=manifest, **changes)
+
+
+def write_rows(
+    directory: Any, base: Any, rows: Any, *, manifest: bool = True, **changes: Any
+) -> Any:
+    """Save rows ``[P, H]`` as a prompt; ``changes`` are fields of its manifest."""
+    config = {
+        "peft_type": "PROMPT_TUNING",
+        "task_type": "CAUSAL_LM",
+        "num_virtual_tokens": len(rows),
+        "num_transformer_submodules": 1,
+        "token_dim": rows.shape[1],
+        "base_model_name_or_path": base.name,
+        "inference_mode": True,
+    }
+    values = {
+        "template": CLASSIFIER,
+        "task": "classification",
+        "labels": ("complaint", "no complaint"),
+        "base_model": base.name,
+        "base_fingerprint": Fingerprint.of(base.model).to_dict(),
+        "max_source_length": 128,
+        "max_target_length": 8,
+        "dtype": "float32",
+        "seq2seq": False,
+        "metrics": {"accuracy": 0.9},
+        "history": [{"epoch": 1, "loss": 0.5}],
+        **changes,
+    }
+    record = Manifest(**values) if manifest else None
+    save_adapter(directory, config, {"prompt_embeddings": rows}, record, overwrite=True)
+    return directory
+
+
+@dataclass
+class Server:
+    """A server that runs."""
+
+    url: str
+    app: Any
+    uvicorn: Any
+
+    @property
+    def service(self) -> Any:
+        return self.app.state.service
+
+    def client(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60, **options)
+
+    def openai(self, **options: Any) -> Any:
+        import openai
+
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, **options}
+        )
+
+
+def app_over(base: Any, root: Any, batcher: Any = None, **changes: Any) -> Any:
+    """Return the application over a base that is in memory, as ``serve`` makes it."""
+    settings = ServeSettings(base_model=base.name, prompts=str(root), **changes)
+    registry = Registry(
+        Root.of(root),
+        base,
+        max_resident=settings.max_prompts_resident,
+        max_bytes=settings.max_prompt_bytes,
+    )
+    batcher = batcher or Batcher(base.model, base.tokenizer, bounds_of(settings))
+    scorer = Scorer(base.model, max_rows=settings.max_score_rows, max_waiting=settings.max_waiting)
+    scorer.start()
+    return create_app(settings, registry, batcher, scorer)
+
+
+@contextmanager
+def running(app: Any) -> Any:
+    """Serve an application with uvicorn, in a thread, on a free port."""
+    sock = listening("127.0.0.1", 0)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="on",
+            ws="none",
+            timeout_graceful_shutdown=10,
+        )
+    )
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
+    thread.start()
+    try:
+        until(lambda: server.started)
+        yield Server(f"http://127.0.0.1:{sock.getsockname()[1]}", app, server)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        sock.close()
+        assert not thread.is_alive()
+
+
+def until(condition: Any, seconds: float = 10.0) -> None:
+    """Wait for something to become true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.01)
+
+
+class ScriptedBatcher:
+    """A batcher that does what a test says: tickets wait until it gives their tokens.
+
+    ``auto`` answers at once with the ids of "hello".
+    """
+
+    engine = "scripted"
+    reason = "a test"
+
+    def __init__(self, *, auto: bool = False, full: bool = False, words: Any = (5, 6, 7)) -> None:
+        self.bounds = Bounds()
+        self.healthy = True
+        self.auto = auto
+        self.full = full
+        self.words = words
+        self.tickets: list[Ticket] = []
+        self.cancelled = 0
+        self.closing = False
+
+    @property
+    def stats(self) -> BatcherStats:
+        return BatcherStats(waiting=sum(not each.is_done for each in self.tickets))
+
+    def submit(self, request: Any) -> Ticket:
+        if self.full:
+            raise QueueFullError("the queue is full; try again in 3 s", 2.3)
+        if self.closing:
+            raise NotServingError("serving is stopping")
+        ticket = Ticket(request, self._cancel)
+        self.tickets.append(ticket)
+        if self.auto:
+            self.answer(ticket)
+        return ticket
+
+    def answer(self, ticket: Ticket) -> None:
+        """Give a ticket all its tokens and its end."""
+        request = ticket.request
+        if request.echo:
+            nothing: Any = tuple(() for _ in request.ids)
+            ticket.push(EchoEvent(request.ids, (None, *[-1.0] * (len(request.ids) - 1)), nothing))
+        for index in range(request.n):
+            for token in self.words:
+                ticket.push(self.token(token, index))
+        self.finish(ticket)
+
+    def token(self, token: int, index: int = 0) -> TokenEvent:
+        return TokenEvent(index, token, f" {token}", -0.5, ((token, -0.5),))
+
+    def finish(self, ticket: Ticket, reason: Any = "stop") -> None:
+        request = ticket.request
+        text = "".join(f" {token}" for token in self.words)
+        tokens = 0 if request.prompt is None else request.prompt.tokens
+        ends = [
+            FinishEvent(i, reason, text, tuple(self.words), tokens, len(request.ids))
+            for i in range(request.n)
+        ]
+        ticket.push(*ends, last=True)
+
+    def drain(self, timeout: float | None = None) -> bool:
+        self.closing = True
+        return True
+
+    def stop(self) -> None:
+        self.closing = True
+
+    def _cancel(self) -> None:
+        self.cancelled += 1

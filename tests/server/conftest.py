@@ -1,0 +1,84 @@
+"""One server over the bundled model for all tests that only ask it things."""
+
+import copy
+
+import browser
+import pytest
+
+from oracles.serving import PAIRS, app_over, running, write_prompt
+from softprompt.backbone.load import load_base
+
+
+@pytest.fixture(scope="session")
+def base():
+    found = load_base("demo")
+    found.model.requires_grad_(False)
+    return found
+
+
+@pytest.fixture(scope="session")
+def chat_base(base):
+    """The same model with a tokenizer that has a chat template."""
+    tokenizer = copy.deepcopy(base.tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}"
+        "{% endif %}{{ m['role'] }} : {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant :{% endif %}"
+    )
+    return type(base)(base.model, tokenizer, base.name)
+
+
+def fill(root, base):
+    write_prompt(root / "complaints", base, seed=1, length=4)
+    write_prompt(
+        root / "writer",
+        base,
+        seed=2,
+        length=3,
+        task="generation",
+        labels=None,
+        template="{{input}}",
+    )
+    write_prompt(root / "pairs", base, seed=3, task="generation", labels=None, template=PAIRS)
+    write_prompt(root / "plain-peft", base, seed=4, length=2, manifest=False)
+    return root
+
+
+@pytest.fixture
+def prompts(tmp_path, base):
+    """A folder of prompts of one's own."""
+    (tmp_path / "prompts").mkdir()
+    return fill(tmp_path / "prompts", base)
+
+
+@pytest.fixture(scope="session")
+def shared_prompts(tmp_path_factory, base):
+    return fill(tmp_path_factory.mktemp("prompts"), base)
+
+
+@pytest.fixture(scope="session")
+def server(base, shared_prompts):
+    with running(app_over(base, shared_prompts)) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def client(server):
+    with server.client() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def page(tmp_path_factory):
+    """A headless browser; skips with the reason where there is none."""
+    if reason := browser.missing():
+        pytest.skip(reason)
+    opened = browser.Browser(tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="session")
+def chat_server(chat_base, shared_prompts):
+    with running(app_over(chat_base, shared_prompts)) as found:
+        yield found

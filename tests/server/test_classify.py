@@ -1,0 +1,112 @@
+"""Label scores over HTTP are the library's, all texts and labels in one pass."""
+
+import threading
+
+import pytest
+
+from oracles.serving import until
+from softprompt import load
+
+TEXTS = ["My parcel is late", "Thank you", "The phone does not work, what now?"]
+
+
+@pytest.fixture(scope="module")
+def tuned(shared_prompts, base):
+    return load(shared_prompts / "complaints", base.model, tokenizer=base.tokenizer)
+
+
+def asked(client, **body):
+    found = client.post("/v1/classify", json={"model": "complaints", **body})
+    assert found.status_code == 200, found.text
+    return found.json()
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_scores_are_the_librarys(client, tuned, normalize):
+    expected = tuned.classify(TEXTS, normalize=normalize)
+    found = asked(client, input=TEXTS, normalize=normalize)
+    assert [row["index"] for row in found["data"]] == [0, 1, 2]
+    for row, own in zip(found["data"], expected, strict=True):
+        assert row["label"] == own.label
+        assert row["scores"] == pytest.approx(dict(own.scores), abs=1e-4)
+        assert row["probabilities"] == pytest.approx(dict(own.probabilities), abs=1e-4)
+    ids, _ = tuned.sources(TEXTS)
+    assert found["usage"]["prompt_tokens"] == sum(map(len, ids))
+    assert found["usage"]["virtual_tokens"] == 12
+
+
+def test_one_text_and_given_labels(client, tuned):
+    labels = ["good", "bad", "neither of them"]
+    (expected,) = tuned.classify([TEXTS[0]], labels)
+    (row,) = asked(client, input=TEXTS[0], labels=labels)["data"]
+    assert row["scores"] == pytest.approx(dict(expected.scores), abs=1e-4)
+
+
+def test_one_pass_for_all(client, server, monkeypatch):
+    engine = server.service.scorer._engine(True)
+    calls = []
+    run = type(engine).target_log_probs
+    monkeypatch.setattr(
+        type(engine), "target_log_probs", lambda s, r, p: calls.append(len(r)) or run(s, r, p)
+    )
+    asked(client, input=TEXTS)
+    assert calls == [6]
+
+
+def test_callers_share_a_pass_and_fail_alone(server, monkeypatch):
+    scorer = server.service.scorer
+    engine = scorer._engine(True)
+    gate, calls = threading.Event(), []
+    run = type(engine).target_log_probs
+
+    def held(self, rows, prompts):
+        calls.append((len(rows), len(prompts)))
+        gate.wait(10)
+        if any(row.target == (1, 2, 3) for row in rows):
+            raise RuntimeError("no such target")
+        return run(self, rows, prompts)
+
+    monkeypatch.setattr(type(engine), "target_log_probs", held)
+    from softprompt.engine.rows import EngineRow
+
+    first, second = (server.service.registry.get(name).prompt for name in ("complaints", "writer"))
+    rows = [EngineRow((5, 6), (7,)), EngineRow((5, 6), (8,))]
+    held_up = scorer.submit(first, rows[:1])
+    until(lambda: calls)
+    waiting = [
+        scorer.submit(first, rows),
+        scorer.submit(second, rows),
+        scorer.submit(second, [EngineRow((5,), (1, 2, 3))]),
+    ]
+    gate.set()
+    alone = held_up.result(10)
+    assert waiting[0].result(10)[0] == pytest.approx(float(alone[0]), abs=1e-5)
+    assert not waiting[1].result(10).equal(waiting[0].result(10))
+    with pytest.raises(RuntimeError, match="no such target"):
+        waiting[2].result(10)
+    assert calls[:2] == [(1, 1), (5, 2)]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({}, "either input, or the template's fields"),
+        ({"input": "x", "fields": {"input": "x"}}, "either input"),
+        ({"input": []}, "input"),
+        ({"input": "x", "model": "writer"}, "no labels; send labels"),
+        ({"input": "x", "model": "demo"}, "no template to classify with"),
+        ({"input": "x", "labels": ["a", "a"]}, "same tokens"),
+        ({"input": "x", "labels": ["word " * 30]}, "max_target_length"),
+        ({"input": ["x"] * 65}, "this server takes 64"),
+        ({"input": "word " * 300}, "truncate_input=true"),
+    ],
+)
+def test_what_cannot_be_scored(client, body, words):
+    found = client.post("/v1/classify", json={"model": "complaints", **body})
+    assert found.status_code == 400, found.text
+    assert words in found.json()["error"]["message"]
+
+
+def test_a_cut_input_says_so(client):
+    (row,) = asked(client, input="word " * 300, truncate_input=True)["data"]
+    assert row["input_cut"] is True

@@ -1,0 +1,432 @@
+"""The playground in a real browser: a test clicks through it against made-up answers."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+from page_stub import CARDS, MARKUP, PAGE, Stub
+
+
+@pytest.fixture
+def stub():
+    server = Stub()
+    yield server
+    server.close()
+
+
+def ready(page, stub, **looks):
+    page.open(stub.address, **looks)
+    page.until(lambda: page.all("#prompts input") and page.all("#text"))
+
+
+def choose(page, *names):
+    """Leave exactly these chosen."""
+    for box in page.all("#prompts input"):
+        if box.is_selected() != (box.get_attribute("value") in names):
+            box.click()
+    page.until(lambda: page.text("#count").startswith(f"{len(names)} chosen"))
+
+
+def write(page, text, box="#text"):
+    # The boxes follow the chosen prompts' cards, which may still be on their way.
+    page.until(lambda: page.all(box))
+    page.find(box).clear()
+    page.find(box).send_keys(text)
+
+
+def answered(page):
+    page.until(lambda: "answered in" in page.text("#progress"))
+
+
+def panel(name):
+    return f'.panel[data-model="{name}"]'
+
+
+def test_base_and_prompts_answer_side_by_side(page, stub):
+    ready(page, stub)
+    assert "tiny · forest engine · 27 prompts" in page.text("#about")
+    choose(page, "complaints", "reply")
+    write(page, "The kettle broke.")
+    page.find("#run").click()
+    answered(page)
+    assert "3 of 3 answered" in page.text("#progress")
+    assert [each.text for each in page.all(".panel h3")] == ["Base model", "complaints", "reply"]
+    tops = {each.rect["y"] for each in page.all(".panel")}
+    assert len(tops) == 1, "the panels are not beside each other"
+    assert page.text(panel("reply") + " .text").startswith("Thank you for writing: ä€")
+    state = page.text(panel("reply") + " .state")
+    assert re.fullmatch(r"first \d+ ms, all [\d.]+ m?s · 12 \+ 8 virtual tokens in, 8 out", state)
+    assert [each.text for each in page.all(panel("complaints") + " .bars li:first-child span")][
+        :2
+    ] == [
+        "complaint",
+        "75.0 %",
+    ]
+    fill, track = (
+        page.find(panel("complaints") + f" .{name}").rect["width"] for name in ("fill", "track")
+    )
+    assert fill / track == pytest.approx(0.75, abs=0.01)
+    sent = {body["model"]: (path, body) for path, body in stub.bodies}
+    assert sent["complaints"] == (
+        "/v1/classify",
+        {"model": "complaints", "input": "The kettle broke."},
+    )
+    assert sent["tiny"][1]["input"] == "Message: The kettle broke.\nLabel:"
+    assert sent["tiny"][1]["labels"] == ["complaint", "no complaint"]
+    path, body = sent["reply"]
+    assert (path, body["prompt"], body["stream"]) == ("/v1/completions", "The kettle broke.", True)
+    assert body["stream_options"] == {"include_usage": True}
+    assert page.complaints() == []
+
+
+def test_markup_in_answers_and_cards_stays_text(page, stub):
+    ready(page, stub)
+    choose(page, "reply")
+    write(page, "x")
+    page.find("#run").click()
+    answered(page)
+    assert MARKUP in page.text(panel("reply") + " .text")
+    page.find(panel("reply") + " .tools button").click()
+    page.until(lambda: MARKUP.replace(" ", "␣") in page.text("#sheet table"))
+    assert page.all("main img, dialog img") == []
+    assert page.driver.title == "softprompt playground"
+
+
+def test_stop_ends_a_stream_and_tells_the_server(page, stub):
+    ready(page, stub)
+    choose(page, "endless")
+    page.find("#base-choice input").click()
+    write(page, "go on")
+    page.find("#run").click()
+    page.until(lambda: len(page.text(panel("endless") + " .text")) > 20)
+    output = page.find(panel("endless") + " .output")
+    assert output.get_attribute("aria-live") == "polite"
+    assert output.get_attribute("aria-busy") == "true"
+    assert not page.find("#run").is_enabled()
+    page.find("#stop").click()
+    page.until(lambda: page.text("#progress") == "stopped")
+    assert page.text(panel("endless") + " .state").startswith("stopped after")
+    assert output.get_attribute("aria-busy") == "false"
+    page.until(lambda: stub.gone == ["endless"])
+    assert page.find("#run").is_enabled()
+    assert len(page.all(".panel")) == 1, "the base was left out"
+
+
+def test_keyboard_alone(page, stub):
+    from selenium.webdriver.common.keys import Keys
+
+    ready(page, stub)
+    choose(page)
+    page.keys(Keys.TAB)
+    page.find("#search").click()
+    page.keys("end")
+    page.until(lambda: "1 shown" in page.text("#count"))
+    page.keys(Keys.ARROW_DOWN)
+    page.keys(" ")
+    page.until(lambda: page.text("#count").startswith("1 chosen"))
+    outline = page.script("return getComputedStyle(document.activeElement).outlineStyle")
+    assert outline == "solid", "the focus is not seen"
+    page.script("document.querySelector('#text').focus()")
+    page.keys("hello")
+    page.keys(Keys.CONTROL, Keys.ENTER)
+    page.until(lambda: page.text(panel("endless") + " .text"))
+    page.keys(Keys.ESCAPE)
+    page.until(lambda: page.text("#progress") == "stopped")
+    page.find(panel("endless") + " .tools button").send_keys(Keys.ENTER)
+    page.until(lambda: page.find("#sheet").is_displayed())
+    page.keys(Keys.ESCAPE)
+    page.until(lambda: not page.find("#sheet").is_displayed())
+    assert page.script("return document.activeElement.textContent") == "Card"
+
+
+def test_every_control_has_a_name(page, stub):
+    ready(page, stub)
+    page.find("#options summary").click()
+    unnamed = page.script(
+        "return [...document.querySelectorAll('input, textarea, select, button')]"
+        ".filter(e => !(e.labels?.length || e.textContent.trim() || e.ariaLabel)).map(e => e.id)"
+    )
+    assert unnamed == []
+
+
+def test_card(page, stub):
+    ready(page, stub)
+    choose(page, "complaints")
+    write(page, "x")
+    page.find("#run").click()
+    answered(page)
+    page.find(panel("complaints") + " .tools button").click()
+    page.until(lambda: page.all("#sheet svg.curve"))
+    said = page.text("#sheet")
+    for part in (
+        "complaint, no complaint",
+        "tiny",
+        "8 \u00d7 16",
+        "512 B",
+        "validation accuracy0.9",
+        "1.25",
+    ):
+        assert part in said
+    assert len(page.all("#sheet .dot.train")) == len(page.all("#sheet .dot.valid")) == 5
+    assert len(page.all("#sheet tbody tr")) == 8
+    label = page.find("#sheet svg.curve").get_attribute("aria-label")
+    assert label == "training loss from 1 to 0.2; validation loss from 1.2 to 0.24"
+    page.find("#sheet-close").click()
+
+
+def code_of(page, name):
+    page.all(panel(name) + " .tools button")[-1].click()
+    page.until(lambda: page.all("#sheet code"))
+    codes = [each.get_attribute("textContent") for each in page.all("#sheet code")]
+    return codes
+
+
+@pytest.mark.parametrize("name", ["reply", "complaints", "two-fields"])
+def test_the_copied_code_asks_the_same(page, stub, name):
+    ready(page, stub)
+    choose(page, name)
+    text = 'It\'s "broken" \\ ümlaut 😀 $HOME'
+    boxes = ["#text", "#text-1"] if name == "two-fields" else ["#text"]
+    for box in boxes:
+        page.until(lambda box=box: page.all(box))
+        # Chromium's driver types no character beyond the basic plane.
+        page.script(
+            "const b = document.querySelector(arguments[0]); b.value = arguments[1];"
+            "b.dispatchEvent(new Event('input', {bubbles: true}))",
+            box,
+            text,
+        )
+    page.find("#run").click()
+    answered(page)
+    command, program = code_of(page, name)
+    asked = next(body for _, body in stub.bodies if body["model"] == name)
+    stub.bodies.clear()
+    for call in (
+        ["bash", "-c", command.replace("curl ", "curl -sS --noproxy '*' ")],
+        [sys.executable, "-c", program],
+    ):
+        done = subprocess.run(call, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        _, body = stub.bodies.pop()
+        assert {key: value for key, value in body.items() if value != ""} == asked
+    page.driver.execute_cdp_cmd(
+        "Browser.grantPermissions",
+        {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]},
+    )
+    page.find("#sheet .snippet button").click()
+    page.until(lambda: "Copied." in page.text("#sheet .snippet"))
+    assert page.script("return navigator.clipboard.readText()") == command
+
+
+def test_without_a_clipboard_the_code_is_selected(page, stub):
+    ready(page, stub)
+    choose(page, "reply")
+    write(page, "x")
+    page.find("#run").click()
+    answered(page)
+    code_of(page, "reply")
+    page.script("navigator.clipboard.writeText = () => Promise.reject(new Error('not allowed'))")
+    page.find("#sheet .snippet button").click()
+    page.until(lambda: "Ctrl+C" in page.text("#sheet .snippet"))
+    assert page.script("return getSelection().toString()").startswith("curl ")
+
+
+def test_options_are_sent(page, stub):
+    ready(page, stub)
+    choose(page, "reply")
+    page.find("#options summary").click()
+    for box, value in (
+        ("#max-tokens", "5"),
+        ("#temperature", "0.7"),
+        ("#top-p", "0.9"),
+        ("#seed", "3"),
+    ):
+        write(page, value, box)
+    write(page, "END", "#stop-text")
+    write(page, "hello")
+    assert page.text("#options-line") == "5 tokens, temperature 0.7"
+    page.find("#run").click()
+    answered(page)
+    body = next(body for _, body in stub.bodies if body["model"] == "reply")
+    assert (body["max_tokens"], body["temperature"], body["top_p"], body["seed"]) == (
+        5,
+        0.7,
+        0.9,
+        3,
+    )
+    assert body["stop"] == ["END"]
+    stub.bodies.clear()
+    write(page, "good, bad ,neither", "#labels")
+    page.find("#run").click()
+    page.until(lambda: len(page.all(panel("reply") + " .bars li")) == 3)
+    assert all(body["labels"] == ["good", "bad", "neither"] for _, body in stub.bodies)
+
+
+def test_fields_of_a_template(page, stub):
+    ready(page, stub)
+    choose(page, "two-fields", "reply")
+    page.until(lambda: len(page.all("#fields textarea")) == 3)
+    labels = [each.text for each in page.all("#fields label")]
+    assert sorted(labels) == ["Text", "premise", "question"]
+    for i, label in enumerate(labels):
+        write(page, f"the {label}", f"#text-{i}" if i else "#text")
+    page.find("#run").click()
+    answered(page)
+    sent = {body["model"]: body for _, body in stub.bodies}
+    assert sent["two-fields"]["fields"] == {"premise": "the premise", "question": "the question"}
+    assert "prompt" not in sent["two-fields"]
+    assert sent["reply"]["prompt"] == "the Text"
+
+
+def test_an_error_is_said_in_its_panel_alone(page, stub):
+    ready(page, stub)
+    choose(page, "breaks", "reply")
+    write(page, "x")
+    page.find("#run").click()
+    answered(page)
+    assert "2 of 3 answered" in page.text("#progress")
+    assert page.text(panel("breaks") + " .error") == "16 requests wait already. Try again in 7 s."
+
+
+def test_a_server_that_is_gone(page, stub):
+    ready(page, stub)
+    choose(page, "reply")
+    write(page, "x")
+    stub.close()
+    page.find("#run").click()
+    page.until(lambda: "does not answer" in page.text(panel("reply") + " .error"))
+
+
+def test_a_key_is_asked_for_and_kept_in_the_tab(page):
+    stub = Stub(key="secret")
+    try:
+        page.open(stub.address)
+        page.until(lambda: "asks for a key" in page.text("#trouble"))
+        assert page.find("#key").is_displayed()
+        write(page, "secret\t", "#key")
+        page.until(lambda: page.all("#prompts input"))
+        assert not page.find("#trouble").is_displayed()
+        page.driver.refresh()
+        page.until(lambda: page.all("#prompts input"))
+        choose(page, "reply")
+        write(page, "x")
+        page.find("#run").click()
+        answered(page)
+        assert all("secret" not in code for code in code_of(page, "reply"))
+        assert page.script("return localStorage.length + document.cookie.length") == 0
+    finally:
+        stub.close()
+
+
+def test_each_task_of_a_prompt_is_a_choice(page, stub):
+    ready(page, stub)
+    choose(page, "several · sort", "several · tell")
+    write(page, "x")
+    page.find("#run").click()
+    answered(page)
+    sent = [body for _, body in stub.bodies if body["model"] == "several"]
+    assert sorted(body["task"] for body in sent) == ["sort", "tell"]
+
+
+def test_search(page, stub):
+    ready(page, stub)
+    page.find("#search").send_keys("quiet 1")
+    page.until(lambda: "shown" in page.text("#count"))
+    shown = [each.text for each in page.all("#prompts li") if each.is_displayed()]
+    assert shown == sorted(name for name in CARDS if "quiet" in name and "1" in name)
+    page.find("#search").send_keys(" nothing")
+    page.until(lambda: page.text("#count") == "No name fits.")
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [320, 390, 1280])
+def test_no_width_scrolls_sideways(page, stub, width, dark):
+    ready(page, stub, width=width, height=800, dark=dark)
+    choose(page, "complaints", "reply", "two-fields")
+    page.find("#options summary").click()
+    for box in [f"#text-{i}" if i else "#text" for i in range(3)]:
+        write(page, "long" * 60, box)
+    page.find("#run").click()
+    answered(page)
+    too_wide = "return document.documentElement.scrollWidth > document.documentElement.clientWidth"
+    assert not page.script(too_wide)
+    if width < 600:
+        assert len({each.rect["x"] for each in page.all(".panel")}) == 1, "one column"
+    page.find(panel("complaints") + " .tools button").click()
+    page.until(lambda: page.all("#sheet svg.curve"))
+    assert not page.script(
+        "const s = document.querySelector('#sheet'); return s.scrollWidth > s.clientWidth"
+    )
+    page.find("#sheet-close").click()
+
+
+LUMINANCE = """
+const probe = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+const light = (colour) => {
+  probe.fillStyle = colour; probe.fillRect(0, 0, 1, 1);
+  const [r, g, b] = [...probe.getImageData(0, 0, 1, 1).data].map(v => v / 255)
+    .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+const style = getComputedStyle(document.documentElement);
+return Object.fromEntries(arguments[0].map(name => [name, light(style.getPropertyValue('--' + name))]));
+"""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_colours_can_be_read(page, stub, dark):
+    ready(page, stub, dark=dark)
+    names = [
+        "ground",
+        "surface",
+        "ink",
+        "quiet",
+        "accent",
+        "on-accent",
+        "tint",
+        "bad",
+        "bad-tint",
+        "strong-line",
+    ]
+    light = page.script(LUMINANCE, names)
+
+    def contrast(first, second):
+        low, high = sorted((light[first], light[second]))
+        return (high + 0.05) / (low + 0.05)
+
+    for text, ground in (
+        ("ink", "ground"), ("ink", "surface"), ("ink", "tint"), ("quiet", "ground"), ("quiet", "surface"),
+        ("accent", "surface"), ("on-accent", "accent"), ("bad", "surface"), ("bad", "bad-tint"),
+    ):  # fmt: skip
+        assert contrast(text, ground) >= 4.5, (text, ground)
+    assert contrast("strong-line", "ground") >= 3
+    assert (light["ground"] < light["ink"]) == dark
+
+
+def test_nothing_moves_where_that_is_asked(page, stub):
+    ready(page, stub, still=True)
+    choose(page, "endless")
+    write(page, "x")
+    page.find("#run").click()
+    page.until(lambda: page.text(panel("endless") + " .text"))
+    moving = "return document.getAnimations().length"
+    assert page.script(moving) == 0
+    page.find("#stop").click()
+
+
+def test_files_are_our_own_and_nothing_is_inline():
+    html = (PAGE / "index.html").read_text()
+    assert re.findall(r"<script(?![^>]*\bsrc=)", html) == []
+    assert not re.search(r"\son\w+=|\sstyle=", html)
+    for path in PAGE.iterdir():
+        text = path.read_text()
+        outside = [
+            url for url in re.findall(r"https?://[^\s\"')]+", text) if "www.w3.org" not in url
+        ]
+        assert outside == [], path.name
+        assert "innerHTML" not in text, path.name
+        assert "insertAdjacentHTML" not in text, path.name
+        assert len(text.splitlines()) <= 250, path.name

@@ -1,0 +1,130 @@
+"""The playground in a real browser over the real server: what it shows is what the server says."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from oracles.serving import app_over, running
+
+
+def opened(page, server, **looks):
+    page.open(f"{server.url}/", **looks)
+    page.until(lambda: page.all("#prompts input") and page.all("#text"))
+
+
+def choose(page, *names):
+    for box in page.all("#prompts input"):
+        if box.is_selected() != (box.get_attribute("value") in names):
+            box.click()
+
+
+def fill(page, *texts):
+    page.until(lambda: len(page.all("#fields textarea")) == len(texts))
+    for box, text in zip(page.all("#fields textarea"), texts, strict=True):
+        box.clear()
+        box.send_keys(text)
+
+
+def run(page):
+    page.find("#run").click()
+    page.until(lambda: "answered in" in page.text("#progress"), 60)
+
+
+def panel(name):
+    return f'.panel[data-model="{name}"]'
+
+
+def test_answers_are_the_servers(page, server, client):
+    opened(page, server)
+    assert "demo · forest engine" in page.text("#about")
+    choose(page, "complaints", "writer")
+    fill(page, "The kettle broke after one day.")
+    run(page)
+    assert "3 of 3 answered" in page.text("#progress")
+    body = {"model": "writer", "prompt": "The kettle broke after one day.", "max_tokens": 64}
+    said = client.post("/v1/completions", json={**body, "temperature": 0}).json()
+    assert page.text(panel("writer") + " .text") == said["choices"][0]["text"]
+    usage = said["usage"]
+    counts = f"{usage['prompt_tokens']} + 3 virtual tokens in, {usage['completion_tokens']} out"
+    assert counts in page.text(panel("writer") + " .state")
+    body = {"model": "complaints", "input": "The kettle broke after one day."}
+    found = client.post("/v1/classify", json=body).json()["data"][0]
+    first = [each.text for each in page.all(panel("complaints") + " .bars li:first-child span")]
+    assert first[0] == found["label"]
+    assert first[1] == f"{found['probabilities'][found['label']] * 100:.1f} %"
+    assert len(page.all(panel("demo") + " .bars li")) == 2, "the base's scores of the same labels"
+    assert page.complaints() == []
+
+
+def test_cards_and_fields(page, server, client):
+    opened(page, server)
+    choose(page, "pairs")
+    fill(page, "one thing", "another")
+    run(page)
+    asked = {"model": "pairs", "fields": {"first": "one thing", "second": "another"}}
+    said = client.post("/v1/completions", json={**asked, "max_tokens": 64, "temperature": 0}).json()
+    assert page.text(panel("pairs") + " .text") == said["choices"][0]["text"]
+    page.find(panel("pairs") + " .tools button").click()
+    page.until(lambda: page.all("#sheet tbody tr"))
+    card = client.get("/v1/prompts/pairs/card").json()
+    shown = page.text("#sheet")
+    assert card["fingerprint"] in shown
+    assert card["template"] in shown
+    assert len(page.all("#sheet tbody tr")) == card["rows"]
+    assert len(page.all("#sheet .near")) == 3 * card["rows"]
+    page.find("#sheet-close").click()
+
+
+def test_stop_reaches_the_engine(page, server, monkeypatch):
+    runner = server.service.batcher._runner
+    step = runner.step
+    monkeypatch.setattr(type(runner), "step", lambda self: (time.sleep(0.05), step())[1])
+    opened(page, server)
+    choose(page, "writer")
+    page.find("#base-choice input").click()
+    page.find("#options summary").click()
+    page.find("#max-tokens").clear()
+    page.find("#max-tokens").send_keys("200")
+    page.find("#temperature").clear()
+    page.find("#temperature").send_keys("5")
+    fill(page, "tell me all")
+    page.find("#run").click()
+    page.until(lambda: page.text(panel("writer") + " .text"))
+    page.find("#stop").click()
+    page.until(lambda: page.text("#progress") == "stopped")
+    batcher = server.service.batcher
+    page.until(lambda: batcher.stats.running == 0 and batcher.stats.waiting == 0)
+
+
+def test_what_the_server_refuses_is_said(page, server):
+    opened(page, server)
+    choose(page, "writer", "complaints")
+    fill(page, "word " * 400)
+    run(page)
+    assert "tokens" in page.text(panel("complaints") + " .error")
+    assert page.text(panel("complaints") + " .state") == "failed"
+
+
+def test_key_of_a_server(page, base, prompts, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("a-key-of-some-length\n")
+    keys.chmod(0o600)
+    with running(app_over(base, prompts, api_key_file=str(keys))) as server:
+        page.open(f"{server.url}/")
+        page.until(lambda: page.find("#trouble").is_displayed())
+        page.find("#key").send_keys("a-key-of-some-length\t")
+        page.until(lambda: page.all("#prompts input"))
+        page.script("sessionStorage.clear()")
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_no_width_scrolls_sideways_with_real_answers(page, server, width):
+    opened(page, server, width=width, height=800)
+    choose(page, "writer", "complaints")
+    fill(page, "The kettle broke after one day.")
+    run(page)
+    assert not page.script(
+        "return document.documentElement.scrollWidth > document.documentElement.clientWidth"
+    )

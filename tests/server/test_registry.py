@@ -1,0 +1,319 @@
+"""Prompts come from one folder only, are checked before they are kept, and are noticed when they change."""
+
+import os
+import pickle
+import shutil
+import threading
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from oracles.serving import write_prompt, write_rows
+from softprompt import load
+from softprompt.errors import AdapterError, ArtifactError, ConfigError, UsageError
+from softprompt.server.folder import FILES, Root, is_name
+from softprompt.server.registry import Registry
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def registry(prompts, base):
+    return Registry(Root.of(prompts), base, max_resident=8, max_bytes=2**20)
+
+
+@pytest.mark.parametrize("name", ["a", "A-b_c.d", "9" * 64, "a..b"])
+def test_names(name):
+    assert is_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        ".hidden",
+        "a/b",
+        "../a",
+        "a\\b",
+        "a" * 65,
+        "a\n",
+        "a\x00",
+        "ü",
+        "a b",
+        "%2e%2e",
+    ],
+)
+def test_names_that_are_none(registry, name):
+    assert not is_name(name)
+    with pytest.raises(AdapterError, match="there is no prompt"):
+        registry.get(name)
+
+
+def test_a_root_that_is_none(tmp_path):
+    with pytest.raises(UsageError, match="does not exist"):
+        Root.of(tmp_path / "absent")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file"):
+        Root.of(tmp_path / "file")
+
+
+def test_listing_reads_no_weights(registry, prompts):
+    (prompts / "writer" / WEIGHTS).write_bytes(b"nonsense")
+    (prompts / ".complaints.tmp").mkdir()
+    (prompts / "no-prompt").mkdir()
+    (prompts / "note.txt").write_text("hello")
+    assert registry.names() == ["complaints", "pairs", "plain-peft", "writer"]
+    assert registry.outline("writer").problem is None
+    assert registry.resident == 0
+
+
+def test_what_is_served_is_what_the_library_loads(registry, prompts, base):
+    tuned = load(prompts / "complaints", base.model, tokenizer=base.tokenizer)
+    served = registry.get("complaints")
+    assert torch.equal(served.prompt.value, tuned.prompts()[0])
+    assert served.of_fields("hello").ids == tuned.sources("hello")[0][0]
+    assert served.labels == tuned.labels
+    assert registry.resident == 1
+    assert registry.get("complaints") is served
+
+
+def test_links_out_are_refused(registry, prompts, tmp_path, base):
+    outside = write_prompt(tmp_path / "outside", base)
+    (prompts / "leads-out").symlink_to(outside)
+    (prompts / "inside").symlink_to(prompts / "writer")
+    assert "leads-out" not in registry.names()
+    with pytest.raises(AdapterError, match="there is no prompt 'leads-out'"):
+        registry.get("leads-out")
+    assert registry.get("inside").prompt.key == registry.get("writer").prompt.key
+    for file in FILES:
+        (prompts / "pairs" / file).rename(tmp_path / file)
+        (prompts / "pairs" / file).symlink_to(tmp_path / file)
+        with pytest.raises(ArtifactError, match=rf"pairs/{file} is a link that leads out"):
+            registry.get("pairs")
+        (prompts / "pairs" / file).unlink()
+        shutil.move(tmp_path / file, prompts / "pairs" / file)
+    assert registry.get("pairs").name == "pairs"
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+def test_pickles_are_not_opened(registry, prompts, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    directory = prompts / "writer"
+    (directory / WEIGHTS).unlink()
+    (directory / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ArtifactError, match=r"expected adapter_model\.safetensors in writer"):
+        registry.get("writer")
+    (directory / "adapter_model.bin").rename(directory / WEIGHTS)
+    with pytest.raises(ArtifactError, match="cannot be served"):
+        registry.get("writer")
+    assert not (tmp_path / "exploded").exists()
+
+
+def rewritten(directory, rows):
+    """Put rows into a folder past the checks of writing."""
+    save_file({"prompt_embeddings": rows}, directory / WEIGHTS)
+    (directory / "softprompt.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (torch.full((3, 256), float("nan")), "NaN or infinite"),
+        (torch.ones(3, 255), "came"),
+        (torch.ones(4, 256), "came"),
+        (torch.ones(3, 256, dtype=torch.int32), "int32"),
+        (torch.ones(3 * 256), "came"),
+    ],
+)
+def test_rows_that_do_not_fit(registry, prompts, rows, words):
+    rewritten(prompts / "writer", rows)
+    with pytest.raises(ArtifactError, match=words):
+        registry.get("writer")
+    assert registry.get("complaints").name == "complaints"
+
+
+def test_a_prompt_of_another_width(registry, prompts, base):
+    directory = prompts / "writer"
+    rewritten(directory, torch.ones(3, 64))
+    config = directory / "adapter_config.json"
+    config.write_text(config.read_text().replace('"token_dim": 256', '"token_dim": 64'))
+    with pytest.raises(ArtifactError, match="embeddings are 256 wide"):
+        registry.get("writer")
+
+
+def test_a_prompt_of_another_base(registry, prompts, base):
+    write_rows(
+        prompts / "foreign",
+        base,
+        torch.ones(2, 256),
+        base_fingerprint={"model_type": "llama", "sizes": [1, 2, 3, 4], "values": [0.5]},
+    )
+    with pytest.raises(ArtifactError, match="was made for"):
+        registry.get("foreign")
+
+
+def test_trained_heads_are_refused(registry, prompts):
+    directory = prompts / "plain-peft"
+    tensors = load_file(directory / WEIGHTS)
+    save_file({**tensors, "base_model.lm_head.weight": torch.ones(2, 2)}, directory / WEIGHTS)
+    with pytest.raises(ArtifactError, match=r"trained modules \(base_model.lm_head.weight\)"):
+        registry.get("plain-peft")
+
+
+def test_a_file_that_is_too_large(prompts, base):
+    registry = Registry(Root.of(prompts), base, max_resident=8, max_bytes=1000)
+    with pytest.raises(ArtifactError, match="larger than 1,000 bytes; raise --max-prompt-bytes"):
+        registry.get("writer")
+
+
+def test_a_pipe_is_not_waited_for(registry, prompts):
+    path = prompts / "writer" / WEIGHTS
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ArtifactError, match="truncated or damaged"):
+        registry.get("writer")
+
+
+def test_a_change_is_a_new_version(registry, prompts, base):
+    before = registry.get("writer")
+    write_prompt(prompts / "writer", base, seed=9, task="generation", labels=None)
+    after = registry.get("writer")
+    assert after.version != before.version
+    assert after.prompt.key != before.prompt.key
+    assert not torch.equal(after.prompt.value[:2], before.prompt.value[:2])
+    os.utime(prompts / "writer" / WEIGHTS, ns=(1, 1))
+    assert registry.get("writer").version == after.version
+
+
+def test_a_template_alone_keeps_the_keys(registry, prompts, base):
+    before = registry.get("writer")
+    record = prompts / "writer" / "softprompt.json"
+    record.write_text(record.read_text().replace("{{input}}", "{{input}} :"))
+    after = registry.get("writer")
+    assert after.version != before.version
+    assert after.prompt.key == before.prompt.key
+    assert len(after.of_fields("hello").ids) == len(before.of_fields("hello").ids) + 1
+
+
+def test_damage_is_found_once_and_healed(registry, prompts, monkeypatch):
+    path = prompts / "writer" / WEIGHTS
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    reads = []
+    stored = Registry.stored
+    monkeypatch.setattr(Registry, "stored", lambda s, n: reads.append(n) or stored(s, n))
+    for _ in range(3):
+        with pytest.raises(ArtifactError, match="truncated or damaged"):
+            registry.get("writer")
+    assert reads == ["writer"]
+    path.write_bytes(whole)
+    assert registry.get("writer").name == "writer"
+
+
+def test_deleted_and_polled(registry, prompts):
+    registry.get("writer")
+    registry.get("pairs")
+    shutil.rmtree(prompts / "writer")
+    with pytest.raises(AdapterError, match="there is no prompt 'writer'"):
+        registry.get("writer")
+    assert registry.poll() == ["writer"]
+    assert registry.resident == 1
+    assert registry.poll() == []
+
+
+def test_the_least_used_goes(prompts, base):
+    registry = Registry(Root.of(prompts), base, max_resident=2, max_bytes=2**20)
+    first = registry.get("writer")
+    registry.get("pairs")
+    assert registry.get("writer") is first
+    registry.get("complaints")
+    assert registry.resident == 2
+    assert registry.is_resident("writer")
+    assert not registry.is_resident("pairs")
+
+
+def test_unloaded_prompts_are_gone_until_loaded(registry):
+    served = registry.get("writer")
+    registry.unload("writer")
+    assert "writer" not in registry.names()
+    with pytest.raises(AdapterError, match="is unloaded"):
+        registry.get("writer")
+    assert registry.load("writer").version == served.version
+    assert registry.get("writer") is not served
+    assert registry.reload("writer").version == served.version
+
+
+def test_a_prompt_that_shadows_the_base(registry, prompts, base):
+    write_prompt(prompts / "demo", base)
+    assert registry.get("demo").prompt is None
+    with pytest.raises(ArtifactError, match="name of the base model"):
+        registry.load("demo")
+
+
+def test_tasks(registry):
+    with pytest.raises(ConfigError, match="no task 'x'"):
+        registry.get("writer", "x")
+    assert registry.get("writer", 0).name == "writer"
+
+
+def test_a_thousand_prompts_cost_nothing_until_called(tmp_path, base):
+    first = write_prompt(tmp_path / "p0000", base)
+    for number in range(1, 1000):
+        directory = tmp_path / f"p{number:04}"
+        directory.mkdir()
+        for file in FILES:
+            os.link(first / file, directory / file)
+    registry = Registry(Root.of(tmp_path), base, max_resident=8, max_bytes=2**20)
+    assert len(registry.names()) == 1000
+    assert registry.resident == 0
+    started = time.perf_counter()
+    registry.get("p0500")
+    cold = time.perf_counter() - started
+    assert registry.resident == 1
+    assert registry.poll() == []
+    assert cold < 1
+
+
+def test_many_threads_load_once_each(registry, prompts, monkeypatch):
+    reads = []
+    stored = Registry.stored
+    monkeypatch.setattr(Registry, "stored", lambda s, n: reads.append(n) or stored(s, n))
+    found = []
+    threads = [
+        threading.Thread(target=lambda name=name: found.append(registry.get(name)))
+        for name in ["writer", "pairs", "complaints"] * 5
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(reads) == ["complaints", "pairs", "writer"]
+    assert len(found) == 15
+    assert len({id(each) for each in found}) == 3
+
+
+def test_a_prompt_replaced_while_it_is_read(registry, prompts, base, monkeypatch):
+    """Old weights with a new record are never put together."""
+    other = write_prompt(prompts.parent / "other", base, seed=12, length=5)
+    read, done = Root.read, []
+
+    def replaced_meanwhile(self, name, file, most):
+        data = read(self, name, file, most)
+        if file == "adapter_config.json" and not done:
+            done.append(name)
+            for each in FILES:
+                shutil.copy(other / each, prompts / name / each)
+        return data
+
+    monkeypatch.setattr(Root, "read", replaced_meanwhile)
+    served = registry.get("writer")
+    assert served.prompt.tokens == 5
+    assert done == ["writer"]
