@@ -119,7 +119,7 @@ def app_over(base: Any, root: Any, batcher: Any = None, **changes: Any) -> Any:
 
 
 @contextmanager
-def running(app: Any) -> Any:
+def running(app: Any, *, grace: int = 10) -> Any:
     """Serve an application with uvicorn, in a thread, on a free port."""
     sock = listening("127.0.0.1", 0)
     server = uvicorn.Server(
@@ -129,7 +129,7 @@ def running(app: Any) -> Any:
             access_log=False,
             lifespan="on",
             ws="none",
-            timeout_graceful_shutdown=10,
+            timeout_graceful_shutdown=grace,
         )
     )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)

@@ -279,3 +279,14 @@ def test_running_answers_finish_when_the_server_stops(base, shared_prompts):
         assert list(chunks) == []
     assert batcher.closing
     assert server.service.draining
+
+
+def test_answers_that_take_too_long_end_with_the_server(base, shared_prompts):
+    batcher = ScriptedBatcher()
+    with running(app_over(base, shared_prompts, batcher), grace=1) as server:
+        sock = raw(server, posted({**BODY, "stream": True}))
+        until(lambda: batcher.tickets)
+        started = time.monotonic()
+    assert time.monotonic() - started < 8
+    assert batcher.tickets[0].is_cancelled
+    sock.close()

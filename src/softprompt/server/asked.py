@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from softprompt.errors import ConfigError, DataError
@@ -97,6 +97,8 @@ def options_of(body: Generation, tokens: int, seconds: float) -> GenerationOptio
         "max_new_tokens": max(1, tokens),
         "min_new_tokens": body.min_tokens or 0,
         "repetition_penalty": 1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        "frequency_penalty": body.frequency_penalty or 0.0,
+        "presence_penalty": body.presence_penalty or 0.0,
         "max_time": min(body.max_time or seconds, seconds),
         "stop_sequences": tuple(stop),
     }
@@ -116,10 +118,7 @@ def _sampling(body: Generation, temperature: float) -> dict[str, Any]:
         found[name] = None if value == 1 else value
     found["temperature"] = None if temperature == 1 else temperature
     found["top_k"] = body.top_k if body.top_k and body.top_k > 0 else None
-    if body.min_p:
-        if "min_p" not in {item.name for item in fields(GenerationOptions)}:
-            raise ConfigError("min_p is not served; leave it out")
-        found["min_p"] = body.min_p
+    found["min_p"] = body.min_p or None
     return found
 
 

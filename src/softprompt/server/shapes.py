@@ -62,8 +62,8 @@ class Generation(Body):
     min_p: float | None = Field(None, ge=0, le=1)
     typical_p: float | None = Field(None, gt=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
-    frequency_penalty: float | None = Field(None, ge=0, le=0, description="Only 0 is served.")
-    presence_penalty: float | None = Field(None, ge=0, le=0, description="Only 0 is served.")
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
     seed: Whole | None = Field(None, ge=0, le=_INT64)
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     n: Whole | None = Field(1, ge=1, le=128)

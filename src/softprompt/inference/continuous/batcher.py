@@ -7,6 +7,7 @@ A request fails alone. If the thread itself fails, all its requests fail with th
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 from collections import deque
@@ -38,7 +39,7 @@ class BatcherStats:
     Attributes:
         waiting: Requests in the queue.
         running: Answers that run.
-        cached_tokens: Tokens that running rows have room for.
+        cached_tokens: Tokens that there is memory for, whether or not rows use it now.
         resident_prompts: Prompts whose keys and values are kept.
         resident_tokens: Virtual tokens of those.
         prompt_hits: Requests so far that found their prompt's keys and values.
@@ -99,6 +100,8 @@ class Batcher:
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._work, name="softprompt-batcher", daemon=True)
         self._thread.start()
+        # A thread that is in a pass when the interpreter ends would take it down.
+        atexit.register(self.stop)
 
     @property
     def engine(self) -> str:
@@ -168,6 +171,7 @@ class Batcher:
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+        atexit.unregister(self.stop)
 
     def _wake(self) -> None:
         with self._changed:
@@ -202,16 +206,18 @@ class Batcher:
         """Start waiting jobs in order, until one finds no room."""
         with self._changed:
             waiting = list(self._waiting)
+        gone: list[Job] = []
+        room = True
         for job in waiting:
             if job.is_over:
                 job.close()
-            else:
+                gone.append(job)
+            elif room:
                 admission = self._runner.admit(job)
-                if admission == "no room":
-                    break
-                if admission == "later":
-                    continue
-            with self._changed:
+                room = admission != "no room"
+                gone += [job] if admission == "started" else []
+        with self._changed:
+            for job in gone:
                 self._waiting.remove(job)
 
     def _note(self) -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from softprompt.attach.completion import sees_input_of
+from softprompt.attach.heads import heads_of
+from softprompt.errors import ConfigError
 from softprompt.inference.continuous.request import PromptValue, Request
 
 if TYPE_CHECKING:
@@ -20,8 +22,13 @@ def prompt_value(tuned: TunedPrompt) -> PromptValue:
     """Return the value that a prompt has now, baked, for the task it is used for.
 
     Raises:
-        ConfigError: The prompt has several tasks, and none is chosen.
+        ConfigError: The prompt has several tasks and none is chosen, or a head of its own beside its rows.
     """
+    head = next((path for path, _ in heads_of(tuned.model.get_base_model(), tuned.adapter)), None)
+    if head is not None:
+        raise ConfigError(
+            f"prompt {tuned.adapter!r} has its own {head}, and only the base's is served; use generate"
+        )
     places, parts = tuned.places, tuned.prompts()
     value = parts[places.source_index(0)].clone() if places.source else None
     decoder = parts[places.decoder_index(0)].clone() if places.decoder else None

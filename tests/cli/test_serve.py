@@ -1,0 +1,161 @@
+"""``softprompt serve`` as a process: what it says, what it refuses, and how it stops."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx
+import openai
+import pytest
+from click.testing import CliRunner
+
+from oracles.serving import write_prompt
+from softprompt.backbone.load import load_base
+from softprompt.cli.main import run
+from softprompt.cli.serve import command
+from softprompt.server.settings import ServeSettings
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    root = tmp_path_factory.mktemp("prompts")
+    base = load_base("demo")
+    write_prompt(root / "writer", base, task="generation", labels=None, template="{{input}}")
+    return root
+
+
+@contextmanager
+def serving(prompts, *options):
+    """Run the command on a free port until the block ends."""
+    words = ["serve", "--base-model", "demo", "--prompts", str(prompts), "--port", "0", *options]
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-W",
+            "error",
+            "-c",
+            "from softprompt.cli.main import main; main()",
+            *words,
+        ],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            found = re.search(r"listening on (http://\S+)", line)
+            if found:
+                break
+        else:
+            pytest.fail("".join(lines))
+        until_up(found[1])
+        yield process, found[1], lines
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def until_up(url):
+    for _ in range(500):
+        try:
+            if httpx.get(f"{url}/ready").status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.02)
+    pytest.fail("it never listened")
+
+
+def test_sigterm_lets_running_answers_finish(prompts):
+    with serving(prompts, "--drain-seconds", "20") as (process, url, lines):
+        assert lines[0] == "demo with 1 prompts, engine forest\n"
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        ask = {
+            "model": "writer",
+            "prompt": "My parcel",
+            "max_tokens": 300,
+            "temperature": 1.5,
+            "seed": 3,
+        }
+        ask["extra_body"] = {"min_tokens": 300}
+        stream = iter(client.completions.create(**ask, stream=True))
+        text = next(stream).choices[0].text
+        whole = []
+        other = threading.Thread(
+            target=lambda: whole.append(client.completions.create(**ask).choices[0].text)
+        )
+        other.start()
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        reasons = []
+        for chunk in stream:
+            text += chunk.choices[0].text
+            reasons.append(chunk.choices[0].finish_reason)
+        other.join()
+        assert reasons[-1] == "length"
+        assert whole == [text]
+        assert process.wait(20) == 0
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{url}/health")
+        assert process.stderr.read() == ""
+
+
+def refused(capsys, *words):
+    """Run the command with what it must refuse, and return its one line."""
+    assert run(["serve", *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("Error: ")
+    return err
+
+
+def test_what_is_refused(capsys, tmp_path, prompts):
+    base = ["--base-model", "demo"]
+    assert "--prompts" in refused(capsys, *base)
+    assert "does not exist" in refused(capsys, *base, "--prompts", str(tmp_path / "nope"))
+    (tmp_path / "file").write_text("")
+    assert "is a file" in refused(capsys, *base, "--prompts", str(tmp_path / "file"))
+    known = [*base, "--prompts", str(prompts)]
+    assert "65535" in refused(capsys, *known, "--port", "70000")
+    assert "no address" in refused(capsys, *known, "--host", "not a host")
+    assert "keys" in refused(capsys, *known, "--api-key-file", str(tmp_path / "nope"))
+    assert "is empty" in refused(capsys, *known, "--admin-key-file", str(tmp_path / "file"))
+    assert "max_batch_rows" in refused(capsys, *known, "--max-step-tokens", "1")
+    assert "neither a folder" in refused(
+        capsys, "--base-model", "no/such", "--prompts", str(prompts), "--port", "0"
+    )
+
+
+def test_a_port_that_is_taken(capsys, prompts):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        found = refused(capsys, "--base-model", "demo", "--prompts", str(prompts), "--port", port)
+    assert f"cannot listen on 127.0.0.1:{port}" in found
+
+
+@pytest.mark.parametrize("package", ["fastapi", "uvicorn", "prometheus_client"])
+def test_without_the_extra(capsys, monkeypatch, prompts, package):
+    for name in list(sys.modules):
+        if name.startswith("softprompt.server.") and not name.endswith(".settings"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    if package != "uvicorn":
+        for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
+            monkeypatch.setitem(sys.modules, name, None)
+    found = refused(capsys, "--base-model", "demo", "--prompts", str(prompts))
+    assert 'pip install "softprompt[serve]"' in found
+
+
+def test_every_setting_is_an_option():
+    help_text = CliRunner().invoke(command, ["--help"]).output
+    for name in ServeSettings.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in help_text
