@@ -11,7 +11,12 @@ import transformers as tf
 from oracles.families import ENCODERS, build, causal, seq2seq
 from oracles.naive import padded, solo_greedy, solo_logits
 from oracles.peft_pair import base, batch
-from softprompt import PeftModel, PromptTuningConfig, get_peft_model
+from softprompt import (
+    MultitaskPromptTuningConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from softprompt.errors import (
     AdapterError,
     ArtifactError,
@@ -147,6 +152,22 @@ def test_disable_adapter_reaches_generate(task):
     with ours.disable_adapter():
         assert ours.generate(**options).tolist() == expected.tolist()
     assert ours.generate(**options).tolist() == with_prompt.tolist() != expected.tolist()
+
+
+def test_disabled_a_multitask_prompt_needs_no_task_ids():
+    model = causal("llama")
+    ids = torch.randint(3, 64, (2, 6))
+    expected, text = model(ids).logits, model.generate(ids, max_new_tokens=3, do_sample=False)
+    config = MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P, num_tasks=3)
+    ours = get_peft_model(model, config).eval()
+    with ours.disable_adapter():
+        assert torch.equal(ours(ids).logits, expected)
+        assert torch.equal(ours(ids, task_ids=[0, 2]).logits, expected)
+        assert torch.equal(ours.generate(ids, max_new_tokens=3, do_sample=False), text)
+        with pytest.raises(AdapterError):
+            ours(ids, adapter_names=["default", "typo"])
+    with pytest.raises(ConfigError, match="task_ids"):
+        ours(ids)
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])

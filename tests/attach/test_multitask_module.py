@@ -199,7 +199,7 @@ class Code:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"prompt_embeddings": Code()}, "damaged or holds more than tensors"),
+        ({"prompt_embeddings": Code()}, "cannot be read"),
         (
             {"rows": torch.zeros(P, H)},
             "lacks prefix_task_cols, prefix_task_rows, prompt_embeddings",

@@ -13,7 +13,7 @@ from softprompt.backbone.facts import facts_of, input_embedding, output_limit
 from softprompt.errors import BackboneError
 
 NARROW = {"opt": 16, "electra": 16, "albert": 16}
-NO_LIMIT = {"bloom", "t5"}
+NO_LIMIT = {"bloom", "t5", "mt5"}
 """Relative positions (T5's buckets, Bloom's ALiBi) have no end."""
 
 

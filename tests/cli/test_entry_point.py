@@ -49,7 +49,7 @@ def test_ctrl_c_in_a_real_process(tmp_path):
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    log = output / "training_logs.jsonl"
+    log = output / ".state" / "training_logs.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and log.read_text().count("\n") > 3):
         assert process.poll() is None, process.stderr.read()

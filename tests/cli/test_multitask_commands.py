@@ -72,7 +72,10 @@ def test_a_source_is_used_by_one_task_or_adapted(result, sources, files, tmp_pat
 
 
 def test_cut_rows_are_reported(result, files, tmp_path):
-    words = ["--train-data", files / "moods.jsonl", "--max-source-length", "3", *QUICK]
+    long = tmp_path / "long.jsonl"
+    rows = (files / "moods.jsonl").read_text().replace("it ", "it was a long story that ")
+    long.write_text(rows)
+    words = ["--train-data", long, "--max-source-length", "4", *QUICK]
     assert result("tune", *words, "--output", tmp_path / "out")["cut"] == {
         "sources": 8,
         "targets": 0,

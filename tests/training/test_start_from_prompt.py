@@ -11,7 +11,8 @@ import torch
 from softprompt.cli.main import run
 from softprompt.errors import ConfigError
 from softprompt.prompts.configs import PromptTuningInit
-from softprompt.training.preparation import prepare, read_data
+from softprompt.training.examples import read_data
+from softprompt.training.preparation import prepare
 from softprompt.training.settings import TuneSettings, TuningConfig
 from softprompt.training.tune import tune
 
@@ -41,7 +42,8 @@ def first_rows(base, rows, source, length):
         prompt_tuning_init_prompt=str(source),
     )
     settings = TuneSettings(tuning_config=tuning, verbalizer=VERBALIZER)
-    return prepare(base, read_data(rows, None, settings), settings).prompt.detach()
+    prepared = prepare(base, read_data(rows, None, settings), settings)
+    return prepared.prompt.materialize().detach()
 
 
 def test_a_run_starts_where_another_ended(llama, rows, source):

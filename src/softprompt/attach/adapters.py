@@ -24,6 +24,7 @@ from softprompt.attach.tasks import RULES
 from softprompt.attach.transfer import started_prompt
 from softprompt.backbone.facts import Facts, facts_of
 from softprompt.backbone.freeze import freeze
+from softprompt.engine.lock import locked
 from softprompt.engine.virtual import vocabulary_of
 from softprompt.errors import AdapterError, ConfigError
 from softprompt.prompts.configs import PeftConfig, PromptLearningConfig, TaskType
@@ -86,9 +87,10 @@ class Adapters(nn.Module, ABC):
         paths = heads.find_heads(self.base_model, config.modules_to_save or [], optional=optional)
         heads.require_free(self.base_model, paths, adapter_name)
         encoder = started_prompt(config, self.base_model, generator=generator)
-        self.prompt_encoder[adapter_name] = encoder.to(self.base_model.device)
-        self.peft_config[adapter_name] = config
-        heads.add_heads(self.base_model, paths, adapter_name)
+        with locked(self.base_model):
+            self.prompt_encoder[adapter_name] = encoder.to(self.base_model.device)
+            self.peft_config[adapter_name] = config
+            heads.add_heads(self.base_model, paths, adapter_name)
         if config.inference_mode:
             self._frozen.add(adapter_name)
         self._set_gradients()
@@ -111,11 +113,12 @@ class Adapters(nn.Module, ABC):
         self._known(adapter_name)
         if len(self.peft_config) == 1:
             raise AdapterError(f"{adapter_name!r} is the last prompt; unload() gives the base back")
-        del self.peft_config[adapter_name]
-        del self.prompt_encoder[adapter_name]
-        self.manifests.pop(adapter_name, None)
-        self._frozen.discard(adapter_name)
-        heads.drop_heads(self.base_model, adapter_name)
+        with locked(self.base_model):
+            del self.peft_config[adapter_name]
+            del self.prompt_encoder[adapter_name]
+            self.manifests.pop(adapter_name, None)
+            self._frozen.discard(adapter_name)
+            heads.drop_heads(self.base_model, adapter_name)
         if self.active_adapter == adapter_name:
             self.set_adapter(next(iter(self.peft_config)))
 

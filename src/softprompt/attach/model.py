@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from softprompt.attach import saving
 from softprompt.attach.adapters import Adapters
+from softprompt.attach.base_check import check_base
 from softprompt.attach.choosing import RowPrompt, TaskIds, chosen_rows
 from softprompt.attach.completion import sees_input_of
 from softprompt.attach.context_loss import without_context_labels
@@ -126,8 +127,14 @@ class PeftModel(Adapters):
     ) -> list[RowPrompt]:
         """Return each row's prompt; none while adapters are disabled."""
         batch = batch_size(inputs)
+        # Disabled, a call is the base's, which nobody tells a task.
+        needless = self._disabled and task_ids is None
         rows = chosen_rows(
-            chosen, task_ids, active=self.active_adapter, batch=batch, tasks_of=self._tasks_of
+            chosen,
+            task_ids,
+            active=self.active_adapter,
+            batch=batch,
+            tasks_of=(lambda name: self._tasks_of(name) and 1) if needless else self._tasks_of,
         )
         return [RowPrompt(BASE)] * batch if self._disabled else rows
 
@@ -231,7 +238,7 @@ class PeftModel(Adapters):
                 f"{model_id} holds a prompt for task_type {stored.config.task_type}, "
                 f"load it with {target.__name__}"
             )
-        saving.check_base(stored, model, ignore_fingerprint)
+        check_base(stored.manifest, stored.location, model, ignore=ignore_fingerprint)
         attached = target(model, stored.config, adapter_name)
         try:
             saving.fill(attached, adapter_name, stored, trainable=is_trainable)
@@ -252,7 +259,7 @@ class PeftModel(Adapters):
     ) -> None:
         """Attach one more saved prompt; see ``from_pretrained``."""
         stored = saving.read(model_id, subfolder, revision)
-        saving.check_base(stored, self.base_model, ignore_fingerprint)
+        check_base(stored.manifest, stored.location, self.base_model, ignore=ignore_fingerprint)
         self.add_adapter(adapter_name, stored.config)
         try:
             saving.fill(self, adapter_name, stored, trainable=is_trainable)

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from softprompt.artifacts.manifest import Manifest
-from softprompt.artifacts.native import StoredAdapter, load_adapter, save_adapter
+from softprompt.artifacts.native import load_adapter, save_adapter
 from softprompt.attach import heads
 from softprompt.backbone.facts import Facts
 from softprompt.backbone.fingerprint import Fingerprint
-from softprompt.errors import ArtifactError, FingerprintError
+from softprompt.errors import ArtifactError
 from softprompt.prompts.configs import PeftType, PromptLearningConfig, TaskType
 from softprompt.prompts.module import PROMPT_KEY, check_fit, take_over
 
@@ -154,26 +153,6 @@ def _submodules(values: Mapping[str, Any]) -> int:
         default = 2 if values.get("task_type") == TaskType.SEQ_2_SEQ_LM else 1
         return int(values.get("num_transformer_submodules") or default)
     return 2 if len(values.get("output_model_types") or ()) == 2 else 1
-
-
-def check_base(stored: Stored | StoredAdapter, model: PreTrainedModel, ignore: bool) -> None:
-    """Refuse a base that the prompt was not made for.
-
-    Raises:
-        FingerprintError: If the fingerprints differ and that is not ignored.
-    """
-    # A prompt from a format that records no weights of its base has an empty fingerprint.
-    if stored.manifest is None or ignore or not stored.manifest.base_fingerprint:
-        return
-    made_for = Fingerprint.from_dict(stored.manifest.base_fingerprint)
-    here = Fingerprint.of(model)
-    if not made_for.matches(here):
-        raise FingerprintError(
-            f"the prompt in {stored.location} was made for {stored.manifest.base_model} "
-            f"({made_for.model_type}, fingerprint {made_for.short}), this base is {model.name_or_path} "
-            f"({here.model_type}, {here.short}); load its own base, or pass --ignore-fingerprint "
-            "(ignore_fingerprint=True in Python)"
-        )
 
 
 def fill(model: PeftModel, adapter: str, stored: Stored, *, trainable: bool) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from softprompt.errors import ConfigError
+from softprompt.artifacts.pickles import load_pickled
+from softprompt.errors import ArtifactError, ConfigError
 from softprompt.prompts.module import PROMPT_KEY
 from softprompt.prompts.multitask import SOURCE_INITS, MultitaskPromptTuningConfig
 from softprompt.prompts.task_matrices import SourcePrompt
@@ -33,15 +34,12 @@ def source_of(config: MultitaskPromptTuningConfig) -> SourcePrompt | None:
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    # A damaged file can fail anywhere in the unpickler; code in it is refused there, never run.
-    except Exception as cause:
-        reason = " ".join(str(cause).split())[:120] or type(cause).__name__
+        loaded = load_file(path) if path.suffix == ".safetensors" else load_pickled(path)
+    except (ArtifactError, SafetensorError, OSError) as cause:
+        reason = " ".join(str(cause).split())[:160] or type(cause).__name__
         raise ConfigError(
-            f"the source prompt {path} is damaged or holds more than tensors ({reason}); save it again as "
-            ".safetensors from a source you trust"
+            f"the source prompt {path} cannot be read ({reason}); save it again as .safetensors from a "
+            "source you trust"
         ) from cause
     if isinstance(loaded, Tensor):
         # caikit's encoder.pt: the rows and nothing else.

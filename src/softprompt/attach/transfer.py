@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from softprompt.artifacts.manifest import Manifest
 from softprompt.artifacts.native import StoredAdapter, load_adapter
 from softprompt.artifacts.parts import rows_of
+from softprompt.attach.base_check import check_base
 from softprompt.attach.encoders import build_prompt
-from softprompt.attach.saving import check_base
 from softprompt.backbone.facts import input_embedding
 from softprompt.backbone.fingerprint import Fingerprint
 from softprompt.backbone.load import load_base
@@ -162,7 +162,7 @@ def _recycled(
             f"{stored.location} was made for {manifest.base_model}, which is needed to map it to this "
             f"base and cannot be loaded: {cause}"
         ) from cause
-    check_base(stored, own.model, False)
+    check_base(manifest, stored.location, own.model)
     words = load_tokenizer(tokenizer_name or str(model.name_or_path))
     there, here = input_embedding(own.model), input_embedding(model)
     sizes = there.weight.shape[0], here.weight.shape[0]

@@ -63,7 +63,7 @@ def _base(
     stored: StoredAdapter, base_model: str | None, ignore_fingerprint: bool
 ) -> LoadedBase | None:
     """Load the base and check that it is the prompt's; the recorded one may be absent."""
-    from softprompt.attach.saving import check_base
+    from softprompt.attach.base_check import check_base
     from softprompt.backbone.load import load_base
     from softprompt.errors import BackboneError
 
@@ -74,7 +74,7 @@ def _base(
     try:
         base = load_base(name)
         if _writes_text(stored):  # under another head the sample of weights is another one
-            check_base(stored, base.model, ignore_fingerprint)
+            check_base(stored.manifest, stored.location, base.model, ignore=ignore_fingerprint)
     except BackboneError as error:
         if base_model is not None:
             raise

@@ -21,7 +21,8 @@ from softprompt.engine.context import check_rows, depends_on_neighbours
 from softprompt.engine.layout import Prompts
 from softprompt.engine.plain import PlainEngine, pad_rows
 from softprompt.engine.predictions import IGNORED, HeadInput, PredictingEngine, Predictions
-from softprompt.engine.rows import EngineRow, any_prefix
+from softprompt.engine.prefixes import Prefixes
+from softprompt.engine.rows import EngineRow, is_keys_and_values, prompt_length
 from softprompt.engine.virtual import virtual_rows
 
 
@@ -55,21 +56,38 @@ class ExpandEngine(PredictingEngine):
             ContextOverflowError: If a row does not fit behind its prompt.
         """
         check_rows(self._model, self._facts, rows, prompts)
-        if any_prefix(rows, prompts):
-            # Their keys and values are given: the plain path puts them into the cache as they are.
-            return self._plain.predict(rows, prompts, head)
-        used = sorted({row.prompt for row in rows if row.prompt >= 0 and len(prompts[row.prompt])})
+        used = sorted({row.prompt for row in rows if prompt_length(prompts, row.prompt)})
+        given = [is_keys_and_values(prompts[p]) for p in used]
         checkpointing = recomputes_layers(self._model)
         unlike = depends_on_neighbours(rows, prompts, self._facts)
         behind = any(row.at for row in rows if row.prompt in used)
-        if not used or checkpointing or unlike or behind or not all(row.source for row in rows):
+        mixed = any(given) and not all(given)
+        if (
+            not used
+            or checkpointing
+            or unlike
+            or behind
+            or mixed
+            or not all(r.source for r in rows)
+        ):
             # Checkpointing drops the cache; an empty source is predicted from the prompt's own pass;
             # the keys of a prompt behind other tokens are different in every row.
             return self._plain.predict(rows, prompts, head)
+        if all(given):
+            return self._text_pass(rows, used, *self._given(prompts, used), head)
         chosen = Prompts.of([prompts[p] for p in used], range(len(used)))
         with virtual_rows(self._model, chosen.table):
             cache, mask = self._prompt_pass(chosen)
             return self._text_pass(rows, used, cache, mask, head)
+
+    def _given(self, prompts: Sequence[Tensor], used: Sequence[int]) -> tuple[Cache, Tensor]:
+        """Return prompts that are keys and values as ``_prompt_pass`` returns those of rows."""
+        prefixes = Prefixes.of([prompts[p] for p in used], range(len(used)))
+        assert prefixes is not None
+        prefixes = prefixes.shifted()
+        cache = DynamicCache()
+        prefixes.fill(cache, torch.empty(0, dtype=self._model.dtype, device=self._model.device))
+        return cache, prefixes.columns().long().to(self._model.device)
 
     def _prompt_pass(self, prompts: Prompts) -> tuple[Cache, Tensor]:
         """Return the keys and values of the prompts, ``[K, A_kv, P, D]`` a layer, and their mask ``[K, P]``."""

@@ -155,10 +155,10 @@ def prefixed_cache(
                 "on the right, or run rows of one length"
             )
         if not seen:
-            kwargs["past_key_values"] = _filled(cache, own, model)
-        column = torch.arange(own.width, device=mask.device)
-        before = column >= own.width - own.lengths.to(mask.device).unsqueeze(1)
-        kwargs["attention_mask"] = torch.cat([before.to(mask.dtype), mask], dim=1)
+            filled = cache if isinstance(cache, Cache) else DynamicCache()
+            own.fill(filled, torch.empty(0, dtype=model.dtype, device=model.device))
+            kwargs["past_key_values"] = filled
+        kwargs["attention_mask"] = torch.cat([own.columns().to(mask), mask], dim=1)
         if facts.accepts_position_ids:
             whole = kwargs["attention_mask"].long().cumsum(1) - 1
             kwargs["position_ids"] = whole.clamp(min=0)[:, -tokens.shape[1] :]
@@ -170,13 +170,3 @@ def prefixed_cache(
             yield
         finally:
             handle.remove()
-
-
-def _filled(cache: object, prefixes: Prefixes, model: PreTrainedModel) -> Cache:
-    """Return a cache that holds the prefixes, the caller's own when there is one."""
-    filled = cache if isinstance(cache, Cache) else DynamicCache()
-    like = torch.empty(0, dtype=model.dtype, device=model.device)
-    for index in range(prefixes.layers):
-        keys, values = prefixes.layer(index, like)
-        filled.update(keys, values, index)
-    return filled

@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import Cache
 
 from softprompt.engine.rows import is_keys_and_values
 
@@ -84,6 +85,16 @@ class Prefixes:
         else:
             rows = values.index_select(0, owner.clamp(min=0))
         return rows[:, 0], rows[:, 1]
+
+    def columns(self) -> Tensor:
+        """Return which columns of shifted prefixes are real, bool ``[B, P]``."""
+        column = torch.arange(self.width, device=self.lengths.device)
+        return column >= self.width - self.lengths.unsqueeze(1)
+
+    def fill(self, cache: Cache, like: Tensor) -> None:
+        """Put the prefixes into an empty cache, in dtype and place of ``like``."""
+        for index in range(self.layers):
+            cache.update(*self.layer(index, like), index)
 
     def shifted(self) -> Prefixes:
         """Return the same prefixes padded in front, so that each ends in the last column."""

@@ -15,7 +15,7 @@ from softprompt.artifacts.bare import check_fit
 from softprompt.artifacts.files import require_empty, require_new_file
 from softprompt.artifacts.formats import Export, Format, Read, detect, format_named
 from softprompt.artifacts.native import StoredAdapter
-from softprompt.attach.saving import check_base
+from softprompt.attach.base_check import check_base
 from softprompt.backbone.facts import is_encoder_decoder
 from softprompt.backbone.load import LoadedBase, load_base
 from softprompt.data.special_frame import SpecialFrame, encode
@@ -110,7 +110,7 @@ def convert(
     others = {other: _read_other(path) for other, path in (add or {}).items()}
     if base is not None:
         for each in (stored, *others.values()):
-            check_base(each, base.model, ignore_fingerprint)
+            check_base(each.manifest, each.location, base.model, ignore=ignore_fingerprint)
             check_fit(each, base)
     export = Export(
         stored=stored,

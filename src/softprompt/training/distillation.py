@@ -1,6 +1,6 @@
 """Learning from teachers: likelihood + weight * (KL of the answers + distance of hidden states).
 
-Source: Wang et al. 2023, multitask prompt tuning, section 3.2.
+Source: Wang et al. 2023, multitask prompt tuning (arXiv:2303.02861).
 """
 
 from __future__ import annotations
