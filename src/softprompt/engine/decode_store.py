@@ -20,6 +20,9 @@ from softprompt.backbone.keyvalues import KeyValueShape
 _LEAST = 32
 """Smallest capacity of a lane, in tokens."""
 
+_FIRST = 4
+"""Lanes that a buffer has room for at first."""
+
 
 @dataclass(slots=True, eq=False)
 class Lane:
@@ -66,6 +69,8 @@ class LaneGroup:
 @final
 class KeyValueStore:
     """Lanes for rows, within a budget of tokens.
+
+    Buffers are kept for the rows to come; those of other capacities shrink when room is needed.
 
     Args:
         shape: Sizes of the keys and values.
@@ -128,10 +133,6 @@ class KeyValueStore:
                 group.keys_and_values(last).zero_()
             last.slot = lane.slot
             group.lanes[lane.slot] = last
-        if not group.lanes:
-            del self.groups[lane.capacity]
-        elif len(group.lanes) * 4 <= group.values.shape[2]:
-            group.resize(len(group.lanes) * 2)
 
     def converted(self, values: Tensor) -> Tensor:
         """Return keys and values in the dtype and place of the lanes."""
@@ -159,12 +160,9 @@ class KeyValueStore:
         slots = int(group.values.shape[2]) if group is not None else 0
         if used + count <= slots:
             return True
+        if self.allocated - slots * capacity + (used + count) * capacity > self._max_tokens:
+            self._squeeze(capacity)
         elsewhere = self.allocated - slots * capacity
-        if elsewhere + (used + count) * capacity > self._max_tokens:
-            for other, each in self.groups.items():
-                if other != capacity and len(each.lanes) < each.values.shape[2]:
-                    each.resize(len(each.lanes))
-            elsewhere = self.allocated - slots * capacity
         most = (self._max_tokens - elsewhere) // capacity
         if used + count > most:
             return False
@@ -172,5 +170,13 @@ class KeyValueStore:
             layers, heads, width = self._shape.layers, self._shape.heads, self._shape.width
             group = LaneGroup(self._like.new_zeros(layers, 2, 0, heads, capacity, width))
             self.groups[capacity] = group
-        group.resize(min(most, max(used + count, 2 * used)))
+        group.resize(min(most, max(used + count, 2 * used, _FIRST)))
         return True
+
+    def _squeeze(self, capacity: int) -> None:
+        """Give back what the lanes of other capacities do not use."""
+        for other, group in list(self.groups.items()):
+            if other != capacity and not group.lanes:
+                del self.groups[other]
+            elif other != capacity:
+                group.resize(len(group.lanes))

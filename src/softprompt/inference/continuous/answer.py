@@ -82,6 +82,8 @@ class Answer:
             self.ended_by = "max_tokens"
         elif time.monotonic() >= self._deadline:
             self.ended_by = "time_limit"
+        if self.ended_by is not None:
+            self._text.settle(self.tokens)
         piece = self._text.new(ended=self.ended_by is not None)
         return TokenEvent(self.index, token, piece, logprob, top)
 

@@ -38,7 +38,7 @@ class BatcherStats:
     Attributes:
         waiting: Requests in the queue.
         running: Answers that run.
-        cached_tokens: Tokens that running rows have room for.
+        cached_tokens: Tokens that there is memory for, whether or not rows use it now.
         resident_prompts: Prompts whose keys and values are kept.
         resident_tokens: Virtual tokens of those.
         prompt_hits: Requests so far that found their prompt's keys and values.

@@ -50,7 +50,7 @@ class ForestRunner:
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens that running rows have room for."""
+        """Tokens that there is memory for, whether or not rows use it now."""
         return self.forest.store.allocated
 
     @property

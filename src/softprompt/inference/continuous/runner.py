@@ -30,7 +30,7 @@ class Runner(Protocol):
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens that running rows have room for."""
+        """Tokens that there is memory for, whether or not rows use it now."""
         ...
 
     def check(self, request: Request) -> None:

@@ -74,7 +74,7 @@ class SimpleRunner:
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens that running rows have room for."""
+        """Tokens that there is memory for, whether or not rows use it now."""
         return sum(_need(job.request) * job.request.n for job in self._jobs)
 
     def check(self, request: Request) -> None:

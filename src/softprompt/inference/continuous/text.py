@@ -7,6 +7,9 @@ from typing import final
 
 from softprompt.inference.stopping import INCOMPLETE, Decode, StopSequences
 
+_WINDOW = 24
+"""Tokens that are decoded again with each new one, at least; enough for any character or joined word."""
+
 
 @final
 class GrowingText:
@@ -21,6 +24,9 @@ class GrowingText:
         self._stops = stops
         self._text = ""
         self._given = 0
+        self._start = 0  # first token of the window
+        self._before = ""  # the text when the window was set
+        self._overlap = ""  # what of it the window's tokens gave by themselves
         self.stop_start: int | None = None
 
     @property
@@ -30,10 +36,28 @@ class GrowingText:
 
     def add(self, tokens: Sequence[int]) -> bool:
         """Decode an answer that has one more token, and tell whether a stop sequence ends it."""
-        before, self._text = self._text, self._decode(tokens)
+        before, self._text = self._text, self._decoded(tokens)
         if self._stops.texts:
             self.stop_start = self._stops.completed(len(tokens), self._text, before)
         return self.stop_start is not None
+
+    def settle(self, tokens: Sequence[int]) -> None:
+        """Decode a finished answer whole."""
+        self._text = self._decode(tokens)
+
+    def _decoded(self, tokens: Sequence[int]) -> str:
+        """Return the text of all tokens by decoding the last of them."""
+        window = self._decode(tokens[self._start :])
+        if not window.startswith(self._overlap):
+            self._start, self._before, self._overlap = 0, "", ""
+            return self._decode(tokens)
+        text = self._before + window[len(self._overlap) :]
+        if len(tokens) - self._start >= 2 * _WINDOW and not text.endswith(INCOMPLETE):
+            self._start = len(tokens) - _WINDOW
+            self._before = self._decode(tokens)
+            self._overlap = self._decode(tokens[self._start :])
+            return self._before
+        return text
 
     def new(self, *, ended: bool) -> str:
         """Return the text that was not given out yet and may be."""
