@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from softprompt.attach.base_check import check_base
 from softprompt.attach.completion import completed
 from softprompt.attach.encoders import build_prompt
-from softprompt.attach.saving import Stored, check_base, rows_read
+from softprompt.attach.saving import Stored, rows_read
 from softprompt.backbone.facts import facts_of, input_embedding
 from softprompt.errors import ArtifactError
 from softprompt.prompts.configs import PromptLearningConfig
@@ -38,7 +39,7 @@ def prompt_values(
             f"{stored.location} holds trained modules ({', '.join(heads[:3])}), which cannot stand beside "
             "other prompts; attach it with PeftModel.from_pretrained"
         )
-    check_base(stored, model, ignore_fingerprint)
+    check_base(stored.manifest, stored.location, model, ignore=ignore_fingerprint)
     facts = facts_of(model)
     config = completed(stored.config, model, facts, shared=None, own=None)
     module = build_prompt(config, input_embedding(model), model=model)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from softprompt.artifacts.manifest import Manifest
-from softprompt.artifacts.native import load_adapter, save_adapter
+from softprompt.artifacts.native import StoredAdapter, load_adapter, save_adapter
 from softprompt.attach import heads
 from softprompt.backbone.facts import Facts
 from softprompt.backbone.fingerprint import Fingerprint
