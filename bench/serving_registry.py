@@ -21,11 +21,8 @@ def registered(count: int) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         _write(Path(folder), count)
-        queue = context.Queue()
-        process = context.Process(target=_measure, args=(folder, count, queue))
-        process.start()
-        found: dict[str, Any] = queue.get()
-        process.join()
+        with context.Pool(1) as pool:
+            found: dict[str, Any] = pool.apply(_measure, (folder, count))
     return found
 
 
@@ -47,7 +44,7 @@ def _write(root: Path, count: int) -> None:
             (other / path.name).write_bytes(path.read_bytes())
 
 
-def _measure(folder: str, count: int, queue: Any) -> None:
+def _measure(folder: str, count: int) -> dict[str, Any]:
     from softprompt.backbone.load import load_base
     from softprompt.inference.continuous.batcher import Batcher
     from softprompt.inference.continuous.events import TokenEvent
@@ -80,13 +77,11 @@ def _measure(folder: str, count: int, queue: Any) -> None:
             if isinstance(event, TokenEvent):
                 took.append(time.perf_counter() - start)
     registry.poll()
-    queue.put(
-        {
-            "prompts": count,
-            "memory_mib": (resident_bytes() - before) / 2**20,
-            "listing_ms": 1000 * listing,
-            "first_ms": 1000 * statistics.median(took[1:]),
-            "cold_ms": 1000 * took[0],
-        }
-    )
     batcher.stop()
+    return {
+        "prompts": count,
+        "memory_mib": (resident_bytes() - before) / 2**20,
+        "listing_ms": 1000 * listing,
+        "first_ms": 1000 * statistics.median(took[1:]),
+        "cold_ms": 1000 * took[0],
+    }
