@@ -66,11 +66,12 @@ class PeftServer:
         """Answer requests alone, each asked for when the one before it is answered."""
         return [self.batch([ask], [time.perf_counter()])[0] for ask in todo]
 
-    def by_prompt(self, todo: Sequence[Ask], clients: int) -> list[Took]:
-        """Answer the largest group of waiting requests for one prompt, again and again.
+    def by_prompt(self, todo: Sequence[Ask], clients: int, *, largest: bool) -> list[Took]:
+        """Answer a group of waiting requests for one prompt, again and again.
 
         Clients ask their next question as soon as they are answered, so that as many wait as there
-        are clients. To take the largest group gives the most tokens a second.
+        are clients. The largest group first gives the most tokens a second and lets rare prompts wait;
+        the group that waited longest first is fair.
         """
         start = time.perf_counter()
         waiting = [(i, start) for i in range(min(clients, len(todo)))]
@@ -80,7 +81,8 @@ class PeftServer:
             groups: dict[int, list[tuple[int, float]]] = {}
             for i, began in waiting:
                 groups.setdefault(todo[i].prompt, []).append((i, began))
-            chosen = max(groups.values(), key=len)
+            # Groups are in the order of their oldest requests, as ``waiting`` is.
+            chosen = max(groups.values(), key=len) if largest else next(iter(groups.values()))
             answers = self.batch([todo[i] for i, _ in chosen], [began for _, began in chosen])
             took.update(zip([i for i, _ in chosen], answers, strict=True))
             now = time.perf_counter()

@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+import torch
 
 from oracles.serving import until
 from softprompt import load
@@ -93,8 +94,8 @@ def test_callers_share_a_pass_and_fail_alone(server, monkeypatch):
         ({}, "either input, or the template's fields"),
         ({"input": "x", "fields": {"input": "x"}}, "either input"),
         ({"input": []}, "input"),
-        ({"input": "x", "model": "writer"}, "no labels; send labels"),
-        ({"input": "x", "model": "demo"}, "no template to classify with"),
+        ({"input": "x", "model": "writer"}, "no labels of its own; send labels"),
+        ({"input": "x", "model": "demo"}, "no labels of its own; send labels"),
         ({"input": "x", "labels": ["a", "a"]}, "same tokens"),
         ({"input": "x", "labels": ["word " * 30]}, "max_target_length"),
         ({"input": ["x"] * 65}, "this server takes 64"),
@@ -110,3 +111,17 @@ def test_what_cannot_be_scored(client, body, words):
 def test_a_cut_input_says_so(client):
     (row,) = asked(client, input="word " * 300, truncate_input=True)["data"]
     assert row["input_cut"] is True
+
+
+def test_the_base_scores_given_labels(client, base):
+    body = {"model": "demo", "input": "Text : It broke . Label :", "labels": ["complaint", "none"]}
+    found = client.post("/v1/classify", json=body).json()
+    source = base.tokenizer(body["input"])["input_ids"]
+    for label in body["labels"]:
+        target = base.tokenizer(f" {label}", add_special_tokens=False)["input_ids"]
+        target.append(base.tokenizer.eos_token_id)
+        logits = base.model(input_ids=torch.tensor([[*source, *target]])).logits[0].log_softmax(-1)
+        end = len(source) - 1
+        score = sum(float(logits[end + i, token]) for i, token in enumerate(target))
+        assert found["data"][0]["scores"][label] == pytest.approx(score, abs=1e-4)
+    assert found["usage"]["virtual_tokens"] == 0
