@@ -317,3 +317,14 @@ def test_models_no_prefix_can_stand_in(config, loader):
     model = build(loader, config())
     with pytest.raises(BackboneError, match="use PromptTuningConfig"):
         get_peft_model(model, PrefixTuningConfig(num_virtual_tokens=4))
+
+
+@pytest.mark.parametrize("name", ["mpt", "bloom", "gptj"])
+def test_generation_without_a_cache_of_its_own(name):
+    """MPT asks for no cache by default: each step feeds the whole text, behind the prefix once."""
+    model = prefixed(causal(name))
+    model.generation_config.eos_token_id = None
+    row = torch.tensor([ROWS[1]])
+    got = model.generate(input_ids=row, max_new_tokens=20, do_sample=False, use_cache=False)
+    expected = solo_greedy_behind(model.base_model, value(model, "default"), ROWS[1], 20)
+    assert got[0, 3:].tolist() == expected

@@ -134,6 +134,12 @@ def prefixed_cache(
     """
     prefixes = prefixes.shifted()
 
+    def withhold(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        # Whoever asked for no cache feeds the whole text again, which must not meet its own past.
+        if kwargs.get("use_cache") is False:
+            output.past_key_values = None
+        return output
+
     def place(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if recomputes_layers(model) and torch.is_grad_enabled():
             raise ConfigError(
@@ -165,8 +171,12 @@ def prefixed_cache(
         return args, kwargs
 
     with locked(model):
-        handle = model.register_forward_pre_hook(place, with_kwargs=True)
+        handles = [
+            model.register_forward_pre_hook(place, with_kwargs=True),
+            model.register_forward_hook(withhold, with_kwargs=True),
+        ]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
