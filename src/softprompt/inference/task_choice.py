@@ -24,7 +24,9 @@ def task_number(task: Task | None, manifest: Manifest, count: int) -> int:
     if task is None:
         if count == 1:
             return 0
-        raise ConfigError(f"this prompt has {count} tasks ({known}); choose one with task=...")
+        raise ConfigError(
+            f"this prompt has {count} tasks ({known}); choose one with task=... (--task-name)"
+        )
     if task in names:
         return names.index(str(task))
     number = int(task) if str(task).isdecimal() else count
