@@ -93,7 +93,15 @@ def test_other_bases_are_refused(tmp_path, pair):
 
 
 @pytest.mark.parametrize(
-    "change", [{"template": "Text: {{input}}"}, {"labels": ("x", "y")}, {"task": "generation"}]
+    "change",
+    [
+        {"template": "Text: {{input}}"},
+        {"labels": ("x", "y")},
+        {"task": "generation"},
+        {"max_source_length": 20},
+        {"max_target_length": 4},
+        {"dtype": "bfloat16"},
+    ],
 )
 def test_records_that_differ_need_a_choice(tmp_path, pair, change):
     other = folder(tmp_path / "other", drawn(3), **change)
