@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from softprompt.artifacts.layout import PROMPT_KEY
+from softprompt.artifacts.manifest import manifest_of_task
 from softprompt.artifacts.native import StoredAdapter
 from softprompt.artifacts.parts import ANSWER, INPUT, beyond_rows, placed_rows
 from softprompt.artifacts.peft_layouts import COLS_KEY, LAYOUTS, ROWS_KEY
@@ -76,7 +77,9 @@ def single_task(stored: StoredAdapter, task: str | None) -> StoredAdapter:
     config |= {"peft_type": str(PeftType.PROMPT_TUNING), "prompt_tuning_init": "RANDOM"}
     for name in ("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"):
         config[name] = None
-    manifest = stored.manifest and dataclasses.replace(stored.manifest, tasks=None)
+    manifest = stored.manifest
+    if manifest is not None:
+        manifest = dataclasses.replace(manifest_of_task(manifest, index), tasks=None)
     return StoredAdapter(config, tensors, manifest, stored.location)
 
 
