@@ -110,3 +110,28 @@ def test_what_is_lost_is_said_and_is_on_the_page(tmp_path, prompt, to, lost):
     page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
     (row,) = [line for line in page.splitlines() if line.startswith(f"| `{to}` |")]
     assert all(f"`{name}`" in row for name in found)
+
+
+def test_a_request_for_one_task_has_its_template(tmp_path, base):
+    shapes = {
+        "prompt_embeddings": (P, 32),
+        "prefix_task_cols": (2, P, 1),
+        "prefix_task_rows": (2, 1, 32),
+    }
+    factors = {name: torch.rand(shape) for name, shape in shapes.items()}
+    kind = {"peft_type": "MULTITASK_PROMPT_TUNING", "num_tasks": 2, "num_ranks": 1}
+    stored = load_adapter(write_prompt(tmp_path / "t", base, tensors=factors, **kind))
+    long, short = (
+        {"template": template, "task": "generation", "labels": None}
+        for template in ("A long template: {{input}}", "{{input}}")
+    )
+    told = {"tasks": {"long": long, "short": short}}
+    manifest = dataclasses.replace(stored.manifest, tasks=("long", "short"), data=told)
+    save_adapter(tmp_path / "n", stored.config, stored.tensors, manifest, overwrite=False)
+    counts = [
+        convert(tmp_path / "n", tmp_path / f"{task}.json", to="vllm", text="x", task=task).facts[
+            "tokens"
+        ]
+        for task in ("long", "short")
+    ]
+    assert counts[0] > counts[1] + 5

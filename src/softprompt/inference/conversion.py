@@ -95,38 +95,28 @@ def convert(
         FingerprintError: The base is not the one the prompt was made for.
         OutputExistsError: The destination exists.
     """
-    if not isinstance(source, str | Path) or not isinstance(destination, str | Path):
-        odd = destination if isinstance(source, str | Path) else source
-        raise ConfigError(f"expected a path to convert, got {odd!r}; give a str or a Path")
+    _check_paths(source, destination)
     target, output = format_named(to), Path(destination)
     _check_options(target, text, name, add, add_tasks, template)
     origin = detect(source)
     read = _reader(origin, source)
     _check_output(target, output, overwrite)
-    base = None
     options = {"tokenizer": tokenizer, "torch_dtype": torch_dtype, "device": device}
-    if base_model is not None:
-        base = _load(base_model, target, options)
-    stored = read(source, base)
-    if base is None and target.writes_with_base:
-        base = _load(_recorded_base(stored), target, options)
-    elif base is None and any(value is not None for value in options.values()):
-        raise ConfigError(
-            f"{to} needs no base model here, so tokenizer, torch_dtype and device would be ignored; "
-            "leave them out, or name a base_model to check the prompt against"
-        )
+    stored, base = _opened(source, read, target, base_model, options)
     others = _others(add or {}, add_tasks or {})
     if base is not None:
         for each in (stored, *others.values()):
             check_base(each.manifest, each.location, base.model, ignore=ignore_fingerprint)
             check_fit(each, base)
-    lost = target.lost(stored.manifest, origin)
+    lost, chosen = target.lost(stored.manifest, origin), None if task is None else str(task)
     stored = recorded(stored, origin, target, base, template)
-    asked = None if text is None or base is None else source_ids(stored, base, text)
+    asked = None
+    if text is not None and base is not None:
+        asked = source_ids(single_task(stored, chosen), base, text)
     export = Export(
         stored=stored,
         to=to,
-        task=None if task is None else str(task),
+        task=chosen,
         name=name or _name_of(source),
         others=others,
         base=base,
@@ -136,15 +126,34 @@ def convert(
     )
     write = cast(Callable[[Export, Path], Mapping[str, Any]], target.write)
     facts = {**write(export, output), **({} if asked is None else {"input_cut": asked.cut})}
-    return Conversion(
-        str(source),
-        origin.name,
-        str(output),
-        to,
-        None if base is None else base.name,
-        facts,
-        lost,
-    )
+    named = None if base is None else base.name
+    return Conversion(str(source), origin.name, str(output), to, named, facts, lost)
+
+
+def _check_paths(*given: object) -> None:
+    for each in given:
+        if not isinstance(each, str | Path):
+            raise ConfigError(f"expected a path to convert, got {each!r}; give a str or a Path")
+
+
+def _opened(
+    source: str | Path,
+    read: Read,
+    target: Format,
+    base_model: str | Path | PreTrainedModel | None,
+    options: Mapping[str, Any],
+) -> tuple[StoredAdapter, LoadedBase | None]:
+    """Read the source, with the base where one is named or the output needs one."""
+    base = None if base_model is None else _load(base_model, target, options)
+    stored = read(source, base)
+    if base is None and target.writes_with_base:
+        return stored, _load(_recorded_base(stored), target, options)
+    if base is None and any(value is not None for value in options.values()):
+        raise ConfigError(
+            f"{target.name} needs no base model here, so tokenizer, torch_dtype and device would be "
+            "ignored; leave them out, or name a base_model to check the prompt against"
+        )
+    return stored, base
 
 
 def _check_options(
