@@ -15,6 +15,8 @@ from softprompt.artifacts.composed import average_prompts, concatenate_prompts, 
 from softprompt.artifacts.native import load_adapter
 from softprompt.errors import ArtifactError, ConfigError, FingerprintError, OutputExistsError
 
+BOTH = {"peft_type": "EXTENDED_PROMPT_TUNING", "output_model_types": ["ENCODER", "DECODER"]}
+
 
 @pytest.fixture
 def pair(tmp_path):
@@ -91,7 +93,15 @@ def test_other_bases_are_refused(tmp_path, pair):
 
 
 @pytest.mark.parametrize(
-    "change", [{"template": "Text: {{input}}"}, {"labels": ("x", "y")}, {"task": "generation"}]
+    "change",
+    [
+        {"template": "Text: {{input}}"},
+        {"labels": ("x", "y")},
+        {"task": "generation"},
+        {"max_source_length": 20},
+        {"max_target_length": 4},
+        {"dtype": "bfloat16"},
+    ],
 )
 def test_records_that_differ_need_a_choice(tmp_path, pair, change):
     other = folder(tmp_path / "other", drawn(3), **change)
@@ -155,7 +165,7 @@ def test_pefts_second_half_of_a_seq2seq_prompt_is_left_out(tmp_path):
         "num_transformer_submodules": 2,
     }
     assert torch.equal(rows_of(dataclasses.replace(stored, config=config)), drawn(0, 4)[None, :2])
-    both = config | {"peft_type": "EXTENDED_PROMPT_TUNING"}
+    both = config | BOTH
     assert rows_of(dataclasses.replace(stored, config=both)).shape == (2, 2, 8)
 
 
@@ -166,10 +176,12 @@ def test_what_is_more_than_rows_is_refused(tmp_path, pair):
     headed = dataclasses.replace(
         stored, tensors=stored.tensors | {"base_model.score.weight": drawn(1)}
     )
-    with pytest.raises(ArtifactError, match="trained heads"):
+    with pytest.raises(
+        ArtifactError, match=r"trained parts besides its rows .base_model.score.weight"
+    ):
         rows_of(headed)
     keyed = dataclasses.replace(stored, config=stored.config | {"peft_type": "PREFIX_TUNING"})
-    with pytest.raises(ArtifactError, match="PREFIX_TUNING prompt, which is not"):
+    with pytest.raises(ArtifactError, match="keys and values of every layer"):
         rows_of(keyed)
 
 
@@ -177,3 +189,42 @@ def test_too_few_prompts(pair):
     for given in ([], pair[:1], str(pair[0])):
         with pytest.raises(ConfigError, match="2 prompts or more"):
             concatenate_prompts(given)
+
+
+def test_a_base_that_is_not_known_is_told_by_its_name(tmp_path, pair):
+    unknown = folder(tmp_path / "u", drawn(7), base_fingerprint={})
+    torch.testing.assert_close(
+        average_prompts([pair[0], unknown]).prompt, (drawn(0) + drawn(7)) / 2
+    )
+    average_prompts([unknown, unknown])
+    other = folder(tmp_path / "o", drawn(7), base="two", base_fingerprint={})
+    with pytest.raises(FingerprintError, match="its base is two, not one, and not both"):
+        average_prompts([pair[0], other])
+
+
+def test_the_rows_that_are_run_are_the_same_for_every_use(tmp_path):
+    """Composition, comparison and conversion read one rule, context prompts included."""
+    from softprompt.artifacts.parts import rows_of
+    from softprompt.artifacts.plain import plain_prompt
+
+    stored = load_adapter(folder(tmp_path / "a", drawn(0, 4)))
+    two = {"task_type": "SEQ_2_SEQ_LM", "num_virtual_tokens": 2, "num_transformer_submodules": 2}
+    extended = {"peft_type": "EXTENDED_PROMPT_TUNING", "placement": "prefix"}
+    for change in (
+        {"peft_type": "CPT"},
+        {"peft_type": "P_TUNING"},
+        two,
+        two | BOTH,
+        two | extended,
+    ):
+        each = dataclasses.replace(stored, config=stored.config | change)
+        plain = plain_prompt(each, "caikit")
+        parts = [part for part in (plain.encoder, plain.decoder) if part is not None]
+        assert torch.equal(rows_of(each), torch.stack(parts))
+
+
+def test_context_prompts_are_composed_to_plain_ones(tmp_path, pair):
+    cpt = {"peft_type": "CPT", "cpt_token_ids": [1, 2, 3], "opt_loss_decay_factor": 1.0}
+    made = average_prompts([folder(tmp_path / f"c{i}", drawn(i), options=cpt) for i in range(2)])
+    assert made.config["peft_type"] == "PROMPT_TUNING"
+    torch.testing.assert_close(made.prompt, (drawn(0) + drawn(1)) / 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 
@@ -13,7 +14,7 @@ import softprompt
 from oracles import families
 from oracles.tiny_bases import LOADERS, VOCABULARY, P, write_base, write_prompt
 from oracles.tokenizers import byte_bpe
-from softprompt.artifacts import load_adapter
+from softprompt.artifacts import load_adapter, save_adapter
 from softprompt.artifacts.formats import vocabulary_rows
 from softprompt.artifacts.formats.vocabulary_tokens import add_prompt_tokens
 from softprompt.errors import ArtifactError, ConfigError, OutputExistsError
@@ -302,3 +303,67 @@ def test_fillers_and_prompt_tokens_keep_the_text_as_it_is():
     inner = tokenizer(" x ")["input_ids"]
     assert tokenizer(text)["input_ids"] == [ids["a"][0], *inner, ids["b"][0]]
     assert tokenizer.decode(ids["a"], skip_special_tokens=True) == ""
+
+
+def test_every_prompt_is_checked(tmp_path):
+    base = write_base(tmp_path / "base", "llama")
+    small, big = write_prompt(tmp_path / "small", base), tmp_path / "big"
+    rows = {"prompt_embeddings": torch.full((P, 32), 1e6)}
+    write_prompt(big, base, tensors=rows)
+    half = {"to": "extended-vocab", "torch_dtype": "float16"}
+    for first, added in ((big, small), (small, big)):
+        name = big.name if first is big else "other"
+        with pytest.raises(ArtifactError, match=f"rows of {name} overflow float16"):
+            convert(first, tmp_path / "out", add={"other": added}, **half)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_limits_of_each_prompt_are_recorded(tmp_path):
+    record, _, _ = exported(tmp_path, names=("x", "y"))
+    for entry in record["prompts"].values():
+        assert (entry["max_source_length"], entry["max_target_length"]) == (64, 16)
+
+
+TWO_TASKS = {"peft_type": "MULTITASK_PROMPT_TUNING", "num_tasks": 2, "num_ranks": 1}
+
+
+def two_tasks():
+    shapes = {
+        "prompt_embeddings": (P, 32),
+        "prefix_task_cols": (2, P, 1),
+        "prefix_task_rows": (2, 1, 32),
+    }
+    return {name: torch.rand(shape) for name, shape in shapes.items()}
+
+
+def test_one_task_of_further_prompts(tmp_path):
+    base = write_base(tmp_path / "base", "llama")
+    tasks = write_prompt(tmp_path / "tasks", base, tensors=two_tasks(), **TWO_TASKS)
+    one = write_prompt(tmp_path / "one", base)
+    options = {"to": "extended-vocab", "add": {"second": tasks}}
+    with pytest.raises(ConfigError, match=r"further prompt second: .*2 tasks.*--add-task"):
+        convert(one, tmp_path / "out", **options)
+    convert(one, tmp_path / "out", add_tasks={"second": 1}, **options)
+    model, _ = plain(tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "softprompt_prompts.json").read_text())
+    ids = record["prompts"]["second"]["token_ids"]
+    names = ("prompt_embeddings", "prefix_task_cols", "prefix_task_rows")
+    shared, cols, rows = (load_adapter(tasks).tensors[name] for name in names)
+    expected = shared * (cols[1] @ rows[1])
+    torch.testing.assert_close(model.get_input_embeddings().weight[ids], expected)
+
+
+def test_a_task_keeps_its_own_template(tmp_path):
+    base = write_base(tmp_path / "base", "llama")
+    stored = load_adapter(write_prompt(tmp_path / "tasks", base, tensors=two_tasks(), **TWO_TASKS))
+    own = {"template": "Own: {{input}}", "task": "classification", "labels": ["a", "b"]}
+    told = {"tasks": {"first": own | {"template": "x {{input}}"}, "second": own}}
+    manifest = dataclasses.replace(stored.manifest, tasks=("first", "second"), data=told)
+    save_adapter(tmp_path / "named", stored.config, stored.tensors, manifest, overwrite=False)
+    convert(tmp_path / "named", tmp_path / "one", to="softprompt", task="second")
+    found = load_adapter(tmp_path / "one").manifest
+    assert (found.template, found.labels, found.task) == (
+        "Own: {{input}}",
+        ("a", "b"),
+        "classification",
+    )

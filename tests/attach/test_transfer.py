@@ -156,17 +156,61 @@ def test_a_base_that_is_gone_or_changed(root, source, tmp_path):
         assert len(transferred_rows(moved, base(root), 4).rows) == 4
 
 
-def test_a_prompt_without_a_record_must_at_least_be_as_wide(root, source, tmp_path):
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        (tmp_path / file).write_bytes((source / file).read_bytes())
-    assert torch.equal(transferred_rows(tmp_path, base(root), 4).rows, stored(source, root))
-    with pytest.raises(ConfigError, match="16 wide, this base's embeddings are 24"):
-        transferred_rows(tmp_path, base(root, "second"), 4)
+def changed(source, target, config=None, record=None):
+    """Copy a prompt with other values in its files; without ``record`` there is no softprompt.json."""
+    target.mkdir()
+    values = json.loads((source / "adapter_config.json").read_text()) | (config or {})
+    (target / "adapter_config.json").write_text(json.dumps(values))
+    weights = "adapter_model.safetensors"
+    (target / weights).write_bytes((source / weights).read_bytes())
+    if record is not None:
+        values = json.loads((source / "softprompt.json").read_text()) | record
+        (target / "softprompt.json").write_text(json.dumps(values))
+    return target
+
+
+def other_of_the_width(root, words, tmp_path):
+    """A base with the width and the vocabulary of the first, and other weights."""
+    unlike = llama(8)
+    with torch.no_grad():
+        input_embedding(unlike).weight.mul_(2)
+    unlike.save_pretrained(tmp_path / "third")
+    words.save_pretrained(tmp_path / "third")
+    return LlamaForCausalLM.from_pretrained(tmp_path / "third")
+
+
+@pytest.mark.parametrize("record", [None, {"base_fingerprint": {}}])
+def test_a_prompt_without_a_fingerprint_is_of_the_base_it_names(
+    root, source, words, tmp_path, record
+):
+    bare = changed(source, tmp_path / "bare", record=record)
+    own = stored(source, root)
+    assert torch.equal(transferred_rows(bare, base(root), 4).rows, own)
+    assert transferred_rows(bare, base(root, "second"), 4).recycled.error < 1e-4
+    mapped = transferred_rows(bare, other_of_the_width(root, words, tmp_path), 4)
+    assert mapped.recycled is not None
+    assert not torch.equal(mapped.rows, own)
+    base(root).save_pretrained(tmp_path / "renamed")
+    renamed = LlamaForCausalLM.from_pretrained(tmp_path / "renamed")
+    assert torch.equal(transferred_rows(bare, renamed, 4).rows, own)
+
+
+def test_a_prompt_that_names_no_base_is_refused(root, source, tmp_path):
+    nameless = changed(source, tmp_path / "n", {"base_model_name_or_path": None})
+    with pytest.raises(ConfigError, match=r"its base is None.*--base-model. first"):
+        transferred_rows(nameless, base(root), 4)
+    with pytest.raises(ConfigError, match="rows are 16 wide, not 24"):
+        transferred_rows(nameless, base(root, "second"), 4)
+
+
+def test_rows_for_the_answer_do_not_start_rows_for_the_input(root, source, tmp_path):
+    of_decoder = {"peft_type": "EXTENDED_PROMPT_TUNING", "output_model_types": ["DECODER"]}
+    answer = changed(source, tmp_path / "a", of_decoder | {"task_type": "SEQ_2_SEQ_LM"})
+    with pytest.raises(ConfigError, match="stand before the answer, not before the input"):
+        transferred_rows(answer, base(root), 4)
 
 
 def test_what_cannot_be_started_from(root, source):
-    with pytest.raises(ConfigError, match=r"for 1 part\(s\) of a model, this one is for 2"):
-        transferred_rows(source, base(root), 4, parts=2)
     with pytest.raises(ArtifactError, match="does not exist"):
         started(root, "/no/such/prompt", 4)
     with pytest.raises(ConfigError, match="use get_peft_model"):

@@ -315,6 +315,11 @@ def test_ctrl_c_saves_prints_how_to_go_on_and_that_works(capsys, data, tmp_path,
         (["generate", "nowhere", "--text", "x"], "nowhere does not exist"),
         (["generate", "nowhere", "--text", "x", "--max-new-tokens", "0"], "max_new_tokens"),
         (["generate", "nowhere", "--field", "x"], "--field takes NAME=TEXT; got 'x'"),
+        (
+            ["generate", "nowhere", "--text", "hi", "--field", "input=q"],
+            "'input' is given twice by --field, or by --text and --field",
+        ),
+        (["generate", "nowhere", "--field", "a=1", "--field", "a=2"], "'a' is given twice"),
         (["info", "nowhere"], "nowhere does not exist"),
     ],
 )

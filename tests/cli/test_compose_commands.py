@@ -78,7 +78,10 @@ def test_similar(capsys, pair, tmp_path):
     [
         (["compose"], "Missing command"),
         (["compose", "averag"], "average"),
-        (["compose", "average", "{a}", "--output", "{out}"], "2 prompts or more"),
+        (
+            ["compose", "average", "{a}", "--output", "{out}"],
+            "expected 2 prompts or more, got {a}; name",
+        ),
         (["compose", "average", "{a}", "{b}", "--output", "{b}"], "--overwrite"),
         (["compose", "average", "{a}", "{b}"], "--output"),
         (["compose", "average", "{a}", "{b}", "--weight", "1", "--output", "{out}"], "2 weights"),
@@ -97,4 +100,4 @@ def test_every_mistake_is_one_line(capsys, pair, tmp_path, output, arguments, me
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
-    assert message in err
+    assert message.format(**places) in err

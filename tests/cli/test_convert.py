@@ -29,6 +29,10 @@ def test_there_and_back(tmp_path, capsys, prompt):
         "output": out,
         "output_format": "npy",
         "base_model": None,
+        "lost": [
+            *("template", "base_model", "max_source_length", "max_target_length"),
+            *("base_fingerprint", "dtype"),
+        ],
     }
     base = load_adapter(prompt).manifest.base_model
     assert run(["convert", out, back, "--to", "peft", "--base-model", base, "--quiet"]) == 0
@@ -67,6 +71,12 @@ def test_a_request_for_vllm(tmp_path, prompt):
         (["--to", "peft", "--add", "x"], "--add expects NAME=PROMPT"),
         (["--to", "peft", "--add", "x=y", "--add", "x=z"], "twice"),
         (["--to", "tgis", "--task", "1"], "multitask"),
+        (["--to", "extended-vocab", "--add-task", "x=1"], "'x', which is none of"),
+        (["--to", "peft", "--template", "no field"], "placeholder"),
+        (["--to", "npy", "--template", "{{input}}"], "no place for a template"),
+        (["--to", "peft", "--template", "{{input}}"], "has a template of its own"),
+        (["--to", "vllm", "--text", "a", "--field", "input=b"], "'input' is given twice"),
+        (["--to", "vllm", "--field", "input=a", "--field", "input=b"], "'input' is given twice"),
         (["--to", "caikit", "--base-model", "demo"], "made for"),
     ],
 )

@@ -26,6 +26,13 @@ def test_help_imports_neither_torch_nor_transformers():
     assert done.stdout.startswith("Usage: softprompt")
 
 
+def test_the_package_runs_as_a_program():
+    command = [sys.executable, "-m", "softprompt", "generat"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "did you mean 'generate'" in done.stderr
+
+
 def test_version(capsys):
     assert run(["--version"]) == 0
     assert capsys.readouterr().out.startswith("softprompt ")

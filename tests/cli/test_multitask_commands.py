@@ -108,3 +108,14 @@ def test_a_path_that_exists_is_a_path(tmp_path, monkeypatch):
     assert data_sets(["a=b=c", "d=e"], "--train-data") == {"a": "b=c", "d": "e"}
     with pytest.raises(UsageError, match="names the task 'a' twice"):
         pairs(["a=1", "a=2"], "--train-data")
+
+
+def test_an_ensemble_of_one_task(result, sources, files, capsys):
+    words = ["evaluate", sources / "both", f"{sources}/./both", "--data", files / "kinds.jsonl"]
+    report = result(*words, "--task-name", "kinds")
+    alone = result("evaluate", sources / "both", *words[3:], "--task-name", "kinds")
+    assert (report["accuracy"], report["rows"]) == (alone["accuracy"], 8)
+    for member in report["members"].values():
+        assert member["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-4)
+    assert run([*map(str, words), "--quiet"]) == 2
+    assert "--task-name" in capsys.readouterr().err

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "src" / "softprompt"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LEVELS = [
+    {"__main__"},
     {"cli"},
     {"server"},
     {"inspection", "training"},

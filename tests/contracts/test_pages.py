@@ -47,6 +47,12 @@ def test_the_composition_page(tmp_path, monkeypatch):
     run_doctest((ROOT / "docs/composition.md").read_text(encoding="utf-8"), "docs/composition.md")
 
 
+def test_every_measurement_is_on_its_page():
+    page = (ROOT / "bench" / "README.md").read_text(encoding="utf-8")
+    scripts = sorted(path.name for path in (ROOT / "bench").glob("*.py"))
+    assert [name for name in scripts if f"`{name}`" not in page] == []
+
+
 def test_the_readmes_commands_in_order(tmp_path):
     """Every softprompt command, in one folder, as a user would type them one after the other."""
     assert len(COMMANDS) >= 4

@@ -15,14 +15,15 @@ from softprompt.inference.loading import load_many
 from softprompt.inference.scoring import per_token
 from softprompt.inference.tuned import TunedPrompt
 from softprompt.prompts.configs import PromptTuningConfig
+from softprompt.prompts.multitask import MultitaskPromptTuningConfig
 
 TEXTS = ["the cat", "a", "much longer text, with words at the end", "that is it", "oh no"]
 LABELS = ("good", "bad thing", "so")
 
 
-def make(base, seed, length=3, **changes):
+def make(base, seed, length=3, config=None, **changes):
     torch.manual_seed(seed)
-    config = PromptTuningConfig(num_virtual_tokens=length, task_type="CAUSAL_LM")
+    config = config or PromptTuningConfig(num_virtual_tokens=length, task_type="CAUSAL_LM")
     values = {
         "template": "{{input}} =>",
         "task": "classification",
@@ -184,3 +185,64 @@ def test_what_cannot_be_loaded_together(folders, members, tmp_path):
     with pytest.raises(ConfigError, match="bfloat16 and float32; choose with --torch-dtype"):
         load_many([members[0], tmp_path / "half"])
     assert len(load_many([members[0], tmp_path / "half"], torch_dtype="float32")) == 2
+
+
+def seq2seq_prompt(base, seed, types):
+    config = PromptTuningConfig(
+        num_virtual_tokens=3,
+        task_type="SEQ_2_SEQ_LM",
+        output_model_types=types,
+        num_transformer_submodules=len(types),
+    )
+    return make(base, seed, config=config, seq2seq=True)
+
+
+def test_seq2seq_members_stand_in_their_own_parts_of_the_model(folders):
+    kinds = (["ENCODER"], ["DECODER"], ["ENCODER", "DECODER"], ["DECODER"])
+    each = [seq2seq_prompt(load_base(folders / "t5"), 20 + n, t) for n, t in enumerate(kinds)]
+    scores = member_scores(each)
+    ensemble = Ensemble(each)
+    found = ensemble.scores([member.sources(TEXTS)[0] for member in each], batch_size=7)
+    torch.testing.assert_close(found, scores, atol=1e-4, rtol=0)
+    for member, alone in zip(each, scores, strict=True):
+        twice = Ensemble([member, member]).classify(TEXTS)
+        both = torch.tensor([list(answer.scores.values()) for answer in twice])
+        torch.testing.assert_close(both, alone, atol=1e-4, rtol=0)
+
+
+def multitask_prompt(base, seed, **changes):
+    config = MultitaskPromptTuningConfig(
+        num_virtual_tokens=3, task_type="CAUSAL_LM", num_tasks=2, num_ranks=1
+    )
+    told = {"template": "{{input}} =>", "task": "classification", "labels": list(LABELS)}
+    free = {"template": "{{input}}", "task": "generation", "labels": None}
+    values = {
+        "tasks": ("free", "sort"),
+        "data": {"tasks": {"free": free, "sort": told}},
+        "task": "generation",
+        "labels": None,
+        **changes,
+    }
+    return make(base, seed, config=config, **values)
+
+
+def test_one_task_is_chosen_for_all_members_that_have_several(folders, prompts):
+    several = [multitask_prompt(load_base(folders / "llama"), seed) for seed in (5, 6)]
+    expected = member_scores([*(each.of_task("sort") for each in several), prompts[0]])
+    ensemble = Ensemble([*several, prompts[0]], task="sort")
+    found = torch.tensor([list(a.scores.values()) for a in ensemble.classify(TEXTS)])
+    torch.testing.assert_close(found, expected.mean(dim=0), atol=1e-4, rtol=0)
+    again = ensemble.of_task("sort")
+    assert (again.names, again.labels, again(TEXTS)) == (
+        ensemble.names,
+        LABELS,
+        ensemble(TEXTS),
+    )
+    with pytest.raises(
+        ConfigError, match=r"has 2 tasks \(free, sort\); choose one with task=.*--task-name"
+    ):
+        Ensemble(several)
+    with pytest.raises(ConfigError, match="no task 'sorted'"):
+        Ensemble(several, task="sorted")
+    with pytest.raises(ConfigError, match="would be ignored, as no member"):
+        Ensemble(prompts, task="sort")

@@ -75,3 +75,21 @@ def test_what_cannot_be_asked(library):
         similar_prompts(library / "same", library / "notes.txt")
     with pytest.raises(ArtifactError, match="holds no folders"):
         similar_prompts(library / "same", library / "same")
+
+
+def test_prompts_for_another_part_of_the_model_are_skipped(tmp_path):
+    def seq2seq(name, rows, types):
+        options = {"task_type": "SEQ_2_SEQ_LM", "output_model_types": types}
+        return folder(tmp_path / name, rows, options=options, seq2seq=True)
+
+    query = seq2seq("query", QUERY, ["DECODER"])
+    (tmp_path / "library").mkdir()
+    seq2seq("library/before", QUERY, ["ENCODER"])
+    seq2seq("library/same", QUERY, ["DECODER"])
+    unknown = {"base_fingerprint": {}, "seq2seq": True}
+    options = {"task_type": "SEQ_2_SEQ_LM", "output_model_types": ["DECODER"]}
+    folder(tmp_path / "library" / "unknown", QUERY, options=options, **unknown)
+    found = similar_prompts(query, tmp_path / "library")
+    assert [each.prompt.rpartition("/")[2] for each in found.found] == ["same", "unknown"]
+    (skipped,) = found.skipped
+    assert "stand before the input, not before the answer" in skipped.reason

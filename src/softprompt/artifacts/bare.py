@@ -119,7 +119,7 @@ def bare_adapter(
         config |= {"num_layers": facts.num_layers, "num_attention_heads": facts.num_attention_heads}
     tensors = {PROMPT_KEY: torch.cat(ordered)}
     check_tensors(config, tensors, where)
-    return StoredAdapter(config, tensors, _manifest(origin, base), where)
+    return StoredAdapter(config, tensors, manifest_of(origin, base), where)
 
 
 def check_width(width: int, base: LoadedBase, where: str) -> None:
@@ -152,7 +152,8 @@ def check_fit(stored: StoredAdapter, base: LoadedBase) -> None:
         check_width(stored.prompt.shape[1], base, stored.location)
 
 
-def _manifest(origin: Origin, base: LoadedBase | None) -> Manifest:
+def manifest_of(origin: Origin, base: LoadedBase | None) -> Manifest:
+    """Return the record of rows that came without one: free text, and lengths that are ours."""
     return Manifest(
         template=origin.template,
         task="generation",

@@ -40,7 +40,7 @@ def average_prompts(
         output: Folder to write the result to; None writes nothing.
         weights: One number of 0 or more for each prompt; None weighs all the same.
         num_virtual_tokens: Resize all to this length first; prompts of unlike lengths need it.
-        template_from: The one of ``prompts`` whose template, labels and limits the result gets;
+        template_from: The one of ``prompts`` whose template, labels, limits and dtype the result gets;
             needed when they differ.
         overwrite: Write into a folder that is not empty.
 
@@ -115,7 +115,9 @@ def subtract_prompts(
 def _members(prompts: Sequence[str | Path], least: int) -> list[StoredAdapter]:
     """Read prompts that can be put together: of one base, with the same options."""
     if isinstance(prompts, str | Path) or len(prompts) < least:
-        raise ConfigError(f"expected {least} prompts or more, got {prompts!r}; name their folders")
+        listed = [prompts] if isinstance(prompts, str | Path) else prompts
+        named = ", ".join(map(str, listed)) or "none"
+        raise ConfigError(f"expected {least} prompts or more, got {named}; name their folders")
     members = [load_adapter(each) for each in prompts]
     for other in members[1:]:
         require_one_base(members[0], other)
@@ -190,13 +192,14 @@ def _pattern(members: Sequence[StoredAdapter], template_from: str | Path | None)
     return first
 
 
-_RECORD = ("template", "task", "labels")
+_RECORD = ("template", "task", "labels", "max_source_length", "max_target_length", "dtype")
 
 
 def _record(stored: StoredAdapter) -> tuple[Any, ...]:
-    manifest = stored.manifest
-    labels = manifest and manifest.labels and sorted(manifest.labels)
-    return (manifest and manifest.template, manifest and manifest.task, labels)
+    values = {name: getattr(stored.manifest, name, None) for name in _RECORD}
+    if values["labels"]:
+        values["labels"] = sorted(values["labels"])
+    return tuple(values.values())
 
 
 def _manifest(pattern: Manifest, members: Sequence[StoredAdapter], how: dict[str, Any]) -> Manifest:

@@ -150,7 +150,8 @@ def check_values(name: str, tensor: Tensor, where: str) -> None:
         ArtifactError: it does not.
     """
     # Sparse tensors skip bounds checks when densified (CVE-2025-62164); none is legitimate here.
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+    plain = tensor.layout == torch.strided and not tensor.is_nested
+    if not plain or tensor.is_quantized or tensor.is_meta:
         raise ArtifactError(
             f"expected plain dense tensors in {where}, {name} is not: save it as .to_dense()"
         )

@@ -98,6 +98,24 @@ class Manifest:
         return cls(**{name: _checked(name, value, hints[name]) for name, value in values.items()})
 
 
+def manifest_of_task(manifest: Manifest, number: int) -> Manifest:
+    """Return what a manifest says of one of its tasks; the whole where it keeps none apart.
+
+    Template, kind and label set of each task are in ``data["tasks"]`` by the task's name.
+    """
+    name = manifest.tasks[number] if manifest.tasks else None
+    own: Mapping[str, Any] | None = manifest.data.get("tasks", {}).get(name)
+    if own is None:
+        return manifest
+    labels = own["labels"]
+    return dataclasses.replace(
+        manifest,
+        template=own["template"],
+        task=own["task"],
+        labels=None if labels is None else tuple(labels),
+    )
+
+
 def _check_version(values: Mapping[str, Any]) -> None:
     version = values.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:

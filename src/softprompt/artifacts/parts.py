@@ -1,23 +1,57 @@
-"""The rows of stored prompts, and whether two stored prompts can be put together."""
+"""The rows of stored prompts, where they stand, and whether two prompts can be put together."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from softprompt.artifacts.layout import OUR_KEYS, PROMPT_KEY
 from softprompt.artifacts.native import StoredAdapter
-from softprompt.backbone.fingerprint import Fingerprint
+from softprompt.artifacts.recorded_base import RecordedBase
 from softprompt.errors import ArtifactError, FingerprintError
 from softprompt.prompts.kinds import PeftType, TaskType
 
-_ROW_KINDS = (
-    PeftType.PROMPT_TUNING,
-    PeftType.EXTENDED_PROMPT_TUNING,
-    PeftType.P_TUNING,
-)
-"""Methods whose file holds the prompt's rows and nothing that changes them."""
+INPUT, ANSWER = "input", "answer"
+"""Where rows stand: before what the model reads, or before a seq2seq model's answer."""
+
+
+def places_of(model_types: Sequence[str] | None, *, seq2seq: bool) -> tuple[str, ...]:
+    """Return where the rows of a prompt with these ``output_model_types`` stand."""
+    if not seq2seq or model_types is None:
+        return (INPUT,)
+    named = {"ENCODER": INPUT, "DECODER": ANSWER}
+    return tuple(place for kind, place in named.items() if kind in model_types)
+
+
+def placed_rows(stored: StoredAdapter) -> dict[str, Tensor]:
+    """Return the rows ``[P, H]`` that are run, by the place they stand at.
+
+    PEFT gives seq2seq prompts 2 P rows and reads the first P; only ``output_model_types`` of both
+    parts means two.
+    """
+    rows, config = stored.prompt, stored.config
+    seq2seq = config.get("task_type") == TaskType.SEQ_2_SEQ_LM
+    places = places_of(config.get("output_model_types"), seq2seq=seq2seq)
+    if not seq2seq:
+        return {INPUT: rows}
+    length = int(config["num_virtual_tokens"])
+    return {place: rows[i * length : (i + 1) * length] for i, place in enumerate(places)}
+
+
+def beyond_rows(stored: StoredAdapter) -> str | None:
+    """Return why a stored prompt is more than the rows of one task; None when it is those."""
+    kind = stored.config["peft_type"]
+    if kind == PeftType.PREFIX_TUNING:
+        return "it is keys and values of every layer, not rows of the input"
+    if kind == PeftType.MULTITASK_PROMPT_TUNING:
+        return "it holds the factors of its tasks; write one with `convert --to softprompt --task`"
+    heads = sorted(name for name in stored.tensors if name != PROMPT_KEY)
+    if heads:
+        return f"it has trained parts besides its rows ({', '.join(heads[:3])})"
+    return None
 
 
 def rows_of(stored: StoredAdapter) -> Tensor:
@@ -26,24 +60,12 @@ def rows_of(stored: StoredAdapter) -> Tensor:
     Raises:
         ArtifactError: If its value is not rows alone.
     """
-    kind = stored.config.get("peft_type")
-    if kind not in _ROW_KINDS:
+    reason = beyond_rows(stored)
+    if reason is not None:
         raise ArtifactError(
-            f"{stored.location} holds a {kind} prompt, which is not [P, H] rows alone; only "
-            f"{', '.join(_ROW_KINDS)} prompts can be composed or compared"
+            f"{stored.location} cannot be composed, compared or started from: {reason}"
         )
-    others = sorted(name for name in stored.tensors if name != PROMPT_KEY)
-    if others:
-        raise ArtifactError(
-            f"{stored.location} holds more than a prompt ({', '.join(others[:2])}); trained heads cannot "
-            "be composed, only prompts without them"
-        )
-    rows, length = stored.prompt.float(), int(stored.config["num_virtual_tokens"])
-    if kind != PeftType.EXTENDED_PROMPT_TUNING and stored.config.get("task_type") == str(
-        TaskType.SEQ_2_SEQ_LM
-    ):
-        rows = rows[:length]  # PEFT gives seq2seq prompts 2 P rows and reads the first P
-    return rows.reshape(-1, length, rows.shape[1])
+    return torch.stack([rows.float() for rows in placed_rows(stored).values()])
 
 
 def options_of(stored: StoredAdapter) -> dict[str, Any]:
@@ -52,24 +74,16 @@ def options_of(stored: StoredAdapter) -> dict[str, Any]:
 
 
 def other_base(first: StoredAdapter, second: StoredAdapter) -> str | None:
-    """Return why two prompts are not of one base; None when they are.
+    """Return why two prompts are not of one base; None when they are."""
+    return RecordedBase.of_stored(first).differs(RecordedBase.of_stored(second))
 
-    Fingerprints decide; where one of the prompts has none, the names of the bases do.
-    """
-    if first.prompt.shape[1] != second.prompt.shape[1]:
-        return f"its rows are {second.prompt.shape[1]} wide, not {first.prompt.shape[1]}"
-    if first.manifest is not None and second.manifest is not None:
-        here, there = (
-            Fingerprint.from_dict(each.manifest.base_fingerprint)
-            for each in (first, second)
-            if each.manifest is not None
-        )
-        if here.matches(there):
-            return None
-        return f"its base is {base_name(second)} ({there.short}), not {base_name(first)} ({here.short})"
-    if base_name(first) != base_name(second):
-        return f"its base is {base_name(second)}, not {base_name(first)}, and not both have a fingerprint"
-    return None
+
+def other_places(stored: StoredAdapter, wanted: Sequence[str]) -> str | None:
+    """Return why a prompt's rows do not stand where they are wanted; None when they do."""
+    found = tuple(placed_rows(stored))
+    if found == tuple(wanted):
+        return None
+    return f"its rows stand before the {' and the '.join(found)}, not before the {' and the '.join(wanted)}"
 
 
 def require_one_base(first: StoredAdapter, second: StoredAdapter) -> None:
@@ -83,10 +97,3 @@ def require_one_base(first: StoredAdapter, second: StoredAdapter) -> None:
         raise FingerprintError(
             f"{second.location} cannot go together with {first.location}: {reason}; use prompts of one base"
         )
-
-
-def base_name(stored: StoredAdapter) -> str | None:
-    """Return the recorded name of a prompt's base."""
-    recorded = stored.manifest.base_model if stored.manifest else None
-    name = recorded or stored.config.get("base_model_name_or_path")
-    return None if name is None else str(name)

@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from softprompt.artifacts.layout import PROMPT_KEY
+from softprompt.artifacts.manifest import manifest_of_task
 from softprompt.artifacts.native import StoredAdapter
+from softprompt.artifacts.parts import ANSWER, INPUT, beyond_rows, placed_rows
 from softprompt.artifacts.peft_layouts import COLS_KEY, LAYOUTS, ROWS_KEY
 from softprompt.errors import ArtifactError, ConfigError, nearest
 from softprompt.prompts.configs import PeftType, Placement, TaskType
@@ -75,7 +77,9 @@ def single_task(stored: StoredAdapter, task: str | None) -> StoredAdapter:
     config |= {"peft_type": str(PeftType.PROMPT_TUNING), "prompt_tuning_init": "RANDOM"}
     for name in ("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"):
         config[name] = None
-    manifest = stored.manifest and dataclasses.replace(stored.manifest, tasks=None)
+    manifest = stored.manifest
+    if manifest is not None:
+        manifest = dataclasses.replace(manifest_of_task(manifest, index), tasks=None)
     return StoredAdapter(config, tensors, manifest, stored.location)
 
 
@@ -86,19 +90,13 @@ def plain_prompt(stored: StoredAdapter, kind: str) -> PlainPrompt:
         ArtifactError: rows alone would be another model than this prompt; the reason says why.
     """
     config = stored.config
-    reason = _beyond_rows(stored)
+    reason = _inexpressible(stored)
     if reason is not None:
         raise ArtifactError(f"{stored.location} cannot be written as {kind}: {reason}")
-    rows, length = stored.tensors[PROMPT_KEY], int(config["num_virtual_tokens"])
-    if config.get("task_type") != "SEQ_2_SEQ_LM":
-        return PlainPrompt(None, rows, False, stored)
-    match config.get("output_model_types"):
-        case ["DECODER"]:
-            return PlainPrompt(None, rows[:length], True, stored)
-        case ["ENCODER", "DECODER"]:
-            return PlainPrompt(rows[:length], rows[length:], True, stored)
-    # PEFT gives seq2seq prompts 2 P rows and reads the first P.
-    return PlainPrompt(rows[:length], None, True, stored)
+    rows = placed_rows(stored)
+    if config.get("task_type") != TaskType.SEQ_2_SEQ_LM:
+        return PlainPrompt(None, rows[INPUT], False, stored)
+    return PlainPrompt(rows.get(INPUT), rows.get(ANSWER), True, stored)
 
 
 def beyond_peft(stored: StoredAdapter) -> str | None:
@@ -108,18 +106,14 @@ def beyond_peft(stored: StoredAdapter) -> str | None:
     return None
 
 
-def _beyond_rows(stored: StoredAdapter) -> str | None:
+def _inexpressible(stored: StoredAdapter) -> str | None:
     config = stored.config
-    heads = sorted(name for name in stored.tensors if name != PROMPT_KEY)
     placement = config.get("placement", Placement.PREFIX)
     if config.get("task_type") not in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM):
         return f"it is for {config.get('task_type')}, the format for models that write text"
-    if config["peft_type"] == PeftType.PREFIX_TUNING:
-        return "it is keys and values of every layer, not rows of the input; only peft holds those"
-    if heads:
-        return (
-            f"it has trained parts besides its rows ({', '.join(heads[:3])}); only peft holds those"
-        )
+    more = beyond_rows(stored)
+    if more is not None:
+        return f"{more}; only peft holds those"
     if placement != Placement.PREFIX:
         return f"the format puts rows before the input, this prompt stands elsewhere ({placement})"
     if not config.get("prompt_sees_input", True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.artifacts.manifest import Manifest
 from softprompt.artifacts.native import StoredAdapter, load_adapter
-from softprompt.artifacts.parts import rows_of
+from softprompt.artifacts.parts import other_places, places_of, rows_of
+from softprompt.artifacts.recorded_base import RecordedBase
 from softprompt.attach.base_check import check_base
 from softprompt.attach.encoders import build_prompt
-from softprompt.backbone.facts import input_embedding
+from softprompt.backbone.facts import input_embedding, is_encoder_decoder
 from softprompt.backbone.fingerprint import Fingerprint
 from softprompt.backbone.load import load_base
 from softprompt.backbone.texts import load_tokenizer
@@ -24,6 +25,7 @@ from softprompt.backbone.vocabulary import shared_ids
 from softprompt.errors import BackboneError, ConfigError
 from softprompt.prompts.composition import Recycled, recycle, resized
 from softprompt.prompts.configs import PromptLearningConfig, PromptTuningConfig, PromptTuningInit
+from softprompt.prompts.kinds import TaskType
 from softprompt.prompts.module import PROMPT_KEY, PromptModule
 
 logger = logging.getLogger(__name__)
@@ -76,7 +78,7 @@ def started_prompt(
         str(config.prompt_tuning_init_prompt),
         model,
         config.num_virtual_tokens or 0,
-        parts=config.num_transformer_submodules or 1,
+        model_types=config.output_model_types,
         tokenizer_name=config.tokenizer_name_or_path,
     )
     logger.log(logging.WARNING if found.recycled else logging.INFO, "%s", found.note)
@@ -91,7 +93,7 @@ def transferred_rows(
     model: PreTrainedModel,
     num_virtual_tokens: int,
     *,
-    parts: int = 1,
+    model_types: Sequence[str] | None = None,
     tokenizer_name: str | None = None,
 ) -> Transferred:
     """Return the rows of a stored prompt, made to fit another length and another base.
@@ -103,66 +105,72 @@ def transferred_rows(
         source: Folder of the prompt, or its name on the Hub.
         model: The base the rows are for.
         num_virtual_tokens: Length wanted (P); longer repeats rows, shorter cuts them.
-        parts: Parts of the model that each get P rows (S).
+        model_types: ``output_model_types`` of the prompt, parts of the model that each get P rows.
         tokenizer_name: Tokenizer of ``model``, read only for another base; None takes the one
             beside the model.
 
     Raises:
         ArtifactError: The prompt cannot be read, or is not made of rows.
-        ConfigError: It has another number of parts, or the bases share too few tokens.
+        ConfigError: It is for other parts of a model, does not say its base, or the bases share too
+            few tokens.
         BackboneError: The base it was made for cannot be loaded, or is not the one on record.
     """
     stored = load_adapter(source)
     rows = rows_of(stored)
-    if rows.shape[0] != parts:
+    wanted = places_of(model_types, seq2seq=is_encoder_decoder(model))
+    reason = other_places(stored, wanted)
+    if reason is not None:
         raise ConfigError(
-            f"{source} is a prompt for {rows.shape[0]} part(s) of a model, this one is for {parts}; "
-            "start from a prompt with the same output_model_types"
+            f"the prompt cannot start from {source}: {reason}; start from a prompt with the same "
+            "output_model_types"
         )
     note = f"the prompt starts from {source}"
     if rows.shape[1] != num_virtual_tokens:
         note += f", its {rows.shape[1]} rows made {num_virtual_tokens}"
     rows = resized(rows, num_virtual_tokens).flatten(0, 1)
-    manifest = stored.manifest
-    if manifest is not None and not _made_for(manifest, model):
-        fit = _recycled(stored, manifest, rows, model, tokenizer_name)
-        note += (
-            f", mapped from {manifest.base_model} by {fit.tokens:,} shared tokens; this is approximate: "
-            f"relative error {fit.error:.3f} on tokens left out of the fit"
-        )
-        if fit.error > _WORTHLESS:
-            note += ", so the map says next to nothing: RANDOM or TEXT may well be a better start"
-        return Transferred(fit.rows, note, fit)
-    width = input_embedding(model).weight.shape[1]
-    if rows.shape[1] != width:
+    made_for = RecordedBase.of_stored(stored)
+    reason = RecordedBase.of_model(model).differs(made_for)
+    if reason is None:
+        return Transferred(rows, note)
+    if made_for.name is None:
         raise ConfigError(
-            f"{source} is {rows.shape[1]} wide, this base's embeddings are {width}, and it does not say "
-            "which base it was made for; start from a prompt with a softprompt.json"
+            f"the prompt cannot start from {source}: {reason}; say which base it was made for with "
+            "`softprompt convert --to softprompt --base-model` first"
         )
-    return Transferred(rows, note)
-
-
-def _made_for(manifest: Manifest, model: PreTrainedModel) -> bool:
-    return Fingerprint.from_dict(manifest.base_fingerprint).matches(Fingerprint.of(model))
+    fit = _recycled(stored, made_for.name, rows, model, tokenizer_name)
+    if fit is None:
+        return Transferred(rows, note)
+    note += (
+        f", mapped from {made_for.name} by {fit.tokens:,} shared tokens; this is approximate: "
+        f"relative error {fit.error:.3f} on tokens left out of the fit"
+    )
+    if fit.error > _WORTHLESS:
+        note += ", so the map says next to nothing: RANDOM or TEXT may well be a better start"
+    return Transferred(fit.rows, note, fit)
 
 
 @torch.no_grad()
 def _recycled(
     stored: StoredAdapter,
-    manifest: Manifest,
+    name: str,
     rows: Tensor,
     model: PreTrainedModel,
     tokenizer_name: str | None,
-) -> Recycled:
+) -> Recycled | None:
+    """Return rows of the base of this name mapped to another; None when both are one."""
+    manifest = stored.manifest
+    seq2seq = stored.config.get("task_type") == TaskType.SEQ_2_SEQ_LM
     # The whole base is loaded, not its table alone: its fingerprint tells whether it is the right one.
     try:
-        own = load_base(manifest.base_model, seq2seq=manifest.seq2seq, torch_dtype=manifest.dtype)
+        own = load_base(name, seq2seq=seq2seq, torch_dtype=manifest.dtype if manifest else None)
     except BackboneError as cause:
         raise BackboneError(
-            f"{stored.location} was made for {manifest.base_model}, which is needed to map it to this "
+            f"{stored.location} was made for {name}, which is needed to map it to this "
             f"base and cannot be loaded: {cause}"
         ) from cause
     check_base(manifest, stored.location, own.model)
+    if Fingerprint.of(own.model).matches(Fingerprint.of(model)):
+        return None
     words = load_tokenizer(tokenizer_name or str(model.name_or_path))
     there, here = input_embedding(own.model), input_embedding(model)
     sizes = there.weight.shape[0], here.weight.shape[0]

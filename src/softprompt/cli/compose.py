@@ -33,7 +33,7 @@ def _result_options(function: Command) -> Command:
     function = click.option(
         "--template-from",
         metavar="PROMPT_DIR",
-        help="The prompt whose template, labels and limits the result gets, where they differ.",
+        help="The prompt whose template, labels, limits and dtype the result gets, where they differ.",
     )(function)
     return click.option(
         "--output", required=True, type=click.Path(), help="Directory to write the prompt to."

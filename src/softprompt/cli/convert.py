@@ -30,6 +30,16 @@ from softprompt.errors import UsageError
 @click.option(
     "--add", multiple=True, metavar="NAME=PROMPT", help="Further prompt in the extended-vocab."
 )
+@click.option(
+    "--add-task",
+    "add_tasks",
+    multiple=True,
+    metavar="NAME=TASK",
+    help="Task of a further multitask prompt, by its name in --add.",
+)
+@click.option(
+    "--template", help="Verbalizer of a source that has none, such as 'Text: {{input}} Label:'."
+)
 @click.option("--overwrite", is_flag=True, help="Replace what the destination holds.")
 @click.option("--base-model", help="Base model of the prompt; by default the recorded one.")
 @click.option("--torch-dtype", help="Data type to load the base in; by default the checkpoint's.")
@@ -43,6 +53,7 @@ def command(
     text: str | None,
     pairs: tuple[str, ...],
     add: tuple[str, ...],
+    add_tasks: tuple[str, ...],
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -56,7 +67,9 @@ def command(
     start_logging(quiet=quiet)
     from softprompt.inference.conversion import convert
 
-    done = convert(source, destination, text=request, add=_added(add), **options)
+    further = _named(add, "--add", "PROMPT")
+    tasks = _named(add_tasks, "--add-task", "TASK")
+    done = convert(source, destination, text=request, add=further, add_tasks=tasks, **options)
     head = {
         "source": done.source,
         "source_format": done.source_format,
@@ -69,17 +82,19 @@ def command(
     ids = {
         f"ids of {n}": f"{p['token_ids'][0]} to {p['token_ids'][-1]}" for n, p in prompts.items()
     }
-    show(head | dict(done.facts), table(head | facts | ids), as_json=as_json)
+    lost = {"lost": ", ".join(done.lost)} if done.lost else {}
+    rows = table(head | facts | ids | lost)
+    show(head | dict(done.facts) | {"lost": list(done.lost)}, rows, as_json=as_json)
 
 
-def _added(pairs: tuple[str, ...]) -> dict[str, str]:
-    """Return further prompts by name."""
+def _named(pairs: tuple[str, ...], option: str, kind: str) -> dict[str, str]:
+    """Return what an option gives by name."""
     named: dict[str, str] = {}
     for pair in pairs:
         name, found, path = pair.partition("=")
         if not found or not name or not path:
-            raise UsageError(f"--add expects NAME=PROMPT, got {pair!r}")
+            raise UsageError(f"{option} expects NAME={kind}, got {pair!r}")
         if name in named:
-            raise UsageError(f"--add names {name!r} twice; give one of them another name")
+            raise UsageError(f"{option} names {name!r} twice; give one of them another name")
         named[name] = path
     return named

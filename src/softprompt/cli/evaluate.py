@@ -67,6 +67,7 @@ def command(
     prompts = load_prompts(prompt_dirs, base_options_of(options))
     subject: TunedPrompt | Ensemble = prompts[0]
     if len(prompts) > 1:
-        subject = Ensemble(prompts, combine=combine or "mean", names=prompt_dirs)
+        task = options.pop("task_name")
+        subject = Ensemble(prompts, combine=combine or "mean", names=prompt_dirs, task=task)
     report = evaluate(subject, data, **given(options))
     show(report.to_dict(), str(report), as_json=as_json)

@@ -67,6 +67,10 @@ def request_of(text: str | None, pairs: tuple[str, ...]) -> str | dict[str, str]
         name, separator, value = pair.partition("=")
         if not separator:
             raise UsageError(f"--field takes NAME=TEXT; got {pair!r}")
+        if name in fields:
+            raise UsageError(
+                f"{name!r} is given twice by --field, or by --text and --field; leave one out"
+            )
         fields[name] = value
     return fields
 

@@ -53,7 +53,7 @@ def evaluate(
         input_field: Input column; None takes the one the prompt was tuned with.
         output_field: Target column; None takes the one the prompt was tuned with.
         task: Overrides the prompt's own task.
-        task_name: The task of a multitask prompt, by name or number.
+        task_name: The task of a multitask prompt, or of an ensemble's members, by name or number.
         limit: Rows from the start of ``data`` to evaluate; None is all.
         normalize: Divide a label's log-probability by its token count.
         engine: Path that scores targets; ``auto`` is the fastest exact one.
@@ -63,10 +63,7 @@ def evaluate(
         DataError: The data is empty, or a record cannot be used.
         ContextOverflowError: Prompt and row together exceed the model's context.
     """
-    if isinstance(tuned, TunedPrompt):
-        tuned = tuned.of_task(task_name)
-    elif task_name is not None:
-        raise ConfigError("task_name would be ignored with an ensemble; leave it out")
+    tuned = tuned.of_task(task_name)
     members = tuned.members if isinstance(tuned, Ensemble) else (tuned,)
     chosen = _chosen_task(members[0], task, normalize)
     source_field = _column("input_field", members, input_field)

@@ -15,16 +15,14 @@ from softprompt.artifacts.bare import check_fit
 from softprompt.artifacts.files import require_empty, require_new_file
 from softprompt.artifacts.formats import Export, Format, Read, detect, format_named
 from softprompt.artifacts.native import StoredAdapter
+from softprompt.artifacts.plain import single_task
 from softprompt.attach.base_check import check_base
-from softprompt.backbone.facts import is_encoder_decoder
 from softprompt.backbone.load import LoadedBase, load_base
-from softprompt.data.special_frame import SpecialFrame, encode
 from softprompt.data.template import Verbalizer
-from softprompt.data.tokens import RowTokenizer
-from softprompt.errors import ArtifactError, ConfigError, OutputExistsError
-from softprompt.inference.requests import Request, fields_of, require_tokens
+from softprompt.errors import ArtifactError, ConfigError, OutputExistsError, nearest
+from softprompt.inference.conversion_input import encoder_of, recorded, source_ids
+from softprompt.inference.requests import Request
 
-_TARGET_TOKENS = 128
 _NAMING, _REQUESTING = "extended-vocab", "vllm"
 
 
@@ -39,6 +37,7 @@ class Conversion:
         output_format: What it was written as.
         base_model: The base that was loaded for it; None when none was.
         facts: What the output format reports.
+        lost: What is in the source's ``softprompt.json`` and not in the output, by its fields.
     """
 
     source: str
@@ -47,6 +46,7 @@ class Conversion:
     output_format: str
     base_model: str | None
     facts: Mapping[str, Any]
+    lost: tuple[str, ...] = ()
 
 
 def convert(
@@ -62,6 +62,8 @@ def convert(
     text: Request | None = None,
     name: str | None = None,
     add: Mapping[str, str | Path] | None = None,
+    add_tasks: Mapping[str, str | int] | None = None,
+    template: str | None = None,
     ignore_fingerprint: bool = False,
     overwrite: bool = False,
 ) -> Conversion:
@@ -80,58 +82,87 @@ def convert(
         text: Input of the one request that ``vllm`` writes.
         name: What ``extended-vocab`` calls the prompt; None is the name of the source.
         add: Further prompts for ``extended-vocab``, by name.
+        add_tasks: Which task of further multitask prompts, by the name in ``add``.
+        template: Verbalizer of a source that has none of its own.
         ignore_fingerprint: Use a base that the prompt was not made for.
         overwrite: Replace what the destination holds.
 
     Raises:
         ArtifactError: The source fits no format or is damaged, or the format cannot express it.
         ConfigError: An option is missing, or would be ignored.
+        TemplateError: The template has no placeholder.
         BackboneError: The base cannot be loaded.
         FingerprintError: The base is not the one the prompt was made for.
         OutputExistsError: The destination exists.
     """
+    _check_paths(source, destination)
     target, output = format_named(to), Path(destination)
-    _check_options(target, text, name, add)
+    _check_options(target, text, name, add, add_tasks, template)
     origin = detect(source)
     read = _reader(origin, source)
     _check_output(target, output, overwrite)
-    base = None
     options = {"tokenizer": tokenizer, "torch_dtype": torch_dtype, "device": device}
-    if base_model is not None:
-        base = _load(base_model, target, options)
-    stored = read(source, base)
-    if base is None and target.writes_with_base:
-        base = _load(_recorded_base(stored), target, options)
-    elif base is None and any(value is not None for value in options.values()):
-        raise ConfigError(
-            f"{to} needs no base model here, so tokenizer, torch_dtype and device would be ignored; "
-            "leave them out, or name a base_model to check the prompt against"
-        )
-    others = {other: _read_other(path) for other, path in (add or {}).items()}
+    stored, base = _opened(source, read, target, base_model, options)
+    others = _others(add or {}, add_tasks or {})
     if base is not None:
         for each in (stored, *others.values()):
             check_base(each.manifest, each.location, base.model, ignore=ignore_fingerprint)
             check_fit(each, base)
+    lost, chosen = target.lost(stored.manifest, origin), None if task is None else str(task)
+    stored = recorded(stored, origin, target, base, template)
+    asked = None
+    if text is not None and base is not None:
+        asked = source_ids(single_task(stored, chosen), base, text)
     export = Export(
         stored=stored,
         to=to,
-        task=None if task is None else str(task),
+        task=chosen,
         name=name or _name_of(source),
         others=others,
         base=base,
-        encode=None if base is None else _encoder(base),
-        source=None if text is None or base is None else _source_ids(stored, base, text),
+        encode=None if base is None else encoder_of(base),
+        source=None if asked is None else asked.ids,
         overwrite=overwrite,
     )
     write = cast(Callable[[Export, Path], Mapping[str, Any]], target.write)
-    facts = write(export, output)
-    return Conversion(
-        str(source), origin.name, str(output), to, None if base is None else base.name, facts
-    )
+    facts = {**write(export, output), **({} if asked is None else {"input_cut": asked.cut})}
+    named = None if base is None else base.name
+    return Conversion(str(source), origin.name, str(output), to, named, facts, lost)
+
+
+def _check_paths(*given: object) -> None:
+    for each in given:
+        if not isinstance(each, str | Path):
+            raise ConfigError(f"expected a path to convert, got {each!r}; give a str or a Path")
+
+
+def _opened(
+    source: str | Path,
+    read: Read,
+    target: Format,
+    base_model: str | Path | PreTrainedModel | None,
+    options: Mapping[str, Any],
+) -> tuple[StoredAdapter, LoadedBase | None]:
+    """Read the source, with the base where one is named or the output needs one."""
+    base = None if base_model is None else _load(base_model, target, options)
+    stored = read(source, base)
+    if base is None and target.writes_with_base:
+        return stored, _load(_recorded_base(stored), target, options)
+    if base is None and any(value is not None for value in options.values()):
+        raise ConfigError(
+            f"{target.name} needs no base model here, so tokenizer, torch_dtype and device would be "
+            "ignored; leave them out, or name a base_model to check the prompt against"
+        )
+    return stored, base
 
 
 def _check_options(
-    target: Format, text: Request | None, name: str | None, add: Mapping[str, Any] | None
+    target: Format,
+    text: Request | None,
+    name: str | None,
+    add: Mapping[str, Any] | None,
+    add_tasks: Mapping[str, Any] | None,
+    template: str | None,
 ) -> None:
     if text is not None and target.name != _REQUESTING:
         raise ConfigError(f"text is the input of {_REQUESTING}'s request; {target.name} has none")
@@ -139,6 +170,16 @@ def _check_options(
         raise ConfigError("vllm writes the request for one input text; pass text (--text)")
     if (name is not None or add) and target.name != _NAMING:
         raise ConfigError(f"names and further prompts are for {_NAMING}, not for {target.name}")
+    odd = sorted((add_tasks or {}).keys() - (add or {}).keys())
+    if odd:
+        raise ConfigError(
+            f"a task is chosen for {odd[0]!r}, which is none of the further prompts "
+            f"({', '.join(add or {}) or 'none'}){nearest(odd[0], add or {})}"
+        )
+    if template is not None:
+        Verbalizer(template)
+        if "template" in target.loses and target.name != _REQUESTING:
+            raise ConfigError(f"{target.name} has no place for a template; leave --template out")
 
 
 def _name_of(source: str | Path) -> str:
@@ -178,13 +219,25 @@ def _check_output(target: Format, output: Path, overwrite: bool) -> None:
         )
 
 
-def _read_other(path: str | Path) -> StoredAdapter:
-    origin = detect(path)
-    if origin.reads_with_base:
-        raise ConfigError(
-            f"{path} ({origin.name}) does not name its base; convert it to softprompt first"
-        )
-    return _reader(origin, path)(path, None)
+def _others(
+    add: Mapping[str, str | Path], tasks: Mapping[str, str | int]
+) -> dict[str, StoredAdapter]:
+    """Return further prompts by name, one task of each."""
+    found = {}
+    for name, path in add.items():
+        origin = detect(path)
+        if origin.reads_with_base:
+            raise ConfigError(
+                f"{path} ({origin.name}) does not name its base; convert it to softprompt first"
+            )
+        stored = _reader(origin, path)(path, None)
+        try:
+            found[name] = single_task(stored, str(tasks[name]) if name in tasks else None)
+        except ConfigError as error:
+            raise ConfigError(
+                f"further prompt {name}: {error}; say --add-task {name}=..."
+            ) from error
+    return found
 
 
 def _recorded_base(stored: StoredAdapter) -> str:
@@ -192,7 +245,7 @@ def _recorded_base(stored: StoredAdapter) -> str:
     found = recorded or stored.config.get("base_model_name_or_path")
     if not found:
         raise ArtifactError(
-            f"{stored.location} does not say which base model it is for; pass base_model"
+            f"{stored.location} does not say which base model it is for; pass base_model (--base-model)"
         )
     return str(found)
 
@@ -205,30 +258,3 @@ def _load(
         # The export changes the model it saves.
         return replace(base, model=copy.deepcopy(base.model))
     return base
-
-
-def _encoder(base: LoadedBase) -> Callable[[str], tuple[int, ...]]:
-    """Return what gives the ids of a text as rows have them: framed, without EOS in causal models."""
-    frame = SpecialFrame.of(base.tokenizer)
-    if not is_encoder_decoder(base.model):
-        frame = SpecialFrame(frame.prefix, ())
-
-    def ids(text: str) -> tuple[int, ...]:
-        return frame.around(encode(base.tokenizer, [text], special=False)[0])
-
-    return ids
-
-
-def _source_ids(stored: StoredAdapter, base: LoadedBase, text: Request) -> tuple[int, ...]:
-    manifest = stored.manifest
-    verbalizer = Verbalizer(manifest.template if manifest else "{{input}}")
-    rows = RowTokenizer(
-        base.tokenizer,
-        verbalizer,
-        max_source_length=manifest.max_source_length if manifest else 10**9,
-        max_target_length=manifest.max_target_length if manifest else _TARGET_TOKENS,
-        seq2seq=is_encoder_decoder(base.model),
-    )
-    ids, _ = rows.source(fields_of(text, verbalizer.fields))
-    require_tokens([ids])
-    return ids

@@ -15,6 +15,7 @@ from softprompt.engine.rows import Engine
 from softprompt.errors import ConfigError, FingerprintError, nearest
 from softprompt.inference.requests import Request
 from softprompt.inference.scoring import LabelScores, Question, per_token, score_questions
+from softprompt.inference.task_choice import Task
 from softprompt.inference.tuned import TunedPrompt
 
 Combine = Literal["mean", "vote"]
@@ -59,6 +60,7 @@ class Ensemble:
         *,
         combine: Combine = "mean",
         names: Sequence[str] | None = None,
+        task: Task | None = None,
     ) -> None:
         """Check that the members can answer together; nothing is copied.
 
@@ -66,16 +68,18 @@ class Ensemble:
             members: Two prompts or more; their models may be one or equal ones, the first's is run.
             combine: How the members' answers are combined.
             names: One name for each member; None numbers them from 1.
+            task: The task of the members that have several, by name or number.
 
         Raises:
-            ConfigError: There are too few members, their label sets differ, or a setting is wrong.
+            ConfigError: There are too few members, their label sets differ, a member has several
+                tasks and none is chosen, or a setting is wrong.
             FingerprintError: The members are of different bases.
         """
         if combine not in COMBINES:
             raise ConfigError(
                 f"combine is one of {', '.join(COMBINES)}, got {combine!r}{nearest(str(combine), COMBINES)}"
             )
-        self.members = tuple(members)
+        self.members = _of_task(members, task)
         self.names = tuple(names or map(str, range(1, len(self.members) + 1)))
         if len(self.members) < 2 or len(set(self.names)) != len(self.members):
             raise ConfigError(
@@ -85,6 +89,16 @@ class Ensemble:
         self.combine = combine
         self.labels = self._shared_labels()
         self._check_bases()
+
+    def of_task(self, task: Task | None) -> Ensemble:
+        """Return this ensemble with its multitask members as used for one task.
+
+        Raises:
+            ConfigError: A member has no such task, or no member has several.
+        """
+        if task is None:
+            return self
+        return Ensemble(self.members, combine=self.combine, names=self.names, task=task)
 
     # A str is iterable too; the first overload is the one meant.
     @overload
@@ -149,17 +163,16 @@ class Ensemble:
         """
         first = self.members[0]
         device = first.model.get_base_model().device
-        questions = [
-            Question(tuple(source), labels, member, self.members[member].rows.offset(source))
-            for member, (labels, inputs) in enumerate(zip(self.label_ids(), sources, strict=True))
-            for source in inputs
-        ]
-        scores = score_questions(
-            engine or first.engine,
-            [self._rows_of(member).to(device) for member in self.members],
-            questions,
-            batch_size=batch_size,
-        )
+        prompts: list[Tensor] = []
+        questions: list[Question] = []
+        for member, labels, inputs in zip(self.members, self.label_ids(), sources, strict=True):
+            before, behind = member.places.indices(len(prompts))
+            questions += [
+                Question(tuple(source), labels, before, member.rows.offset(source), behind)
+                for source in inputs
+            ]
+            prompts += [part.to(device) for part in member.prompts()]
+        scores = score_questions(engine or first.engine, prompts, questions, batch_size=batch_size)
         return scores.view(len(self.members), -1, len(self.labels))
 
     def combined(self, scores: Tensor) -> Combined:
@@ -186,14 +199,6 @@ class Ensemble:
             ConfigError: Two labels have the same tokens.
         """
         return [tuple(member.label_ids(self.labels)) for member in self.members]
-
-    def _rows_of(self, member: TunedPrompt) -> Tensor:
-        prompts = member.prompts()
-        if len(prompts) != 1:
-            raise ConfigError(
-                f"an ensemble takes prompts of one part, got one of {len(prompts)}; evaluate it by itself"
-            )
-        return prompts[0]
 
     def _shared_labels(self) -> tuple[str, ...]:
         for name, member in zip(self.names, self.members, strict=True):
@@ -227,6 +232,17 @@ class Ensemble:
                     "the members of an ensemble share prompt_sees_input, prompts "
                     f"{self.names[0]} and {name} differ in it; evaluate them by themselves"
                 )
+
+
+def _of_task(members: Sequence[TunedPrompt], task: Task | None) -> tuple[TunedPrompt, ...]:
+    """Return members, those with several tasks as used for one."""
+    several = [each.model.encoder_of(each.adapter).num_tasks > 1 for each in members]
+    if task is not None and not any(several):
+        raise ConfigError(
+            f"the task {task!r} would be ignored, as no member of the ensemble has several; leave it out"
+        )
+    pairs = zip(members, several, strict=True)
+    return tuple(each.of_task(task) if choose else each for each, choose in pairs)
 
 
 def _best(scores: Tensor) -> tuple[int, ...]:

@@ -132,7 +132,7 @@ def _recorded_base(stored: StoredAdapter) -> str:
     name = recorded or stored.config.get("base_model_name_or_path")
     if not name:
         raise ArtifactError(
-            f"{stored.location} does not say which base model it is for; pass base_model"
+            f"{stored.location} does not say which base model it is for; pass base_model (--base-model)"
         )
     return str(name)
 

@@ -45,6 +45,14 @@ class Places:
         """Return where in ``parts`` the decoder's part of prompt ``number`` is, -1 for nowhere."""
         return number * self.submodules + int(self.source) if self.decoder else -1
 
+    def indices(self, start: int) -> tuple[int, int]:
+        """Return where a prompt's source's and decoder's parts are in a list it begins at ``start``."""
+        source, decoder = self.source_index(0), self.decoder_index(0)
+        return (
+            source if source < 0 else start + source,
+            decoder if decoder < 0 else start + decoder,
+        )
+
     def row(self, row: EngineRow, number: int) -> EngineRow:
         """Return a row that stands behind prompt ``number``."""
         return EngineRow(

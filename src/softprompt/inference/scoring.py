@@ -140,9 +140,7 @@ def score_questions(
     count = len(questions[0].labels) if questions else 0
     # Sources of like length share a pass, so that a padded engine pads little; those of one prompt
     # do before that, because every pass runs each of its prompts once.
-    order = sorted(
-        range(len(questions)), key=lambda i: (questions[i].prompt, len(questions[i].source))
-    )
+    order = sorted(range(len(questions)), key=lambda i: _neighbourhood(questions[i]))
     scores = torch.zeros(len(questions), count)
     inputs = max(1, batch_size // max(1, count))
     for start in range(0, len(order), inputs):
@@ -155,6 +153,10 @@ def score_questions(
         sums = engine.target_log_probs(rows, prompts).row_sums(len(rows))
         scores[chosen] = sums.float().cpu().view(len(chosen), count)
     return scores
+
+
+def _neighbourhood(question: Question) -> tuple[int, int, int]:
+    return question.prompt, question.decoder_prompt, len(question.source)
 
 
 def per_token(scores: Tensor, label_tokens: Sequence[int]) -> Tensor:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
-
 from softprompt.artifacts.manifest import Manifest
 from softprompt.errors import ConfigError, nearest
 
@@ -24,7 +20,9 @@ def task_number(task: Task | None, manifest: Manifest, count: int) -> int:
     if task is None:
         if count == 1:
             return 0
-        raise ConfigError(f"this prompt has {count} tasks ({known}); choose one with task=...")
+        raise ConfigError(
+            f"this prompt has {count} tasks ({known}); choose one with task=... (--task-name)"
+        )
     if task in names:
         return names.index(str(task))
     number = int(task) if str(task).isdecimal() else count
@@ -32,22 +30,4 @@ def task_number(task: Task | None, manifest: Manifest, count: int) -> int:
         return number
     raise ConfigError(
         f"this prompt has no task {task!r}{nearest(str(task), names)}; its tasks are {known}"
-    )
-
-
-def manifest_of_task(manifest: Manifest, number: int) -> Manifest:
-    """Return what a manifest says of one of its tasks; the whole where it keeps none apart.
-
-    Template, kind and label set of each task are in ``data["tasks"]`` by the task's name.
-    """
-    name = manifest.tasks[number] if manifest.tasks else None
-    own: Mapping[str, Any] | None = manifest.data.get("tasks", {}).get(name)
-    if own is None:
-        return manifest
-    labels = own["labels"]
-    return replace(
-        manifest,
-        template=own["template"],
-        task=own["task"],
-        labels=None if labels is None else tuple(labels),
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from softprompt.artifacts.manifest import Manifest
+from softprompt.artifacts.manifest import Manifest, manifest_of_task
 from softprompt.artifacts.native import save_adapter
 from softprompt.attach.completion import sees_input_of
 from softprompt.attach.heads import BASE
@@ -32,7 +32,7 @@ from softprompt.inference.options import GenerationOptions, options_from
 from softprompt.inference.places import Places
 from softprompt.inference.requests import Request, fields_of, listed, require_tokens
 from softprompt.inference.scoring import LabelScores, check_label_ids, score_labels
-from softprompt.inference.task_choice import Task, manifest_of_task, task_number
+from softprompt.inference.task_choice import Task, task_number
 from softprompt.prompts.kinds import Placement
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.artifacts.native import load_adapter
-from softprompt.artifacts.parts import other_base, rows_of
+from softprompt.artifacts.parts import other_base, other_places, placed_rows, rows_of
 from softprompt.errors import ArtifactError, BackboneError, ConfigError
 from softprompt.prompts.similarity import Measure, similarity
 
@@ -60,8 +60,8 @@ def similar_prompts(
 ) -> Retrieval:
     """Compare a stored prompt with those in the subfolders of a folder.
 
-    The prompt itself is left out. Prompts of other bases, and folders that hold no readable
-    prompt, are listed as skipped.
+    The prompt itself is left out. Prompts of other bases or for other parts of the model, and
+    folders that hold no readable prompt, are listed as skipped.
 
     Args:
         prompt: The prompt to compare with.
@@ -77,6 +77,7 @@ def similar_prompts(
         raise ConfigError(f"top expects at least 1, got {top}")
     query = load_adapter(prompt)
     rows = rows_of(query).flatten(0, 1)
+    places = tuple(placed_rows(query))
     here = Path(query.location).resolve()
     scored: list[tuple[float, str]] = []
     skipped: list[Skipped] = []
@@ -85,7 +86,7 @@ def similar_prompts(
             continue
         try:
             other = load_adapter(path)
-            reason = other_base(query, other)
+            reason = other_base(query, other) or other_places(other, places)
             if reason is None:
                 cosine = similarity(rows, rows_of(other).flatten(0, 1), measure)
                 scored.append((cosine, str(path)))

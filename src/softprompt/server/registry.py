@@ -12,7 +12,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import final
 
-from softprompt.artifacts.manifest import Manifest
+from softprompt.artifacts.manifest import Manifest, manifest_of_task
 from softprompt.artifacts.native import StoredAdapter, adapter_of_files
 from softprompt.attach.completion import sees_input_of
 from softprompt.attach.detached import prompt_values
@@ -26,7 +26,7 @@ from softprompt.data.tokens import RowTokenizer
 from softprompt.errors import AdapterError, ArtifactError, SoftPromptError
 from softprompt.inference.continuous.request import PromptValue
 from softprompt.inference.continuous.values import content_key
-from softprompt.inference.task_choice import Task, manifest_of_task, task_number
+from softprompt.inference.task_choice import Task, task_number
 from softprompt.server.folder import FILES, Root, Signature
 from softprompt.server.outline import Outline, outlined
 from softprompt.server.served import PlainText, Served

@@ -20,6 +20,7 @@ from softprompt.artifacts.bare import DECODER, ENCODER, Origin, bare_adapter, ch
 from softprompt.artifacts.files import read_bytes
 from softprompt.artifacts.formats.format import Export, Format, Source, write_output_file
 from softprompt.artifacts.formats.part_files import tensor_bytes
+from softprompt.artifacts.formats.prefix_store import BARE
 from softprompt.artifacts.layout import PROMPT_KEY
 from softprompt.artifacts.native import StoredAdapter
 from softprompt.artifacts.pickles import damaged, load_pickled
@@ -45,7 +46,11 @@ def _read_npy(source: Source, base: LoadedBase | None) -> StoredAdapter:
     path = Path(source)
     data = read_bytes(path)
     try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
+        stream = io.BytesIO(data)
+        array = np.load(stream, allow_pickle=False)
+        rest = len(stream.read())
+        if rest:
+            raise ValueError(f"{rest:,} bytes follow the array")
         rows = torch.from_numpy(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="))))
     # A file that holds objects, or another format under this name, fails in the parser.
     except Exception as error:
@@ -76,7 +81,9 @@ def _safe(path: Path) -> dict[str, Tensor]:
 
 def _adapter(rows: Any, path: Path, base: LoadedBase | None) -> StoredAdapter:
     if base is None:
-        raise ConfigError(f"{path} does not say which base it is for; pass base_model")
+        raise ConfigError(
+            f"{path} does not say which base it is for; pass base_model (--base-model)"
+        )
     part = ENCODER if is_encoder_decoder(base.model) else DECODER
     checked = check_rows(rows, str(path))
     return bare_adapter({part: checked}, Origin.of_base(base), base, str(path))
@@ -116,6 +123,7 @@ NPY = Format(
     _write_npy,
     reads_with_base=True,
     holds="file",
+    loses=BARE,
 )
 TENSOR = Format(
     "tensor",
@@ -125,4 +133,5 @@ TENSOR = Format(
     _write_tensor,
     reads_with_base=True,
     holds="file",
+    loses=BARE,
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ import yaml
 
 from softprompt.artifacts.bare import DECODER, ENCODER, Origin, bare_adapter
 from softprompt.artifacts.files import read_bytes
-from softprompt.artifacts.formats.format import Export, Format, Source
+from softprompt.artifacts.formats.format import MEASURED, USED, Export, Format, Source
 from softprompt.artifacts.formats.part_files import PART_NAMES, part_bytes, read_part
 from softprompt.artifacts.formats.prefix_store import write_parts
 from softprompt.artifacts.manifest import installed_versions
 from softprompt.artifacts.native import StoredAdapter
 from softprompt.backbone.load import LoadedBase
 from softprompt.errors import ArtifactError, FingerprintError
+from softprompt.prompts.kinds import TaskType
 
 CONFIG_FILE = "config.yml"
 MODULE_ID = "6655831b-960a-4dc5-8df4-867026e2cd41"
@@ -33,6 +34,7 @@ _MODULE = {
     "name": "Peft generation",
     "version": "0.1.0",
 }
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
 _SIZES = ("model_type", "vocab_size", "hidden_size", "d_model", "n_embd", "num_hidden_layers")
 
 
@@ -50,15 +52,17 @@ def _read(source: Source, base: LoadedBase | None) -> StoredAdapter:
         name = config.get(part)
         if name:
             parts[part] = read_part(_inside(path, part, name))
-    seq2seq = _text(config, "task_type", path).rpartition(".")[2] == "SEQ_2_SEQ_LM"
+    kinds = {str(TaskType.CAUSAL_LM): False, str(TaskType.SEQ_2_SEQ_LM): True}
+    kind = _one_of(kinds, _text(config, "task_type", path), "task_type", path)
+    dtype = str(config.get("trained_torch_dtype") or "float32")
     recorded = config.get("base_model_config")
     if base is not None and isinstance(recorded, dict):
         _check_sizes(recorded, base, path)
     origin = Origin(
         base_model=base.name if base else _text(config, "base_model_name", path),
-        seq2seq=seq2seq,
+        seq2seq=kinds[kind],
         template=_text(config, "verbalizer", path),
-        dtype=str(config.get("trained_torch_dtype") or "float32"),
+        dtype=_one_of(_DTYPES, dtype, "trained_torch_dtype", path),
         settings={"tuning_type": str(config.get("tuning_type") or "PROMPT_TUNING")},
     )
     return bare_adapter(parts, origin, base, str(path))
@@ -119,12 +123,30 @@ def _text(config: Mapping[str, Any], key: str, path: Path) -> str:
     return value
 
 
+def _one_of(known: Iterable[str], value: str, key: str, path: Path) -> str:
+    """Return the last part of a dotted name, such as ``torch.float16``, when it is a known one."""
+    name = value.rpartition(".")[2]
+    if name not in known:
+        raise ArtifactError(
+            f"expected {' or '.join(known)} for {key} in {path / CONFIG_FILE}, came {value!r}: "
+            "check that it is a prompt of caikit-nlp's PeftPromptTuning"
+        )
+    return name
+
+
 def _inside(path: Path, part: str, name: Any) -> Path:
-    """Return the file a config names, which must lie in the folder itself."""
-    if not isinstance(name, str) or Path(name).name != name:
+    """Return the file a config names, which has no path of its own.
+
+    It may be a link, as every file in a cache of the Hub is; what it holds is checked all the same.
+    """
+    if not isinstance(name, str) or Path(name).name != name or name == "..":
         raise ArtifactError(
             f"expected a file in {path} for {part} in {CONFIG_FILE}, came {name!r}, which leads "
             "elsewhere: put the file beside it"
+        )
+    if not (path / name).is_file():
+        raise ArtifactError(
+            f"{CONFIG_FILE} in {path} names {name} for {part}, which is not in it: copy it beside it"
         )
     return path / name
 
@@ -146,4 +168,5 @@ CAIKIT = Format(
     _read,
     _write,
     writes_with_base=True,
+    loses=(*USED, *MEASURED, "base_fingerprint"),
 )

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from softprompt.artifacts.files import require_empty, require_no_file, staged_folder
-from softprompt.artifacts.formats.format import Export, Format, write_failed
+from softprompt.artifacts.formats.format import MEASURED, Export, Format, write_failed
 from softprompt.artifacts.formats.vocabulary_rows import extend
 from softprompt.artifacts.formats.vocabulary_tokens import (
     add_prompt_tokens,
@@ -59,7 +59,7 @@ def _write(export: Export, path: Path) -> Mapping[str, Any]:
         with staged_folder(path) as staged, progress_on_terminals_only():
             model.save_pretrained(staged)
             tokenizer.save_pretrained(staged)
-            text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+            text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
             (staged / PROMPTS_FILE).write_text(text, encoding="utf-8")
     # ValueError: transformers refuses to save generation settings that contradict each other.
     except (OSError, ValueError) as error:
@@ -111,6 +111,8 @@ def _entry(
         "tokens": text,
         # A causal model's answer begins with the space that its template ends in.
         "template": template if prompt.seq2seq else template.rstrip(" "),
+        "max_source_length": manifest.max_source_length if manifest else None,
+        "max_target_length": manifest.max_target_length if manifest else None,
         "labels": list(manifest.labels) if manifest and manifest.labels else None,
         "text": None if form is None else asdict(form),
     }
@@ -123,4 +125,5 @@ EXTENDED_VOCABULARY = Format(
     None,
     _write,
     writes_with_base=True,
+    loses=(*MEASURED, "task", "base_fingerprint"),
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.artifacts.files import require_new_file, write_atomically
+from softprompt.artifacts.manifest import Manifest
 from softprompt.artifacts.native import StoredAdapter
 from softprompt.artifacts.plain import PlainPrompt, plain_prompt, single_task
 from softprompt.backbone.load import LoadedBase
@@ -59,7 +60,9 @@ class Export:
             ConfigError: There is none.
         """
         if self.base is None:
-            raise ConfigError(f"{self.to} needs the base model of the prompt; pass base_model")
+            raise ConfigError(
+                f"{self.to} needs the base model of the prompt; pass base_model (--base-model)"
+            )
         return self.base
 
 
@@ -83,6 +86,7 @@ class Format:
         reads_with_base: Whether reading needs the base model.
         writes_with_base: Whether writing needs the base model.
         holds: Whether the output is a ``folder`` or a ``file``.
+        loses: Fields of ``softprompt.json`` that the layout has no place for.
     """
 
     name: str
@@ -93,6 +97,24 @@ class Format:
     reads_with_base: bool = False
     writes_with_base: bool = False
     holds: str = "folder"
+    loses: tuple[str, ...] = ()
+
+    def lost(self, manifest: Manifest | None, origin: Format) -> tuple[str, ...]:
+        """Return what a format has on record of a prompt, and this one would not have."""
+        if manifest is None:
+            return ()
+        fewer = (name for name in self.loses if name not in origin.loses)
+        return tuple(name for name in fewer if getattr(manifest, name) not in _NOTHING)
+
+
+MEASURED = ("metrics", "history", "settings", "data")
+"""Fields that say how a prompt was made and how good it is."""
+
+USED = ("task", "labels", "max_source_length", "max_target_length")
+"""Fields that say how a prompt is used, besides its template."""
+
+_NOTHING: tuple[Any, ...] = (None, (), {}, [], "generation")
+"""Values that say nothing; free text is what every format is for."""
 
 
 def write_failed(path: Path, error: Exception) -> ArtifactError:

@@ -13,7 +13,14 @@ from typing import Any
 
 from softprompt.artifacts.bare import Origin, bare_adapter
 from softprompt.artifacts.files import require_empty, require_no_file, write_folder
-from softprompt.artifacts.formats.format import Export, Format, Source, write_failed
+from softprompt.artifacts.formats.format import (
+    MEASURED,
+    USED,
+    Export,
+    Format,
+    Source,
+    write_failed,
+)
 from softprompt.artifacts.formats.part_files import (
     PART_NAMES,
     lacks_parts,
@@ -24,13 +31,18 @@ from softprompt.artifacts.native import StoredAdapter
 from softprompt.backbone.load import LoadedBase
 from softprompt.errors import ArtifactError, ConfigError
 
+BARE = ("template", "base_model", *USED, *MEASURED, "base_fingerprint", "dtype")
+"""What rows by themselves do not say."""
+
 _PREFIX_ID = re.compile(r"[\w-]+")
 
 
 def _read(source: Source, base: LoadedBase | None) -> StoredAdapter:
     path = Path(source)
     if base is None:
-        raise ConfigError(f"{path} does not say which base it is for; pass base_model")
+        raise ConfigError(
+            f"{path} does not say which base it is for; pass base_model (--base-model)"
+        )
     found = {part: path / name for part, name in PART_NAMES.items() if (path / name).is_file()}
     parts = {part: read_part(file) for part, file in found.items()}
     return bare_adapter(parts, Origin.of_base(base), base, str(path))
@@ -74,4 +86,5 @@ TGIS = Format(
     _read,
     _write,
     reads_with_base=True,
+    loses=BARE,
 )

@@ -7,8 +7,6 @@ module returns for the text's ids, prompt in front, in the base's dtype.
 from __future__ import annotations
 
 import base64
-import binascii
-import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,37 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.artifacts.bare import check_rows
-from softprompt.artifacts.files import read_bytes
-from softprompt.artifacts.formats.format import Export, Format, write_output_file
+from softprompt.artifacts.formats.format import MEASURED, USED, Export, Format, write_output_file
 from softprompt.artifacts.formats.part_files import tensor_bytes
-from softprompt.artifacts.layout import parse_object
 from softprompt.backbone.facts import input_embedding, side_embeddings
 from softprompt.errors import ArtifactError, ConfigError
 
 _KEY = "prompt_embeds"
 _MAX_NEW_TOKENS = 20
-
-
-def read_payload(path: Path) -> Tensor:
-    """Return the tensor ``[P + T, H]`` of a request.
-
-    Raises:
-        ArtifactError: it is no such body, or the tensor is not dense, finite and 2-D.
-    """
-    body = parse_object(read_bytes(path).decode(errors="replace"), str(path))
-    try:
-        data = base64.b64decode(body.get(_KEY) or "", validate=True)
-        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (binascii.Error, TypeError) as error:
-        raise ArtifactError(f"expected base64 text for {_KEY} in {path}: write it again") from error
-    # Whatever the unpickler stumbles over; code in it is refused and never run.
-    except Exception as error:
-        raise ArtifactError(
-            f"expected a tensor in {_KEY} of {path}, it is damaged or holds code, which is never "
-            "run: write it again"
-        ) from error
-    return check_rows(loaded, str(path))
 
 
 def _lacks(path: Path) -> str | None:
@@ -57,6 +31,8 @@ def _lacks(path: Path) -> str | None:
 @torch.no_grad()
 def _write(export: Export, path: Path) -> Mapping[str, Any]:
     prompt, base = export.plain(), export.loaded()
+    if path.suffix != ".json":
+        raise ConfigError(f"vllm writes a .json file, came {path.name!r}; end its name in .json")
     if prompt.seq2seq:
         raise ArtifactError(
             f"{export.stored.location} is for a seq2seq model, and vLLM takes prompt_embeds for "
@@ -98,4 +74,5 @@ VLLM = Format(
     _write,
     writes_with_base=True,
     holds="file",
+    loses=(*USED, *MEASURED, "template", "base_fingerprint"),
 )

@@ -65,31 +65,56 @@ def extend(
             "use the prompts with softprompt"
         )
     old, scale = table.weight.shape[0], _scale(table)
-    name = next(iter(rows))
     probe = torch.linspace(0, old - 1, _PROBE_TOKENS, device=table.weight.device).long()
-    before = _logits(model, embeds=torch.cat([rows[name].to(table(probe)), table(probe)]))
+    _check_range(rows, table, scale)
+    before = {
+        name: _logits(model, embeds=torch.cat([own.to(table(probe)), table(probe)]))
+        for name, own in rows.items()
+    }
     head = _prepare_head(model)
     new = max(each for own in ids.values() for each in own) + 1
     _resize(model, new)
     table = input_embedding(model)
     table.weight[old:] = 0
     rounding = 0.0
-    for own, values in rows.items():
-        index = torch.tensor(ids[own], device=table.weight.device)
+    for name, values in rows.items():
+        index = torch.tensor(ids[name], device=table.weight.device)
         table.weight[index] = (values.float() / scale).to(table.weight)
         lost = (table(index).float() - values.to(table.weight.device).float()).abs().max()
         rounding = max(rounding, float(lost / values.abs().max()))
-    _mask_head(model, head, old, least_likely(before))
-    after = _logits(model, ids=torch.cat([torch.tensor(ids[name]).to(probe), probe]))
-    spread = float(before.std())
-    difference = float((after[:, :old] - before).abs().max()) / max(spread, 1e-12)
-    if not difference <= _TOLERANCE.get(table.weight.dtype, _HALF_TOLERANCE):
-        raise ArtifactError(
-            f"{type(model).__name__} with the prompt as vocabulary gives other logits than with the "
-            f"prompt in front (relative difference {difference:.2g}); use --to vllm or tgis"
-        )
-    mass = float(after.softmax(-1)[:, old:].sum(-1).max())
+    _mask_head(model, head, old, least_likely(torch.cat(list(before.values()))))
+    mass = difference = 0.0
+    for name, places in ids.items():
+        after = _logits(model, ids=torch.cat([torch.tensor(places).to(probe), probe]))
+        difference = max(difference, _difference(after[:, :old], before[name], table, name))
+        mass = max(mass, float(after.softmax(-1)[:, old:].sum(-1).max()))
     return Extension(new, head, mass, rounding, difference)
+
+
+def _check_range(rows: Mapping[str, Tensor], table: nn.Embedding, scale: float) -> None:
+    dtype = table.weight.dtype
+    for name, own in rows.items():
+        if not bool(torch.isfinite((own.float() / scale).to(dtype)).all()):
+            raise ArtifactError(
+                f"the rows of {name} overflow {str(dtype).removeprefix('torch.')}, the base's dtype; pass "
+                "torch_dtype (--torch-dtype) float32 or bfloat16"
+            )
+
+
+def _difference(after: Tensor, before: Tensor, table: nn.Embedding, name: str) -> float:
+    """Return how far logits are off, relative to their spread.
+
+    Raises:
+        ArtifactError: Too far, or not a number.
+    """
+    found = float((after - before).abs().max()) / max(float(before.std()), 1e-12)
+    # Not "greater than", which a NaN is never.
+    if not found <= _TOLERANCE.get(table.weight.dtype, _HALF_TOLERANCE):
+        raise ArtifactError(
+            f"the base with prompt {name} as vocabulary gives other logits than with the prompt in front "
+            f"(relative difference {found:.2g}); use --to vllm or tgis"
+        )
+    return found
 
 
 def least_likely(logits: Tensor) -> int:

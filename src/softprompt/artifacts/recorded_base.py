@@ -1,0 +1,63 @@
+"""What is known of the base that a prompt was made for, and whether two of them are one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+from transformers import PreTrainedModel
+
+from softprompt.artifacts.native import StoredAdapter
+from softprompt.backbone.facts import input_embedding
+from softprompt.backbone.fingerprint import Fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedBase:
+    """A base as a prompt's files, or a model itself, tell it.
+
+    Attributes:
+        name: Its name or path; None when not known.
+        width: H of its embeddings.
+        fingerprint: Of its weights; None when not known.
+    """
+
+    name: str | None
+    width: int
+    fingerprint: Fingerprint | None
+
+    @classmethod
+    def of_stored(cls, stored: StoredAdapter) -> Self:
+        """Return what a stored prompt tells; a fingerprint without content is not known.
+
+        Raises:
+            ArtifactError: The fingerprint on record is damaged.
+        """
+        manifest = stored.manifest
+        recorded = manifest.base_model if manifest else None
+        name = recorded or stored.config.get("base_model_name_or_path")
+        values = manifest.base_fingerprint if manifest else None
+        fingerprint = Fingerprint.from_dict(values) if values else None
+        return cls(str(name) if name else None, stored.prompt.shape[1], fingerprint)
+
+    @classmethod
+    def of_model(cls, model: PreTrainedModel) -> Self:
+        """Return what a loaded model tells."""
+        width = input_embedding(model).weight.shape[1]
+        return cls(str(model.name_or_path) or None, width, Fingerprint.of(model))
+
+    def differs(self, other: RecordedBase) -> str | None:
+        """Return why the other is not this base; None when it is.
+
+        Fingerprints decide; where one of the two has none, the names do.
+        """
+        if self.width != other.width:
+            return f"its rows are {other.width} wide, not {self.width}"
+        here, there = self.fingerprint, other.fingerprint
+        if here is not None and there is not None:
+            if here.matches(there):
+                return None
+            return f"its base is {other.name} ({there.short}), not {self.name} ({here.short})"
+        if self.name != other.name:
+            return f"its base is {other.name}, not {self.name}, and not both have a fingerprint"
+        return None
