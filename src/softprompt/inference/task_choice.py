@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,9 @@ from softprompt.errors import ConfigError, nearest
 
 Task = str | int
 """A task of a multitask prompt, by its name or its number."""
+
+TaskNames = Task | Sequence[Task]
+"""One task for all rows, or one for each."""
 
 
 def task_number(task: Task | None, manifest: Manifest, count: int) -> int:
@@ -24,7 +27,10 @@ def task_number(task: Task | None, manifest: Manifest, count: int) -> int:
     if task is None:
         if count == 1:
             return 0
-        raise ConfigError(f"this prompt has {count} tasks ({known}); choose one with task=...")
+        raise ConfigError(
+            f"this prompt has {count} tasks ({known}); choose one by name or number: task_name=..., or "
+            "--task-name on the command line"
+        )
     if task in names:
         return names.index(str(task))
     number = int(task) if str(task).isdecimal() else count
@@ -33,6 +39,26 @@ def task_number(task: Task | None, manifest: Manifest, count: int) -> int:
     raise ConfigError(
         f"this prompt has no task {task!r}{nearest(str(task), names)}; its tasks are {known}"
     )
+
+
+def rows_by_task(
+    chosen: TaskNames, manifest: Manifest, count: int, rows: int
+) -> dict[int, list[int]]:
+    """Return the rows of each chosen task, by its number.
+
+    Raises:
+        ConfigError: there is no such task, or not one for each row.
+    """
+    if isinstance(chosen, str | int):
+        return {task_number(chosen, manifest, count): list(range(rows))}
+    if len(chosen) != rows:
+        raise ConfigError(
+            f"task_name takes one task, or one for each of the {rows:,} rows; got {len(chosen):,}"
+        )
+    found: dict[int, list[int]] = {}
+    for row, task in enumerate(chosen):
+        found.setdefault(task_number(task, manifest, count), []).append(row)
+    return found
 
 
 def manifest_of_task(manifest: Manifest, number: int) -> Manifest:
