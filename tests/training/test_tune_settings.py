@@ -68,6 +68,26 @@ def test_to_dict_and_back_is_the_same():
             {"learning_rte": 0.1},
             r"unknown setting 'learning_rte' \(did you mean 'learning_rate'\?\)",
         ),
+        (
+            {
+                "tuning_type": "MULTITASK_PROMPT_TUNING",
+                "tuning_config": {
+                    "prompt_tuning_init_method": "PROMPT",
+                    "prompt_tuning_init_prompt": "x",
+                },
+            },
+            "prompt_tuning_init_method PROMPT starts one task's rows",
+        ),
+        (
+            {
+                "tuning_config": {
+                    "prompt_tuning_init_method": "PROMPT",
+                    "prompt_tuning_init_prompt": "x",
+                    "parameterization": "residual",
+                }
+            },
+            "prompt_tuning_init_method PROMPT starts from rows, which parameterization residual",
+        ),
         ({"lr": 0.1, "learning_rate": 0.1}, "lr and learning_rate are the same setting"),
         ({"num_virtual_tokens": 8}, "num_virtual_tokens belongs in tuning_config"),
         ({"num_epochs": 0}, "num_epochs must be at least 1; got 0"),

@@ -172,6 +172,11 @@ class TuneSettings:
                 f"parameterization {self.tuning_config.parameterization} would be ignored with "
                 f"tuning_type {MULTITASK}, which has its own; leave one of them out"
             )
+        elif self.tuning_config.prompt_tuning_init_method == "PROMPT":
+            raise ConfigError(
+                f"prompt_tuning_init_method PROMPT starts one task's rows, tuning_type {MULTITASK} has shared "
+                "ones; start from a source prompt (ONLY_SOURCE_SHARED), or use PROMPT_TUNING"
+            )
         if self.source_prompt_base is not None and not self.tuning_config.from_source:
             raise ConfigError(
                 "source_prompt_base would be ignored: the prompt does not start from a source "
