@@ -173,7 +173,7 @@ def test_a_model_with_one_input_has_one_part(tmp_path, kind, right):
         prompted = get_peft_model(model(), fits)
         assert prompted.active_peft_config.peft_type == "PROMPT_TUNING"
         assert prompted(input_ids=torch.tensor(ROWS[:1])).logits.isfinite().all()
-        for types in TYPES + [["ENCODER"]]:
+        for types in [*TYPES, ["ENCODER"]]:
             if types != [right]:
                 with pytest.raises(ConfigError, match=rf"of {kind}, an? .* is \['{right}'\]"):
                     get_peft_model(

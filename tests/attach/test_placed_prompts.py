@@ -152,7 +152,7 @@ def test_a_suffix_needs_an_input_before_the_answer():
     _, prompted = attached("llama")
     prompted.set_adapter("suffix")
     row = torch.tensor([ROWS[0]])
-    with pytest.raises(ConfigError, match="row 0 begins with a label; .* give prompt_at"):
+    with pytest.raises(ConfigError, match=r"row 0 begins with a label; .* give prompt_at"):
         prompted(input_ids=row, labels=row)
     assert prompted(input_ids=row, labels=row, prompt_at=5).loss.isfinite()
 
@@ -179,13 +179,13 @@ def test_an_offset_that_no_prompt_has_is_refused():
     prefixed = get_peft_model(
         causal("llama"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     )
-    with pytest.raises(ConfigError, match="prompt_at would be ignored: .* tokens of each layer"):
+    with pytest.raises(ConfigError, match=r"prompt_at would be ignored: .* tokens of each layer"):
         prefixed(input_ids=torch.tensor([ROWS[0]]), prompt_at=3)
     t5 = build(tf.AutoModelForSeq2SeqLM, SEQ2SEQ["t5"]())
     decoder = config("SEQ_2_SEQ_LM", "prefix", output_model_types=["DECODER"])
     prompted = get_peft_model(t5, decoder)
     call = {"input_ids": torch.tensor([[5, 6, 7]]), "prompt_at": 2}
-    with pytest.raises(ConfigError, match="prompt_at would be ignored: .* the decoder's input"):
+    with pytest.raises(ConfigError, match=r"prompt_at would be ignored: .* the decoder's input"):
         prompted(**call, labels=torch.tensor([[8]]))
     with pytest.raises(ConfigError, match="prompt_at would be ignored"):
         prompted.generate(**call, max_new_tokens=2)

@@ -11,8 +11,8 @@ from transformers import Cache, PreTrainedModel
 
 from softprompt.attach.choosing import RowPrompt, one_a_row
 from softprompt.attach.heads import BASE
-from softprompt.attach.tasks import IGNORED
 from softprompt.attach.parts import DECODER
+from softprompt.attach.tasks import IGNORED
 from softprompt.backbone.facts import is_encoder_decoder, start_id
 from softprompt.errors import ConfigError
 from softprompt.prompts.configs import Placement, PromptLearningConfig, TaskType

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 from softprompt.errors import ConfigError
 from softprompt.prompts.configs import TaskType
 
-
 IGNORED = -100
 """Label of a column that no loss reads, transformers' convention."""
 

@@ -339,6 +339,11 @@ class PromptTuningConfig(PromptLearningConfig):
     def _check_model_types(self) -> None:
         if self.output_model_types is None:
             return
+        if isinstance(self.output_model_types, str):
+            raise ConfigError(
+                f"output_model_types must be a list, such as ['{self.output_model_types}'], got "
+                f"{self.output_model_types!r}"
+            )
         given = [str(each) for each in self.output_model_types]
         allowed = [["ENCODER"], ["DECODER"], ["ENCODER", "DECODER"]]
         if sorted(given, reverse=True) not in allowed:
