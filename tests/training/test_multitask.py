@@ -95,7 +95,7 @@ def test_source_training_teaches_then_distils(bases, tasks, tmp_path, base):
 
 
 def test_progress_names_the_stage(llama, tasks, caplog):
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "softprompt.training.events"):
         tune(llama, tasks, **QUICK)
     lines = [line for line in caplog.messages if line.startswith("epoch 1")]
     assert [line.split(":")[0] for line in lines] == ["epoch 1 of the teachers", "epoch 1"]

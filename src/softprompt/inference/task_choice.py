@@ -28,8 +28,8 @@ def task_number(task: Task | None, manifest: Manifest, count: int) -> int:
         if count == 1:
             return 0
         raise ConfigError(
-            f"this prompt has {count} tasks ({known}); choose one by name or number: task_name=..., or "
-            "--task-name on the command line"
+            f"this prompt has {count} tasks ({known}); choose one by name or number: task_name=..., "
+            "--task-name on the command line, or task in a request to a server"
         )
     if task in names:
         return names.index(str(task))
