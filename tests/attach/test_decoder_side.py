@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as tf
 
-from oracles.families import SEQ2SEQ, seq2seq
+from oracles.families import ENCODERS, SEQ2SEQ, build, causal, seq2seq
 from oracles.naive import padded
 from softprompt import PeftModel, PromptTuningConfig, get_peft_model
 from softprompt.backbone.facts import input_embedding
@@ -157,6 +158,28 @@ def test_disabled_it_is_the_base():
         assert torch.equal(prompted(**inputs).logits, before)
         assert torch.equal(prompted.generate(inputs["input_ids"], max_new_tokens=5), tokens)
     assert torch.equal(prompted.unload()(**inputs).logits, before)
+
+
+@pytest.mark.parametrize(("kind", "right"), [("bert", "ENCODER"), ("llama", "DECODER")])
+def test_a_model_with_one_input_has_one_part(tmp_path, kind, right):
+    def model():
+        if kind == "llama":
+            return causal("llama")
+        return build(tf.AutoModelForSequenceClassification, ENCODERS[kind](), num_labels=2)
+
+    # Without a task type the configuration cannot know how many parts there are.
+    for task in (None, "CAUSAL_LM" if kind == "llama" else "SEQ_CLS"):
+        fits = PromptTuningConfig(task, output_model_types=[right], num_virtual_tokens=P)
+        prompted = get_peft_model(model(), fits)
+        assert prompted.active_peft_config.peft_type == "PROMPT_TUNING"
+        assert prompted(input_ids=torch.tensor(ROWS[:1])).logits.isfinite().all()
+        for types in [*TYPES, ["ENCODER"]]:
+            if types != [right]:
+                with pytest.raises(ConfigError, match=rf"of {kind}, an? .* is \['{right}'\]"):
+                    get_peft_model(
+                        model(),
+                        PromptTuningConfig(task, output_model_types=types, num_virtual_tokens=P),
+                    )
 
 
 def test_what_cannot_be_is_refused():

@@ -154,6 +154,23 @@ def test_disable_adapter_reaches_generate(task):
     assert ours.generate(**options).tolist() == with_prompt.tolist() != expected.tolist()
 
 
+@pytest.mark.parametrize("ids", ["0", True, [True, False], [[0, 1]], [0.0, 1.0], object()])
+def test_task_ids_are_integers(ids):
+    kind = MultitaskPromptTuningConfig
+    options = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 2, "num_tasks": 2}
+    model = get_peft_model(causal("llama"), kind(**options))
+    plain = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model.add_adapter("plain", plain)
+    tokens = torch.tensor([[5, 6], [7, 8]])
+    with pytest.raises(ConfigError, match="task_ids must be one integer, or one for each of the 2"):
+        model(tokens, task_ids=ids)
+    for other in ("plain", "__base__"):
+        names = ["default", other]
+        with pytest.raises(ConfigError, match="task_ids of rows without tasks are 0"):
+            model(tokens, adapter_names=names, task_ids=[1, 1])
+        model(tokens, adapter_names=names, task_ids=[1, 0])
+
+
 def test_disabled_a_multitask_prompt_needs_no_task_ids():
     model = causal("llama")
     ids = torch.randint(3, 64, (2, 6))

@@ -153,6 +153,21 @@ def test_each_row_has_the_prompt_of_its_task(task):
                         assert torch.allclose(mixed[name][row], value[0], atol=1e-5)
 
 
+def test_a_multitask_prompt_feeds_both_parts_by_default():
+    name, options = METHODS["multitask"]
+    options = {"task_type": "SEQ_2_SEQ_LM", **options}
+    model = base("SEQ_2_SEQ_LM")
+    ours = softprompt.get_peft_model(copy.deepcopy(model), getattr(softprompt, name)(**options))
+    theirs = attached_by_peft(model, getattr(peft, name)(**options))
+    mine, other = ours.active_peft_config, theirs.active_peft_config
+    assert mine.num_transformer_submodules == other.num_transformer_submodules == 2
+    encoder = {**options, "output_model_types": ["ENCODER"]}
+    only = softprompt.get_peft_model(
+        copy.deepcopy(model), getattr(softprompt, name)(**encoder)
+    ).active_peft_config
+    assert only.num_transformer_submodules == 1
+
+
 def test_both_parts_of_a_seq2seq_model():
     ours, theirs = pair("multitask", "SEQ_2_SEQ_LM", submodules=2)
     inputs = inputs_of("multitask", "SEQ_2_SEQ_LM")

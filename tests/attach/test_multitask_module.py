@@ -73,6 +73,13 @@ def test_values_and_gradients_equal_pefts(table, submodules):
         assert torch.allclose(parameter.grad, dict(theirs.named_parameters())[name].grad, atol=1e-5)
 
 
+def test_more_ranks_than_rows_restrict_nothing(table):
+    assert build_prompt(config(num_ranks=P), table).prefix_task_cols.shape == (K, P, P)
+    with pytest.raises(ConfigError, match=r"num_ranks 5 restricts nothing .* use at most 4"):
+        build_prompt(config(num_ranks=P + 1), table)
+    build_prompt(config(num_ranks=P + 1, inference_mode=True), table)
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_every_task_starts_at_the_shared_prompt(table, rank):
     prompt = build_prompt(config(num_ranks=rank), table)

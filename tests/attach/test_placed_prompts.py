@@ -8,7 +8,7 @@ import transformers as tf
 
 from oracles.families import CAUSAL, ENCODERS, SEQ2SEQ, build, causal
 from oracles.naive import padded
-from softprompt import PeftModel, PromptTuningConfig, get_peft_model
+from softprompt import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from softprompt.backbone.facts import input_embedding
 from softprompt.errors import BackboneError, ConfigError, DataError
 
@@ -112,6 +112,85 @@ def test_labels_and_gradients_follow():
     torch.testing.assert_close(loss, expected)
     (own,) = torch.autograd.grad(expected, prompted.prompt_encoder["bos"].embedding.weight)
     torch.testing.assert_close(gradient, own, atol=1e-6, rtol=1e-5)
+
+
+def answered(ids, mask, answers):
+    """Return labels ``[B, T]`` for the last tokens of each row."""
+    labels = torch.full_like(ids, -100)
+    for i, count in enumerate(answers):
+        columns = mask[i].nonzero()[-count:, 0]
+        labels[i, columns] = ids[i, columns]
+    return labels
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_a_suffix_stands_between_input_and_answer(name, side):
+    model, prompted = attached(name)
+    prompted.set_adapter("suffix")
+    answers, names = [3, 1, 2, 2], ["suffix", "suffix", "suffix", "__base__"]
+    ids, mask = padded(ROWS, side)
+    call = {"input_ids": ids, "attention_mask": mask, "labels": answered(ids, mask, answers)}
+    loss = prompted(**call, adapter_names=names).loss
+    loss.backward()
+    rows = prompted.prompt_encoder["suffix"].embedding.weight
+    total = torch.zeros(())
+    for row, count, chosen in zip(ROWS, answers, names, strict=True):
+        text = input_embedding(model)(torch.tensor(row))
+        own = rows if chosen == "suffix" else rows[:0]
+        whole = torch.cat([text[:-count], own, text[-count:]])[None]
+        logits = model(inputs_embeds=whole).logits[0, -count - 1 : -1]
+        target = torch.tensor(row[-count:])
+        total = total + torch.nn.functional.cross_entropy(logits, target, reduction="sum")
+    torch.testing.assert_close(loss, total / sum(answers))
+    (gradient,) = torch.autograd.grad(total / sum(answers), rows)
+    assert gradient.abs().sum() > 0.01
+    torch.testing.assert_close(rows.grad, gradient, atol=1e-6, rtol=1e-5)
+
+
+def test_a_suffix_needs_an_input_before_the_answer():
+    _, prompted = attached("llama")
+    prompted.set_adapter("suffix")
+    row = torch.tensor([ROWS[0]])
+    with pytest.raises(ConfigError, match=r"row 0 begins with a label; .* give prompt_at"):
+        prompted(input_ids=row, labels=row)
+    assert prompted(input_ids=row, labels=row, prompt_at=5).loss.isfinite()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_labels_of_padded_rows_are_those_of_rows_alone(side, at):
+    _, prompted = attached("bloom")
+    ids, mask = padded(ROWS, side)
+    labels = ids.masked_fill(mask == 0, -100)
+    names = ["suffix", "bos", "suffix", "__base__"]
+    call = {"adapter_names": names, "prompt_at": at}
+    loss = prompted(input_ids=ids, attention_mask=mask, labels=labels, **call).loss
+    total, count = 0.0, 0
+    for row, name in zip(ROWS, names, strict=True):
+        own = torch.tensor([row])
+        alone = prompted(input_ids=own, labels=own, adapter_names=[name], prompt_at=at).loss
+        scored = len(row) - (0 if at == 0 and name != "__base__" else 1)
+        total, count = total + alone * scored, count + scored
+    torch.testing.assert_close(loss, total / count)
+
+
+def test_an_offset_that_no_prompt_has_is_refused():
+    prefixed = get_peft_model(
+        causal("llama"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
+    with pytest.raises(ConfigError, match=r"prompt_at would be ignored: .* tokens of each layer"):
+        prefixed(input_ids=torch.tensor([ROWS[0]]), prompt_at=3)
+    t5 = build(tf.AutoModelForSeq2SeqLM, SEQ2SEQ["t5"]())
+    decoder = config("SEQ_2_SEQ_LM", "prefix", output_model_types=["DECODER"])
+    prompted = get_peft_model(t5, decoder)
+    call = {"input_ids": torch.tensor([[5, 6, 7]]), "prompt_at": 2}
+    with pytest.raises(ConfigError, match=r"prompt_at would be ignored: .* the decoder's input"):
+        prompted(**call, labels=torch.tensor([[8]]))
+    with pytest.raises(ConfigError, match="prompt_at would be ignored"):
+        prompted.generate(**call, max_new_tokens=2)
+    call["prompt_at"] = 0
+    assert prompted(**call, labels=torch.tensor([[8]])).loss.isfinite()
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "electra"])

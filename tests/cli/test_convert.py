@@ -70,7 +70,7 @@ def test_a_request_for_vllm(tmp_path, prompt):
         (["--to", "vllm"], "--text"),
         (["--to", "peft", "--add", "x"], "--add expects NAME=PROMPT"),
         (["--to", "peft", "--add", "x=y", "--add", "x=z"], "twice"),
-        (["--to", "tgis", "--task", "1"], "multitask"),
+        (["--to", "tgis", "--task-name", "1"], "multitask"),
         (["--to", "extended-vocab", "--add-task", "x=1"], "'x', which is none of"),
         (["--to", "peft", "--template", "no field"], "placeholder"),
         (["--to", "npy", "--template", "{{input}}"], "no place for a template"),

@@ -43,6 +43,41 @@ def result(capsys):
     return call
 
 
+def test_the_kind_of_several_tasks_is_the_artifacts(result, files, tmp_path):
+    rows = [{"input": f"say {i}", "output": f"the word is number {i}"} for i in range(30)]
+    (tmp_path / "free.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = [
+        "--train-data",
+        f"a={files / 'moods'}.jsonl",
+        "--train-data",
+        f"b={tmp_path}/free.jsonl",
+    ]
+    output = tmp_path / "mixed"
+    words = ["--distillation-weight", "0", "--output", output, "--quiet"]
+    found = result("tune", *MULTITASK, *data, *words)
+    written = json.loads((output / "softprompt.json").read_text())
+    assert found["task"] == written["task"] == "generation"
+
+
+def test_a_column_names_the_task_of_each_row(result, sources, files, tmp_path):
+    rows = [
+        json.loads(line) | {"kind": name}
+        for name in ("moods", "kinds")
+        for line in (files / f"{name}.jsonl").read_text().splitlines()[:3]
+    ]
+    (tmp_path / "both.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = result(
+        "evaluate", sources / "both", "--data", tmp_path / "both.jsonl", "--task-field", "kind"
+    )
+    assert {name: part["rows"] for name, part in found["tasks"].items()} == {"moods": 3, "kinds": 3}
+
+
+def test_one_setting_under_two_names_is_given_once(capsys, tmp_path, files):
+    both = ["--lr", "0.1", "--learning-rate", "0.2", "--output", str(tmp_path / "out")]
+    assert run(["tune", "--train-data", str(files / "moods.jsonl"), *both]) == 2
+    assert "--learning-rate and --lr are the same setting; give it once" in capsys.readouterr().err
+
+
 def test_sources_are_listed_with_what_fits(result, capsys, sources, monkeypatch):
     monkeypatch.setenv("SOURCE_PROMPT_BASE", str(sources))
     (found,) = result("sources", "list", "--base-model", "demo")["sources"]

@@ -189,12 +189,12 @@ def test_one_task_of_a_multitask_prompt_is_baked(tmp_path, prompts):
         for name in ("ompt_embeddings", "efix_task_cols", "efix_task_rows")
     )
     for task in (0, "1"):
-        convert(prompts / "tasks", tmp_path / f"t{task}", to="peft", task=task)
+        convert(prompts / "tasks", tmp_path / f"t{task}", to="peft", task_name=task)
         baked = load_adapter(tmp_path / f"t{task}")
         torch.testing.assert_close(baked.prompt, shared * (cols[int(task)] @ rows[int(task)]))
         assert baked.config["peft_type"] == "PROMPT_TUNING"
         assert not baked.config.keys() & {"num_tasks", "num_ranks"}
-    convert(prompts / "tasks", tmp_path / "p.npy", to="npy", task=1)
+    convert(prompts / "tasks", tmp_path / "p.npy", to="npy", task_name=1)
     assert np.array_equal(np.load(tmp_path / "p.npy"), rows_of(tmp_path / "t1").numpy())
     convert(prompts / "tasks", tmp_path / "whole", to="peft")
     assert load_adapter(tmp_path / "whole").tensors.keys() == stored.tensors.keys()
@@ -204,16 +204,16 @@ def test_tasks_by_name(tmp_path, prompts):
     stored = load_adapter(prompts / "tasks")
     manifest = dataclasses.replace(stored.manifest, tasks=("reviews", "posts"))
     save_adapter(tmp_path / "p", stored.config, stored.tensors, manifest, overwrite=False)
-    convert(tmp_path / "p", tmp_path / "a.npy", to="npy", task="posts")
-    convert(prompts / "tasks", tmp_path / "b.npy", to="npy", task=1)
+    convert(tmp_path / "p", tmp_path / "a.npy", to="npy", task_name="posts")
+    convert(prompts / "tasks", tmp_path / "b.npy", to="npy", task_name=1)
     assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
     refused("no task 'post' .did you mean 'posts'.*reviews, posts", tmp_path / "p",
-            tmp_path / "c.npy", to="npy", task="post", error=ConfigError)  # fmt: skip
+            tmp_path / "c.npy", to="npy", task_name="post", error=ConfigError)  # fmt: skip
 
 
 @pytest.mark.parametrize("task", [2, -1, "x"])
 def test_a_task_that_is_not_there(tmp_path, prompts, task):
-    refused("has no task .*0 to 1", prompts / "tasks", tmp_path / "x.npy", to="npy", task=task,
+    refused("has no task .*0 to 1", prompts / "tasks", tmp_path / "x.npy", to="npy", task_name=task,
             error=ConfigError)  # fmt: skip
 
 
@@ -364,7 +364,13 @@ def test_what_is_missing_is_asked_for(tmp_path, prompts):
 
 @pytest.mark.parametrize(
     "options",
-    [{"text": "x"}, {"name": "x"}, {"add": {"x": "y"}}, {"task": 0}, {"torch_dtype": "float32"}],
+    [
+        {"text": "x"},
+        {"name": "x"},
+        {"add": {"x": "y"}},
+        {"task_name": 0},
+        {"torch_dtype": "float32"},
+    ],
 )
 def test_options_that_would_be_ignored(tmp_path, prompts, options):
     destination = tmp_path / "x.npy"

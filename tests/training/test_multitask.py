@@ -80,11 +80,11 @@ def test_source_training_teaches_then_distils(bases, tasks, tmp_path, base):
     assert loaded.of_task("news").labels == ("fine", "poor news")
     assert loaded.of_task(1).manifest.template == "{{input}} ?"
     text = "the film was good"
-    assert loaded(text, task="film") in ("no", "yes")
-    assert loaded(text, task="news") == tuned(text, task=1) in ("fine", "poor news")
+    assert loaded(text, task_name="film") in ("no", "yes")
+    assert loaded(text, task_name="news") == tuned(text, task_name=1) in ("fine", "poor news")
     alone = loaded.of_task("news").classify([text])[0]
-    assert loaded.classify([text], task="news")[0] == alone
-    assert loaded.generate([text], task="film", max_new_tokens=2)
+    assert loaded.classify([text], task_name="news")[0] == alone
+    assert loaded.generate([text], task_name="film", max_new_tokens=2)
     scores = evaluate(loaded, tasks["news"], task_name="news")
     assert scores.rows == 8
     kept = tuned.history[tuned.metrics["epoch"] - 1]["validation"]
@@ -92,6 +92,13 @@ def test_source_training_teaches_then_distils(bases, tasks, tmp_path, base):
     assert again.accuracy == pytest.approx(kept["film accuracy"])
     names = {"training_logs.jsonl", "teacher_training_logs.jsonl"}
     assert names <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_progress_names_the_stage(llama, tasks, caplog):
+    with caplog.at_level("INFO", "softprompt.training.events"):
+        tune(llama, tasks, **QUICK)
+    lines = [line for line in caplog.messages if line.startswith("epoch 1")]
+    assert [line.split(":")[0] for line in lines] == ["epoch 1 of the teachers", "epoch 1"]
 
 
 def test_each_task_answers_from_its_own_rows_of_the_prompt(llama, tasks):
@@ -103,15 +110,60 @@ def test_each_task_answers_from_its_own_rows_of_the_prompt(llama, tasks):
     assert "teachers" not in tuned.metrics
 
 
+def test_each_row_may_have_a_task_of_its_own(llama, tasks):
+    tuned = tune(llama, tasks, distillation_weight=0, **QUICK)
+    texts, names = ["the film was good", "the film was bad", "so it was"], ["news", "film", 1]
+    alone = [tuned(text, task_name=name) for text, name in zip(texts, names, strict=True)]
+    assert tuned(texts, task_name=names) == alone
+    assert [each.label for each in tuned.classify(texts, task_name=names)] == alone
+    limit = {"max_new_tokens": 3}
+    written = [
+        tuned.generate(t, task_name=n, **limit)[0] for t, n in zip(texts, names, strict=True)
+    ]
+    assert [a.text for a in tuned.generate(texts, task_name=names, **limit)] == [
+        answer.text for answer in written
+    ]
+    with pytest.raises(ConfigError, match="one for each of the 3 rows; got 2"):
+        tuned(texts, task_name=["film", "news"])
+    with pytest.raises(ConfigError, match="no task 'flim'"):
+        tuned(texts, task_name=["film", "news", "flim"])
+
+
+def test_rows_of_several_tasks_are_evaluated_together(llama, tasks):
+    tuned = tune(llama, tasks, distillation_weight=0, **QUICK)
+    rows = [row | {"kind": name} for name in ("news", "film") for row in tasks[name][:5]]
+    rows = rows[1::2] + rows[::2]
+    report = evaluate(tuned, rows, task_field="kind")
+    parts = {name: evaluate(tuned, tasks[name][:5], task_name=name) for name in ("film", "news")}
+    assert report.tasks.keys() == parts.keys()
+    for name, part in parts.items():
+        assert report.tasks[name].accuracy == part.accuracy
+        assert report.tasks[name].perplexity == pytest.approx(part.perplexity)
+    assert (report.task, report.rows) == ("classification", 10)
+    assert report.accuracy == pytest.approx(sum(part.accuracy for part in parts.values()) / 2)
+    kinds = [row["kind"] for row in rows]
+    assert evaluate(tuned, rows, task_name=kinds) == report
+    assert evaluate(tuned, rows, task_name=kinds, limit=4).rows == 4
+    assert report.to_dict()["tasks"]["film"]["rows"] == 5
+    assert "film" in str(report)
+    with pytest.raises(ConfigError, match="give one of them"):
+        evaluate(tuned, rows, task_name="film", task_field="kind")
+    with pytest.raises(DataError, match=r"row 1 has no task in 'kinds' \(did you mean 'kind'"):
+        evaluate(tuned, rows, task_field="kinds")
+
+
 def test_a_task_has_to_be_chosen_and_to_exist(llama, tasks):
     tuned = tune(llama, tasks, distillation_weight=0, **QUICK)
     for use in (tuned, tuned.classify, tuned.generate):
-        with pytest.raises(ConfigError, match=r"has 2 tasks \(film, news\); choose one with task"):
+        with pytest.raises(
+            ConfigError,
+            match=r"has 2 tasks \(film, news\); choose one by .*task_name=.*--task-name",
+        ):
             use("the film was good")
     with pytest.raises(ConfigError, match=r"no task 'flim' \(did you mean 'film'\?\)"):
-        tuned("the film was good", task="flim")
+        tuned("the film was good", task_name="flim")
     with pytest.raises(ConfigError, match="no task 2; its tasks are film, news"):
-        tuned("the film was good", task=2)
+        tuned("the film was good", task_name=2)
     with pytest.raises(ConfigError, match="has 2 tasks"):
         evaluate(tuned, tasks["film"])
 
@@ -249,7 +301,7 @@ def test_both_learning_rates_are_used(llama, rows, source):
     ("base", "tuning", "message"),
     [
         ("llama", {"num_virtual_tokens": 4}, "has 3 virtual tokens, this prompt needs 4"),
-        ("llama", {"num_ranks": 2}, "has num_ranks 1, this prompt needs 2"),
+        ("llama", {"num_ranks": 2}, "has num_ranks 1, this prompt 2"),
         ("bart", {}, "does not fit .*: it was made for"),
         (
             "llama",

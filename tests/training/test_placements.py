@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 import softprompt
 from softprompt.backbone.facts import input_embedding
@@ -16,11 +17,15 @@ CHAT = (
 TEXTS = ["The kettle broke after one day.", "Hello"]
 
 
-@pytest.mark.parametrize("placement", ["suffix", "chat_system"])
+@pytest.mark.parametrize("placement", ["after_bos", "suffix", "chat_system"])
 def test_from_tune_to_answers(placement, tmp_path):
     base = load_base("demo")
     if placement == "chat_system":
         base.tokenizer.chat_template = CHAT
+    if placement == "after_bos":
+        base.tokenizer.bos_token, base.model.config.bos_token_id = "</s>", 0
+        start = TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 0)])
+        base.tokenizer.backend_tokenizer.post_processor = start
     data = [
         {"input": f"item {i} is {word}", "output": word}
         for i in range(4)

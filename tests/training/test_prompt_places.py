@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from softprompt.attach.model import PeftModel
+from softprompt.backbone.load import load_base
 from softprompt.errors import ContextOverflowError
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.inference.loading import load
@@ -66,7 +68,9 @@ def test_a_decoder_prompt_counts_against_the_decoders_context(bases):
 
 
 @pytest.mark.parametrize(("kind", "rank"), [("low_rank", 2), ("ulpt", 2), ("residual", None)])
-def test_what_is_trained_in_the_place_of_rows_is_saved_as_rows(llama, rows, tmp_path, kind, rank):
+def test_what_is_trained_in_the_place_of_rows_is_saved_as_rows(
+    llama, rows, tmp_path, caplog, kind, rank
+):
     config = {"num_virtual_tokens": 6, "parameterization": kind}
     config |= {} if rank is None else {"parameterization_rank": rank}
     tuned = tune(llama, rows, output=tmp_path / "out", tuning_config=config, num_epochs=3, lr=0.05)
@@ -74,3 +78,7 @@ def test_what_is_trained_in_the_place_of_rows_is_saved_as_rows(llama, rows, tmp_
     loaded = load(tmp_path / "out")
     torch.testing.assert_close(values_of(loaded), values_of(tuned))
     assert loaded("the film was good") == tuned("the film was good")
+    with caplog.at_level("INFO", "softprompt.attach.saving"):
+        PeftModel.from_pretrained(load_base(llama).model, tmp_path / "out", is_trainable=True)
+    told = f"the rows of a {kind} prompt are baked: training goes on with the rows themselves"
+    assert told in caplog.messages

@@ -140,7 +140,9 @@ def test_bare_files_start_a_target_prompt(folder, llama, rows, name):
         "task_learning_rate": 1e-30,
     }
     if name == "plain.pt":
-        with pytest.raises(ConfigError, match="has no task matrices"):
+        with pytest.raises(
+            ConfigError, match=r"is a plain prompt without tasks, .* use ONLY_SOURCE_SHARED"
+        ):
             tune(llama, rows, tuning_config=tuning, **options)
         tuning["prompt_tuning_init_method"] = "ONLY_SOURCE_SHARED"
     tuned = tune(llama, rows, tuning_config=tuning, **options)
@@ -149,3 +151,35 @@ def test_bare_files_start_a_target_prompt(folder, llama, rows, name):
         matrix = stored["prefix_task_cols"].mean(0) @ stored["prefix_task_rows"].mean(0)
         stored = stored["prompt_embeddings"] * matrix
     torch.testing.assert_close(tuned.prompts()[0], stored)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "PREFIX_TUNING", "num_layers": 1, "token_dim": 8}, "a PREFIX_TUNING prompt"),
+        ({"peft_type": "EXTENDED_PROMPT_TUNING", "placement": "suffix"}, "has placement suffix"),
+        (
+            {
+                "peft_type": "EXTENDED_PROMPT_TUNING",
+                "task_type": "SEQ_2_SEQ_LM",
+                "output_model_types": ["DECODER"],
+            },
+            "before the decoder's input alone",
+        ),
+        ({"peft_type": "PROMPT_TUNING"}, ""),
+    ],
+)
+def test_prompts_of_other_places_are_no_sources(tmp_path, bases, changes, message):
+    sizes = {"num_virtual_tokens": 3, "num_transformer_submodules": 1, "token_dim": 16}
+    config = {"task_type": "CAUSAL_LM", **sizes, **changes}
+    folder = tmp_path / "other"
+    folder.mkdir()
+    save_file({"prompt_embeddings": torch.randn(3, 16)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (found,) = list_sources(tmp_path)
+    base = Fingerprint.of(load_base(bases / "llama").model)
+    assert message in found.misfit(16, base)
+    assert bool(message) == bool(found.problem)
+    if message:
+        with pytest.raises(ConfigError, match="other cannot be used"):
+            find_source("other", str(tmp_path))

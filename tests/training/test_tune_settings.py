@@ -68,6 +68,41 @@ def test_to_dict_and_back_is_the_same():
             {"learning_rte": 0.1},
             r"unknown setting 'learning_rte' \(did you mean 'learning_rate'\?\)",
         ),
+        (
+            {
+                "tuning_type": "MULTITASK_PROMPT_TUNING",
+                "tuning_config": {
+                    "prompt_tuning_init_method": "PROMPT",
+                    "prompt_tuning_init_prompt": "x",
+                },
+            },
+            "prompt_tuning_init_method PROMPT starts one task's rows",
+        ),
+        (
+            {
+                "tuning_config": {
+                    "prompt_tuning_init_method": "PROMPT",
+                    "prompt_tuning_init_prompt": "x",
+                    "parameterization": "residual",
+                }
+            },
+            "prompt_tuning_init_method PROMPT starts from rows, which parameterization residual",
+        ),
+        (
+            {
+                "tuning_type": "MULTITASK_PROMPT_TUNING",
+                "tuning_config": {"placement": "suffix"},
+            },
+            "MULTITASK_PROMPT_TUNING has placement prefix only, as in PEFT, got suffix",
+        ),
+        (
+            {
+                "tuning_type": "MULTITASK_PROMPT_TUNING",
+                "tuning_config": {"prompt_sees_input": False},
+            },
+            "has prompt_sees_input true only",
+        ),
+        ({"tuning_config": {"output_model_types": "DECODER"}}, r"a list, such as \['DECODER'\]"),
         ({"lr": 0.1, "learning_rate": 0.1}, "lr and learning_rate are the same setting"),
         ({"num_virtual_tokens": 8}, "num_virtual_tokens belongs in tuning_config"),
         ({"num_epochs": 0}, "num_epochs must be at least 1; got 0"),
@@ -216,3 +251,11 @@ def test_a_misspelt_argument_of_tune_is_named(wrong, near):
 
     with pytest.raises(ConfigError, match=f"did you mean '{near}'"):
         tune("demo", [{"input": "a", "output": "b"}], **{wrong: "x"})
+
+
+def test_a_multitask_prompt_does_not_stand_before_the_decoder_alone():
+    types = {"output_model_types": ["DECODER"]}
+    settings = TuneSettings(tuning_type="MULTITASK_PROMPT_TUNING", tuning_config=types)
+    settings.check_model_types(False)
+    with pytest.raises(ConfigError, match="add ENCODER, or use PROMPT_TUNING"):
+        settings.check_model_types(True)

@@ -131,7 +131,8 @@ def _task_index(stored: StoredAdapter, task: str | None) -> int:
         if count == 1:
             return 0
         raise ConfigError(
-            f"{stored.location} holds {count} tasks ({known}); name the one to convert (--task)"
+            f"{stored.location} holds {count} tasks ({known}); name the one to convert: "
+            "task_name=..., or --task-name on the command line"
         )
     if task in names:
         return names.index(task)

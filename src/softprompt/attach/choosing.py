@@ -34,7 +34,8 @@ def chosen_rows(
 
     Args:
         names: A name for each row, or None.
-        task_ids: A task for each row or for all; needed by prompts of several tasks.
+        task_ids: A task for each row or for all; needed by prompts of several tasks. Rows of other
+            prompts, and of none, have 0.
         active: The active prompt.
         batch: Rows of the call.
         tasks_of: Gives the tasks (K) of a named multitask prompt, None for any other prompt.
@@ -63,14 +64,15 @@ def chosen_rows(
     tasks = one_a_row("task_ids", task_ids, batch)
     for name, task in set(zip(chosen, tasks, strict=True)):
         count = known[name]
+        if count is None and task:
+            raise ConfigError(
+                f"task_ids of rows without tasks are 0, row prompt {name!r} has got {task}; use 0 there"
+            )
         if count is not None and not 0 <= task < count:
             raise ConfigError(
                 f"task_ids of {name!r} go from 0 to {count - 1}, got {task}; use one of those"
             )
-    return [
-        RowPrompt(name, task if known[name] is not None else 0)
-        for name, task in zip(chosen, tasks, strict=True)
-    ]
+    return [RowPrompt(name, task) for name, task in zip(chosen, tasks, strict=True)]
 
 
 def one_a_row(what: str, values: Tensor | Sequence[int] | int, batch: int) -> list[int]:
@@ -79,10 +81,15 @@ def one_a_row(what: str, values: Tensor | Sequence[int] | int, batch: int) -> li
     Raises:
         ConfigError: If ``values`` is something else; ``what`` names it.
     """
-    given = torch.as_tensor(values)
-    if given.is_floating_point() or given.dim() > 1 or given.numel() not in (1, batch):
+    try:
+        given = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        given = None
+    whole = given is not None and not given.is_floating_point() and given.dtype != torch.bool
+    if given is None or not whole or given.dim() > 1 or given.numel() not in (1, batch):
+        came = repr(values) if given is None else f"{given.dtype} {list(given.shape)}"
         raise ConfigError(
             f"{what} must be one integer, or one for each of the {batch} rows, got "
-            f"{str(given.dtype).removeprefix('torch.')} {list(given.shape)}"
+            f"{came.removeprefix('torch.')}"
         )
     return [int(value) for value in given.expand(batch).tolist()]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 
 from transformers import PreTrainedModel
 
-from softprompt.attach.parts import DECODER, model_types_of
+from softprompt.attach.parts import DECODER, ENCODER, model_types_of
 from softprompt.attach.placing import placement_of
 from softprompt.attach.prefixes import check_kind, sized
 from softprompt.attach.tasks import RULES, infer_task
@@ -70,12 +70,12 @@ def completed(
             f"the model's class takes task_type {own}, got {task}; use get_peft_model"
         )
     check_kind(config, shared)
-    config = copy.copy(config)
+    # The task decides which options PEFT lacks.
+    config = dataclasses.replace(config, task_type=task)
     if isinstance(config, PrefixTuningConfig):
         sized(config, model, facts)
     else:
-        _size_rows(config, facts)
-    config.task_type = task
+        _size_rows(config, model, facts)
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = model.name_or_path or None
     heads = RULES[task].heads
@@ -85,9 +85,9 @@ def completed(
     return config
 
 
-def _size_rows(config: PromptLearningConfig, facts: Facts) -> None:
+def _size_rows(config: PromptLearningConfig, model: PreTrainedModel, facts: Facts) -> None:
     """Fill in the sizes of a prompt that is rows."""
-    config.num_transformer_submodules = _submodules(config, facts)
+    config.num_transformer_submodules = _submodules(config, model, facts)
     if config.token_dim not in (None, facts.token_dim):
         raise ConfigError(
             f"token_dim is {config.token_dim}, but {facts.architecture}'s embeddings are "
@@ -105,16 +105,14 @@ def sees_input_of(config: PromptLearningConfig) -> bool:
     return bool(getattr(config, "prompt_sees_input", True))
 
 
-def _submodules(config: PromptLearningConfig, facts: Facts) -> int:
+def _submodules(config: PromptLearningConfig, model: PreTrainedModel, facts: Facts) -> int:
     """Return how many parts of the model get rows of their own (S)."""
     given = config.num_transformer_submodules
     named: list[str] | None = getattr(config, "output_model_types", None)
-    if not facts.is_encoder_decoder and named not in (None, [DECODER]):
-        raise ConfigError(
-            f"output_model_types of a causal model is ['{DECODER}'], got {named}; leave it out"
-        )
+    if not facts.is_encoder_decoder:
+        _check_only_part(named, model)
     if config.peft_type is PeftType.MULTITASK_PROMPT_TUNING and facts.is_encoder_decoder:
-        return given or 1
+        return given or 2
     count = len(model_types_of(config, facts)) if named is not None else 1
     if given not in (None, 1, count):
         raise ConfigError(
@@ -122,6 +120,16 @@ def _submodules(config: PromptLearningConfig, facts: Facts) -> int:
             "in the (encoder's) input, and output_model_types=['ENCODER', 'DECODER'] gives the decoder one too"
         )
     return count
+
+
+def _check_only_part(named: list[str] | None, model: PreTrainedModel) -> None:
+    """Refuse a part of the model that a model with one input does not have."""
+    kind, part = ("encoder", ENCODER) if is_bidirectional(model) else ("causal model", DECODER)
+    if named not in (None, [part]):
+        raise ConfigError(
+            f"output_model_types of {model.config.model_type}, a{'n' if kind[0] == 'e' else ''} {kind}, is "
+            f"['{part}'], got {named}; leave it out"
+        )
 
 
 def _check_placement(config: PromptLearningConfig, model: PreTrainedModel) -> None:

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from softprompt.attach.tasks import IGNORED
 from softprompt.backbone.facts import Facts, output_limit
 from softprompt.engine.context import check_context
 from softprompt.engine.layout import Layout, Prompts
 from softprompt.errors import ConfigError
-
-IGNORED = -100
 
 
 def decoder_inputs(

@@ -15,16 +15,13 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from softprompt.attach.tasks import TaskRules
+from softprompt.attach.tasks import IGNORED, TaskRules
 from softprompt.backbone.facts import Facts, is_encoder_decoder
 from softprompt.engine.context import check_context
 from softprompt.engine.layout import Layout, Prompts
 from softprompt.engine.packed import is_packed, packed_mask
 from softprompt.engine.packed_encoder import packs, without_padding
 from softprompt.errors import ConfigError
-
-IGNORED = -100
-"""Label of a column that no loss reads, transformers' convention."""
 
 _PER_TOKEN = {"token_type_ids": 0, "global_attention_mask": 0}
 """Per-token arguments beside ids and mask, with their value on prompt columns."""
@@ -215,6 +212,9 @@ def _spread(call: Call, inputs: dict[str, Any], layout: Layout) -> None:
     labels = inputs.get("labels")
     if labels is not None and call.rules.token_labels:
         inputs["labels"] = layout.spread(labels, IGNORED)
+        if call.rules.next_token:
+            # Nothing real predicts the first token of a row; padding before it must not.
+            inputs["labels"] = inputs["labels"].masked_fill(layout.first, IGNORED)
     if call.rules.span_labels:
         for name in ("start_positions", "end_positions"):
             if inputs.get(name) is not None:

@@ -43,7 +43,11 @@ from softprompt.prompts.module import PROMPT_KEY
 
 
 class PeftModel(Adapters):
-    """A frozen base with named prompts, such as ``prompt_encoder[name].embedding.weight``, float32 ``[P, H]``."""
+    """A frozen base with named prompts, ``prompt_encoder[name]``, whose ``materialize()`` gives the rows.
+
+    Rows that are trained themselves are its ``embedding.weight``, float32 ``[P, H]``; a parameterised
+    prompt has other parameters in their place until its rows are loaded.
+    """
 
     classes: ClassVar[dict[TaskType, type[PeftModel]]] = {}
 

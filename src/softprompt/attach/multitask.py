@@ -50,6 +50,12 @@ class MultitaskPromptEmbedding(PromptModule):
         self.embedding = initial_table(config, word_embeddings, generator)
         length, width = self.embedding.weight.shape
         self.num_tasks, self.num_ranks = config.num_tasks or 1, config.num_ranks or 1
+        # PEFT knows no limit, so a finished prompt may be past it.
+        if self.num_ranks > min(length, width) and not config.inference_mode:
+            raise ConfigError(
+                f"num_ranks {self.num_ranks} restricts nothing for task matrices {[length, width]}; use at "
+                f"most {min(length, width)}"
+            )
         size = self.num_tasks, length, self.num_ranks, width
         near_zero = config.task_matrix_init == TaskMatrixInit.NORMAL
         matrices = (TaskMatrices.normal if near_zero else TaskMatrices.ones)(size, generator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,13 @@ from softprompt.attach import heads
 from softprompt.backbone.facts import Facts
 from softprompt.backbone.fingerprint import Fingerprint
 from softprompt.errors import ArtifactError
-from softprompt.prompts.configs import PeftType, PromptLearningConfig, TaskType
+from softprompt.prompts.configs import Parameterization, PeftType, PromptLearningConfig, TaskType
 from softprompt.prompts.module import PROMPT_KEY, check_fit, take_over
 
 if TYPE_CHECKING:
     from softprompt.attach.model import PeftModel
+
+logger = logging.getLogger(__name__)
 
 _HEAD = "base_model."
 _MAX_TOKENS = (256, 128)
@@ -163,4 +166,15 @@ def fill(model: PeftModel, adapter: str, stored: Stored, *, trainable: bool) -> 
         fresh: dict[str, Any] = {"metrics": {}, "history": []} if trainable else {}
         model.manifests[adapter] = dataclasses.replace(stored.manifest, **fresh)
     if trainable:
+        _say_rows_are_trained(stored)
         model.thaw(adapter)
+
+
+def _say_rows_are_trained(stored: Stored) -> None:
+    """Log that the file of a parameterised prompt holds rows, as far as it is on record."""
+    settings = stored.manifest.settings if stored.manifest is not None else {}
+    kind = (settings.get("tuning_config") or {}).get("parameterization", Parameterization.DIRECT)
+    if kind != Parameterization.DIRECT:
+        logger.info(
+            "the rows of a %s prompt are baked: training goes on with the rows themselves", kind
+        )

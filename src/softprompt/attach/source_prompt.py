@@ -36,9 +36,9 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     try:
         loaded = load_file(path) if path.suffix == ".safetensors" else load_pickled(path)
     except (ArtifactError, SafetensorError, OSError) as cause:
-        reason = " ".join(str(cause).split())[:160] or type(cause).__name__
         raise ConfigError(
-            f"the source prompt {path} cannot be read ({reason}); save it again as .safetensors from a "
+            f"the source prompt {path} cannot be read, it is damaged or holds more than tensors; "
+            f"save it again as .safetensors from a "
             "source you trust"
         ) from cause
     if isinstance(loaded, Tensor):

@@ -10,6 +10,9 @@ from transformers import PreTrainedModel
 from softprompt.errors import ConfigError
 from softprompt.prompts.configs import TaskType
 
+IGNORED = -100
+"""Label of a column that no loss reads, transformers' convention."""
+
 
 @dataclass(frozen=True, slots=True)
 class TaskRules:
@@ -18,6 +21,7 @@ class TaskRules:
     Attributes:
         suffix: End of the class name of such models in transformers.
         token_labels: Whether ``labels`` hold one value per token, so the prompt gets -100.
+        next_token: Whether a label is predicted by the column before it.
         pooled: Whether one place of a row decides its output: the last real one in decoders, the first
             column in encoders, where every row therefore starts.
         span_labels: Whether ``start_positions`` / ``end_positions`` count columns, so they move by P.
@@ -28,6 +32,7 @@ class TaskRules:
 
     suffix: str
     token_labels: bool = False
+    next_token: bool = False
     pooled: bool = False
     span_labels: bool = False
     packs: bool = False
@@ -35,7 +40,7 @@ class TaskRules:
 
 
 RULES: Mapping[TaskType, TaskRules] = {
-    TaskType.CAUSAL_LM: TaskRules("ForCausalLM", token_labels=True),
+    TaskType.CAUSAL_LM: TaskRules("ForCausalLM", token_labels=True, next_token=True),
     TaskType.SEQ_2_SEQ_LM: TaskRules("ForConditionalGeneration"),
     TaskType.SEQ_CLS: TaskRules(
         "ForSequenceClassification", pooled=True, packs=True, heads=("classifier", "score")

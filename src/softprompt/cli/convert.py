@@ -21,7 +21,7 @@ from softprompt.errors import UsageError
     metavar="FORMAT",
     help="softprompt, peft, caikit, tgis, npy, tensor, extended-vocab or vllm.",
 )
-@click.option("--task", help="Task of a multitask prompt, by number or name.")
+@click.option("--task-name", help="Task of a multitask prompt, by number or name.")
 @click.option("--text", help="Input of the request that vllm writes.")
 @click.option(
     "--field", "pairs", multiple=True, metavar="NAME=TEXT", help="Field of a template with several."

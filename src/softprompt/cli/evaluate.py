@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     help="What the targets are; by default as in training.",
 )
 @click.option("--task-name", help="Task of a multitask prompt, by name or number.")
+@click.option("--task-field", help="Column that names the task of each row of a multitask prompt.")
 @click.option("--normalize", is_flag=True, help="Divide label scores by the label's token count.")
 @click.option("--limit", type=int, help="Evaluate the first rows only.")
 @click.option(

@@ -20,7 +20,7 @@ from softprompt.inference.options import GenerationOptions
 @click.option(
     "--field", "pairs", multiple=True, metavar="NAME=TEXT", help="Field of a template with several."
 )
-@click.option("--task-name", "task", help="Task of a multitask prompt, by name or number.")
+@click.option("--task-name", help="Task of a multitask prompt, by name or number.")
 @click.option("--batch-size", type=int, help="Inputs in one pass.")
 @options_of(GenerationOptions)
 @base_options
@@ -44,7 +44,7 @@ def command(
     base = base_options_of(options)
     settings = given(options)
     GenerationOptions.from_settings(
-        {k: v for k, v in settings.items() if k not in ("batch_size", "task")}
+        {k: v for k, v in settings.items() if k not in ("batch_size", "task_name")}
     )
     start_logging(quiet=quiet)
     (tuned,) = load_prompts([prompt_dir], base)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, get_origin
 
 import click
 
+from softprompt.errors import UsageError
 from softprompt.training.fields import choices_of, default_of, type_of
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -84,7 +85,17 @@ def _option(owner: type, item: Field[Any]) -> Callable[[Command], Command]:
         return click.option(flag, item.name, type=click.Choice(choices), help=text)
     if get_origin(kind) is tuple:
         return click.option(flag, item.name, multiple=True, help=text + "  [repeatable]")
-    return click.option(flag, *ALIASES.get(item.name, ()), item.name, type=kind, help=text)
+    if item.name in ALIASES:
+        names = (flag, *ALIASES[item.name], item.name)
+        return click.option(*names, type=kind, help=text, multiple=True, callback=_once)
+    return click.option(flag, item.name, type=kind, help=text)
+
+
+def _once(context: click.Context, parameter: click.Parameter, values: tuple[Any, ...]) -> Any:
+    """Return the one value of an option with two names; click would take the last of several."""
+    if len(values) > 1:
+        raise UsageError(f"{' and '.join(parameter.opts)} are the same setting; give it once")
+    return values[0] if values else None
 
 
 def _shown(default: Any) -> str:

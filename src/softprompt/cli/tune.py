@@ -107,7 +107,7 @@ def pairs(words: Sequence[str], option: str) -> dict[str, str]:
 
 def summary(tuned: TunedPrompt, output: str | Path) -> dict[str, Any]:
     """Return what ``tune --json`` prints."""
-    manifest, metrics = tuned.manifest, dict(tuned.metrics)
+    manifest, metrics = tuned.whole, dict(tuned.metrics)
     by_task = manifest.data.get("tasks")
     cut = (
         manifest.data["cut"]

@@ -171,6 +171,12 @@ class Layout:
         """Whether every row starts at column 0, so that default positions are right."""
         return bool((self.mask[:, 0] == 1).all())
 
+    @property
+    def first(self) -> Tensor:
+        """Where the first real place of each row is, bool ``[B, W]``."""
+        real = self.mask.bool()
+        return real & (real.long().cumsum(1) == 1)
+
     def isolated(self, dtype: torch.dtype) -> Tensor:
         """Return an additive mask ``[B, 1, W, W]`` in which prompt rows see prompt rows alone."""
         prompt = self.slot >= 0

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from torch import Tensor
 
 from softprompt.data.records import Example, Rows, read_examples
 from softprompt.data.tokens import TokenRow
 from softprompt.engine.rows import Engine
-from softprompt.errors import ConfigError, DataError
+from softprompt.errors import ConfigError, DataError, nearest
 from softprompt.evaluation.labels import ensemble_report, label_report
 from softprompt.evaluation.likelihood import classify_rows, target_likelihood
 from softprompt.evaluation.metrics import text_metrics
 from softprompt.evaluation.report import Report
+from softprompt.evaluation.tasks import joined
 from softprompt.inference.ensemble import Ensemble
 from softprompt.inference.options import GenerationOptions
 from softprompt.inference.requests import require_tokens
 from softprompt.inference.task_choice import Task as TaskName
+from softprompt.inference.task_choice import TaskNames
 from softprompt.inference.tuned import TunedPrompt
 
 Task = Literal["classification", "generation"]
@@ -34,7 +36,8 @@ def evaluate(
     input_field: str | None = None,
     output_field: str | None = None,
     task: Task | None = None,
-    task_name: TaskName | None = None,
+    task_name: TaskNames | None = None,
+    task_field: str | None = None,
     limit: int | None = None,
     normalize: bool = False,
     engine: str = "auto",
@@ -53,7 +56,9 @@ def evaluate(
         input_field: Input column; None takes the one the prompt was tuned with.
         output_field: Target column; None takes the one the prompt was tuned with.
         task: Overrides the prompt's own task.
-        task_name: The task of a multitask prompt, or of an ensemble's members, by name or number.
+        task_name: The task of a multitask prompt, or of an ensemble's members, by name or number; or a
+            list of one for each row.
+        task_field: Column that names each row's task. The report of several tasks holds those of each.
         limit: Rows from the start of ``data`` to evaluate; None is all.
         normalize: Divide a label's log-probability by its token count.
         engine: Path that scores targets; ``auto`` is the fastest exact one.
@@ -63,24 +68,85 @@ def evaluate(
         DataError: The data is empty, or a record cannot be used.
         ContextOverflowError: Prompt and row together exceed the model's context.
     """
-    tuned = tuned.of_task(task_name)
+    several = task_field is not None or not isinstance(task_name, str | int | None)
+    if several:
+        _check_several(tuned, task_field, task_name)
+    else:
+        tuned = tuned.of_task(cast(TaskName | None, task_name))
     members = tuned.members if isinstance(tuned, Ensemble) else (tuned,)
-    chosen = _chosen_task(members[0], task, normalize)
     source_field = _column("input_field", members, input_field)
     target_field = _column("output_field", members, output_field)
+    how = _How(task, without_prompt, batch_size, normalize, engine, target_field)
+    if not several:
+        _chosen_task(members[0], how)
     examples = read_examples(data, input_field=source_field, output_field=target_field)
-    examples = _limited(examples, limit)
-    rows = [_rows_of(member, examples, target_field) for member in members]
-    targets = [str(example.target) for example in examples]
-    scorer = members[0].engine_of(engine)
-    if isinstance(tuned, Ensemble):
-        _check_ensemble(chosen, without_prompt)
-        return ensemble_report(
-            tuned, scorer, rows, targets, batch_size=batch_size, normalize=normalize
+    kept = _limited(examples, limit)
+    if several and isinstance(tuned, TunedPrompt):
+        names = _tasks_of(kept, task_field) if task_field else cast(Sequence[TaskName], task_name)
+        if not task_field and len(names) == len(examples):
+            names = names[: len(kept)]
+        return joined(
+            {
+                tuned.task_names[number]: _report(
+                    tuned.of_task(number), [kept[place] for place in places], how
+                )
+                for number, places in tuned.rows_of_tasks(names, len(kept)).items()
+            }
         )
-    subject = _Subject(tuned, scorer, without_prompt, batch_size)
+    return _report(tuned, kept, how)
+
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    """The settings that hold for the rows of every task."""
+
+    task: Task | None
+    without_prompt: bool
+    batch_size: int
+    normalize: bool
+    engine: str
+    target_field: str | None
+
+
+def _check_several(
+    tuned: TunedPrompt | Ensemble, task_field: str | None, task_name: TaskNames | None
+) -> None:
+    if task_field is not None and task_name is not None:
+        raise ConfigError(
+            "task_field and task_name both say which task a row is of; give one of them"
+        )
+    if isinstance(tuned, Ensemble):
+        raise ConfigError("an ensemble answers for one task at a time; give one task_name")
+
+
+def _tasks_of(examples: Sequence[Example], task_field: str) -> list[str]:
+    """Return the task that each example names."""
+    tasks = []
+    for number, example in enumerate(examples, start=1):
+        if not example.fields.get(task_field):
+            raise DataError(
+                f"row {number} has no task in {task_field!r}{nearest(task_field, example.fields)}; "
+                "name the column of the rows' tasks in task_field (--task-field)"
+            )
+        tasks.append(example.fields[task_field])
+    return tasks
+
+
+def _report(tuned: TunedPrompt | Ensemble, examples: Sequence[Example], how: _How) -> Report:
+    """Return the report of examples that have one task."""
+    members = tuned.members if isinstance(tuned, Ensemble) else (tuned,)
+    chosen = _chosen_task(members[0], how)
+    rows = [_rows_of(member, examples, how.target_field) for member in members]
+    targets = [str(example.target) for example in examples]
+    scorer = members[0].engine_of(how.engine)
+    if isinstance(tuned, Ensemble):
+        _check_ensemble(chosen, how.without_prompt)
+        return ensemble_report(
+            tuned, scorer, rows, targets, batch_size=how.batch_size, normalize=how.normalize
+        )
+    subject = _Subject(tuned, scorer, how.without_prompt, how.batch_size)
     if chosen == "classification":
-        return _classification(subject, rows[0], targets, normalize)
+        return _classification(subject, rows[0], targets, how.normalize)
     return _generation(subject, rows[0], targets)
 
 
@@ -109,8 +175,8 @@ class _Subject:
         }
 
 
-def _chosen_task(tuned: TunedPrompt, task: Task | None, normalize: bool) -> Task:
-    chosen = tuned.manifest.task if task is None else task
+def _chosen_task(tuned: TunedPrompt, how: _How) -> Task:
+    chosen = tuned.manifest.task if how.task is None else how.task
     if chosen not in ("classification", "generation"):
         raise ConfigError(f"task expects classification or generation, got {chosen!r}")
     if chosen == "classification" and not tuned.labels:
@@ -118,7 +184,7 @@ def _chosen_task(tuned: TunedPrompt, task: Task | None, normalize: bool) -> Task
             "task classification needs a label set, this prompt has none; tune it with task "
             "classification, or evaluate it as generation"
         )
-    if chosen == "generation" and normalize:
+    if chosen == "generation" and how.normalize:
         raise ConfigError("normalize would be ignored under task generation; leave it out")
     return chosen
 

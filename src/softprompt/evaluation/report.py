@@ -17,7 +17,8 @@ class Report:
     """How good a prompt, or its base alone, is on some rows; None is not applicable.
 
     Attributes:
-        task: "classification" scores the label set, "generation" generates text.
+        task: "classification" scores the label set, "generation" generates text, "mixed" is tasks of
+            both kinds.
         rows: Rows evaluated.
         without_prompt: Whether the base was evaluated with the template alone.
         accuracy: Share of rows with the right label.
@@ -34,9 +35,10 @@ class Report:
         confusion: Rows by gold label, then by predicted label; zero counts are left out.
         combine: How the members of an ensemble were combined; None for one prompt.
         members: The report of each member of an ensemble by its name, on the same rows.
+        tasks: The report of each task by its name, on the task's rows, where rows have several.
     """
 
-    task: Literal["classification", "generation"]
+    task: Literal["classification", "generation", "mixed"]
     rows: int
     without_prompt: bool
     accuracy: float | None = None
@@ -53,14 +55,17 @@ class Report:
     confusion: Mapping[str, Mapping[str, int]] | None = None
     combine: str | None = None
     members: Mapping[str, Report] | None = None
+    tasks: Mapping[str, Report] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; a number that is not finite becomes None."""
         values = {name: _finite(value) for name, value in asdict(self).items()}
         if self.per_label is not None:
             values["per_label"] = [asdict(row) for row in self.per_label]
-        if self.members is not None:
-            values["members"] = {name: each.to_dict() for name, each in self.members.items()}
+        for part in ("members", "tasks"):
+            own: Mapping[str, Report] | None = getattr(self, part)
+            if own is not None:
+                values[part] = {name: each.to_dict() for name, each in own.items()}
         return values
 
     def __str__(self) -> str:
@@ -88,6 +93,7 @@ class Report:
             f"  {name:<12} {value:>10,}" for name, value in counts.items() if value is not None
         ]
         lines += self._member_lines()
+        lines += self._task_lines()
         lines += self._label_lines()
         if self.collapsed:
             lines.append("  collapsed: over 95 % of the predictions are one label")
@@ -104,6 +110,19 @@ class Report:
                 for name, each in self.members.items()
             ),
         ]
+
+    def _task_lines(self) -> list[str]:
+        if self.tasks is None:
+            return []
+        width = max(len("task"), *map(len, self.tasks))
+        lines = [f"  {'task':<{width}}     rows  accuracy  exact match"]
+        for name, each in self.tasks.items():
+            numbers = "".join(
+                f"{'-' if value is None else f'{value:.4f}':>{size}}"
+                for value, size in ((each.accuracy, 10), (each.exact_match, 13))
+            )
+            lines.append(f"  {name:<{width}}  {each.rows:>7,}{numbers}")
+        return lines
 
     def _label_lines(self) -> list[str]:
         if self.per_label is None:

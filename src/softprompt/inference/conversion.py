@@ -58,7 +58,7 @@ def convert(
     tokenizer: PreTrainedTokenizerBase | None = None,
     torch_dtype: str | torch.dtype | None = None,
     device: str | None = None,
-    task: str | int | None = None,
+    task_name: str | int | None = None,
     text: Request | None = None,
     name: str | None = None,
     add: Mapping[str, str | Path] | None = None,
@@ -78,7 +78,7 @@ def convert(
         tokenizer: Used instead of the base model's own.
         torch_dtype: dtype to load the base in; None keeps the checkpoint's.
         device: Such as "cuda:0".
-        task: Which task of a multitask prompt, by number or name.
+        task_name: Which task of a multitask prompt, by number or name.
         text: Input of the one request that ``vllm`` writes.
         name: What ``extended-vocab`` calls the prompt; None is the name of the source.
         add: Further prompts for ``extended-vocab``, by name.
@@ -108,7 +108,8 @@ def convert(
         for each in (stored, *others.values()):
             check_base(each.manifest, each.location, base.model, ignore=ignore_fingerprint)
             check_fit(each, base)
-    lost, chosen = target.lost(stored.manifest, origin), None if task is None else str(task)
+    lost = target.lost(stored.manifest, origin)
+    chosen = None if task_name is None else str(task_name)
     stored = recorded(stored, origin, target, base, template)
     asked = None
     if text is not None and base is not None:

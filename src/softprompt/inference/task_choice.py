@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from softprompt.artifacts.manifest import Manifest
 from softprompt.errors import ConfigError, nearest
 
 Task = str | int
 """A task of a multitask prompt, by its name or its number."""
+
+TaskNames = Task | Sequence[Task]
+"""One task for all rows, or one for each."""
 
 
 def task_number(task: Task | None, manifest: Manifest, count: int) -> int:
@@ -21,7 +26,8 @@ def task_number(task: Task | None, manifest: Manifest, count: int) -> int:
         if count == 1:
             return 0
         raise ConfigError(
-            f"this prompt has {count} tasks ({known}); choose one with task=... (--task-name)"
+            f"this prompt has {count} tasks ({known}); choose one by name or number: task_name=..., "
+            "--task-name on the command line, or task in a request to a server"
         )
     if task in names:
         return names.index(str(task))
@@ -31,3 +37,23 @@ def task_number(task: Task | None, manifest: Manifest, count: int) -> int:
     raise ConfigError(
         f"this prompt has no task {task!r}{nearest(str(task), names)}; its tasks are {known}"
     )
+
+
+def rows_by_task(
+    chosen: TaskNames, manifest: Manifest, count: int, rows: int
+) -> dict[int, list[int]]:
+    """Return the rows of each chosen task, by its number.
+
+    Raises:
+        ConfigError: there is no such task, or not one for each row.
+    """
+    if isinstance(chosen, str | int):
+        return {task_number(chosen, manifest, count): list(range(rows))}
+    if len(chosen) != rows:
+        raise ConfigError(
+            f"task_name takes one task, or one for each of the {rows:,} rows; got {len(chosen):,}"
+        )
+    found: dict[int, list[int]] = {}
+    for row, task in enumerate(chosen):
+        found.setdefault(task_number(task, manifest, count), []).append(row)
+    return found

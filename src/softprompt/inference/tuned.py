@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, final, overload
+from typing import Any, TypeVar, final, overload
 
 import torch
 from torch import Tensor
@@ -32,8 +32,10 @@ from softprompt.inference.options import GenerationOptions, options_from
 from softprompt.inference.places import Places
 from softprompt.inference.requests import Request, fields_of, listed, require_tokens
 from softprompt.inference.scoring import LabelScores, check_label_ids, score_labels
-from softprompt.inference.task_choice import Task, task_number
+from softprompt.inference.task_choice import Task, TaskNames, rows_by_task, task_number
 from softprompt.prompts.kinds import Placement
+
+_Answer = TypeVar("_Answer")
 
 
 @final
@@ -89,6 +91,35 @@ class TunedPrompt:
         return TunedPrompt(self.model, self.tokenizer, self.whole, self.adapter, task=number)
 
     @property
+    def task_names(self) -> tuple[str, ...]:
+        """The names of its tasks; their numbers where it has no names."""
+        count = self.model.encoder_of(self.adapter).num_tasks
+        return self.whole.tasks or tuple(map(str, range(count)))
+
+    def rows_of_tasks(self, chosen: TaskNames, rows: int) -> dict[int, list[int]]:
+        """Return the rows of each task, by its number, for one task or one of each row.
+
+        Raises:
+            ConfigError: There is no such task, or not one for each row.
+        """
+        count = self.model.encoder_of(self.adapter).num_tasks
+        return rows_by_task(chosen, self.whole, count, rows)
+
+    def _of_tasks(
+        self,
+        requests: Request | Iterable[Request],
+        chosen: TaskNames,
+        answer: Callable[[TunedPrompt, list[Request]], list[_Answer]],
+    ) -> list[_Answer]:
+        """Return the answers to all requests in their order, those of one task given together."""
+        asked = listed(requests)
+        found: dict[int, _Answer] = {}
+        for task, places in self.rows_of_tasks(chosen, len(asked)).items():
+            answers = answer(self.of_task(task), [asked[place] for place in places])
+            found.update(zip(places, answers, strict=True))
+        return [found[place] for place in range(len(asked))]
+
+    @property
     def metrics(self) -> Mapping[str, Any]:
         """Metrics recorded when the prompt was made."""
         return self.manifest.metrics
@@ -137,27 +168,30 @@ class TunedPrompt:
     # A str is iterable too; the first overload is the one meant.
     @overload
     def __call__(  # type: ignore[overload-overlap]
-        self, requests: Request, *, task: Task | None = None
+        self, requests: Request, *, task_name: TaskNames | None = None
     ) -> str: ...
 
     @overload
-    def __call__(self, requests: Iterable[Request], *, task: Task | None = None) -> list[str]: ...
+    def __call__(
+        self, requests: Iterable[Request], *, task_name: TaskNames | None = None
+    ) -> list[str]: ...
 
     def __call__(
-        self, requests: Request | Iterable[Request], *, task: Task | None = None
+        self, requests: Request | Iterable[Request], *, task_name: TaskNames | None = None
     ) -> str | list[str]:
         """Return the best label, or the generated text, of one input or of each in a list.
 
         Args:
             requests: One input or several: texts, or mappings of the template's fields.
-            task: The task of a multitask prompt, by name or number.
+            task_name: The task of a multitask prompt, by name or number; or one for each input.
 
         Raises:
             TemplateError: An input does not have the template's fields.
         """
-        if task is not None:
-            return self.of_task(task)(requests)
-        if self.manifest.task == "classification":
+        answers: list[str]
+        if task_name is not None:
+            answers = self._of_tasks(requests, task_name, lambda own, part: own(part))
+        elif self.manifest.task == "classification":
             answers = [each.label for each in self.classify(requests)]
         else:
             limit = self.manifest.max_target_length
@@ -169,7 +203,7 @@ class TunedPrompt:
         requests: Request | Iterable[Request],
         labels: Sequence[str] | None = None,
         *,
-        task: Task | None = None,
+        task_name: TaskNames | None = None,
         normalize: bool = False,
         batch_size: int = 64,
     ) -> list[LabelScores]:
@@ -178,7 +212,7 @@ class TunedPrompt:
         Args:
             requests: One input or several: texts, or mappings of the template's fields.
             labels: Label set; None takes the one recorded with the prompt.
-            task: The task of a multitask prompt, by name or number.
+            task_name: The task of a multitask prompt, by name or number; or one for each input.
             normalize: Divide a label's log-probability by its token count.
             batch_size: (input, label) pairs in one pass, at most.
 
@@ -187,9 +221,13 @@ class TunedPrompt:
             TemplateError: An input does not have the template's fields.
             ContextOverflowError: Prompt, input and label exceed the model's context.
         """
-        if task is not None:
-            return self.of_task(task).classify(
-                requests, labels, normalize=normalize, batch_size=batch_size
+        if task_name is not None:
+            return self._of_tasks(
+                requests,
+                task_name,
+                lambda own, part: own.classify(
+                    part, labels, normalize=normalize, batch_size=batch_size
+                ),
             )
         prompts = self.prompts()
         names = self.labels if labels is None else tuple(labels)
@@ -226,7 +264,7 @@ class TunedPrompt:
         self,
         requests: Request | Iterable[Request],
         *,
-        task: Task | None = None,
+        task_name: TaskNames | None = None,
         options: GenerationOptions | None = None,
         batch_size: int = 16,
         **settings: Any,
@@ -235,7 +273,7 @@ class TunedPrompt:
 
         Args:
             requests: One input or several: texts, or mappings of the template's fields.
-            task: The task of a multitask prompt, by name or number.
+            task_name: The task of a multitask prompt, by name or number; or one for each input.
             options: How to generate; or name its fields as ``settings``.
             batch_size: Rows in one call of the model.
             **settings: Fields of ``GenerationOptions``, such as ``max_new_tokens=20``.
@@ -245,9 +283,13 @@ class TunedPrompt:
             TemplateError: An input does not have the template's fields.
             ContextOverflowError: Prompt, input and answer exceed the model's context.
         """
-        if task is not None:
-            return self.of_task(task).generate(
-                requests, options=options, batch_size=batch_size, **settings
+        if task_name is not None:
+            return self._of_tasks(
+                requests,
+                task_name,
+                lambda own, part: own.generate(
+                    part, options=options, batch_size=batch_size, **settings
+                ),
             )
         chosen = options_from(options, settings, "generate")
         sources, cut = self.sources(requests)
@@ -257,7 +299,7 @@ class TunedPrompt:
         self,
         request: Request,
         *,
-        task: Task | None = None,
+        task_name: Task | None = None,
         options: GenerationOptions | None = None,
         **settings: Any,
     ) -> Iterator[str]:
@@ -265,14 +307,14 @@ class TunedPrompt:
 
         Args:
             request: A text, or a mapping of the template's fields.
-            task: The task of a multitask prompt, by name or number.
+            task_name: The task of a multitask prompt, by name or number.
             options: How to generate; or name its fields as ``settings``.
             **settings: Fields of ``GenerationOptions``.
 
         Raises:
             SoftPromptError: As ``generate``; or for beams, which cannot be streamed.
         """
-        tuned = self.of_task(task)
+        tuned = self.of_task(task_name)
         chosen = options_from(options, settings, "stream")
         (ids,), _ = tuned.sources([request])
         asked = request_of(tuned, prompt_value(tuned), ids, options=chosen)

@@ -294,7 +294,7 @@ class PromptTuningConfig(PromptLearningConfig):
         options: dict[str, Any] = {}
         if not self.prompt_sees_input:
             options["prompt_sees_input"] = False
-        if self.output_model_types not in self.native_model_types and not self._is_causal():
+        if self.output_model_types not in self.native_model_types and not self._has_one_input():
             options["output_model_types"] = list(self.output_model_types or ())
         if self.placement is not Placement.PREFIX:
             options["placement"] = str(self.placement)
@@ -307,7 +307,8 @@ class PromptTuningConfig(PromptLearningConfig):
         """
         return super().to_dict() | self.peft_options()
 
-    def _is_causal(self) -> bool:
+    def _has_one_input(self) -> bool:
+        """Return whether the base has one part only; which one it is, the base knows."""
         return self.task_type not in (None, TaskType.SEQ_2_SEQ_LM)
 
     def _check_text(self) -> None:
@@ -338,6 +339,11 @@ class PromptTuningConfig(PromptLearningConfig):
     def _check_model_types(self) -> None:
         if self.output_model_types is None:
             return
+        if isinstance(self.output_model_types, str):
+            raise ConfigError(
+                f"output_model_types must be a list, such as ['{self.output_model_types}'], got "
+                f"{self.output_model_types!r}"
+            )
         given = [str(each) for each in self.output_model_types]
         allowed = [["ENCODER"], ["DECODER"], ["ENCODER", "DECODER"]]
         if sorted(given, reverse=True) not in allowed:

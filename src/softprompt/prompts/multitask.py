@@ -33,8 +33,8 @@ _DOCUMENTED = {"AVERAGE_SOURCE": MultitaskPromptTuningInit.AVERAGE_SOURCE_TASKS}
 class MultitaskPromptTuningConfig(PromptTuningConfig):
     """A prompt shared by K tasks; each multiplies it with a matrix of rank R of its own.
 
-    A seq2seq prompt feeds the encoder, or with ``output_model_types`` of both the decoder too; S is 2
-    then, as in PEFT, whose default that is.
+    A seq2seq prompt feeds the encoder and the decoder (S = 2), as in PEFT, whose default that is;
+    ``output_model_types=["ENCODER"]``, or ``num_transformer_submodules=1``, leaves the decoder out.
 
     Under ``inference_mode`` no source is read or asked for: a finished prompt needs none.
     """
@@ -91,7 +91,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
             )
 
     def _count_submodules(self) -> None:
-        if self.output_model_types is None or self._is_causal():
+        if self.output_model_types is None or self._has_one_input():
             return
         count = len(self.output_model_types)
         if self.num_transformer_submodules not in (None, count):

@@ -149,12 +149,15 @@ def _check_source(
         )
     ranks = tuning.num_ranks or 1
     takes_tasks = tuning.prompt_tuning_init_method != "ONLY_SOURCE_SHARED"
+    if takes_tasks and not source.ranks:
+        raise ConfigError(
+            f"the source prompt {source.name} is a plain prompt without tasks, which "
+            f"{tuning.prompt_tuning_init_method} takes; use ONLY_SOURCE_SHARED"
+        )
     if takes_tasks and source.ranks != ranks:
         raise ConfigError(
-            f"the source prompt {source.name} has "
-            + (f"num_ranks {source.ranks}" if source.ranks else "no task matrices")
-            + f", this prompt needs {ranks}; set num_ranks to the source's, or use "
-            "ONLY_SOURCE_SHARED"
+            f"the source prompt {source.name} has num_ranks {source.ranks}, this prompt {ranks}; set "
+            "num_ranks to the source's, or use ONLY_SOURCE_SHARED"
         )
 
 

@@ -28,8 +28,11 @@ class Events:
     is the mean loss per target token, in nats.
     """
 
-    def __init__(self, log: Path | None, state: RunState, total: int, *, silent: bool) -> None:
-        """Open the log file ``log`` behind what it holds of this run."""
+    def __init__(
+        self, log: Path | None, state: RunState, total: int, *, silent: bool, of: str = ""
+    ) -> None:
+        """Open the log file ``log`` behind what it holds of this run; ``of`` names the stage."""
+        self._of = of
         self._log = _open_log(log, state.update) if log else None
         self._bar = tqdm(
             total=total,
@@ -58,7 +61,7 @@ class Events:
         """Tell of a finished update."""
         self._bar.update()
         self._bar.set_postfix_str(
-            f"epoch {state.epoch + 1}, loss {state.mean_loss:.4f}, "
+            f"epoch {state.epoch + 1}{self._of}, loss {state.mean_loss:.4f}, "
             f"{state.tokens_per_second:,.0f} tokens/s",
             refresh=False,
         )
@@ -78,7 +81,7 @@ class Events:
         measured |= {f"validation {k}": v for k, v in point.get("validation", {}).items()}
         numbers = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
         with self._bar.external_write_mode(file=sys.stderr):
-            logger.info("epoch %d: %s", point["epoch"], numbers)
+            logger.info("epoch %d%s: %s", point["epoch"], self._of, numbers)
 
 
 def _open_log(path: Path, updates: int) -> TextIO:

@@ -127,7 +127,7 @@ def prepare(base_model: Base, data: Sequence[TaskData], settings: TuneSettings) 
     """
     base = _loaded(base_model, settings)
     facts = facts_of(base.model)
-    settings.tuning_config.check_model_types(facts.is_encoder_decoder)
+    settings.check_model_types(facts.is_encoder_decoder)
     freeze(base.model)
     tasks = [_tokenized(task, base, facts, settings) for task in data]
     rows = [row for task in tasks for row in (*task.train, *task.validation)]

@@ -101,7 +101,8 @@ class _Session:
         silent = job.settings.silence_progress_bars
         log = None if self.output is None else state_path(self.output).with_name(stage.log_file)
         try:
-            with Events(log, state, job.total_updates(), silent=silent) as events:
+            total = job.total_updates()
+            with Events(log, state, total, silent=silent, of=stage.of) as events:
                 train(job, state, optimizer, events, check_stop=self.stop.check, save=save)
         except TrainingInterrupted:
             save()

@@ -167,11 +167,8 @@ class TuneSettings:
         check(self)
         if not self.multitask:
             self._check_single()
-        elif self.tuning_config.parameterization != "direct":
-            raise ConfigError(
-                f"parameterization {self.tuning_config.parameterization} would be ignored with "
-                f"tuning_type {MULTITASK}, which has its own; leave one of them out"
-            )
+        else:
+            self._check_multitask()
         if self.source_prompt_base is not None and not self.tuning_config.from_source:
             raise ConfigError(
                 "source_prompt_base would be ignored: the prompt does not start from a source "
@@ -210,6 +207,40 @@ class TuneSettings:
                     f"task_verbalizers names the task {task!r}{nearest(task, tasks)}; the data has "
                     f"{', '.join(tasks)}"
                 )
+
+    def _check_multitask(self) -> None:
+        """Refuse what a multitask prompt cannot have."""
+        tuning = self.tuning_config
+        if tuning.parameterization != "direct":
+            raise ConfigError(
+                f"parameterization {tuning.parameterization} would be ignored with "
+                f"tuning_type {MULTITASK}, which has its own; leave one of them out"
+            )
+        if tuning.prompt_tuning_init_method == "PROMPT":
+            raise ConfigError(
+                f"prompt_tuning_init_method PROMPT starts one task's rows, tuning_type {MULTITASK} has shared "
+                "ones; start from a source prompt (ONLY_SOURCE_SHARED), or use PROMPT_TUNING"
+            )
+        for name, usual in (("placement", "prefix"), ("prompt_sees_input", True)):
+            if getattr(tuning, name) != usual:
+                raise ConfigError(
+                    f"tuning_type {MULTITASK} has {name} {str(usual).lower()} only, as in PEFT, got "
+                    f"{str(getattr(tuning, name)).lower()}; leave it out, or use PROMPT_TUNING"
+                )
+
+    def check_model_types(self, is_encoder_decoder: bool) -> None:
+        """Refuse parts of the model that it, or the kind of prompt, does not have.
+
+        Raises:
+            ConfigError: the prompt would not go where the setting says.
+        """
+        tuning = self.tuning_config
+        tuning.check_model_types(is_encoder_decoder)
+        if self.multitask and is_encoder_decoder and tuning.output_model_types == ("DECODER",):
+            raise ConfigError(
+                f"tuning_type {MULTITASK} feeds the encoder of a seq2seq model, or both parts, as in PEFT, got "
+                "output_model_types ['DECODER']; add ENCODER, or use PROMPT_TUNING"
+            )
 
     def _check_single(self) -> None:
         """Refuse what only a multitask prompt has a use for."""

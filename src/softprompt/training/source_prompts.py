@@ -8,7 +8,7 @@ lie below one folder, ``SOURCE_PROMPT_BASE``, and are named by their path in it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from softprompt.artifacts.native import load_adapter
 from softprompt.attach.source_prompt import source_of
 from softprompt.backbone.fingerprint import Fingerprint
 from softprompt.errors import ConfigError, SoftPromptError, nearest
-from softprompt.prompts.configs import CONFIG_NAME
+from softprompt.prompts.configs import CONFIG_NAME, PeftType, Placement
 from softprompt.prompts.multitask import MultitaskPromptTuningConfig
 
 VARIABLE = "SOURCE_PROMPT_BASE"
@@ -170,7 +170,33 @@ def _described(path: Path, name: str) -> SourceInfo:
         return SourceInfo(name, weights, problem=str(error))
 
 
+_KINDS = frozenset(
+    {
+        PeftType.PROMPT_TUNING,
+        PeftType.EXTENDED_PROMPT_TUNING,
+        PeftType.MULTITASK_PROMPT_TUNING,
+        PeftType.P_TUNING,
+    }
+)
+"""Methods whose file holds rows of the input."""
+
+
+def _check_stands_in_front(config: Mapping[str, Any]) -> None:
+    """Refuse what is no rows, or rows of another place than those that would start from them."""
+    kind = config.get("peft_type")
+    if kind not in _KINDS:
+        raise ConfigError(f"it is a {kind} prompt; a source is one of {', '.join(sorted(_KINDS))}")
+    placement = config.get("placement", Placement.PREFIX)
+    if placement != Placement.PREFIX:
+        raise ConfigError(f"it has placement {placement}, a multitask prompt stands in front")
+    if config.get("output_model_types") == ["DECODER"]:
+        raise ConfigError("it stands before the decoder's input alone, a multitask prompt does not")
+
+
 def _read(path: Path, weights: Path, name: str) -> SourceInfo:
+    stored = load_adapter(path) if path.is_dir() else None
+    if stored is not None:
+        _check_stands_in_front(stored.config)
     reading = MultitaskPromptTuningConfig(
         prompt_tuning_init="ONLY_SOURCE_SHARED", prompt_tuning_init_state_dict_path=str(weights)
     )
@@ -180,8 +206,7 @@ def _read(path: Path, weights: Path, name: str) -> SourceInfo:
     count = 0 if factors is None else factors.cols.shape[0]
     recorded: dict[str, Any] = {}
     tasks = tuple(map(str, range(count)))
-    if path.is_dir():
-        stored = load_adapter(path)
+    if stored is not None:
         recorded["base_model"] = stored.config.get("base_model_name_or_path")
         if stored.manifest is not None:
             tasks = (stored.manifest.tasks or tasks)[:count]

@@ -133,6 +133,11 @@ class TuningConfig:
         if isinstance(self.prompt_tuning_init_method, Enum):
             value = self.prompt_tuning_init_method.value
             object.__setattr__(self, "prompt_tuning_init_method", _PEFT_NAMES.get(value, value))
+        if isinstance(self.output_model_types, str):
+            raise ConfigError(
+                f"output_model_types must be a list, such as ['{self.output_model_types}'], got "
+                f"{self.output_model_types!r}"
+            )
         if isinstance(self.output_model_types, list):
             object.__setattr__(self, "output_model_types", tuple(self.output_model_types))
         if isinstance(self.prompt_tuning_init_task, int):
@@ -174,6 +179,11 @@ class TuningConfig:
             raise ConfigError(
                 "prompt_tuning_init_method PROMPT needs a prompt_tuning_init_prompt; give the folder "
                 "of a saved prompt, or use RANDOM"
+            )
+        if method == "PROMPT" and self.parameterization != "direct":
+            raise ConfigError(
+                f"prompt_tuning_init_method PROMPT starts from rows, which parameterization "
+                f"{self.parameterization} cannot be given; use direct, or another method"
             )
         if method != "PROMPT" and prompt is not None:
             raise ConfigError(
