@@ -360,7 +360,7 @@ def test_a_task_keeps_its_own_template(tmp_path):
     told = {"tasks": {"first": own | {"template": "x {{input}}"}, "second": own}}
     manifest = dataclasses.replace(stored.manifest, tasks=("first", "second"), data=told)
     save_adapter(tmp_path / "named", stored.config, stored.tensors, manifest, overwrite=False)
-    convert(tmp_path / "named", tmp_path / "one", to="softprompt", task="second")
+    convert(tmp_path / "named", tmp_path / "one", to="softprompt", task_name="second")
     found = load_adapter(tmp_path / "one").manifest
     assert (found.template, found.labels, found.task) == (
         "Own: {{input}}",

@@ -239,7 +239,8 @@ def test_one_task_is_chosen_for_all_members_that_have_several(folders, prompts):
         ensemble(TEXTS),
     )
     with pytest.raises(
-        ConfigError, match=r"has 2 tasks \(free, sort\); choose one with task=.*--task-name"
+        ConfigError,
+        match=r"has 2 tasks \(free, sort\); choose one by name or number: task_name=.*--task-name",
     ):
         Ensemble(several)
     with pytest.raises(ConfigError, match="no task 'sorted'"):
