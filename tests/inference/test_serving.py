@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
 from oracles.served import served
-from softprompt import Serving
+from softprompt import Serving, TunedPrompt
 from softprompt.errors import AdapterError, ConfigError
+from softprompt.inference.continuous.ticket import Ticket
 from softprompt.inference.options import GenerationOptions
 
 TEXTS = ["is it good", "the parcel is late", "bad", "thank you, great"]
@@ -52,6 +57,40 @@ def test_a_dropped_stream_is_cancelled(serving):
     next(stream)
     stream.close()
     assert serving.generate("good", "plain", max_new_tokens=1)
+
+
+def test_a_stream_that_was_never_begun_is_cancelled(serving, monkeypatch):
+    cancelled = set()
+    monkeypatch.setattr(Ticket, "cancel", lambda ticket: cancelled.add(id(ticket)))
+    for stream in (serving.stream, serving.astream):
+        stream(TEXTS[0], "plain", max_new_tokens=1)
+        gc.collect()
+    assert len(cancelled) == 2
+
+
+def test_threads_read_texts_each_in_their_own_way(base):
+    plain = base.prompts["plain"]
+    mark = plain.tokenizer.eos_token
+    marked = TunedPrompt(
+        plain.model,
+        plain.tokenizer,
+        replace(plain.manifest, template=mark + plain.manifest.template),
+        plain.adapter,
+    )
+    cases = [(plain, f"is {mark} it"), (marked, "is it")]
+    expected = [tuned.sources([text]) for tuned, text in cases]
+
+    def read(number):
+        tuned, text = cases[number % 2]
+        return all(tuned.sources([text]) == expected[number % 2] for _ in range(300))
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            assert all(threads.map(read, range(4)))
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_a_replaced_prompt_affects_later_requests_only(base):

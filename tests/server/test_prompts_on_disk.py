@@ -131,9 +131,9 @@ def test_prompts_replaced_under_load(own_server, prompts, base, tmp_path):
 def test_the_folder_goes_away_and_comes_back(own_server, prompts):
     _, client = own_server
     prompts.rename(prompts.with_name("away"))
-    assert client.get("/ready").status_code == 500
-    assert client.get("/v1/models").status_code == 500
-    assert ask(client).status_code == 404
+    for away in (client.get("/ready"), client.get("/v1/models"), ask(client)):
+        assert away.status_code == 503
+        assert away.json()["error"]["code"] == "unavailable"
     assert ask(client, "demo").status_code == 200
     prompts.with_name("away").rename(prompts)
     assert client.get("/ready").status_code == 200

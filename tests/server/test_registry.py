@@ -254,11 +254,14 @@ def test_unloaded_prompts_are_gone_until_loaded(registry):
 def test_a_prompt_that_shadows_the_base(registry, prompts, base):
     write_prompt(prompts / "demo", base)
     assert registry.get("demo").prompt is None
+    assert "demo" not in registry.names()
     with pytest.raises(ArtifactError, match="name of the base model"):
         registry.load("demo")
 
 
 def test_tasks(registry):
+    with pytest.raises(ConfigError, match="the base model, which has no tasks"):
+        registry.get("demo", 0)
     with pytest.raises(ConfigError, match="no task 'x'"):
         registry.get("writer", "x")
     assert registry.get("writer", 0).name == "writer"

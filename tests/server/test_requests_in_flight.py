@@ -4,6 +4,7 @@ import json
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -279,6 +280,30 @@ def test_running_answers_finish_when_the_server_stops(base, shared_prompts):
         assert list(chunks) == []
     assert batcher.closing
     assert server.service.draining
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_that_are_ended_by_the_server_say_so(base, shared_prompts, stream):
+    app = app_over(base, shared_prompts, drain_seconds=0.1)
+    with running(app) as server, ThreadPoolExecutor(1) as threads:
+        service = server.service
+        service.stop_asked = lambda: server.uvicorn.should_exit
+        body = {**BODY, "max_tokens": 400, "min_tokens": 400, "n": 16, "stream": stream}
+        with server.client() as client:
+            asked = threads.submit(client.post, "/v1/completions", json=body)
+            until(lambda: service.batcher.stats.running)
+            server.uvicorn.should_exit = True
+            found = asked.result()
+        if stream:
+            *_, last, done = found.text.split("\n\n")[:-1]
+            assert (found.status_code, done) == (200, "data: [DONE]")
+            error = json.loads(last.removeprefix("data: "))["error"]
+        else:
+            assert found.status_code == 503
+            error = found.json()["error"]
+        assert error["code"] == "unavailable"
+        assert "the server stopped" in error["message"]
+        assert "cancelled" not in service.meter.page().decode()
 
 
 def test_answers_that_take_too_long_end_with_the_server(base, shared_prompts):

@@ -5,8 +5,10 @@ Llama: ``<s> text``. BART: ``<s> text </s>``. T5: ``text </s>``. GPT-2: nothing.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from softprompt.errors import BackboneError
 
@@ -14,6 +16,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PROBE = "a"
+# A tokenizer has a mode, whether special tokens are read as such, which two threads that want
+# different ones would change under each other.
+_locks: WeakKeyDictionary[PreTrainedTokenizerBase, threading.Lock] = WeakKeyDictionary()
+_guard = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +64,7 @@ def encode(
     as_target: bool = False,
     marks_are_text: bool = False,
 ) -> list[tuple[int, ...]]:
-    """Return the ids of each text, neither padded nor cut.
+    """Return the ids of each text, neither padded nor cut; any thread may call.
 
     Args:
         tokenizer: Any Hugging Face tokenizer.
@@ -69,13 +75,16 @@ def encode(
     """
     if not texts:
         return []
-    encoded = tokenizer(
-        **{"text_target" if as_target else "text": texts},
-        add_special_tokens=special,
-        padding=False,
-        truncation=False,
-        # Length is checked here, against limits of our own, with an error instead of a warning.
-        verbose=False,
-        split_special_tokens=marks_are_text,
-    )
+    with _guard:
+        lock = _locks.setdefault(tokenizer, threading.Lock())
+    with lock:
+        encoded = tokenizer(
+            **{"text_target" if as_target else "text": texts},
+            add_special_tokens=special,
+            padding=False,
+            truncation=False,
+            # Length is checked here, against limits of our own, with an error instead of a warning.
+            verbose=False,
+            split_special_tokens=marks_are_text,
+        )
     return [tuple(ids) for ids in encoded["input_ids"]]

@@ -89,18 +89,13 @@ def create_app(
 async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     """Watch the folder while the server runs; let running answers finish at its end."""
     service: Service = app.state.service
-    watching = asyncio.create_task(service.watch())
+    tasks = [asyncio.create_task(each) for each in (service.watch(), service.end_in_time())]
     try:
         yield
     finally:
         service.draining = True
-        watching.cancel()
-        with suppress(asyncio.CancelledError):
-            await watching
-        await asyncio.to_thread(_stop, service)
-
-
-def _stop(service: Service) -> None:
-    service.scorer.stop()
-    service.batcher.drain(service.settings.drain_seconds)
-    service.batcher.stop()
+        for task in tasks:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        await asyncio.to_thread(service.stop)

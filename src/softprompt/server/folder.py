@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from softprompt.artifacts.layout import MANIFEST_NAME, WEIGHTS_NAME
-from softprompt.errors import AdapterError, ArtifactError, UsageError
+from softprompt.errors import AdapterError, ArtifactError, NotServingError, UsageError
 from softprompt.prompts.configs import CONFIG_NAME
 
 FILES = (CONFIG_NAME, WEIGHTS_NAME, MANIFEST_NAME)
@@ -53,7 +53,7 @@ class Root:
         """Return the names of folders that hold a prompt, in order.
 
         Raises:
-            ArtifactError: The root is gone.
+            NotServingError: The root is gone.
         """
         return sorted(name for name in self._entries() if self._holds_prompt(name))
 
@@ -61,7 +61,7 @@ class Root:
         """Check that the folder can be read.
 
         Raises:
-            ArtifactError: It is gone.
+            NotServingError: It is gone.
         """
         self._entries()
 
@@ -70,7 +70,7 @@ class Root:
             with os.scandir(self.path) as entries:
                 return [entry.name for entry in entries if is_name(entry.name)]
         except OSError as error:
-            raise ArtifactError(
+            raise NotServingError(
                 f"the folder of prompts cannot be read ({error.strerror}); mount it again"
             ) from error
 
@@ -79,6 +79,7 @@ class Root:
 
         Raises:
             AdapterError: There is no such prompt.
+            NotServingError: The root is gone.
         """
         directory = self._directory(name)
         return tuple(_stamp(directory / file) for file in FILES)
@@ -122,6 +123,8 @@ class Root:
         path = self.path / name
         # A folder that only looks absent to us (a link out) is as absent to clients.
         if not is_name(name) or not path.is_dir() or not path.resolve().is_relative_to(self.path):
+            if not self.path.is_dir():
+                self.check()
             raise AdapterError(f"there is no prompt {name!r}; GET /v1/models lists them")
         return path
 

@@ -23,7 +23,7 @@ from softprompt.backbone.facts import facts_of
 from softprompt.backbone.load import LoadedBase
 from softprompt.data.template import Verbalizer
 from softprompt.data.tokens import RowTokenizer
-from softprompt.errors import AdapterError, ArtifactError, SoftPromptError
+from softprompt.errors import AdapterError, ArtifactError, ConfigError, SoftPromptError
 from softprompt.inference.continuous.request import PromptValue
 from softprompt.inference.continuous.values import content_key
 from softprompt.inference.task_choice import Task, task_number
@@ -75,11 +75,11 @@ class Registry:
         """Return the prompts in service, by their folders.
 
         Raises:
-            ArtifactError: The root is gone.
+            NotServingError: The root is gone.
         """
         found = self.root.names()
         with self._guard:
-            return [name for name in found if name not in self._withdrawn]
+            return [n for n in found if n not in self._withdrawn and n != self.base.name]
 
     def is_resident(self, name: str) -> bool:
         """Tell whether a prompt is in memory."""
@@ -100,6 +100,8 @@ class Registry:
             ConfigError: It has several tasks and none is named, or not this one.
         """
         if name == self.base.name:
+            if task is not None:
+                raise ConfigError(f"{name!r} is the base model, which has no tasks; leave task out")
             return self.base_served
         with self._guard:
             gone = name in self._withdrawn
@@ -234,15 +236,14 @@ class Registry:
         tasks = []
         for number, value in enumerate(values):
             own = manifest_of_task(manifest, number)
-            with self.base_served.plain.lock:
-                rows = RowTokenizer(
-                    self.base.tokenizer,
-                    Verbalizer(own.template),
-                    max_source_length=own.max_source_length,
-                    max_target_length=own.max_target_length,
-                    seq2seq=self._facts.is_encoder_decoder,
-                    placement=placement_of(config),
-                )
+            rows = RowTokenizer(
+                self.base.tokenizer,
+                Verbalizer(own.template),
+                max_source_length=own.max_source_length,
+                max_target_length=own.max_target_length,
+                seq2seq=self._facts.is_encoder_decoder,
+                placement=placement_of(config),
+            )
             parts = split_value(value, config, self._facts)
             standing = parts.input if parts.prefix is None else parts.prefix
             sees_input = sees_input_of(config)

@@ -70,7 +70,7 @@ class Run:
         """Yield (input, event) as they come; leaving early cancels what still runs.
 
         Raises:
-            Problem: 503 when the time was over before anything came.
+            Problem: 503 when the time was over before anything came, or the server stopped.
             Exception: What a request failed with.
         """
         queue: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue()
@@ -86,6 +86,9 @@ class Run:
                 if event is None:
                     left -= 1
                     continue
+                if isinstance(event, FinishEvent) and event.reason == "cancelled":
+                    # Where the client hung up, nobody reads this.
+                    raise Problem(503, "the server stopped before the answer was whole; ask again")
                 self._count(number, event)
                 yield number, event
             ended = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,12 +51,9 @@ class PlainText:
 
     Attributes:
         answers: How labels become tokens where no prompt says so.
-        lock: To be held while the base's tokenizer reads texts. It has a mode, whether special tokens are
-            read as such, and two threads that want different ones get each other's.
     """
 
     def __init__(self, base: LoadedBase, *, seq2seq: bool) -> None:
-        self.lock = threading.RLock()
         self.tokenizer: PreTrainedTokenizerBase = base.tokenizer
         self.answers = RowTokenizer(
             base.tokenizer,
@@ -75,8 +71,7 @@ class PlainText:
 
     def bare_ids(self, texts: list[str]) -> list[tuple[int, ...]]:
         """Return the ids of texts with nothing put around them."""
-        with self.lock:
-            return encode(self.tokenizer, texts, special=False)
+        return encode(self.tokenizer, texts, special=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids without special tokens."""
@@ -124,8 +119,7 @@ class Served:
                 raise DataError("the base model has no template; send its text as prompt")
             return self.of_text(request)
         fields = fields_of(request, self.rows.verbalizer.fields)
-        with self.plain.lock:
-            ids, cut = self.rows.source(fields)
+        ids, cut = self.rows.source(fields)
         if cut and not truncate:
             raise DataError(CUT.format(limit=self.rows.max_source_length, name=self.name))
         return Input(ids, self.rows.offset(ids), self.rows.decode, cut)
@@ -138,8 +132,7 @@ class Served:
             DataError: One is longer than the prompt's answers may be.
         """
         rows = self.rows or self.plain.answers
-        with self.plain.lock:
-            found = [rows.label(label) for label in labels]
+        found = [rows.label(label) for label in labels]
         check_label_ids(labels, found)
         return found
 

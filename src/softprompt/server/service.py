@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import anyio
 from fastapi import Depends, Request
 
 from softprompt.backbone.facts import input_embedding
+from softprompt.errors import NotServingError
 from softprompt.inference.task_choice import Task
 from softprompt.inspection.describe import describe
 from softprompt.server.access import Access
@@ -26,9 +28,12 @@ from softprompt.server.scorer import Scorer
 from softprompt.server.served import Served
 from softprompt.server.settings import ServeSettings
 
+logger = logging.getLogger(__name__)
+
 P = ParamSpec("P")
 Result = TypeVar("Result")
 _CARDS = 64
+_LOOK_SECONDS = 0.1
 
 
 @dataclass(slots=True)
@@ -44,6 +49,7 @@ class Service:
         meter: Counts.
         tokens: What single tokens are called.
         draining: Whether it is about to stop.
+        stop_asked: Tells whether the server was told to.
     """
 
     settings: ServeSettings
@@ -54,6 +60,7 @@ class Service:
     meter: Meter
     tokens: TokenTexts
     draining: bool = False
+    stop_asked: Callable[[], bool] = lambda: False
     _cards: OrderedDict[tuple[str, str], dict[str, Any]] = field(default_factory=OrderedDict)
 
     async def served(self, name: str, task: Task | None) -> Served:
@@ -76,20 +83,41 @@ class Service:
             found |= {
                 "location": name,
                 "name": name,
+                # Clients know the base by its name, not by somebody's path.
+                "base_model": base.name,
                 "version": version,
                 "history": list(stored.manifest.history) if stored.manifest else None,
             }
             # A prompt may hold numbers that JSON has no word for.
-            self._cards[key] = json.loads(json.dumps(found), parse_constant=lambda _: None)
+            card: dict[str, Any] = json.loads(json.dumps(found), parse_constant=lambda _: None)
+            self._cards[key] = card
             while len(self._cards) > _CARDS:
                 self._cards.popitem(last=False)
+            return card
         return self._cards[key]
 
     async def watch(self) -> None:
         """Look at the prompts' folder now and then."""
         while True:
             await asyncio.sleep(self.settings.poll_seconds)
-            await in_thread(self.registry.poll)
+            try:
+                await in_thread(self.registry.poll)
+            except (OSError, NotServingError) as error:  # a share that is away may come back
+                logger.warning("the folder of prompts cannot be looked at: %s", error)
+
+    async def end_in_time(self) -> None:
+        """Once told to stop, give running answers their time; then end them, which tells clients so."""
+        while not self.stop_asked():
+            await asyncio.sleep(_LOOK_SECONDS)
+        self.draining = True
+        seconds = self.settings.drain_seconds
+        await asyncio.gather(asyncio.to_thread(self.batcher.drain, seconds), asyncio.sleep(seconds))
+        await asyncio.to_thread(self.stop)
+
+    def stop(self) -> None:
+        """End all work; what has not ended by itself fails."""
+        self.scorer.stop()
+        self.batcher.stop()
 
 
 async def in_thread(function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:

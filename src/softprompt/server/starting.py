@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import socket
 from typing import Any
@@ -23,6 +24,9 @@ from softprompt.server.scorer import Scorer
 from softprompt.server.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
+
+_END_SECONDS = 10
+"""Time to end answers in after their time is over: a pass of the model, and telling the clients."""
 
 
 def serve(settings: ServeSettings) -> None:
@@ -123,14 +127,17 @@ def _run(app: FastAPI, settings: ServeSettings, sock: socket.socket) -> None:
         log_level="warning",
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+        # Answers are ended before, by the service, with what their clients are to know.
+        timeout_graceful_shutdown=math.ceil(settings.drain_seconds) + _END_SECONDS,
         ws="none",
         lifespan="on",
     )
     # uvicorn drains on these signals and then raises them again, to whoever had them before.
     before = signal.signal(signal.SIGTERM, _taken)
     try:
-        uvicorn.Server(config).run(sockets=[sock])
+        server = uvicorn.Server(config)
+        app.state.service.stop_asked = lambda: server.should_exit
+        server.run(sockets=[sock])
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -82,3 +82,5 @@ async def unless_gone(
             working.cancel()
             cancel()
             await asyncio.wait({working})
+            # An error that comes of the cancelling is nobody's.
+            _ = working.cancelled() or working.exception()

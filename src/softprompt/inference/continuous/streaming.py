@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import AsyncIterator, Iterator
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +26,20 @@ def streamed(
 
 def pieces(ticket: Ticket) -> Iterator[str]:
     """Yield the text of a ticket's first answer; an iterator that is dropped cancels the request."""
+    found = _pieces(ticket)
+    # Also one that was never begun, in which no "finally" runs.
+    weakref.finalize(found, ticket.cancel).atexit = False
+    return found
+
+
+def async_pieces(ticket: Ticket) -> AsyncIterator[str]:
+    """Yield as ``pieces``, without blocking the event loop."""
+    found = _async_pieces(ticket)
+    weakref.finalize(found, ticket.cancel).atexit = False
+    return found
+
+
+def _pieces(ticket: Ticket) -> Iterator[str]:
     try:
         for event in ticket:
             if isinstance(event, TokenEvent) and event.index == 0 and event.text:
@@ -33,8 +48,7 @@ def pieces(ticket: Ticket) -> Iterator[str]:
         ticket.cancel()
 
 
-async def async_pieces(ticket: Ticket) -> AsyncIterator[str]:
-    """Yield as ``pieces``, without blocking the event loop."""
+async def _async_pieces(ticket: Ticket) -> AsyncIterator[str]:
     try:
         async for event in ticket:
             if isinstance(event, TokenEvent) and event.index == 0 and event.text:
