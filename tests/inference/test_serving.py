@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
+import torch
 
 from oracles.served import served
-from softprompt import Serving, TunedPrompt
+from softprompt import MultitaskPromptTuningConfig, Serving, TunedPrompt, get_peft_model
 from softprompt.errors import AdapterError, ConfigError
 from softprompt.inference.continuous.ticket import Ticket
 from softprompt.inference.options import GenerationOptions
@@ -104,6 +106,63 @@ def test_a_replaced_prompt_affects_later_requests_only(base):
         second = serving.submit(TEXTS[0], "it", options)
         assert first.result(30)[0].text == before
         assert second.result(30)[0].text == other
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Saved rows, a saved prefix and a saved multitask prompt of one base."""
+    base = served("llama", kinds=("plain", "prefix"))
+    config = MultitaskPromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, num_tasks=2, num_ranks=1
+    )
+    model = get_peft_model(copy.deepcopy(base.model), config, adapter_name="both")
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.encoder_of("both").parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    own = {"labels": None, "task": "generation"}
+    tasks = {
+        "ask": {**own, "template": "{{input}} ?"},
+        "tell": {**own, "template": "{{input}} !"},
+    }
+    plain = base.prompts["plain"]
+    record = replace(plain.whole, tasks=("ask", "tell"), data={"tasks": tasks})
+    base.prompts["both"] = TunedPrompt(model, base.tokenizer, record, "both")
+    root = tmp_path_factory.mktemp("prompts")
+    for name, tuned in base.prompts.items():
+        tuned.save(root / name)
+    return base, {name: root / name for name in base.prompts}
+
+
+def test_prompts_of_all_kinds_are_loaded_beside_one_base(mixed):
+    base, folders = mixed
+    names = ["plain", "both", "prefix", "both"]
+    tasks = [None, "tell", None, 0]
+    alone = [
+        base.prompts[name].generate(text, task_name=task, max_new_tokens=8)[0]
+        for name, task, text in zip(names, tasks, TEXTS, strict=True)
+    ]
+    with Serving.load(folders, base.model, tokenizer=base.tokenizer) as serving:
+        assert serving.generate(TEXTS, names, task_name=tasks, max_new_tokens=8) == alone
+        found = serving.agenerate(TEXTS, names, task_name=tasks, max_new_tokens=8)
+        assert asyncio.run(found) == alone
+        stream = serving.stream(TEXTS[1], "both", task_name="tell", max_new_tokens=8)
+        assert "".join(stream) == alone[1].text
+        with pytest.raises(ConfigError, match=r"2 tasks \(ask, tell\); choose one"):
+            serving.generate(TEXTS[0], "both")
+        with pytest.raises(ConfigError, match="did you mean 'tell'"):
+            serving.stream(TEXTS[0], "both", task_name="tel")
+        with pytest.raises(ConfigError, match="task_name expects one name, or one for each"):
+            serving.generate(TEXTS, names, task_name=["ask"])
+
+
+def test_a_chosen_task_is_the_one_that_answers(mixed):
+    base, _ = mixed
+    both = base.prompts["both"]
+    with Serving({"it": both.of_task("tell")}) as serving:
+        for task in (None, "ask", "tell"):
+            (alone,) = both.generate(TEXTS[0], task_name=task or "tell", max_new_tokens=8)
+            assert serving.generate(TEXTS[0], "it", task_name=task, max_new_tokens=8) == [alone]
 
 
 def test_what_is_refused(base, serving):

@@ -12,8 +12,9 @@ from softprompt.artifacts.manifest import Manifest
 from softprompt.artifacts.native import StoredAdapter, load_adapter
 from softprompt.attach.model import PeftModel
 from softprompt.backbone.fingerprint import Fingerprint
-from softprompt.backbone.load import load_base
+from softprompt.backbone.load import LoadedBase, load_base
 from softprompt.errors import ArtifactError, ConfigError
+from softprompt.inference.detached import DetachedPrompt, detached_tasks
 from softprompt.inference.tuned import TunedPrompt
 
 _SOURCE_LENGTH = 256
@@ -86,20 +87,7 @@ def load_many(
         BackboneError: The base model cannot be loaded.
         FingerprintError: The base is not the one a prompt was made for.
     """
-    if isinstance(directories, str | Path) or not directories:
-        raise ConfigError(f"expected the folders of one prompt or more, got {directories!r}")
-    found = [load_adapter(directory) for directory in directories]
-    named = _recorded_base(found[0]) if base_model is None else base_model
-    if torch_dtype is None and not isinstance(named, PreTrainedModel):
-        torch_dtype = _recorded_dtype(found)
-    base = load_base(
-        named,
-        tokenizer=tokenizer,
-        seq2seq=_seq2seq(found[0]),
-        torch_dtype=torch_dtype,
-        device=device,
-    )
-    base.model.eval()  # type: ignore[no-untyped-call]
+    found, base = _with_base(directories, base_model, tokenizer, torch_dtype, device)
     names = [_FIRST, *(f"prompt{number}" for number in range(2, len(found) + 1))]
     model = PeftModel.from_pretrained(
         base.model, found[0].location, names[0], ignore_fingerprint=ignore_fingerprint
@@ -115,6 +103,50 @@ def load_many(
         )
         for name, stored in zip(names, found, strict=True)
     ]
+
+
+def load_detached(
+    directories: Sequence[str | Path],
+    base_model: str | Path | PreTrainedModel | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    torch_dtype: str | torch.dtype | None = None,
+    device: str | None = None,
+    ignore_fingerprint: bool = False,
+) -> list[DetachedPrompt]:
+    """Load several prompts, of any kinds, beside one base model; see ``load_many``."""
+    found, base = _with_base(directories, base_model, tokenizer, torch_dtype, device)
+    prompts = []
+    for stored in found:
+        manifest = stored.manifest or _plain_manifest(stored, base.name, base.model)
+        tasks = detached_tasks(stored, base, manifest, ignore_fingerprint=ignore_fingerprint)
+        prompts.append(DetachedPrompt(base.model, base.tokenizer, manifest, tasks))
+    return prompts
+
+
+def _with_base(
+    directories: Sequence[str | Path],
+    base_model: str | Path | PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    torch_dtype: str | torch.dtype | None,
+    device: str | None,
+) -> tuple[list[StoredAdapter], LoadedBase]:
+    """Read prompts and their base, which is put into evaluation mode; see ``load_many``."""
+    if isinstance(directories, str | Path) or not directories:
+        raise ConfigError(f"expected the folders of one prompt or more, got {directories!r}")
+    found = [load_adapter(directory) for directory in directories]
+    named = _recorded_base(found[0]) if base_model is None else base_model
+    if torch_dtype is None and not isinstance(named, PreTrainedModel):
+        torch_dtype = _recorded_dtype(found)
+    base = load_base(
+        named,
+        tokenizer=tokenizer,
+        seq2seq=_seq2seq(found[0]),
+        torch_dtype=torch_dtype,
+        device=device,
+    )
+    base.model.eval()  # type: ignore[no-untyped-call]
+    return found, base
 
 
 def _recorded_dtype(found: Sequence[StoredAdapter]) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from softprompt.data.tokens import RowTokenizer
 from softprompt.errors import DataError, TemplateError
 
 Request = str | Mapping[str, Any]
@@ -65,6 +66,22 @@ def require_tokens(sources: Sequence[Sequence[int]]) -> None:
                 f"input {number} has no tokens, there is nothing for the model to read; "
                 "give it text or leave it out"
             )
+
+
+def sources_of(
+    rows: RowTokenizer, requests: Request | Iterable[Request]
+) -> tuple[list[tuple[int, ...]], list[bool]]:
+    """Return the text tokens of each input, and whether it lost its end.
+
+    Raises:
+        TemplateError: An input does not have the template's fields.
+        DataError: An input has no tokens.
+    """
+    names = rows.verbalizer.fields
+    found = [rows.source(fields_of(each, names)) for each in listed(requests)]
+    sources = [ids for ids, _ in found]
+    require_tokens(sources)
+    return sources, [cut for _, cut in found]
 
 
 def _text(name: str, value: Any) -> str:

@@ -30,7 +30,7 @@ from softprompt.inference.continuous.values import prompt_value, request_of
 from softprompt.inference.generation import Generation, Generator
 from softprompt.inference.options import GenerationOptions, options_from
 from softprompt.inference.places import Places
-from softprompt.inference.requests import Request, fields_of, listed, require_tokens
+from softprompt.inference.requests import Request, listed, sources_of
 from softprompt.inference.scoring import LabelScores, check_label_ids, score_labels
 from softprompt.inference.task_choice import Task, TaskNames, rows_by_task, task_number
 from softprompt.prompts.kinds import Placement
@@ -317,7 +317,7 @@ class TunedPrompt:
         tuned = self.of_task(task_name)
         chosen = options_from(options, settings, "stream")
         (ids,), _ = tuned.sources([request])
-        asked = request_of(tuned, prompt_value(tuned), ids, options=chosen)
+        asked = request_of(tuned.rows, prompt_value(tuned), ids, options=chosen)
         return streamed(self.model.get_base_model(), self.tokenizer, asked)
 
     def generate_rows(
@@ -352,11 +352,7 @@ class TunedPrompt:
             TemplateError: An input does not have the template's fields.
             DataError: An input has no tokens.
         """
-        names = self.rows.verbalizer.fields
-        found = [self.rows.source(fields_of(each, names)) for each in listed(requests)]
-        sources = [ids for ids, _ in found]
-        require_tokens(sources)
-        return sources, [cut for _, cut in found]
+        return sources_of(self.rows, requests)
 
     def label_ids(self, labels: Sequence[str]) -> list[tuple[int, ...]]:
         """Return the tokens of each label.

@@ -12,20 +12,12 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import final
 
-from softprompt.artifacts.manifest import Manifest, manifest_of_task
+from softprompt.artifacts.manifest import Manifest
 from softprompt.artifacts.native import StoredAdapter, adapter_of_files
-from softprompt.attach.completion import sees_input_of
-from softprompt.attach.detached import prompt_values
-from softprompt.attach.parts import split_value
-from softprompt.attach.placing import placement_of
-from softprompt.attach.saving import in_our_terms
 from softprompt.backbone.facts import facts_of
 from softprompt.backbone.load import LoadedBase
-from softprompt.data.template import Verbalizer
-from softprompt.data.tokens import RowTokenizer
 from softprompt.errors import AdapterError, ArtifactError, ConfigError, SoftPromptError
-from softprompt.inference.continuous.request import PromptValue
-from softprompt.inference.continuous.values import content_key
+from softprompt.inference.detached import detached_tasks
 from softprompt.inference.task_choice import Task, task_number
 from softprompt.server.folder import FILES, Root, Signature
 from softprompt.server.outline import Outline, outlined
@@ -231,25 +223,11 @@ class Registry:
     def _made(self, name: str, signature: Signature, stored: StoredAdapter, version: str) -> Loaded:
         if name == self.base.name:
             raise ArtifactError("it has the name of the base model; rename its folder")
-        config, values = prompt_values(in_our_terms(stored), self.base.model)
         manifest = stored.manifest or self._plain_manifest()
-        tasks = []
-        for number, value in enumerate(values):
-            own = manifest_of_task(manifest, number)
-            rows = RowTokenizer(
-                self.base.tokenizer,
-                Verbalizer(own.template),
-                max_source_length=own.max_source_length,
-                max_target_length=own.max_target_length,
-                seq2seq=self._facts.is_encoder_decoder,
-                placement=placement_of(config),
-            )
-            parts = split_value(value, config, self._facts)
-            standing = parts.input if parts.prefix is None else parts.prefix
-            sees_input = sees_input_of(config)
-            key = content_key(standing, parts.decoder, sees_input)
-            prompt = PromptValue(key, standing, parts.decoder, sees_input)
-            tasks.append(Served(name, version, self.base_served.plain, prompt, rows, own))
+        tasks = [
+            Served(name, version, self.base_served.plain, own.value, own.rows, own.manifest)
+            for own in detached_tasks(stored, self.base, manifest)
+        ]
         return Loaded(signature, tuple(tasks), manifest.tasks)
 
     def _plain_manifest(self) -> Manifest:

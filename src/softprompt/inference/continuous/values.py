@@ -11,6 +11,7 @@ from torch import Tensor
 
 from softprompt.attach.completion import sees_input_of
 from softprompt.attach.heads import heads_of
+from softprompt.data.tokens import RowTokenizer
 from softprompt.errors import ConfigError
 from softprompt.inference.continuous.request import PromptValue, Request
 
@@ -37,11 +38,11 @@ def prompt_value(tuned: TunedPrompt) -> PromptValue:
 
 
 def request_of(
-    tuned: TunedPrompt, value: PromptValue, ids: Sequence[int], **settings: Any
+    rows: RowTokenizer, value: PromptValue, ids: Sequence[int], **settings: Any
 ) -> Request:
-    """Return a request whose answer is ``tuned.generate_rows([ids])``'s; settings are its other fields."""
-    at = tuned.rows.offset(ids) if value.value is not None else 0
-    return Request(tuple(ids), value, at, decode=tuned.rows.decode, **settings)
+    """Return a request for the answer of a prompt that reads ``rows``; settings are its other fields."""
+    at = rows.offset(ids) if value.value is not None else 0
+    return Request(tuple(ids), value, at, decode=rows.decode, **settings)
 
 
 def content_key(
