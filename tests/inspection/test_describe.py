@@ -69,6 +69,13 @@ def test_mean_pairwise_cosine_against_the_pairs_one_by_one():
     assert mean_pairwise_cosine(torch.zeros(2, 3)) == 0.0
 
 
+def test_task_matrices_are_no_heads():
+    factors = {"prefix_task_cols": torch.ones(2, 3, 1), "prefix_task_rows": torch.ones(2, 1, 4)}
+    summary = describe(stored(torch.ones(3, 4), **factors))
+    assert summary.heads == ()
+    assert summary.parameters == 3 * 4 + 2 * 3 + 2 * 4
+
+
 def test_summary_of_a_prompt_with_manifest(manifest, letters):
     head = torch.zeros(2, 4, dtype=torch.float16)
     table = torch.full((6, 4), 0.5, dtype=torch.bfloat16)

@@ -109,7 +109,7 @@ def describe(
         width=prompt.shape[1],
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
-        heads=tuple(sorted(name for name in tensors if name != "prompt_embeddings")),
+        heads=tuple(sorted(name for name in tensors if name.startswith("base_model."))),
         geometry=geometry(prompt, rms_of(table) if table is not None else None),
         nearest=nearest,
         metrics=record.get("metrics"),
