@@ -13,7 +13,7 @@ from starlette.responses import Response
 from softprompt.inference.continuous.events import EchoEvent, FinishEvent, TokenEvent
 from softprompt.server.asked import Asked, asked_completion
 from softprompt.server.problems import Problem
-from softprompt.server.replies import Choice, Completion, Reply, Scores
+from softprompt.server.replies import Choice, Completion, Position, Reply, Scores
 from softprompt.server.run import Run
 from softprompt.server.service import USER, Service, in_thread, service_of
 from softprompt.server.shapes import CompletionBody
@@ -64,8 +64,8 @@ def _whole(service: Service, body: CompletionBody, asked: Asked, choice: Choice)
     before = asked.served.plain.decode(given.ids) if body.echo else ""
     scores = None
     if body.logprobs is not None:
-        offset = 0 if body.echo else len(asked.served.plain.decode(given.ids))
-        scores = choice.scores.completion(service.tokens, top=body.logprobs > 0, offset=offset)
+        start = Position(0 if body.echo else len(asked.served.plain.decode(given.ids)))
+        scores = choice.scores.completion(service.tokens, start, top=body.logprobs > 0)
     return _choice(choice, before + choice.text, scores, choice.reason)
 
 
@@ -93,7 +93,7 @@ class _Chunks:
         self._head = {**reply.head, "object": reply.kind}
         self._top = None if body.logprobs is None else body.logprobs > 0
         self._names = service.tokens
-        self._starts = [0 if body.echo else len(text) for text in self.inputs]
+        self._places = [Position(0 if body.echo else len(text)) for text in self.inputs]
 
     def of(
         self,
@@ -107,9 +107,7 @@ class _Chunks:
         if event is not None and self._top is not None:
             scores = Scores()
             scores.take(event)
-            start = self._starts[choice.index]
-            told = scores.completion(self._names, top=self._top, offset=start)
-            self._starts[choice.index] += sum(map(len, told["tokens"]))
+            told = scores.completion(self._names, self._places[choice.index], top=self._top)
         return self._with_usage([_choice(choice, text, told, reason)], None)
 
     def last(self, usage: dict[str, int]) -> dict[str, Any]:

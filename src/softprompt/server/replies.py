@@ -19,6 +19,10 @@ from softprompt.inference.continuous.events import (
     TopLogProbs,
 )
 from softprompt.server.asked import Asked
+from softprompt.server.token_bytes import bytes_of
+
+_LONGEST = 4
+"""Bytes of a character at most."""
 
 
 class Usage(BaseModel):
@@ -88,6 +92,7 @@ class TokenTexts:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
+        self._special = frozenset(tokenizer.all_special_ids)
         self._known: dict[int, str] = {}
 
     def __call__(self, token_id: int) -> str:
@@ -105,12 +110,57 @@ class TokenTexts:
             found.setdefault(self(own), logprob)
         return found
 
+    def bytes(self, token_id: int) -> list[int] | None:
+        """Return a token's bytes; None where they cannot be told."""
+        symbol, text = self._symbol(token_id), self.decoded([token_id])
+        found = bytes_of(symbol, text if "\ufffd" in text else self(token_id))
+        return None if found is None else list(found)
+
+    def decoded(self, ids: Sequence[int]) -> str:
+        """Return the text of tokens together."""
+        return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+    def is_special(self, token_id: int) -> bool:
+        """Tell whether a token is left out of texts."""
+        return token_id in self._special
+
+    def _symbol(self, token_id: int) -> str:
+        return str(self._tokenizer.convert_ids_to_tokens(token_id))
+
     def _text(self, token_id: int) -> str:
-        token = str(self._tokenizer.convert_ids_to_tokens(token_id))
+        token = self._symbol(token_id)
         if token.startswith("\u2581"):  # sentencepiece drops the space of what stands alone
             return token.replace("\u2581", " ")
-        text = str(self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
+        text = self.decoded([token_id])
         return token if "\ufffd" in text or not text else text
+
+
+@dataclass(slots=True)
+class Position:
+    """Where the next token's text begins.
+
+    Attributes:
+        at: Characters before it.
+        parts: Tokens of a character that is not whole yet.
+    """
+
+    at: int = 0
+    parts: list[int] = field(default_factory=list)
+
+    def take(self, texts: TokenTexts, token_id: int) -> int:
+        """Go past a token, and return where its text begins."""
+        begin = self.at
+        if texts.is_special(token_id):
+            return begin
+        self.parts.append(token_id)
+        text = texts.decoded(self.parts)
+        if not text.endswith("\ufffd"):
+            self.at += len(text if len(self.parts) > 1 else texts(token_id))
+            self.parts.clear()
+        elif len(self.parts) == _LONGEST:  # bytes that never become a character
+            self.at += len(text)
+            self.parts.clear()
+        return begin
 
 
 @dataclass(slots=True)
@@ -132,13 +182,10 @@ class Scores:
         self.values += event.logprobs
         self.top += event.top_logprobs
 
-    def completion(self, texts: TokenTexts, *, top: bool, offset: int = 0) -> dict[str, Any]:
-        """Return them as completions have them; ``offset`` is the characters before the first."""
+    def completion(self, texts: TokenTexts, position: Position, *, top: bool) -> dict[str, Any]:
+        """Return them as completions have them; ``position`` goes past them."""
         names = [texts(token) for token in self.ids]
-        offsets = []
-        for name in names:
-            offsets.append(offset)
-            offset += len(name)
+        offsets = [position.take(texts, token) for token in self.ids]
         rows = zip(self.ids, self.values, self.top, strict=True)
         likeliest = [None if v is None else texts.likeliest(i, v, t) for i, v, t in rows]
         return {
@@ -154,8 +201,8 @@ class Scores:
         return {
             "content": [
                 {
-                    **_named(texts(token), value),
-                    "top_logprobs": [_named(texts(i), v) for i, v in top],
+                    **_named(texts, token, value),
+                    "top_logprobs": [_named(texts, i, v) for i, v in top],
                 }
                 for token, value, top in rows
             ],
@@ -163,8 +210,8 @@ class Scores:
         }
 
 
-def _named(text: str, value: float | None) -> dict[str, Any]:
-    return {"token": text, "logprob": value, "bytes": list(text.encode())}
+def _named(texts: TokenTexts, token: int, value: float | None) -> dict[str, Any]:
+    return {"token": texts(token), "logprob": value, "bytes": texts.bytes(token)}
 
 
 @dataclass(slots=True)

@@ -1,0 +1,45 @@
+"""Places and bytes of tokens that are parts of characters, against the text decoded so far."""
+
+import pytest
+
+from oracles.tokenizers import byte_bpe
+from softprompt.server.replies import Position, Scores, TokenTexts
+from softprompt.server.token_bytes import bytes_of
+
+TEXT = "é is 日本 and 🙂!"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_bpe(bos=True)
+
+
+def test_offsets_are_those_of_the_decoded_text(tokenizer):
+    ids = [*tokenizer(TEXT)["input_ids"], tokenizer.eos_token_id]
+    texts = TokenTexts(tokenizer)
+    told = Scores(ids, [None] * len(ids), [()] * len(ids)).completion(texts, Position(7), top=False)
+    before = [tokenizer.decode(ids[:i], skip_special_tokens=True) for i in range(len(ids))]
+    assert any("\ufffd" in text for text in before)
+    assert told["text_offset"] == [7 + len(text.rstrip("\ufffd")) for text in before]
+    place = Position(7)
+    assert [place.take(texts, token) for token in ids] == told["text_offset"]
+
+
+def test_bytes_are_the_texts(tokenizer):
+    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    told = Scores(ids, [-1.0] * len(ids), [()] * len(ids)).chat(TokenTexts(tokenizer))
+    assert b"".join(bytes(each["bytes"]) for each in told["content"]) == TEXT.encode()
+
+
+def test_bytes_that_never_become_a_character_are_counted(tokenizer):
+    texts, place = TokenTexts(tokenizer), Position()
+    first = tokenizer("🙂", add_special_tokens=False)["input_ids"][0]
+    for _ in range(4):
+        place.take(texts, first)
+    assert place.at == len(tokenizer.decode([first] * 4))
+
+
+def test_bytes_of_other_vocabularies():
+    assert bytes_of("<0xE2>", "\ufffd") == b"\xe2"
+    assert bytes_of("日", "\ufffd") is None
+    assert bytes_of("ab", "\ufffd") is None
