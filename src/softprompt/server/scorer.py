@@ -46,6 +46,7 @@ class Scorer:
         self._waiting: queue.Queue[Scoring | None] = queue.Queue(max_waiting)
         self._engines: dict[bool, Engine] = {}
         self._stopped = False
+        self._guard = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="softprompt-scorer", daemon=True)
 
     def start(self) -> None:
@@ -59,11 +60,12 @@ class Scorer:
             QueueFullError: Too many callers wait.
             NotServingError: It has stopped.
         """
-        if self._stopped:
-            raise NotServingError("the server is stopping; send the request to another one")
         scoring = Scoring(prompt, tuple(rows), Future())
         try:
-            self._waiting.put_nowait(scoring)
+            with self._guard:
+                if self._stopped:
+                    raise NotServingError("the server is stopping; send the request to another one")
+                self._waiting.put_nowait(scoring)
         except queue.Full:
             raise QueueFullError(
                 f"{self._waiting.maxsize} requests wait already; try again later", _RETRY_SECONDS
@@ -72,7 +74,8 @@ class Scorer:
 
     def stop(self) -> None:
         """Finish what runs, and fail what waits."""
-        self._stopped = True
+        with self._guard:  # what is put behind the end would never be answered
+            self._stopped = True
         while True:
             try:
                 left = self._waiting.get_nowait()
