@@ -25,7 +25,7 @@ from softprompt.server.folder import Root
 from softprompt.server.registry import Registry
 from softprompt.server.scorer import Scorer
 from softprompt.server.settings import ServeSettings
-from softprompt.server.starting import bounds_of, listening
+from softprompt.server.starting import bounds_of, config_of, listening
 
 CLASSIFIER = "Text : {{input}} Label :"
 PAIRS = "{{first}} then {{second}} :"
@@ -122,16 +122,9 @@ def app_over(base: Any, root: Any, batcher: Any = None, **changes: Any) -> Any:
 def running(app: Any, *, grace: int = 10) -> Any:
     """Serve an application with uvicorn, in a thread, on a free port."""
     sock = listening("127.0.0.1", 0)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            lifespan="on",
-            ws="none",
-            timeout_graceful_shutdown=grace,
-        )
-    )
+    config = config_of(app, app.state.service.settings)
+    config.timeout_graceful_shutdown = grace
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
     try:

@@ -13,6 +13,7 @@ from softprompt.server.service import USER, in_thread, service_of
 router = APIRouter(tags=["health"])
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health() -> dict[str, str]:
     """Answer while the process does."""

@@ -63,13 +63,17 @@ class ServeSettings:
         default=65536, metadata=about("Tokens of running answers whose keys are kept.", least=1)
     )
     max_waiting: int = field(
-        default=256, metadata=about("Answers that may wait; more are refused (429).", least=1)
+        default=256, metadata=about("Requests that may wait; more are refused (429).", least=1)
     )
     max_request_rows: int = field(
         default=64, metadata=about("Answers, or scored texts, of one request.", least=1)
     )
     max_score_rows: int = field(
         default=512, metadata=about("Labels of texts that are scored in one pass.", least=1)
+    )
+    max_connections: int = field(
+        default=1000,
+        metadata=about("Open connections, idle ones too; requests on more get 503.", least=1),
     )
     max_body_bytes: int = field(
         default=2**20, metadata=about("Largest request; more is refused (413).", least=1)

@@ -120,8 +120,9 @@ def listening(host: str, port: int) -> socket.socket:
     return sock
 
 
-def _run(app: FastAPI, settings: ServeSettings, sock: socket.socket) -> None:
-    config = uvicorn.Config(
+def config_of(app: FastAPI, settings: ServeSettings) -> uvicorn.Config:
+    """Return how an application is served."""
+    return uvicorn.Config(
         app,
         log_config=None,
         log_level="warning",
@@ -131,11 +132,16 @@ def _run(app: FastAPI, settings: ServeSettings, sock: socket.socket) -> None:
         timeout_graceful_shutdown=math.ceil(settings.drain_seconds) + _END_SECONDS,
         ws="none",
         lifespan="on",
+        # uvicorn refuses at its limit, and counts the connection that asks.
+        limit_concurrency=settings.max_connections + 1,
     )
+
+
+def _run(app: FastAPI, settings: ServeSettings, sock: socket.socket) -> None:
     # uvicorn drains on these signals and then raises them again, to whoever had them before.
     before = signal.signal(signal.SIGTERM, _taken)
     try:
-        server = uvicorn.Server(config)
+        server = uvicorn.Server(config_of(app, settings))
         app.state.service.stop_asked = lambda: server.should_exit
         server.run(sockets=[sock])
     finally:
