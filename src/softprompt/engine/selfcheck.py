@@ -28,7 +28,8 @@ PROBED_LENGTHS = (4, 3)
 
 _TOLERANCE = {
     torch.float64: (1e-4, 5e-4),  # transformers computes softmax and norms in float32
-    torch.float32: (1e-4, 5e-4),
+    # T5 of random weights has 9e-4 between one row in a batch and alone, on the plain path itself.
+    torch.float32: (1e-4, 2e-3),
     torch.float16: (2e-2, 5e-2),
     torch.bfloat16: (1e-1, 2e-1),
 }
