@@ -18,7 +18,7 @@ RATE_PER_RMS = 0.57
 """Default learning rate in units of the embedding's rms (measured, see docs/training.md)."""
 
 TASK_RATE = 0.4
-"""Default learning rate of task matrices, which are near one (Wang et al. 2023)."""
+"""Default learning rate of task matrices, which are near one (after Wang et al. 2023)."""
 
 DISTILLATION_WEIGHT = 0.9
 """Default weight of distillation against the likelihood."""
