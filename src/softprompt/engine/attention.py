@@ -175,9 +175,7 @@ def forest_attention_forward(
     Raises:
         ForestUnsupportedError: For attention sinks, biases and the like, and without a plan.
     """
-    for name in _UNSUPPORTED:
-        if kwargs.get(name) is not None:
-            raise ForestUnsupportedError(f"{type(module).__name__} passes {name} to attention")
+    refuse(module, kwargs, _UNSUPPORTED)
     if not isinstance(attention_mask, LayerMask):
         raise ForestUnsupportedError(f"{type(module).__name__} made its own attention mask")
     _, heads, tokens, width = query.shape
@@ -199,10 +197,21 @@ def forest_attention_forward(
     outputs = []
     for block, mask in zip(attention_mask.visibility.blocks, masks, strict=True):
         q, k, v = _gathered(streams, block, key.shape[1], repeats)
-        mixed = _attend(q, k, v, mask, scale, dropout, softcap)
-        outputs.append(_flattened(mixed, repeats))
+        mixed = attend_block(q, k, v, mask, scale, softcap=softcap, dropout=dropout)
+        outputs.append(flattened(mixed, repeats))
     packed = F.embedding(attention_mask.visibility.where, torch.cat(outputs))
     return packed.view(1, tokens, heads, -1), None
+
+
+def refuse(module: nn.Module, kwargs: dict[str, Any], names: Sequence[str]) -> None:
+    """Refuse what a module asks of attention that ours does not have.
+
+    Raises:
+        ForestUnsupportedError: If one of ``names`` is among its arguments.
+    """
+    for name in names:
+        if kwargs.get(name) is not None:
+            raise ForestUnsupportedError(f"{type(module).__name__} passes {name} to attention")
 
 
 def _stream(part: Tensor) -> Tensor:
@@ -213,15 +222,10 @@ def _stream(part: Tensor) -> Tensor:
 def _gathered(
     streams: list[Tensor], block: Block, kv_heads: int, repeats: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries ``[G, A_kv, repeats · Tq, D]``, keys and values ``[G, A_kv, Tk, D]``.
-
-    The query heads that share a key head stand behind each other as further queries, so
-    grouped keys are never copied per head. ``F.embedding`` is a gather with a fast backward.
-    """
+    """Return queries ``[G, A_kv, repeats · Tq, D]``, keys and values ``[G, A_kv, Tk, D]``."""
     query, key, value = streams
-    groups, length = block.queries.shape
-    q = F.embedding(block.queries, query).view(groups, length, kv_heads, repeats, -1)
-    q = q.permute(0, 2, 3, 1, 4).reshape(groups, kv_heads, repeats * length, -1)
+    groups = block.queries.shape[0]
+    q = folded(query, block.queries, kv_heads, repeats)
     k, v = (
         F.embedding(block.keys, part)
         .view(groups, block.keys.shape[1], kv_heads, -1)
@@ -231,22 +235,35 @@ def _gathered(
     return q, k, v
 
 
-def _flattened(mixed: Tensor, repeats: int) -> Tensor:
+def folded(stream: Tensor, index: Tensor, kv_heads: int, repeats: int) -> Tensor:
+    """Return queries ``[G, A_kv, repeats · Tq, D]`` of a stream ``[N, A · D]`` at ``[G, Tq]``.
+
+    The query heads that share a key head stand behind each other as further queries, so
+    grouped keys are never copied per head. ``F.embedding`` is a gather with a fast backward.
+    """
+    groups, length = index.shape
+    q = F.embedding(index, stream).view(groups, length, kv_heads, repeats, -1)
+    return q.permute(0, 2, 3, 1, 4).reshape(groups, kv_heads, repeats * length, -1)
+
+
+def flattened(mixed: Tensor, repeats: int) -> Tensor:
     """Return ``[G · Tq, A · D]`` from ``[G, A_kv, repeats · Tq, D]``."""
     groups, kv_heads, _, width = mixed.shape
     parts = mixed.view(groups, kv_heads, repeats, -1, width).permute(0, 3, 1, 2, 4)
     return parts.reshape(-1, kv_heads * repeats * width)
 
 
-def _attend(
+def attend_block(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor,
     scale: float,
-    dropout: float,
+    *,
     softcap: float | None,
+    dropout: float = 0.0,
 ) -> Tensor:
+    """Return what queries ``[G, A_kv, Tq, D]`` take from values under an additive mask."""
     if softcap is None:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale

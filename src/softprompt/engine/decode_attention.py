@@ -15,10 +15,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from softprompt.engine.attention import ForestUnsupportedError
+from softprompt.engine.attention import (
+    ForestUnsupportedError,
+    attend_block,
+    flattened,
+    folded,
+    refuse,
+)
 from softprompt.engine.decode_store import KeyValueStore, Lane
 from softprompt.engine.visibility import MaskRule
 
@@ -192,9 +197,7 @@ def decode_attention_forward(
     Raises:
         ForestUnsupportedError: For attention sinks, biases and the like, and without a plan.
     """
-    for name in _UNSUPPORTED:
-        if kwargs.get(name) is not None:
-            raise ForestUnsupportedError(f"{type(module).__name__} passes {name} to attention")
+    refuse(module, kwargs, _UNSUPPORTED)
     if not isinstance(attention_mask, DecodeMask):
         raise ForestUnsupportedError(f"{type(module).__name__} made its own attention mask")
     layer = getattr(module, "layer_idx", None)
@@ -208,18 +211,14 @@ def decode_attention_forward(
     stream = query[0].transpose(0, 1).reshape(tokens, heads * width)
     outputs = []
     for read, bias in zip(attention_mask.plan.reads, attention_mask.biases, strict=True):
-        rows, length = read.tokens.shape
-        q = F.embedding(read.tokens, stream).view(rows, length, kv_heads, repeats, width)
-        # Query heads that share a key head stand behind each other as further queries.
-        q = q.permute(0, 2, 3, 1, 4).reshape(rows, kv_heads, repeats * length, width)
+        q = folded(stream, read.tokens, kv_heads, repeats)
         keys, values = read.values[layer]
-        mixed = _attend(q, keys, values, _repeated(bias, repeats), scale, softcap)
-        mixed = mixed.view(rows, kv_heads, repeats, length, -1).permute(0, 3, 1, 2, 4)
+        mixed = attend_block(q, keys, values, _repeated(bias, repeats), scale, softcap=softcap)
         if read.kept is not None:
             mixed = mixed.index_select(0, read.kept)
-        outputs.append(mixed.reshape(-1, heads, mixed.shape[-1]))
+        outputs.append(flattened(mixed, repeats))
     packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return packed.unsqueeze(0), None
+    return packed.view(1, tokens, heads, -1), None
 
 
 def _repeated(bias: Tensor, repeats: int) -> Tensor:
@@ -237,15 +236,6 @@ def _write(plan: DecodePlan, layer: int, key: Tensor, value: Tensor) -> None:
             stream = new[0].transpose(0, 1)  # [N, A_kv, D]
             own = stream if write.tokens is None else stream.index_select(0, write.tokens)
             write.values[layer, part][write.slots, :, write.positions] = own
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, softcap: float | None
-) -> Tensor:
-    if softcap is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    scores = softcap * torch.tanh((q @ k.transpose(-1, -2)) * scale / softcap)
-    return torch.softmax(scores + bias, dim=-1, dtype=torch.float32).to(q.dtype) @ v
 
 
 AttentionInterface.register(NAME, decode_attention_forward)
