@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from oracles import families
+from oracles.families import FOREST, OUTSIDE
 from oracles.prefixed import random_prefix, solo_logits_behind
 from softprompt.backbone.keyvalues import KeyValueShape
 from softprompt.engine import decode_probe
@@ -15,28 +16,6 @@ from softprompt.engine.decode import DecodeForest, NewTokens
 from softprompt.engine.decode_probe import why_undecodable
 from softprompt.engine.decode_store import KeyValueStore
 from softprompt.engine.recomputed import implementations_of
-
-FOREST = [
-    "gpt2",
-    "llama",
-    "mistral",
-    "mixtral",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "gemma2",
-    "gemma3",
-    "phi",
-    "phi3",
-    "gpt_neox",
-    "opt",
-    "olmo2",
-    "granite",
-    "cohere",
-    "smollm3",
-    "stablelm",
-]
-DECLINED = ["gptj", "gpt_neo", "bloom", "mpt", "falcon"]
 
 
 def expected(model, prompt, ids):
@@ -98,7 +77,7 @@ def test_the_probe_trusts_what_is_right(name):
     assert why_undecodable(families.causal(name).eval()) == ""
 
 
-@pytest.mark.parametrize("name", DECLINED)
+@pytest.mark.parametrize("name", OUTSIDE)
 def test_others_are_declined_with_the_reason(name):
     assert why_undecodable(families.causal(name).eval())
     assert "position_ids" in why_undecodable(families.seq2seq("t5").eval())

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from oracles.families import SEQ2SEQ, causal, seq2seq
+from oracles.families import FOREST, OUTSIDE, SEQ2SEQ, causal, seq2seq
 from softprompt.backbone.facts import facts_of
 from softprompt.engine.choose import build_engine
 from softprompt.engine.forest import Forest, causal_paths
@@ -20,27 +20,6 @@ from softprompt.engine.placed import PlacedPrompts
 from softprompt.engine.plain import PlainEngine
 from softprompt.engine.rows import EngineRow
 
-FOREST = [
-    "gpt2",
-    "llama",
-    "mistral",
-    "mixtral",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "gemma2",
-    "gemma3",
-    "phi",
-    "phi3",
-    "gpt_neox",
-    "opt",
-    "olmo2",
-    "granite",
-    "cohere",
-    "smollm3",
-    "stablelm",
-]
-EXPAND = ["gptj", "gpt_neo", "bloom", "mpt", "falcon"]
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
@@ -109,7 +88,7 @@ def test_random_forests(name, rows):
     assert_equals_solo(engine, model, rows, prompts_for(model, 5, 3))
 
 
-@pytest.mark.parametrize("name", EXPAND)
+@pytest.mark.parametrize("name", OUTSIDE)
 @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rows=batch)
 def test_random_batches_behind_expanded_prompts(name, rows):

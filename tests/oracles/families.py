@@ -149,6 +149,32 @@ ROTARY_ENCODERS: dict[str, Config] = {
 }
 
 
+FOREST = [
+    "gpt2",
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "phi",
+    "phi3",
+    "gpt_neox",
+    "opt",
+    "olmo2",
+    "granite",
+    "cohere",
+    "smollm3",
+    "stablelm",
+]
+"""Causal families that honour transformers' attention interface."""
+
+OUTSIDE = ["gptj", "gpt_neo", "bloom", "mpt", "falcon"]
+"""Causal families that do not."""
+
+
 def build(loader: type, config: Any, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """Build a random model in eval mode; ``changes`` are set on its config."""
     for name, value in changes.items():

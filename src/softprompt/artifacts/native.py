@@ -56,6 +56,13 @@ class StoredAdapter:
     location: str
 
     @property
+    def base_model(self) -> str | None:
+        """Name or path of the base, from our record or else from PEFT's config; None when not known."""
+        recorded = self.manifest.base_model if self.manifest else None
+        name = recorded or self.config.get("base_model_name_or_path")
+        return str(name) if name else None
+
+    @property
     def prompt(self) -> Tensor:
         """The prompt's rows ``[P*S, H]``."""
         return self.tensors[PROMPT_KEY]

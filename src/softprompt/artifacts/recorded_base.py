@@ -34,11 +34,9 @@ class RecordedBase:
             ArtifactError: The fingerprint on record is damaged.
         """
         manifest = stored.manifest
-        recorded = manifest.base_model if manifest else None
-        name = recorded or stored.config.get("base_model_name_or_path")
         values = manifest.base_fingerprint if manifest else None
         fingerprint = Fingerprint.from_dict(values) if values else None
-        return cls(str(name) if name else None, stored.prompt.shape[1], fingerprint)
+        return cls(stored.base_model, stored.prompt.shape[1], fingerprint)
 
     @classmethod
     def of_model(cls, model: PreTrainedModel) -> Self:

@@ -21,6 +21,7 @@ from softprompt.backbone.load import LoadedBase, load_base
 from softprompt.data.template import Verbalizer
 from softprompt.errors import ArtifactError, ConfigError, OutputExistsError, nearest
 from softprompt.inference.conversion_input import encoder_of, recorded, source_ids
+from softprompt.inference.loading import recorded_base
 from softprompt.inference.requests import Request
 
 _NAMING, _REQUESTING = "extended-vocab", "vllm"
@@ -148,7 +149,7 @@ def _opened(
     base = None if base_model is None else _load(base_model, target, options)
     stored = read(source, base)
     if base is None and target.writes_with_base:
-        return stored, _load(_recorded_base(stored), target, options)
+        return stored, _load(recorded_base(stored), target, options)
     if base is None and any(value is not None for value in options.values()):
         raise ConfigError(
             f"{target.name} needs no base model here, so tokenizer, torch_dtype and device would be "
@@ -239,16 +240,6 @@ def _others(
                 f"further prompt {name}: {error}; say --add-task {name}=..."
             ) from error
     return found
-
-
-def _recorded_base(stored: StoredAdapter) -> str:
-    recorded = stored.manifest.base_model if stored.manifest else None
-    found = recorded or stored.config.get("base_model_name_or_path")
-    if not found:
-        raise ArtifactError(
-            f"{stored.location} does not say which base model it is for; pass base_model (--base-model)"
-        )
-    return str(found)
 
 
 def _load(

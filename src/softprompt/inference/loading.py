@@ -135,7 +135,7 @@ def _with_base(
     if isinstance(directories, str | Path) or not directories:
         raise ConfigError(f"expected the folders of one prompt or more, got {directories!r}")
     found = [load_adapter(directory) for directory in directories]
-    named = _recorded_base(found[0]) if base_model is None else base_model
+    named = recorded_base(found[0]) if base_model is None else base_model
     if torch_dtype is None and not isinstance(named, PreTrainedModel):
         torch_dtype = _recorded_dtype(found)
     base = load_base(
@@ -159,14 +159,17 @@ def _recorded_dtype(found: Sequence[StoredAdapter]) -> str | None:
     return dtypes[0] if dtypes else None
 
 
-def _recorded_base(stored: StoredAdapter) -> str:
-    recorded = stored.manifest.base_model if stored.manifest else None
-    name = recorded or stored.config.get("base_model_name_or_path")
-    if not name:
+def recorded_base(stored: StoredAdapter) -> str:
+    """Return the base that a prompt names.
+
+    Raises:
+        ArtifactError: It names none.
+    """
+    if stored.base_model is None:
         raise ArtifactError(
             f"{stored.location} does not say which base model it is for; pass base_model (--base-model)"
         )
-    return str(name)
+    return stored.base_model
 
 
 def _seq2seq(stored: StoredAdapter) -> bool:
