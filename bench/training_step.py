@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import statistics
 import time
@@ -252,7 +253,13 @@ def attention_backward_flop(grad: Any, query: Any, key: Any, value: Any, *_: Any
     return int(2.5 * attention_flop(query, key, value))
 
 
-CPU_ATTENTION = {
+def product_flop(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Return the FLOPs of oneDNN's linear layer: ``[..., I]`` by ``[O, I]``."""
+    return int(2 * math.prod(x) * weight[0])
+
+
+CPU_OPERATIONS = {
+    torch.ops.mkldnn._linear_pointwise: product_flop,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flop,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flop,
 }
@@ -260,7 +267,7 @@ CPU_ATTENTION = {
 
 def count(step: Callable[[], float]) -> int:
     """Return the FLOPs of a step, attention included."""
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CPU_OPERATIONS) as counter:
         step()
     return int(counter.get_total_flops())
 

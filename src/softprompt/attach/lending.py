@@ -19,6 +19,7 @@ from softprompt.engine.layout import Prompts
 from softprompt.engine.lock import locked
 from softprompt.engine.prefix_paths import prefixed
 from softprompt.engine.prefixes import Prefixes
+from softprompt.engine.products import frozen_linears, lent_bodies
 from softprompt.engine.recomputed import recomputed_alike
 from softprompt.engine.virtual import VirtualVocabulary
 from softprompt.errors import ConfigError
@@ -123,7 +124,7 @@ def lent(
         )
     names = [row.name for row in rows]
     behind = nullcontext() if prompts.prefixes is None else prefixed(model, facts, prompts.prefixes)
-    with locked(model), behind, recomputed_alike(model):
+    with locked(model), behind, lent_bodies(frozen_linears(model)), recomputed_alike(model):
         switches = [switch for _, switch in heads.switches_of(model)]
         for switch in switches:
             switch.active = names[0] if len(set(names)) == 1 else tuple(names)

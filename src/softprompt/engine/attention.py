@@ -27,6 +27,7 @@ from transformers.utils import logging as hf_logging
 
 from softprompt.engine.flex import attend, block_mask
 from softprompt.engine.lock import locked
+from softprompt.engine.products import frozen_linears, lent_bodies
 from softprompt.engine.recomputed import implementations_of, recomputed_alike, switch
 from softprompt.engine.visibility import Block, MaskRule, Visibility
 from softprompt.errors import BackboneError
@@ -125,7 +126,7 @@ def forest_attention(
         token = _plan.set(None if plan is None else (plan, prefixes))
         try:
             implement(model, NAME)
-            with recomputed_alike(model):
+            with lent_bodies(frozen_linears(model)), recomputed_alike(model):
                 yield
         finally:
             _plan.reset(token)

@@ -22,6 +22,7 @@ from softprompt.engine.decode_attention import NAME, active, decode_plan
 from softprompt.engine.decode_store import KeyValueStore, Lane
 from softprompt.engine.lock import locked
 from softprompt.engine.packed_causal import require_packable
+from softprompt.engine.products import frozen_linears, lent_bodies
 from softprompt.engine.recomputed import implementations_of, switch
 from softprompt.engine.virtual import virtual_rows
 
@@ -52,11 +53,18 @@ class DecodeForest:
     Attributes:
         store: The lanes.
 
+    Args:
+        model: The model.
+        max_tokens: What the lanes hold together.
+        ordered_weights: Keep a copy of the weights for faster products (``FrozenLinear``).
+
     Raises:
         BackboneError: If the model cannot be run so.
     """
 
-    def __init__(self, model: PreTrainedModel, max_tokens: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, max_tokens: int, *, ordered_weights: bool = True
+    ) -> None:
         self._model = model
         facts = facts_of(model)
         require_packable(model, facts)
@@ -76,6 +84,7 @@ class DecodeForest:
                 switch(before)
         self._implementations = [(config, NAME) for config, _ in before]
         self._device = model.device
+        self._bodies = frozen_linears(model, keep=ordered_weights)
 
     def step(self, news: Sequence[NewTokens]) -> list[Tensor]:
         """Run the new tokens of rows, and return each row's wanted logits, float32 ``[k, V]``.
@@ -87,7 +96,7 @@ class DecodeForest:
         )
         ids, positions, wanted, counts = self._stream([news[i] for i in order])
         tables = [news[i].prompt for i in order if self._is_virtual(news[i])]
-        with locked(self._model), torch.no_grad():
+        with locked(self._model), torch.no_grad(), lent_bodies(self._bodies):
             before = [(config, config._attn_implementation) for config, _ in self._implementations]
             token = active.set(plan)
             switch(self._implementations)

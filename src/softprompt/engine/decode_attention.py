@@ -138,14 +138,15 @@ def _steps(values: Tensor, lanes: Sequence[Lane], at: int, device: torch.device)
     first, end = slots[0], slots[-1] + 1
     longest = max(lane.length for lane in lanes) + 1
     seen = values[:, :, first:end, :, :longest]
-    tokens = torch.zeros(end - first, 1, dtype=torch.long)
-    positions = torch.zeros(end - first, 1, dtype=torch.long)
+    # Lists first: writing into a tensor one element at a time takes longer than the attention.
+    tokens, positions = [0] * (end - first), [0] * (end - first)
     for i, lane in enumerate(lanes):
-        tokens[lane.slot - first, 0], positions[lane.slot - first, 0] = at + i, lane.length
+        tokens[lane.slot - first], positions[lane.slot - first] = at + i, lane.length
     kept = None
     if len(lanes) < end - first:
-        kept = (torch.tensor(slots) - first).to(device)
-    return Reads(seen, tokens.to(device), positions.to(device), kept)
+        kept = torch.tensor([slot - first for slot in slots], device=device)
+    columns = torch.tensor([tokens, positions], device=device).unsqueeze(2)
+    return Reads(seen, columns[0], columns[1], kept)
 
 
 def _stretch(values: Tensor, lane: Lane, count: int, at: int, device: torch.device) -> Reads:

@@ -1,8 +1,9 @@
 """Layers that backward runs again (gradient checkpointing), under the attention of their pass.
 
-Which attention a layer runs is looked up in the config, at that moment. So each call that a
-checkpoint keeps for backward sets the implementation itself and puts it back, whatever happens
-in between: nothing is left behind by a backward that fails, or that never comes.
+Which attention a layer runs is looked up in the config, at that moment; which product its linear
+layers run, in the layers. So each call that a checkpoint keeps for backward sets both itself and
+puts them back, whatever happens in between: nothing is left behind by a backward that fails, or
+that never comes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from softprompt.backbone.facts import recomputes_layers
 from softprompt.engine.lock import locked
+from softprompt.engine.products import FrozenLinear, bodies_in, lent_bodies
 
 _CHECKPOINT = "_gradient_checkpointing_func"
 """Where transformers keeps the function that runs a layer and remembers how to run it again."""
@@ -26,7 +28,7 @@ Implementations = Sequence[tuple[PreTrainedConfig, str]]
 
 @contextmanager
 def recomputed_alike(model: PreTrainedModel) -> Iterator[None]:
-    """Let layers checkpointed inside the context be run again with the attention they have now.
+    """Let layers checkpointed inside the context be run again with the attention and products they have now.
 
     The model's lock is held while a layer is run again, in whatever thread that is; so never run
     backward while holding it.
@@ -34,13 +36,13 @@ def recomputed_alike(model: PreTrainedModel) -> Iterator[None]:
     if torch.compiler.is_compiling() or not recomputes_layers(model):
         yield
         return
-    implementations = implementations_of(model)
+    implementations, bodies = implementations_of(model), bodies_in(model)
     changed: list[tuple[nn.Module, Any]] = []
     for module in model.modules():
         if _CHECKPOINT in vars(module):
             original = vars(module)[_CHECKPOINT]
             changed.append((module, original))
-            setattr(module, _CHECKPOINT, _alike(original, model, implementations))
+            setattr(module, _CHECKPOINT, _alike(original, model, implementations, bodies))
     try:
         yield
     finally:
@@ -49,11 +51,14 @@ def recomputed_alike(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _alike(
-    checkpoint: Callable[..., Any], model: PreTrainedModel, implementations: Implementations
+    checkpoint: Callable[..., Any],
+    model: PreTrainedModel,
+    implementations: Implementations,
+    bodies: Sequence[FrozenLinear],
 ) -> Callable[..., Any]:
     def run(layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         def again(*inputs: Any, **options: Any) -> Any:
-            with locked(model):
+            with locked(model), lent_bodies(bodies):
                 before = [(config, config._attn_implementation) for config, _ in implementations]
                 switch(implementations)
                 try:

@@ -24,6 +24,7 @@ from softprompt.backbone.facts import (
     side_embeddings,
 )
 from softprompt.engine.lock import locked
+from softprompt.engine.products import frozen_linears, lent_bodies
 from softprompt.engine.recomputed import recomputed_alike
 
 
@@ -126,7 +127,7 @@ def virtual_rows(
         rows: The rows.
         decoder: Whether they stand among the ids of a seq2seq model's decoder instead of its input.
     """
-    with locked(model), recomputed_alike(model):
+    with locked(model), lent_bodies(frozen_linears(model)), recomputed_alike(model):
         vocabulary = (
             VirtualVocabulary([decoder_embedding(model)]) if decoder else vocabulary_of(model)
         )

@@ -53,6 +53,12 @@ class ServeSettings:
     max_prompt_bytes: int = field(
         default=64 * 2**20, metadata=about("Largest file of a prompt.", least=1)
     )
+    ordered_weights: bool = field(
+        default=True,
+        metadata=about(
+            "Keep a second copy of a float32 base, ordered for the CPU; used where that is faster."
+        ),
+    )
     max_batch_rows: int = field(
         default=32, metadata=about("Answers that are generated at once.", least=1)
     )

@@ -93,6 +93,7 @@ def bounds_of(settings: ServeSettings) -> Bounds:
         max_queue=settings.max_waiting,
         max_prompts_resident=settings.max_prompts_resident,
         max_prompt_tokens=settings.max_prompt_tokens,
+        ordered_weights=settings.ordered_weights,
     )
 
 

@@ -36,7 +36,9 @@ class ForestRunner:
     name = "forest"
 
     def __init__(self, model: PreTrainedModel, bounds: Bounds) -> None:
-        self.forest = DecodeForest(model, bounds.max_cached_tokens)
+        self.forest = DecodeForest(
+            model, bounds.max_cached_tokens, ordered_weights=bounds.ordered_weights
+        )
         self.residents = ResidentPrompts(bounds.max_prompts_resident, bounds.max_prompt_tokens)
         self._model = model
         self._facts = facts_of(model)

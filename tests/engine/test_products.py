@@ -1,0 +1,249 @@
+"""oneDNN's products against torch's own: same numbers, same gradients, and nothing left behind."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from softprompt.backbone.fingerprint import Fingerprint
+from softprompt.engine import products
+from softprompt.engine.decode import DecodeForest, NewTokens
+from softprompt.engine.packed_causal import ForestEngine
+from softprompt.engine.products import FrozenLinear, bodies_in, frozen_linears, lent_bodies
+from softprompt.engine.rows import EngineRow
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
+)
+KINDS = ["linear", "linear without bias", "conv1d"]
+
+
+@pytest.fixture(autouse=True)
+def chosen(monkeypatch):
+    """As on a machine where oneDNN is the faster one, for layers of any size."""
+    monkeypatch.setattr(products, "is_faster_here", lambda: True)
+    monkeypatch.setattr(products, "_WORTH", 1)
+
+
+def layer(kind, trainable=False):
+    torch.manual_seed(0)
+    made = Conv1D(24, 16) if kind == "conv1d" else nn.Linear(16, 24, bias="without" not in kind)
+    if getattr(made, "bias", None) is not None:
+        nn.init.normal_(made.bias)
+    return made.requires_grad_(trainable)
+
+
+def used(monkeypatch):
+    """Count the calls that oneDNN gets."""
+    calls = []
+    original = products._multiplied
+    monkeypatch.setattr(
+        products, "_multiplied", lambda *args: (calls.append(args), original(*args))[1]
+    )
+    return calls
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(1,), (5,), (1, 7), (2, 3, 4)])
+def test_same_numbers(monkeypatch, kind, shape, keep):
+    module, x = layer(kind), torch.randn(*shape, 16)
+    wanted = module(x)
+    calls = used(monkeypatch)
+    with torch.no_grad(), lent_bodies([FrozenLinear(module, keep=keep)]):
+        torch.testing.assert_close(module(x), wanted, atol=1e-6, rtol=1e-5)
+        strided = torch.randn(16, *shape).movedim(0, -1)
+        torch.testing.assert_close(
+            module(strided), type(module).forward(module, strided), atol=1e-6, rtol=1e-5
+        )
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_gradients(monkeypatch, kind):
+    module = layer(kind)
+    found = []
+    calls = used(monkeypatch)
+    for bodies in ([], frozen_linears(module)):
+        x = torch.randn(3, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        with lent_bodies(bodies):
+            module(x).sin().sum().backward()
+        found.append(x.grad)
+    torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-5)
+    assert len(calls) == 2, "forward and backward"
+
+
+def test_gradient_of_a_gradient():
+    module, x = layer("linear"), torch.randn(3, 16, requires_grad=True)
+    with lent_bodies(frozen_linears(module)):
+        (once,) = torch.autograd.grad(module(x).pow(3).sum(), x, create_graph=True)
+    (twice,) = torch.autograd.grad(once.sum(), x)
+    (plain,) = torch.autograd.grad(module(x).pow(3).sum(), x, create_graph=True)
+    (wanted,) = torch.autograd.grad(plain.sum(), x)
+    torch.testing.assert_close(twice, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_others_keep_their_own_product(monkeypatch):
+    calls = used(monkeypatch)
+    trained = layer("linear", trainable=True)
+    with lent_bodies(frozen_linears(trained)):
+        trained(torch.randn(3, 16)).sum().backward()
+    assert trained.weight.grad is not None and trained.bias.grad is not None
+    frozen = layer("linear")
+    with lent_bodies(frozen_linears(frozen)):
+        assert frozen(torch.empty(0, 16)).shape == (0, 24)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert frozen(torch.randn(3, 16)).dtype == torch.bfloat16
+    for dtype in (torch.float64, torch.bfloat16):
+        other = layer("linear").to(dtype)
+        with lent_bodies(frozen_linears(other)):
+            assert other(torch.randn(3, 16, dtype=dtype)).dtype == dtype
+    assert not calls
+
+
+def test_nothing_is_left_behind():
+    module = layer("linear")
+    before = set(vars(module))
+    with pytest.raises(RuntimeError), lent_bodies(frozen_linears(module)):
+        raise RuntimeError
+    assert set(vars(module)) == before
+    module.forward = lambda x: x  # somebody else's
+    with lent_bodies(frozen_linears(module)):
+        x = torch.randn(2, 16)
+        assert module(x) is x
+    assert "forward" in vars(module)
+
+
+def test_inside_one_another():
+    module = layer("linear")
+    outer = frozen_linears(module)
+    with lent_bodies(outer):
+        with lent_bodies(frozen_linears(module)):
+            assert bodies_in(module) == outer
+        assert bodies_in(module) == outer
+    assert bodies_in(module) == []
+
+
+@pytest.mark.parametrize("change", ["written", "replaced data", "replaced"])
+def test_kept_copy_follows_the_weight(change):
+    module, x = layer("linear"), torch.randn(3, 16)
+    body = FrozenLinear(module, keep=True)
+    with torch.no_grad(), lent_bodies([body]):
+        module(x)
+        if change == "written":
+            module.weight.mul_(2)
+        elif change == "replaced data":
+            module.weight.data = module.weight.data * 2
+        else:
+            module.weight = nn.Parameter(module.weight * 2, requires_grad=False)
+        wanted = F.linear(x, module.weight, module.bias)
+        torch.testing.assert_close(module(x), wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_small_layers_are_left_alone(monkeypatch):
+    monkeypatch.setattr(products, "_WORTH", 16 * 24 + 1)
+    assert frozen_linears(layer("linear")) == []
+
+
+@pytest.mark.parametrize(
+    ("capability", "cpu", "faster"),
+    [
+        ("AVX512", "vendor_id : AuthenticAMD", True),
+        ("AVX512", "vendor_id : GenuineIntel", False),
+        ("AVX2", "vendor_id : AuthenticAMD", False),
+        ("AVX512", None, False),
+    ],
+)
+def test_the_machine_decides(monkeypatch, capability, cpu, faster):
+    monkeypatch.undo()
+
+    def read(_):
+        if cpu is None:
+            raise OSError
+        return cpu
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(Path, "read_text", read)
+    products.is_faster_here.cache_clear()
+    try:
+        assert products.is_faster_here() is faster
+    finally:
+        products.is_faster_here.cache_clear()
+
+
+def tiny(kind):
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        made = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=97, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2
+            )
+        )
+    else:
+        made = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=97,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+            )
+        )
+    return made.eval().requires_grad_(False)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_training_pass(monkeypatch, kind, checkpointing):
+    model = tiny(kind)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        for each in model.modules():
+            if isinstance(each, nn.Dropout):
+                each.p = 0.0
+    before = Fingerprint.of(model)
+    rows = [EngineRow((5, 6, 7), (8, 9)), EngineRow((11,), (12,)), EngineRow((5, 6), (3, 4))]
+    found = []
+    for faster in (False, True):
+        monkeypatch.setattr(products, "is_faster_here", lambda faster=faster: faster)
+        calls = used(monkeypatch)
+        prompt = (torch.randn(4, 32, generator=torch.Generator().manual_seed(1))).requires_grad_()
+        scores = ForestEngine(model, trusted=True).target_log_probs(rows, [prompt]).values
+        passed = len(calls)
+        scores.sum().backward()
+        found.append((scores.detach(), prompt.grad))
+        linears = sum(type(each) in (nn.Linear, Conv1D) for each in model.modules())
+        # Backward runs a product for each of forward's, and recomputed layers both.
+        again = linears - 1 if checkpointing else 0
+        assert len(calls) - passed == (linears + again if faster else 0)
+    for ours, plain in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)
+    assert Fingerprint.of(model) == before
+    assert bodies_in(model) == []
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_decoding_pass(monkeypatch, kind, ordered):
+    model = tiny(kind)
+    ids = (5, 6, 7, 8)
+    with torch.no_grad():
+        wanted = model(torch.tensor([ids])).logits[0]
+    calls = used(monkeypatch)
+    forest = DecodeForest(copy.deepcopy(model), 64, ordered_weights=ordered)
+    (lane,) = forest.store.take(8, 1)
+    (first,) = forest.step([NewTokens(lane, ids[:3], wanted="all")])
+    (last,) = forest.step([NewTokens(lane, ids[3:])])
+    torch.testing.assert_close(torch.cat([first, last]), wanted, atol=1e-5, rtol=1e-4)
+    assert calls
