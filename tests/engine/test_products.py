@@ -14,9 +14,17 @@ from transformers.pytorch_utils import Conv1D
 
 from softprompt.backbone.fingerprint import Fingerprint
 from softprompt.engine import products
+from softprompt.engine.choose import build_engine
 from softprompt.engine.decode import DecodeForest, NewTokens
+from softprompt.engine.decode_probe import why_undecodable
 from softprompt.engine.packed_causal import ForestEngine
-from softprompt.engine.products import FrozenLinear, bodies_in, frozen_linears, lent_bodies
+from softprompt.engine.products import (
+    FrozenLinear,
+    bodies_in,
+    frozen_linears,
+    lent_bodies,
+    torch_products,
+)
 from softprompt.engine.rows import EngineRow
 
 pytestmark = pytest.mark.skipif(
@@ -150,6 +158,24 @@ def test_kept_copy_follows_the_weight(change):
 def test_small_layers_are_left_alone(monkeypatch):
     monkeypatch.setattr(products, "_WORTH", 16 * 24 + 1)
     assert frozen_linears(layer("linear")) == []
+
+
+def test_torch_alone():
+    module = layer("linear")
+    with torch_products():
+        assert frozen_linears(module) == []
+    assert len(frozen_linears(module)) == 1
+
+
+@pytest.mark.parametrize("decoding", [False, True])
+def test_wrong_products_are_declined(monkeypatch, decoding):
+    """The probe compares with torch's own products, so it sees what a broken oneDNN does."""
+    original = products._multiplied
+    monkeypatch.setattr(products, "_multiplied", lambda *args: original(*args) * 1.01)
+    if decoding:
+        assert "differ" in why_undecodable(tiny("gpt2"))
+    else:
+        assert build_engine(tiny("gpt2")).name == "plain"
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from softprompt.backbone.keyvalues import key_value_shape
 from softprompt.engine.decode import DecodeForest, NewTokens
 from softprompt.engine.decode_store import Lane
 from softprompt.engine.plain import PlainEngine
+from softprompt.engine.products import torch_products
 from softprompt.engine.rows import EngineRow, is_keys_and_values
 from softprompt.engine.selfcheck import probing
 from softprompt.errors import SoftPromptError
@@ -49,7 +50,7 @@ def why_undecodable(model: PreTrainedModel) -> str:
 
 
 def _difference(model: PreTrainedModel) -> str:
-    forest = DecodeForest(model, 4096)
+    forest = DecodeForest(model, 4096, ordered_weights=False)
     facts, shape = facts_of(model), key_value_shape(model)
     generator = torch.Generator().manual_seed(0)
 
@@ -65,7 +66,8 @@ def _difference(model: PreTrainedModel) -> str:
     worst = 0.0
     for text, prompt, logs in zip(texts, prompts, got, strict=True):
         row = EngineRow(tuple(text[:1]), tuple(text[1:]), -1 if prompt is None else 0)
-        expected = plain.target_log_probs([row], [] if prompt is None else [prompt]).values
+        with torch_products():
+            expected = plain.target_log_probs([row], [] if prompt is None else [prompt]).values
         worst = max(worst, float((logs - expected).abs().max()))
     if worst <= _TOLERANCE.get(model.dtype, 1e-4):
         return ""

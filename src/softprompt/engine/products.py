@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast, final
@@ -73,9 +74,22 @@ class FrozenLinear:
         return self._kept[1]
 
 
+_torch_only: ContextVar[bool] = ContextVar("softprompt_torch_products", default=False)
+
+
+@contextmanager
+def torch_products() -> Iterator[None]:
+    """Leave every product in the context to torch: what oneDNN's are compared with."""
+    token = _torch_only.set(True)
+    try:
+        yield
+    finally:
+        _torch_only.reset(token)
+
+
 def frozen_linears(model: nn.Module, *, keep: bool = False) -> list[FrozenLinear]:
     """Return bodies for a model's linear layers; none where torch's own are as fast."""
-    if torch.compiler.is_compiling() or not is_faster_here():
+    if torch.compiler.is_compiling() or _torch_only.get() or not is_faster_here():
         return []
     return [
         FrozenLinear(each, keep=keep)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from softprompt.backbone.facts import facts_of
 from softprompt.engine.lock import locked
+from softprompt.engine.products import torch_products
 from softprompt.engine.rows import Engine, EngineRow, TargetLogProbs, joined
 
 _LENGTHS = ((5, 2, 0), (1, 1, 0), (3, 3, 1), (4, 1, -1), (7, 2, 1))
@@ -81,7 +82,8 @@ def difference(
         for length in PROBED_LENGTHS
     ]
     with probing(model):
-        expected, expected_gradients = _run(reference, rows, values, alone=True)
+        with torch_products():
+            expected, expected_gradients = _run(reference, rows, values, alone=True)
         got, gradients = _run(candidate, rows, values, alone=False)
     worst = float((got - expected).abs().max())
     if not worst <= allowed:
