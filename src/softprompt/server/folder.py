@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from softprompt.artifacts.layout import MANIFEST_NAME, WEIGHTS_NAME
-from softprompt.errors import AdapterError, ArtifactError, NotServingError, UsageError
+from softprompt.errors import AdapterError, ArtifactError, NotServingError, UsageError, excerpt
 from softprompt.prompts.configs import CONFIG_NAME
 
 FILES = (CONFIG_NAME, WEIGHTS_NAME, MANIFEST_NAME)
@@ -125,7 +125,7 @@ class Root:
         if not is_name(name) or not path.is_dir() or not path.resolve().is_relative_to(self.path):
             if not self.path.is_dir():
                 self.check()
-            raise AdapterError(f"there is no prompt {name!r}; GET /v1/models lists them")
+            raise AdapterError(f"there is no prompt {excerpt(name)!r}; GET /v1/models lists them")
         return path
 
     def _holds_prompt(self, name: str) -> bool:

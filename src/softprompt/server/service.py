@@ -21,6 +21,7 @@ from softprompt.inspection.describe import describe
 from softprompt.server.access import Access
 from softprompt.server.backend import Backend
 from softprompt.server.meter import Meter
+from softprompt.server.outline import tasks_of
 from softprompt.server.registry import Registry
 from softprompt.server.replies import TokenTexts
 from softprompt.server.run import Run, submit_all
@@ -50,6 +51,7 @@ class Service:
         tokens: What single tokens are called.
         draining: Whether it is about to stop.
         stop_asked: Tells whether the server was told to.
+        connections: Tells how many are open, idle ones too.
     """
 
     settings: ServeSettings
@@ -61,6 +63,7 @@ class Service:
     tokens: TokenTexts
     draining: bool = False
     stop_asked: Callable[[], bool] = lambda: False
+    connections: Callable[[], int] = lambda: 0
     _cards: OrderedDict[tuple[str, str], dict[str, Any]] = field(default_factory=OrderedDict)
 
     async def served(self, name: str, task: Task | None) -> Served:
@@ -87,6 +90,7 @@ class Service:
                 "base_model": base.name,
                 "version": version,
                 "history": list(stored.manifest.history) if stored.manifest else None,
+                "tasks": tasks_of(stored.config, stored.manifest),
             }
             # A prompt may hold numbers that JSON has no word for.
             card: dict[str, Any] = json.loads(json.dumps(found), parse_constant=lambda _: None)
