@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 

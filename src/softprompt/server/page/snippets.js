@@ -25,6 +25,12 @@ function literal(value) {
   return typeof value === "string" ? JSON.stringify(value) : String(value);
 }
 
+// Messages stand in lines of their own.
+function laidOut(value) {
+  if (!Array.isArray(value) || !value.every((each) => typeof each === "object")) return literal(value);
+  return `[\n${value.map((each) => `        ${literal(each)},\n`).join("")}    ]`;
+}
+
 const OPENAI = ["model", "prompt", "messages", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options"];
 
 export function python({ path, body }, needsKey) {
@@ -39,7 +45,7 @@ export function python({ path, body }, needsKey) {
   }
   const known = Object.entries(body).filter(([name]) => OPENAI.includes(name));
   const ours = Object.fromEntries(Object.entries(body).filter(([name]) => !OPENAI.includes(name)));
-  const lines = known.map(([name, value]) => `    ${name}=${literal(value)},`);
+  const lines = known.map(([name, value]) => `    ${name}=${laidOut(value)},`);
   const chat = "messages" in body;
   if (!chat && !("prompt" in body)) lines.push('    prompt="",');
   if (Object.keys(ours).length) lines.push(`    extra_body=${literal(ours)},`);
