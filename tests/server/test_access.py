@@ -99,7 +99,9 @@ def test_only_this_machines_names_are_answered(opened):
 def test_origins(opened):
     ask = {"origin": "https://page.example", "access-control-request-method": "POST"}
     closed = opened()
-    assert closed.options("/v1/completions", headers=ask).status_code == 405
+    refused = closed.options("/v1/completions", headers=ask)
+    assert refused.status_code == 405
+    assert refused.json()["error"]["code"] == "method_not_allowed"
     plain = closed.get("/v1/models", headers={"origin": "https://page.example"})
     assert "access-control-allow-origin" not in plain.headers
     client = opened(allowed_origin=("https://page.example",))

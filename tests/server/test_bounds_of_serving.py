@@ -4,12 +4,14 @@ import socket
 import threading
 import time
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import openai
 import pytest
 
 from oracles.serving import ScriptedBatcher, app_over, running, until
 from softprompt.errors import NotServingError
+from softprompt.server.connections import Connections
 from softprompt.server.scorer import Scorer
 
 BODY = {"model": "writer", "prompt": "hello", "max_tokens": 3}
@@ -63,6 +65,65 @@ def test_openais_client_waits_and_comes_again(narrow):
     found = narrow.openai(max_retries=2).completions.create(**BODY)
     assert found.choices[0].text == " 5 6 7"
     closing.join()
+
+
+HEAD = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.fixture
+def impatient(base, shared_prompts):
+    """A server that waits half a second for a request to begin."""
+    app = app_over(base, shared_prompts, ScriptedBatcher(), body_seconds=0.5, poll_seconds=0.05)
+    with running(app) as server:
+        yield server
+
+
+@pytest.mark.parametrize("sent", [b"", HEAD[:30], HEAD, HEAD + b"\r\n" + HEAD])
+def test_a_connection_that_does_not_ask_is_closed(impatient, sent):
+    port = int(impatient.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
+        sock.sendall(sent)
+        came = b""
+        while piece := sock.recv(65536):
+            came += piece
+    assert came.count(b"HTTP/1.1 200") == sent.count(b"\r\n\r\n")
+    until(connected(impatient, 0))
+
+
+class Connection:
+    """A connection of uvicorn's as far as we look at it."""
+
+    def __init__(self):
+        self.cycle, self.transport, self.closed = None, self, False
+
+    def ask(self, *, answered):
+        self.cycle = SimpleNamespace(response_complete=answered)
+
+    def close(self):
+        self.closed = True
+
+
+def test_only_silence_closes_a_connection(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    busy, regular, stopped = (Connection() for _ in range(3))
+    state = SimpleNamespace(connections={busy, regular, stopped})
+    connections = Connections(SimpleNamespace(server_state=state))
+    busy.ask(answered=False)
+    stopped.ask(answered=True)
+    for _ in range(20):
+        # Every look finds this one between two requests, and each time behind another one.
+        regular.ask(answered=True)
+        connections.close_silent(5)
+        now += 1
+    assert (busy.closed, regular.closed, stopped.closed) == (False, False, True)
+    busy.cycle.response_complete = True
+    connections.close_silent(5)
+    assert not busy.closed, "its silence has only begun"
+    now += 6
+    connections.close_silent(5)
+    assert busy.closed
+    assert connections.count == 3
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready"])

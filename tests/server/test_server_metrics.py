@@ -4,6 +4,7 @@ import json
 import math
 import re
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -74,7 +75,7 @@ def test_refusals_are_counted(scripted):
 
 def test_what_did_not_end_is_counted_by_answers(base, shared_prompts):
     batcher = ScriptedBatcher()
-    app = app_over(base, shared_prompts, batcher, request_seconds=0.5)
+    app = app_over(base, shared_prompts, batcher, request_seconds=2.0)
     with running(app) as server, server.client() as client, ThreadPoolExecutor(1) as thread:
         body = {**BODY, "prompt": ["a", "b", "c"], "n": 2}
         asked = thread.submit(client.post, "/v1/completions", json=body)
@@ -90,14 +91,17 @@ def test_what_did_not_end_is_counted_by_answers(base, shared_prompts):
 
 
 def test_texts_that_are_scored_are_counted_each(base, shared_prompts):
-    app = app_over(base, shared_prompts, ScriptedBatcher(), request_seconds=0.5)
-    with running(app) as server, server.client() as client:
+    with (
+        running(app_over(base, shared_prompts, ScriptedBatcher())) as server,
+        server.client() as client,
+    ):
         body = {"model": "complaints", "input": ["a", "b", "c"]}
         assert client.post("/v1/classify", json=body).status_code == 200
+        server.service.settings = replace(server.service.settings, request_seconds=0.1)
         server.service.scorer.submit = lambda *_: Future()
         found = client.post("/v1/classify", json=body)
         assert found.status_code == 503
-        assert "no answer within 0.5 s" in found.json()["error"]["message"]
+        assert "no answer within 0.1 s" in found.json()["error"]["message"]
         found = numbers(client)
     assert found["softprompt_request_success_total", "classified", "complaints"] == 3
     assert found["softprompt_request_success_total", "abort", "complaints"] == 3

@@ -54,7 +54,8 @@ class Limits:
         service, settings = self._service, self._service.settings
         service.access.check_host(headers.get("host", ""))
         # The connection that asks is one of those that are open.
-        if service.connections() > settings.max_connections and path not in _PROBES:
+        count = 0 if service.connections is None else service.connections.count
+        if count > settings.max_connections and path not in _PROBES:
             raise Problem(
                 503,
                 f"this server has its {settings.max_connections:,} connections open; try again in "

@@ -18,6 +18,7 @@ from softprompt.inference.continuous.batcher import Batcher
 from softprompt.inference.continuous.request import Bounds
 from softprompt.server.access import Access
 from softprompt.server.app import create_app
+from softprompt.server.connections import Connections
 from softprompt.server.folder import Root
 from softprompt.server.registry import Registry
 from softprompt.server.scorer import Scorer
@@ -140,7 +141,7 @@ def server_of(app: FastAPI, config: uvicorn.Config) -> uvicorn.Server:
     server = uvicorn.Server(config)
     service = app.state.service
     service.stop_asked = lambda: server.should_exit
-    service.connections = lambda: len(server.server_state.connections)
+    service.connections = Connections(server)
     return server
 
 
