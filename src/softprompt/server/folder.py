@@ -55,7 +55,7 @@ class Root:
         Raises:
             NotServingError: The root is gone.
         """
-        return sorted(name for name in self._entries() if self._holds_prompt(name))
+        return sorted(name for name in self.entries() if self._holds_prompt(name))
 
     def check(self) -> None:
         """Check that the folder can be read.
@@ -63,9 +63,14 @@ class Root:
         Raises:
             NotServingError: It is gone.
         """
-        self._entries()
+        self.entries()
 
-    def _entries(self) -> list[str]:
+    def entries(self) -> list[str]:
+        """Return the names of all that may be prompts, with no look at what they are.
+
+        Raises:
+            NotServingError: The root is gone.
+        """
         try:
             with os.scandir(self.path) as entries:
                 return [entry.name for entry in entries if is_name(entry.name)]

@@ -6,6 +6,7 @@ holds on to the version it began with, so that a prompt may be replaced or dropp
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import threading
 from collections import OrderedDict
@@ -207,21 +208,24 @@ class Registry:
         try:
             return self.root.signature(name)
         except AdapterError:
-            hint = nearest(name, self._listed()) if is_name(name) else ""
+            hint = nearest(name, self._listed_like(name)) if is_name(name) else ""
             if not hint:
                 raise
             raise AdapterError(
                 f"there is no prompt {name!r}{hint}; GET /v1/models lists them"
             ) from None
 
-    def _listed(self) -> list[str]:
-        """Return the names that a listing shows."""
-        names = [self.base.name]
-        for name in self.names():
-            signature = self._signature(name)
-            if signature is not None and self._outlined(name, signature).problem is None:
-                names.append(name)
-        return names
+    def _listed_like(self, name: str) -> list[str]:
+        """Return names that a listing shows and that are like one; few of a large folder are looked at."""
+        like = difflib.get_close_matches(name, [self.base.name, *self.root.entries()])
+        return [each for each in like if each == self.base.name or self._is_listed(each)]
+
+    def _is_listed(self, name: str) -> bool:
+        with self._guard:
+            if name in self._withdrawn:
+                return False
+        signature = self._signature(name)
+        return signature is not None and self._outlined(name, signature).problem is None
 
     def _present(self, name: str) -> Loaded:
         signature = self._found(name)
