@@ -104,6 +104,11 @@ class TrainingInterrupted(TrainingError):
     """Training was stopped by the user; its state is saved and can be resumed."""
 
 
+def excerpt(text: str, most: int = 64) -> str:
+    """Return the beginning of a text that is too long to be said back."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a hint such as `` (did you mean 'lr'?)`` for a misspelt name, or an empty string."""
     close = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.6)

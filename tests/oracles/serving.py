@@ -10,7 +10,6 @@ from typing import Any
 
 import httpx
 import torch
-import uvicorn
 
 from softprompt.artifacts.manifest import Manifest
 from softprompt.artifacts.native import save_adapter
@@ -25,7 +24,7 @@ from softprompt.server.folder import Root
 from softprompt.server.registry import Registry
 from softprompt.server.scorer import Scorer
 from softprompt.server.settings import ServeSettings
-from softprompt.server.starting import bounds_of, config_of, listening
+from softprompt.server.starting import bounds_of, config_of, listening, server_of
 
 CLASSIFIER = "Text : {{input}} Label :"
 PAIRS = "{{first}} then {{second}} :"
@@ -52,15 +51,59 @@ def write_rows(
     directory: Any, base: Any, rows: Any, *, manifest: bool = True, **changes: Any
 ) -> Any:
     """Save rows ``[P, H]`` as a prompt; ``changes`` are fields of its manifest."""
-    config = {
-        "peft_type": "PROMPT_TUNING",
+    config = _config(base, "PROMPT_TUNING", len(rows)) | {"token_dim": rows.shape[1]}
+    return _written(directory, base, config, {"prompt_embeddings": rows}, manifest, changes)
+
+
+def write_tasks(
+    directory: Any, base: Any, tasks: Any, *, manifest: bool = True, **changes: Any
+) -> Any:
+    """Save a multitask prompt; ``tasks`` says by name what its record keeps of each task."""
+    width = base.model.config.hidden_size
+    generator = torch.Generator().manual_seed(5)
+    shapes = {
+        "prompt_embeddings": (4, width),
+        "prefix_task_cols": (len(tasks), 4, 2),
+        "prefix_task_rows": (len(tasks), 2, width),
+    }
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    config = _config(base, "MULTITASK_PROMPT_TUNING", 4)
+    config |= {"num_tasks": len(tasks), "num_ranks": 2}
+    own = {"template": "{{input}}", "labels": None, "task": "generation"}
+    own |= {"tasks": tuple(tasks), "data": {"tasks": tasks}, **changes}
+    return _written(directory, base, config, tensors, manifest, own)
+
+
+def write_prefix(directory: Any, base: Any, **changes: Any) -> Any:
+    """Save a prefix-tuning prompt for a base of Llama's kind."""
+    facts = base.model.config
+    width = facts.num_key_value_heads * facts.head_dim
+    config = _config(base, "PREFIX_TUNING", 3)
+    config |= {
+        "token_dim": width,
+        "num_layers": facts.num_hidden_layers,
+        "num_attention_heads": facts.num_key_value_heads,
+    }
+    generator = torch.Generator().manual_seed(6)
+    values = torch.randn(3, facts.num_hidden_layers * 2 * width, generator=generator) / 10
+    return _written(directory, base, config, {"prompt_embeddings": values}, True, changes)
+
+
+def _config(base: Any, kind: str, length: int) -> dict[str, Any]:
+    return {
+        "peft_type": kind,
         "task_type": "CAUSAL_LM",
-        "num_virtual_tokens": len(rows),
+        "num_virtual_tokens": length,
         "num_transformer_submodules": 1,
-        "token_dim": rows.shape[1],
+        "token_dim": base.model.config.hidden_size,
         "base_model_name_or_path": base.name,
         "inference_mode": True,
     }
+
+
+def _written(
+    directory: Any, base: Any, config: Any, tensors: Any, manifest: bool, changes: Any
+) -> Any:
     values = {
         "template": CLASSIFIER,
         "task": "classification",
@@ -76,7 +119,7 @@ def write_rows(
         **changes,
     }
     record = Manifest(**values) if manifest else None
-    save_adapter(directory, config, {"prompt_embeddings": rows}, record, overwrite=True)
+    save_adapter(directory, config, tensors, record, overwrite=True)
     return directory
 
 
@@ -124,7 +167,7 @@ def running(app: Any, *, grace: int = 10) -> Any:
     sock = listening("127.0.0.1", 0)
     config = config_of(app, app.state.service.settings)
     config.timeout_graceful_shutdown = grace
-    server = uvicorn.Server(config)
+    server = server_of(app, config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
     try:
@@ -157,6 +200,7 @@ class ScriptedBatcher:
     def __init__(self, *, auto: bool = False, full: bool = False, words: Any = (5, 6, 7)) -> None:
         self.bounds = Bounds()
         self.healthy = True
+        self.failure: Exception | None = None
         self.auto = auto
         self.full = full
         self.words = words

@@ -69,6 +69,20 @@ def card(name, **changes):
     }
 
 
+TASKS = [
+    {
+        "name": "sort",
+        "task": "classification",
+        "labels": ["left", "right", "middle"],
+        "template": "Sort : {{input}}",
+    },
+    {
+        "name": "tell",
+        "task": "generation",
+        "labels": None,
+        "template": "Tell {{who}} about {{what}}",
+    },
+]
 CARDS = {
     "complaints": card("complaints"),
     "reply": card("reply", task="generation", labels=None, template="Message: {{text}}\nReply:"),
@@ -77,20 +91,20 @@ CARDS = {
     ),
     "endless": card("endless", task="generation", labels=None),
     "breaks": card("breaks", task="generation", labels=None),
-    "several": card("several", task="generation", labels=None),
+    "several": card("several", task=None, labels=None, template=None, tasks=TASKS),
     **{f"quiet-{i:02}": card(f"quiet-{i:02}") for i in range(20)},
 }
 
 
-def listed(name):
-    facts = {key: CARDS[name][key] for key in ("task", "labels", "template", "virtual_tokens")}
-    tasks = ["sort", "tell"] if name == "several" else None
+def listed(name, chat):
+    keys = ("task", "labels", "template", "virtual_tokens", "tasks")
+    facts = {key: CARDS[name].get(key) for key in keys}
     return {
         "id": name,
         "object": "model",
         "parent": "tiny",
         "engine": "forest",
-        "tasks": tasks,
+        "chat": chat,
         **facts,
     }
 
@@ -98,8 +112,8 @@ def listed(name):
 class Stub:
     """Runs until closed; ``bodies`` are the requests that came, ``gone`` those whose client left."""
 
-    def __init__(self, key=""):
-        self.key, self.bodies, self.gone = key, [], []
+    def __init__(self, key="", chat=False):
+        self.key, self.chat, self.bodies, self.gone = key, chat, [], []
         stub = self
 
         class Handler(_Handler):
@@ -130,8 +144,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.denied():
             return None
         if path == "v1/models":
-            base = {"id": "tiny", "object": "model", "parent": None, "engine": "forest"}
-            prompts = [listed(name) for name in CARDS]
+            chat = self.state.chat
+            base = {"id": "tiny", "parent": None, "engine": "forest", "chat": chat}
+            prompts = [listed(name, chat) for name in CARDS]
             return self.json(200, {"object": "list", "data": [base, *prompts]})
         if path.startswith("v1/prompts/") and path.endswith("/card"):
             return self.json(200, CARDS[path.split("/")[2]])
@@ -149,7 +164,9 @@ class _Handler(BaseHTTPRequestHandler):
         return self.stream(body)
 
     def classify(self, body):
-        labels = body.get("labels") or CARDS[body["model"]]["labels"]
+        tasks = {task["name"]: task for task in CARDS.get(body["model"], {}).get("tasks") or ()}
+        own = tasks.get(body.get("task")) or CARDS.get(body["model"])
+        labels = body.get("labels") or own["labels"]
         shares = [0.75] + [0.25 / (len(labels) - 1)] * (len(labels) - 1)
         result = {
             "index": 0,
@@ -169,9 +186,11 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             for i in range(count):
                 last = i == count - 1
+                word = words[i % len(words)]
+                chat = self.path == "/v1/chat/completions"
                 choice = {
                     "index": 0,
-                    "text": words[i % len(words)],
+                    **({"delta": {"content": word}} if chat else {"text": word}),
                     "finish_reason": "stop" if last else None,
                 }
                 self.event(json.dumps({"choices": [choice]}, ensure_ascii=False))

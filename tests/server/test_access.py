@@ -99,7 +99,9 @@ def test_only_this_machines_names_are_answered(opened):
 def test_origins(opened):
     ask = {"origin": "https://page.example", "access-control-request-method": "POST"}
     closed = opened()
-    assert closed.options("/v1/completions", headers=ask).status_code == 405
+    refused = closed.options("/v1/completions", headers=ask)
+    assert refused.status_code == 405
+    assert refused.json()["error"]["code"] == "method_not_allowed"
     plain = closed.get("/v1/models", headers={"origin": "https://page.example"})
     assert "access-control-allow-origin" not in plain.headers
     client = opened(allowed_origin=("https://page.example",))
@@ -107,6 +109,31 @@ def test_origins(opened):
     assert allowed.headers["access-control-allow-origin"] == "https://page.example"
     other = client.get("/v1/models", headers={"origin": "https://other.example"})
     assert "access-control-allow-origin" not in other.headers
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"origin": "https://other.example"}, "'https://other.example'"),
+        ({"access-control-request-method": "DELETE"}, "method"),
+        ({"access-control-request-headers": "x-own"}, "headers"),
+        ({"origin": "https://" + "x" * 5000}, "https://xxx"),
+    ],
+)
+def test_what_a_page_elsewhere_may_not_ask_is_told_as_all_errors_are(opened, change, words):
+    client = opened(allowed_origin=("https://page.example",))
+    ask = {"origin": "https://page.example", "access-control-request-method": "POST", **change}
+    found = client.options("/v1/completions", headers=ask)
+    assert found.status_code == 400
+    error = found.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert words in error["message"]
+    assert "--allowed-origin" in error["message"]
+    assert len(error["message"]) < 400
+    assert found.headers["vary"].startswith("Origin")
+    plain = client.options("/v1/completions", headers={"origin": "https://page.example"})
+    assert plain.status_code == 405
+    assert plain.json()["error"]["code"] == "method_not_allowed"
 
 
 def test_a_page_elsewhere_cannot_post_as_a_form(opened):

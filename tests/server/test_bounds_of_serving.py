@@ -1,29 +1,167 @@
-"""Connections are bounded, probes may ask with HEAD, and a scorer that stops leaves nobody waiting."""
+"""Connections are bounded for all but probes, and a scorer that stops leaves nobody waiting."""
 
 import socket
 import threading
 import time
+from contextlib import ExitStack
+from types import SimpleNamespace
 
+import openai
 import pytest
 
 from oracles.serving import ScriptedBatcher, app_over, running, until
 from softprompt.errors import NotServingError
+from softprompt.server.connections import Connections
 from softprompt.server.scorer import Scorer
 
+BODY = {"model": "writer", "prompt": "hello", "max_tokens": 3}
 
-def test_connections_are_bounded(base, shared_prompts):
-    app = app_over(base, shared_prompts, ScriptedBatcher(), max_connections=1)
+
+@pytest.fixture
+def narrow(base, shared_prompts):
+    """A server that takes two connections."""
+    app = app_over(base, shared_prompts, ScriptedBatcher(auto=True), max_connections=2)
     with running(app) as server:
-        port = int(server.url.rpartition(":")[2])
-        with server.client() as client:
-            assert client.head("/health").status_code == 200
-            with socket.create_connection(("127.0.0.1", port)):
-                until(lambda: len(server.uvicorn.server_state.connections) == 2)
-                assert client.get("/health").status_code == 503
-            until(lambda: len(server.uvicorn.server_state.connections) < 2)
-        until(lambda: not server.uvicorn.server_state.connections)
-        with server.client() as client:
-            assert client.get("/health").status_code == 200
+        yield server
+
+
+def connected(server, count):
+    return lambda: len(server.uvicorn.server_state.connections) == count
+
+
+def test_connections_are_bounded_and_probes_are_answered(narrow):
+    port = int(narrow.url.rpartition(":")[2])
+    with ExitStack() as stack:
+        client = stack.enter_context(narrow.client())
+        stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        assert client.post("/v1/completions", json=BODY).status_code == 200
+        stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        until(connected(narrow, 3))
+        found = client.post("/v1/completions", json=BODY)
+        assert found.status_code == 503
+        assert found.headers["retry-after"] == "1"
+        assert found.headers["content-type"] == "application/json"
+        error = found.json()["error"]
+        assert (error["code"], error["type"]) == ("unavailable", "server_error")
+        assert "2 connections" in error["message"]
+        until(connected(narrow, 2))  # the one that was refused is closed, the others stay
+        stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        for path in ("/health", "/ready", "/metrics"):
+            assert client.get(path).status_code == 200, path
+        assert 'requests_refused_total{code="503"} 1.0' in client.get("/metrics").text
+        with pytest.raises(openai.InternalServerError, match="connections open"):
+            narrow.openai().completions.create(**BODY)
+    until(connected(narrow, 0))
+    with narrow.client() as client:
+        assert client.post("/v1/completions", json=BODY).status_code == 200
+
+
+def test_openais_client_waits_and_comes_again(narrow):
+    port = int(narrow.url.rpartition(":")[2])
+    held = [socket.create_connection(("127.0.0.1", port)) for _ in range(2)]
+    until(connected(narrow, 2))
+    closing = threading.Timer(0.3, lambda: [each.close() for each in held])
+    closing.start()
+    found = narrow.openai(max_retries=2).completions.create(**BODY)
+    assert found.choices[0].text == " 5 6 7"
+    closing.join()
+
+
+HEAD = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.fixture
+def impatient(base, shared_prompts):
+    """A server that waits half a second for a request to begin."""
+    app = app_over(base, shared_prompts, ScriptedBatcher(), body_seconds=0.5, poll_seconds=0.05)
+    with running(app) as server:
+        yield server
+
+
+@pytest.mark.parametrize("sent", [b"", HEAD[:30], HEAD, HEAD + b"\r\n" + HEAD])
+def test_a_connection_that_does_not_ask_is_closed(impatient, sent):
+    port = int(impatient.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
+        sock.sendall(sent)
+        came = b""
+        while piece := sock.recv(65536):
+            came += piece
+    assert came.count(b"HTTP/1.1 200") == sent.count(b"\r\n\r\n")
+    until(connected(impatient, 0))
+
+
+class Connection:
+    """A connection of uvicorn's as far as we look at it."""
+
+    def __init__(self):
+        self.cycle, self.transport, self.closed = None, self, False
+
+    def ask(self, *, answered):
+        self.cycle = SimpleNamespace(response_complete=answered)
+
+    def close(self):
+        self.closed = True
+
+
+def test_only_silence_closes_a_connection(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    busy, regular, stopped = (Connection() for _ in range(3))
+    state = SimpleNamespace(connections={busy, regular, stopped})
+    connections = Connections(SimpleNamespace(server_state=state))
+    busy.ask(answered=False)
+    stopped.ask(answered=True)
+    for _ in range(20):
+        # Every look finds this one between two requests, and each time behind another one.
+        regular.ask(answered=True)
+        connections.close_silent(5)
+        now += 1
+    assert (busy.closed, regular.closed, stopped.closed) == (False, False, True)
+    busy.cycle.response_complete = True
+    connections.close_silent(5)
+    assert not busy.closed, "its silence has only begun"
+    now += 6
+    connections.close_silent(5)
+    assert busy.closed
+    assert connections.count == 3
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+def test_probes_may_ask_with_head(narrow, path):
+    with narrow.client() as client:
+        found = client.head(path)
+        assert (found.status_code, found.content) == (200, b"")
+        assert client.head(path).status_code == 200, "the connection goes on"
+
+
+def test_not_ready_while_anything_has_stopped(base, shared_prompts):
+    batcher = ScriptedBatcher(auto=True)
+    with running(app_over(base, shared_prompts, batcher)) as server, server.client() as client:
+        assert client.get("/ready").status_code == 200
+        batcher.healthy, batcher.failure = False, ValueError("a secret")
+        found = client.get("/ready")
+        assert found.status_code == client.head("/ready").status_code == 503
+        assert "ValueError" in found.text
+        assert "secret" not in found.text
+        batcher.healthy = True
+        server.service.scorer.stop()
+        found = client.get("/ready")
+        assert found.status_code == 503
+        assert "label scoring has stopped" in found.json()["error"]["message"]
+        assert client.get("/health").status_code == 200
+
+
+def test_a_scorer_that_breaks_says_so(base, monkeypatch):
+    scorer = Scorer(base.model, max_rows=4, max_waiting=4)
+    waiting = scorer.submit(None, ())
+    monkeypatch.setattr(scorer, "_score_all", lambda: 1 / 0)
+    scorer.start()
+    with pytest.raises(NotServingError, match="scoring has failed"):
+        waiting.result(5)
+    until(lambda: not scorer.healthy)
+    with pytest.raises(NotServingError, match="scores no more"):
+        scorer.submit(None, ())
+    scorer.stop()
 
 
 def test_a_request_in_the_middle_of_a_stop_is_refused(base, monkeypatch):

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from oracles.serving import until
+from oracles.serving import app_over, running, until, write_prefix, write_prompt
 from softprompt import load
 
 TEXTS = ["My parcel is late", "Thank you", "The phone does not work, what now?"]
@@ -106,6 +106,23 @@ def test_what_cannot_be_scored(client, body, words):
     found = client.post("/v1/classify", json={"model": "complaints", **body})
     assert found.status_code == 400, found.text
     assert words in found.json()["error"]["message"]
+
+
+def test_an_empty_text_needs_rows_of_the_prompts_own(base, tmp_path):
+    write_prefix(tmp_path / "prefix", base, template="{{input}}")
+    write_prompt(tmp_path / "rows", base, template="{{input}}")
+    with running(app_over(base, tmp_path)) as server, server.client() as client:
+        for name, who in (("prefix", "a prefix-tuning prompt"), ("demo", "the base model")):
+            body = {"model": name, "input": ["x", ""], "labels": ["a", "b"]}
+            found = client.post("/v1/classify", json=body)
+            assert found.status_code == 400
+            assert found.json()["error"]["message"] == (
+                f"text 2 is empty, and {who} has no token of its own to go on from; send some text"
+            )
+            body["input"] = "x"
+            assert client.post("/v1/classify", json=body).status_code == 200
+        body = {"model": "rows", "input": ""}
+        assert client.post("/v1/classify", json=body).status_code == 200
 
 
 def test_a_cut_input_says_so(client):

@@ -140,7 +140,9 @@ def test_fields_of_a_template(ai, tuned):
         model="pairs", prompt=None, max_tokens=5, temperature=0, extra_body={"fields": fields}
     )
     assert found.choices[0].text == alone.text
-    with pytest.raises(openai.BadRequestError, match="a bare text is ambiguous"):
+    with pytest.raises(
+        openai.BadRequestError, match="several fields, so one text is not enough; send fields"
+    ):
         ai.completions.create(model="pairs", prompt="one")
 
 

@@ -184,12 +184,25 @@ def code_of(page, name):
     return codes
 
 
-@pytest.mark.parametrize("name", ["reply", "complaints", "two-fields"])
-def test_the_copied_code_asks_the_same(page, stub, name):
+@pytest.mark.parametrize(
+    ("name", "boxes"),
+    [
+        ("reply", ["#text"]),
+        ("complaints", ["#text"]),
+        ("two-fields", ["#text", "#text-1"]),
+        ("several · sort", ["#text"]),
+        ("chat", ["#system", "#text"]),
+    ],
+)
+def test_the_copied_code_asks_the_same(page, stub, name, boxes):
+    stub.chat = name == "chat"
     ready(page, stub)
+    if stub.chat:
+        name = "reply"
+        page.until(lambda: page.find("#mode").is_displayed())
+        to_chat(page)
     choose(page, name)
     text = 'It\'s "broken" \\ ümlaut 😀 $HOME'
-    boxes = ["#text", "#text-1"] if name == "two-fields" else ["#text"]
     for box in boxes:
         page.until(lambda box=box: page.all(box))
         # Chromium's driver types no character beyond the basic plane.
@@ -202,7 +215,7 @@ def test_the_copied_code_asks_the_same(page, stub, name):
     page.find("#run").click()
     answered(page)
     command, program = code_of(page, name)
-    asked = next(body for _, body in stub.bodies if body["model"] == name)
+    asked = next(body for _, body in stub.bodies if body["model"] == name.split(" ")[0])
     stub.bodies.clear()
     for call in (
         ["bash", "-c", command.replace("curl ", "curl -sS --noproxy '*' ")],
@@ -321,14 +334,109 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(page):
         stub.close()
 
 
-def test_each_task_of_a_prompt_is_a_choice(page, stub):
+def test_each_task_of_a_prompt_is_a_choice_with_fields_and_labels_of_its_own(page, stub):
     ready(page, stub)
-    choose(page, "several · sort", "several · tell")
+    choose(page, "several · sort")
     write(page, "x")
     page.find("#run").click()
     answered(page)
-    sent = [body for _, body in stub.bodies if body["model"] == "several"]
-    assert sorted(body["task"] for body in sent) == ["sort", "tell"]
+    bars = [each.text for each in page.all(panel("several · sort") + " .bars .label")]
+    assert bars == ["left", "right", "middle"]
+    sent = {body["model"]: body for _, body in stub.bodies}
+    assert sent["several"] == {"model": "several", "task": "sort", "input": "x"}
+    assert sent["tiny"]["input"] == "Sort : x", "the base reads the text as this task does"
+    assert sent["tiny"]["labels"] == ["left", "right", "middle"]
+    stub.bodies.clear()
+    choose(page, "several · tell", "several · sort")
+    page.until(lambda: len(page.all("#fields textarea")) == 3)
+    for box in page.all("#fields textarea"):
+        box.clear()
+        box.send_keys(f"the {box.get_attribute('data-field') or 'text'}")
+    page.find("#run").click()
+    answered(page)
+    sent = {body["task"]: (path, body) for path, body in stub.bodies if "task" in body}
+    path, body = sent["tell"]
+    assert path == "/v1/completions"
+    assert body["fields"] == {"who": "the who", "what": "the what"}
+    assert sent["sort"] == (
+        "/v1/classify",
+        {"model": "several", "task": "sort", "input": "the text"},
+    )
+    page.find(panel("several · tell") + " .tools button").click()
+    page.until(lambda: page.all("#sheet tbody tr"))
+    said = page.text("#sheet")
+    assert "Tell {{who}} about {{what}}" in said
+    assert "generation" in said
+    assert "sort, tell" in said
+    assert "left" not in said, "labels of another task"
+
+
+@pytest.fixture
+def chatting():
+    server = Stub(chat=True)
+    yield server
+    server.close()
+
+
+def to_chat(page):
+    page.find("#mode label:last-of-type").click()
+    page.until(lambda: page.all("#system"))
+
+
+def test_a_chat_is_offered_where_there_is_a_template(page, stub, chatting):
+    ready(page, stub)
+    page.until(lambda: "tiny" in page.text("#about"))
+    assert not page.find("#mode").is_displayed()
+    ready(page, chatting)
+    choose(page, "reply", "complaints")
+    page.until(lambda: page.find("#mode").is_displayed())
+    write(page, "a text")
+    to_chat(page)
+    assert [each.text for each in page.all("#fields label")] == ["System", "Message"]
+    assert "same messages" in page.text("#base-hint")
+    page.find("#options summary").click()
+    assert not page.find("#labels").is_displayed()
+    write(page, "Hello there")
+    page.find("#run").click()
+    answered(page)
+    assert "3 of 3 answered" in page.text("#progress")
+    assert page.text(panel("reply") + " .text").startswith("Thank you for writing: ä€")
+    assert "virtual tokens in, 8 out" in page.text(panel("complaints") + " .state")
+    assert {path for path, _ in chatting.bodies} == {"/v1/chat/completions"}
+    asked = {body["model"]: body for _, body in chatting.bodies}
+    assert asked.keys() == {"tiny", "reply", "complaints"}
+    for body in asked.values():
+        assert body["messages"] == [{"role": "user", "content": "Hello there"}]
+        assert body["stream"] is True
+    chatting.bodies.clear()
+    write(page, "Be kind", "#system")
+    page.find("#run").click()
+    answered(page)
+    assert chatting.bodies[0][1]["messages"] == [
+        {"role": "system", "content": "Be kind"},
+        {"role": "user", "content": "Hello there"},
+    ]
+    page.find("#mode label:first-of-type").click()
+    page.until(lambda: not page.all("#system"))
+    assert page.find("#text").get_attribute("value") == "a text", "what was written is kept"
+    assert page.find("#labels").is_displayed()
+    assert page.complaints() == []
+
+
+def test_a_chat_by_keyboard(page, chatting):
+    from selenium.webdriver.common.keys import Keys
+
+    ready(page, chatting)
+    page.until(lambda: page.find("#mode").is_displayed())
+    page.script("document.querySelector('#mode input').focus()")
+    page.keys(Keys.ARROW_RIGHT)
+    page.until(lambda: page.all("#system"))
+    shown = (
+        "return getComputedStyle(document.querySelector('#mode label:last-of-type')).outlineStyle"
+    )
+    assert page.script(shown) == "solid", "the focus is not seen"
+    page.keys(Keys.TAB)
+    assert page.script("return document.activeElement.id") == "system"
 
 
 def test_search(page, stub):

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from oracles.serving import app_over, running
+from oracles.serving import app_over, running, write_tasks
 
 
 def opened(page, server, **looks):
@@ -75,6 +75,55 @@ def test_cards_and_fields(page, server, client):
     assert len(page.all("#sheet tbody tr")) == card["rows"]
     assert len(page.all("#sheet .near")) == 3 * card["rows"]
     page.find("#sheet-close").click()
+
+
+def test_a_chat_is_the_servers(page, chat_server, server):
+    opened(page, server)
+    page.until(lambda: "demo" in page.text("#about"))
+    assert not page.find("#mode").is_displayed(), "the base has no chat template"
+    opened(page, chat_server)
+    page.until(lambda: page.find("#mode").is_displayed())
+    choose(page, "writer")
+    page.find("#mode label:last-of-type").click()
+    fill(page, "Be kind", "hi")
+    run(page)
+    assert "2 of 2 answered" in page.text("#progress")
+    messages = [{"role": "system", "content": "Be kind"}, {"role": "user", "content": "hi"}]
+    body = {"model": "writer", "messages": messages, "max_tokens": 64, "temperature": 0}
+    with chat_server.client() as client:
+        found = client.post("/v1/chat/completions", json=body).json()
+    assert page.text(panel("writer") + " .text") == found["choices"][0]["message"]["content"]
+    used = f"{found['usage']['prompt_tokens']} + 3 virtual tokens in"
+    assert used in page.text(panel("writer") + " .state")
+    assert page.complaints() == []
+
+
+def test_tasks_of_a_prompt(page, base, tmp_path):
+    own = {
+        "sort": {"template": "{{input}} :", "task": "classification", "labels": ["yes", "no"]},
+        "pair": {"template": "{{first}} {{second}}", "task": "generation", "labels": None},
+    }
+    write_tasks(tmp_path / "several", base, own)
+    with running(app_over(base, tmp_path)) as server, server.client() as client:
+        opened(page, server)
+        choose(page, "several · sort")
+        fill(page, "The kettle broke.")
+        run(page)
+        body = {"model": "several", "task": "sort", "input": "The kettle broke."}
+        found = client.post("/v1/classify", json=body).json()["data"][0]
+        first = page.all(panel("several · sort") + " .bars li:first-child .label")[0].text
+        assert first == found["label"]
+        choose(page, "several · pair")
+        fill(page, "one", "two")
+        run(page)
+        body = {"model": "several", "task": "pair", "fields": {"first": "one", "second": "two"}}
+        body |= {"max_tokens": 64, "temperature": 0}
+        found = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+        assert page.text(panel("several · pair") + " .text") in (found, "(an empty answer)")
+        page.find(panel("several · pair") + " .tools button").click()
+        page.until(lambda: page.all("#sheet tbody tr"))
+        assert "{{first}} {{second}}" in page.text("#sheet")
+        page.find("#sheet-close").click()
 
 
 def test_stop_reaches_the_engine(page, server, monkeypatch):

@@ -4,7 +4,7 @@ import json
 import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import openai
 import pytest
@@ -74,6 +74,19 @@ def test_a_client_that_vanishes_is_cancelled(scripted, stream):
     assert batcher.cancelled == 0
     sock.close()
     until(lambda: all(ticket.is_cancelled for ticket in batcher.tickets))
+
+
+def test_a_client_that_vanishes_is_not_scored_for(scripted):
+    server, _ = scripted
+    waiting = Future()
+    server.service.scorer.submit = lambda *_: waiting
+    asked = {"model": "complaints", "input": ["a", "b"]}
+    sock = raw(server, posted(asked, "/v1/classify"))
+    time.sleep(0.1)
+    sock.close()
+    until(waiting.cancelled)
+    counted = 'request_success_total{finished_reason="abort",model_name="complaints"} 2.0'
+    until(lambda: counted in server.service.meter.page().decode())
 
 
 def test_a_finished_request_is_not_cancelled(scripted):
@@ -287,7 +300,6 @@ def test_answers_that_are_ended_by_the_server_say_so(base, shared_prompts, strea
     app = app_over(base, shared_prompts, drain_seconds=0.1)
     with running(app) as server, ThreadPoolExecutor(1) as threads:
         service = server.service
-        service.stop_asked = lambda: server.uvicorn.should_exit
         body = {**BODY, "max_tokens": 400, "min_tokens": 400, "n": 16, "stream": stream}
         with server.client() as client:
             asked = threads.submit(client.post, "/v1/completions", json=body)

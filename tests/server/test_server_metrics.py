@@ -3,11 +3,14 @@
 import json
 import math
 import re
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from oracles.serving import ScriptedBatcher, app_over, running
+from oracles.serving import ScriptedBatcher, app_over, running, until
+from softprompt.inference.continuous.events import FinishEvent
 
 BODY = {"model": "writer", "prompt": "hello", "max_tokens": 3}
 
@@ -70,13 +73,50 @@ def test_refusals_are_counted(scripted):
     assert found["softprompt_requests_refused_total", "400"] == 1
 
 
+def test_what_did_not_end_is_counted_by_answers(base, shared_prompts):
+    batcher = ScriptedBatcher()
+    app = app_over(base, shared_prompts, batcher, request_seconds=2.0)
+    with running(app) as server, server.client() as client, ThreadPoolExecutor(1) as thread:
+        body = {**BODY, "prompt": ["a", "b", "c"], "n": 2}
+        asked = thread.submit(client.post, "/v1/completions", json=body)
+        until(lambda: len(batcher.tickets) == 3)
+        batcher.answer(batcher.tickets[0])
+        batcher.tickets[1].push(FinishEvent(1, "length", "", (5,), 3, 1))
+        assert asked.result().status_code == 503
+        with server.client() as other:
+            found = numbers(other)
+    assert found["softprompt_request_success_total", "stop", "writer"] == 2
+    assert found["softprompt_request_success_total", "length", "writer"] == 1
+    assert found["softprompt_request_success_total", "abort", "writer"] == 3
+
+
+def test_texts_that_are_scored_are_counted_each(base, shared_prompts):
+    with (
+        running(app_over(base, shared_prompts, ScriptedBatcher())) as server,
+        server.client() as client,
+    ):
+        body = {"model": "complaints", "input": ["a", "b", "c"]}
+        assert client.post("/v1/classify", json=body).status_code == 200
+        server.service.settings = replace(server.service.settings, request_seconds=0.1)
+        server.service.scorer.submit = lambda *_: Future()
+        found = client.post("/v1/classify", json=body)
+        assert found.status_code == 503
+        assert "no answer within 0.1 s" in found.json()["error"]["message"]
+        found = numbers(client)
+    assert found["softprompt_request_success_total", "classified", "complaints"] == 3
+    assert found["softprompt_request_success_total", "abort", "complaints"] == 3
+
+
 def test_numbers_of_the_real_batcher(server, client):
     for _ in range(2):
         client.post("/v1/completions", json=BODY)
+    # An answer is out a moment before the batcher notes that it ended.
+    until(lambda: numbers(client)["softprompt_num_requests_running",] == 0)
     found = numbers(client)
     assert found["softprompt_prompt_cache_hits",] >= 1
     assert found["softprompt_prompt_cache_tokens",] >= 3
-    assert found["softprompt_num_requests_running",] == 0
+    assert found["softprompt_prompt_cache_prompts",] >= 1
+    assert found["softprompt_engine_steps",] >= 2
     assert 0 <= found["softprompt_kv_cache_usage_perc",] <= 1
 
 

@@ -102,18 +102,24 @@ def manifest_of_task(manifest: Manifest, number: int) -> Manifest:
     """Return what a manifest says of one of its tasks; the whole where it keeps none apart.
 
     Template, kind and label set of each task are in ``data["tasks"]`` by the task's name.
+
+    Raises:
+        ArtifactError: what it keeps of the task is not that.
     """
-    name = manifest.tasks[number] if manifest.tasks else None
-    own: Mapping[str, Any] | None = manifest.data.get("tasks", {}).get(name)
+    if not manifest.tasks or number >= len(manifest.tasks) or "tasks" not in manifest.data:
+        return manifest
+    name, kept = manifest.tasks[number], manifest.data["tasks"]
+    own = kept.get(name) if isinstance(kept, Mapping) else kept
     if own is None:
         return manifest
-    labels = own["labels"]
-    return dataclasses.replace(
-        manifest,
-        template=own["template"],
-        task=own["task"],
-        labels=None if labels is None else tuple(labels),
-    )
+    hints = typing.get_type_hints(Manifest)
+    if not isinstance(own, Mapping) or not {"template", "task", "labels"} <= own.keys():
+        raise ArtifactError(
+            f"expected template, task and labels of the task {name!r} in softprompt.json's data: "
+            "restore the file from the original"
+        )
+    changes = {key: _checked(key, own[key], hints[key]) for key in ("template", "task", "labels")}
+    return dataclasses.replace(manifest, **changes)
 
 
 def _check_version(values: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from softprompt.artifacts.manifest import Manifest
-from softprompt.errors import ConfigError, nearest
+from softprompt.errors import ConfigError, excerpt, nearest
 
 Task = str | int
 """A task of a multitask prompt, by its name or its number."""
@@ -35,7 +35,7 @@ def task_number(task: Task | None, manifest: Manifest, count: int) -> int:
     if number < count:
         return number
     raise ConfigError(
-        f"this prompt has no task {task!r}{nearest(str(task), names)}; its tasks are {known}"
+        f"this prompt has no task {excerpt(str(task))!r}{nearest(str(task), names)}; its tasks are {known}"
     )
 
 

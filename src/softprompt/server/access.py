@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from fastapi import Request
 
-from softprompt.errors import UsageError
+from softprompt.errors import UsageError, excerpt
 from softprompt.server.problems import Problem
 from softprompt.server.settings import ServeSettings
 
@@ -98,7 +98,9 @@ class Access:
         except ValueError:
             host = None
         if host not in self.hosts:
-            raise Problem(421, f"this server is not {header!r}; start it with --allowed-host")
+            raise Problem(
+                421, f"this server is not {excerpt(header)!r}; start it with --allowed-host"
+            )
 
     def check_user(self, request: Request) -> None:
         """Ask for a key where keys are set.

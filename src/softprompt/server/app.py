@@ -7,14 +7,14 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI
-from starlette.middleware.cors import CORSMiddleware
 
 from softprompt.artifacts.manifest import installed_versions
-from softprompt.server import chat, classify, completions, health, listing, problems
+from softprompt.server import chat, classify, completions, handlers, health, listing
 from softprompt.server.access import Access
 from softprompt.server.backend import Backend
 from softprompt.server.limits import Limits
 from softprompt.server.meter import Meter
+from softprompt.server.origins import Origins
 from softprompt.server.page import page_routes
 from softprompt.server.problems import ErrorBody
 from softprompt.server.registry import Registry
@@ -73,15 +73,10 @@ def create_app(
         page_routes(),
     ):
         app.include_router(router)
-    problems.install(app)
+    handlers.install(app)
     if settings.allowed_origin:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(settings.allowed_origin),
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
-        )
-    app.add_middleware(Limits, settings=settings, access=access, meter=service.meter)
+        app.add_middleware(Origins, allowed=settings.allowed_origin)
+    app.add_middleware(Limits, service=service)
     return app
 
 

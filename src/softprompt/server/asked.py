@@ -144,7 +144,7 @@ def _input(prompt: str | list[int], body: CompletionBody, served: Served) -> Inp
     else:
         found = served.of_fields(prompt, truncate=body.truncate_input)
     if not found.ids:
-        raise DataError("the prompt has no tokens, there is nothing to go on from; send some text")
+        raise DataError("the text has no tokens, there is nothing to go on from; send some text")
     return found
 
 

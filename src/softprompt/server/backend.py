@@ -26,6 +26,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def failure(self) -> Exception | None:
+        """What it stopped with, when that was an error."""
+        ...
+
+    @property
     def stats(self) -> BatcherStats:
         """What is being done now."""
         ...

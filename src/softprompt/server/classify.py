@@ -12,8 +12,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from softprompt.engine.rows import EngineRow
-from softprompt.errors import ConfigError
+from softprompt.engine.rows import EngineRow, is_keys_and_values
+from softprompt.errors import ConfigError, DataError
 from softprompt.inference.continuous.request import PromptValue
 from softprompt.inference.scoring import per_token
 from softprompt.server.asked import texts_of
@@ -66,7 +66,7 @@ class Questions:
 
         Raises:
             ConfigError: There are no labels.
-            DataError: A text does not suit the prompt.
+            DataError: A text does not suit the prompt, or is empty where nothing else is read.
             Problem: More texts than a request may have.
         """
         texts = texts_of(body)
@@ -83,6 +83,19 @@ class Questions:
         self.inputs: list[Input] = [
             served.of_fields(text, truncate=body.truncate_input) for text in texts
         ]
+        self._check_inputs()
+
+    def _check_inputs(self) -> None:
+        value = self.prompt.value
+        if value is not None and not is_keys_and_values(value):
+            return
+        # Keys and values are looked back at, but only a token's place predicts the next one.
+        alone = "the base model has" if value is None else "a prefix-tuning prompt has"
+        for number, each in enumerate(self.inputs, start=1):
+            if not each.ids:
+                raise DataError(
+                    f"text {number} is empty, and {alone} no token of its own to go on from; send some text"
+                )
 
     def rows(self) -> list[EngineRow]:
         """Return a row for each label of each text, text by text."""
@@ -121,18 +134,20 @@ async def classify(body: ClassifyBody, request: Request) -> Response:
     asked = await in_thread(Questions, body, served, service.settings.max_request_rows)
     future = service.scorer.submit(asked.prompt, asked.rows())
     waiting = asyncio.wait_for(asyncio.wrap_future(future), service.settings.request_seconds)
+    label, seconds = service.meter.label(served.name), service.settings.request_seconds
     try:
         sums = await unless_gone(request, waiting, future.cancel)
     except TimeoutError:
-        raise Problem(503, "no answer in time; try again later") from None
+        service.meter.success.labels(label, "abort").inc(len(asked.inputs))
+        raise Problem(503, f"no answer within {seconds:g} s; try again later") from None
     if sums is None:
+        service.meter.success.labels(label, "abort").inc(len(asked.inputs))
         return Response(status_code=CLIENT_GONE)
-    label = service.meter.label(served.name)
     inputs = sum(len(each.ids) for each in asked.inputs)
     virtual = asked.prompt.tokens * len(asked.inputs)
     service.meter.input.labels(label).inc(inputs)
     service.meter.virtual.labels(label).inc(virtual)
-    service.meter.success.labels(label, "classified").inc()
+    service.meter.success.labels(label, "classified").inc(len(asked.inputs))
     service.meter.whole.labels(label).observe(time.monotonic() - started)
     return JSONResponse(
         {

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from softprompt.artifacts.layout import MANIFEST_NAME, WEIGHTS_NAME
-from softprompt.errors import AdapterError, ArtifactError, NotServingError, UsageError
+from softprompt.errors import AdapterError, ArtifactError, NotServingError, UsageError, excerpt
 from softprompt.prompts.configs import CONFIG_NAME
 
 FILES = (CONFIG_NAME, WEIGHTS_NAME, MANIFEST_NAME)
@@ -55,7 +55,7 @@ class Root:
         Raises:
             NotServingError: The root is gone.
         """
-        return sorted(name for name in self._entries() if self._holds_prompt(name))
+        return sorted(name for name in self.entries() if self._holds_prompt(name))
 
     def check(self) -> None:
         """Check that the folder can be read.
@@ -63,9 +63,14 @@ class Root:
         Raises:
             NotServingError: It is gone.
         """
-        self._entries()
+        self.entries()
 
-    def _entries(self) -> list[str]:
+    def entries(self) -> list[str]:
+        """Return the names of all that may be prompts, with no look at what they are.
+
+        Raises:
+            NotServingError: The root is gone.
+        """
         try:
             with os.scandir(self.path) as entries:
                 return [entry.name for entry in entries if is_name(entry.name)]
@@ -125,7 +130,7 @@ class Root:
         if not is_name(name) or not path.is_dir() or not path.resolve().is_relative_to(self.path):
             if not self.path.is_dir():
                 self.check()
-            raise AdapterError(f"there is no prompt {name!r}; GET /v1/models lists them")
+            raise AdapterError(f"there is no prompt {excerpt(name)!r}; GET /v1/models lists them")
         return path
 
     def _holds_prompt(self, name: str) -> bool:

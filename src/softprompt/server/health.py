@@ -20,6 +20,7 @@ async def health() -> dict[str, str]:
     return {"status": "ok"}
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready")
 async def ready(request: Request) -> dict[str, str]:
     """Answer while requests can be taken; 503 otherwise, which takes it out of a load balancer."""
@@ -27,7 +28,12 @@ async def ready(request: Request) -> dict[str, str]:
     if service.draining:
         raise Problem(503, "the server is stopping")
     if not service.batcher.healthy:
-        raise Problem(503, "the engine has stopped; restart the server")
+        failure = service.batcher.failure
+        # Its kind alone: a message may hold what is nobody's business.
+        why = f" ({type(failure).__name__})" if failure else ""
+        raise Problem(503, f"the engine has stopped{why}; see the log and restart the server")
+    if not service.scorer.healthy:
+        raise Problem(503, "label scoring has stopped; see the log and restart the server")
     await in_thread(service.registry.root.check)
     return {"status": "ready"}
 

@@ -1,4 +1,4 @@
-"""Bounds around every request: its size, the time it takes to arrive, and an answer nobody reads."""
+"""Bounds around every request: connections beside it, its size, its time, an answer nobody reads."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from typing import final
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from softprompt.server.access import Access
-from softprompt.server.meter import Meter
 from softprompt.server.problems import Problem
+from softprompt.server.service import Service
 from softprompt.server.settings import ServeSettings
+
+_PROBES = frozenset({"/health", "/ready", "/metrics"})
+"""What those who run the server ask; answered when it is full, too."""
+_RETRY_SECONDS = 1
 
 
 @final
 class Limits:
     """An ASGI layer; outside the app, so that nothing is parsed before it is bounded."""
 
-    def __init__(self, app: ASGIApp, settings: ServeSettings, access: Access, meter: Meter) -> None:
+    def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
-        self._meter = meter
-        self._settings = settings
-        self._access = access
+        self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it with what is wrong."""
@@ -33,12 +34,12 @@ class Limits:
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] >= 400:
-                self._meter.refused.labels(str(message["status"])).inc()
+                self._service.meter.refused.labels(str(message["status"])).inc()
             await send(message)
 
-        bounded = _Bounded(receive, counted, self._settings)
+        bounded = _Bounded(receive, counted, self._service.settings)
         try:
-            self._check(Headers(scope=scope))
+            self._check(Headers(scope=scope), scope["path"])
             await self._app(scope, bounded.receive, bounded.send)
         except Exception as error:
             # An app may take any error in a body for bad JSON, so the reason is kept here.
@@ -49,11 +50,21 @@ class Limits:
             response.headers["connection"] = "close"
             await response(scope, receive, counted)
 
-    def _check(self, headers: Headers) -> None:
-        self._access.check_host(headers.get("host", ""))
+    def _check(self, headers: Headers, path: str) -> None:
+        service, settings = self._service, self._service.settings
+        service.access.check_host(headers.get("host", ""))
+        # The connection that asks is one of those that are open.
+        count = 0 if service.connections is None else service.connections.count
+        if count > settings.max_connections and path not in _PROBES:
+            raise Problem(
+                503,
+                f"this server has its {settings.max_connections:,} connections open; try again in "
+                f"{_RETRY_SECONDS} s, or raise --max-connections",
+                headers={"Retry-After": str(_RETRY_SECONDS)},
+            )
         length = headers.get("content-length", "")
-        if length.isdecimal() and int(length) > self._settings.max_body_bytes:
-            raise _too_large(self._settings.max_body_bytes)
+        if length.isdecimal() and int(length) > settings.max_body_bytes:
+            raise _too_large(settings.max_body_bytes)
 
 
 class _Bounded:

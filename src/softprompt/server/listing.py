@@ -18,8 +18,20 @@ admin = APIRouter(tags=["administration"], dependencies=[ADMIN])
 Name = Annotated[str, Path(description="Name of a prompt.")]
 
 
+class TaskReading(BaseModel):
+    """How one task of a multitask prompt reads its input."""
+
+    name: str
+    task: str
+    labels: list[str] | None
+    template: str
+
+
 class Model(BaseModel):
-    """A prompt, or the base, under OpenAI's names; ``parent`` is the base."""
+    """A prompt, or the base, under OpenAI's names; ``parent`` is the base.
+
+    Of a multitask prompt ``task``, ``labels`` and ``template`` are what its tasks have alike.
+    """
 
     id: str
     object: str
@@ -34,7 +46,7 @@ class Model(BaseModel):
     task: str | None = None
     labels: list[str] | None = None
     template: str | None = None
-    tasks: list[str] | None = None
+    tasks: list[TaskReading] | None = None
     chat: bool
 
 

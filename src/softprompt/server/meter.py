@@ -86,6 +86,16 @@ class Meter:
             "Requests so far that had to compute them.",
             lambda: batcher.stats.prompt_misses,
         )
+        self._gauge(
+            "prompt_cache_prompts",
+            "Prompts whose keys and values are kept.",
+            lambda: batcher.stats.resident_prompts,
+        )
+        self._gauge(
+            "engine_steps",
+            "Passes of the model so far, for generation.",
+            lambda: batcher.stats.steps,
+        )
         self._gauge("prompts_resident", "Prompts in memory.", resident)
         self.input = self._counter("prompt_tokens", "Text tokens of inputs.")
         self.virtual = self._counter("virtual_tokens", "Virtual tokens in front of inputs.")

@@ -5,13 +5,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from starlette.exceptions import HTTPException
 
 from softprompt.errors import (
     AdapterError,
@@ -107,53 +103,3 @@ def problem_of(error: BaseException) -> Problem:
             return Problem(500, str(error))
     logger.error("request failed", exc_info=error)
     return Problem(500, "the server failed on this request; its log says why")
-
-
-def install(app: FastAPI) -> None:
-    """Have every error of an app answered in this shape."""
-
-    async def invalid(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        return _invalid(error).response()
-
-    async def http(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
-        return _plain(request, error).response()
-
-    async def ours(request: Request, error: Exception) -> JSONResponse:
-        return problem_of(error).response()
-
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(Problem, ours)
-    app.add_exception_handler(SoftPromptError, ours)
-    app.add_exception_handler(Exception, ours)
-
-
-def _plain(request: Request, error: HTTPException) -> Problem:
-    texts = {
-        404: f"there is no {request.url.path}; see /openapi.json",
-        405: f"{request.url.path} does not take {request.method}",
-    }
-    message = texts.get(error.status_code, str(error.detail))
-    return Problem(error.status_code, message, headers=error.headers)
-
-
-def _invalid(error: RequestValidationError) -> Problem:
-    """Say which field is wrong and how; a union is told in the words of its first choices."""
-    first: dict[str, Any] = dict(error.errors()[0])
-    where = [str(part) for part in first["loc"] if part != "body"]
-    param = where[0] if where else None
-    if first["type"] == "json_invalid":
-        return Problem(400, f"the body is not JSON ({first.get('ctx', {}).get('error', '')})")
-    if param is None:
-        return Problem(400, f"the body: {first['msg']}; send a JSON object, as application/json")
-    if first["type"] == "extra_forbidden":
-        return Problem(400, f"{param} is not known here; leave it out", param=param)
-    same = [
-        each["msg"]
-        for each in error.errors()
-        if [p for p in each["loc"] if p != "body"][:1] == [param]
-    ]
-    message = f"{param}: {' or '.join(dict.fromkeys(same[:4]))}"
-    return Problem(400, message, param=param)

@@ -6,6 +6,7 @@ holds on to the version it began with, so that a prompt may be replaced or dropp
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import threading
 from collections import OrderedDict
@@ -16,10 +17,17 @@ from softprompt.artifacts.manifest import Manifest
 from softprompt.artifacts.native import StoredAdapter, adapter_of_files
 from softprompt.backbone.facts import facts_of
 from softprompt.backbone.load import LoadedBase
-from softprompt.errors import AdapterError, ArtifactError, ConfigError, SoftPromptError
+from softprompt.errors import (
+    AdapterError,
+    ArtifactError,
+    ConfigError,
+    SoftPromptError,
+    excerpt,
+    nearest,
+)
 from softprompt.inference.detached import detached_tasks
 from softprompt.inference.task_choice import Task, task_number
-from softprompt.server.folder import FILES, Root, Signature
+from softprompt.server.folder import FILES, Root, Signature, is_name
 from softprompt.server.outline import Outline, outlined
 from softprompt.server.served import PlainText, Served
 
@@ -103,14 +111,18 @@ class Registry:
         if loaded.problem is not None:
             raise ArtifactError(loaded.problem)
         first = loaded.tasks[0]
-        if len(loaded.tasks) == 1 and task is None:
+        if len(loaded.tasks) == 1 and loaded.names is None:
+            if task not in (None, 0, "0"):
+                raise ConfigError(
+                    f"the prompt {name!r} has no task {excerpt(str(task))!r}, as it has no tasks; leave task out"
+                )
             return first
         assert first.manifest is not None
         return loaded.tasks[task_number(task, first.manifest, len(loaded.tasks))]
 
     def load(self, name: str) -> Served:
         """Put a prompt into service and read it now; see ``get``."""
-        self.root.signature(name)
+        self._found(name)
         with self._guard:
             self._withdrawn.discard(name)
         loaded = self._present(name)
@@ -124,7 +136,7 @@ class Registry:
         Raises:
             AdapterError: There is no such prompt.
         """
-        self.root.signature(name)
+        self._found(name)
         with self._guard:
             self._withdrawn.add(name)
             self._known.pop(name, None)
@@ -155,7 +167,9 @@ class Registry:
         Raises:
             AdapterError: There is no such prompt.
         """
-        signature = self.root.signature(name)
+        return self._outlined(name, self._found(name))
+
+    def _outlined(self, name: str, signature: Signature) -> Outline:
         with self._guard:
             known = self._outlines.get(name)
         if known is None or known.signature != signature:
@@ -172,7 +186,7 @@ class Registry:
             ArtifactError: Its files cannot be used.
         """
         for _ in range(_TRIES):
-            signature = self.root.signature(name)
+            signature = self._found(name)
             found = ((file, self.root.read(name, file, self._max_bytes)) for file in FILES)
             files = {file: data for file, data in found if data is not None}
             try:
@@ -185,8 +199,36 @@ class Registry:
                 return stored, _digest(files, FILES)
         raise ArtifactError(f"the files of {name} keep changing while they are read; try again")
 
+    def _found(self, name: str) -> Signature:
+        """Return the signature of a prompt's files.
+
+        Raises:
+            AdapterError: There is no such prompt; one that a listing shows may be meant.
+        """
+        try:
+            return self.root.signature(name)
+        except AdapterError:
+            hint = nearest(name, self._listed_like(name)) if is_name(name) else ""
+            if not hint:
+                raise
+            raise AdapterError(
+                f"there is no prompt {name!r}{hint}; GET /v1/models lists them"
+            ) from None
+
+    def _listed_like(self, name: str) -> list[str]:
+        """Return names that a listing shows and that are like one; few of a large folder are looked at."""
+        like = difflib.get_close_matches(name, [self.base.name, *self.root.entries()])
+        return [each for each in like if each == self.base.name or self._is_listed(each)]
+
+    def _is_listed(self, name: str) -> bool:
+        with self._guard:
+            if name in self._withdrawn:
+                return False
+        signature = self._signature(name)
+        return signature is not None and self._outlined(name, signature).problem is None
+
     def _present(self, name: str) -> Loaded:
-        signature = self.root.signature(name)
+        signature = self._found(name)
         loaded = self._kept(name, signature)
         if loaded is not None:
             return loaded

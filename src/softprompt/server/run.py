@@ -60,6 +60,7 @@ class Run:
     seconds: float
     started: float = field(default_factory=time.monotonic)
     _clocks: dict[tuple[int, int], _Clock] = field(default_factory=dict)
+    _ended: list[int] = field(default_factory=list)
 
     def cancel(self) -> None:
         """Stop what still runs; an iteration that never began cannot do so itself."""
@@ -76,6 +77,7 @@ class Run:
         queue: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue()
         pumps = [asyncio.create_task(_pump(i, each, queue)) for i, each in enumerate(self.tickets)]
         left = len(pumps)
+        self._ended = [0] * left
         ended = False
         try:
             while left:
@@ -84,6 +86,7 @@ class Run:
                 if isinstance(event, Exception):
                     raise event
                 if event is None:
+                    self._ended[number] = self.tickets[number].request.n
                     left -= 1
                     continue
                 if isinstance(event, FinishEvent) and event.reason == "cancelled":
@@ -99,7 +102,11 @@ class Run:
                 pump.cancel()
             if not ended:
                 self.cancel()
-                self.meter.success.labels(self._label, "abort").inc()
+                self.meter.success.labels(self._label, "abort").inc(self._open_answers)
+
+    @property
+    def _open_answers(self) -> int:
+        return sum(ticket.request.n for ticket in self.tickets) - sum(self._ended)
 
     @property
     def _label(self) -> str:
@@ -116,6 +123,7 @@ class Run:
                 which.labels(label).observe(now - clock.last)
                 clock.last, clock.begun = now, True
             case FinishEvent():
+                self._ended[number] += 1
                 self.meter.success.labels(label, event.reason).inc()
                 self.meter.generated.labels(label).inc(len(event.tokens))
                 self.meter.whole.labels(label).observe(now - self.started)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from softprompt.engine.choose import build_engine
 from softprompt.engine.rows import Engine, EngineRow
 from softprompt.errors import NotServingError, QueueFullError
 from softprompt.inference.continuous.request import PromptValue
+
+logger = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 1.0
 
@@ -49,6 +52,11 @@ class Scorer:
         self._guard = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="softprompt-scorer", daemon=True)
 
+    @property
+    def healthy(self) -> bool:
+        """Whether it scores."""
+        return self._thread.is_alive() and not self._stopped
+
     def start(self) -> None:
         """Begin to work."""
         self._thread.start()
@@ -64,7 +72,9 @@ class Scorer:
         try:
             with self._guard:
                 if self._stopped:
-                    raise NotServingError("the server is stopping; send the request to another one")
+                    raise NotServingError(
+                        "this server scores no more; send the request to another one"
+                    )
                 self._waiting.put_nowait(scoring)
         except queue.Full:
             raise QueueFullError(
@@ -74,20 +84,30 @@ class Scorer:
 
     def stop(self) -> None:
         """Finish what runs, and fail what waits."""
+        self._fail_waiting("the server is stopping; send the request to another one")
+        self._waiting.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _fail_waiting(self, why: str) -> None:
         with self._guard:  # what is put behind the end would never be answered
             self._stopped = True
         while True:
             try:
                 left = self._waiting.get_nowait()
             except queue.Empty:
-                break
-            if left is not None:
-                left.answer.set_exception(NotServingError("the server is stopping"))
-        self._waiting.put(None)
-        if self._thread.is_alive():
-            self._thread.join()
+                return
+            if left is not None and left.answer.set_running_or_notify_cancel():
+                left.answer.set_exception(NotServingError(why))
 
     def _work(self) -> None:
+        try:
+            self._score_all()
+        except Exception:
+            logger.exception("scoring has failed")
+            self._fail_waiting("scoring has failed; restart the server")
+
+    def _score_all(self) -> None:
         held: Scoring | None = None
         while True:
             first = held or self._waiting.get()

@@ -13,7 +13,7 @@ from softprompt.backbone.load import LoadedBase
 from softprompt.data.special_frame import SpecialFrame, encode
 from softprompt.data.template import Verbalizer
 from softprompt.data.tokens import RowTokenizer
-from softprompt.errors import ConfigError, DataError
+from softprompt.errors import ConfigError, DataError, TemplateError
 from softprompt.inference.continuous.request import PromptValue
 from softprompt.inference.requests import Request as Fields
 from softprompt.inference.requests import fields_of
@@ -118,7 +118,14 @@ class Served:
             if not isinstance(request, str):
                 raise DataError("the base model has no template; send its text as prompt")
             return self.of_text(request)
-        fields = fields_of(request, self.rows.verbalizer.fields)
+        names = self.rows.verbalizer.fields
+        if isinstance(request, str) and len(names) > 1:
+            own = ", ".join(f'"{field}": "..."' for field in names)
+            raise TemplateError(
+                f"the template of {self.name!r} has several fields, so one text is not enough; "
+                f"send fields {{{own}}} instead"
+            )
+        fields = fields_of(request, names)
         ids, cut = self.rows.source(fields)
         if cut and not truncate:
             raise DataError(CUT.format(limit=self.rows.max_source_length, name=self.name))

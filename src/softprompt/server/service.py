@@ -20,7 +20,9 @@ from softprompt.inference.task_choice import Task
 from softprompt.inspection.describe import describe
 from softprompt.server.access import Access
 from softprompt.server.backend import Backend
+from softprompt.server.connections import Connections
 from softprompt.server.meter import Meter
+from softprompt.server.outline import tasks_of
 from softprompt.server.registry import Registry
 from softprompt.server.replies import TokenTexts
 from softprompt.server.run import Run, submit_all
@@ -50,6 +52,7 @@ class Service:
         tokens: What single tokens are called.
         draining: Whether it is about to stop.
         stop_asked: Tells whether the server was told to.
+        connections: Those that are open; None without a server of ours around the app.
     """
 
     settings: ServeSettings
@@ -61,6 +64,7 @@ class Service:
     tokens: TokenTexts
     draining: bool = False
     stop_asked: Callable[[], bool] = lambda: False
+    connections: Connections | None = None
     _cards: OrderedDict[tuple[str, str], dict[str, Any]] = field(default_factory=OrderedDict)
 
     async def served(self, name: str, task: Task | None) -> Served:
@@ -87,6 +91,7 @@ class Service:
                 "base_model": base.name,
                 "version": version,
                 "history": list(stored.manifest.history) if stored.manifest else None,
+                "tasks": tasks_of(stored.config, stored.manifest),
             }
             # A prompt may hold numbers that JSON has no word for.
             card: dict[str, Any] = json.loads(json.dumps(found), parse_constant=lambda _: None)
@@ -97,9 +102,11 @@ class Service:
         return self._cards[key]
 
     async def watch(self) -> None:
-        """Look at the prompts' folder now and then."""
+        """Look at the prompts' folder and at the connections now and then."""
         while True:
             await asyncio.sleep(self.settings.poll_seconds)
+            if self.connections is not None:
+                self.connections.close_silent(self.settings.body_seconds)
             try:
                 await in_thread(self.registry.poll)
             except (OSError, NotServingError) as error:  # a share that is away may come back

@@ -18,6 +18,7 @@ from softprompt.inference.continuous.batcher import Batcher
 from softprompt.inference.continuous.request import Bounds
 from softprompt.server.access import Access
 from softprompt.server.app import create_app
+from softprompt.server.connections import Connections
 from softprompt.server.folder import Root
 from softprompt.server.registry import Registry
 from softprompt.server.scorer import Scorer
@@ -133,18 +134,23 @@ def config_of(app: FastAPI, settings: ServeSettings) -> uvicorn.Config:
         timeout_graceful_shutdown=math.ceil(settings.drain_seconds) + _END_SECONDS,
         ws="none",
         lifespan="on",
-        # uvicorn refuses at its limit, and counts the connection that asks.
-        limit_concurrency=settings.max_connections + 1,
     )
+
+
+def server_of(app: FastAPI, config: uvicorn.Config) -> uvicorn.Server:
+    """Return the server of an application, which is told what only the server knows."""
+    server = uvicorn.Server(config)
+    service = app.state.service
+    service.stop_asked = lambda: server.should_exit
+    service.connections = Connections(server)
+    return server
 
 
 def _run(app: FastAPI, settings: ServeSettings, sock: socket.socket) -> None:
     # uvicorn drains on these signals and then raises them again, to whoever had them before.
     before = signal.signal(signal.SIGTERM, _taken)
     try:
-        server = uvicorn.Server(config_of(app, settings))
-        app.state.service.stop_asked = lambda: server.should_exit
-        server.run(sockets=[sock])
+        server_of(app, config_of(app, settings)).run(sockets=[sock])
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -59,9 +59,10 @@ export class Answer {
       usage = event.usage ?? usage;
       const choice = event.choices?.[0];
       if (!choice) continue;
-      if (choice.text) {
+      const piece = choice.text ?? choice.delta?.content;
+      if (piece) {
         first ??= performance.now() - this.began;
-        written.append(choice.text);
+        written.append(piece);
         this.say("writing");
       }
       reason = choice.finish_reason ?? reason;

@@ -2,6 +2,7 @@
 
 import { Answer } from "./answers.js";
 import { apiKey, setApiKey } from "./api.js";
+import { Boxes } from "./boxes.js";
 import { cardBody } from "./card.js";
 import { Chooser } from "./chooser.js";
 import { element, seconds } from "./elements.js";
@@ -9,7 +10,7 @@ import { boxesOf, card, classifies, inputOf, listed, rendered } from "./models.j
 import { curl, python, snippet } from "./snippets.js";
 
 const part = (id) => document.getElementById(id);
-const texts = { "": "" };
+const boxes = new Boxes(part("fields"));
 const chooser = new Chooser(() => drawFields());
 let running = null;
 
@@ -27,6 +28,7 @@ async function load() {
     if (found.base?.engine) parts.push(`${found.base.engine} engine`);
     parts.push(`${found.prompts.length} ${found.prompts.length === 1 ? "prompt" : "prompts"}`);
     part("about").textContent = parts.join(" · ");
+    part("mode").hidden = !found.base?.chat;
     trouble(null);
     chooser.chooseFirst();
   } catch (error) {
@@ -36,21 +38,21 @@ async function load() {
   }
 }
 
+function isChat() {
+  return !part("mode").hidden && part("as-chat").checked;
+}
+
 function drawFields() {
-  const wanted = [...new Set(chooser.chosen.flatMap((model) => boxesOf(model.template)))];
-  if (!wanted.length) wanted.push("");
-  const shown = [...part("fields").querySelectorAll("textarea")].map((box) => box.dataset.field);
-  if (shown.join("\n") === wanted.join("\n") && shown.length) return;
-  part("fields").replaceChildren(...wanted.map((name, i) => {
-    const id = i === 0 ? "text" : `text-${i}`;
-    const box = element("textarea", {
-      id, rows: wanted.length > 1 ? 2 : 3, value: texts[name] ?? "", spellcheck: false, required: true,
-      placeholder: name ? "" : "Write what the prompts should answer",
-      on: { input: () => { texts[name] = box.value; } },
-    });
-    box.dataset.field = name;
-    return element("div", { class: "field" }, element("label", { htmlFor: id, text: name || "Text" }), box);
-  }));
+  const chat = isChat();
+  if (chat) boxes.showTurns();
+  else {
+    const wanted = [...new Set(chooser.chosen.flatMap((model) => boxesOf(model.template)))];
+    boxes.showFields(wanted.length ? wanted : [""]);
+  }
+  for (const id of ["kind-field", "labels-field"]) part(id).hidden = chat;
+  if (part("base-hint")) {
+    part("base-hint").textContent = `Without a prompt; it gets the ${chat ? "same messages" : "text as the first chosen prompt puts it"}.`;
+  }
 }
 
 function optionsLine() {
@@ -72,10 +74,13 @@ function ownLabels() {
 }
 
 function request(model, input) {
+  const head = model.taskName === undefined ? { model: model.id } : { model: model.id, task: model.taskName };
+  if (isChat()) {
+    return { kind: "text", path: "v1/chat/completions", body: { ...head, messages: boxes.messages, ...generation() } };
+  }
   const wanted = part("answer-kind").value;
   const labels = ownLabels();
   const scored = wanted === "labels" || (wanted === "auto" && (classifies(model) || labels.length > 0));
-  const head = model.taskName === undefined ? { model: model.id } : { model: model.id, task: model.taskName };
   if (!scored) return { kind: "text", path: "v1/completions", body: { ...head, ...input, ...generation() } };
   const body = input.fields ? { ...head, ...input } : { ...head, input: input.prompt };
   if (labels.length) body.labels = labels;
@@ -88,9 +93,9 @@ function tool(text, label, act) {
 
 function requests() {
   const made = chooser.chosen.map((model) => {
-    const asked = request(model, inputOf(model.template, texts));
+    const asked = request(model, inputOf(model.template, boxes.values));
     asked.key = asked.title = model.key;
-    asked.note = [model.virtual_tokens ? `${model.virtual_tokens} virtual tokens` : "", model.task ?? ""].filter(Boolean).join(" · ");
+    asked.note = [model.virtual_tokens ? `${model.virtual_tokens} virtual tokens` : "", isChat() ? "chat" : model.task ?? ""].filter(Boolean).join(" · ");
     asked.tools = [tool("Card", `Card of ${model.key}`, () => showCard(model)), tool("Code", `Code for ${model.key}`, () => showCode(asked))];
     return asked;
   });
@@ -98,13 +103,13 @@ function requests() {
   return made;
 }
 
-// The base is asked as the first prompt is: the same text, and the same labels.
+// The base is asked as the first prompt is: the same text, and the same labels; or the same messages.
 function baseRequest(base, first) {
-  const asked = request({ ...base, labels: first?.labels }, { prompt: rendered(first?.template, texts) });
+  const asked = request({ ...base, labels: first?.labels }, { prompt: rendered(first?.template, boxes.values) });
   if (asked.kind === "labels") asked.body.labels ??= first?.labels;
   asked.key = base.key;
   asked.title = "Base model";
-  asked.note = first ? `no prompt · text as ${first.key} puts it` : "no prompt";
+  asked.note = first && !isChat() ? `no prompt · text as ${first.key} puts it` : "no prompt";
   asked.isBase = true;
   asked.tools = [tool("Code", "Code for the base model", () => showCode(asked))];
   return asked;
@@ -147,7 +152,7 @@ async function showCard(model) {
   openSheet(model.key, element("p", { class: "quiet", text: "Reading the card…" }));
   let content;
   try {
-    content = cardBody(await card(model.id));
+    content = cardBody(await card(model.id), model.taskName);
   } catch (error) {
     content = [element("p", { class: "error", text: error.message })];
   }
@@ -161,6 +166,7 @@ function showCode(asked) {
 
 part("ask").addEventListener("submit", (event) => { event.preventDefault(); run(); });
 part("ask").addEventListener("input", optionsLine);
+part("mode").addEventListener("change", drawFields);
 part("stop").addEventListener("click", stop);
 part("sheet-close").addEventListener("click", () => part("sheet").close());
 part("sheet").addEventListener("click", (event) => { if (event.target === part("sheet")) part("sheet").close(); });

@@ -3,10 +3,12 @@
 import { curve } from "./curve.js";
 import { bytes, drawn, element, number } from "./elements.js";
 
-export function cardBody(card) {
+// Of a multitask prompt the card is that of one task: its kind, labels and template.
+export function cardBody(card, taskName) {
+  const own = { ...card, ...card.tasks?.find((task) => task.name === taskName) };
   return [
-    facts(card),
-    template(card),
+    facts(own),
+    template(own),
     metrics(card.metrics),
     training(card.history),
     rows(card.geometry, card.nearest),
@@ -29,6 +31,7 @@ function pairs(entries) {
 function facts(card) {
   return pairs([
     ["Task", card.task ?? card.task_type],
+    ["Tasks of the prompt", card.tasks?.map((task) => task.name).join(", ")],
     ["Labels", card.labels?.join(", ")],
     ["Base", card.base_model],
     ["Fingerprint", card.fingerprint],

@@ -44,7 +44,7 @@ export class Chooser {
         on: { change: () => { this.withBase = box.checked; this.onChange(); } },
       });
       choice.append(element("label", { class: "prompt" }, box, element("span", { class: "name", text: "Base model" })));
-      choice.append(element("p", { class: "hint", text: "Without a prompt; it gets the text as the first chosen prompt puts it." }));
+      choice.append(element("p", { class: "hint", id: "base-hint" }));
     }
     this.filter();
   }

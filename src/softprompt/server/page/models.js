@@ -2,12 +2,13 @@
 
 import { get } from "./api.js";
 
-// Every prompt as {key, id, ...}; each task of a multitask prompt is a choice of its own.
+// Every prompt as {key, id, ...}; each task of a multitask prompt is a choice of its own, with its own
+// template, labels and kind.
 export async function listed() {
   const { data } = await get("v1/models");
   const prompts = data.filter((each) => each.parent).flatMap((each) =>
     each.tasks?.length
-      ? each.tasks.map((name) => ({ ...each, key: `${each.id} · ${name}`, taskName: name }))
+      ? each.tasks.map(({ name, ...own }) => ({ ...each, ...own, key: `${each.id} · ${name}`, taskName: name }))
       : [{ ...each, key: each.id }]);
   const base = data.find((each) => !each.parent);
   return { base: base ? { ...base, key: base.id } : null, prompts };

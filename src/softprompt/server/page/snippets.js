@@ -25,7 +25,13 @@ function literal(value) {
   return typeof value === "string" ? JSON.stringify(value) : String(value);
 }
 
-const OPENAI = ["model", "prompt", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options"];
+// Messages stand in lines of their own.
+function laidOut(value) {
+  if (!Array.isArray(value) || !value.every((each) => typeof each === "object")) return literal(value);
+  return `[\n${value.map((each) => `        ${literal(each)},\n`).join("")}    ]`;
+}
+
+const OPENAI = ["model", "prompt", "messages", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options"];
 
 export function python({ path, body }, needsKey) {
   const key = needsKey ? 'os.environ["SOFTPROMPT_KEY"]' : '"none needed"';
@@ -39,11 +45,13 @@ export function python({ path, body }, needsKey) {
   }
   const known = Object.entries(body).filter(([name]) => OPENAI.includes(name));
   const ours = Object.fromEntries(Object.entries(body).filter(([name]) => !OPENAI.includes(name)));
-  const lines = known.map(([name, value]) => `    ${name}=${literal(value)},`);
-  if (!("prompt" in body)) lines.push('    prompt="",');
+  const lines = known.map(([name, value]) => `    ${name}=${laidOut(value)},`);
+  const chat = "messages" in body;
+  if (!chat && !("prompt" in body)) lines.push('    prompt="",');
   if (Object.keys(ours).length) lines.push(`    extra_body=${literal(ours)},`);
-  return [...head, "answer = client.completions.create(", ...lines, ")", "for part in answer:",
-    "    if part.choices:", '        print(part.choices[0].text, end="", flush=True)'].join("\n");
+  return [...head, `answer = client.${chat ? "chat." : ""}completions.create(`, ...lines, ")", "for part in answer:",
+    "    if part.choices:",
+    `        print(part.choices[0].${chat ? 'delta.content or ""' : "text"}, end="", flush=True)`].join("\n");
 }
 
 export function snippet(title, code) {
