@@ -17,7 +17,6 @@ from softprompt.backbone.fingerprint import Fingerprint
 from softprompt.engine.plain import PlainEngine
 from softprompt.engine.rows import EngineRow
 from softprompt.inference.continuous.request import PromptValue, Request
-from softprompt.inference.continuous.values import prompt_value
 from softprompt.inference.options import GenerationOptions
 from softprompt.inference.tuned import TunedPrompt
 
@@ -113,7 +112,7 @@ def served(
         seq2seq=seq2seq,
     )
     prompts = {kind: TunedPrompt(attached[kind], tokenizer, manifest, kind) for kind in kinds}
-    values = {kind: prompt_value(tuned) for kind, tuned in prompts.items()}
+    values = {kind: tuned.value() for kind, tuned in prompts.items()}
     return Served(model, tokenizer, prompts, values)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from oracles.serving import ScriptedBatcher, app_over, running, until
 from softprompt.errors import NotServingError
-from softprompt.server.scorer import Scorer
+from softprompt.inference.continuous.scorer import Scorer
 
 
 def test_connections_are_bounded(base, shared_prompts):

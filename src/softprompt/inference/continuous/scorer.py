@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 from collections.abc import Sequence
@@ -52,6 +53,8 @@ class Scorer:
     def start(self) -> None:
         """Begin to work."""
         self._thread.start()
+        # A thread that is in a pass when the interpreter ends would take it down.
+        atexit.register(self.stop)
 
     def submit(self, prompt: PromptValue, rows: Sequence[EngineRow]) -> Future[Tensor]:
         """Have targets scored.
@@ -64,7 +67,9 @@ class Scorer:
         try:
             with self._guard:
                 if self._stopped:
-                    raise NotServingError("the server is stopping; send the request to another one")
+                    raise NotServingError(
+                        "serving is stopping and takes no more requests; ask another server"
+                    )
                 self._waiting.put_nowait(scoring)
         except queue.Full:
             raise QueueFullError(
@@ -81,11 +86,12 @@ class Scorer:
                 left = self._waiting.get_nowait()
             except queue.Empty:
                 break
-            if left is not None:
-                left.answer.set_exception(NotServingError("the server is stopping"))
+            if left is not None and left.answer.set_running_or_notify_cancel():
+                left.answer.set_exception(NotServingError("serving has stopped; ask again"))
         self._waiting.put(None)
         if self._thread.is_alive():
             self._thread.join()
+        atexit.unregister(self.stop)
 
     def _work(self) -> None:
         held: Scoring | None = None
