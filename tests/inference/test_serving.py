@@ -13,7 +13,14 @@ import pytest
 import torch
 
 from oracles.served import served
-from softprompt import MultitaskPromptTuningConfig, Serving, TunedPrompt, get_peft_model, load
+from softprompt import (
+    MultitaskPromptTuningConfig,
+    PromptTuningConfig,
+    Serving,
+    TunedPrompt,
+    get_peft_model,
+    load,
+)
 from softprompt.errors import AdapterError, ConfigError, NotServingError
 from softprompt.inference.continuous.ticket import Ticket
 from softprompt.inference.options import GenerationOptions
@@ -201,6 +208,27 @@ def test_labels_are_scored_as_by_each_prompt_alone(mixed, tmp_path):
             serving.classify(TEXTS, "two", ["yes", "yes"])
     with pytest.raises(NotServingError, match="serving is stopping"):
         serving.classify(TEXTS, "two")
+
+
+@pytest.mark.parametrize("types", [["DECODER"], ["ENCODER", "DECODER"]])
+def test_prompts_before_a_decoder_are_served_as_alone(types):
+    base = served("t5", kinds=("plain",)).prompts["plain"]
+    config = PromptTuningConfig(
+        task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3, output_model_types=types
+    )
+    model = get_peft_model(copy.deepcopy(base.model.get_base_model()), config, adapter_name="it")
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.encoder_of("it").parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    tuned = TunedPrompt(model, base.tokenizer, base.whole, "it")
+    with Serving({"it": tuned}) as serving:
+        answers = serving.generate(TEXTS, "it", max_new_tokens=6)
+        assert answers == tuned.generate(TEXTS, max_new_tokens=6)
+        assert len({each.text for each in answers}) > 1
+        check_scores(
+            serving.classify(TEXTS, "it", ["yes", "no"]), tuned.classify(TEXTS, ["yes", "no"])
+        )
 
 
 def check_scores(found, alone):

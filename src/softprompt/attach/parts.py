@@ -40,11 +40,12 @@ class Places:
 
     def split(self, value: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return the source's and the decoder's part of a prompt, None where it feeds nothing."""
-        if is_keys_and_values(value):
+        if is_keys_and_values(value) or not self.decoder:
             return value, None
-        halves = iter(value.tensor_split(self.submodules))
-        source = next(halves) if self.source else None
-        return source, next(halves) if self.decoder else None
+        if not self.source:
+            return None, value
+        half = value.shape[0] // 2
+        return value[:half], value[half:]
 
     def parts(self, values: Sequence[Tensor]) -> list[Tensor]:
         """Return what an engine is given for prompts ``[S·P, H]``: S prompts ``[P, H]`` for each."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,11 @@ from softprompt.artifacts.manifest import Manifest
 from softprompt.data.template import Verbalizer
 from softprompt.data.tokens import RowTokenizer
 from softprompt.errors import DataError, TemplateError
+from softprompt.inference.stopping import Decode
 from softprompt.prompts.kinds import Placement
 
 Request = str | Mapping[str, Any]
 """One input: a text, for templates of one field, or the template's fields by name."""
-
-Decode = Callable[[Sequence[int]], str]
-"""Token ids to text."""
 
 
 @dataclass(frozen=True, slots=True)
