@@ -206,7 +206,7 @@ def test_labels_are_scored_as_by_each_prompt_alone(mixed, tmp_path):
             serving.classify(TEXTS, ["two", "two", "two", "prefix"])
         with pytest.raises(ConfigError, match="have the same tokens"):
             serving.classify(TEXTS, "two", ["yes", "yes"])
-    with pytest.raises(NotServingError, match="serving is stopping"):
+    with pytest.raises(NotServingError):
         serving.classify(TEXTS, "two")
 
 

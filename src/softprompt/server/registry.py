@@ -32,6 +32,7 @@ class Loaded:
 
     signature: Signature
     tasks: tuple[Served, ...]
+    names: tuple[str, ...] | None
     problem: str | None = None
 
 
@@ -213,16 +214,17 @@ class Registry:
             raise
         except SoftPromptError as error:
             # The same files fail the same way; they are not read again until they change.
-            return Loaded(signature, (), f"the prompt {name!r} cannot be served: {error}")
+            return Loaded(signature, (), None, f"the prompt {name!r} cannot be served: {error}")
 
     def _made(self, name: str, signature: Signature, stored: StoredAdapter, version: str) -> Loaded:
         if name == self.base.name:
             raise ArtifactError("it has the name of the base model; rename its folder")
+        prompt = DetachedPrompt.of_stored(stored, self.base)
         tasks = [
             Served(name, version, self.base_served.plain, own.value, own.rows, own.manifest)
-            for own in DetachedPrompt.of_stored(stored, self.base).tasks
+            for own in prompt.tasks
         ]
-        return Loaded(signature, tuple(tasks))
+        return Loaded(signature, tuple(tasks), prompt.manifest.tasks)
 
     def _signature(self, name: str) -> Signature | None:
         try:

@@ -16,5 +16,5 @@ def test_a_caller_that_has_gone_does_not_hold_up_the_end():
     assert gone.cancel()
     scorer.stop()
     assert gone.cancelled()
-    with pytest.raises(NotServingError, match="serving has stopped"):
+    with pytest.raises(NotServingError):
         waiting.result(1)
