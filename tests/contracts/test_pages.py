@@ -38,13 +38,10 @@ def test_the_readmes_python(tmp_path, monkeypatch):
     run_doctest(README, "README.md")
 
 
-def test_the_engine_page():
-    run_doctest((ROOT / "docs/engine.md").read_text(encoding="utf-8"), "docs/engine.md")
-
-
-def test_the_composition_page(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", ["engine", "composition", "serving"])
+def test_the_python_of_a_page(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run_doctest((ROOT / "docs/composition.md").read_text(encoding="utf-8"), "docs/composition.md")
+    run_doctest((ROOT / f"docs/{page}.md").read_text(encoding="utf-8"), f"docs/{page}.md")
 
 
 def test_every_measurement_is_on_its_page():

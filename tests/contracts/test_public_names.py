@@ -48,6 +48,7 @@ PEFT_NAMES = [
     "set_peft_model_state_dict",
 ]
 OWN_NAMES = [
+    "Bounds",
     "Ensemble",
     "Generation",
     "GenerationOptions",

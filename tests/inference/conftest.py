@@ -4,94 +4,34 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 
-SPECIAL = ["<s>", "</s>", "<pad>"]
+from oracles.families import tiny
+from oracles.tokenizers import byte_bpe
+
+
+def _model(name, seed):
+    length = {} if name == "t5" else {"max_position_embeddings": 96}
+    return tiny(name, seed=seed, vocab_size=len(byte_bpe()), **length)
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *letters, "th", "Ġa"])}
-    tokens = Tokenizer(models.BPE(vocab=vocabulary, merges=[("t", "h"), ("Ġ", "a")]))
-    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokens.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokens, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
-
-
-def _llama(tokenizer, seed=5):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=96,
-        # Wide weights make logits differ by more than rounding, so that no greedy choice is a tie.
-        initializer_range=0.3,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-    return LlamaForCausalLM(config).eval()
+def tokenizer():
+    return byte_bpe()
 
 
 @pytest.fixture(scope="session")
-def llama(tokenizer):
-    return _llama(tokenizer)
+def llama():
+    return _model("llama", 5)
 
 
 @pytest.fixture(scope="session")
-def bart(tokenizer):
-    torch.manual_seed(6)
-    config = BartConfig(
-        vocab_size=len(tokenizer),
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=48,
-        decoder_ffn_dim=48,
-        max_position_embeddings=96,
-        init_std=0.3,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-        decoder_start_token_id=1,
-        forced_eos_token_id=None,
-    )
-    return BartForConditionalGeneration(config).eval()
+def bart():
+    return _model("bart", 6)
 
 
 @pytest.fixture(scope="session")
-def t5(tokenizer):
-    torch.manual_seed(7)
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=32,
-        d_kv=16,
-        d_ff=48,
-        num_layers=2,
-        num_heads=2,
-        initializer_factor=2.0,
-        pad_token_id=2,
-        eos_token_id=1,
-        decoder_start_token_id=2,
-    )
-    return T5ForConditionalGeneration(config).eval()
+def t5():
+    return _model("t5", 7)
 
 
 @torch.no_grad()
@@ -118,12 +58,8 @@ def answer_log_prob():
 def folders(tmp_path_factory, tokenizer, llama, bart, t5):
     """The tiny models as a user has them: folders with a tokenizer."""
     root = tmp_path_factory.mktemp("bases")
-    for name, model in {
-        "llama": llama,
-        "bart": bart,
-        "t5": t5,
-        "other": _llama(tokenizer, seed=9),
-    }.items():
+    other = _model("llama", 9)
+    for name, model in {"llama": llama, "bart": bart, "t5": t5, "other": other}.items():
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     return root

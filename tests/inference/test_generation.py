@@ -9,7 +9,7 @@ import torch
 from softprompt.errors import ConfigError
 from softprompt.inference.generation import GenerationOptions, Generator
 
-SOURCES = [(0, 40), (0, 41, 42, 43, 44, 45), (0, 50, 51), (0, *range(60, 72))]
+SOURCES = [(1, 40), (1, 41, 42, 43, 44, 45), (1, 50, 51), (1, *range(60, 72))]
 
 
 @pytest.fixture(params=["llama", "bart", "t5"])
@@ -129,7 +129,7 @@ def test_the_bases_own_search_settings_do_not_leak_in(bart, tokenizer, monkeypat
 
 def test_end_tokens_come_from_the_tokenizer_and_the_base(llama, tokenizer, monkeypatch):
     monkeypatch.setattr(llama.generation_config, "eos_token_id", [5, 7])
-    assert Generator.of(llama, tokenizer, tokenizer.decode).eos_ids == {1, 5, 7}
+    assert Generator.of(llama, tokenizer, tokenizer.decode).eos_ids == {2, 5, 7}
 
 
 def test_a_pad_token_the_model_has_no_embedding_for_is_not_used(llama, tokenizer):

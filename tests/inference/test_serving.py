@@ -13,8 +13,15 @@ import pytest
 import torch
 
 from oracles.served import served
-from softprompt import MultitaskPromptTuningConfig, Serving, TunedPrompt, get_peft_model
-from softprompt.errors import AdapterError, ConfigError
+from softprompt import (
+    MultitaskPromptTuningConfig,
+    PromptTuningConfig,
+    Serving,
+    TunedPrompt,
+    get_peft_model,
+    load,
+)
+from softprompt.errors import AdapterError, ConfigError, NotServingError
 from softprompt.inference.continuous.ticket import Ticket
 from softprompt.inference.options import GenerationOptions
 
@@ -142,7 +149,7 @@ def test_prompts_of_all_kinds_are_loaded_beside_one_base(mixed):
         base.prompts[name].generate(text, task_name=task, max_new_tokens=8)[0]
         for name, task, text in zip(names, tasks, TEXTS, strict=True)
     ]
-    with Serving.load(folders, base.model, tokenizer=base.tokenizer) as serving:
+    with load(folders, base.model, tokenizer=base.tokenizer) as serving:
         assert serving.generate(TEXTS, names, task_name=tasks, max_new_tokens=8) == alone
         found = serving.agenerate(TEXTS, names, task_name=tasks, max_new_tokens=8)
         assert asyncio.run(found) == alone
@@ -163,6 +170,75 @@ def test_a_chosen_task_is_the_one_that_answers(mixed):
         for task in (None, "ask", "tell"):
             (alone,) = both.generate(TEXTS[0], task_name=task or "tell", max_new_tokens=8)
             assert serving.generate(TEXTS[0], "it", task_name=task, max_new_tokens=8) == [alone]
+
+
+def test_labels_are_scored_as_by_each_prompt_alone(mixed, tmp_path):
+    base, folders = mixed
+    plain = base.prompts["plain"]
+    sets = {"two": ("good", "bad"), "three": ("good", "so so", "bad")}
+    own = {
+        name: TunedPrompt(
+            plain.model, base.tokenizer, replace(plain.whole, labels=labels), plain.adapter
+        )
+        for name, labels in sets.items()
+    }
+    for name, tuned in own.items():
+        tuned.save(tmp_path / name)
+    folders = {**folders, **{name: tmp_path / name for name in own}}
+    names = ["three", "two", "three", "two"]
+    with load(folders, base.model, tokenizer=base.tokenizer) as serving:
+        for normalize in (False, True):
+            how = {"normalize": normalize}
+            alone = [
+                own[name].classify(text, **how)[0] for name, text in zip(names, TEXTS, strict=True)
+            ]
+            found = serving.classify(TEXTS, names, **how)
+            check_scores(found, alone)
+            check_scores(asyncio.run(serving.aclassify(TEXTS, names, **how)), alone)
+        names, tasks = ["both", "prefix", "both", "both"], ["ask", None, 1, "ask"]
+        alone = [
+            base.prompts[name].classify(text, ["yes", "no"], task_name=task)[0]
+            for name, task, text in zip(names, tasks, TEXTS, strict=True)
+        ]
+        found = serving.classify(TEXTS, names, ["yes", "no"], task_name=tasks)
+        check_scores(found, alone)
+        with pytest.raises(ConfigError, match=r"'prefix' generates free text .* pass labels"):
+            serving.classify(TEXTS, ["two", "two", "two", "prefix"])
+        with pytest.raises(ConfigError, match="have the same tokens"):
+            serving.classify(TEXTS, "two", ["yes", "yes"])
+    with pytest.raises(NotServingError):
+        serving.classify(TEXTS, "two")
+
+
+@pytest.mark.parametrize("types", [["DECODER"], ["ENCODER", "DECODER"]])
+def test_prompts_before_a_decoder_are_served_as_alone(types):
+    base = served("t5", kinds=("plain",)).prompts["plain"]
+    config = PromptTuningConfig(
+        task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3, output_model_types=types
+    )
+    model = get_peft_model(copy.deepcopy(base.model.get_base_model()), config, adapter_name="it")
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.encoder_of("it").parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    tuned = TunedPrompt(model, base.tokenizer, base.whole, "it")
+    with Serving({"it": tuned}) as serving:
+        answers = serving.generate(TEXTS, "it", max_new_tokens=6)
+        assert answers == tuned.generate(TEXTS, max_new_tokens=6)
+        assert len({each.text for each in answers}) > 1
+        check_scores(
+            serving.classify(TEXTS, "it", ["yes", "no"]), tuned.classify(TEXTS, ["yes", "no"])
+        )
+
+
+def check_scores(found, alone):
+    assert [list(each.scores) for each in found] == [list(each.scores) for each in alone]
+    for mine, other in zip(found, alone, strict=True):
+        assert mine.label == other.label
+        assert list(mine.scores.values()) == pytest.approx(list(other.scores.values()), abs=1e-4)
+        assert list(mine.probabilities.values()) == pytest.approx(
+            list(other.probabilities.values()), abs=1e-5
+        )
 
 
 def test_what_is_refused(base, serving):

@@ -197,3 +197,25 @@ def causal(name: str, **changes: Any) -> PreTrainedModel:
 def seq2seq(name: str, **changes: Any) -> PreTrainedModel:
     """Return a tiny seq2seq language model of an architecture."""
     return build(tf.AutoModelForSeq2SeqLM, SEQ2SEQ[name](), **changes)
+
+
+def widened(model: PreTrainedModel) -> PreTrainedModel:
+    """Make logits differ by more than rounding, so that no greedy choice is a tie."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4)
+    return model
+
+
+def tiny(name: str, **changes: Any) -> PreTrainedModel:
+    """Return a tiny frozen base, causal or seq2seq, whose choices are no ties and depend on what it reads."""
+    if name not in SEQ2SEQ:
+        return widened(causal(name, **changes)).requires_grad_(False)
+    # With a wide head that is tied, a decoder only ever repeats the token it starts from.
+    model: Any = widened(seq2seq(name, tie_word_embeddings=False, **changes))
+    with torch.no_grad():
+        for part in (model.get_encoder(), model.get_decoder()):
+            part.get_input_embeddings().weight.copy_(model.get_input_embeddings().weight)
+    untied: PreTrainedModel = model.requires_grad_(False)
+    return untied

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from oracles import families
+from oracles.families import tiny
 from oracles.tokenizers import byte_bpe
 from softprompt import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from softprompt.artifacts.manifest import Manifest
@@ -17,7 +17,6 @@ from softprompt.backbone.fingerprint import Fingerprint
 from softprompt.engine.plain import PlainEngine
 from softprompt.engine.rows import EngineRow
 from softprompt.inference.continuous.request import PromptValue, Request
-from softprompt.inference.continuous.values import prompt_value
 from softprompt.inference.options import GenerationOptions
 from softprompt.inference.tuned import TunedPrompt
 
@@ -57,23 +56,11 @@ class Served:
         return found.values.tolist()
 
 
-def tiny(name: str, *, seq2seq: bool = False, seed: int = 0, **changes: Any) -> Any:
-    """Return a tiny base whose choices are no ties."""
-    torch.manual_seed(seed)
-    build = families.seq2seq if seq2seq else families.causal
-    model = build(name, vocab_size=VOCABULARY, **changes).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(4)
-    return model.requires_grad_(False)
-
-
 def served(
     name: str, *, kinds: tuple[str, ...] = ("plain", "other", "suffix", "prefix"), **changes: Any
 ) -> Served:
     """Attach prompts of some kinds to a tiny base."""
-    model = tiny(name, **changes)
+    model = tiny(name, **{"vocab_size": VOCABULARY, **changes})
     seq2seq = model.config.is_encoder_decoder
     task = "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM"
     tokenizer = byte_bpe(bos=not seq2seq)
@@ -113,7 +100,7 @@ def served(
         seq2seq=seq2seq,
     )
     prompts = {kind: TunedPrompt(attached[kind], tokenizer, manifest, kind) for kind in kinds}
-    values = {kind: prompt_value(tuned) for kind, tuned in prompts.items()}
+    values = {kind: tuned.value() for kind, tuned in prompts.items()}
     return Served(model, tokenizer, prompts, values)
 
 

@@ -18,11 +18,11 @@ from softprompt.errors import NotServingError, QueueFullError
 from softprompt.inference.continuous.batcher import Batcher, BatcherStats
 from softprompt.inference.continuous.events import EchoEvent, FinishEvent, TokenEvent
 from softprompt.inference.continuous.request import Bounds
+from softprompt.inference.continuous.scorer import Scorer
 from softprompt.inference.continuous.ticket import Ticket
 from softprompt.server.app import create_app
 from softprompt.server.folder import Root
 from softprompt.server.registry import Registry
-from softprompt.server.scorer import Scorer
 from softprompt.server.settings import ServeSettings
 from softprompt.server.starting import bounds_of, config_of, listening, server_of
 

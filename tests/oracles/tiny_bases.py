@@ -21,12 +21,7 @@ LOADERS = {"CAUSAL_LM": tf.AutoModelForCausalLM, "SEQ_2_SEQ_LM": tf.AutoModelFor
 def write_base(directory, name, *, vocabulary=VOCABULARY, dtype=torch.float32, bos=True, **changes):
     """Save a tiny model of an architecture beside a tokenizer of about 300 ids."""
     build = families.seq2seq if name in families.SEQ2SEQ else families.causal
-    model = build(name, vocab_size=vocabulary, **changes).to(dtype)
-    # Wide weights make logits differ by more than rounding, so that no greedy choice is a tie.
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(4)
+    model = families.widened(build(name, vocab_size=vocabulary, **changes).to(dtype))
     model.save_pretrained(directory)
     byte_bpe(bos=bos and name not in families.SEQ2SEQ).save_pretrained(directory)
     return str(directory)

@@ -11,8 +11,8 @@ import pytest
 
 from oracles.serving import ScriptedBatcher, app_over, running, until
 from softprompt.errors import NotServingError
+from softprompt.inference.continuous.scorer import Scorer
 from softprompt.server.connections import Connections
-from softprompt.server.scorer import Scorer
 
 BODY = {"model": "writer", "prompt": "hello", "max_tokens": 3}
 
@@ -159,7 +159,7 @@ def test_a_scorer_that_breaks_says_so(base, monkeypatch):
     with pytest.raises(NotServingError, match="scoring has failed"):
         waiting.result(5)
     until(lambda: not scorer.healthy)
-    with pytest.raises(NotServingError, match="scores no more"):
+    with pytest.raises(NotServingError, match="takes no more"):
         scorer.submit(None, ())
     scorer.stop()
 

@@ -21,8 +21,8 @@ from softprompt.backbone.load import LoadedBase, load_base
 from softprompt.data.template import Verbalizer
 from softprompt.errors import ArtifactError, ConfigError, OutputExistsError, nearest
 from softprompt.inference.conversion_input import encoder_of, recorded, source_ids
-from softprompt.inference.loading import recorded_base
 from softprompt.inference.requests import Request
+from softprompt.inference.stored import recorded_base
 
 _NAMING, _REQUESTING = "extended-vocab", "vllm"
 

@@ -8,18 +8,18 @@ from dataclasses import dataclass, replace
 
 from softprompt.artifacts.bare import Origin, manifest_of
 from softprompt.artifacts.formats import Format
+from softprompt.artifacts.manifest import Manifest
 from softprompt.artifacts.native import StoredAdapter
 from softprompt.backbone.facts import is_encoder_decoder
 from softprompt.backbone.load import LoadedBase
 from softprompt.data.special_frame import SpecialFrame, encode
 from softprompt.data.template import Verbalizer
-from softprompt.data.tokens import RowTokenizer
 from softprompt.errors import ArtifactError, ConfigError, TemplateError
-from softprompt.inference.requests import Request, fields_of, require_tokens
+from softprompt.inference.requests import Request, fields_of, require_tokens, row_tokenizer
 
 logger = logging.getLogger(__name__)
 
-_TARGET_TOKENS = 128
+_NO_LIMIT = 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,16 +90,8 @@ def source_ids(stored: StoredAdapter, base: LoadedBase, text: Request) -> AskedI
         TemplateError: The input lacks a field of the template.
         DataError: It has no tokens.
     """
-    manifest = stored.manifest
-    verbalizer = Verbalizer(manifest.template if manifest else "{{input}}")
-    rows = RowTokenizer(
-        base.tokenizer,
-        verbalizer,
-        max_source_length=manifest.max_source_length if manifest else 10**9,
-        max_target_length=manifest.max_target_length if manifest else _TARGET_TOKENS,
-        seq2seq=is_encoder_decoder(base.model),
-    )
-    ids, cut = rows.source(fields_of(text, verbalizer.fields))
+    rows = row_tokenizer(base.tokenizer, stored.manifest or _unlimited(base))
+    ids, cut = rows.source(fields_of(text, rows.verbalizer.fields))
     require_tokens([ids])
     if cut:
         logger.warning(
@@ -107,3 +99,7 @@ def source_ids(stored: StoredAdapter, base: LoadedBase, text: Request) -> AskedI
             rows.max_source_length,
         )
     return AskedInput(ids, cut)
+
+
+def _unlimited(base: LoadedBase) -> Manifest:
+    return replace(manifest_of(Origin.of_base(base), base), max_source_length=_NO_LIMIT)

@@ -1,4 +1,4 @@
-"""Saved prompts ready for a batcher without being attached: kinds that no one model takes meet there."""
+"""Prompts ready for a batcher without being attached: kinds that no one model takes meet there."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.artifacts.manifest import Manifest, manifest_of_task
 from softprompt.artifacts.native import StoredAdapter
-from softprompt.attach.completion import sees_input_of
 from softprompt.attach.detached import prompt_values
-from softprompt.attach.parts import split_value
 from softprompt.attach.placing import placement_of
 from softprompt.attach.saving import in_our_terms
 from softprompt.backbone.facts import facts_of
 from softprompt.backbone.load import LoadedBase
-from softprompt.data.template import Verbalizer
 from softprompt.data.tokens import RowTokenizer
 from softprompt.inference.continuous.request import PromptValue
-from softprompt.inference.continuous.values import content_key, prompt_value
+from softprompt.inference.continuous.values import prompt_value
+from softprompt.inference.requests import row_tokenizer
+from softprompt.inference.stored import record_of
 from softprompt.inference.task_choice import Task, task_number
 from softprompt.inference.tuned import TunedPrompt
 
@@ -65,9 +64,34 @@ class DetachedPrompt:
             ConfigError: It has a head of its own beside its rows.
         """
         every = [tuned.of_task(number) for number in range(len(tuned.task_names))]
-        tasks = [DetachedTask(prompt_value(own), own.rows, own.manifest) for own in every]
+        tasks = [DetachedTask(own.value(), own.rows, own.manifest) for own in every]
         base = tuned.model.get_base_model()
         return cls(base, tuned.tokenizer, tuned.whole, tasks, tuned.task)
+
+    @classmethod
+    def of_stored(
+        cls, stored: StoredAdapter, base: LoadedBase, *, ignore_fingerprint: bool = False
+    ) -> DetachedPrompt:
+        """Return what a saved prompt is; the base is read and not changed.
+
+        Args:
+            stored: What was read from disk.
+            base: The base it is for.
+            ignore_fingerprint: Take a prompt that was made for another base.
+
+        Raises:
+            SoftPromptError: It cannot be used with this base.
+        """
+        facts, whole = facts_of(base.model), record_of(stored, base)
+        config, values = prompt_values(
+            in_our_terms(stored), base.model, ignore_fingerprint=ignore_fingerprint
+        )
+        tasks = []
+        for number, value in enumerate(values):
+            own = manifest_of_task(whole, number)
+            rows = row_tokenizer(base.tokenizer, own, placement_of(config))
+            tasks.append(DetachedTask(prompt_value(value, config, facts), rows, own))
+        return cls(base.model, base.tokenizer, whole, tasks)
 
     def of_task(self, task: Task | None) -> DetachedTask:
         """Return the prompt for one task; None will do where there is one, or one was chosen.
@@ -78,45 +102,3 @@ class DetachedPrompt:
         if task is None and self.task is not None:
             return self.tasks[self.task]
         return self.tasks[task_number(task, self.manifest, len(self.tasks))]
-
-
-def detached_tasks(
-    stored: StoredAdapter,
-    base: LoadedBase,
-    manifest: Manifest,
-    *,
-    ignore_fingerprint: bool = False,
-) -> tuple[DetachedTask, ...]:
-    """Return a saved prompt for each of its tasks; the base is read and not changed.
-
-    Args:
-        stored: What was read from disk.
-        base: The base it is for.
-        manifest: Its record, or what stands in for one.
-        ignore_fingerprint: Take a prompt that was made for another base.
-
-    Raises:
-        SoftPromptError: It cannot be used with this base.
-    """
-    facts = facts_of(base.model)
-    config, values = prompt_values(
-        in_our_terms(stored), base.model, ignore_fingerprint=ignore_fingerprint
-    )
-    sees_input = sees_input_of(config)
-    tasks = []
-    for number, value in enumerate(values):
-        own = manifest_of_task(manifest, number)
-        rows = RowTokenizer(
-            base.tokenizer,
-            Verbalizer(own.template),
-            max_source_length=own.max_source_length,
-            max_target_length=own.max_target_length,
-            seq2seq=facts.is_encoder_decoder,
-            placement=placement_of(config),
-        )
-        parts = split_value(value, config, facts)
-        standing = parts.input if parts.prefix is None else parts.prefix
-        key = content_key(standing, parts.decoder, sees_input)
-        prompt = PromptValue(key, standing, parts.decoder, sees_input)
-        tasks.append(DetachedTask(prompt, rows, own))
-    return tuple(tasks)

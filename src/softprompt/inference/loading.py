@@ -2,64 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, overload
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt.artifacts.manifest import Manifest
-from softprompt.artifacts.native import StoredAdapter, load_adapter
 from softprompt.attach.model import PeftModel
-from softprompt.backbone.fingerprint import Fingerprint
-from softprompt.backbone.load import LoadedBase, load_base
-from softprompt.errors import ArtifactError, ConfigError
-from softprompt.inference.detached import DetachedPrompt, detached_tasks
+from softprompt.errors import ConfigError
+from softprompt.inference.continuous.request import Bounds
+from softprompt.inference.detached import DetachedPrompt
+from softprompt.inference.prompt_choice import check_names
+from softprompt.inference.serving import Serving
+from softprompt.inference.stored import record_of, stored_prompts
 from softprompt.inference.tuned import TunedPrompt
 
-_SOURCE_LENGTH = 256
-_TARGET_LENGTH = 128
 _FIRST = "default"
 
 
+@overload
 def load(
-    directory: str | Path,
+    prompts: str | Path,
     base_model: str | Path | PreTrainedModel | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     torch_dtype: str | torch.dtype | None = None,
     device: str | None = None,
     ignore_fingerprint: bool = False,
-) -> TunedPrompt:
-    """Load a prompt that softprompt or PEFT wrote, with its base model, ready to use.
+) -> TunedPrompt: ...
+
+
+@overload
+def load(
+    prompts: Mapping[str, str | Path],
+    base_model: str | Path | PreTrainedModel | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    torch_dtype: str | torch.dtype | None = None,
+    device: str | None = None,
+    ignore_fingerprint: bool = False,
+    bounds: Bounds | None = None,
+) -> Serving: ...
+
+
+def load(
+    prompts: str | Path | Mapping[str, str | Path],
+    base_model: str | Path | PreTrainedModel | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    torch_dtype: str | torch.dtype | None = None,
+    device: str | None = None,
+    ignore_fingerprint: bool = False,
+    bounds: Bounds | None = None,
+) -> TunedPrompt | Serving:
+    """Load what softprompt or PEFT wrote, with its base model: one prompt, or many that answer together.
 
     A folder without ``softprompt.json`` is PEFT's own: its input is put as it is
     (``{{input}}``), and it generates.
 
     Args:
-        directory: Folder of the prompt, or ``org/name`` on the Hub.
+        prompts: Folder of the prompt, or ``org/name`` on the Hub; or several of them, of any kinds, by
+            the names to ask for them by.
         base_model: Folder, Hub id, or a model in memory, which is put into evaluation mode;
-            None takes the one on record.
+            None takes the one on record (with the first prompt).
         tokenizer: Used instead of the base model's own.
         torch_dtype: dtype of the base; None takes the recorded one, or leaves a model in
             memory as it is.
         device: Such as "cuda:0"; None is the CPU, or where a model in memory is.
-        ignore_fingerprint: Use the prompt on a base it was not made for.
+        ignore_fingerprint: Use prompts on a base they were not made for.
+        bounds: What many prompts together may use at most.
+
+    Returns:
+        A ``TunedPrompt`` for a folder, a ``Serving`` for a mapping.
 
     Raises:
-        ArtifactError: The folder is missing or damaged, or names no base model.
+        ConfigError: The mapping is empty or has odd names, the recorded dtypes differ, or bounds are
+            given for one prompt.
+        ArtifactError: A folder is missing or damaged, or names no base model.
         BackboneError: The base model cannot be loaded.
-        FingerprintError: The base is not the one the prompt was made for.
+        FingerprintError: The base is not the one a prompt was made for.
     """
-    (tuned,) = load_many(
-        [directory],
-        base_model,
-        tokenizer=tokenizer,
-        torch_dtype=torch_dtype,
-        device=device,
-        ignore_fingerprint=ignore_fingerprint,
-    )
-    return tuned
+    reading = {"tokenizer": tokenizer, "torch_dtype": torch_dtype, "device": device}
+    if isinstance(prompts, Mapping):
+        return _served(prompts, base_model, reading, ignore_fingerprint, bounds)
+    if bounds is not None:
+        raise ConfigError(
+            "bounds are for prompts by name, load({name: folder}); leave them out for one prompt"
+        )
+    _check_folder(prompts)
+    return _attached([prompts], base_model, reading, ignore_fingerprint)[0]
 
 
 def load_many(
@@ -87,7 +119,19 @@ def load_many(
         BackboneError: The base model cannot be loaded.
         FingerprintError: The base is not the one a prompt was made for.
     """
-    found, base = _with_base(directories, base_model, tokenizer, torch_dtype, device)
+    if isinstance(directories, str | Path | Mapping) or not directories:
+        raise ConfigError(f"expected the folders of one prompt or more, got {directories!r}")
+    reading = {"tokenizer": tokenizer, "torch_dtype": torch_dtype, "device": device}
+    return _attached(directories, base_model, reading, ignore_fingerprint)
+
+
+def _attached(
+    directories: Sequence[str | Path],
+    base_model: str | Path | PreTrainedModel | None,
+    reading: Mapping[str, Any],
+    ignore_fingerprint: bool,
+) -> list[TunedPrompt]:
+    found, base = stored_prompts(directories, base_model, **reading)
     names = [_FIRST, *(f"prompt{number}" for number in range(2, len(found) + 1))]
     model = PeftModel.from_pretrained(
         base.model, found[0].location, names[0], ignore_fingerprint=ignore_fingerprint
@@ -95,102 +139,33 @@ def load_many(
     for name, stored in zip(names[1:], found[1:], strict=True):
         model.load_adapter(stored.location, name, ignore_fingerprint=ignore_fingerprint)
     return [
-        TunedPrompt(
-            model,
-            base.tokenizer,
-            stored.manifest or _plain_manifest(stored, base.name, base.model),
-            name,
-        )
+        TunedPrompt(model, base.tokenizer, record_of(stored, base), name)
         for name, stored in zip(names, found, strict=True)
     ]
 
 
-def load_detached(
-    directories: Sequence[str | Path],
-    base_model: str | Path | PreTrainedModel | None = None,
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    torch_dtype: str | torch.dtype | None = None,
-    device: str | None = None,
-    ignore_fingerprint: bool = False,
-) -> list[DetachedPrompt]:
-    """Load several prompts, of any kinds, beside one base model; see ``load_many``."""
-    found, base = _with_base(directories, base_model, tokenizer, torch_dtype, device)
-    prompts = []
-    for stored in found:
-        manifest = stored.manifest or _plain_manifest(stored, base.name, base.model)
-        tasks = detached_tasks(stored, base, manifest, ignore_fingerprint=ignore_fingerprint)
-        prompts.append(DetachedPrompt(base.model, base.tokenizer, manifest, tasks))
-    return prompts
-
-
-def _with_base(
-    directories: Sequence[str | Path],
+def _served(
+    folders: Mapping[str, str | Path],
     base_model: str | Path | PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    torch_dtype: str | torch.dtype | None,
-    device: str | None,
-) -> tuple[list[StoredAdapter], LoadedBase]:
-    """Read prompts and their base, which is put into evaluation mode; see ``load_many``."""
-    if isinstance(directories, str | Path) or not directories:
-        raise ConfigError(f"expected the folders of one prompt or more, got {directories!r}")
-    found = [load_adapter(directory) for directory in directories]
-    named = recorded_base(found[0]) if base_model is None else base_model
-    if torch_dtype is None and not isinstance(named, PreTrainedModel):
-        torch_dtype = _recorded_dtype(found)
-    base = load_base(
-        named,
-        tokenizer=tokenizer,
-        seq2seq=_seq2seq(found[0]),
-        torch_dtype=torch_dtype,
-        device=device,
-    )
-    base.model.eval()  # type: ignore[no-untyped-call]
-    return found, base
+    reading: Mapping[str, Any],
+    ignore_fingerprint: bool,
+    bounds: Bounds | None,
+) -> Serving:
+    """Read prompts beside one base, which does not come to know of them: kinds may differ."""
+    check_names(folders)
+    for folder in folders.values():
+        _check_folder(folder)
+    found, base = stored_prompts(list(folders.values()), base_model, **reading)
+    prompts = {
+        name: DetachedPrompt.of_stored(stored, base, ignore_fingerprint=ignore_fingerprint)
+        for name, stored in zip(folders, found, strict=True)
+    }
+    return Serving(prompts, bounds)
 
 
-def _recorded_dtype(found: Sequence[StoredAdapter]) -> str | None:
-    dtypes = sorted({stored.manifest.dtype for stored in found if stored.manifest is not None})
-    if len(dtypes) > 1:
+def _check_folder(given: object) -> None:
+    if not isinstance(given, str | Path):
         raise ConfigError(
-            f"the prompts were made for a base in {' and '.join(dtypes)}; choose with --torch-dtype "
-            "(torch_dtype=... in Python)"
+            f"expected a prompt's folder, or folders by name, {{'a': ..., 'b': ...}}, got {given!r}; "
+            "Serving({name: prompt}) takes prompts that are loaded"
         )
-    return dtypes[0] if dtypes else None
-
-
-def recorded_base(stored: StoredAdapter) -> str:
-    """Return the base that a prompt names.
-
-    Raises:
-        ArtifactError: It names none.
-    """
-    if stored.base_model is None:
-        raise ArtifactError(
-            f"{stored.location} does not say which base model it is for; pass base_model (--base-model)"
-        )
-    return stored.base_model
-
-
-def _seq2seq(stored: StoredAdapter) -> bool:
-    task = stored.config.get("task_type")
-    if task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
-        raise ArtifactError(
-            f"expected a prompt for CAUSAL_LM or SEQ_2_SEQ_LM in {stored.location}, got task_type "
-            f"{task}; attach it with PeftModel.from_pretrained"
-        )
-    return bool(task == "SEQ_2_SEQ_LM")
-
-
-def _plain_manifest(stored: StoredAdapter, base_name: str, model: PreTrainedModel) -> Manifest:
-    return Manifest(
-        template="{{input}}",
-        task="generation",
-        labels=None,
-        base_model=base_name,
-        base_fingerprint=Fingerprint.of(model).to_dict(),
-        max_source_length=_SOURCE_LENGTH,
-        max_target_length=_TARGET_LENGTH,
-        dtype=str(model.dtype).removeprefix("torch."),
-        seq2seq=_seq2seq(stored),
-    )

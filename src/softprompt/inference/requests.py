@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from softprompt.artifacts.manifest import Manifest
+from softprompt.data.template import Verbalizer
 from softprompt.data.tokens import RowTokenizer
 from softprompt.errors import DataError, TemplateError
+from softprompt.inference.stopping import Decode
+from softprompt.prompts.kinds import Placement
 
 Request = str | Mapping[str, Any]
 """One input: a text, for templates of one field, or the template's fields by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """What stands before an answer.
+
+    Attributes:
+        ids: Text tokens.
+        at: How many of them stand before the prompt.
+        decode: Answer tokens to text, as the prompt's answers are written.
+        cut: Whether its end was lost.
+    """
+
+    ids: tuple[int, ...]
+    at: int
+    decode: Decode
+    cut: bool = False
 
 
 def listed(requests: Request | Iterable[Request]) -> list[Request]:
@@ -68,6 +92,35 @@ def require_tokens(sources: Sequence[Sequence[int]]) -> None:
             )
 
 
+def row_tokenizer(
+    tokenizer: PreTrainedTokenizerBase,
+    manifest: Manifest,
+    placement: Placement = Placement.PREFIX,
+) -> RowTokenizer:
+    """Return what turns fields into token ids as a prompt's record says.
+
+    Raises:
+        ConfigError: The tokenizer has no such placement, or the limits leave no room for text.
+        TemplateError: The template cannot be used.
+    """
+    return RowTokenizer(
+        tokenizer,
+        Verbalizer(manifest.template),
+        max_source_length=manifest.max_source_length,
+        max_target_length=manifest.max_target_length,
+        seq2seq=manifest.seq2seq,
+        placement=placement,
+    )
+
+
+def inputs_of(rows: RowTokenizer, requests: Request | Iterable[Request]) -> list[Input]:
+    """Return what each input puts before its answer; see ``sources_of``."""
+    names = rows.verbalizer.fields
+    found = [rows.source(fields_of(each, names)) for each in listed(requests)]
+    require_tokens([ids for ids, _ in found])
+    return [Input(ids, rows.offset(ids), rows.decode, cut) for ids, cut in found]
+
+
 def sources_of(
     rows: RowTokenizer, requests: Request | Iterable[Request]
 ) -> tuple[list[tuple[int, ...]], list[bool]]:
@@ -77,11 +130,8 @@ def sources_of(
         TemplateError: An input does not have the template's fields.
         DataError: An input has no tokens.
     """
-    names = rows.verbalizer.fields
-    found = [rows.source(fields_of(each, names)) for each in listed(requests)]
-    sources = [ids for ids, _ in found]
-    require_tokens(sources)
-    return sources, [cut for _, cut in found]
+    found = inputs_of(rows, requests)
+    return [each.ids for each in found], [each.cut for each in found]
 
 
 def _text(name: str, value: Any) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softprompt.data.tokens import RowTokenizer
 from softprompt.engine.rows import Engine, EngineRow
 from softprompt.errors import ConfigError
 
@@ -56,6 +57,32 @@ class Question:
     prompt: int = 0
     at: int = 0
     decoder_prompt: int = -1
+
+
+def label_ids_of(rows: RowTokenizer, labels: Sequence[str]) -> list[tuple[int, ...]]:
+    """Return the tokens of each label as an answer.
+
+    Raises:
+        ConfigError: There is no label, a label has no token, or two have the same tokens.
+        DataError: A label is longer than answers may be.
+    """
+    found = [rows.label(label) for label in labels]
+    check_label_ids(labels, found)
+    return found
+
+
+def label_scores(labels: Sequence[str], scores: Tensor, cut: Sequence[bool]) -> list[LabelScores]:
+    """Return what scores ``[N, K]`` of K labels say of N inputs, and whether each lost its end."""
+    shares = torch.softmax(scores, dim=1)
+    return [
+        LabelScores(
+            label=labels[int(row.argmax())],
+            scores=dict(zip(labels, row.tolist(), strict=True)),
+            probabilities=dict(zip(labels, share.tolist(), strict=True)),
+            input_cut=was_cut,
+        )
+        for row, share, was_cut in zip(scores, shares, cut, strict=True)
+    ]
 
 
 def check_label_ids(labels: Sequence[str], label_ids: Sequence[Sequence[int]]) -> None:

@@ -1,79 +1,63 @@
-"""Many prompts of one base, answering together: the Python face of the batcher."""
+"""Many prompts of one base, answering together: the Python face of the batcher and the scorer."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, final
-
-from transformers import PreTrainedModel
 
 from softprompt.errors import AdapterError, ConfigError, nearest
 from softprompt.inference.continuous.batcher import Batcher
 from softprompt.inference.continuous.events import FinishEvent
+from softprompt.inference.continuous.labelling import Labelling, Scored, in_order
 from softprompt.inference.continuous.request import Bounds
+from softprompt.inference.continuous.scorer import Scorer
 from softprompt.inference.continuous.streaming import async_pieces, pieces
 from softprompt.inference.continuous.ticket import Ticket
 from softprompt.inference.continuous.values import request_of
-from softprompt.inference.detached import DetachedPrompt
+from softprompt.inference.detached import DetachedPrompt, DetachedTask
 from softprompt.inference.generation import Generation
-from softprompt.inference.loading import load_detached
 from softprompt.inference.options import GenerationOptions, options_from
-from softprompt.inference.requests import Request, listed, sources_of
+from softprompt.inference.prompt_choice import Names, Tasks, addressed, check_names
+from softprompt.inference.requests import Input, Request, inputs_of
+from softprompt.inference.scoring import LabelScores, label_ids_of
 from softprompt.inference.task_choice import Task
 from softprompt.inference.tuned import TunedPrompt
+
+_SCORE_ROWS = 512
+"""Labels of inputs that are scored in one pass, at most."""
 
 
 @final
 class Serving:
     """Prompts of one base model that answer many inputs at once, each equal to its answer alone.
 
-    Any thread may ask. Closing it, also at the end of a ``with`` block, cancels what runs.
+    ``softprompt.load`` makes it from folders. Any thread may ask. Closing it, also at the end of a
+    ``with`` block, cancels what runs.
 
     Args:
         prompts: The prompts by the names to ask for them by, at least one, all on one base.
         bounds: What may be used at most.
 
     Raises:
-        ConfigError: There is no prompt, or they have different bases.
+        ConfigError: There is no prompt, a name is no text, or they have different bases.
     """
 
     def __init__(
         self, prompts: Mapping[str, TunedPrompt | DetachedPrompt], bounds: Bounds | None = None
     ) -> None:
-        if not prompts:
-            raise ConfigError("serving expects at least one prompt, got none; name one")
+        check_names(prompts)
         first = next(iter(prompts.values()))
         self._base = _detached(first).model
         self._prompts: dict[str, DetachedPrompt] = {}
         for name, tuned in prompts.items():
             self.put(name, tuned)
         self.batcher = Batcher(self._base, first.tokenizer, bounds)
-
-    @classmethod
-    def load(
-        cls,
-        prompts: Mapping[str, str | Path],
-        base_model: str | Path | PreTrainedModel | None = None,
-        *,
-        bounds: Bounds | None = None,
-        **loading: Any,
-    ) -> Self:
-        """Load prompts of any kinds from their folders, or from the Hub, with their base.
-
-        Args:
-            prompts: Folders by the names to ask for them by.
-            base_model: As for ``softprompt.load``.
-            bounds: What may be used at most.
-            **loading: Further arguments of ``softprompt.load``.
-
-        Raises:
-            SoftPromptError: As ``softprompt.load``.
-        """
-        loaded = load_detached(list(prompts.values()), base_model, **loading)
-        return cls(dict(zip(prompts, loaded, strict=True)), bounds)
+        self._scorer = Scorer(
+            self._base, max_rows=_SCORE_ROWS, max_waiting=self.batcher.bounds.max_queue
+        )
+        self._scorer.start()
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -84,8 +68,9 @@ class Serving:
         """Serve a prompt's value of now under a name; requests that run keep the one they began with.
 
         Raises:
-            ConfigError: It is on another base, or has a head of its own.
+            ConfigError: The name is no text, or the prompt is on another base or has a head of its own.
         """
+        check_names([name])
         detached = _detached(prompt)
         if detached.model is not self._base:
             raise ConfigError(
@@ -107,16 +92,16 @@ class Serving:
         Raises:
             SoftPromptError: There is no such prompt or task, the input does not fit it, or the queue is full.
         """
-        own = self._known(prompt).of_task(task_name)
-        (ids,), _ = sources_of(own.rows, [request])
-        return self.batcher.submit(request_of(own.rows, own.value, ids, options=options, **more))
+        own = self._known(prompt, task_name)
+        (given,) = inputs_of(own.rows, [request])
+        return self.batcher.submit(request_of(given, own.value, options=options, **more))
 
     def generate(
         self,
         requests: Request | Iterable[Request],
-        prompts: str | Sequence[str],
+        prompts: Names,
         *,
-        task_name: Task | Sequence[Task | None] | None = None,
+        task_name: Tasks = None,
         options: GenerationOptions | None = None,
         **settings: Any,
     ) -> list[Generation]:
@@ -131,12 +116,12 @@ class Serving:
             **settings: Fields of ``GenerationOptions``.
 
         Raises:
-            SoftPromptError: As ``submit``.
+            SoftPromptError: There is no such prompt or task, an input does not fit it, or serving ended.
         """
         chosen = options_from(options, settings, "generate")
         tickets = self._submitted(requests, prompts, task_name, chosen)
         try:
-            return [_generation(ticket.result()[0], cut) for ticket, cut in tickets]
+            return [_generation(ticket.result()[0], given) for ticket, given in tickets]
         finally:
             for ticket, _ in tickets:
                 ticket.cancel()
@@ -144,9 +129,9 @@ class Serving:
     async def agenerate(
         self,
         requests: Request | Iterable[Request],
-        prompts: str | Sequence[str],
+        prompts: Names,
         *,
-        task_name: Task | Sequence[Task | None] | None = None,
+        task_name: Tasks = None,
         options: GenerationOptions | None = None,
         **settings: Any,
     ) -> list[Generation]:
@@ -159,7 +144,7 @@ class Serving:
         finally:
             for ticket, _ in tickets:
                 ticket.cancel()
-        return [_generation(end[0], cut) for end, (_, cut) in zip(ends, tickets, strict=True)]
+        return [_generation(end[0], given) for end, (_, given) in zip(ends, tickets, strict=True)]
 
     def stream(
         self,
@@ -187,8 +172,55 @@ class Serving:
         chosen = options_from(options, settings, "astream")
         return async_pieces(self.submit(request, prompt, chosen, task_name=task_name))
 
+    def classify(
+        self,
+        requests: Request | Iterable[Request],
+        prompts: Names,
+        labels: Sequence[str] | None = None,
+        *,
+        task_name: Tasks = None,
+        normalize: bool = False,
+    ) -> list[LabelScores]:
+        """Return how likely each label is as the answer to each input.
+
+        Args:
+            requests: One input or several: texts, or mappings of the template's fields.
+            prompts: The name of the prompt of each input, or one for all.
+            labels: Label set; None takes each prompt's own.
+            task_name: As for ``generate``.
+            normalize: Divide a label's log-probability by its token count.
+
+        Raises:
+            SoftPromptError: As ``generate``; or there is no label set, or it cannot be told apart.
+        """
+        scored = self._scored(requests, prompts, labels, task_name)
+        try:
+            return in_order(scored, [each.sums.result() for each in scored], normalize=normalize)
+        finally:
+            for each in scored:
+                each.sums.cancel()
+
+    async def aclassify(
+        self,
+        requests: Request | Iterable[Request],
+        prompts: Names,
+        labels: Sequence[str] | None = None,
+        *,
+        task_name: Tasks = None,
+        normalize: bool = False,
+    ) -> list[LabelScores]:
+        """Answer as ``classify``, without blocking the event loop."""
+        scored = await asyncio.to_thread(self._scored, requests, prompts, labels, task_name)
+        try:
+            sums = await asyncio.gather(*(asyncio.wrap_future(each.sums) for each in scored))
+        finally:
+            for each in scored:
+                each.sums.cancel()
+        return in_order(scored, sums, normalize=normalize)
+
     def close(self) -> None:
         """Cancel what runs and stop."""
+        self._scorer.stop()
         self.batcher.stop()
 
     def __enter__(self) -> Self:
@@ -204,46 +236,61 @@ class Serving:
         """Close."""
         self.close()
 
-    def _known(self, name: str) -> DetachedPrompt:
+    def _known(self, name: str, task: Task | None) -> DetachedTask:
         if name not in self._prompts:
             known = ", ".join(self._prompts)
             raise AdapterError(
                 f"there is no prompt {name!r}{nearest(name, self._prompts)}; there are {known}"
             )
-        return self._prompts[name]
+        return self._prompts[name].of_task(task)
 
     def _submitted(
         self,
         requests: Request | Iterable[Request],
-        prompts: str | Sequence[str],
-        task_name: Task | Sequence[Task | None] | None,
+        prompts: Names,
+        task_name: Tasks,
         options: GenerationOptions,
-    ) -> list[tuple[Ticket, bool]]:
-        inputs = listed(requests)
-        names = [prompts] * len(inputs) if isinstance(prompts, str) else list(prompts)
-        tasks: list[Task | None]
-        if task_name is None or isinstance(task_name, str | int):
-            tasks = [task_name] * len(inputs)
-        else:
-            tasks = list(task_name)
-        for what, count in (("prompts", len(names)), ("task_name", len(tasks))):
-            if count != len(inputs):
-                raise ConfigError(
-                    f"{what} expects one name, or one for each of the {len(inputs)} inputs, got {count}"
-                )
+    ) -> list[tuple[Ticket, Input]]:
         asked = []
-        for name, task, each in zip(names, tasks, inputs, strict=True):
-            own = self._known(name).of_task(task)
-            (ids,), (cut,) = sources_of(own.rows, [each])
-            asked.append((request_of(own.rows, own.value, ids, options=options), cut))
-        return [(self.batcher.submit(request, wait=True), cut) for request, cut in asked]
+        for each in addressed(requests, prompts, task_name):
+            own = self._known(each.prompt, each.task)
+            (given,) = inputs_of(own.rows, [each.request])
+            asked.append((request_of(given, own.value, options=options), given))
+        return [(self.batcher.submit(request, wait=True), given) for request, given in asked]
+
+    def _scored(
+        self,
+        requests: Request | Iterable[Request],
+        prompts: Names,
+        labels: Sequence[str] | None,
+        task_name: Tasks,
+    ) -> list[Scored]:
+        """Give the scorer the inputs of each prompt together."""
+        grouped: dict[tuple[str, Task | None], dict[int, Request]] = {}
+        for place, each in enumerate(addressed(requests, prompts, task_name)):
+            grouped.setdefault((each.prompt, each.task), {})[place] = each.request
+        asked = []
+        for (name, task), of_prompt in grouped.items():
+            own = self._known(name, task)
+            chosen = own.manifest.labels if labels is None else tuple(labels)
+            if chosen is None:
+                raise ConfigError(
+                    f"prompt {name!r} generates free text and has no label set; pass labels=[...]"
+                )
+            inputs = inputs_of(own.rows, of_prompt.values())
+            labelling = Labelling(chosen, label_ids_of(own.rows, chosen), inputs)
+            asked.append((list(of_prompt), own.value, labelling))
+        return [
+            Scored(places, labelling, self._scorer.submit(value, labelling.rows()))
+            for places, value, labelling in asked
+        ]
 
 
 def _detached(prompt: TunedPrompt | DetachedPrompt) -> DetachedPrompt:
     return prompt if isinstance(prompt, DetachedPrompt) else DetachedPrompt.of(prompt)
 
 
-def _generation(end: FinishEvent, cut: bool) -> Generation:
+def _generation(end: FinishEvent, given: Input) -> Generation:
     if end.ended_by is None:
         raise ConfigError(
             "the request was cancelled before its end, as serving was closed; ask again"
@@ -254,5 +301,5 @@ def _generation(end: FinishEvent, cut: bool) -> Generation:
         generated_tokens=len(end.tokens),
         finish_reason=end.ended_by,
         seed=end.seed,
-        input_cut=cut,
+        input_cut=given.cut,
     )

@@ -8,30 +8,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, final, overload
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from softprompt.artifacts.manifest import Manifest, manifest_of_task
 from softprompt.artifacts.native import save_adapter
 from softprompt.attach.completion import sees_input_of
-from softprompt.attach.heads import BASE
+from softprompt.attach.heads import BASE, heads_of
 from softprompt.attach.model import PeftModel
-from softprompt.attach.parts import model_types_of
+from softprompt.attach.parts import Places, places_of
 from softprompt.attach.placing import placement_of
 from softprompt.attach.saving import state_of
-from softprompt.data.template import Verbalizer
-from softprompt.data.tokens import RowTokenizer
 from softprompt.engine.choose import build_engine
 from softprompt.engine.rows import Engine
 from softprompt.errors import ConfigError
+from softprompt.inference.continuous.request import PromptValue
 from softprompt.inference.continuous.streaming import streamed
 from softprompt.inference.continuous.values import prompt_value, request_of
 from softprompt.inference.generation import Generation, Generator
 from softprompt.inference.options import GenerationOptions, options_from
-from softprompt.inference.places import Places
-from softprompt.inference.requests import Request, listed, sources_of
-from softprompt.inference.scoring import LabelScores, check_label_ids, score_labels
+from softprompt.inference.requests import Request, inputs_of, listed, row_tokenizer, sources_of
+from softprompt.inference.scoring import LabelScores, label_ids_of, label_scores, score_labels
 from softprompt.inference.task_choice import Task, TaskNames, rows_by_task, task_number
 from softprompt.prompts.kinds import Placement
 
@@ -66,14 +63,7 @@ class TunedPrompt:
         self.task = task
         self.manifest = manifest = manifest_of_task(manifest, task or 0)
         self.adapter = adapter
-        self.rows = RowTokenizer(
-            tokenizer,
-            Verbalizer(manifest.template),
-            max_source_length=manifest.max_source_length,
-            max_target_length=manifest.max_target_length,
-            seq2seq=manifest.seq2seq,
-            placement=placement_of(model.peft_config[adapter]),
-        )
+        self.rows = row_tokenizer(tokenizer, manifest, placement_of(model.peft_config[adapter]))
 
     def of_task(self, task: Task | None) -> TunedPrompt:
         """Return this prompt as used for one task, with that task's template and label set.
@@ -152,8 +142,7 @@ class TunedPrompt:
     @property
     def places(self) -> Places:
         """The parts of the model that the prompt feeds."""
-        types = model_types_of(self.model.peft_config[self.adapter], self.model.facts)
-        return Places.of(types, seq2seq=self.model.facts.is_encoder_decoder)
+        return places_of(self.model.peft_config[self.adapter], self.model.facts)
 
     def prompts(self) -> list[Tensor]:
         """Return the prompt, detached, as an engine is given it: ``[P, H]`` for each of its places.
@@ -161,9 +150,27 @@ class TunedPrompt:
         Raises:
             ConfigError: The prompt has several tasks, and none is chosen.
         """
+        return self.places.parts([self._materialized()])
+
+    def value(self) -> PromptValue:
+        """Return the prompt as it is now, baked, as requests to a batcher carry it.
+
+        Raises:
+            ConfigError: The prompt has several tasks and none is chosen, or a head of its own beside
+                its rows.
+        """
+        head = next(heads_of(self.model.get_base_model(), self.adapter), None)
+        if head is not None:
+            raise ConfigError(
+                f"prompt {self.adapter!r} has its own {head[0]}, and only the base's is served; use generate"
+            )
+        config = self.model.peft_config[self.adapter]
+        return prompt_value(self._materialized().clone(), config, self.model.facts)
+
+    def _materialized(self) -> Tensor:
         encoder = self.model.encoder_of(self.adapter)
         task = task_number(self.task, self.whole, encoder.num_tasks)
-        return self.places.parts([encoder.materialize(task).detach()])
+        return encoder.materialize(task).detach()
 
     # A str is iterable too; the first overload is the one meant.
     @overload
@@ -249,16 +256,7 @@ class TunedPrompt:
             batch_size=batch_size,
             normalize=normalize,
         )
-        shares = torch.softmax(scores, dim=1)
-        return [
-            LabelScores(
-                label=names[int(row.argmax())],
-                scores=dict(zip(names, row.tolist(), strict=True)),
-                probabilities=dict(zip(names, share.tolist(), strict=True)),
-                input_cut=was_cut,
-            )
-            for row, share, was_cut in zip(scores, shares, cut, strict=True)
-        ]
+        return label_scores(names, scores, cut)
 
     def generate(
         self,
@@ -316,8 +314,8 @@ class TunedPrompt:
         """
         tuned = self.of_task(task_name)
         chosen = options_from(options, settings, "stream")
-        (ids,), _ = tuned.sources([request])
-        asked = request_of(tuned.rows, prompt_value(tuned), ids, options=chosen)
+        (given,) = inputs_of(tuned.rows, [request])
+        asked = request_of(given, tuned.value(), options=chosen)
         return streamed(self.model.get_base_model(), self.tokenizer, asked)
 
     def generate_rows(
@@ -360,9 +358,7 @@ class TunedPrompt:
         Raises:
             ConfigError: There is no label, or two labels have the same tokens.
         """
-        label_ids = [self.rows.label(label) for label in labels]
-        check_label_ids(labels, label_ids)
-        return label_ids
+        return label_ids_of(self.rows, labels)
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> None:
         """Write the prompt as PEFT's folder with ``softprompt.json`` and a model card.

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager, suppress
 from fastapi import FastAPI
 
 from softprompt.artifacts.manifest import installed_versions
+from softprompt.inference.continuous.scorer import Scorer
 from softprompt.server import chat, classify, completions, handlers, health, listing
 from softprompt.server.access import Access
 from softprompt.server.backend import Backend
@@ -19,7 +20,6 @@ from softprompt.server.page import page_routes
 from softprompt.server.problems import ErrorBody
 from softprompt.server.registry import Registry
 from softprompt.server.replies import TokenTexts
-from softprompt.server.scorer import Scorer
 from softprompt.server.service import Service
 from softprompt.server.settings import ServeSettings
 

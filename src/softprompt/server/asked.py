@@ -9,7 +9,8 @@ from typing import Any
 from softprompt.errors import ConfigError, DataError
 from softprompt.inference.continuous.request import Request
 from softprompt.inference.options import GenerationOptions
-from softprompt.server.served import Input, Served, chat_input
+from softprompt.inference.requests import Input
+from softprompt.server.served import Served, chat_input
 from softprompt.server.shapes import ChatBody, ClassifyBody, CompletionBody, Generation
 
 _COLDEST = 1e-3

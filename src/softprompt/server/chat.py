@@ -7,17 +7,16 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from softprompt.inference.continuous.events import EchoEvent, TokenEvent
 from softprompt.server.asked import asked_chat
-from softprompt.server.completions import check_rows, gathered
+from softprompt.server.completions import answered, check_rows
 from softprompt.server.replies import ChatCompletion, Choice, Reply, Scores
 from softprompt.server.run import Run
 from softprompt.server.service import USER, Service, in_thread, service_of
 from softprompt.server.shapes import ChatBody
-from softprompt.server.streaming import CLIENT_GONE, STREAMED, EventStream, unless_gone
+from softprompt.server.streaming import STREAMED, EventStream
 
 router = APIRouter(tags=["generation"], dependencies=[USER])
 
@@ -38,10 +37,7 @@ async def chat(body: ChatBody, request: Request) -> Response:
     run = service.run(served, asked.requests)
     if body.stream:
         return EventStream(run, _pieces(service, body, reply, run))
-    done = await unless_gone(request, gathered(reply, run), run.cancel)
-    if done is None:
-        return Response(status_code=CLIENT_GONE)
-    return JSONResponse(reply.whole([_whole(service, body, choice) for choice in reply.choices]))
+    return await answered(request, reply, run, lambda each: _whole(service, body, each))
 
 
 def _whole(service: Service, body: ChatBody, choice: Choice) -> dict[str, Any]:

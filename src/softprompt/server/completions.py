@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any, final
 
@@ -33,11 +33,7 @@ async def complete(body: CompletionBody, request: Request) -> Response:
     run = service.run(served, asked.requests)
     if body.stream:
         return EventStream(run, _pieces(service, body, reply, run))
-    done = await unless_gone(request, gathered(reply, run), run.cancel)
-    if done is None:
-        return Response(status_code=CLIENT_GONE)
-    choices = [_whole(service, body, asked, choice) for choice in reply.choices]
-    return JSONResponse(reply.whole(choices))
+    return await answered(request, reply, run, lambda each: _whole(service, body, asked, each))
 
 
 def check_rows(service: Service, rows: int) -> None:
@@ -51,8 +47,17 @@ def check_rows(service: Service, rows: int) -> None:
         raise Problem(400, f"the request asks for {rows} answers, this server gives {most} at once")
 
 
-async def gathered(reply: Reply, run: Run) -> Reply:
-    """Wait for all answers."""
+async def answered(
+    request: Request, reply: Reply, run: Run, shown: Callable[[Choice], dict[str, Any]]
+) -> Response:
+    """Wait for all answers and return them together, each as it is shown."""
+    done = await unless_gone(request, _gathered(reply, run), run.cancel)
+    if done is None:
+        return Response(status_code=CLIENT_GONE)
+    return JSONResponse(done.whole([shown(choice) for choice in done.choices]))
+
+
+async def _gathered(reply: Reply, run: Run) -> Reply:
     async with aclosing(run.events()) as events:
         async for number, event in events:
             reply.take(number, event)

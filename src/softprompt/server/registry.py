@@ -13,9 +13,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import final
 
-from softprompt.artifacts.manifest import Manifest
 from softprompt.artifacts.native import StoredAdapter, adapter_of_files
-from softprompt.backbone.facts import facts_of
+from softprompt.backbone.facts import is_encoder_decoder
 from softprompt.backbone.load import LoadedBase
 from softprompt.errors import (
     AdapterError,
@@ -25,7 +24,7 @@ from softprompt.errors import (
     excerpt,
     nearest,
 )
-from softprompt.inference.detached import detached_tasks
+from softprompt.inference.detached import DetachedPrompt
 from softprompt.inference.task_choice import Task, task_number
 from softprompt.server.folder import FILES, Root, Signature, is_name
 from softprompt.server.outline import Outline, outlined
@@ -33,8 +32,6 @@ from softprompt.server.served import PlainText, Served
 
 _TRIES = 3
 """Readings of a prompt whose files keep changing before it counts as damaged."""
-_LENGTHS = (256, 128)
-"""Input and answer limits of folders that have no record of theirs, as for ``load``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +51,7 @@ class Registry:
     def __init__(self, root: Root, base: LoadedBase, *, max_resident: int, max_bytes: int) -> None:
         self.root = root
         self.base = base
-        self._facts = facts_of(base.model)
-        plain = PlainText(base, seq2seq=self._facts.is_encoder_decoder)
+        plain = PlainText(base, seq2seq=is_encoder_decoder(base.model))
         self.base_served = Served(base.name, "base", plain)
         self._max_resident = max_resident
         self._max_bytes = max_bytes
@@ -265,25 +261,12 @@ class Registry:
     def _made(self, name: str, signature: Signature, stored: StoredAdapter, version: str) -> Loaded:
         if name == self.base.name:
             raise ArtifactError("it has the name of the base model; rename its folder")
-        manifest = stored.manifest or self._plain_manifest()
+        prompt = DetachedPrompt.of_stored(stored, self.base)
         tasks = [
             Served(name, version, self.base_served.plain, own.value, own.rows, own.manifest)
-            for own in detached_tasks(stored, self.base, manifest)
+            for own in prompt.tasks
         ]
-        return Loaded(signature, tuple(tasks), manifest.tasks)
-
-    def _plain_manifest(self) -> Manifest:
-        return Manifest(
-            template="{{input}}",
-            task="generation",
-            labels=None,
-            base_model=self.base.name,
-            base_fingerprint={},
-            max_source_length=_LENGTHS[0],
-            max_target_length=_LENGTHS[1],
-            dtype=str(self.base.model.dtype).removeprefix("torch."),
-            seq2seq=self._facts.is_encoder_decoder,
-        )
+        return Loaded(signature, tuple(tasks), prompt.manifest.tasks)
 
     def _signature(self, name: str) -> Signature | None:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,35 +15,17 @@ from softprompt.data.template import Verbalizer
 from softprompt.data.tokens import RowTokenizer
 from softprompt.errors import ConfigError, DataError, TemplateError
 from softprompt.inference.continuous.request import PromptValue
+from softprompt.inference.requests import Input, fields_of
 from softprompt.inference.requests import Request as Fields
-from softprompt.inference.requests import fields_of
-from softprompt.inference.scoring import check_label_ids
+from softprompt.inference.scoring import label_ids_of
 from softprompt.prompts.kinds import Placement
 
-Decode = Callable[[Sequence[int]], str]
 _LENGTH = 128
 """Most tokens of a label of the base."""
 CUT = (
     "the input takes more than the {limit:,} tokens that the prompt {name!r} was trained with; shorten it, or "
     "send truncate_input=true to lose its end"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Input:
-    """What stands before an answer.
-
-    Attributes:
-        ids: Text tokens.
-        at: How many of them stand before the prompt.
-        decode: Answer tokens to text, as the prompt's answers are written.
-        cut: Whether its end was lost.
-    """
-
-    ids: tuple[int, ...]
-    at: int
-    decode: Decode
-    cut: bool = False
 
 
 class PlainText:
@@ -92,7 +74,7 @@ class Served:
         plain: How the base reads texts.
         prompt: The value; None is the base alone.
         rows: How the prompt reads its fields; None is the base alone.
-        manifest: Its record; None for the base and for folders PEFT wrote.
+        manifest: Its record; None is the base alone.
     """
 
     name: str
@@ -138,10 +120,7 @@ class Served:
             ConfigError: There is none, or two have the same tokens.
             DataError: One is longer than the prompt's answers may be.
         """
-        rows = self.rows or self.plain.answers
-        found = [rows.label(label) for label in labels]
-        check_label_ids(labels, found)
-        return found
+        return label_ids_of(self.rows or self.plain.answers, labels)
 
     def of_text(self, text: str) -> Input:
         """Return the input that a text is without a template."""

@@ -16,6 +16,7 @@ from fastapi import Depends, Request
 
 from softprompt.backbone.facts import input_embedding
 from softprompt.errors import NotServingError
+from softprompt.inference.continuous.scorer import Scorer
 from softprompt.inference.task_choice import Task
 from softprompt.inspection.describe import describe
 from softprompt.server.access import Access
@@ -26,7 +27,6 @@ from softprompt.server.outline import tasks_of
 from softprompt.server.registry import Registry
 from softprompt.server.replies import TokenTexts
 from softprompt.server.run import Run, submit_all
-from softprompt.server.scorer import Scorer
 from softprompt.server.served import Served
 from softprompt.server.settings import ServeSettings
 

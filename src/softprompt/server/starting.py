@@ -16,12 +16,12 @@ from softprompt.backbone.load import load_base
 from softprompt.errors import UsageError
 from softprompt.inference.continuous.batcher import Batcher
 from softprompt.inference.continuous.request import Bounds
+from softprompt.inference.continuous.scorer import Scorer
 from softprompt.server.access import Access
 from softprompt.server.app import create_app
 from softprompt.server.connections import Connections
 from softprompt.server.folder import Root
 from softprompt.server.registry import Registry
-from softprompt.server.scorer import Scorer
 from softprompt.server.settings import ServeSettings
 
 logger = logging.getLogger(__name__)

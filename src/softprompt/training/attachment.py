@@ -9,12 +9,12 @@ import torch
 
 from softprompt.attach.classes import get_peft_model
 from softprompt.attach.model import PeftModel
+from softprompt.attach.parts import Places
 from softprompt.attach.transfer import started_prompt
 from softprompt.backbone.facts import Facts
 from softprompt.backbone.fingerprint import Fingerprint
 from softprompt.backbone.load import LoadedBase
 from softprompt.errors import ConfigError
-from softprompt.inference.places import Places
 from softprompt.prompts.configs import PromptTuningConfig, PromptTuningInit, TaskType
 from softprompt.prompts.kinds import MultitaskPromptTuningInit
 from softprompt.prompts.module import PromptModule

@@ -8,8 +8,8 @@ from typing import Protocol, final
 
 from torch import Tensor
 
+from softprompt.attach.parts import USUAL, Places
 from softprompt.engine.rows import Engine, EngineRow
-from softprompt.inference.places import USUAL, Places
 
 
 @dataclass(frozen=True, slots=True)

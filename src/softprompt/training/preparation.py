@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from softprompt.artifacts.manifest import Manifest
 from softprompt.attach.model import PeftModel
+from softprompt.attach.parts import Places
 from softprompt.backbone.facts import Facts, facts_of, output_limit
 from softprompt.backbone.fingerprint import Fingerprint
 from softprompt.backbone.freeze import freeze
@@ -22,7 +23,6 @@ from softprompt.engine.choose import build_engine
 from softprompt.engine.context import check_context
 from softprompt.engine.rows import Engine
 from softprompt.errors import ConfigError
-from softprompt.inference.places import Places
 from softprompt.prompts.kinds import Placement
 from softprompt.prompts.module import PromptModule
 from softprompt.training.attachment import attach, places_of

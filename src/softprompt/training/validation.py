@@ -12,10 +12,10 @@ from typing import final
 import torch
 from torch import Tensor
 
+from softprompt.attach.parts import USUAL, Places
 from softprompt.data.tokens import TokenRow
 from softprompt.engine.rows import Engine
 from softprompt.evaluation.likelihood import TargetLikelihood, classify_rows, target_likelihood
-from softprompt.inference.places import USUAL, Places
 
 logger = logging.getLogger(__name__)
 

@@ -33,9 +33,8 @@ SIMPLE = {
 
 @pytest.fixture(scope="module", params=[*NAMES, *SIMPLE])
 def base(request):
-    seq2seq = request.param in ("t5", "bart")
     kinds = SIMPLE.get(request.param, ("plain", "other", "suffix", "prefix"))
-    return served(request.param, kinds=kinds, seq2seq=seq2seq)
+    return served(request.param, kinds=kinds)
 
 
 def same(finish, generation):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import queue
 import threading
@@ -60,6 +61,8 @@ class Scorer:
     def start(self) -> None:
         """Begin to work."""
         self._thread.start()
+        # A thread that is in a pass when the interpreter ends would take it down.
+        atexit.register(self.stop)
 
     def submit(self, prompt: PromptValue, rows: Sequence[EngineRow]) -> Future[Tensor]:
         """Have targets scored.
@@ -73,7 +76,7 @@ class Scorer:
             with self._guard:
                 if self._stopped:
                     raise NotServingError(
-                        "this server scores no more; send the request to another one"
+                        "serving is stopping and takes no more requests; ask another server"
                     )
                 self._waiting.put_nowait(scoring)
         except queue.Full:
@@ -84,10 +87,11 @@ class Scorer:
 
     def stop(self) -> None:
         """Finish what runs, and fail what waits."""
-        self._fail_waiting("the server is stopping; send the request to another one")
+        self._fail_waiting("serving has stopped; ask again")
         self._waiting.put(None)
         if self._thread.is_alive():
             self._thread.join()
+        atexit.unregister(self.stop)
 
     def _fail_waiting(self, why: str) -> None:
         with self._guard:  # what is put behind the end would never be answered
@@ -105,7 +109,7 @@ class Scorer:
             self._score_all()
         except Exception:
             logger.exception("scoring has failed")
-            self._fail_waiting("scoring has failed; restart the server")
+            self._fail_waiting("scoring has failed; start it again")
 
     def _score_all(self) -> None:
         held: Scoring | None = None

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from softprompt.attach.parts import Places
 from softprompt.engine.rows import EngineRow
-from softprompt.inference.places import Places
 
 ROW = EngineRow((1, 2), (3,), at=1)
 
@@ -32,3 +32,12 @@ def test_the_first_half_is_the_encoders():
     parts = places.parts(values)
     assert [part[:, 0].tolist() for part in parts] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert places.submodules == 2
+
+
+def test_a_part_that_gets_nothing_is_none_and_keys_and_values_stay_whole():
+    rows, both = torch.ones(4, 2), ["ENCODER", "DECODER"]
+    assert Places.of(["DECODER"], seq2seq=True).split(rows) == (None, rows)
+    assert Places.of(["ENCODER"], seq2seq=True).split(rows) == (rows, None)
+    assert [len(part) for part in Places.of(both, seq2seq=True).split(rows)] == [2, 2]
+    keys_and_values = torch.ones(2, 2, 1, 4, 2)
+    assert Places.of(both, seq2seq=True).split(keys_and_values) == (keys_and_values, None)
