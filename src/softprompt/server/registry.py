@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import final
@@ -19,12 +20,12 @@ from softprompt.backbone.load import LoadedBase
 from softprompt.errors import AdapterError, ArtifactError, ConfigError, SoftPromptError
 from softprompt.inference.detached import detached_tasks
 from softprompt.inference.task_choice import Task, task_number
-from softprompt.server.folder import FILES, Root, Signature
+from softprompt.server.folder import FILES, FRESH_SECONDS, Root, Signature, is_fresh
 from softprompt.server.outline import Outline, outlined
 from softprompt.server.served import PlainText, Served
 
-_TRIES = 3
-"""Readings of a prompt whose files keep changing before it counts as damaged."""
+_TRIES = 5
+"""Looks at, and readings of, a prompt whose files keep changing before it counts as damaged."""
 _LENGTHS = (256, 128)
 """Input and answer limits of folders that have no record of theirs, as for ``load``."""
 
@@ -173,6 +174,9 @@ class Registry:
         """
         for _ in range(_TRIES):
             signature = self.root.signature(name)
+            if is_fresh(signature):
+                time.sleep(FRESH_SECONDS)
+                continue
             found = ((file, self.root.read(name, file, self._max_bytes)) for file in FILES)
             files = {file: data for file, data in found if data is not None}
             try:
