@@ -55,7 +55,9 @@ class Load:
 
     def client(self) -> httpx.AsyncClient:
         """Return a client of the server."""
-        return httpx.AsyncClient(base_url=self.server.address, timeout=SECONDS)
+        # Connections are given up before the server does so, which may be in the middle of asking.
+        limits = httpx.Limits(keepalive_expiry=2)
+        return httpx.AsyncClient(base_url=self.server.address, timeout=SECONDS, limits=limits)
 
 
 def check(case: Case, status: int, reply: Mapping[str, Any]) -> None:

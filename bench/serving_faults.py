@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import select
 import shutil
 import socket
 import time
@@ -15,15 +16,13 @@ from typing import Any
 
 from serving_asking import FULL, Load, ask
 from serving_cases import ASK, Case
-from serving_process import PATIENCE, ServerProcess, WrongAnswerError
+from serving_process import ServerProcess, WrongAnswerError
 from softprompt.artifacts.files import staged_folder, write_folder
 
 WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "softprompt.json"
 
 UNREAD = 36
 """Answers of the stream that nobody reads: more than the sockets hold."""
-STALLED = 2.5 * PATIENCE["--stall-seconds"]
-"""Seconds to leave it unread."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +247,7 @@ async def _unread(load: Load, data: bytes) -> None:
     """
     load.left["begun"] += 1
     load.left["not begun"] += UNREAD - 1  # its other answers
-    while (said := await asyncio.to_thread(_read_late, load.server, data)).split()[1] == b"429":
+    while (said := await asyncio.to_thread(_read_late, load.server, data)).split()[1:2] == [b"429"]:
         load.seen[FULL] += 1
     if not said.startswith(b"HTTP/1.1 200") or b"[DONE]" in said:
         raise WrongAnswerError(f"a reader that stalls got {said[:300]!r}...{said[-300:]!r}")
@@ -260,8 +259,13 @@ def _read_late(server: ServerProcess, data: bytes) -> bytes:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.settimeout(60)
         sock.connect(("127.0.0.1", server.port))
+        before = server.hung_up()
         sock.sendall(data)
-        time.sleep(STALLED)
+        end = time.monotonic() + 60
+        while server.hung_up() == before and time.monotonic() < end:
+            if select.select([sock], [], [], 0.1)[0] and b" 429 " in sock.recv(99, socket.MSG_PEEK):
+                break
+            time.sleep(0.1)
         return _all_of(sock)
 
 

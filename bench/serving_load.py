@@ -141,6 +141,20 @@ async def idle(server: ServerProcess) -> dict[str, float]:
     raise WrongAnswerError(f"something still runs: {states}")
 
 
+async def closed(load: Load) -> int:
+    """Wait until the connections of clients that are gone are closed; return the files still open.
+
+    Raises:
+        WrongAnswerError: They stay.
+    """
+    for _ in range(200):
+        files = load.server.open_files()
+        if files <= load.files + 3:
+            return files
+        await asyncio.sleep(0.1)
+    raise WrongAnswerError(f"{files} files are open, {load.files} were")
+
+
 def check_numbers(load: Load, numbers: dict[str, float]) -> None:
     """Compare what the server counted in its last life with what its clients saw.
 
@@ -175,9 +189,7 @@ async def fire(load: Load, work: Work, clients: int, seconds: float) -> dict[str
         rounds = await cycles(load, work.changing, work.crowd, seconds)
         end.set()
     check_numbers(load, await idle(load.server))
-    files = load.server.open_files()
-    if files > load.files + 5:
-        raise WrongAnswerError(f"{files} files are open, {load.files} were")
+    files = await closed(load)
     async with load.client() as client:
         for case in [*work.good, *work.unsteady]:
             if await ask(load, client, case, "after the load") != 200:

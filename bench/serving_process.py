@@ -94,6 +94,10 @@ class ServerProcess:
         if self._process is not None and self._process.poll() is None:
             self.kill()
 
+    def hung_up(self) -> int:
+        """Return how many clients it has hung up on as they stopped reading."""
+        return self._log.read_text(errors="replace").count("stopped reading")
+
     def open_files(self) -> int:
         """Return how many files and sockets the process has open; 0 where that cannot be seen."""
         assert self._process is not None

@@ -41,7 +41,8 @@ def serve(settings: ServeSettings) -> None:
     Access.of(settings)
     bounds = bounds_of(settings)
     with listening(settings.host, settings.port) as sock:
-        reset_unread(sock, settings.stall_seconds)
+        # Later than the service, which ends the answer and says so.
+        reset_unread(sock, 2 * settings.stall_seconds)
         app = build_app(settings, root, bounds)
         if not settings.is_local and settings.api_key_file is None:
             logger.warning(
