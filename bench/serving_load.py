@@ -2,9 +2,11 @@
 
 Starts `softprompt serve` on the bundled model with prompts of several kinds, and fires requests
 from many clients for a while: shuffled, streamed and whole, good and bad ones mixed, some clients
-gone in the middle. Texts must be those of a request alone (greedy ones by a whole pass of the
-model for each token, the others by `TunedPrompt.generate`), log-probabilities and label scores to
-1e-4; bad requests must be refused alone; nothing may run on afterwards.
+gone in the middle. Meanwhile prompts are replaced, damaged and deleted, the queue is filled,
+readers and senders stall, and the process is killed and started again. Texts must be those of a
+request alone (greedy ones by a whole pass of the model for each token, the others by
+`TunedPrompt.generate`), log-probabilities and label scores to 1e-4; bad requests must be refused
+alone; nothing may run on afterwards, and the server's numbers must be those that clients counted.
 
     python bench/serving_load.py [--seconds 120] [--clients 16] [--prompts 8] [--json]
 """
@@ -17,198 +19,228 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
 import asyncio
-import contextlib
 import json
 import random
 import re
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 
-from serving_cases import Case, bad_cases, good_cases, prompts_in
-from softprompt.backbone.load import load_base
+from serving_asking import Load, ask, leave_early, leave_stream
+from serving_cases import (
+    Case,
+    bad_cases,
+    changing_cases,
+    crowd_case,
+    good_cases,
+    loaded,
+    prompts_in,
+    write_prompt,
+)
+from serving_faults import Changing, copied, cycles
+from serving_process import ServerProcess, WrongAnswerError
+from softprompt.backbone.load import LoadedBase, load_base
 
-CLOSE = 1e-4
-START = "from softprompt.cli.main import main; main()"
-
-
-class WrongAnswerError(Exception):
-    """An answer under load was not the one the request gets alone."""
-
-
-@contextlib.contextmanager
-def served(prompts: Path) -> Iterator[str]:
-    """Run a server; yield its address; it must end well when told to."""
-    command = [sys.executable, "-c", START, "serve", "--base-model", "demo"]
-    command += ["--prompts", str(prompts)]
-    # A cache smaller than the prompts, so that they come and go.
-    command += ["--port", "0", "--max-prompts-resident", "5", "--max-batch-rows", "12"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        try:
-            for line in process.stderr:
-                if found := re.search(r"http://\S+", line):
-                    yield found[0]
-                    break
-        finally:
-            process.send_signal(signal.SIGTERM)
-            said = process.communicate(timeout=60)[1]
-        if process.returncode not in (0, -signal.SIGTERM):
-            raise WrongAnswerError(f"the server ended with {process.returncode}: {said[-2000:]}")
+VIRTUAL = 50
 
 
-def check(case: Case, status: int, reply: Mapping[str, Any]) -> None:
-    """Compare a whole reply with what must come.
+@dataclass(frozen=True)
+class Work:
+    """What is fired.
 
-    Raises:
-        WrongAnswerError: It is another.
+    Attributes:
+        good: Requests that must be answered.
+        bad: Requests that must be refused.
+        changing: Prompts whose files change, with requests for them.
+        crowd: A request that fills the queue.
     """
-    if status not in case.status:
-        raise WrongAnswerError(f"{case.body} came back with {status}: {reply}")
-    if status != 200:
-        if not isinstance(reply.get("error", {}).get("message"), str):
-            raise WrongAnswerError(f"{case.body} was refused without a message: {reply}")
-        return
-    if case.scores:
-        found = reply["data"][0]["scores"]
-        near(case, [found[label] for label, _ in case.scores], [s for _, s in case.scores])
-        return
-    texts = tuple(choice["text"] for choice in reply["choices"])
-    if texts != case.answers:
-        raise WrongAnswerError(f"{case.body} gave {texts}, alone it gives {case.answers}")
-    if case.logprobs:
-        near(case, reply["choices"][0]["logprobs"]["token_logprobs"], case.logprobs)
+
+    good: Sequence[Case]
+    bad: Sequence[Case]
+    changing: Sequence[Changing]
+    crowd: Case
+
+    @property
+    def unsteady(self) -> list[Case]:
+        """Requests for prompts that change."""
+        return [case for each in self.changing for case in each.cases]
 
 
-def near(case: Case, found: Sequence[float], expected: Sequence[float]) -> None:
-    """Compare log-probabilities."""
-    apart = [abs(a - b) for a, b in zip(found, expected, strict=True)]
-    if max(apart) > CLOSE:
-        raise WrongAnswerError(f"{case.body}: log-probabilities differ by {max(apart)}")
+def prepared(root: Path, versions: Path, base: LoadedBase, count: int, each: int) -> Work:
+    """Write the prompts, and find out what they answer alone."""
+    prompts = prompts_in(root, base, count, VIRTUAL)
+    changing = []
+    versions.mkdir()
+    for number, prefix in enumerate((False, True)):
+        name = "changing-kv" if prefix else "changing"
+        folders = [versions / f"{name}-{version}" for version in "ab"]
+        for seed, folder in enumerate(folders, start=100 * (number + 1)):
+            write_prompt(folder, base, VIRTUAL - seed % 2, seed=seed, prefix=prefix)
+        cases = changing_cases(name, [loaded(folder, base) for folder in folders], each)
+        changing.append(Changing(root / name, folders, cases))
+        copied(root / name, folders[0])
+    crowd = crowd_case("prompt-0", prompts["prompt-0"], 8)
+    good = good_cases(prompts, base, each)
+    return Work(good, bad_cases("prompt-0", base.name), changing, crowd)
 
 
-async def whole(client: httpx.AsyncClient, case: Case) -> None:
-    """Ask for a whole reply."""
-    if isinstance(case.body, str):
-        reply = await client.post(
-            case.path, content=case.body, headers={"Content-Type": "application/json"}
-        )
-    else:
-        reply = await client.post(case.path, json=case.body)
-    check(case, reply.status_code, reply.json())
-
-
-async def streamed(client: httpx.AsyncClient, case: Case, pieces: int | None = None) -> None:
-    """Ask for a stream and put it together; or hang up after some pieces."""
-    assert isinstance(case.body, Mapping)
-    text, logprobs, count = "", [], 0
-    async with client.stream("POST", case.path, json={**case.body, "stream": True}) as reply:
-        async for line in reply.aiter_lines():
-            if not line.startswith("data: ") or line == "data: [DONE]":
-                continue
-            event = json.loads(line.removeprefix("data: "))
-            if "error" in event:
-                raise WrongAnswerError(f"{case.body} broke off: {event}")
-            for choice in event["choices"]:
-                text += choice["text"]
-                logprobs += (choice.get("logprobs") or {}).get("token_logprobs", [])
-            count += 1
-            if pieces is not None and count >= pieces:
-                return
-    choice = {"text": text, "logprobs": {"token_logprobs": logprobs}}
-    check(case, reply.status_code, {"choices": [choice]})
-
-
-async def client_for(
-    address: str, good: Sequence[Case], bad: Sequence[Case], seed: int, end: float
-) -> Counter[str]:
+async def client_for(load: Load, work: Work, seed: int, end: asyncio.Event) -> None:
     """Ask one thing after the other until the end."""
     rng = random.Random(seed)
-    done: Counter[str] = Counter()
-    async with httpx.AsyncClient(base_url=address, timeout=120) as client:
-        while time.monotonic() < end:
-            case = rng.choice(bad) if rng.random() < 0.15 else rng.choice(good)
-            streams = case.path == "/v1/completions" and case.status == (200,)
-            if streams and rng.random() < 0.15:
-                await streamed(client, case, pieces=rng.randint(1, 4))
-                done["gone in the middle"] += 1
-            elif streams and rng.random() < 0.5:
-                await streamed(client, case)
-                done["streamed"] += 1
+    unsteady, streaming = work.unsteady, [case for case in work.good if case.streams]
+    async with load.client() as client:
+        while not end.is_set():
+            case, kind = rng.choice(work.good), rng.random()
+            if kind < 0.1:
+                await ask(load, client, rng.choice(work.bad), "bad request")
+            elif kind < 0.25:
+                case = rng.choice(unsteady)
+                stream = case.streams and rng.random() < 0.5
+                await ask(load, client, case, "request for a changing prompt", stream=stream)
+            elif kind < 0.35:
+                await leave_stream(load, client, rng.choice(streaming), rng.randint(1, 4))
+            elif kind < 0.4:
+                await leave_early(load, client, rng.choice(streaming), rng.uniform(0.005, 0.2))
+            elif case.streams and rng.random() < 0.5:
+                await ask(load, client, case, "streamed request", stream=True)
             else:
-                await whole(client, case)
-                done["whole" if case.status == (200,) else "refused"] += 1
-    return done
+                await ask(load, client, case, "whole request")
 
 
-async def idle(address: str) -> None:
-    """Wait until nothing runs.
+async def all_at_once(load: Load, work: Work) -> None:
+    """Ask each thing once, whole, streamed and given up, all at the same time."""
+    good = [case for case in work.good if case.streams]
+    async with load.client() as client, asyncio.TaskGroup() as group:
+        for case in [*work.good, *work.bad, *work.unsteady]:
+            group.create_task(ask(load, client, case, "all kinds at once"))
+        for case in good[::3]:
+            group.create_task(ask(load, client, case, "streamed request", stream=True))
+        for number, case in enumerate(good[::7]):
+            group.create_task(leave_stream(load, client, case, number % 4 + 1))
+            group.create_task(leave_early(load, client, case, 0.05))
+
+
+async def idle(server: ServerProcess) -> dict[str, float]:
+    """Wait until nothing runs, and return the server's numbers.
 
     Raises:
         WrongAnswerError: Something is stuck.
     """
-    async with httpx.AsyncClient(base_url=address, timeout=30) as client:
-        for _ in range(100):
-            lines = (await client.get("/metrics")).text.splitlines()
-            states = [line for line in lines if re.match(r"softprompt_num_requests_\w+ ", line)]
-            if states and all(float(line.split()[-1]) == 0 for line in states):
-                return
-            await asyncio.sleep(0.1)
+    for _ in range(100):
+        numbers = await asyncio.to_thread(server.metrics)
+        states = {k: v for k, v in numbers.items() if k.startswith("softprompt_num_requests_")}
+        if len(states) == 2 and not any(states.values()):
+            return numbers
+        await asyncio.sleep(0.1)
     raise WrongAnswerError(f"something still runs: {states}")
 
 
-async def fire(
-    address: str, good: Sequence[Case], bad: Sequence[Case], clients: int, seconds: float
-) -> Counter[str]:
-    """Ask each thing once, all at once; then as clients do, for some time."""
-    async with httpx.AsyncClient(base_url=address, timeout=120) as client:
-        await asyncio.gather(*(whole(client, case) for case in [*good, *bad]))
-    done = Counter({"all at once": len(good) + len(bad)})
-    end = time.monotonic() + seconds
+async def closed(load: Load) -> int:
+    """Wait until the connections of clients that are gone are closed; return the files still open.
+
+    Raises:
+        WrongAnswerError: They stay.
+    """
+    for _ in range(200):
+        files = load.server.open_files()
+        if files <= load.files + 3:
+            return files
+        await asyncio.sleep(0.1)
+    raise WrongAnswerError(f"{files} files are open, {load.files} were")
+
+
+def check_numbers(load: Load, numbers: dict[str, float]) -> None:
+    """Compare what the server counted in its last life with what its clients saw.
+
+    Raises:
+        WrongAnswerError: They differ by more than what clients did not wait for.
+    """
+    ended: Counter[str] = Counter()
+    for name, value in numbers.items():
+        if found := re.match(r'softprompt_request_success_total\{finished_reason="(\w+)"', name):
+            ended["aborts" if found[1] == "abort" else "answers"] += int(value)
+    answers, left = load.seen["answers"], load.left.total()
+    if not answers <= ended["answers"] <= answers + left:
+        raise WrongAnswerError(f"{answers} answers came, {left} were left, but it counts {ended}")
+    if not load.left["begun"] <= ended.total() - answers <= left:
+        raise WrongAnswerError(f"{answers} answers came, {load.left} left, but it counts {ended}")
+    for code in (400, 404, 408, 413, 429, 500, 503):
+        counted = numbers.get(f'softprompt_requests_refused_total{{code="{code}"}}', 0)
+        if not load.seen[code] <= counted <= load.seen[code] + load.left["not begun"]:
+            raise WrongAnswerError(
+                f"{load.seen[code]} requests came back with {code}, but it counts {counted:g}"
+            )
+
+
+async def fire(load: Load, work: Work, clients: int, seconds: float) -> dict[str, Any]:
+    """Fire everything for a while, and look at what is left."""
+    load.up.set()
+    await all_at_once(load, work)
+    end = asyncio.Event()
     async with asyncio.TaskGroup() as group:
-        tasks = [
-            group.create_task(client_for(address, good, bad, seed, end)) for seed in range(clients)
-        ]
-    for task in tasks:
-        done += task.result()
-    await idle(address)
-    return done
+        for seed in range(clients):
+            group.create_task(client_for(load, work, seed, end))
+        rounds = await cycles(load, work.changing, work.crowd, seconds)
+        end.set()
+    check_numbers(load, await idle(load.server))
+    files = await closed(load)
+    async with load.client() as client:
+        for case in [*work.good, *work.unsteady]:
+            if await ask(load, client, case, "after the load") != 200:
+                raise WrongAnswerError(f"{case.body} has no answer any more")
+    return {"rounds": rounds, "open_files": files, "memory_mib": load.server.memory_mib()}
+
+
+def table(fired: Counter[tuple[str, str]]) -> str:
+    """Return what was fired and what came back, a line for each."""
+    rows: dict[str, list[str]] = {}
+    for (what, came), count in sorted(fired.items()):
+        rows.setdefault(what, []).append(f"{count} {came}" if came != "-" else f"{count}")
+    width = max(map(len, rows))
+    return "\n".join(f"{what:<{width}}  {', '.join(came)}" for what, came in rows.items())
 
 
 def main() -> None:
     """Fire, compare, and print what was done."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=120, help="how long to fire")
+    parser.add_argument("--seconds", type=float, default=120, help="how long to fire, at least")
     parser.add_argument("--clients", type=int, default=16, help="clients at once")
     parser.add_argument("--prompts", type=int, default=8, help="prompts of the server")
     parser.add_argument("--each", type=int, default=8, help="requests to know of each prompt")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a line")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args()
     torch.set_num_threads(1)
     base = load_base("demo")
     base.model.requires_grad_(False)
     with tempfile.TemporaryDirectory() as folder:
-        prompts = prompts_in(Path(folder), base, options.prompts, virtual=50)
-        good, bad = good_cases(prompts, base, options.each), bad_cases("prompt-0", base.name)
-        with served(Path(folder)) as address:
+        root, versions = Path(folder) / "prompts", Path(folder) / "versions"
+        root.mkdir()
+        server = ServerProcess(root, Path(folder) / "log")
+        load = Load(server)
+        try:
+            server.start()
+            work = prepared(root, versions, base, options.prompts, options.each)
+            server.wait()
             start = time.monotonic()
-            done = asyncio.run(fire(address, good, bad, options.clients, options.seconds))
+            left = asyncio.run(fire(load, work, options.clients, options.seconds))
             took = time.monotonic() - start
-    result = {"cases": len(good) + len(bad), "seconds": took, **done}
+            server.stop()
+        finally:
+            server.close()
+    result = {"requests": load.fired.total(), "seconds": took, "slowest": load.slowest, **left}
     if options.json:
-        print(json.dumps(result))
-    else:
-        said = ", ".join(f"{count} {what}" for what, count in done.items())
-        print(f"{result['cases']} cases, {took:.0f} s: {said}; every answer as alone")
+        fired = {f"{what}: {came}": count for (what, came), count in sorted(load.fired.items())}
+        print(json.dumps(result | {"fired": fired}))
+        return
+    print(table(load.fired))
+    said = ", ".join(f"{name} {value:.0f}" for name, value in result.items())
+    print(f"\n{said}; every answer as alone")
 
 
 if __name__ == "__main__":

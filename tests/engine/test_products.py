@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from softprompt import PromptTuningConfig, get_peft_model
 from softprompt.backbone.fingerprint import Fingerprint
 from softprompt.engine import products
 from softprompt.engine.choose import build_engine
@@ -273,3 +274,16 @@ def test_decoding_pass(monkeypatch, kind, ordered):
     (last,) = forest.step([NewTokens(lane, ids[3:])])
     torch.testing.assert_close(torch.cat([first, last]), wanted, atol=1e-5, rtol=1e-4)
     assert calls
+
+
+def test_the_base_alone_is_bit_for_bit_the_base():
+    model, ids = tiny("gpt2"), torch.tensor([[5, 6, 7, 8]])
+    expected = copy.deepcopy(model)(ids).logits
+    prompted = get_peft_model(
+        model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    )
+    assert not torch.equal(prompted(input_ids=ids).logits[:, -4:], expected)
+    with prompted.disable_adapter():
+        assert torch.equal(prompted(input_ids=ids).logits, expected)
+    assert torch.equal(prompted(input_ids=ids, adapter_names=["__base__"]).logits[:, -4:], expected)
+    assert torch.equal(prompted.unload()(ids).logits, expected)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from oracles.serving import write_prompt, write_rows
 from softprompt import load
 from softprompt.errors import AdapterError, ArtifactError, ConfigError, UsageError
+from softprompt.server import folder
 from softprompt.server.folder import FILES, Root, is_name
 from softprompt.server.registry import Registry
 
@@ -320,3 +321,27 @@ def test_a_prompt_replaced_while_it_is_read(registry, prompts, base, monkeypatch
     served = registry.get("writer")
     assert served.prompt.tokens == 5
     assert done == ["writer"]
+
+
+def test_a_write_in_the_same_tick_of_the_clock_is_seen(registry, prompts, base, monkeypatch):
+    """Where file times move in steps, a file written twice within one looks as if written once."""
+    other = write_prompt(prompts.parent / "other", base, seed=13, length=2, manifest=False)
+    weights, stamp, read = prompts / "plain-peft" / WEIGHTS, folder._stamp, Root.read
+
+    def in_steps(path):
+        found = stamp(path)
+        return found and (*found[:2], *(each // 10**7 * 10**7 for each in found[2:]))
+
+    def written_again(self, name, file, most):
+        data = read(self, name, file, most)
+        if file == WEIGHTS:
+            monkeypatch.setattr(Root, "read", read)
+            weights.write_bytes((other / WEIGHTS).read_bytes())
+        return data
+
+    monkeypatch.setattr(folder, "_stamp", in_steps)
+    monkeypatch.setattr(Root, "read", written_again)
+    weights.write_bytes(weights.read_bytes())
+    registry.get("plain-peft")
+    expected = load(other, base.model, tokenizer=base.tokenizer).prompts()[0]
+    assert torch.equal(registry.get("plain-peft").prompt.value, expected)

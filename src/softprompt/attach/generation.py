@@ -138,11 +138,13 @@ class _Steps:
         if seen and is_first_iteration and next_sequence_length is not None:
             # transformers took the cached prompt for text when it counted what is new.
             fed += prompts.width
+        starts = not seen and (is_first_iteration or next_sequence_length is None)
         text = seen - prompts.width + fed if seen else fed
+        if not seen and not starts:  # a recurrent state, which does not say how much it has seen
+            text = input_ids.shape[1]
         mask = attention_mask
         if mask is None:
             mask = torch.ones(input_ids.shape[0], text, dtype=torch.long, device=input_ids.device)
-        starts = not seen and (is_first_iteration or next_sequence_length is None)
         if starts:
             self._first_pass = text
         layout = Layout.of(mask[:, :text], prompts, lead_limit=self._first_pass)

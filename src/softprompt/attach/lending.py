@@ -124,7 +124,10 @@ def lent(
         )
     names = [row.name for row in rows]
     behind = nullcontext() if prompts.prefixes is None else prefixed(model, facts, prompts.prefixes)
-    with locked(model), behind, lent_bodies(frozen_linears(model)), recomputed_alike(model):
+    # Without a prompt it is the base, bit for bit.
+    bare = prompts.table is None and prompts.prefixes is None
+    bodies = [] if bare else frozen_linears(model)
+    with locked(model), behind, lent_bodies(bodies), recomputed_alike(model):
         switches = [switch for _, switch in heads.switches_of(model)]
         for switch in switches:
             switch.active = names[0] if len(set(names)) == 1 else tuple(names)

@@ -34,8 +34,9 @@ def task_number(task: Task | None, manifest: Manifest, count: int) -> int:
     number = int(task) if str(task).isdecimal() else count
     if number < count:
         return number
+    given = repr(excerpt(task)) if isinstance(task, str) else task
     raise ConfigError(
-        f"this prompt has no task {excerpt(str(task))!r}{nearest(str(task), names)}; its tasks are {known}"
+        f"this prompt has no task {given}{nearest(str(task), names)}; its tasks are {known}"
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +22,19 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 Signature = tuple[tuple[int, int, int, int] | None, ...]
 """Inode, size and the times of each of ``FILES``; None for one that is not there."""
+FRESH_SECONDS = 0.02
+"""The clock of file times may stand still for half of this, and a write leave no trace in them."""
 
 
 def is_name(name: str) -> bool:
     """Tell whether a prompt may be called so; hidden folders are not prompts."""
     return _NAME.fullmatch(name) is not None and not name.startswith(".")
+
+
+def is_fresh(signature: Signature) -> bool:
+    """Tell whether files were written so lately that another write might look the same."""
+    stamps = [max(stamp[2:]) for stamp in signature if stamp is not None]
+    return any(0 <= time.time_ns() - stamp < FRESH_SECONDS * 1e9 for stamp in stamps)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from typing import final
 
@@ -12,6 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from softprompt.server.problems import Problem
 from softprompt.server.service import Service
 from softprompt.server.settings import ServeSettings
+
+logger = logging.getLogger(__name__)
 
 _PROBES = frozenset({"/health", "/ready", "/metrics"})
 """What those who run the server ask; answered when it is full, too."""
@@ -42,6 +45,9 @@ class Limits:
             self._check(Headers(scope=scope), scope["path"])
             await self._app(scope, bounded.receive, bounded.send)
         except Exception as error:
+            if bounded.unread:
+                logger.warning("hung up on a client that stopped reading its answer")
+                return
             # An app may take any error in a body for bad JSON, so the reason is kept here.
             problem = error if isinstance(error, Problem) else bounded.problem
             if problem is None or bounded.answering:
@@ -79,6 +85,7 @@ class _Bounded:
         self._whole = False
         self.problem: Problem | None = None
         self.answering = False
+        self.unread = False
 
     async def receive(self) -> Message:
         """Return the next piece of the request.
@@ -111,7 +118,11 @@ class _Bounded:
         if self.problem is not None and not self.answering:
             raise self.problem
         self.answering = True
-        await asyncio.wait_for(self._send(message), self._settings.stall_seconds)
+        try:
+            await asyncio.wait_for(self._send(message), self._settings.stall_seconds)
+        except TimeoutError:
+            self.unread = True
+            raise
 
     def _given_up(self, problem: Problem) -> Problem:
         """Remember why."""

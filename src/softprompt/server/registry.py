@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import threading
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import final
@@ -26,12 +27,19 @@ from softprompt.errors import (
 )
 from softprompt.inference.detached import DetachedPrompt
 from softprompt.inference.task_choice import Task, task_number
-from softprompt.server.folder import FILES, Root, Signature, is_name
+from softprompt.server.folder import (
+    FILES,
+    FRESH_SECONDS,
+    Root,
+    Signature,
+    is_fresh,
+    is_name,
+)
 from softprompt.server.outline import Outline, outlined
 from softprompt.server.served import PlainText, Served
 
-_TRIES = 3
-"""Readings of a prompt whose files keep changing before it counts as damaged."""
+_TRIES = 5
+"""Looks at, and readings of, a prompt whose files keep changing before it counts as damaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +191,9 @@ class Registry:
         """
         for _ in range(_TRIES):
             signature = self._found(name)
+            if is_fresh(signature):
+                time.sleep(FRESH_SECONDS)
+                continue
             found = ((file, self.root.read(name, file, self._max_bytes)) for file in FILES)
             files = {file: data for file, data in found if data is not None}
             try:

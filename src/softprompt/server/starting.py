@@ -42,6 +42,8 @@ def serve(settings: ServeSettings) -> None:
     Access.of(settings)
     bounds = bounds_of(settings)
     with listening(settings.host, settings.port) as sock:
+        # Later than the service, which ends the answer and says so.
+        reset_unread(sock, 2 * settings.stall_seconds)
         app = build_app(settings, root, bounds)
         if not settings.is_local and settings.api_key_file is None:
             logger.warning(
@@ -120,6 +122,16 @@ def listening(host: str, port: int) -> socket.socket:
             f"cannot listen on {host}:{port} ({error.strerror}); choose another --host or --port"
         ) from error
     return sock
+
+
+def reset_unread(sock: socket.socket, seconds: float) -> None:
+    """Have the system drop connections to a socket whose clients do not take what is sent.
+
+    A connection that is closed stays until its last byte is taken, which may be never. Only Linux
+    can be told so.
+    """
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(seconds * 1000))
 
 
 def config_of(app: FastAPI, settings: ServeSettings) -> uvicorn.Config:
