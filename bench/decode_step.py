@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from softprompt.engine.decode import DecodeForest, NewTokens
+from softprompt.engine.decode.forest import DecodeForest, NewTokens
 from softprompt.inference.continuous.batcher import Batcher
 from softprompt.inference.continuous.request import PromptValue, Request
 from softprompt.inference.options import GenerationOptions

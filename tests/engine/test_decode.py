@@ -11,10 +11,10 @@ from oracles import families
 from oracles.families import FOREST, OUTSIDE
 from oracles.prefixed import random_prefix, solo_logits_behind
 from softprompt.backbone.keyvalues import KeyValueShape
-from softprompt.engine import decode_probe
-from softprompt.engine.decode import DecodeForest, NewTokens
-from softprompt.engine.decode_probe import why_undecodable
-from softprompt.engine.decode_store import KeyValueStore
+from softprompt.engine.decode import probe
+from softprompt.engine.decode.forest import DecodeForest, NewTokens
+from softprompt.engine.decode.probe import why_undecodable
+from softprompt.engine.decode.store import KeyValueStore
 from softprompt.engine.recomputed import implementations_of
 
 
@@ -85,12 +85,12 @@ def test_others_are_declined_with_the_reason(name):
 
 def test_the_probe_sees_wrong_numbers(monkeypatch):
     model = families.causal("llama").eval()
-    real = decode_probe.DecodeForest.step
+    real = probe.DecodeForest.step
 
     def off(self, news):
         return [part + torch.linspace(0, 1, part.shape[1]) for part in real(self, news)]
 
-    monkeypatch.setattr(decode_probe.DecodeForest, "step", off)
+    monkeypatch.setattr(probe.DecodeForest, "step", off)
     assert "differ by" in why_undecodable(model)
 
 

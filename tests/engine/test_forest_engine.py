@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from oracles.families import FOREST, OUTSIDE, SEQ2SEQ, causal, seq2seq
 from softprompt.backbone.facts import facts_of
 from softprompt.engine.choose import build_engine
-from softprompt.engine.forest import Forest, causal_paths
-from softprompt.engine.packed_causal import ForestEngine
-from softprompt.engine.packed_seq2seq import PackedSeq2SeqEngine
+from softprompt.engine.forest.causal import ForestEngine
+from softprompt.engine.forest.causal_plan import Forest, causal_paths
+from softprompt.engine.forest.seq2seq import PackedSeq2SeqEngine
 from softprompt.engine.placed import PlacedPrompts
 from softprompt.engine.plain import PlainEngine
 from softprompt.engine.rows import EngineRow
@@ -247,7 +247,7 @@ def paths_of(forest):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
 def test_the_gpu_kernel_gives_the_same_numbers(name, monkeypatch):
     """FlexAttention has no backward on the CPU; its forward there is compared with the blocks'."""
-    from softprompt.engine import attention
+    from softprompt.engine.forest import attention
 
     model = model_of(name)
     rows = [

@@ -10,9 +10,9 @@ from oracles.families import CAUSAL, ENCODERS, ROTARY_ENCODERS, SEQ2SEQ, build
 from oracles.naive import padded
 from softprompt import PromptTuningConfig, get_peft_model
 from softprompt.attach import inputs as attach_inputs
-from softprompt.engine import packed_encoder
-from softprompt.engine.packed_encoder import packs, why_not_packed
-from softprompt.engine.packed_layers import Packing
+from softprompt.engine.forest import encoder
+from softprompt.engine.forest.encoder import packs, why_not_packed
+from softprompt.engine.forest.layers import Packing
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 ALL = {**ENCODERS, **ROTARY_ENCODERS}
@@ -50,7 +50,7 @@ def run(model, inputs, packed, monkeypatch):
 
     def counted(*args):
         passes.append(1)
-        return packed_encoder.without_padding(*args)
+        return encoder.without_padding(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(attach_inputs, "without_padding", counted)

@@ -15,9 +15,15 @@ from oracles.families import SEQ2SEQ, causal, seq2seq
 from oracles.naive import row_logits
 from softprompt.backbone.facts import facts_of
 from softprompt.engine.choose import build_engine
-from softprompt.engine.encoder_plan import encoder_plan
-from softprompt.engine.forest import Forest, Path, causal_paths, causal_plan, decoder_plan
-from softprompt.engine.packed_layers import Packing
+from softprompt.engine.forest.causal_plan import (
+    Forest,
+    Path,
+    causal_paths,
+    causal_plan,
+    decoder_plan,
+)
+from softprompt.engine.forest.encoder_plan import encoder_plan
+from softprompt.engine.forest.layers import Packing
 from softprompt.engine.placed import PlacedPrompts
 from softprompt.engine.rows import EngineRow
 from softprompt.errors import ConfigError, ContextOverflowError, DataError

@@ -10,7 +10,7 @@ from oracles.prefixed import random_prefix, solo_decoder_logits, solo_logits_beh
 from softprompt.backbone.facts import facts_of
 from softprompt.engine.choose import build_engine
 from softprompt.engine.expand import ExpandEngine
-from softprompt.engine.packed_causal import ForestEngine
+from softprompt.engine.forest.causal import ForestEngine
 from softprompt.engine.plain import PlainEngine
 from softprompt.engine.rows import EngineRow
 from softprompt.errors import ConfigError, ContextOverflowError, DataError
@@ -152,7 +152,7 @@ def test_a_forest_that_reads_otherwise_is_not_used(monkeypatch):
     """The probe compares gradients too: a forest that drops values runs plain, silently right."""
     model = causal("qwen2")
     monkeypatch.setattr(
-        "softprompt.engine.attention.LayerMask.behind",
+        "softprompt.engine.forest.attention.LayerMask.behind",
         lambda self, stream, module, part: torch.cat(
             [stream, *(p[0, part].transpose(0, 1).flatten(1) for p in self.prefixes)]
         ),

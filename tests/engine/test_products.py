@@ -16,9 +16,9 @@ from softprompt import PromptTuningConfig, get_peft_model
 from softprompt.backbone.fingerprint import Fingerprint
 from softprompt.engine import products
 from softprompt.engine.choose import build_engine
-from softprompt.engine.decode import DecodeForest, NewTokens
-from softprompt.engine.decode_probe import why_undecodable
-from softprompt.engine.packed_causal import ForestEngine
+from softprompt.engine.decode.forest import DecodeForest, NewTokens
+from softprompt.engine.decode.probe import why_undecodable
+from softprompt.engine.forest.causal import ForestEngine
 from softprompt.engine.products import (
     FrozenLinear,
     bodies_in,

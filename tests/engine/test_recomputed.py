@@ -7,7 +7,7 @@ import torch
 
 from oracles.families import causal
 from softprompt.backbone.facts import facts_of
-from softprompt.engine.packed_causal import ForestEngine
+from softprompt.engine.forest.causal import ForestEngine
 from softprompt.engine.plain import PlainEngine
 from softprompt.engine.rows import EngineRow
 

@@ -13,7 +13,7 @@ from oracles.naive import padded
 from softprompt import PromptTuningConfig, get_peft_model
 from softprompt.backbone.facts import facts_of
 from softprompt.engine.choose import build_engine, choose_engine
-from softprompt.engine.packed_causal import ForestEngine
+from softprompt.engine.forest.causal import ForestEngine
 from softprompt.engine.plain import PlainEngine
 from softprompt.engine.rows import EngineRow
 from softprompt.errors import ConfigError, DataError

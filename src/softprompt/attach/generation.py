@@ -22,8 +22,8 @@ from softprompt.attach.lending import LentPrompts
 from softprompt.backbone.facts import Facts, output_limit
 from softprompt.engine.context import check_context
 from softprompt.engine.layout import Layout, Prompts
-from softprompt.engine.prefix_paths import prefix_path
-from softprompt.engine.prefixes import Prefixes
+from softprompt.engine.prefixes.paths import prefix_path
+from softprompt.engine.prefixes.values import Prefixes
 from softprompt.errors import ConfigError
 
 _STATIC = ("static", "offloaded_static", "sliding_window", "hybrid", "hybrid_chunked")

@@ -17,8 +17,8 @@ from softprompt.attach.heads import BASE
 from softprompt.backbone.facts import Facts, input_embedding
 from softprompt.engine.layout import Prompts
 from softprompt.engine.lock import locked
-from softprompt.engine.prefix_paths import prefixed
-from softprompt.engine.prefixes import Prefixes
+from softprompt.engine.prefixes.paths import prefixed
+from softprompt.engine.prefixes.values import Prefixes
 from softprompt.engine.products import frozen_linears, lent_bodies
 from softprompt.engine.recomputed import recomputed_alike
 from softprompt.engine.virtual import VirtualVocabulary

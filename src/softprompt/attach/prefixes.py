@@ -13,9 +13,9 @@ from softprompt.backbone.facts import Facts, output_limit
 from softprompt.backbone.keyvalues import key_value_shape, text_key_values
 from softprompt.backbone.texts import text_token_ids
 from softprompt.engine.context import check_context
-from softprompt.engine.packed import is_packed
-from softprompt.engine.prefix_paths import prefix_path
-from softprompt.engine.prefixes import Prefixes
+from softprompt.engine.forest.stream import is_packed
+from softprompt.engine.prefixes.paths import prefix_path
+from softprompt.engine.prefixes.values import Prefixes
 from softprompt.errors import ConfigError
 from softprompt.prompts.configs import PromptLearningConfig
 from softprompt.prompts.prefix import PrefixTuningConfig

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from softprompt.backbone.facts import is_encoder_decoder
 from softprompt.engine.expand import ExpandEngine
-from softprompt.engine.packed_causal import ForestEngine
-from softprompt.engine.packed_seq2seq import PackedSeq2SeqEngine
+from softprompt.engine.forest.causal import ForestEngine
+from softprompt.engine.forest.seq2seq import PackedSeq2SeqEngine
 from softprompt.engine.plain import PlainEngine
 from softprompt.engine.rows import Engine
 from softprompt.engine.selfcheck import difference

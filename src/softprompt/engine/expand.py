@@ -16,12 +16,12 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from softprompt.backbone.facts import facts_of, recomputes_layers
-from softprompt.engine.attention import ForestUnsupportedError
 from softprompt.engine.context import check_rows, depends_on_neighbours
+from softprompt.engine.forest.attention import ForestUnsupportedError
 from softprompt.engine.layout import Prompts
 from softprompt.engine.plain import PlainEngine, pad_rows
 from softprompt.engine.predictions import IGNORED, HeadInput, PredictingEngine, Predictions
-from softprompt.engine.prefixes import Prefixes
+from softprompt.engine.prefixes.values import Prefixes
 from softprompt.engine.rows import EngineRow, is_keys_and_values, prompt_length
 from softprompt.engine.virtual import virtual_rows
 

@@ -23,8 +23,8 @@ from softprompt.engine.context import check_rows, depends_on_neighbours
 from softprompt.engine.layout import Layout, Prompts
 from softprompt.engine.lock import locked
 from softprompt.engine.predictions import IGNORED, HeadInput, PredictingEngine, Predictions
-from softprompt.engine.prefix_paths import prefix_path, prefixed
-from softprompt.engine.prefixes import Prefixes
+from softprompt.engine.prefixes.paths import prefix_path, prefixed
+from softprompt.engine.prefixes.values import Prefixes
 from softprompt.engine.rows import EngineRow, is_keys_and_values
 from softprompt.engine.selfcheck import difference
 from softprompt.engine.virtual import virtual_rows

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from softprompt.engine.plan import Targets
+from softprompt.engine.forest.plan import Targets
 from softprompt.engine.rows import EngineRow, TargetLogProbs, TargetOutputs
 from softprompt.errors import BackboneError
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.backbone.facts import facts_of
-from softprompt.engine.decode import DecodeForest, NewTokens
+from softprompt.engine.decode.forest import DecodeForest, NewTokens
 from softprompt.engine.rows import is_keys_and_values
 from softprompt.errors import ServingError
 from softprompt.inference.continuous.answer import Answer

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from softprompt.engine.decode import NewTokens, Wanted
-from softprompt.engine.decode_store import Lane
+from softprompt.engine.decode.forest import NewTokens, Wanted
+from softprompt.engine.decode.store import Lane
 from softprompt.engine.rows import is_keys_and_values
 from softprompt.errors import ServingError
 from softprompt.inference.continuous.answer import Answer

@@ -22,7 +22,7 @@ from transformers import (
 from softprompt.backbone.facts import facts_of, output_limit
 from softprompt.engine.choose import build_engine
 from softprompt.engine.plain import PlainEngine
-from softprompt.engine.prefix_paths import prefix_path
+from softprompt.engine.prefixes.paths import prefix_path
 from softprompt.engine.rows import is_keys_and_values
 from softprompt.errors import DataError, ServingError
 from softprompt.inference.continuous.answer import Answer

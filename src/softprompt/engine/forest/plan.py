@@ -1,7 +1,7 @@
 """The plan of one pass: its tokens, each computed once, who sees whom, and what is predicted.
 
 Causal rows, encoder rows and decoder rows are all run from such a plan; they differ in how it
-is made (``forest.py``, ``encoder_plan.py``).
+is made (``causal_plan.py``, ``encoder_plan.py``).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from softprompt.engine.visibility import Span, Visibility, padded
+from softprompt.engine.forest.visibility import Span, Visibility, padded
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from softprompt.backbone.facts import Facts
 from softprompt.backbone.keyvalues import key_value_shape
-from softprompt.engine.prefix_pass import prefixed_attention, prefixed_cache, text_positions
-from softprompt.engine.prefixes import Prefixes
+from softprompt.engine.prefixes.passes import prefixed_attention, prefixed_cache, text_positions
+from softprompt.engine.prefixes.values import Prefixes
 from softprompt.engine.selfcheck import probing
 from softprompt.errors import BackboneError
 

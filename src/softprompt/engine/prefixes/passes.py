@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from softprompt.backbone.facts import Facts, recomputes_layers
-from softprompt.engine.attention import ForestUnsupportedError, implement
+from softprompt.engine.forest.attention import ForestUnsupportedError, implement
 from softprompt.engine.lock import locked
-from softprompt.engine.prefix_attention import EAGER, NAME, PrefixPlan, active_plan
-from softprompt.engine.prefix_gradient import gathered_gradient
-from softprompt.engine.prefixes import Prefixes
+from softprompt.engine.prefixes.attention import EAGER, NAME, PrefixPlan, active_plan
+from softprompt.engine.prefixes.gradient import gathered_gradient
+from softprompt.engine.prefixes.values import Prefixes
 from softprompt.engine.recomputed import implementations_of, recomputed_alike, switch
 from softprompt.errors import ConfigError
 

@@ -21,10 +21,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from softprompt.engine.forest.plan import Plan, Targets
+from softprompt.engine.forest.visibility import Span
 from softprompt.engine.placed import PlacedPrompts
-from softprompt.engine.plan import Plan, Targets
 from softprompt.engine.rows import EngineRow, is_keys_and_values, prompt_length
-from softprompt.engine.visibility import Span
 
 _ROOT = -1
 """Parent of a group's first tokens."""

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from softprompt.engine.forest.plan import Plan
+from softprompt.engine.forest.visibility import Span
 from softprompt.engine.placed import PlacedPrompts
-from softprompt.engine.plan import Plan
 from softprompt.engine.rows import EngineRow
-from softprompt.engine.visibility import Span
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.backbone.keyvalues import key_value_shape
-from softprompt.engine.plan import Plan
+from softprompt.engine.forest.plan import Plan
+from softprompt.engine.forest.visibility import Span, Visibility, padded
 from softprompt.engine.rows import Engine, EngineRow, is_keys_and_values, prompt_length
 from softprompt.engine.selfcheck import PROBED_LENGTHS, difference
-from softprompt.engine.visibility import Span, Visibility, padded
 from softprompt.errors import SoftPromptError
 
 logger = logging.getLogger(__name__)

@@ -11,14 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.backbone.facts import Facts, facts_of
-from softprompt.engine.attention import ForestUnsupportedError, forest_attention
 from softprompt.engine.context import check_rows, depends_on_neighbours
-from softprompt.engine.forest import causal_plan
-from softprompt.engine.forest_prefixes import forest_prefixes, why_unread
+from softprompt.engine.forest.attention import ForestUnsupportedError, forest_attention
+from softprompt.engine.forest.causal_plan import causal_plan
+from softprompt.engine.forest.prefixes import forest_prefixes, why_unread
 from softprompt.engine.placed import PlacedPrompts
 from softprompt.engine.plain import PlainEngine
 from softprompt.engine.predictions import HeadInput, PredictingEngine, Predictions
-from softprompt.engine.prefix_gradient import gathered_gradient
+from softprompt.engine.prefixes.gradient import gathered_gradient
 from softprompt.engine.rows import EngineRow, any_prefix
 from softprompt.engine.virtual import virtual_rows
 

@@ -21,14 +21,14 @@ from softprompt.backbone.facts import (
     recomputes_layers,
     skips_layers,
 )
-from softprompt.engine.attention import ForestUnsupportedError, LayerMask, forest_attention
 from softprompt.engine.context import check_rows
-from softprompt.engine.encoder_plan import EncoderPlan, encoder_plan
-from softprompt.engine.forest import decoder_plan
-from softprompt.engine.packed_layers import Packing, layers_of, packed_layers, relative_bias
+from softprompt.engine.forest.attention import ForestUnsupportedError, LayerMask, forest_attention
+from softprompt.engine.forest.causal_plan import decoder_plan
+from softprompt.engine.forest.encoder_plan import EncoderPlan, encoder_plan
+from softprompt.engine.forest.layers import Packing, layers_of, packed_layers, relative_bias
+from softprompt.engine.forest.plan import Plan
 from softprompt.engine.placed import PlacedPrompts
 from softprompt.engine.plain import PlainEngine, pad_rows
-from softprompt.engine.plan import Plan
 from softprompt.engine.predictions import HeadInput, PredictingEngine, Predictions
 from softprompt.engine.rows import EngineRow, any_prefix
 from softprompt.engine.virtual import virtual_rows

@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 
 from softprompt.backbone.facts import facts_of
 from softprompt.backbone.keyvalues import key_value_shape
-from softprompt.engine.attention import ForestUnsupportedError, implement
-from softprompt.engine.decode_attention import NAME, active, decode_plan
-from softprompt.engine.decode_store import KeyValueStore, Lane
+from softprompt.engine.decode.attention import NAME, active, decode_plan
+from softprompt.engine.decode.store import KeyValueStore, Lane
+from softprompt.engine.forest.attention import ForestUnsupportedError, implement
+from softprompt.engine.forest.causal import require_packable
 from softprompt.engine.lock import locked
-from softprompt.engine.packed_causal import require_packable
 from softprompt.engine.products import frozen_linears, lent_bodies
 from softprompt.engine.recomputed import implementations_of, switch
 from softprompt.engine.virtual import virtual_rows

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from softprompt.backbone.facts import facts_of
 from softprompt.backbone.keyvalues import key_value_shape
-from softprompt.engine.decode import DecodeForest, NewTokens
-from softprompt.engine.decode_store import Lane
+from softprompt.engine.decode.forest import DecodeForest, NewTokens
+from softprompt.engine.decode.store import Lane
 from softprompt.engine.plain import PlainEngine
 from softprompt.engine.products import torch_products
 from softprompt.engine.rows import EngineRow, is_keys_and_values

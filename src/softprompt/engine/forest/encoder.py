@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softprompt.backbone.facts import facts_of, recomputes_layers, skips_layers
-from softprompt.engine.attention import LayerMask, forest_attention
+from softprompt.engine.forest.attention import LayerMask, forest_attention
+from softprompt.engine.forest.layers import Packing, layers_of, packed_layers, relative_bias
+from softprompt.engine.forest.visibility import Span, Visibility, padded, whole_rows
 from softprompt.engine.layout import Layout
-from softprompt.engine.packed_layers import Packing, layers_of, packed_layers, relative_bias
 from softprompt.engine.selfcheck import probing
-from softprompt.engine.visibility import Span, Visibility, padded, whole_rows
 
 _PROBE = (9, 4, 6)
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}

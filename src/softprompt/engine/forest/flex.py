@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from softprompt.engine.visibility import Visibility
+from softprompt.engine.forest.visibility import Visibility
 
 
 def block_mask(plan: Visibility) -> BlockMask | None:

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from softprompt.engine.attention import (
+from softprompt.engine.decode.store import KeyValueStore, Lane
+from softprompt.engine.forest.attention import (
     ForestUnsupportedError,
     attend_block,
     flattened,
     folded,
     refuse,
 )
-from softprompt.engine.decode_store import KeyValueStore, Lane
-from softprompt.engine.visibility import MaskRule
+from softprompt.engine.forest.visibility import MaskRule
 
 NAME = "softprompt_decode"
 """Name of the attention implementation in ``config._attn_implementation``."""

@@ -1,0 +1,1 @@
+"""Many rows that grow token by token, each behind its own prompt."""

@@ -1,0 +1,1 @@
+"""Prompts of keys and values, which stand inside the attention of every layer."""
