@@ -24,6 +24,7 @@ from softprompt.engine.products import (
     bodies_in,
     frozen_linears,
     lent_bodies,
+    padded_rows,
     torch_products,
 )
 from softprompt.engine.rows import EngineRow
@@ -73,6 +74,23 @@ def test_same_numbers(monkeypatch, kind, shape, keep):
             module(strided), type(module).forward(module, strided), atol=1e-6, rtol=1e-5
         )
     assert len(calls) == 2
+
+
+def test_few_numbers_of_rows_are_compiled_for():
+    """oneDNN keeps a kernel for each, so they must not be as many as batches have lengths."""
+    counts = range(1, 2049)
+    assert all(count <= padded_rows(count) for count in counts)
+    assert all(padded_rows(count) <= 1.5 * count for count in counts)
+    assert len({padded_rows(count) for count in counts}) == 44
+    assert all(padded_rows(padded_rows(count)) == padded_rows(count) for count in counts)
+
+
+@pytest.mark.parametrize("rows", [17, 255, 257, 400])
+def test_rows_between(rows):
+    module, x = layer("linear"), torch.randn(rows, 16)
+    with torch.no_grad(), lent_bodies(frozen_linears(module)):
+        found = module(x)
+    torch.testing.assert_close(found, module(x), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
