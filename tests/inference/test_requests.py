@@ -25,7 +25,7 @@ def test_text_stands_in_for_input_as_in_data_files():
 
 
 def test_missing_fields_are_named():
-    with pytest.raises(TemplateError, match=r"lacks b and has a$"):
+    with pytest.raises(TemplateError, match=r"expects the fields a, b, got a; add b$"):
         fields_of({"a": "x"}, ("a", "b"))
 
 

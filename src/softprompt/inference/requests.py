@@ -72,8 +72,8 @@ def fields_of(request: Request, template_fields: Sequence[str]) -> dict[str, str
     missing = [name for name in names if name not in given]
     if missing:
         raise TemplateError(
-            f"the template needs the fields {', '.join(names)}; the input lacks "
-            f"{', '.join(missing)} and has {', '.join(map(str, request)) or 'none'}"
+            f"the template expects the fields {', '.join(names)}, got "
+            f"{', '.join(map(str, request)) or 'none'}; add {', '.join(missing)}"
         )
     return {name: _text(name, given[name]) for name in names}
 

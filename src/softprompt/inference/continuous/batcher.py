@@ -143,7 +143,7 @@ class Batcher:
             if wait:
                 self._changed.wait_for(lambda: self._closing or not self._is_full)
             if self._failure is not None:
-                raise NotServingError(f"serving has failed ({self._failure}); start it again")
+                raise _failed(self._failure)
             if self._closing:
                 raise NotServingError(
                     "serving is stopping and takes no more requests; ask another server"
@@ -248,10 +248,16 @@ class Batcher:
                 job.ticket.cancel()
                 job.close()
             return
-        error = NotServingError(f"serving has failed: {type(cause).__name__}: {cause}")
-        error.__cause__ = cause
+        error = _failed(cause)
         for job in [*waiting, *self._runner.jobs]:
             job.fail(error)
+
+
+def _failed(cause: Exception) -> NotServingError:
+    """Return what callers are told; the cause itself may say what is not theirs to read."""
+    error = NotServingError(f"serving has failed ({type(cause).__name__}); start it again")
+    error.__cause__ = cause
+    return error
 
 
 def _decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:
