@@ -71,7 +71,12 @@ def build_app(settings: ServeSettings, root: Root, bounds: Bounds) -> FastAPI:
         max_bytes=settings.max_prompt_bytes,
     )
     batcher = Batcher(base.model, base.tokenizer, bounds)
-    scorer = Scorer(base.model, max_rows=settings.max_score_rows, max_waiting=settings.max_waiting)
+    scorer = Scorer(
+        base.model,
+        max_rows=settings.max_score_rows,
+        max_tokens=settings.max_step_tokens,
+        max_waiting=settings.max_waiting,
+    )
     scorer.start()
     logger.info(
         "%s with %d prompts, engine %s%s",
