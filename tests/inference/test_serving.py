@@ -84,13 +84,17 @@ def test_one_text_is_no_set_of_labels(base, serving):
             classify("good", labels="ab")
 
 
-def test_what_cannot_be_asked_whole_is_not_begun(base):
-    with Serving(base.prompts) as serving:
-        texts = [*TEXTS, "good " * 40]
-        with pytest.raises(ContextOverflowError):
-            serving.generate(texts, "plain", min_new_tokens=60, max_new_tokens=60)
-        assert serving.generate("good", "plain", max_new_tokens=1)
-        assert serving.batcher.stats.running == 0
+def test_what_cannot_be_asked_whole_is_cancelled(base, serving, monkeypatch):
+    submit, begun = serving.batcher.submit, []
+    monkeypatch.setattr(
+        serving.batcher,
+        "submit",
+        lambda *args, **more: begun.append(submit(*args, **more)) or begun[-1],
+    )
+    with pytest.raises(ContextOverflowError):
+        serving.generate([*TEXTS, "good " * 40], "plain", max_new_tokens=30)
+    assert len(begun) == len(TEXTS)
+    assert all(ticket.is_cancelled for ticket in begun)
 
 
 def test_threads_read_texts_each_in_their_own_way(base):
