@@ -299,8 +299,8 @@ class Serving:
                     Scored(places, labelling, self._scorer.submit(value, labelling.rows()))
                 )
         except BaseException:
-            for each in scored:
-                each.sums.cancel()
+            for begun in scored:
+                begun.sums.cancel()
             raise
         return scored
 
