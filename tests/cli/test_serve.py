@@ -108,6 +108,24 @@ def test_sigterm_lets_running_answers_finish(prompts):
         assert process.stderr.read() == ""
 
 
+def test_a_second_ctrl_c_does_not_wait(prompts):
+    with serving(prompts, "--drain-seconds", "20") as (process, url, _):
+        ask = {"model": "writer", "prompt": "My parcel", "max_tokens": 400, "min_tokens": 400}
+        ask |= {"n": 16, "stream": True}
+        with (
+            httpx.Client(timeout=20) as client,
+            client.stream("POST", f"{url}/v1/completions", json=ask) as stream,
+        ):
+            next(stream.iter_lines())
+            process.send_signal(signal.SIGINT)
+            with pytest.raises(httpx.TransportError):
+                for _ in range(500):
+                    httpx.get(f"{url}/health")
+            process.send_signal(signal.SIGINT)
+            assert process.wait(15) == 130
+        assert process.stderr.read().strip() == "interrupted"
+
+
 def refused(capsys, *words):
     """Run the command with what it must refuse, and return its one line."""
     assert run(["serve", *words]) == 2
@@ -129,6 +147,10 @@ def test_what_is_refused(capsys, tmp_path, prompts):
     assert "no address" in refused(capsys, *known, "--host", "not a host")
     assert "keys" in refused(capsys, *known, "--api-key-file", str(tmp_path / "nope"))
     assert "is empty" in refused(capsys, *known, "--admin-key-file", str(tmp_path / "file"))
+    for origin in ("https://page.example/", "page.example", "https://page.example/a"):
+        assert "such as https://page.example, got" in refused(
+            capsys, *known, "--allowed-origin", origin
+        )
     assert "max_batch_rows" in refused(capsys, *known, "--max-step-tokens", "1")
     assert "neither a folder" in refused(
         capsys, "--base-model", "no/such", "--prompts", str(prompts), "--port", "0"

@@ -8,6 +8,7 @@ import gc
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from softprompt import (
     get_peft_model,
     load,
 )
-from softprompt.errors import AdapterError, ConfigError, NotServingError
+from softprompt.errors import AdapterError, ConfigError, ContextOverflowError, NotServingError
 from softprompt.inference.continuous.ticket import Ticket
 from softprompt.inference.options import GenerationOptions
 
@@ -75,6 +76,25 @@ def test_a_stream_that_was_never_begun_is_cancelled(serving, monkeypatch):
         stream(TEXTS[0], "plain", max_new_tokens=1)
         gc.collect()
     assert len(cancelled) == 2
+
+
+def test_one_text_is_no_set_of_labels(base, serving):
+    for classify in (base.prompts["plain"].classify, partial(serving.classify, prompts="plain")):
+        with pytest.raises(ConfigError, match="labels expects a list of texts, got the text 'ab'"):
+            classify("good", labels="ab")
+
+
+def test_what_cannot_be_asked_whole_is_cancelled(base, serving, monkeypatch):
+    submit, begun = serving.batcher.submit, []
+    monkeypatch.setattr(
+        serving.batcher,
+        "submit",
+        lambda *args, **more: begun.append(submit(*args, **more)) or begun[-1],
+    )
+    with pytest.raises(ContextOverflowError):
+        serving.generate([*TEXTS, "good " * 40], "plain", max_new_tokens=30)
+    assert len(begun) == len(TEXTS)
+    assert all(ticket.is_cancelled for ticket in begun)
 
 
 def test_threads_read_texts_each_in_their_own_way(base):

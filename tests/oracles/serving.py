@@ -156,7 +156,12 @@ def app_over(base: Any, root: Any, batcher: Any = None, **changes: Any) -> Any:
         max_bytes=settings.max_prompt_bytes,
     )
     batcher = batcher or Batcher(base.model, base.tokenizer, bounds_of(settings))
-    scorer = Scorer(base.model, max_rows=settings.max_score_rows, max_waiting=settings.max_waiting)
+    scorer = Scorer(
+        base.model,
+        max_rows=settings.max_score_rows,
+        max_tokens=settings.max_step_tokens,
+        max_waiting=settings.max_waiting,
+    )
     scorer.start()
     return create_app(settings, registry, batcher, scorer)
 

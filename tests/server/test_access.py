@@ -3,7 +3,7 @@
 import pytest
 from fastapi.testclient import TestClient
 
-from oracles.serving import ScriptedBatcher, app_over
+from oracles.serving import ScriptedBatcher, app_over, running
 from softprompt.errors import UsageError
 from softprompt.server.access import Keys
 
@@ -109,6 +109,19 @@ def test_origins(opened):
     assert allowed.headers["access-control-allow-origin"] == "https://page.example"
     other = client.get("/v1/models", headers={"origin": "https://other.example"})
     assert "access-control-allow-origin" not in other.headers
+
+
+def test_pages_that_may_ask_read_every_answer(base, shared_prompts):
+    app = app_over(base, shared_prompts, allowed_origin=("https://page.example",))
+    with running(app) as server, server.client(headers={"origin": "https://page.example"}) as page:
+        for status, found in (
+            (200, page.post("/v1/completions", json=ASK)),
+            (404, page.post("/v1/completions", json={**ASK, "model": "nobody"})),
+            (413, page.post("/v1/completions", content=b"x" * 2**21)),
+            (421, page.get("/v1/models", headers={"host": "other.example"})),
+        ):
+            assert found.status_code == status
+            assert found.headers["access-control-allow-origin"] == "https://page.example"
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def test_not_ready_while_anything_has_stopped(base, shared_prompts):
 
 
 def test_a_scorer_that_breaks_says_so(base, monkeypatch):
-    scorer = Scorer(base.model, max_rows=4, max_waiting=4)
+    scorer = Scorer(base.model, max_rows=4, max_tokens=64, max_waiting=4)
     waiting = scorer.submit(None, ())
     monkeypatch.setattr(scorer, "_score_all", lambda: 1 / 0)
     scorer.start()
@@ -165,7 +165,7 @@ def test_a_scorer_that_breaks_says_so(base, monkeypatch):
 
 
 def test_a_request_in_the_middle_of_a_stop_is_refused(base, monkeypatch):
-    scorer = Scorer(base.model, max_rows=4, max_waiting=4)
+    scorer = Scorer(base.model, max_rows=4, max_tokens=64, max_waiting=4)
     stopping = threading.Thread(target=scorer.stop)
     put = scorer._waiting.put_nowait
 

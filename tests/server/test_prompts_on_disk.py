@@ -62,6 +62,34 @@ def test_damaged_and_deleted_prompts_fail_alone(own_server, prompts, base):
     assert client.get("/v1/models/pairs").status_code == 500
 
 
+def test_a_folder_without_weights_is_not_listed(own_server, prompts):
+    _, client = own_server
+    (prompts / "writer" / WEIGHTS).unlink()
+    assert "writer" not in [each["id"] for each in client.get("/v1/models").json()["data"]]
+    for found in (client.get("/v1/models/writer"), ask(client)):
+        assert found.status_code == 500
+        assert f"expected {WEIGHTS} in writer" in found.json()["error"]["message"]
+
+
+def test_replicas_over_one_folder_answer_alike(prompts, base):
+    with (
+        running(app_over(base, prompts)) as one,
+        running(app_over(base, prompts)) as two,
+        one.client() as first,
+        two.client() as second,
+    ):
+        seen = []
+        for seed in (31, 32):
+            own = {"task": "generation", "labels": None, "template": "{{input}}"}
+            write_prompt(prompts / "writer", base, seed=seed, **own)
+            for more in ({}, {"temperature": 1, "seed": 5, "n": 2}):
+                a, b = (ask(each, **more).json() for each in (first, second))
+                assert a["choices"] == b["choices"]
+                assert a["system_fingerprint"] == b["system_fingerprint"]
+            seen.append(a["system_fingerprint"])
+        assert seen[0] != seen[1]
+
+
 def test_requests_keep_the_version_they_began_with(prompts, base):
     batcher = ScriptedBatcher()
     with running(app_over(base, prompts, batcher)) as server, server.client() as client:

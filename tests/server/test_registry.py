@@ -252,6 +252,12 @@ def test_unloaded_prompts_are_gone_until_loaded(registry):
     assert registry.reload("writer").version == served.version
 
 
+def test_the_base_is_no_prompt(registry):
+    for ask in (registry.load, registry.unload, registry.reload, registry.stored, registry.outline):
+        with pytest.raises(AdapterError, match="'demo' is the base model, not a prompt"):
+            ask("demo")
+
+
 def test_a_prompt_that_shadows_the_base(registry, prompts, base):
     write_prompt(prompts / "demo", base)
     assert registry.get("demo").prompt is None

@@ -59,6 +59,20 @@ class Question:
     decoder_prompt: int = -1
 
 
+def label_set(given: Sequence[str] | None, own: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Return the labels to score: those that are given, or a prompt's own.
+
+    Raises:
+        ConfigError: One text is given, whose characters would be the labels.
+    """
+    if isinstance(given, str):
+        raise ConfigError(
+            f"labels expects a list of texts, got the text {given!r}; put it in a list"
+        )
+    chosen = own if given is None else given
+    return None if chosen is None else tuple(chosen)
+
+
 def label_ids_of(rows: RowTokenizer, labels: Sequence[str]) -> list[tuple[int, ...]]:
     """Return the tokens of each label as an answer.
 

@@ -21,7 +21,7 @@ from softprompt.inference.generation import Generation
 from softprompt.inference.options import GenerationOptions, options_from
 from softprompt.inference.prompt_choice import Names, Tasks, addressed, check_names
 from softprompt.inference.requests import Input, Request, inputs_of
-from softprompt.inference.scoring import LabelScores, label_ids_of
+from softprompt.inference.scoring import LabelScores, label_ids_of, label_set
 from softprompt.inference.task_choice import Task
 from softprompt.inference.tuned import TunedPrompt
 
@@ -54,8 +54,12 @@ class Serving:
         for name, tuned in prompts.items():
             self.put(name, tuned)
         self.batcher = Batcher(self._base, first.tokenizer, bounds)
+        own = self.batcher.bounds
         self._scorer = Scorer(
-            self._base, max_rows=_SCORE_ROWS, max_waiting=self.batcher.bounds.max_queue
+            self._base,
+            max_rows=_SCORE_ROWS,
+            max_tokens=own.max_step_tokens,
+            max_waiting=own.max_queue,
         )
         self._scorer.start()
 
@@ -256,7 +260,15 @@ class Serving:
             own = self._known(each.prompt, each.task)
             (given,) = inputs_of(own.rows, [each.request])
             asked.append((request_of(given, own.value, options=options), given))
-        return [(self.batcher.submit(request, wait=True), given) for request, given in asked]
+        tickets: list[tuple[Ticket, Input]] = []
+        try:
+            for request, given in asked:
+                tickets.append((self.batcher.submit(request, wait=True), given))
+        except BaseException:
+            for ticket, _ in tickets:
+                ticket.cancel()
+            raise
+        return tickets
 
     def _scored(
         self,
@@ -272,7 +284,7 @@ class Serving:
         asked = []
         for (name, task), of_prompt in grouped.items():
             own = self._known(name, task)
-            chosen = own.manifest.labels if labels is None else tuple(labels)
+            chosen = label_set(labels, own.manifest.labels)
             if chosen is None:
                 raise ConfigError(
                     f"prompt {name!r} generates free text and has no label set; pass labels=[...]"
@@ -280,10 +292,17 @@ class Serving:
             inputs = inputs_of(own.rows, of_prompt.values())
             labelling = Labelling(chosen, label_ids_of(own.rows, chosen), inputs)
             asked.append((list(of_prompt), own.value, labelling))
-        return [
-            Scored(places, labelling, self._scorer.submit(value, labelling.rows()))
-            for places, value, labelling in asked
-        ]
+        scored: list[Scored] = []
+        try:
+            for places, value, labelling in asked:
+                scored.append(
+                    Scored(places, labelling, self._scorer.submit(value, labelling.rows()))
+                )
+        except BaseException:
+            for begun in scored:
+                begun.sums.cancel()
+            raise
+        return scored
 
 
 def _detached(prompt: TunedPrompt | DetachedPrompt) -> DetachedPrompt:

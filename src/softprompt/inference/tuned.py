@@ -28,7 +28,13 @@ from softprompt.inference.continuous.values import prompt_value, request_of
 from softprompt.inference.generation import Generation, Generator
 from softprompt.inference.options import GenerationOptions, options_from
 from softprompt.inference.requests import Request, inputs_of, listed, row_tokenizer, sources_of
-from softprompt.inference.scoring import LabelScores, label_ids_of, label_scores, score_labels
+from softprompt.inference.scoring import (
+    LabelScores,
+    label_ids_of,
+    label_scores,
+    label_set,
+    score_labels,
+)
 from softprompt.inference.task_choice import Task, TaskNames, rows_by_task, task_number
 from softprompt.prompts.kinds import Placement
 
@@ -237,7 +243,7 @@ class TunedPrompt:
                 ),
             )
         prompts = self.prompts()
-        names = self.labels if labels is None else tuple(labels)
+        names = label_set(labels, self.labels)
         if names is None:
             raise ConfigError(
                 "this prompt generates free text and has no label set; pass labels=[...] or "

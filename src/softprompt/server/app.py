@@ -74,9 +74,9 @@ def create_app(
     ):
         app.include_router(router)
     handlers.install(app)
-    if settings.allowed_origin:
-        app.add_middleware(Origins, allowed=settings.allowed_origin)
     app.add_middleware(Limits, service=service)
+    if settings.allowed_origin:  # outside of it, so that a page can read what it refuses
+        app.add_middleware(Origins, allowed=settings.allowed_origin)
     return app
 
 

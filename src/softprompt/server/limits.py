@@ -23,7 +23,7 @@ _RETRY_SECONDS = 1
 
 @final
 class Limits:
-    """An ASGI layer; outside the app, so that nothing is parsed before it is bounded."""
+    """An ASGI layer; outside the app, so that no body is read before it is bounded."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app

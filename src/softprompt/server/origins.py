@@ -27,6 +27,9 @@ class Origins:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer what a browser asks in advance, and pass on the rest."""
+        if scope["type"] != "http":
+            await self._cors(scope, receive, send)
+            return
         headers = Headers(scope=scope)
         asks = scope["method"] == "OPTIONS" and "access-control-request-method" in headers
         if not (asks and "origin" in headers):

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from softprompt.artifacts.layout import MANIFEST_NAME, check_config, parse_object
+from softprompt.artifacts.layout import MANIFEST_NAME, WEIGHTS_NAME, check_config, parse_object
 from softprompt.artifacts.manifest import Manifest, manifest_of_task
 from softprompt.errors import ArtifactError, SoftPromptError
 from softprompt.prompts.configs import CONFIG_NAME
 from softprompt.prompts.kinds import PeftType
-from softprompt.server.folder import Root, Signature
+from softprompt.server.folder import FILES, Root, Signature
 
 _TASKS = 1000
 """Tasks of a folder without a record; a number in a small file must not fill the memory."""
@@ -42,6 +42,9 @@ def outlined(root: Root, name: str, signature: Signature, most: int) -> Outline:
     """
     stamp = signature[0]
     created = stamp[2] // 10**9 if stamp else 0
+    if signature[FILES.index(WEIGHTS_NAME)] is None:
+        problem = f"expected {WEIGHTS_NAME} in {name}, it has none: copy it there"
+        return Outline(signature, created, {}, problem)
     try:
         config = _object(root, name, CONFIG_NAME, most) or {}
         check_config(config)

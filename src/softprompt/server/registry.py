@@ -215,6 +215,10 @@ class Registry:
         try:
             return self.root.signature(name)
         except AdapterError:
+            if name == self.base.name:
+                raise AdapterError(
+                    f"{name!r} is the base model, not a prompt; GET /v1/models lists the prompts"
+                ) from None
             hint = nearest(name, self._listed_like(name)) if is_name(name) else ""
             if not hint:
                 raise

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass, field
 
 from softprompt.errors import ConfigError
 from softprompt.training.fields import about, check
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +114,12 @@ class ServeSettings:
         for name in ("base_model", "prompts", "host"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} must not be empty")
+        for origin in self.allowed_origin:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"allowed_origin expects what browsers send, such as https://page.example, got {origin!r}; "
+                    "leave out all but scheme, host and port"
+                )
 
     @property
     def is_local(self) -> bool:

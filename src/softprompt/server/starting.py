@@ -71,7 +71,12 @@ def build_app(settings: ServeSettings, root: Root, bounds: Bounds) -> FastAPI:
         max_bytes=settings.max_prompt_bytes,
     )
     batcher = Batcher(base.model, base.tokenizer, bounds)
-    scorer = Scorer(base.model, max_rows=settings.max_score_rows, max_waiting=settings.max_waiting)
+    scorer = Scorer(
+        base.model,
+        max_rows=settings.max_score_rows,
+        max_tokens=settings.max_step_tokens,
+        max_waiting=settings.max_waiting,
+    )
     scorer.start()
     logger.info(
         "%s with %d prompts, engine %s%s",
@@ -161,9 +166,18 @@ def server_of(app: FastAPI, config: uvicorn.Config) -> uvicorn.Server:
 def _run(app: FastAPI, settings: ServeSettings, sock: socket.socket) -> None:
     # uvicorn drains on these signals and then raises them again, to whoever had them before.
     before = signal.signal(signal.SIGTERM, _taken)
+    server = server_of(app, config_of(app, settings))
+
+    def tells(record: logging.LogRecord) -> bool:
+        return not server.force_exit
+
+    # A second Ctrl-C cancels what runs; uvicorn would log each as a failure, with its traceback.
+    told = logging.getLogger("uvicorn.error")
+    told.addFilter(tells)
     try:
-        server_of(app, config_of(app, settings)).run(sockets=[sock])
+        server.run(sockets=[sock])
     finally:
+        told.removeFilter(tells)
         signal.signal(signal.SIGTERM, before)
 
 

@@ -1,20 +1,69 @@
-"""A scorer that stops fails what waits, and is not held up by callers that have gone."""
+"""A scorer keeps to its bounds in each pass, and one that stops is not held up by callers that have gone."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from oracles.served import served
+from softprompt.engine.rows import EngineRow
 from softprompt.errors import NotServingError
 from softprompt.inference.continuous.scorer import Scorer
 
 
 def test_a_caller_that_has_gone_does_not_hold_up_the_end():
     base = served("llama", kinds=("plain",))
-    scorer = Scorer(base.model, max_rows=4, max_waiting=4)
+    scorer = Scorer(base.model, max_rows=4, max_tokens=64, max_waiting=4)
     gone, waiting = (scorer.submit(base.values["plain"], ()) for _ in range(2))
     assert gone.cancel()
     scorer.stop()
     assert gone.cancelled()
     with pytest.raises(NotServingError):
         waiting.result(1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "passes"), [(64, 10_000, 1), (64, 40, 4), (4, 10_000, 6)]
+)
+def test_a_pass_is_bounded_by_rows_and_tokens(monkeypatch, rows, tokens, passes):
+    base = served("llama", kinds=("plain", "other"))
+    texts = [tuple(range(5, 5 + 3 * n)) for n in range(1, 5)]
+    asked = [
+        [EngineRow(text, label) for text in texts for label in ((7,), (8, 9), (3, 4, 5))]
+        for _ in range(2)
+    ]
+    prompts = [base.values[name] for name in ("plain", "other")]
+    scorer = Scorer(base.model, max_rows=rows, max_tokens=tokens, max_waiting=4)
+    seen, own = [], scorer._engine(True)
+
+    class Noting:
+        def target_log_probs(self, part, values):
+            seen.append(part)
+            return own.target_log_probs(part, values)
+
+    monkeypatch.setattr(scorer, "_engine", lambda _: Noting())
+    found = [scorer.submit(*each) for each in zip(prompts, asked, strict=True)]
+    scorer.start()
+    for prompt, each, sums in zip(prompts, asked, found, strict=True):
+        alone = [
+            own.target_log_probs([replace(row, prompt=0)], [prompt.value]).row_sums(1).detach()
+            for row in each
+        ]
+        assert torch.allclose(sums.result(30), torch.cat(alone).float(), atol=1e-5)
+    scorer.stop()
+    assert len(seen) == passes
+    for part in seen:
+        sources = sum(map(len, {row.source for row in part}))
+        assert len(part) == 1 or sources + sum(len(row.target) for row in part) <= tokens
+        assert len(part) <= rows
+
+
+def test_a_row_beyond_the_bound_has_a_pass_of_its_own():
+    base = served("llama", kinds=("plain",))
+    scorer = Scorer(base.model, max_rows=4, max_tokens=1, max_waiting=4)
+    scorer.start()
+    sums = scorer.submit(base.values["plain"], [EngineRow((5, 6, 7), (8,)), EngineRow((9,), (4,))])
+    assert sums.result(30).shape == (2,)
+    scorer.stop()

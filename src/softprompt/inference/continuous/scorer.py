@@ -6,7 +6,7 @@ import atexit
 import logging
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import final
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.engine.choose import build_engine
+from softprompt.engine.prefixes.values import virtual_length
 from softprompt.engine.rows import Engine, EngineRow
 from softprompt.errors import NotServingError, QueueFullError
 from softprompt.inference.continuous.request import PromptValue
@@ -42,11 +43,21 @@ class Scoring:
 
 @final
 class Scorer:
-    """A thread that owns the scoring of one model; engines take the model's lock for each pass."""
+    """A thread that owns the scoring of one model; engines take the model's lock for each pass.
 
-    def __init__(self, model: PreTrainedModel, *, max_rows: int, max_waiting: int) -> None:
+    Args:
+        model: The base model.
+        max_rows: Targets in one pass.
+        max_tokens: Tokens in one pass, if they are of more than one row.
+        max_waiting: Callers that wait.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, max_rows: int, max_tokens: int, max_waiting: int
+    ) -> None:
         self._model = model
         self._max_rows = max_rows
+        self._max_tokens = max_tokens
         self._waiting: queue.Queue[Scoring | None] = queue.Queue(max_waiting)
         self._engines: dict[bool, Engine] = {}
         self._stopped = False
@@ -170,12 +181,32 @@ class Scorer:
         sums = torch.cat(
             [
                 engine.target_log_probs(part, prompts).row_sums(len(part)).float().cpu()
-                for part in (
-                    rows[at : at + self._max_rows] for at in range(0, len(rows), self._max_rows)
-                )
+                for part in self._passes(rows, prompts)
             ]
         )
         return torch.split(sums, [len(each.rows) for each in batch])
+
+    def _passes(
+        self, rows: Sequence[EngineRow], prompts: Sequence[Tensor]
+    ) -> list[list[EngineRow]]:
+        """Cut rows into passes within the bounds; a prompt, and a source beside itself, is run once in each."""
+        passes: list[list[EngineRow]] = []
+        tokens, known = 0, set[int]()
+        for row in rows:
+            last = passes[-1][-1] if passes else None
+            need = _tokens_beside(row, last, prompts, known)
+            if (
+                last is None
+                or len(passes[-1]) == self._max_rows
+                or tokens + need > self._max_tokens
+            ):
+                tokens, known = 0, set[int]()
+                need = _tokens_beside(row, None, prompts, known)
+                passes.append([])
+            passes[-1].append(row)
+            tokens += need
+            known |= {row.prompt, row.decoder_prompt}
+        return passes
 
     def _engine(self, sees_input: bool) -> Engine:
         if sees_input not in self._engines:
@@ -183,6 +214,16 @@ class Scorer:
                 self._model, "auto", prompt_sees_input=sees_input
             )
         return self._engines[sees_input]
+
+
+def _tokens_beside(
+    row: EngineRow, last: EngineRow | None, prompts: Sequence[Tensor], known: Set[int]
+) -> int:
+    """Return the tokens that a row adds to a pass that ends with ``last`` and has the ``known`` prompts."""
+    own = {row.prompt, row.decoder_prompt} - known - {-1}
+    virtual = sum(virtual_length(prompts[place]) for place in own)
+    shared = last is not None and (last.source, last.prompt) == (row.source, row.prompt)
+    return virtual + len(row.target) + (0 if shared else len(row.source))
 
 
 def _placed(prompts: list[Tensor], value: Tensor | None) -> int:
