@@ -113,10 +113,10 @@ def test_numbers_of_the_real_batcher(server, client):
     # An answer is out a moment before the batcher notes that it ended.
     until(lambda: numbers(client)["softprompt_num_requests_running",] == 0)
     found = numbers(client)
-    assert found["softprompt_prompt_cache_hits",] >= 1
+    assert found["softprompt_prompt_cache_hits_total",] >= 1
     assert found["softprompt_prompt_cache_tokens",] >= 3
     assert found["softprompt_prompt_cache_prompts",] >= 1
-    assert found["softprompt_engine_steps",] >= 2
+    assert found["softprompt_engine_steps_total",] >= 2
     assert 0 <= found["softprompt_kv_cache_usage_perc",] <= 1
 
 

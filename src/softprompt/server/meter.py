@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from softprompt.server.backend import Backend
 
@@ -76,12 +78,12 @@ class Meter:
             "Virtual tokens whose keys and values are kept.",
             lambda: batcher.stats.resident_tokens,
         )
-        self._gauge(
+        self._count(
             "prompt_cache_hits",
             "Requests so far that found their prompt's keys and values.",
             lambda: batcher.stats.prompt_hits,
         )
-        self._gauge(
+        self._count(
             "prompt_cache_misses",
             "Requests so far that had to compute them.",
             lambda: batcher.stats.prompt_misses,
@@ -91,7 +93,7 @@ class Meter:
             "Prompts whose keys and values are kept.",
             lambda: batcher.stats.resident_prompts,
         )
-        self._gauge(
+        self._count(
             "engine_steps",
             "Passes of the model so far, for generation.",
             lambda: batcher.stats.steps,
@@ -130,6 +132,9 @@ class Meter:
         gauge = Gauge(f"softprompt_{name}", text, registry=self.registry)
         gauge.set_function(value)
 
+    def _count(self, name: str, text: str, value: Callable[[], float]) -> None:
+        self.registry.register(_Count(f"softprompt_{name}", text, value))
+
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"softprompt_{name}", text, ["model_name", *labels], registry=self.registry)
 
@@ -137,3 +142,19 @@ class Meter:
         return Histogram(
             f"softprompt_{name}", text, ["model_name"], registry=self.registry, buckets=buckets
         )
+
+
+@final
+class _Count(Collector):
+    """A counter that is counted elsewhere; prometheus_client's own only count what they are told."""
+
+    def __init__(self, name: str, text: str, value: Callable[[], float]) -> None:
+        self._name, self._text, self._value = name, text, value
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the count of now."""
+        return [CounterMetricFamily(self._name, self._text, value=self._value())]
+
+    def describe(self) -> Iterable[Metric]:
+        """Return its name alone, so that registering it asks for no value."""
+        return [CounterMetricFamily(self._name, self._text)]
