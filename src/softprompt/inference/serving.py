@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self, final
 
 from softprompt.errors import AdapterError, ConfigError, nearest
+from softprompt.inference.continuous.awaited import asked_in_thread
 from softprompt.inference.continuous.batcher import Batcher
 from softprompt.inference.continuous.events import FinishEvent
 from softprompt.inference.continuous.labelling import Labelling, Scored, in_order
@@ -141,8 +142,11 @@ class Serving:
     ) -> list[Generation]:
         """Answer as ``generate``, without blocking the event loop."""
         chosen = options_from(options, settings, "agenerate")
-        # It waits while the queue is full.
-        tickets = await asyncio.to_thread(self._submitted, requests, prompts, task_name, chosen)
+        # In a thread, as it waits while the queue is full.
+        tickets = await asked_in_thread(
+            lambda: self._submitted(requests, prompts, task_name, chosen),
+            lambda each: each[0].cancel(),
+        )
         try:
             ends = await asyncio.gather(*(ticket for ticket, _ in tickets))
         finally:
@@ -214,7 +218,10 @@ class Serving:
         normalize: bool = False,
     ) -> list[LabelScores]:
         """Answer as ``classify``, without blocking the event loop."""
-        scored = await asyncio.to_thread(self._scored, requests, prompts, labels, task_name)
+        scored = await asked_in_thread(
+            lambda: self._scored(requests, prompts, labels, task_name),
+            lambda each: each.sums.cancel(),
+        )
         try:
             sums = await asyncio.gather(*(asyncio.wrap_future(each.sums) for each in scored))
         finally:
