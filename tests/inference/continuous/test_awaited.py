@@ -54,7 +54,7 @@ def test_a_caller_who_goes_just_before_he_is_told():
 
         def ask():
             # In the loop's queue before the end of the thread is.
-            loop.call_soon_threadsafe(lambda: asking.cancel())
+            loop.call_soon_threadsafe(asking.cancel)
             return [1, 2]
 
         asking = asyncio.ensure_future(asked_in_thread(ask, cancelled.append))
