@@ -81,7 +81,7 @@ def test_few_numbers_of_rows_are_compiled_for():
     counts = range(1, 2049)
     assert all(count <= padded_rows(count) for count in counts)
     assert all(padded_rows(count) <= 1.5 * count for count in counts)
-    assert len({padded_rows(count) for count in counts}) == 44
+    assert len({padded_rows(count) for count in counts}) == 128
     assert all(padded_rows(padded_rows(count)) == padded_rows(count) for count in counts)
 
 

@@ -25,7 +25,7 @@ _WORTH = 2**16
 """Elements of the smallest weight for which calling oneDNN pays."""
 
 _ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-_ROW_STEP = 64
+_ROW_STEP = 16
 
 
 @lru_cache(maxsize=1)
