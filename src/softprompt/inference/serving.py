@@ -256,7 +256,16 @@ class Serving:
             own = self._known(each.prompt, each.task)
             (given,) = inputs_of(own.rows, [each.request])
             asked.append((request_of(given, own.value, options=options), given))
-        return [(self.batcher.submit(request, wait=True), given) for request, given in asked]
+        tickets: list[tuple[Ticket, Input]] = []
+        try:
+            for request, given in asked:
+                tickets.append((self.batcher.submit(request, wait=True), given))
+        except BaseException:
+            # Nobody would read the answers to those before the one that was refused.
+            for ticket, _ in tickets:
+                ticket.cancel()
+            raise
+        return tickets
 
     def _scored(
         self,
