@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -158,6 +164,170 @@ def test_inside_one_another():
     assert bodies_in(module) == []
 
 
+def test_what_others_do_to_a_layer_meanwhile_stays():
+    first, second, third = layer("linear"), layer("linear"), layer("linear")
+    with lent_bodies([FrozenLinear(each, keep=False) for each in (first, second, third)]):
+        del first.forward
+        second.forward = own = lambda x: x
+    assert "forward" not in vars(first)
+    assert second.forward is own
+    assert bodies_in(third) == []
+
+
+def pickled(module):
+    return pickle.loads(pickle.dumps(module))  # noqa: S301 - our own
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_copies_made_meanwhile_have_their_own_products(monkeypatch, copied):
+    module, x = nn.Sequential(layer("linear")), torch.randn(3, 16)
+    with lent_bodies(frozen_linears(module)):
+        other = copied(module)
+    calls = used(monkeypatch)
+    nn.init.zeros_(module[0].weight)
+    nn.init.zeros_(module[0].bias)
+    assert other(x).abs().max() > 0
+    assert not calls
+
+
+@pytest.mark.parametrize("rows", [4, 5])
+@pytest.mark.parametrize("write", [Tensor.mul_, Tensor.add_])
+def test_products_may_be_written_to(rows, write):
+    """A view that a Function returns may not be, and models write into what a layer returns."""
+    module, found = layer("linear"), []
+    for bodies in ([], frozen_linears(module)):
+        x = torch.ones(1, rows, 16, requires_grad=True)
+        with lent_bodies(bodies):
+            write(module(x), 2).sum().backward()
+        found.append(x.grad)
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
+
+
+def _dual(module, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(module(forward_ad.make_dual(x, x))).tangent
+
+
+def _counted(module, x):
+    with FlopCounterMode(display=False) as counter:
+        module(x)
+    return torch.tensor(counter.get_total_flops())
+
+
+def _batched_gradients(module, x):
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(module(x), x, torch.ones(2, 3, 24), is_grads_batched=True)[0]
+
+
+WATCHERS = {
+    "vmap": lambda module, x: torch.func.vmap(module)(x),
+    "grad": lambda module, x: torch.func.grad(lambda given: module(given).sin().sum())(x),
+    "jvp": lambda module, x: torch.func.jvp(module, (x,), (x,))[1],
+    "forward mode": _dual,
+    "batched gradients": _batched_gradients,
+    "trace": lambda module, x: torch.jit.trace(module, x)(x),
+    "compile": lambda module, x: torch.compile(module, backend="eager", fullgraph=True)(x),
+    "flops": _counted,
+    "named": lambda module, x: module(input=x),
+    "sparse": lambda module, x: module(torch.eye(16).to_sparse()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("watcher", list(WATCHERS))
+def test_who_looks_at_operations_sees_torch_s_own(watcher, keep):
+    """Forward-mode derivatives would be dropped in silence; the others would raise."""
+    module, x = layer("linear"), torch.randn(3, 16)
+    expected = WATCHERS[watcher](module, x)
+    with lent_bodies(frozen_linears(module, keep=keep)):
+        found = WATCHERS[watcher](module, x)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_wrong_shapes_are_told_as_torch_tells_them():
+    module = layer("linear")
+    with lent_bodies(frozen_linears(module)):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            module(torch.randn(3, 15))
+        with pytest.raises(RuntimeError, match="at least 1D"):
+            module(torch.tensor(1.0))
+
+
+def test_checkpoints_take_either_product():
+    """What is saved has one shape, so a layer may be run again under a counter, or without."""
+    module, x = layer("linear"), torch.randn(3, 16, requires_grad=True)
+    with lent_bodies(frozen_linears(module)):
+        with FlopCounterMode(display=False):
+            result = checkpoint(module, x, use_reentrant=False)
+        result.sum().backward()
+    assert x.grad is not None
+
+
+def test_switched_off_by_torch_s_own_switch():
+    module = layer("linear")
+    torch._C._set_mkldnn_enabled(False)  # what torch.backends.mkldnn.enabled sets
+    try:
+        assert frozen_linears(module) == []
+    finally:
+        torch._C._set_mkldnn_enabled(True)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_compiled_parts_are_compiled_once():
+    model, ids = tiny("llama"), torch.tensor([[5, 6, 7, 8]])
+    prompted = get_peft_model(
+        model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    )
+    compiled = []
+
+    def count(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    model.model.layers[0].mlp.compile(backend=count, fullgraph=True)
+    with torch.no_grad():
+        for _ in range(3):
+            prompted(input_ids=ids)
+    assert len(compiled) == 1
+    layer_by_assignment = layer("linear")
+    layer_by_assignment.forward = torch.compile(layer_by_assignment.forward)
+    assert frozen_linears(nn.Sequential(layer("linear"), layer_by_assignment)) == []
+
+
+def test_a_part_that_torch_lacks(monkeypatch):
+    assert products._has_its_parts()
+    monkeypatch.delattr(torch._C, "_len_torch_dispatch_stack")
+    assert not products._has_its_parts()
+
+
+def test_kept_copy_goes_when_the_weight_leaves():
+    module, x = layer("linear"), torch.randn(3, 16)
+    body = FrozenLinear(module, keep=True)
+    with torch.no_grad(), lent_bodies([body]):
+        for _ in range(5):
+            module(x)
+            assert body._kept is not None
+            # The address may come back with other numbers.
+            module.half().float()
+            wanted = F.linear(x, module.weight, module.bias)
+            torch.testing.assert_close(module(x), wanted, atol=1e-6, rtol=1e-5)
+        module.double()
+        module(x.double())
+    assert body._kept is None
+
+
+def test_decoding_keeps_no_copy_after_its_end():
+    forest = DecodeForest(tiny("llama"), 64)
+    (lane,) = forest.store.take(8, 1)
+    forest.step([NewTokens(lane, (5, 6, 7))])
+    kept = [weakref.ref(body._kept[2]) for body in forest._bodies if body._kept is not None]
+    assert kept and all(each() is not None for each in kept)
+    del forest, lane
+    gc.collect()
+    assert all(each() is None for each in kept)
+
+
 @pytest.mark.parametrize("change", ["written", "replaced data", "replaced"])
 def test_kept_copy_follows_the_weight(change):
     module, x = layer("linear"), torch.randn(3, 16)
@@ -200,9 +370,9 @@ def test_wrong_products_are_declined(monkeypatch, decoding):
 @pytest.mark.parametrize(
     ("capability", "cpu", "faster"),
     [
-        ("AVX512", "vendor_id : AuthenticAMD", True),
-        ("AVX512", "vendor_id : GenuineIntel", False),
-        ("AVX2", "vendor_id : AuthenticAMD", False),
+        ("AVX512", b"vendor_id : AuthenticAMD", True),
+        ("AVX512", b"vendor_id : GenuineIntel", False),
+        ("AVX2", b"vendor_id : AuthenticAMD", False),
         ("AVX512", None, False),
     ],
 )
@@ -216,7 +386,7 @@ def test_the_machine_decides(monkeypatch, capability, cpu, faster):
 
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    monkeypatch.setattr(Path, "read_text", read)
+    monkeypatch.setattr(Path, "read_bytes", read)
     products.is_faster_here.cache_clear()
     try:
         assert products.is_faster_here() is faster
@@ -305,3 +475,21 @@ def test_the_base_alone_is_bit_for_bit_the_base():
         assert torch.equal(prompted(input_ids=ids).logits, expected)
     assert torch.equal(prompted(input_ids=ids, adapter_names=["__base__"]).logits[:, -4:], expected)
     assert torch.equal(prompted.unload()(ids).logits, expected)
+
+
+def test_the_base_alone_inside_a_prompted_pass():
+    model, ids, found = tiny("gpt2"), torch.tensor([[5, 6, 7, 8]]), []
+    expected = copy.deepcopy(model)(ids).logits
+    prompted = get_peft_model(
+        model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    )
+
+    def ask(*_):
+        if not found:
+            found.append(None)
+            with prompted.disable_adapter():
+                found[0] = prompted(input_ids=ids).logits
+
+    model.transformer.h[0].register_forward_hook(ask)
+    prompted(input_ids=ids)
+    assert torch.equal(found[0], expected)

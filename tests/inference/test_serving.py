@@ -69,6 +69,26 @@ def test_a_dropped_stream_is_cancelled(serving):
     assert serving.generate("good", "plain", max_new_tokens=1)
 
 
+def test_those_before_a_refused_input_are_cancelled(serving, monkeypatch):
+    made, submit = [], serving.batcher.submit
+
+    def refusing(request, **more):
+        if len(made) == 2:
+            raise ConfigError("no")
+        made.append(submit(request, **more))
+        return made[-1]
+
+    cancelled = []
+    monkeypatch.setattr(serving.batcher, "submit", refusing)
+    original = Ticket.cancel
+    monkeypatch.setattr(
+        Ticket, "cancel", lambda ticket: (cancelled.append(ticket), original(ticket))[1]
+    )
+    with pytest.raises(ConfigError):
+        serving.generate(TEXTS, "plain", max_new_tokens=40)
+    assert cancelled == made
+
+
 def test_a_stream_that_was_never_begun_is_cancelled(serving, monkeypatch):
     cancelled = set()
     monkeypatch.setattr(Ticket, "cancel", lambda ticket: cancelled.add(id(ticket)))

@@ -19,7 +19,7 @@ from softprompt.engine.layout import Prompts
 from softprompt.engine.lock import locked
 from softprompt.engine.prefixes.paths import prefixed
 from softprompt.engine.prefixes.values import Prefixes
-from softprompt.engine.products import frozen_linears, lent_bodies
+from softprompt.engine.products import frozen_linears, lent_bodies, torch_products
 from softprompt.engine.recomputed import recomputed_alike
 from softprompt.engine.virtual import VirtualVocabulary
 from softprompt.errors import ConfigError
@@ -124,10 +124,10 @@ def lent(
         )
     names = [row.name for row in rows]
     behind = nullcontext() if prompts.prefixes is None else prefixed(model, facts, prompts.prefixes)
-    # Without a prompt it is the base, bit for bit.
+    # Without a prompt it is the base, bit for bit, inside another pass too.
     bare = prompts.table is None and prompts.prefixes is None
-    bodies = [] if bare else frozen_linears(model)
-    with locked(model), behind, lent_bodies(bodies), recomputed_alike(model):
+    own = torch_products() if bare and not torch.compiler.is_compiling() else nullcontext()
+    with locked(model), behind, own, lent_bodies(frozen_linears(model)), recomputed_alike(model):
         switches = [switch for _, switch in heads.switches_of(model)]
         for switch in switches:
             switch.active = names[0] if len(set(names)) == 1 else tuple(names)

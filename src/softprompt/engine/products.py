@@ -17,6 +17,7 @@ from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
@@ -37,13 +38,26 @@ def is_faster_here() -> bool:
     libraries: Any = torch.backends
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not libraries.mkl.is_available():
         return False
-    # Not part of torch's promises, so a version may lack it.
-    if not libraries.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not libraries.mkldnn.is_available() or not _has_its_parts():
         return False
     try:
-        return "GenuineIntel" not in Path("/proc/cpuinfo").read_text()
+        return b"GenuineIntel" not in Path("/proc/cpuinfo").read_bytes()
     except OSError:
         return False
+
+
+def _has_its_parts() -> bool:
+    """Tell whether torch has what is used here and no part of its promises: a version may lack it."""
+    needed = (
+        (torch.ops.mkldnn, ("_linear_pointwise", "_reorder_linear_weight")),
+        (
+            torch._C,
+            ("_are_functorch_transforms_active", "_is_tracing", "_len_torch_dispatch_stack"),
+        ),
+        (torch._C._functorch, ("is_legacy_batchedtensor",)),
+        (forward_ad, ("_current_level",)),
+    )
+    return all(hasattr(home, name) for home, names in needed for name in names)
 
 
 @final
@@ -53,30 +67,44 @@ class FrozenLinear:
     Args:
         module: The layer.
         keep: Keep a copy of the weight in the order oneDNN reads it in. It pays for few rows,
-            where ordering takes longer than multiplying.
+            where ordering takes longer than multiplying. It follows a weight that is written to or
+            replaced, but writing through ``weight.data`` leaves no trace that could be seen.
     """
 
     def __init__(self, module: nn.Module, *, keep: bool) -> None:
         self.module = module
         self._keep = keep
-        self._kept: tuple[tuple[int, int], Tensor] | None = None
+        # The weight it is of is kept with it: no other can then come to lie at its address.
+        self._kept: tuple[Tensor, int, Tensor] | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, *args: Any, **named: Any) -> Tensor:
         """Return ``x W + b``, ``[..., O]`` of ``[..., I]``."""
         weight, bias = cast(Tensor, self.module.weight), cast("Tensor | None", self.module.bias)
-        if not _takes(x, weight, bias):
-            return cast(Tensor, type(self.module).forward(self.module, x))
+        if _is_watched() or named or len(args) != 1 or not _are_plain(args[0], weight, bias):
+            self._kept = None
+            return cast(Tensor, type(self.module).forward(self.module, *args, **named))
+        (x,) = args
         matrix = weight.t() if isinstance(self.module, Conv1D) else weight  # [O, I]
+        if x.shape[-1:] != matrix.shape[1:] or not x.numel():
+            return cast(Tensor, type(self.module).forward(self.module, x))
         if torch.is_grad_enabled() and x.requires_grad:
             return cast(Tensor, _Product.apply(x, matrix, bias))  # type: ignore[no-untyped-call]
         return _multiplied(x, self._ordered(weight, matrix) if self._keep else matrix, bias)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Become the layer's own body in a copy: what is lent to a model is not lent to its copies."""
+        return getattr, (self.module, "forward")
+
     def _ordered(self, weight: Tensor, matrix: Tensor) -> Tensor:
         """Return the copy, made again after the weight was written to or replaced."""
-        state = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-        if self._kept is None or self._kept[0] != state:
-            self._kept = state, torch.ops.mkldnn._reorder_linear_weight(matrix.detach(), None)
-        return self._kept[1]
+        version = 0 if weight.is_inference() else weight._version
+        if self._kept is not None:
+            of, then, ordered = self._kept
+            if then == version and of.data_ptr() == weight.data_ptr():
+                return ordered
+        ordered = cast(Tensor, torch.ops.mkldnn._reorder_linear_weight(matrix.detach(), None))
+        self._kept = weight.detach(), version, ordered
+        return ordered
 
 
 _torch_only: ContextVar[bool] = ContextVar("softprompt_torch_products", default=False)
@@ -84,7 +112,7 @@ _torch_only: ContextVar[bool] = ContextVar("softprompt_torch_products", default=
 
 @contextmanager
 def torch_products() -> Iterator[None]:
-    """Leave every product in the context to torch: what oneDNN's are compared with."""
+    """Leave every product in the context to torch, also of layers that are lent another body already."""
     token = _torch_only.set(True)
     try:
         yield
@@ -93,13 +121,19 @@ def torch_products() -> Iterator[None]:
 
 
 def frozen_linears(model: nn.Module, *, keep: bool = False) -> list[FrozenLinear]:
-    """Return bodies for a model's linear layers; none where torch's own are as fast."""
+    """Return bodies for a model's float32 linear layers on the CPU; none where torch's own are as fast.
+
+    ``torch.backends.mkldnn.enabled = False`` leaves all to torch. A model of which parts are compiled
+    keeps its own too: those would be compiled again for every pass.
+    """
     if torch.compiler.is_compiling() or _torch_only.get() or not is_faster_here():
+        return []
+    if not cast(Any, torch.backends).mkldnn.enabled or any(map(_is_compiled, model.modules())):
         return []
     return [
         FrozenLinear(each, keep=keep)
         for each in model.modules()
-        if type(each) in _LINEAR and cast(Tensor, each.weight).numel() >= _WORTH
+        if type(each) in _LINEAR and _is_worth_it(cast(Tensor, each.weight))
     ]
 
 
@@ -113,19 +147,20 @@ def bodies_in(model: nn.Module) -> list[FrozenLinear]:
 def lent_bodies(bodies: Iterable[FrozenLinear]) -> Iterator[None]:
     """Let layers run these bodies inside the context; hold the model's lock around it.
 
-    A layer whose ``forward`` somebody has replaced already is left alone.
+    A layer whose ``forward`` somebody has replaced, before or meanwhile, is left alone.
     """
-    changed: list[dict[str, Any]] = []
+    changed: list[tuple[dict[str, Any], FrozenLinear]] = []
     try:
         for body in bodies:
             own = vars(body.module)
             if "forward" not in own:
                 own["forward"] = body
-                changed.append(own)
+                changed.append((own, body))
         yield
     finally:
-        for own in changed:
-            del own["forward"]
+        for own, body in changed:
+            if own.get("forward") is body:
+                del own["forward"]
 
 
 class _Product(torch.autograd.Function):
@@ -133,22 +168,27 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(matrix)
+        # Checkpoints compare what is saved by shape: this is what torch's own product saves.
+        ctx.save_for_backward(matrix.t())
         return _multiplied(x, matrix, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (matrix,) = ctx.saved_tensors
+        (transposed,) = ctx.saved_tensors
         (gradient,) = gradients
-        return cast(Tensor, _Product.apply(gradient, matrix.t(), None)), None, None  # type: ignore[no-untyped-call]
+        if _is_watched() or torch._C._functorch.is_legacy_batchedtensor(gradient):
+            return gradient @ transposed.t(), None, None
+        return cast(Tensor, _Product.apply(gradient, transposed, None)), None, None  # type: ignore[no-untyped-call]
 
 
 def _multiplied(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
-    count = len(rows)
-    padded = F.pad(rows, (0, 0, 0, padded_rows(count) - count))
-    product = torch.ops.mkldnn._linear_pointwise(padded, matrix, bias, "none", [], "")
-    return cast(Tensor, product[:count].view(*x.shape[:-1], -1))
+    more = padded_rows(len(rows)) - len(rows)
+    if more:
+        rows = F.pad(rows, (0, 0, 0, more))
+    product = torch.ops.mkldnn._linear_pointwise(rows, matrix, bias, "none", [], "")
+    # Shrunk and not sliced: models may write into it, which autograd forbids for a view of ours.
+    return cast(Tensor, product.resize_(*x.shape[:-1], product.shape[-1]))
 
 
 def padded_rows(count: int) -> int:
@@ -162,16 +202,45 @@ def padded_rows(count: int) -> int:
     return _ROWS[bisect_left(_ROWS, count)]
 
 
-def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _is_watched() -> bool:
+    """Tell whether operations must be torch's own: traced, transformed, counted or compared with.
+
+    Forward-mode derivatives of oneDNN's would silently be zero.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or _torch_only.get()
+        or torch._C._is_tracing()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    forward = vars(module).get("forward")
+    return module._compiled_call_impl is not None or hasattr(forward, "_torchdynamo_orig_callable")
+
+
+def _is_worth_it(weight: Tensor) -> bool:
+    return weight.numel() >= _WORTH and _is_float32_here(weight)
+
+
+def _is_float32_here(each: Tensor) -> bool:
+    is_float32 = each.dtype == torch.float32
+    return is_float32 and each.device.type == "cpu" and each.layout == torch.strided
+
+
+def _are_plain(x: Any, weight: Tensor, bias: Tensor | None) -> bool:
     """Tell whether oneDNN may run a call: plain float32 tensors on the CPU, and a frozen layer."""
-    if torch.is_autocast_enabled("cpu") or not x.numel():
+    if type(x) not in (Tensor, nn.Parameter) or torch.is_autocast_enabled("cpu"):
         return False
     for each in (weight, bias):
         if each is None:
             continue
         # Quantised weights are subclasses that claim a dtype they do not hold.
-        if type(each) is not nn.Parameter or each.dtype != torch.float32 or each.is_meta:
+        if type(each) is not nn.Parameter or not _is_float32_here(each):
             return False
         if each.requires_grad and torch.is_grad_enabled():
             return False
-    return x.dtype == torch.float32 and x.device.type == "cpu" == weight.device.type
+    return _is_float32_here(x)

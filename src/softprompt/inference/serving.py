@@ -272,6 +272,7 @@ class Serving:
             for request, given in asked:
                 tickets.append((self.batcher.submit(request, wait=True), given))
         except BaseException:
+            # Nobody would read the answers to those before the one that was refused.
             for ticket, _ in tickets:
                 ticket.cancel()
             raise
