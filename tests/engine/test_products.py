@@ -344,9 +344,15 @@ def test_kept_copy_follows_the_weight(change):
         torch.testing.assert_close(module(x), wanted, atol=1e-6, rtol=1e-5)
 
 
-def test_small_layers_are_left_alone(monkeypatch):
-    monkeypatch.setattr(products, "_WORTH", 16 * 24 + 1)
-    assert frozen_linears(layer("linear")) == []
+@pytest.mark.parametrize("kind", KINDS)
+def test_small_products_are_torchs(monkeypatch, kind):
+    monkeypatch.setattr(products, "_WORTH", 3 * 16 * 24)
+    calls, module = used(monkeypatch), layer(kind)
+    with lent_bodies(frozen_linears(module)):
+        module(torch.randn(2, 16))
+        assert not calls
+        module(torch.randn(3, 16))
+        assert len(calls) == 1
 
 
 def test_torch_alone():

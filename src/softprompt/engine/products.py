@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 _LINEAR = (nn.Linear, Conv1D)
-_WORTH = 2**16
-"""Elements of the smallest weight for which calling oneDNN pays."""
+_WORTH = 2**21
+"""Multiplications of the smallest product for which calling oneDNN pays."""
 
 _ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _ROW_STEP = 16
@@ -74,22 +74,35 @@ class FrozenLinear:
     def __init__(self, module: nn.Module, *, keep: bool) -> None:
         self.module = module
         self._keep = keep
+        self._input_axis = 0 if isinstance(module, Conv1D) else 1
         # The weight it is of is kept with it: no other can then come to lie at its address.
         self._kept: tuple[Tensor, int, Tensor] | None = None
 
     def __call__(self, *args: Any, **named: Any) -> Tensor:
         """Return ``x W + b``, ``[..., O]`` of ``[..., I]``."""
-        weight, bias = cast(Tensor, self.module.weight), cast("Tensor | None", self.module.bias)
-        if _is_watched() or named or len(args) != 1 or not _are_plain(args[0], weight, bias):
-            self._kept = None
-            return cast(Tensor, type(self.module).forward(self.module, *args, **named))
-        (x,) = args
-        matrix = weight.t() if isinstance(self.module, Conv1D) else weight  # [O, I]
-        if x.shape[-1:] != matrix.shape[1:] or not x.numel():
-            return cast(Tensor, type(self.module).forward(self.module, x))
-        if torch.is_grad_enabled() and x.requires_grad:
-            return cast(Tensor, _Product.apply(x, matrix, bias))  # type: ignore[no-untyped-call]
-        return _multiplied(x, self._ordered(weight, matrix) if self._keep else matrix, bias)
+        module = self.module
+        if not named and len(args) == 1 and self._takes(args[0]):
+            (x,) = args
+            weight, bias = module._parameters["weight"], module._parameters["bias"]
+            assert weight is not None
+            matrix = weight.t() if isinstance(module, Conv1D) else weight  # [O, I]
+            if torch.is_grad_enabled() and x.requires_grad:
+                return cast(Tensor, _Product.apply(x, matrix, bias))  # type: ignore[no-untyped-call]
+            return _multiplied(x, self._ordered(weight, matrix) if self._keep else matrix, bias)
+        return cast(Tensor, type(module).forward(module, *args, **named))
+
+    def _takes(self, x: Any) -> bool:
+        """Tell whether oneDNN may run a call, and is worth calling: most calls of small models are not."""
+        if type(x) not in (Tensor, nn.Parameter) or _is_watched():
+            return False
+        weight, bias = (self.module._parameters.get(name) for name in ("weight", "bias"))
+        if weight is None or x.numel() * weight.numel() < _WORTH * weight.shape[self._input_axis]:
+            return False
+        width = weight.shape[self._input_axis : self._input_axis + 1]
+        if x.shape[-1:] == width and _are_plain(x, weight, bias):
+            return True
+        self._kept = None
+        return False
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Become the layer's own body in a copy: what is lent to a model is not lent to its copies."""
@@ -133,7 +146,7 @@ def frozen_linears(model: nn.Module, *, keep: bool = False) -> list[FrozenLinear
     return [
         FrozenLinear(each, keep=keep)
         for each in model.modules()
-        if type(each) in _LINEAR and _is_worth_it(cast(Tensor, each.weight))
+        if type(each) in _LINEAR and _is_float32_here(cast(Tensor, each.weight))
     ]
 
 
@@ -222,18 +235,14 @@ def _is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None or hasattr(forward, "_torchdynamo_orig_callable")
 
 
-def _is_worth_it(weight: Tensor) -> bool:
-    return weight.numel() >= _WORTH and _is_float32_here(weight)
-
-
 def _is_float32_here(each: Tensor) -> bool:
     is_float32 = each.dtype == torch.float32
     return is_float32 and each.device.type == "cpu" and each.layout == torch.strided
 
 
-def _are_plain(x: Any, weight: Tensor, bias: Tensor | None) -> bool:
-    """Tell whether oneDNN may run a call: plain float32 tensors on the CPU, and a frozen layer."""
-    if type(x) not in (Tensor, nn.Parameter) or torch.is_autocast_enabled("cpu"):
+def _are_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Tell whether these are plain float32 tensors on the CPU, and those of the layer frozen."""
+    if torch.is_autocast_enabled("cpu"):
         return False
     for each in (weight, bias):
         if each is None:
