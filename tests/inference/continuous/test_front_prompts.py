@@ -19,7 +19,7 @@ from softprompt.inference.continuous.values import content_key
 from softprompt.inference.options import GenerationOptions
 from softprompt.inference.serving import Serving
 
-LABELS = ["yes", "no", "yesterday"]
+LABELS = ["yes", "no", "yet"]
 TEXTS = ["It leaks.", "", "Thank you for the very kind help of yesterday.", "It works."]
 FAMILIES = ("gpt2", "llama", "mistral", "gemma2")
 

@@ -183,14 +183,14 @@ class Scorer:
         rows: list[EngineRow] = []
         for each in batch:
             key = each.prompt.key
-            source = table.place(key, "rows", each.prompt.value)
             decoder = table.place(key, "decoder", each.prompt.decoder)
             kept = self._front.find(each.prompt, each.rows, engine)
-            front = source if kept is None else table.place(key, "kept", kept)
-            rows += [
-                replace(row, prompt=front if reads_front(row) else source, decoder_prompt=decoder)
-                for row in each.rows
-            ]
+            for row in each.rows:
+                part, value = "rows", each.prompt.value
+                if kept is not None and reads_front(row):
+                    part, value = "kept", kept
+                source = table.place(key, part, value)
+                rows.append(replace(row, prompt=source, decoder_prompt=decoder))
         prompts = table.prompts
         sums = torch.cat(
             [
