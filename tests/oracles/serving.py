@@ -161,6 +161,7 @@ def app_over(base: Any, root: Any, batcher: Any = None, **changes: Any) -> Any:
         max_rows=settings.max_score_rows,
         max_tokens=settings.max_step_tokens,
         max_waiting=settings.max_waiting,
+        residents=getattr(batcher, "residents", None),
     )
     scorer.start()
     return create_app(settings, registry, batcher, scorer)

@@ -61,6 +61,7 @@ class Serving:
             max_rows=_SCORE_ROWS,
             max_tokens=own.max_step_tokens,
             max_waiting=own.max_queue,
+            residents=self.batcher.residents,
         )
         self._scorer.start()
 

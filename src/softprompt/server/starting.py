@@ -76,6 +76,7 @@ def build_app(settings: ServeSettings, root: Root, bounds: Bounds) -> FastAPI:
         max_rows=settings.max_score_rows,
         max_tokens=settings.max_step_tokens,
         max_waiting=settings.max_waiting,
+        residents=batcher.residents,
     )
     scorer.start()
     logger.info(

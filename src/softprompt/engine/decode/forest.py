@@ -52,6 +52,7 @@ class DecodeForest:
 
     Attributes:
         store: The lanes.
+        vocabulary: Where the ids of a prompt's rows begin (V).
 
     Args:
         model: The model.
@@ -73,7 +74,7 @@ class DecodeForest:
             raise ForestUnsupportedError(
                 f"{type(model).__name__} changes its positions when a row gets long"
             )
-        self._vocabulary = facts.vocabulary
+        self.vocabulary = facts.vocabulary
         like = torch.empty(0, dtype=model.dtype, device=model.device)
         self.store = KeyValueStore(key_value_shape(model), like, max_tokens)
         with locked(model):
@@ -110,7 +111,7 @@ class DecodeForest:
         return self._parted(logits, counts, order)
 
     def _is_virtual(self, new: NewTokens) -> bool:
-        return new.prompt is not None and max(new.ids) >= self._vocabulary
+        return new.prompt is not None and max(new.ids) >= self.vocabulary
 
     def _stream(
         self, news: Sequence[NewTokens]
@@ -125,7 +126,7 @@ class DecodeForest:
             own = new.ids
             if self._is_virtual(new):
                 assert new.prompt is not None
-                own = tuple(i + offset if i >= self._vocabulary else i for i in own)
+                own = tuple(i + offset if i >= self.vocabulary else i for i in own)
                 offset += int(new.prompt.shape[0])
             count = {"none": 0, "last": 1, "all": len(own)}[new.wanted]
             end = len(ids) + len(own)

@@ -89,8 +89,13 @@ class ForestEngine(PredictingEngine):
         states = head.states if head is not None else None  # [1, K, H]
         return Predictions.of_stream(logits, states, place, plan.targets)
 
+    def reads_keys_and_values(self) -> bool:
+        """Tell whether prompts of keys and values run in the forest too; probed once per model."""
+        if self._trusted:
+            return True
+        model = self._model
+        return not why_unread(model, lambda: ForestEngine(model, trusted=True), self._plain)
+
     def _reads(self, rows: Sequence[EngineRow], prompts: Sequence[Tensor]) -> bool:
         """Tell whether the forest reads the rows' prompts of keys and values as the plain path does."""
-        if self._trusted or not any_prefix(rows, prompts):
-            return True
-        return not why_unread(self._model, ForestEngine(self._model, trusted=True), self._plain)
+        return not any_prefix(rows, prompts) or self.reads_keys_and_values()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
@@ -67,10 +67,10 @@ def _behind(span: Span, keys: Tensor | None) -> Span:
     )
 
 
-def why_unread(model: PreTrainedModel, candidate: Engine, plain: Engine) -> str:
+def why_unread(model: PreTrainedModel, candidate: Callable[[], Engine], plain: Engine) -> str:
     """Return how a forest reads keys and values otherwise than the plain path; empty when alike.
 
-    Remembered per model.
+    Remembered per model; the candidate is made for the probe alone.
     """
     if model not in _unread:
         shape = key_value_shape(model)
@@ -82,7 +82,7 @@ def why_unread(model: PreTrainedModel, candidate: Engine, plain: Engine) -> str:
             for n in PROBED_LENGTHS
         ]
         try:
-            problem = difference(candidate, plain, model, prompts) or ""
+            problem = difference(candidate(), plain, model, prompts) or ""
         except SoftPromptError as cause:
             problem = str(cause)
         _unread[model] = problem

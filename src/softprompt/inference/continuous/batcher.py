@@ -24,6 +24,7 @@ from softprompt.inference.continuous.forest_runner import ForestRunner
 from softprompt.inference.continuous.job import Job
 from softprompt.inference.continuous.pace import Pace
 from softprompt.inference.continuous.request import Bounds, Decode, Request
+from softprompt.inference.continuous.residents import ResidentPrompts
 from softprompt.inference.continuous.runner import Runner
 from softprompt.inference.continuous.simple_runner import SimpleRunner
 from softprompt.inference.continuous.ticket import Ticket
@@ -109,6 +110,11 @@ class Batcher:
         return self._runner.name
 
     @property
+    def residents(self) -> ResidentPrompts:
+        """The prompts whose keys and values are kept; a scorer of the same model may share them."""
+        return self._runner.residents
+
+    @property
     def healthy(self) -> bool:
         """Whether the thread runs."""
         return self._failure is None and self._thread.is_alive()
@@ -121,8 +127,16 @@ class Batcher:
     @property
     def stats(self) -> BatcherStats:
         """What is being done now."""
+        kept = self.residents
         with self._changed:
-            return replace(self._stats, waiting=len(self._waiting))
+            return replace(
+                self._stats,
+                waiting=len(self._waiting),
+                resident_prompts=len(kept),
+                resident_tokens=kept.tokens,
+                prompt_hits=kept.hits,
+                prompt_misses=kept.misses,
+            )
 
     def submit(self, request: Request, *, wait: bool = False) -> Ticket:
         """Take a request into the queue; any thread may call.
@@ -228,10 +242,6 @@ class Batcher:
             self._stats = BatcherStats(
                 running=runner.rows,
                 cached_tokens=runner.cached_tokens,
-                resident_prompts=len(runner.residents),
-                resident_tokens=runner.residents.tokens,
-                prompt_hits=runner.residents.hits,
-                prompt_misses=runner.residents.misses,
                 steps=before.steps + 1,
             )
             self._pace.note(max(0, before.running - runner.rows))

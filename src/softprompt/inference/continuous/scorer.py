@@ -17,9 +17,11 @@ from transformers import PreTrainedModel
 
 from softprompt.engine.choose import build_engine
 from softprompt.engine.prefixes.values import virtual_length
-from softprompt.engine.rows import Engine, EngineRow
+from softprompt.engine.rows import Engine, EngineRow, is_keys_and_values
 from softprompt.errors import NotServingError, QueueFullError
+from softprompt.inference.continuous.front_prompts import FrontPrompts, reads_front
 from softprompt.inference.continuous.request import PromptValue
+from softprompt.inference.continuous.residents import ResidentPrompts
 
 logger = logging.getLogger(__name__)
 
@@ -50,15 +52,25 @@ class Scorer:
         max_rows: Targets in one pass.
         max_tokens: Tokens in one pass, if they are of more than one row.
         max_waiting: Callers that wait.
+        residents: Where keys and values of prompts are kept; None computes prompts in every pass.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, max_rows: int, max_tokens: int, max_waiting: int
+        self,
+        model: PreTrainedModel,
+        *,
+        max_rows: int,
+        max_tokens: int,
+        max_waiting: int,
+        residents: ResidentPrompts | None = None,
     ) -> None:
         self._model = model
         self._max_rows = max_rows
         self._max_tokens = max_tokens
         self._waiting: queue.Queue[Scoring | None] = queue.Queue(max_waiting)
+        # Not `or`: one that keeps nothing yet is false.
+        own = ResidentPrompts(0, 0) if residents is None else residents
+        self._front = FrontPrompts(model, own)
         self._engines: dict[bool, Engine] = {}
         self._stopped = False
         self._guard = threading.Lock()
@@ -166,18 +178,20 @@ class Scorer:
 
     @torch.no_grad()
     def _scores(self, batch: Sequence[Scoring]) -> Sequence[Tensor]:
-        prompts: list[Tensor] = []
-        places: dict[str, tuple[int, int]] = {}
+        engine = self._engine(batch[0].prompt.sees_input)
+        table = _Table([], {})
         rows: list[EngineRow] = []
         for each in batch:
-            if each.prompt.key not in places:
-                places[each.prompt.key] = (
-                    _placed(prompts, each.prompt.value),
-                    _placed(prompts, each.prompt.decoder),
-                )
-            source, decoder = places[each.prompt.key]
-            rows += [replace(row, prompt=source, decoder_prompt=decoder) for row in each.rows]
-        engine = self._engine(batch[0].prompt.sees_input)
+            key = each.prompt.key
+            decoder = table.place(key, "decoder", each.prompt.decoder)
+            kept = self._front.find(each.prompt, each.rows, engine)
+            for row in each.rows:
+                part, value = "rows", each.prompt.value
+                if kept is not None and reads_front(row):
+                    part, value = "kept", kept
+                source = table.place(key, part, value)
+                rows.append(replace(row, prompt=source, decoder_prompt=decoder))
+        prompts = table.prompts
         sums = torch.cat(
             [
                 engine.target_log_probs(part, prompts).row_sums(len(part)).float().cpu()
@@ -221,13 +235,24 @@ def _tokens_beside(
 ) -> int:
     """Return the tokens that a row adds to a pass that ends with ``last`` and has the ``known`` prompts."""
     own = {row.prompt, row.decoder_prompt} - known - {-1}
-    virtual = sum(virtual_length(prompts[place]) for place in own)
+    run = [prompts[place] for place in own if not is_keys_and_values(prompts[place])]
+    virtual = sum(map(virtual_length, run))
     shared = last is not None and (last.source, last.prompt) == (row.source, row.prompt)
     return virtual + len(row.target) + (0 if shared else len(row.source))
 
 
-def _placed(prompts: list[Tensor], value: Tensor | None) -> int:
-    if value is None:
-        return -1
-    prompts.append(value)
-    return len(prompts) - 1
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """The prompts of a batch, each once, and where each part of one stands."""
+
+    prompts: list[Tensor]
+    places: dict[tuple[str, str], int]
+
+    def place(self, key: str, part: str, value: Tensor | None) -> int:
+        """Return the place of a part of the prompt with this key, -1 when it has none."""
+        if value is None:
+            return -1
+        if (key, part) not in self.places:
+            self.places[key, part] = len(self.prompts)
+            self.prompts.append(value)
+        return self.places[key, part]
