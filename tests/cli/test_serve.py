@@ -40,6 +40,8 @@ def serving(prompts, *options):
             "-W",
             "error",
             "-c",
+            # A shell starts what runs in its background with Ctrl-C ignored, and children inherit that.
+            "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
             "from softprompt.cli.main import main; main()",
             *words,
         ],

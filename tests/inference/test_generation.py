@@ -38,6 +38,8 @@ def alone(generator, options, sources=SOURCES):
         {"num_beams": 3},
         {"repetition_penalty": 1.5},
         {"min_new_tokens": 6},
+        {"exponential_decay_length_penalty": (1, 2.5)},
+        {"exponential_decay_length_penalty": (0, 3.0), "num_beams": 3, "min_new_tokens": 3},
         {"decoding_method": "SAMPLING", "seed": 3, "top_k": 20},
         {"decoding_method": "SAMPLING", "seed": 4, "top_p": 0.8, "temperature": 0.7},
     ],

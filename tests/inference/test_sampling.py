@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import pytest
 import torch
+from transformers import ExponentialDecayLengthPenalty
 
 from softprompt.inference.options import GenerationOptions
 from softprompt.inference.sampling import (
+    RowLengthPenalty,
     RowRepetitionPenalty,
     RowSampler,
     row_processors,
@@ -65,14 +68,34 @@ def test_filters_come_in_transformers_order_and_the_draw_last():
         top_p=0.9,
         typical_p=0.9,
         repetition_penalty=1.2,
+        exponential_decay_length_penalty=(4, 1.1),
     )
-    names = [type(each).__name__ for each in row_processors(options, [(1,)], [5])]
+    names = [type(each).__name__ for each in row_processors(options, [(1,)], [5], [2])]
     assert names == [
         "RowRepetitionPenalty",
+        "RowLengthPenalty",
         "TemperatureLogitsWarper",
         "TopKLogitsWarper",
         "TopPLogitsWarper",
         "TypicalLogitsWarper",
         "RowSampler",
     ]
-    assert len(row_processors(GenerationOptions(), [(1,)], [None])) == 0
+    assert len(row_processors(GenerationOptions(), [(1,)], [None], [2])) == 0
+
+
+@pytest.mark.parametrize("factor", [1.5, 0.5])
+def test_length_penalty_is_transformers_own(factor):
+    theirs = ExponentialDecayLengthPenalty((2, factor), eos_token_id=[1, 3], input_ids_seq_length=4)
+    ours = RowLengthPenalty(2, factor, [3, 1])
+    ids = torch.zeros(2, 4, dtype=torch.long)
+    scores = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+    for _ in range(5):
+        torch.testing.assert_close(ours(ids, scores), theirs(ids, scores.clone()))
+        ids = torch.cat([ids, torch.zeros(2, 1, dtype=torch.long)], dim=1)
+
+
+def test_length_penalty_leaves_a_barred_end_barred():
+    ours = RowLengthPenalty(0, 1.5, [1])
+    scores = torch.tensor([[0.5, -torch.inf]])
+    ours(torch.zeros(1, 1, dtype=torch.long), scores)
+    assert ours(torch.zeros(1, 3, dtype=torch.long), scores).tolist() == scores.tolist()

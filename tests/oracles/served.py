@@ -109,7 +109,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {},
     {"repetition_penalty": 1.4},
     {"frequency_penalty": 0.8, "presence_penalty": 0.4},
-    {"min_new_tokens": 5},
+    {"min_new_tokens": 5, "exponential_decay_length_penalty": (2, 2.5)},
     {"decoding_method": "SAMPLING", "seed": 3, "top_k": 20, "min_p": 0.02},
     {"decoding_method": "SAMPLING", "seed": 4, "top_p": 0.8, "temperature": 0.7},
     {"decoding_method": "SAMPLING", "seed": 5, "typical_p": 0.9},

@@ -174,10 +174,9 @@ def requests_of(kept):
             for text in TEXTS:
                 alone = tuned.generate([text], task_name=task, max_new_tokens=8)
                 yield asked(kind, text, task, **greedy), [alone[0].text]
-            alone = tuned.generate(
-                [TEXTS[0]], task_name=task, max_new_tokens=8, repetition_penalty=1.4
-            )
-            yield asked(kind, TEXTS[0], task, **greedy, repetition_penalty=1.4), [alone[0].text]
+            pressed = {"repetition_penalty": 1.4, "exponential_decay_length_penalty": (2, 2.0)}
+            alone = tuned.generate([TEXTS[0]], task_name=task, max_new_tokens=8, **pressed)
+            yield asked(kind, TEXTS[0], task, **greedy, **pressed), [alone[0].text]
             drawn = {"top_p": 0.9, "seed": 5, "temperature": 0.7}
             alone = tuned.generate(
                 [TEXTS[1]],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, fields
-from typing import Any, TypeVar, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import click
 
@@ -83,6 +83,8 @@ def _option(owner: type, item: Field[Any]) -> Callable[[Command], Command]:
     choices = choices_of(owner, item.name)
     if choices is not None:
         return click.option(flag, item.name, type=click.Choice(choices), help=text)
+    if get_origin(kind) is tuple and Ellipsis not in get_args(kind):
+        return click.option(flag, item.name, type=get_args(kind), help=text)
     if get_origin(kind) is tuple:
         return click.option(flag, item.name, multiple=True, help=text + "  [repeatable]")
     if item.name in ALIASES:

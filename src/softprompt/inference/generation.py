@@ -161,7 +161,7 @@ class Generator:
             sequences = self.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                logits_processor=row_processors(options, texts, seeds),
+                logits_processor=row_processors(options, texts, seeds, self.eos_ids),
                 stopping_criteria=StoppingCriteriaList(
                     [StopAtSequences(stops)] if stops.texts else []
                 ),
@@ -217,6 +217,7 @@ class Generator:
             # Draws and penalties are the row processors' work.
             "do_sample": False,
             "repetition_penalty": 1.0,
+            "exponential_decay_length_penalty": None,
             "no_repeat_ngram_size": 0,
             "encoder_no_repeat_ngram_size": 0,
             "length_penalty": 1.0,

@@ -68,6 +68,12 @@ class GenerationOptions:
     presence_penalty: float = field(
         default=0.0, metadata={"help": "Taken from a token's logit if it is in the answer."}
     )
+    exponential_decay_length_penalty: tuple[int, float] | None = field(
+        default=None,
+        metadata={
+            "help": "After so many tokens, the end token's logit grows by this factor with each."
+        },
+    )
     max_time: float | None = field(
         default=None, metadata={"help": "Seconds after which a batch stops where it is."}
     )
@@ -91,6 +97,7 @@ class GenerationOptions:
         object.__setattr__(self, "stop_sequences", tuple(self.stop_sequences))
         self._check_counts()
         self._check_numbers()
+        self._check_length_penalty()
         self._check_decoding()
 
     @classmethod
@@ -149,6 +156,19 @@ class GenerationOptions:
                 raise ConfigError(
                     f"stop_sequences expects texts of at least one character, got {stop!r}"
                 )
+
+    def _check_length_penalty(self) -> None:
+        name, given = "exponential_decay_length_penalty", self.exponential_decay_length_penalty
+        if given is None:
+            return
+        if not isinstance(given, tuple | list) or len(given) != 2:
+            raise ConfigError(
+                f"{name} expects the tokens to begin after and a factor, such as (10, 1.05), got {given!r}"
+            )
+        start, factor = given
+        _check_integer(f"the first number of {name}", start, 0)
+        _check_number(f"the second number of {name}", factor)
+        object.__setattr__(self, name, (start, factor))
 
     def _check_decoding(self) -> None:
         if self.decoding_method not in ("GREEDY", "SAMPLING"):

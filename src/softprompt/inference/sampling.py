@@ -9,7 +9,7 @@ get the same draws and the same penalty.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -98,6 +98,39 @@ class RowCountPenalty(LogitsProcessor):
         return scores - self._frequency * counts - self._presence * (counts > 0)
 
 
+class RowLengthPenalty(LogitsProcessor):
+    """Makes the end of a row likelier with each token behind the first ``start`` of its answer.
+
+    What is added to an end token's logit l behind k tokens more is ``|l| (factor^k - 1)``, as caikit's
+    and transformers' ``exponential_decay_length_penalty`` have it.
+
+    Args:
+        start: Tokens of an answer that are free.
+        factor: Above 1 the end gets likelier, below 1 less likely.
+        end_ids: Tokens that end an answer.
+    """
+
+    def __init__(self, start: int, factor: float, end_ids: Collection[int]) -> None:
+        self._free = start
+        self._factor = factor
+        self._end_ids = sorted(end_ids)
+        self._start: int | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the scores ``[B, V]`` with those of end tokens changed."""
+        if self._start is None:
+            self._start = input_ids.shape[1]
+        more = input_ids.shape[1] - self._start - self._free
+        if more <= 0 or not self._end_ids:
+            return scores
+        ends = scores[:, self._end_ids]
+        # An end that is not allowed yet stays so.
+        pulled = torch.where(ends.isinf(), ends, ends + ends.abs() * (self._factor**more - 1))
+        changed = scores.clone()
+        changed[:, self._end_ids] = pulled
+        return changed
+
+
 def row_seeds(options: GenerationOptions, count: int) -> list[int | None]:
     """Return the seed of each of ``count`` answers: the one asked for, drawn ones, or None.
 
@@ -111,7 +144,10 @@ def row_seeds(options: GenerationOptions, count: int) -> list[int | None]:
 
 
 def row_processors(
-    options: GenerationOptions, texts: Sequence[Sequence[int]], seeds: Sequence[int | None]
+    options: GenerationOptions,
+    texts: Sequence[Sequence[int]],
+    seeds: Sequence[int | None],
+    end_ids: Collection[int],
 ) -> LogitsProcessorList:
     """Return the processors of one batch, in the order in which transformers applies its own.
 
@@ -119,6 +155,7 @@ def row_processors(
         options: Checked generation options.
         texts: Tokens of each row that the repetition penalty counts besides the answer's.
         seeds: One seed for each row when the options sample.
+        end_ids: Tokens that end an answer.
     """
     processors = LogitsProcessorList()
     if options.repetition_penalty != 1.0:
@@ -127,6 +164,8 @@ def row_processors(
         )
     if options.frequency_penalty or options.presence_penalty:
         processors.append(RowCountPenalty(options.frequency_penalty, options.presence_penalty))
+    if options.exponential_decay_length_penalty is not None:
+        processors.append(RowLengthPenalty(*options.exponential_decay_length_penalty, end_ids))
     if not options.samples:
         return processors
     if options.temperature is not None:

@@ -100,6 +100,7 @@ def options_of(body: Generation, tokens: int, seconds: float) -> GenerationOptio
         "repetition_penalty": 1.0 if body.repetition_penalty is None else body.repetition_penalty,
         "frequency_penalty": body.frequency_penalty or 0.0,
         "presence_penalty": body.presence_penalty or 0.0,
+        "exponential_decay_length_penalty": _length_penalty(body),
         "max_time": min(body.max_time or seconds, seconds),
         "stop_sequences": tuple(stop),
     }
@@ -107,6 +108,13 @@ def options_of(body: Generation, tokens: int, seconds: float) -> GenerationOptio
     if temperature:
         settings |= _sampling(body, temperature)
     return GenerationOptions(**settings)
+
+
+def _length_penalty(body: Generation) -> tuple[float, float] | None:
+    if body.exponential_decay_length_penalty is None:
+        return None
+    start, factor = body.exponential_decay_length_penalty
+    return int(start) if start.is_integer() else start, factor
 
 
 def _sampling(body: Generation, temperature: float) -> dict[str, Any]:

@@ -64,6 +64,9 @@ class Generation(Body):
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
+    exponential_decay_length_penalty: (
+        Annotated[list[float], Field(min_length=2, max_length=2)] | None
+    ) = Field(None, description="Tokens after which the end gets likelier, and the factor.")
     seed: Whole | None = Field(None, ge=0, le=_INT64)
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     n: Whole | None = Field(1, ge=1, le=128)

@@ -51,7 +51,7 @@ class Answer:
         options = request.options
         stops = StopSequences(options.stop_sequences, options.min_new_tokens, decode)
         self._text = GrowingText(decode, stops)
-        self._processors = row_processors(options, [penalised], [seed])
+        self._processors = row_processors(options, [penalised], [seed], eos_ids)
 
     @property
     def is_plain(self) -> bool:
