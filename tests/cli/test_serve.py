@@ -111,9 +111,11 @@ def test_sigterm_lets_running_answers_finish(prompts):
 
 
 def test_a_second_ctrl_c_does_not_wait(prompts):
-    with serving(prompts, "--drain-seconds", "20") as (process, url, _):
-        ask = {"model": "writer", "prompt": "My parcel", "max_tokens": 400, "min_tokens": 400}
-        ask |= {"n": 16, "stream": True}
+    # One answer at a time: all sixty would take a minute.
+    one = ("--max-batch-rows", "1", "--drain-seconds", "300")
+    with serving(prompts, *one) as (process, url, _):
+        ask = {"model": "writer", "prompt": ["My parcel"] * 60, "max_tokens": 400}
+        ask |= {"min_tokens": 400, "stream": True}
         with (
             httpx.Client(timeout=20) as client,
             client.stream("POST", f"{url}/v1/completions", json=ask) as stream,

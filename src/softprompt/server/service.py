@@ -118,7 +118,9 @@ class Service:
             await asyncio.sleep(_LOOK_SECONDS)
         self.draining = True
         seconds = self.settings.drain_seconds
-        await asyncio.gather(asyncio.to_thread(self.batcher.drain, seconds), asyncio.sleep(seconds))
+        # No thread waits for the end: a second Ctrl-C would have to wait for that thread.
+        await asyncio.to_thread(self.batcher.drain, 0)
+        await asyncio.sleep(seconds)
         await asyncio.to_thread(self.stop)
 
     def stop(self) -> None:
