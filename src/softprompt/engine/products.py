@@ -137,17 +137,20 @@ def frozen_linears(model: nn.Module, *, keep: bool = False) -> list[FrozenLinear
     """Return bodies for a model's float32 linear layers on the CPU; none where torch's own are as fast.
 
     ``torch.backends.mkldnn.enabled = False`` leaves all to torch. A model of which parts are compiled
-    keeps its own too: those would be compiled again for every pass.
+    keeps its own too: those would be compiled again for every pass. One that a pass around this one has
+    lent bodies needs no others.
     """
     if torch.compiler.is_compiling() or _torch_only.get() or not is_faster_here():
         return []
-    if not cast(Any, torch.backends).mkldnn.enabled or any(map(_is_compiled, model.modules())):
+    if not cast(Any, torch.backends).mkldnn.enabled:
         return []
-    return [
-        FrozenLinear(each, keep=keep)
-        for each in model.modules()
-        if type(each) in _LINEAR and _is_float32_here(cast(Tensor, each.weight))
-    ]
+    bodies = []
+    for each in model.modules():
+        if isinstance(vars(each).get("forward"), FrozenLinear) or _is_compiled(each):
+            return []
+        if type(each) in _LINEAR and _is_float32_here(cast(Tensor, each.weight)):
+            bodies.append(FrozenLinear(each, keep=keep))
+    return bodies
 
 
 def bodies_in(model: nn.Module) -> list[FrozenLinear]:
