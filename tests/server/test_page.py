@@ -41,6 +41,15 @@ def answered(page):
     page.until(lambda: "answered in" in page.text("#progress"))
 
 
+def asked(page, stub, *names):
+    """Open the page and have these answer."""
+    ready(page, stub)
+    choose(page, *names)
+    write(page, "x")
+    page.find("#run").click()
+    answered(page)
+
+
 def panel(name):
     return f'.panel[data-model="{name}"]'
 
@@ -83,11 +92,7 @@ def test_base_and_prompts_answer_side_by_side(page, stub):
 
 
 def test_markup_in_answers_and_cards_stays_text(page, stub):
-    ready(page, stub)
-    choose(page, "reply")
-    write(page, "x")
-    page.find("#run").click()
-    answered(page)
+    asked(page, stub, "reply")
     assert MARKUP in page.text(panel("reply") + " .text")
     page.find(panel("reply") + " .tools button").click()
     page.until(lambda: MARKUP.replace(" ", "␣") in page.text("#sheet table"))
@@ -153,11 +158,7 @@ def test_every_control_has_a_name(page, stub):
 
 
 def test_card(page, stub):
-    ready(page, stub)
-    choose(page, "complaints")
-    write(page, "x")
-    page.find("#run").click()
-    answered(page)
+    asked(page, stub, "complaints")
     page.find(panel("complaints") + " .tools button").click()
     page.until(lambda: page.all("#sheet svg.curve"))
     said = page.text("#sheet")
@@ -235,11 +236,7 @@ def test_the_copied_code_asks_the_same(page, stub, name, boxes):
 
 
 def test_without_a_clipboard_the_code_is_selected(page, stub):
-    ready(page, stub)
-    choose(page, "reply")
-    write(page, "x")
-    page.find("#run").click()
-    answered(page)
+    asked(page, stub, "reply")
     code_of(page, "reply")
     page.script("navigator.clipboard.writeText = () => Promise.reject(new Error('not allowed'))")
     page.find("#sheet .snippet button").click()
@@ -295,11 +292,7 @@ def test_fields_of_a_template(page, stub):
 
 
 def test_an_error_is_said_in_its_panel_alone(page, stub):
-    ready(page, stub)
-    choose(page, "breaks", "reply")
-    write(page, "x")
-    page.find("#run").click()
-    answered(page)
+    asked(page, stub, "breaks", "reply")
     assert "2 of 3 answered" in page.text("#progress")
     assert page.text(panel("breaks") + " .error") == "16 requests wait already. Try again in 7 s."
 
@@ -335,11 +328,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(page):
 
 
 def test_each_task_of_a_prompt_is_a_choice_with_fields_and_labels_of_its_own(page, stub):
-    ready(page, stub)
-    choose(page, "several · sort")
-    write(page, "x")
-    page.find("#run").click()
-    answered(page)
+    asked(page, stub, "several · sort")
     bars = [each.text for each in page.all(panel("several · sort") + " .bars .label")]
     assert bars == ["left", "right", "middle"]
     sent = {body["model"]: body for _, body in stub.bodies}
