@@ -18,6 +18,7 @@ from softprompt.errors import NotServingError, QueueFullError
 from softprompt.inference.continuous.batcher import Batcher, BatcherStats
 from softprompt.inference.continuous.events import EchoEvent, FinishEvent, TokenEvent
 from softprompt.inference.continuous.request import Bounds
+from softprompt.inference.continuous.residents import ResidentPrompts
 from softprompt.inference.continuous.scorer import Scorer
 from softprompt.inference.continuous.ticket import Ticket
 from softprompt.server.app import create_app
@@ -161,7 +162,7 @@ def app_over(base: Any, root: Any, batcher: Any = None, **changes: Any) -> Any:
         max_rows=settings.max_score_rows,
         max_tokens=settings.max_step_tokens,
         max_waiting=settings.max_waiting,
-        residents=getattr(batcher, "residents", None),
+        residents=getattr(batcher, "residents", ResidentPrompts(0, 0)),
     )
     scorer.start()
     return create_app(settings, registry, batcher, scorer)

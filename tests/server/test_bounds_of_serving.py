@@ -11,6 +11,7 @@ import pytest
 
 from oracles.serving import ScriptedBatcher, app_over, running, until
 from softprompt.errors import NotServingError
+from softprompt.inference.continuous.residents import ResidentPrompts
 from softprompt.inference.continuous.scorer import Scorer
 from softprompt.server.connections import Connections
 
@@ -152,7 +153,9 @@ def test_not_ready_while_anything_has_stopped(base, shared_prompts):
 
 
 def test_a_scorer_that_breaks_says_so(base, monkeypatch):
-    scorer = Scorer(base.model, max_rows=4, max_tokens=64, max_waiting=4)
+    scorer = Scorer(
+        base.model, max_rows=4, max_tokens=64, max_waiting=4, residents=ResidentPrompts(0, 0)
+    )
     waiting = scorer.submit(None, ())
     monkeypatch.setattr(scorer, "_score_all", lambda: 1 / 0)
     scorer.start()
@@ -165,7 +168,9 @@ def test_a_scorer_that_breaks_says_so(base, monkeypatch):
 
 
 def test_a_request_in_the_middle_of_a_stop_is_refused(base, monkeypatch):
-    scorer = Scorer(base.model, max_rows=4, max_tokens=64, max_waiting=4)
+    scorer = Scorer(
+        base.model, max_rows=4, max_tokens=64, max_waiting=4, residents=ResidentPrompts(0, 0)
+    )
     stopping = threading.Thread(target=scorer.stop)
     put = scorer._waiting.put_nowait
 

@@ -10,12 +10,15 @@ import torch
 from oracles.served import served
 from softprompt.engine.rows import EngineRow
 from softprompt.errors import NotServingError
+from softprompt.inference.continuous.residents import ResidentPrompts
 from softprompt.inference.continuous.scorer import Scorer
 
 
 def test_a_caller_that_has_gone_does_not_hold_up_the_end():
     base = served("llama", kinds=("plain",))
-    scorer = Scorer(base.model, max_rows=4, max_tokens=64, max_waiting=4)
+    scorer = Scorer(
+        base.model, max_rows=4, max_tokens=64, max_waiting=4, residents=ResidentPrompts(0, 0)
+    )
     gone, waiting = (scorer.submit(base.values["plain"], ()) for _ in range(2))
     assert gone.cancel()
     scorer.stop()
@@ -35,7 +38,9 @@ def test_a_pass_is_bounded_by_rows_and_tokens(monkeypatch, rows, tokens, passes)
         for _ in range(2)
     ]
     prompts = [base.values[name] for name in ("plain", "other")]
-    scorer = Scorer(base.model, max_rows=rows, max_tokens=tokens, max_waiting=4)
+    scorer = Scorer(
+        base.model, max_rows=rows, max_tokens=tokens, max_waiting=4, residents=ResidentPrompts(0, 0)
+    )
     seen, own = [], scorer._engine(True)
 
     class Noting:
@@ -62,7 +67,9 @@ def test_a_pass_is_bounded_by_rows_and_tokens(monkeypatch, rows, tokens, passes)
 
 def test_a_row_beyond_the_bound_has_a_pass_of_its_own():
     base = served("llama", kinds=("plain",))
-    scorer = Scorer(base.model, max_rows=4, max_tokens=1, max_waiting=4)
+    scorer = Scorer(
+        base.model, max_rows=4, max_tokens=1, max_waiting=4, residents=ResidentPrompts(0, 0)
+    )
     scorer.start()
     sums = scorer.submit(base.values["plain"], [EngineRow((5, 6, 7), (8,)), EngineRow((9,), (4,))])
     assert sums.result(30).shape == (2,)

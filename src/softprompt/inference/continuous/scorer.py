@@ -52,7 +52,7 @@ class Scorer:
         max_rows: Targets in one pass.
         max_tokens: Tokens in one pass, if they are of more than one row.
         max_waiting: Callers that wait.
-        residents: Where keys and values of prompts are kept; None computes prompts in every pass.
+        residents: Where keys and values of prompts are kept; with no room there, every pass computes them.
     """
 
     def __init__(
@@ -62,15 +62,13 @@ class Scorer:
         max_rows: int,
         max_tokens: int,
         max_waiting: int,
-        residents: ResidentPrompts | None = None,
+        residents: ResidentPrompts,
     ) -> None:
         self._model = model
         self._max_rows = max_rows
         self._max_tokens = max_tokens
         self._waiting: queue.Queue[Scoring | None] = queue.Queue(max_waiting)
-        # Not `or`: one that keeps nothing yet is false.
-        own = ResidentPrompts(0, 0) if residents is None else residents
-        self._front = FrontPrompts(model, own)
+        self._front = FrontPrompts(model, residents)
         self._engines: dict[bool, Engine] = {}
         self._stopped = False
         self._guard = threading.Lock()
