@@ -30,10 +30,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from softprompt.engine.decode.forest import DecodeForest, NewTokens
-from softprompt.inference.continuous.batcher import Batcher
-from softprompt.inference.continuous.request import PromptValue, Request
-from softprompt.inference.options import GenerationOptions
+from softprompt.engine import DecodeForest, NewTokens
+from softprompt.inference import Batcher, GenerationOptions, PromptValue
+from softprompt.inference.continuous.request import Request
 
 P, INPUT, NEW, PROMPTS = 50, 32, 32, 8
 

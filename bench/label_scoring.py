@@ -26,9 +26,7 @@ import transformers as tf
 from torch import Tensor
 
 from softprompt.bundled import model_directory
-from softprompt.engine.choose import build_engine
-from softprompt.engine.plain import pad_rows
-from softprompt.engine.rows import EngineRow
+from softprompt.engine import EngineRow, build_engine, pad_rows
 from training_step import SCALE, count, gpt2_small
 
 LABELS = 77

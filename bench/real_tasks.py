@@ -39,8 +39,7 @@ from real_data import (
 )
 from real_heads import HeadWork
 from real_result import HEADER, Result, commonest_share, line, mean, sizes
-from softprompt.backbone.facts import facts_of
-from softprompt.backbone.load import load_base
+from softprompt.backbone import facts_of, load_base
 from softprompt.cli.demo import SETTINGS
 
 SHARED = Path(__file__).parents[1].parent / "shared"

@@ -42,9 +42,7 @@ from serving_work import (
     timed,
     values_of,
 )
-from softprompt.inference.continuous.batcher import Batcher
-from softprompt.inference.continuous.events import FinishEvent, TokenEvent
-from softprompt.inference.continuous.request import PromptValue
+from softprompt.inference import Batcher, FinishEvent, PromptValue, TokenEvent
 
 OURS, ALONE = "ours", "PEFT, one request at a time"
 LARGEST = "PEFT, a batch for each prompt, largest first"

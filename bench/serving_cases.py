@@ -12,13 +12,10 @@ import torch
 
 import softprompt
 from softprompt import PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from softprompt.artifacts.manifest import Manifest
-from softprompt.artifacts.native import save_adapter
-from softprompt.attach.saving import state_of
-from softprompt.backbone.fingerprint import Fingerprint
-from softprompt.backbone.load import LoadedBase
-from softprompt.inference.options import GenerationOptions
-from softprompt.inference.tuned import TunedPrompt
+from softprompt.artifacts import Manifest, save_adapter
+from softprompt.attach import state_of
+from softprompt.backbone import Fingerprint, LoadedBase
+from softprompt.inference import GenerationOptions, TunedPrompt
 
 WORDS = "the kettle broke after one day and nobody answers when I call about my order today".split()
 TEMPLATE = "Message: {{input}}\nReply:"

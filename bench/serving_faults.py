@@ -17,7 +17,7 @@ from typing import Any
 from serving_asking import FULL, Load, ask
 from serving_cases import ASK, Case
 from serving_process import ServerProcess, WrongAnswerError
-from softprompt.artifacts.files import staged_folder, write_folder
+from softprompt.artifacts import staged_folder, write_folder
 
 WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "softprompt.json"
 

@@ -45,7 +45,7 @@ from serving_cases import (
 )
 from serving_faults import Changing, copied, cycles
 from serving_process import ServerProcess, WrongAnswerError
-from softprompt.backbone.load import LoadedBase, load_base
+from softprompt.backbone import LoadedBase, load_base
 
 VIRTUAL = 50
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from serving_work import OUTPUT, Ask, Took
-from softprompt.engine.plain import pad_rows
+from softprompt.engine import pad_rows
 
 
 class Clock(StoppingCriteria):  # type: ignore[misc, unused-ignore]

@@ -28,7 +28,7 @@ def registered(count: int) -> dict[str, Any]:
 
 def _write(root: Path, count: int) -> None:
     from softprompt import PromptTuningConfig, get_peft_model
-    from softprompt.backbone.load import load_base
+    from softprompt.backbone import load_base
 
     model = load_base("demo").model
     tables = prompt_tables(model, 2)
@@ -45,11 +45,9 @@ def _write(root: Path, count: int) -> None:
 
 
 def _measure(folder: str, count: int) -> dict[str, Any]:
-    from softprompt.backbone.load import load_base
-    from softprompt.inference.continuous.batcher import Batcher
-    from softprompt.inference.continuous.events import TokenEvent
-    from softprompt.inference.continuous.request import PromptValue, Request
-    from softprompt.inference.options import GenerationOptions
+    from softprompt.backbone import load_base
+    from softprompt.inference import Batcher, GenerationOptions, PromptValue, TokenEvent
+    from softprompt.inference.continuous.request import Request
     from softprompt.server.folder import Root
     from softprompt.server.registry import Registry
 

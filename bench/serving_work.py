@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.backbone.load import load_base
-from softprompt.inference.continuous.request import PromptValue, Request
-from softprompt.inference.continuous.values import content_key
-from softprompt.inference.options import GenerationOptions
+from softprompt.backbone import load_base
+from softprompt.inference import GenerationOptions, PromptValue, content_key
+from softprompt.inference.continuous.request import Request
 from training_step import SCALE, gpt2_small
 
 VIRTUAL = 50

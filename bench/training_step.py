@@ -27,10 +27,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import softprompt
 from lower_bound import lower_bound
-from softprompt.engine.choose import build_engine
-from softprompt.engine.plain import pad_rows
-from softprompt.engine.products import frozen_linears, lent_bodies, torch_products
-from softprompt.engine.rows import EngineRow
+from softprompt.engine import (
+    EngineRow,
+    build_engine,
+    frozen_linears,
+    lent_bodies,
+    pad_rows,
+    torch_products,
+)
 
 TARGET = 4
 """Answer tokens of a causal row, among its T."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from softprompt.artifacts.manifest import Manifest
+from softprompt.artifacts import Manifest
 
 
 @pytest.fixture

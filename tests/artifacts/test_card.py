@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import softprompt
+from softprompt.artifacts import save_adapter
 from softprompt.artifacts.card import model_card
-from softprompt.artifacts.native import save_adapter
 
 
 def front_matter(card):

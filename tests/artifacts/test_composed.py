@@ -11,8 +11,12 @@ import pytest
 import torch
 
 from oracles.stored import drawn, folder
-from softprompt.artifacts.composed import average_prompts, concatenate_prompts, subtract_prompts
-from softprompt.artifacts.native import load_adapter
+from softprompt.artifacts import (
+    average_prompts,
+    concatenate_prompts,
+    load_adapter,
+    subtract_prompts,
+)
 from softprompt.errors import ArtifactError, ConfigError, FingerprintError, OutputExistsError
 
 BOTH = {"peft_type": "EXTENDED_PROMPT_TUNING", "output_model_types": ["ENCODER", "DECODER"]}
@@ -156,7 +160,7 @@ def test_prompts_that_peft_wrote(tmp_path, pair, caplog):
 
 
 def test_pefts_second_half_of_a_seq2seq_prompt_is_left_out(tmp_path):
-    from softprompt.artifacts.parts import rows_of
+    from softprompt.artifacts import rows_of
 
     stored = load_adapter(folder(tmp_path / "a", drawn(0, 4)))
     config = stored.config | {
@@ -170,7 +174,7 @@ def test_pefts_second_half_of_a_seq2seq_prompt_is_left_out(tmp_path):
 
 
 def test_what_is_more_than_rows_is_refused(tmp_path, pair):
-    from softprompt.artifacts.parts import rows_of
+    from softprompt.artifacts import rows_of
 
     stored = load_adapter(pair[0])
     headed = dataclasses.replace(
@@ -204,7 +208,7 @@ def test_a_base_that_is_not_known_is_told_by_its_name(tmp_path, pair):
 
 def test_the_rows_that_are_run_are_the_same_for_every_use(tmp_path):
     """Composition, comparison and conversion read one rule, context prompts included."""
-    from softprompt.artifacts.parts import rows_of
+    from softprompt.artifacts import rows_of
     from softprompt.artifacts.plain import plain_prompt
 
     stored = load_adapter(folder(tmp_path / "a", drawn(0, 4)))

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from softprompt.artifacts.native import load_adapter, save_adapter
+from softprompt.artifacts import load_adapter, save_adapter
 from softprompt.errors import ArtifactError
 
 WEIGHTS = "adapter_model.safetensors"

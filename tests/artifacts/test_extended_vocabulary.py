@@ -18,7 +18,7 @@ from softprompt.artifacts import load_adapter, save_adapter
 from softprompt.artifacts.formats import vocabulary_rows
 from softprompt.artifacts.formats.vocabulary_tokens import add_prompt_tokens
 from softprompt.errors import ArtifactError, ConfigError, OutputExistsError
-from softprompt.inference.conversion import convert
+from softprompt.inference import convert
 
 TEXTS = ["it broke again", " thank  you, great service", "é 7"]
 HEADS = dict.fromkeys(families.CAUSAL, "least likely row") | {

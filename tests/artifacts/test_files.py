@@ -4,13 +4,7 @@ import os
 
 import pytest
 
-from softprompt.artifacts import files
-from softprompt.artifacts.files import (
-    require_empty,
-    staged_folder,
-    write_atomically,
-    write_folder,
-)
+from softprompt.artifacts import files, require_empty, staged_folder, write_atomically, write_folder
 from softprompt.errors import OutputExistsError
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from softprompt.artifacts import save_adapter
-from softprompt.artifacts.formats import FORMATS, detect, format_named
+from softprompt.artifacts import detect, format_named, save_adapter
+from softprompt.artifacts.formats import FORMATS
 from softprompt.cli.convert import command
 from softprompt.errors import ArtifactError, ConfigError
 

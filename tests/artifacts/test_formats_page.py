@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from softprompt.artifacts import Manifest
 from softprompt.artifacts.layout import PEFT_KEYS
-from softprompt.artifacts.manifest import Manifest
 
 PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
 

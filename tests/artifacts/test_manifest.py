@@ -7,7 +7,7 @@ from datetime import datetime
 
 import pytest
 
-from softprompt.artifacts.manifest import Manifest
+from softprompt.artifacts import Manifest
 from softprompt.errors import ArtifactError
 
 

@@ -8,7 +8,7 @@ import pytest
 import safetensors
 import torch
 
-from softprompt.artifacts.native import load_adapter, save_adapter
+from softprompt.artifacts import load_adapter, save_adapter
 from softprompt.errors import ArtifactError, OutputExistsError
 
 

@@ -17,8 +17,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from softprompt.artifacts import load_adapter, save_adapter
 from softprompt.artifacts.layout import PEFT_KEYS
-from softprompt.artifacts.native import load_adapter, save_adapter
 
 # PEFT 0.21 reads a property that transformers 5.23 has renamed; nothing of ours is involved.
 pytestmark = pytest.mark.filterwarnings(

@@ -10,11 +10,11 @@ import torch
 from peft.utils import load_peft_weights
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from softprompt.artifacts import load_adapter, save_adapter
 from softprompt.artifacts.layout import PROMPT_KEY
-from softprompt.artifacts.native import load_adapter, save_adapter
 from softprompt.artifacts.peft_layouts import LAYOUTS, OUR_KEYS
 from softprompt.errors import ArtifactError
-from softprompt.prompts.configs import PeftType
+from softprompt.prompts import PeftType
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"

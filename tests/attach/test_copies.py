@@ -11,7 +11,7 @@ import torch
 from oracles.families import causal
 from oracles.peft_pair import TASKS, base, batch
 from softprompt import PeftModel, PromptTuningConfig, get_peft_model
-from softprompt.backbone.freeze import weights_hash
+from softprompt.backbone import weights_hash
 from softprompt.errors import AdapterError
 
 IDS = torch.tensor([[5, 6, 7, 8]])

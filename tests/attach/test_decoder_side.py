@@ -9,7 +9,7 @@ import transformers as tf
 from oracles.families import ENCODERS, SEQ2SEQ, build, causal, seq2seq
 from oracles.naive import padded
 from softprompt import PeftModel, PromptTuningConfig, get_peft_model
-from softprompt.backbone.facts import input_embedding
+from softprompt.backbone import input_embedding
 from softprompt.errors import ConfigError, ContextOverflowError
 
 P = 4

@@ -395,7 +395,7 @@ def test_raw_errors_are_explained():
 def test_per_layer_embeddings():
     """Gemma 4 looks input ids up in a second table, which has no row for a virtual id."""
     from oracles.families import GQA
-    from softprompt.engine.choose import choose_engine
+    from softprompt.engine import choose_engine
 
     config = tf.Gemma4TextConfig(
         **{**GQA, "num_hidden_layers": 2},

@@ -8,9 +8,9 @@ from torch import nn
 
 from oracles.tokenizers import byte_bpe
 from softprompt import MultitaskPromptTuningConfig, PromptTuningConfig
-from softprompt.attach.encoders import build_prompt
+from softprompt.attach import build_prompt
 from softprompt.errors import ConfigError
-from softprompt.prompts.configs import PeftConfig, PromptLearningConfig
+from softprompt.prompts import PeftConfig, PromptLearningConfig
 
 H = 8
 

@@ -12,7 +12,7 @@ from oracles.families import ENCODERS, ROTARY_ENCODERS, SEQ2SEQ, build, causal, 
 from oracles.naive import padded
 from softprompt import PeftModel, PromptTuningConfig, get_peft_model
 from softprompt.attach import inputs as attach_inputs
-from softprompt.engine.forest.layers import layers_of
+from softprompt.engine import layers_of
 from softprompt.errors import ConfigError
 
 CLOSE = {"atol": 2e-6, "rtol": 1e-5}

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from softprompt import MultitaskPromptEmbedding, MultitaskPromptTuningConfig
-from softprompt.attach.encoders import build_prompt
+from softprompt.attach import build_prompt
 from softprompt.errors import ArtifactError, ConfigError
 
 V, H, P, K, R = 11, 8, 4, 3, 2

@@ -9,7 +9,7 @@ import transformers as tf
 from oracles.families import CAUSAL, ENCODERS, SEQ2SEQ, build, causal
 from oracles.naive import padded
 from softprompt import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from softprompt.backbone.facts import input_embedding
+from softprompt.backbone import input_embedding
 from softprompt.errors import BackboneError, ConfigError, DataError
 
 ROWS = [[1, 6, 7, 8, 9, 10, 11, 12, 13], [1, 21, 22], [30, 31, 32, 33, 34], [1, 5, 6, 9]]

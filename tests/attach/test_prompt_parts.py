@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from softprompt.attach.parts import Places
-from softprompt.engine.rows import EngineRow
+from softprompt.attach import Places
+from softprompt.engine import EngineRow
 
 ROW = EngineRow((1, 2), (3,), at=1)
 

@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from oracles.tokenizers import byte_bpe
 from softprompt import PeftModel, PromptEmbedding, PromptTuningConfig, get_peft_model
 from softprompt.attach.transfer import transferred_rows
-from softprompt.backbone.facts import input_embedding
+from softprompt.backbone import input_embedding
 from softprompt.errors import ArtifactError, BackboneError, ConfigError, FingerprintError
-from softprompt.prompts.kinds import PromptTuningInit
+from softprompt.prompts import PromptTuningInit
 
 
 def llama(seed, width=16):

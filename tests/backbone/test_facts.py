@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 
 from oracles.families import CAUSAL, ENCODERS, SEQ2SEQ, A, H, L, V, build, causal, seq2seq
-from softprompt.backbone.facts import facts_of, input_embedding, output_limit
+from softprompt.backbone import facts_of, input_embedding, output_limit
 from softprompt.errors import BackboneError
 
 NARROW = {"opt": 16, "electra": 16, "albert": 16}

@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 
 from oracles.families import CAUSAL, ENCODERS, SEQ2SEQ, build, causal, seq2seq
-from softprompt.backbone.fingerprint import Fingerprint
+from softprompt.backbone import Fingerprint
 from softprompt.errors import ArtifactError
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from oracles.families import causal
-from softprompt.backbone.freeze import freeze, weights_hash
+from softprompt.backbone import freeze, weights_hash
 
 
 def test_everything_is_frozen():

@@ -10,8 +10,7 @@ import transformers as tf
 
 from oracles.families import ENCODERS, build, causal, seq2seq
 from oracles.tokenizers import byte_bpe
-from softprompt.backbone.freeze import weights_hash
-from softprompt.backbone.load import load_base
+from softprompt.backbone import load_base, weights_hash
 from softprompt.errors import BackboneError, ConfigError
 
 

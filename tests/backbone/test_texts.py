@@ -6,7 +6,7 @@ import pytest
 
 from oracles.tokenizers import byte_bpe
 from softprompt import PromptTuningConfig
-from softprompt.backbone.texts import label_token_ids, text_token_ids
+from softprompt.backbone import label_token_ids, text_token_ids
 from softprompt.errors import ConfigError
 
 

@@ -7,7 +7,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from oracles.tokenizers import byte_bpe
-from softprompt.backbone.vocabulary import _LETTERS, shared_ids
+from softprompt.backbone import shared_ids
+from softprompt.backbone.vocabulary import _LETTERS
 
 
 def test_shared_tokens_have_the_same_spelling_and_are_not_special():

@@ -12,14 +12,12 @@ from pathlib import Path
 import pytest
 
 from softprompt import bundled
-from softprompt.backbone.load import load_base
+from softprompt.backbone import load_base
 from softprompt.cli import demo, generate, tune
 from softprompt.cli.main import run
 from softprompt.engine import choose
-from softprompt.inference.options import GenerationOptions
-from softprompt.training.events import Events
-from softprompt.training.settings import TuneSettings
-from softprompt.training.tuning_config import TuningConfig
+from softprompt.inference import GenerationOptions
+from softprompt.training import Events, TuneSettings, TuningConfig
 
 QUICK = ["--num-epochs", "1", "--num-virtual-tokens", "2", "--batch-size", "4"]
 

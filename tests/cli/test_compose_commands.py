@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from oracles.stored import drawn, folder
-from softprompt.artifacts.native import load_adapter
+from softprompt.artifacts import load_adapter
 from softprompt.cli.main import run
 
 

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from oracles.serving import write_prompt
-from softprompt.backbone.load import load_base
+from softprompt.backbone import load_base
 from softprompt.cli.main import run
 from softprompt.cli.serve import command
 from softprompt.server.settings import ServeSettings

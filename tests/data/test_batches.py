@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softprompt.data import plan_batches
-from softprompt.data.batches import split_batch
+from softprompt.data import plan_batches, split_batch
 from softprompt.errors import ConfigError, DataError
 
 LENGTHS = st.lists(st.integers(0, 60), max_size=200)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 
 from oracles.tokenizers import byte_bpe
-from softprompt.data.template import Verbalizer
-from softprompt.data.tokens import RowTokenizer
+from softprompt.data import RowTokenizer, Verbalizer
 from softprompt.errors import ConfigError
-from softprompt.prompts.kinds import Placement
+from softprompt.prompts import Placement
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from softprompt.data import Example, read_examples
-from softprompt.data.sources import SUFFIXES, read_records
+from softprompt.data import Example, read_examples, read_records
+from softprompt.data.sources import SUFFIXES
 from softprompt.errors import DataError
 
 ROWS = [

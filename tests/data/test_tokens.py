@@ -4,8 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from softprompt.data import CutSummary, Example, RowTokenizer, TokenRow, Verbalizer
-from softprompt.data.special_frame import SpecialFrame
+from softprompt.data import CutSummary, Example, RowTokenizer, SpecialFrame, TokenRow, Verbalizer
 from softprompt.errors import ConfigError, DataError, TemplateError
 
 CAUSAL = ["gpt2", "llama", "llama+eos", "bert", "demo", "stories260K"]

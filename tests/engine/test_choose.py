@@ -9,9 +9,7 @@ import torch
 import transformers as tf
 
 from oracles.families import CAUSAL, GQA, IDS, SEQ2SEQ, H, L, V, build, causal, seq2seq
-from softprompt.engine import choose
-from softprompt.engine.choose import build_engine, choose_engine
-from softprompt.engine.rows import EngineRow, TargetLogProbs
+from softprompt.engine import EngineRow, TargetLogProbs, build_engine, choose, choose_engine
 from softprompt.errors import ConfigError
 
 EXPECTED = {

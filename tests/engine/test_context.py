@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from softprompt.engine.context import check_context
+from softprompt.engine import check_context
 from softprompt.errors import ContextOverflowError
 
 

@@ -11,9 +11,8 @@ import transformers as tf
 from torch.nn import functional as F
 
 from oracles.families import SEQ2SEQ, build, seq2seq
-from softprompt.backbone.facts import decoder_embedding, input_embedding
-from softprompt.engine.choose import build_engine, choose_engine
-from softprompt.engine.rows import EngineRow
+from softprompt.backbone import decoder_embedding, input_embedding
+from softprompt.engine import EngineRow, build_engine, choose_engine
 
 P = 4
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

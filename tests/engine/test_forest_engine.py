@@ -11,14 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from oracles.families import FOREST, OUTSIDE, SEQ2SEQ, causal, seq2seq
-from softprompt.backbone.facts import facts_of
-from softprompt.engine.choose import build_engine
-from softprompt.engine.forest.causal import ForestEngine
+from softprompt.backbone import facts_of
+from softprompt.engine import EngineRow, ForestEngine, PlainEngine, build_engine
 from softprompt.engine.forest.causal_plan import Forest, causal_paths
 from softprompt.engine.forest.seq2seq import PackedSeq2SeqEngine
 from softprompt.engine.placed import PlacedPrompts
-from softprompt.engine.plain import PlainEngine
-from softprompt.engine.rows import EngineRow
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 

@@ -13,11 +13,8 @@ import transformers as tf
 from oracles.families import ENCODERS, build, causal, seq2seq
 from oracles.naive import padded
 from softprompt import PromptTuningConfig, get_peft_model
-from softprompt.backbone.facts import facts_of
-from softprompt.engine.choose import build_engine
-from softprompt.engine.lock import locked
-from softprompt.engine.rows import EngineRow
-from softprompt.engine.virtual import vocabulary_of
+from softprompt.backbone import facts_of
+from softprompt.engine import EngineRow, build_engine, locked, vocabulary_of
 
 ROWS = [
     EngineRow((5, 6, 7, 8), (8, 2), 0),

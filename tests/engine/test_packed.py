@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from softprompt.engine.forest.stream import is_packed, packed_mask
+from softprompt.engine import is_packed, packed_mask
 
 
 def test_restarting_positions_mean_packed_rows():

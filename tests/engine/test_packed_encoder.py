@@ -10,8 +10,9 @@ from oracles.families import CAUSAL, ENCODERS, ROTARY_ENCODERS, SEQ2SEQ, build
 from oracles.naive import padded
 from softprompt import PromptTuningConfig, get_peft_model
 from softprompt.attach import inputs as attach_inputs
+from softprompt.engine import packs
 from softprompt.engine.forest import encoder
-from softprompt.engine.forest.encoder import packs, why_not_packed
+from softprompt.engine.forest.encoder import why_not_packed
 from softprompt.engine.forest.layers import Packing
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from oracles.families import SEQ2SEQ, causal, seq2seq
 from oracles.naive import row_logits
-from softprompt.backbone.facts import facts_of
-from softprompt.engine.choose import build_engine
+from softprompt.backbone import facts_of
+from softprompt.engine import EngineRow, build_engine
 from softprompt.engine.forest.causal_plan import (
     Forest,
     Path,
@@ -25,7 +25,6 @@ from softprompt.engine.forest.causal_plan import (
 from softprompt.engine.forest.encoder_plan import encoder_plan
 from softprompt.engine.forest.layers import Packing
 from softprompt.engine.placed import PlacedPrompts
-from softprompt.engine.rows import EngineRow
 from softprompt.errors import ConfigError, ContextOverflowError, DataError
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

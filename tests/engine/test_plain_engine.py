@@ -8,11 +8,8 @@ from torch.nn import functional as F
 
 from oracles.families import causal, seq2seq
 from oracles.naive import solo_logits
-from softprompt.backbone.facts import input_embedding
-from softprompt.backbone.freeze import freeze, weights_hash
-from softprompt.engine.choose import build_engine
-from softprompt.engine.plain import PlainEngine
-from softprompt.engine.rows import EngineRow
+from softprompt.backbone import freeze, input_embedding, weights_hash
+from softprompt.engine import EngineRow, PlainEngine, build_engine
 from softprompt.errors import ConfigError, ContextOverflowError, DataError
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

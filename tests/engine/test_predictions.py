@@ -7,9 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from oracles.families import SEQ2SEQ, causal, seq2seq
-from softprompt.backbone.facts import facts_of
-from softprompt.engine.choose import build_engine
-from softprompt.engine.rows import EngineRow
+from softprompt.backbone import facts_of
+from softprompt.engine import EngineRow, build_engine
 from softprompt.errors import BackboneError
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

@@ -7,12 +7,9 @@ import torch
 
 from oracles.families import causal, seq2seq
 from oracles.prefixed import random_prefix, solo_decoder_logits, solo_logits_behind
-from softprompt.backbone.facts import facts_of
-from softprompt.engine.choose import build_engine
+from softprompt.backbone import facts_of
+from softprompt.engine import EngineRow, ForestEngine, PlainEngine, build_engine
 from softprompt.engine.expand import ExpandEngine
-from softprompt.engine.forest.causal import ForestEngine
-from softprompt.engine.plain import PlainEngine
-from softprompt.engine.rows import EngineRow
 from softprompt.errors import ConfigError, ContextOverflowError, DataError
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}

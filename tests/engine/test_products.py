@@ -19,21 +19,20 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 from softprompt import PromptTuningConfig, get_peft_model
-from softprompt.backbone.fingerprint import Fingerprint
-from softprompt.engine import products
-from softprompt.engine.choose import build_engine
-from softprompt.engine.decode.forest import DecodeForest, NewTokens
-from softprompt.engine.decode.probe import why_undecodable
-from softprompt.engine.forest.causal import ForestEngine
-from softprompt.engine.products import (
-    FrozenLinear,
-    bodies_in,
+from softprompt.backbone import Fingerprint
+from softprompt.engine import (
+    DecodeForest,
+    EngineRow,
+    ForestEngine,
+    NewTokens,
+    build_engine,
     frozen_linears,
     lent_bodies,
-    padded_rows,
+    products,
     torch_products,
+    why_undecodable,
 )
-from softprompt.engine.rows import EngineRow
+from softprompt.engine.products import FrozenLinear, bodies_in, padded_rows
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"

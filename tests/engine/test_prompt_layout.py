@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softprompt.engine.layout import Layout, Prompts
+from softprompt.engine import Layout, Prompts
 from softprompt.errors import DataError
 
 H, V, PAD = 3, 50, 0

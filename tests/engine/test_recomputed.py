@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from oracles.families import causal
-from softprompt.backbone.facts import facts_of
-from softprompt.engine.forest.causal import ForestEngine
-from softprompt.engine.plain import PlainEngine
-from softprompt.engine.rows import EngineRow
+from softprompt.backbone import facts_of
+from softprompt.engine import EngineRow, ForestEngine, PlainEngine
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning"

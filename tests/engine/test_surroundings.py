@@ -11,11 +11,8 @@ import transformers as tf
 from oracles.families import ENCODERS, GQA, IDS, H, L, V, build, causal, seq2seq
 from oracles.naive import padded
 from softprompt import PromptTuningConfig, get_peft_model
-from softprompt.backbone.facts import facts_of
-from softprompt.engine.choose import build_engine, choose_engine
-from softprompt.engine.forest.causal import ForestEngine
-from softprompt.engine.plain import PlainEngine
-from softprompt.engine.rows import EngineRow
+from softprompt.backbone import facts_of
+from softprompt.engine import EngineRow, ForestEngine, PlainEngine, build_engine, choose_engine
 from softprompt.errors import ConfigError, DataError
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from oracles.families import causal
-from softprompt.engine.virtual import VirtualVocabulary
+from softprompt.engine import VirtualVocabulary
 
 V, H = 6, 4
 

@@ -7,10 +7,10 @@ import torch
 
 from oracles.families import tiny
 from oracles.tokenizers import byte_bpe
-from softprompt.artifacts.manifest import Manifest
-from softprompt.attach.classes import get_peft_model
-from softprompt.inference.tuned import TunedPrompt
-from softprompt.prompts.configs import PromptTuningConfig
+from softprompt.artifacts import Manifest
+from softprompt.attach import get_peft_model
+from softprompt.inference import TunedPrompt
+from softprompt.prompts import PromptTuningConfig
 
 
 @pytest.fixture

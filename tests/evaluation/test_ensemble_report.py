@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from softprompt.errors import ConfigError, TemplateError
-from softprompt.evaluation.evaluate import evaluate
-from softprompt.inference.ensemble import Ensemble
+from softprompt.evaluation import evaluate
+from softprompt.inference import Ensemble
 
 ROWS = [
     {"input": text, "output": label}

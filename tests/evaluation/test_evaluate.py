@@ -5,11 +5,10 @@ import math
 
 import pytest
 
-from softprompt.engine.rows import EngineRow
+from softprompt.engine import EngineRow
 from softprompt.errors import ConfigError, ContextOverflowError, DataError, TemplateError
-from softprompt.evaluation.evaluate import evaluate
-from softprompt.inference.options import GenerationOptions
-from softprompt.inference.scoring import score_labels
+from softprompt.evaluation import evaluate
+from softprompt.inference import GenerationOptions, score_labels
 
 ROWS = [
     {"input": text, "output": label}

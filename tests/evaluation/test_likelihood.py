@@ -5,14 +5,10 @@ import math
 import pytest
 import torch
 
-from softprompt.data.tokens import TokenRow
-from softprompt.engine.rows import TargetLogProbs
+from softprompt.data import TokenRow
+from softprompt.engine import TargetLogProbs
 from softprompt.errors import ConfigError
-from softprompt.evaluation.likelihood import (
-    TargetLikelihood,
-    classify_rows,
-    target_likelihood,
-)
+from softprompt.evaluation import TargetLikelihood, classify_rows, target_likelihood
 
 
 class ByHand:

@@ -3,8 +3,8 @@ from __future__ import annotations
 import json
 import math
 
+from softprompt.evaluation import Report
 from softprompt.evaluation.metrics import LabelRow
-from softprompt.evaluation.report import Report
 
 
 def test_a_report_is_plain_json_without_nan():

@@ -24,7 +24,7 @@ from softprompt.errors import (
     FingerprintError,
     OutputExistsError,
 )
-from softprompt.inference.conversion import convert
+from softprompt.inference import convert
 
 BOTH = {
     "peft_type": "EXTENDED_PROMPT_TUNING",

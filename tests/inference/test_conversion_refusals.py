@@ -12,7 +12,7 @@ import torch
 from oracles.tiny_bases import P, write_base, write_prompt
 from softprompt.artifacts import load_adapter, save_adapter
 from softprompt.errors import ArtifactError, ConfigError
-from softprompt.inference.conversion import convert
+from softprompt.inference import convert
 
 
 @pytest.fixture(scope="module")

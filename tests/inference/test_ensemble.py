@@ -5,17 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from softprompt.artifacts.manifest import Manifest
-from softprompt.attach.classes import get_peft_model
-from softprompt.backbone.fingerprint import Fingerprint
-from softprompt.backbone.load import load_base
+from softprompt.artifacts import Manifest
+from softprompt.attach import get_peft_model
+from softprompt.backbone import Fingerprint, load_base
 from softprompt.errors import ConfigError, FingerprintError
-from softprompt.inference.ensemble import Ensemble
-from softprompt.inference.loading import load_many
-from softprompt.inference.scoring import per_token
-from softprompt.inference.tuned import TunedPrompt
-from softprompt.prompts.configs import PromptTuningConfig
-from softprompt.prompts.multitask import MultitaskPromptTuningConfig
+from softprompt.inference import Ensemble, TunedPrompt, load_many, per_token
+from softprompt.prompts import MultitaskPromptTuningConfig, PromptTuningConfig
 
 TEXTS = ["the cat", "a", "much longer text, with words at the end", "that is it", "oh no"]
 LABELS = ("good", "bad thing", "so")

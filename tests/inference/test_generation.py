@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from softprompt.errors import ConfigError
-from softprompt.inference.generation import GenerationOptions, Generator
+from softprompt.inference import GenerationOptions
+from softprompt.inference.generation import Generator
 
 SOURCES = [(1, 40), (1, 41, 42, 43, 44, 45), (1, 50, 51), (1, *range(60, 72))]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import ExponentialDecayLengthPenalty
 
-from softprompt.inference.options import GenerationOptions
+from softprompt.inference import GenerationOptions
 from softprompt.inference.sampling import (
     RowLengthPenalty,
     RowRepetitionPenalty,

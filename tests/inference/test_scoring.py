@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from softprompt.engine.choose import build_engine
-from softprompt.engine.rows import EngineRow
+from softprompt.engine import EngineRow, build_engine
 from softprompt.errors import ConfigError
-from softprompt.inference.scoring import check_label_ids, score_labels
+from softprompt.inference import score_labels
+from softprompt.inference.scoring import check_label_ids
 
 SOURCES = [(0, 40), (0, 41, 42, 43, 44, 45), (0, 50, 51), (0, 60)]
 LABELS = [(70, 1), (71, 72, 73, 1), (70, 75, 1)]

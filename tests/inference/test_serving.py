@@ -23,8 +23,7 @@ from softprompt import (
     load,
 )
 from softprompt.errors import AdapterError, ConfigError, ContextOverflowError, NotServingError
-from softprompt.inference.continuous.ticket import Ticket
-from softprompt.inference.options import GenerationOptions
+from softprompt.inference import GenerationOptions, Ticket
 
 TEXTS = ["is it good", "the parcel is late", "bad", "thank you, great"]
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softprompt.inference.options import GenerationOptions
+from softprompt.inference import GenerationOptions
 from softprompt.inference.stopping import StopAtSequences, StopSequences, find_ending
 
 EOS = 0

@@ -7,10 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from softprompt.artifacts.manifest import Manifest
-from softprompt.attach.classes import get_peft_model
-from softprompt.backbone.fingerprint import Fingerprint
-from softprompt.backbone.load import load_base
+from softprompt.artifacts import Manifest
+from softprompt.attach import get_peft_model
+from softprompt.backbone import Fingerprint, load_base
 from softprompt.errors import (
     ArtifactError,
     BackboneError,
@@ -21,10 +20,8 @@ from softprompt.errors import (
     OutputExistsError,
     TemplateError,
 )
-from softprompt.inference.loading import load
-from softprompt.inference.options import GenerationOptions
-from softprompt.inference.tuned import TunedPrompt
-from softprompt.prompts.configs import PromptTuningConfig
+from softprompt.inference import GenerationOptions, TunedPrompt, load
+from softprompt.prompts import PromptTuningConfig
 
 TEXTS = ["the cat", "a", "a much longer text, with the words at the end"]
 CLASSES = {"task": "classification", "labels": ("good", "bad thing")}

@@ -6,16 +6,10 @@ import math
 import pytest
 import torch
 
-from softprompt.artifacts.manifest import Manifest
-from softprompt.artifacts.native import StoredAdapter
+from softprompt.artifacts import Manifest, StoredAdapter
 from softprompt.errors import FingerprintError
-from softprompt.inspection.describe import (
-    describe,
-    effective_rank,
-    geometry,
-    mean_pairwise_cosine,
-    rms_of,
-)
+from softprompt.inspection import describe
+from softprompt.inspection.describe import effective_rank, geometry, mean_pairwise_cosine, rms_of
 
 
 def stored(prompt, manifest=None, **tensors):

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from softprompt.errors import ConfigError
-from softprompt.inspection.figures import training_curve
+from softprompt.inspection import training_curve
 
 HISTORY = [
     {

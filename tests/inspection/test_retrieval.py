@@ -6,8 +6,8 @@ import pytest
 
 from oracles.stored import drawn, folder
 from softprompt.errors import ArtifactError, ConfigError
-from softprompt.inspection.retrieval import similar_prompts
-from softprompt.prompts.similarity import similarity
+from softprompt.inspection import similar_prompts
+from softprompt.prompts import similarity
 
 QUERY = drawn(0)
 

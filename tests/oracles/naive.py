@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import input_embedding
-from softprompt.engine.rows import EngineRow
+from softprompt.backbone import input_embedding
+from softprompt.engine import EngineRow
 
 
 def solo_logits(model: PreTrainedModel, prompt: Tensor | None, ids: Tensor) -> Tensor:

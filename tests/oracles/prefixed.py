@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
-from softprompt.backbone.keyvalues import key_value_shape
+from softprompt.backbone import key_value_shape
 
 
 def random_prefix(model: PreTrainedModel, length: int, seed: int = 0) -> Tensor:

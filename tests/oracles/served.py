@@ -12,13 +12,11 @@ import torch
 from oracles.families import tiny
 from oracles.tokenizers import byte_bpe
 from softprompt import PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from softprompt.artifacts.manifest import Manifest
-from softprompt.backbone.fingerprint import Fingerprint
-from softprompt.engine.plain import PlainEngine
-from softprompt.engine.rows import EngineRow
-from softprompt.inference.continuous.request import PromptValue, Request
-from softprompt.inference.options import GenerationOptions
-from softprompt.inference.tuned import TunedPrompt
+from softprompt.artifacts import Manifest
+from softprompt.backbone import Fingerprint
+from softprompt.engine import EngineRow, PlainEngine
+from softprompt.inference import GenerationOptions, PromptValue, TunedPrompt
+from softprompt.inference.continuous.request import Request
 
 VOCABULARY = 330
 

@@ -11,16 +11,20 @@ from typing import Any
 import httpx
 import torch
 
-from softprompt.artifacts.manifest import Manifest
-from softprompt.artifacts.native import save_adapter
-from softprompt.backbone.fingerprint import Fingerprint
+from softprompt.artifacts import Manifest, save_adapter
+from softprompt.backbone import Fingerprint
 from softprompt.errors import NotServingError, QueueFullError
-from softprompt.inference.continuous.batcher import Batcher, BatcherStats
-from softprompt.inference.continuous.events import EchoEvent, FinishEvent, TokenEvent
-from softprompt.inference.continuous.request import Bounds
-from softprompt.inference.continuous.residents import ResidentPrompts
-from softprompt.inference.continuous.scorer import Scorer
-from softprompt.inference.continuous.ticket import Ticket
+from softprompt.inference import (
+    Batcher,
+    BatcherStats,
+    Bounds,
+    EchoEvent,
+    FinishEvent,
+    ResidentPrompts,
+    Scorer,
+    Ticket,
+    TokenEvent,
+)
 from softprompt.server.app import create_app
 from softprompt.server.folder import Root
 from softprompt.server.registry import Registry

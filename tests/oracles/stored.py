@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from softprompt.artifacts.manifest import Manifest
-from softprompt.artifacts.native import save_adapter
-from softprompt.backbone.fingerprint import Fingerprint
+from softprompt.artifacts import Manifest, save_adapter
+from softprompt.backbone import Fingerprint
 
 BASES = {
     "one": Fingerprint("llama", (64, 8, 2, 2), (0.5, -0.25, 0.125)),

@@ -7,11 +7,8 @@ import transformers as tf
 
 from oracles import families
 from oracles.tokenizers import byte_bpe
-from softprompt.artifacts import save_adapter
-from softprompt.artifacts.bare import Origin
-from softprompt.artifacts.manifest import Manifest
-from softprompt.backbone.fingerprint import Fingerprint
-from softprompt.backbone.load import load_base
+from softprompt.artifacts import Manifest, Origin, save_adapter
+from softprompt.backbone import Fingerprint, load_base
 
 VOCABULARY = 330
 P = 4

@@ -6,14 +6,8 @@ import pytest
 import torch
 
 from softprompt.errors import ConfigError
-from softprompt.prompts.composition import (
-    average,
-    concatenation,
-    difference,
-    recycle,
-    resized,
-    shifted,
-)
+from softprompt.prompts import recycle, resized
+from softprompt.prompts.composition import average, concatenation, difference, shifted
 
 
 def drawn(seed, *shape):

@@ -12,7 +12,7 @@ from torch import nn
 
 from softprompt import CPTConfig, CPTEmbedding
 from softprompt.errors import ArtifactError, ConfigError
-from softprompt.prompts.cpt_loss import cpt_columns, cpt_loss
+from softprompt.prompts import cpt_columns, cpt_loss
 
 V, H = 13, 8
 IDS = [3, 4, 5, 6, 7, 8, 9, 10, 11]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from softprompt import PromptEmbedding, PromptTuningConfig
-from softprompt.attach.encoders import build_prompt
+from softprompt.attach import build_prompt
 from softprompt.errors import ArtifactError, ConfigError
 from softprompt.prompts.parameterisations import FixedBasis, LowRank, Residual
 

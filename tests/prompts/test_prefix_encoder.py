@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from softprompt.errors import ArtifactError, ConfigError
-from softprompt.prompts.configs import PeftConfig
-from softprompt.prompts.prefix import PrefixTuningConfig
-from softprompt.prompts.prefix_encoder import PrefixEncoder
+from softprompt.prompts import PeftConfig, PrefixEncoder, PrefixTuningConfig
 
 P, L, A, D = 3, 2, 2, 4
 SIZES = {"num_virtual_tokens": P, "num_layers": L, "num_attention_heads": A, "token_dim": A * D}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from softprompt.errors import ConfigError
-from softprompt.prompts.similarity import MEASURES, similarity
+from softprompt.prompts import MEASURES, similarity
 
 
 def drawn(seed, *shape):

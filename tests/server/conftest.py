@@ -6,7 +6,7 @@ import browser
 import pytest
 
 from oracles.serving import PAIRS, app_over, running, write_prompt
-from softprompt.backbone.load import load_base
+from softprompt.backbone import load_base
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,7 @@ import pytest
 
 from oracles.serving import ScriptedBatcher, app_over, running, until
 from softprompt.errors import NotServingError
-from softprompt.inference.continuous.residents import ResidentPrompts
-from softprompt.inference.continuous.scorer import Scorer
+from softprompt.inference import ResidentPrompts, Scorer
 from softprompt.server.connections import Connections
 
 BODY = {"model": "writer", "prompt": "hello", "max_tokens": 3}

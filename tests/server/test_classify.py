@@ -68,7 +68,7 @@ def test_callers_share_a_pass_and_fail_alone(server, monkeypatch):
         return run(self, rows, prompts)
 
     monkeypatch.setattr(type(engine), "target_log_probs", held)
-    from softprompt.engine.rows import EngineRow
+    from softprompt.engine import EngineRow
 
     first, second = (server.service.registry.get(name).prompt for name in ("complaints", "writer"))
     rows = [EngineRow((5, 6), (7,)), EngineRow((5, 6), (8,))]

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from softprompt import load
-from softprompt.engine.plain import PlainEngine
-from softprompt.engine.rows import EngineRow
+from softprompt.engine import EngineRow, PlainEngine
 
 PAIRS = [
     ("Text : My parcel is late Label :", " complaint"),

@@ -23,10 +23,9 @@ from softprompt import (
     PromptTuningConfig,
     get_peft_model,
 )
-from softprompt.artifacts.manifest import Manifest
-from softprompt.backbone.fingerprint import Fingerprint
-from softprompt.backbone.load import LoadedBase
-from softprompt.inference.tuned import TunedPrompt
+from softprompt.artifacts import Manifest
+from softprompt.backbone import Fingerprint, LoadedBase
+from softprompt.inference import TunedPrompt
 
 TEXTS = ["is it good or bad", "the parcel", "thank you, great service; it is late again"]
 LABELS = ["good", "bad", "late again"]

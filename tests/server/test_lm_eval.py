@@ -6,8 +6,7 @@ import pytest
 
 from softprompt import load
 from softprompt.bundled import complaints
-from softprompt.engine.plain import PlainEngine
-from softprompt.engine.rows import EngineRow
+from softprompt.engine import EngineRow, PlainEngine
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is too heavy for the dev extra")
 CHOICES = ["complaint", "no complaint"]

@@ -4,8 +4,7 @@ import openai
 import pytest
 
 from softprompt import load
-from softprompt.engine.plain import PlainEngine
-from softprompt.engine.rows import EngineRow
+from softprompt.engine import EngineRow, PlainEngine
 
 TEXT = "Where is my parcel, it is two weeks late"
 
@@ -172,8 +171,8 @@ def test_log_probabilities(ai, tuned, base, server):
 
 
 def request_of(server, name, text, tokens):
+    from softprompt.inference import GenerationOptions
     from softprompt.inference.continuous.request import Request
-    from softprompt.inference.options import GenerationOptions
 
     served = server.service.registry.get(name)
     given = served.of_fields(text)

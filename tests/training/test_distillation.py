@@ -2,9 +2,9 @@
 
 import torch
 
-from softprompt.attach.encoders import build_prompt
-from softprompt.engine.rows import EngineRow, TargetOutputs
-from softprompt.prompts.configs import PromptTuningConfig
+from softprompt.attach import build_prompt
+from softprompt.engine import EngineRow, TargetOutputs
+from softprompt.prompts import PromptTuningConfig
 from softprompt.training.distillation import Distillation
 from softprompt.training.teachers import TeacherPrompts
 

@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from softprompt.engine.rows import EngineRow, TargetLogProbs
+from softprompt.engine import EngineRow, TargetLogProbs
 from softprompt.errors import TrainingError, TrainingInterrupted
-from softprompt.prompts.module import PromptModule
+from softprompt.prompts import PromptModule
+from softprompt.training import Events, TuneSettings
 from softprompt.training.checkpoint import Snapshot, load_state, save_state
-from softprompt.training.events import LOG_FILE, Events
+from softprompt.training.events import LOG_FILE
 from softprompt.training.job import Job
 from softprompt.training.loop import train
 from softprompt.training.objective import Likelihood
 from softprompt.training.optimisation import Rates, build_optimizer
 from softprompt.training.sampling import Sampling
-from softprompt.training.settings import TuneSettings
 from softprompt.training.state import RunState, Sums
 
 

@@ -9,11 +9,9 @@ import pytest
 import torch
 
 from softprompt.errors import ConfigError, DataError, TrainingInterrupted, UsageError
-from softprompt.evaluation.evaluate import evaluate
-from softprompt.inference.loading import load
-from softprompt.training.events import Events
-from softprompt.training.run_file import read_run
-from softprompt.training.tune import tune
+from softprompt.evaluation import evaluate
+from softprompt.inference import load
+from softprompt.training import Events, read_run, tune
 
 MULTITASK = {"tuning_type": "MULTITASK_PROMPT_TUNING"}
 QUICK = MULTITASK | {

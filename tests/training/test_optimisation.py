@@ -3,8 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from softprompt.training import TuneSettings
 from softprompt.training.optimisation import Rates, build_optimizer, rate_factor, set_rates
-from softprompt.training.settings import TuneSettings
 
 
 def _module(*shape):

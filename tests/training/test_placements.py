@@ -7,8 +7,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 import softprompt
-from softprompt.backbone.facts import input_embedding
-from softprompt.backbone.load import load_base
+from softprompt.backbone import input_embedding, load_base
 
 CHAT = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from softprompt.attach.model import PeftModel
-from softprompt.backbone.load import load_base
+from softprompt.attach import PeftModel
+from softprompt.backbone import load_base
 from softprompt.errors import ContextOverflowError
-from softprompt.evaluation.evaluate import evaluate
-from softprompt.inference.loading import load
-from softprompt.training.tune import tune
+from softprompt.evaluation import evaluate
+from softprompt.inference import load
+from softprompt.training import tune
 
 QUICK = {"num_epochs": 3, "batch_size": 6, "learning_rate": 0.3}
 PLACES = {

@@ -5,7 +5,7 @@ import signal
 import pytest
 import torch
 
-from softprompt.artifacts.files import write_atomically
+from softprompt.artifacts import write_atomically
 from softprompt.errors import (
     ConfigError,
     OutputExistsError,
@@ -13,10 +13,9 @@ from softprompt.errors import (
     TrainingInterrupted,
     UsageError,
 )
+from softprompt.training import Events, tune
 from softprompt.training.checkpoint import state_path
-from softprompt.training.events import Events
 from softprompt.training.interrupt import StopSignal
-from softprompt.training.tune import tune
 
 SETTINGS = {
     "num_epochs": 3,

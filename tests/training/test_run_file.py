@@ -1,8 +1,8 @@
 import pytest
 
 from softprompt.errors import ConfigError
-from softprompt.training.run_file import read_run, write_run
-from softprompt.training.settings import TuneSettings
+from softprompt.training import TuneSettings, read_run
+from softprompt.training.run_file import write_run
 
 
 def test_a_run_file_repeats_a_run(tmp_path):

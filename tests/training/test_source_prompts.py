@@ -6,11 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from softprompt.backbone.fingerprint import Fingerprint
-from softprompt.backbone.load import load_base
+from softprompt.backbone import Fingerprint, load_base
 from softprompt.errors import ConfigError
-from softprompt.training.source_prompts import find_source, list_sources, source_folder
-from softprompt.training.tune import tune
+from softprompt.training import list_sources, source_folder, tune
+from softprompt.training.source_prompts import find_source
 
 
 def tensors(tasks=2, length=3, rank=1, width=16):

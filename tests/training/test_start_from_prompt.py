@@ -10,11 +10,10 @@ import torch
 
 from softprompt.cli.main import run
 from softprompt.errors import ConfigError
-from softprompt.prompts.configs import PromptTuningInit
+from softprompt.prompts import PromptTuningInit
+from softprompt.training import TuneSettings, TuningConfig, tune
 from softprompt.training.examples import read_data
 from softprompt.training.preparation import prepare
-from softprompt.training.settings import TuneSettings, TuningConfig
-from softprompt.training.tune import tune
 
 VERBALIZER = "this is : {{input}} ?"
 

@@ -2,8 +2,8 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from softprompt.training.settings import RATE_PER_RMS, TuneSettings
-from softprompt.training.tuning_config import TuningConfig
+from softprompt.training import TuneSettings, TuningConfig
+from softprompt.training.settings import RATE_PER_RMS
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")

@@ -7,8 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from softprompt.backbone.freeze import weights_hash
-from softprompt.backbone.load import LoadedBase
+from softprompt.backbone import LoadedBase, weights_hash
 from softprompt.errors import (
     ArtifactError,
     BackboneError,
@@ -20,10 +19,9 @@ from softprompt.errors import (
     TrainingError,
     UsageError,
 )
-from softprompt.inference.loading import load
-from softprompt.training.run_file import read_run
+from softprompt.inference import load
+from softprompt.training import read_run, tune
 from softprompt.training.settings import RATE_PER_RMS
-from softprompt.training.tune import tune
 
 FILES = {
     "README.md",

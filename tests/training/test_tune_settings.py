@@ -3,11 +3,10 @@ from dataclasses import fields
 import pytest
 import torch
 
-from softprompt.engine.choose import ENGINES
+from softprompt.engine import ENGINES
 from softprompt.errors import ConfigError
-from softprompt.training.fields import choices_of, type_of
-from softprompt.training.settings import TuneOptions, TuneSettings
-from softprompt.training.tuning_config import TuningConfig
+from softprompt.training import TuneSettings, TuningConfig, choices_of, type_of
+from softprompt.training.settings import TuneOptions
 
 SOURCE = {"prompt_tuning_init_source_model": "somewhere"}
 
@@ -211,7 +210,7 @@ def test_a_parameterization_is_refused_where_there_is_one_already():
 
 
 def test_enumerations_of_other_libraries_name_the_tuning_type():
-    from softprompt.prompts.configs import PeftType
+    from softprompt.prompts import PeftType
 
     found = TuneSettings.from_dict({"tuning_type": PeftType.MULTITASK_PROMPT_TUNING})
     assert found.multitask
@@ -235,7 +234,7 @@ def test_output_model_types_name_the_places_of_the_model():
 
 
 def test_pefts_enumeration_keeps_its_meaning():
-    from softprompt.prompts.configs import PromptTuningInit
+    from softprompt.prompts import PromptTuningInit
 
     given = TuningConfig(prompt_tuning_init_method=PromptTuningInit.RANDOM)
     assert given.prompt_tuning_init_method == "STANDARD_NORMAL"
@@ -247,7 +246,7 @@ def test_pefts_enumeration_keeps_its_meaning():
     ("wrong", "near"), [("ouput", "output"), ("validation_dat", "validation_data")]
 )
 def test_a_misspelt_argument_of_tune_is_named(wrong, near):
-    from softprompt.training.tune import tune
+    from softprompt.training import tune
 
     with pytest.raises(ConfigError, match=f"did you mean '{near}'"):
         tune("demo", [{"input": "a", "output": "b"}], **{wrong: "x"})

@@ -1,7 +1,7 @@
 import torch
 
-from softprompt.data.tokens import TokenRow
-from softprompt.engine.rows import TargetLogProbs
+from softprompt.data import TokenRow
+from softprompt.engine import TargetLogProbs
 from softprompt.training.validation import Validation
 
 LABELS = {"no": (5, 1), "yes": (6, 1)}

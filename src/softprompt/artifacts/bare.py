@@ -12,11 +12,9 @@ from torch import Tensor
 from softprompt.artifacts.layout import PROMPT_KEY, check_dtype, check_tensors, check_values
 from softprompt.artifacts.manifest import Manifest
 from softprompt.artifacts.native import StoredAdapter
-from softprompt.backbone.facts import facts_of
-from softprompt.backbone.fingerprint import Fingerprint
-from softprompt.backbone.load import LoadedBase
+from softprompt.backbone import Fingerprint, LoadedBase, facts_of
 from softprompt.errors import ArtifactError
-from softprompt.prompts.configs import PeftType, PromptTuningConfig, TaskType
+from softprompt.prompts import PeftType, PromptTuningConfig, TaskType
 
 ENCODER, DECODER = "ENCODER", "DECODER"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from softprompt.artifacts.layout import OUR_KEYS
 from softprompt.artifacts.manifest import Manifest
-from softprompt.prompts.configs import PeftType
+from softprompt.prompts import PeftType
 
 # The hub rejects a card whose base_model is a path, so only ids go into the front matter.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

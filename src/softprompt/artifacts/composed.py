@@ -16,8 +16,7 @@ from softprompt.artifacts.manifest import Manifest
 from softprompt.artifacts.native import StoredAdapter, load_adapter, save_adapter
 from softprompt.artifacts.parts import options_of, require_one_base, rows_of
 from softprompt.errors import ConfigError, nearest
-from softprompt.prompts import composition
-from softprompt.prompts.configs import PromptTuningConfig
+from softprompt.prompts import PromptTuningConfig, composition
 
 logger = logging.getLogger(__name__)
 

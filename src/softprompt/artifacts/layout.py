@@ -18,7 +18,7 @@ from softprompt.artifacts.peft_layouts import (
     prompt_rows,
 )
 from softprompt.errors import ArtifactError, nearest
-from softprompt.prompts.configs import CONFIG_NAME
+from softprompt.prompts import CONFIG_NAME
 
 __all__ = [
     "CARD_NAME",

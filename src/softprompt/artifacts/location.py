@@ -13,7 +13,7 @@ from softprompt.artifacts.layout import (
     WEIGHTS_NAME,
 )
 from softprompt.errors import ArtifactError
-from softprompt.prompts.configs import CONFIG_NAME
+from softprompt.prompts import CONFIG_NAME
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

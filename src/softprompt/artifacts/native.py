@@ -39,7 +39,7 @@ from softprompt.artifacts.location import locate
 from softprompt.artifacts.manifest import Manifest
 from softprompt.artifacts.pickles import damaged, load_pickled
 from softprompt.errors import ArtifactError
-from softprompt.prompts.configs import CONFIG_NAME
+from softprompt.prompts import CONFIG_NAME
 
 
 @dataclass(frozen=True, slots=True)

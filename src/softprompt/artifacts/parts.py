@@ -12,7 +12,7 @@ from softprompt.artifacts.layout import OUR_KEYS, PROMPT_KEY
 from softprompt.artifacts.native import StoredAdapter
 from softprompt.artifacts.recorded_base import RecordedBase
 from softprompt.errors import ArtifactError, FingerprintError
-from softprompt.prompts.kinds import PeftType, TaskType
+from softprompt.prompts import PeftType, TaskType
 
 INPUT, ANSWER = "input", "answer"
 """Where rows stand: before what the model reads, or before a seq2seq model's answer."""

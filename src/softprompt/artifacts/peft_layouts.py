@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from softprompt.errors import ArtifactError
-from softprompt.prompts.configs import CONFIG_NAME, PeftType
+from softprompt.prompts import CONFIG_NAME, PeftType
 
 PROMPT_KEY = "prompt_embeddings"
 COLS_KEY = "prefix_task_cols"

@@ -14,7 +14,7 @@ from softprompt.artifacts.native import StoredAdapter
 from softprompt.artifacts.parts import ANSWER, INPUT, beyond_rows, placed_rows
 from softprompt.artifacts.peft_layouts import COLS_KEY, LAYOUTS, ROWS_KEY
 from softprompt.errors import ArtifactError, ConfigError, nearest
-from softprompt.prompts.configs import PeftType, Placement, TaskType
+from softprompt.prompts import PeftType, Placement, TaskType
 
 
 @dataclass(frozen=True, slots=True)

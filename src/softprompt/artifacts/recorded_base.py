@@ -8,8 +8,7 @@ from typing import Self
 from transformers import PreTrainedModel
 
 from softprompt.artifacts.native import StoredAdapter
-from softprompt.backbone.facts import input_embedding
-from softprompt.backbone.fingerprint import Fingerprint
+from softprompt.backbone import Fingerprint, input_embedding
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,19 +16,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from softprompt.artifacts.manifest import Manifest
+from softprompt.artifacts import Manifest
 from softprompt.attach import heads, names
 from softprompt.attach.completion import completed
 from softprompt.attach.prefixes import trained_directly
 from softprompt.attach.tasks import RULES
 from softprompt.attach.transfer import started_prompt
-from softprompt.backbone.facts import Facts, facts_of
-from softprompt.backbone.freeze import freeze
-from softprompt.engine.lock import locked
-from softprompt.engine.virtual import vocabulary_of
+from softprompt.backbone import Facts, facts_of, freeze
+from softprompt.engine import locked, vocabulary_of
 from softprompt.errors import AdapterError, ConfigError
-from softprompt.prompts.configs import PeftConfig, PromptLearningConfig, TaskType
-from softprompt.prompts.module import PromptModule
+from softprompt.prompts import PeftConfig, PromptLearningConfig, PromptModule, TaskType
 
 
 class Adapters(nn.Module, ABC):

@@ -15,10 +15,10 @@ from transformers import (
 )
 
 from softprompt.attach.model import PeftModel
-from softprompt.backbone.load import DEMO
+from softprompt.backbone import DEMO
 from softprompt.bundled import model_directory
 from softprompt.errors import ConfigError
-from softprompt.prompts.configs import PeftConfig, TaskType
+from softprompt.prompts import PeftConfig, TaskType
 
 _LOADERS: dict[TaskType, Any] = {
     TaskType.CAUSAL_LM: AutoModelForCausalLM,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from softprompt.artifacts.manifest import Manifest
-from softprompt.backbone.fingerprint import Fingerprint
+from softprompt.artifacts import Manifest
+from softprompt.backbone import Fingerprint
 from softprompt.errors import FingerprintError
 
 

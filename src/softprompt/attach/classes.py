@@ -10,7 +10,7 @@ from softprompt.attach.model import PeftModel
 from softprompt.attach.saving import load_state, state_of
 from softprompt.attach.tasks import infer_task
 from softprompt.errors import ConfigError
-from softprompt.prompts.configs import PeftConfig, TaskType
+from softprompt.prompts import PeftConfig, TaskType
 
 
 class PeftModelForCausalLM(PeftModel, task=TaskType.CAUSAL_LM):

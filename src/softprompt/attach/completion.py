@@ -10,17 +10,17 @@ from softprompt.attach.parts import DECODER, ENCODER, model_types_of
 from softprompt.attach.placing import placement_of
 from softprompt.attach.prefixes import check_kind, sized
 from softprompt.attach.tasks import RULES, infer_task
-from softprompt.backbone.facts import Facts, is_encoder_decoder, start_id
-from softprompt.engine.isolation import is_bidirectional, why_not_isolated
+from softprompt.backbone import Facts, is_encoder_decoder, start_id
+from softprompt.engine import is_bidirectional, why_not_isolated
 from softprompt.errors import ConfigError
-from softprompt.prompts.configs import (
+from softprompt.prompts import (
     PeftConfig,
     PeftType,
     Placement,
+    PrefixTuningConfig,
     PromptLearningConfig,
     TaskType,
 )
-from softprompt.prompts.prefix import PrefixTuningConfig
 
 
 def completed(

@@ -9,11 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from softprompt.engine.layout import Layout
+from softprompt.engine import Layout
 from softprompt.errors import ConfigError
-from softprompt.prompts.configs import PromptLearningConfig
-from softprompt.prompts.cpt import CPTConfig
-from softprompt.prompts.cpt_loss import cpt_columns, cpt_loss
+from softprompt.prompts import CPTConfig, PromptLearningConfig, cpt_columns, cpt_loss
 
 TYPES = "input_type_mask"
 """Argument of PEFT's forward: what each token of the text is."""

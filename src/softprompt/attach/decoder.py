@@ -14,9 +14,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from softprompt.attach.tasks import IGNORED
-from softprompt.backbone.facts import Facts, output_limit
-from softprompt.engine.context import check_context
-from softprompt.engine.layout import Layout, Prompts
+from softprompt.backbone import Facts, output_limit
+from softprompt.engine import Layout, Prompts, check_context
 from softprompt.errors import ConfigError
 
 

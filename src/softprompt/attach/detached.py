@@ -10,9 +10,9 @@ from softprompt.attach.base_check import check_base
 from softprompt.attach.completion import completed
 from softprompt.attach.encoders import build_prompt
 from softprompt.attach.saving import Stored, rows_read
-from softprompt.backbone.facts import facts_of, input_embedding
+from softprompt.backbone import facts_of, input_embedding
 from softprompt.errors import ArtifactError
-from softprompt.prompts.configs import PromptLearningConfig
+from softprompt.prompts import PromptLearningConfig
 
 
 @torch.no_grad()

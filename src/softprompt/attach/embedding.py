@@ -10,9 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.attach.initial import initial_table
-from softprompt.prompts.configs import PromptTuningConfig
-from softprompt.prompts.module import PROMPT_KEY, PromptModule, check_task, take_over
-from softprompt.prompts.parameterisations import RowParameters, reparameterised
+from softprompt.prompts import (
+    PROMPT_KEY,
+    PromptModule,
+    PromptTuningConfig,
+    RowParameters,
+    check_task,
+    reparameterised,
+    take_over,
+)
 
 logger = logging.getLogger(__name__)
 

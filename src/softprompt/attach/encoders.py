@@ -14,14 +14,17 @@ from softprompt.attach.multitask import MultitaskPromptEmbedding
 from softprompt.attach.prefixes import build_prefix
 from softprompt.attach.source_prompt import source_of
 from softprompt.errors import ConfigError
-from softprompt.prompts.configs import PromptLearningConfig, PromptTuningConfig
-from softprompt.prompts.cpt import CPTConfig
-from softprompt.prompts.cpt_embedding import CPTEmbedding
-from softprompt.prompts.module import PromptModule
-from softprompt.prompts.multitask import MultitaskPromptTuningConfig
-from softprompt.prompts.p_tuning import PromptEncoderConfig
-from softprompt.prompts.prefix import PrefixTuningConfig
-from softprompt.prompts.prompt_encoder import PromptEncoder
+from softprompt.prompts import (
+    CPTConfig,
+    CPTEmbedding,
+    MultitaskPromptTuningConfig,
+    PrefixTuningConfig,
+    PromptEncoder,
+    PromptEncoderConfig,
+    PromptLearningConfig,
+    PromptModule,
+    PromptTuningConfig,
+)
 
 
 def build_prompt(
@@ -42,6 +45,17 @@ def build_prompt(
     Raises:
         ConfigError: If no module belongs to the configuration, or it lacks something.
     """
+    module = _built(config, word_embeddings, generator, model)
+    module.config = config
+    return module
+
+
+def _built(
+    config: PromptLearningConfig,
+    word_embeddings: nn.Embedding,
+    generator: torch.Generator | None,
+    model: PreTrainedModel | None,
+) -> PromptModule:
     match config:
         case MultitaskPromptTuningConfig():
             source = source_of(config)

@@ -19,11 +19,8 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 from softprompt.attach.decoder import decoder_steps
 from softprompt.attach.inputs import check_ids
 from softprompt.attach.lending import LentPrompts
-from softprompt.backbone.facts import Facts, output_limit
-from softprompt.engine.context import check_context
-from softprompt.engine.layout import Layout, Prompts
-from softprompt.engine.prefixes.paths import prefix_path
-from softprompt.engine.prefixes.values import Prefixes
+from softprompt.backbone import Facts, output_limit
+from softprompt.engine import Layout, Prefixes, Prompts, check_context, prefix_path
 from softprompt.errors import ConfigError
 
 _STATIC = ("static", "offloaded_static", "sliding_window", "hybrid", "hybrid_chunked")

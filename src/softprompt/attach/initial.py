@@ -5,11 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from softprompt.backbone.texts import label_token_ids, text_token_ids
+from softprompt.backbone import label_token_ids, text_token_ids
 from softprompt.errors import ConfigError
-from softprompt.prompts import initialisers
-from softprompt.prompts.configs import PromptLearningConfig, PromptTuningConfig, PromptTuningInit
-from softprompt.prompts.multitask import SOURCE_INITS
+from softprompt.prompts import (
+    SOURCE_INITS,
+    PromptLearningConfig,
+    PromptTuningConfig,
+    PromptTuningInit,
+    initialisers,
+)
 
 
 def size_of(config: PromptLearningConfig, word_embeddings: nn.Embedding) -> tuple[int, int]:

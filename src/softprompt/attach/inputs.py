@@ -16,11 +16,16 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from softprompt.attach.tasks import IGNORED, TaskRules
-from softprompt.backbone.facts import Facts, is_encoder_decoder
-from softprompt.engine.context import check_context
-from softprompt.engine.forest.encoder import packs, without_padding
-from softprompt.engine.forest.stream import is_packed, packed_mask
-from softprompt.engine.layout import Layout, Prompts
+from softprompt.backbone import Facts, is_encoder_decoder
+from softprompt.engine import (
+    Layout,
+    Prompts,
+    check_context,
+    is_packed,
+    packed_mask,
+    packs,
+    without_padding,
+)
 from softprompt.errors import ConfigError
 
 _PER_TOKEN = {"token_type_ids": 0, "global_attention_mask": 0}

@@ -14,14 +14,18 @@ from transformers import PreTrainedModel
 from softprompt.attach import heads
 from softprompt.attach.choosing import RowPrompt
 from softprompt.attach.heads import BASE
-from softprompt.backbone.facts import Facts, input_embedding
-from softprompt.engine.layout import Prompts
-from softprompt.engine.lock import locked
-from softprompt.engine.prefixes.paths import prefixed
-from softprompt.engine.prefixes.values import Prefixes
-from softprompt.engine.products import frozen_linears, lent_bodies, torch_products
-from softprompt.engine.recomputed import recomputed_alike
-from softprompt.engine.virtual import VirtualVocabulary
+from softprompt.backbone import Facts, input_embedding
+from softprompt.engine import (
+    Prefixes,
+    Prompts,
+    VirtualVocabulary,
+    frozen_linears,
+    lent_bodies,
+    locked,
+    prefixed,
+    recomputed_alike,
+    torch_products,
+)
 from softprompt.errors import ConfigError
 
 

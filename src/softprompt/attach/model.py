@@ -35,11 +35,9 @@ from softprompt.attach.parts import split_value
 from softprompt.attach.placing import PromptAt, prompt_offsets
 from softprompt.attach.prefixes import check_prefixed
 from softprompt.attach.tasks import RULES, infer_task
-from softprompt.backbone.facts import input_embedding
+from softprompt.backbone import input_embedding
 from softprompt.errors import ConfigError
-from softprompt.prompts.configs import PeftType, PromptLearningConfig, TaskType
-from softprompt.prompts.cpt_embedding import CPTEmbedding
-from softprompt.prompts.module import PROMPT_KEY
+from softprompt.prompts import PROMPT_KEY, CPTEmbedding, PeftType, PromptLearningConfig, TaskType
 
 
 class PeftModel(Adapters):

@@ -10,10 +10,20 @@ from torch import Tensor, nn
 
 from softprompt.attach.initial import initial_table
 from softprompt.errors import ConfigError
-from softprompt.prompts.kinds import MultitaskPromptTuningInit, TaskMatrixInit
-from softprompt.prompts.module import PROMPT_KEY, PromptModule, check_task, take_over
-from softprompt.prompts.multitask import SOURCE_INITS, MultitaskPromptTuningConfig
-from softprompt.prompts.task_matrices import COLS_KEY, ROWS_KEY, SourcePrompt, TaskMatrices
+from softprompt.prompts import (
+    COLS_KEY,
+    PROMPT_KEY,
+    ROWS_KEY,
+    SOURCE_INITS,
+    MultitaskPromptTuningConfig,
+    MultitaskPromptTuningInit,
+    PromptModule,
+    SourcePrompt,
+    TaskMatrices,
+    TaskMatrixInit,
+    check_task,
+    take_over,
+)
 
 
 @final

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from softprompt.attach.lending import PromptParts
-from softprompt.backbone.facts import Facts
-from softprompt.engine.rows import EngineRow, is_keys_and_values
-from softprompt.prompts.configs import PromptLearningConfig
+from softprompt.backbone import Facts
+from softprompt.engine import EngineRow, is_keys_and_values
+from softprompt.prompts import PromptLearningConfig
 
 ENCODER, DECODER = "ENCODER", "DECODER"
 

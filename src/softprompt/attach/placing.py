@@ -13,10 +13,9 @@ from softprompt.attach.choosing import RowPrompt, one_a_row
 from softprompt.attach.heads import BASE
 from softprompt.attach.parts import DECODER
 from softprompt.attach.tasks import IGNORED
-from softprompt.backbone.facts import is_encoder_decoder, start_id
+from softprompt.backbone import is_encoder_decoder, start_id
 from softprompt.errors import ConfigError
-from softprompt.prompts.configs import Placement, PromptLearningConfig, TaskType
-from softprompt.prompts.prefix import PrefixTuningConfig
+from softprompt.prompts import Placement, PrefixTuningConfig, PromptLearningConfig, TaskType
 
 PromptAt = Tensor | Sequence[int] | int
 """Real tokens before the prompt, for the batch or for each row."""

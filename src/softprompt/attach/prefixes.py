@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import Facts, output_limit
-from softprompt.backbone.keyvalues import key_value_shape, text_key_values
-from softprompt.backbone.texts import text_token_ids
-from softprompt.engine.context import check_context
-from softprompt.engine.forest.stream import is_packed
-from softprompt.engine.prefixes.paths import prefix_path
-from softprompt.engine.prefixes.values import Prefixes
+from softprompt.backbone import (
+    Facts,
+    key_value_shape,
+    output_limit,
+    text_key_values,
+    text_token_ids,
+)
+from softprompt.engine import Prefixes, check_context, is_packed, prefix_path
 from softprompt.errors import ConfigError
-from softprompt.prompts.configs import PromptLearningConfig
-from softprompt.prompts.prefix import PrefixTuningConfig
-from softprompt.prompts.prefix_encoder import PrefixEncoder
+from softprompt.prompts import PrefixEncoder, PrefixTuningConfig, PromptLearningConfig
 
 logger = logging.getLogger(__name__)
 

@@ -11,14 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from softprompt.artifacts.manifest import Manifest
-from softprompt.artifacts.native import StoredAdapter, load_adapter, save_adapter
+from softprompt.artifacts import Manifest, StoredAdapter, load_adapter, save_adapter
 from softprompt.attach import heads
-from softprompt.backbone.facts import Facts
-from softprompt.backbone.fingerprint import Fingerprint
+from softprompt.backbone import Facts, Fingerprint
 from softprompt.errors import ArtifactError
-from softprompt.prompts.configs import Parameterization, PeftType, PromptLearningConfig, TaskType
-from softprompt.prompts.module import PROMPT_KEY, check_fit, take_over
+from softprompt.prompts import (
+    PROMPT_KEY,
+    Parameterization,
+    PeftType,
+    PromptLearningConfig,
+    TaskType,
+    check_fit,
+    take_over,
+)
 
 if TYPE_CHECKING:
     from softprompt.attach.model import PeftModel

@@ -8,11 +8,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from softprompt.artifacts.pickles import load_pickled
+from softprompt.artifacts import load_pickled
 from softprompt.errors import ArtifactError, ConfigError
-from softprompt.prompts.module import PROMPT_KEY
-from softprompt.prompts.multitask import SOURCE_INITS, MultitaskPromptTuningConfig
-from softprompt.prompts.task_matrices import SourcePrompt
+from softprompt.prompts import PROMPT_KEY, SOURCE_INITS, MultitaskPromptTuningConfig, SourcePrompt
 
 
 def source_of(config: MultitaskPromptTuningConfig) -> SourcePrompt | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from softprompt.errors import ConfigError
-from softprompt.prompts.configs import TaskType
+from softprompt.prompts import TaskType
 
 IGNORED = -100
 """Label of a column that no loss reads, transformers' convention."""

@@ -12,21 +12,36 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.artifacts.native import StoredAdapter, load_adapter
-from softprompt.artifacts.parts import other_places, places_of, rows_of
-from softprompt.artifacts.recorded_base import RecordedBase
+from softprompt.artifacts import (
+    RecordedBase,
+    StoredAdapter,
+    load_adapter,
+    other_places,
+    places_of,
+    rows_of,
+)
 from softprompt.attach.base_check import check_base
 from softprompt.attach.encoders import build_prompt
-from softprompt.backbone.facts import input_embedding, is_encoder_decoder
-from softprompt.backbone.fingerprint import Fingerprint
-from softprompt.backbone.load import load_base
-from softprompt.backbone.texts import load_tokenizer
-from softprompt.backbone.vocabulary import shared_ids
+from softprompt.backbone import (
+    Fingerprint,
+    input_embedding,
+    is_encoder_decoder,
+    load_base,
+    load_tokenizer,
+    shared_ids,
+)
 from softprompt.errors import BackboneError, ConfigError
-from softprompt.prompts.composition import Recycled, recycle, resized
-from softprompt.prompts.configs import PromptLearningConfig, PromptTuningConfig, PromptTuningInit
-from softprompt.prompts.kinds import TaskType
-from softprompt.prompts.module import PROMPT_KEY, PromptModule
+from softprompt.prompts import (
+    PROMPT_KEY,
+    PromptLearningConfig,
+    PromptModule,
+    PromptTuningConfig,
+    PromptTuningInit,
+    Recycled,
+    TaskType,
+    recycle,
+    resized,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from softprompt.backbone.load import DEMO
 from softprompt.bundled import model_directory
 from softprompt.errors import ConfigError
-from softprompt.prompts.configs import PromptTuningConfig
-from softprompt.prompts.prefix import PrefixTuningConfig
+from softprompt.prompts import PrefixTuningConfig, PromptTuningConfig
 
 
 def text_token_ids(config: PromptTuningConfig | PrefixTuningConfig) -> list[int]:

@@ -11,7 +11,7 @@ from softprompt.cli.options import output_options
 from softprompt.cli.streams import show, start_logging, table
 
 if TYPE_CHECKING:
-    from softprompt.artifacts.native import StoredAdapter
+    from softprompt.artifacts import StoredAdapter
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -61,7 +61,7 @@ def average(
 ) -> None:
     """Average prompts of one length, row by row."""
     start_logging(quiet=quiet)
-    from softprompt.artifacts.composed import average_prompts
+    from softprompt.artifacts import average_prompts
 
     made = average_prompts(prompt_dirs, weights=weights or None, **options)
     _show(made, as_json)
@@ -73,7 +73,7 @@ def average(
 def concat(*, prompt_dirs: tuple[str, ...], quiet: bool, as_json: bool, **options: Any) -> None:
     """Put the rows of prompts one after the other."""
     start_logging(quiet=quiet)
-    from softprompt.artifacts.composed import concatenate_prompts
+    from softprompt.artifacts import concatenate_prompts
 
     _show(concatenate_prompts(prompt_dirs, **options), as_json)
 
@@ -89,7 +89,7 @@ def concat(*, prompt_dirs: tuple[str, ...], quiet: bool, as_json: bool, **option
 def difference(*, first: str, second: str, quiet: bool, as_json: bool, **options: Any) -> None:
     """Write scale * (FIRST - SECOND), added to a third prompt with --onto."""
     start_logging(quiet=quiet)
-    from softprompt.artifacts.composed import subtract_prompts
+    from softprompt.artifacts import subtract_prompts
 
     _show(subtract_prompts(first, second, **options), as_json)
 

@@ -65,7 +65,7 @@ def command(
     """
     request = request_of(text, pairs) if text is not None or pairs else None
     start_logging(quiet=quiet)
-    from softprompt.inference.conversion import convert
+    from softprompt.inference import convert
 
     further = _named(add, "--add", "PROMPT")
     tasks = _named(add_tasks, "--add-task", "TASK")

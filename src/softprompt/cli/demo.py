@@ -11,7 +11,7 @@ from softprompt.cli.options import output_options
 from softprompt.cli.streams import show, start_logging
 
 if TYPE_CHECKING:
-    from softprompt.evaluation.report import Report
+    from softprompt.evaluation import Report
 
 SETTINGS: dict[str, Any] = {
     "verbalizer": "Message: {{input}}\nLabel:",
@@ -44,8 +44,8 @@ def command(output: str, overwrite: bool, seed: int, as_json: bool, quiet: bool)
     start_logging(quiet=quiet)
     from softprompt.bundled import complaints
     from softprompt.cli.tune import summary
-    from softprompt.evaluation.evaluate import evaluate
-    from softprompt.training.tune import tune
+    from softprompt.evaluation import evaluate
+    from softprompt.training import tune
 
     tuned = tune(
         "demo",
@@ -71,7 +71,7 @@ def command(output: str, overwrite: bool, seed: int, as_json: bool, quiet: bool)
 
 def _draw_curve(history: Any, output: Path, base_accuracy: float | None) -> str | None:
     from softprompt.errors import ConfigError
-    from softprompt.inspection.figures import training_curve
+    from softprompt.inspection import training_curve
 
     path = output / CURVE
     try:

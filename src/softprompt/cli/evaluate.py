@@ -12,8 +12,7 @@ from softprompt.cli.streams import show, start_logging
 from softprompt.errors import UsageError
 
 if TYPE_CHECKING:
-    from softprompt.inference.ensemble import Combine, Ensemble
-    from softprompt.inference.tuned import TunedPrompt
+    from softprompt.inference import Combine, Ensemble, TunedPrompt
 
 
 @click.command("evaluate")
@@ -62,8 +61,8 @@ def command(
             "--combine would be ignored with one prompt; name two or more, or leave it out"
         )
     start_logging(quiet=quiet)
-    from softprompt.evaluation.evaluate import evaluate
-    from softprompt.inference.ensemble import Ensemble
+    from softprompt.evaluation import evaluate
+    from softprompt.inference import Ensemble
 
     prompts = load_prompts(prompt_dirs, base_options_of(options))
     subject: TunedPrompt | Ensemble = prompts[0]

@@ -11,7 +11,7 @@ from softprompt.cli.options import base_options, given, options_of, output_optio
 from softprompt.cli.prompts import base_options_of, load_prompts
 from softprompt.cli.streams import show, start_logging
 from softprompt.errors import UsageError
-from softprompt.inference.options import GenerationOptions
+from softprompt.inference import GenerationOptions
 
 
 @click.command("generate")

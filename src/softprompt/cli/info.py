@@ -11,10 +11,10 @@ from softprompt.cli.options import fingerprint_option, output_options
 from softprompt.cli.streams import show, start_logging, table
 
 if TYPE_CHECKING:
-    from softprompt.artifacts.native import StoredAdapter
-    from softprompt.backbone.load import LoadedBase
-    from softprompt.engine.choose import EngineChoice
-    from softprompt.inspection.describe import PromptSummary
+    from softprompt.artifacts import StoredAdapter
+    from softprompt.backbone import LoadedBase
+    from softprompt.engine import EngineChoice
+    from softprompt.inspection import PromptSummary
 
 
 @click.command("info")
@@ -39,9 +39,9 @@ def command(
     With its base it also says which engine runs it, and why no faster one does.
     """
     start_logging(quiet=quiet)
-    from softprompt.artifacts.native import load_adapter
-    from softprompt.backbone.facts import input_embedding
-    from softprompt.inspection.describe import describe
+    from softprompt.artifacts import load_adapter
+    from softprompt.backbone import input_embedding
+    from softprompt.inspection import describe
 
     stored = load_adapter(prompt_dir)
     base = None if without_base else _base(stored, base_model, ignore_fingerprint)
@@ -63,8 +63,8 @@ def _base(
     stored: StoredAdapter, base_model: str | None, ignore_fingerprint: bool
 ) -> LoadedBase | None:
     """Load the base and check that it is the prompt's; the recorded one may be absent."""
-    from softprompt.attach.base_check import check_base
-    from softprompt.backbone.load import load_base
+    from softprompt.attach import check_base
+    from softprompt.backbone import load_base
     from softprompt.errors import BackboneError
 
     recorded = stored.config.get("base_model_name_or_path")
@@ -85,7 +85,7 @@ def _base(
 
 def _engine(stored: StoredAdapter, base: LoadedBase) -> EngineChoice | None:
     """Return what runs the prompt; None for classifiers, which no engine runs."""
-    from softprompt.engine.choose import choose_engine
+    from softprompt.engine import choose_engine
 
     if not _writes_text(stored):
         return None

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from softprompt.inference.tuned import TunedPrompt
+    from softprompt.inference import TunedPrompt
 
 _BASE = ("base_model", "torch_dtype", "device", "ignore_fingerprint")
 
@@ -18,6 +18,6 @@ def base_options_of(options: dict[str, Any]) -> dict[str, Any]:
 
 def load_prompts(prompt_dirs: Sequence[str], base: Mapping[str, Any]) -> list[TunedPrompt]:
     """Load prompts of one base as the options of ``base_options`` say."""
-    from softprompt.inference.loading import load_many
+    from softprompt.inference import load_many
 
     return load_many(prompt_dirs, **base)

@@ -8,10 +8,10 @@ import click
 
 from softprompt.cli.options import output_options
 from softprompt.cli.streams import show, start_logging
-from softprompt.prompts.kinds import MEASURES, Measure
+from softprompt.prompts import MEASURES, Measure
 
 if TYPE_CHECKING:
-    from softprompt.inspection.retrieval import Retrieval
+    from softprompt.inspection import Retrieval
 
 
 @click.command("similar")
@@ -35,7 +35,7 @@ def command(
     folders without a readable prompt, are named on stderr.
     """
     start_logging(quiet=quiet)
-    from softprompt.inspection.retrieval import similar_prompts
+    from softprompt.inspection import similar_prompts
 
     answer = similar_prompts(prompt_dir, folder, top=top, measure=measure)
     for each in answer.skipped:

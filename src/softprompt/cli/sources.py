@@ -11,7 +11,7 @@ from softprompt.cli.streams import show, start_logging
 from softprompt.errors import UsageError
 
 if TYPE_CHECKING:
-    from softprompt.training.source_prompts import SourceInfo
+    from softprompt.training import SourceInfo
 
 
 @click.group("sources")
@@ -28,7 +28,7 @@ def list_command(
 ) -> None:
     """List the source prompts there are: tasks, sizes, base, metrics."""
     start_logging(quiet=quiet)
-    from softprompt.training.source_prompts import VARIABLE, list_sources, source_folder
+    from softprompt.training import VARIABLE, list_sources, source_folder
 
     folder = source_folder(source_prompt_base)
     if folder is None:
@@ -49,9 +49,7 @@ def list_command(
 
 def _misfits(sources: list[SourceInfo], base_model: str) -> list[str]:
     """Return why each source does not fit a base; empty texts for those that do."""
-    from softprompt.backbone.facts import facts_of
-    from softprompt.backbone.fingerprint import Fingerprint
-    from softprompt.backbone.load import load_base
+    from softprompt.backbone import Fingerprint, facts_of, load_base
 
     model = load_base(base_model).model
     width, fingerprint = facts_of(model).token_dim, Fingerprint.of(model)

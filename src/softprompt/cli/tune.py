@@ -12,11 +12,10 @@ import click
 from softprompt.cli.options import given, options_of, output_options, parts_of
 from softprompt.cli.streams import show, start_logging, table
 from softprompt.errors import UsageError
-from softprompt.training.settings import TuneSettings
-from softprompt.training.tuning_config import TuningConfig
+from softprompt.training import TuneSettings, TuningConfig
 
 if TYPE_CHECKING:
-    from softprompt.inference.tuned import TunedPrompt
+    from softprompt.inference import TunedPrompt
 
 
 @click.command("tune")
@@ -65,7 +64,7 @@ def command(
     if quiet:
         values["silence_progress_bars"] = True
     start_logging(quiet=quiet)
-    from softprompt.training.tune import tune
+    from softprompt.training import tune
 
     tuned = tune(output=output, overwrite=overwrite, resume=resume, **values)
     result = summary(tuned, output)
@@ -148,7 +147,7 @@ def _merged(config: str | None, options: dict[str, Any]) -> dict[str, Any]:
     tuning = parts_of(options, TuningConfig)
     values: dict[str, Any] = {}
     if config is not None:
-        from softprompt.training.run_file import read_run
+        from softprompt.training import read_run
 
         values = read_run(config)
         if "learning_rate" in options:

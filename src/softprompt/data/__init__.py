@@ -1,20 +1,5 @@
 """Text to rows to batches: files, records, the verbalizer, tokens, length-aware planning."""
 
-from softprompt.data.batches import plan_batches
-from softprompt.data.labels import label_set
-from softprompt.data.records import Example, Rows, data_fingerprint, read_examples
-from softprompt.data.template import Verbalizer
-from softprompt.data.tokens import CutSummary, RowTokenizer, TokenRow
+import lazy_loader
 
-__all__ = [
-    "CutSummary",
-    "Example",
-    "RowTokenizer",
-    "Rows",
-    "TokenRow",
-    "Verbalizer",
-    "data_fingerprint",
-    "label_set",
-    "plan_batches",
-    "read_examples",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -13,7 +13,7 @@ from softprompt.data.source_cut import cut_values
 from softprompt.data.special_frame import SpecialFrame, encode
 from softprompt.data.template import Verbalizer
 from softprompt.errors import ConfigError, DataError, TemplateError
-from softprompt.prompts.kinds import Placement
+from softprompt.prompts import Placement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

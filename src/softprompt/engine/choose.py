@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import is_encoder_decoder
+from softprompt.backbone import is_encoder_decoder
 from softprompt.engine.expand import ExpandEngine
 from softprompt.engine.forest.causal import ForestEngine
 from softprompt.engine.forest.seq2seq import PackedSeq2SeqEngine

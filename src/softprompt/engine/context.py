@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import Facts, decoder_embedding, input_embedding, output_limit
+from softprompt.backbone import Facts, decoder_embedding, input_embedding, output_limit
 from softprompt.engine.rows import EngineRow, is_keys_and_values, prompt_length
 from softprompt.errors import ConfigError, ContextOverflowError, DataError
 

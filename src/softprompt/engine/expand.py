@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from softprompt.backbone.facts import facts_of, recomputes_layers
+from softprompt.backbone import facts_of, recomputes_layers
 from softprompt.engine.context import check_rows, depends_on_neighbours
 from softprompt.engine.forest.attention import ForestUnsupportedError
 from softprompt.engine.layout import Prompts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import facts_of, has_windows, is_encoder_decoder
+from softprompt.backbone import facts_of, has_windows, is_encoder_decoder
 from softprompt.engine.selfcheck import probing
 
 

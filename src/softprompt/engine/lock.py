@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import input_embedding
+from softprompt.backbone import input_embedding
 
 # Kept beside the models, never on them: a lock can be neither copied nor pickled.
 _locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()

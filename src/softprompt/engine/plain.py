@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import Facts, decoder_embedding, facts_of
+from softprompt.backbone import Facts, decoder_embedding, facts_of
 from softprompt.engine.context import check_rows, depends_on_neighbours
 from softprompt.engine.layout import Layout, Prompts
 from softprompt.engine.lock import locked

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from softprompt.backbone.facts import recomputes_layers
+from softprompt.backbone import recomputes_layers
 from softprompt.engine.lock import locked
 from softprompt.engine.products import FrozenLinear, bodies_in, lent_bodies
 

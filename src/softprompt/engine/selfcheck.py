@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import facts_of
+from softprompt.backbone import facts_of
 from softprompt.engine.lock import locked
 from softprompt.engine.products import torch_products
 from softprompt.engine.rows import Engine, EngineRow, TargetLogProbs, joined

@@ -8,21 +8,16 @@ from typing import Literal, cast
 
 from torch import Tensor
 
-from softprompt.data.records import Example, Rows, read_examples
-from softprompt.data.tokens import TokenRow
-from softprompt.engine.rows import Engine
+from softprompt.data import Example, Rows, TokenRow, read_examples
+from softprompt.engine import Engine
 from softprompt.errors import ConfigError, DataError, nearest
 from softprompt.evaluation.labels import ensemble_report, label_report
 from softprompt.evaluation.likelihood import classify_rows, target_likelihood
 from softprompt.evaluation.metrics import text_metrics
 from softprompt.evaluation.report import Report
 from softprompt.evaluation.tasks import joined
-from softprompt.inference.ensemble import Ensemble
-from softprompt.inference.options import GenerationOptions
-from softprompt.inference.requests import require_tokens
+from softprompt.inference import Ensemble, GenerationOptions, TaskNames, TunedPrompt, require_tokens
 from softprompt.inference.task_choice import Task as TaskName
-from softprompt.inference.task_choice import TaskNames
-from softprompt.inference.tuned import TunedPrompt
 
 Task = Literal["classification", "generation"]
 

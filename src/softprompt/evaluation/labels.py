@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from softprompt.data.tokens import TokenRow
-from softprompt.engine.rows import Engine
+from softprompt.data import TokenRow
+from softprompt.engine import Engine
 from softprompt.evaluation.likelihood import Classified
 from softprompt.evaluation.metrics import label_metrics
 from softprompt.evaluation.report import Report
-from softprompt.inference.ensemble import Ensemble
+from softprompt.inference import Ensemble
 
 
 def label_report(

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softprompt.data.tokens import TokenRow
-from softprompt.engine.rows import Engine, EngineRow
+from softprompt.data import TokenRow
+from softprompt.engine import Engine, EngineRow
 from softprompt.errors import ConfigError
-from softprompt.inference.scoring import per_token, score_labels
+from softprompt.inference import per_token, score_labels
 
 
 @dataclass(frozen=True, slots=True)

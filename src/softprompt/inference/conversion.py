@@ -11,14 +11,21 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt.artifacts.bare import check_fit
-from softprompt.artifacts.files import require_empty, require_new_file
-from softprompt.artifacts.formats import Export, Format, Read, detect, format_named
-from softprompt.artifacts.native import StoredAdapter
-from softprompt.artifacts.plain import single_task
-from softprompt.attach.base_check import check_base
-from softprompt.backbone.load import LoadedBase, load_base
-from softprompt.data.template import Verbalizer
+from softprompt.artifacts import (
+    Export,
+    Format,
+    Read,
+    StoredAdapter,
+    check_fit,
+    detect,
+    format_named,
+    require_empty,
+    require_new_file,
+    single_task,
+)
+from softprompt.attach import check_base
+from softprompt.backbone import LoadedBase, load_base
+from softprompt.data import Verbalizer
 from softprompt.errors import ArtifactError, ConfigError, OutputExistsError, nearest
 from softprompt.inference.conversion_input import encoder_of, recorded, source_ids
 from softprompt.inference.requests import Request

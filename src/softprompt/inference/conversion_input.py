@@ -6,14 +6,9 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from softprompt.artifacts.bare import Origin, manifest_of
-from softprompt.artifacts.formats import Format
-from softprompt.artifacts.manifest import Manifest
-from softprompt.artifacts.native import StoredAdapter
-from softprompt.backbone.facts import is_encoder_decoder
-from softprompt.backbone.load import LoadedBase
-from softprompt.data.special_frame import SpecialFrame, encode
-from softprompt.data.template import Verbalizer
+from softprompt.artifacts import Format, Manifest, Origin, StoredAdapter, manifest_of
+from softprompt.backbone import LoadedBase, is_encoder_decoder
+from softprompt.data import SpecialFrame, Verbalizer, encode
 from softprompt.errors import ArtifactError, ConfigError, TemplateError
 from softprompt.inference.requests import Request, fields_of, require_tokens, row_tokenizer
 

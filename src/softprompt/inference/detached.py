@@ -7,14 +7,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt.artifacts.manifest import Manifest, manifest_of_task
-from softprompt.artifacts.native import StoredAdapter
-from softprompt.attach.detached import prompt_values
-from softprompt.attach.placing import placement_of
-from softprompt.attach.saving import in_our_terms
-from softprompt.backbone.facts import facts_of
-from softprompt.backbone.load import LoadedBase
-from softprompt.data.tokens import RowTokenizer
+from softprompt.artifacts import Manifest, StoredAdapter, manifest_of_task
+from softprompt.attach import in_our_terms, placement_of, prompt_values
+from softprompt.backbone import LoadedBase, facts_of
+from softprompt.data import RowTokenizer
 from softprompt.inference.continuous.request import PromptValue
 from softprompt.inference.continuous.values import prompt_value
 from softprompt.inference.requests import row_tokenizer

@@ -9,9 +9,9 @@ from typing import Literal, final, overload
 import torch
 from torch import Tensor
 
-from softprompt.attach.completion import sees_input_of
-from softprompt.backbone.fingerprint import Fingerprint
-from softprompt.engine.rows import Engine
+from softprompt.attach import sees_input_of
+from softprompt.backbone import Fingerprint
+from softprompt.engine import Engine
 from softprompt.errors import ConfigError, FingerprintError, nearest
 from softprompt.inference.requests import Request
 from softprompt.inference.scoring import LabelScores, Question, per_token, score_questions

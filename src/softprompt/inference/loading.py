@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt.attach.model import PeftModel
+from softprompt.attach import PeftModel
 from softprompt.errors import ConfigError
 from softprompt.inference.continuous.request import Bounds
 from softprompt.inference.detached import DetachedPrompt

@@ -8,12 +8,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from softprompt.artifacts.manifest import Manifest
-from softprompt.data.template import Verbalizer
-from softprompt.data.tokens import RowTokenizer
+from softprompt.artifacts import Manifest
+from softprompt.data import RowTokenizer, Verbalizer
 from softprompt.errors import DataError, TemplateError
 from softprompt.inference.stopping import Decode
-from softprompt.prompts.kinds import Placement
+from softprompt.prompts import Placement
 
 Request = str | Mapping[str, Any]
 """One input: a text, for templates of one field, or the template's fields by name."""

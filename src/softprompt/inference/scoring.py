@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.data.tokens import RowTokenizer
-from softprompt.engine.rows import Engine, EngineRow
+from softprompt.data import RowTokenizer
+from softprompt.engine import Engine, EngineRow
 from softprompt.errors import ConfigError
 
 

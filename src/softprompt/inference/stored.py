@@ -8,10 +8,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt.artifacts.bare import Origin, manifest_of
-from softprompt.artifacts.manifest import Manifest
-from softprompt.artifacts.native import StoredAdapter, load_adapter
-from softprompt.backbone.load import LoadedBase, load_base
+from softprompt.artifacts import Manifest, Origin, StoredAdapter, load_adapter, manifest_of
+from softprompt.backbone import LoadedBase, load_base
 from softprompt.errors import ArtifactError, ConfigError
 
 _SEQ2SEQ = {"CAUSAL_LM": False, "SEQ_2_SEQ_LM": True}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from softprompt.artifacts.manifest import Manifest
+from softprompt.artifacts import Manifest
 from softprompt.errors import ConfigError, excerpt, nearest
 
 Task = str | int

@@ -11,16 +11,18 @@ from typing import Any, TypeVar, final, overload
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from softprompt.artifacts.manifest import Manifest, manifest_of_task
-from softprompt.artifacts.native import save_adapter
-from softprompt.attach.completion import sees_input_of
-from softprompt.attach.heads import BASE, heads_of
-from softprompt.attach.model import PeftModel
-from softprompt.attach.parts import Places, places_of
-from softprompt.attach.placing import placement_of
-from softprompt.attach.saving import state_of
-from softprompt.engine.choose import build_engine
-from softprompt.engine.rows import Engine
+from softprompt.artifacts import Manifest, manifest_of_task, save_adapter
+from softprompt.attach import (
+    BASE,
+    PeftModel,
+    Places,
+    heads_of,
+    placement_of,
+    places_of,
+    sees_input_of,
+    state_of,
+)
+from softprompt.engine import Engine, build_engine
 from softprompt.errors import ConfigError
 from softprompt.inference.continuous.request import PromptValue
 from softprompt.inference.continuous.streaming import streamed
@@ -36,7 +38,7 @@ from softprompt.inference.scoring import (
     score_labels,
 )
 from softprompt.inference.task_choice import Task, TaskNames, rows_by_task, task_number
-from softprompt.prompts.kinds import Placement
+from softprompt.prompts import Placement
 
 _Answer = TypeVar("_Answer")
 

@@ -1,9 +1,5 @@
 """What was learned: numbers first, figures from them."""
 
-from __future__ import annotations
+import lazy_loader
 
-from softprompt.inspection.describe import PromptGeometry, PromptSummary, describe
-from softprompt.inspection.figures import training_curve
-from softprompt.inspection.neighbours import NearToken
-
-__all__ = ["NearToken", "PromptGeometry", "PromptSummary", "describe", "training_curve"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

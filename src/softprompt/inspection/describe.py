@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.artifacts.native import StoredAdapter
+from softprompt.artifacts import StoredAdapter
 from softprompt.errors import FingerprintError
 from softprompt.inspection.neighbours import NearToken, Vocabulary, nearest_tokens
-from softprompt.prompts.kinds import PeftType
+from softprompt.prompts import PeftType
 
 
 @dataclass(frozen=True, slots=True)

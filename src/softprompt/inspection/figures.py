@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from softprompt.artifacts.files import write_atomically
+from softprompt.artifacts import write_atomically
 from softprompt.errors import ConfigError
 
 _TRAINING, _VALIDATION, _ACCURACY, _INK = "#1f5fa8", "#7fb0e0", "#c8501e", "#3c3c3c"

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softprompt.artifacts.native import load_adapter
-from softprompt.artifacts.parts import other_base, other_places, placed_rows, rows_of
+from softprompt.artifacts import load_adapter, other_base, other_places, placed_rows, rows_of
 from softprompt.errors import ArtifactError, BackboneError, ConfigError
-from softprompt.prompts.similarity import Measure, similarity
+from softprompt.prompts import Measure, similarity
 
 
 @dataclass(frozen=True, slots=True)

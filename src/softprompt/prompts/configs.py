@@ -8,12 +8,13 @@ loading one by itself is part of the contract; everything about weights lives in
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from huggingface_hub import hf_hub_download
 
@@ -26,6 +27,11 @@ from softprompt.prompts.kinds import (
     PromptTuningInit,
     TaskType,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from softprompt.prompts.prompt import Prompt
 
 __all__ = [
     "CONFIG_NAME",
@@ -183,6 +189,38 @@ class PromptLearningConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules to train and save, such as a new head."}
     )
+
+    keys_and_values: ClassVar[bool] = False
+    """Whether the method trains keys and values of layers instead of virtual tokens of the input."""
+
+    def model_types(self) -> tuple[str, ...]:
+        """Return the parts of the base that get virtual tokens, as ``output_model_types`` names them.
+
+        A model with one input has one part, ENCODER here. A seq2seq prompt with S = 2 feeds both.
+        """
+        if self.task_type != TaskType.SEQ_2_SEQ_LM:
+            return ("ENCODER",)
+        named: list[str] | None = getattr(self, "output_model_types", None)
+        if named is not None:
+            return tuple(named)
+        return ("ENCODER", "DECODER") if self.num_transformer_submodules == 2 else ("ENCODER",)
+
+    def prompt_of(self, values: Tensor) -> Prompt:
+        """Return the prompt that values ``[S * P, H]``, or keys and values, are for this configuration."""
+        from softprompt.prompts.prompt import Prompt  # configurations alone do not wait for torch
+
+        if self.keys_and_values:
+            return Prompt(prefix=values)
+        types = self.model_types()
+        parts = dict(
+            zip(types, values.chunk(len(types)) if len(types) > 1 else [values], strict=True)
+        )
+        return Prompt(
+            input=parts.get("ENCODER"),
+            decoder=parts.get("DECODER"),
+            placement=Placement(getattr(self, "placement", Placement.PREFIX)),
+            sees_input=bool(getattr(self, "prompt_sees_input", True)),
+        )
 
     def __post_init__(self) -> None:
         """Validate the length.
@@ -353,6 +391,9 @@ class PromptTuningConfig(PromptLearningConfig):
         self.output_model_types = sorted(given, reverse=True)
 
 
+_METHODS = ("multitask", "p_tuning", "prefix", "cpt")
+"""Modules whose import registers a configuration class."""
+
 _Config = TypeVar("_Config", bound=PeftConfig)
 
 
@@ -373,6 +414,8 @@ def configures(peft_type: PeftType) -> Callable[[type[_Config]], type[_Config]]:
 
 def _config_class(peft_type: str | None, default: type[PeftConfig]) -> type[PeftConfig]:
     """Return the class for a saved ``peft_type``; the asking class when none is named."""
+    for method in _METHODS:
+        importlib.import_module(f"softprompt.prompts.{method}")
     if peft_type is None:
         return default
     if peft_type not in _classes:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, Literal, final
+from typing import TYPE_CHECKING, ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
 
 from softprompt.errors import ArtifactError, ConfigError
+from softprompt.prompts.prompt import Prompt
+
+if TYPE_CHECKING:
+    from softprompt.prompts.configs import PromptLearningConfig
 
 PROMPT_KEY = "prompt_embeddings"
 """Name of the baked value in PEFT's weights file."""
@@ -26,12 +30,24 @@ class PromptModule(nn.Module, ABC):
         kind: ``rows`` for a prompt that stands in the input, ``[S * P, H]``; ``kv`` for one that is
             keys and values of every layer, ``[L, 2, A_kv, P, D]``.
         num_tasks: Tasks (K) that have a value of their own; task ids go from 0 to K - 1.
+        config: What says where the prompt stands; None puts all of it in front of the input.
         fixed: Names of parameters that are never trained.
     """
 
     kind: ClassVar[Literal["rows", "kv"]] = "rows"
     num_tasks: int = 1
+    config: PromptLearningConfig | None = None
     fixed: ClassVar[tuple[str, ...]] = ()
+
+    @final
+    def prompt(self, task: int = 0) -> Prompt:
+        """Return the prompt of a task in float32, with gradients; it never depends on an input.
+
+        Raises:
+            ConfigError: If there is no such task.
+        """
+        values = self.materialize(task)
+        return Prompt(input=values) if self.config is None else self.config.prompt_of(values)
 
     @final
     def set_trainable(self, trainable: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from softprompt.errors import ConfigError, nearest
 from softprompt.prompts.configs import PromptLearningConfig, configures
@@ -22,6 +22,8 @@ class PrefixTuningConfig(PromptLearningConfig):
     ``token_dim`` is A_kv times D and ``num_attention_heads`` is A_kv, as PEFT writes them for
     grouped queries. For seq2seq models the prefix stands before the decoder's own tokens.
     """
+
+    keys_and_values: ClassVar[bool] = True
 
     init_weights: str | None = field(
         default=None, metadata={"help": 'First values: "zero", or random when left out.'}

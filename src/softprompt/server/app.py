@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI
 
-from softprompt.artifacts.manifest import installed_versions
-from softprompt.inference.continuous.scorer import Scorer
+from softprompt.artifacts import installed_versions
+from softprompt.inference import Scorer
 from softprompt.server import chat, classify, completions, handlers, health, listing
 from softprompt.server.access import Access
 from softprompt.server.backend import Backend

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from softprompt.errors import ConfigError, DataError
+from softprompt.inference import GenerationOptions, Input
 from softprompt.inference.continuous.request import Request
-from softprompt.inference.options import GenerationOptions
-from softprompt.inference.requests import Input
 from softprompt.server.served import Served, chat_input
 from softprompt.server.shapes import ChatBody, ClassifyBody, CompletionBody, Generation
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from softprompt.inference.continuous.batcher import BatcherStats
-from softprompt.inference.continuous.request import Bounds, Request
-from softprompt.inference.continuous.ticket import Ticket
+from softprompt.inference import BatcherStats, Bounds, Ticket
+from softprompt.inference.continuous.request import Request
 
 
 class Backend(Protocol):

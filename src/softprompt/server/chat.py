@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from softprompt.inference.continuous.events import EchoEvent, TokenEvent
+from softprompt.inference import EchoEvent, TokenEvent
 from softprompt.server.asked import asked_chat
 from softprompt.server.completions import answered, check_rows
 from softprompt.server.replies import ChatCompletion, Choice, Reply, Scores

@@ -11,11 +11,9 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from softprompt.engine.rows import is_keys_and_values
+from softprompt.engine import is_keys_and_values
 from softprompt.errors import ConfigError, DataError
-from softprompt.inference.continuous.labelling import Labelling
-from softprompt.inference.continuous.request import PromptValue
-from softprompt.inference.requests import Input
+from softprompt.inference import Input, Labelling, PromptValue
 from softprompt.server.asked import texts_of
 from softprompt.server.problems import Problem
 from softprompt.server.served import Served

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
-from softprompt.inference.continuous.events import EchoEvent, FinishEvent, TokenEvent
+from softprompt.inference import EchoEvent, FinishEvent, TokenEvent
 from softprompt.server.asked import Asked, asked_completion
 from softprompt.server.problems import Problem
 from softprompt.server.replies import Choice, Completion, Position, Reply, Scores

@@ -13,9 +13,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from softprompt.artifacts.layout import MANIFEST_NAME, WEIGHTS_NAME
+from softprompt.artifacts import MANIFEST_NAME, WEIGHTS_NAME
 from softprompt.errors import AdapterError, ArtifactError, NotServingError, UsageError, excerpt
-from softprompt.prompts.configs import CONFIG_NAME
+from softprompt.prompts import CONFIG_NAME
 
 FILES = (CONFIG_NAME, WEIGHTS_NAME, MANIFEST_NAME)
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
-from softprompt.artifacts.manifest import installed_versions
+from softprompt.artifacts import installed_versions
 from softprompt.server.problems import Problem
 from softprompt.server.service import USER, in_thread, service_of
 

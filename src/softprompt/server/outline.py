@@ -6,11 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from softprompt.artifacts.layout import MANIFEST_NAME, WEIGHTS_NAME, check_config, parse_object
-from softprompt.artifacts.manifest import Manifest, manifest_of_task
+from softprompt.artifacts import (
+    MANIFEST_NAME,
+    WEIGHTS_NAME,
+    Manifest,
+    check_config,
+    manifest_of_task,
+    parse_object,
+)
 from softprompt.errors import ArtifactError, SoftPromptError
-from softprompt.prompts.configs import CONFIG_NAME
-from softprompt.prompts.kinds import PeftType
+from softprompt.prompts import CONFIG_NAME, PeftType
 from softprompt.server.folder import FILES, Root, Signature
 
 _TASKS = 1000

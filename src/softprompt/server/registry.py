@@ -14,9 +14,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import final
 
-from softprompt.artifacts.native import StoredAdapter, adapter_of_files
-from softprompt.backbone.facts import is_encoder_decoder
-from softprompt.backbone.load import LoadedBase
+from softprompt.artifacts import StoredAdapter, adapter_of_files
+from softprompt.backbone import LoadedBase, is_encoder_decoder
 from softprompt.errors import (
     AdapterError,
     ArtifactError,
@@ -25,8 +24,7 @@ from softprompt.errors import (
     excerpt,
     nearest,
 )
-from softprompt.inference.detached import DetachedPrompt
-from softprompt.inference.task_choice import Task, task_number
+from softprompt.inference import DetachedPrompt, Task, task_number
 from softprompt.server.folder import (
     FILES,
     FRESH_SECONDS,

@@ -11,13 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
-from softprompt.inference.continuous.events import (
-    EchoEvent,
-    Event,
-    FinishEvent,
-    TokenEvent,
-    TopLogProbs,
-)
+from softprompt.inference import EchoEvent, Event, FinishEvent, TokenEvent, TopLogProbs
 from softprompt.server.asked import Asked
 from softprompt.server.token_bytes import bytes_of
 

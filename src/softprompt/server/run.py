@@ -10,9 +10,8 @@ from typing import final
 
 from fastapi import Request as HTTPRequest
 
-from softprompt.inference.continuous.events import EchoEvent, Event, FinishEvent, TokenEvent
+from softprompt.inference import EchoEvent, Event, FinishEvent, Ticket, TokenEvent
 from softprompt.inference.continuous.request import Request
-from softprompt.inference.continuous.ticket import Ticket
 from softprompt.server.backend import Backend
 from softprompt.server.meter import Meter
 from softprompt.server.problems import Problem

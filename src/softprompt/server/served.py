@@ -8,17 +8,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from softprompt.artifacts.manifest import Manifest
-from softprompt.backbone.load import LoadedBase
-from softprompt.data.special_frame import SpecialFrame, encode
-from softprompt.data.template import Verbalizer
-from softprompt.data.tokens import RowTokenizer
+from softprompt.artifacts import Manifest
+from softprompt.backbone import LoadedBase
+from softprompt.data import RowTokenizer, SpecialFrame, Verbalizer, encode
 from softprompt.errors import ConfigError, DataError, TemplateError
-from softprompt.inference.continuous.request import PromptValue
-from softprompt.inference.requests import Input, fields_of
+from softprompt.inference import Input, PromptValue, fields_of, label_ids_of
 from softprompt.inference.requests import Request as Fields
-from softprompt.inference.scoring import label_ids_of
-from softprompt.prompts.kinds import Placement
+from softprompt.prompts import Placement
 
 _LENGTH = 128
 """Most tokens of a label of the base."""

@@ -14,11 +14,10 @@ from typing import Any, ParamSpec, TypeVar, cast
 import anyio
 from fastapi import Depends, Request
 
-from softprompt.backbone.facts import input_embedding
+from softprompt.backbone import input_embedding
 from softprompt.errors import NotServingError
-from softprompt.inference.continuous.scorer import Scorer
-from softprompt.inference.task_choice import Task
-from softprompt.inspection.describe import describe
+from softprompt.inference import Scorer, Task
+from softprompt.inspection import describe
 from softprompt.server.access import Access
 from softprompt.server.backend import Backend
 from softprompt.server.connections import Connections

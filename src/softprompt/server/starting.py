@@ -11,12 +11,9 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from softprompt.backbone.freeze import freeze
-from softprompt.backbone.load import load_base
+from softprompt.backbone import freeze, load_base
 from softprompt.errors import UsageError
-from softprompt.inference.continuous.batcher import Batcher
-from softprompt.inference.continuous.request import Bounds
-from softprompt.inference.continuous.scorer import Scorer
+from softprompt.inference import Batcher, Bounds, Scorer
 from softprompt.server.access import Access
 from softprompt.server.app import create_app
 from softprompt.server.connections import Connections

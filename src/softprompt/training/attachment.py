@@ -7,18 +7,17 @@ from typing import Any, cast
 
 import torch
 
-from softprompt.attach.classes import get_peft_model
-from softprompt.attach.model import PeftModel
-from softprompt.attach.parts import Places
-from softprompt.attach.transfer import started_prompt
-from softprompt.backbone.facts import Facts
-from softprompt.backbone.fingerprint import Fingerprint
-from softprompt.backbone.load import LoadedBase
+from softprompt.attach import PeftModel, Places, get_peft_model, started_prompt
+from softprompt.backbone import Facts, Fingerprint, LoadedBase
 from softprompt.errors import ConfigError
-from softprompt.prompts.configs import PromptTuningConfig, PromptTuningInit, TaskType
-from softprompt.prompts.kinds import MultitaskPromptTuningInit
-from softprompt.prompts.module import PromptModule
-from softprompt.prompts.multitask import MultitaskPromptTuningConfig
+from softprompt.prompts import (
+    MultitaskPromptTuningConfig,
+    MultitaskPromptTuningInit,
+    PromptModule,
+    PromptTuningConfig,
+    PromptTuningInit,
+    TaskType,
+)
 from softprompt.training.examples import TaskData
 from softprompt.training.settings import TuneSettings
 from softprompt.training.source_prompts import SourceInfo, find_source

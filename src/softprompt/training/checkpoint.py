@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from softprompt.artifacts.files import write_atomically
+from softprompt.artifacts import write_atomically
 from softprompt.errors import TrainingError
 from softprompt.training.optimisation import trained
 from softprompt.training.state import RunState

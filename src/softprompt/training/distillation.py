@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, mse_loss
 
-from softprompt.attach.parts import USUAL, Places
-from softprompt.engine.rows import Engine, EngineRow
-from softprompt.prompts.module import PromptModule
+from softprompt.attach import USUAL, Places
+from softprompt.engine import Engine, EngineRow
+from softprompt.prompts import PromptModule
 from softprompt.training.objective import Scored
 
 

@@ -12,7 +12,7 @@ from typing import Any, Self, TextIO
 
 from tqdm import tqdm
 
-from softprompt.artifacts.files import write_atomically
+from softprompt.artifacts import write_atomically
 from softprompt.training.state import RunState
 
 logger = logging.getLogger(__name__)

@@ -8,10 +8,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from softprompt.data.labels import label_set
-from softprompt.data.records import Example, data_fingerprint, read_examples
-from softprompt.data.sources import read_records
-from softprompt.data.template import Verbalizer
+from softprompt.data import (
+    Example,
+    Verbalizer,
+    data_fingerprint,
+    label_set,
+    read_examples,
+    read_records,
+)
 from softprompt.errors import ConfigError, DataError, TemplateError, UsageError, nearest
 from softprompt.training.settings import TuneSettings
 

@@ -9,8 +9,8 @@ from typing import Protocol
 from torch import Tensor
 from torch.nn import Module
 
-from softprompt.engine.rows import EngineRow
-from softprompt.prompts.module import PromptModule
+from softprompt.engine import EngineRow
+from softprompt.prompts import PromptModule
 from softprompt.training.objective import Objective
 from softprompt.training.sampling import Sampling
 from softprompt.training.settings import TuneSettings

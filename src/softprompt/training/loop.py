@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.engine.rows import EngineRow
+from softprompt.engine import EngineRow
 from softprompt.errors import TrainingError
 from softprompt.training.events import Events
 from softprompt.training.job import Job

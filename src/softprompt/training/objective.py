@@ -8,8 +8,8 @@ from typing import Protocol, final
 
 from torch import Tensor
 
-from softprompt.attach.parts import USUAL, Places
-from softprompt.engine.rows import Engine, EngineRow
+from softprompt.attach import USUAL, Places
+from softprompt.engine import Engine, EngineRow
 
 
 @dataclass(frozen=True, slots=True)

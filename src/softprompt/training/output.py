@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from softprompt.artifacts.files import require_empty, require_no_file
+from softprompt.artifacts import require_empty, require_no_file
 from softprompt.errors import (
     ArtifactError,
     OutputExistsError,

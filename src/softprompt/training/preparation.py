@@ -10,21 +10,21 @@ from typing import Any, TypeAlias
 
 from transformers import PreTrainedModel
 
-from softprompt.artifacts.manifest import Manifest
-from softprompt.attach.model import PeftModel
-from softprompt.attach.parts import Places
-from softprompt.backbone.facts import Facts, facts_of, output_limit
-from softprompt.backbone.fingerprint import Fingerprint
-from softprompt.backbone.freeze import freeze
-from softprompt.backbone.load import LoadedBase, load_base
-from softprompt.data.template import Verbalizer
-from softprompt.data.tokens import CutSummary, RowTokenizer, TokenRow
-from softprompt.engine.choose import build_engine
-from softprompt.engine.context import check_context
-from softprompt.engine.rows import Engine
+from softprompt.artifacts import Manifest
+from softprompt.attach import PeftModel, Places
+from softprompt.backbone import (
+    Facts,
+    Fingerprint,
+    LoadedBase,
+    facts_of,
+    freeze,
+    load_base,
+    output_limit,
+)
+from softprompt.data import CutSummary, RowTokenizer, TokenRow, Verbalizer
+from softprompt.engine import Engine, build_engine, check_context
 from softprompt.errors import ConfigError
-from softprompt.prompts.kinds import Placement
-from softprompt.prompts.module import PromptModule
+from softprompt.prompts import Placement, PromptModule
 from softprompt.training.attachment import attach, places_of
 from softprompt.training.examples import TaskData
 from softprompt.training.optimisation import Rates

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from softprompt.artifacts.files import write_atomically
+from softprompt.artifacts import write_atomically
 from softprompt.errors import ConfigError, nearest
 from softprompt.training.settings import TuneSettings
 from softprompt.training.tuning_config import TuningConfig

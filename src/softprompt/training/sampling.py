@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from softprompt.data.batches import plan_batches, split_batch
+from softprompt.data import plan_batches, split_batch
 
 Update = list[list[int]]
 """Micro-batches of row numbers whose gradients make one update."""

@@ -13,13 +13,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from softprompt.artifacts.layout import PICKLED_WEIGHTS_NAME, WEIGHTS_NAME
-from softprompt.artifacts.native import load_adapter
-from softprompt.attach.source_prompt import source_of
-from softprompt.backbone.fingerprint import Fingerprint
+from softprompt.artifacts import PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, load_adapter
+from softprompt.attach import source_of
+from softprompt.backbone import Fingerprint
 from softprompt.errors import ConfigError, SoftPromptError, nearest
-from softprompt.prompts.configs import CONFIG_NAME, PeftType, Placement
-from softprompt.prompts.multitask import MultitaskPromptTuningConfig
+from softprompt.prompts import CONFIG_NAME, MultitaskPromptTuningConfig, PeftType, Placement
 
 VARIABLE = "SOURCE_PROMPT_BASE"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")

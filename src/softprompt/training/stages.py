@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from softprompt.engine.rows import EngineRow
-from softprompt.prompts.module import PromptModule
+from softprompt.engine import EngineRow
+from softprompt.prompts import PromptModule
 from softprompt.training.attachment import fresh_prompt
 from softprompt.training.distillation import Distillation
 from softprompt.training.events import LOG_FILE

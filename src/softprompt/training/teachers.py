@@ -7,7 +7,7 @@ from typing import cast, final
 
 from torch import Tensor, nn
 
-from softprompt.prompts.module import PromptModule, check_task
+from softprompt.prompts import PromptModule, check_task
 
 
 @final
@@ -19,6 +19,7 @@ class TeacherPrompts(PromptModule):
         super().__init__()
         self.prompts = nn.ModuleList(prompts)
         self.num_tasks = len(prompts)
+        self.config = prompts[0].config
 
     def materialize(self, task: int = 0) -> Tensor:
         """Return the rows ``[S·P, H]`` of a task's own prompt; see ``PromptModule``."""

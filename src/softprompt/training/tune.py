@@ -9,9 +9,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Unpack, cast
 
-from softprompt.backbone.load import DEMO
+from softprompt.backbone import DEMO
 from softprompt.errors import ConfigError, UsageError, nearest
-from softprompt.inference.tuned import TunedPrompt
+from softprompt.inference import TunedPrompt
 from softprompt.training.checkpoint import load_state, remove_state, state_path
 from softprompt.training.examples import Data, Rows, read_data
 from softprompt.training.fields import default_of

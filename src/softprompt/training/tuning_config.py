@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Literal
 
 from softprompt.errors import ConfigError
-from softprompt.prompts.configs import PromptTuningInit
+from softprompt.prompts import PromptTuningInit
 from softprompt.training.fields import about, check
 
 SOURCE_METHODS = {

@@ -12,10 +12,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from softprompt.attach.parts import USUAL, Places
-from softprompt.data.tokens import TokenRow
-from softprompt.engine.rows import Engine
-from softprompt.evaluation.likelihood import TargetLikelihood, classify_rows, target_likelihood
+from softprompt.attach import USUAL, Places
+from softprompt.data import TokenRow
+from softprompt.engine import Engine
+from softprompt.evaluation import TargetLikelihood, classify_rows, target_likelihood
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,7 @@ import time
 import pytest
 
 from oracles.served import drawn, served
-from softprompt.inference.continuous.batcher import Batcher
-from softprompt.inference.continuous.events import TokenEvent
-from softprompt.inference.continuous.request import Bounds
+from softprompt.inference import Batcher, Bounds, TokenEvent
 
 NAMES = ["llama", "gpt2", "mistral", "gemma2", "qwen3", "gpt_neox"]
 SMALL = Bounds(

@@ -9,12 +9,10 @@ import pytest
 import torch
 
 from oracles.served import served
-from softprompt.engine.lock import locked
+from softprompt.engine import locked
 from softprompt.errors import ConfigError, NotServingError, QueueFullError, ServingError
-from softprompt.inference.continuous.batcher import Batcher
-from softprompt.inference.continuous.request import Bounds, PromptValue, Request
-from softprompt.inference.continuous.residents import ResidentPrompts
-from softprompt.inference.options import GenerationOptions
+from softprompt.inference import Batcher, Bounds, GenerationOptions, PromptValue, ResidentPrompts
+from softprompt.inference.continuous.request import Request
 
 IDS = (1, 40, 41, 42, 43)
 LONG = GenerationOptions(max_new_tokens=30)

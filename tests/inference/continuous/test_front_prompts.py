@@ -9,14 +9,18 @@ import pytest
 import torch
 
 from oracles.served import served
-from softprompt.engine.rows import EngineRow
+from softprompt.engine import EngineRow
 from softprompt.errors import ContextOverflowError
-from softprompt.inference.continuous.batcher import Batcher
-from softprompt.inference.continuous.request import Bounds, PromptValue, Request
-from softprompt.inference.continuous.residents import ResidentPrompts
-from softprompt.inference.continuous.scorer import Scorer
-from softprompt.inference.continuous.values import content_key
-from softprompt.inference.options import GenerationOptions
+from softprompt.inference import (
+    Batcher,
+    Bounds,
+    GenerationOptions,
+    PromptValue,
+    ResidentPrompts,
+    Scorer,
+    content_key,
+)
+from softprompt.inference.continuous.request import Request
 from softprompt.inference.serving import Serving
 
 LABELS = ["yes", "no", "yet"]

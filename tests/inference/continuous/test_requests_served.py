@@ -10,10 +10,16 @@ import torch
 
 from oracles.served import served
 from softprompt.errors import ConfigError, ContextOverflowError, DataError, ServingError
-from softprompt.inference.continuous.batcher import Batcher
-from softprompt.inference.continuous.events import EchoEvent, FinishEvent, TokenEvent
-from softprompt.inference.continuous.request import Bounds, PromptValue, Request
-from softprompt.inference.options import GenerationOptions
+from softprompt.inference import (
+    Batcher,
+    Bounds,
+    EchoEvent,
+    FinishEvent,
+    GenerationOptions,
+    PromptValue,
+    TokenEvent,
+)
+from softprompt.inference.continuous.request import Request
 
 IDS = (1, 40, 41, 42, 43, 44, 45, 46, 47)
 KINDS = ("plain", "suffix", "after_bos", "prefix")
@@ -193,7 +199,7 @@ def test_a_request_checks_itself():
 
 
 def test_waiting_for_a_result_has_an_end(base, batcher):
-    from softprompt.engine.lock import locked
+    from softprompt.engine import locked
 
     with locked(base.model):  # nothing runs meanwhile
         ticket = batcher.submit(base.request("plain", IDS))

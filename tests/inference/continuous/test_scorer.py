@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from oracles.served import served
-from softprompt.engine.rows import EngineRow
+from softprompt.engine import EngineRow
 from softprompt.errors import NotServingError
-from softprompt.inference.continuous.residents import ResidentPrompts
-from softprompt.inference.continuous.scorer import Scorer
+from softprompt.inference import ResidentPrompts, Scorer
 
 
 def test_a_caller_that_has_gone_does_not_hold_up_the_end():

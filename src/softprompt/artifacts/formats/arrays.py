@@ -25,8 +25,7 @@ from softprompt.artifacts.layout import PROMPT_KEY
 from softprompt.artifacts.native import StoredAdapter
 from softprompt.artifacts.pickles import damaged, load_pickled
 from softprompt.artifacts.plain import bare_rows
-from softprompt.backbone.facts import is_encoder_decoder
-from softprompt.backbone.load import LoadedBase
+from softprompt.backbone import LoadedBase, is_encoder_decoder
 from softprompt.errors import ArtifactError, ConfigError
 
 _PICKLED = (".pt", ".bin", ".pth")

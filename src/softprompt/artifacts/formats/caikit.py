@@ -22,9 +22,9 @@ from softprompt.artifacts.formats.part_files import PART_NAMES, part_bytes, read
 from softprompt.artifacts.formats.prefix_store import write_parts
 from softprompt.artifacts.manifest import installed_versions
 from softprompt.artifacts.native import StoredAdapter
-from softprompt.backbone.load import LoadedBase
+from softprompt.backbone import LoadedBase
 from softprompt.errors import ArtifactError, FingerprintError
-from softprompt.prompts.kinds import TaskType
+from softprompt.prompts import TaskType
 
 CONFIG_FILE = "config.yml"
 MODULE_ID = "6655831b-960a-4dc5-8df4-867026e2cd41"

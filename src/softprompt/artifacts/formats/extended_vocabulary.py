@@ -24,8 +24,7 @@ from softprompt.artifacts.formats.vocabulary_tokens import (
     token_text,
 )
 from softprompt.artifacts.plain import PlainPrompt, plain_prompt, single_task
-from softprompt.backbone.facts import input_embedding
-from softprompt.backbone.load import progress_on_terminals_only
+from softprompt.backbone import input_embedding, progress_on_terminals_only
 from softprompt.errors import ConfigError, OutputExistsError
 
 PROMPTS_FILE = "softprompt_prompts.json"

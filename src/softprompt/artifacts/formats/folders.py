@@ -16,9 +16,9 @@ from softprompt.artifacts.layout import (
 )
 from softprompt.artifacts.native import StoredAdapter, load_adapter, save_adapter
 from softprompt.artifacts.plain import beyond_peft, single_task
-from softprompt.backbone.load import LoadedBase
+from softprompt.backbone import LoadedBase
 from softprompt.errors import ArtifactError
-from softprompt.prompts.configs import CONFIG_NAME, PeftType
+from softprompt.prompts import CONFIG_NAME, PeftType
 
 
 def _lacks_folder(path: Path) -> str | None:

@@ -11,7 +11,7 @@ from softprompt.artifacts.files import require_new_file, write_atomically
 from softprompt.artifacts.manifest import Manifest
 from softprompt.artifacts.native import StoredAdapter
 from softprompt.artifacts.plain import PlainPrompt, plain_prompt, single_task
-from softprompt.backbone.load import LoadedBase
+from softprompt.backbone import LoadedBase
 from softprompt.errors import ArtifactError, ConfigError
 
 Encode = Callable[[str], tuple[int, ...]]

@@ -28,7 +28,7 @@ from softprompt.artifacts.formats.part_files import (
     read_part,
 )
 from softprompt.artifacts.native import StoredAdapter
-from softprompt.backbone.load import LoadedBase
+from softprompt.backbone import LoadedBase
 from softprompt.errors import ArtifactError, ConfigError
 
 BARE = ("template", "base_model", *USED, *MEASURED, "base_fingerprint", "dtype")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from softprompt.artifacts.formats.format import MEASURED, USED, Export, Format, write_output_file
 from softprompt.artifacts.formats.part_files import tensor_bytes
-from softprompt.backbone.facts import input_embedding, side_embeddings
+from softprompt.backbone import input_embedding, side_embeddings
 from softprompt.errors import ArtifactError, ConfigError
 
 _KEY = "prompt_embeds"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import input_embedding, is_encoder_decoder, side_embeddings
+from softprompt.backbone import input_embedding, is_encoder_decoder, side_embeddings
 from softprompt.errors import ArtifactError
 
 _PROBE_TOKENS = 16

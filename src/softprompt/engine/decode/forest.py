@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import facts_of
-from softprompt.backbone.keyvalues import key_value_shape
+from softprompt.backbone import facts_of, key_value_shape
 from softprompt.engine.decode.attention import NAME, active, decode_plan
 from softprompt.engine.decode.store import KeyValueStore, Lane
 from softprompt.engine.forest.attention import ForestUnsupportedError, implement

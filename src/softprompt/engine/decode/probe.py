@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import facts_of
-from softprompt.backbone.keyvalues import key_value_shape
+from softprompt.backbone import facts_of, key_value_shape
 from softprompt.engine.decode.forest import DecodeForest, NewTokens
 from softprompt.engine.decode.store import Lane
 from softprompt.engine.plain import PlainEngine

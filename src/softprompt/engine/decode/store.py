@@ -15,7 +15,7 @@ from typing import final
 
 from torch import Tensor
 
-from softprompt.backbone.keyvalues import KeyValueShape
+from softprompt.backbone import KeyValueShape
 
 _LEAST = 32
 """Smallest capacity of a lane, in tokens."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import Facts, facts_of
+from softprompt.backbone import Facts, facts_of
 from softprompt.engine.context import check_rows, depends_on_neighbours
 from softprompt.engine.forest.attention import ForestUnsupportedError, forest_attention
 from softprompt.engine.forest.causal_plan import causal_plan

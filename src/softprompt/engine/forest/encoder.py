@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from softprompt.backbone.facts import facts_of, recomputes_layers, skips_layers
+from softprompt.backbone import facts_of, recomputes_layers, skips_layers
 from softprompt.engine.forest.attention import LayerMask, forest_attention
 from softprompt.engine.forest.layers import Packing, layers_of, packed_layers, relative_bias
 from softprompt.engine.forest.visibility import Span, Visibility, padded, whole_rows

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from softprompt.backbone.facts import has_windows
+from softprompt.backbone import has_windows
 from softprompt.engine.forest.attention import ForestUnsupportedError, LayerMask
 
 _SELF, _CROSS = "attention_mask", "encoder_attention_mask"

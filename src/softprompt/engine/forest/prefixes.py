@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.backbone.keyvalues import key_value_shape
+from softprompt.backbone import key_value_shape
 from softprompt.engine.forest.plan import Plan
 from softprompt.engine.forest.visibility import Span, Visibility, padded
 from softprompt.engine.rows import Engine, EngineRow, is_keys_and_values, prompt_length

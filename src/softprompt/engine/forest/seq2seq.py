@@ -15,12 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import (
-    decoder_embedding,
-    facts_of,
-    recomputes_layers,
-    skips_layers,
-)
+from softprompt.backbone import decoder_embedding, facts_of, recomputes_layers, skips_layers
 from softprompt.engine.context import check_rows
 from softprompt.engine.forest.attention import ForestUnsupportedError, LayerMask, forest_attention
 from softprompt.engine.forest.causal_plan import decoder_plan

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import is_encoder_decoder, recomputes_layers
+from softprompt.backbone import is_encoder_decoder, recomputes_layers
 
 
 class _HandOn(torch.autograd.Function):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from softprompt.backbone.facts import Facts, recomputes_layers
+from softprompt.backbone import Facts, recomputes_layers
 from softprompt.engine.forest.attention import ForestUnsupportedError, implement
 from softprompt.engine.lock import locked
 from softprompt.engine.prefixes.attention import EAGER, NAME, PrefixPlan, active_plan

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
-from softprompt.backbone.facts import Facts
-from softprompt.backbone.keyvalues import key_value_shape
+from softprompt.backbone import Facts, key_value_shape
 from softprompt.engine.prefixes.passes import prefixed_attention, prefixed_cache, text_positions
 from softprompt.engine.prefixes.values import Prefixes
 from softprompt.engine.selfcheck import probing

@@ -17,8 +17,8 @@ from typing import final
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt.backbone.facts import is_encoder_decoder
-from softprompt.engine.decode.probe import why_undecodable
+from softprompt.backbone import is_encoder_decoder
+from softprompt.engine import why_undecodable
 from softprompt.errors import NotServingError, QueueFullError
 from softprompt.inference.continuous.forest_runner import ForestRunner
 from softprompt.inference.continuous.job import Job

@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import Facts, output_limit
-from softprompt.backbone.keyvalues import key_value_shape
-from softprompt.engine.context import check_context, check_rows
-from softprompt.engine.rows import EngineRow, is_keys_and_values
+from softprompt.backbone import Facts, key_value_shape, output_limit
+from softprompt.engine import EngineRow, check_context, check_rows, is_keys_and_values
 from softprompt.errors import ConfigError
 from softprompt.inference.continuous.request import PromptValue, Request
 

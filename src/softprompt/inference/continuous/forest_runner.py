@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import facts_of
-from softprompt.engine.decode.forest import DecodeForest, NewTokens
-from softprompt.engine.rows import is_keys_and_values
+from softprompt.backbone import facts_of
+from softprompt.engine import DecodeForest, NewTokens, is_keys_and_values
 from softprompt.errors import ServingError
 from softprompt.inference.continuous.answer import Answer
 from softprompt.inference.continuous.checks import check_request

@@ -9,12 +9,17 @@ from typing import final
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.backbone.facts import facts_of
-from softprompt.engine.context import check_rows
-from softprompt.engine.decode.forest import DecodeForest, NewTokens
-from softprompt.engine.decode.probe import why_undecodable
-from softprompt.engine.forest.causal import ForestEngine
-from softprompt.engine.rows import Engine, EngineRow, is_keys_and_values
+from softprompt.backbone import facts_of
+from softprompt.engine import (
+    DecodeForest,
+    Engine,
+    EngineRow,
+    ForestEngine,
+    NewTokens,
+    check_rows,
+    is_keys_and_values,
+    why_undecodable,
+)
 from softprompt.inference.continuous.request import PromptValue
 from softprompt.inference.continuous.residents import ResidentPrompts
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from softprompt.engine.rows import EngineRow
+from softprompt.engine import EngineRow
 from softprompt.inference.requests import Input
 from softprompt.inference.scoring import LabelScores, label_scores, per_token
 

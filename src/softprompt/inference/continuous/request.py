@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 
 from torch import Tensor
 
-from softprompt.engine.prefixes.values import virtual_length
+from softprompt.engine import virtual_length
 from softprompt.errors import ConfigError, DataError
 from softprompt.inference.options import GenerationOptions
 

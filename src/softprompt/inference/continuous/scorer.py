@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.engine.choose import build_engine
-from softprompt.engine.prefixes.values import virtual_length
-from softprompt.engine.rows import Engine, EngineRow, is_keys_and_values
+from softprompt.engine import Engine, EngineRow, build_engine, is_keys_and_values, virtual_length
 from softprompt.errors import NotServingError, QueueFullError
 from softprompt.inference.continuous.front_prompts import FrontPrompts, reads_front
 from softprompt.inference.continuous.request import PromptValue

@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from softprompt.engine.decode.forest import NewTokens, Wanted
-from softprompt.engine.decode.store import Lane
-from softprompt.engine.rows import is_keys_and_values
+from softprompt.engine import Lane, NewTokens, Wanted, is_keys_and_values
 from softprompt.errors import ServingError
 from softprompt.inference.continuous.answer import Answer
 from softprompt.inference.continuous.events import EchoEvent, TopLogProbs

@@ -19,11 +19,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from softprompt.backbone.facts import facts_of, output_limit
-from softprompt.engine.choose import build_engine
-from softprompt.engine.plain import PlainEngine
-from softprompt.engine.prefixes.paths import prefix_path
-from softprompt.engine.rows import is_keys_and_values
+from softprompt.backbone import facts_of, output_limit
+from softprompt.engine import PlainEngine, build_engine, is_keys_and_values, prefix_path
 from softprompt.errors import DataError, ServingError
 from softprompt.inference.continuous.answer import Answer
 from softprompt.inference.continuous.checks import check_request

@@ -9,13 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.attach.choosing import RowPrompt
-from softprompt.attach.generation import prompted_generation
-from softprompt.attach.heads import BASE
-from softprompt.attach.lending import LentPrompts, PromptParts, lent
-from softprompt.backbone.facts import Facts
-from softprompt.engine.rows import Engine, EngineRow, is_keys_and_values
-from softprompt.engine.virtual import vocabulary_of
+from softprompt.attach import BASE, LentPrompts, PromptParts, RowPrompt, lent, prompted_generation
+from softprompt.backbone import Facts
+from softprompt.engine import Engine, EngineRow, is_keys_and_values, vocabulary_of
 from softprompt.inference.continuous.request import PromptValue, Request
 
 

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.attach.completion import sees_input_of
-from softprompt.attach.parts import places_of
-from softprompt.backbone.facts import Facts
+from softprompt.attach import places_of, sees_input_of
+from softprompt.backbone import Facts
 from softprompt.inference.continuous.request import PromptValue, Request
 from softprompt.inference.requests import Input
-from softprompt.prompts.configs import PromptLearningConfig
+from softprompt.prompts import PromptLearningConfig
 
 
 def prompt_value(value: Tensor, config: PromptLearningConfig, facts: Facts) -> PromptValue:

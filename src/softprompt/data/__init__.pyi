@@ -1,0 +1,14 @@
+from .batches import plan_batches as plan_batches
+from .batches import split_batch as split_batch
+from .labels import label_set as label_set
+from .records import Example as Example
+from .records import Rows as Rows
+from .records import data_fingerprint as data_fingerprint
+from .records import read_examples as read_examples
+from .sources import read_records as read_records
+from .special_frame import SpecialFrame as SpecialFrame
+from .special_frame import encode as encode
+from .template import Verbalizer as Verbalizer
+from .tokens import CutSummary as CutSummary
+from .tokens import RowTokenizer as RowTokenizer
+from .tokens import TokenRow as TokenRow

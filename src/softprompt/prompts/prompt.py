@@ -1,0 +1,112 @@
+"""What a prompt is to a model: one immutable value, from whatever is trained to the engine."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from softprompt.errors import ConfigError
+from softprompt.prompts.kinds import Placement
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """The virtual tokens of one prompt by where they stand; two prompts are equal if they are one object.
+
+    Attributes:
+        input: Virtual tokens in the (encoder's) input ``[P, H]``; None where there are none.
+        decoder: Virtual tokens before the decoder's input of a seq2seq model ``[P, H]``, or None.
+        prefix: Keys and values of the decoder's layers ``[L, 2, A_kv, P, D]``, or None.
+        placement: Where ``input`` stands among the input's tokens.
+        sees_input: Whether an encoder's virtual tokens attend to the input.
+
+    Raises:
+        ConfigError: If a part has another rank, or a prefix stands beside other parts.
+    """
+
+    input: Tensor | None = None
+    decoder: Tensor | None = None
+    prefix: Tensor | None = None
+    placement: Placement = Placement.PREFIX
+    sees_input: bool = True
+
+    def __post_init__(self) -> None:
+        for name, rank, shape in (("input", 2, "[P, H]"), ("decoder", 2, "[P, H]")):
+            part: Tensor | None = getattr(self, name)
+            if part is not None and part.dim() != rank:
+                raise ConfigError(f"{name} of a prompt must be {shape}, got {list(part.shape)}")
+        if self.prefix is None:
+            return
+        if self.prefix.dim() != 5:
+            raise ConfigError(
+                f"prefix of a prompt must be [L, 2, A_kv, P, D], got {list(self.prefix.shape)}"
+            )
+        if self.input is not None or self.decoder is not None:
+            raise ConfigError("a prompt is a prefix or virtual tokens, not both; split it in two")
+
+    @property
+    def input_tokens(self) -> int:
+        """Virtual tokens in the (encoder's) input."""
+        return 0 if self.input is None else int(self.input.shape[0])
+
+    @property
+    def decoder_tokens(self) -> int:
+        """Virtual tokens before the decoder's input of a seq2seq model."""
+        return 0 if self.decoder is None else int(self.decoder.shape[0])
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Virtual tokens whose keys and values stand before those of the (decoder's) tokens."""
+        return 0 if self.prefix is None else int(self.prefix.shape[3])
+
+    @property
+    def tokens(self) -> int:
+        """Virtual tokens in all parts."""
+        return self.input_tokens + self.decoder_tokens + self.prefix_tokens
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The parts that are there: input, decoder, prefix."""
+        return tuple(part for part in (self.input, self.decoder, self.prefix) if part is not None)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Return a prompt whose parts are changed one by one."""
+        parts = {
+            name: change(part)
+            for name in ("input", "decoder", "prefix")
+            if (part := getattr(self, name)) is not None
+        }
+        return replace(self, **parts)
+
+    def detach(self) -> Self:
+        """Return the prompt without its graph; its memory is shared."""
+        return self.map(torch.Tensor.detach)
+
+    def leaves(self) -> Self:
+        """Return the prompt as new leaves that take a gradient; their memory is shared."""
+        return self.map(lambda part: part.detach().requires_grad_())
+
+    def to(self, device: torch.device) -> Self:
+        """Return the prompt on a device; itself when it is there already."""
+        if all(part.device == device for part in self.tensors):
+            return self
+        return self.map(lambda part: part.to(device))
+
+    @cached_property
+    def key(self) -> str:
+        """A hash of the content: equal keys are equal values; the placement is the row's affair."""
+        digest = hashlib.sha256(str(self.sees_input).encode())
+        for part in (self.input, self.decoder, self.prefix):
+            if part is None:
+                digest.update(b"none")
+                continue
+            plain = part.detach().to("cpu").contiguous()
+            digest.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
+            digest.update(plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+        return digest.hexdigest()

@@ -1,0 +1,14 @@
+from .events import Events as Events
+from .fields import about as about
+from .fields import check as check
+from .fields import choices_of as choices_of
+from .fields import default_of as default_of
+from .fields import type_of as type_of
+from .run_file import read_run as read_run
+from .settings import TuneSettings as TuneSettings
+from .source_prompts import VARIABLE as VARIABLE
+from .source_prompts import SourceInfo as SourceInfo
+from .source_prompts import list_sources as list_sources
+from .source_prompts import source_folder as source_folder
+from .tune import tune as tune
+from .tuning_config import TuningConfig as TuningConfig
