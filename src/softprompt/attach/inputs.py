@@ -19,7 +19,7 @@ from softprompt.attach.tasks import IGNORED, TaskRules
 from softprompt.backbone import Facts, is_encoder_decoder
 from softprompt.engine import (
     Layout,
-    Prompts,
+    PromptTable,
     check_context,
     is_packed,
     packed_mask,
@@ -44,7 +44,7 @@ class Call:
     """
 
     inputs: dict[str, Any]
-    prompts: Prompts
+    prompts: PromptTable
     facts: Facts
     rules: TaskRules
 
@@ -261,7 +261,7 @@ def _behind_encoder(call: Call, inputs: dict[str, Any], columns: int) -> dict[st
     return inputs
 
 
-def _column(prompts: Prompts, like: Tensor) -> Tensor:
+def _column(prompts: PromptTable, like: Tensor) -> Tensor:
     return prompts.lengths.to(like.device).unsqueeze(1)
 
 
@@ -272,7 +272,7 @@ def _tokens(inputs: dict[str, Any]) -> Tensor:
     return cast(Tensor, ids if ids is not None else embeds)
 
 
-def _extended_4d(mask: Tensor, prompts: Prompts) -> Tensor:
+def _extended_4d(mask: Tensor, prompts: PromptTable) -> Tensor:
     """Extend a caller's mask ``[B, 1, T, T]`` over prompt columns that every token sees."""
     width = prompts.width
     if not bool((prompts.lengths == width).all()):

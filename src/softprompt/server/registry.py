@@ -276,7 +276,7 @@ class Registry:
             raise ArtifactError("it has the name of the base model; rename its folder")
         prompt = DetachedPrompt.of_stored(stored, self.base)
         tasks = [
-            Served(name, version, self.base_served.plain, own.value, own.rows, own.manifest)
+            Served(name, version, self.base_served.plain, own.prompt, own.rows, own.manifest)
             for own in prompt.tasks
         ]
         return Loaded(signature, tuple(tasks), prompt.manifest.tasks)

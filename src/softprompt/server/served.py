@@ -12,9 +12,9 @@ from softprompt.artifacts import Manifest
 from softprompt.backbone import LoadedBase
 from softprompt.data import RowTokenizer, SpecialFrame, Verbalizer, encode
 from softprompt.errors import ConfigError, DataError, TemplateError
-from softprompt.inference import Input, PromptValue, fields_of, label_ids_of
+from softprompt.inference import Input, fields_of, label_ids_of
 from softprompt.inference.requests import Request as Fields
-from softprompt.prompts import Placement
+from softprompt.prompts import Placement, Prompt
 
 _LENGTH = 128
 """Most tokens of a label of the base."""
@@ -68,7 +68,7 @@ class Served:
         name: What clients call it.
         version: Changes with the files' content.
         plain: How the base reads texts.
-        prompt: The value; None is the base alone.
+        prompt: What requests carry; None is the base alone.
         rows: How the prompt reads its fields; None is the base alone.
         manifest: Its record; None is the base alone.
     """
@@ -76,7 +76,7 @@ class Served:
     name: str
     version: str
     plain: PlainText
-    prompt: PromptValue | None = None
+    prompt: Prompt | None = None
     rows: RowTokenizer | None = None
     manifest: Manifest | None = None
 
