@@ -126,18 +126,19 @@ class Predictions:
 class PredictingEngine(ABC):
     """An engine whose answers all come from one kind of pass."""
 
+    name: str
     _model: PreTrainedModel
     _facts: Facts
 
     @abstractmethod
     def run_alike(self, rows: Sequence[EngineRow], head: HeadInput | None = None) -> Predictions:
-        """Run checked rows; in a seq2seq model all of their prompts see the input, or none does."""
+        """Run checked rows, of which all prompts see the input or none does."""
 
     @final
     def predict(self, rows: Sequence[EngineRow], head: HeadInput | None = None) -> Predictions:
         """Run rows, each behind its prompt.
 
-        Rows of a seq2seq model whose prompts see the input are run apart from the others.
+        Rows whose prompts see the input are run apart from those whose prompts do not.
 
         Args:
             rows: The rows.
@@ -149,8 +150,8 @@ class PredictingEngine(ABC):
             ContextOverflowError: If a row does not fit behind its prompt.
         """
         check_rows(self._model, self._facts, rows)
-        parts = _alike(rows) if self._facts.is_encoder_decoder else []
-        if len(parts) < 2:
+        parts = _alike(rows)
+        if len(parts) == 1:
             return self.run_alike(rows, head)
         found = [self.run_alike([rows[i] for i in part], head) for part in parts]
         return Predictions.joined(found, parts)
