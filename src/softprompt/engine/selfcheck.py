@@ -8,9 +8,9 @@ through the plain path, and compares log-probabilities and prompt gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,7 +25,15 @@ from softprompt.prompts import Prompt
 _LENGTHS = ((5, 2), (1, 1), (3, 3), (4, 1), (7, 2))
 """Source and target tokens of each probe row but the last two, which have the first one's source."""
 
-_PARTS = ((0, None), (0, 1), (1, 0), (None, None), (1, 1), (0, None), (0, None))
+_PARTS: tuple[tuple[int | None, int | None], ...] = (
+    (0, None),
+    (0, 1),
+    (1, 0),
+    (None, None),
+    (1, 1),
+    (0, None),
+    (0, None),
+)
 """Which value each probe row has in its input, and which before a seq2seq decoder's."""
 
 PROBED_LENGTHS = (4, 3)
@@ -93,22 +101,15 @@ def difference(
         )
         for length in PROBED_LENGTHS
     ]
-
-    def prompt_of(parts: list[Tensor], first: int | None, second: int | None) -> Prompt | None:
-        if prefixes is not None:
-            return None if first is None else Prompt(prefix=parts[first])
-        if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
-            second = None
-        before = None if first is None else parts[first]
-        decoder = None if second is None else parts[second]
-        if before is None and decoder is None:
-            return None
-        return Prompt(before, decoder, sees_input=sees_input)
-
+    kind = _Kind(
+        prefix=prefixes is not None,
+        both_sides=prefixes is None and hasattr(model, "prepare_decoder_input_ids_from_labels"),
+        sees_input=sees_input,
+    )
     with probing(model):
         with torch_products():
-            expected, expected_gradients = _run(reference, rows, values, prompt_of, alone=True)
-        got, gradients = _run(candidate, rows, values, prompt_of, alone=False)
+            expected, expected_gradients = _run(reference, rows, values, kind, alone=True)
+        got, gradients = _run(candidate, rows, values, kind, alone=False)
     worst = float((got - expected).abs().max())
     if not worst <= allowed:
         return f"its log-probabilities differ by {worst:.2g} on the probe"
@@ -130,20 +131,40 @@ def _rows(top: int, generator: torch.Generator) -> list[EngineRow]:
     return [*rows, replace(first, target=forked), replace(first, target=rows[2].source[:2])]
 
 
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What is made of the probe's values: keys and values, or virtual tokens on one side or both."""
+
+    prefix: bool
+    both_sides: bool
+    sees_input: bool
+
+    def prompts(self, values: Sequence[Tensor]) -> list[Prompt | None]:
+        """Return the prompt of each probe row; rows that have the same share one object."""
+        made: dict[tuple[int | None, int | None], Prompt | None] = {(None, None): None}
+        found = []
+        for first, second in _PARTS:
+            second = second if self.both_sides else None
+            if (first, second) not in made:
+                before = None if first is None else values[first]
+                decoder = None if second is None else values[second]
+                made[first, second] = (
+                    Prompt(prefix=before)
+                    if self.prefix
+                    else Prompt(before, decoder, sees_input=self.sees_input)
+                )
+            found.append(made[first, second])
+        return found
+
+
 def _run(
-    engine: Engine,
-    rows: Sequence[EngineRow],
-    values: Sequence[Tensor],
-    prompt_of: Callable[[list[Tensor], int | None, int | None], Prompt | None],
-    *,
-    alone: bool,
+    engine: Engine, rows: Sequence[EngineRow], values: Sequence[Tensor], kind: _Kind, *, alone: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the log-probabilities of the rows' targets, and the gradients of the values."""
     with torch.enable_grad():
         leaves = [value.clone().requires_grad_() for value in values]
-        prompts = {parts: prompt_of(leaves, *parts) for parts in _PARTS}
-        rows = [replace(row, prompt=prompts[p]) for row, p in zip(rows, _PARTS, strict=True)]
-        passes = [[row] for row in rows] if alone else [rows]
+        own = [replace(row, prompt=p) for row, p in zip(rows, kind.prompts(leaves), strict=True)]
+        passes = [[row] for row in own] if alone else [own]
         found = torch.cat([engine.target_log_probs(part).values for part in passes])
         gradients = torch.autograd.grad(found.sum(), leaves)
     return found.detach().float(), [gradient.float() for gradient in gradients]
