@@ -143,8 +143,8 @@ class _Kind:
         """Return the prompt of each probe row; rows that have the same share one object."""
         made: dict[tuple[int | None, int | None], Prompt | None] = {(None, None): None}
         found = []
-        for first, second in _PARTS:
-            second = second if self.both_sides else None
+        for first, beside in _PARTS:
+            second = beside if self.both_sides else None
             if (first, second) not in made:
                 before = None if first is None else values[first]
                 decoder = None if second is None else values[second]
