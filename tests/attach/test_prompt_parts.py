@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from oracles.families import seq2seq
 from softprompt import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from softprompt.attach import build_prompt
 from softprompt.errors import ConfigError
@@ -40,16 +41,16 @@ def test_the_first_half_is_the_encoders(types, task, submodules, expected):
     assert prompt(types, task, submodules) == expected
 
 
-def test_keys_and_values_stay_whole(t5):
+def test_keys_and_values_stay_whole():
     config = PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=4)
-    made = get_peft_model(t5, config).encoder_of("default").prompt()
+    made = get_peft_model(seq2seq("t5"), config).encoder_of("default").prompt()
     assert made.input is made.decoder is None
     assert made.prefix.dim() == 5 and made.tokens == made.prefix_tokens == 4
 
 
-def test_the_parts_of_a_model_need_the_task_that_reads_both(t5):
+def test_the_parts_of_a_model_need_the_task_that_reads_both():
     config = PromptTuningConfig(
         task_type="FEATURE_EXTRACTION", num_virtual_tokens=2, output_model_types=BOTH
     )
     with pytest.raises(ConfigError, match="needs task_type SEQ_2_SEQ_LM"):
-        get_peft_model(t5, config)
+        get_peft_model(seq2seq("t5"), config)
