@@ -1,7 +1,7 @@
 """Turning the arguments of a forward call into those of the prompted model.
 
 One function for every task type: ids, mask, positions, token types and labels are laid out
-together, so that none can be forgotten (PEFT builds each by hand in six places).
+together, so that none can be forgotten (PEFT builds each by hand six times).
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def batch_size(inputs: dict[str, Any]) -> int:
 
 
 def check_ids(ids: Tensor | None, vocabulary: int) -> None:
-    """Refuse ids that are no token of the base: from V on they would silently mean prompt rows.
+    """Refuse ids that are no token of the base: from V on they would silently mean virtual tokens.
 
     Raises:
         ConfigError: If there is one.
@@ -121,7 +121,7 @@ def prompted_pass(
 
 
 def prompted_inputs(call: Call) -> tuple[dict[str, Any], Layout | None]:
-    """Return the base's keyword arguments for a call, prompts included, and where the rows stand.
+    """Return the base's keyword arguments for a call, prompts included, and their layout.
 
     A filled cache, or encoder outputs, already hold the prompt: it is not injected again, and
     a mask that covers the text alone is extended over it.

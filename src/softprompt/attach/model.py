@@ -46,10 +46,10 @@ from softprompt.prompts import (
 
 
 class PeftModel(Adapters):
-    """A frozen base with named prompts, ``prompt_encoder[name]``, whose ``materialize()`` gives the rows.
+    """A frozen base with named prompts, ``prompt_encoder[name]``, whose ``prompt()`` gives the virtual tokens.
 
-    Rows that are trained themselves are its ``embedding.weight``, float32 ``[P, H]``; a parameterised
-    prompt has other parameters in their place until its rows are loaded.
+    Virtual tokens that are trained themselves are its ``embedding.weight``, float32 ``[P, H]``; a
+    parameterised prompt has other parameters instead, until a saved value is loaded.
     """
 
     classes: ClassVar[dict[TaskType, type[PeftModel]]] = {}
@@ -134,7 +134,7 @@ class PeftModel(Adapters):
     ) -> list[RowPrompt]:
         """Return each row's prompt; none while adapters are disabled."""
         batch = batch_size(inputs)
-        # Disabled, a call is the base's, which nobody tells a task.
+        # Disabled, a call is the base's, which takes no task.
         needless = self._disabled and task_ids is None
         rows = chosen_rows(
             chosen,

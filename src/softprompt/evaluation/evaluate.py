@@ -82,9 +82,9 @@ def evaluate(
         return joined(
             {
                 tuned.task_names[number]: _report(
-                    tuned.of_task(number), [kept[place] for place in places], how
+                    tuned.of_task(number), [kept[i] for i in numbers], how
                 )
-                for number, places in tuned.rows_of_tasks(names, len(kept)).items()
+                for number, numbers in tuned.rows_of_tasks(names, len(kept)).items()
             }
         )
     return _report(tuned, kept, how)
@@ -146,7 +146,7 @@ def _report(tuned: TunedPrompt | Ensemble, examples: Sequence[Example], how: _Ho
 
 @dataclass(frozen=True, slots=True)
 class _Subject:
-    """What is evaluated: the model behind its prompt, or without."""
+    """What is evaluated: the base model with its prompt, or without."""
 
     tuned: TunedPrompt
     engine: Engine

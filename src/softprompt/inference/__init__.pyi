@@ -12,6 +12,7 @@ from .continuous.scorer import Scorer as Scorer
 from .continuous.ticket import Ticket as Ticket
 from .conversion import convert as convert
 from .detached import DetachedPrompt as DetachedPrompt
+from .detached import DetachedTask as DetachedTask
 from .ensemble import Combine as Combine
 from .ensemble import Ensemble as Ensemble
 from .loading import load as load

@@ -320,14 +320,14 @@ class TunedPrompt:
         """Return one generated answer for each row of token ids; see ``generate``."""
         count = self.model.encoder_of(self.adapter).num_tasks
         task = task_number(self.task, self.whole, count)
-        placed = self.rows.placement is not Placement.PREFIX
+        inside = self.rows.placement is not Placement.PREFIX
         generator = Generator.of(
             self.model,
             self.tokenizer,
             self.rows.decode,
             adapter=BASE if without_prompt else self.adapter,
             task=task if count > 1 and not without_prompt else None,
-            offset=self.rows.offset if placed and not without_prompt else None,
+            offset=self.rows.offset if inside and not without_prompt else None,
         )
         return generator.answers(sources, options, batch_size=batch_size, cut=cut)
 

@@ -95,7 +95,7 @@ class ForestRunner:
         return "started"
 
     def step(self) -> None:
-        """Run one pass for the jobs that run, and tell what came of it."""
+        """Run one pass for the jobs that run, and emit its events."""
         for job in self.jobs:
             if job.is_over:
                 self._leave(job)

@@ -1,4 +1,4 @@
-"""What is asked of a batcher, and within which bounds it answers."""
+"""A generation request, and the limits of the batcher that answers it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Request:
         """Check what needs no model.
 
         Raises:
-            ConfigError: A value is out of range, or nothing is asked for.
+            ConfigError: A value is out of range, or neither an answer nor scores are wanted.
             DataError: A token id is negative.
         """
         if self.n < 1:

@@ -57,8 +57,8 @@ class Reading:
 
 
 def _followers(whole: list[tuple[int, int]]) -> tuple[int, ...]:
-    """Return the input token behind each place; the first input token is never scored."""
-    return (*(token if place > 0 else -1 for place, token in whole[1:]), -1)
+    """Return the input token behind each id; the first input token is never scored."""
+    return (*(token if number > 0 else -1 for number, token in whole[1:]), -1)
 
 
 @dataclass(slots=True)
@@ -70,12 +70,12 @@ class Echo:
 
     def add(self, logits: Tensor, followers: tuple[int, ...], count: int) -> None:
         """Score the input tokens that follow some ids by the logits ``[k, V]`` of those."""
-        places = [i for i, token in enumerate(followers) if token >= 0]
-        if not places:
+        scorable = [i for i, token in enumerate(followers) if token >= 0]
+        if not scorable:
             return
-        labels = [followers[i] for i in places]
+        labels = [followers[i] for i in scorable]
         for logprob, top in scored(
-            logits[torch.tensor(places, device=logits.device)], labels, count
+            logits[torch.tensor(scorable, device=logits.device)], labels, count
         ):
             self.logprobs.append(logprob)
             self.top.append(top)
@@ -92,8 +92,8 @@ class Sequence:
     Attributes:
         job: The request it belongs to.
         reading: What it reads first.
-        lane: Its place.
-        spare: While it reads, the places of the request's other answers.
+        lane: Its slot in the cache.
+        spare: While it reads, the slots of the request's other answers.
         done: How many ids it has read.
         keeps: Whether its prompt is to be kept once it was read.
         answer: Its answer, once its input was read.
