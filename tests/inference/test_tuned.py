@@ -295,3 +295,15 @@ def test_a_base_that_is_gone_is_named(llama_folder, tmp_path):
     make(llama_folder, base_model=str(tmp_path / "gone")).save(tmp_path / "prompt")
     with pytest.raises(BackboneError, match="gone"):
         load(tmp_path / "prompt")
+
+
+def test_a_prompt_is_detached_and_keeps_its_values(llama_folder):
+    tuned = make(llama_folder)
+    prompt = tuned.prompt()
+    before = prompt.input.clone()
+    with torch.no_grad():
+        tuned.model.encoder_of(tuned.adapter).embedding.weight.add_(1)
+    assert not prompt.input.requires_grad
+    assert torch.equal(prompt.input, before)
+    assert torch.equal(tuned.prompt().input, before + 1)
+    assert tuned.prompt().key != prompt.key

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from oracles.served import served
-from softprompt.engine import EngineRow
+from softprompt.engine import EngineRow, PlainEngine
 from softprompt.errors import NotServingError
 from softprompt.inference import ResidentPrompts, Scorer
 
@@ -72,3 +74,19 @@ def test_a_row_beyond_the_bound_has_a_pass_of_its_own():
     sums = scorer.submit([EngineRow((5, 6, 7), (8,), plain), EngineRow((9,), (4,), plain)])
     assert sums.result(30).shape == (2,)
     scorer.stop()
+
+
+def test_prompts_that_see_the_input_and_others_are_scored_for_one_caller():
+    base = served("t5", kinds=("plain",))
+    seeing = base.values["plain"]
+    prompts = [seeing, replace(seeing, sees_input=False), None] * 2
+    rows = [EngineRow((5, 6, 7 + i), (8, 9), prompt) for i, prompt in enumerate(prompts)]
+    scorer = Scorer(
+        base.model, max_rows=64, max_tokens=999, max_waiting=4, residents=ResidentPrompts(0, 0)
+    )
+    scorer.start()
+    sums = scorer.submit(rows).result(30)
+    alone = [PlainEngine(base.model).target_log_probs([row]).row_sums(1) for row in rows]
+    scorer.stop()
+    assert torch.allclose(sums, torch.cat(alone).detach(), atol=1e-5)
+    assert len({round(float(value), 6) for value in sums}) == len(rows)
