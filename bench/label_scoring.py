@@ -27,6 +27,7 @@ from torch import Tensor
 
 from softprompt.bundled import model_directory
 from softprompt.engine import EngineRow, build_engine, pad_rows
+from softprompt.prompts import Prompt
 from training_step import SCALE, count, gpt2_small
 
 LABELS = 77
@@ -62,7 +63,8 @@ def engine_step(
 ) -> Callable[[], Tensor]:
     """Return a function that scores every input against every label, ``[N, K]``."""
     engine = build_engine(model, kind)
-    rows = [EngineRow(source, label) for source in inputs for label in labels]
+    value = Prompt(prompt)
+    rows = [EngineRow(source, label, value) for source in inputs for label in labels]
 
     @torch.no_grad()
     def step() -> Tensor:
@@ -70,7 +72,7 @@ def engine_step(
         per_call = len(rows) if kind == "forest" else 4 * len(labels)
         for at in range(0, len(rows), per_call):
             batch = rows[at : at + per_call]
-            parts.append(engine.target_log_probs(batch, [prompt]).row_sums(len(batch)))
+            parts.append(engine.target_log_probs(batch).row_sums(len(batch)))
         return torch.cat(parts).view(len(inputs), len(labels))
 
     return step

@@ -16,7 +16,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from softprompt.engine import (
     pad_rows,
     torch_products,
 )
+from softprompt.prompts import Prompt
 
 TARGET = 4
 """Answer tokens of a causal row, among its T."""
@@ -202,12 +203,14 @@ def ours(work: Work) -> tuple[Callable[[], float], Any]:
         return prompted_step(softprompt, model, work, batch_of(work, rows))
     width = model.get_input_embeddings().weight.shape[1]
     prompt = torch.nn.Parameter(torch.randn(work.virtual, width) * SCALE)
-    engine = build_engine(model, prompt_sees_input=work.sees_input)
+    engine = build_engine(model)
+    value = Prompt(prompt, sees_input=work.sees_input)
+    rows = [replace(row, prompt=value) for row in rows]
     tokens = sum(len(row.target) for row in rows)
 
     def step() -> float:
         prompt.grad = None
-        loss = -engine.target_log_probs(rows, [prompt]).values.sum() / tokens
+        loss = -engine.target_log_probs(rows).values.sum() / tokens
         loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 

@@ -1,43 +1,56 @@
 import pytest
 import torch
 
-from softprompt.attach import Places
-from softprompt.engine import EngineRow
+from oracles.families import seq2seq
+from softprompt import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from softprompt.attach import build_prompt
+from softprompt.errors import ConfigError
 
-ROW = EngineRow((1, 2), (3,), at=1)
+BOTH = ["ENCODER", "DECODER"]
+
+
+def prompt(types, task="SEQ_2_SEQ_LM", submodules=1):
+    """The prompt that rows 0, 1, 2, ... are for a configuration, and their first column by parts."""
+    config = PromptTuningConfig(
+        task_type=task,
+        num_virtual_tokens=2,
+        token_dim=3,
+        num_transformer_submodules=submodules,
+        output_model_types=types,
+    )
+    module = build_prompt(config, torch.nn.Embedding(7, 3))
+    with torch.no_grad():
+        module.embedding.weight.copy_(torch.arange(2.0 * submodules)[:, None])
+    made = module.prompt()
+    return [None if part is None else part[:, 0].tolist() for part in (made.input, made.decoder)]
 
 
 @pytest.mark.parametrize(
-    ("types", "seq2seq", "indices"),
+    ("types", "task", "submodules", "expected"),
     [
-        (None, False, [(0, -1), (1, -1)]),
-        (["DECODER"], False, [(0, -1), (1, -1)]),
-        (None, True, [(0, -1), (1, -1)]),
-        (["ENCODER"], True, [(0, -1), (1, -1)]),
-        (["DECODER"], True, [(-1, 0), (-1, 1)]),
-        (["ENCODER", "DECODER"], True, [(0, 1), (2, 3)]),
-        (["DECODER", "ENCODER"], True, [(0, 1), (2, 3)]),
+        (None, "CAUSAL_LM", 1, [[0, 1], None]),
+        (["DECODER"], "CAUSAL_LM", 1, [[0, 1], None]),
+        (None, "SEQ_2_SEQ_LM", 1, [[0, 1], None]),
+        (["ENCODER"], "SEQ_2_SEQ_LM", 1, [[0, 1], None]),
+        (["DECODER"], "SEQ_2_SEQ_LM", 1, [None, [0, 1]]),
+        (BOTH, "SEQ_2_SEQ_LM", 2, [[0, 1], [2, 3]]),
+        (BOTH[::-1], "SEQ_2_SEQ_LM", 2, [[0, 1], [2, 3]]),
     ],
 )
-def test_rows_point_at_the_parts_of_their_prompt(types, seq2seq, indices):
-    places = Places.of(types, seq2seq=seq2seq)
-    found = [places.row(ROW, number) for number in range(2)]
-    assert [(row.prompt, row.decoder_prompt) for row in found] == indices
-    assert all((row.source, row.target, row.at) == ((1, 2), (3,), 1) for row in found)
+def test_the_first_half_is_the_encoders(types, task, submodules, expected):
+    assert prompt(types, task, submodules) == expected
 
 
-def test_the_first_half_is_the_encoders():
-    places = Places.of(["ENCODER", "DECODER"], seq2seq=True)
-    values = [torch.arange(4.0)[:, None], torch.arange(4.0, 8.0)[:, None]]
-    parts = places.parts(values)
-    assert [part[:, 0].tolist() for part in parts] == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert places.submodules == 2
+def test_keys_and_values_stay_whole():
+    config = PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=4)
+    made = get_peft_model(seq2seq("t5"), config).encoder_of("default").prompt()
+    assert made.input is made.decoder is None
+    assert made.prefix.dim() == 5 and made.tokens == made.prefix_tokens == 4
 
 
-def test_a_part_that_gets_nothing_is_none_and_keys_and_values_stay_whole():
-    rows, both = torch.ones(4, 2), ["ENCODER", "DECODER"]
-    assert Places.of(["DECODER"], seq2seq=True).split(rows) == (None, rows)
-    assert Places.of(["ENCODER"], seq2seq=True).split(rows) == (rows, None)
-    assert [len(part) for part in Places.of(both, seq2seq=True).split(rows)] == [2, 2]
-    keys_and_values = torch.ones(2, 2, 1, 4, 2)
-    assert Places.of(both, seq2seq=True).split(keys_and_values) == (keys_and_values, None)
+def test_the_parts_of_a_model_need_the_task_that_reads_both():
+    config = PromptTuningConfig(
+        task_type="FEATURE_EXTRACTION", num_virtual_tokens=2, output_model_types=BOTH
+    )
+    with pytest.raises(ConfigError, match="needs task_type SEQ_2_SEQ_LM"):
+        get_peft_model(seq2seq("t5"), config)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers as tf
 
 from oracles.families import CAUSAL, GQA, IDS, SEQ2SEQ, H, L, V, build, causal, seq2seq
-from softprompt.engine import EngineRow, TargetLogProbs, build_engine, choose, choose_engine
+from oracles.rows import RowCase, engine_rows
+from softprompt.engine import TargetLogProbs, build_engine, choose, choose_engine
 from softprompt.errors import ConfigError
 
 EXPECTED = {
@@ -66,11 +68,17 @@ def test_a_wrong_engine_is_caught(monkeypatch):
         def __init__(self, model):
             self._inner = choose.PlainEngine(model)
 
-        def target_log_probs(self, rows, prompts):
-            right = self._inner.target_log_probs(rows, [p + 0.01 for p in prompts])
+        def target_log_probs(self, rows):
+            off = [
+                row
+                if row.prompt is None
+                else replace(row, prompt=row.prompt.map(lambda p: p + 0.01))
+                for row in rows
+            ]
+            right = self._inner.target_log_probs(off)
             return TargetLogProbs(right.values, right.row_index)
 
-    monkeypatch.setitem(choose._FAST, "forest", lambda model, sees: Wrong(model))
+    monkeypatch.setitem(choose._FAST, "forest", Wrong)
     choice = choose_engine(causal("llama", seed=5))
     assert choice.name == "expand"
     assert "on the probe" in choice.reason
@@ -109,10 +117,14 @@ def test_rope_that_depends_on_the_length_of_the_batch(rope, kind):
     config.rope_parameters = parameters
     model = build(tf.AutoModelForCausalLM, config).requires_grad_(False)
     prompts = [torch.randn(4, H)]
-    short, long = EngineRow((5, 6, 7), (8, 2)), EngineRow(tuple(range(3, 33)), (8, 2))
+    short, long = RowCase((5, 6, 7), (8, 2)), RowCase(tuple(range(3, 33)), (8, 2))
     engine = build_engine(model, kind)
-    alone = torch.cat([engine.target_log_probs([row], prompts).values for row in (short, long)])
-    together = engine.target_log_probs([short, long], prompts).values
+    alone = torch.cat(
+        [engine.target_log_probs(engine_rows([row], prompts)).values for row in (short, long)]
+    )
+    together = engine.target_log_probs(engine_rows([short, long], prompts)).values
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
-    plain = build_engine(model, "plain").target_log_probs([short, long], prompts).values
+    plain = (
+        build_engine(model, "plain").target_log_probs(engine_rows([short, long], prompts)).values
+    )
     torch.testing.assert_close(together, plain, atol=1e-5, rtol=1e-5)

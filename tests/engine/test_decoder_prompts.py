@@ -11,14 +11,15 @@ import transformers as tf
 from torch.nn import functional as F
 
 from oracles.families import SEQ2SEQ, build, seq2seq
+from oracles.rows import RowCase, engine_rows
 from softprompt.backbone import decoder_embedding, input_embedding
-from softprompt.engine import EngineRow, build_engine, choose_engine
+from softprompt.engine import build_engine, choose_engine
 
 P = 4
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 ROWS = [
-    EngineRow((5, 6, 7, 8), (20, 21, 2), 0, 0, 1),
-    EngineRow((9, 10, 11, 12), (20, 22, 2), 0, 0, 1),
+    RowCase((5, 6, 7, 8), (20, 21, 2), 0, 0, 1),
+    RowCase((9, 10, 11, 12), (20, 22, 2), 0, 0, 1),
 ]
 
 
@@ -44,7 +45,7 @@ def test_against_pefts_two_submodules(name, kind):
     tasks = torch.tensor([1, 1])
     both = theirs.get_prompt(2, task_ids=tasks)[0].detach()
     prompts = [both[:P].clone().requires_grad_(), both[P:].clone().requires_grad_()]
-    outputs = build_engine(model, kind).target_outputs(ROWS, prompts)
+    outputs = build_engine(model, kind).target_outputs(engine_rows(ROWS, prompts))
     labels = torch.tensor([row.target for row in ROWS])
     expected = theirs(
         input_ids=torch.tensor([row.source for row in ROWS]),
@@ -89,7 +90,7 @@ def test_a_decoder_with_embeddings_of_its_own():
     assert decoder_embedding(model) is not input_embedding(model)
     prompts = [torch.randn(P, 32).requires_grad_() for _ in range(2)]
     plain, forest = (
-        build_engine(model, kind).target_log_probs(ROWS, prompts).values
+        build_engine(model, kind).target_log_probs(engine_rows(ROWS, prompts)).values
         for kind in ("plain", "forest")
     )
     torch.testing.assert_close(forest, plain, **CLOSE)
@@ -101,7 +102,9 @@ def test_a_decoder_with_embeddings_of_its_own():
         torch.testing.assert_close(ours, theirs, **CLOSE)
     decoder = model.get_decoder().get_input_embeddings()
     for row, logits in zip(
-        ROWS, build_engine(model).target_outputs(ROWS, prompts).logits.split(3), strict=True
+        ROWS,
+        build_engine(model).target_outputs(engine_rows(ROWS, prompts)).logits.split(3),
+        strict=True,
     ):
         table = input_embedding(model)
         encoded = model.get_encoder()(

@@ -11,11 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from oracles.families import FOREST, OUTSIDE, SEQ2SEQ, causal, seq2seq
+from oracles.rows import RowCase, engine_rows
 from softprompt.backbone import facts_of
-from softprompt.engine import EngineRow, ForestEngine, PlainEngine, build_engine
-from softprompt.engine.forest.causal_plan import Forest, causal_paths
+from softprompt.engine import ForestEngine, PlainEngine, build_engine
+from softprompt.engine.forest.causal_plan import causal_forest
 from softprompt.engine.forest.seq2seq import PackedSeq2SeqEngine
-from softprompt.engine.placed import PlacedPrompts
+from softprompt.engine.prompt_table import PromptTable
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -34,15 +35,14 @@ def prompts_for(model, *lengths):
 
 def forest_of(rows, *lengths):
     """Plan rows of a model of 64 tokens under prompts of these lengths."""
-    prompts = [torch.zeros(length, 4) for length in lengths]
-    placed = PlacedPrompts.of(prompts, (row.prompt for row in rows), 64)
-    return Forest.of(causal_paths(rows, prompts, placed))
+    rows = engine_rows(rows, [torch.zeros(length, 4) for length in lengths])
+    return causal_forest(rows, PromptTable.of([row.prompt for row in rows]).ids(64))
 
 
-def solo(model, rows, prompts, **options):
+def solo(model, rows):
     """Score every row by itself on the plain path."""
-    engine = PlainEngine(model, **options)
-    return torch.cat([engine.target_log_probs([row], prompts).values for row in rows])
+    engine = PlainEngine(model)
+    return torch.cat([engine.target_log_probs([row]).values for row in rows])
 
 
 def gradients(values, prompts):
@@ -51,7 +51,8 @@ def gradients(values, prompts):
 
 
 def assert_equals_solo(engine, model, rows, prompts, **options):
-    got, expected = engine.target_log_probs(rows, prompts), solo(model, rows, prompts, **options)
+    own = engine_rows(rows, prompts, **options)
+    got, expected = engine.target_log_probs(own), solo(model, own)
     torch.testing.assert_close(got.values, expected, **CLOSE)
     index = [i for i, row in enumerate(rows) for _ in row.target]
     assert got.row_index.tolist() == index
@@ -70,7 +71,7 @@ def row(draw):
     source = tuple(draw(st.lists(tokens, min_size=1, max_size=9)))
     at = draw(st.sampled_from([0, 0, 1, len(source)]))
     target = tuple(draw(st.lists(tokens, min_size=1, max_size=4)))
-    return EngineRow(source, target, draw(st.sampled_from([0, 1, -1])), at)
+    return RowCase(source, target, draw(st.sampled_from([0, 1, -1])), at)
 
 
 batch = st.lists(row(), min_size=1, max_size=8)
@@ -99,9 +100,9 @@ def test_random_batches_behind_expanded_prompts(name, rows):
 def test_prompts_that_do_not_see_the_input(name, rows):
     model = model_of(name)
     rows = [replace(row, at=0) for row in rows]
-    engine = build_engine(model, "forest", prompt_sees_input=False)
+    engine = build_engine(model, "forest")
     prompts = prompts_for(model, 5, 3)
-    assert_equals_solo(engine, model, rows, prompts, prompt_sees_input=False)
+    assert_equals_solo(engine, model, rows, prompts, sees_input=False)
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
@@ -109,28 +110,34 @@ def test_prompts_that_do_not_see_the_input(name, rows):
 def test_permuting_and_splitting_change_nothing(rows, data):
     model = model_of("llama")
     engine, prompts = ForestEngine(model), prompts_for(model, 5, 3)
-    whole = engine.target_log_probs(rows, prompts).row_sums(len(rows))
+    whole = engine.target_log_probs(engine_rows(rows, prompts)).row_sums(len(rows))
     order = data.draw(st.permutations(range(len(rows))))
-    shuffled = engine.target_log_probs([rows[i] for i in order], prompts).row_sums(len(rows))
+    shuffled = engine.target_log_probs(engine_rows([rows[i] for i in order], prompts)).row_sums(
+        len(rows)
+    )
     torch.testing.assert_close(shuffled, whole[list(order)], **CLOSE)
     cut = data.draw(st.integers(0, len(rows)))
-    parts = [engine.target_log_probs(p, prompts).values for p in (rows[:cut], rows[cut:]) if p]
+    parts = [
+        engine.target_log_probs(engine_rows(p, prompts)).values
+        for p in (rows[:cut], rows[cut:])
+        if p
+    ]
     torch.testing.assert_close(
-        torch.cat(parts), engine.target_log_probs(rows, prompts).values, **CLOSE
+        torch.cat(parts), engine.target_log_probs(engine_rows(rows, prompts)).values, **CLOSE
     )
 
 
 def test_a_prompt_without_any_input():
     model = model_of("llama")
-    rows = [EngineRow((), (5, 6), 0), EngineRow((), (5, 7, 2), 0), EngineRow((9,), (4,), -1)]
+    rows = [RowCase((), (5, 6), 0), RowCase((), (5, 7, 2), 0), RowCase((9,), (4,), -1)]
     assert_equals_solo(ForestEngine(model), model, rows, prompts_for(model, 4))
 
 
 def test_each_token_is_planned_once():
     shared = (1, 40, 41)
     labels = [(50, 51, 2), (50, 52, 2), (53, 2)]
-    rows = [EngineRow((*shared, 7, 8), label) for label in labels]
-    rows += [EngineRow((*shared, 9), label) for label in labels]
+    rows = [RowCase((*shared, 7, 8), label) for label in labels]
+    rows += [RowCase((*shared, 9), label) for label in labels]
     forest = forest_of(rows, 20)
     # 20 virtual + 3 shared + (2 + 1) own + per source the trie 50, 51, 52, 53; endings are never fed.
     assert len(forest) == 20 + 3 + 3 + 2 * 4
@@ -139,7 +146,7 @@ def test_each_token_is_planned_once():
 
 
 def test_blocks_stay_linear_in_rows():
-    rows = [EngineRow(tuple(range(3 + i, 33 + i)), (2,)) for i in range(64)]
+    rows = [RowCase(tuple(range(3 + i, 33 + i)), (2,)) for i in range(64)]
     seen = sum(block.sees.numel() for block in forest_of(rows, 10).plan().visibility().blocks)
     assert seen <= 64 * 30 * 40 + 10 * 10
 
@@ -161,17 +168,17 @@ def test_gradient_checkpointing(name, reentrant):
     ):
         if hasattr(model.config, attribute):
             setattr(model.config, attribute, 0.0)
-    rows = [EngineRow((5, 6, 7), (8, 2)), EngineRow((5, 9), (8, 4, 2))]
+    rows = [RowCase((5, 6, 7), (8, 2)), RowCase((5, 9), (8, 4, 2))]
     prompts = prompts_for(model, 4)
     engine = build_engine(model, "forest")
     before = model.config._attn_implementation
-    expected = gradients(engine.target_log_probs(rows, prompts).values, prompts)
+    expected = gradients(engine.target_log_probs(engine_rows(rows, prompts)).values, prompts)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.train()
     for module in model.modules():
         if hasattr(module, "dropout") and isinstance(module.dropout, float):
             module.dropout = 0.0
-    values = engine.target_log_probs(rows, prompts).values
+    values = engine.target_log_probs(engine_rows(rows, prompts)).values
     values.sum().backward()
     torch.testing.assert_close(prompts[0].grad, expected[0], **CLOSE)
     assert model.config._attn_implementation == before
@@ -180,12 +187,12 @@ def test_gradient_checkpointing(name, reentrant):
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_half_precision(name):
     model = (seq2seq if name in SEQ2SEQ else causal)(name).requires_grad_(False)
-    rows = [EngineRow((5, 6, 7), (8, 2)), EngineRow((5, 9), (8, 4, 2))]
+    rows = [RowCase((5, 6, 7), (8, 2)), RowCase((5, 9), (8, 4, 2))]
     prompts = prompts_for(model, 4)
-    exact = PlainEngine(model).target_log_probs(rows, prompts).values
+    exact = PlainEngine(model).target_log_probs(engine_rows(rows, prompts)).values
     model.to(torch.bfloat16)
     engine = build_engine(model, "forest")
-    values = engine.target_log_probs(rows, prompts).values
+    values = engine.target_log_probs(engine_rows(rows, prompts)).values
     assert values.dtype is torch.float32
     torch.testing.assert_close(values, exact, atol=0.1, rtol=0.05)
     values.sum().backward()
@@ -194,11 +201,11 @@ def test_half_precision(name):
 
 def test_autocast():
     model = model_of("llama")
-    rows = [EngineRow((5, 6, 7), (8, 2)), EngineRow((5, 9), (8, 4, 2))]
+    rows = [RowCase((5, 6, 7), (8, 2)), RowCase((5, 9), (8, 4, 2))]
     prompts = prompts_for(model, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        values = ForestEngine(model).target_log_probs(rows, prompts).values
-    exact = PlainEngine(model).target_log_probs(rows, prompts).values
+        values = ForestEngine(model).target_log_probs(engine_rows(rows, prompts)).values
+    exact = PlainEngine(model).target_log_probs(engine_rows(rows, prompts)).values
     torch.testing.assert_close(values.float(), exact, atol=0.1, rtol=0.05)
 
 
@@ -206,7 +213,7 @@ def test_the_base_is_left_as_it_was():
     model = causal("llama")
     ids = torch.tensor([[5, 6, 7]])
     before, implementation = model(ids).logits, model.config._attn_implementation
-    ForestEngine(model).target_log_probs([EngineRow((5,), (6,))], prompts_for(model, 3))
+    ForestEngine(model).target_log_probs(engine_rows([RowCase((5,), (6,))], prompts_for(model, 3)))
     assert model.config._attn_implementation == implementation
     assert torch.equal(model(ids).logits, before)
 
@@ -248,24 +255,24 @@ def test_the_gpu_kernel_gives_the_same_numbers(name, monkeypatch):
 
     model = model_of(name)
     rows = [
-        EngineRow((5, 6, 7, 9, 9), (8, 2)),
-        EngineRow((5, 9), (8, 4, 2), 1),
-        EngineRow((5, 9), (8, 5), 1),
+        RowCase((5, 6, 7, 9, 9), (8, 2)),
+        RowCase((5, 9), (8, 4, 2), 1),
+        RowCase((5, 9), (8, 5), 1),
     ]
     prompts = [p.detach() for p in prompts_for(model, 5, 3)]
     with torch.no_grad():
-        expected = ForestEngine(model).target_log_probs(rows, prompts).values
+        expected = ForestEngine(model).target_log_probs(engine_rows(rows, prompts)).values
         calls = []
 
         def with_flex(module, query, key, value, attention_mask, scaling=None, **kwargs):
             calls.append(1)
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            mixed = attention.attend(query, key, value, attention_mask.flex(), scale)
+            mixed = attention.attend_flex(query, key, value, attention_mask.flex(), scale)
             return mixed.transpose(1, 2).contiguous(), None
 
         attention.AttentionInterface.register(attention.NAME, with_flex)
         try:
-            got = ForestEngine(model).target_log_probs(rows, prompts).values
+            got = ForestEngine(model).target_log_probs(engine_rows(rows, prompts)).values
         finally:
             attention.AttentionInterface.register(
                 attention.NAME, attention.forest_attention_forward

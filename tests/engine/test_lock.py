@@ -12,14 +12,15 @@ import transformers as tf
 
 from oracles.families import ENCODERS, build, causal, seq2seq
 from oracles.naive import padded
+from oracles.rows import RowCase, engine_rows
 from softprompt import PromptTuningConfig, get_peft_model
 from softprompt.backbone import facts_of
-from softprompt.engine import EngineRow, build_engine, locked, vocabulary_of
+from softprompt.engine import build_engine, locked, vocabulary_of
 
 ROWS = [
-    EngineRow((5, 6, 7, 8), (8, 2), 0),
-    EngineRow((5, 9), (8, 4, 2), 1),
-    EngineRow((7, 3, 4), (6,), -1),
+    RowCase((5, 6, 7, 8), (8, 2), 0),
+    RowCase((5, 9), (8, 4, 2), 1),
+    RowCase((7, 3, 4), (6,), -1),
 ]
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -49,7 +50,7 @@ def scored(engine, width, seed):
     prompts = [torch.randn(n, width, generator=generator).requires_grad_() for n in (5, 3)]
 
     def work():
-        values = engine.target_log_probs(ROWS, prompts).values
+        values = engine.target_log_probs(engine_rows(ROWS, prompts)).values
         return torch.cat([values.detach(), torch.autograd.grad(values.sum(), prompts[0])[0][0]])
 
     return work

@@ -8,20 +8,21 @@ from torch.nn import functional as F
 
 from oracles.families import causal, seq2seq
 from oracles.naive import solo_logits
+from oracles.rows import RowCase, engine_rows
 from softprompt.backbone import freeze, input_embedding, weights_hash
-from softprompt.engine import EngineRow, PlainEngine, build_engine
+from softprompt.engine import PlainEngine, build_engine
 from softprompt.errors import ConfigError, ContextOverflowError, DataError
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 CAUSAL = ["gpt2", "llama", "mistral", "qwen3", "gemma3", "opt", "bloom", "gpt_neo", "phi"]
 SEQ2SEQ = ["t5", "bart"]
 ROWS = [
-    EngineRow((5, 6, 7, 8, 9, 10, 11, 12, 13), (20, 2), 0),
-    EngineRow((14,), (21, 22, 23, 2), 1),
-    EngineRow((15, 16, 17), (24, 2), -1),
-    EngineRow((18, 19, 30), (2,), 0),
+    RowCase((5, 6, 7, 8, 9, 10, 11, 12, 13), (20, 2), 0),
+    RowCase((14,), (21, 22, 23, 2), 1),
+    RowCase((15, 16, 17), (24, 2), -1),
+    RowCase((18, 19, 30), (2,), 0),
 ]
-EMPTY_SOURCE = EngineRow((), (25, 26, 2), 1)
+EMPTY_SOURCE = RowCase((), (25, 26, 2), 1)
 """A prompt stands before the answer, so an empty input is no hindrance."""
 
 
@@ -68,7 +69,7 @@ def test_values_and_gradients_against_one_row_at_a_time(name):
     model = base(name)
     rows = ROWS if name in SEQ2SEQ else [*ROWS, EMPTY_SOURCE]
     prompts = prompts_for(model)
-    scored = PlainEngine(model).target_log_probs(rows, prompts)
+    scored = PlainEngine(model).target_log_probs(engine_rows(rows, prompts))
     expected = torch.cat([solo(model, row, prompts) for row in rows])
     torch.testing.assert_close(scored.values, expected, **CLOSE)
     assert scored.values.dtype is torch.float32
@@ -87,11 +88,11 @@ def test_each_prompt_learns_from_its_own_rows(name):
     model = base(name)
     prompts = prompts_for(model)
     engine = PlainEngine(model)
-    both = engine.target_log_probs(ROWS, prompts)
+    both = engine.target_log_probs(engine_rows(ROWS, prompts))
     whole = torch.autograd.grad(both.values.sum(), prompts)
     for index, prompt in enumerate(prompts):
-        own = [EngineRow(row.source, row.target) for row in ROWS if row.prompt == index]
-        alone = engine.target_log_probs(own, [prompt])
+        own = [RowCase(row.source, row.target) for row in ROWS if row.prompt == index]
+        alone = engine.target_log_probs(engine_rows(own, [prompt]))
         (gradient,) = torch.autograd.grad(alone.values.sum(), [prompt])
         torch.testing.assert_close(whole[index], gradient, **CLOSE)
 
@@ -100,7 +101,7 @@ def test_an_unused_prompt_gets_no_gradient():
     model = base("llama")
     prompts = prompts_for(model)
     engine = PlainEngine(model)
-    engine.target_log_probs(ROWS[:1], prompts).values.sum().backward()
+    engine.target_log_probs(engine_rows(ROWS[:1], prompts)).values.sum().backward()
     assert prompts[0].grad is not None
     assert prompts[1].grad is None
 
@@ -111,11 +112,16 @@ def test_the_order_and_the_company_of_rows_do_not_matter(name):
     prompts = prompts_for(model)
     engine = PlainEngine(model)
     with torch.no_grad():
-        sums = engine.target_log_probs(ROWS, prompts).row_sums(4)
+        sums = engine.target_log_probs(engine_rows(ROWS, prompts)).row_sums(4)
         order = [2, 0, 3, 1]
-        permuted = engine.target_log_probs([ROWS[i] for i in order], prompts).row_sums(4)
+        permuted = engine.target_log_probs(engine_rows([ROWS[i] for i in order], prompts)).row_sums(
+            4
+        )
         torch.testing.assert_close(permuted, sums[order], **CLOSE)
-        parts = [engine.target_log_probs(ROWS[s], prompts) for s in (slice(0, 1), slice(1, 4))]
+        parts = [
+            engine.target_log_probs(engine_rows(ROWS[s], prompts))
+            for s in (slice(0, 1), slice(1, 4))
+        ]
         split = torch.cat([part.row_sums(n) for part, n in zip(parts, (1, 3), strict=True)])
         torch.testing.assert_close(split, sums, **CLOSE)
 
@@ -124,8 +130,8 @@ def test_the_order_and_the_company_of_rows_do_not_matter(name):
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_rows_without_any_prompt(name, kind):
     model = base(name)
-    rows = [EngineRow(row.source, row.target, -1) for row in ROWS]
-    scored = build_engine(model, kind).target_log_probs(rows, [])
+    rows = [RowCase(row.source, row.target, -1) for row in ROWS]
+    scored = build_engine(model, kind).target_log_probs(engine_rows(rows, []))
     expected = torch.cat([solo(model, row, []) for row in rows])
     torch.testing.assert_close(scored.values, expected, **CLOSE)
 
@@ -135,7 +141,7 @@ def test_nothing_before_an_answer_is_refused(name):
     model = base(name)
     with pytest.raises(DataError, match="row 1 has an empty input and no prompt") as caught:
         PlainEngine(model).target_log_probs(
-            [ROWS[0], EngineRow((), (5, 2), -1)], prompts_for(model)
+            engine_rows([ROWS[0], RowCase((), (5, 2), -1)], prompts_for(model))
         )
     assert "\n" not in str(caught.value)
 
@@ -143,7 +149,7 @@ def test_nothing_before_an_answer_is_refused(name):
 def test_an_empty_input_behind_a_prompt_works_for_seq2seq():
     model = base("t5")
     prompts = prompts_for(model)
-    scored = PlainEngine(model).target_log_probs([EMPTY_SOURCE, ROWS[0]], prompts)
+    scored = PlainEngine(model).target_log_probs(engine_rows([EMPTY_SOURCE, ROWS[0]], prompts))
     expected = torch.cat([solo(model, row, prompts) for row in (EMPTY_SOURCE, ROWS[0])])
     torch.testing.assert_close(scored.values, expected, **CLOSE)
 
@@ -152,23 +158,25 @@ def test_the_context_is_checked_with_the_answer():
     model = base("llama")
     prompts = prompts_for(model)
     engine = PlainEngine(model)
-    fits = EngineRow(tuple([5] * 56), (6, 2), 0)
-    assert engine.target_log_probs([fits], prompts).values.shape == (2,)
+    fits = RowCase(tuple([5] * 56), (6, 2), 0)
+    assert engine.target_log_probs(engine_rows([fits], prompts)).values.shape == (2,)
     with pytest.raises(
         ContextOverflowError, match=r"^59 \+ 6 virtual tokens exceed the model's 64"
     ):
-        engine.target_log_probs([ROWS[0], EngineRow(tuple([5] * 57), (6, 2), 0)], prompts)
+        engine.target_log_probs(
+            engine_rows([ROWS[0], RowCase(tuple([5] * 57), (6, 2), 0)], prompts)
+        )
 
 
 def test_the_decoder_of_a_seq2seq_has_its_own_context():
     model = base("bart")
     prompts = prompts_for(model)
     engine = PlainEngine(model)
-    engine.target_log_probs([EngineRow(tuple([5] * 58), tuple([6] * 64), 0)], prompts)
+    engine.target_log_probs(engine_rows([RowCase(tuple([5] * 58), tuple([6] * 64), 0)], prompts))
     with pytest.raises(ContextOverflowError, match="exceed the model's 64"):
-        engine.target_log_probs([EngineRow(tuple([5] * 59), (6,), 0)], prompts)
+        engine.target_log_probs(engine_rows([RowCase(tuple([5] * 59), (6,), 0)], prompts))
     with pytest.raises(ContextOverflowError, match="exceed the decoder's 64"):
-        engine.target_log_probs([EngineRow((5,), tuple([6] * 65), 0)], prompts)
+        engine.target_log_probs(engine_rows([RowCase((5,), tuple([6] * 65), 0)], prompts))
 
 
 def test_the_base_is_left_as_it_was():
@@ -176,9 +184,11 @@ def test_the_base_is_left_as_it_was():
     before, ids = weights_hash(model), torch.tensor([[5, 6, 7]])
     logits = model(ids).logits
     prompts = prompts_for(model)
-    PlainEngine(model).target_log_probs(ROWS, prompts).values.sum().backward()
+    PlainEngine(model).target_log_probs(engine_rows(ROWS, prompts)).values.sum().backward()
     with pytest.raises(ContextOverflowError):
-        PlainEngine(model).target_log_probs([EngineRow(tuple([5] * 90), (2,), 0)], prompts)
+        PlainEngine(model).target_log_probs(
+            engine_rows([RowCase(tuple([5] * 90), (2,), 0)], prompts)
+        )
     assert weights_hash(model) == before
     assert torch.equal(model(ids).logits, logits)
     assert not model.get_input_embeddings()._forward_hooks
@@ -190,19 +200,20 @@ def test_the_engine_works_on_a_base_that_carries_prompts():
 
     model = base("llama")
     prompts = prompts_for(model)
-    expected = PlainEngine(model).target_log_probs(ROWS, prompts).values
+    expected = PlainEngine(model).target_log_probs(engine_rows(ROWS, prompts)).values
     prompted = get_peft_model(
         model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     )
     assert torch.equal(
-        PlainEngine(prompted.get_base_model()).target_log_probs(ROWS, prompts).values, expected
+        PlainEngine(prompted.get_base_model()).target_log_probs(engine_rows(ROWS, prompts)).values,
+        expected,
     )
 
 
 def test_a_bfloat16_base_with_float32_prompts():
     model = base("llama").to(torch.bfloat16)
     prompts = prompts_for(model)
-    scored = PlainEngine(model).target_log_probs(ROWS, prompts)
+    scored = PlainEngine(model).target_log_probs(engine_rows(ROWS, prompts))
     assert scored.values.dtype is torch.float32
     scored.values.sum().backward()
     assert prompts[0].grad.dtype is torch.float32
@@ -211,6 +222,8 @@ def test_a_bfloat16_base_with_float32_prompts():
 def test_engines_go_by_name():
     model = base("llama")
     assert build_engine(model, "plain").name == "plain"
-    assert build_engine(model).target_log_probs(ROWS, prompts_for(model)).values.shape == (9,)
+    assert build_engine(model).target_log_probs(
+        engine_rows(ROWS, prompts_for(model))
+    ).values.shape == (9,)
     with pytest.raises(ConfigError, match=r"got 'plian' \(did you mean 'plain'\?\)"):
         build_engine(model, "plian")

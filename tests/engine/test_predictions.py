@@ -7,16 +7,17 @@ import torch
 from torch.nn import functional as F
 
 from oracles.families import SEQ2SEQ, causal, seq2seq
+from oracles.rows import RowCase, engine_rows
 from softprompt.backbone import facts_of
-from softprompt.engine import EngineRow, build_engine
+from softprompt.engine import build_engine
 from softprompt.errors import BackboneError
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 ROWS = [
-    EngineRow((5, 6, 7, 8), (8, 9, 2)),
-    EngineRow((5, 6, 7, 8), (8, 4, 2)),
-    EngineRow((5, 9), (7,), 1),
-    EngineRow((5, 9, 3), (7, 2), -1),
+    RowCase((5, 6, 7, 8), (8, 9, 2)),
+    RowCase((5, 6, 7, 8), (8, 4, 2)),
+    RowCase((5, 9), (7,), 1),
+    RowCase((5, 9, 3), (7, 2), -1),
 ]
 PAIRS = [(name, kind) for name in ("llama", "gemma2", "t5", "bart") for kind in ("plain", "forest")]
 
@@ -32,7 +33,10 @@ def setting(name):
 def test_logits_give_the_log_probs_and_hidden_states_the_logits(name, kind):
     model, prompts = setting(name)
     engine = build_engine(model, kind)
-    scored, outputs = engine.target_log_probs(ROWS, prompts), engine.target_outputs(ROWS, prompts)
+    scored, outputs = (
+        engine.target_log_probs(engine_rows(ROWS, prompts)),
+        engine.target_outputs(engine_rows(ROWS, prompts)),
+    )
     assert outputs.labels.tolist() == [token for row in ROWS for token in row.target]
     assert outputs.row_index.tolist() == scored.row_index.tolist()
     assert outputs.logits.dtype is torch.float32
@@ -57,7 +61,7 @@ def test_logits_give_the_log_probs_and_hidden_states_the_logits(name, kind):
 def test_every_engine_gives_the_same(name):
     model, prompts = setting(name)
     kinds = ("forest", "plain") if name == "t5" else ("forest", "expand", "plain")
-    found = [build_engine(model, kind).target_outputs(ROWS, prompts) for kind in kinds]
+    found = [build_engine(model, kind).target_outputs(engine_rows(ROWS, prompts)) for kind in kinds]
     for other in found[1:]:
         torch.testing.assert_close(other.hidden, found[0].hidden, **CLOSE)
         torch.testing.assert_close(other.logits, found[0].logits, **CLOSE)
@@ -70,7 +74,7 @@ def test_under_gradient_checkpointing(reads):
     engine = build_engine(model, "forest")
 
     def gradients():
-        found = getattr(engine.target_outputs(ROWS, prompts), reads)
+        found = getattr(engine.target_outputs(engine_rows(ROWS, prompts)), reads)
         return torch.autograd.grad(found.square().sum(), prompts)
 
     expected = gradients()
@@ -87,4 +91,4 @@ def test_a_model_without_a_head_is_refused(monkeypatch):
     engine = build_engine(model, "plain")
     monkeypatch.setattr(type(model), "get_output_embeddings", lambda self: None)
     with pytest.raises(BackboneError, match="has no output embeddings"):
-        engine.target_outputs(ROWS, prompts)
+        engine.target_outputs(engine_rows(ROWS, prompts))

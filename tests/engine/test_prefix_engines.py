@@ -7,18 +7,19 @@ import torch
 
 from oracles.families import causal, seq2seq
 from oracles.prefixed import random_prefix, solo_decoder_logits, solo_logits_behind
+from oracles.rows import RowCase, engine_rows
 from softprompt.backbone import facts_of
-from softprompt.engine import EngineRow, ForestEngine, PlainEngine, build_engine
+from softprompt.engine import ForestEngine, PlainEngine, build_engine
 from softprompt.engine.expand import ExpandEngine
 from softprompt.errors import ConfigError, ContextOverflowError, DataError
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 ROWS = [
-    EngineRow((5, 6, 7, 8, 9, 10, 11, 12, 13), (14, 15), 0),
-    EngineRow((5, 6, 7), (8,), 0),
-    EngineRow((5, 6, 7), (9, 10), 0),
-    EngineRow((20, 21, 22), (23, 24, 25), 1),
-    EngineRow((30, 31), (32,), -1),
+    RowCase((5, 6, 7, 8, 9, 10, 11, 12, 13), (14, 15), 0),
+    RowCase((5, 6, 7), (8,), 0),
+    RowCase((5, 6, 7), (9, 10), 0),
+    RowCase((20, 21, 22), (23, 24, 25), 1),
+    RowCase((30, 31), (32,), -1),
 ]
 FOREST = ["llama", "gpt2", "mistral", "gemma2", "gpt_neox", "opt"]
 CACHED = ["gptj", "bloom", "gpt_neo", "mpt"]
@@ -45,7 +46,7 @@ def expected(model, rows):
 def check(engine, model, rows=ROWS):
     values, gradients = expected(model, rows)
     prompts = prompts_for(model)
-    got = engine.target_log_probs(rows, prompts).values
+    got = engine.target_log_probs(engine_rows(rows, prompts)).values
     torch.testing.assert_close(got, values, **CLOSE)
     for ours, theirs in zip(torch.autograd.grad(got.sum(), prompts), gradients, strict=True):
         torch.testing.assert_close(ours, theirs, **CLOSE)
@@ -55,8 +56,8 @@ def check(engine, model, rows=ROWS):
 def test_forest(name, monkeypatch):
     model = causal(name)
     engine = ForestEngine(model)
-    assert engine._reads(ROWS, prompts_for(model))
-    monkeypatch.delattr(PlainEngine, "predict")
+    assert engine._reads(engine_rows(ROWS, prompts_for(model)))
+    monkeypatch.delattr(PlainEngine, "run_alike")
     check(engine, model)
 
 
@@ -69,7 +70,7 @@ def test_plain(name):
 @pytest.mark.parametrize("name", CACHED)
 def test_expand(name, monkeypatch):
     model = causal(name)
-    monkeypatch.delattr(PlainEngine, "predict")
+    monkeypatch.delattr(PlainEngine, "run_alike")
     check(ExpandEngine(model), model)
 
 
@@ -86,7 +87,7 @@ def test_checkpointing_changes_nothing(engine, reentrant, projected):
             model.activation_checkpointing_enable({"use_reentrant": reentrant})
         model.train()
         prompts = [before.tanh() * before if projected else before, random_prefix(model, 2, 1)]
-        values = engine(model).target_log_probs(ROWS, prompts).values
+        values = engine(model).target_log_probs(engine_rows(ROWS, prompts)).values
         before.grad = None
         values.sum().backward()
         results.append((values.detach(), before.grad.clone()))
@@ -99,7 +100,7 @@ def test_the_cache_path_refuses_checkpointing():
     model.activation_checkpointing_enable()
     model.train()
     with pytest.raises(ConfigError, match="gradient checkpointing drops the cache"):
-        PlainEngine(model).target_log_probs(ROWS[:1], prompts_for(model))
+        PlainEngine(model).target_log_probs(engine_rows(ROWS[:1], prompts_for(model)))
 
 
 @pytest.mark.parametrize("name", ["llama", "gptj"])
@@ -110,8 +111,11 @@ def test_keys_and_values_and_rows_in_one_batch(name, engine):
     model = causal(name)
     prefix = random_prefix(model, 4).requires_grad_()
     rows = (torch.randn(3, facts_of(model).token_dim) * 0.3).requires_grad_()
-    both = build_engine(model, engine).target_log_probs(ROWS, [prefix, rows])
-    alone = [PlainEngine(model).target_log_probs([row], [prefix, rows]).values for row in ROWS]
+    both = build_engine(model, engine).target_log_probs(engine_rows(ROWS, [prefix, rows]))
+    alone = [
+        PlainEngine(model).target_log_probs(engine_rows([row], [prefix, rows])).values
+        for row in ROWS
+    ]
     torch.testing.assert_close(both.values, torch.cat(alone), **CLOSE)
     ours = torch.autograd.grad(both.values.sum(), [prefix, rows])
     theirs = torch.autograd.grad(torch.cat(alone).sum(), [prefix, rows])
@@ -119,19 +123,19 @@ def test_keys_and_values_and_rows_in_one_batch(name, engine):
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
-@pytest.mark.parametrize("field", ["prompt", "decoder_prompt"])
+@pytest.mark.parametrize("field", ["prompt", "decoder"])
 def test_seq2seq(name, field):
     model = seq2seq(name)
     plan = [((5, 6, 7, 8), (9, 10), 0), ((11, 12), (13, 14, 15), 1), ((16, 17, 18), (19,), -1)]
     rows = [
-        EngineRow(source, target, **({"prompt": -1} | {field: prompt}))
+        RowCase(source, target, **({"prompt": -1} | {field: prompt}))
         for source, target, prompt in plan
     ]
     results = []
     for fast in (True, False):
         prompts = prompts_for(model)
         if fast:
-            values = build_engine(model).target_log_probs(rows, prompts).values
+            values = build_engine(model).target_log_probs(engine_rows(rows, prompts)).values
         else:
             parts = []
             for source, target, prompt in plan:
@@ -162,8 +166,8 @@ def test_what_cannot_be_run():
     prompts = prompts_for(model)
     engine = build_engine(model)
     with pytest.raises(ContextOverflowError, match="60 \\+ 5 virtual tokens exceed"):
-        engine.target_log_probs([EngineRow((5,) * 59, (6,), 0)], prompts)
+        engine.target_log_probs(engine_rows([RowCase((5,) * 59, (6,), 0)], prompts))
     with pytest.raises(DataError, match="nothing stands before its answer"):
-        engine.target_log_probs([EngineRow((), (6,), 0)], prompts)
+        engine.target_log_probs(engine_rows([RowCase((), (6,), 0)], prompts))
     with pytest.raises(ConfigError, match="keys and values stand in front"):
-        engine.target_log_probs([EngineRow((5, 6), (6,), 0, at=1)], prompts)
+        engine.target_log_probs(engine_rows([RowCase((5, 6), (6,), 0, at=1)], prompts))

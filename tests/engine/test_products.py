@@ -18,11 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from oracles.rows import RowCase, engine_rows
 from softprompt import PromptTuningConfig, get_peft_model
 from softprompt.backbone import Fingerprint
 from softprompt.engine import (
     DecodeForest,
-    EngineRow,
     ForestEngine,
     NewTokens,
     build_engine,
@@ -433,13 +433,15 @@ def test_training_pass(monkeypatch, kind, checkpointing):
             if isinstance(each, nn.Dropout):
                 each.p = 0.0
     before = Fingerprint.of(model)
-    rows = [EngineRow((5, 6, 7), (8, 9)), EngineRow((11,), (12,)), EngineRow((5, 6), (3, 4))]
+    rows = [RowCase((5, 6, 7), (8, 9)), RowCase((11,), (12,)), RowCase((5, 6), (3, 4))]
     found = []
     for faster in (False, True):
         monkeypatch.setattr(products, "is_faster_here", lambda faster=faster: faster)
         calls = used(monkeypatch)
         prompt = (torch.randn(4, 32, generator=torch.Generator().manual_seed(1))).requires_grad_()
-        scores = ForestEngine(model, trusted=True).target_log_probs(rows, [prompt]).values
+        scores = (
+            ForestEngine(model, trusted=True).target_log_probs(engine_rows(rows, [prompt])).values
+        )
         passed = len(calls)
         scores.sum().backward()
         found.append((scores.detach(), prompt.grad))

@@ -9,16 +9,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softprompt.engine import Layout, Prompts
+from softprompt.engine import Layout, PromptTable
 from softprompt.errors import DataError
+from softprompt.prompts import Prompt
 
 H, V, PAD = 3, 50, 0
+
+
+def table_of(values, choice, **options):
+    """Gather rows whose prompts are these values by number, -1 for none."""
+    prompts = [Prompt(value) for value in values]
+    return PromptTable.of([None if c < 0 else prompts[c] for c in choice], **options)
 
 
 @dataclass
 class Batch:
     mask: torch.Tensor
-    prompts: Prompts
+    prompts: PromptTable
     rows: list[list[int]]  # table rows of each batch row's prompt
     leads: list[int]
     at: list[int]
@@ -40,9 +47,9 @@ def batches(draw, placed=False):
         at.append(draw(st.integers(0, real)) if placed else 0)
         ends.append(total - lead - real)
         choice.append(draw(st.integers(-1, len(sizes) - 1)))
-    prompts = Prompts.of(values, choice, at=at)
-    used = sorted({c for c in choice if c >= 0})
-    first = {c: sum(sizes[u] for u in used if u < c) for c in used}
+    prompts = table_of(values, choice, at=at)
+    used = list(dict.fromkeys(c for c in choice if c >= 0))
+    first = {c: sum(sizes[u] for u in used[: used.index(c)]) for c in used}
     rows = [list(range(first[c], first[c] + sizes[c])) if c >= 0 else [] for c in choice]
     return Batch(torch.tensor(mask), prompts, rows, leads, at, ends)
 
@@ -178,32 +185,32 @@ def test_text_first_keeps_the_positions_of_the_place(batch):
 
 
 def test_a_prompt_behind_more_tokens_than_there_are():
-    prompts = Prompts.of([torch.randn(2, H)], [0, 0], at=[1, 3])
+    prompts = table_of([torch.randn(2, H)], [0, 0], at=[1, 3])
     with pytest.raises(DataError, match="row 1 has 2 tokens, but its prompt should stand behind 3"):
         Layout.of(torch.tensor([[1, 1, 1], [0, 1, 1]]), prompts)
 
 
 def test_holes_count_for_nothing_before_a_prompt():
-    prompts = Prompts.of([torch.randn(1, H)], [0], at=[2])
+    prompts = table_of([torch.randn(1, H)], [0], at=[2])
     layout = Layout.of(torch.tensor([[0, 1, 0, 1, 1]]), prompts)
     assert layout.text.tolist() == [[-1, 1, 2, 3, -1, 4]]
 
 
 def test_holes_inside_a_row_stay_masked():
-    prompts = Prompts.of([torch.randn(2, H)], [0])
+    prompts = table_of([torch.randn(2, H)], [0])
     layout = Layout.of(torch.tensor([[0, 1, 0, 1, 0]]), prompts)
     assert layout.mask.tolist() == [[0, 1, 1, 1, 0, 1, 0]]
     assert layout.positions()[0][layout.mask[0].bool()].tolist() == [0, 1, 2, 3]
 
 
 def test_a_row_without_real_tokens_holds_its_prompt_alone():
-    prompts = Prompts.of([torch.randn(2, H)], [0, -1])
+    prompts = table_of([torch.randn(2, H)], [0, -1])
     layout = Layout.of(torch.zeros(2, 3, dtype=torch.long), prompts)
     assert layout.mask.sum(1).tolist() == [2, 0]
 
 
 def test_padding_before_a_prompt_can_be_limited():
-    prompts = Prompts.of([torch.randn(2, H)], [0])
+    prompts = table_of([torch.randn(2, H)], [0])
     mask = torch.tensor([[0, 0, 0, 1, 1]])
     assert Layout.of(mask, prompts).slot.tolist() == [[-1, -1, -1, 0, 1, -1, -1]]
     limited = Layout.of(mask, prompts, lead_limit=2)
@@ -213,15 +220,15 @@ def test_padding_before_a_prompt_can_be_limited():
 
 def test_prompts_no_row_uses_stay_out_of_the_table():
     values = [torch.full((size, H), float(size)) for size in (1, 2, 3)]
-    prompts = Prompts.of(values, [2, -1, 0, 2])
-    assert prompts.table[:, 0].tolist() == [1, 3, 3, 3]
-    assert prompts.starts.tolist() == [1, 0, 0, 1]
+    prompts = table_of(values, [2, -1, 0, 2])
+    assert prompts.table[:, 0].tolist() == [3, 3, 3, 1]
+    assert prompts.starts.tolist() == [0, 0, 3, 0]
     assert prompts.lengths.tolist() == [3, 0, 1, 3]
     assert prompts.width == 3
 
 
 def test_no_prompt_at_all():
-    prompts = Prompts.of([torch.randn(2, H)], [-1, -1])
+    prompts = table_of([torch.randn(2, H)], [-1, -1])
     assert (prompts.width, prompts.table.numel()) == (0, 0)
     mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
     layout = Layout.of(mask, prompts)
@@ -231,7 +238,7 @@ def test_no_prompt_at_all():
 
 
 def test_repeated_rows_keep_their_prompts():
-    prompts = Prompts.of([torch.randn(2, H), torch.randn(1, H)], [0, 1], at=[3, 0]).repeated(6)
+    prompts = table_of([torch.randn(2, H), torch.randn(1, H)], [0, 1], at=[3, 0]).repeated(6)
     assert prompts.at.tolist() == [3, 3, 3, 0, 0, 0]
     assert prompts.lengths.tolist() == [2, 2, 2, 1, 1, 1]
     assert prompts.starts.tolist() == [0, 0, 0, 2, 2, 2]
@@ -239,7 +246,7 @@ def test_repeated_rows_keep_their_prompts():
 
 def test_embeddings_keep_their_dtype_and_the_prompt_its_gradient():
     table = torch.randn(2, H, requires_grad=True)
-    prompts = Prompts.of([table], [0, -1])
+    prompts = table_of([table], [0, -1])
     layout = Layout.of(torch.ones(2, 3, dtype=torch.long), prompts)
     rows = layout.embeds(torch.randn(2, 3, H, dtype=torch.bfloat16), prompts.table)
     assert rows.dtype is torch.bfloat16

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from oracles.families import causal
+from oracles.rows import RowCase, engine_rows
 from softprompt.backbone import facts_of
-from softprompt.engine import EngineRow, ForestEngine, PlainEngine
+from softprompt.engine import ForestEngine, PlainEngine
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning"
 )
-ROWS = [EngineRow((5, 6, 7, 8), (8, 2), 0), EngineRow((5, 9), (8, 4, 2), 1)]
+ROWS = [RowCase((5, 6, 7, 8), (8, 2), 0), RowCase((5, 9), (8, 4, 2), 1)]
 STILL = {
     "gpt2": {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
     "opt": {"dropout": 0.0},
@@ -40,10 +41,10 @@ def test_gradients_equal_the_pass_without_checkpointing(name, reentrant):
     model = causal(name).requires_grad_(False)
     prompts = prompts_for(model)
     expected = torch.autograd.grad(
-        ForestEngine(model).target_log_probs(ROWS, prompts).values.sum(), prompts
+        ForestEngine(model).target_log_probs(engine_rows(ROWS, prompts)).values.sum(), prompts
     )
     model = checkpointed(name, reentrant)
-    values = ForestEngine(model).target_log_probs(ROWS, prompts).values
+    values = ForestEngine(model).target_log_probs(engine_rows(ROWS, prompts)).values
     assert model.config._attn_implementation == "sdpa"
     values.sum().backward()
     for prompt, theirs in zip(prompts, expected, strict=True):
@@ -53,10 +54,10 @@ def test_gradients_equal_the_pass_without_checkpointing(name, reentrant):
 def test_a_backward_that_raises_leaves_nothing_behind():
     model = checkpointed("llama")
     engine, prompts = ForestEngine(model), prompts_for(model)
-    expected = torch.autograd.grad(engine.target_log_probs(ROWS, prompts).values.sum(), prompts[0])[
-        0
-    ]
-    values = engine.target_log_probs(ROWS, prompts).values
+    expected = torch.autograd.grad(
+        engine.target_log_probs(engine_rows(ROWS, prompts)).values.sum(), prompts[0]
+    )[0]
+    values = engine.target_log_probs(engine_rows(ROWS, prompts)).values
     calls = []
 
     def fail(*_):
@@ -70,7 +71,9 @@ def test_a_backward_that_raises_leaves_nothing_behind():
     assert calls == ["softprompt_forest"]
     assert model.config._attn_implementation == "sdpa"
     assert model(torch.tensor([[5, 6]])).logits.isfinite().all()
-    again = torch.autograd.grad(engine.target_log_probs(ROWS, prompts).values.sum(), prompts[0])[0]
+    again = torch.autograd.grad(
+        engine.target_log_probs(engine_rows(ROWS, prompts)).values.sum(), prompts[0]
+    )[0]
     torch.testing.assert_close(again, expected, **CLOSE)
 
 
@@ -79,7 +82,7 @@ def test_a_failing_pass_gives_the_checkpoint_function_back():
     before = [vars(m).get("_gradient_checkpointing_func") for m in model.modules()]
     handle = model.lm_head.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        ForestEngine(model).target_log_probs(ROWS, prompts_for(model))
+        ForestEngine(model).target_log_probs(engine_rows(ROWS, prompts_for(model)))
     handle.remove()
     assert [vars(m).get("_gradient_checkpointing_func") for m in model.modules()] == before
 
@@ -88,12 +91,13 @@ def test_two_engines_in_one_backward():
     model = checkpointed("llama")
     prompts = prompts_for(model)
     loss = sum(
-        engine.target_log_probs(ROWS, prompts).values.sum()
+        engine.target_log_probs(engine_rows(ROWS, prompts)).values.sum()
         for engine in (ForestEngine(model), PlainEngine(model, trusted=True))
     )
     twice = torch.autograd.grad(loss, prompts)
     once = torch.autograd.grad(
-        PlainEngine(model, trusted=True).target_log_probs(ROWS, prompts).values.sum(), prompts
+        PlainEngine(model, trusted=True).target_log_probs(engine_rows(ROWS, prompts)).values.sum(),
+        prompts,
     )
     for a, b in zip(twice, once, strict=True):
         torch.testing.assert_close(a, 2 * b, **CLOSE)
@@ -107,6 +111,6 @@ def test_a_part_of_the_model_that_trains_itself():
     grads = []
     for engine in (ForestEngine(model), PlainEngine(model, trusted=True)):
         model.zero_grad()
-        engine.target_log_probs(ROWS, prompts).values.sum().backward()
+        engine.target_log_probs(engine_rows(ROWS, prompts)).values.sum().backward()
         grads.append(model.model.layers[0].mlp.up_proj.weight.grad.clone())
     torch.testing.assert_close(*grads, **CLOSE)

@@ -10,13 +10,14 @@ import transformers as tf
 
 from oracles.families import ENCODERS, GQA, IDS, H, L, V, build, causal, seq2seq
 from oracles.naive import padded
+from oracles.rows import RowCase, engine_rows
 from softprompt import PromptTuningConfig, get_peft_model
 from softprompt.backbone import facts_of
-from softprompt.engine import EngineRow, ForestEngine, PlainEngine, build_engine, choose_engine
+from softprompt.engine import ForestEngine, PlainEngine, build_engine, choose_engine
 from softprompt.errors import ConfigError, DataError
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-ROWS = [EngineRow((5, 6, 7, 8, 9, 10, 11), (8, 2), 0), EngineRow((5, 9), (8, 4, 2), 1)]
+ROWS = [RowCase((5, 6, 7, 8, 9, 10, 11), (8, 2), 0), RowCase((5, 9), (8, 4, 2), 1)]
 
 
 def prompts_for(model, *lengths):
@@ -62,7 +63,7 @@ def test_parts_keep_their_own_attention_implementation():
     )
     model = tf.Gemma3ForConditionalGeneration(config).eval().requires_grad_(False)
     model.set_attn_implementation({"text_config": "sdpa", "vision_config": "eager"})
-    ForestEngine(model).target_log_probs(ROWS, prompts_for(model, 5, 3))
+    ForestEngine(model).target_log_probs(engine_rows(ROWS, prompts_for(model, 5, 3)))
     assert model.config.text_config._attn_implementation == "sdpa"
     assert model.config.vision_config._attn_implementation == "eager"
 
@@ -91,10 +92,10 @@ def test_models_that_padding_disturbs_run_row_by_row(config):
     choice = choose_engine(model)
     assert choice.name == "plain" and "row by row" in choice.reason
     raw = PlainEngine(model, trusted=True)
-    alone = torch.cat([raw.target_log_probs([row], prompts).values for row in ROWS])
-    got = build_engine(model).target_log_probs(ROWS, prompts).values
+    alone = torch.cat([raw.target_log_probs(engine_rows([row], prompts)).values for row in ROWS])
+    got = build_engine(model).target_log_probs(engine_rows(ROWS, prompts)).values
     torch.testing.assert_close(got, alone, **CLOSE)
-    assert (raw.target_log_probs(ROWS, prompts).values - alone).abs().max() > 1e-4
+    assert (raw.target_log_probs(engine_rows(ROWS, prompts)).values - alone).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("kind", ["plain", "expand", "forest"])
@@ -102,9 +103,9 @@ def test_ids_that_are_no_tokens_are_refused(kind):
     """From V on they would mean prompt rows, without a word."""
     model = causal("llama").requires_grad_(False)
     engine = build_engine(model, kind)
-    for row in (EngineRow((5, V + 1), (7, 2)), EngineRow((5,), (V, 2))):
+    for row in (RowCase((5, V + 1), (7, 2)), RowCase((5,), (V, 2))):
         with pytest.raises(DataError, match=r"row 0 holds the id 6[45], but the model has 64"):
-            engine.target_log_probs([row], prompts_for(model, 3))
+            engine.target_log_probs(engine_rows([row], prompts_for(model, 3)))
 
 
 @pytest.mark.parametrize("kind", ["plain", "expand", "forest"])
@@ -113,7 +114,7 @@ def test_a_resized_table_is_noticed(kind):
     engine = build_engine(model, kind)
     model.resize_token_embeddings(V + 16)
     with pytest.raises(ConfigError, match="had 64 rows when the engine was built, now it has 80"):
-        engine.target_log_probs(ROWS, prompts_for(model, 5, 3))
+        engine.target_log_probs(engine_rows(ROWS, prompts_for(model, 5, 3)))
 
 
 @pytest.mark.parametrize(
@@ -129,15 +130,15 @@ def test_a_resized_table_is_noticed(kind):
 def test_prompts_without_rows_are_no_prompts(name, kind):
     model = (seq2seq if name == "t5" else causal)(name).requires_grad_(False)
     engine, empty = build_engine(model, kind), torch.zeros(0, H)
-    rows = [EngineRow(row.source, row.target, 0) for row in ROWS]
-    bare = [EngineRow(row.source, row.target, -1) for row in ROWS]
+    rows = [RowCase(row.source, row.target, 0) for row in ROWS]
+    bare = [RowCase(row.source, row.target, -1) for row in ROWS]
     torch.testing.assert_close(
-        engine.target_log_probs(rows, [empty]).values,
-        engine.target_log_probs(bare, []).values,
+        engine.target_log_probs(engine_rows(rows, [empty])).values,
+        engine.target_log_probs(engine_rows(bare, [])).values,
         **CLOSE,
     )
     with pytest.raises(DataError, match="nothing stands before its answer"):
-        engine.target_log_probs([EngineRow((), (7, 2), 0)], [empty])
+        engine.target_log_probs(engine_rows([RowCase((), (7, 2), 0)], [empty]))
 
 
 def test_layers_that_are_left_out_in_training():
@@ -150,7 +151,7 @@ def test_layers_that_are_left_out_in_training():
         values = []
         for each in (engine, plain):
             torch.manual_seed(seed)
-            values.append(each.target_log_probs(ROWS, prompts).values)
+            values.append(each.target_log_probs(engine_rows(ROWS, prompts)).values)
         torch.testing.assert_close(*values, **CLOSE)
 
 
@@ -160,7 +161,7 @@ def test_checkpointing_without_a_trained_prompt():
     model.gradient_checkpointing_enable({"use_reentrant": False})
     before = model.config._attn_implementation
     prompts = [prompt.detach() for prompt in prompts_for(model, 5, 3)]
-    ForestEngine(model).target_log_probs(ROWS, prompts).values.sum().backward()
+    ForestEngine(model).target_log_probs(engine_rows(ROWS, prompts)).values.sum().backward()
     assert model.config._attn_implementation == before
 
 
@@ -197,7 +198,7 @@ def test_an_exception_inside_the_model_leaves_nothing_behind():
 
         handle = linear.register_forward_hook(fail)
         with contextlib.suppress(KeyError):
-            engine.target_log_probs(ROWS, prompts_for(model, 5, 3))
+            engine.target_log_probs(engine_rows(ROWS, prompts_for(model, 5, 3)))
         handle.remove()
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
         assert model.config._attn_implementation == before
@@ -209,8 +210,8 @@ def test_two_checkpointed_passes_in_one_backward():
     engine, prompts = ForestEngine(model), prompts_for(model, 5, 3)
 
     def gradients():
-        loss = engine.target_log_probs(ROWS, prompts).values.sum()
-        loss = loss + engine.target_log_probs(ROWS[::-1], prompts).values.sum()
+        loss = engine.target_log_probs(engine_rows(ROWS, prompts)).values.sum()
+        loss = loss + engine.target_log_probs(engine_rows(ROWS[::-1], prompts)).values.sum()
         return torch.autograd.grad(loss, prompts)
 
     expected = gradients()
@@ -224,11 +225,11 @@ def test_two_checkpointed_passes_in_one_backward():
 def test_a_compiled_model():
     model = causal("llama").requires_grad_(False)
     engine, prompts = build_engine(model, "forest"), prompts_for(model, 5, 3)
-    expected = engine.target_log_probs(ROWS, prompts).values
+    expected = engine.target_log_probs(engine_rows(ROWS, prompts)).values
     theirs = torch.autograd.grad(expected.sum(), prompts)
     torch._dynamo.reset()
     model.compile(backend="eager")
-    got = engine.target_log_probs(ROWS, prompts).values
+    got = engine.target_log_probs(engine_rows(ROWS, prompts)).values
     torch.testing.assert_close(got, expected, **CLOSE)
     for a, b in zip(torch.autograd.grad(got.sum(), prompts), theirs, strict=True):
         torch.testing.assert_close(a, b, **CLOSE)

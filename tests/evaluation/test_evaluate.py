@@ -25,9 +25,8 @@ FREE = {"task": "generation", "labels": None}
 
 def log_prob(tuned, text, target, *, prompted=True):
     source, _ = tuned.rows.source({"input": text})
-    row = EngineRow(source, tuned.rows.target(target), 0 if prompted else -1)
-    prompts = tuned.prompts() if prompted else []
-    return float(tuned.engine.target_log_probs([row], prompts).values.sum())
+    row = EngineRow(source, tuned.rows.target(target), tuned.prompt() if prompted else None)
+    return float(tuned.engine.target_log_probs([row]).values.sum())
 
 
 def test_labels_are_scored_and_counted(make_tuned):
@@ -58,7 +57,7 @@ def test_the_base_alone_sees_the_template_and_no_prompt(make_tuned):
     tuned = make_tuned()
     sources = [tuned.rows.source({"input": row["input"]})[0] for row in ROWS]
     ids = tuned.label_ids(tuned.labels)
-    best = score_labels(tuned.engine, [], sources, ids, prompt_index=-1).argmax(1).tolist()
+    best = score_labels(tuned.engine, None, sources, ids).argmax(1).tolist()
     report = evaluate(tuned, ROWS, without_prompt=True)
     assert report.without_prompt
     assert report.predictions == {label: best.count(k) for k, label in enumerate(tuned.labels)}

@@ -71,7 +71,7 @@ def test_many_prompts_share_one_base(members, prompts):
     assert len({id(each.model) for each in prompts}) == 1
     alone = [load_many([path])[0] for path in members]
     for one, other in zip(alone, prompts, strict=True):
-        assert torch.equal(one.prompts()[0], other.prompts()[0])
+        assert torch.equal(one.prompt().input, other.prompt().input)
         assert one.manifest == other.manifest
         assert one.generate(TEXTS[0], max_new_tokens=4) == other.generate(
             TEXTS[0], max_new_tokens=4
@@ -121,13 +121,13 @@ def test_all_prompts_stand_in_one_pass(prompts, monkeypatch):
     calls = []
     run = engine.target_log_probs
 
-    def spy(rows, given):
-        calls.append(({row.prompt for row in rows}, len(rows), len(given)))
-        return run(rows, given)
+    def spy(rows):
+        calls.append((len({row.prompt for row in rows}), len(rows)))
+        return run(rows)
 
     monkeypatch.setattr(engine, "target_log_probs", spy)
     Ensemble(prompts).classify(TEXTS)
-    assert calls == [({0, 1, 2}, 3 * len(TEXTS) * len(LABELS), 3)]
+    assert calls == [(3, 3 * len(TEXTS) * len(LABELS))]
     before = Ensemble(prompts).classify(TEXTS, batch_size=1000)
     small = Ensemble(prompts).classify(TEXTS, batch_size=4)
     for one, other in zip(before, small, strict=True):

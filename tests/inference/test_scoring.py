@@ -6,7 +6,8 @@ import torch
 from softprompt.engine import EngineRow, build_engine
 from softprompt.errors import ConfigError
 from softprompt.inference import score_labels
-from softprompt.inference.scoring import check_label_ids
+from softprompt.inference.scoring import check_label_ids, label_rows, score_inputs
+from softprompt.prompts import Prompt
 
 SOURCES = [(0, 40), (0, 41, 42, 43, 44, 45), (0, 50, 51), (0, 60)]
 LABELS = [(70, 1), (71, 72, 73, 1), (70, 75, 1)]
@@ -24,28 +25,32 @@ def test_batched_scores_equal_one_at_a_time(request, answer_log_prob, name, batc
     expected = torch.tensor(
         [[answer_log_prob(model, prompt, s, k) for k in LABELS] for s in SOURCES]
     )
-    scores = score_labels(build_engine(model), [prompt], SOURCES, LABELS, batch_size=batch_size)
+    scores = score_labels(
+        build_engine(model), Prompt(prompt), SOURCES, LABELS, batch_size=batch_size
+    )
     assert torch.allclose(scores, expected, atol=2e-5)
 
 
 def test_without_a_prompt_the_base_is_scored(llama, answer_log_prob):
     expected = answer_log_prob(llama, torch.empty(0, 32), SOURCES[1], LABELS[1])
-    scores = score_labels(build_engine(llama), [], SOURCES, LABELS, prompt_index=-1)
+    scores = score_labels(build_engine(llama), None, SOURCES, LABELS)
     assert float(scores[1, 1]) == pytest.approx(expected, abs=2e-5)
 
 
-def test_each_row_meets_the_prompt_that_was_chosen(llama):
-    prompts = [prompt_rows(), 2 * prompt_rows()]
+def test_each_row_meets_its_own_prompt(llama):
+    prompts = [Prompt(prompt_rows()), Prompt(2 * prompt_rows())]
     engine = build_engine(llama)
-    second = score_labels(engine, prompts, SOURCES, LABELS, prompt_index=1)
-    assert torch.allclose(second, score_labels(engine, prompts[1:], SOURCES, LABELS), atol=2e-5)
-    assert not torch.allclose(second, score_labels(engine, prompts, SOURCES, LABELS), atol=1e-2)
+    rows = [label_rows(each, LABELS, prompt) for prompt in prompts for each in SOURCES]
+    first, second = score_inputs(engine, rows).view(2, len(SOURCES), len(LABELS))
+    assert torch.allclose(second, score_labels(engine, prompts[1], SOURCES, LABELS), atol=2e-5)
+    assert torch.allclose(first, score_labels(engine, prompts[0], SOURCES, LABELS), atol=2e-5)
+    assert not torch.allclose(second, first, atol=1e-2)
 
 
 def test_normalised_scores_are_per_token(llama):
     engine = build_engine(llama)
-    raw = score_labels(engine, [prompt_rows()], SOURCES, LABELS)
-    each = score_labels(engine, [prompt_rows()], SOURCES, LABELS, normalize=True)
+    raw = score_labels(engine, Prompt(prompt_rows()), SOURCES, LABELS)
+    each = score_labels(engine, Prompt(prompt_rows()), SOURCES, LABELS, normalize=True)
     assert torch.allclose(each, raw / torch.tensor([2.0, 4.0, 3.0]))
 
 
@@ -56,30 +61,30 @@ class CountingEngine:
         self.engine = engine
         self.sizes = []
 
-    def target_log_probs(self, rows, prompts):
+    def target_log_probs(self, rows):
         assert all(isinstance(row, EngineRow) for row in rows)
         self.sizes.append(len(rows))
-        return self.engine.target_log_probs(rows, prompts)
+        return self.engine.target_log_probs(rows)
 
 
 def test_a_pass_holds_whole_inputs_and_keeps_no_graph(llama):
     engine = CountingEngine(build_engine(llama))
-    prompt = prompt_rows().requires_grad_()
-    scores = score_labels(engine, [prompt], SOURCES, LABELS, batch_size=7)
+    prompt = Prompt(prompt_rows().requires_grad_())
+    scores = score_labels(engine, prompt, SOURCES, LABELS, batch_size=7)
     assert engine.sizes == [6, 6]
     engine.sizes.clear()
-    score_labels(engine, [prompt], SOURCES, LABELS, batch_size=1)
+    score_labels(engine, prompt, SOURCES, LABELS, batch_size=1)
     assert engine.sizes == [3, 3, 3, 3]
     assert not scores.requires_grad
 
 
 def test_no_sources_give_no_scores(llama):
-    assert score_labels(build_engine(llama), [], [], LABELS, prompt_index=-1).shape == (0, 3)
+    assert score_labels(build_engine(llama), None, [], LABELS).shape == (0, 3)
 
 
 def test_a_batch_of_no_rows_is_refused(llama):
     with pytest.raises(ConfigError, match="at least 1 row"):
-        score_labels(build_engine(llama), [], SOURCES, LABELS, prompt_index=-1, batch_size=0)
+        score_labels(build_engine(llama), None, SOURCES, LABELS, batch_size=0)
 
 
 @pytest.mark.parametrize(

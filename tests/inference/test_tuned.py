@@ -63,7 +63,7 @@ def llama_folder(folders):
 def greedy_oracle(prompt, source, count):
     """Append the likeliest token, running the whole unpadded row of embeddings each time."""
     model = prompt.model.get_base_model()
-    embed, virtual = model.get_input_embeddings(), prompt.prompts()[0]
+    embed, virtual = model.get_input_embeddings(), prompt.prompt().input
     ids = list(source)
     for _ in range(count):
         rows = torch.cat([virtual, embed(torch.tensor(ids))]).unsqueeze(0)
@@ -107,7 +107,7 @@ def test_label_scores_are_those_of_one_row_at_a_time(folder, answer_log_prob):
     for text, each in zip(TEXTS, found, strict=True):
         source, _ = prompt.rows.source({"input": text})
         expected = {
-            label: answer_log_prob(model, prompt.prompts()[0], source, prompt.rows.label(label))
+            label: answer_log_prob(model, prompt.prompt().input, source, prompt.rows.label(label))
             for label in CLASSES["labels"]
         }
         assert each.scores == pytest.approx(expected, rel=2e-6, abs=5e-5)
@@ -295,3 +295,15 @@ def test_a_base_that_is_gone_is_named(llama_folder, tmp_path):
     make(llama_folder, base_model=str(tmp_path / "gone")).save(tmp_path / "prompt")
     with pytest.raises(BackboneError, match="gone"):
         load(tmp_path / "prompt")
+
+
+def test_a_prompt_is_detached_and_keeps_its_values(llama_folder):
+    tuned = make(llama_folder)
+    prompt = tuned.prompt()
+    before = prompt.input.clone()
+    with torch.no_grad():
+        tuned.model.encoder_of(tuned.adapter).embedding.weight.add_(1)
+    assert not prompt.input.requires_grad
+    assert torch.equal(prompt.input, before)
+    assert torch.equal(tuned.prompt().input, before + 1)
+    assert tuned.prompt().key != prompt.key

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from oracles.rows import RowCase
 from softprompt.backbone import input_embedding
-from softprompt.engine import EngineRow
 
 
 def solo_logits(model: PreTrainedModel, prompt: Tensor | None, ids: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def solo_logits(model: PreTrainedModel, prompt: Tensor | None, ids: Tensor) -> T
     return model(inputs_embeds=torch.cat([rows, embeds], dim=1)).logits[0, prompt.shape[0] :]
 
 
-def row_logits(model: PreTrainedModel, row: EngineRow, prompts: list[Tensor]) -> Tensor:
+def row_logits(model: PreTrainedModel, row: RowCase, prompts: list[Tensor]) -> Tensor:
     """Return the logits ``[n, V]`` that predict a row's target, its prompts placed by hand."""
     table = input_embedding(model)
     source = with_prompt(
@@ -32,7 +32,7 @@ def row_logits(model: PreTrainedModel, row: EngineRow, prompts: list[Tensor]) ->
         return model(inputs_embeds=whole).logits[0, -len(row.target) - 1 : -1]
     encoded = model.get_encoder()(inputs_embeds=source)
     start = model.prepare_decoder_input_ids_from_labels(labels=torch.tensor([row.target]))
-    own = prompts[row.decoder_prompt] if row.decoder_prompt >= 0 else None
+    own = prompts[row.decoder] if row.decoder >= 0 else None
     table = model.get_decoder().get_input_embeddings()
     inputs = with_prompt(table, tuple(start[0].tolist()), 0, own)
     logits: Tensor = model(encoder_outputs=encoded, decoder_inputs_embeds=inputs).logits

@@ -15,8 +15,9 @@ from softprompt import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from softprompt.artifacts import Manifest
 from softprompt.backbone import Fingerprint
 from softprompt.engine import EngineRow, PlainEngine
-from softprompt.inference import GenerationOptions, PromptValue, TunedPrompt
+from softprompt.inference import GenerationOptions, TunedPrompt
 from softprompt.inference.continuous.request import Request
+from softprompt.prompts import Prompt
 
 VOCABULARY = 330
 
@@ -28,7 +29,7 @@ class Served:
     model: Any
     tokenizer: Any
     prompts: dict[str, TunedPrompt]
-    values: dict[str, PromptValue]
+    values: dict[str, Prompt]
 
     def request(self, name: str | None, ids: tuple[int, ...], **more: Any) -> Request:
         """Return a request for a named prompt, as its TunedPrompt would place it."""
@@ -45,13 +46,9 @@ class Served:
 
     def log_probs(self, request: Request, tokens: tuple[int, ...]) -> list[float]:
         """Return log p of each token behind a request's input, by the plain engine."""
-        value = None if request.prompt is None else request.prompt.value
-        row = EngineRow(request.ids, tokens, -1 if value is None else 0, request.at)
+        row = EngineRow(request.ids, tokens, request.prompt, request.at)
         with torch.no_grad():
-            found = PlainEngine(self.model).target_log_probs(
-                [row], [] if value is None else [value]
-            )
-        return found.values.tolist()
+            return PlainEngine(self.model).target_log_probs([row]).values.tolist()
 
 
 def served(
@@ -98,7 +95,7 @@ def served(
         seq2seq=seq2seq,
     )
     prompts = {kind: TunedPrompt(attached[kind], tokenizer, manifest, kind) for kind in kinds}
-    values = {kind: tuned.value() for kind, tuned in prompts.items()}
+    values = {kind: tuned.prompt() for kind, tuned in prompts.items()}
     return Served(model, tokenizer, prompts, values)
 
 

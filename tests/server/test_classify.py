@@ -44,11 +44,11 @@ def test_one_text_and_given_labels(client, tuned):
 
 
 def test_one_pass_for_all(client, server, monkeypatch):
-    engine = server.service.scorer._engine(True)
+    engine = server.service.scorer._engine
     calls = []
     run = type(engine).target_log_probs
     monkeypatch.setattr(
-        type(engine), "target_log_probs", lambda s, r, p: calls.append(len(r)) or run(s, r, p)
+        type(engine), "target_log_probs", lambda s, r: calls.append(len(r)) or run(s, r)
     )
     asked(client, input=TEXTS)
     assert calls == [6]
@@ -56,28 +56,31 @@ def test_one_pass_for_all(client, server, monkeypatch):
 
 def test_callers_share_a_pass_and_fail_alone(server, monkeypatch):
     scorer = server.service.scorer
-    engine = scorer._engine(True)
+    engine = scorer._engine
     gate, calls = threading.Event(), []
     run = type(engine).target_log_probs
 
-    def held(self, rows, prompts):
-        calls.append((len(rows), len(prompts)))
+    def held(self, rows):
+        calls.append((len(rows), len({row.prompt for row in rows})))
         gate.wait(10)
         if any(row.target == (1, 2, 3) for row in rows):
             raise RuntimeError("no such target")
-        return run(self, rows, prompts)
+        return run(self, rows)
 
     monkeypatch.setattr(type(engine), "target_log_probs", held)
     from softprompt.engine import EngineRow
 
     first, second = (server.service.registry.get(name).prompt for name in ("complaints", "writer"))
-    rows = [EngineRow((5, 6), (7,)), EngineRow((5, 6), (8,))]
-    held_up = scorer.submit(first, rows[:1])
+
+    def rows(prompt):
+        return [EngineRow((5, 6), (7,), prompt), EngineRow((5, 6), (8,), prompt)]
+
+    held_up = scorer.submit(rows(first)[:1])
     until(lambda: calls)
     waiting = [
-        scorer.submit(first, rows),
-        scorer.submit(second, rows),
-        scorer.submit(second, [EngineRow((5,), (1, 2, 3))]),
+        scorer.submit(rows(first)),
+        scorer.submit(rows(second)),
+        scorer.submit([EngineRow((5,), (1, 2, 3), second)]),
     ]
     gate.set()
     alone = held_up.result(10)

@@ -56,15 +56,15 @@ def test_continuations_in_a_batch(client, base, shared_prompts, engine, name):
     encode = base.tokenizer.encode
     contexts = [encode(context) for context, _ in PAIRS]
     wholes = [encode(context + more) for context, more in PAIRS]
-    prompts = []
+    prompt = None
     if name != "demo":
         tuned = load(shared_prompts / name, base.model, tokenizer=base.tokenizer)
-        prompts = tuned.prompts()
+        prompt = tuned.prompt()
     rows = [
-        EngineRow(tuple(whole[: len(context)]), tuple(whole[len(context) :]), 0 if prompts else -1)
+        EngineRow(tuple(whole[: len(context)]), tuple(whole[len(context) :]), prompt)
         for context, whole in zip(contexts, wholes, strict=True)
     ]
-    expected = engine.target_log_probs(rows, prompts).row_sums(2).tolist()
+    expected = engine.target_log_probs(rows).row_sums(2).tolist()
     answer = asked(client, name, wholes)
     found = read(answer, [len(context) for context in contexts])
     assert [value for value, _ in found] == pytest.approx(expected, abs=1e-4)

@@ -57,7 +57,7 @@ def test_multiple_choice(server, base, shared_prompts, tmp_path, monkeypatch, ta
     found = simple_evaluate(model=model, tasks=[task], task_manager=manager, bootstrap_iters=0)
 
     tuned = load(shared_prompts / "writer", base.model, tokenizer=base.tokenizer)
-    prompts = tuned.prompts() if name == "writer" else []
+    prompt = tuned.prompt() if name == "writer" else None
     encode = base.tokenizer.encode
     right = 0
     for sample, example in zip(found["samples"]["complaints_offline"], examples, strict=True):
@@ -66,8 +66,8 @@ def test_multiple_choice(server, base, shared_prompts, tmp_path, monkeypatch, ta
         for choice in CHOICES:
             whole = encode(f"Text : {example['input']} Label : {choice}")
             own = (tuple(whole[: len(context)]), tuple(whole[len(context) :]))
-            rows.append(EngineRow(*own, 0 if prompts else -1))
-        sums = PlainEngine(base.model).target_log_probs(rows, prompts).row_sums(2).tolist()
+            rows.append(EngineRow(*own, prompt))
+        sums = PlainEngine(base.model).target_log_probs(rows).row_sums(2).tolist()
         assert [float(each[0][0]) for each in sample["resps"]] == pytest.approx(sums, abs=1e-4)
         right += CHOICES[sums.index(max(sums))] == example["output"]
     assert found["results"]["complaints_offline"]["acc,none"] == pytest.approx(right / COUNT)

@@ -155,8 +155,8 @@ def test_log_probabilities(ai, tuned, base, server):
     generated = server.service.batcher.submit(request_of(server, "writer", TEXT, tokens=5)).result(
         30
     )[0]
-    row = EngineRow(source, generated.tokens, 0, 0)
-    expected = PlainEngine(base.model).target_log_probs([row], tuned["writer"].prompts())
+    row = EngineRow(source, generated.tokens, tuned["writer"].prompt())
+    expected = PlainEngine(base.model).target_log_probs([row])
     assert found.logprobs.token_logprobs == pytest.approx(expected.values.tolist(), abs=1e-4)
     assert all(
         values[token] == value == max(values.values())
@@ -182,8 +182,9 @@ def request_of(server, name, text, tokens):
 
 def test_echo_with_log_probabilities(ai, tuned, base):
     (source,), _ = tuned["writer"].sources([TEXT])
-    rows = [EngineRow(source[:i], (source[i],), 0, 0) for i in range(1, len(source))]
-    expected = PlainEngine(base.model).target_log_probs(rows, tuned["writer"].prompts())
+    prompt = tuned["writer"].prompt()
+    rows = [EngineRow(source[:i], (source[i],), prompt) for i in range(1, len(source))]
+    expected = PlainEngine(base.model).target_log_probs(rows)
     for tokens in (0, 3):
         found = ai.completions.create(
             model="writer", prompt=TEXT, max_tokens=tokens, temperature=0, logprobs=1, echo=True

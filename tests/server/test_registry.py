@@ -75,7 +75,7 @@ def test_listing_reads_no_weights(registry, prompts):
 def test_what_is_served_is_what_the_library_loads(registry, prompts, base):
     tuned = load(prompts / "complaints", base.model, tokenizer=base.tokenizer)
     served = registry.get("complaints")
-    assert torch.equal(served.prompt.value, tuned.prompts()[0])
+    assert torch.equal(served.prompt.input, tuned.prompt().input)
     assert served.of_fields("hello").ids == tuned.sources("hello")[0][0]
     assert served.labels == tuned.labels
     assert registry.resident == 1
@@ -189,7 +189,7 @@ def test_a_change_is_a_new_version(registry, prompts, base):
     after = registry.get("writer")
     assert after.version != before.version
     assert after.prompt.key != before.prompt.key
-    assert not torch.equal(after.prompt.value[:2], before.prompt.value[:2])
+    assert not torch.equal(after.prompt.input[:2], before.prompt.input[:2])
     os.utime(prompts / "writer" / WEIGHTS, ns=(1, 1))
     assert registry.get("writer").version == after.version
 
@@ -349,5 +349,5 @@ def test_a_write_in_the_same_tick_of_the_clock_is_seen(registry, prompts, base, 
     monkeypatch.setattr(Root, "read", written_again)
     weights.write_bytes(weights.read_bytes())
     registry.get("plain-peft")
-    expected = load(other, base.model, tokenizer=base.tokenizer).prompts()[0]
-    assert torch.equal(registry.get("plain-peft").prompt.value, expected)
+    expected = load(other, base.model, tokenizer=base.tokenizer).prompt().input
+    assert torch.equal(registry.get("plain-peft").prompt.input, expected)

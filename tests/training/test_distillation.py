@@ -4,12 +4,19 @@ import torch
 
 from softprompt.attach import build_prompt
 from softprompt.engine import EngineRow, TargetOutputs
-from softprompt.prompts import PromptTuningConfig
+from softprompt.prompts import Prompt, PromptTuningConfig
 from softprompt.training.distillation import Distillation
 from softprompt.training.teachers import TeacherPrompts
 
 HEAD = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-ROWS = [EngineRow((1,), (2, 4), 0), EngineRow((3,), (0,), 1), EngineRow((2,), (1, 1), 0)]
+TARGETS = [((1,), (2, 4)), ((3,), (0,)), ((2,), (1, 1))]
+WHICH = [0, 1, 0]
+
+
+def rows_of(prompts):
+    """Rows of which the first and the last have one prompt."""
+    values = [Prompt(prompt) for prompt in prompts]
+    return [EngineRow(*each, values[i]) for each, i in zip(TARGETS, WHICH, strict=True)]
 
 
 class OneMatrix:
@@ -17,11 +24,11 @@ class OneMatrix:
 
     name = "one matrix"
 
-    def target_outputs(self, rows, prompts):
+    def target_outputs(self, rows):
         hidden, labels, index = [], [], []
         for number, row in enumerate(rows):
             for place, token in enumerate(row.target):
-                hidden.append(prompts[row.prompt].mean(dim=0) + 0.1 * row.source[0] + 0.01 * place)
+                hidden.append(row.prompt.input.mean(dim=0) + 0.1 * row.source[0] + 0.01 * place)
                 labels.append(token)
                 index.append(number)
         states = torch.stack(hidden)
@@ -38,14 +45,14 @@ def teachers():
 def test_the_penalty_is_what_the_paper_says_and_differs_for_the_student_alone():
     both = teachers()
     student = [torch.randn(2, 3, requires_grad=True) for _ in range(2)]
-    scored = Distillation(OneMatrix(), both, 0.9)(ROWS, student, [0, 2])
+    scored = Distillation(OneMatrix(), both, 0.9)(rows_of(student), [0, 2, 0])
     penalty = torch.tensor(0.0)
     log_probs = []
-    for row in ROWS:
-        wanted = both.materialize([0, 2][row.prompt]).detach()
-        for place, token in enumerate(row.target):
-            offset = 0.1 * row.source[0] + 0.01 * place
-            h_student = student[row.prompt].mean(dim=0) + offset
+    for (source, target), which in zip(TARGETS, WHICH, strict=True):
+        wanted = both.materialize([0, 2][which]).detach()
+        for place, token in enumerate(target):
+            offset = 0.1 * source[0] + 0.01 * place
+            h_student = student[which].mean(dim=0) + offset
             h_teacher = wanted.mean(dim=0) + offset
             p = torch.softmax(HEAD @ h_teacher, dim=0)
             q = torch.softmax(HEAD @ h_student, dim=0)
@@ -63,7 +70,7 @@ def test_the_penalty_is_what_the_paper_says_and_differs_for_the_student_alone():
 def test_a_student_that_is_its_teacher_has_no_penalty():
     both = teachers()
     scored = Distillation(OneMatrix(), both, 2.0)(
-        ROWS, [both.materialize(1), both.materialize(2)], [1, 2]
+        rows_of([both.materialize(1), both.materialize(2)]), [1, 2, 1]
     )
     torch.testing.assert_close(scored.penalty, torch.tensor(0.0), atol=1e-6, rtol=0)
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from softprompt.data import TokenRow
 from softprompt.engine import EngineRow, TargetLogProbs
 from softprompt.errors import TrainingError, TrainingInterrupted
-from softprompt.prompts import PromptModule
+from softprompt.prompts import Prompt, PromptModule
 from softprompt.training import Events, TuneSettings
 from softprompt.training.checkpoint import Snapshot, load_state, save_state
 from softprompt.training.events import LOG_FILE
@@ -61,7 +62,7 @@ class ToyEngine:
     on_interrupt: object = None
     name = "toy"
 
-    def target_log_probs(self, rows, prompts):
+    def target_log_probs(self, rows):
         self.calls += 1
         if self.calls == self.interrupt_at:
             self.on_interrupt()
@@ -69,7 +70,7 @@ class ToyEngine:
         for number, row in enumerate(rows):
             for token in row.target:
                 noise = torch.rand(()) if self.module.training else 0.0
-                values.append(-((prompts[0].mean() - sum(row.source) - token - noise) ** 2))
+                values.append(-((row.prompt.input.mean() - sum(row.source) - token - noise) ** 2))
                 index.append(number)
         stacked = torch.stack(values)
         if self.calls == self.broken_at:
@@ -77,13 +78,13 @@ class ToyEngine:
         return TargetLogProbs(stacked, torch.tensor(index))
 
 
-ROWS = [EngineRow((i % 3,), tuple(range(1 + i % 4))) for i in range(11)]
+ROWS = [TokenRow((i % 3,), tuple(range(1 + i % 4)), False, False) for i in range(11)]
 
 
 class Run:
     """One run of the loop, in memory or with an output directory."""
 
-    def __init__(self, output=None, engine=None, rows=ROWS, kind=Rows, **settings):
+    def __init__(self, output=None, engine=None, rows=ROWS, kind=Rows, tasks=None, **settings):
         defaults = {"num_epochs": 3, "batch_size": 2, "learning_rate": 0.1}
         self.settings = TuneSettings.from_dict(defaults | settings)
         torch.manual_seed(0)
@@ -94,7 +95,7 @@ class Run:
         self.engine.module = base
         sampling = Sampling(
             [len(row.source) + len(row.target) for row in rows],
-            [row.prompt for row in rows],
+            tasks or [0] * len(rows),
             self.settings.batch_size,
             self.settings.accumulate_steps,
             self.settings.seed,
@@ -284,7 +285,7 @@ class ListedValidation:
         self.qualities, self.seen = list(qualities), []
 
     def metrics(self, prompts):
-        self.seen.append(prompts[0].clone())
+        self.seen.append(prompts[0].input.clone())
         return {"accuracy": self.qualities[len(self.seen) - 1]}
 
     def quality(self, metrics):
@@ -322,9 +323,10 @@ def test_training_stops_when_patience_is_over():
 @pytest.mark.parametrize("steps", [1, 3])
 def test_every_parameter_behind_a_prompt_gets_the_gradient_of_the_whole(steps):
     run = Run(kind=Product, batch_size=11 // steps, accumulate_steps=6, max_grad_norm=0)
-    prompt = run.module.materialize()
+    prompt = Prompt(run.module.materialize())
     rows = [run.job.rows[i] for batch in run.job.sampling.updates(0)[0] for i in batch]
-    loss = -run.engine.target_log_probs(rows, [prompt]).values.mean()
+    rows = [EngineRow(row.source, row.target, prompt) for row in rows]
+    loss = -run.engine.target_log_probs(rows).values.mean()
     expected = torch.autograd.grad(loss, list(run.module.parameters()))
     seen = []
     run.optimizer.step = lambda: seen.append([p.grad.clone() for p in run.module.parameters()])
@@ -334,20 +336,20 @@ def test_every_parameter_behind_a_prompt_gets_the_gradient_of_the_whole(steps):
 
 
 def test_a_pass_runs_behind_the_prompts_of_its_own_tasks_only():
-    rows = [EngineRow((task,), (1,), task) for task in (0, 0, 1, 2, 2)]
-    run = Run(rows=rows, batch_size=2)
+    tasks = [0, 0, 1, 2, 2]
+    rows = [TokenRow((task,), (1,), False, False) for task in tasks]
+    run = Run(rows=rows, tasks=tasks, batch_size=2)
     run.module.weight = torch.nn.Parameter(torch.arange(3.0)[:, None])
     run.module.materialize = lambda task=0: run.module.weight[task : task + 1]
     seen = []
 
-    def objective(rows, prompts, tasks):
-        seen.append((tasks, [prompt.item() for prompt in prompts], [row.prompt for row in rows]))
-        return Likelihood(run.engine)(rows, prompts, tasks)
+    def objective(rows, tasks):
+        seen.append((tasks, [row.prompt for row in rows], [row.source[0] for row in rows]))
+        return Likelihood(run.engine)(rows, tasks)
 
     run.job = replace(run.job, objective=objective)
     run.optimizer = torch.optim.SGD([{"params": [run.module.weight], "lr": 0.0, "peak": 0.0}])
     run.go()
-    for tasks, values, numbers in seen:
-        assert tasks == sorted(set(tasks))
-        assert values == [float(task) for task in tasks]
-        assert set(numbers) == set(range(len(tasks)))
+    for tasks, prompts, sources in seen:
+        assert tasks == sources == [prompt.input.item() for prompt in prompts]
+        assert len(set(prompts)) == len(set(tasks))

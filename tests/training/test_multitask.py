@@ -102,9 +102,9 @@ def test_progress_names_the_stage(llama, tasks, caplog):
 def test_each_task_answers_from_its_own_rows_of_the_prompt(llama, tasks):
     tuned = tune(llama, tasks, distillation_weight=0, **QUICK)
     film, news = tuned.of_task("film"), tuned.of_task("news")
-    assert not torch.equal(film.prompts()[0], news.prompts()[0])
+    assert not torch.equal(film.prompt().input, news.prompt().input)
     encoder = tuned.model.encoder_of("default")
-    assert torch.equal(news.prompts()[0], encoder.materialize(1).detach())
+    assert torch.equal(news.prompt().input, encoder.materialize(1).detach())
     assert "teachers" not in tuned.metrics
 
 
@@ -247,7 +247,7 @@ def test_a_target_prompt_starts_from_its_source(llama, rows, source, method, ext
         "EXACT_SOURCE_TASK": cols[1] @ own[1],
     }.get(method, cols.mean(0) @ own.mean(0))
     expected = there["embedding.weight"] * matrix
-    torch.testing.assert_close(tuned.prompts()[0], expected)
+    torch.testing.assert_close(tuned.prompt().input, expected)
 
 
 def test_a_target_prompt_loads_without_its_source(llama, rows, source, tmp_path):

@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -169,7 +170,7 @@ def test_a_second_ctrl_c_acts_at_once(llama, rows, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("softprompt.training.tune.StopSignal", Impatient)
+    monkeypatch.setattr(sys.modules[tune.__module__], "StopSignal", Impatient)
     # A job in the background starts with Ctrl-C ignored, and then so would the second one be.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -197,7 +198,7 @@ def test_ctrl_c_before_the_first_state_leaves_a_resumable_run_or_nothing(
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr("softprompt.training.tune.write_run", impatient)
+            patch.setattr(sys.modules[tune.__module__], "write_run", impatient)
             expected = (TrainingInterrupted, KeyboardInterrupt)[signals - 1]
             with pytest.raises(expected):
                 tune(llama, rows, output=output, **SETTINGS)

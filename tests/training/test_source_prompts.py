@@ -149,7 +149,7 @@ def test_bare_files_start_a_target_prompt(folder, llama, rows, name):
     if name == "caikit.pt":
         matrix = stored["prefix_task_cols"].mean(0) @ stored["prefix_task_rows"].mean(0)
         stored = stored["prompt_embeddings"] * matrix
-    torch.testing.assert_close(tuned.prompts()[0], stored)
+    torch.testing.assert_close(tuned.prompt().input, stored)
 
 
 @pytest.mark.parametrize(

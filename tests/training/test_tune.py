@@ -332,4 +332,4 @@ def test_a_token_budget_changes_memory_and_not_the_prompt(llama, rows):
     whole = tune(llama, rows, **QUICK)
     split = tune(llama, rows, max_tokens_per_batch=30, **QUICK)
     assert split.metrics["updates"] == whole.metrics["updates"]
-    torch.testing.assert_close(split.prompts()[0], whole.prompts()[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(split.prompt().input, whole.prompt().input, atol=1e-4, rtol=1e-4)

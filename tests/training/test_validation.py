@@ -2,6 +2,7 @@ import torch
 
 from softprompt.data import TokenRow
 from softprompt.engine import TargetLogProbs
+from softprompt.prompts import Prompt
 from softprompt.training.validation import Validation
 
 LABELS = {"no": (5, 1), "yes": (6, 1)}
@@ -13,10 +14,10 @@ class Preferring:
 
     name = "preferring"
 
-    def target_log_probs(self, rows, prompts):
+    def target_log_probs(self, rows):
         values, index = [], []
         for number, row in enumerate(rows):
-            wanted = 6 if row.source[0] < prompts[0].item() else 5
+            wanted = 6 if row.source[0] < row.prompt.input.item() else 5
             for place, token in enumerate(row.target):
                 values.append(0.0 if place or token == wanted else -2.0)
                 index.append(number)
@@ -30,14 +31,14 @@ def validation(**options):
 
 def test_accuracy_and_loss_of_labels():
     subject = validation()
-    metrics = subject.metrics([torch.tensor([[4.0]])])  # yes for 0..3, no for 4 and 5
+    metrics = subject.metrics([Prompt(torch.tensor([[4.0]]))])  # yes for 0..3, no for 4 and 5
     assert metrics == {"accuracy": 0.5, "loss": 0.5}
     assert subject.quality(metrics) == [0.5, -0.5]
 
 
 def test_loss_and_perplexity_of_free_text():
     subject = validation(labels=None)
-    metrics = subject.metrics([torch.tensor([[4.0]])])
+    metrics = subject.metrics([Prompt(torch.tensor([[4.0]]))])
     assert metrics["loss"] == 0.5
     assert abs(metrics["perplexity"] - 2.718281828**0.5) < 1e-6
     assert subject.quality(metrics) == [-0.5]
@@ -54,19 +55,21 @@ def test_accuracy_decides_first_and_the_loss_between_equals():
 def test_collapse_and_a_plateau_at_chance_are_warned_of_once_each_time(caplog):
     subject = validation()
     for _ in range(3):
-        subject.metrics([torch.tensor([[9.0]])])
+        subject.metrics([Prompt(torch.tensor([[9.0]]))])
     assert caplog.text.count("all 6 validation rows are answered 'yes'") == 3
     assert caplog.text.count("is not above the commonest label's share 0.500 for 3 epochs") == 1
 
 
 def test_good_answers_are_not_warned_of(caplog):
     rows = [TokenRow((i,), LABELS["yes" if i < 3 else "no"], False, False) for i in range(6)]
-    assert validation(rows=rows).metrics([torch.tensor([[3.0]])])["accuracy"] == 1
+    assert validation(rows=rows).metrics([Prompt(torch.tensor([[3.0]]))])["accuracy"] == 1
     assert caplog.text == ""
 
 
 def test_the_stop_question_is_asked_between_parts():
     asked = []
     rows = ROWS * 50
-    validation(rows=rows, check_stop=lambda: asked.append(1)).metrics([torch.tensor([[4.0]])])
+    validation(rows=rows, check_stop=lambda: asked.append(1)).metrics(
+        [Prompt(torch.tensor([[4.0]]))]
+    )
     assert len(asked) == 2

@@ -6,11 +6,10 @@ import dataclasses
 
 from transformers import PreTrainedModel
 
-from softprompt.attach.parts import DECODER, ENCODER, model_types_of
 from softprompt.attach.placing import placement_of
 from softprompt.attach.prefixes import check_kind, sized
 from softprompt.attach.tasks import RULES, infer_task
-from softprompt.backbone import Facts, is_encoder_decoder, start_id
+from softprompt.backbone import Facts, start_id
 from softprompt.engine import is_bidirectional, why_not_isolated
 from softprompt.errors import ConfigError
 from softprompt.prompts import (
@@ -46,6 +45,8 @@ def completed(
     if not isinstance(config, PromptLearningConfig):
         raise ConfigError(f"expected a PromptTuningConfig, got a {type(config).__name__}")
     task = TaskType(config.task_type) if config.task_type else infer_task(model)
+    # The task decides which options PEFT lacks.
+    config = dataclasses.replace(config, task_type=task)
     if shared is not None and shared.task_type is not task:
         raise ConfigError(
             f"all prompts on one model share its task_type {shared.task_type}, got {task}; "
@@ -70,8 +71,6 @@ def completed(
             f"the model's class takes task_type {own}, got {task}; use get_peft_model"
         )
     check_kind(config, shared)
-    # The task decides which options PEFT lacks.
-    config = dataclasses.replace(config, task_type=task)
     if isinstance(config, PrefixTuningConfig):
         sized(config, model, facts)
     else:
@@ -106,14 +105,16 @@ def sees_input_of(config: PromptLearningConfig) -> bool:
 
 
 def _submodules(config: PromptLearningConfig, model: PreTrainedModel, facts: Facts) -> int:
-    """Return how many parts of the model get rows of their own (S)."""
+    """Return how many parts of the model get virtual tokens of their own (S)."""
     given = config.num_transformer_submodules
     named: list[str] | None = getattr(config, "output_model_types", None)
     if not facts.is_encoder_decoder:
         _check_only_part(named, model)
-    if config.peft_type is PeftType.MULTITASK_PROMPT_TUNING and facts.is_encoder_decoder:
+    elif config.task_type is not TaskType.SEQ_2_SEQ_LM:
+        _check_no_decoder(named, config)
+    elif config.peft_type is PeftType.MULTITASK_PROMPT_TUNING:
         return given or 2
-    count = len(model_types_of(config, facts)) if named is not None else 1
+    count = len(config.model_types()) if named is not None else 1
     if given not in (None, 1, count):
         raise ConfigError(
             f"num_transformer_submodules={given} adds rows that nothing reads; leave it out, the prompt stands "
@@ -124,7 +125,7 @@ def _submodules(config: PromptLearningConfig, model: PreTrainedModel, facts: Fac
 
 def _check_only_part(named: list[str] | None, model: PreTrainedModel) -> None:
     """Refuse a part of the model that a model with one input does not have."""
-    kind, part = ("encoder", ENCODER) if is_bidirectional(model) else ("causal model", DECODER)
+    kind, part = ("encoder", "ENCODER") if is_bidirectional(model) else ("causal model", "DECODER")
     if named not in (None, [part]):
         raise ConfigError(
             f"output_model_types of {model.config.model_type}, a{'n' if kind[0] == 'e' else ''} {kind}, is "
@@ -132,13 +133,22 @@ def _check_only_part(named: list[str] | None, model: PreTrainedModel) -> None:
         )
 
 
+def _check_no_decoder(named: list[str] | None, config: PromptLearningConfig) -> None:
+    """Refuse virtual tokens before a decoder whose output the task does not read."""
+    if named not in (None, ["ENCODER"]):
+        raise ConfigError(
+            f"output_model_types {named} needs task_type {TaskType.SEQ_2_SEQ_LM}, got {config.task_type}; "
+            "leave it out"
+        )
+
+
 def _check_placement(config: PromptLearningConfig, model: PreTrainedModel) -> None:
-    """Refuse a placement that this model, or another option, cannot have."""
+    """Refuse a placement that this model, or another option, does not support."""
     if not sees_input_of(config):
         raise ConfigError(
             "prompt_sees_input=False needs placement prefix; leave one of the two out"
         )
-    if getattr(config, "output_model_types", None) == [DECODER] and is_encoder_decoder(model):
+    if "ENCODER" not in config.model_types():
         raise ConfigError(
             "placement is about the encoder's input, and output_model_types ['DECODER'] puts nothing there; "
             "leave one of the two out"
@@ -148,7 +158,7 @@ def _check_placement(config: PromptLearningConfig, model: PreTrainedModel) -> No
 
 
 def _check_isolated(model: PreTrainedModel, facts: Facts, task: TaskType) -> None:
-    """Refuse ``prompt_sees_input=False`` where it changes nothing or cannot be had."""
+    """Refuse ``prompt_sees_input=False`` where it changes nothing or is not supported."""
     if not facts.is_encoder_decoder and not is_bidirectional(model):
         raise ConfigError(
             f"prompt_sees_input=False would be ignored: in {facts.architecture} nothing before the input "
@@ -162,5 +172,5 @@ def _check_isolated(model: PreTrainedModel, facts: Facts, task: TaskType) -> Non
     problem = why_not_isolated(model)
     if problem:
         raise ConfigError(
-            f"prompt_sees_input=False cannot be had in {facts.architecture}: {problem}; leave it out"
+            f"prompt_sees_input=False is not supported in {facts.architecture}: {problem}; leave it out"
         )

@@ -15,12 +15,12 @@ from transformers import Cache, PreTrainedModel
 
 from softprompt.attach.tasks import IGNORED
 from softprompt.backbone import Facts, output_limit
-from softprompt.engine import Layout, Prompts, check_context
+from softprompt.engine import Layout, PromptTable, check_context
 from softprompt.errors import ConfigError
 
 
 def decoder_inputs(
-    model: PreTrainedModel, facts: Facts, prompts: Prompts, inputs: dict[str, Any]
+    model: PreTrainedModel, facts: Facts, prompts: PromptTable, inputs: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the arguments of a forward call with prompts before the decoder's ids.
 
@@ -55,7 +55,7 @@ def decoder_inputs(
 
 
 def decoder_steps(
-    original: Callable[..., dict[str, Any]], facts: Facts, prompts: Prompts
+    original: Callable[..., dict[str, Any]], facts: Facts, prompts: PromptTable
 ) -> Callable[..., dict[str, Any]]:
     """Return a ``prepare_inputs_for_generation`` that puts prompts before the ids of the first pass.
 

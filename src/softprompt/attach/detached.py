@@ -1,9 +1,8 @@
-"""A saved prompt as a value for a base that it is not attached to."""
+"""A saved prompt as what a base is given, without being attached to it."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.attach.base_check import check_base
@@ -12,14 +11,14 @@ from softprompt.attach.encoders import build_prompt
 from softprompt.attach.saving import Stored, rows_read
 from softprompt.backbone import facts_of, input_embedding
 from softprompt.errors import ArtifactError
-from softprompt.prompts import PromptLearningConfig
+from softprompt.prompts import Prompt, PromptLearningConfig
 
 
 @torch.no_grad()
-def prompt_values(
+def detached_prompts(
     stored: Stored, model: PreTrainedModel, *, ignore_fingerprint: bool = False
-) -> tuple[PromptLearningConfig, tuple[Tensor, ...]]:
-    """Return the completed configuration of a saved prompt and its value for each of its tasks.
+) -> tuple[PromptLearningConfig, tuple[Prompt, ...]]:
+    """Return the completed configuration of a saved prompt and the prompt of each of its tasks.
 
     The base is read and not changed, so this may run while another thread uses it.
 
@@ -44,4 +43,4 @@ def prompt_values(
     config = completed(stored.config, model, facts, shared=None, own=None)
     module = build_prompt(config, input_embedding(model), model=model)
     module.load_stored(rows_read(stored.tensors, config, facts))
-    return config, tuple(module.materialize(task).detach() for task in range(module.num_tasks))
+    return config, tuple(module.prompt(task).detach() for task in range(module.num_tasks))

@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedModel
 
 from softprompt.attach.decoder import decoder_steps
+from softprompt.attach.injection import BatchPrompts
 from softprompt.attach.inputs import check_ids
-from softprompt.attach.lending import LentPrompts
 from softprompt.backbone import Facts, output_limit
-from softprompt.engine import Layout, Prefixes, Prompts, check_context, prefix_path
+from softprompt.engine import Layout, Prefixes, PromptTable, check_context, prefix_path
 from softprompt.errors import ConfigError
 
 _STATIC = ("static", "offloaded_static", "sliding_window", "hybrid", "hybrid_chunked")
@@ -29,7 +29,7 @@ _SPECULATIVE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_
 
 @contextmanager
 def prompted_generation(
-    model: PreTrainedModel, facts: Facts, prompts: LentPrompts, kwargs: dict[str, Any]
+    model: PreTrainedModel, facts: Facts, prompts: BatchPrompts, kwargs: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """Yield the keyword arguments for the base's ``generate``, which is prompted inside the context.
 
@@ -106,7 +106,7 @@ class _Steps:
     """The rewriting of one ``generate`` call."""
 
     def __init__(
-        self, original: Callable[..., dict[str, Any]], prompts: Prompts, facts: Facts
+        self, original: Callable[..., dict[str, Any]], prompts: PromptTable, facts: Facts
     ) -> None:
         self._original = original
         self._prompts = prompts
@@ -173,7 +173,7 @@ def _refuse_speculation(config: GenerationConfig, kwargs: dict[str, Any]) -> Non
 
 
 def check_generation(
-    model: PreTrainedModel, facts: Facts, prompts: LentPrompts, kwargs: dict[str, Any]
+    model: PreTrainedModel, facts: Facts, prompts: BatchPrompts, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the keyword arguments for ``generate``, checked against the context.
 
@@ -201,17 +201,17 @@ def check_generation(
         check_context(tokens, virtual, facts.context_length)
         check_context(0, before, output_limit(model), new=new, what="decoder")
         return kwargs
-    if prompts.placed and kwargs.get("prefill_chunk_size"):
+    if prompts.has_offsets and kwargs.get("prefill_chunk_size"):
         raise ConfigError("prefill_chunk_size needs placement prefix; leave one of the two out")
     check_context(tokens, virtual, facts.context_length, new=new)
     if static:
-        asked = kwargs.get("max_cache_len", config.max_cache_len) or 0
-        kwargs["max_cache_len"] = max(asked, virtual + width + new)
+        given = kwargs.get("max_cache_len", config.max_cache_len) or 0
+        kwargs["max_cache_len"] = max(given, virtual + width + new)
     return kwargs
 
 
 def encoder_kwargs(
-    model: PreTrainedModel, facts: Facts, prompts: Prompts, kwargs: dict[str, Any]
+    model: PreTrainedModel, facts: Facts, prompts: PromptTable, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Run the encoder on the prompted input, so that ``generate`` only decodes.
 

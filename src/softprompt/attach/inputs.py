@@ -1,7 +1,7 @@
 """Turning the arguments of a forward call into those of the prompted model.
 
 One function for every task type: ids, mask, positions, token types and labels are laid out
-together, so that none can be forgotten (PEFT builds each by hand in six places).
+together, so that none can be forgotten (PEFT builds each by hand six times).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from softprompt.attach.tasks import IGNORED, TaskRules
 from softprompt.backbone import Facts, is_encoder_decoder
 from softprompt.engine import (
     Layout,
-    Prompts,
+    PromptTable,
     check_context,
     is_packed,
     packed_mask,
@@ -44,7 +44,7 @@ class Call:
     """
 
     inputs: dict[str, Any]
-    prompts: Prompts
+    prompts: PromptTable
     facts: Facts
     rules: TaskRules
 
@@ -85,7 +85,7 @@ def batch_size(inputs: dict[str, Any]) -> int:
 
 
 def check_ids(ids: Tensor | None, vocabulary: int) -> None:
-    """Refuse ids that are no token of the base: from V on they would silently mean prompt rows.
+    """Refuse ids that are no token of the base: from V on they would silently mean virtual tokens.
 
     Raises:
         ConfigError: If there is one.
@@ -121,7 +121,7 @@ def prompted_pass(
 
 
 def prompted_inputs(call: Call) -> tuple[dict[str, Any], Layout | None]:
-    """Return the base's keyword arguments for a call, prompts included, and where the rows stand.
+    """Return the base's keyword arguments for a call, prompts included, and their layout.
 
     A filled cache, or encoder outputs, already hold the prompt: it is not injected again, and
     a mask that covers the text alone is extended over it.
@@ -261,7 +261,7 @@ def _behind_encoder(call: Call, inputs: dict[str, Any], columns: int) -> dict[st
     return inputs
 
 
-def _column(prompts: Prompts, like: Tensor) -> Tensor:
+def _column(prompts: PromptTable, like: Tensor) -> Tensor:
     return prompts.lengths.to(like.device).unsqueeze(1)
 
 
@@ -272,7 +272,7 @@ def _tokens(inputs: dict[str, Any]) -> Tensor:
     return cast(Tensor, ids if ids is not None else embeds)
 
 
-def _extended_4d(mask: Tensor, prompts: Prompts) -> Tensor:
+def _extended_4d(mask: Tensor, prompts: PromptTable) -> Tensor:
     """Extend a caller's mask ``[B, 1, T, T]`` over prompt columns that every token sees."""
     width = prompts.width
     if not bool((prompts.lengths == width).all()):

@@ -16,13 +16,13 @@ from softprompt.attach import saving
 from softprompt.attach.adapters import Adapters
 from softprompt.attach.base_check import check_base
 from softprompt.attach.choosing import RowPrompt, TaskIds, chosen_rows
-from softprompt.attach.completion import sees_input_of
 from softprompt.attach.context_loss import without_context_labels
 from softprompt.attach.counts import count, sentence
 from softprompt.attach.decoder import decoder_inputs
 from softprompt.attach.generation import prompted_generation
 from softprompt.attach.heads import BASE
 from softprompt.attach.hub import upload
+from softprompt.attach.injection import BatchPrompts, injected
 from softprompt.attach.inputs import (
     Call,
     batch_size,
@@ -30,21 +30,26 @@ from softprompt.attach.inputs import (
     named_input,
     prompted_pass,
 )
-from softprompt.attach.lending import LentPrompts, PromptParts, lent
-from softprompt.attach.parts import split_value
 from softprompt.attach.placing import PromptAt, prompt_offsets
 from softprompt.attach.prefixes import check_prefixed
 from softprompt.attach.tasks import RULES, infer_task
 from softprompt.backbone import input_embedding
 from softprompt.errors import ConfigError
-from softprompt.prompts import PROMPT_KEY, CPTEmbedding, PeftType, PromptLearningConfig, TaskType
+from softprompt.prompts import (
+    PROMPT_KEY,
+    CPTEmbedding,
+    PeftType,
+    Prompt,
+    PromptLearningConfig,
+    TaskType,
+)
 
 
 class PeftModel(Adapters):
-    """A frozen base with named prompts, ``prompt_encoder[name]``, whose ``materialize()`` gives the rows.
+    """A frozen base with named prompts, ``prompt_encoder[name]``, whose ``prompt()`` gives the virtual tokens.
 
-    Rows that are trained themselves are its ``embedding.weight``, float32 ``[P, H]``; a parameterised
-    prompt has other parameters in their place until its rows are loaded.
+    Virtual tokens that are trained themselves are its ``embedding.weight``, float32 ``[P, H]``; a
+    parameterised prompt has other parameters instead, until a saved value is loaded.
     """
 
     classes: ClassVar[dict[TaskType, type[PeftModel]]] = {}
@@ -129,7 +134,7 @@ class PeftModel(Adapters):
     ) -> list[RowPrompt]:
         """Return each row's prompt; none while adapters are disabled."""
         batch = batch_size(inputs)
-        # Disabled, a call is the base's, which nobody tells a task.
+        # Disabled, a call is the base's, which takes no task.
         needless = self._disabled and task_ids is None
         rows = chosen_rows(
             chosen,
@@ -148,20 +153,20 @@ class PeftModel(Adapters):
 
     def _prompted(
         self, rows: Sequence[RowPrompt], inputs: dict[str, Any], prompt_at: PromptAt | None
-    ) -> AbstractContextManager[LentPrompts]:
-        """Lend each row its prompt for a call."""
+    ) -> AbstractContextManager[BatchPrompts]:
+        """Inject the prompt of each row for a call."""
         at = prompt_offsets(self.base_model, rows, self.peft_config, inputs, prompt_at)
-        sees_input = sees_input_of(self.active_peft_config)
-        prompts = LentPrompts.of(rows, self.parts_of, sees_input=sees_input, at=at)
-        return lent(self.base_model, self.facts, self._vocabulary, rows, prompts)
+        made = {row: self._prompt_of(row) for row in dict.fromkeys(rows) if row.name != BASE}
+        prompts = BatchPrompts.of([made.get(row) for row in rows], at=at)
+        names = [row.name for row in rows]
+        return injected(self.base_model, self.facts, self._vocabulary, prompts, names)
 
-    def parts_of(self, row: RowPrompt) -> PromptParts:
-        """Return the value of a prompt by where it goes, with gradients."""
+    def _prompt_of(self, row: RowPrompt) -> Prompt:
+        """Return the prompt of a row, with gradients."""
         encoder = self.encoder_of(row.name)
         if isinstance(encoder, CPTEmbedding) and torch.is_grad_enabled():
             encoder.project_()
-        value = encoder.materialize(row.task)
-        return split_value(value, self.peft_config[row.name], self.facts)
+        return encoder.prompt(row.task)
 
     def save_pretrained(
         self,

@@ -11,11 +11,10 @@ from transformers import Cache, PreTrainedModel
 
 from softprompt.attach.choosing import RowPrompt, one_a_row
 from softprompt.attach.heads import BASE
-from softprompt.attach.parts import DECODER
 from softprompt.attach.tasks import IGNORED
-from softprompt.backbone import is_encoder_decoder, start_id
+from softprompt.backbone import start_id
 from softprompt.errors import ConfigError
-from softprompt.prompts import Placement, PrefixTuningConfig, PromptLearningConfig, TaskType
+from softprompt.prompts import Placement, PromptLearningConfig, TaskType
 
 PromptAt = Tensor | Sequence[int] | int
 """Real tokens before the prompt, for the batch or for each row."""
@@ -47,13 +46,13 @@ def prompt_offsets(
         behind all tokens of a row without labels.
 
     Raises:
-        ConfigError: If offsets are of the wrong shape or would be ignored, or a placement needs to be told.
+        ConfigError: If offsets are of the wrong shape or would be ignored, or a placement needs them.
     """
     if given is not None:
         offsets = one_a_row("prompt_at", given, len(rows))
         if min(offsets) < 0:
             raise ConfigError(f"prompt_at counts tokens from 0 on, got {min(offsets)}")
-        _check_in_input(model, rows, configs, offsets)
+        _check_in_input(rows, configs, offsets)
         return offsets
     placements = [
         Placement.PREFIX if row.name == BASE else placement_of(configs[row.name]) for row in rows
@@ -80,17 +79,17 @@ def prompt_offsets(
 
 
 def _check_in_input(
-    model: PreTrainedModel,
     rows: Sequence[RowPrompt],
     configs: dict[str, PromptLearningConfig],
     offsets: Sequence[int],
 ) -> None:
-    """Refuse an offset of a prompt that has no rows in the (encoder's) input."""
+    """Refuse an offset of a prompt that has no virtual tokens in the (encoder's) input."""
     for row, offset in zip(rows, offsets, strict=True):
         config = configs.get(row.name)
-        types = getattr(config, "output_model_types", None)
-        decoder = types == [DECODER] and is_encoder_decoder(model)
-        if offset and (decoder or isinstance(config, PrefixTuningConfig)):
+        if config is None:
+            continue
+        decoder = "ENCODER" not in config.model_types()
+        if offset and (decoder or config.keys_and_values):
             where = "before the decoder's input" if decoder else "before all tokens of each layer"
             raise ConfigError(
                 f"prompt_at would be ignored: the prompt {row.name!r} stands {where}; leave it out"

@@ -90,7 +90,7 @@ def _engine(stored: StoredAdapter, base: LoadedBase) -> EngineChoice | None:
     if not _writes_text(stored):
         return None
     sees_input = bool(stored.config.get("prompt_sees_input", True))
-    return choose_engine(base.model, prompt_sees_input=sees_input)
+    return choose_engine(base.model, sees_input=sees_input)
 
 
 def _writes_text(stored: StoredAdapter) -> bool:

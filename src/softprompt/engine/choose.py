@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import final
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
 
-from softprompt.backbone import is_encoder_decoder
+from softprompt.backbone import facts_of, is_encoder_decoder
 from softprompt.engine.expand import ExpandEngine
 from softprompt.engine.forest.causal import ForestEngine
 from softprompt.engine.forest.seq2seq import PackedSeq2SeqEngine
 from softprompt.engine.plain import PlainEngine
-from softprompt.engine.rows import Engine
+from softprompt.engine.predictions import HeadInput, PredictingEngine, Predictions, see_input
+from softprompt.engine.rows import Engine, EngineRow
 from softprompt.engine.selfcheck import difference
 from softprompt.errors import ConfigError, SoftPromptError, nearest
 
 logger = logging.getLogger(__name__)
 
 
-def _forest(model: PreTrainedModel, sees_input: bool) -> Engine:
-    if is_encoder_decoder(model):
-        return PackedSeq2SeqEngine(model, prompt_sees_input=sees_input)
-    return ForestEngine(model)
+def _forest(model: PreTrainedModel) -> PredictingEngine:
+    return PackedSeq2SeqEngine(model) if is_encoder_decoder(model) else ForestEngine(model)
 
 
-def _expand(model: PreTrainedModel, sees_input: bool) -> Engine:
-    return ExpandEngine(model)
-
-
-_FAST: Mapping[str, Callable[[PreTrainedModel, bool], Engine]] = {
+_FAST: Mapping[str, Callable[[PreTrainedModel], PredictingEngine]] = {
     "forest": _forest,
-    "expand": _expand,
+    "expand": ExpandEngine,
 }
 ENGINES = ("auto", *_FAST, "plain")
 
@@ -54,15 +50,43 @@ class EngineChoice:
 _choices: WeakKeyDictionary[PreTrainedModel, dict[bool, EngineChoice]] = WeakKeyDictionary()
 
 
-def build_engine(
-    model: PreTrainedModel, kind: str = "auto", *, prompt_sees_input: bool = True
-) -> Engine:
-    """Return the engine ``kind`` names for a model, ``auto`` for the fastest exact one.
+@final
+class Seq2SeqEngine(PredictingEngine):
+    """Runs each kind of prompt of a seq2seq model on a path of its own.
 
-    Args:
-        model: The base model.
-        kind: One of ``ENGINES``.
-        prompt_sees_input: Whether an encoder's prompt attends to the input.
+    Prompts that see the input and prompts that do not are different passes, and a path may be exact
+    for one kind only; the path of the second kind is found when such a row first comes.
+
+    Attributes:
+        name: The path of rows whose prompts see the input.
+    """
+
+    def __init__(self, model: PreTrainedModel, kind: str) -> None:
+        """Choose the path of prompts that see the input.
+
+        Raises:
+            ConfigError: If a forced engine does not run this model exactly.
+        """
+        self._model = model
+        self._facts = facts_of(model)
+        self._kind = kind
+        self._paths = {True: _path(model, kind, sees_input=True)}
+        self.name = self._paths[True].name
+
+    def run_alike(self, rows: Sequence[EngineRow], head: HeadInput | None = None) -> Predictions:
+        """Run checked rows; see ``PredictingEngine``.
+
+        Raises:
+            ConfigError: If a forced engine does not run prompts of this kind exactly.
+        """
+        sees_input = see_input(rows)
+        if sees_input not in self._paths:
+            self._paths[sees_input] = _path(self._model, self._kind, sees_input=sees_input)
+        return self._paths[sees_input].run_alike(rows, head)
+
+
+def build_engine(model: PreTrainedModel, kind: str = "auto") -> Engine:
+    """Return the engine ``kind`` names for a model, ``auto`` for the fastest exact one.
 
     Raises:
         ConfigError: If there is no such engine, or a forced one does not run this model exactly.
@@ -71,46 +95,60 @@ def build_engine(
         raise ConfigError(
             f"engine must be one of {', '.join(ENGINES)}, got {kind!r}{nearest(kind, ENGINES)}"
         )
+    if is_encoder_decoder(model):
+        return Seq2SeqEngine(model, kind)
+    return _path(model, kind, sees_input=True)
+
+
+def _path(model: PreTrainedModel, kind: str, *, sees_input: bool) -> PredictingEngine:
+    """Return the engine for one kind of prompt.
+
+    Raises:
+        ConfigError: If a forced engine does not run this model exactly.
+    """
     if kind == "auto":
-        kind = choose_engine(model, prompt_sees_input=prompt_sees_input).name
+        kind = choose_engine(model, sees_input=sees_input).name
     elif kind in _FAST:
-        problem = _problem(kind, model, prompt_sees_input)
+        problem = _problem(kind, model, sees_input)
         if problem is not None:
             raise ConfigError(
                 f"engine {kind!r} cannot run this model: {problem}; use engine='auto'"
             )
-    if kind in _FAST:
-        return _FAST[kind](model, prompt_sees_input)
-    return PlainEngine(model, prompt_sees_input=prompt_sees_input)
+    return _FAST[kind](model) if kind in _FAST else PlainEngine(model)
 
 
-def choose_engine(model: PreTrainedModel, *, prompt_sees_input: bool = True) -> EngineChoice:
-    """Return the fastest path that gives this model's plain results; remembered per model."""
+def choose_engine(model: PreTrainedModel, *, sees_input: bool = True) -> EngineChoice:
+    """Return the fastest path that gives this model's plain results; remembered per model.
+
+    Args:
+        model: The base model.
+        sees_input: Whether an encoder's prompts attend to the input.
+    """
     known = _choices.setdefault(model, {})
-    if prompt_sees_input not in known:
+    if sees_input not in known:
         reasons = []
         chosen = "plain"
         for name in _FAST:
-            problem = _problem(name, model, prompt_sees_input)
+            problem = _problem(name, model, sees_input)
             if problem is None:
                 chosen = name
                 break
             reasons.append(f"{name}: {problem}")
         if chosen == "plain":
-            alone = PlainEngine(model, prompt_sees_input=prompt_sees_input).why_alone()
+            alone = PlainEngine(model).why_alone(sees_input)
             if alone:
                 reasons.append(f"plain, row by row: padded, {alone}")
-        known[prompt_sees_input] = EngineChoice(chosen, "; ".join(reasons))
+        known[sees_input] = EngineChoice(chosen, "; ".join(reasons))
         if reasons:
             logger.info("engine %s for %s (%s)", chosen, type(model).__name__, "; ".join(reasons))
-    return known[prompt_sees_input]
+    return known[sees_input]
 
 
 def _problem(name: str, model: PreTrainedModel, sees_input: bool) -> str | None:
     """Return why a fast path cannot run a model, None when it passes the probe."""
     try:
-        plain = PlainEngine(model, prompt_sees_input=sees_input)
-        return difference(_FAST[name](model, sees_input), plain, model)
+        plain = PlainEngine(model)
+        return difference(_FAST[name](model), plain, model, sees_input=sees_input)
     except Exception as cause:  # whatever a model's own code raises on our inputs
         first = (str(cause).strip().splitlines() or [""])[0]
         return first if isinstance(cause, SoftPromptError) else f"{type(cause).__name__}: {first}"

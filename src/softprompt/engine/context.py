@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.backbone import Facts, decoder_embedding, input_embedding, output_limit
-from softprompt.engine.rows import EngineRow, is_keys_and_values, prompt_length
+from softprompt.engine.rows import EngineRow
 from softprompt.errors import ConfigError, ContextOverflowError, DataError
 
 
 def check_context(
     tokens: int, virtual: int, limit: int | None, *, new: int = 0, what: str = "model"
 ) -> None:
-    """Refuse a row of ``tokens`` behind ``virtual`` prompt rows, with ``new`` tokens to generate.
+    """Refuse a row of ``tokens`` behind ``virtual`` virtual tokens, with ``new`` tokens to generate.
 
     Args:
         tokens: Real tokens of the longest row.
@@ -38,33 +37,21 @@ def check_context(
     )
 
 
-def depends_on_neighbours(
-    rows: Sequence[EngineRow], prompts: Sequence[Tensor], facts: Facts
-) -> bool:
+def depends_on_neighbours(rows: Sequence[EngineRow], facts: Facts) -> bool:
     """Tell whether rows of a batch would change each other's rotary positions (``rope_changes_at``)."""
     if facts.rope_changes_at is None:
         return False
-    virtual = [prompt_length(prompts, row.prompt) for row in rows]
-    lengths = [v + len(r.source) + len(r.target) for v, r in zip(virtual, rows, strict=True)]
+    lengths = [r.input_tokens + r.prefix_tokens + len(r.source) + len(r.target) for r in rows]
     return max(lengths) > facts.rope_changes_at
 
 
-def check_rows(
-    model: PreTrainedModel,
-    facts: Facts,
-    rows: Sequence[EngineRow],
-    prompts: Sequence[Tensor],
-    *,
-    sees_input: bool = True,
-) -> None:
+def check_rows(model: PreTrainedModel, facts: Facts, rows: Sequence[EngineRow]) -> None:
     """Refuse a batch that cannot be run.
 
     Args:
         model: The model.
         facts: Facts of the model when the engine was built.
         rows: The rows.
-        prompts: Their prompts.
-        sees_input: Whether an encoder's prompt attends to the input.
 
     Raises:
         ConfigError: If the embedding table was resized, or the model cannot have a prompt there.
@@ -74,22 +61,21 @@ def check_rows(
     """
     _check_table(model, facts)
     for index, row in enumerate(rows):
-        _check_placement(index, row, prompts, facts, sees_input)
-        if not row.source and not _fed(prompts, row.prompt):
+        _check_placement(index, row, facts)
+        if not row.source and not row.input_tokens:
             raise DataError(
                 f"row {index} has an empty input and no prompt in it, so nothing stands before its answer; "
                 "give it an input or a prompt"
             )
-        virtual, fed = prompt_length(prompts, row.prompt), _fed(prompts, row.prompt)
         if not facts.is_encoder_decoder:
             _check_ids(index, row.source + row.target, facts.vocabulary)
+            virtual = row.input_tokens + row.prefix_tokens
             check_context(len(row.source) + len(row.target), virtual, facts.context_length)
             continue
         _check_ids(index, row.source, facts.vocabulary)
-        check_context(len(row.source), fed, facts.context_length)
-        # Keys and values stand in the decoder, whichever of the two names them.
-        behind = virtual - fed + prompt_length(prompts, row.decoder_prompt)
-        check_context(len(row.target), behind, output_limit(model), what="decoder")
+        check_context(len(row.source), row.input_tokens, facts.context_length)
+        before = row.prefix_tokens + (0 if row.prompt is None else row.prompt.decoder_tokens)
+        check_context(len(row.target), before, output_limit(model), what="decoder")
         # A decoder may have a vocabulary of its own.
         _check_ids(index, row.target, int(decoder_embedding(model).weight.shape[0]))
 
@@ -105,7 +91,7 @@ def _check_table(model: PreTrainedModel, facts: Facts) -> None:
 
 
 def _check_ids(index: int, ids: Sequence[int], vocabulary: int) -> None:
-    """Refuse an id past the table: from V on ids would silently mean prompt rows."""
+    """Refuse an id past the table: from V on ids would silently mean virtual tokens."""
     largest = max(ids, default=0)
     if largest >= vocabulary:
         raise DataError(
@@ -114,32 +100,27 @@ def _check_ids(index: int, ids: Sequence[int], vocabulary: int) -> None:
         )
 
 
-def _check_placement(
-    index: int, row: EngineRow, prompts: Sequence[Tensor], facts: Facts, sees_input: bool
-) -> None:
+def _check_placement(index: int, row: EngineRow, facts: Facts) -> None:
+    """Refuse a prompt that cannot stand where the row has it."""
     if not 0 <= row.at <= len(row.source):
         raise DataError(
             f"row {index} should have its prompt behind {row.at:,} tokens, but its input has "
             f"{len(row.source):,}; put the prompt earlier"
         )
-    if row.decoder_prompt >= 0 and not facts.is_encoder_decoder:
+    if row.prompt is None:
+        return
+    if row.prompt.decoder is not None and not facts.is_encoder_decoder:
         raise ConfigError(
             f"row {index} has a decoder prompt, but {facts.architecture} has no encoder and decoder; "
-            "give it the prompt as its own"
+            "put its virtual tokens in the input"
         )
-    if row.at and row.prompt >= 0 and not sees_input:
+    if row.at and row.input_tokens and not row.prompt.sees_input:
         raise ConfigError(
             f"row {index} has its prompt behind {row.at:,} tokens, but a prompt that does not see the "
             "input stands in front of it; use the prefix placement"
         )
-    if row.at and row.prompt >= 0 and is_keys_and_values(prompts[row.prompt]):
+    if row.at and row.prompt.prefix is not None:
         raise ConfigError(
             f"row {index} has its prompt behind {row.at:,} tokens, but keys and values stand in front "
             "of the input; use the prefix placement"
         )
-
-
-def _fed(prompts: Sequence[Tensor], prompt: int) -> int:
-    """Return the tokens of a prompt that are run and can predict; keys and values are none."""
-    keys_and_values = prompt >= 0 and is_keys_and_values(prompts[prompt])
-    return 0 if keys_and_values else prompt_length(prompts, prompt)

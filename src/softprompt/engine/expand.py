@@ -16,14 +16,14 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from softprompt.backbone import facts_of, recomputes_layers
-from softprompt.engine.context import check_rows, depends_on_neighbours
+from softprompt.engine.context import depends_on_neighbours
 from softprompt.engine.forest.attention import ForestUnsupportedError
-from softprompt.engine.layout import Prompts
 from softprompt.engine.plain import PlainEngine, pad_rows
 from softprompt.engine.predictions import IGNORED, HeadInput, PredictingEngine, Predictions
 from softprompt.engine.prefixes.values import Prefixes
-from softprompt.engine.rows import EngineRow, is_keys_and_values, prompt_length
-from softprompt.engine.virtual import virtual_rows
+from softprompt.engine.prompt_table import PromptTable, injected
+from softprompt.engine.rows import EngineRow
+from softprompt.prompts import Prompt
 
 
 @final
@@ -46,61 +46,50 @@ class ExpandEngine(PredictingEngine):
         if self._facts.is_encoder_decoder or "past_key_values" not in parameters:
             raise ForestUnsupportedError(f"{type(model).__name__} has no decoder cache to expand")
 
-    def predict(
-        self, rows: Sequence[EngineRow], prompts: Sequence[Tensor], head: HeadInput | None = None
-    ) -> Predictions:
-        """Run the rows; see ``PredictingEngine``.
-
-        Raises:
-            DataError: If nothing stands before a row's answer.
-            ContextOverflowError: If a row does not fit behind its prompt.
-        """
-        check_rows(self._model, self._facts, rows, prompts)
-        used = sorted({row.prompt for row in rows if prompt_length(prompts, row.prompt)})
-        given = [is_keys_and_values(prompts[p]) for p in used]
-        checkpointing = recomputes_layers(self._model)
-        unlike = depends_on_neighbours(rows, prompts, self._facts)
-        behind = any(row.at for row in rows if row.prompt in used)
-        mixed = any(given) and not all(given)
+    def run_alike(self, rows: Sequence[EngineRow], head: HeadInput | None = None) -> Predictions:
+        """Run checked rows; see ``PredictingEngine``."""
+        used = [p for p in dict.fromkeys(row.prompt for row in rows) if p is not None and p.tokens]
+        given = [prompt.prefix is not None for prompt in used]
         if (
             not used
-            or checkpointing
-            or unlike
-            or behind
-            or mixed
-            or not all(r.source for r in rows)
+            or recomputes_layers(self._model)
+            or depends_on_neighbours(rows, self._facts)
+            or any(row.at and row.input_tokens for row in rows)
+            or any(given) != all(given)
+            or not all(row.source for row in rows)
         ):
             # Checkpointing drops the cache; an empty source is predicted from the prompt's own pass;
             # the keys of a prompt behind other tokens are different in every row.
-            return self._plain.predict(rows, prompts, head)
+            return self._plain.run_alike(rows, head)
         if all(given):
-            return self._text_pass(rows, used, *self._given(prompts, used), head)
-        chosen = Prompts.of([prompts[p] for p in used], range(len(used)))
-        with virtual_rows(self._model, chosen.table):
-            cache, mask = self._prompt_pass(chosen)
+            return self._text_pass(rows, used, *self._given(used), head)
+        table = PromptTable.of(used)
+        with injected(self._model, table):
+            cache, mask = self._prompt_pass(table)
             return self._text_pass(rows, used, cache, mask, head)
 
-    def _given(self, prompts: Sequence[Tensor], used: Sequence[int]) -> tuple[Cache, Tensor]:
-        """Return prompts that are keys and values as ``_prompt_pass`` returns those of rows."""
-        prefixes = Prefixes.of([prompts[p] for p in used], range(len(used)))
-        assert prefixes is not None
+    def _given(self, used: Sequence[Prompt]) -> tuple[Cache, Tensor]:
+        """Return prompts that are keys and values as ``_prompt_pass`` returns those of virtual tokens."""
+        prefixes = Prefixes.of(used)
+        assert prefixes is not None, "none of the prompts is keys and values"
         prefixes = prefixes.shifted()
         cache = DynamicCache()
         prefixes.fill(cache, torch.empty(0, dtype=self._model.dtype, device=self._model.device))
         return cache, prefixes.columns().long().to(self._model.device)
 
-    def _prompt_pass(self, prompts: Prompts) -> tuple[Cache, Tensor]:
+    def _prompt_pass(self, prompts: PromptTable) -> tuple[Cache, Tensor]:
         """Return the keys and values of the prompts, ``[K, A_kv, P, D]`` a layer, and their mask ``[K, P]``."""
-        column = torch.arange(prompts.width, device=prompts.lengths.device)
-        row = column - (prompts.width - prompts.lengths).unsqueeze(
-            1
-        )  # [K, P], negative where padded
-        virtual = row + prompts.starts.unsqueeze(1) + self._facts.vocabulary
-        ids = torch.where(row >= 0, virtual, self._facts.pad_id).to(self._model.device)
-        mask = (row >= 0).long().to(self._model.device)
+        # Virtual token at each column [K, P], negative where padded.
+        token = torch.arange(prompts.width) - (prompts.width - prompts.lengths).unsqueeze(1)
+        virtual = token + prompts.starts.unsqueeze(1) + self._facts.vocabulary
+        ids = torch.where(token >= 0, virtual, self._facts.pad_id).to(self._model.device)
+        mask = (token >= 0).long().to(self._model.device)
         cache = DynamicCache()
         output = self._model(
-            input_ids=ids, past_key_values=cache, use_cache=True, **self._placed(mask, ids.shape[1])
+            input_ids=ids,
+            past_key_values=cache,
+            use_cache=True,
+            **self._positioned(mask, ids.shape[1]),
         )
         cache = output.past_key_values
         if not isinstance(cache, Cache) or any(
@@ -114,7 +103,7 @@ class ExpandEngine(PredictingEngine):
     def _text_pass(
         self,
         rows: Sequence[EngineRow],
-        used: Sequence[int],
+        used: Sequence[Prompt],
         cache: Cache,
         mask: Tensor,
         head: HeadInput | None,
@@ -124,10 +113,9 @@ class ExpandEngine(PredictingEngine):
         )
         device = self._model.device
         ids, text_mask = ids.to(device), text_mask.to(device)
-        owner = torch.tensor(
-            [used.index(r.prompt) if r.prompt in used else 0 for r in rows], device=device
-        )
-        prompted = torch.tensor([r.prompt in used for r in rows], device=device).unsqueeze(1)
+        number: dict[Prompt | None, int] = {prompt: i for i, prompt in enumerate(used)}
+        owner = torch.tensor([number.get(row.prompt, 0) for row in rows], device=device)
+        prompted = torch.tensor([row.prompt in number for row in rows], device=device).unsqueeze(1)
         whole = torch.cat([mask[owner] * prompted, text_mask], dim=1)  # [B, P + T]
         labels = torch.full_like(ids, IGNORED)
         for i, row in enumerate(rows):
@@ -139,7 +127,7 @@ class ExpandEngine(PredictingEngine):
             input_ids=ids,
             past_key_values=_expanded(cache, owner),
             use_cache=True,
-            **self._placed(whole, ids.shape[1]),
+            **self._positioned(whole, ids.shape[1]),
             **extra,
         ).logits
         hidden = head.states if head is not None else None
@@ -147,12 +135,12 @@ class ExpandEngine(PredictingEngine):
             logits, hidden = logits[:, columns], None if hidden is None else hidden[:, columns]
         return Predictions.of_columns(logits, hidden, labels[:, columns])
 
-    def _placed(self, mask: Tensor, columns: int) -> dict[str, Tensor]:
+    def _positioned(self, mask: Tensor, columns: int) -> dict[str, Tensor]:
         """Return mask and positions of the last ``columns`` of a batch."""
-        placed = {"attention_mask": mask}
+        inputs = {"attention_mask": mask}
         if self._facts.accepts_position_ids:
-            placed["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -columns:]
-        return placed
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -columns:]
+        return inputs
 
 
 def _expanded(cache: Cache, owner: Tensor) -> Cache:

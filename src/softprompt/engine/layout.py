@@ -17,84 +17,16 @@ alone. The compact form starts every row at column 0, for encoders that count co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from softprompt.engine.prompt_table import PromptTable
 from softprompt.errors import DataError
 
 _PAD = -1
-
-
-@dataclass(frozen=True, slots=True)
-class Prompts:
-    """The rows of several prompts in one table, and which prompt each batch row uses.
-
-    Attributes:
-        table: All rows, ``[N, H]``.
-        starts: First table row of each batch row's prompt, ``[B]``.
-        lengths: Rows of each batch row's prompt, 0 for none, ``[B]``.
-        at: Real tokens of each batch row before its prompt, ``[B]``.
-        sees_input: Whether an encoder's prompts attend to the input.
-    """
-
-    table: Tensor
-    starts: Tensor
-    lengths: Tensor
-    at: Tensor
-    sees_input: bool = True
-
-    @classmethod
-    def of(
-        cls,
-        prompts: Sequence[Tensor],
-        choice: Sequence[int],
-        sees_input: bool = True,
-        at: Sequence[int] | None = None,
-    ) -> Self:
-        """Gather prompts ``[P_i, H]``; ``choice[b]`` is row b's prompt, -1 for none.
-
-        Prompts that no row uses are left out, so they get no gradient rather than a zero one.
-
-        Args:
-            prompts: The prompts.
-            choice: Each row's prompt.
-            sees_input: Whether an encoder's prompts attend to the input.
-            at: Real tokens of each row before its prompt; None puts every prompt in front.
-        """
-        used = sorted({c for c in choice if c >= 0})
-        sizes = [int(prompts[c].shape[0]) for c in used]
-        first = {c: sum(sizes[:i]) for i, c in enumerate(used)}
-        length = {c: size for c, size in zip(used, sizes, strict=True)}
-        rows = [prompts[c] for c in used] or [torch.empty(0, 0)]
-        # One prompt is passed on as the leaf it is: torch.compile cannot trace a hook that holds another.
-        table = rows[0] if len(rows) == 1 else torch.cat(rows)
-        device = table.device
-        return cls(
-            table,
-            torch.tensor([first.get(c, 0) for c in choice], dtype=torch.long, device=device),
-            torch.tensor([length.get(c, 0) for c in choice], dtype=torch.long, device=device),
-            torch.tensor(at or [0] * len(choice), dtype=torch.long, device=device),
-            sees_input,
-        )
-
-    @property
-    def width(self) -> int:
-        """Length of the longest prompt in the batch (P)."""
-        return int(self.lengths.max()) if self.lengths.numel() else 0
-
-    def repeated(self, rows: int) -> Prompts:
-        """Return the same prompts for a batch whose rows were each repeated (beams, samples)."""
-        times = rows // self.lengths.shape[0]
-        return replace(
-            self,
-            starts=self.starts.repeat_interleave(times),
-            lengths=self.lengths.repeat_interleave(times),
-            at=self.at.repeat_interleave(times),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +51,7 @@ class Layout:
     def of(
         cls,
         mask: Tensor,
-        prompts: Prompts,
+        prompts: PromptTable,
         *,
         compact: bool = False,
         text_first: bool = False,
@@ -245,3 +177,28 @@ def _split(mask: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
         )
     behind = (seen >= at).long().argmax(1, keepdim=True) + 1
     return lead, torch.where(at > 0, behind, lead)
+
+
+def is_packed(position_ids: Tensor) -> bool:
+    """Tell whether positions ``[B, T]`` start again inside a row."""
+    return bool((position_ids[:, 1:] <= position_ids[:, :-1]).any())
+
+
+def packed_mask(position_ids: Tensor, prompt: int, dtype: torch.dtype) -> Tensor:
+    """Return an additive mask ``[B, 1, P + T, P + T]`` for packed rows behind one prompt.
+
+    Each token sees the whole prompt and its own sequence so far, never a neighbour.
+    """
+    batch, total = position_ids.shape
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids[:, 1:] <= position_ids[:, :-1]
+    segment = starts.long().cumsum(1)  # [B, T]
+    segment = torch.cat([segment.new_zeros(batch, prompt), segment], dim=1)  # [B, P + T]
+    same = segment.unsqueeze(2) == segment.unsqueeze(1)
+    to_prompt = (segment == 0).unsqueeze(1)
+    causal = torch.ones(
+        prompt + total, prompt + total, dtype=torch.bool, device=segment.device
+    ).tril()
+    allowed = (same | to_prompt) & causal
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=segment.device)
+    return mask.masked_fill(~allowed, torch.finfo(dtype).min).unsqueeze(1)

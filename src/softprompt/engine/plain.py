@@ -19,15 +19,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.backbone import Facts, decoder_embedding, facts_of
-from softprompt.engine.context import check_rows, depends_on_neighbours
-from softprompt.engine.layout import Layout, Prompts
-from softprompt.engine.lock import locked
-from softprompt.engine.predictions import IGNORED, HeadInput, PredictingEngine, Predictions
+from softprompt.engine.context import depends_on_neighbours
+from softprompt.engine.layout import Layout
+from softprompt.engine.predictions import (
+    IGNORED,
+    HeadInput,
+    PredictingEngine,
+    Predictions,
+    see_input,
+)
 from softprompt.engine.prefixes.paths import prefix_path, prefixed
 from softprompt.engine.prefixes.values import Prefixes
-from softprompt.engine.rows import EngineRow, is_keys_and_values
+from softprompt.engine.prompt_table import PromptTable, injected
+from softprompt.engine.rows import EngineRow
 from softprompt.engine.selfcheck import difference
-from softprompt.engine.virtual import virtual_rows
 from softprompt.errors import ConfigError
 
 _alone: WeakKeyDictionary[PreTrainedModel, dict[bool, str]] = WeakKeyDictionary()
@@ -39,61 +44,51 @@ class PlainEngine(PredictingEngine):
 
     name = "plain"
 
-    def __init__(
-        self, model: PreTrainedModel, *, prompt_sees_input: bool = True, trusted: bool = False
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, *, trusted: bool = False) -> None:
         """Prepare for a model; ``trusted`` skips the probe for models that padding disturbs."""
         self._trusted = trusted
         self._model = model
-        self._sees_input = prompt_sees_input
         self._facts: Facts = facts_of(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
-    def predict(
-        self, rows: Sequence[EngineRow], prompts: Sequence[Tensor], head: HeadInput | None = None
-    ) -> Predictions:
-        """Run the rows; see ``PredictingEngine``.
-
-        Raises:
-            DataError: If nothing stands before a row's answer.
-            ContextOverflowError: If a row does not fit behind its prompt.
-        """
-        check_rows(self._model, self._facts, rows, prompts, sees_input=self._sees_input)
+    def run_alike(self, rows: Sequence[EngineRow], head: HeadInput | None = None) -> Predictions:
+        """Run checked rows; see ``PredictingEngine``."""
+        prefixes = Prefixes.of([row.prompt for row in rows])
         if len(rows) > 1 and (
-            depends_on_neighbours(rows, prompts, self._facts)
-            or self.why_alone()
-            or self._prefix_counts_columns(rows, prompts)
+            depends_on_neighbours(rows, self._facts)
+            or self.why_alone(see_input(rows))
+            # Padding before a row would count between its prefix and its text.
+            or (prefixes is not None and prefix_path(self._model, self._facts).counts_columns)
         ):
-            return Predictions.joined([self.predict([row], prompts, head) for row in rows])
+            alone = [self.run_alike([row], head) for row in rows]
+            return Predictions.joined(alone, [[i] for i in range(len(rows))])
         run = self._encoder_decoder if self._facts.is_encoder_decoder else self._causal
-        return run(rows, prompts, head)
+        return run(rows, prefixes, head)
 
-    def why_alone(self) -> str:
-        """Return why rows are run one at a time, empty when they are batched; remembered per model."""
+    def why_alone(self, sees_input: bool = True) -> str:
+        """Return why rows are run one at a time, empty when they are batched; remembered per model.
+
+        Args:
+            sees_input: Whether an encoder's prompts attend to the input.
+        """
         if self._trusted:
             return ""
         known = _alone.setdefault(self._model, {})
-        if self._sees_input not in known:
-            batched = PlainEngine(self._model, prompt_sees_input=self._sees_input, trusted=True)
+        if sees_input not in known:
+            batched = PlainEngine(self._model, trusted=True)
             try:
-                problem = difference(batched, batched, self._model)
+                problem = difference(batched, batched, self._model, sees_input=sees_input)
             except Exception:
                 problem = None
-            known[self._sees_input] = problem or ""
-        return known[self._sees_input]
-
-    def _prefix_counts_columns(self, rows: Sequence[EngineRow], prompts: Sequence[Tensor]) -> bool:
-        """Tell whether the padding before a row would count between its prefix and its text."""
-        if _prefixes(rows, prompts) is None:
-            return False
-        return prefix_path(self._model, self._facts).counts_columns
+            known[sees_input] = problem or ""
+        return known[sees_input]
 
     def _causal(
-        self, rows: Sequence[EngineRow], prompts: Sequence[Tensor], head: HeadInput | None
+        self, rows: Sequence[EngineRow], prefixes: Prefixes | None, head: HeadInput | None
     ) -> Predictions:
         ids, mask = self._padded([row.source + row.target for row in rows], left=True)
-        chosen = _before_the_input(rows, prompts)
-        layout = Layout.of(mask, chosen)
+        prompts = PromptTable.of([row.prompt for row in rows], at=[row.at for row in rows])
+        layout = Layout.of(mask, prompts)
         inputs: dict[str, Any] = {
             "input_ids": layout.ids(ids, self._facts.vocabulary, self._facts.pad_id),
             "attention_mask": layout.mask,
@@ -105,30 +100,29 @@ class PlainEngine(PredictingEngine):
         if self._keeps_logits:
             inputs["logits_to_keep"] = longest + 1
         ends = slice(-(longest + 1), -1)
-        with self._behind(rows, prompts), _lent(self._model, chosen):
+        with self._behind(prefixes), injected(self._model, prompts):
             logits = self._model(**inputs).logits[:, ends]  # [B, longest, V]
         hidden = head.states[:, ends] if head is not None and head.states is not None else None
         return Predictions.of_columns(logits, hidden, self._labels(rows, longest, left=True))
 
     def _encoder_decoder(
-        self, rows: Sequence[EngineRow], prompts: Sequence[Tensor], head: HeadInput | None
+        self, rows: Sequence[EngineRow], prefixes: Prefixes | None, head: HeadInput | None
     ) -> Predictions:
         ids, mask = self._padded([row.source for row in rows], left=False)
-        chosen = _before_the_input(rows, prompts)
-        layout = Layout.of(mask, chosen, compact=True)
-        with _lent(self._model, chosen):
+        prompts = PromptTable.of([row.prompt for row in rows], at=[row.at for row in rows])
+        layout = Layout.of(mask, prompts, compact=True)
+        seen = layout.mask if prompts.sees_input else layout.isolated(self._model.dtype)
+        with injected(self._model, prompts):
             states = self._model.get_encoder()(
                 input_ids=layout.ids(ids, self._facts.vocabulary, self._facts.pad_id),
-                attention_mask=layout.mask
-                if self._sees_input
-                else layout.isolated(self._model.dtype),
+                attention_mask=seen,
             )
         inputs = {"encoder_outputs": states, "attention_mask": layout.mask, "use_cache": False}
         labels = self._labels(rows, max(len(row.target) for row in rows), left=False)
-        chosen = Prompts.of(prompts, _of_rows(prompts, [row.decoder_prompt for row in rows]))
-        if chosen.width:
+        before = PromptTable.of([row.prompt for row in rows], "decoder")
+        if before.width:
             # Padding is behind: a decoder looks back, so it needs no mask.
-            layout = Layout.of((labels != IGNORED).long(), chosen, compact=True)
+            layout = Layout.of((labels != IGNORED).long(), before, compact=True)
             first = int(decoder_embedding(self._model).weight.shape[0])
             inputs["decoder_input_ids"] = layout.ids(
                 self._shifted(labels), first, self._facts.pad_id
@@ -136,14 +130,11 @@ class PlainEngine(PredictingEngine):
             labels = layout.spread(labels, IGNORED)
         else:
             inputs["labels"] = labels
-        with self._behind(rows, prompts), _lent(self._model, chosen, decoder=True):
+        with self._behind(prefixes), injected(self._model, before, decoder=True):
             logits = self._model(**inputs).logits
         return Predictions.of_columns(logits, head.states if head else None, labels)
 
-    def _behind(
-        self, rows: Sequence[EngineRow], prompts: Sequence[Tensor]
-    ) -> AbstractContextManager[None]:
-        prefixes = _prefixes(rows, prompts)
+    def _behind(self, prefixes: Prefixes | None) -> AbstractContextManager[None]:
         return nullcontext() if prefixes is None else prefixed(self._model, self._facts, prefixes)
 
     def _shifted(self, labels: Tensor) -> Tensor:
@@ -171,30 +162,6 @@ class PlainEngine(PredictingEngine):
             where = slice(width - len(row.target), width) if left else slice(0, len(row.target))
             labels[i, where] = torch.tensor(row.target, dtype=torch.long)
         return labels.to(self._model.device)
-
-
-def _before_the_input(rows: Sequence[EngineRow], prompts: Sequence[Tensor]) -> Prompts:
-    chosen = _of_rows(prompts, [row.prompt for row in rows])
-    return Prompts.of(prompts, chosen, at=[row.at for row in rows])
-
-
-def _of_rows(prompts: Sequence[Tensor], choice: Sequence[int]) -> list[int]:
-    """Return the same choice of prompts, -1 where it is keys and values."""
-    return [-1 if c >= 0 and is_keys_and_values(prompts[c]) else c for c in choice]
-
-
-def _prefixes(rows: Sequence[EngineRow], prompts: Sequence[Tensor]) -> Prefixes | None:
-    """Return the rows' keys and values; in a seq2seq model they stand in the decoder either way."""
-    first = Prefixes.of(prompts, [row.prompt for row in rows])
-    return first or Prefixes.of(prompts, [row.decoder_prompt for row in rows])
-
-
-def _lent(
-    model: PreTrainedModel, prompts: Prompts, *, decoder: bool = False
-) -> AbstractContextManager[Any]:
-    if not prompts.width:
-        return locked(model)
-    return virtual_rows(model, prompts.table, decoder=decoder)
 
 
 def pad_rows(

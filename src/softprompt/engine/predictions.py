@@ -6,13 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from softprompt.backbone import Facts
+from softprompt.engine.context import check_rows
 from softprompt.engine.forest.plan import Targets
 from softprompt.engine.rows import EngineRow, TargetLogProbs, TargetOutputs
 from softprompt.errors import BackboneError
@@ -39,15 +41,15 @@ class Predictions:
 
     Attributes:
         logits: Logits of each predicting token, ``[K, V]``.
-        hidden: What entered the LM head there, ``[K, H]``; None where nobody asked.
-        place: The predicting token of each target token, ``[M]``.
+        hidden: What entered the LM head there, ``[K, H]``; None where it was not wanted.
+        predictor: Which of them predicts each target token, ``[M]``.
         labels: The target tokens, ``[M]``.
         row_index: The row each belongs to, ``[M]``.
     """
 
     logits: Tensor
     hidden: Tensor | None
-    place: Tensor
+    predictor: Tensor
     labels: Tensor
     row_index: Tensor
 
@@ -56,40 +58,54 @@ class Predictions:
         """Take those of a padded batch: logits ``[B, T, V]``, states ``[B, T, H]``, labels ``[B, T]``."""
         real = labels != IGNORED
         chosen = labels[real]
-        place = torch.arange(len(chosen), device=labels.device)
+        predictor = torch.arange(len(chosen), device=labels.device)
         states = None if hidden is None else hidden[real]
-        return cls(logits[real], states, place, chosen, real.nonzero()[:, 0])
+        return cls(logits[real], states, predictor, chosen, real.nonzero()[:, 0])
 
     @classmethod
     def of_stream(
-        cls, logits: Tensor, hidden: Tensor | None, place: Tensor, targets: Targets
+        cls, logits: Tensor, hidden: Tensor | None, predictor: Tensor, targets: Targets
     ) -> Predictions:
-        """Take those of a packed stream: logits ``[1, K, V]``, states ``[1, K, H]``, places ``[M]``."""
+        """Take those of a packed stream: logits ``[1, K, V]``, states ``[1, K, H]``, predictors ``[M]``."""
         states = None if hidden is None else hidden[0]
-        rest = (place, targets.labels, targets.row_index)
+        rest = (predictor, targets.labels, targets.row_index)
         return cls(logits[0], states, *(each.to(logits.device) for each in rest))
 
     @classmethod
-    def joined(cls, parts: Sequence[Predictions]) -> Predictions:
-        """Return those of rows that were run one by one as those of their batch."""
+    def joined(cls, parts: Sequence[Predictions], rows: Sequence[Sequence[int]]) -> Predictions:
+        """Return those of a batch that was run in parts, in the order of its rows.
+
+        Args:
+            parts: The predictions of each part.
+            rows: The rows of the batch that each part ran, in order.
+        """
         states = [part.hidden for part in parts if part.hidden is not None]
         sizes = [len(part.logits) for part in parts]
+        predictor = torch.cat([part.predictor + sum(sizes[:i]) for i, part in enumerate(parts)])
+        labels = torch.cat([part.labels for part in parts])
+        row_index = torch.cat(
+            [
+                torch.tensor(own, device=part.row_index.device)[part.row_index]
+                for part, own in zip(parts, rows, strict=True)
+            ]
+        )
+        order = row_index.argsort(stable=True)
         return cls(
             torch.cat([part.logits for part in parts]),
             torch.cat(states) if states else None,
-            torch.cat([part.place + sum(sizes[:i]) for i, part in enumerate(parts)]),
-            torch.cat([part.labels for part in parts]),
-            torch.cat([torch.full_like(part.row_index, row) for row, part in enumerate(parts)]),
+            predictor[order],
+            labels[order],
+            row_index[order],
         )
 
     def log_probs(self) -> TargetLogProbs:
         """Return the log-probability of each target token."""
-        if len(self.place) == len(self.logits):  # one target each
+        if len(self.predictor) == len(self.logits):  # one target each
             values = -F.cross_entropy(
-                self.logits.float()[self.place], self.labels, reduction="none"
+                self.logits.float()[self.predictor], self.labels, reduction="none"
             )
         else:  # one softmax a predictor, shared by its answers
-            values = F.log_softmax(self.logits.float(), dim=-1)[self.place, self.labels]
+            values = F.log_softmax(self.logits.float(), dim=-1)[self.predictor, self.labels]
         return TargetLogProbs(values, self.row_index)
 
     def outputs(self) -> TargetOutputs:
@@ -103,42 +119,75 @@ class Predictions:
                 "the model does not run its output embeddings as a module, so nothing entered them; "
                 "distil from logits of another model, or without hidden states"
             )
-        logits, hidden = self.logits.float()[self.place], self.hidden[self.place]
+        logits, hidden = self.logits.float()[self.predictor], self.hidden[self.predictor]
         return TargetOutputs(logits, hidden, self.labels, self.row_index)
 
 
 class PredictingEngine(ABC):
     """An engine whose answers all come from one kind of pass."""
 
+    name: str
     _model: PreTrainedModel
+    _facts: Facts
 
     @abstractmethod
-    def predict(
-        self, rows: Sequence[EngineRow], prompts: Sequence[Tensor], head: HeadInput | None = None
-    ) -> Predictions:
-        """Run the rows; ``head`` sees what enters the LM head, where that is wanted."""
+    def run_alike(self, rows: Sequence[EngineRow], head: HeadInput | None = None) -> Predictions:
+        """Run checked rows, of which all prompts see the input or none does."""
 
-    def target_log_probs(
-        self, rows: Sequence[EngineRow], prompts: Sequence[Tensor]
-    ) -> TargetLogProbs:
-        """Score the targets of rows; see ``Engine``.
+    @final
+    def predict(self, rows: Sequence[EngineRow], head: HeadInput | None = None) -> Predictions:
+        """Run rows, each behind its prompt.
+
+        Rows whose prompts see the input are run apart from those whose prompts do not.
+
+        Args:
+            rows: The rows.
+            head: Sees what enters the LM head, where that is wanted.
 
         Raises:
+            ConfigError: If the model cannot have a prompt where a row has it.
             DataError: If nothing stands before a row's answer.
             ContextOverflowError: If a row does not fit behind its prompt.
         """
-        return self.predict(rows, prompts).log_probs()
+        check_rows(self._model, self._facts, rows)
+        parts = _alike(rows)
+        if len(parts) == 1:
+            return self.run_alike(rows, head)
+        found = [self.run_alike([rows[i] for i in part], head) for part in parts]
+        return Predictions.joined(found, parts)
 
-    def target_outputs(self, rows: Sequence[EngineRow], prompts: Sequence[Tensor]) -> TargetOutputs:
-        """Return what predicts the targets of rows; see ``Engine``.
+    @final
+    def target_log_probs(self, rows: Sequence[EngineRow]) -> TargetLogProbs:
+        """Score the targets of rows; see ``Engine``, and ``predict`` for what it raises."""
+        return self.predict(rows).log_probs()
+
+    @final
+    def target_outputs(self, rows: Sequence[EngineRow]) -> TargetOutputs:
+        """Return what predicts the targets of rows; see ``Engine``, and ``predict`` for what it raises.
 
         Raises:
             BackboneError: If the model has no LM head that is a module.
-            DataError: If nothing stands before a row's answer.
-            ContextOverflowError: If a row does not fit behind its prompt.
         """
         with _head_input(self._model) as head:
-            return self.predict(rows, prompts, head).outputs()
+            return self.predict(rows, head).outputs()
+
+
+def see_input(rows: Sequence[EngineRow]) -> bool:
+    """Tell whether the prompts of rows that are run together see the input; without any they do."""
+    return not any(map(_blind, rows))
+
+
+def _blind(row: EngineRow) -> bool:
+    return row.prompt is not None and row.input_tokens > 0 and not row.prompt.sees_input
+
+
+def _alike(rows: Sequence[EngineRow]) -> list[list[int]]:
+    """Return the rows whose prompts see the input, and the others; rows without any join either."""
+    blind = [i for i, row in enumerate(rows) if _blind(row)]
+    others = [i for i, row in enumerate(rows) if not _blind(row)]
+    if not blind or not any(rows[i].input_tokens for i in others):
+        return [list(range(len(rows)))]
+    return [others, blind]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What an engine is asked and what it answers."""
+"""The rows an engine scores, and what it returns for them."""
 
 from __future__ import annotations
 
@@ -6,45 +6,42 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
+
+from softprompt.prompts import Prompt
 
 
 @dataclass(frozen=True, slots=True)
 class EngineRow:
-    """One row to run: a source, the answer to score behind it, and the prompt before both.
+    """One row of a batch: a source, the target to score behind it, and its prompt.
+
+    Rows with the same ``Prompt`` object share it: an engine computes it once where it can.
 
     Attributes:
         source: Token ids of the input; for seq2seq what the encoder reads.
         target: Token ids of the answer, EOS included; never empty.
-        prompt: Index into the prompts of the call, -1 for none.
-        at: Source tokens before the prompt; 0 puts it in front, ``len(source)`` behind the input.
-        decoder_prompt: Index of the prompt before the answer of a seq2seq model, -1 for none.
+        prompt: The row's prompt, None for none; gradients flow into its tensors.
+        at: Source tokens before the prompt's input part; 0 puts it in front, ``len(source)`` behind.
     """
 
     source: tuple[int, ...]
     target: tuple[int, ...]
-    prompt: int = 0
+    prompt: Prompt | None = None
     at: int = 0
-    decoder_prompt: int = -1
 
+    @property
+    def prefix_tokens(self) -> int:
+        """Virtual tokens that stand as keys and values before the row's tokens."""
+        return 0 if self.prompt is None else self.prompt.prefix_tokens
 
-def is_keys_and_values(prompt: Tensor) -> bool:
-    """Tell a prompt of keys and values ``[L, 2, A_kv, P, D]`` from one of rows ``[P, H]``."""
-    return prompt.dim() == 5
+    @property
+    def input_tokens(self) -> int:
+        """Virtual tokens in the row's input."""
+        return 0 if self.prompt is None else self.prompt.input_tokens
 
-
-def prompt_length(prompts: Sequence[Tensor], index: int) -> int:
-    """Return the positions that a prompt of a call takes (P), 0 for none."""
-    if index < 0:
-        return 0
-    return int(prompts[index].shape[3 if is_keys_and_values(prompts[index]) else 0])
-
-
-def any_prefix(rows: Sequence[EngineRow], prompts: Sequence[Tensor]) -> bool:
-    """Tell whether a row has a prompt of keys and values."""
-    used = {index for row in rows for index in (row.prompt, row.decoder_prompt) if index >= 0}
-    return any(is_keys_and_values(prompts[index]) for index in used)
+    def source_with(self, virtual: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the ids of the input with the prompt's virtual ids at their position."""
+        return (*self.source[: self.at], *virtual, *self.source[self.at :])
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,23 +79,15 @@ class TargetOutputs:
     row_index: Tensor
 
 
-def joined(parts: Sequence[TargetLogProbs]) -> TargetLogProbs:
-    """Return the answers for rows that were run one by one, as those of their batch."""
-    numbers = [torch.full_like(part.row_index, row) for row, part in enumerate(parts)]
-    return TargetLogProbs(torch.cat([part.values for part in parts]), torch.cat(numbers))
-
-
 class Engine(Protocol):
-    """Teacher-forced passes over a frozen model, differentiable in the prompts."""
+    """Teacher-forced passes over a frozen model, differentiable in the rows' prompts."""
 
     name: str
 
-    def target_log_probs(
-        self, rows: Sequence[EngineRow], prompts: Sequence[Tensor]
-    ) -> TargetLogProbs:
-        """Score the targets of rows under their prompts ``[P_i, H]``."""
+    def target_log_probs(self, rows: Sequence[EngineRow]) -> TargetLogProbs:
+        """Score the targets of rows behind their prompts."""
         ...
 
-    def target_outputs(self, rows: Sequence[EngineRow], prompts: Sequence[Tensor]) -> TargetOutputs:
+    def target_outputs(self, rows: Sequence[EngineRow]) -> TargetOutputs:
         """Return logits and last hidden states for the same tokens, in the same order."""
         ...

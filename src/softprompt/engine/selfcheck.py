@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,10 +19,22 @@ from transformers import PreTrainedModel
 from softprompt.backbone import facts_of
 from softprompt.engine.lock import locked
 from softprompt.engine.products import torch_products
-from softprompt.engine.rows import Engine, EngineRow, TargetLogProbs, joined
+from softprompt.engine.rows import Engine, EngineRow
+from softprompt.prompts import Prompt
 
-_LENGTHS = ((5, 2, 0), (1, 1, 0), (3, 3, 1), (4, 1, -1), (7, 2, 1))
-"""Source tokens, target tokens and prompt of each probe row."""
+_LENGTHS = ((5, 2), (1, 1), (3, 3), (4, 1), (7, 2))
+"""Source and target tokens of each probe row but the last two, which have the first one's source."""
+
+_PARTS: tuple[tuple[int | None, int | None], ...] = (
+    (0, None),
+    (0, 1),
+    (1, 0),
+    (None, None),
+    (1, 1),
+    (0, None),
+    (0, None),
+)
+"""Which value each probe row has in its input, and which before a seq2seq decoder's."""
 
 PROBED_LENGTHS = (4, 3)
 """Virtual tokens of the two prompts of the probe."""
@@ -63,28 +75,41 @@ def difference(
     candidate: Engine,
     reference: Engine,
     model: PreTrainedModel,
-    prompts: Sequence[Tensor] | None = None,
+    prefixes: Sequence[Tensor] | None = None,
+    *,
+    sees_input: bool = True,
 ) -> str | None:
     """Return how the candidate differs on the probe from the reference given one row at a time.
 
-    None when it does not. ``prompts`` are the two prompts to probe with, random rows unless given.
+    Args:
+        candidate: The engine to try.
+        reference: The engine to trust.
+        model: Their model.
+        prefixes: Keys and values of the two prompts to probe with; None for random virtual tokens.
+        sees_input: Whether an encoder's prompts attend to the input.
+
+    Returns:
+        How they differ, None when they do not.
     """
     facts = facts_of(model)
     allowed, allowed_gradient = _TOLERANCE.get(model.dtype, _TOLERANCE[torch.float32])
     generator = torch.Generator().manual_seed(0)
-    rows = _rows(model, min(facts.vocabulary, 1000), generator)
-    if prompts is not None:
-        rows = [replace(row, decoder_prompt=-1) for row in rows]
-    values = prompts or [
+    rows = _rows(min(facts.vocabulary, 1000), generator)
+    values = prefixes or [
         (torch.randn(length, facts.token_dim, generator=generator) * facts.embedding_rms).to(
             model.device
         )
         for length in PROBED_LENGTHS
     ]
+    kind = _Kind(
+        prefix=prefixes is not None,
+        both_sides=prefixes is None and hasattr(model, "prepare_decoder_input_ids_from_labels"),
+        sees_input=sees_input,
+    )
     with probing(model):
         with torch_products():
-            expected, expected_gradients = _run(reference, rows, values, alone=True)
-        got, gradients = _run(candidate, rows, values, alone=False)
+            expected, expected_gradients = _run(reference, rows, values, kind, alone=True)
+        got, gradients = _run(candidate, rows, values, kind, alone=False)
     worst = float((got - expected).abs().max())
     if not worst <= allowed:
         return f"its log-probabilities differ by {worst:.2g} on the probe"
@@ -95,30 +120,51 @@ def difference(
     return None
 
 
-def _rows(model: PreTrainedModel, top: int, generator: torch.Generator) -> list[EngineRow]:
+def _rows(top: int, generator: torch.Generator) -> list[EngineRow]:
+    """Return the rows of the probe, without their prompts."""
     rows = []
-    for source, target, prompt in _LENGTHS:
+    for source, target in _LENGTHS:
         ids = torch.randint(0, top, (source + target,), generator=generator).tolist()
-        rows.append(EngineRow(tuple(ids[:source]), tuple(ids[source:]), prompt))
+        rows.append(EngineRow(tuple(ids[:source]), tuple(ids[source:])))
     first = rows[0]
     forked = (first.target[0], *rows[3].source[:2])
-    rows += [replace(first, target=forked), replace(first, target=rows[2].source[:2])]
-    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        # Both sides of a seq2seq model, and one side alone.
-        own = [-1, 1, 0, -1, 1, -1, -1]
-        rows = [replace(row, decoder_prompt=p) for row, p in zip(rows, own, strict=True)]
-    return rows
+    return [*rows, replace(first, target=forked), replace(first, target=rows[2].source[:2])]
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What is made of the probe's values: keys and values, or virtual tokens on one side or both."""
+
+    prefix: bool
+    both_sides: bool
+    sees_input: bool
+
+    def prompts(self, values: Sequence[Tensor]) -> list[Prompt | None]:
+        """Return the prompt of each probe row; rows that have the same share one object."""
+        made: dict[tuple[int | None, int | None], Prompt | None] = {(None, None): None}
+        found = []
+        for first, beside in _PARTS:
+            second = beside if self.both_sides else None
+            if (first, second) not in made:
+                before = None if first is None else values[first]
+                decoder = None if second is None else values[second]
+                made[first, second] = (
+                    Prompt(prefix=before)
+                    if self.prefix
+                    else Prompt(before, decoder, sees_input=self.sees_input)
+                )
+            found.append(made[first, second])
+        return found
 
 
 def _run(
-    engine: Engine, rows: list[EngineRow], values: Sequence[Tensor], *, alone: bool
+    engine: Engine, rows: Sequence[EngineRow], values: Sequence[Tensor], kind: _Kind, *, alone: bool
 ) -> tuple[Tensor, list[Tensor]]:
+    """Return the log-probabilities of the rows' targets, and the gradients of the values."""
     with torch.enable_grad():
-        prompts = [value.clone().requires_grad_() for value in values]
-        found: TargetLogProbs = (
-            joined([engine.target_log_probs([row], prompts) for row in rows])
-            if alone
-            else engine.target_log_probs(rows, prompts)
-        )
-        gradients = torch.autograd.grad(found.values.sum(), prompts)
-    return found.values.detach().float(), [gradient.float() for gradient in gradients]
+        leaves = [value.clone().requires_grad_() for value in values]
+        own = [replace(row, prompt=p) for row, p in zip(rows, kind.prompts(leaves), strict=True)]
+        passes = [[row] for row in own] if alone else [own]
+        found = torch.cat([engine.target_log_probs(part).values for part in passes])
+        gradients = torch.autograd.grad(found.sum(), leaves)
+    return found.detach().float(), [gradient.float() for gradient in gradients]

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from torch import Tensor
-
 from softprompt.data import Example, Rows, TokenRow, read_examples
 from softprompt.engine import Engine
 from softprompt.errors import ConfigError, DataError, nearest
@@ -18,6 +16,7 @@ from softprompt.evaluation.report import Report
 from softprompt.evaluation.tasks import joined
 from softprompt.inference import Ensemble, GenerationOptions, TaskNames, TunedPrompt, require_tokens
 from softprompt.inference.task_choice import Task as TaskName
+from softprompt.prompts import Prompt
 
 Task = Literal["classification", "generation"]
 
@@ -83,9 +82,9 @@ def evaluate(
         return joined(
             {
                 tuned.task_names[number]: _report(
-                    tuned.of_task(number), [kept[place] for place in places], how
+                    tuned.of_task(number), [kept[i] for i in numbers], how
                 )
-                for number, places in tuned.rows_of_tasks(names, len(kept)).items()
+                for number, numbers in tuned.rows_of_tasks(names, len(kept)).items()
             }
         )
     return _report(tuned, kept, how)
@@ -147,7 +146,7 @@ def _report(tuned: TunedPrompt | Ensemble, examples: Sequence[Example], how: _Ho
 
 @dataclass(frozen=True, slots=True)
 class _Subject:
-    """What is evaluated: the model behind its prompt, or without."""
+    """What is evaluated: the base model with its prompt, or without."""
 
     tuned: TunedPrompt
     engine: Engine
@@ -155,19 +154,8 @@ class _Subject:
     batch_size: int
 
     @property
-    def prompts(self) -> list[Tensor]:
-        return [] if self.without_prompt else self.tuned.prompts()
-
-    @property
-    def indices(self) -> dict[str, int]:
-        """Where the prompt's parts are in ``prompts``, as the scoring functions take it."""
-        if self.without_prompt:
-            return {"prompt_index": -1, "decoder_index": -1}
-        places = self.tuned.places
-        return {
-            "prompt_index": places.source_index(0),
-            "decoder_index": places.decoder_index(0),
-        }
+    def prompt(self) -> Prompt | None:
+        return None if self.without_prompt else self.tuned.prompt()
 
 
 def _chosen_task(tuned: TunedPrompt, how: _How) -> Task:
@@ -230,10 +218,9 @@ def _classification(
     labels = subject.tuned.labels or ()
     found = classify_rows(
         subject.engine,
-        subject.prompts,
+        subject.prompt,
         rows,
         subject.tuned.label_ids(labels),
-        **subject.indices,
         batch_size=subject.batch_size,
         normalize=normalize,
     )
@@ -249,11 +236,7 @@ def _generation(subject: _Subject, rows: Sequence[TokenRow], targets: Sequence[s
         without_prompt=subject.without_prompt,
     )
     likelihood = target_likelihood(
-        subject.engine,
-        subject.prompts,
-        rows,
-        **subject.indices,
-        batch_size=subject.batch_size,
+        subject.engine, subject.prompt, rows, batch_size=subject.batch_size
     )
     metrics = text_metrics(targets, [answer.text for answer in answers], tuned.labels)
     return Report(

@@ -13,6 +13,7 @@ from softprompt.data import TokenRow
 from softprompt.engine import Engine, EngineRow
 from softprompt.errors import ConfigError
 from softprompt.inference import per_token, score_labels
+from softprompt.prompts import Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +64,10 @@ class Classified:
 
 def classify_rows(
     engine: Engine,
-    prompts: Sequence[Tensor],
+    prompt: Prompt | None,
     rows: Sequence[TokenRow],
     label_ids: Sequence[Sequence[int]],
     *,
-    prompt_index: int = 0,
-    decoder_index: int = -1,
     batch_size: int = 64,
     normalize: bool = False,
 ) -> Classified:
@@ -76,22 +75,18 @@ def classify_rows(
 
     Args:
         engine: Scores targets after sources.
-        prompts: Prompt rows ``[P, H]``, or nothing.
+        prompt: The prompt; None is the base alone.
         rows: Tokenised rows; their targets are not looked at.
         label_ids: Tokens of the K labels.
-        prompt_index: Which prompt stands before every row; -1 is none.
-        decoder_index: Which prompt stands before every answer of a seq2seq model; -1 is none.
         batch_size: (row, label) pairs in one pass, at most.
         normalize: Rank labels by their log-probability per token.
     """
     sources = [row.source for row in rows]
     scores = score_labels(
         engine,
-        prompts,
+        prompt,
         sources,
         label_ids,
-        prompt_index=prompt_index,
-        decoder_index=decoder_index,
         offsets=[row.at for row in rows],
         batch_size=batch_size,
     )
@@ -103,21 +98,17 @@ def classify_rows(
 @torch.no_grad()
 def target_likelihood(
     engine: Engine,
-    prompts: Sequence[Tensor],
+    prompt: Prompt | None,
     rows: Sequence[TokenRow],
     *,
-    prompt_index: int = 0,
-    decoder_index: int = -1,
     batch_size: int = 16,
 ) -> TargetLikelihood:
     """Return how likely the rows' targets are, without gradients.
 
     Args:
         engine: Scores targets after sources.
-        prompts: Prompt rows ``[P, H]``, or nothing.
+        prompt: The prompt; None is the base alone.
         rows: Tokenised rows, at least one.
-        prompt_index: Which prompt stands before every row; -1 is none.
-        decoder_index: Which prompt stands before every answer of a seq2seq model; -1 is none.
         batch_size: Rows in one pass.
 
     Raises:
@@ -129,8 +120,8 @@ def target_likelihood(
     total = 0.0
     for start in range(0, len(ordered), batch_size):
         batch = [
-            EngineRow(row.source, row.target, prompt_index, row.at, decoder_index)
+            EngineRow(row.source, row.target, prompt, row.at)
             for row in ordered[start : start + batch_size]
         ]
-        total += float(engine.target_log_probs(batch, prompts).values.double().sum())
+        total += float(engine.target_log_probs(batch).values.double().sum())
     return TargetLikelihood(total, sum(len(row.target) for row in rows))

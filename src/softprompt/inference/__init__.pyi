@@ -7,13 +7,12 @@ from .continuous.events import TokenEvent as TokenEvent
 from .continuous.events import TopLogProbs as TopLogProbs
 from .continuous.labelling import Labelling as Labelling
 from .continuous.request import Bounds as Bounds
-from .continuous.request import PromptValue as PromptValue
 from .continuous.residents import ResidentPrompts as ResidentPrompts
 from .continuous.scorer import Scorer as Scorer
 from .continuous.ticket import Ticket as Ticket
-from .continuous.values import content_key as content_key
 from .conversion import convert as convert
 from .detached import DetachedPrompt as DetachedPrompt
+from .detached import DetachedTask as DetachedTask
 from .ensemble import Combine as Combine
 from .ensemble import Ensemble as Ensemble
 from .loading import load as load

@@ -1,4 +1,4 @@
-"""Prompts ready for a batcher without being attached: kinds that no one model takes meet there."""
+"""Prompts for a batcher, without being attached: kinds that no one model takes meet there."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.artifacts import Manifest, StoredAdapter, manifest_of_task
-from softprompt.attach import in_our_terms, placement_of, prompt_values
-from softprompt.backbone import LoadedBase, facts_of
+from softprompt.attach import detached_prompts, in_our_terms, placement_of
+from softprompt.backbone import LoadedBase
 from softprompt.data import RowTokenizer
-from softprompt.inference.continuous.request import PromptValue
-from softprompt.inference.continuous.values import prompt_value
 from softprompt.inference.requests import row_tokenizer
 from softprompt.inference.stored import record_of
 from softprompt.inference.task_choice import Task, task_number
 from softprompt.inference.tuned import TunedPrompt
+from softprompt.prompts import Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +23,12 @@ class DetachedTask:
     """A prompt as it is used for one of its tasks.
 
     Attributes:
-        value: What requests carry.
+        prompt: What requests carry.
         rows: Turns fields into token ids the way the prompt was trained.
         manifest: Its record for this task.
     """
 
-    value: PromptValue
+    prompt: Prompt
     rows: RowTokenizer
     manifest: Manifest
 
@@ -57,10 +56,11 @@ class DetachedPrompt:
         """Return what an attached prompt is now.
 
         Raises:
-            ConfigError: It has a head of its own beside its rows.
+            ConfigError: It has a head of its own.
         """
+        tuned.check_served()
         every = [tuned.of_task(number) for number in range(len(tuned.task_names))]
-        tasks = [DetachedTask(own.value(), own.rows, own.manifest) for own in every]
+        tasks = [DetachedTask(own.prompt(), own.rows, own.manifest) for own in every]
         base = tuned.model.get_base_model()
         return cls(base, tuned.tokenizer, tuned.whole, tasks, tuned.task)
 
@@ -78,15 +78,15 @@ class DetachedPrompt:
         Raises:
             SoftPromptError: It cannot be used with this base.
         """
-        facts, whole = facts_of(base.model), record_of(stored, base)
-        config, values = prompt_values(
+        whole = record_of(stored, base)
+        config, prompts = detached_prompts(
             in_our_terms(stored), base.model, ignore_fingerprint=ignore_fingerprint
         )
         tasks = []
-        for number, value in enumerate(values):
+        for number, prompt in enumerate(prompts):
             own = manifest_of_task(whole, number)
             rows = row_tokenizer(base.tokenizer, own, placement_of(config))
-            tasks.append(DetachedTask(prompt_value(value, config, facts), rows, own))
+            tasks.append(DetachedTask(prompt, rows, own))
         return cls(base.model, base.tokenizer, whole, tasks)
 
     def of_task(self, task: Task | None) -> DetachedTask:

@@ -14,7 +14,7 @@ from softprompt.backbone import Fingerprint
 from softprompt.engine import Engine
 from softprompt.errors import ConfigError, FingerprintError, nearest
 from softprompt.inference.requests import Request
-from softprompt.inference.scoring import LabelScores, Question, per_token, score_questions
+from softprompt.inference.scoring import LabelScores, label_rows, per_token, score_inputs
 from softprompt.inference.task_choice import Task
 from softprompt.inference.tuned import TunedPrompt
 
@@ -163,16 +163,13 @@ class Ensemble:
         """
         first = self.members[0]
         device = first.model.get_base_model().device
-        prompts: list[Tensor] = []
-        questions: list[Question] = []
+        rows = []
         for member, labels, inputs in zip(self.members, self.label_ids(), sources, strict=True):
-            before, behind = member.places.indices(len(prompts))
-            questions += [
-                Question(tuple(source), labels, before, member.rows.offset(source), behind)
-                for source in inputs
+            prompt = member.prompt().to(device)
+            rows += [
+                label_rows(source, labels, prompt, member.rows.offset(source)) for source in inputs
             ]
-            prompts += [part.to(device) for part in member.prompts()]
-        scores = score_questions(engine or first.engine, prompts, questions, batch_size=batch_size)
+        scores = score_inputs(engine or first.engine, rows, batch_size=batch_size)
         return scores.view(len(self.members), -1, len(self.labels))
 
     def combined(self, scores: Tensor) -> Combined:

@@ -17,6 +17,7 @@ from torch import Tensor
 from softprompt.data import RowTokenizer
 from softprompt.engine import Engine, EngineRow
 from softprompt.errors import ConfigError
+from softprompt.prompts import Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,25 +39,6 @@ class LabelScores:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return asdict(self)
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """One input whose labels are to be scored.
-
-    Attributes:
-        source: Text tokens of the input.
-        labels: Tokens of the K labels.
-        prompt: Index of the prompt in it, -1 for none.
-        at: Source tokens before that prompt.
-        decoder_prompt: Index of the prompt before the answer of a seq2seq model, -1 for none.
-    """
-
-    source: tuple[int, ...]
-    labels: tuple[tuple[int, ...], ...]
-    prompt: int = 0
-    at: int = 0
-    decoder_prompt: int = -1
 
 
 def label_set(given: Sequence[str] | None, own: Sequence[str] | None) -> tuple[str, ...] | None:
@@ -119,27 +101,40 @@ def check_label_ids(labels: Sequence[str], label_ids: Sequence[Sequence[int]]) -
         seen[tuple(ids)] = label
 
 
+def label_rows(
+    source: Sequence[int],
+    label_ids: Sequence[Sequence[int]],
+    prompt: Prompt | None,
+    at: int = 0,
+) -> list[EngineRow]:
+    """Return one batch row for each of the K labels of an input.
+
+    Args:
+        source: Text tokens of the input.
+        label_ids: Tokens of the labels.
+        prompt: The prompt; None is the base alone.
+        at: Source tokens before the prompt.
+    """
+    return [EngineRow(tuple(source), tuple(label), prompt, at) for label in label_ids]
+
+
 def score_labels(
     engine: Engine,
-    prompts: Sequence[Tensor],
+    prompt: Prompt | None,
     sources: Sequence[Sequence[int]],
     label_ids: Sequence[Sequence[int]],
     *,
-    prompt_index: int = 0,
-    decoder_index: int = -1,
     offsets: Sequence[int] | None = None,
     batch_size: int = 64,
     normalize: bool = False,
 ) -> Tensor:
-    """Return how likely each label is for each source, without gradients.
+    """Return the log-probability of each label as the answer to each source, without gradients.
 
     Args:
         engine: Scores targets after sources.
-        prompts: Prompt rows ``[P, H]``, or nothing.
+        prompt: The prompt; None is the base alone.
         sources: Text tokens of N inputs.
         label_ids: Tokens of K labels.
-        prompt_index: Which prompt stands before every input; -1 is none.
-        decoder_index: Which prompt stands before every answer of a seq2seq model; -1 is none.
         offsets: Source tokens before the prompt of each input; None puts every prompt in front.
         batch_size: (input, label) pairs in one pass; the labels of one input always stay together,
             because the forest engine then runs the input once.
@@ -148,56 +143,52 @@ def score_labels(
     Returns:
         float32 ``[N, K]`` in nats, on the CPU.
     """
-    labels = tuple(tuple(ids) for ids in label_ids)
-    questions = [
-        Question(tuple(source), labels, prompt_index, at, decoder_index)
+    inputs = [
+        label_rows(source, label_ids, prompt, at)
         for source, at in zip(sources, offsets or [0] * len(sources), strict=True)
     ]
-    scores = score_questions(engine, prompts, questions, batch_size=batch_size)
-    scores = scores.view(len(questions), len(labels))
-    return per_token(scores, [len(ids) for ids in labels]) if normalize else scores
+    scores = score_inputs(engine, inputs, batch_size=batch_size)
+    scores = scores.view(len(inputs), len(label_ids))
+    return per_token(scores, [len(ids) for ids in label_ids]) if normalize else scores
 
 
 @torch.no_grad()
-def score_questions(
-    engine: Engine,
-    prompts: Sequence[Tensor],
-    questions: Sequence[Question],
-    *,
-    batch_size: int = 64,
+def score_inputs(
+    engine: Engine, inputs: Sequence[Sequence[EngineRow]], *, batch_size: int = 64
 ) -> Tensor:
-    """Return how likely each label of each question is; see ``score_labels``.
+    """Return the log-probability of each label of each input; see ``score_labels``.
 
-    Questions of several prompts share passes: one forest holds the rows of all.
+    Inputs of several prompts share passes: one forest holds the rows of all.
+
+    Args:
+        engine: Scores targets after sources.
+        inputs: For each of N inputs its K rows, as ``label_rows`` gives them.
+        batch_size: Rows in one pass, at most.
 
     Returns:
-        float32 ``[N, K]`` in nats, on the CPU; all questions have K labels.
+        float32 ``[N, K]`` in nats, on the CPU; all inputs have K labels.
 
     Raises:
         ConfigError: ``batch_size`` is less than 1.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size expects at least 1 row, got {batch_size}")
-    count = len(questions[0].labels) if questions else 0
+    count = len(inputs[0]) if inputs else 0
     # Sources of like length share a pass, so that a padded engine pads little; those of one prompt
     # do before that, because every pass runs each of its prompts once.
-    order = sorted(range(len(questions)), key=lambda i: _neighbourhood(questions[i]))
-    scores = torch.zeros(len(questions), count)
-    inputs = max(1, batch_size // max(1, count))
-    for start in range(0, len(order), inputs):
-        chosen = order[start : start + inputs]
-        rows = [
-            EngineRow(each.source, label, each.prompt, each.at, each.decoder_prompt)
-            for each in (questions[i] for i in chosen)
-            for label in each.labels
-        ]
-        sums = engine.target_log_probs(rows, prompts).row_sums(len(rows))
+    numbers: dict[Prompt | None, int] = {}
+    keys = [
+        (numbers.setdefault(rows[0].prompt, len(numbers)), len(rows[0].source)) for rows in inputs
+    ]
+    order = sorted(range(len(inputs)), key=keys.__getitem__)
+    scores = torch.zeros(len(inputs), count)
+    size = max(1, batch_size // max(1, count))
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        rows = [row for i in chosen for row in inputs[i]]
+        sums = engine.target_log_probs(rows).row_sums(len(rows))
         scores[chosen] = sums.float().cpu().view(len(chosen), count)
     return scores
-
-
-def _neighbourhood(question: Question) -> tuple[int, int, int]:
-    return question.prompt, question.decoder_prompt, len(question.source)
 
 
 def per_token(scores: Tensor, label_tokens: Sequence[int]) -> Tensor:

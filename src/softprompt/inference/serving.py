@@ -12,11 +12,10 @@ from softprompt.inference.continuous.awaited import asked_in_thread
 from softprompt.inference.continuous.batcher import Batcher
 from softprompt.inference.continuous.events import FinishEvent
 from softprompt.inference.continuous.labelling import Labelling, Scored, in_order
-from softprompt.inference.continuous.request import Bounds
+from softprompt.inference.continuous.request import Bounds, request_of
 from softprompt.inference.continuous.scorer import Scorer
 from softprompt.inference.continuous.streaming import async_pieces, pieces
 from softprompt.inference.continuous.ticket import Ticket
-from softprompt.inference.continuous.values import request_of
 from softprompt.inference.detached import DetachedPrompt, DetachedTask
 from softprompt.inference.generation import Generation
 from softprompt.inference.options import GenerationOptions, options_from
@@ -71,7 +70,7 @@ class Serving:
         return tuple(self._prompts)
 
     def put(self, name: str, prompt: TunedPrompt | DetachedPrompt) -> None:
-        """Serve a prompt's value of now under a name; requests that run keep the one they began with.
+        """Serve a prompt as it is now under a name; requests that run keep the one they began with.
 
         Raises:
             ConfigError: The name is no text, or the prompt is on another base or has a head of its own.
@@ -100,7 +99,7 @@ class Serving:
         """
         own = self._known(prompt, task_name)
         (given,) = inputs_of(own.rows, [request])
-        return self.batcher.submit(request_of(given, own.value, options=options, **more))
+        return self.batcher.submit(request_of(given, own.prompt, options=options, **more))
 
     def generate(
         self,
@@ -263,14 +262,14 @@ class Serving:
         task_name: Tasks,
         options: GenerationOptions,
     ) -> list[tuple[Ticket, Input]]:
-        asked = []
+        queued = []
         for each in addressed(requests, prompts, task_name):
             own = self._known(each.prompt, each.task)
             (given,) = inputs_of(own.rows, [each.request])
-            asked.append((request_of(given, own.value, options=options), given))
+            queued.append((request_of(given, own.prompt, options=options), given))
         tickets: list[tuple[Ticket, Input]] = []
         try:
-            for request, given in asked:
+            for request, given in queued:
                 tickets.append((self.batcher.submit(request, wait=True), given))
         except BaseException:
             # Nobody would read the answers to those before the one that was refused.
@@ -288,9 +287,9 @@ class Serving:
     ) -> list[Scored]:
         """Give the scorer the inputs of each prompt together."""
         grouped: dict[tuple[str, Task | None], dict[int, Request]] = {}
-        for place, each in enumerate(addressed(requests, prompts, task_name)):
-            grouped.setdefault((each.prompt, each.task), {})[place] = each.request
-        asked = []
+        for number, each in enumerate(addressed(requests, prompts, task_name)):
+            grouped.setdefault((each.prompt, each.task), {})[number] = each.request
+        queued = []
         for (name, task), of_prompt in grouped.items():
             own = self._known(name, task)
             chosen = label_set(labels, own.manifest.labels)
@@ -300,13 +299,11 @@ class Serving:
                 )
             inputs = inputs_of(own.rows, of_prompt.values())
             labelling = Labelling(chosen, label_ids_of(own.rows, chosen), inputs)
-            asked.append((list(of_prompt), own.value, labelling))
+            queued.append((list(of_prompt), labelling, labelling.rows(own.prompt)))
         scored: list[Scored] = []
         try:
-            for places, value, labelling in asked:
-                scored.append(
-                    Scored(places, labelling, self._scorer.submit(value, labelling.rows()))
-                )
+            for numbers, labelling, rows in queued:
+                scored.append(Scored(numbers, labelling, self._scorer.submit(rows)))
         except BaseException:
             for begun in scored:
                 begun.sums.cancel()

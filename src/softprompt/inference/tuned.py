@@ -1,4 +1,4 @@
-"""A prompt in use: a frozen model, the rows learned for it, and how its text is put."""
+"""A soft prompt with its frozen base model, tokenizer, template and label set: generate, classify, save."""
 
 from __future__ import annotations
 
@@ -15,18 +15,14 @@ from softprompt.artifacts import Manifest, manifest_of_task, save_adapter
 from softprompt.attach import (
     BASE,
     PeftModel,
-    Places,
     heads_of,
     placement_of,
-    places_of,
-    sees_input_of,
     state_of,
 )
 from softprompt.engine import Engine, build_engine
 from softprompt.errors import ConfigError
-from softprompt.inference.continuous.request import PromptValue
+from softprompt.inference.continuous.request import request_of
 from softprompt.inference.continuous.streaming import streamed
-from softprompt.inference.continuous.values import prompt_value, request_of
 from softprompt.inference.generation import Generation, Generator
 from softprompt.inference.options import GenerationOptions, options_from
 from softprompt.inference.requests import Request, inputs_of, listed, row_tokenizer, sources_of
@@ -38,7 +34,7 @@ from softprompt.inference.scoring import (
     score_labels,
 )
 from softprompt.inference.task_choice import Task, TaskNames, rows_by_task, task_number
-from softprompt.prompts import Placement
+from softprompt.prompts import Placement, Prompt
 
 _Answer = TypeVar("_Answer")
 
@@ -95,10 +91,10 @@ class TunedPrompt:
         return self.whole.tasks or tuple(map(str, range(count)))
 
     def rows_of_tasks(self, chosen: TaskNames, rows: int) -> dict[int, list[int]]:
-        """Return the rows of each task, by its number, for one task or one of each row.
+        """Return the inputs of each task, by its number, for one task or one of each input.
 
         Raises:
-            ConfigError: There is no such task, or not one for each row.
+            ConfigError: There is no such task, or not one for each input.
         """
         count = self.model.encoder_of(self.adapter).num_tasks
         return rows_by_task(chosen, self.whole, count, rows)
@@ -110,12 +106,12 @@ class TunedPrompt:
         answer: Callable[[TunedPrompt, list[Request]], list[_Answer]],
     ) -> list[_Answer]:
         """Return the answers to all requests in their order, those of one task given together."""
-        asked = listed(requests)
+        given = listed(requests)
         found: dict[int, _Answer] = {}
-        for task, places in self.rows_of_tasks(chosen, len(asked)).items():
-            answers = answer(self.of_task(task), [asked[place] for place in places])
-            found.update(zip(places, answers, strict=True))
-        return [found[place] for place in range(len(asked))]
+        for task, numbers in self.rows_of_tasks(chosen, len(given)).items():
+            answers = answer(self.of_task(task), [given[number] for number in numbers])
+            found.update(zip(numbers, answers, strict=True))
+        return [found[number] for number in range(len(given))]
 
     @property
     def metrics(self) -> Mapping[str, Any]:
@@ -143,42 +139,29 @@ class TunedPrompt:
         Raises:
             ConfigError: There is no such engine, or it does not run this model exactly.
         """
-        config = self.model.peft_config[self.adapter]
-        base = self.model.get_base_model()
-        return build_engine(base, kind, prompt_sees_input=sees_input_of(config))
+        return build_engine(self.model.get_base_model(), kind)
 
-    @property
-    def places(self) -> Places:
-        """The parts of the model that the prompt feeds."""
-        return places_of(self.model.peft_config[self.adapter], self.model.facts)
-
-    def prompts(self) -> list[Tensor]:
-        """Return the prompt, detached, as an engine is given it: ``[P, H]`` for each of its places.
+    def prompt(self) -> Prompt:
+        """Return the prompt as it is now: detached, and with memory of its own.
 
         Raises:
             ConfigError: The prompt has several tasks, and none is chosen.
         """
-        return self.places.parts([self._materialized()])
+        encoder = self.model.encoder_of(self.adapter)
+        task = task_number(self.task, self.whole, encoder.num_tasks)
+        return encoder.prompt(task).detach().map(Tensor.clone)
 
-    def value(self) -> PromptValue:
-        """Return the prompt as it is now, baked, as requests to a batcher carry it.
+    def check_served(self) -> None:
+        """Refuse a prompt that is more than virtual tokens before its base.
 
         Raises:
-            ConfigError: The prompt has several tasks and none is chosen, or a head of its own beside
-                its rows.
+            ConfigError: It has a head of its own.
         """
         head = next(heads_of(self.model.get_base_model(), self.adapter), None)
         if head is not None:
             raise ConfigError(
                 f"prompt {self.adapter!r} has its own {head[0]}, and only the base's is served; use generate"
             )
-        config = self.model.peft_config[self.adapter]
-        return prompt_value(self._materialized().clone(), config, self.model.facts)
-
-    def _materialized(self) -> Tensor:
-        encoder = self.model.encoder_of(self.adapter)
-        task = task_number(self.task, self.whole, encoder.num_tasks)
-        return encoder.materialize(task).detach()
 
     # A str is iterable too; the first overload is the one meant.
     @overload
@@ -244,7 +227,7 @@ class TunedPrompt:
                     part, labels, normalize=normalize, batch_size=batch_size
                 ),
             )
-        prompts = self.prompts()
+        prompt = self.prompt()
         names = label_set(labels, self.labels)
         if names is None:
             raise ConfigError(
@@ -255,11 +238,9 @@ class TunedPrompt:
         sources, cut = self.sources(requests)
         scores = score_labels(
             self.engine,
-            prompts,
+            prompt,
             sources,
             label_ids,
-            prompt_index=self.places.source_index(0),
-            decoder_index=self.places.decoder_index(0),
             offsets=[self.rows.offset(source) for source in sources],
             batch_size=batch_size,
             normalize=normalize,
@@ -323,8 +304,9 @@ class TunedPrompt:
         tuned = self.of_task(task_name)
         chosen = options_from(options, settings, "stream")
         (given,) = inputs_of(tuned.rows, [request])
-        asked = request_of(given, tuned.value(), options=chosen)
-        return streamed(self.model.get_base_model(), self.tokenizer, asked)
+        tuned.check_served()
+        queued = request_of(given, tuned.prompt(), options=chosen)
+        return streamed(self.model.get_base_model(), self.tokenizer, queued)
 
     def generate_rows(
         self,
@@ -338,14 +320,14 @@ class TunedPrompt:
         """Return one generated answer for each row of token ids; see ``generate``."""
         count = self.model.encoder_of(self.adapter).num_tasks
         task = task_number(self.task, self.whole, count)
-        placed = self.rows.placement is not Placement.PREFIX
+        inside = self.rows.placement is not Placement.PREFIX
         generator = Generator.of(
             self.model,
             self.tokenizer,
             self.rows.decode,
             adapter=BASE if without_prompt else self.adapter,
             task=task if count > 1 and not without_prompt else None,
-            offset=self.rows.offset if placed and not without_prompt else None,
+            offset=self.rows.offset if inside and not without_prompt else None,
         )
         return generator.answers(sources, options, batch_size=batch_size, cut=cut)
 

@@ -11,9 +11,9 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from softprompt.engine import is_keys_and_values
 from softprompt.errors import ConfigError, DataError
-from softprompt.inference import Input, Labelling, PromptValue
+from softprompt.inference import Input, Labelling
+from softprompt.prompts import Prompt
 from softprompt.server.asked import texts_of
 from softprompt.server.problems import Problem
 from softprompt.server.served import Served
@@ -53,9 +53,6 @@ class Classification(BaseModel):
     usage: ClassifyUsage
 
 
-_NO_PROMPT = PromptValue("base", None)
-
-
 def labelling_of(body: ClassifyBody, served: Served, most_rows: int) -> Labelling:
     """Return a body's texts and labels as tokens, ready to be scored.
 
@@ -77,12 +74,15 @@ def labelling_of(body: ClassifyBody, served: Served, most_rows: int) -> Labellin
     return Labelling(labels, served.label_ids(labels), inputs)
 
 
-def _check_inputs(inputs: Sequence[Input], prompt: PromptValue | None) -> None:
-    value = None if prompt is None else prompt.value
-    if value is not None and not is_keys_and_values(value):
+def _check_inputs(inputs: Sequence[Input], prompt: Prompt | None) -> None:
+    if prompt is not None and prompt.input is not None:
         return
-    # Keys and values are looked back at, but only a token's place predicts the next one.
-    alone = "the base model has" if value is None else "a prefix-tuning prompt has"
+    # Keys and values are attended to, but only a token's own position predicts the next one.
+    alone = (
+        "a prefix-tuning prompt has"
+        if prompt and prompt.prefix is not None
+        else "the base model has"
+    )
     for number, each in enumerate(inputs, start=1):
         if not each.ids:
             raise DataError(
@@ -96,24 +96,23 @@ async def classify(body: ClassifyBody, request: Request) -> Response:
     service = service_of(request)
     started = time.monotonic()
     served = await service.served(body.model, body.task)
-    asked = await in_thread(labelling_of, body, served, service.settings.max_request_rows)
-    prompt = served.prompt or _NO_PROMPT
-    future = service.scorer.submit(prompt, asked.rows())
+    labelling = await in_thread(labelling_of, body, served, service.settings.max_request_rows)
+    future = service.scorer.submit(labelling.rows(served.prompt))
     waiting = asyncio.wait_for(asyncio.wrap_future(future), service.settings.request_seconds)
     label, seconds = service.meter.label(served.name), service.settings.request_seconds
     try:
         sums = await unless_gone(request, waiting, future.cancel)
     except TimeoutError:
-        service.meter.success.labels(label, "abort").inc(len(asked.inputs))
+        service.meter.success.labels(label, "abort").inc(len(labelling.inputs))
         raise Problem(503, f"no answer within {seconds:g} s; try again later") from None
     if sums is None:
-        service.meter.success.labels(label, "abort").inc(len(asked.inputs))
+        service.meter.success.labels(label, "abort").inc(len(labelling.inputs))
         return Response(status_code=CLIENT_GONE)
-    inputs = sum(len(each.ids) for each in asked.inputs)
-    virtual = prompt.tokens * len(asked.inputs)
+    inputs = sum(len(each.ids) for each in labelling.inputs)
+    virtual = served.prompt.tokens * len(labelling.inputs) if served.prompt else 0
     service.meter.input.labels(label).inc(inputs)
     service.meter.virtual.labels(label).inc(virtual)
-    service.meter.success.labels(label, "classified").inc(len(asked.inputs))
+    service.meter.success.labels(label, "classified").inc(len(labelling.inputs))
     service.meter.whole.labels(label).observe(time.monotonic() - started)
     return JSONResponse(
         {
@@ -123,7 +122,7 @@ async def classify(body: ClassifyBody, request: Request) -> Response:
             "system_fingerprint": f"sp-{served.version[:16]}",
             "data": [
                 {"index": index, **each.to_dict()}
-                for index, each in enumerate(asked.answers(sums, normalize=body.normalize))
+                for index, each in enumerate(labelling.answers(sums, normalize=body.normalize))
             ],
             "usage": {
                 "prompt_tokens": inputs,

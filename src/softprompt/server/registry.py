@@ -275,10 +275,8 @@ class Registry:
         if name == self.base.name:
             raise ArtifactError("it has the name of the base model; rename its folder")
         prompt = DetachedPrompt.of_stored(stored, self.base)
-        tasks = [
-            Served(name, version, self.base_served.plain, own.value, own.rows, own.manifest)
-            for own in prompt.tasks
-        ]
+        plain = self.base_served.plain
+        tasks = [Served(name, version, plain, own) for own in prompt.tasks]
         return Loaded(signature, tuple(tasks), prompt.manifest.tasks)
 
     def _signature(self, name: str) -> Signature | None:

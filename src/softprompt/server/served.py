@@ -1,4 +1,4 @@
-"""A prompt ready to answer: its value, and how a client's input becomes the ids before an answer."""
+"""A prompt in service, and how a client's input becomes the ids before an answer."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from softprompt.artifacts import Manifest
 from softprompt.backbone import LoadedBase
 from softprompt.data import RowTokenizer, SpecialFrame, Verbalizer, encode
 from softprompt.errors import ConfigError, DataError, TemplateError
-from softprompt.inference import Input, PromptValue, fields_of, label_ids_of
+from softprompt.inference import DetachedTask, Input, fields_of, label_ids_of
 from softprompt.inference.requests import Request as Fields
-from softprompt.prompts import Placement
+from softprompt.prompts import Placement, Prompt
 
 _LENGTH = 128
 """Most tokens of a label of the base."""
@@ -68,17 +68,28 @@ class Served:
         name: What clients call it.
         version: Changes with the files' content.
         plain: How the base reads texts.
-        prompt: The value; None is the base alone.
-        rows: How the prompt reads its fields; None is the base alone.
-        manifest: Its record; None is the base alone.
+        own: The prompt with its record; None is the base alone.
     """
 
     name: str
     version: str
     plain: PlainText
-    prompt: PromptValue | None = None
-    rows: RowTokenizer | None = None
-    manifest: Manifest | None = None
+    own: DetachedTask | None = None
+
+    @property
+    def prompt(self) -> Prompt | None:
+        """What requests carry; None is the base alone."""
+        return self.own.prompt if self.own else None
+
+    @property
+    def rows(self) -> RowTokenizer | None:
+        """What turns the prompt's fields into token ids; None is the base alone."""
+        return self.own.rows if self.own else None
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """The prompt's record; None is the base alone."""
+        return self.own.manifest if self.own else None
 
     @property
     def labels(self) -> tuple[str, ...] | None:

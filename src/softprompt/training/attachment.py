@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 
-from softprompt.attach import PeftModel, Places, get_peft_model, started_prompt
+from softprompt.attach import PeftModel, get_peft_model, started_prompt
 from softprompt.backbone import Facts, Fingerprint, LoadedBase
 from softprompt.errors import ConfigError
 from softprompt.prompts import (
@@ -22,11 +22,6 @@ from softprompt.training.examples import TaskData
 from softprompt.training.settings import TuneSettings
 from softprompt.training.source_prompts import SourceInfo, find_source
 from softprompt.training.tuning_config import INITS, SOURCE_METHODS, TuningConfig
-
-
-def places_of(settings: TuneSettings, facts: Facts) -> Places:
-    """Return the parts of the model that the prompt feeds."""
-    return Places.of(settings.tuning_config.output_model_types, seq2seq=facts.is_encoder_decoder)
 
 
 def attach(
@@ -81,7 +76,7 @@ def plain_config(
     """Return the configuration of plain prompt tuning, whose rows do not come from a source."""
     tuning = settings.tuning_config
     return PromptTuningConfig(
-        **placed(base, facts, settings),
+        **_shared_options(base, facts, settings),
         **_first_rows(base, labels, tuning),
         prompt_sees_input=tuning.prompt_sees_input,
         placement=tuning.placement,
@@ -116,7 +111,7 @@ def multitask_config(
             "prompt_tuning_init_task": 0 if task is None else source.task_number(task),
         }
     return MultitaskPromptTuningConfig(
-        **placed(base, facts, settings),
+        **_shared_options(base, facts, settings),
         **(first or _first_rows(base, labels, tuning)),
         prompt_sees_input=tuning.prompt_sees_input,
         placement=tuning.placement,
@@ -140,7 +135,7 @@ def _check_source(
             "sources list --base-model` shows which do"
         )
     tuning = settings.tuning_config
-    needed = tuning.num_virtual_tokens * places_of(settings, facts).submodules
+    needed = tuning.num_virtual_tokens * len(tuning.model_types(facts.is_encoder_decoder))
     if source.virtual_tokens != needed:
         raise ConfigError(
             f"the source prompt {source.name} has {source.virtual_tokens} virtual tokens, this "
@@ -183,14 +178,14 @@ def _first_rows(
     }
 
 
-def placed(base: LoadedBase, facts: Facts, settings: TuneSettings) -> dict[str, Any]:
+def _shared_options(base: LoadedBase, facts: Facts, settings: TuneSettings) -> dict[str, Any]:
     """Return what the configurations of all methods have in common."""
     tuning = settings.tuning_config
     types = tuning.output_model_types
     return {
         "task_type": TaskType.SEQ_2_SEQ_LM if facts.is_encoder_decoder else TaskType.CAUSAL_LM,
         "num_virtual_tokens": tuning.num_virtual_tokens,
-        "num_transformer_submodules": places_of(settings, facts).submodules,
+        "num_transformer_submodules": len(tuning.model_types(facts.is_encoder_decoder)),
         "output_model_types": None if types is None else list(types),
         "base_model_name_or_path": base.name,
     }

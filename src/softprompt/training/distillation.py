@@ -6,14 +6,12 @@ Source: Wang et al. 2023, multitask prompt tuning (arXiv:2303.02861).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
-from torch import Tensor
 from torch.nn.functional import kl_div, mse_loss
 
-from softprompt.attach import USUAL, Places
 from softprompt.engine import Engine, EngineRow
 from softprompt.prompts import PromptModule
 from softprompt.training.objective import Scored
@@ -33,17 +31,16 @@ class Distillation:
     engine: Engine
     teachers: PromptModule
     weight: float
-    places: Places = USUAL
 
-    def __call__(
-        self, rows: Sequence[EngineRow], prompts: Sequence[Tensor], tasks: Sequence[int]
-    ) -> Scored:
+    def __call__(self, rows: Sequence[EngineRow], tasks: Sequence[int]) -> Scored:
         """Score rows; see ``Objective``. All sums are over the target tokens of the rows."""
-        placed = [self.places.row(row, row.prompt) for row in rows]
-        student = self.engine.target_outputs(placed, self.places.parts(prompts))
+        student = self.engine.target_outputs(rows)
         with torch.no_grad():
-            values = [self.teachers.materialize(task) for task in tasks]
-            teacher = self.engine.target_outputs(placed, self.places.parts(values))
+            prompts = {task: self.teachers.prompt(task) for task in sorted(set(tasks))}
+            taught = [
+                replace(row, prompt=prompts[task]) for row, task in zip(rows, tasks, strict=True)
+            ]
+            teacher = self.engine.target_outputs(taught)
         log_p = student.logits.float().log_softmax(dim=-1)  # [M, V]
         wanted = teacher.logits.float().log_softmax(dim=-1)
         divergence = kl_div(log_p, wanted, log_target=True, reduction="sum")

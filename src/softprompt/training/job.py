@@ -1,4 +1,4 @@
-"""What is trained on what."""
+"""One training stage: a prompt, its objective, its data and its hyperparameters."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
 from torch.nn import Module
 
-from softprompt.engine import EngineRow
-from softprompt.prompts import PromptModule
+from softprompt.data import TokenRow
+from softprompt.prompts import Prompt, PromptModule
 from softprompt.training.objective import Objective
 from softprompt.training.sampling import Sampling
 from softprompt.training.settings import TuneSettings
@@ -19,8 +18,8 @@ from softprompt.training.settings import TuneSettings
 class Measure(Protocol):
     """Says how good prompts are on rows that were not trained on."""
 
-    def metrics(self, prompts: Sequence[Tensor]) -> dict[str, float]:
-        """Measure the prompts ``[S·P, H]`` of all tasks."""
+    def metrics(self, prompts: Sequence[Prompt]) -> dict[str, float]:
+        """Measure the prompts of all tasks, in the order of the tasks."""
         ...
 
     def quality(self, metrics: dict[str, float]) -> list[float]:
@@ -35,8 +34,8 @@ class Job:
     Attributes:
         prompt: The module whose parameters are trained.
         objective: What is lowered.
-        rows: The training rows; ``prompt`` of a row is its task.
-        sampling: Which rows make which update.
+        rows: The tokenised training records.
+        sampling: Which of them make which update, and the task of each.
         model: The frozen base.
         learning_rate: Peak rate of the prompt, for what is said of it.
         task_names: Names of the tasks; empty for a single data set.
@@ -45,7 +44,7 @@ class Job:
 
     prompt: PromptModule
     objective: Objective
-    rows: Sequence[EngineRow]
+    rows: Sequence[TokenRow]
     sampling: Sampling
     model: Module
     settings: TuneSettings
@@ -61,7 +60,7 @@ class Job:
 
     def name_of(self, index: int) -> str:
         """Return what a message calls a training row: its number, behind its task's name."""
-        task = self.rows[index].prompt
-        before = sum(row.prompt < task for row in self.rows)
+        task = self.sampling.tasks[index]
+        before = sum(other < task for other in self.sampling.tasks)
         number = str(index - before + 1)
         return f"{self.task_names[task]} {number}" if self.task_names else number

@@ -1,4 +1,4 @@
-"""The one training loop: batches, gradient of the token mean, clip, step, validate, remember.
+"""The training loop: gradient accumulation, gradient clipping, optimizer step, validation, best prompt.
 
 The loss of an update is the negative sum of all its target log-probabilities over the number of its
 target tokens, whatever the micro-batches were, so accumulation gives the gradient of one big batch.
@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from softprompt.engine import EngineRow
 from softprompt.errors import TrainingError
+from softprompt.prompts import Prompt
 from softprompt.training.events import Events
 from softprompt.training.job import Job
 from softprompt.training.objective import Scored
@@ -59,37 +59,43 @@ def train(
 
 
 def _accumulate(job: Job, update: Update, state: RunState, check_stop: Callable[[], None]) -> Sums:
-    """Add up the gradient of an update.
+    """Accumulate the gradient of an update over its micro-batches.
 
     Each task's prompt is made once; the passes add their gradients to that value, and only their
     sum goes through the parameters behind it, which is the same by the chain rule.
     """
-    rows = [job.rows[i] for batch in update for i in batch]
+    used = [i for batch in update for i in batch]
+    rows = [job.rows[i] for i in used]
     targets = sum(len(row.target) for row in rows)
     sums = Sums(targets=targets, tokens=targets + sum(len(row.source) for row in rows))
-    values = {task: job.prompt.materialize(task) for task in sorted({row.prompt for row in rows})}
-    leaves = {task: value.detach().requires_grad_() for task, value in values.items()}
+    tasks = sorted({job.sampling.tasks[i] for i in used})
+    prompts = {task: job.prompt.prompt(task) for task in tasks}
+    leaves = {task: prompt.leaves() for task, prompt in prompts.items()}
     for parameter in job.prompt.parameters():
         parameter.grad = None
     with _dropout(job, state.update):
         for batch in update:
             check_stop()
-            scored = _scored(job, [job.rows[i] for i in batch], leaves)
+            scored = _scored(job, batch, leaves)
             _check_loss(job, state, batch, scored)
             (scored.loss / targets).backward()  # type: ignore[no-untyped-call]
             sums.loss -= scored.values.detach().sum().item()
             sums.penalty += 0.0 if scored.penalty is None else scored.penalty.item()
-    gradients = [leaf.grad for leaf in leaves.values()]
-    torch.autograd.backward(list(values.values()), gradients)
+    made = [tensor for prompt in prompts.values() for tensor in prompt.tensors]
+    summed = [leaf.grad for prompt in leaves.values() for leaf in prompt.tensors]
+    pairs = [pair for pair in zip(made, summed, strict=True) if pair[1] is not None]
+    torch.autograd.backward([tensor for tensor, _ in pairs], [grad for _, grad in pairs])
     return sums
 
 
-def _scored(job: Job, rows: Sequence[EngineRow], values: dict[int, Tensor]) -> Scored:
-    """Run rows behind the prompts of their tasks, and no others."""
-    tasks = sorted({row.prompt for row in rows})
-    number = {task: place for place, task in enumerate(tasks)}
-    numbered = [EngineRow(row.source, row.target, number[row.prompt], row.at) for row in rows]
-    return job.objective(numbered, [values[task] for task in tasks], tasks)
+def _scored(job: Job, batch: Sequence[int], prompts: Mapping[int, Prompt]) -> Scored:
+    """Run the rows of a micro-batch, each with the prompt of its task."""
+    tasks = [job.sampling.tasks[i] for i in batch]
+    rows = [
+        EngineRow(row.source, row.target, prompts[task], row.at)
+        for row, task in zip((job.rows[i] for i in batch), tasks, strict=True)
+    ]
+    return job.objective(rows, tasks)
 
 
 def _finish_epoch(job: Job, state: RunState, events: Events) -> None:
@@ -103,8 +109,8 @@ def _finish_epoch(job: Job, state: RunState, events: Events) -> None:
         point["distillation"] = state.mean_penalty
     if job.validation is not None:
         with torch.no_grad():
-            values = [job.prompt.materialize(task) for task in range(job.prompt.num_tasks)]
-        metrics = job.validation.metrics(values)
+            prompts = [job.prompt.prompt(task) for task in range(job.prompt.num_tasks)]
+        metrics = job.validation.metrics(prompts)
         point["validation"] = metrics
         state.offer(job.validation.quality(metrics), job.prompt.state_dict())
     state.add_epoch(point)

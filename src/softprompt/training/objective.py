@@ -1,4 +1,4 @@
-"""What an update lowers: the targets' negative log-probability, and what is added to it."""
+"""The training loss: the targets' negative log-likelihood, and what is added to it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Protocol, final
 
 from torch import Tensor
 
-from softprompt.attach import USUAL, Places
 from softprompt.engine import Engine, EngineRow
 
 
@@ -34,17 +33,14 @@ class Scored:
 
 
 class Objective(Protocol):
-    """Scores rows under prompts, differentiable in the prompts."""
+    """The loss of a batch, differentiable in its rows' prompts."""
 
-    def __call__(
-        self, rows: Sequence[EngineRow], prompts: Sequence[Tensor], tasks: Sequence[int]
-    ) -> Scored:
-        """Score rows whose ``prompt`` says which of ``prompts`` they stand behind.
+    def __call__(self, rows: Sequence[EngineRow], tasks: Sequence[int]) -> Scored:
+        """Score the targets of a batch.
 
         Args:
-            rows: The rows of one pass; ``prompt`` is an index into ``prompts``.
-            prompts: One value ``[S·P, H]`` for each task of the pass.
-            tasks: The task of each value.
+            rows: The rows of one pass, those of one task with one prompt.
+            tasks: The task of each row, ``[B]``.
         """
         ...
 
@@ -52,15 +48,11 @@ class Objective(Protocol):
 @final
 @dataclass(frozen=True, slots=True)
 class Likelihood:
-    """The plain objective: log-probabilities of the targets."""
+    """Cross-entropy of the targets."""
 
     engine: Engine
-    places: Places = USUAL
 
-    def __call__(
-        self, rows: Sequence[EngineRow], prompts: Sequence[Tensor], tasks: Sequence[int]
-    ) -> Scored:
+    def __call__(self, rows: Sequence[EngineRow], tasks: Sequence[int]) -> Scored:
         """Score rows; see ``Objective``."""
-        placed = [self.places.row(row, row.prompt) for row in rows]
-        scores = self.engine.target_log_probs(placed, self.places.parts(prompts))
+        scores = self.engine.target_log_probs(rows)
         return Scored(scores.values, scores.row_index)

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from transformers import PreTrainedModel
 
 from softprompt.artifacts import Manifest
-from softprompt.attach import PeftModel, Places
+from softprompt.attach import PeftModel
 from softprompt.backbone import (
     Facts,
     Fingerprint,
@@ -25,7 +25,7 @@ from softprompt.data import CutSummary, RowTokenizer, TokenRow, Verbalizer
 from softprompt.engine import Engine, build_engine, check_context
 from softprompt.errors import ConfigError
 from softprompt.prompts import Placement, PromptModule
-from softprompt.training.attachment import attach, places_of
+from softprompt.training.attachment import attach
 from softprompt.training.examples import TaskData
 from softprompt.training.optimisation import Rates
 from softprompt.training.settings import RATE_PER_RMS, TASK_RATE, TuneSettings
@@ -68,11 +68,6 @@ class Prepared:
     def prompt(self) -> PromptModule:
         """The module that is trained."""
         return self.peft_model.encoder_of("default")
-
-    @property
-    def places(self) -> Places:
-        """The parts of the model that the prompt feeds."""
-        return places_of(self.settings, self.facts)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -137,11 +132,7 @@ def prepare(base_model: Base, data: Sequence[TaskData], settings: TuneSettings) 
         facts=facts,
         fingerprint=Fingerprint.of(base.model),
         peft_model=attach(base, facts, data, settings),
-        engine=build_engine(
-            base.model,
-            settings.engine,
-            prompt_sees_input=settings.tuning_config.prompt_sees_input,
-        ),
+        engine=build_engine(base.model, settings.engine),
         tasks=tasks,
         settings=settings,
         rates=_rates(settings, facts),
@@ -187,8 +178,9 @@ def _check_lengths(
     """Refuse rows that do not fit behind the prompt now, not in the middle of an epoch."""
     seq2seq = facts.is_encoder_decoder
     longest = max(len(row.source) + (0 if seq2seq else len(row.target)) for row in rows)
-    places = places_of(settings, facts)
-    before = settings.tuning_config.num_virtual_tokens if places.source else 0
+    tuning = settings.tuning_config
+    types = tuning.model_types(seq2seq)
+    before = tuning.num_virtual_tokens if "ENCODER" in types else 0
     check_context(longest, before, facts.context_length)
     both = max(len(row.source) + len(row.target) for row in rows)
     if settings.max_tokens_per_batch is not None and both > settings.max_tokens_per_batch:
@@ -198,7 +190,7 @@ def _check_lengths(
         )
     if seq2seq:
         target = max(len(row.target) for row in rows)
-        behind = settings.tuning_config.num_virtual_tokens if places.decoder else 0
+        behind = tuning.num_virtual_tokens if "DECODER" in types else 0
         check_context(target, behind, output_limit(base.model), what="decoder")
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from softprompt.engine import EngineRow
 from softprompt.prompts import PromptModule
 from softprompt.training.attachment import fresh_prompt
 from softprompt.training.distillation import Distillation
@@ -57,7 +56,7 @@ def stages_of(
         check_stop: Asked while validation runs.
     """
     weight = prepared.settings.distillation_weight
-    likelihood = Likelihood(prepared.engine, prepared.places)
+    likelihood = Likelihood(prepared.engine)
     if len(prepared.tasks) < 2 or weight == 0:
         yield Stage(MAIN, _job(prepared, prepared.prompt, likelihood, check_stop))
         return
@@ -68,7 +67,7 @@ def stages_of(
     yield Stage(TEACHERS, job, TEACHER_LOG_FILE, leaves=True)
     teachers.requires_grad_(False)
     weight = DISTILLATION_WEIGHT if weight is None else weight
-    objective = Distillation(prepared.engine, teachers, weight, prepared.places)
+    objective = Distillation(prepared.engine, teachers, weight)
     yield Stage(MAIN, _job(prepared, prepared.prompt, objective, check_stop))
 
 
@@ -94,15 +93,12 @@ def _job(
 ) -> Job:
     """Return what trains a prompt on the rows of all tasks; ``mixed`` draws several into a batch."""
     settings = prepared.settings
-    rows = [
-        EngineRow(row.source, row.target, number, row.at)
-        for number, task in enumerate(prepared.tasks)
-        for row in task.train
-    ]
+    rows = [row for task in prepared.tasks for row in task.train]
+    tasks = [number for number, task in enumerate(prepared.tasks) for _ in task.train]
     several = mixed and len(prepared.tasks) > 1
     sampling = Sampling(
         lengths=[len(row.source) + len(row.target) for row in rows],
-        tasks=[row.prompt for row in rows],
+        tasks=tasks,
         batch_size=settings.batch_size,
         accumulate_steps=settings.accumulate_steps,
         seed=settings.seed,
@@ -132,7 +128,6 @@ def _validation(prepared: Prepared, check_stop: Callable[[], None]) -> Measure |
             task.labels,
             prepared.settings.batch_size * 4,
             check_stop,
-            prepared.places,
             number,
             task.data.name,
         )

@@ -227,6 +227,12 @@ class TuningConfig:
                 "low_rank or ulpt, or leave it out"
             )
 
+    def model_types(self, is_encoder_decoder: bool) -> tuple[str, ...]:
+        """Return the parts of this kind of model that get virtual tokens; a single input is ENCODER."""
+        if not is_encoder_decoder or self.output_model_types is None:
+            return ("ENCODER",)
+        return self.output_model_types
+
     def check_model_types(self, is_encoder_decoder: bool) -> None:
         """Refuse an output_model_types that this kind of model does not offer.
 

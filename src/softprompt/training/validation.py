@@ -10,12 +10,11 @@ from statistics import fmean
 from typing import final
 
 import torch
-from torch import Tensor
 
-from softprompt.attach import USUAL, Places
 from softprompt.data import TokenRow
 from softprompt.engine import Engine
 from softprompt.evaluation import TargetLikelihood, classify_rows, target_likelihood
+from softprompt.prompts import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +26,7 @@ ROWS_BETWEEN_STOPS = 256
 class Validation:
     """The validation rows of one task and how they are scored; with ``labels`` as a classification.
 
-    ``labels`` maps each label to its target ids. ``check_stop`` is asked every 256 rows. ``task``
+    ``labels`` maps each label to its target ids. ``check_stop`` is called every 256 rows. ``task``
     is the number of the task, ``name`` what it is called among several.
     """
 
@@ -36,19 +35,18 @@ class Validation:
     labels: dict[str, tuple[int, ...]] | None
     batch_size: int
     check_stop: Callable[[], None] = lambda: None
-    places: Places = USUAL
     task: int = 0
     name: str = ""
     _at_chance: int = field(default=0, init=False)
 
-    def metrics(self, prompts: Sequence[Tensor]) -> dict[str, float]:
-        """Measure the task's own of the prompts ``[S·P, H]`` of all tasks.
+    def metrics(self, prompts: Sequence[Prompt]) -> dict[str, float]:
+        """Measure the task's own of the prompts of all tasks.
 
         Returns:
             ``accuracy`` (labels) or ``perplexity`` (free text), and ``loss`` (nats per token).
         """
-        parts = self.places.parts([prompts[self.task]])
-        return self._likelihood(parts) if self.labels is None else self._accuracy(parts)
+        prompt = prompts[self.task]
+        return self._likelihood(prompt) if self.labels is None else self._accuracy(prompt)
 
     def quality(self, metrics: dict[str, float]) -> list[float]:
         """Return what decides which epoch is best, first things first; more is better.
@@ -63,34 +61,19 @@ class Validation:
             self.check_stop()
             yield self.rows[start : start + ROWS_BETWEEN_STOPS]
 
-    def _likelihood(self, prompts: Sequence[Tensor]) -> dict[str, float]:
+    def _likelihood(self, prompt: Prompt) -> dict[str, float]:
         parts = [
-            target_likelihood(
-                self.engine,
-                prompts,
-                rows,
-                prompt_index=self.places.source_index(0),
-                decoder_index=self.places.decoder_index(0),
-                batch_size=self.batch_size,
-            )
+            target_likelihood(self.engine, prompt, rows, batch_size=self.batch_size)
             for rows in self._parts()
         ]
         whole = TargetLikelihood(sum(p.log_prob for p in parts), sum(p.tokens for p in parts))
         return {"perplexity": whole.perplexity, "loss": whole.loss}
 
-    def _accuracy(self, prompts: Sequence[Tensor]) -> dict[str, float]:
+    def _accuracy(self, prompt: Prompt) -> dict[str, float]:
         assert self.labels is not None
         names, ids = list(self.labels), list(self.labels.values())
         parts = [
-            classify_rows(
-                self.engine,
-                prompts,
-                rows,
-                ids,
-                prompt_index=self.places.source_index(0),
-                decoder_index=self.places.decoder_index(0),
-                batch_size=self.batch_size,
-            ).scores
+            classify_rows(self.engine, prompt, rows, ids, batch_size=self.batch_size).scores
             for rows in self._parts()
         ]
         scores = torch.cat(parts).double()  # [N, K]
@@ -139,8 +122,8 @@ class TaskValidations:
 
     parts: Sequence[Validation]
 
-    def metrics(self, prompts: Sequence[Tensor]) -> dict[str, float]:
-        """Measure the prompts ``[S·P, H]`` of all tasks.
+    def metrics(self, prompts: Sequence[Prompt]) -> dict[str, float]:
+        """Measure the prompts of all tasks, in the order of the tasks.
 
         Returns:
             ``accuracy`` (mean over the tasks with labels, if any) and ``loss`` (mean over all

@@ -11,8 +11,9 @@ import torch
 from oracles.served import served
 from softprompt.engine import locked
 from softprompt.errors import ConfigError, NotServingError, QueueFullError, ServingError
-from softprompt.inference import Batcher, Bounds, GenerationOptions, PromptValue, ResidentPrompts
+from softprompt.inference import Batcher, Bounds, GenerationOptions, ResidentPrompts
 from softprompt.inference.continuous.request import Request
+from softprompt.prompts import Prompt
 
 IDS = (1, 40, 41, 42, 43)
 LONG = GenerationOptions(max_new_tokens=30)
@@ -77,7 +78,7 @@ def test_tokens_of_running_rows_are_bounded(base, made):
 
 def test_resident_prompts_are_bounded_and_dropping_one_changes_no_answer(base, made):
     batcher = made(max_prompts_resident=2, max_prompt_tokens=7)
-    values = [PromptValue(f"p{i}", torch.randn(3, 32)) for i in range(6)]
+    values = [Prompt(torch.randn(3, 32)) for _ in range(6)]
     asked = [Request(IDS, values[i % 6], options=LONG) for i in range(18)]
     tickets = [batcher.submit(request) for request in asked]
     texts = [ticket.result(60)[0].text for ticket in tickets]

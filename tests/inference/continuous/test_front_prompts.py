@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,13 +16,12 @@ from softprompt.inference import (
     Batcher,
     Bounds,
     GenerationOptions,
-    PromptValue,
     ResidentPrompts,
     Scorer,
-    content_key,
 )
 from softprompt.inference.continuous.request import Request
 from softprompt.inference.serving import Serving
+from softprompt.prompts import Prompt
 
 LABELS = ["yes", "no", "yet"]
 TEXTS = ["It leaks.", "", "Thank you for the very kind help of yesterday.", "It works."]
@@ -64,8 +64,8 @@ def scoring(base, residents, **bounds):
         scorer.stop()
 
 
-def prompt_of(rows):
-    return PromptValue(content_key(rows), rows)
+def submit(scorer, prompt, rows):
+    return scorer.submit([replace(row, prompt=prompt) for row in rows])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -99,7 +99,7 @@ def test_kept_prompts_share_a_pass_with_rows_and_prefix_tuning(family):
         residents=ResidentPrompts(8, 100),
     )
     for _ in range(2):
-        futures = [waits.submit(base.values[name], [row]) for name, row in asked]
+        futures = [submit(waits, base.values[name], [row]) for name, row in asked]
         if not waits.healthy:
             waits.start()
         for (name, row), future in zip(asked, futures, strict=True):
@@ -113,16 +113,16 @@ def test_a_warm_pass_runs_no_prompt_rows():
     base = strong("llama", kinds=("plain", "other"))
     rows = [EngineRow((5, 6, 7), label) for label in ((8,), (9, 4))]
     with scoring(base, ResidentPrompts(8, 100)) as scorer:
-        scorer.submit(base.values["other"], rows).result(30)  # what is probed once per model
+        submit(scorer, base.values["other"], rows).result(30)  # what is probed once per model
         with virtual_tokens_run(base.model) as run:
-            cold = scorer.submit(base.values["plain"], rows).result(30)
+            cold = submit(scorer, base.values["plain"], rows).result(30)
         assert sum(run) == 5
         with virtual_tokens_run(base.model) as run:
-            warm = scorer.submit(base.values["plain"], rows).result(30)
+            warm = submit(scorer, base.values["plain"], rows).result(30)
         assert run == [0]
         assert torch.allclose(cold, warm, atol=1e-6)
         with virtual_tokens_run(base.model) as run:  # its last place predicts what follows
-            scorer.submit(base.values["plain"], [EngineRow((), (8,))]).result(30)
+            submit(scorer, base.values["plain"], [EngineRow((), (8,))]).result(30)
         assert run == [5]
 
 
@@ -130,19 +130,19 @@ def test_a_changed_prompt_is_new_and_the_least_used_one_goes():
     base = strong("llama", kinds=("plain",))
     residents = ResidentPrompts(2, 7)
     generator = torch.Generator().manual_seed(5)
-    prompts = [prompt_of(torch.randn(3, 32, generator=generator)) for _ in range(4)]
-    large = prompt_of(torch.randn(8, 32, generator=generator))
+    prompts = [Prompt(torch.randn(3, 32, generator=generator)) for _ in range(4)]
+    large = Prompt(torch.randn(8, 32, generator=generator))
     row = EngineRow((5, 6, 7), (8,))
     with scoring(base, residents) as scorer:
         for prompt in [*prompts, large, *prompts]:
             alone = sum(base.log_probs(Request(row.source, prompt), row.target))
-            assert float(scorer.submit(prompt, [row]).result(30)) == pytest.approx(alone, abs=1e-5)
+            assert float(submit(scorer, prompt, [row]).result(30)) == pytest.approx(alone, abs=1e-5)
             assert len(residents) <= 2 and residents.tokens <= 7
         assert (residents.misses, residents.hits) == (8, 0)
-        scorer.submit(prompts[-1], [row]).result(30)
+        submit(scorer, prompts[-1], [row]).result(30)
         assert residents.hits == 1
-        changed = prompt_of(prompts[-1].value + 0.1)
-        scorer.submit(changed, [row]).result(30)
+        changed = Prompt(prompts[-1].input + 0.1)
+        submit(scorer, changed, [row]).result(30)
     assert residents.misses == 9
 
 
@@ -162,7 +162,7 @@ def test_models_without_a_decode_forest_keep_their_rows(family):
     residents = ResidentPrompts(8, 100)
     rows = [EngineRow((5, 6, 7), (8,))]
     with scoring(base, residents) as scorer:
-        one, two = (scorer.submit(base.values["plain"], rows).result(30) for _ in range(2))
+        one, two = (submit(scorer, base.values["plain"], rows).result(30) for _ in range(2))
     batcher.stop()
     assert torch.equal(one, two) and not len(residents) and not residents.misses
     assert not len(batcher.residents)
@@ -170,8 +170,8 @@ def test_models_without_a_decode_forest_keep_their_rows(family):
 
 def test_a_prompt_beyond_the_context_is_refused_before_it_is_computed():
     base = served("gpt2", kinds=("plain",))
-    long = prompt_of(torch.randn(70, 32))
+    long = Prompt(torch.randn(70, 32))
     with scoring(base, ResidentPrompts(8, 100)) as scorer:
         with pytest.raises(ContextOverflowError, match="70 virtual tokens"):
-            scorer.submit(long, [EngineRow((5, 6), (7,))]).result(30)
+            submit(scorer, long, [EngineRow((5, 6), (7,))]).result(30)
         assert scorer.healthy

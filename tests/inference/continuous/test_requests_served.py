@@ -16,10 +16,10 @@ from softprompt.inference import (
     EchoEvent,
     FinishEvent,
     GenerationOptions,
-    PromptValue,
     TokenEvent,
 )
 from softprompt.inference.continuous.request import Request
+from softprompt.prompts import Prompt
 
 IDS = (1, 40, 41, 42, 43, 44, 45, 46, 47)
 KINDS = ("plain", "suffix", "after_bos", "prefix")
@@ -41,11 +41,11 @@ def batcher(base):
 def logits_of(base, request):
     """Logits ``[T - 1, V]`` before every input token but the first, each from a pass of its own."""
     found = []
-    value = None if request.prompt is None else request.prompt.value
+    value = None if request.prompt is None else request.prompt.input
     embed = base.model.get_input_embeddings()
     for end in range(1, len(request.ids)):
         rows = embed(torch.tensor(request.ids[:end]))
-        if value is not None and value.dim() == 2 and request.at <= end:
+        if value is not None and request.at <= end:
             rows = torch.cat([rows[: request.at], value, rows[request.at :]])
         found.append(base.model(inputs_embeds=rows.unsqueeze(0)).logits[0, -1])
     return torch.stack(found)
@@ -150,13 +150,13 @@ def test_awaiting_and_cancelling_from_a_loop(base, batcher):
             ContextOverflowError,
             "exceed the model's 64",
         ),
-        (lambda b: Request(IDS, PromptValue("k", torch.zeros(3, 7))), ConfigError, r"\[3, 7\]"),
+        (lambda b: Request(IDS, Prompt(torch.zeros(3, 7))), ConfigError, r"\[3, 7\]"),
         (
-            lambda b: Request(IDS, PromptValue("k", torch.full((3, 32), torch.nan))),
+            lambda b: Request(IDS, Prompt(torch.full((3, 32), torch.nan))),
             ConfigError,
             "finite",
         ),
-        (lambda b: Request(IDS, PromptValue("k", torch.zeros(3, 32)), at=99), DataError, "99"),
+        (lambda b: Request(IDS, Prompt(torch.zeros(3, 32)), at=99), DataError, "99"),
         (lambda b: Request(IDS, n=9), ServingError, "n = 9"),
         (lambda b: Request(IDS, options=GenerationOptions(num_beams=2)), ConfigError, "num_beams"),
     ],
@@ -175,7 +175,7 @@ def test_a_failing_request_fails_alone(base, batcher):
     options = GenerationOptions(max_new_tokens=6)
     good = [batcher.submit(base.request("plain", IDS, options=options)) for _ in range(2)]
     bad = batcher.submit(Request(IDS, options=options, decode=broken))
-    huge = PromptValue("huge", torch.full((3, 32), 3e38))
+    huge = Prompt(torch.full((3, 32), 3e38))
     endless = batcher.submit(Request(IDS, huge, options=options))
     good += [batcher.submit(base.request("suffix", IDS, options=options)) for _ in range(2)]
     with pytest.raises(ValueError, match="no text today"):

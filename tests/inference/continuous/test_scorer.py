@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from oracles.served import served
-from softprompt.engine import EngineRow
+from softprompt.engine import EngineRow, PlainEngine
 from softprompt.errors import NotServingError
 from softprompt.inference import ResidentPrompts, Scorer
 
@@ -18,7 +18,7 @@ def test_a_caller_that_has_gone_does_not_hold_up_the_end():
     scorer = Scorer(
         base.model, max_rows=4, max_tokens=64, max_waiting=4, residents=ResidentPrompts(0, 0)
     )
-    gone, waiting = (scorer.submit(base.values["plain"], ()) for _ in range(2))
+    gone, waiting = (scorer.submit(()) for _ in range(2))
     assert gone.cancel()
     scorer.stop()
     assert gone.cancelled()
@@ -33,28 +33,28 @@ def test_a_pass_is_bounded_by_rows_and_tokens(monkeypatch, rows, tokens, passes)
     base = served("llama", kinds=("plain", "other"))
     texts = [tuple(range(5, 5 + 3 * n)) for n in range(1, 5)]
     asked = [
-        [EngineRow(text, label) for text in texts for label in ((7,), (8, 9), (3, 4, 5))]
-        for _ in range(2)
+        [
+            EngineRow(text, label, base.values[name])
+            for text in texts
+            for label in ((7,), (8, 9), (3, 4, 5))
+        ]
+        for name in ("plain", "other")
     ]
-    prompts = [base.values[name] for name in ("plain", "other")]
     scorer = Scorer(
         base.model, max_rows=rows, max_tokens=tokens, max_waiting=4, residents=ResidentPrompts(0, 0)
     )
-    seen, own = [], scorer._engine(True)
+    seen, own = [], scorer._engine
 
     class Noting:
-        def target_log_probs(self, part, values):
+        def target_log_probs(self, part):
             seen.append(part)
-            return own.target_log_probs(part, values)
+            return own.target_log_probs(part)
 
-    monkeypatch.setattr(scorer, "_engine", lambda _: Noting())
-    found = [scorer.submit(*each) for each in zip(prompts, asked, strict=True)]
+    monkeypatch.setattr(scorer, "_engine", Noting())
+    found = [scorer.submit(each) for each in asked]
     scorer.start()
-    for prompt, each, sums in zip(prompts, asked, found, strict=True):
-        alone = [
-            own.target_log_probs([replace(row, prompt=0)], [prompt.value]).row_sums(1).detach()
-            for row in each
-        ]
+    for each, sums in zip(asked, found, strict=True):
+        alone = [own.target_log_probs([row]).row_sums(1).detach() for row in each]
         assert torch.allclose(sums.result(30), torch.cat(alone).float(), atol=1e-5)
     scorer.stop()
     assert len(seen) == passes
@@ -70,6 +70,23 @@ def test_a_row_beyond_the_bound_has_a_pass_of_its_own():
         base.model, max_rows=4, max_tokens=1, max_waiting=4, residents=ResidentPrompts(0, 0)
     )
     scorer.start()
-    sums = scorer.submit(base.values["plain"], [EngineRow((5, 6, 7), (8,)), EngineRow((9,), (4,))])
+    plain = base.values["plain"]
+    sums = scorer.submit([EngineRow((5, 6, 7), (8,), plain), EngineRow((9,), (4,), plain)])
     assert sums.result(30).shape == (2,)
     scorer.stop()
+
+
+def test_prompts_that_see_the_input_and_others_are_scored_for_one_caller():
+    base = served("t5", kinds=("plain",))
+    seeing = base.values["plain"]
+    prompts = [seeing, replace(seeing, sees_input=False), None] * 2
+    rows = [EngineRow((5, 6, 7 + i), (8, 9), prompt) for i, prompt in enumerate(prompts)]
+    scorer = Scorer(
+        base.model, max_rows=64, max_tokens=999, max_waiting=4, residents=ResidentPrompts(0, 0)
+    )
+    scorer.start()
+    sums = scorer.submit(rows).result(30)
+    alone = [PlainEngine(base.model).target_log_probs([row]).row_sums(1) for row in rows]
+    scorer.stop()
+    assert torch.allclose(sums, torch.cat(alone).detach(), atol=1e-5)
+    assert len({round(float(value), 6) for value in sums}) == len(rows)

@@ -34,8 +34,8 @@ class NewTokens:
 
     Attributes:
         lane: The row's lane.
-        ids: Its new tokens; V + n is row n of its own prompt.
-        prompt: The prompt's rows ``[P, H]``, where ids need them.
+        ids: Its new tokens; V + n is virtual token n of its own prompt.
+        prompt: The prompt's virtual tokens ``[P, H]``, where ids need them.
         wanted: After which of the tokens logits are wanted.
     """
 
@@ -51,7 +51,7 @@ class DecodeForest:
 
     Attributes:
         store: The lanes.
-        vocabulary: Where the ids of a prompt's rows begin (V).
+        vocabulary: Where the ids of virtual tokens begin (V).
 
     Args:
         model: The model.
@@ -120,7 +120,7 @@ class DecodeForest:
         positions: list[int] = []
         wanted: list[int] = []
         counts: list[int] = []
-        offset = 0  # rows of the prompts before this one in the table
+        offset = 0  # virtual tokens of the prompts before this one in the table
         for new in news:
             own = new.ids
             if self._is_virtual(new):

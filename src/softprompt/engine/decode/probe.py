@@ -19,14 +19,15 @@ from softprompt.engine.decode.forest import DecodeForest, NewTokens
 from softprompt.engine.decode.store import Lane
 from softprompt.engine.plain import PlainEngine
 from softprompt.engine.products import torch_products
-from softprompt.engine.rows import EngineRow, is_keys_and_values
+from softprompt.engine.rows import EngineRow
 from softprompt.engine.selfcheck import probing
 from softprompt.errors import SoftPromptError
+from softprompt.prompts import Prompt
 
 logger = logging.getLogger(__name__)
 
 _LENGTHS = (6, 11, 3, 8)
-"""Tokens of each probe row: behind rows, behind none, behind keys and values, behind rows again."""
+"""Tokens of each probe row: behind virtual tokens, none, keys and values, and virtual tokens again."""
 
 _TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -56,17 +57,18 @@ def _difference(model: PreTrainedModel) -> str:
     def drawn(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator).to(model.device)
 
-    rows = drawn(4, facts.token_dim) * facts.embedding_rms
-    prompts = [rows, None, drawn(shape.layers, 2, shape.heads, 3, shape.width), rows.flip(0)]
+    virtual = drawn(4, facts.token_dim) * facts.embedding_rms
+    prefix = drawn(shape.layers, 2, shape.heads, 3, shape.width)
+    prompts = [Prompt(virtual), None, Prompt(prefix=prefix), Prompt(virtual.flip(0))]
     top = min(facts.vocabulary, 1000)
     texts = [torch.randint(0, top, (n,), generator=generator).tolist() for n in _LENGTHS]
     got = _run(forest, texts, prompts, facts.vocabulary)
     plain = PlainEngine(model)
     worst = 0.0
     for text, prompt, logs in zip(texts, prompts, got, strict=True):
-        row = EngineRow(tuple(text[:1]), tuple(text[1:]), -1 if prompt is None else 0)
+        row = EngineRow(tuple(text[:1]), tuple(text[1:]), prompt)
         with torch_products():
-            expected = plain.target_log_probs([row], [] if prompt is None else [prompt]).values
+            expected = plain.target_log_probs([row]).values
         worst = max(worst, float((logs - expected).abs().max()))
     if worst <= _TOLERANCE.get(model.dtype, 1e-4):
         return ""
@@ -74,7 +76,7 @@ def _difference(model: PreTrainedModel) -> str:
 
 
 def _run(
-    forest: DecodeForest, texts: list[list[int]], prompts: list[Tensor | None], vocabulary: int
+    forest: DecodeForest, texts: list[list[int]], prompts: list[Prompt | None], vocabulary: int
 ) -> list[Tensor]:
     """Return log p of every token but the first of each text behind its prompt."""
     visitor = forest.store.take(8)
@@ -84,12 +86,10 @@ def _run(
     left: list[list[int]] = []
     for text, prompt in zip(texts, prompts, strict=True):
         lanes += forest.store.take(len(text) + 8) or []
-        virtual: list[int] = []
-        if prompt is not None and is_keys_and_values(prompt):
-            forest.store.fill(lanes[-1], forest.store.converted(prompt))
-        elif prompt is not None:
-            virtual = list(range(vocabulary, vocabulary + len(prompt)))
-        left.append([*virtual, *text])
+        if prompt is not None and prompt.prefix is not None:
+            forest.store.fill(lanes[-1], forest.store.converted(prompt.prefix))
+        virtual = 0 if prompt is None else prompt.input_tokens
+        left.append([*range(vocabulary, vocabulary + virtual), *text])
     logits: list[list[Tensor]] = [[] for _ in texts]
     passed = 0
     while any(left):
@@ -100,8 +100,8 @@ def _run(
         news = []
         for i in running:
             ids, left[i] = tuple(left[i][: i + 1]), left[i][i + 1 :]
-            rows = prompts[i] if max(ids) >= vocabulary else None
-            news.append(NewTokens(lanes[i], ids, rows, "all"))
+            prompt = prompts[i]
+            news.append(NewTokens(lanes[i], ids, None if prompt is None else prompt.input, "all"))
         for i, part in zip(running, forest.step(news), strict=True):
             logits[i].append(part)
         passed += 1

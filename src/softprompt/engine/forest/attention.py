@@ -1,7 +1,9 @@
 """Attention over a packed stream, registered with transformers' attention and mask interfaces.
 
 The mask interface hands the layers a ``Visibility`` in the place of a mask, so it reaches them
-as an argument, also when gradient checkpointing runs them again during backward.
+as an argument, also when gradient checkpointing runs them again during backward. On a GPU a forest
+is run by FlexAttention, which has no backward on the CPU; equality with the padded blocks is
+tested on the CPU, its speed has not been measured on a GPU.
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -25,7 +28,6 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from softprompt.engine.forest.flex import attend, block_mask
 from softprompt.engine.forest.visibility import Block, MaskRule, Visibility
 from softprompt.engine.lock import locked
 from softprompt.engine.products import frozen_linears, lent_bodies
@@ -82,7 +84,7 @@ class LayerMask:
     def flex(self) -> BlockMask | None:
         """Return the mask of the GPU kernel, None where it does not apply."""
         if not self._flex:
-            self._flex.append(None if self.bias is not None else block_mask(self.visibility))
+            self._flex.append(None if self.bias is not None else self.visibility.flex())
         return self._flex[0]
 
     def additive(self, dtype: torch.dtype, repeats: int) -> list[Tensor]:
@@ -188,7 +190,7 @@ def forest_attention_forward(
         attention_mask.flex() if query.device.type == "cuda" and not (softcap or dropout) else None
     )
     if flex is not None:
-        return attend(query, key, value, flex, scale).transpose(1, 2).contiguous(), None
+        return attend_flex(query, key, value, flex, scale).transpose(1, 2).contiguous(), None
     masks = attention_mask.additive(query.dtype, repeats)
     streams = [
         _stream(query),
@@ -272,6 +274,18 @@ def attend_block(
     scores = softcap * torch.tanh((q @ k.transpose(-1, -2)) * scale / softcap)
     weights = torch.softmax(scores + mask, dim=-1, dtype=torch.float32).to(q.dtype)
     return F.dropout(weights, dropout, training=dropout > 0) @ v
+
+
+def attend_flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:
+    """Return ``[1, A, N, D]`` from queries ``[1, A, N, D]`` and keys and values ``[1, A_kv, N, D]``."""
+    run = _compiled() if query.device.type == "cuda" else flex_attention
+    grouped = query.shape[1] != key.shape[1]
+    return cast(Tensor, run(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped))
+
+
+@cache
+def _compiled() -> Any:
+    return torch.compile(flex_attention, dynamic=True)
 
 
 AttentionInterface.register(NAME, forest_attention_forward)

@@ -1,26 +1,38 @@
-"""The forest path of causal models: one packed row of real tokens, logits where a target is."""
+"""The forest path of causal models: one packed row of real tokens, logits where a target is.
+
+Prompts of keys and values stand behind the stream's own keys, seen by the rows below them.
+"""
 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import final
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.backbone import Facts, facts_of
-from softprompt.engine.context import check_rows, depends_on_neighbours
+from softprompt.backbone import Facts, facts_of, key_value_shape
+from softprompt.engine.context import depends_on_neighbours
 from softprompt.engine.forest.attention import ForestUnsupportedError, forest_attention
-from softprompt.engine.forest.causal_plan import causal_plan
-from softprompt.engine.forest.prefixes import forest_prefixes, why_unread
-from softprompt.engine.placed import PlacedPrompts
+from softprompt.engine.forest.causal_plan import causal_forest
+from softprompt.engine.forest.plan import Plan
+from softprompt.engine.forest.visibility import Owner, Span, Visibility, padded
 from softprompt.engine.plain import PlainEngine
 from softprompt.engine.predictions import HeadInput, PredictingEngine, Predictions
 from softprompt.engine.prefixes.gradient import gathered_gradient
-from softprompt.engine.rows import EngineRow, any_prefix
-from softprompt.engine.virtual import virtual_rows
+from softprompt.engine.prompt_table import PromptTable, injected
+from softprompt.engine.rows import EngineRow
+from softprompt.engine.selfcheck import PROBED_LENGTHS, difference
+from softprompt.errors import SoftPromptError
+
+logger = logging.getLogger(__name__)
+
+_unread: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
 
 
 def require_packable(model: PreTrainedModel, facts: Facts) -> None:
@@ -57,26 +69,18 @@ class ForestEngine(PredictingEngine):
         self._plain = PlainEngine(model)
         require_packable(model, self._facts)
 
-    def predict(
-        self, rows: Sequence[EngineRow], prompts: Sequence[Tensor], head: HeadInput | None = None
-    ) -> Predictions:
-        """Run the rows; see ``PredictingEngine``.
-
-        Raises:
-            DataError: If nothing stands before a row's answer.
-            ContextOverflowError: If a row does not fit behind its prompt.
-        """
-        check_rows(self._model, self._facts, rows, prompts)
-        if depends_on_neighbours(rows, prompts, self._facts) or not self._reads(rows, prompts):
-            return self._plain.predict(rows, prompts, head)
-        placed = PlacedPrompts.of(prompts, (row.prompt for row in rows), self._facts.vocabulary)
-        plan = causal_plan(rows, prompts, placed)
+    def run_alike(self, rows: Sequence[EngineRow], head: HeadInput | None = None) -> Predictions:
+        """Run checked rows; see ``PredictingEngine``."""
+        if depends_on_neighbours(rows, self._facts) or not self._reads(rows):
+            return self._plain.run_alike(rows, head)
+        prompts = PromptTable.of([row.prompt for row in rows])
+        plan = causal_forest(rows, prompts.ids(self._facts.vocabulary)).plan()
         device = self._model.device
-        wanted, place = plan.targets.places()
-        kept = forest_prefixes(plan, rows, prompts)
+        wanted, predictor = plan.targets.distinct()
+        kept = forest_prefixes(plan, rows)
         with (
             gathered_gradient(self._model, kept.values) as values,
-            virtual_rows(self._model, placed.table),
+            injected(self._model, prompts),
             forest_attention(self._model, kept.visibility.to(device), values),
         ):
             logits = self._model(
@@ -87,15 +91,79 @@ class ForestEngine(PredictingEngine):
                 use_cache=False,
             ).logits
         states = head.states if head is not None else None  # [1, K, H]
-        return Predictions.of_stream(logits, states, place, plan.targets)
+        return Predictions.of_stream(logits, states, predictor, plan.targets)
 
     def reads_keys_and_values(self) -> bool:
         """Tell whether prompts of keys and values run in the forest too; probed once per model."""
-        if self._trusted:
-            return True
-        model = self._model
-        return not why_unread(model, lambda: ForestEngine(model, trusted=True), self._plain)
+        return self._trusted or not _why_unread(self._model, self._plain)
 
-    def _reads(self, rows: Sequence[EngineRow], prompts: Sequence[Tensor]) -> bool:
-        """Tell whether the forest reads the rows' prompts of keys and values as the plain path does."""
-        return not any_prefix(rows, prompts) or self.reads_keys_and_values()
+    def _reads(self, rows: Sequence[EngineRow]) -> bool:
+        """Tell whether the forest reads the rows' keys and values as the plain path does."""
+        return not any(row.prefix_tokens for row in rows) or self.reads_keys_and_values()
+
+
+@dataclass(frozen=True, slots=True)
+class ForestPrefixes:
+    """Who sees whom in a stream whose keys are followed by those of prefixes.
+
+    Attributes:
+        visibility: Who sees whom; key N is the first of the first prefix.
+        values: The prefixes ``[L, 2, A_kv, P, D]``, in order.
+    """
+
+    visibility: Visibility
+    values: tuple[Tensor, ...]
+
+
+def forest_prefixes(plan: Plan, rows: Sequence[EngineRow]) -> ForestPrefixes:
+    """Put the keys and values of the rows' prompts behind those of a stream, at positions 0 to P - 1."""
+    prompts = dict.fromkeys(row.prompt for row in rows)
+    values = {p: p.prefix for p in prompts if p is not None and p.prefix is not None}
+    if not values:
+        return ForestPrefixes(plan.visibility(), ())
+    keys: dict[Owner, Tensor] = {}
+    positions, first = [plan.positions], len(plan)
+    for prompt in values:
+        count = prompt.prefix_tokens
+        keys[prompt] = torch.arange(first, first + count)
+        positions.append(torch.arange(count))
+        first += count
+    kinds = [[_behind(span, keys.get(span.owner)) for span in kind] for kind in plan.kinds]
+    seen = padded(kinds, plan.positions, torch.cat(positions))
+    return ForestPrefixes(seen, tuple(values.values()))
+
+
+def _behind(span: Span, keys: Tensor | None) -> Span:
+    """Return a span whose queries see further keys before their own."""
+    if keys is None:
+        return span
+    sees = torch.ones(len(span.queries), len(keys), dtype=torch.bool)
+    return replace(
+        span, keys=torch.cat([keys, span.keys]), sees=torch.cat([sees, span.sees], dim=1)
+    )
+
+
+def _why_unread(model: PreTrainedModel, plain: PlainEngine) -> str:
+    """Return how a forest reads keys and values otherwise than the plain path; empty when alike.
+
+    Remembered per model.
+    """
+    if model not in _unread:
+        shape = key_value_shape(model)
+        generator = torch.Generator().manual_seed(0)
+        prefixes = [
+            torch.randn(shape.layers, 2, shape.heads, n, shape.width, generator=generator).to(
+                model.device
+            )
+            for n in PROBED_LENGTHS
+        ]
+        try:
+            candidate = ForestEngine(model, trusted=True)
+            problem = difference(candidate, plain, model, prefixes) or ""
+        except SoftPromptError as cause:
+            problem = str(cause)
+        _unread[model] = problem
+        if problem:
+            name = type(model).__name__
+            logger.info("prefixes run on the plain path for %s (forest: %s)", name, problem)
+    return _unread[model]

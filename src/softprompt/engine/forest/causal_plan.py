@@ -8,7 +8,7 @@
 
 In a causal model nothing that follows changes what stands before, so every token of a forest
 has the hidden state it would have in its own padded row. Rows are ids, a prompt's from V on, so
-a prompt is shared by what stands before it and no further: by all rows when it is in front of
+a ``Prompt`` object is shared by what stands before it and no further: by all rows when it is in front of
 them, by the answers of one input when it stands behind it. The last token of a target is never
 fed: nothing is predicted from it.
 """
@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from softprompt.engine.forest.plan import Plan, Targets
-from softprompt.engine.forest.visibility import Span
-from softprompt.engine.placed import PlacedPrompts
-from softprompt.engine.rows import EngineRow, is_keys_and_values, prompt_length
+from softprompt.engine.forest.visibility import Owner, Span
+from softprompt.engine.rows import EngineRow
 
 _ROOT = -1
 """Parent of a group's first tokens."""
@@ -96,13 +95,13 @@ class Path:
     """What one row feeds, and what it predicts.
 
     Attributes:
-        owner: Rows of different owners share nothing: the prompt, or the encoder row they see.
+        owner: Rows of different owners share nothing: the prompt, or the encoder's input they see.
         ids: The ids before its target, virtual ones among them.
         target: The target tokens.
         offset: Positions taken before the first id; the same for all rows of an owner.
     """
 
-    owner: int
+    owner: Owner
     ids: tuple[int, ...]
     target: tuple[int, ...]
     offset: int = 0
@@ -118,7 +117,7 @@ class Root:
         offset: Position of its first token, behind keys and values that are not in the stream.
     """
 
-    owner: int
+    owner: Owner
     tokens: tuple[int, ...]
     offset: int = 0
 
@@ -143,7 +142,9 @@ class Forest:
         roots = _roots(paths)
         root_of = {root.owner: number for number, root in enumerate(roots)}
         groups: list[Group] = []
-        found: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}  # -> group, end of the input
+        found: dict[
+            tuple[Owner, tuple[int, ...]], tuple[int, int]
+        ] = {}  # -> group, end of the input
         scored: list[tuple[int, int, int, int]] = []
         for row, path in enumerate(paths):
             root = root_of[path.owner]
@@ -243,50 +244,46 @@ class Forest:
         return torch.tensor([enter, leave])
 
 
-def causal_plan(
-    rows: Sequence[EngineRow], prompts: Sequence[Tensor], placed: PlacedPrompts
-) -> Plan:
-    """Plan rows of a causal model."""
-    return Forest.of(causal_paths(rows, prompts, placed)).plan()
-
-
-def causal_paths(
-    rows: Sequence[EngineRow], prompts: Sequence[Tensor], placed: PlacedPrompts
-) -> list[Path]:
-    """Return the paths of rows; a prompt of keys and values takes positions but no tokens."""
-    offsets = [
-        prompt_length(prompts, row.prompt)
-        if row.prompt >= 0 and is_keys_and_values(prompts[row.prompt])
-        else 0
-        for row in rows
-    ]
-    return [
-        Path(row.prompt, placed.source(row), row.target, offset)
-        for row, offset in zip(rows, offsets, strict=True)
-    ]
-
-
-def decoder_plan(
-    rows: Sequence[EngineRow], owners: Sequence[int], starts: Sequence[int], placed: PlacedPrompts
-) -> Plan:
-    """Plan the decoder's rows ``[decoder prompt | start | target]`` of a seq2seq model.
+def causal_forest(rows: Sequence[EngineRow], virtual: Sequence[tuple[int, ...]]) -> Forest:
+    """Plan rows of a causal model; keys and values take positions but no tokens.
 
     Args:
         rows: The rows.
-        owners: The encoder row that each of them sees.
-        starts: The token that each of them starts with.
-        placed: The decoder's prompts.
+        virtual: The virtual ids of each row's prompt.
     """
-    paths = [
-        Path(owner, (*placed.ids_of(row.decoder_prompt), start), row.target)
-        for row, owner, start in zip(rows, owners, starts, strict=True)
-    ]
-    return Forest.of(paths).plan()
+    return Forest.of(
+        [
+            Path(row.prompt, row.source_with(ids), row.target, row.prefix_tokens)
+            for row, ids in zip(rows, virtual, strict=True)
+        ]
+    )
+
+
+def decoder_forest(
+    rows: Sequence[EngineRow],
+    virtual: Sequence[tuple[int, ...]],
+    owners: Sequence[int],
+    starts: Sequence[int],
+) -> Forest:
+    """Plan the decoder's rows ``[virtual tokens | start | target]`` of a seq2seq model.
+
+    Args:
+        rows: The rows.
+        virtual: The virtual ids before each row's start.
+        owners: The encoder's input that each of them sees.
+        starts: The token that each of them starts with.
+    """
+    return Forest.of(
+        [
+            Path(owner, (*ids, start), row.target)
+            for row, ids, owner, start in zip(rows, virtual, owners, starts, strict=True)
+        ]
+    )
 
 
 def _roots(paths: Sequence[Path]) -> list[Root]:
-    inputs: dict[int, set[tuple[int, ...]]] = {}
-    offsets: dict[int, int] = {}
+    inputs: dict[Owner, set[tuple[int, ...]]] = {}
+    offsets: dict[Owner, int] = {}
     for path in paths:
         inputs.setdefault(path.owner, set()).add(path.ids)
         offsets[path.owner] = path.offset

@@ -2,8 +2,8 @@
 
 The encoder's prompt sees the input, as in PEFT, so it is computed for each input. Rows with the
 same prompt and input (the labels of one input) share one encoder row, and below it the decoder's
-prompt and the tokens their answers begin with. With ``prompt_sees_input=False`` the prompt's
-states do not depend on the input and are computed once.
+prompt and the tokens their answers begin with. A prompt that does not see the input has states
+that do not depend on it, which are computed once.
 """
 
 from __future__ import annotations
@@ -16,17 +16,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softprompt.backbone import decoder_embedding, facts_of, recomputes_layers, skips_layers
-from softprompt.engine.context import check_rows
 from softprompt.engine.forest.attention import ForestUnsupportedError, LayerMask, forest_attention
-from softprompt.engine.forest.causal_plan import decoder_plan
-from softprompt.engine.forest.encoder_plan import EncoderPlan, encoder_plan
+from softprompt.engine.forest.causal_plan import decoder_forest
 from softprompt.engine.forest.layers import Packing, layers_of, packed_layers, relative_bias
-from softprompt.engine.forest.plan import Plan
-from softprompt.engine.placed import PlacedPrompts
+from softprompt.engine.forest.plan import EncoderPlan, Plan, encoder_plan
 from softprompt.engine.plain import PlainEngine, pad_rows
 from softprompt.engine.predictions import HeadInput, PredictingEngine, Predictions
-from softprompt.engine.rows import EngineRow, any_prefix
-from softprompt.engine.virtual import virtual_rows
+from softprompt.engine.prompt_table import PromptTable, injected
+from softprompt.engine.rows import EngineRow
 
 
 @final
@@ -35,7 +32,7 @@ class PackedSeq2SeqEngine(PredictingEngine):
 
     name = "forest"
 
-    def __init__(self, model: PreTrainedModel, *, prompt_sees_input: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         """Prepare for a model.
 
         Raises:
@@ -43,37 +40,33 @@ class PackedSeq2SeqEngine(PredictingEngine):
         """
         self._model = model
         self._facts = facts_of(model)
-        self._sees_input = prompt_sees_input
         if not self._facts.is_encoder_decoder:
             raise ForestUnsupportedError(f"{type(model).__name__} has no encoder")
         if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
             raise ForestUnsupportedError(
                 f"{type(model).__name__} does not say how it shifts labels"
             )
-        self._plain = PlainEngine(model, prompt_sees_input=prompt_sees_input)
+        self._plain = PlainEngine(model)
         self._encoder = model.get_encoder()
         self._decoder = cast(Any, model).get_decoder()
 
-    def predict(
-        self, rows: Sequence[EngineRow], prompts: Sequence[Tensor], head: HeadInput | None = None
-    ) -> Predictions:
-        """Run the rows; see ``PredictingEngine``.
-
-        Raises:
-            DataError: If nothing stands before a row's answer.
-            ContextOverflowError: If a row does not fit behind its prompt.
-        """
-        check_rows(self._model, self._facts, rows, prompts, sees_input=self._sees_input)
-        if recomputes_layers(self._model) or skips_layers(self._model) or any_prefix(rows, prompts):
+    def run_alike(self, rows: Sequence[EngineRow], head: HeadInput | None = None) -> Predictions:
+        """Run checked rows; see ``PredictingEngine``."""
+        if (
+            recomputes_layers(self._model)
+            or skips_layers(self._model)
+            or any(row.prefix_tokens for row in rows)
+        ):
             # Backward would run the layers again without the hooks that pack them; or the first
             # layer, which does the packing, may be left out. Keys and values stand in padded rows.
-            return self._plain.predict(rows, prompts, head)
-        placed = PlacedPrompts.of(prompts, (row.prompt for row in rows), self._facts.vocabulary)
-        encoder = encoder_plan(rows, placed, self._sees_input)
+            return self._plain.run_alike(rows, head)
+        prompts = PromptTable.of([row.prompt for row in rows])
+        virtual = prompts.ids(self._facts.vocabulary)
+        encoder = encoder_plan(rows, virtual, sees_input=prompts.sees_input)
         with forest_attention(self._model):
-            with virtual_rows(self._model, placed.table):
+            with injected(self._model, prompts):
                 states = self._encode(encoder.plan)
-            return self._decode(rows, prompts, encoder, states, head)
+            return self._decode(rows, encoder, states, head)
 
     def _encode(self, plan: Plan) -> Tensor:
         """Return packed encoder states ``[1, N, H]``."""
@@ -89,19 +82,17 @@ class PackedSeq2SeqEngine(PredictingEngine):
     def _decode(
         self,
         rows: Sequence[EngineRow],
-        prompts: Sequence[Tensor],
         encoder: EncoderPlan,
         states: Tensor,
         head: HeadInput | None,
     ) -> Predictions:
         device = self._model.device
-        table = decoder_embedding(self._model).weight
-        placed = PlacedPrompts.of(
-            prompts, (row.decoder_prompt for row in rows), int(table.shape[0])
-        )
-        plan = decoder_plan(rows, encoder.owners, self._starts(rows), placed)
+        prompts = PromptTable.of([row.prompt for row in rows], "decoder")
+        # A decoder may have a vocabulary of its own.
+        virtual = prompts.ids(int(decoder_embedding(self._model).weight.shape[0]))
+        plan = decoder_forest(rows, virtual, encoder.owners, self._starts(rows)).plan()
         bias, packing = self._prepared(self._decoder, plan)
-        wanted, place = plan.targets.places()
+        wanted, predictor = plan.targets.distinct()
         hooks = packed_layers(
             layers_of(self._decoder),
             packing.to(device),
@@ -109,7 +100,7 @@ class PackedSeq2SeqEngine(PredictingEngine):
             cross=LayerMask.of(plan.visibility_over(encoder.plan, encoder.owned).to(device)),
             keep=wanted.to(device),
         )
-        with virtual_rows(self._model, placed.table, decoder=True), hooks:
+        with injected(self._model, prompts, decoder=True), hooks:
             logits = self._model(
                 encoder_outputs=(states,),
                 attention_mask=torch.ones(1, states.shape[1], dtype=torch.long, device=device),
@@ -117,7 +108,7 @@ class PackedSeq2SeqEngine(PredictingEngine):
                 use_cache=False,
             ).logits
         hidden = head.states if head is not None else None
-        return Predictions.of_stream(logits, hidden, place, plan.targets)
+        return Predictions.of_stream(logits, hidden, predictor, plan.targets)
 
     def _prepared(self, stack: nn.Module, plan: Plan) -> tuple[Tensor | None, Packing]:
         """Return a stack's relative position bias, and how its tokens are laid out for its embeddings."""
@@ -128,7 +119,7 @@ class PackedSeq2SeqEngine(PredictingEngine):
 
     @property
     def _filler(self) -> int:
-        """An id for places that hold no token; not padding, which some models do not count."""
+        """An id where no token stands; not padding, which some models do not count."""
         return 0 if self._facts.pad_id else 1
 
     def _starts(self, rows: Sequence[EngineRow]) -> list[int]:

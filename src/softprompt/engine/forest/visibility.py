@@ -2,6 +2,8 @@
 
 A block is a bundle of queries with the keys they may see: all roots form one, the groups of
 similar length another. Its size is G x Tq x Tk, so a batch of many rows stays linear in rows.
+On a GPU a forest is run by FlexAttention instead: its kernel asks for each tile whether a query
+sees a key, from two numbers a token, and nothing is gathered or padded.
 """
 
 from __future__ import annotations
@@ -9,12 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from softprompt.prompts import Prompt
 
 MaskRule = Callable[[int, int, Tensor, Tensor], Tensor]
 """transformers' mask function: (batch, head, query index, key index) -> bool."""
+
+Owner = Prompt | int | None
+"""What rows share with each other alone: the prompt before them, or the encoder's input that they see."""
 
 _FILL = 0.6
 """Groups at least this share of the longest are padded to it together; shorter ones get a block of their own."""
@@ -41,7 +50,7 @@ class Visibility:
 
     Attributes:
         blocks: The blocks; together their queries hold every token of the stream once.
-        where: Place of each token in the concatenated padded queries, ``[N]``.
+        where: Index of each token in the concatenated padded queries, ``[N]``.
         query_positions: Position of each query token in its own row, ``[N]``.
         key_positions: Position of each key token in its own row.
         tree: For a forest, the stretch of the depth-first order below each token, ``[2, N]``: token k
@@ -89,6 +98,23 @@ class Visibility:
             tree=None if self.tree is None else self.tree.to(device),
         )
 
+    def flex(self) -> BlockMask | None:
+        """Return FlexAttention's mask, None for a visibility that is no tree."""
+        if self.tree is None:
+            return None
+        enter, leave = self.tree
+        positions, rule = self.query_positions, self.rule
+
+        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            below = (enter[key] <= enter[query]) & (enter[query] < leave[key])
+            if rule is not None:
+                below = below & rule(0, 0, positions[query], positions[key])
+            return cast(Tensor, below)
+
+        tokens = int(positions.shape[0])
+        device = str(positions.device)
+        return create_block_mask(sees, B=None, H=None, Q_LEN=tokens, KV_LEN=tokens, device=device)
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -98,13 +124,13 @@ class Span:
         queries: Stream indices ``[q]``.
         keys: Stream indices ``[k]``.
         sees: bool ``[q, k]``.
-        owner: What the queries belong to: a prompt, or an encoder row; -1 for nothing.
+        owner: What the queries belong to: a prompt, or an input of the encoder; None for nothing.
     """
 
     queries: Tensor
     keys: Tensor
     sees: Tensor
-    owner: int = -1
+    owner: Owner = None
 
 
 def padded(

@@ -20,10 +20,13 @@ from softprompt.engine.prefixes.passes import prefixed_attention, prefixed_cache
 from softprompt.engine.prefixes.values import Prefixes
 from softprompt.engine.selfcheck import probing
 from softprompt.errors import BackboneError
+from softprompt.prompts import Prompt
 
 _LENGTHS = (7, 4, 9)
 _PREFIXES = (5, 3)
-_CHOICE = (0, 1, -1)
+_CHOICE = (0, 1, None)
+"""Prefix of each probe row."""
+
 _TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -76,31 +79,30 @@ def prefix_path(model: PreTrainedModel, facts: Facts) -> PrefixPath:
 class _Probe:
     model: PreTrainedModel
     facts: Facts
-    values: tuple[Tensor, ...]
+    prompts: tuple[Prompt, ...]
     rows: tuple[Tensor, ...]
 
     @classmethod
     def of(cls, model: PreTrainedModel, facts: Facts) -> _Probe:
         shape = key_value_shape(model)
         generator = torch.Generator().manual_seed(0)
-        values = tuple(
-            torch.randn(shape.layers, 2, shape.heads, n, shape.width, generator=generator).to(
-                model.device
-            )
+        values = (
+            torch.randn(shape.layers, 2, shape.heads, n, shape.width, generator=generator)
             for n in _PREFIXES
         )
+        prompts = tuple(Prompt(prefix=value.to(model.device)) for value in values)
         top = min(facts.vocabulary, 1000)
         rows = tuple(
             torch.randint(1, top, (1, n), generator=generator).to(model.device) for n in _LENGTHS
         )
-        return cls(model, facts, values, rows)
+        return cls(model, facts, prompts, rows)
 
     def run(self, way: Any, rows: Sequence[int], *, left: bool = False, **options: Any) -> Tensor:
         """Return the outputs of rows run together one way, those of real tokens one after another."""
         ids, mask = self._batch([self.rows[row] for row in rows], left)
         inputs = self._inputs(ids, mask)
-        prefixes = Prefixes.of(self.values, [_CHOICE[row] for row in rows])
-        assert prefixes is not None
+        prefixes = Prefixes.of([self._prompt(row) for row in rows])
+        assert prefixes is not None, "no row of the probe has a prefix"
         with way(self.model, self.facts, prefixes, **options):
             output = self.model(**inputs, return_dict=True)
         return _picked(output, mask)
@@ -108,9 +110,11 @@ class _Probe:
     def alone(self, row: int) -> Tensor:
         """Return the outputs of a row alone, behind a cache filled by hand."""
         ids = self.rows[row]
-        prefix, count = self.values[_CHOICE[row]], _PREFIXES[_CHOICE[row]]
+        prompt = self._prompt(row)
+        assert prompt is not None and prompt.prefix is not None, "the row has no prefix"
+        count = prompt.prefix_tokens
         cache = DynamicCache()
-        for index, layer in enumerate(prefix.to(self.model.dtype)):
+        for index, layer in enumerate(prompt.prefix.to(self.model.dtype)):
             cache.update(layer[:1], layer[1:], index)
         mask = torch.ones_like(ids)
         inputs = self._inputs(ids, mask)
@@ -124,6 +128,10 @@ class _Probe:
                 inputs["position_ids"] = text_positions(self.facts, {"input_ids": ids}) + count
         output = self.model(**inputs, use_cache=True, return_dict=True)
         return _picked(output, mask)
+
+    def _prompt(self, row: int) -> Prompt | None:
+        choice = _CHOICE[row]
+        return None if choice is None else self.prompts[choice]
 
     def _inputs(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
         inputs = {"input_ids": ids, "attention_mask": mask}
@@ -172,7 +180,8 @@ def _found(probe: _Probe) -> PrefixPath:
 
 def _unread(probe: _Probe, run: Callable[[], Tensor]) -> str:
     """Return which layer does not read its prefix, empty when all do."""
-    value = probe.values[0].requires_grad_()
+    (value,) = probe.prompts[0].tensors
+    value.requires_grad_()
     try:
         with torch.enable_grad():
             outputs = run()

@@ -11,17 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Cache
 
-from softprompt.engine.rows import is_keys_and_values
-
-
-def virtual_length(prompt: Tensor) -> int:
-    """Return the virtual tokens (P) of a prompt of either kind."""
-    return int(prompt.shape[3 if is_keys_and_values(prompt) else 0])
+from softprompt.prompts import Prompt
 
 
 @dataclass(frozen=True, slots=True)
 class Prefixes:
-    """The prefixes of one batch and which row has which.
+    """The prefixes of a batch of rows and which row has which, made by ``Prefixes.of(prompts)``.
+
+    Rows with the same ``Prompt`` object share it.
 
     Attributes:
         table: Keys and values, padded behind to the longest, ``[K, L, 2, A_kv, P, D]``.
@@ -34,24 +31,28 @@ class Prefixes:
     lengths: Tensor
 
     @classmethod
-    def of(cls, prompts: Sequence[Tensor], choice: Sequence[int]) -> Self | None:
-        """Gather the prefixes among the prompts of a call, None when no row has one.
+    def of(cls, prompts: Sequence[Prompt | None]) -> Self | None:
+        """Gather the prefixes of rows, None when no row has one.
 
         Args:
-            prompts: Prompts of both kinds; those that no row uses get no gradient.
-            choice: Each row's prompt, -1 for none.
+            prompts: Each row's prompt, None for none; one without keys and values counts as none.
         """
-        used = sorted({c for c in choice if c >= 0 and is_keys_and_values(prompts[c])})
-        if not used:
+        found = {
+            prompt: prompt.prefix
+            for prompt in dict.fromkeys(prompts)
+            if prompt is not None and prompt.prefix is not None
+        }
+        if not found:
             return None
-        width = max(virtual_length(prompts[c]) for c in used)
-        padded = [F.pad(prompts[c], (0, 0, 0, width - virtual_length(prompts[c]))) for c in used]
-        lengths = {c: virtual_length(prompts[c]) for c in used}
+        width = max(prompt.prefix_tokens for prompt in found)
+        number: dict[Prompt | None, int] = {prompt: i for i, prompt in enumerate(found)}
+        padded = [F.pad(p, (0, 0, 0, width - int(p.shape[3]))) for p in found.values()]
+        lengths = [p.prefix_tokens if p is not None and p in number else 0 for p in prompts]
         device = padded[0].device
         return cls(
-            torch.stack(padded) if len(used) > 1 else padded[0].unsqueeze(0),
-            torch.tensor([used.index(c) if c in used else -1 for c in choice], device=device),
-            torch.tensor([lengths.get(c, 0) for c in choice], device=device),
+            torch.stack(padded) if len(padded) > 1 else padded[0].unsqueeze(0),
+            torch.tensor([number.get(prompt, -1) for prompt in prompts], device=device),
+            torch.tensor(lengths, device=device),
         )
 
     @property
@@ -76,7 +77,7 @@ class Prefixes:
         )
 
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a layer's keys and values ``[B, A_kv, P, D]``, in dtype and place of ``like``."""
+        """Return a layer's keys and values ``[B, A_kv, P, D]``, in dtype and on the device of ``like``."""
         values = self.table[:, index].to(like.device, like.dtype)  # [K, 2, A_kv, P, D]
         owner = self.owner.to(like.device)
         if values.shape[0] == 1:
@@ -92,7 +93,7 @@ class Prefixes:
         return column >= self.width - self.lengths.unsqueeze(1)
 
     def fill(self, cache: Cache, like: Tensor) -> None:
-        """Put the prefixes into an empty cache, in dtype and place of ``like``."""
+        """Put the prefixes into an empty cache, in dtype and on the device of ``like``."""
         for index in range(self.layers):
             cache.update(*self.layer(index, like), index)
 

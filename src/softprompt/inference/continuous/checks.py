@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.backbone import Facts, key_value_shape, output_limit
-from softprompt.engine import EngineRow, check_context, check_rows, is_keys_and_values
+from softprompt.engine import EngineRow, check_context, check_rows
 from softprompt.errors import ConfigError
-from softprompt.inference.continuous.request import PromptValue, Request
+from softprompt.inference.continuous.request import Request
+from softprompt.prompts import Prompt
 
 
 def check_request(model: PreTrainedModel, facts: Facts, request: Request) -> None:
@@ -28,16 +28,13 @@ def check_request(model: PreTrainedModel, facts: Facts, request: Request) -> Non
         _check_prompt(model, facts, request.prompt)
     if facts.is_encoder_decoder:
         _check_seq2seq(request)
-    value = None if request.prompt is None else request.prompt.value
-    row = EngineRow(request.ids, (), -1 if value is None else 0, request.at)
-    check_rows(model, facts, [row], [] if value is None else [value])
+    prompt = request.prompt
+    check_rows(model, facts, [EngineRow(request.ids, (), prompt, request.at)])
     new = request.new_tokens
     if not facts.is_encoder_decoder:
         check_context(len(request.ids), request.virtual_tokens, facts.context_length, new=new)
         return
-    in_decoder = request.virtual_tokens
-    if value is not None and not is_keys_and_values(value):
-        in_decoder -= int(value.shape[0])
+    in_decoder = 0 if prompt is None else prompt.decoder_tokens + prompt.prefix_tokens
     check_context(0, in_decoder, output_limit(model), new=new, what="decoder")
 
 
@@ -53,31 +50,24 @@ def _check_seq2seq(request: Request) -> None:
         )
 
 
-def _check_prompt(model: PreTrainedModel, facts: Facts, prompt: PromptValue) -> None:
+def _check_prompt(model: PreTrainedModel, facts: Facts, prompt: Prompt) -> None:
     if prompt.decoder is not None and not facts.is_encoder_decoder:
         raise ConfigError(
-            f"prompt {prompt.key!r} has rows for a decoder beside an encoder, but {facts.architecture} has "
-            "one input; give them as its value"
+            f"the prompt has virtual tokens for a decoder beside an encoder, but {facts.architecture} has one "
+            "input; give them as its input"
         )
-    for value in (prompt.value, prompt.decoder):
-        if value is not None:
-            _check_value(model, facts, prompt.key, value)
+    for part in (prompt.input, prompt.decoder):
+        if part is not None and part.shape[1] != facts.token_dim:
+            raise _misfit(facts, list(part.shape), f"[P, {facts.token_dim}]")
+    if prompt.prefix is not None:
+        shape, sizes = key_value_shape(model), list(prompt.prefix.shape)
+        if [*sizes[:3], sizes[4]] != [shape.layers, 2, shape.heads, shape.width]:
+            raise _misfit(facts, sizes, f"[{shape.layers}, 2, {shape.heads}, P, {shape.width}]")
+    if not all(bool(torch.isfinite(part).all()) for part in prompt.tensors):
+        raise ConfigError("the prompt holds values that are not finite; train or save it again")
 
 
-def _check_value(model: PreTrainedModel, facts: Facts, key: str, value: Tensor) -> None:
-    expected = f"[P, {facts.token_dim}]"
-    fits = value.dim() == 2 and value.shape[1] == facts.token_dim
-    if is_keys_and_values(value):
-        shape = key_value_shape(model)
-        expected = f"[{shape.layers}, 2, {shape.heads}, P, {shape.width}]"
-        sizes = list(value.shape)
-        fits = [*sizes[:3], sizes[4]] == [shape.layers, 2, shape.heads, shape.width]
-    if not fits:
-        raise ConfigError(
-            f"prompt {key!r} has shape {list(value.shape)}, {facts.architecture} takes {expected}; use the base "
-            "it was made for"
-        )
-    if not bool(torch.isfinite(value).all()):
-        raise ConfigError(
-            f"prompt {key!r} holds values that are not finite; train or save it again"
-        )
+def _misfit(facts: Facts, sizes: list[int], expected: str) -> ConfigError:
+    return ConfigError(
+        f"the prompt has shape {sizes}, {facts.architecture} takes {expected}; use the base it was made for"
+    )

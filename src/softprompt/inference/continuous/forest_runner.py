@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.backbone import facts_of
-from softprompt.engine import DecodeForest, NewTokens, is_keys_and_values
+from softprompt.engine import DecodeForest, NewTokens
 from softprompt.errors import ServingError
 from softprompt.inference.continuous.answer import Answer
 from softprompt.inference.continuous.checks import check_request
@@ -95,7 +95,7 @@ class ForestRunner:
         return "started"
 
     def step(self) -> None:
-        """Run one pass for the jobs that run, and tell what came of it."""
+        """Run one pass for the jobs that run, and emit its events."""
         for job in self.jobs:
             if job.is_over:
                 self._leave(job)
@@ -112,11 +112,11 @@ class ForestRunner:
     def _fill(self, sequence: Sequence) -> None:
         """Give a new row the keys and values of its prompt, if there are any yet."""
         key, prompt = sequence.reading.key, sequence.job.request.prompt
-        if key is None or prompt is None or prompt.value is None:
+        if key is None or prompt is None:
             return
         kept = self.residents.find(key)
-        if kept is None and is_keys_and_values(prompt.value):
-            kept = self.forest.store.converted(prompt.value)
+        if kept is None and prompt.prefix is not None:
+            kept = self.forest.store.converted(prompt.prefix)
             self.residents.keep(key, kept)
         if kept is None:
             sequence.keeps = True

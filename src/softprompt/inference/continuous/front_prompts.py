@@ -17,11 +17,10 @@ from softprompt.engine import (
     ForestEngine,
     NewTokens,
     check_rows,
-    is_keys_and_values,
     why_undecodable,
 )
-from softprompt.inference.continuous.request import PromptValue
 from softprompt.inference.continuous.residents import ResidentPrompts
+from softprompt.prompts import Prompt
 
 
 def reads_front(row: EngineRow) -> bool:
@@ -34,7 +33,7 @@ def reads_front(row: EngineRow) -> bool:
 
 @final
 class FrontPrompts:
-    """Turns the rows ``[P, H]`` of prompts into keys and values, where that changes no score.
+    """Turns virtual tokens ``[P, H]`` into keys and values, where that changes no score.
 
     Args:
         model: The base model.
@@ -47,21 +46,32 @@ class FrontPrompts:
         self._residents = residents
         self._made: DecodeForest | None = None
 
-    def find(self, prompt: PromptValue, rows: Sequence[EngineRow], engine: Engine) -> Tensor | None:
-        """Return a prompt's keys and values ``[L, 2, A_kv, P, D]``, None where rows must be used.
+    def in_front(self, rows: Sequence[EngineRow], engine: Engine) -> list[EngineRow]:
+        """Return the rows, those that may with keys and values instead of their prompt's virtual tokens.
 
         Args:
-            prompt: The prompt.
-            rows: The rows behind it.
+            rows: The rows.
             engine: What will score them.
 
         Raises:
-            SoftPromptError: The rows cannot be run behind the prompt.
+            SoftPromptError: The rows cannot be run behind their prompt.
         """
-        value = prompt.value
-        if value is None or is_keys_and_values(value) or prompt.decoder is not None:
+        grouped: dict[Prompt, list[EngineRow]] = {}
+        for row in rows:
+            if row.prompt is not None:
+                grouped.setdefault(row.prompt, []).append(row)
+        kept = {prompt: self._found(prompt, own, engine) for prompt, own in grouped.items()}
+        found = []
+        for row in rows:
+            prefix = None if row.prompt is None else kept[row.prompt]
+            found.append(replace(row, prompt=prefix) if prefix and reads_front(row) else row)
+        return found
+
+    def _found(self, prompt: Prompt, rows: Sequence[EngineRow], engine: Engine) -> Prompt | None:
+        """Return a prompt as its keys and values, None where its virtual tokens must be run."""
+        if prompt.input is None or prompt.decoder is not None:
             return None
-        if not len(value) or not self._residents.may_keep(len(value)):
+        if not prompt.tokens or not self._residents.may_keep(prompt.tokens):
             return None
         if not (prompt.sees_input and any(map(reads_front, rows)) and self._takes(engine)):
             return None
@@ -69,11 +79,10 @@ class FrontPrompts:
         kept = self._residents.find(key)
         if kept is None:
             # The pass below would run into positions that the model does not have.
-            mine = [replace(row, prompt=0) for row in rows]
-            check_rows(self._model, self._facts, mine, [value])
-            kept = self._computed(value)
+            check_rows(self._model, self._facts, rows)
+            kept = self._computed(prompt.input)
             self._residents.keep(key, kept)
-        return kept
+        return Prompt(prefix=kept)
 
     def _takes(self, engine: Engine) -> bool:
         """Tell whether keys and values can be computed, and read, exactly; probed once per model."""
@@ -83,17 +92,17 @@ class FrontPrompts:
             and engine.reads_keys_and_values()
         )
 
-    def _computed(self, rows: Tensor) -> Tensor:
+    def _computed(self, tokens: Tensor) -> Tensor:
         forest = self._forest()
         first = forest.vocabulary
-        lanes = forest.store.take(len(rows))
+        lanes = forest.store.take(len(tokens))
         assert lanes is not None, "it is empty, and holds whatever may be kept"
         (lane,) = lanes
         lane.tainted = True
         try:
-            ids = tuple(range(first, first + len(rows)))
-            forest.step([NewTokens(lane, ids, rows.detach(), "none")])
-            return forest.store.read(lane, len(rows))
+            ids = tuple(range(first, first + len(tokens)))
+            forest.step([NewTokens(lane, ids, tokens.detach(), "none")])
+            return forest.store.read(lane, len(tokens))
         finally:
             forest.store.release(lane)
 

@@ -1,4 +1,4 @@
-"""Inputs of one prompt whose labels are to be scored: rows for a scorer, and what its sums say."""
+"""Inputs of one prompt whose labels are to be scored: batch rows for a scorer, and label scores from its sums."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from softprompt.engine import EngineRow
 from softprompt.inference.requests import Input
-from softprompt.inference.scoring import LabelScores, label_scores, per_token
+from softprompt.inference.scoring import LabelScores, label_rows, label_scores, per_token
+from softprompt.prompts import Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +28,12 @@ class Labelling:
     label_ids: Sequence[tuple[int, ...]]
     inputs: Sequence[Input]
 
-    def rows(self) -> list[EngineRow]:
-        """Return a row for each label of each input, input by input."""
+    def rows(self, prompt: Prompt | None) -> list[EngineRow]:
+        """Return a batch row for each label of each input behind a prompt, input by input."""
         return [
-            EngineRow(each.ids, label, at=each.at)
+            row
             for each in self.inputs
-            for label in self.label_ids
+            for row in label_rows(each.ids, self.label_ids, prompt, each.at)
         ]
 
     def answers(self, sums: Tensor, *, normalize: bool) -> list[LabelScores]:
@@ -48,12 +49,12 @@ class Scored:
     """Inputs of one prompt that a scorer has.
 
     Attributes:
-        places: Which of a call's inputs they are.
+        numbers: Which of a call's inputs they are.
         labelling: The inputs with their labels.
         sums: Gets the rows' log-probabilities.
     """
 
-    places: Sequence[int]
+    numbers: Sequence[int]
     labelling: Labelling
     sums: Future[Tensor]
 
@@ -64,5 +65,5 @@ def in_order(
     """Return the answers of several prompts in the order of a call's inputs."""
     found: dict[int, LabelScores] = {}
     for each, own in zip(scored, sums, strict=True):
-        found |= zip(each.places, each.labelling.answers(own, normalize=normalize), strict=True)
-    return [found[place] for place in range(len(found))]
+        found |= zip(each.numbers, each.labelling.answers(own, normalize=normalize), strict=True)
+    return [found[number] for number in range(len(found))]

@@ -1,42 +1,19 @@
-"""What is asked of a batcher, and within which bounds it answers."""
+"""A generation request, and the limits of the batcher that answers it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
-from torch import Tensor
-
-from softprompt.engine import virtual_length
 from softprompt.errors import ConfigError, DataError
 from softprompt.inference.options import GenerationOptions
+from softprompt.inference.requests import Input
+from softprompt.prompts import Prompt
 
 Decode = Callable[[Sequence[int]], str]
 
 MAX_TOP_LOGPROBS = 20
-
-
-@dataclass(frozen=True, slots=True)
-class PromptValue:
-    """A prompt as a request uses it; a request keeps the value it began with.
-
-    Attributes:
-        key: Names the content: equal keys are the same values, whatever the prompt is called.
-        value: Rows ``[P, H]`` in the (encoder's) input, or keys and values ``[L, 2, A_kv, P, D]``.
-        decoder: Rows ``[P, H]`` before the decoder's input of a seq2seq model.
-        sees_input: Whether an encoder's prompt attends to the input.
-    """
-
-    key: str
-    value: Tensor | None
-    decoder: Tensor | None = None
-    sees_input: bool = True
-
-    @property
-    def tokens(self) -> int:
-        """Virtual tokens, in all places."""
-        parts = [part for part in (self.value, self.decoder) if part is not None]
-        return sum(virtual_length(part) for part in parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +22,7 @@ class Request:
 
     Attributes:
         ids: Token ids of the input.
-        prompt: The prompt; None asks the base model.
+        prompt: The prompt; None is the base model alone. A request keeps the one it began with.
         at: Input tokens before the prompt.
         options: How to generate. ``max_time`` counts from submission; with n > 1 answer i draws with
             ``seed + i``.
@@ -57,7 +34,7 @@ class Request:
     """
 
     ids: tuple[int, ...]
-    prompt: PromptValue | None = None
+    prompt: Prompt | None = None
     at: int = 0
     options: GenerationOptions = field(default_factory=GenerationOptions)
     n: int = 1
@@ -70,7 +47,7 @@ class Request:
         """Check what needs no model.
 
         Raises:
-            ConfigError: A value is out of range, or nothing is asked for.
+            ConfigError: A value is out of range, or neither an answer nor scores are wanted.
             DataError: A token id is negative.
         """
         if self.n < 1:
@@ -97,6 +74,11 @@ class Request:
     def virtual_tokens(self) -> int:
         """Virtual tokens of its prompt."""
         return 0 if self.prompt is None else self.prompt.tokens
+
+
+def request_of(given: Input, prompt: Prompt | None, **settings: Any) -> Request:
+    """Return a request for the answer of a prompt to an input; settings are its other fields."""
+    return Request(given.ids, prompt, given.at, decode=given.decode, **settings)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,18 +8,19 @@ import queue
 import threading
 from collections.abc import Sequence, Set
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import final
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.engine import Engine, EngineRow, build_engine, is_keys_and_values, virtual_length
+from softprompt.engine import Engine, EngineRow, build_engine
 from softprompt.errors import NotServingError, QueueFullError
-from softprompt.inference.continuous.front_prompts import FrontPrompts, reads_front
-from softprompt.inference.continuous.request import PromptValue
+from softprompt.inference.continuous.front_prompts import FrontPrompts
 from softprompt.inference.continuous.residents import ResidentPrompts
+from softprompt.prompts import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +29,13 @@ _RETRY_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """Targets to score behind one prompt.
+    """Targets of one caller.
 
     Attributes:
-        prompt: The prompt.
-        rows: Sources with their targets; which prompt they stand behind is filled in.
+        rows: Sources with their targets and prompts.
         answer: Gets the log-probability of each row's target, float32 on the CPU.
     """
 
-    prompt: PromptValue
     rows: tuple[EngineRow, ...]
     answer: Future[Tensor]
 
@@ -67,7 +66,6 @@ class Scorer:
         self._max_tokens = max_tokens
         self._waiting: queue.Queue[Scoring | None] = queue.Queue(max_waiting)
         self._front = FrontPrompts(model, residents)
-        self._engines: dict[bool, Engine] = {}
         self._stopped = False
         self._guard = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="softprompt-scorer", daemon=True)
@@ -83,14 +81,14 @@ class Scorer:
         # A thread that is in a pass when the interpreter ends would take it down.
         atexit.register(self.stop)
 
-    def submit(self, prompt: PromptValue, rows: Sequence[EngineRow]) -> Future[Tensor]:
-        """Have targets scored.
+    def submit(self, rows: Sequence[EngineRow]) -> Future[Tensor]:
+        """Queue targets to be scored.
 
         Raises:
             QueueFullError: Too many callers wait.
             NotServingError: It has stopped.
         """
-        scoring = Scoring(prompt, tuple(rows), Future())
+        scoring = Scoring(tuple(rows), Future())
         try:
             with self._guard:
                 if self._stopped:
@@ -144,7 +142,7 @@ class Scorer:
                 return
 
     def _batch(self, first: Scoring) -> tuple[Scoring | None, list[Scoring], bool]:
-        """Take what waits and may share a pass; what does not comes first next time."""
+        """Take what waits and may share a pass; what may not is first next time."""
         batch, rows = [first], len(first.rows)
         while True:
             try:
@@ -154,8 +152,7 @@ class Scorer:
             if following is None:
                 return None, batch, True
             rows += len(following.rows)
-            alike = following.prompt.sees_input == first.prompt.sees_input
-            if rows > self._max_rows or not alike:
+            if rows > self._max_rows:
                 return following, batch, False
             batch.append(following)
 
@@ -174,81 +171,47 @@ class Scorer:
 
     @torch.no_grad()
     def _scores(self, batch: Sequence[Scoring]) -> Sequence[Tensor]:
-        engine = self._engine(batch[0].prompt.sees_input)
-        table = _Table([], {})
+        engine = self._engine
         rows: list[EngineRow] = []
         for each in batch:
-            key = each.prompt.key
-            decoder = table.place(key, "decoder", each.prompt.decoder)
-            kept = self._front.find(each.prompt, each.rows, engine)
-            for row in each.rows:
-                part, value = "rows", each.prompt.value
-                if kept is not None and reads_front(row):
-                    part, value = "kept", kept
-                source = table.place(key, part, value)
-                rows.append(replace(row, prompt=source, decoder_prompt=decoder))
-        prompts = table.prompts
+            rows += self._front.in_front(each.rows, engine)
         sums = torch.cat(
             [
-                engine.target_log_probs(part, prompts).row_sums(len(part)).float().cpu()
-                for part in self._passes(rows, prompts)
+                engine.target_log_probs(part).row_sums(len(part)).float().cpu()
+                for part in self._passes(rows)
             ]
         )
         return torch.split(sums, [len(each.rows) for each in batch])
 
-    def _passes(
-        self, rows: Sequence[EngineRow], prompts: Sequence[Tensor]
-    ) -> list[list[EngineRow]]:
+    def _passes(self, rows: Sequence[EngineRow]) -> list[list[EngineRow]]:
         """Cut rows into passes within the bounds; a prompt, and a source beside itself, is run once in each."""
         passes: list[list[EngineRow]] = []
-        tokens, known = 0, set[int]()
+        tokens, known = 0, set[Prompt | None]()
         for row in rows:
             last = passes[-1][-1] if passes else None
-            need = _tokens_beside(row, last, prompts, known)
+            need = _tokens_beside(row, last, known)
             if (
                 last is None
                 or len(passes[-1]) == self._max_rows
                 or tokens + need > self._max_tokens
             ):
-                tokens, known = 0, set[int]()
-                need = _tokens_beside(row, None, prompts, known)
+                tokens, known = 0, set()
+                need = _tokens_beside(row, None, known)
                 passes.append([])
             passes[-1].append(row)
             tokens += need
-            known |= {row.prompt, row.decoder_prompt}
+            known.add(row.prompt)
         return passes
 
-    def _engine(self, sees_input: bool) -> Engine:
-        if sees_input not in self._engines:
-            self._engines[sees_input] = build_engine(
-                self._model, "auto", prompt_sees_input=sees_input
-            )
-        return self._engines[sees_input]
+    @cached_property
+    def _engine(self) -> Engine:
+        return build_engine(self._model)
 
 
-def _tokens_beside(
-    row: EngineRow, last: EngineRow | None, prompts: Sequence[Tensor], known: Set[int]
-) -> int:
+def _tokens_beside(row: EngineRow, last: EngineRow | None, known: Set[Prompt | None]) -> int:
     """Return the tokens that a row adds to a pass that ends with ``last`` and has the ``known`` prompts."""
-    own = {row.prompt, row.decoder_prompt} - known - {-1}
-    run = [prompts[place] for place in own if not is_keys_and_values(prompts[place])]
-    virtual = sum(map(virtual_length, run))
-    shared = last is not None and (last.source, last.prompt) == (row.source, row.prompt)
+    prompt = None if row.prompt in known else row.prompt
+    # A prefix is read, not run.
+    virtual = 0 if prompt is None else prompt.input_tokens + prompt.decoder_tokens
+    shared = last is not None and last.source == row.source and last.prompt is row.prompt
     return virtual + len(row.target) + (0 if shared else len(row.source))
-
-
-@dataclass(frozen=True, slots=True)
-class _Table:
-    """The prompts of a batch, each once, and where each part of one stands."""
-
-    prompts: list[Tensor]
-    places: dict[tuple[str, str], int]
-
-    def place(self, key: str, part: str, value: Tensor | None) -> int:
-        """Return the place of a part of the prompt with this key, -1 when it has none."""
-        if value is None:
-            return -1
-        if (key, part) not in self.places:
-            self.places[key, part] = len(self.prompts)
-            self.prompts.append(value)
-        return self.places[key, part]

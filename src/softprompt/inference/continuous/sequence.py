@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from softprompt.engine import Lane, NewTokens, Wanted, is_keys_and_values
+from softprompt.engine import Lane, NewTokens, Wanted
 from softprompt.errors import ServingError
 from softprompt.inference.continuous.answer import Answer
 from softprompt.inference.continuous.events import EchoEvent, TopLogProbs
@@ -41,24 +41,24 @@ class Reading:
         """Lay a request out; ``vocabulary`` is V."""
         prompt, at = request.prompt, request.at
         text = list(enumerate(request.ids))
-        if prompt is None or prompt.value is None:
+        if prompt is None:
             return cls(request.ids, _followers(text))
-        if is_keys_and_values(prompt.value):
+        if prompt.prefix is not None:
             return cls(request.ids, _followers(text), (prompt.key, ()), prompt.tokens, 0)
-        rows = [(_NO_TEXT, vocabulary + i) for i in range(prompt.tokens)]
-        whole = [*text[:at], *rows, *text[at:]]
+        virtual = [(_NO_TEXT, vocabulary + i) for i in range(prompt.input_tokens)]
+        whole = [*text[:at], *virtual, *text[at:]]
         ids = tuple(token for _, token in whole)
         # Behind all of its input a prompt is this row's alone; tokens before it that are to be
         # scored must be run.
-        if not rows or at == len(text) or (request.echo and at):
+        if not virtual or at == len(text) or (request.echo and at):
             return cls(ids, _followers(whole))
-        end = at + len(rows)
+        end = at + len(virtual)
         return cls(ids, _followers(whole), (prompt.key, request.ids[:at]), end, end)
 
 
 def _followers(whole: list[tuple[int, int]]) -> tuple[int, ...]:
-    """Return the input token behind each place; the first input token is never scored."""
-    return (*(token if place > 0 else -1 for place, token in whole[1:]), -1)
+    """Return the input token behind each id; the first input token is never scored."""
+    return (*(token if number > 0 else -1 for number, token in whole[1:]), -1)
 
 
 @dataclass(slots=True)
@@ -70,12 +70,12 @@ class Echo:
 
     def add(self, logits: Tensor, followers: tuple[int, ...], count: int) -> None:
         """Score the input tokens that follow some ids by the logits ``[k, V]`` of those."""
-        places = [i for i, token in enumerate(followers) if token >= 0]
-        if not places:
+        scorable = [i for i, token in enumerate(followers) if token >= 0]
+        if not scorable:
             return
-        labels = [followers[i] for i in places]
+        labels = [followers[i] for i in scorable]
         for logprob, top in scored(
-            logits[torch.tensor(places, device=logits.device)], labels, count
+            logits[torch.tensor(scorable, device=logits.device)], labels, count
         ):
             self.logprobs.append(logprob)
             self.top.append(top)
@@ -92,8 +92,8 @@ class Sequence:
     Attributes:
         job: The request it belongs to.
         reading: What it reads first.
-        lane: Its place.
-        spare: While it reads, the places of the request's other answers.
+        lane: Its slot in the cache.
+        spare: While it reads, the slots of the request's other answers.
         done: How many ids it has read.
         keeps: Whether its prompt is to be kept once it was read.
         answer: Its answer, once its input was read.
@@ -123,10 +123,8 @@ class Sequence:
         wanted: Wanted = "last" if self.done + len(ids) == len(self.reading.ids) else "none"
         if self.echo is not None:
             wanted = "all"
-        rows = None
-        if prompt is not None and prompt.value is not None and not is_keys_and_values(prompt.value):
-            rows = prompt.value.detach()
-        return NewTokens(self.lane, ids, rows, wanted)
+        tokens = None if prompt is None or prompt.input is None else prompt.input.detach()
+        return NewTokens(self.lane, ids, tokens, wanted)
 
     def read(self, count: int, logits: Tensor) -> None:
         """Note that ``count`` of its ids were read, and score the input by their logits."""

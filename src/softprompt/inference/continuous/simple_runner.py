@@ -20,17 +20,17 @@ from transformers import (
 )
 
 from softprompt.backbone import facts_of, output_limit
-from softprompt.engine import PlainEngine, build_engine, is_keys_and_values, prefix_path
+from softprompt.engine import PlainEngine, build_engine, prefix_path
 from softprompt.errors import DataError, ServingError
 from softprompt.inference.continuous.answer import Answer
 from softprompt.inference.continuous.checks import check_request
 from softprompt.inference.continuous.events import Event
 from softprompt.inference.continuous.job import Job
+from softprompt.inference.continuous.prompted import generate_prompted, input_logits
 from softprompt.inference.continuous.request import Bounds, Request
 from softprompt.inference.continuous.residents import ResidentPrompts
 from softprompt.inference.continuous.runner import Admission
 from softprompt.inference.continuous.sequence import Echo, not_finite, scored
-from softprompt.inference.continuous.valued import generate_valued, input_logits
 from softprompt.inference.generation import Generator
 from softprompt.inference.options import GenerationOptions
 
@@ -180,7 +180,7 @@ class SimpleRunner:
             "stopping_criteria": StoppingCriteriaList([_OwnEnds(rows)]),
         }
         requests = [job.request for job, _ in rows]
-        generate_valued(self._model, self._facts, requests, kwargs)
+        generate_prompted(self._model, self._facts, requests, kwargs)
 
     def _echo(self, job: Job) -> None:
         request, echo = job.request, Echo()
@@ -238,11 +238,9 @@ class _OwnEnds(StoppingCriteria):
 
 
 def _kind(request: Request) -> tuple[bool, bool]:
-    """Return what all prompts of a batch must share: keys and values or rows, and what they see."""
+    """Return what all prompts of a batch must share: prefix or virtual tokens, and what they see."""
     prompt = request.prompt
-    if prompt is None:
-        return False, True
-    return prompt.value is not None and is_keys_and_values(prompt.value), prompt.sees_input
+    return (False, True) if prompt is None else (prompt.prefix is not None, prompt.sees_input)
 
 
 def _need(request: Request) -> int:
