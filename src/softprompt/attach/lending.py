@@ -14,18 +14,17 @@ from transformers import PreTrainedModel
 from softprompt.attach import heads
 from softprompt.attach.choosing import RowPrompt
 from softprompt.attach.heads import BASE
-from softprompt.backbone import Facts, input_embedding
-from softprompt.engine import (
-    Prefixes,
-    Prompts,
+from softprompt.backbone import (
+    Facts,
     VirtualVocabulary,
     frozen_linears,
+    input_embedding,
     lent_bodies,
     locked,
-    prefixed,
     recomputed_alike,
     torch_products,
 )
+from softprompt.engine import Prefixes, Prompts, prefixed
 from softprompt.errors import ConfigError
 
 
@@ -136,7 +135,7 @@ def lent(
         for switch in switches:
             switch.active = names[0] if len(set(names)) == 1 else tuple(names)
         try:
-            with vocabulary.lend(prompts.table):
+            with vocabulary.inject(prompts.table):
                 yield prompts
         finally:
             for switch in switches:

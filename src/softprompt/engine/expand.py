@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from softprompt.backbone import facts_of, recomputes_layers
+from softprompt.backbone import facts_of, recomputes_layers, virtual_rows
 from softprompt.engine.context import check_rows, depends_on_neighbours
 from softprompt.engine.forest.attention import ForestUnsupportedError
 from softprompt.engine.layout import Prompts
@@ -23,7 +23,6 @@ from softprompt.engine.plain import PlainEngine, pad_rows
 from softprompt.engine.predictions import IGNORED, HeadInput, PredictingEngine, Predictions
 from softprompt.engine.prefixes.values import Prefixes
 from softprompt.engine.rows import EngineRow, is_keys_and_values, prompt_length
-from softprompt.engine.virtual import virtual_rows
 
 
 @final

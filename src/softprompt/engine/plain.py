@@ -18,16 +18,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.backbone import Facts, decoder_embedding, facts_of
+from softprompt.backbone import Facts, decoder_embedding, facts_of, locked, virtual_rows
 from softprompt.engine.context import check_rows, depends_on_neighbours
 from softprompt.engine.layout import Layout, Prompts
-from softprompt.engine.lock import locked
 from softprompt.engine.predictions import IGNORED, HeadInput, PredictingEngine, Predictions
 from softprompt.engine.prefixes.paths import prefix_path, prefixed
 from softprompt.engine.prefixes.values import Prefixes
 from softprompt.engine.rows import EngineRow, is_keys_and_values
 from softprompt.engine.selfcheck import difference
-from softprompt.engine.virtual import virtual_rows
 from softprompt.errors import ConfigError
 
 _alone: WeakKeyDictionary[PreTrainedModel, dict[bool, str]] = WeakKeyDictionary()

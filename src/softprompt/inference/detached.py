@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.artifacts import Manifest, StoredAdapter, manifest_of_task
 from softprompt.attach import in_our_terms, placement_of, prompt_values
-from softprompt.backbone import LoadedBase, facts_of
+from softprompt.backbone import Base, facts_of
 from softprompt.data import RowTokenizer
 from softprompt.inference.continuous.request import PromptValue
 from softprompt.inference.continuous.values import prompt_value
@@ -66,7 +66,7 @@ class DetachedPrompt:
 
     @classmethod
     def of_stored(
-        cls, stored: StoredAdapter, base: LoadedBase, *, ignore_fingerprint: bool = False
+        cls, stored: StoredAdapter, base: Base, *, ignore_fingerprint: bool = False
     ) -> DetachedPrompt:
         """Return what a saved prompt is; the base is read and not changed.
 

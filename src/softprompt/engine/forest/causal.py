@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.backbone import Facts, facts_of
+from softprompt.backbone import Facts, facts_of, virtual_rows
 from softprompt.engine.context import check_rows, depends_on_neighbours
 from softprompt.engine.forest.attention import ForestUnsupportedError, forest_attention
 from softprompt.engine.forest.causal_plan import causal_plan
@@ -20,7 +20,6 @@ from softprompt.engine.plain import PlainEngine
 from softprompt.engine.predictions import HeadInput, PredictingEngine, Predictions
 from softprompt.engine.prefixes.gradient import gathered_gradient
 from softprompt.engine.rows import EngineRow, any_prefix
-from softprompt.engine.virtual import virtual_rows
 
 
 def require_packable(model: PreTrainedModel, facts: Facts) -> None:

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from softprompt.backbone import decoder_embedding, facts_of, recomputes_layers, skips_layers
+from softprompt.backbone import (
+    decoder_embedding,
+    facts_of,
+    recomputes_layers,
+    skips_layers,
+    virtual_rows,
+)
 from softprompt.engine.context import check_rows
 from softprompt.engine.forest.attention import ForestUnsupportedError, LayerMask, forest_attention
 from softprompt.engine.forest.causal_plan import decoder_plan
@@ -26,7 +32,6 @@ from softprompt.engine.placed import PlacedPrompts
 from softprompt.engine.plain import PlainEngine, pad_rows
 from softprompt.engine.predictions import HeadInput, PredictingEngine, Predictions
 from softprompt.engine.rows import EngineRow, any_prefix
-from softprompt.engine.virtual import virtual_rows
 
 
 @final

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.attach import BASE, LentPrompts, PromptParts, RowPrompt, lent, prompted_generation
-from softprompt.backbone import Facts
-from softprompt.engine import Engine, EngineRow, is_keys_and_values, vocabulary_of
+from softprompt.backbone import Facts, vocabulary_of
+from softprompt.engine import Engine, EngineRow, is_keys_and_values
 from softprompt.inference.continuous.request import PromptValue, Request
 
 
