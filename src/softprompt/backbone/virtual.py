@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, final
 
 import torch
@@ -122,14 +122,13 @@ def vocabulary_of(model: PreTrainedModel) -> VirtualVocabulary:
     return VirtualVocabulary(list(tables.values()), side_embeddings(model))
 
 
-@contextmanager
 def injected(
     model: PreTrainedModel,
     virtual_tokens: Tensor | None,
     vocabulary: VirtualVocabulary | None = None,
     *,
     decoder: bool = False,
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Let ids from V on mean ``virtual_tokens`` ``[N, H]`` in the model inside the context.
 
     Args:
@@ -140,15 +139,15 @@ def injected(
         decoder: Whether they stand among the ids of a seq2seq model's decoder instead of its input.
     """
     if vocabulary is not None:
+        return vocabulary.inject(virtual_tokens)
+    return nullcontext() if virtual_tokens is None else _hooked(model, virtual_tokens, decoder)
+
+
+@contextmanager
+def _hooked(model: PreTrainedModel, virtual_tokens: Tensor, decoder: bool) -> Iterator[None]:
+    vocabulary = VirtualVocabulary([decoder_embedding(model)]) if decoder else vocabulary_of(model)
+    try:
         with vocabulary.inject(virtual_tokens):
             yield
-        return
-    if virtual_tokens is None:
-        yield
-        return
-    own = VirtualVocabulary([decoder_embedding(model)]) if decoder else vocabulary_of(model)
-    try:
-        with own.inject(virtual_tokens):
-            yield
     finally:
-        own.remove()
+        vocabulary.remove()
