@@ -14,7 +14,7 @@ import softprompt
 from softprompt import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from softprompt.artifacts import Manifest, save_adapter
 from softprompt.attach import state_of
-from softprompt.backbone import Fingerprint, LoadedBase
+from softprompt.backbone import Base, Fingerprint
 from softprompt.inference import GenerationOptions, TunedPrompt
 
 WORDS = "the kettle broke after one day and nobody answers when I call about my order today".split()
@@ -51,7 +51,7 @@ class Case:
         return self.path == ASK and 200 in self.status
 
 
-def prompts_in(root: Path, base: LoadedBase, count: int, virtual: int) -> dict[str, TunedPrompt]:
+def prompts_in(root: Path, base: Base, count: int, virtual: int) -> dict[str, TunedPrompt]:
     """Write prompts of several kinds, and two that are damaged; return the good ones as loaded."""
     folders = [root / f"prompt-{i}" for i in range(count)]
     for i, folder in enumerate(folders):
@@ -61,7 +61,7 @@ def prompts_in(root: Path, base: LoadedBase, count: int, virtual: int) -> dict[s
 
 
 def write_prompt(
-    folder: Path, base: LoadedBase, virtual: int, *, seed: int, prefix: bool = False
+    folder: Path, base: Base, virtual: int, *, seed: int, prefix: bool = False
 ) -> None:
     """Write a prompt of random rows near the base's embeddings, or of keys and values."""
     model: Any = base.model
@@ -89,7 +89,7 @@ def write_prompt(
     save_adapter(folder, config.to_dict(), values, manifest, overwrite=False)
 
 
-def loaded(folder: Path, base: LoadedBase) -> TunedPrompt:
+def loaded(folder: Path, base: Base) -> TunedPrompt:
     """Read a prompt back onto the base."""
     return softprompt.load(folder, base_model=base.model, tokenizer=base.tokenizer)
 
@@ -107,7 +107,7 @@ def damaged(root: Path, good: Path) -> None:
             (folder / "adapter_model.safetensors").write_bytes(data)
 
 
-def good_cases(prompts: Mapping[str, TunedPrompt], base: LoadedBase, each: int) -> list[Case]:
+def good_cases(prompts: Mapping[str, TunedPrompt], base: Base, each: int) -> list[Case]:
     """Return requests for every prompt and for the base, with the answers each gets alone."""
     rng = random.Random(4)
     cases = []

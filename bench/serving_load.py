@@ -45,7 +45,7 @@ from serving_cases import (
 )
 from serving_faults import Changing, copied, cycles
 from serving_process import ServerProcess, WrongAnswerError
-from softprompt.backbone import LoadedBase, load_base
+from softprompt.backbone import Base, load_base
 
 VIRTUAL = 50
 
@@ -72,7 +72,7 @@ class Work:
         return [case for each in self.changing for case in each.cases]
 
 
-def prepared(root: Path, versions: Path, base: LoadedBase, count: int, each: int) -> Work:
+def prepared(root: Path, versions: Path, base: Base, count: int, each: int) -> Work:
     """Write the prompts, and find out what they answer alone."""
     prompts = prompts_in(root, base, count, VIRTUAL)
     changing = []

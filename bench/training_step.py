@@ -27,14 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import softprompt
 from lower_bound import lower_bound
-from softprompt.engine import (
-    EngineRow,
-    build_engine,
-    frozen_linears,
-    lent_bodies,
-    pad_rows,
-    torch_products,
-)
+from softprompt.backbone import frozen_linears, torch_products
+from softprompt.engine import EngineRow, build_engine, pad_rows
 from softprompt.prompts import Prompt
 
 TARGET = 4
@@ -289,7 +283,7 @@ def matmul_rate() -> float:
     x, layer = torch.randn(612, 768), torch.nn.Linear(768, 3072).requires_grad_(False)
     best = float("inf")
     for bodies in ([], frozen_linears(layer)):
-        with lent_bodies(bodies):
+        with swapped_forwards(bodies):
             for _ in range(20):
                 start = time.process_time()
                 for _ in range(10):

@@ -117,7 +117,12 @@ def passed(tmp_path_factory):
             if code.co_name == "normal" and code.co_filename.endswith("initialisers.py"):
                 chains.append(chain_of(frame))
 
-    words = ["--train-data", folder / "train.jsonl", "--validation-data", folder / "validation.jsonl"]
+    words = [
+        "--train-data",
+        folder / "train.jsonl",
+        "--validation-data",
+        folder / "validation.jsonl",
+    ]
     words += ["--num-epochs", "1", "--output", folder / "prompt", "--quiet"]
     sys.setprofile(watch)
     try:

@@ -10,11 +10,10 @@ import torch
 from oracles import families
 from oracles.families import FOREST, OUTSIDE
 from oracles.prefixed import random_prefix, solo_logits_behind
-from softprompt.backbone import KeyValueShape
+from softprompt.backbone import KeyValueShape, implementations_of
 from softprompt.engine import DecodeForest, NewTokens, why_undecodable
 from softprompt.engine.decode import probe
 from softprompt.engine.decode.store import KeyValueStore
-from softprompt.engine.recomputed import implementations_of
 
 
 def expected(model, prompt, ids):

@@ -24,7 +24,7 @@ from softprompt import (
     get_peft_model,
 )
 from softprompt.artifacts import Manifest
-from softprompt.backbone import Fingerprint, LoadedBase
+from softprompt.backbone import Base, Fingerprint
 from softprompt.inference import TunedPrompt
 
 TEXTS = ["is it good or bad", "the parcel", "thank you, great service; it is late again"]
@@ -81,7 +81,7 @@ class Kept:
 
     def __init__(self, name, root):
         self.name = name
-        self.loaded = LoadedBase(_model(name), byte_bpe(bos=name not in families.SEQ2SEQ), "tiny")
+        self.loaded = Base(_model(name), byte_bpe(bos=name not in families.SEQ2SEQ), "tiny")
         for seed, kind in enumerate(BASES[name]):
             _write(root / kind, self.loaded, kind, seed)
         self.alone = {

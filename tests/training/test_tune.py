@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from softprompt.backbone import LoadedBase, weights_hash
+from softprompt.backbone import Base, weights_hash
 from softprompt.errors import (
     ArtifactError,
     BackboneError,
@@ -56,7 +56,7 @@ def test_tuning_lowers_the_loss_and_answers(bases, rows, held_out, base):
 def test_only_the_prompt_changes(llama, rows, dropout):
     model = AutoModelForCausalLM.from_pretrained(llama)
     before = weights_hash(model)
-    base = LoadedBase(model, AutoTokenizer.from_pretrained(llama), str(llama))
+    base = Base(model, AutoTokenizer.from_pretrained(llama), str(llama))
     start = prompt_of(tune(base, rows, **(QUICK | {"num_epochs": 1}), lr=1e-30))
     tuned = tune(base, rows, **QUICK, keep_dropout=dropout)
     assert weights_hash(model) == before

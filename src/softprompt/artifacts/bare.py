@@ -12,7 +12,7 @@ from torch import Tensor
 from softprompt.artifacts.layout import PROMPT_KEY, check_dtype, check_tensors, check_values
 from softprompt.artifacts.manifest import Manifest
 from softprompt.artifacts.native import StoredAdapter
-from softprompt.backbone import Fingerprint, LoadedBase, facts_of
+from softprompt.backbone import Base, Fingerprint, facts_of
 from softprompt.errors import ArtifactError
 from softprompt.prompts import PeftType, PromptTuningConfig, TaskType
 
@@ -43,7 +43,7 @@ class Origin:
     settings: Mapping[str, Any] | None = None
 
     @classmethod
-    def of_base(cls, base: LoadedBase) -> Origin:
+    def of_base(cls, base: Base) -> Origin:
         """Return what a base tells about rows made for it."""
         facts = facts_of(base.model)
         dtype = str(base.model.dtype).removeprefix("torch.")
@@ -72,7 +72,7 @@ def check_rows(rows: Any, where: str) -> Tensor:
 
 
 def bare_adapter(
-    parts: Mapping[str, Tensor], origin: Origin, base: LoadedBase | None, where: str
+    parts: Mapping[str, Tensor], origin: Origin, base: Base | None, where: str
 ) -> StoredAdapter:
     """Return bare rows as a prompt with the configuration PEFT's folder needs.
 
@@ -120,7 +120,7 @@ def bare_adapter(
     return StoredAdapter(config, tensors, manifest_of(origin, base), where)
 
 
-def check_width(width: int, base: LoadedBase, where: str) -> None:
+def check_width(width: int, base: Base, where: str) -> None:
     """Refuse rows of another width than the base's embeddings.
 
     Raises:
@@ -134,7 +134,7 @@ def check_width(width: int, base: LoadedBase, where: str) -> None:
         )
 
 
-def check_fit(stored: StoredAdapter, base: LoadedBase) -> None:
+def check_fit(stored: StoredAdapter, base: Base) -> None:
     """Refuse a base of another kind or width than a prompt's, whatever its weights are.
 
     Raises:
@@ -150,7 +150,7 @@ def check_fit(stored: StoredAdapter, base: LoadedBase) -> None:
         check_width(stored.prompt.shape[1], base, stored.location)
 
 
-def manifest_of(origin: Origin, base: LoadedBase | None) -> Manifest:
+def manifest_of(origin: Origin, base: Base | None) -> Manifest:
     """Return the record of rows that came without one: free text, and lengths that are ours."""
     return Manifest(
         template=origin.template,

@@ -22,8 +22,7 @@ from softprompt.attach.completion import completed
 from softprompt.attach.prefixes import trained_directly
 from softprompt.attach.tasks import RULES
 from softprompt.attach.transfer import started_prompt
-from softprompt.backbone import Facts, facts_of, freeze
-from softprompt.engine import locked, vocabulary_of
+from softprompt.backbone import Facts, facts_of, freeze, locked, vocabulary_of
 from softprompt.errors import AdapterError, ConfigError
 from softprompt.prompts import PeftConfig, PromptLearningConfig, PromptModule, TaskType
 

@@ -12,18 +12,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.attach import heads
-from softprompt.backbone import Facts, input_embedding
-from softprompt.engine import (
-    Prefixes,
-    PromptTable,
+from softprompt.backbone import (
+    Facts,
     VirtualVocabulary,
     frozen_linears,
+    input_embedding,
     lent_bodies,
     locked,
-    prefixed,
     recomputed_alike,
     torch_products,
 )
+from softprompt.engine import Prefixes, PromptTable, prefixed
 from softprompt.errors import ConfigError
 from softprompt.prompts import Prompt
 

@@ -1,6 +1,6 @@
 """What the rest of the library needs to know about a base model, read once.
 
-This file and ``engine`` are the only places that know how transformers spells things.
+``backbone`` and ``engine`` are the only places that know how transformers spells things.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from softprompt.backbone.embeddings import input_embedding, is_encoder_decoder
+from softprompt.backbone.state import stamp_of, state_of
 from softprompt.errors import BackboneError
 from softprompt.prompts import initialisers
 
@@ -54,13 +56,21 @@ class Facts:
 
 
 def facts_of(model: PreTrainedModel) -> Facts:
-    """Read the facts of a loaded model.
+    """Return the facts of a loaded model, read once.
+
+    They are read again after its embedding table was replaced, resized, written to, moved or
+    converted, and after its config was given another padding id.
 
     Raises:
         BackboneError: If it has no input embedding or its config lacks a size.
     """
-    config = model.config.get_text_config()
     table = input_embedding(model)
+    stamp = stamp_of(table.weight), model.config.get_text_config().pad_token_id
+    return state_of(model).once("facts", lambda: _read(model, table), stamp)
+
+
+def _read(model: PreTrainedModel, table: nn.Embedding) -> Facts:
+    config = model.config.get_text_config()
     from_ids = _counts_positions_from_ids(model)
     pad = config.pad_token_id
     arguments = inspect.signature(model.forward).parameters
@@ -79,62 +89,6 @@ def facts_of(model: PreTrainedModel) -> Facts:
         takes_cache="past_key_values" in arguments,
         positions_from_ids=from_ids,
         pad_id=pad if isinstance(pad, int) and 0 <= pad < vocabulary else 0,
-    )
-
-
-def is_encoder_decoder(model: PreTrainedModel) -> bool:
-    """Tell whether the model has an encoder and a decoder."""
-    return bool(getattr(model.config, "is_encoder_decoder", False))
-
-
-def input_embedding(model: PreTrainedModel) -> nn.Embedding:
-    """Return the module that embeds the ids a prompt stands before (the encoder's, where there is one).
-
-    Raises:
-        BackboneError: If the model has none.
-    """
-    owner = model.get_encoder() if is_encoder_decoder(model) else model
-    try:
-        table = cast(PreTrainedModel, owner).get_input_embeddings()
-    except NotImplementedError:
-        table = None
-    if table is None or not isinstance(getattr(table, "weight", None), Tensor):
-        raise BackboneError(
-            f"{type(model).__name__} has no input embedding table, so no prompt can stand before its input; "
-            "use a text model"
-        )
-    return cast(nn.Embedding, _looked_up(model, cast(nn.Embedding, table)))
-
-
-def _looked_up(model: PreTrainedModel, table: nn.Embedding) -> nn.Module:
-    """Return the module a table's ids go through: T5 without its decoder has a twin that is never run."""
-    encoder = model.get_encoder()
-    if isinstance(encoder, PreTrainedModel):
-        inner = encoder.get_input_embeddings()
-        if getattr(inner, "weight", None) is table.weight:
-            return inner
-    return table
-
-
-def decoder_embedding(model: PreTrainedModel) -> nn.Embedding:
-    """Return the module in which the decoder of a seq2seq model looks ids up; the encoder's may be another."""
-    decoder = cast(Any, model).get_decoder()
-    return cast(nn.Embedding, decoder.get_input_embeddings())
-
-
-def side_embeddings(model: PreTrainedModel) -> list[nn.Embedding]:
-    """Return further tables that are looked up with the input ids: Gemma's per-layer embeddings."""
-    return [
-        module
-        for name, module in model.named_modules()
-        if name.endswith("embed_tokens_per_layer") and isinstance(module, nn.Embedding)
-    ]
-
-
-def recomputes_layers(model: nn.Module) -> bool:
-    """Tell whether backward will run layers of the model again (gradient checkpointing, in training)."""
-    return model.training and any(
-        getattr(module, "gradient_checkpointing", False) for module in model.modules()
     )
 
 

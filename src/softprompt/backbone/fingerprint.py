@@ -1,4 +1,4 @@
-"""Which base model a prompt was made for.
+"""Which base model a prompt was made for, and whether its weights stayed as they were.
 
 Names lie (a folder is renamed, a repository is updated), so a fingerprint is taken from
 the weights: a few hundred values spread over the backbone, head excluded, compared with a
@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from softprompt.backbone.facts import facts_of
+from softprompt.backbone.state import stamp_of, state_of
 from softprompt.errors import ArtifactError
 
 _TENSORS = 16
@@ -103,3 +105,23 @@ class Fingerprint:
             raise ArtifactError(
                 f"the base fingerprint in softprompt.json is damaged ({cause!r}); save the prompt again"
             ) from cause
+
+
+def fingerprint_of(model: PreTrainedModel) -> Fingerprint:
+    """Return the fingerprint of a model, taken once for each state of its weights.
+
+    It is taken again after a weight was written to, replaced, moved or converted; a write through
+    ``weight.data`` leaves no trace, so ``Fingerprint.of`` is for weights that somebody edits so.
+    """
+    stamp = tuple(stamp_of(weight) for weight in model.base_model.parameters())
+    return state_of(model).once("fingerprint", lambda: Fingerprint.of(model), stamp)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Return the SHA-256 over every name, shape, dtype and byte of the model's state."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        data = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(data.shape)}{data.dtype}".encode())
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from softprompt.backbone.facts import is_encoder_decoder
+from softprompt.backbone.embeddings import is_encoder_decoder
+from softprompt.backbone.state import locked, state_of
 from softprompt.errors import BackboneError, ConfigError, SoftPromptError
 
 
@@ -25,24 +25,23 @@ class KeyValueShape:
     width: int
 
 
-_shapes: WeakKeyDictionary[PreTrainedModel, KeyValueShape] = WeakKeyDictionary()
-
-
 def key_value_shape(model: PreTrainedModel) -> KeyValueShape:
-    """Return the sizes of a model's keys and values, read from a cache; remembered per model.
+    """Return the sizes of a model's keys and values, read from a cache once per model.
 
     Raises:
         BackboneError: If it keeps anything else for what it has read, or layers differ.
     """
-    if model not in _shapes:
-        try:
-            layers, _, heads, _, width = key_values(model, [0]).shape
-            _shapes[model] = KeyValueShape(layers, heads, width)
-        except BackboneError:
-            if model.can_generate():
-                raise
-            _shapes[model] = _encoder_shape(model)
-    return _shapes[model]
+    return state_of(model).once("keys and values", lambda: _shape(model))
+
+
+def _shape(model: PreTrainedModel) -> KeyValueShape:
+    try:
+        layers, _, heads, _, width = key_values(model, [0]).shape
+    except BackboneError:
+        if model.can_generate():
+            raise
+        return _encoder_shape(model)
+    return KeyValueShape(layers, heads, width)
 
 
 def text_key_values(model: PreTrainedModel, ids: Sequence[int], length: int) -> Tensor:
@@ -96,13 +95,14 @@ def cached(model: PreTrainedModel, ids: Tensor) -> Sequence[Any]:
     Raises:
         BackboneError: If they hold more than keys and values.
     """
-    modes = [module for module in model.modules() if module.training]
-    model.train(False)
-    try:
-        cache = _run(model, ids)
-    finally:
-        for module in modes:
-            module.training = True
+    with locked(model):
+        modes = [module for module in model.modules() if module.training]
+        model.train(False)
+        try:
+            cache = _run(model, ids)
+        finally:
+            for module in modes:
+                module.training = True
     if not cache.layers:
         raise _refused(model)
     layers = cast(Sequence[Any], cache.layers)

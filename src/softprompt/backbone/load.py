@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,21 +20,13 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from softprompt.backbone.facts import is_encoder_decoder
+from softprompt.backbone.base import Base
+from softprompt.backbone.embeddings import is_encoder_decoder
 from softprompt.bundled import model_directory
 from softprompt.errors import BackboneError, ConfigError
 
 DEMO = "demo"
 """Name of the base model that ships with the package."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedBase:
-    """A base model ready to be prompted."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    name: str
 
 
 def load_base(
@@ -46,7 +37,7 @@ def load_base(
     torch_dtype: str | torch.dtype | None = None,
     device: str | None = None,
     revision: str | None = None,
-) -> LoadedBase:
+) -> Base:
     """Load a causal or seq2seq language model with its tokenizer.
 
     A name that is no folder is looked up in the local Hub cache, and downloaded only when the
@@ -86,7 +77,7 @@ def load_base(
         raise BackboneError(_why_not_loaded(name, local, cause)) from cause
     if device is not None:
         cast(Any, model).to(parse_device(device))
-    return LoadedBase(cast(PreTrainedModel, model.eval()), words, name)
+    return Base(cast(PreTrainedModel, model.eval()), words, name)
 
 
 @contextmanager
@@ -148,7 +139,7 @@ def _in_memory(
     tokenizer: PreTrainedTokenizerBase | None,
     dtype: torch.dtype | None,
     device: str | None,
-) -> LoadedBase:
+) -> Base:
     name = str(model.config._name_or_path or model.name_or_path)
     if tokenizer is None:
         try:
@@ -168,7 +159,7 @@ def _in_memory(
             f"{type(model).__name__} is neither a causal nor a seq2seq language model; "
             "use get_peft_model for other tasks"
         )
-    return LoadedBase(model, tokenizer, name)
+    return Base(model, tokenizer, name)
 
 
 def _why_not_loaded(name: str, local: bool, cause: Exception) -> str:

@@ -12,7 +12,7 @@ from softprompt.cli.streams import show, start_logging, table
 
 if TYPE_CHECKING:
     from softprompt.artifacts import StoredAdapter
-    from softprompt.backbone import LoadedBase
+    from softprompt.backbone import Base
     from softprompt.engine import EngineChoice
     from softprompt.inspection import PromptSummary
 
@@ -59,9 +59,7 @@ def command(
     show(result, _text(summary, engine, made), as_json=as_json)
 
 
-def _base(
-    stored: StoredAdapter, base_model: str | None, ignore_fingerprint: bool
-) -> LoadedBase | None:
+def _base(stored: StoredAdapter, base_model: str | None, ignore_fingerprint: bool) -> Base | None:
     """Load the base and check that it is the prompt's; the recorded one may be absent."""
     from softprompt.attach import check_base
     from softprompt.backbone import load_base
@@ -83,7 +81,7 @@ def _base(
     return base
 
 
-def _engine(stored: StoredAdapter, base: LoadedBase) -> EngineChoice | None:
+def _engine(stored: StoredAdapter, base: Base) -> EngineChoice | None:
     """Return what runs the prompt; None for classifiers, which no engine runs."""
     from softprompt.engine import choose_engine
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.engine.lock import locked
-from softprompt.engine.virtual import virtual_rows
+from softprompt.backbone import locked, virtual_rows
 from softprompt.errors import ConfigError
 from softprompt.prompts import Prompt
 

@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.backbone import facts_of
-from softprompt.engine.lock import locked
-from softprompt.engine.products import torch_products
+from softprompt.backbone import facts_of, locked, torch_products
 from softprompt.engine.rows import Engine, EngineRow
 from softprompt.prompts import Prompt
 

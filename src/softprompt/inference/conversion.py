@@ -24,7 +24,7 @@ from softprompt.artifacts import (
     single_task,
 )
 from softprompt.attach import check_base
-from softprompt.backbone import LoadedBase, load_base
+from softprompt.backbone import Base, load_base
 from softprompt.data import Verbalizer
 from softprompt.errors import ArtifactError, ConfigError, OutputExistsError, nearest
 from softprompt.inference.conversion_input import encoder_of, recorded, source_ids
@@ -151,7 +151,7 @@ def _opened(
     target: Format,
     base_model: str | Path | PreTrainedModel | None,
     options: Mapping[str, Any],
-) -> tuple[StoredAdapter, LoadedBase | None]:
+) -> tuple[StoredAdapter, Base | None]:
     """Read the source, with the base where one is named or the output needs one."""
     base = None if base_model is None else _load(base_model, target, options)
     stored = read(source, base)
@@ -251,7 +251,7 @@ def _others(
 
 def _load(
     base_model: str | Path | PreTrainedModel, target: Format, options: Mapping[str, Any]
-) -> LoadedBase:
+) -> Base:
     base = load_base(base_model, **options)
     if target.name == _NAMING and isinstance(base_model, PreTrainedModel):
         # The export changes the model it saves.

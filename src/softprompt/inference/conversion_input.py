@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from softprompt.artifacts import Format, Manifest, Origin, StoredAdapter, manifest_of
-from softprompt.backbone import LoadedBase, is_encoder_decoder
+from softprompt.backbone import Base, is_encoder_decoder
 from softprompt.data import SpecialFrame, Verbalizer, encode
 from softprompt.errors import ArtifactError, ConfigError, TemplateError
 from softprompt.inference.requests import Request, fields_of, require_tokens, row_tokenizer
@@ -29,7 +29,7 @@ def recorded(
     stored: StoredAdapter,
     origin: Format,
     target: Format,
-    base: LoadedBase | None,
+    base: Base | None,
     template: str | None,
 ) -> StoredAdapter:
     """Return a prompt with the record that its output needs.
@@ -66,7 +66,7 @@ def recorded(
     return replace(stored, manifest=replace(manifest, template=template or manifest.template))
 
 
-def encoder_of(base: LoadedBase) -> Callable[[str], tuple[int, ...]]:
+def encoder_of(base: Base) -> Callable[[str], tuple[int, ...]]:
     """Return what gives the ids of a text as rows have them: framed, without EOS in causal models."""
     frame = SpecialFrame.of(base.tokenizer)
     if not is_encoder_decoder(base.model):
@@ -78,7 +78,7 @@ def encoder_of(base: LoadedBase) -> Callable[[str], tuple[int, ...]]:
     return ids
 
 
-def source_ids(stored: StoredAdapter, base: LoadedBase, text: Request) -> AskedInput:
+def source_ids(stored: StoredAdapter, base: Base, text: Request) -> AskedInput:
     """Return the ids of one input under a prompt's template; what its limit cuts is warned of.
 
     Raises:
@@ -96,5 +96,5 @@ def source_ids(stored: StoredAdapter, base: LoadedBase, text: Request) -> AskedI
     return AskedInput(ids, cut)
 
 
-def _unlimited(base: LoadedBase) -> Manifest:
+def _unlimited(base: Base) -> Manifest:
     return replace(manifest_of(Origin.of_base(base), base), max_source_length=_NO_LIMIT)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.artifacts import Manifest, StoredAdapter, manifest_of_task
 from softprompt.attach import detached_prompts, in_our_terms, placement_of
-from softprompt.backbone import LoadedBase
+from softprompt.backbone import Base
 from softprompt.data import RowTokenizer
 from softprompt.inference.requests import row_tokenizer
 from softprompt.inference.stored import record_of
@@ -66,7 +66,7 @@ class DetachedPrompt:
 
     @classmethod
     def of_stored(
-        cls, stored: StoredAdapter, base: LoadedBase, *, ignore_fingerprint: bool = False
+        cls, stored: StoredAdapter, base: Base, *, ignore_fingerprint: bool = False
     ) -> DetachedPrompt:
         """Return what a saved prompt is; the base is read and not changed.
 

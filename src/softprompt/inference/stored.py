@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.artifacts import Manifest, Origin, StoredAdapter, load_adapter, manifest_of
-from softprompt.backbone import LoadedBase, load_base
+from softprompt.backbone import Base, load_base
 from softprompt.errors import ArtifactError, ConfigError
 
 _SEQ2SEQ = {"CAUSAL_LM": False, "SEQ_2_SEQ_LM": True}
@@ -22,7 +22,7 @@ def stored_prompts(
     tokenizer: PreTrainedTokenizerBase | None = None,
     torch_dtype: str | torch.dtype | None = None,
     device: str | None = None,
-) -> tuple[list[StoredAdapter], LoadedBase]:
+) -> tuple[list[StoredAdapter], Base]:
     """Read prompts, and their base once, which is put into evaluation mode; see ``load_many``."""
     found = [load_adapter(directory) for directory in directories]
     kinds = [_is_seq2seq(stored) for stored in found]
@@ -49,7 +49,7 @@ def recorded_base(stored: StoredAdapter) -> str:
     return stored.base_model
 
 
-def record_of(stored: StoredAdapter, base: LoadedBase) -> Manifest:
+def record_of(stored: StoredAdapter, base: Base) -> Manifest:
     """Return a prompt's record; of a folder that PEFT wrote, that its input is put as it is."""
     return stored.manifest or manifest_of(Origin.of_base(base), base)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import final
 
 from softprompt.artifacts import StoredAdapter, adapter_of_files
-from softprompt.backbone import LoadedBase, is_encoder_decoder
+from softprompt.backbone import Base, is_encoder_decoder
 from softprompt.errors import (
     AdapterError,
     ArtifactError,
@@ -54,7 +54,7 @@ class Loaded:
 class Registry:
     """The prompts of one root for one base; safe to use from several threads."""
 
-    def __init__(self, root: Root, base: LoadedBase, *, max_resident: int, max_bytes: int) -> None:
+    def __init__(self, root: Root, base: Base, *, max_resident: int, max_bytes: int) -> None:
         self.root = root
         self.base = base
         plain = PlainText(base, seq2seq=is_encoder_decoder(base.model))

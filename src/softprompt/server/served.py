@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from softprompt.artifacts import Manifest
-from softprompt.backbone import LoadedBase
+from softprompt.backbone import Base
 from softprompt.data import RowTokenizer, SpecialFrame, Verbalizer, encode
 from softprompt.errors import ConfigError, DataError, TemplateError
 from softprompt.inference import DetachedTask, Input, fields_of, label_ids_of
@@ -31,7 +31,7 @@ class PlainText:
         answers: How labels become tokens where no prompt says so.
     """
 
-    def __init__(self, base: LoadedBase, *, seq2seq: bool) -> None:
+    def __init__(self, base: Base, *, seq2seq: bool) -> None:
         self.tokenizer: PreTrainedTokenizerBase = base.tokenizer
         self.answers = RowTokenizer(
             base.tokenizer,

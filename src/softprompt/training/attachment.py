@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 
 from softprompt.attach import PeftModel, get_peft_model, started_prompt
-from softprompt.backbone import Facts, Fingerprint, LoadedBase
+from softprompt.backbone import Base, Facts, Fingerprint
 from softprompt.errors import ConfigError
 from softprompt.prompts import (
     MultitaskPromptTuningConfig,
@@ -24,9 +24,7 @@ from softprompt.training.source_prompts import SourceInfo, find_source
 from softprompt.training.tuning_config import INITS, SOURCE_METHODS, TuningConfig
 
 
-def attach(
-    base: LoadedBase, facts: Facts, data: Sequence[TaskData], settings: TuneSettings
-) -> PeftModel:
+def attach(base: Base, facts: Facts, data: Sequence[TaskData], settings: TuneSettings) -> PeftModel:
     """Attach a fresh prompt, leaving global randomness untouched.
 
     Raises:
@@ -56,7 +54,7 @@ def _forget_source(model: PeftModel) -> None:
 
 
 def fresh_prompt(
-    base: LoadedBase,
+    base: Base,
     facts: Facts,
     labels: tuple[str, ...] | None,
     settings: TuneSettings,
@@ -71,7 +69,7 @@ def fresh_prompt(
 
 
 def plain_config(
-    base: LoadedBase, facts: Facts, labels: tuple[str, ...] | None, settings: TuneSettings
+    base: Base, facts: Facts, labels: tuple[str, ...] | None, settings: TuneSettings
 ) -> PromptTuningConfig:
     """Return the configuration of plain prompt tuning, whose rows do not come from a source."""
     tuning = settings.tuning_config
@@ -86,7 +84,7 @@ def plain_config(
 
 
 def multitask_config(
-    base: LoadedBase,
+    base: Base,
     facts: Facts,
     labels: tuple[str, ...] | None,
     settings: TuneSettings,
@@ -120,9 +118,7 @@ def multitask_config(
     )
 
 
-def _check_source(
-    source: SourceInfo, base: LoadedBase, facts: Facts, settings: TuneSettings
-) -> None:
+def _check_source(source: SourceInfo, base: Base, facts: Facts, settings: TuneSettings) -> None:
     """Refuse a source of another base or another size.
 
     Raises:
@@ -155,9 +151,7 @@ def _check_source(
         )
 
 
-def _first_rows(
-    base: LoadedBase, labels: tuple[str, ...] | None, tuning: TuningConfig
-) -> dict[str, Any]:
+def _first_rows(base: Base, labels: tuple[str, ...] | None, tuning: TuningConfig) -> dict[str, Any]:
     """Return what a configuration says of rows that do not come from a source prompt."""
     init = INITS.get(tuning.prompt_tuning_init_method, PromptTuningInit.RANDOM_SCALED)
     text = tuning.prompt_tuning_init_text
@@ -178,7 +172,7 @@ def _first_rows(
     }
 
 
-def _shared_options(base: LoadedBase, facts: Facts, settings: TuneSettings) -> dict[str, Any]:
+def _shared_options(base: Base, facts: Facts, settings: TuneSettings) -> dict[str, Any]:
     """Return what the configurations of all methods have in common."""
     tuning = settings.tuning_config
     types = tuning.output_model_types

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from softprompt.artifacts import Manifest
 from softprompt.attach import PeftModel
 from softprompt.backbone import (
+    Base,
     Facts,
     Fingerprint,
-    LoadedBase,
     facts_of,
     freeze,
     load_base,
@@ -32,7 +32,7 @@ from softprompt.training.settings import RATE_PER_RMS, TASK_RATE, TuneSettings
 
 logger = logging.getLogger(__name__)
 
-Base: TypeAlias = str | Path | PreTrainedModel | LoadedBase
+BaseLike: TypeAlias = str | Path | PreTrainedModel | Base
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class TaskRows:
 class Prepared:
     """A base with a fresh prompt attached, and the rows to train it on."""
 
-    base: LoadedBase
+    base: Base
     facts: Facts
     fingerprint: Fingerprint
     peft_model: PeftModel
@@ -112,7 +112,7 @@ class Prepared:
         }
 
 
-def prepare(base_model: Base, data: Sequence[TaskData], settings: TuneSettings) -> Prepared:
+def prepare(base_model: BaseLike, data: Sequence[TaskData], settings: TuneSettings) -> Prepared:
     """Load the base, tokenise the rows, and attach a fresh prompt.
 
     Raises:
@@ -139,7 +139,7 @@ def prepare(base_model: Base, data: Sequence[TaskData], settings: TuneSettings) 
     )
 
 
-def _tokenized(task: TaskData, base: LoadedBase, facts: Facts, settings: TuneSettings) -> TaskRows:
+def _tokenized(task: TaskData, base: Base, facts: Facts, settings: TuneSettings) -> TaskRows:
     tokenizer = RowTokenizer(
         base.tokenizer,
         Verbalizer(task.template),
@@ -159,10 +159,10 @@ def _tokenized(task: TaskData, base: LoadedBase, facts: Facts, settings: TuneSet
     return TaskRows(task, train, validation, labels, cuts)
 
 
-def _loaded(base_model: Base, settings: TuneSettings) -> LoadedBase:
+def _loaded(base_model: BaseLike, settings: TuneSettings) -> Base:
     """Load the base; a folder is recorded with its full path, so that the prompt finds it again."""
-    source = base_model.model if isinstance(base_model, LoadedBase) else base_model
-    tokenizer = base_model.tokenizer if isinstance(base_model, LoadedBase) else None
+    source = base_model.model if isinstance(base_model, Base) else base_model
+    tokenizer = base_model.tokenizer if isinstance(base_model, Base) else None
     if isinstance(source, str | Path) and Path(source).is_dir():
         source = Path(source).resolve()
     loaded = load_base(
@@ -173,7 +173,7 @@ def _loaded(base_model: Base, settings: TuneSettings) -> LoadedBase:
 
 
 def _check_lengths(
-    base: LoadedBase, facts: Facts, rows: Sequence[TokenRow], settings: TuneSettings
+    base: Base, facts: Facts, rows: Sequence[TokenRow], settings: TuneSettings
 ) -> None:
     """Refuse rows that do not fit behind the prompt now, not in the middle of an epoch."""
     seq2seq = facts.is_encoder_decoder

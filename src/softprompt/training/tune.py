@@ -17,7 +17,7 @@ from softprompt.training.examples import Data, Rows, read_data
 from softprompt.training.fields import default_of
 from softprompt.training.interrupt import StopSignal
 from softprompt.training.output import check_output, kept_if_resumable, publish_logs
-from softprompt.training.preparation import Base, Prepared, prepare
+from softprompt.training.preparation import BaseLike, Prepared, prepare
 from softprompt.training.run_file import RUN_FILE, read_run, write_run
 from softprompt.training.session import Trained, identity, run
 from softprompt.training.settings import TuneOptions, TuneSettings
@@ -25,7 +25,7 @@ from softprompt.training.tuning_config import TuningConfig
 
 
 def tune(
-    base_model: Base = DEMO,
+    base_model: BaseLike = DEMO,
     train_data: Data | None = None,
     validation_data: Data | None = None,
     *,
@@ -111,7 +111,7 @@ def _finished(
 class _Plan:
     """What a run is made of, before anything is read."""
 
-    base_model: Base
+    base_model: BaseLike
     train_data: Data | None
     validation_data: Data | None
     settings: TuneSettings
@@ -127,7 +127,7 @@ class _Plan:
         return named
 
 
-def _name(source: Base | Data | None) -> str | dict[str, str | None] | None:
+def _name(source: BaseLike | Data | None) -> str | dict[str, str | None] | None:
     """Return a path that means the same from every directory, or a name as it is.
 
     Data sets by task give their names by task; None is what was in memory.
@@ -147,7 +147,7 @@ def _kept(data: Data | None) -> Data | None:
 
 
 def _resumed(
-    base_model: Base,
+    base_model: BaseLike,
     train_data: Data | None,
     validation_data: Data | None,
     output: Path | None,

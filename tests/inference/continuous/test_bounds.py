@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from oracles.served import served
-from softprompt.engine import locked
+from softprompt.backbone import locked
 from softprompt.errors import ConfigError, NotServingError, QueueFullError, ServingError
 from softprompt.inference import Batcher, Bounds, GenerationOptions, ResidentPrompts
 from softprompt.inference.continuous.request import Request

@@ -199,7 +199,7 @@ def test_a_request_checks_itself():
 
 
 def test_waiting_for_a_result_has_an_end(base, batcher):
-    from softprompt.engine import locked
+    from softprompt.backbone import locked
 
     with locked(base.model):  # nothing runs meanwhile
         ticket = batcher.submit(base.request("plain", IDS))

@@ -25,7 +25,7 @@ from softprompt.artifacts.layout import PROMPT_KEY
 from softprompt.artifacts.native import StoredAdapter
 from softprompt.artifacts.pickles import damaged, load_pickled
 from softprompt.artifacts.plain import bare_rows
-from softprompt.backbone import LoadedBase, is_encoder_decoder
+from softprompt.backbone import Base, is_encoder_decoder
 from softprompt.errors import ArtifactError, ConfigError
 
 _PICKLED = (".pt", ".bin", ".pth")
@@ -41,7 +41,7 @@ def _lacks_tensor(path: Path) -> str | None:
     return None if fits else f"not a {_SAFE}, {' or '.join(_PICKLED)} file"
 
 
-def _read_npy(source: Source, base: LoadedBase | None) -> StoredAdapter:
+def _read_npy(source: Source, base: Base | None) -> StoredAdapter:
     path = Path(source)
     data = read_bytes(path)
     try:
@@ -57,7 +57,7 @@ def _read_npy(source: Source, base: LoadedBase | None) -> StoredAdapter:
     return _adapter(rows, path, base)
 
 
-def _read_tensor(source: Source, base: LoadedBase | None) -> StoredAdapter:
+def _read_tensor(source: Source, base: Base | None) -> StoredAdapter:
     path = Path(source)
     loaded: Any = _safe(path) if path.suffix == _SAFE else load_pickled(path)
     if isinstance(loaded, dict):
@@ -78,7 +78,7 @@ def _safe(path: Path) -> dict[str, Tensor]:
         raise damaged(path, len(data), error) from error
 
 
-def _adapter(rows: Any, path: Path, base: LoadedBase | None) -> StoredAdapter:
+def _adapter(rows: Any, path: Path, base: Base | None) -> StoredAdapter:
     if base is None:
         raise ConfigError(
             f"{path} does not say which base it is for; pass base_model (--base-model)"

@@ -22,7 +22,7 @@ from softprompt.artifacts.formats.part_files import PART_NAMES, part_bytes, read
 from softprompt.artifacts.formats.prefix_store import write_parts
 from softprompt.artifacts.manifest import installed_versions
 from softprompt.artifacts.native import StoredAdapter
-from softprompt.backbone import LoadedBase
+from softprompt.backbone import Base
 from softprompt.errors import ArtifactError, FingerprintError
 from softprompt.prompts import TaskType
 
@@ -44,7 +44,7 @@ def _lacks(path: Path) -> str | None:
     return None if (path / CONFIG_FILE).is_file() else f"no {CONFIG_FILE}"
 
 
-def _read(source: Source, base: LoadedBase | None) -> StoredAdapter:
+def _read(source: Source, base: Base | None) -> StoredAdapter:
     path = Path(source)
     config = _config(path / CONFIG_FILE)
     parts = {}
@@ -151,7 +151,7 @@ def _inside(path: Path, part: str, name: Any) -> Path:
     return path / name
 
 
-def _check_sizes(recorded: Mapping[str, Any], base: LoadedBase, path: Path) -> None:
+def _check_sizes(recorded: Mapping[str, Any], base: Base, path: Path) -> None:
     here = base.model.config.to_dict()
     for key in _SIZES:
         if key in recorded and key in here and recorded[key] != here[key]:

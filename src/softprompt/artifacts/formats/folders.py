@@ -16,7 +16,7 @@ from softprompt.artifacts.layout import (
 )
 from softprompt.artifacts.native import StoredAdapter, load_adapter, save_adapter
 from softprompt.artifacts.plain import beyond_peft, single_task
-from softprompt.backbone import LoadedBase
+from softprompt.backbone import Base
 from softprompt.errors import ArtifactError
 from softprompt.prompts import CONFIG_NAME, PeftType
 
@@ -40,7 +40,7 @@ def _lacks_ours(path: Path) -> str | None:
     return None if kind == PeftType.EXTENDED_PROMPT_TUNING else f"no {MANIFEST_NAME}"
 
 
-def _read(source: Source, base: LoadedBase | None) -> StoredAdapter:
+def _read(source: Source, base: Base | None) -> StoredAdapter:
     return load_adapter(source)
 
 

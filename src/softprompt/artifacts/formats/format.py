@@ -11,7 +11,7 @@ from softprompt.artifacts.files import require_new_file, write_atomically
 from softprompt.artifacts.manifest import Manifest
 from softprompt.artifacts.native import StoredAdapter
 from softprompt.artifacts.plain import PlainPrompt, plain_prompt, single_task
-from softprompt.backbone import LoadedBase
+from softprompt.backbone import Base
 from softprompt.errors import ArtifactError, ConfigError
 
 Encode = Callable[[str], tuple[int, ...]]
@@ -39,7 +39,7 @@ class Export:
     task: str | None = None
     name: str = "prompt"
     others: Mapping[str, StoredAdapter] = field(default_factory=dict)
-    base: LoadedBase | None = None
+    base: Base | None = None
     encode: Encode | None = None
     source: tuple[int, ...] | None = None
     overwrite: bool = False
@@ -53,7 +53,7 @@ class Export:
         """
         return plain_prompt(single_task(self.stored, self.task), self.to)
 
-    def loaded(self) -> LoadedBase:
+    def loaded(self) -> Base:
         """Return the base.
 
         Raises:
@@ -69,7 +69,7 @@ class Export:
 Lacks = Callable[[Path], str | None]
 Source = str | Path
 """A path; only folders of PEFT's layout may be hub ids, which stay text."""
-Read = Callable[[Source, LoadedBase | None], StoredAdapter]
+Read = Callable[[Source, Base | None], StoredAdapter]
 Write = Callable[[Export, Path], Mapping[str, Any]]
 
 

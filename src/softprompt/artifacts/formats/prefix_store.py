@@ -28,7 +28,7 @@ from softprompt.artifacts.formats.part_files import (
     read_part,
 )
 from softprompt.artifacts.native import StoredAdapter
-from softprompt.backbone import LoadedBase
+from softprompt.backbone import Base
 from softprompt.errors import ArtifactError, ConfigError
 
 BARE = ("template", "base_model", *USED, *MEASURED, "base_fingerprint", "dtype")
@@ -37,7 +37,7 @@ BARE = ("template", "base_model", *USED, *MEASURED, "base_fingerprint", "dtype")
 _PREFIX_ID = re.compile(r"[\w-]+")
 
 
-def _read(source: Source, base: LoadedBase | None) -> StoredAdapter:
+def _read(source: Source, base: Base | None) -> StoredAdapter:
     path = Path(source)
     if base is None:
         raise ConfigError(

@@ -15,15 +15,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.backbone import facts_of, key_value_shape
+from softprompt.backbone import (
+    facts_of,
+    frozen_linears,
+    implementations_of,
+    key_value_shape,
+    lent_bodies,
+    locked,
+    switch,
+    virtual_rows,
+)
 from softprompt.engine.decode.attention import NAME, active, decode_plan
 from softprompt.engine.decode.store import KeyValueStore, Lane
 from softprompt.engine.forest.attention import ForestUnsupportedError, implement
 from softprompt.engine.forest.causal import require_packable
-from softprompt.engine.lock import locked
-from softprompt.engine.products import frozen_linears, lent_bodies
-from softprompt.engine.recomputed import implementations_of, switch
-from softprompt.engine.virtual import virtual_rows
 
 Wanted = Literal["none", "last", "all"]
 

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.backbone import facts_of, key_value_shape
+from softprompt.backbone import facts_of, key_value_shape, torch_products
 from softprompt.engine.decode.forest import DecodeForest, NewTokens
 from softprompt.engine.decode.store import Lane
 from softprompt.engine.plain import PlainEngine
-from softprompt.engine.products import torch_products
 from softprompt.engine.rows import EngineRow
 from softprompt.engine.selfcheck import probing
 from softprompt.errors import SoftPromptError

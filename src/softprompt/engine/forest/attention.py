@@ -28,10 +28,15 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from softprompt.backbone import (
+    frozen_linears,
+    implementations_of,
+    lent_bodies,
+    locked,
+    recomputed_alike,
+    switch,
+)
 from softprompt.engine.forest.visibility import Block, MaskRule, Visibility
-from softprompt.engine.lock import locked
-from softprompt.engine.products import frozen_linears, lent_bodies
-from softprompt.engine.recomputed import implementations_of, recomputed_alike, switch
 from softprompt.errors import BackboneError
 
 NAME = "softprompt_forest"

@@ -16,13 +16,18 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from softprompt.backbone import Facts, recomputes_layers
+from softprompt.backbone import (
+    Facts,
+    implementations_of,
+    locked,
+    recomputed_alike,
+    recomputes_layers,
+    switch,
+)
 from softprompt.engine.forest.attention import ForestUnsupportedError, implement
-from softprompt.engine.lock import locked
 from softprompt.engine.prefixes.attention import EAGER, NAME, PrefixPlan, active_plan
 from softprompt.engine.prefixes.gradient import gathered_gradient
 from softprompt.engine.prefixes.values import Prefixes
-from softprompt.engine.recomputed import implementations_of, recomputed_alike, switch
 from softprompt.errors import ConfigError
 
 

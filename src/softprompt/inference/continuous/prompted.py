@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.attach import BASE, BatchPrompts, injected, prompted_generation
-from softprompt.backbone import Facts
-from softprompt.engine import Engine, EngineRow, vocabulary_of
+from softprompt.backbone import Facts, vocabulary_of
+from softprompt.engine import Engine, EngineRow
 from softprompt.inference.continuous.request import Request
 
 

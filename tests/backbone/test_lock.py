@@ -14,8 +14,8 @@ from oracles.families import ENCODERS, build, causal, seq2seq
 from oracles.naive import padded
 from oracles.rows import RowCase, engine_rows
 from softprompt import PromptTuningConfig, get_peft_model
-from softprompt.backbone import facts_of
-from softprompt.engine import build_engine, locked, vocabulary_of
+from softprompt.backbone import facts_of, locked, vocabulary_of
+from softprompt.engine import build_engine
 
 ROWS = [
     RowCase((5, 6, 7, 8), (8, 2), 0),
@@ -113,7 +113,7 @@ def test_rows_are_lent_to_one_thread():
     ids = torch.tensor([[5, 6, 7]])
     expected = model(ids).logits
     vocabulary = vocabulary_of(model)
-    with vocabulary.lend(torch.ones(2, facts_of(model).token_dim)), ThreadPoolExecutor(1) as pool:
+    with vocabulary.inject(torch.ones(2, facts_of(model).token_dim)), ThreadPoolExecutor(1) as pool:
         vocabulary.before(model.get_input_embeddings(), (torch.tensor([[64]]),))
         assert torch.equal(pool.submit(lambda: model(ids).logits).result(60), expected)
         with pytest.raises(IndexError):

@@ -3,27 +3,32 @@
 Which attention a layer runs is looked up in the config, at that moment; which product its linear
 layers run, in the layers. So each call that a checkpoint keeps for backward sets both itself and
 puts them back, whatever happens in between: nothing is left behind by a backward that fails, or
-that never comes.
+that never runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from softprompt.backbone import recomputes_layers
-from softprompt.engine.lock import locked
-from softprompt.engine.products import FrozenLinear, bodies_in, lent_bodies
+from softprompt.backbone.attention import Implementations, implementations_of, switched
+from softprompt.backbone.products import FrozenLinear, bodies_in, swapped_forwards
+from softprompt.backbone.state import locked
 
 _CHECKPOINT = "_gradient_checkpointing_func"
 """Where transformers keeps the function that runs a layer and remembers how to run it again."""
 
-Implementations = Sequence[tuple[PreTrainedConfig, str]]
+
+def recomputes_layers(model: nn.Module) -> bool:
+    """Tell whether backward will run layers of the model again (gradient checkpointing, in training)."""
+    return model.training and any(
+        getattr(module, "gradient_checkpointing", False) for module in model.modules()
+    )
 
 
 @contextmanager
@@ -58,33 +63,11 @@ def _alike(
 ) -> Callable[..., Any]:
     def run(layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         def again(*inputs: Any, **options: Any) -> Any:
-            with locked(model), lent_bodies(bodies):
-                before = [(config, config._attn_implementation) for config, _ in implementations]
-                switch(implementations)
-                try:
-                    return layer(*inputs, **options)
-                finally:
-                    switch(before)
+            with locked(model), switched(implementations), swapped_forwards(bodies):
+                return layer(*inputs, **options)
 
         return checkpoint(again, *args, **kwargs)
 
+    # Whether backward is reentrant is read from the function's keywords, in a pass inside a pass too.
+    cast(Any, run).keywords = getattr(checkpoint, "keywords", {})
     return run
-
-
-def switch(implementations: Implementations) -> None:
-    """Set the attention implementation of each config, without transformers' checks and messages."""
-    for config, name in implementations:
-        config._attn_implementation_internal = name
-
-
-def implementations_of(model: PreTrainedModel) -> Implementations:
-    """Return the attention implementation of every config in a model; parts may have their own."""
-    left = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
-    found: dict[int, PreTrainedConfig] = {}
-    while left:
-        config = left.pop()
-        if id(config) not in found:
-            found[id(config)] = config
-            below = [getattr(config, name, None) for name in config.sub_configs]
-            left += [each for each in below if each is not None]
-    return [(config, config._attn_implementation) for config in found.values()]

@@ -20,19 +20,21 @@ from transformers.pytorch_utils import Conv1D
 
 from oracles.rows import RowCase, engine_rows
 from softprompt import PromptTuningConfig, get_peft_model
-from softprompt.backbone import Fingerprint
+from softprompt.backbone import (
+    Fingerprint,
+    frozen_linears,
+    products,
+    swapped_forwards,
+    torch_products,
+)
+from softprompt.backbone.products import FrozenLinear, bodies_in, padded_rows
 from softprompt.engine import (
     DecodeForest,
     ForestEngine,
     NewTokens,
     build_engine,
-    frozen_linears,
-    lent_bodies,
-    products,
-    torch_products,
     why_undecodable,
 )
-from softprompt.engine.products import FrozenLinear, bodies_in, padded_rows
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
@@ -72,7 +74,7 @@ def test_same_numbers(monkeypatch, kind, shape, keep):
     module, x = layer(kind), torch.randn(*shape, 16)
     wanted = module(x)
     calls = used(monkeypatch)
-    with torch.no_grad(), lent_bodies([FrozenLinear(module, keep=keep)]):
+    with torch.no_grad(), swapped_forwards([FrozenLinear(module, keep=keep)]):
         torch.testing.assert_close(module(x), wanted, atol=1e-6, rtol=1e-5)
         strided = torch.randn(16, *shape).movedim(0, -1)
         torch.testing.assert_close(
@@ -93,7 +95,7 @@ def test_few_numbers_of_rows_are_compiled_for():
 @pytest.mark.parametrize("rows", [17, 255, 257, 400])
 def test_rows_between(rows):
     module, x = layer("linear"), torch.randn(rows, 16)
-    with torch.no_grad(), lent_bodies(frozen_linears(module)):
+    with torch.no_grad(), swapped_forwards(frozen_linears(module)):
         found = module(x)
     torch.testing.assert_close(found, module(x), atol=1e-6, rtol=1e-5)
 
@@ -105,7 +107,7 @@ def test_same_gradients(monkeypatch, kind):
     calls = used(monkeypatch)
     for bodies in ([], frozen_linears(module)):
         x = torch.randn(3, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        with lent_bodies(bodies):
+        with swapped_forwards(bodies):
             module(x).sin().sum().backward()
         found.append(x.grad)
     torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-5)
@@ -114,7 +116,7 @@ def test_same_gradients(monkeypatch, kind):
 
 def test_gradient_of_a_gradient():
     module, x = layer("linear"), torch.randn(3, 16, requires_grad=True)
-    with lent_bodies(frozen_linears(module)):
+    with swapped_forwards(frozen_linears(module)):
         (once,) = torch.autograd.grad(module(x).pow(3).sum(), x, create_graph=True)
     (twice,) = torch.autograd.grad(once.sum(), x)
     (plain,) = torch.autograd.grad(module(x).pow(3).sum(), x, create_graph=True)
@@ -125,17 +127,17 @@ def test_gradient_of_a_gradient():
 def test_others_keep_their_own_product(monkeypatch):
     calls = used(monkeypatch)
     trained = layer("linear", trainable=True)
-    with lent_bodies(frozen_linears(trained)):
+    with swapped_forwards(frozen_linears(trained)):
         trained(torch.randn(3, 16)).sum().backward()
     assert trained.weight.grad is not None and trained.bias.grad is not None
     frozen = layer("linear")
-    with lent_bodies(frozen_linears(frozen)):
+    with swapped_forwards(frozen_linears(frozen)):
         assert frozen(torch.empty(0, 16)).shape == (0, 24)
         with torch.autocast("cpu", torch.bfloat16):
             assert frozen(torch.randn(3, 16)).dtype == torch.bfloat16
     for dtype in (torch.float64, torch.bfloat16):
         other = layer("linear").to(dtype)
-        with lent_bodies(frozen_linears(other)):
+        with swapped_forwards(frozen_linears(other)):
             assert other(torch.randn(3, 16, dtype=dtype)).dtype == dtype
     assert not calls
 
@@ -143,11 +145,11 @@ def test_others_keep_their_own_product(monkeypatch):
 def test_nothing_is_left_behind():
     module = layer("linear")
     before = set(vars(module))
-    with pytest.raises(RuntimeError), lent_bodies(frozen_linears(module)):
+    with pytest.raises(RuntimeError), swapped_forwards(frozen_linears(module)):
         raise RuntimeError
     assert set(vars(module)) == before
     module.forward = lambda x: x  # somebody else's
-    with lent_bodies(frozen_linears(module)):
+    with swapped_forwards(frozen_linears(module)):
         x = torch.randn(2, 16)
         assert module(x) is x
     assert "forward" in vars(module)
@@ -156,8 +158,8 @@ def test_nothing_is_left_behind():
 def test_inside_one_another():
     module = layer("linear")
     outer = frozen_linears(module)
-    with lent_bodies(outer):
-        with lent_bodies(frozen_linears(module)):
+    with swapped_forwards(outer):
+        with swapped_forwards(frozen_linears(module)):
             assert bodies_in(module) == outer
         assert bodies_in(module) == outer
     assert bodies_in(module) == []
@@ -165,7 +167,7 @@ def test_inside_one_another():
 
 def test_what_others_do_to_a_layer_meanwhile_stays():
     first, second, third = layer("linear"), layer("linear"), layer("linear")
-    with lent_bodies([FrozenLinear(each, keep=False) for each in (first, second, third)]):
+    with swapped_forwards([FrozenLinear(each, keep=False) for each in (first, second, third)]):
         del first.forward
         second.forward = own = lambda x: x
     assert "forward" not in vars(first)
@@ -180,7 +182,7 @@ def pickled(module):
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
 def test_copies_made_meanwhile_have_their_own_products(monkeypatch, copied):
     module, x = nn.Sequential(layer("linear")), torch.randn(3, 16)
-    with lent_bodies(frozen_linears(module)):
+    with swapped_forwards(frozen_linears(module)):
         other = copied(module)
     calls = used(monkeypatch)
     nn.init.zeros_(module[0].weight)
@@ -196,7 +198,7 @@ def test_products_may_be_written_to(rows, write):
     module, found = layer("linear"), []
     for bodies in ([], frozen_linears(module)):
         x = torch.ones(1, rows, 16, requires_grad=True)
-        with lent_bodies(bodies):
+        with swapped_forwards(bodies):
             write(module(x), 2).sum().backward()
         found.append(x.grad)
     torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
@@ -239,14 +241,14 @@ def test_who_looks_at_operations_sees_torch_s_own(watcher, keep):
     """Forward-mode derivatives would be dropped in silence; the others would raise."""
     module, x = layer("linear"), torch.randn(3, 16)
     expected = WATCHERS[watcher](module, x)
-    with lent_bodies(frozen_linears(module, keep=keep)):
+    with swapped_forwards(frozen_linears(module, keep=keep)):
         found = WATCHERS[watcher](module, x)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_wrong_shapes_are_told_as_torch_tells_them():
     module = layer("linear")
-    with lent_bodies(frozen_linears(module)):
+    with swapped_forwards(frozen_linears(module)):
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             module(torch.randn(3, 15))
         with pytest.raises(RuntimeError, match="at least 1D"):
@@ -256,7 +258,7 @@ def test_wrong_shapes_are_told_as_torch_tells_them():
 def test_checkpoints_take_either_product():
     """What is saved has one shape, so a layer may be run again under a counter, or without."""
     module, x = layer("linear"), torch.randn(3, 16, requires_grad=True)
-    with lent_bodies(frozen_linears(module)):
+    with swapped_forwards(frozen_linears(module)):
         with FlopCounterMode(display=False):
             result = checkpoint(module, x, use_reentrant=False)
         result.sum().backward()
@@ -303,7 +305,7 @@ def test_a_part_that_torch_lacks(monkeypatch):
 def test_kept_copy_goes_when_the_weight_leaves():
     module, x = layer("linear"), torch.randn(3, 16)
     body = FrozenLinear(module, keep=True)
-    with torch.no_grad(), lent_bodies([body]):
+    with torch.no_grad(), swapped_forwards([body]):
         for _ in range(5):
             module(x)
             assert body._kept is not None
@@ -331,7 +333,7 @@ def test_decoding_keeps_no_copy_after_its_end():
 def test_kept_copy_follows_the_weight(change):
     module, x = layer("linear"), torch.randn(3, 16)
     body = FrozenLinear(module, keep=True)
-    with torch.no_grad(), lent_bodies([body]):
+    with torch.no_grad(), swapped_forwards([body]):
         module(x)
         if change == "written":
             module.weight.mul_(2)
@@ -347,7 +349,7 @@ def test_kept_copy_follows_the_weight(change):
 def test_small_products_are_torchs(monkeypatch, kind):
     monkeypatch.setattr(products, "_WORTH", 3 * 16 * 24)
     calls, module = used(monkeypatch), layer(kind)
-    with lent_bodies(frozen_linears(module)):
+    with swapped_forwards(frozen_linears(module)):
         module(torch.randn(2, 16))
         assert not calls
         module(torch.randn(3, 16))

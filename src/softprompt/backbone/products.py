@@ -2,7 +2,7 @@
 
 torch gives float32 products to MKL, which leaves AVX-512 unused on CPUs that are not Intel's.
 oneDNN is in the same torch, computes the same sums, and takes half the time there. Only the
-layers' ``forward`` is lent another body inside a pass: the weights stay where and as they are.
+layers' ``forward`` is swapped for another body inside a pass: the weights stay where and as they are.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class FrozenLinear:
         return False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Become the layer's own body in a copy: what is lent to a model is not lent to its copies."""
+        """Become the layer's own body in a copy: what is swapped in a model is not in its copies."""
         return getattr, (self.module, "forward")
 
     def _ordered(self, weight: Tensor, matrix: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ _torch_only: ContextVar[bool] = ContextVar("softprompt_torch_products", default=
 
 @contextmanager
 def torch_products() -> Iterator[None]:
-    """Leave every product in the context to torch, also of layers that are lent another body already."""
+    """Leave every product in the context to torch, also of layers whose ``forward`` is swapped already."""
     token = _torch_only.set(True)
     try:
         yield
@@ -137,8 +137,8 @@ def frozen_linears(model: nn.Module, *, keep: bool = False) -> list[FrozenLinear
     """Return bodies for a model's float32 linear layers on the CPU; none where torch's own are as fast.
 
     ``torch.backends.mkldnn.enabled = False`` leaves all to torch. A model of which parts are compiled
-    keeps its own too: those would be compiled again for every pass. One that a pass around this one has
-    lent bodies needs no others.
+    keeps its own too: those would be compiled again for every pass. One whose layers
+    are swapped by a pass around this one needs no others.
     """
     if torch.compiler.is_compiling() or _torch_only.get() or not is_faster_here():
         return []
@@ -154,14 +154,14 @@ def frozen_linears(model: nn.Module, *, keep: bool = False) -> list[FrozenLinear
 
 
 def bodies_in(model: nn.Module) -> list[FrozenLinear]:
-    """Return the bodies that a model's layers are lent now."""
+    """Return the bodies that a model's layers run now."""
     found = (vars(each).get("forward") for each in model.modules())
     return [each for each in found if isinstance(each, FrozenLinear)]
 
 
 @contextmanager
-def lent_bodies(bodies: Iterable[FrozenLinear]) -> Iterator[None]:
-    """Let layers run these bodies inside the context; hold the model's lock around it.
+def swapped_forwards(bodies: Iterable[FrozenLinear]) -> Iterator[None]:
+    """Swap the ``forward`` of layers for these bodies inside the context; hold the model's lock around it.
 
     A layer whose ``forward`` somebody has replaced, before or meanwhile, is left alone.
     """

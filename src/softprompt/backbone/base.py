@@ -1,0 +1,187 @@
+"""The frozen model, and the one way in which it is run with prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from softprompt.backbone.attention import supported, switched
+from softprompt.backbone.embeddings import input_embedding, is_encoder_decoder
+from softprompt.backbone.facts import Facts, facts_of
+from softprompt.backbone.fingerprint import Fingerprint, fingerprint_of
+from softprompt.backbone.keyvalues import KeyValueShape, key_value_shape
+from softprompt.backbone.products import (
+    FrozenLinear,
+    frozen_linears,
+    swapped_forwards,
+    torch_products,
+)
+from softprompt.backbone.recomputed import recomputed_alike
+from softprompt.backbone.state import locked, state_of
+from softprompt.backbone.virtual import VirtualVocabulary, injected
+from softprompt.errors import BackboneError
+
+
+@final
+@dataclass(frozen=True, slots=True, init=False, repr=False)
+class Base:
+    """A frozen model with its tokenizer; a light handle, made wherever one is needed.
+
+    What is read or found of a model, and its lock, are shared by all handles on it.
+
+    Attributes:
+        model: The model.
+        name: Folder, Hub id or ``"demo"``; empty where it is not known.
+    """
+
+    model: PreTrainedModel
+    name: str
+    _tokenizer: PreTrainedTokenizerBase | None
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        name: str = "",
+    ) -> None:
+        for attribute, value in (("model", model), ("name", name), ("_tokenizer", tokenizer)):
+            object.__setattr__(self, attribute, value)
+
+    @staticmethod
+    def of(model: PreTrainedModel | Base) -> Base:
+        """Return a handle on a model; a handle is returned as it is."""
+        return model if isinstance(model, Base) else Base(model)
+
+    def __repr__(self) -> str:
+        return f"Base({type(self.model).__name__}, name={self.name!r})"
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer.
+
+        Raises:
+            BackboneError: If the handle was made without one.
+        """
+        if self._tokenizer is None:
+            raise BackboneError(
+                f"no tokenizer was given with this {type(self.model).__name__}; use "
+                "Base(model, tokenizer), or load_base, which finds the tokenizer beside the model"
+            )
+        return self._tokenizer
+
+    @property
+    def facts(self) -> Facts:
+        """Sizes and habits of the model, read once.
+
+        Raises:
+            BackboneError: If it has no input embedding or its config lacks a size.
+        """
+        return facts_of(self.model)
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What recognises the model by its weights; taken once for each state of them."""
+        return fingerprint_of(self.model)
+
+    @property
+    def key_value_shape(self) -> KeyValueShape:
+        """Sizes of the keys and values of its layers, read from a pass once.
+
+        Raises:
+            BackboneError: If its layers keep anything else, or differ.
+        """
+        return key_value_shape(self.model)
+
+    @property
+    def found(self) -> dict[str, Any]:
+        """What probes found of the model, by name; no value may hold the model."""
+        return state_of(self.model).found
+
+    @property
+    def lock(self) -> AbstractContextManager[Any]:
+        """The model's re-entrant lock, for ``with``; ``running`` holds it by itself."""
+        return locked(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of its first weight."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its first weight."""
+        return self.model.dtype
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The module that embeds the ids a prompt stands before (the encoder's, where there is one).
+
+        Raises:
+            BackboneError: If the model has none.
+        """
+        return input_embedding(self.model)
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the model has an encoder and a decoder."""
+        return is_encoder_decoder(self.model)
+
+    def require_attention(self, name: str) -> None:
+        """Check that ``running(attention=name)`` is supported, so that later passes need not.
+
+        Raises:
+            BackboneError: If the model does not honour transformers' attention interface.
+        """
+        supported(self.model, name)
+
+    @contextmanager
+    def running(
+        self,
+        *,
+        attention: str | None = None,
+        virtual_tokens: Tensor | None = None,
+        decoder: bool = False,
+        vocabulary: VirtualVocabulary | None = None,
+        products: Iterable[FrozenLinear] | None = None,
+        bare: bool = False,
+    ) -> Iterator[None]:
+        """Prepare the model for passes inside the context, one thread at a time, and leave nothing behind.
+
+        Contexts nest: an inner one adds to the outer one's, and gives back what it changed. Layers that
+        are checkpointed inside are run again by backward as they were run here.
+
+        Args:
+            attention: Name of the attention implementation, registered with transformers; None keeps
+                the one that is set.
+            virtual_tokens: What ids from V on mean, ``[N, H]``.
+            decoder: Whether they stand among the ids of a seq2seq model's decoder instead of its input.
+            vocabulary: Hooks that are on the embeddings already, to inject the virtual tokens through
+                (or none, also where an outer context has some); by default hooks are made and removed.
+            products: Bodies for linear layers, from ``frozen_linears``; None looks for them.
+            bare: Leave every product to torch, as without us; so do contexts inside this one.
+
+        Raises:
+            BackboneError: If the model does not honour transformers' attention interface.
+        """
+        model = self.model
+        with (
+            locked(model),
+            nullcontext() if attention is None else switched(supported(model, attention)),
+            torch_products() if bare and not torch.compiler.is_compiling() else nullcontext(),
+            swapped_forwards(frozen_linears(model) if products is None else products),
+            recomputed_alike(model),
+            injected(model, virtual_tokens, vocabulary, decoder=decoder),
+        ):
+            yield
+
+
+def freeze(model: nn.Module) -> None:
+    """Take every parameter out of training."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)

@@ -1,0 +1,88 @@
+"""What every handle on one model shares: its lock, and what was read of it once.
+
+A pass with prompts changes things that the whole process shares: the virtual tokens behind the
+input embedding, the attention implementation, the ``forward`` of linear layers. So a model has one
+re-entrant lock, and every pass of ours holds it; with one lock there is no order to get wrong.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar, cast, final
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import PreTrainedModel
+
+from softprompt.backbone.embeddings import input_embedding
+
+T = TypeVar("T")
+
+
+@final
+class ModelState:
+    """What is remembered of one model.
+
+    Attributes:
+        found: What probes found, by name. No value may hold the model, which would then never be freed.
+    """
+
+    __slots__ = ("_kept", "found")
+
+    def __init__(self) -> None:
+        self.found: dict[str, Any] = {}
+        self._kept: dict[str, tuple[object, Any]] = {}
+
+    def once(self, name: str, read: Callable[[], T], stamp: object = None) -> T:
+        """Return what ``read`` returned first; it is called again when ``stamp`` is another one."""
+        kept = self._kept.get(name)
+        if kept is None or kept[0] != stamp:
+            kept = self._kept[name] = stamp, read()
+        return cast(T, kept[1])
+
+
+# Kept beside the models, never on them: a lock can be neither copied nor pickled.
+_states: WeakKeyDictionary[nn.Module, ModelState] = WeakKeyDictionary()
+_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_guard = threading.Lock()
+
+
+def state_of(model: PreTrainedModel) -> ModelState:
+    """Return what is remembered of a model; a copy of the model starts afresh."""
+    with _guard:
+        return _states.setdefault(model, ModelState())
+
+
+def stamp_of(weight: Tensor) -> tuple[object, ...]:
+    """Return a value that is another one after a weight was written to, replaced, moved or converted.
+
+    Microseconds, and no byte of the weight is read: a write through ``weight.data`` leaves no trace.
+    """
+    version = 0 if weight.is_inference() else weight._version
+    try:
+        # Unlike a bare address, it cannot come back while the stamp is kept.
+        storage: object = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
+    except (
+        NotImplementedError,
+        RuntimeError,
+    ):  # a quantised subclass that has no storage of its own
+        storage = id(weight)
+    return storage, version, weight.dtype, weight.device, weight.shape
+
+
+def locked(model: PreTrainedModel) -> AbstractContextManager[Any]:
+    """Return the lock of a model, for ``with``; a task model and its parts share one.
+
+    While torch.compile traces there is none: a lock cannot be part of a graph.
+    """
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    with _guard:
+        lock: AbstractContextManager[Any] = _locks.setdefault(
+            input_embedding(model), threading.RLock()
+        )
+    return lock
