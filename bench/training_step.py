@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import softprompt
 from lower_bound import lower_bound
-from softprompt.backbone import frozen_linears, torch_products
+from softprompt.backbone import frozen_linears, swapped_forwards, torch_products
 from softprompt.engine import EngineRow, build_engine, pad_rows
 from softprompt.prompts import Prompt
 
