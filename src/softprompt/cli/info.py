@@ -11,7 +11,7 @@ from softprompt.cli.options import fingerprint_option, output_options
 from softprompt.cli.streams import show, start_logging, table
 
 if TYPE_CHECKING:
-    from softprompt.artifacts import StoredAdapter
+    from softprompt.artifacts import StoredPrompt
     from softprompt.backbone import LoadedBase
     from softprompt.engine import EngineChoice
     from softprompt.inspection import PromptSummary
@@ -60,10 +60,10 @@ def command(
 
 
 def _base(
-    stored: StoredAdapter, base_model: str | None, ignore_fingerprint: bool
+    stored: StoredPrompt, base_model: str | None, ignore_fingerprint: bool
 ) -> LoadedBase | None:
     """Load the base and check that it is the prompt's; the recorded one may be absent."""
-    from softprompt.attach import check_base
+    from softprompt.artifacts import check_base
     from softprompt.backbone import load_base
     from softprompt.errors import BackboneError
 
@@ -74,7 +74,7 @@ def _base(
     try:
         base = load_base(name)
         if _writes_text(stored):  # under another head the sample of weights is another one
-            check_base(stored.manifest, stored.location, base.model, ignore=ignore_fingerprint)
+            check_base(stored, base.model, ignore=ignore_fingerprint)
     except BackboneError as error:
         if base_model is not None:
             raise
@@ -83,7 +83,7 @@ def _base(
     return base
 
 
-def _engine(stored: StoredAdapter, base: LoadedBase) -> EngineChoice | None:
+def _engine(stored: StoredPrompt, base: LoadedBase) -> EngineChoice | None:
     """Return what runs the prompt; None for classifiers, which no engine runs."""
     from softprompt.engine import choose_engine
 
@@ -93,7 +93,7 @@ def _engine(stored: StoredAdapter, base: LoadedBase) -> EngineChoice | None:
     return choose_engine(base.model, prompt_sees_input=sees_input)
 
 
-def _writes_text(stored: StoredAdapter) -> bool:
+def _writes_text(stored: StoredPrompt) -> bool:
     return stored.config.get("task_type") in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 

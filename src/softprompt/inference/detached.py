@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt.artifacts import Manifest, StoredAdapter, manifest_of_task
-from softprompt.attach import in_our_terms, placement_of, prompt_values
+from softprompt.artifacts import Manifest, StoredPrompt, manifest_of_task
+from softprompt.attach import placement_of, prompt_values
 from softprompt.backbone import LoadedBase, facts_of
 from softprompt.data import RowTokenizer
 from softprompt.inference.continuous.request import PromptValue
@@ -66,7 +66,7 @@ class DetachedPrompt:
 
     @classmethod
     def of_stored(
-        cls, stored: StoredAdapter, base: LoadedBase, *, ignore_fingerprint: bool = False
+        cls, stored: StoredPrompt, base: LoadedBase, *, ignore_fingerprint: bool = False
     ) -> DetachedPrompt:
         """Return what a saved prompt is; the base is read and not changed.
 
@@ -79,9 +79,7 @@ class DetachedPrompt:
             SoftPromptError: It cannot be used with this base.
         """
         facts, whole = facts_of(base.model), record_of(stored, base)
-        config, values = prompt_values(
-            in_our_terms(stored), base.model, ignore_fingerprint=ignore_fingerprint
-        )
+        config, values = prompt_values(stored, base.model, ignore_fingerprint=ignore_fingerprint)
         tasks = []
         for number, value in enumerate(values):
             own = manifest_of_task(whole, number)
