@@ -30,7 +30,7 @@ def pair(tmp_path):
 def test_the_average_on_disk_is_the_average_of_the_rows(tmp_path, pair):
     average_prompts(pair, tmp_path / "out", weights=[3, 1])
     made = load_adapter(tmp_path / "out")
-    torch.testing.assert_close(made.prompt, 0.75 * drawn(0) + 0.25 * drawn(1))
+    torch.testing.assert_close(made.values, 0.75 * drawn(0) + 0.25 * drawn(1))
 
 
 def test_the_result_says_what_it_was_made_of_and_claims_no_results(tmp_path, pair):
@@ -67,18 +67,18 @@ def test_unlike_lengths_are_joined_or_resized_on_demand(tmp_path, pair):
         average_prompts([pair[0], longer])
     made = average_prompts([pair[0], longer], num_virtual_tokens=4)
     tiled = torch.cat([drawn(0), drawn(0)[:1]])
-    torch.testing.assert_close(made.prompt, (tiled + drawn(5, 5)[:4]) / 2)
+    torch.testing.assert_close(made.values, (tiled + drawn(5, 5)[:4]) / 2)
     assert made.config["num_virtual_tokens"] == 4
     joined = concatenate_prompts([pair[0], longer], tmp_path / "joined")
-    assert torch.equal(joined.prompt, torch.cat([drawn(0), drawn(5, 5)]))
+    assert torch.equal(joined.values, torch.cat([drawn(0), drawn(5, 5)]))
     assert load_adapter(tmp_path / "joined").config["num_virtual_tokens"] == 8
 
 
 def test_a_difference_alone_and_added(tmp_path, pair):
     third = folder(tmp_path / "c", drawn(2))
-    torch.testing.assert_close(subtract_prompts(*pair).prompt, drawn(0) - drawn(1))
+    torch.testing.assert_close(subtract_prompts(*pair).values, drawn(0) - drawn(1))
     made = subtract_prompts(*pair, tmp_path / "out", onto=third, scale=0.5)
-    torch.testing.assert_close(made.prompt, drawn(2) + 0.5 * (drawn(0) - drawn(1)))
+    torch.testing.assert_close(made.values, drawn(2) + 0.5 * (drawn(0) - drawn(1)))
     assert made.manifest.settings["composition"] == {
         "operation": "difference",
         "scale": 0.5,
@@ -134,12 +134,12 @@ def test_options_must_agree_and_are_kept(tmp_path, pair):
 
 
 def test_nothing_is_overwritten_unasked(tmp_path, pair):
-    before = load_adapter(pair[1]).prompt
+    before = load_adapter(pair[1]).values
     with pytest.raises(OutputExistsError):
         average_prompts(pair, pair[1])
-    assert torch.equal(load_adapter(pair[1]).prompt, before)
+    assert torch.equal(load_adapter(pair[1]).values, before)
     average_prompts(pair, pair[1], overwrite=True)
-    assert not torch.equal(load_adapter(pair[1]).prompt, before)
+    assert not torch.equal(load_adapter(pair[1]).values, before)
     with pytest.raises(ConfigError, match="no meaning without output"):
         average_prompts(pair, overwrite=True)
 
@@ -160,33 +160,33 @@ def test_prompts_that_peft_wrote(tmp_path, pair, caplog):
 
 
 def test_pefts_second_half_of_a_seq2seq_prompt_is_left_out(tmp_path):
-    from softprompt.artifacts import rows_of
-
     stored = load_adapter(folder(tmp_path / "a", drawn(0, 4)))
     config = stored.config | {
         "task_type": "SEQ_2_SEQ_LM",
         "num_virtual_tokens": 2,
         "num_transformer_submodules": 2,
     }
-    assert torch.equal(rows_of(dataclasses.replace(stored, config=config)), drawn(0, 4)[None, :2])
+    prompt = dataclasses.replace(stored, config=config).prompt()
+    assert prompt.decoder is None
+    assert torch.equal(prompt.input, drawn(0, 4)[:2])
     both = config | BOTH
-    assert rows_of(dataclasses.replace(stored, config=both)).shape == (2, 2, 8)
+    prompt = dataclasses.replace(stored, config=both).prompt()
+    assert torch.equal(prompt.input, drawn(0, 4)[:2])
+    assert torch.equal(prompt.decoder, drawn(0, 4)[2:])
 
 
 def test_what_is_more_than_rows_is_refused(tmp_path, pair):
-    from softprompt.artifacts import rows_of
-
     stored = load_adapter(pair[0])
     headed = dataclasses.replace(
         stored, tensors=stored.tensors | {"base_model.score.weight": drawn(1)}
     )
     with pytest.raises(
-        ArtifactError, match=r"trained parts besides its rows .base_model.score.weight"
+        ArtifactError, match=r"trained parts besides its virtual tokens .base_model.score.weight"
     ):
-        rows_of(headed)
+        headed.prompt()
     keyed = dataclasses.replace(stored, config=stored.config | {"peft_type": "PREFIX_TUNING"})
     with pytest.raises(ArtifactError, match="keys and values of every layer"):
-        rows_of(keyed)
+        keyed.prompt()
 
 
 def test_too_few_prompts(pair):
@@ -198,7 +198,7 @@ def test_too_few_prompts(pair):
 def test_a_base_that_is_not_known_is_told_by_its_name(tmp_path, pair):
     unknown = folder(tmp_path / "u", drawn(7), base_fingerprint={})
     torch.testing.assert_close(
-        average_prompts([pair[0], unknown]).prompt, (drawn(0) + drawn(7)) / 2
+        average_prompts([pair[0], unknown]).values, (drawn(0) + drawn(7)) / 2
     )
     average_prompts([unknown, unknown])
     other = folder(tmp_path / "o", drawn(7), base="two", base_fingerprint={})
@@ -208,8 +208,7 @@ def test_a_base_that_is_not_known_is_told_by_its_name(tmp_path, pair):
 
 def test_the_rows_that_are_run_are_the_same_for_every_use(tmp_path):
     """Composition, comparison and conversion read one rule, context prompts included."""
-    from softprompt.artifacts import rows_of
-    from softprompt.artifacts.plain import plain_prompt
+    from softprompt.artifacts.formats.format import plain_prompt
 
     stored = load_adapter(folder(tmp_path / "a", drawn(0, 4)))
     two = {"task_type": "SEQ_2_SEQ_LM", "num_virtual_tokens": 2, "num_transformer_submodules": 2}
@@ -223,12 +222,12 @@ def test_the_rows_that_are_run_are_the_same_for_every_use(tmp_path):
     ):
         each = dataclasses.replace(stored, config=stored.config | change)
         plain = plain_prompt(each, "caikit")
-        parts = [part for part in (plain.encoder, plain.decoder) if part is not None]
-        assert torch.equal(rows_of(each), torch.stack(parts))
+        for part, written in zip(each.prompt().tensors, plain.tensors, strict=True):
+            assert torch.equal(part, written)
 
 
 def test_context_prompts_are_composed_to_plain_ones(tmp_path, pair):
     cpt = {"peft_type": "CPT", "cpt_token_ids": [1, 2, 3], "opt_loss_decay_factor": 1.0}
     made = average_prompts([folder(tmp_path / f"c{i}", drawn(i), options=cpt) for i in range(2)])
     assert made.config["peft_type"] == "PROMPT_TUNING"
-    torch.testing.assert_close(made.prompt, (drawn(0) + drawn(1)) / 2)
+    torch.testing.assert_close(made.values, (drawn(0) + drawn(1)) / 2)

@@ -72,7 +72,7 @@ def test_a_config_that_is_not_text(written):
 
 def test_a_config_that_is_a_list(written):
     (written / "adapter_config.json").write_text("[]")
-    refused("expected a JSON object.*came a list", written)
+    refused("expected a JSON object.*got a list", written)
 
 
 @pytest.mark.parametrize("kind", ["LORA", None, "prompt_tuning", ["PROMPT_TUNING"]])
@@ -113,7 +113,7 @@ def test_a_corrupt_body_is_found_by_the_recorded_hash(tmp_path, config, tensors,
     data = bytearray((tmp_path / "p" / WEIGHTS).read_bytes())
     data[-3] ^= 0x01
     (tmp_path / "p" / WEIGHTS).write_bytes(data)
-    refused("expected .* with sha256 .*, came .*: restore the weights", tmp_path / "p")
+    refused("expected .* with sha256 .*, got .*: restore the weights", tmp_path / "p")
 
 
 @given(position=st.integers(0, 10_000), value=st.integers(0, 255), cut=st.booleans())
@@ -145,17 +145,17 @@ def test_no_prompt_in_the_weights(written):
 def test_a_wrong_shape_names_both(written, shape):
     set_weights(written, prompt_embeddings=torch.ones(shape))
     message = refused(r"expected prompt_embeddings \[3, 8\]", written)
-    assert f"came {list(shape)}" in message
+    assert f"got {list(shape)}" in message
 
 
 def test_missing_sizes_follow_pefts_convention(written):
     set_config(written, token_dim=None, num_transformer_submodules=None)
     set_weights(written, prompt_embeddings=torch.ones(3, 5))
-    assert load_adapter(written).prompt.shape == (3, 5)
+    assert load_adapter(written).values.shape == (3, 5)
     set_config(written, task_type="SEQ_2_SEQ_LM")
     refused(r"expected prompt_embeddings \[6, H\]", written)
     set_weights(written, prompt_embeddings=torch.ones(6, 5))
-    assert load_adapter(written).prompt.shape == (6, 5)
+    assert load_adapter(written).values.shape == (6, 5)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -170,7 +170,7 @@ def test_values_that_are_not_finite(written, name, value):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
 def test_integers_are_no_prompt(written, dtype):
     set_weights(written, prompt_embeddings=torch.ones(3, 8, dtype=dtype))
-    refused("float32, float16, bfloat16 or float64, came (int64|uint8|bool)", written)
+    refused("float32, float16, bfloat16 or float64, got (int64|uint8|bool)", written)
 
 
 @pytest.mark.parametrize(
@@ -193,14 +193,14 @@ def test_a_missing_subfolder(written):
 def test_a_subfolder_is_read(tmp_path, config, tensors):
     save_adapter(tmp_path / "all" / "second", config, tensors, overwrite=False)
     stored = load_adapter(tmp_path / "all", subfolder="second")
-    assert torch.equal(stored.prompt, tensors["prompt_embeddings"])
+    assert torch.equal(stored.values, tensors["prompt_embeddings"])
 
 
 def test_files_may_be_links_as_in_the_hub_cache(tmp_path, written):
     (tmp_path / "snapshot").mkdir()
     for path in written.iterdir():
         os.symlink(path, tmp_path / "snapshot" / path.name)
-    assert load_adapter(tmp_path / "snapshot").prompt.shape == (3, 8)
+    assert load_adapter(tmp_path / "snapshot").values.shape == (3, 8)
 
 
 def test_an_unknown_hub_id_is_one_line(tmp_path, monkeypatch):
@@ -209,7 +209,7 @@ def test_an_unknown_hub_id_is_one_line(tmp_path, monkeypatch):
     def snapshot(repository, **options):
         raise OSError("no connection")
 
-    monkeypatch.setattr("softprompt.artifacts.location.snapshot_download", snapshot)
+    monkeypatch.setattr("softprompt.artifacts.peft_folder.snapshot_download", snapshot)
     refused(r"some-org/some-prompt is neither \(no connection\)", "some-org/some-prompt")
 
 
@@ -220,7 +220,7 @@ def test_a_hub_id_is_fetched(written, monkeypatch):
         asked.update(options, repository=repository)
         return str(written.parent)
 
-    monkeypatch.setattr("softprompt.artifacts.location.snapshot_download", snapshot)
+    monkeypatch.setattr("softprompt.artifacts.peft_folder.snapshot_download", snapshot)
     stored = load_adapter("some-org/some-prompt", subfolder="prompt", revision="v2")
     assert stored.location == str(written)
     assert (asked["repository"], asked["revision"]) == ("some-org/some-prompt", "v2")
@@ -258,13 +258,13 @@ def pickled(directory, value):
 def test_pickled_weights_are_read(written, tensors):
     pickled(written, {"prompt_embeddings": torch.nn.Parameter(tensors["prompt_embeddings"])})
     stored = load_adapter(written)
-    assert torch.equal(stored.prompt, tensors["prompt_embeddings"])
-    assert not stored.prompt.requires_grad
+    assert torch.equal(stored.values, tensors["prompt_embeddings"])
+    assert not stored.values.requires_grad
 
 
 def test_safetensors_win_over_a_pickle(written, tensors):
     torch.save({"prompt_embeddings": torch.zeros(3, 8)}, written / "adapter_model.bin")
-    assert torch.equal(load_adapter(written).prompt, tensors["prompt_embeddings"])
+    assert torch.equal(load_adapter(written).values, tensors["prompt_embeddings"])
 
 
 def test_a_pickle_with_code_is_refused_and_not_run(written, monkeypatch):

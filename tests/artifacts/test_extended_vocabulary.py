@@ -15,8 +15,8 @@ from oracles import families
 from oracles.tiny_bases import LOADERS, VOCABULARY, P, write_base, write_prompt
 from oracles.tokenizers import byte_bpe
 from softprompt.artifacts import load_adapter, save_adapter
-from softprompt.artifacts.formats import vocabulary_rows
-from softprompt.artifacts.formats.vocabulary_tokens import add_prompt_tokens
+from softprompt.artifacts.formats import extended_model
+from softprompt.artifacts.formats.extended_vocabulary import add_prompt_tokens
 from softprompt.errors import ArtifactError, ConfigError, OutputExistsError
 from softprompt.inference import convert
 
@@ -83,7 +83,7 @@ def test_the_logits_of_real_tokens_are_the_prompts(tmp_path, name):
     facts, model, _ = exported(tmp_path, name)
     tuned = softprompt.load(tmp_path / "x")
     base, source = tuned.model.get_base_model(), torch.tensor([5, 6, 7])
-    rows = torch.cat([load_adapter(tmp_path / "x").prompt, base.get_input_embeddings()(source)])
+    rows = torch.cat([load_adapter(tmp_path / "x").values, base.get_input_embeddings()(source)])
     ids = torch.cat([torch.tensor(facts["prompts"]["x"]["token_ids"]), source])
     start = {"decoder_input_ids": torch.tensor([[0, 9]])} if name == "t5" else {}
     expected = base(inputs_embeds=rows[None], **start).logits
@@ -151,7 +151,7 @@ def test_a_tokenizer_with_more_or_fewer_ids_than_rows(tmp_path, extra):
     assert ids == list(range(first, first + P))
     assert [tokenizer.convert_tokens_to_ids(f"<sp:x:{i}>") for i in range(P)] == ids
     rows = model.get_input_embeddings().weight
-    assert torch.equal(rows[ids], load_adapter(tmp_path / "x").prompt)
+    assert torch.equal(rows[ids], load_adapter(tmp_path / "x").values)
     assert len(rows) == first + P == len(tokenizer)
     for text in TEXTS:
         assert tokenizer(text)["input_ids"] == byte_bpe(bos=True)(text)["input_ids"]
@@ -277,7 +277,7 @@ def test_a_failure_leaves_the_earlier_export(tmp_path, monkeypatch):
 def test_a_model_that_answers_otherwise_is_refused(tmp_path, monkeypatch):
     base = write_base(tmp_path / "base", "llama")
     write_prompt(tmp_path / "x", base)
-    monkeypatch.setattr(vocabulary_rows, "_scale", lambda table: 2.0)
+    monkeypatch.setattr(extended_model, "_scale", lambda table: 2.0)
     with pytest.raises(ArtifactError, match="gives other logits"):
         convert(tmp_path / "x", tmp_path / "out", to="extended-vocab")
     assert not (tmp_path / "out").exists()
@@ -289,8 +289,8 @@ def test_an_embedding_that_does_more_than_scale_is_refused():
         def forward(self, ids):
             return super().forward(ids) + 1
 
-    with pytest.raises(ArtifactError, match="more than look rows up and scale"):
-        vocabulary_rows._scale(Shifted(8, 4))
+    with pytest.raises(ArtifactError, match="more than look embeddings up and scale"):
+        extended_model._scale(Shifted(8, 4))
 
 
 def test_fillers_and_prompt_tokens_keep_the_text_as_it_is():
@@ -313,7 +313,7 @@ def test_every_prompt_is_checked(tmp_path):
     half = {"to": "extended-vocab", "torch_dtype": "float16"}
     for first, added in ((big, small), (small, big)):
         name = big.name if first is big else "other"
-        with pytest.raises(ArtifactError, match=f"rows of {name} overflow float16"):
+        with pytest.raises(ArtifactError, match=f"virtual tokens of {name} overflow float16"):
             convert(first, tmp_path / "out", add={"other": added}, **half)
     assert not (tmp_path / "out").exists()
 

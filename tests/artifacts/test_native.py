@@ -26,7 +26,7 @@ def contents(directory):
 def test_round_trip(written, config, tensors, manifest):
     stored = load_adapter(written)
     assert stored.config == config
-    assert torch.equal(stored.prompt, tensors["prompt_embeddings"])
+    assert torch.equal(stored.values, tensors["prompt_embeddings"])
     digest = hashlib.sha256((written / "adapter_model.safetensors").read_bytes()).hexdigest()
     assert stored.manifest.weights_sha256 == digest
     assert {**stored.manifest.to_dict(), "weights_sha256": None} == manifest.to_dict()
@@ -70,7 +70,7 @@ def test_dtype_and_heads_are_kept_as_they_are(tmp_path, config, dtype):
 def test_a_parameter_is_saved_without_its_graph(tmp_path, config, tensors):
     parameter = torch.nn.Parameter(tensors["prompt_embeddings"])
     save_adapter(tmp_path / "p", config, {"prompt_embeddings": parameter}, overwrite=False)
-    assert not load_adapter(tmp_path / "p").prompt.requires_grad
+    assert not load_adapter(tmp_path / "p").values.requires_grad
 
 
 def test_a_full_directory_is_refused_and_left_alone(written, config, tensors):
@@ -82,7 +82,7 @@ def test_a_full_directory_is_refused_and_left_alone(written, config, tensors):
 
 def test_an_empty_directory_is_used(tmp_path, config, tensors):
     save_adapter(tmp_path, config, tensors, overwrite=False)
-    assert torch.equal(load_adapter(tmp_path).prompt, tensors["prompt_embeddings"])
+    assert torch.equal(load_adapter(tmp_path).values, tensors["prompt_embeddings"])
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -99,7 +99,7 @@ def test_overwriting_leaves_nothing_of_the_old_prompt(written, config, tensors):
     new = {"prompt_embeddings": tensors["prompt_embeddings"] + 1}
     save_adapter(written, config, new, overwrite=True)
     stored = load_adapter(written)
-    assert torch.equal(stored.prompt, new["prompt_embeddings"])
+    assert torch.equal(stored.values, new["prompt_embeddings"])
     # The old record would describe the new rows.
     assert stored.manifest is None
     assert not (written / "adapter_model.bin").exists()
@@ -137,7 +137,7 @@ def test_an_unwritable_place_is_one_line(tmp_path, config, tensors):
         ({"num_virtual_token": 3}, "PEFT's keys only.*did you mean 'num_virtual_tokens'"),
         ({"template": "x"}, "PEFT's keys only.*softprompt.json"),
         ({"tokenizer_kwargs": {"x": object()}}, "expected plain JSON"),
-        ({"num_virtual_tokens": 4}, r"expected prompt_embeddings \[4, 8\].*came \[3, 8\]"),
+        ({"num_virtual_tokens": 4}, r"expected prompt_embeddings \[4, 8\].*got \[3, 8\]"),
     ],
 )
 def test_a_config_that_could_not_be_read_back_is_not_written(
@@ -162,7 +162,7 @@ def test_a_readme_of_somebody_else_is_left_alone(tmp_path, config, tensors, text
     (tmp_path / "README.md").write_text(text)
     save_adapter(tmp_path, config, tensors, overwrite=True)
     assert (tmp_path / "README.md").read_text() == text
-    assert torch.equal(load_adapter(tmp_path).prompt, tensors["prompt_embeddings"])
+    assert torch.equal(load_adapter(tmp_path).values, tensors["prompt_embeddings"])
 
 
 def test_our_own_card_is_renewed(written, config, tensors, manifest):

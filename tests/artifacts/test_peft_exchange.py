@@ -66,7 +66,7 @@ def test_a_folder_peft_wrote_is_read(tmp_path, safe):
     model.save_pretrained(str(tmp_path), safe_serialization=safe)
     assert (tmp_path / "adapter_model.bin").exists() != safe
     stored = load_adapter(tmp_path)
-    assert torch.equal(stored.prompt, model.prompt_encoder["default"].embedding.weight)
+    assert torch.equal(stored.values, model.prompt_encoder["default"].embedding.weight)
     assert stored.manifest is None
     assert stored.config["num_virtual_tokens"] == 3
 
@@ -87,7 +87,7 @@ seq2seq = pytest.mark.skipif(
 def test_both_halves_of_a_seq2seq_prompt_are_read(tmp_path):
     config = peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3)
     peft.get_peft_model(tiny_t5(), config).save_pretrained(str(tmp_path))
-    assert load_adapter(tmp_path).prompt.shape == (6, 8)
+    assert load_adapter(tmp_path).values.shape == (6, 8)
 
 
 @seq2seq

@@ -11,8 +11,7 @@ from peft.utils import load_peft_weights
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from softprompt.artifacts import load_adapter, save_adapter
-from softprompt.artifacts.layout import PROMPT_KEY
-from softprompt.artifacts.peft_layouts import LAYOUTS, OUR_KEYS
+from softprompt.artifacts.layout import LAYOUTS, OUR_KEYS, PROMPT_KEY
 from softprompt.errors import ArtifactError
 from softprompt.prompts import PeftType
 

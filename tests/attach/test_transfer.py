@@ -199,7 +199,7 @@ def test_a_prompt_that_names_no_base_is_refused(root, source, tmp_path):
     nameless = changed(source, tmp_path / "n", {"base_model_name_or_path": None})
     with pytest.raises(ConfigError, match=r"its base is None.*--base-model. first"):
         transferred_rows(nameless, base(root), 4)
-    with pytest.raises(ConfigError, match="rows are 16 wide, not 24"):
+    with pytest.raises(ConfigError, match="tokens are 16 wide, not 24"):
         transferred_rows(nameless, base(root, "second"), 4)
 
 

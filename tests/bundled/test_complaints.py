@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from softprompt.bundled import complaints
-from softprompt.data import label_set, read_examples
+from softprompt.data import label_set, read_records
 
 SPLITS = ("train", "validation", "test")
 LABELS = ("complaint", "no complaint")
@@ -20,7 +20,7 @@ LABELS = ("complaint", "no complaint")
 
 @pytest.fixture(scope="module")
 def splits():
-    return {split: read_examples(complaints(split)) for split in SPLITS}
+    return {split: read_records(complaints(split)) for split in SPLITS}
 
 
 @pytest.fixture(scope="module")

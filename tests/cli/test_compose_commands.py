@@ -29,7 +29,7 @@ def printed(capsys, *arguments):
 
 
 def rows(path):
-    return load_adapter(path).prompt
+    return load_adapter(path).values
 
 
 def test_average(capsys, pair, output):

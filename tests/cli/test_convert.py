@@ -39,7 +39,7 @@ def test_there_and_back(tmp_path, capsys, prompt):
     shown = capsys.readouterr()
     assert "output format" in shown.out.replace("_", " ")
     assert shown.err == ""
-    assert torch.equal(load_adapter(back).prompt, load_adapter(prompt).prompt)
+    assert torch.equal(load_adapter(back).values, load_adapter(prompt).values)
 
 
 def test_several_prompts_as_vocabulary(tmp_path, capsys, prompt):

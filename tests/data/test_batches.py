@@ -86,7 +86,7 @@ def test_without_shuffling_the_longest_come_first():
 
 
 def test_a_row_above_the_bound_is_refused_with_the_numbers():
-    with pytest.raises(DataError, match="row 2 has 40 tokens, more than max_tokens=32"):
+    with pytest.raises(DataError, match="record 2 has 40 tokens, more than max_tokens=32"):
         split_batch([0, 1], [3, 40], 32)
 
 

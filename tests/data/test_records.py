@@ -9,42 +9,40 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softprompt.data import Example, data_fingerprint, read_examples
+from softprompt.data import Record, data_fingerprint, read_records
 from softprompt.errors import DataError
 
 
 def refused(match, source, **options):
     with pytest.raises(DataError, match=match) as caught:
-        read_examples(source, **options)
+        read_records(source, **options)
     assert "\n" not in str(caught.value)
 
 
 class TestPairs:
     def test_input_and_output(self):
         rows = [{"input": "late", "output": "complaint", "id": 7}]
-        assert read_examples(rows) == [Example({"input": "late", "id": "7"}, "complaint")]
+        assert read_records(rows) == [Record({"input": "late", "id": "7"}, "complaint")]
 
     def test_text_and_labels_with_the_alias_input(self):
         rows = [{"text": "late", "labels": ["complaint", "delivery"]}]
-        expected = Example({"text": "late", "input": "late"}, "complaint,delivery")
-        assert read_examples(rows) == [expected]
+        expected = Record({"text": "late", "input": "late"}, "complaint,delivery")
+        assert read_records(rows) == [expected]
 
     def test_named_columns_may_have_spaces(self):
         rows = [{"Tweet text": "late", "Label": "complaint", "ID": 0}]
-        examples = read_examples(rows, input_field="Tweet text", output_field="Label")
-        assert examples == [
-            Example({"Tweet text": "late", "ID": "0", "input": "late"}, "complaint")
-        ]
+        examples = read_records(rows, input_field="Tweet text", output_field="Label")
+        assert examples == [Record({"Tweet text": "late", "ID": "0", "input": "late"}, "complaint")]
 
     def test_input_and_output_win_when_nothing_is_named(self):
         rows = [{"text": "a", "labels": "b", "input": "c", "output": "d"}]
-        assert read_examples(rows) == [Example({"text": "a", "labels": "b", "input": "c"}, "d")]
+        assert read_records(rows) == [Record({"text": "a", "labels": "b", "input": "c"}, "d")]
 
     def test_one_name_is_enough_when_the_other_is_clear(self):
         rows = [{"text": "late", "category": 3}]
-        assert read_examples(rows, output_field="category")[0].target == "3"
+        assert read_records(rows, output_field="category")[0].target == "3"
         rows = [{"sentence": "late", "labels": "no"}]
-        assert read_examples(rows, input_field="sentence")[0].fields["input"] == "late"
+        assert read_records(rows, input_field="sentence")[0].fields["input"] == "late"
 
     @pytest.mark.parametrize(
         ("row", "names"),
@@ -56,7 +54,7 @@ class TestPairs:
         ],
     )
     def test_an_open_choice_is_refused_with_the_columns(self, row, names):
-        refused(f"row 1: .*got {names}.*input_field and output_field", [row])
+        refused(f"record 1: .*got {names}.*input_field and output_field", [row])
 
     def test_two_candidates_are_refused(self):
         row = {"input": "x", "text": "a", "labels": "b", "output": "c", "sentence": "s", "y": "z"}
@@ -78,7 +76,7 @@ class TestPairs:
         wrong = {"input_field": "txt", "output_field": "categry"}[option]
         right = {"input_field": "text", "output_field": "category"} | {option: wrong}
         hint = {"input_field": "text", "output_field": "category"}[option]
-        refused(f"row 1: .*{wrong!r} .*got text, category .did you mean {hint!r}", rows, **right)
+        refused(f"record 1: .*{wrong!r} .*got text, category .did you mean {hint!r}", rows, **right)
 
     def test_a_misspelt_pair_names_the_nearest(self):
         refused("did you mean 'label'", [{"text": "a", "label": "b"}])
@@ -97,57 +95,57 @@ class TestValues:
         ],
     )
     def test_scalars_become_text(self, value, text):
-        assert read_examples([{"input": value, "output": "x"}])[0].fields["input"] == text
+        assert read_records([{"input": value, "output": "x"}])[0].fields["input"] == text
 
     def test_integer_targets_become_text(self):
-        assert read_examples([{"input": "a", "output": 0}])[0].target == "0"
+        assert read_records([{"input": "a", "output": 0}])[0].target == "0"
 
     @pytest.mark.parametrize("value", [["a"], {"a": 1}, b"a", np.array([1, 2])])
     def test_other_values_are_refused(self, value):
         kind = type(value).__name__
-        refused(f"row 1: .*field 'input'.*{kind}", [{"input": value, "output": "x"}])
+        refused(f"record 1: .*field 'input'.*{kind}", [{"input": value, "output": "x"}])
 
     def test_only_a_labels_column_may_hold_a_list(self):
-        refused("row 1: .*'output'.*list", [{"input": "a", "output": ["x"]}])
-        refused("row 1: .*'labels'.*dict", [{"text": "a", "labels": [{}]}])
+        refused("record 1: .*'output'.*list", [{"input": "a", "output": ["x"]}])
+        refused("record 1: .*'labels'.*dict", [{"text": "a", "labels": [{}]}])
 
     @pytest.mark.parametrize("value", [None, "", "  ", float("nan")])
     def test_a_target_without_text_is_refused_when_needed(self, value):
         rows = [{"input": "a", "output": "x"}, {"input": "a", "output": value}]
-        refused("row 2: expected a value in the field 'output', got", rows)
-        assert read_examples(rows, require_target=False)[1].target is None
+        refused("record 2: expected a value in the field 'output', got", rows)
+        assert read_records(rows, require_target=False)[1].target is None
 
     def test_an_empty_list_of_labels_is_no_target(self):
-        refused("row 1: .*'labels'", [{"text": "a", "labels": []}])
+        refused("record 1: .*'labels'", [{"text": "a", "labels": []}])
 
     def test_a_null_input_is_refused(self):
-        refused("row 1: .*'input', got None", [{"input": None, "output": "x"}])
+        refused("record 1: .*'input', got None", [{"input": None, "output": "x"}])
 
     def test_a_null_elsewhere_leaves_the_field_out(self):
         rows = [{"input": "a", "note": None, "output": "x"}]
-        assert read_examples(rows)[0].fields == {"input": "a"}
+        assert read_records(rows)[0].fields == {"input": "a"}
 
     def test_a_later_record_without_the_field_is_refused(self):
         rows = [{"input": "a", "output": "x"}, {"inputs": "a", "output": "x"}]
-        refused("row 2: expected the field 'input', got inputs, output .did you mean", rows)
+        refused("record 2: expected the field 'input', got inputs, output .did you mean", rows)
 
 
 class TestWithoutTarget:
     def test_a_target_is_optional(self):
-        assert read_examples([{"input": "a"}], require_target=False) == [
-            Example({"input": "a"}, None)
+        assert read_records([{"input": "a"}], require_target=False) == [
+            Record({"input": "a"}, None)
         ]
 
     def test_a_target_that_is_there_is_no_field(self):
         rows = [{"text": "a", "labels": "x"}]
-        assert read_examples(rows, require_target=False) == [
-            Example({"text": "a", "input": "a"}, "x")
+        assert read_records(rows, require_target=False) == [
+            Record({"text": "a", "input": "a"}, "x")
         ]
 
     def test_a_named_target_may_be_absent(self):
         rows = [{"input": "a"}]
-        examples = read_examples(rows, output_field="Label", require_target=False)
-        assert examples == [Example({"input": "a"}, None)]
+        examples = read_records(rows, output_field="Label", require_target=False)
+        assert examples == [Record({"input": "a"}, None)]
 
     def test_an_input_is_still_needed(self):
         refused(
@@ -158,17 +156,17 @@ class TestWithoutTarget:
 class TestMemory:
     def test_iterators_and_tuples(self):
         rows = ({"input": str(n), "output": "x"} for n in range(3))
-        assert [e.fields["input"] for e in read_examples(rows)] == ["0", "1", "2"]
+        assert [e.fields["input"] for e in read_records(rows)] == ["0", "1", "2"]
 
     def test_no_rows(self):
-        refused("expected at least one row, got none", [])
+        refused("expected at least one record, got none", [])
 
     def test_a_row_that_is_no_record(self):
-        refused("row 2: .*the text 'late'", [{"input": "a", "output": "x"}, "late"])
-        refused("row 1: .*type int", [1])
+        refused("record 2: .*the text 'late'", [{"input": "a", "output": "x"}, "late"])
+        refused("record 1: .*type int", [1])
 
     def test_column_names_that_are_no_text(self):
-        refused("row 1: .*column names as text, got 0", [{0: "a", 1: "b"}])
+        refused("record 1: .*column names as text, got 0", [{0: "a", 1: "b"}])
 
     def test_one_record_instead_of_rows(self):
         refused("got one dict; put it into a list", {"input": "a", "output": "x"})
@@ -178,14 +176,14 @@ class TestMemory:
 
     def test_any_mapping_is_a_record(self):
         row = types.MappingProxyType({"input": "a", "output": "x"})
-        assert read_examples([row])[0].target == "x"
+        assert read_records([row])[0].target == "x"
 
     def test_dataset_and_dataset_dict(self):
         datasets = pytest.importorskip("datasets")
         dataset = datasets.Dataset.from_list(
             [{"text": "a", "labels": 1}, {"text": "b", "labels": 0}]
         )
-        assert [e.target for e in read_examples(dataset)] == ["1", "0"]
+        assert [e.target for e in read_records(dataset)] == ["1", "0"]
         refused("one DatasetDict; pass one split of train", datasets.DatasetDict(train=dataset))
         assert data_fingerprint(dataset)["rows"] == 2
 
@@ -218,6 +216,6 @@ class TestFingerprint:
 )
 def test_rows_are_read_or_refused_in_one_line(rows):
     try:
-        assert len(read_examples(rows)) == len(rows)
+        assert len(read_records(rows)) == len(rows)
     except DataError as error:
         assert str(error)

@@ -7,20 +7,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from softprompt.data import Example, read_examples, read_records
-from softprompt.data.sources import SUFFIXES
+from softprompt.data import Record, read_records, read_source
+from softprompt.data.file_formats import SUFFIXES
 from softprompt.errors import DataError
 
 ROWS = [
     {"input": 'the "quoted", parcel', "output": "complaint"},
     {"input": "naïve ☕", "output": "no complaint"},
 ]
-EXAMPLES = [Example({"input": row["input"]}, row["output"]) for row in ROWS]
+EXAMPLES = [Record({"input": row["input"]}, row["output"]) for row in ROWS]
 
 
 def refused(path, match):
     with pytest.raises(DataError, match=match) as caught:
-        read_examples(path)
+        read_records(path)
     assert "\n" not in str(caught.value)
 
 
@@ -61,14 +61,14 @@ class TestEveryFormat:
     @pytest.mark.parametrize("suffix", SUFFIXES)
     def test_reads_the_same_examples(self, written, suffix):
         path = written(f"train{suffix}", as_bytes(suffix))
-        assert read_examples(path) == EXAMPLES
-        assert read_examples(str(path)) == EXAMPLES
-        assert read_examples(written(f"upper{suffix.upper()}", as_bytes(suffix))) == EXAMPLES
+        assert read_records(path) == EXAMPLES
+        assert read_records(str(path)) == EXAMPLES
+        assert read_records(written(f"upper{suffix.upper()}", as_bytes(suffix))) == EXAMPLES
 
     @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv"])
     def test_byte_order_mark_and_windows_line_ends(self, written, suffix):
         content = b"\xef\xbb\xbf" + as_bytes(suffix).replace(b"\n", b"\r\n")
-        assert read_examples(written(f"train{suffix}", content)) == EXAMPLES
+        assert read_records(written(f"train{suffix}", content)) == EXAMPLES
 
     @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv"])
     def test_bytes_that_are_not_utf8(self, written, suffix):
@@ -91,7 +91,7 @@ class TestEveryFormat:
         content = as_bytes(suffix)
         for end in range(0, len(content), 7):
             try:
-                read_examples(written(f"train{suffix}", content[:end]))
+                read_records(written(f"train{suffix}", content[:end]))
             except DataError as error:
                 assert "\n" not in str(error)
 
@@ -141,7 +141,7 @@ class TestJsonLines:
     def test_unicode_line_separators_stay_inside_a_value(self, written):
         row = {"input": "a\u2028b\u0085c", "output": "x"}
         path = written("t.jsonl", json.dumps(row, ensure_ascii=False))
-        assert read_examples(path)[0].fields["input"] == row["input"]
+        assert read_records(path)[0].fields["input"] == row["input"]
 
 
 class TestJsonList:
@@ -161,14 +161,14 @@ class TestJsonList:
             ('[{"a": 1},\n]', "line 2: not valid JSON"),
             ('[{"a": 1}', "line 1: expected ',' or ']'"),
             ('[{"input": 1, "output": 1}]\n\nmore', "line 3: expected the end.*'more'"),
-            ("[]", "at least one row, got none"),
+            ("[]", "at least one record, got none"),
             ('[{"a": 1, "a": 2}]', "'a' occurs twice"),
         ],
     )
     def test_refused(self, written, text, match):
         path = written("t.json", text)
         with pytest.raises(DataError, match=match):
-            list(read_records(path))
+            list(read_source(path))
 
     @settings(suppress_health_check=list(HealthCheck))
     @given(
@@ -177,7 +177,7 @@ class TestJsonList:
     )
     def test_agrees_with_the_json_module(self, written, rows, indent):
         path = written("t.json", json.dumps(rows, indent=indent))
-        assert [located.record for located in read_records(path)] == rows
+        assert [located.record for located in read_source(path)] == rows
 
 
 class TestTables:
@@ -186,7 +186,7 @@ class TestTables:
         refused(
             written("t.csv", text), r"t.csv, line 5: expected 2 fields \(input, output\), got 1"
         )
-        assert read_examples(written("t.csv", text[:-4]))[0].fields["input"] == "a\nb"
+        assert read_records(written("t.csv", text[:-4]))[0].fields["input"] == "a\nb"
 
     @pytest.mark.parametrize("row", ['"a"b,x', '"a,x\n'])
     def test_csv_quotes_that_do_not_close(self, written, row):
@@ -194,7 +194,7 @@ class TestTables:
 
     def test_tsv_quotes_are_ordinary(self, written):
         path = written("t.tsv", 'input\toutput\n"a\tx\nit \'s "b"\ty\n')
-        assert [e.fields["input"] for e in read_examples(path)] == ['"a', 'it \'s "b"']
+        assert [e.fields["input"] for e in read_records(path)] == ['"a', 'it \'s "b"']
 
     @pytest.mark.parametrize(("suffix", "tab"), [(".csv", ","), (".tsv", "\t")])
     def test_rows_and_headers(self, written, suffix, tab):
@@ -204,7 +204,7 @@ class TestTables:
         head = ("input", "output")
         name = f"t{suffix}"
         refused(written(name, text(head, ("a", "b", "c"))), "line 2: expected 2 fields .*, got 3")
-        refused(written(name, text(head)), "at least one row, got none")
+        refused(written(name, text(head)), "at least one record, got none")
         refused(written(name, text(("input", "input"), ("a", "b"))), "names 'input' twice")
         refused(
             written(name, text(("input", ""), ("a", "b"))), "column 2 of the header has no name"
@@ -240,5 +240,5 @@ class TestColumnFiles:
         rows = [{"input": "a", "output": 1}, {"input": "b", "output": None}]
         parquet.write_table(pyarrow.Table.from_pylist(rows[:1]), tmp_path / "good.parquet")
         parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "null.parquet")
-        assert read_examples(tmp_path / "good.parquet")[0].target == "1"
-        refused(tmp_path / "null.parquet", "null.parquet, row 2: .*'output', got None")
+        assert read_records(tmp_path / "good.parquet")[0].target == "1"
+        refused(tmp_path / "null.parquet", "null.parquet, record 2: .*'output', got None")

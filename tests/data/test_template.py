@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softprompt.data import Example, Verbalizer
+from softprompt.data import Record, Verbalizer
 from softprompt.errors import TemplateError
 
 NAMES = st.text(alphabet="abAB_09", min_size=1, max_size=6)
@@ -59,7 +59,7 @@ def test_rendering_agrees_with_joining_the_pieces(pieces, data):
 
 
 class TestCheck:
-    examples = (Example({"input": "a", "title": "b"}, "x"), Example({"input": "c"}, "y"))
+    examples = (Record({"input": "a", "title": "b"}, "x"), Record({"input": "c"}, "y"))
 
     def test_fits(self):
         Verbalizer("{{input}}").check(self.examples, "output")
@@ -67,12 +67,12 @@ class TestCheck:
 
     def test_unknown_field(self):
         with pytest.raises(
-            TemplateError, match=r"row 1: .*'inptu'; known: input, title .did you mean 'input'"
+            TemplateError, match=r"record 1: .*'inptu'; known: input, title .did you mean 'input'"
         ):
             Verbalizer("{{inptu}}").check(self.examples, "output")
 
     def test_a_field_that_one_row_lacks(self):
-        with pytest.raises(TemplateError, match=r"row 2: .*'title'; known: input"):
+        with pytest.raises(TemplateError, match=r"record 2: .*'title'; known: input"):
             Verbalizer("{{input}} {{title}}").check(self.examples, "output")
 
     @pytest.mark.parametrize(
@@ -83,5 +83,5 @@ class TestCheck:
             Verbalizer(f"{{{{input}}}} {{{{{name}}}}}").check(self.examples, given)
 
     def test_an_ordinary_column_called_labels(self):
-        examples = [Example({"input": "a", "labels": "b"}, "x")]
+        examples = [Record({"input": "a", "labels": "b"}, "x")]
         Verbalizer("{{input}} {{labels}}").check(examples)

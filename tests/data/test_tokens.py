@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from softprompt.data import CutSummary, Example, RowTokenizer, SpecialFrame, TokenRow, Verbalizer
+from softprompt.data import CutSummary, Record, RowTokenizer, SpecialFrame, TokenRow, Verbalizer
 from softprompt.errors import ConfigError, DataError, TemplateError
 
 CAUSAL = ["gpt2", "llama", "llama+eos", "bert", "demo", "stories260K"]
@@ -30,7 +30,7 @@ def words(count):
 class TestCausal:
     def test_one_bos_where_the_tokenizer_adds_one(self, tokenizers, name):
         tokenizer = tokenizers(name)
-        row = rows_of(tokenizer).row(Example({"input": "the parcel"}, "complaint"))
+        row = rows_of(tokenizer).row(Record({"input": "the parcel"}, "complaint"))
         expected = {"gpt2": None, "bert": tokenizer.cls_token_id}.get(name, tokenizer.bos_token_id)
         if expected is None:
             assert tokenizer.bos_token_id not in row.source + row.target[:-1]
@@ -40,7 +40,7 @@ class TestCausal:
 
     def test_eos_ends_the_target_and_nothing_else(self, tokenizers, name):
         tokenizer = tokenizers(name)
-        row = rows_of(tokenizer).row(Example({"input": "the parcel"}, "complaint"))
+        row = rows_of(tokenizer).row(Record({"input": "the parcel"}, "complaint"))
         if tokenizer.eos_token_id is None:
             assert tokenizer.sep_token_id not in row.source + row.target
         else:
@@ -67,7 +67,7 @@ class TestCausal:
     def test_target_does_not_depend_on_the_record(self, tokenizers, name):
         rows = rows_of(tokenizers(name), "{{input}}")
         examples = [
-            Example({"input": text}, "complaint") for text in ("", " ", "a\n", "late (", ":")
+            Record({"input": text}, "complaint") for text in ("", " ", "a\n", "late (", ":")
         ]
         targets = {row.target for row in rows.tokenize(examples)[0]}
         assert targets == {rows.label("complaint")}
@@ -76,7 +76,7 @@ class TestCausal:
         tokenizer = tokenizers(name)
         mark = tokenizer.eos_token or tokenizer.sep_token
         mark_id = tokenizer.convert_tokens_to_ids(mark)
-        row = rows_of(tokenizer).row(Example({"input": f"a {mark} b"}, f"c {mark} d"))
+        row = rows_of(tokenizer).row(Record({"input": f"a {mark} b"}, f"c {mark} d"))
         expected = 0 if tokenizer.eos_token_id is None else 1
         assert (row.source + row.target).count(mark_id) == expected
 
@@ -86,14 +86,14 @@ class TestSeq2Seq:
     def test_source_and_target_are_the_tokenizers_own(self, tokenizers, name):
         tokenizer = tokenizers(name)
         rows = rows_of(tokenizer, "{{input}}", seq2seq=True)
-        row = rows.row(Example({"input": "the parcel"}, "late"))
+        row = rows.row(Record({"input": "the parcel"}, "late"))
         assert list(row.source) == tokenizer("the parcel")["input_ids"]
         assert list(row.target) == tokenizer(text_target="late")["input_ids"]
 
     def test_one_eos_each(self, tokenizers, name):
         tokenizer = tokenizers(name)
         rows = rows_of(tokenizer, "{{input}}", source=12, target=5, seq2seq=True)
-        row = rows.row(Example({"input": words(30)}, words(30)))
+        row = rows.row(Record({"input": words(30)}, words(30)))
         for ids, limit in ((row.source, 12), (row.target, 5)):
             assert ids.count(tokenizer.eos_token_id) == 1
             assert ids[-1] == tokenizer.eos_token_id
@@ -196,7 +196,7 @@ def test_a_template_that_does_not_fit_is_refused_with_the_numbers(tokenizers):
 def test_targets_keep_their_eos_when_cut(tokenizers):
     tokenizer = tokenizers("llama")
     rows = rows_of(tokenizer, target=4)
-    row = rows.row(Example({"input": "late"}, words(20)))
+    row = rows.row(Record({"input": "late"}, words(20)))
     assert row.target_cut
     assert len(row.target) == 4
     assert row.target[-1] == tokenizer.eos_token_id
@@ -214,35 +214,35 @@ def test_labels_that_the_tokenizer_cannot_tell_apart_are_refused(tokenizers):
 def test_summary_counts_cut_rows_and_dropped_tokens(tokenizers):
     tokenizer = tokenizers("gpt2")
     examples = [
-        Example({"input": words(50)}, "late"),
-        Example({"input": "late"}, words(9)),
-        Example({"input": "late"}, "late"),
+        Record({"input": words(50)}, "late"),
+        Record({"input": "late"}, words(9)),
+        Record({"input": "late"}, "late"),
     ]
     rows, summary = rows_of(tokenizer, source=30, target=5).tokenize(examples)
     whole, nothing = rows_of(tokenizer).tokenize(examples)
     dropped = sum(len(w.source) + len(w.target) for w in whole) - sum(
         len(r.source) + len(r.target) for r in rows
     )
-    assert summary == CutSummary(rows=3, sources_cut=1, targets_cut=1, tokens_dropped=dropped)
+    assert summary == CutSummary(records=3, sources_cut=1, targets_cut=1, tokens_dropped=dropped)
     assert [(r.source_cut, r.target_cut) for r in rows] == [
         (True, False),
         (False, True),
         (False, False),
     ]
     assert str(summary) == (
-        f"3 rows, cut to the length limits: 1 sources, 1 targets ({dropped} tokens dropped)"
+        f"3 records, cut to the length limits: 1 sources, 1 targets ({dropped} tokens dropped)"
     )
-    assert str(nothing) == "3 rows, none cut"
+    assert str(nothing) == "3 records, none cut"
 
 
 def test_a_row_without_target_has_none(tokenizers):
-    row = rows_of(tokenizers("gpt2")).row(Example({"input": "late"}, None))
+    row = rows_of(tokenizers("gpt2")).row(Record({"input": "late"}, None))
     assert row == TokenRow(row.source, (), source_cut=False, target_cut=False)
 
 
 def test_one_row_and_many_rows_agree(tokenizers):
     rows = rows_of(tokenizers("llama"), source=24)
-    examples = [Example({"input": words(count)}, "complaint") for count in (0, 1, 3, 30)]
+    examples = [Record({"input": words(count)}, "complaint") for count in (0, 1, 3, 30)]
     assert rows.tokenize(examples)[0] == [rows.row(example) for example in examples]
     assert rows.tokenize([]) == ([], CutSummary(0, 0, 0, 0))
 

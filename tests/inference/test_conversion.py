@@ -69,7 +69,7 @@ def prompts(tmp_path_factory, bases):
 
 
 def rows_of(path):
-    return load_adapter(path).prompt
+    return load_adapter(path).values
 
 
 def refused(expected, *arguments, error=ArtifactError, **options):
@@ -96,7 +96,7 @@ def test_parts_go_both_ways(tmp_path, prompts, bases, to, name, files):
         base = None if to == "caikit" else str(bases / ("llama" if name == "causal" else "t5"))
         convert(tmp_path / "out", tmp_path / "back", to="softprompt", base_model=base)
         back, first = load_adapter(tmp_path / "back"), load_adapter(prompts / name)
-        assert torch.equal(back.prompt, first.prompt)
+        assert torch.equal(back.values, first.values)
         for key in ("peft_type", "task_type", "num_virtual_tokens", "output_model_types"):
             assert back.config.get(key) == first.config.get(key)
         template = first.manifest.template if to == "caikit" else "{{input}}"
@@ -158,7 +158,7 @@ def test_bare_tensors_go_both_ways(tmp_path, prompts, bases, name, file):
     base = str(bases / ("llama" if name == "causal" else "t5"))
     convert(tmp_path / file, tmp_path / "back", to="peft", base_model=base)
     back = load_adapter(tmp_path / "back")
-    assert torch.equal(back.prompt, rows_of(prompts / name))
+    assert torch.equal(back.values, rows_of(prompts / name))
     assert back.config["base_model_name_or_path"] == base
     assert back.manifest.base_fingerprint["model_type"] == ("llama" if name == "causal" else "t5")
 
@@ -191,7 +191,7 @@ def test_one_task_of_a_multitask_prompt_is_baked(tmp_path, prompts):
     for task in (0, "1"):
         convert(prompts / "tasks", tmp_path / f"t{task}", to="peft", task_name=task)
         baked = load_adapter(tmp_path / f"t{task}")
-        torch.testing.assert_close(baked.prompt, shared * (cols[int(task)] @ rows[int(task)]))
+        torch.testing.assert_close(baked.values, shared * (cols[int(task)] @ rows[int(task)]))
         assert baked.config["peft_type"] == "PROMPT_TUNING"
         assert not baked.config.keys() & {"num_tasks", "num_ranks"}
     convert(prompts / "tasks", tmp_path / "p.npy", to="npy", task_name=1)
@@ -255,7 +255,10 @@ def test_trained_heads_are_not_dropped(tmp_path, prompts, bases):
     tensors = {**stored.tensors, "base_model.score.weight": torch.ones(2, 32)}
     save_adapter(tmp_path / "p", stored.config, tensors, overwrite=False)
     refused(
-        "parts besides its rows .base_model.score.weight", tmp_path / "p", tmp_path / "x", to="tgis"
+        "parts besides its virtual tokens .base_model.score.weight",
+        tmp_path / "p",
+        tmp_path / "x",
+        to="tgis",
     )
 
 
@@ -331,7 +334,7 @@ def test_the_base_is_checked(tmp_path, prompts, bases):
     convert(prompts / "causal", tmp_path / "x", ignore_fingerprint=True, **other)
     wide = {"to": "peft", "base_model": str(bases / "wide")}
     convert(prompts / "causal", tmp_path / "p.npy", to="npy")
-    refused("expected rows 48 wide .*came 32", tmp_path / "p.npy", tmp_path / "y", **wide)
+    refused("expected virtual tokens 48 wide .*got 32", tmp_path / "p.npy", tmp_path / "y", **wide)
 
 
 def test_a_base_of_another_kind_or_width(tmp_path, prompts, bases):
@@ -344,7 +347,9 @@ def test_a_base_of_another_kind_or_width(tmp_path, prompts, bases):
         base_model=str(bases / "t5"),
         **other,
     )
-    refused("rows 48 wide", plain, tmp_path / "x", base_model=str(bases / "wide"), **other)
+    refused(
+        "virtual tokens 48 wide", plain, tmp_path / "x", base_model=str(bases / "wide"), **other
+    )
     write_prompt(tmp_path / "p", str(bases / "llama"), task_type="SEQ_CLS")
     refused("it is for SEQ_CLS", tmp_path / "p", tmp_path / "x", to="tgis")
 
@@ -412,10 +417,10 @@ HOSTILE = {
     "1-D": (torch.ones(32), r"\[32\]"),
     "empty": (torch.ones(0, 32), r"\[0, 32\]"),
     "integers": (torch.ones(P, 32).long(), "int64"),
-    "width": (torch.ones(P, 31), "came 31"),
-    "list": ([1.0, 2.0], "came a list"),
-    "two": ({"a": torch.ones(P, 32), "b": torch.ones(P, 32)}, "came 2 .a, b."),
-    "none": ({}, "came 0"),
+    "width": (torch.ones(P, 31), "got 31"),
+    "list": ([1.0, 2.0], "got a list"),
+    "two": ({"a": torch.ones(P, 32), "b": torch.ones(P, 32)}, "got 2 .a, b."),
+    "none": ({}, "got 0"),
 }
 
 
@@ -465,8 +470,8 @@ def test_hostile_arrays(tmp_path, bases):
         ({"trained_torch_dtype": 5}, "float64 for trained_torch_dtype"),
         ({"verbalizer": "no fields"}, "placeholder such as {{input}}"),
         ({"verbalizer": "{{input"}, "placeholder such as {{input}}"),
-        ({"DECODER": ""}, "expected rows for DECODER .*came none"),
-        ({"ENCODER": "decoder.pt"}, "a causal model, came ENCODER, DECODER"),
+        ({"DECODER": ""}, "expected virtual tokens for DECODER .*got none"),
+        ({"ENCODER": "decoder.pt"}, "a causal model, got ENCODER, DECODER"),
     ],
 )
 def test_damaged_caikit_configs(tmp_path, prompts, change, expected):

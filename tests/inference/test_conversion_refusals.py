@@ -81,7 +81,7 @@ def test_a_record_is_made_where_there_is_none_or_asked_for(tmp_path, base):
     done = convert(plain, tmp_path / "out", **asked)
     assert (done.source_format, done.lost) == ("peft", ())
     made = load_adapter(tmp_path / "out")
-    assert torch.equal(made.prompt, load_adapter(plain).prompt)
+    assert torch.equal(made.values, load_adapter(plain).values)
     assert made.manifest.template == "Text: {{input}} Label:"
     assert made.manifest.base_fingerprint["model_type"] == "llama"
     assert (made.manifest.base_model, made.manifest.labels) == (base, None)

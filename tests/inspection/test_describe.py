@@ -6,16 +6,16 @@ import math
 import pytest
 import torch
 
-from softprompt.artifacts import Manifest, StoredAdapter
+from softprompt.artifacts import Manifest, StoredPrompt
 from softprompt.errors import FingerprintError
 from softprompt.inspection import describe
-from softprompt.inspection.describe import effective_rank, geometry, mean_pairwise_cosine, rms_of
+from softprompt.inspection.summary import effective_rank, geometry, mean_pairwise_cosine, rms_of
 
 
 def stored(prompt, manifest=None, **tensors):
     config = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM"}
     config |= {"num_virtual_tokens": len(prompt), "base_model_name_or_path": "org/base"}
-    return StoredAdapter(config, {"prompt_embeddings": prompt, **tensors}, manifest, "/somewhere")
+    return StoredPrompt(config, {"prompt_embeddings": prompt, **tensors}, manifest, "/somewhere")
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_summary_of_a_folder_that_peft_wrote():
 
 
 def test_a_table_of_another_width_is_refused():
-    with pytest.raises(FingerprintError, match=r"table 4 wide.*came 5: load the base"):
+    with pytest.raises(FingerprintError, match=r"table 4 wide.*got 5: load the base"):
         describe(stored(torch.ones(3, 4)), torch.ones(6, 5))
 
 

@@ -90,7 +90,7 @@ def test_an_empty_history_is_refused(tmp_path):
 
 
 def test_another_suffix_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"expected a \.png file .*came curve\.pdf"):
+    with pytest.raises(ConfigError, match=r"expected a \.png file .*got curve\.pdf"):
         training_curve(HISTORY, tmp_path / "curve.pdf")
 
 

@@ -223,7 +223,7 @@ def test_the_task_names_of_both_data_sets_must_agree(llama, tasks):
     with pytest.raises(ConfigError, match="need tuning_type MULTITASK_PROMPT_TUNING"):
         tune(llama, tasks)
     strange = tasks | {"news": [{"input": "it"}]}
-    with pytest.raises(DataError, match="task news: row 1"):
+    with pytest.raises(DataError, match="task news: record 1"):
         tune(llama, strange, **QUICK)
 
 

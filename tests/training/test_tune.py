@@ -278,7 +278,9 @@ def test_missing_and_unusable_data(llama, rows, held_out, tmp_path):
     with pytest.raises(DataError, match=r"none\.jsonl"):
         tune(llama, tmp_path / "none.jsonl")
     strange = [*held_out, {"input": "it", "output": "yess"}]
-    with pytest.raises(DataError, match=r"validation data, row 9: 'yess' .*did you mean 'yes'\?"):
+    with pytest.raises(
+        DataError, match=r"validation data, record 9: 'yess' .*did you mean 'yes'\?"
+    ):
         tune(llama, rows, strange)
     path = tmp_path / "held_out.jsonl"
     path.write_text("\n" + "".join(json.dumps(row) + "\n" for row in strange))

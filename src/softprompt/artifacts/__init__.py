@@ -1,4 +1,4 @@
-"""PROMPT <-> DISK: PEFT's folder, plus ``softprompt.json`` for what PEFT has no place for."""
+"""PROMPT <-> DISK: PEFT's folder plus ``softprompt.json``, other formats, composition of stored prompts."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""The model card (``README.md`` in a prompt folder): what it is, its use, how good it is."""
+"""The model card (``README.md`` in a prompt folder): what the prompt is, its use, its metrics."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def model_card(config: Mapping[str, Any], manifest: Manifest | None) -> str:
 
 
 def is_own_card(text: str) -> bool:
-    """Tell whether a README is a card that ``model_card`` wrote, and so may be replaced."""
+    """Return whether ``model_card`` wrote a README, which then may be replaced."""
     front = text.split("\n---\n", maxsplit=1)[0]
     return front.startswith("---\nlibrary_name: peft\n") and _OWN_TAG in front.splitlines()
 
@@ -117,7 +117,7 @@ def _with_peft(config: Mapping[str, Any], base: str, manifest: Manifest | None) 
         )
     lines = ["from peft import PeftModel"]
     if base == _BUNDLED:
-        lines += ["from softprompt.backbone.load import load_base", ""]
+        lines += ["from softprompt.backbone import load_base", ""]
         lines += [f'loaded = load_base("{_BUNDLED}")  # the model inside the softprompt package']
         lines += ["base, tokenizer = loaded.model, loaded.tokenizer"]
     else:
@@ -159,8 +159,8 @@ def _format(manifest: Manifest) -> str:
 def _table(title: str, values: Mapping[str, Any]) -> str:
     if not values:
         return ""
-    rows = [f"| {_cell(name)} | {_cell(value)} |" for name, value in values.items()]
-    return "\n".join([f"## {title}", "", "| name | value |", "|---|---|", *rows])
+    lines = [f"| {_cell(name)} | {_cell(value)} |" for name, value in values.items()]
+    return "\n".join([f"## {title}", "", "| name | value |", "|---|---|", *lines])
 
 
 def _cell(value: Any) -> str:

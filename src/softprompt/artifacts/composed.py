@@ -1,4 +1,4 @@
-"""New prompts from stored ones of the same base, as folders that say what they were made of."""
+"""Composition of stored prompts of one base: average, concatenation, difference, as new folders."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from softprompt.artifacts.files import require_empty
-from softprompt.artifacts.layout import PROMPT_KEY, config_json, parse_object
+from softprompt.artifacts.files import parse_object, require_empty
+from softprompt.artifacts.layout import config_json
 from softprompt.artifacts.manifest import Manifest
-from softprompt.artifacts.native import StoredAdapter, load_adapter, save_adapter
-from softprompt.artifacts.parts import options_of, require_one_base, rows_of
+from softprompt.artifacts.peft_folder import load_adapter, save_adapter
+from softprompt.artifacts.recorded_base import require_one_base
+from softprompt.artifacts.stored_prompt import StoredPrompt
 from softprompt.errors import ConfigError, nearest
-from softprompt.prompts import PromptTuningConfig, composition
+from softprompt.prompts import PROMPT_KEY, PromptTuningConfig, composition
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +33,8 @@ def average_prompts(
     num_virtual_tokens: int | None = None,
     template_from: str | Path | None = None,
     overwrite: bool = False,
-) -> StoredAdapter:
-    """Average stored prompts row by row.
+) -> StoredPrompt:
+    """Average stored prompts, virtual token by virtual token.
 
     Args:
         prompts: Folders, or names on the Hub, of two prompts or more.
@@ -40,7 +42,7 @@ def average_prompts(
         weights: One number of 0 or more for each prompt; None weighs all the same.
         num_virtual_tokens: Resize all to this length first; prompts of unlike lengths need it.
         template_from: The one of ``prompts`` whose template, labels, limits and dtype the result gets;
-            needed when they differ.
+            required when they differ.
         overwrite: Write into a folder that is not empty.
 
     Raises:
@@ -50,10 +52,10 @@ def average_prompts(
         OutputExistsError: The output is not empty.
     """
     members = _members(prompts, 2)
-    rows = [rows_of(member) for member in members]
+    values = [_values(member) for member in members]
     if num_virtual_tokens is not None:
-        rows = [composition.resized(each, num_virtual_tokens) for each in rows]
-    mean = composition.average(rows, weights)
+        values = [composition.resized(each, num_virtual_tokens) for each in values]
+    mean = composition.average(values, weights)
     how: dict[str, Any] = {"operation": "average"}
     how |= {} if weights is None else {"weights": [float(each) for each in weights]}
     how |= {} if num_virtual_tokens is None else {"num_virtual_tokens": num_virtual_tokens}
@@ -67,11 +69,11 @@ def concatenate_prompts(
     *,
     template_from: str | Path | None = None,
     overwrite: bool = False,
-) -> StoredAdapter:
-    """Put the rows of stored prompts one after the other; see ``average_prompts``."""
+) -> StoredPrompt:
+    """Concatenate the virtual tokens of stored prompts; see ``average_prompts``."""
     members = _members(prompts, 2)
-    rows = composition.concatenation([rows_of(member) for member in members])
-    result = _result(members, rows, {"operation": "concatenation"}, template_from)
+    joined = composition.concatenation([_values(member) for member in members])
+    result = _result(members, joined, {"operation": "concatenation"}, template_from)
     return _written(result, output, overwrite)
 
 
@@ -84,7 +86,7 @@ def subtract_prompts(
     scale: float = 1.0,
     template_from: str | Path | None = None,
     overwrite: bool = False,
-) -> StoredAdapter:
+) -> StoredPrompt:
     """Return ``scale * (first - second)``, added to the prompt ``onto`` where one is named.
 
     Args:
@@ -103,16 +105,16 @@ def subtract_prompts(
         OutputExistsError: The output is not empty.
     """
     members = _members([first, second, *([] if onto is None else [onto])], 2)
-    rows = [rows_of(member) for member in members]
-    change = composition.difference(rows[0], rows[1])
-    start = change.new_zeros(change.shape) if onto is None else rows[2]
+    values = [_values(member) for member in members]
+    change = composition.difference(values[0], values[1])
+    start = change.new_zeros(change.shape) if onto is None else values[2]
     how = {"operation": "difference", "scale": float(scale), "added_to_last": onto is not None}
     result = _result(members, composition.shifted(start, change, scale), how, template_from)
     return _written(result, output, overwrite)
 
 
-def _members(prompts: Sequence[str | Path], least: int) -> list[StoredAdapter]:
-    """Read prompts that can be put together: of one base, with the same options."""
+def _members(prompts: Sequence[str | Path], least: int) -> list[StoredPrompt]:
+    """Read prompts that can be composed: of one base, with the same options."""
     if isinstance(prompts, str | Path) or len(prompts) < least:
         listed = [prompts] if isinstance(prompts, str | Path) else prompts
         named = ", ".join(map(str, listed)) or "none"
@@ -120,26 +122,31 @@ def _members(prompts: Sequence[str | Path], least: int) -> list[StoredAdapter]:
     members = [load_adapter(each) for each in prompts]
     for other in members[1:]:
         require_one_base(members[0], other)
-        if options_of(other) != options_of(members[0]):
+        if other.options != members[0].options:
             raise ConfigError(
-                f"{members[0].location} has the options {options_of(members[0]) or 'of PEFT alone'}, "
-                f"{other.location} has {options_of(other) or 'those of PEFT alone'}; only prompts that "
+                f"{members[0].location} has the options {members[0].options or 'of PEFT alone'}, "
+                f"{other.location} has {other.options or 'those of PEFT alone'}; only prompts that "
                 "are used in the same way can be composed"
             )
     return members
 
 
+def _values(stored: StoredPrompt) -> Tensor:
+    """Return virtual tokens ``[S, P, H]`` in float32."""
+    return torch.stack([part.float() for part in stored.prompt().tensors])
+
+
 def _result(
-    members: Sequence[StoredAdapter],
-    rows: Tensor,
+    members: Sequence[StoredPrompt],
+    values: Tensor,
     how: dict[str, Any],
     template_from: str | Path | None,
-) -> StoredAdapter:
-    """Return rows ``[S, P, H]`` as an unsaved prompt that records what it was made of."""
+) -> StoredPrompt:
+    """Return virtual tokens ``[S, P, H]`` as an unsaved prompt that records what it was made of."""
     pattern = _pattern(members, template_from)
     known = PromptTuningConfig.__dataclass_fields__.keys()
     kept = {key: value for key, value in pattern.config.items() if key in known}
-    # Where the members' rows came from says nothing about these.
+    # How the members were initialised says nothing about the result.
     for name in (
         "prompt_tuning_init",
         "prompt_tuning_init_text",
@@ -148,8 +155,8 @@ def _result(
     ):
         kept.pop(name, None)
     kept |= {
-        "num_virtual_tokens": rows.shape[1],
-        "num_transformer_submodules": rows.shape[0],
+        "num_virtual_tokens": values.shape[1],
+        "num_transformer_submodules": values.shape[0],
         "inference_mode": True,
     }
     config = PromptTuningConfig(**kept).to_dict()
@@ -158,17 +165,17 @@ def _result(
         logger.warning(
             "none of the prompts has a softprompt.json, so the result does not say what it was made of"
         )
-    values = rows.reshape(-1, rows.shape[2]).contiguous()
-    return StoredAdapter(
-        parse_object(config_json(config), "config"), {PROMPT_KEY: values}, manifest, ""
+    flat = values.reshape(-1, values.shape[2]).contiguous()  # [S*P, H]
+    return StoredPrompt(
+        parse_object(config_json(config), "config"), {PROMPT_KEY: flat}, manifest, ""
     )
 
 
-def _pattern(members: Sequence[StoredAdapter], template_from: str | Path | None) -> StoredAdapter:
-    """Return the member whose record the result takes over.
+def _pattern(members: Sequence[StoredPrompt], template_from: str | Path | None) -> StoredPrompt:
+    """Return the member whose manifest the result inherits.
 
     Raises:
-        ConfigError: If records differ and none was chosen, or the choice is not among them.
+        ConfigError: If manifests differ and none was chosen, or the choice is not among them.
     """
     if template_from is not None:
         found = load_adapter(template_from).location
@@ -182,7 +189,7 @@ def _pattern(members: Sequence[StoredAdapter], template_from: str | Path | None)
     recorded = [member for member in members if member.manifest is not None]
     first = recorded[0] if recorded else members[0]
     for other in recorded[1:]:
-        for name, mine, its in zip(_RECORD, _record(first), _record(other), strict=True):
+        for name, mine, its in zip(_INHERITED, _inherited(first), _inherited(other), strict=True):
             if mine != its:
                 raise ConfigError(
                     f"the prompts differ in {name}: {mine!r} in {first.location}, {its!r} in "
@@ -191,18 +198,18 @@ def _pattern(members: Sequence[StoredAdapter], template_from: str | Path | None)
     return first
 
 
-_RECORD = ("template", "task", "labels", "max_source_length", "max_target_length", "dtype")
+_INHERITED = ("template", "task", "labels", "max_source_length", "max_target_length", "dtype")
 
 
-def _record(stored: StoredAdapter) -> tuple[Any, ...]:
-    values = {name: getattr(stored.manifest, name, None) for name in _RECORD}
+def _inherited(stored: StoredPrompt) -> tuple[Any, ...]:
+    values = {name: getattr(stored.manifest, name, None) for name in _INHERITED}
     if values["labels"]:
         values["labels"] = sorted(values["labels"])
     return tuple(values.values())
 
 
-def _manifest(pattern: Manifest, members: Sequence[StoredAdapter], how: dict[str, Any]) -> Manifest:
-    """Return the record of the result: nothing was measured yet."""
+def _manifest(pattern: Manifest, members: Sequence[StoredPrompt], how: dict[str, Any]) -> Manifest:
+    """Return the manifest of the result: nothing was measured yet."""
     settings = {
         key: pattern.settings[key] for key in _READ_BY_EVALUATION if key in pattern.settings
     }
@@ -227,7 +234,7 @@ def _manifest(pattern: Manifest, members: Sequence[StoredAdapter], how: dict[str
     return replace(fresh, settings=settings | {"composition": how}, data={"made_of": made_of})
 
 
-def _written(result: StoredAdapter, output: str | Path | None, overwrite: bool) -> StoredAdapter:
+def _written(result: StoredPrompt, output: str | Path | None, overwrite: bool) -> StoredPrompt:
     if output is None:
         if overwrite:
             raise ConfigError("overwrite has no meaning without output; name an output directory")

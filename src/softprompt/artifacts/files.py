@@ -1,20 +1,103 @@
-"""Writing that a crash cannot leave half done: one file, or the files of one folder together.
+"""Reading files that may be damaged or hostile, and writing that a crash cannot leave half done.
 
-Everything is first written and fsynced under a temporary name on the same file system, then
-renamed. A new folder appears in one rename. In an existing folder each file is replaced by one
-rename, and when one of them fails, those already replaced are put back.
+Code in a pickle never runs. What is written is fsynced under a temporary name on the same file
+system, then renamed. A new folder appears in one rename. In an existing folder each file is
+replaced by one rename, and when one of them fails, those already replaced are put back.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import os
+import pickle
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as tensors_from_bytes
+from torch import Tensor
 
 from softprompt.errors import ArtifactError, OutputExistsError
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the content of a file.
+
+    Raises:
+        ArtifactError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(
+            f"could not read {path} ({error}): check its permissions and the disk"
+        ) from error
+
+
+def parse_object(text: str, name: str) -> dict[str, Any]:
+    """Read one JSON object from the text of the file ``name``.
+
+    Raises:
+        ArtifactError: not JSON, or not an object.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(
+            f"expected JSON in {name}, it cannot be read ({error}): restore it from the original"
+        ) from error
+    if not isinstance(value, dict):
+        raise ArtifactError(
+            f"expected a JSON object in {name}, got a {type(value).__name__}: "
+            "restore it from the original"
+        )
+    return value
+
+
+def load_safetensors(data: bytes, path: Path) -> dict[str, Tensor]:
+    """Return the tensors in the content of a ``.safetensors`` file.
+
+    Raises:
+        ArtifactError: it is damaged.
+    """
+    try:
+        return tensors_from_bytes(data)
+    # A damaged header can fail in the parser, in the dtype table or in torch.
+    except Exception as error:
+        raise damaged(path, len(data), error) from error
+
+
+def load_pickled(path: Path) -> Any:
+    """Return what a file of ``torch.save`` holds without running code: tensors in plain containers.
+
+    Raises:
+        ArtifactError: it is damaged, or holds code, which is never run.
+    """
+    data = read_bytes(path)
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ArtifactError(
+            f"expected tensors only in {path}, it is damaged or holds code, which is never run: "
+            "save it again as .safetensors from a source you trust"
+        ) from error
+    # A damaged stream can fail anywhere in the unpickler, IndexError and AttributeError included.
+    except Exception as error:
+        raise damaged(path, len(data), error) from error
+
+
+def damaged(path: Path, size: int, error: Exception) -> ArtifactError:
+    """Return the error for weights that cannot be parsed; ``size`` in bytes."""
+    reason = " ".join(str(error).split())[:120]
+    return ArtifactError(
+        f"expected whole weights in {path}, the file is truncated or damaged ({size:,} bytes; "
+        f"{reason}): copy it again from the original"
+    )
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
@@ -30,20 +113,6 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _sync_directory(path.parent)
-
-
-def read_bytes(path: Path) -> bytes:
-    """Return the content of a file.
-
-    Raises:
-        ArtifactError: it cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ArtifactError(
-            f"could not read {path} ({error}): check its permissions and the disk"
-        ) from error
 
 
 def require_new_file(path: Path, *, overwrite: bool) -> None:
@@ -80,7 +149,7 @@ def require_empty(directory: Path) -> None:
 
 
 def require_no_file(directory: Path) -> None:
-    """Check that no ordinary file stands where a folder is to be written, overwriting or not.
+    """Check that no file is where a folder is to be written, overwriting or not.
 
     Raises:
         OutputExistsError: there is one.
@@ -120,9 +189,9 @@ def write_folder(directory: Path, files: Mapping[str, bytes], stale: Iterable[st
 
 @contextmanager
 def staged_folder(directory: Path) -> Iterator[Path]:
-    """Give a folder to fill, which takes the place of ``directory`` when the block ends well.
+    """Yield a new folder, which replaces ``directory`` as a whole when the block ends without an error.
 
-    What stood at ``directory`` is removed as a whole, and put back if the exchange fails.
+    The old ``directory`` is put back if the exchange fails.
 
     Raises:
         OSError: the file system refused.

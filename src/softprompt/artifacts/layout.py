@@ -1,41 +1,21 @@
-"""The checks on a prompt's folder: names, keys, shapes, values."""
+"""What PEFT's folder holds, by method: the keys of its configuration, its tensors, and their checks.
+
+The keys are those of PEFT 0.21's configuration classes; PEFT warns about any other. A new method
+is one entry of ``LAYOUTS``.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from softprompt.artifacts.peft_layouts import (
-    OUR_KEYS,
-    PEFT_KEYS,
-    PROMPT_KEY,
-    Shape,
-    layout_of,
-    prompt_rows,
-)
 from softprompt.errors import ArtifactError, nearest
-from softprompt.prompts import CONFIG_NAME
-
-__all__ = [
-    "CARD_NAME",
-    "MANIFEST_NAME",
-    "OUR_KEYS",
-    "PEFT_KEYS",
-    "PICKLED_WEIGHTS_NAME",
-    "PROMPT_KEY",
-    "WEIGHTS_NAME",
-    "check_config",
-    "check_dtype",
-    "check_tensors",
-    "check_values",
-    "config_json",
-    "parse_object",
-    "prompt_rows",
-]
+from softprompt.prompts import COLS_KEY, CONFIG_NAME, PROMPT_KEY, ROWS_KEY, PeftType
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_WEIGHTS_NAME = "adapter_model.bin"
@@ -43,25 +23,163 @@ MANIFEST_NAME = "softprompt.json"
 CARD_NAME = "README.md"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
+Shape = tuple[int | None, ...]
+"""Sizes a tensor must have; None accepts any."""
 
-def parse_object(text: str, name: str) -> dict[str, Any]:
-    """Read one JSON object from the text of the file ``name``.
+OUR_KEYS = frozenset({"prompt_sees_input", "output_model_types", "placement"})
+"""Options that PEFT does not have; a config that holds one has a ``peft_type`` that PEFT refuses."""
+
+_SHARED_KEYS = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "modules_to_save",
+        "num_attention_heads",
+        "num_layers",
+        "num_transformer_submodules",
+        "num_virtual_tokens",
+        "peft_type",
+        "peft_version",
+        "revision",
+        "task_type",
+        "token_dim",
+    }
+)
+_TEXT_KEYS = frozenset(
+    {
+        "prompt_tuning_init",
+        "prompt_tuning_init_text",
+        "tokenizer_kwargs",
+        "tokenizer_name_or_path",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PeftLayout:
+    """What the folder of one method holds.
+
+    Attributes:
+        keys: What ``adapter_config.json`` may hold.
+        shapes: The tensors that a config needs, by name.
+        meaning: How the sizes of ``prompt_embeddings`` are made, for messages.
+    """
+
+    keys: frozenset[str]
+    shapes: Callable[[Mapping[str, Any]], dict[str, Shape]]
+    meaning: str = "num_virtual_tokens * num_transformer_submodules, token_dim"
+
+
+def layout_of(config: Mapping[str, Any]) -> PeftLayout:
+    """Return the layout of a configuration's method.
 
     Raises:
-        ArtifactError: not JSON, or not an object.
+        ArtifactError: the method is not supported.
     """
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    kind = config.get("peft_type")
+    if kind not in list(PeftType):
         raise ArtifactError(
-            f"expected JSON in {name}, it cannot be read ({error}): restore it from the original"
-        ) from error
-    if not isinstance(value, dict):
+            f"expected peft_type {' or '.join(PeftType)} in {CONFIG_NAME}, got "
+            f"{kind!r}: load other adapters with peft"
+        )
+    return LAYOUTS[PeftType(str(kind))]
+
+
+def stored_tokens(config: Mapping[str, Any]) -> int:
+    """Return P * S: virtual tokens of a prompt, once for each transformer submodule."""
+    submodules = count_in(config, "num_transformer_submodules")
+    if submodules is None:
+        submodules = 2 if config.get("task_type") == "SEQ_2_SEQ_LM" else 1
+    return (count_in(config, "num_virtual_tokens", required=True) or 0) * submodules
+
+
+def count_in(config: Mapping[str, Any], key: str, *, required: bool = False) -> int | None:
+    """Return a size of a config, None when it is not set.
+
+    Raises:
+        ArtifactError: it is not a whole number above 0, or it is required and not set.
+    """
+    value = config.get(key)
+    if value is None and not required:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ArtifactError(
-            f"expected a JSON object in {name}, came a {type(value).__name__}: "
+            f"expected {key} in {CONFIG_NAME} to be a whole number above 0, got {value!r}: "
             "restore it from the original"
         )
     return value
+
+
+def _virtual_tokens(config: Mapping[str, Any]) -> dict[str, Shape]:
+    return {PROMPT_KEY: (stored_tokens(config), count_in(config, "token_dim"))}
+
+
+def _factors(config: Mapping[str, Any]) -> dict[str, Shape]:
+    tasks, rank = (count_in(config, key) or 1 for key in ("num_tasks", "num_ranks"))
+    tokens, width = stored_tokens(config), count_in(config, "token_dim")
+    return {
+        PROMPT_KEY: (tokens, width),
+        COLS_KEY: (tasks, tokens, rank),
+        ROWS_KEY: (tasks, rank, width),
+    }
+
+
+def _keys_and_values(config: Mapping[str, Any]) -> dict[str, Shape]:
+    # P whatever S is: PEFT gives both parts of a seq2seq model the same keys and values.
+    layers, width = count_in(config, "num_layers"), count_in(config, "token_dim")
+    columns = None if layers is None or width is None else layers * 2 * width
+    return {PROMPT_KEY: (count_in(config, "num_virtual_tokens", required=True), columns)}
+
+
+_PROMPT_TUNING = PeftLayout(_SHARED_KEYS | _TEXT_KEYS, _virtual_tokens)
+
+LAYOUTS: Mapping[PeftType, PeftLayout] = {
+    PeftType.PROMPT_TUNING: _PROMPT_TUNING,
+    PeftType.EXTENDED_PROMPT_TUNING: PeftLayout(_PROMPT_TUNING.keys | OUR_KEYS, _virtual_tokens),
+    PeftType.MULTITASK_PROMPT_TUNING: PeftLayout(
+        _PROMPT_TUNING.keys
+        | {
+            "num_ranks",
+            "num_tasks",
+            "prompt_tuning_init_state_dict_path",
+            "prompt_tuning_init_task",
+        },
+        _factors,
+    ),
+    PeftType.P_TUNING: PeftLayout(
+        _SHARED_KEYS
+        | {
+            "encoder_dropout",
+            "encoder_hidden_size",
+            "encoder_num_layers",
+            "encoder_reparameterization_type",
+        },
+        _virtual_tokens,
+    ),
+    PeftType.PREFIX_TUNING: PeftLayout(
+        _SHARED_KEYS | {"encoder_hidden_size", "init_weights", "prefix_projection"},
+        _keys_and_values,
+        "num_virtual_tokens, num_layers * 2 * token_dim",
+    ),
+    PeftType.CPT: PeftLayout(
+        _SHARED_KEYS
+        | {
+            "cpt_mask",
+            "cpt_token_ids",
+            "cpt_tokens_type_mask",
+            "opt_loss_decay_factor",
+            "opt_projection_epsilon",
+            "opt_projection_format_epsilon",
+            "opt_weighted_loss_type",
+            "tokenizer_name_or_path",
+        },
+        _virtual_tokens,
+    ),
+}
+
+PEFT_KEYS = _PROMPT_TUNING.keys
+"""The keys of PEFT's ``PromptTuningConfig``."""
 
 
 def config_json(config: Mapping[str, Any]) -> str:
@@ -74,7 +192,7 @@ def config_json(config: Mapping[str, Any]) -> str:
     for key in config:
         if key not in allowed:
             raise ArtifactError(
-                f"{CONFIG_NAME} holds PEFT's keys only, came {key!r}{nearest(key, allowed)}: "
+                f"{CONFIG_NAME} can hold PEFT's keys only, got {key!r}{nearest(key, allowed)}: "
                 "put settings of our own into softprompt.json"
             )
     try:
@@ -86,19 +204,19 @@ def config_json(config: Mapping[str, Any]) -> str:
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Check what the weights are read with: the method and the sizes.
+    """Check what reading the weights needs of a configuration: the method and the sizes.
 
     Raises:
-        ArtifactError: another method than those we know, or a size that is not a count.
+        ArtifactError: the method is not supported, or a size is not a count.
     """
     layout_of(config).shapes(config)
 
 
 def check_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> None:
-    """Check the stored tensors against the config: those of its method are there, and finite.
+    """Check tensors against their configuration: names, shapes, dtypes, finite values.
 
     Raises:
-        ArtifactError: the first thing that is not so, with the sizes.
+        ArtifactError: the first check that fails, with the sizes.
     """
     layout = layout_of(config)
     expected = layout.shapes(config)
@@ -115,11 +233,11 @@ def check_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], wher
     for name, shape in expected.items():
         tensor = tensors[name]
         check_dtype(name, tensor, where)
-        if not _fits(tensor, shape, width):
+        if not _has_shape(tensor, shape, width):
             meaning = f" ({layout.meaning})" if name == PROMPT_KEY else ""
             raise ArtifactError(
                 f"expected {name} [{', '.join('H' if s is None else str(s) for s in shape)}]"
-                f"{meaning} in {where}, came {list(tensor.shape)}: "
+                f"{meaning} in {where}, got {list(tensor.shape)}: "
                 f"check that {CONFIG_NAME} belongs to these weights"
             )
 
@@ -132,12 +250,12 @@ def check_dtype(name: str, tensor: Tensor, where: str) -> None:
     """
     if tensor.dtype not in _DTYPES:
         raise ArtifactError(
-            f"expected {name} in {where} to be float32, float16, bfloat16 or float64, came "
+            f"expected {name} in {where} to be float32, float16, bfloat16 or float64, got "
             f"{str(tensor.dtype).removeprefix('torch.')}: convert it with .float() and save again"
         )
 
 
-def _fits(tensor: Tensor, shape: Shape, width: int) -> bool:
+def _has_shape(tensor: Tensor, shape: Shape, width: int) -> bool:
     """Tell whether a tensor has its sizes; a width the config leaves open is the prompt's."""
     wanted = [width if size is None else size for size in shape]
     return list(tensor.shape) == wanted and tensor.numel() > 0

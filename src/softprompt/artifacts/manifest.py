@@ -1,4 +1,4 @@
-"""``softprompt.json``: what a prompt needs to be used again and PEFT's files have no place for."""
+"""``softprompt.json``: what using a prompt again needs and PEFT's files do not hold."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any, Literal
 
+from softprompt.backbone import Base, Fingerprint, facts_of
 from softprompt.errors import ArtifactError, nearest
 
 FORMAT_VERSION = 1
 _OPTIONAL = frozenset({"tasks", "weights_sha256"})
 _TUPLES = ("labels", "tasks")
 _RECORDED_PACKAGES = ("softprompt", "torch", "transformers", "safetensors")
+_MAX_TOKENS = (256, 128)
+"""Input and answer lengths where a format does not record them."""
 
 
 def installed_versions() -> dict[str, str]:
@@ -99,12 +102,12 @@ class Manifest:
 
 
 def manifest_of_task(manifest: Manifest, number: int) -> Manifest:
-    """Return what a manifest says of one of its tasks; the whole where it keeps none apart.
+    """Return the manifest of one task of a multitask prompt; the whole where it has none for each.
 
     Template, kind and label set of each task are in ``data["tasks"]`` by the task's name.
 
     Raises:
-        ArtifactError: what it keeps of the task is not that.
+        ArtifactError: its entry for the task lacks one of them.
     """
     if not manifest.tasks or number >= len(manifest.tasks) or "tasks" not in manifest.data:
         return manifest
@@ -122,6 +125,48 @@ def manifest_of_task(manifest: Manifest, number: int) -> Manifest:
     return dataclasses.replace(manifest, **changes)
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What is known of virtual tokens that were stored without a ``softprompt.json``.
+
+    Attributes:
+        base_model: Name of the base.
+        seq2seq: Whether the base has an encoder and a decoder.
+        template: The verbalizer of its inputs.
+        dtype: dtype of the base in training.
+        settings: Further values for ``softprompt.json``.
+    """
+
+    base_model: str
+    seq2seq: bool
+    template: str = "{{input}}"
+    dtype: str = "float32"
+    settings: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of_base(cls, base: Base) -> Origin:
+        """Return what a base says of prompts that were made for it."""
+        facts = facts_of(base.model)
+        dtype = str(base.model.dtype).removeprefix("torch.")
+        return cls(base.name, facts.is_encoder_decoder, dtype=dtype)
+
+
+def manifest_of(origin: Origin, base: Base | None) -> Manifest:
+    """Return a manifest for a prompt that has none: generation, with the default lengths."""
+    return Manifest(
+        template=origin.template,
+        task="generation",
+        labels=None,
+        base_model=origin.base_model,
+        base_fingerprint={} if base is None else Fingerprint.of(base.model).to_dict(),
+        max_source_length=_MAX_TOKENS[0],
+        max_target_length=_MAX_TOKENS[1],
+        dtype=origin.dtype,
+        seq2seq=origin.seq2seq,
+        settings=dict(origin.settings or {}),
+    )
+
+
 def _check_version(values: Mapping[str, Any]) -> None:
     version = values.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
@@ -131,7 +176,7 @@ def _check_version(values: Mapping[str, Any]) -> None:
         )
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise ArtifactError(
-            f"expected format_version {FORMAT_VERSION} in softprompt.json, came {version!r}: "
+            f"expected format_version {FORMAT_VERSION} in softprompt.json, got {version!r}: "
             "restore the file, or delete it to load the prompt as a plain PEFT folder"
         )
 
@@ -141,7 +186,7 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         return tuple(value) if name in _TUPLES and value is not None else value
     expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
     raise ArtifactError(
-        f"expected {name} in softprompt.json to be {expected}, came {type(value).__name__} "
+        f"expected {name} in softprompt.json to be {expected}, got {type(value).__name__} "
         f"{str(value)[:40]!r}: restore the file from the original"
     )
 

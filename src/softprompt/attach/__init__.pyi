@@ -1,4 +1,3 @@
-from .base_check import check_base as check_base
 from .classes import get_peft_model as get_peft_model
 from .completion import sees_input_of as sees_input_of
 from .detached import detached_prompts as detached_prompts
@@ -10,7 +9,6 @@ from .injection import BatchPrompts as BatchPrompts
 from .injection import injected as injected
 from .model import PeftModel as PeftModel
 from .placing import placement_of as placement_of
-from .saving import in_our_terms as in_our_terms
 from .saving import state_of as state_of
 from .source_prompt import source_of as source_of
 from .transfer import started_prompt as started_prompt

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from softprompt.attach.base_check import check_base
+from softprompt.artifacts import StoredPrompt, check_base
 from softprompt.attach.completion import completed
 from softprompt.attach.encoders import build_prompt
-from softprompt.attach.saving import Stored, rows_read
+from softprompt.attach.saving import rows_read
 from softprompt.backbone import facts_of, input_embedding
 from softprompt.errors import ArtifactError
 from softprompt.prompts import Prompt, PromptLearningConfig
@@ -16,7 +16,7 @@ from softprompt.prompts import Prompt, PromptLearningConfig
 
 @torch.no_grad()
 def detached_prompts(
-    stored: Stored, model: PreTrainedModel, *, ignore_fingerprint: bool = False
+    stored: StoredPrompt, model: PreTrainedModel, *, ignore_fingerprint: bool = False
 ) -> tuple[PromptLearningConfig, tuple[Prompt, ...]]:
     """Return the completed configuration of a saved prompt and the prompt of each of its tasks.
 
@@ -38,9 +38,9 @@ def detached_prompts(
             f"{stored.location} holds trained modules ({', '.join(heads[:3])}), which cannot stand beside "
             "other prompts; attach it with PeftModel.from_pretrained"
         )
-    check_base(stored.manifest, stored.location, model, ignore=ignore_fingerprint)
+    check_base(stored, model, ignore=ignore_fingerprint)
     facts = facts_of(model)
-    config = completed(stored.config, model, facts, shared=None, own=None)
+    config = completed(stored.configuration(), model, facts, shared=None, own=None)
     module = build_prompt(config, input_embedding(model), model=model)
     module.load_stored(rows_read(stored.tensors, config, facts))
     return config, tuple(module.prompt(task).detach() for task in range(module.num_tasks))

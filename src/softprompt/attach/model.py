@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from softprompt.artifacts import check_base
+from softprompt.artifacts import load_adapter as read_adapter
 from softprompt.attach import saving
 from softprompt.attach.adapters import Adapters
-from softprompt.attach.base_check import check_base
 from softprompt.attach.choosing import RowPrompt, TaskIds, chosen_rows
 from softprompt.attach.context_loss import without_context_labels
 from softprompt.attach.counts import count, sentence
@@ -238,15 +239,16 @@ class PeftModel(Adapters):
             ArtifactError: If the files are missing or damaged.
             FingerprintError: If the base is another one.
         """
-        stored = saving.read(model_id, subfolder, revision)
-        target = cls.classes.get(cast(TaskType, stored.config.task_type), cls)
+        stored = read_adapter(model_id, subfolder=subfolder, revision=revision)
+        config = stored.configuration()
+        target = cls.classes.get(cast(TaskType, config.task_type), cls)
         if cls is not PeftModel and target is not cls:
             raise ConfigError(
-                f"{model_id} holds a prompt for task_type {stored.config.task_type}, "
+                f"{model_id} holds a prompt for task_type {config.task_type}, "
                 f"load it with {target.__name__}"
             )
-        check_base(stored.manifest, stored.location, model, ignore=ignore_fingerprint)
-        attached = target(model, stored.config, adapter_name)
+        check_base(stored, model, ignore=ignore_fingerprint)
+        attached = target(model, config, adapter_name)
         try:
             saving.fill(attached, adapter_name, stored, trainable=is_trainable)
         except Exception:
@@ -265,9 +267,10 @@ class PeftModel(Adapters):
         ignore_fingerprint: bool = False,
     ) -> None:
         """Attach one more saved prompt; see ``from_pretrained``."""
-        stored = saving.read(model_id, subfolder, revision)
-        check_base(stored.manifest, stored.location, self.base_model, ignore=ignore_fingerprint)
-        self.add_adapter(adapter_name, stored.config)
+        stored = read_adapter(model_id, subfolder=subfolder, revision=revision)
+        config = stored.configuration()
+        check_base(stored, self.base_model, ignore=ignore_fingerprint)
+        self.add_adapter(adapter_name, config)
         try:
             saving.fill(self, adapter_name, stored, trainable=is_trainable)
         except Exception:

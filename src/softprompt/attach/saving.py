@@ -5,20 +5,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from softprompt.artifacts import Manifest, StoredAdapter, load_adapter, save_adapter
+from softprompt.artifacts import Manifest, StoredPrompt, save_adapter
 from softprompt.attach import heads
 from softprompt.backbone import Facts, Fingerprint
 from softprompt.errors import ArtifactError
 from softprompt.prompts import (
     PROMPT_KEY,
     Parameterization,
-    PeftType,
     PromptLearningConfig,
     TaskType,
     check_fit,
@@ -33,16 +31,6 @@ logger = logging.getLogger(__name__)
 _HEAD = "base_model."
 _MAX_TOKENS = (256, 128)
 """Input and answer lengths a manifest carries for a prompt that was trained outside ``tune``."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A prompt read from disk, in our terms."""
-
-    config: PromptLearningConfig
-    tensors: Mapping[str, Tensor]
-    manifest: Manifest | None
-    location: str
 
 
 def state_of(model: PeftModel, adapter: str) -> dict[str, Tensor]:
@@ -126,44 +114,7 @@ def manifest_of(model: PeftModel, adapter: str) -> Manifest:
     )
 
 
-def read(location: str | Path, subfolder: str | None, revision: str | None) -> Stored:
-    """Read a folder or Hub repository and turn its configuration into ours.
-
-    Raises:
-        ArtifactError: If the files are missing or damaged.
-        ConfigError: If the configuration is not one we know.
-    """
-    return in_our_terms(load_adapter(location, subfolder=subfolder, revision=revision))
-
-
-def in_our_terms(stored: StoredAdapter) -> Stored:
-    """Turn what a folder holds into our configuration and its tensors.
-
-    Raises:
-        ArtifactError: If the configuration lacks the prompt's length.
-        ConfigError: If it is not one we know.
-    """
-    values: dict[str, Any] = dict(stored.config)
-    # Training further must not read the initial text again: the rows are loaded over it.
-    values["inference_mode"] = True
-    values["num_transformer_submodules"] = _submodules(values)
-    config = PromptLearningConfig.from_dict(values)
-    if config.num_virtual_tokens is None:
-        raise ArtifactError(
-            f"{stored.location}: adapter_config.json lacks num_virtual_tokens; save the prompt again"
-        )
-    return Stored(config, stored.tensors, stored.manifest, stored.location)
-
-
-def _submodules(values: Mapping[str, Any]) -> int:
-    """Return S as it is run: PEFT writes 2 for every seq2seq prompt and reads the second half of few."""
-    if values.get("peft_type") == PeftType.MULTITASK_PROMPT_TUNING:
-        default = 2 if values.get("task_type") == TaskType.SEQ_2_SEQ_LM else 1
-        return int(values.get("num_transformer_submodules") or default)
-    return 2 if len(values.get("output_model_types") or ()) == 2 else 1
-
-
-def fill(model: PeftModel, adapter: str, stored: Stored, *, trainable: bool) -> None:
+def fill(model: PeftModel, adapter: str, stored: StoredPrompt, *, trainable: bool) -> None:
     """Give an attached prompt its saved values, frozen unless it is to be trained further."""
     load_state(model, adapter, stored.tensors)
     if stored.manifest is not None:
@@ -175,7 +126,7 @@ def fill(model: PeftModel, adapter: str, stored: Stored, *, trainable: bool) -> 
         model.thaw(adapter)
 
 
-def _say_rows_are_trained(stored: Stored) -> None:
+def _say_rows_are_trained(stored: StoredPrompt) -> None:
     """Log that the file of a parameterised prompt holds rows, as far as it is on record."""
     settings = stored.manifest.settings if stored.manifest is not None else {}
     kind = (settings.get("tuning_config") or {}).get("parameterization", Parameterization.DIRECT)

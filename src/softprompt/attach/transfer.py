@@ -14,13 +14,11 @@ from transformers import PreTrainedModel
 
 from softprompt.artifacts import (
     RecordedBase,
-    StoredAdapter,
+    StoredPrompt,
+    check_base,
     load_adapter,
-    other_places,
-    places_of,
-    rows_of,
+    other_parts,
 )
-from softprompt.attach.base_check import check_base
 from softprompt.attach.encoders import build_prompt
 from softprompt.backbone import (
     Fingerprint,
@@ -131,9 +129,9 @@ def transferred_rows(
         BackboneError: The base it was made for cannot be loaded, or is not the one on record.
     """
     stored = load_adapter(source)
-    rows = rows_of(stored)
-    wanted = places_of(model_types, seq2seq=is_encoder_decoder(model))
-    reason = other_places(stored, wanted)
+    rows = torch.stack([part.float() for part in stored.prompt().tensors])
+    named = model_types if is_encoder_decoder(model) else None
+    reason = other_parts(stored.model_types(), sorted(named or ["ENCODER"], reverse=True))
     if reason is not None:
         raise ConfigError(
             f"the prompt cannot start from {source}: {reason}; start from a prompt with the same "
@@ -166,7 +164,7 @@ def transferred_rows(
 
 @torch.no_grad()
 def _recycled(
-    stored: StoredAdapter,
+    stored: StoredPrompt,
     name: str,
     rows: Tensor,
     model: PreTrainedModel,
@@ -183,7 +181,7 @@ def _recycled(
             f"{stored.location} was made for {name}, which is needed to map it to this "
             f"base and cannot be loaded: {cause}"
         ) from cause
-    check_base(manifest, stored.location, own.model)
+    check_base(stored, own.model)
     if Fingerprint.of(own.model).matches(Fingerprint.of(model)):
         return None
     words = load_tokenizer(tokenizer_name or str(model.name_or_path))

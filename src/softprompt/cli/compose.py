@@ -11,7 +11,7 @@ from softprompt.cli.options import output_options
 from softprompt.cli.streams import show, start_logging, table
 
 if TYPE_CHECKING:
-    from softprompt.artifacts import StoredAdapter
+    from softprompt.artifacts import StoredPrompt
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -94,7 +94,7 @@ def difference(*, first: str, second: str, quiet: bool, as_json: bool, **options
     _show(subtract_prompts(first, second, **options), as_json)
 
 
-def _show(made: StoredAdapter, as_json: bool) -> None:
+def _show(made: StoredPrompt, as_json: bool) -> None:
     manifest = made.manifest
     result = {
         "output": made.location,

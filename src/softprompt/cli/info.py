@@ -11,7 +11,7 @@ from softprompt.cli.options import fingerprint_option, output_options
 from softprompt.cli.streams import show, start_logging, table
 
 if TYPE_CHECKING:
-    from softprompt.artifacts import StoredAdapter
+    from softprompt.artifacts import StoredPrompt
     from softprompt.backbone import Base
     from softprompt.engine import EngineChoice
     from softprompt.inspection import PromptSummary
@@ -59,9 +59,9 @@ def command(
     show(result, _text(summary, engine, made), as_json=as_json)
 
 
-def _base(stored: StoredAdapter, base_model: str | None, ignore_fingerprint: bool) -> Base | None:
+def _base(stored: StoredPrompt, base_model: str | None, ignore_fingerprint: bool) -> Base | None:
     """Load the base and check that it is the prompt's; the recorded one may be absent."""
-    from softprompt.attach import check_base
+    from softprompt.artifacts import check_base
     from softprompt.backbone import load_base
     from softprompt.errors import BackboneError
 
@@ -72,7 +72,7 @@ def _base(stored: StoredAdapter, base_model: str | None, ignore_fingerprint: boo
     try:
         base = load_base(name)
         if _writes_text(stored):  # under another head the sample of weights is another one
-            check_base(stored.manifest, stored.location, base.model, ignore=ignore_fingerprint)
+            check_base(stored, base.model, ignore=ignore_fingerprint)
     except BackboneError as error:
         if base_model is not None:
             raise
@@ -81,7 +81,7 @@ def _base(stored: StoredAdapter, base_model: str | None, ignore_fingerprint: boo
     return base
 
 
-def _engine(stored: StoredAdapter, base: Base) -> EngineChoice | None:
+def _engine(stored: StoredPrompt, base: Base) -> EngineChoice | None:
     """Return what runs the prompt; None for classifiers, which no engine runs."""
     from softprompt.engine import choose_engine
 
@@ -91,7 +91,7 @@ def _engine(stored: StoredAdapter, base: Base) -> EngineChoice | None:
     return choose_engine(base.model, sees_input=sees_input)
 
 
-def _writes_text(stored: StoredAdapter) -> bool:
+def _writes_text(stored: StoredPrompt) -> bool:
     return stored.config.get("task_type") in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 

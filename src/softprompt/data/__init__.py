@@ -1,4 +1,4 @@
-"""Text to rows to batches: files, records, the verbalizer, tokens, length-aware planning."""
+"""Text to batches: file formats, records, the verbalizer, tokens, length-aware batch planning."""
 
 import lazy_loader
 

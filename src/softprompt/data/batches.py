@@ -1,4 +1,4 @@
-"""Which rows go together: batches of similar length, random in everything else.
+"""Batch planning: rows of similar length together, random in everything else.
 
 Rows are shuffled, cut into buckets of a few batches, sorted by length inside each bucket, cut
 into batches, and the batches are shuffled. Small buckets keep batches random from epoch to epoch,
@@ -54,7 +54,7 @@ def plan_batches(
 
 
 def split_batch(batch: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Split a batch into parts whose padded size is bounded; together they are still the batch.
+    """Split a batch into micro-batches of bounded padded size, whose gradients are accumulated.
 
     Args:
         batch: Row indices.
@@ -69,7 +69,7 @@ def split_batch(batch: Sequence[int], lengths: Sequence[int], max_tokens: int) -
     for index in batch:
         if lengths[index] > max_tokens:
             raise DataError(
-                f"row {index + 1} has {lengths[index]} tokens, more than max_tokens={max_tokens} for a "
+                f"record {index + 1} has {lengths[index]} tokens, more than max_tokens={max_tokens} for a "
                 "whole pass; raise it or lower max_source_length"
             )
         longest = max(longest, lengths[index])

@@ -11,7 +11,7 @@ Task: TypeAlias = Literal["classification", "generation"]
 
 MOST_LABELS = 100
 LONGEST_LABEL = 64  # characters
-FEWEST_ROWS_PER_LABEL = 2.0
+FEWEST_RECORDS_PER_LABEL = 2.0
 
 
 def label_set(targets: Sequence[str], *, task: Task | None = None) -> tuple[str, ...] | None:
@@ -25,7 +25,7 @@ def label_set(targets: Sequence[str], *, task: Task | None = None) -> tuple[str,
 
     Raises:
         ConfigError: ``task`` is not a task.
-        DataError: Classification is asked for, and there is only one label.
+        DataError: ``task`` is classification, and there is only one label.
     """
     if task not in (None, "classification", "generation"):
         raise ConfigError(
@@ -39,15 +39,15 @@ def label_set(targets: Sequence[str], *, task: Task | None = None) -> tuple[str,
         if len(labels) < 2:
             raise DataError(
                 f"classification needs at least 2 distinct targets, got {len(labels)}: "
-                f"{', '.join(map(repr, labels)) or 'none'}; add rows or set task to 'generation'"
+                f"{', '.join(map(repr, labels)) or 'none'}; add records or set task to 'generation'"
             )
         return labels
     return labels if _look_like_labels(labels, len(targets)) else None
 
 
-def _look_like_labels(labels: tuple[str, ...], rows: int) -> bool:
+def _look_like_labels(labels: tuple[str, ...], records: int) -> bool:
     return (
         2 <= len(labels) <= MOST_LABELS
-        and rows >= FEWEST_ROWS_PER_LABEL * len(labels)
+        and records >= FEWEST_RECORDS_PER_LABEL * len(labels)
         and all(len(label) <= LONGEST_LABEL and "\n" not in label for label in labels)
     )

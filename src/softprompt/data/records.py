@@ -1,26 +1,26 @@
-"""Records of every source in one form: text fields and a target text."""
+"""Records: text fields and a target, whatever the source called its columns."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softprompt.data.columns import INPUT, Columns, choose_columns
-from softprompt.data.located import Located
-from softprompt.data.sources import Rows, read_records
+from softprompt.data.file_formats import Located
+from softprompt.data.sources import DataSource, read_source
 from softprompt.errors import DataError, nearest
 
-__all__ = ["Example", "Rows", "data_fingerprint", "read_examples"]
+INPUT = "input"
+_PAIRS = ((INPUT, "output"), ("text", "labels"))
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
-    """One record, its values as text.
+class Record:
+    """One example of a data set, its values as text.
 
     Attributes:
         fields: Every column but the target, and ``input`` whatever the input column is called.
@@ -31,13 +31,13 @@ class Example:
     target: str | None
 
 
-def read_examples(
-    source: Rows,
+def read_records(
+    source: DataSource,
     *,
     input_field: str | None = None,
     output_field: str | None = None,
     require_target: bool = True,
-) -> list[Example]:
+) -> list[Record]:
     """Read every record of ``source``.
 
     Args:
@@ -51,26 +51,26 @@ def read_examples(
         DataError: The source cannot be read, or a record lacks or misuses a field; the message
             names the file and the line.
     """
-    examples: list[Example] = []
+    records: list[Record] = []
     columns: Columns | None = None
-    for located in read_records(source):
+    for located in read_source(source):
         if columns is None:
             columns = choose_columns(
                 located, input_field, output_field, require_target=require_target
             )
-        examples.append(_example(located, columns, require_target=require_target))
-    return examples
+        records.append(_record(located, columns, require_target=require_target))
+    return records
 
 
-def data_fingerprint(source: Rows) -> dict[str, str | int]:
+def data_fingerprint(source: DataSource) -> dict[str, str | int]:
     """Return what identifies the data: ``path`` (a name, no folders), ``sha256`` and ``rows``.
 
     Raises:
         DataError: The source cannot be read, or can be read only once.
     """
     if isinstance(source, Iterator):
-        raise DataError("expected rows that can be read twice, got an iterator; pass a list")
-    records = [dict(located.record) for located in read_records(source)]
+        raise DataError("expected records that can be read twice, got an iterator; pass a list")
+    records = [dict(located.record) for located in read_source(source)]
     if isinstance(source, str | Path):
         name, content = Path(source).name, Path(source).read_bytes()
     else:
@@ -79,7 +79,7 @@ def data_fingerprint(source: Rows) -> dict[str, str | int]:
     return {"path": name, "sha256": hashlib.sha256(content).hexdigest(), "rows": len(records)}
 
 
-def _example(located: Located, columns: Columns, *, require_target: bool) -> Example:
+def _record(located: Located, columns: Columns, *, require_target: bool) -> Record:
     record = located.record
     fields = {
         name: text
@@ -89,7 +89,7 @@ def _example(located: Located, columns: Columns, *, require_target: bool) -> Exa
     if columns.input not in fields:
         raise DataError(f"{located.where}: {_lack(columns.input, record)}")
     fields[INPUT] = fields[columns.input]
-    return Example(fields, _target(located, columns, require_target=require_target))
+    return Record(fields, _target(located, columns, require_target=require_target))
 
 
 def _target(located: Located, columns: Columns, *, require_target: bool) -> str | None:
@@ -127,3 +127,113 @@ def _text(value: Any, name: str, where: str) -> str | None:
         f"{where}: expected text or a number in the field {name!r}, "
         f"got a value of type {type(scalar).__name__}"
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The input and target column of a source, decided once from its first record.
+
+    Attributes:
+        input: The column that ``{{input}}`` stands for.
+        target: The column that holds the answer, or None where there is none.
+    """
+
+    input: str
+    target: str | None
+
+
+def choose_columns(
+    first: Located, input_field: str | None, output_field: str | None, *, require_target: bool
+) -> Columns:
+    """Decide the columns: named ones, else ``input``/``output``, else ``text``/``labels``.
+
+    Raises:
+        DataError: A named column is missing, or what is there leaves the choice open.
+    """
+    present = list(first.record)
+    if require_target and input_field is None and output_field is None:
+        return _whole_pair(first)
+    source = _input_column(first, input_field, output_field)
+    if input_field is not None and INPUT in present and source != INPUT:
+        raise DataError(
+            f"{first.where}: input_field={source!r} clashes with the column 'input', both would be "
+            "{{input}}; leave input_field out and name the columns in the verbalizer"
+        )
+    target = _target_column(first, source, output_field, require_target=require_target)
+    if target == source:
+        raise DataError(f"{first.where}: the column {source!r} cannot be input and target at once")
+    return Columns(source, target)
+
+
+def _whole_pair(first: Located) -> Columns:
+    present = list(first.record)
+    for source, target in _PAIRS:
+        if source in present and target in present:
+            if source != INPUT and INPUT in present:
+                break
+            return Columns(source, target)
+    wanted = [name for pair in _PAIRS for name in pair if name not in present]
+    raise DataError(
+        f"{first.where}: expected the fields input and output, or text and labels, got "
+        f"{_listed(present)}{_first_hint(wanted, present)}; name them with input_field and "
+        "output_field"
+    )
+
+
+def _input_column(first: Located, named: str | None, output_field: str | None) -> str:
+    present = list(first.record)
+    if named is not None:
+        _require(named, "input_field", first)
+        return named
+    found = [source for source, _ in _PAIRS if source in present and source != output_field]
+    if len(found) == 2 and _PAIRS[0][1] in present and output_field in (None, _PAIRS[0][1]):
+        return INPUT
+    if len(found) == 1:
+        return found[0]
+    problem = "both input and text could be the input" if found else "no field input or text"
+    raise DataError(
+        f"{first.where}: {problem} among {_listed(present)}"
+        f"{_first_hint([source for source, _ in _PAIRS], present) if not found else ''}; "
+        "name one with input_field"
+    )
+
+
+def _target_column(
+    first: Located, source: str, named: str | None, *, require_target: bool
+) -> str | None:
+    present = list(first.record)
+    if named is not None:
+        if named in present or not require_target:
+            return named
+        _require(named, "output_field", first)
+    of_pair = dict(_PAIRS).get(source)
+    if of_pair in present:
+        return of_pair
+    found = [target for _, target in _PAIRS if target in present and target != source]
+    if len(found) == 1:
+        return found[0]
+    if not found and not require_target:
+        return None
+    problem = "both output and labels could be the target" if found else "no field output or labels"
+    raise DataError(
+        f"{first.where}: {problem} among {_listed(present)}"
+        f"{_first_hint([target for _, target in _PAIRS], present) if not found else ''}; "
+        "name one with output_field"
+    )
+
+
+def _require(name: str, option: str, first: Located) -> None:
+    present = list(first.record)
+    if name not in present:
+        raise DataError(
+            f"{first.where}: expected the field {name!r} ({option}), got "
+            f"{_listed(present)}{nearest(name, present)}"
+        )
+
+
+def _first_hint(wanted: Iterable[str], present: list[str]) -> str:
+    return next((hint for name in wanted if (hint := nearest(name, present))), "")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) or "no fields"

@@ -1,39 +1,26 @@
-"""Where records come from: a file by its suffix, rows in memory, or a ``datasets.Dataset``.
-
-Adding a file format is one line in ``_TEXT_READERS`` or ``_BINARY_READERS``.
-"""
+"""Where records come from: a file by its suffix, records in memory, or a ``datasets.Dataset``."""
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from softprompt.data.column_formats import read_arrow, read_parquet
-from softprompt.data.line_formats import read_json_lines, read_json_list
-from softprompt.data.located import Located, as_record
-from softprompt.data.table_formats import read_csv, read_tsv
+from softprompt.data.file_formats import (
+    BINARY_READERS,
+    SUFFIXES,
+    TEXT_READERS,
+    Located,
+    as_record,
+)
 from softprompt.errors import DataError, nearest
 
-Rows: TypeAlias = str | Path | Iterable[Mapping[str, Any]]
-
-_TEXT_READERS: Mapping[str, Callable[[str, str], Iterator[Located]]] = {
-    ".jsonl": read_json_lines,
-    ".json": read_json_list,
-    ".csv": read_csv,
-    ".tsv": read_tsv,
-}
-_BINARY_READERS: Mapping[str, Callable[[Path], Iterator[Located]]] = {
-    ".parquet": read_parquet,
-    ".arrow": read_arrow,
-    ".feather": read_arrow,
-}
-SUFFIXES = (*_TEXT_READERS, *_BINARY_READERS)
+DataSource: TypeAlias = str | Path | Iterable[Mapping[str, Any]]
 
 
-def read_records(source: Rows) -> Iterator[Located]:
-    """Yield the records of ``source`` with their places; at least one.
+def read_source(source: DataSource) -> Iterator[Located]:
+    """Yield the records of ``source`` with where each was read; at least one.
 
     Args:
         source: A path (its suffix names the format), an iterable of mappings, or a
@@ -43,27 +30,27 @@ def read_records(source: Rows) -> Iterator[Located]:
         DataError: The source is missing, empty, of an unknown format, or damaged.
     """
     if isinstance(source, str | Path):
-        yield from _or_none_left(_file_records(Path(source)), f"{Path(source).name}")
+        yield from _at_least_one(_file_records(Path(source)), f"{Path(source).name}")
     else:
-        yield from _or_none_left(_memory_records(source), "the data")
+        yield from _at_least_one(_memory_records(source), "the data")
 
 
-def _or_none_left(records: Iterator[Located], name: str) -> Iterator[Located]:
+def _at_least_one(records: Iterator[Located], name: str) -> Iterator[Located]:
     found = False
     for record in records:
         found = True
         yield record
     if not found:
-        raise DataError(f"{name}: expected at least one row, got none")
+        raise DataError(f"{name}: expected at least one record, got none")
 
 
 def _file_records(path: Path) -> Iterator[Located]:
     check_file(path)
     suffix = path.suffix.lower()
-    if suffix in _BINARY_READERS:
-        return _BINARY_READERS[suffix](path)
-    if suffix in _TEXT_READERS:
-        return _TEXT_READERS[suffix](_text(path), path.name)
+    if suffix in BINARY_READERS:
+        return BINARY_READERS[suffix](path)
+    if suffix in TEXT_READERS:
+        return TEXT_READERS[suffix](_decoded(path), path.name)
     raise DataError(
         f"{path.name}: expected one of the suffixes {', '.join(SUFFIXES)}, "
         f"got {path.suffix or 'none'!r}{nearest(suffix, SUFFIXES)}"
@@ -82,10 +69,10 @@ def check_file(path: Path) -> None:
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"{path}: no such data file{nearest(path.name, siblings)}")
     if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty; expected at least one row")
+        raise DataError(f"{path}: the file is empty; expected at least one record")
 
 
-def _text(path: Path) -> str:
+def _decoded(path: Path) -> str:
     data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     try:
         text = data.decode("utf-8")
@@ -96,19 +83,19 @@ def _text(path: Path) -> str:
             "convert the file to UTF-8"
         ) from error
     if not text.strip():
-        raise DataError(f"{path}: the file is empty; expected at least one row")
+        raise DataError(f"{path}: the file is empty; expected at least one record")
     return text
 
 
-def _memory_records(rows: Iterable[Mapping[str, Any]]) -> Iterator[Located]:
-    if isinstance(rows, Mapping):
+def _memory_records(records: Iterable[Mapping[str, Any]]) -> Iterator[Located]:
+    if isinstance(records, Mapping):
         # A DatasetDict is a mapping of splits and would otherwise look like one record.
-        splits = getattr(rows, "column_names", None)
-        advice = f"pass one split of {', '.join(rows)}" if splits else "put it into a list"
-        raise DataError(f"expected rows, got one {type(rows).__name__}; {advice}")
-    if not isinstance(rows, Iterable):
+        splits = getattr(records, "column_names", None)
+        advice = f"pass one split of {', '.join(records)}" if splits else "put it into a list"
+        raise DataError(f"expected a list of records, got one {type(records).__name__}; {advice}")
+    if not isinstance(records, Iterable):
         raise DataError(
-            f"expected a path, a list of records or a Dataset, got {type(rows).__name__}"
+            f"expected a path, a list of records or a Dataset, got {type(records).__name__}; pass one of these"
         )
-    for number, row in enumerate(rows, start=1):
-        yield as_record(row, f"row {number}")
+    for number, record in enumerate(records, start=1):
+        yield as_record(record, f"record {number}")

@@ -1,4 +1,4 @@
-"""The verbalizer: how the fields of a record become the text in front of the answer.
+"""The verbalizer: the template that turns the fields of a record into the input text.
 
 caikit's form: ``{{name}}`` with a name of letters, digits and underscores, no spaces inside, at
 least one. Rendering is a single pass, so a value that holds ``{{x}}`` is inserted verbatim.
@@ -7,10 +7,10 @@ least one. Rendering is a single pass, so a value that holds ``{{x}}`` is insert
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from softprompt.data.records import Example
+from softprompt.data.records import Record
 from softprompt.errors import TemplateError, nearest
 
 _PLACEHOLDER = re.compile(r"{{([_a-zA-Z0-9]+)}}")
@@ -74,19 +74,19 @@ class Verbalizer:
             fields[segment.text] if segment.is_field else segment.text for segment in self.segments
         )
 
-    def check(self, examples: Sequence[Example], output_field: str | None = None) -> None:
-        """Check the template against every example, before anything is computed.
+    def check(self, records: Sequence[Record], output_field: str | None = None) -> None:
+        """Check the template against every record, before anything is computed.
 
         Args:
-            examples: The records the template is for.
-            output_field: The name of the target column, which no template may show.
+            records: The records the template is for.
+            output_field: The name of the target column, which no template may name.
 
         Raises:
             TemplateError: The template names the target, or a field that a record lacks.
         """
-        if not examples:
+        if not records:
             return
-        shared = set(examples[0].fields)
+        shared = set(records[0].fields)
         hidden = {output_field} if output_field else {"output", "labels"} - shared
         for name in self.fields:
             if name in hidden:
@@ -94,8 +94,8 @@ class Verbalizer:
                     f"the verbalizer names the target field {name!r}, which would show the answer "
                     f"to the model; use {_listed(shared)}"
                 )
-        for number, example in enumerate(examples, start=1):
-            self._require(example.fields, f"row {number}: ")
+        for number, record in enumerate(records, start=1):
+            self._require(record.fields, f"record {number}: ")
 
     def _require(self, fields: Mapping[str, str], where: str) -> None:
         for name in self.fields:
@@ -115,3 +115,32 @@ def _spelling_hint(template: str) -> str:
     if found is None:
         return ""
     return f" (write {{{{{found[1]}}}}}, two braces and no spaces, instead of {found[0]!r})"
+
+
+def cut_values(
+    fields: Mapping[str, str], names: tuple[str, ...], fits: Callable[[Mapping[str, str]], bool]
+) -> dict[str, str]:
+    """Return ``fields`` with the values of ``names`` truncated, longest first, until ``fits`` holds.
+
+    All values longer than a common number of characters are cut to it, the largest number that
+    fits, so the longest value loses first and short ones stay whole. Empty values must fit.
+    """
+    low, high = 0, max((len(fields[name]) for name in names), default=0)
+    best = _cut_to(fields, names, low)
+    while high - low > 1:
+        middle = (low + high) // 2
+        candidate = _cut_to(fields, names, middle)
+        if fits(candidate):
+            low, best = middle, candidate
+        else:
+            high = middle
+    return best
+
+
+def _cut_to(fields: Mapping[str, str], names: tuple[str, ...], characters: int) -> dict[str, str]:
+    cut = dict(fields)
+    for name in names:
+        if len(cut[name]) > characters:
+            # A space left hanging at the cut would become a token of its own.
+            cut[name] = cut[name][:characters].rstrip()
+    return cut

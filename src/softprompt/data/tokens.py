@@ -1,4 +1,4 @@
-"""Records to token ids: the template's text kept whole, one BOS, one EOS, nothing cut unsaid."""
+"""Records to token ids: the template's text kept whole, one BOS, one EOS, truncation counted."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from softprompt.data.chat_frame import ChatFrame
-from softprompt.data.continuation import Continuation
-from softprompt.data.records import Example
-from softprompt.data.source_cut import cut_values
-from softprompt.data.special_frame import SpecialFrame, encode
-from softprompt.data.template import Verbalizer
+from softprompt.data.chats import ChatFrame
+from softprompt.data.records import Record
+from softprompt.data.special_tokens import Continuation, SpecialFrame, encode
+from softprompt.data.template import Verbalizer, cut_values
 from softprompt.errors import ConfigError, DataError, TemplateError
 from softprompt.prompts import Placement
 
@@ -21,36 +19,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """The ids of one example; a target ends in EOS, and is empty where the example has none."""
+    """The ids of one record; a target ends in EOS, and is empty where the record has none."""
 
     source: tuple[int, ...]
     target: tuple[int, ...]
     source_cut: bool
     target_cut: bool
     at: int = 0
-    """Source ids before the prompt."""
+    """Source tokens before the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class CutSummary:
-    """How much of the data the length limits cost, in rows and tokens."""
+    """How much of the data the length limits truncated, in records and tokens."""
 
-    rows: int
+    records: int
     sources_cut: int
     targets_cut: int
     tokens_dropped: int
 
     def __str__(self) -> str:
         if not (self.sources_cut or self.targets_cut):
-            return f"{self.rows:,} rows, none cut"
+            return f"{self.records:,} records, none cut"
         return (
-            f"{self.rows:,} rows, cut to the length limits: {self.sources_cut:,} sources, "
+            f"{self.records:,} records, cut to the length limits: {self.sources_cut:,} sources, "
             f"{self.targets_cut:,} targets ({self.tokens_dropped:,} tokens dropped)"
         )
 
 
 class RowTokenizer:
-    """Turns examples into the ids a model reads and the ids it should answer.
+    """Turns records into the ids of batch rows: what a model reads and what it should answer.
 
     Causal: source = the tokenizer's leading special tokens + text, no EOS; target = continuation
     + EOS. Seq2seq: both as the tokenizer frames them, which is how such models are trained.
@@ -102,28 +100,28 @@ class RowTokenizer:
         self._target_ids: dict[str, tuple[int, ...]] = {}
         self._check_limits()
 
-    def row(self, example: Example) -> TokenRow:
-        """Return the ids of one example.
+    def row(self, record: Record) -> TokenRow:
+        """Return the ids of one record.
 
         Raises:
             DataError: A field is missing, or holds a special token that the template uses as one.
         """
-        return self.tokenize([example])[0][0]
+        return self.tokenize([record])[0][0]
 
-    def tokenize(self, examples: Sequence[Example]) -> tuple[list[TokenRow], CutSummary]:
-        """Return the ids of all examples, and what the limits cut.
+    def tokenize(self, records: Sequence[Record]) -> tuple[list[TokenRow], CutSummary]:
+        """Return the ids of all records, and what the limits truncated.
 
         Raises:
             DataError: As for ``row``.
         """
-        sources = self._sources([example.fields for example in examples])
-        targets = [self._target(example.target) for example in examples]
+        sources = self._sources([record.fields for record in records])
+        targets = [self._target(record.target) for record in records]
         rows = [
             TokenRow(source, target, bool(source_loss), bool(target_loss), self.offset(source))
             for (source, source_loss), (target, target_loss) in zip(sources, targets, strict=True)
         ]
         summary = CutSummary(
-            rows=len(rows),
+            records=len(rows),
             sources_cut=sum(row.source_cut for row in rows),
             targets_cut=sum(row.target_cut for row in rows),
             tokens_dropped=sum(loss for _, loss in sources) + sum(loss for _, loss in targets),
@@ -140,7 +138,7 @@ class RowTokenizer:
         return ids, bool(loss)
 
     def offset(self, source: Sequence[int]) -> int:
-        """Return how many ids of a source stand before the prompt."""
+        """Return how many tokens of a source precede the prompt."""
         match self.placement:
             case Placement.AFTER_BOS:
                 return len(self._source_frame.prefix)

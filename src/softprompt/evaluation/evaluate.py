@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from softprompt.data import Example, Rows, TokenRow, read_examples
+from softprompt.data import DataSource, Record, TokenRow, read_records
 from softprompt.engine import Engine
 from softprompt.errors import ConfigError, DataError, nearest
 from softprompt.evaluation.labels import ensemble_report, label_report
@@ -23,7 +23,7 @@ Task = Literal["classification", "generation"]
 
 def evaluate(
     tuned: TunedPrompt | Ensemble,
-    data: Rows,
+    data: DataSource,
     *,
     without_prompt: bool = False,
     batch_size: int = 32,
@@ -73,7 +73,7 @@ def evaluate(
     how = _How(task, without_prompt, batch_size, normalize, engine, target_field)
     if not several:
         _chosen_task(members[0], how)
-    examples = read_examples(data, input_field=source_field, output_field=target_field)
+    examples = read_records(data, input_field=source_field, output_field=target_field)
     kept = _limited(examples, limit)
     if several and isinstance(tuned, TunedPrompt):
         names = _tasks_of(kept, task_field) if task_field else cast(Sequence[TaskName], task_name)
@@ -113,7 +113,7 @@ def _check_several(
         raise ConfigError("an ensemble answers for one task at a time; give one task_name")
 
 
-def _tasks_of(examples: Sequence[Example], task_field: str) -> list[str]:
+def _tasks_of(examples: Sequence[Record], task_field: str) -> list[str]:
     """Return the task that each example names."""
     tasks = []
     for number, example in enumerate(examples, start=1):
@@ -126,7 +126,7 @@ def _tasks_of(examples: Sequence[Example], task_field: str) -> list[str]:
     return tasks
 
 
-def _report(tuned: TunedPrompt | Ensemble, examples: Sequence[Example], how: _How) -> Report:
+def _report(tuned: TunedPrompt | Ensemble, examples: Sequence[Record], how: _How) -> Report:
     """Return the report of examples that have one task."""
     members = tuned.members if isinstance(tuned, Ensemble) else (tuned,)
     chosen = _chosen_task(members[0], how)
@@ -195,7 +195,7 @@ def _column(name: str, members: Sequence[TunedPrompt], given: str | None) -> str
 
 
 def _rows_of(
-    member: TunedPrompt, examples: Sequence[Example], target_field: str | None
+    member: TunedPrompt, examples: Sequence[Record], target_field: str | None
 ) -> list[TokenRow]:
     member.rows.verbalizer.check(examples, target_field)
     rows, _ = member.rows.tokenize(examples)
@@ -203,7 +203,7 @@ def _rows_of(
     return rows
 
 
-def _limited(examples: list[Example], limit: int | None) -> list[Example]:
+def _limited(examples: list[Record], limit: int | None) -> list[Record]:
     if limit is not None and limit < 1:
         raise ConfigError(f"limit expects at least 1 row, got {limit}")
     kept = examples[:limit]

@@ -15,15 +15,14 @@ from softprompt.artifacts import (
     Export,
     Format,
     Read,
-    StoredAdapter,
+    StoredPrompt,
+    check_base,
     check_fit,
     detect,
     format_named,
     require_empty,
     require_new_file,
-    single_task,
 )
-from softprompt.attach import check_base
 from softprompt.backbone import Base, load_base
 from softprompt.data import Verbalizer
 from softprompt.errors import ArtifactError, ConfigError, OutputExistsError, nearest
@@ -114,14 +113,14 @@ def convert(
     others = _others(add or {}, add_tasks or {})
     if base is not None:
         for each in (stored, *others.values()):
-            check_base(each.manifest, each.location, base.model, ignore=ignore_fingerprint)
+            check_base(each, base.model, ignore=ignore_fingerprint)
             check_fit(each, base)
     lost = target.lost(stored.manifest, origin)
     chosen = None if task_name is None else str(task_name)
     stored = recorded(stored, origin, target, base, template)
     asked = None
     if text is not None and base is not None:
-        asked = source_ids(single_task(stored, chosen), base, text)
+        asked = source_ids(stored.of_task(chosen), base, text)
     export = Export(
         stored=stored,
         to=to,
@@ -151,7 +150,7 @@ def _opened(
     target: Format,
     base_model: str | Path | PreTrainedModel | None,
     options: Mapping[str, Any],
-) -> tuple[StoredAdapter, Base | None]:
+) -> tuple[StoredPrompt, Base | None]:
     """Read the source, with the base where one is named or the output needs one."""
     base = None if base_model is None else _load(base_model, target, options)
     stored = read(source, base)
@@ -230,7 +229,7 @@ def _check_output(target: Format, output: Path, overwrite: bool) -> None:
 
 def _others(
     add: Mapping[str, str | Path], tasks: Mapping[str, str | int]
-) -> dict[str, StoredAdapter]:
+) -> dict[str, StoredPrompt]:
     """Return further prompts by name, one task of each."""
     found = {}
     for name, path in add.items():
@@ -241,7 +240,7 @@ def _others(
             )
         stored = _reader(origin, path)(path, None)
         try:
-            found[name] = single_task(stored, str(tasks[name]) if name in tasks else None)
+            found[name] = stored.of_task(str(tasks[name]) if name in tasks else None)
         except ConfigError as error:
             raise ConfigError(
                 f"further prompt {name}: {error}; say --add-task {name}=..."

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from softprompt.artifacts import Format, Manifest, Origin, StoredAdapter, manifest_of
+from softprompt.artifacts import Format, Manifest, Origin, StoredPrompt, manifest_of
 from softprompt.backbone import Base, is_encoder_decoder
 from softprompt.data import SpecialFrame, Verbalizer, encode
 from softprompt.errors import ArtifactError, ConfigError, TemplateError
@@ -26,12 +26,12 @@ class AskedInput:
 
 
 def recorded(
-    stored: StoredAdapter,
+    stored: StoredPrompt,
     origin: Format,
     target: Format,
     base: Base | None,
     template: str | None,
-) -> StoredAdapter:
+) -> StoredPrompt:
     """Return a prompt with the record that its output needs.
 
     Args:
@@ -78,7 +78,7 @@ def encoder_of(base: Base) -> Callable[[str], tuple[int, ...]]:
     return ids
 
 
-def source_ids(stored: StoredAdapter, base: Base, text: Request) -> AskedInput:
+def source_ids(stored: StoredPrompt, base: Base, text: Request) -> AskedInput:
     """Return the ids of one input under a prompt's template; what its limit cuts is warned of.
 
     Raises:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt.artifacts import Manifest, StoredAdapter, manifest_of_task
-from softprompt.attach import detached_prompts, in_our_terms, placement_of
+from softprompt.artifacts import Manifest, StoredPrompt, manifest_of_task
+from softprompt.attach import detached_prompts, placement_of
 from softprompt.backbone import Base
 from softprompt.data import RowTokenizer
 from softprompt.inference.requests import row_tokenizer
@@ -66,7 +66,7 @@ class DetachedPrompt:
 
     @classmethod
     def of_stored(
-        cls, stored: StoredAdapter, base: Base, *, ignore_fingerprint: bool = False
+        cls, stored: StoredPrompt, base: Base, *, ignore_fingerprint: bool = False
     ) -> DetachedPrompt:
         """Return what a saved prompt is; the base is read and not changed.
 
@@ -80,7 +80,7 @@ class DetachedPrompt:
         """
         whole = record_of(stored, base)
         config, prompts = detached_prompts(
-            in_our_terms(stored), base.model, ignore_fingerprint=ignore_fingerprint
+            stored, base.model, ignore_fingerprint=ignore_fingerprint
         )
         tasks = []
         for number, prompt in enumerate(prompts):

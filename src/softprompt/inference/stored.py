@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt.artifacts import Manifest, Origin, StoredAdapter, load_adapter, manifest_of
+from softprompt.artifacts import Manifest, Origin, StoredPrompt, load_adapter, manifest_of
 from softprompt.backbone import Base, load_base
 from softprompt.errors import ArtifactError, ConfigError
 
@@ -22,7 +22,7 @@ def stored_prompts(
     tokenizer: PreTrainedTokenizerBase | None = None,
     torch_dtype: str | torch.dtype | None = None,
     device: str | None = None,
-) -> tuple[list[StoredAdapter], Base]:
+) -> tuple[list[StoredPrompt], Base]:
     """Read prompts, and their base once, which is put into evaluation mode; see ``load_many``."""
     found = [load_adapter(directory) for directory in directories]
     kinds = [_is_seq2seq(stored) for stored in found]
@@ -36,7 +36,7 @@ def stored_prompts(
     return found, base
 
 
-def recorded_base(stored: StoredAdapter) -> str:
+def recorded_base(stored: StoredPrompt) -> str:
     """Return the base that a prompt names.
 
     Raises:
@@ -49,12 +49,12 @@ def recorded_base(stored: StoredAdapter) -> str:
     return stored.base_model
 
 
-def record_of(stored: StoredAdapter, base: Base) -> Manifest:
+def record_of(stored: StoredPrompt, base: Base) -> Manifest:
     """Return a prompt's record; of a folder that PEFT wrote, that its input is put as it is."""
     return stored.manifest or manifest_of(Origin.of_base(base), base)
 
 
-def _recorded_dtype(found: Sequence[StoredAdapter]) -> str | None:
+def _recorded_dtype(found: Sequence[StoredPrompt]) -> str | None:
     dtypes = sorted({stored.manifest.dtype for stored in found if stored.manifest is not None})
     if len(dtypes) > 1:
         raise ConfigError(
@@ -64,7 +64,7 @@ def _recorded_dtype(found: Sequence[StoredAdapter]) -> str | None:
     return dtypes[0] if dtypes else None
 
 
-def _is_seq2seq(stored: StoredAdapter) -> bool:
+def _is_seq2seq(stored: StoredPrompt) -> bool:
     task = stored.config.get("task_type")
     if task not in _SEQ2SEQ:
         raise ArtifactError(

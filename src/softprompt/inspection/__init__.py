@@ -1,4 +1,4 @@
-"""What was learned: numbers first, figures from them."""
+"""What a prompt learned, in numbers, and figures drawn from them."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Figures, drawn from recorded numbers; they need the extra ``plot``.
+"""Figures, drawn from recorded numbers; matplotlib is the extra ``plot``.
 
 No global state of matplotlib is touched: styles are set on the objects, pyplot stays out.
 """
@@ -38,7 +38,7 @@ def training_curve(
     """
     target = Path(path)
     if target.suffix.lower() != ".png":
-        raise ConfigError(f"expected a .png file for the training curve, came {target.name}")
+        raise ConfigError(f"expected a .png file for the training curve, got {target.name}")
     if not history:
         raise ConfigError("expected at least one epoch to draw, the history is empty: train first")
     try:

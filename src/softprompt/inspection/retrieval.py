@@ -1,4 +1,4 @@
-"""The prompts of a folder that are most like a given one."""
+"""Retrieval: the prompts of a folder that are most similar to a given one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softprompt.artifacts import load_adapter, other_base, other_places, placed_rows, rows_of
+import torch
+from torch import Tensor
+
+from softprompt.artifacts import StoredPrompt, load_adapter, other_base, other_parts
 from softprompt.errors import ArtifactError, BackboneError, ConfigError
 from softprompt.prompts import Measure, similarity
 
@@ -34,7 +37,7 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class Retrieval:
-    """What was found: the most similar prompts, best first, and what could not be compared."""
+    """The most similar prompts, best first, and the folders that were not compared."""
 
     found: tuple[Similar, ...]
     skipped: tuple[Skipped, ...]
@@ -66,17 +69,16 @@ def similar_prompts(
         prompt: The prompt to compare with.
         folder: Each subfolder of it is a prompt.
         top: How many to return; None returns all.
-        measure: ``mean`` compares the mean rows, ``pairs`` all pairs of rows.
+        measure: ``mean`` compares the mean virtual tokens, ``pairs`` all pairs of virtual tokens.
 
     Raises:
         ArtifactError: The prompt or the folder cannot be read, or the folder is empty.
-        ConfigError: ``top`` is less than 1, or there is no such measure.
+        ConfigError: ``top`` is less than 1, or the measure is not supported.
     """
     if top is not None and top < 1:
         raise ConfigError(f"top expects at least 1, got {top}")
     query = load_adapter(prompt)
-    rows = rows_of(query).flatten(0, 1)
-    places = tuple(placed_rows(query))
+    tokens, parts = _tokens(query), query.model_types()
     here = Path(query.location).resolve()
     scored: list[tuple[float, str]] = []
     skipped: list[Skipped] = []
@@ -85,20 +87,25 @@ def similar_prompts(
             continue
         try:
             other = load_adapter(path)
-            reason = other_base(query, other) or other_places(other, places)
-            if reason is None:
-                cosine = similarity(rows, rows_of(other).flatten(0, 1), measure)
-                scored.append((cosine, str(path)))
-        except (ArtifactError, BackboneError) as error:
+            reason = other_base(query, other) or other_parts(other.model_types(), parts)
+            candidate = _tokens(other) if reason is None else tokens
+        except (ArtifactError, BackboneError, ConfigError) as error:
             reason = str(error)
         if reason is not None:
             skipped.append(Skipped(str(path), reason))
+        else:
+            scored.append((similarity(tokens, candidate, measure), str(path)))
     best = sorted(scored, key=lambda each: (-each[0], each[1]))[:top]
     total = sum(max(cosine, 0.0) for cosine, _ in best)
     found = (
         Similar(path, cosine, max(cosine, 0.0) / total if total else 0.0) for cosine, path in best
     )
     return Retrieval(tuple(found), tuple(skipped))
+
+
+def _tokens(stored: StoredPrompt) -> Tensor:
+    """Return the virtual tokens ``[S*P, H]`` in float32."""
+    return torch.cat([part.float() for part in stored.prompt().tensors])
 
 
 def _subfolders(folder: Path) -> list[Path]:

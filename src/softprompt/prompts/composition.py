@@ -134,9 +134,10 @@ def recycle(prompt: Tensor, table_a: Tensor, table_b: Tensor) -> Recycled:
             f"recycling needs {table_a.shape[1]} shared tokens to fit on, and {fitted} are left of the "
             f"{table_a.shape[0]} that the two bases share, too few; start from RANDOM or TEXT instead"
         )
-    # On the CPU lstsq also copes with tables of less than full rank.
     inputs, targets = table_a.cpu().double(), table_b.cpu().double()
-    linear = torch.linalg.lstsq(inputs[~held_out], targets[~held_out]).solution
+    # By SVD, for tables of less than full rank: the default driver (gelsy) starts from a pivot
+    # array that torch leaves uninitialised, and now and then finds too low a rank.
+    linear = torch.linalg.lstsq(inputs[~held_out], targets[~held_out], driver="gelsd").solution
     missed = inputs[held_out] @ linear - targets[held_out]
     error = float(missed.norm() / targets[held_out].norm())
     rows = prompt.cpu().double() @ linear

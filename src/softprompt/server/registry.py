@@ -14,7 +14,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import final
 
-from softprompt.artifacts import StoredAdapter, adapter_of_files
+from softprompt.artifacts import StoredPrompt, adapter_of_files
 from softprompt.backbone import Base, is_encoder_decoder
 from softprompt.errors import (
     AdapterError,
@@ -180,7 +180,7 @@ class Registry:
                 self._outlines[name] = known
         return known
 
-    def stored(self, name: str) -> tuple[StoredAdapter, str]:
+    def stored(self, name: str) -> tuple[StoredPrompt, str]:
         """Return what a prompt's files hold, checked, and its version.
 
         Raises:
@@ -271,7 +271,7 @@ class Registry:
             # The same files fail the same way; they are not read again until they change.
             return Loaded(signature, (), None, f"the prompt {name!r} cannot be served: {error}")
 
-    def _made(self, name: str, signature: Signature, stored: StoredAdapter, version: str) -> Loaded:
+    def _made(self, name: str, signature: Signature, stored: StoredPrompt, version: str) -> Loaded:
         if name == self.base.name:
             raise ArtifactError("it has the name of the base model; rename its folder")
         prompt = DetachedPrompt.of_stored(stored, self.base)

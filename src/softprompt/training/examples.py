@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from softprompt.data import (
-    Example,
+    Record,
     Verbalizer,
     data_fingerprint,
     label_set,
-    read_examples,
     read_records,
+    read_source,
 )
 from softprompt.errors import ConfigError, DataError, TemplateError, UsageError, nearest
 from softprompt.training.settings import TuneSettings
@@ -32,8 +32,8 @@ class TaskData:
     """
 
     name: str
-    train: list[Example]
-    validation: list[Example]
+    train: list[Record]
+    validation: list[Record]
     labels: tuple[str, ...] | None
     template: str
     fingerprints: dict[str, Any]
@@ -106,19 +106,19 @@ def _task(name: str, train: Rows, validation: Rows | None, settings: TuneSetting
     return TaskData(name, examples, held_out, labels, template, fingerprints)
 
 
-def _read(source: Rows, verbalizer: Verbalizer, settings: TuneSettings) -> list[Example]:
-    examples = read_examples(
+def _read(source: Rows, verbalizer: Verbalizer, settings: TuneSettings) -> list[Record]:
+    examples = read_records(
         source, input_field=settings.input_field, output_field=settings.output_field
     )
     verbalizer.check(examples, settings.output_field)
     return examples
 
 
-def _check_labels(source: Rows, examples: Sequence[Example], labels: tuple[str, ...]) -> None:
+def _check_labels(source: Rows, examples: Sequence[Record], labels: tuple[str, ...]) -> None:
     for number, example in enumerate(examples):
         if example.target not in labels:
             target = str(example.target)
-            place = next(islice(read_records(source), number, None)).where
+            place = next(islice(read_source(source), number, None)).where
             raise DataError(
                 f"validation data, {place}: {target!r} is not among the {len(labels)} labels of "
                 f"the training data{nearest(target, labels)}; correct it, or set task to "

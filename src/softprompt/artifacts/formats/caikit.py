@@ -15,13 +15,24 @@ from typing import Any
 
 import yaml
 
-from softprompt.artifacts.bare import DECODER, ENCODER, Origin, bare_adapter
 from softprompt.artifacts.files import read_bytes
-from softprompt.artifacts.formats.format import MEASURED, USED, Export, Format, Source
-from softprompt.artifacts.formats.part_files import PART_NAMES, part_bytes, read_part
-from softprompt.artifacts.formats.prefix_store import write_parts
-from softprompt.artifacts.manifest import installed_versions
-from softprompt.artifacts.native import StoredAdapter
+from softprompt.artifacts.formats.format import (
+    MEASURED,
+    USED,
+    Export,
+    Format,
+    Source,
+    stored_of_parts,
+)
+from softprompt.artifacts.formats.tensor_files import (
+    PART_NAMES,
+    part_files,
+    parts_of,
+    read_part,
+    write_parts,
+)
+from softprompt.artifacts.manifest import Origin, installed_versions
+from softprompt.artifacts.stored_prompt import StoredPrompt
 from softprompt.backbone import Base
 from softprompt.errors import ArtifactError, FingerprintError
 from softprompt.prompts import TaskType
@@ -44,7 +55,7 @@ def _lacks(path: Path) -> str | None:
     return None if (path / CONFIG_FILE).is_file() else f"no {CONFIG_FILE}"
 
 
-def _read(source: Source, base: Base | None) -> StoredAdapter:
+def _read(source: Source, base: Base | None) -> StoredPrompt:
     path = Path(source)
     config = _config(path / CONFIG_FILE)
     parts = {}
@@ -65,13 +76,13 @@ def _read(source: Source, base: Base | None) -> StoredAdapter:
         dtype=_one_of(_DTYPES, dtype, "trained_torch_dtype", path),
         settings={"tuning_type": str(config.get("tuning_type") or "PROMPT_TUNING")},
     )
-    return bare_adapter(parts, origin, base, str(path))
+    return stored_of_parts(parts, origin, base, str(path))
 
 
 def _write(export: Export, path: Path) -> Mapping[str, Any]:
-    prompt, base = export.plain(), export.loaded()
-    manifest = prompt.stored.manifest
-    parts = {ENCODER: prompt.encoder, DECODER: prompt.decoder}
+    stored, base = export.single(), export.loaded()
+    manifest = stored.manifest
+    parts = parts_of(export.prompt(), seq2seq=stored.seq2seq)
     config = base.model.config.to_dict()
     config.pop("_name_or_path", None)
     now = str(datetime.now())
@@ -87,13 +98,13 @@ def _write(export: Export, path: Path) -> Mapping[str, Any]:
         "has_base_model": False,
         "verbalizer": manifest.template if manifest else "{{input}}",
         "tuning_type": "PROMPT_TUNING",
-        "task_type": "SEQ_2_SEQ_LM" if prompt.seq2seq else "CAUSAL_LM",
+        "task_type": "SEQ_2_SEQ_LM" if stored.seq2seq else "CAUSAL_LM",
         "trained_torch_dtype": manifest.dtype if manifest else "float32",
-        "output_model_types": json.dumps([k for k, rows in parts.items() if rows is not None]),
-        **{k: "" if rows is None else PART_NAMES[k] for k, rows in parts.items()},
+        "output_model_types": json.dumps(list(parts)),
+        **{part: name if part in parts else "" for part, name in PART_NAMES.items()},
         "training_logs": "training_logs.jsonl",
     }
-    files = {**part_bytes(prompt), CONFIG_FILE: yaml.safe_dump(values).encode()}
+    files = {**part_files(parts), CONFIG_FILE: yaml.safe_dump(values).encode()}
     write_parts(path, files, overwrite=export.overwrite)
     return {}
 
@@ -108,7 +119,7 @@ def _config(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(values, dict):
         raise ArtifactError(
-            f"expected a mapping in {path}, came a {type(values).__name__}: restore it from the original"
+            f"expected a mapping in {path}, got a {type(values).__name__}: restore it from the original"
         )
     return values
 
@@ -117,7 +128,7 @@ def _text(config: Mapping[str, Any], key: str, path: Path) -> str:
     value = config.get(key)
     if not isinstance(value, str) or not value:
         raise ArtifactError(
-            f"expected a text for {key} in {path / CONFIG_FILE}, came {value!r}: check that it is a "
+            f"expected a text for {key} in {path / CONFIG_FILE}, got {value!r}: check that it is a "
             "prompt of caikit-nlp's PeftPromptTuning"
         )
     return value
@@ -128,20 +139,20 @@ def _one_of(known: Iterable[str], value: str, key: str, path: Path) -> str:
     name = value.rpartition(".")[2]
     if name not in known:
         raise ArtifactError(
-            f"expected {' or '.join(known)} for {key} in {path / CONFIG_FILE}, came {value!r}: "
+            f"expected {' or '.join(known)} for {key} in {path / CONFIG_FILE}, got {value!r}: "
             "check that it is a prompt of caikit-nlp's PeftPromptTuning"
         )
     return name
 
 
 def _inside(path: Path, part: str, name: Any) -> Path:
-    """Return the file a config names, which has no path of its own.
+    """Return the file in the folder that a config names.
 
     It may be a link, as every file in a cache of the Hub is; what it holds is checked all the same.
     """
     if not isinstance(name, str) or Path(name).name != name or name == "..":
         raise ArtifactError(
-            f"expected a file in {path} for {part} in {CONFIG_FILE}, came {name!r}, which leads "
+            f"expected a file in {path} for {part} in {CONFIG_FILE}, got {name!r}, which leads "
             "elsewhere: put the file beside it"
         )
     if not (path / name).is_file():

@@ -1,4 +1,4 @@
-"""One row of the table of formats."""
+"""What a format is, and what every writer starts from: an ``Export`` and its virtual tokens."""
 
 from __future__ import annotations
 
@@ -7,20 +7,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from softprompt.artifacts.files import require_new_file, write_atomically
-from softprompt.artifacts.manifest import Manifest
-from softprompt.artifacts.native import StoredAdapter
-from softprompt.artifacts.plain import PlainPrompt, plain_prompt, single_task
-from softprompt.backbone import Base
-from softprompt.errors import ArtifactError, ConfigError
+import torch
+from torch import Tensor
 
+from softprompt.artifacts.files import require_new_file, write_atomically
+from softprompt.artifacts.layout import check_tensors
+from softprompt.artifacts.manifest import Manifest, Origin, manifest_of
+from softprompt.artifacts.recorded_base import check_width
+from softprompt.artifacts.stored_prompt import StoredPrompt
+from softprompt.backbone import Base, facts_of
+from softprompt.errors import ArtifactError, ConfigError
+from softprompt.prompts import PROMPT_KEY, Placement, Prompt, PromptTuningConfig, TaskType
+
+ENCODER, DECODER = "ENCODER", "DECODER"
 Encode = Callable[[str], tuple[int, ...]]
 """The ids of a text as they stand behind a prompt, special tokens included."""
 
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """A prompt to write, with what formats need besides it.
+    """A prompt to write, and the base, names and text that some formats need.
 
     Attributes:
         stored: The prompt, as it was read.
@@ -34,30 +40,38 @@ class Export:
         overwrite: Whether the output may replace what is there.
     """
 
-    stored: StoredAdapter
+    stored: StoredPrompt
     to: str
     task: str | None = None
     name: str = "prompt"
-    others: Mapping[str, StoredAdapter] = field(default_factory=dict)
+    others: Mapping[str, StoredPrompt] = field(default_factory=dict)
     base: Base | None = None
     encode: Encode | None = None
     source: tuple[int, ...] | None = None
     overwrite: bool = False
 
-    def plain(self) -> PlainPrompt:
-        """Return the rows to write.
+    def single(self) -> StoredPrompt:
+        """Return the one task that formats of virtual tokens can hold.
+
+        Raises:
+            ConfigError: A multitask prompt without a task, or a task of another prompt.
+        """
+        return self.stored.of_task(self.task)
+
+    def prompt(self) -> Prompt:
+        """Return the virtual tokens to write, in their stored dtype.
 
         Raises:
             ArtifactError: This format cannot express the prompt.
-            ConfigError: A multitask prompt without a task.
+            ConfigError: As for ``single``.
         """
-        return plain_prompt(single_task(self.stored, self.task), self.to)
+        return plain_prompt(self.single(), self.to)
 
     def loaded(self) -> Base:
-        """Return the base.
+        """Return the base model.
 
         Raises:
-            ConfigError: There is none.
+            ConfigError: None was given.
         """
         if self.base is None:
             raise ConfigError(
@@ -69,24 +83,24 @@ class Export:
 Lacks = Callable[[Path], str | None]
 Source = str | Path
 """A path; only folders of PEFT's layout may be hub ids, which stay text."""
-Read = Callable[[Source, Base | None], StoredAdapter]
+Read = Callable[[Source, Base | None], StoredPrompt]
 Write = Callable[[Export, Path], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One layout.
+    """One entry of the table of formats.
 
     Attributes:
         name: What ``--to`` calls it.
-        layout: The files, for people.
-        lacks: What a path lacks to be one, None when it is one.
-        read: Reads a path that is one; None for formats that are only written.
-        write: Writes a prompt and returns facts worth reporting; None for formats only read.
+        layout: The files, for errors.
+        lacks: Returns what a path lacks to be of this format, None when it is.
+        read: Reads a path of this format; None for formats that are only written.
+        write: Writes a prompt and returns facts for the report; None for formats that are only read.
         reads_with_base: Whether reading needs the base model.
         writes_with_base: Whether writing needs the base model.
         holds: Whether the output is a ``folder`` or a ``file``.
-        loses: Fields of ``softprompt.json`` that the layout has no place for.
+        loses: Fields of ``softprompt.json`` that the format cannot hold.
     """
 
     name: str
@@ -100,7 +114,7 @@ class Format:
     loses: tuple[str, ...] = ()
 
     def lost(self, manifest: Manifest | None, origin: Format) -> tuple[str, ...]:
-        """Return what a format has on record of a prompt, and this one would not have."""
+        """Return the fields of a manifest that the original format holds and this one loses."""
         if manifest is None:
             return ()
         fewer = (name for name in self.loses if name not in origin.loses)
@@ -108,17 +122,17 @@ class Format:
 
 
 MEASURED = ("metrics", "history", "settings", "data")
-"""Fields that say how a prompt was made and how good it is."""
+"""Fields about training and its results."""
 
 USED = ("task", "labels", "max_source_length", "max_target_length")
-"""Fields that say how a prompt is used, besides its template."""
+"""Fields about using a prompt, besides its template."""
 
 _NOTHING: tuple[Any, ...] = (None, (), {}, [], "generation")
-"""Values that say nothing; free text is what every format is for."""
+"""Values whose loss is none; generation is the default of every format."""
 
 
 def write_failed(path: Path, error: Exception) -> ArtifactError:
-    """Return the error for an output that the file system refused."""
+    """Return the error for an output that could not be written."""
     return ArtifactError(
         f"could not write {path} ({error}); nothing there was changed: free some space or choose "
         "another path"
@@ -126,11 +140,11 @@ def write_failed(path: Path, error: Exception) -> ArtifactError:
 
 
 def write_output_file(path: Path, data: bytes, *, overwrite: bool) -> None:
-    """Write an output that is one file.
+    """Write an output of one file.
 
     Raises:
-        OutputExistsError: something is there that may not be overwritten.
-        ArtifactError: the file system refused.
+        OutputExistsError: it exists and may not be overwritten.
+        ArtifactError: the file system failed.
     """
     require_new_file(path, overwrite=overwrite)
     try:
@@ -138,3 +152,98 @@ def write_output_file(path: Path, data: bytes, *, overwrite: bool) -> None:
         write_atomically(path, data)
     except OSError as error:
         raise write_failed(path, error) from error
+
+
+def plain_prompt(stored: StoredPrompt, kind: str) -> Prompt:
+    """Return the virtual tokens of a prompt of one task for a format that holds nothing else.
+
+    Raises:
+        ArtifactError: virtual tokens alone would be another model than this prompt, with the reason.
+    """
+    reason = _inexpressible(stored)
+    if reason is not None:
+        raise ArtifactError(f"{stored.location} cannot be written as {kind}: {reason}")
+    return stored.prompt()
+
+
+def input_tokens(prompt: Prompt, where: str) -> Tensor:
+    """Return virtual tokens ``[P, H]`` of the input, for formats that hold only one tensor.
+
+    Raises:
+        ArtifactError: The prompt has virtual tokens before the decoder's input.
+    """
+    if prompt.input is None or prompt.decoder is not None:
+        raise ArtifactError(
+            f"{where} has virtual tokens for the decoder of a seq2seq model, which this format "
+            "cannot hold; convert it to caikit or tgis"
+        )
+    return prompt.input
+
+
+def stored_of_parts(
+    parts: Mapping[str, Tensor], origin: Origin, base: Base | None, where: str
+) -> StoredPrompt:
+    """Return virtual tokens as a prompt, with the configuration that PEFT's folder needs.
+
+    Args:
+        parts: checked virtual tokens ``[P, H]`` for ENCODER, DECODER or both; a causal model's are DECODER.
+        origin: what is known of them.
+        base: gives the fingerprint and the width; None checks neither.
+        where: the file or folder, for errors.
+
+    Raises:
+        ArtifactError: the parts do not fit the kind of base, each other, or the base's width.
+    """
+    wanted = (ENCODER, DECODER) if origin.seq2seq else (DECODER,)
+    if not parts or not set(parts) <= set(wanted):
+        raise ArtifactError(
+            f"expected virtual tokens for {' or '.join(wanted)} in {where}, as {origin.base_model} is a "
+            f"{'seq2seq' if origin.seq2seq else 'causal'} model, got {', '.join(parts) or 'none'}: "
+            "check the base model"
+        )
+    ordered = [parts[name] for name in wanted if name in parts]
+    shapes = {tuple(tokens.shape) for tokens in ordered}
+    if len(shapes) > 1:
+        raise ArtifactError(
+            f"expected virtual tokens of one shape for encoder and decoder in {where}, got "
+            f"{' and '.join(str(list(tokens.shape)) for tokens in ordered)}: convert them one by one"
+        )
+    length, width = ordered[0].shape
+    if base is not None:
+        check_width(width, base, where)
+    config = PromptTuningConfig(
+        task_type=TaskType.SEQ_2_SEQ_LM if origin.seq2seq else TaskType.CAUSAL_LM,
+        num_virtual_tokens=length,
+        token_dim=width,
+        num_transformer_submodules=len(ordered),
+        output_model_types=[name for name in wanted if name in parts] if origin.seq2seq else None,
+        base_model_name_or_path=origin.base_model,
+        inference_mode=True,
+    ).to_dict()
+    # PEFT reads a seq2seq prompt's layers and heads from its config.
+    if base is not None:
+        facts = facts_of(base.model)
+        config |= {"num_layers": facts.num_layers, "num_attention_heads": facts.num_attention_heads}
+    tensors = {PROMPT_KEY: torch.cat(ordered)}
+    check_tensors(config, tensors, where)
+    return StoredPrompt(config, tensors, manifest_of(origin, base), where)
+
+
+def _inexpressible(stored: StoredPrompt) -> str | None:
+    config = stored.config
+    placement = config.get("placement", Placement.PREFIX)
+    if config.get("task_type") not in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM):
+        return f"it is for {config.get('task_type')}, the format for models that write text"
+    more = stored.beyond_tokens()
+    if more is not None:
+        return f"{more}; only peft holds those"
+    if placement != Placement.PREFIX:
+        return (
+            "the format puts virtual tokens before the input, this prompt stands elsewhere "
+            f"({placement})"
+        )
+    if not config.get("prompt_sees_input", True):
+        return (
+            "the format lets the prompt attend to the input, this one does not (prompt_sees_input)"
+        )
+    return None

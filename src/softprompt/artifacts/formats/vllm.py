@@ -15,8 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.artifacts.formats.format import MEASURED, USED, Export, Format, write_output_file
-from softprompt.artifacts.formats.part_files import tensor_bytes
+from softprompt.artifacts.formats.format import (
+    MEASURED,
+    USED,
+    Export,
+    Format,
+    input_tokens,
+    write_output_file,
+)
+from softprompt.artifacts.formats.tensor_files import tensor_bytes
 from softprompt.backbone import input_embedding, side_embeddings
 from softprompt.errors import ArtifactError, ConfigError
 
@@ -30,10 +37,10 @@ def _lacks(path: Path) -> str | None:
 
 @torch.no_grad()
 def _write(export: Export, path: Path) -> Mapping[str, Any]:
-    prompt, base = export.plain(), export.loaded()
+    stored, prompt, base = export.single(), export.prompt(), export.loaded()
     if path.suffix != ".json":
-        raise ConfigError(f"vllm writes a .json file, came {path.name!r}; end its name in .json")
-    if prompt.seq2seq:
+        raise ConfigError(f"vllm writes a .json file, got {path.name!r}; end its name in .json")
+    if stored.seq2seq:
         raise ArtifactError(
             f"{export.stored.location} is for a seq2seq model, and vLLM takes prompt_embeds for "
             "causal models only; serve it with tgis"
@@ -42,20 +49,20 @@ def _write(export: Export, path: Path) -> Mapping[str, Any]:
         raise ConfigError("vllm writes the request for one input text; pass text (--text)")
     if side_embeddings(base.model):
         raise ArtifactError(
-            f"{base.name} looks ids up in further tables, so embeddings alone are not its input; "
+            f"{base.name} has per-layer embedding tables, so embeddings alone are not its input; "
             "use its prompts with softprompt"
         )
     table = input_embedding(base.model)
-    rows = prompt.input_rows
+    tokens = input_tokens(prompt, stored.location)
     ids = torch.tensor(export.source, device=table.weight.device)
     text: Tensor = table(ids)
-    joined = torch.cat([rows.to(text.device, text.dtype), text])  # [P + T, H]
+    joined = torch.cat([tokens.to(text.device, text.dtype), text])  # [P + T, H]
     if not bool(torch.isfinite(joined).all()):
         raise ArtifactError(
-            f"the rows overflow {str(text.dtype).removeprefix('torch.')}, the base's dtype; pass "
+            f"the virtual tokens overflow {str(text.dtype).removeprefix('torch.')}, the base's dtype; pass "
             "torch_dtype=float32 or bfloat16"
         )
-    manifest = prompt.stored.manifest
+    manifest = stored.manifest
     body = {
         "model": base.name,
         "max_tokens": manifest.max_target_length if manifest else _MAX_NEW_TOKENS,

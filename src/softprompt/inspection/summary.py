@@ -1,4 +1,4 @@
-"""What a stored prompt is, in numbers: its record and its rows; figures come from these."""
+"""A stored prompt in numbers: its manifest, the geometry of its virtual tokens, its nearest tokens."""
 
 from __future__ import annotations
 
@@ -6,25 +6,53 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from softprompt.artifacts import StoredAdapter
+from softprompt.artifacts import StoredPrompt
 from softprompt.errors import FingerprintError
-from softprompt.inspection.neighbours import NearToken, Vocabulary, nearest_tokens
 from softprompt.prompts import PeftType
+
+NEAREST = 3
+_CHUNK = 16_384
+"""Tokens compared at once."""
+
+
+class Vocabulary(Protocol):
+    """The part of a tokenizer that naming tokens needs."""
+
+    def __len__(self) -> int:
+        """Return the number of tokens."""
+        ...
+
+    def convert_ids_to_tokens(self, ids: int) -> Any:
+        """Return the token of one id."""
+        ...
+
+    def decode(self, token_ids: list[int]) -> Any:
+        """Return the text of token ids."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class NearToken:
+    """A vocabulary token close to a virtual token; ``cosine`` is between -1 and 1."""
+
+    token_id: int
+    token: str
+    cosine: float
 
 
 @dataclass(frozen=True, slots=True)
 class PromptGeometry:
-    """Numbers of the prompt's rows ``[R, H]``.
+    """Norms, rank and cosines of the stored values ``[P*S, H]``.
 
     ``rms`` is that of all entries, ``rms_ratio`` divides it by the base's embedding rms (None
     without the base), ``effective_rank`` is exp of the entropy of the normalised singular values
-    (Roy and Vetterli 2007), between 1 and min(R, H) and 0 for a prompt of zeros.
-    ``mean_pairwise_cosine`` is None for one row.
+    (Roy and Vetterli 2007), between 1 and min(P*S, H), and 0 for a prompt of zeros.
+    ``mean_pairwise_cosine`` is None for one virtual token.
     """
 
     norms: tuple[float, ...]
@@ -43,7 +71,7 @@ class PromptSummary:
     """What `softprompt info` shows; the fields of the manifest are None for PEFT's own folders.
 
     ``rows`` is P*S, ``width`` is H, ``parameters`` and ``bytes`` count every stored tensor, heads
-    included; ``nearest`` has one tuple per row, best first, and is None without a vocabulary.
+    included; ``nearest`` has one tuple per virtual token, best first, and is None without a vocabulary.
     """
 
     location: str
@@ -71,24 +99,24 @@ class PromptSummary:
 
 
 def describe(
-    stored: StoredAdapter, table: Tensor | None = None, tokenizer: Vocabulary | None = None
+    stored: StoredPrompt, table: Tensor | None = None, tokenizer: Vocabulary | None = None
 ) -> PromptSummary:
     """Summarise a stored prompt; nothing is loaded here.
 
     Args:
         stored: what ``load_adapter`` returned.
         table: the base model's input embeddings ``[V, H]``, for the rms ratio.
-        tokenizer: the base model's, to name the nearest rows of ``table``.
+        tokenizer: the base model's, to name the nearest tokens of ``table``.
 
     Raises:
         FingerprintError: the table has another width than the prompt.
     """
-    prompt, manifest = stored.prompt.detach().float(), stored.manifest
+    prompt, manifest = stored.values.detach().float(), stored.manifest
     if stored.config.get("peft_type") == PeftType.PREFIX_TUNING:
         table = None  # keys and values of layers have no neighbours among the embeddings
     if table is not None and table.shape[1] != prompt.shape[1]:
         raise FingerprintError(
-            f"expected an embedding table {prompt.shape[1]} wide, as the prompt's rows, came "
+            f"expected an embedding table {prompt.shape[1]} wide, as the prompt's virtual tokens, got "
             f"{table.shape[1]}: load the base model that the prompt was made for"
         )
     nearest = None
@@ -119,10 +147,10 @@ def describe(
 
 
 def geometry(prompt: Tensor, base_rms: float | None = None) -> PromptGeometry:
-    """Return the numbers of the rows ``prompt`` ``[R, H]``."""
-    rows = prompt.detach().double()
-    norms = rows.norm(dim=1)
-    rms = rms_of(rows)
+    """Return the geometry of virtual tokens ``prompt`` ``[P*S, H]``."""
+    tokens = prompt.detach().double()
+    norms = tokens.norm(dim=1)
+    rms = rms_of(tokens)
     return PromptGeometry(
         norms=tuple(norms.tolist()),
         norm_mean=float(norms.mean()),
@@ -131,8 +159,8 @@ def geometry(prompt: Tensor, base_rms: float | None = None) -> PromptGeometry:
         rms=rms,
         base_rms=base_rms,
         rms_ratio=rms / base_rms if base_rms else None,
-        effective_rank=effective_rank(rows),
-        mean_pairwise_cosine=mean_pairwise_cosine(rows),
+        effective_rank=effective_rank(tokens),
+        mean_pairwise_cosine=mean_pairwise_cosine(tokens),
     )
 
 
@@ -142,21 +170,56 @@ def rms_of(values: Tensor) -> float:
     return norm / math.sqrt(values.numel())
 
 
-def effective_rank(rows: Tensor) -> float:
-    """Return exp of the entropy of the normalised singular values of ``rows`` ``[R, H]``."""
-    singular = torch.linalg.svdvals(rows.double())
+def effective_rank(tokens: Tensor) -> float:
+    """Return exp of the entropy of the normalised singular values of ``tokens`` ``[P, H]``."""
+    singular = torch.linalg.svdvals(tokens.double())
     if float(singular.sum()) == 0:
         return 0.0
     shares = singular / singular.sum()
     return float(torch.special.entr(shares).sum().exp())
 
 
-def mean_pairwise_cosine(rows: Tensor) -> float | None:
-    """Return the mean cosine over all pairs of different rows ``[R, H]``, None for one row."""
-    count = rows.shape[0]
+def mean_pairwise_cosine(tokens: Tensor) -> float | None:
+    """Return the mean cosine over all pairs of different virtual tokens ``[P, H]``, None for one."""
+    count = tokens.shape[0]
     if count < 2:
         return None
-    # The squared norm of the sum of unit vectors counts every ordered pair and every row itself.
-    units = torch.nn.functional.normalize(rows.double(), dim=1)
+    # The squared norm of the sum of unit vectors counts every ordered pair and every token itself.
+    units = torch.nn.functional.normalize(tokens.double(), dim=1)
     own = float(units.square().sum())
     return (float(units.sum(dim=0).square().sum()) - own) / (count * (count - 1))
+
+
+def nearest_tokens(
+    prompt: Tensor, table: Tensor, tokenizer: Vocabulary, count: int = NEAREST
+) -> tuple[tuple[NearToken, ...], ...]:
+    """Return the tokens of highest cosine for each virtual token of ``prompt`` ``[P, H]``, best first.
+
+    A diagnostic, not an explanation: a virtual token between two tokens need mean neither of them.
+    Entries of ``table`` ``[V, H]`` past the tokenizer's length are padding and are left out.
+    """
+    units = torch.nn.functional.normalize(prompt.detach().float(), dim=1)
+    vocabulary = min(table.shape[0], len(tokenizer))
+    best = torch.empty(prompt.shape[0], 0)
+    ids = torch.empty(prompt.shape[0], 0, dtype=torch.int64)
+    # Chunks: a float32 copy of a large bf16 table would take gigabytes.
+    for start in range(0, vocabulary, _CHUNK):
+        chunk = table[start : min(start + _CHUNK, vocabulary)].detach().cpu().float()
+        found = units.cpu() @ torch.nn.functional.normalize(chunk, dim=1).T  # [P, chunk]
+        numbers = torch.arange(start, start + chunk.shape[0]).expand_as(found)
+        best, ids = torch.cat([best, found], dim=1), torch.cat([ids, numbers], dim=1)
+        best, order = best.topk(min(count, best.shape[1]), dim=1)
+        ids = ids.gather(1, order)
+    return tuple(
+        tuple(
+            NearToken(token_id, _shown(tokenizer, token_id), cosine)
+            for token_id, cosine in zip(token_ids, cosines, strict=True)
+        )
+        for token_ids, cosines in zip(ids.tolist(), best.tolist(), strict=True)
+    )
+
+
+def _shown(tokenizer: Vocabulary, token_id: int) -> str:
+    text = str(tokenizer.decode([token_id]))
+    # A byte-level token can be part of a character, which decodes to the replacement sign.
+    return str(tokenizer.convert_ids_to_tokens(token_id)) if "\ufffd" in text or not text else text

@@ -1,11 +1,11 @@
-"""A chat template seen as a frame around the user's text, with the prompt in its system turn."""
+"""Chat templates: the tokens around a user turn, with the prompt in the system turn."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from softprompt.data.special_frame import SpecialFrame, encode
+from softprompt.data.special_tokens import SpecialFrame, encode
 from softprompt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,11 +17,11 @@ _SYSTEM, _USER = "SYSTEMTURN", "USERTURN"
 
 @dataclass(frozen=True, slots=True)
 class ChatFrame:
-    """What a chat template puts around one user turn behind a system turn.
+    """What a tokenizer's chat template puts around one user turn behind a system turn.
 
     Attributes:
         frame: The ids before and behind the user's text.
-        at: Ids of the frame before the content of the system turn, where the prompt stands.
+        at: Ids of the frame before the content of the system turn, where the prompt goes.
         tail: Text behind the user's, at the end of which the answer begins.
     """
 

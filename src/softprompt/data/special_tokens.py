@@ -1,7 +1,4 @@
-"""The special tokens a tokenizer puts around a text, read off from the tokenizer itself.
-
-Llama: ``<s> text``. BART: ``<s> text </s>``. T5: ``text </s>``. GPT-2: nothing.
-"""
+"""Texts to ids: the special tokens around a text, and a target as the continuation of its source."""
 
 from __future__ import annotations
 
@@ -15,6 +12,9 @@ from softprompt.errors import BackboneError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Texts to continue from. Which one does not matter as long as its tokens stay apart from the
+# target's; one of these does in every byte-level, metaspace and WordPiece vocabulary seen.
+_CARRIERS = ("a", ":", "the", "0")
 _PROBE = "a"
 # A tokenizer has a mode, whether special tokens are read as such, which two threads that want
 # different ones would change under each other.
@@ -24,7 +24,10 @@ _guard = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class SpecialFrame:
-    """The ids before and behind the ids of a plain text."""
+    """The special tokens that a tokenizer puts before and behind a text, read off the tokenizer itself.
+
+    Llama: ``<s> text``. BART: ``<s> text </s>``. T5: ``text </s>``. GPT-2: nothing.
+    """
 
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
@@ -47,7 +50,7 @@ class SpecialFrame:
         )
 
     def around(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        """Return ``ids`` framed, without repeating special tokens that the text brought itself."""
+        """Return ``ids`` framed, without repeating special tokens that it begins or ends with."""
         has_prefix = self.prefix and ids[: len(self.prefix)] == self.prefix
         has_suffix = self.suffix and ids[-len(self.suffix) :] == self.suffix
         return (() if has_prefix else self.prefix) + ids + (() if has_suffix else self.suffix)
@@ -88,3 +91,45 @@ def encode(
             split_special_tokens=marks_are_text,
         )
     return [tuple(ids) for ids in encoded["input_ids"]]
+
+
+class Continuation:
+    """The target of a causal model as the natural continuation of its source.
+
+    A source loses its trailing spaces and the target begins with one, because subword vocabularies
+    know " complaint" as one piece. When the template ends a line (or in a tab), the target begins
+    directly. The ids of a target depend on the template only, never on the record, so that the
+    labels of a task form one fixed set of token sequences.
+
+    Attributes:
+        separator: What stands between source and target: a space, or nothing after a line end.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tail: str) -> None:
+        """Take the literal text behind the template's last field."""
+        kept = tail.rstrip(" ")
+        self._tokenizer = tokenizer
+        self._line_end = kept[len(kept.rstrip()) :]
+        self.separator = "" if self._line_end else " "
+
+    def of_source(self, rendered: str) -> str:
+        """Return the source text without the spaces that the separator stands for."""
+        return rendered.rstrip(" ")
+
+    def ids(self, target: str) -> tuple[int, ...]:
+        """Return the ids of ``target`` behind a source, without special tokens."""
+        text = target if target[:1].isspace() else self.separator + target
+        for carrier in _CARRIERS:
+            before, whole = encode(
+                self._tokenizer,
+                [carrier + self._line_end, carrier + self._line_end + text],
+                special=False,
+                marks_are_text=True,
+            )
+            if before and len(whole) > len(before) and whole[: len(before)] == before:
+                return whole[len(before) :]
+        return encode(self._tokenizer, [text], special=False, marks_are_text=True)[0]
+
+    def text(self, decoded: str) -> str:
+        """Return a decoded continuation without the separator."""
+        return decoded.removeprefix(self.separator)

@@ -6,16 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from softprompt.artifacts.files import read_bytes
+from softprompt.artifacts.files import parse_object, read_bytes
 from softprompt.artifacts.formats.format import Export, Format, Source
 from softprompt.artifacts.layout import (
     MANIFEST_NAME,
     PICKLED_WEIGHTS_NAME,
     WEIGHTS_NAME,
-    parse_object,
 )
-from softprompt.artifacts.native import StoredAdapter, load_adapter, save_adapter
-from softprompt.artifacts.plain import beyond_peft, single_task
+from softprompt.artifacts.peft_folder import load_adapter, save_adapter
+from softprompt.artifacts.stored_prompt import StoredPrompt
 from softprompt.backbone import Base
 from softprompt.errors import ArtifactError
 from softprompt.prompts import CONFIG_NAME, PeftType
@@ -40,23 +39,21 @@ def _lacks_ours(path: Path) -> str | None:
     return None if kind == PeftType.EXTENDED_PROMPT_TUNING else f"no {MANIFEST_NAME}"
 
 
-def _read(source: Source, base: Base | None) -> StoredAdapter:
+def _read(source: Source, base: Base | None) -> StoredPrompt:
     return load_adapter(source)
 
 
 def _write(export: Export, path: Path) -> Mapping[str, Any]:
-    stored = export.stored
-    if export.task is not None:
-        stored = single_task(stored, export.task)
+    stored = export.stored if export.task is None else export.single()
     save_adapter(path, stored.config, stored.tensors, stored.manifest, overwrite=export.overwrite)
     return {}
 
 
 def _write_for_peft(export: Export, path: Path) -> Mapping[str, Any]:
-    reason = beyond_peft(export.stored)
-    if reason is not None:
+    if export.stored.config["peft_type"] == PeftType.EXTENDED_PROMPT_TUNING:
         raise ArtifactError(
-            f"{export.stored.location} cannot be written as peft: {reason}; use --to softprompt"
+            f"{export.stored.location} cannot be written as peft: PEFT would run another model, because "
+            "it lacks the options the prompt has (adapter_config.json); use --to softprompt"
         )
     return _write(export, path)
 

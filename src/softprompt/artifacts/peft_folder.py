@@ -1,24 +1,28 @@
 """The one artifact: PEFT's prompt-tuning folder, written whole or not at all, checked when read.
 
 ``adapter_config.json`` and ``adapter_model.safetensors`` are PEFT's and load in PEFT unchanged;
-``softprompt.json`` and ``README.md`` stand beside them.
+``softprompt.json`` and ``README.md`` are beside them. A folder may be a repository of the Hugging
+Face Hub.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from safetensors.torch import load as tensors_from_bytes
+from huggingface_hub import snapshot_download
 from safetensors.torch import save as bytes_from_tensors
 from torch import Tensor
 
 from softprompt.artifacts.card import is_own_card, model_card
 from softprompt.artifacts.files import (
+    load_pickled,
+    load_safetensors,
+    parse_object,
     read_bytes,
     require_empty,
     require_no_file,
@@ -28,44 +32,17 @@ from softprompt.artifacts.layout import (
     CARD_NAME,
     MANIFEST_NAME,
     PICKLED_WEIGHTS_NAME,
-    PROMPT_KEY,
     WEIGHTS_NAME,
     check_config,
     check_tensors,
     config_json,
-    parse_object,
 )
-from softprompt.artifacts.location import locate
 from softprompt.artifacts.manifest import Manifest
-from softprompt.artifacts.pickles import damaged, load_pickled
+from softprompt.artifacts.stored_prompt import StoredPrompt
 from softprompt.errors import ArtifactError
 from softprompt.prompts import CONFIG_NAME
 
-
-@dataclass(frozen=True, slots=True)
-class StoredAdapter:
-    """A prompt as read from disk.
-
-    ``config`` is ``adapter_config.json``; ``tensors`` are on the CPU in their stored dtype;
-    ``manifest`` is None for a folder that PEFT wrote; ``location`` is the folder.
-    """
-
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    manifest: Manifest | None
-    location: str
-
-    @property
-    def base_model(self) -> str | None:
-        """Name or path of the base, from our record or else from PEFT's config; None when not known."""
-        recorded = self.manifest.base_model if self.manifest else None
-        name = recorded or self.config.get("base_model_name_or_path")
-        return str(name) if name else None
-
-    @property
-    def prompt(self) -> Tensor:
-        """The prompt's rows ``[P*S, H]``."""
-        return self.tensors[PROMPT_KEY]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def save_adapter(
@@ -76,19 +53,19 @@ def save_adapter(
     *,
     overwrite: bool,
 ) -> None:
-    """Write a prompt as PEFT's folder, plus manifest and model card, all of it or nothing.
+    """Write PEFT's folder, plus manifest and model card, all of it or nothing.
 
     Args:
         directory: new or empty, unless ``overwrite``; unrelated files in it stay.
         config: PEFT's keys and plain values, as ``PromptTuningConfig.to_dict()`` gives them.
-        tensors: ``prompt_embeddings`` ``[P*S, H]`` and heads under PEFT's names.
-        manifest: what goes into ``softprompt.json``; None writes none.
+        tensors: ``prompt_embeddings`` and heads under PEFT's names.
+        manifest: the content of ``softprompt.json``; None writes none.
         overwrite: replace the prompt that ``directory`` holds; a README.md that softprompt did
             not write is left as it is.
 
     Raises:
         OutputExistsError: the directory is not empty, or is a file.
-        ArtifactError: values that could not be read back, or the file system refused.
+        ArtifactError: values that could not be read back, or the file system failed.
     """
     directory = Path(directory)
     if overwrite:
@@ -121,7 +98,7 @@ def save_adapter(
 
 def load_adapter(
     directory_or_hub_id: str | Path, *, subfolder: str | None = None, revision: str | None = None
-) -> StoredAdapter:
+) -> StoredPrompt:
     """Read and check a prompt that softprompt or PEFT wrote.
 
     Args:
@@ -130,7 +107,7 @@ def load_adapter(
         revision: a branch, tag or commit, for hub ids only.
 
     Raises:
-        ArtifactError: missing, damaged, or not a prompt-tuning adapter; one line says which.
+        ArtifactError: missing, damaged, or not a prompt-learning adapter; the message says which.
     """
     directory = locate(directory_or_hub_id, subfolder, revision)
     config_path = directory / CONFIG_NAME
@@ -144,19 +121,19 @@ def load_adapter(
     manifest = _read_manifest(directory / MANIFEST_NAME)
     tensors, path = _read_tensors(directory, manifest)
     check_tensors(config, tensors, str(path))
-    return StoredAdapter(config, tensors, manifest, str(directory))
+    return StoredPrompt(config, tensors, manifest, str(directory))
 
 
-def adapter_of_files(files: Mapping[str, bytes], name: str) -> StoredAdapter:
-    """Check a prompt whose files were read already; pickled weights are not looked at.
+def adapter_of_files(files: Mapping[str, bytes], name: str) -> StoredPrompt:
+    """Parse and check a prompt whose files are in memory; pickled weights are not supported.
 
     Args:
         files: the content of ``adapter_config.json``, ``adapter_model.safetensors`` and, where
             there is one, ``softprompt.json``.
-        name: stands for the folder in messages.
+        name: what errors call the folder.
 
     Raises:
-        ArtifactError: a file is missing, damaged, or not a prompt-tuning adapter's.
+        ArtifactError: a file is missing, damaged, or not a prompt-learning adapter's.
     """
     where = Path(name)
     for needed in (CONFIG_NAME, WEIGHTS_NAME):
@@ -169,7 +146,7 @@ def adapter_of_files(files: Mapping[str, bytes], name: str) -> StoredAdapter:
     path = where / WEIGHTS_NAME
     tensors = _tensors_of(files[WEIGHTS_NAME], path, manifest)
     check_tensors(config, tensors, str(path))
-    return StoredAdapter(config, tensors, manifest, name)
+    return StoredPrompt(config, tensors, manifest, name)
 
 
 def _read_manifest(path: Path) -> Manifest | None:
@@ -197,21 +174,17 @@ def _read_tensors(directory: Path, manifest: Manifest | None) -> tuple[dict[str,
 
 
 def _tensors_of(data: bytes, path: Path, manifest: Manifest | None) -> dict[str, Tensor]:
-    try:
-        tensors = tensors_from_bytes(data)
-    # A damaged header can fail in the parser, in the dtype table or in torch.
-    except Exception as error:
-        raise damaged(path, len(data), error) from error
+    tensors = load_safetensors(data, path)
     _check_digest(path, data, manifest)
     return tensors
 
 
 def _check_digest(path: Path, data: bytes, manifest: Manifest | None) -> None:
     expected = manifest.weights_sha256 if manifest else None
-    came = hashlib.sha256(data).hexdigest()
-    if expected is not None and came != expected:
+    found = hashlib.sha256(data).hexdigest()
+    if expected is not None and found != expected:
         raise ArtifactError(
-            f"expected {path} with sha256 {expected[:12]}… ({MANIFEST_NAME}), came {came[:12]}…: "
+            f"expected {path} with sha256 {expected[:12]}… ({MANIFEST_NAME}), got {found[:12]}…: "
             f"restore the weights, or delete {MANIFEST_NAME} if they were replaced on purpose"
         )
 
@@ -222,7 +195,74 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
         isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()
     ):
         raise ArtifactError(
-            f"expected a dict of named tensors in {path}, came a {type(loaded).__name__}: "
+            f"expected a dict of named tensors in {path}, got a {type(loaded).__name__}: "
             "save the adapter again with save_pretrained"
         )
     return {key: value.detach() for key, value in loaded.items()}
+
+
+def locate(source: str | Path, subfolder: str | None, revision: str | None) -> Path:
+    """Return the folder that holds the adapter's files, downloaded first when ``source`` is a hub id.
+
+    A path that exists wins over a hub id; ``HF_HUB_OFFLINE=1`` uses the local cache alone.
+
+    Raises:
+        ArtifactError: missing, a file instead of a folder, or a subfolder leading outside.
+    """
+    if subfolder is not None:
+        _check_relative(subfolder)
+    root = Path(source)
+    if not root.exists() and isinstance(source, str) and _HUB_ID.fullmatch(source):
+        root = _snapshot(source, subfolder, revision)
+    elif not root.exists():
+        raise ArtifactError(
+            f"expected a prompt directory with {CONFIG_NAME} and {WEIGHTS_NAME}, {source} does "
+            "not exist: check the path"
+        )
+    elif revision is not None:
+        raise ArtifactError(
+            f"a revision ({revision!r}) selects a version on the hub, {source} is a local path: "
+            "leave the revision out"
+        )
+    directory = root / subfolder if subfolder is not None else root
+    if not directory.is_dir():
+        problem = "is a file" if directory.exists() else "does not exist"
+        raise ArtifactError(
+            f"expected a prompt directory with {CONFIG_NAME} and {WEIGHTS_NAME}, {directory} "
+            f"{problem}: pass the folder that holds these files"
+        )
+    if not directory.resolve().is_relative_to(root.resolve()):
+        raise _outside(subfolder or "")
+    return directory
+
+
+def _check_relative(subfolder: str) -> None:
+    path = PurePosixPath(subfolder.replace("\\", "/"))
+    if not path.parts or path.is_absolute() or ".." in path.parts or ":" in subfolder:
+        raise _outside(subfolder)
+
+
+def _outside(subfolder: str) -> ArtifactError:
+    return ArtifactError(
+        f"expected a subfolder inside the prompt directory, got {subfolder!r}, which leads "
+        "outside: pass the folder itself as the directory"
+    )
+
+
+def _snapshot(repository: str, subfolder: str | None, revision: str | None) -> Path:
+    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    names = (CONFIG_NAME, WEIGHTS_NAME, PICKLED_WEIGHTS_NAME, MANIFEST_NAME)
+    try:
+        path = snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=[prefix + name for name in names],
+        )
+    # OSError and ValueError are the roots of what the hub client raises: HTTP, cache, id.
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ArtifactError(
+            f"expected a prompt directory or a repository on the hub, {repository} is neither "
+            f"({reason}): check the path, or the name and the connection"
+        ) from error
+    return Path(path)

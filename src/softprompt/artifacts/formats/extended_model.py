@@ -1,7 +1,7 @@
-"""A base model with rows of prompts appended to its embedding table, and a head that avoids them.
+"""A base model with virtual tokens appended to its embedding table, and a head that avoids them.
 
 A softmax over more ids than the base has needs the new ones to weigh nothing. With a bias that is
-exact. Without one, each new row of the head repeats the row of the token that was least likely on
+exact. Without one, each new id copies the head weights of the token that was least likely on
 a probe: it is then as unlikely as that token, and a tie goes to the lower id, which is the token.
 """
 
@@ -27,12 +27,12 @@ _HALF_TOLERANCE = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Extension:
-    """What became of the base.
+    """What was done to the base, and how exact it is.
 
     Attributes:
-        vocabulary: Rows of the new table.
-        head: How the new ids are kept from being given: ``bias``, ``least likely row`` or ``tied``.
-        extra_mass: Largest share of probability all new ids had together on the probe.
+        vocabulary: Size of the new embedding table.
+        head: How the new ids are kept from being generated: ``bias``, ``least likely row`` or ``tied``.
+        extra_mass: Largest probability of all new ids together on the probe.
         rounding: Largest relative error of a stored value, from dtype and scale.
         difference: Largest difference of a logit on the probe, relative to their spread.
     """
@@ -46,30 +46,30 @@ class Extension:
 
 @torch.no_grad()
 def extend(
-    model: PreTrainedModel, rows: Mapping[str, Tensor], ids: Mapping[str, list[int]]
+    model: PreTrainedModel, tokens: Mapping[str, Tensor], ids: Mapping[str, list[int]]
 ) -> Extension:
-    """Append the rows of prompts to a model, in place, and check it against the original.
+    """Append the virtual tokens of prompts to a model, in place, and check it against the original.
 
     Args:
         model: in evaluation mode.
-        rows: rows ``[P, H]`` by prompt.
-        ids: where each row goes, by prompt.
+        tokens: virtual tokens ``[P, H]`` by prompt.
+        ids: their ids, by prompt.
 
     Raises:
-        ArtifactError: the model cannot hold prompts as vocabulary.
+        ArtifactError: the model does not support prompts as vocabulary.
     """
     table = input_embedding(model)
     if side_embeddings(model):
         raise ArtifactError(
-            f"{type(model).__name__} looks ids up in further tables, which prompts have no rows for; "
+            f"{type(model).__name__} has per-layer embedding tables, which prompts have no values for; "
             "use the prompts with softprompt"
         )
     old, scale = table.weight.shape[0], _scale(table)
     probe = torch.linspace(0, old - 1, _PROBE_TOKENS, device=table.weight.device).long()
-    _check_range(rows, table, scale)
+    _check_range(tokens, table, scale)
     before = {
         name: _logits(model, embeds=torch.cat([own.to(table(probe)), table(probe)]))
-        for name, own in rows.items()
+        for name, own in tokens.items()
     }
     head = _prepare_head(model)
     new = max(each for own in ids.values() for each in own) + 1
@@ -77,27 +77,27 @@ def extend(
     table = input_embedding(model)
     table.weight[old:] = 0
     rounding = 0.0
-    for name, values in rows.items():
+    for name, values in tokens.items():
         index = torch.tensor(ids[name], device=table.weight.device)
         table.weight[index] = (values.float() / scale).to(table.weight)
         lost = (table(index).float() - values.to(table.weight.device).float()).abs().max()
         rounding = max(rounding, float(lost / values.abs().max()))
     _mask_head(model, head, old, least_likely(torch.cat(list(before.values()))))
     mass = difference = 0.0
-    for name, places in ids.items():
-        after = _logits(model, ids=torch.cat([torch.tensor(places).to(probe), probe]))
+    for name, own in ids.items():
+        after = _logits(model, ids=torch.cat([torch.tensor(own).to(probe), probe]))
         difference = max(difference, _difference(after[:, :old], before[name], table, name))
         mass = max(mass, float(after.softmax(-1)[:, old:].sum(-1).max()))
     return Extension(new, head, mass, rounding, difference)
 
 
-def _check_range(rows: Mapping[str, Tensor], table: nn.Embedding, scale: float) -> None:
+def _check_range(tokens: Mapping[str, Tensor], table: nn.Embedding, scale: float) -> None:
     dtype = table.weight.dtype
-    for name, own in rows.items():
+    for name, own in tokens.items():
         if not bool(torch.isfinite((own.float() / scale).to(dtype)).all()):
             raise ArtifactError(
-                f"the rows of {name} overflow {str(dtype).removeprefix('torch.')}, the base's dtype; pass "
-                "torch_dtype (--torch-dtype) float32 or bfloat16"
+                f"the virtual tokens of {name} overflow {str(dtype).removeprefix('torch.')}, the base's "
+                "dtype; pass torch_dtype (--torch-dtype) float32 or bfloat16"
             )
 
 
@@ -123,21 +123,21 @@ def least_likely(logits: Tensor) -> int:
 
 
 def _scale(table: nn.Embedding) -> float:
-    """Return what the module multiplies its rows by, as Gemma's and BART's do.
+    """Return the factor by which an embedding module scales its table, as Gemma's and BART's do.
 
     Raises:
-        ArtifactError: it does something else to them.
+        ArtifactError: it does anything else.
     """
     ids = torch.linspace(0, table.weight.shape[0] - 1, _PROBE_TOKENS).long().to(table.weight.device)
-    seen, rows = table(ids).double(), table.weight[ids].double()
-    scale = float((seen * rows).sum() / rows.square().sum())
-    if seen.shape != rows.shape or not torch.allclose(seen, rows * scale, rtol=2e-2, atol=1e-6):
+    seen, stored = table(ids).double(), table.weight[ids].double()
+    scale = float((seen * stored).sum() / stored.square().sum())
+    if seen.shape != stored.shape or not torch.allclose(seen, stored * scale, rtol=2e-2, atol=1e-6):
         raise ArtifactError(
-            f"the embedding module {type(table).__name__} does more than look rows up and scale "
-            "them, so prompts cannot be rows of it; use the prompts with softprompt"
+            f"the embedding module {type(table).__name__} does more than look embeddings up and "
+            "scale them, so it cannot hold prompts; use the prompts with softprompt"
         )
     declared = getattr(table, "embed_scale", None)
-    # The declared factor, not the estimate: rows must come out as exact as the dtype allows.
+    # The declared factor, not the estimate: embeddings must be as exact as the dtype allows.
     return float(scale if declared is None else declared)
 
 
@@ -158,7 +158,7 @@ def _prepare_head(model: PreTrainedModel) -> str:
 
 
 def _resize(model: PreTrainedModel, new: int) -> None:
-    """Give embedding and head ``new`` rows each; a head of its own stays its own."""
+    """Resize embedding and head to ``new`` ids; an untied head stays untied."""
     output = cast(Any, model).get_output_embeddings()
     own = None if _tied(model) else output.weight.detach()
     model.resize_token_embeddings(new, mean_resizing=False)
@@ -196,7 +196,7 @@ def _logits_bias(model: PreTrainedModel) -> Tensor | None:
 def _logits(
     model: PreTrainedModel, *, ids: Tensor | None = None, embeds: Tensor | None = None
 ) -> Tensor:
-    """Return logits ``[N, V]`` of one row, at every token of it (of the answer's start, in seq2seq)."""
+    """Return logits ``[N, V]`` of one row at each of its tokens (of the decoder's first, in seq2seq)."""
     given: dict[str, Any] = (
         {"input_ids": ids[None]}
         if ids is not None

@@ -1,0 +1,204 @@
+"""A prompt as it was read from disk, and what it is: a configuration, a ``Prompt``, one of its tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from softprompt.artifacts.layout import LAYOUTS, OUR_KEYS
+from softprompt.artifacts.manifest import Manifest, manifest_of_task
+from softprompt.errors import ArtifactError, ConfigError, nearest
+from softprompt.prompts import (
+    COLS_KEY,
+    PROMPT_KEY,
+    ROWS_KEY,
+    PeftType,
+    Prompt,
+    PromptLearningConfig,
+    PromptTuningConfig,
+    TaskType,
+)
+
+_PART_NAMES = {"ENCODER": "input", "DECODER": "answer"}
+"""What errors call the parts of the base that ``output_model_types`` names."""
+
+
+@dataclass(frozen=True)
+class StoredPrompt:
+    """The content of a prompt's folder, checked.
+
+    Attributes:
+        config: ``adapter_config.json``.
+        tensors: ``adapter_model.safetensors``, on the CPU in the stored dtype.
+        manifest: ``softprompt.json``; None for a folder that PEFT wrote.
+        location: The folder, for errors.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    manifest: Manifest | None
+    location: str
+
+    @property
+    def base_model(self) -> str | None:
+        """Name or path of the base, from ``softprompt.json`` or else PEFT's config; None when unknown."""
+        recorded = self.manifest.base_model if self.manifest else None
+        name = recorded or self.config.get("base_model_name_or_path")
+        return str(name) if name else None
+
+    @property
+    def seq2seq(self) -> bool:
+        """Whether the base is a model with an encoder and a decoder that writes text."""
+        return self.config.get("task_type") == TaskType.SEQ_2_SEQ_LM
+
+    @property
+    def values(self) -> Tensor:
+        """``prompt_embeddings``: virtual tokens ``[P*S, H]``, or keys and values ``[P, L*2*H_kv]``."""
+        return self.tensors[PROMPT_KEY]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that PEFT does not have, where they are set."""
+        return {key: self.config[key] for key in sorted(OUR_KEYS) if self.config.get(key)}
+
+    def configuration(self) -> PromptLearningConfig:
+        """Return the configuration as an object, in inference mode, with the S that is run.
+
+        Raises:
+            ConfigError: a key or a value is not supported.
+        """
+        # Training further must not tokenise the initial text again: the stored values replace it.
+        values = self.config | {
+            "inference_mode": True,
+            "num_transformer_submodules": self._submodules(),
+        }
+        return PromptLearningConfig.from_dict(values)
+
+    def model_types(self) -> tuple[str, ...]:
+        """Return the parts of the base that get virtual tokens, ENCODER, DECODER or both.
+
+        Raises:
+            ConfigError: the options are not supported.
+        """
+        return self._placed().model_types()
+
+    def prompt(self) -> Prompt:
+        """Return the virtual tokens ``[P, H]`` of each part of the base, in the stored dtype.
+
+        PEFT writes 2 P virtual tokens for a seq2seq model and reads the first P of them.
+
+        Raises:
+            ArtifactError: the folder holds more than the virtual tokens of one task.
+            ConfigError: the options are not supported.
+        """
+        reason = self.beyond_tokens()
+        if reason is not None:
+            raise ArtifactError(
+                f"{self.location} cannot be composed, compared or started from: {reason}"
+            )
+        values = self.values
+        if self.seq2seq:
+            values = values[: int(self.config["num_virtual_tokens"]) * self._submodules()]
+        return self._placed().prompt_of(values)
+
+    def beyond_tokens(self) -> str | None:
+        """Return why this is more than the virtual tokens of one task; None when it is just those."""
+        kind = self.config["peft_type"]
+        if kind == PeftType.PREFIX_TUNING:
+            return "it is keys and values of every layer, not virtual tokens of the input"
+        if kind == PeftType.MULTITASK_PROMPT_TUNING:
+            return (
+                "it holds the factors of its tasks; write one of them with `softprompt convert --to "
+                "softprompt --task-name`"
+            )
+        heads = sorted(name for name in self.tensors if name != PROMPT_KEY)
+        if heads:
+            return f"it has trained parts besides its virtual tokens ({', '.join(heads[:3])})"
+        return None
+
+    def of_task(self, task: str | None) -> StoredPrompt:
+        """Return one task of a multitask prompt as plain prompt tuning; any other prompt as it is.
+
+        The virtual tokens are ``prompt_embeddings * (cols[k] @ rows[k])`` (Wang et al. 2023), in
+        float32.
+
+        Args:
+            task: a number or a recorded name; required where there are several.
+
+        Raises:
+            ConfigError: a task for a prompt that has none, no task, or one it does not have.
+        """
+        if self.config["peft_type"] != PeftType.MULTITASK_PROMPT_TUNING:
+            if task is not None:
+                raise ConfigError(
+                    f"a task ({task!r}) selects a part of a multitask prompt, {self.location} is "
+                    f"{self.config['peft_type']}; leave the task out"
+                )
+            return self
+        index = self._task_index(task)
+        factors = (COLS_KEY, ROWS_KEY)
+        shared, cols, rows = (self.tensors[key].float() for key in (PROMPT_KEY, *factors))
+        tensors = {name: t for name, t in self.tensors.items() if name not in factors}
+        tensors[PROMPT_KEY] = shared * (cols[index] @ rows[index])
+        manifest = self.manifest
+        if manifest is not None:
+            manifest = dataclasses.replace(manifest_of_task(manifest, index), tasks=None)
+        return StoredPrompt(_plain_config(self.config), tensors, manifest, self.location)
+
+    def _placed(self) -> PromptTuningConfig:
+        """Return a configuration of what says where virtual tokens go, and nothing else.
+
+        Composing and converting a prompt must not fail over options that only training reads.
+        """
+        kept = {name: self.config[name] for name in ("task_type", *OUR_KEYS) if name in self.config}
+        return PromptTuningConfig(num_transformer_submodules=self._submodules(), **kept)
+
+    def _submodules(self) -> int:
+        """Return S as it is run: PEFT writes 2 for any seq2seq prompt, and reads both halves of few."""
+        if self.config.get("peft_type") == PeftType.MULTITASK_PROMPT_TUNING:
+            return int(self.config.get("num_transformer_submodules") or (2 if self.seq2seq else 1))
+        return 2 if len(self.config.get("output_model_types") or ()) == 2 else 1
+
+    def _task_index(self, task: str | None) -> int:
+        count = len(self.tensors[COLS_KEY])
+        names = (self.manifest.tasks if self.manifest else None) or ()
+        known = ", ".join(names) or f"0 to {count - 1}"
+        if task is None:
+            if count == 1:
+                return 0
+            raise ConfigError(
+                f"{self.location} holds {count} tasks ({known}); name the one to convert: "
+                "task_name=..., or --task-name on the command line"
+            )
+        if task in names:
+            return names.index(task)
+        if task.isdecimal() and int(task) < count:
+            return int(task)
+        raise ConfigError(
+            f"{self.location} has no task {task!r}{nearest(task, names)}; it has {known}"
+        )
+
+
+def other_parts(found: Sequence[str], wanted: Sequence[str]) -> str | None:
+    """Return why virtual tokens for some parts of a base do not fit other parts; None when they do."""
+    if tuple(found) == tuple(wanted):
+        return None
+    return f"its virtual tokens stand before the {_listed(found)}, not before the {_listed(wanted)}"
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and the ".join(_PART_NAMES[part] for part in parts)
+
+
+def _plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration of one task of a multitask prompt."""
+    keys = LAYOUTS[PeftType.PROMPT_TUNING].keys
+    plain = {name: value for name, value in config.items() if name in keys}
+    plain |= {"peft_type": str(PeftType.PROMPT_TUNING), "prompt_tuning_init": "RANDOM"}
+    for name in ("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"):
+        plain[name] = None
+    return plain

@@ -1,0 +1,271 @@
+"""Every file format of a data set, by suffix; a new one is a reader and one line of a table.
+
+Text formats (JSON lines, a JSON list, CSV, TSV) keep line numbers for their errors; Parquet and
+Arrow are read through pyarrow.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from softprompt.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A record as it was read and where, so that every error about it can name the line.
+
+    Attributes:
+        where: File and line in words, such as ``train.csv, line 12`` or ``record 3``.
+        record: Column name to value.
+    """
+
+    where: str
+    record: Mapping[str, Any]
+
+
+def as_record(value: object, where: str) -> Located:
+    """Check that ``value`` maps column names to values.
+
+    Raises:
+        DataError: It is something else, or a column name is not text.
+    """
+    if not isinstance(value, Mapping):
+        raise DataError(
+            f"{where}: expected a record such as {{'input': ..., 'output': ...}}, "
+            f"got {_kind(value)}"
+        )
+    for name in value:
+        if not isinstance(name, str):
+            raise DataError(f"{where}: expected column names as text, got {name!r}")
+    return Located(where, value)
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, str):
+        return f"the text {value[:40]!r}"
+    return f"a value of type {type(value).__name__}"
+
+
+def read_json_lines(text: str, name: str) -> Iterator[Located]:
+    """Yield one record for each line that is not blank.
+
+    Raises:
+        DataError: A line is not one JSON object.
+    """
+    # JSON strings may hold U+2028 and the like bare, so only "\n" ends a line.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            where = f"{name}, line {number}"
+            yield as_record(_parsed_line(line, where), where)
+
+
+def read_json_list(text: str, name: str) -> Iterator[Located]:
+    """Yield the objects of one JSON list, each with the line where it begins.
+
+    Raises:
+        DataError: The text is not a JSON list of objects.
+    """
+    position = _skip_space(text, 0)
+    if text[position] != "[":
+        raise _unexpected(
+            text, position, name, "a JSON list of records; if each line is one, name it .jsonl"
+        )
+    decoder = json.JSONDecoder(object_pairs_hook=lambda pairs: _no_repeats(pairs, name))
+    line, counted = 1, 0
+    position = _skip_space(text, position + 1)
+    is_open = text[position : position + 1] != "]"
+    while is_open:
+        line += text.count("\n", counted, position)
+        counted = position
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise _malformed(error, f"{name}, line {_error_line(error, line)}") from error
+        yield as_record(value, f"{name}, line {line}")
+        position = _skip_space(text, position)
+        is_open = text[position : position + 1] == ","
+        if is_open:
+            position = _skip_space(text, position + 1)
+    if text[position : position + 1] != "]":
+        raise _unexpected(text, position, name, "',' or ']' after a record")
+    position = _skip_space(text, position + 1)
+    if position < len(text):
+        raise _unexpected(text, position, name, "the end of the file after the list")
+
+
+def _parsed_line(line: str, where: str) -> Any:
+    try:
+        return json.loads(line, object_pairs_hook=lambda pairs: _no_repeats(pairs, where))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise _malformed(error, where) from error
+
+
+def _no_repeats(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
+    record: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in record:
+            raise DataError(f"{where}: the field {key!r} occurs twice in one object; keep one")
+        record[key] = value
+    return record
+
+
+def _malformed(error: json.JSONDecodeError | RecursionError, where: str) -> DataError:
+    if isinstance(error, RecursionError):
+        return DataError(f"{where}: expected a flat record, got JSON nested too deeply to read")
+    return DataError(
+        f"{where}: not valid JSON ({error.msg} at column {error.colno}); "
+        'expected one object such as {"input": "...", "output": "..."}'
+    )
+
+
+def _error_line(error: json.JSONDecodeError | RecursionError, otherwise: int) -> int:
+    return error.lineno if isinstance(error, json.JSONDecodeError) else otherwise
+
+
+def _unexpected(text: str, position: int, name: str, expected: str) -> DataError:
+    line = text.count("\n", 0, position) + 1
+    found = repr(text[position : position + 20]) if position < len(text) else "the end of the file"
+    return DataError(f"{name}, line {line}: expected {expected}, got {found}")
+
+
+def _skip_space(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def read_csv(text: str, name: str) -> Iterator[Located]:
+    """Yield the lines of a comma-separated table; quoted values may hold commas and line ends.
+
+    Raises:
+        DataError: The header is unusable, or a line has another number of fields.
+    """
+    return _table_records(_csv_lines(text, name), name)
+
+
+def read_tsv(text: str, name: str) -> Iterator[Located]:
+    """Yield the lines of a tab-separated table, in which quotes are ordinary characters.
+
+    Raises:
+        DataError: The header is unusable, or a line has another number of fields.
+    """
+    lines = enumerate(text.split("\n"), start=1)
+    cells = (
+        (number, line.removesuffix("\r").split("\t")) for number, line in lines if line.strip()
+    )
+    return _table_records(cells, name)
+
+
+def _csv_lines(text: str, name: str) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    while True:
+        first_line = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise DataError(
+                f"{name}, line {first_line}: not valid CSV ({error}); check the quotes, "
+                "or use JSONL"
+            ) from error
+        if cells is None:
+            return
+        if cells:
+            yield first_line, cells
+
+
+def _table_records(lines: Iterator[tuple[int, list[str]]], name: str) -> Iterator[Located]:
+    first_line, header = next(lines)
+    _check_header(header, f"{name}, line {first_line}")
+    for number, cells in lines:
+        if len(cells) != len(header):
+            raise DataError(
+                f"{name}, line {number}: expected {len(header)} fields "
+                f"({', '.join(header)}), got {len(cells)}"
+            )
+        yield Located(f"{name}, line {number}", dict(zip(header, cells, strict=True)))
+
+
+def _check_header(header: list[str], where: str) -> None:
+    if "" in header:
+        raise DataError(f"{where}: column {header.index('') + 1} of the header has no name")
+    repeated = sorted({column for column in header if header.count(column) > 1})
+    if repeated:
+        raise DataError(f"{where}: the header names {repeated[0]!r} twice; rename one")
+
+
+def read_parquet(path: Path) -> Iterator[Located]:
+    """Yield the records of a Parquet file.
+
+    Raises:
+        DataError: pyarrow is not installed, or the file is damaged.
+    """
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise _needs_pyarrow(path) from error
+    try:
+        table = parquet.read_table(path, partitioning=None)
+    except (ArrowException, OSError) as error:
+        raise _damaged(path, "Parquet", error) from error
+    return _column_records(table, path)
+
+
+def read_arrow(path: Path) -> Iterator[Located]:
+    """Yield the records of an Arrow file: the file form (Feather 2) or the stream form.
+
+    Raises:
+        DataError: pyarrow is not installed, or the file is damaged.
+    """
+    try:
+        from pyarrow import ArrowException, ipc
+    except ImportError as error:
+        raise _needs_pyarrow(path) from error
+    is_file_form = path.read_bytes()[:6] == b"ARROW1"
+    try:
+        with path.open("rb") as stream:
+            reader = ipc.open_file(stream) if is_file_form else ipc.open_stream(stream)
+            table = reader.read_all()
+    except (ArrowException, OSError) as error:
+        raise _damaged(path, "Arrow", error) from error
+    return _column_records(table, path)
+
+
+def _column_records(table: Any, path: Path) -> Iterator[Located]:
+    number = 0
+    for batch in table.to_batches(max_chunksize=4096):
+        for record in batch.to_pylist():
+            number += 1
+            yield Located(f"{path.name}, record {number}", record)
+
+
+def _needs_pyarrow(path: Path) -> DataError:
+    return DataError(
+        f'reading {path.name} needs pyarrow: pip install "softprompt[data]", or use JSONL or CSV'
+    )
+
+
+def _damaged(path: Path, form: str, error: Exception) -> DataError:
+    reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+    return DataError(f"{path.name}: not a readable {form} file ({reason}); write it again")
+
+
+TEXT_READERS: Mapping[str, Callable[[str, str], Iterator[Located]]] = {
+    ".jsonl": read_json_lines,
+    ".json": read_json_list,
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+}
+"""Readers of the text of a file, which also take its name for errors."""
+BINARY_READERS: Mapping[str, Callable[[Path], Iterator[Located]]] = {
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+    ".feather": read_arrow,
+}
+SUFFIXES = (*TEXT_READERS, *BINARY_READERS)
