@@ -35,3 +35,7 @@ from .parts import rows_of as rows_of
 from .pickles import load_pickled as load_pickled
 from .plain import single_task as single_task
 from .recorded_base import RecordedBase as RecordedBase
+from .recorded_base import check_base as check_base
+from .start import source_of as source_of
+from .start import started_prompt as started_prompt
+from .start import transferred_embeddings as transferred_embeddings

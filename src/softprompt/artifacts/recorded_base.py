@@ -7,8 +7,10 @@ from typing import Self
 
 from transformers import PreTrainedModel
 
+from softprompt.artifacts.manifest import Manifest
 from softprompt.artifacts.native import StoredAdapter
 from softprompt.backbone import Fingerprint, input_embedding
+from softprompt.errors import FingerprintError
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,3 +60,31 @@ class RecordedBase:
         if self.name != other.name:
             return f"its base is {other.name}, not {self.name}, and not both have a fingerprint"
         return None
+
+
+def check_base(
+    manifest: Manifest | None, location: str, model: PreTrainedModel, *, ignore: bool = False
+) -> None:
+    """Raise for a base that a prompt was not made for.
+
+    Args:
+        manifest: What is on record of the prompt; without one nothing is known of its base.
+        location: Folder of the prompt, for the message.
+        model: The base.
+        ignore: Accept any base.
+
+    Raises:
+        FingerprintError: If the fingerprints differ and that is not ignored.
+    """
+    # A prompt from a format that records no weights of its base has an empty fingerprint.
+    if manifest is None or ignore or not manifest.base_fingerprint:
+        return
+    made_for = Fingerprint.from_dict(manifest.base_fingerprint)
+    here = Fingerprint.of(model)
+    if not made_for.matches(here):
+        raise FingerprintError(
+            f"the prompt in {location} was made for {manifest.base_model} "
+            f"({made_for.model_type}, fingerprint {made_for.short}), this base is {model.name_or_path} "
+            f"({here.model_type}, {here.short}); load its own base, or pass --ignore-fingerprint "
+            "(ignore_fingerprint=True in Python)"
+        )

@@ -1,9 +1,7 @@
-from .base_check import check_base as check_base
 from .choosing import RowPrompt as RowPrompt
 from .classes import get_peft_model as get_peft_model
 from .completion import sees_input_of as sees_input_of
 from .detached import prompt_values as prompt_values
-from .encoders import build_prompt as build_prompt
 from .generation import prompted_generation as prompted_generation
 from .heads import BASE as BASE
 from .heads import heads_of as heads_of
@@ -17,5 +15,3 @@ from .parts import places_of as places_of
 from .placing import placement_of as placement_of
 from .saving import in_our_terms as in_our_terms
 from .saving import state_of as state_of
-from .source_prompt import source_of as source_of
-from .transfer import started_prompt as started_prompt

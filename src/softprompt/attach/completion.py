@@ -17,7 +17,6 @@ from softprompt.prompts import (
     PeftConfig,
     PeftType,
     Placement,
-    PrefixTuningConfig,
     PromptLearningConfig,
     TaskType,
 )
@@ -72,7 +71,7 @@ def completed(
     check_kind(config, shared)
     # The task decides which options PEFT lacks.
     config = dataclasses.replace(config, task_type=task)
-    if isinstance(config, PrefixTuningConfig):
+    if config.keys_and_values:
         sized(config, model, facts)
     else:
         _size_rows(config, model, facts)

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.attach.base_check import check_base
+from softprompt.artifacts import check_base, started_prompt
 from softprompt.attach.completion import completed
-from softprompt.attach.encoders import build_prompt
 from softprompt.attach.saving import Stored, rows_read
-from softprompt.backbone import facts_of, input_embedding
+from softprompt.backbone import facts_of
 from softprompt.errors import ArtifactError
 from softprompt.prompts import PromptLearningConfig
 
@@ -42,6 +41,6 @@ def prompt_values(
     check_base(stored.manifest, stored.location, model, ignore=ignore_fingerprint)
     facts = facts_of(model)
     config = completed(stored.config, model, facts, shared=None, own=None)
-    module = build_prompt(config, input_embedding(model), model=model)
+    module = started_prompt(config, model)
     module.load_stored(rows_read(stored.tensors, config, facts))
     return config, tuple(module.materialize(task).detach() for task in range(module.num_tasks))

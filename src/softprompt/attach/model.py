@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from softprompt.artifacts import check_base
 from softprompt.attach import saving
 from softprompt.attach.adapters import Adapters
-from softprompt.attach.base_check import check_base
 from softprompt.attach.choosing import RowPrompt, TaskIds, chosen_rows
 from softprompt.attach.completion import sees_input_of
 from softprompt.attach.context_loss import without_context_labels

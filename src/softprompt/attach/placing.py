@@ -15,7 +15,7 @@ from softprompt.attach.parts import DECODER
 from softprompt.attach.tasks import IGNORED
 from softprompt.backbone import is_encoder_decoder, start_id
 from softprompt.errors import ConfigError
-from softprompt.prompts import Placement, PrefixTuningConfig, PromptLearningConfig, TaskType
+from softprompt.prompts import Placement, PromptLearningConfig, TaskType
 
 PromptAt = Tensor | Sequence[int] | int
 """Real tokens before the prompt, for the batch or for each row."""
@@ -90,7 +90,7 @@ def _check_in_input(
         config = configs.get(row.name)
         types = getattr(config, "output_model_types", None)
         decoder = types == [DECODER] and is_encoder_decoder(model)
-        if offset and (decoder or isinstance(config, PrefixTuningConfig)):
+        if offset and (decoder or (config is not None and config.keys_and_values)):
             where = "before the decoder's input" if decoder else "before all tokens of each layer"
             raise ConfigError(
                 f"prompt_at would be ignored: the prompt {row.name!r} stands {where}; leave it out"

@@ -19,7 +19,4 @@ from .load import DEMO as DEMO
 from .load import LoadedBase as LoadedBase
 from .load import load_base as load_base
 from .load import progress_on_terminals_only as progress_on_terminals_only
-from .texts import label_token_ids as label_token_ids
-from .texts import load_tokenizer as load_tokenizer
-from .texts import text_token_ids as text_token_ids
 from .vocabulary import shared_ids as shared_ids

@@ -63,7 +63,7 @@ def _base(
     stored: StoredAdapter, base_model: str | None, ignore_fingerprint: bool
 ) -> LoadedBase | None:
     """Load the base and check that it is the prompt's; the recorded one may be absent."""
-    from softprompt.attach import check_base
+    from softprompt.artifacts import check_base
     from softprompt.backbone import load_base
     from softprompt.errors import BackboneError
 

@@ -16,6 +16,7 @@ from softprompt.artifacts import (
     Format,
     Read,
     StoredAdapter,
+    check_base,
     check_fit,
     detect,
     format_named,
@@ -23,7 +24,6 @@ from softprompt.artifacts import (
     require_new_file,
     single_task,
 )
-from softprompt.attach import check_base
 from softprompt.backbone import LoadedBase, load_base
 from softprompt.data import Verbalizer
 from softprompt.errors import ArtifactError, ConfigError, OutputExistsError, nearest

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ class Prompt:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """Return a prompt whose parts are changed one by one."""
-        parts = {
+        parts: dict[str, Any] = {
             name: change(part)
             for name in ("input", "decoder", "prefix")
             if (part := getattr(self, name)) is not None
@@ -100,7 +100,7 @@ class Prompt:
 
     @cached_property
     def key(self) -> str:
-        """A hash of the content: equal keys are equal values; the placement is the row's affair."""
+        """A hash of the content: equal keys are equal values, wherever they stand in the input."""
         digest = hashlib.sha256(str(self.sees_input).encode())
         for part in (self.input, self.decoder, self.prefix):
             if part is None:
