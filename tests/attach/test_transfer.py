@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from oracles.tokenizers import byte_bpe
 from softprompt import PeftModel, PromptEmbedding, PromptTuningConfig, get_peft_model
-from softprompt.attach.transfer import transferred_rows
+from softprompt.artifacts import transferred_embeddings
 from softprompt.backbone import input_embedding
 from softprompt.errors import ArtifactError, BackboneError, ConfigError, FingerprintError
 from softprompt.prompts import PromptTuningInit
@@ -110,19 +110,19 @@ def test_another_base_gets_the_linear_image(root, source, caplog):
     expected = stored(source, root) @ torch.load(root / "linear.pt", weights_only=True)
     torch.testing.assert_close(rows(model), expected, rtol=1e-3, atol=1e-4)
     assert "approximate: relative error 0.000" in caplog.text
-    found = transferred_rows(source, base(root, "second"), 6)
-    assert found.rows.shape == (6, 24)
+    found = transferred_embeddings(source, base(root, "second"), 6)
+    assert found.embeddings.shape == (6, 24)
     assert found.recycled.error < 1e-4
-    assert "its 4 rows made 6" in found.note
+    assert "its 4 virtual tokens made 6" in found.note
 
 
 def test_a_map_between_unrelated_bases_is_called_worthless(root, source, words, tmp_path):
     unrelated = llama(9, width=24)
     words.save_pretrained(tmp_path)
-    found = transferred_rows(source, unrelated, 4, tokenizer_name=str(tmp_path))
+    found = transferred_embeddings(source, unrelated, 4, tokenizer_name=str(tmp_path))
     assert found.recycled.error > 0.9
     assert "next to nothing: RANDOM or TEXT" in found.note
-    near = transferred_rows(source, base(root, "second"), 4)
+    near = transferred_embeddings(source, base(root, "second"), 4)
     assert "next to nothing" not in near.note
 
 
@@ -152,8 +152,8 @@ def test_a_base_that_is_gone_or_changed(root, source, tmp_path):
             (moved / file.name).write_bytes(file.read_bytes())
         (moved / "softprompt.json").write_text(json.dumps(manifest | {"base_model": name}))
         with pytest.raises(expected, match="was made for"):
-            transferred_rows(moved, base(root, "second"), 4)
-        assert len(transferred_rows(moved, base(root), 4).rows) == 4
+            transferred_embeddings(moved, base(root, "second"), 4)
+        assert len(transferred_embeddings(moved, base(root), 4).embeddings) == 4
 
 
 def changed(source, target, config=None, record=None):
@@ -185,29 +185,29 @@ def test_a_prompt_without_a_fingerprint_is_of_the_base_it_names(
 ):
     bare = changed(source, tmp_path / "bare", record=record)
     own = stored(source, root)
-    assert torch.equal(transferred_rows(bare, base(root), 4).rows, own)
-    assert transferred_rows(bare, base(root, "second"), 4).recycled.error < 1e-4
-    mapped = transferred_rows(bare, other_of_the_width(root, words, tmp_path), 4)
+    assert torch.equal(transferred_embeddings(bare, base(root), 4).embeddings, own)
+    assert transferred_embeddings(bare, base(root, "second"), 4).recycled.error < 1e-4
+    mapped = transferred_embeddings(bare, other_of_the_width(root, words, tmp_path), 4)
     assert mapped.recycled is not None
-    assert not torch.equal(mapped.rows, own)
+    assert not torch.equal(mapped.embeddings, own)
     base(root).save_pretrained(tmp_path / "renamed")
     renamed = LlamaForCausalLM.from_pretrained(tmp_path / "renamed")
-    assert torch.equal(transferred_rows(bare, renamed, 4).rows, own)
+    assert torch.equal(transferred_embeddings(bare, renamed, 4).embeddings, own)
 
 
 def test_a_prompt_that_names_no_base_is_refused(root, source, tmp_path):
     nameless = changed(source, tmp_path / "n", {"base_model_name_or_path": None})
     with pytest.raises(ConfigError, match=r"its base is None.*--base-model. first"):
-        transferred_rows(nameless, base(root), 4)
+        transferred_embeddings(nameless, base(root), 4)
     with pytest.raises(ConfigError, match="tokens are 16 wide, not 24"):
-        transferred_rows(nameless, base(root, "second"), 4)
+        transferred_embeddings(nameless, base(root, "second"), 4)
 
 
 def test_rows_for_the_answer_do_not_start_rows_for_the_input(root, source, tmp_path):
     of_decoder = {"peft_type": "EXTENDED_PROMPT_TUNING", "output_model_types": ["DECODER"]}
     answer = changed(source, tmp_path / "a", of_decoder | {"task_type": "SEQ_2_SEQ_LM"})
     with pytest.raises(ConfigError, match="stand before the answer, not before the input"):
-        transferred_rows(answer, base(root), 4)
+        transferred_embeddings(answer, base(root), 4)
 
 
 def test_what_cannot_be_started_from(root, source):

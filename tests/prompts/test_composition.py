@@ -81,7 +81,7 @@ def test_widths_must_agree():
 def test_recycling_finds_a_linear_map_to_another_width():
     table, linear = drawn(5, 40, 6), drawn(6, 6, 9)
     found = recycle(A, table, table @ linear)
-    torch.testing.assert_close(found.rows, A @ linear, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.embeddings, A @ linear, rtol=1e-4, atol=1e-5)
     assert found.error < 1e-6
     assert found.tokens == 36
 
@@ -104,7 +104,7 @@ def test_recycling_copes_with_tables_of_less_than_full_rank():
     table[:, 5] = table[:, 4]
     prompt = A.clone()
     prompt[:, 5] = prompt[:, 4]
-    torch.testing.assert_close(recycle(prompt, table, 2 * table).rows, 2 * prompt)
+    torch.testing.assert_close(recycle(prompt, table, 2 * table).embeddings, 2 * prompt)
 
 
 def test_recycling_needs_enough_tokens_and_matching_tables():

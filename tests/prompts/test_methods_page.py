@@ -23,7 +23,7 @@ def test_its_python_runs():
 
 
 def test_its_files_and_names_exist():
-    files = set(re.findall(r"`((?:attach|prompts)/\w+\.py)`", PAGE))
+    files = set(re.findall(r"`(prompts/methods/\w+\.py)`", PAGE))
     assert len(files) > 4
     assert all((ROOT / "src" / "softprompt" / file).is_file() for file in files)
     names = set(re.findall(r"`(\w+Config)`", PAGE))

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from softprompt import PromptEmbedding, PromptTuningConfig
-from softprompt.attach import build_prompt
 from softprompt.errors import ArtifactError, ConfigError
-from softprompt.prompts.parameterisations import FixedBasis, LowRank, Residual
+from softprompt.prompts import build_prompt
+from softprompt.prompts.methods.parameterisations import FixedBasis, LowRank, Residual
 
 V, H, P = 21, 12, 6
 KINDS = {
@@ -63,20 +63,20 @@ def test_low_rank_starts_at_the_best_approximation(table):
     assert torch.allclose(start.double(), best, atol=1e-4)
     missed = (start.double() - direct.double()).norm()
     assert torch.allclose(missed, sizes[3:].square().sum().sqrt(), rtol=1e-4)
-    assert torch.allclose(LowRank(direct, P).rows(), direct, atol=1e-5)
+    assert torch.allclose(LowRank(direct, P).embeddings(), direct, atol=1e-5)
 
 
 def test_ulpt_starts_at_the_nearest_rows_of_its_basis(table):
     direct = prompt(table, seed=4).materialize().detach()
     start = prompt(table, "ulpt", seed=4)
-    basis = start.parameters_of_rows.basis
+    basis = start.parameterisation.basis
     projection = direct @ basis.T @ torch.linalg.inv(basis @ basis.T) @ basis
     assert torch.allclose(start.materialize(), projection, atol=1e-5)
-    assert torch.allclose(FixedBasis(direct, H, seed=1).rows(), direct, atol=1e-4)
+    assert torch.allclose(FixedBasis(direct, H, seed=1).embeddings(), direct, atol=1e-4)
 
 
 def test_the_basis_comes_from_its_seed_and_is_not_trained(table):
-    made = prompt(table, "ulpt").parameters_of_rows
+    made = prompt(table, "ulpt").parameterisation
     drawn = torch.randn(4, H, generator=torch.Generator().manual_seed(made.seed)) / 2
     assert torch.equal(made.basis, drawn)
     assert "basis" in dict(made.named_buffers())
@@ -111,7 +111,7 @@ def test_training_reaches_a_target_and_bakes(table, kind, caplog):
     made.requires_grad_(False)
     with caplog.at_level(logging.INFO, "softprompt"):
         made.load_stored(stored)
-    assert "training goes on with the rows themselves" in caplog.text
+    assert "training goes on with the embeddings themselves" in caplog.text
     assert torch.equal(made.embedding.weight, stored["prompt_embeddings"])
     assert [(n, p.requires_grad) for n, p in made.named_parameters()] == [
         ("embedding.weight", False)

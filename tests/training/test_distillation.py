@@ -2,9 +2,8 @@
 
 import torch
 
-from softprompt.attach import build_prompt
 from softprompt.engine import EngineRow, TargetOutputs
-from softprompt.prompts import Prompt, PromptTuningConfig
+from softprompt.prompts import Prompt, PromptTuningConfig, build_prompt
 from softprompt.training.distillation import Distillation
 from softprompt.training.teachers import TeacherPrompts
 

@@ -30,5 +30,8 @@ from .recorded_base import RecordedBase as RecordedBase
 from .recorded_base import check_base as check_base
 from .recorded_base import check_fit as check_fit
 from .recorded_base import other_base as other_base
+from .start import source_of as source_of
+from .start import started_prompt as started_prompt
+from .start import transferred_embeddings as transferred_embeddings
 from .stored_prompt import StoredPrompt as StoredPrompt
 from .stored_prompt import other_parts as other_parts

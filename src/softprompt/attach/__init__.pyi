@@ -1,7 +1,6 @@
 from .classes import get_peft_model as get_peft_model
 from .completion import sees_input_of as sees_input_of
 from .detached import detached_prompts as detached_prompts
-from .encoders import build_prompt as build_prompt
 from .generation import prompted_generation as prompted_generation
 from .heads import BASE as BASE
 from .heads import heads_of as heads_of
@@ -10,5 +9,3 @@ from .injection import injected as injected
 from .model import PeftModel as PeftModel
 from .placing import placement_of as placement_of
 from .saving import state_of as state_of
-from .source_prompt import source_of as source_of
-from .transfer import started_prompt as started_prompt

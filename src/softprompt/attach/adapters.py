@@ -16,12 +16,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from softprompt.artifacts import Manifest
+from softprompt.artifacts import Manifest, started_prompt
 from softprompt.attach import heads, names
 from softprompt.attach.completion import completed
 from softprompt.attach.prefixes import trained_directly
 from softprompt.attach.tasks import RULES
-from softprompt.attach.transfer import started_prompt
 from softprompt.backbone import Facts, facts_of, freeze, locked, vocabulary_of
 from softprompt.errors import AdapterError, ConfigError
 from softprompt.prompts import PeftConfig, PromptLearningConfig, PromptModule, TaskType

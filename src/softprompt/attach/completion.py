@@ -16,7 +16,6 @@ from softprompt.prompts import (
     PeftConfig,
     PeftType,
     Placement,
-    PrefixTuningConfig,
     PromptLearningConfig,
     TaskType,
 )
@@ -71,7 +70,7 @@ def completed(
             f"the model's class takes task_type {own}, got {task}; use get_peft_model"
         )
     check_kind(config, shared)
-    if isinstance(config, PrefixTuningConfig):
+    if config.keys_and_values:
         sized(config, model, facts)
     else:
         _size_rows(config, model, facts)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from softprompt.artifacts import StoredPrompt, check_base
+from softprompt.artifacts import StoredPrompt, check_base, started_prompt
 from softprompt.attach.completion import completed
-from softprompt.attach.encoders import build_prompt
 from softprompt.attach.saving import rows_read
-from softprompt.backbone import facts_of, input_embedding
+from softprompt.backbone import facts_of
 from softprompt.errors import ArtifactError
 from softprompt.prompts import Prompt, PromptLearningConfig
 
@@ -41,6 +40,6 @@ def detached_prompts(
     check_base(stored, model, ignore=ignore_fingerprint)
     facts = facts_of(model)
     config = completed(stored.configuration(), model, facts, shared=None, own=None)
-    module = build_prompt(config, input_embedding(model), model=model)
+    module = started_prompt(config, model)
     module.load_stored(rows_read(stored.tensors, config, facts))
     return config, tuple(module.prompt(task).detach() for task in range(module.num_tasks))

@@ -5,39 +5,31 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.backbone import (
-    Facts,
-    key_value_shape,
-    output_limit,
-    text_key_values,
-    text_token_ids,
-)
+from softprompt.backbone import Facts, key_value_shape, output_limit
 from softprompt.engine import Prefixes, check_context, is_packed, prefix_path
 from softprompt.errors import ConfigError
-from softprompt.prompts import PrefixEncoder, PrefixTuningConfig, PromptLearningConfig
+from softprompt.prompts import PrefixTuningConfig, PromptLearningConfig
 
 logger = logging.getLogger(__name__)
 
 
 def check_kind(config: PromptLearningConfig, shared: PromptLearningConfig | None) -> None:
-    """Refuse prefixes and prompts in the input on one model.
+    """Raise for prefixes and prompts in the input on one model.
 
     Raises:
         ConfigError: If ``config`` is of another kind than the prompt that is already attached.
     """
-    kinds = [isinstance(each, PrefixTuningConfig) for each in (config, shared)]
-    if shared is not None and kinds[0] != kinds[1]:
+    if shared is not None and config.keys_and_values != shared.keys_and_values:
         raise ConfigError(
             f"all prompts on one model are prefixes or none is: it has {shared.peft_type}, got "
             f"{config.peft_type}; attach this one to a model of its own"
         )
 
 
-def sized(config: PrefixTuningConfig, model: PreTrainedModel, facts: Facts) -> None:
+def sized(config: PromptLearningConfig, model: PreTrainedModel, facts: Facts) -> None:
     """Fill in the sizes of the base's keys and values.
 
     Raises:
@@ -53,7 +45,7 @@ def sized(config: PrefixTuningConfig, model: PreTrainedModel, facts: Facts) -> N
     }
     for name, size in sizes.items():
         given = getattr(config, name)
-        # A seq2seq prefix is stored with every second layer empty.
+        # A seq2seq prompt is stored with every second layer empty.
         doubled = name == "num_layers" and facts.is_encoder_decoder and given == 2 * size
         if given not in (None, size) and not doubled:
             raise ConfigError(
@@ -62,26 +54,8 @@ def sized(config: PrefixTuningConfig, model: PreTrainedModel, facts: Facts) -> N
             )
         setattr(config, name, size)
     config.num_transformer_submodules = 1
-    if config.prefix_projection and config.encoder_hidden_size is None:
-        config.encoder_hidden_size = sizes["token_dim"]
-
-
-def build_prefix(
-    config: PrefixTuningConfig,
-    model: PreTrainedModel | None,
-    generator: torch.Generator | None,
-) -> PrefixEncoder:
-    """Return the untrained module of a prefix whose sizes are filled in.
-
-    Raises:
-        ConfigError: If it starts from a text and there is no model to read it.
-    """
-    text: Tensor | None = None
-    if config.prefix_tuning_init_text is not None and not config.inference_mode:
-        if model is None:
-            raise ConfigError("prefix_tuning_init_text needs the base model; use get_peft_model")
-        text = text_key_values(model, text_token_ids(config), config.num_virtual_tokens or 0)
-    return PrefixEncoder(config, text=text, generator=generator)
+    if isinstance(config, PrefixTuningConfig) and config.prefix_projection:
+        config.encoder_hidden_size = config.encoder_hidden_size or sizes["token_dim"]
 
 
 def trained_directly(config: PromptLearningConfig) -> None:

@@ -29,9 +29,6 @@ from .products import torch_products as torch_products
 from .recomputed import recomputed_alike as recomputed_alike
 from .recomputed import recomputes_layers as recomputes_layers
 from .state import locked as locked
-from .texts import label_token_ids as label_token_ids
-from .texts import load_tokenizer as load_tokenizer
-from .texts import text_token_ids as text_token_ids
 from .virtual import VirtualVocabulary as VirtualVocabulary
 from .virtual import vocabulary_of as vocabulary_of
 from .vocabulary import shared_ids as shared_ids

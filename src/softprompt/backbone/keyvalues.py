@@ -44,24 +44,21 @@ def _shape(model: PreTrainedModel) -> KeyValueShape:
     return KeyValueShape(layers, heads, width)
 
 
-def text_key_values(model: PreTrainedModel, ids: Sequence[int], length: int) -> Tensor:
-    """Return keys and values ``[L, 2, A_kv, P, D]`` of a text, tiled or cut to ``length`` tokens.
+def text_key_values(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
+    """Return keys and values ``[L, 2, A_kv, T, D]`` of a text's T token ids.
 
     Raises:
-        ConfigError: If there is no token, or the model's keys and values depend on an input.
+        ConfigError: If the model's keys and values depend on an input.
     """
-    if not ids:
-        raise ConfigError("prefix_tuning_init_text has no tokens; give a text with at least one")
-    tiled = [ids[i % len(ids)] for i in range(length)]
     try:
         if not is_encoder_decoder(model):
-            return key_values(model, tiled)
+            return key_values(model, ids)
     except BackboneError:
         if model.can_generate():
             raise
     raise ConfigError(
-        f"prefix_tuning_init_text needs a decoder alone: in {type(model).__name__} a text's keys and "
-        "values depend on the input; leave it out, or use init_weights='zero'"
+        f"a prompt that starts as a text needs a decoder alone: in {type(model).__name__} a text's keys and "
+        "values depend on the input; leave the text out, or use init_weights='zero'"
     )
 
 

@@ -22,11 +22,9 @@ from transformers.utils import logging as hf_logging
 
 from softprompt.backbone.base import Base
 from softprompt.backbone.embeddings import is_encoder_decoder
+from softprompt.bundled import DEMO
 from softprompt.bundled import model_directory
 from softprompt.errors import BackboneError, ConfigError
-
-DEMO = "demo"
-"""Name of the base model that ships with the package."""
 
 
 def load_base(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+DEMO = "demo"
+"""Name of the base model that ships with the package."""
+
 _HERE = Path(__file__).parent
 
 

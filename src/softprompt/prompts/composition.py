@@ -1,4 +1,4 @@
-"""New prompts from old ones, as pure functions of rows ``[P, H]``; leading dimensions are kept.
+"""New prompts from old ones, as pure functions of embeddings ``[P, H]``; leading dimensions are kept.
 
 Whether adding, averaging or joining trained prompts does anything sensible depends on the prompts:
 those of one initial prompt lie near each other, others need not. Measure the result.
@@ -24,13 +24,13 @@ class Recycled:
     """A prompt mapped to another base.
 
     Attributes:
-        rows: The mapped prompt ``[P, H_b]``, float32.
+        embeddings: The mapped prompt ``[P, H_b]``, float32.
         error: ``|| E_a W - E_b || / || E_b ||`` over tokens that the map was not fitted on; 0 is
             exact, 1 is no better than zeros.
         tokens: Shared tokens that the map was fitted on.
     """
 
-    rows: Tensor
+    embeddings: Tensor
     error: float
     tokens: int
 
@@ -39,7 +39,7 @@ def average(prompts: Sequence[Tensor], weights: Sequence[float] | None = None) -
     """Return the weighted mean of prompts of one length; weights count relative to their sum.
 
     Args:
-        prompts: Rows ``[P, H]`` each.
+        prompts: Embeddings ``[P, H]`` each.
         weights: One number of 0 or more for each prompt; None weighs all the same.
 
     Raises:
@@ -50,7 +50,7 @@ def average(prompts: Sequence[Tensor], weights: Sequence[float] | None = None) -
     if len(set(lengths)) > 1:
         raise ConfigError(
             f"an average needs prompts of one length, got {', '.join(map(str, lengths))} virtual "
-            "tokens; row i of one has nothing to do with row i of another length: resize them first"
+            "tokens; token i of one has nothing to do with token i of another length: resize them first"
         )
     shares = _shares([1.0] * len(prompts) if weights is None else weights, len(prompts))
     parts = [share * prompt for share, prompt in zip(shares, prompts, strict=True)]
@@ -58,7 +58,7 @@ def average(prompts: Sequence[Tensor], weights: Sequence[float] | None = None) -
 
 
 def concatenation(prompts: Sequence[Tensor]) -> Tensor:
-    """Return the rows of all prompts one after the other, ``[P_1 + P_2 + ..., H]``.
+    """Return the virtual tokens of all prompts one after the other, ``[P_1 + P_2 + ..., H]``.
 
     Raises:
         ConfigError: If widths differ.
@@ -68,7 +68,7 @@ def concatenation(prompts: Sequence[Tensor]) -> Tensor:
 
 
 def difference(first: Tensor, second: Tensor) -> Tensor:
-    """Return ``first - second`` ``[P, H]``: what training added, when both began at the same rows.
+    """Return ``first - second`` ``[P, H]``: what training added, when both started at the same values.
 
     Raises:
         ConfigError: If the shapes differ.
@@ -92,10 +92,10 @@ def shifted(prompt: Tensor, change: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def resized(prompt: Tensor, length: int) -> Tensor:
-    """Return a prompt of another length: its first rows, or its rows over again.
+    """Return a prompt of another length: its first virtual tokens, or all of them over again.
 
-    Repeated rows are rows that were trained; interpolated ones lie between two and were not.
-    Text is made to fit in the same way (``initialisers.from_tokens``).
+    Repeated tokens were trained; interpolated ones would lie between two that were.
+    Text is made to fit in the same way (``initialisers.fitted``).
 
     Raises:
         ConfigError: If the length is less than 1.
@@ -111,11 +111,11 @@ def recycle(prompt: Tensor, table_a: Tensor, table_b: Tensor) -> Recycled:
     """Map a prompt from base a to base b; an approximation, tune it further.
 
     W ``[H_a, H_b]`` minimises ``|| E_a W - E_b ||`` over the embeddings of the tokens that both
-    bases share, and maps the prompt's rows too (Lester et al. 2022, 2208.05577, the linear map from
+    bases share, and maps the prompt too (Lester et al. 2022, 2208.05577, the linear map from
     vocabulary to vocabulary).
 
     Args:
-        prompt: Rows ``[P, H_a]``.
+        prompt: Embeddings ``[P, H_a]``.
         table_a: Embeddings of N shared tokens in base a ``[N, H_a]``.
         table_b: The same tokens, in the same order, in base b ``[N, H_b]``.
 
@@ -140,8 +140,8 @@ def recycle(prompt: Tensor, table_a: Tensor, table_b: Tensor) -> Recycled:
     linear = torch.linalg.lstsq(inputs[~held_out], targets[~held_out], driver="gelsd").solution
     missed = inputs[held_out] @ linear - targets[held_out]
     error = float(missed.norm() / targets[held_out].norm())
-    rows = prompt.cpu().double() @ linear
-    return Recycled(rows.float(), error, fitted)
+    mapped = prompt.cpu().double() @ linear
+    return Recycled(mapped.float(), error, fitted)
 
 
 def _shares(weights: Sequence[float], count: int) -> list[float]:

@@ -1,8 +1,9 @@
-"""The configurations users write, under the names and defaults of PEFT.
+"""What the configurations of all methods have in common, under the names and defaults of PEFT.
 
 A configuration knows its own JSON file (``adapter_config.json``), because saving and
 loading one by itself is part of the contract; everything about weights lives in
-``artifacts``. Construction validates and does no I/O.
+``artifacts``. Construction validates and does no I/O. Each method's own options are in
+``methods/``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -19,35 +20,45 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 from huggingface_hub import hf_hub_download
 
 from softprompt.errors import ArtifactError, ConfigError, nearest
-from softprompt.prompts.fields import member, positive
-from softprompt.prompts.kinds import (
-    Parameterization,
-    PeftType,
-    Placement,
-    PromptTuningInit,
-    TaskType,
-)
+from softprompt.prompts.kinds import PeftType, Placement, TaskType
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
+    from torch import Tensor, nn
 
+    from softprompt.prompts.methods.multitask import SourcePrompt
+    from softprompt.prompts.module import PromptModule
     from softprompt.prompts.prompt import Prompt
-
-__all__ = [
-    "CONFIG_NAME",
-    "Parameterization",
-    "PeftConfig",
-    "PeftType",
-    "Placement",
-    "PromptLearningConfig",
-    "PromptTuningConfig",
-    "PromptTuningInit",
-    "TaskType",
-    "configures",
-]
 
 CONFIG_NAME = "adapter_config.json"
 """File name of a saved configuration, PEFT's."""
+
+_CLASSES: Mapping[PeftType, tuple[str, str]] = {
+    PeftType.PROMPT_TUNING: ("prompt_tuning", "PromptTuningConfig"),
+    PeftType.EXTENDED_PROMPT_TUNING: ("prompt_tuning", "PromptTuningConfig"),
+    PeftType.MULTITASK_PROMPT_TUNING: ("multitask", "MultitaskPromptTuningConfig"),
+    PeftType.P_TUNING: ("p_tuning", "PromptEncoderConfig"),
+    PeftType.PREFIX_TUNING: ("prefix", "PrefixTuningConfig"),
+    PeftType.CARTRIDGE: ("cartridge", "CartridgeConfig"),
+    PeftType.CPT: ("cpt", "CPTConfig"),
+}
+"""Module in ``methods`` and configuration class of each method; imported when they are needed."""
+
+_Member = TypeVar("_Member", bound=StrEnum)
+
+
+def config_class(peft_type: str) -> type[PromptLearningConfig]:
+    """Return the configuration class of a method, such as ``PREFIX_TUNING``.
+
+    Raises:
+        ConfigError: If there is no such method.
+    """
+    _check_method(peft_type)
+    file, name = _CLASSES[PeftType(peft_type)]
+    found: type[PromptLearningConfig] = getattr(
+        importlib.import_module(f"softprompt.prompts.methods.{file}"), name
+    )
+    return found
 
 
 @dataclass
@@ -78,11 +89,7 @@ class PeftConfig:
                 )
             self.task_type = TaskType(self.task_type)
         if self.peft_type is not None:
-            if self.peft_type not in list(PeftType):
-                raise ConfigError(
-                    f"peft_type must be one of {', '.join(PeftType)}, got {self.peft_type!r}; "
-                    "this version trains and loads no other method"
-                )
+            _check_method(self.peft_type)
             self.peft_type = PeftType(self.peft_type)
 
     @property
@@ -91,7 +98,7 @@ class PeftConfig:
         return True
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON values, under PEFT's keys; fields marked ``ours`` are not among them."""
+        """Return the fields as plain JSON values, under PEFT's keys; fields marked ``ours`` are left out."""
         ours = {f.name for f in dataclasses.fields(self) if f.metadata.get("ours")}
         return {
             key: str(value) if isinstance(value, StrEnum) else value
@@ -103,13 +110,14 @@ class PeftConfig:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Build the configuration that ``peft_type`` names from saved values.
 
-        A key we do not know is refused unless it is empty: files of newer PEFT versions
+        An unknown key raises unless its value is empty: files of newer PEFT versions
         carry unset options, and an option that is set changes what the prompt means.
 
         Raises:
             ConfigError: For an unknown method, or an unknown key that is set.
         """
-        target = _config_class(values.get("peft_type"), cls)
+        named = values.get("peft_type")
+        target = cls if named is None else config_class(named)
         known = {f.name for f in dataclasses.fields(target)}
         kept: dict[str, Any] = {}
         for key, value in values.items():
@@ -171,12 +179,28 @@ class PeftConfig:
         return cls.from_dict(values)
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a prompt's first values are made of, besides the configuration and the base's embeddings.
+
+    Attributes:
+        generator: Source of randomness; None is torch's global one, as in PEFT.
+        source: Trained multitask prompt that a multitask prompt starts from.
+        key_values: Returns the base's keys and values ``[L, 2, A_kv, T, D]`` of T token ids; a prefix or
+            cartridge that starts as a text needs it.
+    """
+
+    generator: torch.Generator | None = None
+    source: SourcePrompt | None = None
+    key_values: Callable[[Sequence[int]], Tensor] | None = None
+
+
 @dataclass
 class PromptLearningConfig(PeftConfig):
     """What every prompt has: its length and the width of the base's embeddings.
 
-    ``num_transformer_submodules`` (S) is 1: the rows stand before the input of the
-    (encoder's) embedding. PEFT's 2 for seq2seq adds rows that nothing ever reads.
+    ``num_transformer_submodules`` (S) is 1: the prompt stands before the input of the
+    (encoder's) embedding. PEFT's 2 for seq2seq adds virtual tokens that nothing ever reads.
     """
 
     num_virtual_tokens: int | None = field(default=None, metadata={"help": "Virtual tokens (P)."})
@@ -193,6 +217,30 @@ class PromptLearningConfig(PeftConfig):
     keys_and_values: ClassVar[bool] = False
     """Whether the method trains keys and values of layers instead of virtual tokens of the input."""
 
+    def build(self, word_embeddings: nn.Embedding, start: Start) -> PromptModule:
+        """Return this method's untrained module.
+
+        Raises:
+            ConfigError: If no method belongs to the configuration, or it lacks something.
+        """
+        raise ConfigError(f"expected the configuration of a prompt, got a {type(self).__name__}")
+
+    def table_size(self, width: int) -> tuple[int, int]:
+        """Return the virtual tokens S·P and width H of the prompt before embeddings that are ``width`` wide.
+
+        Raises:
+            ConfigError: If the length is missing, or ``token_dim`` is another width.
+        """
+        if self.num_virtual_tokens is None:
+            raise ConfigError(
+                "num_virtual_tokens is missing; give the length of the prompt, such as 20"
+            )
+        if self.token_dim not in (None, width):
+            raise ConfigError(
+                f"token_dim is {self.token_dim}, but the base's embeddings are {width} wide; leave it out"
+            )
+        return self.num_virtual_tokens * (self.num_transformer_submodules or 1), width
+
     def model_types(self) -> tuple[str, ...]:
         """Return the parts of the base that get virtual tokens, as ``output_model_types`` names them.
 
@@ -206,7 +254,7 @@ class PromptLearningConfig(PeftConfig):
         return ("ENCODER", "DECODER") if self.num_transformer_submodules == 2 else ("ENCODER",)
 
     def prompt_of(self, values: Tensor) -> Prompt:
-        """Return the prompt that values ``[S * P, H]``, or keys and values, are for this configuration."""
+        """Return the prompt that values ``[S·P, H]``, or keys and values, are for this configuration."""
         from softprompt.prompts.prompt import Prompt  # configurations alone do not wait for torch
 
         if self.keys_and_values:
@@ -233,194 +281,45 @@ class PromptLearningConfig(PeftConfig):
             positive("num_virtual_tokens", self.num_virtual_tokens)
 
 
-@dataclass
-class PromptTuningConfig(PromptLearningConfig):
-    """Prompt tuning (Lester et al. 2021): P rows trained directly, shape ``[P, H]``.
+def member(kind: type[_Member], name: str, value: object) -> _Member:
+    """Return the member of an enumeration that a field's value names.
 
-    ``tokenizer_kwargs`` go to ``AutoTokenizer.from_pretrained``; ``add_special_tokens=False``
-    among them leaves the tokenizer's special tokens out of the text (PEFT keeps them).
+    Raises:
+        ConfigError: If there is none.
     """
-
-    method: ClassVar[PeftType] = PeftType.PROMPT_TUNING
-    """The method's name in PEFT, as long as no option is set that PEFT lacks."""
-    inits: ClassVar[type[StrEnum]] = PromptTuningInit
-    """What ``prompt_tuning_init`` may be."""
-    native_model_types: ClassVar[tuple[list[str] | None, ...]] = (None, ["ENCODER"])
-    """Values of ``output_model_types`` that mean the same in PEFT."""
-
-    prompt_tuning_init: PromptTuningInit | str = field(
-        default=PromptTuningInit.RANDOM, metadata={"help": "How the prompt starts."}
-    )
-    prompt_tuning_init_text: str | None = field(
-        default=None, metadata={"help": "Text for TEXT; one label a line for LABELS."}
-    )
-    tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "Tokenizer for TEXT and LABELS."}
-    )
-    tokenizer_kwargs: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Keyword arguments of the tokenizer, with TEXT only."}
-    )
-    prompt_sees_input: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether an encoder's prompt attends to the input, as in PEFT.",
-            "ours": True,
-        },
-    )
-    output_model_types: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Parts of a seq2seq model that get a prompt: ENCODER, DECODER.",
-            "ours": True,
-        },
-    )
-    placement: Placement | str = field(
-        default=Placement.PREFIX,
-        metadata={"help": "Where the prompt stands in the input.", "ours": True},
-    )
-    parameterization: Parameterization | str = field(
-        default=Parameterization.DIRECT,
-        metadata={"help": "What is trained for the rows.", "ours": True},
-    )
-    parameterization_rank: int | None = field(
-        default=None, metadata={"help": "Rank r of low_rank and ulpt.", "ours": True}
-    )
-    prompt_tuning_init_prompt: str | None = field(
-        default=None, metadata={"help": "Saved prompt to start from, for PROMPT.", "ours": True}
-    )
-
-    def __post_init__(self) -> None:
-        """Validate the initialisation.
-
-        Raises:
-            ConfigError: For an unknown initialisation, or settings it lacks or would ignore.
-        """
-        super().__post_init__()
-        self.placement = member(Placement, "placement", self.placement)
-        self.parameterization = member(Parameterization, "parameterization", self.parameterization)
-        self._check_parameterization()
-        self._check_model_types()
-        extended = self.peft_options() != {}
-        self.peft_type = PeftType.EXTENDED_PROMPT_TUNING if extended else self.method
-        self.prompt_tuning_init = member(self.inits, "prompt_tuning_init", self.prompt_tuning_init)
-        self._check_text()
-        self._check_prompt()
-
-    def _check_prompt(self) -> None:
-        init = self.prompt_tuning_init
-        if init != PromptTuningInit.PROMPT:
-            if self.prompt_tuning_init_prompt is not None:
-                raise ConfigError(
-                    f"prompt_tuning_init_prompt would be ignored with prompt_tuning_init='{init}'; "
-                    "use PROMPT, or leave it out"
-                )
-            return
-        # A saved prompt does not carry where it started from.
-        if not self.prompt_tuning_init_prompt and not self.inference_mode:
-            raise ConfigError(
-                "When prompt_tuning_init='PROMPT', prompt_tuning_init_prompt can't be "
-                f"{self.prompt_tuning_init_prompt}."
-            )
-        if self.parameterization is not Parameterization.DIRECT:
-            raise ConfigError(
-                f"prompt_tuning_init='PROMPT' starts from rows, which parameterization "
-                f"{self.parameterization} cannot be given; use direct, or another initialisation"
-            )
-
-    def peft_options(self) -> dict[str, Any]:
-        """Return the options set here that PEFT does not have; where there is one, it cannot load the prompt."""
-        options: dict[str, Any] = {}
-        if not self.prompt_sees_input:
-            options["prompt_sees_input"] = False
-        if self.output_model_types not in self.native_model_types and not self._has_one_input():
-            options["output_model_types"] = list(self.output_model_types or ())
-        if self.placement is not Placement.PREFIX:
-            options["placement"] = str(self.placement)
-        return options
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields under PEFT's keys; ours are there only where they say something.
-
-        What was trained in the place of the rows is no part of the artifact: it is baked.
-        """
-        return super().to_dict() | self.peft_options()
-
-    def _has_one_input(self) -> bool:
-        """Return whether the base has one part only; which one it is, the base knows."""
-        return self.task_type not in (None, TaskType.SEQ_2_SEQ_LM)
-
-    def _check_text(self) -> None:
-        init = self.prompt_tuning_init
-        if init in (PromptTuningInit.TEXT, PromptTuningInit.LABELS):
-            for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
-                value = getattr(self, name)
-                if value is None or (name == "tokenizer_name_or_path" and not value):
-                    raise ConfigError(f"When prompt_tuning_init='{init}', {name} can't be {value}.")
-        if self.tokenizer_kwargs and init != PromptTuningInit.TEXT:
-            raise ConfigError("tokenizer_kwargs only valid when using prompt_tuning_init='TEXT'.")
-        if (self.tokenizer_kwargs or {}).get("trust_remote_code"):
-            raise ConfigError(
-                "tokenizer_kwargs may not hold trust_remote_code: a saved prompt must not be able to run code"
-            )
-
-    def _check_parameterization(self) -> None:
-        ranked = self.parameterization in (Parameterization.LOW_RANK, Parameterization.ULPT)
-        rank = self.parameterization_rank
-        if ranked:
-            positive(f"parameterization_rank of {self.parameterization}", rank)
-        elif rank is not None:
-            raise ConfigError(
-                f"parameterization_rank would be ignored with parameterization {self.parameterization}; "
-                "leave it out, or use low_rank or ulpt"
-            )
-
-    def _check_model_types(self) -> None:
-        if self.output_model_types is None:
-            return
-        if isinstance(self.output_model_types, str):
-            raise ConfigError(
-                f"output_model_types must be a list, such as ['{self.output_model_types}'], got "
-                f"{self.output_model_types!r}"
-            )
-        given = [str(each) for each in self.output_model_types]
-        allowed = [["ENCODER"], ["DECODER"], ["ENCODER", "DECODER"]]
-        if sorted(given, reverse=True) not in allowed:
-            raise ConfigError(
-                f"output_model_types must be one of {', '.join(map(str, allowed))}, got {given}"
-            )
-        self.output_model_types = sorted(given, reverse=True)
-
-
-_METHODS = ("multitask", "p_tuning", "prefix", "cpt")
-"""Modules whose import registers a configuration class."""
-
-_Config = TypeVar("_Config", bound=PeftConfig)
-
-
-_classes: dict[str, type[PeftConfig]] = dict.fromkeys(
-    (PeftType.PROMPT_TUNING, PeftType.EXTENDED_PROMPT_TUNING), PromptTuningConfig
-)
-
-
-def configures(peft_type: PeftType) -> Callable[[type[_Config]], type[_Config]]:
-    """Return a decorator that makes a class the configuration of a method."""
-
-    def register(owner: type[_Config]) -> type[_Config]:
-        _classes[peft_type] = owner
-        return owner
-
-    return register
-
-
-def _config_class(peft_type: str | None, default: type[PeftConfig]) -> type[PeftConfig]:
-    """Return the class for a saved ``peft_type``; the asking class when none is named."""
-    for method in _METHODS:
-        importlib.import_module(f"softprompt.prompts.{method}")
-    if peft_type is None:
-        return default
-    if peft_type not in _classes:
+    if value not in list(kind):
         raise ConfigError(
-            f"peft_type must be one of {', '.join(_classes)}, got {peft_type!r}; "
+            f"{name} must be one of {', '.join(kind)}, got {value!r}{nearest(str(value), kind)}"
+        )
+    return kind(str(value))
+
+
+def positive(name: str, value: object, *, least: int = 1) -> int:
+    """Return a field's value if it is a whole number of at least ``least``.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ConfigError(f"{name} must be {wanted}, got {value!r}")
+    return value
+
+
+def number(name: str, value: object) -> float:
+    """Return a field's value if it is a number of at least 0.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e38:
+        raise ConfigError(f"{name} must be a number of at least 0, got {value!r}")
+    return value
+
+
+def _check_method(peft_type: str) -> None:
+    if peft_type not in list(PeftType):
+        raise ConfigError(
+            f"peft_type must be one of {', '.join(PeftType)}, got {peft_type!r}; "
             "this version trains and loads no other method"
         )
-    return _classes[peft_type]

@@ -1,12 +1,13 @@
-"""First values of a prompt, as pure functions that return rows ``[P, H]`` in float32.
+"""First values of a prompt, as pure functions that return embeddings ``[P, H]`` in float32.
 
-``embed`` maps token ids ``[N]`` to rows ``[N, H]`` and is the base's own embedding module,
-so that a scale inside it (Gemma, BART) is part of the rows, as in PEFT.
+``embed`` maps token ids ``[N]`` to embeddings ``[N, H]`` and is the base's own embedding module,
+so that a scale inside it (Gemma, BART) is part of the values, as in PEFT.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -16,30 +17,43 @@ from softprompt.errors import ConfigError
 Embed = Callable[[Tensor], Tensor]
 
 _RMS_SAMPLE = 4096
-"""Rows looked at for the rms: enough for three digits, cheap for vocabularies of 256k."""
+"""Embeddings looked at for the rms: enough for three digits, cheap for vocabularies of 256k."""
 
 
 def normal(length: int, width: int, *, std: float, generator: torch.Generator | None) -> Tensor:
-    """Draw rows ``[P, H]`` from N(0, std²)."""
+    """Draw embeddings ``[P, H]`` from N(0, std²)."""
     return torch.randn(length, width, generator=generator) * std
 
 
-def from_tokens(length: int, ids: Sequence[int], embed: Embed) -> Tensor:
-    """Embed ids, tiled when there are fewer than ``length`` and cut from the right when more.
+def fitted(ids: Sequence[int], length: int, text: str) -> list[int]:
+    """Return ``length`` token ids: repeated when there are fewer, cut from the right when more.
+
+    Args:
+        ids: Token ids of a text.
+        length: Virtual tokens wanted (P).
+        text: Name of the option that holds the text, for messages.
 
     Raises:
         ConfigError: If there is no id at all.
     """
     if not ids:
-        raise ConfigError("prompt_tuning_init_text has no tokens; give a text with at least one")
-    tiled = [ids[i % len(ids)] for i in range(length)]
-    return _embed(tiled, embed)
+        raise ConfigError(f"{text} has no tokens; give a text with at least one")
+    return [ids[i % len(ids)] for i in range(length)]
+
+
+def from_tokens(length: int, ids: Sequence[int], embed: Embed) -> Tensor:
+    """Embed the tokens of a text, repeated or cut to ``length`` tokens.
+
+    Raises:
+        ConfigError: If there is no token at all.
+    """
+    return _embed(fitted(ids, length, "prompt_tuning_init_text"), embed)
 
 
 def sampled(
     length: int, vocabulary: int, embed: Embed, *, generator: torch.Generator | None
 ) -> Tensor:
-    """Embed ``length`` ids drawn uniformly from the vocabulary."""
+    """Embed ``length`` tokens drawn uniformly from the vocabulary."""
     return _embed(torch.randint(0, vocabulary, (length,), generator=generator).tolist(), embed)
 
 
@@ -51,23 +65,23 @@ def from_labels(
     *,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Start the first rows at the labels and the rest at sampled vocabulary.
+    """Start the first virtual tokens at the labels and the others at sampled vocabulary.
 
     A label of several sub-tokens is the mean of their embeddings (Lester et al. 2021, 3.2).
 
     Raises:
-        ConfigError: If there are more labels than rows, or an empty label.
+        ConfigError: If there are more labels than virtual tokens, or an empty label.
     """
     if len(labels) > length:
         raise ConfigError(
-            f"LABELS needs a row for each of the {len(labels)} labels, num_virtual_tokens is {length}; "
-            "raise it, or use TEXT"
+            f"LABELS needs a virtual token for each of the {len(labels)} labels, num_virtual_tokens is "
+            f"{length}; raise it, or use TEXT"
         )
     if not all(labels):
         raise ConfigError("LABELS found a label without tokens; remove the empty line")
-    rows = [_embed(ids, embed).mean(dim=0, keepdim=True) for ids in labels]
+    means = [_embed(ids, embed).mean(dim=0, keepdim=True) for ids in labels]
     rest = sampled(length - len(labels), vocabulary, embed, generator=generator)
-    return torch.cat([*rows, rest])
+    return torch.cat([*means, rest])
 
 
 @torch.no_grad()
@@ -75,6 +89,23 @@ def rms(embed: Embed, vocabulary: int) -> float:
     """Return the root mean square of an embedding, over evenly spaced ids of the vocabulary."""
     step = max(1, vocabulary // _RMS_SAMPLE)
     return float(embed(torch.arange(0, vocabulary, step)).float().square().mean().sqrt())
+
+
+def drawn_seed(generator: torch.Generator | None) -> int:
+    """Return a seed drawn from a generator; None is torch's global one."""
+    return int(torch.randint(2**31 - 1, (), generator=generator))
+
+
+@contextmanager
+def drawing_from(generator: torch.Generator | None) -> Iterator[None]:
+    """Make layers that are built inside the context depend on ``generator`` alone; None changes nothing."""
+    if generator is None:
+        yield
+        return
+    seed = drawn_seed(generator)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def _embed(ids: Sequence[int], embed: Embed) -> Tensor:

@@ -1,4 +1,4 @@
-"""The words configurations are written in: tasks, methods, and choices within a method."""
+"""The enumerations of configurations: task types, methods, and the choices within a method."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import Literal, get_args
 
 Measure = Literal["mean", "pairs"]
-"""How two prompts are compared: by their mean rows, or by all pairs of rows."""
+"""How two prompts are compared: by their mean virtual token, or by all pairs of virtual tokens."""
 
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 
@@ -23,12 +23,13 @@ class TaskType(StrEnum):
 
 
 class PeftType(StrEnum):
-    """The methods of prompt learning this library trains; PEFT's names."""
+    """The methods of prompt learning that are supported; PEFT's names."""
 
     PROMPT_TUNING = "PROMPT_TUNING"
     MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
     P_TUNING = "P_TUNING"
     PREFIX_TUNING = "PREFIX_TUNING"
+    CARTRIDGE = "CARTRIDGE"
     CPT = "CPT"
     EXTENDED_PROMPT_TUNING = "EXTENDED_PROMPT_TUNING"
     """Ours: prompt tuning with an option that PEFT does not have (a placement, a decoder prompt, an
@@ -36,13 +37,17 @@ class PeftType(StrEnum):
     another model."""
 
 
+KEY_VALUE_METHODS = frozenset({PeftType.PREFIX_TUNING, PeftType.CARTRIDGE})
+"""Methods whose prompt is keys and values of every layer, not virtual tokens of the input."""
+
+
 class Placement(StrEnum):
-    """Where a prompt stands among the tokens of its row."""
+    """Where a prompt stands among the input's tokens."""
 
     PREFIX = "prefix"
     """Before the first token, as in PEFT."""
     AFTER_BOS = "after_bos"
-    """Behind the token that starts every text (BOS, CLS), where the row begins with one."""
+    """Behind the token that starts every text (BOS, CLS), where the input begins with one."""
     SUFFIX = "suffix"
     """Behind the last token of the input."""
     CHAT_SYSTEM = "chat_system"
@@ -50,10 +55,10 @@ class Placement(StrEnum):
 
 
 class Parameterization(StrEnum):
-    """What is trained in the place of the prompt's rows; all bake down to ``[P, H]`` when saved."""
+    """How a prompt's embeddings are parameterised; all are saved baked, as ``[P, H]``."""
 
     DIRECT = "direct"
-    """The rows themselves (Lester et al. 2021)."""
+    """The embeddings themselves (Lester et al. 2021)."""
     LOW_RANK = "low_rank"
     """A ``[P, r]`` times B ``[r, H]`` (decomposed prompt tuning, Xiao et al. 2023, arXiv:2310.10094)."""
     ULPT = "ulpt"
@@ -68,9 +73,9 @@ class PromptTuningInit(StrEnum):
 
     ``RANDOM``, ``TEXT`` and ``SAMPLE_VOCAB`` mean what they mean in PEFT. ``RANDOM`` is
     N(0, 1), 50 to 100 times outside the embedding scale of a Llama; ``RANDOM_SCALED`` is
-    the same draw times the rms of the base's embeddings. ``LABELS`` starts each row at a
+    the same draw times the rms of the base's embeddings. ``LABELS`` starts each virtual token at a
     class label (the mean of its sub-tokens, Lester et al. 2021), the rest from the vocabulary.
-    ``PROMPT`` starts at the rows of another prompt (Vu et al. 2022, SPoT).
+    ``PROMPT`` starts at another prompt (Vu et al. 2022, SPoT).
     """
 
     TEXT = "TEXT"
@@ -84,10 +89,10 @@ class PromptTuningInit(StrEnum):
 class MultitaskPromptTuningInit(StrEnum):
     """Where the first values of a multitask prompt come from.
 
-    The last three read a source prompt, ``prompt_tuning_init_state_dict_path``, whose shared rows
-    they take over: the task matrix becomes the mean over the source's tasks (columns and rows
-    averaged each by itself, as in PEFT), that of one task, or starts anew. The others set the
-    shared rows as in ``PromptTuningInit``.
+    The last three read a source prompt, ``prompt_tuning_init_state_dict_path``, and
+    take over its shared embeddings: the task matrix becomes the mean over the source's tasks (both
+    factors averaged each by itself, as in PEFT), that of one task, or starts anew. The others set
+    the shared embeddings as in ``PromptTuningInit``.
     """
 
     TEXT = "TEXT"
@@ -101,7 +106,7 @@ class MultitaskPromptTuningInit(StrEnum):
 
 
 class TaskMatrixInit(StrEnum):
-    """How the matrix starts that a task multiplies the shared rows with."""
+    """First value of the matrix that a task multiplies the shared embeddings with."""
 
     ONES = "ones"
     """At exactly 1: every task starts at the shared prompt."""
@@ -110,7 +115,7 @@ class TaskMatrixInit(StrEnum):
 
 
 class PromptEncoderReparameterizationType(StrEnum):
-    """What stands behind the rows of P-tuning."""
+    """The network that P-tuning trains with the embeddings."""
 
     MLP = "MLP"
     LSTM = "LSTM"

@@ -1,4 +1,4 @@
-"""The one interface of everything that is trained in the place of a prompt.
+"""The one interface of everything that is trained to be a prompt.
 
 A prompt is a value: ``materialize`` makes it from whatever parameters are trained, never looking
 at the input, so training, serving, composing and saving share one code path.
@@ -7,37 +7,41 @@ at the input, so training, serving, composing and saving share one code path.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal, final
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, final
 
 import torch
 from torch import Tensor, nn
 
 from softprompt.errors import ArtifactError, ConfigError
+from softprompt.prompts.configs import PeftConfig, PromptLearningConfig, Start
 from softprompt.prompts.prompt import Prompt
 
 if TYPE_CHECKING:
-    from softprompt.prompts.configs import PromptLearningConfig
+    from softprompt.prompts.methods.multitask import SourcePrompt
 
 PROMPT_KEY = "prompt_embeddings"
 """Name of the baked value in PEFT's weights file."""
 
 
 class PromptModule(nn.Module, ABC):
-    """The parameters behind one named prompt; its attributes are called as in PEFT's modules.
+    """The parameters behind one named prompt; its attributes have the names of PEFT's modules.
 
     Attributes:
-        kind: ``rows`` for a prompt that stands in the input, ``[S * P, H]``; ``kv`` for one that is
-            keys and values of every layer, ``[L, 2, A_kv, P, D]``.
+        config: What the module was made from; it says which parts of the base the prompt feeds. None
+            puts all of it in front of the input.
         num_tasks: Tasks (K) that have a value of their own; task ids go from 0 to K - 1.
-        config: What says where the prompt stands; None puts all of it in front of the input.
         fixed: Names of parameters that are never trained.
     """
 
-    kind: ClassVar[Literal["rows", "kv"]] = "rows"
+    config: PromptLearningConfig | None
     num_tasks: int = 1
-    config: PromptLearningConfig | None = None
     fixed: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: PromptLearningConfig | None = None) -> None:
+        """Keep the configuration that is about to be built."""
+        super().__init__()
+        self.config = config
 
     @final
     def prompt(self, task: int = 0) -> Prompt:
@@ -57,7 +61,7 @@ class PromptModule(nn.Module, ABC):
 
     @abstractmethod
     def materialize(self, task: int = 0) -> Tensor:
-        """Return the prompt's value for a task in float32, with gradients.
+        """Return a task's embeddings ``[S·P, H]``, or keys and values ``[L, 2, A_kv, P, D]``, with gradients.
 
         Raises:
             ConfigError: If there is no such task.
@@ -69,7 +73,7 @@ class PromptModule(nn.Module, ABC):
 
     @abstractmethod
     def load_stored(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what ``stored`` returned, or PEFT's file holds.
+        """Load what ``stored`` returned, or PEFT's file holds.
 
         Raises:
             ArtifactError: If a tensor is missing, left over or of another shape, or parameters cannot be
@@ -77,8 +81,34 @@ class PromptModule(nn.Module, ABC):
         """
 
 
+def build_prompt(
+    config: PeftConfig,
+    word_embeddings: nn.Embedding,
+    *,
+    generator: torch.Generator | None = None,
+    source: SourcePrompt | None = None,
+    key_values: Callable[[Sequence[int]], Tensor] | None = None,
+) -> PromptModule:
+    """Return the untrained module of a configuration whose sizes are filled in; no file is read.
+
+    Args:
+        config: What to build.
+        word_embeddings: The base's input embedding; gives the embeddings for TEXT and the like.
+        generator: Source of randomness; None is torch's global one, as in PEFT.
+        source: Trained multitask prompt, for the inits that start from one.
+        key_values: Returns the base's keys and values ``[L, 2, A_kv, T, D]`` of T token ids, for a prefix
+            or cartridge that starts as a text.
+
+    Raises:
+        ConfigError: If no method belongs to the configuration, or it lacks something.
+    """
+    if not isinstance(config, PromptLearningConfig):
+        raise ConfigError(f"expected the configuration of a prompt, got a {type(config).__name__}")
+    return config.build(word_embeddings, Start(generator, source, key_values))
+
+
 def check_task(task: int, count: int) -> None:
-    """Refuse a task id that a prompt does not have.
+    """Raise for a task id that a prompt does not have.
 
     Raises:
         ConfigError: If it is none of 0 to ``count`` - 1.

@@ -100,7 +100,7 @@ class Prompt:
 
     @cached_property
     def key(self) -> str:
-        """A hash of the content: equal keys are equal values; the placement is the row's affair."""
+        """A hash of the content: equal keys are equal values, wherever they stand in the input."""
         digest = hashlib.sha256(str(self.sees_input).encode())
         for part in (self.input, self.decoder, self.prefix):
             if part is None:

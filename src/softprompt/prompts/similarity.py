@@ -12,13 +12,13 @@ __all__ = ["MEASURES", "Measure", "similarity"]
 
 
 def similarity(first: Tensor, second: Tensor, measure: Measure = "mean") -> float:
-    """Return a cosine between -1 and 1 that does not depend on the order of the two, or of rows.
+    """Return a cosine between -1 and 1 that does not depend on the order of the two, or of virtual tokens.
 
     Args:
-        first: Rows ``[P_1, H]``.
-        second: Rows ``[P_2, H]``, of any length.
-        measure: ``mean`` compares the mean rows; ``pairs`` is the mean cosine over all pairs of a
-            row of the one and a row of the other. Both are 0 for a prompt of zeros.
+        first: Embeddings ``[P_1, H]``.
+        second: Embeddings ``[P_2, H]``, of any length.
+        measure: ``mean`` compares the mean embeddings; ``pairs`` is the mean cosine over all pairs of a
+            virtual token of the one and one of the other. Both are 0 for a prompt of zeros.
 
     Raises:
         ConfigError: If the widths differ, or there is no such measure.
@@ -29,11 +29,11 @@ def similarity(first: Tensor, second: Tensor, measure: Measure = "mean") -> floa
         )
     if first.shape[-1] != second.shape[-1]:
         raise ConfigError(
-            f"only prompts of one base can be compared, got rows {first.shape[-1]} and "
+            f"only prompts of one base can be compared, got embeddings {first.shape[-1]} and "
             f"{second.shape[-1]} wide"
         )
     a, b = first.double(), second.double()
     if measure == "mean":
         return float(normalize(a.mean(dim=0), dim=0) @ normalize(b.mean(dim=0), dim=0))
-    # The mean over all pairs of unit rows is the product of the means of the unit rows.
+    # The mean over all pairs of unit vectors is the product of the means of the unit vectors.
     return float(normalize(a, dim=1).mean(dim=0) @ normalize(b, dim=1).mean(dim=0))

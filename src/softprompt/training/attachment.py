@@ -7,7 +7,8 @@ from typing import Any, cast
 
 import torch
 
-from softprompt.attach import PeftModel, get_peft_model, started_prompt
+from softprompt.artifacts import started_prompt
+from softprompt.attach import PeftModel, get_peft_model
 from softprompt.backbone import Base, Facts, Fingerprint
 from softprompt.errors import ConfigError
 from softprompt.prompts import (

@@ -13,8 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from softprompt.artifacts import PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, load_adapter
-from softprompt.attach import source_of
+from softprompt.artifacts import PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, load_adapter, source_of
 from softprompt.backbone import Fingerprint
 from softprompt.errors import ConfigError, SoftPromptError, nearest
 from softprompt.prompts import CONFIG_NAME, MultitaskPromptTuningConfig, PeftType, Placement

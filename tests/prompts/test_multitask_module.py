@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from softprompt import MultitaskPromptEmbedding, MultitaskPromptTuningConfig
-from softprompt.attach import build_prompt
+from softprompt.artifacts import source_of
 from softprompt.errors import ArtifactError, ConfigError
+from softprompt.prompts import build_prompt
 
 V, H, P, K, R = 11, 8, 4, 3, 2
 SIZES = {"num_virtual_tokens": P, "token_dim": H, "num_tasks": K, "num_ranks": R}
@@ -28,9 +29,14 @@ def config(**changes):
     )
 
 
+def built(settings, table, **options):
+    """Return the module of a configuration, from the source prompt that it names."""
+    return build_prompt(settings, table, source=source_of(settings), **options)
+
+
 def trained(table, **changes):
     """Return a module whose factors are no longer special."""
-    prompt = build_prompt(config(**changes), table)
+    prompt = built(config(**changes), table)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in prompt.parameters():
@@ -74,21 +80,21 @@ def test_values_and_gradients_equal_pefts(table, submodules):
 
 
 def test_more_ranks_than_rows_restrict_nothing(table):
-    assert build_prompt(config(num_ranks=P), table).prefix_task_cols.shape == (K, P, P)
+    assert built(config(num_ranks=P), table).prefix_task_cols.shape == (K, P, P)
     with pytest.raises(ConfigError, match=r"num_ranks 5 restricts nothing .* use at most 4"):
-        build_prompt(config(num_ranks=P + 1), table)
-    build_prompt(config(num_ranks=P + 1, inference_mode=True), table)
+        built(config(num_ranks=P + 1), table)
+    built(config(num_ranks=P + 1, inference_mode=True), table)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_every_task_starts_at_the_shared_prompt(table, rank):
-    prompt = build_prompt(config(num_ranks=rank), table)
+    prompt = built(config(num_ranks=rank), table)
     for task in range(K):
         assert torch.equal(prompt.materialize(task), prompt.embedding.weight)
 
 
 def test_ranks_do_not_learn_the_same(table):
-    prompt = build_prompt(config(num_ranks=3, num_tasks=1), table)
+    prompt = built(config(num_ranks=3, num_tasks=1), table)
     optimiser = torch.optim.SGD([prompt.prefix_task_cols, prompt.prefix_task_rows], lr=0.1)
     target = torch.randn(P, H)
     for _ in range(3):
@@ -102,7 +108,7 @@ def test_ranks_do_not_learn_the_same(table):
 def test_pefts_start_is_reproducible(table):
     options = {"task_type": "SEQ_2_SEQ_LM", "num_transformer_submodules": 1, **SIZES}
     torch.manual_seed(7)
-    ours = build_prompt(config(task_matrix_init="normal"), table)
+    ours = built(config(task_matrix_init="normal"), table)
     torch.manual_seed(7)
     theirs = peft.tuners.MultitaskPromptEmbedding(
         peft.MultitaskPromptTuningConfig(**options), table
@@ -115,7 +121,7 @@ def test_pefts_start_is_reproducible(table):
 def test_a_generator_alone_decides(table):
     def drawn(seed, start):
         generator = torch.Generator().manual_seed(seed)
-        return build_prompt(config(task_matrix_init=start), table, generator=generator).state_dict()
+        return built(config(task_matrix_init=start), table, generator=generator).state_dict()
 
     for start in ("ones", "normal"):
         one, same, other = drawn(1, start), drawn(1, start), drawn(2, start)
@@ -131,7 +137,7 @@ def test_files_hold_what_pefts_hold(table):
         "prefix_task_cols": (K, P, R),
         "prefix_task_rows": (K, R, H),
     }
-    again = build_prompt(config(), table)
+    again = built(config(), table)
     again.load_stored(stored)
     assert all(torch.equal(again.materialize(k), prompt.materialize(k)) for k in range(K))
     with pytest.raises(ArtifactError, match="lacks prefix_task_cols"):
@@ -152,7 +158,7 @@ def test_source_inits_equal_pefts(table, tmp_path, suffix, init):
         "prompt_tuning_init_state_dict_path": str(path),
         "num_tasks": 1,
     }
-    ours = build_prompt(config(**options), table)
+    ours = built(config(**options), table)
     theirs = peft.tuners.MultitaskPromptEmbedding(
         peft.MultitaskPromptTuningConfig(
             **{"task_type": "SEQ_2_SEQ_LM", "num_transformer_submodules": 1, **SIZES, **options}
@@ -165,7 +171,7 @@ def test_source_inits_equal_pefts(table, tmp_path, suffix, init):
         return
     for name, value in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[name], value)
-    several = build_prompt(config(**{**options, "num_tasks": 2}), table)
+    several = built(config(**{**options, "num_tasks": 2}), table)
     assert all(torch.equal(several.materialize(k), ours.materialize()) for k in (0, 1))
 
 
@@ -182,20 +188,20 @@ def test_rows_alone_are_a_source_too(table, tmp_path):
     save_file({"prompt_embeddings": rows}, tmp_path / "rows.safetensors")
     torch.save(rows, tmp_path / "encoder.pt")
     for name in ("rows.safetensors", "encoder.pt"):
-        assert torch.equal(build_prompt(shared(tmp_path / name), table).materialize(2), rows)
+        assert torch.equal(built(shared(tmp_path / name), table).materialize(2), rows)
     average = config(
         prompt_tuning_init="AVERAGE_SOURCE_TASKS",
         prompt_tuning_init_state_dict_path=str(tmp_path / "encoder.pt"),
     )
     with pytest.raises(ConfigError, match="needs a multitask source"):
-        build_prompt(average, table)
+        built(average, table)
 
 
 def test_a_target_prompt_needs_no_source_file(table):
-    finished = build_prompt(shared("gone.safetensors", inference_mode=True), table)
+    finished = built(shared("gone.safetensors", inference_mode=True), table)
     finished.load_stored(trained(table).stored())
     with pytest.raises(ConfigError, match="is not there"):
-        build_prompt(shared("gone.safetensors"), table)
+        built(shared("gone.safetensors"), table)
 
 
 class Code:
@@ -221,7 +227,7 @@ class Code:
 def test_files_that_are_no_source_are_refused(table, tmp_path, content, message, capsys):
     torch.save(content, tmp_path / "source.pt")
     with pytest.raises(ConfigError, match=message) as caught:
-        build_prompt(shared(tmp_path / "source.pt"), table)
+        built(shared(tmp_path / "source.pt"), table)
     assert "\n" not in str(caught.value)
     assert capsys.readouterr().out == ""
 
@@ -234,15 +240,15 @@ def test_sources_that_do_not_fit_are_refused(table, tmp_path):
         "prompt_tuning_init_state_dict_path": str(path),
     }
     with pytest.raises(ConfigError, match="one of the source's 3 tasks, 0 to 2, got 3"):
-        build_prompt(config(**exact, prompt_tuning_init_task=3), table)
+        built(config(**exact, prompt_tuning_init_task=3), table)
     with pytest.raises(ConfigError, match=r"prefix_task_cols is \[3, 4, 2\], this prompt needs"):
-        build_prompt(config(**exact, num_ranks=1), table)
+        built(config(**exact, num_ranks=1), table)
     with pytest.raises(ConfigError, match="is a folder"):
-        build_prompt(shared(tmp_path), table)
+        built(shared(tmp_path), table)
 
 
 def test_tasks_that_do_not_exist(table):
-    prompt = build_prompt(config(), table)
+    prompt = built(config(), table)
     assert prompt.num_tasks == K
     with pytest.raises(ConfigError, match=r"^task_ids cannot be None$"):
         prompt(torch.arange(P)[None], None)

@@ -8,9 +8,8 @@ from torch import nn
 
 from oracles.tokenizers import byte_bpe
 from softprompt import MultitaskPromptTuningConfig, PromptTuningConfig
-from softprompt.attach import build_prompt
 from softprompt.errors import ConfigError
-from softprompt.prompts import PeftConfig, PromptLearningConfig
+from softprompt.prompts import PeftConfig, PromptLearningConfig, build_prompt
 
 H = 8
 

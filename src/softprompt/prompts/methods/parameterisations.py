@@ -1,6 +1,10 @@
-"""What is trained in the place of a prompt's rows: modules whose ``rows`` are ``[S·P, H]``.
+"""Parameterisations of prompt tuning: modules whose ``embeddings`` are E ``[S·P, H]``.
 
-Each starts at or near given rows, so that every initialisation of a prompt keeps its meaning.
+- low rank: E = A B, A ``[S·P, r]``, B ``[r, H]`` (Xiao et al. 2023, arXiv:2310.10094)
+- ULPT: E = Z R ∘ s + b, Z ``[S·P, r]`` trained, R ``[r, H]`` fixed and random (Wu et al. 2025, arXiv:2502.04501)
+- residual: E = P + MLP(P), P ``[S·P, H]`` (Razdaibiedina et al. 2023, arXiv:2305.03937)
+
+Each starts at or near given embeddings, so that every initialisation of a prompt keeps its meaning.
 """
 
 from __future__ import annotations
@@ -12,32 +16,31 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.errors import ConfigError
-from softprompt.prompts.configs import PromptTuningConfig
+from softprompt.prompts.initialisers import drawing_from, drawn_seed
 from softprompt.prompts.kinds import Parameterization
-from softprompt.prompts.randomness import drawing_from, drawn_seed
 
 BOTTLENECK = 400
 """Width inside the residual network. On T5-Large it gives the 925K parameters that Xiao et al. 2023 count
 for residual prompt tuning (100 tokens, one network shared by all)."""
 
 
-class RowParameters(nn.Module, ABC):
-    """Parameters that make rows."""
+class Parameterised(nn.Module, ABC):
+    """Parameters that a prompt's embeddings are a function of."""
 
     @abstractmethod
-    def rows(self) -> Tensor:
-        """Return the rows ``[S·P, H]`` in float32, with gradients."""
+    def embeddings(self) -> Tensor:
+        """Return the embeddings ``[S·P, H]`` in float32, with gradients."""
 
 
 @final
-class LowRank(RowParameters):
+class LowRank(Parameterised):
     """A ``[S·P, r]`` times B ``[r, H]``: decomposed prompt tuning (Xiao et al. 2023, arXiv:2310.10094).
 
-    Starts at the best approximation of rank r of the given rows. The paper draws both factors instead.
+    Starts at the best approximation of rank r of the given embeddings. The paper draws both factors instead.
     """
 
     def __init__(self, first: Tensor, rank: int) -> None:
-        """Factor the first rows ``[S·P, H]``.
+        """Factor the first values ``[S·P, H]``.
 
         Raises:
             ConfigError: If the rank is no restriction.
@@ -50,24 +53,24 @@ class LowRank(RowParameters):
         self.a = nn.Parameter((left[:, :rank] * scale).float())
         self.b = nn.Parameter((scale[:, None] * right[:rank]).float())
 
-    def rows(self) -> Tensor:
-        """Return A B; see ``RowParameters``."""
+    def embeddings(self) -> Tensor:
+        """Return A B; see ``Parameterised``."""
         return self.a @ self.b
 
 
 @final
-class FixedBasis(RowParameters):
+class FixedBasis(Parameterised):
     """Z ``[S·P, r]`` times a fixed random R ``[r, H]``, times s ``[H]`` plus b ``[H]``: ULPT.
 
     After Wu et al. 2025 (arXiv:2502.04501v1): P r + 2 H parameters. R is N(0, 1/r), drawn from ``seed``
-    and kept as a buffer. Z starts at the least-squares fit of the given rows, which a small r can only
+    and kept as a buffer. Z starts at the least-squares fit of the given embeddings, which a small r can only
     meet roughly; s starts at 1, b at 0.
     """
 
     basis: Tensor
 
     def __init__(self, first: Tensor, rank: int, seed: int) -> None:
-        """Draw the basis and fit the first rows ``[S·P, H]``.
+        """Draw the basis and fit the first values ``[S·P, H]``.
 
         Raises:
             ConfigError: If the rank is no restriction.
@@ -83,21 +86,21 @@ class FixedBasis(RowParameters):
         self.scale = nn.Parameter(torch.ones(width))
         self.shift = nn.Parameter(torch.zeros(width))
 
-    def rows(self) -> Tensor:
-        """Return Z R ∘ s + b; see ``RowParameters``."""
+    def embeddings(self) -> Tensor:
+        """Return Z R ∘ s + b; see ``Parameterised``."""
         return self.z @ self.basis * self.scale + self.shift
 
 
 @final
-class Residual(RowParameters):
-    """P + MLP(P), one network for all rows (Razdaibiedina et al. 2023, arXiv:2305.03937).
+class Residual(Parameterised):
+    """P + MLP(P), one network for all virtual tokens (Razdaibiedina et al. 2023, arXiv:2305.03937).
 
     The network is down-projection, ReLU, up-projection, layer norm, as in the paper. The norm's weight
     starts at 0 here, so that the prompt starts at exactly P.
     """
 
     def __init__(self, first: Tensor) -> None:
-        """Take over the first rows ``[S·P, H]`` and draw the network."""
+        """Keep the first values ``[S·P, H]`` and draw the network."""
         super().__init__()
         width = first.shape[1]
         inner = min(BOTTLENECK, width)
@@ -108,22 +111,21 @@ class Residual(RowParameters):
             nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, width), norm
         )
 
-    def rows(self) -> Tensor:
-        """Return P + MLP(P); see ``RowParameters``."""
+    def embeddings(self) -> Tensor:
+        """Return P + MLP(P); see ``Parameterised``."""
         added: Tensor = self.network(self.prompt)
         return self.prompt + added
 
 
-def reparameterised(
-    config: PromptTuningConfig, first: Tensor, generator: torch.Generator | None
-) -> RowParameters | None:
-    """Return what a configuration trains in the place of its first rows ``[S·P, H]``; None for the rows themselves.
+def parameterised(
+    kind: Parameterization, first: Tensor, rank: int, generator: torch.Generator | None
+) -> Parameterised | None:
+    """Return parameters for first values ``[S·P, H]``; None for the embeddings themselves.
 
     Raises:
         ConfigError: If the rank does not fit the prompt.
     """
-    rank = config.parameterization_rank or 0
-    match config.parameterization:
+    match kind:
         case Parameterization.LOW_RANK:
             return LowRank(first, rank)
         case Parameterization.ULPT:
@@ -137,6 +139,6 @@ def reparameterised(
 def _check_rank(rank: int, most: int, first: Tensor) -> None:
     if rank > most:
         raise ConfigError(
-            f"parameterization_rank {rank} restricts nothing for rows {list(first.shape)}; use at most {most}, "
-            "or parameterization direct"
+            f"parameterization_rank {rank} restricts nothing for a prompt {list(first.shape)}; use at most "
+            f"{most}, or parameterization direct"
         )

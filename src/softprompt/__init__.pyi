@@ -1,0 +1,57 @@
+from .artifacts.composed import average_prompts as average_prompts
+from .artifacts.composed import concatenate_prompts as concatenate_prompts
+from .artifacts.composed import subtract_prompts as subtract_prompts
+from .attach.auto import AutoPeftModel as AutoPeftModel
+from .attach.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+from .attach.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
+from .attach.auto import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
+from .attach.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
+from .attach.auto import (
+    AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
+)
+from .attach.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from .attach.classes import PeftModelForCausalLM as PeftModelForCausalLM
+from .attach.classes import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
+from .attach.classes import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
+from .attach.classes import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
+from .attach.classes import PeftModelForSequenceClassification as PeftModelForSequenceClassification
+from .attach.classes import PeftModelForTokenClassification as PeftModelForTokenClassification
+from .attach.classes import get_peft_model as get_peft_model
+from .attach.classes import get_peft_model_state_dict as get_peft_model_state_dict
+from .attach.classes import set_peft_model_state_dict as set_peft_model_state_dict
+from .attach.model import PeftModel as PeftModel
+from .errors import SoftPromptError as SoftPromptError
+from .evaluation.evaluate import evaluate as evaluate
+from .evaluation.report import Report as Report
+from .inference.continuous.request import Bounds as Bounds
+from .inference.conversion import convert as convert
+from .inference.ensemble import Ensemble as Ensemble
+from .inference.generation import Generation as Generation
+from .inference.loading import load as load
+from .inference.loading import load_many as load_many
+from .inference.options import GenerationOptions as GenerationOptions
+from .inference.serving import Serving as Serving
+from .inference.tuned import TunedPrompt as TunedPrompt
+from .inspection.retrieval import similar_prompts as similar_prompts
+from .prompts import CPTConfig as CPTConfig
+from .prompts import CPTEmbedding as CPTEmbedding
+from .prompts import MultitaskPromptEmbedding as MultitaskPromptEmbedding
+from .prompts import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
+from .prompts import MultitaskPromptTuningInit as MultitaskPromptTuningInit
+from .prompts import PeftConfig as PeftConfig
+from .prompts import PeftType as PeftType
+from .prompts import PrefixEncoder as PrefixEncoder
+from .prompts import PrefixTuningConfig as PrefixTuningConfig
+from .prompts import PromptEmbedding as PromptEmbedding
+from .prompts import PromptEncoder as PromptEncoder
+from .prompts import PromptEncoderConfig as PromptEncoderConfig
+from .prompts import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
+from .prompts import PromptLearningConfig as PromptLearningConfig
+from .prompts import PromptTuningConfig as PromptTuningConfig
+from .prompts import PromptTuningInit as PromptTuningInit
+from .prompts import TaskType as TaskType
+from .training.settings import TuneSettings as TuneSettings
+from .training.tune import tune as tune
+from .training.tuning_config import TuningConfig as TuningConfig
+
+__version__: str

@@ -1,0 +1,170 @@
+"""What prefix tuning and cartridges share: PEFT's flat order of keys and values, and a text as first values.
+
+A prompt of P virtual tokens is keys and values of every layer, ``[L, 2, A_kv, P, D]``. PEFT's files hold it flat,
+``prompt_embeddings`` ``[P, L·2·A_kv·D]``: for each token layer 0's keys, layer 0's values, layer 1's keys and
+so on, heads inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from softprompt.errors import ConfigError
+from softprompt.prompts.configs import PromptLearningConfig
+from softprompt.prompts.initialisers import fitted
+from softprompt.prompts.kinds import TaskType
+from softprompt.prompts.module import PROMPT_KEY
+from softprompt.prompts.texts import text_token_ids
+
+
+@dataclass(frozen=True, slots=True)
+class FlatOrder:
+    """Sizes of a prompt of keys and values, and the way to PEFT's flat order and back.
+
+    Attributes:
+        tokens: Virtual tokens (P).
+        layers: Layers (L), of the decoder in a seq2seq model.
+        heads: Heads of keys and values (A_kv).
+        width: Width of a head (D).
+        doubled: Whether a file has an empty layer behind each layer, as a seq2seq prompt's has: PEFT hands
+            the decoder's layer l the keys and values of layer 2 l (its number of layers taken round).
+    """
+
+    tokens: int
+    layers: int
+    heads: int
+    width: int
+    doubled: bool
+
+    @classmethod
+    def of(cls, config: PromptLearningConfig) -> Self:
+        """Read the sizes of a configuration.
+
+        Raises:
+            ConfigError: If one is missing, or they do not fit together.
+        """
+        found = []
+        for name in ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim"):
+            value = getattr(config, name)
+            if value is None:
+                raise ConfigError(f"{name} is missing; a prefix needs it before it is made")
+            found.append(int(value))
+        tokens, layers, heads, width = found
+        if width % heads:
+            raise ConfigError(
+                f"token_dim {width} is not a multiple of num_attention_heads {heads}; leave both out"
+            )
+        return cls(tokens, layers, heads, width // heads, config.task_type == TaskType.SEQ_2_SEQ_LM)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """The shape ``[L, 2, A_kv, P, D]``."""
+        return self.layers, 2, self.heads, self.tokens, self.width
+
+    @property
+    def columns(self) -> int:
+        """Numbers of one virtual token, L·2·A_kv·D."""
+        return self.layers * 2 * self.heads * self.width
+
+    def unflattened(self, flat: Tensor) -> Tensor:
+        """Return ``[P, L·2·A_kv·D]`` as keys and values ``[L, 2, A_kv, P, D]``."""
+        split = flat.view(self.tokens, self.layers, 2, self.heads, self.width)
+        return split.permute(1, 2, 3, 0, 4)
+
+    def flattened(self, key_values: Tensor) -> Tensor:
+        """Return keys and values ``[L, 2, A_kv, P, D]`` as ``[P, L·2·A_kv·D]``.
+
+        Raises:
+            ConfigError: If they have another shape.
+        """
+        if tuple(key_values.shape) != self.shape:
+            raise ConfigError(
+                f"the text's keys and values must be {list(self.shape)}, got {list(key_values.shape)}; "
+                "leave num_layers, num_attention_heads and token_dim out"
+            )
+        return key_values.permute(3, 0, 1, 2, 4).reshape(self.tokens, -1)
+
+    def stored(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return what a file holds of ``[P, L·2·A_kv·D]``; for seq2seq ``[P, 2·L·2·A_kv·D]``."""
+        kept = flat.detach().cpu().float().clone()
+        if self.doubled:
+            layers = kept.view(self.tokens, self.layers, 1, -1)
+            kept = torch.cat([layers, torch.zeros_like(layers)], dim=2).flatten(1)
+        return {PROMPT_KEY: kept}
+
+    def read(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a file's tensors with the layers that are used, whatever their shapes are otherwise."""
+        given = dict(tensors)
+        flat = given.get(PROMPT_KEY)
+        if self.doubled and flat is not None and flat.dim() == 2 and len(flat) == self.tokens:
+            layer = self.columns // self.layers
+            found = flat.shape[1] // layer
+            if flat.shape[1] % layer == 0 and found in (self.layers, 2 * self.layers):
+                used = torch.arange(self.layers, device=flat.device) * 2 % found
+                given[PROMPT_KEY] = flat.view(self.tokens, found, layer)[:, used].flatten(1)
+        return given
+
+
+def seq2seq_sizes(config: PromptLearningConfig) -> dict[str, Any]:
+    """Return what a seq2seq prompt's file says of its sizes.
+
+    PEFT hands a seq2seq decoder every second of its layers, so its file names twice as many.
+    """
+    if config.task_type is not TaskType.SEQ_2_SEQ_LM or config.num_layers is None:
+        return {}
+    return {"num_layers": 2 * config.num_layers, "num_transformer_submodules": 2}
+
+
+def check_text(config: PromptLearningConfig, text: str, ignored_without: Sequence[str]) -> None:
+    """Check the options of a method that may start as a text.
+
+    Args:
+        config: The configuration; it has ``tokenizer_name_or_path`` and ``tokenizer_kwargs``.
+        text: Name of the option that holds the text.
+        ignored_without: Options that mean something with a text only.
+
+    Raises:
+        ConfigError: If the text lacks its tokenizer, or options would be ignored.
+    """
+    given = getattr(config, text) is not None
+    if given and not getattr(config, "tokenizer_name_or_path", None):
+        raise ConfigError(f"{text} needs tokenizer_name_or_path; name the base's tokenizer")
+    for name in ignored_without:
+        if getattr(config, name) and not given:
+            raise ConfigError(
+                f"{name} would be ignored without {text}; give the text, or leave it out"
+            )
+    if (getattr(config, "tokenizer_kwargs", None) or {}).get("trust_remote_code"):
+        raise ConfigError(
+            "tokenizer_kwargs may not hold trust_remote_code: a prompt must not be able to run code"
+        )
+
+
+def initial_key_values(
+    config: PromptLearningConfig,
+    text: str,
+    key_values: Callable[[Sequence[int]], Tensor] | None,
+) -> Tensor | None:
+    """Return keys and values ``[L, 2, A_kv, P, D]`` of an initial text, repeated or cut to P tokens.
+
+    Args:
+        config: The configuration; None comes back where it has no text, and under ``inference_mode``.
+        text: Name of the option that holds the text.
+        key_values: Returns the base's keys and values of token ids.
+
+    Raises:
+        ConfigError: If there is nothing to read the text with, or the base cannot start from a text.
+    """
+    words: str | None = getattr(config, text)
+    if words is None or config.inference_mode:
+        return None
+    if key_values is None:
+        raise ConfigError(f"{text} needs the base model; use get_peft_model")
+    tokenizer = str(getattr(config, "tokenizer_name_or_path", ""))
+    ids = text_token_ids(words, tokenizer, getattr(config, "tokenizer_kwargs", None))
+    return key_values(fitted(ids, config.num_virtual_tokens or 0, text))

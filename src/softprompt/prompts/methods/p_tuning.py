@@ -1,0 +1,184 @@
+"""P-tuning: the virtual tokens are the output of a small network that is trained with its input.
+
+``E' = MLP(E)`` or ``E' = MLP(BiLSTM(E))`` with E ``[S·P, H]`` trained; E' ``[S·P, H]`` stands in front of the
+input (Liu et al. 2021, arXiv:2103.10385).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from softprompt.errors import ConfigError
+from softprompt.prompts.configs import PromptLearningConfig, Start, member, number, positive
+from softprompt.prompts.initialisers import drawing_from
+from softprompt.prompts.kinds import PeftType, PromptEncoderReparameterizationType
+from softprompt.prompts.module import PROMPT_KEY, PromptModule, check_task, take_over
+
+logger = logging.getLogger(__name__)
+
+_MLP_LAYERS = 2
+
+
+@dataclass
+class PromptEncoderConfig(PromptLearningConfig):
+    """P-tuning: embeddings from a small network, which is trained with them and dropped when saved."""
+
+    method: ClassVar[PeftType] = PeftType.P_TUNING
+
+    encoder_reparameterization_type: PromptEncoderReparameterizationType | str = field(
+        default=PromptEncoderReparameterizationType.MLP, metadata={"help": "The network."}
+    )
+    encoder_hidden_size: int | None = field(
+        default=None, metadata={"help": "Width inside the network; None is the embeddings'."}
+    )
+    encoder_num_layers: int = field(default=_MLP_LAYERS, metadata={"help": "Layers of the LSTM."})
+    encoder_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout between the LSTM's layers, while training."}
+    )
+
+    def __post_init__(self) -> None:
+        """Validate the network.
+
+        Raises:
+            ConfigError: For sizes that cannot be, or settings that would be ignored.
+        """
+        super().__post_init__()
+        self.peft_type = self.method
+        self.encoder_reparameterization_type = member(
+            PromptEncoderReparameterizationType,
+            "encoder_reparameterization_type",
+            self.encoder_reparameterization_type,
+        )
+        if self.encoder_hidden_size is not None:
+            positive("encoder_hidden_size", self.encoder_hidden_size)
+        positive("encoder_num_layers", self.encoder_num_layers)
+        if not number("encoder_dropout", self.encoder_dropout) < 1:
+            raise ConfigError(f"encoder_dropout must be below 1, got {self.encoder_dropout}")
+        if not self.inference_mode:
+            self._refuse_ignored()
+
+    def build(self, word_embeddings: nn.Embedding, start: Start) -> PromptModule:
+        """Return the untrained module; see ``PromptLearningConfig``."""
+        _, width = self.table_size(word_embeddings.weight.shape[1])
+        sized = self if self.token_dim else dataclasses.replace(self, token_dim=width)
+        return PromptEncoder(sized, generator=start.generator)
+
+    def _refuse_ignored(self) -> None:
+        is_mlp = self.encoder_reparameterization_type == PromptEncoderReparameterizationType.MLP
+        if is_mlp and self.encoder_num_layers != _MLP_LAYERS:
+            raise ConfigError(
+                f"encoder_num_layers={self.encoder_num_layers} would be ignored with MLP, whose layers are "
+                f"fixed; leave it at {_MLP_LAYERS}, or use LSTM"
+            )
+        if self.encoder_dropout and (is_mlp or self.encoder_num_layers == 1):
+            raise ConfigError(
+                f"encoder_dropout={self.encoder_dropout} would be ignored: it acts between the layers of an "
+                "LSTM; leave it out, or use LSTM with encoder_num_layers of 2 or more"
+            )
+
+
+@final
+class PromptEncoder(PromptModule):
+    """Embeddings that a small network makes from trained ones (Liu et al. 2021), under PEFT's attribute names.
+
+    ``embedding`` ``[S·P, H]`` goes through ``mlp_head``, or through ``lstm_head`` and ``mlp_head``. What is
+    saved is the outcome; a loaded prompt has no network any more, and training it further trains its embeddings.
+    """
+
+    def __init__(
+        self, config: PromptEncoderConfig, *, generator: torch.Generator | None = None
+    ) -> None:
+        """Create embeddings and network; under ``inference_mode`` only embeddings, which are about to be loaded.
+
+        Args:
+            config: What to create; ``num_virtual_tokens`` and ``token_dim`` are needed.
+            generator: Source of randomness; None is torch's global one, drawn from in PEFT's order.
+
+        Raises:
+            ConfigError: If the config lacks a size.
+        """
+        super().__init__(config)
+        if config.num_virtual_tokens is None or config.token_dim is None:
+            raise ConfigError(
+                "P-tuning needs num_virtual_tokens and token_dim; give the length of the prompt, such as 20"
+            )
+        width = config.token_dim
+        length = config.num_virtual_tokens * (config.num_transformer_submodules or 1)
+        hidden = config.encoder_hidden_size or width
+        self.encoder_type = config.encoder_reparameterization_type
+        self.lstm_head: nn.LSTM | None = None
+        self.mlp_head: nn.Sequential | None = None
+        with drawing_from(generator):
+            self.embedding = nn.Embedding(length, width, dtype=torch.float32)
+            if config.inference_mode:
+                return
+            if self.encoder_type == PromptEncoderReparameterizationType.LSTM:
+                self.lstm_head = nn.LSTM(
+                    width,
+                    hidden,
+                    num_layers=config.encoder_num_layers,
+                    dropout=config.encoder_dropout,
+                    bidirectional=True,
+                    batch_first=True,
+                )
+                sizes = [2 * hidden, 2 * hidden, width]
+            else:
+                sizes = [width, hidden, hidden, width]
+            self.mlp_head = _mlp(sizes)
+
+    def materialize(self, task: int = 0) -> Tensor:
+        """Return the embeddings ``[S·P, H]``; an LSTM's dropout acts in training mode; see ``PromptModule``."""
+        check_task(task, self.num_tasks)
+        return self._encoded(self.embedding.weight)
+
+    def stored(self) -> dict[str, Tensor]:
+        """Return the outcome, without dropout; see ``PromptModule``."""
+        was_training = self.training
+        try:
+            self.eval()
+            with torch.no_grad():
+                value = self.materialize()
+        finally:
+            self.train(was_training)
+        return {PROMPT_KEY: value.detach().cpu().clone()}
+
+    def load_stored(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load stored embeddings and drop the network; see ``PromptModule``."""
+        take_over({PROMPT_KEY: self.embedding.weight}, tensors)
+        if self.mlp_head is not None:
+            self.lstm_head = self.mlp_head = None
+            logger.info(
+                "the loaded embeddings are baked: training goes on with them, without the %s",
+                self.encoder_type,
+            )
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Return embeddings ``[B, N, H]`` for indices ``[B, N]``, as PEFT's module does."""
+        return self._encoded(self.embedding(indices))
+
+    def _encoded(self, embeddings: Tensor) -> Tensor:
+        if self.mlp_head is None:
+            return embeddings
+        if self.lstm_head is not None:
+            # cuDNN has no backward outside training mode, where a frozen base often stands.
+            refuses = embeddings.is_cuda and not self.training and torch.is_grad_enabled()
+            with torch.backends.cudnn.flags(enabled=False) if refuses else nullcontext():
+                embeddings = self.lstm_head(embeddings)[0]
+        encoded: Tensor = self.mlp_head(embeddings)
+        return encoded
+
+
+def _mlp(sizes: list[int]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for wide, narrow in pairwise(sizes):
+        layers += [nn.Linear(wide, narrow), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
