@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -254,5 +254,5 @@ def _load(
     base = load_base(base_model, **options)
     if target.name == _NAMING and isinstance(base_model, PreTrainedModel):
         # The export changes the model it saves.
-        return replace(base, model=copy.deepcopy(base.model))
+        return Base(copy.deepcopy(base.model), base.tokenizer, base.name)
     return base
