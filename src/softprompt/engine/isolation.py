@@ -1,4 +1,4 @@
-"""Whether prompts that do not see the input can be had in a model, and would change anything."""
+"""Whether a model supports prompts that do not see the input, and whether they would change anything."""
 
 from __future__ import annotations
 

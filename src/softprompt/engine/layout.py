@@ -34,9 +34,9 @@ class Layout:
     """The columns of one prompted batch.
 
     Attributes:
-        text: Text column that stands at each place, -1 elsewhere, ``[B, W]``.
-        slot: Table row that stands at each place, -1 elsewhere, ``[B, W]``.
-        mask: 1 at real places, ``[B, W]``.
+        text: Text column that stands at each column of the batch, -1 elsewhere, ``[B, W]``.
+        slot: Virtual token (index into the table) at each column, -1 elsewhere, ``[B, W]``.
+        mask: 1 at real columns, ``[B, W]``.
         at: Real tokens of each row before its prompt, ``[B, 1]``.
         prompt_width: Columns the prompts take (P); W = P + T.
     """
@@ -64,7 +64,7 @@ class Layout:
             prompts: The rows' prompts.
             compact: Start every row at column 0 instead of keeping text columns in line.
             text_first: Let the text start at column 0 and put the prompts behind it; positions stay
-                those of the prompt in its place. For encoders that pool the first column.
+                those of the prompt where it belongs. For encoders that pool the first column.
             lead_limit: Most padding to leave before a row; a batch that is fed in chunks has its
                 prompts in the first chunk, though a row's text may begin in a later one.
 
@@ -81,14 +81,14 @@ class Layout:
         cut = torch.where(at > 0, before - lead, 0)  # [B, 1] text columns before the prompt
         begin = torch.zeros_like(lead) if compact else width + lead - lengths
         column = torch.arange(width + total, device=device).unsqueeze(0)  # [1, W]
-        place = column - begin  # [B, W] place in the row, padding before it not counted
+        index = column - begin  # [B, W] index in the row, padding before it not counted
         virtual = torch.where(
-            (place >= cut) & (place < cut + lengths), place - cut, _PAD
-        )  # [B, W] row of the prompt
-        inside = torch.where(place < cut, place, place - lengths)  # text column from the first real
-        is_text = (place >= 0) & (virtual < 0)
+            (index >= cut) & (index < cut + lengths), index - cut, _PAD
+        )  # [B, W] virtual token of the prompt
+        inside = torch.where(index < cut, index, index - lengths)  # text column from the first real
+        is_text = (index >= 0) & (virtual < 0)
         if text_first:
-            inside = column.expand_as(place)
+            inside = column.expand_as(index)
             virtual = torch.where(
                 (column >= total) & (column - total < lengths), column - total, _PAD
             )
@@ -105,12 +105,12 @@ class Layout:
 
     @property
     def first(self) -> Tensor:
-        """Where the first real place of each row is, bool ``[B, W]``."""
+        """Where the first real column of each row is, bool ``[B, W]``."""
         real = self.mask.bool()
         return real & (real.long().cumsum(1) == 1)
 
     def isolated(self, dtype: torch.dtype) -> Tensor:
-        """Return an additive mask ``[B, 1, W, W]`` in which prompt rows see prompt rows alone."""
+        """Return an additive mask ``[B, 1, W, W]`` in which virtual tokens see virtual tokens alone."""
         prompt = self.slot >= 0
         allowed = self.mask.bool().unsqueeze(1) & (~prompt.unsqueeze(2) | prompt.unsqueeze(1))
         mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
@@ -123,7 +123,7 @@ class Layout:
         return torch.where(self.slot >= 0, self.slot + vocabulary, ids)
 
     def embeds(self, inputs_embeds: Tensor, table: Tensor) -> Tensor:
-        """Return embeddings ``[B, W, H]`` from text embeddings ``[B, T, H]`` and prompt rows ``[N, H]``."""
+        """Return embeddings ``[B, W, H]`` from text embeddings ``[B, T, H]`` and virtual tokens ``[N, H]``."""
         batch = torch.arange(self.text.shape[0], device=inputs_embeds.device).unsqueeze(1)
         text = inputs_embeds[batch, self.text.clamp(min=0)]
         if not table.numel():
@@ -133,9 +133,9 @@ class Layout:
 
     def moved(self, columns: Tensor) -> Tensor:
         """Return the columns ``[B]`` at which text columns ``[B]`` stand."""
-        places = (self.text == columns.to(self.text.device).unsqueeze(1)).long().argmax(1)
+        found = (self.text == columns.to(self.text.device).unsqueeze(1)).long().argmax(1)
         known = columns <= self.text.max().to(columns.device)
-        return torch.where(known, places.to(columns.device), columns + self.prompt_width)
+        return torch.where(known, found.to(columns.device), columns + self.prompt_width)
 
     def spread(self, values: Tensor, fill: int) -> Tensor:
         """Return per-token values ``[B, T]`` at their columns ``[B, W]``, ``fill`` elsewhere."""

@@ -41,7 +41,7 @@ class Writes:
         values: The lanes' keys and values, ``[L, 2, slots, A_kv, capacity, D]``.
         tokens: Stream index of each new token, ``[n]``; None when they are the whole stream.
         slots: Its lane, ``[n]``.
-        positions: Its place in the lane, ``[n]``.
+        positions: Its position in the lane, ``[n]``.
     """
 
     values: Tensor
@@ -57,7 +57,7 @@ class Reads:
     Attributes:
         values: The lanes' keys and values, ``[L, 2, G, A_kv, Tk, D]``.
         tokens: Stream index of each lane's queries, 0 for a lane without any, ``[G, Tq]``.
-        positions: Place of each query in its lane, 0 where there is none, ``[G, Tq]``.
+        positions: Position of each query in its lane, 0 where there is none, ``[G, Tq]``.
         kept: Lanes that have a query ``[m]``; None when all do.
     """
 
@@ -80,7 +80,7 @@ active: ContextVar[DecodePlan | None] = ContextVar("softprompt_decode_plan", def
 
 @dataclass(frozen=True, slots=True)
 class DecodeMask:
-    """A plan under one layer kind's rule, in the place of an attention mask.
+    """A plan under one layer kind's rule, passed as an attention mask.
 
     Attributes:
         plan: The plan.
@@ -117,9 +117,8 @@ def decode_plan(
         else:
             reads.append(_stretch(values, lane, count, at, device))
         for each in together:
-            places = range(each.length, each.length + count)
             written.setdefault(capacity, []).extend(
-                (at + i, each.slot, place) for i, place in enumerate(places)
+                (at + i, each.slot, each.length + i) for i in range(count)
             )
             at += count
         done += len(together)
@@ -170,7 +169,7 @@ def decode_mask(
     """
     plan = active.get()
     if plan is None:
-        raise ForestUnsupportedError("a decode mask was asked for outside a decode pass")
+        raise ForestUnsupportedError("a decode mask was requested outside a decode pass")
     rule = cast(Callable[..., Tensor], mask_function)
     biases = []
     for read in plan.reads:

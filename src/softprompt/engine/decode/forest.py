@@ -2,7 +2,7 @@
 
 Rows join and leave between passes. A row's tokens are run once, as many at a time as the caller
 likes: its prompt, its input in parts, then one token a step. No padding is run, and logits are
-made only where they are asked for.
+made only where they are wanted.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Every running row has a lane, as long as the row can ever get, so that nothing moves and nothing
 must be thrown out while it runs. Lanes of one capacity (a power of two) share a buffer and are
 kept dense in it, so a decode step reads their keys in place, through a view. A row's prompt is
-copied into its lane once; reading it in a place of its own would cost a second attention call
+copied into its lane once; reading it elsewhere would cost a second attention call
 and a merge in every layer of every step.
 """
 
@@ -26,11 +26,11 @@ _FIRST = 4
 
 @dataclass(slots=True, eq=False)
 class Lane:
-    """The place of one row.
+    """Where the keys and values of one row are kept.
 
     Attributes:
         capacity: Tokens it can hold.
-        slot: Its place among the lanes of this capacity; changes when others leave.
+        slot: Its index among the lanes of this capacity; changes when others leave.
         length: Tokens it holds.
         tainted: Whether it may hold values that are not finite.
     """
@@ -62,7 +62,7 @@ class LaneGroup:
         self.values = values
 
     def keys_and_values(self, lane: Lane) -> Tensor:
-        """Return the place of a lane's keys and values, ``[L, 2, A_kv, capacity, D]``."""
+        """Return a view of a lane's keys and values, ``[L, 2, A_kv, capacity, D]``."""
         return self.values[:, :, lane.slot]
 
 
@@ -121,7 +121,7 @@ class KeyValueStore:
         return lanes
 
     def release(self, lane: Lane) -> None:
-        """Give a lane back; the last lane of its capacity moves into its place."""
+        """Give a lane back; the last lane of its capacity moves into its slot."""
         group = self.groups[lane.capacity]
         own = group.keys_and_values(lane)
         if lane.tainted:
@@ -135,14 +135,14 @@ class KeyValueStore:
             group.lanes[lane.slot] = last
 
     def converted(self, values: Tensor) -> Tensor:
-        """Return keys and values in the dtype and place of the lanes."""
+        """Return keys and values in the dtype and on the device of the lanes."""
         return values.detach().to(self._like.device, self._like.dtype)
 
     def fill(self, lane: Lane, values: Tensor) -> None:
         """Put keys and values ``[L, 2, A_kv, P, D]`` at the end of what a lane holds."""
         count = int(values.shape[3])
-        place = self.groups[lane.capacity].keys_and_values(lane)
-        place[..., lane.length : lane.length + count, :] = values
+        own = self.groups[lane.capacity].keys_and_values(lane)
+        own[..., lane.length : lane.length + count, :] = values
         lane.length += count
 
     def read(self, lane: Lane, count: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Attention over a packed stream, registered with transformers' attention and mask interfaces.
 
-The mask interface hands the layers a ``Visibility`` in the place of a mask, so it reaches them
+The mask interface hands the layers a ``LayerMask`` as their mask, so it reaches them
 as an argument, also when gradient checkpointing runs them again during backward. On a GPU a forest
 is run by FlexAttention, which has no backward on the CPU; equality with the padded blocks is
 tested on the CPU, its speed has not been measured on a GPU.
@@ -49,12 +49,12 @@ _plan: ContextVar[tuple[Visibility, Sequence[Tensor]] | None] = ContextVar(
 
 
 class ForestUnsupportedError(BackboneError):
-    """The architecture asks attention for something the forest does not have."""
+    """The architecture needs attention that the forest does not support."""
 
 
 @dataclass(slots=True)
 class LayerMask:
-    """A visibility in the place of an attention mask, with its additive form kept per dtype."""
+    """A visibility passed as an attention mask, with its additive form kept per dtype."""
 
     visibility: Visibility
     bias: Tensor | None
@@ -212,7 +212,7 @@ def forest_attention_forward(
 
 
 def refuse(module: nn.Module, kwargs: dict[str, Any], names: Sequence[str]) -> None:
-    """Refuse what a module asks of attention that ours does not have.
+    """Refuse arguments of attention that ours does not support.
 
     Raises:
         ForestUnsupportedError: If one of ``names`` is among its arguments.

@@ -62,21 +62,21 @@ class Group:
         return all(parent == i - 1 for i, parent in enumerate(self.parents))
 
     def depth_first(self) -> tuple[list[int], list[int]]:
-        """Return each token's place in depth-first order, and the place where its descendants end."""
+        """Return each token's index in depth-first order, and the index where its descendants end."""
         n = len(self.tokens)
         sizes = [1] * n
         for token in reversed(range(n)):
             if self.parents[token] != _ROOT:
                 sizes[self.parents[token]] += sizes[token]
-        places, following = [0] * n, 0
-        inside = [0] * n  # next free place below each token
+        order, following = [0] * n, 0
+        inside = [0] * n  # next free index below each token
         for token, parent in enumerate(self.parents):
             if parent == _ROOT:
-                places[token], following = following, following + sizes[token]
+                order[token], following = following, following + sizes[token]
             else:
-                places[token], inside[parent] = inside[parent], inside[parent] + sizes[token]
-            inside[token] = places[token] + 1
-        return places, [place + size for place, size in zip(places, sizes, strict=True)]
+                order[token], inside[parent] = inside[parent], inside[parent] + sizes[token]
+            inside[token] = order[token] + 1
+        return order, [index + size for index, size in zip(order, sizes, strict=True)]
 
     def sees(self) -> Tensor:
         """Return which token sees which, itself and its ancestors, bool ``[n, n]``."""
@@ -236,8 +236,8 @@ class Forest:
                 enter[token], at = at, at + 1
             for group, first in zip(self.groups, group_starts, strict=True):
                 if group.root == number:
-                    for token, (place, end) in enumerate(zip(*group.depth_first(), strict=True)):
-                        enter[first + token], leave[first + token] = at + place, at + end
+                    for token, (index, end) in enumerate(zip(*group.depth_first(), strict=True)):
+                        enter[first + token], leave[first + token] = at + index, at + end
                     at += len(group.tokens)
             for token in range(start, start + len(root.tokens)):
                 leave[token] = at

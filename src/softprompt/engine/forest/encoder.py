@@ -42,8 +42,8 @@ def packs(model: PreTrainedModel, inputs: Mapping[str, Any], *, isolated: bool =
         isolated: Whether prompts do not see the input, so that each is computed once.
     """
     mask = inputs.get("attention_mask")
-    asked = any(_wants(model, inputs, n) for n in ("output_attentions", "output_hidden_states"))
-    if mask is None or mask.dim() != 2 or asked or torch.compiler.is_compiling():
+    wanted = any(_wants(model, inputs, n) for n in ("output_attentions", "output_hidden_states"))
+    if mask is None or mask.dim() != 2 or wanted or torch.compiler.is_compiling():
         return False
     if bool(mask.all()) and not isolated:
         return False

@@ -1,7 +1,7 @@
 """Running a stack of layers on real tokens only, between its embeddings and its head.
 
 Hooks on the layers take the padding out before the first one and, where wanted, put it back
-after the last; in between each layer is handed visibilities in the place of its masks. What
+after the last; in between each layer is handed visibilities as its masks. What
 happens before and after (positions, pooling, heads) is the model's own code on its own shapes.
 """
 
@@ -22,7 +22,7 @@ from softprompt.engine.forest.attention import ForestUnsupportedError, LayerMask
 
 _SELF, _CROSS = "attention_mask", "encoder_attention_mask"
 _PLACED = ("position_embeddings", "position_ids")
-"""What layers take for each place of the padded batch beside the hidden states (rotary encoders)."""
+"""What layers take for each column of the padded batch beside the hidden states (rotary encoders)."""
 
 _BIASES = {_SELF: "position_bias", _CROSS: "encoder_decoder_position_bias"}
 """Where a layer takes the relative position bias that belongs to a mask (T5)."""
@@ -33,10 +33,10 @@ class Packing:
     """Where the tokens of a packed stream stand in a padded grid.
 
     Attributes:
-        take: Flat place ``b · W + w`` of each packed token, ``[N]``.
+        take: Flat index ``b · W + w`` of each packed token, ``[N]``.
         shape: Rows and columns of the grid (B, W).
-        home: Packed index of what stands at each place, -1 for nothing, ``[B, W]``; None where every
-            token stands at its own place alone.
+        home: Packed index of what stands in each cell, -1 for nothing, ``[B, W]``; None where every
+            token stands in one cell alone.
     """
 
     take: Tensor
@@ -45,7 +45,7 @@ class Packing:
 
     @classmethod
     def of(cls, mask: Tensor) -> Packing:
-        """Pack the places where a mask ``[B, W]`` is 1, row by row."""
+        """Pack the cells where a mask ``[B, W]`` is 1, row by row."""
         return cls(mask.reshape(-1).nonzero()[:, 0], (int(mask.shape[0]), int(mask.shape[1])))
 
     @classmethod
@@ -68,7 +68,7 @@ class Packing:
         return cls(torch.arange(tokens), (1, tokens))
 
     def grid(self, values: Tensor, fill: int) -> Tensor:
-        """Return values ``[N]`` at their places ``[B, W]``, ``fill`` elsewhere."""
+        """Return values ``[N]`` in their cells ``[B, W]``, ``fill`` elsewhere."""
         flat = values.new_full((self.shape[0] * self.shape[1],), fill)
         return flat.index_copy(0, self.take, values).view(self.shape)
 
@@ -79,19 +79,19 @@ class Packing:
 
     @classmethod
     def sharing(cls, mask: Tensor, slot: Tensor) -> Packing:
-        """Pack the places where a mask ``[B, W]`` is 1, each prompt row once, where it first stands.
+        """Pack the cells where a mask ``[B, W]`` is 1, each virtual token once, where it first stands.
 
         Args:
-            mask: 1 at real places.
-            slot: The prompt row that stands at each place, -1 elsewhere, ``[B, W]``.
+            mask: 1 in real cells.
+            slot: The virtual token that stands in each cell, -1 elsewhere, ``[B, W]``.
         """
         flat, rows = mask.bool().reshape(-1), slot.reshape(-1)
-        place = torch.arange(len(flat), device=flat.device)
+        cell = torch.arange(len(flat), device=flat.device)
         virtual = rows >= 0
-        first = place.new_full((int(rows.max()) + 2,), len(flat))
-        first = first.scatter_reduce(0, rows[virtual], place[virtual], "amin")
-        home = torch.where(virtual, first[rows.clamp(min=0)], place)
-        kept = flat & (home == place)
+        first = cell.new_full((int(rows.max()) + 2,), len(flat))
+        first = first.scatter_reduce(0, rows[virtual], cell[virtual], "amin")
+        home = torch.where(virtual, first[rows.clamp(min=0)], cell)
+        kept = flat & (home == cell)
         index = torch.where(flat, (kept.long().cumsum(0) - 1)[home], -1).view(mask.shape)
         return cls(kept.nonzero()[:, 0], (int(mask.shape[0]), int(mask.shape[1])), index)
 
@@ -104,7 +104,7 @@ class Packing:
         return rows.flatten(0, 1)[self.take].unsqueeze(0)
 
     def packed_alike(self, value: Any) -> Any:
-        """Return tensors that hold a value a place, in tuples or alone, packed like hidden states."""
+        """Return tensors that hold a value a cell, in tuples or alone, packed like hidden states."""
         if isinstance(value, tuple):
             return tuple(self.packed_alike(each) for each in value)
         batch, width = self.shape

@@ -68,7 +68,7 @@ class Visibility:
     def restricted(self, rule: MaskRule) -> Visibility:
         """Return the same visibility, further restricted by an architecture's own rule.
 
-        The rule (causal, sliding window, chunks) is asked about positions in the row, which is
+        The rule (causal, sliding window, chunks) is evaluated at positions in the row, which is
         what its indices mean when a row is alone.
         """
         blocks = []

@@ -1,6 +1,6 @@
 """Prefixes inside attention: each layer puts its row's keys and values before the text's.
 
-The mask interface hands the layers a ``PrefixMask`` in the place of a mask. The prefix travels with
+The mask interface hands the layers a ``PrefixMask`` as their mask. The prefix travels with
 it as an argument, so gradient checkpointing, which drops caches and runs layers again in
 backward, stays exact; and the cache holds the text alone, so ``generate`` counts as ever.
 """
@@ -48,7 +48,7 @@ active_plan: ContextVar[PrefixPlan | None] = ContextVar("softprompt_prefix_plan"
 
 @dataclass(slots=True)
 class PrefixMask:
-    """A mask over prefix and text, with the prefix, in the place of an attention mask.
+    """A mask over prefix and text, with the prefix, passed as an attention mask.
 
     Attributes:
         mask: What the inner implementation takes, ``[B, 1, Tq, P + Tk]``.
@@ -82,11 +82,11 @@ def prefix_mask(
     """Mask interface: who sees whom, prefix included, under the layer kind's own rule.
 
     Raises:
-        ForestUnsupportedError: Without a plan, or for a rule that cannot be asked about positions.
+        ForestUnsupportedError: Without a plan, or for a rule that takes more than positions.
     """
     plan = active_plan.get()
     if plan is None:
-        raise ForestUnsupportedError("a prefix mask was asked for outside a prefixed pass")
+        raise ForestUnsupportedError("a prefix mask was requested outside a prefixed pass")
     if plan.causal_only and not _is_causal(mask_function, device):
         make = cast(Any, AttentionMaskInterface)()[plan.inner]
         own = make(
@@ -155,7 +155,7 @@ def prefix_attention_forward(
     """Attention interface: the model's own attention over the prefix and the text.
 
     Raises:
-        ForestUnsupportedError: If the layer is not told its number or adds a bias of its own.
+        ForestUnsupportedError: If the layer does not know its number or adds a bias of its own.
     """
     if not isinstance(attention_mask, PrefixMask):
         raise ForestUnsupportedError(f"{type(module).__name__} made its own attention mask")

@@ -35,7 +35,7 @@ class _HandOn(torch.autograd.Function):
 def _reentrant(model: nn.Module) -> bool:
     """Tell whether layers will be checkpointed with a backward of their own each.
 
-    Asked before ``recomputed_alike`` wraps the function that does it.
+    Call it before ``recomputed_alike`` wraps the function that does it.
     """
     if not recomputes_layers(model):
         return False

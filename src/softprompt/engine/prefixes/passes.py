@@ -33,7 +33,7 @@ from softprompt.errors import ConfigError
 
 @contextmanager
 def prefixed_attention(model: PreTrainedModel, facts: Facts, prefixes: Prefixes) -> Iterator[None]:
-    """Put prefixes inside the attention of every pass in the context; masks and caches hold the text alone.
+    """Inject prefixes into the attention of every pass in the context; masks and caches hold the text alone.
 
     Raises:
         ForestUnsupportedError: If the model does not honour the attention interface.
@@ -63,14 +63,14 @@ def _shift_positions(
             _shift_decoder(table, prefixes, stack)
         return
 
-    def place(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def shift(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kwargs = dict(kwargs)
         given = kwargs.get("position_ids")
         kwargs["position_ids"] = text_positions(facts, kwargs, given) + _column(prefixes, kwargs)
         return args, kwargs
 
     if facts.accepts_position_ids:
-        stack.callback(model.register_forward_pre_hook(place, with_kwargs=True).remove)
+        stack.callback(model.register_forward_pre_hook(shift, with_kwargs=True).remove)
 
 
 def text_positions(facts: Facts, kwargs: dict[str, Any], given: Tensor | None = None) -> Tensor:
@@ -104,12 +104,12 @@ def cached_tokens(cache: object) -> int:
 
 
 def _shift_decoder(table: nn.Module, prefixes: Prefixes, stack: ExitStack) -> None:
-    """Shift the learned positions of a seq2seq decoder, which its forward does not let one give."""
+    """Shift the learned positions of a seq2seq decoder, whose forward takes none."""
     if "position_ids" not in inspect.signature(table.forward).parameters:
         raise ForestUnsupportedError(f"{type(table).__name__} takes no position_ids")
     rows: list[int] = []
 
-    def place(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def shift(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         positions = kwargs["position_ids"]  # [T], the same in every row
         tokens = next(iter(args), kwargs.get("input_ids"))
         count = prefixes.lengths.shape[0] if not isinstance(tokens, Tensor) else tokens.shape[0]
@@ -120,7 +120,7 @@ def _shift_decoder(table: nn.Module, prefixes: Prefixes, stack: ExitStack) -> No
     def part(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output.view(rows.pop(), -1, output.shape[-1])
 
-    stack.callback(table.register_forward_pre_hook(place, with_kwargs=True).remove)
+    stack.callback(table.register_forward_pre_hook(shift, with_kwargs=True).remove)
     stack.callback(table.register_forward_hook(part).remove)
 
 
@@ -128,7 +128,7 @@ def _shift_decoder(table: nn.Module, prefixes: Prefixes, stack: ExitStack) -> No
 def prefixed_cache(
     model: PreTrainedModel, facts: Facts, prefixes: Prefixes, *, counts_columns: bool = False
 ) -> Iterator[None]:
-    """Put prefixes into the cache of every pass in the context, masks and positions extended over them.
+    """Inject prefixes into the cache of every pass in the context, masks and positions extended over them.
 
     Args:
         model: A decoder.
@@ -139,13 +139,13 @@ def prefixed_cache(
     """
     prefixes = prefixes.shifted()
 
-    def withhold(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        # Whoever asked for no cache feeds the whole text again, which must not meet its own past.
+    def drop_cache(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        # A caller without a cache feeds the whole text again, which must not meet its own past.
         if kwargs.get("use_cache") is False:
             output.past_key_values = None
         return output
 
-    def place(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def inject(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if recomputes_layers(model) and torch.is_grad_enabled():
             raise ConfigError(
                 f"gradient checkpointing drops the cache that holds the prefix of {facts.architecture}; "
@@ -177,8 +177,8 @@ def prefixed_cache(
 
     with locked(model):
         handles = [
-            model.register_forward_pre_hook(place, with_kwargs=True),
-            model.register_forward_hook(withhold, with_kwargs=True),
+            model.register_forward_pre_hook(inject, with_kwargs=True),
+            model.register_forward_hook(drop_cache, with_kwargs=True),
         ]
         try:
             yield
