@@ -31,8 +31,9 @@ from transformers import (
 )
 
 from softprompt.engine import DecodeForest, NewTokens
-from softprompt.inference import Batcher, GenerationOptions, PromptValue
+from softprompt.inference import Batcher, GenerationOptions
 from softprompt.inference.continuous.request import Request
+from softprompt.prompts import Prompt
 
 P, INPUT, NEW, PROMPTS = 50, 32, 32, 8
 
@@ -86,7 +87,7 @@ def tokenizer() -> Any:
 def served(batcher: Batcher, table: torch.Tensor, heads: torch.Tensor, ids: torch.Tensor) -> Any:
     """Answer every row behind the prompt whose turn it is; return the tokens."""
     options = GenerationOptions(max_new_tokens=NEW)
-    values = [PromptValue(str(head.tolist()), table[head]) for head in heads]
+    values = [Prompt(table[head]) for head in heads]
     tickets = [
         batcher.submit(
             Request(

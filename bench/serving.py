@@ -42,14 +42,15 @@ from serving_work import (
     timed,
     values_of,
 )
-from softprompt.inference import Batcher, FinishEvent, PromptValue, TokenEvent
+from softprompt.inference import Batcher, FinishEvent, TokenEvent
+from softprompt.prompts import Prompt
 
 OURS, ALONE = "ours", "PEFT, one request at a time"
 LARGEST = "PEFT, a batch for each prompt, largest first"
 OLDEST = "PEFT, a batch for each prompt, oldest first"
 
 
-def answered(batcher: Batcher, ask: Ask, values: Sequence[PromptValue]) -> Took:
+def answered(batcher: Batcher, ask: Ask, values: Sequence[Prompt]) -> Took:
     """Ask the batcher and note when each token comes."""
     began, took = time.perf_counter(), Took()
     for event in batcher.submit(request_of(ask, values)):

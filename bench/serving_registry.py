@@ -46,7 +46,7 @@ def _write(root: Path, count: int) -> None:
 
 def _measure(folder: str, count: int) -> dict[str, Any]:
     from softprompt.backbone import load_base
-    from softprompt.inference import Batcher, GenerationOptions, PromptValue, TokenEvent
+    from softprompt.inference import Batcher, GenerationOptions, TokenEvent
     from softprompt.inference.continuous.request import Request
     from softprompt.server.folder import Root
     from softprompt.server.registry import Registry
@@ -68,9 +68,7 @@ def _measure(folder: str, count: int) -> dict[str, Any]:
     took = []
     for ask in todo:
         start = time.perf_counter()
-        found = registry.get("first").prompt
-        assert found is not None
-        prompt = PromptValue(found.key, found.value)
+        prompt = registry.get("first").prompt
         for event in batcher.submit(Request(ask.ids, prompt, options=options)):
             if isinstance(event, TokenEvent):
                 took.append(time.perf_counter() - start)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from softprompt.backbone import load_base
-from softprompt.inference import GenerationOptions, PromptValue, content_key
+from softprompt.inference import GenerationOptions
 from softprompt.inference.continuous.request import Request
+from softprompt.prompts import Prompt
 from training_step import SCALE, gpt2_small
 
 VIRTUAL = 50
@@ -84,14 +85,14 @@ def asks(model: Any, count: int, seed: int = 5) -> list[Ask]:
     ]
 
 
-def request_of(ask: Ask, values: Sequence[PromptValue]) -> Request:
+def request_of(ask: Ask, values: Sequence[Prompt]) -> Request:
     """Return a request as a server makes it."""
     return Request(ask.ids, values[ask.prompt], options=GenerationOptions(max_new_tokens=OUTPUT))
 
 
-def values_of(tables: Sequence[Tensor]) -> list[PromptValue]:
+def values_of(tables: Sequence[Tensor]) -> list[Prompt]:
     """Return prompts as requests carry them."""
-    return [PromptValue(content_key(table), table) for table in tables]
+    return [Prompt(table) for table in tables]
 
 
 @dataclass
