@@ -2,6 +2,7 @@ from .bare import Origin as Origin
 from .bare import check_fit as check_fit
 from .bare import manifest_of as manifest_of
 from .composed import average_prompts as average_prompts
+from .composed import compose_cartridge_adapters as compose_cartridge_adapters
 from .composed import concatenate_prompts as concatenate_prompts
 from .composed import subtract_prompts as subtract_prompts
 from .files import require_empty as require_empty

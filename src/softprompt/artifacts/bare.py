@@ -14,7 +14,7 @@ from softprompt.artifacts.manifest import Manifest
 from softprompt.artifacts.native import StoredAdapter
 from softprompt.backbone import Fingerprint, LoadedBase, facts_of
 from softprompt.errors import ArtifactError
-from softprompt.prompts import PeftType, PromptTuningConfig, TaskType
+from softprompt.prompts import KEY_VALUE_METHODS, PromptTuningConfig, TaskType
 
 ENCODER, DECODER = "ENCODER", "DECODER"
 
@@ -146,7 +146,7 @@ def check_fit(stored: StoredAdapter, base: LoadedBase) -> None:
             f"the prompt in {stored.location} is for {task}, {base.name} is a "
             f"{'seq2seq' if seq2seq else 'causal'} model; name the base that it was made for"
         )
-    if stored.config["peft_type"] != PeftType.PREFIX_TUNING:
+    if stored.config["peft_type"] not in KEY_VALUE_METHODS:
         check_width(stored.prompt.shape[1], base, stored.location)
 
 

@@ -12,7 +12,7 @@ from softprompt.artifacts.layout import OUR_KEYS, PROMPT_KEY
 from softprompt.artifacts.native import StoredAdapter
 from softprompt.artifacts.recorded_base import RecordedBase
 from softprompt.errors import ArtifactError, FingerprintError
-from softprompt.prompts import PeftType, TaskType
+from softprompt.prompts import KEY_VALUE_METHODS, PeftType, TaskType
 
 INPUT, ANSWER = "input", "answer"
 """Where rows stand: before what the model reads, or before a seq2seq model's answer."""
@@ -44,7 +44,7 @@ def placed_rows(stored: StoredAdapter) -> dict[str, Tensor]:
 def beyond_rows(stored: StoredAdapter) -> str | None:
     """Return why a stored prompt is more than the rows of one task; None when it is those."""
     kind = stored.config["peft_type"]
-    if kind == PeftType.PREFIX_TUNING:
+    if kind in KEY_VALUE_METHODS:
         return "it is keys and values of every layer, not rows of the input"
     if kind == PeftType.MULTITASK_PROMPT_TUNING:
         return "it holds the factors of its tasks; write one with `convert --to softprompt --task`"

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from softprompt.backbone.facts import is_encoder_decoder
-from softprompt.bundled import DEMO as DEMO
+from softprompt.bundled import DEMO as DEMO  # noqa: PLC0414 - a name of this facade
 from softprompt.bundled import model_directory
 from softprompt.errors import BackboneError, ConfigError
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from softprompt.artifacts import StoredAdapter
 from softprompt.errors import FingerprintError
 from softprompt.inspection.neighbours import NearToken, Vocabulary, nearest_tokens
-from softprompt.prompts import PeftType
+from softprompt.prompts import KEY_VALUE_METHODS
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def describe(
         FingerprintError: the table has another width than the prompt.
     """
     prompt, manifest = stored.prompt.detach().float(), stored.manifest
-    if stored.config.get("peft_type") == PeftType.PREFIX_TUNING:
+    if stored.config.get("peft_type") in KEY_VALUE_METHODS:
         table = None  # keys and values of layers have no neighbours among the embeddings
     if table is not None and table.shape[1] != prompt.shape[1]:
         raise FingerprintError(
