@@ -1,4 +1,5 @@
 from .artifacts.composed import average_prompts as average_prompts
+from .artifacts.composed import compose_cartridge_adapters as compose_cartridge_adapters
 from .artifacts.composed import concatenate_prompts as concatenate_prompts
 from .artifacts.composed import subtract_prompts as subtract_prompts
 from .attach.auto import AutoPeftModel as AutoPeftModel
@@ -10,6 +11,10 @@ from .attach.auto import (
     AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
 )
 from .attach.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from .attach.cartridges import (
+    initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values,
+)
+from .attach.cartridges import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
 from .attach.classes import PeftModelForCausalLM as PeftModelForCausalLM
 from .attach.classes import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
 from .attach.classes import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
@@ -33,6 +38,8 @@ from .inference.options import GenerationOptions as GenerationOptions
 from .inference.serving import Serving as Serving
 from .inference.tuned import TunedPrompt as TunedPrompt
 from .inspection.retrieval import similar_prompts as similar_prompts
+from .prompts import CartridgeConfig as CartridgeConfig
+from .prompts import CartridgeEncoder as CartridgeEncoder
 from .prompts import CPTConfig as CPTConfig
 from .prompts import CPTEmbedding as CPTEmbedding
 from .prompts import MultitaskPromptEmbedding as MultitaskPromptEmbedding
@@ -50,6 +57,9 @@ from .prompts import PromptLearningConfig as PromptLearningConfig
 from .prompts import PromptTuningConfig as PromptTuningConfig
 from .prompts import PromptTuningInit as PromptTuningInit
 from .prompts import TaskType as TaskType
+from .prompts import (
+    prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values,
+)
 from .training.settings import TuneSettings as TuneSettings
 from .training.tune import tune as tune
 from .training.tuning_config import TuningConfig as TuningConfig

@@ -23,6 +23,8 @@ PEFT_NAMES = [
     "AutoPeftModelForTokenClassification",
     "CPTConfig",
     "CPTEmbedding",
+    "CartridgeConfig",
+    "CartridgeEncoder",
     "MultitaskPromptTuningConfig",
     "MultitaskPromptTuningInit",
     "PeftConfig",
@@ -43,8 +45,12 @@ PEFT_NAMES = [
     "PromptTuningConfig",
     "PromptTuningInit",
     "TaskType",
+    "compose_cartridge_adapters",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "initialize_kv_prefix_from_past_key_values",
+    "initialize_kv_prefix_from_text",
+    "prompt_embeddings_from_past_key_values",
     "set_peft_model_state_dict",
 ]
 OWN_NAMES = [
@@ -153,6 +159,7 @@ def test_the_second_import_path_of_every_method():
         ],
         "p_tuning": ["PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"],
         "cpt": ["CPTConfig", "CPTEmbedding"],
+        "cartridge": ["CartridgeConfig", "CartridgeEncoder"],
         "prefix_tuning": ["PrefixTuningConfig", "PrefixEncoder"],
     }.items():
         theirs = importlib.import_module(f"peft.tuners.{method}")

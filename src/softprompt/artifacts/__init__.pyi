@@ -1,4 +1,5 @@
 from .composed import average_prompts as average_prompts
+from .composed import compose_cartridge_adapters as compose_cartridge_adapters
 from .composed import concatenate_prompts as concatenate_prompts
 from .composed import subtract_prompts as subtract_prompts
 from .files import load_pickled as load_pickled

@@ -18,7 +18,7 @@ from softprompt.artifacts.peft_folder import load_adapter, save_adapter
 from softprompt.artifacts.recorded_base import require_one_base
 from softprompt.artifacts.stored_prompt import StoredPrompt
 from softprompt.errors import ConfigError, nearest
-from softprompt.prompts import PROMPT_KEY, PromptTuningConfig, composition
+from softprompt.prompts import PROMPT_KEY, PeftType, PromptTuningConfig, composition
 
 logger = logging.getLogger(__name__)
 
@@ -244,3 +244,55 @@ def _written(result: StoredPrompt, output: str | Path | None, overwrite: bool) -
         require_empty(target)
     save_adapter(target, result.config, result.tensors, result.manifest, overwrite=overwrite)
     return replace(result, location=str(target))
+
+
+def compose_cartridge_adapters(
+    adapter_paths: Sequence[str | Path],
+    *,
+    output_path: str | Path,
+    safe_serialization: bool = True,
+) -> None:
+    """Put the virtual tokens of cartridges one after the other; PEFT's helper under its name.
+
+    The first cartridge's frozen tokens stay frozen, and its template and record are taken over. Cartridges
+    that were trained apart may answer worse side by side than alone: measure the result.
+
+    Args:
+        adapter_paths: Folders of two cartridges or more, of one base.
+        output_path: Folder to write to; a prompt in it is replaced.
+        safe_serialization: Must stay True, no pickle is written.
+
+    Raises:
+        ConfigError: If there are fewer than two, or they do not fit together.
+        FingerprintError: The cartridges are of different bases.
+        ArtifactError: A folder cannot be read, or holds no cartridge.
+    """
+    if not safe_serialization:
+        raise ConfigError("safe_serialization=False would write a pickle; leave it out")
+    members = _members(adapter_paths, 2)
+    first = members[0]
+    for member in members:
+        if member.config["peft_type"] != PeftType.CARTRIDGE:
+            raise ConfigError(
+                f"Adapter at '{member.location}' is not a CARTRIDGE adapter (got {member.config['peft_type']})."
+            )
+        for name in _CARTRIDGE_SIZES:
+            if member.config.get(name) != first.config.get(name):
+                raise ConfigError(
+                    f"Incompatible CARTRIDGE configs for attribute '{name}': {first.config.get(name)!r} in "
+                    f"{first.location}, {member.config.get(name)!r} in {member.location}"
+                )
+    values = composition.concatenation([member.values for member in members])
+    config = first.config | {"num_virtual_tokens": values.shape[0]}
+    how = {"operation": "concatenation"}
+    manifest = first.manifest and _manifest(first.manifest, members, how)
+    save_adapter(Path(output_path), config, {PROMPT_KEY: values}, manifest, overwrite=True)
+
+
+_CARTRIDGE_SIZES = (
+    "task_type",
+    "token_dim",
+    "num_layers",
+    "num_attention_heads",
+    "num_transformer_submodules",
+)

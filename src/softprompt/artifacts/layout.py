@@ -162,6 +162,11 @@ LAYOUTS: Mapping[PeftType, PeftLayout] = {
         _keys_and_values,
         "num_virtual_tokens, num_layers * 2 * token_dim",
     ),
+    PeftType.CARTRIDGE: PeftLayout(
+        _SHARED_KEYS | {"num_frozen_tokens"},
+        _keys_and_values,
+        "num_virtual_tokens, num_layers * 2 * token_dim",
+    ),
     PeftType.CPT: PeftLayout(
         _SHARED_KEYS
         | {

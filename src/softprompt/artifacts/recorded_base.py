@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from softprompt.artifacts.stored_prompt import StoredPrompt
 from softprompt.backbone import Base, Fingerprint, facts_of, input_embedding
 from softprompt.errors import ArtifactError, FingerprintError
-from softprompt.prompts import PeftType, TaskType
+from softprompt.prompts import KEY_VALUE_METHODS, TaskType
 
 _SEQ2SEQ = {TaskType.CAUSAL_LM: False, TaskType.SEQ_2_SEQ_LM: True}
 
@@ -116,7 +116,7 @@ def check_fit(stored: StoredPrompt, base: Base) -> None:
             f"the prompt in {stored.location} is for {task}, {base.name} is a "
             f"{'seq2seq' if seq2seq else 'causal'} model; name the base that it was made for"
         )
-    if stored.config["peft_type"] != PeftType.PREFIX_TUNING:
+    if stored.config["peft_type"] not in KEY_VALUE_METHODS:
         check_width(stored.values.shape[1], base, stored.location)
 
 

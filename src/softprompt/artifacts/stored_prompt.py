@@ -14,6 +14,7 @@ from softprompt.artifacts.manifest import Manifest, manifest_of_task
 from softprompt.errors import ArtifactError, ConfigError, nearest
 from softprompt.prompts import (
     COLS_KEY,
+    KEY_VALUE_METHODS,
     PROMPT_KEY,
     ROWS_KEY,
     PeftType,
@@ -108,7 +109,7 @@ class StoredPrompt:
     def beyond_tokens(self) -> str | None:
         """Return why this is more than the virtual tokens of one task; None when it is just those."""
         kind = self.config["peft_type"]
-        if kind == PeftType.PREFIX_TUNING:
+        if kind in KEY_VALUE_METHODS:
             return "it is keys and values of every layer, not virtual tokens of the input"
         if kind == PeftType.MULTITASK_PROMPT_TUNING:
             return (

@@ -1,3 +1,7 @@
+from .cartridges import (
+    initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values,
+)
+from .cartridges import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
 from .classes import get_peft_model as get_peft_model
 from .completion import sees_input_of as sees_input_of
 from .detached import detached_prompts as detached_prompts

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from softprompt.artifacts import StoredPrompt
 from softprompt.errors import FingerprintError
-from softprompt.prompts import PeftType
+from softprompt.prompts import KEY_VALUE_METHODS
 
 NEAREST = 3
 _CHUNK = 16_384
@@ -112,7 +112,7 @@ def describe(
         FingerprintError: the table has another width than the prompt.
     """
     prompt, manifest = stored.values.detach().float(), stored.manifest
-    if stored.config.get("peft_type") == PeftType.PREFIX_TUNING:
+    if stored.config.get("peft_type") in KEY_VALUE_METHODS:
         table = None  # keys and values of layers have no neighbours among the embeddings
     if table is not None and table.shape[1] != prompt.shape[1]:
         raise FingerprintError(

@@ -17,10 +17,15 @@ from .kinds import PromptEncoderReparameterizationType as PromptEncoderReparamet
 from .kinds import PromptTuningInit as PromptTuningInit
 from .kinds import TaskMatrixInit as TaskMatrixInit
 from .kinds import TaskType as TaskType
+from .methods.cartridge import CartridgeConfig as CartridgeConfig
+from .methods.cartridge import CartridgeEncoder as CartridgeEncoder
 from .methods.cpt import CPTConfig as CPTConfig
 from .methods.cpt import CPTEmbedding as CPTEmbedding
 from .methods.cpt import cpt_columns as cpt_columns
 from .methods.cpt import cpt_loss as cpt_loss
+from .methods.key_values import (
+    prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values,
+)
 from .methods.multitask import COLS_KEY as COLS_KEY
 from .methods.multitask import ROWS_KEY as ROWS_KEY
 from .methods.multitask import SOURCE_INITS as SOURCE_INITS

@@ -3,9 +3,10 @@
 import sys
 from types import ModuleType
 
-from softprompt.prompts.methods import cpt, multitask, p_tuning, prefix, prompt_tuning
+from softprompt.prompts.methods import cartridge, cpt, multitask, p_tuning, prefix, prompt_tuning
 
 _METHODS = {
+    "cartridge": cartridge,
     "cpt": cpt,
     "multitask_prompt_tuning": multitask,
     "p_tuning": p_tuning,

@@ -168,3 +168,57 @@ def initial_key_values(
     tokenizer = str(getattr(config, "tokenizer_name_or_path", ""))
     ids = text_token_ids(words, tokenizer, getattr(config, "tokenizer_kwargs", None))
     return key_values(fitted(ids, config.num_virtual_tokens or 0, text))
+
+
+def prompt_embeddings_from_past_key_values(
+    past_key_values: Any, *, num_virtual_tokens: int
+) -> Tensor:
+    """Return the first tokens of a cache in PEFT's flat order, ``[P, L·2·A_kv·D]``.
+
+    Args:
+        past_key_values: Keys and values ``[1, A_kv, T, D]`` of every layer: a transformers cache (of an
+            encoder-decoder model its decoder's), or a sequence of pairs.
+        num_virtual_tokens: Tokens to keep (P).
+
+    Raises:
+        ConfigError: If this is no such cache, holds more than one row or too few tokens, or its layers differ.
+    """
+    pairs = _pairs(past_key_values)
+    shapes = {tuple(part.shape) for pair in pairs for part in pair}
+    if len(shapes) != 1 or len(next(iter(shapes))) != 4:
+        raise ConfigError(
+            "past_key_values must hold keys and values [1, A_kv, T, D] of one shape in all layers, got "
+            f"{', '.join(map(str, map(list, sorted(shapes)))) or 'none'}; use a cache that keeps every token"
+        )
+    rows, heads, tokens, width = shapes.pop()
+    if rows != 1:
+        raise ConfigError(
+            f"past_key_values must be of a single sequence (batch=1), got {rows} rows; pass one of them"
+        )
+    if tokens < num_virtual_tokens:
+        raise ConfigError(
+            f"Need at least {num_virtual_tokens} cached tokens, got {tokens}; give a longer text, or lower "
+            "num_virtual_tokens"
+        )
+    order = FlatOrder(num_virtual_tokens, len(pairs), heads, width, doubled=False)
+    layers = [torch.stack([part[0, :, :num_virtual_tokens] for part in pair]) for pair in pairs]
+    return order.flattened(torch.stack(layers))
+
+
+def _pairs(cache: Any) -> list[tuple[Tensor, Tensor]]:
+    """Return the keys and values of each layer of a cache."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    layers: Any = getattr(cache, "layers", None)
+    try:
+        if layers is not None:
+            found = [(layer.keys, layer.values) for layer in layers]
+        else:
+            found = [(layer[0], layer[1]) for layer in cache]
+    except (TypeError, AttributeError, IndexError, KeyError):
+        found = []
+    if not found or not all(isinstance(part, Tensor) for pair in found for part in pair):
+        raise ConfigError(
+            "past_key_values must be a transformers cache, or a sequence of (keys, values) for each layer, "
+            f"got {type(cache).__name__}; pass the outputs' past_key_values"
+        )
+    return found

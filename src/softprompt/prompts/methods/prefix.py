@@ -192,6 +192,10 @@ class PrefixEncoder(PromptModule):
         if self.first is not None:
             self.first = self.embedding.weight.detach()[:1].clone()
 
+    def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
+        """Set all virtual tokens from ``[P, L·2·A_kv·D]``; see ``load_stored``."""
+        self.load_stored({PROMPT_KEY: prompt_embeddings})
+
     def _flat(self) -> Tensor:
         flat: Tensor = self.embedding.weight
         if self.transform is not None:
