@@ -78,7 +78,7 @@ def test_a_multitask_prompt_is_no_prompt_before_a_task_is_chosen(stored):
         changed(stored, peft_type="MULTITASK_PROMPT_TUNING", num_tasks=2, num_ranks=1),
         tensors=stored.tensors | factors,
     )
-    with pytest.raises(ArtifactError, match="factors of its tasks.*--task-name"):
+    with pytest.raises(ArtifactError, match=r"factors of its tasks.*--task-name"):
         tasks.prompt()
     torch.testing.assert_close(tasks.of_task("1").prompt().input, drawn(0, 4))
 
