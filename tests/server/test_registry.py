@@ -128,10 +128,10 @@ def rewritten(directory, rows):
     ("rows", "words"),
     [
         (torch.full((3, 256), float("nan")), "NaN or infinite"),
-        (torch.ones(3, 255), "came"),
-        (torch.ones(4, 256), "came"),
+        (torch.ones(3, 255), "got"),
+        (torch.ones(4, 256), "got"),
         (torch.ones(3, 256, dtype=torch.int32), "int32"),
-        (torch.ones(3 * 256), "came"),
+        (torch.ones(3 * 256), "got"),
     ],
 )
 def test_rows_that_do_not_fit(registry, prompts, rows, words):

@@ -72,17 +72,7 @@ def save_adapter(
         require_no_file(directory)
     else:
         require_empty(directory)
-    config_text = config_json(config)
-    check_config(config)
-    check_tensors(config, tensors, "the tensors to save")
-    # clone(): safetensors refuses tensors that share storage, as tied heads do.
-    dense = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    weights = bytes_from_tensors(dense, metadata={"format": "pt"})
-    files = {WEIGHTS_NAME: weights, CONFIG_NAME: config_text.encode()}
-    if manifest is not None:
-        digest = hashlib.sha256(weights).hexdigest()
-        manifest = dataclasses.replace(manifest, weights_sha256=digest)
-        files[MANIFEST_NAME] = manifest.to_json().encode()
+    files = _files_of(config, tensors, manifest)
     card = directory / CARD_NAME
     # save_pretrained(".") in a project must not cost the user the project's own README.
     if not card.is_file() or is_own_card(read_bytes(card).decode(errors="replace")):
@@ -94,6 +84,24 @@ def save_adapter(
             f"could not write the prompt to {directory} ({error}); nothing there was changed: "
             "free some space or choose another directory"
         ) from error
+
+
+def _files_of(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], manifest: Manifest | None
+) -> dict[str, bytes]:
+    """Return the content of the files that loading needs, checked as loading checks it."""
+    config_text = config_json(config)
+    check_config(config)
+    check_tensors(config, tensors, "the tensors to save")
+    # clone(): safetensors refuses tensors that share storage, as tied heads do.
+    dense = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    weights = bytes_from_tensors(dense, metadata={"format": "pt"})
+    files = {WEIGHTS_NAME: weights, CONFIG_NAME: config_text.encode()}
+    if manifest is not None:
+        digest = hashlib.sha256(weights).hexdigest()
+        hashed = dataclasses.replace(manifest, weights_sha256=digest)
+        files[MANIFEST_NAME] = hashed.to_json().encode()
+    return files
 
 
 def load_adapter(

@@ -65,7 +65,7 @@ class RowTokenizer:
         seq2seq: bool,
         placement: Placement = Placement.PREFIX,
     ) -> None:
-        """Read the tokenizer's special tokens off and check the limits (tokens, specials counted).
+        """Read the special tokens off the tokenizer and check the limits (tokens, special ones included).
 
         Raises:
             ConfigError: A limit leaves no room for text, or the tokenizer has no such placement.
@@ -77,19 +77,9 @@ class RowTokenizer:
         self.max_target_length = max_target_length
         self.seq2seq = seq2seq
         self.placement = placement
-        frame = SpecialFrame.of(tokenizer)
         in_chat = placement is Placement.CHAT_SYSTEM
         self._chat = ChatFrame.of(tokenizer) if in_chat else None
-        if self._chat is not None:
-            frame = self._chat.frame
-        elif not seq2seq:
-            frame = SpecialFrame(frame.prefix, ())
-        self._source_frame = frame
-        if placement is Placement.AFTER_BOS and not frame.prefix:
-            raise ConfigError(
-                "placement after_bos needs a tokenizer that starts texts with a token of its own, this one "
-                "does not; use prefix"
-            )
+        self._source_frame = self._frame_of_sources()
         self._target_frame = self._frame_of_targets()
         tail = verbalizer.tail if self._chat is None else self._chat.tail
         self._continuation = None if seq2seq else Continuation(tokenizer, tail)
@@ -188,6 +178,19 @@ class RowTokenizer:
         # The annotation of transformers allows a batch, which a flat list of ids never is.
         decoded = str(text)
         return decoded if self._continuation is None else self._continuation.text(decoded)
+
+    def _frame_of_sources(self) -> SpecialFrame:
+        frame = SpecialFrame.of(self.tokenizer)
+        if self._chat is not None:
+            frame = self._chat.frame
+        elif not self.seq2seq:
+            frame = SpecialFrame(frame.prefix, ())
+        if self.placement is Placement.AFTER_BOS and not frame.prefix:
+            raise ConfigError(
+                "placement after_bos needs a tokenizer that starts texts with a token of its own, this one "
+                "does not; use prefix"
+            )
+        return frame
 
     def _frame_of_targets(self) -> SpecialFrame:
         eos = self.tokenizer.eos_token_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,11 +97,14 @@ def similar_prompts(
         else:
             scored.append((similarity(tokens, candidate, measure), str(path)))
     best = sorted(scored, key=lambda each: (-each[0], each[1]))[:top]
+    return Retrieval(_weighted(best), tuple(skipped))
+
+
+def _weighted(best: Sequence[tuple[float, str]]) -> tuple[Similar, ...]:
     total = sum(max(cosine, 0.0) for cosine, _ in best)
-    found = (
+    return tuple(
         Similar(path, cosine, max(cosine, 0.0) / total if total else 0.0) for cosine, path in best
     )
-    return Retrieval(tuple(found), tuple(skipped))
 
 
 def _tokens(stored: StoredPrompt) -> Tensor:

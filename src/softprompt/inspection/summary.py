@@ -114,11 +114,8 @@ def describe(
     prompt, manifest = stored.values.detach().float(), stored.manifest
     if stored.config.get("peft_type") in KEY_VALUE_METHODS:
         table = None  # keys and values of layers have no neighbours among the embeddings
-    if table is not None and table.shape[1] != prompt.shape[1]:
-        raise FingerprintError(
-            f"expected an embedding table {prompt.shape[1]} wide, as the prompt's virtual tokens, got "
-            f"{table.shape[1]}: load the base model that the prompt was made for"
-        )
+    if table is not None:
+        _check_table(table, prompt)
     nearest = None
     if table is not None and tokenizer is not None:
         nearest = nearest_tokens(prompt, table, tokenizer)
@@ -144,6 +141,14 @@ def describe(
         created=record.get("created"),
         versions=record.get("versions"),
     )
+
+
+def _check_table(table: Tensor, prompt: Tensor) -> None:
+    if table.shape[1] != prompt.shape[1]:
+        raise FingerprintError(
+            f"expected an embedding table {prompt.shape[1]} wide, as the prompt's virtual tokens, got "
+            f"{table.shape[1]}: load the base model that the prompt was made for"
+        )
 
 
 def geometry(prompt: Tensor, base_rms: float | None = None) -> PromptGeometry:

@@ -76,12 +76,7 @@ def extend(
     _resize(model, new)
     table = input_embedding(model)
     table.weight[old:] = 0
-    rounding = 0.0
-    for name, values in tokens.items():
-        index = torch.tensor(ids[name], device=table.weight.device)
-        table.weight[index] = (values.float() / scale).to(table.weight)
-        lost = (table(index).float() - values.to(table.weight.device).float()).abs().max()
-        rounding = max(rounding, float(lost / values.abs().max()))
+    rounding = max(_fill(table, ids[name], own, scale) for name, own in tokens.items())
     _mask_head(model, head, old, least_likely(torch.cat(list(before.values()))))
     mass = difference = 0.0
     for name, own in ids.items():
@@ -89,6 +84,14 @@ def extend(
         difference = max(difference, _difference(after[:, :old], before[name], table, name))
         mass = max(mass, float(after.softmax(-1)[:, old:].sum(-1).max()))
     return Extension(new, head, mass, rounding, difference)
+
+
+def _fill(table: nn.Embedding, ids: list[int], tokens: Tensor, scale: float) -> float:
+    """Write virtual tokens ``[P, H]`` at their ids and return the largest relative rounding error."""
+    index = torch.tensor(ids, device=table.weight.device)
+    table.weight[index] = (tokens.float() / scale).to(table.weight)
+    lost = (table(index).float() - tokens.to(table.weight.device).float()).abs().max()
+    return float(lost / tokens.abs().max())
 
 
 def _check_range(tokens: Mapping[str, Tensor], table: nn.Embedding, scale: float) -> None:

@@ -219,11 +219,10 @@ def stored_of_parts(
         output_model_types=[name for name in wanted if name in parts] if origin.seq2seq else None,
         base_model_name_or_path=origin.base_model,
         inference_mode=True,
+        # PEFT reads a seq2seq prompt's layers and heads from its config.
+        num_layers=None if base is None else facts_of(base.model).num_layers,
+        num_attention_heads=None if base is None else facts_of(base.model).num_attention_heads,
     ).to_dict()
-    # PEFT reads a seq2seq prompt's layers and heads from its config.
-    if base is not None:
-        facts = facts_of(base.model)
-        config |= {"num_layers": facts.num_layers, "num_attention_heads": facts.num_attention_heads}
     tensors = {PROMPT_KEY: torch.cat(ordered)}
     check_tensors(config, tensors, where)
     return StoredPrompt(config, tensors, manifest_of(origin, base), where)
