@@ -15,8 +15,7 @@ from transformers import (
 )
 
 from softprompt.attach.model import PeftModel
-from softprompt.backbone import DEMO
-from softprompt.bundled import model_directory
+from softprompt.bundled import DEMO, model_directory
 from softprompt.errors import ConfigError
 from softprompt.prompts import PeftConfig, TaskType
 

@@ -17,7 +17,6 @@ from .fingerprint import weights_hash as weights_hash
 from .keyvalues import KeyValueShape as KeyValueShape
 from .keyvalues import key_value_shape as key_value_shape
 from .keyvalues import text_key_values as text_key_values
-from .load import DEMO as DEMO
 from .load import load_base as load_base
 from .load import progress_on_terminals_only as progress_on_terminals_only
 from .old_names import lent_bodies as lent_bodies

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Unpack, cast
 
-from softprompt.backbone import DEMO
+from softprompt.bundled import DEMO
 from softprompt.errors import ConfigError, UsageError, nearest
 from softprompt.inference import TunedPrompt
 from softprompt.training.checkpoint import load_state, remove_state, state_path
