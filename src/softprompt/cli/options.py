@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args, get_origin
 import click
 
 from softprompt.errors import UsageError
-from softprompt.training import choices_of, default_of, type_of
+from softprompt.fields import choices_of, default_of, type_of
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 
 from softprompt.errors import ConfigError
-from softprompt.training import about, check
+from softprompt.fields import about, check
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
 from softprompt.errors import ConfigError, nearest
-from softprompt.training.fields import about, check, from_mapping, plain
+from softprompt.fields import about, check, from_mapping, plain
 from softprompt.training.tuning_config import TuningConfig
 
 RATE_PER_RMS = 0.57

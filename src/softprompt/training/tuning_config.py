@@ -7,8 +7,8 @@ from enum import Enum
 from typing import Literal
 
 from softprompt.errors import ConfigError
+from softprompt.fields import about, check
 from softprompt.prompts import PromptTuningInit
-from softprompt.training.fields import about, check
 
 SOURCE_METHODS = {
     "AVERAGE_SOURCE": "AVERAGE_SOURCE_TASKS",
