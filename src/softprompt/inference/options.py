@@ -1,21 +1,22 @@
-"""What a caller may ask of generation, checked before a model is touched.
+"""Generation options: sampling, penalties, lengths and stopping, checked before a model is used.
 
-Every setting that the chosen decoding would ignore is refused instead: a temperature
-under GREEDY says that the caller expects sampling. Sampling filters left at None are off.
+A setting that the chosen decoding method would ignore raises: a temperature under GREEDY means that
+the caller expects sampling. Sampling filters left at None are off.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-from softprompt.errors import ConfigError, nearest
+from softprompt.errors import ConfigError
+from softprompt.fields import about, check, check_number, from_mapping
 
 DecodingMethod = Literal["GREEDY", "SAMPLING"]
 
 _SAMPLING_ONLY = ("top_k", "top_p", "min_p", "typical_p", "temperature", "seed")
+_LENGTHS, _SAMPLING, _PENALTIES = "Length and stopping", "Decoding and sampling", "Penalties"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,64 +28,113 @@ class GenerationOptions:
     """
 
     max_new_tokens: int = field(
-        default=20, metadata={"help": "Most tokens of an answer, the end token counted."}
+        default=20,
+        metadata=about(
+            "Maximum number of new tokens, the end token included.", least=1, group=_LENGTHS
+        ),
     )
     min_new_tokens: int = field(
-        default=0, metadata={"help": "Tokens before the end token or a stop sequence may end it."}
+        default=0,
+        metadata=about(
+            "Minimum number of new tokens before the end token or a stop sequence is allowed.",
+            least=0,
+            group=_LENGTHS,
+        ),
     )
     decoding_method: DecodingMethod = field(
-        default="GREEDY", metadata={"help": "GREEDY takes the likeliest token, SAMPLING draws."}
+        default="GREEDY",
+        metadata=about(
+            "GREEDY takes the most likely token, SAMPLING samples one.", group=_SAMPLING
+        ),
     )
     num_beams: int = field(
-        default=1, metadata={"help": "Beams of the search; 1 is no beam search. GREEDY only."}
+        default=1,
+        metadata=about("Beam width; 1 is no beam search. GREEDY only.", least=1, group=_SAMPLING),
     )
     top_k: int | None = field(
-        default=None, metadata={"help": "Draw among the k likeliest tokens. SAMPLING only."}
+        default=None,
+        metadata=about(
+            "Top-k sampling: number of most likely tokens to keep. SAMPLING only.",
+            least=1,
+            group=_SAMPLING,
+        ),
     )
     top_p: float | None = field(
         default=None,
-        metadata={"help": "Draw among the likeliest tokens of this total mass. SAMPLING only."},
+        metadata=about(
+            "Nucleus (top-p) sampling threshold. SAMPLING only.", above=0, most=1, group=_SAMPLING
+        ),
     )
     min_p: float | None = field(
         default=None,
-        metadata={
-            "help": "Draw among tokens at least this share as likely as the likeliest. SAMPLING only."
-        },
+        metadata=about(
+            "Min-p sampling threshold, relative to the most likely token. SAMPLING only.",
+            above=0,
+            most=1,
+            group=_SAMPLING,
+        ),
     )
     typical_p: float | None = field(
         default=None,
-        metadata={"help": "Draw among the most typical tokens of this mass. SAMPLING only."},
+        metadata=about(
+            "Locally typical sampling threshold. SAMPLING only.", above=0, most=1, group=_SAMPLING
+        ),
     )
     temperature: float | None = field(
-        default=None, metadata={"help": "Divides the logits before drawing. SAMPLING only."}
+        default=None,
+        metadata=about("Sampling temperature. SAMPLING only.", above=0, group=_SAMPLING),
     )
     repetition_penalty: float = field(
-        default=1.0, metadata={"help": "Above 1 makes tokens of the input and answer less likely."}
+        default=1.0,
+        metadata=about(
+            "Repetition penalty on tokens of the input and the answer; 1 is off.",
+            above=0,
+            group=_PENALTIES,
+        ),
     )
     frequency_penalty: float = field(
         default=0.0,
-        metadata={"help": "Taken from a token's logit for each time it is in the answer."},
+        metadata=about(
+            "Frequency penalty: subtracted from a token's logit for each occurrence in the answer.",
+            least=-2,
+            most=2,
+            group=_PENALTIES,
+        ),
     )
     presence_penalty: float = field(
-        default=0.0, metadata={"help": "Taken from a token's logit if it is in the answer."}
+        default=0.0,
+        metadata=about(
+            "Presence penalty: subtracted from the logit of each token that occurs in the answer.",
+            least=-2,
+            most=2,
+            group=_PENALTIES,
+        ),
     )
     exponential_decay_length_penalty: tuple[int, float] | None = field(
         default=None,
-        metadata={
-            "help": "After so many tokens, the end token's logit grows by this factor with each."
-        },
+        metadata=about(
+            "Exponential length penalty: start, in new tokens, and factor by which the end token's "
+            "logit grows with each token after it.",
+            group=_LENGTHS,
+        ),
     )
     max_time: float | None = field(
-        default=None, metadata={"help": "Seconds after which a batch stops where it is."}
+        default=None,
+        metadata=about("Time limit of a batch, in seconds.", above=0, group=_LENGTHS),
     )
     stop_sequences: tuple[str, ...] = field(
-        default=(), metadata={"help": "Texts that end an answer; they are cut from it."}
+        default=(),
+        metadata=about("Stop sequences; they are cut from the answer.", group=_LENGTHS),
     )
     seed: int | None = field(
-        default=None, metadata={"help": "Seed of each answer's draws. SAMPLING only."}
+        default=None,
+        metadata=about(
+            "Random seed of each answer. SAMPLING only.", least=0, most=2**63 - 1, group=_SAMPLING
+        ),
     )
     preserve_input_text: bool = field(
-        default=False, metadata={"help": "Put the input in front of the answer (decoder models)."}
+        default=False,
+        metadata=about("Prepend the input to the answer (decoder-only models).", group="Input"),
     )
 
     def __post_init__(self) -> None:
@@ -95,62 +145,31 @@ class GenerationOptions:
                 "put it in a list"
             )
         object.__setattr__(self, "stop_sequences", tuple(self.stop_sequences))
-        self._check_counts()
-        self._check_numbers()
         self._check_length_penalty()
-        self._check_decoding()
-
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
-        """Build options from named settings.
-
-        Raises:
-            ConfigError: A name is unknown, or a value is refused.
-        """
-        known = [each.name for each in fields(cls)]
-        for name in settings:
-            if name not in known:
-                raise ConfigError(
-                    f"unknown generation option {name!r}{nearest(name, known)}; "
-                    f"known are {', '.join(known)}"
-                )
-        return cls(**settings)
-
-    @property
-    def samples(self) -> bool:
-        """Whether tokens are drawn instead of taken."""
-        return self.decoding_method == "SAMPLING"
-
-    def _check_counts(self) -> None:
-        for name, least in (("max_new_tokens", 1), ("min_new_tokens", 0), ("num_beams", 1)):
-            _check_integer(name, getattr(self, name), least)
-        if self.top_k is not None:
-            _check_integer("top_k", self.top_k, 1)
-        if self.seed is not None:
-            _check_integer("seed", self.seed, 0, most=2**63 - 1)
+        check(self)
+        self._check_stop_sequences()
         if self.min_new_tokens > self.max_new_tokens:
             raise ConfigError(
                 f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens "
                 f"{self.max_new_tokens}; lower the one or raise the other"
             )
+        self._check_decoding()
 
-    def _check_numbers(self) -> None:
-        _check_number("repetition_penalty", self.repetition_penalty)
-        for name, most in (
-            ("top_p", 1.0),
-            ("min_p", 1.0),
-            ("typical_p", 1.0),
-            ("temperature", math.inf),
-            ("max_time", math.inf),
-        ):
-            value = getattr(self, name)
-            if value is not None:
-                _check_number(name, value, most)
-        for name in ("frequency_penalty", "presence_penalty"):
-            value = getattr(self, name)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not is_number or not -2 <= value <= 2:
-                raise ConfigError(f"{name} expects a number from -2 to 2, got {value!r}")
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """Build options from names and values.
+
+        Raises:
+            ConfigError: A name is unknown (the nearest known one is named), or a value is out of range.
+        """
+        return from_mapping(cls, settings)
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are sampled."""
+        return self.decoding_method == "SAMPLING"
+
+    def _check_stop_sequences(self) -> None:
         for stop in self.stop_sequences:
             if not isinstance(stop, str) or not stop:
                 raise ConfigError(
@@ -166,15 +185,11 @@ class GenerationOptions:
                 f"{name} expects the tokens to begin after and a factor, such as (10, 1.05), got {given!r}"
             )
         start, factor = given
-        _check_integer(f"the first number of {name}", start, 0)
-        _check_number(f"the second number of {name}", factor)
+        check_number(f"the first number of {name}", int, start, least=0)
+        check_number(f"the second number of {name}", float, factor, above=0)
         object.__setattr__(self, name, (start, factor))
 
     def _check_decoding(self) -> None:
-        if self.decoding_method not in ("GREEDY", "SAMPLING"):
-            raise ConfigError(
-                f"decoding_method expects GREEDY or SAMPLING, got {self.decoding_method!r}"
-            )
         if self.samples:
             if self.num_beams > 1:
                 raise ConfigError(
@@ -193,7 +208,7 @@ class GenerationOptions:
 def options_from(
     options: GenerationOptions | None, settings: Mapping[str, Any], caller: str
 ) -> GenerationOptions:
-    """Return the options a caller gave whole or field by field.
+    """Return options given as one object or as single settings.
 
     Raises:
         ConfigError: Both were given, or a setting is unknown or out of range.
@@ -204,17 +219,3 @@ def options_from(
             "put the settings into the options"
         )
     return options or GenerationOptions.from_settings(settings)
-
-
-def _check_integer(name: str, value: Any, least: int, most: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name} expects a whole number of at least {least}, got {value!r}")
-    if most is not None and value > most:
-        raise ConfigError(f"{name} expects a whole number of at most {most}, got {value!r}")
-
-
-def _check_number(name: str, value: Any, most: float = math.inf) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value <= most or math.isinf(value):
-        limit = "" if math.isinf(most) else f" and at most {most:g}"
-        raise ConfigError(f"{name} expects a finite number above 0{limit}, got {value!r}")
