@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from softprompt.errors import SoftPromptError
     from softprompt.evaluation.evaluate import evaluate
     from softprompt.evaluation.report import Report
-    from softprompt.inference.continuous.request import Bounds
+    from softprompt.inference.continuous.bounds import Bounds
     from softprompt.inference.conversion import convert
     from softprompt.inference.ensemble import Ensemble
     from softprompt.inference.generation import Generation
@@ -80,7 +80,7 @@ _HOMES = {
     "softprompt.training.settings": ("TuneSettings",),
     "softprompt.training.tuning_config": ("TuningConfig",),
     "softprompt.inference.loading": ("load", "load_many"),
-    "softprompt.inference.continuous.request": ("Bounds",),
+    "softprompt.inference.continuous.bounds": ("Bounds",),
     "softprompt.inference.ensemble": ("Ensemble",),
     "softprompt.inspection.retrieval": ("similar_prompts",),
     "softprompt.artifacts.composed": (

@@ -133,7 +133,8 @@ def check_number(
     Raises:
         ConfigError: It is of another type, not finite, or out of range.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, kind)):
+    kinds = (int, float) if kind is float else (int,)
+    if isinstance(value, bool) or not isinstance(value, kinds):
         raise ConfigError(f"{name} takes {_article(kind)}; got {value!r}")
     if not math.isfinite(value):
         raise ConfigError(f"{name} must be finite; got {value!r}")
