@@ -14,7 +14,7 @@ from typing import final
 import httpx
 
 START = "from softprompt.cli.main import main; main()"
-ROOM = {"--max-prompts-resident": 5, "--max-batch-rows": 12, "--max-waiting": 24}
+ROOM = {"--max-prompts-resident": 5, "--max-batch-rows": 12, "--max-queue": 24}
 """Less room than the load needs, so that prompts come and go and the queue fills."""
 PATIENCE = {"--stall-seconds": 2, "--body-seconds": 2}
 _LISTENING = re.compile(r"listening on http://\S+:(\d+)")

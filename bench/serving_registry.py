@@ -48,7 +48,7 @@ def _measure(folder: str, count: int) -> dict[str, Any]:
     from softprompt.backbone import load_base
     from softprompt.inference import Batcher, GenerationOptions, TokenEvent
     from softprompt.inference.continuous.request import Request
-    from softprompt.server.folder import Root
+    from softprompt.server.folder import PromptFolder
     from softprompt.server.registry import Registry
 
     torch.set_num_threads(1)
@@ -58,9 +58,9 @@ def _measure(folder: str, count: int) -> dict[str, Any]:
     todo = asks(base.model, CALLS)
     for ask in todo[:3]:  # what is only paid once
         batcher.submit(Request(ask.ids, options=options)).result(60)
-    Registry(Root.of(folder), base, max_resident=64, max_bytes=2**26).get("first")
+    Registry(PromptFolder.of(folder), base, max_resident=64, max_bytes=2**26).get("first")
     before = resident_bytes()
-    registry = Registry(Root.of(folder), base, max_resident=64, max_bytes=2**26)
+    registry = Registry(PromptFolder.of(folder), base, max_resident=64, max_bytes=2**26)
     start = time.perf_counter()
     for name in registry.names():
         registry.outline(name)

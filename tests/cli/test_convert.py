@@ -68,7 +68,7 @@ def test_a_request_for_vllm(tmp_path, prompt):
         ([], "--to"),
         (["--to", "npy"], ".npy"),
         (["--to", "vllm"], "--text"),
-        (["--to", "peft", "--add", "x"], "--add expects NAME=PROMPT"),
+        (["--to", "peft", "--add", "x"], "--add takes NAME=PROMPT"),
         (["--to", "peft", "--add", "x=y", "--add", "x=z"], "twice"),
         (["--to", "tgis", "--task-name", "1"], "multitask"),
         (["--to", "extended-vocab", "--add-task", "x=1"], "'x', which is none of"),

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from softprompt.cli.main import run
-from softprompt.cli.tune import data_sets, pairs
+from softprompt.cli.options import named
+from softprompt.cli.tune import data_sets
 from softprompt.errors import UsageError
 
 QUICK = ["--num-epochs", "1", "--num-virtual-tokens", "2", "--batch-size", "6"]
@@ -122,7 +123,7 @@ def test_cut_rows_are_reported(result, files, tmp_path):
     [
         (["sources", "list"], "no folder to look in; give --source-prompt-base"),
         (["sources", "list", "--source-prompt-base", "none"], "must be a folder of source prompts"),
-        (["tune", "--output", "o", "--train-data", "a", "--train-data", "b"], "takes TASK=..."),
+        (["tune", "--output", "o", "--train-data", "a", "--train-data", "b"], "takes TASK=FILE"),
         (["tune", "--output", "o", "--train-data", "a=x.jsonl"], "need tuning_type MULTITASK"),
     ],
 )
@@ -141,8 +142,8 @@ def test_a_path_that_exists_is_a_path(tmp_path, monkeypatch):
     assert data_sets(["a=b.jsonl"], "--train-data") == "a=b.jsonl"
     assert data_sets(["a=c.jsonl"], "--train-data") == {"a": "c.jsonl"}
     assert data_sets(["a=b=c", "d=e"], "--train-data") == {"a": "b=c", "d": "e"}
-    with pytest.raises(UsageError, match="names the task 'a' twice"):
-        pairs(["a=1", "a=2"], "--train-data")
+    with pytest.raises(UsageError, match="names 'a' twice"):
+        named(["a=1", "a=2"], "--train-data", "TASK=FILE")
 
 
 def test_an_ensemble_of_one_task(result, sources, files, capsys):

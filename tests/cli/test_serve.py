@@ -19,6 +19,7 @@ from oracles.serving import write_prompt
 from softprompt.backbone import load_base
 from softprompt.cli.main import run
 from softprompt.cli.serve import command
+from softprompt.inference import Bounds
 from softprompt.server.settings import ServeSettings
 
 
@@ -183,5 +184,6 @@ def test_without_the_extra(capsys, monkeypatch, prompts, package):
 
 def test_every_setting_is_an_option():
     help_text = CliRunner().invoke(command, ["--help"]).output
-    for name in ServeSettings.__dataclass_fields__:
+    names = {*ServeSettings.__dataclass_fields__, *Bounds.__dataclass_fields__} - {"bounds"}
+    for name in names:
         assert f"--{name.replace('_', '-')}" in help_text

@@ -21,6 +21,7 @@ LEVELS = [
     {"engine", "artifacts", "data"},
     {"backbone"},
     {"prompts"},
+    {"fields"},
     {"errors", "bundled"},
 ]
 """High to low; a folder imports lower levels only, so siblings never import each other."""

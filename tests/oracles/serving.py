@@ -26,13 +26,14 @@ from softprompt.inference import (
     TokenEvent,
 )
 from softprompt.server.app import create_app
-from softprompt.server.folder import Root
+from softprompt.server.folder import PromptFolder
 from softprompt.server.registry import Registry
+from softprompt.server.run import config_of, listening, server_of
 from softprompt.server.settings import ServeSettings
-from softprompt.server.starting import bounds_of, config_of, listening, server_of
 
 CLASSIFIER = "Text : {{input}} Label :"
 PAIRS = "{{first}} then {{second}} :"
+BOUNDS = Bounds.__dataclass_fields__.keys()
 
 
 def write_prompt(
@@ -153,19 +154,20 @@ class Server:
 
 def app_over(base: Any, root: Any, batcher: Any = None, **changes: Any) -> Any:
     """Return the application over a base that is in memory, as ``serve`` makes it."""
-    settings = ServeSettings(base_model=base.name, prompts=str(root), **changes)
+    bounds = Bounds(**{name: changes.pop(name) for name in BOUNDS & changes.keys()})
+    settings = ServeSettings(base_model=base.name, prompts=str(root), bounds=bounds, **changes)
     registry = Registry(
-        Root.of(root),
+        PromptFolder.of(root),
         base,
-        max_resident=settings.max_prompts_resident,
+        max_resident=bounds.max_prompts_resident,
         max_bytes=settings.max_prompt_bytes,
     )
-    batcher = batcher or Batcher(base.model, base.tokenizer, bounds_of(settings))
+    batcher = batcher or Batcher(base.model, base.tokenizer, bounds)
     scorer = Scorer(
         base.model,
-        max_rows=settings.max_score_rows,
-        max_tokens=settings.max_step_tokens,
-        max_waiting=settings.max_waiting,
+        max_rows=bounds.max_score_rows,
+        max_tokens=bounds.max_step_tokens,
+        max_waiting=bounds.max_queue,
         residents=getattr(batcher, "residents", ResidentPrompts(0, 0)),
     )
     scorer.start()

@@ -127,23 +127,21 @@ def test_pages_that_may_ask_read_every_answer(base, shared_prompts):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"origin": "https://other.example"}, "'https://other.example'"),
+        ({"origin": "https://other.example"}, "origin"),
         ({"access-control-request-method": "DELETE"}, "method"),
         ({"access-control-request-headers": "x-own"}, "headers"),
-        ({"origin": "https://" + "x" * 5000}, "https://xxx"),
+        ({"origin": "https://" + "x" * 5000}, "origin"),
     ],
 )
-def test_what_a_page_elsewhere_may_not_ask_is_told_as_all_errors_are(opened, change, words):
+def test_a_preflight_that_is_refused(opened, change, words):
     client = opened(allowed_origin=("https://page.example",))
     ask = {"origin": "https://page.example", "access-control-request-method": "POST", **change}
     found = client.options("/v1/completions", headers=ask)
     assert found.status_code == 400
-    error = found.json()["error"]
-    assert error["type"] == "invalid_request_error"
-    assert words in error["message"]
-    assert "--allowed-origin" in error["message"]
-    assert len(error["message"]) < 400
+    assert found.text == f"Disallowed CORS {words}"
     assert found.headers["vary"].startswith("Origin")
+    if words == "origin":
+        assert "access-control-allow-origin" not in found.headers
     plain = client.options("/v1/completions", headers={"origin": "https://page.example"})
     assert plain.status_code == 405
     assert plain.json()["error"]["code"] == "method_not_allowed"

@@ -12,7 +12,7 @@ import pytest
 from oracles.serving import ScriptedBatcher, app_over, running, until
 from softprompt.errors import NotServingError
 from softprompt.inference import ResidentPrompts, Scorer
-from softprompt.server.connections import Connections
+from softprompt.server.limits import Connections
 
 BODY = {"model": "writer", "prompt": "hello", "max_tokens": 3}
 

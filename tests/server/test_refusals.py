@@ -6,8 +6,10 @@ import pytest
 from pydantic import BaseModel
 
 from oracles.serving import ScriptedBatcher, app_over, running, write_prompt
-from softprompt.server import shapes
-from softprompt.server.refusals import CHOICES
+from softprompt.server.chat import ChatBody, Message
+from softprompt.server.classify import ClassifyBody
+from softprompt.server.completions import CompletionBody
+from softprompt.server.errors import CHOICES
 
 COMPLETIONS, CHAT, CLASSIFY = "/v1/completions", "/v1/chat/completions", "/v1/classify"
 PROMPT = (
@@ -116,7 +118,7 @@ def test_bodies(client, body, expected):
 
 def test_every_field_of_several_kinds_is_described():
     """Of a union pydantic tells all branches, which nobody can read."""
-    bodies = (shapes.CompletionBody, shapes.ChatBody, shapes.ClassifyBody, shapes.Message)
+    bodies = (CompletionBody, ChatBody, ClassifyBody, Message)
     for name, field in ((n, f) for body in bodies for n, f in body.model_fields.items()):
         kinds = [k for k in typing.get_args(field.annotation) if k is not type(None)]
         models = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]

@@ -14,7 +14,7 @@ from oracles.serving import write_prompt, write_rows
 from softprompt import load
 from softprompt.errors import AdapterError, ArtifactError, ConfigError, UsageError
 from softprompt.server import folder
-from softprompt.server.folder import FILES, Root, is_name
+from softprompt.server.folder import FILES, PromptFolder, is_name
 from softprompt.server.registry import Registry
 
 WEIGHTS = "adapter_model.safetensors"
@@ -22,7 +22,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 @pytest.fixture
 def registry(prompts, base):
-    return Registry(Root.of(prompts), base, max_resident=8, max_bytes=2**20)
+    return Registry(PromptFolder.of(prompts), base, max_resident=8, max_bytes=2**20)
 
 
 @pytest.mark.parametrize("name", ["a", "A-b_c.d", "9" * 64, "a..b"])
@@ -56,10 +56,10 @@ def test_names_that_are_none(registry, name):
 
 def test_a_root_that_is_none(tmp_path):
     with pytest.raises(UsageError, match="does not exist"):
-        Root.of(tmp_path / "absent")
+        PromptFolder.of(tmp_path / "absent")
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is a file"):
-        Root.of(tmp_path / "file")
+        PromptFolder.of(tmp_path / "file")
 
 
 def test_listing_reads_no_weights(registry, prompts):
@@ -170,7 +170,7 @@ def test_trained_heads_are_refused(registry, prompts):
 
 
 def test_a_file_that_is_too_large(prompts, base):
-    registry = Registry(Root.of(prompts), base, max_resident=8, max_bytes=1000)
+    registry = Registry(PromptFolder.of(prompts), base, max_resident=8, max_bytes=1000)
     with pytest.raises(ArtifactError, match="larger than 1,000 bytes; raise --max-prompt-bytes"):
         registry.get("writer")
 
@@ -231,7 +231,7 @@ def test_deleted_and_polled(registry, prompts):
 
 
 def test_the_least_used_goes(prompts, base):
-    registry = Registry(Root.of(prompts), base, max_resident=2, max_bytes=2**20)
+    registry = Registry(PromptFolder.of(prompts), base, max_resident=2, max_bytes=2**20)
     first = registry.get("writer")
     registry.get("pairs")
     assert registry.get("writer") is first
@@ -281,7 +281,7 @@ def test_a_thousand_prompts_cost_nothing_until_called(tmp_path, base):
         directory.mkdir()
         for file in FILES:
             os.link(first / file, directory / file)
-    registry = Registry(Root.of(tmp_path), base, max_resident=8, max_bytes=2**20)
+    registry = Registry(PromptFolder.of(tmp_path), base, max_resident=8, max_bytes=2**20)
     assert len(registry.names()) == 1000
     assert registry.resident == 0
     started = time.perf_counter()
@@ -313,7 +313,7 @@ def test_many_threads_load_once_each(registry, prompts, monkeypatch):
 def test_a_prompt_replaced_while_it_is_read(registry, prompts, base, monkeypatch):
     """Old weights with a new record are never put together."""
     other = write_prompt(prompts.parent / "other", base, seed=12, length=5)
-    read, done = Root.read, []
+    read, done = PromptFolder.read, []
 
     def replaced_meanwhile(self, name, file, most):
         data = read(self, name, file, most)
@@ -323,7 +323,7 @@ def test_a_prompt_replaced_while_it_is_read(registry, prompts, base, monkeypatch
                 shutil.copy(other / each, prompts / name / each)
         return data
 
-    monkeypatch.setattr(Root, "read", replaced_meanwhile)
+    monkeypatch.setattr(PromptFolder, "read", replaced_meanwhile)
     served = registry.get("writer")
     assert served.prompt.tokens == 5
     assert done == ["writer"]
@@ -332,7 +332,7 @@ def test_a_prompt_replaced_while_it_is_read(registry, prompts, base, monkeypatch
 def test_a_write_in_the_same_tick_of_the_clock_is_seen(registry, prompts, base, monkeypatch):
     """Where file times move in steps, a file written twice within one looks as if written once."""
     other = write_prompt(prompts.parent / "other", base, seed=13, length=2, manifest=False)
-    weights, stamp, read = prompts / "plain-peft" / WEIGHTS, folder._stamp, Root.read
+    weights, stamp, read = prompts / "plain-peft" / WEIGHTS, folder._stamp, PromptFolder.read
 
     def in_steps(path):
         found = stamp(path)
@@ -341,12 +341,12 @@ def test_a_write_in_the_same_tick_of_the_clock_is_seen(registry, prompts, base, 
     def written_again(self, name, file, most):
         data = read(self, name, file, most)
         if file == WEIGHTS:
-            monkeypatch.setattr(Root, "read", read)
+            monkeypatch.setattr(PromptFolder, "read", read)
             weights.write_bytes((other / WEIGHTS).read_bytes())
         return data
 
     monkeypatch.setattr(folder, "_stamp", in_steps)
-    monkeypatch.setattr(Root, "read", written_again)
+    monkeypatch.setattr(PromptFolder, "read", written_again)
     weights.write_bytes(weights.read_bytes())
     registry.get("plain-peft")
     expected = load(other, base.model, tokenizer=base.tokenizer).prompt().input

@@ -86,7 +86,7 @@ def test_a_client_that_vanishes_is_not_scored_for(scripted):
     sock.close()
     until(waiting.cancelled)
     counted = 'request_success_total{finished_reason="abort",model_name="complaints"} 2.0'
-    until(lambda: counted in server.service.meter.page().decode())
+    until(lambda: counted in server.service.metrics.page().decode())
 
 
 def test_a_finished_request_is_not_cancelled(scripted):
@@ -315,7 +315,7 @@ def test_answers_that_are_ended_by_the_server_say_so(base, shared_prompts, strea
             error = found.json()["error"]
         assert error["code"] == "unavailable"
         assert "the server stopped" in error["message"]
-        assert "cancelled" not in service.meter.page().decode()
+        assert "cancelled" not in service.metrics.page().decode()
 
 
 def test_answers_that_take_too_long_end_with_the_server(base, shared_prompts):

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from oracles.serving import app_over, running
-from softprompt import convert
+from softprompt import Bounds, convert
 from softprompt.server.settings import ServeSettings
 
 PAGE = (Path(__file__).parents[2] / "docs/serving.md").read_text(encoding="utf-8")
@@ -29,7 +29,11 @@ def test_every_option_and_path_exists(server):
     for path in re.findall(r"(?:GET|POST) (/v1/[\w/{}]+|/\w+)", PAGE):
         known = path.replace("{name}", "{model}") if "models" in path else path
         assert known in paths or any(each.startswith(known) for each in paths), path
-    settings = {f"--{name.replace('_', '-')}" for name in ServeSettings.__dataclass_fields__}
+    settings = {
+        f"--{name.replace('_', '-')}"
+        for owner in (ServeSettings, Bounds)
+        for name in owner.__dataclass_fields__
+    }
     mine = set(re.findall(r"`(--[a-z-]+)", PAGE)) - {"--overwrite"}
     assert mine <= settings, mine - settings
 

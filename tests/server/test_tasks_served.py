@@ -7,7 +7,7 @@ import pytest
 from oracles.serving import app_over, running, write_tasks
 from softprompt import load
 from softprompt.errors import ArtifactError, ConfigError
-from softprompt.server.folder import Root
+from softprompt.server.folder import PromptFolder
 from softprompt.server.registry import Registry
 
 TASKS = {
@@ -95,7 +95,7 @@ def test_a_task_must_be_named_and_known(client):
 
 @pytest.fixture
 def registry(tmp_path, base):
-    return Registry(Root.of(tmp_path), base, max_resident=8, max_bytes=2**20)
+    return Registry(PromptFolder.of(tmp_path), base, max_resident=8, max_bytes=2**20)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,7 @@
 import pytest
 
 from oracles.tokenizers import byte_bpe
-from softprompt.server.replies import Position, Scores, TokenTexts
-from softprompt.server.token_bytes import bytes_of
+from softprompt.server.replies import Position, Scores, TokenTexts, bytes_of
 
 TEXT = "é is 日本 and 🙂!"
 

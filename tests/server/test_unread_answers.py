@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from oracles.serving import ScriptedBatcher, app_over, running, until
-from softprompt.server.starting import listening, reset_unread
+from softprompt.server.run import listening, reset_unread
 
 
 def connected(port):

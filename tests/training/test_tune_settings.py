@@ -5,7 +5,8 @@ import torch
 
 from softprompt.engine import ENGINES
 from softprompt.errors import ConfigError
-from softprompt.training import TuneSettings, TuningConfig, choices_of, type_of
+from softprompt.fields import choices_of, type_of
+from softprompt.training import TuneSettings, TuningConfig
 from softprompt.training.settings import TuneOptions
 
 SOURCE = {"prompt_tuning_init_source_model": "somewhere"}

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.options import output_options
+from softprompt.cli.options import Command, Decorated, option, output_options, write_options
 from softprompt.cli.streams import show, start_logging, table
 
 if TYPE_CHECKING:
     from softprompt.artifacts import StoredPrompt
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 @click.group("compose", no_args_is_help=False)
@@ -24,32 +21,33 @@ def command() -> None:
     """
 
 
-def _result_options(function: Command) -> Command:
+def _result_options(function: Decorated) -> Decorated:
     """Add what every composition has."""
-    function = output_options(function)
-    function = click.option(
-        "--overwrite", is_flag=True, help="Write into an output directory that is not empty."
-    )(function)
-    function = click.option(
+    function = option(
         "--template-from",
         metavar="PROMPT_DIR",
-        help="The prompt whose template, labels, limits and dtype the result gets, where they differ.",
-    )(function)
-    return click.option(
-        "--output", required=True, type=click.Path(), help="Directory to write the prompt to."
-    )(function)
+        group="Output",
+        help="Prompt whose template, labels, limits and dtype the result gets, where they differ.",
+    )(output_options(function))
+    return write_options(function)
 
 
-@command.command("average")
+@command.command("average", cls=Command)
 @click.argument("prompt_dirs", nargs=-1, required=True)
-@click.option(
+@option(
     "--weight",
     "weights",
+    group="Composition",
     type=float,
     multiple=True,
-    help="Weight of a prompt, once for each in their order; by default all weigh the same.",
+    help="Weight of a prompt, once for each in their order; by default equal.  [repeatable]",
 )
-@click.option("--num-virtual-tokens", type=int, help="Resize all prompts to this length first.")
+@option(
+    "--num-virtual-tokens",
+    type=int,
+    group="Composition",
+    help="Resize all prompts to this length first.",
+)
 @_result_options
 def average(
     *,
@@ -59,7 +57,7 @@ def average(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Average prompts of one length, row by row."""
+    """Average prompts of one length, virtual token by virtual token."""
     start_logging(quiet=quiet)
     from softprompt.artifacts import average_prompts
 
@@ -67,23 +65,30 @@ def average(
     _show(made, as_json)
 
 
-@command.command("concat")
+@command.command("concat", cls=Command)
 @click.argument("prompt_dirs", nargs=-1, required=True)
 @_result_options
 def concat(*, prompt_dirs: tuple[str, ...], quiet: bool, as_json: bool, **options: Any) -> None:
-    """Put the rows of prompts one after the other."""
+    """Concatenate the virtual tokens of prompts."""
     start_logging(quiet=quiet)
     from softprompt.artifacts import concatenate_prompts
 
     _show(concatenate_prompts(prompt_dirs, **options), as_json)
 
 
-@command.command("difference")
+@command.command("difference", cls=Command)
 @click.argument("first")
 @click.argument("second")
-@click.option("--onto", metavar="PROMPT_DIR", help="Prompt to add the difference to.")
-@click.option(
-    "--scale", type=float, default=1.0, show_default=True, help="Factor of the difference."
+@option(
+    "--onto", metavar="PROMPT_DIR", group="Composition", help="Prompt to add the difference to."
+)
+@option(
+    "--scale",
+    type=float,
+    default=1.0,
+    show_default=True,
+    group="Composition",
+    help="Scale of the difference.",
 )
 @_result_options
 def difference(*, first: str, second: str, quiet: bool, as_json: bool, **options: Any) -> None:

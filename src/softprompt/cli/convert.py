@@ -6,44 +6,65 @@ from typing import Any
 
 import click
 
-from softprompt.cli.generate import request_of
-from softprompt.cli.options import fingerprint_option, output_options
+from softprompt.cli.options import (
+    Command,
+    fingerprint_option,
+    input_options,
+    named,
+    option,
+    output_options,
+    request_of,
+)
 from softprompt.cli.streams import show, start_logging, table
-from softprompt.errors import UsageError
 
 
-@click.command("convert")
+@click.command("convert", cls=Command)
 @click.argument("source")
 @click.argument("destination")
-@click.option(
+@option(
     "--to",
     required=True,
     metavar="FORMAT",
+    group="Output",
     help="softprompt, peft, caikit, tgis, npy, tensor, extended-vocab or vllm.",
 )
-@click.option("--task-name", help="Task of a multitask prompt, by number or name.")
-@click.option("--text", help="Input of the request that vllm writes.")
-@click.option(
-    "--field", "pairs", multiple=True, metavar="NAME=TEXT", help="Field of a template with several."
+@option("--overwrite", is_flag=True, group="Output", help="Overwrite the destination.")
+@option(
+    "--template",
+    group="Input",
+    help="Template of a source that has none, such as 'Text: {{input}} Label:'.",
 )
-@click.option("--name", help="What extended-vocab calls the prompt.  [default: the source's name]")
-@click.option(
-    "--add", multiple=True, metavar="NAME=PROMPT", help="Further prompt in the extended-vocab."
+@input_options
+@option("--text", group="Input", help="Input of the request that vllm writes.")
+@option(
+    "--name",
+    group="Extended vocabulary",
+    help="Name of the prompt in extended-vocab.  [default: the source's name]",
 )
-@click.option(
+@option(
+    "--add",
+    multiple=True,
+    metavar="NAME=PROMPT",
+    group="Extended vocabulary",
+    help="Further prompt of extended-vocab.  [repeatable]",
+)
+@option(
     "--add-task",
     "add_tasks",
     multiple=True,
     metavar="NAME=TASK",
-    help="Task of a further multitask prompt, by its name in --add.",
+    group="Extended vocabulary",
+    help="Task of a further multitask prompt, by its name in --add.  [repeatable]",
 )
-@click.option(
-    "--template", help="Verbalizer of a source that has none, such as 'Text: {{input}} Label:'."
+@option(
+    "--base-model",
+    group="Base model",
+    help="Base model of the prompt; by default the recorded one.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace what the destination holds.")
-@click.option("--base-model", help="Base model of the prompt; by default the recorded one.")
-@click.option("--torch-dtype", help="Data type to load the base in; by default the checkpoint's.")
-@click.option("--device", help="Device to load the base on, such as cpu or cuda:0.")
+@option(
+    "--torch-dtype", group="Base model", help="Data type of the base model; by default its files'."
+)
+@option("--device", group="Base model", help="Device, such as cpu or cuda:0.")
 @fingerprint_option
 @output_options
 def command(
@@ -67,8 +88,8 @@ def command(
     start_logging(quiet=quiet)
     from softprompt.inference import convert
 
-    further = _named(add, "--add", "PROMPT")
-    tasks = _named(add_tasks, "--add-task", "TASK")
+    further = named(add, "--add", "NAME=PROMPT")
+    tasks = named(add_tasks, "--add-task", "NAME=TASK")
     done = convert(source, destination, text=request, add=further, add_tasks=tasks, **options)
     head = {
         "source": done.source,
@@ -85,16 +106,3 @@ def command(
     lost = {"lost": ", ".join(done.lost)} if done.lost else {}
     rows = table(head | facts | ids | lost)
     show(head | dict(done.facts) | {"lost": list(done.lost)}, rows, as_json=as_json)
-
-
-def _named(pairs: tuple[str, ...], option: str, kind: str) -> dict[str, str]:
-    """Return what an option gives by name."""
-    named: dict[str, str] = {}
-    for pair in pairs:
-        name, found, path = pair.partition("=")
-        if not found or not name or not path:
-            raise UsageError(f"{option} expects NAME={kind}, got {pair!r}")
-        if name in named:
-            raise UsageError(f"{option} names {name!r} twice; give one of them another name")
-        named[name] = path
-    return named

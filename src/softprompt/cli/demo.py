@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.options import output_options
+from softprompt.cli.options import Command, option, output_options, overwrite_option
 from softprompt.cli.streams import show, start_logging
 
 if TYPE_CHECKING:
@@ -28,16 +28,19 @@ SETTINGS: dict[str, Any] = {
 CURVE = "training_curve.png"
 
 
-@click.command("demo")
-@click.option(
+@click.command("demo", cls=Command)
+@option(
     "--output",
     type=click.Path(),
     default="runs/demo",
     show_default=True,
+    group="Output",
     help="Directory to write the prompt to.",
 )
-@click.option("--overwrite", is_flag=True, help="Write into an output directory that is not empty.")
-@click.option("--seed", type=int, default=73, show_default=True, help="Seed of the run.")
+@overwrite_option
+@option(
+    "--seed", type=int, default=73, show_default=True, group="Optimisation", help="Random seed."
+)
 @output_options
 def command(output: str, overwrite: bool, seed: int, as_json: bool, quiet: bool) -> None:
     """Tune a complaint detector on the bundled model and data, and compare it with the base."""
@@ -83,7 +86,7 @@ def _draw_curve(history: Any, output: Path, base_accuracy: float | None) -> str 
 
 
 def _text(base: Report, tuned: Report, output: str, curve: str | None) -> str:
-    lines = [f"{'test split, ' + str(tuned.rows) + ' rows':<24}{'base':>10}{'tuned':>10}"]
+    lines = [f"{'test split, ' + str(tuned.rows) + ' records':<24}{'base':>10}{'tuned':>10}"]
     for name, before, after in (
         ("accuracy", base.accuracy, tuned.accuracy),
         ("macro F1", base.macro_f1, tuned.macro_f1),

@@ -6,8 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.options import base_options, given, output_options
-from softprompt.cli.prompts import base_options_of, load_prompts
+from softprompt.cli.options import (
+    Command,
+    base_options,
+    base_options_of,
+    given,
+    load_prompts,
+    option,
+    output_options,
+)
 from softprompt.cli.streams import show, start_logging
 from softprompt.errors import UsageError
 
@@ -15,32 +22,51 @@ if TYPE_CHECKING:
     from softprompt.inference import Combine, Ensemble, TunedPrompt
 
 
-@click.command("evaluate")
+@click.command("evaluate", cls=Command)
 @click.argument("prompt_dirs", nargs=-1, required=True)
-@click.option("--data", required=True, type=click.Path(), help="Rows that were not trained on.")
-@click.option(
-    "--combine",
-    type=click.Choice(["mean", "vote"]),
-    help="How several prompts answer together: mean log-probability (default), or majority vote.",
+@option(
+    "--data",
+    required=True,
+    type=click.Path(),
+    group="Data",
+    help="Held-out records to evaluate on.",
 )
-@click.option("--without-prompt", is_flag=True, help="Evaluate the base with the template alone.")
-@click.option(
+@option("--input-field", group="Data", help="Column of the input; by default as in training.")
+@option("--output-field", group="Data", help="Column of the target; by default as in training.")
+@option("--task-field", group="Data", help="Column with each record's task, for multitask prompts.")
+@option("--limit", type=int, group="Data", help="Evaluate the first records only.")
+@option(
     "--task",
     type=click.Choice(["classification", "generation"]),
-    help="What the targets are; by default as in training.",
+    group="Evaluation",
+    help="Kind of targets; by default as in training.",
 )
-@click.option("--task-name", help="Task of a multitask prompt, by name or number.")
-@click.option("--task-field", help="Column that names the task of each row of a multitask prompt.")
-@click.option("--normalize", is_flag=True, help="Divide label scores by the label's token count.")
-@click.option("--limit", type=int, help="Evaluate the first rows only.")
-@click.option(
+@option("--task-name", group="Evaluation", help="Task of a multitask prompt, by name or number.")
+@option(
+    "--combine",
+    type=click.Choice(["mean", "vote"]),
+    group="Evaluation",
+    help="Ensemble of several prompts: mean log-probability (default), or majority vote.",
+)
+@option(
+    "--without-prompt",
+    is_flag=True,
+    group="Evaluation",
+    help="Evaluate the base model with the template alone.",
+)
+@option(
+    "--normalize",
+    is_flag=True,
+    group="Evaluation",
+    help="Length-normalise label scores: divide by the label's token count.",
+)
+@option("--batch-size", type=int, group="Evaluation", help="Batch size.")
+@option(
     "--engine",
     type=click.Choice(["auto", "forest", "expand", "plain"]),
-    help="How targets are scored; by default the fastest exact way.",
+    group="Evaluation",
+    help="Engine of the forward passes; by default the fastest exact one.",
 )
-@click.option("--batch-size", type=int, help="Rows in one pass.")
-@click.option("--input-field", help="Column of the input; by default as in training.")
-@click.option("--output-field", help="Column of the target; by default as in training.")
 @base_options
 @output_options
 def command(

@@ -7,21 +7,28 @@ from typing import Any
 
 import click
 
-from softprompt.cli.options import base_options, given, options_of, output_options
-from softprompt.cli.prompts import base_options_of, load_prompts
+from softprompt.cli.options import (
+    Command,
+    base_options,
+    base_options_of,
+    given,
+    input_options,
+    load_prompts,
+    option,
+    options_of,
+    output_options,
+    request_of,
+)
 from softprompt.cli.streams import show, start_logging
 from softprompt.errors import UsageError
 from softprompt.inference import GenerationOptions
 
 
-@click.command("generate")
+@click.command("generate", cls=Command)
 @click.argument("prompt_dir")
-@click.option("--text", help="Input text; without it every line of stdin is one input.")
-@click.option(
-    "--field", "pairs", multiple=True, metavar="NAME=TEXT", help="Field of a template with several."
-)
-@click.option("--task-name", help="Task of a multitask prompt, by name or number.")
-@click.option("--batch-size", type=int, help="Inputs in one pass.")
+@option("--text", group="Input", help="Input text; without it each line of stdin is an input.")
+@input_options
+@option("--batch-size", type=int, group="Input", help="Batch size: inputs in one forward pass.")
 @options_of(GenerationOptions)
 @base_options
 @output_options
@@ -58,25 +65,8 @@ def command(
     show(result, "\n".join(answer.text for answer in answers), as_json=as_json)
 
 
-def request_of(text: str | None, pairs: tuple[str, ...]) -> str | dict[str, str]:
-    """Return the one input that the options give: a text, or fields by name."""
-    if not pairs:
-        return text or ""
-    fields = {} if text is None else {"input": text}
-    for pair in pairs:
-        name, separator, value = pair.partition("=")
-        if not separator:
-            raise UsageError(f"--field takes NAME=TEXT; got {pair!r}")
-        if name in fields:
-            raise UsageError(
-                f"{name!r} is given twice by --field, or by --text and --field; leave one out"
-            )
-        fields[name] = value
-    return fields
-
-
 def _lines() -> dict[int, str]:
-    """Return the lines of stdin that hold something, by their numbers."""
+    """Return the lines of stdin that are not blank, by their numbers."""
     if sys.stdin.isatty():
         raise UsageError("nothing to answer: give --text, or lines on stdin")
     try:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.options import fingerprint_option, output_options
+from softprompt.cli.options import Command, fingerprint_option, option, output_options
 from softprompt.cli.streams import show, start_logging, table
 
 if TYPE_CHECKING:
@@ -17,11 +17,18 @@ if TYPE_CHECKING:
     from softprompt.inspection import PromptSummary
 
 
-@click.command("info")
+@click.command("info", cls=Command)
 @click.argument("prompt_dir")
-@click.option("--base-model", help="Base model to compare with instead of the recorded one.")
-@click.option(
-    "--without-base", is_flag=True, help="Do not load the base; no nearest tokens, no engine."
+@option(
+    "--base-model",
+    group="Base model",
+    help="Base model to compare with instead of the recorded one.",
+)
+@option(
+    "--without-base",
+    is_flag=True,
+    group="Base model",
+    help="Do not load the base model; no nearest tokens, no engine.",
 )
 @fingerprint_option
 @output_options

@@ -29,7 +29,7 @@ INTERRUPTED = 130
 
 @final
 class Commands(click.Group):
-    """Commands that live in a module of their own, imported when they are asked for."""
+    """Commands that live in a module of their own, imported when used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names in the order of a prompt's life."""

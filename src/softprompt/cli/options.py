@@ -1,30 +1,72 @@
-"""Command-line options made from the fields of settings dataclasses."""
+"""Options of the commands: made from fields of settings, shared between commands, shown in groups.
+
+click lists options under one heading; ``Command`` lists them under the ``group`` of their fields.
+rich-click and typer have groups as well, but bring rich, pygments and markdown-it and their import
+time for it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import Field, fields
-from typing import Any, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, TypeVar, final, get_args, get_origin
 
 import click
 
 from softprompt.errors import UsageError
-from softprompt.training import choices_of, default_of, type_of
+from softprompt.fields import choices_of, default_of, type_of
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+if TYPE_CHECKING:
+    from softprompt.inference import TunedPrompt
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 ALIASES = {"learning_rate": ("--lr",)}
+_BASE = ("base_model", "torch_dtype", "device", "ignore_fingerprint")
 
 
-def options_of(owner: type, *, leave_out: Collection[str] = ()) -> Callable[[Command], Command]:
-    """Return a decorator that adds one option per field of ``owner``.
+@final
+class Option(click.Option):
+    """An option with a heading; None is the last one, "Options"."""
 
-    Every option defaults to None, "not given", so that a file or the dataclass itself can
-    supply the value; the help shows the dataclass's default.
+    def __init__(self, *names: Any, group: str | None = None, **attributes: Any) -> None:
+        super().__init__(*names, **attributes)
+        self.group = group
+
+
+@final
+class Command(click.Command):
+    """A command whose help lists its options in groups, in the order of their first options."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, group by group."""
+        groups: dict[str | None, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                groups.setdefault(getattr(parameter, "group", None), []).append(record)
+        others = groups.pop(None, [])
+        for title, records in [*groups.items(), ("Options", others)]:
+            with formatter.section(title or ""):
+                formatter.write_dl(records)
+
+
+def option(
+    *names: str, group: str | None = None, **attributes: Any
+) -> Callable[[Decorated], Decorated]:
+    """Return a decorator that adds an option under a heading."""
+    return click.option(*names, cls=Option, group=group, **attributes)
+
+
+def options_of(owner: type, *, leave_out: Collection[str] = ()) -> Callable[[Decorated], Decorated]:
+    """Return a decorator that adds one option per field of a settings dataclass.
+
+    Every option defaults to None, "not given", so that a run file or the dataclass itself supplies
+    the value; the help shows the dataclass's default.
     """
     chosen = [item for item in fields(owner) if item.name not in leave_out]
 
-    def decorate(command: Command) -> Command:
+    def decorate(command: Decorated) -> Decorated:
         for item in reversed(chosen):
             command = _option(owner, item)(command)
         return command
@@ -38,63 +80,160 @@ def given(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parts_of(values: dict[str, Any], owner: type) -> dict[str, Any]:
-    """Take the given options that belong to ``owner`` out of ``values``."""
+    """Pop the options that are fields of ``owner`` from ``values``, and return them."""
     names = [item.name for item in fields(owner) if item.name in values]
     return {name: values.pop(name) for name in names}
 
 
-def output_options(command: Command) -> Command:
-    """Add ``--json`` and ``--quiet``, which every command has."""
-    command = click.option(
+def output_options(command: Decorated) -> Decorated:
+    """Add ``--json`` and ``--quiet``."""
+    command = option(
         "--quiet", is_flag=True, help="Show warnings and errors only, and no progress bar."
     )(command)
-    return click.option(
+    return option(
         "--json", "as_json", is_flag=True, help="Print one JSON object and nothing else."
     )(command)
 
 
-def fingerprint_option(command: Command) -> Command:
-    """Add the way around the check of the base."""
-    return click.option(
-        "--ignore-fingerprint", is_flag=True, help="Use a base that the prompt was not made for."
+def write_options(command: Decorated) -> Decorated:
+    """Add ``--output``, required, and ``--overwrite``."""
+    command = overwrite_option(command)
+    return option(
+        "--output",
+        required=True,
+        type=click.Path(),
+        group="Output",
+        help="Directory to write the prompt to.",
     )(command)
 
 
-def base_options(command: Command) -> Command:
-    """Add what decides how the base of a saved prompt is loaded."""
+def overwrite_option(command: Decorated) -> Decorated:
+    """Add ``--overwrite``."""
+    return option(
+        "--overwrite",
+        is_flag=True,
+        group="Output",
+        help="Write into an output directory that is not empty.",
+    )(command)
+
+
+def fingerprint_option(command: Decorated) -> Decorated:
+    """Add ``--ignore-fingerprint``."""
+    return option(
+        "--ignore-fingerprint",
+        is_flag=True,
+        group="Base model",
+        help="Use a base model that the prompt was not trained for.",
+    )(command)
+
+
+def base_options(command: Decorated) -> Decorated:
+    """Add the options of loading the base model of a saved prompt; see ``load_prompts``."""
     for name, text in (
-        ("--device", "Device to run on, such as cpu or cuda:0."),
-        ("--torch-dtype", "Data type of the base; by default the recorded one."),
-        ("--base-model", "Base model to use instead of the recorded one; it is checked."),
+        ("--device", "Device, such as cpu or cuda:0."),
+        ("--torch-dtype", "Data type of the base model; by default the recorded one."),
+        ("--base-model", "Base model instead of the recorded one; its fingerprint is checked."),
     ):
-        command = click.option(name, help=text)(command)
+        command = option(name, group="Base model", help=text)(command)
     return fingerprint_option(command)
 
 
-def _option(owner: type, item: Field[Any]) -> Callable[[Command], Command]:
+def input_options(command: Decorated) -> Decorated:
+    """Add ``--field`` and ``--task-name``."""
+    command = option(
+        "--task-name", group="Input", help="Task of a multitask prompt, by name or number."
+    )(command)
+    return option(
+        "--field",
+        "pairs",
+        multiple=True,
+        metavar="NAME=TEXT",
+        group="Input",
+        help="Field of a template that has several.  [repeatable]",
+    )(command)
+
+
+def base_options_of(options: dict[str, Any]) -> dict[str, Any]:
+    """Pop the options that ``base_options`` adds from ``options``, and return them."""
+    return {name: options.pop(name) for name in _BASE}
+
+
+def load_prompts(prompt_dirs: Sequence[str], base: Mapping[str, Any]) -> list[TunedPrompt]:
+    """Load prompts of one base model with the options of ``base_options``."""
+    from softprompt.inference import load_many
+
+    return load_many(prompt_dirs, **base)
+
+
+def named(words: Sequence[str], flag: str, form: str) -> dict[str, str]:
+    """Return the values of ``NAME=VALUE`` words by their names.
+
+    Args:
+        words: The words.
+        flag: The option, for errors.
+        form: What it takes, such as ``NAME=PROMPT``.
+
+    Raises:
+        UsageError: A word has no name or no value, or a name is repeated.
+    """
+    found: dict[str, str] = {}
+    for word in words:
+        name, separator, value = word.partition("=")
+        if not (separator and name and value):
+            raise UsageError(f"{flag} takes {form}; got {word!r}")
+        if name in found:
+            raise UsageError(f"{flag} names {name!r} twice; give each name once")
+        found[name] = value
+    return found
+
+
+def request_of(text: str | None, pairs: Sequence[str]) -> str | dict[str, str]:
+    """Return the input of ``--text`` and ``--field``: a text, or fields by name.
+
+    Raises:
+        UsageError: A field has no name, or is given twice.
+    """
+    if not pairs:
+        return text or ""
+    fields = {} if text is None else {"input": text}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            raise UsageError(f"--field takes NAME=TEXT; got {pair!r}")
+        if name in fields:
+            raise UsageError(
+                f"{name!r} is given twice by --field, or by --text and --field; leave one out"
+            )
+        fields[name] = value
+    return fields
+
+
+def _option(owner: type, item: Field[Any]) -> Callable[[Decorated], Decorated]:
     flag = "--" + item.name.replace("_", "-")
     kind = type_of(owner, item.name)
     default = default_of(item)
     text = item.metadata["help"] + (
         "" if default in (None, ()) else f"  [default: {_shown(default)}]"
     )
+    shared: dict[str, Any] = {"group": item.metadata.get("group"), "help": text}
     if kind is bool:
-        return click.option(f"{flag}/--no-{flag[2:]}", item.name, default=None, help=text)
+        return option(f"{flag}/--no-{flag[2:]}", item.name, default=None, **shared)
     choices = choices_of(owner, item.name)
     if choices is not None:
-        return click.option(flag, item.name, type=click.Choice(choices), help=text)
+        return option(flag, item.name, type=click.Choice(choices), **shared)
     if get_origin(kind) is tuple and Ellipsis not in get_args(kind):
-        return click.option(flag, item.name, type=get_args(kind), help=text)
+        return option(flag, item.name, type=get_args(kind), **shared)
     if get_origin(kind) is tuple:
-        return click.option(flag, item.name, multiple=True, help=text + "  [repeatable]")
+        shared["help"] = text + "  [repeatable]"
+        return option(flag, item.name, multiple=True, **shared)
     if item.name in ALIASES:
         names = (flag, *ALIASES[item.name], item.name)
-        return click.option(*names, type=kind, help=text, multiple=True, callback=_once)
-    return click.option(flag, item.name, type=kind, help=text)
+        return option(*names, type=kind, multiple=True, callback=_once, **shared)
+    return option(flag, item.name, type=kind, **shared)
 
 
 def _once(context: click.Context, parameter: click.Parameter, values: tuple[Any, ...]) -> Any:
-    """Return the one value of an option with two names; click would take the last of several."""
+    """Return the one value of an option with two names; click would use the last of several."""
     if len(values) > 1:
         raise UsageError(f"{' and '.join(parameter.opts)} are the same setting; give it once")
     return values[0] if values else None

@@ -6,27 +6,41 @@ from typing import Any
 
 import click
 
-from softprompt.cli.options import given, options_of
+from softprompt.cli.options import Command, given, option, options_of, parts_of
 from softprompt.cli.streams import start_logging
 from softprompt.errors import UsageError
+from softprompt.inference import Bounds
 from softprompt.server.settings import ServeSettings
 
 
-@click.command("serve")
-@click.option("--base-model", required=True, help="Base model: folder, Hub id or 'demo'.")
-@click.option("--prompts", required=True, help="Folder with one folder for each prompt.")
-@options_of(ServeSettings, leave_out=("base_model", "prompts"))
-@click.option("--quiet", is_flag=True, help="Show warnings and errors only.")
+@click.command("serve", cls=Command)
+@option(
+    "--base-model",
+    required=True,
+    group="Model and address",
+    help="Base model: folder, Hub id or 'demo'.",
+)
+@option(
+    "--prompts",
+    required=True,
+    group="Prompts",
+    help="Folder of prompts, one subfolder for each.",
+)
+@options_of(ServeSettings, leave_out=("base_model", "prompts", "bounds"))
+@options_of(Bounds)
+@option("--quiet", is_flag=True, help="Show warnings and errors only.")
 def command(*, quiet: bool, **options: Any) -> None:
-    """Answer for every prompt in a folder over HTTP, as OpenAI's API does.
+    """Serve all prompts of a folder over an OpenAI-compatible HTTP API.
 
-    Each prompt is a model by the name of its folder, all over the one base. SIGTERM and Ctrl-C let
-    running answers finish.
+    Each prompt is a model, named after its folder, on one base model. SIGTERM and Ctrl-C let running
+    answers finish.
     """
-    settings = ServeSettings(**given(options))
+    options = given(options)
+    bounds = Bounds(**parts_of(options, Bounds))
+    settings = ServeSettings(bounds=bounds, **options)
     start_logging(quiet=quiet)
     try:
-        from softprompt.server.starting import serve
+        from softprompt.server.run import serve
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("softprompt", "torch", "transformers"):
             raise

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from softprompt.cli.options import output_options
+from softprompt.cli.options import Command, option, output_options
 from softprompt.cli.streams import show, start_logging
 from softprompt.prompts import MEASURES, Measure
 
@@ -14,16 +14,17 @@ if TYPE_CHECKING:
     from softprompt.inspection import Retrieval
 
 
-@click.command("similar")
+@click.command("similar", cls=Command)
 @click.argument("prompt_dir")
 @click.argument("folder")
-@click.option("--top", type=int, help="Show the most similar ones only.")
-@click.option(
+@option("--top", type=int, group="Similarity", help="Show the most similar ones only.")
+@option(
     "--measure",
+    group="Similarity",
     type=click.Choice(MEASURES),
     default="mean",
     show_default=True,
-    help="Cosine of the mean rows, or mean cosine of all pairs of rows.",
+    help="Cosine of the mean virtual tokens, or mean cosine of all pairs of virtual tokens.",
 )
 @output_options
 def command(

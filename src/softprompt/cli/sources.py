@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.options import output_options
+from softprompt.cli.options import Command, option, output_options
 from softprompt.cli.streams import show, start_logging
 from softprompt.errors import UsageError
 
@@ -19,9 +19,17 @@ def command() -> None:
     """Source prompts: what a multitask prompt can start from."""
 
 
-@command.command("list")
-@click.option("--source-prompt-base", help="Folder to look in; by default SOURCE_PROMPT_BASE.")
-@click.option("--base-model", help="Base model; says which sources fit it, and why others do not.")
+@command.command("list", cls=Command)
+@option(
+    "--source-prompt-base",
+    group="Sources",
+    help="Folder of source prompts; by default the environment's SOURCE_PROMPT_BASE.",
+)
+@option(
+    "--base-model",
+    group="Sources",
+    help="Base model; shows which sources fit it, and why others do not.",
+)
 @output_options
 def list_command(
     source_prompt_base: str | None, base_model: str | None, as_json: bool, quiet: bool

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.options import given, options_of, output_options, parts_of
+from softprompt.cli.options import (
+    Command,
+    given,
+    named,
+    option,
+    options_of,
+    output_options,
+    overwrite_option,
+    parts_of,
+)
 from softprompt.cli.streams import show, start_logging, table
 from softprompt.errors import UsageError
 from softprompt.training import TuneSettings, TuningConfig
@@ -18,34 +27,42 @@ if TYPE_CHECKING:
     from softprompt.inference import TunedPrompt
 
 
-@click.command("tune")
-@click.option("--config", type=click.Path(), help="Run file (TOML); options given here go first.")
-@click.option("--base-model", help="Folder or name of the base model.  [default: demo]")
-@click.option(
+@click.command("tune", cls=Command)
+@option(
     "--train-data",
     multiple=True,
     metavar="[TASK=]FILE",
-    help="Training data: JSONL, CSV, Parquet ...  Give several as TASK=FILE.  [repeatable]",
+    group="Data",
+    help="Training data: JSONL, CSV, Parquet ...  Several as TASK=FILE.  [repeatable]",
 )
-@click.option(
+@option(
     "--validation-data",
     multiple=True,
     metavar="[TASK=]FILE",
-    help="Data to choose the best epoch by; for several, the same tasks.  [repeatable]",
+    group="Data",
+    help="Validation data, to keep the best epoch; several with the same tasks.  [repeatable]",
 )
-@click.option(
+@option(
+    "--base-model", group="Model and engine", help="Base model: folder or name.  [default: demo]"
+)
+@options_of(TuneSettings, leave_out=("tuning_config", "task_verbalizers"))
+@options_of(TuningConfig)
+@option(
     "--task-verbalizers",
     multiple=True,
     metavar="TASK=TEMPLATE",
-    help="Template of one task among several; --verbalizer is for the others.  [repeatable]",
+    group="Several tasks",
+    help="Template of one task; the others use --verbalizer.  [repeatable]",
 )
-@click.option("--output", type=click.Path(), help="Directory to write the prompt to.")
-@click.option("--overwrite", is_flag=True, help="Write into an output directory that is not empty.")
-@click.option(
-    "--resume", is_flag=True, help="Continue the interrupted run in the output directory."
+@option("--output", type=click.Path(), group="Output", help="Directory to write the prompt to.")
+@overwrite_option
+@option(
+    "--resume",
+    is_flag=True,
+    group="Output",
+    help="Resume the interrupted run in the output directory.",
 )
-@options_of(TuningConfig)
-@options_of(TuneSettings, leave_out=("tuning_config", "task_verbalizers"))
+@option("--config", type=click.Path(), help="Run file (TOML); options override it.")
 @output_options
 def command(
     config: str | None, overwrite: bool, resume: bool, as_json: bool, quiet: bool, **options: Any
@@ -56,7 +73,9 @@ def command(
         if name in options:
             options[name] = data_sets(options[name], "--" + name.replace("_", "-"))
     if "task_verbalizers" in options:
-        options["task_verbalizers"] = pairs(options["task_verbalizers"], "--task-verbalizers")
+        options["task_verbalizers"] = named(
+            options["task_verbalizers"], "--task-verbalizers", "TASK=TEMPLATE"
+        )
     values = _merged(config, options)
     output = values.pop("output", None)
     if output is None:
@@ -69,39 +88,22 @@ def command(
     tuned = tune(output=output, overwrite=overwrite, resume=resume, **values)
     result = summary(tuned, output)
     shown = {name: value for name, value in result.items() if not isinstance(value, dict | list)}
-    shown |= {"cut rows": _cut_rows(result["cut"])}
+    shown |= {"truncated": _truncated(result["cut"])}
     shown |= {f"validation {name}": value for name, value in result["metrics"].items()}
     show(result, table(shown), as_json=as_json)
 
 
-def data_sets(words: Sequence[str], option: str) -> str | dict[str, str]:
+def data_sets(words: Sequence[str], flag: str) -> str | dict[str, str]:
     """Return one data set, or several by their tasks.
 
-    A path that exists is that file, also with a ``=`` in it; anything else with a ``=`` is TASK=FILE.
+    An existing path is a file even if it contains ``=``; any other word with ``=`` is TASK=FILE.
 
     Raises:
-        UsageError: there are several, and one has no task.
+        UsageError: There are several, and one has no task or the task of another.
     """
     if len(words) == 1 and ("=" not in words[0] or os.path.exists(words[0])):
         return words[0]
-    return pairs(words, option)
-
-
-def pairs(words: Sequence[str], option: str) -> dict[str, str]:
-    """Return what ``TASK=VALUE`` words say.
-
-    Raises:
-        UsageError: one has no task, or a task comes twice.
-    """
-    found: dict[str, str] = {}
-    for word in words:
-        task, separator, value = word.partition("=")
-        if not (separator and task and value):
-            raise UsageError(f"{option} takes TASK=... where there are several tasks; got {word!r}")
-        if task in found:
-            raise UsageError(f"{option} names the task {task!r} twice; give each task once")
-        found[task] = value
-    return found
+    return named(words, flag, "TASK=FILE where there are several tasks")
 
 
 def summary(tuned: TunedPrompt, output: str | Path) -> dict[str, Any]:
@@ -131,8 +133,8 @@ def summary(tuned: TunedPrompt, output: str | Path) -> dict[str, Any]:
     }
 
 
-def _cut_rows(cut: dict[str, Any]) -> str | None:
-    """Return how many texts were cut to the length limits, as a line of the table."""
+def _truncated(cut: dict[str, Any]) -> str | None:
+    """Return how many texts were truncated to the maximum lengths, as a line of the table."""
     each = {"": cut} if "sources" in cut else cut
     parts = [
         f"{task} {found['sources']} sources, {found['targets']} targets".strip()
@@ -143,7 +145,7 @@ def _cut_rows(cut: dict[str, Any]) -> str | None:
 
 
 def _merged(config: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    """Return keyword arguments of `tune`: the run file's, overridden by the options given."""
+    """Return keyword arguments of `tune`: the run file's, overridden by options."""
     tuning = parts_of(options, TuningConfig)
     values: dict[str, Any] = {}
     if config is not None:

@@ -1,12 +1,12 @@
 from .continuous.batcher import Batcher as Batcher
 from .continuous.batcher import BatcherStats as BatcherStats
+from .continuous.bounds import Bounds as Bounds
 from .continuous.events import EchoEvent as EchoEvent
 from .continuous.events import Event as Event
 from .continuous.events import FinishEvent as FinishEvent
 from .continuous.events import TokenEvent as TokenEvent
 from .continuous.events import TopLogProbs as TopLogProbs
 from .continuous.labelling import Labelling as Labelling
-from .continuous.request import Bounds as Bounds
 from .continuous.residents import ResidentPrompts as ResidentPrompts
 from .continuous.scorer import Scorer as Scorer
 from .continuous.ticket import Ticket as Ticket

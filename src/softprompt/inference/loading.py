@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.attach import PeftModel
 from softprompt.errors import ConfigError
-from softprompt.inference.continuous.request import Bounds
+from softprompt.inference.continuous.bounds import Bounds
 from softprompt.inference.detached import DetachedPrompt
 from softprompt.inference.prompt_choice import check_names
 from softprompt.inference.serving import Serving

@@ -10,9 +10,10 @@ from typing import Any, Self, final
 from softprompt.errors import AdapterError, ConfigError, nearest
 from softprompt.inference.continuous.awaited import asked_in_thread
 from softprompt.inference.continuous.batcher import Batcher
+from softprompt.inference.continuous.bounds import Bounds
 from softprompt.inference.continuous.events import FinishEvent
 from softprompt.inference.continuous.labelling import Labelling, Scored, in_order
-from softprompt.inference.continuous.request import Bounds, request_of
+from softprompt.inference.continuous.request import request_of
 from softprompt.inference.continuous.scorer import Scorer
 from softprompt.inference.continuous.streaming import async_pieces, pieces
 from softprompt.inference.continuous.ticket import Ticket
@@ -24,9 +25,6 @@ from softprompt.inference.requests import Input, Request, inputs_of
 from softprompt.inference.scoring import LabelScores, label_ids_of, label_set
 from softprompt.inference.task_choice import Task
 from softprompt.inference.tuned import TunedPrompt
-
-_SCORE_ROWS = 512
-"""Labels of inputs that are scored in one pass, at most."""
 
 
 @final
@@ -57,7 +55,7 @@ class Serving:
         own = self.batcher.bounds
         self._scorer = Scorer(
             self._base,
-            max_rows=_SCORE_ROWS,
+            max_rows=own.max_score_rows,
             max_tokens=own.max_step_tokens,
             max_waiting=own.max_queue,
             residents=self.batcher.residents,

@@ -1,4 +1,4 @@
-"""Who may ask: keys compared in constant time, and hosts that a browser may have been led to us by."""
+"""Access control: API keys, compared in constant time, and allowed Host headers (DNS rebinding)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from fastapi import Request
 
 from softprompt.errors import UsageError, excerpt
-from softprompt.server.problems import Problem
+from softprompt.server.errors import Problem
 from softprompt.server.settings import ServeSettings
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
@@ -21,7 +21,7 @@ LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Keys:
-    """Digests of the keys of a file; empty lets everybody in, or nobody where a key is a must."""
+    """SHA-256 digests of API keys; whether none admits everybody or nobody is for the caller."""
 
     digests: tuple[bytes, ...] = ()
 
@@ -32,10 +32,10 @@ class Keys:
 
     @classmethod
     def read(cls, path: str | None) -> Self:
-        """Read a file of keys, one a line; None is no keys.
+        """Read a key file, one key a line; None is no keys.
 
         Raises:
-            UsageError: The file cannot be read, or holds none.
+            UsageError: The file cannot be read, or is empty.
         """
         if path is None:
             return cls()
@@ -49,7 +49,7 @@ class Keys:
         return cls.of(keys)
 
     def accept(self, key: str) -> bool:
-        """Tell whether a key is among these, in a time that does not depend on which."""
+        """Whether a key is among these; takes the same time for every key."""
         given = _digest(key)
         found = False
         for digest in self.digests:
@@ -62,12 +62,12 @@ class Keys:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """The rules of one server.
+    """API keys and allowed hosts of one server.
 
     Attributes:
-        users: Keys for /v1 and /metrics; empty asks for none.
-        admins: Keys for /v1/prompts, which also open the rest; empty closes it.
-        hosts: Host headers that are answered; None is all.
+        users: Keys for /v1 and /metrics; none are required where it is empty.
+        admins: Keys for /v1/prompts, valid for the rest, too; where empty, administration is off.
+        hosts: Allowed Host headers; None allows all.
     """
 
     users: Keys
@@ -76,20 +76,20 @@ class Access:
 
     @classmethod
     def of(cls, settings: ServeSettings) -> Self:
-        """Read the rules, and the keys from their files.
+        """Return the access of settings; reads the key files.
 
         Raises:
-            UsageError: A file of keys cannot be used.
+            UsageError: A key file cannot be read, or is empty.
         """
-        # A page elsewhere may have its own name resolve to 127.0.0.1; its requests then say that name.
+        # DNS rebinding: a page may resolve its own name to 127.0.0.1; its requests then carry that name.
         hosts = frozenset({*LOCAL_HOSTS, *settings.allowed_host}) if settings.is_local else None
         return cls(Keys.read(settings.api_key_file), Keys.read(settings.admin_key_file), hosts)
 
     def check_host(self, header: str) -> None:
-        """Refuse a request that was sent to another name than ours.
+        """Check the Host header.
 
         Raises:
-            Problem: 421.
+            Problem: 421, the host is not allowed.
         """
         if self.hosts is None:
             return
@@ -103,10 +103,10 @@ class Access:
             )
 
     def check_user(self, request: Request) -> None:
-        """Ask for a key where keys are set.
+        """Require a user's key, if there are any.
 
         Raises:
-            Problem: 401.
+            Problem: 401, the key is missing or unknown.
         """
         if not self.users:
             return
@@ -115,10 +115,10 @@ class Access:
             raise _unknown_key()
 
     def check_admin(self, request: Request) -> None:
-        """Ask for an administrator's key.
+        """Require an administrator's key.
 
         Raises:
-            Problem: 403 where there are none, 401 for another key.
+            Problem: 403, administration is off; 401, the key is missing or unknown.
         """
         if not self.admins:
             raise Problem(403, "administration is off; start the server with --admin-key-file")

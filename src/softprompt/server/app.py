@@ -1,65 +1,65 @@
-"""The HTTP application: its routes, and what stands around them."""
+"""The FastAPI application: routers, middleware, lifespan, health endpoints and the page at ``/``."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI, Request
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import FileResponse, Response
 
 from softprompt.artifacts import installed_versions
-from softprompt.inference import Scorer
-from softprompt.server import chat, classify, completions, handlers, health, listing
+from softprompt.inference import Batcher, Scorer
+from softprompt.server import chat, classify, completions, models
 from softprompt.server.access import Access
-from softprompt.server.backend import Backend
+from softprompt.server.errors import ErrorBody, Problem, install_handlers
 from softprompt.server.limits import Limits
-from softprompt.server.meter import Meter
-from softprompt.server.origins import Origins
-from softprompt.server.page import page_routes
-from softprompt.server.problems import ErrorBody
+from softprompt.server.metrics import Metrics
 from softprompt.server.registry import Registry
 from softprompt.server.replies import TokenTexts
-from softprompt.server.service import Service
+from softprompt.server.service import USER, Service, in_thread, service_of
 from softprompt.server.settings import ServeSettings
 
 
 def create_app(
-    settings: ServeSettings, registry: Registry, batcher: Backend, scorer: Scorer
+    settings: ServeSettings, registry: Registry, batcher: Batcher, scorer: Scorer
 ) -> FastAPI:
-    """Return the application; the batcher and the scorer are its own and end with it.
+    """Return the application; it owns the batcher and the scorer and stops them at its end.
 
     Args:
-        settings: What it is told.
+        settings: Its settings.
         registry: The prompts.
-        batcher: Generates; it runs already.
-        scorer: Scores labels; it runs already.
+        batcher: Generates; already running.
+        scorer: Scores labels; already running.
 
     Raises:
-        UsageError: A file of keys cannot be used.
+        UsageError: A key file cannot be read, or is empty.
     """
-    access = Access.of(settings)
     service = Service(
         settings=settings,
         registry=registry,
         batcher=batcher,
         scorer=scorer,
-        access=access,
-        meter=Meter(batcher, lambda: registry.resident, settings.max_metric_prompts),
+        access=Access.of(settings),
+        metrics=Metrics(batcher, lambda: registry.resident, settings.max_metric_prompts),
         tokens=TokenTexts(registry.base.tokenizer),
     )
     app = FastAPI(
         title="softprompt",
         version=installed_versions()["softprompt"],
         summary="Many soft prompts of one base model.",
-        # FastAPI's pages about the API load their scripts from elsewhere.
+        # FastAPI's documentation pages load scripts from a CDN.
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
         lifespan=_lifespan,
         responses={
-            "4XX": {"model": ErrorBody, "description": "What is wrong with the request."},
-            "5XX": {"model": ErrorBody, "description": "What is wrong with the server."},
+            "4XX": {"model": ErrorBody, "description": "The request is invalid."},
+            "5XX": {"model": ErrorBody, "description": "The server failed."},
         },
     )
     app.state.service = service
@@ -67,22 +67,38 @@ def create_app(
         completions.router,
         chat.router,
         classify.router,
-        listing.models,
-        listing.admin,
-        health.router,
-        page_routes(),
+        models.public,
+        models.admin,
+        health,
+        _page(),
     ):
         app.include_router(router)
-    handlers.install(app)
-    app.add_middleware(Limits, service=service)
-    if settings.allowed_origin:  # outside of it, so that a page can read what it refuses
-        app.add_middleware(Origins, allowed=settings.allowed_origin)
+    install_handlers(app)
+    _add_middleware(app, service)
     return app
+
+
+def _add_middleware(app: FastAPI, service: Service) -> None:
+    """Add middleware; what is added last is outermost, so errors of Limits carry CORS headers."""
+    app.add_middleware(
+        Limits,
+        settings=service.settings,
+        access=service.access,
+        metrics=service.metrics,
+        connections=service.connections,
+    )
+    if service.settings.allowed_origin:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(service.settings.allowed_origin),
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type"],
+        )
 
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
-    """Watch the folder while the server runs; let running answers finish at its end."""
+    """Poll the folder of prompts while the server runs; stop batcher and scorer at its end."""
     service: Service = app.state.service
     tasks = [asyncio.create_task(each) for each in (service.watch(), service.end_in_time())]
     try:
@@ -94,3 +110,72 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
             with suppress(asyncio.CancelledError):
                 await task
         await asyncio.to_thread(service.stop)
+
+
+health = APIRouter(tags=["health"])
+
+
+@health.head("/health", include_in_schema=False)
+@health.get("/health")
+async def alive() -> dict[str, str]:
+    """Liveness: 200 while the process answers."""
+    return {"status": "ok"}
+
+
+@health.head("/ready", include_in_schema=False)
+@health.get("/ready")
+async def ready(request: Request) -> dict[str, str]:
+    """Readiness: 200 while requests are accepted, else 503, for load balancers."""
+    service = service_of(request)
+    if service.draining:
+        raise Problem(503, "the server is stopping")
+    if not service.batcher.healthy:
+        failure = service.batcher.failure
+        # The class name only: the message may hold private data.
+        why = f" ({type(failure).__name__})" if failure else ""
+        raise Problem(503, f"the engine has stopped{why}; see the log and restart the server")
+    if not service.scorer.healthy:
+        raise Problem(503, "label scoring has stopped; see the log and restart the server")
+    await in_thread(service.registry.root.check)
+    return {"status": "ready"}
+
+
+@health.get("/version")
+async def version() -> dict[str, str]:
+    """Return the versions of softprompt and the libraries that answers depend on."""
+    return installed_versions()
+
+
+@health.get("/metrics", dependencies=[USER], response_class=Response)
+async def metrics(request: Request) -> Response:
+    """Return the metrics in Prometheus' text format."""
+    return Response(service_of(request).metrics.page(), media_type=CONTENT_TYPE_LATEST)
+
+
+_FOLDER = Path(__file__).with_name("page")
+_HEADERS = {
+    # Only this server's own files are loaded or requested.
+    "content-security-policy": (
+        "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
+
+
+def _page() -> APIRouter:
+    """Return a route for each file of the page, and ``/`` for its index."""
+    router = APIRouter(include_in_schema=False)
+    for path in sorted(_FOLDER.iterdir()):
+        if path.is_file() and not path.name.startswith("."):
+            _add(router, "/" if path.name == "index.html" else f"/{path.name}", path)
+    return router
+
+
+def _add(router: APIRouter, route: str, path: Path) -> None:
+    async def send() -> FileResponse:
+        return FileResponse(path, headers=_HEADERS)
+
+    router.add_api_route(route, send, methods=["GET"], response_class=FileResponse)

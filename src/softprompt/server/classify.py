@@ -1,31 +1,43 @@
-"""``POST /v1/classify``: how likely each label is as the answer to each text."""
+"""``POST /v1/classify``: log-probabilities of labels as the answer to each text."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Sequence
+from typing import Annotated
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from softprompt.errors import ConfigError, DataError
 from softprompt.inference import Input, Labelling
 from softprompt.prompts import Prompt
-from softprompt.server.asked import texts_of
-from softprompt.server.problems import Problem
+from softprompt.server.errors import Problem
+from softprompt.server.parameters import Body, Fields, Stop, Text
 from softprompt.server.served import Served
 from softprompt.server.service import USER, in_thread, service_of
-from softprompt.server.shapes import ClassifyBody
 from softprompt.server.streaming import CLIENT_GONE, unless_gone
 
 router = APIRouter(tags=["classification"], dependencies=[USER])
 
 
+class ClassifyBody(Body):
+    """The body of ``POST /v1/classify``."""
+
+    input: Text | Annotated[list[Text], Field(min_length=1)] | None = None
+    fields: Fields | Annotated[list[Fields], Field(min_length=1)] | None = None
+    labels: Annotated[list[Stop], Field(min_length=1, max_length=1000)] | None = Field(
+        None, description="Instead of the prompt's own."
+    )
+    normalize: bool = Field(False, description="Divide scores by the labels' token counts.")
+    truncate_input: bool = False
+
+
 class LabelScore(BaseModel):
-    """The labels of one text: log-probabilities in nats, and their softmax over the labels."""
+    """Label scores of one text: log-probabilities in nats, and their softmax over the labels."""
 
     index: int
     label: str
@@ -35,7 +47,7 @@ class LabelScore(BaseModel):
 
 
 class ClassifyUsage(BaseModel):
-    """Tokens of a call, each text's counted once."""
+    """Tokens of a request; each text is counted once, whatever the number of labels."""
 
     prompt_tokens: int
     virtual_tokens: int
@@ -43,7 +55,7 @@ class ClassifyUsage(BaseModel):
 
 
 class Classification(BaseModel):
-    """The answer of ``POST /v1/classify``."""
+    """The response of ``POST /v1/classify``."""
 
     object: str
     created: int
@@ -54,12 +66,12 @@ class Classification(BaseModel):
 
 
 def labelling_of(body: ClassifyBody, served: Served, most_rows: int) -> Labelling:
-    """Return a body's texts and labels as tokens, ready to be scored.
+    """Return a body's texts and labels as tokens.
 
     Raises:
         ConfigError: There are no labels.
-        DataError: A text does not suit the prompt, or is empty where nothing else is read.
-        Problem: More texts than a request may have.
+        DataError: A text does not fit the prompt, or is empty and nothing else precedes the label.
+        Problem: 400, there are more texts than ``max_request_rows``.
     """
     texts = texts_of(body)
     if len(texts) > most_rows:
@@ -77,11 +89,11 @@ def labelling_of(body: ClassifyBody, served: Served, most_rows: int) -> Labellin
 def _check_inputs(inputs: Sequence[Input], prompt: Prompt | None) -> None:
     if prompt is not None and prompt.input is not None:
         return
-    # Keys and values are attended to, but only a token's own position predicts the next one.
+    # A prefix is attended to, but the label's first token needs a token that predicts it.
     alone = (
-        "a prefix-tuning prompt has"
-        if prompt and prompt.prefix is not None
-        else "the base model has"
+        "the base model has"
+        if prompt is None or prompt.prefix is None
+        else "a prefix-tuning prompt has"
     )
     for number, each in enumerate(inputs, start=1):
         if not each.ids:
@@ -92,42 +104,57 @@ def _check_inputs(inputs: Sequence[Input], prompt: Prompt | None) -> None:
 
 @router.post("/v1/classify", response_model=Classification)
 async def classify(body: ClassifyBody, request: Request) -> Response:
-    """Score the labels of one text or several, in one pass of the model."""
-    service = service_of(request)
-    started = time.monotonic()
+    """Score the labels of one text or several, in one forward pass."""
+    service, started = service_of(request), time.monotonic()
+    seconds = service.settings.request_seconds
     served = await service.served(body.model, body.task)
     labelling = await in_thread(labelling_of, body, served, service.settings.max_request_rows)
-    future = service.scorer.submit(labelling.rows(served.prompt))
-    waiting = asyncio.wait_for(asyncio.wrap_future(future), service.settings.request_seconds)
-    label, seconds = service.meter.label(served.name), service.settings.request_seconds
+    count = len(labelling.inputs)
+    prompt = served.prompt
+    future = service.scorer.submit(labelling.rows(prompt))
+    waiting = asyncio.wait_for(asyncio.wrap_future(future), seconds)
+    metrics, label = service.metrics, service.metrics.label(served.name)
     try:
         sums = await unless_gone(request, waiting, future.cancel)
     except TimeoutError:
-        service.meter.success.labels(label, "abort").inc(len(labelling.inputs))
+        metrics.success.labels(label, "abort").inc(count)
         raise Problem(503, f"no answer within {seconds:g} s; try again later") from None
     if sums is None:
-        service.meter.success.labels(label, "abort").inc(len(labelling.inputs))
+        metrics.success.labels(label, "abort").inc(count)
         return Response(status_code=CLIENT_GONE)
-    inputs = sum(len(each.ids) for each in labelling.inputs)
-    virtual = served.prompt.tokens * len(labelling.inputs) if served.prompt else 0
-    service.meter.input.labels(label).inc(inputs)
-    service.meter.virtual.labels(label).inc(virtual)
-    service.meter.success.labels(label, "classified").inc(len(labelling.inputs))
-    service.meter.whole.labels(label).observe(time.monotonic() - started)
+    usage = _usage(labelling, prompt)
+    metrics.input.labels(label).inc(usage["prompt_tokens"])
+    metrics.virtual.labels(label).inc(usage["virtual_tokens"])
+    metrics.success.labels(label, "classified").inc(count)
+    metrics.whole.labels(label).observe(time.monotonic() - started)
+    answers = enumerate(labelling.answers(sums, normalize=body.normalize))
     return JSONResponse(
         {
             "object": "list",
             "created": int(time.time()),
             "model": served.name,
             "system_fingerprint": f"sp-{served.version[:16]}",
-            "data": [
-                {"index": index, **each.to_dict()}
-                for index, each in enumerate(labelling.answers(sums, normalize=body.normalize))
-            ],
-            "usage": {
-                "prompt_tokens": inputs,
-                "virtual_tokens": virtual,
-                "total_tokens": inputs,
-            },
+            "data": [{"index": index, **each.to_dict()} for index, each in answers],
+            "usage": usage,
         }
     )
+
+
+def _usage(labelling: Labelling, prompt: Prompt | None) -> dict[str, int]:
+    inputs = sum(len(each.ids) for each in labelling.inputs)
+    virtual = prompt.tokens * len(labelling.inputs) if prompt else 0
+    return {"prompt_tokens": inputs, "virtual_tokens": virtual, "total_tokens": inputs}
+
+
+def texts_of(body: ClassifyBody) -> list[str | dict[str, str | float | int]]:
+    """Return the texts or fields to classify.
+
+    Raises:
+        DataError: Neither or both of input and fields were sent.
+    """
+    if (body.input is None) == (body.fields is None):
+        raise DataError("send either input, or the template's fields")
+    if body.fields is not None:
+        return list(body.fields) if isinstance(body.fields, list) else [body.fields]
+    texts = body.input if isinstance(body.input, list) else [body.input or ""]
+    return list(texts)

@@ -1,56 +1,131 @@
-"""``POST /v1/completions``."""
+"""``POST /v1/completions``: its body, its requests to the batcher, and its answer, whole or streamed."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import Any, final
+from typing import Annotated, Any, final
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
+from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from softprompt.inference import EchoEvent, FinishEvent, TokenEvent
-from softprompt.server.asked import Asked, asked_completion
-from softprompt.server.problems import Problem
-from softprompt.server.replies import Choice, Completion, Position, Reply, Scores
-from softprompt.server.run import Run
+from softprompt.errors import ConfigError, DataError
+from softprompt.inference import EchoEvent, FinishEvent, Input, TokenEvent
+from softprompt.inference.continuous.request import Request
+from softprompt.server.errors import Problem
+from softprompt.server.parameters import (
+    MOST_TOKENS,
+    Fields,
+    SamplingBody,
+    Text,
+    TokenIds,
+    Whole,
+    options_of,
+)
+from softprompt.server.replies import Choice, Position, Reply, Scores, Submission, Usage
+from softprompt.server.served import Served
 from softprompt.server.service import USER, Service, in_thread, service_of
-from softprompt.server.shapes import CompletionBody
-from softprompt.server.streaming import CLIENT_GONE, STREAMED, EventStream, unless_gone
+from softprompt.server.streaming import CLIENT_GONE, STREAMED, EventStream, Run, unless_gone
+
+
+class CompletionBody(SamplingBody):
+    """The body of ``POST /v1/completions``."""
+
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1)]
+        | None
+    ) = Field(None, description="The template's input; or token ids, which are used as they are.")
+    fields: Fields | Annotated[list[Fields], Field(min_length=1)] | None = Field(
+        None, description="Fields of a template that has several; instead of prompt."
+    )
+    raw: bool = Field(False, description="Put prompt in front of the model without the template.")
+    truncate_input: bool = Field(False, description="Cut an input that is too long for the prompt.")
+    max_tokens: Whole | None = Field(16, ge=0, le=MOST_TOKENS)
+    echo: bool | None = False
+    logprobs: Whole | None = Field(None, ge=0, le=20)
+    best_of: Whole | None = Field(None, ge=1, le=1, description="Only 1 is supported.")
+    suffix: None = None
+    logit_bias: None = None
+
+
+class TokenLogprobs(BaseModel):
+    """Tokens of a completion with their log-probabilities, in nats."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    """One answer; a sampled one is reproduced by its ``seed``."""
+
+    index: int
+    text: str
+    logprobs: TokenLogprobs | None
+    finish_reason: str
+    seed: int | None
+
+
+class Completion(BaseModel):
+    """The response of ``POST /v1/completions``."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
 
 router = APIRouter(tags=["generation"], dependencies=[USER])
 
 
 @router.post("/v1/completions", response_model=Completion, responses=STREAMED)
-async def complete(body: CompletionBody, request: Request) -> Response:
-    """Answer one prompt or several, each ``n`` times."""
+async def complete(body: CompletionBody, request: HTTPRequest) -> Response:
+    """Complete one prompt or several, each ``n`` times."""
     service = service_of(request)
     served = await service.served(body.model, body.task)
-    asked = await in_thread(asked_completion, body, served, service.settings.request_seconds)
-    check_rows(service, sum(each.n for each in asked.requests))
-    reply = Reply.of(asked, "cmpl", "text_completion")
-    run = service.run(served, asked.requests)
+    submission = await in_thread(
+        completion_submission, body, served, service.settings.request_seconds
+    )
+    check_rows(service, sum(each.n for each in submission.requests))
+    reply = Reply.of(submission, "cmpl", "text_completion")
+    run = service.start(served, submission.requests)
     if body.stream:
         return EventStream(run, _pieces(service, body, reply, run))
-    return await answered(request, reply, run, lambda each: _whole(service, body, asked, each))
+    return await answered(request, reply, run, lambda each: _whole(service, body, submission, each))
 
 
 def check_rows(service: Service, rows: int) -> None:
-    """Refuse a call that asks for too much at once.
+    """Check the number of answers of one request.
 
     Raises:
-        Problem: 400.
+        Problem: 400, there are more than ``max_request_rows``.
     """
     most = service.settings.max_request_rows
     if rows > most:
-        raise Problem(400, f"the request asks for {rows} answers, this server gives {most} at once")
+        raise Problem(400, f"the request has {rows} answers, this server allows {most}")
 
 
 async def answered(
-    request: Request, reply: Reply, run: Run, shown: Callable[[Choice], dict[str, Any]]
+    request: HTTPRequest, reply: Reply, run: Run, shown: Callable[[Choice], dict[str, Any]]
 ) -> Response:
-    """Wait for all answers and return them together, each as it is shown."""
+    """Wait for all answers and return them in one response.
+
+    Args:
+        request: Its client; when it disconnects, the run is cancelled.
+        reply: Gathers the answers.
+        run: The running requests.
+        shown: Returns the body of one choice.
+    """
     done = await unless_gone(request, _gathered(reply, run), run.cancel)
     if done is None:
         return Response(status_code=CLIENT_GONE)
@@ -64,12 +139,14 @@ async def _gathered(reply: Reply, run: Run) -> Reply:
     return reply
 
 
-def _whole(service: Service, body: CompletionBody, asked: Asked, choice: Choice) -> dict[str, Any]:
-    given = asked.inputs[choice.index // (body.n or 1)]
-    before = asked.served.plain.decode(given.ids) if body.echo else ""
+def _whole(
+    service: Service, body: CompletionBody, submission: Submission, choice: Choice
+) -> dict[str, Any]:
+    given = submission.inputs[choice.index // (body.n or 1)]
+    before = submission.served.plain.decode(given.ids) if body.echo else ""
     scores = None
     if body.logprobs is not None:
-        start = Position(0 if body.echo else len(asked.served.plain.decode(given.ids)))
+        start = Position(0 if body.echo else len(submission.served.plain.decode(given.ids)))
         scores = choice.scores.completion(service.tokens, start, top=body.logprobs > 0)
     return _choice(choice, before + choice.text, scores, choice.reason)
 
@@ -88,17 +165,17 @@ def _choice(
 
 @final
 class _Chunks:
-    """The chunks of one answer that is streamed."""
+    """The chunks of a streamed response."""
 
     def __init__(self, service: Service, body: CompletionBody, reply: Reply) -> None:
-        plain, n = reply.asked.served.plain, body.n or 1
-        texts = [plain.decode(given.ids) for given in reply.asked.inputs]
+        plain, n = reply.submission.served.plain, body.n or 1
+        texts = [plain.decode(given.ids) for given in reply.submission.inputs]
         self.inputs = [texts[choice.index // n] for choice in reply.choices]
         self.usage = body.stream_options is not None and body.stream_options.include_usage
         self._head = {**reply.head, "object": reply.kind}
         self._top = None if body.logprobs is None else body.logprobs > 0
         self._names = service.tokens
-        self._places = [Position(0 if body.echo else len(text)) for text in self.inputs]
+        self._positions = [Position(0 if body.echo else len(text)) for text in self.inputs]
 
     def of(
         self,
@@ -107,16 +184,16 @@ class _Chunks:
         event: TokenEvent | EchoEvent | None = None,
         reason: str | None = None,
     ) -> dict[str, Any]:
-        """Return a chunk that adds a text to an answer, with the scores that an event tells."""
-        told = None
+        """Return a chunk that appends to one choice, with the log-probabilities of an event."""
+        logprobs = None
         if event is not None and self._top is not None:
             scores = Scores()
             scores.take(event)
-            told = scores.completion(self._names, self._places[choice.index], top=self._top)
-        return self._with_usage([_choice(choice, text, told, reason)], None)
+            logprobs = scores.completion(self._names, self._positions[choice.index], top=self._top)
+        return self._with_usage([_choice(choice, text, logprobs, reason)], None)
 
     def last(self, usage: dict[str, int]) -> dict[str, Any]:
-        """Return the chunk that tells the usage."""
+        """Return the last chunk, with the usage."""
         return self._with_usage([], usage)
 
     def _with_usage(
@@ -132,7 +209,7 @@ class _Chunks:
 async def _pieces(
     service: Service, body: CompletionBody, reply: Reply, run: Run
 ) -> AsyncGenerator[dict[str, Any]]:
-    """Yield an answer's chunks: the echo, every token's text, the end, and the usage where wanted."""
+    """Yield the chunks of a stream: echo, each token's text, finish reasons, and usage if requested."""
     chunks, scored = _Chunks(service, body, reply), body.logprobs is not None
     if body.echo and not scored:
         for choice in reply.choices:
@@ -153,3 +230,60 @@ async def _pieces(
             yield chunks.of(choice, reason=choice.reason)
     if chunks.usage:
         yield chunks.last(reply.usage())
+
+
+def completion_submission(body: CompletionBody, served: Served, seconds: float) -> Submission:
+    """Return a completion body's requests to the batcher.
+
+    Raises:
+        ConfigError: Settings contradict each other.
+        DataError: An input does not suit the prompt.
+    """
+    if body.max_tokens == 0 and not body.echo:
+        raise ConfigError("max_tokens 0 generates nothing; send echo=true with it, or at least 1")
+    inputs = _inputs(body, served)
+    generate = body.max_tokens != 0
+    scored = bool(body.echo) and body.logprobs is not None
+    options = options_of(body, 16 if body.max_tokens is None else body.max_tokens, seconds)
+    requests = [
+        Request(
+            ids=each.ids,
+            prompt=served.prompt,
+            at=each.at,
+            options=options,
+            n=body.n or 1,
+            logprobs=body.logprobs,
+            echo=scored or not generate,
+            generate=generate,
+            # After an echoed input the answer keeps its leading space.
+            decode=served.plain.decode if body.echo else each.decode,
+        )
+        for each in inputs
+    ]
+    return Submission(served, tuple(inputs), tuple(requests))
+
+
+def _inputs(body: CompletionBody, served: Served) -> list[Input]:
+    if (body.prompt is None) == (body.fields is None):
+        raise DataError("send either prompt, or the template's fields")
+    if body.fields is not None:
+        if body.raw:
+            raise ConfigError("raw takes prompt as it is; leave fields out")
+        given = body.fields if isinstance(body.fields, list) else [body.fields]
+        return [served.of_fields(each, truncate=body.truncate_input) for each in given]
+    prompts: Sequence[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
+    if isinstance(prompts[0], int):
+        prompts = [prompts]
+    return [_input(each, body, served) for each in prompts]
+
+
+def _input(prompt: str | list[int], body: CompletionBody, served: Served) -> Input:
+    if isinstance(prompt, list):
+        found = served.of_ids(prompt)
+    elif body.raw:
+        found = served.of_text(prompt)
+    else:
+        found = served.of_fields(prompt, truncate=body.truncate_input)
+    if not found.ids:
+        raise DataError("the text has no tokens, there is nothing to go on from; send some text")
+    return found

@@ -1,8 +1,8 @@
-"""The one folder that prompts come from: names, real paths, and files read once.
+"""The folder of prompts on disk: names, real paths, file signatures, and an outline of each prompt.
 
-A name is all that a client gives. It must look like one, and what it leads to must really lie under
-the root: a link is followed only while it stays inside. Each file is opened once, and what is checked
-is what was read, so a file that is replaced meanwhile is either the old one or the new one.
+Clients give names only. A name must match a pattern, and the path it leads to must lie under the
+root after symbolic links are resolved. Each file is opened once and its content checked after
+reading, so a file that is replaced meanwhile is either the old version or the new one.
 """
 
 from __future__ import annotations
@@ -10,59 +10,79 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from softprompt.artifacts import MANIFEST_NAME, WEIGHTS_NAME
-from softprompt.errors import AdapterError, ArtifactError, NotServingError, UsageError, excerpt
-from softprompt.prompts import CONFIG_NAME
+from softprompt.artifacts import (
+    MANIFEST_NAME,
+    WEIGHTS_NAME,
+    Manifest,
+    check_config,
+    manifest_of_task,
+    parse_object,
+)
+from softprompt.errors import (
+    AdapterError,
+    ArtifactError,
+    NotServingError,
+    SoftPromptError,
+    UsageError,
+    excerpt,
+)
+from softprompt.prompts import CONFIG_NAME, PeftType
 
 FILES = (CONFIG_NAME, WEIGHTS_NAME, MANIFEST_NAME)
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 Signature = tuple[tuple[int, int, int, int] | None, ...]
-"""Inode, size and the times of each of ``FILES``; None for one that is not there."""
+"""Inode, size, mtime and ctime in ns of each of ``FILES``; None for a missing one."""
 FRESH_SECONDS = 0.02
-"""The clock of file times may stand still for half of this, and a write leave no trace in them."""
+"""Twice the resolution of file times: within it a second write may leave the times unchanged."""
 
 
 def is_name(name: str) -> bool:
-    """Tell whether a prompt may be called so; hidden folders are not prompts."""
+    """Whether a name is legal for a prompt; hidden folders are no prompts."""
     return _NAME.fullmatch(name) is not None and not name.startswith(".")
 
 
 def is_fresh(signature: Signature) -> bool:
-    """Tell whether files were written so lately that another write might look the same."""
+    """Whether files were written so recently that another write might keep their times."""
     stamps = [max(stamp[2:]) for stamp in signature if stamp is not None]
     return any(0 <= time.time_ns() - stamp < FRESH_SECONDS * 1e9 for stamp in stamps)
 
 
 @dataclass(frozen=True, slots=True)
-class Root:
-    """The folder of prompts, by its real path."""
+class PromptFolder:
+    """The folder of prompts.
+
+    Attributes:
+        path: Its real path, symbolic links resolved.
+    """
 
     path: Path
 
     @classmethod
-    def of(cls, directory: str | Path) -> Root:
-        """Find the folder.
+    def of(cls, directory: str | Path) -> PromptFolder:
+        """Resolve a folder.
 
         Raises:
-            UsageError: There is none.
+            UsageError: It does not exist or is no folder.
         """
         path = Path(directory)
         if not path.is_dir():
-            came = "is a file" if path.exists() else "does not exist"
+            found = "is a file" if path.exists() else "does not exist"
             raise UsageError(
-                f"expected a folder with one folder for each prompt, {directory} {came}; pass --prompts DIR"
+                f"expected a folder with one folder for each prompt, {directory} {found}; pass --prompts DIR"
             )
         return cls(path.resolve())
 
     def names(self) -> list[str]:
-        """Return the names of folders that hold a prompt, in order.
+        """Return the names of subfolders that hold a prompt, sorted.
 
         Raises:
-            NotServingError: The root is gone.
+            NotServingError: The folder cannot be read.
         """
         return sorted(name for name in self.entries() if self._holds_prompt(name))
 
@@ -70,15 +90,15 @@ class Root:
         """Check that the folder can be read.
 
         Raises:
-            NotServingError: It is gone.
+            NotServingError: It cannot be read.
         """
         self.entries()
 
     def entries(self) -> list[str]:
-        """Return the names of all that may be prompts, with no look at what they are.
+        """Return all legal names in the folder, without checking what they are.
 
         Raises:
-            NotServingError: The root is gone.
+            NotServingError: The folder cannot be read.
         """
         try:
             with os.scandir(self.path) as entries:
@@ -89,11 +109,11 @@ class Root:
             ) from error
 
     def signature(self, name: str) -> Signature:
-        """Return what changes when a prompt's files do; reads no content.
+        """Return the signature of a prompt's files, without reading them.
 
         Raises:
             AdapterError: There is no such prompt.
-            NotServingError: The root is gone.
+            NotServingError: The folder cannot be read.
         """
         directory = self._directory(name)
         return tuple(_stamp(directory / file) for file in FILES)
@@ -104,7 +124,7 @@ class Root:
         Args:
             name: The prompt.
             file: One of ``FILES``.
-            most: Bytes it may have.
+            most: Maximum size in bytes.
 
         Raises:
             AdapterError: There is no such prompt.
@@ -119,7 +139,7 @@ class Root:
                 f"{name}/{file} is a link that leads out of the folder of prompts; copy the file there"
             )
         try:
-            # NOFOLLOW: a link put there after the look above is refused; NONBLOCK: so is waiting on a pipe.
+            # NOFOLLOW refuses a link created after the check above, NONBLOCK never waits on a pipe.
             handle = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             with os.fdopen(handle, "rb") as stream:
                 data = stream.read(most + 1)
@@ -135,7 +155,7 @@ class Root:
 
     def _directory(self, name: str) -> Path:
         path = self.path / name
-        # A folder that only looks absent to us (a link out) is as absent to clients.
+        # A link out of the folder is treated as missing.
         if not is_name(name) or not path.is_dir() or not path.resolve().is_relative_to(self.path):
             if not self.path.is_dir():
                 self.check()
@@ -155,3 +175,102 @@ def _stamp(path: Path) -> tuple[int, int, int, int] | None:
     except OSError:
         return None
     return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+_TASKS = 1000
+"""Limit of tasks without names, whose number comes from a file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What a listing shows of a prompt, read from its configuration and its record.
+
+    Attributes:
+        signature: Signature of the files it was read from.
+        created: When its configuration was written, Unix time in seconds.
+        facts: Plain JSON values.
+        problem: Why it cannot be read; None says nothing about the weights, which are not read.
+    """
+
+    signature: Signature
+    created: int
+    facts: dict[str, Any]
+    problem: str | None = None
+
+
+def outlined(root: PromptFolder, name: str, signature: Signature, most: int) -> Outline:
+    """Read the outline of a prompt.
+
+    Raises:
+        AdapterError: There is no such prompt.
+    """
+    stamp = signature[0]
+    created = stamp[2] // 10**9 if stamp else 0
+    if signature[FILES.index(WEIGHTS_NAME)] is None:
+        problem = f"expected {WEIGHTS_NAME} in {name}, it has none: copy it there"
+        return Outline(signature, created, {}, problem)
+    try:
+        config = _object(root, name, CONFIG_NAME, most) or {}
+        check_config(config)
+        record = _object(root, name, MANIFEST_NAME, most)
+        manifest = None if record is None else Manifest.from_dict(record)
+        tasks = tasks_of(config, manifest)
+    except SoftPromptError as error:
+        return Outline(signature, created, {}, str(error))
+    facts = {
+        "peft_type": str(config["peft_type"]),
+        "virtual_tokens": config.get("num_virtual_tokens"),
+        **(_reading(manifest) if tasks is None else _shared(tasks)),
+        "tasks": tasks,
+    }
+    return Outline(signature, created, facts)
+
+
+def tasks_of(config: Mapping[str, Any], manifest: Manifest | None) -> list[dict[str, Any]] | None:
+    """Return kind, labels and template of each task; None unless it is a multitask prompt.
+
+    Raises:
+        ArtifactError: The record of a task is invalid.
+    """
+    names = manifest.tasks if manifest and manifest.tasks else _numbers(config)
+    if not names:
+        return None
+    return [
+        {"name": name, **_reading(manifest and manifest_of_task(manifest, number))}
+        for number, name in enumerate(names)
+    ]
+
+
+def _numbers(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the numbers of tasks, as names where the record has none."""
+    count = config.get("num_tasks") or 1
+    if config["peft_type"] != PeftType.MULTITASK_PROMPT_TUNING or count == 1:
+        return ()
+    if count > _TASKS:
+        raise ArtifactError(
+            f"expected at most {_TASKS:,} tasks without names, num_tasks is {count:,}: "
+            f"name them in {MANIFEST_NAME}, or split the prompt"
+        )
+    return tuple(map(str, range(count)))
+
+
+def _reading(manifest: Manifest | None) -> dict[str, Any]:
+    """Return kind, labels and template of one task; a prompt without a record generates from any text."""
+    if manifest is None:
+        return {"task": "generation", "labels": None, "template": "{{input}}"}
+    labels = list(manifest.labels) if manifest.labels else None
+    return {"task": manifest.task, "labels": labels, "template": manifest.template}
+
+
+def _shared(tasks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what all tasks have in common, None where they differ."""
+    first, *others = tasks
+    return {
+        key: first[key] if all(each[key] == first[key] for each in others) else None
+        for key in ("task", "labels", "template")
+    }
+
+
+def _object(root: PromptFolder, name: str, file: str, most: int) -> dict[str, Any] | None:
+    data = root.read(name, file, most)
+    return None if data is None else parse_object(data.decode(errors="replace"), f"{name}/{file}")

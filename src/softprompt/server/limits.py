@@ -1,54 +1,72 @@
-"""Bounds around every request: connections beside it, its size, its time, an answer nobody reads."""
+"""ASGI middleware: connection, body-size and slow-reader limits.
+
+It wraps the whole application, so no body is read before its size and time are bounded. uvicorn
+itself waits without limit for the head of a request, so idle connections are closed here, too.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from typing import final
+from dataclasses import dataclass
+from typing import Any, final
+from weakref import WeakKeyDictionary
 
+import uvicorn
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from softprompt.server.problems import Problem
-from softprompt.server.service import Service
+from softprompt.server.access import Access
+from softprompt.server.errors import Problem
+from softprompt.server.metrics import Metrics
 from softprompt.server.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
 
 _PROBES = frozenset({"/health", "/ready", "/metrics"})
-"""What those who run the server ask; answered when it is full, too."""
+"""Probes of operators; answered over the connection limit, too."""
 _RETRY_SECONDS = 1
 
 
 @final
 class Limits:
-    """An ASGI layer; outside the app, so that no body is read before it is bounded."""
+    """ASGI middleware: connection, body-size and slow-reader limits, and the check of the host."""
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: ServeSettings,
+        access: Access,
+        metrics: Metrics,
+        connections: Connections,
+    ) -> None:
         self._app = app
-        self._service = service
+        self._settings = settings
+        self._access = access
+        self._metrics = metrics
+        self._connections = connections
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer it with what is wrong."""
+        """Run the application on a request, or answer with the error."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] >= 400:
-                self._service.meter.refused.labels(str(message["status"])).inc()
+                self._metrics.refused.labels(str(message["status"])).inc()
             await send(message)
 
-        bounded = _Bounded(receive, counted, self._service.settings)
+        bounded = _Bounded(receive, counted, self._settings)
         try:
             self._check(Headers(scope=scope), scope["path"])
             await self._app(scope, bounded.receive, bounded.send)
         except Exception as error:
             if bounded.unread:
-                logger.warning("hung up on a client that stopped reading its answer")
+                logger.warning("closed the connection of a client that stopped reading its answer")
                 return
-            # An app may take any error in a body for bad JSON, so the reason is kept here.
+            # FastAPI takes any exception while it reads a body for invalid JSON: the cause is kept here.
             problem = error if isinstance(error, Problem) else bounded.problem
             if problem is None or bounded.answering:
                 raise
@@ -57,11 +75,10 @@ class Limits:
             await response(scope, receive, counted)
 
     def _check(self, headers: Headers, path: str) -> None:
-        service, settings = self._service, self._service.settings
-        service.access.check_host(headers.get("host", ""))
-        # The connection that asks is one of those that are open.
-        count = 0 if service.connections is None else service.connections.count
-        if count > settings.max_connections and path not in _PROBES:
+        settings = self._settings
+        self._access.check_host(headers.get("host", ""))
+        # The request's own connection is counted, too.
+        if self._connections.count > settings.max_connections and path not in _PROBES:
             raise Problem(
                 503,
                 f"this server has its {settings.max_connections:,} connections open; try again in "
@@ -74,7 +91,7 @@ class Limits:
 
 
 class _Bounded:
-    """The two ends of one request."""
+    """Bounded ``receive`` and ``send`` of one request."""
 
     def __init__(self, receive: Receive, send: Send, settings: ServeSettings) -> None:
         self._receive = receive
@@ -88,10 +105,10 @@ class _Bounded:
         self.unread = False
 
     async def receive(self) -> Message:
-        """Return the next piece of the request.
+        """Return the next message of the request.
 
         Raises:
-            Problem: 413 or 408.
+            Problem: 413, the body is too large; 408, it took too long.
         """
         if self._whole:
             return await self._receive()
@@ -109,11 +126,11 @@ class _Bounded:
         return message
 
     async def send(self, message: Message) -> None:
-        """Send the next piece of the answer; a client that stops reading is hung up on.
+        """Send the next message of the response; a client that stops reading is disconnected.
 
         Raises:
-            TimeoutError: Nobody read for too long.
-            Problem: The request was given up, and the app answers something else.
+            TimeoutError: The client has not read for ``stall_seconds``.
+            Problem: The request broke a limit, and the application tries to answer otherwise.
         """
         if self.problem is not None and not self.answering:
             raise self.problem
@@ -125,10 +142,57 @@ class _Bounded:
             raise
 
     def _given_up(self, problem: Problem) -> Problem:
-        """Remember why."""
+        """Remember the error."""
         self.problem = problem
         return problem
 
 
 def _too_large(most: int) -> Problem:
     return Problem(413, f"the request is larger than {most:,} bytes; send less at a time")
+
+
+@dataclass(frozen=True, slots=True)
+class _Silence:
+    """Since when a connection has been idle.
+
+    Attributes:
+        behind: Its last request, None before the first.
+        since: When it was first seen idle, by ``time.monotonic``.
+    """
+
+    behind: Any
+    since: float
+
+
+@final
+class Connections:
+    """The open connections of a uvicorn server; none under another ASGI server."""
+
+    def __init__(self, server: uvicorn.Server | None = None) -> None:
+        self._open: set[Any] = set()
+        self._silent: WeakKeyDictionary[Any, _Silence] = WeakKeyDictionary()
+        if server is not None:
+            self.attach(server)
+
+    def attach(self, server: uvicorn.Server) -> None:
+        """Take the connections from a server."""
+        self._open = server.server_state.connections
+
+    @property
+    def count(self) -> int:
+        """Number of open connections, idle ones included."""
+        return len(self._open)
+
+    def close_silent(self, seconds: float) -> None:
+        """Close connections idle for longer than that; to be called in uvicorn's own thread."""
+        now = time.monotonic()
+        for each in list(self._open):
+            cycle = each.cycle
+            if cycle is not None and not cycle.response_complete:
+                self._silent.pop(each, None)
+                continue
+            known = self._silent.get(each)
+            if known is None or known.behind is not cycle:
+                self._silent[each] = _Silence(cycle, now)
+            elif now - known.since > seconds:
+                each.transport.close()

@@ -1,7 +1,7 @@
-"""Prompts by name: read when they are first asked for, noticed when they change.
+"""The registry of prompts: loaded lazily by name, reloaded when files change, kept in an LRU cache.
 
-A prompt that nobody calls costs its folder's entry in a listing. What is kept is bounded; a request
-holds on to the version it began with, so that a prompt may be replaced or dropped meanwhile.
+A prompt that is never requested costs one entry of a listing. A running request keeps the version
+it started with, so prompts may be replaced or evicted meanwhile.
 """
 
 from __future__ import annotations
@@ -28,21 +28,22 @@ from softprompt.inference import DetachedPrompt, Task, task_number
 from softprompt.server.folder import (
     FILES,
     FRESH_SECONDS,
-    Root,
+    Outline,
+    PromptFolder,
     Signature,
     is_fresh,
     is_name,
+    outlined,
 )
-from softprompt.server.outline import Outline, outlined
 from softprompt.server.served import PlainText, Served
 
 _TRIES = 5
-"""Looks at, and readings of, a prompt whose files keep changing before it counts as damaged."""
+"""Attempts to read a prompt whose files keep changing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What was found under a name: versions for each task, or why there are none."""
+    """A prompt in the LRU cache: one ``Served`` for each task, or why it cannot be served."""
 
     signature: Signature
     tasks: tuple[Served, ...]
@@ -52,9 +53,18 @@ class Loaded:
 
 @final
 class Registry:
-    """The prompts of one root for one base; safe to use from several threads."""
+    """The prompts of one folder for one base model; thread-safe.
 
-    def __init__(self, root: Root, base: Base, *, max_resident: int, max_bytes: int) -> None:
+    Args:
+        root: The folder.
+        base: The base model.
+        max_resident: Prompts in the LRU cache.
+        max_bytes: Largest file of a prompt.
+    """
+
+    def __init__(
+        self, root: PromptFolder, base: Base, *, max_resident: int, max_bytes: int
+    ) -> None:
         self.root = root
         self.base = base
         plain = PlainText(base, seq2seq=is_encoder_decoder(base.model))
@@ -69,37 +79,37 @@ class Registry:
 
     @property
     def resident(self) -> int:
-        """How many prompts are in memory."""
+        """Number of prompts in memory."""
         with self._guard:
             return sum(loaded.problem is None for loaded in self._known.values())
 
     def names(self) -> list[str]:
-        """Return the prompts in service, by their folders.
+        """Return the names of the prompts that are not unloaded.
 
         Raises:
-            NotServingError: The root is gone.
+            NotServingError: The folder cannot be read.
         """
         found = self.root.names()
         with self._guard:
             return [n for n in found if n not in self._withdrawn and n != self.base.name]
 
     def is_resident(self, name: str) -> bool:
-        """Tell whether a prompt is in memory."""
+        """Whether a prompt is in memory."""
         with self._guard:
             return name in self._known and self._known[name].problem is None
 
     def withdrawn(self) -> list[str]:
-        """Return the prompts that were taken out of service."""
+        """Return the names of unloaded prompts."""
         with self._guard:
             return sorted(self._withdrawn)
 
     def get(self, name: str, task: Task | None = None) -> Served:
-        """Return the present version of a prompt; the base by its own name.
+        """Return the current version of a prompt; the base model by its own name.
 
         Raises:
-            AdapterError: There is no such prompt in service.
+            AdapterError: There is no such prompt, or it is unloaded.
             ArtifactError: Its files cannot be used.
-            ConfigError: It has several tasks and none is named, or not this one.
+            ConfigError: It has several tasks and none is given, or an unknown one.
         """
         if name == self.base.name:
             if task is not None:
@@ -123,7 +133,7 @@ class Registry:
         return loaded.tasks[task_number(task, first.manifest, len(loaded.tasks))]
 
     def load(self, name: str) -> Served:
-        """Put a prompt into service and read it now; see ``get``."""
+        """Load a prompt, also one that was unloaded; see ``get``."""
         self._found(name)
         with self._guard:
             self._withdrawn.discard(name)
@@ -133,7 +143,7 @@ class Registry:
         return loaded.tasks[0]
 
     def unload(self, name: str) -> None:
-        """Take a prompt out of service; running requests finish.
+        """Unload a prompt; running requests finish.
 
         Raises:
             AdapterError: There is no such prompt.
@@ -144,13 +154,13 @@ class Registry:
             self._known.pop(name, None)
 
     def reload(self, name: str) -> Served:
-        """Read a prompt again, whatever its files look like; see ``load``."""
+        """Reload a prompt, whether or not its files have changed; see ``load``."""
         with self._guard:
             self._known.pop(name, None)
         return self.load(name)
 
     def poll(self) -> list[str]:
-        """Drop what is no longer as it was read, and return the names; it is read again when asked for."""
+        """Evict prompts whose files have changed, and return their names."""
         with self._guard:
             seen = [(name, loaded.signature) for name, loaded in self._known.items()]
             listed = list(self._outlines)
@@ -164,7 +174,7 @@ class Registry:
         return changed
 
     def outline(self, name: str) -> Outline:
-        """Return what the small files of a prompt say; its weights are not read.
+        """Return the outline of a prompt, from its small files; its weights are not read.
 
         Raises:
             AdapterError: There is no such prompt.
@@ -181,7 +191,7 @@ class Registry:
         return known
 
     def stored(self, name: str) -> tuple[StoredPrompt, str]:
-        """Return what a prompt's files hold, checked, and its version.
+        """Read and check a prompt's files; return it with its version.
 
         Raises:
             AdapterError: There is no such prompt.
@@ -208,7 +218,7 @@ class Registry:
         """Return the signature of a prompt's files.
 
         Raises:
-            AdapterError: There is no such prompt; one that a listing shows may be meant.
+            AdapterError: There is no such prompt; the message names the nearest listed one.
         """
         try:
             return self.root.signature(name)
@@ -225,7 +235,7 @@ class Registry:
             ) from None
 
     def _listed_like(self, name: str) -> list[str]:
-        """Return names that a listing shows and that are like one; few of a large folder are looked at."""
+        """Return listed names similar to one; of a large folder only similar names are read."""
         like = difflib.get_close_matches(name, [self.base.name, *self.root.entries()])
         return [each for each in like if each == self.base.name or self._is_listed(each)]
 
@@ -268,7 +278,7 @@ class Registry:
         except AdapterError:
             raise
         except SoftPromptError as error:
-            # The same files fail the same way; they are not read again until they change.
+            # Cached as well: the same files would fail again.
             return Loaded(signature, (), None, f"the prompt {name!r} cannot be served: {error}")
 
     def _made(self, name: str, signature: Signature, stored: StoredPrompt, version: str) -> Loaded:

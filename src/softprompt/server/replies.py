@@ -1,7 +1,8 @@
-"""Answers in OpenAI's shapes, whole and in pieces."""
+"""Answers in OpenAI's shapes: choices gathered from token events, with texts and log-probabilities."""
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Sequence
@@ -11,16 +12,13 @@ from typing import Any
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
-from softprompt.inference import EchoEvent, Event, FinishEvent, TokenEvent, TopLogProbs
-from softprompt.server.asked import Asked
-from softprompt.server.token_bytes import bytes_of
-
-_LONGEST = 4
-"""Bytes of a character at most."""
+from softprompt.inference import EchoEvent, Event, FinishEvent, Input, TokenEvent, TopLogProbs
+from softprompt.inference.continuous.request import Request
+from softprompt.server.served import Served
 
 
 class Usage(BaseModel):
-    """Tokens of a call; the prompt's virtual ones are counted apart from the input's."""
+    """Token counts of a request; virtual tokens are counted apart from the input's."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -28,61 +26,27 @@ class Usage(BaseModel):
     virtual_tokens: int
 
 
-class TokenLogprobs(BaseModel):
-    """What a completion says of its tokens, in nats."""
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """One HTTP request as requests to the batcher.
 
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None] | None
-    text_offset: list[int]
+    Attributes:
+        served: The prompt, in the version that answers.
+        inputs: Token ids of the inputs.
+        requests: The batcher's requests, one for each input.
+    """
 
-
-class CompletionChoice(BaseModel):
-    """One answer; ``seed`` draws it again, where it was drawn."""
-
-    index: int
-    text: str
-    logprobs: TokenLogprobs | None
-    finish_reason: str
-    seed: int | None
+    served: Served
+    inputs: tuple[Input, ...]
+    requests: tuple[Request, ...]
 
 
-class Completion(BaseModel):
-    """The answer of ``POST /v1/completions``."""
-
-    id: str
-    object: str
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[CompletionChoice]
-    usage: Usage
-
-
-class ChatChoice(BaseModel):
-    """One answer of a chat."""
-
-    index: int
-    message: dict[str, str]
-    logprobs: dict[str, Any] | None
-    finish_reason: str
-    seed: int | None
-
-
-class ChatCompletion(BaseModel):
-    """The answer of ``POST /v1/chat/completions``."""
-
-    id: str
-    object: str
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[ChatChoice]
-    usage: Usage
+_LONGEST = 4
+"""Bytes of a character at most."""
 
 
 class TokenTexts:
-    """What single tokens are called."""
+    """Texts and bytes of single tokens, as log-probabilities name them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -90,13 +54,13 @@ class TokenTexts:
         self._known: dict[int, str] = {}
 
     def __call__(self, token_id: int) -> str:
-        """Return a token's text; a part of a character has no text and is shown as in the vocabulary."""
+        """Return a token's text; for a part of a character its symbol in the vocabulary."""
         if token_id not in self._known:
             self._known[token_id] = self._text(token_id)
         return self._known[token_id]
 
     def likeliest(self, own: int, logprob: float | None, top: TopLogProbs) -> dict[str, float]:
-        """Return the likeliest tokens with the one that came; of tokens that read alike the likelier."""
+        """Return the top log-probabilities and the chosen token's; of equal texts the likelier token's."""
         found: dict[str, float] = {}
         for token, value in top:
             found.setdefault(self(token), value)
@@ -105,7 +69,7 @@ class TokenTexts:
         return found
 
     def bytes(self, token_id: int) -> list[int] | None:
-        """Return a token's bytes; None where they cannot be told."""
+        """Return a token's bytes; None where they are unknown."""
         symbol, text = self._symbol(token_id), self.decoded([token_id])
         found = bytes_of(symbol, text if "\ufffd" in text else self(token_id))
         return None if found is None else list(found)
@@ -115,7 +79,7 @@ class TokenTexts:
         return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
     def is_special(self, token_id: int) -> bool:
-        """Tell whether a token is left out of texts."""
+        """Whether a token is a special one, which texts leave out."""
         return token_id in self._special
 
     def _symbol(self, token_id: int) -> str:
@@ -131,18 +95,18 @@ class TokenTexts:
 
 @dataclass(slots=True)
 class Position:
-    """Where the next token's text begins.
+    """Character offset of the next token (``text_offset``).
 
     Attributes:
         at: Characters before it.
-        parts: Tokens of a character that is not whole yet.
+        parts: Tokens of an incomplete character.
     """
 
     at: int = 0
     parts: list[int] = field(default_factory=list)
 
     def take(self, texts: TokenTexts, token_id: int) -> int:
-        """Go past a token, and return where its text begins."""
+        """Advance past a token, and return the offset at which its text begins."""
         begin = self.at
         if texts.is_special(token_id):
             return begin
@@ -151,7 +115,7 @@ class Position:
         if not text.endswith("\ufffd"):
             self.at += len(text if len(self.parts) > 1 else texts(token_id))
             self.parts.clear()
-        elif len(self.parts) == _LONGEST:  # bytes that never become a character
+        elif len(self.parts) == _LONGEST:  # bytes that are no character
             self.at += len(text)
             self.parts.clear()
         return begin
@@ -159,14 +123,14 @@ class Position:
 
 @dataclass(slots=True)
 class Scores:
-    """Log-probabilities of tokens in a row."""
+    """Log-probabilities of consecutive tokens."""
 
     ids: list[int] = field(default_factory=list)
     values: list[float | None] = field(default_factory=list)
     top: list[TopLogProbs] = field(default_factory=list)
 
     def take(self, event: TokenEvent | EchoEvent) -> None:
-        """Add what an event tells."""
+        """Append an event's tokens."""
         if isinstance(event, TokenEvent):
             self.ids.append(event.token_id)
             self.values.append(event.logprob)
@@ -177,11 +141,11 @@ class Scores:
         self.top += event.top_logprobs
 
     def completion(self, texts: TokenTexts, position: Position, *, top: bool) -> dict[str, Any]:
-        """Return them as completions have them; ``position`` goes past them."""
+        """Return the ``logprobs`` of a completion; ``position`` advances past the tokens."""
         names = [texts(token) for token in self.ids]
         offsets = [position.take(texts, token) for token in self.ids]
-        rows = zip(self.ids, self.values, self.top, strict=True)
-        likeliest = [None if v is None else texts.likeliest(i, v, t) for i, v, t in rows]
+        tokens = zip(self.ids, self.values, self.top, strict=True)
+        likeliest = [None if v is None else texts.likeliest(i, v, t) for i, v, t in tokens]
         return {
             "tokens": names,
             "token_logprobs": list(self.values),
@@ -190,15 +154,15 @@ class Scores:
         }
 
     def chat(self, texts: TokenTexts) -> dict[str, Any]:
-        """Return them as chats have them."""
-        rows = zip(self.ids, self.values, self.top, strict=True)
+        """Return the ``logprobs`` of a chat completion."""
+        tokens = zip(self.ids, self.values, self.top, strict=True)
         return {
             "content": [
                 {
                     **_named(texts, token, value),
                     "top_logprobs": [_named(texts, i, v) for i, v in top],
                 }
-                for token, value, top in rows
+                for token, value, top in tokens
             ],
             "refusal": None,
         }
@@ -210,7 +174,7 @@ def _named(texts: TokenTexts, token: int, value: float | None) -> dict[str, Any]
 
 @dataclass(slots=True)
 class Choice:
-    """One answer while it is gathered."""
+    """One answer in the making."""
 
     index: int
     text: str = ""
@@ -222,35 +186,41 @@ class Choice:
 
 @dataclass(slots=True)
 class Reply:
-    """All answers of a call, gathered from events."""
+    """The answers of a submission, gathered from token events."""
 
-    asked: Asked
+    submission: Submission
     kind: str
     head: dict[str, Any]
     choices: list[Choice]
 
     @classmethod
-    def of(cls, asked: Asked, prefix: str, kind: str) -> Reply:
-        """Begin with nothing."""
+    def of(cls, submission: Submission, prefix: str, kind: str) -> Reply:
+        """Return a reply with empty choices.
+
+        Args:
+            submission: The submission.
+            prefix: Prefix of its id.
+            kind: The response's ``object``.
+        """
         head = {
             "id": f"{prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
-            "model": asked.served.name,
-            # Which version of the prompt's files answered.
-            "system_fingerprint": f"sp-{asked.served.version[:16]}",
+            "model": submission.served.name,
+            # Changes with the prompt's files.
+            "system_fingerprint": f"sp-{submission.served.version[:16]}",
         }
-        count = sum(request.n for request in asked.requests)
-        return cls(asked, kind, head, [Choice(index) for index in range(count)])
+        count = sum(request.n for request in submission.requests)
+        return cls(submission, kind, head, [Choice(index) for index in range(count)])
 
     def choices_of(self, number: int, event: Event) -> Sequence[Choice]:
-        """Return the answers that an event of input ``number`` is about."""
-        n = self.asked.requests[number].n
+        """Return the choices that an event of input ``number`` belongs to."""
+        n = self.submission.requests[number].n
         if isinstance(event, EchoEvent):
             return self.choices[number * n : number * n + n]
         return [self.choices[number * n + event.index]]
 
     def take(self, number: int, event: Event) -> None:
-        """Add what an event tells."""
+        """Apply an event of input ``number``."""
         for choice in self.choices_of(number, event):
             match event:
                 case EchoEvent():
@@ -264,11 +234,11 @@ class Reply:
                     choice.seed = event.seed
 
     def usage(self) -> dict[str, int]:
-        """Return the tokens of the call."""
-        inputs = sum(len(each.ids) for each in self.asked.inputs)
+        """Return the token counts."""
+        inputs = sum(len(each.ids) for each in self.submission.inputs)
         new = sum(choice.tokens for choice in self.choices)
-        prompt = self.asked.served.prompt
-        virtual = 0 if prompt is None else prompt.tokens * len(self.asked.inputs)
+        prompt = self.submission.served.prompt
+        virtual = 0 if prompt is None else prompt.tokens * len(self.submission.inputs)
         return {
             "prompt_tokens": inputs,
             "completion_tokens": new,
@@ -277,5 +247,31 @@ class Reply:
         }
 
     def whole(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return the body of an answer that is not streamed."""
+        """Return the body of a response that is not streamed."""
         return {**self.head, "object": self.kind, "choices": choices, "usage": self.usage()}
+
+
+_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_SHOWN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_REST = [byte for byte in range(256) if byte not in _SHOWN]
+# The alphabet of byte-level BPE (GPT-2): printable bytes are themselves, the others follow 255.
+_ALPHABET = {chr(byte): byte for byte in _SHOWN} | {
+    chr(256 + number): byte for number, byte in enumerate(_REST)
+}
+
+
+def bytes_of(symbol: str, text: str) -> bytes | None:
+    """Return the bytes of a token; None where they are unknown.
+
+    Args:
+        symbol: Its symbol in the vocabulary.
+        text: Its text when decoded alone, with U+FFFD for parts of characters.
+    """
+    if "\ufffd" not in text:
+        return text.encode()
+    if fallback := _FALLBACK.fullmatch(symbol):
+        return bytes([int(fallback[1], 16)])
+    if not all(character in _ALPHABET for character in symbol):
+        return None
+    found = bytes(_ALPHABET[character] for character in symbol)
+    return found if found.decode(errors="replace") == text else None

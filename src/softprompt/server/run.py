@@ -1,151 +1,165 @@
-"""The requests of one call while they run: their events in one stream, counted, and ended in time."""
+"""Running the server: from settings to a listening uvicorn server, and its shutdown."""
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
-from typing import final
+import logging
+import math
+import signal
+import socket
+from typing import Any
 
-from fastapi import Request as HTTPRequest
+import uvicorn
+from fastapi import FastAPI
 
-from softprompt.inference import EchoEvent, Event, FinishEvent, Ticket, TokenEvent
-from softprompt.inference.continuous.request import Request
-from softprompt.server.backend import Backend
-from softprompt.server.meter import Meter
-from softprompt.server.problems import Problem
+from softprompt.backbone import freeze, load_base
+from softprompt.errors import UsageError
+from softprompt.inference import Batcher, Scorer
+from softprompt.server.access import Access
+from softprompt.server.app import create_app
+from softprompt.server.folder import PromptFolder
+from softprompt.server.registry import Registry
+from softprompt.server.settings import ServeSettings
 
-_SLACK = 1.0
-"""Seconds that the batcher, which ends answers by itself, gets on top of their time."""
+logger = logging.getLogger(__name__)
 
-
-def submit_all(batcher: Backend, requests: Sequence[Request]) -> list[Ticket]:
-    """Submit requests, all of them or none."""
-    tickets: list[Ticket] = []
-    try:
-        for request in requests:
-            tickets.append(batcher.submit(request))
-    except BaseException:
-        for ticket in tickets:
-            ticket.cancel()
-        raise
-    return tickets
+_END_SECONDS = 10
+"""Seconds after ``drain_seconds`` for the last forward pass and for sending errors to clients."""
 
 
-@dataclass(slots=True)
-class _Clock:
-    """When an answer last grew."""
+def serve(settings: ServeSettings) -> None:
+    """Serve until SIGTERM or Ctrl-C; running answers are finished first.
 
-    last: float
-    begun: bool = False
-
-
-@final
-@dataclass(slots=True)
-class Run:
-    """The requests of one call.
-
-    Attributes:
-        tickets: One for each input.
-        name: The prompt they name, for the metrics.
-        meter: Where they are counted.
-        seconds: Time they may take.
+    Raises:
+        UsageError: The folder, a key file or the address cannot be used.
+        BackboneError: The base model cannot be loaded.
     """
-
-    tickets: Sequence[Ticket]
-    name: str
-    meter: Meter
-    seconds: float
-    started: float = field(default_factory=time.monotonic)
-    _clocks: dict[tuple[int, int], _Clock] = field(default_factory=dict)
-    _ended: list[int] = field(default_factory=list)
-
-    def cancel(self) -> None:
-        """Stop what still runs; an iteration that never began cannot do so itself."""
-        for ticket in self.tickets:
-            ticket.cancel()
-
-    async def events(self) -> AsyncGenerator[tuple[int, Event]]:
-        """Yield (input, event) as they come; leaving early cancels what still runs.
-
-        Raises:
-            Problem: 503 when the time was over before anything came, or the server stopped.
-            Exception: What a request failed with.
-        """
-        queue: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue()
-        pumps = [asyncio.create_task(_pump(i, each, queue)) for i, each in enumerate(self.tickets)]
-        left = len(pumps)
-        self._ended = [0] * left
-        ended = False
-        try:
-            while left:
-                remaining = self.started + self.seconds + _SLACK - time.monotonic()
-                number, event = await asyncio.wait_for(queue.get(), remaining)
-                if isinstance(event, Exception):
-                    raise event
-                if event is None:
-                    self._ended[number] = self.tickets[number].request.n
-                    left -= 1
-                    continue
-                if isinstance(event, FinishEvent) and event.reason == "cancelled":
-                    # Where the client hung up, nobody reads this.
-                    raise Problem(503, "the server stopped before the answer was whole; ask again")
-                self._count(number, event)
-                yield number, event
-            ended = True
-        except TimeoutError:
-            raise Problem(503, f"no answer within {self.seconds:g} s; try again later") from None
-        finally:
-            for pump in pumps:
-                pump.cancel()
-            if not ended:
-                self.cancel()
-                self.meter.success.labels(self._label, "abort").inc(self._open_answers)
-
-    @property
-    def _open_answers(self) -> int:
-        return sum(ticket.request.n for ticket in self.tickets) - sum(self._ended)
-
-    @property
-    def _label(self) -> str:
-        return self.meter.label(self.name)
-
-    def _count(self, number: int, event: Event) -> None:
-        now, label = time.monotonic(), self._label
-        match event:
-            case EchoEvent():
-                return
-            case TokenEvent():
-                clock = self._clocks.setdefault((number, event.index), _Clock(self.started))
-                which = self.meter.between if clock.begun else self.meter.first
-                which.labels(label).observe(now - clock.last)
-                clock.last, clock.begun = now, True
-            case FinishEvent():
-                self._ended[number] += 1
-                self.meter.success.labels(label, event.reason).inc()
-                self.meter.generated.labels(label).inc(len(event.tokens))
-                self.meter.whole.labels(label).observe(now - self.started)
-                if event.index == 0:
-                    self.meter.input.labels(label).inc(event.input_tokens)
-                    self.meter.virtual.labels(label).inc(event.prompt_tokens)
+    # Errors of the settings are raised before a model is loaded.
+    root = PromptFolder.of(settings.prompts)
+    Access.of(settings)
+    with listening(settings.host, settings.port) as sock:
+        # Later than the middleware, which closes the connection and logs it.
+        reset_unread(sock, 2 * settings.stall_seconds)
+        app = build_app(settings, root)
+        if not settings.is_local and settings.api_key_file is None:
+            logger.warning(
+                "everybody who reaches %s can use this server; --api-key-file requires a key",
+                settings.host,
+            )
+        address = sock.getsockname()
+        host = f"[{address[0]}]" if ":" in address[0] else address[0]
+        logger.info("listening on http://%s:%d", host, address[1])
+        _run(app, settings, sock)
 
 
-async def _pump(
-    number: int, ticket: Ticket, queue: asyncio.Queue[tuple[int, Event | Exception | None]]
-) -> None:
+def build_app(settings: ServeSettings, root: PromptFolder) -> FastAPI:
+    """Load the base model and return the application.
+
+    Raises:
+        BackboneError: The base model cannot be loaded.
+    """
+    base = load_base(settings.base_model, torch_dtype=settings.torch_dtype, device=settings.device)
+    freeze(base.model)
+    registry = Registry(
+        root,
+        base,
+        max_resident=settings.bounds.max_prompts_resident,
+        max_bytes=settings.max_prompt_bytes,
+    )
+    bounds = settings.bounds
+    batcher = Batcher(base.model, base.tokenizer, bounds)
+    scorer = Scorer(
+        base.model,
+        max_rows=bounds.max_score_rows,
+        max_tokens=bounds.max_step_tokens,
+        max_waiting=bounds.max_queue,
+        residents=batcher.residents,
+    )
+    scorer.start()
+    logger.info(
+        "%s with %d prompts, engine %s%s",
+        base.name,
+        len(registry.names()),
+        batcher.engine,
+        f" ({batcher.reason})" if batcher.reason else "",
+    )
+    return create_app(settings, registry, batcher, scorer)
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """Return a socket bound to an address; connections are refused until the server listens on it.
+
+    Raises:
+        UsageError: The address is invalid or in use.
+    """
     try:
-        async for event in ticket:
-            queue.put_nowait((number, event))
-    except Exception as error:  # told to whoever waits for the events
-        queue.put_nowait((number, error))
-    else:
-        queue.put_nowait((number, None))
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise UsageError(f"{host!r} is no address to listen on ({error.strerror})") from error
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        sock.close()
+        raise UsageError(
+            f"cannot listen on {host}:{port} ({error.strerror}); choose another --host or --port"
+        ) from error
+    return sock
 
 
-async def until_gone(request: HTTPRequest) -> None:
-    """Return when the client has hung up."""
-    while True:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            return
+def reset_unread(sock: socket.socket, seconds: float) -> None:
+    """Set TCP_USER_TIMEOUT: the kernel resets connections whose clients do not acknowledge data.
+
+    A closed connection otherwise stays until its last byte is acknowledged, which may be never.
+    Linux only.
+    """
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(seconds * 1000))
+
+
+def config_of(app: FastAPI, settings: ServeSettings) -> uvicorn.Config:
+    """Return uvicorn's configuration."""
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        # The service ends answers before that, with an error for their clients.
+        timeout_graceful_shutdown=math.ceil(settings.drain_seconds) + _END_SECONDS,
+        ws="none",
+        lifespan="on",
+    )
+
+
+def server_of(app: FastAPI, config: uvicorn.Config) -> uvicorn.Server:
+    """Return the uvicorn server, connected to the application's service."""
+    server = uvicorn.Server(config)
+    service = app.state.service
+    service.should_stop = lambda: server.should_exit
+    service.connections.attach(server)
+    return server
+
+
+def _run(app: FastAPI, settings: ServeSettings, sock: socket.socket) -> None:
+    # uvicorn drains on SIGINT and SIGTERM and then raises them again for the previous handlers.
+    before = signal.signal(signal.SIGTERM, _ignored)
+    server = server_of(app, config_of(app, settings))
+
+    def keeps(record: logging.LogRecord) -> bool:
+        return not server.force_exit
+
+    # A second Ctrl-C cancels running tasks; uvicorn would log a traceback for each.
+    log = logging.getLogger("uvicorn.error")
+    log.addFilter(keeps)
+    try:
+        server.run(sockets=[sock])
+    finally:
+        log.removeFilter(keeps)
+        signal.signal(signal.SIGTERM, before)
+
+
+def _ignored(number: int, frame: Any) -> None:
+    """Do nothing: the server has stopped already."""

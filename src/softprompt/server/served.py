@@ -1,10 +1,9 @@
-"""A prompt in service, and how a client's input becomes the ids before an answer."""
+"""A loaded prompt: its value, and how a client's text, fields or ids become its input tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,7 +16,7 @@ from softprompt.inference.requests import Request as Fields
 from softprompt.prompts import Placement, Prompt
 
 _LENGTH = 128
-"""Most tokens of a label of the base."""
+"""Maximum tokens of a label without a prompt."""
 CUT = (
     "the input takes more than the {limit:,} tokens that the prompt {name!r} was trained with; shorten it, or "
     "send truncate_input=true to lose its end"
@@ -25,10 +24,12 @@ CUT = (
 
 
 class PlainText:
-    """Texts as the base reads them, with the special tokens it puts in front.
+    """Plain tokenization for the base model, with its leading special tokens and no template.
 
     Attributes:
-        answers: How labels become tokens where no prompt says so.
+        tokenizer: The base model's.
+        answers: Tokenizes labels for the base model alone.
+        frame: Its special tokens around an input.
     """
 
     def __init__(self, base: Base, *, seq2seq: bool) -> None:
@@ -44,11 +45,11 @@ class PlainText:
         self.frame = frame if seq2seq else SpecialFrame(frame.prefix, ())
 
     def ids(self, text: str) -> tuple[int, ...]:
-        """Return the ids of a text; special tokens written in it are taken as such."""
+        """Return the ids of a text; special tokens in the text are parsed as such."""
         return self.frame.around(self.bare_ids([text])[0])
 
     def bare_ids(self, texts: list[str]) -> list[tuple[int, ...]]:
-        """Return the ids of texts with nothing put around them."""
+        """Return the ids of texts without added special tokens."""
         return encode(self.tokenizer, texts, special=False)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -65,10 +66,10 @@ class Served:
     """One version of a prompt for one of its tasks, or the base alone.
 
     Attributes:
-        name: What clients call it.
-        version: Changes with the files' content.
-        plain: How the base reads texts.
-        own: The prompt with its record; None is the base alone.
+        name: Its name in requests (``model``).
+        version: Content hash of its files.
+        plain: Tokenization without a template.
+        own: The prompt with its record; None for the base model alone.
     """
 
     name: str
@@ -93,15 +94,15 @@ class Served:
 
     @property
     def labels(self) -> tuple[str, ...] | None:
-        """The label set on record."""
+        """The label set of its record."""
         return self.manifest.labels if self.manifest else None
 
     def of_fields(self, request: Fields, *, truncate: bool = False) -> Input:
-        """Return the input that the prompt's template makes of a text or of fields.
+        """Render a text or fields with the prompt's template and return the tokens.
 
         Raises:
             TemplateError: The fields are not the template's.
-            DataError: It is empty, or longer than the prompt's limit and not to be cut.
+            DataError: It is empty, or longer than the prompt's limit and ``truncate`` is false.
         """
         if self.rows is None:
             if not isinstance(request, str):
@@ -121,23 +122,23 @@ class Served:
         return Input(ids, self.rows.offset(ids), self.rows.decode, cut)
 
     def label_ids(self, labels: Sequence[str]) -> list[tuple[int, ...]]:
-        """Return the tokens of labels as answers of this prompt, or as the base would write them.
+        """Return the token ids of labels as answers of this prompt or of the base model.
 
         Raises:
             ConfigError: There is none, or two have the same tokens.
-            DataError: One is longer than the prompt's answers may be.
+            DataError: One exceeds the prompt's maximum target length.
         """
         return label_ids_of(self.rows or self.plain.answers, labels)
 
     def of_text(self, text: str) -> Input:
-        """Return the input that a text is without a template."""
+        """Return the input of a text without a template."""
         return self.of_ids(self.plain.ids(text))
 
     def of_ids(self, ids: Sequence[int]) -> Input:
-        """Return the input that token ids are.
+        """Return the input of token ids.
 
         Raises:
-            ConfigError: The prompt stands in a chat's system turn, which bare ids do not show.
+            ConfigError: The prompt's placement is a chat's system turn, which bare ids do not show.
         """
         given = tuple(ids)
         return Input(given, self._at(given), self.plain.decode)
@@ -155,41 +156,3 @@ class Served:
                     "/v1/chat/completions"
                 )
         return 0
-
-
-def chat_input(served: Served, messages: Sequence[Mapping[str, Any]]) -> Input:
-    """Return the input that the tokenizer's chat template makes of messages.
-
-    Raises:
-        ConfigError: There is no chat template, or the messages do not suit it or the prompt.
-    """
-    tokenizer: Any = served.plain.tokenizer
-    if not tokenizer.chat_template:
-        raise ConfigError("this base model has no chat template; send the text to /v1/completions")
-    in_system = served.rows is not None and served.rows.placement is Placement.CHAT_SYSTEM
-    if in_system:
-        if messages[0]["role"] == "system":
-            raise ConfigError(
-                f"the prompt {served.name!r} stands in the system turn; leave the system message out"
-            )
-        messages = [{"role": "system", "content": _STAND_IN}, *messages]
-    try:
-        text = str(
-            tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
-        )
-    except Exception as cause:  # templates raise what they like
-        first = (str(cause).splitlines() or [type(cause).__name__])[0]
-        raise ConfigError(f"the chat template refuses these messages: {first}") from cause
-    if not in_system:
-        return served.of_ids(served.plain.bare_ids([text])[0])
-    head, found, tail = text.partition(_STAND_IN)
-    if not found:
-        raise ConfigError("the chat template of this base model prints no system turn")
-    before, behind = served.plain.bare_ids([head, tail])
-    return Input(before + behind, len(before), served.plain.decode)
-
-
-_STAND_IN = "SYSTEMTURN"
-"""Stands where the prompt goes while the template is rendered, as in training."""

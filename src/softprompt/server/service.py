@@ -1,4 +1,4 @@
-"""What the routes of one server share."""
+"""The service behind the routes: prompts, batcher, scorer, access, metrics, and its life cycle."""
 
 from __future__ import annotations
 
@@ -7,34 +7,35 @@ import functools
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar, cast
 
 import anyio
-from fastapi import Depends, Request
+from fastapi import Depends
+from fastapi import Request as HTTPRequest
 
 from softprompt.backbone import input_embedding
 from softprompt.errors import NotServingError
-from softprompt.inference import Scorer, Task
+from softprompt.inference import Batcher, Scorer, Task, Ticket
+from softprompt.inference.continuous.request import Request
 from softprompt.inspection import describe
 from softprompt.server.access import Access
-from softprompt.server.backend import Backend
-from softprompt.server.connections import Connections
-from softprompt.server.meter import Meter
-from softprompt.server.outline import tasks_of
+from softprompt.server.folder import tasks_of
+from softprompt.server.limits import Connections
+from softprompt.server.metrics import Metrics
 from softprompt.server.registry import Registry
 from softprompt.server.replies import TokenTexts
-from softprompt.server.run import Run, submit_all
 from softprompt.server.served import Served
 from softprompt.server.settings import ServeSettings
+from softprompt.server.streaming import Run
 
 logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
 _CARDS = 64
-_LOOK_SECONDS = 0.1
+_POLL_SECONDS = 0.1
 
 
 @dataclass(slots=True)
@@ -42,41 +43,52 @@ class Service:
     """The parts of a running server.
 
     Attributes:
-        settings: What it was told.
+        settings: Its settings.
         registry: The prompts.
         batcher: Generates.
         scorer: Scores labels.
-        access: Who may ask.
-        meter: Counts.
-        tokens: What single tokens are called.
-        draining: Whether it is about to stop.
-        stop_asked: Tells whether the server was told to.
-        connections: Those that are open; None without a server of ours around the app.
+        access: API keys and allowed hosts.
+        metrics: Prometheus metrics.
+        tokens: Texts of single tokens, for log-probabilities.
+        draining: Whether running answers are being finished before the end.
+        should_stop: Whether the server has received a signal to stop.
+        connections: The open connections.
     """
 
     settings: ServeSettings
     registry: Registry
-    batcher: Backend
+    batcher: Batcher
     scorer: Scorer
     access: Access
-    meter: Meter
+    metrics: Metrics
     tokens: TokenTexts
     draining: bool = False
-    stop_asked: Callable[[], bool] = lambda: False
-    connections: Connections | None = None
+    should_stop: Callable[[], bool] = lambda: False
+    connections: Connections = field(default_factory=Connections)
     _cards: OrderedDict[tuple[str, str], dict[str, Any]] = field(default_factory=OrderedDict)
 
     async def served(self, name: str, task: Task | None) -> Served:
-        """Return the present version of a prompt."""
+        """Return the current version of a prompt, loading it if needed."""
         return await in_thread(self.registry.get, name, task)
 
-    def run(self, served: Served, requests: Any) -> Run:
-        """Start requests, all of them or none."""
-        tickets = submit_all(self.batcher, requests)
-        return Run(tickets, served.name, self.meter, self.settings.request_seconds)
+    def start(self, served: Served, requests: Sequence[Request]) -> Run:
+        """Submit requests, all of them or none.
+
+        Raises:
+            SoftPromptError: The queue is full, or a request does not fit the model.
+        """
+        tickets: list[Ticket] = []
+        try:
+            for request in requests:
+                tickets.append(self.batcher.submit(request))
+        except BaseException:
+            for ticket in tickets:
+                ticket.cancel()
+            raise
+        return Run(tickets, served.name, self.metrics, self.settings.request_seconds)
 
     def card(self, name: str) -> dict[str, Any]:
-        """Return what is known of a prompt, in plain JSON values."""
+        """Return a prompt's card as plain JSON values; an LRU cache keeps the latest ones."""
         stored, version = self.registry.stored(name)
         key = (name, version)
         if key not in self._cards:
@@ -101,50 +113,49 @@ class Service:
         return self._cards[key]
 
     async def watch(self) -> None:
-        """Look at the prompts' folder and at the connections now and then."""
+        """Poll the folder of prompts, and close idle connections, until cancelled."""
         while True:
             await asyncio.sleep(self.settings.poll_seconds)
-            if self.connections is not None:
-                self.connections.close_silent(self.settings.body_seconds)
+            self.connections.close_silent(self.settings.body_seconds)
             try:
                 await in_thread(self.registry.poll)
-            except (OSError, NotServingError) as error:  # a share that is away may come back
-                logger.warning("the folder of prompts cannot be looked at: %s", error)
+            except (OSError, NotServingError) as error:  # a network share may return
+                logger.warning("the folder of prompts cannot be read: %s", error)
 
     async def end_in_time(self) -> None:
-        """Once told to stop, give running answers their time; then end them, which tells clients so."""
-        while not self.stop_asked():
-            await asyncio.sleep(_LOOK_SECONDS)
+        """After a signal to stop, let running answers finish in their time, then end them with an error."""
+        while not self.should_stop():
+            await asyncio.sleep(_POLL_SECONDS)
         self.draining = True
         seconds = self.settings.drain_seconds
-        # No thread waits for the end: a second Ctrl-C would have to wait for that thread.
+        # No thread waits here: a second Ctrl-C would have to wait for that thread.
         await asyncio.to_thread(self.batcher.drain, 0)
         await asyncio.sleep(seconds)
         await asyncio.to_thread(self.stop)
 
     def stop(self) -> None:
-        """End all work; what has not ended by itself fails."""
+        """Stop scorer and batcher; unfinished requests fail."""
         self.scorer.stop()
         self.batcher.stop()
 
 
 async def in_thread(function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
-    """Run what would hold up the event loop: files, tokenizers."""
+    """Run a blocking call, on files or tokenizers, off the event loop."""
     return await anyio.to_thread.run_sync(functools.partial(function, *args, **kwargs))
 
 
-def service_of(request: Request) -> Service:
-    """Return the service of an app, for routes."""
+def service_of(request: HTTPRequest) -> Service:
+    """Return the service of a request's application."""
     return cast(Service, request.app.state.service)
 
 
-def _user(request: Request) -> None:
+def _user(request: HTTPRequest) -> None:
     service_of(request).access.check_user(request)
 
 
-def _admin(request: Request) -> None:
+def _admin(request: HTTPRequest) -> None:
     service_of(request).access.check_admin(request)
 
 
 USER, ADMIN = Depends(_user), Depends(_admin)
-"""For routes that ask for a key."""
+"""Dependencies of routes that require a user's or an administrator's key."""

@@ -1,115 +1,136 @@
-"""What `softprompt serve` may be told; the options of the command line are made from these fields."""
+"""Settings of ``softprompt serve``; the command's options are made from these fields."""
 
 from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from softprompt.errors import ConfigError
-from softprompt.training import about, check
+from softprompt.fields import about, check, from_mapping
+from softprompt.inference import Bounds
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+")
+_SERVER, _ACCESS, _PROMPTS = "Model and address", "Access", "Prompts"
+_LIMITS, _TIMES = "Request limits", "Timeouts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeSettings:
-    """Where to listen, who may ask, and what may be used up.
+    """Model, address, access, limits and timeouts of a server.
 
     Raises:
-        ConfigError: A value is of the wrong type or out of its range.
+        ConfigError: A value is of the wrong type or out of range.
     """
 
-    base_model: str = field(metadata=about("Base model: folder, Hub id or 'demo'."))
-    prompts: str = field(metadata=about("Folder with one folder for each prompt."))
-    host: str = field(default="127.0.0.1", metadata=about("Address to listen on."))
+    base_model: str = field(
+        metadata=about("Base model: folder, Hub id or 'demo'.", group=_SERVER),
+    )
+    prompts: str = field(
+        metadata=about("Folder of prompts, one subfolder for each.", group=_PROMPTS)
+    )
+    host: str = field(default="127.0.0.1", metadata=about("Address to listen on.", group=_SERVER))
     port: int = field(
-        default=8000, metadata=about("Port to listen on; 0 takes a free one.", least=0, most=65535)
+        default=8000,
+        metadata=about(
+            "Port to listen on; 0 chooses a free one.", least=0, most=65535, group=_SERVER
+        ),
     )
     device: str | None = field(
-        default=None, metadata=about("Device to run on, such as cpu or cuda:0.")
+        default=None, metadata=about("Device, such as cpu or cuda:0.", group=_SERVER)
     )
     torch_dtype: str | None = field(
-        default=None, metadata=about("Data type of the base; by default that of its files.")
+        default=None,
+        metadata=about("Data type of the base model; by default its files'.", group=_SERVER),
     )
     api_key_file: str | None = field(
         default=None,
-        metadata=about("File of keys, one a line; requests to /v1 and /metrics must carry one."),
+        metadata=about(
+            "File of API keys, one a line; /v1 and /metrics then require one.", group=_ACCESS
+        ),
     )
     admin_key_file: str | None = field(
         default=None,
-        metadata=about("File of keys for loading and unloading prompts; off without it."),
+        metadata=about(
+            "File of keys for loading and unloading prompts; without it administration is off.",
+            group=_ACCESS,
+        ),
     )
     allowed_origin: tuple[str, ...] = field(
-        default=(), metadata=about("Origin of web pages that may call the server (CORS).")
+        default=(),
+        metadata=about("CORS: origin of web pages that may call the server.", group=_ACCESS),
     )
     allowed_host: tuple[str, ...] = field(
         default=(),
-        metadata=about("Host header to answer besides localhost while listening there only."),
-    )
-    max_prompts_resident: int = field(
-        default=64, metadata=about("Prompts kept in memory; the least used one goes.", least=1)
-    )
-    max_prompt_tokens: int = field(
-        default=16384, metadata=about("Virtual tokens whose keys and values are kept.", least=1)
-    )
-    max_prompt_bytes: int = field(
-        default=64 * 2**20, metadata=about("Largest file of a prompt.", least=1)
-    )
-    ordered_weights: bool = field(
-        default=True,
         metadata=about(
-            "Keep a second copy of a float32 base, ordered for the CPU; used where that is faster."
+            "Allowed Host header besides localhost, while listening on localhost.", group=_ACCESS
         ),
     )
-    max_batch_rows: int = field(
-        default=32, metadata=about("Answers that are generated at once.", least=1)
+    max_prompt_bytes: int = field(
+        default=64 * 2**20,
+        metadata=about("Maximum size of a prompt's file, in bytes.", least=1, group=_PROMPTS),
     )
-    max_step_tokens: int = field(
-        default=2048, metadata=about("Tokens run in one pass of the model.", least=1)
+    poll_seconds: float = field(
+        default=2.0,
+        metadata=about(
+            "Interval of polling the folder of prompts for changes.", above=0, group=_PROMPTS
+        ),
     )
-    max_cached_tokens: int = field(
-        default=65536, metadata=about("Tokens of running answers whose keys are kept.", least=1)
+    max_metric_prompts: int = field(
+        default=100,
+        metadata=about(
+            "Maximum number of prompts with metrics of their own; the others share one label.",
+            least=0,
+            group=_PROMPTS,
+        ),
     )
-    max_waiting: int = field(
-        default=256, metadata=about("Requests that may wait; more are refused (429).", least=1)
-    )
+    bounds: Bounds = field(default_factory=Bounds)
     max_request_rows: int = field(
-        default=64, metadata=about("Answers, or scored texts, of one request.", least=1)
-    )
-    max_score_rows: int = field(
-        default=512, metadata=about("Labels of texts that are scored in one pass.", least=1)
+        default=64,
+        metadata=about(
+            "Maximum number of answers or texts of one request.", least=1, group=_LIMITS
+        ),
     )
     max_connections: int = field(
         default=1000,
-        metadata=about("Open connections, idle ones too; requests on more get 503.", least=1),
+        metadata=about(
+            "Maximum number of open connections, idle ones included; beyond it requests get 503.",
+            least=1,
+            group=_LIMITS,
+        ),
     )
     max_body_bytes: int = field(
-        default=2**20, metadata=about("Largest request; more is refused (413).", least=1)
+        default=2**20,
+        metadata=about(
+            "Maximum size of a request's body, in bytes; beyond it 413.", least=1, group=_LIMITS
+        ),
     )
-    body_seconds: float = field(default=30.0, metadata=about("Time to send a request in.", above=0))
+    body_seconds: float = field(
+        default=30.0,
+        metadata=about("Timeout for receiving a request.", above=0, group=_TIMES),
+    )
     request_seconds: float = field(
-        default=300.0, metadata=about("Time an answer may take; it ends there.", above=0)
+        default=300.0,
+        metadata=about("Time limit of a request; answers end there.", above=0, group=_TIMES),
     )
     stall_seconds: float = field(
         default=30.0,
         metadata=about(
-            "Time a client may leave an answer unread before it is hung up on.", above=0
+            "Timeout of a client that does not read its answer (slow reader).",
+            above=0,
+            group=_TIMES,
         ),
     )
     drain_seconds: float = field(
-        default=30.0, metadata=about("Time for running answers after SIGTERM.", above=0)
-    )
-    poll_seconds: float = field(
-        default=2.0, metadata=about("Time between looks at the prompts' folder.", above=0)
-    )
-    max_metric_prompts: int = field(
-        default=100,
-        metadata=about("Prompts with metrics of their own; the rest are one.", least=0),
+        default=30.0,
+        metadata=about("Time for running answers to finish after SIGTERM.", above=0, group=_TIMES),
     )
 
     def __post_init__(self) -> None:
         """Check every value."""
+        if isinstance(self.bounds, Mapping):
+            object.__setattr__(self, "bounds", from_mapping(Bounds, self.bounds))
         check(self)
         for name in ("base_model", "prompts", "host"):
             if not getattr(self, name):

@@ -1,9 +1,4 @@
 from .events import Events as Events
-from .fields import about as about
-from .fields import check as check
-from .fields import choices_of as choices_of
-from .fields import default_of as default_of
-from .fields import type_of as type_of
 from .run_file import read_run as read_run
 from .settings import TuneSettings as TuneSettings
 from .source_prompts import VARIABLE as VARIABLE

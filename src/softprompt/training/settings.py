@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
 from softprompt.errors import ConfigError, nearest
-from softprompt.training.fields import about, check, from_mapping, plain
+from softprompt.fields import about, check, from_mapping, plain
 from softprompt.training.tuning_config import TuningConfig
 
 RATE_PER_RMS = 0.57
@@ -25,6 +25,9 @@ DISTILLATION_WEIGHT = 0.9
 
 MULTITASK = "MULTITASK_PROMPT_TUNING"
 
+_DATA, _PROMPT, _TASKS = "Data", "Prompt", "Several tasks"
+_OPTIMISATION, _MODEL, _OUTPUT = "Optimisation", "Model and engine", "Output"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuneSettings:
@@ -33,128 +36,159 @@ class TuneSettings:
     tuning_type: Literal["PROMPT_TUNING", "MULTITASK_PROMPT_TUNING"] = field(
         default="PROMPT_TUNING",
         metadata=about(
-            "Kind of tuning: one prompt's rows, or a shared prompt times a low-rank matrix for each "
-            "task."
+            "Method: one prompt, or a shared prompt times a low-rank matrix for each task.",
+            group=_PROMPT,
         ),
     )
     tuning_config: TuningConfig = field(default_factory=TuningConfig)
-    num_epochs: int = field(default=20, metadata=about("Passes over the training data.", least=1))
+    num_epochs: int = field(
+        default=20,
+        metadata=about("Number of training epochs.", least=1, group=_OPTIMISATION),
+    )
     learning_rate: float | None = field(
         default=None,
         metadata=about(
-            f"Peak learning rate; by default {RATE_PER_RMS} x the rms of the base's embeddings.",
+            f"Peak learning rate; by default {RATE_PER_RMS} x the rms of the base model's embeddings.",
             above=0,
             most=1e6,
+            group=_OPTIMISATION,
         ),
     )
     task_learning_rate: float | None = field(
         default=None,
         metadata=about(
-            f"Peak learning rate of the task matrices of a multitask prompt; by default {TASK_RATE}.",
+            f"Peak learning rate of a multitask prompt's task matrices; by default {TASK_RATE}.",
             above=0,
             most=1e6,
+            group=_TASKS,
         ),
     )
     task_sampling: Literal["proportional", "uniform"] | None = field(
         default=None,
         metadata=about(
-            "How several data sets are mixed: proportional to their rows (the default), or uniform."
+            "Sampling of tasks: proportional to their records (the default), or uniform.",
+            group=_TASKS,
         ),
     )
     distillation_weight: float | None = field(
         default=None,
         metadata=about(
-            "With several data sets, weight of what is learned from a teacher prompt for each; 0 "
-            f"trains without teachers.  By default {DISTILLATION_WEIGHT}.",
+            "Weight of distillation from a teacher prompt for each task; 0 trains no teachers.  By "
+            f"default {DISTILLATION_WEIGHT}.",
             least=0,
             most=1e6,
+            group=_TASKS,
         ),
     )
     accumulate_steps: int = field(
-        default=1, metadata=about("Batches whose gradients make one update.", least=1)
+        default=1, metadata=about("Gradient accumulation steps.", least=1, group=_OPTIMISATION)
     )
     verbalizer: str = field(
-        default="{{input}}", metadata=about("Template that turns a record into the model's input.")
+        default="{{input}}",
+        metadata=about("Template of the model's input, from a record's fields.", group=_DATA),
     )
     task_verbalizers: dict[str, str] | None = field(
         default=None,
-        metadata=about("Templates of single tasks among several, by task; verbalizer for others."),
+        metadata=about("Templates of single tasks; the others use verbalizer.", group=_TASKS),
     )
-    batch_size: int = field(default=8, metadata=about("Rows in a batch.", least=1))
+    batch_size: int = field(
+        default=8, metadata=about("Batch size, in records.", least=1, group=_OPTIMISATION)
+    )
     max_tokens_per_batch: int | None = field(
         default=None,
         metadata=about(
-            "Padded tokens of a pass at most; a batch is then run in several passes of one update.",
+            "Maximum padded tokens of a forward pass; larger batches are split into micro-batches.",
             least=1,
+            group=_MODEL,
         ),
     )
     max_source_length: int = field(
-        default=256, metadata=about("Tokens of an input at most.", least=1)
+        default=256, metadata=about("Maximum input length, in tokens.", least=1, group=_DATA)
     )
     max_target_length: int = field(
-        default=128, metadata=about("Tokens of a target at most.", least=1)
+        default=128, metadata=about("Maximum target length, in tokens.", least=1, group=_DATA)
     )
     task: Literal["classification", "generation"] | None = field(
-        default=None, metadata=about("What targets are; by default decided from the training data.")
+        default=None,
+        metadata=about("Kind of targets; by default inferred from the training data.", group=_DATA),
     )
-    input_field: str | None = field(default=None, metadata=about("Column of the input text."))
-    output_field: str | None = field(default=None, metadata=about("Column of the target."))
+    input_field: str | None = field(
+        default=None, metadata=about("Column of the input text.", group=_DATA)
+    )
+    output_field: str | None = field(
+        default=None, metadata=about("Column of the target.", group=_DATA)
+    )
     source_prompt_base: str | None = field(
         default=None,
         metadata=about(
-            "Folder that holds source prompts; by default the environment's SOURCE_PROMPT_BASE."
+            "Folder of source prompts; by default the environment's SOURCE_PROMPT_BASE.",
+            group=_TASKS,
         ),
     )
     torch_dtype: str | None = field(
-        default=None, metadata=about("Data type of the base; by default its own.")
+        default=None,
+        metadata=about("Data type of the base model; by default its own.", group=_MODEL),
     )
     device: str | None = field(
-        default=None, metadata=about("Device to train on, such as cpu or cuda:0.")
+        default=None, metadata=about("Device, such as cpu or cuda:0.", group=_MODEL)
     )
     engine: Literal["auto", "forest", "expand", "plain"] = field(
         default="auto",
         metadata=about(
-            "How batches are run: forest (packed, the prompt once), expand (the prompt's keys "
-            "and values once), plain (padded), or auto (the fastest that is exact)."
+            "Engine of the forward passes: forest (packed, each prompt once), expand (the prompt's "
+            "keys and values once), plain (padded), or auto (the fastest exact one).",
+            group=_MODEL,
         ),
     )
     optimizer: Literal["adamw", "adafactor"] = field(
-        default="adamw", metadata=about("Optimiser of the prompt.")
+        default="adamw", metadata=about("Optimizer.", group=_OPTIMISATION)
     )
     weight_decay: float = field(
-        default=0.0, metadata=about("Decoupled weight decay of the prompt.", least=0)
+        default=0.0, metadata=about("Decoupled weight decay.", least=0, group=_OPTIMISATION)
     )
     max_grad_norm: float = field(
         default=1.0,
-        metadata=about("Norm to clip an update's gradient to; 0 leaves it as it is.", least=0),
+        metadata=about("Max gradient norm; 0 disables clipping.", least=0, group=_OPTIMISATION),
     )
     schedule: Literal["linear", "cosine", "constant"] = field(
         default="linear",
-        metadata=about("Course of the learning rate after the warm-up, counted in updates."),
+        metadata=about(
+            "Learning-rate schedule after warmup, per optimizer step.", group=_OPTIMISATION
+        ),
     )
     warmup_ratio: float = field(
-        default=0.06, metadata=about("Share of the updates that warm up.", least=0, most=1)
+        default=0.06,
+        metadata=about(
+            "Warmup, as a fraction of the optimizer steps.", least=0, most=1, group=_OPTIMISATION
+        ),
     )
     keep_dropout: bool = field(
-        default=False, metadata=about("Train with the frozen base's own dropout on.")
+        default=False,
+        metadata=about("Keep the base model's dropout active in training.", group=_OPTIMISATION),
     )
     keep_best: bool = field(
         default=True,
         metadata=about(
-            "Keep the prompt of the best epoch on the validation data, not the last one."
+            "Keep the prompt of the best validation epoch instead of the last one.",
+            group=_OPTIMISATION,
         ),
     )
     early_stopping_patience: int | None = field(
         default=None,
-        metadata=about("Epochs without a better validation after which training stops.", least=1),
+        metadata=about("Early-stopping patience, in epochs.", least=1, group=_OPTIMISATION),
     )
     seed: int = field(
         default=73,
         metadata=about(
-            "Seed of the initial prompt and of the order of the rows.", least=0, most=2**32 - 1
+            "Random seed of the initial prompt and of shuffling.",
+            least=0,
+            most=2**32 - 1,
+            group=_OPTIMISATION,
         ),
     )
-    silence_progress_bars: bool = field(default=False, metadata=about("Show no progress bar."))
+    silence_progress_bars: bool = field(
+        default=False, metadata=about("Show no progress bars.", group=_OUTPUT)
+    )
 
     def __post_init__(self) -> None:
         """Refuse wrong values."""

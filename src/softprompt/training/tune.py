@@ -11,10 +11,10 @@ from typing import Any, Unpack, cast
 
 from softprompt.bundled import DEMO
 from softprompt.errors import ConfigError, UsageError, nearest
+from softprompt.fields import default_of
 from softprompt.inference import TunedPrompt
 from softprompt.training.checkpoint import load_state, remove_state, state_path
 from softprompt.training.examples import Data, Rows, read_data
-from softprompt.training.fields import default_of
 from softprompt.training.interrupt import StopSignal
 from softprompt.training.output import check_output, kept_if_resumable, publish_logs
 from softprompt.training.preparation import BaseLike, Prepared, prepare

@@ -7,8 +7,8 @@ from enum import Enum
 from typing import Literal
 
 from softprompt.errors import ConfigError
+from softprompt.fields import about, check
 from softprompt.prompts import PromptTuningInit
-from softprompt.training.fields import about, check
 
 SOURCE_METHODS = {
     "AVERAGE_SOURCE": "AVERAGE_SOURCE_TASKS",
@@ -45,86 +45,98 @@ InitMethod = Literal[
 ]
 
 
+_PROMPT, _TASKS = "Prompt", "Several tasks"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuningConfig:
     """The prompt itself: how long it is, where it stands, and what it starts from."""
 
     num_virtual_tokens: int = field(
-        default=20, metadata=about("Length of the prompt in virtual tokens.", least=1)
+        default=20, metadata=about("Number of virtual tokens.", least=1, group=_PROMPT)
     )
     prompt_tuning_init_method: InitMethod = field(
         default="RANDOM",
         metadata=about(
-            "What the prompt starts from: RANDOM (normal, at the scale of the base's embeddings), "
-            "TEXT (the embeddings of prompt_tuning_init_text), SAMPLE_VOCAB (random tokens), "
-            "LABELS (the class labels), PROMPT (a saved prompt), STANDARD_NORMAL (N(0,1), which is "
-            "PEFT's RANDOM); from a "
-            "source prompt AVERAGE_SOURCE (its shared prompt and the mean of its tasks), "
-            "EXACT_SOURCE_TASK (one of its tasks) or ONLY_SOURCE_SHARED."
+            "Initialisation: RANDOM (normal, at the scale of the base model's embeddings), TEXT "
+            "(embeddings of prompt_tuning_init_text), SAMPLE_VOCAB (random tokens), LABELS (class "
+            "labels), PROMPT (a saved prompt), STANDARD_NORMAL (N(0, 1), PEFT's RANDOM); from a "
+            "source prompt AVERAGE_SOURCE (shared prompt and mean of its tasks), "
+            "EXACT_SOURCE_TASK (one of its tasks) or ONLY_SOURCE_SHARED.",
+            group=_PROMPT,
         ),
     )
     prompt_tuning_init_text: str | None = field(
         default=None,
-        metadata=about("Text to start from; only with prompt_tuning_init_method TEXT."),
+        metadata=about("Initial text, with prompt_tuning_init_method TEXT.", group=_PROMPT),
     )
     prompt_tuning_init_special_tokens: bool = field(
         default=True,
         metadata=about(
-            "Keep the special tokens the tokenizer puts around prompt_tuning_init_text, as PEFT "
-            "does."
+            "Keep the tokenizer's special tokens around the initial text, as PEFT does.",
+            group=_PROMPT,
         ),
     )
     prompt_tuning_init_prompt: str | None = field(
         default=None,
         metadata=about(
-            "Saved prompt to start from, of any length and of this base or another; only with "
-            "prompt_tuning_init_method PROMPT."
+            "Initial prompt, of any length and of this base model or another, with "
+            "prompt_tuning_init_method PROMPT.",
+            group=_PROMPT,
         ),
     )
     prompt_tuning_init_source_model: str | None = field(
         default=None,
         metadata=about(
-            "Source prompt, a path relative to source_prompt_base; only with a method that starts "
-            "from one."
+            "Source prompt, relative to source_prompt_base, with a method that starts from one.",
+            group=_TASKS,
         ),
     )
     prompt_tuning_init_task: str | None = field(
         default=None,
-        metadata=about("Task of the source prompt, by name or number; with EXACT_SOURCE_TASK."),
+        metadata=about(
+            "Task of the source prompt, by name or number, with EXACT_SOURCE_TASK.", group=_TASKS
+        ),
     )
     num_ranks: int | None = field(
         default=None,
-        metadata=about("Rank of a multitask prompt's task matrices; by default 1.", least=1),
+        metadata=about(
+            "Rank of a multitask prompt's task matrices; by default 1.", least=1, group=_TASKS
+        ),
     )
     output_model_types: tuple[str, ...] | None = field(
         default=None,
         metadata=about(
-            "Where the prompt goes: DECODER for causal models; ENCODER (the default), DECODER or "
-            "both for seq2seq models."
+            "Submodules that get the prompt: DECODER for causal models; ENCODER (the default), "
+            "DECODER or both for seq2seq models.",
+            group=_PROMPT,
         ),
     )
     placement: Literal["prefix", "after_bos", "suffix", "chat_system"] = field(
         default="prefix",
         metadata=about(
-            "Where the prompt stands in the input: prefix (in front, as in PEFT), after_bos, "
-            "suffix (behind the input), chat_system (in the system turn of the chat template)."
+            "Placement in the input: prefix (before it, as in PEFT), after_bos, suffix (after it), "
+            "chat_system (in the system turn of the chat template).",
+            group=_PROMPT,
         ),
     )
     parameterization: Literal["direct", "low_rank", "ulpt", "residual"] = field(
         default="direct",
         metadata=about(
-            "What is trained in the place of the prompt's rows: direct (the rows), low_rank, ulpt "
-            "or residual; all are saved as rows."
+            "Reparameterisation in training: direct (the embeddings), low_rank, ulpt or residual; "
+            "all are saved as embeddings.",
+            group=_PROMPT,
         ),
     )
     parameterization_rank: int | None = field(
-        default=None, metadata=about("Rank of low_rank and ulpt.", least=1)
+        default=None, metadata=about("Rank of low_rank and ulpt.", least=1, group=_PROMPT)
     )
     prompt_sees_input: bool = field(
         default=True,
         metadata=about(
-            "Let an encoder's prompt attend to the input, as PEFT does; without it the prompt is "
-            "computed once for all inputs, and PEFT cannot load it."
+            "Let the prompt attend to the input in an encoder, as PEFT does; without it the prompt "
+            "is computed once for all inputs, and PEFT cannot load it.",
+            group=_PROMPT,
         ),
     )
 

@@ -1,9 +1,9 @@
-"""A generation request, and the limits of the batcher that answers it."""
+"""A request to the batcher: an input, its prompt, and what is wanted of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from softprompt.errors import ConfigError, DataError
@@ -79,52 +79,3 @@ class Request:
 def request_of(given: Input, prompt: Prompt | None, **settings: Any) -> Request:
     """Return a request for the answer of a prompt to an input; settings are its other fields."""
     return Request(given.ids, prompt, given.at, decode=given.decode, **settings)
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """What a batcher may use at most.
-
-    Attributes:
-        max_batch_rows: Answers that run at once.
-        max_step_tokens: Tokens in one pass of the model; longer inputs are run in parts.
-        max_cached_tokens: Tokens that the keys and values of running rows have room for.
-        max_queue: Requests that wait.
-        max_prompts_resident: Prompts whose keys and values are kept.
-        max_prompt_tokens: Virtual tokens of those, together.
-        ordered_weights: Whether the base's weights may be kept a second time, in the order in which
-            the CPU multiplies them fastest; without effect where the first order is as fast.
-    """
-
-    max_batch_rows: int = 32
-    max_step_tokens: int = 512
-    max_cached_tokens: int = 65_536
-    max_queue: int = 256
-    max_prompts_resident: int = 64
-    max_prompt_tokens: int = 16_384
-    ordered_weights: bool = True
-
-    def __post_init__(self) -> None:
-        """Check every bound.
-
-        Raises:
-            ConfigError: One is below 1, or a pass cannot hold one token of every row.
-        """
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if each.name == "ordered_weights":
-                continue
-            least = 0 if each.name.startswith("max_prompt") else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(
-                    f"{each.name} expects a whole number of at least {least}, got {value!r}"
-                )
-        if not isinstance(self.ordered_weights, bool):
-            raise ConfigError(
-                f"ordered_weights expects true or false, got {self.ordered_weights!r}"
-            )
-        if self.max_step_tokens < self.max_batch_rows:
-            raise ConfigError(
-                f"max_step_tokens {self.max_step_tokens} is below max_batch_rows {self.max_batch_rows}, but "
-                "every row needs a token in each pass; raise the one or lower the other"
-            )

@@ -23,11 +23,12 @@ from softprompt.backbone import facts_of, output_limit
 from softprompt.engine import PlainEngine, build_engine, prefix_path
 from softprompt.errors import DataError, ServingError
 from softprompt.inference.continuous.answer import Answer
+from softprompt.inference.continuous.bounds import Bounds
 from softprompt.inference.continuous.checks import check_request
 from softprompt.inference.continuous.events import Event
 from softprompt.inference.continuous.job import Job
 from softprompt.inference.continuous.prompted import generate_prompted, input_logits
-from softprompt.inference.continuous.request import Bounds, Request
+from softprompt.inference.continuous.request import Request
 from softprompt.inference.continuous.residents import ResidentPrompts
 from softprompt.inference.continuous.runner import Admission
 from softprompt.inference.continuous.sequence import Echo, not_finite, scored

@@ -12,10 +12,11 @@ from softprompt.backbone import facts_of
 from softprompt.engine import DecodeForest, NewTokens
 from softprompt.errors import ServingError
 from softprompt.inference.continuous.answer import Answer
+from softprompt.inference.continuous.bounds import Bounds
 from softprompt.inference.continuous.checks import check_request
 from softprompt.inference.continuous.events import Event, TopLogProbs
 from softprompt.inference.continuous.job import Job
-from softprompt.inference.continuous.request import Bounds, Request
+from softprompt.inference.continuous.request import Request
 from softprompt.inference.continuous.residents import ResidentPrompts
 from softprompt.inference.continuous.runner import Admission
 from softprompt.inference.continuous.sequence import Echo, Reading, Sequence, not_finite, scored

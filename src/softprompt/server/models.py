@@ -9,17 +9,17 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from softprompt.errors import AdapterError
-from softprompt.server.problems import Problem
+from softprompt.server.errors import Problem
 from softprompt.server.service import ADMIN, USER, Service, in_thread, service_of
 
-models = APIRouter(tags=["prompts"], dependencies=[USER])
+public = APIRouter(tags=["prompts"], dependencies=[USER])
 admin = APIRouter(tags=["administration"], dependencies=[ADMIN])
 
 Name = Annotated[str, Path(description="Name of a prompt.")]
 
 
 class TaskReading(BaseModel):
-    """How one task of a multitask prompt reads its input."""
+    """Kind, labels and template of one task of a multitask prompt."""
 
     name: str
     task: str
@@ -30,7 +30,7 @@ class TaskReading(BaseModel):
 class Model(BaseModel):
     """A prompt, or the base, under OpenAI's names; ``parent`` is the base.
 
-    Of a multitask prompt ``task``, ``labels`` and ``template`` are what its tasks have alike.
+    For a multitask prompt ``task``, ``labels`` and ``template`` are those that all tasks share.
     """
 
     id: str
@@ -51,14 +51,14 @@ class Model(BaseModel):
 
 
 class Models(BaseModel):
-    """All that can be asked."""
+    """The base model and all prompts."""
 
     object: str
     data: list[Model]
 
 
 class PromptState(BaseModel):
-    """A prompt as an administrator sees it."""
+    """State of a prompt, for administrators."""
 
     name: str
     resident: bool
@@ -74,21 +74,21 @@ class PromptStates(BaseModel):
     data: list[PromptState]
 
 
-@models.get("/v1/models", response_model=Models)
+@public.get("/v1/models", response_model=Models)
 async def list_models(request: Request) -> JSONResponse:
     """List the base and every prompt whose record can be read."""
     return JSONResponse({"object": "list", "data": await in_thread(_models, service_of(request))})
 
 
-@models.get("/v1/models/{model:path}", response_model=Model)
+@public.get("/v1/models/{model:path}", response_model=Model)
 async def get_model(model: Annotated[str, Path()], request: Request) -> JSONResponse:
-    """Show one of them."""
+    """Return the base model or one prompt."""
     return JSONResponse(await in_thread(_model, service_of(request), model))
 
 
-@models.get("/v1/prompts/{name}/card")
+@public.get("/v1/prompts/{name}/card")
 async def card(name: Name, request: Request) -> JSONResponse:
-    """Show a prompt: its record, size, norms and nearest tokens."""
+    """Return a prompt's card: its record, size, norms and nearest tokens."""
     service = service_of(request)
     if name in await in_thread(service.registry.withdrawn):
         raise AdapterError(f"the prompt {name!r} is unloaded")
@@ -103,21 +103,21 @@ async def list_prompts(request: Request) -> JSONResponse:
 
 @admin.post("/v1/prompts/{name}/load", response_model=PromptState)
 async def load(name: Name, request: Request) -> JSONResponse:
-    """Put a prompt into service and read it now."""
+    """Load a prompt."""
     served = await in_thread(service_of(request).registry.load, name)
     return JSONResponse(_state(name, resident=True, version=served.version))
 
 
 @admin.post("/v1/prompts/{name}/unload", response_model=PromptState)
 async def unload(name: Name, request: Request) -> JSONResponse:
-    """Take a prompt out of service; running requests finish."""
+    """Unload a prompt; running requests finish."""
     await in_thread(service_of(request).registry.unload, name)
     return JSONResponse(_state(name, unloaded=True))
 
 
 @admin.post("/v1/prompts/{name}/reload", response_model=PromptState)
 async def reload(name: Name, request: Request) -> JSONResponse:
-    """Read a prompt's files again."""
+    """Reload a prompt's files."""
     served = await in_thread(service_of(request).registry.reload, name)
     return JSONResponse(_state(name, resident=True, version=served.version))
 
@@ -157,7 +157,7 @@ def _models(service: Service) -> list[dict[str, Any]]:
     for name in service.registry.names():
         try:
             found.append(_prompt(service, name))
-        except (Problem, AdapterError):  # damaged, or gone since the listing began
+        except (Problem, AdapterError):  # damaged, or deleted meanwhile
             continue
     return found
 

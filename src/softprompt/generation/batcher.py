@@ -20,10 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from softprompt.backbone import is_encoder_decoder
 from softprompt.engine import why_undecodable
 from softprompt.errors import NotServingError, QueueFullError
+from softprompt.inference.continuous.bounds import Bounds
 from softprompt.inference.continuous.forest_runner import ForestRunner
 from softprompt.inference.continuous.job import Job
 from softprompt.inference.continuous.pace import Pace
-from softprompt.inference.continuous.request import Bounds, Decode, Request
+from softprompt.inference.continuous.request import Decode, Request
 from softprompt.inference.continuous.residents import ResidentPrompts
 from softprompt.inference.continuous.runner import Runner
 from softprompt.inference.continuous.simple_runner import SimpleRunner

@@ -1,4 +1,4 @@
-"""Counters for Prometheus, in the shapes of vLLM's under our own prefix."""
+"""Prometheus metrics, with vLLM's names and labels under the prefix ``softprompt_``."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from softprompt.server.backend import Backend
+from softprompt.inference import Batcher
 
 OTHER = "other"
-"""The label of all prompts past the cap."""
+"""The label that prompts share beyond the first ``max_metric_prompts``."""
 
 _FIRST = (
     0.001,
@@ -56,54 +56,26 @@ _WHOLE = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40,
 
 
 @final
-class Meter:
-    """The numbers of one server."""
+class Metrics:
+    """The metrics of one server.
 
-    def __init__(self, batcher: Backend, resident: Callable[[], int], most_prompts: int) -> None:
+    Args:
+        batcher: Its statistics become gauges and counters.
+        resident: Returns the number of prompts in memory.
+        most_prompts: Prompts with a label of their own.
+    """
+
+    def __init__(self, batcher: Batcher, resident: Callable[[], int], most_prompts: int) -> None:
         self.registry = CollectorRegistry()
         self._most = most_prompts
         self._named: set[str] = set()
-        self._gauge(
-            "num_requests_running", "Answers being generated.", lambda: batcher.stats.running
-        )
-        self._gauge("num_requests_waiting", "Requests that wait.", lambda: batcher.stats.waiting)
-        room = batcher.bounds.max_cached_tokens
-        self._gauge(
-            "kv_cache_usage_perc",
-            "Share of the cache of running answers in use; 1 is all.",
-            lambda: batcher.stats.cached_tokens / room,
-        )
-        self._gauge(
-            "prompt_cache_tokens",
-            "Virtual tokens whose keys and values are kept.",
-            lambda: batcher.stats.resident_tokens,
-        )
-        self._count(
-            "prompt_cache_hits",
-            "Requests so far that found their prompt's keys and values.",
-            lambda: batcher.stats.prompt_hits,
-        )
-        self._count(
-            "prompt_cache_misses",
-            "Requests so far that had to compute them.",
-            lambda: batcher.stats.prompt_misses,
-        )
-        self._gauge(
-            "prompt_cache_prompts",
-            "Prompts whose keys and values are kept.",
-            lambda: batcher.stats.resident_prompts,
-        )
-        self._count(
-            "engine_steps",
-            "Passes of the model so far, for generation.",
-            lambda: batcher.stats.steps,
-        )
+        self._watch(batcher)
         self._gauge("prompts_resident", "Prompts in memory.", resident)
         self.input = self._counter("prompt_tokens", "Text tokens of inputs.")
         self.virtual = self._counter("virtual_tokens", "Virtual tokens in front of inputs.")
         self.generated = self._counter("generation_tokens", "Tokens of answers.")
         self.success = self._counter(
-            "request_success", "Answers by how they ended.", "finished_reason"
+            "request_success", "Answers by their finish reason.", "finished_reason"
         )
         self.refused = Counter(
             "softprompt_requests_refused",
@@ -111,22 +83,62 @@ class Meter:
             ["code"],
             registry=self.registry,
         )
-        self.first = self._histogram(
-            "time_to_first_token_seconds", "Until an answer begins.", _FIRST
+        self.first = self._histogram("time_to_first_token_seconds", "Time to first token.", _FIRST)
+        self.between = self._histogram(
+            "inter_token_latency_seconds", "Time between tokens.", _BETWEEN
         )
-        self.between = self._histogram("inter_token_latency_seconds", "Between tokens.", _BETWEEN)
-        self.whole = self._histogram("e2e_request_latency_seconds", "Until an answer ends.", _WHOLE)
+        self.whole = self._histogram(
+            "e2e_request_latency_seconds", "End-to-end request latency.", _WHOLE
+        )
 
     def label(self, name: str) -> str:
-        """Return what a prompt is called in metrics: its name, while few enough have one."""
+        """Return a prompt's ``model_name`` label: its name for the first ones, then ``OTHER``."""
         if name in self._named or len(self._named) < self._most:
             self._named.add(name)
             return name
         return OTHER
 
     def page(self) -> bytes:
-        """Return all numbers in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
+
+    def _watch(self, batcher: Batcher) -> None:
+        """Register the batcher's statistics, read at each scrape."""
+        self._gauge(
+            "num_requests_running", "Answers being generated.", lambda: batcher.stats.running
+        )
+        self._gauge("num_requests_waiting", "Requests in the queue.", lambda: batcher.stats.waiting)
+        room = batcher.bounds.max_cached_tokens
+        self._gauge(
+            "kv_cache_usage_perc",
+            "KV-cache usage of running answers; 1 is full.",
+            lambda: batcher.stats.cached_tokens / room,
+        )
+        self._gauge(
+            "prompt_cache_tokens",
+            "Virtual tokens in the LRU cache of prompt keys and values.",
+            lambda: batcher.stats.resident_tokens,
+        )
+        self._count(
+            "prompt_cache_hits",
+            "Requests whose prompt was in that cache.",
+            lambda: batcher.stats.prompt_hits,
+        )
+        self._count(
+            "prompt_cache_misses",
+            "Requests whose prompt was not in that cache.",
+            lambda: batcher.stats.prompt_misses,
+        )
+        self._gauge(
+            "prompt_cache_prompts",
+            "Prompts in that cache.",
+            lambda: batcher.stats.resident_prompts,
+        )
+        self._count(
+            "engine_steps",
+            "Forward passes for generation.",
+            lambda: batcher.stats.steps,
+        )
 
     def _gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         gauge = Gauge(f"softprompt_{name}", text, registry=self.registry)
@@ -146,15 +158,15 @@ class Meter:
 
 @final
 class _Count(Collector):
-    """A counter that is counted elsewhere; prometheus_client's own only count what they are told."""
+    """A counter whose value is read from elsewhere; prometheus_client's own cannot be set."""
 
     def __init__(self, name: str, text: str, value: Callable[[], float]) -> None:
         self._name, self._text, self._value = name, text, value
 
     def collect(self) -> Iterable[Metric]:
-        """Return the count of now."""
+        """Return the current count."""
         return [CounterMetricFamily(self._name, self._text, value=self._value())]
 
     def describe(self) -> Iterable[Metric]:
-        """Return its name alone, so that registering it asks for no value."""
+        """Return the name alone, so that registering does not read the value."""
         return [CounterMetricFamily(self._name, self._text)]

@@ -1,7 +1,7 @@
-"""Settings as dataclass fields: each carries its help text and its legal range.
+"""Settings as dataclass fields: type, default, range and help text, each declared once.
 
-One declaration serves the keyword arguments of `tune`, the keys of a run file, and the options of
-the command line, so the three can never differ.
+One declaration serves Python's keyword arguments, the keys of a TOML run file, the options of the
+command line and their help, so they can never differ. No torch here: `softprompt --help` reads it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,18 @@ def about(
     least: float | None = None,
     above: float | None = None,
     most: float | None = None,
+    group: str | None = None,
 ) -> dict[str, Any]:
-    """Return a field's metadata: help text and range (``least`` and ``most`` belong to it)."""
-    return {"help": help_text, "least": least, "above": above, "most": most}
+    """Return a field's metadata.
+
+    Args:
+        help_text: Help text of the option.
+        least: Smallest legal value.
+        above: Lower limit, not itself legal.
+        most: Largest legal value.
+        group: Heading of the command's help that the option stands under.
+    """
+    return {"help": help_text, "least": least, "above": above, "most": most, "group": group}
 
 
 @cache
@@ -45,10 +54,10 @@ def choices_of(owner: type, name: str) -> tuple[str, ...] | None:
 
 
 def from_mapping(owner: type[Settings], values: Mapping[str, Any]) -> Settings:
-    """Build a settings dataclass, refusing names it does not have.
+    """Build a settings dataclass from names and values.
 
     Raises:
-        ConfigError: a key is unknown; the nearest known one is named.
+        ConfigError: A name is unknown; the nearest known one is named.
     """
     known = [item.name for item in fields(owner)]  # type: ignore[arg-type]
     for name in values:
@@ -63,7 +72,8 @@ def check(settings: Any) -> None:
     """Check type and range of every field of a settings dataclass.
 
     Raises:
-        ConfigError: naming the field, what it takes, and what came.
+        ConfigError: A value of the wrong type or out of range; names the field, what it takes and
+            the value.
     """
     for item in fields(settings):
         value = getattr(settings, item.name)
@@ -103,23 +113,37 @@ def _check_value(owner: type, item: Field[Any], value: Any) -> None:
             hint = nearest(str(value).upper(), choices) or nearest(str(value).lower(), choices)
             raise ConfigError(f"{item.name} is one of {', '.join(choices)}; got {value!r}{hint}")
     elif kind in (int, float):
-        if isinstance(value, bool) or not isinstance(value, (int, kind)):
-            raise ConfigError(f"{item.name} takes {_article(kind)}; got {value!r}")
-        _check_range(item, value)
+        ranges = {key: item.metadata.get(key) for key in ("least", "above", "most")}
+        check_number(item.name, kind, value, **ranges)
     elif not isinstance(value, get_origin(kind) or kind):
         raise ConfigError(f"{item.name} takes {_article(get_origin(kind) or kind)}; got {value!r}")
 
 
-def _check_range(item: Field[Any], value: float) -> None:
-    least, above, most = (item.metadata[key] for key in ("least", "above", "most"))
+def check_number(
+    name: str,
+    kind: type,
+    value: Any,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+) -> None:
+    """Check one number; a bool is none, and an int is a float.
+
+    Raises:
+        ConfigError: It is of another type, not finite, or out of range.
+    """
+    kinds = (int, float) if kind is float else (int,)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise ConfigError(f"{name} takes {_article(kind)}; got {value!r}")
     if not math.isfinite(value):
-        raise ConfigError(f"{item.name} must be finite; got {value!r}")
+        raise ConfigError(f"{name} must be finite; got {value!r}")
     if least is not None and value < least:
-        raise ConfigError(f"{item.name} must be at least {least}; got {value!r}")
+        raise ConfigError(f"{name} must be at least {least}; got {value!r}")
     if above is not None and value <= above:
-        raise ConfigError(f"{item.name} must be above {above}; got {value!r}")
+        raise ConfigError(f"{name} must be above {above}; got {value!r}")
     if most is not None and value > most:
-        raise ConfigError(f"{item.name} must be at most {most}; got {value!r}")
+        raise ConfigError(f"{name} must be at most {most}; got {value!r}")
 
 
 def _article(kind: type) -> str:

@@ -1,0 +1,221 @@
+"""Generation options: sampling, penalties, lengths and stopping, checked before a model is used.
+
+A setting that the chosen decoding method would ignore raises: a temperature under GREEDY means that
+the caller expects sampling. Sampling filters left at None are off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+from softprompt.errors import ConfigError
+from softprompt.fields import about, check, check_number, from_mapping
+
+DecodingMethod = Literal["GREEDY", "SAMPLING"]
+
+_SAMPLING_ONLY = ("top_k", "top_p", "min_p", "typical_p", "temperature", "seed")
+_LENGTHS, _SAMPLING, _PENALTIES = "Length and stopping", "Decoding and sampling", "Penalties"
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationOptions:
+    """How answers are generated; the names are those of caikit's text generation.
+
+    Raises:
+        ConfigError: A value is out of range, or would be ignored by the decoding method.
+    """
+
+    max_new_tokens: int = field(
+        default=20,
+        metadata=about(
+            "Maximum number of new tokens, the end token included.", least=1, group=_LENGTHS
+        ),
+    )
+    min_new_tokens: int = field(
+        default=0,
+        metadata=about(
+            "Minimum number of new tokens before the end token or a stop sequence is allowed.",
+            least=0,
+            group=_LENGTHS,
+        ),
+    )
+    decoding_method: DecodingMethod = field(
+        default="GREEDY",
+        metadata=about(
+            "GREEDY takes the most likely token, SAMPLING samples one.", group=_SAMPLING
+        ),
+    )
+    num_beams: int = field(
+        default=1,
+        metadata=about("Beam width; 1 is no beam search. GREEDY only.", least=1, group=_SAMPLING),
+    )
+    top_k: int | None = field(
+        default=None,
+        metadata=about(
+            "Top-k sampling: number of most likely tokens to keep. SAMPLING only.",
+            least=1,
+            group=_SAMPLING,
+        ),
+    )
+    top_p: float | None = field(
+        default=None,
+        metadata=about(
+            "Nucleus (top-p) sampling threshold. SAMPLING only.", above=0, most=1, group=_SAMPLING
+        ),
+    )
+    min_p: float | None = field(
+        default=None,
+        metadata=about(
+            "Min-p sampling threshold, relative to the most likely token. SAMPLING only.",
+            above=0,
+            most=1,
+            group=_SAMPLING,
+        ),
+    )
+    typical_p: float | None = field(
+        default=None,
+        metadata=about(
+            "Locally typical sampling threshold. SAMPLING only.", above=0, most=1, group=_SAMPLING
+        ),
+    )
+    temperature: float | None = field(
+        default=None,
+        metadata=about("Sampling temperature. SAMPLING only.", above=0, group=_SAMPLING),
+    )
+    repetition_penalty: float = field(
+        default=1.0,
+        metadata=about(
+            "Repetition penalty on tokens of the input and the answer; 1 is off.",
+            above=0,
+            group=_PENALTIES,
+        ),
+    )
+    frequency_penalty: float = field(
+        default=0.0,
+        metadata=about(
+            "Frequency penalty: subtracted from a token's logit for each occurrence in the answer.",
+            least=-2,
+            most=2,
+            group=_PENALTIES,
+        ),
+    )
+    presence_penalty: float = field(
+        default=0.0,
+        metadata=about(
+            "Presence penalty: subtracted from the logit of each token that occurs in the answer.",
+            least=-2,
+            most=2,
+            group=_PENALTIES,
+        ),
+    )
+    exponential_decay_length_penalty: tuple[int, float] | None = field(
+        default=None,
+        metadata=about(
+            "Exponential length penalty: start, in new tokens, and factor by which the end token's "
+            "logit grows with each token after it.",
+            group=_LENGTHS,
+        ),
+    )
+    max_time: float | None = field(
+        default=None,
+        metadata=about("Time limit of a batch, in seconds.", above=0, group=_LENGTHS),
+    )
+    stop_sequences: tuple[str, ...] = field(
+        default=(),
+        metadata=about("Stop sequences; they are cut from the answer.", group=_LENGTHS),
+    )
+    seed: int | None = field(
+        default=None,
+        metadata=about(
+            "Random seed of each answer. SAMPLING only.", least=0, most=2**63 - 1, group=_SAMPLING
+        ),
+    )
+    preserve_input_text: bool = field(
+        default=False,
+        metadata=about("Prepend the input to the answer (decoder-only models).", group="Input"),
+    )
+
+    def __post_init__(self) -> None:
+        """Check every value, and the values against each other."""
+        if isinstance(self.stop_sequences, str):
+            raise ConfigError(
+                f"stop_sequences expects a list of texts, not the text {self.stop_sequences!r}; "
+                "put it in a list"
+            )
+        object.__setattr__(self, "stop_sequences", tuple(self.stop_sequences))
+        self._check_length_penalty()
+        check(self)
+        self._check_stop_sequences()
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ConfigError(
+                f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens "
+                f"{self.max_new_tokens}; lower the one or raise the other"
+            )
+        self._check_decoding()
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """Build options from names and values.
+
+        Raises:
+            ConfigError: A name is unknown (the nearest known one is named), or a value is out of range.
+        """
+        return from_mapping(cls, settings)
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are sampled."""
+        return self.decoding_method == "SAMPLING"
+
+    def _check_stop_sequences(self) -> None:
+        for stop in self.stop_sequences:
+            if not isinstance(stop, str) or not stop:
+                raise ConfigError(
+                    f"stop_sequences expects texts of at least one character, got {stop!r}"
+                )
+
+    def _check_length_penalty(self) -> None:
+        name, given = "exponential_decay_length_penalty", self.exponential_decay_length_penalty
+        if given is None:
+            return
+        if not isinstance(given, tuple | list) or len(given) != 2:
+            raise ConfigError(
+                f"{name} expects the tokens to begin after and a factor, such as (10, 1.05), got {given!r}"
+            )
+        start, factor = given
+        check_number(f"the first number of {name}", int, start, least=0)
+        check_number(f"the second number of {name}", float, factor, above=0)
+        object.__setattr__(self, name, (start, factor))
+
+    def _check_decoding(self) -> None:
+        if self.samples:
+            if self.num_beams > 1:
+                raise ConfigError(
+                    f"num_beams {self.num_beams} needs decoding_method GREEDY, got SAMPLING; "
+                    "leave num_beams at 1 to sample"
+                )
+            return
+        ignored = [name for name in _SAMPLING_ONLY if getattr(self, name) is not None]
+        if ignored:
+            raise ConfigError(
+                f"{', '.join(ignored)} would be ignored under decoding_method GREEDY; "
+                "choose SAMPLING or leave it out"
+            )
+
+
+def options_from(
+    options: GenerationOptions | None, settings: Mapping[str, Any], caller: str
+) -> GenerationOptions:
+    """Return options given as one object or as single settings.
+
+    Raises:
+        ConfigError: Both were given, or a setting is unknown or out of range.
+    """
+    if options is not None and settings:
+        raise ConfigError(
+            f"{caller} takes options or single settings, got both ({', '.join(settings)}); "
+            "put the settings into the options"
+        )
+    return options or GenerationOptions.from_settings(settings)
