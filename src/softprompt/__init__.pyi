@@ -28,7 +28,7 @@ from .attach.model import PeftModel as PeftModel
 from .errors import SoftPromptError as SoftPromptError
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.report import Report as Report
-from .inference.continuous.request import Bounds as Bounds
+from .inference.continuous.bounds import Bounds as Bounds
 from .inference.conversion import convert as convert
 from .inference.ensemble import Ensemble as Ensemble
 from .inference.generation import Generation as Generation
