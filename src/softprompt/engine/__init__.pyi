@@ -1,7 +1,14 @@
+from .batch_prompts import BatchPrompts as BatchPrompts
 from .choose import ENGINES as ENGINES
 from .choose import EngineChoice as EngineChoice
 from .choose import build_engine as build_engine
 from .choose import choose_engine as choose_engine
+from .completion import TASK_RULES as TASK_RULES
+from .completion import TaskRules as TaskRules
+from .completion import completed as completed
+from .completion import infer_task as infer_task
+from .completion import placement_of as placement_of
+from .completion import sees_input_of as sees_input_of
 from .context import check_context as check_context
 from .context import check_rows as check_rows
 from .decode.forest import DecodeForest as DecodeForest
@@ -13,6 +20,8 @@ from .forest.causal import ForestEngine as ForestEngine
 from .forest.encoder import packs as packs
 from .forest.encoder import without_padding as without_padding
 from .forest.layers import layers_of as layers_of
+from .generate import check_token_ids as check_token_ids
+from .generate import generate_with_prompts as generate_with_prompts
 from .isolation import is_bidirectional as is_bidirectional
 from .isolation import why_not_isolated as why_not_isolated
 from .layout import Layout as Layout
