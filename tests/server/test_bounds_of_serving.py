@@ -155,14 +155,14 @@ def test_a_scorer_that_breaks_says_so(base, monkeypatch):
     scorer = Scorer(
         base.model, max_rows=4, max_tokens=64, max_waiting=4, residents=ResidentPrompts(0, 0)
     )
-    waiting = scorer.submit(None, ())
+    waiting = scorer.submit(())
     monkeypatch.setattr(scorer, "_score_all", lambda: 1 / 0)
     scorer.start()
     with pytest.raises(NotServingError, match="scoring has failed"):
         waiting.result(5)
     until(lambda: not scorer.healthy)
     with pytest.raises(NotServingError, match="takes no more"):
-        scorer.submit(None, ())
+        scorer.submit(())
     scorer.stop()
 
 
@@ -179,9 +179,9 @@ def test_a_request_in_the_middle_of_a_stop_is_refused(base, monkeypatch):
         put(item)
 
     monkeypatch.setattr(scorer._waiting, "put_nowait", late)
-    answer = scorer.submit(None, ())
+    answer = scorer.submit(())
     stopping.join(5)
     with pytest.raises(NotServingError):
         answer.result(1)
     with pytest.raises(NotServingError):
-        scorer.submit(None, ())
+        scorer.submit(())
