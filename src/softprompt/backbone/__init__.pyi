@@ -27,6 +27,9 @@ from .products import swapped_forwards as swapped_forwards
 from .products import torch_products as torch_products
 from .recomputed import recomputed_alike as recomputed_alike
 from .recomputed import recomputes_layers as recomputes_layers
+from .replaced import in_own_dtype as in_own_dtype
+from .replaced import replaced_modules as replaced_modules
+from .replaced import set_module as set_module
 from .state import locked as locked
 from .virtual import VirtualVocabulary as VirtualVocabulary
 from .virtual import vocabulary_of as vocabulary_of
