@@ -169,3 +169,26 @@ def test_a_cache_becomes_flat_as_pefts_helper_makes_it():
 def test_what_is_no_cache_of_one_text(cache, message):
     with pytest.raises(ConfigError, match=message):
         prompt_embeddings_from_past_key_values(cache, num_virtual_tokens=P)
+
+
+def test_a_cache_that_has_lost_the_first_tokens_is_refused():
+    """PEFT takes later tokens for the first; a static cache is read as far as it is filled."""
+    from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer
+
+    class Cache:
+        layers = ()
+
+    pairs = random_key_values(7)
+    sliding, static = Cache(), Cache()
+    sliding.layers = [DynamicSlidingWindowLayer(sliding_window=6) for _ in pairs]
+    static.layers = [StaticLayer(max_cache_len=20) for _ in pairs]
+    for cache in (sliding, static):
+        for layer, (keys, values) in zip(cache.layers, pairs, strict=True):
+            layer.update(keys, values)
+    with pytest.raises(ConfigError, match="no longer holds the first tokens: a layer keeps 5 of 7"):
+        prompt_embeddings_from_past_key_values(sliding, num_virtual_tokens=P)
+    expected = prompt_embeddings_from_past_key_values(pairs, num_virtual_tokens=P)
+    read = prompt_embeddings_from_past_key_values(static, num_virtual_tokens=P)
+    assert torch.equal(read, expected)
+    with pytest.raises(ConfigError, match="Need at least 8 cached tokens, got 7"):
+        prompt_embeddings_from_past_key_values(static, num_virtual_tokens=8)

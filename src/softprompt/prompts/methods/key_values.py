@@ -206,12 +206,11 @@ def prompt_embeddings_from_past_key_values(
 
 
 def _pairs(cache: Any) -> list[tuple[Tensor, Tensor]]:
-    """Return the keys and values of each layer of a cache."""
+    """Return the keys and values of each layer of a cache, of all tokens that it has seen."""
     cache = getattr(cache, "self_attention_cache", cache)
-    layers: Any = getattr(cache, "layers", None)
     try:
-        if layers is not None:
-            found = [(layer.keys, layer.values) for layer in layers]
+        if hasattr(cache, "layers"):
+            found = [_seen(layer) for layer in cache.layers]
         else:
             found = [(layer[0], layer[1]) for layer in cache]
     except (TypeError, AttributeError, IndexError, KeyError):
@@ -222,3 +221,14 @@ def _pairs(cache: Any) -> list[tuple[Tensor, Tensor]]:
             f"got {type(cache).__name__}; pass the outputs' past_key_values"
         )
     return found
+
+
+def _seen(layer: Any) -> tuple[Tensor, Tensor]:
+    """Return a layer's keys and values ``[B, A_kv, T, D]``, without the free columns of a static cache."""
+    tokens, kept = int(layer.get_seq_length()), layer.keys.shape[-2]
+    if tokens > kept:
+        raise ConfigError(
+            f"past_key_values no longer holds the first tokens: a layer keeps {kept} of {tokens}; use a cache "
+            "that keeps every token, such as DynamicCache()"
+        )
+    return layer.keys[..., :tokens, :], layer.values[..., :tokens, :]
