@@ -28,6 +28,7 @@ THEIRS = {
         task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8
     ),
     "PREFIX_TUNING": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "CARTRIDGE": peft.CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     "CPT": peft.CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[1, 2, 3]),
 }
 
