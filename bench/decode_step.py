@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+from softprompt.inference.continuous.request import Request
 from tokenizers import Tokenizer, models
 from transformers import (
     ContinuousBatchingConfig,
@@ -30,9 +31,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from softprompt.backbone import Base
 from softprompt.engine import DecodeForest, NewTokens
 from softprompt.inference import Batcher, GenerationOptions
-from softprompt.inference.continuous.request import Request
 from softprompt.prompts import Prompt
 
 P, INPUT, NEW, PROMPTS = 50, 32, 32, 8
@@ -45,7 +46,7 @@ def drawn(*size: int) -> torch.Tensor:
 
 def step_ratios(model: Any, rows: int, context: int, repeats: int) -> list[float]:
     """Return our step's time over that of an aligned forward, pair by pair."""
-    forest = DecodeForest(model, 65_536)
+    forest = DecodeForest(Base(model), 65_536)
     lanes = [lane for _ in range(rows) for lane in forest.store.take(context + 18) or []]
     ids = drawn(rows, context)
     for i, lane in enumerate(lanes):

@@ -25,6 +25,7 @@ import torch
 import transformers as tf
 from torch import Tensor
 
+from softprompt.backbone import Base
 from softprompt.bundled import model_directory
 from softprompt.engine import EngineRow, build_engine, pad_rows
 from softprompt.prompts import Prompt
@@ -62,7 +63,7 @@ def engine_step(
     prompt: Tensor,
 ) -> Callable[[], Tensor]:
     """Return a function that scores every input against every label, ``[N, K]``."""
-    engine = build_engine(model, kind)
+    engine = build_engine(Base(model), kind)
     value = Prompt(prompt)
     rows = [EngineRow(source, label, value) for source in inputs for label in labels]
 

@@ -45,9 +45,10 @@ def _write(root: Path, count: int) -> None:
 
 
 def _measure(folder: str, count: int) -> dict[str, Any]:
+    from softprompt.inference.continuous.request import Request
+
     from softprompt.backbone import load_base
     from softprompt.inference import Batcher, GenerationOptions, TokenEvent
-    from softprompt.inference.continuous.request import Request
     from softprompt.server.folder import PromptFolder
     from softprompt.server.registry import Registry
 

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import softprompt
 from lower_bound import lower_bound
-from softprompt.backbone import frozen_linears, swapped_forwards, torch_products
+from softprompt.backbone import Base, frozen_linears, swapped_forwards, torch_products
 from softprompt.engine import EngineRow, build_engine, pad_rows
 from softprompt.prompts import Prompt
 
@@ -197,7 +197,7 @@ def ours(work: Work) -> tuple[Callable[[], float], Any]:
         return prompted_step(softprompt, model, work, batch_of(work, rows))
     width = model.get_input_embeddings().weight.shape[1]
     prompt = torch.nn.Parameter(torch.randn(work.virtual, width) * SCALE)
-    engine = build_engine(model)
+    engine = build_engine(Base(model))
     value = Prompt(prompt, sees_input=work.sees_input)
     rows = [replace(row, prompt=value) for row in rows]
     tokens = sum(len(row.target) for row in rows)

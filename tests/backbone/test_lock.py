@@ -14,7 +14,7 @@ from oracles.families import ENCODERS, build, causal, seq2seq
 from oracles.naive import padded
 from oracles.rows import RowCase, engine_rows
 from softprompt import PromptTuningConfig, get_peft_model
-from softprompt.backbone import facts_of, locked, vocabulary_of
+from softprompt.backbone import Base, facts_of, locked, vocabulary_of
 from softprompt.engine import build_engine
 
 ROWS = [
@@ -78,7 +78,7 @@ def test_forward_generate_and_engines_at_once(name, task):
             lambda: models[0](**inputs).logits,
             lambda: models[1].generate(input_ids=ids, attention_mask=mask, **options),
             lambda: models[2](**inputs).logits,
-            *(scored(build_engine(model, kind), width, i) for i, kind in enumerate(kinds)),
+            *(scored(build_engine(Base(model), kind), width, i) for i, kind in enumerate(kinds)),
         ]
     )
 
@@ -103,7 +103,7 @@ def test_checkpointed_steps_at_once():
     model = causal("llama").requires_grad_(False)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    engines = [build_engine(model, kind) for kind in ("forest", "plain", "forest")]
+    engines = [build_engine(Base(model), kind) for kind in ("forest", "plain", "forest")]
     check([scored(engine, facts_of(model).token_dim, i) for i, engine in enumerate(engines)])
 
 

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from oracles.rows import RowCase, engine_rows
 from softprompt import PromptTuningConfig, get_peft_model
 from softprompt.backbone import (
+    Base,
     Fingerprint,
     frozen_linears,
     products,
@@ -319,7 +320,7 @@ def test_kept_copy_goes_when_the_weight_leaves():
 
 
 def test_decoding_keeps_no_copy_after_its_end():
-    forest = DecodeForest(tiny("llama"), 64)
+    forest = DecodeForest(Base(tiny("llama")), 64)
     (lane,) = forest.store.take(8, 1)
     forest.step([NewTokens(lane, (5, 6, 7))])
     kept = [weakref.ref(body._kept[2]) for body in forest._bodies if body._kept is not None]
@@ -369,9 +370,9 @@ def test_wrong_products_are_declined(monkeypatch, decoding):
     original = products._multiplied
     monkeypatch.setattr(products, "_multiplied", lambda *args: original(*args) * 1.01)
     if decoding:
-        assert "differ" in why_undecodable(tiny("gpt2"))
+        assert "differ" in why_undecodable(Base(tiny("gpt2")))
     else:
-        assert build_engine(tiny("gpt2")).name == "plain"
+        assert build_engine(Base(tiny("gpt2"))).name == "plain"
 
 
 @pytest.mark.parametrize(
@@ -442,7 +443,9 @@ def test_training_pass(monkeypatch, kind, checkpointing):
         calls = used(monkeypatch)
         prompt = (torch.randn(4, 32, generator=torch.Generator().manual_seed(1))).requires_grad_()
         scores = (
-            ForestEngine(model, trusted=True).target_log_probs(engine_rows(rows, [prompt])).values
+            ForestEngine(Base(model), trusted=True)
+            .target_log_probs(engine_rows(rows, [prompt]))
+            .values
         )
         passed = len(calls)
         scores.sum().backward()
@@ -465,7 +468,7 @@ def test_decoding_pass(monkeypatch, kind, ordered):
     with torch.no_grad():
         wanted = model(torch.tensor([ids])).logits[0]
     calls = used(monkeypatch)
-    forest = DecodeForest(copy.deepcopy(model), 64, ordered_weights=ordered)
+    forest = DecodeForest(Base(copy.deepcopy(model)), 64, ordered_weights=ordered)
     (lane,) = forest.store.take(8, 1)
     (first,) = forest.step([NewTokens(lane, ids[:3], wanted="all")])
     (last,) = forest.step([NewTokens(lane, ids[3:])])

@@ -7,7 +7,7 @@ import torch
 
 from oracles.families import causal
 from oracles.rows import RowCase, engine_rows
-from softprompt.backbone import facts_of
+from softprompt.backbone import Base, facts_of
 from softprompt.engine import ForestEngine, PlainEngine
 
 pytestmark = pytest.mark.filterwarnings(
@@ -41,10 +41,10 @@ def test_gradients_equal_the_pass_without_checkpointing(name, reentrant):
     model = causal(name).requires_grad_(False)
     prompts = prompts_for(model)
     expected = torch.autograd.grad(
-        ForestEngine(model).target_log_probs(engine_rows(ROWS, prompts)).values.sum(), prompts
+        ForestEngine(Base(model)).target_log_probs(engine_rows(ROWS, prompts)).values.sum(), prompts
     )
     model = checkpointed(name, reentrant)
-    values = ForestEngine(model).target_log_probs(engine_rows(ROWS, prompts)).values
+    values = ForestEngine(Base(model)).target_log_probs(engine_rows(ROWS, prompts)).values
     assert model.config._attn_implementation == "sdpa"
     values.sum().backward()
     for prompt, theirs in zip(prompts, expected, strict=True):
@@ -53,7 +53,7 @@ def test_gradients_equal_the_pass_without_checkpointing(name, reentrant):
 
 def test_a_backward_that_raises_leaves_nothing_behind():
     model = checkpointed("llama")
-    engine, prompts = ForestEngine(model), prompts_for(model)
+    engine, prompts = ForestEngine(Base(model)), prompts_for(model)
     expected = torch.autograd.grad(
         engine.target_log_probs(engine_rows(ROWS, prompts)).values.sum(), prompts[0]
     )[0]
@@ -82,7 +82,7 @@ def test_a_failing_pass_gives_the_checkpoint_function_back():
     before = [vars(m).get("_gradient_checkpointing_func") for m in model.modules()]
     handle = model.lm_head.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        ForestEngine(model).target_log_probs(engine_rows(ROWS, prompts_for(model)))
+        ForestEngine(Base(model)).target_log_probs(engine_rows(ROWS, prompts_for(model)))
     handle.remove()
     assert [vars(m).get("_gradient_checkpointing_func") for m in model.modules()] == before
 
@@ -92,11 +92,13 @@ def test_two_engines_in_one_backward():
     prompts = prompts_for(model)
     loss = sum(
         engine.target_log_probs(engine_rows(ROWS, prompts)).values.sum()
-        for engine in (ForestEngine(model), PlainEngine(model, trusted=True))
+        for engine in (ForestEngine(Base(model)), PlainEngine(Base(model), trusted=True))
     )
     twice = torch.autograd.grad(loss, prompts)
     once = torch.autograd.grad(
-        PlainEngine(model, trusted=True).target_log_probs(engine_rows(ROWS, prompts)).values.sum(),
+        PlainEngine(Base(model), trusted=True)
+        .target_log_probs(engine_rows(ROWS, prompts))
+        .values.sum(),
         prompts,
     )
     for a, b in zip(twice, once, strict=True):
@@ -109,7 +111,7 @@ def test_a_part_of_the_model_that_trains_itself():
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
     prompts = prompts_for(model, trained=False)
     grads = []
-    for engine in (ForestEngine(model), PlainEngine(model, trusted=True)):
+    for engine in (ForestEngine(Base(model)), PlainEngine(Base(model), trusted=True)):
         model.zero_grad()
         engine.target_log_probs(engine_rows(ROWS, prompts)).values.sum().backward()
         grads.append(model.model.layers[0].mlp.up_proj.weight.grad.clone())

@@ -11,6 +11,7 @@ import transformers as tf
 
 from oracles.families import CAUSAL, GQA, IDS, SEQ2SEQ, H, L, V, build, causal, seq2seq
 from oracles.rows import RowCase, engine_rows
+from softprompt.backbone import Base
 from softprompt.engine import TargetLogProbs, build_engine, choose, choose_engine
 from softprompt.errors import ConfigError
 
@@ -25,14 +26,14 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_causal_models(name):
-    choice = choose_engine(causal(name))
+    choice = choose_engine(Base(causal(name)))
     assert choice.name == EXPECTED.get(name, "forest")
     assert bool(choice.reason) == (choice.name != "forest")
 
 
 @pytest.mark.parametrize("name", SEQ2SEQ)
 def test_seq2seq_models(name):
-    assert choose_engine(seq2seq(name)).name == "forest"
+    assert choose_engine(Base(seq2seq(name))).name == "forest"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -53,10 +54,10 @@ def test_seq2seq_models(name):
 def test_recurrent_models_run_plain_and_say_why(config, caplog):
     model = build(tf.AutoModelForCausalLM, config)
     with caplog.at_level(logging.INFO, logger="softprompt.engine.choose"):
-        choice = choose_engine(model)
+        choice = choose_engine(Base(model))
     assert choice.name == "plain"
     assert "forest:" in choice.reason and "expand:" in choice.reason
-    choose_engine(model)
+    choose_engine(Base(model))
     ours = [r.message for r in caplog.records if r.name == "softprompt.engine.choose"]
     assert ours == [f"engine plain for {type(model).__name__} ({choice.reason})"]
 
@@ -65,8 +66,8 @@ def test_a_wrong_engine_is_caught(monkeypatch):
     class Wrong:
         name = "forest"
 
-        def __init__(self, model):
-            self._inner = choose.PlainEngine(model)
+        def __init__(self, base):
+            self._inner = choose.PlainEngine(base)
 
         def target_log_probs(self, rows):
             off = [
@@ -79,20 +80,20 @@ def test_a_wrong_engine_is_caught(monkeypatch):
             return TargetLogProbs(right.values, right.row_index)
 
     monkeypatch.setitem(choose._FAST, "forest", Wrong)
-    choice = choose_engine(causal("llama", seed=5))
+    choice = choose_engine(Base(causal("llama", seed=5)))
     assert choice.name == "expand"
     assert "on the probe" in choice.reason
 
 
 def test_forcing():
     model = causal("llama")
-    assert build_engine(model, "plain").name == "plain"
-    assert build_engine(model, "expand").name == "expand"
-    assert build_engine(model, "forest").name == build_engine(model).name == "forest"
+    assert build_engine(Base(model), "plain").name == "plain"
+    assert build_engine(Base(model), "expand").name == "expand"
+    assert build_engine(Base(model), "forest").name == build_engine(Base(model)).name == "forest"
     with pytest.raises(ConfigError, match="did you mean 'forest'"):
-        build_engine(model, "forrest")
+        build_engine(Base(model), "forrest")
     with pytest.raises(ConfigError, match="cannot run this model"):
-        build_engine(causal("bloom"), "forest")
+        build_engine(Base(causal("bloom")), "forest")
 
 
 @pytest.mark.parametrize("rope", ["longrope", "dynamic"])
@@ -118,13 +119,15 @@ def test_rope_that_depends_on_the_length_of_the_batch(rope, kind):
     model = build(tf.AutoModelForCausalLM, config).requires_grad_(False)
     prompts = [torch.randn(4, H)]
     short, long = RowCase((5, 6, 7), (8, 2)), RowCase(tuple(range(3, 33)), (8, 2))
-    engine = build_engine(model, kind)
+    engine = build_engine(Base(model), kind)
     alone = torch.cat(
         [engine.target_log_probs(engine_rows([row], prompts)).values for row in (short, long)]
     )
     together = engine.target_log_probs(engine_rows([short, long], prompts)).values
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
     plain = (
-        build_engine(model, "plain").target_log_probs(engine_rows([short, long], prompts)).values
+        build_engine(Base(model), "plain")
+        .target_log_probs(engine_rows([short, long], prompts))
+        .values
     )
     torch.testing.assert_close(together, plain, atol=1e-5, rtol=1e-5)

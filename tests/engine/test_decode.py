@@ -10,7 +10,7 @@ import torch
 from oracles import families
 from oracles.families import FOREST, OUTSIDE
 from oracles.prefixed import random_prefix, solo_logits_behind
-from softprompt.backbone import KeyValueShape, implementations_of
+from softprompt.backbone import Base, KeyValueShape, implementations_of
 from softprompt.engine import DecodeForest, NewTokens, why_undecodable
 from softprompt.engine.decode import probe
 from softprompt.engine.decode.store import KeyValueStore
@@ -36,7 +36,7 @@ def test_rows_that_come_and_go_have_their_own_logits(name):
         torch.randn(3, width, generator=generator) * 0.3,
     ]
     before = implementations_of(model)
-    forest = DecodeForest(model, 2048)
+    forest = DecodeForest(Base(model), 2048)
     waiting = [
         (prompts[i % 4], [rng.randrange(3, 64) for _ in range(rng.choice([1, 4, 17, 30]))])
         for i in range(12)
@@ -72,13 +72,13 @@ def test_rows_that_come_and_go_have_their_own_logits(name):
 
 @pytest.mark.parametrize("name", FOREST)
 def test_the_probe_trusts_what_is_right(name):
-    assert why_undecodable(families.causal(name).eval()) == ""
+    assert why_undecodable(Base(families.causal(name).eval())) == ""
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_others_are_declined_with_the_reason(name):
-    assert why_undecodable(families.causal(name).eval())
-    assert "position_ids" in why_undecodable(families.seq2seq("t5").eval())
+    assert why_undecodable(Base(families.causal(name).eval()))
+    assert "position_ids" in why_undecodable(Base(families.seq2seq("t5").eval()))
 
 
 def test_the_probe_sees_wrong_numbers(monkeypatch):
@@ -89,7 +89,7 @@ def test_the_probe_sees_wrong_numbers(monkeypatch):
         return [part + torch.linspace(0, 1, part.shape[1]) for part in real(self, news)]
 
     monkeypatch.setattr(probe.DecodeForest, "step", off)
-    assert "differ by" in why_undecodable(model)
+    assert "differ by" in why_undecodable(Base(model))
 
 
 def test_positions_that_change_with_length_are_declined():
@@ -101,7 +101,7 @@ def test_positions_that_change_with_length_are_declined():
         "original_max_position_embeddings": 16,
     }
     model = families.causal("llama", rope_parameters=parameters).eval()
-    assert "when a row gets long" in why_undecodable(model)
+    assert "when a row gets long" in why_undecodable(Base(model))
 
 
 def store(most=256):

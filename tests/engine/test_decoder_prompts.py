@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from oracles.families import SEQ2SEQ, build, seq2seq
 from oracles.rows import RowCase, engine_rows
-from softprompt.backbone import decoder_embedding, input_embedding
+from softprompt.backbone import Base, decoder_embedding, input_embedding
 from softprompt.engine import build_engine, choose_engine
 
 P = 4
@@ -45,7 +45,7 @@ def test_against_pefts_two_submodules(name, kind):
     tasks = torch.tensor([1, 1])
     both = theirs.get_prompt(2, task_ids=tasks)[0].detach()
     prompts = [both[:P].clone().requires_grad_(), both[P:].clone().requires_grad_()]
-    outputs = build_engine(model, kind).target_outputs(engine_rows(ROWS, prompts))
+    outputs = build_engine(Base(model), kind).target_outputs(engine_rows(ROWS, prompts))
     labels = torch.tensor([row.target for row in ROWS])
     expected = theirs(
         input_ids=torch.tensor([row.source for row in ROWS]),
@@ -64,7 +64,7 @@ def test_against_pefts_two_submodules(name, kind):
 
 @pytest.mark.parametrize("name", SEQ2SEQ)
 def test_the_models_of_these_tests_run_on_the_forest(name):
-    choice = choose_engine(seq2seq(name))
+    choice = choose_engine(Base(seq2seq(name)))
     assert (choice.name, choice.reason) == ("forest", "")
 
 
@@ -90,7 +90,7 @@ def test_a_decoder_with_embeddings_of_its_own():
     assert decoder_embedding(model) is not input_embedding(model)
     prompts = [torch.randn(P, 32).requires_grad_() for _ in range(2)]
     plain, forest = (
-        build_engine(model, kind).target_log_probs(engine_rows(ROWS, prompts)).values
+        build_engine(Base(model), kind).target_log_probs(engine_rows(ROWS, prompts)).values
         for kind in ("plain", "forest")
     )
     torch.testing.assert_close(forest, plain, **CLOSE)
@@ -103,7 +103,7 @@ def test_a_decoder_with_embeddings_of_its_own():
     decoder = model.get_decoder().get_input_embeddings()
     for row, logits in zip(
         ROWS,
-        build_engine(model).target_outputs(engine_rows(ROWS, prompts)).logits.split(3),
+        build_engine(Base(model)).target_outputs(engine_rows(ROWS, prompts)).logits.split(3),
         strict=True,
     ):
         table = input_embedding(model)

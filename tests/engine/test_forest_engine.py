@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from oracles.families import FOREST, OUTSIDE, SEQ2SEQ, causal, seq2seq
 from oracles.rows import RowCase, engine_rows
-from softprompt.backbone import facts_of
+from softprompt.backbone import Base, facts_of
 from softprompt.engine import ForestEngine, PlainEngine, build_engine
 from softprompt.engine.forest.causal_plan import causal_forest
 from softprompt.engine.forest.seq2seq import PackedSeq2SeqEngine
@@ -41,7 +41,7 @@ def forest_of(rows, *lengths):
 
 def solo(model, rows):
     """Score every row by itself on the plain path."""
-    engine = PlainEngine(model)
+    engine = PlainEngine(Base(model))
     return torch.cat([engine.target_log_probs([row]).values for row in rows])
 
 
@@ -82,7 +82,7 @@ batch = st.lists(row(), min_size=1, max_size=8)
 @given(rows=batch)
 def test_random_forests(name, rows):
     model = model_of(name)
-    engine = PackedSeq2SeqEngine(model) if name in SEQ2SEQ else ForestEngine(model)
+    engine = PackedSeq2SeqEngine(Base(model)) if name in SEQ2SEQ else ForestEngine(Base(model))
     assert_equals_solo(engine, model, rows, prompts_for(model, 5, 3))
 
 
@@ -91,7 +91,7 @@ def test_random_forests(name, rows):
 @given(rows=batch)
 def test_random_batches_behind_expanded_prompts(name, rows):
     model = model_of(name)
-    assert_equals_solo(build_engine(model, "expand"), model, rows, prompts_for(model, 5, 3))
+    assert_equals_solo(build_engine(Base(model), "expand"), model, rows, prompts_for(model, 5, 3))
 
 
 @pytest.mark.parametrize("name", SEQ2SEQ)
@@ -100,7 +100,7 @@ def test_random_batches_behind_expanded_prompts(name, rows):
 def test_prompts_that_do_not_see_the_input(name, rows):
     model = model_of(name)
     rows = [replace(row, at=0) for row in rows]
-    engine = build_engine(model, "forest")
+    engine = build_engine(Base(model), "forest")
     prompts = prompts_for(model, 5, 3)
     assert_equals_solo(engine, model, rows, prompts, sees_input=False)
 
@@ -109,7 +109,7 @@ def test_prompts_that_do_not_see_the_input(name, rows):
 @given(rows=batch, data=st.data())
 def test_permuting_and_splitting_change_nothing(rows, data):
     model = model_of("llama")
-    engine, prompts = ForestEngine(model), prompts_for(model, 5, 3)
+    engine, prompts = ForestEngine(Base(model)), prompts_for(model, 5, 3)
     whole = engine.target_log_probs(engine_rows(rows, prompts)).row_sums(len(rows))
     order = data.draw(st.permutations(range(len(rows))))
     shuffled = engine.target_log_probs(engine_rows([rows[i] for i in order], prompts)).row_sums(
@@ -130,7 +130,7 @@ def test_permuting_and_splitting_change_nothing(rows, data):
 def test_a_prompt_without_any_input():
     model = model_of("llama")
     rows = [RowCase((), (5, 6), 0), RowCase((), (5, 7, 2), 0), RowCase((9,), (4,), -1)]
-    assert_equals_solo(ForestEngine(model), model, rows, prompts_for(model, 4))
+    assert_equals_solo(ForestEngine(Base(model)), model, rows, prompts_for(model, 4))
 
 
 def test_each_token_is_planned_once():
@@ -170,7 +170,7 @@ def test_gradient_checkpointing(name, reentrant):
             setattr(model.config, attribute, 0.0)
     rows = [RowCase((5, 6, 7), (8, 2)), RowCase((5, 9), (8, 4, 2))]
     prompts = prompts_for(model, 4)
-    engine = build_engine(model, "forest")
+    engine = build_engine(Base(model), "forest")
     before = model.config._attn_implementation
     expected = gradients(engine.target_log_probs(engine_rows(rows, prompts)).values, prompts)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -189,9 +189,9 @@ def test_half_precision(name):
     model = (seq2seq if name in SEQ2SEQ else causal)(name).requires_grad_(False)
     rows = [RowCase((5, 6, 7), (8, 2)), RowCase((5, 9), (8, 4, 2))]
     prompts = prompts_for(model, 4)
-    exact = PlainEngine(model).target_log_probs(engine_rows(rows, prompts)).values
+    exact = PlainEngine(Base(model)).target_log_probs(engine_rows(rows, prompts)).values
     model.to(torch.bfloat16)
-    engine = build_engine(model, "forest")
+    engine = build_engine(Base(model), "forest")
     values = engine.target_log_probs(engine_rows(rows, prompts)).values
     assert values.dtype is torch.float32
     torch.testing.assert_close(values, exact, atol=0.1, rtol=0.05)
@@ -204,8 +204,8 @@ def test_autocast():
     rows = [RowCase((5, 6, 7), (8, 2)), RowCase((5, 9), (8, 4, 2))]
     prompts = prompts_for(model, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        values = ForestEngine(model).target_log_probs(engine_rows(rows, prompts)).values
-    exact = PlainEngine(model).target_log_probs(engine_rows(rows, prompts)).values
+        values = ForestEngine(Base(model)).target_log_probs(engine_rows(rows, prompts)).values
+    exact = PlainEngine(Base(model)).target_log_probs(engine_rows(rows, prompts)).values
     torch.testing.assert_close(values.float(), exact, atol=0.1, rtol=0.05)
 
 
@@ -213,7 +213,9 @@ def test_the_base_is_left_as_it_was():
     model = causal("llama")
     ids = torch.tensor([[5, 6, 7]])
     before, implementation = model(ids).logits, model.config._attn_implementation
-    ForestEngine(model).target_log_probs(engine_rows([RowCase((5,), (6,))], prompts_for(model, 3)))
+    ForestEngine(Base(model)).target_log_probs(
+        engine_rows([RowCase((5,), (6,))], prompts_for(model, 3))
+    )
     assert model.config._attn_implementation == implementation
     assert torch.equal(model(ids).logits, before)
 
@@ -261,7 +263,7 @@ def test_the_gpu_kernel_gives_the_same_numbers(name, monkeypatch):
     ]
     prompts = [p.detach() for p in prompts_for(model, 5, 3)]
     with torch.no_grad():
-        expected = ForestEngine(model).target_log_probs(engine_rows(rows, prompts)).values
+        expected = ForestEngine(Base(model)).target_log_probs(engine_rows(rows, prompts)).values
         calls = []
 
         def with_flex(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -272,7 +274,7 @@ def test_the_gpu_kernel_gives_the_same_numbers(name, monkeypatch):
 
         attention.AttentionInterface.register(attention.NAME, with_flex)
         try:
-            got = ForestEngine(model).target_log_probs(engine_rows(rows, prompts)).values
+            got = ForestEngine(Base(model)).target_log_probs(engine_rows(rows, prompts)).values
         finally:
             attention.AttentionInterface.register(
                 attention.NAME, attention.forest_attention_forward

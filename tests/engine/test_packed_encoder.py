@@ -10,6 +10,7 @@ from oracles.families import CAUSAL, ENCODERS, ROTARY_ENCODERS, SEQ2SEQ, build
 from oracles.naive import padded
 from softprompt import PromptTuningConfig, get_peft_model
 from softprompt.attach import inputs as attach_inputs
+from softprompt.backbone import Base
 from softprompt.engine import packs
 from softprompt.engine.forest import encoder
 from softprompt.engine.forest.encoder import why_not_packed
@@ -154,10 +155,10 @@ def test_padding_has_the_heads_answer_to_zeros():
 def test_padded_where_padding_is_read():
     model = prompted("bert", "TOKEN_CLS").base_model
     inputs = batch("TOKEN_CLS")
-    assert packs(model, inputs)
-    assert not packs(model, inputs | {"labels": inputs["input_ids"] % 3})
-    assert not packs(model, inputs | {"output_hidden_states": True})
-    assert not packs(model, inputs | {"attention_mask": torch.ones_like(inputs["input_ids"])})
+    assert packs(Base(model), inputs)
+    assert not packs(Base(model), inputs | {"labels": inputs["input_ids"] % 3})
+    assert not packs(Base(model), inputs | {"output_hidden_states": True})
+    assert not packs(Base(model), inputs | {"attention_mask": torch.ones_like(inputs["input_ids"])})
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,7 @@ def test_padded_where_padding_is_read():
     ],
 )
 def test_decoders_are_left_alone(loader, config, reason):
-    assert reason in why_not_packed(build(loader, config()))
+    assert reason in why_not_packed(Base(build(loader, config())))
 
 
 def test_a_shared_packing_keeps_each_prompt_row_once():

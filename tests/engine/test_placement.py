@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from oracles.families import SEQ2SEQ, causal, seq2seq
 from oracles.naive import row_logits
 from oracles.rows import RowCase, engine_rows
-from softprompt.backbone import facts_of
+from softprompt.backbone import Base, facts_of
 from softprompt.engine import build_engine
 from softprompt.engine.forest.causal_plan import Forest, Path, causal_forest, decoder_forest
 from softprompt.engine.forest.layers import Packing
@@ -34,7 +34,7 @@ def model_of(name):
 
 @functools.cache
 def engine_of(name, kind):
-    return build_engine(model_of(name), kind)
+    return build_engine(Base(model_of(name)), kind)
 
 
 def prompts_for(model, *lengths):
@@ -138,7 +138,7 @@ def test_prompts_that_do_not_see_the_input_beside_decoder_prompts(name):
     ]
     prompts = prompts_for(model, 5, 3)
     found = [
-        build_engine(model, kind)
+        build_engine(Base(model), kind)
         .target_log_probs(engine_rows(rows, prompts, sees_input=False))
         .values
         for kind in ("plain", "forest")
@@ -213,7 +213,7 @@ def test_paths_of_one_owner_only_meet_each_other():
 @pytest.mark.parametrize("kind", ["plain", "expand", "forest"])
 def test_a_place_that_is_not_there(kind):
     model = causal("llama").requires_grad_(False)
-    engine = build_engine(model, kind)
+    engine = build_engine(Base(model), kind)
     for at in (3, -1):
         with pytest.raises(DataError, match=f"behind {at} tokens, but its input has 2"):
             engine.target_log_probs(
@@ -225,7 +225,7 @@ def test_a_place_that_is_not_there(kind):
 def test_what_cannot_be_is_refused(kind):
     t5, llama = model_of("t5"), model_of("llama")
     prompts = prompts_for(t5, 3)
-    isolated = build_engine(t5, kind)
+    isolated = build_engine(Base(t5), kind)
     with pytest.raises(ConfigError, match="a prompt that does not see the input stands in front"):
         isolated.target_log_probs(
             engine_rows([RowCase((5, 6), (7, 2), 0, 1)], prompts, sees_input=False)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from oracles.families import causal, seq2seq
 from oracles.naive import solo_logits
 from oracles.rows import RowCase, engine_rows
-from softprompt.backbone import freeze, input_embedding, weights_hash
+from softprompt.backbone import Base, freeze, input_embedding, weights_hash
 from softprompt.engine import PlainEngine, build_engine
 from softprompt.errors import ConfigError, ContextOverflowError, DataError
 
@@ -69,7 +69,7 @@ def test_values_and_gradients_against_one_row_at_a_time(name):
     model = base(name)
     rows = ROWS if name in SEQ2SEQ else [*ROWS, EMPTY_SOURCE]
     prompts = prompts_for(model)
-    scored = PlainEngine(model).target_log_probs(engine_rows(rows, prompts))
+    scored = PlainEngine(Base(model)).target_log_probs(engine_rows(rows, prompts))
     expected = torch.cat([solo(model, row, prompts) for row in rows])
     torch.testing.assert_close(scored.values, expected, **CLOSE)
     assert scored.values.dtype is torch.float32
@@ -87,7 +87,7 @@ def test_values_and_gradients_against_one_row_at_a_time(name):
 def test_each_prompt_learns_from_its_own_rows(name):
     model = base(name)
     prompts = prompts_for(model)
-    engine = PlainEngine(model)
+    engine = PlainEngine(Base(model))
     both = engine.target_log_probs(engine_rows(ROWS, prompts))
     whole = torch.autograd.grad(both.values.sum(), prompts)
     for index, prompt in enumerate(prompts):
@@ -100,7 +100,7 @@ def test_each_prompt_learns_from_its_own_rows(name):
 def test_an_unused_prompt_gets_no_gradient():
     model = base("llama")
     prompts = prompts_for(model)
-    engine = PlainEngine(model)
+    engine = PlainEngine(Base(model))
     engine.target_log_probs(engine_rows(ROWS[:1], prompts)).values.sum().backward()
     assert prompts[0].grad is not None
     assert prompts[1].grad is None
@@ -110,7 +110,7 @@ def test_an_unused_prompt_gets_no_gradient():
 def test_the_order_and_the_company_of_rows_do_not_matter(name):
     model = base(name)
     prompts = prompts_for(model)
-    engine = PlainEngine(model)
+    engine = PlainEngine(Base(model))
     with torch.no_grad():
         sums = engine.target_log_probs(engine_rows(ROWS, prompts)).row_sums(4)
         order = [2, 0, 3, 1]
@@ -131,7 +131,7 @@ def test_the_order_and_the_company_of_rows_do_not_matter(name):
 def test_rows_without_any_prompt(name, kind):
     model = base(name)
     rows = [RowCase(row.source, row.target, -1) for row in ROWS]
-    scored = build_engine(model, kind).target_log_probs(engine_rows(rows, []))
+    scored = build_engine(Base(model), kind).target_log_probs(engine_rows(rows, []))
     expected = torch.cat([solo(model, row, []) for row in rows])
     torch.testing.assert_close(scored.values, expected, **CLOSE)
 
@@ -140,7 +140,7 @@ def test_rows_without_any_prompt(name, kind):
 def test_nothing_before_an_answer_is_refused(name):
     model = base(name)
     with pytest.raises(DataError, match="row 1 has an empty input and no prompt") as caught:
-        PlainEngine(model).target_log_probs(
+        PlainEngine(Base(model)).target_log_probs(
             engine_rows([ROWS[0], RowCase((), (5, 2), -1)], prompts_for(model))
         )
     assert "\n" not in str(caught.value)
@@ -149,7 +149,9 @@ def test_nothing_before_an_answer_is_refused(name):
 def test_an_empty_input_behind_a_prompt_works_for_seq2seq():
     model = base("t5")
     prompts = prompts_for(model)
-    scored = PlainEngine(model).target_log_probs(engine_rows([EMPTY_SOURCE, ROWS[0]], prompts))
+    scored = PlainEngine(Base(model)).target_log_probs(
+        engine_rows([EMPTY_SOURCE, ROWS[0]], prompts)
+    )
     expected = torch.cat([solo(model, row, prompts) for row in (EMPTY_SOURCE, ROWS[0])])
     torch.testing.assert_close(scored.values, expected, **CLOSE)
 
@@ -157,7 +159,7 @@ def test_an_empty_input_behind_a_prompt_works_for_seq2seq():
 def test_the_context_is_checked_with_the_answer():
     model = base("llama")
     prompts = prompts_for(model)
-    engine = PlainEngine(model)
+    engine = PlainEngine(Base(model))
     fits = RowCase(tuple([5] * 56), (6, 2), 0)
     assert engine.target_log_probs(engine_rows([fits], prompts)).values.shape == (2,)
     with pytest.raises(
@@ -171,7 +173,7 @@ def test_the_context_is_checked_with_the_answer():
 def test_the_decoder_of_a_seq2seq_has_its_own_context():
     model = base("bart")
     prompts = prompts_for(model)
-    engine = PlainEngine(model)
+    engine = PlainEngine(Base(model))
     engine.target_log_probs(engine_rows([RowCase(tuple([5] * 58), tuple([6] * 64), 0)], prompts))
     with pytest.raises(ContextOverflowError, match="exceed the model's 64"):
         engine.target_log_probs(engine_rows([RowCase(tuple([5] * 59), (6,), 0)], prompts))
@@ -184,9 +186,9 @@ def test_the_base_is_left_as_it_was():
     before, ids = weights_hash(model), torch.tensor([[5, 6, 7]])
     logits = model(ids).logits
     prompts = prompts_for(model)
-    PlainEngine(model).target_log_probs(engine_rows(ROWS, prompts)).values.sum().backward()
+    PlainEngine(Base(model)).target_log_probs(engine_rows(ROWS, prompts)).values.sum().backward()
     with pytest.raises(ContextOverflowError):
-        PlainEngine(model).target_log_probs(
+        PlainEngine(Base(model)).target_log_probs(
             engine_rows([RowCase(tuple([5] * 90), (2,), 0)], prompts)
         )
     assert weights_hash(model) == before
@@ -200,12 +202,14 @@ def test_the_engine_works_on_a_base_that_carries_prompts():
 
     model = base("llama")
     prompts = prompts_for(model)
-    expected = PlainEngine(model).target_log_probs(engine_rows(ROWS, prompts)).values
+    expected = PlainEngine(Base(model)).target_log_probs(engine_rows(ROWS, prompts)).values
     prompted = get_peft_model(
         model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     )
     assert torch.equal(
-        PlainEngine(prompted.get_base_model()).target_log_probs(engine_rows(ROWS, prompts)).values,
+        PlainEngine(Base(prompted.get_base_model()))
+        .target_log_probs(engine_rows(ROWS, prompts))
+        .values,
         expected,
     )
 
@@ -213,7 +217,7 @@ def test_the_engine_works_on_a_base_that_carries_prompts():
 def test_a_bfloat16_base_with_float32_prompts():
     model = base("llama").to(torch.bfloat16)
     prompts = prompts_for(model)
-    scored = PlainEngine(model).target_log_probs(engine_rows(ROWS, prompts))
+    scored = PlainEngine(Base(model)).target_log_probs(engine_rows(ROWS, prompts))
     assert scored.values.dtype is torch.float32
     scored.values.sum().backward()
     assert prompts[0].grad.dtype is torch.float32
@@ -221,9 +225,9 @@ def test_a_bfloat16_base_with_float32_prompts():
 
 def test_engines_go_by_name():
     model = base("llama")
-    assert build_engine(model, "plain").name == "plain"
-    assert build_engine(model).target_log_probs(
+    assert build_engine(Base(model), "plain").name == "plain"
+    assert build_engine(Base(model)).target_log_probs(
         engine_rows(ROWS, prompts_for(model))
     ).values.shape == (9,)
     with pytest.raises(ConfigError, match=r"got 'plian' \(did you mean 'plain'\?\)"):
-        build_engine(model, "plian")
+        build_engine(Base(model), "plian")

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from oracles.families import SEQ2SEQ, causal, seq2seq
 from oracles.rows import RowCase, engine_rows
-from softprompt.backbone import facts_of
+from softprompt.backbone import Base, facts_of
 from softprompt.engine import build_engine
 from softprompt.errors import BackboneError
 
@@ -32,7 +32,7 @@ def setting(name):
 @pytest.mark.parametrize(("name", "kind"), [*PAIRS, ("gptj", "expand"), ("llama", "expand")])
 def test_logits_give_the_log_probs_and_hidden_states_the_logits(name, kind):
     model, prompts = setting(name)
-    engine = build_engine(model, kind)
+    engine = build_engine(Base(model), kind)
     scored, outputs = (
         engine.target_log_probs(engine_rows(ROWS, prompts)),
         engine.target_outputs(engine_rows(ROWS, prompts)),
@@ -61,7 +61,9 @@ def test_logits_give_the_log_probs_and_hidden_states_the_logits(name, kind):
 def test_every_engine_gives_the_same(name):
     model, prompts = setting(name)
     kinds = ("forest", "plain") if name == "t5" else ("forest", "expand", "plain")
-    found = [build_engine(model, kind).target_outputs(engine_rows(ROWS, prompts)) for kind in kinds]
+    found = [
+        build_engine(Base(model), kind).target_outputs(engine_rows(ROWS, prompts)) for kind in kinds
+    ]
     for other in found[1:]:
         torch.testing.assert_close(other.hidden, found[0].hidden, **CLOSE)
         torch.testing.assert_close(other.logits, found[0].logits, **CLOSE)
@@ -71,7 +73,7 @@ def test_every_engine_gives_the_same(name):
 @pytest.mark.parametrize("reads", ["logits", "hidden"])
 def test_under_gradient_checkpointing(reads):
     model, prompts = setting("llama")
-    engine = build_engine(model, "forest")
+    engine = build_engine(Base(model), "forest")
 
     def gradients():
         found = getattr(engine.target_outputs(engine_rows(ROWS, prompts)), reads)
@@ -88,7 +90,7 @@ def test_under_gradient_checkpointing(reads):
 
 def test_a_model_without_a_head_is_refused(monkeypatch):
     model, prompts = setting("llama")
-    engine = build_engine(model, "plain")
+    engine = build_engine(Base(model), "plain")
     monkeypatch.setattr(type(model), "get_output_embeddings", lambda self: None)
     with pytest.raises(BackboneError, match="has no output embeddings"):
         engine.target_outputs(engine_rows(ROWS, prompts))

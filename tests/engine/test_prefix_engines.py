@@ -8,7 +8,7 @@ import torch
 from oracles.families import causal, seq2seq
 from oracles.prefixed import random_prefix, solo_decoder_logits, solo_logits_behind
 from oracles.rows import RowCase, engine_rows
-from softprompt.backbone import facts_of
+from softprompt.backbone import Base, facts_of
 from softprompt.engine import ForestEngine, PlainEngine, build_engine
 from softprompt.engine.expand import ExpandEngine
 from softprompt.errors import ConfigError, ContextOverflowError, DataError
@@ -55,7 +55,7 @@ def check(engine, model, rows=ROWS):
 @pytest.mark.parametrize("name", FOREST)
 def test_forest(name, monkeypatch):
     model = causal(name)
-    engine = ForestEngine(model)
+    engine = ForestEngine(Base(model))
     assert engine._reads(engine_rows(ROWS, prompts_for(model)))
     monkeypatch.delattr(PlainEngine, "run_alike")
     check(engine, model)
@@ -64,14 +64,14 @@ def test_forest(name, monkeypatch):
 @pytest.mark.parametrize("name", [*FOREST, *CACHED])
 def test_plain(name):
     model = causal(name)
-    check(PlainEngine(model), model)
+    check(PlainEngine(Base(model)), model)
 
 
 @pytest.mark.parametrize("name", CACHED)
 def test_expand(name, monkeypatch):
     model = causal(name)
     monkeypatch.delattr(PlainEngine, "run_alike")
-    check(ExpandEngine(model), model)
+    check(ExpandEngine(Base(model)), model)
 
 
 @pytest.mark.parametrize("engine", [ForestEngine, PlainEngine])
@@ -87,7 +87,7 @@ def test_checkpointing_changes_nothing(engine, reentrant, projected):
             model.activation_checkpointing_enable({"use_reentrant": reentrant})
         model.train()
         prompts = [before.tanh() * before if projected else before, random_prefix(model, 2, 1)]
-        values = engine(model).target_log_probs(engine_rows(ROWS, prompts)).values
+        values = engine(Base(model)).target_log_probs(engine_rows(ROWS, prompts)).values
         before.grad = None
         values.sum().backward()
         results.append((values.detach(), before.grad.clone()))
@@ -100,7 +100,7 @@ def test_the_cache_path_refuses_checkpointing():
     model.activation_checkpointing_enable()
     model.train()
     with pytest.raises(ConfigError, match="gradient checkpointing drops the cache"):
-        PlainEngine(model).target_log_probs(engine_rows(ROWS[:1], prompts_for(model)))
+        PlainEngine(Base(model)).target_log_probs(engine_rows(ROWS[:1], prompts_for(model)))
 
 
 @pytest.mark.parametrize("name", ["llama", "gptj"])
@@ -111,9 +111,9 @@ def test_keys_and_values_and_rows_in_one_batch(name, engine):
     model = causal(name)
     prefix = random_prefix(model, 4).requires_grad_()
     rows = (torch.randn(3, facts_of(model).token_dim) * 0.3).requires_grad_()
-    both = build_engine(model, engine).target_log_probs(engine_rows(ROWS, [prefix, rows]))
+    both = build_engine(Base(model), engine).target_log_probs(engine_rows(ROWS, [prefix, rows]))
     alone = [
-        PlainEngine(model).target_log_probs(engine_rows([row], [prefix, rows])).values
+        PlainEngine(Base(model)).target_log_probs(engine_rows([row], [prefix, rows])).values
         for row in ROWS
     ]
     torch.testing.assert_close(both.values, torch.cat(alone), **CLOSE)
@@ -135,7 +135,7 @@ def test_seq2seq(name, field):
     for fast in (True, False):
         prompts = prompts_for(model)
         if fast:
-            values = build_engine(model).target_log_probs(engine_rows(rows, prompts)).values
+            values = build_engine(Base(model)).target_log_probs(engine_rows(rows, prompts)).values
         else:
             parts = []
             for source, target, prompt in plan:
@@ -158,13 +158,13 @@ def test_a_forest_that_reads_otherwise_is_not_used(monkeypatch):
             [stream, *(p[0, part].transpose(0, 1).flatten(1) for p in self.prefixes)]
         ),
     )
-    check(ForestEngine(model), model)
+    check(ForestEngine(Base(model)), model)
 
 
 def test_what_cannot_be_run():
     model = causal("gpt2")
     prompts = prompts_for(model)
-    engine = build_engine(model)
+    engine = build_engine(Base(model))
     with pytest.raises(ContextOverflowError, match="60 \\+ 5 virtual tokens exceed"):
         engine.target_log_probs(engine_rows([RowCase((5,) * 59, (6,), 0)], prompts))
     with pytest.raises(DataError, match="nothing stands before its answer"):

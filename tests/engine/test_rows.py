@@ -9,7 +9,7 @@ import torch
 
 from oracles.families import SEQ2SEQ, causal, seq2seq
 from oracles.prefixed import random_prefix
-from softprompt.backbone import facts_of
+from softprompt.backbone import Base, facts_of
 from softprompt.engine import (
     EngineRow,
     ForestEngine,
@@ -44,7 +44,7 @@ def rows_with(*prompts):
 
 
 def solo(model, rows):
-    engine = PlainEngine(model)
+    engine = PlainEngine(Base(model))
     return torch.cat([engine.target_log_probs([row]).values for row in rows])
 
 
@@ -115,7 +115,7 @@ def test_a_batch_of_both_kinds_equals_each_row_alone(name, kind):
     first, second, third = drawn(model, P, 3, 2)
     sees, blind = Prompt(first), Prompt(second, third, sees_input=False)
     rows = rows_with(blind, sees, blind, None) + rows_with(sees, Prompt(None, third), None, blind)
-    engine = build_engine(model, kind)
+    engine = build_engine(Base(model), kind)
     assert_equal(engine, model, rows, [first, second, third])
     outputs = engine.target_outputs(rows)
     assert outputs.labels.tolist() == [token for row in rows for token in row.target]
@@ -135,12 +135,12 @@ def test_keys_and_values_beside_both_kinds():
     rows = rows_with(
         Prompt(first, sees_input=False), Prompt(prefix=prefix), Prompt(second), Prompt(first)
     )
-    assert_equal(build_engine(model), model, rows, [first, second, prefix])
+    assert_equal(build_engine(Base(model)), model, rows, [first, second, prefix])
 
 
 def test_rows_of_one_kind_are_one_pass(monkeypatch):
     model = model_of("t5")
-    engine = build_engine(model, "forest")
+    engine = build_engine(Base(model), "forest")
     (values,) = drawn(model, P)
     passes = []
     encoder = model.get_encoder()
@@ -160,18 +160,19 @@ def test_the_message_names_the_row_of_the_whole_batch():
     rows = rows_with(Prompt(values), Prompt(values, sees_input=False), Prompt(values))
     rows[2] = replace(rows[2], source=(V + 3,))
     with pytest.raises(DataError, match="row 2 holds the id 67"):
-        build_engine(model, "plain").target_log_probs(rows)
+        build_engine(Base(model), "plain").target_log_probs(rows)
 
 
 def test_a_path_that_is_wrong_for_one_kind_serves_the_other(monkeypatch):
     model = model_of("t5")
     right = choose._FAST["forest"]
 
-    class Wrong(choose.PredictingEngine):
+    class Wrong(choose.Engine):
         name = "forest"
 
-        def __init__(self, model):
-            self._model, self._facts, self._inner = model, facts_of(model), right(model)
+        def __init__(self, base):
+            super().__init__(base)
+            self._inner = right(base)
 
         def run_alike(self, rows, head=None):
             if not all(row.prompt is None or row.prompt.sees_input for row in rows):
@@ -179,15 +180,15 @@ def test_a_path_that_is_wrong_for_one_kind_serves_the_other(monkeypatch):
             return self._inner.run_alike(rows, head)
 
     monkeypatch.setitem(choose._FAST, "forest", Wrong)
-    assert choose.choose_engine(model).name == "forest"
-    assert choose.choose_engine(model, sees_input=False).name == "plain"
+    assert choose.choose_engine(Base(model)).name == "forest"
+    assert choose.choose_engine(Base(model), sees_input=False).name == "plain"
     first, second = drawn(model, P, 3)
     rows = rows_with(Prompt(first), Prompt(second, sees_input=False))
-    engine = build_engine(model)
+    engine = build_engine(Base(model))
     assert engine.name == "forest"
     assert_equal(engine, model, rows, [first, second])
     with pytest.raises(ConfigError, match="cannot run this model: RuntimeError: not this kind"):
-        build_engine(model, "forest").target_log_probs(rows)
+        build_engine(Base(model), "forest").target_log_probs(rows)
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom", "t5"])
@@ -196,11 +197,13 @@ def test_a_shared_prompt_gets_one_gradient_and_an_unused_one_none(name):
     used, unused = drawn(model, P, 3)
     prompt = Prompt(used)
     Prompt(unused)
-    build_engine(model).target_log_probs(rows_with(prompt, prompt, None)).values.sum().backward()
+    build_engine(Base(model)).target_log_probs(
+        rows_with(prompt, prompt, None)
+    ).values.sum().backward()
     assert unused.grad is None
     apart = drawn(model, P)[0]
     for row in rows_with(Prompt(apart), Prompt(apart)):
-        PlainEngine(model).target_log_probs([row]).values.sum().backward()
+        PlainEngine(Base(model)).target_log_probs([row]).values.sum().backward()
     torch.testing.assert_close(used.grad, apart.grad, **CLOSE)
 
 
@@ -218,11 +221,11 @@ def test_prompts_that_are_views_of_one_parameter(name):
         return [Prompt(value) for value in values]
 
     rows = rows_with(*prompts(), None) + rows_with(*prompts())
-    assert_equal(build_engine(model), model, rows, [shared, scales])
+    assert_equal(build_engine(Base(model)), model, rows, [shared, scales])
 
 
 def test_prefixes_of_one_parameter_under_one_forest():
     model = model_of("llama")
     shared = torch.nn.Parameter(random_prefix(model, 6))
     halves = [Prompt(prefix=shared[:, :, :, :4]), Prompt(prefix=shared[:, :, :, 2:])]
-    assert_equal(ForestEngine(model), model, rows_with(*halves, halves[0], None), [shared])
+    assert_equal(ForestEngine(Base(model)), model, rows_with(*halves, halves[0], None), [shared])

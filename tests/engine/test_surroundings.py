@@ -12,7 +12,7 @@ from oracles.families import ENCODERS, GQA, IDS, H, L, V, build, causal, seq2seq
 from oracles.naive import padded
 from oracles.rows import RowCase, engine_rows
 from softprompt import PromptTuningConfig, get_peft_model
-from softprompt.backbone import facts_of
+from softprompt.backbone import Base, facts_of
 from softprompt.engine import ForestEngine, PlainEngine, build_engine, choose_engine
 from softprompt.errors import ConfigError, DataError
 
@@ -34,14 +34,14 @@ def autocast():
 def test_the_choice_does_not_depend_on_the_callers_mode(mode):
     model = causal("llama", seed=3)
     with mode():
-        assert choose_engine(model).name == "forest"
+        assert choose_engine(Base(model)).name == "forest"
 
 
 def test_the_probe_leaves_every_module_in_its_own_mode():
     model = causal("gpt2", seed=3).train()
     model.transformer.h[0].eval()
     before = [module.training for module in model.modules()]
-    choose_engine(model)
+    choose_engine(Base(model))
     assert [module.training for module in model.modules()] == before
 
 
@@ -63,7 +63,7 @@ def test_parts_keep_their_own_attention_implementation():
     )
     model = tf.Gemma3ForConditionalGeneration(config).eval().requires_grad_(False)
     model.set_attn_implementation({"text_config": "sdpa", "vision_config": "eager"})
-    ForestEngine(model).target_log_probs(engine_rows(ROWS, prompts_for(model, 5, 3)))
+    ForestEngine(Base(model)).target_log_probs(engine_rows(ROWS, prompts_for(model, 5, 3)))
     assert model.config.text_config._attn_implementation == "sdpa"
     assert model.config.vision_config._attn_implementation == "eager"
 
@@ -89,11 +89,11 @@ def test_parts_keep_their_own_attention_implementation():
 def test_models_that_padding_disturbs_run_row_by_row(config):
     model = build(tf.AutoModelForCausalLM, config).requires_grad_(False)
     prompts = prompts_for(model, 5, 3)
-    choice = choose_engine(model)
+    choice = choose_engine(Base(model))
     assert choice.name == "plain" and "row by row" in choice.reason
-    raw = PlainEngine(model, trusted=True)
+    raw = PlainEngine(Base(model), trusted=True)
     alone = torch.cat([raw.target_log_probs(engine_rows([row], prompts)).values for row in ROWS])
-    got = build_engine(model).target_log_probs(engine_rows(ROWS, prompts)).values
+    got = build_engine(Base(model)).target_log_probs(engine_rows(ROWS, prompts)).values
     torch.testing.assert_close(got, alone, **CLOSE)
     assert (raw.target_log_probs(engine_rows(ROWS, prompts)).values - alone).abs().max() > 1e-4
 
@@ -102,7 +102,7 @@ def test_models_that_padding_disturbs_run_row_by_row(config):
 def test_ids_that_are_no_tokens_are_refused(kind):
     """From V on they would mean prompt rows, without a word."""
     model = causal("llama").requires_grad_(False)
-    engine = build_engine(model, kind)
+    engine = build_engine(Base(model), kind)
     for row in (RowCase((5, V + 1), (7, 2)), RowCase((5,), (V, 2))):
         with pytest.raises(DataError, match=r"row 0 holds the id 6[45], but the model has 64"):
             engine.target_log_probs(engine_rows([row], prompts_for(model, 3)))
@@ -111,7 +111,7 @@ def test_ids_that_are_no_tokens_are_refused(kind):
 @pytest.mark.parametrize("kind", ["plain", "expand", "forest"])
 def test_a_resized_table_is_noticed(kind):
     model = causal("llama").requires_grad_(False)
-    engine = build_engine(model, kind)
+    engine = build_engine(Base(model), kind)
     model.resize_token_embeddings(V + 16)
     with pytest.raises(ConfigError, match="had 64 rows when the engine was built, now it has 80"):
         engine.target_log_probs(engine_rows(ROWS, prompts_for(model, 5, 3)))
@@ -129,7 +129,7 @@ def test_a_resized_table_is_noticed(kind):
 )
 def test_prompts_without_rows_are_no_prompts(name, kind):
     model = (seq2seq if name == "t5" else causal)(name).requires_grad_(False)
-    engine, empty = build_engine(model, kind), torch.zeros(0, H)
+    engine, empty = build_engine(Base(model), kind), torch.zeros(0, H)
     rows = [RowCase(row.source, row.target, 0) for row in ROWS]
     bare = [RowCase(row.source, row.target, -1) for row in ROWS]
     torch.testing.assert_close(
@@ -144,8 +144,8 @@ def test_prompts_without_rows_are_no_prompts(name, kind):
 def test_layers_that_are_left_out_in_training():
     """The first layer takes the padding out; without it the packed pass would be wrong."""
     model = seq2seq("bart", encoder_layerdrop=0.5, decoder_layerdrop=0.5).requires_grad_(False)
-    prompts, engine = prompts_for(model, 5, 3), build_engine(model, "forest")
-    plain = PlainEngine(model, trusted=True)
+    prompts, engine = prompts_for(model, 5, 3), build_engine(Base(model), "forest")
+    plain = PlainEngine(Base(model), trusted=True)
     model.train()
     for seed in range(6):
         values = []
@@ -161,7 +161,7 @@ def test_checkpointing_without_a_trained_prompt():
     model.gradient_checkpointing_enable({"use_reentrant": False})
     before = model.config._attn_implementation
     prompts = [prompt.detach() for prompt in prompts_for(model, 5, 3)]
-    ForestEngine(model).target_log_probs(engine_rows(ROWS, prompts)).values.sum().backward()
+    ForestEngine(Base(model)).target_log_probs(engine_rows(ROWS, prompts)).values.sum().backward()
     assert model.config._attn_implementation == before
 
 
@@ -185,12 +185,12 @@ def test_attention_scaled_by_the_column_is_declined():
         attn_temperature_tuning=True,
     )
     model = build(tf.AutoModelForCausalLM, config).requires_grad_(False)
-    assert "scales attention by column" in choose_engine(model).reason
+    assert "scales attention by column" in choose_engine(Base(model)).reason
 
 
 def test_an_exception_inside_the_model_leaves_nothing_behind():
     for model in (causal("llama"), seq2seq("t5"), seq2seq("bart")):
-        engine, before = build_engine(model, "forest"), model.config._attn_implementation
+        engine, before = build_engine(Base(model), "forest"), model.config._attn_implementation
         linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)][-2]
 
         def fail(*_):
@@ -207,7 +207,7 @@ def test_an_exception_inside_the_model_leaves_nothing_behind():
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 def test_two_checkpointed_passes_in_one_backward():
     model = causal("llama").requires_grad_(False)
-    engine, prompts = ForestEngine(model), prompts_for(model, 5, 3)
+    engine, prompts = ForestEngine(Base(model)), prompts_for(model, 5, 3)
 
     def gradients():
         loss = engine.target_log_probs(engine_rows(ROWS, prompts)).values.sum()
@@ -224,7 +224,7 @@ def test_two_checkpointed_passes_in_one_backward():
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_model():
     model = causal("llama").requires_grad_(False)
-    engine, prompts = build_engine(model, "forest"), prompts_for(model, 5, 3)
+    engine, prompts = build_engine(Base(model), "forest"), prompts_for(model, 5, 3)
     expected = engine.target_log_probs(engine_rows(ROWS, prompts)).values
     theirs = torch.autograd.grad(expected.sum(), prompts)
     torch._dynamo.reset()

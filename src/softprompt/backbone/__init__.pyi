@@ -19,8 +19,6 @@ from .keyvalues import key_value_shape as key_value_shape
 from .keyvalues import text_key_values as text_key_values
 from .load import load_base as load_base
 from .load import progress_on_terminals_only as progress_on_terminals_only
-from .old_names import lent_bodies as lent_bodies
-from .old_names import virtual_rows as virtual_rows
 from .products import FrozenLinear as FrozenLinear
 from .products import frozen_linears as frozen_linears
 from .products import swapped_forwards as swapped_forwards

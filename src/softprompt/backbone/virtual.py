@@ -69,9 +69,6 @@ class VirtualVocabulary:
         finally:
             self.virtual_tokens, self._index = previous, None
 
-    lend = inject
-    """The former name, for code that is being moved."""
-
     def _is_injected(self) -> bool:
         """Tell whether this thread has virtual tokens; the base in other threads has none."""
         if self.virtual_tokens is None or torch.compiler.is_compiling():

@@ -29,12 +29,11 @@ from .layout import is_packed as is_packed
 from .layout import packed_mask as packed_mask
 from .plain import PlainEngine as PlainEngine
 from .plain import pad_rows as pad_rows
-from .predictions import PredictingEngine as PredictingEngine
+from .predictions import Engine as Engine
 from .prefixes.paths import prefix_path as prefix_path
 from .prefixes.paths import prefixed as prefixed
 from .prefixes.values import Prefixes as Prefixes
 from .prompt_table import PromptTable as PromptTable
-from .rows import Engine as Engine
 from .rows import EngineRow as EngineRow
 from .rows import TargetLogProbs as TargetLogProbs
 from .rows import TargetOutputs as TargetOutputs

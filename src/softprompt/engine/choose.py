@@ -5,29 +5,26 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
-from weakref import WeakKeyDictionary
+from typing import cast, final
 
-from transformers import PreTrainedModel
-
-from softprompt.backbone import facts_of, is_encoder_decoder
+from softprompt.backbone import Base
 from softprompt.engine.expand import ExpandEngine
 from softprompt.engine.forest.causal import ForestEngine
 from softprompt.engine.forest.seq2seq import PackedSeq2SeqEngine
 from softprompt.engine.plain import PlainEngine
-from softprompt.engine.predictions import HeadInput, PredictingEngine, Predictions, see_input
-from softprompt.engine.rows import Engine, EngineRow
+from softprompt.engine.predictions import Engine, HeadInput, Predictions, see_input
+from softprompt.engine.rows import EngineRow
 from softprompt.engine.selfcheck import difference
 from softprompt.errors import ConfigError, SoftPromptError, nearest
 
 logger = logging.getLogger(__name__)
 
 
-def _forest(model: PreTrainedModel) -> PredictingEngine:
-    return PackedSeq2SeqEngine(model) if is_encoder_decoder(model) else ForestEngine(model)
+def _forest(base: Base) -> Engine:
+    return PackedSeq2SeqEngine(base) if base.is_encoder_decoder else ForestEngine(base)
 
 
-_FAST: Mapping[str, Callable[[PreTrainedModel], PredictingEngine]] = {
+_FAST: Mapping[str, Callable[[Base], Engine]] = {
     "forest": _forest,
     "expand": ExpandEngine,
 }
@@ -47,11 +44,8 @@ class EngineChoice:
     reason: str
 
 
-_choices: WeakKeyDictionary[PreTrainedModel, dict[bool, EngineChoice]] = WeakKeyDictionary()
-
-
 @final
-class Seq2SeqEngine(PredictingEngine):
+class Seq2SeqEngine(Engine):
     """Runs each kind of prompt of a seq2seq model on a path of its own.
 
     Prompts that see the input and prompts that do not are different passes, and a path may be exact
@@ -61,32 +55,31 @@ class Seq2SeqEngine(PredictingEngine):
         name: The path of rows whose prompts see the input.
     """
 
-    def __init__(self, model: PreTrainedModel, kind: str) -> None:
+    def __init__(self, base: Base, kind: str) -> None:
         """Choose the path of prompts that see the input.
 
         Raises:
             ConfigError: If a forced engine does not run this model exactly.
         """
-        self._model = model
-        self._facts = facts_of(model)
+        super().__init__(base)
         self._kind = kind
-        self._paths = {True: _path(model, kind, sees_input=True)}
+        self._paths = {True: _path(base, kind, sees_input=True)}
         self.name = self._paths[True].name
 
     def run_alike(self, rows: Sequence[EngineRow], head: HeadInput | None = None) -> Predictions:
-        """Run checked rows; see ``PredictingEngine``.
+        """Run checked rows; see ``Engine``.
 
         Raises:
             ConfigError: If a forced engine does not run prompts of this kind exactly.
         """
         sees_input = see_input(rows)
         if sees_input not in self._paths:
-            self._paths[sees_input] = _path(self._model, self._kind, sees_input=sees_input)
+            self._paths[sees_input] = _path(self._base, self._kind, sees_input=sees_input)
         return self._paths[sees_input].run_alike(rows, head)
 
 
-def build_engine(model: PreTrainedModel, kind: str = "auto") -> Engine:
-    """Return the engine ``kind`` names for a model, ``auto`` for the fastest exact one.
+def build_engine(base: Base, kind: str = "auto") -> Engine:
+    """Return the engine ``kind`` names for a base, ``auto`` for the fastest exact one.
 
     Raises:
         ConfigError: If there is no such engine, or a forced one does not run this model exactly.
@@ -95,60 +88,62 @@ def build_engine(model: PreTrainedModel, kind: str = "auto") -> Engine:
         raise ConfigError(
             f"engine must be one of {', '.join(ENGINES)}, got {kind!r}{nearest(kind, ENGINES)}"
         )
-    if is_encoder_decoder(model):
-        return Seq2SeqEngine(model, kind)
-    return _path(model, kind, sees_input=True)
+    if base.is_encoder_decoder:
+        return Seq2SeqEngine(base, kind)
+    return _path(base, kind, sees_input=True)
 
 
-def _path(model: PreTrainedModel, kind: str, *, sees_input: bool) -> PredictingEngine:
+def _path(base: Base, kind: str, *, sees_input: bool) -> Engine:
     """Return the engine for one kind of prompt.
 
     Raises:
         ConfigError: If a forced engine does not run this model exactly.
     """
     if kind == "auto":
-        kind = choose_engine(model, sees_input=sees_input).name
+        kind = choose_engine(base, sees_input=sees_input).name
     elif kind in _FAST:
-        problem = _problem(kind, model, sees_input)
+        problem = _problem(kind, base, sees_input)
         if problem is not None:
             raise ConfigError(
                 f"engine {kind!r} cannot run this model: {problem}; use engine='auto'"
             )
-    return _FAST[kind](model) if kind in _FAST else PlainEngine(model)
+    return _FAST[kind](base) if kind in _FAST else PlainEngine(base)
 
 
-def choose_engine(model: PreTrainedModel, *, sees_input: bool = True) -> EngineChoice:
+def choose_engine(base: Base, *, sees_input: bool = True) -> EngineChoice:
     """Return the fastest path that gives this model's plain results; remembered per model.
 
     Args:
-        model: The base model.
+        base: The base.
         sees_input: Whether an encoder's prompts attend to the input.
     """
-    known = _choices.setdefault(model, {})
-    if sees_input not in known:
+    found, key = base.found, f"engine {sees_input}"
+    if key not in found:
         reasons = []
         chosen = "plain"
         for name in _FAST:
-            problem = _problem(name, model, sees_input)
+            problem = _problem(name, base, sees_input)
             if problem is None:
                 chosen = name
                 break
             reasons.append(f"{name}: {problem}")
         if chosen == "plain":
-            alone = PlainEngine(model).why_alone(sees_input)
+            alone = PlainEngine(base).why_alone(sees_input)
             if alone:
                 reasons.append(f"plain, row by row: padded, {alone}")
-        known[sees_input] = EngineChoice(chosen, "; ".join(reasons))
+        found[key] = EngineChoice(chosen, "; ".join(reasons))
         if reasons:
-            logger.info("engine %s for %s (%s)", chosen, type(model).__name__, "; ".join(reasons))
-    return known[sees_input]
+            logger.info(
+                "engine %s for %s (%s)", chosen, base.facts.architecture, "; ".join(reasons)
+            )
+    return cast(EngineChoice, found[key])
 
 
-def _problem(name: str, model: PreTrainedModel, sees_input: bool) -> str | None:
+def _problem(name: str, base: Base, sees_input: bool) -> str | None:
     """Return why a fast path cannot run a model, None when it passes the probe."""
     try:
-        plain = PlainEngine(model)
-        return difference(_FAST[name](model), plain, model, sees_input=sees_input)
+        plain = PlainEngine(base)
+        return difference(_FAST[name](base), plain, base, sees_input=sees_input)
     except Exception as cause:  # whatever a model's own code raises on our inputs
         first = (str(cause).strip().splitlines() or [""])[0]
         return first if isinstance(cause, SoftPromptError) else f"{type(cause).__name__}: {first}"

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedModel
-
-from softprompt.backbone import Facts, decoder_embedding, input_embedding, output_limit
+from softprompt.backbone import Base, Facts, decoder_embedding, output_limit
 from softprompt.engine.rows import EngineRow
 from softprompt.errors import ConfigError, ContextOverflowError, DataError
 
@@ -45,21 +43,16 @@ def depends_on_neighbours(rows: Sequence[EngineRow], facts: Facts) -> bool:
     return max(lengths) > facts.rope_changes_at
 
 
-def check_rows(model: PreTrainedModel, facts: Facts, rows: Sequence[EngineRow]) -> None:
+def check_rows(base: Base, rows: Sequence[EngineRow]) -> None:
     """Refuse a batch that cannot be run.
 
-    Args:
-        model: The model.
-        facts: Facts of the model when the engine was built.
-        rows: The rows.
-
     Raises:
-        ConfigError: If the embedding table was resized, or the model cannot have a prompt there.
+        ConfigError: If the model cannot have a prompt where a row has it.
         DataError: If nothing stands before a row's answer, an id is no token of the model, or a
             prompt should stand behind more tokens than there are.
         ContextOverflowError: If a row does not fit behind its prompt.
     """
-    _check_table(model, facts)
+    model, facts = base.model, base.facts
     for index, row in enumerate(rows):
         _check_placement(index, row, facts)
         if not row.source and not row.input_tokens:
@@ -80,9 +73,17 @@ def check_rows(model: PreTrainedModel, facts: Facts, rows: Sequence[EngineRow]) 
         _check_ids(index, row.target, int(decoder_embedding(model).weight.shape[0]))
 
 
-def _check_table(model: PreTrainedModel, facts: Facts) -> None:
-    """Refuse a model whose embedding table was resized: virtual ids would silently mean tokens."""
-    size = int(input_embedding(model).weight.shape[0])
+def check_table(base: Base, facts: Facts) -> None:
+    """Refuse a model whose embedding table was resized: virtual ids would silently mean tokens.
+
+    Args:
+        base: The base.
+        facts: Its facts when the engine was built.
+
+    Raises:
+        ConfigError: If it was.
+    """
+    size = int(base.embedding.weight.shape[0])
     if size != facts.vocabulary:
         raise ConfigError(
             f"the embedding table had {facts.vocabulary:,} rows when the engine was built, now it has "

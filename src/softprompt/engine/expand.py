@@ -12,14 +12,14 @@ from typing import Any, cast, final
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from softprompt.backbone import facts_of, recomputes_layers
+from softprompt.backbone import Base, recomputes_layers
 from softprompt.engine.context import depends_on_neighbours
 from softprompt.engine.forest.attention import ForestUnsupportedError
 from softprompt.engine.plain import PlainEngine, pad_rows
-from softprompt.engine.predictions import IGNORED, HeadInput, PredictingEngine, Predictions
+from softprompt.engine.predictions import IGNORED, Engine, HeadInput, Predictions
 from softprompt.engine.prefixes.values import Prefixes
 from softprompt.engine.prompt_table import PromptTable, injected
 from softprompt.engine.rows import EngineRow
@@ -27,32 +27,33 @@ from softprompt.prompts import Prompt
 
 
 @final
-class ExpandEngine(PredictingEngine):
+class ExpandEngine(Engine):
     """Scores targets behind a prompt that is run once."""
 
     name = "expand"
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Prepare for a model.
+    def __init__(self, base: Base) -> None:
+        """Prepare for a base.
 
         Raises:
             ForestUnsupportedError: If the model has no cache of keys and values to expand.
         """
-        self._model = model
-        self._facts = facts_of(model)
-        self._plain = PlainEngine(model)
-        parameters = inspect.signature(model.forward).parameters
+        super().__init__(base)
+        self._plain = PlainEngine(base)
+        parameters = inspect.signature(base.model.forward).parameters
         self._keeps_logits = "logits_to_keep" in parameters
         if self._facts.is_encoder_decoder or "past_key_values" not in parameters:
-            raise ForestUnsupportedError(f"{type(model).__name__} has no decoder cache to expand")
+            raise ForestUnsupportedError(
+                f"{self._facts.architecture} has no decoder cache to expand"
+            )
 
     def run_alike(self, rows: Sequence[EngineRow], head: HeadInput | None = None) -> Predictions:
-        """Run checked rows; see ``PredictingEngine``."""
+        """Run checked rows; see ``Engine``."""
         used = [p for p in dict.fromkeys(row.prompt for row in rows) if p is not None and p.tokens]
         given = [prompt.prefix is not None for prompt in used]
         if (
             not used
-            or recomputes_layers(self._model)
+            or recomputes_layers(self._base.model)
             or depends_on_neighbours(rows, self._facts)
             or any(row.at and row.input_tokens for row in rows)
             or any(given) != all(given)
@@ -64,7 +65,7 @@ class ExpandEngine(PredictingEngine):
         if all(given):
             return self._text_pass(rows, used, *self._given(used), head)
         table = PromptTable.of(used)
-        with injected(self._model, table):
+        with injected(self._base, table):
             cache, mask = self._prompt_pass(table)
             return self._text_pass(rows, used, cache, mask, head)
 
@@ -74,18 +75,20 @@ class ExpandEngine(PredictingEngine):
         assert prefixes is not None, "none of the prompts is keys and values"
         prefixes = prefixes.shifted()
         cache = DynamicCache()
-        prefixes.fill(cache, torch.empty(0, dtype=self._model.dtype, device=self._model.device))
-        return cache, prefixes.columns().long().to(self._model.device)
+        prefixes.fill(
+            cache, torch.empty(0, dtype=self._base.model.dtype, device=self._base.model.device)
+        )
+        return cache, prefixes.columns().long().to(self._base.model.device)
 
     def _prompt_pass(self, prompts: PromptTable) -> tuple[Cache, Tensor]:
         """Return the keys and values of the prompts, ``[K, A_kv, P, D]`` a layer, and their mask ``[K, P]``."""
         # Virtual token at each column [K, P], negative where padded.
         token = torch.arange(prompts.width) - (prompts.width - prompts.lengths).unsqueeze(1)
         virtual = token + prompts.starts.unsqueeze(1) + self._facts.vocabulary
-        ids = torch.where(token >= 0, virtual, self._facts.pad_id).to(self._model.device)
-        mask = (token >= 0).long().to(self._model.device)
+        ids = torch.where(token >= 0, virtual, self._facts.pad_id).to(self._base.model.device)
+        mask = (token >= 0).long().to(self._base.model.device)
         cache = DynamicCache()
-        output = self._model(
+        output = self._base.model(
             input_ids=ids,
             past_key_values=cache,
             use_cache=True,
@@ -96,7 +99,7 @@ class ExpandEngine(PredictingEngine):
             type(layer) is not DynamicLayer for layer in cache.layers
         ):
             raise ForestUnsupportedError(
-                f"{type(self._model).__name__} keeps more than keys and values, which cannot be expanded"
+                f"{self._facts.architecture} keeps more than keys and values, which cannot be expanded"
             )
         return cache, mask
 
@@ -111,7 +114,7 @@ class ExpandEngine(PredictingEngine):
         ids, text_mask = pad_rows(
             [row.source + row.target for row in rows], left=False, pad_id=self._facts.pad_id
         )
-        device = self._model.device
+        device = self._base.model.device
         ids, text_mask = ids.to(device), text_mask.to(device)
         number: dict[Prompt | None, int] = {prompt: i for i, prompt in enumerate(used)}
         owner = torch.tensor([number.get(row.prompt, 0) for row in rows], device=device)
@@ -123,7 +126,7 @@ class ExpandEngine(PredictingEngine):
             labels[i, where] = torch.tensor(row.target)
         columns = (labels != IGNORED).any(0).nonzero()[:, 0]
         extra: dict[str, Any] = {"logits_to_keep": columns} if self._keeps_logits else {}
-        logits = self._model(
+        logits = self._base.model(
             input_ids=ids,
             past_key_values=_expanded(cache, owner),
             use_cache=True,

@@ -12,19 +12,17 @@ import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast, final
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from softprompt.backbone import Facts, decoder_embedding, facts_of
+from softprompt.backbone import Base, decoder_embedding
 from softprompt.engine.context import depends_on_neighbours
 from softprompt.engine.layout import Layout
 from softprompt.engine.predictions import (
     IGNORED,
+    Engine,
     HeadInput,
-    PredictingEngine,
     Predictions,
     see_input,
 )
@@ -35,30 +33,27 @@ from softprompt.engine.rows import EngineRow
 from softprompt.engine.selfcheck import difference
 from softprompt.errors import ConfigError
 
-_alone: WeakKeyDictionary[PreTrainedModel, dict[bool, str]] = WeakKeyDictionary()
-
 
 @final
-class PlainEngine(PredictingEngine):
+class PlainEngine(Engine):
     """Scores targets with one padded forward pass a batch."""
 
     name = "plain"
 
-    def __init__(self, model: PreTrainedModel, *, trusted: bool = False) -> None:
-        """Prepare for a model; ``trusted`` skips the probe for models that padding disturbs."""
+    def __init__(self, base: Base, *, trusted: bool = False) -> None:
+        """Prepare for a base; ``trusted`` skips the probe for models that padding disturbs."""
+        super().__init__(base)
         self._trusted = trusted
-        self._model = model
-        self._facts: Facts = facts_of(model)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._keeps_logits = "logits_to_keep" in inspect.signature(base.model.forward).parameters
 
     def run_alike(self, rows: Sequence[EngineRow], head: HeadInput | None = None) -> Predictions:
-        """Run checked rows; see ``PredictingEngine``."""
+        """Run checked rows; see ``Engine``."""
         prefixes = Prefixes.of([row.prompt for row in rows])
         if len(rows) > 1 and (
             depends_on_neighbours(rows, self._facts)
             or self.why_alone(see_input(rows))
             # Padding before a row would count between its prefix and its text.
-            or (prefixes is not None and prefix_path(self._model, self._facts).counts_columns)
+            or (prefixes is not None and prefix_path(self._base).counts_columns)
         ):
             alone = [self.run_alike([row], head) for row in rows]
             return Predictions.joined(alone, [[i] for i in range(len(rows))])
@@ -73,15 +68,15 @@ class PlainEngine(PredictingEngine):
         """
         if self._trusted:
             return ""
-        known = _alone.setdefault(self._model, {})
-        if sees_input not in known:
-            batched = PlainEngine(self._model, trusted=True)
+        found, name = self._base.found, f"alone {sees_input}"
+        if name not in found:
+            batched = PlainEngine(self._base, trusted=True)
             try:
-                problem = difference(batched, batched, self._model, sees_input=sees_input)
+                problem = difference(batched, batched, self._base, sees_input=sees_input)
             except Exception:
                 problem = None
-            known[sees_input] = problem or ""
-        return known[sees_input]
+            found[name] = problem or ""
+        return cast(str, found[name])
 
     def _causal(
         self, rows: Sequence[EngineRow], prefixes: Prefixes | None, head: HeadInput | None
@@ -100,8 +95,8 @@ class PlainEngine(PredictingEngine):
         if self._keeps_logits:
             inputs["logits_to_keep"] = longest + 1
         ends = slice(-(longest + 1), -1)
-        with self._behind(prefixes), injected(self._model, prompts):
-            logits = self._model(**inputs).logits[:, ends]  # [B, longest, V]
+        with self._behind(prefixes), injected(self._base, prompts):
+            logits = self._base.model(**inputs).logits[:, ends]  # [B, longest, V]
         hidden = head.states[:, ends] if head is not None and head.states is not None else None
         return Predictions.of_columns(logits, hidden, self._labels(rows, longest, left=True))
 
@@ -111,9 +106,9 @@ class PlainEngine(PredictingEngine):
         ids, mask = self._padded([row.source for row in rows], left=False)
         prompts = PromptTable.of([row.prompt for row in rows], at=[row.at for row in rows])
         layout = Layout.of(mask, prompts, compact=True)
-        seen = layout.mask if prompts.sees_input else layout.isolated(self._model.dtype)
-        with injected(self._model, prompts):
-            states = self._model.get_encoder()(
+        seen = layout.mask if prompts.sees_input else layout.isolated(self._base.model.dtype)
+        with injected(self._base, prompts):
+            states = self._base.model.get_encoder()(
                 input_ids=layout.ids(ids, self._facts.vocabulary, self._facts.pad_id),
                 attention_mask=seen,
             )
@@ -123,19 +118,19 @@ class PlainEngine(PredictingEngine):
         if before.width:
             # Padding is behind: a decoder looks back, so it needs no mask.
             layout = Layout.of((labels != IGNORED).long(), before, compact=True)
-            first = int(decoder_embedding(self._model).weight.shape[0])
+            first = int(decoder_embedding(self._base.model).weight.shape[0])
             inputs["decoder_input_ids"] = layout.ids(
                 self._shifted(labels), first, self._facts.pad_id
             )
             labels = layout.spread(labels, IGNORED)
         else:
             inputs["labels"] = labels
-        with self._behind(prefixes), injected(self._model, before, decoder=True):
-            logits = self._model(**inputs).logits
+        with self._behind(prefixes), injected(self._base, before, decoder=True):
+            logits = self._base.model(**inputs).logits
         return Predictions.of_columns(logits, head.states if head else None, labels)
 
     def _behind(self, prefixes: Prefixes | None) -> AbstractContextManager[None]:
-        return nullcontext() if prefixes is None else prefixed(self._model, self._facts, prefixes)
+        return nullcontext() if prefixes is None else prefixed(self._base, prefixes)
 
     def _shifted(self, labels: Tensor) -> Tensor:
         """Return the decoder's own ids for labels ``[B, T]``.
@@ -143,7 +138,7 @@ class PlainEngine(PredictingEngine):
         Raises:
             ConfigError: If the model does not say how it makes them.
         """
-        shift = getattr(self._model, "prepare_decoder_input_ids_from_labels", None)
+        shift = getattr(self._base.model, "prepare_decoder_input_ids_from_labels", None)
         if shift is None:
             raise ConfigError(
                 f"{self._facts.architecture} does not say how its decoder starts, so no prompt can "
@@ -153,7 +148,7 @@ class PlainEngine(PredictingEngine):
 
     def _padded(self, sequences: Sequence[tuple[int, ...]], *, left: bool) -> tuple[Tensor, Tensor]:
         ids, mask = pad_rows(sequences, left=left, pad_id=self._facts.pad_id)
-        return ids.to(self._model.device), mask.to(self._model.device)
+        return ids.to(self._base.model.device), mask.to(self._base.model.device)
 
     def _labels(self, rows: Sequence[EngineRow], width: int, *, left: bool) -> Tensor:
         """Return target ids ``[B, width]``, -100 where a row has none."""
@@ -161,7 +156,7 @@ class PlainEngine(PredictingEngine):
         for i, row in enumerate(rows):
             where = slice(width - len(row.target), width) if left else slice(0, len(row.target))
             labels[i, where] = torch.tensor(row.target, dtype=torch.long)
-        return labels.to(self._model.device)
+        return labels.to(self._base.model.device)
 
 
 def pad_rows(

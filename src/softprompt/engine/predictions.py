@@ -11,10 +11,9 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
-from softprompt.backbone import Facts
-from softprompt.engine.context import check_rows
+from softprompt.backbone import Base, Facts
+from softprompt.engine.context import check_rows, check_table
 from softprompt.engine.forest.plan import Targets
 from softprompt.engine.rows import EngineRow, TargetLogProbs, TargetOutputs
 from softprompt.errors import BackboneError
@@ -123,12 +122,19 @@ class Predictions:
         return TargetOutputs(logits, hidden, self.labels, self.row_index)
 
 
-class PredictingEngine(ABC):
-    """An engine whose answers all come from one kind of pass."""
+class Engine(ABC):
+    """Teacher-forced passes over a frozen model, differentiable in the rows' prompts.
+
+    Attributes:
+        name: How the rows are run: one of ``ENGINES`` but ``auto``.
+    """
 
     name: str
-    _model: PreTrainedModel
-    _facts: Facts
+
+    def __init__(self, base: Base) -> None:
+        """Prepare for a base."""
+        self._base = base
+        self._facts: Facts = base.facts
 
     @abstractmethod
     def run_alike(self, rows: Sequence[EngineRow], head: HeadInput | None = None) -> Predictions:
@@ -149,7 +155,8 @@ class PredictingEngine(ABC):
             DataError: If nothing stands before a row's answer.
             ContextOverflowError: If a row does not fit behind its prompt.
         """
-        check_rows(self._model, self._facts, rows)
+        check_table(self._base, self._facts)
+        check_rows(self._base, rows)
         parts = _alike(rows)
         if len(parts) == 1:
             return self.run_alike(rows, head)
@@ -158,17 +165,17 @@ class PredictingEngine(ABC):
 
     @final
     def target_log_probs(self, rows: Sequence[EngineRow]) -> TargetLogProbs:
-        """Score the targets of rows; see ``Engine``, and ``predict`` for what it raises."""
+        """Return the log-probability of every target token; see ``predict`` for what it raises."""
         return self.predict(rows).log_probs()
 
     @final
     def target_outputs(self, rows: Sequence[EngineRow]) -> TargetOutputs:
-        """Return what predicts the targets of rows; see ``Engine``, and ``predict`` for what it raises.
+        """Return logits and last hidden states for the same tokens, in the same order; see ``predict``.
 
         Raises:
             BackboneError: If the model has no LM head that is a module.
         """
-        with _head_input(self._model) as head:
+        with _head_input(self._base) as head:
             return self.predict(rows, head).outputs()
 
 
@@ -191,11 +198,11 @@ def _alike(rows: Sequence[EngineRow]) -> list[list[int]]:
 
 
 @contextmanager
-def _head_input(model: PreTrainedModel) -> Iterator[HeadInput]:
-    module = cast(Any, model).get_output_embeddings()
+def _head_input(base: Base) -> Iterator[HeadInput]:
+    module = cast(Any, base.model).get_output_embeddings()
     if module is None:
         raise BackboneError(
-            f"{type(model).__name__} has no output embeddings; load it as a language model"
+            f"{base.facts.architecture} has no output embeddings; load it as a language model"
         )
     head = HeadInput()
     handle = module.register_forward_pre_hook(head.hook, with_kwargs=True)

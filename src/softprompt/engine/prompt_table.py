@@ -9,9 +9,8 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from softprompt.backbone import locked, virtual_rows
+from softprompt.backbone import Base
 from softprompt.errors import ConfigError
 from softprompt.prompts import Prompt
 
@@ -89,6 +88,11 @@ class PromptTable:
         """Virtual tokens of the longest prompt in the batch (P)."""
         return int(self.lengths.max()) if self.lengths.numel() else 0
 
+    @property
+    def injected(self) -> Tensor | None:
+        """The virtual tokens to inject for a pass, ``[N, H]``; None where there are none."""
+        return self.table if self.width else None
+
     def repeated(self, rows: int) -> PromptTable:
         """Return the same prompts for a batch whose rows were each repeated (beams, samples)."""
         times = rows // self.lengths.shape[0]
@@ -106,15 +110,15 @@ class PromptTable:
 
 
 def injected(
-    model: PreTrainedModel, prompts: PromptTable, *, decoder: bool = False
+    base: Base, prompts: PromptTable, *, decoder: bool = False
 ) -> AbstractContextManager[Any]:
     """Inject virtual tokens into the model's embedding inside the context, which holds its lock.
 
     Args:
-        model: The model.
+        base: The base.
         prompts: The virtual tokens; without any the model is left alone.
         decoder: Whether they stand among the ids of a seq2seq model's decoder instead of its input.
     """
     if not prompts.width:
-        return locked(model)
-    return virtual_rows(model, prompts.table, decoder=decoder)
+        return base.lock
+    return base.running(virtual_tokens=prompts.table, decoder=decoder)

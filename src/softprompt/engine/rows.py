@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
@@ -77,17 +75,3 @@ class TargetOutputs:
     hidden: Tensor
     labels: Tensor
     row_index: Tensor
-
-
-class Engine(Protocol):
-    """Teacher-forced passes over a frozen model, differentiable in the rows' prompts."""
-
-    name: str
-
-    def target_log_probs(self, rows: Sequence[EngineRow]) -> TargetLogProbs:
-        """Score the targets of rows behind their prompts."""
-        ...
-
-    def target_outputs(self, rows: Sequence[EngineRow]) -> TargetOutputs:
-        """Return logits and last hidden states for the same tokens, in the same order."""
-        ...

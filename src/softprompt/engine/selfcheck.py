@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from softprompt.backbone import facts_of, locked, torch_products
-from softprompt.engine.rows import Engine, EngineRow
+from softprompt.backbone import Base, torch_products
+from softprompt.engine.predictions import Engine
+from softprompt.engine.rows import EngineRow
 from softprompt.prompts import Prompt
 
 _LENGTHS = ((5, 2), (1, 1), (3, 3), (4, 1), (7, 2))
@@ -48,12 +48,13 @@ _TOLERANCE = {
 
 
 @contextmanager
-def probing(model: PreTrainedModel) -> Iterator[None]:
+def probing(base: Base) -> Iterator[None]:
     """Run the model as it is, whatever the caller is in: no dropout, autocast or inference mode.
 
     Every module is in its own mode again afterwards.
     """
-    with locked(model):
+    model = base.model
+    with base.lock:
         training = [module for module in model.modules() if module.training]
         gradients = torch.is_grad_enabled()
         model.train(False)
@@ -72,7 +73,7 @@ def probing(model: PreTrainedModel) -> Iterator[None]:
 def difference(
     candidate: Engine,
     reference: Engine,
-    model: PreTrainedModel,
+    base: Base,
     prefixes: Sequence[Tensor] | None = None,
     *,
     sees_input: bool = True,
@@ -82,29 +83,30 @@ def difference(
     Args:
         candidate: The engine to try.
         reference: The engine to trust.
-        model: Their model.
+        base: Their base.
         prefixes: Keys and values of the two prompts to probe with; None for random virtual tokens.
         sees_input: Whether an encoder's prompts attend to the input.
 
     Returns:
         How they differ, None when they do not.
     """
-    facts = facts_of(model)
-    allowed, allowed_gradient = _TOLERANCE.get(model.dtype, _TOLERANCE[torch.float32])
+    facts = base.facts
+    allowed, allowed_gradient = _TOLERANCE.get(base.dtype, _TOLERANCE[torch.float32])
     generator = torch.Generator().manual_seed(0)
     rows = _rows(min(facts.vocabulary, 1000), generator)
     values = prefixes or [
         (torch.randn(length, facts.token_dim, generator=generator) * facts.embedding_rms).to(
-            model.device
+            base.device
         )
         for length in PROBED_LENGTHS
     ]
     kind = _Kind(
         prefix=prefixes is not None,
-        both_sides=prefixes is None and hasattr(model, "prepare_decoder_input_ids_from_labels"),
+        both_sides=prefixes is None
+        and hasattr(base.model, "prepare_decoder_input_ids_from_labels"),
         sees_input=sees_input,
     )
-    with probing(model):
+    with probing(base):
         with torch_products():
             expected, expected_gradients = _run(reference, rows, values, kind, alone=True)
         got, gradients = _run(candidate, rows, values, kind, alone=False)

@@ -13,21 +13,11 @@ from typing import Literal, final
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from softprompt.backbone import (
-    facts_of,
-    frozen_linears,
-    implementations_of,
-    key_value_shape,
-    lent_bodies,
-    locked,
-    switch,
-    virtual_rows,
-)
+from softprompt.backbone import Base, frozen_linears
 from softprompt.engine.decode.attention import NAME, active, decode_plan
 from softprompt.engine.decode.store import KeyValueStore, Lane
-from softprompt.engine.forest.attention import ForestUnsupportedError, implement
+from softprompt.engine.forest.attention import ForestUnsupportedError
 from softprompt.engine.forest.causal import require_packable
 
 Wanted = Literal["none", "last", "all"]
@@ -59,7 +49,7 @@ class DecodeForest:
         vocabulary: Where the ids of virtual tokens begin (V).
 
     Args:
-        model: The model.
+        base: The base.
         max_tokens: What the lanes hold together.
         ordered_weights: Keep a copy of the weights for faster products (``FrozenLinear``).
 
@@ -67,29 +57,21 @@ class DecodeForest:
         BackboneError: If the model cannot be run so.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, max_tokens: int, *, ordered_weights: bool = True
-    ) -> None:
-        self._model = model
-        facts = facts_of(model)
-        require_packable(model, facts)
+    def __init__(self, base: Base, max_tokens: int, *, ordered_weights: bool = True) -> None:
+        self._base = base
+        facts = base.facts
+        require_packable(base)
         limit = facts.rope_changes_at
         if limit is not None and limit < (facts.context_length or limit + 1):
             raise ForestUnsupportedError(
-                f"{type(model).__name__} changes its positions when a row gets long"
+                f"{facts.architecture} changes its positions when a row gets long"
             )
         self.vocabulary = facts.vocabulary
-        like = torch.empty(0, dtype=model.dtype, device=model.device)
-        self.store = KeyValueStore(key_value_shape(model), like, max_tokens)
-        with locked(model):
-            before = implementations_of(model)
-            try:
-                implement(model, NAME)
-            finally:
-                switch(before)
-        self._implementations = [(config, NAME) for config, _ in before]
-        self._device = model.device
-        self._bodies = frozen_linears(model, keep=ordered_weights)
+        like = torch.empty(0, dtype=base.dtype, device=base.device)
+        self.store = KeyValueStore(base.key_value_shape, like, max_tokens)
+        base.require_attention(NAME)
+        self._device = base.device
+        self._bodies = frozen_linears(base.model, keep=ordered_weights)
 
     def step(self, news: Sequence[NewTokens]) -> list[Tensor]:
         """Run the new tokens of rows, and return each row's wanted logits, float32 ``[k, V]``.
@@ -100,22 +82,22 @@ class DecodeForest:
             self.store, [(new.lane, len(new.ids)) for new in news], self._device
         )
         ids, positions, wanted, counts = self._stream([news[i] for i in order])
-        tables = [news[i].prompt for i in order if self._is_virtual(news[i])]
-        with locked(self._model), torch.no_grad(), lent_bodies(self._bodies):
-            before = [(config, config._attn_implementation) for config, _ in self._implementations]
-            token = active.set(plan)
-            switch(self._implementations)
-            try:
-                logits = self._forward(ids, positions, wanted, [t for t in tables if t is not None])
-            finally:
-                switch(before)
-                active.reset(token)
+        tables = [own for i in order if (own := self._virtual(news[i])) is not None]
+        virtual = torch.cat(tables).to(self._device) if tables else None
+        running = self._base.running(attention=NAME, virtual_tokens=virtual, products=self._bodies)
+        token = active.set(plan)
+        try:
+            with running, torch.no_grad():
+                logits = self._forward(ids, positions, wanted)
+        finally:
+            active.reset(token)
         for new in news:
             new.lane.length += len(new.ids)
         return self._parted(logits, counts, order)
 
-    def _is_virtual(self, new: NewTokens) -> bool:
-        return new.prompt is not None and max(new.ids) >= self.vocabulary
+    def _virtual(self, new: NewTokens) -> Tensor | None:
+        """Return a row's virtual tokens where its ids need them."""
+        return new.prompt if new.prompt is not None and max(new.ids) >= self.vocabulary else None
 
     def _stream(
         self, news: Sequence[NewTokens]
@@ -128,10 +110,10 @@ class DecodeForest:
         offset = 0  # virtual tokens of the prompts before this one in the table
         for new in news:
             own = new.ids
-            if self._is_virtual(new):
-                assert new.prompt is not None
+            virtual = self._virtual(new)
+            if virtual is not None:
                 own = tuple(i + offset if i >= self.vocabulary else i for i in own)
-                offset += int(new.prompt.shape[0])
+                offset += int(virtual.shape[0])
             count = {"none": 0, "last": 1, "all": len(own)}[new.wanted]
             end = len(ids) + len(own)
             wanted += range(end - count, end)
@@ -140,9 +122,7 @@ class DecodeForest:
             positions += range(new.lane.length, new.lane.length + len(own))
         return ids, positions, wanted, counts
 
-    def _forward(
-        self, ids: list[int], positions: list[int], wanted: list[int], tables: list[Tensor]
-    ) -> Tensor:
+    def _forward(self, ids: list[int], positions: list[int], wanted: list[int]) -> Tensor:
         inputs = {
             "input_ids": torch.tensor([ids], device=self._device),
             "position_ids": torch.tensor([positions], device=self._device),
@@ -151,11 +131,7 @@ class DecodeForest:
             "logits_to_keep": torch.tensor(wanted or [0], device=self._device),
             "use_cache": False,
         }
-        if not tables:
-            logits: Tensor = self._model(**inputs).logits
-        else:
-            with virtual_rows(self._model, torch.cat(tables).to(self._device)):
-                logits = self._model(**inputs).logits
+        logits: Tensor = self._base.model(**inputs).logits
         return logits[0].float()
 
     def _parted(self, logits: Tensor, counts: list[int], order: list[int]) -> list[Tensor]:

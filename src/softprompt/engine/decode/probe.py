@@ -8,13 +8,12 @@ the plain path.
 from __future__ import annotations
 
 import logging
-from weakref import WeakKeyDictionary
+from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from softprompt.backbone import facts_of, key_value_shape, torch_products
+from softprompt.backbone import Base, torch_products
 from softprompt.engine.decode.forest import DecodeForest, NewTokens
 from softprompt.engine.decode.store import Lane
 from softprompt.engine.plain import PlainEngine
@@ -30,31 +29,30 @@ _LENGTHS = (6, 11, 3, 8)
 
 _TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
-_declined: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
 
-
-def why_undecodable(model: PreTrainedModel) -> str:
+def why_undecodable(base: Base) -> str:
     """Return why the decode forest cannot serve a model, empty when it can; remembered per model."""
-    if model not in _declined:
+    found, name = base.found, "decoding"
+    if name not in found:
         try:
-            with probing(model), torch.no_grad():
-                _declined[model] = _difference(model)
+            with probing(base), torch.no_grad():
+                found[name] = _difference(base)
         except Exception as cause:  # whatever a model's own code raises on our inputs
             first = (str(cause).strip().splitlines() or [""])[0]
             own = isinstance(cause, SoftPromptError)
-            _declined[model] = first if own else f"{type(cause).__name__}: {first}"
-        if _declined[model]:
-            logger.info("no decode forest for %s (%s)", type(model).__name__, _declined[model])
-    return _declined[model]
+            found[name] = first if own else f"{type(cause).__name__}: {first}"
+        if found[name]:
+            logger.info("no decode forest for %s (%s)", base.facts.architecture, found[name])
+    return cast(str, found[name])
 
 
-def _difference(model: PreTrainedModel) -> str:
-    forest = DecodeForest(model, 4096, ordered_weights=False)
-    facts, shape = facts_of(model), key_value_shape(model)
+def _difference(base: Base) -> str:
+    forest = DecodeForest(base, 4096, ordered_weights=False)
+    facts, shape = base.facts, base.key_value_shape
     generator = torch.Generator().manual_seed(0)
 
     def drawn(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator).to(model.device)
+        return torch.randn(*size, generator=generator).to(base.device)
 
     virtual = drawn(4, facts.token_dim) * facts.embedding_rms
     prefix = drawn(shape.layers, 2, shape.heads, 3, shape.width)
@@ -62,14 +60,14 @@ def _difference(model: PreTrainedModel) -> str:
     top = min(facts.vocabulary, 1000)
     texts = [torch.randint(0, top, (n,), generator=generator).tolist() for n in _LENGTHS]
     got = _run(forest, texts, prompts, facts.vocabulary)
-    plain = PlainEngine(model)
+    plain = PlainEngine(base)
     worst = 0.0
     for text, prompt, logs in zip(texts, prompts, got, strict=True):
         row = EngineRow(tuple(text[:1]), tuple(text[1:]), prompt)
         with torch_products():
             expected = plain.target_log_probs([row]).values
         worst = max(worst, float((logs - expected).abs().max()))
-    if worst <= _TOLERANCE.get(model.dtype, 1e-4):
+    if worst <= _TOLERANCE.get(base.dtype, 1e-4):
         return ""
     return f"its log-probabilities differ by {worst:.2g} on the probe"
 

@@ -8,7 +8,6 @@ tested on the CPU, its speed has not been measured on a GPU.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,21 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    PreTrainedModel,
-)
-from transformers.utils import logging as hf_logging
+from transformers import AttentionInterface, AttentionMaskInterface
 
-from softprompt.backbone import (
-    frozen_linears,
-    implementations_of,
-    lent_bodies,
-    locked,
-    recomputed_alike,
-    switch,
-)
 from softprompt.engine.forest.visibility import Block, MaskRule, Visibility
 from softprompt.errors import BackboneError
 
@@ -115,47 +101,18 @@ class LayerMask:
 
 
 @contextmanager
-def forest_attention(
-    model: PreTrainedModel, plan: Visibility | None = None, prefixes: Sequence[Tensor] = ()
-) -> Iterator[None]:
-    """Run the model's attention over packed streams inside the context, which holds the model's lock.
+def planned(visibility: Visibility, prefixes: Sequence[Tensor] = ()) -> Iterator[None]:
+    """Make every mask of the context's passes from a plan; run them with ``attention=NAME``.
 
     Args:
-        model: The model.
-        plan: Who sees whom, for every mask the model makes; None where layers are handed theirs.
-        prefixes: Keys and values ``[L, 2, A_kv, P, D]`` that the plan counts behind the stream's.
-
-    Raises:
-        ForestUnsupportedError: If the model does not honour the attention interface.
+        visibility: Who sees whom.
+        prefixes: Keys and values ``[L, 2, A_kv, P, D]`` that it counts behind the stream's.
     """
-    with locked(model):
-        before = implementations_of(model)
-        token = _plan.set(None if plan is None else (plan, prefixes))
-        try:
-            implement(model, NAME)
-            with lent_bodies(frozen_linears(model)), recomputed_alike(model):
-                yield
-        finally:
-            _plan.reset(token)
-            switch(before)
-
-
-def implement(model: PreTrainedModel, name: str) -> None:
-    """Set the attention implementation of a model and its parts.
-
-    Raises:
-        ForestUnsupportedError: If the model does not honour the attention interface.
-    """
-    verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity(logging.ERROR)
+    token = _plan.set((visibility, prefixes))
     try:
-        model.set_attn_implementation(name)
+        yield
     finally:
-        hf_logging.set_verbosity(verbosity)
-    if model.config._attn_implementation != name:
-        raise ForestUnsupportedError(
-            f"{type(model).__name__} does not honour transformers' attention interface"
-        )
+        _plan.reset(token)
 
 
 def forest_mask(*, mask_function: MaskRule, **_: Any) -> LayerMask | None:

@@ -9,81 +9,78 @@ import inspect
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import final
-from weakref import WeakKeyDictionary
+from typing import cast, final
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from softprompt.backbone import Facts, facts_of, key_value_shape
+from softprompt.backbone import Base
 from softprompt.engine.context import depends_on_neighbours
-from softprompt.engine.forest.attention import ForestUnsupportedError, forest_attention
+from softprompt.engine.forest.attention import NAME, ForestUnsupportedError, planned
 from softprompt.engine.forest.causal_plan import causal_forest
 from softprompt.engine.forest.plan import Plan
 from softprompt.engine.forest.visibility import Owner, Span, Visibility, padded
 from softprompt.engine.plain import PlainEngine
-from softprompt.engine.predictions import HeadInput, PredictingEngine, Predictions
+from softprompt.engine.predictions import Engine, HeadInput, Predictions
 from softprompt.engine.prefixes.gradient import gathered_gradient
-from softprompt.engine.prompt_table import PromptTable, injected
+from softprompt.engine.prompt_table import PromptTable
 from softprompt.engine.rows import EngineRow
 from softprompt.engine.selfcheck import PROBED_LENGTHS, difference
 from softprompt.errors import SoftPromptError
 
 logger = logging.getLogger(__name__)
 
-_unread: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
 
-
-def require_packable(model: PreTrainedModel, facts: Facts) -> None:
+def require_packable(base: Base) -> None:
     """Refuse a model that cannot take the tokens of several rows as one.
 
     Raises:
         ForestUnsupportedError: If it cannot.
     """
+    model, facts = base.model, base.facts
     parameters = inspect.signature(model.forward).parameters
     if facts.is_encoder_decoder or "position_ids" not in parameters:
-        raise ForestUnsupportedError(f"{type(model).__name__} takes no position_ids")
+        raise ForestUnsupportedError(f"{facts.architecture} takes no position_ids")
     if getattr(model.config.get_text_config(), "attn_temperature_tuning", False):
         # Llama 4; a probe is too short to see it.
-        raise ForestUnsupportedError(f"{type(model).__name__} scales attention by column")
+        raise ForestUnsupportedError(f"{facts.architecture} scales attention by column")
     if "logits_to_keep" not in parameters:
-        raise ForestUnsupportedError(f"{type(model).__name__} takes no logits_to_keep")
+        raise ForestUnsupportedError(f"{facts.architecture} takes no logits_to_keep")
 
 
 @final
-class ForestEngine(PredictingEngine):
+class ForestEngine(Engine):
     """Scores targets over a forest; exact, with no padding in token-wise layers."""
 
     name = "forest"
 
-    def __init__(self, model: PreTrainedModel, *, trusted: bool = False) -> None:
-        """Prepare for a model; ``trusted`` skips the probe for prompts of keys and values.
+    def __init__(self, base: Base, *, trusted: bool = False) -> None:
+        """Prepare for a base; ``trusted`` skips the probe for prompts of keys and values.
 
         Raises:
             ForestUnsupportedError: If the model cannot take a packed row.
         """
-        self._model = model
+        super().__init__(base)
         self._trusted = trusted
-        self._facts = facts_of(model)
-        self._plain = PlainEngine(model)
-        require_packable(model, self._facts)
+        self._plain = PlainEngine(base)
+        require_packable(base)
 
     def run_alike(self, rows: Sequence[EngineRow], head: HeadInput | None = None) -> Predictions:
-        """Run checked rows; see ``PredictingEngine``."""
+        """Run checked rows; see ``Engine``."""
         if depends_on_neighbours(rows, self._facts) or not self._reads(rows):
             return self._plain.run_alike(rows, head)
         prompts = PromptTable.of([row.prompt for row in rows])
         plan = causal_forest(rows, prompts.ids(self._facts.vocabulary)).plan()
-        device = self._model.device
+        device = self._base.device
         wanted, predictor = plan.targets.distinct()
         kept = forest_prefixes(plan, rows)
         with (
-            gathered_gradient(self._model, kept.values) as values,
-            injected(self._model, prompts),
-            forest_attention(self._model, kept.visibility.to(device), values),
+            self._base.lock,
+            gathered_gradient(self._base, kept.values) as values,
+            planned(kept.visibility.to(device), values),
+            self._base.running(attention=NAME, virtual_tokens=prompts.injected),
         ):
-            logits = self._model(
+            logits = self._base.model(
                 input_ids=plan.ids.unsqueeze(0).to(device),
                 position_ids=plan.positions.unsqueeze(0).to(device),
                 attention_mask=torch.ones(1, len(plan), dtype=torch.long, device=device),
@@ -95,7 +92,7 @@ class ForestEngine(PredictingEngine):
 
     def reads_keys_and_values(self) -> bool:
         """Tell whether prompts of keys and values run in the forest too; probed once per model."""
-        return self._trusted or not _why_unread(self._model, self._plain)
+        return self._trusted or not _why_unread(self._base, self._plain)
 
     def _reads(self, rows: Sequence[EngineRow]) -> bool:
         """Tell whether the forest reads the rows' keys and values as the plain path does."""
@@ -143,27 +140,28 @@ def _behind(span: Span, keys: Tensor | None) -> Span:
     )
 
 
-def _why_unread(model: PreTrainedModel, plain: PlainEngine) -> str:
+def _why_unread(base: Base, plain: PlainEngine) -> str:
     """Return how a forest reads keys and values otherwise than the plain path; empty when alike.
 
     Remembered per model.
     """
-    if model not in _unread:
-        shape = key_value_shape(model)
+    found, name = base.found, "prefixes in the forest"
+    if name not in found:
+        shape = base.key_value_shape
         generator = torch.Generator().manual_seed(0)
         prefixes = [
             torch.randn(shape.layers, 2, shape.heads, n, shape.width, generator=generator).to(
-                model.device
+                base.device
             )
             for n in PROBED_LENGTHS
         ]
         try:
-            candidate = ForestEngine(model, trusted=True)
-            problem = difference(candidate, plain, model, prefixes) or ""
+            candidate = ForestEngine(base, trusted=True)
+            problem = difference(candidate, plain, base, prefixes) or ""
         except SoftPromptError as cause:
             problem = str(cause)
-        _unread[model] = problem
+        found[name] = problem
         if problem:
-            name = type(model).__name__
-            logger.info("prefixes run on the plain path for %s (forest: %s)", name, problem)
-    return _unread[model]
+            architecture = base.facts.architecture
+            logger.info("prefixes run on the plain path for %s (forest: %s)", architecture, problem)
+    return cast(str, found[name])

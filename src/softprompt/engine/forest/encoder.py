@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from softprompt.backbone import facts_of, recomputes_layers, skips_layers
-from softprompt.engine.forest.attention import LayerMask, forest_attention
+from softprompt.backbone import Base, recomputes_layers, skips_layers
+from softprompt.engine.forest.attention import NAME, LayerMask, planned
 from softprompt.engine.forest.layers import Packing, layers_of, packed_layers, relative_bias
 from softprompt.engine.forest.visibility import Span, Visibility, padded, whole_rows
 from softprompt.engine.layout import Layout
@@ -27,22 +25,20 @@ from softprompt.engine.selfcheck import probing
 _PROBE = (9, 4, 6)
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
-_packable: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
-
-def packs(model: PreTrainedModel, inputs: Mapping[str, Any], *, isolated: bool = False) -> bool:
+def packs(base: Base, inputs: Mapping[str, Any], *, isolated: bool = False) -> bool:
     """Tell whether a forward call of an encoder runs without padding: where that is exact and pays.
 
     Padding then has the output the head gives for a state of zeros, so a call that reads more of
     it (hidden states, labels there) is run padded, as are decoders.
 
     Args:
-        model: The model.
+        base: The base.
         inputs: The arguments of the call.
         isolated: Whether prompts do not see the input, so that each is computed once.
     """
     mask = inputs.get("attention_mask")
-    wanted = any(_wants(model, inputs, n) for n in ("output_attentions", "output_hidden_states"))
+    wanted = any(_wants(base, inputs, n) for n in ("output_attentions", "output_hidden_states"))
     if mask is None or mask.dim() != 2 or wanted or torch.compiler.is_compiling():
         return False
     if bool(mask.all()) and not isolated:
@@ -50,45 +46,44 @@ def packs(model: PreTrainedModel, inputs: Mapping[str, Any], *, isolated: bool =
     labels = inputs.get("labels")
     if labels is not None and labels.shape == mask.shape and bool((labels[mask == 0] >= 0).any()):
         return False
-    return not skips_layers(model) and not why_not_packed(model) and _can_run_again(model)
+    return not skips_layers(base.model) and not why_not_packed(base) and _can_run_again(base)
 
 
-def _wants(model: PreTrainedModel, inputs: Mapping[str, Any], name: str) -> bool:
+def _wants(base: Base, inputs: Mapping[str, Any], name: str) -> bool:
     given = inputs.get(name)
-    return bool(getattr(model.config, name, False) if given is None else given)
+    return bool(getattr(base.model.config, name, False) if given is None else given)
 
 
-def _can_run_again(model: PreTrainedModel) -> bool:
+def _can_run_again(base: Base) -> bool:
     """Tell whether backward runs layers again, if it does, behind the hooks that pack them."""
-    if not recomputes_layers(model):
+    if not recomputes_layers(base.model):
         return True
-    layers = layers_of(model.base_model, windows=True)
+    layers = layers_of(base.model.base_model, windows=True)
     return all(isinstance(layer, GradientCheckpointingLayer) for layer in layers)
 
 
-def why_not_packed(model: PreTrainedModel) -> str:
+def why_not_packed(base: Base) -> str:
     """Return why the model's layers are run padded, empty when they are packed."""
-    if model not in _packable:
+    found, name = base.found, "packed encoder"
+    if name not in found:
         try:
-            with probing(model):
-                _packable[model] = _probe(model)
+            with probing(base):
+                found[name] = _probe(base)
         except Exception as cause:  # whatever a model's own code raises on our inputs
-            _packable[model] = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-    return _packable[model]
+            found[name] = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+    return cast(str, found[name])
 
 
 @contextmanager
-def without_padding(
-    model: PreTrainedModel, mask: Tensor, isolated: Layout | None = None
-) -> Iterator[None]:
+def without_padding(base: Base, mask: Tensor, isolated: Layout | None = None) -> Iterator[None]:
     """Run the layers of an encoder on real tokens inside the context; ask ``packs`` first.
 
     Args:
-        model: The model.
+        base: The base.
         mask: The attention mask of the call, ``[B, W]``.
         isolated: Where prompts stand that do not see the input: each is computed once.
     """
-    stack = model.base_model
+    stack = base.model.base_model
     if isolated is None:
         packing = Packing.of(mask)
         # Windows and relative positions count the columns of the padded batch.
@@ -103,7 +98,8 @@ def without_padding(
     bias = relative_bias(stack, mask.shape[1])
     layers = layers_of(stack, windows=True)
     with (
-        forest_attention(model, plan),
+        planned(plan),
+        base.running(attention=NAME),
         packed_layers(layers, packing, LayerMask.of(plan, bias), unpack=True),
     ):
         yield
@@ -130,8 +126,8 @@ def _all_seen(queries: Tensor, keys: Tensor) -> Span:
 
 
 @torch.no_grad()
-def _probe(model: PreTrainedModel) -> str:
-    facts = facts_of(model)
+def _probe(base: Base) -> str:
+    model, facts = base.model, base.facts
     if facts.is_encoder_decoder or model.can_generate():
         return "it is no encoder"
     generator = torch.Generator().manual_seed(0)
@@ -141,7 +137,7 @@ def _probe(model: PreTrainedModel) -> str:
     mask = (torch.arange(shape[1]) < torch.tensor(_PROBE).unsqueeze(1)).long().to(model.device)
     ids = torch.where(mask.bool(), ids, facts.pad_id)
     states = []
-    for context in (nullcontext(), without_padding(model, mask)):
+    for context in (nullcontext(), without_padding(base, mask)):
         with context:
             output = model.base_model(input_ids=ids, attention_mask=mask)
         if getattr(output, "past_key_values", None) is not None:

@@ -13,45 +13,44 @@ from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from softprompt.backbone import decoder_embedding, facts_of, recomputes_layers, skips_layers
-from softprompt.engine.forest.attention import ForestUnsupportedError, LayerMask, forest_attention
+from softprompt.backbone import Base, decoder_embedding, recomputes_layers, skips_layers
+from softprompt.engine.forest.attention import NAME, ForestUnsupportedError, LayerMask
 from softprompt.engine.forest.causal_plan import decoder_forest
 from softprompt.engine.forest.layers import Packing, layers_of, packed_layers, relative_bias
 from softprompt.engine.forest.plan import EncoderPlan, Plan, encoder_plan
 from softprompt.engine.plain import PlainEngine, pad_rows
-from softprompt.engine.predictions import HeadInput, PredictingEngine, Predictions
-from softprompt.engine.prompt_table import PromptTable, injected
+from softprompt.engine.predictions import Engine, HeadInput, Predictions
+from softprompt.engine.prompt_table import PromptTable
 from softprompt.engine.rows import EngineRow
 
 
 @final
-class PackedSeq2SeqEngine(PredictingEngine):
+class PackedSeq2SeqEngine(Engine):
     """Scores targets of a seq2seq model without padding in its layers."""
 
     name = "forest"
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Prepare for a model.
+    def __init__(self, base: Base) -> None:
+        """Prepare for a base.
 
         Raises:
             ForestUnsupportedError: If its stacks cannot be packed.
         """
-        self._model = model
-        self._facts = facts_of(model)
+        super().__init__(base)
+        self._model = model = base.model
         if not self._facts.is_encoder_decoder:
-            raise ForestUnsupportedError(f"{type(model).__name__} has no encoder")
+            raise ForestUnsupportedError(f"{self._facts.architecture} has no encoder")
         if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
             raise ForestUnsupportedError(
-                f"{type(model).__name__} does not say how it shifts labels"
+                f"{self._facts.architecture} does not say how it shifts labels"
             )
-        self._plain = PlainEngine(model)
+        self._plain = PlainEngine(base)
         self._encoder = model.get_encoder()
         self._decoder = cast(Any, model).get_decoder()
 
     def run_alike(self, rows: Sequence[EngineRow], head: HeadInput | None = None) -> Predictions:
-        """Run checked rows; see ``PredictingEngine``."""
+        """Run checked rows; see ``Engine``."""
         if (
             recomputes_layers(self._model)
             or skips_layers(self._model)
@@ -63,8 +62,8 @@ class PackedSeq2SeqEngine(PredictingEngine):
         prompts = PromptTable.of([row.prompt for row in rows])
         virtual = prompts.ids(self._facts.vocabulary)
         encoder = encoder_plan(rows, virtual, sees_input=prompts.sees_input)
-        with forest_attention(self._model):
-            with injected(self._model, prompts):
+        with self._base.lock:
+            with self._base.running(attention=NAME, virtual_tokens=prompts.injected):
                 states = self._encode(encoder.plan)
             return self._decode(rows, encoder, states, head)
 
@@ -100,7 +99,8 @@ class PackedSeq2SeqEngine(PredictingEngine):
             cross=LayerMask.of(plan.visibility_over(encoder.plan, encoder.owned).to(device)),
             keep=wanted.to(device),
         )
-        with injected(self._model, prompts, decoder=True), hooks:
+        running = self._base.running(attention=NAME, virtual_tokens=prompts.injected, decoder=True)
+        with running, hooks:
             logits = self._model(
                 encoder_outputs=(states,),
                 attention_mask=torch.ones(1, states.shape[1], dtype=torch.long, device=device),

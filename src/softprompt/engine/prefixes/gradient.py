@@ -13,9 +13,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from softprompt.backbone import is_encoder_decoder, recomputes_layers
+from softprompt.backbone import Base, recomputes_layers
 
 
 class _HandOn(torch.autograd.Function):
@@ -47,8 +46,9 @@ def _reentrant(model: nn.Module) -> bool:
 
 
 @contextmanager
-def gathered_gradient(model: PreTrainedModel, values: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def gathered_gradient(base: Base, values: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Yield the same values as leaves, where that is needed, whose gradients reach them after backward."""
+    model = base.model
     trained = any(value.requires_grad for value in values) and torch.is_grad_enabled()
     if not (trained and _reentrant(model)):
         yield list(values)
@@ -62,7 +62,7 @@ def gathered_gradient(model: PreTrainedModel, values: Sequence[Tensor]) -> Itera
         return output
 
     owners: list[Any] = [model]
-    if is_encoder_decoder(model):
+    if base.is_encoder_decoder:
         owners = [model.get_encoder(), cast(Any, model).get_decoder()]
     embeddings = {id(e): e for e in (owner.get_input_embeddings() for owner in owners)}
     handles = [embedding.register_forward_hook(hand_on) for embedding in embeddings.values()]

@@ -14,17 +14,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache
 
-from softprompt.backbone import (
-    Facts,
-    implementations_of,
-    locked,
-    recomputed_alike,
-    recomputes_layers,
-    switch,
-)
-from softprompt.engine.forest.attention import ForestUnsupportedError, implement
+from softprompt.backbone import Base, Facts, recomputes_layers
+from softprompt.engine.forest.attention import ForestUnsupportedError
 from softprompt.engine.prefixes.attention import EAGER, NAME, PrefixPlan, active_plan
 from softprompt.engine.prefixes.gradient import gathered_gradient
 from softprompt.engine.prefixes.values import Prefixes
@@ -32,31 +25,28 @@ from softprompt.errors import ConfigError
 
 
 @contextmanager
-def prefixed_attention(model: PreTrainedModel, facts: Facts, prefixes: Prefixes) -> Iterator[None]:
+def prefixed_attention(base: Base, prefixes: Prefixes) -> Iterator[None]:
     """Inject prefixes into the attention of every pass in the context; masks and caches hold the text alone.
 
     Raises:
         ForestUnsupportedError: If the model does not honour the attention interface.
     """
-    own = model.config.get_text_config()._attn_implementation
-    with locked(model), ExitStack() as stack:
-        before = implementations_of(model)
-        stack.callback(switch, before)
-        implement(model, NAME)
-        (table,) = stack.enter_context(gathered_gradient(model, [prefixes.table]))
+    with base.lock, ExitStack() as stack:
+        own = base.model.config.get_text_config()._attn_implementation
+        (table,) = stack.enter_context(gathered_gradient(base, [prefixes.table]))
         prefixes = replace(prefixes, table=table)
-        plan = PrefixPlan(prefixes, own if own == EAGER else "sdpa", facts.is_encoder_decoder)
+        plan = PrefixPlan(prefixes, own if own == EAGER else "sdpa", base.is_encoder_decoder)
         token = active_plan.set(plan)
         stack.callback(active_plan.reset, token)
-        _shift_positions(model, facts, prefixes, stack)
-        stack.enter_context(recomputed_alike(model))
+        _shift_positions(base, prefixes, stack)
+        # The products stay torch's: what is inside attention must equal a pass behind a cache.
+        stack.enter_context(base.running(attention=NAME, products=()))
         yield
 
 
-def _shift_positions(
-    model: PreTrainedModel, facts: Facts, prefixes: Prefixes, stack: ExitStack
-) -> None:
+def _shift_positions(base: Base, prefixes: Prefixes, stack: ExitStack) -> None:
     """Let the positions of the text start behind each row's prefix."""
+    model, facts = base.model, base.facts
     if facts.is_encoder_decoder:
         table = getattr(cast(Any, model).get_decoder(), "embed_positions", None)
         if table is not None:
@@ -126,18 +116,17 @@ def _shift_decoder(table: nn.Module, prefixes: Prefixes, stack: ExitStack) -> No
 
 @contextmanager
 def prefixed_cache(
-    model: PreTrainedModel, facts: Facts, prefixes: Prefixes, *, counts_columns: bool = False
+    base: Base, prefixes: Prefixes, *, counts_columns: bool = False
 ) -> Iterator[None]:
     """Inject prefixes into the cache of every pass in the context, masks and positions extended over them.
 
     Args:
-        model: A decoder.
-        facts: Its facts.
+        base: A decoder.
         prefixes: The rows' prefixes.
         counts_columns: Whether the model counts columns rather than positions, so that padding may not
             stand between prefix and text.
     """
-    prefixes = prefixes.shifted()
+    model, facts, prefixes = base.model, base.facts, prefixes.shifted()
 
     def drop_cache(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         # A caller without a cache feeds the whole text again, which must not meet its own past.
@@ -175,7 +164,7 @@ def prefixed_cache(
             kwargs["position_ids"] = whole.clamp(min=0)[:, -tokens.shape[1] :]
         return args, kwargs
 
-    with locked(model):
+    with base.lock:
         handles = [
             model.register_forward_pre_hook(inject, with_kwargs=True),
             model.register_forward_hook(drop_cache, with_kwargs=True),

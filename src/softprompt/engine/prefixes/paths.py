@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache
 
-from softprompt.backbone import Facts, key_value_shape
+from softprompt.backbone import Base
 from softprompt.engine.prefixes.passes import prefixed_attention, prefixed_cache, text_positions
 from softprompt.engine.prefixes.values import Prefixes
 from softprompt.engine.selfcheck import probing
@@ -45,57 +44,52 @@ class PrefixPath:
     reason: str = ""
 
 
-_paths: WeakKeyDictionary[PreTrainedModel, PrefixPath] = WeakKeyDictionary()
-
-
-def prefixed(
-    model: PreTrainedModel, facts: Facts, prefixes: Prefixes
-) -> AbstractContextManager[None]:
+def prefixed(base: Base, prefixes: Prefixes) -> AbstractContextManager[None]:
     """Run every pass of the model in the context behind the rows' prefixes.
 
     Raises:
         BackboneError: If there is no exact way.
     """
-    path = prefix_path(model, facts)
+    path = prefix_path(base)
     if path.in_attention:
-        return prefixed_attention(model, facts, prefixes)
-    return prefixed_cache(model, facts, prefixes, counts_columns=path.counts_columns)
+        return prefixed_attention(base, prefixes)
+    return prefixed_cache(base, prefixes, counts_columns=path.counts_columns)
 
 
-def prefix_path(model: PreTrainedModel, facts: Facts) -> PrefixPath:
+def prefix_path(base: Base) -> PrefixPath:
     """Return the way a model is run behind prefixes; found by a probe and remembered.
 
     Raises:
         BackboneError: If there is none.
     """
-    if model not in _paths:
-        key_value_shape(model)
-        with probing(model), torch.no_grad():
-            _paths[model] = _found(_Probe.of(model, facts))
-    return _paths[model]
+    found, name = base.found, "prefixes"
+    if name not in found:
+        _ = base.key_value_shape  # raises where there are none
+        with probing(base), torch.no_grad():
+            found[name] = _found(_Probe.of(base))
+    return cast(PrefixPath, found[name])
 
 
 @dataclass(frozen=True, slots=True)
 class _Probe:
-    model: PreTrainedModel
-    facts: Facts
+    base: Base
     prompts: tuple[Prompt, ...]
     rows: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, model: PreTrainedModel, facts: Facts) -> _Probe:
-        shape = key_value_shape(model)
+    def of(cls, base: Base) -> _Probe:
+        shape, device = base.key_value_shape, base.device
         generator = torch.Generator().manual_seed(0)
         values = (
             torch.randn(shape.layers, 2, shape.heads, n, shape.width, generator=generator)
             for n in _PREFIXES
         )
-        prompts = tuple(Prompt(prefix=value.to(model.device)) for value in values)
-        top = min(facts.vocabulary, 1000)
+        prompts = tuple(Prompt(prefix=value.to(device)) for value in values)
+        top = min(base.facts.vocabulary, 1000)
         rows = tuple(
-            torch.randint(1, top, (1, n), generator=generator).to(model.device) for n in _LENGTHS
+            torch.randint(1, top, (1, n), generator=generator).to(device) for n in _LENGTHS
         )
-        return cls(model, facts, prompts, rows)
+        return cls(base, prompts, rows)
 
     def run(self, way: Any, rows: Sequence[int], *, left: bool = False, **options: Any) -> Tensor:
         """Return the outputs of rows run together one way, those of real tokens one after another."""
@@ -103,8 +97,8 @@ class _Probe:
         inputs = self._inputs(ids, mask)
         prefixes = Prefixes.of([self._prompt(row) for row in rows])
         assert prefixes is not None, "no row of the probe has a prefix"
-        with way(self.model, self.facts, prefixes, **options):
-            output = self.model(**inputs, return_dict=True)
+        with way(self.base, prefixes, **options):
+            output = self.base.model(**inputs, return_dict=True)
         return _picked(output, mask)
 
     def alone(self, row: int) -> Tensor:
@@ -114,19 +108,19 @@ class _Probe:
         assert prompt is not None and prompt.prefix is not None, "the row has no prefix"
         count = prompt.prefix_tokens
         cache = DynamicCache()
-        for index, layer in enumerate(prompt.prefix.to(self.model.dtype)):
+        for index, layer in enumerate(prompt.prefix.to(self.base.dtype)):
             cache.update(layer[:1], layer[1:], index)
         mask = torch.ones_like(ids)
         inputs = self._inputs(ids, mask)
-        if self.facts.is_encoder_decoder:
+        if self.base.facts.is_encoder_decoder:
             inputs["past_key_values"] = EncoderDecoderCache(cache, DynamicCache())
             del inputs["decoder_attention_mask"]
         else:
             inputs["past_key_values"] = cache
             inputs["attention_mask"] = torch.ones_like(ids[:, :1]).expand(1, count + ids.shape[1])
-            if self.facts.accepts_position_ids:
-                inputs["position_ids"] = text_positions(self.facts, {"input_ids": ids}) + count
-        output = self.model(**inputs, use_cache=True, return_dict=True)
+            if self.base.facts.accepts_position_ids:
+                inputs["position_ids"] = text_positions(self.base.facts, {"input_ids": ids}) + count
+        output = self.base.model(**inputs, use_cache=True, return_dict=True)
         return _picked(output, mask)
 
     def _prompt(self, row: int) -> Prompt | None:
@@ -135,13 +129,13 @@ class _Probe:
 
     def _inputs(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
         inputs = {"input_ids": ids, "attention_mask": mask}
-        if self.facts.is_encoder_decoder:
+        if self.base.facts.is_encoder_decoder:
             inputs |= {"decoder_input_ids": ids, "decoder_attention_mask": mask}
         return inputs
 
     def _batch(self, rows: Sequence[Tensor], left: bool) -> tuple[Tensor, Tensor]:
         width = max(row.shape[1] for row in rows)
-        ids = rows[0].new_full((len(rows), width), self.facts.pad_id)
+        ids = rows[0].new_full((len(rows), width), self.base.facts.pad_id)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
             n = row.shape[1]
@@ -169,12 +163,13 @@ def _found(probe: _Probe) -> PrefixPath:
     problem = _problem(probe, expected)
     if not problem:
         return PrefixPath(in_attention=True)
-    if expected is not None and not probe.facts.is_encoder_decoder:
+    if expected is not None and not probe.base.facts.is_encoder_decoder:
         counts_columns = bool(_difference(probe, prefixed_cache, expected, left=True))
         if not _difference(probe, prefixed_cache, expected, left=False):
             return PrefixPath(False, counts_columns, problem)
     raise BackboneError(
-        f"{probe.facts.architecture} cannot be run behind a prefix ({trouble or problem}); use PromptTuningConfig"
+        f"{probe.base.facts.architecture} cannot be run behind a prefix ({trouble or problem}); "
+        "use PromptTuningConfig"
     )
 
 
@@ -197,19 +192,19 @@ def _unread(probe: _Probe, run: Callable[[], Tensor]) -> str:
 
 def _problem(probe: _Probe, expected: Tensor | None) -> str:
     """Return why prefixes cannot stand inside the model's attention, empty when they can."""
-    config = probe.model.config.get_text_config()
+    config = probe.base.model.config.get_text_config()
     if getattr(config, "attn_temperature_tuning", False):
         return "it scales attention by column"  # Llama 4; a probe is too short to see it
     try:
         if expected is None:
-            if probe.facts.takes_cache or not probe.facts.accepts_position_ids:
+            if probe.base.facts.takes_cache or not probe.base.facts.accepts_position_ids:
                 return "it has no cache of keys and values, and takes no position_ids"
             expected = torch.cat([probe.run(prefixed_attention, [row]) for row in (0, 1)])
             unread = _unread(probe, lambda: probe.run(prefixed_attention, [0]))
             if unread:
                 return unread
         # A decoder of a seq2seq model counts columns, so its rows are padded on the right.
-        for left in (False,) if probe.facts.is_encoder_decoder else (True, False):
+        for left in (False,) if probe.base.facts.is_encoder_decoder else (True, False):
             problem = _difference(probe, prefixed_attention, expected, left=left)
             if problem:
                 return problem
@@ -231,7 +226,7 @@ def _difference(probe: _Probe, way: Any, expected: Tensor, *, left: bool) -> str
         return f"its outputs have shape {list(got.shape)}"
     worst = float((got - expected).abs().max())
     scale = max(1.0, float(expected.abs().max()))
-    allowed = _TOLERANCE.get(probe.model.dtype, 1e-4) * scale
+    allowed = _TOLERANCE.get(probe.base.dtype, 1e-4) * scale
     return "" if worst <= allowed else f"its outputs differ by {worst:.2g} on the probe"
 
 
