@@ -414,4 +414,4 @@ def test_per_layer_embeddings():
     alone = ours(input_ids=torch.tensor([[9, 10]])).logits[0, -2:]
     torch.testing.assert_close(logits, alone, **CLOSE)
     assert ours.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3).shape[1] <= 7
-    assert choose_engine(model).name == "forest"
+    assert choose_engine(Base(model)).name == "forest"

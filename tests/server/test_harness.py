@@ -17,7 +17,7 @@ PAIRS = [
 
 @pytest.fixture(scope="module")
 def engine(base):
-    return PlainEngine(base.model)
+    return PlainEngine(base)
 
 
 def asked(client, model, prompts, **more):

@@ -67,7 +67,7 @@ def test_multiple_choice(server, base, shared_prompts, tmp_path, monkeypatch, ta
             whole = encode(f"Text : {example['input']} Label : {choice}")
             own = (tuple(whole[: len(context)]), tuple(whole[len(context) :]))
             rows.append(EngineRow(*own, prompt))
-        sums = PlainEngine(base.model).target_log_probs(rows).row_sums(2).tolist()
+        sums = PlainEngine(base).target_log_probs(rows).row_sums(2).tolist()
         assert [float(each[0][0]) for each in sample["resps"]] == pytest.approx(sums, abs=1e-4)
         right += CHOICES[sums.index(max(sums))] == example["output"]
     assert found["results"]["complaints_offline"]["acc,none"] == pytest.approx(right / COUNT)

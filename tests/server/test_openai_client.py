@@ -156,7 +156,7 @@ def test_log_probabilities(ai, tuned, base, server):
         30
     )[0]
     row = EngineRow(source, generated.tokens, tuned["writer"].prompt())
-    expected = PlainEngine(base.model).target_log_probs([row])
+    expected = PlainEngine(base).target_log_probs([row])
     assert found.logprobs.token_logprobs == pytest.approx(expected.values.tolist(), abs=1e-4)
     assert all(
         values[token] == value == max(values.values())
@@ -184,7 +184,7 @@ def test_echo_with_log_probabilities(ai, tuned, base):
     (source,), _ = tuned["writer"].sources([TEXT])
     prompt = tuned["writer"].prompt()
     rows = [EngineRow(source[:i], (source[i],), prompt) for i in range(1, len(source))]
-    expected = PlainEngine(base.model).target_log_probs(rows)
+    expected = PlainEngine(base).target_log_probs(rows)
     for tokens in (0, 3):
         found = ai.completions.create(
             model="writer", prompt=TEXT, max_tokens=tokens, temperature=0, logprobs=1, echo=True

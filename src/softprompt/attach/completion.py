@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from softprompt.attach.placing import placement_of
 from softprompt.attach.prefixes import check_kind, sized
 from softprompt.attach.tasks import RULES, infer_task
-from softprompt.backbone import Facts, start_id
+from softprompt.backbone import Base, Facts, start_id
 from softprompt.engine import is_bidirectional, why_not_isolated
 from softprompt.errors import ConfigError
 from softprompt.prompts import (
@@ -124,7 +124,9 @@ def _submodules(config: PromptLearningConfig, model: PreTrainedModel, facts: Fac
 
 def _check_only_part(named: list[str] | None, model: PreTrainedModel) -> None:
     """Refuse a part of the model that a model with one input does not have."""
-    kind, part = ("encoder", "ENCODER") if is_bidirectional(model) else ("causal model", "DECODER")
+    kind, part = (
+        ("encoder", "ENCODER") if is_bidirectional(Base.of(model)) else ("causal model", "DECODER")
+    )
     if named not in (None, [part]):
         raise ConfigError(
             f"output_model_types of {model.config.model_type}, a{'n' if kind[0] == 'e' else ''} {kind}, is "
@@ -158,7 +160,7 @@ def _check_placement(config: PromptLearningConfig, model: PreTrainedModel) -> No
 
 def _check_isolated(model: PreTrainedModel, facts: Facts, task: TaskType) -> None:
     """Refuse ``prompt_sees_input=False`` where it changes nothing or is not supported."""
-    if not facts.is_encoder_decoder and not is_bidirectional(model):
+    if not facts.is_encoder_decoder and not is_bidirectional(Base.of(model)):
         raise ConfigError(
             f"prompt_sees_input=False would be ignored: in {facts.architecture} nothing before the input "
             "sees it anyway; leave it out"
@@ -168,7 +170,7 @@ def _check_isolated(model: PreTrainedModel, facts: Facts, task: TaskType) -> Non
             f"prompt_sees_input=False needs explicit positions, which {facts.architecture} does not take; "
             "leave it out"
         )
-    problem = why_not_isolated(model)
+    problem = why_not_isolated(Base.of(model))
     if problem:
         raise ConfigError(
             f"prompt_sees_input=False is not supported in {facts.architecture}: {problem}; leave it out"

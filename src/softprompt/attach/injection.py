@@ -12,16 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.attach import heads
-from softprompt.backbone import (
-    Facts,
-    VirtualVocabulary,
-    frozen_linears,
-    input_embedding,
-    lent_bodies,
-    locked,
-    recomputed_alike,
-    torch_products,
-)
+from softprompt.backbone import Base, Facts, VirtualVocabulary
 from softprompt.engine import Prefixes, PromptTable, prefixed
 from softprompt.errors import ConfigError
 from softprompt.prompts import Prompt
@@ -94,23 +85,23 @@ def injected(
     Raises:
         ConfigError: If the embedding table was resized since the prompts were attached.
     """
-    size = input_embedding(model).weight.shape[0]
+    base = Base.of(model)
+    size = base.embedding.weight.shape[0]
     if size != vocabulary.size:
         raise ConfigError(
             f"the embedding table had {vocabulary.size:,} rows when the prompts were attached, now it has "
             f"{size:,}; resize it first, then attach"
         )
-    behind = nullcontext() if prompts.prefixes is None else prefixed(model, facts, prompts.prefixes)
+    behind = nullcontext() if prompts.prefixes is None else prefixed(base, prompts.prefixes)
     # Without a prompt it is the base, bit for bit, inside another pass too.
     bare = prompts.table is None and prompts.prefixes is None
-    own = torch_products() if bare and not torch.compiler.is_compiling() else nullcontext()
-    with locked(model), behind, own, lent_bodies(frozen_linears(model)), recomputed_alike(model):
+    running = base.running(virtual_tokens=prompts.table, vocabulary=vocabulary, bare=bare)
+    with base.lock, behind, running:
         switches = [switch for _, switch in heads.switches_of(model)]
         for switch in switches:
             switch.active = names[0] if len(set(names)) == 1 else tuple(names)
         try:
-            with vocabulary.lend(prompts.table):
-                yield prompts
+            yield prompts
         finally:
             for switch in switches:
                 switch.active = None

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.backbone import Facts, key_value_shape, output_limit
+from softprompt.backbone import Base, Facts, key_value_shape, output_limit
 from softprompt.engine import Prefixes, check_context, is_packed, prefix_path
 from softprompt.errors import ConfigError
 from softprompt.prompts import PrefixTuningConfig, PromptLearningConfig
@@ -37,7 +37,7 @@ def sized(config: PromptLearningConfig, model: PreTrainedModel, facts: Facts) ->
         ConfigError: If the configuration names other sizes.
     """
     shape = key_value_shape(model)
-    prefix_path(model, facts)
+    prefix_path(Base.of(model))
     sizes = {
         "num_layers": shape.layers,
         "num_attention_heads": shape.heads,

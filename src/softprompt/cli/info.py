@@ -95,7 +95,7 @@ def _engine(stored: StoredPrompt, base: Base) -> EngineChoice | None:
     if not _writes_text(stored):
         return None
     sees_input = bool(stored.config.get("prompt_sees_input", True))
-    return choose_engine(base.model, sees_input=sees_input)
+    return choose_engine(base, sees_input=sees_input)
 
 
 def _writes_text(stored: StoredPrompt) -> bool:

@@ -19,6 +19,7 @@ from softprompt.attach import (
     placement_of,
     state_of,
 )
+from softprompt.backbone import Base
 from softprompt.engine import Engine, build_engine
 from softprompt.errors import ConfigError
 from softprompt.inference.continuous.request import request_of
@@ -139,7 +140,7 @@ class TunedPrompt:
         Raises:
             ConfigError: There is no such engine, or it does not run this model exactly.
         """
-        return build_engine(self.model.get_base_model(), kind)
+        return build_engine(Base.of(self.model.get_base_model()), kind)
 
     def prompt(self) -> Prompt:
         """Return the prompt as it is now: detached, and with memory of its own.

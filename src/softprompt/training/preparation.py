@@ -132,7 +132,7 @@ def prepare(base_model: BaseLike, data: Sequence[TaskData], settings: TuneSettin
         facts=facts,
         fingerprint=Fingerprint.of(base.model),
         peft_model=attach(base, facts, data, settings),
-        engine=build_engine(base.model, settings.engine),
+        engine=build_engine(base, settings.engine),
         tasks=tasks,
         settings=settings,
         rates=_rates(settings, facts),
