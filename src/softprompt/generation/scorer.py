@@ -1,4 +1,4 @@
-"""Label scores for many callers: what waits is scored in one pass of the engine."""
+"""The label scorer: log-probabilities of targets for one caller, or in a thread for many."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from typing import final
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from softprompt.backbone import Base
 from softprompt.engine import Engine, EngineRow, build_engine
-from softprompt.errors import NotServingError, QueueFullError
-from softprompt.inference.continuous.front_prompts import FrontPrompts
-from softprompt.inference.continuous.residents import ResidentPrompts
+from softprompt.errors import ConfigError, NotServingError, QueueFullError
+from softprompt.generation.residents import FrontPrompts, ResidentPrompts
 from softprompt.prompts import Prompt
 
 logger = logging.getLogger(__name__)
@@ -27,9 +26,88 @@ logger = logging.getLogger(__name__)
 _RETRY_SECONDS = 1.0
 
 
+@torch.no_grad()
+def score_rows(
+    engine: Engine,
+    rows: Sequence[EngineRow],
+    *,
+    max_rows: int,
+    max_tokens: int | None = None,
+    residents: FrontPrompts | None = None,
+) -> Tensor:
+    """Return the log-probability of each row's target, without gradients.
+
+    Rows of one source stay together, because the forest engine then runs it once; rows of one prompt
+    and of like lengths share passes, so that a prompt is run seldom and a padded engine pads little.
+
+    Args:
+        engine: Scores targets after sources.
+        rows: Sources with their targets and prompts, in any order.
+        max_rows: Rows in one pass.
+        max_tokens: Tokens in one pass, if they are of more than one row; None is no limit.
+        residents: Keeps prompts in front as keys and values; None runs them in every pass.
+
+    Returns:
+        float32 ``[N]`` in nats, on the CPU.
+
+    Raises:
+        SoftPromptError: The rows do not fit the model.
+        ConfigError: ``max_rows`` is less than 1.
+    """
+    if max_rows < 1:
+        raise ConfigError(f"batch_size expects at least 1 row, got {max_rows}")
+    own = rows if residents is None else residents.in_front(rows, engine)
+    sums = torch.zeros(len(rows))
+    for numbers in _passes(own, max_rows, max_tokens):
+        part = [own[i] for i in numbers]
+        sums[numbers] = engine.target_log_probs(part).row_sums(len(part)).float().cpu()
+    return sums
+
+
+def _passes(
+    rows: Sequence[EngineRow], max_rows: int, max_tokens: int | None
+) -> list[list[int]]:
+    """Cut the numbers of rows into passes within the bounds."""
+    passes: list[list[int]] = []
+    tokens, known = 0, set[Prompt | None]()
+    for i in _ordered(rows):
+        last = rows[passes[-1][-1]] if passes else None
+        need = _tokens_beside(rows[i], last, known)
+        beyond = max_tokens is not None and tokens + need > max_tokens
+        if last is None or len(passes[-1]) == max_rows or beyond:
+            tokens, known = 0, set()
+            need = _tokens_beside(rows[i], None, known)
+            passes.append([])
+        passes[-1].append(i)
+        tokens += need
+        known.add(rows[i].prompt)
+    return passes
+
+
+def _ordered(rows: Sequence[EngineRow]) -> list[int]:
+    """Return the numbers of rows by prompt, length of the source, and source."""
+    prompts: dict[Prompt | None, int] = {}
+    sources: dict[tuple[int, int, tuple[int, ...]], int] = {}
+    keys = []
+    for row in rows:
+        prompt = prompts.setdefault(row.prompt, len(prompts))
+        source = sources.setdefault((prompt, row.at, row.source), len(sources))
+        keys.append((prompt, len(row.source), source))
+    return sorted(range(len(rows)), key=keys.__getitem__)
+
+
+def _tokens_beside(row: EngineRow, last: EngineRow | None, known: Set[Prompt | None]) -> int:
+    """Return the tokens that a row adds to a pass that ends with ``last`` and has the ``known`` prompts."""
+    prompt = None if row.prompt in known else row.prompt
+    # A prefix is read, not run.
+    virtual = 0 if prompt is None else prompt.input_tokens + prompt.decoder_tokens
+    shared = last is not None and last.source == row.source and last.prompt is row.prompt
+    return virtual + len(row.target) + (0 if shared else len(row.source))
+
+
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """Targets of one caller.
+    """The rows of one caller that wait to be scored.
 
     Attributes:
         rows: Sources with their targets and prompts.
@@ -42,10 +120,12 @@ class Scoring:
 
 @final
 class Scorer:
-    """A thread that owns the scoring of one model; engines take the model's lock for each pass.
+    """Dynamic batching of label scores: a thread that scores what waits in shared passes.
+
+    Engines take the base's lock for each pass.
 
     Args:
-        model: The base model.
+        base: The base.
         max_rows: Targets in one pass.
         max_tokens: Tokens in one pass, if they are of more than one row.
         max_waiting: Callers that wait.
@@ -54,29 +134,29 @@ class Scorer:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        base: Base,
         *,
         max_rows: int,
         max_tokens: int,
         max_waiting: int,
         residents: ResidentPrompts,
     ) -> None:
-        self._model = model
+        self._base = base
         self._max_rows = max_rows
         self._max_tokens = max_tokens
         self._waiting: queue.Queue[Scoring | None] = queue.Queue(max_waiting)
-        self._front = FrontPrompts(model, residents)
+        self._front = FrontPrompts(base, residents)
         self._stopped = False
         self._guard = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="softprompt-scorer", daemon=True)
 
     @property
     def healthy(self) -> bool:
-        """Whether it scores."""
+        """Whether the thread runs and takes rows."""
         return self._thread.is_alive() and not self._stopped
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start the thread."""
         self._thread.start()
         # A thread that is in a pass when the interpreter ends would take it down.
         atexit.register(self.stop)
@@ -169,49 +249,17 @@ class Scorer:
         for each, scores in zip(batch, found, strict=True):
             each.answer.set_result(scores)
 
-    @torch.no_grad()
     def _scores(self, batch: Sequence[Scoring]) -> Sequence[Tensor]:
-        engine = self._engine
-        rows: list[EngineRow] = []
-        for each in batch:
-            rows += self._front.in_front(each.rows, engine)
-        sums = torch.cat(
-            [
-                engine.target_log_probs(part).row_sums(len(part)).float().cpu()
-                for part in self._passes(rows)
-            ]
+        rows = [row for each in batch for row in each.rows]
+        sums = score_rows(
+            self._engine,
+            rows,
+            max_rows=self._max_rows,
+            max_tokens=self._max_tokens,
+            residents=self._front,
         )
         return torch.split(sums, [len(each.rows) for each in batch])
 
-    def _passes(self, rows: Sequence[EngineRow]) -> list[list[EngineRow]]:
-        """Cut rows into passes within the bounds; a prompt, and a source beside itself, is run once in each."""
-        passes: list[list[EngineRow]] = []
-        tokens, known = 0, set[Prompt | None]()
-        for row in rows:
-            last = passes[-1][-1] if passes else None
-            need = _tokens_beside(row, last, known)
-            if (
-                last is None
-                or len(passes[-1]) == self._max_rows
-                or tokens + need > self._max_tokens
-            ):
-                tokens, known = 0, set()
-                need = _tokens_beside(row, None, known)
-                passes.append([])
-            passes[-1].append(row)
-            tokens += need
-            known.add(row.prompt)
-        return passes
-
     @cached_property
     def _engine(self) -> Engine:
-        return build_engine(self._model)
-
-
-def _tokens_beside(row: EngineRow, last: EngineRow | None, known: Set[Prompt | None]) -> int:
-    """Return the tokens that a row adds to a pass that ends with ``last`` and has the ``known`` prompts."""
-    prompt = None if row.prompt in known else row.prompt
-    # A prefix is read, not run.
-    virtual = 0 if prompt is None else prompt.input_tokens + prompt.decoder_tokens
-    shared = last is not None and last.source == row.source and last.prompt is row.prompt
-    return virtual + len(row.target) + (0 if shared else len(row.source))
+        return build_engine(self._base)

@@ -1,12 +1,14 @@
-"""What runs the requests of a batcher."""
+"""The interface of what runs requests over a base: admission, and one step at a time."""
 
 from __future__ import annotations
 
 from typing import Literal, Protocol
 
-from softprompt.inference.continuous.job import Job
-from softprompt.inference.continuous.request import Request
-from softprompt.inference.continuous.residents import ResidentPrompts
+from softprompt.errors import ServingError
+from softprompt.generation.answer import Job
+from softprompt.generation.bounds import Bounds
+from softprompt.generation.request import Request
+from softprompt.generation.residents import ResidentPrompts
 
 Admission = Literal["started", "no room", "later"]
 """Whether a job was started; "later" says that it waits for another, not for room."""
@@ -42,5 +44,14 @@ class Runner(Protocol):
         ...
 
     def step(self) -> None:
-        """Advance the jobs that run, and tell what came of it."""
+        """Advance the jobs that run, and send their events."""
         ...
+
+
+def beyond_bounds(request: Request, need: int, bounds: Bounds) -> ServingError:
+    """Return the error of a request whose answers of ``need`` tokens each never fit into the bounds."""
+    return ServingError(
+        f"n = {request.n} of up to {need:,} tokens do not fit into max_batch_rows "
+        f"{bounds.max_batch_rows} and max_cached_tokens {bounds.max_cached_tokens:,}; "
+        "ask for less or raise the bounds"
+    )

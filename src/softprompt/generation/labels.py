@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from softprompt.data import RowTokenizer
-from softprompt.engine import Engine, EngineRow
+from softprompt.engine import EngineRow
 from softprompt.errors import ConfigError
+from softprompt.generation.request import Input
 from softprompt.prompts import Prompt
 
 
@@ -101,6 +102,36 @@ def check_label_ids(labels: Sequence[str], label_ids: Sequence[Sequence[int]]) -
         seen[tuple(ids)] = label
 
 
+@dataclass(frozen=True, slots=True)
+class Labelling:
+    """Inputs of one prompt whose labels are to be scored: their batch rows, and label scores from the rows' sums.
+
+    Attributes:
+        labels: The K labels.
+        label_ids: Their tokens.
+        inputs: The N inputs.
+    """
+
+    labels: Sequence[str]
+    label_ids: Sequence[tuple[int, ...]]
+    inputs: Sequence[Input]
+
+    def rows(self, prompt: Prompt | None) -> list[EngineRow]:
+        """Return a batch row for each label of each input behind a prompt, input by input."""
+        return [
+            row
+            for each in self.inputs
+            for row in label_rows(each.ids, self.label_ids, prompt, each.at)
+        ]
+
+    def answers(self, sums: Tensor, *, normalize: bool) -> list[LabelScores]:
+        """Return what the rows' log-probabilities ``[N·K]`` say; normalised they are per token."""
+        scores = sums.view(len(self.inputs), len(self.labels))
+        if normalize:
+            scores = per_token(scores, [len(ids) for ids in self.label_ids])
+        return label_scores(self.labels, scores, [each.cut for each in self.inputs])
+
+
 def label_rows(
     source: Sequence[int],
     label_ids: Sequence[Sequence[int]],
@@ -118,77 +149,15 @@ def label_rows(
     return [EngineRow(tuple(source), tuple(label), prompt, at) for label in label_ids]
 
 
-def score_labels(
-    engine: Engine,
-    prompt: Prompt | None,
-    sources: Sequence[Sequence[int]],
-    label_ids: Sequence[Sequence[int]],
-    *,
-    offsets: Sequence[int] | None = None,
-    batch_size: int = 64,
-    normalize: bool = False,
-) -> Tensor:
-    """Return the log-probability of each label as the answer to each source, without gradients.
-
-    Args:
-        engine: Scores targets after sources.
-        prompt: The prompt; None is the base alone.
-        sources: Text tokens of N inputs.
-        label_ids: Tokens of K labels.
-        offsets: Source tokens before the prompt of each input; None puts every prompt in front.
-        batch_size: (input, label) pairs in one pass; the labels of one input always stay together,
-            because the forest engine then runs the input once.
-        normalize: Divide each sum by the label's token count.
-
-    Returns:
-        float32 ``[N, K]`` in nats, on the CPU.
-    """
-    inputs = [
-        label_rows(source, label_ids, prompt, at)
-        for source, at in zip(sources, offsets or [0] * len(sources), strict=True)
-    ]
-    scores = score_inputs(engine, inputs, batch_size=batch_size)
-    scores = scores.view(len(inputs), len(label_ids))
-    return per_token(scores, [len(ids) for ids in label_ids]) if normalize else scores
-
-
-@torch.no_grad()
-def score_inputs(
-    engine: Engine, inputs: Sequence[Sequence[EngineRow]], *, batch_size: int = 64
-) -> Tensor:
-    """Return the log-probability of each label of each input; see ``score_labels``.
-
-    Inputs of several prompts share passes: one forest holds the rows of all.
-
-    Args:
-        engine: Scores targets after sources.
-        inputs: For each of N inputs its K rows, as ``label_rows`` gives them.
-        batch_size: Rows in one pass, at most.
-
-    Returns:
-        float32 ``[N, K]`` in nats, on the CPU; all inputs have K labels.
+def rows_of_whole_inputs(batch_size: int, labels: int) -> int:
+    """Return how many rows a pass of about ``batch_size`` takes, so that no input's labels are parted.
 
     Raises:
         ConfigError: ``batch_size`` is less than 1.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size expects at least 1 row, got {batch_size}")
-    count = len(inputs[0]) if inputs else 0
-    # Sources of like length share a pass, so that a padded engine pads little; those of one prompt
-    # do before that, because every pass runs each of its prompts once.
-    numbers: dict[Prompt | None, int] = {}
-    keys = [
-        (numbers.setdefault(rows[0].prompt, len(numbers)), len(rows[0].source)) for rows in inputs
-    ]
-    order = sorted(range(len(inputs)), key=keys.__getitem__)
-    scores = torch.zeros(len(inputs), count)
-    size = max(1, batch_size // max(1, count))
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        rows = [row for i in chosen for row in inputs[i]]
-        sums = engine.target_log_probs(rows).row_sums(len(rows))
-        scores[chosen] = sums.float().cpu().view(len(chosen), count)
-    return scores
+    return max(1, batch_size // max(1, labels)) * max(1, labels)
 
 
 def per_token(scores: Tensor, label_tokens: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Requests over the decode forest: who runs, what each pass runs, and what comes of it."""
+"""Requests over the decode forest: which rows run, what each pass runs, and what its logits are used for."""
 
 from __future__ import annotations
 
@@ -6,27 +6,25 @@ from typing import final
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from softprompt.backbone import facts_of
+from softprompt.backbone import Base
 from softprompt.engine import DecodeForest, NewTokens
 from softprompt.errors import ServingError
-from softprompt.inference.continuous.answer import Answer
-from softprompt.inference.continuous.bounds import Bounds
-from softprompt.inference.continuous.checks import check_request
-from softprompt.inference.continuous.events import Event, TopLogProbs
-from softprompt.inference.continuous.job import Job
-from softprompt.inference.continuous.request import Request
-from softprompt.inference.continuous.residents import ResidentPrompts
-from softprompt.inference.continuous.runner import Admission
-from softprompt.inference.continuous.sequence import Echo, Reading, Sequence, not_finite, scored
+from softprompt.generation.answer import Answer, Job
+from softprompt.generation.bounds import Bounds
+from softprompt.generation.forest_row import Echo, ForestRow, Prefill, not_finite, scored
+from softprompt.generation.request import Request, check_request
+from softprompt.generation.residents import ResidentPrompts
+from softprompt.generation.runner import Admission, beyond_bounds
+from softprompt.generation.ticket import Event, TopLogProbs
 
-Work = list[tuple[Sequence, NewTokens]]
+Work = list[tuple[ForestRow, NewTokens]]
+"""The rows of a pass, each with the tokens that it runs."""
 
 
 @final
 class ForestRunner:
-    """Runs jobs in one decode forest; the thread that steps it owns it.
+    """Continuous batching: runs jobs in one decode forest; the thread that steps it owns it.
 
     Attributes:
         forest: The forest.
@@ -35,20 +33,19 @@ class ForestRunner:
 
     name = "forest"
 
-    def __init__(self, model: PreTrainedModel, bounds: Bounds) -> None:
+    def __init__(self, base: Base, bounds: Bounds) -> None:
         self.forest = DecodeForest(
-            model, bounds.max_cached_tokens, ordered_weights=bounds.ordered_weights
+            base, bounds.max_cached_tokens, ordered_weights=bounds.ordered_weights
         )
         self.residents = ResidentPrompts(bounds.max_prompts_resident, bounds.max_prompt_tokens)
-        self._model = model
-        self._facts = facts_of(model)
+        self._base = base
         self._bounds = bounds
-        self._sequences: list[Sequence] = []
+        self._rows: list[ForestRow] = []
 
     @property
     def rows(self) -> int:
         """Answers that run or will: a lane each."""
-        return sum(1 + len(each.spare) for each in self._sequences)
+        return sum(1 + len(each.spare) for each in self._rows)
 
     @property
     def cached_tokens(self) -> int:
@@ -58,7 +55,7 @@ class ForestRunner:
     @property
     def jobs(self) -> list[Job]:
         """The jobs that run."""
-        return list(dict.fromkeys(each.job for each in self._sequences))
+        return list(dict.fromkeys(each.job for each in self._rows))
 
     def check(self, request: Request) -> None:
         """Refuse a request that could never run.
@@ -67,32 +64,30 @@ class ForestRunner:
             SoftPromptError: As ``check_request``.
             ServingError: It does not fit into the bounds.
         """
-        check_request(self._model, self._facts, request)
+        check_request(self._base, request)
         need = _need(request)
         if request.n > self._bounds.max_batch_rows or not self.forest.store.fits(need, request.n):
-            raise ServingError(
-                f"n = {request.n} of up to {need:,} tokens do not fit into max_batch_rows "
-                f"{self._bounds.max_batch_rows} and max_cached_tokens {self._bounds.max_cached_tokens:,}; "
-                "ask for less or raise the bounds"
-            )
+            raise beyond_bounds(request, need, self._bounds)
 
     def admit(self, job: Job) -> Admission:
         """Start a job, unless there is no room, or another is just computing the same prompt."""
         request = job.request
         if self.rows + request.n > self._bounds.max_batch_rows:
             return "no room"
-        reading = Reading.of(request, self._facts.vocabulary)
-        if reading.key and any(s.keeps and s.reading.key == reading.key for s in self._sequences):
+        prefill = Prefill.of(request, self.forest.vocabulary)
+        if prefill.key and any(
+            each.keeps and each.prefill.key == prefill.key for each in self._rows
+        ):
             return "later"
         lanes = self.forest.store.take(_need(request), request.n)
         if lanes is None:
             return "no room"
-        sequence = Sequence(job, reading, lanes[0], lanes[1:])
-        sequence.echo = Echo() if request.echo else None
+        row = ForestRow(job, prefill, lanes[0], lanes[1:])
+        row.echo = Echo() if request.echo else None
         # Until its first logits are seen to be finite.
-        sequence.lane.tainted = True
-        self._sequences.append(sequence)
-        self._fill(sequence)
+        row.lane.tainted = True
+        self._rows.append(row)
+        self._fill(row)
         return "started"
 
     def step(self) -> None:
@@ -110,9 +105,9 @@ class ForestRunner:
             work, parts = self._one_by_one(work)
         self._use(work, parts)
 
-    def _fill(self, sequence: Sequence) -> None:
+    def _fill(self, row: ForestRow) -> None:
         """Give a new row the keys and values of its prompt, if there are any yet."""
-        key, prompt = sequence.reading.key, sequence.job.request.prompt
+        key, prompt = row.prefill.key, row.job.request.prompt
         if key is None or prompt is None:
             return
         kept = self.residents.find(key)
@@ -120,17 +115,17 @@ class ForestRunner:
             kept = self.forest.store.converted(prompt.prefix)
             self.residents.keep(key, kept)
         if kept is None:
-            sequence.keeps = True
+            row.keeps = True
             return
-        self.forest.store.fill(sequence.lane, kept)
-        sequence.done = sequence.reading.kept_ids
+        self.forest.store.fill(row.lane, kept)
+        row.done = row.prefill.kept_ids
 
     def _planned(self) -> Work:
         """Choose what a pass runs: a token of every answer, and inputs as far as the budget goes."""
-        answering = [each for each in self._sequences if each.answer is not None]
+        answering = [each for each in self._rows if each.answer is not None]
         work = [(each, each.next_tokens(1)) for each in answering]
         budget = self._bounds.max_step_tokens - len(work)
-        for each in self._sequences:
+        for each in self._rows:
             if each.answer is None and budget > 0:
                 work.append((each, each.next_tokens(budget)))
                 budget -= len(work[-1][1].ids)
@@ -140,69 +135,69 @@ class ForestRunner:
         """Run rows alone, and fail those that cannot be run."""
         done: Work = []
         parts: list[Tensor] = []
-        for sequence, new in work:
-            if not any(sequence is each for each in self._sequences):
+        for row, new in work:
+            if not any(row is each for each in self._rows):
                 continue
             try:
                 parts += self.forest.step([new])
-                done.append((sequence, new))
+                done.append((row, new))
             except Exception as cause:  # as above
                 error = ServingError(f"the model failed on this request: {cause}")
                 error.__cause__ = cause
-                self._leave(sequence.job)
-                sequence.job.fail(error)
-        kept = [i for i, (each, _) in enumerate(done) if each in self._sequences]
+                self._leave(row.job)
+                row.job.fail(error)
+        kept = [i for i, (each, _) in enumerate(done) if each in self._rows]
         return [done[i] for i in kept], [parts[i] for i in kept]
 
     def _use(self, work: Work, parts: list[Tensor]) -> None:
         """Note what was read, and give every answer its next token."""
-        ready: list[tuple[Sequence, Answer]] = []
+        ready: list[tuple[ForestRow, Answer]] = []
         rows: list[Tensor] = []
-        for (sequence, new), logits in zip(work, parts, strict=True):
-            if sequence.answer is None:
-                sequence.read(len(new.ids), logits)
-                self._keep(sequence)
-                if sequence.is_reading:
+        for (row, new), logits in zip(work, parts, strict=True):
+            if row.answer is None:
+                row.read(len(new.ids), logits)
+                self._keep(row)
+                if row.is_prefill:
                     continue
-                ready += self._answering(sequence)
+                ready += self._answering(row)
             else:
-                ready.append((sequence, sequence.answer))
+                ready.append((row, row.answer))
             rows += [logits[-1]] * (len(ready) - len(rows))
         if ready:
             self._choose(ready, torch.stack(rows))
 
-    def _keep(self, sequence: Sequence) -> None:
+    def _keep(self, row: ForestRow) -> None:
         """Keep a prompt's keys and values as soon as they are there."""
-        reading = sequence.reading
-        if sequence.keeps and reading.key and sequence.done >= reading.kept_ids:
+        prefill = row.prefill
+        if row.keeps and prefill.key and row.done >= prefill.kept_ids:
             self.residents.keep(
-                reading.key, self.forest.store.read(sequence.lane, reading.kept_tokens)
+                prefill.key, self.forest.store.read(row.lane, prefill.kept_tokens)
             )
-            sequence.keeps = False
+            row.keeps = False
 
-    def _answering(self, sequence: Sequence) -> list[tuple[Sequence, Answer]]:
+    def _answering(self, row: ForestRow) -> list[tuple[ForestRow, Answer]]:
         """Return the answers that begin behind an input, each with a row of its own."""
-        job = sequence.job
-        if sequence.echo is not None:
-            job.ticket.push(sequence.echo.event(job.request.ids))
+        job = row.job
+        if row.echo is not None:
+            job.ticket.push(row.echo.event(job.request.ids))
         if not job.answers:
             self._leave(job)
             job.close()
             return []
-        self.forest.store.copy(sequence.lane, sequence.spare)
+        self.forest.store.copy(row.lane, row.spare)
         others = [
-            Sequence(job, sequence.reading, lane, [], sequence.done) for lane in sequence.spare
+            ForestRow(job, row.prefill, lane, [], row.done) for lane in row.spare
         ]
-        sequence.spare = []
-        self._sequences += others
+        row.spare = []
+        self._rows += others
         found = []
-        for each, answer in zip([sequence, *others], job.answers, strict=True):
+        for each, answer in zip([row, *others], job.answers, strict=True):
             each.answer = answer
             each.lane.tainted = True
             found.append((each, answer))
         return found
 
-    def _choose(self, ready: list[tuple[Sequence, Answer]], logits: Tensor) -> None:
+    def _choose(self, ready: list[tuple[ForestRow, Answer]], logits: Tensor) -> None:
         """Give answers their next tokens from logits ``[R, V]``."""
         best, likeliest = logits.max(-1)
         finite = torch.isfinite(best).tolist()
@@ -213,15 +208,15 @@ class ForestRunner:
             )
         ]
         scores = self._scores(ready, logits, tokens)
-        for (sequence, answer), token, sound, score in zip(
+        for (row, answer), token, sound, score in zip(
             ready, tokens, finite, scores, strict=True
         ):
-            if sequence in self._sequences:
-                self._advance(sequence, answer, token if sound else None, score)
+            if row in self._rows:
+                self._advance(row, answer, token if sound else None, score)
 
     def _advance(
         self,
-        sequence: Sequence,
+        row: ForestRow,
         answer: Answer,
         token: int | None,
         score: tuple[float | None, TopLogProbs],
@@ -230,19 +225,19 @@ class ForestRunner:
         try:
             if token is None:
                 raise not_finite()
-            sequence.lane.tainted = False
+            row.lane.tainted = False
             events: list[Event] = [answer.add(token, *score)]
         except Exception as cause:  # a decoder of the caller's may raise anything
-            self._leave(sequence.job)
-            sequence.job.fail(cause)
+            self._leave(row.job)
+            row.job.fail(cause)
             return
         if answer.ended_by is not None:
             events.append(answer.finish())
-            self._end(sequence)
-        sequence.job.tell(events)
+            self._end(row)
+        row.job.send(events)
 
     def _scores(
-        self, ready: list[tuple[Sequence, Answer]], logits: Tensor, tokens: list[int]
+        self, ready: list[tuple[ForestRow, Answer]], logits: Tensor, tokens: list[int]
     ) -> list[tuple[float | None, TopLogProbs]]:
         found: list[tuple[float | None, TopLogProbs]] = [(None, ())] * len(ready)
         wanting = [i for i, (_, answer) in enumerate(ready) if answer.request.logprobs is not None]
@@ -254,14 +249,14 @@ class ForestRunner:
                 found[i] = (logprob, top[: ready[i][1].request.logprobs])
         return found
 
-    def _end(self, sequence: Sequence) -> None:
-        self._sequences.remove(sequence)
-        for lane in (sequence.lane, *sequence.spare):
+    def _end(self, row: ForestRow) -> None:
+        self._rows.remove(row)
+        for lane in (row.lane, *row.spare):
             self.forest.store.release(lane)
 
     def _leave(self, job: Job) -> None:
-        for sequence in [each for each in self._sequences if each.job is job]:
-            self._end(sequence)
+        for row in [each for each in self._rows if each.job is job]:
+            self._end(row)
 
 
 def _need(request: Request) -> int:

@@ -2,7 +2,7 @@
 
 The thread takes the model's lock for each pass, so other calls on the model take turns with it.
 A request fails alone. If the thread itself fails, all its requests fail with the reason, and
-``healthy`` tells.
+``healthy`` is False.
 """
 
 from __future__ import annotations
@@ -10,33 +10,51 @@ from __future__ import annotations
 import atexit
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from softprompt.backbone import is_encoder_decoder
+from softprompt.backbone import Base
 from softprompt.engine import why_undecodable
-from softprompt.errors import NotServingError, QueueFullError
-from softprompt.inference.continuous.bounds import Bounds
-from softprompt.inference.continuous.forest_runner import ForestRunner
-from softprompt.inference.continuous.job import Job
-from softprompt.inference.continuous.pace import Pace
-from softprompt.inference.continuous.request import Decode, Request
-from softprompt.inference.continuous.residents import ResidentPrompts
-from softprompt.inference.continuous.runner import Runner
-from softprompt.inference.continuous.simple_runner import SimpleRunner
-from softprompt.inference.continuous.ticket import Ticket
-from softprompt.inference.generation import end_ids
+from softprompt.errors import ConfigError, NotServingError, QueueFullError
+from softprompt.generation.answer import AnswerRules, Job
+from softprompt.generation.bounds import Bounds
+from softprompt.generation.decoder import runner_of
+from softprompt.generation.request import Decode, Request
+from softprompt.generation.residents import ResidentPrompts
+from softprompt.generation.ticket import Ticket
 
 logger = logging.getLogger(__name__)
+
+_LEAST, _MOST = 1.0, 60.0
+_WEIGHT = 0.1
+"""Weight of the newest interval in the mean."""
+
+
+@final
+class Pace:
+    """Mean seconds between answers that end, recent ones counting most."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self._seconds = 0.1
+
+    def note(self, ended: int) -> None:
+        """Note that some answers ended now."""
+        now = time.monotonic()
+        if ended:
+            self._seconds += _WEIGHT * ((now - self._last) / ended - self._seconds)
+            self._last = now
+
+    def seconds_for(self, waiting: int) -> float:
+        """Return after how many seconds half of those who wait are likely to run."""
+        return min(_MOST, max(_LEAST, self._seconds * waiting / 2))
 
 
 @dataclass(frozen=True, slots=True)
 class BatcherStats:
-    """What a batcher is doing.
+    """Counters of a batcher.
 
     Attributes:
         waiting: Requests in the queue.
@@ -61,38 +79,30 @@ class BatcherStats:
 
 @final
 class Batcher:
-    """Answers requests for any prompts of one base model, many at once.
+    """Continuous batching of requests for any prompts of one base, in a thread.
 
     Attributes:
         bounds: What it uses at most.
         reason: Why it is not the decode forest that runs the requests; empty when it is.
 
     Args:
-        model: The base model; put into evaluation mode.
-        tokenizer: Its tokenizer.
+        base: The base; put into evaluation mode.
         bounds: What may be used at most.
         decode: Token ids to text; None is the tokenizer's, special tokens left out.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        base: Base,
         bounds: Bounds | None = None,
         *,
         decode: Decode | None = None,
     ) -> None:
-        model.eval()  # type: ignore[no-untyped-call]
+        base.model.eval()  # type: ignore[no-untyped-call]
         self.bounds = bounds or Bounds()
-        self.reason = why_undecodable(model)
-        self._runner: Runner = (
-            SimpleRunner(model, tokenizer, self.bounds)
-            if self.reason
-            else ForestRunner(model, self.bounds)
-        )
-        self._decode = decode or _decoder(tokenizer)
-        self._eos_ids = end_ids(model, tokenizer)
-        self._seq2seq = is_encoder_decoder(model)
+        self.reason = why_undecodable(base)
+        self._rules = AnswerRules.of(base, decode)
+        self._runner = runner_of(base, self.bounds, self._rules)
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._pace = Pace()
@@ -127,7 +137,7 @@ class Batcher:
 
     @property
     def stats(self) -> BatcherStats:
-        """What is being done now."""
+        """The counters now."""
         kept = self.residents
         with self._changed:
             return replace(
@@ -151,9 +161,13 @@ class Batcher:
             QueueFullError: Too many wait.
             NotServingError: The batcher is stopping, has stopped, or has failed.
         """
+        if request.options.num_beams > 1:
+            raise ConfigError(
+                f"num_beams {request.options.num_beams} is not served, as beams cannot be streamed; leave it at 1"
+            )
         self._runner.check(request)
         ticket = Ticket(request, self._wake)
-        job = Job.of(ticket, self._decode, self._eos_ids, seq2seq=self._seq2seq)
+        job = Job.of(ticket, self._rules)
         with self._changed:
             if wait:
                 self._changed.wait_for(lambda: self._closing or not self._is_full)
@@ -269,14 +283,3 @@ def _failed(cause: Exception) -> NotServingError:
     error = NotServingError(f"serving has failed ({type(cause).__name__}); start it again")
     error.__cause__ = cause
     return error
-
-
-def _decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:
-    def decode(ids: Sequence[int]) -> str:
-        return str(
-            tokenizer.decode(
-                list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        )
-
-    return decode

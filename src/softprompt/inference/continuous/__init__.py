@@ -1,1 +1,0 @@
-"""Many requests at once, each with the prompt it names: a worker thread and what it runs."""
