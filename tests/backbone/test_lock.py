@@ -127,3 +127,19 @@ def test_one_lock_a_model_shared_by_its_parts_and_never_copied():
     with locked(model), locked(model.base_model):  # re-entrant
         other = copy.deepcopy(model)
     assert locked(other) is not locked(model)
+
+
+def test_a_new_embedding_leaves_the_lock():
+    model = causal("llama")
+    lock = locked(model)
+    model.resize_token_embeddings(70)
+    assert locked(model) is lock
+    assert locked(model.base_model) is lock
+
+
+def test_tasks_that_share_a_part_share_its_lock():
+    model = causal("llama")
+    other = tf.LlamaForCausalLM(model.config)
+    other.model = model.model
+    assert locked(other.model) is locked(other)
+    assert locked(model) is locked(other)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from softprompt.backbone.embeddings import input_embedding
 
 T = TypeVar("T")
+Lock = AbstractContextManager[Any]
 
 
 @final
@@ -29,12 +30,14 @@ class ModelState:
 
     Attributes:
         found: What probes found, by name. No value may hold the model, which would then never be freed.
+        lock: The model's lock, once it was asked for.
     """
 
-    __slots__ = ("_kept", "found")
+    __slots__ = ("_kept", "found", "lock")
 
     def __init__(self) -> None:
         self.found: dict[str, Any] = {}
+        self.lock: Lock | None = None
         self._kept: dict[str, tuple[object, Any]] = {}
 
     def once(self, name: str, read: Callable[[], T], stamp: object = None) -> T:
@@ -47,14 +50,17 @@ class ModelState:
 
 # Kept beside the models, never on them: a lock can be neither copied nor pickled.
 _states: WeakKeyDictionary[nn.Module, ModelState] = WeakKeyDictionary()
-_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_locks: WeakKeyDictionary[nn.Module, Lock] = WeakKeyDictionary()
+"""By embedding, for models that share nothing else."""
+
 _guard = threading.Lock()
 
 
 def state_of(model: PreTrainedModel) -> ModelState:
     """Return what is remembered of a model; a copy of the model starts afresh."""
     with _guard:
-        return _states.setdefault(model, ModelState())
+        state = _states.get(model)
+        return _states.setdefault(model, ModelState()) if state is None else state
 
 
 def stamp_of(weight: Tensor) -> tuple[object, ...]:
@@ -74,15 +80,27 @@ def stamp_of(weight: Tensor) -> tuple[object, ...]:
     return storage, version, weight.dtype, weight.device, weight.shape
 
 
-def locked(model: PreTrainedModel) -> AbstractContextManager[Any]:
-    """Return the lock of a model, for ``with``; a task model and its parts share one.
+def locked(model: PreTrainedModel) -> Lock:
+    """Return the lock of a model, for ``with``; a task model, its parts and all that share them have one.
 
     While torch.compile traces there is none: a lock cannot be part of a graph.
+
+    Raises:
+        BackboneError: If the model has no input embedding.
     """
     if torch.compiler.is_compiling():
         return nullcontext()
     with _guard:
-        lock: AbstractContextManager[Any] = _locks.setdefault(
-            input_embedding(model), threading.RLock()
-        )
+        state = _states.get(model)
+        return state.lock if state is not None and state.lock is not None else _locked(model)
+
+
+def _locked(model: PreTrainedModel) -> Lock:
+    """Find or make the lock of a model and its parts, once; its embedding may be replaced later."""
+    parts = [model, *(part for part in model.modules() if isinstance(part, PreTrainedModel))]
+    states = [_states.setdefault(part, ModelState()) for part in parts]
+    lock = _locks.setdefault(input_embedding(model), threading.RLock())
+    lock = next((state.lock for state in states if state.lock is not None), lock)
+    for state in states:
+        state.lock = state.lock or lock
     return lock
