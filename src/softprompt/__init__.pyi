@@ -2,29 +2,6 @@ from .artifacts.composed import average_prompts as average_prompts
 from .artifacts.composed import compose_cartridge_adapters as compose_cartridge_adapters
 from .artifacts.composed import concatenate_prompts as concatenate_prompts
 from .artifacts.composed import subtract_prompts as subtract_prompts
-from .attach.auto import AutoPeftModel as AutoPeftModel
-from .attach.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
-from .attach.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
-from .attach.auto import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
-from .attach.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
-from .attach.auto import (
-    AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
-)
-from .attach.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
-from .attach.cartridges import (
-    initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values,
-)
-from .attach.cartridges import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
-from .attach.classes import PeftModelForCausalLM as PeftModelForCausalLM
-from .attach.classes import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
-from .attach.classes import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
-from .attach.classes import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
-from .attach.classes import PeftModelForSequenceClassification as PeftModelForSequenceClassification
-from .attach.classes import PeftModelForTokenClassification as PeftModelForTokenClassification
-from .attach.classes import get_peft_model as get_peft_model
-from .attach.classes import get_peft_model_state_dict as get_peft_model_state_dict
-from .attach.classes import set_peft_model_state_dict as set_peft_model_state_dict
-from .attach.model import PeftModel as PeftModel
 from .errors import SoftPromptError as SoftPromptError
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.report import Report as Report
@@ -38,6 +15,29 @@ from .inference.options import GenerationOptions as GenerationOptions
 from .inference.serving import Serving as Serving
 from .inference.tuned import TunedPrompt as TunedPrompt
 from .inspection.retrieval import similar_prompts as similar_prompts
+from .peft.cartridges import (
+    initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values,
+)
+from .peft.cartridges import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
+from .peft.classes import AutoPeftModel as AutoPeftModel
+from .peft.classes import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+from .peft.classes import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
+from .peft.classes import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
+from .peft.classes import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
+from .peft.classes import (
+    AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
+)
+from .peft.classes import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from .peft.classes import PeftModelForCausalLM as PeftModelForCausalLM
+from .peft.classes import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
+from .peft.classes import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
+from .peft.classes import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
+from .peft.classes import PeftModelForSequenceClassification as PeftModelForSequenceClassification
+from .peft.classes import PeftModelForTokenClassification as PeftModelForTokenClassification
+from .peft.classes import get_peft_model as get_peft_model
+from .peft.classes import get_peft_model_state_dict as get_peft_model_state_dict
+from .peft.classes import set_peft_model_state_dict as set_peft_model_state_dict
+from .peft.model import PeftModel as PeftModel
 from .prompts import CartridgeConfig as CartridgeConfig
 from .prompts import CartridgeEncoder as CartridgeEncoder
 from .prompts import CPTConfig as CPTConfig

@@ -9,12 +9,12 @@ import transformers as tf
 from oracles.families import CAUSAL, ENCODERS, ROTARY_ENCODERS, SEQ2SEQ, build
 from oracles.naive import padded
 from softprompt import PromptTuningConfig, get_peft_model
-from softprompt.attach import inputs as attach_inputs
 from softprompt.backbone import Base
 from softprompt.engine import packs
 from softprompt.engine.forest import encoder
 from softprompt.engine.forest.encoder import why_not_packed
 from softprompt.engine.forest.layers import Packing
+from softprompt.peft import inputs as peft_inputs
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 ALL = {**ENCODERS, **ROTARY_ENCODERS}
@@ -55,9 +55,9 @@ def run(model, inputs, packed, monkeypatch):
         return encoder.without_padding(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(attach_inputs, "without_padding", counted)
+        patch.setattr(peft_inputs, "without_padding", counted)
         if not packed:
-            patch.setattr(attach_inputs, "packs", lambda *_, **__: False)
+            patch.setattr(peft_inputs, "packs", lambda *_, **__: False)
         output = model(**inputs)
     assert len(passes) == packed
     values = output[1 if "labels" in inputs else 0]
@@ -112,7 +112,7 @@ def test_a_mask_with_gaps(monkeypatch):
         real = torch.cat([torch.ones(3, P).bool(), inputs["attention_mask"].bool()], dim=1)
         got = model(**inputs).last_hidden_state[real]
         with monkeypatch.context() as patch:
-            patch.setattr(attach_inputs, "packs", lambda *_, **__: False)
+            patch.setattr(peft_inputs, "packs", lambda *_, **__: False)
             torch.testing.assert_close(got, model(**inputs).last_hidden_state[real], **CLOSE)
 
 

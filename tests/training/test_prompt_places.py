@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from softprompt.attach import PeftModel
 from softprompt.backbone import load_base
 from softprompt.errors import ContextOverflowError
 from softprompt.evaluation import evaluate
 from softprompt.inference import load
+from softprompt.peft import PeftModel
 from softprompt.training import tune
 
 QUICK = {"num_epochs": 3, "batch_size": 6, "learning_rate": 0.3}
@@ -78,7 +78,7 @@ def test_what_is_trained_in_the_place_of_rows_is_saved_as_rows(
     loaded = load(tmp_path / "out")
     torch.testing.assert_close(values_of(loaded), values_of(tuned))
     assert loaded("the film was good") == tuned("the film was good")
-    with caplog.at_level("INFO", "softprompt.attach.saving"):
+    with caplog.at_level("INFO", "softprompt.peft.saving"):
         PeftModel.from_pretrained(load_base(llama).model, tmp_path / "out", is_trainable=True)
-    told = f"the rows of a {kind} prompt are baked: training goes on with the rows themselves"
+    told = f"the virtual tokens of a {kind} prompt are baked: training goes on with the tokens themselves"
     assert told in caplog.messages

@@ -15,6 +15,7 @@ from .formats import Format as Format
 from .formats import Read as Read
 from .formats import detect as detect
 from .formats import format_named as format_named
+from .hub import upload as upload
 from .layout import MANIFEST_NAME as MANIFEST_NAME
 from .layout import PICKLED_WEIGHTS_NAME as PICKLED_WEIGHTS_NAME
 from .layout import WEIGHTS_NAME as WEIGHTS_NAME
@@ -36,3 +37,4 @@ from .start import started_prompt as started_prompt
 from .start import transferred_embeddings as transferred_embeddings
 from .stored_prompt import StoredPrompt as StoredPrompt
 from .stored_prompt import other_parts as other_parts
+from .stored_prompt import tensors_read as tensors_read

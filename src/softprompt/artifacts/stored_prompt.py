@@ -184,6 +184,23 @@ class StoredPrompt:
         )
 
 
+def tensors_read(
+    tensors: Mapping[str, Tensor], config: PromptLearningConfig, *, seq2seq: bool
+) -> Mapping[str, Tensor]:
+    """Return a file's tensors without virtual tokens that nothing reads: PEFT saves 2 P for seq2seq and reads P.
+
+    Args:
+        tensors: What a file holds, under PEFT's names.
+        config: Configuration of the prompt, its sizes filled in.
+        seq2seq: Whether the base has an encoder and a decoder.
+    """
+    values = tensors.get(PROMPT_KEY)
+    reads_half = seq2seq and config.num_transformer_submodules == 1
+    if not reads_half or values is None or len(values) != 2 * (config.num_virtual_tokens or 0):
+        return tensors
+    return {**tensors, PROMPT_KEY: values[: len(values) // 2]}
+
+
 def other_parts(found: Sequence[str], wanted: Sequence[str]) -> str | None:
     """Return why virtual tokens for some parts of a base do not fit other parts; None when they do."""
     if tuple(found) == tuple(wanted):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from softprompt.artifacts import StoredPrompt, check_base, started_prompt
-from softprompt.attach.completion import completed
-from softprompt.attach.saving import rows_read
-from softprompt.backbone import facts_of
+from softprompt.artifacts import StoredPrompt, check_base, started_prompt, tensors_read
+from softprompt.backbone import Base
+from softprompt.engine import completed
 from softprompt.errors import ArtifactError
 from softprompt.prompts import Prompt, PromptLearningConfig
 
@@ -38,8 +37,8 @@ def detached_prompts(
             "other prompts; attach it with PeftModel.from_pretrained"
         )
     check_base(stored, model, ignore=ignore_fingerprint)
-    facts = facts_of(model)
-    config = completed(stored.configuration(), model, facts, shared=None, own=None)
+    base = Base.of(model)
+    config = completed(stored.configuration(), base)
     module = started_prompt(config, model)
-    module.load_stored(rows_read(stored.tensors, config, facts))
+    module.load_stored(tensors_read(stored.tensors, config, seq2seq=base.is_encoder_decoder))
     return config, tuple(module.prompt(task).detach() for task in range(module.num_tasks))

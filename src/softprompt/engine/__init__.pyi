@@ -14,7 +14,7 @@ from .context import check_rows as check_rows
 from .decode.forest import DecodeForest as DecodeForest
 from .decode.forest import NewTokens as NewTokens
 from .decode.forest import Wanted as Wanted
-from .decode.probe import why_undecodable as why_undecodable
+from .decode.decode_forest import why_undecodable as why_undecodable
 from .decode.store import Lane as Lane
 from .forest.causal import ForestEngine as ForestEngine
 from .forest.encoder import packs as packs
@@ -29,7 +29,9 @@ from .layout import is_packed as is_packed
 from .layout import packed_mask as packed_mask
 from .plain import PlainEngine as PlainEngine
 from .plain import pad_rows as pad_rows
+from .predictions import IGNORED as IGNORED
 from .predictions import Engine as Engine
+from .prefixes.passes import cached_tokens as cached_tokens
 from .prefixes.paths import prefix_path as prefix_path
 from .prefixes.paths import prefixed as prefixed
 from .prefixes.values import Prefixes as Prefixes

@@ -1,14 +1,16 @@
-"""Modules trained beside the prompt (``modules_to_save``), such as a new classification head."""
+"""Modules trained with the prompt (``modules_to_save``), such as a new classification head."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from softprompt.backbone import in_own_dtype, set_module
 from softprompt.errors import AdapterError, ConfigError
 
 BASE = "__base__"
@@ -28,9 +30,11 @@ class SwitchedHead(nn.Module):
         self.modules_to_save = nn.ModuleDict()
         self.active: str | tuple[str, ...] | None = None
 
-    def add(self, adapter: str) -> None:
-        """Copy the original for an adapter, in float32."""
-        self.modules_to_save[adapter] = copy.deepcopy(self.original_module).float()
+    def add(self, adapter: str, trained: nn.Module | None = None) -> None:
+        """Give an adapter its module: a trained one, or a copy of the original in float32."""
+        if trained is None:
+            trained = copy.deepcopy(self.original_module).float()
+        self.modules_to_save[adapter] = trained
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the active copy, or each row through its own."""
@@ -52,11 +56,7 @@ class SwitchedHead(nn.Module):
     def _run(self, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         trained = name is not None and name in self.modules_to_save
         head = self.modules_to_save[cast(str, name)] if trained else self.original_module
-        wanted = next(head.parameters()).dtype
-        came = args[0].dtype
-        if torch.is_autocast_enabled(args[0].device.type) or wanted == came:
-            return head(*args, **kwargs)
-        return head(args[0].to(wanted), *args[1:], **kwargs).to(came)
+        return in_own_dtype(head, *args, **kwargs)
 
 
 def find_heads(model: nn.Module, names: Sequence[str], *, optional: Sequence[str]) -> list[str]:
@@ -94,14 +94,19 @@ def require_free(model: nn.Module, paths: Sequence[str], adapter: str) -> None:
             )
 
 
-def add_heads(model: nn.Module, paths: Sequence[str], adapter: str) -> None:
-    """Put a switch in the place of each module, with a copy for an adapter."""
+def add_heads(
+    model: nn.Module,
+    paths: Sequence[str],
+    adapter: str,
+    trained: Mapping[str, nn.Module] | None = None,
+) -> None:
+    """Replace each module by a switch that has a copy for an adapter, or its module among ``trained``."""
     for path in paths:
         current = model.get_submodule(path)
         if not isinstance(current, SwitchedHead):
             current = SwitchedHead(current)
-            _set(model, path, current)
-        current.add(adapter)
+            set_module(model, path, current)
+        current.add(adapter, (trained or {}).get(path))
 
 
 def drop_heads(model: nn.Module, adapter: str) -> None:
@@ -112,9 +117,27 @@ def drop_heads(model: nn.Module, adapter: str) -> None:
 
 
 def restore_heads(model: nn.Module) -> None:
-    """Put every original module back in its place."""
+    """Put every original module back."""
     for path, switch in list(switches_of(model)):
-        _set(model, path, switch.original_module)
+        set_module(model, path, switch.original_module)
+
+
+@contextmanager
+def active_heads(model: nn.Module, adapters: Sequence[str]) -> Iterator[None]:
+    """Run each row's own heads inside the context; hold the model's lock around it.
+
+    Args:
+        model: The base.
+        adapters: The adapter of each row, ``__base__`` for the base's own heads, ``[B]``.
+    """
+    switches = [switch for _, switch in switches_of(model)]
+    for switch in switches:
+        switch.active = adapters[0] if len(set(adapters)) == 1 else tuple(adapters)
+    try:
+        yield
+    finally:
+        for switch in switches:
+            switch.active = None
 
 
 def switches_of(model: nn.Module) -> Iterator[tuple[str, SwitchedHead]]:
@@ -134,8 +157,3 @@ def heads_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module]]:
 def _inside_head(path: str, names: Sequence[str]) -> bool:
     parts = path.split(".")[:-1]
     return any(part in names or part in ("modules_to_save", "original_module") for part in parts)
-
-
-def _set(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)

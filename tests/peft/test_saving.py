@@ -8,10 +8,10 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
-import peft
 import pytest
 import torch
 
+import peft
 import softprompt
 from oracles.families import causal
 from oracles.peft_pair import base, batch
@@ -22,8 +22,8 @@ from softprompt import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from softprompt.attach import saving
 from softprompt.errors import AdapterError, ArtifactError, ConfigError, FingerprintError
+from softprompt.peft import saving
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 HEADED = ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"]

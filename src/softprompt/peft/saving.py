@@ -1,4 +1,4 @@
-"""Between attached prompts and PEFT's folder."""
+"""Saves attached prompts to PEFT's folders, and loads them into attached prompts."""
 
 from __future__ import annotations
 
@@ -10,21 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from softprompt.artifacts import Manifest, StoredPrompt, save_adapter
-from softprompt.attach import heads
-from softprompt.backbone import Facts, Fingerprint
+from softprompt.artifacts import Manifest, StoredPrompt, save_adapter, tensors_read
 from softprompt.errors import ArtifactError
-from softprompt.prompts import (
-    PROMPT_KEY,
-    Parameterization,
-    PromptLearningConfig,
-    TaskType,
-    check_fit,
-    take_over,
-)
+from softprompt.peft import heads
+from softprompt.prompts import Parameterization, TaskType, check_fit, take_over
 
 if TYPE_CHECKING:
-    from softprompt.attach.model import PeftModel
+    from softprompt.peft.model import PeftModel
 
 logger = logging.getLogger(__name__)
 
@@ -56,19 +48,10 @@ def load_state(model: PeftModel, adapter: str, tensors: Mapping[str, Tensor]) ->
             "name the module in modules_to_save"
         )
     check_fit(heads_of, given)
-    encoder.load_stored(rows_read(own, model.peft_config[adapter], model.facts))
+    encoder.load_stored(
+        tensors_read(own, model.peft_config[adapter], seq2seq=model.base.is_encoder_decoder)
+    )
     take_over(heads_of, given)
-
-
-def rows_read(
-    tensors: Mapping[str, Tensor], config: PromptLearningConfig, facts: Facts
-) -> Mapping[str, Tensor]:
-    """Return a file's tensors with the rows that are read: PEFT gives seq2seq prompts 2 P and reads P."""
-    rows = tensors.get(PROMPT_KEY)
-    reads_half = facts.is_encoder_decoder and config.num_transformer_submodules == 1
-    if not reads_half or rows is None or len(rows) != 2 * (config.num_virtual_tokens or 0):
-        return tensors
-    return {**tensors, PROMPT_KEY: rows[: len(rows) // 2]}
 
 
 def _heads(model: PeftModel, adapter: str) -> dict[str, Tensor]:
@@ -95,7 +78,7 @@ def save(model: PeftModel, adapter: str, directory: Path) -> None:
 
 def manifest_of(model: PeftModel, adapter: str) -> Manifest:
     """Return what our own file says of a prompt; a prompt trained by hand has no template but the text."""
-    fingerprint = Fingerprint.of(model.base_model).to_dict()
+    fingerprint = model.base.fingerprint.to_dict()
     known = model.manifests.get(adapter)
     if known is not None:
         return dataclasses.replace(known, base_fingerprint=fingerprint)
@@ -110,7 +93,7 @@ def manifest_of(model: PeftModel, adapter: str) -> Manifest:
         max_source_length=_MAX_TOKENS[0],
         max_target_length=_MAX_TOKENS[1],
         dtype=str(model.base_model.dtype).removeprefix("torch."),
-        seq2seq=model.facts.is_encoder_decoder,
+        seq2seq=model.base.is_encoder_decoder,
     )
 
 
@@ -118,19 +101,20 @@ def fill(model: PeftModel, adapter: str, stored: StoredPrompt, *, trainable: boo
     """Give an attached prompt its saved values, frozen unless it is to be trained further."""
     load_state(model, adapter, stored.tensors)
     if stored.manifest is not None:
-        # What was measured does not hold for rows that are about to change.
+        # What was measured does not hold for values that are about to change.
         fresh: dict[str, Any] = {"metrics": {}, "history": []} if trainable else {}
         model.manifests[adapter] = dataclasses.replace(stored.manifest, **fresh)
     if trainable:
-        _say_rows_are_trained(stored)
+        _log_what_is_trained(stored)
         model.thaw(adapter)
 
 
-def _say_rows_are_trained(stored: StoredPrompt) -> None:
-    """Log that the file of a parameterised prompt holds rows, as far as it is on record."""
+def _log_what_is_trained(stored: StoredPrompt) -> None:
+    """Log that the file of a parameterised prompt holds virtual tokens, as far as it is on record."""
     settings = stored.manifest.settings if stored.manifest is not None else {}
     kind = (settings.get("tuning_config") or {}).get("parameterization", Parameterization.DIRECT)
     if kind != Parameterization.DIRECT:
         logger.info(
-            "the rows of a %s prompt are baked: training goes on with the rows themselves", kind
+            "the virtual tokens of a %s prompt are baked: training goes on with the tokens themselves",
+            kind,
         )

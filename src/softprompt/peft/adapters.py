@@ -1,14 +1,16 @@
-"""The named prompts on one frozen base: adding, choosing, removing and detaching them.
+"""The named prompts of one frozen base: adding, choosing, removing and detaching them.
 
-The base is never wrapped layer by layer: its input embedding carries a hook that is idle
+The base is never wrapped layer by layer: its input embedding carries a hook that does nothing
 except inside our own calls, and task heads are switched. ``unload`` takes both away.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
+import re
 from abc import ABC
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import ClassVar, cast
 
@@ -17,13 +19,21 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from softprompt.artifacts import Manifest, started_prompt
-from softprompt.attach import heads, names
-from softprompt.attach.completion import completed
-from softprompt.attach.prefixes import trained_directly
-from softprompt.attach.tasks import RULES
-from softprompt.backbone import Facts, facts_of, freeze, locked, vocabulary_of
-from softprompt.errors import AdapterError, ConfigError
-from softprompt.prompts import PeftConfig, PromptLearningConfig, PromptModule, TaskType
+from softprompt.backbone import Base, Facts, freeze, vocabulary_of
+from softprompt.engine import TASK_RULES, completed
+from softprompt.errors import AdapterError, ConfigError, nearest
+from softprompt.peft import heads
+from softprompt.prompts import (
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptLearningConfig,
+    PromptModule,
+    TaskType,
+)
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class Adapters(nn.Module, ABC):
@@ -32,12 +42,25 @@ class Adapters(nn.Module, ABC):
     task: ClassVar[TaskType | None] = None
 
     def __init__(
-        self, model: PreTrainedModel, peft_config: PeftConfig, adapter_name: str = "default"
+        self,
+        model: PreTrainedModel,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        *,
+        module: PromptModule | None = None,
+        trained_heads: Mapping[str, nn.Module] | None = None,
     ) -> None:
         """Freeze ``model`` and attach a first prompt.
 
+        Args:
+            model: The base.
+            peft_config: Configuration of the prompt.
+            adapter_name: Its name.
+            module: Its parameters, shared with whoever holds them; None makes new ones.
+            trained_heads: Its trained modules by their paths in the base, shared; others start as copies.
+
         Raises:
-            ConfigError: If the model or the configuration cannot be used.
+            ConfigError: If the model or the configuration is not supported.
         """
         super().__init__()
         if not isinstance(model, PreTrainedModel):
@@ -49,13 +72,18 @@ class Adapters(nn.Module, ABC):
         self.active_adapter = adapter_name
         self._frozen: set[str] = set()
         self._disabled = False
-        self.facts: Facts = facts_of(model)
+        self.facts: Facts = self.base.facts
         self._arguments_of_forward = tuple(inspect.signature(model.forward).parameters)
-        self.add_adapter(adapter_name, peft_config)
-        # Only now that nothing can be refused any more is the base touched.
+        self.add_adapter(adapter_name, peft_config, module=module, trained_heads=trained_heads)
+        # Only now that nothing raises any more is the base touched.
         freeze(model)
         self._vocabulary = vocabulary_of(model)
         self.set_adapter(adapter_name)
+
+    @property
+    def base(self) -> Base:
+        """A handle on the base, without a tokenizer."""
+        return Base(self.base_model)
 
     def add_adapter(
         self,
@@ -63,29 +91,37 @@ class Adapters(nn.Module, ABC):
         peft_config: PeftConfig,
         *,
         generator: torch.Generator | None = None,
+        module: PromptModule | None = None,
+        trained_heads: Mapping[str, nn.Module] | None = None,
     ) -> None:
-        """Add an untrained prompt; it becomes active only by ``set_adapter``.
+        """Add a prompt; it becomes active only by ``set_adapter``.
+
+        Args:
+            adapter_name: Its name.
+            peft_config: Its configuration.
+            generator: Source of randomness of its first values; None is torch's global one, as in PEFT.
+            module: Its parameters, shared with whoever holds them; None makes new ones.
+            trained_heads: Its trained modules by their paths in the base, shared; others start as copies.
 
         Raises:
             AdapterError: If the name is taken or not a plain name.
             ConfigError: If the configuration does not fit this model.
         """
-        names.check_new(adapter_name, self.peft_config, self.prompt_encoder)
+        _check_new(adapter_name, self)
         config = completed(
             peft_config,
-            self.base_model,
-            self.facts,
+            self.base,
             shared=next(iter(self.peft_config.values()), None),
             own=self.task,
         )
-        optional = RULES[cast(TaskType, config.task_type)].heads
+        optional = TASK_RULES[cast(TaskType, config.task_type)].heads
         paths = heads.find_heads(self.base_model, config.modules_to_save or [], optional=optional)
         heads.require_free(self.base_model, paths, adapter_name)
-        encoder = started_prompt(config, self.base_model, generator=generator)
-        with locked(self.base_model):
+        encoder = module or started_prompt(config, self.base_model, generator=generator)
+        with self.base.lock:
             self.prompt_encoder[adapter_name] = encoder.to(self.base_model.device)
             self.peft_config[adapter_name] = config
-            heads.add_heads(self.base_model, paths, adapter_name)
+            heads.add_heads(self.base_model, paths, adapter_name, trained_heads)
         if config.inference_mode:
             self._frozen.add(adapter_name)
         self._set_gradients()
@@ -108,7 +144,7 @@ class Adapters(nn.Module, ABC):
         self._known(adapter_name)
         if len(self.peft_config) == 1:
             raise AdapterError(f"{adapter_name!r} is the last prompt; unload() gives the base back")
-        with locked(self.base_model):
+        with self.base.lock:
             del self.peft_config[adapter_name]
             del self.prompt_encoder[adapter_name]
             self.manifests.pop(adapter_name, None)
@@ -125,7 +161,7 @@ class Adapters(nn.Module, ABC):
         """
         self._frozen.discard(self._known(adapter_name))
         self.peft_config[adapter_name].inference_mode = False
-        trained_directly(self.peft_config[adapter_name])
+        _train_directly(self.peft_config[adapter_name])
         self._set_gradients()
 
     @contextmanager
@@ -160,4 +196,41 @@ class Adapters(nn.Module, ABC):
                 head.requires_grad_(trains)
 
     def _known(self, name: str) -> str:
-        return names.known(name, self.peft_config)
+        """Return a name that is attached.
+
+        Raises:
+            AdapterError: If it is not.
+        """
+        if name not in self.peft_config:
+            raise AdapterError(
+                f"Adapter {name} not found.{nearest(name, self.peft_config)} There are: "
+                f"{', '.join(self.peft_config)}"
+            )
+        return name
+
+
+def _check_new(name: str, adapters: Adapters) -> None:
+    """Refuse a name that is taken, that is no plain folder name, or that torch's module dict refuses.
+
+    Raises:
+        AdapterError: If the name is not usable.
+    """
+    if name in adapters.peft_config:
+        raise AdapterError(f"Adapter with name '{name}' already exists.")
+    if not _NAME.fullmatch(name) or name == heads.BASE:
+        raise AdapterError(
+            f"adapter name must match {_NAME.pattern} and not be {heads.BASE!r}, got {name!r}"
+        )
+    if hasattr(adapters.prompt_encoder, name):
+        raise AdapterError(
+            f"adapter name {name!r} is a word torch keeps for itself; choose another"
+        )
+
+
+def _train_directly(config: PromptLearningConfig) -> None:
+    """Let a prefix whose projection was baked into its file be trained without it, and log so."""
+    if isinstance(config, PrefixTuningConfig) and config.prefix_projection:
+        logger.warning(
+            "the file of a projected prefix holds its keys and values only: they are trained directly from here"
+        )
+        config.prefix_projection, config.encoder_hidden_size = False, None

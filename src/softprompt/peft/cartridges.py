@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from softprompt.attach.model import PeftModel
 from softprompt.backbone import text_key_values
 from softprompt.errors import ConfigError
+from softprompt.peft.model import PeftModel
 from softprompt.prompts import PROMPT_KEY, prompt_embeddings_from_past_key_values
 
 

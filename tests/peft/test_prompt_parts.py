@@ -3,8 +3,8 @@ import torch
 
 from oracles.families import seq2seq
 from softprompt import PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from softprompt.attach import build_prompt
 from softprompt.errors import ConfigError
+from softprompt.prompts import build_prompt
 
 BOTH = ["ENCODER", "DECODER"]
 

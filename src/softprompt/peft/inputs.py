@@ -1,32 +1,34 @@
-"""Turning the arguments of a forward call into those of the prompted model.
+"""Lays out a forward call's ids, mask, positions, token types and labels with the virtual tokens among them.
 
-One function for every task type: ids, mask, positions, token types and labels are laid out
-together, so that none can be forgotten (PEFT builds each by hand six times).
+One function for every task type and all arguments together, so that none can be forgotten.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
 
-from softprompt.attach.tasks import IGNORED, TaskRules
-from softprompt.backbone import Facts, is_encoder_decoder
+from softprompt.backbone import Base, Facts
 from softprompt.engine import (
+    IGNORED,
     Layout,
     PromptTable,
+    TaskRules,
+    cached_tokens,
     check_context,
+    check_token_ids,
     is_packed,
     packed_mask,
     packs,
     without_padding,
 )
 from softprompt.errors import ConfigError
+from softprompt.peft.arguments import tokens_of
 
 _PER_TOKEN = {"token_type_ids": 0, "global_attention_mask": 0}
 """Per-token arguments beside ids and mask, with their value on prompt columns."""
@@ -37,87 +39,36 @@ class Call:
     """One forward call of a prompted model.
 
     Attributes:
+        base: The base.
+        facts: Its facts when the prompts were attached: a compiled graph does not read them anew.
         inputs: The caller's keyword arguments.
-        prompts: The prompts of its rows.
-        facts: Facts of the base.
+        prompts: The virtual tokens of its rows.
         rules: The task's rules.
     """
 
+    base: Base
+    facts: Facts
     inputs: dict[str, Any]
     prompts: PromptTable
-    facts: Facts
     rules: TaskRules
 
 
-def bound(
-    parameters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """Return all arguments of a forward call by name; ``parameters`` are the base's, in order.
-
-    Raises:
-        ConfigError: For more positional arguments than the base takes.
-    """
-    if len(args) > len(parameters):
-        raise ConfigError(
-            f"forward takes {len(parameters)} positional arguments, got {len(args)}; pass them by name"
-        )
-    return {**dict(zip(parameters, args, strict=False)), **kwargs}
-
-
-def named_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of ``generate`` with the first one, or ``inputs``, as ``input_ids``."""
-    named = dict(kwargs)
-    given = args[0] if args else named.pop("inputs", None)
-    if given is not None:
-        named["input_ids"] = given
-    return named
-
-
-def batch_size(inputs: dict[str, Any]) -> int:
-    """Return the rows of a call.
-
-    Raises:
-        ConfigError: If it has no input.
-    """
-    if inputs.get("encoder_outputs") is not None:
-        return int(inputs["encoder_outputs"][0].shape[0])
-    return int(_tokens(inputs).shape[0])
-
-
-def check_ids(ids: Tensor | None, vocabulary: int) -> None:
-    """Refuse ids that are no token of the base: from V on they would silently mean virtual tokens.
-
-    Raises:
-        ConfigError: If there is one.
-    """
-    if ids is None or not ids.numel():
-        return
-    largest = int(ids.max())
-    if largest >= vocabulary:
-        raise ConfigError(
-            f"input_ids hold {largest:,}, but the base has {vocabulary:,} tokens; "
-            "use the tokenizer that belongs to it"
-        )
-
-
 @contextmanager
-def prompted_pass(
-    model: PreTrainedModel, call: Call
-) -> Iterator[tuple[dict[str, Any], Layout | None]]:
+def prompted_pass(call: Call) -> Iterator[tuple[dict[str, Any], Layout | None]]:
     """Yield the base's keyword arguments for a call, to be run inside the context, and its layout.
 
-    There the layers of an encoder run without padding where that is exact, and prompts that do
+    Inside, the layers of an encoder run without padding where that is exact, and prompts that do
     not see the input once.
     """
     inputs, layout = prompted_inputs(call)
     isolated = layout if not call.prompts.sees_input else None
     # A prompt that stands at other positions in another row is not the same.
     alike = isolated is None or "position_ids" in inputs or isolated.is_plain
-    if call.rules.packs and alike and packs(model, inputs, isolated=isolated is not None):
-        with without_padding(model, inputs["attention_mask"], isolated):
+    if call.rules.packs and alike and packs(call.base, inputs, isolated=isolated is not None):
+        with without_padding(call.base, inputs["attention_mask"], isolated):
             yield inputs, layout
     else:
-        yield (inputs if isolated is None else isolated_inputs(model, inputs, isolated)), layout
+        yield (inputs if isolated is None else isolated_inputs(call.base, inputs, isolated)), layout
 
 
 def prompted_inputs(call: Call) -> tuple[dict[str, Any], Layout | None]:
@@ -131,13 +82,12 @@ def prompted_inputs(call: Call) -> tuple[dict[str, Any], Layout | None]:
         ContextOverflowError: If prompt and input exceed the context.
     """
     inputs = dict(call.inputs)
-    check_ids(inputs.get("input_ids"), call.facts.vocabulary)
+    check_token_ids(inputs.get("input_ids"), call.facts.vocabulary)
     encoder_outputs = inputs.get("encoder_outputs")
     if encoder_outputs is not None:
         return _behind_encoder(call, inputs, int(encoder_outputs[0].shape[1])), None
-    tokens = _tokens(inputs)
-    cache = inputs.get("past_key_values")
-    seen = cache.get_seq_length() if isinstance(cache, Cache) else 0
+    tokens = tokens_of(inputs)
+    seen = cached_tokens(inputs.get("past_key_values"))
     if seen and not call.facts.is_encoder_decoder:
         return _behind_cache(call, inputs, tokens, seen), None
     return _at_the_start(call, inputs, tokens)
@@ -191,19 +141,17 @@ def _needs_positions(call: Call, layout: Layout) -> bool:
     return moved and not call.facts.positions_from_ids
 
 
-def isolated_inputs(
-    model: PreTrainedModel, inputs: dict[str, Any], layout: Layout
-) -> dict[str, Any]:
+def isolated_inputs(base: Base, inputs: dict[str, Any], layout: Layout) -> dict[str, Any]:
     """Return the arguments for prompts that do not see the input: a mask of its own for the encoder.
 
     A decoder attends to all encoder states, so the encoder of a seq2seq model is run here.
     """
     inputs = dict(inputs)
-    mask = layout.isolated(model.dtype)
-    if not is_encoder_decoder(model):
+    mask = layout.isolated(base.dtype)
+    if not base.is_encoder_decoder:
         return inputs | {"attention_mask": mask}
     given = {n: inputs.pop(n, None) for n in ("input_ids", "inputs_embeds")}
-    states = model.get_encoder()(
+    states = base.model.get_encoder()(
         **{name: value for name, value in given.items() if value is not None}, attention_mask=mask
     )
     return inputs | {"encoder_outputs": states}
@@ -263,13 +211,6 @@ def _behind_encoder(call: Call, inputs: dict[str, Any], columns: int) -> dict[st
 
 def _column(prompts: PromptTable, like: Tensor) -> Tensor:
     return prompts.lengths.to(like.device).unsqueeze(1)
-
-
-def _tokens(inputs: dict[str, Any]) -> Tensor:
-    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    if (ids is None) == (embeds is None):
-        raise ConfigError("pass exactly one of input_ids and inputs_embeds")
-    return cast(Tensor, ids if ids is not None else embeds)
 
 
 def _extended_4d(mask: Tensor, prompts: PromptTable) -> Tensor:

@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from softprompt.artifacts import check_base
+from softprompt.artifacts import check_base, upload
 from softprompt.artifacts import load_adapter as read_adapter
-from softprompt.attach import saving
-from softprompt.attach.adapters import Adapters
-from softprompt.attach.choosing import RowPrompt, TaskIds, chosen_rows
-from softprompt.attach.context_loss import without_context_labels
-from softprompt.attach.counts import count, sentence
-from softprompt.attach.decoder import decoder_inputs
-from softprompt.attach.generation import prompted_generation
-from softprompt.attach.heads import BASE
-from softprompt.attach.hub import upload
-from softprompt.attach.injection import BatchPrompts, injected
-from softprompt.attach.inputs import (
-    Call,
-    batch_size,
-    bound,
-    named_input,
-    prompted_pass,
-)
-from softprompt.attach.placing import PromptAt, prompt_offsets
-from softprompt.attach.prefixes import check_prefixed
-from softprompt.attach.tasks import RULES, infer_task
-from softprompt.backbone import input_embedding
+from softprompt.engine import TASK_RULES, BatchPrompts, generate_with_prompts, infer_task
 from softprompt.errors import ConfigError
+from softprompt.peft import saving
+from softprompt.peft.adapters import Adapters
+from softprompt.peft.arguments import batch_size, bound, check_prefixed, decoder_inputs
+from softprompt.peft.context_loss import without_context_labels
+from softprompt.peft.heads import BASE, active_heads
+from softprompt.peft.inputs import Call, prompted_pass
+from softprompt.peft.rows import PromptAt, RowPrompt, TaskIds, chosen_rows, prompt_offsets
 from softprompt.prompts import (
     PROMPT_KEY,
     CPTEmbedding,
@@ -44,6 +31,12 @@ from softprompt.prompts import (
     PromptLearningConfig,
     TaskType,
 )
+
+if TYPE_CHECKING:
+    from softprompt.inference import TunedPrompt
+
+_GENERATE = ("inputs", "generation_config", "logits_processor", "stopping_criteria")
+"""First parameters of transformers' ``generate``, in order."""
 
 
 class PeftModel(Adapters):
@@ -83,21 +76,27 @@ class PeftModel(Adapters):
             ConfigError: If the arguments do not fit together.
             ContextOverflowError: If prompt and input exceed the model's context.
         """
-        inputs = bound(self._arguments_of_forward, args, kwargs)
+        inputs = bound(self._arguments_of_forward, args, kwargs, what="forward")
         rows = self._rows(inputs, adapter_names, task_ids)
-        names = [row.name for row in rows]
-        inputs, context = without_context_labels(inputs, names, self.peft_config)
-        with self._prompted(rows, inputs, prompt_at) as prompts:
+        inputs, context = without_context_labels(
+            inputs, [row.name for row in rows], self.peft_config
+        )
+        at = prompt_offsets(self.base_model, rows, self.peft_config, inputs, prompt_at)
+        prompts = BatchPrompts.of(self._prompts_of(rows), at=at)
+        with self._ready(rows), prompts.injected(self.base, self._vocabulary):
             if prompts.decoder is not None:
-                inputs = decoder_inputs(self.base_model, self.facts, prompts.decoder, inputs)
-            check_prefixed(self.base_model, self.facts, prompts.prefixes, inputs)
+                inputs = decoder_inputs(self.base, prompts.decoder, inputs)
+            if prompts.prefixes is not None:
+                check_prefixed(self.base, prompts.prefixes, inputs)
             if prompts.input is None:
                 return self.base_model(**inputs)
-            call = Call(inputs, prompts.input, self.facts, RULES[self.task_type])
-            with prompted_pass(self.base_model, call) as (prepared, layout):
+            rules = TASK_RULES[self.task_type]
+            call = Call(self.base, self.facts, inputs, prompts.input, rules)
+            with prompted_pass(call) as (prepared, layout):
                 outputs = self.base_model(**prepared)
             return outputs if context is None else context.scored(outputs, layout)
 
+    @torch.no_grad()
     def generate(
         self,
         *args: Any,
@@ -109,7 +108,7 @@ class PeftModel(Adapters):
         """Generate with transformers' ``generate``; sequences hold no virtual tokens.
 
         Args:
-            *args: At most the input ids, as transformers takes them.
+            *args: The input ids and what follows them in transformers' ``generate``.
             adapter_names: A prompt for each input row, ``__base__`` for none.
             task_ids: The task of each input row, ``[B]``, for multitask prompts.
             prompt_at: Real tokens of each row before its prompt, ``[B]``; None follows the placement.
@@ -120,15 +119,18 @@ class PeftModel(Adapters):
             ConfigError: For speculative decoding.
             ContextOverflowError: If prompt, input and new tokens cannot fit.
         """
-        kwargs = named_input(args, kwargs)
-        kwargs.setdefault("generation_config", self.__dict__.get("generation_config"))
-        rows = self._rows(kwargs, adapter_names, task_ids)
-        with (
-            torch.no_grad(),
-            self._prompted(rows, kwargs, prompt_at) as prompts,
-            prompted_generation(self.base_model, self.facts, prompts, kwargs) as prepared,
-        ):
-            return cast(Any, self.base_model).generate(*args[1:], **prepared)
+        inputs = bound(_GENERATE, args, kwargs, what="generate")
+        given = inputs.pop("inputs", None)
+        if given is not None:
+            inputs["input_ids"] = given
+        inputs.setdefault("generation_config", self.__dict__.get("generation_config"))
+        rows = self._rows(inputs, adapter_names, task_ids)
+        at = prompt_offsets(self.base_model, rows, self.peft_config, inputs, prompt_at)
+        prompts = self._prompts_of(rows)
+        with self._ready(rows):
+            return generate_with_prompts(
+                self.base, prompts, inputs, at=at, vocabulary=self._vocabulary
+            )
 
     def _rows(
         self, inputs: dict[str, Any], chosen: Sequence[str] | None, task_ids: TaskIds | None
@@ -152,22 +154,32 @@ class PeftModel(Adapters):
         )
         return self.encoder_of(name).num_tasks if multitask else None
 
-    def _prompted(
-        self, rows: Sequence[RowPrompt], inputs: dict[str, Any], prompt_at: PromptAt | None
-    ) -> AbstractContextManager[BatchPrompts]:
-        """Inject the prompt of each row for a call."""
-        at = prompt_offsets(self.base_model, rows, self.peft_config, inputs, prompt_at)
+    def _prompts_of(self, rows: Sequence[RowPrompt]) -> list[Prompt | None]:
+        """Return the prompt of each row, with gradients, one object for rows with the same."""
         made = {row: self._prompt_of(row) for row in dict.fromkeys(rows) if row.name != BASE}
-        prompts = BatchPrompts.of([made.get(row) for row in rows], at=at)
-        names = [row.name for row in rows]
-        return injected(self.base_model, self.facts, self._vocabulary, prompts, names)
+        return [made.get(row) for row in rows]
 
     def _prompt_of(self, row: RowPrompt) -> Prompt:
-        """Return the prompt of a row, with gradients."""
         encoder = self.encoder_of(row.name)
         if isinstance(encoder, CPTEmbedding) and torch.is_grad_enabled():
             encoder.project_()
         return encoder.prompt(row.task)
+
+    @contextmanager
+    def _ready(self, rows: Sequence[RowPrompt]) -> Iterator[None]:
+        """Run each row's heads inside the context, which holds the base's lock.
+
+        Raises:
+            ConfigError: If the embedding table was resized since the prompts were attached.
+        """
+        size = self.base.embedding.weight.shape[0]
+        if size != self._vocabulary.size:
+            raise ConfigError(
+                f"the embedding table had {self._vocabulary.size:,} rows when the prompts were attached, now it "
+                f"has {size:,}; resize it first, then attach"
+            )
+        with self.base.lock, active_heads(self.base_model, [row.name for row in rows]):
+            yield
 
     def save_pretrained(
         self,
@@ -211,6 +223,29 @@ class PeftModel(Adapters):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return upload(Path(folder), repo_id, **options)
+
+    @classmethod
+    def of(cls, tuned: TunedPrompt, adapter_name: str = "default") -> PeftModel:
+        """Return a tuned prompt as a module on its base, which shares its parameters and is not a copy.
+
+        Args:
+            tuned: The prompt.
+            adapter_name: Name to give it.
+
+        Raises:
+            ConfigError: If the base has no class for the prompt's task.
+        """
+        task = cast(TaskType, tuned.config.task_type)
+        attached = cls.classes[task](
+            tuned.base.model,
+            tuned.config,
+            adapter_name,
+            module=tuned.module,
+            trained_heads=tuned.heads,
+        )
+        if tuned.manifest is not None:
+            attached.manifests[adapter_name] = tuned.manifest
+        return attached
 
     @classmethod
     def from_pretrained(
@@ -299,16 +334,20 @@ class PeftModel(Adapters):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return how many parameters train, and how many there are."""
-        return count(self, trainable=True), count(self, trainable=False)
+        return _count(self, trainable=True), _count(self, trainable=False)
 
     def print_trainable_parameters(self) -> None:
         """Print the counts in PEFT's words."""
-        print(sentence(*self.get_nb_trainable_parameters()))  # noqa: T201 - its whole purpose
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total
+        print(  # noqa: T201 - its whole purpose
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}"
+        )
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Count parameters, prompts included, with transformers' arguments."""
-        table = input_embedding(self.base_model).parameters() if exclude_embeddings else ()
-        return count(self, trainable=only_trainable, without=list(table))
+        table = self.base.embedding.parameters() if exclude_embeddings else ()
+        return _count(self, trainable=only_trainable, without=list(table))
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
         """Return the value that is saved, baked: ``[S·P, H]`` on the CPU."""
@@ -322,3 +361,13 @@ class PeftModel(Adapters):
             if name == "base_model":
                 raise
             return getattr(self.base_model, name)
+
+
+def _count(module: nn.Module, *, trainable: bool, without: Collection[nn.Parameter] = ()) -> int:
+    """Count the parameters of a module, or only those that train, some left out."""
+    excluded = {id(parameter) for parameter in without}
+    return sum(
+        parameter.numel()
+        for parameter in module.parameters()
+        if (parameter.requires_grad or not trainable) and id(parameter) not in excluded
+    )

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import peft
 import pytest
 import torch
 import transformers as tf
 
+import peft
 import softprompt
 from oracles.families import ENCODERS, ROTARY_ENCODERS, SEQ2SEQ, build, causal, seq2seq
 from oracles.naive import padded
 from softprompt import PeftModel, PromptTuningConfig, get_peft_model
-from softprompt.attach import inputs as attach_inputs
 from softprompt.engine import layers_of
 from softprompt.errors import ConfigError
+from softprompt.peft import inputs as peft_inputs
 
 CLOSE = {"atol": 2e-6, "rtol": 1e-5}
 ROWS = [[5, 6, 7, 8, 2], [11, 2], [21, 22, 2]]
@@ -76,7 +76,7 @@ def test_prompts_are_computed_once(name, task, monkeypatch):
 
     packed = run()
     assert tokens[-1] == (1, 5 + 2 + sum(map(len, rows)))
-    monkeypatch.setattr(attach_inputs, "packs", lambda *_, **__: False)
+    monkeypatch.setattr(peft_inputs, "packs", lambda *_, **__: False)
     for got, expected in zip(packed, run(), strict=True):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     assert tokens[-1] == (5, 5 + 6)
