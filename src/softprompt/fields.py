@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, field, fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -18,24 +18,35 @@ from softprompt.errors import ConfigError, nearest
 Settings = TypeVar("Settings")
 
 
-def about(
+def setting(
+    default: Any,
     help_text: str,
     *,
     least: float | None = None,
     above: float | None = None,
     most: float | None = None,
     group: str | None = None,
-) -> dict[str, Any]:
-    """Return a field's metadata.
+    ours: bool | None = None,
+) -> Any:
+    """Declare a field of a dataclass with its default, help text and range.
 
     Args:
+        default: Value where none is given; ``dataclasses.MISSING`` for a field that is required.
         help_text: Help text of the option.
         least: Smallest legal value.
         above: Lower limit, not itself legal.
         most: Largest legal value.
         group: Heading of the command's help that the option stands under.
+        ours: Whether a configuration's field is one that PEFT's file has no key for.
     """
-    return {"help": help_text, "least": least, "above": above, "most": most, "group": group}
+    known = {"help": help_text, "least": least, "above": above, "most": most, "group": group}
+    known["ours"] = ours
+    return field(default=default, metadata={k: v for k, v in known.items() if v is not None})
+
+
+def about(help_text: str, **limits: Any) -> dict[str, Any]:
+    """Return a field's metadata; see ``setting``."""
+    return {"help": help_text, **limits}
 
 
 @cache

@@ -8,7 +8,7 @@ time for it.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import Field, fields
+from dataclasses import MISSING, Field, fields
 from typing import TYPE_CHECKING, Any, TypeVar, final, get_args, get_origin
 
 import click
@@ -212,10 +212,11 @@ def _option(owner: type, item: Field[Any]) -> Callable[[Decorated], Decorated]:
     flag = "--" + item.name.replace("_", "-")
     kind = type_of(owner, item.name)
     default = default_of(item)
-    text = item.metadata["help"] + (
-        "" if default in (None, ()) else f"  [default: {_shown(default)}]"
-    )
+    no_default = default in (None, (), MISSING)
+    text = item.metadata["help"] + ("" if no_default else f"  [default: {_shown(default)}]")
     shared: dict[str, Any] = {"group": item.metadata.get("group"), "help": text}
+    if default is MISSING:
+        shared["required"] = True
     if kind is bool:
         return option(f"{flag}/--no-{flag[2:]}", item.name, default=None, **shared)
     choices = choices_of(owner, item.name)

@@ -14,19 +14,7 @@ from softprompt.server.settings import ServeSettings
 
 
 @click.command("serve", cls=Command)
-@option(
-    "--base-model",
-    required=True,
-    group="Model and address",
-    help="Base model: folder, Hub id or 'demo'.",
-)
-@option(
-    "--prompts",
-    required=True,
-    group="Prompts",
-    help="Folder of prompts, one subfolder for each.",
-)
-@options_of(ServeSettings, leave_out=("base_model", "prompts", "bounds"))
+@options_of(ServeSettings, leave_out=("bounds",))
 @options_of(Bounds)
 @option("--quiet", is_flag=True, help="Show warnings and errors only.")
 def command(*, quiet: bool, **options: Any) -> None:

@@ -7,11 +7,11 @@ the caller expects sampling. Sampling filters left at None are off.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from softprompt.errors import ConfigError
-from softprompt.fields import about, check, check_number, from_mapping
+from softprompt.fields import check, check_number, from_mapping, setting
 
 DecodingMethod = Literal["GREEDY", "SAMPLING"]
 
@@ -27,114 +27,80 @@ class GenerationOptions:
         ConfigError: A value is out of range, or would be ignored by the decoding method.
     """
 
-    max_new_tokens: int = field(
-        default=20,
-        metadata=about(
-            "Maximum number of new tokens, the end token included.", least=1, group=_LENGTHS
-        ),
+    max_new_tokens: int = setting(
+        20, "Maximum number of new tokens, the end token included.", least=1, group=_LENGTHS
     )
-    min_new_tokens: int = field(
-        default=0,
-        metadata=about(
-            "Minimum number of new tokens before the end token or a stop sequence is allowed.",
-            least=0,
-            group=_LENGTHS,
-        ),
+    min_new_tokens: int = setting(
+        0,
+        "Minimum number of new tokens before the end token or a stop sequence is allowed.",
+        least=0,
+        group=_LENGTHS,
     )
-    decoding_method: DecodingMethod = field(
-        default="GREEDY",
-        metadata=about(
-            "GREEDY takes the most likely token, SAMPLING samples one.", group=_SAMPLING
-        ),
+    decoding_method: DecodingMethod = setting(
+        "GREEDY", "GREEDY takes the most likely token, SAMPLING samples one.", group=_SAMPLING
     )
-    num_beams: int = field(
-        default=1,
-        metadata=about("Beam width; 1 is no beam search. GREEDY only.", least=1, group=_SAMPLING),
+    num_beams: int = setting(
+        1, "Beam width; 1 is no beam search. GREEDY only.", least=1, group=_SAMPLING
     )
-    top_k: int | None = field(
-        default=None,
-        metadata=about(
-            "Top-k sampling: number of most likely tokens to keep. SAMPLING only.",
-            least=1,
-            group=_SAMPLING,
-        ),
+    top_k: int | None = setting(
+        None,
+        "Top-k sampling: number of most likely tokens to keep. SAMPLING only.",
+        least=1,
+        group=_SAMPLING,
     )
-    top_p: float | None = field(
-        default=None,
-        metadata=about(
-            "Nucleus (top-p) sampling threshold. SAMPLING only.", above=0, most=1, group=_SAMPLING
-        ),
+    top_p: float | None = setting(
+        None, "Nucleus (top-p) sampling threshold. SAMPLING only.", above=0, most=1, group=_SAMPLING
     )
-    min_p: float | None = field(
-        default=None,
-        metadata=about(
-            "Min-p sampling threshold, relative to the most likely token. SAMPLING only.",
-            above=0,
-            most=1,
-            group=_SAMPLING,
-        ),
+    min_p: float | None = setting(
+        None,
+        "Min-p sampling threshold, relative to the most likely token. SAMPLING only.",
+        above=0,
+        most=1,
+        group=_SAMPLING,
     )
-    typical_p: float | None = field(
-        default=None,
-        metadata=about(
-            "Locally typical sampling threshold. SAMPLING only.", above=0, most=1, group=_SAMPLING
-        ),
+    typical_p: float | None = setting(
+        None, "Locally typical sampling threshold. SAMPLING only.", above=0, most=1, group=_SAMPLING
     )
-    temperature: float | None = field(
-        default=None,
-        metadata=about("Sampling temperature. SAMPLING only.", above=0, group=_SAMPLING),
+    temperature: float | None = setting(
+        None, "Sampling temperature. SAMPLING only.", above=0, group=_SAMPLING
     )
-    repetition_penalty: float = field(
-        default=1.0,
-        metadata=about(
-            "Repetition penalty on tokens of the input and the answer; 1 is off.",
-            above=0,
-            group=_PENALTIES,
-        ),
+    repetition_penalty: float = setting(
+        1.0,
+        "Repetition penalty on tokens of the input and the answer; 1 is off.",
+        above=0,
+        group=_PENALTIES,
     )
-    frequency_penalty: float = field(
-        default=0.0,
-        metadata=about(
-            "Frequency penalty: subtracted from a token's logit for each occurrence in the answer.",
-            least=-2,
-            most=2,
-            group=_PENALTIES,
-        ),
+    frequency_penalty: float = setting(
+        0.0,
+        "Frequency penalty: subtracted from a token's logit for each occurrence in the answer.",
+        least=-2,
+        most=2,
+        group=_PENALTIES,
     )
-    presence_penalty: float = field(
-        default=0.0,
-        metadata=about(
-            "Presence penalty: subtracted from the logit of each token that occurs in the answer.",
-            least=-2,
-            most=2,
-            group=_PENALTIES,
-        ),
+    presence_penalty: float = setting(
+        0.0,
+        "Presence penalty: subtracted from the logit of each token that occurs in the answer.",
+        least=-2,
+        most=2,
+        group=_PENALTIES,
     )
-    exponential_decay_length_penalty: tuple[int, float] | None = field(
-        default=None,
-        metadata=about(
-            "Exponential length penalty: start, in new tokens, and factor by which the end token's "
-            "logit grows with each token after it.",
-            group=_LENGTHS,
-        ),
+    exponential_decay_length_penalty: tuple[int, float] | None = setting(
+        None,
+        "Exponential length penalty: start, in new tokens, and factor by which the end token's "
+        "logit grows with each token after it.",
+        group=_LENGTHS,
     )
-    max_time: float | None = field(
-        default=None,
-        metadata=about("Time limit of a batch, in seconds.", above=0, group=_LENGTHS),
+    max_time: float | None = setting(
+        None, "Time limit of a batch, in seconds.", above=0, group=_LENGTHS
     )
-    stop_sequences: tuple[str, ...] = field(
-        default=(),
-        metadata=about("Stop sequences; they are cut from the answer.", group=_LENGTHS),
+    stop_sequences: tuple[str, ...] = setting(
+        (), "Stop sequences; they are cut from the answer.", group=_LENGTHS
     )
-    seed: int | None = field(
-        default=None,
-        metadata=about(
-            "Random seed of each answer. SAMPLING only.", least=0, most=2**63 - 1, group=_SAMPLING
-        ),
+    seed: int | None = setting(
+        None, "Random seed of each answer. SAMPLING only.", least=0, most=2**63 - 1, group=_SAMPLING
     )
-    preserve_input_text: bool = field(
-        default=False,
-        metadata=about("Prepend the input to the answer (decoder-only models).", group="Input"),
+    preserve_input_text: bool = setting(
+        False, "Prepend the input to the answer (decoder-only models).", group="Input"
     )
 
     def __post_init__(self) -> None:

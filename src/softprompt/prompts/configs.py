@@ -12,7 +12,7 @@ import dataclasses
 import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 from huggingface_hub import hf_hub_download
 
 from softprompt.errors import ArtifactError, ConfigError, nearest
+from softprompt.fields import setting
 from softprompt.prompts.kinds import PeftType, Placement, TaskType
 
 if TYPE_CHECKING:
@@ -65,15 +66,15 @@ def config_class(peft_type: str) -> type[PromptLearningConfig]:
 class PeftConfig:
     """What every configuration has: the method, the task and the base model's name."""
 
-    task_type: TaskType | str | None = field(default=None, metadata={"help": "Type of the task."})
-    peft_type: PeftType | str | None = field(default=None, metadata={"help": "Method."})
-    auto_mapping: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Base model class, for models without a task type."}
+    task_type: TaskType | str | None = setting(None, "Type of the task.")
+    peft_type: PeftType | str | None = setting(None, "Method.")
+    auto_mapping: dict[str, Any] | None = setting(
+        None, "Base model class, for models without a task type."
     )
-    peft_version: str | None = field(default=None, metadata={"help": "Version that wrote it."})
-    base_model_name_or_path: str | None = field(default=None, metadata={"help": "Base model."})
-    revision: str | None = field(default=None, metadata={"help": "Revision of the base model."})
-    inference_mode: bool = field(default=False, metadata={"help": "Load frozen, for inference."})
+    peft_version: str | None = setting(None, "Version that wrote it.")
+    base_model_name_or_path: str | None = setting(None, "Base model.")
+    revision: str | None = setting(None, "Revision of the base model.")
+    inference_mode: bool = setting(False, "Load frozen, for inference.")
 
     def __post_init__(self) -> None:
         """Validate the enumerations.
@@ -203,15 +204,13 @@ class PromptLearningConfig(PeftConfig):
     (encoder's) embedding. PEFT's 2 for seq2seq adds virtual tokens that nothing ever reads.
     """
 
-    num_virtual_tokens: int | None = field(default=None, metadata={"help": "Virtual tokens (P)."})
-    token_dim: int | None = field(default=None, metadata={"help": "Width of the embeddings (H)."})
-    num_transformer_submodules: int | None = field(
-        default=None, metadata={"help": "Submodules a prompt feeds (S)."}
-    )
-    num_attention_heads: int | None = field(default=None, metadata={"help": "Attention heads (A)."})
-    num_layers: int | None = field(default=None, metadata={"help": "Transformer layers (L)."})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules to train and save, such as a new head."}
+    num_virtual_tokens: int | None = setting(None, "Virtual tokens (P).")
+    token_dim: int | None = setting(None, "Width of the embeddings (H).")
+    num_transformer_submodules: int | None = setting(None, "Submodules a prompt feeds (S).")
+    num_attention_heads: int | None = setting(None, "Attention heads (A).")
+    num_layers: int | None = setting(None, "Transformer layers (L).")
+    modules_to_save: list[str] | None = setting(
+        None, "Further modules to train and save, such as a new head."
     )
 
     keys_and_values: ClassVar[bool] = False

@@ -8,13 +8,14 @@ and values of the document's first P tokens (Eyuboglu et al. 2025, arXiv:2506.06
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self, final
 
 import torch
 from torch import Tensor, nn
 
 from softprompt.errors import ConfigError
+from softprompt.fields import setting
 from softprompt.prompts.configs import PromptLearningConfig, Start, positive
 from softprompt.prompts.initialisers import drawing_from
 from softprompt.prompts.kinds import PeftType
@@ -37,18 +38,13 @@ class CartridgeConfig(PromptLearningConfig):
 
     keys_and_values: ClassVar[bool] = True
 
-    num_frozen_tokens: int = field(
-        default=1, metadata={"help": "Virtual tokens at the start that are not trained."}
+    num_frozen_tokens: int = setting(1, "Virtual tokens at the start that are not trained.")
+    cartridge_init_text: str | None = setting(
+        None, "Text whose keys and values the cartridge starts as.", ours=True
     )
-    cartridge_init_text: str | None = field(
-        default=None,
-        metadata={"help": "Text whose keys and values the cartridge starts as.", "ours": True},
-    )
-    tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "Tokenizer of the text.", "ours": True}
-    )
-    tokenizer_kwargs: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Keyword arguments of the tokenizer.", "ours": True}
+    tokenizer_name_or_path: str | None = setting(None, "Tokenizer of the text.", ours=True)
+    tokenizer_kwargs: dict[str, Any] | None = setting(
+        None, "Keyword arguments of the tokenizer.", ours=True
     )
 
     def __post_init__(self) -> None:

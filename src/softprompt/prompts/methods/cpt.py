@@ -10,7 +10,7 @@ arXiv:2410.17222).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softprompt.errors import ConfigError
+from softprompt.fields import setting
 from softprompt.prompts.configs import PromptLearningConfig, Start, number, positive
 from softprompt.prompts.initialisers import from_tokens
 from softprompt.prompts.kinds import PeftType, TaskType
@@ -47,29 +48,19 @@ class CPTConfig(PromptLearningConfig):
 
     method: ClassVar[PeftType] = PeftType.CPT
 
-    cpt_token_ids: list[int] | None = field(
-        default=None, metadata={"help": "Token ids of the context; its length is P."}
+    cpt_token_ids: list[int] | None = setting(None, "Token ids of the context; its length is P.")
+    cpt_mask: list[int] | None = setting(None, "Attention mask of the context; all ones.")
+    cpt_tokens_type_mask: list[int] | None = setting(None, "What each token of the context is.")
+    opt_weighted_loss_type: str | None = setting(
+        "none", "Weights of the labels in the loss: none or decay."
     )
-    cpt_mask: list[int] | None = field(
-        default=None, metadata={"help": "Attention mask of the context; all ones."}
+    opt_loss_decay_factor: float | None = setting(
+        1.0, "Weight of each label relative to the next one, with decay."
     )
-    cpt_tokens_type_mask: list[int] | None = field(
-        default=None, metadata={"help": "What each token of the context is."}
-    )
-    opt_weighted_loss_type: str | None = field(
-        default="none", metadata={"help": "Weights of the labels in the loss: none or decay."}
-    )
-    opt_loss_decay_factor: float | None = field(
-        default=1.0, metadata={"help": "Weight of each label relative to the next one, with decay."}
-    )
-    opt_projection_epsilon: float | None = field(
-        default=0.1, metadata={"help": "How far inputs may move."}
-    )
-    opt_projection_format_epsilon: float | None = field(
-        default=0.1, metadata={"help": "How far templates may move."}
-    )
-    tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "Tokenizer the context was made with, for the record."}
+    opt_projection_epsilon: float | None = setting(0.1, "How far inputs may move.")
+    opt_projection_format_epsilon: float | None = setting(0.1, "How far templates may move.")
+    tokenizer_name_or_path: str | None = setting(
+        None, "Tokenizer the context was made with, for the record."
     )
 
     def __post_init__(self) -> None:

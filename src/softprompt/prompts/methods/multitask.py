@@ -8,7 +8,7 @@ Task k's prompt is ``P_k = P* ∘ (U_k V_k)`` with P* ``[S·P, H]`` shared by al
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar, final
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.errors import ConfigError
+from softprompt.fields import setting
 from softprompt.prompts.configs import Start, member, positive
 from softprompt.prompts.kinds import (
     MultitaskPromptTuningInit,
@@ -58,20 +59,17 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     source_inits: ClassVar[tuple[StrEnum, ...]] = SOURCE_INITS
     native_model_types: ClassVar[tuple[list[str] | None, ...]] = (None, ["ENCODER"], BOTH)
 
-    prompt_tuning_init: MultitaskPromptTuningInit | str = field(
-        default=MultitaskPromptTuningInit.RANDOM, metadata={"help": "How the prompt starts."}
+    prompt_tuning_init: MultitaskPromptTuningInit | str = setting(
+        MultitaskPromptTuningInit.RANDOM, "How the prompt starts."
     )
-    prompt_tuning_init_state_dict_path: str | None = field(
-        default=None, metadata={"help": "Weights file of the source prompt."}
+    prompt_tuning_init_state_dict_path: str | None = setting(
+        None, "Weights file of the source prompt."
     )
-    prompt_tuning_init_task: int | None = field(
-        default=0, metadata={"help": "Task of the source, for EXACT_SOURCE_TASK."}
-    )
-    num_ranks: int | None = field(default=1, metadata={"help": "Rank of the task matrices (R)."})
-    num_tasks: int | None = field(default=1, metadata={"help": "Tasks (K)."})
-    task_matrix_init: TaskMatrixInit | str = field(
-        default=TaskMatrixInit.ONES,
-        metadata={"help": "How the task matrices start.", "ours": True},
+    prompt_tuning_init_task: int | None = setting(0, "Task of the source, for EXACT_SOURCE_TASK.")
+    num_ranks: int | None = setting(1, "Rank of the task matrices (R).")
+    num_tasks: int | None = setting(1, "Tasks (K).")
+    task_matrix_init: TaskMatrixInit | str = setting(
+        TaskMatrixInit.ONES, "How the task matrices start.", ours=True
     )
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, final
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.errors import ConfigError
+from softprompt.fields import setting
 from softprompt.prompts.configs import PromptLearningConfig, Start, member, number, positive
 from softprompt.prompts.initialisers import drawing_from
 from softprompt.prompts.kinds import PeftType, PromptEncoderReparameterizationType
@@ -34,16 +35,14 @@ class PromptEncoderConfig(PromptLearningConfig):
 
     method: ClassVar[PeftType] = PeftType.P_TUNING
 
-    encoder_reparameterization_type: PromptEncoderReparameterizationType | str = field(
-        default=PromptEncoderReparameterizationType.MLP, metadata={"help": "The network."}
+    encoder_reparameterization_type: PromptEncoderReparameterizationType | str = setting(
+        PromptEncoderReparameterizationType.MLP, "The network."
     )
-    encoder_hidden_size: int | None = field(
-        default=None, metadata={"help": "Width inside the network; None is the embeddings'."}
+    encoder_hidden_size: int | None = setting(
+        None, "Width inside the network; None is the embeddings'."
     )
-    encoder_num_layers: int = field(default=_MLP_LAYERS, metadata={"help": "Layers of the LSTM."})
-    encoder_dropout: float = field(
-        default=0.0, metadata={"help": "Dropout between the LSTM's layers, while training."}
-    )
+    encoder_num_layers: int = setting(_MLP_LAYERS, "Layers of the LSTM.")
+    encoder_dropout: float = setting(0.0, "Dropout between the LSTM's layers, while training.")
 
     def __post_init__(self) -> None:
         """Validate the network.

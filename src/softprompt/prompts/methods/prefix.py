@@ -8,13 +8,14 @@ arXiv:2101.00190).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
 
 from softprompt.errors import ArtifactError, ConfigError, nearest
+from softprompt.fields import setting
 from softprompt.prompts.configs import PromptLearningConfig, Start, positive
 from softprompt.prompts.initialisers import drawing_from
 from softprompt.prompts.kinds import PeftType
@@ -40,31 +41,20 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     keys_and_values: ClassVar[bool] = True
 
-    init_weights: str | None = field(
-        default=None, metadata={"help": 'First values: "zero", or random when left out.'}
+    init_weights: str | None = setting(None, 'First values: "zero", or random when left out.')
+    encoder_hidden_size: int | None = setting(None, "Inner width of the projection.")
+    prefix_projection: bool = setting(
+        False, "Train a small network that makes the keys and values."
     )
-    encoder_hidden_size: int | None = field(
-        default=None, metadata={"help": "Inner width of the projection."}
+    prefix_tuning_init_text: str | None = setting(
+        None, "Text whose keys and values the prefix starts as.", ours=True
     )
-    prefix_projection: bool = field(
-        default=False, metadata={"help": "Train a small network that makes the keys and values."}
+    tokenizer_name_or_path: str | None = setting(None, "Tokenizer of the text.", ours=True)
+    tokenizer_kwargs: dict[str, Any] | None = setting(
+        None, "Keyword arguments of the tokenizer.", ours=True
     )
-    prefix_tuning_init_text: str | None = field(
-        default=None,
-        metadata={"help": "Text whose keys and values the prefix starts as.", "ours": True},
-    )
-    tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "Tokenizer of the text.", "ours": True}
-    )
-    tokenizer_kwargs: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Keyword arguments of the tokenizer.", "ours": True}
-    )
-    freeze_first_token: bool = field(
-        default=False,
-        metadata={
-            "help": "Do not train the first token of the text, the attention sink.",
-            "ours": True,
-        },
+    freeze_first_token: bool = setting(
+        False, "Do not train the first token of the text, the attention sink.", ours=True
     )
 
     def __post_init__(self) -> None:

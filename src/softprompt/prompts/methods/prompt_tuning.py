@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, final
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.errors import ConfigError
+from softprompt.fields import setting
 from softprompt.prompts import initialisers
 from softprompt.prompts.configs import PromptLearningConfig, Start, member, positive
 from softprompt.prompts.kinds import (
@@ -49,45 +50,31 @@ class PromptTuningConfig(PromptLearningConfig):
     native_model_types: ClassVar[tuple[list[str] | None, ...]] = (None, ["ENCODER"])
     """Values of ``output_model_types`` that mean the same in PEFT."""
 
-    prompt_tuning_init: PromptTuningInit | str = field(
-        default=PromptTuningInit.RANDOM, metadata={"help": "How the prompt starts."}
+    prompt_tuning_init: PromptTuningInit | str = setting(
+        PromptTuningInit.RANDOM, "How the prompt starts."
     )
-    prompt_tuning_init_text: str | None = field(
-        default=None, metadata={"help": "Text for TEXT; one label a line for LABELS."}
+    prompt_tuning_init_text: str | None = setting(
+        None, "Text for TEXT; one label a line for LABELS."
     )
-    tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "Tokenizer for TEXT and LABELS."}
+    tokenizer_name_or_path: str | None = setting(None, "Tokenizer for TEXT and LABELS.")
+    tokenizer_kwargs: dict[str, Any] | None = setting(
+        None, "Keyword arguments of the tokenizer, with TEXT only."
     )
-    tokenizer_kwargs: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Keyword arguments of the tokenizer, with TEXT only."}
+    prompt_sees_input: bool = setting(
+        True, "Whether an encoder's prompt attends to the input, as in PEFT.", ours=True
     )
-    prompt_sees_input: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether an encoder's prompt attends to the input, as in PEFT.",
-            "ours": True,
-        },
+    output_model_types: list[str] | None = setting(
+        None, "Parts of a seq2seq model that get a prompt: ENCODER, DECODER.", ours=True
     )
-    output_model_types: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Parts of a seq2seq model that get a prompt: ENCODER, DECODER.",
-            "ours": True,
-        },
+    placement: Placement | str = setting(
+        Placement.PREFIX, "Where the prompt stands in the input.", ours=True
     )
-    placement: Placement | str = field(
-        default=Placement.PREFIX,
-        metadata={"help": "Where the prompt stands in the input.", "ours": True},
+    parameterization: Parameterization | str = setting(
+        Parameterization.DIRECT, "Parameterisation of the embeddings.", ours=True
     )
-    parameterization: Parameterization | str = field(
-        default=Parameterization.DIRECT,
-        metadata={"help": "Parameterisation of the embeddings.", "ours": True},
-    )
-    parameterization_rank: int | None = field(
-        default=None, metadata={"help": "Rank r of low_rank and ulpt.", "ours": True}
-    )
-    prompt_tuning_init_prompt: str | None = field(
-        default=None, metadata={"help": "Saved prompt to start from, for PROMPT.", "ours": True}
+    parameterization_rank: int | None = setting(None, "Rank r of low_rank and ulpt.", ours=True)
+    prompt_tuning_init_prompt: str | None = setting(
+        None, "Saved prompt to start from, for PROMPT.", ours=True
     )
 
     def __post_init__(self) -> None:
