@@ -12,14 +12,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LEVELS = [
     {"__main__"},
-    {"cli"},
+    {"cli", "integrations", "peft"},
     {"server"},
     {"inspection", "training"},
     {"evaluation"},
     {"inference"},
-    {"attach"},
-    {"engine", "artifacts", "data"},
-    {"backbone"},
+    {"generation"},
+    {"engine", "artifacts"},
+    {"backbone", "data"},
     {"prompts"},
     {"fields"},
     {"errors", "bundled"},
@@ -80,7 +80,7 @@ def breaches(path):
     layer = layer_of(path)
     if layer == "__init__":
         return []
-    allowed = LEVEL["attach"] if layer == "tuners" else LEVEL[layer] + 1
+    allowed = LEVEL["prompts"] if layer == "tuners" else LEVEL[layer] + 1
     return [
         f"{path.relative_to(PACKAGE)}:{line}: {layer} imports {target}"
         for line, target in imported_layers(path)
@@ -105,13 +105,13 @@ def test_a_breach_is_seen(tmp_path):
         "from typing import TYPE_CHECKING\n"
         "if TYPE_CHECKING:\n    from softprompt.cli import main\n"
         "from softprompt.errors import nearest\n"
-        "from softprompt import data\n"
-        "def f():\n    import softprompt.attach.model\n"
+        "from softprompt import artifacts\n"
+        "def f():\n    import softprompt.peft.model\n"
     )
     found = {line for line, _ in imported_lines(source)}
     assert found == {4, 5, 7}
-    assert LEVEL["data"] == LEVEL[layer_of(path)]
-    assert LEVEL["attach"] < LEVEL["engine"] < LEVEL["errors"]
+    assert LEVEL["artifacts"] == LEVEL[layer_of(path)]
+    assert LEVEL["peft"] < LEVEL["engine"] < LEVEL["errors"]
 
 
 def imported_lines(source):

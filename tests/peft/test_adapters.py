@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 
+import peft
 import pytest
 import torch
 import transformers as tf
 
-import peft
 from oracles.families import CAUSAL, ENCODERS, build, causal
 from oracles.peft_pair import TASKS, base, batch
 from softprompt import PeftModel, PromptTuningConfig, get_peft_model

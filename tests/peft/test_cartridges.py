@@ -6,12 +6,12 @@ import copy
 import json
 import warnings
 
+import peft
 import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file
 
-import peft
 import softprompt
 from oracles.families import CAUSAL, build, causal, seq2seq
 from oracles.tokenizers import byte_bpe

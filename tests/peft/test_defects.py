@@ -395,6 +395,7 @@ def test_raw_errors_are_explained():
 def test_per_layer_embeddings():
     """Gemma 4 looks input ids up in a second table, which has no row for a virtual id."""
     from oracles.families import GQA
+    from softprompt.backbone import Base
     from softprompt.engine import choose_engine
 
     config = tf.Gemma4TextConfig(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 import transformers as tf
 
-import peft
 import softprompt
 from oracles.families import ENCODERS, ROTARY_ENCODERS, SEQ2SEQ, build, causal, seq2seq
 from oracles.naive import padded

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import warnings
 
+import peft
 import pytest
 import torch
 
-import peft
 import softprompt
 from oracles.peft_pair import TASKS, base, batch
 

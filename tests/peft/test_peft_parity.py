@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 
+import peft
 import pytest
 import torch
 
-import peft
 import softprompt
 from oracles.families import CAUSAL, build, causal
 from oracles.peft_pair import TASKS, base, batch, pair

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import json
 
+import peft
 import pytest
 import torch
 import transformers as tf
 
-import peft
 import softprompt
 from oracles.families import CAUSAL, ENCODERS, A, H, L, build, causal, seq2seq
 from oracles.prefix_pair import P, prefix_pair

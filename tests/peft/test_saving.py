@@ -8,10 +8,10 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 
-import peft
 import softprompt
 from oracles.families import causal
 from oracles.peft_pair import base, batch

@@ -6,11 +6,11 @@ import dataclasses
 import json
 import logging
 
+import peft
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import peft
 from oracles.tokenizers import byte_bpe
 from softprompt import PeftModel, PromptEmbedding, PromptTuningConfig, get_peft_model
 from softprompt.artifacts import transferred_embeddings
