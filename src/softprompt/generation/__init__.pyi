@@ -2,6 +2,7 @@ from .answer import AnswerRules as AnswerRules
 from .answer import StopSequences as StopSequences
 from .batcher import Batcher as Batcher
 from .batcher import BatcherStats as BatcherStats
+from .batcher import streamed as streamed
 from .bounds import Bounds as Bounds
 from .decoder import Decoder as Decoder
 from .decoder import run_requests as run_requests
@@ -26,6 +27,7 @@ from .ticket import EchoEvent as EchoEvent
 from .ticket import Event as Event
 from .ticket import FinishEvent as FinishEvent
 from .ticket import FinishReason as FinishReason
+from .ticket import Generation as Generation
 from .ticket import Ticket as Ticket
 from .ticket import TokenEvent as TokenEvent
 from .ticket import TopLogProbs as TopLogProbs

@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -23,7 +24,7 @@ from softprompt.generation.bounds import Bounds
 from softprompt.generation.decoder import runner_of
 from softprompt.generation.request import Decode, Request
 from softprompt.generation.residents import ResidentPrompts
-from softprompt.generation.ticket import Ticket
+from softprompt.generation.ticket import Ticket, pieces
 
 logger = logging.getLogger(__name__)
 
@@ -283,3 +284,12 @@ def _failed(cause: Exception) -> NotServingError:
     error = NotServingError(f"serving has failed ({type(cause).__name__}); start it again")
     error.__cause__ = cause
     return error
+
+
+def streamed(base: Base, request: Request) -> Iterator[str]:
+    """Yield the text of a request's first answer; its batcher runs from the first piece to the last."""
+    batcher = Batcher(base)
+    try:
+        yield from pieces(batcher.submit(request))
+    finally:
+        batcher.stop()

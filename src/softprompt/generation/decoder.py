@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
-from typing import final
+from typing import Self, final
 
 from softprompt.backbone import Base
 from softprompt.engine import why_undecodable
@@ -18,6 +18,9 @@ from softprompt.generation.forest_runner import ForestRunner
 from softprompt.generation.request import Decode, Request, check_request
 from softprompt.generation.runner import Runner
 from softprompt.generation.ticket import FinishEvent, Ticket
+
+_UNBOUNDED = 2**62
+"""Tokens of a KV cache whose buffers grow as they are needed."""
 
 
 def runner_of(base: Base, bounds: Bounds, rules: AnswerRules) -> Runner:
@@ -49,6 +52,23 @@ class Decoder:
         self._guard = threading.Lock()
         self._runner: Runner | None = None
 
+    @classmethod
+    def of_batches(cls, base: Base, batch_size: int) -> Self:
+        """Return one for lists whose inputs are of any length, which are bounded by the batch size alone.
+
+        Raises:
+            ConfigError: The batch size is less than 1.
+        """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size expects at least 1 row, got {batch_size}")
+        bounds = Bounds(
+            max_batch_rows=batch_size,
+            max_step_tokens=max(Bounds().max_step_tokens, batch_size),
+            max_cached_tokens=_UNBOUNDED,
+            ordered_weights=False,
+        )
+        return cls(base, bounds)
+
     def run(self, requests: Sequence[Request]) -> list[tuple[FinishEvent, ...]]:
         """Return the answers to each request, in order; ``max_time`` counts from when a request starts.
 
@@ -68,7 +88,10 @@ class Decoder:
         return [ticket.result() for ticket in tickets]
 
     def _run(self, tickets: Sequence[Ticket]) -> None:
-        runner, self._runner = self._runner or runner_of(self._base, self._bounds, self._rules), None
+        runner, self._runner = (
+            self._runner or runner_of(self._base, self._bounds, self._rules),
+            None,
+        )
         for ticket in tickets:
             runner.check(ticket.request)
         waiting, held = deque(tickets), list[Job]()

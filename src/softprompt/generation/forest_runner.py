@@ -170,9 +170,7 @@ class ForestRunner:
         """Keep a prompt's keys and values as soon as they are there."""
         prefill = row.prefill
         if row.keeps and prefill.key and row.done >= prefill.kept_ids:
-            self.residents.keep(
-                prefill.key, self.forest.store.read(row.lane, prefill.kept_tokens)
-            )
+            self.residents.keep(prefill.key, self.forest.store.read(row.lane, prefill.kept_tokens))
             row.keeps = False
 
     def _answering(self, row: ForestRow) -> list[tuple[ForestRow, Answer]]:
@@ -185,9 +183,7 @@ class ForestRunner:
             job.close()
             return []
         self.forest.store.copy(row.lane, row.spare)
-        others = [
-            ForestRow(job, row.prefill, lane, [], row.done) for lane in row.spare
-        ]
+        others = [ForestRow(job, row.prefill, lane, [], row.done) for lane in row.spare]
         row.spare = []
         self._rows += others
         found = []
@@ -208,9 +204,7 @@ class ForestRunner:
             )
         ]
         scores = self._scores(ready, logits, tokens)
-        for (row, answer), token, sound, score in zip(
-            ready, tokens, finite, scores, strict=True
-        ):
+        for (row, answer), token, sound, score in zip(ready, tokens, finite, scores, strict=True):
             if row in self._rows:
                 self._advance(row, answer, token if sound else None, score)
 

@@ -64,9 +64,7 @@ def score_rows(
     return sums
 
 
-def _passes(
-    rows: Sequence[EngineRow], max_rows: int, max_tokens: int | None
-) -> list[list[int]]:
+def _passes(rows: Sequence[EngineRow], max_rows: int, max_tokens: int | None) -> list[list[int]]:
     """Cut the numbers of rows into passes within the bounds."""
     passes: list[list[int]] = []
     tokens, known = 0, set[Prompt | None]()

@@ -6,9 +6,10 @@ import asyncio
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, final
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self, TypeVar, final
 
+from softprompt.errors import ConfigError
 from softprompt.generation.request import Request
 
 _Submitted = TypeVar("_Submitted")
@@ -87,6 +88,44 @@ class FinishEvent:
     input_tokens: int
     seed: int | None = None
     ended_by: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A generated answer.
+
+    Attributes:
+        text: The answer, without special tokens and without the stop sequence that ended it.
+        input_token_count: Text tokens of the input; virtual tokens are not counted.
+        generated_tokens: New tokens, the end token or stop sequence included.
+        finish_reason: "eos_token", "stop_sequence", "max_tokens" or "time_limit".
+        seed: The seed that repeats this answer; None when nothing was sampled.
+        input_cut: Whether the input was longer than the prompt's limit and was truncated.
+    """
+
+    text: str
+    input_token_count: int
+    generated_tokens: int
+    finish_reason: FinishReason
+    seed: int | None = None
+    input_cut: bool = False
+
+    @classmethod
+    def of(cls, end: FinishEvent, *, cut: bool) -> Self:
+        """Return the answer that an event ends.
+
+        Raises:
+            ConfigError: It was cancelled.
+        """
+        if end.ended_by is None:
+            raise ConfigError(
+                "the request was cancelled before its end, as serving was closed; ask again"
+            )
+        return cls(end.text, end.input_tokens, len(end.tokens), end.ended_by, end.seed, cut)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
 
 
 Event = EchoEvent | TokenEvent | FinishEvent

@@ -1,4 +1,4 @@
-"""Using a tuned prompt: answers, label scores, and why an answer ended."""
+"""Tuned prompts in use: load, generate, classify, serve, combine, convert."""
 
 import lazy_loader
 

@@ -1,10 +1,11 @@
-"""Prompts from one format to another."""
+"""Converts prompts from one format to another."""
 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,21 +15,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from softprompt.artifacts import (
     Export,
     Format,
+    Manifest,
+    Origin,
     Read,
     StoredPrompt,
     check_base,
     check_fit,
     detect,
     format_named,
+    manifest_of,
     require_empty,
     require_new_file,
 )
 from softprompt.backbone import Base, load_base
-from softprompt.data import Verbalizer
-from softprompt.errors import ArtifactError, ConfigError, OutputExistsError, nearest
-from softprompt.inference.conversion_input import encoder_of, recorded, source_ids
-from softprompt.inference.requests import Request
-from softprompt.inference.stored import recorded_base
+from softprompt.data import SpecialFrame, Verbalizer, encode
+from softprompt.errors import ArtifactError, ConfigError, OutputExistsError, TemplateError, nearest
+from softprompt.inference.inputs import Fields, fields_of, require_tokens, row_tokenizer
+from softprompt.inference.loading import recorded_base
+
+logger = logging.getLogger(__name__)
+
+_NO_LIMIT = 10**9
 
 _NAMING, _REQUESTING = "extended-vocab", "vllm"
 
@@ -66,7 +73,7 @@ def convert(
     torch_dtype: str | torch.dtype | None = None,
     device: str | None = None,
     task_name: str | int | None = None,
-    text: Request | None = None,
+    text: Fields | None = None,
     name: str | None = None,
     add: Mapping[str, str | Path] | None = None,
     add_tasks: Mapping[str, str | int] | None = None,
@@ -117,10 +124,10 @@ def convert(
             check_fit(each, base)
     lost = target.lost(stored.manifest, origin)
     chosen = None if task_name is None else str(task_name)
-    stored = recorded(stored, origin, target, base, template)
-    asked = None
+    stored = _recorded(stored, origin, target, base, template)
+    given = None
     if text is not None and base is not None:
-        asked = source_ids(stored.of_task(chosen), base, text)
+        given = _source_ids(stored.of_task(chosen), base, text)
     export = Export(
         stored=stored,
         to=to,
@@ -128,12 +135,12 @@ def convert(
         name=name or _name_of(source),
         others=others,
         base=base,
-        encode=None if base is None else encoder_of(base),
-        source=None if asked is None else asked.ids,
+        encode=None if base is None else _encoder_of(base),
+        source=None if given is None else given.ids,
         overwrite=overwrite,
     )
     write = cast(Callable[[Export, Path], Mapping[str, Any]], target.write)
-    facts = {**write(export, output), **({} if asked is None else {"input_cut": asked.cut})}
+    facts = {**write(export, output), **({} if given is None else {"input_cut": given.cut})}
     named = None if base is None else base.name
     return Conversion(str(source), origin.name, str(output), to, named, facts, lost)
 
@@ -166,7 +173,7 @@ def _opened(
 
 def _check_options(
     target: Format,
-    text: Request | None,
+    text: Fields | None,
     name: str | None,
     add: Mapping[str, Any] | None,
     add_tasks: Mapping[str, Any] | None,
@@ -256,3 +263,86 @@ def _load(
         # The export changes the model it saves.
         return Base(copy.deepcopy(base.model), base.tokenizer, base.name)
     return base
+
+
+@dataclass(frozen=True, slots=True)
+class _SourceIds:
+    """The ids of one input, and whether it was longer than the prompt's limit and lost its end."""
+
+    ids: tuple[int, ...]
+    cut: bool
+
+
+def _recorded(
+    stored: StoredPrompt,
+    origin: Format,
+    target: Format,
+    base: Base | None,
+    template: str | None,
+) -> StoredPrompt:
+    """Return a prompt with the record that its output needs.
+
+    Args:
+        stored: What was read.
+        origin: The format it came in.
+        target: The format it goes to.
+        base: What is on record is taken from it; None where none was loaded.
+        template: The verbalizer, for a source that has none.
+
+    Raises:
+        ArtifactError: The template on record has no placeholder.
+        ConfigError: The source has a template already, or nothing is known of its base.
+    """
+    manifest = stored.manifest
+    if manifest is None and (template is not None or target.name == "softprompt"):
+        if base is None:
+            raise ConfigError(
+                f"{stored.location} has no softprompt.json, and one is made from the base model: pass "
+                "base_model (--base-model), or use --to peft"
+            )
+        manifest = manifest_of(Origin.of_base(base), base)
+    elif template is not None and not origin.reads_with_base:
+        raise ConfigError(
+            f"{stored.location} has a template of its own ({origin.name}); leave --template out"
+        )
+    if manifest is None:
+        return stored
+    try:
+        Verbalizer(manifest.template)
+    except TemplateError as error:
+        raise ArtifactError(f"the template of {stored.location} cannot be used: {error}") from error
+    return replace(stored, manifest=replace(manifest, template=template or manifest.template))
+
+
+def _encoder_of(base: Base) -> Callable[[str], tuple[int, ...]]:
+    """Return what gives the ids of a text as rows have them: framed, without EOS in causal models."""
+    frame = SpecialFrame.of(base.tokenizer)
+    if not base.is_encoder_decoder:
+        frame = SpecialFrame(frame.prefix, ())
+
+    def ids(text: str) -> tuple[int, ...]:
+        return frame.around(encode(base.tokenizer, [text], special=False)[0])
+
+    return ids
+
+
+def _source_ids(stored: StoredPrompt, base: Base, text: Fields) -> _SourceIds:
+    """Return the ids of one input under a prompt's template; truncation is logged.
+
+    Raises:
+        TemplateError: The input lacks a field of the template.
+        DataError: It has no tokens.
+    """
+    rows = row_tokenizer(base.tokenizer, stored.manifest or _unlimited(base))
+    ids, cut = rows.source(fields_of(text, rows.verbalizer.fields))
+    require_tokens([ids])
+    if cut:
+        logger.warning(
+            "the input is longer than the prompt's max_source_length of %d tokens, and lost its end",
+            rows.max_source_length,
+        )
+    return _SourceIds(ids, cut)
+
+
+def _unlimited(base: Base) -> Manifest:
+    return replace(manifest_of(Origin.of_base(base), base), max_source_length=_NO_LIMIT)

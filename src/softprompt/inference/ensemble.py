@@ -9,13 +9,17 @@ from typing import Literal, final, overload
 import torch
 from torch import Tensor
 
-from softprompt.attach import sees_input_of
-from softprompt.backbone import Fingerprint
-from softprompt.engine import Engine
+from softprompt.engine import Engine, sees_input_of
 from softprompt.errors import ConfigError, FingerprintError, nearest
-from softprompt.inference.requests import Request
-from softprompt.inference.scoring import LabelScores, label_rows, per_token, score_inputs
-from softprompt.inference.task_choice import Task
+from softprompt.generation import (
+    LabelScores,
+    label_rows,
+    per_token,
+    rows_of_whole_inputs,
+    score_rows,
+)
+from softprompt.inference.choice import Task
+from softprompt.inference.inputs import Fields
 from softprompt.inference.tuned import TunedPrompt
 
 Combine = Literal["mean", "vote"]
@@ -102,19 +106,19 @@ class Ensemble:
 
     # A str is iterable too; the first overload is the one meant.
     @overload
-    def __call__(self, requests: Request) -> str: ...  # type: ignore[overload-overlap]
+    def __call__(self, requests: Fields) -> str: ...  # type: ignore[overload-overlap]
 
     @overload
-    def __call__(self, requests: Iterable[Request]) -> list[str]: ...
+    def __call__(self, requests: Iterable[Fields]) -> list[str]: ...
 
-    def __call__(self, requests: Request | Iterable[Request]) -> str | list[str]:
+    def __call__(self, requests: Fields | Iterable[Fields]) -> str | list[str]:
         """Return the best label of one input, or of each in a list; see ``classify``."""
         answers = [each.label for each in self.classify(requests)]
         return answers[0] if isinstance(requests, str | Mapping) else answers
 
     def classify(
         self,
-        requests: Request | Iterable[Request],
+        requests: Fields | Iterable[Fields],
         *,
         normalize: bool = False,
         batch_size: int = 64,
@@ -162,14 +166,13 @@ class Ensemble:
             batch_size: (member, input, label) triples in one pass, at most.
         """
         first = self.members[0]
-        device = first.model.get_base_model().device
         rows = []
         for member, labels, inputs in zip(self.members, self.label_ids(), sources, strict=True):
-            prompt = member.prompt().to(device)
-            rows += [
-                label_rows(source, labels, prompt, member.rows.offset(source)) for source in inputs
-            ]
-        scores = score_inputs(engine or first.engine, rows, batch_size=batch_size)
+            prompt = member.prompt().to(first.base.device)
+            for source in inputs:
+                rows += label_rows(source, labels, prompt, member.rows.offset(source))
+        size = rows_of_whole_inputs(batch_size, len(self.labels))
+        scores = score_rows(engine or first.engine, rows, max_rows=size)
         return scores.view(len(self.members), -1, len(self.labels))
 
     def combined(self, scores: Tensor) -> Combined:
@@ -215,16 +218,16 @@ class Ensemble:
 
     def _check_bases(self) -> None:
         first = self.members[0]
-        own = first.model.get_base_model()
-        options = sees_input_of(first.model.peft_config[first.adapter])
         for name, member in zip(self.names[1:], self.members[1:], strict=True):
-            base = member.model.get_base_model()
-            if base is not own and not Fingerprint.of(base).matches(Fingerprint.of(own)):
+            other = member.base
+            if other.model is not first.base.model and not other.fingerprint.matches(
+                first.base.fingerprint
+            ):
                 raise FingerprintError(
                     f"the members of an ensemble share one base, prompts {self.names[0]} and {name} do "
                     "not; use prompts of one base"
                 )
-            if sees_input_of(member.model.peft_config[member.adapter]) != options:
+            if sees_input_of(member.config) != sees_input_of(first.config):
                 raise ConfigError(
                     "the members of an ensemble share prompt_sees_input, prompts "
                     f"{self.names[0]} and {name} differ in it; evaluate them by themselves"
@@ -233,7 +236,7 @@ class Ensemble:
 
 def _of_task(members: Sequence[TunedPrompt], task: Task | None) -> tuple[TunedPrompt, ...]:
     """Return members, those with several tasks as used for one."""
-    several = [each.model.encoder_of(each.adapter).num_tasks > 1 for each in members]
+    several = [each.module.num_tasks > 1 for each in members]
     if task is not None and not any(several):
         raise ConfigError(
             f"the task {task!r} would be ignored, as no member of the ensemble has several; leave it out"

@@ -1,4 +1,4 @@
-"""Reading prompts back onto the base model they were made for."""
+"""Loading prompts with the base model they were made for."""
 
 from __future__ import annotations
 
@@ -9,16 +9,24 @@ from typing import Any, overload
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt.attach import PeftModel
-from softprompt.errors import ConfigError
-from softprompt.inference.continuous.bounds import Bounds
-from softprompt.inference.detached import DetachedPrompt
-from softprompt.inference.prompt_choice import check_names
+from softprompt.artifacts import (
+    Origin,
+    StoredPrompt,
+    check_base,
+    load_adapter,
+    manifest_of,
+    started_prompt,
+)
+from softprompt.backbone import Base, load_base
+from softprompt.engine import completed
+from softprompt.errors import ArtifactError, ConfigError
+from softprompt.generation import Bounds
+from softprompt.inference.choice import check_names
+from softprompt.inference.heads import HEAD, loaded_heads
 from softprompt.inference.serving import Serving
-from softprompt.inference.stored import record_of, stored_prompts
 from softprompt.inference.tuned import TunedPrompt
 
-_FIRST = "default"
+_SEQ2SEQ = {"CAUSAL_LM": False, "SEQ_2_SEQ_LM": True}
 
 
 @overload
@@ -64,8 +72,8 @@ def load(
     Args:
         prompts: Folder of the prompt, or ``org/name`` on the Hub; or several of them, of any kinds, by
             the names to ask for them by.
-        base_model: Folder, Hub id, or a model in memory, which is put into evaluation mode;
-            None takes the one on record (with the first prompt).
+        base_model: Folder, Hub id, or a model in memory, which is frozen and put into evaluation
+            mode; None takes the one on record (with the first prompt).
         tokenizer: Used instead of the base model's own.
         torch_dtype: dtype of the base; None takes the recorded one, or leaves a model in
             memory as it is.
@@ -91,7 +99,7 @@ def load(
             "bounds are for prompts by name, load({name: folder}); leave them out for one prompt"
         )
     _check_folder(prompts)
-    return _attached([prompts], base_model, reading, ignore_fingerprint)[0]
+    return _loaded([prompts], base_model, reading, ignore_fingerprint)[0]
 
 
 def load_many(
@@ -122,26 +130,40 @@ def load_many(
     if isinstance(directories, str | Path | Mapping) or not directories:
         raise ConfigError(f"expected the folders of one prompt or more, got {directories!r}")
     reading = {"tokenizer": tokenizer, "torch_dtype": torch_dtype, "device": device}
-    return _attached(directories, base_model, reading, ignore_fingerprint)
+    return _loaded(directories, base_model, reading, ignore_fingerprint)
 
 
-def _attached(
+def tuned_of(stored: StoredPrompt, base: Base, *, ignore_fingerprint: bool = False) -> TunedPrompt:
+    """Return a stored prompt on its base, which is read and not changed; another thread may be using it.
+
+    Args:
+        stored: What was read from disk.
+        base: The base it is for.
+        ignore_fingerprint: Take a prompt that was made for another base.
+
+    Raises:
+        ArtifactError: The tensors do not fit the configuration.
+        ConfigError: The configuration does not fit the base.
+        FingerprintError: The base is another one.
+    """
+    check_base(stored, base.model, ignore=ignore_fingerprint)
+    config = completed(stored.configuration(), base)
+    module = started_prompt(config, base.model).to(base.device)
+    own = {name: value for name, value in stored.tensors.items() if not name.startswith(HEAD)}
+    module.load_stored(tensors_read(own, config, seq2seq=base.is_encoder_decoder))
+    module.set_trainable(False)
+    manifest = stored.manifest or manifest_of(Origin.of_base(base), base)
+    return TunedPrompt(base, module, config, manifest, heads=loaded_heads(stored, config, base))
+
+
+def _loaded(
     directories: Sequence[str | Path],
     base_model: str | Path | PreTrainedModel | None,
     reading: Mapping[str, Any],
     ignore_fingerprint: bool,
 ) -> list[TunedPrompt]:
-    found, base = stored_prompts(directories, base_model, **reading)
-    names = [_FIRST, *(f"prompt{number}" for number in range(2, len(found) + 1))]
-    model = PeftModel.from_pretrained(
-        base.model, found[0].location, names[0], ignore_fingerprint=ignore_fingerprint
-    )
-    for name, stored in zip(names[1:], found[1:], strict=True):
-        model.load_adapter(stored.location, name, ignore_fingerprint=ignore_fingerprint)
-    return [
-        TunedPrompt(model, base.tokenizer, record_of(stored, base), name)
-        for name, stored in zip(names, found, strict=True)
-    ]
+    found, base = _read(directories, base_model, **reading)
+    return [tuned_of(stored, base, ignore_fingerprint=ignore_fingerprint) for stored in found]
 
 
 def _served(
@@ -151,16 +173,11 @@ def _served(
     ignore_fingerprint: bool,
     bounds: Bounds | None,
 ) -> Serving:
-    """Read prompts beside one base, which does not come to know of them: kinds may differ."""
     check_names(folders)
     for folder in folders.values():
         _check_folder(folder)
-    found, base = stored_prompts(list(folders.values()), base_model, **reading)
-    prompts = {
-        name: DetachedPrompt.of_stored(stored, base, ignore_fingerprint=ignore_fingerprint)
-        for name, stored in zip(folders, found, strict=True)
-    }
-    return Serving(prompts, bounds)
+    found = _loaded(list(folders.values()), base_model, reading, ignore_fingerprint)
+    return Serving(dict(zip(folders, found, strict=True)), bounds)
 
 
 def _check_folder(given: object) -> None:
@@ -169,3 +186,58 @@ def _check_folder(given: object) -> None:
             f"expected a prompt's folder, or folders by name, {{'a': ..., 'b': ...}}, got {given!r}; "
             "Serving({name: prompt}) takes prompts that are loaded"
         )
+
+
+def _read(
+    directories: Sequence[str | Path],
+    base_model: str | Path | PreTrainedModel | None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    torch_dtype: str | torch.dtype | None = None,
+    device: str | None = None,
+) -> tuple[list[StoredPrompt], Base]:
+    """Read prompts, and their base once, which is frozen and put into evaluation mode."""
+    found = [load_adapter(directory) for directory in directories]
+    kinds = [_is_seq2seq(stored) for stored in found]
+    named = recorded_base(found[0]) if base_model is None else base_model
+    if torch_dtype is None and not isinstance(named, PreTrainedModel):
+        torch_dtype = _recorded_dtype(found)
+    base = load_base(
+        named, tokenizer=tokenizer, seq2seq=kinds[0], torch_dtype=torch_dtype, device=device
+    )
+    base.model.eval()  # type: ignore[no-untyped-call]
+    freeze(base.model)
+    return found, base
+
+
+def recorded_base(stored: StoredPrompt) -> str:
+    """Return the base that a prompt names.
+
+    Raises:
+        ArtifactError: It names none.
+    """
+    if stored.base_model is None:
+        raise ArtifactError(
+            f"{stored.location} does not say which base model it is for; pass base_model (--base-model)"
+        )
+    return stored.base_model
+
+
+def _recorded_dtype(found: Sequence[StoredPrompt]) -> str | None:
+    dtypes = sorted({stored.manifest.dtype for stored in found if stored.manifest is not None})
+    if len(dtypes) > 1:
+        raise ConfigError(
+            f"the prompts were made for a base in {' and '.join(dtypes)}; choose with --torch-dtype "
+            "(torch_dtype=... in Python)"
+        )
+    return dtypes[0] if dtypes else None
+
+
+def _is_seq2seq(stored: StoredPrompt) -> bool:
+    task = stored.config.get("task_type")
+    if task not in _SEQ2SEQ:
+        raise ArtifactError(
+            f"expected a prompt for CAUSAL_LM or SEQ_2_SEQ_LM in {stored.location}, got task_type "
+            f"{task}; attach it with PeftModel.from_pretrained"
+        )
+    return _SEQ2SEQ[task]

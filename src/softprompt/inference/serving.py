@@ -4,54 +4,74 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, final
 
+from torch import Tensor
+
 from softprompt.errors import AdapterError, ConfigError, nearest
-from softprompt.inference.continuous.awaited import asked_in_thread
-from softprompt.inference.continuous.batcher import Batcher
-from softprompt.inference.continuous.bounds import Bounds
-from softprompt.inference.continuous.events import FinishEvent
-from softprompt.inference.continuous.labelling import Labelling, Scored, in_order
-from softprompt.inference.continuous.request import request_of
-from softprompt.inference.continuous.scorer import Scorer
-from softprompt.inference.continuous.streaming import async_pieces, pieces
-from softprompt.inference.continuous.ticket import Ticket
-from softprompt.inference.detached import DetachedPrompt, DetachedTask
-from softprompt.inference.generation import Generation
-from softprompt.inference.options import GenerationOptions, options_from
-from softprompt.inference.prompt_choice import Names, Tasks, addressed, check_names
-from softprompt.inference.requests import Input, Request, inputs_of
-from softprompt.inference.scoring import LabelScores, label_ids_of, label_set
-from softprompt.inference.task_choice import Task
+from softprompt.generation import (
+    Batcher,
+    Bounds,
+    Generation,
+    GenerationOptions,
+    Input,
+    Labelling,
+    LabelScores,
+    Request,
+    Scorer,
+    Ticket,
+    async_pieces,
+    in_thread,
+    label_ids_of,
+    label_set,
+    options_from,
+    pieces,
+)
+from softprompt.inference.choice import Names, Task, Tasks, addressed, check_names
+from softprompt.inference.inputs import Fields, inputs_of
 from softprompt.inference.tuned import TunedPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Inputs of one prompt that the scorer has.
+
+    Attributes:
+        numbers: Which of a call's inputs they are.
+        labelling: The inputs with their labels.
+        sums: Gets the rows' log-probabilities.
+    """
+
+    numbers: Sequence[int]
+    labelling: Labelling
+    sums: Future[Tensor]
 
 
 @final
 class Serving:
     """Prompts of one base model that answer many inputs at once, each equal to its answer alone.
 
-    ``softprompt.load`` makes it from folders. Any thread may ask. Closing it, also at the end of a
+    ``softprompt.load`` makes it from folders. Thread-safe. Closing it, also at the end of a
     ``with`` block, cancels what runs.
 
     Args:
-        prompts: The prompts by the names to ask for them by, at least one, all on one base.
+        prompts: The prompts by the names that calls use, at least one, all on one base.
         bounds: What may be used at most.
 
     Raises:
         ConfigError: There is no prompt, a name is no text, or they have different bases.
     """
 
-    def __init__(
-        self, prompts: Mapping[str, TunedPrompt | DetachedPrompt], bounds: Bounds | None = None
-    ) -> None:
+    def __init__(self, prompts: Mapping[str, TunedPrompt], bounds: Bounds | None = None) -> None:
         check_names(prompts)
-        first = next(iter(prompts.values()))
-        self._base = _detached(first).model
-        self._prompts: dict[str, DetachedPrompt] = {}
+        self._base = next(iter(prompts.values())).base
+        self._prompts: dict[str, TunedPrompt] = {}
         for name, tuned in prompts.items():
             self.put(name, tuned)
-        self.batcher = Batcher(self._base, first.tokenizer, bounds)
+        self.batcher = Batcher(self._base, bounds)
         own = self.batcher.bounds
         self._scorer = Scorer(
             self._base,
@@ -67,41 +87,41 @@ class Serving:
         """The names of the prompts."""
         return tuple(self._prompts)
 
-    def put(self, name: str, prompt: TunedPrompt | DetachedPrompt) -> None:
+    def put(self, name: str, prompt: TunedPrompt) -> None:
         """Serve a prompt as it is now under a name; requests that run keep the one they began with.
 
         Raises:
             ConfigError: The name is no text, or the prompt is on another base or has a head of its own.
         """
         check_names([name])
-        detached = _detached(prompt)
-        if detached.model is not self._base:
+        if prompt.base.model is not self._base.model:
             raise ConfigError(
                 f"prompt {name!r} is on another base model; load it onto the same one"
             )
-        self._prompts[name] = detached
+        prompt.check_served()
+        self._prompts[name] = prompt.snapshot()
 
     def submit(
         self,
-        request: Request,
+        request: Fields,
         prompt: str,
         options: GenerationOptions,
         *,
         task_name: Task | None = None,
         **more: Any,
     ) -> Ticket:
-        """Ask for an answer and return at once; ``more`` are fields of a batcher's request (``n``, ``logprobs``).
+        """Submit a request and return at once; ``more`` are fields of a batcher's request (``n``, ``logprobs``).
 
         Raises:
             SoftPromptError: There is no such prompt or task, the input does not fit it, or the queue is full.
         """
         own = self._known(prompt, task_name)
         (given,) = inputs_of(own.rows, [request])
-        return self.batcher.submit(request_of(given, own.prompt, options=options, **more))
+        return self.batcher.submit(Request.of(given, own.prompt(), options=options, **more))
 
     def generate(
         self,
-        requests: Request | Iterable[Request],
+        requests: Fields | Iterable[Fields],
         prompts: Names,
         *,
         task_name: Tasks = None,
@@ -124,14 +144,14 @@ class Serving:
         chosen = options_from(options, settings, "generate")
         tickets = self._submitted(requests, prompts, task_name, chosen)
         try:
-            return [_generation(ticket.result()[0], given) for ticket, given in tickets]
+            return [Generation.of(ticket.result()[0], cut=given.cut) for ticket, given in tickets]
         finally:
             for ticket, _ in tickets:
                 ticket.cancel()
 
     async def agenerate(
         self,
-        requests: Request | Iterable[Request],
+        requests: Fields | Iterable[Fields],
         prompts: Names,
         *,
         task_name: Tasks = None,
@@ -141,7 +161,7 @@ class Serving:
         """Answer as ``generate``, without blocking the event loop."""
         chosen = options_from(options, settings, "agenerate")
         # In a thread, as it waits while the queue is full.
-        tickets = await asked_in_thread(
+        tickets = await in_thread(
             lambda: self._submitted(requests, prompts, task_name, chosen),
             lambda each: each[0].cancel(),
         )
@@ -150,11 +170,14 @@ class Serving:
         finally:
             for ticket, _ in tickets:
                 ticket.cancel()
-        return [_generation(end[0], given) for end, (_, given) in zip(ends, tickets, strict=True)]
+        return [
+            Generation.of(end[0], cut=given.cut)
+            for end, (_, given) in zip(ends, tickets, strict=True)
+        ]
 
     def stream(
         self,
-        request: Request,
+        request: Fields,
         prompt: str,
         *,
         task_name: Task | None = None,
@@ -167,7 +190,7 @@ class Serving:
 
     def astream(
         self,
-        request: Request,
+        request: Fields,
         prompt: str,
         *,
         task_name: Task | None = None,
@@ -180,7 +203,7 @@ class Serving:
 
     def classify(
         self,
-        requests: Request | Iterable[Request],
+        requests: Fields | Iterable[Fields],
         prompts: Names,
         labels: Sequence[str] | None = None,
         *,
@@ -201,14 +224,14 @@ class Serving:
         """
         scored = self._scored(requests, prompts, labels, task_name)
         try:
-            return in_order(scored, [each.sums.result() for each in scored], normalize=normalize)
+            return _in_order(scored, [each.sums.result() for each in scored], normalize=normalize)
         finally:
             for each in scored:
                 each.sums.cancel()
 
     async def aclassify(
         self,
-        requests: Request | Iterable[Request],
+        requests: Fields | Iterable[Fields],
         prompts: Names,
         labels: Sequence[str] | None = None,
         *,
@@ -216,7 +239,7 @@ class Serving:
         normalize: bool = False,
     ) -> list[LabelScores]:
         """Answer as ``classify``, without blocking the event loop."""
-        scored = await asked_in_thread(
+        scored = await in_thread(
             lambda: self._scored(requests, prompts, labels, task_name),
             lambda each: each.sums.cancel(),
         )
@@ -225,7 +248,7 @@ class Serving:
         finally:
             for each in scored:
                 each.sums.cancel()
-        return in_order(scored, sums, normalize=normalize)
+        return _in_order(scored, sums, normalize=normalize)
 
     def close(self) -> None:
         """Cancel what runs and stop."""
@@ -245,7 +268,7 @@ class Serving:
         """Close."""
         self.close()
 
-    def _known(self, name: str, task: Task | None) -> DetachedTask:
+    def _known(self, name: str, task: Task | None) -> TunedPrompt:
         if name not in self._prompts:
             known = ", ".join(self._prompts)
             raise AdapterError(
@@ -255,7 +278,7 @@ class Serving:
 
     def _submitted(
         self,
-        requests: Request | Iterable[Request],
+        requests: Fields | Iterable[Fields],
         prompts: Names,
         task_name: Tasks,
         options: GenerationOptions,
@@ -264,7 +287,7 @@ class Serving:
         for each in addressed(requests, prompts, task_name):
             own = self._known(each.prompt, each.task)
             (given,) = inputs_of(own.rows, [each.request])
-            queued.append((request_of(given, own.prompt, options=options), given))
+            queued.append((Request.of(given, own.prompt(), options=options), given))
         tickets: list[tuple[Ticket, Input]] = []
         try:
             for request, given in queued:
@@ -278,13 +301,13 @@ class Serving:
 
     def _scored(
         self,
-        requests: Request | Iterable[Request],
+        requests: Fields | Iterable[Fields],
         prompts: Names,
         labels: Sequence[str] | None,
         task_name: Tasks,
     ) -> list[Scored]:
         """Give the scorer the inputs of each prompt together."""
-        grouped: dict[tuple[str, Task | None], dict[int, Request]] = {}
+        grouped: dict[tuple[str, Task | None], dict[int, Fields]] = {}
         for number, each in enumerate(addressed(requests, prompts, task_name)):
             grouped.setdefault((each.prompt, each.task), {})[number] = each.request
         queued = []
@@ -297,7 +320,7 @@ class Serving:
                 )
             inputs = inputs_of(own.rows, of_prompt.values())
             labelling = Labelling(chosen, label_ids_of(own.rows, chosen), inputs)
-            queued.append((list(of_prompt), labelling, labelling.rows(own.prompt)))
+            queued.append((list(of_prompt), labelling, labelling.rows(own.prompt())))
         scored: list[Scored] = []
         try:
             for numbers, labelling, rows in queued:
@@ -309,20 +332,11 @@ class Serving:
         return scored
 
 
-def _detached(prompt: TunedPrompt | DetachedPrompt) -> DetachedPrompt:
-    return prompt if isinstance(prompt, DetachedPrompt) else DetachedPrompt.of(prompt)
-
-
-def _generation(end: FinishEvent, given: Input) -> Generation:
-    if end.ended_by is None:
-        raise ConfigError(
-            "the request was cancelled before its end, as serving was closed; ask again"
-        )
-    return Generation(
-        text=end.text,
-        input_token_count=end.input_tokens,
-        generated_tokens=len(end.tokens),
-        finish_reason=end.ended_by,
-        seed=end.seed,
-        input_cut=given.cut,
-    )
+def _in_order(
+    scored: Sequence[Scored], sums: Sequence[Tensor], *, normalize: bool
+) -> list[LabelScores]:
+    """Return the answers of several prompts in the order of a call's inputs."""
+    found: dict[int, LabelScores] = {}
+    for each, own in zip(scored, sums, strict=True):
+        found |= zip(each.numbers, each.labelling.answers(own, normalize=normalize), strict=True)
+    return [found[number] for number in range(len(found))]

@@ -1,41 +1,39 @@
-"""A soft prompt with its frozen base model, tokenizer, template and label set: generate, classify, save."""
+"""A soft prompt with its frozen base model, template and label set: generate, classify, save."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, final, overload
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from softprompt.artifacts import Manifest, manifest_of_task, save_adapter
-from softprompt.attach import (
-    BASE,
-    PeftModel,
-    heads_of,
-    placement_of,
-    state_of,
-)
-from softprompt.backbone import Base
-from softprompt.engine import Engine, build_engine
+from softprompt.backbone import Base, replaced_modules
+from softprompt.data import RowTokenizer
+from softprompt.engine import Engine, build_engine, placement_of
 from softprompt.errors import ConfigError
-from softprompt.inference.continuous.request import request_of
-from softprompt.inference.continuous.streaming import streamed
-from softprompt.inference.generation import Generation, Generator
-from softprompt.inference.options import GenerationOptions, options_from
-from softprompt.inference.requests import Request, inputs_of, listed, row_tokenizer, sources_of
-from softprompt.inference.scoring import (
+from softprompt.generation import (
+    Decoder,
+    Generation,
+    GenerationOptions,
+    Labelling,
     LabelScores,
+    Request,
     label_ids_of,
-    label_scores,
     label_set,
-    score_labels,
+    options_from,
+    rows_of_whole_inputs,
+    score_rows,
+    streamed,
 )
-from softprompt.inference.task_choice import Task, TaskNames, rows_by_task, task_number
-from softprompt.prompts import Placement, Prompt
+from softprompt.inference.choice import Task, TaskNames, rows_by_task, task_number
+from softprompt.inference.heads import head_tensors
+from softprompt.inference.inputs import Fields, inputs_of, listed, row_tokenizer, sources_of
+from softprompt.prompts import Prompt, PromptLearningConfig, PromptModule
 
 _Answer = TypeVar("_Answer")
 
@@ -45,30 +43,43 @@ class TunedPrompt:
     """What ``tune`` returns and ``load`` reads: call it with a text to get the answer.
 
     Attributes:
-        model: The base model with the prompt attached.
-        tokenizer: The base model's tokenizer.
-        manifest: Template, label set, limits and provenance of the prompt.
-        adapter: Name of the prompt on the model.
+        base: The base model, which is not changed.
+        module: The prompt's parameters.
+        config: Its configuration, under PEFT's names.
+        whole: Template, label set, limits and provenance of the prompt with all its tasks.
+        manifest: The same for the task it is used for.
         task: The task of a multitask prompt it is used for; None before one is chosen.
-        rows: Turns fields into token ids the way the prompt was trained.
+        heads: Modules trained with the prompt, by the path of the module of the base they replace.
     """
 
     def __init__(
         self,
-        model: PeftModel,
-        tokenizer: PreTrainedTokenizerBase,
+        base: Base,
+        module: PromptModule,
+        config: PromptLearningConfig,
         manifest: Manifest,
-        adapter: str = "default",
         *,
         task: int | None = None,
+        heads: Mapping[str, nn.Module] | None = None,
     ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
+        self.base = base
+        self.module = module
+        self.config = config
         self.whole = manifest
         self.task = task
-        self.manifest = manifest = manifest_of_task(manifest, task or 0)
-        self.adapter = adapter
-        self.rows = row_tokenizer(tokenizer, manifest, placement_of(model.peft_config[adapter]))
+        self.manifest = manifest_of_task(manifest, task or 0)
+        self.heads = dict(heads or {})
+        self._shared = _Shared()
+
+    @cached_property
+    def rows(self) -> RowTokenizer:
+        """Turns fields into token ids the way the prompt was trained."""
+        return row_tokenizer(self.base.tokenizer, self.manifest, placement_of(self.config))
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's tokenizer."""
+        return self.base.tokenizer
 
     def of_task(self, task: Task | None) -> TunedPrompt:
         """Return this prompt as used for one task, with that task's template and label set.
@@ -81,15 +92,28 @@ class TunedPrompt:
         """
         if task is None and self.task is not None:
             return self
-        count = self.model.encoder_of(self.adapter).num_tasks
-        number = task_number(task, self.whole, count)
-        return TunedPrompt(self.model, self.tokenizer, self.whole, self.adapter, task=number)
+        number = task_number(task, self.whole, self.module.num_tasks)
+        if number not in self._shared.tasks:
+            own = TunedPrompt(
+                self.base, self.module, self.config, self.whole, task=number, heads=self.heads
+            )
+            own._shared = self._shared
+            self._shared.tasks[number] = own
+        return self._shared.tasks[number]
+
+    def snapshot(self) -> TunedPrompt:
+        """Return this prompt as it is now: training it further does not change what is returned."""
+        found = TunedPrompt(
+            self.base, self.module, self.config, self.whole, task=self.task, heads=self.heads
+        )
+        every = [self.of_task(number) for number in range(self.module.num_tasks)]
+        found._shared.prompts = tuple(each.prompt() for each in every)
+        return found
 
     @property
     def task_names(self) -> tuple[str, ...]:
         """The names of its tasks; their numbers where it has no names."""
-        count = self.model.encoder_of(self.adapter).num_tasks
-        return self.whole.tasks or tuple(map(str, range(count)))
+        return self.whole.tasks or tuple(map(str, range(self.module.num_tasks)))
 
     def rows_of_tasks(self, chosen: TaskNames, rows: int) -> dict[int, list[int]]:
         """Return the inputs of each task, by its number, for one task or one of each input.
@@ -97,14 +121,13 @@ class TunedPrompt:
         Raises:
             ConfigError: There is no such task, or not one for each input.
         """
-        count = self.model.encoder_of(self.adapter).num_tasks
-        return rows_by_task(chosen, self.whole, count, rows)
+        return rows_by_task(chosen, self.whole, self.module.num_tasks, rows)
 
     def _of_tasks(
         self,
-        requests: Request | Iterable[Request],
+        requests: Fields | Iterable[Fields],
         chosen: TaskNames,
-        answer: Callable[[TunedPrompt, list[Request]], list[_Answer]],
+        answer: Callable[[TunedPrompt, list[Fields]], list[_Answer]],
     ) -> list[_Answer]:
         """Return the answers to all requests in their order, those of one task given together."""
         given = listed(requests)
@@ -140,7 +163,7 @@ class TunedPrompt:
         Raises:
             ConfigError: There is no such engine, or it does not run this model exactly.
         """
-        return build_engine(Base.of(self.model.get_base_model()), kind)
+        return build_engine(self.base, kind)
 
     def prompt(self) -> Prompt:
         """Return the prompt as it is now: detached, and with memory of its own.
@@ -148,35 +171,35 @@ class TunedPrompt:
         Raises:
             ConfigError: The prompt has several tasks, and none is chosen.
         """
-        encoder = self.model.encoder_of(self.adapter)
-        task = task_number(self.task, self.whole, encoder.num_tasks)
-        return encoder.prompt(task).detach().map(Tensor.clone)
+        number = task_number(self.task, self.whole, self.module.num_tasks)
+        if self._shared.prompts is not None:
+            return self._shared.prompts[number]
+        return self.module.prompt(number).detach().map(Tensor.clone)
 
     def check_served(self) -> None:
-        """Refuse a prompt that is more than virtual tokens before its base.
+        """Check that the prompt is nothing but virtual tokens, or keys and values, before its base.
 
         Raises:
             ConfigError: It has a head of its own.
         """
-        head = next(heads_of(self.model.get_base_model(), self.adapter), None)
-        if head is not None:
+        for path in self.heads:
             raise ConfigError(
-                f"prompt {self.adapter!r} has its own {head[0]}, and only the base's is served; use generate"
+                f"the prompt has its own {path}, and only the base's is served; use generate"
             )
 
     # A str is iterable too; the first overload is the one meant.
     @overload
     def __call__(  # type: ignore[overload-overlap]
-        self, requests: Request, *, task_name: TaskNames | None = None
+        self, requests: Fields, *, task_name: TaskNames | None = None
     ) -> str: ...
 
     @overload
     def __call__(
-        self, requests: Iterable[Request], *, task_name: TaskNames | None = None
+        self, requests: Iterable[Fields], *, task_name: TaskNames | None = None
     ) -> list[str]: ...
 
     def __call__(
-        self, requests: Request | Iterable[Request], *, task_name: TaskNames | None = None
+        self, requests: Fields | Iterable[Fields], *, task_name: TaskNames | None = None
     ) -> str | list[str]:
         """Return the best label, or the generated text, of one input or of each in a list.
 
@@ -199,7 +222,7 @@ class TunedPrompt:
 
     def classify(
         self,
-        requests: Request | Iterable[Request],
+        requests: Fields | Iterable[Fields],
         labels: Sequence[str] | None = None,
         *,
         task_name: TaskNames | None = None,
@@ -228,29 +251,21 @@ class TunedPrompt:
                     part, labels, normalize=normalize, batch_size=batch_size
                 ),
             )
-        prompt = self.prompt()
         names = label_set(labels, self.labels)
         if names is None:
             raise ConfigError(
                 "this prompt generates free text and has no label set; pass labels=[...] or "
                 "call generate"
             )
-        label_ids = self.label_ids(names)
-        sources, cut = self.sources(requests)
-        scores = score_labels(
-            self.engine,
-            prompt,
-            sources,
-            label_ids,
-            offsets=[self.rows.offset(source) for source in sources],
-            batch_size=batch_size,
-            normalize=normalize,
-        )
-        return label_scores(names, scores, cut)
+        labelling = Labelling(names, self.label_ids(names), inputs_of(self.rows, requests))
+        size = rows_of_whole_inputs(batch_size, len(names))
+        with replaced_modules(self.base, self.heads):
+            sums = score_rows(self.engine, labelling.rows(self.prompt()), max_rows=size)
+        return labelling.answers(sums, normalize=normalize)
 
     def generate(
         self,
-        requests: Request | Iterable[Request],
+        requests: Fields | Iterable[Fields],
         *,
         task_name: TaskNames | None = None,
         options: GenerationOptions | None = None,
@@ -263,7 +278,7 @@ class TunedPrompt:
             requests: One input or several: texts, or mappings of the template's fields.
             task_name: The task of a multitask prompt, by name or number; or one for each input.
             options: How to generate; or name its fields as ``settings``.
-            batch_size: Rows in one call of the model.
+            batch_size: Answers that are generated at the same time, at most.
             **settings: Fields of ``GenerationOptions``, such as ``max_new_tokens=20``.
 
         Raises:
@@ -285,7 +300,7 @@ class TunedPrompt:
 
     def stream(
         self,
-        request: Request,
+        request: Fields,
         *,
         task_name: Task | None = None,
         options: GenerationOptions | None = None,
@@ -306,8 +321,7 @@ class TunedPrompt:
         chosen = options_from(options, settings, "stream")
         (given,) = inputs_of(tuned.rows, [request])
         tuned.check_served()
-        queued = request_of(given, tuned.prompt(), options=chosen)
-        return streamed(self.model.get_base_model(), self.tokenizer, queued)
+        return streamed(self.base, Request.of(given, tuned.prompt(), options=chosen))
 
     def generate_rows(
         self,
@@ -319,21 +333,26 @@ class TunedPrompt:
         without_prompt: bool = False,
     ) -> list[Generation]:
         """Return one generated answer for each row of token ids; see ``generate``."""
-        count = self.model.encoder_of(self.adapter).num_tasks
-        task = task_number(self.task, self.whole, count)
-        inside = self.rows.placement is not Placement.PREFIX
-        generator = Generator.of(
-            self.model,
-            self.tokenizer,
-            self.rows.decode,
-            adapter=BASE if without_prompt else self.adapter,
-            task=task if count > 1 and not without_prompt else None,
-            offset=self.rows.offset if inside and not without_prompt else None,
-        )
-        return generator.answers(sources, options, batch_size=batch_size, cut=cut)
+        prompt = None if without_prompt else self.prompt()
+        rows = self.rows
+        requests = [
+            Request(
+                tuple(source),
+                prompt,
+                0 if prompt is None else rows.offset(source),
+                options,
+                decode=rows.decode,
+            )
+            for source in sources
+        ]
+        decoder = self._shared.decoder(self.base, batch_size)
+        with replaced_modules(self.base, {} if without_prompt else self.heads):
+            ends = decoder.run(requests)
+        flags = cut or [False] * len(ends)
+        return [Generation.of(end, cut=lost) for (end,), lost in zip(ends, flags, strict=True)]
 
     def sources(
-        self, requests: Request | Iterable[Request]
+        self, requests: Fields | Iterable[Fields]
     ) -> tuple[list[tuple[int, ...]], list[bool]]:
         """Return the text tokens of each input, and whether it lost its end.
 
@@ -357,11 +376,32 @@ class TunedPrompt:
         Raises:
             OutputExistsError: The directory is not empty and ``overwrite`` is off.
         """
-        config = replace(self.model.peft_config[self.adapter], inference_mode=True)
+        heads = {name: value.cpu().clone() for name, value in head_tensors(self.heads).items()}
         save_adapter(
             Path(directory),
-            config.to_dict(),
-            state_of(self.model, self.adapter),
+            replace(self.config, inference_mode=True).to_dict(),
+            self.module.stored() | heads,
             self.whole,
             overwrite=overwrite,
         )
+
+
+@dataclass(slots=True)
+class _Shared:
+    """What a prompt shares with itself as used for each of its tasks.
+
+    Attributes:
+        tasks: The prompt as used for one task, by its number.
+        prompts: The prompt of each task where they do not change any more.
+        decoders: What generates, by the answers it runs at the same time.
+    """
+
+    tasks: dict[int, TunedPrompt] = field(default_factory=dict)
+    prompts: tuple[Prompt, ...] | None = None
+    decoders: dict[int, Decoder] = field(default_factory=dict)
+
+    def decoder(self, base: Base, batch_size: int) -> Decoder:
+        """Return the decoder for a batch size, made once; see ``Decoder.of_batches``."""
+        if batch_size not in self.decoders:
+            self.decoders[batch_size] = Decoder.of_batches(base, batch_size)
+        return self.decoders[batch_size]

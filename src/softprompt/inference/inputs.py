@@ -1,9 +1,8 @@
-"""What a caller passes in, as the fields that a template is rendered from."""
+"""Inputs as callers pass them: texts or mappings of a template's fields, and the tokens they become."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -11,38 +10,21 @@ from transformers import PreTrainedTokenizerBase
 from softprompt.artifacts import Manifest
 from softprompt.data import RowTokenizer, Verbalizer
 from softprompt.errors import DataError, TemplateError
-from softprompt.inference.stopping import Decode
+from softprompt.generation import Input
 from softprompt.prompts import Placement
 
-Request = str | Mapping[str, Any]
+Fields = str | Mapping[str, Any]
 """One input: a text, for templates of one field, or the template's fields by name."""
 
 
-@dataclass(frozen=True, slots=True)
-class Input:
-    """What stands before an answer.
-
-    Attributes:
-        ids: Text tokens.
-        at: How many of them stand before the prompt.
-        decode: Answer tokens to text, as the prompt's answers are written.
-        cut: Whether its end was lost.
-    """
-
-    ids: tuple[int, ...]
-    at: int
-    decode: Decode
-    cut: bool = False
-
-
-def listed(requests: Request | Iterable[Request]) -> list[Request]:
+def listed(requests: Fields | Iterable[Fields]) -> list[Fields]:
     """Return the requests as a list, also when a single one was passed."""
     if isinstance(requests, str | Mapping):
         return [requests]
     return list(requests)
 
 
-def fields_of(request: Request, template_fields: Sequence[str]) -> dict[str, str]:
+def fields_of(request: Fields, template_fields: Sequence[str]) -> dict[str, str]:
     """Return the template's fields of one request, as text.
 
     A bare text stands for the only field of the template; ``text`` stands in for a missing
@@ -112,7 +94,7 @@ def row_tokenizer(
     )
 
 
-def inputs_of(rows: RowTokenizer, requests: Request | Iterable[Request]) -> list[Input]:
+def inputs_of(rows: RowTokenizer, requests: Fields | Iterable[Fields]) -> list[Input]:
     """Return what each input puts before its answer; see ``sources_of``."""
     names = rows.verbalizer.fields
     found = [rows.source(fields_of(each, names)) for each in listed(requests)]
@@ -121,7 +103,7 @@ def inputs_of(rows: RowTokenizer, requests: Request | Iterable[Request]) -> list
 
 
 def sources_of(
-    rows: RowTokenizer, requests: Request | Iterable[Request]
+    rows: RowTokenizer, requests: Fields | Iterable[Fields]
 ) -> tuple[list[tuple[int, ...]], list[bool]]:
     """Return the text tokens of each input, and whether it lost its end.
 
