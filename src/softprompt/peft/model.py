@@ -243,8 +243,7 @@ class PeftModel(Adapters):
             module=tuned.module,
             trained_heads=tuned.heads,
         )
-        if tuned.manifest is not None:
-            attached.manifests[adapter_name] = tuned.manifest
+        attached.manifests[adapter_name] = tuned.whole
         return attached
 
     @classmethod

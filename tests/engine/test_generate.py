@@ -1,0 +1,103 @@
+"""transformers' generate behind prompts, against generate on embeddings or a cache filled by hand."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from oracles.families import H, tiny
+from softprompt.backbone import Base
+from softprompt.engine import generate_with_prompts
+from softprompt.errors import ConfigError, ContextOverflowError
+from softprompt.prompts import Prompt
+
+P = 4
+
+
+def virtual_tokens(seed, count=P):
+    return torch.randn(count, H, generator=torch.Generator().manual_seed(seed))
+
+
+def greedy(**inputs):
+    return {**inputs, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+
+
+@torch.no_grad()
+def test_each_row_behind_its_own_prompt():
+    model = tiny("llama")
+    rows = [([3, 7, 9, 11], Prompt(input=virtual_tokens(0))), ([5, 8], None),
+            ([13, 4, 6], Prompt(input=virtual_tokens(1, 2)))]  # fmt: skip
+    width = max(len(ids) for ids, _ in rows)
+    padded = torch.tensor([[0] * (width - len(ids)) + ids for ids, _ in rows])
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in rows])
+    kwargs = greedy(input_ids=padded, attention_mask=mask)
+    got = generate_with_prompts(Base.of(model), [prompt for _, prompt in rows], kwargs)
+    for (ids, prompt), answer in zip(rows, got, strict=True):
+        embeds = model.get_input_embeddings()(torch.tensor([ids]))
+        if prompt is not None:
+            embeds = torch.cat([prompt.input[None], embeds], 1)
+        expected = model.generate(**greedy(inputs_embeds=embeds))[0]
+        assert torch.equal(answer[width:], expected)
+    assert "prepare_inputs_for_generation" not in vars(model)
+    assert not model.get_input_embeddings()._forward_pre_hooks
+
+
+@torch.no_grad()
+def test_inside_the_input():
+    model = tiny("llama")
+    prompt, ids = Prompt(input=virtual_tokens(0)), torch.tensor([[3, 7, 9, 11]])
+    got = generate_with_prompts(Base.of(model), [prompt], greedy(input_ids=ids), at=[2])
+    embeds = model.get_input_embeddings()(ids)
+    embeds = torch.cat([embeds[:, :2], prompt.input[None], embeds[:, 2:]], 1)
+    assert torch.equal(got[0, 4:], model.generate(**greedy(inputs_embeds=embeds))[0])
+
+
+@torch.no_grad()
+def test_keys_and_values():
+    model = tiny("llama")
+    shape = Base.of(model).key_value_shape
+    size = (shape.layers, 2, shape.heads, P, shape.width)
+    prefix = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[3, 7, 9, 11]])
+    kwargs = greedy(input_ids=ids, num_beams=2, num_return_sequences=2)
+    got = generate_with_prompts(Base.of(model), [Prompt(prefix=prefix)], kwargs)
+    assert got.shape == (2, 10)
+    cache = DynamicCache()
+    for index, layer in enumerate(prefix):
+        cache.update(layer[:1], layer[1:], index)
+    sequence = ids
+    for _ in range(6):
+        logits = model(sequence[:, cache.get_seq_length() - P :], past_key_values=cache).logits
+        sequence = torch.cat([sequence, logits[:, -1:].argmax(-1)], 1)
+    single = generate_with_prompts(Base.of(model), [Prompt(prefix=prefix)], greedy(input_ids=ids))
+    assert torch.equal(single, sequence)
+
+
+@torch.no_grad()
+def test_before_an_encoder():
+    model = tiny("t5")
+    prompt, ids = Prompt(input=virtual_tokens(0)), torch.tensor([[3, 7, 9, 11]])
+    got = generate_with_prompts(Base.of(model), [prompt], greedy(input_ids=ids))
+    embeds = torch.cat([prompt.input[None], model.get_input_embeddings()(ids)], 1)
+    assert torch.equal(got, model.generate(**greedy(inputs_embeds=embeds)))
+
+
+@torch.no_grad()
+def test_without_any_prompt_it_is_the_models_own():
+    model, ids = tiny("llama"), torch.tensor([[3, 7, 9, 11]])
+    expected = model.generate(**greedy(input_ids=ids))
+    assert torch.equal(
+        generate_with_prompts(Base.of(model), [None], greedy(input_ids=ids)), expected
+    )
+
+
+def test_what_is_refused():
+    base, prompt = Base.of(tiny("llama")), Prompt(input=virtual_tokens(0))
+    ids = torch.tensor([[3, 7]])
+    with pytest.raises(ConfigError, match="does not work with soft prompts"):
+        generate_with_prompts(base, [prompt], {"input_ids": ids, "prompt_lookup_num_tokens": 2})
+    with pytest.raises(ContextOverflowError, match="new tokens exceed"):
+        generate_with_prompts(base, [prompt], {"input_ids": ids, "max_new_tokens": 10**6})
+    with pytest.raises(ConfigError, match="use the tokenizer that belongs to it"):
+        generate_with_prompts(base, [prompt], {"input_ids": ids + 10**6})
+    with pytest.raises(ConfigError, match="needs placement prefix"):
+        generate_with_prompts(base, [prompt], {"input_ids": ids, "prefill_chunk_size": 1}, at=[1])
