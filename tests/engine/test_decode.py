@@ -12,8 +12,8 @@ from oracles.families import FOREST, OUTSIDE
 from oracles.prefixed import random_prefix, solo_logits_behind
 from softprompt.backbone import Base, KeyValueShape, implementations_of
 from softprompt.engine import DecodeForest, NewTokens, why_undecodable
-from softprompt.engine.decode import probe
-from softprompt.engine.decode.store import KeyValueStore
+from softprompt.engine.decode import decode_forest
+from softprompt.engine.decode.lanes import KeyValueStore
 
 
 def expected(model, prompt, ids):
@@ -83,12 +83,12 @@ def test_others_are_declined_with_the_reason(name):
 
 def test_the_probe_sees_wrong_numbers(monkeypatch):
     model = families.causal("llama").eval()
-    real = probe.DecodeForest.step
+    real = decode_forest.DecodeForest.step
 
     def off(self, news):
         return [part + torch.linspace(0, 1, part.shape[1]) for part in real(self, news)]
 
-    monkeypatch.setattr(probe.DecodeForest, "step", off)
+    monkeypatch.setattr(decode_forest.DecodeForest, "step", off)
     assert "differ by" in why_undecodable(Base(model))
 
 

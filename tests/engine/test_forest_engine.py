@@ -253,7 +253,7 @@ def paths_of(forest):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
 def test_the_gpu_kernel_gives_the_same_numbers(name, monkeypatch):
     """FlexAttention has no backward on the CPU; its forward there is compared with the blocks'."""
-    from softprompt.engine.forest import attention
+    from softprompt.engine.forest import forest_attention as attention
 
     model = model_of(name)
     rows = [

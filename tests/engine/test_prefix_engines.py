@@ -153,7 +153,7 @@ def test_a_forest_that_reads_otherwise_is_not_used(monkeypatch):
     """The probe compares gradients too: a forest that drops values runs plain, silently right."""
     model = causal("qwen2")
     monkeypatch.setattr(
-        "softprompt.engine.forest.attention.LayerMask.behind",
+        "softprompt.engine.forest.forest_attention.LayerMask.behind",
         lambda self, stream, module, part: torch.cat(
             [stream, *(p[0, part].transpose(0, 1).flatten(1) for p in self.prefixes)]
         ),

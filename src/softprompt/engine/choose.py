@@ -13,9 +13,9 @@ from softprompt.engine.forest.causal import ForestEngine
 from softprompt.engine.forest.seq2seq import PackedSeq2SeqEngine
 from softprompt.engine.plain import PlainEngine
 from softprompt.engine.predictions import Engine, HeadInput, Predictions, see_input
+from softprompt.engine.probe import remembered, scoring_difference
 from softprompt.engine.rows import EngineRow
-from softprompt.engine.selfcheck import difference
-from softprompt.errors import ConfigError, SoftPromptError, nearest
+from softprompt.errors import ConfigError, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def _path(base: Base, kind: str, *, sees_input: bool) -> Engine:
         kind = choose_engine(base, sees_input=sees_input).name
     elif kind in _FAST:
         problem = _problem(kind, base, sees_input)
-        if problem is not None:
+        if problem:
             raise ConfigError(
                 f"engine {kind!r} cannot run this model: {problem}; use engine='auto'"
             )
@@ -111,39 +111,43 @@ def _path(base: Base, kind: str, *, sees_input: bool) -> Engine:
 
 
 def choose_engine(base: Base, *, sees_input: bool = True) -> EngineChoice:
-    """Return the fastest path that gives this model's plain results; remembered per model.
+    """Return the fastest path that gives this model's plain results; probed once.
 
     Args:
         base: The base.
         sees_input: Whether an encoder's prompts attend to the input.
     """
-    found, key = base.found, f"engine {sees_input}"
-    if key not in found:
-        reasons = []
-        chosen = "plain"
-        for name in _FAST:
-            problem = _problem(name, base, sees_input)
-            if problem is None:
-                chosen = name
-                break
-            reasons.append(f"{name}: {problem}")
-        if chosen == "plain":
-            alone = PlainEngine(base).why_alone(sees_input)
-            if alone:
-                reasons.append(f"plain, row by row: padded, {alone}")
-        found[key] = EngineChoice(chosen, "; ".join(reasons))
-        if reasons:
-            logger.info(
-                "engine %s for %s (%s)", chosen, base.facts.architecture, "; ".join(reasons)
-            )
-    return cast(EngineChoice, found[key])
+    name = f"engine, {_prompts(sees_input)}"
+    if name not in base.found:
+        choice = base.found[name] = _chosen(base, sees_input)
+        if choice.reason:
+            architecture = base.facts.architecture
+            logger.info("engine %s for %s (%s)", choice.name, architecture, choice.reason)
+    return cast(EngineChoice, base.found[name])
 
 
-def _problem(name: str, base: Base, sees_input: bool) -> str | None:
-    """Return why a fast path cannot run a model, None when it passes the probe."""
-    try:
-        plain = PlainEngine(base)
-        return difference(_FAST[name](base), plain, base, sees_input=sees_input)
-    except Exception as cause:  # whatever a model's own code raises on our inputs
-        first = (str(cause).strip().splitlines() or [""])[0]
-        return first if isinstance(cause, SoftPromptError) else f"{type(cause).__name__}: {first}"
+def _chosen(base: Base, sees_input: bool) -> EngineChoice:
+    reasons: list[str] = []
+    for name in _FAST:
+        problem = _problem(name, base, sees_input)
+        if not problem:
+            return EngineChoice(name, "; ".join(reasons))
+        reasons.append(f"{name}: {problem}")
+    alone = PlainEngine(base).why_alone(sees_input)
+    if alone:
+        reasons.append(f"plain, row by row: padded, {alone}")
+    return EngineChoice("plain", "; ".join(reasons))
+
+
+def _problem(name: str, base: Base, sees_input: bool) -> str:
+    """Return why a fast path does not run a model exactly, empty where it does."""
+
+    def find() -> str:
+        candidate, plain = _FAST[name](base), PlainEngine(base)
+        return scoring_difference(candidate, plain, base, sees_input=sees_input)
+
+    return remembered(base, f"{name} engine, {_prompts(sees_input)}", find)
+
+
+def _prompts(sees_input: bool) -> str:
+    return f"prompts that {'' if sees_input else 'do not '}see the input"

@@ -17,10 +17,11 @@ from transformers.cache_utils import DynamicLayer
 
 from softprompt.backbone import Base, recomputes_layers
 from softprompt.engine.context import depends_on_neighbours
-from softprompt.engine.forest.attention import ForestUnsupportedError
-from softprompt.engine.plain import PlainEngine, pad_rows
+from softprompt.engine.forest.forest_attention import ForestUnsupportedError
+from softprompt.engine.layout import pad_rows
+from softprompt.engine.plain import PlainEngine
 from softprompt.engine.predictions import IGNORED, Engine, HeadInput, Predictions
-from softprompt.engine.prefixes.values import Prefixes
+from softprompt.engine.prefixes.prefix_table import Prefixes
 from softprompt.engine.prompt_table import PromptTable, injected
 from softprompt.engine.rows import EngineRow
 from softprompt.prompts import Prompt

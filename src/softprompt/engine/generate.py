@@ -22,7 +22,7 @@ from softprompt.engine.context import check_context
 from softprompt.engine.layout import Layout
 from softprompt.engine.prefixes.passes import cached_tokens
 from softprompt.engine.prefixes.paths import prefix_path
-from softprompt.engine.prefixes.values import Prefixes
+from softprompt.engine.prefixes.prefix_table import Prefixes
 from softprompt.engine.prompt_table import PromptTable
 from softprompt.errors import ConfigError
 from softprompt.prompts import Prompt

@@ -17,6 +17,7 @@ alone. The compact form starts every row at column 0, for encoders that count co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -202,3 +203,17 @@ def packed_mask(position_ids: Tensor, prompt: int, dtype: torch.dtype) -> Tensor
     allowed = (same | to_prompt) & causal
     mask = torch.zeros(allowed.shape, dtype=dtype, device=segment.device)
     return mask.masked_fill(~allowed, torch.finfo(dtype).min).unsqueeze(1)
+
+
+def pad_rows(
+    sequences: Sequence[tuple[int, ...]], *, left: bool, pad_id: int
+) -> tuple[Tensor, Tensor]:
+    """Return ids and mask ``[B, T]``, padded on one side to the longest row."""
+    total = max(1, *(len(sequence) for sequence in sequences))
+    ids = torch.full((len(sequences), total), pad_id)
+    mask = torch.zeros_like(ids)
+    for i, sequence in enumerate(sequences):
+        where = slice(total - len(sequence), total) if left else slice(0, len(sequence))
+        ids[i, where] = torch.tensor(sequence, dtype=torch.long)
+        mask[i, where] = 1
+    return ids, mask

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from softprompt.backbone import Base, decoder_embedding
 from softprompt.engine.context import depends_on_neighbours
-from softprompt.engine.layout import Layout
+from softprompt.engine.layout import Layout, pad_rows
 from softprompt.engine.predictions import (
     IGNORED,
     Engine,
@@ -27,10 +27,10 @@ from softprompt.engine.predictions import (
     see_input,
 )
 from softprompt.engine.prefixes.paths import prefix_path, prefixed
-from softprompt.engine.prefixes.values import Prefixes
+from softprompt.engine.prefixes.prefix_table import Prefixes
+from softprompt.engine.probe import remembered, scoring_difference
 from softprompt.engine.prompt_table import PromptTable, injected
 from softprompt.engine.rows import EngineRow
-from softprompt.engine.selfcheck import difference
 from softprompt.errors import ConfigError
 
 
@@ -68,15 +68,21 @@ class PlainEngine(Engine):
         """
         if self._trusted:
             return ""
-        found, name = self._base.found, f"alone {sees_input}"
-        if name not in found:
-            batched = PlainEngine(self._base, trusted=True)
-            try:
-                problem = difference(batched, batched, self._base, sees_input=sees_input)
-            except Exception:
-                problem = None
-            found[name] = problem or ""
-        return cast(str, found[name])
+        return remembered(
+            self._base,
+            f"padded rows, prompts that {'' if sees_input else 'do not '}see the input",
+            lambda: self._disturbed(sees_input),
+        )
+
+    def _disturbed(self, sees_input: bool) -> str:
+        """Return how padding changes a row, empty where it does not."""
+        batched = PlainEngine(self._base, trusted=True)
+        try:
+            return scoring_difference(batched, batched, self._base, sees_input=sees_input)
+        except (
+            Exception
+        ):  # a model that raises does so for its caller too, one row at a time or not
+            return ""
 
     def _causal(
         self, rows: Sequence[EngineRow], prefixes: Prefixes | None, head: HeadInput | None
@@ -157,17 +163,3 @@ class PlainEngine(Engine):
             where = slice(width - len(row.target), width) if left else slice(0, len(row.target))
             labels[i, where] = torch.tensor(row.target, dtype=torch.long)
         return labels.to(self._base.model.device)
-
-
-def pad_rows(
-    sequences: Sequence[tuple[int, ...]], *, left: bool, pad_id: int
-) -> tuple[Tensor, Tensor]:
-    """Return ids and mask ``[B, T]``, padded on one side to the longest row."""
-    total = max(1, *(len(sequence) for sequence in sequences))
-    ids = torch.full((len(sequences), total), pad_id)
-    mask = torch.zeros_like(ids)
-    for i, sequence in enumerate(sequences):
-        where = slice(total - len(sequence), total) if left else slice(0, len(sequence))
-        ids[i, where] = torch.tensor(sequence, dtype=torch.long)
-        mask[i, where] = 1
-    return ids, mask

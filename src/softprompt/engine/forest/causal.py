@@ -6,29 +6,25 @@ Prompts of keys and values stand behind the stream's own keys, seen by the rows 
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast, final
+from typing import final
 
 import torch
 from torch import Tensor
 
 from softprompt.backbone import Base
 from softprompt.engine.context import depends_on_neighbours
-from softprompt.engine.forest.attention import NAME, ForestUnsupportedError, planned
 from softprompt.engine.forest.causal_plan import causal_forest
+from softprompt.engine.forest.forest_attention import NAME, ForestUnsupportedError, planned
 from softprompt.engine.forest.plan import Plan
 from softprompt.engine.forest.visibility import Owner, Span, Visibility, padded
 from softprompt.engine.plain import PlainEngine
 from softprompt.engine.predictions import Engine, HeadInput, Predictions
-from softprompt.engine.prefixes.gradient import gathered_gradient
+from softprompt.engine.prefixes.prefix_table import gathered_gradient
+from softprompt.engine.probe import remembered, scoring_difference
 from softprompt.engine.prompt_table import PromptTable
 from softprompt.engine.rows import EngineRow
-from softprompt.engine.selfcheck import PROBED_LENGTHS, difference
-from softprompt.errors import SoftPromptError
-
-logger = logging.getLogger(__name__)
 
 
 def require_packable(base: Base) -> None:
@@ -91,8 +87,18 @@ class ForestEngine(Engine):
         return Predictions.of_stream(logits, states, predictor, plan.targets)
 
     def reads_keys_and_values(self) -> bool:
-        """Tell whether prompts of keys and values run in the forest too; probed once per model."""
-        return self._trusted or not _why_unread(self._base, self._plain)
+        """Tell whether prompts of keys and values run in the forest too; probed once."""
+        return self._trusted or not remembered(
+            self._base,
+            "keys and values in the forest",
+            self._unread,
+            otherwise="prefixes run on the plain path",
+        )
+
+    def _unread(self) -> str:
+        """Return how the forest reads keys and values otherwise than the plain path; empty when alike."""
+        candidate = ForestEngine(self._base, trusted=True)
+        return scoring_difference(candidate, self._plain, self._base, keys_and_values=True)
 
     def _reads(self, rows: Sequence[EngineRow]) -> bool:
         """Tell whether the forest reads the rows' keys and values as the plain path does."""
@@ -138,30 +144,3 @@ def _behind(span: Span, keys: Tensor | None) -> Span:
     return replace(
         span, keys=torch.cat([keys, span.keys]), sees=torch.cat([sees, span.sees], dim=1)
     )
-
-
-def _why_unread(base: Base, plain: PlainEngine) -> str:
-    """Return how a forest reads keys and values otherwise than the plain path; empty when alike.
-
-    Remembered per model.
-    """
-    found, name = base.found, "prefixes in the forest"
-    if name not in found:
-        shape = base.key_value_shape
-        generator = torch.Generator().manual_seed(0)
-        prefixes = [
-            torch.randn(shape.layers, 2, shape.heads, n, shape.width, generator=generator).to(
-                base.device
-            )
-            for n in PROBED_LENGTHS
-        ]
-        try:
-            candidate = ForestEngine(base, trusted=True)
-            problem = difference(candidate, plain, base, prefixes) or ""
-        except SoftPromptError as cause:
-            problem = str(cause)
-        found[name] = problem
-        if problem:
-            architecture = base.facts.architecture
-            logger.info("prefixes run on the plain path for %s (forest: %s)", architecture, problem)
-    return cast(str, found[name])

@@ -1,7 +1,8 @@
-"""Encoders without padding, inside the model's own forward.
+"""Encoders without padding, inside the model's own forward; and prompts that do not see the input.
 
 The layers between embeddings and head run on real tokens; positions, pooling and heads see the
-shapes they expect. A model earns it by a probe: hidden states packed must equal those padded.
+shapes they expect. A model is packed after a probe: hidden states packed must equal those padded.
+Prompts that do not see the input are computed once for all rows.
 """
 
 from __future__ import annotations
@@ -9,21 +10,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from softprompt.backbone import Base, recomputes_layers, skips_layers
-from softprompt.engine.forest.attention import NAME, LayerMask, planned
+from softprompt.backbone import Base, has_windows, recomputes_layers, skips_layers
+from softprompt.engine.forest.forest_attention import NAME, LayerMask, planned
 from softprompt.engine.forest.layers import Packing, layers_of, packed_layers, relative_bias
 from softprompt.engine.forest.visibility import Span, Visibility, padded, whole_rows
-from softprompt.engine.layout import Layout
-from softprompt.engine.selfcheck import probing
+from softprompt.engine.layout import Layout, pad_rows
+from softprompt.engine.probe import Drawn, difference, one_line, probing, remembered, tolerance_of
 
-_PROBE = (9, 4, 6)
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_LENGTHS = (9, 4, 6)
+"""Tokens of each row of the probe."""
+
+_UNMOVED = 1e-6
+"""Largest difference of states that do not depend on what was changed: they are the same sums."""
 
 
 def packs(base: Base, inputs: Mapping[str, Any], *, isolated: bool = False) -> bool:
@@ -64,14 +68,7 @@ def _can_run_again(base: Base) -> bool:
 
 def why_not_packed(base: Base) -> str:
     """Return why the model's layers are run padded, empty when they are packed."""
-    found, name = base.found, "packed encoder"
-    if name not in found:
-        try:
-            with probing(base):
-                found[name] = _probe(base)
-        except Exception as cause:  # whatever a model's own code raises on our inputs
-            found[name] = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-    return cast(str, found[name])
+    return remembered(base, "packed encoder", lambda: _packed_difference(base))
 
 
 @contextmanager
@@ -126,16 +123,13 @@ def _all_seen(queries: Tensor, keys: Tensor) -> Span:
 
 
 @torch.no_grad()
-def _probe(base: Base) -> str:
+def _packed_difference(base: Base) -> str:
     model, facts = base.model, base.facts
     if facts.is_encoder_decoder or model.can_generate():
         return "it is no encoder"
-    generator = torch.Generator().manual_seed(0)
-    shape = (len(_PROBE), max(_PROBE))
-    ids = torch.randint(0, min(facts.vocabulary, 1000), shape, generator=generator).to(model.device)
-    ids[ids == facts.pad_id] = facts.pad_id + 1
-    mask = (torch.arange(shape[1]) < torch.tensor(_PROBE).unsqueeze(1)).long().to(model.device)
-    ids = torch.where(mask.bool(), ids, facts.pad_id)
+    drawn = Drawn(base)
+    ids, mask = pad_rows([drawn.tokens(n) for n in _LENGTHS], left=False, pad_id=facts.pad_id)
+    ids, mask = ids.to(base.device), mask.to(base.device)
     states = []
     for context in (nullcontext(), without_padding(base, mask)):
         with context:
@@ -143,7 +137,37 @@ def _probe(base: Base) -> str:
         if getattr(output, "past_key_values", None) is not None:
             return "it fills a cache"
         states.append(output.last_hidden_state[mask.bool()].float())
-    worst = float((states[0] - states[1]).abs().max())
-    if not worst <= _TOLERANCE.get(model.dtype, 1e-4):
-        return f"hidden states differ by {worst:.2g} on the probe"
-    return ""
+    largest = float((states[0] - states[1]).abs().max())
+    return difference("hidden states", largest, tolerance_of(base).outputs)
+
+
+@torch.no_grad()
+def is_bidirectional(base: Base) -> bool:
+    """Tell whether a token's hidden state depends on the tokens behind it."""
+    ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=base.device) % base.facts.vocabulary
+    with probing(base):
+        states = base.model.base_model(input_ids=ids).last_hidden_state[:, :2]
+    return not torch.allclose(states[0], states[1], atol=_UNMOVED)
+
+
+def why_not_isolated(base: Base) -> str:
+    """Return why no prompt of this encoder can be kept from seeing the input, empty where it can."""
+    return remembered(base, "prompts that do not see the input", lambda: _isolation_problem(base))
+
+
+@torch.no_grad()
+def _isolation_problem(base: Base) -> str:
+    """Two columns that may see each other alone must not notice what stands behind them."""
+    model = base.model
+    encoder: Any = model.get_encoder() if base.is_encoder_decoder else model.base_model
+    if has_windows(encoder):
+        return "some of its layers see only a window, which a mask of our own would replace"
+    ids = torch.tensor([[3, 4, 5, 6], [3, 4, 7, 8]], device=base.device) % base.facts.vocabulary
+    mask = torch.zeros(2, 1, 4, 4, dtype=base.dtype, device=base.device)
+    mask[:, :, :2, 2:] = torch.finfo(base.dtype).min
+    try:
+        states = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    except Exception as cause:  # whatever a model's own code raises on such a mask
+        return f"it takes no mask of our own ({one_line(cause)})"
+    same = torch.allclose(states[0, :2], states[1, :2], atol=_UNMOVED)
+    return "" if same else "it ignores a mask of our own"

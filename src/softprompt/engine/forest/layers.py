@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softprompt.backbone import has_windows
-from softprompt.engine.forest.attention import ForestUnsupportedError, LayerMask
+from softprompt.engine.forest.forest_attention import ForestUnsupportedError, LayerMask
 
 _SELF, _CROSS = "attention_mask", "encoder_attention_mask"
 _PLACED = ("position_embeddings", "position_ids")

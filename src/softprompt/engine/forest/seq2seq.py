@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.backbone import Base, decoder_embedding, recomputes_layers, skips_layers
-from softprompt.engine.forest.attention import NAME, ForestUnsupportedError, LayerMask
 from softprompt.engine.forest.causal_plan import decoder_forest
+from softprompt.engine.forest.forest_attention import NAME, ForestUnsupportedError, LayerMask
 from softprompt.engine.forest.layers import Packing, layers_of, packed_layers, relative_bias
 from softprompt.engine.forest.plan import EncoderPlan, Plan, encoder_plan
-from softprompt.engine.plain import PlainEngine, pad_rows
+from softprompt.engine.layout import pad_rows
+from softprompt.engine.plain import PlainEngine
 from softprompt.engine.predictions import Engine, HeadInput, Predictions
 from softprompt.engine.prompt_table import PromptTable
 from softprompt.engine.rows import EngineRow

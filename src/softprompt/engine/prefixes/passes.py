@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from softprompt.backbone import Base, Facts, recomputes_layers
-from softprompt.engine.forest.attention import ForestUnsupportedError
-from softprompt.engine.prefixes.attention import EAGER, NAME, PrefixPlan, active_plan
-from softprompt.engine.prefixes.gradient import gathered_gradient
-from softprompt.engine.prefixes.values import Prefixes
+from softprompt.engine.forest.forest_attention import ForestUnsupportedError
+from softprompt.engine.prefixes.prefix_attention import EAGER, NAME, PrefixPlan, active_plan
+from softprompt.engine.prefixes.prefix_table import Prefixes, gathered_gradient
 from softprompt.errors import ConfigError
 
 

@@ -8,25 +8,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, final
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
 from softprompt.backbone import Base
+from softprompt.engine.layout import pad_rows
 from softprompt.engine.prefixes.passes import prefixed_attention, prefixed_cache, text_positions
-from softprompt.engine.prefixes.values import Prefixes
-from softprompt.engine.selfcheck import probing
+from softprompt.engine.prefixes.prefix_table import Prefixes
+from softprompt.engine.probe import Drawn, difference, remembered, tolerance_of
 from softprompt.errors import BackboneError
 from softprompt.prompts import Prompt
 
 _LENGTHS = (7, 4, 9)
-_PREFIXES = (5, 3)
-_CHOICE = (0, 1, None)
-"""Prefix of each probe row."""
+_PREFIXES = (5, 3, 0)
+"""Tokens of each probe row, and virtual tokens of its prefix."""
 
-_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
+Way = Callable[[Base, Prefixes], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +36,10 @@ class PrefixPath:
     Attributes:
         in_attention: Whether prefixes stand inside attention, rather than in the cache.
         counts_columns: Whether padding may not stand between prefix and text.
-        reason: Why not inside attention, empty when it is.
     """
 
     in_attention: bool
     counts_columns: bool = False
-    reason: str = ""
 
 
 def prefixed(base: Base, prefixes: Prefixes) -> AbstractContextManager[None]:
@@ -57,91 +55,147 @@ def prefixed(base: Base, prefixes: Prefixes) -> AbstractContextManager[None]:
 
 
 def prefix_path(base: Base) -> PrefixPath:
-    """Return the way a model is run behind prefixes; found by a probe and remembered.
+    """Return the way a model is run behind prefixes; found by probes, once.
 
     Raises:
         BackboneError: If there is none.
     """
-    found, name = base.found, "prefixes"
-    if name not in found:
-        _ = base.key_value_shape  # raises where there are none
-        with probing(base), torch.no_grad():
-            found[name] = _found(_Probe.of(base))
-    return cast(PrefixPath, found[name])
+    _ = base.key_value_shape  # raises in words of its own
+    problem = remembered(base, "prefixes in attention", lambda: _Probe(base).attention_problem())
+    if not problem:
+        return PrefixPath(in_attention=True)
+    unread = remembered(base, "a prefix in a cache", lambda: _Probe(base).unread())
+    if unread or base.is_encoder_decoder or _cache_problem(base, left=False):
+        raise BackboneError(
+            f"{base.facts.architecture} cannot be run behind a prefix ({unread or problem}); "
+            "use PromptTuningConfig"
+        )
+    return PrefixPath(in_attention=False, counts_columns=bool(_cache_problem(base, left=True)))
 
 
-@dataclass(frozen=True, slots=True)
+def _cache_problem(base: Base, *, left: bool) -> str:
+    side = "left" if left else "right"
+    return remembered(
+        base,
+        f"prefixes in a cache, padded on the {side}",
+        lambda: _Probe(base).cache_problem(left=left),
+    )
+
+
+@final
 class _Probe:
-    base: Base
-    prompts: tuple[Prompt, ...]
-    rows: tuple[Tensor, ...]
+    """Rows behind two prefixes and behind none, and their outputs."""
 
-    @classmethod
-    def of(cls, base: Base) -> _Probe:
-        shape, device = base.key_value_shape, base.device
-        generator = torch.Generator().manual_seed(0)
-        values = (
-            torch.randn(shape.layers, 2, shape.heads, n, shape.width, generator=generator)
-            for n in _PREFIXES
-        )
-        prompts = tuple(Prompt(prefix=value.to(device)) for value in values)
-        top = min(base.facts.vocabulary, 1000)
-        rows = tuple(
-            torch.randint(1, top, (1, n), generator=generator).to(device) for n in _LENGTHS
-        )
-        return cls(base, prompts, rows)
+    def __init__(self, base: Base) -> None:
+        """Draw the rows.
 
-    def run(self, way: Any, rows: Sequence[int], *, left: bool = False, **options: Any) -> Tensor:
+        Raises:
+            BackboneError: If the base's layers keep more than keys and values.
+        """
+        drawn = Drawn(base)
+        self._base = base
+        self._prompts = [Prompt(prefix=drawn.keys_and_values(n)) if n else None for n in _PREFIXES]
+        self._rows = [drawn.tokens(n) for n in _LENGTHS]
+
+    @torch.no_grad()
+    def unread(self) -> str:
+        """Return which layer does not read a prefix in a cache, empty where all do."""
+        return self._unread(lambda: self._alone(0))
+
+    @torch.no_grad()
+    def attention_problem(self) -> str:
+        """Return why prefixes cannot stand inside the model's attention, empty when they can."""
+        base = self._base
+        if getattr(base.model.config.get_text_config(), "attn_temperature_tuning", False):
+            return "it scales attention by column"  # Llama 4; a probe is too short to see it
+        if not remembered(base, "a prefix in a cache", self.unread):
+            expected = torch.cat([self._alone(0), self._alone(1)])
+        elif base.facts.takes_cache or not base.facts.accepts_position_ids:
+            return "it has no cache of keys and values, and takes no position_ids"
+        else:  # an encoder: one row alone, each layer of which reads the prefix
+            expected = torch.cat([self._run(prefixed_attention, [row]) for row in (0, 1)])
+            unread = self._unread(lambda: self._run(prefixed_attention, [0]))
+            if unread:
+                return unread
+        # A decoder of a seq2seq model counts columns, so its rows are padded on the right.
+        sides = (False,) if base.is_encoder_decoder else (True, False)
+        found = (self._difference(prefixed_attention, expected, left=left) for left in sides)
+        return next(filter(None, found), "")
+
+    @torch.no_grad()
+    def cache_problem(self, *, left: bool) -> str:
+        """Return why prefixes cannot be the first columns of a cache, empty when they can."""
+        expected = torch.cat([self._alone(0), self._alone(1)])
+        return self._difference(prefixed_cache, expected, left=left)
+
+    def _unread(self, run: Callable[[], Tensor]) -> str:
+        """Return which layer does not read the first row's prefix, empty when all do."""
+        prompt = self._prompts[0]
+        assert prompt is not None, "the first row has a prefix"
+        (value,) = prompt.tensors
+        value.requires_grad_()
+        try:
+            with torch.enable_grad():
+                outputs = run()
+                weights = torch.arange(outputs.numel(), device=outputs.device).sin()
+                (gradient,) = torch.autograd.grad(
+                    (outputs * weights.view_as(outputs)).sum(), value, materialize_grads=True
+                )
+        finally:
+            value.requires_grad_(False)
+        silent = [i for i, layer in enumerate(gradient) if not bool(layer.any())]
+        return f"layer {silent[0]} does not read its prefix" if silent else ""
+
+    def _difference(self, way: Way, expected: Tensor, *, left: bool) -> str:
+        pooled = expected.shape[0] == 2
+        if pooled:  # a batch would need a padding token
+            got = torch.cat([self._run(way, [row]) for row in (0, 1)])
+        else:
+            got = self._run(way, [0, 1, 2], left=left)[: expected.shape[0]]
+        if got.shape != expected.shape:
+            return f"its outputs have shape {list(got.shape)}"
+        scale = max(1.0, float(expected.abs().max()))
+        largest = float((got - expected).abs().max())
+        return difference("outputs", largest, tolerance_of(self._base).outputs * scale)
+
+    def _run(self, way: Way, rows: Sequence[int], *, left: bool = False) -> Tensor:
         """Return the outputs of rows run together one way, those of real tokens one after another."""
-        ids, mask = self._batch([self.rows[row] for row in rows], left)
-        inputs = self._inputs(ids, mask)
-        prefixes = Prefixes.of([self._prompt(row) for row in rows])
+        base = self._base
+        ids, mask = pad_rows([self._rows[i] for i in rows], left=left, pad_id=base.facts.pad_id)
+        mask = mask.to(base.device)
+        inputs = self._inputs(ids.to(base.device), mask)
+        prefixes = Prefixes.of([self._prompts[row] for row in rows])
         assert prefixes is not None, "no row of the probe has a prefix"
-        with way(self.base, prefixes, **options):
-            output = self.base.model(**inputs, return_dict=True)
+        with way(base, prefixes):
+            output = base.model(**inputs, return_dict=True)
         return _picked(output, mask)
 
-    def alone(self, row: int) -> Tensor:
+    def _alone(self, row: int) -> Tensor:
         """Return the outputs of a row alone, behind a cache filled by hand."""
-        ids = self.rows[row]
-        prompt = self._prompt(row)
+        base, prompt = self._base, self._prompts[row]
         assert prompt is not None and prompt.prefix is not None, "the row has no prefix"
-        count = prompt.prefix_tokens
+        ids = torch.tensor([self._rows[row]], device=base.device)
         cache = DynamicCache()
-        for index, layer in enumerate(prompt.prefix.to(self.base.dtype)):
+        for index, layer in enumerate(prompt.prefix.to(base.dtype)):
             cache.update(layer[:1], layer[1:], index)
         mask = torch.ones_like(ids)
         inputs = self._inputs(ids, mask)
-        if self.base.facts.is_encoder_decoder:
+        if base.is_encoder_decoder:
             inputs["past_key_values"] = EncoderDecoderCache(cache, DynamicCache())
             del inputs["decoder_attention_mask"]
         else:
+            count = prompt.prefix_tokens
             inputs["past_key_values"] = cache
-            inputs["attention_mask"] = torch.ones_like(ids[:, :1]).expand(1, count + ids.shape[1])
-            if self.base.facts.accepts_position_ids:
-                inputs["position_ids"] = text_positions(self.base.facts, {"input_ids": ids}) + count
-        output = self.base.model(**inputs, use_cache=True, return_dict=True)
-        return _picked(output, mask)
-
-    def _prompt(self, row: int) -> Prompt | None:
-        choice = _CHOICE[row]
-        return None if choice is None else self.prompts[choice]
+            inputs["attention_mask"] = mask.new_ones(1, count + ids.shape[1])
+            if base.facts.accepts_position_ids:
+                inputs["position_ids"] = text_positions(base.facts, {"input_ids": ids}) + count
+        return _picked(base.model(**inputs, use_cache=True, return_dict=True), mask)
 
     def _inputs(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
         inputs = {"input_ids": ids, "attention_mask": mask}
-        if self.base.facts.is_encoder_decoder:
+        if self._base.is_encoder_decoder:
             inputs |= {"decoder_input_ids": ids, "decoder_attention_mask": mask}
         return inputs
-
-    def _batch(self, rows: Sequence[Tensor], left: bool) -> tuple[Tensor, Tensor]:
-        width = max(row.shape[1] for row in rows)
-        ids = rows[0].new_full((len(rows), width), self.base.facts.pad_id)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            n = row.shape[1]
-            where = slice(width - n, width) if left else slice(0, n)
-            ids[i, where], mask[i, where] = row[0], 1
-        return ids, mask
 
 
 def _picked(output: Any, mask: Tensor) -> Tensor:
@@ -151,85 +205,3 @@ def _picked(output: Any, mask: Tensor) -> Tensor:
     if found.shape[:2] == mask.shape:
         return found[mask.bool()].float()
     return found.float()
-
-
-def _found(probe: _Probe) -> PrefixPath:
-    try:
-        expected: Tensor | None = torch.cat([probe.alone(0), probe.alone(1)])
-        trouble = _unread(probe, lambda: probe.alone(0))
-        expected = None if trouble else expected
-    except Exception as cause:  # whatever a model's own code raises on a cache
-        expected, trouble = None, _first_line(cause)
-    problem = _problem(probe, expected)
-    if not problem:
-        return PrefixPath(in_attention=True)
-    if expected is not None and not probe.base.facts.is_encoder_decoder:
-        counts_columns = bool(_difference(probe, prefixed_cache, expected, left=True))
-        if not _difference(probe, prefixed_cache, expected, left=False):
-            return PrefixPath(False, counts_columns, problem)
-    raise BackboneError(
-        f"{probe.base.facts.architecture} cannot be run behind a prefix ({trouble or problem}); "
-        "use PromptTuningConfig"
-    )
-
-
-def _unread(probe: _Probe, run: Callable[[], Tensor]) -> str:
-    """Return which layer does not read its prefix, empty when all do."""
-    (value,) = probe.prompts[0].tensors
-    value.requires_grad_()
-    try:
-        with torch.enable_grad():
-            outputs = run()
-            weights = torch.arange(outputs.numel(), device=outputs.device).sin().view_as(outputs)
-            (gradient,) = torch.autograd.grad(
-                (outputs * weights).sum(), value, materialize_grads=True
-            )
-    finally:
-        value.requires_grad_(False)
-    silent = [i for i, layer in enumerate(gradient) if not bool(layer.any())]
-    return f"layer {silent[0]} does not read its prefix" if silent else ""
-
-
-def _problem(probe: _Probe, expected: Tensor | None) -> str:
-    """Return why prefixes cannot stand inside the model's attention, empty when they can."""
-    config = probe.base.model.config.get_text_config()
-    if getattr(config, "attn_temperature_tuning", False):
-        return "it scales attention by column"  # Llama 4; a probe is too short to see it
-    try:
-        if expected is None:
-            if probe.base.facts.takes_cache or not probe.base.facts.accepts_position_ids:
-                return "it has no cache of keys and values, and takes no position_ids"
-            expected = torch.cat([probe.run(prefixed_attention, [row]) for row in (0, 1)])
-            unread = _unread(probe, lambda: probe.run(prefixed_attention, [0]))
-            if unread:
-                return unread
-        # A decoder of a seq2seq model counts columns, so its rows are padded on the right.
-        for left in (False,) if probe.base.facts.is_encoder_decoder else (True, False):
-            problem = _difference(probe, prefixed_attention, expected, left=left)
-            if problem:
-                return problem
-    except Exception as cause:  # whatever a model's own code raises on our masks
-        return _first_line(cause)
-    return ""
-
-
-def _difference(probe: _Probe, way: Any, expected: Tensor, *, left: bool) -> str:
-    pooled = expected.shape[0] == len(_PREFIXES)
-    try:
-        if pooled:  # a batch would need a padding token
-            got = torch.cat([probe.run(way, [row]) for row in (0, 1)])
-        else:
-            got = probe.run(way, [0, 1, 2], left=left)[: expected.shape[0]]
-    except Exception as cause:  # whatever a model's own code raises on our inputs
-        return _first_line(cause)
-    if got.shape != expected.shape:
-        return f"its outputs have shape {list(got.shape)}"
-    worst = float((got - expected).abs().max())
-    scale = max(1.0, float(expected.abs().max()))
-    allowed = _TOLERANCE.get(probe.base.dtype, 1e-4) * scale
-    return "" if worst <= allowed else f"its outputs differ by {worst:.2g} on the probe"
-
-
-def _first_line(cause: Exception) -> str:
-    line = (str(cause).strip().splitlines() or [""])[0]
-    return line[:120] or type(cause).__name__

@@ -14,13 +14,20 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from softprompt.backbone import Base, frozen_linears
-from softprompt.engine.decode.attention import NAME, active, decode_plan
-from softprompt.engine.decode.store import KeyValueStore, Lane
-from softprompt.engine.forest.attention import ForestUnsupportedError
+from softprompt.backbone import Base, frozen_linears, torch_products
+from softprompt.engine.decode.decode_attention import NAME, active, decode_plan
+from softprompt.engine.decode.lanes import KeyValueStore, Lane
 from softprompt.engine.forest.causal import require_packable
+from softprompt.engine.forest.forest_attention import ForestUnsupportedError
+from softprompt.engine.plain import PlainEngine
+from softprompt.engine.probe import Drawn, difference, remembered, tolerance_of
+from softprompt.engine.rows import EngineRow
+from softprompt.prompts import Prompt
 
 Wanted = Literal["none", "last", "all"]
+
+_LENGTHS = (6, 11, 3, 8)
+"""Tokens of each probe row: behind virtual tokens, none, keys and values, and virtual tokens again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,3 +147,71 @@ class DecodeForest:
         for i, part in zip(order, parts, strict=True):
             found[i] = part
         return found
+
+
+def why_undecodable(base: Base) -> str:
+    """Return why the decode forest does not serve a base, empty where it does; found by a probe, once.
+
+    Rows of unlike lengths, behind prompts of both kinds and behind none, join at different passes, are
+    read in parts, and one leaves in between; their log-probabilities must be those of each row alone on
+    the plain path.
+    """
+    return remembered(
+        base, "decoding", lambda: _decoding_difference(base), otherwise="no decode forest"
+    )
+
+
+@torch.no_grad()
+def _decoding_difference(base: Base) -> str:
+    forest, plain, drawn = (
+        DecodeForest(base, 4096, ordered_weights=False),
+        PlainEngine(base),
+        Drawn(base),
+    )
+    virtual, prefix = drawn.virtual_tokens(4), drawn.keys_and_values(3)
+    prompts = (Prompt(virtual), None, Prompt(prefix=prefix), Prompt(virtual.flip(0)))
+    rows = []
+    for length, prompt in zip(_LENGTHS, prompts, strict=True):
+        text = drawn.tokens(length)
+        rows.append(EngineRow(text[:1], text[1:], prompt))
+    got = _decoded(forest, rows)
+    with torch_products():
+        expected = torch.cat([plain.target_log_probs([row]).values for row in rows])
+    largest = float((got - expected).abs().max())
+    return difference("log-probabilities", largest, tolerance_of(base).log_probs)
+
+
+def _decoded(forest: DecodeForest, rows: Sequence[EngineRow]) -> Tensor:
+    """Return the log-probabilities of the rows' targets, read in parts."""
+    store = forest.store
+    (visitor,) = store.take(8) or []
+    forest.step([NewTokens(visitor, (1, 2))])
+    lanes: list[Lane] = []
+    left: list[tuple[int, ...]] = []
+    for row in rows:
+        lanes += store.take(len(row.source) + len(row.target) + 8) or []
+        if row.prompt is not None and row.prompt.prefix is not None:
+            store.fill(lanes[-1], store.converted(row.prompt.prefix))
+        virtual = range(forest.vocabulary, forest.vocabulary + row.input_tokens)
+        left.append((*virtual, *row.source, *row.target))
+    logits: list[list[Tensor]] = [[] for _ in rows]
+    passed = 0
+    while any(left):
+        if passed == 2:
+            store.release(visitor)
+        # Row i joins at pass i, and reads i + 1 tokens at a time.
+        running = [i for i in range(min(len(rows), passed + 1)) if left[i]]
+        news = []
+        for i in running:
+            ids, left[i] = left[i][: i + 1], left[i][i + 1 :]
+            prompt = rows[i].prompt
+            news.append(NewTokens(lanes[i], ids, None if prompt is None else prompt.input, "all"))
+        for i, part in zip(running, forest.step(news), strict=True):
+            logits[i].append(part)
+        passed += 1
+    found = []
+    for row, parts in zip(rows, logits, strict=True):
+        logs = torch.cat(parts)[-len(row.target) - 1 : -1].log_softmax(-1)
+        labels = torch.tensor(row.target, device=logs.device).unsqueeze(1)
+        found.append(logs.gather(1, labels)[:, 0])
+    return torch.cat(found)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from softprompt.engine.forest.attention import ForestUnsupportedError
+from softprompt.engine.forest.forest_attention import ForestUnsupportedError
 from softprompt.engine.forest.visibility import MaskRule
-from softprompt.engine.prefixes.values import Prefixes
+from softprompt.engine.prefixes.prefix_table import Prefixes
 
 NAME = "softprompt_prefix"
 """Name of the attention implementation in ``config._attn_implementation``."""

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from softprompt.engine.decode.store import KeyValueStore, Lane
-from softprompt.engine.forest.attention import (
+from softprompt.engine.decode.lanes import KeyValueStore, Lane
+from softprompt.engine.forest.forest_attention import (
     ForestUnsupportedError,
     attend_block,
     flattened,

@@ -1,0 +1,251 @@
+"""The probe that a fast way of running a model must pass before it is trusted.
+
+Silent failures are real: models whose state is more than keys and values, attention that ignores
+the mask it is given. So each such way runs a few short rows first, and its outputs and prompt
+gradients must be those of a slower way that is trusted. What was found is kept in ``base.found``.
+The candidates say how they are run; what they run, and which differences are allowed, is said here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import cast, final
+
+import torch
+from torch import Tensor
+
+from softprompt.backbone import Base, torch_products
+from softprompt.engine.predictions import Engine
+from softprompt.engine.rows import EngineRow
+from softprompt.errors import SoftPromptError
+from softprompt.prompts import Prompt
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """The largest differences from the reference that are rounding.
+
+    Attributes:
+        log_probs: Of a log-probability.
+        outputs: Of any other output of a size of about one; larger outputs may differ by more.
+        gradients: Of a prompt's gradient, relative to its norm.
+    """
+
+    log_probs: float
+    outputs: float
+    gradients: float
+
+
+TOLERANCE: Mapping[torch.dtype, Tolerance] = {
+    # transformers computes softmax and norms in float32, whatever the weights are.
+    torch.float64: Tolerance(log_probs=1e-4, outputs=1e-4, gradients=5e-4),
+    # Sums in another order differ by 1e-5. T5 of random weights has gradients that differ by 9e-4
+    # between one row in a batch and the row alone, on the plain path itself.
+    torch.float32: Tolerance(log_probs=1e-4, outputs=1e-4, gradients=2e-3),
+    # One rounding of a logit between 8 and 16 is 4e-3; a gradient gathers one in every layer.
+    torch.float16: Tolerance(log_probs=2e-2, outputs=2e-2, gradients=5e-2),
+    # Three bits fewer: one rounding of such a logit is 3e-2.
+    torch.bfloat16: Tolerance(log_probs=1e-1, outputs=1e-1, gradients=2e-1),
+}
+"""By the dtype of the weights; others as float32."""
+
+_PROMPT_LENGTHS = (4, 3)
+_ROW_LENGTHS = ((5, 2), (1, 1), (3, 3), (4, 1), (7, 2))
+"""Source and target tokens of each scored row but the last two, which have the first one's source."""
+
+_PARTS: tuple[tuple[int | None, int | None], ...] = (
+    (0, None),
+    (0, 1),
+    (1, 0),
+    (None, None),
+    (1, 1),
+    (0, None),
+    (0, None),
+)
+"""Which prompt each scored row has in its input, and which before a seq2seq decoder's."""
+
+
+def tolerance_of(base: Base) -> Tolerance:
+    """Return what rounding may do to a base's outputs."""
+    return TOLERANCE.get(base.dtype, TOLERANCE[torch.float32])
+
+
+def difference(what: str, largest: float, allowed: float) -> str:
+    """Return that outputs differ, NaN included; empty where it is rounding."""
+    return "" if largest <= allowed else f"its {what} differ by {largest:.2g} on the probe"
+
+
+def remembered(base: Base, name: str, find: Callable[[], str], *, otherwise: str = "") -> str:
+    """Return why a way of running a base is not exact, empty where it is; found once, by a probe.
+
+    Args:
+        base: The base.
+        name: Name of the answer in ``base.found``.
+        find: Runs the probe, the base being set up for it; what it raises is an answer too.
+        otherwise: What is done instead, for one line in the log; empty for no line.
+    """
+    if name not in base.found:
+        with probing(base):
+            if name not in base.found:  # another thread may have found it meanwhile
+                problem = base.found[name] = _found(find)
+                if problem and otherwise:
+                    logger.info("%s for %s (%s)", otherwise, base.facts.architecture, problem)
+    return cast(str, base.found[name])
+
+
+def _found(find: Callable[[], str]) -> str:
+    try:
+        return find()
+    except Exception as cause:  # whatever a model's own code raises on our inputs
+        return one_line(cause)
+
+
+def one_line(cause: Exception) -> str:
+    """Return the first line of what a model raised, after the exception's name where it is not ours."""
+    first = (str(cause).strip().splitlines() or [""])[0]
+    return first if isinstance(cause, SoftPromptError) else f"{type(cause).__name__}: {first}"
+
+
+@contextmanager
+def probing(base: Base) -> Iterator[None]:
+    """Run the model as it is, whatever the caller is in: no dropout, autocast or inference mode.
+
+    The context holds the base's lock. Every module is in its own mode again afterwards.
+    """
+    model = base.model
+    with base.lock:
+        training = [module for module in model.modules() if module.training]
+        gradients = torch.is_grad_enabled()
+        model.train(False)
+        try:
+            with (
+                torch.inference_mode(False),
+                torch.set_grad_enabled(gradients),
+                torch.autocast(base.device.type, enabled=False),
+            ):
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+@final
+class Drawn:
+    """What probes run, drawn from one seed: the same in every process."""
+
+    def __init__(self, base: Base) -> None:
+        """Start drawing for a base."""
+        self._base = base
+        self._generator = torch.Generator().manual_seed(0)
+
+    def tokens(self, count: int) -> tuple[int, ...]:
+        """Return token ids, none of them the padding id, which some models take for no token."""
+        facts = self._base.facts
+        top = min(facts.vocabulary, 1000)
+        beyond = torch.randint(1, top, (count,), generator=self._generator)
+        return tuple(((facts.pad_id + beyond) % top).tolist())
+
+    def virtual_tokens(self, count: int) -> Tensor:
+        """Return virtual tokens ``[P, H]`` of the size of the base's embeddings."""
+        drawn = torch.randn(count, self._base.facts.token_dim, generator=self._generator)
+        return (drawn * self._base.facts.embedding_rms).to(self._base.device)
+
+    def keys_and_values(self, count: int) -> Tensor:
+        """Return keys and values ``[L, 2, A_kv, P, D]``.
+
+        Raises:
+            BackboneError: If the base's layers keep anything else.
+        """
+        shape = self._base.key_value_shape
+        size = (shape.layers, 2, shape.heads, count, shape.width)
+        return torch.randn(*size, generator=self._generator).to(self._base.device)
+
+
+def scoring_difference(
+    candidate: Engine,
+    reference: Engine,
+    base: Base,
+    *,
+    keys_and_values: bool = False,
+    sees_input: bool = True,
+) -> str:
+    """Return how an engine scores otherwise than a reference given one row at a time; empty if it does not.
+
+    Rows of unlike lengths stand behind two prompts and behind none, three of them answers to one input;
+    log-probabilities and prompt gradients are compared.
+
+    Args:
+        candidate: The engine to try.
+        reference: The engine to trust.
+        base: Their base.
+        keys_and_values: Whether the prompts are keys and values instead of virtual tokens.
+        sees_input: Whether an encoder's prompts attend to the input.
+    """
+    drawn = Drawn(base)
+    rows = _rows(drawn)
+    draw = drawn.keys_and_values if keys_and_values else drawn.virtual_tokens
+    values = [draw(length) for length in _PROMPT_LENGTHS]
+    seq2seq = hasattr(base.model, "prepare_decoder_input_ids_from_labels")
+    kind = _Kind(keys_and_values, seq2seq and not keys_and_values, sees_input)
+    with torch_products():
+        expected, expected_gradients = _run(reference, rows, values, kind, alone=True)
+    got, gradients = _run(candidate, rows, values, kind, alone=False)
+    allowed = tolerance_of(base)
+    largest = float((got - expected).abs().max())
+    found = difference("log-probabilities", largest, allowed.log_probs)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        relative = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-12))
+        found = found or difference("prompt gradients", relative, allowed.gradients)
+    return found
+
+
+def _rows(drawn: Drawn) -> list[EngineRow]:
+    """Return the rows to score, without their prompts."""
+    rows = [EngineRow(drawn.tokens(source), drawn.tokens(n)) for source, n in _ROW_LENGTHS]
+    first = rows[0]
+    forked = (first.target[0], *rows[3].source[:2])
+    return [*rows, replace(first, target=forked), replace(first, target=rows[2].source[:2])]
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What is made of the drawn values: keys and values, or virtual tokens on one side or both."""
+
+    keys_and_values: bool
+    both_sides: bool
+    sees_input: bool
+
+    def prompts(self, values: Sequence[Tensor]) -> list[Prompt | None]:
+        """Return the prompt of each scored row; rows that have the same share one object."""
+        made: dict[tuple[int | None, int | None], Prompt | None] = {(None, None): None}
+        found = []
+        for first, beside in _PARTS:
+            second = beside if self.both_sides else None
+            if (first, second) not in made:
+                before = None if first is None else values[first]
+                decoder = None if second is None else values[second]
+                made[first, second] = (
+                    Prompt(prefix=before)
+                    if self.keys_and_values
+                    else Prompt(before, decoder, sees_input=self.sees_input)
+                )
+            found.append(made[first, second])
+        return found
+
+
+def _run(
+    engine: Engine, rows: Sequence[EngineRow], values: Sequence[Tensor], kind: _Kind, *, alone: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the log-probabilities of the rows' targets, and the gradients of the values."""
+    with torch.enable_grad():
+        leaves = [value.clone().requires_grad_() for value in values]
+        own = [replace(row, prompt=p) for row, p in zip(rows, kind.prompts(leaves), strict=True)]
+        passes = [[row] for row in own] if alone else [own]
+        found = torch.cat([engine.target_log_probs(part).values for part in passes])
+        gradients = torch.autograd.grad(found.sum(), leaves)
+    return found.detach().float(), [gradient.float() for gradient in gradients]
