@@ -25,7 +25,10 @@ from .products import swapped_forwards as swapped_forwards
 from .products import torch_products as torch_products
 from .recomputed import recomputed_alike as recomputed_alike
 from .recomputed import recomputes_layers as recomputes_layers
+from .replaced import HEAD as HEAD
+from .replaced import head_tensors as head_tensors
 from .replaced import in_own_dtype as in_own_dtype
+from .replaced import modules_named as modules_named
 from .replaced import replaced_modules as replaced_modules
 from .replaced import set_module as set_module
 from .state import locked as locked

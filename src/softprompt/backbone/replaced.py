@@ -1,16 +1,19 @@
-"""Runs the base with trained copies of some of its modules, such as a language-model head."""
+"""Modules of the base that have trained copies (PEFT's ``modules_to_save``): finding, naming and running them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from softprompt.backbone.base import Base
 from softprompt.errors import ConfigError
+
+HEAD = "base_model."
+"""What PEFT puts before the path of a trained module's parameters in a file."""
 
 
 @contextmanager
@@ -53,6 +56,47 @@ def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put a module at a path of a model, such as ``model.layers.3.mlp``."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
+
+
+def modules_named(
+    model: nn.Module, names: Sequence[str], *, optional: Sequence[str] = ()
+) -> list[str]:
+    """Return the paths of the modules whose last name part is in ``names``, without those inside one another.
+
+    Raises:
+        ConfigError: If a name that is not optional matches nothing.
+    """
+    paths = [
+        path
+        for path, _ in model.named_modules()
+        if path.rpartition(".")[2] in names and not _is_inside(path, names)
+    ]
+    found = {path.rpartition(".")[2] for path in paths}
+    for name in names:
+        if name not in optional and name not in found:
+            raise ConfigError(
+                f"modules_to_save names {name!r}, but {type(model).__name__} has no such module; "
+                "see model.named_modules()"
+            )
+    return paths
+
+
+def _is_inside(path: str, names: Sequence[str]) -> bool:
+    parts = path.split(".")[:-1]
+    return any(part in names or part in ("modules_to_save", "original_module") for part in parts)
+
+
+def head_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Return the values of trained modules under PEFT's names, sharing their memory.
+
+    Args:
+        modules: The trained modules by their paths in the base.
+    """
+    return {
+        f"{HEAD}{path}.{name}": value.detach()
+        for path, module in modules.items()
+        for name, value in module.state_dict().items()
+    }
 
 
 @final

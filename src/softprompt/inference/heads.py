@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import nn
 
 from softprompt.artifacts import StoredPrompt
-from softprompt.backbone import Base
-from softprompt.errors import ArtifactError, ConfigError
+from softprompt.backbone import HEAD, Base, head_tensors, modules_named
+from softprompt.errors import ArtifactError
 from softprompt.prompts import PromptLearningConfig, check_fit, take_over
-
-HEAD = "base_model."
-"""What PEFT puts before the path of a head's parameter."""
 
 
 def loaded_heads(
@@ -25,34 +21,18 @@ def loaded_heads(
         ArtifactError: A value is missing, left over, or of another shape.
         ConfigError: The base has no module of a name in ``modules_to_save``.
     """
-    heads = {}
-    for name in config.modules_to_save or []:
-        paths = [path for path, _ in base.model.named_modules() if path.rpartition(".")[2] == name]
-        if not paths:
-            raise ConfigError(
-                f"modules_to_save names {name!r}, but {base.facts.architecture} has no such module; "
-                "see model.named_modules()"
-            )
-        heads |= {path: copy.deepcopy(base.model.get_submodule(path)).float() for path in paths}
+    paths = modules_named(base.model, config.modules_to_save or [])
+    heads = {path: copy.deepcopy(base.model.get_submodule(path)).float() for path in paths}
     own = head_tensors(heads)
     given = {name: value for name, value in stored.tensors.items() if name.startswith(HEAD)}
     left = sorted(given.keys() - own.keys())
     if left:
         raise ArtifactError(
-            f"{stored.location} holds {', '.join(left)}, which this model has no module for; "
-            "name the module in modules_to_save"
+            f"{stored.location} holds trained modules ({', '.join(left[:3])}) that modules_to_save does not "
+            "name; name them there"
         )
     check_fit(own, given)
     take_over(own, given)
     for head in heads.values():
         head.requires_grad_(False)
     return heads
-
-
-def head_tensors(heads: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Return the values of trained heads under PEFT's names, sharing their memory."""
-    return {
-        f"{HEAD}{path}.{name}": value.detach()
-        for path, head in heads.items()
-        for name, value in head.state_dict().items()
-    }

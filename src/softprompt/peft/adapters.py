@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from softprompt.artifacts import Manifest, started_prompt
-from softprompt.backbone import Base, Facts, freeze, vocabulary_of
+from softprompt.backbone import Base, Facts, freeze, modules_named, vocabulary_of
 from softprompt.engine import TASK_RULES, completed
 from softprompt.errors import AdapterError, ConfigError, nearest
 from softprompt.peft import heads
@@ -115,7 +115,7 @@ class Adapters(nn.Module, ABC):
             own=self.task,
         )
         optional = TASK_RULES[cast(TaskType, config.task_type)].heads
-        paths = heads.find_heads(self.base_model, config.modules_to_save or [], optional=optional)
+        paths = modules_named(self.base_model, config.modules_to_save or [], optional=optional)
         heads.require_free(self.base_model, paths, adapter_name)
         encoder = module or started_prompt(config, self.base_model, generator=generator)
         with self.base.lock:

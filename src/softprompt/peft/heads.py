@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.backbone import in_own_dtype, set_module
-from softprompt.errors import AdapterError, ConfigError
+from softprompt.errors import AdapterError
 
 BASE = "__base__"
 """The name that stands for no prompt in ``adapter_names``."""
@@ -57,26 +57,6 @@ class SwitchedHead(nn.Module):
         trained = name is not None and name in self.modules_to_save
         head = self.modules_to_save[cast(str, name)] if trained else self.original_module
         return in_own_dtype(head, *args, **kwargs)
-
-
-def find_heads(model: nn.Module, names: Sequence[str], *, optional: Sequence[str]) -> list[str]:
-    """Return the paths of the modules whose last name part is in ``names``.
-
-    Raises:
-        ConfigError: If a name that is not optional matches nothing.
-    """
-    paths = [
-        path
-        for path, _ in model.named_modules()
-        if path.rpartition(".")[2] in names and not _inside_head(path, names)
-    ]
-    for name in names:
-        if name not in optional and not any(path.rpartition(".")[2] == name for path in paths):
-            raise ConfigError(
-                f"modules_to_save names {name!r}, but {type(model).__name__} has no such module; "
-                "see model.named_modules()"
-            )
-    return paths
 
 
 def require_free(model: nn.Module, paths: Sequence[str], adapter: str) -> None:
@@ -152,8 +132,3 @@ def heads_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module]]:
     for path, switch in switches_of(model):
         if adapter in switch.modules_to_save:
             yield path, switch.modules_to_save[adapter]
-
-
-def _inside_head(path: str, names: Sequence[str]) -> bool:
-    parts = path.split(".")[:-1]
-    return any(part in names or part in ("modules_to_save", "original_module") for part in parts)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from softprompt.artifacts import Manifest, StoredPrompt, save_adapter, tensors_read
+from softprompt.backbone import HEAD, head_tensors
 from softprompt.errors import ArtifactError
 from softprompt.peft import heads
 from softprompt.prompts import Parameterization, TaskType, check_fit, take_over
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_HEAD = "base_model."
 _MAX_TOKENS = (256, 128)
 """Input and answer lengths a manifest carries for a prompt that was trained outside ``tune``."""
 
@@ -39,8 +39,8 @@ def load_state(model: PeftModel, adapter: str, tensors: Mapping[str, Tensor]) ->
     """
     encoder = model.encoder_of(adapter)
     heads_of = _heads(model, adapter)
-    own = {name: value for name, value in tensors.items() if not name.startswith(_HEAD)}
-    given = {name: value for name, value in tensors.items() if name.startswith(_HEAD)}
+    own = {name: value for name, value in tensors.items() if not name.startswith(HEAD)}
+    given = {name: value for name, value in tensors.items() if name.startswith(HEAD)}
     left = sorted(given.keys() - heads_of.keys())
     if left:
         raise ArtifactError(
@@ -56,11 +56,7 @@ def load_state(model: PeftModel, adapter: str, tensors: Mapping[str, Tensor]) ->
 
 def _heads(model: PeftModel, adapter: str) -> dict[str, Tensor]:
     """Return the values of an adapter's heads under PEFT's names, sharing their memory."""
-    return {
-        f"{_HEAD}{path}.{part}": value.detach()
-        for path, head in heads.heads_of(model.base_model, adapter)
-        for part, value in head.state_dict().items()
-    }
+    return head_tensors(dict(heads.heads_of(model.base_model, adapter)))
 
 
 def save(model: PeftModel, adapter: str, directory: Path) -> None:
