@@ -82,7 +82,7 @@ def test_plain_transformers_gives_the_same_greedy_text(tmp_path, name):
 def test_the_logits_of_real_tokens_are_the_prompts(tmp_path, name):
     facts, model, _ = exported(tmp_path, name)
     tuned = softprompt.load(tmp_path / "x")
-    base, source = tuned.model.get_base_model(), torch.tensor([5, 6, 7])
+    base, source = tuned.base.model, torch.tensor([5, 6, 7])
     rows = torch.cat([load_adapter(tmp_path / "x").values, base.get_input_embeddings()(source)])
     ids = torch.cat([torch.tensor(facts["prompts"]["x"]["token_ids"]), source])
     start = {"decoder_input_ids": torch.tensor([[0, 9]])} if name == "t5" else {}

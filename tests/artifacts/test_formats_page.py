@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from softprompt.artifacts import Manifest
-from softprompt.artifacts.layout import PEFT_KEYS
+from softprompt.artifacts.layout import LAYOUTS
+from softprompt.prompts import PeftType
 
 PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
 
@@ -28,6 +29,6 @@ def test_every_field_of_the_manifest_has_its_row_in_order():
     assert rows == [item.name for item in dataclasses.fields(Manifest)]
 
 
-@pytest.mark.parametrize("key", sorted(PEFT_KEYS))
+@pytest.mark.parametrize("key", sorted(LAYOUTS[PeftType.PROMPT_TUNING].keys))
 def test_every_key_of_peft_is_named(key):
     assert f"`{key}`" in PAGE.read_text()

@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from softprompt.artifacts import load_adapter, save_adapter
-from softprompt.artifacts.layout import PEFT_KEYS
+from softprompt.artifacts.layout import LAYOUTS
+from softprompt.prompts import PeftType
 
 # PEFT 0.21 reads a property that transformers 5.23 has renamed; nothing of ours is involved.
 pytestmark = pytest.mark.filterwarnings(
@@ -34,7 +35,9 @@ def tiny_llama():
 
 
 def test_our_table_of_keys_is_pefts():
-    assert {item.name for item in dataclasses.fields(peft.PromptTuningConfig)} == PEFT_KEYS
+    assert {item.name for item in dataclasses.fields(peft.PromptTuningConfig)} == LAYOUTS[
+        PeftType.PROMPT_TUNING
+    ].keys
 
 
 @torch.no_grad()

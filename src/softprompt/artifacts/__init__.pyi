@@ -15,7 +15,6 @@ from .formats import Format as Format
 from .formats import Read as Read
 from .formats import detect as detect
 from .formats import format_named as format_named
-from .hub import upload as upload
 from .layout import MANIFEST_NAME as MANIFEST_NAME
 from .layout import PICKLED_WEIGHTS_NAME as PICKLED_WEIGHTS_NAME
 from .layout import WEIGHTS_NAME as WEIGHTS_NAME
@@ -28,13 +27,14 @@ from .manifest import manifest_of_task as manifest_of_task
 from .peft_folder import adapter_of_files as adapter_of_files
 from .peft_folder import load_adapter as load_adapter
 from .peft_folder import save_adapter as save_adapter
-from .recorded_base import RecordedBase as RecordedBase
-from .recorded_base import check_base as check_base
-from .recorded_base import check_fit as check_fit
-from .recorded_base import other_base as other_base
+from .peft_folder import upload as upload
 from .start import source_of as source_of
 from .start import started_prompt as started_prompt
 from .start import transferred_embeddings as transferred_embeddings
+from .stored_prompt import RecordedBase as RecordedBase
 from .stored_prompt import StoredPrompt as StoredPrompt
+from .stored_prompt import check_base as check_base
+from .stored_prompt import check_fit as check_fit
+from .stored_prompt import other_base as other_base
 from .stored_prompt import other_parts as other_parts
 from .stored_prompt import tensors_read as tensors_read

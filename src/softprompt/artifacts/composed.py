@@ -8,21 +8,42 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from softprompt.artifacts.files import parse_object, require_empty
-from softprompt.artifacts.layout import config_json
 from softprompt.artifacts.manifest import Manifest
 from softprompt.artifacts.peft_folder import load_adapter, save_adapter
-from softprompt.artifacts.recorded_base import require_one_base
-from softprompt.artifacts.stored_prompt import StoredPrompt
-from softprompt.errors import ConfigError, nearest
-from softprompt.prompts import PROMPT_KEY, PeftType, PromptTuningConfig, composition
+from softprompt.artifacts.stored_prompt import StoredPrompt, other_base
+from softprompt.errors import ConfigError, FingerprintError, nearest
+from softprompt.prompts import (
+    PROMPT_KEY,
+    PeftType,
+    PromptTuningConfig,
+    average,
+    concatenation,
+    difference,
+    resized,
+    shifted,
+)
 
 logger = logging.getLogger(__name__)
 
+_INHERITED = ("template", "task", "labels", "max_source_length", "max_target_length", "dtype")
+"""Fields of ``softprompt.json`` that the result has from one of the prompts."""
+_OF_THE_BASE = ("base_model", "base_fingerprint", "seq2seq")
 _READ_BY_EVALUATION = ("input_field", "output_field")
+_INITIALISATION = (
+    "prompt_tuning_init",
+    "prompt_tuning_init_text",
+    "tokenizer_name_or_path",
+    "tokenizer_kwargs",
+)
+_CARTRIDGE_SIZES = (
+    "task_type",
+    "token_dim",
+    "num_layers",
+    "num_attention_heads",
+    "num_transformer_submodules",
+)
 
 
 def average_prompts(
@@ -51,16 +72,15 @@ def average_prompts(
         ArtifactError: A folder cannot be read or composed.
         OutputExistsError: The output is not empty.
     """
-    members = _members(prompts, 2)
-    values = [_values(member) for member in members]
+    members = _members(prompts)
+    values = [member.virtual_tokens() for member in members]
     if num_virtual_tokens is not None:
-        values = [composition.resized(each, num_virtual_tokens) for each in values]
-    mean = composition.average(values, weights)
+        values = [resized(each, num_virtual_tokens) for each in values]
+    mean = average(values, weights)
     how: dict[str, Any] = {"operation": "average"}
     how |= {} if weights is None else {"weights": [float(each) for each in weights]}
     how |= {} if num_virtual_tokens is None else {"num_virtual_tokens": num_virtual_tokens}
-    result = _result(members, mean, how, template_from)
-    return _written(result, output, overwrite)
+    return _written(_result(members, mean, how, template_from), output, overwrite)
 
 
 def concatenate_prompts(
@@ -71,8 +91,8 @@ def concatenate_prompts(
     overwrite: bool = False,
 ) -> StoredPrompt:
     """Concatenate the virtual tokens of stored prompts; see ``average_prompts``."""
-    members = _members(prompts, 2)
-    joined = composition.concatenation([_values(member) for member in members])
+    members = _members(prompts)
+    joined = concatenation([member.virtual_tokens() for member in members])
     result = _result(members, joined, {"operation": "concatenation"}, template_from)
     return _written(result, output, overwrite)
 
@@ -104,36 +124,35 @@ def subtract_prompts(
         ArtifactError: A folder cannot be read or composed.
         OutputExistsError: The output is not empty.
     """
-    members = _members([first, second, *([] if onto is None else [onto])], 2)
-    values = [_values(member) for member in members]
-    change = composition.difference(values[0], values[1])
+    members = _members([first, second, *([] if onto is None else [onto])])
+    values = [member.virtual_tokens() for member in members]
+    change = difference(values[0], values[1])
     start = change.new_zeros(change.shape) if onto is None else values[2]
     how = {"operation": "difference", "scale": float(scale), "added_to_last": onto is not None}
-    result = _result(members, composition.shifted(start, change, scale), how, template_from)
+    result = _result(members, shifted(start, change, scale), how, template_from)
     return _written(result, output, overwrite)
 
 
-def _members(prompts: Sequence[str | Path], least: int) -> list[StoredPrompt]:
+def _members(prompts: Sequence[str | Path]) -> list[StoredPrompt]:
     """Read prompts that can be composed: of one base, with the same options."""
-    if isinstance(prompts, str | Path) or len(prompts) < least:
-        listed = [prompts] if isinstance(prompts, str | Path) else prompts
+    listed = [prompts] if isinstance(prompts, str | Path) else prompts
+    if len(listed) < 2:
         named = ", ".join(map(str, listed)) or "none"
-        raise ConfigError(f"expected {least} prompts or more, got {named}; name their folders")
-    members = [load_adapter(each) for each in prompts]
-    for other in members[1:]:
-        require_one_base(members[0], other)
-        if other.options != members[0].options:
+        raise ConfigError(f"expected 2 prompts or more, got {named}; name their folders")
+    first, *others = [load_adapter(each) for each in listed]
+    for other in others:
+        reason = other_base(first, other)
+        if reason is not None:
+            raise FingerprintError(
+                f"{other.location} cannot go together with {first.location}: {reason}; use prompts of one base"
+            )
+        if other.options != first.options:
             raise ConfigError(
-                f"{members[0].location} has the options {members[0].options or 'of PEFT alone'}, "
+                f"{first.location} has the options {first.options or 'of PEFT alone'}, "
                 f"{other.location} has {other.options or 'those of PEFT alone'}; only prompts that "
                 "are used in the same way can be composed"
             )
-    return members
-
-
-def _values(stored: StoredPrompt) -> Tensor:
-    """Return virtual tokens ``[S, P, H]`` in float32."""
-    return torch.stack([part.float() for part in stored.prompt().tensors])
+    return [first, *others]
 
 
 def _result(
@@ -145,30 +164,20 @@ def _result(
     """Return virtual tokens ``[S, P, H]`` as an unsaved prompt that records what it was made of."""
     pattern = _pattern(members, template_from)
     known = PromptTuningConfig.__dataclass_fields__.keys()
-    kept = {key: value for key, value in pattern.config.items() if key in known}
     # How the members were initialised says nothing about the result.
-    for name in (
-        "prompt_tuning_init",
-        "prompt_tuning_init_text",
-        "tokenizer_name_or_path",
-        "tokenizer_kwargs",
-    ):
-        kept.pop(name, None)
+    kept = {k: v for k, v in pattern.config.items() if k in known and k not in _INITIALISATION}
     kept |= {
         "num_virtual_tokens": values.shape[1],
         "num_transformer_submodules": values.shape[0],
         "inference_mode": True,
     }
-    config = PromptTuningConfig(**kept).to_dict()
     manifest = pattern.manifest and _manifest(pattern.manifest, members, how)
     if manifest is None:
         logger.warning(
             "none of the prompts has a softprompt.json, so the result does not say what it was made of"
         )
     flat = values.reshape(-1, values.shape[2]).contiguous()  # [S*P, H]
-    return StoredPrompt(
-        parse_object(config_json(config), "config"), {PROMPT_KEY: flat}, manifest, ""
-    )
+    return StoredPrompt(PromptTuningConfig(**kept).to_dict(), {PROMPT_KEY: flat}, manifest, "")
 
 
 def _pattern(members: Sequence[StoredPrompt], template_from: str | Path | None) -> StoredPrompt:
@@ -198,9 +207,6 @@ def _pattern(members: Sequence[StoredPrompt], template_from: str | Path | None) 
     return first
 
 
-_INHERITED = ("template", "task", "labels", "max_source_length", "max_target_length", "dtype")
-
-
 def _inherited(stored: StoredPrompt) -> tuple[Any, ...]:
     values = {name: getattr(stored.manifest, name, None) for name in _INHERITED}
     if values["labels"]:
@@ -220,18 +226,8 @@ def _manifest(pattern: Manifest, members: Sequence[StoredPrompt], how: dict[str,
         }
         for number, member in enumerate(members, start=1)
     }
-    fresh = Manifest(
-        template=pattern.template,
-        task=pattern.task,
-        labels=pattern.labels,
-        base_model=pattern.base_model,
-        base_fingerprint=pattern.base_fingerprint,
-        max_source_length=pattern.max_source_length,
-        max_target_length=pattern.max_target_length,
-        dtype=pattern.dtype,
-        seq2seq=pattern.seq2seq,
-    )
-    return replace(fresh, settings=settings | {"composition": how}, data={"made_of": made_of})
+    kept = {name: getattr(pattern, name) for name in (*_INHERITED, *_OF_THE_BASE)}
+    return Manifest(**kept, settings=settings | {"composition": how}, data={"made_of": made_of})
 
 
 def _written(result: StoredPrompt, output: str | Path | None, overwrite: bool) -> StoredPrompt:
@@ -240,8 +236,6 @@ def _written(result: StoredPrompt, output: str | Path | None, overwrite: bool) -
             raise ConfigError("overwrite has no meaning without output; name an output directory")
         return result
     target = Path(output)
-    if not overwrite:
-        require_empty(target)
     save_adapter(target, result.config, result.tensors, result.manifest, overwrite=overwrite)
     return replace(result, location=str(target))
 
@@ -269,7 +263,7 @@ def compose_cartridge_adapters(
     """
     if not safe_serialization:
         raise ConfigError("safe_serialization=False would write a pickle; leave it out")
-    members = _members(adapter_paths, 2)
+    members = _members(adapter_paths)
     first = members[0]
     for member in members:
         if member.config["peft_type"] != PeftType.CARTRIDGE:
@@ -282,17 +276,7 @@ def compose_cartridge_adapters(
                     f"Incompatible CARTRIDGE configs for attribute '{name}': {first.config.get(name)!r} in "
                     f"{first.location}, {member.config.get(name)!r} in {member.location}"
                 )
-    values = composition.concatenation([member.values for member in members])
+    values = concatenation([member.values for member in members])
     config = first.config | {"num_virtual_tokens": values.shape[0]}
-    how = {"operation": "concatenation"}
-    manifest = first.manifest and _manifest(first.manifest, members, how)
+    manifest = first.manifest and _manifest(first.manifest, members, {"operation": "concatenation"})
     save_adapter(Path(output_path), config, {PROMPT_KEY: values}, manifest, overwrite=True)
-
-
-_CARTRIDGE_SIZES = (
-    "task_type",
-    "token_dim",
-    "num_layers",
-    "num_attention_heads",
-    "num_transformer_submodules",
-)

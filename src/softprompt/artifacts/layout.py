@@ -1,21 +1,28 @@
 """What PEFT's folder holds, by method: the keys of its configuration, its tensors, and their checks.
 
-The keys are those of PEFT 0.21's configuration classes; PEFT warns about any other. A new method
-is one entry of ``LAYOUTS``.
+The keys are the fields of the configurations, which are PEFT 0.21's besides those marked ``ours``; PEFT
+warns about any other.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from softprompt.errors import ArtifactError, nearest
-from softprompt.prompts import COLS_KEY, CONFIG_NAME, PROMPT_KEY, ROWS_KEY, PeftType
+from softprompt.prompts import (
+    COLS_KEY,
+    CONFIG_NAME,
+    PROMPT_KEY,
+    ROWS_KEY,
+    PeftType,
+    config_class,
+)
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_WEIGHTS_NAME = "adapter_model.bin"
@@ -28,32 +35,6 @@ Shape = tuple[int | None, ...]
 
 OUR_KEYS = frozenset({"prompt_sees_input", "output_model_types", "placement"})
 """Options that PEFT does not have; a config that holds one has a ``peft_type`` that PEFT refuses."""
-
-_SHARED_KEYS = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "inference_mode",
-        "modules_to_save",
-        "num_attention_heads",
-        "num_layers",
-        "num_transformer_submodules",
-        "num_virtual_tokens",
-        "peft_type",
-        "peft_version",
-        "revision",
-        "task_type",
-        "token_dim",
-    }
-)
-_TEXT_KEYS = frozenset(
-    {
-        "prompt_tuning_init",
-        "prompt_tuning_init_text",
-        "tokenizer_kwargs",
-        "tokenizer_name_or_path",
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,59 +113,20 @@ def _keys_and_values(config: Mapping[str, Any]) -> dict[str, Shape]:
     return {PROMPT_KEY: (count_in(config, "num_virtual_tokens", required=True), columns)}
 
 
-_PROMPT_TUNING = PeftLayout(_SHARED_KEYS | _TEXT_KEYS, _virtual_tokens)
+def _keys(kind: PeftType) -> frozenset[str]:
+    own = {item.name for item in fields(config_class(kind)) if not item.metadata.get("ours")}
+    return frozenset(own | OUR_KEYS if kind is PeftType.EXTENDED_PROMPT_TUNING else own)
 
-LAYOUTS: Mapping[PeftType, PeftLayout] = {
-    PeftType.PROMPT_TUNING: _PROMPT_TUNING,
-    PeftType.EXTENDED_PROMPT_TUNING: PeftLayout(_PROMPT_TUNING.keys | OUR_KEYS, _virtual_tokens),
-    PeftType.MULTITASK_PROMPT_TUNING: PeftLayout(
-        _PROMPT_TUNING.keys
-        | {
-            "num_ranks",
-            "num_tasks",
-            "prompt_tuning_init_state_dict_path",
-            "prompt_tuning_init_task",
-        },
-        _factors,
-    ),
-    PeftType.P_TUNING: PeftLayout(
-        _SHARED_KEYS
-        | {
-            "encoder_dropout",
-            "encoder_hidden_size",
-            "encoder_num_layers",
-            "encoder_reparameterization_type",
-        },
-        _virtual_tokens,
-    ),
-    PeftType.PREFIX_TUNING: PeftLayout(
-        _SHARED_KEYS | {"encoder_hidden_size", "init_weights", "prefix_projection"},
-        _keys_and_values,
-        "num_virtual_tokens, num_layers * 2 * token_dim",
-    ),
-    PeftType.CARTRIDGE: PeftLayout(
-        _SHARED_KEYS | {"num_frozen_tokens"},
-        _keys_and_values,
-        "num_virtual_tokens, num_layers * 2 * token_dim",
-    ),
-    PeftType.CPT: PeftLayout(
-        _SHARED_KEYS
-        | {
-            "cpt_mask",
-            "cpt_token_ids",
-            "cpt_tokens_type_mask",
-            "opt_loss_decay_factor",
-            "opt_projection_epsilon",
-            "opt_projection_format_epsilon",
-            "opt_weighted_loss_type",
-            "tokenizer_name_or_path",
-        },
-        _virtual_tokens,
-    ),
+
+_PER_LAYER = (_keys_and_values, "num_virtual_tokens, num_layers * 2 * token_dim")
+_OTHERS: Mapping[PeftType, tuple[Any, ...]] = {
+    PeftType.MULTITASK_PROMPT_TUNING: (_factors,),
+    PeftType.PREFIX_TUNING: _PER_LAYER,
+    PeftType.CARTRIDGE: _PER_LAYER,
 }
-
-PEFT_KEYS = _PROMPT_TUNING.keys
-"""The keys of PEFT's ``PromptTuningConfig``."""
+LAYOUTS: Mapping[PeftType, PeftLayout] = {
+    kind: PeftLayout(_keys(kind), *_OTHERS.get(kind, (_virtual_tokens,))) for kind in PeftType
+}
 
 
 def config_json(config: Mapping[str, Any]) -> str:

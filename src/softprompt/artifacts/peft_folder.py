@@ -1,8 +1,8 @@
 """The one artifact: PEFT's prompt-tuning folder, written whole or not at all, checked when read.
 
 ``adapter_config.json`` and ``adapter_model.safetensors`` are PEFT's and load in PEFT unchanged;
-``softprompt.json`` and ``README.md`` are beside them. A folder may be a repository of the Hugging
-Face Hub.
+``softprompt.json`` and ``README.md`` are beside them. A folder may be read from a repository of the
+Hugging Face Hub, and uploaded to one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from safetensors.torch import save as bytes_from_tensors
 from torch import Tensor
 
@@ -274,3 +274,39 @@ def _snapshot(repository: str, subfolder: str | None, revision: str | None) -> P
             f"({reason}): check the path, or the name and the connection"
         ) from error
     return Path(path)
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    commit_message: str = "Upload soft prompt",
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Put the files of a folder into a repository, made if needed, and return the commit's address.
+
+    Raises:
+        ArtifactError: If the Hub refuses or cannot be reached.
+    """
+    api = HfApi(token=token)
+    try:
+        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr:
+            api.create_branch(name, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=name,
+            folder_path=folder,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    # The hub client raises errors of its HTTP library, which share no root with its own.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ArtifactError(
+            f"could not upload to {repo_id} ({reason}); check the name, the connection and `hf auth login`"
+        ) from error
+    return str(commit.commit_url)

@@ -21,8 +21,12 @@ from transformers import PreTrainedModel
 
 from softprompt.artifacts.files import load_pickled
 from softprompt.artifacts.peft_folder import load_adapter
-from softprompt.artifacts.recorded_base import RecordedBase, check_base
-from softprompt.artifacts.stored_prompt import StoredPrompt, other_parts
+from softprompt.artifacts.stored_prompt import (
+    RecordedBase,
+    StoredPrompt,
+    check_base,
+    other_parts,
+)
 from softprompt.backbone import (
     Fingerprint,
     input_embedding,
@@ -136,8 +140,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     except (ArtifactError, SafetensorError, OSError) as cause:
         raise ConfigError(
             f"the source prompt {path} cannot be read, it is damaged or holds more than tensors; "
-            f"save it again as .safetensors from a "
-            "source you trust"
+            "save it again as .safetensors from a source you trust"
         ) from cause
     if isinstance(loaded, Tensor):
         # caikit's encoder.pt: the embeddings and nothing else.
@@ -177,7 +180,7 @@ def transferred_embeddings(
         BackboneError: The base it was made for cannot be loaded, or is not the one on record.
     """
     stored = load_adapter(source)
-    embeddings = torch.stack([part.float() for part in stored.prompt().tensors])
+    embeddings = stored.virtual_tokens()
     named = model_types if is_encoder_decoder(model) else None
     reason = other_parts(stored.model_types(), sorted(named or ["ENCODER"], reverse=True))
     if reason is not None:

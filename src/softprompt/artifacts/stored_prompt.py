@@ -1,17 +1,20 @@
-"""A prompt as it was read from disk, and what it is: a configuration, a ``Prompt``, one of its tasks."""
+"""A prompt as it was read from disk: its configuration, its ``Prompt``, its tasks, and the base it was made for."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from softprompt.artifacts.layout import LAYOUTS, OUR_KEYS
 from softprompt.artifacts.manifest import Manifest, manifest_of_task
-from softprompt.errors import ArtifactError, ConfigError, nearest
+from softprompt.backbone import Base, Fingerprint, facts_of, input_embedding
+from softprompt.errors import ArtifactError, ConfigError, FingerprintError, nearest
 from softprompt.prompts import (
     COLS_KEY,
     KEY_VALUE_METHODS,
@@ -26,6 +29,7 @@ from softprompt.prompts import (
 
 _PART_NAMES = {"ENCODER": "input", "DECODER": "answer"}
 """What errors call the parts of the base that ``output_model_types`` names."""
+_SEQ2SEQ = {TaskType.CAUSAL_LM: False, TaskType.SEQ_2_SEQ_LM: True}
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,10 @@ class StoredPrompt:
         if self.seq2seq:
             values = values[: int(self.config["num_virtual_tokens"]) * self._submodules()]
         return self._placed().prompt_of(values)
+
+    def virtual_tokens(self) -> Tensor:
+        """Return the virtual tokens ``[S, P, H]`` of all parts of the base, in float32; see ``prompt``."""
+        return torch.stack([part.float() for part in self.prompt().tensors])
 
     def beyond_tokens(self) -> str | None:
         """Return why this is more than the virtual tokens of one task; None when it is just those."""
@@ -220,3 +228,115 @@ def _plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"):
         plain[name] = None
     return plain
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedBase:
+    """What is known of a base, from a prompt's files or from a model itself.
+
+    Attributes:
+        name: Its name or path; None when not known.
+        width: H of its embeddings.
+        fingerprint: Of its weights; None when not known.
+    """
+
+    name: str | None
+    width: int
+    fingerprint: Fingerprint | None
+
+    @classmethod
+    def of_stored(cls, stored: StoredPrompt) -> Self:
+        """Return the base that a stored prompt records; an empty fingerprint is an unknown one.
+
+        Raises:
+            ArtifactError: The recorded fingerprint is damaged.
+        """
+        return cls(stored.base_model, stored.values.shape[1], _recorded_fingerprint(stored))
+
+    @classmethod
+    def of_model(cls, model: PreTrainedModel) -> Self:
+        """Return the base that a loaded model is."""
+        width = input_embedding(model).weight.shape[1]
+        return cls(str(model.name_or_path) or None, width, Fingerprint.of(model))
+
+    def differs(self, other: RecordedBase) -> str | None:
+        """Return why the other is not this base; None when it is.
+
+        Fingerprints decide; where one of the two has none, the names do.
+        """
+        if self.width != other.width:
+            return f"its virtual tokens are {other.width} wide, not {self.width}"
+        here, there = self.fingerprint, other.fingerprint
+        if here is not None and there is not None:
+            if here.matches(there):
+                return None
+            return f"its base is {other.name} ({there.short}), not {self.name} ({here.short})"
+        if self.name != other.name:
+            return f"its base is {other.name}, not {self.name}, and not both have a fingerprint"
+        return None
+
+
+def other_base(first: StoredPrompt, second: StoredPrompt) -> str | None:
+    """Return why two prompts are not of one base; None when they are."""
+    return RecordedBase.of_stored(first).differs(RecordedBase.of_stored(second))
+
+
+def check_base(stored: StoredPrompt, model: PreTrainedModel, *, ignore: bool = False) -> None:
+    """Check a model's weights against the fingerprint that a prompt records, where it has one.
+
+    Args:
+        stored: The prompt.
+        model: The base.
+        ignore: Use the base all the same.
+
+    Raises:
+        FingerprintError: The fingerprints differ and that is not ignored.
+        ArtifactError: The recorded fingerprint is damaged.
+    """
+    made_for = None if ignore else _recorded_fingerprint(stored)
+    if made_for is None:
+        return
+    here = Fingerprint.of(model)
+    if not made_for.matches(here):
+        raise FingerprintError(
+            f"the prompt in {stored.location} was made for {stored.base_model} "
+            f"({made_for.model_type}, fingerprint {made_for.short}), this base is {model.name_or_path} "
+            f"({here.model_type}, {here.short}); load its own base, or pass --ignore-fingerprint "
+            "(ignore_fingerprint=True in Python)"
+        )
+
+
+def check_fit(stored: StoredPrompt, base: Base) -> None:
+    """Check that a base has the architecture and the width that a prompt needs, whatever its weights are.
+
+    Raises:
+        ArtifactError: It has others.
+    """
+    task, seq2seq = stored.config.get("task_type"), facts_of(base.model).is_encoder_decoder
+    if task in _SEQ2SEQ and _SEQ2SEQ[task] != seq2seq:
+        raise ArtifactError(
+            f"the prompt in {stored.location} is for {task}, {base.name} is a "
+            f"{'seq2seq' if seq2seq else 'causal'} model; name the base that it was made for"
+        )
+    if stored.config["peft_type"] not in KEY_VALUE_METHODS:
+        check_width(stored.values.shape[1], base, stored.location)
+
+
+def check_width(width: int, base: Base, where: str) -> None:
+    """Check virtual tokens of width H against the embeddings of a base.
+
+    Raises:
+        ArtifactError: The widths differ.
+    """
+    own = facts_of(base.model).token_dim
+    if width != own:
+        raise ArtifactError(
+            f"expected virtual tokens {own} wide in {where}, as the embeddings of {base.name}, got "
+            f"{width}: name the base that the prompt was made for"
+        )
+
+
+def _recorded_fingerprint(stored: StoredPrompt) -> Fingerprint | None:
+    # A format that records no weights of its base leaves the fingerprint empty.
+    values = stored.manifest.base_fingerprint if stored.manifest else None
+    return Fingerprint.from_dict(values) if values else None

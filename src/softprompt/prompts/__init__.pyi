@@ -1,11 +1,19 @@
 from .composition import Recycled as Recycled
+from .composition import average as average
+from .composition import concatenation as concatenation
+from .composition import difference as difference
 from .composition import recycle as recycle
 from .composition import resized as resized
+from .composition import shifted as shifted
+from .composition import similarity as similarity
 from .configs import CONFIG_NAME as CONFIG_NAME
 from .configs import PeftConfig as PeftConfig
 from .configs import PromptLearningConfig as PromptLearningConfig
 from .configs import Start as Start
 from .configs import config_class as config_class
+from .initialisers import label_token_ids as label_token_ids
+from .initialisers import load_tokenizer as load_tokenizer
+from .initialisers import text_token_ids as text_token_ids
 from .kinds import KEY_VALUE_METHODS as KEY_VALUE_METHODS
 from .kinds import MEASURES as MEASURES
 from .kinds import Measure as Measure
@@ -20,9 +28,12 @@ from .kinds import TaskType as TaskType
 from .methods.cartridge import CartridgeConfig as CartridgeConfig
 from .methods.cartridge import CartridgeEncoder as CartridgeEncoder
 from .methods.cpt import CPTConfig as CPTConfig
+from .methods.cpt import ContextLabel as ContextLabel
 from .methods.cpt import CPTEmbedding as CPTEmbedding
+from .methods.cpt import context_labels as context_labels
 from .methods.cpt import cpt_columns as cpt_columns
 from .methods.cpt import cpt_loss as cpt_loss
+from .methods.key_values import FlatOrder as FlatOrder
 from .methods.key_values import (
     prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values,
 )
@@ -46,7 +57,3 @@ from .module import check_fit as check_fit
 from .module import check_task as check_task
 from .module import take_over as take_over
 from .prompt import Prompt as Prompt
-from .similarity import similarity as similarity
-from .texts import label_token_ids as label_token_ids
-from .texts import load_tokenizer as load_tokenizer
-from .texts import text_token_ids as text_token_ids

@@ -1,4 +1,6 @@
-"""New prompts from old ones, as pure functions of embeddings ``[P, H]``; leading dimensions are kept.
+"""New prompts from old ones, and how alike two are: pure functions of embeddings ``[P, H]``.
+
+Composing keeps leading dimensions.
 
 Whether adding, averaging or joining trained prompts does anything sensible depends on the prompts:
 those of one initial prompt lie near each other, others need not. Measure the result.
@@ -12,8 +14,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, nearest
+from softprompt.prompts.kinds import MEASURES, Measure
 
 _HELD_OUT = 10
 """Every tenth shared token measures the map of ``recycle`` and is not used to fit it."""
@@ -142,6 +146,36 @@ def recycle(prompt: Tensor, table_a: Tensor, table_b: Tensor) -> Recycled:
     error = float(missed.norm() / targets[held_out].norm())
     mapped = prompt.cpu().double() @ linear
     return Recycled(mapped.float(), error, fitted)
+
+
+def similarity(first: Tensor, second: Tensor, measure: Measure = "mean") -> float:
+    """Return how alike two prompts are, a cosine between -1 and 1 (Vu et al. 2022, SPoT, compare tasks by it).
+
+    It does not depend on the order of the two, or of virtual tokens.
+
+    Args:
+        first: Embeddings ``[P_1, H]``.
+        second: Embeddings ``[P_2, H]``, of any length.
+        measure: ``mean`` compares the mean embeddings; ``pairs`` is the mean cosine over all pairs of a
+            virtual token of the one and one of the other. Both are 0 for a prompt of zeros.
+
+    Raises:
+        ConfigError: If the widths differ, or there is no such measure.
+    """
+    if measure not in MEASURES:
+        raise ConfigError(
+            f"measure is one of {', '.join(MEASURES)}, got {measure!r}{nearest(measure, MEASURES)}"
+        )
+    if first.shape[-1] != second.shape[-1]:
+        raise ConfigError(
+            f"only prompts of one base can be compared, got embeddings {first.shape[-1]} and "
+            f"{second.shape[-1]} wide"
+        )
+    a, b = first.double(), second.double()
+    if measure == "mean":
+        return float(normalize(a.mean(dim=0), dim=0) @ normalize(b.mean(dim=0), dim=0))
+    # The mean over all pairs of unit vectors is the product of the means of the unit vectors.
+    return float(normalize(a, dim=1).mean(dim=0) @ normalize(b, dim=1).mean(dim=0))
 
 
 def _shares(weights: Sequence[float], count: int) -> list[float]:

@@ -17,8 +17,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
-from huggingface_hub import hf_hub_download
-
 from softprompt.errors import ArtifactError, ConfigError, nearest
 from softprompt.fields import setting
 from softprompt.prompts.kinds import PeftType, Placement, TaskType
@@ -160,6 +158,8 @@ class PeftConfig:
             ArtifactError: If there is no readable ``adapter_config.json``.
             ConfigError: If its values are not valid.
         """
+        from huggingface_hub import hf_hub_download  # `softprompt --help` does not wait for it
+
         name = str(pretrained_model_name_or_path)
         path = Path(name, subfolder or "", CONFIG_NAME)
         try:

@@ -10,10 +10,8 @@ from pathlib import Path
 
 from softprompt.artifacts.formats.caikit import CAIKIT
 from softprompt.artifacts.formats.extended_vocabulary import EXTENDED_VOCABULARY
-from softprompt.artifacts.formats.format import Export, Format, Read
-from softprompt.artifacts.formats.peft import PEFT, SOFTPROMPT
-from softprompt.artifacts.formats.tensor_files import NPY, TENSOR, TGIS
-from softprompt.artifacts.formats.vllm import VLLM
+from softprompt.artifacts.formats.format import PEFT, SOFTPROMPT, Export, Format, Read
+from softprompt.artifacts.formats.tensor_files import NPY, TENSOR, TGIS, VLLM
 from softprompt.errors import ArtifactError, ConfigError, nearest
 
 __all__ = ["FORMATS", "Export", "Format", "Read", "detect", "format_named"]

@@ -1,4 +1,7 @@
-"""What a format is, and what every writer starts from: an ``Export`` and its virtual tokens."""
+"""What a format is, what every writer starts from (an ``Export``), and the formats of PEFT's folder.
+
+``softprompt`` and ``peft`` are the folder of ``save_adapter``, with and without what PEFT lacks.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.artifacts.files import require_new_file, write_atomically
-from softprompt.artifacts.layout import check_tensors
+from softprompt.artifacts.files import parse_object, read_bytes, require_new_file, write_atomically
+from softprompt.artifacts.layout import (
+    MANIFEST_NAME,
+    PICKLED_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    check_tensors,
+)
 from softprompt.artifacts.manifest import Manifest, Origin, manifest_of
-from softprompt.artifacts.recorded_base import check_width
-from softprompt.artifacts.stored_prompt import StoredPrompt
+from softprompt.artifacts.peft_folder import load_adapter, save_adapter
+from softprompt.artifacts.stored_prompt import StoredPrompt, check_width
 from softprompt.backbone import Base, facts_of
 from softprompt.errors import ArtifactError, ConfigError
-from softprompt.prompts import PROMPT_KEY, Placement, Prompt, PromptTuningConfig, TaskType
+from softprompt.prompts import (
+    CONFIG_NAME,
+    PROMPT_KEY,
+    PeftType,
+    Placement,
+    Prompt,
+    PromptTuningConfig,
+    TaskType,
+)
 
 ENCODER, DECODER = "ENCODER", "DECODER"
 Encode = Callable[[str], tuple[int, ...]]
@@ -66,6 +82,15 @@ class Export:
             ConfigError: As for ``single``.
         """
         return plain_prompt(self.single(), self.to)
+
+    def input_tokens(self) -> Tensor:
+        """Return the virtual tokens ``[P, H]`` of the input, for formats that hold only one tensor.
+
+        Raises:
+            ArtifactError: As for ``prompt``, or the prompt has virtual tokens before the decoder's input.
+            ConfigError: As for ``single``.
+        """
+        return input_tokens(self.prompt(), self.stored.location)
 
     def loaded(self) -> Base:
         """Return the base model.
@@ -246,3 +271,57 @@ def _inexpressible(stored: StoredPrompt) -> str | None:
             "the format lets the prompt attend to the input, this one does not (prompt_sees_input)"
         )
     return None
+
+
+def _lacks_folder(path: Path) -> str | None:
+    if not path.is_dir():
+        return "not a folder"
+    if not (path / CONFIG_NAME).is_file():
+        return f"no {CONFIG_NAME}"
+    if not any((path / name).is_file() for name in (WEIGHTS_NAME, PICKLED_WEIGHTS_NAME)):
+        return f"no {WEIGHTS_NAME} or {PICKLED_WEIGHTS_NAME}"
+    return None
+
+
+def _lacks_ours(path: Path) -> str | None:
+    missing = _lacks_folder(path)
+    if missing is not None or (path / MANIFEST_NAME).is_file():
+        return missing
+    text = read_bytes(path / CONFIG_NAME).decode(errors="replace")
+    kind = parse_object(text, str(path / CONFIG_NAME)).get("peft_type")
+    return None if kind == PeftType.EXTENDED_PROMPT_TUNING else f"no {MANIFEST_NAME}"
+
+
+def _read(source: Source, base: Base | None) -> StoredPrompt:
+    return load_adapter(source)
+
+
+def _write(export: Export, path: Path) -> Mapping[str, Any]:
+    stored = export.stored if export.task is None else export.single()
+    save_adapter(path, stored.config, stored.tensors, stored.manifest, overwrite=export.overwrite)
+    return {}
+
+
+def _write_for_peft(export: Export, path: Path) -> Mapping[str, Any]:
+    if export.stored.config["peft_type"] == PeftType.EXTENDED_PROMPT_TUNING:
+        raise ArtifactError(
+            f"{export.stored.location} cannot be written as peft: PEFT would run another model, because "
+            "it lacks the options the prompt has (adapter_config.json); use --to softprompt"
+        )
+    return _write(export, path)
+
+
+SOFTPROMPT = Format(
+    "softprompt",
+    f"a folder with {CONFIG_NAME}, {WEIGHTS_NAME} and {MANIFEST_NAME}",
+    _lacks_ours,
+    _read,
+    _write,
+)
+PEFT = Format(
+    "peft",
+    f"a folder with {CONFIG_NAME} and {WEIGHTS_NAME} (or {PICKLED_WEIGHTS_NAME})",
+    _lacks_folder,
+    _read,
+    _write_for_peft,
+)

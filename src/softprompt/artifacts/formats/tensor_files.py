@@ -1,14 +1,20 @@
-"""``tgis``, ``npy`` and ``tensor``: files of bare tensors ``[P, H]``, which do not name their base.
+"""``tgis``, ``npy``, ``tensor`` and ``vllm``: bare tensors, which do not name their base.
 
 ``tgis`` is a prompt in the prefix store of IBM's text-generation-inference: ``PREFIX_STORE/<id>/``
 holds ``encoder.pt`` and ``decoder.pt``, as caikit's folder does; its name is the id in requests.
 The store also takes a PEFT folder, which is the format ``peft``. ``npy`` is what
 google-research/prompt-tuning reads and writes.
+
+``vllm`` is the JSON body of one request to vLLM's ``/v1/completions`` with ``prompt_embeds``. The server
+must run with ``--enable-prompt-embeds``. The tensor is what the base's embedding module returns for
+the text's ids, prompt in front, in the base's dtype.
 """
 
 from __future__ import annotations
 
+import base64
 import io
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,8 +41,8 @@ from softprompt.artifacts.formats.format import (
     USED,
     Export,
     Format,
+    Lacks,
     Source,
-    input_tokens,
     stored_of_parts,
     write_failed,
     write_output_file,
@@ -44,7 +50,7 @@ from softprompt.artifacts.formats.format import (
 from softprompt.artifacts.layout import check_dtype, check_values
 from softprompt.artifacts.manifest import Origin
 from softprompt.artifacts.stored_prompt import StoredPrompt
-from softprompt.backbone import Base, is_encoder_decoder
+from softprompt.backbone import Base, input_embedding, is_encoder_decoder, side_embeddings
 from softprompt.errors import ArtifactError, ConfigError
 from softprompt.prompts import PROMPT_KEY, Prompt
 
@@ -56,6 +62,9 @@ _BARE = ("template", "base_model", *USED, *MEASURED, "base_fingerprint", "dtype"
 _PREFIX_ID = re.compile(r"[\w-]+")
 _PICKLED = (".pt", ".bin", ".pth")
 _SAFE = ".safetensors"
+_ONE_TENSOR = f"{_SAFE}, {' or '.join(_PICKLED)}"
+_MAX_NEW_TOKENS = 20
+"""Answer length of a request to vLLM, where no prompt's record has a limit."""
 
 
 def check_tokens(tokens: Any, where: str) -> Tensor:
@@ -77,15 +86,6 @@ def check_tokens(tokens: Any, where: str) -> Tensor:
             f"{list(tokens.shape)}: save the virtual tokens alone"
         )
     return tokens.detach().cpu()
-
-
-def lacks_parts(path: Path) -> str | None:
-    """Return what a folder lacks to hold a prompt's parts; None when it holds one."""
-    if not path.is_dir():
-        return "not a folder"
-    if not any((path / name).is_file() for name in PART_NAMES.values()):
-        return f"no {' or '.join(PART_NAMES.values())}"
-    return None
 
 
 def read_part(path: Path) -> Tensor:
@@ -130,6 +130,14 @@ def write_parts(path: Path, files: Mapping[str, bytes], *, overwrite: bool) -> N
         raise write_failed(path, error) from error
 
 
+def _lacks_tgis(path: Path) -> str | None:
+    if not path.is_dir():
+        return "not a folder"
+    if not any((path / name).is_file() for name in PART_NAMES.values()):
+        return f"no {' or '.join(PART_NAMES.values())}"
+    return None
+
+
 def _read_tgis(source: Source, base: Base | None) -> StoredPrompt:
     path = Path(source)
     known = _named(base, path)
@@ -156,13 +164,13 @@ def _write_tgis(export: Export, path: Path) -> Mapping[str, Any]:
     return {"prefix_id": path.name}
 
 
-def _lacks_npy(path: Path) -> str | None:
-    return None if path.is_file() and path.suffix == ".npy" else "not a .npy file"
+def _lacks_file(listed: str, *suffixes: str) -> Lacks:
+    """Return the check that a path is a file with one of some suffixes, and what errors call them."""
 
+    def lacks(path: Path) -> str | None:
+        return None if path.is_file() and path.suffix in suffixes else f"not a {listed} file"
 
-def _lacks_tensor(path: Path) -> str | None:
-    fits = path.is_file() and path.suffix in (_SAFE, *_PICKLED)
-    return None if fits else f"not a {_SAFE}, {' or '.join(_PICKLED)} file"
+    return lacks
 
 
 def _read_npy(source: Source, base: Base | None) -> StoredPrompt:
@@ -218,7 +226,7 @@ def _plain(tokens: Tensor) -> Tensor:
 def _write_npy(export: Export, path: Path) -> Mapping[str, Any]:
     if path.suffix != ".npy":
         raise ConfigError(f"npy writes a .npy file, got {path.name!r}; end its name in .npy")
-    tokens = _plain(input_tokens(export.prompt(), export.stored.location))
+    tokens = _plain(export.input_tokens())
     buffer = io.BytesIO()
     # NumPy has no bfloat16; float32 holds it exactly.
     np.save(buffer, (tokens.float() if tokens.dtype == torch.bfloat16 else tokens).numpy())
@@ -227,24 +235,61 @@ def _write_npy(export: Export, path: Path) -> Mapping[str, Any]:
 
 
 def _write_tensor(export: Export, path: Path) -> Mapping[str, Any]:
-    tokens = _plain(input_tokens(export.prompt(), export.stored.location))
+    tokens = _plain(export.input_tokens())
     if path.suffix == _SAFE:
         data = bytes_from_tensors({PROMPT_KEY: tokens}, metadata={"format": "pt"})
     elif path.suffix in _PICKLED:
         data = tensor_bytes(tokens)
     else:
         raise ConfigError(
-            f"tensor writes a {_SAFE}, {' or '.join(_PICKLED)} file, got {path.name!r}; end its "
-            "name in one of these"
+            f"tensor writes a {_ONE_TENSOR} file, got {path.name!r}; end its name in one of these"
         )
     write_output_file(path, data, overwrite=export.overwrite)
     return {}
 
 
+@torch.no_grad()
+def _write_vllm(export: Export, path: Path) -> Mapping[str, Any]:
+    stored, base = export.single(), export.loaded()
+    if path.suffix != ".json":
+        raise ConfigError(f"vllm writes a .json file, got {path.name!r}; end its name in .json")
+    if stored.seq2seq:
+        raise ArtifactError(
+            f"{export.stored.location} is for a seq2seq model, and vLLM takes prompt_embeds for "
+            "causal models only; serve it with tgis"
+        )
+    if not export.source:
+        raise ConfigError("vllm writes the request for one input text; pass text (--text)")
+    if side_embeddings(base.model):
+        raise ArtifactError(
+            f"{base.name} has per-layer embedding tables, so embeddings alone are not its input; "
+            "use its prompts with softprompt"
+        )
+    table = input_embedding(base.model)
+    tokens = export.input_tokens()
+    ids = torch.tensor(export.source, device=table.weight.device)
+    text: Tensor = table(ids)
+    joined = torch.cat([tokens.to(text.device, text.dtype), text])  # [P + T, H]
+    if not bool(torch.isfinite(joined).all()):
+        raise ArtifactError(
+            f"the virtual tokens overflow {str(text.dtype).removeprefix('torch.')}, the base's dtype; pass "
+            "torch_dtype=float32 or bfloat16"
+        )
+    manifest = stored.manifest
+    body = {
+        "model": base.name,
+        "max_tokens": manifest.max_target_length if manifest else _MAX_NEW_TOKENS,
+        "temperature": 0,
+        "prompt_embeds": base64.b64encode(tensor_bytes(joined)).decode(),
+    }
+    write_output_file(path, json.dumps(body).encode() + b"\n", overwrite=export.overwrite)
+    return {"tokens": len(joined), "width": joined.shape[1], "dtype": str(joined.dtype)[6:]}
+
+
 TGIS = Format(
     "tgis",
     "a folder PREFIX_STORE/<id> with encoder.pt, decoder.pt or both",
-    lacks_parts,
+    _lacks_tgis,
     _read_tgis,
     _write_tgis,
     reads_with_base=True,
@@ -253,7 +298,7 @@ TGIS = Format(
 NPY = Format(
     "npy",
     "a .npy file with one array [P, H]",
-    _lacks_npy,
+    _lacks_file(".npy", ".npy"),
     _read_npy,
     _write_npy,
     reads_with_base=True,
@@ -263,10 +308,20 @@ NPY = Format(
 TENSOR = Format(
     "tensor",
     "a .safetensors, .pt, .bin or .pth file with one tensor [P, H]",
-    _lacks_tensor,
+    _lacks_file(_ONE_TENSOR, _SAFE, *_PICKLED),
     _read_tensor,
     _write_tensor,
     reads_with_base=True,
     holds="file",
     loses=_BARE,
+)
+VLLM = Format(
+    "vllm",
+    "a .json file, the body of one request with prompt_embeds",
+    _lacks_file(".json", ".json"),
+    None,
+    _write_vllm,
+    writes_with_base=True,
+    holds="file",
+    loses=(*USED, *MEASURED, "template", "base_fingerprint"),
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import ClassVar, final
 
 import torch
@@ -287,6 +288,38 @@ def cpt_loss(logits: Tensor, labels: Tensor, types: Tensor, config: CPTConfig) -
     if config.opt_weighted_loss_type == "decay":
         losses = losses * _decay(types, config.opt_loss_decay_factor or 0.0)
     return losses[labels != IGNORED].mean()
+
+
+@dataclass(frozen=True, slots=True)
+class ContextLabel:
+    """A label in a context.
+
+    Attributes:
+        start: Tokens of the context before it.
+        ids: Its token ids.
+        weight: What it weighs in the loss of a row, whose own label weighs 1.
+    """
+
+    start: int
+    ids: tuple[int, ...]
+    weight: float
+
+
+def context_labels(config: CPTConfig) -> tuple[ContextLabel, ...]:
+    """Return the labels in a context that something stands before, in order; see ``cpt_loss``."""
+    kinds, ids = config.cpt_tokens_type_mask or [], config.cpt_token_ids or []
+    examples = {kind for kind in kinds if kind > 0 and kind % KINDS == 0}
+    decays = config.opt_weighted_loss_type == "decay"
+    factor = (config.opt_loss_decay_factor or 0.0) if decays else 1.0
+    found, start = [], 0
+    for kind, run in groupby(kinds):
+        end = start + len(list(run))
+        first = max(start, 1)
+        if kind in examples and first < end:
+            later = 1 + sum(other > kind for other in examples)
+            found.append(ContextLabel(first, tuple(ids[first:end]), factor**later))
+        start = end
+    return tuple(found)
 
 
 def _decay(types: Tensor, factor: float) -> Tensor:

@@ -28,7 +28,6 @@ from softprompt.prompts.kinds import (
 )
 from softprompt.prompts.methods.parameterisations import Parameterised, parameterised
 from softprompt.prompts.module import PROMPT_KEY, PromptModule, check_task, take_over
-from softprompt.prompts.texts import label_token_ids, text_token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +145,7 @@ class PromptTuningConfig(PromptLearningConfig):
         if init in (PromptTuningInit.TEXT, PromptTuningInit.LABELS):
             for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
                 value = getattr(self, name)
-                if value is None or (name == "tokenizer_name_or_path" and not value):
+                if value is None or not value.strip():
                     raise ConfigError(f"When prompt_tuning_init='{init}', {name} can't be {value}.")
         if self.tokenizer_kwargs and init != PromptTuningInit.TEXT:
             raise ConfigError("tokenizer_kwargs only valid when using prompt_tuning_init='TEXT'.")
@@ -306,10 +305,10 @@ def _initial_part(
     text, tokenizer = config.prompt_tuning_init_text or "", str(config.tokenizer_name_or_path)
     match config.prompt_tuning_init:
         case PromptTuningInit.TEXT:
-            ids = text_token_ids(text, tokenizer, config.tokenizer_kwargs)
+            ids = initialisers.text_token_ids(text, tokenizer, config.tokenizer_kwargs)
             return initialisers.from_tokens(length, ids, embed)
         case PromptTuningInit.LABELS:
-            labels = label_token_ids(text, tokenizer)
+            labels = initialisers.label_token_ids(text, tokenizer)
             return initialisers.from_labels(length, labels, vocabulary, embed, generator=generator)
         case PromptTuningInit.SAMPLE_VOCAB:
             return initialisers.sampled(length, vocabulary, embed, generator=generator)
