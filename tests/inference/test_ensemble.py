@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from softprompt import get_peft_model
 from softprompt.artifacts import Manifest
-from softprompt.attach import get_peft_model
 from softprompt.backbone import Fingerprint, load_base
 from softprompt.errors import ConfigError, FingerprintError
-from softprompt.inference import Ensemble, TunedPrompt, load_many, per_token
+from softprompt.generation import per_token
+from softprompt.inference import Ensemble, TunedPrompt, load_many
 from softprompt.prompts import MultitaskPromptTuningConfig, PromptTuningConfig
 
 TEXTS = ["the cat", "a", "much longer text, with words at the end", "that is it", "oh no"]

@@ -23,7 +23,7 @@ from softprompt import (
     load,
 )
 from softprompt.errors import AdapterError, ConfigError, ContextOverflowError, NotServingError
-from softprompt.inference import GenerationOptions, Ticket
+from softprompt.generation import GenerationOptions, Ticket
 
 TEXTS = ["is it good", "the parcel is late", "bad", "thank you, great"]
 

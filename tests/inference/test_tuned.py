@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from softprompt import get_peft_model
 from softprompt.artifacts import Manifest
-from softprompt.attach import get_peft_model
 from softprompt.backbone import Fingerprint, load_base
 from softprompt.errors import (
     ArtifactError,
@@ -20,7 +20,8 @@ from softprompt.errors import (
     OutputExistsError,
     TemplateError,
 )
-from softprompt.inference import GenerationOptions, TunedPrompt, load
+from softprompt.generation import GenerationOptions
+from softprompt.inference import TunedPrompt, load
 from softprompt.prompts import PromptTuningConfig
 
 TEXTS = ["the cat", "a", "a much longer text, with the words at the end"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +9,14 @@ from typing import Any
 import torch
 
 from oracles.families import tiny
+from oracles.solo import solo
 from oracles.tokenizers import byte_bpe
-from softprompt import PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from softprompt.artifacts import Manifest
-from softprompt.backbone import Fingerprint
-from softprompt.engine import EngineRow, PlainEngine
-from softprompt.inference import GenerationOptions, TunedPrompt
-from softprompt.inference.continuous.request import Request
+from softprompt import PrefixTuningConfig, PromptTuningConfig
+from softprompt.artifacts import Manifest, started_prompt
+from softprompt.backbone import Base, Fingerprint
+from softprompt.engine import EngineRow, PlainEngine, completed
+from softprompt.generation import GenerationOptions, Request
+from softprompt.inference import TunedPrompt
 from softprompt.prompts import Prompt
 
 VOCABULARY = 330
@@ -26,10 +26,17 @@ VOCABULARY = 330
 class Served:
     """A base, its tokenizer, and prompts by name; ``None`` is the base alone."""
 
-    model: Any
-    tokenizer: Any
+    base: Base
     prompts: dict[str, TunedPrompt]
     values: dict[str, Prompt]
+
+    @property
+    def model(self) -> Any:
+        return self.base.model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.base.tokenizer
 
     def request(self, name: str | None, ids: tuple[int, ...], **more: Any) -> Request:
         """Return a request for a named prompt, as its TunedPrompt would place it."""
@@ -40,21 +47,20 @@ class Served:
         return Request(ids, self.values[name], rows.offset(ids), decode=rows.decode, **more)
 
     def alone(self, name: str | None, ids: tuple[int, ...], options: GenerationOptions) -> Any:
-        """Return what ``TunedPrompt.generate`` answers to one row."""
-        tuned = self.prompts[name or next(iter(self.prompts))]
-        return tuned.generate_rows([ids], options, without_prompt=name is None)[0]
+        """Return the answer to one row by transformers' own loop; see ``solo``."""
+        return solo(self.base, self.request(name, ids, options=options))
 
     def log_probs(self, request: Request, tokens: tuple[int, ...]) -> list[float]:
         """Return log p of each token behind a request's input, by the plain engine."""
         row = EngineRow(request.ids, tokens, request.prompt, request.at)
         with torch.no_grad():
-            return PlainEngine(self.model).target_log_probs([row]).values.tolist()
+            return PlainEngine(self.base).target_log_probs([row]).values.tolist()
 
 
 def served(
     name: str, *, kinds: tuple[str, ...] = ("plain", "other", "suffix", "prefix"), **changes: Any
 ) -> Served:
-    """Attach prompts of some kinds to a tiny base."""
+    """Return prompts of some kinds on one tiny base."""
     model = tiny(name, **{"vocab_size": VOCABULARY, **changes})
     seq2seq = model.config.is_encoder_decoder
     task = "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM"
@@ -68,21 +74,8 @@ def served(
         ),
         "prefix": PrefixTuningConfig(task_type=task, num_virtual_tokens=6),
     }
-    attached: dict[str, Any] = {}
+    base = Base(model.requires_grad_(False).eval(), tokenizer, "tiny")
     generator = torch.Generator().manual_seed(1)
-    for kind in kinds:
-        if (
-            kind == "prefix"
-        ):  # such prompts need a model of their own; the values meet in the batcher
-            attached[kind] = get_peft_model(copy.deepcopy(model), configs[kind], adapter_name=kind)
-        elif rows := next((p for k, p in attached.items() if k != "prefix"), None):
-            rows.add_adapter(kind, configs[kind])
-            attached[kind] = rows
-        else:
-            attached[kind] = get_peft_model(model, configs[kind], adapter_name=kind)
-        with torch.no_grad():
-            for parameter in attached[kind].encoder_of(kind).parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
     manifest = Manifest(
         template="{{input}}",
         task="generation",
@@ -94,9 +87,16 @@ def served(
         dtype="float32",
         seq2seq=seq2seq,
     )
-    prompts = {kind: TunedPrompt(attached[kind], tokenizer, manifest, kind) for kind in kinds}
+    prompts = {}
+    for kind in kinds:
+        config = completed(configs[kind], base)
+        module = started_prompt(config, model)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        prompts[kind] = TunedPrompt(base, module, config, manifest)
     values = {kind: tuned.prompt() for kind, tuned in prompts.items()}
-    return Served(model, tokenizer, prompts, values)
+    return Served(base, prompts, values)
 
 
 SETTINGS: tuple[dict[str, Any], ...] = (

@@ -14,7 +14,7 @@ import torch
 from softprompt.artifacts import Manifest, save_adapter
 from softprompt.backbone import Fingerprint
 from softprompt.errors import NotServingError, QueueFullError
-from softprompt.inference import (
+from softprompt.generation import (
     Batcher,
     BatcherStats,
     Bounds,
@@ -162,9 +162,9 @@ def app_over(base: Any, root: Any, batcher: Any = None, **changes: Any) -> Any:
         max_resident=bounds.max_prompts_resident,
         max_bytes=settings.max_prompt_bytes,
     )
-    batcher = batcher or Batcher(base.model, base.tokenizer, bounds)
+    batcher = batcher or Batcher(base, bounds)
     scorer = Scorer(
-        base.model,
+        base,
         max_rows=bounds.max_score_rows,
         max_tokens=bounds.max_step_tokens,
         max_waiting=bounds.max_queue,

@@ -21,7 +21,7 @@ from softprompt.cli.options import (
 )
 from softprompt.cli.streams import show, start_logging
 from softprompt.errors import UsageError
-from softprompt.inference import GenerationOptions
+from softprompt.generation import GenerationOptions
 
 
 @click.command("generate", cls=Command)

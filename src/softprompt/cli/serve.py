@@ -9,7 +9,7 @@ import click
 from softprompt.cli.options import Command, given, option, options_of, parts_of
 from softprompt.cli.streams import start_logging
 from softprompt.errors import UsageError
-from softprompt.inference import Bounds
+from softprompt.generation import Bounds
 from softprompt.server.settings import ServeSettings
 
 

@@ -136,16 +136,17 @@ class AnswerRules:
         decode: Token ids to text, where a request has no decoder of its own.
         eos_ids: Tokens that end an answer.
         counts_input: Whether the input's tokens count for the repetition penalty; an encoder's do not.
-        streams: Whether text is wanted as it grows, and not only at the end.
+        offline: Whether answers are wanted at their end alone: no text while they grow, and a first
+            token however late it is.
     """
 
     decode: Decode
     eos_ids: frozenset[int]
     counts_input: bool
-    streams: bool = True
+    offline: bool = False
 
     @classmethod
-    def of(cls, base: Base, decode: Decode | None = None, *, streams: bool = True) -> Self:
+    def of(cls, base: Base, decode: Decode | None = None, *, offline: bool = False) -> Self:
         """Read them from a base; ``decode`` None is the tokenizer's, special tokens left out.
 
         Answers end at the tokenizer's end token, which prompts are trained to give, and at those of the
@@ -163,7 +164,7 @@ class AnswerRules:
         config = getattr(base.model.generation_config, "eos_token_id", None)
         listed = config if isinstance(config, list) else [config]
         ends = frozenset(i for i in [*listed, tokenizer.eos_token_id] if i is not None)
-        return cls(decode or text, ends, not base.is_encoder_decoder, streams)
+        return cls(decode or text, ends, not base.is_encoder_decoder, offline)
 
 
 @final
@@ -192,7 +193,7 @@ class Answer:
         options = request.options
         self.stops = StopSequences(options.stop_sequences, options.min_new_tokens, self._decode)
         self._text = GrowingText(self._decode, self.stops)
-        self._reads_text = rules.streams or bool(options.stop_sequences)
+        self._reads_text = not rules.offline or bool(options.stop_sequences)
         self._input = request.ids if rules.counts_input else ()
         self._processors = processors_of(options, seed, rules.eos_ids, len(self._input))
 
@@ -269,12 +270,14 @@ class Job:
         ticket: Where its events go.
         answers: Its answers; none when only its input is scored.
         deadline: When its time is over, by ``time.monotonic``.
+        least: Tokens that each answer gets however late it is.
         ended: Answers whose end was sent.
     """
 
     ticket: Ticket
     answers: list[Answer]
     deadline: float
+    least: int = 0
     ended: set[int] = field(default_factory=set)
 
     @classmethod
@@ -288,7 +291,7 @@ class Job:
             for i, seed in enumerate(seeds_of(request.options, request.n))
             if request.generate
         ]
-        return cls(ticket, answers, deadline)
+        return cls(ticket, answers, deadline, int(rules.offline))
 
     @property
     def request(self) -> Request:
@@ -298,7 +301,10 @@ class Job:
     @property
     def is_over(self) -> bool:
         """Whether it was cancelled or its time is over."""
-        return self.ticket.is_cancelled or time.monotonic() >= self.deadline
+        late = time.monotonic() >= self.deadline
+        return self.ticket.is_cancelled or (
+            late and all(len(answer.tokens) >= self.least for answer in self.answers)
+        )
 
     def send(self, events: Sequence[Event]) -> None:
         """Send events to the ticket; the end of the last answer closes it."""

@@ -14,7 +14,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from softprompt.generation.answer import Answer, Job
+from softprompt.generation.answer import Answer, Job, StopSequences
 from softprompt.generation.fallback_runner import PaddedGenerate
 
 
@@ -30,7 +30,7 @@ def beam_search(generate: PaddedGenerate, jobs: Sequence[Job]) -> None:
         max_time=options.max_time,
         logits_processor=LogitsProcessorList(processors),
         stopping_criteria=StoppingCriteriaList(
-            [_StopTexts(answers[0])] if options.stop_sequences else []
+            [StopTexts(answers[0].stops)] if options.stop_sequences else []
         ),
     )
     # The best beam of a row, with the padding behind its end; taken token by token it ends where it did.
@@ -62,11 +62,11 @@ class _EachRow(LogitsProcessor):
 
 
 @final
-class _StopTexts(StoppingCriteria):
+class StopTexts(StoppingCriteria):
     """Ends a beam when it completes a stop sequence."""
 
-    def __init__(self, answer: Answer) -> None:
-        self._stops = answer.stops
+    def __init__(self, stops: StopSequences) -> None:
+        self._stops = stops
         self._start: int | None = None
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:

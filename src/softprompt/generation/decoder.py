@@ -48,7 +48,7 @@ class Decoder:
         base.model.eval()  # type: ignore[no-untyped-call]
         self._base = base
         self._bounds = bounds or Bounds()
-        self._rules = AnswerRules.of(base, decode, streams=False)
+        self._rules = AnswerRules.of(base, decode, offline=True)
         self._guard = threading.Lock()
         self._runner: Runner | None = None
 

@@ -157,7 +157,7 @@ class ForestRunner:
             if row.answer is None:
                 row.read(len(new.ids), logits)
                 self._keep(row)
-                if row.is_prefill:
+                if row.is_reading:
                     continue
                 ready += self._answering(row)
             else:

@@ -16,13 +16,14 @@ from softprompt.artifacts import (
     load_adapter,
     manifest_of,
     started_prompt,
+    tensors_read,
 )
-from softprompt.backbone import Base, load_base
+from softprompt.backbone import HEAD, Base, freeze, load_base
 from softprompt.engine import completed
 from softprompt.errors import ArtifactError, ConfigError
 from softprompt.generation import Bounds
 from softprompt.inference.choice import check_names
-from softprompt.inference.heads import HEAD, loaded_heads
+from softprompt.inference.heads import loaded_heads
 from softprompt.inference.serving import Serving
 from softprompt.inference.tuned import TunedPrompt
 

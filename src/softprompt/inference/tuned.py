@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from softprompt.artifacts import Manifest, manifest_of_task, save_adapter
-from softprompt.backbone import Base, replaced_modules
+from softprompt.backbone import Base, head_tensors, replaced_modules
 from softprompt.data import RowTokenizer
 from softprompt.engine import Engine, build_engine, placement_of
 from softprompt.errors import ConfigError
@@ -31,7 +31,6 @@ from softprompt.generation import (
     streamed,
 )
 from softprompt.inference.choice import Task, TaskNames, rows_by_task, task_number
-from softprompt.inference.heads import head_tensors
 from softprompt.inference.inputs import Fields, inputs_of, listed, row_tokenizer, sources_of
 from softprompt.prompts import Prompt, PromptLearningConfig, PromptModule
 
@@ -182,9 +181,10 @@ class TunedPrompt:
         Raises:
             ConfigError: It has a head of its own.
         """
-        for path in self.heads:
+        if self.heads:
+            names = ", ".join(head_tensors(self.heads))
             raise ConfigError(
-                f"the prompt has its own {path}, and only the base's is served; use generate"
+                f"the prompt has trained modules ({names}), and only the base's own are served; use generate"
             )
 
     # A str is iterable too; the first overload is the one meant.

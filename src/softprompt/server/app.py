@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import FileResponse, Response
 
 from softprompt.artifacts import installed_versions
-from softprompt.inference import Batcher, Scorer
+from softprompt.generation import Batcher, Scorer
 from softprompt.server import chat, classify, completions, models
 from softprompt.server.access import Access
 from softprompt.server.errors import ErrorBody, Problem, install_handlers

@@ -12,8 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from starlette.responses import Response
 
 from softprompt.errors import ConfigError
-from softprompt.inference import EchoEvent, Input, TokenEvent
-from softprompt.inference.continuous.request import Request
+from softprompt.generation import EchoEvent, Input, Request, TokenEvent
 from softprompt.prompts import Placement
 from softprompt.server.completions import answered, check_rows
 from softprompt.server.parameters import MOST_TOKENS, SamplingBody, Text, Whole, options_of

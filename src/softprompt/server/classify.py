@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from softprompt.errors import ConfigError, DataError
-from softprompt.inference import Input, Labelling
+from softprompt.generation import Input, Labelling
 from softprompt.prompts import Prompt
 from softprompt.server.errors import Problem
 from softprompt.server.parameters import Body, Fields, Stop, Text

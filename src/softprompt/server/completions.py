@@ -13,8 +13,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from softprompt.errors import ConfigError, DataError
-from softprompt.inference import EchoEvent, FinishEvent, Input, TokenEvent
-from softprompt.inference.continuous.request import Request
+from softprompt.generation import EchoEvent, FinishEvent, Input, Request, TokenEvent
 from softprompt.server.errors import Problem
 from softprompt.server.parameters import (
     MOST_TOKENS,

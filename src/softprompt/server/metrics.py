@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from softprompt.inference import Batcher
+from softprompt.generation import Batcher
 
 OTHER = "other"
 """The label that prompts share beyond the first ``max_metric_prompts``."""

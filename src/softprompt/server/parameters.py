@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from softprompt.errors import ConfigError
-from softprompt.inference import GenerationOptions
+from softprompt.generation import GenerationOptions
 
 MOST_TOKENS = 1 << 20
 _INT64 = 2**63 - 1

@@ -24,7 +24,7 @@ from softprompt.errors import (
     excerpt,
     nearest,
 )
-from softprompt.inference import DetachedPrompt, Task, task_number
+from softprompt.inference import Task, task_number, tuned_of
 from softprompt.server.folder import (
     FILES,
     FRESH_SECONDS,
@@ -284,10 +284,12 @@ class Registry:
     def _made(self, name: str, signature: Signature, stored: StoredPrompt, version: str) -> Loaded:
         if name == self.base.name:
             raise ArtifactError("it has the name of the base model; rename its folder")
-        prompt = DetachedPrompt.of_stored(stored, self.base)
+        tuned = tuned_of(stored, self.base).snapshot()
+        tuned.check_served()
         plain = self.base_served.plain
-        tasks = [Served(name, version, plain, own) for own in prompt.tasks]
-        return Loaded(signature, tuple(tasks), prompt.manifest.tasks)
+        every = [tuned.of_task(number) for number in range(len(tuned.task_names))]
+        tasks = tuple(Served(name, version, plain, own) for own in every)
+        return Loaded(signature, tasks, tuned.whole.tasks)
 
     def _signature(self, name: str) -> Signature | None:
         try:

@@ -12,8 +12,15 @@ from typing import Any
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
-from softprompt.inference import EchoEvent, Event, FinishEvent, Input, TokenEvent, TopLogProbs
-from softprompt.inference.continuous.request import Request
+from softprompt.generation import (
+    EchoEvent,
+    Event,
+    FinishEvent,
+    Input,
+    Request,
+    TokenEvent,
+    TopLogProbs,
+)
 from softprompt.server.served import Served
 
 

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from softprompt.backbone import freeze, load_base
 from softprompt.errors import UsageError
-from softprompt.inference import Batcher, Scorer
+from softprompt.generation import Batcher, Scorer
 from softprompt.server.access import Access
 from softprompt.server.app import create_app
 from softprompt.server.folder import PromptFolder
@@ -66,9 +66,9 @@ def build_app(settings: ServeSettings, root: PromptFolder) -> FastAPI:
         max_bytes=settings.max_prompt_bytes,
     )
     bounds = settings.bounds
-    batcher = Batcher(base.model, base.tokenizer, bounds)
+    batcher = Batcher(base, bounds)
     scorer = Scorer(
-        base.model,
+        base,
         max_rows=bounds.max_score_rows,
         max_tokens=bounds.max_step_tokens,
         max_waiting=bounds.max_queue,

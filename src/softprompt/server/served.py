@@ -11,8 +11,8 @@ from softprompt.artifacts import Manifest
 from softprompt.backbone import Base
 from softprompt.data import RowTokenizer, SpecialFrame, Verbalizer, encode
 from softprompt.errors import ConfigError, DataError, TemplateError
-from softprompt.inference import DetachedTask, Input, fields_of, label_ids_of
-from softprompt.inference.requests import Request as Fields
+from softprompt.generation import Input, label_ids_of
+from softprompt.inference import Fields, TunedPrompt, fields_of
 from softprompt.prompts import Placement, Prompt
 
 _LENGTH = 128
@@ -75,12 +75,12 @@ class Served:
     name: str
     version: str
     plain: PlainText
-    own: DetachedTask | None = None
+    own: TunedPrompt | None = None
 
     @property
     def prompt(self) -> Prompt | None:
         """What requests carry; None is the base alone."""
-        return self.own.prompt if self.own else None
+        return self.own.prompt() if self.own else None
 
     @property
     def rows(self) -> RowTokenizer | None:

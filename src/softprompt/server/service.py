@@ -17,8 +17,8 @@ from fastapi import Request as HTTPRequest
 
 from softprompt.backbone import input_embedding
 from softprompt.errors import NotServingError
-from softprompt.inference import Batcher, Scorer, Task, Ticket
-from softprompt.inference.continuous.request import Request
+from softprompt.generation import Batcher, Request, Scorer, Ticket
+from softprompt.inference import Task
 from softprompt.inspection import describe
 from softprompt.server.access import Access
 from softprompt.server.folder import tasks_of

@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass, field
 
 from softprompt.errors import ConfigError
 from softprompt.fields import check, from_mapping, setting
-from softprompt.inference import Bounds
+from softprompt.generation import Bounds
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+")
 _SERVER, _ACCESS, _PROMPTS = "Model and address", "Access", "Prompts"

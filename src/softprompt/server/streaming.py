@@ -17,7 +17,7 @@ from fastapi import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from softprompt.inference import EchoEvent, Event, FinishEvent, Ticket, TokenEvent
+from softprompt.generation import EchoEvent, Event, FinishEvent, Ticket, TokenEvent
 from softprompt.server.errors import Problem, problem_of
 from softprompt.server.metrics import Metrics
 

@@ -3,10 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from softprompt.engine import EngineRow, build_engine
+from softprompt.backbone import Base
+from softprompt.engine import EngineRow
+from softprompt.engine import build_engine as engine_of
 from softprompt.errors import ConfigError
-from softprompt.inference import score_labels
-from softprompt.inference.scoring import check_label_ids, label_rows, score_inputs
+from softprompt.generation import label_rows, per_token, rows_of_whole_inputs, score_rows
+from softprompt.generation.labels import check_label_ids
 from softprompt.prompts import Prompt
 
 SOURCES = [(0, 40), (0, 41, 42, 43, 44, 45), (0, 50, 51), (0, 60)]
@@ -15,6 +17,17 @@ LABELS = [(70, 1), (71, 72, 73, 1), (70, 75, 1)]
 
 def prompt_rows(width=32):
     return torch.randn(3, width, generator=torch.Generator().manual_seed(2))
+
+
+def build_engine(model):
+    return engine_of(Base(model))
+
+
+def score_labels(engine, prompt, sources, labels, *, batch_size=64, normalize=False):
+    rows = [row for source in sources for row in label_rows(source, labels, prompt)]
+    size = rows_of_whole_inputs(batch_size, len(labels))
+    scores = score_rows(engine, rows, max_rows=size).view(len(sources), len(labels))
+    return per_token(scores, [len(ids) for ids in labels]) if normalize else scores
 
 
 @pytest.mark.parametrize("name", ["llama", "bart", "t5"])
@@ -40,8 +53,10 @@ def test_without_a_prompt_the_base_is_scored(llama, answer_log_prob):
 def test_each_row_meets_its_own_prompt(llama):
     prompts = [Prompt(prompt_rows()), Prompt(2 * prompt_rows())]
     engine = build_engine(llama)
-    rows = [label_rows(each, LABELS, prompt) for prompt in prompts for each in SOURCES]
-    first, second = score_inputs(engine, rows).view(2, len(SOURCES), len(LABELS))
+    rows = [
+        row for prompt in prompts for each in SOURCES for row in label_rows(each, LABELS, prompt)
+    ]
+    first, second = score_rows(engine, rows, max_rows=64).view(2, len(SOURCES), len(LABELS))
     assert torch.allclose(second, score_labels(engine, prompts[1], SOURCES, LABELS), atol=2e-5)
     assert torch.allclose(first, score_labels(engine, prompts[0], SOURCES, LABELS), atol=2e-5)
     assert not torch.allclose(second, first, atol=1e-2)

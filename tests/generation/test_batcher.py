@@ -8,7 +8,7 @@ import time
 import pytest
 
 from oracles.served import drawn, served
-from softprompt.inference import Batcher, Bounds, TokenEvent
+from softprompt.generation import Batcher, Bounds, TokenEvent
 
 NAMES = ["llama", "gpt2", "mistral", "gemma2", "qwen3", "gpt_neox"]
 SMALL = Bounds(
@@ -41,7 +41,7 @@ def same(finish, generation):
 
 
 def test_the_runner_is_the_best_that_runs_the_model(base):
-    batcher = Batcher(base.model, base.tokenizer, SMALL)
+    batcher = Batcher(base.base, SMALL)
     batcher.stop()
     model_type = base.model.config.model_type
     assert batcher.engine == ("simple" if model_type in SIMPLE else "forest")
@@ -52,7 +52,7 @@ def test_the_runner_is_the_best_that_runs_the_model(base):
 def test_every_answer_is_its_solo_answer(base, seed):
     rng = random.Random(seed)
     asked = [drawn(rng, [*base.prompts, None]) for _ in range(24)]
-    batcher = Batcher(base.model, base.tokenizer, SMALL)
+    batcher = Batcher(base.base, SMALL)
     try:
         tickets = []
         for name, ids, options in asked:

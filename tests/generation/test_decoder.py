@@ -1,35 +1,54 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
+from oracles.solo import solo
+from softprompt.backbone import Base
 from softprompt.errors import ConfigError
-from softprompt.inference import GenerationOptions
-from softprompt.inference.generation import Generator
+from softprompt.generation import Decoder, Generation, GenerationOptions, Request
+from softprompt.generation.answer import AnswerRules
+from softprompt.generation.bounds import Bounds
+from softprompt.generation.fallback_runner import PaddedGenerate
 
 SOURCES = [(1, 40), (1, 41, 42, 43, 44, 45), (1, 50, 51), (1, *range(60, 72))]
 
 
+@dataclass(frozen=True)
+class Answering:
+    """Rows of ids answered by a base without a prompt."""
+
+    base: Base
+
+    def decode(self, ids):
+        return self.base.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def answers(self, sources, options, *, batch_size=16, cut=None):
+        requests = [Request(source, options=options, decode=self.decode) for source in sources]
+        ends = Decoder.of_batches(self.base, batch_size).run(requests)
+        flags = cut or [False] * len(ends)
+        return [Generation.of(end, cut=lost) for (end,), lost in zip(ends, flags, strict=True)]
+
+
 @pytest.fixture(params=["llama", "bart", "t5"])
 def generator(request, tokenizer):
-    model = request.getfixturevalue(request.param)
-    return Generator.of(
-        model, tokenizer, lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
-    )
+    return Answering(Base(request.getfixturevalue(request.param), tokenizer))
 
 
 @pytest.fixture
 def decoder_only(llama, tokenizer):
-    return Generator.of(
-        llama, tokenizer, lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
-    )
+    return Answering(Base(llama, tokenizer))
 
 
 def alone(generator, options, sources=SOURCES):
-    return [generator.answers([source], options)[0] for source in sources]
+    """Each row's answer by transformers' own loop, which sampled answers tell their seed for."""
+    return [
+        solo(generator.base, Request(source, options=options, decode=generator.decode))
+        for source in sources
+    ]
 
 
 @pytest.mark.parametrize(
@@ -63,14 +82,14 @@ def test_greedy_takes_the_likeliest_token_each_time(llama, decoder_only):
     assert answer.input_token_count == len(SOURCES[1])
 
 
-def test_an_answer_ends_at_its_end_token_while_the_batch_runs_on(generator):
+def test_an_answer_ends_at_its_end_token_while_the_batch_runs_on(generator, monkeypatch):
     long = GenerationOptions(max_new_tokens=8)
-    full = generator.generate(
+    full = generator.base.model.generate(
         input_ids=torch.tensor([SOURCES[0]]), max_new_tokens=3, do_sample=False, num_beams=1
     )[0, -1]
-    ending = replace(generator, eos_ids=frozenset({int(full)}))
-    answers = ending.answers(SOURCES, long)
-    assert answers == alone(ending, long)
+    monkeypatch.setattr(generator.base.model.generation_config, "eos_token_id", [int(full)])
+    answers = generator.answers(SOURCES, long)
+    assert answers == alone(generator, long)
     assert answers[0].finish_reason == "eos_token"
     assert answers[0].generated_tokens <= 3
 
@@ -120,9 +139,7 @@ def test_greedy_answers_carry_no_seed(decoder_only):
 
 
 def test_the_bases_own_search_settings_do_not_leak_in(bart, tokenizer, monkeypatch):
-    generator = Generator.of(
-        bart, tokenizer, lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
-    )
+    generator = Answering(Base(bart, tokenizer))
     options = GenerationOptions(max_new_tokens=8)
     plain = generator.answers(SOURCES, options)
     for name, value in {"num_beams": 4, "no_repeat_ngram_size": 1, "min_length": 7}.items():
@@ -132,15 +149,16 @@ def test_the_bases_own_search_settings_do_not_leak_in(bart, tokenizer, monkeypat
 
 def test_end_tokens_come_from_the_tokenizer_and_the_base(llama, tokenizer, monkeypatch):
     monkeypatch.setattr(llama.generation_config, "eos_token_id", [5, 7])
-    assert Generator.of(llama, tokenizer, tokenizer.decode).eos_ids == {2, 5, 7}
+    assert AnswerRules.of(Base(llama, tokenizer)).eos_ids == {2, 5, 7}
 
 
 def test_a_pad_token_the_model_has_no_embedding_for_is_not_used(llama, tokenizer):
     larger = copy.deepcopy(tokenizer)
     larger.add_special_tokens({"pad_token": "<new pad>"})
-    generator = Generator.of(llama, larger, larger.decode)
-    assert generator.pad_id == larger.eos_token_id
-    options = GenerationOptions(max_new_tokens=8)
+    generator = Answering(Base(llama, larger))
+    padded = PaddedGenerate(generator.base, Bounds(), frozenset())
+    assert padded.pad_id == larger.eos_token_id
+    options = GenerationOptions(max_new_tokens=8, num_beams=2)
     assert generator.answers(SOURCES, options) == alone(generator, options)
 
 
@@ -161,7 +179,7 @@ def test_preserve_input_text_puts_the_input_in_front(decoder_only, tokenizer):
 
 
 def test_an_encoder_decoder_has_no_input_to_preserve(bart, tokenizer):
-    generator = Generator.of(bart, tokenizer, tokenizer.decode)
+    generator = Answering(Base(bart, tokenizer))
     with pytest.raises(ConfigError, match="preserve_input_text needs a decoder model"):
         generator.answers([SOURCES[0]], GenerationOptions(preserve_input_text=True))
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from oracles.solo import ending
 from oracles.tokenizers import byte_bpe
-from softprompt.inference.continuous.text import GrowingText
-from softprompt.inference.stopping import StopSequences
+from softprompt.generation import GenerationOptions
+from softprompt.generation.answer import GrowingText, StopSequences
 
 TOKENIZER = byte_bpe()
 
@@ -47,9 +48,9 @@ def test_pieces_make_the_text_of_any_tokens(text, data):
 def test_stops_end_where_they_do_for_generate(text, stops):
     tokens = TOKENIZER(text)["input_ids"]
     pieces, answer, count = grown(tokens, stops)
-    first = StopSequences(tuple(stops), 0, decode).first(tokens) if stops else None
-    expected = (len(tokens), len(decode(tokens))) if first is None else first
-    assert (count, answer) == (expected[0], decode(tokens[: expected[0]])[: expected[1]])
+    options = GenerationOptions(max_new_tokens=len(tokens), stop_sequences=stops)
+    expected = ending(tokens, frozenset(), options, decode)
+    assert (count, answer) == (expected.generated_tokens, expected.text)
     assert "".join(pieces) == answer
 
 

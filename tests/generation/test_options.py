@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from softprompt.errors import ConfigError
-from softprompt.inference import GenerationOptions
+from softprompt.generation import GenerationOptions
 
 
 def test_defaults_are_caikits_greedy_twenty_tokens():

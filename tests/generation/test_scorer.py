@@ -10,13 +10,13 @@ import torch
 from oracles.served import served
 from softprompt.engine import EngineRow, PlainEngine
 from softprompt.errors import NotServingError
-from softprompt.inference import ResidentPrompts, Scorer
+from softprompt.generation import ResidentPrompts, Scorer
 
 
 def test_a_caller_that_has_gone_does_not_hold_up_the_end():
     base = served("llama", kinds=("plain",))
     scorer = Scorer(
-        base.model, max_rows=4, max_tokens=64, max_waiting=4, residents=ResidentPrompts(0, 0)
+        base.base, max_rows=4, max_tokens=64, max_waiting=4, residents=ResidentPrompts(0, 0)
     )
     gone, waiting = (scorer.submit(()) for _ in range(2))
     assert gone.cancel()
@@ -41,7 +41,7 @@ def test_a_pass_is_bounded_by_rows_and_tokens(monkeypatch, rows, tokens, passes)
         for name in ("plain", "other")
     ]
     scorer = Scorer(
-        base.model, max_rows=rows, max_tokens=tokens, max_waiting=4, residents=ResidentPrompts(0, 0)
+        base.base, max_rows=rows, max_tokens=tokens, max_waiting=4, residents=ResidentPrompts(0, 0)
     )
     seen, own = [], scorer._engine
 
@@ -67,7 +67,7 @@ def test_a_pass_is_bounded_by_rows_and_tokens(monkeypatch, rows, tokens, passes)
 def test_a_row_beyond_the_bound_has_a_pass_of_its_own():
     base = served("llama", kinds=("plain",))
     scorer = Scorer(
-        base.model, max_rows=4, max_tokens=1, max_waiting=4, residents=ResidentPrompts(0, 0)
+        base.base, max_rows=4, max_tokens=1, max_waiting=4, residents=ResidentPrompts(0, 0)
     )
     scorer.start()
     plain = base.values["plain"]
@@ -82,11 +82,11 @@ def test_prompts_that_see_the_input_and_others_are_scored_for_one_caller():
     prompts = [seeing, replace(seeing, sees_input=False), None] * 2
     rows = [EngineRow((5, 6, 7 + i), (8, 9), prompt) for i, prompt in enumerate(prompts)]
     scorer = Scorer(
-        base.model, max_rows=64, max_tokens=999, max_waiting=4, residents=ResidentPrompts(0, 0)
+        base.base, max_rows=64, max_tokens=999, max_waiting=4, residents=ResidentPrompts(0, 0)
     )
     scorer.start()
     sums = scorer.submit(rows).result(30)
-    alone = [PlainEngine(base.model).target_log_probs([row]).row_sums(1) for row in rows]
+    alone = [PlainEngine(base.base).target_log_probs([row]).row_sums(1) for row in rows]
     scorer.stop()
     assert torch.allclose(sums, torch.cat(alone).detach(), atol=1e-5)
     assert len({round(float(value), 6) for value in sums}) == len(rows)

@@ -5,18 +5,18 @@ import threading
 
 import pytest
 
-from softprompt.inference.continuous.awaited import asked_in_thread
+from softprompt.generation import in_thread
 
 
 def test_what_was_asked_for_comes_back():
     cancelled = []
-    assert asyncio.run(asked_in_thread(lambda: [1, 2], cancelled.append)) == [1, 2]
+    assert asyncio.run(in_thread(lambda: [1, 2], cancelled.append)) == [1, 2]
     assert not cancelled
 
 
 def test_an_error_comes_back():
     with pytest.raises(ZeroDivisionError):
-        asyncio.run(asked_in_thread(lambda: [1 // 0], lambda each: None))
+        asyncio.run(in_thread(lambda: [1 // 0], lambda each: None))
 
 
 def test_a_caller_who_goes_while_it_is_asked():
@@ -33,7 +33,7 @@ def test_a_caller_who_goes_while_it_is_asked():
             undone.set()
 
     async def goes_away():
-        asking = asyncio.ensure_future(asked_in_thread(ask, cancel))
+        asking = asyncio.ensure_future(in_thread(ask, cancel))
         await asyncio.to_thread(begun.wait, 10)
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -57,7 +57,7 @@ def test_a_caller_who_goes_just_before_he_is_told():
             loop.call_soon_threadsafe(asking.cancel)
             return [1, 2]
 
-        asking = asyncio.ensure_future(asked_in_thread(ask, cancelled.append))
+        asking = asyncio.ensure_future(in_thread(ask, cancelled.append))
         with pytest.raises(asyncio.CancelledError):
             await asking
 

@@ -12,15 +12,15 @@ import torch
 from oracles.served import served
 from softprompt.engine import EngineRow
 from softprompt.errors import ContextOverflowError
-from softprompt.inference import (
+from softprompt.generation import (
     Batcher,
     Bounds,
     GenerationOptions,
+    Request,
     ResidentPrompts,
     Scorer,
 )
-from softprompt.inference.continuous.request import Request
-from softprompt.inference.serving import Serving
+from softprompt.inference import Serving
 from softprompt.prompts import Prompt
 
 LABELS = ["yes", "no", "yet"]
@@ -56,7 +56,7 @@ def virtual_tokens_run(model):
 @contextmanager
 def scoring(base, residents, **bounds):
     bounds = {"max_rows": 64, "max_tokens": 10_000, "max_waiting": 16, **bounds}
-    scorer = Scorer(base.model, residents=residents, **bounds)
+    scorer = Scorer(base.base, residents=residents, **bounds)
     scorer.start()
     try:
         yield scorer
@@ -92,7 +92,7 @@ def test_kept_prompts_share_a_pass_with_rows_and_prefix_tuning(family):
     asked += [("plain", EngineRow((), (8,))), ("other", EngineRow((4,) * 20, (3,)))]
     asked += [("suffix", EngineRow((5, 6), (7,), at=2))]
     waits = Scorer(
-        base.model,
+        base.base,
         max_rows=64,
         max_tokens=10_000,
         max_waiting=16,
@@ -158,7 +158,7 @@ def test_generation_and_scores_share_what_is_kept():
 @pytest.mark.parametrize("family", ["bloom", "t5"])
 def test_models_without_a_decode_forest_keep_their_rows(family):
     base = served(family, kinds=("plain",))
-    batcher = Batcher(base.model, base.tokenizer)
+    batcher = Batcher(base.base)
     residents = ResidentPrompts(8, 100)
     rows = [EngineRow((5, 6, 7), (8,))]
     with scoring(base, residents) as scorer:

@@ -10,15 +10,15 @@ import torch
 
 from oracles.served import served
 from softprompt.errors import ConfigError, ContextOverflowError, DataError, ServingError
-from softprompt.inference import (
+from softprompt.generation import (
     Batcher,
     Bounds,
     EchoEvent,
     FinishEvent,
     GenerationOptions,
+    Request,
     TokenEvent,
 )
-from softprompt.inference.continuous.request import Request
 from softprompt.prompts import Prompt
 
 IDS = (1, 40, 41, 42, 43, 44, 45, 46, 47)
@@ -33,7 +33,7 @@ def base(request):
 
 @pytest.fixture(scope="module")
 def batcher(base):
-    batcher = Batcher(base.model, base.tokenizer, Bounds(max_batch_rows=8, max_step_tokens=8))
+    batcher = Batcher(base.base, Bounds(max_batch_rows=8, max_step_tokens=8))
     yield batcher
     batcher.stop()
 

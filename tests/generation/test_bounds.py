@@ -11,8 +11,7 @@ import torch
 from oracles.served import served
 from softprompt.backbone import locked
 from softprompt.errors import ConfigError, NotServingError, QueueFullError, ServingError
-from softprompt.inference import Batcher, Bounds, GenerationOptions, ResidentPrompts
-from softprompt.inference.continuous.request import Request
+from softprompt.generation import Batcher, Bounds, GenerationOptions, Request, ResidentPrompts
 from softprompt.prompts import Prompt
 
 IDS = (1, 40, 41, 42, 43)
@@ -30,7 +29,7 @@ def made(base):
 
     def make(**bounds):
         settings = {"max_batch_rows": 4, "max_step_tokens": 8, **bounds}
-        started.append(Batcher(base.model, base.tokenizer, Bounds(**settings)))
+        started.append(Batcher(base.base, Bounds(**settings)))
         return started[-1]
 
     yield make
