@@ -7,8 +7,8 @@ import torch
 
 from oracles.families import tiny
 from oracles.tokenizers import byte_bpe
+from softprompt import get_peft_model
 from softprompt.artifacts import Manifest
-from softprompt.attach import get_peft_model
 from softprompt.inference import TunedPrompt
 from softprompt.prompts import PromptTuningConfig
 

@@ -1,9 +1,2 @@
-from .detached import detached_prompts as detached_prompts
-from .moved import BASE as BASE
-from .moved import BatchPrompts as BatchPrompts
 from .moved import PeftModel as PeftModel
 from .moved import get_peft_model as get_peft_model
-from .moved import heads_of as heads_of
-from .moved import placement_of as placement_of
-from .moved import sees_input_of as sees_input_of
-from .moved import state_of as state_of

@@ -94,10 +94,10 @@ def one_a_row(what: str, values: Tensor | Sequence[int] | int, batch: int) -> li
         given = None
     whole = given is not None and not given.is_floating_point() and given.dtype != torch.bool
     if given is None or not whole or given.dim() > 1 or given.numel() not in (1, batch):
-        came = repr(values) if given is None else f"{given.dtype} {list(given.shape)}"
+        got = repr(values) if given is None else f"{given.dtype} {list(given.shape)}"
         raise ConfigError(
             f"{what} must be one integer, or one for each of the {batch} rows, got "
-            f"{came.removeprefix('torch.')}"
+            f"{got.removeprefix('torch.')}"
         )
     return [int(value) for value in given.expand(batch).tolist()]
 
