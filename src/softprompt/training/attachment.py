@@ -8,9 +8,9 @@ from typing import Any, cast
 import torch
 
 from softprompt.artifacts import started_prompt
-from softprompt.attach import PeftModel, get_peft_model
 from softprompt.backbone import Base, Facts, Fingerprint
 from softprompt.errors import ConfigError
+from softprompt.peft import PeftModel, get_peft_model
 from softprompt.prompts import (
     MultitaskPromptTuningConfig,
     MultitaskPromptTuningInit,

@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 from transformers import PreTrainedModel
 
 from softprompt.artifacts import Manifest
-from softprompt.attach import PeftModel
 from softprompt.backbone import (
     Base,
     Facts,
@@ -24,6 +23,7 @@ from softprompt.backbone import (
 from softprompt.data import CutSummary, RowTokenizer, TokenRow, Verbalizer
 from softprompt.engine import Engine, build_engine, check_context
 from softprompt.errors import ConfigError
+from softprompt.peft import PeftModel
 from softprompt.prompts import Placement, PromptModule
 from softprompt.training.attachment import attach
 from softprompt.training.examples import TaskData
