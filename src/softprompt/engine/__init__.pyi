@@ -9,8 +9,6 @@ from .completion import completed as completed
 from .completion import infer_task as infer_task
 from .completion import placement_of as placement_of
 from .completion import sees_input_of as sees_input_of
-from .context import check_context as check_context
-from .context import check_rows as check_rows
 from .decode.decode_forest import DecodeForest as DecodeForest
 from .decode.decode_forest import NewTokens as NewTokens
 from .decode.decode_forest import Wanted as Wanted
@@ -31,11 +29,13 @@ from .layout import pad_rows as pad_rows
 from .plain import PlainEngine as PlainEngine
 from .predictions import IGNORED as IGNORED
 from .predictions import Engine as Engine
+from .predictions import TargetLogProbs as TargetLogProbs
+from .predictions import TargetOutputs as TargetOutputs
 from .prefixes.passes import cached_tokens as cached_tokens
 from .prefixes.paths import prefix_path as prefix_path
 from .prefixes.paths import prefixed as prefixed
-from .prefixes.prefix_table import Prefixes as Prefixes
+from .prompt_table import Prefixes as Prefixes
 from .prompt_table import PromptTable as PromptTable
 from .rows import EngineRow as EngineRow
-from .rows import TargetLogProbs as TargetLogProbs
-from .rows import TargetOutputs as TargetOutputs
+from .rows import check_context as check_context
+from .rows import check_rows as check_rows

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from softprompt.backbone import Base, VirtualVocabulary
 from softprompt.engine.prefixes.paths import prefixed
-from softprompt.engine.prefixes.prefix_table import Prefixes
-from softprompt.engine.prompt_table import PromptTable
+from softprompt.engine.prompt_table import Prefixes, PromptTable
 from softprompt.prompts import Prompt
 
 

@@ -16,14 +16,12 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from softprompt.backbone import Base, recomputes_layers
-from softprompt.engine.context import depends_on_neighbours
-from softprompt.engine.forest.forest_attention import ForestUnsupportedError
 from softprompt.engine.layout import pad_rows
 from softprompt.engine.plain import PlainEngine
 from softprompt.engine.predictions import IGNORED, Engine, HeadInput, Predictions
-from softprompt.engine.prefixes.prefix_table import Prefixes
-from softprompt.engine.prompt_table import PromptTable, injected
-from softprompt.engine.rows import EngineRow
+from softprompt.engine.prompt_table import Prefixes, PromptTable
+from softprompt.engine.rows import EngineRow, depends_on_neighbours
+from softprompt.errors import BackboneError
 from softprompt.prompts import Prompt
 
 
@@ -37,16 +35,14 @@ class ExpandEngine(Engine):
         """Prepare for a base.
 
         Raises:
-            ForestUnsupportedError: If the model has no cache of keys and values to expand.
+            BackboneError: If the model has no cache of keys and values to expand.
         """
         super().__init__(base)
         self._plain = PlainEngine(base)
         parameters = inspect.signature(base.model.forward).parameters
         self._keeps_logits = "logits_to_keep" in parameters
         if self._facts.is_encoder_decoder or "past_key_values" not in parameters:
-            raise ForestUnsupportedError(
-                f"{self._facts.architecture} has no decoder cache to expand"
-            )
+            raise BackboneError(f"{self._facts.architecture} has no decoder cache to expand")
 
     def run_alike(self, rows: Sequence[EngineRow], head: HeadInput | None = None) -> Predictions:
         """Run checked rows; see ``Engine``."""
@@ -66,7 +62,7 @@ class ExpandEngine(Engine):
         if all(given):
             return self._text_pass(rows, used, *self._given(used), head)
         table = PromptTable.of(used)
-        with injected(self._base, table):
+        with table.injected(self._base):
             cache, mask = self._prompt_pass(table)
             return self._text_pass(rows, used, cache, mask, head)
 
@@ -99,7 +95,7 @@ class ExpandEngine(Engine):
         if not isinstance(cache, Cache) or any(
             type(layer) is not DynamicLayer for layer in cache.layers
         ):
-            raise ForestUnsupportedError(
+            raise BackboneError(
                 f"{self._facts.architecture} keeps more than keys and values, which cannot be expanded"
             )
         return cache, mask

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from softprompt.backbone import Base, decoder_embedding
-from softprompt.engine.context import depends_on_neighbours
 from softprompt.engine.layout import Layout, pad_rows
 from softprompt.engine.predictions import (
     IGNORED,
@@ -27,10 +26,9 @@ from softprompt.engine.predictions import (
     see_input,
 )
 from softprompt.engine.prefixes.paths import prefix_path, prefixed
-from softprompt.engine.prefixes.prefix_table import Prefixes
 from softprompt.engine.probe import remembered, scoring_difference
-from softprompt.engine.prompt_table import PromptTable, injected
-from softprompt.engine.rows import EngineRow
+from softprompt.engine.prompt_table import Prefixes, PromptTable
+from softprompt.engine.rows import EngineRow, depends_on_neighbours
 from softprompt.errors import ConfigError
 
 
@@ -101,7 +99,7 @@ class PlainEngine(Engine):
         if self._keeps_logits:
             inputs["logits_to_keep"] = longest + 1
         ends = slice(-(longest + 1), -1)
-        with self._behind(prefixes), injected(self._base, prompts):
+        with self._behind(prefixes), prompts.injected(self._base):
             logits = self._base.model(**inputs).logits[:, ends]  # [B, longest, V]
         hidden = head.states[:, ends] if head is not None and head.states is not None else None
         return Predictions.of_columns(logits, hidden, self._labels(rows, longest, left=True))
@@ -113,7 +111,7 @@ class PlainEngine(Engine):
         prompts = PromptTable.of([row.prompt for row in rows], at=[row.at for row in rows])
         layout = Layout.of(mask, prompts, compact=True)
         seen = layout.mask if prompts.sees_input else layout.isolated(self._base.model.dtype)
-        with injected(self._base, prompts):
+        with prompts.injected(self._base):
             states = self._base.model.get_encoder()(
                 input_ids=layout.ids(ids, self._facts.vocabulary, self._facts.pad_id),
                 attention_mask=seen,
@@ -131,7 +129,7 @@ class PlainEngine(Engine):
             labels = layout.spread(labels, IGNORED)
         else:
             inputs["labels"] = labels
-        with self._behind(prefixes), injected(self._base, before, decoder=True):
+        with self._behind(prefixes), before.injected(self._base, decoder=True):
             logits = self._base.model(**inputs).logits
         return Predictions.of_columns(logits, head.states if head else None, labels)
 

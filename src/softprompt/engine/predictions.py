@@ -13,13 +13,47 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from softprompt.backbone import Base, Facts
-from softprompt.engine.context import check_rows, check_table
 from softprompt.engine.forest.plan import Targets
-from softprompt.engine.rows import EngineRow, TargetLogProbs, TargetOutputs
+from softprompt.engine.rows import EngineRow, check_rows, check_table
 from softprompt.errors import BackboneError
 
 IGNORED = -100
 """Label of a column that nothing is predicted for."""
+
+
+@dataclass(frozen=True, slots=True)
+class TargetLogProbs:
+    """Log-probabilities of every target token of a batch.
+
+    Attributes:
+        values: log p of each token, rows in order and tokens in order, float32 ``[M]``.
+        row_index: The row each value belongs to, ``[M]``.
+    """
+
+    values: Tensor
+    row_index: Tensor
+
+    def row_sums(self, count: int) -> Tensor:
+        """Return the log-probability of each row's whole target, ``[B]``."""
+        zeros = self.values.new_zeros(count)
+        return zeros.index_add(0, self.row_index, self.values)
+
+
+@dataclass(frozen=True, slots=True)
+class TargetOutputs:
+    """What predicts every target token of a batch, differentiable in the prompts.
+
+    Attributes:
+        logits: Logits that predict each token, rows in order and tokens in order, float32 ``[M, V]``.
+        hidden: What entered the LM head for them, ``[M, H]``.
+        labels: The target tokens, ``[M]``.
+        row_index: The row each belongs to, ``[M]``.
+    """
+
+    logits: Tensor
+    hidden: Tensor
+    labels: Tensor
+    row_index: Tensor
 
 
 class HeadInput:

@@ -1,11 +1,12 @@
-"""The rows an engine scores, and what it returns for them."""
+"""The rows of a batch that an engine runs, and what is refused of them, with the numbers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
+from softprompt.backbone import Base, Facts, decoder_embedding, output_limit
+from softprompt.errors import ConfigError, ContextOverflowError, DataError
 from softprompt.prompts import Prompt
 
 
@@ -42,36 +43,119 @@ class EngineRow:
         return (*self.source[: self.at], *virtual, *self.source[self.at :])
 
 
-@dataclass(frozen=True, slots=True)
-class TargetLogProbs:
-    """Log-probabilities of every target token of a batch.
+def check_context(
+    tokens: int, virtual: int, limit: int | None, *, new: int = 0, what: str = "model"
+) -> None:
+    """Refuse a row of ``tokens`` behind ``virtual`` virtual tokens, with ``new`` tokens to generate.
 
-    Attributes:
-        values: log p of each token, rows in order and tokens in order, float32 ``[M]``.
-        row_index: The row each value belongs to, ``[M]``.
+    Args:
+        tokens: Real tokens of the longest row.
+        virtual: Virtual tokens before it.
+        limit: Positions the model has; None for relative positions, which have no end.
+        new: Tokens that generation may add.
+        what: Whose limit it is, for the message.
+
+    Raises:
+        ContextOverflowError: If they do not fit.
     """
+    if limit is None or tokens + virtual + new <= limit:
+        return
+    parts = f"{tokens:,} + {virtual:,} virtual tokens"
+    if new:
+        parts += f" + {new:,} new tokens"
+    raise ContextOverflowError(
+        f"{parts} exceed the {what}'s {limit:,}; shorten the input, the prompt"
+        + (" or max_new_tokens" if new else " or lower max_source_length")
+    )
 
-    values: Tensor
-    row_index: Tensor
 
-    def row_sums(self, count: int) -> Tensor:
-        """Return the log-probability of each row's whole target, ``[B]``."""
-        zeros = self.values.new_zeros(count)
-        return zeros.index_add(0, self.row_index, self.values)
+def depends_on_neighbours(rows: Sequence[EngineRow], facts: Facts) -> bool:
+    """Tell whether rows of a batch would change each other's rotary positions (``rope_changes_at``)."""
+    if facts.rope_changes_at is None:
+        return False
+    lengths = [r.input_tokens + r.prefix_tokens + len(r.source) + len(r.target) for r in rows]
+    return max(lengths) > facts.rope_changes_at
 
 
-@dataclass(frozen=True, slots=True)
-class TargetOutputs:
-    """What predicts every target token of a batch, differentiable in the prompts.
+def check_rows(base: Base, rows: Sequence[EngineRow]) -> None:
+    """Refuse a batch that cannot be run.
 
-    Attributes:
-        logits: Logits that predict each token, rows in order and tokens in order, float32 ``[M, V]``.
-        hidden: What entered the LM head for them, ``[M, H]``.
-        labels: The target tokens, ``[M]``.
-        row_index: The row each belongs to, ``[M]``.
+    Raises:
+        ConfigError: If the model cannot have a prompt where a row has it.
+        DataError: If nothing stands before a row's answer, an id is no token of the model, or a
+            prompt should stand behind more tokens than there are.
+        ContextOverflowError: If a row does not fit behind its prompt.
     """
+    model, facts = base.model, base.facts
+    for index, row in enumerate(rows):
+        _check_placement(index, row, facts)
+        if not row.source and not row.input_tokens:
+            raise DataError(
+                f"row {index} has an empty input and no prompt in it, so nothing stands before its answer; "
+                "give it an input or a prompt"
+            )
+        if not facts.is_encoder_decoder:
+            _check_ids(index, row.source + row.target, facts.vocabulary)
+            virtual = row.input_tokens + row.prefix_tokens
+            check_context(len(row.source) + len(row.target), virtual, facts.context_length)
+            continue
+        _check_ids(index, row.source, facts.vocabulary)
+        check_context(len(row.source), row.input_tokens, facts.context_length)
+        before = row.prefix_tokens + (0 if row.prompt is None else row.prompt.decoder_tokens)
+        check_context(len(row.target), before, output_limit(model), what="decoder")
+        # A decoder may have a vocabulary of its own.
+        _check_ids(index, row.target, int(decoder_embedding(model).weight.shape[0]))
 
-    logits: Tensor
-    hidden: Tensor
-    labels: Tensor
-    row_index: Tensor
+
+def check_table(base: Base, facts: Facts) -> None:
+    """Refuse a model whose embedding table was resized: virtual ids would silently mean tokens.
+
+    Args:
+        base: The base.
+        facts: Its facts when the engine was built.
+
+    Raises:
+        ConfigError: If it was.
+    """
+    size = int(base.embedding.weight.shape[0])
+    if size != facts.vocabulary:
+        raise ConfigError(
+            f"the embedding table had {facts.vocabulary:,} rows when the engine was built, now it has "
+            f"{size:,}; resize it first, then build the engine"
+        )
+
+
+def _check_ids(index: int, ids: Sequence[int], vocabulary: int) -> None:
+    """Refuse an id past the table: from V on ids would silently mean virtual tokens."""
+    largest = max(ids, default=0)
+    if largest >= vocabulary:
+        raise DataError(
+            f"row {index} holds the id {largest:,}, but the model has {vocabulary:,} tokens; "
+            "use the tokenizer that belongs to it"
+        )
+
+
+def _check_placement(index: int, row: EngineRow, facts: Facts) -> None:
+    """Refuse a prompt that cannot stand where the row has it."""
+    if not 0 <= row.at <= len(row.source):
+        raise DataError(
+            f"row {index} should have its prompt behind {row.at:,} tokens, but its input has "
+            f"{len(row.source):,}; put the prompt earlier"
+        )
+    if row.prompt is None:
+        return
+    if row.prompt.decoder is not None and not facts.is_encoder_decoder:
+        raise ConfigError(
+            f"row {index} has a decoder prompt, but {facts.architecture} has no encoder and decoder; "
+            "put its virtual tokens in the input"
+        )
+    if row.at and row.input_tokens and not row.prompt.sees_input:
+        raise ConfigError(
+            f"row {index} has its prompt behind {row.at:,} tokens, but a prompt that does not see the "
+            "input stands in front of it; use the prefix placement"
+        )
+    if row.at and row.prompt.prefix is not None:
+        raise ConfigError(
+            f"row {index} has its prompt behind {row.at:,} tokens, but keys and values stand in front "
+            "of the input; use the prefix placement"
+        )

@@ -19,13 +19,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from softprompt.engine.decode.lanes import KeyValueStore, Lane
 from softprompt.engine.forest.forest_attention import (
-    ForestUnsupportedError,
     attend_block,
     flattened,
     folded,
     refuse,
 )
-from softprompt.engine.forest.visibility import MaskRule
+from softprompt.engine.forest.plan import MaskRule
+from softprompt.errors import BackboneError
 
 NAME = "softprompt_decode"
 """Name of the attention implementation in ``config._attn_implementation``."""
@@ -165,11 +165,11 @@ def decode_mask(
     """Mask interface: the plan of the pass, under the layer kind's own rule.
 
     Raises:
-        ForestUnsupportedError: Without a plan.
+        BackboneError: Without a plan.
     """
     plan = active.get()
     if plan is None:
-        raise ForestUnsupportedError("a decode mask was requested outside a decode pass")
+        raise BackboneError("a decode mask was requested outside a decode pass")
     rule = cast(Callable[..., Tensor], mask_function)
     biases = []
     for read in plan.reads:
@@ -195,14 +195,14 @@ def decode_attention_forward(
     """Attention interface: queries ``[1, A, N, D]`` and new keys ``[1, A_kv, N, D]`` to ``[1, N, A, D]``.
 
     Raises:
-        ForestUnsupportedError: For attention sinks, biases and the like, and without a plan.
+        BackboneError: For attention sinks, biases and the like, and without a plan.
     """
     refuse(module, kwargs, _UNSUPPORTED)
     if not isinstance(attention_mask, DecodeMask):
-        raise ForestUnsupportedError(f"{type(module).__name__} made its own attention mask")
+        raise BackboneError(f"{type(module).__name__} made its own attention mask")
     layer = getattr(module, "layer_idx", None)
     if not isinstance(layer, int):
-        raise ForestUnsupportedError(f"{type(module).__name__} does not know its layer")
+        raise BackboneError(f"{type(module).__name__} does not know its layer")
     _, heads, tokens, width = query.shape
     kv_heads = key.shape[1]
     repeats = heads // kv_heads

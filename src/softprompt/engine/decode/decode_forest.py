@@ -18,10 +18,10 @@ from softprompt.backbone import Base, frozen_linears, torch_products
 from softprompt.engine.decode.decode_attention import NAME, active, decode_plan
 from softprompt.engine.decode.lanes import KeyValueStore, Lane
 from softprompt.engine.forest.causal import require_packable
-from softprompt.engine.forest.forest_attention import ForestUnsupportedError
 from softprompt.engine.plain import PlainEngine
 from softprompt.engine.probe import Drawn, difference, remembered, tolerance_of
 from softprompt.engine.rows import EngineRow
+from softprompt.errors import BackboneError
 from softprompt.prompts import Prompt
 
 Wanted = Literal["none", "last", "all"]
@@ -70,9 +70,7 @@ class DecodeForest:
         require_packable(base)
         limit = facts.rope_changes_at
         if limit is not None and limit < (facts.context_length or limit + 1):
-            raise ForestUnsupportedError(
-                f"{facts.architecture} changes its positions when a row gets long"
-            )
+            raise BackboneError(f"{facts.architecture} changes its positions when a row gets long")
         self.vocabulary = facts.vocabulary
         like = torch.empty(0, dtype=base.dtype, device=base.device)
         self.store = KeyValueStore(base.key_value_shape, like, max_tokens)

@@ -14,34 +14,33 @@ import torch
 from torch import Tensor
 
 from softprompt.backbone import Base
-from softprompt.engine.context import depends_on_neighbours
 from softprompt.engine.forest.causal_plan import causal_forest
-from softprompt.engine.forest.forest_attention import NAME, ForestUnsupportedError, planned
-from softprompt.engine.forest.plan import Plan
-from softprompt.engine.forest.visibility import Owner, Span, Visibility, padded
+from softprompt.engine.forest.forest_attention import NAME, planned
+from softprompt.engine.forest.plan import Owner, Plan, Span, Visibility, padded
 from softprompt.engine.plain import PlainEngine
 from softprompt.engine.predictions import Engine, HeadInput, Predictions
-from softprompt.engine.prefixes.prefix_table import gathered_gradient
+from softprompt.engine.prefixes.passes import gathered_gradient
 from softprompt.engine.probe import remembered, scoring_difference
 from softprompt.engine.prompt_table import PromptTable
-from softprompt.engine.rows import EngineRow
+from softprompt.engine.rows import EngineRow, depends_on_neighbours
+from softprompt.errors import BackboneError
 
 
 def require_packable(base: Base) -> None:
     """Refuse a model that cannot take the tokens of several rows as one.
 
     Raises:
-        ForestUnsupportedError: If it cannot.
+        BackboneError: If it cannot.
     """
     model, facts = base.model, base.facts
     parameters = inspect.signature(model.forward).parameters
     if facts.is_encoder_decoder or "position_ids" not in parameters:
-        raise ForestUnsupportedError(f"{facts.architecture} takes no position_ids")
+        raise BackboneError(f"{facts.architecture} takes no position_ids")
     if getattr(model.config.get_text_config(), "attn_temperature_tuning", False):
         # Llama 4; a probe is too short to see it.
-        raise ForestUnsupportedError(f"{facts.architecture} scales attention by column")
+        raise BackboneError(f"{facts.architecture} scales attention by column")
     if "logits_to_keep" not in parameters:
-        raise ForestUnsupportedError(f"{facts.architecture} takes no logits_to_keep")
+        raise BackboneError(f"{facts.architecture} takes no logits_to_keep")
 
 
 @final
@@ -54,7 +53,7 @@ class ForestEngine(Engine):
         """Prepare for a base; ``trusted`` skips the probe for prompts of keys and values.
 
         Raises:
-            ForestUnsupportedError: If the model cannot take a packed row.
+            BackboneError: If the model cannot take a packed row.
         """
         super().__init__(base)
         self._trusted = trusted
@@ -74,7 +73,7 @@ class ForestEngine(Engine):
             self._base.lock,
             gathered_gradient(self._base, kept.values) as values,
             planned(kept.visibility.to(device), values),
-            self._base.running(attention=NAME, virtual_tokens=prompts.injected),
+            self._base.running(attention=NAME, virtual_tokens=prompts.virtual_tokens),
         ):
             logits = self._base.model(
                 input_ids=plan.ids.unsqueeze(0).to(device),

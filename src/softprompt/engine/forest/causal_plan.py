@@ -21,8 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from softprompt.engine.forest.plan import Plan, Targets
-from softprompt.engine.forest.visibility import Owner, Span
+from softprompt.engine.forest.plan import Owner, Plan, Span, Targets
 from softprompt.engine.rows import EngineRow
 
 _ROOT = -1

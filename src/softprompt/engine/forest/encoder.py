@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from softprompt.backbone import Base, has_windows, recomputes_layers, skips_layers
 from softprompt.engine.forest.forest_attention import NAME, LayerMask, planned
 from softprompt.engine.forest.layers import Packing, layers_of, packed_layers, relative_bias
-from softprompt.engine.forest.visibility import Span, Visibility, padded, whole_rows
+from softprompt.engine.forest.plan import Span, Visibility, padded, whole_rows
 from softprompt.engine.layout import Layout, pad_rows
 from softprompt.engine.probe import Drawn, difference, one_line, probing, remembered, tolerance_of
 
@@ -112,14 +112,10 @@ def _shared_prompts(packing: Packing, layout: Layout) -> Visibility:
         text, prompt = places[own], places[above]
         if len(prompt):
             first = int(prompt[0])
-            prompts[first] = _all_seen(prompt, prompt)
-        texts.append(_all_seen(text, torch.cat([prompt, text])))
+            prompts[first] = Span.seeing_all(prompt, prompt)
+        texts.append(Span.seeing_all(text, torch.cat([prompt, text])))
     positions = layout.positions().flatten()[packing.take].cpu()
     return padded([list(prompts.values()), texts], positions, positions)
-
-
-def _all_seen(queries: Tensor, keys: Tensor) -> Span:
-    return Span(queries, keys, torch.ones(len(queries), len(keys), dtype=torch.bool))
 
 
 @torch.no_grad()

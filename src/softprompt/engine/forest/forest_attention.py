@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from softprompt.engine.forest.visibility import Block, MaskRule, Visibility
+from softprompt.engine.forest.plan import Block, MaskRule, Visibility
 from softprompt.errors import BackboneError
 
 NAME = "softprompt_forest"
@@ -32,10 +32,6 @@ _UNSUPPORTED = ("s_aux", "head_mask")
 _plan: ContextVar[tuple[Visibility, Sequence[Tensor]] | None] = ContextVar(
     "softprompt_forest_plan", default=None
 )
-
-
-class ForestUnsupportedError(BackboneError):
-    """The architecture needs attention that the forest does not support."""
 
 
 @dataclass(slots=True)
@@ -68,7 +64,7 @@ class LayerMask:
             return stream
         index = getattr(module, "layer_idx", None)
         if not isinstance(index, int):
-            raise ForestUnsupportedError(f"{type(module).__name__} does not know its layer")
+            raise BackboneError(f"{type(module).__name__} does not know its layer")
         own = [prefix[index, part].to(stream.device, stream.dtype) for prefix in self.prefixes]
         return torch.cat([stream, *(each.transpose(0, 1).flatten(1) for each in own)])
 
@@ -138,15 +134,15 @@ def forest_attention_forward(
     """Attention interface: queries ``[1, A, N, D]`` and keys ``[1, A_kv, N, D]`` to ``[1, N, A, D]``.
 
     Raises:
-        ForestUnsupportedError: For attention sinks, biases and the like, and without a plan.
+        BackboneError: For attention sinks, biases and the like, and without a plan.
     """
     refuse(module, kwargs, _UNSUPPORTED)
     if not isinstance(attention_mask, LayerMask):
-        raise ForestUnsupportedError(f"{type(module).__name__} made its own attention mask")
+        raise BackboneError(f"{type(module).__name__} made its own attention mask")
     _, heads, tokens, width = query.shape
     repeats = heads // key.shape[1]
     if kwargs.get("position_bias") not in (None, attention_mask):
-        raise ForestUnsupportedError(f"{type(module).__name__} adds a position bias of its own")
+        raise BackboneError(f"{type(module).__name__} adds a position bias of its own")
     scale = width**-0.5 if scaling is None else scaling
     flex = (
         attention_mask.flex() if query.device.type == "cuda" and not (softcap or dropout) else None
@@ -172,11 +168,11 @@ def refuse(module: nn.Module, kwargs: dict[str, Any], names: Sequence[str]) -> N
     """Refuse arguments of attention that ours does not support.
 
     Raises:
-        ForestUnsupportedError: If one of ``names`` is among its arguments.
+        BackboneError: If one of ``names`` is among its arguments.
     """
     for name in names:
         if kwargs.get(name) is not None:
-            raise ForestUnsupportedError(f"{type(module).__name__} passes {name} to attention")
+            raise BackboneError(f"{type(module).__name__} passes {name} to attention")
 
 
 def _stream(part: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softprompt.backbone import has_windows
-from softprompt.engine.forest.forest_attention import ForestUnsupportedError, LayerMask
+from softprompt.engine.forest.forest_attention import LayerMask
+from softprompt.errors import BackboneError
 
 _SELF, _CROSS = "attention_mask", "encoder_attention_mask"
 _PLACED = ("position_embeddings", "position_ids")
@@ -129,14 +130,14 @@ def layers_of(stack: nn.Module, *, windows: bool = False) -> nn.ModuleList:
         windows: Whether its layers are given the masks the model makes for each kind of layer.
 
     Raises:
-        ForestUnsupportedError: If the stack has no single list of them, or layers that see only a
+        BackboneError: If the stack has no single list of them, or layers that see only a
             window, which one mask for all would ignore.
     """
     if not windows and has_windows(stack):
-        raise ForestUnsupportedError(f"{type(stack).__name__} has layers that see only a window")
+        raise BackboneError(f"{type(stack).__name__} has layers that see only a window")
     lists = [m for m in stack.modules() if isinstance(m, nn.ModuleList) and len(m)]
     if not lists:
-        raise ForestUnsupportedError(f"{type(stack).__name__} has no list of layers")
+        raise BackboneError(f"{type(stack).__name__} has no list of layers")
     return lists[0]
 
 
@@ -218,13 +219,13 @@ def relative_bias(stack: nn.Module, length: int) -> Tensor | None:
     """Return T5's relative position bias ``[A, length, length]``, None for other stacks.
 
     Raises:
-        ForestUnsupportedError: If its layers have biases of their own each.
+        BackboneError: If its layers have biases of their own each.
     """
     owners = [m for m in stack.modules() if getattr(m, "has_relative_attention_bias", False)]
     if not owners:
         return None
     if len(owners) > 1:
-        raise ForestUnsupportedError(f"{type(stack).__name__} has a position bias in every layer")
+        raise BackboneError(f"{type(stack).__name__} has a position bias in every layer")
     with torch.no_grad():
         bias: Tensor = cast(Any, owners[0]).compute_bias(length, length)[0]
     return bias

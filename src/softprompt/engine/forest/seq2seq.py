@@ -8,7 +8,8 @@ that do not depend on it, which are computed once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast, final
 
 import torch
@@ -16,14 +17,15 @@ from torch import Tensor, nn
 
 from softprompt.backbone import Base, decoder_embedding, recomputes_layers, skips_layers
 from softprompt.engine.forest.causal_plan import decoder_forest
-from softprompt.engine.forest.forest_attention import NAME, ForestUnsupportedError, LayerMask
+from softprompt.engine.forest.forest_attention import NAME, LayerMask
 from softprompt.engine.forest.layers import Packing, layers_of, packed_layers, relative_bias
-from softprompt.engine.forest.plan import EncoderPlan, Plan, encoder_plan
+from softprompt.engine.forest.plan import Owner, Plan, Span
 from softprompt.engine.layout import pad_rows
 from softprompt.engine.plain import PlainEngine
 from softprompt.engine.predictions import Engine, HeadInput, Predictions
 from softprompt.engine.prompt_table import PromptTable
 from softprompt.engine.rows import EngineRow
+from softprompt.errors import BackboneError
 
 
 @final
@@ -36,16 +38,14 @@ class PackedSeq2SeqEngine(Engine):
         """Prepare for a base.
 
         Raises:
-            ForestUnsupportedError: If its stacks cannot be packed.
+            BackboneError: If its stacks cannot be packed.
         """
         super().__init__(base)
         self._model = model = base.model
         if not self._facts.is_encoder_decoder:
-            raise ForestUnsupportedError(f"{self._facts.architecture} has no encoder")
+            raise BackboneError(f"{self._facts.architecture} has no encoder")
         if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
-            raise ForestUnsupportedError(
-                f"{self._facts.architecture} does not say how it shifts labels"
-            )
+            raise BackboneError(f"{self._facts.architecture} does not say how it shifts labels")
         self._plain = PlainEngine(base)
         self._encoder = model.get_encoder()
         self._decoder = cast(Any, model).get_decoder()
@@ -64,7 +64,7 @@ class PackedSeq2SeqEngine(Engine):
         virtual = prompts.ids(self._facts.vocabulary)
         encoder = encoder_plan(rows, virtual, sees_input=prompts.sees_input)
         with self._base.lock:
-            with self._base.running(attention=NAME, virtual_tokens=prompts.injected):
+            with self._base.running(attention=NAME, virtual_tokens=prompts.virtual_tokens):
                 states = self._encode(encoder.plan)
             return self._decode(rows, encoder, states, head)
 
@@ -100,7 +100,9 @@ class PackedSeq2SeqEngine(Engine):
             cross=LayerMask.of(plan.visibility_over(encoder.plan, encoder.owned).to(device)),
             keep=wanted.to(device),
         )
-        running = self._base.running(attention=NAME, virtual_tokens=prompts.injected, decoder=True)
+        running = self._base.running(
+            attention=NAME, virtual_tokens=prompts.virtual_tokens, decoder=True
+        )
         with running, hooks:
             logits = self._model(
                 encoder_outputs=(states,),
@@ -129,3 +131,70 @@ class PackedSeq2SeqEngine(Engine):
         shifted = cast(Any, self._model).prepare_decoder_input_ids_from_labels(labels=labels)
         starts: list[int] = shifted[:, 0].tolist()
         return starts
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderPlan:
+    """An encoder's pass, and what its sequences mean to a decoder.
+
+    Attributes:
+        plan: The pass.
+        owners: The input that each row of the batch has; rows with one input and prompt share it.
+        owned: Tokens of the stream whose states each input owns, in the order of its sequence.
+    """
+
+    plan: Plan
+    owners: tuple[int, ...]
+    owned: Mapping[Owner, Tensor]
+
+
+def encoder_plan(
+    rows: Sequence[EngineRow], virtual: Sequence[tuple[int, ...]], *, sees_input: bool
+) -> EncoderPlan:
+    """Plan the encoder's pass for a batch.
+
+    Args:
+        rows: The rows; prompts that do not see the input stand in front of it.
+        virtual: The virtual ids of each row's prompt.
+        sees_input: Whether the prompts see the input.
+    """
+    inputs = [row.source_with(ids) for row, ids in zip(rows, virtual, strict=True)]
+    prompt_of = dict(zip(inputs, virtual, strict=True))
+    number = {ids: i for i, ids in enumerate(prompt_of)}
+    owners = tuple(number[ids] for ids in inputs)
+    if sees_input:
+        own = _indices(list(prompt_of))
+        plan = _encoder_pass([(0, ids) for ids in prompt_of], own, own)
+        return EncoderPlan(plan, owners, dict(enumerate(own)))
+    shared = [ids for ids in dict.fromkeys(virtual) if ids]
+    sequences = [
+        *((0, ids) for ids in shared),
+        *((len(prompt), ids[len(prompt) :]) for ids, prompt in prompt_of.items()),
+    ]
+    own = _indices([ids for _, ids in sequences])
+    states = dict(zip(shared, own, strict=False))
+    seen = [
+        torch.cat([states[prompt], index]) if prompt else index
+        for prompt, index in zip(prompt_of.values(), own[len(shared) :], strict=True)
+    ]
+    plan = _encoder_pass(sequences, own, [*own[: len(shared)], *seen])
+    return EncoderPlan(plan, owners, dict(enumerate(seen)))
+
+
+def _encoder_pass(
+    sequences: Sequence[tuple[int, tuple[int, ...]]], own: Sequence[Tensor], seen: Sequence[Tensor]
+) -> Plan:
+    """Return the pass of sequences with first positions, each seeing all of the given tokens."""
+    spans = [Span.seeing_all(queries, keys) for queries, keys in zip(own, seen, strict=True)]
+    ids = torch.tensor([token for _, ids in sequences for token in ids], dtype=torch.long)
+    positions = torch.cat([torch.arange(start, start + len(ids)) for start, ids in sequences])
+    return Plan(ids, positions, (tuple(spans),))
+
+
+def _indices(sequences: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Return the stream indices of each sequence."""
+    at, found = 0, []
+    for ids in sequences:
+        found.append(torch.arange(at, at + len(ids)))
+        at += len(ids)
+    return found

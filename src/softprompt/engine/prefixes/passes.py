@@ -7,7 +7,7 @@ transformers' attention interface; and as the first columns of the cache, for th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from softprompt.backbone import Base, Facts, recomputes_layers
-from softprompt.engine.forest.forest_attention import ForestUnsupportedError
 from softprompt.engine.prefixes.prefix_attention import EAGER, NAME, PrefixPlan, active_plan
-from softprompt.engine.prefixes.prefix_table import Prefixes, gathered_gradient
-from softprompt.errors import ConfigError
+from softprompt.engine.prompt_table import Prefixes
+from softprompt.errors import BackboneError, ConfigError
 
 
 @contextmanager
@@ -28,7 +27,7 @@ def prefixed_attention(base: Base, prefixes: Prefixes) -> Iterator[None]:
     """Inject prefixes into the attention of every pass in the context; masks and caches hold the text alone.
 
     Raises:
-        ForestUnsupportedError: If the model does not honour the attention interface.
+        BackboneError: If the model does not honour the attention interface.
     """
     with base.lock, ExitStack() as stack:
         own = base.model.config.get_text_config()._attn_implementation
@@ -95,7 +94,7 @@ def cached_tokens(cache: object) -> int:
 def _shift_decoder(table: nn.Module, prefixes: Prefixes, stack: ExitStack) -> None:
     """Shift the learned positions of a seq2seq decoder, whose forward takes none."""
     if "position_ids" not in inspect.signature(table.forward).parameters:
-        raise ForestUnsupportedError(f"{type(table).__name__} takes no position_ids")
+        raise BackboneError(f"{type(table).__name__} takes no position_ids")
     rows: list[int] = []
 
     def shift(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -173,3 +172,64 @@ def prefixed_cache(
         finally:
             for handle in handles:
                 handle.remove()
+
+
+# Under reentrant gradient checkpointing each layer has a backward of its own, which would run through
+# whatever made the prefix once a layer and find its graph freed. So the layers get a leaf; what gathers in
+# it is handed on when the embedding's gradient is computed, the last of the pass.
+
+
+class _HandOn(torch.autograd.Function):
+    """Return the embeddings; in backward, hand what gathered in the leaf on to the prefix."""
+
+    @staticmethod
+    def forward(ctx: Any, embeds: Tensor, table: Tensor, leaf: Tensor) -> Tensor:
+        ctx.leaf = leaf
+        return embeds.view_as(embeds)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        gathered, ctx.leaf.grad = ctx.leaf.grad, None
+        return gradients[0], gathered, None
+
+
+def _reentrant(model: nn.Module) -> bool:
+    """Tell whether layers will be checkpointed with a backward of their own each.
+
+    Call it before ``recomputed_alike`` wraps the function that does it.
+    """
+    if not recomputes_layers(model):
+        return False
+    for module in model.modules():
+        run = getattr(module, "_gradient_checkpointing_func", None)
+        if run is not None:
+            return bool(getattr(run, "keywords", {}).get("use_reentrant", True))
+    return False
+
+
+@contextmanager
+def gathered_gradient(base: Base, values: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the same values as leaves, where that is needed, whose gradients reach them after backward."""
+    model = base.model
+    trained = any(value.requires_grad for value in values) and torch.is_grad_enabled()
+    if not (trained and _reentrant(model)):
+        yield list(values)
+        return
+    leaves = [value.detach().requires_grad_(value.requires_grad) for value in values]
+
+    def hand_on(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        for value, leaf in zip(values, leaves, strict=True):
+            if value.requires_grad:
+                output = cast(Any, _HandOn).apply(output, value, leaf)
+        return output
+
+    owners: list[Any] = [model]
+    if base.is_encoder_decoder:
+        owners = [model.get_encoder(), cast(Any, model).get_decoder()]
+    embeddings = {id(e): e for e in (owner.get_input_embeddings() for owner in owners)}
+    handles = [embedding.register_forward_hook(hand_on) for embedding in embeddings.values()]
+    try:
+        yield leaves
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from softprompt.engine.forest.forest_attention import ForestUnsupportedError
-from softprompt.engine.forest.visibility import MaskRule
-from softprompt.engine.prefixes.prefix_table import Prefixes
+from softprompt.engine.forest.plan import MaskRule
+from softprompt.engine.prompt_table import Prefixes
+from softprompt.errors import BackboneError
 
 NAME = "softprompt_prefix"
 """Name of the attention implementation in ``config._attn_implementation``."""
@@ -82,11 +82,11 @@ def prefix_mask(
     """Mask interface: who sees whom, prefix included, under the layer kind's own rule.
 
     Raises:
-        ForestUnsupportedError: Without a plan, or for a rule that takes more than positions.
+        BackboneError: Without a plan, or for a rule that takes more than positions.
     """
     plan = active_plan.get()
     if plan is None:
-        raise ForestUnsupportedError("a prefix mask was requested outside a prefixed pass")
+        raise BackboneError("a prefix mask was requested outside a prefixed pass")
     if plan.causal_only and not _is_causal(mask_function, device):
         make = cast(Any, AttentionMaskInterface)()[plan.inner]
         own = make(
@@ -104,7 +104,7 @@ def prefix_mask(
         )
         return PrefixMask(own, plan.inner)
     if use_vmap:
-        raise ForestUnsupportedError("the model's attention mask depends on more than positions")
+        raise BackboneError("the model's attention mask depends on more than positions")
     prefixes = plan.prefixes.repeated(batch_size)
     lengths = prefixes.lengths.to(device).view(-1, 1, 1, 1)
     row = torch.arange(batch_size, device=device).view(-1, 1, 1, 1)
@@ -155,16 +155,16 @@ def prefix_attention_forward(
     """Attention interface: the model's own attention over the prefix and the text.
 
     Raises:
-        ForestUnsupportedError: If the layer does not know its number or adds a bias of its own.
+        BackboneError: If the layer does not know its number or adds a bias of its own.
     """
     if not isinstance(attention_mask, PrefixMask):
-        raise ForestUnsupportedError(f"{type(module).__name__} made its own attention mask")
+        raise BackboneError(f"{type(module).__name__} made its own attention mask")
     run = _inner(module, attention_mask.inner)
     prefixes = attention_mask.prefixes
     if prefixes is not None:
         index = getattr(module, "layer_idx", None)
         if not isinstance(index, int) or index >= prefixes.layers:
-            raise ForestUnsupportedError(f"{type(module).__name__} does not know its layer")
+            raise BackboneError(f"{type(module).__name__} does not know its layer")
         keys, values = prefixes.layer(index, key)
         key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
         if kwargs.get("position_bias") is not None:
@@ -181,7 +181,7 @@ def _inner(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor |
         )
     found = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if found is None:
-        raise ForestUnsupportedError(f"{type(module).__name__} has no eager attention to call")
+        raise BackboneError(f"{type(module).__name__} has no eager attention to call")
     return cast(Callable[..., tuple[Tensor, Tensor | None]], found)
 
 
@@ -195,7 +195,7 @@ def _prefix_bias(module: nn.Module, mask: PrefixMask, prefixes: Prefixes, querie
         }
         mask.bias = torch.cat([of[start] for start in starts])
     if mask.bias is None:
-        raise ForestUnsupportedError(f"{type(module).__name__} adds a position bias of its own")
+        raise BackboneError(f"{type(module).__name__} adds a position bias of its own")
     return mask.bias
 
 
