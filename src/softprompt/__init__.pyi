@@ -5,13 +5,13 @@ from .artifacts.composed import subtract_prompts as subtract_prompts
 from .errors import SoftPromptError as SoftPromptError
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.report import Report as Report
-from .inference.continuous.bounds import Bounds as Bounds
+from .generation.bounds import Bounds as Bounds
+from .generation.options import GenerationOptions as GenerationOptions
+from .generation.ticket import Generation as Generation
 from .inference.conversion import convert as convert
 from .inference.ensemble import Ensemble as Ensemble
-from .inference.generation import Generation as Generation
 from .inference.loading import load as load
 from .inference.loading import load_many as load_many
-from .inference.options import GenerationOptions as GenerationOptions
 from .inference.serving import Serving as Serving
 from .inference.tuned import TunedPrompt as TunedPrompt
 from .inspection.retrieval import similar_prompts as similar_prompts

@@ -7,9 +7,9 @@ import torch
 
 from oracles.families import tiny
 from oracles.tokenizers import byte_bpe
-from softprompt import get_peft_model
+from oracles.tuned import untrained
 from softprompt.artifacts import Manifest
-from softprompt.inference import TunedPrompt
+from softprompt.backbone import Base
 from softprompt.prompts import PromptTuningConfig
 
 
@@ -34,6 +34,6 @@ def make_tuned():
             "seq2seq": False,
             **changes,
         }
-        return TunedPrompt(get_peft_model(base, config), tokenizer, Manifest(**values))
+        return untrained(Base(base, tokenizer), config, Manifest(**values))
 
     return make

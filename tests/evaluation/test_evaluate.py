@@ -8,7 +8,7 @@ import pytest
 from softprompt.engine import EngineRow
 from softprompt.errors import ConfigError, ContextOverflowError, DataError, TemplateError
 from softprompt.evaluation import evaluate
-from softprompt.inference import GenerationOptions, score_labels
+from softprompt.generation import GenerationOptions
 
 ROWS = [
     {"input": text, "output": label}
@@ -57,7 +57,9 @@ def test_the_base_alone_sees_the_template_and_no_prompt(make_tuned):
     tuned = make_tuned()
     sources = [tuned.rows.source({"input": row["input"]})[0] for row in ROWS]
     ids = tuned.label_ids(tuned.labels)
-    best = score_labels(tuned.engine, None, sources, ids).argmax(1).tolist()
+    rows = [EngineRow(source, each) for source in sources for each in ids]
+    sums = tuned.engine.target_log_probs(rows).row_sums(len(rows))
+    best = sums.view(len(sources), len(ids)).argmax(1).tolist()
     report = evaluate(tuned, ROWS, without_prompt=True)
     assert report.without_prompt
     assert report.predictions == {label: best.count(k) for k, label in enumerate(tuned.labels)}

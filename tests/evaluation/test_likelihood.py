@@ -40,7 +40,7 @@ ROWS = [row([1, 2, 3], [5, 1]), row([1], [2]), row([4, 4], [9, 9, 1])]
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
 def test_perplexity_by_hand(batch_size):
     expected = (5 + 1 + 2 + 9 + 9 + 1) / 10
-    found = target_likelihood(ByHand(), None, ROWS, batch_size=batch_size)
+    found = target_likelihood(ByHand(), ROWS, None, batch_size=batch_size)
     assert found.log_prob == pytest.approx(-expected)
     assert found.tokens == 6
     assert found.loss == pytest.approx(expected / 6)
@@ -49,16 +49,16 @@ def test_perplexity_by_hand(batch_size):
 
 def test_the_prompt_is_behind_the_rows_only_when_asked_for():
     prompt = Prompt(torch.full((2, 1), 0.5))
-    with_prompt = target_likelihood(ByHand(), prompt, ROWS)
+    with_prompt = target_likelihood(ByHand(), ROWS, prompt)
     assert with_prompt.loss == pytest.approx(2.7 / 6 + 1)
 
 
 def test_a_pass_holds_at_most_the_rows_asked_for():
     engine = ByHand()
-    target_likelihood(engine, None, ROWS, batch_size=2)
+    target_likelihood(engine, ROWS, None, batch_size=2)
     assert engine.sizes == [2, 1]
     with pytest.raises(ConfigError, match="at least 1 row"):
-        target_likelihood(engine, None, ROWS, batch_size=0)
+        target_likelihood(engine, ROWS, None, batch_size=0)
 
 
 def test_a_perplexity_out_of_range_is_infinite():
@@ -67,16 +67,16 @@ def test_a_perplexity_out_of_range_is_infinite():
 
 def test_the_best_label_is_taken_raw_or_per_token():
     labels = [(3,), (2, 2)]
-    raw = classify_rows(ByHand(), None, ROWS, labels)
+    raw = classify_rows(ByHand(), ROWS, labels, None)
     assert raw.predicted == (0, 0, 0)
     assert torch.allclose(raw.scores, torch.tensor([[-0.3, -0.4]] * 3))
-    normalised = classify_rows(ByHand(), None, ROWS, labels, normalize=True)
+    normalised = classify_rows(ByHand(), ROWS, labels, None, normalize=True)
     assert normalised.predicted == (1, 1, 1)
     assert torch.equal(normalised.scores, raw.scores)
 
 
 def test_the_likelihood_of_gold_labels_passes_over_unknown_ones():
-    found = classify_rows(ByHand(), None, ROWS, [(3,), (2, 2)])
+    found = classify_rows(ByHand(), ROWS, [(3,), (2, 2)], None)
     likelihood = found.likelihood([0, None, 1])
     assert likelihood.log_prob == pytest.approx(-0.7)
     assert likelihood.tokens == 3

@@ -143,7 +143,7 @@ def test_a_caikit_prompt_needs_no_base_and_then_has_no_fingerprint(tmp_path, pro
 def test_peft_computes_the_same_from_a_converted_caikit_prompt(tmp_path, prompts, bases):
     convert(prompts / "causal", tmp_path / "out", to="caikit")
     convert(tmp_path / "out", tmp_path / "back", to="peft")
-    base = softprompt.load(prompts / "causal").model.get_base_model()
+    base = softprompt.load(prompts / "causal").base.model
     loaded = peft.PeftModel.from_pretrained(base, str(tmp_path / "back"))
     assert torch.equal(
         loaded.prompt_encoder["default"].embedding.weight, rows_of(prompts / "causal")
@@ -286,7 +286,7 @@ def test_a_vllm_request_holds_what_the_model_sees(tmp_path, prompts):
     payload = read_payload(tmp_path / "r.json")
     tuned = softprompt.load(prompts / "causal")
     source, _ = tuned.rows.source({"input": "it is late "})
-    base = tuned.model.get_base_model()
+    base = tuned.base.model
     expected = torch.cat(
         [rows_of(prompts / "causal"), base.get_input_embeddings()(torch.tensor(source))]
     )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from softprompt import get_peft_model
+from oracles.tuned import untrained
 from softprompt.artifacts import Manifest
 from softprompt.backbone import Fingerprint, load_base
 from softprompt.errors import ConfigError, FingerprintError
 from softprompt.generation import per_token
-from softprompt.inference import Ensemble, TunedPrompt, load_many
+from softprompt.inference import Ensemble, load_many
 from softprompt.prompts import MultitaskPromptTuningConfig, PromptTuningConfig
 
 TEXTS = ["the cat", "a", "much longer text, with words at the end", "that is it", "oh no"]
@@ -32,8 +32,7 @@ def make(base, seed, length=3, config=None, **changes):
         "seq2seq": False,
         **changes,
     }
-    model = get_peft_model(base.model, config)
-    return TunedPrompt(model, base.tokenizer, Manifest(**values))
+    return untrained(base, config, Manifest(**values))
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +68,7 @@ def member_scores(prompts, *, normalize=False):
 
 
 def test_many_prompts_share_one_base(members, prompts):
-    assert len({id(each.model) for each in prompts}) == 1
+    assert len({id(each.base.model) for each in prompts}) == 1
     alone = [load_many([path])[0] for path in members]
     for one, other in zip(alone, prompts, strict=True):
         assert torch.equal(one.prompt().input, other.prompt().input)

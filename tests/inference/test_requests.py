@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import pytest
-from softprompt.inference.requests import listed
 
 from softprompt.errors import DataError, TemplateError
 from softprompt.inference import fields_of
+from softprompt.inference.inputs import listed
 
 
 def test_a_bare_text_is_the_only_field_whatever_its_name():

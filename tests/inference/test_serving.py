@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import gc
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,15 +10,14 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-import torch
 
 from oracles.served import served
+from oracles.tuned import untrained
 from softprompt import (
     MultitaskPromptTuningConfig,
     PromptTuningConfig,
     Serving,
     TunedPrompt,
-    get_peft_model,
     load,
 )
 from softprompt.errors import AdapterError, ConfigError, ContextOverflowError, NotServingError
@@ -120,10 +118,10 @@ def test_threads_read_texts_each_in_their_own_way(base):
     plain = base.prompts["plain"]
     mark = plain.tokenizer.eos_token
     marked = TunedPrompt(
-        plain.model,
-        plain.tokenizer,
+        plain.base,
+        plain.module,
+        plain.config,
         replace(plain.manifest, template=mark + plain.manifest.template),
-        plain.adapter,
     )
     cases = [(plain, f"is {mark} it"), (marked, "is it")]
     expected = [tuned.sources([text]) for tuned, text in cases]
@@ -161,11 +159,6 @@ def mixed(tmp_path_factory):
     config = MultitaskPromptTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=3, num_tasks=2, num_ranks=1
     )
-    model = get_peft_model(copy.deepcopy(base.model), config, adapter_name="both")
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.encoder_of("both").parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
     own = {"labels": None, "task": "generation"}
     tasks = {
         "ask": {**own, "template": "{{input}} ?"},
@@ -173,7 +166,7 @@ def mixed(tmp_path_factory):
     }
     plain = base.prompts["plain"]
     record = replace(plain.whole, tasks=("ask", "tell"), data={"tasks": tasks})
-    base.prompts["both"] = TunedPrompt(model, base.tokenizer, record, "both")
+    base.prompts["both"] = untrained(base.base, config, record, seed=2)
     root = tmp_path_factory.mktemp("prompts")
     for name, tuned in base.prompts.items():
         tuned.save(root / name)
@@ -217,7 +210,7 @@ def test_labels_are_scored_as_by_each_prompt_alone(mixed, tmp_path):
     sets = {"two": ("good", "bad"), "three": ("good", "so so", "bad")}
     own = {
         name: TunedPrompt(
-            plain.model, base.tokenizer, replace(plain.whole, labels=labels), plain.adapter
+            plain.base, plain.module, plain.config, replace(plain.whole, labels=labels)
         )
         for name, labels in sets.items()
     }
@@ -255,12 +248,7 @@ def test_prompts_before_a_decoder_are_served_as_alone(types):
     config = PromptTuningConfig(
         task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3, output_model_types=types
     )
-    model = get_peft_model(copy.deepcopy(base.model.get_base_model()), config, adapter_name="it")
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in model.encoder_of("it").parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    tuned = TunedPrompt(model, base.tokenizer, base.whole, "it")
+    tuned = untrained(base.base, config, base.whole, seed=4)
     with Serving({"it": tuned}) as serving:
         answers = serving.generate(TEXTS, "it", max_new_tokens=6)
         assert answers == tuned.generate(TEXTS, max_new_tokens=6)

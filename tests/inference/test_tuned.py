@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from softprompt import get_peft_model
+from oracles.solo import solo
+from oracles.tuned import untrained
 from softprompt.artifacts import Manifest
 from softprompt.backbone import Fingerprint, load_base
 from softprompt.errors import (
@@ -20,8 +21,8 @@ from softprompt.errors import (
     OutputExistsError,
     TemplateError,
 )
-from softprompt.generation import GenerationOptions
-from softprompt.inference import TunedPrompt, load
+from softprompt.generation import GenerationOptions, Request
+from softprompt.inference import load
 from softprompt.prompts import PromptTuningConfig
 
 TEXTS = ["the cat", "a", "a much longer text, with the words at the end"]
@@ -47,7 +48,7 @@ def make(folder, *, length=4, seed=1, **changes):
         "seq2seq": seq2seq,
         **changes,
     }
-    return TunedPrompt(get_peft_model(base.model, config), base.tokenizer, Manifest(**values))
+    return untrained(base, config, Manifest(**values))
 
 
 @pytest.fixture(params=["llama", "bart", "t5"])
@@ -63,7 +64,7 @@ def llama_folder(folders):
 @torch.no_grad()
 def greedy_oracle(prompt, source, count):
     """Append the likeliest token, running the whole unpadded row of embeddings each time."""
-    model = prompt.model.get_base_model()
+    model = prompt.base.model
     embed, virtual = model.get_input_embeddings(), prompt.prompt().input
     ids = list(source)
     for _ in range(count):
@@ -97,14 +98,15 @@ def test_the_prompt_matters_and_can_be_left_out(folder):
     options = GenerationOptions(max_new_tokens=8)
     alone = prompt.generate_rows(sources, options, without_prompt=True)
     assert alone != prompt.generate_rows(sources, options)
-    with prompt.model.disable_adapter():
-        assert alone == prompt.generate_rows(sources, options)
+    decode = prompt.rows.decode
+    requests = [Request(source, options=options, decode=decode) for source in sources]
+    assert alone == [solo(prompt.base, request) for request in requests]
 
 
 def test_label_scores_are_those_of_one_row_at_a_time(folder, answer_log_prob):
     prompt = make(folder, **CLASSES)
     found = prompt.classify(TEXTS)
-    model = prompt.model.get_base_model()
+    model = prompt.base.model
     for text, each in zip(TEXTS, found, strict=True):
         source, _ = prompt.rows.source({"input": text})
         expected = {
@@ -185,8 +187,7 @@ def test_unknown_generation_settings_are_refused(llama_folder):
 def test_each_prompt_on_one_model_answers_for_itself(llama_folder):
     first = make(llama_folder, **CLASSES)
     torch.manual_seed(8)
-    first.model.add_adapter("second", replace(first.model.peft_config["default"]))
-    second = TunedPrompt(first.model, first.tokenizer, first.manifest, "second")
+    second = untrained(first.base, replace(first.config), first.manifest)
     lone = make(llama_folder, **CLASSES)
     assert first.generate(TEXTS) == lone.generate(TEXTS)
     assert first.generate(TEXTS) != second.generate(TEXTS)
@@ -221,16 +222,16 @@ def test_a_base_in_memory_is_used_as_it_is(llama_folder, tmp_path):
     base = load_base(llama_folder)
     base.model.train()
     loaded = load(tmp_path / "prompt", base.model, tokenizer=base.tokenizer)
-    assert loaded.model.get_base_model() is base.model
+    assert loaded.base.model is base.model
     assert not base.model.training
     assert loaded.generate(TEXTS) == prompt.generate(TEXTS)
 
 
 def test_the_base_comes_back_in_its_recorded_dtype_or_the_one_asked_for(llama_folder, tmp_path):
     make(llama_folder, dtype="bfloat16").save(tmp_path / "prompt")
-    assert load(tmp_path / "prompt").model.get_base_model().dtype is torch.bfloat16
+    assert load(tmp_path / "prompt").base.model.dtype is torch.bfloat16
     loaded = load(tmp_path / "prompt", torch_dtype="float32")
-    assert loaded.model.get_base_model().dtype is torch.float32
+    assert loaded.base.model.dtype is torch.float32
 
 
 def test_pefts_own_folder_is_a_generator_of_the_bare_input(folder, tmp_path):

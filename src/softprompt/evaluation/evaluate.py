@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
+from softprompt.backbone import replaced_modules
 from softprompt.data import DataSource, Record, TokenRow, read_records
 from softprompt.engine import Engine
 from softprompt.errors import ConfigError, DataError, nearest
-from softprompt.evaluation.labels import ensemble_report, label_report
-from softprompt.evaluation.likelihood import classify_rows, target_likelihood
-from softprompt.evaluation.metrics import text_metrics
-from softprompt.evaluation.report import Report
-from softprompt.evaluation.tasks import joined
-from softprompt.inference import Ensemble, GenerationOptions, TaskNames, TunedPrompt, require_tokens
-from softprompt.inference.task_choice import Task as TaskName
+from softprompt.evaluation.likelihood import Classified, classify_rows, target_likelihood
+from softprompt.evaluation.metrics import label_metrics, text_metrics
+from softprompt.evaluation.report import Report, joined
+from softprompt.generation import GenerationOptions
+from softprompt.inference import Ensemble, TaskNames, TunedPrompt, require_tokens
+from softprompt.inference import Task as TaskName
 from softprompt.prompts import Prompt
 
 Task = Literal["classification", "generation"]
@@ -135,13 +135,14 @@ def _report(tuned: TunedPrompt | Ensemble, examples: Sequence[Record], how: _How
     scorer = members[0].engine_of(how.engine)
     if isinstance(tuned, Ensemble):
         _check_ensemble(chosen, how.without_prompt)
-        return ensemble_report(
+        return _ensemble_report(
             tuned, scorer, rows, targets, batch_size=how.batch_size, normalize=how.normalize
         )
     subject = _Subject(tuned, scorer, how.without_prompt, how.batch_size)
-    if chosen == "classification":
-        return _classification(subject, rows[0], targets, how.normalize)
-    return _generation(subject, rows[0], targets)
+    with replaced_modules(tuned.base, {} if how.without_prompt else tuned.heads):
+        if chosen == "classification":
+            return _classification(subject, rows[0], targets, how.normalize)
+        return _generation(subject, rows[0], targets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,13 +219,13 @@ def _classification(
     labels = subject.tuned.labels or ()
     found = classify_rows(
         subject.engine,
-        subject.prompt,
         rows,
         subject.tuned.label_ids(labels),
+        subject.prompt,
         batch_size=subject.batch_size,
         normalize=normalize,
     )
-    return label_report(found, rows, gold, labels, without_prompt=subject.without_prompt)
+    return _label_report(found, rows, gold, labels, without_prompt=subject.without_prompt)
 
 
 def _generation(subject: _Subject, rows: Sequence[TokenRow], targets: Sequence[str]) -> Report:
@@ -236,7 +237,7 @@ def _generation(subject: _Subject, rows: Sequence[TokenRow], targets: Sequence[s
         without_prompt=subject.without_prompt,
     )
     likelihood = target_likelihood(
-        subject.engine, subject.prompt, rows, batch_size=subject.batch_size
+        subject.engine, rows, subject.prompt, batch_size=subject.batch_size
     )
     metrics = text_metrics(targets, [answer.text for answer in answers], tuned.labels)
     return Report(
@@ -249,4 +250,72 @@ def _generation(subject: _Subject, rows: Sequence[TokenRow], targets: Sequence[s
         invalid=metrics.invalid,
         inputs_cut=sum(row.source_cut for row in rows),
         targets_cut=sum(row.target_cut for row in rows),
+    )
+
+
+def _label_report(
+    found: Classified,
+    rows: Sequence[TokenRow],
+    gold: Sequence[str],
+    labels: Sequence[str],
+    *,
+    without_prompt: bool = False,
+) -> Report:
+    """Compare the labels found for some rows with the gold ones."""
+    metrics = label_metrics(gold, [labels[k] for k in found.predicted], labels)
+    numbers = {label: k for k, label in enumerate(labels)}
+    likelihood = found.likelihood([numbers.get(label) for label in gold])
+    return Report(
+        task="classification",
+        rows=len(rows),
+        without_prompt=without_prompt,
+        accuracy=metrics.accuracy,
+        macro_f1=metrics.macro_f1,
+        perplexity=likelihood.perplexity if likelihood.tokens else None,
+        invalid=metrics.invalid,
+        inputs_cut=sum(row.source_cut for row in rows),
+        collapsed=metrics.collapsed,
+        predictions=metrics.predictions,
+        per_label=metrics.per_label,
+        confusion=metrics.confusion,
+    )
+
+
+def _ensemble_report(
+    ensemble: Ensemble,
+    engine: Engine,
+    rows: Sequence[Sequence[TokenRow]],
+    gold: Sequence[str],
+    *,
+    batch_size: int,
+    normalize: bool,
+) -> Report:
+    """Score the rows under every member once, and report the ensemble beside its members.
+
+    Args:
+        ensemble: The prompts.
+        engine: Scores targets after sources.
+        rows: For each member the same inputs under its template.
+        gold: The label of each input.
+        batch_size: (member, input, label) triples in one pass, at most.
+        normalize: Divide a label's log-probability by its token count.
+    """
+    sources = [[row.source for row in own] for own in rows]
+    scores = ensemble.scores(sources, engine=engine, batch_size=batch_size)
+    ranked = ensemble.ranked(scores) if normalize else scores
+    reports = []
+    for own, raw, ranks, label_ids in zip(rows, scores, ranked, ensemble.label_ids(), strict=True):
+        tokens = tuple(len(ids) for ids in label_ids)
+        found = Classified(raw, tokens, tuple(ranks.argmax(dim=1).tolist()))
+        reports.append(_label_report(found, own, gold, ensemble.labels))
+    answer = ensemble.combined(ranked)
+    together = Classified(answer.scores, (1,) * len(ensemble.labels), answer.predicted)
+    report = _label_report(together, rows[0], gold, ensemble.labels)
+    return replace(
+        report,
+        # A mean of log-probabilities over several prompts is no distribution over texts.
+        perplexity=None,
+        inputs_cut=max(each.inputs_cut for each in reports),
+        combine=ensemble.combine,
+        members=dict(zip(ensemble.names, reports, strict=True)),
     )

@@ -6,13 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from softprompt.data import TokenRow
 from softprompt.engine import Engine, EngineRow
-from softprompt.errors import ConfigError
-from softprompt.inference import per_token, score_labels
+from softprompt.generation import label_rows, per_token, rows_of_whole_inputs, score_rows
 from softprompt.prompts import Prompt
 
 
@@ -64,9 +62,9 @@ class Classified:
 
 def classify_rows(
     engine: Engine,
-    prompt: Prompt | None,
     rows: Sequence[TokenRow],
     label_ids: Sequence[Sequence[int]],
+    prompt: Prompt | None,
     *,
     batch_size: int = 64,
     normalize: bool = False,
@@ -75,53 +73,37 @@ def classify_rows(
 
     Args:
         engine: Scores targets after sources.
-        prompt: The prompt; None is the base alone.
-        rows: Tokenised rows; their targets are not looked at.
+        rows: Tokenised rows; their targets are not used.
         label_ids: Tokens of the K labels.
+        prompt: The prompt; None is the base alone.
         batch_size: (row, label) pairs in one pass, at most.
         normalize: Rank labels by their log-probability per token.
+
+    Raises:
+        ConfigError: ``batch_size`` is less than 1.
     """
-    sources = [row.source for row in rows]
-    scores = score_labels(
-        engine,
-        prompt,
-        sources,
-        label_ids,
-        offsets=[row.at for row in rows],
-        batch_size=batch_size,
-    )
+    whole = [each for row in rows for each in label_rows(row.source, label_ids, prompt, row.at)]
+    size = rows_of_whole_inputs(batch_size, len(label_ids))
+    scores = score_rows(engine, whole, max_rows=size).view(len(rows), len(label_ids))
     lengths = tuple(len(ids) for ids in label_ids)
     ranked = per_token(scores, lengths) if normalize else scores
     return Classified(scores, lengths, tuple(ranked.argmax(dim=1).tolist()))
 
 
-@torch.no_grad()
 def target_likelihood(
-    engine: Engine,
-    prompt: Prompt | None,
-    rows: Sequence[TokenRow],
-    *,
-    batch_size: int = 16,
+    engine: Engine, rows: Sequence[TokenRow], prompt: Prompt | None, *, batch_size: int = 16
 ) -> TargetLikelihood:
     """Return how likely the rows' targets are, without gradients.
 
     Args:
         engine: Scores targets after sources.
-        prompt: The prompt; None is the base alone.
         rows: Tokenised rows, at least one.
+        prompt: The prompt; None is the base alone.
         batch_size: Rows in one pass.
 
     Raises:
         ConfigError: ``batch_size`` is less than 1.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size expects at least 1 row, got {batch_size}")
-    ordered = sorted(rows, key=lambda row: len(row.source) + len(row.target))
-    total = 0.0
-    for start in range(0, len(ordered), batch_size):
-        batch = [
-            EngineRow(row.source, row.target, prompt, row.at)
-            for row in ordered[start : start + batch_size]
-        ]
-        total += float(engine.target_log_probs(batch).values.double().sum())
+    whole = [EngineRow(row.source, row.target, prompt, row.at) for row in rows]
+    total = float(score_rows(engine, whole, max_rows=batch_size).double().sum())
     return TargetLikelihood(total, sum(len(row.target) for row in rows))

@@ -41,6 +41,8 @@ from softprompt.generation.ticket import Event
 _SETTINGS: dict[str, Any] = {
     # Sampling and penalties are the processors' work.
     "do_sample": False,
+    "num_beams": 1,
+    "max_time": None,
     "repetition_penalty": 1.0,
     "exponential_decay_length_penalty": None,
     "no_repeat_ngram_size": 0,

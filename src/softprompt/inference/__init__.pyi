@@ -4,7 +4,6 @@ from .choice import task_number as task_number
 from .conversion import convert as convert
 from .ensemble import Combine as Combine
 from .ensemble import Ensemble as Ensemble
-from .heads import head_tensors as head_tensors
 from .inputs import Fields as Fields
 from .inputs import fields_of as fields_of
 from .inputs import require_tokens as require_tokens

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.artifacts import (
@@ -18,14 +20,14 @@ from softprompt.artifacts import (
     started_prompt,
     tensors_read,
 )
-from softprompt.backbone import HEAD, Base, freeze, load_base
+from softprompt.backbone import HEAD, Base, freeze, head_tensors, load_base, modules_named
 from softprompt.engine import completed
 from softprompt.errors import ArtifactError, ConfigError
 from softprompt.generation import Bounds
 from softprompt.inference.choice import check_names
-from softprompt.inference.heads import loaded_heads
 from softprompt.inference.serving import Serving
 from softprompt.inference.tuned import TunedPrompt
+from softprompt.prompts import PromptLearningConfig, check_fit, take_over
 
 _SEQ2SEQ = {"CAUSAL_LM": False, "SEQ_2_SEQ_LM": True}
 
@@ -154,7 +156,33 @@ def tuned_of(stored: StoredPrompt, base: Base, *, ignore_fingerprint: bool = Fal
     module.load_stored(tensors_read(own, config, seq2seq=base.is_encoder_decoder))
     module.set_trainable(False)
     manifest = stored.manifest or manifest_of(Origin.of_base(base), base)
-    return TunedPrompt(base, module, config, manifest, heads=loaded_heads(stored, config, base))
+    return TunedPrompt(base, module, config, manifest, heads=_loaded_heads(stored, config, base))
+
+
+def _loaded_heads(
+    stored: StoredPrompt, config: PromptLearningConfig, base: Base
+) -> dict[str, nn.Module]:
+    """Return the trained modules of a stored prompt in float32, by the path of the module they replace.
+
+    Raises:
+        ArtifactError: A value is missing, left over, or of another shape.
+        ConfigError: The base has no module of a name in ``modules_to_save``.
+    """
+    paths = modules_named(base.model, config.modules_to_save or [])
+    heads = {path: copy.deepcopy(base.model.get_submodule(path)).float() for path in paths}
+    own = head_tensors(heads)
+    given = {name: value for name, value in stored.tensors.items() if name.startswith(HEAD)}
+    left = sorted(given.keys() - own.keys())
+    if left:
+        raise ArtifactError(
+            f"{stored.location} holds trained modules ({', '.join(left[:3])}) that modules_to_save does not "
+            "name; name them there"
+        )
+    check_fit(own, given)
+    take_over(own, given)
+    for head in heads.values():
+        head.requires_grad_(False)
+    return heads
 
 
 def _loaded(
