@@ -20,7 +20,6 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from softprompt.inference.continuous.request import Request
 from tokenizers import Tokenizer, models
 from transformers import (
     ContinuousBatchingConfig,
@@ -33,7 +32,7 @@ from transformers import (
 
 from softprompt.backbone import Base
 from softprompt.engine import DecodeForest, NewTokens
-from softprompt.inference import Batcher, GenerationOptions
+from softprompt.generation import Batcher, GenerationOptions, Request
 from softprompt.prompts import Prompt
 
 P, INPUT, NEW, PROMPTS = 50, 32, 32, 8

@@ -42,7 +42,7 @@ from serving_work import (
     timed,
     values_of,
 )
-from softprompt.inference import Batcher, FinishEvent, TokenEvent
+from softprompt.generation import Batcher, FinishEvent, TokenEvent
 from softprompt.prompts import Prompt
 
 OURS, ALONE = "ours", "PEFT, one request at a time"

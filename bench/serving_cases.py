@@ -11,11 +11,16 @@ from typing import Any
 import torch
 
 import softprompt
-from softprompt import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from softprompt import (
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from softprompt.artifacts import Manifest, save_adapter
-from softprompt.attach import state_of
 from softprompt.backbone import Base, Fingerprint
-from softprompt.inference import GenerationOptions, TunedPrompt
+from softprompt.generation import GenerationOptions
+from softprompt.inference import TunedPrompt
 
 WORDS = "the kettle broke after one day and nobody answers when I call about my order today".split()
 TEMPLATE = "Message: {{input}}\nReply:"
@@ -70,7 +75,7 @@ def write_prompt(
     kind = PrefixTuningConfig if prefix else PromptTuningConfig
     config: Any = kind(task_type="CAUSAL_LM", num_virtual_tokens=virtual)
     prompted = get_peft_model(model, config)
-    values = {name: value.detach().clone() for name, value in state_of(prompted, "default").items()}
+    values = get_peft_model_state_dict(prompted)
     if not prefix:
         rows = table[torch.randint(0, len(table), (virtual,))]
         values["prompt_embeddings"] = rows + torch.randn(rows.shape) * 0.3

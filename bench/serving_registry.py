@@ -45,10 +45,8 @@ def _write(root: Path, count: int) -> None:
 
 
 def _measure(folder: str, count: int) -> dict[str, Any]:
-    from softprompt.inference.continuous.request import Request
-
     from softprompt.backbone import load_base
-    from softprompt.inference import Batcher, GenerationOptions, TokenEvent
+    from softprompt.generation import Batcher, GenerationOptions, Request, TokenEvent
     from softprompt.server.folder import PromptFolder
     from softprompt.server.registry import Registry
 

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from softprompt.inference.continuous.request import Request
 from torch import Tensor
 
 from softprompt.backbone import load_base
-from softprompt.inference import GenerationOptions
+from softprompt.generation import GenerationOptions, Request
 from softprompt.prompts import Prompt
 from training_step import SCALE, gpt2_small
 

@@ -16,7 +16,7 @@ from softprompt.backbone import load_base
 from softprompt.cli import demo, generate, tune
 from softprompt.cli.main import run
 from softprompt.engine import choose
-from softprompt.inference import GenerationOptions
+from softprompt.generation import GenerationOptions
 from softprompt.training import Events, TuneSettings, TuningConfig
 
 QUICK = ["--num-epochs", "1", "--num-virtual-tokens", "2", "--batch-size", "4"]

@@ -19,7 +19,7 @@ from oracles.serving import write_prompt
 from softprompt.backbone import load_base
 from softprompt.cli.main import run
 from softprompt.cli.serve import command
-from softprompt.inference import Bounds
+from softprompt.generation import Bounds
 from softprompt.server.settings import ServeSettings
 
 

@@ -29,7 +29,7 @@ def members(make_tuned):
     prompts = [make_tuned(), make_tuned(template="Q: {{input}} A:"), make_tuned()]
     for seed, prompt in enumerate(prompts):
         generator = torch.Generator().manual_seed(seed)
-        weight = prompt.model.prompt_encoder["default"].embedding.weight
+        weight = prompt.module.embedding.weight
         weight.data = torch.randn(weight.shape, generator=generator)
     return prompts
 

@@ -1,28 +1,3 @@
-from __future__ import annotations
+from oracles.byte_models import answer_log_prob, bart, llama, t5, tokenizer
 
-import pytest
-import torch
-
-from oracles.byte_models import bart, llama, t5, tokenizer
-
-__all__ = ["bart", "llama", "t5", "tokenizer"]
-
-
-@torch.no_grad()
-def _answer_log_prob(model, prompt, source, answer):
-    """Log p of an answer's tokens, from one unpadded row of embeddings: slow and obvious."""
-    source, answer = tuple(source), tuple(answer)
-    if model.config.is_encoder_decoder:
-        embed = model.get_encoder().get_input_embeddings()
-        rows = torch.cat([prompt, embed(torch.tensor(source))]).unsqueeze(0)
-        logits = model(inputs_embeds=rows, labels=torch.tensor([answer])).logits[0]
-    else:
-        rows = torch.cat([prompt, model.get_input_embeddings()(torch.tensor(source + answer))])
-        first = len(prompt) + len(source)
-        logits = model(inputs_embeds=rows.unsqueeze(0)).logits[0, first - 1 :]
-    return sum(float(logits[i].log_softmax(-1)[token]) for i, token in enumerate(answer))
-
-
-@pytest.fixture(scope="session")
-def answer_log_prob():
-    return _answer_log_prob
+__all__ = ["answer_log_prob", "bart", "llama", "t5", "tokenizer"]

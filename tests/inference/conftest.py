@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from oracles.byte_models import bart, byte_model, llama, t5, tokenizer
+from oracles.byte_models import answer_log_prob, bart, byte_model, llama, t5, tokenizer
 
-__all__ = ["bart", "llama", "t5", "tokenizer"]
+__all__ = ["answer_log_prob", "bart", "llama", "t5", "tokenizer"]
 
 
 @pytest.fixture(scope="session")

@@ -304,7 +304,7 @@ def test_a_prompt_is_detached_and_keeps_its_values(llama_folder):
     prompt = tuned.prompt()
     before = prompt.input.clone()
     with torch.no_grad():
-        tuned.model.encoder_of(tuned.adapter).embedding.weight.add_(1)
+        tuned.module.embedding.weight.add_(1)
     assert not prompt.input.requires_grad
     assert torch.equal(prompt.input, before)
     assert torch.equal(tuned.prompt().input, before + 1)

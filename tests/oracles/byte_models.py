@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from oracles.families import tiny
 from oracles.tokenizers import byte_bpe
@@ -31,3 +32,23 @@ def bart():
 @pytest.fixture(scope="session")
 def t5():
     return byte_model("t5", 7)
+
+
+@torch.no_grad()
+def _answer_log_prob(model, prompt, source, answer):
+    """Log p of an answer's tokens, from one unpadded row of embeddings: slow and obvious."""
+    source, answer = tuple(source), tuple(answer)
+    if model.config.is_encoder_decoder:
+        embed = model.get_encoder().get_input_embeddings()
+        rows = torch.cat([prompt, embed(torch.tensor(source))]).unsqueeze(0)
+        logits = model(inputs_embeds=rows, labels=torch.tensor([answer])).logits[0]
+    else:
+        rows = torch.cat([prompt, model.get_input_embeddings()(torch.tensor(source + answer))])
+        first = len(prompt) + len(source)
+        logits = model(inputs_embeds=rows.unsqueeze(0)).logits[0, first - 1 :]
+    return sum(float(logits[i].log_softmax(-1)[token]) for i, token in enumerate(answer))
+
+
+@pytest.fixture(scope="session")
+def answer_log_prob():
+    return _answer_log_prob

@@ -28,7 +28,7 @@ from softprompt.generation import (
 from softprompt.server.app import create_app
 from softprompt.server.folder import PromptFolder
 from softprompt.server.registry import Registry
-from softprompt.server.run import config_of, listening, server_of
+from softprompt.server.app import config_of, listening, server_of
 from softprompt.server.settings import ServeSettings
 
 CLASSIFIER = "Text : {{input}} Label :"

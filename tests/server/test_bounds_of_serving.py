@@ -11,8 +11,8 @@ import pytest
 
 from oracles.serving import ScriptedBatcher, app_over, running, until
 from softprompt.errors import NotServingError
-from softprompt.inference import ResidentPrompts, Scorer
-from softprompt.server.limits import Connections
+from softprompt.generation import ResidentPrompts, Scorer
+from softprompt.server.middleware import Connections
 
 BODY = {"model": "writer", "prompt": "hello", "max_tokens": 3}
 

@@ -171,8 +171,7 @@ def test_log_probabilities(ai, tuned, base, server):
 
 
 def request_of(server, name, text, tokens):
-    from softprompt.inference import GenerationOptions
-    from softprompt.inference.continuous.request import Request
+    from softprompt.generation import GenerationOptions, Request
 
     served = server.service.registry.get(name)
     given = served.of_fields(text)

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from oracles.serving import ScriptedBatcher, app_over, running, until
-from softprompt.inference import FinishEvent
+from softprompt.generation import FinishEvent
 
 BODY = {"model": "writer", "prompt": "hello", "max_tokens": 3}
 
