@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from softprompt.backbone import Base, Facts
 from softprompt.engine.forest.plan import Targets
-from softprompt.engine.rows import EngineRow, check_rows, check_table
+from softprompt.engine.rows import EngineRow, check_rows
 from softprompt.errors import BackboneError
 
 IGNORED = -100
@@ -189,8 +189,7 @@ class Engine(ABC):
             DataError: If nothing stands before a row's answer.
             ContextOverflowError: If a row does not fit behind its prompt.
         """
-        check_table(self._base, self._facts)
-        check_rows(self._base, rows)
+        check_rows(self._base, rows, self._facts)
         parts = _alike(rows)
         if len(parts) == 1:
             return self.run_alike(rows, head)
@@ -233,14 +232,16 @@ def _alike(rows: Sequence[EngineRow]) -> list[list[int]]:
 
 @contextmanager
 def _head_input(base: Base) -> Iterator[HeadInput]:
+    """Yield what enters the LM head inside the context, which holds the base's lock: no pass of others is seen."""
     module = cast(Any, base.model).get_output_embeddings()
     if module is None:
         raise BackboneError(
             f"{base.facts.architecture} has no output embeddings; load it as a language model"
         )
     head = HeadInput()
-    handle = module.register_forward_pre_hook(head.hook, with_kwargs=True)
-    try:
-        yield head
-    finally:
-        handle.remove()
+    with base.lock:
+        handle = module.register_forward_pre_hook(head.hook, with_kwargs=True)
+        try:
+            yield head
+        finally:
+            handle.remove()

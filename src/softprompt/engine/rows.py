@@ -77,16 +77,27 @@ def depends_on_neighbours(rows: Sequence[EngineRow], facts: Facts) -> bool:
     return max(lengths) > facts.rope_changes_at
 
 
-def check_rows(base: Base, rows: Sequence[EngineRow]) -> None:
+def check_rows(base: Base, rows: Sequence[EngineRow], built: Facts | None = None) -> None:
     """Refuse a batch that cannot be run.
 
+    Args:
+        base: The base.
+        rows: The rows.
+        built: The base's facts when the engine was built, from which virtual ids are counted.
+
     Raises:
-        ConfigError: If the model cannot have a prompt where a row has it.
+        ConfigError: If the embedding table was resized since, or the model cannot have a prompt where a
+            row has it.
         DataError: If nothing stands before a row's answer, an id is no token of the model, or a
             prompt should stand behind more tokens than there are.
         ContextOverflowError: If a row does not fit behind its prompt.
     """
     model, facts = base.model, base.facts
+    if built is not None and built.vocabulary != facts.vocabulary:
+        raise ConfigError(
+            f"the embedding table had {built.vocabulary:,} rows when the engine was built, now it has "
+            f"{facts.vocabulary:,}; resize it first, then build the engine"
+        )
     for index, row in enumerate(rows):
         _check_placement(index, row, facts)
         if not row.source and not row.input_tokens:
@@ -105,24 +116,6 @@ def check_rows(base: Base, rows: Sequence[EngineRow]) -> None:
         check_context(len(row.target), before, output_limit(model), what="decoder")
         # A decoder may have a vocabulary of its own.
         _check_ids(index, row.target, int(decoder_embedding(model).weight.shape[0]))
-
-
-def check_table(base: Base, facts: Facts) -> None:
-    """Refuse a model whose embedding table was resized: virtual ids would silently mean tokens.
-
-    Args:
-        base: The base.
-        facts: Its facts when the engine was built.
-
-    Raises:
-        ConfigError: If it was.
-    """
-    size = int(base.embedding.weight.shape[0])
-    if size != facts.vocabulary:
-        raise ConfigError(
-            f"the embedding table had {facts.vocabulary:,} rows when the engine was built, now it has "
-            f"{size:,}; resize it first, then build the engine"
-        )
 
 
 def _check_ids(index: int, ids: Sequence[int], vocabulary: int) -> None:

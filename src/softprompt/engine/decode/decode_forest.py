@@ -161,11 +161,8 @@ def why_undecodable(base: Base) -> str:
 
 @torch.no_grad()
 def _decoding_difference(base: Base) -> str:
-    forest, plain, drawn = (
-        DecodeForest(base, 4096, ordered_weights=False),
-        PlainEngine(base),
-        Drawn(base),
-    )
+    forest, plain = DecodeForest(base, 4096, ordered_weights=False), PlainEngine(base)
+    drawn = Drawn(base)
     virtual, prefix = drawn.virtual_tokens(4), drawn.keys_and_values(3)
     prompts = (Prompt(virtual), None, Prompt(prefix=prefix), Prompt(virtual.flip(0)))
     rows = []

@@ -37,7 +37,7 @@ def prefixed_attention(base: Base, prefixes: Prefixes) -> Iterator[None]:
         token = active_plan.set(plan)
         stack.callback(active_plan.reset, token)
         _shift_positions(base, prefixes, stack)
-        # The products stay torch's: what is inside attention must equal a pass behind a cache.
+        # Products are swapped by the pass around this one, or not at all.
         stack.enter_context(base.running(attention=NAME, products=()))
         yield
 
@@ -154,7 +154,7 @@ def prefixed_cache(
             )
         if not seen:
             filled = cache if isinstance(cache, Cache) else DynamicCache()
-            own.fill(filled, torch.empty(0, dtype=model.dtype, device=model.device))
+            own.fill(filled, torch.empty(0, dtype=base.dtype, device=base.device))
             kwargs["past_key_values"] = filled
         kwargs["attention_mask"] = torch.cat([own.columns().to(mask), mask], dim=1)
         if facts.accepts_position_ids:
@@ -174,11 +174,6 @@ def prefixed_cache(
                 handle.remove()
 
 
-# Under reentrant gradient checkpointing each layer has a backward of its own, which would run through
-# whatever made the prefix once a layer and find its graph freed. So the layers get a leaf; what gathers in
-# it is handed on when the embedding's gradient is computed, the last of the pass.
-
-
 class _HandOn(torch.autograd.Function):
     """Return the embeddings; in backward, hand what gathered in the leaf on to the prefix."""
 
@@ -194,10 +189,7 @@ class _HandOn(torch.autograd.Function):
 
 
 def _reentrant(model: nn.Module) -> bool:
-    """Tell whether layers will be checkpointed with a backward of their own each.
-
-    Call it before ``recomputed_alike`` wraps the function that does it.
-    """
+    """Tell whether layers will be checkpointed with a backward of their own each."""
     if not recomputes_layers(model):
         return False
     for module in model.modules():
@@ -209,7 +201,12 @@ def _reentrant(model: nn.Module) -> bool:
 
 @contextmanager
 def gathered_gradient(base: Base, values: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield the same values as leaves, where that is needed, whose gradients reach them after backward."""
+    """Yield the same values for the layers, as leaves where backward is reentrant.
+
+    There each checkpointed layer has a backward of its own, which would run through whatever made the
+    values once a layer, and find its graph freed. What gathers in a leaf is handed on to its value when
+    the gradient of the embeddings is computed, the last of the pass.
+    """
     model = base.model
     trained = any(value.requires_grad for value in values) and torch.is_grad_enabled()
     if not (trained and _reentrant(model)):
