@@ -4,8 +4,7 @@ import torch
 
 from softprompt.engine import EngineRow, TargetOutputs
 from softprompt.prompts import Prompt, PromptTuningConfig, build_prompt
-from softprompt.training.distillation import Distillation
-from softprompt.training.teachers import TeacherPrompts
+from softprompt.training.objectives import Distillation, TeacherPrompts
 
 HEAD = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
 TARGETS = [((1,), (2, 4)), ((3,), (0,)), ((2,), (1, 1))]

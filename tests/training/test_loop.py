@@ -13,14 +13,12 @@ from softprompt.engine import EngineRow, TargetLogProbs
 from softprompt.errors import TrainingError, TrainingInterrupted
 from softprompt.prompts import Prompt, PromptModule
 from softprompt.training import Events, TuneSettings
-from softprompt.training.checkpoint import Snapshot, load_state, save_state
 from softprompt.training.events import LOG_FILE
-from softprompt.training.job import Job
-from softprompt.training.loop import train
-from softprompt.training.objective import Likelihood
+from softprompt.training.loop import Stage, train
+from softprompt.training.objectives import Likelihood
 from softprompt.training.optimisation import Rates, build_optimizer
 from softprompt.training.sampling import Sampling
-from softprompt.training.state import RunState, Sums
+from softprompt.training.state import RunState, Snapshot, Sums, load_state, save_state
 
 
 class Rows(PromptModule):
@@ -100,7 +98,7 @@ class Run:
             self.settings.accumulate_steps,
             self.settings.seed,
         )
-        self.job = Job(
+        self.stage = Stage(
             self.module,
             Likelihood(self.engine),
             rows,
@@ -108,7 +106,7 @@ class Run:
             base,
             self.settings,
             0.1,
-            embedding_rms=1.0,
+            rms=1.0,
         )
         self.optimizer = build_optimizer(self.settings, self.module, Rates(0.1))
         self.state, self.output, self.stopped = RunState(), output, False
@@ -132,11 +130,11 @@ class Run:
         self.stopped = True
 
     def go(self):
-        total = self.job.total_updates()
+        total = self.stage.total_updates()
         log = self.output / LOG_FILE if self.output else None
         with Events(log, self.state, total, silent=True) as events:
             train(
-                self.job,
+                self.stage,
                 self.state,
                 self.optimizer,
                 events,
@@ -154,7 +152,7 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole():
 
 def test_the_last_partial_group_is_an_update_of_its_own_tokens():
     run = Run(batch_size=2, accumulate_steps=4, num_epochs=1)
-    assert [len(update) for update in run.job.sampling.updates(0)] == [4, 2]
+    assert [len(update) for update in run.stage.sampling.updates(0)] == [4, 2]
     run.go()
     assert run.state.update == 2
     tokens = sum(len(row.target) for row in ROWS)
@@ -255,7 +253,7 @@ def test_a_state_of_an_epoch_ago_drops_the_log_lines_since(tmp_path):
 
 def test_a_loss_that_is_not_finite_names_rows_and_update():
     run = Run(engine=ToyEngine(None, broken_at=3))
-    update = run.job.sampling.updates(0)[2][0]
+    update = run.stage.sampling.updates(0)[2][0]
     with pytest.raises(
         TrainingError, match=r"update 3 \(epoch 1\): the loss is not finite"
     ) as error:
@@ -266,7 +264,7 @@ def test_a_loss_that_is_not_finite_names_rows_and_update():
 
 def test_a_prompt_that_left_the_embeddings_scale_blames_the_learning_rate():
     run = Run(engine=ToyEngine(None, broken_at=2))
-    run.job = replace(run.job, embedding_rms=1e-4)
+    run.stage = replace(run.stage, rms=1e-4)
     with pytest.raises(TrainingError, match=r"1e\+03 x that rms\); try 5.7e-05 or less"):
         run.go()
 
@@ -295,7 +293,7 @@ class ListedValidation:
 def test_the_best_prompt_is_kept_and_the_earlier_of_equals():
     validation = ListedValidation([0.5, 0.8, 0.8, 0.6])
     run = Run(num_epochs=4)
-    run.job = replace(run.job, validation=validation)
+    run.stage = replace(run.stage, validation=validation)
     run.go()
     assert run.state.best_epoch == 2
     assert torch.equal(run.state.best["weight"], validation.seen[1])
@@ -304,7 +302,7 @@ def test_the_best_prompt_is_kept_and_the_earlier_of_equals():
 
 def test_a_resumed_run_knows_the_best_quality(tmp_path):
     run = Run(output=tmp_path, num_epochs=2)
-    run.job = replace(run.job, validation=ListedValidation([0.5, 0.8]))
+    run.stage = replace(run.stage, validation=ListedValidation([0.5, 0.8]))
     run.go()
     state = load_state(tmp_path, {}).run
     assert state.best_quality == run.state.best_quality == [0.8]
@@ -315,7 +313,7 @@ def test_a_resumed_run_knows_the_best_quality(tmp_path):
 
 def test_training_stops_when_patience_is_over():
     run = Run(num_epochs=10, early_stopping_patience=2)
-    run.job = replace(run.job, validation=ListedValidation([0.5, 0.8, 0.8, 0.6, 0.9]))
+    run.stage = replace(run.stage, validation=ListedValidation([0.5, 0.8, 0.8, 0.6, 0.9]))
     run.go()
     assert (run.state.epoch, run.state.best_epoch) == (4, 2)
 
@@ -324,7 +322,7 @@ def test_training_stops_when_patience_is_over():
 def test_every_parameter_behind_a_prompt_gets_the_gradient_of_the_whole(steps):
     run = Run(kind=Product, batch_size=11 // steps, accumulate_steps=6, max_grad_norm=0)
     prompt = Prompt(run.module.materialize())
-    rows = [run.job.rows[i] for batch in run.job.sampling.updates(0)[0] for i in batch]
+    rows = [run.stage.rows[i] for batch in run.stage.sampling.updates(0)[0] for i in batch]
     rows = [EngineRow(row.source, row.target, prompt) for row in rows]
     loss = -run.engine.target_log_probs(rows).values.mean()
     expected = torch.autograd.grad(loss, list(run.module.parameters()))
@@ -347,7 +345,7 @@ def test_a_pass_runs_behind_the_prompts_of_its_own_tasks_only():
         seen.append((tasks, [row.prompt for row in rows], [row.source[0] for row in rows]))
         return Likelihood(run.engine)(rows, tasks)
 
-    run.job = replace(run.job, objective=objective)
+    run.stage = replace(run.stage, objective=objective)
     run.optimizer = torch.optim.SGD([{"params": [run.module.weight], "lr": 0.0, "peak": 0.0}])
     run.go()
     for tasks, prompts, sources in seen:

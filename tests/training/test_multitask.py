@@ -11,6 +11,7 @@ import torch
 from softprompt.errors import ConfigError, DataError, TrainingInterrupted, UsageError
 from softprompt.evaluation import evaluate
 from softprompt.inference import load
+from softprompt.peft import PeftModel
 from softprompt.training import Events, read_run, tune
 
 MULTITASK = {"tuning_type": "MULTITASK_PROMPT_TUNING"}
@@ -57,7 +58,7 @@ def adaptation(source, **tuning):
 
 
 def parameters(tuned):
-    return tuned.model.prompt_encoder["default"].state_dict()
+    return tuned.module.state_dict()
 
 
 @pytest.mark.parametrize("base", ["llama", "bart"])
@@ -103,7 +104,7 @@ def test_each_task_answers_from_its_own_rows_of_the_prompt(llama, tasks):
     tuned = tune(llama, tasks, distillation_weight=0, **QUICK)
     film, news = tuned.of_task("film"), tuned.of_task("news")
     assert not torch.equal(film.prompt().input, news.prompt().input)
-    encoder = tuned.model.encoder_of("default")
+    encoder = tuned.module
     assert torch.equal(news.prompt().input, encoder.materialize(1).detach())
     assert "teachers" not in tuned.metrics
 
@@ -273,7 +274,7 @@ def test_peft_loads_a_target_prompt(llama, rows, source, tmp_path):
     ids = torch.tensor([[5, 6, 7]])
     mask, task = torch.ones_like(ids), torch.tensor([0])
     expected = theirs(input_ids=ids, attention_mask=mask, task_ids=task).logits
-    ours = tuned.model(input_ids=ids, attention_mask=mask, task_ids=task).logits
+    ours = PeftModel.of(tuned)(input_ids=ids, attention_mask=mask, task_ids=task).logits
     torch.testing.assert_close(ours[:, -3:], expected[:, -3:], atol=1e-5, rtol=1e-5)
 
 

@@ -36,13 +36,13 @@ def test_from_tune_to_answers(placement, tmp_path):
         task="classification", silence_progress_bars=True,
     )  # fmt: skip
     again = softprompt.load(
-        tmp_path / "prompt", base_model=tuned.model.get_base_model(), tokenizer=base.tokenizer
+        tmp_path / "prompt", base_model=tuned.base.model, tokenizer=base.tokenizer
     )
-    assert again.model.active_peft_config.placement == placement
+    assert again.config.placement == placement
     scores = again.classify(TEXTS)
     assert [s.scores for s in scores] == [s.scores for s in tuned.classify(TEXTS)]
-    rows = again.model.encoder_of("default").materialize().detach()
-    model = again.model.get_base_model()
+    rows = again.module.materialize().detach()
+    model = again.base.model
     table = input_embedding(model)
     for text, found in zip(TEXTS, scores, strict=True):
         source, _ = again.rows.source({"input": text})

@@ -19,7 +19,7 @@ PLACES = {
 
 
 def values_of(tuned):
-    return tuned.model.encoder_of("default").materialize().detach()
+    return tuned.module.materialize().detach()
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -52,7 +52,7 @@ def test_scores_are_those_of_the_models_own_forward(bases, rows, place):
     source, _ = tuned.rows.source({"input": "the film was good"})
     target = tuned.label_ids(("yes",))[0]
     with torch.no_grad():
-        logits = tuned.model(
+        logits = PeftModel.of(tuned)(
             input_ids=torch.tensor([source]), labels=torch.tensor([target])
         ).logits[0, -len(target) :]
     expected = logits.log_softmax(-1)[range(len(target)), list(target)].sum().item()

@@ -15,8 +15,8 @@ from softprompt.errors import (
     UsageError,
 )
 from softprompt.training import Events, tune
-from softprompt.training.checkpoint import state_path
 from softprompt.training.interrupt import StopSignal
+from softprompt.training.state import state_path
 
 SETTINGS = {
     "num_epochs": 3,
@@ -27,7 +27,7 @@ SETTINGS = {
 
 
 def prompt_of(tuned):
-    return tuned.model.prompt_encoder["default"].embedding.weight.detach()
+    return tuned.module.embedding.weight.detach()
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def first_rows(base, rows, source, length):
     )
     settings = TuneSettings(tuning_config=tuning, verbalizer=VERBALIZER)
     prepared = prepare(base, read_data(rows, None, settings), settings)
-    return prepared.prompt.materialize().detach()
+    return prepared.module.materialize().detach()
 
 
 def test_a_run_starts_where_another_ended(llama, rows, source):
@@ -77,8 +77,11 @@ def test_the_whole_command(llama, rows, source, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompt_tuning_init_method": "PROMPT"}, "needs a prompt_tuning_init_prompt"),
-        ({"prompt_tuning_init_prompt": "runs/a"}, "would be ignored with .* RANDOM"),
+        (
+            {"prompt_tuning_init_method": "PROMPT"},
+            "'PROMPT', prompt_tuning_init_prompt can't be None",
+        ),
+        ({"prompt_tuning_init_prompt": "runs/a"}, "would be ignored with .*'RANDOM'"),
         (
             {"prompt_tuning_init_method": "PROMPT", "prompt_tuning_init_text": "a"},
             "prompt_tuning_init_text would be ignored",
@@ -87,7 +90,7 @@ def test_the_whole_command(llama, rows, source, tmp_path, capsys):
 )
 def test_settings_that_contradict_each_other(options, message):
     with pytest.raises(ConfigError, match=message):
-        TuningConfig(**options)
+        TuneSettings(tuning_config=options)
 
 
 def test_the_enumeration_means_the_same():

@@ -35,7 +35,7 @@ QUICK = {"num_epochs": 2, "batch_size": 4, "tuning_config": {"num_virtual_tokens
 
 
 def prompt_of(tuned):
-    return tuned.model.prompt_encoder["default"].embedding.weight.detach()
+    return tuned.module.embedding.weight.detach()
 
 
 @pytest.mark.parametrize("base", ["llama", "bart"])
@@ -96,7 +96,7 @@ def test_what_a_prompt_starts_from(llama, rows, method, extra):
     config = {"num_virtual_tokens": 40, "prompt_tuning_init_method": method, **extra}
     tuned = tune(llama, rows, num_epochs=1, lr=1e-30, tuning_config=config)
     prompt = prompt_of(tuned)
-    table = tuned.model.get_base_model().get_input_embeddings().weight.detach()
+    table = tuned.base.model.get_input_embeddings().weight.detach()
     nearest = torch.cdist(prompt, table).min(dim=1)
     rms = prompt.square().mean().sqrt().item()
     scale = table.square().mean().sqrt().item()
@@ -128,7 +128,7 @@ def test_labels_cannot_start_a_prompt_for_free_text(llama, rows):
 def test_the_default_learning_rate_is_relative_to_the_embeddings(llama, rows, caplog):
     caplog.set_level("INFO", "softprompt")
     tuned = tune(llama, rows, **QUICK)
-    table = tuned.model.get_base_model().get_input_embeddings().weight
+    table = tuned.base.model.get_input_embeddings().weight
     expected = RATE_PER_RMS * table.square().mean().sqrt().item()
     assert tuned.metrics["learning_rate"] == pytest.approx(expected, rel=1e-4)
     assert f"learning rate {expected:.4g}" in caplog.text
@@ -309,7 +309,7 @@ def test_labels_of_the_same_tokens_are_refused_before_training(llama):
 
 
 def test_a_place_without_a_prompt_is_refused(llama, rows):
-    with pytest.raises(ConfigError, match="output_model_types of a causal model"):
+    with pytest.raises(ConfigError, match="output_model_types of llama, a causal model"):
         tune(llama, rows, tuning_config={"output_model_types": ["ENCODER"]})
 
 

@@ -3,10 +3,13 @@ from dataclasses import fields
 import pytest
 import torch
 
-from softprompt.engine import ENGINES
+from softprompt.backbone import load_base
+from softprompt.engine import ENGINES, completed
 from softprompt.errors import ConfigError
 from softprompt.fields import choices_of, type_of
+from softprompt.prompts import PrefixTuningConfig, PromptLearningConfig, config_class
 from softprompt.training import TuneSettings, TuningConfig
+from softprompt.training.configuration import METHODS, Origins
 from softprompt.training.settings import TuneOptions
 
 SOURCE = {"prompt_tuning_init_source_model": "somewhere"}
@@ -29,7 +32,7 @@ def test_defaults_are_those_of_caikits_document():
 
 
 def test_the_typed_keywords_are_the_fields_and_the_alias():
-    names = {item.name for item in fields(TuneSettings)} | {"lr"}
+    names = {item.name for item in fields(TuneSettings)} | {"lr", "method"}
     assert set(TuneOptions.__annotations__) == names
 
 
@@ -76,7 +79,7 @@ def test_to_dict_and_back_is_the_same():
                     "prompt_tuning_init_prompt": "x",
                 },
             },
-            "prompt_tuning_init_method PROMPT starts one task's rows",
+            "prompt_tuning_init_method must be one of TEXT, .*, got 'PROMPT'",
         ),
         (
             {
@@ -86,21 +89,21 @@ def test_to_dict_and_back_is_the_same():
                     "parameterization": "residual",
                 }
             },
-            "prompt_tuning_init_method PROMPT starts from rows, which parameterization residual",
+            "prompt_tuning_init_method='PROMPT' starts at embeddings, which parameterization residual",
         ),
         (
             {
                 "tuning_type": "MULTITASK_PROMPT_TUNING",
                 "tuning_config": {"placement": "suffix"},
             },
-            "MULTITASK_PROMPT_TUNING has placement prefix only, as in PEFT, got suffix",
+            "as in PEFT; leave out placement, or use PROMPT_TUNING",
         ),
         (
             {
                 "tuning_type": "MULTITASK_PROMPT_TUNING",
                 "tuning_config": {"prompt_sees_input": False},
             },
-            "has prompt_sees_input true only",
+            "as in PEFT; leave out prompt_sees_input, or use PROMPT_TUNING",
         ),
         ({"tuning_config": {"output_model_types": "DECODER"}}, r"a list, such as \['DECODER'\]"),
         ({"lr": 0.1, "learning_rate": 0.1}, "lr and learning_rate are the same setting"),
@@ -131,10 +134,10 @@ def test_wrong_settings_are_refused(values, message):
             {"prompt_tuning_init_text": "x"},
             "would be ignored with prompt_tuning_init_method RANDOM",
         ),
-        ({"prompt_tuning_init_method": "TEXT"}, "TEXT needs a prompt_tuning_init_text; got None"),
+        ({"prompt_tuning_init_method": "TEXT"}, "'TEXT', prompt_tuning_init_text can't be None"),
         (
             {"prompt_tuning_init_method": "TEXT", "prompt_tuning_init_text": " "},
-            "TEXT needs a prompt_tuning_init_text",
+            "'TEXT', prompt_tuning_init_text can't be",
         ),
         ({"prompt_tuning_init_source_model": "m"}, "source_model would be ignored"),
         ({"prompt_tuning_init_method": "AVERAGE_SOURCE"}, "needs a prompt_tuning_init_source"),
@@ -148,7 +151,10 @@ def test_wrong_settings_are_refused(values, message):
         ),
         ({"prompt_tuning_init_task": "sst2"}, "prompt_tuning_init_task would be ignored"),
         ({"prompt_tuning_init_special_tokens": False}, "special_tokens would be ignored"),
-        ({"parameterization": "low_rank"}, "low_rank needs a parameterization_rank"),
+        (
+            {"parameterization": "low_rank"},
+            "parameterization_rank of low_rank must be a positive integer",
+        ),
         ({"parameterization_rank": 2}, "parameterization_rank would be ignored"),
         ({"parameterization": "lowrank"}, r"did you mean 'low_rank'\?"),
         ({"placement": "sufix"}, r"did you mean 'suffix'\?"),
@@ -159,7 +165,7 @@ def test_wrong_settings_are_refused(values, message):
 )
 def test_what_a_prompt_would_ignore_is_refused(values, message):
     with pytest.raises(ConfigError, match=message):
-        TuningConfig(**values)
+        TuneSettings(tuning_config=values)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +207,7 @@ def test_a_source_folder_needs_a_source():
 
 
 def test_a_parameterization_is_refused_where_there_is_one_already():
-    with pytest.raises(ConfigError, match="parameterization residual would be ignored"):
+    with pytest.raises(ConfigError, match="parameterization residual is for PROMPT_TUNING"):
         TuneSettings.from_dict(
             {
                 "tuning_type": "MULTITASK_PROMPT_TUNING",
@@ -218,20 +224,30 @@ def test_enumerations_of_other_libraries_name_the_tuning_type():
     assert found == TuneSettings(tuning_type="MULTITASK_PROMPT_TUNING")
 
 
-def test_output_model_types_name_the_places_of_the_model():
-    TuningConfig(output_model_types=["DECODER"]).check_model_types(False)
+def completed_for(folder, **values):
+    """Return the configuration of settings on a base, as a run makes it."""
+    base = load_base(folder)
+    settings = TuneSettings.from_dict(values)
+    task = "SEQ_2_SEQ_LM" if base.is_encoder_decoder else "CAUSAL_LM"
+    return completed(settings.configuration(Origins(task_type=task)), base)
+
+
+def test_output_model_types_name_the_parts_of_the_model(bases):
+    def check(base, types, **tuning):
+        tuning = {"output_model_types": types, **tuning}
+        return completed_for(bases / base, tuning_config=tuning)
+
+    check("llama", ["DECODER"])
     for types in (["ENCODER"], ["DECODER"], ["ENCODER", "DECODER"], ["DECODER", "ENCODER"]):
-        TuningConfig(output_model_types=types).check_model_types(True)
-    with pytest.raises(ConfigError, match=r"causal model is \['DECODER'\]; got \['ENCODER'\]"):
-        TuningConfig(output_model_types=["ENCODER"]).check_model_types(False)
-    with pytest.raises(ConfigError, match=r"\['ENCODER', 'DECODER'\]; got \['DECODE'\]"):
-        TuningConfig(output_model_types=["DECODE"]).check_model_types(True)
-    only = TuningConfig(output_model_types=["DECODER"], placement="suffix")
-    with pytest.raises(ConfigError, match="placement suffix would be ignored"):
-        only.check_model_types(True)
-    only = TuningConfig(output_model_types=["DECODER"], prompt_sees_input=False)
+        assert check("bart", types).model_types() == tuple(sorted(types, reverse=True))
+    with pytest.raises(ConfigError, match=r"causal model, is \['DECODER'\], got \['ENCODER'\]"):
+        check("llama", ["ENCODER"])
+    with pytest.raises(ConfigError, match=r"\['ENCODER', 'DECODER'\], got \['DECODE'\]"):
+        check("bart", ["DECODE"])
+    with pytest.raises(ConfigError, match="placement is about the encoder's input"):
+        check("bart", ["DECODER"], placement="suffix")
     with pytest.raises(ConfigError, match="prompt_sees_input would be ignored"):
-        only.check_model_types(True)
+        check("bart", ["DECODER"], prompt_sees_input=False)
 
 
 def test_pefts_enumeration_keeps_its_meaning():
@@ -253,9 +269,97 @@ def test_a_misspelt_argument_of_tune_is_named(wrong, near):
         tune("demo", [{"input": "a", "output": "b"}], **{wrong: "x"})
 
 
-def test_a_multitask_prompt_does_not_stand_before_the_decoder_alone():
-    types = {"output_model_types": ["DECODER"]}
-    settings = TuneSettings(tuning_type="MULTITASK_PROMPT_TUNING", tuning_config=types)
-    settings.check_model_types(False)
-    with pytest.raises(ConfigError, match="add ENCODER, or use PROMPT_TUNING"):
-        settings.check_model_types(True)
+def test_a_multitask_prompt_does_not_stand_before_the_decoder_alone(bases):
+    values = {
+        "tuning_type": "MULTITASK_PROMPT_TUNING",
+        "tuning_config": {"output_model_types": ["DECODER"]},
+    }
+    completed_for(bases / "llama", **values)
+    with pytest.raises(ConfigError, match="leave out output_model_types, or use PROMPT_TUNING"):
+        completed_for(bases / "bart", **values)
+
+
+METHOD_SETTINGS = {
+    "prompt_tuning": {"parameterization": "low_rank", "parameterization_rank": 2},
+    "multitask": {"num_ranks": 2, "task_matrix_init": "normal"},
+    "p_tuning": {"encoder_reparameterization_type": "LSTM", "encoder_dropout": 0.1},
+    "prefix": {"prefix_projection": True, "encoder_hidden_size": 9},
+    "cartridge": {"num_frozen_tokens": 2},
+    "cpt": {"opt_weighted_loss_type": "decay", "opt_loss_decay_factor": 0.9},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_takes_its_own_settings_and_no_others(method):
+    own = METHOD_SETTINGS[method]
+    settings = TuneSettings.from_dict({"method": method, "tuning_config": own})
+    config = settings.configuration(Origins())
+    assert settings.tuning_type == METHODS[method] == config.peft_type
+    assert {name: getattr(config, name) for name in own} == own
+    assert TuneSettings.from_dict(settings.to_dict()) == settings
+    for other, values in METHOD_SETTINGS.items():
+        if other == method or (other, method) == ("prompt_tuning", "multitask"):
+            continue
+        named = r"tuning_config\.\w+ would be ignored with tuning_type " + METHODS[method]
+        with pytest.raises(ConfigError, match=named):
+            TuneSettings.from_dict({"method": method, "tuning_config": values})
+
+
+def test_every_option_of_every_method_can_be_set():
+    """By the configuration's name, or one of caikit's; context and sizes are read, not set."""
+    ours = {item.name for item in fields(TuningConfig)} | {
+        "prompt_tuning_init",  # prompt_tuning_init_method
+        "prompt_tuning_init_state_dict_path",  # prompt_tuning_init_source_model
+        "tokenizer_kwargs",  # prompt_tuning_init_special_tokens
+        "num_tasks",  # as many as there are data sets
+        "tokenizer_name_or_path",
+        "cpt_token_ids",
+        "cpt_mask",
+        "cpt_tokens_type_mask",
+    }
+    shared = {item.name for item in fields(PromptLearningConfig)}
+    for tuning_type in METHODS.values():
+        assert {item.name for item in fields(config_class(tuning_type))} - shared <= ours
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": "prefx"}, r"method is one of prompt_tuning, .*did you mean 'prefix'\?"),
+        ({"method": "cpt", "tuning_type": "CPT"}, "method and tuning_type are the same setting"),
+        ({"method": "cpt", "config": PrefixTuningConfig()}, "config is of PREFIX_TUNING"),
+        (
+            {"config": PrefixTuningConfig(), "tuning_config": {"num_virtual_tokens": 3}},
+            "config and tuning_config both say",
+        ),
+        ({"config": PrefixTuningConfig(inference_mode=True)}, "leave inference_mode out"),
+        ({"config": 3}, "config takes a PromptLearningConfig; got 3"),
+        ({"config": {"num_virtual_token": 3}}, r"did you mean 'num_virtual_tokens'\?"),
+        ({"context_records": 2}, "context_records would be ignored .* set tuning_type CPT"),
+        ({"init_from_records": False}, "set tuning_type PREFIX_TUNING or CARTRIDGE"),
+        (
+            {"method": "cartridge", "tuning_config": {"num_frozen_tokens": 21}},
+            "num_frozen_tokens must be at most num_virtual_tokens=20, got 21",
+        ),
+        ({"method": "cpt", "tuning_config": {"num_virtual_tokens": 3}}, "would be ignored"),
+    ],
+)
+def test_what_contradicts_a_method_is_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        TuneSettings.from_dict(values)
+
+
+def test_a_configuration_is_copied_and_written_plainly():
+    given = PrefixTuningConfig(num_virtual_tokens=3, init_weights="zero")
+    settings = TuneSettings(config=given)
+    assert settings.tuning_type == "PREFIX_TUNING"
+    assert settings.configuration(Origins()) == given
+    assert settings.configuration(Origins()) is not given
+    values = settings.to_dict()
+    assert "tuning_config" not in values
+    assert values["config"] == {
+        "peft_type": "PREFIX_TUNING",
+        "num_virtual_tokens": 3,
+        "init_weights": "zero",
+    }
+    assert TuneSettings.from_dict(values) == settings

@@ -16,6 +16,7 @@ from .fingerprint import Fingerprint as Fingerprint
 from .fingerprint import weights_hash as weights_hash
 from .keyvalues import KeyValueShape as KeyValueShape
 from .keyvalues import key_value_shape as key_value_shape
+from .keyvalues import key_values as key_values
 from .keyvalues import text_key_values as text_key_values
 from .load import load_base as load_base
 from .load import progress_on_terminals_only as progress_on_terminals_only

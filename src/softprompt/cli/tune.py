@@ -21,7 +21,7 @@ from softprompt.cli.options import (
 )
 from softprompt.cli.streams import show, start_logging, table
 from softprompt.errors import UsageError
-from softprompt.training import TuneSettings, TuningConfig
+from softprompt.training import METHODS, TuneSettings, TuningConfig
 
 if TYPE_CHECKING:
     from softprompt.inference import TunedPrompt
@@ -45,7 +45,13 @@ if TYPE_CHECKING:
 @option(
     "--base-model", group="Model and engine", help="Base model: folder or name.  [default: demo]"
 )
-@options_of(TuneSettings, leave_out=("tuning_config", "task_verbalizers"))
+@option(
+    "--method",
+    type=click.Choice(list(METHODS)),
+    group="Prompt",
+    help="Method; --tuning-type under a shorter name.  [default: prompt_tuning]",
+)
+@options_of(TuneSettings, leave_out=("tuning_config", "task_verbalizers", "config"))
 @options_of(TuningConfig)
 @option(
     "--task-verbalizers",
@@ -152,7 +158,8 @@ def _merged(config: str | None, options: dict[str, Any]) -> dict[str, Any]:
         from softprompt.training import read_run
 
         values = read_run(config)
-        if "learning_rate" in options:
-            values.pop("lr", None)
+        for name, other in (("learning_rate", "lr"), ("method", "tuning_type"), ("tuning_type", "method")):
+            if name in options:
+                values.pop(other, None)
     tuning = {**values.get("tuning_config", {}), **tuning}
     return {**values, **options, **({"tuning_config": tuning} if tuning else {})}

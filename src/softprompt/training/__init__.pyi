@@ -1,3 +1,4 @@
+from .configuration import METHODS as METHODS
 from .events import Events as Events
 from .run_file import read_run as read_run
 from .settings import TuneSettings as TuneSettings

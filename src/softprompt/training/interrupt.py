@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a question the loop asks, not an exception in the middle of a step."""
+"""Ctrl-C and SIGTERM as a flag that the loop checks, and what an interrupted run leaves to be resumed."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import logging
 import shlex
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from softprompt.errors import TrainingInterrupted
+from softprompt.errors import TrainingError, TrainingInterrupted
+from softprompt.training.state import remove_state, state_path
 
 logger = logging.getLogger(__name__)
 
@@ -74,3 +77,30 @@ def how_to_go_on(where: str, output: Path | None) -> str:
         )
     command = f"softprompt tune --resume --output {shlex.quote(str(output))}"
     return f"training was stopped {where}; its state is saved, continue with: {command}"
+
+
+@contextmanager
+def kept_if_resumable(output: Path | None) -> Iterator[None]:
+    """Leave nothing of a run that ends inside without a state it could be continued from.
+
+    One whose numbers are not finite would fail again, so its state goes too.
+
+    Raises:
+        TrainingInterrupted: a second Ctrl-C came, and the state of the last epoch is there.
+    """
+    try:
+        yield
+    except TrainingInterrupted:
+        raise
+    except BaseException as error:
+        if output is None:
+            raise
+        failed = isinstance(error, TrainingError)
+        if state_path(output).exists() and not failed:
+            if isinstance(error, KeyboardInterrupt):
+                raise TrainingInterrupted(how_to_go_on("at once", output)) from None
+            raise
+        remove_state(output)
+        if output.is_dir() and not any(output.iterdir()):
+            output.rmdir()
+        raise

@@ -10,24 +10,95 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
+from torch.nn import Module
 
+from softprompt.data import TokenRow
 from softprompt.engine import EngineRow
 from softprompt.errors import TrainingError
-from softprompt.prompts import Prompt
-from softprompt.training.events import Events
-from softprompt.training.job import Job
-from softprompt.training.objective import Scored
+from softprompt.prompts import CPTEmbedding, Prompt, PromptModule
+from softprompt.training.events import LOG_FILE, Events
+from softprompt.training.objectives import BatchLoss, Objective
 from softprompt.training.optimisation import rate_factor, set_rates
-from softprompt.training.sampling import Update
+from softprompt.training.sampling import Sampling, Update
 from softprompt.training.settings import RATE_PER_RMS, TuneSettings
 from softprompt.training.state import RunState, Sums
 
+MAIN = "prompt"
+"""Name of the stage that trains the prompt itself."""
+
+
+class Measure(Protocol):
+    """Says how good prompts are on rows that were not trained on."""
+
+    def metrics(self, prompts: Sequence[Prompt]) -> dict[str, float]:
+        """Measure the prompts of all tasks, in the order of the tasks."""
+        ...
+
+    def quality(self, metrics: dict[str, float]) -> list[float]:
+        """Return what decides which epoch is best, first things first; more is better."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What is trained to its end, on what: fixed from its start, also across a resume.
+
+    Attributes:
+        prompt: The module whose parameters are trained.
+        objective: What is minimised.
+        rows: The tokenised training records.
+        sampling: Which of them make which update, and the task of each.
+        model: The frozen base.
+        learning_rate: Peak learning rate of the prompt.
+        rms: Root mean square of the base's own embeddings, or keys and values: the scale of the rate.
+        validation: How the prompts are validated after each epoch; None for not at all.
+        task_names: Names of the tasks; empty for a single data set.
+        context_tokens: Tokens that the objective scores for each row besides its target.
+        distils: Whether the objective has a part to report besides the likelihood.
+        name: What its state and its results are kept under.
+        log_file: Where its updates are logged in the output directory.
+        is_needed: Whether a later stage needs what it trained.
+    """
+
+    prompt: PromptModule
+    objective: Objective
+    rows: Sequence[TokenRow]
+    sampling: Sampling
+    model: Module
+    settings: TuneSettings
+    learning_rate: float
+    rms: float
+    validation: Measure | None = None
+    task_names: tuple[str, ...] = ()
+    context_tokens: int = 0
+    distils: bool = False
+    name: str = MAIN
+    log_file: str = LOG_FILE
+    is_needed: bool = False
+
+    @property
+    def of(self) -> str:
+        """What a message adds to the number of an epoch."""
+        return "" if self.name == MAIN else f" of the {self.name}"
+
+    def total_updates(self) -> int:
+        """Return the updates of the whole stage."""
+        return self.settings.num_epochs * len(self.sampling.updates(0))
+
+    def name_of(self, index: int) -> str:
+        """Return what a message calls a training row: its number, behind its task's name."""
+        task = self.sampling.tasks[index]
+        before = sum(other < task for other in self.sampling.tasks)
+        number = str(index - before + 1)
+        return f"{self.task_names[task]} {number}" if self.task_names else number
+
 
 def train(
-    job: Job,
+    stage: Stage,
     state: RunState,
     optimizer: torch.optim.Optimizer,
     events: Events,
@@ -35,52 +106,60 @@ def train(
     check_stop: Callable[[], None],
     save: Callable[[], None],
 ) -> None:
-    """Train ``job.prompt`` from ``state`` to the end, both always at the border of an update.
+    """Train ``stage.prompt`` from ``state`` to the end, both always at the border of an update.
 
     Raises:
         TrainingInterrupted: ``check_stop`` said so; ``state`` can be saved and continued.
         TrainingError: the loss or the gradient is not finite.
     """
-    settings, total = job.settings, job.total_updates()
+    settings, total = stage.settings, stage.total_updates()
+    stage.prompt.eval()
     while state.epoch < settings.num_epochs and not _patience_is_over(settings, state):
-        for update in job.sampling.updates(state.epoch)[state.group :]:
+        for update in stage.sampling.updates(state.epoch)[state.group :]:
             started = time.perf_counter()
             factor = rate_factor(settings.schedule, state.update, total, settings.warmup_ratio)
             set_rates(optimizer, factor)
-            sums = _accumulate(job, update, state, check_stop)
-            _clip(job, state)
+            sums = _accumulate(stage, update, state, check_stop)
+            _clip(stage, state)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            if isinstance(stage.prompt, CPTEmbedding):
+                stage.prompt.project_()
             seconds = time.perf_counter() - started
-            state.add_update(sums, seconds=seconds, rate=job.learning_rate * factor)
+            state.add_update(sums, seconds=seconds, rate=stage.learning_rate * factor)
             events.update(state, sums.loss / sums.targets)
-        _finish_epoch(job, state, events)
+        _finish_epoch(stage, state, events)
         save()
 
 
-def _accumulate(job: Job, update: Update, state: RunState, check_stop: Callable[[], None]) -> Sums:
+def _accumulate(
+    stage: Stage, update: Update, state: RunState, check_stop: Callable[[], None]
+) -> Sums:
     """Accumulate the gradient of an update over its micro-batches.
 
     Each task's prompt is made once; the passes add their gradients to that value, and only their
     sum goes through the parameters behind it, which is the same by the chain rule.
     """
     used = [i for batch in update for i in batch]
-    rows = [job.rows[i] for i in used]
+    rows = [stage.rows[i] for i in used]
     targets = sum(len(row.target) for row in rows)
     sums = Sums(targets=targets, tokens=targets + sum(len(row.source) for row in rows))
-    tasks = sorted({job.sampling.tasks[i] for i in used})
-    prompts = {task: job.prompt.prompt(task) for task in tasks}
+    divisor = targets + len(used) * stage.context_tokens
+    tasks = sorted({stage.sampling.tasks[i] for i in used})
+    seed = stage.settings.seed
+    with _dropout(stage.prompt, _drops(stage.prompt), seed * 1_000_033 + state.update):
+        prompts = {task: stage.prompt.prompt(task) for task in tasks}
     leaves = {task: prompt.leaves() for task, prompt in prompts.items()}
-    for parameter in job.prompt.parameters():
+    for parameter in stage.prompt.parameters():
         parameter.grad = None
-    with _dropout(job, state.update):
+    with _dropout(stage.model, stage.settings.keep_dropout, seed * 1_000_003 + state.update):
         for batch in update:
             check_stop()
-            scored = _scored(job, batch, leaves)
-            _check_loss(job, state, batch, scored)
-            (scored.loss / targets).backward()  # type: ignore[no-untyped-call]
-            sums.loss -= scored.values.detach().sum().item()
-            sums.penalty += 0.0 if scored.penalty is None else scored.penalty.item()
+            part = _batch_loss(stage, batch, leaves)
+            _check_loss(stage, state, batch, part)
+            (part.loss / divisor).backward()  # type: ignore[no-untyped-call]
+            sums.loss -= part.values.detach().sum().item()
+            sums.penalty += 0.0 if part.penalty is None else part.penalty.item()
     made = [tensor for prompt in prompts.values() for tensor in prompt.tensors]
     summed = [leaf.grad for prompt in leaves.values() for leaf in prompt.tensors]
     pairs = [pair for pair in zip(made, summed, strict=True) if pair[1] is not None]
@@ -88,31 +167,31 @@ def _accumulate(job: Job, update: Update, state: RunState, check_stop: Callable[
     return sums
 
 
-def _scored(job: Job, batch: Sequence[int], prompts: Mapping[int, Prompt]) -> Scored:
+def _batch_loss(stage: Stage, batch: Sequence[int], prompts: Mapping[int, Prompt]) -> BatchLoss:
     """Run the rows of a micro-batch, each with the prompt of its task."""
-    tasks = [job.sampling.tasks[i] for i in batch]
+    tasks = [stage.sampling.tasks[i] for i in batch]
     rows = [
         EngineRow(row.source, row.target, prompts[task], row.at)
-        for row, task in zip((job.rows[i] for i in batch), tasks, strict=True)
+        for row, task in zip((stage.rows[i] for i in batch), tasks, strict=True)
     ]
-    return job.objective(rows, tasks)
+    return stage.objective(rows, tasks)
 
 
-def _finish_epoch(job: Job, state: RunState, events: Events) -> None:
+def _finish_epoch(stage: Stage, state: RunState, events: Events) -> None:
     point: dict[str, Any] = {
         "epoch": state.epoch + 1,
         "update": state.update,
         "loss": state.mean_loss,
         "learning_rate": state.learning_rate,
     }
-    if job.distils:
+    if stage.distils:
         point["distillation"] = state.mean_penalty
-    if job.validation is not None:
+    if stage.validation is not None:
         with torch.no_grad():
-            prompts = [job.prompt.prompt(task) for task in range(job.prompt.num_tasks)]
-        metrics = job.validation.metrics(prompts)
+            prompts = [stage.prompt.prompt(task) for task in range(stage.prompt.num_tasks)]
+        metrics = stage.validation.metrics(prompts)
         point["validation"] = metrics
-        state.offer(job.validation.quality(metrics), job.prompt.state_dict())
+        state.offer(stage.validation.quality(metrics), stage.prompt.state_dict())
     state.add_epoch(point)
     events.epoch(point)
 
@@ -123,37 +202,42 @@ def _patience_is_over(settings: TuneSettings, state: RunState) -> bool:
 
 
 @contextmanager
-def _dropout(job: Job, update: int) -> Iterator[None]:
-    """Run the base with its dropout, seeded by (seed, update); by default without any."""
-    if not job.settings.keep_dropout:
+def _dropout(module: Module, active: bool, seed: int) -> Iterator[None]:
+    """Run a module with its dropout, seeded and leaving global randomness alone, or without any."""
+    if not active:
         yield
         return
     with torch.random.fork_rng():
-        torch.manual_seed(job.settings.seed * 1_000_003 + update)
-        job.model.train()
+        torch.manual_seed(seed)
+        module.train()
         try:
             yield
         finally:
-            job.model.eval()
+            module.eval()
 
 
-def _clip(job: Job, state: RunState) -> None:
-    limit = job.settings.max_grad_norm or math.inf
-    norm = torch.nn.utils.clip_grad_norm_(job.prompt.parameters(), limit)
+def _drops(prompt: PromptModule) -> bool:
+    """Return whether a prompt has dropout of its own, as P-tuning's LSTM may have."""
+    return any(getattr(module, "dropout", 0.0) for module in prompt.modules())
+
+
+def _clip(stage: Stage, state: RunState) -> None:
+    limit = stage.settings.max_grad_norm or math.inf
+    norm = torch.nn.utils.clip_grad_norm_(stage.prompt.parameters(), limit)
     if not torch.isfinite(norm):
-        raise TrainingError(f"{_where(state)}: the gradient is {norm.item()}; {_cause(job)}")
+        raise TrainingError(f"{_where(state)}: the gradient is {norm.item()}; {_cause(stage)}")
 
 
-def _check_loss(job: Job, state: RunState, batch: list[int], scored: Scored) -> None:
-    finite = torch.isfinite(scored.values)
-    sound = scored.penalty is None or bool(torch.isfinite(scored.penalty))
+def _check_loss(stage: Stage, state: RunState, batch: list[int], loss: BatchLoss) -> None:
+    finite = torch.isfinite(loss.values)
+    sound = loss.penalty is None or bool(torch.isfinite(loss.penalty))
     if bool(finite.all()) and sound:
         return
-    bad = sorted({batch[i] for i in scored.row_index[~finite].tolist()}) or batch
-    rows = ", ".join(job.name_of(i) for i in bad[:10]) + (" ..." if len(bad) > 10 else "")
+    bad = sorted({batch[i] for i in loss.row_index[~finite].tolist()}) or batch
+    rows = ", ".join(stage.name_of(i) for i in bad[:10]) + (" ..." if len(bad) > 10 else "")
     raise TrainingError(
         f"{_where(state)}: the loss is not finite for {len(bad)} of {len(batch)} rows of the "
-        f"batch (training rows {rows}); {_cause(job)}"
+        f"batch (training rows {rows}); {_cause(stage)}"
     )
 
 
@@ -161,18 +245,18 @@ def _where(state: RunState) -> str:
     return f"update {state.update + 1} (epoch {state.epoch + 1})"
 
 
-def _cause(job: Job) -> str:
+def _cause(stage: Stage) -> str:
     """Name the likely cause of a number that is not finite, and what to do."""
     with torch.no_grad():
-        rms = job.prompt.materialize().double().pow(2).mean().sqrt().item()
-    relative = job.learning_rate / job.embedding_rms
-    if not math.isfinite(rms) or rms > 100 * job.embedding_rms:
+        rms = stage.prompt.materialize().double().pow(2).mean().sqrt().item()
+    relative = stage.learning_rate / stage.rms
+    if not math.isfinite(rms) or rms > 100 * stage.rms:
         return (
-            f"the prompt's rms grew to {rms:.3g} against {job.embedding_rms:.3g} of the base's "
-            f"embeddings at learning rate {job.learning_rate:.3g} ({relative:.3g} x that rms); "
-            f"try {RATE_PER_RMS * job.embedding_rms:.2g} or less"
+            f"the prompt's rms grew to {rms:.3g} against {stage.rms:.3g} in the base "
+            f"at learning rate {stage.learning_rate:.3g} ({relative:.3g} x that rms); "
+            f"try {RATE_PER_RMS * stage.rms:.2g} or less"
         )
     return (
         f"the prompt itself is sound (rms {rms:.3g}, learning rate {relative:.3g} x the "
-        "embedding rms), so look at these rows, or use torch_dtype float32"
+        "base's rms), so look at these rows, or use torch_dtype float32"
     )

@@ -2,44 +2,55 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.artifacts import Manifest
-from softprompt.backbone import (
-    Base,
-    Facts,
-    Fingerprint,
-    facts_of,
-    freeze,
-    load_base,
-    output_limit,
-)
+from softprompt.artifacts import Manifest, started_prompt
+from softprompt.backbone import Base, freeze, key_values, load_base, output_limit
 from softprompt.data import CutSummary, RowTokenizer, TokenRow, Verbalizer
-from softprompt.engine import Engine, build_engine, check_context
+from softprompt.engine import Engine, build_engine, check_context, completed, placement_of
 from softprompt.errors import ConfigError
-from softprompt.peft import PeftModel
-from softprompt.prompts import Placement, PromptModule
-from softprompt.training.attachment import attach
+from softprompt.prompts import (
+    PROMPT_KEY,
+    SOURCE_INITS,
+    CPTConfig,
+    FlatOrder,
+    MultitaskPromptTuningConfig,
+    PromptLearningConfig,
+    PromptModule,
+    PromptTuningConfig,
+    PromptTuningInit,
+    TaskType,
+)
+from softprompt.training.configuration import Origins, labels_text
 from softprompt.training.examples import TaskData
-from softprompt.training.optimisation import Rates
-from softprompt.training.settings import RATE_PER_RMS, TASK_RATE, TuneSettings
+from softprompt.training.first_records import first_tokens, with_context
+from softprompt.training.optimisation import Rates, peak_rates
+from softprompt.training.settings import CONTEXT_RECORDS, TuneSettings
+from softprompt.training.source_prompts import find_source
 
 logger = logging.getLogger(__name__)
 
 BaseLike: TypeAlias = str | Path | PreTrainedModel | Base
 
+_NO_CONTEXT = [0]
+"""``cpt_token_ids`` of a configuration without a context, as in PEFT."""
+
 
 @dataclass(frozen=True, slots=True)
 class TaskRows:
-    """The tokenised rows of one task; ``labels`` maps each label to its target ids."""
+    """The tokenised records of one task; ``labels`` maps each label to its target ids."""
 
     data: TaskData
+    tokenizer: RowTokenizer
     train: list[TokenRow]
     validation: list[TokenRow]
     labels: dict[str, tuple[int, ...]] | None
@@ -53,21 +64,15 @@ class TaskRows:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A base with a fresh prompt attached, and the rows to train it on."""
+    """A frozen base, an untrained prompt, and the rows to train it on."""
 
     base: Base
-    facts: Facts
-    fingerprint: Fingerprint
-    peft_model: PeftModel
+    module: PromptModule
+    config: PromptLearningConfig
     engine: Engine
     tasks: list[TaskRows]
     settings: TuneSettings
     rates: Rates
-
-    @property
-    def prompt(self) -> PromptModule:
-        """The module that is trained."""
-        return self.peft_model.encoder_of("default")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -84,11 +89,11 @@ class Prepared:
             task="classification" if kinds == {"classification"} else "generation",
             labels=first.labels if alone else None,
             base_model=self.base.name,
-            base_fingerprint=self.fingerprint.to_dict(),
+            base_fingerprint=self.base.fingerprint.to_dict(),
             max_source_length=settings.max_source_length,
             max_target_length=settings.max_target_length,
-            dtype=str(self.base.model.dtype).removeprefix("torch."),
-            seq2seq=self.facts.is_encoder_decoder,
+            dtype=str(self.base.dtype).removeprefix("torch."),
+            seq2seq=self.base.is_encoder_decoder,
             metrics=metrics,
             history=history,
             settings=settings.to_dict(),
@@ -113,40 +118,102 @@ class Prepared:
 
 
 def prepare(base_model: BaseLike, data: Sequence[TaskData], settings: TuneSettings) -> Prepared:
-    """Load the base, tokenise the rows, and attach a fresh prompt.
+    """Load the base, tokenise the records, and make an untrained prompt from the seed.
 
     Raises:
         ContextOverflowError: a row does not fit behind the prompt.
         BackboneError: the base cannot be loaded.
-        ConfigError: a setting that this base has no use for.
+        ConfigError: a setting that this base or this data does not support.
     """
     base = _loaded(base_model, settings)
-    facts = facts_of(base.model)
-    settings.check_model_types(facts.is_encoder_decoder)
     freeze(base.model)
-    tasks = [_tokenized(task, base, facts, settings) for task in data]
+    config = _configuration(base, data, settings)
+    tasks = [_tokenized(task, base, config, settings) for task in data]
+    if isinstance(config, CPTConfig) and config.cpt_token_ids == _NO_CONTEXT:
+        config = _with_context(config, base, tasks[0], settings)
     rows = [row for task in tasks for row in (*task.train, *task.validation)]
-    _check_lengths(base, facts, rows, settings)
+    _check_lengths(base, config, rows, settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        module = started_prompt(config, base.model).to(base.device)
+    of_a_text = _key_values(module, base, tasks[0], settings)
     return Prepared(
         base=base,
-        facts=facts,
-        fingerprint=Fingerprint.of(base.model),
-        peft_model=attach(base, facts, data, settings),
+        module=module,
+        config=config,
         engine=build_engine(base, settings.engine),
         tasks=tasks,
         settings=settings,
-        rates=_rates(settings, facts),
+        rates=peak_rates(settings, base, module, of_a_text),
     )
 
 
-def _tokenized(task: TaskData, base: Base, facts: Facts, settings: TuneSettings) -> TaskRows:
+def teacher_prompt(prepared: Prepared, number: int) -> PromptModule:
+    """Return a plain prompt for one task, started as the multitask prompt is; ``number`` varies the seed."""
+    config = prepared.config
+    shared = {item.name for item in dataclasses.fields(PromptTuningConfig)} - {"peft_type"}
+    values = {name: getattr(config, name) for name in shared}
+    if values["prompt_tuning_init"] in SOURCE_INITS:
+        values["prompt_tuning_init"] = PromptTuningInit.RANDOM_SCALED
+    elif values["prompt_tuning_init"] == PromptTuningInit.LABELS:
+        values["prompt_tuning_init_text"] = labels_text(prepared.tasks[number].data.labels)
+    with torch.random.fork_rng():
+        torch.manual_seed(prepared.settings.seed + number)
+        base = prepared.base
+        return started_prompt(PromptTuningConfig(**values), base.model).to(base.device)
+
+
+def _configuration(
+    base: Base, data: Sequence[TaskData], settings: TuneSettings
+) -> PromptLearningConfig:
+    """Return the configuration of the run's prompt, its sizes filled in.
+
+    Raises:
+        ConfigError: The base, the data or the source prompt does not support it.
+    """
+    tuning = settings.tuning_config
+    source = None
+    if tuning.from_source:
+        name = tuning.prompt_tuning_init_source_model or ""
+        source = find_source(name, settings.source_prompt_base)
+    known = {label for task in data for label in task.labels or ()}
+    origins = Origins(
+        tokenizer=base.name,
+        labels=tuple(sorted(known)) or None,
+        task_type=TaskType.SEQ_2_SEQ_LM if base.is_encoder_decoder else TaskType.CAUSAL_LM,
+        source=("", 0)
+        if source is None
+        else (str(source.weights), source.task_number(tuning.prompt_tuning_init_task)),
+    )
+    config = settings.configuration(origins)
+    if config.task_type not in (None, origins.task_type):
+        raise ConfigError(
+            f"config has task_type {config.task_type}, {base.facts.architecture} is for "
+            f"{origins.task_type}; leave it out"
+        )
+    config.task_type, config.base_model_name_or_path = origins.task_type, base.name
+    if isinstance(config, MultitaskPromptTuningConfig):
+        if config.num_tasks not in (1, len(data)):
+            raise ConfigError(
+                f"num_tasks is {config.num_tasks}, the data has {len(data)}; leave it out"
+            )
+        config.num_tasks = len(data)
+    config = completed(config, base)
+    if source is not None:
+        source.check(config, base)
+    return config
+
+
+def _tokenized(
+    task: TaskData, base: Base, config: PromptLearningConfig, settings: TuneSettings
+) -> TaskRows:
     tokenizer = RowTokenizer(
         base.tokenizer,
         Verbalizer(task.template),
         max_source_length=settings.max_source_length,
         max_target_length=settings.max_target_length,
-        seq2seq=facts.is_encoder_decoder,
-        placement=Placement(settings.tuning_config.placement),
+        seq2seq=base.is_encoder_decoder,
+        placement=placement_of(config),
     )
     of_task = f" of {task.name}" if task.name else ""
     train, cuts = tokenizer.tokenize(task.train)
@@ -156,7 +223,7 @@ def _tokenized(task: TaskData, base: Base, facts: Facts, settings: TuneSettings)
         validation, validation_cuts = tokenizer.tokenize(task.validation)
         logger.info("validation data%s: %s", of_task, validation_cuts)
     labels = None if task.labels is None else tokenizer.labels(task.labels)
-    return TaskRows(task, train, validation, labels, cuts)
+    return TaskRows(task, tokenizer, train, validation, labels, cuts)
 
 
 def _loaded(base_model: BaseLike, settings: TuneSettings) -> Base:
@@ -173,15 +240,15 @@ def _loaded(base_model: BaseLike, settings: TuneSettings) -> Base:
 
 
 def _check_lengths(
-    base: Base, facts: Facts, rows: Sequence[TokenRow], settings: TuneSettings
+    base: Base, config: PromptLearningConfig, rows: Sequence[TokenRow], settings: TuneSettings
 ) -> None:
     """Refuse rows that do not fit behind the prompt now, not in the middle of an epoch."""
-    seq2seq = facts.is_encoder_decoder
+    seq2seq = base.is_encoder_decoder
     longest = max(len(row.source) + (0 if seq2seq else len(row.target)) for row in rows)
-    tuning = settings.tuning_config
-    types = tuning.model_types(seq2seq)
-    before = tuning.num_virtual_tokens if "ENCODER" in types else 0
-    check_context(longest, before, facts.context_length)
+    virtual, types = config.num_virtual_tokens or 0, config.model_types()
+    in_decoder = config.keys_and_values and seq2seq
+    before = virtual if "ENCODER" in types and not in_decoder else 0
+    check_context(longest, before, base.facts.context_length)
     both = max(len(row.source) + len(row.target) for row in rows)
     if settings.max_tokens_per_batch is not None and both > settings.max_tokens_per_batch:
         raise ConfigError(
@@ -190,23 +257,53 @@ def _check_lengths(
         )
     if seq2seq:
         target = max(len(row.target) for row in rows)
-        behind = tuning.num_virtual_tokens if "DECODER" in types else 0
+        behind = virtual if "DECODER" in types or in_decoder else 0
         check_context(target, behind, output_limit(base.model), what="decoder")
 
 
-def _rates(settings: TuneSettings, facts: Facts) -> Rates:
-    """Return the learning rates, and say how they stand to the scale of the embeddings."""
-    rms = facts.embedding_rms
-    if settings.learning_rate is None:
-        rate = RATE_PER_RMS * rms
-        logger.info("learning rate %.4g (%g x the embedding rms %.4g)", rate, RATE_PER_RMS, rms)
-    else:
-        rate = settings.learning_rate
-        logger.info(
-            "learning rate %.4g as given (%.3g x the embedding rms %.4g)", rate, rate / rms, rms
-        )
-    if not settings.multitask:
-        return Rates(rate)
-    task_rate = settings.task_learning_rate or TASK_RATE
-    logger.info("learning rate of the task matrices %.4g", task_rate)
-    return Rates(rate, task_rate)
+def _with_context(
+    config: CPTConfig, base: Base, task: TaskRows, settings: TuneSettings
+) -> CPTConfig:
+    """Return the configuration with a context of the first training records."""
+    limit = base.facts.context_length
+    longest = max(len(row.source) + len(row.target) for row in (*task.train, *task.validation))
+    found, count = with_context(
+        config,
+        task.train,
+        task.tokenizer,
+        count=settings.context_records or CONTEXT_RECORDS,
+        room=None if limit is None or settings.context_records else limit - longest,
+    )
+    logger.info(
+        "the context is the first %d training records, %d tokens", count, found.num_virtual_tokens
+    )
+    return found
+
+
+def _key_values(
+    module: PromptModule, base: Base, task: TaskRows, settings: TuneSettings
+) -> Tensor | None:
+    """Start keys and values that have no other start at those of the first training records.
+
+    Returns:
+        Keys and values of a text in the base, ``[L, 2, A_kv, T, D]``; None where none are trained.
+    """
+    config = module.config
+    if config is None or not config.keys_and_values:
+        return None
+    names = ("prefix_tuning_init_text", "cartridge_init_text")
+    if any(getattr(config, name, None) for name in names):
+        return module.prompt().detach().prefix
+    ids = first_tokens(task.train, config.num_virtual_tokens or 1, task.tokenizer)
+    values = key_values(base.model, ids)
+    chosen = getattr(config, "init_weights", None) or getattr(config, "prefix_projection", False)
+    if chosen or not settings.init_from_records:
+        return values
+    if base.is_encoder_decoder:
+        logger.info("the keys and values start at random: a decoder's depend on the input")
+        return values
+    module.load_stored({PROMPT_KEY: FlatOrder.of(config).flattened(values)})
+    logger.info(
+        "the keys and values start at those of the first training records, %d tokens", len(ids)
+    )
+    return values

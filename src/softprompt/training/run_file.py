@@ -32,12 +32,13 @@ def read_run(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read the run file {path}: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    _check_keys(values, [*SOURCES, "lr", *TuneSettings.__dataclass_fields__], str(path))
+    _check_keys(values, [*SOURCES, "lr", "method", *TuneSettings.__dataclass_fields__], str(path))
     for name in SOURCES:
         _check_source(values.get(name, ""), name, str(path))
+    for name in ("tuning_config", "config"):
+        if not isinstance(values.get(name, {}), dict):
+            raise ConfigError(f"{path}: {name} must be a table, [{name}]")
     tuning = values.get("tuning_config", {})
-    if not isinstance(tuning, dict):
-        raise ConfigError(f"{path}: tuning_config must be a table, [tuning_config]")
     _check_keys(tuning, list(TuningConfig.__dataclass_fields__), f"{path} [tuning_config]")
     return values
 
@@ -90,4 +91,7 @@ def _literal(value: Any) -> str:
     """Return a value as TOML: its texts, numbers and booleans are spelt as in JSON."""
     if isinstance(value, list):
         return "[" + ", ".join(_literal(item) for item in value) + "]"
+    if isinstance(value, Mapping):
+        inside = ", ".join(f"{_key(name)} = {_literal(each)}" for name, each in value.items())
+        return "{ " + inside + " }"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -6,16 +6,35 @@ its document gives no default, the one here is explained in docs/training.md.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
 from softprompt.errors import ConfigError, nearest
-from softprompt.fields import about, check, from_mapping, plain
+from softprompt.fields import check, from_mapping, plain, setting
+from softprompt.prompts import PromptLearningConfig
+from softprompt.training.configuration import (
+    CPT,
+    METHODS,
+    MULTITASK,
+    Origins,
+    config_from,
+    configuration_of,
+    plain_config,
+    tuning_type_named,
+    tuning_type_of,
+)
 from softprompt.training.tuning_config import TuningConfig
 
 RATE_PER_RMS = 0.57
 """Default learning rate in units of the embedding's rms (measured, see docs/training.md)."""
+
+KEY_VALUE_RATE_PER_RMS = 0.1
+"""Default learning rate of keys and values in units of their own rms in each layer (likewise)."""
+
+NETWORK_RATE = 0.001
+"""Default learning rate of the networks of P-tuning and of prefix projections (likewise)."""
 
 TASK_RATE = 0.4
 """Default learning rate of task matrices, which are near one (after Wang et al. 2023)."""
@@ -23,7 +42,22 @@ TASK_RATE = 0.4
 DISTILLATION_WEIGHT = 0.9
 """Default weight of distillation against the likelihood."""
 
-MULTITASK = "MULTITASK_PROMPT_TUNING"
+CONTEXT_RECORDS = 4
+"""Default number of training records in the context of context-aware prompt tuning."""
+
+TuningType = Literal[
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE", "CPT"
+]
+
+_ONLY_WITH: Mapping[str, tuple[str, ...]] = {
+    "task_learning_rate": (MULTITASK,),
+    "task_sampling": (MULTITASK,),
+    "distillation_weight": (MULTITASK,),
+    "task_verbalizers": (MULTITASK,),
+    "init_from_records": (METHODS["prefix"], METHODS["cartridge"]),
+    "context_records": (CPT,),
+}
+"""Settings that mean something with some methods only."""
 
 _DATA, _PROMPT, _TASKS = "Data", "Prompt", "Several tasks"
 _OPTIMISATION, _MODEL, _OUTPUT = "Optimisation", "Model and engine", "Output"
@@ -31,188 +65,195 @@ _OPTIMISATION, _MODEL, _OUTPUT = "Optimisation", "Model and engine", "Output"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuneSettings:
-    """Everything a run can be told besides its base model, its data and its output."""
+    """The settings of a run: all but its base model, its data and its output.
 
-    tuning_type: Literal["PROMPT_TUNING", "MULTITASK_PROMPT_TUNING"] = field(
-        default="PROMPT_TUNING",
-        metadata=about(
-            "Method: one prompt, or a shared prompt times a low-rank matrix for each task.",
-            group=_PROMPT,
-        ),
+    What the prompt is, is said by ``config``, or by ``tuning_type`` and ``tuning_config``.
+    """
+
+    tuning_type: TuningType = setting(
+        "PROMPT_TUNING", "Method, under caikit's and PEFT's name; see --method.", group=_PROMPT
     )
     tuning_config: TuningConfig = field(default_factory=TuningConfig)
-    num_epochs: int = field(
-        default=20,
-        metadata=about("Number of training epochs.", least=1, group=_OPTIMISATION),
+    config: PromptLearningConfig | None = setting(
+        None, "Configuration of the method, instead of tuning_type and tuning_config."
     )
-    learning_rate: float | None = field(
-        default=None,
-        metadata=about(
-            f"Peak learning rate; by default {RATE_PER_RMS} x the rms of the base model's embeddings.",
-            above=0,
-            most=1e6,
-            group=_OPTIMISATION,
-        ),
+    num_epochs: int = setting(20, "Number of training epochs.", least=1, group=_OPTIMISATION)
+    learning_rate: float | None = setting(
+        None,
+        f"Peak learning rate; by default {RATE_PER_RMS} x the rms of the base model's embeddings, for "
+        f"keys and values {KEY_VALUE_RATE_PER_RMS} x theirs, and {NETWORK_RATE} for networks.",
+        above=0,
+        most=1e6,
+        group=_OPTIMISATION,
     )
-    task_learning_rate: float | None = field(
-        default=None,
-        metadata=about(
-            f"Peak learning rate of a multitask prompt's task matrices; by default {TASK_RATE}.",
-            above=0,
-            most=1e6,
-            group=_TASKS,
-        ),
+    task_learning_rate: float | None = setting(
+        None,
+        f"Peak learning rate of a multitask prompt's task matrices; by default {TASK_RATE}.",
+        above=0,
+        most=1e6,
+        group=_TASKS,
     )
-    task_sampling: Literal["proportional", "uniform"] | None = field(
-        default=None,
-        metadata=about(
-            "Sampling of tasks: proportional to their records (the default), or uniform.",
-            group=_TASKS,
-        ),
+    task_sampling: Literal["proportional", "uniform"] | None = setting(
+        None,
+        "Sampling of tasks: proportional to their records (the default), or uniform.",
+        group=_TASKS,
     )
-    distillation_weight: float | None = field(
-        default=None,
-        metadata=about(
-            "Weight of distillation from a teacher prompt for each task; 0 trains no teachers.  By "
-            f"default {DISTILLATION_WEIGHT}.",
-            least=0,
-            most=1e6,
-            group=_TASKS,
-        ),
+    distillation_weight: float | None = setting(
+        None,
+        "Weight of distillation from a teacher prompt for each task; 0 trains no teachers.  By "
+        f"default {DISTILLATION_WEIGHT}.",
+        least=0,
+        most=1e6,
+        group=_TASKS,
     )
-    accumulate_steps: int = field(
-        default=1, metadata=about("Gradient accumulation steps.", least=1, group=_OPTIMISATION)
+    init_from_records: bool = setting(
+        True,
+        "Start keys and values that have no other start at those of the first training records.",
+        group="Prefix tuning",
     )
-    verbalizer: str = field(
-        default="{{input}}",
-        metadata=about("Template of the model's input, from a record's fields.", group=_DATA),
+    context_records: int | None = setting(
+        None,
+        f"Training records in the context, the first ones; by default {CONTEXT_RECORDS}.",
+        least=1,
+        group="Context-aware prompt tuning",
     )
-    task_verbalizers: dict[str, str] | None = field(
-        default=None,
-        metadata=about("Templates of single tasks; the others use verbalizer.", group=_TASKS),
+    accumulate_steps: int = setting(1, "Gradient accumulation steps.", least=1, group=_OPTIMISATION)
+    verbalizer: str = setting(
+        "{{input}}", "Template of the model's input, from a record's fields.", group=_DATA
     )
-    batch_size: int = field(
-        default=8, metadata=about("Batch size, in records.", least=1, group=_OPTIMISATION)
+    task_verbalizers: dict[str, str] | None = setting(
+        None, "Templates of single tasks; the others use verbalizer.", group=_TASKS
     )
-    max_tokens_per_batch: int | None = field(
-        default=None,
-        metadata=about(
-            "Maximum padded tokens of a forward pass; larger batches are split into micro-batches.",
-            least=1,
-            group=_MODEL,
-        ),
+    batch_size: int = setting(8, "Batch size, in records.", least=1, group=_OPTIMISATION)
+    max_tokens_per_batch: int | None = setting(
+        None,
+        "Maximum padded tokens of a forward pass; larger batches are split into micro-batches.",
+        least=1,
+        group=_MODEL,
     )
-    max_source_length: int = field(
-        default=256, metadata=about("Maximum input length, in tokens.", least=1, group=_DATA)
+    max_source_length: int = setting(256, "Maximum input length, in tokens.", least=1, group=_DATA)
+    max_target_length: int = setting(128, "Maximum target length, in tokens.", least=1, group=_DATA)
+    task: Literal["classification", "generation"] | None = setting(
+        None, "Kind of targets; by default inferred from the training data.", group=_DATA
     )
-    max_target_length: int = field(
-        default=128, metadata=about("Maximum target length, in tokens.", least=1, group=_DATA)
+    input_field: str | None = setting(None, "Column of the input text.", group=_DATA)
+    output_field: str | None = setting(None, "Column of the target.", group=_DATA)
+    source_prompt_base: str | None = setting(
+        None,
+        "Folder of source prompts; by default the environment's SOURCE_PROMPT_BASE.",
+        group=_TASKS,
     )
-    task: Literal["classification", "generation"] | None = field(
-        default=None,
-        metadata=about("Kind of targets; by default inferred from the training data.", group=_DATA),
+    torch_dtype: str | None = setting(
+        None, "Data type of the base model; by default its own.", group=_MODEL
     )
-    input_field: str | None = field(
-        default=None, metadata=about("Column of the input text.", group=_DATA)
+    device: str | None = setting(None, "Device, such as cpu or cuda:0.", group=_MODEL)
+    engine: Literal["auto", "forest", "expand", "plain"] = setting(
+        "auto",
+        "Engine of the forward passes: forest (packed, each prompt once), expand (the prompt's "
+        "keys and values once), plain (padded), or auto (the fastest exact one).",
+        group=_MODEL,
     )
-    output_field: str | None = field(
-        default=None, metadata=about("Column of the target.", group=_DATA)
+    optimizer: Literal["adamw", "adafactor"] = setting("adamw", "Optimizer.", group=_OPTIMISATION)
+    weight_decay: float = setting(0.0, "Decoupled weight decay.", least=0, group=_OPTIMISATION)
+    max_grad_norm: float = setting(
+        1.0, "Max gradient norm; 0 disables clipping.", least=0, group=_OPTIMISATION
     )
-    source_prompt_base: str | None = field(
-        default=None,
-        metadata=about(
-            "Folder of source prompts; by default the environment's SOURCE_PROMPT_BASE.",
-            group=_TASKS,
-        ),
+    schedule: Literal["linear", "cosine", "constant"] = setting(
+        "linear", "Learning-rate schedule after warmup, per optimizer step.", group=_OPTIMISATION
     )
-    torch_dtype: str | None = field(
-        default=None,
-        metadata=about("Data type of the base model; by default its own.", group=_MODEL),
+    warmup_ratio: float = setting(
+        0.06, "Warmup, as a fraction of the optimizer steps.", least=0, most=1, group=_OPTIMISATION
     )
-    device: str | None = field(
-        default=None, metadata=about("Device, such as cpu or cuda:0.", group=_MODEL)
+    keep_dropout: bool = setting(
+        False, "Keep the base model's dropout active in training.", group=_OPTIMISATION
     )
-    engine: Literal["auto", "forest", "expand", "plain"] = field(
-        default="auto",
-        metadata=about(
-            "Engine of the forward passes: forest (packed, each prompt once), expand (the prompt's "
-            "keys and values once), plain (padded), or auto (the fastest exact one).",
-            group=_MODEL,
-        ),
+    keep_best: bool = setting(
+        True,
+        "Keep the prompt of the best validation epoch instead of the last one.",
+        group=_OPTIMISATION,
     )
-    optimizer: Literal["adamw", "adafactor"] = field(
-        default="adamw", metadata=about("Optimizer.", group=_OPTIMISATION)
+    early_stopping_patience: int | None = setting(
+        None, "Early-stopping patience, in epochs.", least=1, group=_OPTIMISATION
     )
-    weight_decay: float = field(
-        default=0.0, metadata=about("Decoupled weight decay.", least=0, group=_OPTIMISATION)
+    seed: int = setting(
+        73,
+        "Random seed of the initial prompt and of shuffling.",
+        least=0,
+        most=2**32 - 1,
+        group=_OPTIMISATION,
     )
-    max_grad_norm: float = field(
-        default=1.0,
-        metadata=about("Max gradient norm; 0 disables clipping.", least=0, group=_OPTIMISATION),
-    )
-    schedule: Literal["linear", "cosine", "constant"] = field(
-        default="linear",
-        metadata=about(
-            "Learning-rate schedule after warmup, per optimizer step.", group=_OPTIMISATION
-        ),
-    )
-    warmup_ratio: float = field(
-        default=0.06,
-        metadata=about(
-            "Warmup, as a fraction of the optimizer steps.", least=0, most=1, group=_OPTIMISATION
-        ),
-    )
-    keep_dropout: bool = field(
-        default=False,
-        metadata=about("Keep the base model's dropout active in training.", group=_OPTIMISATION),
-    )
-    keep_best: bool = field(
-        default=True,
-        metadata=about(
-            "Keep the prompt of the best validation epoch instead of the last one.",
-            group=_OPTIMISATION,
-        ),
-    )
-    early_stopping_patience: int | None = field(
-        default=None,
-        metadata=about("Early-stopping patience, in epochs.", least=1, group=_OPTIMISATION),
-    )
-    seed: int = field(
-        default=73,
-        metadata=about(
-            "Random seed of the initial prompt and of shuffling.",
-            least=0,
-            most=2**32 - 1,
-            group=_OPTIMISATION,
-        ),
-    )
-    silence_progress_bars: bool = field(
-        default=False, metadata=about("Show no progress bars.", group=_OUTPUT)
-    )
+    silence_progress_bars: bool = setting(False, "Show no progress bars.", group=_OUTPUT)
 
     def __post_init__(self) -> None:
-        """Refuse wrong values."""
+        """Refuse wrong values, and settings of which one would be ignored; no base is needed for it."""
+        self._normalise()
+        check(self)
+        self._check_config()
+        for item in dataclasses.fields(self):
+            methods = _ONLY_WITH.get(item.name, ())
+            changed = getattr(self, item.name) != item.default
+            if methods and changed and self.tuning_type not in methods:
+                raise ConfigError(
+                    f"{item.name} would be ignored with tuning_type {self.tuning_type}; set tuning_type "
+                    f"{' or '.join(methods)}, or leave it out"
+                )
+        if self.source_prompt_base is not None and not self.tuning_config.from_source:
+            raise ConfigError(
+                "source_prompt_base would be ignored: the prompt does not start from a source "
+                "prompt; set prompt_tuning_init_method AVERAGE_SOURCE, or leave it out"
+            )
+        self.configuration(Origins())
+
+    def configuration(self, origins: Origins) -> PromptLearningConfig:
+        """Return the configuration of the prompt, its sizes not filled in yet.
+
+        Raises:
+            ConfigError: It refuses a value, or the method does not have a setting.
+        """
+        if self.config is None:
+            return configuration_of(self.tuning_config, self.tuning_type, origins)
+        return dataclasses.replace(self.config)
+
+    @property
+    def multitask(self) -> bool:
+        """Whether a shared prompt and task matrices are trained."""
+        return self.tuning_type == MULTITASK
+
+    def _normalise(self) -> None:
+        """Make objects of mappings, and let a configuration say the method."""
         if isinstance(self.tuning_config, Mapping):
             object.__setattr__(
                 self, "tuning_config", from_mapping(TuningConfig, self.tuning_config)
             )
         if isinstance(self.task_verbalizers, Mapping):
             object.__setattr__(self, "task_verbalizers", dict(self.task_verbalizers))
-        check(self)
-        if not self.multitask:
-            self._check_single()
-        else:
-            self._check_multitask()
-        if self.source_prompt_base is not None and not self.tuning_config.from_source:
-            raise ConfigError(
-                "source_prompt_base would be ignored: the prompt does not start from a source "
-                "prompt; set prompt_tuning_init_method AVERAGE_SOURCE, or leave it out"
-            )
+        if isinstance(self.config, Mapping):
+            object.__setattr__(self, "config", config_from(self.config, self.tuning_type))
 
-    @property
-    def multitask(self) -> bool:
-        """Whether a shared prompt and task matrices are trained."""
-        return self.tuning_type == MULTITASK
+    def _check_config(self) -> None:
+        """Refuse a configuration that something else contradicts.
+
+        Raises:
+            ConfigError: ``tuning_type`` or ``tuning_config`` say something else, or it is not for training.
+        """
+        config = self.config
+        if config is None:
+            return
+        own = tuning_type_of(config)
+        if self.tuning_type not in (own, METHODS["prompt_tuning"]):
+            raise ConfigError(
+                f"config is of {own}, tuning_type says {self.tuning_type}; leave tuning_type out"
+            )
+        if self.tuning_config != TuningConfig():
+            raise ConfigError(
+                "config and tuning_config both say what the prompt is; give one of them"
+            )
+        if config.inference_mode or config.modules_to_save:
+            name = "inference_mode" if config.inference_mode else "modules_to_save"
+            raise ConfigError(
+                f"tune trains the prompt and nothing else; leave {name} out of config"
+            )
+        object.__setattr__(self, "tuning_type", own)
 
     def check_tasks(self, tasks: Sequence[str]) -> None:
         """Refuse settings that do not fit the data sets.
@@ -242,94 +283,51 @@ class TuneSettings:
                     f"{', '.join(tasks)}"
                 )
 
-    def _check_multitask(self) -> None:
-        """Refuse what a multitask prompt cannot have."""
-        tuning = self.tuning_config
-        if tuning.parameterization != "direct":
-            raise ConfigError(
-                f"parameterization {tuning.parameterization} would be ignored with "
-                f"tuning_type {MULTITASK}, which has its own; leave one of them out"
-            )
-        if tuning.prompt_tuning_init_method == "PROMPT":
-            raise ConfigError(
-                f"prompt_tuning_init_method PROMPT starts one task's rows, tuning_type {MULTITASK} has shared "
-                "ones; start from a source prompt (ONLY_SOURCE_SHARED), or use PROMPT_TUNING"
-            )
-        for name, usual in (("placement", "prefix"), ("prompt_sees_input", True)):
-            if getattr(tuning, name) != usual:
-                raise ConfigError(
-                    f"tuning_type {MULTITASK} has {name} {str(usual).lower()} only, as in PEFT, got "
-                    f"{str(getattr(tuning, name)).lower()}; leave it out, or use PROMPT_TUNING"
-                )
-
-    def check_model_types(self, is_encoder_decoder: bool) -> None:
-        """Refuse parts of the model that it, or the kind of prompt, does not have.
-
-        Raises:
-            ConfigError: the prompt would not go where the setting says.
-        """
-        tuning = self.tuning_config
-        tuning.check_model_types(is_encoder_decoder)
-        if self.multitask and is_encoder_decoder and tuning.output_model_types == ("DECODER",):
-            raise ConfigError(
-                f"tuning_type {MULTITASK} feeds the encoder of a seq2seq model, or both parts, as in PEFT, got "
-                "output_model_types ['DECODER']; add ENCODER, or use PROMPT_TUNING"
-            )
-
-    def _check_single(self) -> None:
-        """Refuse what only a multitask prompt has a use for."""
-        tuning = self.tuning_config
-        if tuning.from_source:
-            raise ConfigError(
-                f"prompt_tuning_init_method {tuning.prompt_tuning_init_method} needs tuning_type "
-                f"{MULTITASK}; set it, or use RANDOM, TEXT, SAMPLE_VOCAB or LABELS"
-            )
-        unused = {
-            "tuning_config.num_ranks": tuning.num_ranks,
-            "task_learning_rate": self.task_learning_rate,
-            "task_sampling": self.task_sampling,
-            "distillation_weight": self.distillation_weight,
-            "task_verbalizers": self.task_verbalizers,
-        }
-        for name, value in unused.items():
-            if value is not None:
-                raise ConfigError(
-                    f"{name} would be ignored with tuning_type {self.tuning_type}; set tuning_type "
-                    f"{MULTITASK}, or leave it out"
-                )
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TuneSettings:
-        """Build settings from names and values; ``lr`` is another name of ``learning_rate``.
+        """Build settings from names and values.
+
+        ``lr`` is another name of ``learning_rate``, and ``method`` a shorter one of ``tuning_type``.
 
         Raises:
             ConfigError: an unknown name, a wrong value, or settings that contradict each other.
         """
         values = {name: _plain_value(value) for name, value in values.items()}
+        for short, name in (("lr", "learning_rate"), ("method", "tuning_type")):
+            if short in values and name in values:
+                raise ConfigError(f"{short} and {name} are the same setting; give one of them")
         if "lr" in values:
-            if "learning_rate" in values:
-                raise ConfigError("lr and learning_rate are the same setting; give one of them")
             values["learning_rate"] = values.pop("lr")
+        if "method" in values:
+            values["tuning_type"] = tuning_type_named(values.pop("method"))
         for name in values.keys() & TuningConfig.__dataclass_fields__.keys():
             raise ConfigError(f"{name} belongs in tuning_config: tuning_config={{{name!r}: ...}}")
         return from_mapping(cls, values)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what is set as plain values: `from_dict` of it gives equal settings."""
-        return plain(self)
+        values = plain(self)
+        if self.config is not None:
+            del values["tuning_config"]
+            values["config"] = plain_config(self.config)
+        return values
 
 
 class TuneOptions(TypedDict, total=False):
-    """Keyword arguments of `tune`, for type checkers: the fields of `TuneSettings` and ``lr``."""
+    """Keyword arguments of `tune`, for type checkers: the fields of `TuneSettings`, ``lr``, ``method``."""
 
+    method: str
     tuning_type: str
     tuning_config: TuningConfig | Mapping[str, Any]
+    config: PromptLearningConfig | Mapping[str, Any] | None
     num_epochs: int
     learning_rate: float | None
     lr: float | None
     task_learning_rate: float | None
     task_sampling: str | None
     distillation_weight: float | None
+    init_from_records: bool
+    context_records: int | None
     accumulate_steps: int
     verbalizer: str
     task_verbalizers: Mapping[str, str] | None

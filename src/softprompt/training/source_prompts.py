@@ -14,9 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.artifacts import PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, load_adapter, source_of
-from softprompt.backbone import Fingerprint
+from softprompt.backbone import Base, Fingerprint
 from softprompt.errors import ConfigError, SoftPromptError, nearest
-from softprompt.prompts import CONFIG_NAME, MultitaskPromptTuningConfig, PeftType, Placement
+from softprompt.prompts import (
+    CONFIG_NAME,
+    MultitaskPromptTuningConfig,
+    MultitaskPromptTuningInit,
+    PeftType,
+    Placement,
+    PromptLearningConfig,
+)
 
 VARIABLE = "SOURCE_PROMPT_BASE"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -62,12 +69,47 @@ class SourceInfo:
                 return f"it was made for {self.base_model} (fingerprint {made_for.short})"
         return ""
 
-    def task_number(self, task: str) -> int:
-        """Return the number of a task given by name or number.
+    def check(self, config: PromptLearningConfig, base: Base) -> None:
+        """Refuse to start a prompt of a configuration on a base from this source.
+
+        Raises:
+            ConfigError: it is of another base or another size; names the setting, and what the source has.
+        """
+        misfit = self.misfit(base.facts.token_dim, base.fingerprint)
+        if misfit:
+            raise ConfigError(
+                f"the source prompt {self.name} does not fit {base.name}: {misfit}; `softprompt "
+                "sources list --base-model` shows which do"
+            )
+        needed = (config.num_virtual_tokens or 0) * (config.num_transformer_submodules or 1)
+        if self.virtual_tokens != needed:
+            raise ConfigError(
+                f"the source prompt {self.name} has {self.virtual_tokens} virtual tokens, this "
+                f"prompt needs {needed}; set num_virtual_tokens to the source's"
+            )
+        assert isinstance(config, MultitaskPromptTuningConfig)
+        init = MultitaskPromptTuningInit(config.prompt_tuning_init)
+        if init is MultitaskPromptTuningInit.ONLY_SOURCE_SHARED:
+            return
+        if not self.ranks:
+            raise ConfigError(
+                f"the source prompt {self.name} is a plain prompt without tasks, which "
+                f"{init} takes; use ONLY_SOURCE_SHARED"
+            )
+        if self.ranks != config.num_ranks:
+            raise ConfigError(
+                f"the source prompt {self.name} has num_ranks {self.ranks}, this prompt "
+                f"{config.num_ranks}; set num_ranks to the source's, or use ONLY_SOURCE_SHARED"
+            )
+
+    def task_number(self, task: str | None) -> int:
+        """Return the number of a task given by name or number; 0 where none is.
 
         Raises:
             ConfigError: there is no such task.
         """
+        if task is None:
+            return 0
         if task in self.tasks:
             return self.tasks.index(task)
         if task.isdecimal() and int(task) < len(self.tasks):
@@ -175,11 +217,11 @@ _KINDS = frozenset(
         PeftType.P_TUNING,
     }
 )
-"""Methods whose file holds rows of the input."""
+"""Methods whose file holds virtual tokens of the input."""
 
 
 def _check_stands_in_front(config: Mapping[str, Any]) -> None:
-    """Refuse what is no rows, or rows of another place than those that would start from them."""
+    """Refuse what is no virtual tokens in front of the input, where a multitask prompt stands."""
     kind = config.get("peft_type")
     if kind not in _KINDS:
         raise ConfigError(f"it is a {kind} prompt; a source is one of {', '.join(sorted(_KINDS))}")

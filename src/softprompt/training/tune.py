@@ -9,18 +9,19 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Unpack, cast
 
+from softprompt.artifacts import require_empty, require_no_file
 from softprompt.bundled import DEMO
-from softprompt.errors import ConfigError, UsageError, nearest
+from softprompt.errors import ArtifactError, ConfigError, OutputExistsError, UsageError, nearest
 from softprompt.fields import default_of
 from softprompt.inference import TunedPrompt
-from softprompt.training.checkpoint import load_state, remove_state, state_path
+from softprompt.prompts import SOURCE_INITS, MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from softprompt.training.examples import Data, Rows, read_data
-from softprompt.training.interrupt import StopSignal
-from softprompt.training.output import check_output, kept_if_resumable, publish_logs
+from softprompt.training.interrupt import StopSignal, kept_if_resumable
 from softprompt.training.preparation import BaseLike, Prepared, prepare
 from softprompt.training.run_file import RUN_FILE, read_run, write_run
 from softprompt.training.session import Trained, identity, run
 from softprompt.training.settings import TuneOptions, TuneSettings
+from softprompt.training.state import load_state, remove_state, state_path
 from softprompt.training.tuning_config import TuningConfig
 
 
@@ -92,14 +93,62 @@ def _check_names(options: Mapping[str, Any]) -> None:
             )
 
 
+def check_output(output: Path | None, *, overwrite: bool) -> None:
+    """Refuse an output directory that could not be written to in the end.
+
+    Raises:
+        UsageError: there is nothing to overwrite.
+        OutputExistsError: it holds something that would be lost.
+        ArtifactError: it may not be written to.
+    """
+    if output is None:
+        if overwrite:
+            raise UsageError("overwrite has no meaning without output; name an output directory")
+        return
+    _require_writable(output)
+    if overwrite:
+        require_no_file(output)
+        return
+    if state_path(output).exists():
+        raise OutputExistsError(
+            f"{output} holds an interrupted run; continue it with --resume (resume=True in "
+            "Python), or start again with --overwrite (overwrite=True)"
+        )
+    # A run that was killed before its first state left nothing to continue.
+    remove_state(output)
+    require_empty(output)
+
+
+def _require_writable(output: Path) -> None:
+    place = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if place == output and not place.is_dir():
+        return  # refused as a file, with another message
+    if not place.is_dir():
+        raise ArtifactError(
+            f"expected an output directory, {output} lies in {place}: Not a directory; choose "
+            "another path"
+        )
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ArtifactError(
+            f"expected an output directory that can be written to, {place} is read-only for this "
+            "user; choose another path, or change its permissions"
+        )
+
+
 def _finished(
     prepared: Prepared, trained: Trained, plan: _Plan, target: Path | None
 ) -> TunedPrompt:
-    tuned = TunedPrompt(
-        prepared.peft_model,
-        prepared.base.tokenizer,
-        prepared.manifest(trained.metrics, trained.history),
-    )
+    config = prepared.config
+    if (
+        isinstance(config, MultitaskPromptTuningConfig)
+        and config.prompt_tuning_init in SOURCE_INITS
+    ):
+        # A saved prompt must load where its source is not.
+        config.prompt_tuning_init = MultitaskPromptTuningInit.RANDOM
+        config.prompt_tuning_init_state_dict_path = None
+        config.prompt_tuning_init_task = 0
+    manifest = prepared.manifest(trained.metrics, trained.history)
+    tuned = TunedPrompt(prepared.base, prepared.module, config, manifest)
     if target is not None:
         tuned.save(target, overwrite=True)
         write_run(target / RUN_FILE, plan.names(), plan.settings)
@@ -195,6 +244,13 @@ def _same_settings(saved: TuneSettings, options: dict[str, Any]) -> TuneSettings
                     "resume, or start again with overwrite"
                 )
     return replace(saved, silence_progress_bars=silent)
+
+
+def publish_logs(output: Path) -> None:
+    """Move the finished run's logs out of its state, and remove the state."""
+    for log in sorted(state_path(output).parent.glob("*.jsonl")):
+        os.replace(log, output / log.name)
+    remove_state(output)
 
 
 def _signature() -> inspect.Signature:

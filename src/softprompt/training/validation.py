@@ -63,7 +63,7 @@ class Validation:
 
     def _likelihood(self, prompt: Prompt) -> dict[str, float]:
         parts = [
-            target_likelihood(self.engine, prompt, rows, batch_size=self.batch_size)
+            target_likelihood(self.engine, rows, prompt, batch_size=self.batch_size)
             for rows in self._parts()
         ]
         whole = TargetLikelihood(sum(p.log_prob for p in parts), sum(p.tokens for p in parts))
@@ -73,7 +73,7 @@ class Validation:
         assert self.labels is not None
         names, ids = list(self.labels), list(self.labels.values())
         parts = [
-            classify_rows(self.engine, prompt, rows, ids, batch_size=self.batch_size).scores
+            classify_rows(self.engine, rows, ids, prompt, batch_size=self.batch_size).scores
             for rows in self._parts()
         ]
         scores = torch.cat(parts).double()  # [N, K]

@@ -180,6 +180,11 @@ class PromptTuningConfig(PromptLearningConfig):
                 f"output_model_types must be one of {', '.join(map(str, allowed))}, got {given}"
             )
         self.output_model_types = sorted(given, reverse=True)
+        if given == ["DECODER"] and not self._has_one_input() and not self.prompt_sees_input:
+            raise ConfigError(
+                "prompt_sees_input would be ignored with output_model_types ['DECODER']: it is about the "
+                "encoder's prompt; leave one of them out"
+            )
 
 
 @final
