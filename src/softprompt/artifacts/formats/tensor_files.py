@@ -251,8 +251,6 @@ def _write_tensor(export: Export, path: Path) -> Mapping[str, Any]:
 @torch.no_grad()
 def _write_vllm(export: Export, path: Path) -> Mapping[str, Any]:
     stored, base = export.single(), export.loaded()
-    if path.suffix != ".json":
-        raise ConfigError(f"vllm writes a .json file, got {path.name!r}; end its name in .json")
     if stored.seq2seq:
         raise ArtifactError(
             f"{export.stored.location} is for a seq2seq model, and vLLM takes prompt_embeds for "
@@ -267,6 +265,8 @@ def _write_vllm(export: Export, path: Path) -> Mapping[str, Any]:
         )
     table = input_embedding(base.model)
     tokens = export.input_tokens()
+    if path.suffix != ".json":
+        raise ConfigError(f"vllm writes a .json file, got {path.name!r}; end its name in .json")
     ids = torch.tensor(export.source, device=table.weight.device)
     text: Tensor = table(ids)
     joined = torch.cat([tokens.to(text.device, text.dtype), text])  # [P + T, H]
