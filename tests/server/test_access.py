@@ -5,7 +5,7 @@ from fastapi.testclient import TestClient
 
 from oracles.serving import ScriptedBatcher, app_over, running
 from softprompt.errors import UsageError
-from softprompt.server.access import Keys
+from softprompt.server.middleware import Keys
 
 
 @pytest.fixture

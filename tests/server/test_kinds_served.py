@@ -131,7 +131,7 @@ def _write(folder, base, kind, seed):
         record = replace(
             record, tasks=("ask", "tell"), data={"tasks": {"ask": asks, "tell": tells}}
         )
-    TunedPrompt(model, base.tokenizer, record, kind).save(folder)
+    TunedPrompt(base, model.encoder_of(kind), model.peft_config[kind], record).save(folder)
 
 
 @pytest.fixture(scope="module", params=BASES)

@@ -3,7 +3,7 @@
 import pytest
 
 from oracles.tokenizers import byte_bpe
-from softprompt.server.replies import Position, Scores, TokenTexts, bytes_of
+from softprompt.server.logprobs import Position, Scores, TokenTexts, bytes_of
 
 TEXT = "é is 日本 and 🙂!"
 

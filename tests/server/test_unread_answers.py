@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from oracles.serving import ScriptedBatcher, app_over, running, until
-from softprompt.server.run import listening, reset_unread
+from softprompt.server.app import listening, reset_unread
 
 
 def connected(port):
@@ -31,7 +31,7 @@ class Records(logging.Handler):
 def records():
     """What the server and uvicorn log, whatever becomes of it elsewhere."""
     found = Records()
-    loggers = [logging.getLogger(name) for name in ("softprompt.server.limits", "uvicorn.error")]
+    loggers = [logging.getLogger(name) for name in ("softprompt.server.middleware", "uvicorn.error")]
     for logger in loggers:
         logger.addHandler(found)
     yield found.all

@@ -28,7 +28,7 @@ def command(*, quiet: bool, **options: Any) -> None:
     settings = ServeSettings(bounds=bounds, **options)
     start_logging(quiet=quiet)
     try:
-        from softprompt.server.run import serve
+        from softprompt.server.app import serve
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("softprompt", "torch", "transformers"):
             raise

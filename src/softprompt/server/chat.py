@@ -4,46 +4,60 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter
 from fastapi import Request as HTTPRequest
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, Field, StringConstraints
 from starlette.responses import Response
 
 from softprompt.errors import ConfigError
 from softprompt.generation import EchoEvent, Input, Request, TokenEvent
 from softprompt.prompts import Placement
-from softprompt.server.completions import answered, check_rows
-from softprompt.server.parameters import MOST_TOKENS, SamplingBody, Text, Whole, options_of
-from softprompt.server.replies import Choice, Reply, Scores, Submission, Usage
-from softprompt.server.served import Served
-from softprompt.server.service import USER, Service, in_thread, service_of
-from softprompt.server.streaming import STREAMED, EventStream, Run
+from softprompt.server.completions import answered
+from softprompt.server.logprobs import Scores
+from softprompt.server.protocol import (
+    MOST_TOKENS,
+    Choice,
+    GenerationResponse,
+    Part,
+    Reply,
+    SamplingBody,
+    Submission,
+    Text,
+    Whole,
+    options_of,
+)
+from softprompt.server.service import (
+    STREAMED,
+    USER,
+    EventStream,
+    Run,
+    Service,
+    in_thread,
+    service_of,
+)
+
+if TYPE_CHECKING:
+    from softprompt.server.served import Served
 
 router = APIRouter(tags=["generation"], dependencies=[USER])
 
 _TOKENS = 128
 """Default maximum of new tokens where no prompt's record has a limit."""
-
-
 _PLACEHOLDER = "SYSTEMTURN"
 """Placeholder for the prompt while the template is rendered, as in training."""
 
 
-class TextPart(BaseModel):
+class TextPart(Part):
     """A text part of a message."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["text"]
     text: Text
 
 
-class Message(BaseModel):
+class Message(Part):
     """One message of a chat."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Annotated[str, StringConstraints(pattern="^[a-z_]{1,32}$")]
     content: Text | list[TextPart]
@@ -78,16 +92,10 @@ class ChatChoice(BaseModel):
     seed: int | None
 
 
-class ChatCompletion(BaseModel):
+class ChatCompletion(GenerationResponse):
     """The response of ``POST /v1/chat/completions``."""
 
-    id: str
-    object: str
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[ChatChoice]
-    usage: Usage
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAMED)
@@ -98,8 +106,7 @@ async def chat(body: ChatBody, request: HTTPRequest) -> Response:
     most = served.manifest.max_target_length if served.manifest else _TOKENS
     seconds = service.settings.request_seconds
     submission = await in_thread(chat_submission, body, served, seconds, most)
-    check_rows(service, body.n or 1)
-    reply = Reply.of(submission, "chatcmpl", "chat.completion")
+    reply = Reply.of(submission, body, "chatcmpl", "chat.completion")
     run = service.start(served, submission.requests)
     if body.stream:
         return EventStream(run, _pieces(service, body, reply, run))
@@ -107,11 +114,19 @@ async def chat(body: ChatBody, request: HTTPRequest) -> Response:
 
 
 def _whole(service: Service, body: ChatBody, choice: Choice) -> dict[str, Any]:
+    message = {"role": "assistant", "content": choice.text}
+    scores = choice.scores.chat(service.tokens) if body.logprobs else None
+    return _choice(choice, "message", message, scores, choice.reason)
+
+
+def _choice(
+    choice: Choice, key: str, value: dict[str, str], scores: Any, reason: str | None
+) -> dict[str, Any]:
     return {
         "index": choice.index,
-        "message": {"role": "assistant", "content": choice.text},
-        "logprobs": choice.scores.chat(service.tokens) if body.logprobs else None,
-        "finish_reason": choice.reason,
+        key: value,
+        "logprobs": scores,
+        "finish_reason": reason,
         "seed": choice.seed,
     }
 
@@ -120,37 +135,30 @@ async def _pieces(
     service: Service, body: ChatBody, reply: Reply, run: Run
 ) -> AsyncGenerator[dict[str, Any]]:
     """Yield the chunks of a stream: role, each token's text, finish reasons, and usage if requested."""
-    with_usage = body.stream_options is not None and body.stream_options.include_usage
-    head = {**reply.head, "object": "chat.completion.chunk"}
+    kind = f"{reply.kind}.chunk"
 
     def chunk(
-        choice: Choice, delta: dict[str, str], scores: Scores | None, reason: str | None
+        choice: Choice,
+        delta: dict[str, str],
+        event: TokenEvent | None = None,
+        reason: str | None = None,
     ) -> dict[str, Any]:
-        logprobs = scores.chat(service.tokens) if scores is not None and body.logprobs else None
-        own = {
-            "index": choice.index,
-            "delta": delta,
-            "logprobs": logprobs,
-            "finish_reason": reason,
-            "seed": choice.seed,
-        }
-        return {**head, "choices": [own], **({"usage": None} if with_usage else {})}
+        scores = Scores.of(event).chat(service.tokens) if event and body.logprobs else None
+        return reply.chunk(kind, _choice(choice, "delta", delta, scores, reason))
 
     for choice in reply.choices:
-        yield chunk(choice, {"role": "assistant", "content": ""}, None, None)
+        yield chunk(choice, {"role": "assistant", "content": ""})
     async with aclosing(run.events()) as events:
         async for number, event in events:
             reply.take(number, event)
             for choice in reply.choices_of(number, event):
                 if isinstance(event, TokenEvent):
                     if event.text or body.logprobs:
-                        scores = Scores()
-                        scores.take(event)
-                        yield chunk(choice, {"content": event.text}, scores, None)
+                        yield chunk(choice, {"content": event.text}, event)
                 elif not isinstance(event, EchoEvent):
-                    yield chunk(choice, {}, None, choice.reason)
-    if with_usage:
-        yield {**head, "choices": [], "usage": reply.usage()}
+                    yield chunk(choice, {}, reason=choice.reason)
+    if reply.reports_usage:
+        yield reply.chunk(kind, usage=reply.usage())
 
 
 def chat_submission(body: ChatBody, served: Served, seconds: float, most: int) -> Submission:
@@ -164,15 +172,12 @@ def chat_submission(body: ChatBody, served: Served, seconds: float, most: int) -
     if body.top_logprobs is not None and not body.logprobs:
         raise ConfigError("top_logprobs needs logprobs=true")
     given = chat_input(served, [message.plain() for message in body.messages])
-    options = options_of(body, body.max_completion_tokens or body.max_tokens or most, seconds)
-    request = Request(
-        ids=given.ids,
-        prompt=served.prompt,
-        at=given.at,
-        options=options,
+    request = Request.of(
+        given,
+        served.prompt,
+        options=options_of(body, body.max_completion_tokens or body.max_tokens or most, seconds),
         n=body.n or 1,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        decode=given.decode,
     )
     return Submission(served, (given,), (request,))
 

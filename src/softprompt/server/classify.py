@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
@@ -13,13 +13,14 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from softprompt.errors import ConfigError, DataError
-from softprompt.generation import Input, Labelling
-from softprompt.prompts import Prompt
+from softprompt.generation import Input, Labelling, label_ids_of
 from softprompt.server.errors import Problem
-from softprompt.server.parameters import Body, Fields, Stop, Text
-from softprompt.server.served import Served
-from softprompt.server.service import USER, in_thread, service_of
-from softprompt.server.streaming import CLIENT_GONE, unless_gone
+from softprompt.server.protocol import Body, Fields, Stop, Text
+from softprompt.server.service import CLIENT_GONE, USER, in_thread, service_of, unless_gone
+
+if TYPE_CHECKING:
+    from softprompt.prompts import Prompt
+    from softprompt.server.served import Served
 
 router = APIRouter(tags=["classification"], dependencies=[USER])
 
@@ -69,8 +70,9 @@ def labelling_of(body: ClassifyBody, served: Served, most_rows: int) -> Labellin
     """Return a body's texts and labels as tokens.
 
     Raises:
-        ConfigError: There are no labels.
-        DataError: A text does not fit the prompt, or is empty and nothing else precedes the label.
+        ConfigError: There are no labels, or two have the same tokens.
+        DataError: A text does not fit the prompt, or is empty and nothing else precedes the label; a
+            label exceeds the prompt's maximum target length.
         Problem: 400, there are more texts than ``max_request_rows``.
     """
     texts = texts_of(body)
@@ -83,7 +85,7 @@ def labelling_of(body: ClassifyBody, served: Served, most_rows: int) -> Labellin
         )
     inputs = [served.of_fields(text, truncate=body.truncate_input) for text in texts]
     _check_inputs(inputs, served.prompt)
-    return Labelling(labels, served.label_ids(labels), inputs)
+    return Labelling(labels, label_ids_of(served.rows or served.plain.answers, labels), inputs)
 
 
 def _check_inputs(inputs: Sequence[Input], prompt: Prompt | None) -> None:
@@ -109,8 +111,7 @@ async def classify(body: ClassifyBody, request: Request) -> Response:
     seconds = service.settings.request_seconds
     served = await service.served(body.model, body.task)
     labelling = await in_thread(labelling_of, body, served, service.settings.max_request_rows)
-    count = len(labelling.inputs)
-    prompt = served.prompt
+    count, prompt = len(labelling.inputs), served.prompt
     future = service.scorer.submit(labelling.rows(prompt))
     waiting = asyncio.wait_for(asyncio.wrap_future(future), seconds)
     metrics, label = service.metrics, service.metrics.label(served.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import Annotated, Any, final
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter
 from fastapi import Request as HTTPRequest
@@ -14,20 +14,36 @@ from starlette.responses import Response
 
 from softprompt.errors import ConfigError, DataError
 from softprompt.generation import EchoEvent, FinishEvent, Input, Request, TokenEvent
-from softprompt.server.errors import Problem
-from softprompt.server.parameters import (
+from softprompt.server.logprobs import Position, Scores
+from softprompt.server.protocol import (
     MOST_TOKENS,
+    Choice,
     Fields,
+    GenerationResponse,
+    Reply,
     SamplingBody,
+    Submission,
     Text,
     TokenIds,
     Whole,
     options_of,
 )
-from softprompt.server.replies import Choice, Position, Reply, Scores, Submission, Usage
-from softprompt.server.served import Served
-from softprompt.server.service import USER, Service, in_thread, service_of
-from softprompt.server.streaming import CLIENT_GONE, STREAMED, EventStream, Run, unless_gone
+from softprompt.server.service import (
+    CLIENT_GONE,
+    STREAMED,
+    USER,
+    EventStream,
+    Run,
+    Service,
+    in_thread,
+    service_of,
+    unless_gone,
+)
+
+if TYPE_CHECKING:
+    from softprompt.server.served import Served
+
+router = APIRouter(tags=["generation"], dependencies=[USER])
 
 
 class CompletionBody(SamplingBody):
@@ -72,19 +88,10 @@ class CompletionChoice(BaseModel):
     seed: int | None
 
 
-class Completion(BaseModel):
+class Completion(GenerationResponse):
     """The response of ``POST /v1/completions``."""
 
-    id: str
-    object: str
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[CompletionChoice]
-    usage: Usage
-
-
-router = APIRouter(tags=["generation"], dependencies=[USER])
 
 
 @router.post("/v1/completions", response_model=Completion, responses=STREAMED)
@@ -92,26 +99,13 @@ async def complete(body: CompletionBody, request: HTTPRequest) -> Response:
     """Complete one prompt or several, each ``n`` times."""
     service = service_of(request)
     served = await service.served(body.model, body.task)
-    submission = await in_thread(
-        completion_submission, body, served, service.settings.request_seconds
-    )
-    check_rows(service, sum(each.n for each in submission.requests))
-    reply = Reply.of(submission, "cmpl", "text_completion")
+    seconds = service.settings.request_seconds
+    submission = await in_thread(completion_submission, body, served, seconds)
+    reply = Reply.of(submission, body, "cmpl", "text_completion")
     run = service.start(served, submission.requests)
     if body.stream:
         return EventStream(run, _pieces(service, body, reply, run))
     return await answered(request, reply, run, lambda each: _whole(service, body, submission, each))
-
-
-def check_rows(service: Service, rows: int) -> None:
-    """Check the number of answers of one request.
-
-    Raises:
-        Problem: 400, there are more than ``max_request_rows``.
-    """
-    most = service.settings.max_request_rows
-    if rows > most:
-        raise Problem(400, f"the request has {rows} answers, this server allows {most}")
 
 
 async def answered(
@@ -142,12 +136,20 @@ def _whole(
     service: Service, body: CompletionBody, submission: Submission, choice: Choice
 ) -> dict[str, Any]:
     given = submission.inputs[choice.index // (body.n or 1)]
-    before = submission.served.plain.decode(given.ids) if body.echo else ""
-    scores = None
-    if body.logprobs is not None:
-        start = Position(0 if body.echo else len(submission.served.plain.decode(given.ids)))
-        scores = choice.scores.completion(service.tokens, start, top=body.logprobs > 0)
-    return _choice(choice, before + choice.text, scores, choice.reason)
+    before = submission.served.plain.decode(given.ids)
+    position = Position(0 if body.echo else len(before))
+    scores = _scored(service, body, choice.scores, position)
+    text = before + choice.text if body.echo else choice.text
+    return _choice(choice, text, scores, choice.reason)
+
+
+def _scored(
+    service: Service, body: CompletionBody, scores: Scores, position: Position
+) -> dict[str, Any] | None:
+    """Return the ``logprobs`` of tokens, None where the request wants none; ``position`` advances past them."""
+    if body.logprobs is None:
+        return None
+    return scores.completion(service.tokens, position, top=body.logprobs > 0)
 
 
 def _choice(
@@ -162,73 +164,44 @@ def _choice(
     }
 
 
-@final
-class _Chunks:
-    """The chunks of a streamed response."""
+async def _pieces(
+    service: Service, body: CompletionBody, reply: Reply, run: Run
+) -> AsyncGenerator[dict[str, Any]]:
+    """Yield the chunks of a stream: echo, each token's text, finish reasons, and usage if requested."""
+    plain, scored = reply.submission.served.plain, body.logprobs is not None
+    decoded = [plain.decode(given.ids) for given in reply.submission.inputs]
+    inputs = [decoded[choice.index // (body.n or 1)] for choice in reply.choices]
+    positions = [Position(0 if body.echo else len(text)) for text in inputs]
 
-    def __init__(self, service: Service, body: CompletionBody, reply: Reply) -> None:
-        plain, n = reply.submission.served.plain, body.n or 1
-        texts = [plain.decode(given.ids) for given in reply.submission.inputs]
-        self.inputs = [texts[choice.index // n] for choice in reply.choices]
-        self.usage = body.stream_options is not None and body.stream_options.include_usage
-        self._head = {**reply.head, "object": reply.kind}
-        self._top = None if body.logprobs is None else body.logprobs > 0
-        self._names = service.tokens
-        self._positions = [Position(0 if body.echo else len(text)) for text in self.inputs]
-
-    def of(
-        self,
+    def chunk(
         choice: Choice,
         text: str = "",
         event: TokenEvent | EchoEvent | None = None,
         reason: str | None = None,
     ) -> dict[str, Any]:
-        """Return a chunk that appends to one choice, with the log-probabilities of an event."""
-        logprobs = None
-        if event is not None and self._top is not None:
-            scores = Scores()
-            scores.take(event)
-            logprobs = scores.completion(self._names, self._positions[choice.index], top=self._top)
-        return self._with_usage([_choice(choice, text, logprobs, reason)], None)
+        position = positions[choice.index]
+        scores = event and _scored(service, body, Scores.of(event), position)
+        return reply.chunk(reply.kind, _choice(choice, text, scores, reason))
 
-    def last(self, usage: dict[str, int]) -> dict[str, Any]:
-        """Return the last chunk, with the usage."""
-        return self._with_usage([], usage)
-
-    def _with_usage(
-        self, choices: list[dict[str, Any]], usage: dict[str, int] | None
-    ) -> dict[str, Any]:
-        return {
-            **self._head,
-            "choices": choices,
-            **({"usage": usage} if self.usage else {}),
-        }
-
-
-async def _pieces(
-    service: Service, body: CompletionBody, reply: Reply, run: Run
-) -> AsyncGenerator[dict[str, Any]]:
-    """Yield the chunks of a stream: echo, each token's text, finish reasons, and usage if requested."""
-    chunks, scored = _Chunks(service, body, reply), body.logprobs is not None
     if body.echo and not scored:
         for choice in reply.choices:
-            yield chunks.of(choice, chunks.inputs[choice.index])
+            yield chunk(choice, inputs[choice.index])
     async with aclosing(run.events()) as events:
         async for number, event in events:
             reply.take(number, event)
             for choice in reply.choices_of(number, event):
                 match event:
                     case EchoEvent() if body.echo and scored:
-                        yield chunks.of(choice, chunks.inputs[choice.index], event)
+                        yield chunk(choice, inputs[choice.index], event)
                     case TokenEvent() if event.text or scored:
-                        yield chunks.of(choice, event.text, event)
+                        yield chunk(choice, event.text, event)
                     case FinishEvent():
-                        yield chunks.of(choice, reason=choice.reason)
+                        yield chunk(choice, reason=choice.reason)
     if body.max_tokens == 0:
         for choice in reply.choices:
-            yield chunks.of(choice, reason=choice.reason)
-    if chunks.usage:
-        yield chunks.last(reply.usage())
+            yield chunk(choice, reason=choice.reason)
+    if reply.reports_usage:
+        yield reply.chunk(reply.kind, usage=reply.usage())
 
 
 def completion_submission(body: CompletionBody, served: Served, seconds: float) -> Submission:
@@ -246,9 +219,9 @@ def completion_submission(body: CompletionBody, served: Served, seconds: float) 
     options = options_of(body, 16 if body.max_tokens is None else body.max_tokens, seconds)
     requests = [
         Request(
-            ids=each.ids,
-            prompt=served.prompt,
-            at=each.at,
+            each.ids,
+            served.prompt,
+            each.at,
             options=options,
             n=body.n or 1,
             logprobs=body.logprobs,

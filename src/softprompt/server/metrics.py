@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import final
+from functools import partial
+from typing import TYPE_CHECKING, final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from softprompt.generation import Batcher
+if TYPE_CHECKING:
+    from softprompt.generation import Batcher
 
 OTHER = "other"
 """The label that prompts share beyond the first ``max_metric_prompts``."""
@@ -53,6 +55,23 @@ _BETWEEN = (
     2.5,
 )
 _WHOLE = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240)
+
+
+_GAUGES = {
+    "running": ("num_requests_running", "Answers being generated."),
+    "waiting": ("num_requests_waiting", "Requests in the queue."),
+    "resident_tokens": (
+        "prompt_cache_tokens",
+        "Virtual tokens in the LRU cache of prompt keys and values.",
+    ),
+    "resident_prompts": ("prompt_cache_prompts", "Prompts in that cache."),
+}
+_COUNTS = {
+    "prompt_hits": ("prompt_cache_hits", "Requests whose prompt was in that cache."),
+    "prompt_misses": ("prompt_cache_misses", "Requests whose prompt was not in that cache."),
+    "steps": ("engine_steps", "Forward passes for generation."),
+}
+"""Name and help of what ``BatcherStats`` counts, by its fields."""
 
 
 @final
@@ -104,48 +123,21 @@ class Metrics:
 
     def _watch(self, batcher: Batcher) -> None:
         """Register the batcher's statistics, read at each scrape."""
-        self._gauge(
-            "num_requests_running", "Answers being generated.", lambda: batcher.stats.running
-        )
-        self._gauge("num_requests_waiting", "Requests in the queue.", lambda: batcher.stats.waiting)
         room = batcher.bounds.max_cached_tokens
         self._gauge(
             "kv_cache_usage_perc",
             "KV-cache usage of running answers; 1 is full.",
             lambda: batcher.stats.cached_tokens / room,
         )
-        self._gauge(
-            "prompt_cache_tokens",
-            "Virtual tokens in the LRU cache of prompt keys and values.",
-            lambda: batcher.stats.resident_tokens,
-        )
-        self._count(
-            "prompt_cache_hits",
-            "Requests whose prompt was in that cache.",
-            lambda: batcher.stats.prompt_hits,
-        )
-        self._count(
-            "prompt_cache_misses",
-            "Requests whose prompt was not in that cache.",
-            lambda: batcher.stats.prompt_misses,
-        )
-        self._gauge(
-            "prompt_cache_prompts",
-            "Prompts in that cache.",
-            lambda: batcher.stats.resident_prompts,
-        )
-        self._count(
-            "engine_steps",
-            "Forward passes for generation.",
-            lambda: batcher.stats.steps,
-        )
+        for field, (name, text) in _GAUGES.items():
+            self._gauge(name, text, partial(_statistic, batcher, field))
+        for field, (name, text) in _COUNTS.items():
+            value = partial(_statistic, batcher, field)
+            self.registry.register(_Count(f"softprompt_{name}", text, value))
 
     def _gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         gauge = Gauge(f"softprompt_{name}", text, registry=self.registry)
         gauge.set_function(value)
-
-    def _count(self, name: str, text: str, value: Callable[[], float]) -> None:
-        self.registry.register(_Count(f"softprompt_{name}", text, value))
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"softprompt_{name}", text, ["model_name", *labels], registry=self.registry)
@@ -154,6 +146,10 @@ class Metrics:
         return Histogram(
             f"softprompt_{name}", text, ["model_name"], registry=self.registry, buckets=buckets
         )
+
+
+def _statistic(batcher: Batcher, field: str) -> float:
+    return float(getattr(batcher.stats, field))
 
 
 @final

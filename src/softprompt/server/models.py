@@ -61,8 +61,8 @@ class PromptState(BaseModel):
     """State of a prompt, for administrators."""
 
     name: str
-    resident: bool
-    unloaded: bool
+    resident: bool = False
+    unloaded: bool = False
     version: str | None = None
     problem: str | None = None
 
@@ -95,55 +95,38 @@ async def card(name: Name, request: Request) -> JSONResponse:
     return JSONResponse(await in_thread(service.card, name))
 
 
-@admin.get("/v1/prompts", response_model=PromptStates)
-async def list_prompts(request: Request) -> JSONResponse:
+@admin.get("/v1/prompts")
+async def list_prompts(request: Request) -> PromptStates:
     """List the folder's prompts with their state."""
-    return JSONResponse({"object": "list", "data": await in_thread(_states, service_of(request))})
+    return PromptStates(object="list", data=await in_thread(_states, service_of(request)))
 
 
-@admin.post("/v1/prompts/{name}/load", response_model=PromptState)
-async def load(name: Name, request: Request) -> JSONResponse:
+@admin.post("/v1/prompts/{name}/load")
+async def load(name: Name, request: Request) -> PromptState:
     """Load a prompt."""
     served = await in_thread(service_of(request).registry.load, name)
-    return JSONResponse(_state(name, resident=True, version=served.version))
+    return PromptState(name=name, resident=True, version=served.version)
 
 
-@admin.post("/v1/prompts/{name}/unload", response_model=PromptState)
-async def unload(name: Name, request: Request) -> JSONResponse:
+@admin.post("/v1/prompts/{name}/unload")
+async def unload(name: Name, request: Request) -> PromptState:
     """Unload a prompt; running requests finish."""
     await in_thread(service_of(request).registry.unload, name)
-    return JSONResponse(_state(name, unloaded=True))
+    return PromptState(name=name, unloaded=True)
 
 
-@admin.post("/v1/prompts/{name}/reload", response_model=PromptState)
-async def reload(name: Name, request: Request) -> JSONResponse:
+@admin.post("/v1/prompts/{name}/reload")
+async def reload(name: Name, request: Request) -> PromptState:
     """Reload a prompt's files."""
     served = await in_thread(service_of(request).registry.reload, name)
-    return JSONResponse(_state(name, resident=True, version=served.version))
+    return PromptState(name=name, resident=True, version=served.version)
 
 
-def _state(
-    name: str,
-    *,
-    resident: bool = False,
-    unloaded: bool = False,
-    version: str | None = None,
-    problem: str | None = None,
-) -> dict[str, Any]:
-    return {
-        "name": name,
-        "resident": resident,
-        "unloaded": unloaded,
-        "version": version,
-        "problem": problem,
-    }
-
-
-def _states(service: Service) -> list[dict[str, Any]]:
+def _states(service: Service) -> list[PromptState]:
     registry, out = service.registry, set(service.registry.withdrawn())
     return [
-        _state(
-            name,
+        PromptState(
+            name=name,
             resident=registry.is_resident(name),
             unloaded=name in out,
             problem=registry.outline(name).problem,

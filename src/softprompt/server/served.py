@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
-from softprompt.artifacts import Manifest
-from softprompt.backbone import Base
 from softprompt.data import RowTokenizer, SpecialFrame, Verbalizer, encode
 from softprompt.errors import ConfigError, DataError, TemplateError
-from softprompt.generation import Input, label_ids_of
-from softprompt.inference import Fields, TunedPrompt, fields_of
-from softprompt.prompts import Placement, Prompt
+from softprompt.generation import Input
+from softprompt.inference import fields_of
+from softprompt.prompts import Placement
+
+if TYPE_CHECKING:
+    from softprompt.artifacts import Manifest
+    from softprompt.backbone import Base
+    from softprompt.inference import Fields, TunedPrompt
+    from softprompt.prompts import Prompt
 
 _LENGTH = 128
 """Maximum tokens of a label without a prompt."""
@@ -120,15 +125,6 @@ class Served:
         if cut and not truncate:
             raise DataError(CUT.format(limit=self.rows.max_source_length, name=self.name))
         return Input(ids, self.rows.offset(ids), self.rows.decode, cut)
-
-    def label_ids(self, labels: Sequence[str]) -> list[tuple[int, ...]]:
-        """Return the token ids of labels as answers of this prompt or of the base model.
-
-        Raises:
-            ConfigError: There is none, or two have the same tokens.
-            DataError: One exceeds the prompt's maximum target length.
-        """
-        return label_ids_of(self.rows or self.plain.answers, labels)
 
     def of_text(self, text: str) -> Input:
         """Return the input of a text without a template."""

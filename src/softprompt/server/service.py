@@ -1,4 +1,7 @@
-"""The service behind the routes: prompts, batcher, scorer, access, metrics, and its life cycle."""
+"""The service behind the routes: its parts and life cycle, running requests, server-sent events.
+
+A client that disconnects cancels what it started, and every request ends within its time limit.
+"""
 
 from __future__ import annotations
 
@@ -6,34 +9,50 @@ import asyncio
 import functools
 import json
 import logging
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast, final
 
 import anyio
 from fastapi import Depends
 from fastapi import Request as HTTPRequest
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from softprompt.backbone import input_embedding
 from softprompt.errors import NotServingError
-from softprompt.generation import Batcher, Request, Scorer, Ticket
-from softprompt.inference import Task
+from softprompt.generation import EchoEvent, Event, FinishEvent, Request, Ticket, TokenEvent
 from softprompt.inspection import describe
-from softprompt.server.access import Access
+from softprompt.server.errors import Problem, problem_of
 from softprompt.server.folder import tasks_of
-from softprompt.server.limits import Connections
-from softprompt.server.metrics import Metrics
-from softprompt.server.registry import Registry
-from softprompt.server.replies import TokenTexts
-from softprompt.server.served import Served
-from softprompt.server.settings import ServeSettings
-from softprompt.server.streaming import Run
+from softprompt.server.middleware import Connections
+
+if TYPE_CHECKING:
+    from softprompt.generation import Batcher, Scorer
+    from softprompt.inference import Task
+    from softprompt.server.logprobs import TokenTexts
+    from softprompt.server.metrics import Metrics
+    from softprompt.server.middleware import Access
+    from softprompt.server.registry import Registry
+    from softprompt.server.served import Served
+    from softprompt.server.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": _EVENT}}}
+}
+"""OpenAPI description of a streamed response."""
+CLIENT_GONE = 499
+"""Status in access logs when the client has disconnected (nginx's 499)."""
+_SLACK = 1.0
+"""Seconds on top of the time limit: the batcher ends answers at the limit by itself."""
 _CARDS = 64
 _POLL_SECONDS = 0.1
 
@@ -75,8 +94,12 @@ class Service:
         """Submit requests, all of them or none.
 
         Raises:
+            Problem: 400, they want more answers than ``max_request_rows``.
             SoftPromptError: The queue is full, or a request does not fit the model.
         """
+        rows, most = sum(each.n for each in requests), self.settings.max_request_rows
+        if rows > most:
+            raise Problem(400, f"the request has {rows} answers, this server allows {most}")
         tickets: list[Ticket] = []
         try:
             for request in requests:
@@ -88,7 +111,7 @@ class Service:
         return Run(tickets, served.name, self.metrics, self.settings.request_seconds)
 
     def card(self, name: str) -> dict[str, Any]:
-        """Return a prompt's card as plain JSON values; an LRU cache keeps the latest ones."""
+        """Return a prompt's card as plain JSON values; the latest ones are kept."""
         stored, version = self.registry.stored(name)
         key = (name, version)
         if key not in self._cards:
@@ -105,11 +128,9 @@ class Service:
                 "tasks": tasks_of(stored.config, stored.manifest),
             }
             # A prompt may hold numbers that JSON has no word for.
-            card: dict[str, Any] = json.loads(json.dumps(found), parse_constant=lambda _: None)
-            self._cards[key] = card
-            while len(self._cards) > _CARDS:
+            self._cards[key] = json.loads(json.dumps(found), parse_constant=lambda _: None)
+            if len(self._cards) > _CARDS:
                 self._cards.popitem(last=False)
-            return card
         return self._cards[key]
 
     async def watch(self) -> None:
@@ -159,3 +180,164 @@ def _admin(request: HTTPRequest) -> None:
 
 USER, ADMIN = Depends(_user), Depends(_admin)
 """Dependencies of routes that require a user's or an administrator's key."""
+
+
+@final
+@dataclass(slots=True)
+class Run:
+    """The batcher's running requests of one HTTP request.
+
+    Attributes:
+        tickets: One for each input.
+        name: The prompt's name, for the metrics.
+        metrics: Counts tokens, latencies and finish reasons.
+        seconds: Time limit.
+    """
+
+    tickets: Sequence[Ticket]
+    name: str
+    metrics: Metrics
+    seconds: float
+    started: float = field(default_factory=time.monotonic)
+    _latest: dict[tuple[int, int], float] = field(default_factory=dict)
+    _ended: list[int] = field(default_factory=list)
+
+    def cancel(self) -> None:
+        """Cancel all unfinished requests; needed where ``events`` was never iterated."""
+        for ticket in self.tickets:
+            ticket.cancel()
+
+    async def events(self) -> AsyncGenerator[tuple[int, Event]]:
+        """Yield (input, event) in the order of events; leaving early cancels unfinished requests.
+
+        Raises:
+            Problem: 503, the time limit has passed, or the server is stopping.
+            Exception: A request failed.
+        """
+        queue: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue()
+        pumps = [asyncio.create_task(_pump(i, each, queue)) for i, each in enumerate(self.tickets)]
+        left = len(pumps)
+        self._ended = [0] * left
+        ended = False
+        try:
+            while left:
+                remaining = self.started + self.seconds + _SLACK - time.monotonic()
+                number, event = await asyncio.wait_for(queue.get(), remaining)
+                if isinstance(event, Exception):
+                    raise event
+                if event is None:
+                    self._ended[number] = self.tickets[number].request.n
+                    left -= 1
+                    continue
+                if isinstance(event, FinishEvent) and event.reason == "cancelled":
+                    # The server cancelled it: after a disconnect nothing reads these events.
+                    raise Problem(503, "the server stopped before the answer was whole; ask again")
+                self._count(number, event)
+                yield number, event
+            ended = True
+        except TimeoutError:
+            raise Problem(503, f"no answer within {self.seconds:g} s; try again later") from None
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            if not ended:
+                self.cancel()
+                self.metrics.success.labels(self._label, "abort").inc(self._open_answers)
+
+    @property
+    def _open_answers(self) -> int:
+        return sum(ticket.request.n for ticket in self.tickets) - sum(self._ended)
+
+    @property
+    def _label(self) -> str:
+        return self.metrics.label(self.name)
+
+    def _count(self, number: int, event: Event) -> None:
+        now, label = time.monotonic(), self._label
+        match event:
+            case EchoEvent():
+                return
+            case TokenEvent():
+                answer = (number, event.index)
+                which = self.metrics.between if answer in self._latest else self.metrics.first
+                which.labels(label).observe(now - self._latest.get(answer, self.started))
+                self._latest[answer] = now
+            case FinishEvent():
+                self._ended[number] += 1
+                self.metrics.success.labels(label, event.reason).inc()
+                self.metrics.generated.labels(label).inc(len(event.tokens))
+                self.metrics.whole.labels(label).observe(now - self.started)
+                if event.index == 0:
+                    self.metrics.input.labels(label).inc(event.input_tokens)
+                    self.metrics.virtual.labels(label).inc(event.prompt_tokens)
+
+
+async def _pump(
+    number: int, ticket: Ticket, queue: asyncio.Queue[tuple[int, Event | Exception | None]]
+) -> None:
+    try:
+        async for event in ticket:
+            queue.put_nowait((number, event))
+    except Exception as error:  # raised by the consumer of the queue
+        queue.put_nowait((number, error))
+    else:
+        queue.put_nowait((number, None))
+
+
+@final
+class EventStream(Response):
+    """Server-sent events of a streamed response, ended by ``[DONE]`` as OpenAI's are."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, run: Run, pieces: AsyncGenerator[Mapping[str, Any]]) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self._run = run
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events; on any exit unfinished requests are cancelled."""
+        headers = {name: value for name, value in self.headers.items() if name != "content-length"}
+        inner = StreamingResponse(_lines(self._pieces), headers=headers)
+        try:
+            async with aclosing(self._pieces):
+                await inner(scope, receive, send)
+        finally:
+            self._run.cancel()
+
+
+async def _lines(pieces: AsyncGenerator[Mapping[str, Any]]) -> AsyncGenerator[bytes]:
+    try:
+        async for piece in pieces:
+            yield _line(piece)
+    except Exception as error:  # the status has been sent; the error becomes an event
+        yield _line(problem_of(error).body)
+    yield b"data: [DONE]\n\n"
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"
+
+
+async def unless_gone(
+    request: HTTPRequest, answer: Awaitable[Result], cancel: Callable[[], object]
+) -> Result | None:
+    """Await an answer; None when the client disconnects, which cancels it."""
+    working = asyncio.ensure_future(answer)
+    gone = asyncio.create_task(_until_gone(request))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        gone.cancel()
+        if not working.done():
+            working.cancel()
+            cancel()
+            await asyncio.wait({working})
+            # Retrieve an exception raised by the cancellation, so that asyncio does not log it.
+            _ = working.cancelled() or working.exception()
+
+
+async def _until_gone(request: HTTPRequest) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

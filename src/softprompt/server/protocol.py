@@ -1,11 +1,15 @@
-"""Request parameters: what the endpoints have in common, and sampling parameters as options.
+"""OpenAI's protocol: the parameters of requests, as generation options, and answers gathered from events.
 
 Names and ranges are OpenAI's and vLLM's; an unknown name raises, naming the nearest known one.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import (
     BaseModel,
@@ -17,7 +21,19 @@ from pydantic import (
 )
 
 from softprompt.errors import ConfigError
-from softprompt.generation import GenerationOptions
+from softprompt.generation import (
+    EchoEvent,
+    Event,
+    FinishEvent,
+    GenerationOptions,
+    Input,
+    Request,
+    TokenEvent,
+)
+from softprompt.server.logprobs import Scores
+
+if TYPE_CHECKING:
+    from softprompt.server.served import Served
 
 MOST_TOKENS = 1 << 20
 _INT64 = 2**63 - 1
@@ -35,10 +51,16 @@ Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Fields = Annotated[dict[str, str | float | int], Field(min_length=1)]
 
 
-class Body(BaseModel):
+class Part(BaseModel):
+    """A part of a request; unknown names and values of other types are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Body(Part):
     """Parameters of every request."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     model: str = Field(description="Name of a prompt, or of the base model.")
     task: str | Whole | None = Field(None, description="Task of a multitask prompt.")
@@ -51,10 +73,8 @@ class Body(BaseModel):
         return values
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Part):
     """Options of a streamed response."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     include_usage: bool = False
 
@@ -152,3 +172,127 @@ def _sampling(body: SamplingBody, temperature: float) -> dict[str, Any]:
     found["top_k"] = body.top_k if body.top_k and body.top_k > 0 else None
     found["min_p"] = body.min_p or None
     return found
+
+
+class Usage(BaseModel):
+    """Token counts of a request; virtual tokens are counted apart from the input's."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    virtual_tokens: int
+
+
+class GenerationResponse(BaseModel):
+    """What the responses of all generating endpoints have in common."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    system_fingerprint: str
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """One HTTP request as requests to the batcher.
+
+    Attributes:
+        served: The prompt, in the version that answers.
+        inputs: Token ids of the inputs.
+        requests: The batcher's requests, one for each input.
+    """
+
+    served: Served
+    inputs: tuple[Input, ...]
+    requests: tuple[Request, ...]
+
+
+@dataclass(slots=True)
+class Choice:
+    """One answer in the making."""
+
+    index: int
+    text: str = ""
+    scores: Scores = field(default_factory=Scores)
+    reason: str = "length"
+    tokens: int = 0
+    seed: int | None = None
+
+
+@dataclass(slots=True)
+class Reply:
+    """The answers of a submission, gathered from token events."""
+
+    submission: Submission
+    kind: str
+    head: dict[str, Any]
+    choices: list[Choice]
+    reports_usage: bool
+
+    @classmethod
+    def of(cls, submission: Submission, body: SamplingBody, prefix: str, kind: str) -> Reply:
+        """Return a reply with empty choices.
+
+        Args:
+            submission: The submission.
+            body: Its body, which says whether a stream ends with the usage.
+            prefix: Prefix of its id.
+            kind: The response's ``object``.
+        """
+        head = {
+            "id": f"{prefix}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": submission.served.name,
+            # Changes with the prompt's files.
+            "system_fingerprint": f"sp-{submission.served.version[:16]}",
+        }
+        count = sum(request.n for request in submission.requests)
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        return cls(submission, kind, head, [Choice(index) for index in range(count)], usage)
+
+    def choices_of(self, number: int, event: Event) -> Sequence[Choice]:
+        """Return the choices that an event of input ``number`` belongs to."""
+        n = self.submission.requests[number].n
+        if isinstance(event, EchoEvent):
+            return self.choices[number * n : number * n + n]
+        return [self.choices[number * n + event.index]]
+
+    def take(self, number: int, event: Event) -> None:
+        """Apply an event of input ``number``."""
+        for choice in self.choices_of(number, event):
+            match event:
+                case EchoEvent():
+                    choice.scores.take(event)
+                case TokenEvent():
+                    choice.text += event.text
+                    choice.scores.take(event)
+                case FinishEvent():
+                    choice.reason = event.reason
+                    choice.tokens = len(event.tokens)
+                    choice.seed = event.seed
+
+    def usage(self) -> dict[str, int]:
+        """Return the token counts."""
+        inputs = sum(len(each.ids) for each in self.submission.inputs)
+        new = sum(choice.tokens for choice in self.choices)
+        prompt = self.submission.served.prompt
+        virtual = 0 if prompt is None else prompt.tokens * len(self.submission.inputs)
+        return {
+            "prompt_tokens": inputs,
+            "completion_tokens": new,
+            "total_tokens": inputs + new,
+            "virtual_tokens": virtual,
+        }
+
+    def chunk(
+        self, kind: str, *choices: dict[str, Any], usage: dict[str, int] | None = None
+    ) -> dict[str, Any]:
+        """Return a chunk of a streamed response; ``kind`` is its ``object``."""
+        reported = {"usage": usage} if self.reports_usage else {}
+        return {**self.head, "object": kind, "choices": list(choices), **reported}
+
+    def whole(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the body of a response that is not streamed."""
+        return {**self.head, "object": self.kind, "choices": choices, "usage": self.usage()}

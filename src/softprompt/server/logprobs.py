@@ -1,52 +1,15 @@
-"""Answers in OpenAI's shapes: choices gathered from token events, with texts and log-probabilities."""
+"""Log-probabilities of tokens in OpenAI's shapes, with the texts, bytes and offsets of single tokens."""
 
 from __future__ import annotations
 
 import re
-import secrets
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
-from softprompt.generation import (
-    EchoEvent,
-    Event,
-    FinishEvent,
-    Input,
-    Request,
-    TokenEvent,
-    TopLogProbs,
-)
-from softprompt.server.served import Served
-
-
-class Usage(BaseModel):
-    """Token counts of a request; virtual tokens are counted apart from the input's."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    virtual_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Submission:
-    """One HTTP request as requests to the batcher.
-
-    Attributes:
-        served: The prompt, in the version that answers.
-        inputs: Token ids of the inputs.
-        requests: The batcher's requests, one for each input.
-    """
-
-    served: Served
-    inputs: tuple[Input, ...]
-    requests: tuple[Request, ...]
-
+from softprompt.generation import EchoEvent, TokenEvent, TopLogProbs
 
 _LONGEST = 4
 """Bytes of a character at most."""
@@ -136,6 +99,13 @@ class Scores:
     values: list[float | None] = field(default_factory=list)
     top: list[TopLogProbs] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, event: TokenEvent | EchoEvent) -> Self:
+        """Return the log-probabilities of an event's tokens."""
+        scores = cls()
+        scores.take(event)
+        return scores
+
     def take(self, event: TokenEvent | EchoEvent) -> None:
         """Append an event's tokens."""
         if isinstance(event, TokenEvent):
@@ -177,85 +147,6 @@ class Scores:
 
 def _named(texts: TokenTexts, token: int, value: float | None) -> dict[str, Any]:
     return {"token": texts(token), "logprob": value, "bytes": texts.bytes(token)}
-
-
-@dataclass(slots=True)
-class Choice:
-    """One answer in the making."""
-
-    index: int
-    text: str = ""
-    scores: Scores = field(default_factory=Scores)
-    reason: str = "length"
-    tokens: int = 0
-    seed: int | None = None
-
-
-@dataclass(slots=True)
-class Reply:
-    """The answers of a submission, gathered from token events."""
-
-    submission: Submission
-    kind: str
-    head: dict[str, Any]
-    choices: list[Choice]
-
-    @classmethod
-    def of(cls, submission: Submission, prefix: str, kind: str) -> Reply:
-        """Return a reply with empty choices.
-
-        Args:
-            submission: The submission.
-            prefix: Prefix of its id.
-            kind: The response's ``object``.
-        """
-        head = {
-            "id": f"{prefix}-{secrets.token_hex(12)}",
-            "created": int(time.time()),
-            "model": submission.served.name,
-            # Changes with the prompt's files.
-            "system_fingerprint": f"sp-{submission.served.version[:16]}",
-        }
-        count = sum(request.n for request in submission.requests)
-        return cls(submission, kind, head, [Choice(index) for index in range(count)])
-
-    def choices_of(self, number: int, event: Event) -> Sequence[Choice]:
-        """Return the choices that an event of input ``number`` belongs to."""
-        n = self.submission.requests[number].n
-        if isinstance(event, EchoEvent):
-            return self.choices[number * n : number * n + n]
-        return [self.choices[number * n + event.index]]
-
-    def take(self, number: int, event: Event) -> None:
-        """Apply an event of input ``number``."""
-        for choice in self.choices_of(number, event):
-            match event:
-                case EchoEvent():
-                    choice.scores.take(event)
-                case TokenEvent():
-                    choice.text += event.text
-                    choice.scores.take(event)
-                case FinishEvent():
-                    choice.reason = event.reason
-                    choice.tokens = len(event.tokens)
-                    choice.seed = event.seed
-
-    def usage(self) -> dict[str, int]:
-        """Return the token counts."""
-        inputs = sum(len(each.ids) for each in self.submission.inputs)
-        new = sum(choice.tokens for choice in self.choices)
-        prompt = self.submission.served.prompt
-        virtual = 0 if prompt is None else prompt.tokens * len(self.submission.inputs)
-        return {
-            "prompt_tokens": inputs,
-            "completion_tokens": new,
-            "total_tokens": inputs + new,
-            "virtual_tokens": virtual,
-        }
-
-    def whole(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return the body of a response that is not streamed."""
-        return {**self.head, "object": self.kind, "choices": choices, "usage": self.usage()}
 
 
 _FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")

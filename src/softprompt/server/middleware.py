@@ -1,32 +1,166 @@
-"""ASGI middleware: connection, body-size and slow-reader limits.
+"""Middleware and access control: API keys, allowed hosts, and limits of connections, bodies and slow readers.
 
-It wraps the whole application, so no body is read before its size and time are bounded. uvicorn
-itself waits without limit for the head of a request, so idle connections are closed here, too.
+Keys are compared in constant time; a check of the Host header prevents DNS rebinding. ``Limits`` wraps
+the whole application, so no body is read before its size and time are bounded. uvicorn itself waits
+without limit for the head of a request, so idle connections are closed here, too.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import hmac
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, final
+from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
 import uvicorn
+from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from softprompt.server.access import Access
+from softprompt.errors import UsageError, excerpt
 from softprompt.server.errors import Problem
-from softprompt.server.metrics import Metrics
-from softprompt.server.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from softprompt.server.metrics import Metrics
+    from softprompt.server.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
 
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 _PROBES = frozenset({"/health", "/ready", "/metrics"})
 """Probes of operators; answered over the connection limit, too."""
 _RETRY_SECONDS = 1
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Keys:
+    """SHA-256 digests of API keys; whether none admits everybody or nobody is for the caller."""
+
+    digests: tuple[bytes, ...] = ()
+
+    @classmethod
+    def of(cls, keys: Sequence[str]) -> Self:
+        """Return the digests of keys."""
+        return cls(tuple(_digest(key) for key in keys))
+
+    @classmethod
+    def read(cls, path: str | None) -> Self:
+        """Read a key file, one key a line; None is no keys.
+
+        Raises:
+            UsageError: The file cannot be read, or is empty.
+        """
+        if path is None:
+            return cls()
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"the file of keys {path} cannot be read ({error})") from error
+        keys = [line.strip() for line in lines if line.strip()]
+        if not keys:
+            raise UsageError(f"the file of keys {path} is empty; put one key on each line")
+        return cls.of(keys)
+
+    def accept(self, key: str) -> bool:
+        """Whether a key is among these; takes the same time for every key."""
+        given = _digest(key)
+        found = False
+        for digest in self.digests:
+            found |= hmac.compare_digest(given, digest)
+        return found
+
+    def __bool__(self) -> bool:
+        return bool(self.digests)
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """API keys and allowed hosts of one server.
+
+    Attributes:
+        users: Keys for /v1 and /metrics; none are required where it is empty.
+        admins: Keys for /v1/prompts, valid for the rest, too; where empty, administration is off.
+        hosts: Allowed Host headers; None allows all.
+    """
+
+    users: Keys
+    admins: Keys
+    hosts: frozenset[str] | None
+
+    @classmethod
+    def of(cls, settings: ServeSettings) -> Self:
+        """Return the access of settings; reads the key files.
+
+        Raises:
+            UsageError: A key file cannot be read, or is empty.
+        """
+        # DNS rebinding: a page may resolve its own name to 127.0.0.1; its requests then carry that name.
+        hosts = frozenset({*LOCAL_HOSTS, *settings.allowed_host}) if settings.is_local else None
+        return cls(Keys.read(settings.api_key_file), Keys.read(settings.admin_key_file), hosts)
+
+    def check_host(self, header: str) -> None:
+        """Check the Host header.
+
+        Raises:
+            Problem: 421, the host is not allowed.
+        """
+        if self.hosts is None:
+            return
+        try:
+            host = urlsplit(f"//{header}").hostname
+        except ValueError:
+            host = None
+        if host not in self.hosts:
+            raise Problem(
+                421, f"this server is not {excerpt(header)!r}; start it with --allowed-host"
+            )
+
+    def check_user(self, request: Request) -> None:
+        """Require a user's key, if there are any.
+
+        Raises:
+            Problem: 401, the key is missing or unknown.
+        """
+        if not self.users:
+            return
+        key = _bearer(request)
+        if not (self.users.accept(key) | self.admins.accept(key)):
+            raise _unknown_key()
+
+    def check_admin(self, request: Request) -> None:
+        """Require an administrator's key.
+
+        Raises:
+            Problem: 403, administration is off; 401, the key is missing or unknown.
+        """
+        if not self.admins:
+            raise Problem(403, "administration is off; start the server with --admin-key-file")
+        if not self.admins.accept(_bearer(request)):
+            raise _unknown_key()
+
+
+def _bearer(request: Request) -> str:
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
+
+
+def _unknown_key() -> Problem:
+    return Problem(
+        401,
+        "expected a known key in the header 'Authorization: Bearer KEY'",
+        headers={"WWW-Authenticate": "Bearer"},
+    )
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
 
 
 @final
@@ -116,13 +250,13 @@ class _Bounded:
         try:
             message = await asyncio.wait_for(self._receive(), left)
         except TimeoutError:
-            raise self._given_up(
-                Problem(408, "the request took too long to arrive; send it again")
-            ) from None
+            self.problem = Problem(408, "the request took too long to arrive; send it again")
+            raise self.problem from None
         self._bytes += len(message.get("body", b""))
         self._whole = not message.get("more_body", False)
         if self._bytes > self._settings.max_body_bytes:
-            raise self._given_up(_too_large(self._settings.max_body_bytes))
+            self.problem = _too_large(self._settings.max_body_bytes)
+            raise self.problem
         return message
 
     async def send(self, message: Message) -> None:
@@ -141,27 +275,9 @@ class _Bounded:
             self.unread = True
             raise
 
-    def _given_up(self, problem: Problem) -> Problem:
-        """Remember the error."""
-        self.problem = problem
-        return problem
-
 
 def _too_large(most: int) -> Problem:
     return Problem(413, f"the request is larger than {most:,} bytes; send less at a time")
-
-
-@dataclass(frozen=True, slots=True)
-class _Silence:
-    """Since when a connection has been idle.
-
-    Attributes:
-        behind: Its last request, None before the first.
-        since: When it was first seen idle, by ``time.monotonic``.
-    """
-
-    behind: Any
-    since: float
 
 
 @final
@@ -170,7 +286,8 @@ class Connections:
 
     def __init__(self, server: uvicorn.Server | None = None) -> None:
         self._open: set[Any] = set()
-        self._silent: WeakKeyDictionary[Any, _Silence] = WeakKeyDictionary()
+        # Of each idle connection its last request, None before the first, and when it was first seen idle.
+        self._silent: WeakKeyDictionary[Any, tuple[Any, float]] = WeakKeyDictionary()
         if server is not None:
             self.attach(server)
 
@@ -191,8 +308,8 @@ class Connections:
             if cycle is not None and not cycle.response_complete:
                 self._silent.pop(each, None)
                 continue
-            known = self._silent.get(each)
-            if known is None or known.behind is not cycle:
-                self._silent[each] = _Silence(cycle, now)
-            elif now - known.since > seconds:
+            last, since = self._silent.get(each, (None, None))
+            if since is None or last is not cycle:
+                self._silent[each] = (cycle, now)
+            elif now - since > seconds:
                 each.transport.close()
