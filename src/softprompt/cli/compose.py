@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.options import Command, Decorated, option, output_options, write_options
-from softprompt.cli.streams import show, start_logging, table
+from softprompt.cli.options import (
+    Command,
+    option,
+    output_options,
+    show,
+    start_logging,
+    table,
+    together,
+    write_options,
+)
 
 if TYPE_CHECKING:
     from softprompt.artifacts import StoredPrompt
@@ -21,33 +30,29 @@ def command() -> None:
     """
 
 
-def _result_options(function: Decorated) -> Decorated:
-    """Add what every composition has."""
-    function = option(
+_composition = partial(option, group="Composition")
+_result_options = together(
+    write_options,
+    option(
         "--template-from",
         metavar="PROMPT_DIR",
         group="Output",
         help="Prompt whose template, labels, limits and dtype the result gets, where they differ.",
-    )(output_options(function))
-    return write_options(function)
+    ),
+    output_options,
+)
 
 
 @command.command("average", cls=Command)
 @click.argument("prompt_dirs", nargs=-1, required=True)
-@option(
+@_composition(
     "--weight",
     "weights",
-    group="Composition",
     type=float,
     multiple=True,
     help="Weight of a prompt, once for each in their order; by default equal.  [repeatable]",
 )
-@option(
-    "--num-virtual-tokens",
-    type=int,
-    group="Composition",
-    help="Resize all prompts to this length first.",
-)
+@_composition("--num-virtual-tokens", type=int, help="Resize all prompts to this length first.")
 @_result_options
 def average(
     *,
@@ -79,16 +84,9 @@ def concat(*, prompt_dirs: tuple[str, ...], quiet: bool, as_json: bool, **option
 @command.command("difference", cls=Command)
 @click.argument("first")
 @click.argument("second")
-@option(
-    "--onto", metavar="PROMPT_DIR", group="Composition", help="Prompt to add the difference to."
-)
-@option(
-    "--scale",
-    type=float,
-    default=1.0,
-    show_default=True,
-    group="Composition",
-    help="Scale of the difference.",
+@_composition("--onto", metavar="PROMPT_DIR", help="Prompt to add the difference to.")
+@_composition(
+    "--scale", type=float, default=1.0, show_default=True, help="Scale of the difference."
 )
 @_result_options
 def difference(*, first: str, second: str, quiet: bool, as_json: bool, **options: Any) -> None:

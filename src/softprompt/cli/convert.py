@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import click
@@ -14,8 +15,12 @@ from softprompt.cli.options import (
     option,
     output_options,
     request_of,
+    show,
+    start_logging,
+    table,
 )
-from softprompt.cli.streams import show, start_logging, table
+
+_extended, _base = (partial(option, group=each) for each in ("Extended vocabulary", "Base model"))
 
 
 @click.command("convert", cls=Command)
@@ -36,35 +41,23 @@ from softprompt.cli.streams import show, start_logging, table
 )
 @input_options
 @option("--text", group="Input", help="Input of the request that vllm writes.")
-@option(
-    "--name",
-    group="Extended vocabulary",
-    help="Name of the prompt in extended-vocab.  [default: the source's name]",
-)
-@option(
+@_extended("--name", help="Name of the prompt in extended-vocab.  [default: the source's name]")
+@_extended(
     "--add",
     multiple=True,
     metavar="NAME=PROMPT",
-    group="Extended vocabulary",
     help="Further prompt of extended-vocab.  [repeatable]",
 )
-@option(
+@_extended(
     "--add-task",
     "add_tasks",
     multiple=True,
     metavar="NAME=TASK",
-    group="Extended vocabulary",
     help="Task of a further multitask prompt, by its name in --add.  [repeatable]",
 )
-@option(
-    "--base-model",
-    group="Base model",
-    help="Base model of the prompt; by default the recorded one.",
-)
-@option(
-    "--torch-dtype", group="Base model", help="Data type of the base model; by default its files'."
-)
-@option("--device", group="Base model", help="Device, such as cpu or cuda:0.")
+@_base("--base-model", help="Base model of the prompt; by default the recorded one.")
+@_base("--torch-dtype", help="Data type of the base model; by default its files'.")
+@_base("--device", help="Device, such as cpu or cuda:0.")
 @fingerprint_option
 @output_options
 def command(

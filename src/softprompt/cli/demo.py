@@ -7,8 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.options import Command, option, output_options, overwrite_option
-from softprompt.cli.streams import show, start_logging
+from softprompt.cli.options import (
+    Command,
+    option,
+    output_options,
+    overwrite_option,
+    show,
+    start_logging,
+)
 
 if TYPE_CHECKING:
     from softprompt.evaluation import Report

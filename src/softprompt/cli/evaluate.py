@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -9,62 +10,52 @@ import click
 from softprompt.cli.options import (
     Command,
     base_options,
-    base_options_of,
     given,
     load_prompts,
     option,
     output_options,
+    show,
+    start_logging,
 )
-from softprompt.cli.streams import show, start_logging
 from softprompt.errors import UsageError
 
 if TYPE_CHECKING:
     from softprompt.inference import Combine, Ensemble, TunedPrompt
 
 
+_data, _evaluation = partial(option, group="Data"), partial(option, group="Evaluation")
+
+
 @click.command("evaluate", cls=Command)
 @click.argument("prompt_dirs", nargs=-1, required=True)
-@option(
-    "--data",
-    required=True,
-    type=click.Path(),
-    group="Data",
-    help="Held-out records to evaluate on.",
-)
-@option("--input-field", group="Data", help="Column of the input; by default as in training.")
-@option("--output-field", group="Data", help="Column of the target; by default as in training.")
-@option("--task-field", group="Data", help="Column with each record's task, for multitask prompts.")
-@option("--limit", type=int, group="Data", help="Evaluate the first records only.")
-@option(
+@_data("--data", required=True, type=click.Path(), help="Held-out records to evaluate on.")
+@_data("--input-field", help="Column of the input; by default as in training.")
+@_data("--output-field", help="Column of the target; by default as in training.")
+@_data("--task-field", help="Column with each record's task, for multitask prompts.")
+@_data("--limit", type=int, help="Evaluate the first records only.")
+@_evaluation(
     "--task",
     type=click.Choice(["classification", "generation"]),
-    group="Evaluation",
     help="Kind of targets; by default as in training.",
 )
-@option("--task-name", group="Evaluation", help="Task of a multitask prompt, by name or number.")
-@option(
+@_evaluation("--task-name", help="Task of a multitask prompt, by name or number.")
+@_evaluation(
     "--combine",
     type=click.Choice(["mean", "vote"]),
-    group="Evaluation",
     help="Ensemble of several prompts: mean log-probability (default), or majority vote.",
 )
-@option(
-    "--without-prompt",
-    is_flag=True,
-    group="Evaluation",
-    help="Evaluate the base model with the template alone.",
+@_evaluation(
+    "--without-prompt", is_flag=True, help="Evaluate the base model with the template alone."
 )
-@option(
+@_evaluation(
     "--normalize",
     is_flag=True,
-    group="Evaluation",
     help="Length-normalise label scores: divide by the label's token count.",
 )
-@option("--batch-size", type=int, group="Evaluation", help="Batch size.")
-@option(
+@_evaluation("--batch-size", type=int, help="Batch size.")
+@_evaluation(
     "--engine",
     type=click.Choice(["auto", "forest", "expand", "plain"]),
-    group="Evaluation",
     help="Engine of the forward passes; by default the fastest exact one.",
 )
 @base_options
@@ -90,7 +81,7 @@ def command(
     from softprompt.evaluation import evaluate
     from softprompt.inference import Ensemble
 
-    prompts = load_prompts(prompt_dirs, base_options_of(options))
+    prompts = load_prompts(prompt_dirs, options)
     subject: TunedPrompt | Ensemble = prompts[0]
     if len(prompts) > 1:
         task = options.pop("task_name")

@@ -10,16 +10,17 @@ import click
 from softprompt.cli.options import (
     Command,
     base_options,
-    base_options_of,
     given,
     input_options,
     load_prompts,
     option,
     options_of,
     output_options,
+    parts_of,
     request_of,
+    show,
+    start_logging,
 )
-from softprompt.cli.streams import show, start_logging
 from softprompt.errors import UsageError
 from softprompt.generation import GenerationOptions
 
@@ -48,14 +49,10 @@ def command(
     """
     lines = _lines() if text is None and not pairs else None
     requests = [request_of(text, pairs)] if lines is None else list(lines.values())
-    base = base_options_of(options)
-    settings = given(options)
-    GenerationOptions.from_settings(
-        {k: v for k, v in settings.items() if k not in ("batch_size", "task_name")}
-    )
+    GenerationOptions(**parts_of(given(options), GenerationOptions))
     start_logging(quiet=quiet)
-    (tuned,) = load_prompts([prompt_dir], base)
-    answers = tuned.generate(requests, **settings)
+    (tuned,) = load_prompts([prompt_dir], options)
+    answers = tuned.generate(requests, **given(options))
     found = [answer.to_dict() for answer in answers]
     result = (
         found[0]

@@ -7,8 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.options import Command, fingerprint_option, option, output_options
-from softprompt.cli.streams import show, start_logging, table
+from softprompt.cli.options import (
+    Command,
+    fingerprint_option,
+    option,
+    output_options,
+    show,
+    start_logging,
+    table,
+)
 
 if TYPE_CHECKING:
     from softprompt.artifacts import StoredPrompt

@@ -1,4 +1,6 @@
-"""Options of the commands: made from fields of settings, shared between commands, shown in groups.
+"""What the commands share: options, made from fields of settings and shown in groups, and output.
+
+Results go to stdout, everything else to stderr.
 
 click lists options under one heading; ``Command`` lists them under the ``group`` of their fields.
 rich-click and typer have groups as well, but bring rich, pygments and markdown-it and their import
@@ -7,8 +9,13 @@ time for it.
 
 from __future__ import annotations
 
+import json
+import logging
+import os
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, final, get_args, get_origin
 
 import click
@@ -58,20 +65,24 @@ def option(
     return click.option(*names, cls=Option, group=group, **attributes)
 
 
+def together(*options: Callable[[Any], Any]) -> Callable[[Decorated], Decorated]:
+    """Return a decorator that adds options, in this order."""
+
+    def decorate(command: Decorated) -> Decorated:
+        for each in reversed(options):
+            command = each(command)
+        return command
+
+    return decorate
+
+
 def options_of(owner: type, *, leave_out: Collection[str] = ()) -> Callable[[Decorated], Decorated]:
     """Return a decorator that adds one option per field of a settings dataclass.
 
     Every option defaults to None, "not given", so that a run file or the dataclass itself supplies
     the value; the help shows the dataclass's default.
     """
-    chosen = [item for item in fields(owner) if item.name not in leave_out]
-
-    def decorate(command: Decorated) -> Decorated:
-        for item in reversed(chosen):
-            command = _option(owner, item)(command)
-        return command
-
-    return decorate
+    return together(*(_option(owner, each) for each in fields(owner) if each.name not in leave_out))
 
 
 def given(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,84 +96,59 @@ def parts_of(values: dict[str, Any], owner: type) -> dict[str, Any]:
     return {name: values.pop(name) for name in names}
 
 
-def output_options(command: Decorated) -> Decorated:
-    """Add ``--json`` and ``--quiet``."""
-    command = option(
-        "--quiet", is_flag=True, help="Show warnings and errors only, and no progress bar."
-    )(command)
-    return option(
-        "--json", "as_json", is_flag=True, help="Print one JSON object and nothing else."
-    )(command)
-
-
-def write_options(command: Decorated) -> Decorated:
-    """Add ``--output``, required, and ``--overwrite``."""
-    command = overwrite_option(command)
-    return option(
+output_options = together(
+    option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else."),
+    option("--quiet", is_flag=True, help="Show warnings and errors only, and no progress bar."),
+)
+overwrite_option = option(
+    "--overwrite",
+    is_flag=True,
+    group="Output",
+    help="Write into an output directory that is not empty.",
+)
+write_options = together(
+    option(
         "--output",
         required=True,
         type=click.Path(),
         group="Output",
         help="Directory to write the prompt to.",
-    )(command)
-
-
-def overwrite_option(command: Decorated) -> Decorated:
-    """Add ``--overwrite``."""
-    return option(
-        "--overwrite",
-        is_flag=True,
-        group="Output",
-        help="Write into an output directory that is not empty.",
-    )(command)
-
-
-def fingerprint_option(command: Decorated) -> Decorated:
-    """Add ``--ignore-fingerprint``."""
-    return option(
-        "--ignore-fingerprint",
-        is_flag=True,
-        group="Base model",
-        help="Use a base model that the prompt was not trained for.",
-    )(command)
-
-
-def base_options(command: Decorated) -> Decorated:
-    """Add the options of loading the base model of a saved prompt; see ``load_prompts``."""
-    for name, text in (
-        ("--device", "Device, such as cpu or cuda:0."),
-        ("--torch-dtype", "Data type of the base model; by default the recorded one."),
-        ("--base-model", "Base model instead of the recorded one; its fingerprint is checked."),
-    ):
-        command = option(name, group="Base model", help=text)(command)
-    return fingerprint_option(command)
-
-
-def input_options(command: Decorated) -> Decorated:
-    """Add ``--field`` and ``--task-name``."""
-    command = option(
-        "--task-name", group="Input", help="Task of a multitask prompt, by name or number."
-    )(command)
-    return option(
+    ),
+    overwrite_option,
+)
+_base = partial(option, group="Base model")
+fingerprint_option = _base(
+    "--ignore-fingerprint",
+    is_flag=True,
+    help="Use a base model that the prompt was not trained for.",
+)
+base_options = together(
+    fingerprint_option,
+    _base(
+        "--base-model", help="Base model instead of the recorded one; its fingerprint is checked."
+    ),
+    _base("--torch-dtype", help="Data type of the base model; by default the recorded one."),
+    _base("--device", help="Device, such as cpu or cuda:0."),
+)
+"""Options of loading the base model of a saved prompt; see ``load_prompts``."""
+input_options = together(
+    option(
         "--field",
         "pairs",
         multiple=True,
         metavar="NAME=TEXT",
         group="Input",
         help="Field of a template that has several.  [repeatable]",
-    )(command)
+    ),
+    option("--task-name", group="Input", help="Task of a multitask prompt, by name or number."),
+)
 
 
-def base_options_of(options: dict[str, Any]) -> dict[str, Any]:
-    """Pop the options that ``base_options`` adds from ``options``, and return them."""
-    return {name: options.pop(name) for name in _BASE}
-
-
-def load_prompts(prompt_dirs: Sequence[str], base: Mapping[str, Any]) -> list[TunedPrompt]:
-    """Load prompts of one base model with the options of ``base_options``."""
+def load_prompts(prompt_dirs: Sequence[str], options: dict[str, Any]) -> list[TunedPrompt]:
+    """Load prompts of one base model with the options of ``base_options``, popped from ``options``."""
     from softprompt.inference import load_many
 
-    return load_many(prompt_dirs, **base)
+    return load_many(prompt_dirs, **{name: options.pop(name) for name in _BASE})
 
 
 def named(words: Sequence[str], flag: str, form: str) -> dict[str, str]:
@@ -242,3 +228,48 @@ def _once(context: click.Context, parameter: click.Parameter, values: tuple[Any,
 
 def _shown(default: Any) -> str:
     return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def start_logging(*, quiet: bool) -> None:
+    """Send softprompt's log lines to stderr, without the loading bars of transformers."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    logger = logging.getLogger("softprompt")
+    for old in [each for each in logger.handlers if isinstance(each, _ToStandardError)]:
+        logger.removeHandler(old)
+    logger.addHandler(_ToStandardError())
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.propagate = False
+
+
+def show(result: Mapping[str, Any], text: str, *, as_json: bool) -> None:
+    """Print a result: as one JSON object, or as text for people."""
+    click.echo(json.dumps(result, ensure_ascii=False, allow_nan=False) if as_json else text)
+
+
+def table(rows: Mapping[str, Any]) -> str:
+    """Return names and values in two columns, leaving out what is None."""
+    width = max(len(name) for name in rows)
+    return "\n".join(
+        f"{name.replace('_', ' '):<{width}}  {_number(value)}"
+        for name, value in rows.items()
+        if value is not None
+    )
+
+
+def _number(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
+
+
+class _ToStandardError(logging.Handler):
+    """Writes to the stderr of the moment, so that a replaced one is honoured."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line; warnings say that they are."""
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        sys.stderr.write(f"{prefix}{record.getMessage()}\n")

@@ -6,8 +6,7 @@ from typing import Any
 
 import click
 
-from softprompt.cli.options import Command, given, option, options_of, parts_of
-from softprompt.cli.streams import start_logging
+from softprompt.cli.options import Command, given, option, options_of, parts_of, start_logging
 from softprompt.errors import UsageError
 from softprompt.generation import Bounds
 from softprompt.server.settings import ServeSettings

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from softprompt.cli.options import Command, option, output_options
-from softprompt.cli.streams import show, start_logging
+from softprompt.cli.options import Command, option, output_options, show, start_logging
 from softprompt.prompts import MEASURES, Measure
 
 if TYPE_CHECKING:

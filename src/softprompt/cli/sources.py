@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.options import Command, option, output_options
-from softprompt.cli.streams import show, start_logging
+from softprompt.cli.options import Command, option, output_options, show, start_logging
 from softprompt.errors import UsageError
 
 if TYPE_CHECKING:

@@ -18,8 +18,10 @@ from softprompt.cli.options import (
     output_options,
     overwrite_option,
     parts_of,
+    show,
+    start_logging,
+    table,
 )
-from softprompt.cli.streams import show, start_logging, table
 from softprompt.errors import UsageError
 from softprompt.training import METHODS, TuneSettings, TuningConfig
 
@@ -158,7 +160,11 @@ def _merged(config: str | None, options: dict[str, Any]) -> dict[str, Any]:
         from softprompt.training import read_run
 
         values = read_run(config)
-        for name, other in (("learning_rate", "lr"), ("method", "tuning_type"), ("tuning_type", "method")):
+        for name, other in (
+            ("learning_rate", "lr"),
+            ("method", "tuning_type"),
+            ("tuning_type", "method"),
+        ):
             if name in options:
                 values.pop(other, None)
     tuning = {**values.get("tuning_config", {}), **tuning}
