@@ -88,6 +88,7 @@ def test_drawing_is_the_same_every_time_and_avoids_padding(base):
     ids = one.tokens(500)
     assert ids == other.tokens(500) and len(ids) == 500
     assert base.facts.pad_id not in ids and set(ids) <= set(range(base.facts.vocabulary))
+    assert base.facts.pad_id in Drawn(base).tokens(500, padding=True)
     assert torch.equal(one.virtual_tokens(3), other.virtual_tokens(3))
     shape, drawn = base.key_value_shape, one.keys_and_values(3)
     assert drawn.shape == (shape.layers, 2, shape.heads, 3, shape.width)

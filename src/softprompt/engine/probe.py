@@ -143,12 +143,17 @@ class Drawn:
         self._base = base
         self._generator = torch.Generator().manual_seed(0)
 
-    def tokens(self, count: int) -> tuple[int, ...]:
-        """Return token ids, none of them the padding id, which some models take for no token."""
-        facts = self._base.facts
-        top = min(facts.vocabulary, 1000)
-        beyond = torch.randint(1, top, (count,), generator=self._generator)
-        return tuple(((facts.pad_id + beyond) % top).tolist())
+    def tokens(self, count: int, *, padding: bool = False) -> tuple[int, ...]:
+        """Return token ids.
+
+        Args:
+            count: How many.
+            padding: Whether the padding id may be among them, as the end of an answer often is; some
+                encoders take it for no token.
+        """
+        top, pad = min(self._base.facts.vocabulary, 1000), self._base.facts.pad_id
+        ids = torch.randint(0, top, (count,), generator=self._generator)
+        return tuple((ids if padding else ids.where(ids != pad, (pad + 1) % top)).tolist())
 
     def virtual_tokens(self, count: int) -> Tensor:
         """Return virtual tokens ``[P, H]`` of the size of the base's embeddings."""
@@ -206,7 +211,10 @@ def scoring_difference(
 
 def _rows(drawn: Drawn) -> list[EngineRow]:
     """Return the rows to score, without their prompts."""
-    rows = [EngineRow(drawn.tokens(source), drawn.tokens(n)) for source, n in _ROW_LENGTHS]
+    rows = []
+    for source, target in _ROW_LENGTHS:
+        ids = drawn.tokens(source + target, padding=True)
+        rows.append(EngineRow(ids[:source], ids[source:]))
     first = rows[0]
     forked = (first.target[0], *rows[3].source[:2])
     return [*rows, replace(first, target=forked), replace(first, target=rows[2].source[:2])]

@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from softprompt.backbone import Base, frozen_linears, torch_products
+from softprompt.engine import Drawn, EngineRow, PlainEngine, difference, remembered, tolerance_of
 from softprompt.engine.decode.decode_attention import NAME, active, decode_plan
 from softprompt.engine.decode.lanes import KeyValueStore, Lane
-from softprompt.engine.forest.causal import require_packable
-from softprompt.engine.plain import PlainEngine
-from softprompt.engine.probe import Drawn, difference, remembered, tolerance_of
-from softprompt.engine.rows import EngineRow
+from softprompt.engine.forest import require_packable
 from softprompt.errors import BackboneError
 from softprompt.prompts import Prompt
 
@@ -167,7 +165,7 @@ def _decoding_difference(base: Base) -> str:
     prompts = (Prompt(virtual), None, Prompt(prefix=prefix), Prompt(virtual.flip(0)))
     rows = []
     for length, prompt in zip(_LENGTHS, prompts, strict=True):
-        text = drawn.tokens(length)
+        text = drawn.tokens(length, padding=True)
         rows.append(EngineRow(text[:1], text[1:], prompt))
     got = _decoded(forest, rows)
     with torch_products():
