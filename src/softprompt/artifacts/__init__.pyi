@@ -2,8 +2,11 @@ from .composed import average_prompts as average_prompts
 from .composed import compose_cartridge_adapters as compose_cartridge_adapters
 from .composed import concatenate_prompts as concatenate_prompts
 from .composed import subtract_prompts as subtract_prompts
+from .files import damaged as damaged
 from .files import load_pickled as load_pickled
+from .files import load_safetensors as load_safetensors
 from .files import parse_object as parse_object
+from .files import read_bytes as read_bytes
 from .files import require_empty as require_empty
 from .files import require_new_file as require_new_file
 from .files import require_no_file as require_no_file
@@ -19,6 +22,9 @@ from .layout import MANIFEST_NAME as MANIFEST_NAME
 from .layout import PICKLED_WEIGHTS_NAME as PICKLED_WEIGHTS_NAME
 from .layout import WEIGHTS_NAME as WEIGHTS_NAME
 from .layout import check_config as check_config
+from .layout import check_dtype as check_dtype
+from .layout import check_tensors as check_tensors
+from .layout import check_values as check_values
 from .manifest import Manifest as Manifest
 from .manifest import Origin as Origin
 from .manifest import installed_versions as installed_versions
@@ -35,6 +41,7 @@ from .stored_prompt import RecordedBase as RecordedBase
 from .stored_prompt import StoredPrompt as StoredPrompt
 from .stored_prompt import check_base as check_base
 from .stored_prompt import check_fit as check_fit
+from .stored_prompt import check_width as check_width
 from .stored_prompt import other_base as other_base
 from .stored_prompt import other_parts as other_parts
 from .stored_prompt import tensors_read as tensors_read

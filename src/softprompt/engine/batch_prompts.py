@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from softprompt.backbone import Base, VirtualVocabulary
-from softprompt.engine.prefixes.paths import prefixed
+from softprompt.engine.prefixes import prefixed
 from softprompt.engine.prompt_table import Prefixes, PromptTable
 from softprompt.prompts import Prompt
 

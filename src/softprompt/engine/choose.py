@@ -9,8 +9,7 @@ from typing import cast, final
 
 from softprompt.backbone import Base
 from softprompt.engine.expand import ExpandEngine
-from softprompt.engine.forest.causal import ForestEngine
-from softprompt.engine.forest.seq2seq import PackedSeq2SeqEngine
+from softprompt.engine.forest import ForestEngine, PackedSeq2SeqEngine
 from softprompt.engine.plain import PlainEngine
 from softprompt.engine.predictions import Engine, HeadInput, Predictions, see_input
 from softprompt.engine.probe import remembered, scoring_difference

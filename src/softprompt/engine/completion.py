@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from softprompt.backbone import Base, start_id
-from softprompt.engine.forest.encoder import is_bidirectional, why_not_isolated
-from softprompt.engine.prefixes.paths import prefix_path
+from softprompt.engine.forest import is_bidirectional, why_not_isolated
+from softprompt.engine.prefixes import prefix_path
 from softprompt.errors import ConfigError
 from softprompt.prompts import (
     PeftConfig,

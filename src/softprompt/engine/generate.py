@@ -19,8 +19,7 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 from softprompt.backbone import Base, Facts, VirtualVocabulary, output_limit
 from softprompt.engine.batch_prompts import BatchPrompts
 from softprompt.engine.layout import Layout
-from softprompt.engine.prefixes.passes import cached_tokens
-from softprompt.engine.prefixes.paths import prefix_path
+from softprompt.engine.prefixes import cached_tokens, prefix_path
 from softprompt.engine.prompt_table import Prefixes, PromptTable
 from softprompt.engine.rows import check_context
 from softprompt.errors import ConfigError

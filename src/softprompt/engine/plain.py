@@ -25,7 +25,7 @@ from softprompt.engine.predictions import (
     Predictions,
     see_input,
 )
-from softprompt.engine.prefixes.paths import prefix_path, prefixed
+from softprompt.engine.prefixes import prefix_path, prefixed
 from softprompt.engine.probe import remembered, scoring_difference
 from softprompt.engine.prompt_table import Prefixes, PromptTable
 from softprompt.engine.rows import EngineRow, depends_on_neighbours

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from softprompt.backbone import Base, Facts
-from softprompt.engine.forest.plan import Targets
+from softprompt.engine.forest import Targets
 from softprompt.engine.rows import EngineRow, check_rows
 from softprompt.errors import BackboneError
 

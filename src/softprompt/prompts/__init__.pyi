@@ -11,6 +11,13 @@ from .configs import PeftConfig as PeftConfig
 from .configs import PromptLearningConfig as PromptLearningConfig
 from .configs import Start as Start
 from .configs import config_class as config_class
+from .configs import member as member
+from .configs import number as number
+from .configs import positive as positive
+from .initialisers import drawing_from as drawing_from
+from .initialisers import drawn_seed as drawn_seed
+from .initialisers import fitted as fitted
+from .initialisers import from_tokens as from_tokens
 from .initialisers import label_token_ids as label_token_ids
 from .initialisers import load_tokenizer as load_tokenizer
 from .initialisers import text_token_ids as text_token_ids
@@ -27,8 +34,8 @@ from .kinds import TaskMatrixInit as TaskMatrixInit
 from .kinds import TaskType as TaskType
 from .methods.cartridge import CartridgeConfig as CartridgeConfig
 from .methods.cartridge import CartridgeEncoder as CartridgeEncoder
-from .methods.cpt import CPTConfig as CPTConfig
 from .methods.cpt import ContextLabel as ContextLabel
+from .methods.cpt import CPTConfig as CPTConfig
 from .methods.cpt import CPTEmbedding as CPTEmbedding
 from .methods.cpt import context_labels as context_labels
 from .methods.cpt import cpt_columns as cpt_columns

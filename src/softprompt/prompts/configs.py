@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from softprompt.prompts.methods.multitask import SourcePrompt
+    from softprompt.prompts.methods import SourcePrompt
     from softprompt.prompts.module import PromptModule
     from softprompt.prompts.prompt import Prompt
 

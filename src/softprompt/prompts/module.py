@@ -18,7 +18,7 @@ from softprompt.prompts.configs import PeftConfig, PromptLearningConfig, Start
 from softprompt.prompts.prompt import Prompt
 
 if TYPE_CHECKING:
-    from softprompt.prompts.methods.multitask import SourcePrompt
+    from softprompt.prompts.methods import SourcePrompt
 
 PROMPT_KEY = "prompt_embeddings"
 """Name of the baked value in PEFT's weights file."""

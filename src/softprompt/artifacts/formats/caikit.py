@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from softprompt.artifacts.files import read_bytes
+from softprompt.artifacts import Origin, StoredPrompt, installed_versions, read_bytes
 from softprompt.artifacts.formats.format import (
     MEASURED,
     USED,
@@ -31,8 +31,6 @@ from softprompt.artifacts.formats.tensor_files import (
     read_part,
     write_parts,
 )
-from softprompt.artifacts.manifest import Origin, installed_versions
-from softprompt.artifacts.stored_prompt import StoredPrompt
 from softprompt.backbone import Base
 from softprompt.errors import ArtifactError, FingerprintError
 from softprompt.prompts import TaskType

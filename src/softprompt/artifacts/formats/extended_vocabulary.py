@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt.artifacts.files import require_empty, require_no_file, staged_folder
+from softprompt.artifacts import StoredPrompt, require_empty, require_no_file, staged_folder
 from softprompt.artifacts.formats.extended_model import extend
 from softprompt.artifacts.formats.format import (
     MEASURED,
@@ -25,7 +25,6 @@ from softprompt.artifacts.formats.format import (
     plain_prompt,
     write_failed,
 )
-from softprompt.artifacts.stored_prompt import StoredPrompt
 from softprompt.backbone import input_embedding, progress_on_terminals_only
 from softprompt.errors import ArtifactError, ConfigError, OutputExistsError
 

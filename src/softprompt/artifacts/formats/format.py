@@ -13,16 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.artifacts.files import parse_object, read_bytes, require_new_file, write_atomically
-from softprompt.artifacts.layout import (
+from softprompt.artifacts import (
     MANIFEST_NAME,
     PICKLED_WEIGHTS_NAME,
     WEIGHTS_NAME,
+    Manifest,
+    Origin,
+    StoredPrompt,
     check_tensors,
+    check_width,
+    load_adapter,
+    manifest_of,
+    parse_object,
+    read_bytes,
+    require_new_file,
+    save_adapter,
+    write_atomically,
 )
-from softprompt.artifacts.manifest import Manifest, Origin, manifest_of
-from softprompt.artifacts.peft_folder import load_adapter, save_adapter
-from softprompt.artifacts.stored_prompt import StoredPrompt, check_width
 from softprompt.backbone import Base, facts_of
 from softprompt.errors import ArtifactError, ConfigError
 from softprompt.prompts import (
@@ -35,7 +42,8 @@ from softprompt.prompts import (
     TaskType,
 )
 
-ENCODER, DECODER = "ENCODER", "DECODER"
+ENCODER: str = "ENCODER"
+DECODER: str = "DECODER"
 Encode = Callable[[str], tuple[int, ...]]
 """The ids of a text as they stand behind a prompt, special tokens included."""
 
@@ -146,10 +154,10 @@ class Format:
         return tuple(name for name in fewer if getattr(manifest, name) not in _NOTHING)
 
 
-MEASURED = ("metrics", "history", "settings", "data")
+MEASURED: tuple[str, ...] = ("metrics", "history", "settings", "data")
 """Fields about training and its results."""
 
-USED = ("task", "labels", "max_source_length", "max_target_length")
+USED: tuple[str, ...] = ("task", "labels", "max_source_length", "max_target_length")
 """Fields about using a prompt, besides its template."""
 
 _NOTHING: tuple[Any, ...] = (None, (), {}, [], "generation")

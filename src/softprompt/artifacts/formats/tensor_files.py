@@ -25,7 +25,11 @@ import torch
 from safetensors.torch import save as bytes_from_tensors
 from torch import Tensor
 
-from softprompt.artifacts.files import (
+from softprompt.artifacts import (
+    Origin,
+    StoredPrompt,
+    check_dtype,
+    check_values,
     damaged,
     load_pickled,
     load_safetensors,
@@ -47,9 +51,6 @@ from softprompt.artifacts.formats.format import (
     write_failed,
     write_output_file,
 )
-from softprompt.artifacts.layout import check_dtype, check_values
-from softprompt.artifacts.manifest import Origin
-from softprompt.artifacts.stored_prompt import StoredPrompt
 from softprompt.backbone import Base, input_embedding, is_encoder_decoder, side_embeddings
 from softprompt.errors import ArtifactError, ConfigError
 from softprompt.prompts import PROMPT_KEY, Prompt

@@ -18,13 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from softprompt.engine.decode.lanes import KeyValueStore, Lane
-from softprompt.engine.forest.forest_attention import (
-    attend_block,
-    flattened,
-    folded,
-    refuse,
-)
-from softprompt.engine.forest.plan import MaskRule
+from softprompt.engine.forest import MaskRule, attend_block, flattened, folded, refuse
 from softprompt.errors import BackboneError
 
 NAME = "softprompt_decode"

@@ -14,15 +14,21 @@ import torch
 from torch import Tensor
 
 from softprompt.backbone import Base
+from softprompt.engine import (
+    Engine,
+    EngineRow,
+    HeadInput,
+    PlainEngine,
+    Predictions,
+    PromptTable,
+    depends_on_neighbours,
+    remembered,
+    scoring_difference,
+)
 from softprompt.engine.forest.causal_plan import causal_forest
 from softprompt.engine.forest.forest_attention import NAME, planned
 from softprompt.engine.forest.plan import Owner, Plan, Span, Visibility, padded
-from softprompt.engine.plain import PlainEngine
-from softprompt.engine.predictions import Engine, HeadInput, Predictions
-from softprompt.engine.prefixes.passes import gathered_gradient
-from softprompt.engine.probe import remembered, scoring_difference
-from softprompt.engine.prompt_table import PromptTable
-from softprompt.engine.rows import EngineRow, depends_on_neighbours
+from softprompt.engine.prefixes import gathered_gradient
 from softprompt.errors import BackboneError
 
 

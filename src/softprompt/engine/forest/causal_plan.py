@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from softprompt.engine import EngineRow
 from softprompt.engine.forest.plan import Owner, Plan, Span, Targets
-from softprompt.engine.rows import EngineRow
 
 _ROOT = -1
 """Parent of a group's first tokens."""

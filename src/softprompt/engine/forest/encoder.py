@@ -17,11 +17,19 @@ from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softprompt.backbone import Base, has_windows, recomputes_layers, skips_layers
+from softprompt.engine import (
+    Drawn,
+    Layout,
+    difference,
+    one_line,
+    pad_rows,
+    probing,
+    remembered,
+    tolerance_of,
+)
 from softprompt.engine.forest.forest_attention import NAME, LayerMask, planned
 from softprompt.engine.forest.layers import Packing, layers_of, packed_layers, relative_bias
 from softprompt.engine.forest.plan import Span, Visibility, padded, whole_rows
-from softprompt.engine.layout import Layout, pad_rows
-from softprompt.engine.probe import Drawn, difference, one_line, probing, remembered, tolerance_of
 
 _LENGTHS = (9, 4, 6)
 """Tokens of each row of the probe."""

@@ -16,15 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.backbone import Base, decoder_embedding, recomputes_layers, skips_layers
+from softprompt.engine import (
+    Engine,
+    EngineRow,
+    HeadInput,
+    PlainEngine,
+    Predictions,
+    PromptTable,
+    pad_rows,
+)
 from softprompt.engine.forest.causal_plan import decoder_forest
 from softprompt.engine.forest.forest_attention import NAME, LayerMask
 from softprompt.engine.forest.layers import Packing, layers_of, packed_layers, relative_bias
 from softprompt.engine.forest.plan import Owner, Plan, Span
-from softprompt.engine.layout import pad_rows
-from softprompt.engine.plain import PlainEngine
-from softprompt.engine.predictions import Engine, HeadInput, Predictions
-from softprompt.engine.prompt_table import PromptTable
-from softprompt.engine.rows import EngineRow
 from softprompt.errors import BackboneError
 
 

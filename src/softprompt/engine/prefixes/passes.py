@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from softprompt.backbone import Base, Facts, recomputes_layers
+from softprompt.engine import Prefixes
 from softprompt.engine.prefixes.prefix_attention import EAGER, NAME, PrefixPlan, active_plan
-from softprompt.engine.prompt_table import Prefixes
 from softprompt.errors import BackboneError, ConfigError
 
 

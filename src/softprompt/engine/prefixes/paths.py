@@ -15,10 +15,8 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
 from softprompt.backbone import Base
-from softprompt.engine.layout import pad_rows
+from softprompt.engine import Drawn, Prefixes, difference, pad_rows, remembered, tolerance_of
 from softprompt.engine.prefixes.passes import prefixed_attention, prefixed_cache, text_positions
-from softprompt.engine.probe import Drawn, difference, remembered, tolerance_of
-from softprompt.engine.prompt_table import Prefixes
 from softprompt.errors import BackboneError
 from softprompt.prompts import Prompt
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from softprompt.engine.forest.plan import MaskRule
-from softprompt.engine.prompt_table import Prefixes
+from softprompt.engine import Prefixes
+from softprompt.engine.forest import MaskRule
 from softprompt.errors import BackboneError
 
 NAME = "softprompt_prefix"

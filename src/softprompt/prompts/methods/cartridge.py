@@ -16,16 +16,23 @@ from torch import Tensor, nn
 
 from softprompt.errors import ConfigError
 from softprompt.fields import setting
-from softprompt.prompts.configs import PromptLearningConfig, Start, positive
-from softprompt.prompts.initialisers import drawing_from
-from softprompt.prompts.kinds import PeftType
+from softprompt.prompts import (
+    PROMPT_KEY,
+    PeftType,
+    PromptLearningConfig,
+    PromptModule,
+    Start,
+    check_fit,
+    check_task,
+    drawing_from,
+    positive,
+)
 from softprompt.prompts.methods.key_values import (
     FlatOrder,
     check_text,
     initial_key_values,
     seq2seq_sizes,
 )
-from softprompt.prompts.module import PROMPT_KEY, PromptModule, check_fit, check_task
 
 
 @dataclass

@@ -20,10 +20,19 @@ from torch.nn import functional as F
 
 from softprompt.errors import ConfigError
 from softprompt.fields import setting
-from softprompt.prompts.configs import PromptLearningConfig, Start, number, positive
-from softprompt.prompts.initialisers import from_tokens
-from softprompt.prompts.kinds import PeftType, TaskType
-from softprompt.prompts.module import PROMPT_KEY, PromptModule, check_task, take_over
+from softprompt.prompts import (
+    PROMPT_KEY,
+    PeftType,
+    PromptLearningConfig,
+    PromptModule,
+    Start,
+    TaskType,
+    check_task,
+    from_tokens,
+    number,
+    positive,
+    take_over,
+)
 
 IGNORED = -100
 KINDS = 4

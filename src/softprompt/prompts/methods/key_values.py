@@ -15,10 +15,7 @@ import torch
 from torch import Tensor
 
 from softprompt.errors import ConfigError
-from softprompt.prompts.configs import PromptLearningConfig
-from softprompt.prompts.initialisers import fitted, text_token_ids
-from softprompt.prompts.kinds import TaskType
-from softprompt.prompts.module import PROMPT_KEY
+from softprompt.prompts import PROMPT_KEY, PromptLearningConfig, TaskType, fitted, text_token_ids
 
 
 @dataclass(frozen=True, slots=True)

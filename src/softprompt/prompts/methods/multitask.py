@@ -17,15 +17,20 @@ from torch import Tensor, nn
 
 from softprompt.errors import ConfigError
 from softprompt.fields import setting
-from softprompt.prompts.configs import Start, member, positive
-from softprompt.prompts.kinds import (
+from softprompt.prompts import (
+    PROMPT_KEY,
     MultitaskPromptTuningInit,
     Parameterization,
     PeftType,
+    PromptModule,
+    Start,
     TaskMatrixInit,
+    check_task,
+    member,
+    positive,
+    take_over,
 )
 from softprompt.prompts.methods.prompt_tuning import PromptTuningConfig, initial_table
-from softprompt.prompts.module import PROMPT_KEY, PromptModule, check_task, take_over
 
 COLS_KEY = "prefix_task_cols"
 ROWS_KEY = "prefix_task_rows"

@@ -19,10 +19,20 @@ from torch import Tensor, nn
 
 from softprompt.errors import ConfigError
 from softprompt.fields import setting
-from softprompt.prompts.configs import PromptLearningConfig, Start, member, number, positive
-from softprompt.prompts.initialisers import drawing_from
-from softprompt.prompts.kinds import PeftType, PromptEncoderReparameterizationType
-from softprompt.prompts.module import PROMPT_KEY, PromptModule, check_task, take_over
+from softprompt.prompts import (
+    PROMPT_KEY,
+    PeftType,
+    PromptEncoderReparameterizationType,
+    PromptLearningConfig,
+    PromptModule,
+    Start,
+    check_task,
+    drawing_from,
+    member,
+    number,
+    positive,
+    take_over,
+)
 
 logger = logging.getLogger(__name__)
 

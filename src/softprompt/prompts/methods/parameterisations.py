@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.errors import ConfigError
-from softprompt.prompts.initialisers import drawing_from, drawn_seed
-from softprompt.prompts.kinds import Parameterization
+from softprompt.prompts import Parameterization, drawing_from, drawn_seed
 
 BOTTLENECK = 400
 """Width inside the residual network. On T5-Large it gives the 925K parameters that Xiao et al. 2023 count

@@ -17,17 +17,23 @@ from torch import Tensor, nn
 
 from softprompt.errors import ConfigError
 from softprompt.fields import setting
-from softprompt.prompts import initialisers
-from softprompt.prompts.configs import PromptLearningConfig, Start, member, positive
-from softprompt.prompts.kinds import (
+from softprompt.prompts import (
+    PROMPT_KEY,
     Parameterization,
     PeftType,
     Placement,
+    PromptLearningConfig,
+    PromptModule,
     PromptTuningInit,
+    Start,
     TaskType,
+    check_task,
+    initialisers,
+    member,
+    positive,
+    take_over,
 )
 from softprompt.prompts.methods.parameterisations import Parameterised, parameterised
-from softprompt.prompts.module import PROMPT_KEY, PromptModule, check_task, take_over
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,4 @@
+from .passes import cached_tokens as cached_tokens
+from .passes import gathered_gradient as gathered_gradient
+from .paths import prefix_path as prefix_path
+from .paths import prefixed as prefixed

@@ -1,0 +1,1 @@
+from .multitask import SourcePrompt as SourcePrompt
