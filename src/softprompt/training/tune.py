@@ -45,7 +45,9 @@ def tune(
         output: Directory to write the prompt to; without it nothing is written.
         overwrite: Write into an output directory that is not empty.
         resume: Continue the run that was interrupted in ``output``, with its own settings.
-        **options: The fields of `TuneSettings`; ``lr`` is another name of ``learning_rate``.
+        **options: The fields of `TuneSettings`. What the prompt is, is said by ``config``, such as
+            ``PrefixTuningConfig(num_virtual_tokens=8)``, or by ``method`` and ``tuning_config``; ``lr`` is
+            another name of ``learning_rate``.
 
     Raises:
         ConfigError: An unknown or contradictory setting.
@@ -266,8 +268,11 @@ def _signature() -> inspect.Signature:
         )
         for item in fields(TuneSettings)
     ]
-    alias = inspect.Parameter("lr", inspect.Parameter.KEYWORD_ONLY, default=None)
-    return written.replace(parameters=[*named, *options, alias])
+    aliases = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in ("lr", "method")
+    ]
+    return written.replace(parameters=[*named, *options, *aliases])
 
 
 tune.__signature__ = _signature()  # type: ignore[attr-defined]
