@@ -159,6 +159,6 @@ def test_tuned_and_used_again(tmp_path):
     )
     assert tuned.engine.name == "forest"
     loaded = softprompt.load(tmp_path / "prompt")
-    assert not loaded.model.active_peft_config.prompt_sees_input
+    assert not loaded.config.prompt_sees_input
     texts = ["text 3", "something else"]
     assert [s.scores for s in loaded.classify(texts)] == [s.scores for s in tuned.classify(texts)]
