@@ -117,7 +117,7 @@ def throughput(model: Any, rows: int, repeats: int) -> dict[str, float]:
     """Return new tokens a CPU second: ours with one prompt and with eight, transformers' with eight."""
     table = model.get_input_embeddings().weight.detach()
     heads, ids = drawn(PROMPTS, P), drawn(rows, INPUT)
-    batcher = Batcher(model, tokenizer())
+    batcher = Batcher(Base(model, tokenizer()))
     found: dict[str, list[float]] = {
         "ours, 8 prompts": [],
         "ours, 1 prompt": [],

@@ -42,6 +42,7 @@ from serving_work import (
     timed,
     values_of,
 )
+from softprompt.backbone import Base
 from softprompt.generation import Batcher, FinishEvent, TokenEvent
 from softprompt.prompts import Prompt
 
@@ -69,7 +70,7 @@ def throughput(
     values, todo = values_of(tables), asks(model, requests)
     some = todo[: max(4, requests // 4)]
     peft = PeftServer(model, tables)
-    batcher = Batcher(model, tokenizer)
+    batcher = Batcher(Base(model, tokenizer))
     rows: dict[str, list[dict[str, Any]]] = {}
     answers: dict[str, list[Took]] = {}
     by_clients(clients, todo[:PROMPTS], lambda ask: answered(batcher, ask, values))
@@ -106,7 +107,7 @@ def first_tokens(model: Any, tokenizer: Any, times: int) -> dict[str, float]:
     """Return the median time to the first token, idle server, of new and of known prompts, ms."""
     values = values_of(prompt_tables(model, times))
     todo = [Ask(i, ask.ids) for i, ask in enumerate(asks(model, times))]
-    batcher = Batcher(model, tokenizer)
+    batcher = Batcher(Base(model, tokenizer))
     answered(batcher, todo[0], values_of(prompt_tables(model, times + 1)[-1:]))
     cold = [answered(batcher, ask, values).first for ask in todo]
     warm = [answered(batcher, ask, values).first for ask in todo]

@@ -52,7 +52,7 @@ def _measure(folder: str, count: int) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     base = load_base("demo")
-    batcher = Batcher(base.model, base.tokenizer)
+    batcher = Batcher(base)
     options = GenerationOptions(max_new_tokens=1)
     todo = asks(base.model, CALLS)
     for ask in todo[:3]:  # what is only paid once
