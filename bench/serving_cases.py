@@ -12,6 +12,7 @@ import torch
 
 import softprompt
 from softprompt import (
+    PeftModel,
     PrefixTuningConfig,
     PromptTuningConfig,
     get_peft_model,
@@ -174,7 +175,9 @@ def generated(name: str, tuned: TunedPrompt, text: str, number: int, rng: random
         case 0:
             body["logprobs"] = 0
             ids = tuned.sources([text])[0][0]
-            found, logprobs = greedy(tuned.model, ids, tokens, tuned.tokenizer.eos_token_id)
+            prompted = PeftModel.of(tuned)
+            found, logprobs = greedy(prompted, ids, tokens, tuned.tokenizer.eos_token_id)
+            prompted.unload()
             return Case(ASK, body, (tuned.rows.decode(found),), logprobs)
         case 1:
             drawn = {"temperature": 0.8, "top_p": 0.9, "seed": rng.randrange(10**6)}

@@ -51,8 +51,10 @@ def test_a_saved_prompt_says_the_same(tuned, words, tmp_path):
 def test_without_the_prompt_it_is_the_published_model(shared, tuned, words, real_data):
     plain = AutoModelForSeq2SeqLM.from_pretrained(shared(real_data.G2P)).eval()
     ids = tuned.tokenizer(words.test[0]["input"], return_tensors="pt").input_ids
-    with tuned.model.disable_adapter(), torch.no_grad():
-        bare = tuned.model(input_ids=ids, labels=ids)
+    prompted = softprompt.PeftModel.of(tuned)
+    with prompted.disable_adapter(), torch.no_grad():
+        bare = prompted(input_ids=ids, labels=ids)
+    prompted.unload()
     with torch.no_grad():
         expected = plain(input_ids=ids, labels=ids)
     assert torch.equal(bare.logits, expected.logits)
