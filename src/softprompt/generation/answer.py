@@ -199,7 +199,7 @@ class Answer:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the most likely token is next, whatever came before."""
+        """Whether the answer is greedy and unpenalised: its next token is the argmax of the logits."""
         least = self.request.options.min_new_tokens
         return not self._processors and (not self._eos_ids or len(self.tokens) >= least)
 

@@ -251,7 +251,7 @@ class Batcher:
                 self._waiting.remove(job)
 
     def _note(self) -> None:
-        """Note what was done, for those who ask and those who wait."""
+        """Update the counters, and wake callers that wait for room."""
         runner = self._runner
         with self._changed:
             before = self._stats
@@ -280,7 +280,7 @@ class Batcher:
 
 
 def _failed(cause: Exception) -> NotServingError:
-    """Return what callers are told; the cause itself may say what is not theirs to read."""
+    """Return the error that callers get; the cause may hold what is not theirs to read."""
     error = NotServingError(f"serving has failed ({type(cause).__name__}); start it again")
     error.__cause__ = cause
     return error

@@ -3,7 +3,7 @@
 A batch runs to its end before the next begins. Rows choose and end by their own options, each as
 it would alone, and their events are sent with every step. Only the special tokens are taken from the
 base's generation settings; search settings come from ``GenerationOptions`` alone, so that a base with
-beams or n-gram bans in its own does not change what was asked for.
+beams or n-gram bans in its own does not change the answers.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ class ForestRunner:
         row.done = row.prefill.kept_ids
 
     def _planned(self) -> Work:
-        """Choose what a pass runs: a token of every answer, and inputs as far as the budget goes."""
+        """Schedule a pass: one token of every answer, and inputs up to ``max_step_tokens`` (chunked prefill)."""
         answering = [each for each in self._rows if each.answer is not None]
         work = [(each, each.next_tokens(1)) for each in answering]
         budget = self._bounds.max_step_tokens - len(work)
@@ -195,12 +195,12 @@ class ForestRunner:
 
     def _choose(self, ready: list[tuple[ForestRow, Answer]], logits: Tensor) -> None:
         """Give answers their next tokens from logits ``[R, V]``."""
-        best, likeliest = logits.max(-1)
+        best, greedy = logits.max(-1)
         finite = torch.isfinite(best).tolist()
         tokens = [
             int(token) if answer.is_plain or not sound else answer.choose(row)
             for (_, answer), token, row, sound in zip(
-                ready, likeliest.tolist(), logits, finite, strict=True
+                ready, greedy.tolist(), logits, finite, strict=True
             )
         ]
         scores = self._scores(ready, logits, tokens)

@@ -83,7 +83,7 @@ def label_scores(labels: Sequence[str], scores: Tensor, cut: Sequence[bool]) -> 
 
 
 def check_label_ids(labels: Sequence[str], label_ids: Sequence[Sequence[int]]) -> None:
-    """Check that labels can be told apart by their tokens.
+    """Check that no two labels have the same tokens.
 
     Raises:
         ConfigError: There is no label, a label has no token, or two have the same tokens.

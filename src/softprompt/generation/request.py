@@ -76,7 +76,7 @@ class Request:
             raise ConfigError(f"n expects at least 1 answer, got {self.n}")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_TOP_LOGPROBS:
             raise ConfigError(
-                f"logprobs expects 0 to {MAX_TOP_LOGPROBS} likeliest tokens, got {self.logprobs}"
+                f"logprobs expects 0 to {MAX_TOP_LOGPROBS} most likely tokens, got {self.logprobs}"
             )
         if min(self.ids, default=0) < 0:
             raise DataError(

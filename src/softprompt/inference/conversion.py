@@ -194,7 +194,7 @@ def _check_options(
     if template is not None:
         Verbalizer(template)
         if "template" in target.loses and target.name != _REQUESTING:
-            raise ConfigError(f"{target.name} has no place for a template; leave --template out")
+            raise ConfigError(f"{target.name} has no field for a template; leave --template out")
 
 
 def _name_of(source: str | Path) -> str:
@@ -284,8 +284,8 @@ def _recorded(
 
     Args:
         stored: What was read.
-        origin: The format it came in.
-        target: The format it goes to.
+        origin: The format of the source.
+        target: The format of the output.
         base: What is on record is taken from it; None where none was loaded.
         template: The verbalizer, for a source that has none.
 

@@ -74,7 +74,7 @@ def load(
 
     Args:
         prompts: Folder of the prompt, or ``org/name`` on the Hub; or several of them, of any kinds, by
-            the names to ask for them by.
+            the names that calls use.
         base_model: Folder, Hub id, or a model in memory, which is frozen and put into evaluation
             mode; None takes the one on record (with the first prompt).
         tokenizer: Used instead of the base model's own.

@@ -220,7 +220,7 @@ class Serving:
             normalize: Divide a label's log-probability by its token count.
 
         Raises:
-            SoftPromptError: As ``generate``; or there is no label set, or it cannot be told apart.
+            SoftPromptError: As ``generate``; or there is no label set, or two labels have the same tokens.
         """
         scored = self._scored(requests, prompts, labels, task_name)
         try:

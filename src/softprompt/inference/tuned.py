@@ -20,6 +20,7 @@ from softprompt.generation import (
     Decoder,
     Generation,
     GenerationOptions,
+    Input,
     Labelling,
     LabelScores,
     Request,
@@ -334,17 +335,11 @@ class TunedPrompt:
     ) -> list[Generation]:
         """Return one generated answer for each row of token ids; see ``generate``."""
         prompt = None if without_prompt else self.prompt()
-        rows = self.rows
-        requests = [
-            Request(
-                tuple(source),
-                prompt,
-                0 if prompt is None else rows.offset(source),
-                options,
-                decode=rows.decode,
-            )
-            for source in sources
-        ]
+        requests = []
+        for source in sources:
+            at = 0 if prompt is None else self.rows.offset(source)
+            given = Input(tuple(source), at, self.rows.decode)
+            requests.append(Request.of(given, prompt, options=options))
         decoder = self._shared.decoder(self.base, batch_size)
         with replaced_modules(self.base, {} if without_prompt else self.heads):
             ends = decoder.run(requests)
@@ -388,13 +383,7 @@ class TunedPrompt:
 
 @dataclass(slots=True)
 class _Shared:
-    """What a prompt shares with itself as used for each of its tasks.
-
-    Attributes:
-        tasks: The prompt as used for one task, by its number.
-        prompts: The prompt of each task where they do not change any more.
-        decoders: What generates, by the answers it runs at the same time.
-    """
+    """The prompt as used for each task, each task's ``Prompt`` in a snapshot, and decoders by batch size."""
 
     tasks: dict[int, TunedPrompt] = field(default_factory=dict)
     prompts: tuple[Prompt, ...] | None = None
