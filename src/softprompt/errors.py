@@ -1,22 +1,5 @@
 """Every error softprompt raises on purpose, one tree under one root.
 
-SoftPromptError
-├── ConfigError            a setting is wrong, unknown, or contradicts another
-│   └── UsageError         an argument of a command or of ``tune`` is wrong
-├── DataError              a data file or a record in it cannot be used
-│   └── TemplateError      the verbalizer and the records do not fit together
-├── BackboneError          the base model cannot be loaded or lacks a needed fact
-│   ├── ContextOverflowError   prompt + input exceed the model's context
-│   └── FingerprintError   the prompt was made for another base model
-├── ArtifactError          a saved prompt is missing, damaged or not ours to read
-│   └── OutputExistsError  an output would overwrite something
-├── AdapterError           a named prompt does not exist, or already does
-├── ServingError           a request cannot be answered
-│   ├── QueueFullError         too many requests wait; come back later
-│   └── NotServingError        serving has stopped, is stopping, or has failed
-└── TrainingError          the optimisation cannot go on
-    └── TrainingInterrupted    stopped by the user; the state is saved
-
 Every message says what was expected, what came, and what to do next, in one line.
 The classes also derive from the builtin that a PEFT or transformers user would
 catch (``ValueError``, ``KeyError``), so swapping libraries keeps handlers working.

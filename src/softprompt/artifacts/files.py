@@ -171,20 +171,12 @@ def write_folder(directory: Path, files: Mapping[str, bytes], stale: Iterable[st
     Raises:
         OSError: the file system refused; what was there before is whole.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
     if directory.is_dir():
         _replace_files(directory, files, [name for name in stale if name not in files])
         return
-    temporary = _temporary_beside(directory)
-    try:
-        temporary.mkdir()
+    with staged_folder(directory) as staged:
         for name, data in files.items():
-            _write_synced(temporary / name, data)
-        _sync_directory(temporary)
-        os.replace(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _sync_directory(directory.parent)
+            _write_synced(staged / name, data)
 
 
 @contextmanager
@@ -203,6 +195,7 @@ def staged_folder(directory: Path) -> Iterator[Path]:
     try:
         staged.mkdir()
         yield staged
+        _sync_directory(staged)
         if directory.exists():
             os.replace(directory, old)
         try:

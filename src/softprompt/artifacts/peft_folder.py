@@ -118,18 +118,15 @@ def load_adapter(
         ArtifactError: missing, damaged, or not a prompt-learning adapter; the message says which.
     """
     directory = locate(directory_or_hub_id, subfolder, revision)
-    config_path = directory / CONFIG_NAME
-    if not config_path.is_file():
+    if not (directory / CONFIG_NAME).is_file():
         raise ArtifactError(
             f"expected {CONFIG_NAME} in {directory}, it has none: pass the folder that "
             "save_pretrained or `softprompt tune` wrote"
         )
-    config = parse_object(read_bytes(config_path).decode(errors="replace"), str(config_path))
-    check_config(config)
-    manifest = _read_manifest(directory / MANIFEST_NAME)
-    tensors, path = _read_tensors(directory, manifest)
-    check_tensors(config, tensors, str(path))
-    return StoredPrompt(config, tensors, manifest, str(directory))
+    names = (CONFIG_NAME, WEIGHTS_NAME, MANIFEST_NAME)
+    found = {name: directory / name for name in names if (directory / name).is_file()}
+    files = {name: read_bytes(path) for name, path in found.items()}
+    return _parsed(files, directory, str(directory))
 
 
 def adapter_of_files(files: Mapping[str, bytes], name: str) -> StoredPrompt:
@@ -143,22 +140,27 @@ def adapter_of_files(files: Mapping[str, bytes], name: str) -> StoredPrompt:
     Raises:
         ArtifactError: a file is missing, damaged, or not a prompt-learning adapter's.
     """
-    where = Path(name)
     for needed in (CONFIG_NAME, WEIGHTS_NAME):
         if needed not in files:
             raise ArtifactError(f"expected {needed} in {name}, it has none: copy it there")
-    config = parse_object(files[CONFIG_NAME].decode(errors="replace"), str(where / CONFIG_NAME))
+    return _parsed(files, Path(name), name)
+
+
+def _parsed(files: Mapping[str, bytes], directory: Path, location: str) -> StoredPrompt:
+    """Parse and check a prompt's files; pickled weights are read from the folder."""
+    name = str(directory / CONFIG_NAME)
+    config = parse_object(files[CONFIG_NAME].decode(errors="replace"), name)
     check_config(config)
-    record = files.get(MANIFEST_NAME)
-    manifest = None if record is None else _manifest_of(record, where / MANIFEST_NAME)
-    path = where / WEIGHTS_NAME
-    tensors = _tensors_of(files[WEIGHTS_NAME], path, manifest)
+    record, weights = files.get(MANIFEST_NAME), files.get(WEIGHTS_NAME)
+    manifest = None if record is None else _manifest_of(record, directory / MANIFEST_NAME)
+    path = directory / (PICKLED_WEIGHTS_NAME if weights is None else WEIGHTS_NAME)
+    if weights is None:
+        tensors = _unpickled(path)
+    else:
+        tensors = load_safetensors(weights, path)
+        _check_digest(path, weights, manifest)
     check_tensors(config, tensors, str(path))
-    return StoredPrompt(config, tensors, manifest, name)
-
-
-def _read_manifest(path: Path) -> Manifest | None:
-    return _manifest_of(read_bytes(path), path) if path.is_file() else None
+    return StoredPrompt(config, tensors, manifest, location)
 
 
 def _manifest_of(data: bytes, path: Path) -> Manifest:
@@ -166,25 +168,6 @@ def _manifest_of(data: bytes, path: Path) -> Manifest:
         return Manifest.from_dict(parse_object(data.decode(errors="replace"), path.name))
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
-
-
-def _read_tensors(directory: Path, manifest: Manifest | None) -> tuple[dict[str, Tensor], Path]:
-    path = directory / WEIGHTS_NAME
-    if path.is_file():
-        return _tensors_of(read_bytes(path), path, manifest), path
-    path = directory / PICKLED_WEIGHTS_NAME
-    if path.is_file():
-        return _unpickled(path), path
-    raise ArtifactError(
-        f"expected {WEIGHTS_NAME} (or {PICKLED_WEIGHTS_NAME}) in {directory}, it has neither: "
-        "copy the weights beside adapter_config.json"
-    )
-
-
-def _tensors_of(data: bytes, path: Path, manifest: Manifest | None) -> dict[str, Tensor]:
-    tensors = load_safetensors(data, path)
-    _check_digest(path, data, manifest)
-    return tensors
 
 
 def _check_digest(path: Path, data: bytes, manifest: Manifest | None) -> None:
@@ -198,6 +181,11 @@ def _check_digest(path: Path, data: bytes, manifest: Manifest | None) -> None:
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ArtifactError(
+            f"expected {WEIGHTS_NAME} (or {PICKLED_WEIGHTS_NAME}) in {path.parent}, it has neither: "
+            "copy the weights beside adapter_config.json"
+        )
     loaded = load_pickled(path)
     if not isinstance(loaded, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()

@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +38,16 @@ def as_record(value: object, where: str) -> Located:
         DataError: It is something else, or a column name is not text.
     """
     if not isinstance(value, Mapping):
+        got = f"a value of type {type(value).__name__}"
+        if isinstance(value, str):
+            got = f"the text {value[:40]!r}"
         raise DataError(
-            f"{where}: expected a record such as {{'input': ..., 'output': ...}}, "
-            f"got {_kind(value)}"
+            f"{where}: expected a record such as {{'input': ..., 'output': ...}}, got {got}"
         )
     for name in value:
         if not isinstance(name, str):
             raise DataError(f"{where}: expected column names as text, got {name!r}")
     return Located(where, value)
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, str):
-        return f"the text {value[:40]!r}"
-    return f"a value of type {type(value).__name__}"
 
 
 def read_json_lines(text: str, name: str) -> Iterator[Located]:
@@ -61,9 +58,14 @@ def read_json_lines(text: str, name: str) -> Iterator[Located]:
     """
     # JSON strings may hold U+2028 and the like bare, so only "\n" ends a line.
     for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            where = f"{name}, line {number}"
-            yield as_record(_parsed_line(line, where), where)
+        if not line.strip():
+            continue
+        where = f"{name}, line {number}"
+        try:
+            value = json.loads(line, object_pairs_hook=partial(_no_repeats, where=where))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise _malformed(error, where) from error
+        yield as_record(value, where)
 
 
 def read_json_list(text: str, name: str) -> Iterator[Located]:
@@ -77,7 +79,7 @@ def read_json_list(text: str, name: str) -> Iterator[Located]:
         raise _unexpected(
             text, position, name, "a JSON list of records; if each line is one, name it .jsonl"
         )
-    decoder = json.JSONDecoder(object_pairs_hook=lambda pairs: _no_repeats(pairs, name))
+    decoder = json.JSONDecoder(object_pairs_hook=partial(_no_repeats, where=name))
     line, counted = 1, 0
     position = _skip_space(text, position + 1)
     is_open = text[position : position + 1] != "]"
@@ -87,7 +89,8 @@ def read_json_list(text: str, name: str) -> Iterator[Located]:
         try:
             value, position = decoder.raw_decode(text, position)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise _malformed(error, f"{name}, line {_error_line(error, line)}") from error
+            at = error.lineno if isinstance(error, json.JSONDecodeError) else line
+            raise _malformed(error, f"{name}, line {at}") from error
         yield as_record(value, f"{name}, line {line}")
         position = _skip_space(text, position)
         is_open = text[position : position + 1] == ","
@@ -98,13 +101,6 @@ def read_json_list(text: str, name: str) -> Iterator[Located]:
     position = _skip_space(text, position + 1)
     if position < len(text):
         raise _unexpected(text, position, name, "the end of the file after the list")
-
-
-def _parsed_line(line: str, where: str) -> Any:
-    try:
-        return json.loads(line, object_pairs_hook=lambda pairs: _no_repeats(pairs, where))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise _malformed(error, where) from error
 
 
 def _no_repeats(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
@@ -123,10 +119,6 @@ def _malformed(error: json.JSONDecodeError | RecursionError, where: str) -> Data
         f"{where}: not valid JSON ({error.msg} at column {error.colno}); "
         'expected one object such as {"input": "...", "output": "..."}'
     )
-
-
-def _error_line(error: json.JSONDecodeError | RecursionError, otherwise: int) -> int:
-    return error.lineno if isinstance(error, json.JSONDecodeError) else otherwise
 
 
 def _unexpected(text: str, position: int, name: str, expected: str) -> DataError:

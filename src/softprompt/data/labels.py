@@ -42,12 +42,7 @@ def label_set(targets: Sequence[str], *, task: Task | None = None) -> tuple[str,
                 f"{', '.join(map(repr, labels)) or 'none'}; add records or set task to 'generation'"
             )
         return labels
-    return labels if _look_like_labels(labels, len(targets)) else None
-
-
-def _look_like_labels(labels: tuple[str, ...], records: int) -> bool:
-    return (
-        2 <= len(labels) <= MOST_LABELS
-        and records >= FEWEST_RECORDS_PER_LABEL * len(labels)
-        and all(len(label) <= LONGEST_LABEL and "\n" not in label for label in labels)
-    )
+    few = 2 <= len(labels) <= MOST_LABELS
+    often = len(targets) >= FEWEST_RECORDS_PER_LABEL * len(labels)
+    short = all(len(label) <= LONGEST_LABEL and "\n" not in label for label in labels)
+    return labels if few and often and short else None

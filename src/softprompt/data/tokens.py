@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from softprompt.data.chats import ChatFrame
 from softprompt.data.records import Record
-from softprompt.data.special_tokens import Continuation, SpecialFrame, encode
+from softprompt.data.special_tokens import ChatFrame, Continuation, SpecialFrame, encode
 from softprompt.data.template import Verbalizer, cut_values
 from softprompt.errors import ConfigError, DataError, TemplateError
 from softprompt.prompts import Placement

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from softprompt.artifacts import StoredPrompt, load_adapter, other_base, other_parts
+from softprompt.artifacts import load_adapter, other_base, other_parts
 from softprompt.errors import ArtifactError, BackboneError, ConfigError
 from softprompt.prompts import Measure, similarity
 
@@ -45,13 +42,7 @@ class Retrieval:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {
-            "found": [
-                {"prompt": each.prompt, "similarity": each.similarity, "weight": each.weight}
-                for each in self.found
-            ],
-            "skipped": [{"folder": each.folder, "reason": each.reason} for each in self.skipped],
-        }
+        return asdict(self)
 
 
 def similar_prompts(
@@ -79,7 +70,7 @@ def similar_prompts(
     if top is not None and top < 1:
         raise ConfigError(f"top expects at least 1, got {top}")
     query = load_adapter(prompt)
-    tokens, parts = _tokens(query), query.model_types()
+    tokens, parts = query.virtual_tokens().flatten(0, 1), query.model_types()
     here = Path(query.location).resolve()
     scored: list[tuple[float, str]] = []
     skipped: list[Skipped] = []
@@ -89,7 +80,7 @@ def similar_prompts(
         try:
             other = load_adapter(path)
             reason = other_base(query, other) or other_parts(other.model_types(), parts)
-            candidate = _tokens(other) if reason is None else tokens
+            candidate = tokens if reason else other.virtual_tokens().flatten(0, 1)
         except (ArtifactError, BackboneError, ConfigError) as error:
             reason = str(error)
         if reason is not None:
@@ -105,11 +96,6 @@ def _weighted(best: Sequence[tuple[float, str]]) -> tuple[Similar, ...]:
     return tuple(
         Similar(path, cosine, max(cosine, 0.0) / total if total else 0.0) for cosine, path in best
     )
-
-
-def _tokens(stored: StoredPrompt) -> Tensor:
-    """Return the virtual tokens ``[S*P, H]`` in float32."""
-    return torch.cat([part.float() for part in stored.prompt().tensors])
 
 
 def _subfolders(folder: Path) -> list[Path]:

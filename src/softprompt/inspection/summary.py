@@ -6,34 +6,22 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from softprompt.artifacts import StoredPrompt
 from softprompt.errors import FingerprintError
 from softprompt.prompts import KEY_VALUE_METHODS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from softprompt.artifacts import StoredPrompt
 
 NEAREST = 3
 _CHUNK = 16_384
 """Tokens compared at once."""
-
-
-class Vocabulary(Protocol):
-    """The part of a tokenizer that naming tokens needs."""
-
-    def __len__(self) -> int:
-        """Return the number of tokens."""
-        ...
-
-    def convert_ids_to_tokens(self, ids: int) -> Any:
-        """Return the token of one id."""
-        ...
-
-    def decode(self, token_ids: list[int]) -> Any:
-        """Return the text of token ids."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +87,9 @@ class PromptSummary:
 
 
 def describe(
-    stored: StoredPrompt, table: Tensor | None = None, tokenizer: Vocabulary | None = None
+    stored: StoredPrompt,
+    table: Tensor | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PromptSummary:
     """Summarise a stored prompt; nothing is loaded here.
 
@@ -114,8 +104,11 @@ def describe(
     prompt, manifest = stored.values.detach().float(), stored.manifest
     if stored.config.get("peft_type") in KEY_VALUE_METHODS:
         table = None  # keys and values of layers have no neighbours among the embeddings
-    if table is not None:
-        _check_table(table, prompt)
+    if table is not None and table.shape[1] != prompt.shape[1]:
+        raise FingerprintError(
+            f"expected an embedding table {prompt.shape[1]} wide, as the prompt's virtual tokens, got "
+            f"{table.shape[1]}: load the base model that the prompt was made for"
+        )
     nearest = None
     if table is not None and tokenizer is not None:
         nearest = nearest_tokens(prompt, table, tokenizer)
@@ -141,14 +134,6 @@ def describe(
         created=record.get("created"),
         versions=record.get("versions"),
     )
-
-
-def _check_table(table: Tensor, prompt: Tensor) -> None:
-    if table.shape[1] != prompt.shape[1]:
-        raise FingerprintError(
-            f"expected an embedding table {prompt.shape[1]} wide, as the prompt's virtual tokens, got "
-            f"{table.shape[1]}: load the base model that the prompt was made for"
-        )
 
 
 def geometry(prompt: Tensor, base_rms: float | None = None) -> PromptGeometry:
@@ -196,7 +181,7 @@ def mean_pairwise_cosine(tokens: Tensor) -> float | None:
 
 
 def nearest_tokens(
-    prompt: Tensor, table: Tensor, tokenizer: Vocabulary, count: int = NEAREST
+    prompt: Tensor, table: Tensor, tokenizer: PreTrainedTokenizerBase, count: int = NEAREST
 ) -> tuple[tuple[NearToken, ...], ...]:
     """Return the tokens of highest cosine for each virtual token of ``prompt`` ``[P, H]``, best first.
 
@@ -224,7 +209,7 @@ def nearest_tokens(
     )
 
 
-def _shown(tokenizer: Vocabulary, token_id: int) -> str:
+def _shown(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
     text = str(tokenizer.decode([token_id]))
     # A byte-level token can be part of a character, which decodes to the replacement sign.
     return str(tokenizer.convert_ids_to_tokens(token_id)) if "\ufffd" in text or not text else text

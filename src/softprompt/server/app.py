@@ -13,7 +13,7 @@ import socket
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request
@@ -175,7 +175,7 @@ def server_of(app: FastAPI, config: uvicorn.Config) -> uvicorn.Server:
 
 def _run(app: FastAPI, settings: ServeSettings, sock: socket.socket) -> None:
     # uvicorn drains on SIGINT and SIGTERM and then raises them again for the previous handlers.
-    before = signal.signal(signal.SIGTERM, _ignored)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
     server = server_of(app, config_of(app, settings))
 
     def keeps(record: logging.LogRecord) -> bool:
@@ -191,20 +191,10 @@ def _run(app: FastAPI, settings: ServeSettings, sock: socket.socket) -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def _ignored(number: int, frame: Any) -> None:
-    """Do nothing: the server has stopped already."""
-
-
 def create_app(
     settings: ServeSettings, registry: Registry, batcher: Batcher, scorer: Scorer
 ) -> FastAPI:
-    """Return the application; it owns the batcher and the scorer and stops them at its end.
-
-    Args:
-        settings: Its settings.
-        registry: The prompts.
-        batcher: Generates; already running.
-        scorer: Scores labels; already running.
+    """Return the application; it owns the batcher and the scorer, which already run, and stops them at its end.
 
     Raises:
         UsageError: A key file cannot be read, or is empty.

@@ -111,13 +111,9 @@ async def complete(body: CompletionBody, request: HTTPRequest) -> Response:
 async def answered(
     request: HTTPRequest, reply: Reply, run: Run, shown: Callable[[Choice], dict[str, Any]]
 ) -> Response:
-    """Wait for all answers and return them in one response.
+    """Wait for all answers and return them in one response, each as ``shown`` gives it.
 
-    Args:
-        request: Its client; when it disconnects, the run is cancelled.
-        reply: Gathers the answers.
-        run: The running requests.
-        shown: Returns the body of one choice.
+    A client that disconnects cancels the run.
     """
     done = await unless_gone(request, _gathered(reply, run), run.cancel)
     if done is None:

@@ -120,8 +120,6 @@ class Registry:
         if gone:
             raise AdapterError(f"the prompt {name!r} is unloaded; load it to have it answer")
         loaded = self._present(name)
-        if loaded.problem is not None:
-            raise ArtifactError(loaded.problem)
         first = loaded.tasks[0]
         if len(loaded.tasks) == 1 and loaded.names is None:
             if task not in (None, 0, "0"):
@@ -137,10 +135,7 @@ class Registry:
         self._found(name)
         with self._guard:
             self._withdrawn.discard(name)
-        loaded = self._present(name)
-        if loaded.problem is not None:
-            raise ArtifactError(loaded.problem)
-        return loaded.tasks[0]
+        return self._present(name).tasks[0]
 
     def unload(self, name: str) -> None:
         """Unload a prompt; running requests finish.
@@ -211,7 +206,7 @@ class Registry:
                     raise
                 continue
             if self.root.signature(name) == signature:
-                return stored, _digest(files, FILES)
+                return stored, _digest(files)
         raise ArtifactError(f"the files of {name} keep changing while they are read; try again")
 
     def _found(self, name: str) -> Signature:
@@ -249,18 +244,11 @@ class Registry:
     def _present(self, name: str) -> Loaded:
         signature = self._found(name)
         loaded = self._kept(name, signature)
-        if loaded is not None:
-            return loaded
-        with self._loading:
-            loaded = self._kept(name, signature)
-            if loaded is not None:
-                return loaded
-            loaded = self._read(name, signature)
-            with self._guard:
-                self._known[name] = loaded
-                self._known.move_to_end(name)
-                while len(self._known) > self._max_resident:
-                    self._known.popitem(last=False)
+        if loaded is None:
+            with self._loading:
+                loaded = self._kept(name, signature) or self._read(name, signature)
+        if loaded.problem is not None:
+            raise ArtifactError(loaded.problem)
         return loaded
 
     def _kept(self, name: str, signature: Signature) -> Loaded | None:
@@ -273,15 +261,21 @@ class Registry:
 
     def _read(self, name: str, signature: Signature) -> Loaded:
         try:
-            stored, version = self.stored(name)
-            return self._made(name, signature, stored, version)
+            loaded = self._made(name, signature)
         except AdapterError:
             raise
         except SoftPromptError as error:
             # Cached as well: the same files would fail again.
-            return Loaded(signature, (), None, f"the prompt {name!r} cannot be served: {error}")
+            loaded = Loaded(signature, (), None, f"the prompt {name!r} cannot be served: {error}")
+        with self._guard:
+            self._known[name] = loaded
+            self._known.move_to_end(name)
+            while len(self._known) > self._max_resident:
+                self._known.popitem(last=False)
+        return loaded
 
-    def _made(self, name: str, signature: Signature, stored: StoredPrompt, version: str) -> Loaded:
+    def _made(self, name: str, signature: Signature) -> Loaded:
+        stored, version = self.stored(name)
         if name == self.base.name:
             raise ArtifactError("it has the name of the base model; rename its folder")
         tuned = tuned_of(stored, self.base).snapshot()
@@ -298,9 +292,9 @@ class Registry:
             return None
 
 
-def _digest(files: dict[str, bytes], names: tuple[str, ...]) -> str:
+def _digest(files: dict[str, bytes]) -> str:
     whole = hashlib.sha256()
-    for name in names:
+    for name in FILES:
         data = files.get(name)
         whole.update(b"-" if data is None else hashlib.sha256(data).digest())
     return whole.hexdigest()
