@@ -15,10 +15,10 @@ from .inference.loading import load_many as load_many
 from .inference.serving import Serving as Serving
 from .inference.tuned import TunedPrompt as TunedPrompt
 from .inspection.retrieval import similar_prompts as similar_prompts
-from .peft.cartridges import (
+from .peft.classes import (
     initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values,
 )
-from .peft.cartridges import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
+from .peft.classes import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
 from .peft.classes import AutoPeftModel as AutoPeftModel
 from .peft.classes import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from .peft.classes import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -61,7 +61,7 @@ from .prompts import (
     prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values,
 )
 from .training.settings import TuneSettings as TuneSettings
-from .training.tune import tune as tune
+from .training.run import tune as tune
 from .training.tuning_config import TuningConfig as TuningConfig
 
 __version__: str

@@ -15,8 +15,7 @@ from softprompt.errors import (
     UsageError,
 )
 from softprompt.training import Events, tune
-from softprompt.training.interrupt import StopSignal
-from softprompt.training.state import state_path
+from softprompt.training.state import StopSignal, state_path
 
 SETTINGS = {
     "num_epochs": 3,
@@ -193,7 +192,7 @@ def test_ctrl_c_before_the_first_state_leaves_a_resumable_run_or_nothing(
         for _ in range(signals):
             os.kill(os.getpid(), signal.SIGINT)
 
-    from softprompt.training.run_file import write_run as written
+    from softprompt.training.run import write_run as written
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

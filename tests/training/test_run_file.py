@@ -2,7 +2,7 @@ import pytest
 
 from softprompt.errors import ConfigError
 from softprompt.training import TuneSettings, read_run
-from softprompt.training.run_file import write_run
+from softprompt.training.run import write_run
 
 
 def test_a_run_file_repeats_a_run(tmp_path):

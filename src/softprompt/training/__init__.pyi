@@ -1,10 +1,10 @@
 from .configuration import METHODS as METHODS
 from .events import Events as Events
-from .run_file import read_run as read_run
+from .run import read_run as read_run
+from .run import tune as tune
 from .settings import TuneSettings as TuneSettings
 from .source_prompts import VARIABLE as VARIABLE
 from .source_prompts import SourceInfo as SourceInfo
 from .source_prompts import list_sources as list_sources
 from .source_prompts import source_folder as source_folder
-from .tune import tune as tune
 from .tuning_config import TuningConfig as TuningConfig

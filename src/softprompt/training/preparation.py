@@ -31,8 +31,7 @@ from softprompt.prompts import (
     TaskType,
 )
 from softprompt.training.configuration import Origins, labels_text
-from softprompt.training.examples import TaskData
-from softprompt.training.first_records import first_tokens, with_context
+from softprompt.training.examples import TaskData, first_tokens, with_context
 from softprompt.training.optimisation import Rates, peak_rates
 from softprompt.training.settings import CONTEXT_RECORDS, TuneSettings
 from softprompt.training.source_prompts import find_source

@@ -33,7 +33,7 @@ RATE_PER_RMS = 0.57
 KEY_VALUE_RATE_PER_RMS = 0.1
 """Default learning rate of keys and values in units of their own rms in each layer (likewise)."""
 
-NETWORK_RATE = 0.001
+NETWORK_RATE = 0.003
 """Default learning rate of the networks of P-tuning and of prefix projections (likewise)."""
 
 TASK_RATE = 0.4

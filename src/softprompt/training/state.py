@@ -1,4 +1,4 @@
-"""Where a run is, in memory and on disk: the one value that, with the settings, decides how it goes on.
+"""Where a run is, in memory and on disk, and how it stops: all that resuming needs.
 
 On disk it is one safetensors file, so that it is never half of two things: the prompt's parameters, the
 best ones, the optimizer's tensors by parameter, and what earlier stages left are its tensors; position,
@@ -8,11 +8,17 @@ counts, history and the optimizer's numbers are JSON in its header.
 from __future__ import annotations
 
 import json
+import logging
+import shlex
 import shutil
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import FrameType, TracebackType
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +26,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from softprompt.artifacts import write_atomically
-from softprompt.errors import TrainingError
+from softprompt.errors import TrainingError, TrainingInterrupted
 
 
 @dataclass(slots=True)
@@ -247,3 +253,94 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{FORMAT}; start again with overwrite"
         )
     return header, tensors
+
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopSignal:
+    """While entered, notes the first Ctrl-C or SIGTERM; a second one acts at once.
+
+    Signals can only be caught in the main thread; elsewhere `request` does the same.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        """Take over the signals."""
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Give the signals back."""
+        self._restore()
+
+    def request(self) -> None:
+        """Ask the loop to stop before its next batch."""
+        self.requested = True
+
+    def check(self) -> None:
+        """Stop here if that was asked for.
+
+        Raises:
+            TrainingInterrupted: a signal came, or `request` was called.
+        """
+        if self.requested:
+            raise TrainingInterrupted("training was stopped")
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        logger.info("stopping after this batch; a second Ctrl-C stops at once")
+        self.requested = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+
+def how_to_go_on(where: str, output: Path | None) -> str:
+    """Return the sentence that ends an interrupted run: where it stopped, and what continues it."""
+    if output is None:
+        return (
+            f"training was stopped {where}; nothing is saved, since the run has no output directory"
+        )
+    command = f"softprompt tune --resume --output {shlex.quote(str(output))}"
+    return f"training was stopped {where}; its state is saved, continue with: {command}"
+
+
+@contextmanager
+def kept_if_resumable(output: Path | None) -> Iterator[None]:
+    """Leave nothing of a run that ends inside without a state it could be continued from.
+
+    One whose numbers are not finite would fail again, so its state goes too.
+
+    Raises:
+        TrainingInterrupted: a second Ctrl-C came, and the state of the last epoch is there.
+    """
+    try:
+        yield
+    except TrainingInterrupted:
+        raise
+    except BaseException as error:
+        if output is None:
+            raise
+        failed = isinstance(error, TrainingError)
+        if state_path(output).exists() and not failed:
+            if isinstance(error, KeyboardInterrupt):
+                raise TrainingInterrupted(how_to_go_on("at once", output)) from None
+            raise
+        remove_state(output)
+        if output.is_dir() and not any(output.iterdir()):
+            output.rmdir()
+        raise

@@ -1,27 +1,34 @@
-"""`tune`: from data to a prompt that can be used at once."""
+"""`tune`: from data to a prompt that can be used at once, and ``run.toml``, which repeats or resumes a run."""
 
 from __future__ import annotations
 
 import inspect
+import json
 import os
+import re
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Unpack, cast
 
-from softprompt.artifacts import require_empty, require_no_file
+from softprompt.artifacts import require_empty, require_no_file, write_atomically
 from softprompt.bundled import DEMO
 from softprompt.errors import ArtifactError, ConfigError, OutputExistsError, UsageError, nearest
 from softprompt.fields import default_of
 from softprompt.inference import TunedPrompt
 from softprompt.prompts import SOURCE_INITS, MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from softprompt.training.examples import Data, Rows, read_data
-from softprompt.training.interrupt import StopSignal, kept_if_resumable
 from softprompt.training.preparation import BaseLike, Prepared, prepare
-from softprompt.training.run_file import RUN_FILE, read_run, write_run
 from softprompt.training.session import Trained, identity, run
 from softprompt.training.settings import TuneOptions, TuneSettings
-from softprompt.training.state import load_state, remove_state, state_path
+from softprompt.training.state import (
+    StopSignal,
+    kept_if_resumable,
+    load_state,
+    remove_state,
+    state_path,
+)
 from softprompt.training.tuning_config import TuningConfig
 
 
@@ -276,3 +283,86 @@ def _signature() -> inspect.Signature:
 
 
 tune.__signature__ = _signature()  # type: ignore[attr-defined]
+
+
+RUN_FILE = "run.toml"
+DATA = ("train_data", "validation_data")
+SOURCES = ("base_model", *DATA, "output")
+"""Keys besides the settings."""
+
+
+def read_run(path: str | Path) -> dict[str, Any]:
+    """Read a run file into keyword arguments of `tune`, checking that every key exists.
+
+    Raises:
+        ConfigError: the file is missing, is not TOML, has an unknown key, or a source that is no text.
+    """
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the run file {path}: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    _check_keys(values, [*SOURCES, "lr", "method", *TuneSettings.__dataclass_fields__], str(path))
+    for name in SOURCES:
+        _check_source(values.get(name, ""), name, str(path))
+    for name in ("tuning_config", "config"):
+        if not isinstance(values.get(name, {}), dict):
+            raise ConfigError(f"{path}: {name} must be a table, [{name}]")
+    tuning = values.get("tuning_config", {})
+    _check_keys(tuning, list(TuningConfig.__dataclass_fields__), f"{path} [tuning_config]")
+    return values
+
+
+def write_run(path: Path, sources: Mapping[str, Any], settings: TuneSettings) -> None:
+    """Write a run file; a source that is None was in memory and is noted as a comment.
+
+    Data sets by task and other mappings are tables.
+    """
+    given = {name: value for name, value in sources.items() if not _in_memory(value)}
+    lines = [
+        f"# {name} was in memory and has to be given again" for name in sources if name not in given
+    ]
+    values = given | settings.to_dict()
+    tables = {name: value for name, value in values.items() if isinstance(value, Mapping)}
+    lines += [f"{name} = {_literal(value)}" for name, value in values.items() if name not in tables]
+    for table, entries in tables.items():
+        lines += ["", f"[{table}]"]
+        lines += [f"{_key(name)} = {_literal(value)}" for name, value in entries.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "\n".join(lines) + "\n")
+
+
+def _check_keys(values: Mapping[str, Any], known: list[str], where: str) -> None:
+    for name in values:
+        if name not in known:
+            raise ConfigError(
+                f"{where}: unknown key {name!r}{nearest(name, known)}; known: {', '.join(known)}"
+            )
+
+
+def _check_source(value: Any, name: str, path: str) -> None:
+    if isinstance(value, str):
+        return
+    by_task = name in DATA and isinstance(value, dict)
+    if not by_task or not all(isinstance(each, str) for each in value.values()):
+        takes = "a text, or a table of task = text" if name in DATA else "a text"
+        raise ConfigError(f"{path}: {name} takes {takes}; got {value!r}")
+
+
+def _in_memory(source: Any) -> bool:
+    return source is None or (isinstance(source, Mapping) and None in source.values())
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _literal(name)
+
+
+def _literal(value: Any) -> str:
+    """Return a value as TOML: its texts, numbers and booleans are spelt as in JSON."""
+    if isinstance(value, list):
+        return "[" + ", ".join(_literal(item) for item in value) + "]"
+    if isinstance(value, Mapping):
+        inside = ", ".join(f"{_key(name)} = {_literal(each)}" for name, each in value.items())
+        return "{ " + inside + " }"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
