@@ -11,7 +11,7 @@ import softprompt
 from oracles.families import ENCODERS, ROTARY_ENCODERS, SEQ2SEQ, build, causal, seq2seq
 from oracles.naive import padded
 from softprompt import PeftModel, PromptTuningConfig, get_peft_model
-from softprompt.engine import layers_of
+from softprompt.engine.forest.layers import layers_of
 from softprompt.errors import ConfigError
 from softprompt.peft import inputs as peft_inputs
 

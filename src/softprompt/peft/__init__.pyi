@@ -1,7 +1,4 @@
-from .cartridges import (
-    initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values,
-)
-from .cartridges import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
+from .adapters import BASE as BASE
 from .classes import AutoPeftModel as AutoPeftModel
 from .classes import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from .classes import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -19,6 +16,9 @@ from .classes import PeftModelForSequenceClassification as PeftModelForSequenceC
 from .classes import PeftModelForTokenClassification as PeftModelForTokenClassification
 from .classes import get_peft_model as get_peft_model
 from .classes import get_peft_model_state_dict as get_peft_model_state_dict
+from .classes import (
+    initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values,
+)
+from .classes import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
 from .classes import set_peft_model_state_dict as set_peft_model_state_dict
-from .heads import BASE as BASE
 from .model import PeftModel as PeftModel

@@ -1,28 +1,32 @@
-"""The named prompts of one frozen base: adding, choosing, removing and detaching them.
-
-The base is never wrapped layer by layer: its input embedding carries a hook that does nothing
-except inside our own calls, and task heads are switched. ``unload`` takes both away.
-"""
+"""The named prompts and trained heads on one frozen base: add, choose, delete and detach them."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import re
 from abc import ABC
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softprompt.artifacts import Manifest, started_prompt
-from softprompt.backbone import Base, Facts, freeze, modules_named, vocabulary_of
+from softprompt.backbone import (
+    Base,
+    Facts,
+    freeze,
+    in_own_dtype,
+    modules_named,
+    set_module,
+    vocabulary_of,
+)
 from softprompt.engine import TASK_RULES, completed
 from softprompt.errors import AdapterError, ConfigError, nearest
-from softprompt.peft import heads
 from softprompt.prompts import (
     PeftConfig,
     PrefixTuningConfig,
@@ -116,12 +120,12 @@ class Adapters(nn.Module, ABC):
         )
         optional = TASK_RULES[cast(TaskType, config.task_type)].heads
         paths = modules_named(self.base_model, config.modules_to_save or [], optional=optional)
-        heads.require_free(self.base_model, paths, adapter_name)
+        require_free(self.base_model, paths, adapter_name)
         encoder = module or started_prompt(config, self.base_model, generator=generator)
         with self.base.lock:
             self.prompt_encoder[adapter_name] = encoder.to(self.base_model.device)
             self.peft_config[adapter_name] = config
-            heads.add_heads(self.base_model, paths, adapter_name, trained_heads)
+            add_heads(self.base_model, paths, adapter_name, trained_heads)
         if config.inference_mode:
             self._frozen.add(adapter_name)
         self._set_gradients()
@@ -149,7 +153,7 @@ class Adapters(nn.Module, ABC):
             del self.prompt_encoder[adapter_name]
             self.manifests.pop(adapter_name, None)
             self._frozen.discard(adapter_name)
-            heads.drop_heads(self.base_model, adapter_name)
+            drop_heads(self.base_model, adapter_name)
         if self.active_adapter == adapter_name:
             self.set_adapter(next(iter(self.peft_config)))
 
@@ -176,7 +180,7 @@ class Adapters(nn.Module, ABC):
     def unload(self) -> PreTrainedModel:
         """Detach everything and return the base, its outputs bit-identical to before."""
         self._vocabulary.remove()
-        heads.restore_heads(self.base_model)
+        restore_heads(self.base_model)
         return self.base_model
 
     def encoder_of(self, name: str) -> PromptModule:
@@ -192,7 +196,7 @@ class Adapters(nn.Module, ABC):
         for name in self.peft_config:
             trains = name == self.active_adapter and name not in self._frozen
             self.encoder_of(name).set_trainable(trains)
-            for _, head in heads.heads_of(self.base_model, name):
+            for _, head in heads_of(self.base_model, name):
                 head.requires_grad_(trains)
 
     def _known(self, name: str) -> str:
@@ -217,9 +221,9 @@ def _check_new(name: str, adapters: Adapters) -> None:
     """
     if name in adapters.peft_config:
         raise AdapterError(f"Adapter with name '{name}' already exists.")
-    if not _NAME.fullmatch(name) or name == heads.BASE:
+    if not _NAME.fullmatch(name) or name == BASE:
         raise AdapterError(
-            f"adapter name must match {_NAME.pattern} and not be {heads.BASE!r}, got {name!r}"
+            f"adapter name must match {_NAME.pattern} and not be {BASE!r}, got {name!r}"
         )
     if hasattr(adapters.prompt_encoder, name):
         raise AdapterError(
@@ -234,3 +238,124 @@ def _train_directly(config: PromptLearningConfig) -> None:
             "the file of a projected prefix holds its keys and values only: they are trained directly from here"
         )
         config.prefix_projection, config.encoder_hidden_size = False, None
+
+
+BASE = "__base__"
+"""The name that stands for no prompt in ``adapter_names``."""
+
+
+class SwitchedHead(nn.Module):
+    """One module of the base, with a trained copy for each adapter.
+
+    ``active`` names the copy to run, one name for the batch or one per row; None and
+    ``__base__`` run the original, whose weights never change.
+    """
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original_module = original
+        self.modules_to_save = nn.ModuleDict()
+        self.active: str | tuple[str, ...] | None = None
+
+    def add(self, adapter: str, trained: nn.Module | None = None) -> None:
+        """Give an adapter its module: a trained one, or a copy of the original in float32."""
+        if trained is None:
+            trained = copy.deepcopy(self.original_module).float()
+        self.modules_to_save[adapter] = trained
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the active copy, or each row through its own."""
+        if not isinstance(self.active, tuple):
+            return self._run(self.active, args, kwargs)
+        first: Tensor = args[0]
+        # Beams and returned sequences repeat each row.
+        times = first.shape[0] // len(self.active)
+        names = [name for name in self.active for _ in range(times)]
+        result: Tensor | None = None
+        for name in dict.fromkeys(self.active):
+            index = torch.tensor([i for i, n in enumerate(names) if n == name], device=first.device)
+            part = self._run(name, (first[index], *args[1:]), kwargs)
+            if result is None:
+                result = part.new_empty((first.shape[0], *part.shape[1:]))
+            result = result.index_copy(0, index, part)
+        return result
+
+    def _run(self, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        trained = name is not None and name in self.modules_to_save
+        head = self.modules_to_save[cast(str, name)] if trained else self.original_module
+        return in_own_dtype(head, *args, **kwargs)
+
+
+def require_free(model: nn.Module, paths: Sequence[str], adapter: str) -> None:
+    """Refuse a second trained copy under one name, which would replace the first.
+
+    Raises:
+        AdapterError: If another prompted model on the same base has such a copy.
+    """
+    for path in paths:
+        module = model.get_submodule(path)
+        if isinstance(module, SwitchedHead) and adapter in module.modules_to_save:
+            raise AdapterError(
+                f"the base already carries a {path} for an adapter named {adapter!r}, of another prompted "
+                "model; unload that one first, or give this adapter another name"
+            )
+
+
+def add_heads(
+    model: nn.Module,
+    paths: Sequence[str],
+    adapter: str,
+    trained: Mapping[str, nn.Module] | None = None,
+) -> None:
+    """Replace each module by a switch that has a copy for an adapter, or its module among ``trained``."""
+    for path in paths:
+        current = model.get_submodule(path)
+        if not isinstance(current, SwitchedHead):
+            current = SwitchedHead(current)
+            set_module(model, path, current)
+        current.add(adapter, (trained or {}).get(path))
+
+
+def drop_heads(model: nn.Module, adapter: str) -> None:
+    """Delete an adapter's copies."""
+    for _, switch in switches_of(model):
+        if adapter in switch.modules_to_save:
+            del switch.modules_to_save[adapter]
+
+
+def restore_heads(model: nn.Module) -> None:
+    """Put every original module back."""
+    for path, switch in list(switches_of(model)):
+        set_module(model, path, switch.original_module)
+
+
+@contextmanager
+def active_heads(model: nn.Module, adapters: Sequence[str]) -> Iterator[None]:
+    """Run each row's own heads inside the context; hold the model's lock around it.
+
+    Args:
+        model: The base.
+        adapters: The adapter of each row, ``__base__`` for the base's own heads, ``[B]``.
+    """
+    switches = [switch for _, switch in switches_of(model)]
+    for switch in switches:
+        switch.active = adapters[0] if len(set(adapters)) == 1 else tuple(adapters)
+    try:
+        yield
+    finally:
+        for switch in switches:
+            switch.active = None
+
+
+def switches_of(model: nn.Module) -> Iterator[tuple[str, SwitchedHead]]:
+    """Yield the switched modules of a model with their paths."""
+    for path, module in model.named_modules():
+        if isinstance(module, SwitchedHead):
+            yield path, module
+
+
+def heads_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield an adapter's copies with the paths of the modules they stand for."""
+    for path, switch in switches_of(model):
+        if adapter in switch.modules_to_save:
+            yield path, switch.modules_to_save[adapter]

@@ -17,12 +17,23 @@ from softprompt.artifacts import load_adapter as read_adapter
 from softprompt.engine import TASK_RULES, BatchPrompts, generate_with_prompts, infer_task
 from softprompt.errors import ConfigError
 from softprompt.peft import saving
-from softprompt.peft.adapters import Adapters
-from softprompt.peft.arguments import batch_size, bound, check_prefixed, decoder_inputs
-from softprompt.peft.context_loss import without_context_labels
-from softprompt.peft.heads import BASE, active_heads
-from softprompt.peft.inputs import Call, prompted_pass
-from softprompt.peft.rows import PromptAt, RowPrompt, TaskIds, chosen_rows, prompt_offsets
+from softprompt.peft.adapters import BASE, Adapters, active_heads
+from softprompt.peft.inputs import (
+    Call,
+    batch_size,
+    bound,
+    check_prefixed,
+    decoder_inputs,
+    prompted_pass,
+)
+from softprompt.peft.rows import (
+    PromptAt,
+    RowPrompt,
+    TaskIds,
+    chosen_rows,
+    prompt_offsets,
+    without_context_labels,
+)
 from softprompt.prompts import (
     PROMPT_KEY,
     CPTEmbedding,

@@ -13,7 +13,7 @@ from torch import Tensor
 from softprompt.artifacts import Manifest, StoredPrompt, save_adapter, tensors_read
 from softprompt.backbone import HEAD, head_tensors
 from softprompt.errors import ArtifactError
-from softprompt.peft import heads
+from softprompt.peft.adapters import heads_of
 from softprompt.prompts import Parameterization, TaskType, check_fit, take_over
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def load_state(model: PeftModel, adapter: str, tensors: Mapping[str, Tensor]) ->
 
 def _heads(model: PeftModel, adapter: str) -> dict[str, Tensor]:
     """Return the values of an adapter's heads under PEFT's names, sharing their memory."""
-    return head_tensors(dict(heads.heads_of(model.base_model, adapter)))
+    return head_tensors(dict(heads_of(model.base_model, adapter)))
 
 
 def save(model: PeftModel, adapter: str, directory: Path) -> None:
