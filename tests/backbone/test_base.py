@@ -20,12 +20,12 @@ from oracles.tokenizers import byte_bpe
 from softprompt.backbone import (
     Base,
     Fingerprint,
-    implementations_of,
     products,
     recomputes_layers,
     vocabulary_of,
 )
 from softprompt.backbone import facts as facts_module
+from softprompt.backbone.attention import implementations_of
 from softprompt.backbone.products import bodies_in
 from softprompt.errors import BackboneError
 

@@ -14,7 +14,8 @@ from oracles.families import ENCODERS, build, causal, seq2seq
 from oracles.naive import padded
 from oracles.rows import RowCase, engine_rows
 from softprompt import PromptTuningConfig, get_peft_model
-from softprompt.backbone import Base, facts_of, locked, vocabulary_of
+from softprompt.backbone import Base, facts_of, vocabulary_of
+from softprompt.backbone.state import locked
 from softprompt.engine import build_engine
 
 ROWS = [

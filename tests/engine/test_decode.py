@@ -10,7 +10,8 @@ import torch
 from oracles import families
 from oracles.families import FOREST, OUTSIDE
 from oracles.prefixed import random_prefix, solo_logits_behind
-from softprompt.backbone import Base, KeyValueShape, implementations_of
+from softprompt.backbone import Base, KeyValueShape
+from softprompt.backbone.attention import implementations_of
 from softprompt.engine import DecodeForest, NewTokens, why_undecodable
 from softprompt.engine.decode import decode_forest
 from softprompt.engine.decode.lanes import KeyValueStore

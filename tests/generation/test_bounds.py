@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from oracles.served import served
-from softprompt.backbone import locked
 from softprompt.errors import ConfigError, NotServingError, QueueFullError, ServingError
 from softprompt.generation import Batcher, Bounds, GenerationOptions, Request, ResidentPrompts
 from softprompt.prompts import Prompt
@@ -39,7 +38,7 @@ def made(base):
 
 def test_a_full_queue_says_when_to_come_back(base, made):
     batcher = made(max_queue=3)
-    with locked(base.model):
+    with base.base.lock:
         tickets = []
         with pytest.raises(QueueFullError, match="max_queue; try again in") as caught:
             for _ in range(20):
@@ -90,7 +89,7 @@ def test_resident_prompts_are_bounded_and_dropping_one_changes_no_answer(base, m
 
 def test_a_prompt_is_computed_once_for_all_that_wait_for_it(base, made):
     batcher = made()
-    with locked(base.model):
+    with base.base.lock:
         tickets = [batcher.submit(base.request("plain", IDS)) for _ in range(9)]
     for ticket in tickets:
         ticket.result(30)
@@ -113,7 +112,7 @@ def test_least_recently_used_goes_first():
 def test_draining_finishes_what_is_here_and_takes_no_more(base, made):
     batcher = made()
     tickets = [batcher.submit(base.request("plain", IDS, options=LONG)) for _ in range(8)]
-    with locked(base.model):
+    with base.base.lock:
         assert not batcher.drain(0.01)
         with pytest.raises(NotServingError, match="stopping"):
             batcher.submit(base.request("plain", IDS))
@@ -123,7 +122,7 @@ def test_draining_finishes_what_is_here_and_takes_no_more(base, made):
 
 def test_stopping_cancels_and_ends_the_thread(base, made):
     batcher = made()
-    with locked(base.model):
+    with base.base.lock:
         tickets = [batcher.submit(base.request("plain", IDS, options=LONG)) for _ in range(8)]
         stopper = threading.Thread(target=batcher.stop)
         stopper.start()
@@ -141,7 +140,7 @@ def test_a_thread_that_fails_tells_everyone(base, made, monkeypatch, caplog):
     def broken():
         raise RuntimeError("out of luck")
 
-    with locked(base.model):
+    with base.base.lock:
         tickets = [batcher.submit(base.request("plain", IDS, options=LONG)) for _ in range(6)]
         monkeypatch.setattr(batcher._runner, "step", broken)
     for ticket in tickets:
@@ -166,7 +165,7 @@ def test_a_pass_that_fails_is_run_row_by_row(base, made, monkeypatch):
         return real(news)
 
     monkeypatch.setattr(forest, "step", step)
-    with locked(base.model):
+    with base.base.lock:
         good = [batcher.submit(base.request("plain", IDS, options=LONG)) for _ in range(3)]
         bad = batcher.submit(base.request("other", (1, poison), options=LONG))
     with pytest.raises(ServingError, match="a row that breaks the model"):

@@ -199,9 +199,8 @@ def test_a_request_checks_itself():
 
 
 def test_waiting_for_a_result_has_an_end(base, batcher):
-    from softprompt.backbone import locked
 
-    with locked(base.model):  # nothing runs meanwhile
+    with base.base.lock:  # nothing runs meanwhile
         ticket = batcher.submit(base.request("plain", IDS))
         started = time.monotonic()
         with pytest.raises(TimeoutError):

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
-from softprompt.backbone import key_value_shape
+from softprompt.backbone import Base
 
 
 def random_prefix(model: PreTrainedModel, length: int, seed: int = 0) -> Tensor:
     """Return keys and values ``[L, 2, A_kv, P, D]``."""
-    shape = key_value_shape(model)
+    shape = Base.of(model).key_value_shape
     generator = torch.Generator().manual_seed(seed)
     size = (shape.layers, 2, shape.heads, length, shape.width)
     return torch.randn(*size, generator=generator) * 0.7

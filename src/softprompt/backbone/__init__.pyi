@@ -1,5 +1,3 @@
-from .attention import implementations_of as implementations_of
-from .attention import switch as switch
 from .base import Base as Base
 from .base import freeze as freeze
 from .embeddings import decoder_embedding as decoder_embedding
@@ -15,16 +13,13 @@ from .facts import start_id as start_id
 from .fingerprint import Fingerprint as Fingerprint
 from .fingerprint import weights_hash as weights_hash
 from .keyvalues import KeyValueShape as KeyValueShape
-from .keyvalues import key_value_shape as key_value_shape
 from .keyvalues import key_values as key_values
 from .keyvalues import text_key_values as text_key_values
 from .load import load_base as load_base
 from .load import progress_on_terminals_only as progress_on_terminals_only
-from .products import FrozenLinear as FrozenLinear
 from .products import frozen_linears as frozen_linears
 from .products import swapped_forwards as swapped_forwards
 from .products import torch_products as torch_products
-from .recomputed import recomputed_alike as recomputed_alike
 from .recomputed import recomputes_layers as recomputes_layers
 from .replaced import HEAD as HEAD
 from .replaced import head_tensors as head_tensors
@@ -32,7 +27,6 @@ from .replaced import in_own_dtype as in_own_dtype
 from .replaced import modules_named as modules_named
 from .replaced import replaced_modules as replaced_modules
 from .replaced import set_module as set_module
-from .state import locked as locked
 from .virtual import VirtualVocabulary as VirtualVocabulary
 from .virtual import vocabulary_of as vocabulary_of
 from .vocabulary import shared_ids as shared_ids

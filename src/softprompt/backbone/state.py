@@ -30,7 +30,7 @@ class ModelState:
 
     Attributes:
         found: What probes found, by name. No value may hold the model, which would then never be freed.
-        lock: The model's lock, once it was asked for.
+        lock: The model's lock, once a pass needed it.
     """
 
     __slots__ = ("_kept", "found", "lock")

@@ -15,11 +15,8 @@ from .decode.decode_forest import Wanted as Wanted
 from .decode.decode_forest import why_undecodable as why_undecodable
 from .decode.lanes import Lane as Lane
 from .forest.causal import ForestEngine as ForestEngine
-from .forest.encoder import is_bidirectional as is_bidirectional
 from .forest.encoder import packs as packs
-from .forest.encoder import why_not_isolated as why_not_isolated
 from .forest.encoder import without_padding as without_padding
-from .forest.layers import layers_of as layers_of
 from .generate import check_token_ids as check_token_ids
 from .generate import generate_with_prompts as generate_with_prompts
 from .layout import Layout as Layout
@@ -35,7 +32,6 @@ from .predictions import TargetLogProbs as TargetLogProbs
 from .predictions import TargetOutputs as TargetOutputs
 from .prefixes.passes import cached_tokens as cached_tokens
 from .prefixes.paths import prefix_path as prefix_path
-from .prefixes.paths import prefixed as prefixed
 from .probe import Drawn as Drawn
 from .probe import difference as difference
 from .probe import one_line as one_line

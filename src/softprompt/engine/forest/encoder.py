@@ -81,7 +81,7 @@ def why_not_packed(base: Base) -> str:
 
 @contextmanager
 def without_padding(base: Base, mask: Tensor, isolated: Layout | None = None) -> Iterator[None]:
-    """Run the layers of an encoder on real tokens inside the context; ask ``packs`` first.
+    """Run the layers of an encoder on real tokens inside the context, where ``packs`` allows it.
 
     Args:
         base: The base.

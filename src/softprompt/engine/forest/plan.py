@@ -4,7 +4,7 @@ Causal rows and decoder rows (``causal_plan.py``) and encoder rows (``seq2seq.py
 such a plan; they differ in how it is made. Who sees whom is a few padded blocks instead of one N x N
 mask. A block is a bundle of queries with the keys they may see: all roots form one, the groups of
 similar length another. Its size is G x Tq x Tk, so a batch of many rows stays linear in rows.
-On a GPU a forest is run by FlexAttention instead: its kernel asks for each tile whether a query
+On a GPU a forest is run by FlexAttention instead: its kernel computes for each tile whether a query
 sees a key, from two numbers a token, and nothing is gathered or padded.
 """
 
