@@ -53,11 +53,7 @@ class PeftLayout:
 
 
 def layout_of(config: Mapping[str, Any]) -> PeftLayout:
-    """Return the layout of a configuration's method.
-
-    Raises:
-        ArtifactError: the method is not supported.
-    """
+    """Return the layout of a configuration's method; raises ArtifactError if the method is not supported."""
     kind = config.get("peft_type")
     if kind not in list(PeftType):
         raise ArtifactError(
@@ -76,11 +72,7 @@ def stored_tokens(config: Mapping[str, Any]) -> int:
 
 
 def count_in(config: Mapping[str, Any], key: str, *, required: bool = False) -> int | None:
-    """Return a size of a config, None when it is not set.
-
-    Raises:
-        ArtifactError: it is not a whole number above 0, or it is required and not set.
-    """
+    """Return a size of a config, None when not set; raises ArtifactError if it is no count, or required."""
     value = config.get(key)
     if value is None and not required:
         return None
@@ -160,11 +152,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def check_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> None:
-    """Check tensors against their configuration: names, shapes, dtypes, finite values.
-
-    Raises:
-        ArtifactError: the first check that fails, with the sizes.
-    """
+    """Raise ArtifactError unless names, shapes, dtypes and values of tensors suit their configuration."""
     layout = layout_of(config)
     expected = layout.shapes(config)
     for name in expected:
@@ -190,11 +178,7 @@ def check_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], wher
 
 
 def check_dtype(name: str, tensor: Tensor, where: str) -> None:
-    """Check that a tensor has one of the floating types that prompts are stored in.
-
-    Raises:
-        ArtifactError: it has another.
-    """
+    """Raise ArtifactError unless a tensor has one of the floating types that prompts are stored in."""
     if tensor.dtype not in _DTYPES:
         raise ArtifactError(
             f"expected {name} in {where} to be float32, float16, bfloat16 or float64, got "
@@ -209,11 +193,7 @@ def _has_shape(tensor: Tensor, shape: Shape, width: int) -> bool:
 
 
 def check_values(name: str, tensor: Tensor, where: str) -> None:
-    """Check that a tensor is dense and holds finite numbers.
-
-    Raises:
-        ArtifactError: it does not.
-    """
+    """Raise ArtifactError unless a tensor is dense and holds finite numbers."""
     # Sparse tensors skip bounds checks when densified (CVE-2025-62164); none is legitimate here.
     plain = tensor.layout == torch.strided and not tensor.is_nested
     if not plain or tensor.is_quantized or tensor.is_meta:

@@ -32,11 +32,7 @@ class Located:
 
 
 def as_record(value: object, where: str) -> Located:
-    """Check that ``value`` maps column names to values.
-
-    Raises:
-        DataError: It is something else, or a column name is not text.
-    """
+    """Return a mapping of column names as a record; raises DataError if it is something else."""
     if not isinstance(value, Mapping):
         got = f"a value of type {type(value).__name__}"
         if isinstance(value, str):
@@ -51,11 +47,7 @@ def as_record(value: object, where: str) -> Located:
 
 
 def read_json_lines(text: str, name: str) -> Iterator[Located]:
-    """Yield one record for each line that is not blank.
-
-    Raises:
-        DataError: A line is not one JSON object.
-    """
+    """Yield a record for each line that is not blank; raises DataError if one is not a JSON object."""
     # JSON strings may hold U+2028 and the like bare, so only "\n" ends a line.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -69,11 +61,7 @@ def read_json_lines(text: str, name: str) -> Iterator[Located]:
 
 
 def read_json_list(text: str, name: str) -> Iterator[Located]:
-    """Yield the objects of one JSON list, each with the line where it begins.
-
-    Raises:
-        DataError: The text is not a JSON list of objects.
-    """
+    """Yield the objects of one JSON list, each with its line; raises DataError if the text is something else."""
     position = _skip_space(text, 0)
     if text[position] != "[":
         raise _unexpected(
@@ -134,20 +122,12 @@ def _skip_space(text: str, position: int) -> int:
 
 
 def read_csv(text: str, name: str) -> Iterator[Located]:
-    """Yield the lines of a comma-separated table; quoted values may hold commas and line ends.
-
-    Raises:
-        DataError: The header is unusable, or a line has another number of fields.
-    """
+    """Yield the lines of a comma-separated table, whose quoted values may hold commas and line ends."""
     return _table_records(_csv_lines(text, name), name)
 
 
 def read_tsv(text: str, name: str) -> Iterator[Located]:
-    """Yield the lines of a tab-separated table, in which quotes are ordinary characters.
-
-    Raises:
-        DataError: The header is unusable, or a line has another number of fields.
-    """
+    """Yield the lines of a tab-separated table, in which quotes are ordinary characters."""
     lines = enumerate(text.split("\n"), start=1)
     cells = (
         (number, line.removesuffix("\r").split("\t")) for number, line in lines if line.strip()
@@ -193,11 +173,7 @@ def _check_header(header: list[str], where: str) -> None:
 
 
 def read_parquet(path: Path) -> Iterator[Located]:
-    """Yield the records of a Parquet file.
-
-    Raises:
-        DataError: pyarrow is not installed, or the file is damaged.
-    """
+    """Yield the records of a Parquet file; raises DataError if pyarrow is not installed, or the file is damaged."""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
@@ -210,11 +186,7 @@ def read_parquet(path: Path) -> Iterator[Located]:
 
 
 def read_arrow(path: Path) -> Iterator[Located]:
-    """Yield the records of an Arrow file: the file form (Feather 2) or the stream form.
-
-    Raises:
-        DataError: pyarrow is not installed, or the file is damaged.
-    """
+    """Yield the records of an Arrow file, of the file form (Feather 2) or the stream form; see ``read_parquet``."""
     try:
         from pyarrow import ArrowException, ipc
     except ImportError as error:

@@ -286,11 +286,7 @@ def _file_records(path: Path) -> Iterator[Located]:
 
 
 def check_file(path: Path) -> None:
-    """Check that ``path`` is a file with something in it.
-
-    Raises:
-        DataError: It does not exist, is a directory, or is empty.
-    """
+    """Raise DataError if there is no file at ``path``, or an empty one."""
     if path.is_dir():
         raise DataError(f"{path}: expected a data file, got a directory; name a file in it")
     if not path.exists():

@@ -82,11 +82,7 @@ def serve(settings: ServeSettings) -> None:
 
 
 def build_app(settings: ServeSettings, root: PromptFolder) -> FastAPI:
-    """Load the base model and return the application.
-
-    Raises:
-        BackboneError: The base model cannot be loaded.
-    """
+    """Load the base model and return the application; raises BackboneError if the base model cannot be loaded."""
     base = load_base(settings.base_model, torch_dtype=settings.torch_dtype, device=settings.device)
     freeze(base.model)
     registry = Registry(

@@ -148,11 +148,7 @@ def _usage(labelling: Labelling, prompt: Prompt | None) -> dict[str, int]:
 
 
 def texts_of(body: ClassifyBody) -> list[str | dict[str, str | float | int]]:
-    """Return the texts or fields to classify.
-
-    Raises:
-        DataError: Neither or both of input and fields were sent.
-    """
+    """Return the texts or fields to classify; raises DataError if neither or both of input and fields were sent."""
     if (body.input is None) == (body.fields is None):
         raise DataError("send either input, or the template's fields")
     if body.fields is not None:

@@ -65,11 +65,7 @@ class PromptFolder:
 
     @classmethod
     def of(cls, directory: str | Path) -> PromptFolder:
-        """Resolve a folder.
-
-        Raises:
-            UsageError: It does not exist or is no folder.
-        """
+        """Resolve a folder; raises UsageError if it does not exist or is no folder."""
         path = Path(directory)
         if not path.is_dir():
             found = "is a file" if path.exists() else "does not exist"
@@ -79,27 +75,15 @@ class PromptFolder:
         return cls(path.resolve())
 
     def names(self) -> list[str]:
-        """Return the names of subfolders that hold a prompt, sorted.
-
-        Raises:
-            NotServingError: The folder cannot be read.
-        """
+        """Return the names of subfolders that hold a prompt, sorted; raises NotServingError as ``entries``."""
         return sorted(name for name in self.entries() if self._holds_prompt(name))
 
     def check(self) -> None:
-        """Check that the folder can be read.
-
-        Raises:
-            NotServingError: It cannot be read.
-        """
+        """Raise NotServingError if the folder cannot be read."""
         self.entries()
 
     def entries(self) -> list[str]:
-        """Return all legal names in the folder, without checking what they are.
-
-        Raises:
-            NotServingError: The folder cannot be read.
-        """
+        """Return all legal names in the folder, unchecked; raises NotServingError if it cannot be read."""
         try:
             with os.scandir(self.path) as entries:
                 return [entry.name for entry in entries if is_name(entry.name)]
@@ -199,11 +183,7 @@ class Outline:
 
 
 def outlined(root: PromptFolder, name: str, signature: Signature, most: int) -> Outline:
-    """Read the outline of a prompt.
-
-    Raises:
-        AdapterError: There is no such prompt.
-    """
+    """Read the outline of a prompt; raises AdapterError if there is no such prompt."""
     stamp = signature[0]
     created = stamp[2] // 10**9 if stamp else 0
     if signature[FILES.index(WEIGHTS_NAME)] is None:

@@ -96,21 +96,13 @@ class Access:
 
     @classmethod
     def of(cls, settings: ServeSettings) -> Self:
-        """Return the access of settings; reads the key files.
-
-        Raises:
-            UsageError: A key file cannot be read, or is empty.
-        """
+        """Return the access of settings; raises UsageError if a key file cannot be read, or is empty."""
         # DNS rebinding: a page may resolve its own name to 127.0.0.1; its requests then carry that name.
         hosts = frozenset({*LOCAL_HOSTS, *settings.allowed_host}) if settings.is_local else None
         return cls(Keys.read(settings.api_key_file), Keys.read(settings.admin_key_file), hosts)
 
     def check_host(self, header: str) -> None:
-        """Check the Host header.
-
-        Raises:
-            Problem: 421, the host is not allowed.
-        """
+        """Raise Problem 421 unless the Host header is allowed."""
         if self.hosts is None:
             return
         try:
@@ -123,11 +115,7 @@ class Access:
             )
 
     def check_user(self, request: Request) -> None:
-        """Require a user's key, if there are any.
-
-        Raises:
-            Problem: 401, the key is missing or unknown.
-        """
+        """Raise Problem 401 unless a known key was sent, where any are required."""
         if not self.users:
             return
         key = _bearer(request)
@@ -135,11 +123,7 @@ class Access:
             raise _unknown_key()
 
     def check_admin(self, request: Request) -> None:
-        """Require an administrator's key.
-
-        Raises:
-            Problem: 403, administration is off; 401, the key is missing or unknown.
-        """
+        """Raise Problem 403 where administration is off, 401 unless an administrator's key was sent."""
         if not self.admins:
             raise Problem(403, "administration is off; start the server with --admin-key-file")
         if not self.admins.accept(_bearer(request)):
@@ -239,11 +223,7 @@ class _Bounded:
         self.unread = False
 
     async def receive(self) -> Message:
-        """Return the next message of the request.
-
-        Raises:
-            Problem: 413, the body is too large; 408, it took too long.
-        """
+        """Return the next message; raises Problem 413 if the body is too large, 408 if it took too long."""
         if self._whole:
             return await self._receive()
         left = max(0.0, self._deadline - time.monotonic())

@@ -84,11 +84,7 @@ class Registry:
             return sum(loaded.problem is None for loaded in self._known.values())
 
     def names(self) -> list[str]:
-        """Return the names of the prompts that are not unloaded.
-
-        Raises:
-            NotServingError: The folder cannot be read.
-        """
+        """Return the prompts that are not unloaded; raises NotServingError if the folder cannot be read."""
         found = self.root.names()
         with self._guard:
             return [n for n in found if n not in self._withdrawn and n != self.base.name]
@@ -138,11 +134,7 @@ class Registry:
         return self._present(name).tasks[0]
 
     def unload(self, name: str) -> None:
-        """Unload a prompt; running requests finish.
-
-        Raises:
-            AdapterError: There is no such prompt.
-        """
+        """Unload a prompt, running requests finish; raises AdapterError if there is no such prompt."""
         self._found(name)
         with self._guard:
             self._withdrawn.add(name)
@@ -169,11 +161,7 @@ class Registry:
         return changed
 
     def outline(self, name: str) -> Outline:
-        """Return the outline of a prompt, from its small files; its weights are not read.
-
-        Raises:
-            AdapterError: There is no such prompt.
-        """
+        """Return a prompt's outline, from its small files; raises AdapterError if there is no such prompt."""
         return self._outlined(name, self._found(name))
 
     def _outlined(self, name: str, signature: Signature) -> Outline:

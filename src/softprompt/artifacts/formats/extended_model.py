@@ -105,11 +105,7 @@ def _check_range(tokens: Mapping[str, Tensor], table: nn.Embedding, scale: float
 
 
 def _difference(after: Tensor, before: Tensor, table: nn.Embedding, name: str) -> float:
-    """Return how far logits are off, relative to their spread.
-
-    Raises:
-        ArtifactError: Too far, or not a number.
-    """
+    """Return how far logits are off, relative to their spread; raises ArtifactError if too far, or not a number."""
     found = float((after - before).abs().max()) / max(float(before.std()), 1e-12)
     # Not "greater than", which a NaN is never.
     if not found <= _TOLERANCE.get(table.weight.dtype, _HALF_TOLERANCE):
@@ -126,11 +122,7 @@ def least_likely(logits: Tensor) -> int:
 
 
 def _scale(table: nn.Embedding) -> float:
-    """Return the factor by which an embedding module scales its table, as Gemma's and BART's do.
-
-    Raises:
-        ArtifactError: it does anything else.
-    """
+    """Return by what an embedding module scales its table, as Gemma's and BART's do; raises for anything else."""
     ids = torch.linspace(0, table.weight.shape[0] - 1, _PROBE_TOKENS).long().to(table.weight.device)
     seen, stored = table(ids).double(), table.weight[ids].double()
     scale = float((seen * stored).sum() / stored.square().sum())

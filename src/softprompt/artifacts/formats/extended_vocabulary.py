@@ -139,11 +139,7 @@ class TextForm:
 
 
 def check_name(name: str) -> None:
-    """Check that a prompt's name can be part of a special token.
-
-    Raises:
-        ConfigError: it has other characters than letters, digits, ``.``, ``_`` and ``-``, or is a path.
-    """
+    """Raise ConfigError unless a prompt's name can be part of a special token."""
     if not _PROMPT_NAME.fullmatch(name) or set(name) == {"."}:
         raise ConfigError(
             f"a prompt's name is 1 to 64 letters, digits, '.', '_' and '-', got {name!r}; "

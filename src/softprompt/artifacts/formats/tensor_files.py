@@ -69,11 +69,7 @@ _MAX_NEW_TOKENS = 20
 
 
 def check_tokens(tokens: Any, where: str) -> Tensor:
-    """Return a value as virtual tokens ``[P, H]`` on the CPU.
-
-    Raises:
-        ArtifactError: not a tensor, sparse, not 2-D, empty, not finite, or not floating.
-    """
+    """Return dense finite virtual tokens ``[P, H]`` on the CPU; raises ArtifactError for anything else."""
     if not isinstance(tokens, Tensor):
         raise ArtifactError(
             f"expected one tensor [P, H] in {where}, got a {type(tokens).__name__}: "
@@ -90,11 +86,7 @@ def check_tokens(tokens: Any, where: str) -> Tensor:
 
 
 def read_part(path: Path) -> Tensor:
-    """Return the virtual tokens ``[P, H]`` in one file.
-
-    Raises:
-        ArtifactError: It is damaged, holds code, or is not a dense finite tensor ``[P, H]``.
-    """
+    """Return the virtual tokens ``[P, H]`` in one file; raises ArtifactError as ``check_tokens`` does."""
     return check_tokens(load_pickled(path), str(path))
 
 

@@ -39,11 +39,7 @@ class LowRank(Parameterised):
     """
 
     def __init__(self, first: Tensor, rank: int) -> None:
-        """Factor the first values ``[S·P, H]``.
-
-        Raises:
-            ConfigError: If the rank is no restriction.
-        """
+        """Factor the first values ``[S·P, H]``; raises ConfigError if the rank is no restriction."""
         super().__init__()
         _check_rank(rank, min(first.shape), first)
         # In double: the last bits of LAPACK's answers depend on where tensors lie in memory.
@@ -69,11 +65,7 @@ class FixedBasis(Parameterised):
     basis: Tensor
 
     def __init__(self, first: Tensor, rank: int, seed: int) -> None:
-        """Draw the basis and fit the first values ``[S·P, H]``.
-
-        Raises:
-            ConfigError: If the rank is no restriction.
-        """
+        """Draw the basis and fit the first values ``[S·P, H]``; see ``LowRank``."""
         super().__init__()
         width = first.shape[1]
         _check_rank(rank, width, first)
@@ -119,11 +111,7 @@ class Residual(Parameterised):
 def parameterised(
     kind: Parameterization, first: Tensor, rank: int, generator: torch.Generator | None
 ) -> Parameterised | None:
-    """Return parameters for first values ``[S·P, H]``; None for the embeddings themselves.
-
-    Raises:
-        ConfigError: If the rank does not fit the prompt.
-    """
+    """Return parameters for first values ``[S·P, H]``; None for the embeddings themselves; see ``LowRank``."""
     match kind:
         case Parameterization.LOW_RANK:
             return LowRank(first, rank)
