@@ -1,3 +1,4 @@
+from .attention import recomputes_layers as recomputes_layers
 from .base import Base as Base
 from .base import freeze as freeze
 from .embeddings import decoder_embedding as decoder_embedding
@@ -20,7 +21,6 @@ from .load import progress_on_terminals_only as progress_on_terminals_only
 from .products import frozen_linears as frozen_linears
 from .products import swapped_forwards as swapped_forwards
 from .products import torch_products as torch_products
-from .recomputed import recomputes_layers as recomputes_layers
 from .replaced import HEAD as HEAD
 from .replaced import head_tensors as head_tensors
 from .replaced import in_own_dtype as in_own_dtype

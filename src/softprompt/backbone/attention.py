@@ -1,19 +1,32 @@
-"""Switching the attention implementation of a model and its parts, and back."""
+"""Switching the attention implementation of a model and its parts, and back.
+
+Which attention a layer runs is looked up in the config at that moment; which product its linear
+layers run, in the layers. So a layer that backward runs again (gradient checkpointing) sets both
+itself, as they were in its pass, and puts back what it found, whatever happened in between: nothing
+is left behind by a backward that fails, or that never runs.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
+import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
+from softprompt.backbone.products import FrozenLinear, bodies_in, swapped_forwards
 from softprompt.backbone.state import locked, state_of
 from softprompt.errors import BackboneError
 
 Implementations = Sequence[tuple[PreTrainedConfig, str]]
 """Configs of a model, each with the name of the attention implementation that its layers look up."""
+
+_CHECKPOINT = "_gradient_checkpointing_func"
+"""Where transformers keeps the function that runs a layer and remembers how to run it again."""
 
 
 def implementations_of(model: PreTrainedModel) -> Implementations:
@@ -29,7 +42,7 @@ def implementations_of(model: PreTrainedModel) -> Implementations:
     return [(config, config._attn_implementation) for config in found.values()]
 
 
-def switch(implementations: Implementations) -> None:
+def _switch(implementations: Implementations) -> None:
     """Set the attention implementation of each config, without transformers' checks and messages."""
     for config, name in implementations:
         config._attn_implementation_internal = name
@@ -39,11 +52,11 @@ def switch(implementations: Implementations) -> None:
 def switched(implementations: Implementations) -> Iterator[None]:
     """Set attention implementations inside the context, and put back what stood there before."""
     before = [(config, config._attn_implementation) for config, _ in implementations]
-    switch(implementations)
+    _switch(implementations)
     try:
         yield
     finally:
-        switch(before)
+        _switch(before)
 
 
 def supported(model: PreTrainedModel, name: str) -> Implementations:
@@ -72,3 +85,52 @@ def _set(model: PreTrainedModel, name: str) -> Implementations:
                 f"{type(model).__name__} does not honour transformers' attention interface"
             )
         return [each for each in implementations_of(model) if each[1] == name]
+
+
+def recomputes_layers(model: nn.Module) -> bool:
+    """Tell whether backward will run layers of the model again (gradient checkpointing, in training)."""
+    return model.training and any(
+        getattr(module, "gradient_checkpointing", False) for module in model.modules()
+    )
+
+
+@contextmanager
+def recomputed_alike(model: PreTrainedModel) -> Iterator[None]:
+    """Let layers checkpointed inside the context be run again with the attention and products they have now.
+
+    The model's lock is held while a layer is run again, in whatever thread that is; so never run
+    backward while holding it.
+    """
+    if torch.compiler.is_compiling() or not recomputes_layers(model):
+        yield
+        return
+    implementations, bodies = implementations_of(model), bodies_in(model)
+    changed: list[tuple[nn.Module, Any]] = []
+    for module in model.modules():
+        if _CHECKPOINT in vars(module):
+            original = vars(module)[_CHECKPOINT]
+            changed.append((module, original))
+            setattr(module, _CHECKPOINT, _alike(original, model, implementations, bodies))
+    try:
+        yield
+    finally:
+        for module, original in changed:
+            setattr(module, _CHECKPOINT, original)
+
+
+def _alike(
+    checkpoint: Callable[..., Any],
+    model: PreTrainedModel,
+    implementations: Implementations,
+    bodies: Sequence[FrozenLinear],
+) -> Callable[..., Any]:
+    def run(layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def again(*inputs: Any, **options: Any) -> Any:
+            with locked(model), switched(implementations), swapped_forwards(bodies):
+                return layer(*inputs, **options)
+
+        return checkpoint(again, *args, **kwargs)
+
+    # Whether backward is reentrant is read from the function's keywords, in a pass inside a pass too.
+    cast(Any, run).keywords = getattr(checkpoint, "keywords", {})
+    return run

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt.backbone.attention import supported, switched
+from softprompt.backbone.attention import recomputed_alike, supported, switched
 from softprompt.backbone.embeddings import input_embedding, is_encoder_decoder
 from softprompt.backbone.facts import Facts, facts_of
 from softprompt.backbone.fingerprint import Fingerprint, fingerprint_of
@@ -22,7 +22,6 @@ from softprompt.backbone.products import (
     swapped_forwards,
     torch_products,
 )
-from softprompt.backbone.recomputed import recomputed_alike
 from softprompt.backbone.state import locked, state_of
 from softprompt.backbone.virtual import VirtualVocabulary, injected
 from softprompt.errors import BackboneError
