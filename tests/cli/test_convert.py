@@ -73,7 +73,7 @@ def test_a_request_for_vllm(tmp_path, prompt):
         (["--to", "tgis", "--task-name", "1"], "multitask"),
         (["--to", "extended-vocab", "--add-task", "x=1"], "'x', which is none of"),
         (["--to", "peft", "--template", "no field"], "placeholder"),
-        (["--to", "npy", "--template", "{{input}}"], "no place for a template"),
+        (["--to", "npy", "--template", "{{input}}"], "no field for a template"),
         (["--to", "peft", "--template", "{{input}}"], "has a template of its own"),
         (["--to", "vllm", "--text", "a", "--field", "input=b"], "'input' is given twice"),
         (["--to", "vllm", "--field", "input=a", "--field", "input=b"], "'input' is given twice"),
