@@ -5,7 +5,7 @@ from .artifacts.composed import subtract_prompts as subtract_prompts
 from .errors import SoftPromptError as SoftPromptError
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.report import Report as Report
-from .generation.bounds import Bounds as Bounds
+from .generation.options import Bounds as Bounds
 from .generation.options import GenerationOptions as GenerationOptions
 from .generation.ticket import Generation as Generation
 from .inference.conversion import convert as convert
@@ -15,10 +15,6 @@ from .inference.loading import load_many as load_many
 from .inference.serving import Serving as Serving
 from .inference.tuned import TunedPrompt as TunedPrompt
 from .inspection.retrieval import similar_prompts as similar_prompts
-from .peft.classes import (
-    initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values,
-)
-from .peft.classes import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
 from .peft.classes import AutoPeftModel as AutoPeftModel
 from .peft.classes import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from .peft.classes import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -36,6 +32,10 @@ from .peft.classes import PeftModelForSequenceClassification as PeftModelForSequ
 from .peft.classes import PeftModelForTokenClassification as PeftModelForTokenClassification
 from .peft.classes import get_peft_model as get_peft_model
 from .peft.classes import get_peft_model_state_dict as get_peft_model_state_dict
+from .peft.classes import (
+    initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values,
+)
+from .peft.classes import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
 from .peft.classes import set_peft_model_state_dict as set_peft_model_state_dict
 from .peft.model import PeftModel as PeftModel
 from .prompts import CartridgeConfig as CartridgeConfig
@@ -60,8 +60,8 @@ from .prompts import TaskType as TaskType
 from .prompts import (
     prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values,
 )
-from .training.settings import TuneSettings as TuneSettings
 from .training.run import tune as tune
+from .training.settings import TuneSettings as TuneSettings
 from .training.tuning_config import TuningConfig as TuningConfig
 
 __version__: str

@@ -11,8 +11,8 @@ from softprompt.backbone import Base
 from softprompt.errors import ConfigError
 from softprompt.generation import Decoder, Generation, GenerationOptions, Request
 from softprompt.generation.answer import AnswerRules
-from softprompt.generation.bounds import Bounds
 from softprompt.generation.fallback_runner import PaddedGenerate
+from softprompt.generation.options import Bounds
 
 SOURCES = [(1, 40), (1, 41, 42, 43, 44, 45), (1, 50, 51), (1, *range(60, 72))]
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from oracles.solo import ending as reference
 from softprompt.generation import GenerationOptions, Request, Ticket
 from softprompt.generation.answer import AnswerRules, Job, StopSequences
-from softprompt.generation.beams import StopTexts
+from softprompt.generation.fallback_runner import StopTexts
 
 EOS = 0
 

@@ -3,7 +3,6 @@ from .answer import StopSequences as StopSequences
 from .batcher import Batcher as Batcher
 from .batcher import BatcherStats as BatcherStats
 from .batcher import streamed as streamed
-from .bounds import Bounds as Bounds
 from .decoder import Decoder as Decoder
 from .decoder import run_requests as run_requests
 from .labels import Labelling as Labelling
@@ -14,6 +13,7 @@ from .labels import label_scores as label_scores
 from .labels import label_set as label_set
 from .labels import per_token as per_token
 from .labels import rows_of_whole_inputs as rows_of_whole_inputs
+from .options import Bounds as Bounds
 from .options import GenerationOptions as GenerationOptions
 from .options import options_from as options_from
 from .request import Decode as Decode

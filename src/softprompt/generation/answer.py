@@ -6,16 +6,18 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Self, cast, final
+from typing import Literal, Self, cast, final
 
 import torch
 from torch import Tensor
 
 from softprompt.backbone import Base
+from softprompt.errors import ServingError
 from softprompt.generation.request import Decode, Request
 from softprompt.generation.sampling import processors_of, seeds_of
 from softprompt.generation.ticket import (
     REASONS,
+    EchoEvent,
     Event,
     FinishEvent,
     FinishReason,
@@ -29,6 +31,9 @@ _INCOMPLETE = "\ufffd"
 
 _WINDOW = 24
 """Tokens that are decoded again with each new one, at least; enough for any character or joined word."""
+
+Admission = Literal["started", "no room", "later"]
+"""Whether a job was started; "later" says that it waits for another, not for room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,3 +330,45 @@ class Job:
     def fail(self, error: Exception) -> None:
         """End it with an error."""
         self.ticket.push(error=error)
+
+
+@dataclass(slots=True)
+class Echo:
+    """The scores of an input, gathered part by part."""
+
+    logprobs: list[float | None] = field(default_factory=lambda: [None])
+    top: list[TopLogProbs] = field(default_factory=lambda: [()])
+
+    def add(self, logits: Tensor, followers: tuple[int, ...], count: int) -> None:
+        """Score the input tokens that follow some ids by the logits ``[k, V]`` of those."""
+        scorable = [i for i, token in enumerate(followers) if token >= 0]
+        if not scorable:
+            return
+        labels = [followers[i] for i in scorable]
+        for logprob, top in scored(
+            logits[torch.tensor(scorable, device=logits.device)], labels, count
+        ):
+            self.logprobs.append(logprob)
+            self.top.append(top)
+
+    def event(self, ids: tuple[int, ...]) -> EchoEvent:
+        """Return all scores."""
+        return EchoEvent(ids, tuple(self.logprobs[: len(ids)]), tuple(self.top[: len(ids)]))
+
+
+def scored(logits: Tensor, labels: list[int], count: int) -> list[tuple[float, TopLogProbs]]:
+    """Return log p of each label under its logits ``[k, V]``, and the ``count`` most likely tokens."""
+    logs = logits.log_softmax(-1)
+    own = logs.gather(1, torch.tensor(labels, device=logs.device).unsqueeze(1))[:, 0].tolist()
+    if not count:
+        return [(value, ()) for value in own]
+    values, tokens = logs.topk(min(count, logs.shape[1]), dim=1)
+    return [
+        (value, tuple(zip(ids, tops, strict=True)))
+        for value, ids, tops in zip(own, tokens.tolist(), values.tolist(), strict=True)
+    ]
+
+
+def not_finite() -> ServingError:
+    """Return the error of a request for which the model gives no numbers."""
+    return ServingError("the model's output for this request is not finite; check its prompt")

@@ -20,8 +20,8 @@ from softprompt.backbone import Base
 from softprompt.engine import why_undecodable
 from softprompt.errors import ConfigError, NotServingError, QueueFullError
 from softprompt.generation.answer import AnswerRules, Job
-from softprompt.generation.bounds import Bounds
 from softprompt.generation.decoder import runner_of
+from softprompt.generation.options import Bounds
 from softprompt.generation.request import Decode, Request
 from softprompt.generation.residents import ResidentPrompts
 from softprompt.generation.ticket import Ticket, pieces

@@ -5,22 +5,55 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
-from typing import Self, final
+from typing import Protocol, Self, final
 
 from softprompt.backbone import Base
 from softprompt.engine import why_undecodable
 from softprompt.errors import ConfigError
-from softprompt.generation.answer import AnswerRules, Job
-from softprompt.generation.beams import beam_search
-from softprompt.generation.bounds import Bounds
-from softprompt.generation.fallback_runner import FallbackRunner, PaddedGenerate
+from softprompt.generation.answer import Admission, AnswerRules, Job
+from softprompt.generation.fallback_runner import FallbackRunner, PaddedGenerate, beam_search
 from softprompt.generation.forest_runner import ForestRunner
+from softprompt.generation.options import Bounds
 from softprompt.generation.request import Decode, Request, check_request
-from softprompt.generation.runner import Runner
+from softprompt.generation.residents import ResidentPrompts
 from softprompt.generation.ticket import FinishEvent, Ticket
 
 _UNBOUNDED = 2**62
 """Tokens of a KV cache whose buffers grow as they are needed."""
+
+
+class Runner(Protocol):
+    """Runs jobs; all but ``check`` is called by one thread."""
+
+    name: str
+    residents: ResidentPrompts
+
+    @property
+    def rows(self) -> int:
+        """Answers that run."""
+        ...
+
+    @property
+    def jobs(self) -> list[Job]:
+        """The jobs that run."""
+        ...
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens that there is memory for, whether or not rows use it now."""
+        ...
+
+    def check(self, request: Request) -> None:
+        """Refuse a request that could never run."""
+        ...
+
+    def admit(self, job: Job) -> Admission:
+        """Start a job if there is room."""
+        ...
+
+    def step(self) -> None:
+        """Advance the jobs that run, and send their events."""
+        ...
 
 
 def runner_of(base: Base, bounds: Bounds, rules: AnswerRules) -> Runner:

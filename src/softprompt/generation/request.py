@@ -10,8 +10,8 @@ import torch
 
 from softprompt.backbone import Base, output_limit
 from softprompt.engine import EngineRow, check_context, check_rows
-from softprompt.errors import ConfigError, DataError
-from softprompt.generation.options import GenerationOptions
+from softprompt.errors import ConfigError, DataError, ServingError
+from softprompt.generation.options import Bounds, GenerationOptions
 from softprompt.prompts import Prompt
 
 Decode = Callable[[Sequence[int]], str]
@@ -122,6 +122,15 @@ def check_request(base: Base, request: Request) -> None:
         return
     in_decoder = 0 if prompt is None else prompt.decoder_tokens + prompt.prefix_tokens
     check_context(0, in_decoder, output_limit(base.model), new=new, what="decoder")
+
+
+def beyond_bounds(request: Request, need: int, bounds: Bounds) -> ServingError:
+    """Return the error of a request whose answers of ``need`` tokens each never fit into the bounds."""
+    return ServingError(
+        f"n = {request.n} of up to {need:,} tokens do not fit into max_batch_rows "
+        f"{bounds.max_batch_rows} and max_cached_tokens {bounds.max_cached_tokens:,}; "
+        "ask for less or raise the bounds"
+    )
 
 
 def _check_seq2seq(request: Request) -> None:
