@@ -16,6 +16,7 @@ from oracles.served import VOCABULARY
 from oracles.serving import app_over, running
 from oracles.tokenizers import byte_bpe
 from softprompt import (
+    CartridgeConfig,
     CPTConfig,
     MultitaskPromptTuningConfig,
     PrefixTuningConfig,
@@ -41,6 +42,9 @@ KINDS = {
         task_type=task, num_virtual_tokens=4, parameterization="low_rank", parameterization_rank=2
     ),
     "prefix": lambda task: PrefixTuningConfig(task_type=task, num_virtual_tokens=5),
+    "cartridge": lambda task: CartridgeConfig(
+        task_type=task, num_virtual_tokens=5, num_frozen_tokens=2
+    ),
     "p-tuning": lambda task: PromptEncoderConfig(
         task_type=task, num_virtual_tokens=4, encoder_hidden_size=8
     ),
@@ -63,8 +67,28 @@ KINDS = {
         task_type=task, num_virtual_tokens=3, prompt_sees_input=False
     ),
 }
-CAUSAL = ("rows", "suffix", "after-bos", "low-rank", "prefix", "p-tuning", "cpt", "multitask")
-SEQ2SEQ = ("rows", "suffix", "prefix", "p-tuning", "multitask", "decoder", "both", "unseeing")
+CAUSAL = (
+    "rows",
+    "suffix",
+    "after-bos",
+    "low-rank",
+    "prefix",
+    "cartridge",
+    "p-tuning",
+    "cpt",
+    "multitask",
+)
+SEQ2SEQ = (
+    "rows",
+    "suffix",
+    "prefix",
+    "cartridge",
+    "p-tuning",
+    "multitask",
+    "decoder",
+    "both",
+    "unseeing",
+)
 BASES = {
     "llama": CAUSAL,
     "gpt2": ("rows", "prefix", "suffix", "multitask"),

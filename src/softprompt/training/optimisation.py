@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import Adafactor
 
 from softprompt.backbone import Base
-from softprompt.prompts import PromptEncoder, PromptModule
+from softprompt.prompts import CPTEmbedding, PromptEncoder, PromptModule
 from softprompt.training.settings import (
+    CONTEXT_RATE,
     KEY_VALUE_RATE_PER_RMS,
     NETWORK_RATE,
     RATE_PER_RMS,
@@ -55,7 +56,8 @@ def peak_rates(
     """Return the learning rates of a run, and log them with the scale of what they change.
 
     Virtual tokens learn at a share of the embeddings' rms, keys and values at a share of their own rms in
-    each layer; the networks of P-tuning and of prefix projections at an absolute rate.
+    each layer; the networks of P-tuning and of prefix projections at an absolute rate; a context at a share
+    of what it may move by.
 
     Args:
         settings: Hold the rates that were given.
@@ -63,32 +65,39 @@ def peak_rates(
         prompt: The prompt, untrained.
         key_values: Keys and values of a text in the base, ``[L, 2, A_kv, T, D]``, where they are trained.
     """
-    rms, scales, what = base.facts.embedding_rms, None, "embedding rms"
-    share: float | None = RATE_PER_RMS
+    rms, scales = base.facts.embedding_rms, None
+    share, scale, what = RATE_PER_RMS, rms, "embedding rms"
     if isinstance(prompt, PromptEncoder) or getattr(prompt, "transform", None) is not None:
-        share = None
+        share, scale, what = NETWORK_RATE, 1.0, "unit of a network's weights"
+    elif isinstance(prompt, CPTEmbedding):
+        share, scale, what = CONTEXT_RATE, _largest_move(prompt), "largest move of a number"
     elif key_values is not None:
         own = _layer_rms(key_values)
-        rms = float(own.square().mean().sqrt())
-        scales, what, share = own / rms, "rms of keys and values", KEY_VALUE_RATE_PER_RMS
+        rms = scale = float(own.square().mean().sqrt())
+        scales, share, what = own / rms, KEY_VALUE_RATE_PER_RMS, "rms of keys and values"
         logger.info(
             "rms of the base's keys %.3g to %.3g, of its values %.3g to %.3g, by layer",
             *(each for part in own.unbind(1) for each in (part.min().item(), part.max().item())),
         )
     rate = settings.learning_rate
-    if rate is not None:
-        logger.info("learning rate %.4g as given (%.3g x the %s %.4g)", rate, rate / rms, what, rms)
-    elif share is None:
-        rate = NETWORK_RATE
-        logger.info("learning rate %.4g, of a network (%s %.4g)", rate, what, rms)
+    if rate is None:
+        rate = share * scale
+        logger.info("learning rate %.4g (%g x the %s %.4g)", rate, share, what, scale)
     else:
-        rate = share * rms
-        logger.info("learning rate %.4g (%g x the %s %.4g)", rate, share, what, rms)
+        logger.info(
+            "learning rate %.4g as given (%.3g x the %s %.4g)", rate, rate / scale, what, scale
+        )
     task_rate = 0.0
     if settings.multitask:
         task_rate = settings.task_learning_rate or TASK_RATE
         logger.info("learning rate of the task matrices %.4g", task_rate)
     return Rates(rate, task_rate, rms, scales)
+
+
+def _largest_move(prompt: CPTEmbedding) -> float:
+    """Return what a number of the context moves by where a move fills its ball evenly."""
+    radius = float(prompt.radius.max())
+    return radius / math.sqrt(prompt.embedding.weight.shape[1])
 
 
 def _layer_rms(key_values: Tensor) -> Tensor:

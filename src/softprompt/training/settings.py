@@ -36,6 +36,9 @@ KEY_VALUE_RATE_PER_RMS = 0.1
 NETWORK_RATE = 0.003
 """Default learning rate of the networks of P-tuning and of prefix projections (likewise)."""
 
+CONTEXT_RATE = 0.1
+"""Default learning rate of a context, in units of what its numbers may move by."""
+
 TASK_RATE = 0.4
 """Default learning rate of task matrices, which are near one (after Wang et al. 2023)."""
 
@@ -81,7 +84,8 @@ class TuneSettings:
     learning_rate: float | None = setting(
         None,
         f"Peak learning rate; by default {RATE_PER_RMS} x the rms of the base model's embeddings, for "
-        f"keys and values {KEY_VALUE_RATE_PER_RMS} x theirs, and {NETWORK_RATE} for networks.",
+        f"keys and values {KEY_VALUE_RATE_PER_RMS} x theirs, for networks {NETWORK_RATE}, for a context "
+        f"{CONTEXT_RATE} x what it may move by.",
         above=0,
         most=1e6,
         group=_OPTIMISATION,
