@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from oracles.served import served
+from softprompt.engine import ResidentPrompts
 from softprompt.errors import ConfigError, NotServingError, QueueFullError, ServingError
-from softprompt.generation import Batcher, Bounds, GenerationOptions, Request, ResidentPrompts
+from softprompt.generation import Batcher, Bounds, GenerationOptions, Request
 from softprompt.prompts import Prompt
 
 IDS = (1, 40, 41, 42, 43)

@@ -10,16 +10,9 @@ import pytest
 import torch
 
 from oracles.served import served
-from softprompt.engine import EngineRow
+from softprompt.engine import EngineRow, ResidentPrompts
 from softprompt.errors import ContextOverflowError
-from softprompt.generation import (
-    Batcher,
-    Bounds,
-    GenerationOptions,
-    Request,
-    ResidentPrompts,
-    Scorer,
-)
+from softprompt.generation import Batcher, Bounds, GenerationOptions, Request, Scorer
 from softprompt.inference import Serving
 from softprompt.prompts import Prompt
 

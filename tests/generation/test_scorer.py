@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from oracles.served import served
-from softprompt.engine import EngineRow, PlainEngine
+from softprompt.engine import EngineRow, PlainEngine, ResidentPrompts
 from softprompt.errors import NotServingError
-from softprompt.generation import ResidentPrompts, Scorer
+from softprompt.generation import Scorer
 
 
 def test_a_caller_that_has_gone_does_not_hold_up_the_end():

@@ -13,6 +13,7 @@ import torch
 
 from softprompt.artifacts import Manifest, save_adapter
 from softprompt.backbone import Fingerprint
+from softprompt.engine import ResidentPrompts
 from softprompt.errors import NotServingError, QueueFullError
 from softprompt.generation import (
     Batcher,
@@ -20,15 +21,13 @@ from softprompt.generation import (
     Bounds,
     EchoEvent,
     FinishEvent,
-    ResidentPrompts,
     Scorer,
     Ticket,
     TokenEvent,
 )
-from softprompt.server.app import create_app
+from softprompt.server.app import config_of, create_app, listening, server_of
 from softprompt.server.folder import PromptFolder
 from softprompt.server.registry import Registry
-from softprompt.server.app import config_of, listening, server_of
 from softprompt.server.settings import ServeSettings
 
 CLASSIFIER = "Text : {{input}} Label :"

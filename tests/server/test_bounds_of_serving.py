@@ -10,8 +10,9 @@ import openai
 import pytest
 
 from oracles.serving import ScriptedBatcher, app_over, running, until
+from softprompt.engine import ResidentPrompts
 from softprompt.errors import NotServingError
-from softprompt.generation import ResidentPrompts, Scorer
+from softprompt.generation import Scorer
 from softprompt.server.middleware import Connections
 
 BODY = {"model": "writer", "prompt": "hello", "max_tokens": 3}

@@ -13,6 +13,9 @@ from .decode.decode_forest import DecodeForest as DecodeForest
 from .decode.decode_forest import NewTokens as NewTokens
 from .decode.decode_forest import Wanted as Wanted
 from .decode.decode_forest import why_undecodable as why_undecodable
+from .decode.kept_prompts import FrontPrompts as FrontPrompts
+from .decode.kept_prompts import Key as Key
+from .decode.kept_prompts import ResidentPrompts as ResidentPrompts
 from .decode.lanes import Lane as Lane
 from .forest.causal import ForestEngine as ForestEngine
 from .forest.encoder import packs as packs

@@ -19,8 +19,6 @@ from .options import options_from as options_from
 from .request import Decode as Decode
 from .request import Input as Input
 from .request import Request as Request
-from .residents import FrontPrompts as FrontPrompts
-from .residents import ResidentPrompts as ResidentPrompts
 from .scorer import Scorer as Scorer
 from .scorer import score_rows as score_rows
 from .ticket import EchoEvent as EchoEvent

@@ -17,13 +17,12 @@ from dataclasses import dataclass, replace
 from typing import final
 
 from softprompt.backbone import Base
-from softprompt.engine import why_undecodable
+from softprompt.engine import ResidentPrompts, why_undecodable
 from softprompt.errors import ConfigError, NotServingError, QueueFullError
 from softprompt.generation.answer import AnswerRules, Job
 from softprompt.generation.decoder import runner_of
 from softprompt.generation.options import Bounds
 from softprompt.generation.request import Decode, Request
-from softprompt.generation.residents import ResidentPrompts
 from softprompt.generation.ticket import Ticket, pieces
 
 logger = logging.getLogger(__name__)

@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from typing import Protocol, Self, final
 
 from softprompt.backbone import Base
-from softprompt.engine import why_undecodable
+from softprompt.engine import ResidentPrompts, why_undecodable
 from softprompt.errors import ConfigError
 from softprompt.generation.answer import Admission, AnswerRules, Job
 from softprompt.generation.fallback_runner import FallbackRunner, PaddedGenerate, beam_search
 from softprompt.generation.forest_runner import ForestRunner
 from softprompt.generation.options import Bounds
 from softprompt.generation.request import Decode, Request, check_request
-from softprompt.generation.residents import ResidentPrompts
 from softprompt.generation.ticket import FinishEvent, Ticket
 
 _UNBOUNDED = 2**62

@@ -25,6 +25,7 @@ from softprompt.engine import (
     Engine,
     EngineRow,
     PlainEngine,
+    ResidentPrompts,
     build_engine,
     generate_with_prompts,
     prefix_path,
@@ -42,7 +43,6 @@ from softprompt.generation.answer import (
 )
 from softprompt.generation.options import Bounds
 from softprompt.generation.request import Request, beyond_bounds, check_request
-from softprompt.generation.residents import ResidentPrompts
 from softprompt.generation.ticket import Event
 
 _SETTINGS: dict[str, Any] = {

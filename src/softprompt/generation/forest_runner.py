@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from softprompt.backbone import Base
-from softprompt.engine import DecodeForest, Lane, NewTokens, Wanted
+from softprompt.engine import DecodeForest, Key, Lane, NewTokens, ResidentPrompts, Wanted
 from softprompt.errors import ServingError
 from softprompt.generation.answer import Admission, Answer, Echo, Job, not_finite, scored
 from softprompt.generation.options import Bounds
 from softprompt.generation.request import Request, beyond_bounds, check_request
-from softprompt.generation.residents import Key, ResidentPrompts
 from softprompt.generation.ticket import Event, TopLogProbs
 
 _NO_TEXT = -1

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from softprompt.backbone import Base
-from softprompt.engine import Engine, EngineRow, build_engine
+from softprompt.engine import Engine, EngineRow, FrontPrompts, ResidentPrompts, build_engine
 from softprompt.errors import ConfigError, NotServingError, QueueFullError
-from softprompt.generation.residents import FrontPrompts, ResidentPrompts
 from softprompt.prompts import Prompt
 
 logger = logging.getLogger(__name__)

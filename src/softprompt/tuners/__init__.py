@@ -1,21 +1,21 @@
 """Import paths of PEFT that documents name, such as ``softprompt.tuners.prompt_tuning.config``."""
 
 import sys
+from importlib import import_module
 from types import ModuleType
 
-from softprompt.prompts.methods import cartridge, cpt, multitask, p_tuning, prefix, prompt_tuning
-
 _METHODS = {
-    "cartridge": cartridge,
-    "cpt": cpt,
-    "multitask_prompt_tuning": multitask,
-    "p_tuning": p_tuning,
-    "prefix_tuning": prefix,
-    "prompt_tuning": prompt_tuning,
+    "cartridge": "cartridge",
+    "cpt": "cpt",
+    "multitask_prompt_tuning": "multitask",
+    "p_tuning": "p_tuning",
+    "prefix_tuning": "prefix",
+    "prompt_tuning": "prompt_tuning",
 }
 """PEFT's package of each method, and the file that has its configuration and module here."""
 
-for _name, _method in _METHODS.items():
+for _name, _file in _METHODS.items():
+    _method = import_module(f"softprompt.prompts.methods.{_file}")
     _alias = ModuleType(f"{__name__}.{_name}", _method.__doc__)
     vars(_alias).update({key: value for key, value in vars(_method).items() if key[0] != "_"})
     vars(_alias).update(config=_alias, model=_alias)
