@@ -44,11 +44,6 @@ def setting(
     return field(default=default, metadata={k: v for k, v in known.items() if v is not None})
 
 
-def about(help_text: str, **limits: Any) -> dict[str, Any]:
-    """Return a field's metadata; see ``setting``."""
-    return {"help": help_text, **limits}
-
-
 @cache
 def type_of(owner: type, name: str) -> Any:
     """Return the resolved annotation of a field without ``| None``."""

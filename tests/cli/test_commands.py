@@ -201,7 +201,7 @@ def test_info_without_its_base_says_so(capsys, prompt_dir, tmp_path):
 
 
 def test_info_says_why_no_faster_engine_runs(capsys, prompt_dir, monkeypatch):
-    monkeypatch.setattr(choose, "difference", lambda *engines, **options: "it differs")
+    monkeypatch.setattr(choose, "scoring_difference", lambda *engines, **options: "it differs")
     assert run(["info", prompt_dir, "--quiet"]) == 0
     out = capsys.readouterr().out
     assert "engine          plain (forest: it differs; expand: it differs)" in out

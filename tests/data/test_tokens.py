@@ -12,6 +12,10 @@ SEQ2SEQ = ["t5", "bart", "byt5", "g2p"]
 TEMPLATE = "Message: {{input}}\nIs this a complaint? answer:"
 
 
+def row_of(rows, record):
+    return rows.tokenize([record])[0][0]
+
+
 def rows_of(tokenizer, template=TEMPLATE, *, source=256, target=128, seq2seq=False):
     return RowTokenizer(
         tokenizer,
@@ -30,7 +34,7 @@ def words(count):
 class TestCausal:
     def test_one_bos_where_the_tokenizer_adds_one(self, tokenizers, name):
         tokenizer = tokenizers(name)
-        row = rows_of(tokenizer).row(Record({"input": "the parcel"}, "complaint"))
+        row = row_of(rows_of(tokenizer), Record({"input": "the parcel"}, "complaint"))
         expected = {"gpt2": None, "bert": tokenizer.cls_token_id}.get(name, tokenizer.bos_token_id)
         if expected is None:
             assert tokenizer.bos_token_id not in row.source + row.target[:-1]
@@ -40,7 +44,7 @@ class TestCausal:
 
     def test_eos_ends_the_target_and_nothing_else(self, tokenizers, name):
         tokenizer = tokenizers(name)
-        row = rows_of(tokenizer).row(Record({"input": "the parcel"}, "complaint"))
+        row = row_of(rows_of(tokenizer), Record({"input": "the parcel"}, "complaint"))
         if tokenizer.eos_token_id is None:
             assert tokenizer.sep_token_id not in row.source + row.target
         else:
@@ -76,7 +80,7 @@ class TestCausal:
         tokenizer = tokenizers(name)
         mark = tokenizer.eos_token or tokenizer.sep_token
         mark_id = tokenizer.convert_tokens_to_ids(mark)
-        row = rows_of(tokenizer).row(Record({"input": f"a {mark} b"}, f"c {mark} d"))
+        row = row_of(rows_of(tokenizer), Record({"input": f"a {mark} b"}, f"c {mark} d"))
         expected = 0 if tokenizer.eos_token_id is None else 1
         assert (row.source + row.target).count(mark_id) == expected
 
@@ -86,14 +90,14 @@ class TestSeq2Seq:
     def test_source_and_target_are_the_tokenizers_own(self, tokenizers, name):
         tokenizer = tokenizers(name)
         rows = rows_of(tokenizer, "{{input}}", seq2seq=True)
-        row = rows.row(Record({"input": "the parcel"}, "late"))
+        row = row_of(rows, Record({"input": "the parcel"}, "late"))
         assert list(row.source) == tokenizer("the parcel")["input_ids"]
         assert list(row.target) == tokenizer(text_target="late")["input_ids"]
 
     def test_one_eos_each(self, tokenizers, name):
         tokenizer = tokenizers(name)
         rows = rows_of(tokenizer, "{{input}}", source=12, target=5, seq2seq=True)
-        row = rows.row(Record({"input": words(30)}, words(30)))
+        row = row_of(rows, Record({"input": words(30)}, words(30)))
         for ids, limit in ((row.source, 12), (row.target, 5)):
             assert ids.count(tokenizer.eos_token_id) == 1
             assert ids[-1] == tokenizer.eos_token_id
@@ -196,7 +200,7 @@ def test_a_template_that_does_not_fit_is_refused_with_the_numbers(tokenizers):
 def test_targets_keep_their_eos_when_cut(tokenizers):
     tokenizer = tokenizers("llama")
     rows = rows_of(tokenizer, target=4)
-    row = rows.row(Record({"input": "late"}, words(20)))
+    row = row_of(rows, Record({"input": "late"}, words(20)))
     assert row.target_cut
     assert len(row.target) == 4
     assert row.target[-1] == tokenizer.eos_token_id
@@ -236,14 +240,14 @@ def test_summary_counts_cut_rows_and_dropped_tokens(tokenizers):
 
 
 def test_a_row_without_target_has_none(tokenizers):
-    row = rows_of(tokenizers("gpt2")).row(Record({"input": "late"}, None))
+    row = row_of(rows_of(tokenizers("gpt2")), Record({"input": "late"}, None))
     assert row == TokenRow(row.source, (), source_cut=False, target_cut=False)
 
 
 def test_one_row_and_many_rows_agree(tokenizers):
     rows = rows_of(tokenizers("llama"), source=24)
     examples = [Record({"input": words(count)}, "complaint") for count in (0, 1, 3, 30)]
-    assert rows.tokenize(examples)[0] == [rows.row(example) for example in examples]
+    assert rows.tokenize(examples)[0] == [row_of(rows, example) for example in examples]
     assert rows.tokenize([]) == ([], CutSummary(0, 0, 0, 0))
 
 

@@ -34,16 +34,21 @@ def model_card(config: Mapping[str, Any], manifest: Manifest | None) -> str:
         config: the content of ``adapter_config.json``.
         manifest: adds template, metrics, data and settings; None for a prompt without them.
     """
-    base = _base_name(config, manifest)
+    recorded = config.get("base_model_name_or_path") if manifest is None else manifest.base_model
+    base = str(recorded or "")
     sections = [_front_matter(base), _title(config, base)]
     if manifest is not None:
-        sections += [_with_softprompt(config, manifest), _with_peft(config, base, manifest)]
-        sections += [_format(manifest), _table("Results", _flat(manifest.metrics))]
-        sections += [_table("Data", _flat(manifest.data))]
-        sections += [_table("Training settings", _flat(manifest.settings))]
-        sections += [_table("Versions", {**manifest.versions, "created": manifest.created})]
-    else:
-        sections.append(_with_peft(config, base, None))
+        sections.append(_with_softprompt(config, manifest))
+    sections.append(_with_peft(config, base, manifest))
+    if manifest is not None:
+        versions = {**manifest.versions, "created": manifest.created}
+        sections += [
+            _format(manifest),
+            _table("Results", manifest.metrics),
+            _table("Data", manifest.data),
+            _table("Training settings", manifest.settings),
+            _table("Versions", versions),
+        ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
@@ -56,12 +61,6 @@ def is_own_card(text: str) -> bool:
 def _task_type(config: Mapping[str, Any]) -> str:
     value = config.get("task_type")
     return str(getattr(value, "value", value) or "")
-
-
-def _base_name(config: Mapping[str, Any], manifest: Manifest | None) -> str:
-    if manifest is not None:
-        return manifest.base_model
-    return str(config.get("base_model_name_or_path") or "")
 
 
 def _front_matter(base: str) -> str:
@@ -84,7 +83,10 @@ def _title(config: Mapping[str, Any], base: str) -> str:
 def _with_softprompt(config: Mapping[str, Any], manifest: Manifest) -> str:
     kind = _task_type(config)
     if kind in _GENERATING:
-        argument = _example_argument(manifest.template)
+        fields = dict.fromkeys(_PLACEHOLDER.findall(manifest.template))
+        argument = '"your text"'
+        if len(fields) > 1:
+            argument = "{" + ", ".join(f'"{name}": "…"' for name in fields) + "}"
         lines = ["import softprompt", "", f'prompt = softprompt.load("{_FOLDER}")']
         lines += [f"print(prompt({argument}))"]
     else:
@@ -100,20 +102,15 @@ def _with_softprompt(config: Mapping[str, Any], manifest: Manifest) -> str:
     return _code("Use it with softprompt", *lines)
 
 
-def _example_argument(template: str) -> str:
-    fields = dict.fromkeys(_PLACEHOLDER.findall(template))
-    if len(fields) <= 1:
-        return '"your text"'
-    return "{" + ", ".join(f'"{name}": "…"' for name in fields) + "}"
-
-
 def _with_peft(config: Mapping[str, Any], base: str, manifest: Manifest | None) -> str:
     kind = _task_type(config)
     auto = _AUTO_CLASSES.get(kind, "AutoModel")
     if config.get("peft_type") == PeftType.EXTENDED_PROMPT_TUNING:
+        names = sorted(OUR_KEYS & config.keys())
+        options = ", ".join(f"`{name}={config[name]}`" for name in names)
         return (
             "## With PEFT\n\nNot possible: this prompt has options that PEFT does not have "
-            f"({_options(config)}), and PEFT would run another model. It refuses the `peft_type`."
+            f"({options}), and PEFT would run another model. It refuses the `peft_type`."
         )
     lines = ["from peft import PeftModel"]
     if base == _BUNDLED:
@@ -140,10 +137,6 @@ def _with_peft(config: Mapping[str, Any], base: str, manifest: Manifest | None) 
     return _code("Use it with PEFT", *lines)
 
 
-def _options(config: Mapping[str, Any]) -> str:
-    return ", ".join(f"`{name}={config[name]}`" for name in sorted(OUR_KEYS & config.keys()))
-
-
 def _format(manifest: Manifest) -> str:
     lines = ["## Input and output", "", "The input is rendered with this template:", ""]
     lines += [_fenced(manifest.template, ""), "", f"Task: {manifest.task}."]
@@ -159,7 +152,7 @@ def _format(manifest: Manifest) -> str:
 def _table(title: str, values: Mapping[str, Any]) -> str:
     if not values:
         return ""
-    lines = [f"| {_cell(name)} | {_cell(value)} |" for name, value in values.items()]
+    lines = [f"| {_cell(name)} | {_cell(value)} |" for name, value in _flat(values).items()]
     return "\n".join([f"## {title}", "", "| name | value |", "|---|---|", *lines])
 
 

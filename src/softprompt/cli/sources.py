@@ -41,20 +41,19 @@ def list_command(
     if folder is None:
         raise UsageError(f"no folder to look in; give --source-prompt-base, or set {VARIABLE}")
     sources = list_sources(folder)
-    misfits = None if base_model is None else _misfits(sources, base_model)
-    found = [
-        source.to_dict()
-        | ({} if misfits is None else {"fits": not misfits[i], "misfit": misfits[i] or None})
-        for i, source in enumerate(sources)
-    ]
-    lines = [
-        _line(source, None if misfits is None else misfits[i]) for i, source in enumerate(sources)
-    ]
+    misfits: list[str | None] = [None] * len(sources)
+    if base_model is not None:
+        misfits = _misfits(sources, base_model)
+    found, lines = [], []
+    for source, misfit in zip(sources, misfits, strict=True):
+        fits = {} if misfit is None else {"fits": not misfit, "misfit": misfit or None}
+        found.append(source.to_dict() | fits)
+        lines.append(_line(source, misfit))
     text = "\n".join(lines) or f"no source prompts in {folder}"
     show({"folder": str(folder), "sources": found}, text, as_json=as_json)
 
 
-def _misfits(sources: list[SourceInfo], base_model: str) -> list[str]:
+def _misfits(sources: list[SourceInfo], base_model: str) -> list[str | None]:
     """Return why each source does not fit a base; empty texts for those that do."""
     from softprompt.backbone import Fingerprint, facts_of, load_base
 

@@ -89,19 +89,11 @@ class RowTokenizer:
         self._target_ids: dict[str, tuple[int, ...]] = {}
         self._check_limits()
 
-    def row(self, record: Record) -> TokenRow:
-        """Return the ids of one record.
-
-        Raises:
-            DataError: A field is missing, or holds a special token that the template uses as one.
-        """
-        return self.tokenize([record])[0][0]
-
     def tokenize(self, records: Sequence[Record]) -> tuple[list[TokenRow], CutSummary]:
         """Return the ids of all records, and what the limits truncated.
 
         Raises:
-            DataError: As for ``row``.
+            DataError: A field is missing, or holds a special token that the template uses as one.
         """
         sources = self._sources([record.fields for record in records])
         targets = [self._target(record.target) for record in records]
@@ -121,7 +113,7 @@ class RowTokenizer:
         """Return the ids in front of the answer, and whether field values were cut.
 
         Raises:
-            DataError: As for ``row``.
+            DataError: As for ``tokenize``.
         """
         ids, loss = self._sources([fields])[0]
         return ids, bool(loss)

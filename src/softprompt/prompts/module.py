@@ -27,6 +27,12 @@ PROMPT_KEY = "prompt_embeddings"
 class PromptModule(nn.Module, ABC):
     """The parameters behind one named prompt; its attributes have the names of PEFT's modules.
 
+    Constructors take the configuration, its sizes filled in; what the first values are made of (the base's
+    embedding module ``word_embeddings``, a ``source`` prompt, the keys and values ``text``
+    ``[L, 2, A_kv, P, D]`` of an initial text); and ``generator``, None for torch's global one, drawn from in
+    PEFT's order. Each raises ConfigError if a size is missing, or these do not fit together. Under
+    ``inference_mode`` nothing is drawn or read, as the values are about to be loaded.
+
     Attributes:
         config: What the module was made from; it says which parts of the base the prompt feeds. None
             puts all of it in front of the input.

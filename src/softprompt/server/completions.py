@@ -140,10 +140,10 @@ def _whole(
 
 
 def _scored(
-    service: Service, body: CompletionBody, scores: Scores, position: Position
+    service: Service, body: CompletionBody, scores: Scores | None, position: Position
 ) -> dict[str, Any] | None:
     """Return the ``logprobs`` of tokens, None where the request wants none; ``position`` advances past them."""
-    if body.logprobs is None:
+    if scores is None or body.logprobs is None:
         return None
     return scores.completion(service.tokens, position, top=body.logprobs > 0)
 
@@ -175,8 +175,8 @@ async def _pieces(
         event: TokenEvent | EchoEvent | None = None,
         reason: str | None = None,
     ) -> dict[str, Any]:
-        position = positions[choice.index]
-        scores = event and _scored(service, body, Scores.of(event), position)
+        found = None if event is None else Scores.of(event)
+        scores = _scored(service, body, found, positions[choice.index])
         return reply.chunk(reply.kind, _choice(choice, text, scores, reason))
 
     if body.echo and not scored:

@@ -48,19 +48,15 @@ _SIZES = ("model_type", "vocab_size", "hidden_size", "d_model", "n_embd", "num_h
 
 
 def _lacks(path: Path) -> str | None:
-    if not path.is_dir():
-        return "not a folder"
-    return None if (path / CONFIG_FILE).is_file() else f"no {CONFIG_FILE}"
+    missing = None if (path / CONFIG_FILE).is_file() else f"no {CONFIG_FILE}"
+    return missing if path.is_dir() else "not a folder"
 
 
 def _read(source: Source, base: Base | None) -> StoredPrompt:
     path = Path(source)
     config = _config(path / CONFIG_FILE)
-    parts = {}
-    for part in PART_NAMES:
-        name = config.get(part)
-        if name:
-            parts[part] = read_part(_inside(path, part, name))
+    files = {part: config[part] for part in PART_NAMES if config.get(part)}
+    parts = {part: read_part(_inside(path, part, name)) for part, name in files.items()}
     kinds = {str(TaskType.CAUSAL_LM): False, str(TaskType.SEQ_2_SEQ_LM): True}
     kind = _one_of(kinds, _text(config, "task_type", path), "task_type", path)
     dtype = str(config.get("trained_torch_dtype") or "float32")

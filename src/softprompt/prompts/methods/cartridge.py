@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, final
+from typing import ClassVar, Self, final
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from softprompt.fields import setting
 from softprompt.prompts import (
     PROMPT_KEY,
     PeftType,
-    PromptLearningConfig,
     PromptModule,
     Start,
     check_fit,
@@ -27,31 +26,18 @@ from softprompt.prompts import (
     drawing_from,
     positive,
 )
-from softprompt.prompts.methods.key_values import (
-    FlatOrder,
-    check_text,
-    initial_key_values,
-    seq2seq_sizes,
-)
+from softprompt.prompts.methods.key_values import FlatOrder, KeyValueConfig
 
 
 @dataclass
-class CartridgeConfig(PromptLearningConfig):
-    """A cartridge: keys and values ``[L, 2, A_kv, P, D]`` of P virtual tokens, at positions 0 to P - 1.
+class CartridgeConfig(KeyValueConfig):
+    """A cartridge: keys and values ``[L, 2, A_kv, P, D]`` of P virtual tokens, at positions 0 to P - 1."""
 
-    ``token_dim`` is A_kv times D and ``num_attention_heads`` is A_kv, as PEFT writes them for grouped
-    queries. The settings of the text only matter when a cartridge is made, so they are no part of its file.
-    """
-
-    keys_and_values: ClassVar[bool] = True
+    text_option: ClassVar[str] = "cartridge_init_text"
 
     num_frozen_tokens: int = setting(1, "Virtual tokens at the start that are not trained.")
     cartridge_init_text: str | None = setting(
         None, "Text whose keys and values the cartridge starts as.", ours=True
-    )
-    tokenizer_name_or_path: str | None = setting(None, "Tokenizer of the text.", ours=True)
-    tokenizer_kwargs: dict[str, Any] | None = setting(
-        None, "Keyword arguments of the tokenizer.", ours=True
     )
 
     def __post_init__(self) -> None:
@@ -67,16 +53,11 @@ class CartridgeConfig(PromptLearningConfig):
             raise ConfigError(
                 f"num_frozen_tokens must be at most num_virtual_tokens={self.num_virtual_tokens}, got {frozen}"
             )
-        check_text(self, "cartridge_init_text", ("tokenizer_name_or_path", "tokenizer_kwargs"))
+        self.check_text()
 
     def build(self, word_embeddings: nn.Embedding, start: Start) -> PromptModule:
         """Return the untrained module; see ``PromptLearningConfig``."""
-        text = initial_key_values(self, "cartridge_init_text", start.key_values)
-        return CartridgeEncoder(self, text=text, generator=start.generator)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields under PEFT's keys; see ``key_values.seq2seq_sizes``."""
-        return super().to_dict() | seq2seq_sizes(self)
+        return CartridgeEncoder(self, text=self.initial(start), generator=start.generator)
 
 
 @final
@@ -97,16 +78,7 @@ class CartridgeEncoder(PromptModule):
         text: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Create the cartridge and draw it from N(0, 1), as PEFT does, or start it at a text.
-
-        Args:
-            config: What to create; its length and sizes are needed.
-            text: Keys and values of the initial text, ``[L, 2, A_kv, P, D]``.
-            generator: Source of randomness; None is torch's global one, drawn from in PEFT's order.
-
-        Raises:
-            ConfigError: If the config lacks a size, or the text's values have another shape.
-        """
+        """Draw the cartridge from N(0, 1), as PEFT does, or start it at a text."""
         super().__init__(config)
         self._order = order = FlatOrder.of(config)
         self.num_frozen_tokens = config.num_frozen_tokens

@@ -90,12 +90,8 @@ class CPTConfig(PromptLearningConfig):
                 f"opt_weighted_loss_type must be one of {', '.join(_WEIGHTINGS)}, got "
                 f"{self.opt_weighted_loss_type!r}"
             )
-        for name in (
-            "opt_loss_decay_factor",
-            "opt_projection_epsilon",
-            "opt_projection_format_epsilon",
-        ):
-            number(name, getattr(self, name))
+        for name in ("loss_decay_factor", "projection_epsilon", "projection_format_epsilon"):
+            number(f"opt_{name}", getattr(self, f"opt_{name}"))
         if not self.inference_mode:
             self._refuse_ignored()
 
@@ -154,15 +150,7 @@ class CPTEmbedding(PromptModule):
     radius: Tensor
 
     def __init__(self, config: CPTConfig, word_embeddings: nn.Embedding) -> None:
-        """Embed the context; under ``inference_mode`` nothing is looked up, the values are about to be loaded.
-
-        Args:
-            config: What to create.
-            word_embeddings: The base's embedding module.
-
-        Raises:
-            ConfigError: If a token id is beyond the base's vocabulary.
-        """
+        """Embed the context; raises ConfigError also for a token id beyond the base's vocabulary."""
         super().__init__(config)
         vocabulary, width = word_embeddings.weight.shape
         ids = config.cpt_token_ids or []
@@ -216,16 +204,9 @@ class CPTEmbedding(PromptModule):
 
 
 def _radius(config: CPTConfig, kinds: Tensor, width: int) -> Tensor:
-    scale = torch.tensor(width / _REFERENCE_WIDTH).sqrt()
-    of_kind = torch.tensor(
-        [
-            _STILL,
-            config.opt_projection_format_epsilon,
-            config.opt_projection_epsilon,
-            config.opt_projection_format_epsilon,
-        ]
-    )
-    of_kind[1:] *= scale
+    of_format = config.opt_projection_format_epsilon
+    of_kind = torch.tensor([_STILL, of_format, config.opt_projection_epsilon, of_format])
+    of_kind[1:] *= torch.tensor(width / _REFERENCE_WIDTH).sqrt()
     return of_kind[kinds % KINDS]
 
 

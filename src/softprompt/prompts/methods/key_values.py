@@ -7,15 +7,23 @@ so on, heads inside.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from softprompt.errors import ConfigError
-from softprompt.prompts import PROMPT_KEY, PromptLearningConfig, TaskType, fitted, text_token_ids
+from softprompt.fields import setting
+from softprompt.prompts import (
+    PROMPT_KEY,
+    PromptLearningConfig,
+    Start,
+    TaskType,
+    fitted,
+    text_token_ids,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,64 +114,62 @@ class FlatOrder:
         return given
 
 
-def seq2seq_sizes(config: PromptLearningConfig) -> dict[str, Any]:
-    """Return what a seq2seq prompt's file says of its sizes.
+@dataclass
+class KeyValueConfig(PromptLearningConfig):
+    """A prompt of keys and values, which may start as those of a text.
 
-    PEFT hands a seq2seq decoder every second of its layers, so its file names twice as many.
+    ``token_dim`` is A_kv times D and ``num_attention_heads`` is A_kv, as PEFT writes them for grouped
+    queries. The settings of the text only matter when a prompt is made, so they are no part of its file.
     """
-    if config.task_type is not TaskType.SEQ_2_SEQ_LM or config.num_layers is None:
-        return {}
-    return {"num_layers": 2 * config.num_layers, "num_transformer_submodules": 2}
 
+    keys_and_values: ClassVar[bool] = True
+    text_option: ClassVar[str]
+    """Name of the option that holds the text."""
 
-def check_text(config: PromptLearningConfig, text: str, ignored_without: Sequence[str]) -> None:
-    """Check the options of a method that may start as a text.
+    tokenizer_name_or_path: str | None = setting(None, "Tokenizer of the text.", ours=True)
+    tokenizer_kwargs: dict[str, Any] | None = setting(
+        None, "Keyword arguments of the tokenizer.", ours=True
+    )
 
-    Args:
-        config: The configuration; it has ``tokenizer_name_or_path`` and ``tokenizer_kwargs``.
-        text: Name of the option that holds the text.
-        ignored_without: Options that mean something with a text only.
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields under PEFT's keys: PEFT hands a seq2seq decoder every second of its layers."""
+        values = super().to_dict()
+        if self.task_type is TaskType.SEQ_2_SEQ_LM and self.num_layers is not None:
+            values |= {"num_layers": 2 * self.num_layers, "num_transformer_submodules": 2}
+        return values
 
-    Raises:
-        ConfigError: If the text lacks its tokenizer, or options would be ignored.
-    """
-    given = getattr(config, text) is not None
-    if given and not getattr(config, "tokenizer_name_or_path", None):
-        raise ConfigError(f"{text} needs tokenizer_name_or_path; name the base's tokenizer")
-    for name in ignored_without:
-        if getattr(config, name) and not given:
+    def check_text(self, *also: str) -> None:
+        """Raise ConfigError if the text lacks its tokenizer, or options (``also`` too) would be ignored."""
+        given = getattr(self, self.text_option) is not None
+        if given and not self.tokenizer_name_or_path:
             raise ConfigError(
-                f"{name} would be ignored without {text}; give the text, or leave it out"
+                f"{self.text_option} needs tokenizer_name_or_path; name the base's tokenizer"
             )
-    if (getattr(config, "tokenizer_kwargs", None) or {}).get("trust_remote_code"):
-        raise ConfigError(
-            "tokenizer_kwargs may not hold trust_remote_code: a prompt must not be able to run code"
-        )
+        for name in ("tokenizer_name_or_path", "tokenizer_kwargs", *also):
+            if getattr(self, name) and not given:
+                raise ConfigError(
+                    f"{name} would be ignored without {self.text_option}; give the text, or leave it out"
+                )
+        if (self.tokenizer_kwargs or {}).get("trust_remote_code"):
+            raise ConfigError(
+                "tokenizer_kwargs may not hold trust_remote_code: a prompt must not be able to run code"
+            )
 
+    def initial(self, start: Start) -> Tensor | None:
+        """Return keys and values ``[L, 2, A_kv, P, D]`` of the text, repeated or cut to P tokens.
 
-def initial_key_values(
-    config: PromptLearningConfig,
-    text: str,
-    key_values: Callable[[Sequence[int]], Tensor] | None,
-) -> Tensor | None:
-    """Return keys and values ``[L, 2, A_kv, P, D]`` of an initial text, repeated or cut to P tokens.
+        None where there is no text, and under ``inference_mode``.
 
-    Args:
-        config: The configuration; None comes back where it has no text, and under ``inference_mode``.
-        text: Name of the option that holds the text.
-        key_values: Returns the base's keys and values of token ids.
-
-    Raises:
-        ConfigError: If there is nothing to read the text with, or the base cannot start from a text.
-    """
-    words: str | None = getattr(config, text)
-    if words is None or config.inference_mode:
-        return None
-    if key_values is None:
-        raise ConfigError(f"{text} needs the base model; use get_peft_model")
-    tokenizer = str(getattr(config, "tokenizer_name_or_path", ""))
-    ids = text_token_ids(words, tokenizer, getattr(config, "tokenizer_kwargs", None))
-    return key_values(fitted(ids, config.num_virtual_tokens or 0, text))
+        Raises:
+            ConfigError: If there is nothing to read the text with, or the base cannot start from a text.
+        """
+        words: str | None = getattr(self, self.text_option)
+        if words is None or self.inference_mode:
+            return None
+        if start.key_values is None:
+            raise ConfigError(f"{self.text_option} needs the base model; use get_peft_model")
+        ids = text_token_ids(words, str(self.tokenizer_name_or_path or ""), self.tokenizer_kwargs)
+        return start.key_values(fitted(ids, self.num_virtual_tokens or 0, self.text_option))
 
 
 def prompt_embeddings_from_past_key_values(

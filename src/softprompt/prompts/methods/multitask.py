@@ -170,17 +170,7 @@ class MultitaskPromptEmbedding(PromptModule):
         source: SourcePrompt | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Create and initialise the shared embeddings and the matrices.
-
-        Args:
-            config: What to create.
-            word_embeddings: The base's embedding module.
-            source: What ``prompt_tuning_init_state_dict_path`` holds, for the inits that need it.
-            generator: Source of randomness; None is torch's global one, as in PEFT.
-
-        Raises:
-            ConfigError: If the config, the base and the source do not fit together.
-        """
+        """Create and initialise the shared embeddings and the matrices."""
         super().__init__(config)
         self.embedding = initial_table(config, word_embeddings, generator)
         length, width = self.embedding.weight.shape
@@ -274,9 +264,10 @@ class TaskMatrices:
         the same gradient, as they would if all were alike.
         """
         tasks, length, rank, width = size
-        cols = torch.randn(tasks, length, rank, generator=generator) if rank > 1 else None
-        cols = torch.ones(tasks, length, rank) if cols is None else cols
-        cols[..., 0] = 1
+        cols = torch.ones(tasks, length, rank)
+        if rank > 1:
+            cols = torch.randn(tasks, length, rank, generator=generator)
+            cols[..., 0] = 1
         rows = torch.zeros(tasks, rank, width)
         rows[:, 0] = 1
         return cls(cols, rows)
@@ -292,9 +283,7 @@ class TaskMatrices:
 
     def average(self) -> TaskMatrices:
         """Return one task whose factors are the means over the tasks, each by itself, as in PEFT."""
-        return TaskMatrices(
-            self.cols.mean(dim=0, keepdim=True), self.rows.mean(dim=0, keepdim=True)
-        )
+        return TaskMatrices(*(each.mean(dim=0, keepdim=True) for each in (self.cols, self.rows)))
 
     def only(self, task: int) -> TaskMatrices:
         """Return one task, that of an id.

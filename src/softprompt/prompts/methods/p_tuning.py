@@ -106,15 +106,7 @@ class PromptEncoder(PromptModule):
     def __init__(
         self, config: PromptEncoderConfig, *, generator: torch.Generator | None = None
     ) -> None:
-        """Create embeddings and network; under ``inference_mode`` only embeddings, which are about to be loaded.
-
-        Args:
-            config: What to create; ``num_virtual_tokens`` and ``token_dim`` are needed.
-            generator: Source of randomness; None is torch's global one, drawn from in PEFT's order.
-
-        Raises:
-            ConfigError: If the config lacks a size.
-        """
+        """Create embeddings and network; under ``inference_mode`` only embeddings."""
         super().__init__(config)
         if config.num_virtual_tokens is None or config.token_dim is None:
             raise ConfigError(

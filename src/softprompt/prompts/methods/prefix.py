@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from softprompt.fields import setting
 from softprompt.prompts import (
     PROMPT_KEY,
     PeftType,
-    PromptLearningConfig,
     PromptModule,
     Start,
     check_task,
@@ -27,26 +26,18 @@ from softprompt.prompts import (
     positive,
     take_over,
 )
-from softprompt.prompts.methods.key_values import (
-    FlatOrder,
-    check_text,
-    initial_key_values,
-    seq2seq_sizes,
-)
+from softprompt.prompts.methods.key_values import FlatOrder, KeyValueConfig
 
 
 @dataclass
-class PrefixTuningConfig(PromptLearningConfig):
+class PrefixTuningConfig(KeyValueConfig):
     """Prefix tuning: keys and values ``[L, 2, A_kv, P, D]`` of P virtual tokens, at positions 0 to P - 1.
 
-    The settings of the text, and ``freeze_first_token``, only matter when a prefix is made, so they are
-    no part of its file.
-
-    ``token_dim`` is A_kv times D and ``num_attention_heads`` is A_kv, as PEFT writes them for
-    grouped queries. For seq2seq models the prefix stands before the decoder's own tokens.
+    ``freeze_first_token`` only matters when a prefix is made, so it is no part of its file. For seq2seq
+    models the prefix stands before the decoder's own tokens.
     """
 
-    keys_and_values: ClassVar[bool] = True
+    text_option: ClassVar[str] = "prefix_tuning_init_text"
 
     init_weights: str | None = setting(None, 'First values: "zero", or random when left out.')
     encoder_hidden_size: int | None = setting(None, "Inner width of the projection.")
@@ -55,10 +46,6 @@ class PrefixTuningConfig(PromptLearningConfig):
     )
     prefix_tuning_init_text: str | None = setting(
         None, "Text whose keys and values the prefix starts as.", ours=True
-    )
-    tokenizer_name_or_path: str | None = setting(None, "Tokenizer of the text.", ours=True)
-    tokenizer_kwargs: dict[str, Any] | None = setting(
-        None, "Keyword arguments of the tokenizer.", ours=True
     )
     freeze_first_token: bool = setting(
         False, "Do not train the first token of the text, the attention sink.", ours=True
@@ -85,11 +72,7 @@ class PrefixTuningConfig(PromptLearningConfig):
                     "encoder_hidden_size would be ignored without prefix_projection=True; set that, or "
                     "leave it out"
                 )
-        self._check_text()
-
-    def _check_text(self) -> None:
-        needs = ("tokenizer_name_or_path", "tokenizer_kwargs", "freeze_first_token")
-        check_text(self, "prefix_tuning_init_text", needs)
+        self.check_text("freeze_first_token")
         for name in ("init_weights", "prefix_projection"):
             if getattr(self, name) and self.prefix_tuning_init_text is not None:
                 raise ConfigError(
@@ -99,12 +82,7 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     def build(self, word_embeddings: nn.Embedding, start: Start) -> PromptModule:
         """Return the untrained module; see ``PromptLearningConfig``."""
-        text = initial_key_values(self, "prefix_tuning_init_text", start.key_values)
-        return PrefixEncoder(self, text=text, generator=start.generator)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields under PEFT's keys; see ``key_values.seq2seq_sizes``."""
-        return super().to_dict() | seq2seq_sizes(self)
+        return PrefixEncoder(self, text=self.initial(start), generator=start.generator)
 
 
 @final
@@ -126,16 +104,7 @@ class PrefixEncoder(PromptModule):
         text: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Create and initialise the prefix.
-
-        Args:
-            config: What to create; its length and sizes are needed.
-            text: Keys and values of the initial text, ``[L, 2, A_kv, P, D]``.
-            generator: Source of randomness; None is torch's global one, as in PEFT.
-
-        Raises:
-            ConfigError: If the config lacks a size, or the text's values have another shape.
-        """
+        """Create and initialise the prefix."""
         super().__init__(config)
         self._order = order = FlatOrder.of(config)
         width = order.heads * order.width

@@ -199,8 +199,7 @@ class PromptEmbedding(PromptModule):
 
     They are ``embedding.weight``, float32 ``[S·P, H]`` whatever the base's dtype: a bfloat16 prompt
     cannot take small steps. With a ``parameterization`` there is ``parameterisation`` in its place; the
-    embeddings it makes are what is saved, and embeddings that are loaded are trained directly. Under
-    ``inference_mode`` nothing is drawn or read, because the weights are about to be loaded.
+    embeddings it makes are what is saved, and embeddings that are loaded are trained directly.
     """
 
     embedding: nn.Embedding
@@ -213,16 +212,7 @@ class PromptEmbedding(PromptModule):
         *,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Create and initialise the embeddings.
-
-        Args:
-            config: What to create; ``num_virtual_tokens`` is needed.
-            word_embeddings: The base's embedding module; gives the width, and the values for TEXT and the like.
-            generator: Source of randomness; None is torch's global one, as in PEFT.
-
-        Raises:
-            ConfigError: If the config lacks the length or names another width than the table's.
-        """
+        """Create and initialise the embeddings."""
         super().__init__(config)
         table = initial_table(config, word_embeddings, generator)
         self.parameterisation = (
