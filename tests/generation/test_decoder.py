@@ -9,7 +9,7 @@ import torch
 from oracles.solo import solo
 from softprompt.backbone import Base
 from softprompt.errors import ConfigError
-from softprompt.generation import Decoder, Generation, GenerationOptions, Request
+from softprompt.generation import Decoder, Generation, GenerationOptions, Request, run_requests
 from softprompt.generation.answer import AnswerRules
 from softprompt.generation.fallback_runner import PaddedGenerate
 from softprompt.generation.options import Bounds
@@ -194,3 +194,18 @@ def test_a_cut_input_is_reported_with_its_answer(decoder_only):
     answers = decoder_only.answers(SOURCES[:2], GenerationOptions(), cut=[False, True])
     assert [answer.input_cut for answer in answers] == [False, True]
     assert answers[1].to_dict()["input_cut"] is True
+
+
+def test_requests_of_all_kinds_run_in_one_list(decoder_only):
+    decode = decoder_only.decode
+    options = [
+        GenerationOptions(max_new_tokens=6, **more)
+        for more in ({}, {"num_beams": 2}, {"decoding_method": "SAMPLING", "seed": 3}, {})
+    ]
+    requests = [
+        Request(source, options=each, decode=decode)
+        for source, each in zip(SOURCES, options, strict=True)
+    ]
+    ends = run_requests(decoder_only.base, requests, Bounds(max_batch_rows=2))
+    found = [Generation.of(end, cut=False) for (end,) in ends]
+    assert found == [solo(decoder_only.base, request) for request in requests]
