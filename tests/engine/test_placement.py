@@ -17,8 +17,8 @@ from oracles.rows import RowCase, engine_rows
 from softprompt.backbone import Base, facts_of
 from softprompt.engine import build_engine
 from softprompt.engine.forest.causal_plan import Forest, Path, causal_forest, decoder_forest
+from softprompt.engine.forest.engines import encoder_plan
 from softprompt.engine.forest.layers import Packing
-from softprompt.engine.forest.seq2seq import encoder_plan
 from softprompt.engine.prompt_table import PromptTable
 from softprompt.errors import ConfigError, ContextOverflowError, DataError
 

@@ -10,7 +10,7 @@ from oracles.prefixed import random_prefix, solo_decoder_logits, solo_logits_beh
 from oracles.rows import RowCase, engine_rows
 from softprompt.backbone import Base, facts_of
 from softprompt.engine import ForestEngine, PlainEngine, build_engine
-from softprompt.engine.expand import ExpandEngine
+from softprompt.engine.padded import ExpandEngine
 from softprompt.errors import ConfigError, ContextOverflowError, DataError
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}

@@ -20,7 +20,7 @@ from softprompt.engine import (
     choose,
 )
 from softprompt.engine.forest.causal_plan import causal_forest
-from softprompt.engine.forest.seq2seq import encoder_plan
+from softprompt.engine.forest.engines import encoder_plan
 from softprompt.errors import ConfigError, DataError
 from softprompt.prompts import Prompt
 

@@ -40,7 +40,9 @@ def tuned(folders):
     width = base.model.config.hidden_size
     head = torch.nn.Linear(width, base.model.config.vocab_size, bias=False)
     with torch.no_grad():
-        head.weight.copy_(torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(6)))
+        head.weight.copy_(
+            torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(6))
+        )
     return TunedPrompt(base, plain.module, plain.config, manifest, heads={"lm_head": head})
 
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import cast, final
 
 from softprompt.backbone import Base
-from softprompt.engine.expand import ExpandEngine
 from softprompt.engine.forest import ForestEngine, PackedSeq2SeqEngine
-from softprompt.engine.plain import PlainEngine
+from softprompt.engine.padded import ExpandEngine, PlainEngine
 from softprompt.engine.predictions import Engine, HeadInput, Predictions, see_input
 from softprompt.engine.probe import remembered, scoring_difference
 from softprompt.engine.rows import EngineRow

@@ -1,12 +1,12 @@
-from .choice import Task as Task
-from .choice import TaskNames as TaskNames
-from .choice import task_number as task_number
 from .conversion import convert as convert
 from .ensemble import Combine as Combine
 from .ensemble import Ensemble as Ensemble
 from .inputs import Fields as Fields
+from .inputs import Task as Task
+from .inputs import TaskNames as TaskNames
 from .inputs import fields_of as fields_of
 from .inputs import require_tokens as require_tokens
+from .inputs import task_number as task_number
 from .loading import load as load
 from .loading import load_many as load_many
 from .loading import tuned_of as tuned_of

@@ -18,8 +18,7 @@ from softprompt.generation import (
     rows_of_whole_inputs,
     score_rows,
 )
-from softprompt.inference.choice import Task
-from softprompt.inference.inputs import Fields
+from softprompt.inference.inputs import Fields, Task
 from softprompt.inference.tuned import TunedPrompt
 
 Combine = Literal["mean", "vote"]

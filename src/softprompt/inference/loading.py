@@ -24,7 +24,7 @@ from softprompt.backbone import HEAD, Base, freeze, head_tensors, load_base, mod
 from softprompt.engine import completed
 from softprompt.errors import ArtifactError, ConfigError
 from softprompt.generation import Bounds
-from softprompt.inference.choice import check_names
+from softprompt.inference.inputs import check_names
 from softprompt.inference.serving import Serving
 from softprompt.inference.tuned import TunedPrompt
 from softprompt.prompts import PromptLearningConfig, check_fit, take_over

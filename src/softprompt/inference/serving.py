@@ -30,8 +30,15 @@ from softprompt.generation import (
     options_from,
     pieces,
 )
-from softprompt.inference.choice import Names, Task, Tasks, addressed, check_names
-from softprompt.inference.inputs import Fields, inputs_of
+from softprompt.inference.inputs import (
+    Fields,
+    Names,
+    Task,
+    Tasks,
+    addressed,
+    check_names,
+    inputs_of,
+)
 from softprompt.inference.tuned import TunedPrompt
 
 

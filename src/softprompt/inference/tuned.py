@@ -31,8 +31,17 @@ from softprompt.generation import (
     score_rows,
     streamed,
 )
-from softprompt.inference.choice import Task, TaskNames, rows_by_task, task_number
-from softprompt.inference.inputs import Fields, inputs_of, listed, row_tokenizer, sources_of
+from softprompt.inference.inputs import (
+    Fields,
+    Task,
+    TaskNames,
+    inputs_of,
+    listed,
+    row_tokenizer,
+    rows_by_task,
+    sources_of,
+    task_number,
+)
 from softprompt.prompts import Prompt, PromptLearningConfig, PromptModule
 
 _Answer = TypeVar("_Answer")

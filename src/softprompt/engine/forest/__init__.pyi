@@ -1,11 +1,11 @@
-from .causal import ForestEngine as ForestEngine
-from .causal import require_packable as require_packable
 from .encoder import is_bidirectional as is_bidirectional
 from .encoder import why_not_isolated as why_not_isolated
+from .engines import ForestEngine as ForestEngine
+from .engines import PackedSeq2SeqEngine as PackedSeq2SeqEngine
+from .engines import require_packable as require_packable
 from .forest_attention import attend_block as attend_block
 from .forest_attention import flattened as flattened
 from .forest_attention import folded as folded
 from .forest_attention import refuse as refuse
 from .plan import MaskRule as MaskRule
 from .plan import Targets as Targets
-from .seq2seq import PackedSeq2SeqEngine as PackedSeq2SeqEngine

@@ -1,6 +1,6 @@
 """The plan of one pass: its tokens, each computed once, what is predicted, and who sees whom.
 
-Causal rows and decoder rows (``causal_plan.py``) and encoder rows (``seq2seq.py``) are all run from
+Causal rows and decoder rows (``causal_plan.py``) and encoder rows (``engines.py``) are all run from
 such a plan; they differ in how it is made. Who sees whom is a few padded blocks instead of one N x N
 mask. A block is a bundle of queries with the keys they may see: all roots form one, the groups of
 similar length another. Its size is G x Tq x Tk, so a batch of many rows stays linear in rows.
