@@ -30,7 +30,7 @@ from softprompt.training.tuning_config import TuningConfig
 RATE_PER_RMS = 0.57
 """Default learning rate in units of the embedding's rms (measured, see docs/training.md)."""
 
-KEY_VALUE_RATE_PER_RMS = 0.1
+KEY_VALUE_RATE_PER_RMS = 0.2
 """Default learning rate of keys and values in units of their own rms in each layer (likewise)."""
 
 NETWORK_RATE = 0.003
