@@ -24,6 +24,7 @@ from .peft.classes import (
     AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
 )
 from .peft.classes import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from .peft.classes import PeftModel as PeftModel
 from .peft.classes import PeftModelForCausalLM as PeftModelForCausalLM
 from .peft.classes import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
 from .peft.classes import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
@@ -37,7 +38,6 @@ from .peft.classes import (
 )
 from .peft.classes import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
 from .peft.classes import set_peft_model_state_dict as set_peft_model_state_dict
-from .peft.model import PeftModel as PeftModel
 from .prompts import CartridgeConfig as CartridgeConfig
 from .prompts import CartridgeEncoder as CartridgeEncoder
 from .prompts import CPTConfig as CPTConfig

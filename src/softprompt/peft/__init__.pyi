@@ -8,6 +8,7 @@ from .classes import (
     AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
 )
 from .classes import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from .classes import PeftModel as PeftModel
 from .classes import PeftModelForCausalLM as PeftModelForCausalLM
 from .classes import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
 from .classes import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
@@ -21,4 +22,3 @@ from .classes import (
 )
 from .classes import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
 from .classes import set_peft_model_state_dict as set_peft_model_state_dict
-from .model import PeftModel as PeftModel
