@@ -22,7 +22,7 @@ from softprompt.backbone import text_key_values
 from softprompt.bundled import DEMO, model_directory
 from softprompt.engine import infer_task
 from softprompt.errors import ConfigError
-from softprompt.peft.model import PeftModel as PeftModel  # named here: these classes come with it
+from softprompt.peft.model import PeftModel as PeftModel  # noqa: PLC0414 - these classes come with it
 from softprompt.peft.saving import load_state, state_of
 from softprompt.prompts import (
     PROMPT_KEY,
