@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from oracles.families import causal
 
+from oracles.families import causal
 from softprompt.backbone import Base, replaced_modules
 from softprompt.errors import ConfigError
 

@@ -16,7 +16,7 @@ from softprompt.backbone import Base, facts_of
 from softprompt.engine import ForestEngine, PlainEngine, build_engine
 from softprompt.engine.forest.causal_plan import causal_forest
 from softprompt.engine.forest.engines import PackedSeq2SeqEngine
-from softprompt.engine.prompt_table import PromptTable
+from softprompt.engine.rows import PromptTable
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 

@@ -19,7 +19,7 @@ from softprompt.engine import build_engine
 from softprompt.engine.forest.causal_plan import Forest, Path, causal_forest, decoder_forest
 from softprompt.engine.forest.engines import encoder_plan
 from softprompt.engine.forest.layers import Packing
-from softprompt.engine.prompt_table import PromptTable
+from softprompt.engine.rows import PromptTable
 from softprompt.errors import ConfigError, ContextOverflowError, DataError
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

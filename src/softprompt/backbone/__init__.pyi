@@ -1,10 +1,6 @@
 from .attention import recomputes_layers as recomputes_layers
 from .base import Base as Base
 from .base import freeze as freeze
-from .embeddings import decoder_embedding as decoder_embedding
-from .embeddings import input_embedding as input_embedding
-from .embeddings import is_encoder_decoder as is_encoder_decoder
-from .embeddings import side_embeddings as side_embeddings
 from .facts import Facts as Facts
 from .facts import facts_of as facts_of
 from .facts import has_windows as has_windows
@@ -27,6 +23,10 @@ from .replaced import in_own_dtype as in_own_dtype
 from .replaced import modules_named as modules_named
 from .replaced import replaced_modules as replaced_modules
 from .replaced import set_module as set_module
+from .state import decoder_embedding as decoder_embedding
+from .state import input_embedding as input_embedding
+from .state import is_encoder_decoder as is_encoder_decoder
+from .state import side_embeddings as side_embeddings
 from .virtual import VirtualVocabulary as VirtualVocabulary
 from .virtual import vocabulary_of as vocabulary_of
 from .vocabulary import shared_ids as shared_ids

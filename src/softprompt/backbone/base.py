@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.backbone.attention import recomputed_alike, supported, switched
-from softprompt.backbone.embeddings import input_embedding, is_encoder_decoder
 from softprompt.backbone.facts import Facts, facts_of
 from softprompt.backbone.fingerprint import Fingerprint, fingerprint_of
 from softprompt.backbone.keyvalues import KeyValueShape, key_value_shape
@@ -22,7 +21,7 @@ from softprompt.backbone.products import (
     swapped_forwards,
     torch_products,
 )
-from softprompt.backbone.state import locked, state_of
+from softprompt.backbone.state import input_embedding, is_encoder_decoder, locked, state_of
 from softprompt.backbone.virtual import VirtualVocabulary, injected
 from softprompt.errors import BackboneError
 

@@ -13,8 +13,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from softprompt.backbone.embeddings import input_embedding, is_encoder_decoder
-from softprompt.backbone.state import stamp_of, state_of
+from softprompt.backbone.state import input_embedding, is_encoder_decoder, stamp_of, state_of
 from softprompt.errors import BackboneError
 from softprompt.prompts import initialisers
 

@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from softprompt.backbone.embeddings import is_encoder_decoder
-from softprompt.backbone.state import locked, state_of
+from softprompt.backbone.state import is_encoder_decoder, locked, state_of
 from softprompt.errors import BackboneError, ConfigError, SoftPromptError
 
 

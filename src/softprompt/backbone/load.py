@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from softprompt.backbone.base import Base
-from softprompt.backbone.embeddings import is_encoder_decoder
+from softprompt.backbone.state import is_encoder_decoder
 from softprompt.bundled import DEMO, model_directory
 from softprompt.errors import BackboneError, ConfigError
 

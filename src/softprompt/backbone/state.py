@@ -1,9 +1,4 @@
-"""What every handle on one model shares: its lock, and what was read of it once.
-
-A pass with prompts changes things that the whole process shares: the virtual tokens behind the
-input embedding, the attention implementation, the ``forward`` of linear layers. So a model has one
-re-entrant lock, and every pass of ours holds it; with one lock there is no order to get wrong.
-"""
+"""What is kept for each model: its lock, what was read and found, and the embedding modules it is known by."""
 
 from __future__ import annotations
 
@@ -18,7 +13,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 
-from softprompt.backbone.embeddings import input_embedding
+from softprompt.errors import BackboneError
 
 T = TypeVar("T")
 Lock = AbstractContextManager[Any]
@@ -104,3 +99,52 @@ def _locked(model: PreTrainedModel) -> Lock:
     for state in states:
         state.lock = state.lock or lock
     return lock
+
+
+def is_encoder_decoder(model: PreTrainedModel) -> bool:
+    """Tell whether the model has an encoder and a decoder."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def input_embedding(model: PreTrainedModel) -> nn.Embedding:
+    """Return the module that embeds the ids a prompt stands before (the encoder's, where there is one).
+
+    Raises:
+        BackboneError: If the model has none.
+    """
+    owner = model.get_encoder() if is_encoder_decoder(model) else model
+    try:
+        table = cast(PreTrainedModel, owner).get_input_embeddings()
+    except NotImplementedError:
+        table = None
+    if table is None or not isinstance(getattr(table, "weight", None), Tensor):
+        raise BackboneError(
+            f"{type(model).__name__} has no input embedding table, so no prompt can stand before its input; "
+            "use a text model"
+        )
+    return cast(nn.Embedding, _looked_up(model, cast(nn.Embedding, table)))
+
+
+def _looked_up(model: PreTrainedModel, table: nn.Embedding) -> nn.Module:
+    """Return the module a table's ids go through: T5 without its decoder has a twin that is never run."""
+    encoder = model.get_encoder()
+    if isinstance(encoder, PreTrainedModel):
+        inner = encoder.get_input_embeddings()
+        if getattr(inner, "weight", None) is table.weight:
+            return inner
+    return table
+
+
+def decoder_embedding(model: PreTrainedModel) -> nn.Embedding:
+    """Return the module in which the decoder of a seq2seq model looks ids up; the encoder's may be another."""
+    decoder = cast(Any, model).get_decoder()
+    return cast(nn.Embedding, decoder.get_input_embeddings())
+
+
+def side_embeddings(model: PreTrainedModel) -> list[nn.Embedding]:
+    """Return further tables that are looked up with the input ids: Gemma's per-layer embeddings."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if name.endswith("embed_tokens_per_layer") and isinstance(module, nn.Embedding)
+    ]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from softprompt.backbone.embeddings import (
+from softprompt.backbone.state import (
     decoder_embedding,
     input_embedding,
     is_encoder_decoder,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -65,8 +66,8 @@ def _by_bytes(vocabulary: Mapping[str, int], kind: str) -> dict[bytes, int]:
 
 def _bytes_of(token: str, kind: str) -> bytes:
     match kind:
-        case "Ġ" if set(token) <= _LETTERS.keys():
-            return bytes(_LETTERS[letter] for letter in token)
+        case "Ġ" if set(token) <= _letters().keys():
+            return bytes(_letters()[letter] for letter in token)
         case "▁":
             byte = _BYTE.fullmatch(token)
             return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
@@ -75,11 +76,9 @@ def _bytes_of(token: str, kind: str) -> bytes:
     return token.encode()
 
 
+@cache
 def _letters() -> dict[str, int]:
     """Return the byte of each letter of byte-level tokenizers (Radford et al. 2019)."""
     others = [byte for byte in range(256) if byte not in _SPELT_AS_THEMSELVES]
     own = {chr(byte): byte for byte in _SPELT_AS_THEMSELVES}
     return own | {chr(256 + number): byte for number, byte in enumerate(others)}
-
-
-_LETTERS = _letters()

@@ -42,9 +42,9 @@ from .probe import probing as probing
 from .probe import remembered as remembered
 from .probe import scoring_difference as scoring_difference
 from .probe import tolerance_of as tolerance_of
-from .prompt_table import Prefixes as Prefixes
-from .prompt_table import PromptTable as PromptTable
 from .rows import EngineRow as EngineRow
+from .rows import Prefixes as Prefixes
+from .rows import PromptTable as PromptTable
 from .rows import check_context as check_context
 from .rows import check_rows as check_rows
 from .rows import depends_on_neighbours as depends_on_neighbours

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from softprompt.backbone import Base, VirtualVocabulary
 from softprompt.engine.prefixes import prefixed
-from softprompt.engine.prompt_table import Prefixes, PromptTable
+from softprompt.engine.rows import Prefixes, PromptTable
 from softprompt.prompts import Prompt
 
 

@@ -20,8 +20,7 @@ from softprompt.backbone import Base, Facts, VirtualVocabulary, output_limit
 from softprompt.engine.batch_prompts import BatchPrompts
 from softprompt.engine.layout import Layout
 from softprompt.engine.prefixes import cached_tokens, prefix_path
-from softprompt.engine.prompt_table import Prefixes, PromptTable
-from softprompt.engine.rows import check_context
+from softprompt.engine.rows import Prefixes, PromptTable, check_context
 from softprompt.errors import ConfigError
 from softprompt.prompts import Prompt
 

@@ -24,7 +24,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from softprompt.engine.prompt_table import PromptTable
+from softprompt.engine.rows import PromptTable
 from softprompt.errors import DataError
 
 _PAD = -1

@@ -23,8 +23,7 @@ from softprompt.engine.predictions import (
 )
 from softprompt.engine.prefixes import prefix_path, prefixed
 from softprompt.engine.probe import remembered, scoring_difference
-from softprompt.engine.prompt_table import Prefixes, PromptTable
-from softprompt.engine.rows import EngineRow, depends_on_neighbours
+from softprompt.engine.rows import EngineRow, Prefixes, PromptTable, depends_on_neighbours
 from softprompt.errors import BackboneError, ConfigError
 from softprompt.prompts import Prompt
 
