@@ -117,6 +117,21 @@ def test_a_run_file_is_overridden_by_options(result, data, tmp_path):
     assert again["final_loss"] == found["final_loss"]
 
 
+def test_a_method_on_the_command_line_goes_before_the_run_files(failure, result, data, tmp_path):
+    config = tmp_path / "mine.toml"
+    config.write_text(f"train_data = '{data}'\nnum_epochs = 1\nmethod = 'prefix'\n")
+    output = tmp_path / "out"
+    result("tune", "--config", str(config), "--method", "cartridge", "--output", str(output))
+    saved = json.loads((output / "adapter_config.json").read_text())
+    assert (saved["peft_type"], saved["num_frozen_tokens"]) == ("CARTRIDGE", 1)
+    both = ("--method", "cpt", "--tuning-type", "CPT")
+    message = failure("tune", "--train-data", data, "--output", str(tmp_path / "b"), *both)
+    assert "method and tuning_type are the same setting" in message
+    wrong = ("--method", "prefix", "--num-frozen-tokens", "2")
+    message = failure("tune", "--train-data", data, "--output", str(tmp_path / "b"), *wrong)
+    assert "num_frozen_tokens would be ignored with tuning_type PREFIX_TUNING" in message
+
+
 def test_evaluate_reports_one_object(result, prompt_dir, data):
     tuned = result("evaluate", prompt_dir, "--data", data)
     assert {"rows", "accuracy", "macro_f1", "invalid"} <= set(tuned)

@@ -198,6 +198,22 @@ def test_frozen_tokens_stay(llama, rows):
         assert (found[..., kept:, :] != start[..., kept:, :]).any(dim=-1).all()
 
 
+def test_something_is_left_to_train(llama, rows):
+    tuning = {"num_virtual_tokens": 3, "num_frozen_tokens": 3}
+    with pytest.raises(ConfigError, match="leaves no virtual token to train"):
+        tune(llama, rows, method="cartridge", tuning_config=tuning)
+
+
+@pytest.mark.parametrize("base", ["llama", "bart"])
+def test_a_configuration_of_several_tasks_has_teachers_too(bases, rows, base):
+    """PEFT's default feeds both parts of a seq2seq model, and so do the teachers."""
+    config = MultitaskPromptTuningConfig(num_virtual_tokens=3)
+    tuned = tune(bases / base, {"a": rows[:8], "b": rows[8:]}, config=config, num_epochs=1)
+    assert tuned.config.num_tasks == tuned.module.num_tasks == 2
+    assert tuned.config.num_transformer_submodules == (2 if base == "bart" else 1)
+    assert "teachers" in tuned.metrics
+
+
 def test_the_rate_of_keys_and_values_is_relative_to_each_layers(llama, rows, caplog):
     caplog.set_level("INFO", "softprompt")
     tuning = {"num_virtual_tokens": 6}
@@ -374,3 +390,25 @@ def test_scales_of_a_decoder_are_read_from_it(bases, rows):
         bases / "bart", rows, method="prefix", tuning_config={"num_virtual_tokens": 3}, **STILL
     )
     assert key_values(tuned.base.model, [5, 6]).shape[:2] == tuned.prompt().prefix.shape[:2]
+
+
+def test_short_names_may_be_given_again_to_resume(llama, rows, tmp_path, monkeypatch):
+    options = {
+        "method": "prefix",
+        "lr": 0.1,
+        "num_epochs": 2,
+        "tuning_config": {"num_virtual_tokens": 3},
+    }
+    update = Events.update
+
+    def interrupt(self, state, loss):
+        update(self, state, loss)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Events, "update", interrupt)
+        with pytest.raises(TrainingInterrupted):
+            tune(llama, rows, output=tmp_path / "out", **options)
+    with pytest.raises(ConfigError, match="has tuning_type 'PREFIX_TUNING', not 'CARTRIDGE'"):
+        tune(llama, rows, output=tmp_path / "out", resume=True, method="cartridge")
+    tune(llama, rows, output=tmp_path / "out", resume=True, **options)

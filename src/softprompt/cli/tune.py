@@ -23,7 +23,7 @@ from softprompt.cli.options import (
     table,
 )
 from softprompt.errors import UsageError
-from softprompt.training import METHODS, TuneSettings, TuningConfig
+from softprompt.training import METHODS, TuneSettings, TuningConfig, full_names
 
 if TYPE_CHECKING:
     from softprompt.inference import TunedPrompt
@@ -159,13 +159,7 @@ def _merged(config: str | None, options: dict[str, Any]) -> dict[str, Any]:
     if config is not None:
         from softprompt.training import read_run
 
-        values = read_run(config)
-        for name, other in (
-            ("learning_rate", "lr"),
-            ("method", "tuning_type"),
-            ("tuning_type", "method"),
-        ):
-            if name in options:
-                values.pop(other, None)
+        values = full_names(read_run(config))
     tuning = {**values.get("tuning_config", {}), **tuning}
+    options = full_names(options)
     return {**values, **options, **({"tuning_config": tuning} if tuning else {})}

@@ -3,6 +3,7 @@ from .events import Events as Events
 from .run import read_run as read_run
 from .run import tune as tune
 from .settings import TuneSettings as TuneSettings
+from .settings import full_names as full_names
 from .source_prompts import VARIABLE as VARIABLE
 from .source_prompts import SourceInfo as SourceInfo
 from .source_prompts import list_sources as list_sources

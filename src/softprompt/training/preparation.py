@@ -135,6 +135,8 @@ def prepare(base_model: BaseLike, data: Sequence[TaskData], settings: TuneSettin
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         module = started_prompt(config, base.model).to(base.device)
+    if not any(each.numel() for each in module.parameters() if each.requires_grad):
+        raise ConfigError("num_frozen_tokens leaves no virtual token to train; lower it")
     of_a_text = _key_values(module, base, tasks[0], settings)
     return Prepared(
         base=base,

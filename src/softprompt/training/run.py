@@ -21,7 +21,7 @@ from softprompt.prompts import SOURCE_INITS, MultitaskPromptTuningConfig, Multit
 from softprompt.training.examples import Data, Rows, read_data
 from softprompt.training.preparation import BaseLike, Prepared, prepare
 from softprompt.training.session import Trained, identity, run
-from softprompt.training.settings import TuneOptions, TuneSettings
+from softprompt.training.settings import TuneOptions, TuneSettings, full_names
 from softprompt.training.state import (
     StopSignal,
     kept_if_resumable,
@@ -244,9 +244,9 @@ def _same_settings(saved: TuneSettings, options: dict[str, Any]) -> TuneSettings
     """
     silent = bool(options.pop("silence_progress_bars", saved.silence_progress_bars))
     if options:
-        asked = TuneSettings.from_dict({**saved.to_dict(), **options})
+        given = TuneSettings.from_dict({**saved.to_dict(), **full_names(options)})
         for item in fields(TuneSettings):
-            was, now = getattr(saved, item.name), getattr(asked, item.name)
+            was, now = getattr(saved, item.name), getattr(given, item.name)
             if item.name != "silence_progress_bars" and was != now:
                 raise ConfigError(
                     f"the interrupted run has {item.name} {was!r}, not {now!r}; leave it out to "

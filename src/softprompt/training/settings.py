@@ -289,21 +289,12 @@ class TuneSettings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TuneSettings:
-        """Build settings from names and values.
-
-        ``lr`` is another name of ``learning_rate``, and ``method`` a shorter one of ``tuning_type``.
+        """Build settings from names and values; see ``full_names``.
 
         Raises:
             ConfigError: an unknown name, a wrong value, or settings that contradict each other.
         """
-        values = {name: _plain_value(value) for name, value in values.items()}
-        for short, name in (("lr", "learning_rate"), ("method", "tuning_type")):
-            if short in values and name in values:
-                raise ConfigError(f"{short} and {name} are the same setting; give one of them")
-        if "lr" in values:
-            values["learning_rate"] = values.pop("lr")
-        if "method" in values:
-            values["tuning_type"] = tuning_type_named(values.pop("method"))
+        values = {name: _plain_value(value) for name, value in full_names(values).items()}
         for name in values.keys() & TuningConfig.__dataclass_fields__.keys():
             raise ConfigError(f"{name} belongs in tuning_config: tuning_config={{{name!r}: ...}}")
         return from_mapping(cls, values)
@@ -356,6 +347,24 @@ class TuneOptions(TypedDict, total=False):
     early_stopping_patience: int | None
     seed: int
     silence_progress_bars: bool
+
+
+def full_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with ``lr`` as ``learning_rate``, and ``method`` as the ``tuning_type`` it stands for.
+
+    Raises:
+        ConfigError: One is given under both names, or there is no such method.
+    """
+    found = dict(values)
+    for short, name in (("lr", "learning_rate"), ("method", "tuning_type")):
+        if found.get(short) is None:
+            found.pop(short, None)
+            continue
+        if name in found:
+            raise ConfigError(f"{short} and {name} are the same setting; give one of them")
+        value = found.pop(short)
+        found[name] = tuning_type_named(value) if short == "method" else value
+    return found
 
 
 def _plain_value(value: Any) -> Any:

@@ -290,10 +290,10 @@ class StopSignal:
         self.requested = True
 
     def check(self) -> None:
-        """Stop here if that was asked for.
+        """Stop here if the run is to be stopped.
 
         Raises:
-            TrainingInterrupted: a signal came, or `request` was called.
+            TrainingInterrupted: after a signal, or a call of `request`.
         """
         if self.requested:
             raise TrainingInterrupted("training was stopped")
@@ -326,7 +326,7 @@ def kept_if_resumable(output: Path | None) -> Iterator[None]:
     One whose numbers are not finite would fail again, so its state goes too.
 
     Raises:
-        TrainingInterrupted: a second Ctrl-C came, and the state of the last epoch is there.
+        TrainingInterrupted: after a second Ctrl-C, where the state of the last epoch is there.
     """
     try:
         yield
