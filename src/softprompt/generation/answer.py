@@ -51,13 +51,7 @@ class StopSequences:
         return self.completed(len(tokens), self.decode(tokens), self.decode(tokens[:-1]))
 
     def completed(self, count: int, text: str, before_last: str) -> int | None:
-        """Return where a stop sequence begins that the last of ``count`` tokens completed.
-
-        Args:
-            count: Tokens of the answer.
-            text: Their text.
-            before_last: The text of all but the last of them.
-        """
+        """Return where a stop sequence begins that the last of ``count`` tokens completed, by their texts."""
         if count < self.min_new_tokens:
             return None
         # The last token may complete a character that was decoded as a replacement before.
@@ -174,15 +168,7 @@ class AnswerRules:
 
 @final
 class Answer:
-    """One of a request's answers.
-
-    Args:
-        request: The request.
-        index: Which of its answers.
-        seed: What it samples with; None when it does not sample.
-        rules: What all answers share.
-        deadline: When its time is over, by ``time.monotonic``.
-    """
+    """One of a request's answers; its time is over at ``deadline``, by ``time.monotonic``."""
 
     def __init__(
         self, request: Request, index: int, seed: int | None, rules: AnswerRules, deadline: float
@@ -224,8 +210,8 @@ class Answer:
         tokens = torch.tensor([self.tokens], dtype=torch.long, device=logits.device)
         return int(self.processed(tokens, logits.unsqueeze(0)).argmax())
 
-    def add(self, token: int, logprob: float | None = None, top: TopLogProbs = ()) -> TokenEvent:
-        """Append the next token, and return its event; ``ended_by`` is set where it is the last."""
+    def add(self, token: int, logprob: float | None = None, top: TopLogProbs = ()) -> list[Event]:
+        """Append the next token; return its event, and the answer's end where it is the last."""
         self.tokens.append(token)
         if self._reads_text and self._text.add(self.tokens):
             self.ended_by = "stop_sequence"
@@ -235,12 +221,13 @@ class Answer:
             self.ended_by = "max_tokens"
         elif time.monotonic() >= self._deadline:
             self.ended_by = "time_limit"
-        if not self._reads_text:
-            return TokenEvent(self.index, token, "", logprob, top)
-        if self.ended_by is not None:
-            self._text.settle(self.tokens)
-        piece = self._text.new(ended=self.ended_by is not None)
-        return TokenEvent(self.index, token, piece, logprob, top)
+        piece = ""
+        if self._reads_text:
+            if self.ended_by is not None:
+                self._text.settle(self.tokens)
+            piece = self._text.new(ended=self.ended_by is not None)
+        event = TokenEvent(self.index, token, piece, logprob, top)
+        return [event] if self.ended_by is None else [event, self.finish()]
 
     def finish(self) -> FinishEvent:
         """Return the event of its end; an answer that did not end by itself was cancelled."""
@@ -269,11 +256,10 @@ class Answer:
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A request that a runner has taken, with its ticket and its answers.
+    """A request that a runner has taken: its answers, none of which is there when only its input is scored.
 
     Attributes:
         ticket: Where its events go.
-        answers: Its answers; none when only its input is scored.
         deadline: When its time is over, by ``time.monotonic``.
         least: Tokens that each answer gets however late it is.
         ended: Answers whose end was sent.
@@ -367,6 +353,13 @@ def scored(logits: Tensor, labels: list[int], count: int) -> list[tuple[float, T
         (value, tuple(zip(ids, tops, strict=True)))
         for value, ids, tops in zip(own, tokens.tolist(), values.tolist(), strict=True)
     ]
+
+
+def model_failed(cause: Exception) -> ServingError:
+    """Return the error of a request on which the model raised."""
+    error = ServingError(f"the model failed on this request: {cause}")
+    error.__cause__ = cause
+    return error
 
 
 def not_finite() -> ServingError:

@@ -81,22 +81,17 @@ class BatcherStats:
 class Batcher:
     """Continuous batching of requests for any prompts of one base, in a thread.
 
+    The base is put into evaluation mode. ``decode`` turns token ids into text; None is the tokenizer's,
+    special tokens left out.
+
     Attributes:
         bounds: What it uses at most.
         reason: Why it is not the decode forest that runs the requests; empty when it is.
 
-    Args:
-        base: The base; put into evaluation mode.
-        bounds: What may be used at most.
-        decode: Token ids to text; None is the tokenizer's, special tokens left out.
     """
 
     def __init__(
-        self,
-        base: Base,
-        bounds: Bounds | None = None,
-        *,
-        decode: Decode | None = None,
+        self, base: Base, bounds: Bounds | None = None, *, decode: Decode | None = None
     ) -> None:
         base.model.eval()  # type: ignore[no-untyped-call]
         self.bounds = bounds or Bounds()
@@ -150,11 +145,7 @@ class Batcher:
             )
 
     def submit(self, request: Request, *, wait: bool = False) -> Ticket:
-        """Take a request into the queue; any thread may call.
-
-        Args:
-            request: The request.
-            wait: Wait while the queue is full, instead of refusing.
+        """Take a request into the queue; any thread may call. ``wait`` waits while the queue is full.
 
         Raises:
             SoftPromptError: The request could never be run.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol, Self, final
+from typing import Self, final
 
 from softprompt.backbone import Base
-from softprompt.engine import ResidentPrompts, why_undecodable
+from softprompt.engine import why_undecodable
 from softprompt.errors import ConfigError
-from softprompt.generation.answer import Admission, AnswerRules, Job
+from softprompt.generation.answer import AnswerRules, Job
 from softprompt.generation.fallback_runner import FallbackRunner, PaddedGenerate, beam_search
 from softprompt.generation.forest_runner import ForestRunner
 from softprompt.generation.options import Bounds
@@ -21,38 +21,8 @@ _UNBOUNDED = 2**62
 """Tokens of a KV cache whose buffers grow as they are needed."""
 
 
-class Runner(Protocol):
-    """Runs jobs; all but ``check`` is called by one thread."""
-
-    name: str
-    residents: ResidentPrompts
-
-    @property
-    def rows(self) -> int:
-        """Answers that run."""
-        ...
-
-    @property
-    def jobs(self) -> list[Job]:
-        """The jobs that run."""
-        ...
-
-    @property
-    def cached_tokens(self) -> int:
-        """Tokens that there is memory for, whether or not rows use it now."""
-        ...
-
-    def check(self, request: Request) -> None:
-        """Refuse a request that could never run."""
-        ...
-
-    def admit(self, job: Job) -> Admission:
-        """Start a job if there is room."""
-        ...
-
-    def step(self) -> None:
-        """Advance the jobs that run, and send their events."""
-        ...
+Runner = ForestRunner | FallbackRunner
+"""Runs jobs; all but ``check`` is called by one thread."""
 
 
 def runner_of(base: Base, bounds: Bounds, rules: AnswerRules) -> Runner:
@@ -66,12 +36,8 @@ def runner_of(base: Base, bounds: Bounds, rules: AnswerRules) -> Runner:
 class Decoder:
     """Answers lists of requests; keeps its runner, and the prompts' keys and values, from call to call.
 
-    Any thread may call; calls take turns.
-
-    Args:
-        base: The base; put into evaluation mode.
-        bounds: What may be used at most.
-        decode: Token ids to text; None is the tokenizer's, special tokens left out.
+    Any thread may call; calls take turns. The base is put into evaluation mode. ``decode`` turns token ids
+    into text; None is the tokenizer's, special tokens left out.
     """
 
     def __init__(
@@ -120,10 +86,9 @@ class Decoder:
         return [ticket.result() for ticket in tickets]
 
     def _run(self, tickets: Sequence[Ticket]) -> None:
-        runner, self._runner = (
-            self._runner or runner_of(self._base, self._bounds, self._rules),
-            None,
-        )
+        # A runner that raised may hold rows, and is not used again.
+        runner = self._runner or runner_of(self._base, self._bounds, self._rules)
+        self._runner = None
         for ticket in tickets:
             runner.check(ticket.request)
         waiting, held = deque(tickets), list[Job]()
@@ -134,7 +99,6 @@ class Decoder:
                 rows += held[-1].request.n
             held = [job for job in held if runner.admit(job) != "started"]
             runner.step()
-        # A runner that raised may hold rows, and is not used again.
         self._runner = runner
 
     def _search(self, tickets: Sequence[Ticket]) -> None:

@@ -30,7 +30,7 @@ from softprompt.engine import (
     generate_with_prompts,
     prefix_path,
 )
-from softprompt.errors import DataError, ServingError
+from softprompt.errors import DataError
 from softprompt.generation.answer import (
     Admission,
     Answer,
@@ -38,12 +38,12 @@ from softprompt.generation.answer import (
     Echo,
     Job,
     StopSequences,
+    model_failed,
     not_finite,
     scored,
 )
 from softprompt.generation.options import Bounds
 from softprompt.generation.request import Request, beyond_bounds, check_request
-from softprompt.generation.ticket import Event
 
 _SETTINGS: dict[str, Any] = {
     # Sampling and penalties are the processors' work.
@@ -84,11 +84,7 @@ class PaddedGenerate:
         self._alone = base.facts.rope_changes_at is not None or bool(PlainEngine(base).why_alone())
 
     def __call__(self, requests: Sequence[Request], **settings: Any) -> Tensor:
-        """Return new tokens ``[B, k]``, padded behind each row's end; ``settings`` are ``generate``'s.
-
-        Raises:
-            SoftPromptError: As ``generate_with_prompts``.
-        """
+        """Return new tokens ``[B, k]``, padded behind each row's end; ``settings`` are ``generate``'s."""
         ids, mask = self._padded([request.ids for request in requests])
         kwargs = {
             **_SETTINGS,
@@ -125,13 +121,10 @@ class PaddedGenerate:
             and rows <= self._bounds.max_batch_rows
             and rows * (text + virtual + new) <= self._bounds.max_cached_tokens
             and len({_kind(request) for request in requests}) == 1
-            and not self._must_be_alone(requests)
+            and not self._alone
+            # Where columns count as positions, padding would move what stands behind a prefix.
+            and not (_kind(requests[0])[0] and prefix_path(self._base).counts_columns)
         )
-
-    def _must_be_alone(self, requests: Sequence[Request]) -> bool:
-        if self._alone:
-            return True
-        return _kind(requests[0])[0] and prefix_path(self._base).counts_columns
 
     def _padded(self, sources: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
         """Return rows of ids ``[B, T]`` filled up to the longest, and their mask."""
@@ -148,11 +141,7 @@ class PaddedGenerate:
 
 @final
 class FallbackRunner:
-    """Static batching: runs jobs batch after batch, each to its end.
-
-    Attributes:
-        residents: Always empty: nothing is kept between batches.
-    """
+    """Static batching: runs jobs batch after batch, each to its end; keeps no prompts between batches."""
 
     name = "simple"
 
@@ -179,13 +168,7 @@ class FallbackRunner:
         return sum(_need(job.request) * job.request.n for job in self._jobs)
 
     def check(self, request: Request) -> None:
-        """Refuse a request that could never run.
-
-        Raises:
-            SoftPromptError: As ``check_request``.
-            DataError: It has no input.
-            ServingError: It does not fit into the bounds.
-        """
+        """Refuse a request that could never run: as ``check_request``, without input, or beyond the bounds."""
         if not request.ids:
             raise DataError(
                 "the input has no tokens, there is nothing for the model to read; give it text"
@@ -205,27 +188,19 @@ class FallbackRunner:
 
     def step(self) -> None:
         """Run the batch to its end."""
-        try:
-            self._run(self._jobs)
-        except Exception as cause:  # whatever a model's own code raises: find the row it is about
-            if any(answer.tokens for job in self._jobs for answer in job.answers):
-                self._fail(self._jobs, cause)
-            else:
-                self._one_by_one()
+        self._run_or_fail(self._jobs)
         self._jobs = []
 
-    def _one_by_one(self) -> None:
-        for job in self._jobs:
-            try:
-                self._run([job])
-            except Exception as cause:  # as above
-                self._fail([job], cause)
-
-    def _fail(self, jobs: list[Job], cause: Exception) -> None:
-        error = ServingError(f"the model failed on this request: {cause}")
-        error.__cause__ = cause
-        for job in jobs:
-            job.fail(error)
+    def _run_or_fail(self, jobs: list[Job]) -> None:
+        try:
+            self._run(jobs)
+        except Exception as cause:  # whatever a model's own code raises: find the row it is about
+            if len(jobs) == 1 or any(answer.tokens for job in jobs for answer in job.answers):
+                for job in jobs:
+                    job.fail(model_failed(cause))
+            else:
+                for job in jobs:
+                    self._run_or_fail([job])
 
     def _run(self, jobs: list[Job]) -> None:
         for job in jobs:
@@ -274,17 +249,12 @@ class _OwnChoices(LogitsProcessor):
             if not bool(torch.isfinite(logits.max())):
                 raise not_finite()
             token = answer.choose(logits)
-            events: list[Event] = []
             count = answer.request.logprobs
-            if count is None:
-                events.append(answer.add(token))
-            else:
-                events.append(answer.add(token, *scored(logits.unsqueeze(0), [token], count)[0]))
+            score = () if count is None else scored(logits.unsqueeze(0), [token], count)[0]
+            events = answer.add(token, *score)
         except Exception as cause:  # a decoder of the caller's may raise anything
             job.fail(cause)
             return 0
-        if answer.ended_by is not None:
-            events.append(answer.finish())
         job.send(events)
         return token
 

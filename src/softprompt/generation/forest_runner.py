@@ -10,11 +10,18 @@ from torch import Tensor
 
 from softprompt.backbone import Base
 from softprompt.engine import DecodeForest, Key, Lane, NewTokens, ResidentPrompts, Wanted
-from softprompt.errors import ServingError
-from softprompt.generation.answer import Admission, Answer, Echo, Job, not_finite, scored
+from softprompt.generation.answer import (
+    Admission,
+    Answer,
+    Echo,
+    Job,
+    model_failed,
+    not_finite,
+    scored,
+)
 from softprompt.generation.options import Bounds
 from softprompt.generation.request import Request, beyond_bounds, check_request
-from softprompt.generation.ticket import Event, TopLogProbs
+from softprompt.generation.ticket import TopLogProbs
 
 _NO_TEXT = -1
 
@@ -64,12 +71,9 @@ def _followers(whole: list[tuple[int, int]]) -> tuple[int, ...]:
 
 @dataclass(slots=True, eq=False)
 class ForestRow:
-    """One row in the forest.
+    """One row in the forest, with its slot in the cache.
 
     Attributes:
-        job: The request it belongs to.
-        prefill: What it reads first.
-        lane: Its slot in the cache.
         spare: While it reads, the slots of the request's other answers.
         done: How many ids it has read.
         keeps: Whether its prompt is to be kept once it was read.
@@ -114,15 +118,13 @@ class ForestRow:
 Work = list[tuple[ForestRow, NewTokens]]
 """The rows of a pass, each with the tokens that it runs."""
 
+Score = tuple[float | None, TopLogProbs]
+"""log p of a token, and the most likely tokens; (None, ()) where they are not wanted."""
+
 
 @final
 class ForestRunner:
-    """Continuous batching: runs jobs in one decode forest; the thread that steps it owns it.
-
-    Attributes:
-        forest: The forest.
-        residents: The prompts whose keys and values are kept.
-    """
+    """Continuous batching: runs jobs in one decode forest; the thread that steps it owns it."""
 
     name = "forest"
 
@@ -151,12 +153,7 @@ class ForestRunner:
         return list(dict.fromkeys(each.job for each in self._rows))
 
     def check(self, request: Request) -> None:
-        """Refuse a request that could never run.
-
-        Raises:
-            SoftPromptError: As ``check_request``.
-            ServingError: It does not fit into the bounds.
-        """
+        """Refuse a request that could never run: as ``check_request``, or beyond the bounds."""
         check_request(self._base, request)
         need = _need(request)
         if request.n > self._bounds.max_batch_rows or not self.forest.store.fits(need, request.n):
@@ -235,10 +232,8 @@ class ForestRunner:
                 parts += self.forest.step([new])
                 done.append((row, new))
             except Exception as cause:  # as above
-                error = ServingError(f"the model failed on this request: {cause}")
-                error.__cause__ = cause
                 self._leave(row.job)
-                row.job.fail(error)
+                row.job.fail(model_failed(cause))
         kept = [i for i, (each, _) in enumerate(done) if each in self._rows]
         return [done[i] for i in kept], [parts[i] for i in kept]
 
@@ -301,32 +296,25 @@ class ForestRunner:
             if row in self._rows:
                 self._advance(row, answer, token if sound else None, score)
 
-    def _advance(
-        self,
-        row: ForestRow,
-        answer: Answer,
-        token: int | None,
-        score: tuple[float | None, TopLogProbs],
-    ) -> None:
+    def _advance(self, row: ForestRow, answer: Answer, token: int | None, score: Score) -> None:
         """Give an answer its next token; None when what the model gave is no number."""
         try:
             if token is None:
                 raise not_finite()
             row.lane.tainted = False
-            events: list[Event] = [answer.add(token, *score)]
+            events = answer.add(token, *score)
         except Exception as cause:  # a decoder of the caller's may raise anything
             self._leave(row.job)
             row.job.fail(cause)
             return
         if answer.ended_by is not None:
-            events.append(answer.finish())
             self._end(row)
         row.job.send(events)
 
     def _scores(
         self, ready: list[tuple[ForestRow, Answer]], logits: Tensor, tokens: list[int]
-    ) -> list[tuple[float | None, TopLogProbs]]:
-        found: list[tuple[float | None, TopLogProbs]] = [(None, ())] * len(ready)
+    ) -> list[Score]:
+        found: list[Score] = [(None, ())] * len(ready)
         wanting = [i for i, (_, answer) in enumerate(ready) if answer.request.logprobs is not None]
         if wanting:
             most = max(ready[i][1].request.logprobs or 0 for i in wanting)

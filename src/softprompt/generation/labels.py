@@ -68,26 +68,36 @@ def label_ids_of(rows: RowTokenizer, labels: Sequence[str]) -> list[tuple[int, .
     return found
 
 
-def label_scores(labels: Sequence[str], scores: Tensor, cut: Sequence[bool]) -> list[LabelScores]:
-    """Return what scores ``[N, K]`` of K labels say of N inputs, and whether each lost its end."""
-    shares = torch.softmax(scores, dim=1)
+def label_scores(
+    labels: Sequence[str],
+    scores: Tensor,
+    cut: Sequence[bool],
+    *,
+    shares: Tensor | None = None,
+    best: Sequence[int] | None = None,
+) -> list[LabelScores]:
+    """Return what scores ``[N, K]`` of K labels say of N inputs, and whether each lost its end.
+
+    Without ``shares`` ``[N, K]`` they are the softmax of the scores; without the ``best`` label of each
+    input it is the one of the highest score.
+    """
+    shares = torch.softmax(scores, dim=1) if shares is None else shares
+    best = scores.argmax(dim=1).tolist() if best is None else best
     return [
         LabelScores(
-            label=labels[int(row.argmax())],
-            scores=dict(zip(labels, row.tolist(), strict=True)),
-            probabilities=dict(zip(labels, share.tolist(), strict=True)),
+            label=labels[index],
+            scores=dict(zip(labels, row, strict=True)),
+            probabilities=dict(zip(labels, share, strict=True)),
             input_cut=was_cut,
         )
-        for row, share, was_cut in zip(scores, shares, cut, strict=True)
+        for index, row, share, was_cut in zip(
+            best, scores.tolist(), shares.tolist(), cut, strict=True
+        )
     ]
 
 
 def check_label_ids(labels: Sequence[str], label_ids: Sequence[Sequence[int]]) -> None:
-    """Check that no two labels have the same tokens.
-
-    Raises:
-        ConfigError: There is no label, a label has no token, or two have the same tokens.
-    """
+    """Raise ``ConfigError`` where there is no label, one has no token, or two have the same tokens."""
     if not labels:
         raise ConfigError("scoring expects at least one label, got none; pass labels")
     seen: dict[tuple[int, ...], str] = {}
@@ -104,13 +114,7 @@ def check_label_ids(labels: Sequence[str], label_ids: Sequence[Sequence[int]]) -
 
 @dataclass(frozen=True, slots=True)
 class Labelling:
-    """Inputs of one prompt whose labels are to be scored: their batch rows, and label scores from the rows' sums.
-
-    Attributes:
-        labels: The K labels.
-        label_ids: Their tokens.
-        inputs: The N inputs.
-    """
+    """N inputs of one prompt, and the K labels to score: their batch rows, and scores from the rows' sums."""
 
     labels: Sequence[str]
     label_ids: Sequence[tuple[int, ...]]
@@ -138,14 +142,7 @@ def label_rows(
     prompt: Prompt | None,
     at: int = 0,
 ) -> list[EngineRow]:
-    """Return one batch row for each of the K labels of an input.
-
-    Args:
-        source: Text tokens of the input.
-        label_ids: Tokens of the labels.
-        prompt: The prompt; None is the base alone.
-        at: Source tokens before the prompt.
-    """
+    """Return one batch row for each of an input's K labels, whose prompt stands behind ``at`` source tokens."""
     return [EngineRow(tuple(source), tuple(label), prompt, at) for label in label_ids]
 
 

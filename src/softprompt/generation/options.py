@@ -118,7 +118,11 @@ class GenerationOptions:
         object.__setattr__(self, "stop_sequences", tuple(self.stop_sequences))
         self._check_length_penalty()
         check(self)
-        self._check_stop_sequences()
+        for stop in self.stop_sequences:
+            if not isinstance(stop, str) or not stop:
+                raise ConfigError(
+                    f"stop_sequences expects texts of at least one character, got {stop!r}"
+                )
         if self.min_new_tokens > self.max_new_tokens:
             raise ConfigError(
                 f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens "
@@ -139,13 +143,6 @@ class GenerationOptions:
     def samples(self) -> bool:
         """Whether tokens are sampled."""
         return self.decoding_method == "SAMPLING"
-
-    def _check_stop_sequences(self) -> None:
-        for stop in self.stop_sequences:
-            if not isinstance(stop, str) or not stop:
-                raise ConfigError(
-                    f"stop_sequences expects texts of at least one character, got {stop!r}"
-                )
 
     def _check_length_penalty(self) -> None:
         name, given = "exponential_decay_length_penalty", self.exponential_decay_length_penalty
@@ -235,17 +232,17 @@ class Bounds:
             )
 
 
-def options_from(
-    options: GenerationOptions | None, settings: Mapping[str, Any], caller: str
-) -> GenerationOptions:
-    """Return options given as one object or as single settings.
+def options_from(settings: Mapping[str, Any], caller: str) -> GenerationOptions:
+    """Return the options that a caller gave: one object as ``options``, or its fields by name.
 
     Raises:
-        ConfigError: Both were given, or a setting is unknown or out of range.
+        ConfigError: Both were given, or a field is unknown or out of range.
     """
-    if options is not None and settings:
+    fields = dict(settings)
+    options: GenerationOptions | None = fields.pop("options", None)
+    if options is not None and fields:
         raise ConfigError(
-            f"{caller} takes options or single settings, got both ({', '.join(settings)}); "
+            f"{caller} takes options or single settings, got both ({', '.join(fields)}); "
             "put the settings into the options"
         )
-    return options or GenerationOptions.from_settings(settings)
+    return options or GenerationOptions.from_settings(fields)

@@ -46,12 +46,9 @@ class GumbelNoise(LogitsProcessor):
 
 
 class CountPenalty(LogitsProcessor):
-    """Frequency and presence penalty on the tokens of an answer, as in OpenAI's API.
+    """Frequency and presence penalty on the tokens behind the first ``skip``, as in OpenAI's API.
 
-    Args:
-        frequency: Subtracted from a token's logit for each occurrence in the answer.
-        presence: Subtracted once from the logit of each token that occurs.
-        skip: Ids before the answer, which do not count.
+    A token's logit loses ``frequency`` for each occurrence, and ``presence`` once if it occurs.
     """
 
     def __init__(self, frequency: float, presence: float, skip: int = 0) -> None:
@@ -84,11 +81,8 @@ def processors_of(
 ) -> LogitsProcessorList:
     """Return the processors of one answer, in the order in which transformers applies its own.
 
-    Args:
-        options: The options.
-        seed: Seed of an answer that is sampled.
-        end_ids: Tokens that end an answer.
-        skip: Ids before the answer; the repetition penalty alone counts them.
+    ``skip`` ids stand before the answer, which the repetition penalty alone counts; ``seed`` None samples
+    nothing, and ``end_ids`` end an answer.
     """
     found = LogitsProcessorList()
     if options.repetition_penalty != 1.0:

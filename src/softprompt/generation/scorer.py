@@ -8,9 +8,8 @@ import queue
 import threading
 from collections.abc import Sequence, Set
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import cached_property
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -102,14 +101,8 @@ def _tokens_beside(row: EngineRow, last: EngineRow | None, known: Set[Prompt | N
     return virtual + len(row.target) + (0 if shared else len(row.source))
 
 
-@dataclass(frozen=True, slots=True)
-class Scoring:
-    """The rows of one caller that wait to be scored.
-
-    Attributes:
-        rows: Sources with their targets and prompts.
-        answer: Gets the log-probability of each row's target, float32 on the CPU.
-    """
+class Scoring(NamedTuple):
+    """The rows of one caller, and what gets the log-probability of each row's target, float32 on the CPU."""
 
     rows: tuple[EngineRow, ...]
     answer: Future[Tensor]
@@ -119,10 +112,8 @@ class Scoring:
 class Scorer:
     """Dynamic batching of label scores: a thread that scores what waits in shared passes.
 
-    Engines take the base's lock for each pass.
-
     Args:
-        base: The base.
+        base: The base, whose lock is held for each pass.
         max_rows: Targets in one pass.
         max_tokens: Tokens in one pass, if they are of more than one row.
         max_waiting: Callers that wait.
@@ -234,8 +225,15 @@ class Scorer:
             batch.append(following)
 
     def _answer(self, batch: Sequence[Scoring]) -> None:
+        rows = [row for each in batch for row in each.rows]
         try:
-            found = self._scores(batch)
+            sums = score_rows(
+                self._engine,
+                rows,
+                max_rows=self._max_rows,
+                max_tokens=self._max_tokens,
+                residents=self._front,
+            )
         except Exception as error:  # whatever a model's own code raises on one of the rows
             if len(batch) == 1:
                 batch[0].answer.set_exception(error)
@@ -243,19 +241,9 @@ class Scorer:
             for each in batch:
                 self._answer([each])
             return
-        for each, scores in zip(batch, found, strict=True):
+        parts = torch.split(sums, [len(each.rows) for each in batch])
+        for each, scores in zip(batch, parts, strict=True):
             each.answer.set_result(scores)
-
-    def _scores(self, batch: Sequence[Scoring]) -> Sequence[Tensor]:
-        rows = [row for each in batch for row in each.rows]
-        sums = score_rows(
-            self._engine,
-            rows,
-            max_rows=self._max_rows,
-            max_tokens=self._max_tokens,
-            residents=self._front,
-        )
-        return torch.split(sums, [len(each.rows) for each in batch])
 
     @cached_property
     def _engine(self) -> Engine:

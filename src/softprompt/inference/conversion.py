@@ -7,15 +7,13 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from softprompt.artifacts import (
     Export,
     Format,
-    Manifest,
     Origin,
     Read,
     StoredPrompt,
@@ -30,8 +28,9 @@ from softprompt.artifacts import (
 from softprompt.backbone import Base, load_base
 from softprompt.data import SpecialFrame, Verbalizer, encode
 from softprompt.errors import ArtifactError, ConfigError, OutputExistsError, TemplateError, nearest
-from softprompt.inference.inputs import Fields, fields_of, require_tokens, row_tokenizer
-from softprompt.inference.loading import recorded_base
+from softprompt.generation import Input
+from softprompt.inference.inputs import Fields, inputs_of, row_tokenizer
+from softprompt.inference.loading import Named, Reading, recorded_base
 
 logger = logging.getLogger(__name__)
 
@@ -68,18 +67,15 @@ def convert(
     destination: str | Path,
     *,
     to: str,
-    base_model: str | Path | PreTrainedModel | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    torch_dtype: str | torch.dtype | None = None,
-    device: str | None = None,
+    base_model: Named | None = None,
     task_name: str | int | None = None,
     text: Fields | None = None,
     name: str | None = None,
     add: Mapping[str, str | Path] | None = None,
     add_tasks: Mapping[str, str | int] | None = None,
     template: str | None = None,
-    ignore_fingerprint: bool = False,
     overwrite: bool = False,
+    **reading: Unpack[Reading],
 ) -> Conversion:
     """Write a prompt in another format; the source's own is recognised from its files.
 
@@ -89,17 +85,14 @@ def convert(
         to: Name of a format; docs/formats.md has the table.
         base_model: Base of the prompt; needed where the source does not name it. A base that is
             loaded is checked against the prompt.
-        tokenizer: Used instead of the base model's own.
-        torch_dtype: dtype to load the base in; None keeps the checkpoint's.
-        device: Such as "cuda:0".
         task_name: Which task of a multitask prompt, by number or name.
         text: Input of the one request that ``vllm`` writes.
         name: What ``extended-vocab`` calls the prompt; None is the name of the source.
         add: Further prompts for ``extended-vocab``, by name.
         add_tasks: Which task of further multitask prompts, by the name in ``add``.
         template: Verbalizer of a source that has none of its own.
-        ignore_fingerprint: Use a base that the prompt was not made for.
         overwrite: Replace what the destination holds.
+        **reading: As for ``load``, but a ``torch_dtype`` of None keeps the checkpoint's.
 
     Raises:
         ArtifactError: The source fits no format or is damaged, or the format cannot express it.
@@ -115,19 +108,19 @@ def convert(
     origin = detect(source)
     read = _reader(origin, source)
     _check_output(target, output, overwrite)
-    options = {"tokenizer": tokenizer, "torch_dtype": torch_dtype, "device": device}
-    stored, base = _opened(source, read, target, base_model, options)
+    ignore = reading.pop("ignore_fingerprint", False)
+    stored, base = _opened(source, read, target, base_model, reading)
     others = _others(add or {}, add_tasks or {})
     if base is not None:
         for each in (stored, *others.values()):
-            check_base(each, base.model, ignore=ignore_fingerprint)
+            check_base(each, base.model, ignore=ignore)
             check_fit(each, base)
     lost = target.lost(stored.manifest, origin)
     chosen = None if task_name is None else str(task_name)
     stored = _recorded(stored, origin, target, base, template)
     given = None
     if text is not None and base is not None:
-        given = _source_ids(stored.of_task(chosen), base, text)
+        given = _input_of(stored.of_task(chosen), base, text)
     export = Export(
         stored=stored,
         to=to,
@@ -155,15 +148,15 @@ def _opened(
     source: str | Path,
     read: Read,
     target: Format,
-    base_model: str | Path | PreTrainedModel | None,
-    options: Mapping[str, Any],
+    base_model: Named | None,
+    reading: Mapping[str, Any],
 ) -> tuple[StoredPrompt, Base | None]:
     """Read the source, with the base where one is named or the output needs one."""
-    base = None if base_model is None else _load(base_model, target, options)
+    base = None if base_model is None else _load(base_model, target, reading)
     stored = read(source, base)
     if base is None and target.writes_with_base:
-        return stored, _load(recorded_base(stored), target, options)
-    if base is None and any(value is not None for value in options.values()):
+        return stored, _load(recorded_base(stored), target, reading)
+    if base is None and any(value is not None for value in reading.values()):
         raise ConfigError(
             f"{target.name} needs no base model here, so tokenizer, torch_dtype and device would be "
             "ignored; leave them out, or name a base_model to check the prompt against"
@@ -255,22 +248,12 @@ def _others(
     return found
 
 
-def _load(
-    base_model: str | Path | PreTrainedModel, target: Format, options: Mapping[str, Any]
-) -> Base:
-    base = load_base(base_model, **options)
+def _load(base_model: Named, target: Format, reading: Mapping[str, Any]) -> Base:
+    base = load_base(base_model, **reading)
     if target.name == _NAMING and isinstance(base_model, PreTrainedModel):
         # The export changes the model it saves.
         return Base(copy.deepcopy(base.model), base.tokenizer, base.name)
     return base
-
-
-@dataclass(frozen=True, slots=True)
-class _SourceIds:
-    """The ids of one input, and whether it was longer than the prompt's limit and lost its end."""
-
-    ids: tuple[int, ...]
-    cut: bool
 
 
 def _recorded(
@@ -280,14 +263,7 @@ def _recorded(
     base: Base | None,
     template: str | None,
 ) -> StoredPrompt:
-    """Return a prompt with the record that its output needs.
-
-    Args:
-        stored: What was read.
-        origin: The format of the source.
-        target: The format of the output.
-        base: What is on record is taken from it; None where none was loaded.
-        template: The verbalizer, for a source that has none.
+    """Return a prompt with the record that its output needs: its own, or one made for a base.
 
     Raises:
         ArtifactError: The template on record has no placeholder.
@@ -326,23 +302,19 @@ def _encoder_of(base: Base) -> Callable[[str], tuple[int, ...]]:
     return ids
 
 
-def _source_ids(stored: StoredPrompt, base: Base, text: Fields) -> _SourceIds:
-    """Return the ids of one input under a prompt's template; truncation is logged.
+def _input_of(stored: StoredPrompt, base: Base, text: Fields) -> Input:
+    """Return the tokens of one input under a prompt's template; truncation is logged.
 
     Raises:
         TemplateError: The input lacks a field of the template.
         DataError: It has no tokens.
     """
-    rows = row_tokenizer(base.tokenizer, stored.manifest or _unlimited(base))
-    ids, cut = rows.source(fields_of(text, rows.verbalizer.fields))
-    require_tokens([ids])
-    if cut:
+    unlimited = replace(manifest_of(Origin.of_base(base), base), max_source_length=_NO_LIMIT)
+    rows = row_tokenizer(base.tokenizer, stored.manifest or unlimited)
+    (given,) = inputs_of(rows, [text])
+    if given.cut:
         logger.warning(
             "the input is longer than the prompt's max_source_length of %d tokens, and lost its end",
             rows.max_source_length,
         )
-    return _SourceIds(ids, cut)
-
-
-def _unlimited(base: Base) -> Manifest:
-    return replace(manifest_of(Origin.of_base(base), base), max_source_length=_NO_LIMIT)
+    return given

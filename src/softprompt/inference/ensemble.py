@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, final, overload
+from typing import Literal, final, get_args, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from softprompt.errors import ConfigError, FingerprintError, nearest
 from softprompt.generation import (
     LabelScores,
     label_rows,
+    label_scores,
     per_token,
     rows_of_whole_inputs,
     score_rows,
@@ -23,7 +24,7 @@ from softprompt.inference.tuned import TunedPrompt
 
 Combine = Literal["mean", "vote"]
 
-COMBINES: tuple[Combine, ...] = ("mean", "vote")
+COMBINES: tuple[Combine, ...] = get_args(Combine)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +75,8 @@ class Ensemble:
             task: The task of the members that have several, by name or number.
 
         Raises:
-            ConfigError: There are too few members, their label sets differ, a member has several
-                tasks and none is chosen, or a setting is wrong.
-            FingerprintError: The members are of different bases.
+            SoftPromptError: There are too few members, of different bases or label sets, a member has
+                several tasks and none is chosen, or a setting is wrong.
         """
         if combine not in COMBINES:
             raise ConfigError(
@@ -138,17 +138,9 @@ class Ensemble:
         scores = self.scores([sources for sources, _ in found], batch_size=batch_size)
         answer = self.combined(self.ranked(scores) if normalize else scores)
         cut = [any(lost) for lost in zip(*(cuts for _, cuts in found), strict=True)]
-        return [
-            LabelScores(
-                label=self.labels[best],
-                scores=dict(zip(self.labels, row.tolist(), strict=True)),
-                probabilities=dict(zip(self.labels, share.tolist(), strict=True)),
-                input_cut=was_cut,
-            )
-            for best, row, share, was_cut in zip(
-                answer.predicted, answer.scores, answer.shares, cut, strict=True
-            )
-        ]
+        return label_scores(
+            self.labels, answer.scores, cut, shares=answer.shares, best=answer.predicted
+        )
 
     def scores(
         self,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,8 +16,11 @@ from softprompt.prompts import Placement
 Fields = str | Mapping[str, Any]
 """One input: a text, for templates of one field, or the template's fields by name."""
 
+Inputs = Fields | Iterable[Fields]
+"""One input or several."""
 
-def listed(requests: Fields | Iterable[Fields]) -> list[Fields]:
+
+def listed(requests: Inputs) -> list[Fields]:
     """Return the requests as a list, also when a single one was passed."""
     if isinstance(requests, str | Mapping):
         return [requests]
@@ -61,11 +63,7 @@ def fields_of(request: Fields, template_fields: Sequence[str]) -> dict[str, str]
 
 
 def require_tokens(sources: Sequence[Sequence[int]]) -> None:
-    """Check that every input has a token for the model to go on from.
-
-    Raises:
-        DataError: An input is empty, and the tokenizer puts no token in front of it.
-    """
+    """Raise ``DataError`` for an input without a token for the model to go on from."""
     for number, source in enumerate(sources, start=1):
         if not source:
             raise DataError(
@@ -79,12 +77,7 @@ def row_tokenizer(
     manifest: Manifest,
     placement: Placement = Placement.PREFIX,
 ) -> RowTokenizer:
-    """Return what turns fields into token ids as a prompt's record says.
-
-    Raises:
-        ConfigError: The tokenizer has no such placement, or the limits leave no room for text.
-        TemplateError: The template cannot be used.
-    """
+    """Return what turns fields into token ids as a prompt's manifest says; raises as ``RowTokenizer``."""
     return RowTokenizer(
         tokenizer,
         Verbalizer(manifest.template),
@@ -95,25 +88,17 @@ def row_tokenizer(
     )
 
 
-def inputs_of(rows: RowTokenizer, requests: Fields | Iterable[Fields]) -> list[Input]:
-    """Return what each input puts before its answer; see ``sources_of``."""
-    names = rows.verbalizer.fields
-    found = [rows.source(fields_of(each, names)) for each in listed(requests)]
-    require_tokens([ids for ids, _ in found])
-    return [Input(ids, rows.offset(ids), rows.decode, cut) for ids, cut in found]
-
-
-def sources_of(
-    rows: RowTokenizer, requests: Fields | Iterable[Fields]
-) -> tuple[list[tuple[int, ...]], list[bool]]:
-    """Return the text tokens of each input, and whether it lost its end.
+def inputs_of(rows: RowTokenizer, requests: Inputs) -> list[Input]:
+    """Return what each input puts before its answer.
 
     Raises:
         TemplateError: An input does not have the template's fields.
         DataError: An input has no tokens.
     """
-    found = inputs_of(rows, requests)
-    return [each.ids for each in found], [each.cut for each in found]
+    names = rows.verbalizer.fields
+    found = [rows.source(fields_of(each, names)) for each in listed(requests)]
+    require_tokens([ids for ids, _ in found])
+    return [Input(ids, rows.offset(ids), rows.decode, cut) for ids, cut in found]
 
 
 def _text(name: str, value: Any) -> str:
@@ -137,8 +122,7 @@ Tasks = Task | Sequence[Task | None] | None
 """One task for all inputs, or one for each; None where a prompt has one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Addressed:
+class Addressed(NamedTuple):
     """An input, with the prompt and the task that answer it."""
 
     request: Fields
@@ -147,11 +131,7 @@ class Addressed:
 
 
 def check_names(names: Iterable[object]) -> None:
-    """Check the names of prompts.
-
-    Raises:
-        ConfigError: There is none, or one is no text.
-    """
+    """Raise ``ConfigError`` where there is no prompt, or the name of one is no text."""
     given = list(names)
     if not given:
         raise ConfigError("expected at least one prompt to serve, got none; name one")
@@ -162,9 +142,7 @@ def check_names(names: Iterable[object]) -> None:
             )
 
 
-def addressed(
-    requests: Fields | Iterable[Fields], prompts: Names, task_name: Tasks
-) -> list[Addressed]:
+def addressed(requests: Inputs, prompts: Names, task_name: Tasks) -> list[Addressed]:
     """Return each input with the prompt and the task that answer it.
 
     Raises:
@@ -209,23 +187,3 @@ def task_number(task: Task | None, manifest: Manifest, count: int) -> int:
     raise ConfigError(
         f"this prompt has no task {given}{nearest(str(task), names)}; its tasks are {known}"
     )
-
-
-def rows_by_task(
-    chosen: TaskNames, manifest: Manifest, count: int, rows: int
-) -> dict[int, list[int]]:
-    """Return the rows of each chosen task, by its number.
-
-    Raises:
-        ConfigError: there is no such task, or not one for each row.
-    """
-    if isinstance(chosen, str | int):
-        return {task_number(chosen, manifest, count): list(range(rows))}
-    if len(chosen) != rows:
-        raise ConfigError(
-            f"task_name takes one task, or one for each of the {rows:,} rows; got {len(chosen):,}"
-        )
-    found: dict[int, list[int]] = {}
-    for row, task in enumerate(chosen):
-        found.setdefault(task_number(task, manifest, count), []).append(row)
-    return found

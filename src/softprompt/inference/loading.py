@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypedDict, Unpack, overload
 
 import torch
 from torch import nn
@@ -29,43 +29,43 @@ from softprompt.inference.serving import Serving
 from softprompt.inference.tuned import TunedPrompt
 from softprompt.prompts import PromptLearningConfig, check_fit, take_over
 
+Named = str | Path | PreTrainedModel
+"""A base: its folder or Hub id, or a model in memory."""
+
 _SEQ2SEQ = {"CAUSAL_LM": False, "SEQ_2_SEQ_LM": True}
+
+
+class Reading(TypedDict, total=False):
+    """How a base is read, and whether prompts that were made for another are put on it; see ``load``."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    torch_dtype: str | torch.dtype | None
+    device: str | None
+    ignore_fingerprint: bool
 
 
 @overload
 def load(
-    prompts: str | Path,
-    base_model: str | Path | PreTrainedModel | None = None,
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    torch_dtype: str | torch.dtype | None = None,
-    device: str | None = None,
-    ignore_fingerprint: bool = False,
+    prompts: str | Path, base_model: Named | None = None, **reading: Unpack[Reading]
 ) -> TunedPrompt: ...
 
 
 @overload
 def load(
     prompts: Mapping[str, str | Path],
-    base_model: str | Path | PreTrainedModel | None = None,
+    base_model: Named | None = None,
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    torch_dtype: str | torch.dtype | None = None,
-    device: str | None = None,
-    ignore_fingerprint: bool = False,
     bounds: Bounds | None = None,
+    **reading: Unpack[Reading],
 ) -> Serving: ...
 
 
 def load(
     prompts: str | Path | Mapping[str, str | Path],
-    base_model: str | Path | PreTrainedModel | None = None,
+    base_model: Named | None = None,
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    torch_dtype: str | torch.dtype | None = None,
-    device: str | None = None,
-    ignore_fingerprint: bool = False,
     bounds: Bounds | None = None,
+    **reading: Unpack[Reading],
 ) -> TunedPrompt | Serving:
     """Load what softprompt or PEFT wrote, with its base model: one prompt, or many that answer together.
 
@@ -77,12 +77,11 @@ def load(
             the names that calls use.
         base_model: Folder, Hub id, or a model in memory, which is frozen and put into evaluation
             mode; None takes the one on record (with the first prompt).
-        tokenizer: Used instead of the base model's own.
-        torch_dtype: dtype of the base; None takes the recorded one, or leaves a model in
-            memory as it is.
-        device: Such as "cuda:0"; None is the CPU, or where a model in memory is.
-        ignore_fingerprint: Use prompts on a base they were not made for.
         bounds: What many prompts together may use at most.
+        **reading: ``tokenizer``, used instead of the base model's own; ``torch_dtype`` of the base, where
+            None takes the recorded one, or leaves a model in memory as it is; ``device`` such as
+            "cuda:0", where None is the CPU, or where a model in memory is; ``ignore_fingerprint`` to use
+            prompts on a base they were not made for.
 
     Returns:
         A ``TunedPrompt`` for a folder, a ``Serving`` for a mapping.
@@ -94,60 +93,52 @@ def load(
         BackboneError: The base model cannot be loaded.
         FingerprintError: The base is not the one a prompt was made for.
     """
-    reading = {"tokenizer": tokenizer, "torch_dtype": torch_dtype, "device": device}
     if isinstance(prompts, Mapping):
-        return _served(prompts, base_model, reading, ignore_fingerprint, bounds)
-    if bounds is not None:
+        check_names(prompts)
+        folders = list(prompts.values())
+    elif bounds is not None:
         raise ConfigError(
             "bounds are for prompts by name, load({name: folder}); leave them out for one prompt"
         )
-    _check_folder(prompts)
-    return _loaded([prompts], base_model, reading, ignore_fingerprint)[0]
+    else:
+        folders = [prompts]
+    for folder in folders:
+        _check_folder(folder)
+    found = load_many(folders, base_model, **reading)
+    if isinstance(prompts, Mapping):
+        return Serving(dict(zip(prompts, found, strict=True)), bounds)
+    return found[0]
 
 
 def load_many(
     directories: Sequence[str | Path],
-    base_model: str | Path | PreTrainedModel | None = None,
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    torch_dtype: str | torch.dtype | None = None,
-    device: str | None = None,
-    ignore_fingerprint: bool = False,
+    base_model: Named | None = None,
+    **reading: Unpack[Reading],
 ) -> list[TunedPrompt]:
     """Load several prompts of one base model, which is loaded once; see ``load``.
 
     Args:
         directories: Folders of the prompts, or names on the Hub, at least one.
-        base_model: As for ``load``; None takes the one on record with the first prompt.
-        tokenizer: Used instead of the base model's own.
-        torch_dtype: dtype of the base; None takes the recorded one, which must then be the same.
-        device: Such as "cuda:0".
-        ignore_fingerprint: Use prompts on a base they were not made for.
+        base_model: As for ``load``.
+        **reading: As for ``load``.
 
     Raises:
-        ConfigError: No prompt is named, or the recorded dtypes differ.
-        ArtifactError: A folder is missing or damaged, or the first names no base model.
-        BackboneError: The base model cannot be loaded.
-        FingerprintError: The base is not the one a prompt was made for.
+        SoftPromptError: As ``load``; or no prompt is named.
     """
     if isinstance(directories, str | Path | Mapping) or not directories:
         raise ConfigError(f"expected the folders of one prompt or more, got {directories!r}")
-    reading = {"tokenizer": tokenizer, "torch_dtype": torch_dtype, "device": device}
-    return _loaded(directories, base_model, reading, ignore_fingerprint)
+    ignore = reading.pop("ignore_fingerprint", False)
+    found, base = _read(directories, base_model, **reading)
+    return [tuned_of(stored, base, ignore_fingerprint=ignore) for stored in found]
 
 
 def tuned_of(stored: StoredPrompt, base: Base, *, ignore_fingerprint: bool = False) -> TunedPrompt:
     """Return a stored prompt on its base, which is read and not changed; another thread may be using it.
 
-    Args:
-        stored: What was read from disk.
-        base: The base it is for.
-        ignore_fingerprint: Take a prompt that was made for another base.
-
     Raises:
         ArtifactError: The tensors do not fit the configuration.
         ConfigError: The configuration does not fit the base.
-        FingerprintError: The base is another one.
+        FingerprintError: The base is another one, and ``ignore_fingerprint`` is off.
     """
     check_base(stored, base.model, ignore=ignore_fingerprint)
     config = completed(stored.configuration(), base)
@@ -185,30 +176,6 @@ def _loaded_heads(
     return heads
 
 
-def _loaded(
-    directories: Sequence[str | Path],
-    base_model: str | Path | PreTrainedModel | None,
-    reading: Mapping[str, Any],
-    ignore_fingerprint: bool,
-) -> list[TunedPrompt]:
-    found, base = _read(directories, base_model, **reading)
-    return [tuned_of(stored, base, ignore_fingerprint=ignore_fingerprint) for stored in found]
-
-
-def _served(
-    folders: Mapping[str, str | Path],
-    base_model: str | Path | PreTrainedModel | None,
-    reading: Mapping[str, Any],
-    ignore_fingerprint: bool,
-    bounds: Bounds | None,
-) -> Serving:
-    check_names(folders)
-    for folder in folders.values():
-        _check_folder(folder)
-    found = _loaded(list(folders.values()), base_model, reading, ignore_fingerprint)
-    return Serving(dict(zip(folders, found, strict=True)), bounds)
-
-
 def _check_folder(given: object) -> None:
     if not isinstance(given, str | Path):
         raise ConfigError(
@@ -219,11 +186,9 @@ def _check_folder(given: object) -> None:
 
 def _read(
     directories: Sequence[str | Path],
-    base_model: str | Path | PreTrainedModel | None,
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    base_model: Named | None,
     torch_dtype: str | torch.dtype | None = None,
-    device: str | None = None,
+    **reading: Any,
 ) -> tuple[list[StoredPrompt], Base]:
     """Read prompts, and their base once, which is frozen and put into evaluation mode."""
     found = [load_adapter(directory) for directory in directories]
@@ -231,9 +196,7 @@ def _read(
     named = recorded_base(found[0]) if base_model is None else base_model
     if torch_dtype is None and not isinstance(named, PreTrainedModel):
         torch_dtype = _recorded_dtype(found)
-    base = load_base(
-        named, tokenizer=tokenizer, seq2seq=kinds[0], torch_dtype=torch_dtype, device=device
-    )
+    base = load_base(named, seq2seq=kinds[0], torch_dtype=torch_dtype, **reading)
     base.model.eval()  # type: ignore[no-untyped-call]
     freeze(base.model)
     return found, base

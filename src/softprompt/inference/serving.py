@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self, final
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple, final
 
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from softprompt.generation import (
 )
 from softprompt.inference.inputs import (
     Fields,
+    Inputs,
     Names,
     Task,
     Tasks,
@@ -42,15 +42,8 @@ from softprompt.inference.inputs import (
 from softprompt.inference.tuned import TunedPrompt
 
 
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """Inputs of one prompt that the scorer has.
-
-    Attributes:
-        numbers: Which of a call's inputs they are.
-        labelling: The inputs with their labels.
-        sums: Gets the rows' log-probabilities.
-    """
+class Scored(NamedTuple):
+    """Inputs of one prompt that the scorer has: their numbers in the call, and their rows' log-probabilities."""
 
     numbers: Sequence[int]
     labelling: Labelling
@@ -58,7 +51,7 @@ class Scored:
 
 
 @final
-class Serving:
+class Serving(AbstractContextManager["Serving"]):
     """Prompts of one base model that answer many inputs at once, each equal to its answer alone.
 
     ``softprompt.load`` makes it from folders. Thread-safe. Closing it, also at the end of a
@@ -127,13 +120,7 @@ class Serving:
         return self.batcher.submit(Request.of(given, own.prompt(), options=options, **more))
 
     def generate(
-        self,
-        requests: Fields | Iterable[Fields],
-        prompts: Names,
-        *,
-        task_name: Tasks = None,
-        options: GenerationOptions | None = None,
-        **settings: Any,
+        self, requests: Inputs, prompts: Names, *, task_name: Tasks = None, **settings: Any
     ) -> list[Generation]:
         """Return one answer for each input.
 
@@ -142,75 +129,50 @@ class Serving:
             prompts: The name of the prompt of each input, or one for all.
             task_name: The task of multitask prompts, by name or number; or one for each input, None
                 where its prompt has one.
-            options: How to generate; or name its fields as ``settings``.
-            **settings: Fields of ``GenerationOptions``.
+            **settings: How to generate: fields of ``GenerationOptions``, or these as ``options``.
 
         Raises:
             SoftPromptError: There is no such prompt or task, an input does not fit it, or serving ended.
         """
-        chosen = options_from(options, settings, "generate")
+        chosen = options_from(settings, "generate")
         tickets = self._submitted(requests, prompts, task_name, chosen)
-        try:
+        with _cancelled(ticket for ticket, _ in tickets):
             return [Generation.of(ticket.result()[0], cut=given.cut) for ticket, given in tickets]
-        finally:
-            for ticket, _ in tickets:
-                ticket.cancel()
 
     async def agenerate(
-        self,
-        requests: Fields | Iterable[Fields],
-        prompts: Names,
-        *,
-        task_name: Tasks = None,
-        options: GenerationOptions | None = None,
-        **settings: Any,
+        self, requests: Inputs, prompts: Names, *, task_name: Tasks = None, **settings: Any
     ) -> list[Generation]:
         """Answer as ``generate``, without blocking the event loop."""
-        chosen = options_from(options, settings, "agenerate")
+        chosen = options_from(settings, "agenerate")
         # In a thread, as it waits while the queue is full.
         tickets = await in_thread(
             lambda: self._submitted(requests, prompts, task_name, chosen),
             lambda each: each[0].cancel(),
         )
-        try:
+        with _cancelled(ticket for ticket, _ in tickets):
             ends = await asyncio.gather(*(ticket for ticket, _ in tickets))
-        finally:
-            for ticket, _ in tickets:
-                ticket.cancel()
         return [
             Generation.of(end[0], cut=given.cut)
             for end, (_, given) in zip(ends, tickets, strict=True)
         ]
 
     def stream(
-        self,
-        request: Fields,
-        prompt: str,
-        *,
-        task_name: Task | None = None,
-        options: GenerationOptions | None = None,
-        **settings: Any,
+        self, request: Fields, prompt: str, *, task_name: Task | None = None, **settings: Any
     ) -> Iterator[str]:
         """Yield the answer to one input piece by piece; dropping the iterator cancels it."""
-        chosen = options_from(options, settings, "stream")
+        chosen = options_from(settings, "stream")
         return pieces(self.submit(request, prompt, chosen, task_name=task_name))
 
     def astream(
-        self,
-        request: Fields,
-        prompt: str,
-        *,
-        task_name: Task | None = None,
-        options: GenerationOptions | None = None,
-        **settings: Any,
+        self, request: Fields, prompt: str, *, task_name: Task | None = None, **settings: Any
     ) -> AsyncIterator[str]:
         """Yield as ``stream``, without blocking the event loop."""
-        chosen = options_from(options, settings, "astream")
+        chosen = options_from(settings, "astream")
         return async_pieces(self.submit(request, prompt, chosen, task_name=task_name))
 
     def classify(
         self,
-        requests: Fields | Iterable[Fields],
+        requests: Inputs,
         prompts: Names,
         labels: Sequence[str] | None = None,
         *,
@@ -230,15 +192,12 @@ class Serving:
             SoftPromptError: As ``generate``; or there is no label set, or two labels have the same tokens.
         """
         scored = self._scored(requests, prompts, labels, task_name)
-        try:
+        with _cancelled(each.sums for each in scored):
             return _in_order(scored, [each.sums.result() for each in scored], normalize=normalize)
-        finally:
-            for each in scored:
-                each.sums.cancel()
 
     async def aclassify(
         self,
-        requests: Fields | Iterable[Fields],
+        requests: Inputs,
         prompts: Names,
         labels: Sequence[str] | None = None,
         *,
@@ -250,11 +209,8 @@ class Serving:
             lambda: self._scored(requests, prompts, labels, task_name),
             lambda each: each.sums.cancel(),
         )
-        try:
+        with _cancelled(each.sums for each in scored):
             sums = await asyncio.gather(*(asyncio.wrap_future(each.sums) for each in scored))
-        finally:
-            for each in scored:
-                each.sums.cancel()
         return _in_order(scored, sums, normalize=normalize)
 
     def close(self) -> None:
@@ -262,16 +218,7 @@ class Serving:
         self._scorer.stop()
         self.batcher.stop()
 
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close."""
         self.close()
 
@@ -284,11 +231,7 @@ class Serving:
         return self._prompts[name].of_task(task)
 
     def _submitted(
-        self,
-        requests: Fields | Iterable[Fields],
-        prompts: Names,
-        task_name: Tasks,
-        options: GenerationOptions,
+        self, requests: Inputs, prompts: Names, task_name: Tasks, options: GenerationOptions
     ) -> list[tuple[Ticket, Input]]:
         queued = []
         for each in addressed(requests, prompts, task_name):
@@ -308,7 +251,7 @@ class Serving:
 
     def _scored(
         self,
-        requests: Fields | Iterable[Fields],
+        requests: Inputs,
         prompts: Names,
         labels: Sequence[str] | None,
         task_name: Tasks,
@@ -337,6 +280,16 @@ class Serving:
                 begun.sums.cancel()
             raise
         return scored
+
+
+@contextmanager
+def _cancelled(begun: Iterable[Ticket | Future[Tensor]]) -> Iterator[None]:
+    """Cancel, at the end of the context, what has not ended."""
+    try:
+        yield
+    finally:
+        for each in begun:
+            each.cancel()
 
 
 def _in_order(

@@ -33,13 +33,12 @@ from softprompt.generation import (
 )
 from softprompt.inference.inputs import (
     Fields,
+    Inputs,
     Task,
     TaskNames,
     inputs_of,
     listed,
     row_tokenizer,
-    rows_by_task,
-    sources_of,
     task_number,
 )
 from softprompt.prompts import Prompt, PromptLearningConfig, PromptModule
@@ -101,7 +100,7 @@ class TunedPrompt:
         """
         if task is None and self.task is not None:
             return self
-        number = task_number(task, self.whole, self.module.num_tasks)
+        number = self._number(task)
         if number not in self._shared.tasks:
             own = TunedPrompt(
                 self.base, self.module, self.config, self.whole, task=number, heads=self.heads
@@ -130,11 +129,22 @@ class TunedPrompt:
         Raises:
             ConfigError: There is no such task, or not one for each input.
         """
-        return rows_by_task(chosen, self.whole, self.module.num_tasks, rows)
+        names = [chosen] * rows if isinstance(chosen, str | int) else chosen
+        if len(names) != rows:
+            raise ConfigError(
+                f"task_name takes one task, or one for each of the {rows:,} rows; got {len(names):,}"
+            )
+        found: dict[int, list[int]] = {}
+        for row, task in enumerate(names):
+            found.setdefault(self._number(task), []).append(row)
+        return found
+
+    def _number(self, task: Task | None) -> int:
+        return task_number(task, self.whole, self.module.num_tasks)
 
     def _of_tasks(
         self,
-        requests: Fields | Iterable[Fields],
+        requests: Inputs,
         chosen: TaskNames,
         answer: Callable[[TunedPrompt, list[Fields]], list[_Answer]],
     ) -> list[_Answer]:
@@ -167,11 +177,7 @@ class TunedPrompt:
         return self.engine_of("auto")
 
     def engine_of(self, kind: str) -> Engine:
-        """Return an engine over the base model by its name.
-
-        Raises:
-            ConfigError: There is no such engine, or it does not run this model exactly.
-        """
+        """Return an engine by its name; raise ``ConfigError`` where it does not run the base exactly."""
         return build_engine(self.base, kind)
 
     def prompt(self) -> Prompt:
@@ -180,17 +186,13 @@ class TunedPrompt:
         Raises:
             ConfigError: The prompt has several tasks, and none is chosen.
         """
-        number = task_number(self.task, self.whole, self.module.num_tasks)
+        number = self._number(self.task)
         if self._shared.prompts is not None:
             return self._shared.prompts[number]
         return self.module.prompt(number).detach().map(Tensor.clone)
 
     def check_served(self) -> None:
-        """Check that the prompt is nothing but virtual tokens, or keys and values, before its base.
-
-        Raises:
-            ConfigError: It has a head of its own.
-        """
+        """Raise ``ConfigError`` for a prompt with trained modules beside its virtual tokens, keys or values."""
         if self.heads:
             names = ", ".join(head_tensors(self.heads))
             raise ConfigError(
@@ -199,18 +201,14 @@ class TunedPrompt:
 
     # A str is iterable too; the first overload is the one meant.
     @overload
-    def __call__(  # type: ignore[overload-overlap]
-        self, requests: Fields, *, task_name: TaskNames | None = None
-    ) -> str: ...
+    def __call__(self, requests: Fields, *, task_name: Task | None = None) -> str: ...  # type: ignore[overload-overlap]
 
     @overload
     def __call__(
         self, requests: Iterable[Fields], *, task_name: TaskNames | None = None
     ) -> list[str]: ...
 
-    def __call__(
-        self, requests: Fields | Iterable[Fields], *, task_name: TaskNames | None = None
-    ) -> str | list[str]:
+    def __call__(self, requests: Inputs, *, task_name: TaskNames | None = None) -> str | list[str]:
         """Return the best label, or the generated text, of one input or of each in a list.
 
         Args:
@@ -232,19 +230,19 @@ class TunedPrompt:
 
     def classify(
         self,
-        requests: Fields | Iterable[Fields],
+        requests: Inputs,
         labels: Sequence[str] | None = None,
         *,
         task_name: TaskNames | None = None,
         normalize: bool = False,
         batch_size: int = 64,
     ) -> list[LabelScores]:
-        """Return how likely each label is as the answer to each input.
+        """Return how likely each label is as the answer to each input; inputs and tasks as for a call.
 
         Args:
-            requests: One input or several: texts, or mappings of the template's fields.
+            requests: One input or several.
             labels: Label set; None takes the one recorded with the prompt.
-            task_name: The task of a multitask prompt, by name or number; or one for each input.
+            task_name: The task of the inputs, or of each.
             normalize: Divide a label's log-probability by its token count.
             batch_size: (input, label) pairs in one pass, at most.
 
@@ -275,10 +273,9 @@ class TunedPrompt:
 
     def generate(
         self,
-        requests: Fields | Iterable[Fields],
+        requests: Inputs,
         *,
         task_name: TaskNames | None = None,
-        options: GenerationOptions | None = None,
         batch_size: int = 16,
         **settings: Any,
     ) -> list[Generation]:
@@ -287,9 +284,9 @@ class TunedPrompt:
         Args:
             requests: One input or several: texts, or mappings of the template's fields.
             task_name: The task of a multitask prompt, by name or number; or one for each input.
-            options: How to generate; or name its fields as ``settings``.
             batch_size: Answers that are generated at the same time, at most.
-            **settings: Fields of ``GenerationOptions``, such as ``max_new_tokens=20``.
+            **settings: How to generate: fields of ``GenerationOptions``, such as ``max_new_tokens=20``, or
+                these as ``options``.
 
         Raises:
             ConfigError: An option is unknown, out of range, or would be ignored.
@@ -300,35 +297,27 @@ class TunedPrompt:
             return self._of_tasks(
                 requests,
                 task_name,
-                lambda own, part: own.generate(
-                    part, options=options, batch_size=batch_size, **settings
-                ),
+                lambda own, part: own.generate(part, batch_size=batch_size, **settings),
             )
-        chosen = options_from(options, settings, "generate")
-        sources, cut = self.sources(requests)
-        return self.generate_rows(sources, chosen, batch_size=batch_size, cut=cut)
+        chosen = options_from(settings, "generate")
+        given = inputs_of(self.rows, requests)
+        return self._generated(given, self.prompt(), chosen, batch_size)
 
     def stream(
-        self,
-        request: Fields,
-        *,
-        task_name: Task | None = None,
-        options: GenerationOptions | None = None,
-        **settings: Any,
+        self, request: Fields, *, task_name: Task | None = None, **settings: Any
     ) -> Iterator[str]:
         """Yield the generated answer to one input piece by piece; together they are ``generate``'s text.
 
         Args:
             request: A text, or a mapping of the template's fields.
             task_name: The task of a multitask prompt, by name or number.
-            options: How to generate; or name its fields as ``settings``.
-            **settings: Fields of ``GenerationOptions``.
+            **settings: As for ``generate``.
 
         Raises:
             SoftPromptError: As ``generate``; or for beams, which cannot be streamed.
         """
         tuned = self.of_task(task_name)
-        chosen = options_from(options, settings, "stream")
+        chosen = options_from(settings, "stream")
         (given,) = inputs_of(tuned.rows, [request])
         tuned.check_served()
         return streamed(self.base, Request.of(given, tuned.prompt(), options=chosen))
@@ -339,39 +328,37 @@ class TunedPrompt:
         options: GenerationOptions,
         *,
         batch_size: int = 16,
-        cut: Sequence[bool] | None = None,
         without_prompt: bool = False,
     ) -> list[Generation]:
         """Return one generated answer for each row of token ids; see ``generate``."""
         prompt = None if without_prompt else self.prompt()
-        requests = []
-        for source in sources:
-            at = 0 if prompt is None else self.rows.offset(source)
-            given = Input(tuple(source), at, self.rows.decode)
-            requests.append(Request.of(given, prompt, options=options))
-        decoder = self._shared.decoder(self.base, batch_size)
-        with replaced_modules(self.base, {} if without_prompt else self.heads):
-            ends = decoder.run(requests)
-        flags = cut or [False] * len(ends)
-        return [Generation.of(end, cut=lost) for (end,), lost in zip(ends, flags, strict=True)]
+        given = [
+            Input(tuple(ids), 0 if prompt is None else self.rows.offset(ids), self.rows.decode)
+            for ids in sources
+        ]
+        return self._generated(given, prompt, options, batch_size)
 
-    def sources(
-        self, requests: Fields | Iterable[Fields]
-    ) -> tuple[list[tuple[int, ...]], list[bool]]:
-        """Return the text tokens of each input, and whether it lost its end.
+    def _generated(
+        self,
+        given: Sequence[Input],
+        prompt: Prompt | None,
+        options: GenerationOptions,
+        batch_size: int,
+    ) -> list[Generation]:
+        requests = [Request.of(each, prompt, options=options) for each in given]
+        if batch_size not in self._shared.decoders:
+            self._shared.decoders[batch_size] = Decoder.of_batches(self.base, batch_size)
+        with replaced_modules(self.base, {} if prompt is None else self.heads):
+            ends = self._shared.decoders[batch_size].run(requests)
+        return [Generation.of(end, cut=each.cut) for (end,), each in zip(ends, given, strict=True)]
 
-        Raises:
-            TemplateError: An input does not have the template's fields.
-            DataError: An input has no tokens.
-        """
-        return sources_of(self.rows, requests)
+    def sources(self, requests: Inputs) -> tuple[list[tuple[int, ...]], list[bool]]:
+        """Return the text tokens of each input, and whether it lost its end; raises as ``classify``."""
+        found = inputs_of(self.rows, requests)
+        return [each.ids for each in found], [each.cut for each in found]
 
     def label_ids(self, labels: Sequence[str]) -> list[tuple[int, ...]]:
-        """Return the tokens of each label.
-
-        Raises:
-            ConfigError: There is no label, or two labels have the same tokens.
-        """
+        """Return the tokens of each label; raise ``ConfigError`` where there is none, or two have the same."""
         return label_ids_of(self.rows, labels)
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> None:
@@ -397,9 +384,3 @@ class _Shared:
     tasks: dict[int, TunedPrompt] = field(default_factory=dict)
     prompts: tuple[Prompt, ...] | None = None
     decoders: dict[int, Decoder] = field(default_factory=dict)
-
-    def decoder(self, base: Base, batch_size: int) -> Decoder:
-        """Return the decoder for a batch size, made once; see ``Decoder.of_batches``."""
-        if batch_size not in self.decoders:
-            self.decoders[batch_size] = Decoder.of_batches(base, batch_size)
-        return self.decoders[batch_size]
