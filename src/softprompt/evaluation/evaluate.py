@@ -16,7 +16,6 @@ from softprompt.evaluation.report import Report, joined
 from softprompt.generation import GenerationOptions
 from softprompt.inference import Ensemble, TaskNames, TunedPrompt, require_tokens
 from softprompt.inference import Task as TaskName
-from softprompt.prompts import Prompt
 
 Task = Literal["classification", "generation"]
 
@@ -70,7 +69,7 @@ def evaluate(
     members = tuned.members if isinstance(tuned, Ensemble) else (tuned,)
     source_field = _column("input_field", members, input_field)
     target_field = _column("output_field", members, output_field)
-    how = _How(task, without_prompt, batch_size, normalize, engine, target_field)
+    how = _Settings(task, without_prompt, batch_size, normalize, engine, target_field)
     if not several:
         _chosen_task(members[0], how)
     examples = read_records(data, input_field=source_field, output_field=target_field)
@@ -91,8 +90,8 @@ def evaluate(
 
 
 @dataclass(frozen=True, slots=True)
-class _How:
-    """The settings that hold for the rows of every task."""
+class _Settings:
+    """The arguments of ``evaluate`` that hold for the rows of every task."""
 
     task: Task | None
     without_prompt: bool
@@ -126,7 +125,7 @@ def _tasks_of(examples: Sequence[Record], task_field: str) -> list[str]:
     return tasks
 
 
-def _report(tuned: TunedPrompt | Ensemble, examples: Sequence[Record], how: _How) -> Report:
+def _report(tuned: TunedPrompt | Ensemble, examples: Sequence[Record], how: _Settings) -> Report:
     """Return the report of examples that have one task."""
     members = tuned.members if isinstance(tuned, Ensemble) else (tuned,)
     chosen = _chosen_task(members[0], how)
@@ -135,31 +134,13 @@ def _report(tuned: TunedPrompt | Ensemble, examples: Sequence[Record], how: _How
     scorer = members[0].engine_of(how.engine)
     if isinstance(tuned, Ensemble):
         _check_ensemble(chosen, how.without_prompt)
-        return _ensemble_report(
-            tuned, scorer, rows, targets, batch_size=how.batch_size, normalize=how.normalize
-        )
-    subject = _Subject(tuned, scorer, how.without_prompt, how.batch_size)
+        return _ensemble_report(tuned, scorer, rows, targets, how)
     with replaced_modules(tuned.base, {} if how.without_prompt else tuned.heads):
-        if chosen == "classification":
-            return _classification(subject, rows[0], targets, how.normalize)
-        return _generation(subject, rows[0], targets)
+        report = _classification if chosen == "classification" else _generation
+        return report(tuned, scorer, rows[0], targets, how)
 
 
-@dataclass(frozen=True, slots=True)
-class _Subject:
-    """What is evaluated: the base model with its prompt, or without."""
-
-    tuned: TunedPrompt
-    engine: Engine
-    without_prompt: bool
-    batch_size: int
-
-    @property
-    def prompt(self) -> Prompt | None:
-        return None if self.without_prompt else self.tuned.prompt()
-
-
-def _chosen_task(tuned: TunedPrompt, how: _How) -> Task:
+def _chosen_task(tuned: TunedPrompt, how: _Settings) -> Task:
     chosen = tuned.manifest.task if how.task is None else how.task
     if chosen not in ("classification", "generation"):
         raise ConfigError(f"task expects classification or generation, got {chosen!r}")
@@ -214,39 +195,46 @@ def _limited(examples: list[Record], limit: int | None) -> list[Record]:
 
 
 def _classification(
-    subject: _Subject, rows: Sequence[TokenRow], gold: Sequence[str], normalize: bool
+    tuned: TunedPrompt,
+    engine: Engine,
+    rows: Sequence[TokenRow],
+    gold: Sequence[str],
+    how: _Settings,
 ) -> Report:
-    labels = subject.tuned.labels or ()
+    labels = tuned.labels or ()
     found = classify_rows(
-        subject.engine,
+        engine,
         rows,
-        subject.tuned.label_ids(labels),
-        subject.prompt,
-        batch_size=subject.batch_size,
-        normalize=normalize,
+        tuned.label_ids(labels),
+        None if how.without_prompt else tuned.prompt(),
+        batch_size=how.batch_size,
+        normalize=how.normalize,
     )
-    return _label_report(found, rows, gold, labels, without_prompt=subject.without_prompt)
+    return _label_report(found, rows, gold, labels, without_prompt=how.without_prompt)
 
 
-def _generation(subject: _Subject, rows: Sequence[TokenRow], targets: Sequence[str]) -> Report:
-    tuned = subject.tuned
+def _generation(
+    tuned: TunedPrompt,
+    engine: Engine,
+    rows: Sequence[TokenRow],
+    targets: Sequence[str],
+    how: _Settings,
+) -> Report:
     answers = tuned.generate_rows(
         [row.source for row in rows],
         GenerationOptions(max_new_tokens=tuned.manifest.max_target_length),
-        batch_size=subject.batch_size,
-        without_prompt=subject.without_prompt,
+        batch_size=how.batch_size,
+        without_prompt=how.without_prompt,
     )
-    likelihood = target_likelihood(
-        subject.engine, rows, subject.prompt, batch_size=subject.batch_size
-    )
+    prompt = None if how.without_prompt else tuned.prompt()
     metrics = text_metrics(targets, [answer.text for answer in answers], tuned.labels)
     return Report(
         task="generation",
         rows=len(rows),
-        without_prompt=subject.without_prompt,
+        without_prompt=how.without_prompt,
         exact_match=metrics.exact_match,
         rouge_l=metrics.rouge_l,
-        perplexity=likelihood.perplexity,
+        perplexity=target_likelihood(engine, rows, prompt, batch_size=how.batch_size).perplexity,
         invalid=metrics.invalid,
         inputs_cut=sum(row.source_cut for row in rows),
         targets_cut=sum(row.target_cut for row in rows),
@@ -286,23 +274,12 @@ def _ensemble_report(
     engine: Engine,
     rows: Sequence[Sequence[TokenRow]],
     gold: Sequence[str],
-    *,
-    batch_size: int,
-    normalize: bool,
+    how: _Settings,
 ) -> Report:
-    """Score the rows under every member once, and report the ensemble beside its members.
-
-    Args:
-        ensemble: The prompts.
-        engine: Scores targets after sources.
-        rows: For each member the same inputs under its template.
-        gold: The label of each input.
-        batch_size: (member, input, label) triples in one pass, at most.
-        normalize: Divide a label's log-probability by its token count.
-    """
+    """Score the rows under every member's template once, and report the ensemble beside its members."""
     sources = [[row.source for row in own] for own in rows]
-    scores = ensemble.scores(sources, engine=engine, batch_size=batch_size)
-    ranked = ensemble.ranked(scores) if normalize else scores
+    scores = ensemble.scores(sources, engine=engine, batch_size=how.batch_size)
+    ranked = ensemble.ranked(scores) if how.normalize else scores
     reports = []
     for own, raw, ranks, label_ids in zip(rows, scores, ranked, ensemble.label_ids(), strict=True):
         tokens = tuple(len(ids) for ids in label_ids)

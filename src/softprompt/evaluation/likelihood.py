@@ -39,13 +39,7 @@ class TargetLikelihood:
 
 @dataclass(frozen=True, slots=True)
 class Classified:
-    """Label scores of N rows.
-
-    Attributes:
-        scores: Log-probability of each label ``[N, K]``, nats, not normalised.
-        label_tokens: Number of tokens of each label.
-        predicted: Index of the best label of each row.
-    """
+    """Log-probabilities of K labels ``[N, K]``, nats, not normalised, their tokens, and each row's best label."""
 
     scores: Tensor
     label_tokens: tuple[int, ...]
@@ -69,15 +63,9 @@ def classify_rows(
     batch_size: int = 64,
     normalize: bool = False,
 ) -> Classified:
-    """Score every label for every row and take the best, without gradients.
+    """Score each of K labels for every row and take the best, without gradients; ``normalize`` is per token.
 
-    Args:
-        engine: Scores targets after sources.
-        rows: Tokenised rows; their targets are not used.
-        label_ids: Tokens of the K labels.
-        prompt: The prompt; None is the base alone.
-        batch_size: (row, label) pairs in one pass, at most.
-        normalize: Rank labels by their log-probability per token.
+    The rows' targets are not used; ``batch_size`` (row, label) pairs go into one pass, at most.
 
     Raises:
         ConfigError: ``batch_size`` is less than 1.
@@ -93,16 +81,10 @@ def classify_rows(
 def target_likelihood(
     engine: Engine, rows: Sequence[TokenRow], prompt: Prompt | None, *, batch_size: int = 16
 ) -> TargetLikelihood:
-    """Return how likely the rows' targets are, without gradients.
-
-    Args:
-        engine: Scores targets after sources.
-        rows: Tokenised rows, at least one.
-        prompt: The prompt; None is the base alone.
-        batch_size: Rows in one pass.
+    """Return how likely the targets of at least one row are, without gradients; a prompt of None is the base.
 
     Raises:
-        ConfigError: ``batch_size`` is less than 1.
+        ConfigError: ``batch_size``, the rows in one pass, is less than 1.
     """
     whole = [EngineRow(row.source, row.target, prompt, row.at) for row in rows]
     total = float(score_rows(engine, whole, max_rows=batch_size).double().sum())

@@ -37,17 +37,7 @@ class LabelRow:
 
 @dataclass(frozen=True, slots=True)
 class LabelMetrics:
-    """How well labels were predicted.
-
-    Attributes:
-        accuracy: Share of all rows whose predicted label is the gold one.
-        macro_f1: Mean F1 over the labels that occur in gold or predictions.
-        invalid: Rows whose gold label is outside the label set; they count as wrong.
-        per_label: One row for each label of the set, then gold labels outside it.
-        confusion: Rows by gold label, then by predicted label; zero counts are left out.
-        predictions: Rows by predicted label, every label of the set named.
-        collapsed: Whether over 95 % of the predictions fall on one label though gold does not.
-    """
+    """How well labels were predicted; what each number is, ``Report`` says."""
 
     accuracy: float
     macro_f1: float
@@ -60,13 +50,7 @@ class LabelMetrics:
 
 @dataclass(frozen=True, slots=True)
 class TextMetrics:
-    """How well texts were generated.
-
-    Attributes:
-        exact_match: Share of rows whose answer is the target, outer white space aside.
-        rouge_l: Mean ROUGE-L F-measure.
-        invalid: Answers outside the label set; None without a label set.
-    """
+    """How well texts were generated; what each number is, ``Report`` says."""
 
     exact_match: float
     rouge_l: float

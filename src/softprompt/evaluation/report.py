@@ -26,12 +26,12 @@ class Report:
         exact_match: Share of generated answers equal to the target, outer white space aside.
         rouge_l: Mean ROUGE-L F-measure of the generated answers.
         perplexity: Of the target tokens; for labels, over the rows whose gold label is scored.
-        invalid: Gold labels, or generated answers, outside the label set.
+        invalid: Gold labels, or generated answers, outside the label set; such a label counts as wrong.
         inputs_cut: Rows whose input exceeded the prompt's limit and lost its end.
         targets_cut: Rows whose target exceeded the prompt's limit and lost its end.
         collapsed: Whether over 95 % of the predictions are one label though gold is not.
-        predictions: Rows by predicted label.
-        per_label: Counts and rates of each label.
+        predictions: Rows by predicted label, every label of the set named.
+        per_label: Counts and rates of each label of the set, then of gold labels outside it.
         confusion: Rows by gold label, then by predicted label; zero counts are left out.
         combine: How the members of an ensemble were combined; None for one prompt.
         members: The report of each member of an ensemble by its name, on the same rows.
@@ -92,9 +92,7 @@ class Report:
         lines += [
             f"  {name:<12} {value:>10,}" for name, value in counts.items() if value is not None
         ]
-        lines += self._member_lines()
-        lines += self._task_lines()
-        lines += self._label_lines()
+        lines += [*self._member_lines(), *self._task_lines(), *self._label_lines()]
         if self.collapsed:
             lines.append("  collapsed: over 95 % of the predictions are one label")
         return "\n".join(lines)
@@ -103,13 +101,12 @@ class Report:
         if self.members is None:
             return []
         width = max(len("member"), *map(len, self.members))
-        return [
-            f"  {'member':<{width}}  accuracy  macro F1",
-            *(
+        lines = [f"  {'member':<{width}}  accuracy  macro F1"]
+        for name, each in self.members.items():
+            lines.append(
                 f"  {name:<{width}}  {each.accuracy or 0.0:>8.4f}  {each.macro_f1 or 0.0:>8.4f}"
-                for name, each in self.members.items()
-            ),
-        ]
+            )
+        return lines
 
     def _task_lines(self) -> list[str]:
         if self.tasks is None:
@@ -133,15 +130,13 @@ class Report:
             rows = sorted(rows, key=lambda row: row.f1)[:_LABELS_SHOWN]
             title = f"label ({_LABELS_SHOWN} lowest F1)"
         width = max(len(title), *(len(row.label) for row in rows))
-        head = f"  {title:<{width}}  support  predicted  precision  recall      F1"
-        return [
-            head,
-            *(
+        lines = [f"  {title:<{width}}  support  predicted  precision  recall      F1"]
+        for row in rows:
+            lines.append(
                 f"  {row.label:<{width}}  {row.support:>7,}  {row.predicted:>9,}"
                 f"  {row.precision:>9.4f}  {row.recall:>6.4f}  {row.f1:>6.4f}"
-                for row in rows
-            ),
-        ]
+            )
+        return lines
 
 
 def _finite(value: Any) -> Any:
