@@ -32,12 +32,12 @@ from .peft.classes import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
 from .peft.classes import PeftModelForSequenceClassification as PeftModelForSequenceClassification
 from .peft.classes import PeftModelForTokenClassification as PeftModelForTokenClassification
 from .peft.classes import get_peft_model as get_peft_model
-from .peft.classes import get_peft_model_state_dict as get_peft_model_state_dict
 from .peft.classes import (
     initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values,
 )
 from .peft.classes import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
-from .peft.classes import set_peft_model_state_dict as set_peft_model_state_dict
+from .peft.saving import get_peft_model_state_dict as get_peft_model_state_dict
+from .peft.saving import set_peft_model_state_dict as set_peft_model_state_dict
 from .prompts import CartridgeConfig as CartridgeConfig
 from .prompts import CartridgeEncoder as CartridgeEncoder
 from .prompts import CPTConfig as CPTConfig

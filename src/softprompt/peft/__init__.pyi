@@ -16,9 +16,9 @@ from .classes import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
 from .classes import PeftModelForSequenceClassification as PeftModelForSequenceClassification
 from .classes import PeftModelForTokenClassification as PeftModelForTokenClassification
 from .classes import get_peft_model as get_peft_model
-from .classes import get_peft_model_state_dict as get_peft_model_state_dict
 from .classes import (
     initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values,
 )
 from .classes import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
-from .classes import set_peft_model_state_dict as set_peft_model_state_dict
+from .saving import get_peft_model_state_dict as get_peft_model_state_dict
+from .saving import set_peft_model_state_dict as set_peft_model_state_dict

@@ -54,14 +54,7 @@ class Adapters(nn.Module, ABC):
         module: PromptModule | None = None,
         trained_heads: Mapping[str, nn.Module] | None = None,
     ) -> None:
-        """Freeze ``model`` and attach a first prompt.
-
-        Args:
-            model: The base.
-            peft_config: Configuration of the prompt.
-            adapter_name: Its name.
-            module: Its parameters, shared with whoever holds them; None makes new ones.
-            trained_heads: Its trained modules by their paths in the base, shared; others start as copies.
+        """Freeze ``model`` and attach a first prompt; see ``add_adapter``.
 
         Raises:
             ConfigError: If the model or the configuration is not supported.
@@ -153,7 +146,9 @@ class Adapters(nn.Module, ABC):
             del self.prompt_encoder[adapter_name]
             self.manifests.pop(adapter_name, None)
             self._frozen.discard(adapter_name)
-            drop_heads(self.base_model, adapter_name)
+            for _, switch in switches_of(self.base_model):
+                if adapter_name in switch.modules_to_save:
+                    del switch.modules_to_save[adapter_name]
         if self.active_adapter == adapter_name:
             self.set_adapter(next(iter(self.peft_config)))
 
@@ -164,8 +159,13 @@ class Adapters(nn.Module, ABC):
             AdapterError: If there is no such prompt.
         """
         self._frozen.discard(self._known(adapter_name))
-        self.peft_config[adapter_name].inference_mode = False
-        _train_directly(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name]
+        config.inference_mode = False
+        if isinstance(config, PrefixTuningConfig) and config.prefix_projection:
+            logger.warning(
+                "the file of a projected prefix holds its keys and values only: they are trained directly from here"
+            )
+            config.prefix_projection, config.encoder_hidden_size = False, None
         self._set_gradients()
 
     @contextmanager
@@ -180,7 +180,8 @@ class Adapters(nn.Module, ABC):
     def unload(self) -> PreTrainedModel:
         """Detach everything and return the base, its outputs bit-identical to before."""
         self._vocabulary.remove()
-        restore_heads(self.base_model)
+        for path, switch in list(switches_of(self.base_model)):
+            set_module(self.base_model, path, switch.original_module)
         return self.base_model
 
     def encoder_of(self, name: str) -> PromptModule:
@@ -200,11 +201,7 @@ class Adapters(nn.Module, ABC):
                 head.requires_grad_(trains)
 
     def _known(self, name: str) -> str:
-        """Return a name that is attached.
-
-        Raises:
-            AdapterError: If it is not.
-        """
+        """Return a name that is attached; raise ``AdapterError`` for any other."""
         if name not in self.peft_config:
             raise AdapterError(
                 f"Adapter {name} not found.{nearest(name, self.peft_config)} There are: "
@@ -214,11 +211,7 @@ class Adapters(nn.Module, ABC):
 
 
 def _check_new(name: str, adapters: Adapters) -> None:
-    """Refuse a name that is taken, that is no plain folder name, or that torch's module dict refuses.
-
-    Raises:
-        AdapterError: If the name is not usable.
-    """
+    """Raise ``AdapterError`` for a name that is taken, no plain folder name, or refused by torch's module dict."""
     if name in adapters.peft_config:
         raise AdapterError(f"Adapter with name '{name}' already exists.")
     if not _NAME.fullmatch(name) or name == BASE:
@@ -229,15 +222,6 @@ def _check_new(name: str, adapters: Adapters) -> None:
         raise AdapterError(
             f"adapter name {name!r} is a word torch keeps for itself; choose another"
         )
-
-
-def _train_directly(config: PromptLearningConfig) -> None:
-    """Let a prefix whose projection was baked into its file be trained without it, and log so."""
-    if isinstance(config, PrefixTuningConfig) and config.prefix_projection:
-        logger.warning(
-            "the file of a projected prefix holds its keys and values only: they are trained directly from here"
-        )
-        config.prefix_projection, config.encoder_hidden_size = False, None
 
 
 BASE = "__base__"
@@ -256,12 +240,6 @@ class SwitchedHead(nn.Module):
         self.original_module = original
         self.modules_to_save = nn.ModuleDict()
         self.active: str | tuple[str, ...] | None = None
-
-    def add(self, adapter: str, trained: nn.Module | None = None) -> None:
-        """Give an adapter its module: a trained one, or a copy of the original in float32."""
-        if trained is None:
-            trained = copy.deepcopy(self.original_module).float()
-        self.modules_to_save[adapter] = trained
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the active copy, or each row through its own."""
@@ -287,11 +265,7 @@ class SwitchedHead(nn.Module):
 
 
 def require_free(model: nn.Module, paths: Sequence[str], adapter: str) -> None:
-    """Refuse a second trained copy under one name, which would replace the first.
-
-    Raises:
-        AdapterError: If another prompted model on the same base has such a copy.
-    """
+    """Raise ``AdapterError`` for a second trained copy under one name, of another prompted model on the base."""
     for path in paths:
         module = model.get_submodule(path)
         if isinstance(module, SwitchedHead) and adapter in module.modules_to_save:
@@ -307,36 +281,21 @@ def add_heads(
     adapter: str,
     trained: Mapping[str, nn.Module] | None = None,
 ) -> None:
-    """Replace each module by a switch that has a copy for an adapter, or its module among ``trained``."""
+    """Replace each module by a switch, with an adapter's module among ``trained`` or a float32 copy."""
     for path in paths:
         current = model.get_submodule(path)
         if not isinstance(current, SwitchedHead):
             current = SwitchedHead(current)
             set_module(model, path, current)
-        current.add(adapter, (trained or {}).get(path))
-
-
-def drop_heads(model: nn.Module, adapter: str) -> None:
-    """Delete an adapter's copies."""
-    for _, switch in switches_of(model):
-        if adapter in switch.modules_to_save:
-            del switch.modules_to_save[adapter]
-
-
-def restore_heads(model: nn.Module) -> None:
-    """Put every original module back."""
-    for path, switch in list(switches_of(model)):
-        set_module(model, path, switch.original_module)
+        own = (trained or {}).get(path)
+        if own is None:
+            own = copy.deepcopy(current.original_module).float()
+        current.modules_to_save[adapter] = own
 
 
 @contextmanager
 def active_heads(model: nn.Module, adapters: Sequence[str]) -> Iterator[None]:
-    """Run each row's own heads inside the context; hold the model's lock around it.
-
-    Args:
-        model: The base.
-        adapters: The adapter of each row, ``__base__`` for the base's own heads, ``[B]``.
-    """
+    """Run the heads of each row's adapter inside the context; hold the model's lock around it."""
     switches = [switch for _, switch in switches_of(model)]
     for switch in switches:
         switch.active = adapters[0] if len(set(adapters)) == 1 else tuple(adapters)

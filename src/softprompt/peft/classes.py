@@ -23,7 +23,6 @@ from softprompt.bundled import DEMO, model_directory
 from softprompt.engine import infer_task
 from softprompt.errors import ConfigError
 from softprompt.peft.model import PeftModel as PeftModel  # noqa: PLC0414 - these classes come with it
-from softprompt.peft.saving import load_state, state_of
 from softprompt.prompts import (
     PROMPT_KEY,
     PeftConfig,
@@ -68,26 +67,6 @@ def get_peft_model(
         raise ConfigError(f"expected a transformers model, got a {type(model).__name__}")
     task = TaskType(peft_config.task_type) if peft_config.task_type else infer_task(model)
     return PeftModel.classes[task](model, peft_config, adapter_name)
-
-
-def get_peft_model_state_dict(model: PeftModel, adapter_name: str = "default") -> dict[str, Any]:
-    """Return what a saved prompt holds: ``prompt_embeddings`` ``[P·S, H]`` and its heads.
-
-    Raises:
-        AdapterError: If there is no such prompt.
-    """
-    return state_of(model, adapter_name)
-
-
-def set_peft_model_state_dict(
-    model: PeftModel, state: dict[str, Any], adapter_name: str = "default"
-) -> None:
-    """Copy what ``get_peft_model_state_dict`` returned into an attached prompt.
-
-    Raises:
-        ArtifactError: If a value is missing, left over, or of another shape.
-    """
-    load_state(model, adapter_name, state)
 
 
 _LOADERS: dict[TaskType, Any] = {
@@ -228,8 +207,8 @@ def initialize_kv_prefix_from_text(
         model: The model it is attached to.
         tokenizer: The base's tokenizer.
         text: The text, at least as long as the prompt.
-        adapter_name: Name of the prompt; None is the active one.
-        num_virtual_tokens: Tokens to take (P); the prompt's own number, or None.
+        adapter_name: As for ``initialize_kv_prefix_from_past_key_values``.
+        num_virtual_tokens: As there.
         use_chat_template: Put the text in the system turn of the tokenizer's chat template, if it has one.
         max_length: Tokens to cut the text to first.
 
@@ -237,9 +216,7 @@ def initialize_kv_prefix_from_text(
         What was set, ``[P, L·2·A_kv·D]``.
 
     Raises:
-        AdapterError: If there is no such prompt.
-        ConfigError: If it is no prefix and no cartridge, is projected, the text is too short, or the base's
-            keys and values depend on an input.
+        SoftPromptError: As there; or if the text is too short, or the base's keys and values depend on an input.
     """
     name = model.active_adapter if adapter_name is None else adapter_name
     length = _length(model, name, num_virtual_tokens)

@@ -36,14 +36,10 @@ _PER_TOKEN = {"token_type_ids": 0, "global_attention_mask": 0}
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One forward call of a prompted model.
+    """One forward call of a prompted model: the caller's keyword arguments, and its rows' virtual tokens.
 
     Attributes:
-        base: The base.
-        facts: Its facts when the prompts were attached: a compiled graph does not read them anew.
-        inputs: The caller's keyword arguments.
-        prompts: The virtual tokens of its rows.
-        rules: The task's rules.
+        facts: The base's facts when the prompts were attached: a compiled graph does not read them anew.
     """
 
     base: Base
@@ -98,10 +94,7 @@ def _at_the_start(
 ) -> tuple[dict[str, Any], Layout]:
     facts, prompts = call.facts, call.prompts
     given: Tensor | None = inputs.get("attention_mask")
-    if given is not None and given.dim() == 2:
-        mask = given
-    else:
-        mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+    mask = text_mask(inputs, tokens)
     if mask.shape != tokens.shape[:2]:
         raise ConfigError(
             f"attention_mask must be {list(tokens.shape[:2])} like the input, got {list(mask.shape)}; "
@@ -231,13 +224,7 @@ def _extended_4d(mask: Tensor, prompts: PromptTable) -> Tensor:
 def bound(
     parameters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any], *, what: str
 ) -> dict[str, Any]:
-    """Return all arguments of a call by name.
-
-    Args:
-        parameters: Names of the base's parameters, in order.
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-        what: The method, for the message.
+    """Return all arguments of a call of the method ``what`` by name.
 
     Raises:
         ConfigError: For more positional arguments than the base takes.
@@ -250,14 +237,18 @@ def bound(
 
 
 def batch_size(inputs: dict[str, Any]) -> int:
-    """Return the rows of a call.
-
-    Raises:
-        ConfigError: If it has no input.
-    """
+    """Return the rows of a call; raise ``ConfigError`` where it has no input."""
     if inputs.get("encoder_outputs") is not None:
         return int(inputs["encoder_outputs"][0].shape[0])
     return int(tokens_of(inputs).shape[0])
+
+
+def text_mask(inputs: dict[str, Any], tokens: Tensor) -> Tensor:
+    """Return the padding mask ``[B, T]`` of a call, without padding where it gives none or one of its own."""
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask
+    return torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
 
 
 def tokens_of(inputs: dict[str, Any]) -> Tensor:

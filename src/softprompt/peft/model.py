@@ -120,9 +120,9 @@ class PeftModel(Adapters):
 
         Args:
             *args: The input ids and what follows them in transformers' ``generate``.
-            adapter_names: A prompt for each input row, ``__base__`` for none.
-            task_ids: The task of each input row, ``[B]``, for multitask prompts.
-            prompt_at: Real tokens of each row before its prompt, ``[B]``; None follows the placement.
+            adapter_names: As for ``forward``, for each input row, like ``task_ids`` and ``prompt_at``.
+            task_ids: As for ``forward``.
+            prompt_at: As for ``forward``.
             **kwargs: What ``generate`` of the base takes; lengths count text tokens.
 
         Raises:

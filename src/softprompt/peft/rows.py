@@ -15,6 +15,7 @@ from softprompt.backbone import start_id
 from softprompt.engine import IGNORED, Layout, cached_tokens, placement_of
 from softprompt.errors import AdapterError, ConfigError
 from softprompt.peft.adapters import BASE
+from softprompt.peft.inputs import text_mask, tokens_of
 from softprompt.prompts import (
     CPTConfig,
     Placement,
@@ -46,12 +47,11 @@ def chosen_rows(
     batch: int,
     tasks_of: Callable[[str], int | None],
 ) -> list[RowPrompt]:
-    """Return one prompt a row: the caller's names, or the active prompt for all.
+    """Return the prompt of each row: the caller's names, or the active prompt for all.
 
     Args:
         names: A name for each row, or None.
-        task_ids: A task for each row or for all; needed by prompts of several tasks. Rows of other
-            prompts, and of none, have 0.
+        task_ids: A task for each row or for all; rows of prompts with one task, and of none, have 0.
         active: The active prompt.
         batch: Rows of the call.
         tasks_of: Gives the tasks (K) of a named multitask prompt, None for any other prompt.
@@ -118,18 +118,10 @@ def prompt_offsets(
     inputs: dict[str, Any],
     given: PromptAt | None,
 ) -> list[int] | None:
-    """Return how many real tokens stand before each row's prompt, None when all stand in front.
+    """Return how many real tokens stand before each row's prompt, None when all prompts stand in front.
 
-    Args:
-        model: The base.
-        rows: The prompt of each row.
-        configs: Configurations by name.
-        inputs: The caller's arguments, for the rows' tokens.
-        given: The caller's own offsets, which count before any placement.
-
-    Returns:
-        Where nothing is given, a suffix stands behind the input: before the first label of its row, and
-        behind all tokens of a row without labels.
+    Without ``given``, the caller's own offsets, a suffix stands behind the input: before the first label
+    of its row, and behind all tokens of a row without labels.
 
     Raises:
         ConfigError: If offsets are of the wrong shape or would be ignored, or a placement needs them.
@@ -151,7 +143,7 @@ def prompt_offsets(
             "placement chat_system needs prompt_at, the tokens before the prompt in each row; "
             "softprompt.load(...) knows the chat template and finds it by itself"
         )
-    mask = _mask(inputs)
+    mask = text_mask(inputs, tokens_of(inputs))
     none = [0] * len(rows)
     begins = _begins(model, inputs, mask) if Placement.AFTER_BOS in placements else none
     predicts = any(config.task_type is TaskType.CAUSAL_LM for config in configs.values())
@@ -216,15 +208,6 @@ def _begins(model: PreTrainedModel, inputs: dict[str, Any], mask: Tensor) -> lis
     return [int(i) for i in (torch.ones_like(found) if start is None else found == start).tolist()]
 
 
-def _mask(inputs: dict[str, Any]) -> Tensor:
-    ids = inputs.get("input_ids")
-    tokens: Tensor = ids if ids is not None else inputs["inputs_embeds"]
-    mask = inputs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return mask
-    return torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
-
-
 TYPES = "input_type_mask"
 """Argument of PEFT's forward: what each token of the text is."""
 
@@ -261,11 +244,6 @@ def without_context_labels(
     inputs: dict[str, Any], names: Sequence[str], configs: Mapping[str, PromptLearningConfig]
 ) -> tuple[dict[str, Any], ContextLabels | None]:
     """Return a call's arguments for the base, and the labels that go into the context's loss instead.
-
-    Args:
-        inputs: The arguments.
-        names: The prompt of each row.
-        configs: Configurations by name.
 
     Raises:
         ConfigError: If rows with labels have different prompts, one of them a context.

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from softprompt.artifacts import Manifest, StoredPrompt, save_adapter, tensors_read
+from softprompt.artifacts import Manifest, Origin, StoredPrompt, save_adapter, tensors_read
+from softprompt.artifacts import manifest_of as made_manifest
 from softprompt.backbone import HEAD, head_tensors
 from softprompt.errors import ArtifactError
 from softprompt.peft.adapters import heads_of
@@ -21,37 +22,39 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MAX_TOKENS = (256, 128)
-"""Input and answer lengths a manifest carries for a prompt that was trained outside ``tune``."""
+
+def get_peft_model_state_dict(model: PeftModel, adapter_name: str = "default") -> dict[str, Tensor]:
+    """Return copies of what a saved prompt holds: ``prompt_embeddings`` ``[P·S, H]``, baked, and its heads.
+
+    Raises:
+        AdapterError: If there is no such prompt.
+    """
+    state = model.encoder_of(adapter_name).stored()
+    heads = _heads(model, adapter_name)
+    return state | {name: value.cpu().clone() for name, value in heads.items()}
 
 
-def state_of(model: PeftModel, adapter: str) -> dict[str, Tensor]:
-    """Return copies of what a saved prompt holds: its baked values and its heads, under PEFT's names."""
-    state = model.encoder_of(adapter).stored()
-    return state | {name: value.cpu().clone() for name, value in _heads(model, adapter).items()}
-
-
-def load_state(model: PeftModel, adapter: str, tensors: Mapping[str, Tensor]) -> None:
-    """Copy saved values into an attached prompt and its heads, all of them or none.
+def set_peft_model_state_dict(
+    model: PeftModel, state: Mapping[str, Tensor], adapter_name: str = "default"
+) -> None:
+    """Copy what ``get_peft_model_state_dict`` returned into an attached prompt, all of it or nothing.
 
     Raises:
         ArtifactError: If a value is missing, left over, or of another shape.
     """
-    encoder = model.encoder_of(adapter)
-    heads_of = _heads(model, adapter)
-    own = {name: value for name, value in tensors.items() if not name.startswith(HEAD)}
-    given = {name: value for name, value in tensors.items() if name.startswith(HEAD)}
-    left = sorted(given.keys() - heads_of.keys())
+    encoder, heads = model.encoder_of(adapter_name), _heads(model, adapter_name)
+    own = {name: value for name, value in state.items() if not name.startswith(HEAD)}
+    given = {name: value for name, value in state.items() if name.startswith(HEAD)}
+    left = sorted(given.keys() - heads.keys())
     if left:
         raise ArtifactError(
             f"the saved prompt holds {', '.join(left)}, which this model has no place for; "
             "name the module in modules_to_save"
         )
-    check_fit(heads_of, given)
-    encoder.load_stored(
-        tensors_read(own, model.peft_config[adapter], seq2seq=model.base.is_encoder_decoder)
-    )
-    take_over(heads_of, given)
+    check_fit(heads, given)
+    config = model.peft_config[adapter_name]
+    encoder.load_stored(tensors_read(own, config, seq2seq=model.base.is_encoder_decoder))
+    take_over(heads, given)
 
 
 def _heads(model: PeftModel, adapter: str) -> dict[str, Tensor]:
@@ -66,7 +69,7 @@ def save(model: PeftModel, adapter: str, directory: Path) -> None:
     save_adapter(
         target,
         config.to_dict(),
-        state_of(model, adapter),
+        get_peft_model_state_dict(model, adapter),
         manifest_of(model, adapter),
         overwrite=True,
     )
@@ -74,28 +77,20 @@ def save(model: PeftModel, adapter: str, directory: Path) -> None:
 
 def manifest_of(model: PeftModel, adapter: str) -> Manifest:
     """Return what our own file says of a prompt; a prompt trained by hand has no template but the text."""
-    fingerprint = model.base.fingerprint.to_dict()
+    base, config = model.base, model.peft_config[adapter]
     known = model.manifests.get(adapter)
     if known is not None:
-        return dataclasses.replace(known, base_fingerprint=fingerprint)
-    config = model.peft_config[adapter]
+        return dataclasses.replace(known, base_fingerprint=base.fingerprint.to_dict())
+    dtype = str(base.dtype).removeprefix("torch.")
+    origin = Origin(config.base_model_name_or_path or "", base.is_encoder_decoder, dtype=dtype)
+    made = made_manifest(origin, base)
     generates = config.task_type in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
-    return Manifest(
-        template="{{input}}",
-        task="generation" if generates else "classification",
-        labels=None,
-        base_model=config.base_model_name_or_path or "",
-        base_fingerprint=fingerprint,
-        max_source_length=_MAX_TOKENS[0],
-        max_target_length=_MAX_TOKENS[1],
-        dtype=str(model.base_model.dtype).removeprefix("torch."),
-        seq2seq=model.base.is_encoder_decoder,
-    )
+    return made if generates else dataclasses.replace(made, task="classification")
 
 
 def fill(model: PeftModel, adapter: str, stored: StoredPrompt, *, trainable: bool) -> None:
     """Give an attached prompt its saved values, frozen unless it is to be trained further."""
-    load_state(model, adapter, stored.tensors)
+    set_peft_model_state_dict(model, stored.tensors, adapter)
     if stored.manifest is not None:
         # What was measured does not hold for values that are about to change.
         fresh: dict[str, Any] = {"metrics": {}, "history": []} if trainable else {}
