@@ -35,6 +35,14 @@ METHODS = {
             "parameterization_rank": 2,
         }
     },
+    "ulpt": {
+        "tuning_config": {
+            "num_virtual_tokens": 3,
+            "parameterization": "ulpt",
+            "parameterization_rank": 2,
+        }
+    },
+    "residual": {"tuning_config": {"num_virtual_tokens": 3, "parameterization": "residual"}},
     "multitask": {"method": "multitask", "tuning_config": {"num_virtual_tokens": 3}},
     "mlp": {"method": "p_tuning", "tuning_config": {"num_virtual_tokens": 3}},
     "lstm": {
