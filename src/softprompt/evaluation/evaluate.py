@@ -136,8 +136,18 @@ def _report(tuned: TunedPrompt | Ensemble, examples: Sequence[Record], how: _Set
         _check_ensemble(chosen, how.without_prompt)
         return _ensemble_report(tuned, scorer, rows, targets, how)
     with replaced_modules(tuned.base, {} if how.without_prompt else tuned.heads):
-        report = _classification if chosen == "classification" else _generation
-        return report(tuned, scorer, rows[0], targets, how)
+        if chosen == "generation":
+            return _generation(tuned, scorer, rows[0], targets, how)
+        labels = tuned.labels or ()
+        found = classify_rows(
+            scorer,
+            rows[0],
+            tuned.label_ids(labels),
+            None if how.without_prompt else tuned.prompt(),
+            batch_size=how.batch_size,
+            normalize=how.normalize,
+        )
+    return _label_report(found, rows[0], targets, labels, without_prompt=how.without_prompt)
 
 
 def _chosen_task(tuned: TunedPrompt, how: _Settings) -> Task:
@@ -192,25 +202,6 @@ def _limited(examples: list[Record], limit: int | None) -> list[Record]:
     if not kept:
         raise DataError("evaluation expects at least one row, got none; check the data file")
     return kept
-
-
-def _classification(
-    tuned: TunedPrompt,
-    engine: Engine,
-    rows: Sequence[TokenRow],
-    gold: Sequence[str],
-    how: _Settings,
-) -> Report:
-    labels = tuned.labels or ()
-    found = classify_rows(
-        engine,
-        rows,
-        tuned.label_ids(labels),
-        None if how.without_prompt else tuned.prompt(),
-        batch_size=how.batch_size,
-        normalize=how.normalize,
-    )
-    return _label_report(found, rows, gold, labels, without_prompt=how.without_prompt)
 
 
 def _generation(

@@ -98,45 +98,43 @@ class Report:
         return "\n".join(lines)
 
     def _member_lines(self) -> list[str]:
-        if self.members is None:
-            return []
-        width = max(len("member"), *map(len, self.members))
-        lines = [f"  {'member':<{width}}  accuracy  macro F1"]
-        for name, each in self.members.items():
-            lines.append(
-                f"  {name:<{width}}  {each.accuracy or 0.0:>8.4f}  {each.macro_f1 or 0.0:>8.4f}"
-            )
-        return lines
+        rows = [
+            (name, f"{each.accuracy or 0.0:>8.4f}  {each.macro_f1 or 0.0:>8.4f}")
+            for name, each in (self.members or {}).items()
+        ]
+        return _table("member", "accuracy  macro F1", rows)
 
     def _task_lines(self) -> list[str]:
-        if self.tasks is None:
-            return []
-        width = max(len("task"), *map(len, self.tasks))
-        lines = [f"  {'task':<{width}}     rows  accuracy  exact match"]
-        for name, each in self.tasks.items():
+        rows = []
+        for name, each in (self.tasks or {}).items():
             numbers = "".join(
                 f"{'-' if value is None else f'{value:.4f}':>{size}}"
                 for value, size in ((each.accuracy, 10), (each.exact_match, 13))
             )
-            lines.append(f"  {name:<{width}}  {each.rows:>7,}{numbers}")
-        return lines
+            rows.append((name, f"{each.rows:>7,}{numbers}"))
+        return _table("task", "   rows  accuracy  exact match", rows)
 
     def _label_lines(self) -> list[str]:
-        if self.per_label is None:
-            return []
-        rows = list(self.per_label)
-        title = "label"
-        if len(rows) > _LABELS_SHOWN:
-            rows = sorted(rows, key=lambda row: row.f1)[:_LABELS_SHOWN]
+        found, title = list(self.per_label or ()), "label"
+        if len(found) > _LABELS_SHOWN:
+            found = sorted(found, key=lambda row: row.f1)[:_LABELS_SHOWN]
             title = f"label ({_LABELS_SHOWN} lowest F1)"
-        width = max(len(title), *(len(row.label) for row in rows))
-        lines = [f"  {title:<{width}}  support  predicted  precision  recall      F1"]
-        for row in rows:
-            lines.append(
-                f"  {row.label:<{width}}  {row.support:>7,}  {row.predicted:>9,}"
-                f"  {row.precision:>9.4f}  {row.recall:>6.4f}  {row.f1:>6.4f}"
+        rows = [
+            (
+                row.label,
+                f"{row.support:>7,}  {row.predicted:>9,}"
+                f"  {row.precision:>9.4f}  {row.recall:>6.4f}  {row.f1:>6.4f}",
             )
-        return lines
+            for row in found
+        ]
+        return _table(title, "support  predicted  precision  recall      F1", rows)
+
+
+def _table(title: str, head: str, rows: Sequence[tuple[str, str]]) -> list[str]:
+    """Return the lines of a table with a name and its numbers in each; none without rows."""
+    width = max([len(title), *(len(name) for name, _ in rows)])
+    lines = [f"  {name:<{width}}  {numbers}" for name, numbers in [(title, head), *rows]]
+    return lines if rows else []
 
 
 def _finite(value: Any) -> Any:

@@ -150,22 +150,17 @@ class FallbackRunner:
         self._base = base
         self._bounds = bounds
         self._generate = PaddedGenerate(base, bounds, rules.eos_ids)
-        self._jobs: list[Job] = []
-
-    @property
-    def jobs(self) -> list[Job]:
-        """The jobs that run."""
-        return list(self._jobs)
+        self.jobs: list[Job] = []
 
     @property
     def rows(self) -> int:
         """Answers that run or will."""
-        return sum(job.request.n for job in self._jobs)
+        return sum(job.request.n for job in self.jobs)
 
     @property
     def cached_tokens(self) -> int:
         """Tokens that there is memory for, whether or not rows use it now."""
-        return sum(_need(job.request) * job.request.n for job in self._jobs)
+        return sum(_need(job.request) * job.request.n for job in self.jobs)
 
     def check(self, request: Request) -> None:
         """Refuse a request that could never run: as ``check_request``, without input, or beyond the bounds."""
@@ -180,16 +175,16 @@ class FallbackRunner:
 
     def admit(self, job: Job) -> Admission:
         """Put a job into the next batch, unless it does not fit into it."""
-        requests = [each.request for each in (*self._jobs, job)]
-        if self._jobs and not self._generate.fits(requests):
+        requests = [each.request for each in (*self.jobs, job)]
+        if self.jobs and not self._generate.fits(requests):
             return "later"  # the first that waits begins the next batch
-        self._jobs.append(job)
+        self.jobs.append(job)
         return "started"
 
     def step(self) -> None:
         """Run the batch to its end."""
-        self._run_or_fail(self._jobs)
-        self._jobs = []
+        self._run_or_fail(self.jobs)
+        self.jobs = []
 
     def _run_or_fail(self, jobs: list[Job]) -> None:
         try:

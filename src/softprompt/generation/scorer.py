@@ -33,20 +33,12 @@ def score_rows(
     max_tokens: int | None = None,
     residents: FrontPrompts | None = None,
 ) -> Tensor:
-    """Return the log-probability of each row's target, without gradients.
+    """Return the log-probability of each row's target, float32 ``[N]`` in nats on the CPU, without gradients.
 
-    Rows of one source stay together, because the forest engine then runs it once; rows of one prompt
-    and of like lengths share passes, so that a prompt is run seldom and a padded engine pads little.
-
-    Args:
-        engine: Scores targets after sources.
-        rows: Sources with their targets and prompts, in any order.
-        max_rows: Rows in one pass.
-        max_tokens: Tokens in one pass, if they are of more than one row; None is no limit.
-        residents: Keeps prompts in front as keys and values; None runs them in every pass.
-
-    Returns:
-        float32 ``[N]`` in nats, on the CPU.
+    Rows may come in any order. Those of one source stay together, because the forest engine then runs it
+    once; those of one prompt and of like lengths share passes, so that a prompt is run seldom and a padded
+    engine pads little. A pass has at most ``max_rows`` rows and, if more than one, ``max_tokens`` tokens
+    (None is no limit). ``residents`` keep prompts in front as keys and values; None runs them in every pass.
 
     Raises:
         SoftPromptError: The rows do not fit the model.

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from transformers import PreTrainedModel
 
@@ -28,9 +28,11 @@ from softprompt.artifacts import (
 from softprompt.backbone import Base, load_base
 from softprompt.data import SpecialFrame, Verbalizer, encode
 from softprompt.errors import ArtifactError, ConfigError, OutputExistsError, TemplateError, nearest
-from softprompt.generation import Input
 from softprompt.inference.inputs import Fields, inputs_of, row_tokenizer
 from softprompt.inference.loading import Named, Reading, recorded_base
+
+if TYPE_CHECKING:
+    from softprompt.generation import Input
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +43,10 @@ _NAMING, _REQUESTING = "extended-vocab", "vllm"
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What was converted.
+    """What was converted, from where to where.
 
     Attributes:
-        source: Path of the source.
         source_format: What it was recognised as.
-        output: Path of the output.
         output_format: What it was written as.
         base_model: The base that was loaded for it; None when none was.
         facts: What the output format reports.
@@ -263,12 +263,7 @@ def _recorded(
     base: Base | None,
     template: str | None,
 ) -> StoredPrompt:
-    """Return a prompt with the record that its output needs: its own, or one made for a base.
-
-    Raises:
-        ArtifactError: The template on record has no placeholder.
-        ConfigError: The source has a template already, or nothing is known of its base.
-    """
+    """Return a prompt with the manifest that its output needs: its own, or one made for a base."""
     manifest = stored.manifest
     if manifest is None and (template is not None or target.name == "softprompt"):
         if base is None:
@@ -303,12 +298,7 @@ def _encoder_of(base: Base) -> Callable[[str], tuple[int, ...]]:
 
 
 def _input_of(stored: StoredPrompt, base: Base, text: Fields) -> Input:
-    """Return the tokens of one input under a prompt's template; truncation is logged.
-
-    Raises:
-        TemplateError: The input lacks a field of the template.
-        DataError: It has no tokens.
-    """
+    """Return the tokens of one input under a prompt's template; truncation is logged."""
     unlimited = replace(manifest_of(Origin.of_base(base), base), max_source_length=_NO_LIMIT)
     rows = row_tokenizer(base.tokenizer, stored.manifest or unlimited)
     (given,) = inputs_of(rows, [text])

@@ -51,11 +51,7 @@ class Ensemble:
     log-probability on average; under "vote" it is the label most members choose, and of those that
     get equally many votes the one that is higher on average.
 
-    Attributes:
-        members: The prompts.
-        names: What each member is called in a report.
-        combine: "mean" or "vote".
-        labels: The label set, in the order of the first member.
+    ``labels`` is the label set, in the order of the first member.
     """
 
     def __init__(
@@ -75,8 +71,9 @@ class Ensemble:
             task: The task of the members that have several, by name or number.
 
         Raises:
-            SoftPromptError: There are too few members, of different bases or label sets, a member has
-                several tasks and none is chosen, or a setting is wrong.
+            ConfigError: There are too few members, their label sets differ, a member has several
+                tasks and none is chosen, or a setting is wrong.
+            FingerprintError: The members are of different bases.
         """
         if combine not in COMBINES:
             raise ConfigError(
@@ -151,10 +148,8 @@ class Ensemble:
     ) -> Tensor:
         """Return the log-probability of each label under each member, ``[M, N, K]`` in nats.
 
-        Args:
-            sources: For each of the M members the text tokens of the same N inputs.
-            engine: What scores; None takes the first member's.
-            batch_size: (member, input, label) triples in one pass, at most.
+        ``sources`` are for each of the M members the text tokens of the same N inputs; ``batch_size``
+        (member, input, label) triples go into one pass of the engine, at most.
         """
         first = self.members[0]
         rows = []
@@ -184,11 +179,7 @@ class Ensemble:
         return torch.stack([per_token(own, [len(ids) for ids in labels]) for own, labels in parts])
 
     def label_ids(self) -> list[tuple[tuple[int, ...], ...]]:
-        """Return each member's tokens of the labels, in the order of ``labels``.
-
-        Raises:
-            ConfigError: Two labels have the same tokens.
-        """
+        """Return each member's tokens of the labels; raise ``ConfigError`` where two have the same."""
         return [tuple(member.label_ids(self.labels)) for member in self.members]
 
     def _shared_labels(self) -> tuple[str, ...]:

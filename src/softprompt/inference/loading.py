@@ -153,12 +153,7 @@ def tuned_of(stored: StoredPrompt, base: Base, *, ignore_fingerprint: bool = Fal
 def _loaded_heads(
     stored: StoredPrompt, config: PromptLearningConfig, base: Base
 ) -> dict[str, nn.Module]:
-    """Return the trained modules of a stored prompt in float32, by the path of the module they replace.
-
-    Raises:
-        ArtifactError: A value is missing, left over, or of another shape.
-        ConfigError: The base has no module of a name in ``modules_to_save``.
-    """
+    """Return the trained modules of a stored prompt in float32, by the path of the module they replace."""
     paths = modules_named(base.model, config.modules_to_save or [])
     heads = {path: copy.deepcopy(base.model.get_submodule(path)).float() for path in paths}
     own = head_tensors(heads)
@@ -203,11 +198,7 @@ def _read(
 
 
 def recorded_base(stored: StoredPrompt) -> str:
-    """Return the base that a prompt names.
-
-    Raises:
-        ArtifactError: It names none.
-    """
+    """Return the base that a prompt names; raise ``ArtifactError`` where it names none."""
     if stored.base_model is None:
         raise ArtifactError(
             f"{stored.location} does not say which base model it is for; pass base_model (--base-model)"

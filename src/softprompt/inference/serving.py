@@ -179,14 +179,10 @@ class Serving(AbstractContextManager["Serving"]):
         task_name: Tasks = None,
         normalize: bool = False,
     ) -> list[LabelScores]:
-        """Return how likely each label is as the answer to each input.
+        """Return how likely each label is as the answer to each input, given as for ``generate``.
 
-        Args:
-            requests: One input or several: texts, or mappings of the template's fields.
-            prompts: The name of the prompt of each input, or one for all.
-            labels: Label set; None takes each prompt's own.
-            task_name: As for ``generate``.
-            normalize: Divide a label's log-probability by its token count.
+        ``labels`` is the label set; None takes each prompt's own. ``normalize`` divides a label's
+        log-probability by its token count.
 
         Raises:
             SoftPromptError: As ``generate``; or there is no label set, or two labels have the same tokens.

@@ -308,10 +308,7 @@ class TunedPrompt:
     ) -> Iterator[str]:
         """Yield the generated answer to one input piece by piece; together they are ``generate``'s text.
 
-        Args:
-            request: A text, or a mapping of the template's fields.
-            task_name: The task of a multitask prompt, by name or number.
-            **settings: As for ``generate``.
+        The input, the task of a multitask prompt, and the options are as for ``generate``.
 
         Raises:
             SoftPromptError: As ``generate``; or for beams, which cannot be streamed.

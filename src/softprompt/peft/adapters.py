@@ -93,12 +93,8 @@ class Adapters(nn.Module, ABC):
     ) -> None:
         """Add a prompt; it becomes active only by ``set_adapter``.
 
-        Args:
-            adapter_name: Its name.
-            peft_config: Its configuration.
-            generator: Source of randomness of its first values; None is torch's global one, as in PEFT.
-            module: Its parameters, shared with whoever holds them; None makes new ones.
-            trained_heads: Its trained modules by their paths in the base, shared; others start as copies.
+        ``generator`` draws its first values; None is torch's global one, as in PEFT. ``module`` and
+        ``trained_heads``, modules by their paths in the base, are parameters to share instead of new ones.
 
         Raises:
             AdapterError: If the name is taken or not a plain name.

@@ -101,14 +101,10 @@ class AutoPeftModel:
         revision: str | None = None,
         **kwargs: Any,
     ) -> PeftModel:
-        """Load base and prompt.
+        """Load base and prompt; see ``PeftModel.from_pretrained``.
 
-        Args:
-            pretrained_model_name_or_path: Folder or Hub id of the prompt.
-            adapter_name: Name to give the prompt.
-            is_trainable: Whether to train it further.
-            revision: Revision of the prompt on the Hub.
-            **kwargs: What the base's ``from_pretrained`` takes, such as ``dtype``.
+        ``revision`` is the prompt's on the Hub, ``kwargs`` what the base's ``from_pretrained`` takes, such
+        as ``dtype``.
 
         Raises:
             ArtifactError: If the prompt is missing or damaged.
@@ -201,19 +197,10 @@ def initialize_kv_prefix_from_text(
 ) -> Tensor:
     """Set a prefix or cartridge to the keys and values of a text's first tokens.
 
-    Only the tokens that are taken run through the base: in a causal model the others change nothing.
-
-    Args:
-        model: The model it is attached to.
-        tokenizer: The base's tokenizer.
-        text: The text, at least as long as the prompt.
-        adapter_name: As for ``initialize_kv_prefix_from_past_key_values``.
-        num_virtual_tokens: As there.
-        use_chat_template: Put the text in the system turn of the tokenizer's chat template, if it has one.
-        max_length: Tokens to cut the text to first.
-
-    Returns:
-        What was set, ``[P, L·2·A_kv·D]``.
+    Only the tokens that are taken run through the base: in a causal model the others change nothing. The
+    text is cut to ``max_length`` tokens first; ``use_chat_template`` puts it in the system turn of the
+    tokenizer's chat template, if it has one. The prompt, P and what is returned are as for
+    ``initialize_kv_prefix_from_past_key_values``.
 
     Raises:
         SoftPromptError: As there; or if the text is too short, or the base's keys and values depend on an input.

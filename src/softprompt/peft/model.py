@@ -116,14 +116,9 @@ class PeftModel(Adapters):
         prompt_at: PromptAt | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Generate with transformers' ``generate``; sequences hold no virtual tokens.
+        """Generate with transformers' ``generate`` and its arguments; sequences hold no virtual tokens.
 
-        Args:
-            *args: The input ids and what follows them in transformers' ``generate``.
-            adapter_names: As for ``forward``, for each input row, like ``task_ids`` and ``prompt_at``.
-            task_ids: As for ``forward``.
-            prompt_at: As for ``forward``.
-            **kwargs: What ``generate`` of the base takes; lengths count text tokens.
+        Rows get their prompts, tasks and offsets as in ``forward``; lengths count text tokens.
 
         Raises:
             AdapterError: For an unknown name, or not one name a row.
@@ -238,10 +233,6 @@ class PeftModel(Adapters):
     @classmethod
     def of(cls, tuned: TunedPrompt, adapter_name: str = "default") -> PeftModel:
         """Return a tuned prompt as a module on its base, which shares its parameters and is not a copy.
-
-        Args:
-            tuned: The prompt.
-            adapter_name: Name to give it.
 
         Raises:
             ConfigError: If the base has no class for the prompt's task.

@@ -47,14 +47,10 @@ def chosen_rows(
     batch: int,
     tasks_of: Callable[[str], int | None],
 ) -> list[RowPrompt]:
-    """Return the prompt of each row: the caller's names, or the active prompt for all.
+    """Return the prompt of each of a call's ``batch`` rows: the caller's names, or the active prompt for all.
 
-    Args:
-        names: A name for each row, or None.
-        task_ids: A task for each row or for all; rows of prompts with one task, and of none, have 0.
-        active: The active prompt.
-        batch: Rows of the call.
-        tasks_of: Gives the tasks (K) of a named multitask prompt, None for any other prompt.
+    ``task_ids`` is one task for all rows or for each, 0 for prompts with one task and for none;
+    ``tasks_of`` gives the tasks (K) of a named multitask prompt, None for any other.
 
     Raises:
         AdapterError: If there is not one name a row.
