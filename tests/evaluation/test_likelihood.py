@@ -8,7 +8,7 @@ import torch
 from softprompt.data import TokenRow
 from softprompt.engine import TargetLogProbs
 from softprompt.errors import ConfigError
-from softprompt.evaluation import TargetLikelihood, classify_rows, target_likelihood
+from softprompt.generation import TargetLikelihood, classify_rows, target_likelihood
 from softprompt.prompts import Prompt
 
 

@@ -1,4 +1,3 @@
-from .batch_prompts import BatchPrompts as BatchPrompts
 from .choose import ENGINES as ENGINES
 from .choose import EngineChoice as EngineChoice
 from .choose import build_engine as build_engine
@@ -26,6 +25,7 @@ from .layout import Layout as Layout
 from .layout import is_packed as is_packed
 from .layout import packed_mask as packed_mask
 from .layout import pad_rows as pad_rows
+from .padded import BatchPrompts as BatchPrompts
 from .padded import PlainEngine as PlainEngine
 from .predictions import IGNORED as IGNORED
 from .predictions import Engine as Engine

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedModel
 
 from softprompt.backbone import Base, Facts, VirtualVocabulary, output_limit
-from softprompt.engine.batch_prompts import BatchPrompts
 from softprompt.engine.layout import Layout
+from softprompt.engine.padded import BatchPrompts
 from softprompt.engine.prefixes import cached_tokens, prefix_path
 from softprompt.engine.rows import Prefixes, PromptTable, check_context
 from softprompt.errors import ConfigError

@@ -10,10 +10,9 @@ from softprompt.backbone import replaced_modules
 from softprompt.data import DataSource, Record, TokenRow, read_records
 from softprompt.engine import Engine
 from softprompt.errors import ConfigError, DataError, nearest
-from softprompt.evaluation.likelihood import Classified, classify_rows, target_likelihood
 from softprompt.evaluation.metrics import label_metrics, text_metrics
 from softprompt.evaluation.report import Report, joined
-from softprompt.generation import GenerationOptions
+from softprompt.generation import Classified, GenerationOptions, classify_rows, target_likelihood
 from softprompt.inference import Ensemble, TaskNames, TunedPrompt, require_tokens
 from softprompt.inference import Task as TaskName
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from softprompt.data import TokenRow
 from softprompt.engine import Engine
 from softprompt.errors import TrainingInterrupted
-from softprompt.evaluation import TargetLikelihood, classify_rows, target_likelihood
+from softprompt.generation import TargetLikelihood, classify_rows, target_likelihood
 from softprompt.prompts import CPTConfig, Prompt, PromptModule, context_labels
 from softprompt.training.events import Events
 from softprompt.training.loop import Measure, Sampling, Stage, train
