@@ -2,9 +2,9 @@ from .answer import AnswerRules as AnswerRules
 from .answer import StopSequences as StopSequences
 from .batcher import Batcher as Batcher
 from .batcher import BatcherStats as BatcherStats
+from .batcher import Decoder as Decoder
+from .batcher import run_requests as run_requests
 from .batcher import streamed as streamed
-from .decoder import Decoder as Decoder
-from .decoder import run_requests as run_requests
 from .labels import Classified as Classified
 from .labels import Labelling as Labelling
 from .labels import LabelScores as LabelScores
