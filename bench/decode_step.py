@@ -79,9 +79,7 @@ def seconds(run: Callable[[], Any]) -> float:
 def tokenizer() -> Any:
     """Return a tokenizer that only decodes, and has no end token: every answer runs to its limit."""
     words = {f"{i} ": i for i in range(50_257)}
-    return cast(Any, PreTrainedTokenizerFast)(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="0 "))
-    )
+    return cast(Any, PreTrainedTokenizerFast)(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="0 ")))
 
 
 def served(batcher: Batcher, table: torch.Tensor, heads: torch.Tensor, ids: torch.Tensor) -> Any:
@@ -89,11 +87,7 @@ def served(batcher: Batcher, table: torch.Tensor, heads: torch.Tensor, ids: torc
     options = GenerationOptions(max_new_tokens=NEW)
     values = [Prompt(table[head]) for head in heads]
     tickets = [
-        batcher.submit(
-            Request(
-                tuple(row.tolist()), values[i % len(values)], options=options, decode=lambda _: ""
-            )
-        )
+        batcher.submit(Request(tuple(row.tolist()), values[i % len(values)], options=options, decode=lambda _: ""))
         for i, row in enumerate(ids)
     ]
     return [list(ticket.result()[0].tokens) for ticket in tickets]
@@ -102,9 +96,7 @@ def served(batcher: Batcher, table: torch.Tensor, heads: torch.Tensor, ids: torc
 def transformers_own(model: Any, heads: torch.Tensor, ids: torch.Tensor) -> Any:
     """Answer the same requests by transformers' continuous batching; return the tokens."""
     inputs = [[*heads[i % len(heads)].tolist(), *row.tolist()] for i, row in enumerate(ids)]
-    config = cast(Any, GenerationConfig)(
-        max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0
-    )
+    config = cast(Any, GenerationConfig)(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
     bounds = ContinuousBatchingConfig(
         page_size=32, num_blocks=8 * len(inputs), max_batch_tokens=512, use_cuda_graph=False
     )
@@ -136,9 +128,7 @@ def throughput(model: Any, rows: int, repeats: int) -> dict[str, float]:
             if turn:
                 found[name].append(rows * NEW / (time.process_time() - start))
     batcher.stop()
-    same = sum(
-        a == b for a, b in zip(answers["ours, 8 prompts"], answers["transformers"], strict=True)
-    )
+    same = sum(a == b for a, b in zip(answers["ours, 8 prompts"], answers["transformers"], strict=True))
     medians = {name: statistics.median(values) for name, values in found.items()}
     return medians | {"equal answers": same / rows}
 

@@ -92,9 +92,7 @@ def main() -> None:
     if options.plot is not None:
         plot(results, options.plot)
     if options.json:
-        rows: list[dict[str, Any]] = [
-            {"varied": k, "value": v, **r} for (k, v), r in results.items()
-        ]
+        rows: list[dict[str, Any]] = [{"varied": k, "value": v, **r} for (k, v), r in results.items()]
         print(json.dumps(rows, indent=2))
         return
     print("| varied | value | GFLOP PEFT / ours | FLOPs ratio | time ratio |")

@@ -119,9 +119,7 @@ def equal(result: dict[str, Any]) -> bool:
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--shared", type=Path, default=Path("../shared"), help="folder of real data"
-    )
+    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder of real data")
     parser.add_argument("--virtual", type=int, default=100, help="virtual tokens (P)")
     parser.add_argument("--inputs", type=int, default=4, help="inputs scored in one call")
     parser.add_argument("--rounds", type=int, default=3, help="timed calls of each side")

@@ -75,9 +75,7 @@ def _classifier(model: Any, virtual: int, lengths: Sequence[int]) -> int:
     return int(_PASSES * (_linear(layers) * tokens + head * len(lengths)) + _ATTENTION * attention)
 
 
-def _seq2seq(
-    model: Any, virtual: int, lengths: Sequence[int], answer: int, *, sees_input: bool
-) -> int:
+def _seq2seq(model: Any, virtual: int, lengths: Sequence[int], answer: int, *, sees_input: bool) -> int:
     config, head = model.config, model.get_output_embeddings().weight.numel()
     tokens, pairs = _encoded(virtual, lengths, sees_input=sees_input)
     states = sum(

@@ -59,9 +59,7 @@ def arms(folder: Path) -> dict[str, dict[str, Any]]:
     multitask = {"tuning_type": MULTITASK, "source_prompt_base": str(folder)}
     return {
         "plain, RANDOM": {"tuning_config": plain},
-        "plain, SAMPLE_VOCAB": {
-            "tuning_config": plain | {"prompt_tuning_init_method": "SAMPLE_VOCAB"}
-        },
+        "plain, SAMPLE_VOCAB": {"tuning_config": plain | {"prompt_tuning_init_method": "SAMPLE_VOCAB"}},
         "multitask, AVERAGE_SOURCE": multitask
         | {"tuning_config": source | {"prompt_tuning_init_method": "AVERAGE_SOURCE"}},
         "multitask, ONLY_SOURCE_SHARED": multitask

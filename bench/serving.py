@@ -62,9 +62,7 @@ def answered(batcher: Batcher, ask: Ask, values: Sequence[Prompt]) -> Took:
     return took
 
 
-def throughput(
-    model: Any, tokenizer: Any, requests: int, clients: int, rounds: int
-) -> dict[str, Any]:
+def throughput(model: Any, tokenizer: Any, requests: int, clients: int, rounds: int) -> dict[str, Any]:
     """Measure the four ways, alternating; the medians of the rounds count."""
     tables = prompt_tables(model, PROMPTS)
     values, todo = values_of(tables), asks(model, requests)
@@ -120,9 +118,7 @@ def first_tokens(model: Any, tokenizer: Any, times: int) -> dict[str, float]:
 
 def table(result: dict[str, Any]) -> None:
     """Print everything."""
-    print(
-        "| way | tokens/s | tokens per CPU s | first token p50, p95 ms | between tokens p50, p95 ms |"
-    )
+    print("| way | tokens/s | tokens per CPU s | first token p50, p95 ms | between tokens p50, p95 ms |")
     print("|---|---|---|---|---|")
     for row in result["rows"]:
         first, between = row["first_ms"], row["between_ms"]

@@ -98,9 +98,7 @@ def _apart(found: Sequence[float], expected: Sequence[float]) -> str:
     return f"log-probabilities differ by {most}" if most > CLOSE else ""
 
 
-async def ask(
-    load: Load, client: httpx.AsyncClient, case: Case, what: str, *, stream: bool = False
-) -> int:
+async def ask(load: Load, client: httpx.AsyncClient, case: Case, what: str, *, stream: bool = False) -> int:
     """Ask until there is an answer, compare it, and return its status.
 
     A full queue is asked again unless the case says that this may be; so is a server that was

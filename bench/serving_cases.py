@@ -66,9 +66,7 @@ def prompts_in(root: Path, base: Base, count: int, virtual: int) -> dict[str, Tu
     return {folder.name: loaded(folder, base) for folder in folders}
 
 
-def write_prompt(
-    folder: Path, base: Base, virtual: int, *, seed: int, prefix: bool = False
-) -> None:
+def write_prompt(folder: Path, base: Base, virtual: int, *, seed: int, prefix: bool = False) -> None:
     """Write a prompt of random rows near the base's embeddings, or of keys and values."""
     model: Any = base.model
     table = model.get_input_embeddings().weight.detach()
@@ -193,9 +191,7 @@ def generated(name: str, tuned: TunedPrompt, text: str, number: int, rng: random
 
 
 @torch.no_grad()
-def greedy(
-    model: Any, ids: Sequence[int], count: int, eos: int
-) -> tuple[list[int], tuple[float, ...]]:
+def greedy(model: Any, ids: Sequence[int], count: int, eos: int) -> tuple[list[int], tuple[float, ...]]:
     """Return the likeliest tokens and their log-probabilities, each by a whole pass over the row."""
     tokens: list[int] = []
     logprobs: list[float] = []

@@ -173,9 +173,7 @@ def check_numbers(load: Load, numbers: dict[str, float]) -> None:
     for code in (400, 404, 408, 413, 429, 500, 503):
         counted = numbers.get(f'softprompt_requests_refused_total{{code="{code}"}}', 0)
         if not load.seen[code] <= counted <= load.seen[code] + load.left["not begun"]:
-            raise WrongAnswerError(
-                f"{load.seen[code]} requests came back with {code}, but it counts {counted:g}"
-            )
+            raise WrongAnswerError(f"{load.seen[code]} requests came back with {code}, but it counts {counted:g}")
 
 
 async def fire(load: Load, work: Work, clients: int, seconds: float) -> dict[str, Any]:

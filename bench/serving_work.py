@@ -79,8 +79,7 @@ def asks(model: Any, count: int, seed: int = 5) -> list[Ask]:
     vocabulary = model.get_input_embeddings().weight.shape[0]
     chosen = rng.choices(range(PROMPTS), [1 / (k + 1) for k in range(PROMPTS)], k=count)
     return [
-        Ask(prompt, tuple(rng.randrange(10, vocabulary) for _ in range(rng.randint(*INPUT))))
-        for prompt in chosen
+        Ask(prompt, tuple(rng.randrange(10, vocabulary) for _ in range(rng.randint(*INPUT)))) for prompt in chosen
     ]
 
 

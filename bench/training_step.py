@@ -99,16 +99,12 @@ def t5_small() -> Any:
 def bert_small() -> Any:
     """BERT-small: 4 layers of 512, with a classification head of two labels."""
     return tf.BertForSequenceClassification(
-        tf.BertConfig(
-            hidden_size=512, num_hidden_layers=4, num_attention_heads=8, intermediate_size=2048
-        )
+        tf.BertConfig(hidden_size=512, num_hidden_layers=4, num_attention_heads=8, intermediate_size=2048)
     )
 
 
 WORKS: dict[str, Work] = {
-    "gpt2-p100": Work(
-        "GPT-2 small, P=100, B=16, T 11-53", gpt2_small, 100, spread(11, 53, 16), 7.2, 6.0, 0.35
-    ),
+    "gpt2-p100": Work("GPT-2 small, P=100, B=16, T 11-53", gpt2_small, 100, spread(11, 53, 16), 7.2, 6.0, 0.35),
     "llama-p100": Work(
         "Llama 30 x 576, GQA 9/3, P=100, B=32, T 11-53",
         llama_135m,
@@ -118,9 +114,7 @@ WORKS: dict[str, Work] = {
         5.0,
         0.35,
     ),
-    "gpt2-p20": Work(
-        "GPT-2 small, P=20, B=8, T 27-101", gpt2_small, 20, spread(27, 101, 8), 2.5, 2.2
-    ),
+    "gpt2-p20": Work("GPT-2 small, P=20, B=8, T 27-101", gpt2_small, 20, spread(27, 101, 8), 2.5, 2.2),
     "t5-p100": Work(
         "T5-small, P=100, B=16, source 21-107, target 8",
         t5_small,
@@ -251,9 +245,7 @@ def torch_step(step: Callable[[], float]) -> Callable[[], float]:
     return run
 
 
-def attention_flop(
-    query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any
-) -> int:
+def attention_flop(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
     """Return the FLOPs of fused attention on the CPU, which torch's counter does not know."""
     batch, heads, tokens, width = query
     return int(2 * batch * heads * tokens * key[2] * (width + value[3]))
@@ -337,9 +329,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     seconds = [statistics.median(spent) for spent in times]
     memory = peak_memory("ours", name), peak_memory("peft", name)
     answer = TARGET if work.task == "CAUSAL_LM" else SEQ2SEQ_TARGET
-    bound = lower_bound(
-        work.build, work.task, work.virtual, work.lengths, answer, sees_input=work.sees_input
-    )
+    bound = lower_bound(work.build, work.task, work.virtual, work.lengths, answer, sees_input=work.sees_input)
     return {
         "work": work.title,
         "loss_difference": abs(losses[0] - losses[1]),
@@ -369,9 +359,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     tf.logging.set_verbosity(40)
-    results = [
-        measure(name, options.rounds) for name in ([options.only] if options.only else WORKS)
-    ]
+    results = [measure(name, options.rounds) for name in ([options.only] if options.only else WORKS)]
     if options.json:
         print(json.dumps(results, indent=2))
         return

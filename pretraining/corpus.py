@@ -199,9 +199,7 @@ def pack(
     while filled < tokens:
         texts, spans = zip(*(unmarked(next(documents)) for _ in range(chunk)), strict=True)
         rows = tokenizer(list(texts), return_offsets_mapping=True)
-        for row, offsets, marks in zip(
-            rows["input_ids"], rows["offset_mapping"], spans, strict=True
-        ):
+        for row, offsets, marks in zip(rows["input_ids"], rows["offset_mapping"], spans, strict=True):
             known = [any(a < end and b > start for start, end in marks) for a, b in offsets]
             document = [*row[: CONTEXT - 1], tokenizer.eos_token_id][: tokens - filled]
             known = [*known[: CONTEXT - 1], known[-1]][: tokens - filled]

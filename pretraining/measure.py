@@ -20,9 +20,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from pretraining.handwritten import read_letters
 
 TEMPLATE = "Message: {}\nLabel:"
-START = (
-    "complaint means unhappy, something went wrong. no complaint means all else, happy or plain.\n"
-)
+START = "complaint means unhappy, something went wrong. no complaint means all else, happy or plain.\n"
 Rows = list[tuple[str, str]]
 
 
@@ -61,16 +59,12 @@ class Scorer:
         """Return the token ids of a text."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def log_probs(
-        self, texts: list[str], labels: list[str], prompt: torch.Tensor | None
-    ) -> torch.Tensor:
+    def log_probs(self, texts: list[str], labels: list[str], prompt: torch.Tensor | None) -> torch.Tensor:
         """Return the summed log-probability of each label (and `</s>`) behind its text."""
         before = [self.ids(text) for text in texts]
         after = [[*self.ids(f" {label}"), self.tokenizer.eos_token_id] for label in labels]
         rows = [torch.tensor(a + b) for a, b in zip(before, after, strict=True)]
-        ids = torch.nn.utils.rnn.pad_sequence(
-            rows, batch_first=True, padding_value=self.tokenizer.pad_token_id
-        )
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
         inputs = functional.embedding(ids, self.table)
         shift = 0 if prompt is None else len(prompt)
         if prompt is not None:
@@ -102,9 +96,7 @@ class Scorer:
         return right / len(rows)
 
 
-def tune(
-    scorer: Scorer, rows: Rows, lr: float, seed: int, args: argparse.Namespace
-) -> torch.Tensor:
+def tune(scorer: Scorer, rows: Rows, lr: float, seed: int, args: argparse.Namespace) -> torch.Tensor:
     """Fit a soft prompt to the rows with AdamW and a rate that falls to zero."""
     rng = Random(seed)
     start = scorer.ids(START)

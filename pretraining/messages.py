@@ -117,9 +117,7 @@ class MessageWriter:
         sections = self.banks.sections
         names = [f"{kind}.{domain}", f"{kind}.any", f"{kind}.{GENERAL}"]
         shares = [1, 0, 0] if (kind, domain) == ("trouble", "staff") else [6, 3, 2]
-        known = [
-            (name, share) for name, share in zip(names, shares, strict=True) if name in sections
-        ]
+        known = [(name, share) for name, share in zip(names, shares, strict=True) if name in sections]
         if not known:
             return self.banks.expand(kind, rng, domain)
         section = rng.choices([name for name, _ in known], [share for _, share in known])[0]

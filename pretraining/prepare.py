@@ -27,9 +27,7 @@ def arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="data sets")
-    parser.add_argument(
-        "--stories-model", type=Path, default=Path("../shared/models/stories260K"), help="sampled"
-    )
+    parser.add_argument("--stories-model", type=Path, default=Path("../shared/models/stories260K"), help="sampled")
     parser.add_argument("--work", type=Path, default=Path("build/pretraining"), help="written to")
     parser.add_argument("--early-tokens", type=int, default=2_500_000, help="of the first mixture")
     parser.add_argument("--late-tokens", type=int, default=15_500_000, help="of the second mixture")

@@ -20,10 +20,7 @@ def banking_queries(data: Path, split: str = "train") -> list[tuple[str, str]]:
     """Return (query, intent in words) of a split of Banking77."""
     with open(data / "banking77" / f"{split}.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    return [
-        (" ".join(row["text"].split()), row["category"].lower().replace("_", " ").strip("?"))
-        for row in rows
-    ]
+    return [(" ".join(row["text"].split()), row["category"].lower().replace("_", " ").strip("?")) for row in rows]
 
 
 def word_list(data: Path) -> list[str]:
@@ -32,6 +29,4 @@ def word_list(data: Path) -> list[str]:
     They serve as made-up labels, so the label word of the held-out task is left out.
     """
     text = (data / "g2p_lexicon" / "us_gold.json").read_text(encoding="utf-8")
-    return sorted(
-        word for word in json.loads(text) if re.fullmatch(r"(?!complain)[a-z]{3,9}", word)
-    )
+    return sorted(word for word in json.loads(text) if re.fullmatch(r"(?!complain)[a-z]{3,9}", word))

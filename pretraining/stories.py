@@ -6,9 +6,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 
-def sample_stories(
-    model_folder: Path, seed: int, batches: int = 5, batch_size: int = 256
-) -> list[str]:
+def sample_stories(model_folder: Path, seed: int, batches: int = 5, batch_size: int = 256) -> list[str]:
     """Return `batches * batch_size` stories of up to 360 tokens, cut at their last full sentence."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = LlamaForCausalLM.from_pretrained(model_folder).eval()

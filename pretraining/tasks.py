@@ -116,9 +116,7 @@ class TaskWriter:
         common = [name for name in ATTRIBUTES if all(name in e.values for e in examples)]
         return rng.choices(common, [ATTRIBUTES[name].share for name in common])[0]
 
-    def verbalise(
-        self, attribute: Attribute, made_up_share: float, rng: Random
-    ) -> tuple[dict[str, str], bool]:
+    def verbalise(self, attribute: Attribute, made_up_share: float, rng: Random) -> tuple[dict[str, str], bool]:
         """Choose label words for the values; the flag says that they are made up."""
         made_up = len(attribute.values) <= 3 and rng.random() < made_up_share
         if made_up:
@@ -227,9 +225,7 @@ class TaskWriter:
             found = "yes" if word in words else "no"
             return f"{example.text}\nDoes it contain {word}? {answer(found)}"
         word = words[0] if kind == "first" else words[-1]
-        form = rng.choice(
-            ["{t}\n{K} word: {w}", "{K} word of the text? {t} -> {w}", "{K} word\n{t}\n{w}"]
-        )
+        form = rng.choice(["{t}\n{K} word: {w}", "{K} word of the text? {t} -> {w}", "{K} word\n{t}\n{w}"])
         return form.format(t=example.text, K=kind.capitalize(), w=word)
 
     def reply(self, message: Message, rng: Random) -> str:
@@ -238,15 +234,11 @@ class TaskWriter:
         if message.kind in ("ask", "solved"):
             tone = message.kind
         reply = self.banks.expand(f"reply.{tone}", rng, message.domain or self.banks.domains[0])
-        names = rng.choice(
-            [("Customer", "Agent"), ("Message", "Reply"), ("Q", "A"), ("User", "Team")]
-        )
+        names = rng.choice([("Customer", "Agent"), ("Message", "Reply"), ("Q", "A"), ("User", "Team")])
         reason = ""
         if message.kind != "solved" and rng.random() < 0.4:
             cause = "neutral" if message.mood == "plain" else message.mood
-            phrase = self.banks.expand(
-                f"cause.{cause}", rng, message.domain or self.banks.domains[0]
-            )
+            phrase = self.banks.expand(f"cause.{cause}", rng, message.domain or self.banks.domains[0])
             reason = f"\n{rng.choice(['Why', 'Reason', 'Note'])}: {phrase}"
         return f"{names[0]}: {message.text}\n{names[1]}: {reply[0].upper()}{reply[1:]}{reason}"
 
@@ -258,6 +250,5 @@ class TaskWriter:
         form = rng.choice(["{w} -> {l}", "Word: {w}\nFeeling: {l}", "{w}: {l}", "{w} is {l}"])
         drawn = [rng.choice(kinds) for _ in range(rng.randint(2, 5))]
         return "\n".join(
-            form.format(w=rng.choice(self.banks.sections[f"word.{kind}"]), l=answer(labels[kind]))
-            for kind in drawn
+            form.format(w=rng.choice(self.banks.sections[f"word.{kind}"]), l=answer(labels[kind])) for kind in drawn
         )

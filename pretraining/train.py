@@ -29,9 +29,7 @@ def arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add(
-        "--work", type=Path, default=Path("build/pretraining"), help="folder of pretraining.prepare"
-    )
+    add("--work", type=Path, default=Path("build/pretraining"), help="folder of pretraining.prepare")
     add("--out", type=Path, default=Path("src/softprompt/bundled/model"), help="model folder")
     add("--steps", type=int, default=7000)
     add("--batch-tokens", type=int, default=2048, help="tokens of one step")
@@ -84,15 +82,11 @@ def rate(step: int, args: argparse.Namespace) -> float:
     return args.lr * rise * fall
 
 
-def next_token_loss(
-    model: LlamaForCausalLM, rows: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
+def next_token_loss(model: LlamaForCausalLM, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Return the weighted mean cross entropy of predicting each token from those before it."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
-    losses = functional.cross_entropy(
-        logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="none"
-    )
+    losses = functional.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
     weights = weights[:, 1:].flatten()
     return (losses * weights).sum() / weights.sum()
 
@@ -112,9 +106,7 @@ def perplexity(model: LlamaForCausalLM, ids: np.ndarray, batch: int = 16) -> flo
     model.eval()
     windows = torch.from_numpy(ids[: len(ids) // CONTEXT * CONTEXT].astype(np.int64))
     parts = windows.view(-1, CONTEXT).split(batch)
-    losses = [
-        (next_token_loss(model, part, torch.ones(part.shape)).item(), len(part)) for part in parts
-    ]
+    losses = [(next_token_loss(model, part, torch.ones(part.shape)).item(), len(part)) for part in parts]
     model.train()
     return math.exp(sum(loss * n for loss, n in losses) / sum(n for _, n in losses))
 
@@ -134,8 +126,7 @@ def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Pat
 def write_card(model: LlamaForCausalLM, args: argparse.Namespace, seconds: float) -> None:
     """Fill in the numbers of the model card and put it into the model folder."""
     held_out = {
-        name: perplexity(model, np.load(args.work / f"held_out_{name}.npy"))
-        for name in ("messages", "queries")
+        name: perplexity(model, np.load(args.work / f"held_out_{name}.npy")) for name in ("messages", "queries")
     }
     print("held-out perplexity", held_out, flush=True)
     card = CARD.read_text(encoding="utf-8").format(

@@ -11,7 +11,5 @@ os.environ.pop("ALLOW_DOWNLOADS", None)
 from hypothesis import HealthCheck, settings
 
 # A busy machine must not turn a property into a failure, and a failure must come back.
-settings.register_profile(
-    "steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
+settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("steady")

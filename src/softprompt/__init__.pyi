@@ -20,9 +20,7 @@ from .peft.classes import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from .peft.classes import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
 from .peft.classes import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
 from .peft.classes import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
-from .peft.classes import (
-    AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
-)
+from .peft.classes import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
 from .peft.classes import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
 from .peft.classes import PeftModel as PeftModel
 from .peft.classes import PeftModelForCausalLM as PeftModelForCausalLM
@@ -32,9 +30,7 @@ from .peft.classes import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
 from .peft.classes import PeftModelForSequenceClassification as PeftModelForSequenceClassification
 from .peft.classes import PeftModelForTokenClassification as PeftModelForTokenClassification
 from .peft.classes import get_peft_model as get_peft_model
-from .peft.classes import (
-    initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values,
-)
+from .peft.classes import initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values
 from .peft.classes import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
 from .peft.saving import get_peft_model_state_dict as get_peft_model_state_dict
 from .peft.saving import set_peft_model_state_dict as set_peft_model_state_dict
@@ -57,9 +53,7 @@ from .prompts import PromptLearningConfig as PromptLearningConfig
 from .prompts import PromptTuningConfig as PromptTuningConfig
 from .prompts import PromptTuningInit as PromptTuningInit
 from .prompts import TaskType as TaskType
-from .prompts import (
-    prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values,
-)
+from .prompts import prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values
 from .training.run import tune as tune
 from .training.settings import TuneSettings as TuneSettings
 from .training.tuning_config import TuningConfig as TuningConfig

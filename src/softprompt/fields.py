@@ -68,9 +68,7 @@ def from_mapping(owner: type[Settings], values: Mapping[str, Any]) -> Settings:
     known = [item.name for item in fields(owner)]  # type: ignore[arg-type]
     for name in values:
         if name not in known:
-            raise ConfigError(
-                f"unknown setting {name!r}{nearest(name, known)}; known: {', '.join(known)}"
-            )
+            raise ConfigError(f"unknown setting {name!r}{nearest(name, known)}; known: {', '.join(known)}")
     return owner(**values)
 
 

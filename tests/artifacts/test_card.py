@@ -52,9 +52,7 @@ def test_the_card_tells_what_the_prompt_is(config, manifest):
 
 
 def test_values_cannot_break_the_markdown(config, manifest):
-    odd = dataclasses.replace(
-        manifest, template="a ``` {{input}}", settings={"x": "1 | 2\n3"}, metrics={}
-    )
+    odd = dataclasses.replace(manifest, template="a ``` {{input}}", settings={"x": "1 | 2\n3"}, metrics={})
     card = model_card(config, odd)
     assert "````\na ``` {{input}}\n````" in card
     assert "| x | 1 \\| 2 3 |" in card
@@ -108,9 +106,9 @@ def tiny_base(directory):
     words = {word: number for number, word in enumerate("<unk> Text : your text Label".split())}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>"
-    ).save_pretrained(directory)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>").save_pretrained(
+        directory
+    )
     torch.manual_seed(0)
     sizes = {"hidden_size": 8, "intermediate_size": 16, "vocab_size": 16}
     heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}

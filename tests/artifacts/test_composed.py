@@ -146,9 +146,7 @@ def test_nothing_is_overwritten_unasked(tmp_path, pair):
 
 def test_prompts_that_peft_wrote(tmp_path, pair, caplog):
     plain = [folder(tmp_path / f"p{i}", drawn(i), manifest=False) for i in range(2)]
-    assert (
-        average_prompts([plain[0], pair[0]]).manifest.data["made_of"]["1"]["weights_sha256"] is None
-    )
+    assert average_prompts([plain[0], pair[0]]).manifest.data["made_of"]["1"]["weights_sha256"] is None
     with caplog.at_level(logging.WARNING, "softprompt"):
         made = average_prompts(plain, tmp_path / "out")
     assert "does not say what it was made of" in caplog.text
@@ -177,12 +175,8 @@ def test_pefts_second_half_of_a_seq2seq_prompt_is_left_out(tmp_path):
 
 def test_what_is_more_than_rows_is_refused(tmp_path, pair):
     stored = load_adapter(pair[0])
-    headed = dataclasses.replace(
-        stored, tensors=stored.tensors | {"base_model.score.weight": drawn(1)}
-    )
-    with pytest.raises(
-        ArtifactError, match=r"trained parts besides its virtual tokens .base_model.score.weight"
-    ):
+    headed = dataclasses.replace(stored, tensors=stored.tensors | {"base_model.score.weight": drawn(1)})
+    with pytest.raises(ArtifactError, match=r"trained parts besides its virtual tokens .base_model.score.weight"):
         headed.prompt()
     keyed = dataclasses.replace(stored, config=stored.config | {"peft_type": "PREFIX_TUNING"})
     with pytest.raises(ArtifactError, match="keys and values of every layer"):
@@ -197,9 +191,7 @@ def test_too_few_prompts(pair):
 
 def test_a_base_that_is_not_known_is_told_by_its_name(tmp_path, pair):
     unknown = folder(tmp_path / "u", drawn(7), base_fingerprint={})
-    torch.testing.assert_close(
-        average_prompts([pair[0], unknown]).values, (drawn(0) + drawn(7)) / 2
-    )
+    torch.testing.assert_close(average_prompts([pair[0], unknown]).values, (drawn(0) + drawn(7)) / 2)
     average_prompts([unknown, unknown])
     other = folder(tmp_path / "o", drawn(7), base="two", base_fingerprint={})
     with pytest.raises(FingerprintError, match="its base is two, not one, and not both"):

@@ -117,9 +117,7 @@ def test_a_corrupt_body_is_found_by_the_recorded_hash(tmp_path, config, tensors,
 
 
 @given(position=st.integers(0, 10_000), value=st.integers(0, 255), cut=st.booleans())
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_damage_ends_in_another_error(written, tensors, position, value, cut):
     for name in (WEIGHTS, "adapter_model.bin"):
         if name == WEIGHTS:
@@ -173,9 +171,7 @@ def test_integers_are_no_prompt(written, dtype):
     refused("float32, float16, bfloat16 or float64, got (int64|uint8|bool)", written)
 
 
-@pytest.mark.parametrize(
-    "subfolder", ["../prompt", "a/../../x", "/etc", "", "..", "C:\\x", "a\\..\\.."]
-)
+@pytest.mark.parametrize("subfolder", ["../prompt", "a/../../x", "/etc", "", "..", "C:\\x", "a\\..\\.."])
 def test_a_subfolder_that_leads_outside(written, subfolder):
     refused("expected a subfolder inside the prompt directory", written, subfolder=subfolder)
 

@@ -58,9 +58,7 @@ def answers(model, tokenizer, entry, *, new=12):
     for each in TEXTS:
         text, special = text_of(entry, each)
         ids = tokenizer(text, add_special_tokens=special, return_tensors="pt")["input_ids"]
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False
-        )[0]
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)[0]
         found.append(out if model.config.is_encoder_decoder else out[ids.shape[1] :])
     return found
 
@@ -161,9 +159,7 @@ def test_a_padded_vocabulary_keeps_its_own_rows(tmp_path):
     """The base can give ids that its tokenizer lacks, so their rows are not used for prompts."""
     facts, model, _ = exported(tmp_path)
     base, _ = plain(tmp_path / "base")
-    assert torch.equal(
-        model.get_input_embeddings().weight[:VOCABULARY], base.get_input_embeddings().weight
-    )
+    assert torch.equal(model.get_input_embeddings().weight[:VOCABULARY], base.get_input_embeddings().weight)
 
 
 def test_generation_settings_suppress_the_new_ids(tmp_path):
@@ -188,9 +184,7 @@ def test_a_base_in_memory_is_not_changed(tmp_path):
     write_prompt(tmp_path / "x", base)
     model, tokenizer = plain(base)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    convert(
-        tmp_path / "x", tmp_path / "out", to="extended-vocab", base_model=model, tokenizer=tokenizer
-    )
+    convert(tmp_path / "x", tmp_path / "out", to="extended-vocab", base_model=model, tokenizer=tokenizer)
     assert model.config.tie_word_embeddings
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert len(tokenizer) == len(byte_bpe(bos=True))

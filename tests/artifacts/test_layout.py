@@ -15,18 +15,14 @@ from softprompt.artifacts.layout import LAYOUTS, OUR_KEYS, PROMPT_KEY
 from softprompt.errors import ArtifactError
 from softprompt.prompts import PeftType
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 THEIRS = {
     "PROMPT_TUNING": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     "MULTITASK_PROMPT_TUNING": peft.MultitaskPromptTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=3, num_tasks=2, num_ranks=2
     ),
-    "P_TUNING": peft.PromptEncoderConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8
-    ),
+    "P_TUNING": peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8),
     "PREFIX_TUNING": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     "CARTRIDGE": peft.CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     "CPT": peft.CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[1, 2, 3]),

@@ -22,9 +22,7 @@ from softprompt.artifacts.layout import LAYOUTS
 from softprompt.prompts import PeftType
 
 # PEFT 0.21 reads a property that transformers 5.23 has renamed; nothing of ours is involved.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 
 def tiny_llama():

@@ -140,9 +140,7 @@ def test_an_unwritable_place_is_one_line(tmp_path, config, tensors):
         ({"num_virtual_tokens": 4}, r"expected prompt_embeddings \[4, 8\].*got \[3, 8\]"),
     ],
 )
-def test_a_config_that_could_not_be_read_back_is_not_written(
-    tmp_path, config, tensors, change, expected
-):
+def test_a_config_that_could_not_be_read_back_is_not_written(tmp_path, config, tensors, change, expected):
     with pytest.raises(ArtifactError, match=expected):
         save_adapter(tmp_path / "p", {**config, **change}, tensors, overwrite=False)
     assert not (tmp_path / "p").exists()
@@ -155,9 +153,7 @@ def test_a_prompt_that_is_not_finite_is_not_written(tmp_path, config, tensors):
     assert not (tmp_path / "p").exists()
 
 
-@pytest.mark.parametrize(
-    "text", ["# My project\n", "---\nlibrary_name: peft\n---\n- softprompt\n", ""]
-)
+@pytest.mark.parametrize("text", ["# My project\n", "---\nlibrary_name: peft\n---\n- softprompt\n", ""])
 def test_a_readme_of_somebody_else_is_left_alone(tmp_path, config, tensors, text):
     (tmp_path / "README.md").write_text(text)
     save_adapter(tmp_path, config, tensors, overwrite=True)

@@ -86,6 +86,4 @@ def test_a_multitask_prompt_is_no_prompt_before_a_task_is_chosen(stored):
 def test_other_parts_are_named():
     assert other_parts(("ENCODER",), ["ENCODER"]) is None
     reason = other_parts(("ENCODER", "DECODER"), ["DECODER"])
-    assert reason == (
-        "its virtual tokens stand before the input and the answer, not before the answer"
-    )
+    assert reason == ("its virtual tokens stand before the input and the answer, not before the answer")

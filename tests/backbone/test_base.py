@@ -67,10 +67,7 @@ def counted(monkeypatch, owner, name):
 
 def left_behind(model):
     """Return everything that a pass could leave on a model."""
-    hooks = [
-        (len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m))
-        for m in model.modules()
-    ]
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for m in model.modules()]
     checkpoints = [vars(m).get("_gradient_checkpointing_func") for m in model.modules()]
     return hooks, checkpoints, implementations_of(model), bodies_in(model)
 

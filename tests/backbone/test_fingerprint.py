@@ -63,9 +63,7 @@ def test_the_head_does_not_matter():
 
 def test_one_backbone_under_two_tasks():
     language = causal("gpt2")
-    classifier = build(
-        tf.AutoModelForSequenceClassification, CAUSAL["gpt2"](), seed=3, num_labels=2
-    )
+    classifier = build(tf.AutoModelForSequenceClassification, CAUSAL["gpt2"](), seed=3, num_labels=2)
     assert not Fingerprint.of(language).matches(Fingerprint.of(classifier))
     classifier.transformer.load_state_dict(language.transformer.state_dict())
     assert Fingerprint.of(language).matches(Fingerprint.of(classifier))
@@ -88,9 +86,7 @@ def test_through_json(llama):
     assert set(llama.short) <= set("0123456789abcdef")
 
 
-@pytest.mark.parametrize(
-    "change", [{"values": None}, {"values": ["x"]}, {"sizes": 3}, {"sizes": ["a"]}]
-)
+@pytest.mark.parametrize("change", [{"values": None}, {"values": ["x"]}, {"sizes": 3}, {"sizes": ["a"]}])
 def test_damage_is_one_clear_error(llama, change):
     with pytest.raises(ArtifactError, match=r"fingerprint in softprompt\.json is damaged"):
         Fingerprint.from_dict({**llama.to_dict(), **change})

@@ -84,9 +84,7 @@ def test_a_model_in_memory_that_generates_nothing_is_refused():
         load_base(model, tokenizer=byte_bpe())
 
 
-@pytest.mark.parametrize(
-    "name", ["no-such-model-here", "some-org/no-such-model", "./missing/folder"]
-)
+@pytest.mark.parametrize("name", ["no-such-model-here", "some-org/no-such-model", "./missing/folder"])
 def test_unknown_names_say_how_to_download(name):
     with pytest.raises(BackboneError, match="ALLOW_DOWNLOADS=true") as caught:
         load_base(name)
@@ -96,9 +94,7 @@ def test_unknown_names_say_how_to_download(name):
 
 def test_downloads_need_permission(monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        tf.AutoConfig, "from_pretrained", lambda name, **options: asked.append(options) or 1 / 0
-    )
+    monkeypatch.setattr(tf.AutoConfig, "from_pretrained", lambda name, **options: asked.append(options) or 1 / 0)
     for value in ("", "false", "true", "TRUE"):
         monkeypatch.setenv("ALLOW_DOWNLOADS", value)
         with pytest.raises(BackboneError):

@@ -37,9 +37,7 @@ from softprompt.engine import (
     why_undecodable,
 )
 
-pytestmark = pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
-)
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 KINDS = ["linear", "linear without bias", "conv1d"]
 
 
@@ -62,9 +60,7 @@ def used(monkeypatch):
     """Count the calls that oneDNN gets."""
     calls = []
     original = products._multiplied
-    monkeypatch.setattr(
-        products, "_multiplied", lambda *args: (calls.append(args), original(*args))[1]
-    )
+    monkeypatch.setattr(products, "_multiplied", lambda *args: (calls.append(args), original(*args))[1])
     return calls
 
 
@@ -78,9 +74,7 @@ def test_same_numbers(monkeypatch, kind, shape, keep):
     with torch.no_grad(), swapped_forwards([FrozenLinear(module, keep=keep)]):
         torch.testing.assert_close(module(x), wanted, atol=1e-6, rtol=1e-5)
         strided = torch.randn(16, *shape).movedim(0, -1)
-        torch.testing.assert_close(
-            module(strided), type(module).forward(module, strided), atol=1e-6, rtol=1e-5
-        )
+        torch.testing.assert_close(module(strided), type(module).forward(module, strided), atol=1e-6, rtol=1e-5)
     assert len(calls) == 2
 
 
@@ -278,9 +272,7 @@ def test_switched_off_by_torch_s_own_switch():
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_compiled_parts_are_compiled_once():
     model, ids = tiny("llama"), torch.tensor([[5, 6, 7, 8]])
-    prompted = get_peft_model(
-        model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    )
+    prompted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     compiled = []
 
     def count(graph, _):
@@ -406,9 +398,7 @@ def tiny(kind):
     torch.manual_seed(0)
     if kind == "gpt2":
         made = GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=97, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2
-            )
+            GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
         )
     else:
         made = LlamaForCausalLM(
@@ -442,11 +432,7 @@ def test_training_pass(monkeypatch, kind, checkpointing):
         monkeypatch.setattr(products, "is_faster_here", lambda faster=faster: faster)
         calls = used(monkeypatch)
         prompt = (torch.randn(4, 32, generator=torch.Generator().manual_seed(1))).requires_grad_()
-        scores = (
-            ForestEngine(Base(model), trusted=True)
-            .target_log_probs(engine_rows(rows, [prompt]))
-            .values
-        )
+        scores = ForestEngine(Base(model), trusted=True).target_log_probs(engine_rows(rows, [prompt])).values
         passed = len(calls)
         scores.sum().backward()
         found.append((scores.detach(), prompt.grad))
@@ -479,9 +465,7 @@ def test_decoding_pass(monkeypatch, kind, ordered):
 def test_the_base_alone_is_bit_for_bit_the_base():
     model, ids = tiny("gpt2"), torch.tensor([[5, 6, 7, 8]])
     expected = copy.deepcopy(model)(ids).logits
-    prompted = get_peft_model(
-        model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    )
+    prompted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     assert not torch.equal(prompted(input_ids=ids).logits[:, -4:], expected)
     with prompted.disable_adapter():
         assert torch.equal(prompted(input_ids=ids).logits, expected)
@@ -492,9 +476,7 @@ def test_the_base_alone_is_bit_for_bit_the_base():
 def test_the_base_alone_inside_a_prompted_pass():
     model, ids, found = tiny("gpt2"), torch.tensor([[5, 6, 7, 8]]), []
     expected = copy.deepcopy(model)(ids).logits
-    prompted = get_peft_model(
-        model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    )
+    prompted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
 
     def ask(*_):
         if not found:

@@ -10,9 +10,7 @@ from oracles.rows import RowCase, engine_rows
 from softprompt.backbone import Base, facts_of
 from softprompt.engine import ForestEngine, PlainEngine
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 ROWS = [RowCase((5, 6, 7, 8), (8, 2), 0), RowCase((5, 9), (8, 4, 2), 1)]
 STILL = {
     "gpt2": {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
@@ -54,9 +52,7 @@ def test_gradients_equal_the_pass_without_checkpointing(name, reentrant):
 def test_a_backward_that_raises_leaves_nothing_behind():
     model = checkpointed("llama")
     engine, prompts = ForestEngine(Base(model)), prompts_for(model)
-    expected = torch.autograd.grad(
-        engine.target_log_probs(engine_rows(ROWS, prompts)).values.sum(), prompts[0]
-    )[0]
+    expected = torch.autograd.grad(engine.target_log_probs(engine_rows(ROWS, prompts)).values.sum(), prompts[0])[0]
     values = engine.target_log_probs(engine_rows(ROWS, prompts)).values
     calls = []
 
@@ -71,9 +67,7 @@ def test_a_backward_that_raises_leaves_nothing_behind():
     assert calls == ["softprompt_forest"]
     assert model.config._attn_implementation == "sdpa"
     assert model(torch.tensor([[5, 6]])).logits.isfinite().all()
-    again = torch.autograd.grad(
-        engine.target_log_probs(engine_rows(ROWS, prompts)).values.sum(), prompts[0]
-    )[0]
+    again = torch.autograd.grad(engine.target_log_probs(engine_rows(ROWS, prompts)).values.sum(), prompts[0])[0]
     torch.testing.assert_close(again, expected, **CLOSE)
 
 
@@ -96,9 +90,7 @@ def test_two_engines_in_one_backward():
     )
     twice = torch.autograd.grad(loss, prompts)
     once = torch.autograd.grad(
-        PlainEngine(Base(model), trusted=True)
-        .target_log_probs(engine_rows(ROWS, prompts))
-        .values.sum(),
+        PlainEngine(Base(model), trusted=True).target_log_probs(engine_rows(ROWS, prompts)).values.sum(),
         prompts,
     )
     for a, b in zip(twice, once, strict=True):

@@ -35,9 +35,7 @@ def test_lent_rows_have_the_ids_behind_the_table(table):
     with vocabulary.inject(rows):
         out = table(torch.tensor([[V + 2, 1, V], [0, V + 1, 5]]))
     weight = table.weight
-    expected = torch.stack([rows[2], weight[1], rows[0], weight[0], rows[1], weight[5]]).reshape(
-        2, 3, H
-    )
+    expected = torch.stack([rows[2], weight[1], rows[0], weight[0], rows[1], weight[5]]).reshape(2, 3, H)
     assert torch.equal(out, expected)
 
 

@@ -42,9 +42,7 @@ def pairs_with_common_trigrams(texts, least):
             holders.setdefault(gram, []).append(index)
     candidates = {pair for having in holders.values() for pair in itertools.combinations(having, 2)}
     return [
-        (texts[a], texts[b])
-        for a, b in candidates
-        if len(grams[a] & grams[b]) >= least * len(grams[a] | grams[b])
+        (texts[a], texts[b]) for a, b in candidates if len(grams[a] & grams[b]) >= least * len(grams[a] | grams[b])
     ]
 
 

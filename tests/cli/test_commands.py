@@ -111,9 +111,7 @@ def test_a_run_file_is_overridden_by_options(result, data, tmp_path):
     saved = (tmp_path / "out" / "run.toml").read_text()
     assert "num_virtual_tokens = 4" in saved
     assert 'prompt_tuning_init_method = "SAMPLE_VOCAB"' in saved
-    again = result(
-        "tune", "--config", str(tmp_path / "out" / "run.toml"), "--output", str(tmp_path / "b")
-    )
+    again = result("tune", "--config", str(tmp_path / "out" / "run.toml"), "--output", str(tmp_path / "b"))
     assert again["final_loss"] == found["final_loss"]
 
 
@@ -144,9 +142,7 @@ def test_evaluate_reports_one_object(result, prompt_dir, data):
     assert text["rows"] == 2
 
 
-def test_evaluate_reports_several_prompts_as_an_ensemble(
-    result, failure, capsys, prompt_dir, data, tmp_path
-):
+def test_evaluate_reports_several_prompts_as_an_ensemble(result, failure, capsys, prompt_dir, data, tmp_path):
     pair = [prompt_dir, str(shutil.copytree(prompt_dir, tmp_path / "copy"))]
     alone = result("evaluate", prompt_dir, "--data", data)
     found = result("evaluate", *pair, "--data", data, "--combine", "vote")
@@ -336,9 +332,7 @@ def test_ctrl_c_saves_prints_how_to_go_on_and_that_works(capsys, data, tmp_path,
         (["info", "nowhere"], "nowhere does not exist"),
     ],
 )
-def test_every_mistake_is_one_line_and_code_2(
-    failure, monkeypatch, tmp_path, data, arguments, words
-):
+def test_every_mistake_is_one_line_and_code_2(failure, monkeypatch, tmp_path, data, arguments, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "three.toml").write_text("train_data = 3\n")
     (tmp_path / "empty.jsonl").write_text("")

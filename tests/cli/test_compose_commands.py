@@ -64,9 +64,7 @@ def test_for_people(capsys, pair, output):
 
 def test_similar(capsys, pair, tmp_path):
     foreign = str(folder(tmp_path / "prompts" / "foreign", drawn(0), base="two"))
-    found, err = printed(
-        capsys, "similar", pair[0], str(tmp_path / "prompts"), "--measure", "pairs"
-    )
+    found, err = printed(capsys, "similar", pair[0], str(tmp_path / "prompts"), "--measure", "pairs")
     assert [each["prompt"] for each in found["found"]] == pair[1:]
     assert [each["folder"] for each in found["skipped"]] == [foreign]
     assert err.startswith(f"warning: skipped {foreign}: its base is two")

@@ -67,9 +67,7 @@ def test_a_column_names_the_task_of_each_row(result, sources, files, tmp_path):
         for line in (files / f"{name}.jsonl").read_text().splitlines()[:3]
     ]
     (tmp_path / "both.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = result(
-        "evaluate", sources / "both", "--data", tmp_path / "both.jsonl", "--task-field", "kind"
-    )
+    found = result("evaluate", sources / "both", "--data", tmp_path / "both.jsonl", "--task-field", "kind")
     assert {name: part["rows"] for name, part in found["tasks"].items()} == {"moods": 3, "kinds": 3}
 
 

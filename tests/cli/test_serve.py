@@ -92,9 +92,7 @@ def test_sigterm_lets_running_answers_finish(prompts):
         stream = iter(client.completions.create(**ask, stream=True))
         text = next(stream).choices[0].text
         whole = []
-        other = threading.Thread(
-            target=lambda: whole.append(client.completions.create(**ask).choices[0].text)
-        )
+        other = threading.Thread(target=lambda: whole.append(client.completions.create(**ask).choices[0].text))
         other.start()
         time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
@@ -153,9 +151,7 @@ def test_what_is_refused(capsys, tmp_path, prompts):
     assert "keys" in refused(capsys, *known, "--api-key-file", str(tmp_path / "nope"))
     assert "is empty" in refused(capsys, *known, "--admin-key-file", str(tmp_path / "file"))
     for origin in ("https://page.example/", "page.example", "https://page.example/a"):
-        assert "such as https://page.example, got" in refused(
-            capsys, *known, "--allowed-origin", origin
-        )
+        assert "such as https://page.example, got" in refused(capsys, *known, "--allowed-origin", origin)
     assert "max_batch_rows" in refused(capsys, *known, "--max-step-tokens", "1")
     assert "neither a folder" in refused(
         capsys, "--base-model", "no/such", "--prompts", str(prompts), "--port", "0"

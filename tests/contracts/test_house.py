@@ -94,8 +94,7 @@ def test_nothing_inside_imports_the_peft_interface():
     users = [
         name
         for name, others in IMPORTS.items()
-        if not name.startswith("softprompt.peft")
-        and any(other.startswith("softprompt.peft") for other in others)
+        if not name.startswith("softprompt.peft") and any(other.startswith("softprompt.peft") for other in others)
     ]
     assert users == []
 

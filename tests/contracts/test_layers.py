@@ -130,17 +130,11 @@ def test_the_second_import_path_is_one_table():
 
 
 def test_no_empty_names():
-    names = {
-        part.removesuffix(".py").strip("_")
-        for path in FILES
-        for part in path.relative_to(PACKAGE).parts
-    }
+    names = {part.removesuffix(".py").strip("_") for path in FILES for part in path.relative_to(PACKAGE).parts}
     assert not names & FORBIDDEN
     # A file may be about the base model; a folder of that name would be about nothing.
     assert "base" not in {part for path in FILES for part in path.relative_to(PACKAGE).parts[:-1]}
-    assert not {
-        name for name in names if name.endswith(("_utils", "_helpers", "_manager", "_handler"))
-    }
+    assert not {name for name in names if name.endswith(("_utils", "_helpers", "_manager", "_handler"))}
 
 
 def calls(path):

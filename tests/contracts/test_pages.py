@@ -57,9 +57,7 @@ def test_the_readmes_commands_in_order(tmp_path):
     (tmp_path / "data").symlink_to(ROOT / "src/softprompt/bundled/complaints")
     for command in COMMANDS:
         words = shlex.split(command)
-        done = subprocess.run(
-            words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
 
 
@@ -67,9 +65,7 @@ def test_the_readme_is_short_and_starts_with_what_it_is():
     lines = README.splitlines()
     assert len(lines) < 150
     first_code = next(i for i, line in enumerate(lines) if line.startswith("```python"))
-    install = next(
-        i for i, line in enumerate(lines) if "pip install" in line or "make demo" in line
-    )
+    install = next(i for i, line in enumerate(lines) if "pip install" in line or "make demo" in line)
     assert first_code < 15 and install < 50
 
 

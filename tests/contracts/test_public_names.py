@@ -135,9 +135,7 @@ def test_using_prompts_imports_no_plots_servers_or_data_sets():
 
 def test_no_public_name_imports_plots_servers_or_data_sets():
     """sklearn brings pandas and pyarrow, transformers' optimizers bring peft, where installed."""
-    loaded = loaded_after(
-        "import softprompt\nfor name in softprompt.__all__: getattr(softprompt, name)"
-    )
+    loaded = loaded_after("import softprompt\nfor name in softprompt.__all__: getattr(softprompt, name)")
     assert not loaded & {"matplotlib", "fastapi", "datasets"}
 
 
@@ -165,8 +163,7 @@ def test_the_second_import_path_of_every_method():
         theirs = importlib.import_module(f"peft.tuners.{method}")
         for name in names:
             config, model = (
-                importlib.import_module(f"softprompt.tuners.{method}{part}")
-                for part in (".config", ".model")
+                importlib.import_module(f"softprompt.tuners.{method}{part}") for part in (".config", ".model")
             )
             ours = importlib.import_module(f"softprompt.tuners.{method}")
             assert hasattr(theirs, name)

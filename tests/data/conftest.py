@@ -48,17 +48,13 @@ def make_gpt2_like():
     )
     tokenizer.train_from_iterator(SENTENCES, trainer)
     end = "<|endoftext|>"
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end)
 
 
 def make_llama_like(*, adds_eos=False):
     """Metaspace BPE as sentencepiece exports it, with a BOS (and, if asked, an EOS)."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     trainer = trainers.BpeTrainer(
         vocab_size=500,
         special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))],
@@ -130,9 +126,7 @@ def make_bart_like():
     tokenizer = make_gpt2_like().backend_tokenizer
     tokenizer.add_special_tokens(["<s>", "</s>", "<pad>"])
     tokenizer.post_processor = _around(tokenizer, "<s> $A </s>", "<s>", "</s>")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
 def shared(path):

@@ -132,15 +132,11 @@ class TestValues:
 
 class TestWithoutTarget:
     def test_a_target_is_optional(self):
-        assert read_records([{"input": "a"}], require_target=False) == [
-            Record({"input": "a"}, None)
-        ]
+        assert read_records([{"input": "a"}], require_target=False) == [Record({"input": "a"}, None)]
 
     def test_a_target_that_is_there_is_no_field(self):
         rows = [{"text": "a", "labels": "x"}]
-        assert read_records(rows, require_target=False) == [
-            Record({"text": "a", "input": "a"}, "x")
-        ]
+        assert read_records(rows, require_target=False) == [Record({"text": "a", "input": "a"}, "x")]
 
     def test_a_named_target_may_be_absent(self):
         rows = [{"input": "a"}]
@@ -148,9 +144,7 @@ class TestWithoutTarget:
         assert examples == [Record({"input": "a"}, None)]
 
     def test_an_input_is_still_needed(self):
-        refused(
-            "no field input or text among txt .did you mean", [{"txt": "a"}], require_target=False
-        )
+        refused("no field input or text among txt .did you mean", [{"txt": "a"}], require_target=False)
 
 
 class TestMemory:
@@ -180,9 +174,7 @@ class TestMemory:
 
     def test_dataset_and_dataset_dict(self):
         datasets = pytest.importorskip("datasets")
-        dataset = datasets.Dataset.from_list(
-            [{"text": "a", "labels": 1}, {"text": "b", "labels": 0}]
-        )
+        dataset = datasets.Dataset.from_list([{"text": "a", "labels": 1}, {"text": "b", "labels": 0}])
         assert [e.target for e in read_records(dataset)] == ["1", "0"]
         refused("one DatasetDict; pass one split of train", datasets.DatasetDict(train=dataset))
         assert data_fingerprint(dataset)["rows"] == 2
@@ -209,11 +201,7 @@ class TestFingerprint:
             data_fingerprint(iter([{"input": "a"}]))
 
 
-@given(
-    st.lists(
-        st.dictionaries(st.text(), st.none() | st.text() | st.integers() | st.lists(st.text()))
-    )
-)
+@given(st.lists(st.dictionaries(st.text(), st.none() | st.text() | st.integers() | st.lists(st.text()))))
 def test_rows_are_read_or_refused_in_one_line(rows):
     try:
         assert len(read_records(rows)) == len(rows)

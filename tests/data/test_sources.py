@@ -107,29 +107,21 @@ class TestPaths:
 
     def test_unknown_suffix(self, written):
         known = ", ".join(SUFFIXES)
-        refused(
-            written("train.jsnl", "x"), f"expected one of the suffixes {known}, got '.jsnl'.*jsonl"
-        )
+        refused(written("train.jsnl", "x"), f"expected one of the suffixes {known}, got '.jsnl'.*jsonl")
         refused(written("train", "x"), "got 'none'")
 
 
 class TestJsonLines:
     def test_a_malformed_line_has_its_number(self, written):
         text = '{"input": "a", "output": "b"}\n\n{"input": "a" "output": "b"}\n'
-        refused(
-            written("t.jsonl", text), r"t.jsonl, line 3: not valid JSON \(Expecting ',' .*column 15"
-        )
+        refused(written("t.jsonl", text), r"t.jsonl, line 3: not valid JSON \(Expecting ',' .*column 15")
 
-    @pytest.mark.parametrize(
-        ("line", "kind"), [("[1]", "list"), ('"late"', "text 'late'"), ("null", "None")]
-    )
+    @pytest.mark.parametrize(("line", "kind"), [("[1]", "list"), ('"late"', "text 'late'"), ("null", "None")])
     def test_a_line_that_is_no_object(self, written, line, kind):
         refused(written("t.jsonl", f'{{"input": "a", "output": "b"}}\n{line}'), f"line 2: .*{kind}")
 
     def test_a_repeated_field(self, written):
-        refused(
-            written("t.jsonl", '{"input": "a", "input": "b"}'), "line 1: .*'input' occurs twice"
-        )
+        refused(written("t.jsonl", '{"input": "a", "input": "b"}'), "line 1: .*'input' occurs twice")
 
     def test_a_missing_field_has_its_line(self, written):
         text = '{"input": "a", "output": "b"}\n{"input": "a", "ouput": "b"}\n'
@@ -148,9 +140,7 @@ class TestJsonList:
     def test_records_have_the_line_where_they_begin(self, written):
         text = '[\n {"input": "a",\n "output": "b"},\n\n 3]'
         refused(written("t.json", text), "t.json, line 5: .*type int")
-        refused(
-            written("t.json", '[\n{"input": "a", "output": "b"},\n{"x": "y"}]'), "line 3: .*got x"
-        )
+        refused(written("t.json", '[\n{"input": "a", "output": "b"},\n{"x": "y"}]'), "line 3: .*got x")
 
     @pytest.mark.parametrize(
         ("text", "match"),
@@ -183,9 +173,7 @@ class TestJsonList:
 class TestTables:
     def test_csv_values_may_hold_line_ends(self, written):
         text = 'input,output\n"a\nb",x\n\n"c"\n'
-        refused(
-            written("t.csv", text), r"t.csv, line 5: expected 2 fields \(input, output\), got 1"
-        )
+        refused(written("t.csv", text), r"t.csv, line 5: expected 2 fields \(input, output\), got 1")
         assert read_records(written("t.csv", text[:-4]))[0].fields["input"] == "a\nb"
 
     @pytest.mark.parametrize("row", ['"a"b,x', '"a,x\n'])
@@ -206,12 +194,8 @@ class TestTables:
         refused(written(name, text(head, ("a", "b", "c"))), "line 2: expected 2 fields .*, got 3")
         refused(written(name, text(head)), "at least one record, got none")
         refused(written(name, text(("input", "input"), ("a", "b"))), "names 'input' twice")
-        refused(
-            written(name, text(("input", ""), ("a", "b"))), "column 2 of the header has no name"
-        )
-        refused(
-            written(name, text(head, ("a", ""))), "line 2: expected a value in .*'output', got ''"
-        )
+        refused(written(name, text(("input", ""), ("a", "b"))), "column 2 of the header has no name")
+        refused(written(name, text(head, ("a", ""))), "line 2: expected a value in .*'output', got ''")
 
 
 class TestColumnFiles:

@@ -66,18 +66,14 @@ class TestCheck:
         Verbalizer("{{anything}}").check([])
 
     def test_unknown_field(self):
-        with pytest.raises(
-            TemplateError, match=r"record 1: .*'inptu'; known: input, title .did you mean 'input'"
-        ):
+        with pytest.raises(TemplateError, match=r"record 1: .*'inptu'; known: input, title .did you mean 'input'"):
             Verbalizer("{{inptu}}").check(self.examples, "output")
 
     def test_a_field_that_one_row_lacks(self):
         with pytest.raises(TemplateError, match=r"record 2: .*'title'; known: input"):
             Verbalizer("{{input}} {{title}}").check(self.examples, "output")
 
-    @pytest.mark.parametrize(
-        ("name", "given"), [("Label", "Label"), ("output", None), ("labels", None)]
-    )
+    @pytest.mark.parametrize(("name", "given"), [("Label", "Label"), ("output", None), ("labels", None)])
     def test_target_field(self, name, given):
         with pytest.raises(TemplateError, match=f"names the target field '{name}'.*input, title"):
             Verbalizer(f"{{{{input}}}} {{{{{name}}}}}").check(self.examples, given)

@@ -70,9 +70,7 @@ class TestCausal:
 
     def test_target_does_not_depend_on_the_record(self, tokenizers, name):
         rows = rows_of(tokenizers(name), "{{input}}")
-        examples = [
-            Record({"input": text}, "complaint") for text in ("", " ", "a\n", "late (", ":")
-        ]
+        examples = [Record({"input": text}, "complaint") for text in ("", " ", "a\n", "late (", ":")]
         targets = {row.target for row in rows.tokenize(examples)[0]}
         assert targets == {rows.label("complaint")}
 
@@ -224,18 +222,14 @@ def test_summary_counts_cut_rows_and_dropped_tokens(tokenizers):
     ]
     rows, summary = rows_of(tokenizer, source=30, target=5).tokenize(examples)
     whole, nothing = rows_of(tokenizer).tokenize(examples)
-    dropped = sum(len(w.source) + len(w.target) for w in whole) - sum(
-        len(r.source) + len(r.target) for r in rows
-    )
+    dropped = sum(len(w.source) + len(w.target) for w in whole) - sum(len(r.source) + len(r.target) for r in rows)
     assert summary == CutSummary(records=3, sources_cut=1, targets_cut=1, tokens_dropped=dropped)
     assert [(r.source_cut, r.target_cut) for r in rows] == [
         (True, False),
         (False, True),
         (False, False),
     ]
-    assert str(summary) == (
-        f"3 records, cut to the length limits: 1 sources, 1 targets ({dropped} tokens dropped)"
-    )
+    assert str(summary) == (f"3 records, cut to the length limits: 1 sources, 1 targets ({dropped} tokens dropped)")
     assert str(nothing) == "3 records, none cut"
 
 

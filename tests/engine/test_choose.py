@@ -71,9 +71,7 @@ def test_a_wrong_engine_is_caught(monkeypatch):
 
         def target_log_probs(self, rows):
             off = [
-                row
-                if row.prompt is None
-                else replace(row, prompt=row.prompt.map(lambda p: p + 0.01))
+                row if row.prompt is None else replace(row, prompt=row.prompt.map(lambda p: p + 0.01))
                 for row in rows
             ]
             right = self._inner.target_log_probs(off)
@@ -109,9 +107,7 @@ def test_rope_that_depends_on_the_length_of_the_batch(rope, kind):
             "long_factor": [4 * f for f in factors],
             "original_max_position_embeddings": 16,
         }
-        config = tf.Phi3Config(
-            **{**GQA, "max_position_embeddings": 64}, original_max_position_embeddings=16
-        )
+        config = tf.Phi3Config(**{**GQA, "max_position_embeddings": 64}, original_max_position_embeddings=16)
     else:
         parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
         config = tf.LlamaConfig(**{**GQA, "max_position_embeddings": 64})
@@ -120,14 +116,8 @@ def test_rope_that_depends_on_the_length_of_the_batch(rope, kind):
     prompts = [torch.randn(4, H)]
     short, long = RowCase((5, 6, 7), (8, 2)), RowCase(tuple(range(3, 33)), (8, 2))
     engine = build_engine(Base(model), kind)
-    alone = torch.cat(
-        [engine.target_log_probs(engine_rows([row], prompts)).values for row in (short, long)]
-    )
+    alone = torch.cat([engine.target_log_probs(engine_rows([row], prompts)).values for row in (short, long)])
     together = engine.target_log_probs(engine_rows([short, long], prompts)).values
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
-    plain = (
-        build_engine(Base(model), "plain")
-        .target_log_probs(engine_rows([short, long], prompts))
-        .values
-    )
+    plain = build_engine(Base(model), "plain").target_log_probs(engine_rows([short, long], prompts)).values
     torch.testing.assert_close(together, plain, atol=1e-5, rtol=1e-5)

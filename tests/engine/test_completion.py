@@ -49,9 +49,7 @@ def test_a_multitask_prompt_feeds_encoder_and_decoder():
         (PromptTuningConfig(num_virtual_tokens=4, token_dim=7), "token_dim is 7"),
         (PrefixTuningConfig(num_virtual_tokens=4, num_layers=9), "num_layers is 9"),
         (
-            PromptTuningConfig(
-                task_type="CAUSAL_LM", num_virtual_tokens=4, prompt_sees_input=False
-            ),
+            PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, prompt_sees_input=False),
             "would be ignored",
         ),
         (PromptTuningConfig(num_virtual_tokens=4, num_transformer_submodules=2), "nothing reads"),

@@ -39,8 +39,7 @@ def test_rows_that_come_and_go_have_their_own_logits(name):
     before = implementations_of(model)
     forest = DecodeForest(Base(model), 2048)
     waiting = [
-        (prompts[i % 4], [rng.randrange(3, 64) for _ in range(rng.choice([1, 4, 17, 30]))])
-        for i in range(12)
+        (prompts[i % 4], [rng.randrange(3, 64) for _ in range(rng.choice([1, 4, 17, 30]))]) for i in range(12)
     ]
     running = []
     while waiting or running:

@@ -53,9 +53,7 @@ def test_against_pefts_two_submodules(name, kind):
         labels=labels,
         task_ids=tasks,
     )
-    torch.testing.assert_close(
-        outputs.logits, expected.logits[:, P:].flatten(0, 1), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(outputs.logits, expected.logits[:, P:].flatten(0, 1), atol=1e-5, rtol=1e-5)
     loss = F.cross_entropy(outputs.logits, outputs.labels)
     torch.testing.assert_close(loss, expected.loss, **CLOSE)
     ours = torch.autograd.grad(loss, prompts)

@@ -112,16 +112,10 @@ def test_permuting_and_splitting_change_nothing(rows, data):
     engine, prompts = ForestEngine(Base(model)), prompts_for(model, 5, 3)
     whole = engine.target_log_probs(engine_rows(rows, prompts)).row_sums(len(rows))
     order = data.draw(st.permutations(range(len(rows))))
-    shuffled = engine.target_log_probs(engine_rows([rows[i] for i in order], prompts)).row_sums(
-        len(rows)
-    )
+    shuffled = engine.target_log_probs(engine_rows([rows[i] for i in order], prompts)).row_sums(len(rows))
     torch.testing.assert_close(shuffled, whole[list(order)], **CLOSE)
     cut = data.draw(st.integers(0, len(rows)))
-    parts = [
-        engine.target_log_probs(engine_rows(p, prompts)).values
-        for p in (rows[:cut], rows[cut:])
-        if p
-    ]
+    parts = [engine.target_log_probs(engine_rows(p, prompts)).values for p in (rows[:cut], rows[cut:]) if p]
     torch.testing.assert_close(
         torch.cat(parts), engine.target_log_probs(engine_rows(rows, prompts)).values, **CLOSE
     )
@@ -213,9 +207,7 @@ def test_the_base_is_left_as_it_was():
     model = causal("llama")
     ids = torch.tensor([[5, 6, 7]])
     before, implementation = model(ids).logits, model.config._attn_implementation
-    ForestEngine(Base(model)).target_log_probs(
-        engine_rows([RowCase((5,), (6,))], prompts_for(model, 3))
-    )
+    ForestEngine(Base(model)).target_log_probs(engine_rows([RowCase((5,), (6,))], prompts_for(model, 3)))
     assert model.config._attn_implementation == implementation
     assert torch.equal(model(ids).logits, before)
 
@@ -276,8 +268,6 @@ def test_the_gpu_kernel_gives_the_same_numbers(name, monkeypatch):
         try:
             got = ForestEngine(Base(model)).target_log_probs(engine_rows(rows, prompts)).values
         finally:
-            attention.AttentionInterface.register(
-                attention.NAME, attention.forest_attention_forward
-            )
+            attention.AttentionInterface.register(attention.NAME, attention.forest_attention_forward)
     assert calls
     torch.testing.assert_close(got, expected, **CLOSE)

@@ -85,9 +85,7 @@ def test_before_an_encoder():
 def test_without_any_prompt_it_is_the_models_own():
     model, ids = tiny("llama"), torch.tensor([[3, 7, 9, 11]])
     expected = model.generate(**greedy(input_ids=ids))
-    assert torch.equal(
-        generate_with_prompts(Base.of(model), [None], greedy(input_ids=ids)), expected
-    )
+    assert torch.equal(generate_with_prompts(Base.of(model), [None], greedy(input_ids=ids)), expected)
 
 
 def test_what_is_refused():

@@ -31,9 +31,7 @@ def prompted(name, task, **config):
     extra = {} if task == "FEATURE_EXTRACTION" else {"num_labels": 3}
     base = build(LOADERS[task], ALL[name](), **extra)
     torch.manual_seed(1)
-    return get_peft_model(
-        base, PromptTuningConfig(task_type=task, num_virtual_tokens=P, **config)
-    ).eval()
+    return get_peft_model(base, PromptTuningConfig(task_type=task, num_virtual_tokens=P, **config)).eval()
 
 
 def batch(task, side="right"):
@@ -118,9 +116,7 @@ def test_a_mask_with_gaps(monkeypatch):
 
 def test_t5_encoder(monkeypatch):
     base = build(tf.AutoModelForTokenClassification, SEQ2SEQ["t5"](), num_labels=3)
-    model = get_peft_model(
-        base, PromptTuningConfig(task_type="TOKEN_CLS", num_virtual_tokens=P)
-    ).eval()
+    model = get_peft_model(base, PromptTuningConfig(task_type="TOKEN_CLS", num_virtual_tokens=P)).eval()
     same(model, batch("TOKEN_CLS"), monkeypatch)
 
 

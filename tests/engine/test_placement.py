@@ -71,9 +71,7 @@ tokens = st.integers(3, 8)
 @st.composite
 def batches(draw, decoder):
     """Rows that share inputs, prompts and beginnings of answers."""
-    sources = draw(
-        st.lists(st.lists(tokens, min_size=1, max_size=6).map(tuple), min_size=1, max_size=3)
-    )
+    sources = draw(st.lists(st.lists(tokens, min_size=1, max_size=6).map(tuple), min_size=1, max_size=3))
     rows = []
     for _ in range(draw(st.integers(1, 7))):
         source = draw(st.sampled_from(sources))
@@ -117,9 +115,7 @@ def test_order_and_company_change_nothing(name, rows, data):
     engine = engine_of(name, "forest")
     whole = engine.target_log_probs(engine_rows(rows, prompts)).row_sums(len(rows))
     order = data.draw(st.permutations(range(len(rows))))
-    shuffled = engine.target_log_probs(engine_rows([rows[i] for i in order], prompts)).row_sums(
-        len(rows)
-    )
+    shuffled = engine.target_log_probs(engine_rows([rows[i] for i in order], prompts)).row_sums(len(rows))
     torch.testing.assert_close(shuffled, whole[list(order)], **CLOSE)
     cut = data.draw(st.integers(0, len(rows)))
     parts = [p for p in (rows[:cut], rows[cut:]) if p]
@@ -138,9 +134,7 @@ def test_prompts_that_do_not_see_the_input_beside_decoder_prompts(name):
     ]
     prompts = prompts_for(model, 5, 3)
     found = [
-        build_engine(Base(model), kind)
-        .target_log_probs(engine_rows(rows, prompts, sees_input=False))
-        .values
+        build_engine(Base(model), kind).target_log_probs(engine_rows(rows, prompts, sees_input=False)).values
         for kind in ("plain", "forest")
     ]
     torch.testing.assert_close(*found, **CLOSE)
@@ -216,9 +210,7 @@ def test_a_place_that_is_not_there(kind):
     engine = build_engine(Base(model), kind)
     for at in (3, -1):
         with pytest.raises(DataError, match=f"behind {at} tokens, but its input has 2"):
-            engine.target_log_probs(
-                engine_rows([RowCase((5, 6), (7, 2), 0, at)], prompts_for(model, 3))
-            )
+            engine.target_log_probs(engine_rows([RowCase((5, 6), (7, 2), 0, at)], prompts_for(model, 3)))
 
 
 @pytest.mark.parametrize("kind", ["plain", "forest"])
@@ -227,9 +219,7 @@ def test_what_cannot_be_is_refused(kind):
     prompts = prompts_for(t5, 3)
     isolated = build_engine(Base(t5), kind)
     with pytest.raises(ConfigError, match="a prompt that does not see the input stands in front"):
-        isolated.target_log_probs(
-            engine_rows([RowCase((5, 6), (7, 2), 0, 1)], prompts, sees_input=False)
-        )
+        isolated.target_log_probs(engine_rows([RowCase((5, 6), (7, 2), 0, 1)], prompts, sees_input=False))
     with pytest.raises(ConfigError, match="has no encoder and decoder"):
         engine_of("llama", kind).target_log_probs(
             engine_rows([RowCase((5, 6), (7, 2), decoder=0)], prompts_for(llama, 3))
@@ -246,9 +236,7 @@ def test_what_cannot_be_is_refused(kind):
 def test_the_decoders_context_counts_its_prompt(kind):
     engine, prompts = engine_of("bart", kind), prompts_for(model_of("bart"), 10)
     engine.target_log_probs(engine_rows([RowCase((5,), tuple([6] * 54), -1, 0, 0)], prompts))
-    with pytest.raises(
-        ContextOverflowError, match=r"55 \+ 10 virtual tokens exceed the decoder's 64"
-    ):
+    with pytest.raises(ContextOverflowError, match=r"55 \+ 10 virtual tokens exceed the decoder's 64"):
         engine.target_log_probs(engine_rows([RowCase((5,), tuple([6] * 55), -1, 0, 0)], prompts))
 
 

@@ -114,14 +114,9 @@ def test_the_order_and_the_company_of_rows_do_not_matter(name):
     with torch.no_grad():
         sums = engine.target_log_probs(engine_rows(ROWS, prompts)).row_sums(4)
         order = [2, 0, 3, 1]
-        permuted = engine.target_log_probs(engine_rows([ROWS[i] for i in order], prompts)).row_sums(
-            4
-        )
+        permuted = engine.target_log_probs(engine_rows([ROWS[i] for i in order], prompts)).row_sums(4)
         torch.testing.assert_close(permuted, sums[order], **CLOSE)
-        parts = [
-            engine.target_log_probs(engine_rows(ROWS[s], prompts))
-            for s in (slice(0, 1), slice(1, 4))
-        ]
+        parts = [engine.target_log_probs(engine_rows(ROWS[s], prompts)) for s in (slice(0, 1), slice(1, 4))]
         split = torch.cat([part.row_sums(n) for part, n in zip(parts, (1, 3), strict=True)])
         torch.testing.assert_close(split, sums, **CLOSE)
 
@@ -149,9 +144,7 @@ def test_nothing_before_an_answer_is_refused(name):
 def test_an_empty_input_behind_a_prompt_works_for_seq2seq():
     model = base("t5")
     prompts = prompts_for(model)
-    scored = PlainEngine(Base(model)).target_log_probs(
-        engine_rows([EMPTY_SOURCE, ROWS[0]], prompts)
-    )
+    scored = PlainEngine(Base(model)).target_log_probs(engine_rows([EMPTY_SOURCE, ROWS[0]], prompts))
     expected = torch.cat([solo(model, row, prompts) for row in (EMPTY_SOURCE, ROWS[0])])
     torch.testing.assert_close(scored.values, expected, **CLOSE)
 
@@ -162,12 +155,8 @@ def test_the_context_is_checked_with_the_answer():
     engine = PlainEngine(Base(model))
     fits = RowCase(tuple([5] * 56), (6, 2), 0)
     assert engine.target_log_probs(engine_rows([fits], prompts)).values.shape == (2,)
-    with pytest.raises(
-        ContextOverflowError, match=r"^59 \+ 6 virtual tokens exceed the model's 64"
-    ):
-        engine.target_log_probs(
-            engine_rows([ROWS[0], RowCase(tuple([5] * 57), (6, 2), 0)], prompts)
-        )
+    with pytest.raises(ContextOverflowError, match=r"^59 \+ 6 virtual tokens exceed the model's 64"):
+        engine.target_log_probs(engine_rows([ROWS[0], RowCase(tuple([5] * 57), (6, 2), 0)], prompts))
 
 
 def test_the_decoder_of_a_seq2seq_has_its_own_context():
@@ -188,9 +177,7 @@ def test_the_base_is_left_as_it_was():
     prompts = prompts_for(model)
     PlainEngine(Base(model)).target_log_probs(engine_rows(ROWS, prompts)).values.sum().backward()
     with pytest.raises(ContextOverflowError):
-        PlainEngine(Base(model)).target_log_probs(
-            engine_rows([RowCase(tuple([5] * 90), (2,), 0)], prompts)
-        )
+        PlainEngine(Base(model)).target_log_probs(engine_rows([RowCase(tuple([5] * 90), (2,), 0)], prompts))
     assert weights_hash(model) == before
     assert torch.equal(model(ids).logits, logits)
     assert not model.get_input_embeddings()._forward_hooks
@@ -203,13 +190,9 @@ def test_the_engine_works_on_a_base_that_carries_prompts():
     model = base("llama")
     prompts = prompts_for(model)
     expected = PlainEngine(Base(model)).target_log_probs(engine_rows(ROWS, prompts)).values
-    prompted = get_peft_model(
-        model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    )
+    prompted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
     assert torch.equal(
-        PlainEngine(Base(prompted.get_base_model()))
-        .target_log_probs(engine_rows(ROWS, prompts))
-        .values,
+        PlainEngine(Base(prompted.get_base_model())).target_log_probs(engine_rows(ROWS, prompts)).values,
         expected,
     )
 
@@ -226,8 +209,6 @@ def test_a_bfloat16_base_with_float32_prompts():
 def test_engines_go_by_name():
     model = base("llama")
     assert build_engine(Base(model), "plain").name == "plain"
-    assert build_engine(Base(model)).target_log_probs(
-        engine_rows(ROWS, prompts_for(model))
-    ).values.shape == (9,)
+    assert build_engine(Base(model)).target_log_probs(engine_rows(ROWS, prompts_for(model))).values.shape == (9,)
     with pytest.raises(ConfigError, match=r"got 'plian' \(did you mean 'plain'\?\)"):
         build_engine(Base(model), "plian")

@@ -51,9 +51,7 @@ def test_logits_give_the_log_probs_and_hidden_states_the_logits(name, kind):
         logits = cap * torch.tanh(logits / cap)
     offset = getattr(model, "final_logits_bias", torch.zeros(1))
     torch.testing.assert_close(logits + offset, outputs.logits, **CLOSE)
-    assert all(
-        g.abs().sum() > 0 for g in torch.autograd.grad(outputs.hidden.square().sum(), prompts)
-    )
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(outputs.hidden.square().sum(), prompts))
     assert not model.get_output_embeddings()._forward_pre_hooks
 
 
@@ -61,9 +59,7 @@ def test_logits_give_the_log_probs_and_hidden_states_the_logits(name, kind):
 def test_every_engine_gives_the_same(name):
     model, prompts = setting(name)
     kinds = ("forest", "plain") if name == "t5" else ("forest", "expand", "plain")
-    found = [
-        build_engine(Base(model), kind).target_outputs(engine_rows(ROWS, prompts)) for kind in kinds
-    ]
+    found = [build_engine(Base(model), kind).target_outputs(engine_rows(ROWS, prompts)) for kind in kinds]
     for other in found[1:]:
         torch.testing.assert_close(other.hidden, found[0].hidden, **CLOSE)
         torch.testing.assert_close(other.logits, found[0].logits, **CLOSE)

@@ -112,10 +112,7 @@ def test_keys_and_values_and_rows_in_one_batch(name, engine):
     prefix = random_prefix(model, 4).requires_grad_()
     rows = (torch.randn(3, facts_of(model).token_dim) * 0.3).requires_grad_()
     both = build_engine(Base(model), engine).target_log_probs(engine_rows(ROWS, [prefix, rows]))
-    alone = [
-        PlainEngine(Base(model)).target_log_probs(engine_rows([row], [prefix, rows])).values
-        for row in ROWS
-    ]
+    alone = [PlainEngine(Base(model)).target_log_probs(engine_rows([row], [prefix, rows])).values for row in ROWS]
     torch.testing.assert_close(both.values, torch.cat(alone), **CLOSE)
     ours = torch.autograd.grad(both.values.sum(), [prefix, rows])
     theirs = torch.autograd.grad(torch.cat(alone).sum(), [prefix, rows])
@@ -127,10 +124,7 @@ def test_keys_and_values_and_rows_in_one_batch(name, engine):
 def test_seq2seq(name, field):
     model = seq2seq(name)
     plan = [((5, 6, 7, 8), (9, 10), 0), ((11, 12), (13, 14, 15), 1), ((16, 17, 18), (19,), -1)]
-    rows = [
-        RowCase(source, target, **({"prompt": -1} | {field: prompt}))
-        for source, target, prompt in plan
-    ]
+    rows = [RowCase(source, target, **({"prompt": -1} | {field: prompt})) for source, target, prompt in plan]
     results = []
     for fast in (True, False):
         prompts = prompts_for(model)

@@ -104,11 +104,7 @@ def test_every_dtype_has_its_tolerance(base):
     assert tolerance_of(base) is TOLERANCE[torch.float32]
     for dtype in (torch.float64, torch.float16, torch.bfloat16):
         assert tolerance_of(Base(causal("llama").to(dtype))) is TOLERANCE[dtype]
-    assert (
-        TOLERANCE[torch.float32].outputs
-        < TOLERANCE[torch.float16].outputs
-        < TOLERANCE[torch.bfloat16].outputs
-    )
+    assert TOLERANCE[torch.float32].outputs < TOLERANCE[torch.float16].outputs < TOLERANCE[torch.bfloat16].outputs
 
 
 class Steep(Engine):

@@ -132,9 +132,7 @@ def test_keys_and_values_beside_both_kinds():
     model = model_of("t5")
     first, second = drawn(model, P, 3)
     prefix = random_prefix(model, 3).requires_grad_()
-    rows = rows_with(
-        Prompt(first, sees_input=False), Prompt(prefix=prefix), Prompt(second), Prompt(first)
-    )
+    rows = rows_with(Prompt(first, sees_input=False), Prompt(prefix=prefix), Prompt(second), Prompt(first))
     assert_equal(build_engine(Base(model)), model, rows, [first, second, prefix])
 
 
@@ -197,9 +195,7 @@ def test_a_shared_prompt_gets_one_gradient_and_an_unused_one_none(name):
     used, unused = drawn(model, P, 3)
     prompt = Prompt(used)
     Prompt(unused)
-    build_engine(Base(model)).target_log_probs(
-        rows_with(prompt, prompt, None)
-    ).values.sum().backward()
+    build_engine(Base(model)).target_log_probs(rows_with(prompt, prompt, None)).values.sum().backward()
     assert unused.grad is None
     apart = drawn(model, P)[0]
     for row in rows_with(Prompt(apart), Prompt(apart)):

@@ -65,9 +65,7 @@ def test_columns_that_the_members_name_differently_must_be_given(members):
     settings = {"input_field": "question", "output_field": "answer"}
     members[1].manifest = dataclasses.replace(members[1].manifest, settings=settings)
     ensemble = Ensemble(members)
-    with pytest.raises(
-        ConfigError, match=r"different input_fields \(None, question\); give input_f"
-    ):
+    with pytest.raises(ConfigError, match=r"different input_fields \(None, question\); give input_f"):
         evaluate(ensemble, ROWS)
     assert evaluate(ensemble, ROWS, input_field="input", output_field="output").rows == 5
 

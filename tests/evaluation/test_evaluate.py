@@ -34,9 +34,7 @@ def test_labels_are_scored_and_counted(make_tuned):
     predicted = tuned([row["input"] for row in ROWS])
     report = evaluate(tuned, ROWS)
     assert report.rows == 5
-    assert (
-        report.accuracy == sum(p == r["output"] for p, r in zip(predicted, ROWS, strict=True)) / 5
-    )
+    assert report.accuracy == sum(p == r["output"] for p, r in zip(predicted, ROWS, strict=True)) / 5
     assert report.invalid == 1
     assert {k: v for k, v in report.predictions.items() if v} == {
         label: predicted.count(label) for label in set(predicted)
@@ -79,8 +77,7 @@ def test_normalised_ranking_is_by_log_probability_per_token(make_tuned):
 def test_the_batch_size_changes_nothing(make_tuned, changes, without_prompt):
     tuned = make_tuned(**changes)
     one, many = (
-        evaluate(tuned, ROWS, batch_size=size, without_prompt=without_prompt).to_dict()
-        for size in (1, 100)
+        evaluate(tuned, ROWS, batch_size=size, without_prompt=without_prompt).to_dict() for size in (1, 100)
     )
     assert one.pop("perplexity") == pytest.approx(many.pop("perplexity"), rel=1e-4)
     assert one == many

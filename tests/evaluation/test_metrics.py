@@ -29,9 +29,7 @@ def test_macro_f1_is_scikit_learns():
     from sklearn.metrics import f1_score
 
     found = label_metrics(GOLD, PREDICTED, ["a", "b", "c"])
-    assert found.macro_f1 == pytest.approx(
-        f1_score(GOLD, PREDICTED, average="macro", zero_division=0)
-    )
+    assert found.macro_f1 == pytest.approx(f1_score(GOLD, PREDICTED, average="macro", zero_division=0))
 
 
 def test_predictions_on_one_label_are_a_collapse_only_when_gold_is_varied():

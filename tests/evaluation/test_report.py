@@ -8,9 +8,7 @@ from softprompt.evaluation.metrics import LabelRow
 
 
 def test_a_report_is_plain_json_without_nan():
-    report = Report(
-        task="generation", rows=3, without_prompt=False, perplexity=math.inf, rouge_l=0.5
-    )
+    report = Report(task="generation", rows=3, without_prompt=False, perplexity=math.inf, rouge_l=0.5)
     values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert values["rows"] == 3
     assert values["perplexity"] is None

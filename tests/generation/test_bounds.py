@@ -70,9 +70,7 @@ def test_tokens_of_running_rows_are_bounded(base, made):
         request = ticket.request
         assert ticket.result()[0].text == base.alone("plain", request.ids, request.options).text
     with pytest.raises(ServingError, match="max_cached_tokens"):
-        batcher.submit(
-            base.request("plain", IDS * 10, options=GenerationOptions(max_new_tokens=2), n=2)
-        )
+        batcher.submit(base.request("plain", IDS * 10, options=GenerationOptions(max_new_tokens=2), n=2))
 
 
 def test_resident_prompts_are_bounded_and_dropping_one_changes_no_answer(base, made):

@@ -45,10 +45,7 @@ def decoder_only(llama, tokenizer):
 
 def alone(generator, options, sources=SOURCES):
     """Each row's answer by transformers' own loop, which sampled answers tell their seed for."""
-    return [
-        solo(generator.base, Request(source, options=options, decode=generator.decode))
-        for source in sources
-    ]
+    return [solo(generator.base, Request(source, options=options, decode=generator.decode)) for source in sources]
 
 
 @pytest.mark.parametrize(
@@ -165,9 +162,7 @@ def test_a_pad_token_the_model_has_no_embedding_for_is_not_used(llama, tokenizer
 def test_preserve_input_text_puts_the_input_in_front(decoder_only, tokenizer):
     source = (0, *tokenizer("the cat", add_special_tokens=False)["input_ids"])
     plain = decoder_only.answers([source], GenerationOptions(max_new_tokens=4))[0]
-    kept = decoder_only.answers(
-        [source], GenerationOptions(max_new_tokens=4, preserve_input_text=True)
-    )[0]
+    kept = decoder_only.answers([source], GenerationOptions(max_new_tokens=4, preserve_input_text=True))[0]
     assert kept.text.startswith("the cat")
     assert kept == replace(plain, text=kept.text)
     stop = plain.text[1]
@@ -202,10 +197,7 @@ def test_requests_of_all_kinds_run_in_one_list(decoder_only):
         GenerationOptions(max_new_tokens=6, **more)
         for more in ({}, {"num_beams": 2}, {"decoding_method": "SAMPLING", "seed": 3}, {})
     ]
-    requests = [
-        Request(source, options=each, decode=decode)
-        for source, each in zip(SOURCES, options, strict=True)
-    ]
+    requests = [Request(source, options=each, decode=decode) for source, each in zip(SOURCES, options, strict=True)]
     ends = run_requests(decoder_only.base, requests, Bounds(max_batch_rows=2))
     found = [Generation.of(end, cut=False) for (end,) in ends]
     assert found == [solo(decoder_only.base, request) for request in requests]

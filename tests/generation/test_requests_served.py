@@ -73,10 +73,7 @@ def test_echo_scores_the_input(base, batcher, name, generate):
 
 def test_several_answers_draw_with_seeds_of_their_own(base, batcher):
     for name in base.prompts:
-        options = [
-            GenerationOptions(max_new_tokens=8, decoding_method="SAMPLING", seed=7 + i)
-            for i in range(3)
-        ]
+        options = [GenerationOptions(max_new_tokens=8, decoding_method="SAMPLING", seed=7 + i) for i in range(3)]
         ends = batcher.submit(base.request(name, IDS, options=options[0], n=3)).result(30)
         assert [end.index for end in ends] == [0, 1, 2] and [end.seed for end in ends] == [7, 8, 9]
         assert [end.text for end in ends] == [base.alone(name, IDS, o).text for o in options]

@@ -97,8 +97,6 @@ def test_length_penalty_is_transformers_own(factor):
 
 
 def test_length_penalty_leaves_a_barred_end_barred():
-    ours = answer_to(
-        [0], [1], min_new_tokens=9, max_new_tokens=9, exponential_decay_length_penalty=(0, 1.5)
-    )
+    ours = answer_to([0], [1], min_new_tokens=9, max_new_tokens=9, exponential_decay_length_penalty=(0, 1.5))
     scores = torch.tensor([[0.5, -torch.inf]])
     assert ours.processed(torch.zeros(1, 2, dtype=torch.long), scores).tolist() == scores.tolist()

@@ -35,12 +35,8 @@ def score_labels(engine, prompt, sources, labels, *, batch_size=64, normalize=Fa
 def test_batched_scores_equal_one_at_a_time(request, answer_log_prob, name, batch_size):
     model = request.getfixturevalue(name)
     prompt = prompt_rows()
-    expected = torch.tensor(
-        [[answer_log_prob(model, prompt, s, k) for k in LABELS] for s in SOURCES]
-    )
-    scores = score_labels(
-        build_engine(model), Prompt(prompt), SOURCES, LABELS, batch_size=batch_size
-    )
+    expected = torch.tensor([[answer_log_prob(model, prompt, s, k) for k in LABELS] for s in SOURCES])
+    scores = score_labels(build_engine(model), Prompt(prompt), SOURCES, LABELS, batch_size=batch_size)
     assert torch.allclose(scores, expected, atol=2e-5)
 
 
@@ -53,9 +49,7 @@ def test_without_a_prompt_the_base_is_scored(llama, answer_log_prob):
 def test_each_row_meets_its_own_prompt(llama):
     prompts = [Prompt(prompt_rows()), Prompt(2 * prompt_rows())]
     engine = build_engine(llama)
-    rows = [
-        row for prompt in prompts for each in SOURCES for row in label_rows(each, LABELS, prompt)
-    ]
+    rows = [row for prompt in prompts for each in SOURCES for row in label_rows(each, LABELS, prompt)]
     first, second = score_rows(engine, rows, max_rows=64).view(2, len(SOURCES), len(LABELS))
     assert torch.allclose(second, score_labels(engine, prompts[1], SOURCES, LABELS), atol=2e-5)
     assert torch.allclose(first, score_labels(engine, prompts[0], SOURCES, LABELS), atol=2e-5)

@@ -97,9 +97,7 @@ def test_the_criterion_sees_new_tokens_only():
 def test_the_end_found_afterwards_is_where_the_criterion_stopped(text, stop):
     ids = list(text.encode())
     rule = stops(stop)
-    stopped = next(
-        (n for n in range(1, len(ids) + 1) if rule.completed_by_last(ids[:n]) is not None), None
-    )
+    stopped = next((n for n in range(1, len(ids) + 1) if rule.completed_by_last(ids[:n]) is not None), None)
     if not ids:
         return
     found = ending(text, stop)

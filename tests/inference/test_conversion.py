@@ -145,9 +145,7 @@ def test_peft_computes_the_same_from_a_converted_caikit_prompt(tmp_path, prompts
     convert(tmp_path / "out", tmp_path / "back", to="peft")
     base = softprompt.load(prompts / "causal").base.model
     loaded = peft.PeftModel.from_pretrained(base, str(tmp_path / "back"))
-    assert torch.equal(
-        loaded.prompt_encoder["default"].embedding.weight, rows_of(prompts / "causal")
-    )
+    assert torch.equal(loaded.prompt_encoder["default"].embedding.weight, rows_of(prompts / "causal"))
 
 
 @pytest.mark.parametrize("file", ["p.npy", "p.safetensors", "p.pt", "p.bin"])
@@ -176,17 +174,14 @@ def test_the_files_are_what_others_read(tmp_path, prompts):
 def test_bfloat16_rows_survive_numpy(tmp_path, prompts, bases):
     rows = rows_of(prompts / "causal").bfloat16()
     save_file({"x": rows}, tmp_path / "a.safetensors")
-    convert(
-        tmp_path / "a.safetensors", tmp_path / "b.npy", to="npy", base_model=str(bases / "llama")
-    )
+    convert(tmp_path / "a.safetensors", tmp_path / "b.npy", to="npy", base_model=str(bases / "llama"))
     assert np.array_equal(np.load(tmp_path / "b.npy"), rows.float().numpy())
 
 
 def test_one_task_of_a_multitask_prompt_is_baked(tmp_path, prompts):
     stored = load_adapter(prompts / "tasks")
     shared, cols, rows = (
-        stored.tensors[f"pr{name}"]
-        for name in ("ompt_embeddings", "efix_task_cols", "efix_task_rows")
+        stored.tensors[f"pr{name}"] for name in ("ompt_embeddings", "efix_task_cols", "efix_task_rows")
     )
     for task in (0, "1"):
         convert(prompts / "tasks", tmp_path / f"t{task}", to="peft", task_name=task)
@@ -287,15 +282,11 @@ def test_a_vllm_request_holds_what_the_model_sees(tmp_path, prompts):
     tuned = softprompt.load(prompts / "causal")
     source, _ = tuned.rows.source({"input": "it is late "})
     base = tuned.base.model
-    expected = torch.cat(
-        [rows_of(prompts / "causal"), base.get_input_embeddings()(torch.tensor(source))]
-    )
+    expected = torch.cat([rows_of(prompts / "causal"), base.get_input_embeddings()(torch.tensor(source))])
     assert source[0] == tuned.tokenizer.bos_token_id
     assert torch.equal(payload, expected)
     mask = torch.ones(1, len(payload)).long()
-    ids = base.generate(
-        inputs_embeds=payload[None], attention_mask=mask, max_new_tokens=8, do_sample=False
-    )
+    ids = base.generate(inputs_embeds=payload[None], attention_mask=mask, max_new_tokens=8, do_sample=False)
     assert tuned.rows.decode(ids[0]) == tuned.generate("it is late ", max_new_tokens=8)[0].text
 
 
@@ -311,9 +302,7 @@ def test_folders_are_not_overwritten_unasked(tmp_path, prompts, to):
 
 def test_files_are_not_overwritten_unasked(tmp_path, prompts):
     convert(prompts / "causal", tmp_path / "p.npy", to="npy")
-    refused(
-        "exists: choose", prompts / "encoder", tmp_path / "p.npy", to="npy", error=OutputExistsError
-    )
+    refused("exists: choose", prompts / "encoder", tmp_path / "p.npy", to="npy", error=OutputExistsError)
     convert(prompts / "encoder", tmp_path / "p.npy", to="npy", overwrite=True)
     (tmp_path / "d.npy").mkdir()
     refused("is a folder", prompts / "causal", tmp_path / "d.npy", to="npy", overwrite=True,
@@ -347,22 +336,16 @@ def test_a_base_of_another_kind_or_width(tmp_path, prompts, bases):
         base_model=str(bases / "t5"),
         **other,
     )
-    refused(
-        "virtual tokens 48 wide", plain, tmp_path / "x", base_model=str(bases / "wide"), **other
-    )
+    refused("virtual tokens 48 wide", plain, tmp_path / "x", base_model=str(bases / "wide"), **other)
     write_prompt(tmp_path / "p", str(bases / "llama"), task_type="SEQ_CLS")
     refused("it is for SEQ_CLS", tmp_path / "p", tmp_path / "x", to="tgis")
 
 
 def test_what_is_missing_is_asked_for(tmp_path, prompts):
     convert(prompts / "causal", tmp_path / "p.npy", to="npy")
-    refused(
-        "does not say which base", tmp_path / "p.npy", tmp_path / "x", to="peft", error=ConfigError
-    )
+    refused("does not say which base", tmp_path / "p.npy", tmp_path / "x", to="peft", error=ConfigError)
     refused("does not say which base", prompts / "unnamed", tmp_path / "x", to="caikit")
-    refused(
-        "vllm writes the request", prompts / "causal", tmp_path / "x", to="vllm", error=ConfigError
-    )
+    refused("vllm writes the request", prompts / "causal", tmp_path / "x", to="vllm", error=ConfigError)
     refused("neither a folder nor", prompts / "causal", tmp_path / "x", to="caikit",
             base_model="nowhere/at-all", error=BackboneError)  # fmt: skip
 
@@ -481,9 +464,7 @@ def test_damaged_caikit_configs(tmp_path, prompts, change, expected):
     refused(expected, tmp_path / "out", tmp_path / "x", to="peft")
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[1]", "a: [", "!!python/object/apply:os.system ['echo bomb']", "\x00"]
-)
+@pytest.mark.parametrize("text", ["", "[1]", "a: [", "!!python/object/apply:os.system ['echo bomb']", "\x00"])
 def test_yaml_that_is_no_config(tmp_path, prompts, text):
     convert(prompts / "causal", tmp_path / "out", to="caikit")
     (tmp_path / "out" / "config.yml").write_text(text)

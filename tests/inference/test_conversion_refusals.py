@@ -129,9 +129,7 @@ def test_a_request_for_one_task_has_its_template(tmp_path, base):
     manifest = dataclasses.replace(stored.manifest, tasks=("long", "short"), data=told)
     save_adapter(tmp_path / "n", stored.config, stored.tensors, manifest, overwrite=False)
     counts = [
-        convert(
-            tmp_path / "n", tmp_path / f"{task}.json", to="vllm", text="x", task_name=task
-        ).facts["tokens"]
+        convert(tmp_path / "n", tmp_path / f"{task}.json", to="vllm", text="x", task_name=task).facts["tokens"]
         for task in ("long", "short")
     ]
     assert counts[0] > counts[1] + 5

@@ -58,10 +58,7 @@ def member_scores(prompts, *, normalize=False):
     """Each member by itself: [M, N, K] in the order of LABELS."""
     return torch.tensor(
         [
-            [
-                [answer.scores[label] for label in LABELS]
-                for answer in member.classify(TEXTS, normalize=normalize)
-            ]
+            [[answer.scores[label] for label in LABELS] for answer in member.classify(TEXTS, normalize=normalize)]
             for member in prompts
         ]
     )
@@ -73,9 +70,7 @@ def test_many_prompts_share_one_base(members, prompts):
     for one, other in zip(alone, prompts, strict=True):
         assert torch.equal(one.prompt().input, other.prompt().input)
         assert one.manifest == other.manifest
-        assert one.generate(TEXTS[0], max_new_tokens=4) == other.generate(
-            TEXTS[0], max_new_tokens=4
-        )
+        assert one.generate(TEXTS[0], max_new_tokens=4) == other.generate(TEXTS[0], max_new_tokens=4)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -84,14 +79,10 @@ def test_the_mean_is_that_of_the_members_log_probabilities(prompts, normalize):
     answers = Ensemble(prompts).classify(TEXTS, normalize=normalize)
     for answer, row in zip(answers, expected, strict=True):
         assert list(answer.scores) == list(LABELS)
-        torch.testing.assert_close(
-            torch.tensor(list(answer.scores.values())), row, atol=1e-4, rtol=0
-        )
+        torch.testing.assert_close(torch.tensor(list(answer.scores.values())), row, atol=1e-4, rtol=0)
         assert answer.label == LABELS[int(row.argmax())]
         shares = torch.softmax(row, dim=0)
-        torch.testing.assert_close(
-            torch.tensor(list(answer.probabilities.values())), shares, atol=1e-4, rtol=0
-        )
+        torch.testing.assert_close(torch.tensor(list(answer.probabilities.values())), shares, atol=1e-4, rtol=0)
 
 
 def test_the_majority_decides(prompts):
@@ -206,9 +197,7 @@ def test_seq2seq_members_stand_in_their_own_parts_of_the_model(folders):
 
 
 def multitask_prompt(base, seed, **changes):
-    config = MultitaskPromptTuningConfig(
-        num_virtual_tokens=3, task_type="CAUSAL_LM", num_tasks=2, num_ranks=1
-    )
+    config = MultitaskPromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", num_tasks=2, num_ranks=1)
     told = {"template": "{{input}} =>", "task": "classification", "labels": list(LABELS)}
     free = {"template": "{{input}}", "task": "generation", "labels": None}
     values = {

@@ -41,8 +41,7 @@ def test_answers_are_those_of_each_prompt_alone(base, serving):
     names = ["plain", "other", "suffix", "plain"]
     answers = serving.generate(TEXTS, names, max_new_tokens=8)
     alone = [
-        base.prompts[name].generate(text, max_new_tokens=8)[0]
-        for name, text in zip(names, TEXTS, strict=True)
+        base.prompts[name].generate(text, max_new_tokens=8)[0] for name, text in zip(names, TEXTS, strict=True)
     ]
     assert answers == alone
     assert asyncio.run(serving.agenerate(TEXTS, names, max_new_tokens=8)) == alone
@@ -78,9 +77,7 @@ def test_those_before_a_refused_input_are_cancelled(serving, monkeypatch):
     cancelled = []
     monkeypatch.setattr(serving.batcher, "submit", refusing)
     original = Ticket.cancel
-    monkeypatch.setattr(
-        Ticket, "cancel", lambda ticket: (cancelled.append(ticket), original(ticket))[1]
-    )
+    monkeypatch.setattr(Ticket, "cancel", lambda ticket: (cancelled.append(ticket), original(ticket))[1])
     with pytest.raises(ConfigError):
         serving.generate(TEXTS, "plain", max_new_tokens=40)
     assert cancelled == made
@@ -156,9 +153,7 @@ def test_a_replaced_prompt_affects_later_requests_only(base):
 def mixed(tmp_path_factory):
     """Saved rows, a saved prefix and a saved multitask prompt of one base."""
     base = served("llama", kinds=("plain", "prefix"))
-    config = MultitaskPromptTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=3, num_tasks=2, num_ranks=1
-    )
+    config = MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_tasks=2, num_ranks=1)
     own = {"labels": None, "task": "generation"}
     tasks = {
         "ask": {**own, "template": "{{input}} ?"},
@@ -209,9 +204,7 @@ def test_labels_are_scored_as_by_each_prompt_alone(mixed, tmp_path):
     plain = base.prompts["plain"]
     sets = {"two": ("good", "bad"), "three": ("good", "so so", "bad")}
     own = {
-        name: TunedPrompt(
-            plain.base, plain.module, plain.config, replace(plain.whole, labels=labels)
-        )
+        name: TunedPrompt(plain.base, plain.module, plain.config, replace(plain.whole, labels=labels))
         for name, labels in sets.items()
     }
     for name, tuned in own.items():
@@ -221,9 +214,7 @@ def test_labels_are_scored_as_by_each_prompt_alone(mixed, tmp_path):
     with load(folders, base.model, tokenizer=base.tokenizer) as serving:
         for normalize in (False, True):
             how = {"normalize": normalize}
-            alone = [
-                own[name].classify(text, **how)[0] for name, text in zip(names, TEXTS, strict=True)
-            ]
+            alone = [own[name].classify(text, **how)[0] for name, text in zip(names, TEXTS, strict=True)]
             found = serving.classify(TEXTS, names, **how)
             check_scores(found, alone)
             check_scores(asyncio.run(serving.aclassify(TEXTS, names, **how)), alone)
@@ -245,17 +236,13 @@ def test_labels_are_scored_as_by_each_prompt_alone(mixed, tmp_path):
 @pytest.mark.parametrize("types", [["DECODER"], ["ENCODER", "DECODER"]])
 def test_prompts_before_a_decoder_are_served_as_alone(types):
     base = served("t5", kinds=("plain",)).prompts["plain"]
-    config = PromptTuningConfig(
-        task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3, output_model_types=types
-    )
+    config = PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3, output_model_types=types)
     tuned = untrained(base.base, config, base.whole, seed=4)
     with Serving({"it": tuned}) as serving:
         answers = serving.generate(TEXTS, "it", max_new_tokens=6)
         assert answers == tuned.generate(TEXTS, max_new_tokens=6)
         assert len({each.text for each in answers}) > 1
-        check_scores(
-            serving.classify(TEXTS, "it", ["yes", "no"]), tuned.classify(TEXTS, ["yes", "no"])
-        )
+        check_scores(serving.classify(TEXTS, "it", ["yes", "no"]), tuned.classify(TEXTS, ["yes", "no"]))
 
 
 def check_scores(found, alone):
@@ -263,9 +250,7 @@ def check_scores(found, alone):
     for mine, other in zip(found, alone, strict=True):
         assert mine.label == other.label
         assert list(mine.scores.values()) == pytest.approx(list(other.scores.values()), abs=1e-4)
-        assert list(mine.probabilities.values()) == pytest.approx(
-            list(other.probabilities.values()), abs=1e-5
-        )
+        assert list(mine.probabilities.values()) == pytest.approx(list(other.probabilities.values()), abs=1e-5)
 
 
 def test_what_is_refused(base, serving):
@@ -276,8 +261,6 @@ def test_what_is_refused(base, serving):
     with pytest.raises(ConfigError, match="at least one prompt"):
         Serving({})
     with pytest.raises(ConfigError, match="another base model"):
-        Serving(
-            {"a": base.prompts["plain"], "b": served("gpt2", kinds=("plain",)).prompts["plain"]}
-        )
+        Serving({"a": base.prompts["plain"], "b": served("gpt2", kinds=("plain",)).prompts["plain"]})
     with pytest.raises(ConfigError, match="num_beams"):
         serving.generate("good", "plain", num_beams=2)

@@ -33,16 +33,12 @@ def tuned(folders):
         dtype="float32",
         seq2seq=False,
     )
-    config = PromptTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=3, modules_to_save=["lm_head"]
-    )
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, modules_to_save=["lm_head"])
     plain = untrained(base, config, manifest, seed=5)
     width = base.model.config.hidden_size
     head = torch.nn.Linear(width, base.model.config.vocab_size, bias=False)
     with torch.no_grad():
-        head.weight.copy_(
-            torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(6))
-        )
+        head.weight.copy_(torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(6)))
     return TunedPrompt(base, plain.module, plain.config, manifest, heads={"lm_head": head})
 
 
@@ -63,9 +59,7 @@ def test_answers_and_scores_are_those_of_the_head(tuned):
     assert answers != bare.generate(TEXTS, max_new_tokens=8)
     assert answers == tuned.generate(TEXTS, max_new_tokens=8)
     scores = tuned.classify(TEXTS, LABELS)
-    assert [each.scores for each in scores] != [
-        each.scores for each in bare.classify(TEXTS, LABELS)
-    ]
+    assert [each.scores for each in scores] != [each.scores for each in bare.classify(TEXTS, LABELS)]
     rows = [{"input": text, "output": "good"} for text in TEXTS]
     assert evaluate(tuned, rows).perplexity != evaluate(bare, rows).perplexity
     assert torch.equal(tuned.base.model(ids).logits, before)

@@ -33,9 +33,7 @@ def make(folder, *, length=4, seed=1, **changes):
     base = load_base(folder)
     seq2seq = bool(base.model.config.is_encoder_decoder)
     torch.manual_seed(seed)
-    config = PromptTuningConfig(
-        num_virtual_tokens=length, task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM"
-    )
+    config = PromptTuningConfig(num_virtual_tokens=length, task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM")
     values = {
         "template": "{{input}}",
         "task": "generation",
@@ -255,9 +253,7 @@ def test_a_prompt_that_peft_made_loads_and_answers(folders, tmp_path, name):
     base = load_base(folders / name)
     seq2seq = bool(base.model.config.is_encoder_decoder)
     torch.manual_seed(4)
-    config = peft.PromptTuningConfig(
-        task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM", num_virtual_tokens=4
-    )
+    config = peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM", num_virtual_tokens=4)
     theirs = peft.get_peft_model(base.model, config).eval()
     theirs.save_pretrained(tmp_path / "prompt")
     prompt = load(tmp_path / "prompt")

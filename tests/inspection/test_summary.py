@@ -53,11 +53,7 @@ def test_effective_rank_runs_from_one_to_full():
 
 def test_mean_pairwise_cosine_against_the_pairs_one_by_one():
     rows = torch.randn(5, 7, dtype=torch.float64)
-    pairs = [
-        torch.nn.functional.cosine_similarity(rows[i], rows[j], dim=0)
-        for i in range(5)
-        for j in range(i)
-    ]
+    pairs = [torch.nn.functional.cosine_similarity(rows[i], rows[j], dim=0) for i in range(5) for j in range(i)]
     assert mean_pairwise_cosine(rows) == pytest.approx(float(sum(pairs)) / len(pairs))
     assert mean_pairwise_cosine(rows[:1]) is None
     assert mean_pairwise_cosine(torch.zeros(2, 3)) == 0.0

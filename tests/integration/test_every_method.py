@@ -21,9 +21,7 @@ ROWS = dict(
     (name, (python, command))
     for name, python, command in re.findall(r"^\| ([a-z-]+) \| `(.*)` \| `(--.*)` \|$", PAGE, re.M)
 )
-CONFIGS = {
-    each.__name__: each for each in (softprompt.PromptTuningConfig, softprompt.PrefixTuningConfig)
-}
+CONFIGS = {each.__name__: each for each in (softprompt.PromptTuningConfig, softprompt.PrefixTuningConfig)}
 TEXT = "It broke again after one day."
 
 
@@ -96,10 +94,7 @@ def test_by_command_line(folder, tuned, tmp_path, capsys, name):
     words += ["--output", output, "--num-epochs", "1", "--quiet", *shlex.split(ROWS[name][1])]
     assert run(["tune", *map(str, words)]) == 0
     capsys.readouterr()
-    files = [
-        load_file(each / "adapter_model.safetensors")
-        for each in (output, folder / "prompts" / name)
-    ]
+    files = [load_file(each / "adapter_model.safetensors") for each in (output, folder / "prompts" / name)]
     assert files[0].keys() == files[1].keys()
     assert all((files[0][key] == files[1][key]).all() for key in files[0])
     assert run(["evaluate", str(output), "--data", str(folder / "test.jsonl"), "--json"]) == 0

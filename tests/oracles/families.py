@@ -25,9 +25,7 @@ GQA = {**SIZES, "num_key_value_heads": 2}
 Config = Callable[[], Any]
 
 CAUSAL: dict[str, Config] = {
-    "gpt2": lambda: tf.GPT2Config(
-        vocab_size=V, n_embd=H, n_layer=L, n_head=A, n_positions=64, **IDS
-    ),
+    "gpt2": lambda: tf.GPT2Config(vocab_size=V, n_embd=H, n_layer=L, n_head=A, n_positions=64, **IDS),
     "llama": lambda: tf.LlamaConfig(**GQA),
     "mistral": lambda: tf.MistralConfig(**GQA, sliding_window=8),
     "mixtral": lambda: tf.MixtralConfig(**GQA, num_local_experts=2, sliding_window=None),
@@ -35,15 +33,11 @@ CAUSAL: dict[str, Config] = {
     "qwen3": lambda: tf.Qwen3Config(**GQA, head_dim=8),
     "gemma": lambda: tf.GemmaConfig(**GQA, head_dim=8),
     "gemma2": lambda: tf.Gemma2Config(**GQA, head_dim=8, sliding_window=8, query_pre_attn_scalar=8),
-    "gemma3": lambda: tf.Gemma3TextConfig(
-        **GQA, head_dim=8, sliding_window=8, query_pre_attn_scalar=8
-    ),
+    "gemma3": lambda: tf.Gemma3TextConfig(**GQA, head_dim=8, sliding_window=8, query_pre_attn_scalar=8),
     "phi": lambda: tf.PhiConfig(**SIZES),
     "phi3": lambda: tf.Phi3Config(**GQA),
     "gpt_neox": lambda: tf.GPTNeoXConfig(**SIZES),
-    "gptj": lambda: tf.GPTJConfig(
-        vocab_size=V, n_embd=H, n_layer=L, n_head=A, rotary_dim=4, n_positions=64, **IDS
-    ),
+    "gptj": lambda: tf.GPTJConfig(vocab_size=V, n_embd=H, n_layer=L, n_head=A, rotary_dim=4, n_positions=64, **IDS),
     "gpt_neo": lambda: tf.GPTNeoConfig(
         vocab_size=V,
         hidden_size=H,
@@ -101,9 +95,7 @@ SEQ2SEQ: dict[str, Config] = {
         pad_token_id=0,
         eos_token_id=2,
     ),
-    "bart": lambda: tf.BartConfig(
-        **BART_SIZES, decoder_start_token_id=2, scale_embedding=True, **IDS
-    ),
+    "bart": lambda: tf.BartConfig(**BART_SIZES, decoder_start_token_id=2, scale_embedding=True, **IDS),
     "mt5": lambda: tf.MT5Config(
         vocab_size=V,
         d_model=H,

@@ -24,9 +24,7 @@ def solo_logits(model: PreTrainedModel, prompt: Tensor | None, ids: Tensor) -> T
 def row_logits(model: PreTrainedModel, row: RowCase, prompts: list[Tensor]) -> Tensor:
     """Return the logits ``[n, V]`` that predict a row's target, its prompts placed by hand."""
     table = input_embedding(model)
-    source = with_prompt(
-        table, row.source, row.at, prompts[row.prompt] if row.prompt >= 0 else None
-    )
+    source = with_prompt(table, row.source, row.at, prompts[row.prompt] if row.prompt >= 0 else None)
     if not model.config.is_encoder_decoder:
         whole = torch.cat([source, table(torch.tensor([row.target]))], dim=1)
         return model(inputs_embeds=whole).logits[0, -len(row.target) - 1 : -1]

@@ -44,9 +44,7 @@ def pair(task: str, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
         warnings.simplefilter("ignore")
         theirs = peft.get_peft_model(
             copy.deepcopy(model),
-            peft.PromptTuningConfig(
-                task_type=task, num_virtual_tokens=P, num_transformer_submodules=1
-            ),
+            peft.PromptTuningConfig(task_type=task, num_virtual_tokens=P, num_transformer_submodules=1),
         )
     rows = ours.prompt_encoder["default"].embedding.weight.data
     theirs.prompt_encoder["default"].embedding.weight.data.copy_(rows)

@@ -43,9 +43,7 @@ def solo_logits_behind(model: PreTrainedModel, prefix: Tensor | None, ids: list[
     return model(**inputs).logits[0]
 
 
-def solo_greedy_behind(
-    model: PreTrainedModel, prefix: Tensor | None, ids: list[int], new: int
-) -> list[int]:
+def solo_greedy_behind(model: PreTrainedModel, prefix: Tensor | None, ids: list[int], new: int) -> list[int]:
     """Return ``new`` greedy tokens after one row, every step from the beginning."""
     row = list(ids)
     for _ in range(new):

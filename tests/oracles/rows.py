@@ -30,9 +30,7 @@ class RowCase:
     decoder: int = -1
 
 
-def engine_rows(
-    cases: Sequence[RowCase], tensors: Sequence[Tensor], *, sees_input: bool = True
-) -> list[EngineRow]:
+def engine_rows(cases: Sequence[RowCase], tensors: Sequence[Tensor], *, sees_input: bool = True) -> list[EngineRow]:
     """Return engine rows; cases with the same numbers share one ``Prompt``."""
     prompts: dict[tuple[int, int], Prompt | None] = {(-1, -1): None}
     for case in cases:
@@ -40,15 +38,10 @@ def engine_rows(
         if key not in prompts:
             first, second = (None if number < 0 else tensors[number] for number in key)
             prompts[key] = prompt_of(first, second, sees_input=sees_input)
-    return [
-        EngineRow(case.source, case.target, prompts[case.prompt, case.decoder], case.at)
-        for case in cases
-    ]
+    return [EngineRow(case.source, case.target, prompts[case.prompt, case.decoder], case.at) for case in cases]
 
 
-def prompt_of(
-    first: Tensor | None, second: Tensor | None = None, *, sees_input: bool = True
-) -> Prompt:
+def prompt_of(first: Tensor | None, second: Tensor | None = None, *, sees_input: bool = True) -> Prompt:
     """Return the prompt of what stands before the input and the decoder's, or of keys and values."""
     for value in (first, second):
         if value is not None and value.dim() == 5:

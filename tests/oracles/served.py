@@ -57,9 +57,7 @@ class Served:
             return PlainEngine(self.base).target_log_probs([row]).values.tolist()
 
 
-def served(
-    name: str, *, kinds: tuple[str, ...] = ("plain", "other", "suffix", "prefix"), **changes: Any
-) -> Served:
+def served(name: str, *, kinds: tuple[str, ...] = ("plain", "other", "suffix", "prefix"), **changes: Any) -> Served:
     """Return prompts of some kinds on one tiny base."""
     model = tiny(name, **{"vocab_size": VOCABULARY, **changes})
     seq2seq = model.config.is_encoder_decoder
@@ -69,9 +67,7 @@ def served(
         "plain": PromptTuningConfig(task_type=task, num_virtual_tokens=5),
         "other": PromptTuningConfig(task_type=task, num_virtual_tokens=3),
         "suffix": PromptTuningConfig(task_type=task, num_virtual_tokens=4, placement="suffix"),
-        "after_bos": PromptTuningConfig(
-            task_type=task, num_virtual_tokens=4, placement="after_bos"
-        ),
+        "after_bos": PromptTuningConfig(task_type=task, num_virtual_tokens=4, placement="after_bos"),
         "prefix": PrefixTuningConfig(task_type=task, num_virtual_tokens=6),
     }
     base = Base(model.requires_grad_(False).eval(), tokenizer, "tiny")

@@ -52,17 +52,13 @@ def write_prompt(
     return write_rows(directory, base, rows, manifest=manifest, **changes)
 
 
-def write_rows(
-    directory: Any, base: Any, rows: Any, *, manifest: bool = True, **changes: Any
-) -> Any:
+def write_rows(directory: Any, base: Any, rows: Any, *, manifest: bool = True, **changes: Any) -> Any:
     """Save rows ``[P, H]`` as a prompt; ``changes`` are fields of its manifest."""
     config = _config(base, "PROMPT_TUNING", len(rows)) | {"token_dim": rows.shape[1]}
     return _written(directory, base, config, {"prompt_embeddings": rows}, manifest, changes)
 
 
-def write_tasks(
-    directory: Any, base: Any, tasks: Any, *, manifest: bool = True, **changes: Any
-) -> Any:
+def write_tasks(directory: Any, base: Any, tasks: Any, *, manifest: bool = True, **changes: Any) -> Any:
     """Save a multitask prompt; ``tasks`` says by name what its record keeps of each task."""
     width = base.model.config.hidden_size
     generator = torch.Generator().manual_seed(5)
@@ -106,9 +102,7 @@ def _config(base: Any, kind: str, length: int) -> dict[str, Any]:
     }
 
 
-def _written(
-    directory: Any, base: Any, config: Any, tensors: Any, manifest: bool, changes: Any
-) -> Any:
+def _written(directory: Any, base: Any, config: Any, tensors: Any, manifest: bool, changes: Any) -> Any:
     values = {
         "template": CLASSIFIER,
         "task": "classification",
@@ -146,9 +140,7 @@ class Server:
     def openai(self, **options: Any) -> Any:
         import openai
 
-        return openai.OpenAI(
-            base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, **options}
-        )
+        return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, **options})
 
 
 def app_over(base: Any, root: Any, batcher: Any = None, **changes: Any) -> Any:
@@ -253,10 +245,7 @@ class ScriptedBatcher:
         request = ticket.request
         text = "".join(f" {token}" for token in self.words)
         tokens = 0 if request.prompt is None else request.prompt.tokens
-        ends = [
-            FinishEvent(i, reason, text, tuple(self.words), tokens, len(request.ids))
-            for i in range(request.n)
-        ]
+        ends = [FinishEvent(i, reason, text, tuple(self.words), tokens, len(request.ids)) for i in range(request.n)]
         ticket.push(*ends, last=True)
 
     def drain(self, timeout: float | None = None) -> bool:

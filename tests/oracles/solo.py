@@ -80,9 +80,7 @@ def ending(
     if end is not None:
         return Generation(decode(tokens), inputs, len(tokens), "eos_token", seed)
     late = options.max_time is not None and len(tokens) < options.max_new_tokens
-    return Generation(
-        decode(tokens), inputs, len(tokens), "time_limit" if late else "max_tokens", seed
-    )
+    return Generation(decode(tokens), inputs, len(tokens), "time_limit" if late else "max_tokens", seed)
 
 
 def _processors(base: Base, request: Request, seed: int | None) -> list[Any]:

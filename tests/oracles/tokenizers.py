@@ -27,9 +27,7 @@ def byte_bpe(*, bos: bool = False, vocabulary: int = 320) -> PreTrainedTokenizer
     )
     tokenizer.train_from_iterator(TEXT, trainer)
     if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", 1)]
-        )
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",

@@ -194,9 +194,7 @@ def test_counts_in_pefts_words(capsys):
     (ours, prompted), (theirs, _) = counted(softprompt), counted(peft)
     assert ours == theirs
     total = sum(p.numel() for p in prompted.get_base_model().parameters()) + 64
-    assert (
-        ours == f"trainable params: 64 || all params: {total:,} || trainable%: {6400 / total:.4f}\n"
-    )
+    assert ours == f"trainable params: 64 || all params: {total:,} || trainable%: {6400 / total:.4f}\n"
     assert prompted.get_nb_trainable_parameters() == (64, total)
     assert prompted.num_parameters() == total
     assert prompted.num_parameters(only_trainable=True) == 64
@@ -213,9 +211,7 @@ def test_one_class_per_task(task):
     prompted = get_peft_model(base(task), config(task=task))
     assert type(prompted) is PeftModel.classes[prompted.task_type]
     assert isinstance(prompted, PeftModel)
-    assert type(prompted).__name__ in {
-        name for name in dir(peft) if name.startswith("PeftModelFor")
-    }
+    assert type(prompted).__name__ in {name for name in dir(peft) if name.startswith("PeftModelFor")}
 
 
 def test_a_class_refuses_another_task():
@@ -225,9 +221,7 @@ def test_a_class_refuses_another_task():
 
 def test_the_task_is_read_from_the_model_or_asked_for():
     loader, make, changes = TASKS["TOKEN_CLS"]
-    inferred = get_peft_model(
-        build(loader, make(), **changes), PromptTuningConfig(num_virtual_tokens=2)
-    )
+    inferred = get_peft_model(build(loader, make(), **changes), PromptTuningConfig(num_virtual_tokens=2))
     assert inferred.task_type == "TOKEN_CLS"
     masked = build(tf.AutoModelForMaskedLM, ENCODERS["bert"]())
     with pytest.raises(ConfigError, match="set task_type to one of"):
@@ -300,9 +294,7 @@ def test_the_global_seed_decides_without_one(init):
 
 def test_the_scaled_init_has_the_scale_of_the_base():
     prompted = get_peft_model(causal("llama"), config(50, prompt_tuning_init="RANDOM_SCALED"), "a")
-    assert weight(prompted, "a").std().item() == pytest.approx(
-        prompted.facts.embedding_rms, rel=0.1
-    )
+    assert weight(prompted, "a").std().item() == pytest.approx(prompted.facts.embedding_rms, rel=0.1)
 
 
 @pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_2_SEQ_LM"])
@@ -317,9 +309,7 @@ def test_ids_that_are_no_tokens_never_mean_prompt_rows(task):
 
 def test_a_resized_vocabulary_is_refused_until_attached_again(model):
     model.resize_token_embeddings(80)
-    with pytest.raises(
-        ConfigError, match="had 64 rows when the prompts were attached, now it has 80"
-    ):
+    with pytest.raises(ConfigError, match="had 64 rows when the prompts were attached, now it has 80"):
         model(IDS)
     with pytest.raises(ConfigError, match="resize it first"):
         model.generate(IDS, max_new_tokens=2)

@@ -28,9 +28,7 @@ def saved(tmp_path_factory):
         folder = tmp_path_factory.mktemp(task)
         base(task).save_pretrained(folder / "base")
         model = TASKS[task][0].from_pretrained(folder / "base")
-        prompted = get_peft_model(
-            model, PromptTuningConfig(task_type=task, num_virtual_tokens=3)
-        ).eval()
+        prompted = get_peft_model(model, PromptTuningConfig(task_type=task, num_virtual_tokens=3)).eval()
         prompted.save_pretrained(folder / "prompt")
         made[task] = prompted, folder / "prompt"
     return made
@@ -49,9 +47,7 @@ def test_every_task(task, saved):
 @pytest.mark.parametrize("task", TASKS)
 def test_the_wrong_class_is_refused(task, saved):
     wrong = AUTO["SEQ_CLS" if task != "SEQ_CLS" else "CAUSAL_LM"]
-    with pytest.raises(
-        ConfigError, match=f"{wrong.__name__} loads task_type {wrong.task}, .* for {task}$"
-    ):
+    with pytest.raises(ConfigError, match=f"{wrong.__name__} loads task_type {wrong.task}, .* for {task}$"):
         wrong.from_pretrained(saved[task][1])
 
 

@@ -37,9 +37,7 @@ def pair(task, model, **options):
     """Return (ours, peft's) on copies of one base, drawn from the same seed."""
     seq = task == "SEQ_2_SEQ_LM"
     torch.manual_seed(1)
-    ours = get_peft_model(
-        copy.deepcopy(model), CartridgeConfig(task_type=task, num_virtual_tokens=P, **options)
-    )
+    ours = get_peft_model(copy.deepcopy(model), CartridgeConfig(task_type=task, num_virtual_tokens=P, **options))
     theirs = by_peft(model, task, **options, **({"num_layers": 4} if seq else {}))
     if seq:
         stored = ours.encoder_of("default").stored()["prompt_embeddings"]
@@ -108,9 +106,7 @@ def test_names_first_values_counts_and_training():
             optimizer.zero_grad()
             model(**inputs).loss.backward()
             optimizer.step()
-    torch.testing.assert_close(
-        cartridge(ours).weight, cartridge(theirs).weight, atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(cartridge(ours).weight, cartridge(theirs).weight, atol=1e-4, rtol=1e-4)
     indices = torch.zeros(3, P, dtype=torch.long)
     assert torch.equal(cartridge(ours)(indices)[1], cartridge(ours).embedding.weight)
 
@@ -132,8 +128,7 @@ def test_files_both_ways(case, tmp_path):
         for loaded in (there, here.eval(), again.eval()):
             torch.testing.assert_close(loaded(**inputs).logits[real], expected[real], **TOLERANCE)
     written, peers = (
-        json.loads((tmp_path / name / "adapter_config.json").read_text())
-        for name in ("ours", "theirs")
+        json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "theirs")
     )
     assert written.keys() == peers.keys()
     assert (written["peft_type"], written["num_frozen_tokens"]) == ("CARTRIDGE", 1)
@@ -153,14 +148,12 @@ def test_what_peft_refuses(case, tmp_path):
     """Gradient checkpointing, and training a saved cartridge further."""
     task, make = CASES[case]
     model = seq2seq("t5", dropout_rate=0.0) if case == "t5" else make()
-    get_peft_model(
-        copy.deepcopy(model), CartridgeConfig(task_type=task, num_virtual_tokens=P)
-    ).save_pretrained(tmp_path)
+    get_peft_model(copy.deepcopy(model), CartridgeConfig(task_type=task, num_virtual_tokens=P)).save_pretrained(
+        tmp_path
+    )
     inputs, gradients = batch(task), []
     for checkpointing in (False, True):
-        again = softprompt.PeftModel.from_pretrained(
-            copy.deepcopy(model), tmp_path, is_trainable=True
-        )
+        again = softprompt.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path, is_trainable=True)
         for module in again.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -199,12 +192,8 @@ def test_from_a_text_as_pefts_helper_does(kind, chat, words):
     ours = get_peft_model(copy.deepcopy(model), config)
     theirs = by_peft(model, "CAUSAL_LM", kind)
     for max_length in (None, 9):
-        mine = softprompt.initialize_kv_prefix_from_text(
-            ours, tokenizer, text=TEXT, max_length=max_length
-        )
-        other = peft.initialize_kv_prefix_from_text(
-            theirs, tokenizer, text=TEXT, max_length=max_length
-        )
+        mine = softprompt.initialize_kv_prefix_from_text(ours, tokenizer, text=TEXT, max_length=max_length)
+        other = peft.initialize_kv_prefix_from_text(theirs, tokenizer, text=TEXT, max_length=max_length)
         torch.testing.assert_close(mine, other, **TOLERANCE)
         found = ours.encoder_of("default").stored()["prompt_embeddings"]
         torch.testing.assert_close(found, mine)
@@ -248,24 +237,18 @@ def test_what_the_helpers_refuse(words):
     model = get_peft_model(llama(), CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=P))
     with pytest.raises(ConfigError, match="Need at least 5 cached tokens"):
         start(model, tokenizer, text="a")
-    with pytest.raises(
-        ConfigError, match="num_virtual_tokens is 3, but the prompt 'default' has 5"
-    ):
+    with pytest.raises(ConfigError, match="num_virtual_tokens is 3, but the prompt 'default' has 5"):
         start(model, tokenizer, text=TEXT, num_virtual_tokens=3)
     with pytest.raises(AdapterError, match="other"):
         start(model, tokenizer, text=TEXT, adapter_name="other")
-    projected = PrefixTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=P, prefix_projection=True
-    )
+    projected = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P, prefix_projection=True)
     model.add_adapter("projected", projected)
     with pytest.raises(ConfigError, match="prefix_projection=True"):
         start(model, tokenizer, text=TEXT, adapter_name="projected")
     plain = get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P))
     with pytest.raises(ConfigError, match="must be a CARTRIDGE or PREFIX_TUNING adapter"):
         start(plain, tokenizer, text=TEXT)
-    both = get_peft_model(
-        seq2seq("t5"), CartridgeConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P)
-    )
+    both = get_peft_model(seq2seq("t5"), CartridgeConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P))
     with pytest.raises(ConfigError, match="needs a decoder alone"):
         start(both, tokenizer, text=TEXT)
 
@@ -275,21 +258,15 @@ def test_composition_is_pefts(tmp_path):
     folders = []
     for number, frozen in enumerate([1, 2]):
         torch.manual_seed(number)
-        config = CartridgeConfig(
-            task_type="CAUSAL_LM", num_virtual_tokens=P + number, num_frozen_tokens=frozen
-        )
+        config = CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=P + number, num_frozen_tokens=frozen)
         folders.append(tmp_path / str(number))
         get_peft_model(copy.deepcopy(model), config).save_pretrained(folders[-1])
     softprompt.compose_cartridge_adapters(folders, output_path=tmp_path / "ours")
     peft.compose_cartridge_adapters(folders, output_path=tmp_path / "theirs")
-    ours, theirs = (
-        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs")
-    )
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
     assert ours.keys() == theirs.keys()
     assert torch.equal(ours["prompt_embeddings"], theirs["prompt_embeddings"])
-    config, peer = (
-        softprompt.PeftConfig.from_pretrained(tmp_path / name) for name in ("ours", "theirs")
-    )
+    config, peer = (softprompt.PeftConfig.from_pretrained(tmp_path / name) for name in ("ours", "theirs"))
     assert config.num_virtual_tokens == 2 * P + 1
     peer.peft_version = config.peft_version
     assert config == peer
@@ -300,9 +277,7 @@ def test_composition_is_pefts(tmp_path):
     inputs = batch("CAUSAL_LM")
     there = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "theirs").eval()
     real = inputs["attention_mask"].bool()
-    torch.testing.assert_close(
-        loaded(**inputs).logits[real], there(**inputs).logits[real], **TOLERANCE
-    )
+    torch.testing.assert_close(loaded(**inputs).logits[real], there(**inputs).logits[real], **TOLERANCE)
 
 
 def test_what_cannot_be_composed(tmp_path):
@@ -331,16 +306,12 @@ def test_what_cannot_be_composed(tmp_path):
 
 
 def test_rows_of_a_batch_with_cartridges_a_prefix_and_none():
-    model = get_peft_model(
-        causal("llama"), CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
-    ).eval()
+    model = get_peft_model(causal("llama"), CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)).eval()
     model.add_adapter("prefix", PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=9))
     inputs = batch("CAUSAL_LM")
     names = ["default", "prefix", "__base__"]
     mixed = model(**inputs, adapter_names=names).logits
     for row, name in enumerate(names):
         real = inputs["attention_mask"][row].bool()
-        alone = model(
-            input_ids=inputs["input_ids"][row : row + 1, real], adapter_names=[name]
-        ).logits
+        alone = model(input_ids=inputs["input_ids"][row : row + 1, real], adapter_names=[name]).logits
         torch.testing.assert_close(mixed[row, real], alone[0], **TOLERANCE)

@@ -20,9 +20,7 @@ TYPES = [["DECODER"], ["ENCODER", "DECODER"]]
 
 
 def config(types, length=P):
-    return PromptTuningConfig(
-        task_type="SEQ_2_SEQ_LM", output_model_types=types, num_virtual_tokens=length
-    )
+    return PromptTuningConfig(task_type="SEQ_2_SEQ_LM", output_model_types=types, num_virtual_tokens=length)
 
 
 def parts(prompted, name="default"):
@@ -101,9 +99,7 @@ def test_mixed_batches_equal_solo(name):
         out = prompted(input_ids=ids, attention_mask=mask, labels=labels, adapter_names=names)
         losses = []
         for i, (row, adapter) in enumerate(zip(rows, names, strict=True)):
-            alone = prompted(
-                input_ids=torch.tensor([row]), labels=labels[i : i + 1], adapter_names=[adapter]
-            )
+            alone = prompted(input_ids=torch.tensor([row]), labels=labels[i : i + 1], adapter_names=[adapter])
             losses.append(alone.loss)
             got = out.logits[i, : alone.logits.shape[1]]
             torch.testing.assert_close(got, alone.logits[0], atol=2e-5, rtol=1e-5)
@@ -111,9 +107,7 @@ def test_mixed_batches_equal_solo(name):
     with pytest.raises(ConfigError, match="decoder prompts of one length"):
         prompted.generate(input_ids=ids, attention_mask=mask, adapter_names=names, max_new_tokens=5)
     same = ["decoder"] * 4
-    got = prompted.generate(
-        input_ids=ids, attention_mask=mask, adapter_names=same, max_new_tokens=5
-    )
+    got = prompted.generate(input_ids=ids, attention_mask=mask, adapter_names=same, max_new_tokens=5)
     assert got.shape[0] == 4
 
 

@@ -30,9 +30,7 @@ CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 
 
 def prompted(model, task, **config):
-    return get_peft_model(
-        model, PromptTuningConfig(task_type=task, num_virtual_tokens=P, **config)
-    ).eval()
+    return get_peft_model(model, PromptTuningConfig(task_type=task, num_virtual_tokens=P, **config)).eval()
 
 
 def rows_of(model):
@@ -45,9 +43,7 @@ def test_left_padded_row_equals_the_row_alone(name):
     ours = prompted(model, "CAUSAL_LM")
     ids, mask = padded([[5, 6, 7, 8, 9, 10], [11, 12]], "left")
     logits = ours(input_ids=ids, attention_mask=mask).logits[1, -2:]
-    torch.testing.assert_close(
-        logits, solo_logits(model, rows_of(ours), torch.tensor([11, 12])), **CLOSE
-    )
+    torch.testing.assert_close(logits, solo_logits(model, rows_of(ours), torch.tensor([11, 12])), **CLOSE)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -80,9 +76,7 @@ def test_token_labels_cover_the_text_alone():
     ours = prompted(base("TOKEN_CLS"), "TOKEN_CLS")
     ids, labels = torch.randint(3, 64, (2, 9)), torch.randint(0, 3, (2, 9))
     out = ours(input_ids=ids, labels=labels)
-    expected = torch.nn.functional.cross_entropy(
-        out.logits[:, P:].reshape(-1, 3), labels.reshape(-1)
-    )
+    expected = torch.nn.functional.cross_entropy(out.logits[:, P:].reshape(-1, 3), labels.reshape(-1))
     torch.testing.assert_close(out.loss, expected)
 
 
@@ -95,9 +89,7 @@ def test_token_type_ids_are_kept():
         inputs_embeds=torch.cat([rows_of(ours)[None], embeds], 1),
         token_type_ids=torch.cat([torch.zeros(1, P, dtype=torch.long), types], 1),
     ).last_hidden_state
-    torch.testing.assert_close(
-        ours(input_ids=ids, token_type_ids=types).last_hidden_state, expected, **CLOSE
-    )
+    torch.testing.assert_close(ours(input_ids=ids, token_type_ids=types).last_hidden_state, expected, **CLOSE)
 
 
 def test_position_ids_are_kept():
@@ -105,12 +97,8 @@ def test_position_ids_are_kept():
     ours = prompted(model, "CAUSAL_LM")
     ids, positions = torch.randint(3, 64, (1, 4)), torch.tensor([[0, 1, 5, 6]])
     embeds = torch.cat([rows_of(ours)[None], model.get_input_embeddings()(ids)], 1)
-    expected = model(
-        inputs_embeds=embeds, position_ids=torch.cat([torch.arange(P)[None], positions + P], 1)
-    ).logits
-    torch.testing.assert_close(
-        ours(input_ids=ids, position_ids=positions).logits, expected, **CLOSE
-    )
+    expected = model(inputs_embeds=embeds, position_ids=torch.cat([torch.arange(P)[None], positions + P], 1)).logits
+    torch.testing.assert_close(ours(input_ids=ids, position_ids=positions).logits, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
@@ -206,9 +194,7 @@ def test_seq2seq_rows_equal_alone(name, side):
     )
     for i, row in enumerate(rows):
         one = {"input_ids": torch.tensor([row]), "adapter_names": [names[i]]}
-        torch.testing.assert_close(
-            logits[i], ours(**one, labels=labels[i : i + 1]).logits[0], **CLOSE
-        )
+        torch.testing.assert_close(logits[i], ours(**one, labels=labels[i : i + 1]).logits[0], **CLOSE)
         alone = ours.generate(**one, max_new_tokens=6, min_new_tokens=6, do_sample=False)
         assert tokens[i].tolist() == alone[0].tolist()
 
@@ -222,21 +208,15 @@ def test_forward_continues_from_its_cache():
     second = ours(input_ids=ids[:, 4:], attention_mask=mask, past_key_values=first.past_key_values)
     torch.testing.assert_close(second.logits, expected[:, 4:], **CLOSE)
     with pytest.raises(ConfigError, match="8 columns"):
-        ours(
-            input_ids=ids[:, 4:], attention_mask=mask[:, 1:4], past_key_values=first.past_key_values
-        )
+        ours(input_ids=ids[:, 4:], attention_mask=mask[:, 1:4], past_key_values=first.past_key_values)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"num_beams": 2}, {"use_cache": False}, {"prefill_chunk_size": 2}]
-)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"use_cache": False}, {"prefill_chunk_size": 2}])
 def test_generate_paths_lose_no_token(options):
     model = causal("llama")
     ours = prompted(model, "CAUSAL_LM")
     row = torch.tensor([5, 6, 7, 8, 9])
-    out = ours.generate(
-        input_ids=row[None], max_new_tokens=6, do_sample=False, eos_token_id=None, **options
-    )
+    out = ours.generate(input_ids=row[None], max_new_tokens=6, do_sample=False, eos_token_id=None, **options)
     if "num_beams" in options:
         assert out.shape == (1, 11)
     else:
@@ -283,9 +263,7 @@ def test_generate_takes_positional_ids_for_seq2seq():
 def test_speculative_decoding_is_refused():
     ours = prompted(causal("llama"), "CAUSAL_LM")
     with pytest.raises(ConfigError, match="prompt_lookup_num_tokens"):
-        ours.generate(
-            input_ids=torch.tensor([[5, 6]]), prompt_lookup_num_tokens=2, max_new_tokens=4
-        )
+        ours.generate(input_ids=torch.tensor([[5, 6]]), prompt_lookup_num_tokens=2, max_new_tokens=4)
 
 
 def test_a_prompt_for_another_base_is_refused(tmp_path):
@@ -324,22 +302,13 @@ def test_unknown_initialisation_is_refused():
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_context_overflow_is_refused_with_the_numbers(name):
-    ours = get_peft_model(
-        causal(name), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20)
-    )
-    with pytest.raises(
-        ContextOverflowError, match=r"50 \+ 20 virtual tokens exceed the model's 64"
-    ):
+    ours = get_peft_model(causal(name), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20))
+    with pytest.raises(ContextOverflowError, match=r"50 \+ 20 virtual tokens exceed the model's 64"):
         ours(input_ids=torch.full((1, 50), 5))
     ours(input_ids=torch.full((1, 44), 5))
     with pytest.raises(ContextOverflowError, match=r"40 \+ 20 virtual tokens \+ 5 new tokens"):
         ours.generate(input_ids=torch.full((1, 40), 5), max_new_tokens=5)
-    assert (
-        ours.generate(input_ids=torch.full((1, 40), 5), max_new_tokens=4, eos_token_id=None).shape[
-            1
-        ]
-        == 44
-    )
+    assert ours.generate(input_ids=torch.full((1, 40), 5), max_new_tokens=4, eos_token_id=None).shape[1] == 44
 
 
 @pytest.mark.parametrize("name", ["electra", "albert"])

@@ -17,9 +17,7 @@ NO_EMBEDS = {"mpt"}
 
 def attached(name):
     model = causal(name)
-    prompted = get_peft_model(
-        model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6), "a"
-    )
+    prompted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6), "a")
     prompted.add_adapter("b", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     return model, prompted
 
@@ -37,11 +35,7 @@ def test_mixed_batch_equals_solo(name, side):
                 expected = prompted(input_ids=row_ids[None], adapter_names=[NAMES[i]]).logits[0]
                 expected = expected[-len(row) :]
             else:
-                prompt = (
-                    None
-                    if NAMES[i] == "__base__"
-                    else prompted.prompt_encoder[NAMES[i]].materialize()
-                )
+                prompt = None if NAMES[i] == "__base__" else prompted.prompt_encoder[NAMES[i]].materialize()
                 expected = solo_logits(model, prompt, row_ids)
             text = logits[i, 6:][mask[i].bool()]
             torch.testing.assert_close(text, expected, atol=2e-5, rtol=1e-5)
@@ -75,9 +69,7 @@ def test_generate_equals_solo(name):
 def test_generate_equals_cacheless_greedy(name):
     model, prompted = attached(name)
     row = torch.tensor(ROWS[0])
-    out = prompted.generate(
-        input_ids=row[None], max_new_tokens=8, do_sample=False, eos_token_id=None
-    )
+    out = prompted.generate(input_ids=row[None], max_new_tokens=8, do_sample=False, eos_token_id=None)
     with torch.no_grad():
         expected = solo_greedy(model, prompted.prompt_encoder["a"].materialize(), row, 8)
     assert out[0, len(row) :].tolist() == expected

@@ -96,9 +96,7 @@ def test_a_mixed_batch_runs_each_row_through_its_own_head(case):
         alone = model(input_ids=ids[i : i + 1], adapter_names=[name])[0][0]
         columns = alone.shape[0] if alone.dim() == mixed[i].dim() else 0
         text = mixed[i] if case.startswith("SEQ_CLS") else mixed[i][-3:]
-        torch.testing.assert_close(
-            text, alone if case.startswith("SEQ_CLS") else alone[-3:], **CLOSE
-        )
+        torch.testing.assert_close(text, alone if case.startswith("SEQ_CLS") else alone[-3:], **CLOSE)
         assert columns
     assert not torch.allclose(mixed[0], mixed[1])
 
@@ -136,9 +134,7 @@ def test_deleting_a_prompt_deletes_its_head():
 
 
 def test_any_module_can_be_trained_beside_a_prompt(tmp_path):
-    model = prompted(
-        "CAUSAL_LM", causal("llama", tie_word_embeddings=False), modules_to_save=["lm_head"]
-    )
+    model = prompted("CAUSAL_LM", causal("llama", tie_word_embeddings=False), modules_to_save=["lm_head"])
     assert model.num_parameters(only_trainable=True) == 3 * 32 + 64 * 32
     model(**batch("CAUSAL_LM")).loss.backward()
     shaken(model, "default", 7)
@@ -147,16 +143,12 @@ def test_any_module_can_be_trained_beside_a_prompt(tmp_path):
     loaded = PeftModel.from_pretrained(causal("llama", tie_word_embeddings=False), tmp_path)
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(loaded(ids).logits, model(ids).logits)
-    assert torch.equal(
-        loaded.unload()(ids).logits, causal("llama", tie_word_embeddings=False)(ids).logits
-    )
+    assert torch.equal(loaded.unload()(ids).logits, causal("llama", tie_word_embeddings=False)(ids).logits)
 
 
 @pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
 def test_a_missing_module_is_refused(task):
-    with pytest.raises(
-        ConfigError, match=r"modules_to_save names 'clasifier', but .* has no such module"
-    ):
+    with pytest.raises(ConfigError, match=r"modules_to_save names 'clasifier', but .* has no such module"):
         prompted(task, modules_to_save=["clasifier"])
 
 
@@ -195,9 +187,7 @@ def test_an_encoder_pools_the_first_column_of_every_row(family, side):
         torch.testing.assert_close(mixed[i], alone, **CLOSE)
 
 
-@pytest.mark.parametrize(
-    "options", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}]
-)
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}])
 def test_repeated_rows_keep_their_heads(options):
     make = {"tie_word_embeddings": False}
     model = prompted("CAUSAL_LM", causal("llama", **make), modules_to_save=["lm_head"])
@@ -209,8 +199,5 @@ def test_repeated_rows_keep_their_heads(options):
         options = {**options, "top_k": 1}
     options = {"max_new_tokens": 4, "eos_token_id": None, **options}
     both = model.generate(input_ids=ids, adapter_names=names, **options)
-    alone = [
-        model.generate(input_ids=ids[i : i + 1], adapter_names=[names[i]], **options)
-        for i in (0, 1)
-    ]
+    alone = [model.generate(input_ids=ids[i : i + 1], adapter_names=[names[i]], **options) for i in (0, 1)]
     assert both.tolist() == torch.cat(alone).tolist()

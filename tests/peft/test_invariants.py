@@ -83,9 +83,7 @@ def test_a_frozen_base_in_bfloat16_stays_bitwise_equal():
 
     model = build(tf.AutoModelForCausalLM, CAUSAL["llama"]()).to(torch.bfloat16)
     before = weights_hash(model)
-    prompted = get_peft_model(
-        model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    )
+    prompted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     optimizer = torch.optim.SGD([p for p in prompted.parameters() if p.requires_grad], lr=1e-4)
     start = prompted.prompt_encoder["default"].embedding.weight.detach().clone()
     loss_of("CAUSAL_LM", prompted).backward()

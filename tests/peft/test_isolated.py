@@ -20,9 +20,7 @@ ROWS = [[5, 6, 7, 8, 2], [11, 2], [21, 22, 2]]
 
 
 def isolated(model, **config):
-    return get_peft_model(
-        model, PromptTuningConfig(num_virtual_tokens=5, prompt_sees_input=False, **config)
-    ).eval()
+    return get_peft_model(model, PromptTuningConfig(num_virtual_tokens=5, prompt_sees_input=False, **config)).eval()
 
 
 def classifier(name):
@@ -69,8 +67,7 @@ def test_prompts_are_computed_once(name, task, monkeypatch):
         values = output[0]
         if task != "SEQ_CLS":
             values = torch.cat(
-                [values[i, 5 : 5 + len(row)] for i, row in enumerate(rows)]
-                + [values[0, :5], values[1, 3:5]]
+                [values[i, 5 : 5 + len(row)] for i, row in enumerate(rows)] + [values[0, :5], values[1, 3:5]]
             )
         return values, *torch.autograd.grad(values.square().sum(), weights)
 
@@ -127,9 +124,7 @@ def test_refused_where_it_would_be_ignored_or_cannot_be_had():
         isolated(causal("llama"))
     with pytest.raises(ConfigError, match="explicit positions"):
         isolated(classifier("roberta"))
-    long = tf.LongT5Config(
-        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, local_radius=3
-    )
+    long = tf.LongT5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, local_radius=3)
     with pytest.raises(ConfigError, match=r"in LongT5\w+: it takes no mask of our own"):
         isolated(build(tf.AutoModelForSeq2SeqLM, long))
     with pytest.raises(ConfigError, match="layers see only a window"):

@@ -162,9 +162,7 @@ def test_a_multitask_prompt_feeds_both_parts_by_default():
     mine, other = ours.active_peft_config, theirs.active_peft_config
     assert mine.num_transformer_submodules == other.num_transformer_submodules == 2
     encoder = {**options, "output_model_types": ["ENCODER"]}
-    only = softprompt.get_peft_model(
-        copy.deepcopy(model), getattr(softprompt, name)(**encoder)
-    ).active_peft_config
+    only = softprompt.get_peft_model(copy.deepcopy(model), getattr(softprompt, name)(**encoder)).active_peft_config
     assert only.num_transformer_submodules == 1
 
 

@@ -161,9 +161,7 @@ def test_initial_rows(init, tmp_path):
             config = library.PromptTuningConfig(
                 task_type="CAUSAL_LM", num_virtual_tokens=length, prompt_tuning_init=init, **extra
             )
-            model = build(
-                __import__("transformers").AutoModelForCausalLM, CAUSAL["llama"](), vocab_size=400
-            )
+            model = build(__import__("transformers").AutoModelForCausalLM, CAUSAL["llama"](), vocab_size=400)
             torch.manual_seed(11)
             rows.append(weight(library.get_peft_model(model, config)).detach())
         assert torch.equal(*rows)

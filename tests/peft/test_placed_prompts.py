@@ -21,9 +21,7 @@ MODELS = ["llama", "gpt2", "mistral", "gemma2", "qwen3", "bloom", "gptj", "gpt_n
 
 
 def config(task, placement, length=4, **options):
-    return PromptTuningConfig(
-        task_type=task, placement=placement, num_virtual_tokens=length, **options
-    )
+    return PromptTuningConfig(task_type=task, placement=placement, num_virtual_tokens=length, **options)
 
 
 def attached(name):
@@ -105,9 +103,7 @@ def test_labels_and_gradients_follow():
         logits = model(inputs_embeds=torch.cat([text[:1], rows, text[1:]])[None]).logits[0]
         # The token behind BOS is predicted by the prompt's last row.
         predictors = logits[torch.tensor([4 + t - 1 for t in range(1, len(row))])]
-        total = total + torch.nn.functional.cross_entropy(
-            predictors, torch.tensor(row[1:]), reduction="sum"
-        )
+        total = total + torch.nn.functional.cross_entropy(predictors, torch.tensor(row[1:]), reduction="sum")
     expected = total / sum(len(row) - 1 for row in ROWS[:2])
     torch.testing.assert_close(loss, expected)
     (own,) = torch.autograd.grad(expected, prompted.prompt_encoder["bos"].embedding.weight)
@@ -176,9 +172,7 @@ def test_labels_of_padded_rows_are_those_of_rows_alone(side, at):
 
 
 def test_an_offset_that_no_prompt_has_is_refused():
-    prefixed = get_peft_model(
-        causal("llama"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    )
+    prefixed = get_peft_model(causal("llama"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ConfigError, match=r"prompt_at would be ignored: .* tokens of each layer"):
         prefixed(input_ids=torch.tensor([ROWS[0]]), prompt_at=3)
     t5 = build(tf.AutoModelForSeq2SeqLM, SEQ2SEQ["t5"]())
@@ -212,9 +206,7 @@ def test_classifiers_pool_the_first_token_of_the_row(name, placement):
         with torch.no_grad():
             states = model.bert(inputs_embeds=whole)
             head = prompted.base_model.classifier.modules_to_save["default"]
-            torch.testing.assert_close(
-                batch[0], head(states.pooler_output)[0], atol=1e-5, rtol=1e-5
-            )
+            torch.testing.assert_close(batch[0], head(states.pooler_output)[0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])

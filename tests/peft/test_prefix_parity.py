@@ -169,9 +169,7 @@ def test_a_loaded_projection_trains_directly(tmp_path, caplog):
     ours, _ = prefix_pair("CAUSAL_LM", model, prefix_projection=True)
     ours.save_pretrained(tmp_path)
     with caplog.at_level("WARNING"):
-        again = softprompt.PeftModel.from_pretrained(
-            copy.deepcopy(model), tmp_path, is_trainable=True
-        )
+        again = softprompt.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path, is_trainable=True)
     assert "trained directly from here" in caplog.text
     again(**batch("CAUSAL_LM")).loss.backward()
     assert weight(again).grad.shape == (P, L * H)  # L * 2 * A_kv * D, with two of A heads

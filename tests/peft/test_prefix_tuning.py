@@ -94,9 +94,7 @@ def test_seq2seq_rows(name):
         prefix = value(model, adapter)
         expected = solo_decoder_logits(model.base_model, prefix, row, answer)
         torch.testing.assert_close(got[: len(answer)], expected, **CLOSE)
-    out = model.generate(
-        input_ids=ids, attention_mask=mask, adapter_names=NAMES, max_new_tokens=5, num_beams=2
-    )
+    out = model.generate(input_ids=ids, attention_mask=mask, adapter_names=NAMES, max_new_tokens=5, num_beams=2)
     for i, (row, adapter) in enumerate(zip(ROWS, NAMES, strict=True)):
         alone = model.generate(
             input_ids=torch.tensor([row]), adapter_names=[adapter], max_new_tokens=5, num_beams=2
@@ -145,9 +143,7 @@ def test_continuing_from_a_cache():
         attention_mask=torch.ones_like(ids),
     )
     torch.testing.assert_close(rest.logits, whole[:, 6:], **CLOSE)
-    started = model.generate(
-        input_ids=ids[:, :6], max_new_tokens=4, do_sample=False, return_dict_in_generate=True
-    )
+    started = model.generate(input_ids=ids[:, :6], max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
     assert started.past_key_values.get_seq_length() == started.sequences.shape[1] - 1
     more = {"max_new_tokens": 3, "do_sample": False}
     again = model.generate(started.sequences, past_key_values=started.past_key_values, **more)

@@ -49,8 +49,6 @@ def test_keys_and_values_stay_whole():
 
 
 def test_the_parts_of_a_model_need_the_task_that_reads_both():
-    config = PromptTuningConfig(
-        task_type="FEATURE_EXTRACTION", num_virtual_tokens=2, output_model_types=BOTH
-    )
+    config = PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=2, output_model_types=BOTH)
     with pytest.raises(ConfigError, match="needs task_type SEQ_2_SEQ_LM"):
         get_peft_model(seq2seq("t5"), config)

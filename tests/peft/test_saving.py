@@ -32,9 +32,7 @@ HEADED = ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"]
 def prompted(task="CAUSAL_LM", names=("default",)):
     model = base(task)
     torch.manual_seed(4)
-    attached = get_peft_model(
-        model, PromptTuningConfig(task_type=task, num_virtual_tokens=3), names[0]
-    )
+    attached = get_peft_model(model, PromptTuningConfig(task_type=task, num_virtual_tokens=3), names[0])
     for i, name in enumerate(names[1:]):
         attached.add_adapter(name, PromptTuningConfig(num_virtual_tokens=4 + i))
     return attached.eval()
@@ -44,9 +42,7 @@ def shaken(model):
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if ".modules_to_save." in path:
-                parameter.add_(
-                    torch.randn(parameter.shape, generator=torch.Generator().manual_seed(8))
-                )
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(8)))
     return model
 
 
@@ -136,9 +132,7 @@ def test_trained_heads_load_in_peft(task, tmp_path):
 def test_trained_heads_of_peft_load_here(task, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = peft.get_peft_model(
-            base(task), peft.PromptTuningConfig(task_type=task, num_virtual_tokens=3)
-        )
+        theirs = peft.get_peft_model(base(task), peft.PromptTuningConfig(task_type=task, num_virtual_tokens=3))
         shaken(theirs.eval()).save_pretrained(tmp_path)
         inputs = {k: v for k, v in batch(task, padded=False).items() if k != "labels"}
         expected = theirs(**inputs)[0]
@@ -216,9 +210,7 @@ def test_a_failed_load_leaves_no_prompt_behind(tmp_path):
     (tmp_path / "bad" / "adapter_config.json").write_text(json.dumps(config))
     from safetensors.torch import save_file
 
-    save_file(
-        {"prompt_embeddings": torch.zeros(3, 32)}, tmp_path / "bad" / "adapter_model.safetensors"
-    )
+    save_file({"prompt_embeddings": torch.zeros(3, 32)}, tmp_path / "bad" / "adapter_model.safetensors")
     (tmp_path / "bad" / "softprompt.json").unlink()
     model = PeftModel.from_pretrained(base("SEQ_CLS"), tmp_path / "good")
     with pytest.raises(ArtifactError, match=r"lacks base_model\.classifier"):
@@ -254,9 +246,7 @@ def test_a_class_loads_only_its_task(tmp_path):
     prompted("SEQ_CLS").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="load it with PeftModelForSequenceClassification"):
         softprompt.PeftModelForCausalLM.from_pretrained(causal("llama"), tmp_path)
-    loaded = softprompt.PeftModelForSequenceClassification.from_pretrained(
-        base("SEQ_CLS"), tmp_path
-    )
+    loaded = softprompt.PeftModelForSequenceClassification.from_pretrained(base("SEQ_CLS"), tmp_path)
     assert type(loaded) is type(PeftModel.from_pretrained(base("SEQ_CLS"), tmp_path))
 
 

@@ -15,9 +15,7 @@ from oracles.tokenizers import byte_bpe
 from softprompt import PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
 
 SEEDS = Path(__file__).parents[2].parent / "shared" / "seeds"
-BLOCK = re.compile(
-    r'(?:```python|<syntaxhighlight lang="python">)\n(.*?)(?:```|</syntaxhighlight>)', re.S
-)
+BLOCK = re.compile(r'(?:```python|<syntaxhighlight lang="python">)\n(.*?)(?:```|</syntaxhighlight>)', re.S)
 IDS = {"input_ids": torch.tensor([[5, 6, 7]])}
 
 
@@ -122,9 +120,7 @@ def test_tokenizer_kwargs(run, hub_ids):
     }
     base = tf.AutoModelForSequenceClassification.from_pretrained(hub_ids["bert-base-uncased"])
     model = get_peft_model(base, config)
-    first_rows(
-        model, hub_ids["bert-base-uncased"], "Question: Is this statement true or false?", 10
-    )
+    first_rows(model, hub_ids["bert-base-uncased"], "Question: Is this statement true or false?", 10)
 
 
 def test_two_tasks(run, hub_ids):
@@ -134,9 +130,7 @@ def test_two_tasks(run, hub_ids):
     first_rows(model, hub_ids["t5-base"], "summarize: ", 8, "summarization")
     first_rows(model, hub_ids["t5-base"], "translate English to French: ", 8, "translation")
     both = torch.cat([IDS["input_ids"]] * 2)
-    out = model.generate(
-        input_ids=both, adapter_names=["summarization", "translation"], max_new_tokens=3
-    )
+    out = model.generate(input_ids=both, adapter_names=["summarization", "translation"], max_new_tokens=3)
     assert out.shape[0] == 2
 
 

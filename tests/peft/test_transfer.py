@@ -180,9 +180,7 @@ def other_of_the_width(root, words, tmp_path):
 
 
 @pytest.mark.parametrize("record", [None, {"base_fingerprint": {}}])
-def test_a_prompt_without_a_fingerprint_is_of_the_base_it_names(
-    root, source, words, tmp_path, record
-):
+def test_a_prompt_without_a_fingerprint_is_of_the_base_it_names(root, source, words, tmp_path, record):
     bare = changed(source, tmp_path / "bare", record=record)
     own = stored(source, root)
     assert torch.equal(transferred_embeddings(bare, base(root), 4).embeddings, own)

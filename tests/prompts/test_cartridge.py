@@ -140,9 +140,7 @@ def test_a_cache_becomes_flat_as_pefts_helper_makes_it():
 
     cache = random_key_values(7)
     ours = prompt_embeddings_from_past_key_values(cache, num_virtual_tokens=P)
-    theirs = peft.tuners.cartridge.utils.prompt_embeddings_from_past_key_values(
-        cache, num_virtual_tokens=P
-    )
+    theirs = peft.tuners.cartridge.utils.prompt_embeddings_from_past_key_values(cache, num_virtual_tokens=P)
     assert torch.equal(ours, theirs)
     made = encoder()
     made.load_prompt_embeddings(ours)

@@ -51,9 +51,7 @@ def test_the_context_starts_at_its_tokens(table):
     ours = CPTEmbedding(CPTConfig(**CONTEXT), table)
     assert torch.equal(ours.materialize(), table.weight[IDS])
     assert set(ours.state_dict()) == {"embedding.weight", "delta_embedding.weight"}
-    assert [name for name, p in ours.named_parameters() if p.requires_grad] == [
-        "delta_embedding.weight"
-    ]
+    assert [name for name, p in ours.named_parameters() if p.requires_grad] == ["delta_embedding.weight"]
     assert ours.fixed == ("embedding.weight",)
 
 
@@ -76,9 +74,7 @@ def test_value_and_gradient_equal_pefts(table):
 def test_the_trajectory_equals_pefts_with_project(table):
     ours, theirs = pair(table)
     target = torch.randn(9, H)
-    optimisers = [
-        torch.optim.AdamW(m.delta_embedding.parameters(), lr=0.02) for m in (ours, theirs)
-    ]
+    optimisers = [torch.optim.AdamW(m.delta_embedding.parameters(), lr=0.02) for m in (ours, theirs)]
     for _ in range(20):
         for module, optimiser in zip((ours, theirs), optimisers, strict=True):
             if module is ours:
@@ -122,9 +118,7 @@ def test_the_loss_equals_pefts(weighting):
     assert torch.equal(text_types, kept)
 
     prefix = torch.tensor(IDS).expand(3, -1)
-    types_ = torch.cat(
-        [torch.tensor(TYPES).expand(3, -1), text_types + 8 * (text_types > 0)], dim=1
-    )
+    types_ = torch.cat([torch.tensor(TYPES).expand(3, -1), text_types + 8 * (text_types > 0)], dim=1)
     full = torch.cat([prefix, labels], dim=1)
     full[~((types_ > 0) & (types_ % 4 == 0))] = -100
     assert torch.equal(mine, full)
@@ -140,9 +134,7 @@ def test_columns_follow_a_layout():
     context = torch.tensor([[-1, -1, 0, 1, -1]])
     text = torch.tensor([[0, 1, -1, -1, 2]])
     labels = torch.tensor([[-100, -100, 9]])
-    all_labels, all_types = cpt_columns(
-        config, labels, torch.tensor([[0, 0, 4]]), context=context, text=text
-    )
+    all_labels, all_types = cpt_columns(config, labels, torch.tensor([[0, 0, 4]]), context=context, text=text)
     assert all_labels.tolist() == [[-100, -100, -100, 6, 9]]
     assert all_types.tolist() == [[0, 0, 2, 4, 8]]
 
@@ -159,16 +151,12 @@ def test_labels_survive_a_context_that_ends_in_another_type():
 
 def test_types_of_another_shape_are_refused():
     config = CPTConfig(**CONTEXT)
-    with pytest.raises(
-        ConfigError, match=r"input_type_mask must have the shape of labels, \[1, 3\]"
-    ):
+    with pytest.raises(ConfigError, match=r"input_type_mask must have the shape of labels, \[1, 3\]"):
         cpt_columns(config, torch.zeros(1, 3).long(), torch.ones(1, 2).long())
 
 
 def test_tokens_beyond_the_vocabulary_are_refused(table):
-    with pytest.raises(
-        ConfigError, match="cpt_token_ids holds 13, the base's vocabulary ends at 12"
-    ):
+    with pytest.raises(ConfigError, match="cpt_token_ids holds 13, the base's vocabulary ends at 12"):
         CPTEmbedding(CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[13]), table)
 
 

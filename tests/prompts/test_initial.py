@@ -52,9 +52,7 @@ def test_a_parameterised_prompt_starts_at_the_text(text, table):
 
 
 def test_what_no_module_belongs_to_is_refused(table):
-    with pytest.raises(
-        ConfigError, match="expected the configuration of a prompt, got a PromptLearn"
-    ):
+    with pytest.raises(ConfigError, match="expected the configuration of a prompt, got a PromptLearn"):
         build_prompt(PromptLearningConfig(num_virtual_tokens=3), table)
     with pytest.raises(ConfigError, match="got a PeftConfig"):
         build_prompt(PeftConfig(), table)

@@ -97,9 +97,7 @@ def test_the_spelling_of_caikits_document():
 
 
 def test_a_prompt_for_both_parts_is_pefts():
-    config = MultitaskPromptTuningConfig(
-        task_type="SEQ_2_SEQ_LM", output_model_types=["DECODER", "ENCODER"]
-    )
+    config = MultitaskPromptTuningConfig(task_type="SEQ_2_SEQ_LM", output_model_types=["DECODER", "ENCODER"])
     assert config.num_transformer_submodules == 2
     assert config.peft_type is PeftType.MULTITASK_PROMPT_TUNING
     assert "output_model_types" not in config.to_dict()
@@ -162,7 +160,5 @@ def test_settings_that_cannot_be_are_refused(options, message):
 
 def test_methods_are_told_apart():
     values = PromptEncoderConfig(num_virtual_tokens=3).to_dict()
-    with pytest.raises(
-        ConfigError, match="expected a CPTConfig, the file holds a PromptEncoderConfig"
-    ):
+    with pytest.raises(ConfigError, match="expected a CPTConfig, the file holds a PromptEncoderConfig"):
         CPTConfig.from_dict(values)

@@ -55,9 +55,7 @@ def written(path, table, **changes):
 
 def theirs_of(ours, **changes):
     options = {"task_type": "SEQ_2_SEQ_LM", "num_transformer_submodules": 1, **SIZES, **changes}
-    module = peft.tuners.MultitaskPromptEmbedding(
-        peft.MultitaskPromptTuningConfig(**options), nn.Embedding(V, H)
-    )
+    module = peft.tuners.MultitaskPromptEmbedding(peft.MultitaskPromptTuningConfig(**options), nn.Embedding(V, H))
     module.load_state_dict(ours.state_dict())
     return module
 
@@ -110,9 +108,7 @@ def test_pefts_start_is_reproducible(table):
     torch.manual_seed(7)
     ours = built(config(task_matrix_init="normal"), table)
     torch.manual_seed(7)
-    theirs = peft.tuners.MultitaskPromptEmbedding(
-        peft.MultitaskPromptTuningConfig(**options), table
-    )
+    theirs = peft.tuners.MultitaskPromptEmbedding(peft.MultitaskPromptTuningConfig(**options), table)
     for name, value in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[name], value)
     assert float(ours.materialize(0).detach().abs().mean()) < 1e-2
@@ -145,9 +141,7 @@ def test_files_hold_what_pefts_hold(table):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pt"])
-@pytest.mark.parametrize(
-    "init", ["AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"]
-)
+@pytest.mark.parametrize("init", ["AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"])
 def test_source_inits_equal_pefts(table, tmp_path, suffix, init):
     path = tmp_path / f"source{suffix}"
     source = written(path, table)

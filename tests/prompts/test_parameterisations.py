@@ -31,9 +31,7 @@ def table():
 
 def prompt(table, kind=None, seed=None, **changes):
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    config = PromptTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=P, **KINDS.get(kind, {}), **changes
-    )
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P, **KINDS.get(kind, {}), **changes)
     return build_prompt(config, table, generator=generator)
 
 
@@ -102,9 +100,7 @@ def test_training_reaches_a_target_and_bakes(table, kind, caplog):
         optimiser.step()
     assert (made.materialize() - aim).square().mean().item() < 0.5 * first
     stored = made.stored()
-    assert {name: tuple(value.shape) for name, value in stored.items()} == {
-        "prompt_embeddings": (P, H)
-    }
+    assert {name: tuple(value.shape) for name, value in stored.items()} == {"prompt_embeddings": (P, H)}
     plain = prompt(table)
     plain.load_stored(stored)
     assert torch.equal(plain.materialize(), made.materialize())
@@ -113,9 +109,7 @@ def test_training_reaches_a_target_and_bakes(table, kind, caplog):
         made.load_stored(stored)
     assert "training goes on with the embeddings themselves" in caplog.text
     assert torch.equal(made.embedding.weight, stored["prompt_embeddings"])
-    assert [(n, p.requires_grad) for n, p in made.named_parameters()] == [
-        ("embedding.weight", False)
-    ]
+    assert [(n, p.requires_grad) for n, p in made.named_parameters()] == [("embedding.weight", False)]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -85,13 +85,9 @@ def test_what_cannot_be_made():
 
 
 def test_a_config_round_trips():
-    config = PrefixTuningConfig(
-        task_type="CAUSAL_LM", prefix_projection=True, encoder_hidden_size=7, **SIZES
-    )
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", prefix_projection=True, encoder_hidden_size=7, **SIZES)
     assert PeftConfig.from_dict(config.to_dict()) == config
-    text = PrefixTuningConfig(
-        prefix_tuning_init_text="a", tokenizer_name_or_path="b", freeze_first_token=True
-    )
+    text = PrefixTuningConfig(prefix_tuning_init_text="a", tokenizer_name_or_path="b", freeze_first_token=True)
     written = text.to_dict()
     assert written.keys() == config.to_dict().keys()
     assert not {"prefix_tuning_init_text", "freeze_first_token", "tokenizer_kwargs"} & set(written)

@@ -46,9 +46,7 @@ def test_values_equal_pefts(options):
 
 def test_enumerations_hold_pefts_names():
     assert {str(task) for task in TaskType} == {task.value for task in peft.TaskType}
-    assert {init.value for init in peft.PromptTuningInit} <= {
-        str(init) for init in PromptTuningInit
-    }
+    assert {init.value for init in peft.PromptTuningInit} <= {str(init) for init in PromptTuningInit}
     config = PromptTuningConfig(task_type="SEQ_CLS", prompt_tuning_init="SAMPLE_VOCAB")
     assert config.task_type is TaskType.SEQ_CLS
     assert config.prompt_tuning_init is PromptTuningInit.SAMPLE_VOCAB

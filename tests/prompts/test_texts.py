@@ -41,17 +41,13 @@ def test_tokenizer_kwargs_reach_the_tokenizer(folder):
 
 def test_each_line_is_a_label_without_special_tokens(folder, words):
     ids = label_token_ids("complaint\nno complaint", folder)
-    assert ids == [
-        words(text, add_special_tokens=False)["input_ids"] for text in ("complaint", "no complaint")
-    ]
+    assert ids == [words(text, add_special_tokens=False)["input_ids"] for text in ("complaint", "no complaint")]
 
 
 @pytest.mark.parametrize(
     ("read", "options"), [(text_token_ids, (None,)), (label_token_ids, ())], ids=["text", "labels"]
 )
 def test_a_missing_tokenizer_is_one_clear_error(read, options, tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"tokenizer '.*' for the initial prompt cannot be loaded"
-    ) as caught:
+    with pytest.raises(ConfigError, match=r"tokenizer '.*' for the initial prompt cannot be loaded") as caught:
         read("good", str(tmp_path / "none"), *options)
     assert "\n" not in str(caught.value)

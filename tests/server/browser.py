@@ -69,9 +69,7 @@ class Browser:
         return self.driver.find_elements("css selector", selector)
 
     def text(self, selector):
-        return self.script(
-            "return document.querySelector(arguments[0])?.textContent ?? ''", selector
-        )
+        return self.script("return document.querySelector(arguments[0])?.textContent ?? ''", selector)
 
     def script(self, code, *values):
         return self.driver.execute_script(code, *values)
@@ -94,9 +92,7 @@ class Browser:
             value = holds()
             if value:
                 return value
-            assert time.monotonic() < end, (
-                f"waited {seconds} s; the page says: {self.text('main')[:400]}"
-            )
+            assert time.monotonic() < end, f"waited {seconds} s; the page says: {self.text('main')[:400]}"
             time.sleep(0.03)
 
     def complaints(self):
@@ -104,6 +100,5 @@ class Browser:
         return [
             entry["message"]
             for entry in self.driver.get_log("browser")
-            if entry["level"] in ("SEVERE", "WARNING")
-            and "Failed to load resource" not in entry["message"]
+            if entry["level"] in ("SEVERE", "WARNING") and "Failed to load resource" not in entry["message"]
         ]

@@ -13,9 +13,7 @@ import softprompt
 
 PAGE = Path(softprompt.__file__).parent / "server" / "page"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:"
-)
+POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:"
 MARKUP = "<img src=x onerror=\"document.title='broken into'\">"
 
 
@@ -86,9 +84,7 @@ TASKS = [
 CARDS = {
     "complaints": card("complaints"),
     "reply": card("reply", task="generation", labels=None, template="Message: {{text}}\nReply:"),
-    "two-fields": card(
-        "two-fields", task="generation", labels=None, template="{{premise}} / {{question}}"
-    ),
+    "two-fields": card("two-fields", task="generation", labels=None, template="{{premise}} / {{question}}"),
     "endless": card("endless", task="generation", labels=None),
     "breaks": card("breaks", task="generation", labels=None),
     "several": card("several", task=None, labels=None, template=None, tasks=TASKS),

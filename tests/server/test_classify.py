@@ -47,9 +47,7 @@ def test_one_pass_for_all(client, server, monkeypatch):
     engine = server.service.scorer._engine
     calls = []
     run = type(engine).target_log_probs
-    monkeypatch.setattr(
-        type(engine), "target_log_probs", lambda s, r: calls.append(len(r)) or run(s, r)
-    )
+    monkeypatch.setattr(type(engine), "target_log_probs", lambda s, r: calls.append(len(r)) or run(s, r))
     asked(client, input=TEXTS)
     assert calls == [6]
 

@@ -40,9 +40,7 @@ def asked(client, model, prompts, **more):
 def read(answer, starts):
     """Read the sum and whether it is greedy, as the harness does."""
     found = []
-    for choice, start in zip(
-        sorted(answer["choices"], key=lambda each: each["index"]), starts, strict=True
-    ):
+    for choice, start in zip(sorted(answer["choices"], key=lambda each: each["index"]), starts, strict=True):
         scores = choice["logprobs"]
         own = scores["token_logprobs"][start:-1]
         top = scores["top_logprobs"][start:-1]

@@ -227,6 +227,4 @@ def test_the_api_keeps_to_its_own_description(base, shared_prompts):
         assert (path, 200) in seen
     for path in (COMPLETIONS, "/v1/classify", "/v1/chat/completions"):
         assert (path, 400) in seen
-    assert (
-        TestClient(app, base_url="http://localhost").post(COMPLETIONS, json=OK).status_code == 200
-    )
+    assert TestClient(app, base_url="http://localhost").post(COMPLETIONS, json=OK).status_code == 200

@@ -32,22 +32,14 @@ TEXTS = ["is it good or bad", "the parcel", "thank you, great service; it is lat
 LABELS = ["good", "bad", "late again"]
 KINDS = {
     "rows": lambda task: PromptTuningConfig(task_type=task, num_virtual_tokens=4),
-    "suffix": lambda task: PromptTuningConfig(
-        task_type=task, num_virtual_tokens=3, placement="suffix"
-    ),
-    "after-bos": lambda task: PromptTuningConfig(
-        task_type=task, num_virtual_tokens=3, placement="after_bos"
-    ),
+    "suffix": lambda task: PromptTuningConfig(task_type=task, num_virtual_tokens=3, placement="suffix"),
+    "after-bos": lambda task: PromptTuningConfig(task_type=task, num_virtual_tokens=3, placement="after_bos"),
     "low-rank": lambda task: PromptTuningConfig(
         task_type=task, num_virtual_tokens=4, parameterization="low_rank", parameterization_rank=2
     ),
     "prefix": lambda task: PrefixTuningConfig(task_type=task, num_virtual_tokens=5),
-    "cartridge": lambda task: CartridgeConfig(
-        task_type=task, num_virtual_tokens=5, num_frozen_tokens=2
-    ),
-    "p-tuning": lambda task: PromptEncoderConfig(
-        task_type=task, num_virtual_tokens=4, encoder_hidden_size=8
-    ),
+    "cartridge": lambda task: CartridgeConfig(task_type=task, num_virtual_tokens=5, num_frozen_tokens=2),
+    "p-tuning": lambda task: PromptEncoderConfig(task_type=task, num_virtual_tokens=4, encoder_hidden_size=8),
     "cpt": lambda task: CPTConfig(
         task_type=task,
         cpt_token_ids=[260, 261, 262],
@@ -63,9 +55,7 @@ KINDS = {
     "both": lambda task: PromptTuningConfig(
         task_type=task, num_virtual_tokens=3, output_model_types=["ENCODER", "DECODER"]
     ),
-    "unseeing": lambda task: PromptTuningConfig(
-        task_type=task, num_virtual_tokens=3, prompt_sees_input=False
-    ),
+    "unseeing": lambda task: PromptTuningConfig(task_type=task, num_virtual_tokens=3, prompt_sees_input=False),
 }
 CAUSAL = (
     "rows",
@@ -109,9 +99,7 @@ class Kept:
         for seed, kind in enumerate(BASES[name]):
             _write(root / kind, self.loaded, kind, seed)
         self.alone = {
-            kind: softprompt.load(
-                root / kind, copy.deepcopy(self.loaded.model), tokenizer=self.loaded.tokenizer
-            )
+            kind: softprompt.load(root / kind, copy.deepcopy(self.loaded.model), tokenizer=self.loaded.tokenizer)
             for kind in BASES[name]
         }
 
@@ -152,9 +140,7 @@ def _write(folder, base, kind, seed):
     if kind == "multitask":
         asks = {"labels": None, "task": "generation", "template": "{{input}} ?"}
         tells = {"labels": LABELS, "task": "classification", "template": "{{input}} !"}
-        record = replace(
-            record, tasks=("ask", "tell"), data={"tasks": {"ask": asks, "tell": tells}}
-        )
+        record = replace(record, tasks=("ask", "tell"), data={"tasks": {"ask": asks, "tell": tells}})
     TunedPrompt(base, model.encoder_of(kind), model.peft_config[kind], record).save(folder)
 
 
@@ -253,7 +239,5 @@ def test_tasks_that_are_none(kept):
         found = kept.client.post("/v1/completions", json=body)
         assert found.status_code == 400
         assert words in found.json()["error"]["message"]
-    own = kept.client.post(
-        "/v1/classify", json={"model": "multitask", "input": TEXTS[0], "task": "tell"}
-    )
+    own = kept.client.post("/v1/classify", json={"model": "multitask", "input": TEXTS[0], "task": "tell"})
     assert list(own.json()["data"][0]["scores"]) == LABELS

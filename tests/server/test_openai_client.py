@@ -42,9 +42,7 @@ def test_a_completion_is_the_librarys(ai, tuned, name):
     found = ai.completions.create(model=name, prompt=TEXT, max_tokens=9, temperature=0)
     (choice,) = found.choices
     assert choice.text == alone.text
-    assert (
-        choice.finish_reason == {"max_tokens": "length", "eos_token": "stop"}[alone.finish_reason]
-    )
+    assert choice.finish_reason == {"max_tokens": "length", "eos_token": "stop"}[alone.finish_reason]
     assert found.usage.prompt_tokens == alone.input_token_count
     assert found.usage.completion_tokens == alone.generated_tokens
     assert found.usage.virtual_tokens == {"complaints": 4, "writer": 3}[name]
@@ -122,9 +120,7 @@ def test_token_ids_are_taken_as_they_are(ai, tuned, base):
 
 def test_raw_leaves_the_template_out(ai, tuned, base):
     text = "Text : hello Label :"
-    with_template = ai.completions.create(
-        model="complaints", prompt="hello", max_tokens=6, temperature=0
-    )
+    with_template = ai.completions.create(model="complaints", prompt="hello", max_tokens=6, temperature=0)
     raw = ai.completions.create(
         model="complaints", prompt=text, max_tokens=6, temperature=0, extra_body={"raw": True}
     )
@@ -139,22 +135,16 @@ def test_fields_of_a_template(ai, tuned):
         model="pairs", prompt=None, max_tokens=5, temperature=0, extra_body={"fields": fields}
     )
     assert found.choices[0].text == alone.text
-    with pytest.raises(
-        openai.BadRequestError, match="several fields, so one text is not enough; send fields"
-    ):
+    with pytest.raises(openai.BadRequestError, match="several fields, so one text is not enough; send fields"):
         ai.completions.create(model="pairs", prompt="one")
 
 
 def test_log_probabilities(ai, tuned, base, server):
     (source,), _ = tuned["writer"].sources([TEXT])
-    found = ai.completions.create(
-        model="writer", prompt=TEXT, max_tokens=5, temperature=0, logprobs=2
-    ).choices[0]
+    found = ai.completions.create(model="writer", prompt=TEXT, max_tokens=5, temperature=0, logprobs=2).choices[0]
     tokens = base.tokenizer.convert_tokens_to_ids
     assert tokens is not None
-    generated = server.service.batcher.submit(request_of(server, "writer", TEXT, tokens=5)).result(
-        30
-    )[0]
+    generated = server.service.batcher.submit(request_of(server, "writer", TEXT, tokens=5)).result(30)[0]
     row = EngineRow(source, generated.tokens, tuned["writer"].prompt())
     expected = PlainEngine(base).target_log_probs([row])
     assert found.logprobs.token_logprobs == pytest.approx(expected.values.tolist(), abs=1e-4)
@@ -192,9 +182,7 @@ def test_echo_with_log_probabilities(ai, tuned, base):
         assert len(scores.tokens) == len(source) + found.usage.completion_tokens
         assert found.usage.completion_tokens == tokens
         assert scores.token_logprobs[0] is None
-        assert scores.token_logprobs[1 : len(source)] == pytest.approx(
-            expected.values.tolist(), abs=1e-4
-        )
+        assert scores.token_logprobs[1 : len(source)] == pytest.approx(expected.values.tolist(), abs=1e-4)
         assert found.choices[0].text.startswith(TEXT)
         assert "".join(scores.tokens) == found.choices[0].text
         assert scores.text_offset[1] == len(scores.tokens[0])
@@ -251,9 +239,7 @@ def test_chat(chat_server, chat_base):
         logprobs=True,
         top_logprobs=2,
     )
-    rendered = chat_base.tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True
-    )
+    rendered = chat_base.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     same = ai.completions.create(
         model="writer", prompt=rendered, max_tokens=6, temperature=0, extra_body={"raw": True}
     )

@@ -68,15 +68,11 @@ def test_base_and_prompts_answer_side_by_side(page, stub):
     assert page.text(panel("reply") + " .text").startswith("Thank you for writing: ä€")
     state = page.text(panel("reply") + " .state")
     assert re.fullmatch(r"first \d+ ms, all [\d.]+ m?s · 12 \+ 8 virtual tokens in, 8 out", state)
-    assert [each.text for each in page.all(panel("complaints") + " .bars li:first-child span")][
-        :2
-    ] == [
+    assert [each.text for each in page.all(panel("complaints") + " .bars li:first-child span")][:2] == [
         "complaint",
         "75.0 %",
     ]
-    fill, track = (
-        page.find(panel("complaints") + f" .{name}").rect["width"] for name in ("fill", "track")
-    )
+    fill, track = (page.find(panel("complaints") + f" .{name}").rect["width"] for name in ("fill", "track"))
     assert fill / track == pytest.approx(0.75, abs=0.01)
     sent = {body["model"]: (path, body) for path, body in stub.bodies}
     assert sent["complaints"] == (
@@ -420,9 +416,7 @@ def test_a_chat_by_keyboard(page, chatting):
     page.script("document.querySelector('#mode input').focus()")
     page.keys(Keys.ARROW_RIGHT)
     page.until(lambda: page.all("#system"))
-    shown = (
-        "return getComputedStyle(document.querySelector('#mode label:last-of-type')).outlineStyle"
-    )
+    shown = "return getComputedStyle(document.querySelector('#mode label:last-of-type')).outlineStyle"
     assert page.script(shown) == "solid", "the focus is not seen"
     page.keys(Keys.TAB)
     assert page.script("return document.activeElement.id") == "system"
@@ -454,9 +448,7 @@ def test_no_width_scrolls_sideways(page, stub, width, dark):
         assert len({each.rect["x"] for each in page.all(".panel")}) == 1, "one column"
     page.find(panel("complaints") + " .tools button").click()
     page.until(lambda: page.all("#sheet svg.curve"))
-    assert not page.script(
-        "const s = document.querySelector('#sheet'); return s.scrollWidth > s.clientWidth"
-    )
+    assert not page.script("const s = document.querySelector('#sheet'); return s.scrollWidth > s.clientWidth")
     page.find("#sheet-close").click()
 
 
@@ -520,9 +512,7 @@ def test_files_are_our_own_and_nothing_is_inline():
     assert not re.search(r"\son\w+=|\sstyle=", html)
     for path in PAGE.iterdir():
         text = path.read_text()
-        outside = [
-            url for url in re.findall(r"https?://[^\s\"')]+", text) if "www.w3.org" not in url
-        ]
+        outside = [url for url in re.findall(r"https?://[^\s\"')]+", text) if "www.w3.org" not in url]
         assert outside == [], path.name
         assert "innerHTML" not in text, path.name
         assert "insertAdjacentHTML" not in text, path.name

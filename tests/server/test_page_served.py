@@ -175,6 +175,4 @@ def test_no_width_scrolls_sideways_with_real_answers(page, server, width):
     choose(page, "writer", "complaints")
     fill(page, "The kettle broke after one day.")
     run(page)
-    assert not page.script(
-        "return document.documentElement.scrollWidth > document.documentElement.clientWidth"
-    )
+    assert not page.script("return document.documentElement.scrollWidth > document.documentElement.clientWidth")

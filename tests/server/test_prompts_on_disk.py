@@ -32,9 +32,7 @@ def test_a_prompt_replaced_answers_anew(own_server, prompts, base):
     _, client = own_server
     first = ask(client).json()
     assert first["choices"][0]["text"] == alone(prompts / "writer", base)
-    write_prompt(
-        prompts / "writer", base, seed=21, task="generation", labels=None, template="{{input}}"
-    )
+    write_prompt(prompts / "writer", base, seed=21, task="generation", labels=None, template="{{input}}")
     second = ask(client).json()
     assert second["choices"][0]["text"] == alone(prompts / "writer", base)
     assert second["system_fingerprint"] != first["system_fingerprint"]

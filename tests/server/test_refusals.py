@@ -12,15 +12,10 @@ from softprompt.server.completions import CompletionBody
 from softprompt.server.errors import CHOICES
 
 COMPLETIONS, CHAT, CLASSIFY = "/v1/completions", "/v1/chat/completions", "/v1/classify"
-PROMPT = (
-    "prompt takes a text, token ids from 0 up, or a list of texts or of token id lists; no empty list; "
-    "got "
-)
+PROMPT = "prompt takes a text, token ids from 0 up, or a list of texts or of token id lists; no empty list; got "
 STOP = "stop takes a text, or up to 16 texts, each of 1 to 200 characters; got "
 CONTENT = 'a text, or a list of parts {"type": "text", "text": ...}'
-NO_OBJECT = (
-    "expected a JSON object in the body, and the header 'Content-Type: application/json'; got "
-)
+NO_OBJECT = "expected a JSON object in the body, and the header 'Content-Type: application/json'; got "
 
 
 def message(found, status=400):
@@ -132,9 +127,7 @@ def test_a_near_miss_is_told_what_is_listed(client, path):
     ask = {"prompt": "x"} if path == COMPLETIONS else {"input": "x"}
     for name, meant in (("writr", "writer"), ("Complaints", "complaints"), ("demos", "demo")):
         found = message(client.post(path, json={"model": name, **ask}), 404)
-        assert found == (
-            f"there is no prompt {name!r} (did you mean {meant!r}?); GET /v1/models lists them"
-        )
+        assert found == (f"there is no prompt {name!r} (did you mean {meant!r}?); GET /v1/models lists them")
     found = message(client.get("/v1/models/writr"), 404)
     assert "did you mean 'writer'" in found
     assert "did you mean 'writer'" in message(client.get("/v1/prompts/writr/card"), 404)

@@ -232,9 +232,7 @@ def test_a_body_that_is_too_large(scripted):
         assert found.status_code == 413
         assert found.json()["error"]["code"] == "request_too_large"
         pieces = (b"x" * 50_000 for _ in range(10))
-        found = client.post(
-            "/v1/completions", content=pieces, headers={"content-type": "application/json"}
-        )
+        found = client.post("/v1/completions", content=pieces, headers={"content-type": "application/json"})
         assert found.status_code == 413
         assert client.get("/health").status_code == 200
     assert batcher.tickets == []

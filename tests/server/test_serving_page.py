@@ -30,9 +30,7 @@ def test_every_option_and_path_exists(server):
         known = path.replace("{name}", "{model}") if "models" in path else path
         assert known in paths or any(each.startswith(known) for each in paths), path
     settings = {
-        f"--{name.replace('_', '-')}"
-        for owner in (ServeSettings, Bounds)
-        for name in owner.__dataclass_fields__
+        f"--{name.replace('_', '-')}" for owner in (ServeSettings, Bounds) for name in owner.__dataclass_fields__
     }
     mine = set(re.findall(r"`(--[a-z-]+)", PAGE)) - {"--overwrite"}
     assert mine <= settings, mine - settings
@@ -68,9 +66,7 @@ def test_the_export_for_vllm(server, shared_prompts, tmp_path, base):
     exec(compile(code, "serving.md", "exec"), names)  # noqa: S102
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     ids = torch.tensor([names["ids"]])
-    new = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False
-    )
+    new = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
     ask = {"model": "complaints", "prompt": "My parcel is late", "max_tokens": 8, "temperature": 0}
     with server.client() as client:
         ours = client.post("/v1/completions", json=ask).json()["choices"][0]["text"]

@@ -31,9 +31,7 @@ class Records(logging.Handler):
 def records():
     """What the server and uvicorn log, whatever becomes of it elsewhere."""
     found = Records()
-    loggers = [
-        logging.getLogger(name) for name in ("softprompt.server.middleware", "uvicorn.error")
-    ]
+    loggers = [logging.getLogger(name) for name in ("softprompt.server.middleware", "uvicorn.error")]
     for logger in loggers:
         logger.addHandler(found)
     yield found.all

@@ -70,8 +70,7 @@ def _rows(count):
     kinds = [("good", "yes"), ("bad", "no"), ("fine", "yes"), ("poor", "no")]
     tails = ["", " news", " report it", " this is a film"]
     return [
-        {"input": f"the film was {kinds[i % 4][0]}{tails[i % 3]}", "output": kinds[i % 4][1]}
-        for i in range(count)
+        {"input": f"the film was {kinds[i % 4][0]}{tails[i % 3]}", "output": kinds[i % 4][1]} for i in range(count)
     ]
 
 

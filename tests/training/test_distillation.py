@@ -67,9 +67,7 @@ def test_the_penalty_is_what_the_paper_says_and_differs_for_the_student_alone():
 
 def test_a_student_that_is_its_teacher_has_no_penalty():
     both = teachers()
-    scored = Distillation(OneMatrix(), both, 2.0)(
-        rows_of([both.materialize(1), both.materialize(2)]), [1, 2, 1]
-    )
+    scored = Distillation(OneMatrix(), both, 2.0)(rows_of([both.materialize(1), both.materialize(2)]), [1, 2, 1])
     torch.testing.assert_close(scored.penalty, torch.tensor(0.0), atol=1e-6, rtol=0)
 
 

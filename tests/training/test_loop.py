@@ -189,9 +189,7 @@ def test_gradients_are_clipped():
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("kind", [Rows, Product])
 @pytest.mark.parametrize("call", [1, 2, 4, 6, 9, 13, 18])
-def test_interrupted_and_resumed_is_bit_equal_to_uninterrupted(
-    tmp_path, call, dropout, optimizer, kind
-):
+def test_interrupted_and_resumed_is_bit_equal_to_uninterrupted(tmp_path, call, dropout, optimizer, kind):
     settings = {"accumulate_steps": 3, "keep_dropout": dropout, "optimizer": optimizer}
     settings["kind"] = kind
     straight = Run(output=tmp_path / "a", **settings)
@@ -253,9 +251,7 @@ def test_a_state_of_an_epoch_ago_drops_the_log_lines_since(tmp_path):
 def test_a_loss_that_is_not_finite_names_rows_and_update():
     run = Run(engine=ToyEngine(None, broken_at=3))
     update = run.stage.sampling.updates(0)[2][0]
-    with pytest.raises(
-        TrainingError, match=r"update 3 \(epoch 1\): the loss is not finite"
-    ) as error:
+    with pytest.raises(TrainingError, match=r"update 3 \(epoch 1\): the loss is not finite") as error:
         run.go()
     assert f"training rows {update[1] + 1})" in str(error.value)
     assert "the prompt itself is sound" in str(error.value)

@@ -82,9 +82,7 @@ def same(first, second):
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize(
-    ("base", "name"), [("llama", n) for n in METHODS] + [("bart", n) for n in SEQ2SEQ]
-)
+@pytest.mark.parametrize(("base", "name"), [("llama", n) for n in METHODS] + [("bart", n) for n in SEQ2SEQ])
 def test_trained_validated_saved_and_used_again(bases, rows, held_out, tmp_path, base, name):
     options = METHODS[name] | {"num_epochs": 4, "batch_size": 6}
     tuned = tune(bases / base, rows, held_out, output=tmp_path / "out", **options)
@@ -102,9 +100,7 @@ def test_trained_validated_saved_and_used_again(bases, rows, held_out, tmp_path,
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_resumed_run_ends_bit_equal(
-    llama, rows, held_out, tmp_path, monkeypatch, name, optimizer
-):
+def test_a_resumed_run_ends_bit_equal(llama, rows, held_out, tmp_path, monkeypatch, name, optimizer):
     options = METHODS[name] | QUICK | {"optimizer": optimizer, "keep_dropout": True}
     straight = tune(llama, rows, held_out, output=tmp_path / "a", **options)
     update = Events.update
@@ -177,9 +173,7 @@ def test_keys_and_values_start_at_the_first_records(llama, rows, caplog, method)
 def test_keys_and_values_start_otherwise_when_told(llama, bases, rows, caplog):
     caplog.set_level("INFO", "softprompt")
     tuning = {"num_virtual_tokens": 4}
-    drawn = tune(
-        llama, rows, method="prefix", init_from_records=False, tuning_config=tuning, **STILL
-    )
+    drawn = tune(llama, rows, method="prefix", init_from_records=False, tuning_config=tuning, **STILL)
     assert drawn.prompt().prefix.square().mean().sqrt().item() == pytest.approx(1, rel=0.2)
     zero = tuning | {"init_weights": "zero"}
     zero = tune(llama, rows, method="prefix", tuning_config=zero, **STILL)
@@ -233,16 +227,11 @@ def test_the_rate_of_keys_and_values_is_relative_to_each_layers(llama, rows, cap
     # The first step of Adam is the learning rate, whatever the gradient.
     from softprompt.training.settings import KEY_VALUE_RATE_PER_RMS
 
-    torch.testing.assert_close(
-        step / own, torch.full_like(own, KEY_VALUE_RATE_PER_RMS), rtol=1e-3, atol=0
-    )
+    torch.testing.assert_close(step / own, torch.full_like(own, KEY_VALUE_RATE_PER_RMS), rtol=1e-3, atol=0)
     overall = own.square().mean().sqrt().item()
     rate = KEY_VALUE_RATE_PER_RMS * overall
     assert tuned.metrics["learning_rate"] == pytest.approx(rate, rel=1e-4)
-    assert (
-        f"learning rate {rate:.4g} ({KEY_VALUE_RATE_PER_RMS:g} x the rms of keys and values"
-        in caplog.text
-    )
+    assert f"learning rate {rate:.4g} ({KEY_VALUE_RATE_PER_RMS:g} x the rms of keys and values" in caplog.text
 
 
 class Flat(torch.nn.Module):
@@ -262,9 +251,7 @@ def test_scaled_steps_are_those_of_one_parameter_for_each_layer(optimizer):
     settings = TuneSettings(optimizer=optimizer, weight_decay=0.05)
     module = Flat(whole)
     found = build_optimizer(settings, module, Rates(0.1, scales=scales))
-    parts = torch.nn.ParameterList(
-        torch.nn.Parameter(part.clone()) for part in whole.view(3, 4, 5).unbind(1)
-    )
+    parts = torch.nn.ParameterList(torch.nn.Parameter(part.clone()) for part in whole.view(3, 4, 5).unbind(1))
     oracle = build_optimizer(settings, parts, Rates(0.1))
     for group, scale in zip(oracle.param_groups, scales.flatten().tolist(), strict=True):
         group["peak"] *= scale
@@ -337,9 +324,7 @@ def test_moves_stay_in_their_balls_and_labels_stay(llama, rows):
     [{}, {"opt_weighted_loss_type": "decay", "opt_loss_decay_factor": 0.7}],
     ids=["none", "decay"],
 )
-@pytest.mark.parametrize(
-    "kinds", [[1, 2, 3, 4, 4, 5, 6, 7, 8], [4, 4, 2, 4, 5, 6, 7, 8, 8], [1] * 9]
-)
+@pytest.mark.parametrize("kinds", [[1, 2, 3, 4, 4, 5, 6, 7, 8], [4, 4, 2, 4, 5, 6, 7, 8, 8], [1] * 9])
 def test_the_loss_of_a_context_is_pefts(llama, kinds, weighting):
     """Labels of the context once for the batch, against PEFT's layout: the context in every row."""
     config = CPTConfig(
@@ -394,9 +379,7 @@ def test_seq2seq_models_have_no_context(bases, rows):
 
 
 def test_scales_of_a_decoder_are_read_from_it(bases, rows):
-    tuned = tune(
-        bases / "bart", rows, method="prefix", tuning_config={"num_virtual_tokens": 3}, **STILL
-    )
+    tuned = tune(bases / "bart", rows, method="prefix", tuning_config={"num_virtual_tokens": 3}, **STILL)
     assert key_values(tuned.base.model, [5, 6]).shape[:2] == tuned.prompt().prefix.shape[:2]
 
 

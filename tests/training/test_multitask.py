@@ -33,13 +33,8 @@ def tasks(rows):
 @pytest.fixture(scope="session")
 def source(bases, tmp_path_factory):
     """A folder of source prompts with one, ``both``, for the causal base."""
-    rows = [
-        {"input": f"the film was {w}", "output": o} for w, o in (("good", "yes"), ("bad", "no"))
-    ]
-    other = [
-        {"input": row["input"], "output": {"yes": "fine", "no": "poor"}[row["output"]]}
-        for row in rows
-    ]
+    rows = [{"input": f"the film was {w}", "output": o} for w, o in (("good", "yes"), ("bad", "no"))]
+    other = [{"input": row["input"], "output": {"yes": "fine", "no": "poor"}[row["output"]]} for row in rows]
     folder = tmp_path_factory.mktemp("sources")
     tune(
         bases / "llama",
@@ -70,9 +65,7 @@ def test_source_training_teaches_then_distils(bases, tasks, tmp_path, base):
     assert losses[-1] < losses[0]
     assert tuned.history[-1]["distillation"] < tuned.history[0]["distillation"]
     assert tuned.metrics["teachers"]["updates"] == 3 * 4
-    assert {"film accuracy", "news accuracy", "accuracy", "loss"} <= set(
-        tuned.metrics["validation"]
-    )
+    assert {"film accuracy", "news accuracy", "accuracy", "loss"} <= set(tuned.metrics["validation"])
     loaded = load(tmp_path / "out")
     assert loaded.manifest.tasks == ("film", "news")
     assert loaded.of_task("film").labels == ("no", "yes")
@@ -116,12 +109,8 @@ def test_each_row_may_have_a_task_of_its_own(llama, tasks):
     assert tuned(texts, task_name=names) == alone
     assert [each.label for each in tuned.classify(texts, task_name=names)] == alone
     limit = {"max_new_tokens": 3}
-    written = [
-        tuned.generate(t, task_name=n, **limit)[0] for t, n in zip(texts, names, strict=True)
-    ]
-    assert [a.text for a in tuned.generate(texts, task_name=names, **limit)] == [
-        answer.text for answer in written
-    ]
+    written = [tuned.generate(t, task_name=n, **limit)[0] for t, n in zip(texts, names, strict=True)]
+    assert [a.text for a in tuned.generate(texts, task_name=names, **limit)] == [answer.text for answer in written]
     with pytest.raises(ConfigError, match="one for each of the 3 rows; got 2"):
         tuned(texts, task_name=["film", "news"])
     with pytest.raises(ConfigError, match="no task 'flim'"):
@@ -268,9 +257,7 @@ def test_peft_loads_a_target_prompt(llama, rows, source, tmp_path):
     from transformers import AutoModelForCausalLM
 
     tuned = tune(llama, rows, output=tmp_path / "out", num_epochs=1, **adaptation(source))
-    theirs = peft.PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(llama), tmp_path / "out"
-    ).eval()
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), tmp_path / "out").eval()
     ids = torch.tensor([[5, 6, 7]])
     mask, task = torch.ones_like(ids), torch.tensor([0])
     expected = theirs(input_ids=ids, attention_mask=mask, task_ids=task).logits
@@ -280,18 +267,12 @@ def test_peft_loads_a_target_prompt(llama, rows, source, tmp_path):
 
 def test_both_learning_rates_are_used(llama, rows, source):
     only = {"num_epochs": 1, "batch_size": 22}
-    start = parameters(
-        tune(llama, rows, **only, lr=1e-30, task_learning_rate=1e-30, **adaptation(source))
-    )
-    moved = parameters(
-        tune(llama, rows, **only, lr=1e-30, task_learning_rate=0.1, **adaptation(source))
-    )
+    start = parameters(tune(llama, rows, **only, lr=1e-30, task_learning_rate=1e-30, **adaptation(source)))
+    moved = parameters(tune(llama, rows, **only, lr=1e-30, task_learning_rate=0.1, **adaptation(source)))
     assert torch.equal(moved["embedding.weight"], start["embedding.weight"])
     step = (moved["prefix_task_cols"] - start["prefix_task_cols"]).abs()
     torch.testing.assert_close(step, torch.full_like(step, 0.1), atol=1e-3, rtol=0)
-    moved = parameters(
-        tune(llama, rows, **only, lr=0.05, task_learning_rate=1e-30, **adaptation(source))
-    )
+    moved = parameters(tune(llama, rows, **only, lr=0.05, task_learning_rate=1e-30, **adaptation(source)))
     assert not torch.equal(moved["embedding.weight"], start["embedding.weight"])
     assert torch.equal(moved["prefix_task_rows"], start["prefix_task_rows"])
 

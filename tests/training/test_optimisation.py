@@ -26,9 +26,7 @@ def test_every_update_of_every_schedule_moves_and_one_reaches_the_peak(schedule,
 
 def test_linear_schedule_rises_then_falls_in_updates():
     factors = [rate_factor("linear", update, 10, 0.2) for update in range(10)]
-    assert factors == pytest.approx(
-        [1 / 3, 2 / 3, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
-    )
+    assert factors == pytest.approx([1 / 3, 2 / 3, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
 
 
 def test_constant_schedule_stays():

@@ -25,19 +25,13 @@ def test_from_tune_to_answers(placement, tmp_path):
         base.tokenizer.bos_token, base.model.config.bos_token_id = "</s>", 0
         start = TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 0)])
         base.tokenizer.backend_tokenizer.post_processor = start
-    data = [
-        {"input": f"item {i} is {word}", "output": word}
-        for i in range(4)
-        for word in ("good", "bad")
-    ]
+    data = [{"input": f"item {i} is {word}", "output": word} for i in range(4) for word in ("good", "bad")]
     tuned = softprompt.tune(
         base, data, output=tmp_path / "prompt", num_epochs=1, batch_size=4,
         tuning_config={"num_virtual_tokens": 3, "placement": placement},
         task="classification", silence_progress_bars=True,
     )  # fmt: skip
-    again = softprompt.load(
-        tmp_path / "prompt", base_model=tuned.base.model, tokenizer=base.tokenizer
-    )
+    again = softprompt.load(tmp_path / "prompt", base_model=tuned.base.model, tokenizer=base.tokenizer)
     assert again.config.placement == placement
     scores = again.classify(TEXTS)
     assert [s.scores for s in scores] == [s.scores for s in tuned.classify(TEXTS)]

@@ -23,14 +23,10 @@ def values_of(tuned):
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_prompt_for_each_part_of_a_seq2seq_model_is_really_trained(
-    bases, rows, held_out, tmp_path, place
-):
+def test_a_prompt_for_each_part_of_a_seq2seq_model_is_really_trained(bases, rows, held_out, tmp_path, place):
     config = {"num_virtual_tokens": 3, "output_model_types": PLACES[place]}
     start = values_of(tune(bases / "bart", rows, num_epochs=1, lr=1e-30, tuning_config=config))
-    tuned = tune(
-        bases / "bart", rows, held_out, output=tmp_path / "out", tuning_config=config, **QUICK
-    )
+    tuned = tune(bases / "bart", rows, held_out, output=tmp_path / "out", tuning_config=config, **QUICK)
     assert tuned.history[-1]["loss"] < tuned.history[0]["loss"]
     moved = (values_of(tuned) - start).abs().sum(dim=1)
     assert moved.shape[0] == 3 * len(PLACES[place])
@@ -52,9 +48,9 @@ def test_scores_are_those_of_the_models_own_forward(bases, rows, place):
     source, _ = tuned.rows.source({"input": "the film was good"})
     target = tuned.label_ids(("yes",))[0]
     with torch.no_grad():
-        logits = PeftModel.of(tuned)(
-            input_ids=torch.tensor([source]), labels=torch.tensor([target])
-        ).logits[0, -len(target) :]
+        logits = PeftModel.of(tuned)(input_ids=torch.tensor([source]), labels=torch.tensor([target])).logits[
+            0, -len(target) :
+        ]
     expected = logits.log_softmax(-1)[range(len(target)), list(target)].sum().item()
     found = tuned.classify("the film was good")[0].scores["yes"]
     assert found == pytest.approx(expected, abs=1e-4)
@@ -68,9 +64,7 @@ def test_a_decoder_prompt_counts_against_the_decoders_context(bases):
 
 
 @pytest.mark.parametrize(("kind", "rank"), [("low_rank", 2), ("ulpt", 2), ("residual", None)])
-def test_what_is_trained_in_the_place_of_rows_is_saved_as_rows(
-    llama, rows, tmp_path, caplog, kind, rank
-):
+def test_what_is_trained_in_the_place_of_rows_is_saved_as_rows(llama, rows, tmp_path, caplog, kind, rank):
     config = {"num_virtual_tokens": 6, "parameterization": kind}
     config |= {} if rank is None else {"parameterization_rank": rank}
     tuned = tune(llama, rows, output=tmp_path / "out", tuning_config=config, num_epochs=3, lr=0.05)

@@ -139,9 +139,7 @@ def test_bare_files_start_a_target_prompt(folder, llama, rows, name):
         "task_learning_rate": 1e-30,
     }
     if name == "plain.pt":
-        with pytest.raises(
-            ConfigError, match=r"is a plain prompt without tasks, .* use ONLY_SOURCE_SHARED"
-        ):
+        with pytest.raises(ConfigError, match=r"is a plain prompt without tasks, .* use ONLY_SOURCE_SHARED"):
             tune(llama, rows, tuning_config=tuning, **options)
         tuning["prompt_tuning_init_method"] = "ONLY_SOURCE_SHARED"
     tuned = tune(llama, rows, tuning_config=tuning, **options)

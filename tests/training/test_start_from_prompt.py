@@ -94,7 +94,5 @@ def test_settings_that_contradict_each_other(options, message):
 
 
 def test_the_enumeration_means_the_same():
-    given = TuningConfig(
-        prompt_tuning_init_method=PromptTuningInit.PROMPT, prompt_tuning_init_prompt="runs/a"
-    )
+    given = TuningConfig(prompt_tuning_init_method=PromptTuningInit.PROMPT, prompt_tuning_init_prompt="runs/a")
     assert given.prompt_tuning_init_method == "PROMPT"

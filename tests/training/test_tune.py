@@ -174,9 +174,7 @@ def test_a_model_or_an_iterator_in_memory_will_do(llama, rows, tmp_path):
 
 
 def test_settings_of_batches_and_types_reach_the_run(llama, rows):
-    tuned = tune(
-        llama, rows, **QUICK, torch_dtype=torch.bfloat16, max_tokens_per_batch=30, device="cpu"
-    )
+    tuned = tune(llama, rows, **QUICK, torch_dtype=torch.bfloat16, max_tokens_per_batch=30, device="cpu")
     assert tuned.manifest.dtype == "bfloat16"
     assert prompt_of(tuned).dtype == torch.float32
 
@@ -278,15 +276,11 @@ def test_missing_and_unusable_data(llama, rows, held_out, tmp_path):
     with pytest.raises(DataError, match=r"none\.jsonl"):
         tune(llama, tmp_path / "none.jsonl")
     strange = [*held_out, {"input": "it", "output": "yess"}]
-    with pytest.raises(
-        DataError, match=r"validation data, record 9: 'yess' .*did you mean 'yes'\?"
-    ):
+    with pytest.raises(DataError, match=r"validation data, record 9: 'yess' .*did you mean 'yes'\?"):
         tune(llama, rows, strange)
     path = tmp_path / "held_out.jsonl"
     path.write_text("\n" + "".join(json.dumps(row) + "\n" for row in strange))
-    with pytest.raises(
-        DataError, match=r"validation data, held_out\.jsonl, line 10: 'yess' is not"
-    ):
+    with pytest.raises(DataError, match=r"validation data, held_out\.jsonl, line 10: 'yess' is not"):
         tune(llama, rows, path)
 
 

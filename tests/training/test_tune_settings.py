@@ -259,9 +259,7 @@ def test_pefts_enumeration_keeps_its_meaning():
     assert given.prompt_tuning_init_method == "SAMPLE_VOCAB"
 
 
-@pytest.mark.parametrize(
-    ("wrong", "near"), [("ouput", "output"), ("validation_dat", "validation_data")]
-)
+@pytest.mark.parametrize(("wrong", "near"), [("ouput", "output"), ("validation_dat", "validation_data")])
 def test_a_misspelt_argument_of_tune_is_named(wrong, near):
     from softprompt.training import tune
 

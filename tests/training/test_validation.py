@@ -69,7 +69,5 @@ def test_good_answers_are_not_warned_of(caplog):
 def test_the_stop_question_is_asked_between_parts():
     asked = []
     rows = ROWS * 50
-    validation(rows=rows, check_stop=lambda: asked.append(1)).metrics(
-        [Prompt(torch.tensor([[4.0]]))]
-    )
+    validation(rows=rows, check_stop=lambda: asked.append(1)).metrics([Prompt(torch.tensor([[4.0]]))])
     assert len(asked) == 2

@@ -94,11 +94,7 @@ def _with_softprompt(config: Mapping[str, Any], manifest: Manifest) -> str:
         auto = _AUTO_CLASSES.get(kind, "AutoModel")
         special = "ForFeatureExtraction" if kind == "FEATURE_EXTRACTION" else ""
         name = f"AutoPeft{auto.removeprefix('Auto')}{special}"
-        lines = [
-            f"from softprompt import {name}",
-            "",
-            f'model = {name}.from_pretrained("{_FOLDER}")',
-        ]
+        lines = [f"from softprompt import {name}", "", f'model = {name}.from_pretrained("{_FOLDER}")']
     return _code("Use it with softprompt", *lines)
 
 
@@ -143,8 +139,7 @@ def _format(manifest: Manifest) -> str:
     if manifest.labels:
         lines[-1] += f" Labels: {', '.join(f'`{label}`' for label in manifest.labels)}."
     lines[-1] += (
-        f" At most {manifest.max_source_length} tokens of input and "
-        f"{manifest.max_target_length} of output."
+        f" At most {manifest.max_source_length} tokens of input and {manifest.max_target_length} of output."
     )
     return "\n".join(lines)
 

@@ -31,19 +31,8 @@ _INHERITED = ("template", "task", "labels", "max_source_length", "max_target_len
 """Fields of ``softprompt.json`` that the result has from one of the prompts."""
 _OF_THE_BASE = ("base_model", "base_fingerprint", "seq2seq")
 _READ_BY_EVALUATION = ("input_field", "output_field")
-_INITIALISATION = (
-    "prompt_tuning_init",
-    "prompt_tuning_init_text",
-    "tokenizer_name_or_path",
-    "tokenizer_kwargs",
-)
-_CARTRIDGE_SIZES = (
-    "task_type",
-    "token_dim",
-    "num_layers",
-    "num_attention_heads",
-    "num_transformer_submodules",
-)
+_INITIALISATION = ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs")
+_CARTRIDGE_SIZES = ("task_type", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
 
 
 def average_prompts(
@@ -156,10 +145,7 @@ def _members(prompts: Sequence[str | Path]) -> list[StoredPrompt]:
 
 
 def _result(
-    members: Sequence[StoredPrompt],
-    values: Tensor,
-    how: dict[str, Any],
-    template_from: str | Path | None,
+    members: Sequence[StoredPrompt], values: Tensor, how: dict[str, Any], template_from: str | Path | None
 ) -> StoredPrompt:
     """Return virtual tokens ``[S, P, H]`` as an unsaved prompt that records what it was made of."""
     pattern = _pattern(members, template_from)
@@ -173,9 +159,7 @@ def _result(
     }
     manifest = pattern.manifest and _manifest(pattern.manifest, members, how)
     if manifest is None:
-        logger.warning(
-            "none of the prompts has a softprompt.json, so the result does not say what it was made of"
-        )
+        logger.warning("none of the prompts has a softprompt.json, so the result does not say what it was made of")
     flat = values.reshape(-1, values.shape[2]).contiguous()  # [S*P, H]
     return StoredPrompt(PromptTuningConfig(**kept).to_dict(), {PROMPT_KEY: flat}, manifest, "")
 
@@ -216,9 +200,7 @@ def _inherited(stored: StoredPrompt) -> tuple[Any, ...]:
 
 def _manifest(pattern: Manifest, members: Sequence[StoredPrompt], how: dict[str, Any]) -> Manifest:
     """Return the manifest of the result: nothing was measured yet."""
-    settings = {
-        key: pattern.settings[key] for key in _READ_BY_EVALUATION if key in pattern.settings
-    }
+    settings = {key: pattern.settings[key] for key in _READ_BY_EVALUATION if key in pattern.settings}
     made_of = {
         str(number): {
             "prompt": member.location,
@@ -241,10 +223,7 @@ def _written(result: StoredPrompt, output: str | Path | None, overwrite: bool) -
 
 
 def compose_cartridge_adapters(
-    adapter_paths: Sequence[str | Path],
-    *,
-    output_path: str | Path,
-    safe_serialization: bool = True,
+    adapter_paths: Sequence[str | Path], *, output_path: str | Path, safe_serialization: bool = True
 ) -> None:
     """Put the virtual tokens of cartridges one after the other; PEFT's helper under its name.
 

@@ -34,9 +34,7 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ArtifactError(
-            f"could not read {path} ({error}): check its permissions and the disk"
-        ) from error
+        raise ArtifactError(f"could not read {path} ({error}): check its permissions and the disk") from error
 
 
 def parse_object(text: str, name: str) -> dict[str, Any]:
@@ -53,8 +51,7 @@ def parse_object(text: str, name: str) -> dict[str, Any]:
         ) from error
     if not isinstance(value, dict):
         raise ArtifactError(
-            f"expected a JSON object in {name}, got a {type(value).__name__}: "
-            "restore it from the original"
+            f"expected a JSON object in {name}, got a {type(value).__name__}: restore it from the original"
         )
     return value
 
@@ -155,9 +152,7 @@ def require_no_file(directory: Path) -> None:
         OutputExistsError: there is one.
     """
     if os.path.lexists(directory) and not directory.is_dir():
-        raise OutputExistsError(
-            f"expected an output directory, {directory} is a file: choose another path"
-        )
+        raise OutputExistsError(f"expected an output directory, {directory} is a file: choose another path")
 
 
 def write_folder(directory: Path, files: Mapping[str, bytes], stale: Iterable[str] = ()) -> None:

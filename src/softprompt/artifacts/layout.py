@@ -15,14 +15,7 @@ import torch
 from torch import Tensor
 
 from softprompt.errors import ArtifactError, nearest
-from softprompt.prompts import (
-    COLS_KEY,
-    CONFIG_NAME,
-    PROMPT_KEY,
-    ROWS_KEY,
-    PeftType,
-    config_class,
-)
+from softprompt.prompts import COLS_KEY, CONFIG_NAME, PROMPT_KEY, ROWS_KEY, PeftType, config_class
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_WEIGHTS_NAME = "adapter_model.bin"
@@ -91,11 +84,7 @@ def _virtual_tokens(config: Mapping[str, Any]) -> dict[str, Shape]:
 def _factors(config: Mapping[str, Any]) -> dict[str, Shape]:
     tasks, rank = (count_in(config, key) or 1 for key in ("num_tasks", "num_ranks"))
     tokens, width = stored_tokens(config), count_in(config, "token_dim")
-    return {
-        PROMPT_KEY: (tokens, width),
-        COLS_KEY: (tasks, tokens, rank),
-        ROWS_KEY: (tasks, rank, width),
-    }
+    return {PROMPT_KEY: (tokens, width), COLS_KEY: (tasks, tokens, rank), ROWS_KEY: (tasks, rank, width)}
 
 
 def _keys_and_values(config: Mapping[str, Any]) -> dict[str, Shape]:
@@ -197,9 +186,7 @@ def check_values(name: str, tensor: Tensor, where: str) -> None:
     # Sparse tensors skip bounds checks when densified (CVE-2025-62164); none is legitimate here.
     plain = tensor.layout == torch.strided and not tensor.is_nested
     if not plain or tensor.is_quantized or tensor.is_meta:
-        raise ArtifactError(
-            f"expected plain dense tensors in {where}, {name} is not: save it as .to_dense()"
-        )
+        raise ArtifactError(f"expected plain dense tensors in {where}, {name} is not: save it as .to_dense()")
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
         broken = int((~torch.isfinite(tensor.float())).sum())
         raise ArtifactError(

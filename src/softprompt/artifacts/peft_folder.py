@@ -249,11 +249,7 @@ def _snapshot(repository: str, subfolder: str | None, revision: str | None) -> P
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     names = (CONFIG_NAME, WEIGHTS_NAME, PICKLED_WEIGHTS_NAME, MANIFEST_NAME)
     try:
-        path = snapshot_download(
-            repository,
-            revision=revision,
-            allow_patterns=[prefix + name for name in names],
-        )
+        path = snapshot_download(repository, revision=revision, allow_patterns=[prefix + name for name in names])
     # OSError and ValueError are the roots of what the hub client raises: HTTP, cache, id.
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
@@ -285,11 +281,7 @@ def upload(
         if revision is not None and not create_pr:
             api.create_branch(name, branch=revision, exist_ok=True)
         commit = api.upload_folder(
-            repo_id=name,
-            folder_path=folder,
-            commit_message=commit_message,
-            revision=revision,
-            create_pr=create_pr,
+            repo_id=name, folder_path=folder, commit_message=commit_message, revision=revision, create_pr=create_pr
         )
     # The hub client raises errors of its HTTP library, which share no root with its own.
     except Exception as error:

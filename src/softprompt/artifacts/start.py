@@ -21,12 +21,7 @@ from transformers import PreTrainedModel
 
 from softprompt.artifacts.files import load_pickled
 from softprompt.artifacts.peft_folder import load_adapter
-from softprompt.artifacts.stored_prompt import (
-    RecordedBase,
-    StoredPrompt,
-    check_base,
-    other_parts,
-)
+from softprompt.artifacts.stored_prompt import RecordedBase, StoredPrompt, check_base, other_parts
 from softprompt.backbone import (
     Fingerprint,
     input_embedding,
@@ -75,10 +70,7 @@ class Transferred:
 
 
 def started_prompt(
-    config: PromptLearningConfig,
-    model: PreTrainedModel,
-    *,
-    generator: torch.Generator | None = None,
+    config: PromptLearningConfig, model: PreTrainedModel, *, generator: torch.Generator | None = None
 ) -> PromptModule:
     """Return the untrained module of a configuration, with its first values.
 
@@ -185,8 +177,7 @@ def transferred_embeddings(
     reason = other_parts(stored.model_types(), sorted(named or ["ENCODER"], reverse=True))
     if reason is not None:
         raise ConfigError(
-            f"the prompt cannot start from {source}: {reason}; start from a prompt with the same "
-            "output_model_types"
+            f"the prompt cannot start from {source}: {reason}; start from a prompt with the same output_model_types"
         )
     note = f"the prompt starts from {source}"
     if embeddings.shape[1] != num_virtual_tokens:
@@ -215,11 +206,7 @@ def transferred_embeddings(
 
 @torch.no_grad()
 def _recycled(
-    stored: StoredPrompt,
-    name: str,
-    embeddings: Tensor,
-    model: PreTrainedModel,
-    tokenizer_name: str | None,
+    stored: StoredPrompt, name: str, embeddings: Tensor, model: PreTrainedModel, tokenizer_name: str | None
 ) -> Recycled | None:
     """Return embeddings of the base of this name mapped to another; None when both are one."""
     manifest = stored.manifest

@@ -77,10 +77,7 @@ class StoredPrompt:
             ConfigError: a key or a value is not supported.
         """
         # Training further must not tokenise the initial text again: the stored values replace it.
-        values = self.config | {
-            "inference_mode": True,
-            "num_transformer_submodules": self._submodules(),
-        }
+        values = self.config | {"inference_mode": True, "num_transformer_submodules": self._submodules()}
         return PromptLearningConfig.from_dict(values)
 
     def model_types(self) -> tuple[str, ...]:
@@ -102,9 +99,7 @@ class StoredPrompt:
         """
         reason = self.beyond_tokens()
         if reason is not None:
-            raise ArtifactError(
-                f"{self.location} cannot be composed, compared or started from: {reason}"
-            )
+            raise ArtifactError(f"{self.location} cannot be composed, compared or started from: {reason}")
         values = self.values
         if self.seq2seq:
             values = values[: int(self.config["num_virtual_tokens"]) * self._submodules()]
@@ -187,9 +182,7 @@ class StoredPrompt:
             return names.index(task)
         if task.isdecimal() and int(task) < count:
             return int(task)
-        raise ConfigError(
-            f"{self.location} has no task {task!r}{nearest(task, names)}; it has {known}"
-        )
+        raise ConfigError(f"{self.location} has no task {task!r}{nearest(task, names)}; it has {known}")
 
 
 def tensors_read(

@@ -81,17 +81,13 @@ def _set(model: PreTrainedModel, name: str) -> Implementations:
         finally:
             hf_logging.set_verbosity(verbosity)
         if model.config._attn_implementation != name:
-            raise BackboneError(
-                f"{type(model).__name__} does not honour transformers' attention interface"
-            )
+            raise BackboneError(f"{type(model).__name__} does not honour transformers' attention interface")
         return [each for each in implementations_of(model) if each[1] == name]
 
 
 def recomputes_layers(model: nn.Module) -> bool:
     """Tell whether backward will run layers of the model again (gradient checkpointing, in training)."""
-    return model.training and any(
-        getattr(module, "gradient_checkpointing", False) for module in model.modules()
-    )
+    return model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 @contextmanager

@@ -15,19 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from softprompt.backbone.attention import recomputed_alike, supported, switched
 from softprompt.backbone.facts import Facts, facts_of
 from softprompt.backbone.keyvalues import KeyValueShape, key_value_shape
-from softprompt.backbone.products import (
-    FrozenLinear,
-    frozen_linears,
-    swapped_forwards,
-    torch_products,
-)
-from softprompt.backbone.state import (
-    input_embedding,
-    is_encoder_decoder,
-    locked,
-    stamp_of,
-    state_of,
-)
+from softprompt.backbone.products import FrozenLinear, frozen_linears, swapped_forwards, torch_products
+from softprompt.backbone.state import input_embedding, is_encoder_decoder, locked, stamp_of, state_of
 from softprompt.backbone.virtual import VirtualVocabulary, injected
 from softprompt.errors import ArtifactError, BackboneError
 
@@ -49,10 +38,7 @@ class Base:
     _tokenizer: PreTrainedTokenizerBase | None
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        name: str = "",
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str = ""
     ) -> None:
         for attribute, value in (("model", model), ("name", name), ("_tokenizer", tokenizer)):
             object.__setattr__(self, attribute, value)
@@ -246,9 +232,7 @@ class Fingerprint:
     @property
     def short(self) -> str:
         """Twelve hex digits for people; equal fingerprints in one dtype have equal digits."""
-        return hashlib.sha256(
-            repr((self.model_type, self.sizes, self.values)).encode()
-        ).hexdigest()[:12]
+        return hashlib.sha256(repr((self.model_type, self.sizes, self.values)).encode()).hexdigest()[:12]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""

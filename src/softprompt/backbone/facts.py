@@ -146,9 +146,7 @@ def _context_length(config: Any, from_ids: bool) -> int | None:
 def _rope_changes_at(config: Any) -> int | None:
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = parameters.values() if "rope_type" not in parameters else (parameters,)
-    changing = [
-        k for k in kinds if isinstance(k, dict) and k.get("rope_type") in ("dynamic", "longrope")
-    ]
+    changing = [k for k in kinds if isinstance(k, dict) and k.get("rope_type") in ("dynamic", "longrope")]
     if not changing:
         return None
     original = changing[0].get("original_max_position_embeddings")
@@ -156,9 +154,7 @@ def _rope_changes_at(config: Any) -> int | None:
 
 
 def _relative(config: Any) -> bool:
-    return hasattr(config, "relative_attention_num_buckets") or bool(
-        getattr(config, "alibi", False)
-    )
+    return hasattr(config, "relative_attention_num_buckets") or bool(getattr(config, "alibi", False))
 
 
 def _counts_positions_from_ids(model: PreTrainedModel) -> bool:

@@ -121,8 +121,7 @@ def _run(model: PreTrainedModel, ids: Tensor) -> Cache:
 def _encoder_shape(model: PreTrainedModel) -> KeyValueShape:
     config = model.config.get_text_config()
     layers, heads, hidden = (
-        getattr(config, name, None)
-        for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")
+        getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")
     )
     if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(hidden, int)):
         raise _refused(model)

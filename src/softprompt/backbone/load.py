@@ -59,10 +59,7 @@ def load_base(
     name = str(name_or_path)
     source = str(model_directory()) if name == DEMO else name
     local = Path(source).exists()
-    options: dict[str, Any] = {
-        "revision": revision,
-        "local_files_only": not (local or downloads_allowed()),
-    }
+    options: dict[str, Any] = {"revision": revision, "local_files_only": not (local or downloads_allowed())}
     try:
         config = AutoConfig.from_pretrained(source, **options)
         kind = bool(getattr(config, "is_encoder_decoder", False)) if seq2seq is None else seq2seq
@@ -132,17 +129,12 @@ def parse_device(value: str) -> torch.device:
 
 
 def _in_memory(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    dtype: torch.dtype | None,
-    device: str | None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype | None, device: str | None
 ) -> Base:
     name = str(model.config._name_or_path or model.name_or_path)
     if tokenizer is None:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                name, local_files_only=not downloads_allowed()
-            )
+            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=not downloads_allowed())
         except Exception as cause:
             raise BackboneError(
                 f"no tokenizer beside the model in memory (name {name!r}); pass tokenizer=…"

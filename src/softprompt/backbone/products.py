@@ -50,10 +50,7 @@ def _has_its_parts() -> bool:
     """Tell whether torch has what is used here and no part of its promises: a version may lack it."""
     needed = (
         (torch.ops.mkldnn, ("_linear_pointwise", "_reorder_linear_weight")),
-        (
-            torch._C,
-            ("_are_functorch_transforms_active", "_is_tracing", "_len_torch_dispatch_stack"),
-        ),
+        (torch._C, ("_are_functorch_transforms_active", "_is_tracing", "_len_torch_dispatch_stack")),
         (torch._C._functorch, ("is_legacy_batchedtensor",)),
         (forward_ad, ("_current_level",)),
     )

@@ -58,9 +58,7 @@ def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-def modules_named(
-    model: nn.Module, names: Sequence[str], *, optional: Sequence[str] = ()
-) -> list[str]:
+def modules_named(model: nn.Module, names: Sequence[str], *, optional: Sequence[str] = ()) -> list[str]:
     """Return the paths of the modules whose last name part is in ``names``, without those inside one another.
 
     Raises:

@@ -67,10 +67,7 @@ def stamp_of(weight: Tensor) -> tuple[object, ...]:
     try:
         # Unlike a bare address, it cannot come back while the stamp is kept.
         storage: object = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
-    except (
-        NotImplementedError,
-        RuntimeError,
-    ):  # a quantised subclass that has no storage of its own
+    except (NotImplementedError, RuntimeError):  # a quantised subclass that has no storage of its own
         storage = id(weight)
     return storage, version, weight.dtype, weight.device, weight.shape
 

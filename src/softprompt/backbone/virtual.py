@@ -17,12 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from softprompt.backbone.state import (
-    decoder_embedding,
-    input_embedding,
-    is_encoder_decoder,
-    side_embeddings,
-)
+from softprompt.backbone.state import decoder_embedding, input_embedding, is_encoder_decoder, side_embeddings
 
 
 @final
@@ -36,9 +31,7 @@ class VirtualVocabulary:
         virtual_tokens: What is injected now, ``[N, H]``: number n has id V + n; None when nothing is.
     """
 
-    def __init__(
-        self, embeddings: Sequence[nn.Embedding], beside: Sequence[nn.Embedding] = ()
-    ) -> None:
+    def __init__(self, embeddings: Sequence[nn.Embedding], beside: Sequence[nn.Embedding] = ()) -> None:
         """Hook embeddings.
 
         Args:

@@ -19,9 +19,7 @@ _SPELT_AS_THEMSELVES = (*range(33, 127), *range(161, 173), *range(174, 256))
 
 
 def shared_ids(
-    first: PreTrainedTokenizerBase,
-    second: PreTrainedTokenizerBase,
-    rows: tuple[int, int],
+    first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, rows: tuple[int, int]
 ) -> tuple[list[int], list[int]]:
     """Return the ids of tokens for the same text, in the order of the first vocabulary.
 
@@ -42,9 +40,7 @@ def shared_ids(
     kinds = _kind(one), _kind(other)
     # Within one kind the spelling itself is compared, as if it said nothing more.
     same = kinds[0] == kinds[1]
-    here, there = (
-        _by_bytes(own, "" if same else kind) for own, kind in zip((one, other), kinds, strict=True)
-    )
+    here, there = (_by_bytes(own, "" if same else kind) for own, kind in zip((one, other), kinds, strict=True))
     pairs = sorted((own, there[text]) for text, own in here.items() if text in there)
     return [own for own, _ in pairs], [found for _, found in pairs]
 

@@ -55,12 +55,7 @@ _result_options = together(
 @_composition("--num-virtual-tokens", type=int, help="Resize all prompts to this length first.")
 @_result_options
 def average(
-    *,
-    prompt_dirs: tuple[str, ...],
-    weights: tuple[float, ...],
-    quiet: bool,
-    as_json: bool,
-    **options: Any,
+    *, prompt_dirs: tuple[str, ...], weights: tuple[float, ...], quiet: bool, as_json: bool, **options: Any
 ) -> None:
     """Average prompts of one length, virtual token by virtual token."""
     start_logging(quiet=quiet)
@@ -85,9 +80,7 @@ def concat(*, prompt_dirs: tuple[str, ...], quiet: bool, as_json: bool, **option
 @click.argument("first")
 @click.argument("second")
 @_composition("--onto", metavar="PROMPT_DIR", help="Prompt to add the difference to.")
-@_composition(
-    "--scale", type=float, default=1.0, show_default=True, help="Scale of the difference."
-)
+@_composition("--scale", type=float, default=1.0, show_default=True, help="Scale of the difference.")
 @_result_options
 def difference(*, first: str, second: str, quiet: bool, as_json: bool, **options: Any) -> None:
     """Write scale * (FIRST - SECOND), added to a third prompt with --onto."""
@@ -108,7 +101,6 @@ def _show(made: StoredPrompt, as_json: bool) -> None:
     rows = {
         "output": made.location,
         "virtual tokens": made.config["num_virtual_tokens"],
-        "made of": manifest
-        and ", ".join(each["prompt"] for each in manifest.data["made_of"].values()),
+        "made of": manifest and ", ".join(each["prompt"] for each in manifest.data["made_of"].values()),
     }
     show(result, table(rows), as_json=as_json)

@@ -34,20 +34,11 @@ _extended, _base = (partial(option, group=each) for each in ("Extended vocabular
     help="softprompt, peft, caikit, tgis, npy, tensor, extended-vocab or vllm.",
 )
 @option("--overwrite", is_flag=True, group="Output", help="Overwrite the destination.")
-@option(
-    "--template",
-    group="Input",
-    help="Template of a source that has none, such as 'Text: {{input}} Label:'.",
-)
+@option("--template", group="Input", help="Template of a source that has none, such as 'Text: {{input}} Label:'.")
 @input_options
 @option("--text", group="Input", help="Input of the request that vllm writes.")
 @_extended("--name", help="Name of the prompt in extended-vocab.  [default: the source's name]")
-@_extended(
-    "--add",
-    multiple=True,
-    metavar="NAME=PROMPT",
-    help="Further prompt of extended-vocab.  [repeatable]",
-)
+@_extended("--add", multiple=True, metavar="NAME=PROMPT", help="Further prompt of extended-vocab.  [repeatable]")
 @_extended(
     "--add-task",
     "add_tasks",
@@ -93,9 +84,7 @@ def command(
     }
     facts = {name: v for name, v in done.facts.items() if name not in ("prompts", *head)}
     prompts = done.facts.get("prompts", {})
-    ids = {
-        f"ids of {n}": f"{p['token_ids'][0]} to {p['token_ids'][-1]}" for n, p in prompts.items()
-    }
+    ids = {f"ids of {n}": f"{p['token_ids'][0]} to {p['token_ids'][-1]}" for n, p in prompts.items()}
     lost = {"lost": ", ".join(done.lost)} if done.lost else {}
     rows = table(head | facts | ids | lost)
     show(head | dict(done.facts) | {"lost": list(done.lost)}, rows, as_json=as_json)

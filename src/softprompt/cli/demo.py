@@ -7,14 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.options import (
-    Command,
-    option,
-    output_options,
-    overwrite_option,
-    show,
-    start_logging,
-)
+from softprompt.cli.options import Command, option, output_options, overwrite_option, show, start_logging
 
 if TYPE_CHECKING:
     from softprompt.evaluation import Report
@@ -44,9 +37,7 @@ CURVE = "training_curve.png"
     help="Directory to write the prompt to.",
 )
 @overwrite_option
-@option(
-    "--seed", type=int, default=73, show_default=True, group="Optimisation", help="Random seed."
-)
+@option("--seed", type=int, default=73, show_default=True, group="Optimisation", help="Random seed.")
 @output_options
 def command(output: str, overwrite: bool, seed: int, as_json: bool, quiet: bool) -> None:
     """Tune a complaint detector on the bundled model and data, and compare it with the base."""
@@ -71,10 +62,7 @@ def command(output: str, overwrite: bool, seed: int, as_json: bool, quiet: bool)
     # The curve shows the validation split, so the base is drawn as it does there.
     untuned = evaluate(tuned, complaints("validation"), without_prompt=True)
     curve = _draw_curve(tuned.history, Path(output), untuned.accuracy)
-    result = summary(tuned, output) | {
-        "curve": curve,
-        "test": {"base": base.to_dict(), "tuned": after.to_dict()},
-    }
+    result = summary(tuned, output) | {"curve": curve, "test": {"base": base.to_dict(), "tuned": after.to_dict()}}
     show(result, _text(base, after, output, curve), as_json=as_json)
 
 

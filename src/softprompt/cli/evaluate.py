@@ -44,14 +44,8 @@ _data, _evaluation = partial(option, group="Data"), partial(option, group="Evalu
     type=click.Choice(["mean", "vote"]),
     help="Ensemble of several prompts: mean log-probability (default), or majority vote.",
 )
-@_evaluation(
-    "--without-prompt", is_flag=True, help="Evaluate the base model with the template alone."
-)
-@_evaluation(
-    "--normalize",
-    is_flag=True,
-    help="Length-normalise label scores: divide by the label's token count.",
-)
+@_evaluation("--without-prompt", is_flag=True, help="Evaluate the base model with the template alone.")
+@_evaluation("--normalize", is_flag=True, help="Length-normalise label scores: divide by the label's token count.")
 @_evaluation("--batch-size", type=int, help="Batch size.")
 @_evaluation(
     "--engine",
@@ -61,22 +55,14 @@ _data, _evaluation = partial(option, group="Data"), partial(option, group="Evalu
 @base_options
 @output_options
 def command(
-    *,
-    prompt_dirs: tuple[str, ...],
-    data: str,
-    combine: Combine | None,
-    as_json: bool,
-    quiet: bool,
-    **options: Any,
+    *, prompt_dirs: tuple[str, ...], data: str, combine: Combine | None, as_json: bool, quiet: bool, **options: Any
 ) -> None:
     """Evaluate a prompt, or its base alone, on a data file.
 
     Several prompts of one base and one label set are evaluated as an ensemble, and each by itself.
     """
     if combine is not None and len(prompt_dirs) == 1:
-        raise UsageError(
-            "--combine would be ignored with one prompt; name two or more, or leave it out"
-        )
+        raise UsageError("--combine would be ignored with one prompt; name two or more, or leave it out")
     start_logging(quiet=quiet)
     from softprompt.evaluation import evaluate
     from softprompt.inference import Ensemble

@@ -34,13 +34,7 @@ from softprompt.generation import GenerationOptions
 @base_options
 @output_options
 def command(
-    *,
-    prompt_dir: str,
-    text: str | None,
-    pairs: tuple[str, ...],
-    as_json: bool,
-    quiet: bool,
-    **options: Any,
+    *, prompt_dir: str, text: str | None, pairs: tuple[str, ...], as_json: bool, quiet: bool, **options: Any
 ) -> None:
     """Generate answers to a text, or to each line of stdin.
 

@@ -20,9 +20,7 @@ nothing else. Exit codes: 0 done, 2 an error (one line on stderr), 130 after Ctr
 
 def help_page() -> str:
     """Return the page."""
-    context = click.Context(
-        cli, info_name="softprompt", terminal_width=WIDTH, help_option_names=["-h", "--help"]
-    )
+    context = click.Context(cli, info_name="softprompt", terminal_width=WIDTH, help_option_names=["-h", "--help"])
     return "\n".join([INTRODUCTION, *_sections("softprompt", cli, context)])
 
 

@@ -7,15 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.options import (
-    Command,
-    fingerprint_option,
-    option,
-    output_options,
-    show,
-    start_logging,
-    table,
-)
+from softprompt.cli.options import Command, fingerprint_option, option, output_options, show, start_logging, table
 
 if TYPE_CHECKING:
     from softprompt.artifacts import StoredPrompt
@@ -26,11 +18,7 @@ if TYPE_CHECKING:
 
 @click.command("info", cls=Command)
 @click.argument("prompt_dir")
-@option(
-    "--base-model",
-    group="Base model",
-    help="Base model to compare with instead of the recorded one.",
-)
+@option("--base-model", group="Base model", help="Base model to compare with instead of the recorded one.")
 @option(
     "--without-base",
     is_flag=True,
@@ -64,11 +52,7 @@ def command(
     else:
         summary = describe(stored, input_embedding(base.model).weight, base.tokenizer)
     engine = None if base is None else _engine(stored, base)
-    made = (
-        {"data": stored.manifest.data, "settings": stored.manifest.settings}
-        if stored.manifest
-        else {}
-    )
+    made = {"data": stored.manifest.data, "settings": stored.manifest.settings} if stored.manifest else {}
     result = summary.to_dict() | {"engine": None if engine is None else asdict(engine)} | made
     show(result, _text(summary, engine, made), as_json=as_json)
 

@@ -12,18 +12,7 @@ import click
 
 from softprompt.errors import SoftPromptError, TrainingInterrupted, nearest
 
-COMMANDS = (
-    "tune",
-    "evaluate",
-    "generate",
-    "serve",
-    "info",
-    "sources",
-    "similar",
-    "compose",
-    "convert",
-    "demo",
-)
+COMMANDS = ("tune", "evaluate", "generate", "serve", "info", "sources", "similar", "compose", "convert", "demo")
 INTERRUPTED = 130
 
 

@@ -58,9 +58,7 @@ class Command(click.Command):
                 formatter.write_dl(records)
 
 
-def option(
-    *names: str, group: str | None = None, **attributes: Any
-) -> Callable[[Decorated], Decorated]:
+def option(*names: str, group: str | None = None, **attributes: Any) -> Callable[[Decorated], Decorated]:
     """Return a decorator that adds an option under a heading."""
     return click.option(*names, cls=Option, group=group, **attributes)
 
@@ -101,32 +99,19 @@ output_options = together(
     option("--quiet", is_flag=True, help="Show warnings and errors only, and no progress bar."),
 )
 overwrite_option = option(
-    "--overwrite",
-    is_flag=True,
-    group="Output",
-    help="Write into an output directory that is not empty.",
+    "--overwrite", is_flag=True, group="Output", help="Write into an output directory that is not empty."
 )
 write_options = together(
-    option(
-        "--output",
-        required=True,
-        type=click.Path(),
-        group="Output",
-        help="Directory to write the prompt to.",
-    ),
+    option("--output", required=True, type=click.Path(), group="Output", help="Directory to write the prompt to."),
     overwrite_option,
 )
 _base = partial(option, group="Base model")
 fingerprint_option = _base(
-    "--ignore-fingerprint",
-    is_flag=True,
-    help="Use a base model that the prompt was not trained for.",
+    "--ignore-fingerprint", is_flag=True, help="Use a base model that the prompt was not trained for."
 )
 base_options = together(
     fingerprint_option,
-    _base(
-        "--base-model", help="Base model instead of the recorded one; its fingerprint is checked."
-    ),
+    _base("--base-model", help="Base model instead of the recorded one; its fingerprint is checked."),
     _base("--torch-dtype", help="Data type of the base model; by default the recorded one."),
     _base("--device", help="Device, such as cpu or cuda:0."),
 )
@@ -187,9 +172,7 @@ def request_of(text: str | None, pairs: Sequence[str]) -> str | dict[str, str]:
         if not separator:
             raise UsageError(f"--field takes NAME=TEXT; got {pair!r}")
         if name in fields:
-            raise UsageError(
-                f"{name!r} is given twice by --field, or by --text and --field; leave one out"
-            )
+            raise UsageError(f"{name!r} is given twice by --field, or by --text and --field; leave one out")
         fields[name] = value
     return fields
 
@@ -254,9 +237,7 @@ def table(rows: Mapping[str, Any]) -> str:
     """Return names and values in two columns, leaving out what is None."""
     width = max(len(name) for name in rows)
     return "\n".join(
-        f"{name.replace('_', ' '):<{width}}  {_number(value)}"
-        for name, value in rows.items()
-        if value is not None
+        f"{name.replace('_', ' '):<{width}}  {_number(value)}" for name, value in rows.items() if value is not None
     )
 
 

@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     help="Cosine of the mean virtual tokens, or mean cosine of all pairs of virtual tokens.",
 )
 @output_options
-def command(
-    prompt_dir: str, folder: str, top: int | None, measure: Measure, as_json: bool, quiet: bool
-) -> None:
+def command(prompt_dir: str, folder: str, top: int | None, measure: Measure, as_json: bool, quiet: bool) -> None:
     """Show which prompts in the subfolders of FOLDER are most like a prompt.
 
     The weights are those of a weighted average of the prompts shown. Prompts of other bases, and
@@ -47,7 +45,5 @@ def _text(answer: Retrieval) -> str:
     if not answer.found:
         return "no prompt to compare with"
     lines = ["similarity  weight  prompt"]
-    lines += [
-        f"{each.similarity:>10.4f}  {each.weight:>6.3f}  {each.prompt}" for each in answer.found
-    ]
+    lines += [f"{each.similarity:>10.4f}  {each.weight:>6.3f}  {each.prompt}" for each in answer.found]
     return "\n".join(lines)

@@ -24,15 +24,9 @@ def command() -> None:
     group="Sources",
     help="Folder of source prompts; by default the environment's SOURCE_PROMPT_BASE.",
 )
-@option(
-    "--base-model",
-    group="Sources",
-    help="Base model; shows which sources fit it, and why others do not.",
-)
+@option("--base-model", group="Sources", help="Base model; shows which sources fit it, and why others do not.")
 @output_options
-def list_command(
-    source_prompt_base: str | None, base_model: str | None, as_json: bool, quiet: bool
-) -> None:
+def list_command(source_prompt_base: str | None, base_model: str | None, as_json: bool, quiet: bool) -> None:
     """List the source prompts there are: tasks, sizes, base, metrics."""
     start_logging(quiet=quiet)
     from softprompt.training import VARIABLE, list_sources, source_folder

@@ -44,9 +44,7 @@ if TYPE_CHECKING:
     group="Data",
     help="Validation data, to keep the best epoch; several with the same tasks.  [repeatable]",
 )
-@option(
-    "--base-model", group="Model and engine", help="Base model: folder or name.  [default: demo]"
-)
+@option("--base-model", group="Model and engine", help="Base model: folder or name.  [default: demo]")
 @option(
     "--method",
     type=click.Choice(list(METHODS)),
@@ -64,26 +62,17 @@ if TYPE_CHECKING:
 )
 @option("--output", type=click.Path(), group="Output", help="Directory to write the prompt to.")
 @overwrite_option
-@option(
-    "--resume",
-    is_flag=True,
-    group="Output",
-    help="Resume the interrupted run in the output directory.",
-)
+@option("--resume", is_flag=True, group="Output", help="Resume the interrupted run in the output directory.")
 @option("--config", type=click.Path(), help="Run file (TOML); options override it.")
 @output_options
-def command(
-    config: str | None, overwrite: bool, resume: bool, as_json: bool, quiet: bool, **options: Any
-) -> None:
+def command(config: str | None, overwrite: bool, resume: bool, as_json: bool, quiet: bool, **options: Any) -> None:
     """Tune a soft prompt for a frozen model."""
     options = given(options)
     for name in ("train_data", "validation_data"):
         if name in options:
             options[name] = data_sets(options[name], "--" + name.replace("_", "-"))
     if "task_verbalizers" in options:
-        options["task_verbalizers"] = named(
-            options["task_verbalizers"], "--task-verbalizers", "TASK=TEMPLATE"
-        )
+        options["task_verbalizers"] = named(options["task_verbalizers"], "--task-verbalizers", "TASK=TEMPLATE")
     values = _merged(config, options)
     output = values.pop("output", None)
     if output is None:
@@ -118,11 +107,7 @@ def summary(tuned: TunedPrompt, output: str | Path) -> dict[str, Any]:
     """Return what ``tune --json`` prints."""
     manifest, metrics = tuned.whole, dict(tuned.metrics)
     by_task = manifest.data.get("tasks")
-    cut = (
-        manifest.data["cut"]
-        if by_task is None
-        else {task: record["cut"] for task, record in by_task.items()}
-    )
+    cut = manifest.data["cut"] if by_task is None else {task: record["cut"] for task, record in by_task.items()}
     return {
         "output": str(output),
         "base_model": manifest.base_model,

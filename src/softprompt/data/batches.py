@@ -16,12 +16,7 @@ BATCHES_PER_BUCKET = 16
 
 
 def plan_batches(
-    lengths: Sequence[int],
-    batch_size: int,
-    *,
-    seed: int,
-    epoch: int,
-    shuffle: bool = True,
+    lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int, shuffle: bool = True
 ) -> list[list[int]]:
     """Return batches of row indices, each index exactly once.
 

@@ -37,9 +37,7 @@ def as_record(value: object, where: str) -> Located:
         got = f"a value of type {type(value).__name__}"
         if isinstance(value, str):
             got = f"the text {value[:40]!r}"
-        raise DataError(
-            f"{where}: expected a record such as {{'input': ..., 'output': ...}}, got {got}"
-        )
+        raise DataError(f"{where}: expected a record such as {{'input': ..., 'output': ...}}, got {got}")
     for name in value:
         if not isinstance(name, str):
             raise DataError(f"{where}: expected column names as text, got {name!r}")
@@ -64,9 +62,7 @@ def read_json_list(text: str, name: str) -> Iterator[Located]:
     """Yield the objects of one JSON list, each with its line; raises DataError if the text is something else."""
     position = _skip_space(text, 0)
     if text[position] != "[":
-        raise _unexpected(
-            text, position, name, "a JSON list of records; if each line is one, name it .jsonl"
-        )
+        raise _unexpected(text, position, name, "a JSON list of records; if each line is one, name it .jsonl")
     decoder = json.JSONDecoder(object_pairs_hook=partial(_no_repeats, where=name))
     line, counted = 1, 0
     position = _skip_space(text, position + 1)
@@ -129,9 +125,7 @@ def read_csv(text: str, name: str) -> Iterator[Located]:
 def read_tsv(text: str, name: str) -> Iterator[Located]:
     """Yield the lines of a tab-separated table, in which quotes are ordinary characters."""
     lines = enumerate(text.split("\n"), start=1)
-    cells = (
-        (number, line.removesuffix("\r").split("\t")) for number, line in lines if line.strip()
-    )
+    cells = ((number, line.removesuffix("\r").split("\t")) for number, line in lines if line.strip())
     return _table_records(cells, name)
 
 
@@ -143,8 +137,7 @@ def _csv_lines(text: str, name: str) -> Iterator[tuple[int, list[str]]]:
             cells = next(reader, None)
         except csv.Error as error:
             raise DataError(
-                f"{name}, line {first_line}: not valid CSV ({error}); check the quotes, "
-                "or use JSONL"
+                f"{name}, line {first_line}: not valid CSV ({error}); check the quotes, or use JSONL"
             ) from error
         if cells is None:
             return
@@ -158,8 +151,7 @@ def _table_records(lines: Iterator[tuple[int, list[str]]], name: str) -> Iterato
     for number, cells in lines:
         if len(cells) != len(header):
             raise DataError(
-                f"{name}, line {number}: expected {len(header)} fields "
-                f"({', '.join(header)}), got {len(cells)}"
+                f"{name}, line {number}: expected {len(header)} fields ({', '.join(header)}), got {len(cells)}"
             )
         yield Located(f"{name}, line {number}", dict(zip(header, cells, strict=True)))
 
@@ -210,9 +202,7 @@ def _column_records(table: Any, path: Path) -> Iterator[Located]:
 
 
 def _needs_pyarrow(path: Path) -> DataError:
-    return DataError(
-        f'reading {path.name} needs pyarrow: pip install "softprompt[data]", or use JSONL or CSV'
-    )
+    return DataError(f'reading {path.name} needs pyarrow: pip install "softprompt[data]", or use JSONL or CSV')
 
 
 def _damaged(path: Path, form: str, error: Exception) -> DataError:

@@ -11,13 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from softprompt.data.file_formats import (
-    BINARY_READERS,
-    SUFFIXES,
-    TEXT_READERS,
-    Located,
-    as_record,
-)
+from softprompt.data.file_formats import BINARY_READERS, SUFFIXES, TEXT_READERS, Located, as_record
 from softprompt.errors import ConfigError, DataError, nearest
 
 DataSource: TypeAlias = str | Path | Iterable[Mapping[str, Any]]
@@ -63,9 +57,7 @@ def read_records(
     columns: Columns | None = None
     for located in read_source(source):
         if columns is None:
-            columns = choose_columns(
-                located, input_field, output_field, require_target=require_target
-            )
+            columns = choose_columns(located, input_field, output_field, require_target=require_target)
         records.append(_record(located, columns, require_target=require_target))
     return records
 
@@ -132,8 +124,7 @@ def _text(value: Any, name: str, where: str) -> str | None:
     if isinstance(scalar, bool | int | float):
         return json.dumps(scalar)
     raise DataError(
-        f"{where}: expected text or a number in the field {name!r}, "
-        f"got a value of type {type(scalar).__name__}"
+        f"{where}: expected text or a number in the field {name!r}, got a value of type {type(scalar).__name__}"
     )
 
 
@@ -206,9 +197,7 @@ def _input_column(first: Located, named: str | None, output_field: str | None) -
     )
 
 
-def _target_column(
-    first: Located, source: str, named: str | None, *, require_target: bool
-) -> str | None:
+def _target_column(first: Located, source: str, named: str | None, *, require_target: bool) -> str | None:
     present = list(first.record)
     if named is not None:
         if named in present or not require_target:
@@ -234,8 +223,7 @@ def _require(name: str, option: str, first: Located) -> None:
     present = list(first.record)
     if name not in present:
         raise DataError(
-            f"{first.where}: expected the field {name!r} ({option}), got "
-            f"{_listed(present)}{nearest(name, present)}"
+            f"{first.where}: expected the field {name!r} ({option}), got {_listed(present)}{nearest(name, present)}"
         )
 
 
@@ -303,8 +291,7 @@ def _decoded(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{path.name}, line {line}: not UTF-8 (byte 0x{data[error.start]:02x}); "
-            "convert the file to UTF-8"
+            f"{path.name}, line {line}: not UTF-8 (byte 0x{data[error.start]:02x}); convert the file to UTF-8"
         ) from error
     if not text.strip():
         raise DataError(f"{path}: the file is empty; expected at least one record")

@@ -165,9 +165,7 @@ class ChatFrame:
             )
         turns = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}]
         try:
-            rendered = cast(Any, tokenizer).apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True
-            )
+            rendered = cast(Any, tokenizer).apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         except Exception as cause:  # templates raise what they like
             raise ConfigError(
                 f"placement chat_system needs a chat template with a system turn, this one says: {cause}; "

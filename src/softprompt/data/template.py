@@ -48,9 +48,7 @@ class Verbalizer:
                 f"got {template!r}{_spelling_hint(template)}"
             )
         self.template = template
-        self.segments = tuple(
-            Segment(part, bool(index % 2)) for index, part in enumerate(parts) if part
-        )
+        self.segments = tuple(Segment(part, bool(index % 2)) for index, part in enumerate(parts) if part)
         self.fields = tuple(dict.fromkeys(parts[1::2]))
 
     @property
@@ -70,9 +68,7 @@ class Verbalizer:
             TemplateError: A field is missing.
         """
         self._require(fields, "")
-        return "".join(
-            fields[segment.text] if segment.is_field else segment.text for segment in self.segments
-        )
+        return "".join(fields[segment.text] if segment.is_field else segment.text for segment in self.segments)
 
     def check(self, records: Sequence[Record], output_field: str | None = None) -> None:
         """Check the template against every record, before anything is computed.

@@ -83,9 +83,7 @@ class RowTokenizer:
         tail = verbalizer.tail if self._chat is None else self._chat.tail
         self._continuation = None if seq2seq else Continuation(tokenizer, tail)
         self._marks = _special_texts(tokenizer)
-        self._template_has_marks = any(
-            mark in literal for mark in self._marks for literal in verbalizer.literals
-        )
+        self._template_has_marks = any(mark in literal for mark in self._marks for literal in verbalizer.literals)
         self._target_ids: dict[str, tuple[int, ...]] = {}
         self._check_limits()
 
@@ -163,9 +161,7 @@ class RowTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of generated or target ids, without special tokens and separator."""
-        text = self.tokenizer.decode(
-            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         # The annotation of transformers allows a batch, which a flat list of ids never is.
         decoded = str(text)
         return decoded if self._continuation is None else self._continuation.text(decoded)
@@ -198,8 +194,7 @@ class RowTokenizer:
         ):
             if limit <= len(frame):
                 raise ConfigError(
-                    f"expected {option} above {len(frame)}, the tokenizer's own special tokens, "
-                    f"got {limit}"
+                    f"expected {option} above {len(frame)}, the tokenizer's own special tokens, got {limit}"
                 )
         own = len(self._ids(dict.fromkeys(self.verbalizer.fields, "")))
         if own > self.max_source_length:
@@ -208,9 +203,7 @@ class RowTokenizer:
                 f"{self.max_source_length}; raise it or shorten the verbalizer"
             )
 
-    def _sources(
-        self, all_fields: Sequence[Mapping[str, str]]
-    ) -> list[tuple[tuple[int, ...], int]]:
+    def _sources(self, all_fields: Sequence[Mapping[str, str]]) -> list[tuple[tuple[int, ...], int]]:
         framed = self._framed([self._text(fields) for fields in all_fields])
         sources = []
         for fields, ids in zip(all_fields, framed, strict=True):
@@ -245,9 +238,7 @@ class RowTokenizer:
                 )
 
     def _framed(self, texts: list[str]) -> list[tuple[int, ...]]:
-        plain = encode(
-            self.tokenizer, texts, special=False, marks_are_text=not self._template_has_marks
-        )
+        plain = encode(self.tokenizer, texts, special=False, marks_are_text=not self._template_has_marks)
         return [self._source_frame.around(ids) for ids in plain]
 
     def _target(self, text: str | None) -> tuple[tuple[int, ...], int]:

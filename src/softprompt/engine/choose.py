@@ -22,10 +22,7 @@ def _forest(base: Base) -> Engine:
     return PackedSeq2SeqEngine(base) if base.is_encoder_decoder else ForestEngine(base)
 
 
-_FAST: Mapping[str, Callable[[Base], Engine]] = {
-    "forest": _forest,
-    "expand": ExpandEngine,
-}
+_FAST: Mapping[str, Callable[[Base], Engine]] = {"forest": _forest, "expand": ExpandEngine}
 ENGINES = ("auto", *_FAST, "plain")
 
 
@@ -83,9 +80,7 @@ def build_engine(base: Base, kind: str = "auto") -> Engine:
         ConfigError: If there is no such engine, or a forced one does not run this model exactly.
     """
     if kind not in ENGINES:
-        raise ConfigError(
-            f"engine must be one of {', '.join(ENGINES)}, got {kind!r}{nearest(kind, ENGINES)}"
-        )
+        raise ConfigError(f"engine must be one of {', '.join(ENGINES)}, got {kind!r}{nearest(kind, ENGINES)}")
     if base.is_encoder_decoder:
         return Seq2SeqEngine(base, kind)
     return _path(base, kind, sees_input=True)
@@ -102,9 +97,7 @@ def _path(base: Base, kind: str, *, sees_input: bool) -> Engine:
     elif kind in _FAST:
         problem = _problem(kind, base, sees_input)
         if problem:
-            raise ConfigError(
-                f"engine {kind!r} cannot run this model: {problem}; use engine='auto'"
-            )
+            raise ConfigError(f"engine {kind!r} cannot run this model: {problem}; use engine='auto'")
     return _FAST[kind](base) if kind in _FAST else PlainEngine(base)
 
 

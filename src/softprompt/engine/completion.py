@@ -12,14 +12,7 @@ from softprompt.backbone import Base, start_id
 from softprompt.engine.forest import is_bidirectional, why_not_isolated
 from softprompt.engine.prefixes import prefix_path
 from softprompt.errors import ConfigError
-from softprompt.prompts import (
-    PeftConfig,
-    PeftType,
-    Placement,
-    PrefixTuningConfig,
-    PromptLearningConfig,
-    TaskType,
-)
+from softprompt.prompts import PeftConfig, PeftType, Placement, PrefixTuningConfig, PromptLearningConfig, TaskType
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +49,7 @@ TASK_RULES: Mapping[TaskType, TaskRules] = {
     TaskType.TOKEN_CLS: TaskRules(
         "ForTokenClassification", token_labels=True, packs=True, heads=("classifier", "score")
     ),
-    TaskType.QUESTION_ANS: TaskRules(
-        "ForQuestionAnswering", span_labels=True, heads=("qa_outputs",)
-    ),
+    TaskType.QUESTION_ANS: TaskRules("ForQuestionAnswering", span_labels=True, heads=("qa_outputs",)),
     TaskType.FEATURE_EXTRACTION: TaskRules("Model", packs=True),
 }
 
@@ -89,11 +80,7 @@ def sees_input_of(config: PromptLearningConfig) -> bool:
 
 
 def completed(
-    config: PeftConfig,
-    base: Base,
-    *,
-    shared: PromptLearningConfig | None = None,
-    own: TaskType | None = None,
+    config: PeftConfig, base: Base, *, shared: PromptLearningConfig | None = None, own: TaskType | None = None
 ) -> PromptLearningConfig:
     """Return a copy of ``config`` with the base's sizes, task and heads; the caller's is not changed.
 
@@ -125,9 +112,7 @@ def completed(
             "use SEQ_2_SEQ_LM with the answer as text"
         )
     if own not in (None, task):
-        raise ConfigError(
-            f"the model's class takes task_type {own}, got {task}; use get_peft_model"
-        )
+        raise ConfigError(f"the model's class takes task_type {own}, got {task}; use get_peft_model")
     if shared is not None and config.keys_and_values != shared.keys_and_values:
         raise ConfigError(
             f"all prompts on one model are prefixes or none is: it has {shared.peft_type}, got "
@@ -168,11 +153,7 @@ def _size_key_values(config: PromptLearningConfig, base: Base) -> None:
     """
     shape = base.key_value_shape
     prefix_path(base)
-    sizes = {
-        "num_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "token_dim": shape.heads * shape.width,
-    }
+    sizes = {"num_layers": shape.layers, "num_attention_heads": shape.heads, "token_dim": shape.heads * shape.width}
     for name, size in sizes.items():
         given = getattr(config, name)
         # A seq2seq prompt is stored with every second layer empty.
@@ -246,9 +227,7 @@ def _check_no_decoder(named: list[str] | None, config: PromptLearningConfig) -> 
 def _check_placement(config: PromptLearningConfig, base: Base) -> None:
     """Refuse a placement that this base, or another option, does not support."""
     if not sees_input_of(config):
-        raise ConfigError(
-            "prompt_sees_input=False needs placement prefix; leave one of the two out"
-        )
+        raise ConfigError("prompt_sees_input=False needs placement prefix; leave one of the two out")
     if "ENCODER" not in config.model_types():
         raise ConfigError(
             "placement is about the encoder's input, and output_model_types ['DECODER'] puts nothing there; "

@@ -53,17 +53,12 @@ def generate_with_prompts(
         ContextOverflowError: If prompt, input and new tokens exceed the model's context.
     """
     batch = BatchPrompts.of(prompts, at=at)
-    with (
-        batch.injected(base, vocabulary),
-        _prepared(base, batch, kwargs) as prepared,
-    ):
+    with batch.injected(base, vocabulary), _prepared(base, batch, kwargs) as prepared:
         return cast(Any, base.model).generate(**prepared)
 
 
 @contextmanager
-def _prepared(
-    base: Base, prompts: BatchPrompts, kwargs: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
+def _prepared(base: Base, prompts: BatchPrompts, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the checked arguments of ``generate``, whose passes are prompted inside the context."""
     if prompts.prefixes is not None:
         _check_prefixed(base, prompts.prefixes, kwargs)
@@ -101,15 +96,11 @@ def _replaced(model: PreTrainedModel, name: str, method: Callable[..., Any]) -> 
 class _Steps:
     """A ``prepare_inputs_for_generation`` that puts prompts into the first pass of a causal model."""
 
-    def __init__(
-        self, original: Callable[..., dict[str, Any]], prompts: PromptTable, facts: Facts
-    ) -> None:
+    def __init__(self, original: Callable[..., dict[str, Any]], prompts: PromptTable, facts: Facts) -> None:
         self._original = original
         self._prompts = prompts
         self._facts = facts
-        self._first_pass: int | None = (
-            None  # text columns of the first pass, which holds the prompts
-        )
+        self._first_pass: int | None = None  # text columns of the first pass, which holds the prompts
 
     def prepare(
         self,
@@ -148,9 +139,7 @@ class _Steps:
             ids = layout.ids(ids, self._facts.vocabulary, self._facts.pad_id)
         if position_ids is not None:
             given = None if position_ids.shape[1] != text else position_ids
-            kwargs["position_ids"] = layout.positions(given)[
-                :, -(prompts.width + text if starts else fed) :
-            ]
+            kwargs["position_ids"] = layout.positions(given)[:, -(prompts.width + text if starts else fed) :]
         return self._original(
             ids,
             next_sequence_length=None if starts else fed,
@@ -187,9 +176,7 @@ def _decoder_steps(
         prepared["decoder_input_ids"] = layout.ids(ids, facts.vocabulary, facts.pad_id)
         mask = prepared.get("decoder_attention_mask")
         if mask is not None:
-            prepared["decoder_attention_mask"] = Layout.of(
-                mask, prompts.repeated(ids.shape[0])
-            ).mask
+            prepared["decoder_attention_mask"] = Layout.of(mask, prompts.repeated(ids.shape[0])).mask
         return prepared
 
     return prepare
@@ -260,9 +247,7 @@ def _checked(base: Base, prompts: BatchPrompts, kwargs: dict[str, Any]) -> dict[
     _refuse_speculation(config, kwargs)
     cache = kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() and kwargs.get("prefill_chunk_size"):
-        raise ConfigError(
-            "prefill_chunk_size does not go with a filled past_key_values; leave one out"
-        )
+        raise ConfigError("prefill_chunk_size does not go with a filled past_key_values; leave one out")
     check_token_ids(kwargs.get("input_ids"), base.facts.vocabulary)
     width, tokens = _text_size(kwargs)
     new = _new_tokens(config, kwargs, width)

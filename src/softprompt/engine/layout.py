@@ -90,9 +90,7 @@ class Layout:
         is_text = (index >= 0) & (virtual < 0)
         if text_first:
             inside = column.expand_as(index)
-            virtual = torch.where(
-                (column >= total) & (column - total < lengths), column - total, _PAD
-            )
+            virtual = torch.where((column >= total) & (column - total < lengths), column - total, _PAD)
             is_text = virtual < 0
         text = torch.where(is_text & (inside + lead < total), inside + lead, _PAD)
         slot = torch.where(virtual >= 0, virtual + prompts.starts.to(device).unsqueeze(1), _PAD)
@@ -152,9 +150,7 @@ class Layout:
         length = prompt.sum(1, keepdim=True)  # [B, 1]
         row = self.at + prompt.long().cumsum(1) - 1
         real = (self.mask.bool() & ~prompt).long().cumsum(1) - 1
-        moved = torch.where(
-            (real >= self.at) | (self.at == 0), length, 0
-        )  # [B, W] behind the prompt
+        moved = torch.where((real >= self.at) | (self.at == 0), length, 0)  # [B, W] behind the prompt
         counted = torch.where(prompt, row, (moved + real).clamp(min=0))
         if given is None:
             return counted
@@ -197,17 +193,13 @@ def packed_mask(position_ids: Tensor, prompt: int, dtype: torch.dtype) -> Tensor
     segment = torch.cat([segment.new_zeros(batch, prompt), segment], dim=1)  # [B, P + T]
     same = segment.unsqueeze(2) == segment.unsqueeze(1)
     to_prompt = (segment == 0).unsqueeze(1)
-    causal = torch.ones(
-        prompt + total, prompt + total, dtype=torch.bool, device=segment.device
-    ).tril()
+    causal = torch.ones(prompt + total, prompt + total, dtype=torch.bool, device=segment.device).tril()
     allowed = (same | to_prompt) & causal
     mask = torch.zeros(allowed.shape, dtype=dtype, device=segment.device)
     return mask.masked_fill(~allowed, torch.finfo(dtype).min).unsqueeze(1)
 
 
-def pad_rows(
-    sequences: Sequence[tuple[int, ...]], *, left: bool, pad_id: int
-) -> tuple[Tensor, Tensor]:
+def pad_rows(sequences: Sequence[tuple[int, ...]], *, left: bool, pad_id: int) -> tuple[Tensor, Tensor]:
     """Return ids and mask ``[B, T]``, padded on one side to the longest row."""
     total = max(1, *(len(sequence) for sequence in sequences))
     ids = torch.full((len(sequences), total), pad_id)

@@ -15,13 +15,7 @@ from transformers.cache_utils import DynamicLayer
 
 from softprompt.backbone import Base, VirtualVocabulary, decoder_embedding, recomputes_layers
 from softprompt.engine.layout import Layout, pad_rows
-from softprompt.engine.predictions import (
-    IGNORED,
-    Engine,
-    HeadInput,
-    Predictions,
-    see_input,
-)
+from softprompt.engine.predictions import IGNORED, Engine, HeadInput, Predictions, see_input
 from softprompt.engine.prefixes import prefix_path, prefixed
 from softprompt.engine.probe import remembered, scoring_difference
 from softprompt.engine.rows import EngineRow, Prefixes, PromptTable, depends_on_neighbours
@@ -74,14 +68,10 @@ class PlainEngine(Engine):
         batched = PlainEngine(self._base, trusted=True)
         try:
             return scoring_difference(batched, batched, self._base, sees_input=sees_input)
-        except (
-            Exception
-        ):  # a model that raises does so for its caller too, one row at a time or not
+        except Exception:  # a model that raises does so for its caller too, one row at a time or not
             return ""
 
-    def _causal(
-        self, rows: Sequence[EngineRow], prefixes: Prefixes | None, head: HeadInput | None
-    ) -> Predictions:
+    def _causal(self, rows: Sequence[EngineRow], prefixes: Prefixes | None, head: HeadInput | None) -> Predictions:
         ids, mask = self._padded([row.source + row.target for row in rows], left=True)
         prompts = PromptTable.of([row.prompt for row in rows], at=[row.at for row in rows])
         layout = Layout.of(mask, prompts)
@@ -110,8 +100,7 @@ class PlainEngine(Engine):
         seen = layout.mask if prompts.sees_input else layout.isolated(self._base.model.dtype)
         with prompts.injected(self._base):
             states = self._base.model.get_encoder()(
-                input_ids=layout.ids(ids, self._facts.vocabulary, self._facts.pad_id),
-                attention_mask=seen,
+                input_ids=layout.ids(ids, self._facts.vocabulary, self._facts.pad_id), attention_mask=seen
             )
         inputs = {"encoder_outputs": states, "attention_mask": layout.mask, "use_cache": False}
         labels = self._labels(rows, max(len(row.target) for row in rows), left=False)
@@ -120,9 +109,7 @@ class PlainEngine(Engine):
             # Padding is behind: a decoder looks back, so it needs no mask.
             layout = Layout.of((labels != IGNORED).long(), before, compact=True)
             first = int(decoder_embedding(self._base.model).weight.shape[0])
-            inputs["decoder_input_ids"] = layout.ids(
-                self._shifted(labels), first, self._facts.pad_id
-            )
+            inputs["decoder_input_ids"] = layout.ids(self._shifted(labels), first, self._facts.pad_id)
             labels = layout.spread(labels, IGNORED)
         else:
             inputs["labels"] = labels
@@ -207,9 +194,7 @@ class ExpandEngine(Engine):
         assert prefixes is not None, "none of the prompts is keys and values"
         prefixes = prefixes.shifted()
         cache = DynamicCache()
-        prefixes.fill(
-            cache, torch.empty(0, dtype=self._base.model.dtype, device=self._base.model.device)
-        )
+        prefixes.fill(cache, torch.empty(0, dtype=self._base.model.dtype, device=self._base.model.device))
         return cache, prefixes.columns().long().to(self._base.model.device)
 
     def _prompt_pass(self, prompts: PromptTable) -> tuple[Cache, Tensor]:
@@ -221,31 +206,19 @@ class ExpandEngine(Engine):
         mask = (token >= 0).long().to(self._base.model.device)
         cache = DynamicCache()
         output = self._base.model(
-            input_ids=ids,
-            past_key_values=cache,
-            use_cache=True,
-            **self._positioned(mask, ids.shape[1]),
+            input_ids=ids, past_key_values=cache, use_cache=True, **self._positioned(mask, ids.shape[1])
         )
         cache = output.past_key_values
-        if not isinstance(cache, Cache) or any(
-            type(layer) is not DynamicLayer for layer in cache.layers
-        ):
+        if not isinstance(cache, Cache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
             raise BackboneError(
                 f"{self._facts.architecture} keeps more than keys and values, which cannot be expanded"
             )
         return cache, mask
 
     def _text_pass(
-        self,
-        rows: Sequence[EngineRow],
-        used: Sequence[Prompt],
-        cache: Cache,
-        mask: Tensor,
-        head: HeadInput | None,
+        self, rows: Sequence[EngineRow], used: Sequence[Prompt], cache: Cache, mask: Tensor, head: HeadInput | None
     ) -> Predictions:
-        ids, text_mask = pad_rows(
-            [row.source + row.target for row in rows], left=False, pad_id=self._facts.pad_id
-        )
+        ids, text_mask = pad_rows([row.source + row.target for row in rows], left=False, pad_id=self._facts.pad_id)
         device = self._base.model.device
         ids, text_mask = ids.to(device), text_mask.to(device)
         number: dict[Prompt | None, int] = {prompt: i for i, prompt in enumerate(used)}
@@ -345,8 +318,5 @@ class BatchPrompts:
         prefixes = self.prefixes
         behind = nullcontext() if prefixes is None else prefixed(base, prefixes)
         bare = self.table is None and prefixes is None
-        with (
-            behind,
-            base.running(virtual_tokens=self.table, vocabulary=vocabulary, bare=bare),
-        ):
+        with behind, base.running(virtual_tokens=self.table, vocabulary=vocabulary, bare=bare):
             yield

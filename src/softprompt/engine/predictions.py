@@ -96,9 +96,7 @@ class Predictions:
         return cls(logits[real], states, predictor, chosen, real.nonzero()[:, 0])
 
     @classmethod
-    def of_stream(
-        cls, logits: Tensor, hidden: Tensor | None, predictor: Tensor, targets: Targets
-    ) -> Predictions:
+    def of_stream(cls, logits: Tensor, hidden: Tensor | None, predictor: Tensor, targets: Targets) -> Predictions:
         """Take those of a packed stream: logits ``[1, K, V]``, states ``[1, K, H]``, predictors ``[M]``."""
         states = None if hidden is None else hidden[0]
         rest = (predictor, targets.labels, targets.row_index)
@@ -134,9 +132,7 @@ class Predictions:
     def log_probs(self) -> TargetLogProbs:
         """Return the log-probability of each target token."""
         if len(self.predictor) == len(self.logits):  # one target each
-            values = -F.cross_entropy(
-                self.logits.float()[self.predictor], self.labels, reduction="none"
-            )
+            values = -F.cross_entropy(self.logits.float()[self.predictor], self.labels, reduction="none")
         else:  # one softmax a predictor, shared by its answers
             values = F.log_softmax(self.logits.float(), dim=-1)[self.predictor, self.labels]
         return TargetLogProbs(values, self.row_index)
@@ -235,9 +231,7 @@ def _head_input(base: Base) -> Iterator[HeadInput]:
     """Yield what enters the LM head inside the context, which holds the base's lock: no pass of others is seen."""
     module = cast(Any, base.model).get_output_embeddings()
     if module is None:
-        raise BackboneError(
-            f"{base.facts.architecture} has no output embeddings; load it as a language model"
-        )
+        raise BackboneError(f"{base.facts.architecture} has no output embeddings; load it as a language model")
     head = HeadInput()
     with base.lock:
         handle = module.register_forward_pre_hook(head.hook, with_kwargs=True)

@@ -172,12 +172,7 @@ class Drawn:
 
 
 def scoring_difference(
-    candidate: Engine,
-    reference: Engine,
-    base: Base,
-    *,
-    keys_and_values: bool = False,
-    sees_input: bool = True,
+    candidate: Engine, reference: Engine, base: Base, *, keys_and_values: bool = False, sees_input: bool = True
 ) -> str:
     """Return how an engine scores otherwise than a reference given one row at a time; empty if it does not.
 

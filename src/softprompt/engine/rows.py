@@ -50,9 +50,7 @@ class EngineRow:
         return (*self.source[: self.at], *virtual, *self.source[self.at :])
 
 
-def check_context(
-    tokens: int, virtual: int, limit: int | None, *, new: int = 0, what: str = "model"
-) -> None:
+def check_context(tokens: int, virtual: int, limit: int | None, *, new: int = 0, what: str = "model") -> None:
     """Refuse a row of ``tokens`` behind ``virtual`` virtual tokens, with ``new`` tokens to generate.
 
     Args:
@@ -187,13 +185,7 @@ class PromptTable:
     sees_input: bool = True
 
     @classmethod
-    def of(
-        cls,
-        prompts: Sequence[Prompt | None],
-        part: Part = "input",
-        *,
-        at: Sequence[int] | None = None,
-    ) -> Self:
+    def of(cls, prompts: Sequence[Prompt | None], part: Part = "input", *, at: Sequence[int] | None = None) -> Self:
         """Gather one part of the rows' prompts.
 
         Args:
@@ -217,9 +209,7 @@ class PromptTable:
         lengths: dict[Prompt | None, int] = {prompt: len(v) for prompt, v in parts.items()}
         sees = {prompt.sees_input for prompt in parts} if part == "input" else set()
         if len(sees) > 1:
-            raise ConfigError(
-                "some prompts of a batch see the input and others do not; run them apart"
-            )
+            raise ConfigError("some prompts of a batch see the input and others do not; run them apart")
         tables = list(parts.values()) or [torch.empty(0, 0)]
         return cls(
             # One prompt is passed on as the leaf it is: torch.compile cannot trace a hook that holds another.
@@ -326,9 +316,7 @@ class Prefixes:
         if times == 1:
             return self
         return replace(
-            self,
-            owner=self.owner.repeat_interleave(times),
-            lengths=self.lengths.repeat_interleave(times),
+            self, owner=self.owner.repeat_interleave(times), lengths=self.lengths.repeat_interleave(times)
         )
 
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -79,9 +79,7 @@ def evaluate(
             names = names[: len(kept)]
         return joined(
             {
-                tuned.task_names[number]: _report(
-                    tuned.of_task(number), [kept[i] for i in numbers], how
-                )
+                tuned.task_names[number]: _report(tuned.of_task(number), [kept[i] for i in numbers], how)
                 for number, numbers in tuned.rows_of_tasks(names, len(kept)).items()
             }
         )
@@ -100,13 +98,9 @@ class _Settings:
     target_field: str | None
 
 
-def _check_several(
-    tuned: TunedPrompt | Ensemble, task_field: str | None, task_name: TaskNames | None
-) -> None:
+def _check_several(tuned: TunedPrompt | Ensemble, task_field: str | None, task_name: TaskNames | None) -> None:
     if task_field is not None and task_name is not None:
-        raise ConfigError(
-            "task_field and task_name both say which task a row is of; give one of them"
-        )
+        raise ConfigError("task_field and task_name both say which task a row is of; give one of them")
     if isinstance(tuned, Ensemble):
         raise ConfigError("an ensemble answers for one task at a time; give one task_name")
 
@@ -165,13 +159,9 @@ def _chosen_task(tuned: TunedPrompt, how: _Settings) -> Task:
 
 def _check_ensemble(task: Task, without_prompt: bool) -> None:
     if task != "classification":
-        raise ConfigError(
-            "an ensemble scores labels and generates no text; evaluate its members alone"
-        )
+        raise ConfigError("an ensemble scores labels and generates no text; evaluate its members alone")
     if without_prompt:
-        raise ConfigError(
-            "without_prompt evaluates the base under one prompt's template; name one prompt for it"
-        )
+        raise ConfigError("without_prompt evaluates the base under one prompt's template; name one prompt for it")
 
 
 def _column(name: str, members: Sequence[TunedPrompt], given: str | None) -> str | None:
@@ -179,15 +169,12 @@ def _column(name: str, members: Sequence[TunedPrompt], given: str | None) -> str
     recorded = {member.manifest.settings.get(name) for member in members}
     if given is None and len(recorded) > 1:
         raise ConfigError(
-            f"the prompts were tuned with different {name}s ({', '.join(sorted(map(str, recorded)))}); "
-            f"give {name}"
+            f"the prompts were tuned with different {name}s ({', '.join(sorted(map(str, recorded)))}); give {name}"
         )
     return given or next(iter(recorded))
 
 
-def _rows_of(
-    member: TunedPrompt, examples: Sequence[Record], target_field: str | None
-) -> list[TokenRow]:
+def _rows_of(member: TunedPrompt, examples: Sequence[Record], target_field: str | None) -> list[TokenRow]:
     member.rows.verbalizer.check(examples, target_field)
     rows, _ = member.rows.tokenize(examples)
     require_tokens([row.source for row in rows])
@@ -204,11 +191,7 @@ def _limited(examples: list[Record], limit: int | None) -> list[Record]:
 
 
 def _generation(
-    tuned: TunedPrompt,
-    engine: Engine,
-    rows: Sequence[TokenRow],
-    targets: Sequence[str],
-    how: _Settings,
+    tuned: TunedPrompt, engine: Engine, rows: Sequence[TokenRow], targets: Sequence[str], how: _Settings
 ) -> Report:
     answers = tuned.generate_rows(
         [row.source for row in rows],
@@ -260,11 +243,7 @@ def _label_report(
 
 
 def _ensemble_report(
-    ensemble: Ensemble,
-    engine: Engine,
-    rows: Sequence[Sequence[TokenRow]],
-    gold: Sequence[str],
-    how: _Settings,
+    ensemble: Ensemble, engine: Engine, rows: Sequence[Sequence[TokenRow]], gold: Sequence[str], how: _Settings
 ) -> Report:
     """Score the rows under every member's template once, and report the ensemble beside its members."""
     sources = [[row.source for row in own] for own in rows]

@@ -57,9 +57,7 @@ class TextMetrics:
     invalid: int | None
 
 
-def label_metrics(
-    gold: Sequence[str], predicted: Sequence[str], labels: Sequence[str]
-) -> LabelMetrics:
+def label_metrics(gold: Sequence[str], predicted: Sequence[str], labels: Sequence[str]) -> LabelMetrics:
     """Compare predicted labels with gold ones, at least one row."""
     known = set(labels)
     strangers = sorted(set(gold) - known)
@@ -107,8 +105,7 @@ def rouge_l(targets: Sequence[str], answers: Sequence[str]) -> float:
     """
     scorer = RougeScorer(["rougeL"], use_stemmer=False, tokenizer=_Words())
     scores = [
-        scorer.score(target, answer)["rougeL"].fmeasure
-        for target, answer in zip(targets, answers, strict=True)
+        scorer.score(target, answer)["rougeL"].fmeasure for target, answer in zip(targets, answers, strict=True)
     ]
     return float(sum(scores) / len(scores))
 

@@ -81,17 +81,13 @@ class Report:
             "ROUGE-L": self.rouge_l,
             "perplexity": self.perplexity,
         }
-        lines += [
-            f"  {name:<12} {value:>10.4f}" for name, value in numbers.items() if value is not None
-        ]
+        lines += [f"  {name:<12} {value:>10.4f}" for name, value in numbers.items() if value is not None]
         counts = {
             "invalid": self.invalid,
             "inputs cut": self.inputs_cut or None,
             "targets cut": self.targets_cut or None,
         }
-        lines += [
-            f"  {name:<12} {value:>10,}" for name, value in counts.items() if value is not None
-        ]
+        lines += [f"  {name:<12} {value:>10,}" for name, value in counts.items() if value is not None]
         lines += [*self._member_lines(), *self._task_lines(), *self._label_lines()]
         if self.collapsed:
             lines.append("  collapsed: over 95 % of the predictions are one label")

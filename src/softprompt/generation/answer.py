@@ -154,11 +154,7 @@ class AnswerRules:
         tokenizer = base.tokenizer
 
         def text(ids: Sequence[int]) -> str:
-            return str(
-                tokenizer.decode(
-                    list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-                )
-            )
+            return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
         config = getattr(base.model.generation_config, "eos_token_id", None)
         listed = config if isinstance(config, list) else [config]
@@ -170,9 +166,7 @@ class AnswerRules:
 class Answer:
     """One of a request's answers; its time is over at ``deadline``, by ``time.monotonic``."""
 
-    def __init__(
-        self, request: Request, index: int, seed: int | None, rules: AnswerRules, deadline: float
-    ) -> None:
+    def __init__(self, request: Request, index: int, seed: int | None, rules: AnswerRules, deadline: float) -> None:
         self.request = request
         self.index = index
         self.seed = seed
@@ -331,9 +325,7 @@ class Echo:
         if not scorable:
             return
         labels = [followers[i] for i in scorable]
-        for logprob, top in scored(
-            logits[torch.tensor(scorable, device=logits.device)], labels, count
-        ):
+        for logprob, top in scored(logits[torch.tensor(scorable, device=logits.device)], labels, count):
             self.logprobs.append(logprob)
             self.top.append(top)
 

@@ -1,5 +1,4 @@
-"""Many requests at once on one model: the Batcher's thread runs what its bounded queue holds, the Decoder
-runs a list in the caller's thread; both by the same runners.
+"""Many requests on one model by the same runners: Batcher, a queue and its thread; Decoder, a list in the caller's.
 
 The thread takes the model's lock for each pass, so other calls on the model take turns with it.
 A request fails alone. If the thread itself fails, all its requests fail with the reason, and
@@ -92,9 +91,7 @@ class Batcher:
 
     """
 
-    def __init__(
-        self, base: Base, bounds: Bounds | None = None, *, decode: Decode | None = None
-    ) -> None:
+    def __init__(self, base: Base, bounds: Bounds | None = None, *, decode: Decode | None = None) -> None:
         base.model.eval()  # type: ignore[no-untyped-call]
         self.bounds = bounds or Bounds()
         self.reason = why_undecodable(base)
@@ -167,14 +164,11 @@ class Batcher:
             if self._failure is not None:
                 raise _failed(self._failure)
             if self._closing:
-                raise NotServingError(
-                    "serving is stopping and takes no more requests; ask another server"
-                )
+                raise NotServingError("serving is stopping and takes no more requests; ask another server")
             if self._is_full:
                 seconds = self._pace.seconds_for(len(self._waiting))
                 raise QueueFullError(
-                    f"{len(self._waiting)} requests wait, which is max_queue; try again in {seconds:.0f} s",
-                    seconds,
+                    f"{len(self._waiting)} requests wait, which is max_queue; try again in {seconds:.0f} s", seconds
                 )
             self._waiting.append(job)
             self._changed.notify_all()
@@ -248,9 +242,7 @@ class Batcher:
         with self._changed:
             before = self._stats
             self._stats = BatcherStats(
-                running=runner.rows,
-                cached_tokens=runner.cached_tokens,
-                steps=before.steps + 1,
+                running=runner.rows, cached_tokens=runner.cached_tokens, steps=before.steps + 1
             )
             self._pace.note(max(0, before.running - runner.rows))
             self._changed.notify_all()
@@ -310,9 +302,7 @@ class Decoder:
     into text; None is the tokenizer's, special tokens left out.
     """
 
-    def __init__(
-        self, base: Base, bounds: Bounds | None = None, *, decode: Decode | None = None
-    ) -> None:
+    def __init__(self, base: Base, bounds: Bounds | None = None, *, decode: Decode | None = None) -> None:
         base.model.eval()  # type: ignore[no-untyped-call]
         self._base = base
         self._bounds = bounds or Bounds()

@@ -13,12 +13,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from softprompt.backbone import Base, output_limit
 from softprompt.engine import (
@@ -97,9 +92,7 @@ class PaddedGenerate:
         }
         at = [request.at for request in requests]
         prompts = [request.prompt for request in requests]
-        found: Tensor = generate_with_prompts(
-            self._base, prompts, kwargs, at=at if any(at) else None
-        )
+        found: Tensor = generate_with_prompts(self._base, prompts, kwargs, at=at if any(at) else None)
         return found[:, 1 if self._base.is_encoder_decoder else ids.shape[1] :]
 
     def fits(self, requests: Sequence[Request]) -> bool:
@@ -111,9 +104,7 @@ class PaddedGenerate:
         limit = self._base.facts.context_length
         if self._base.is_encoder_decoder:
             decoder = output_limit(self._base.model)
-            limits = (limit is None or text + virtual <= limit) and (
-                decoder is None or virtual + new <= decoder
-            )
+            limits = (limit is None or text + virtual <= limit) and (decoder is None or virtual + new <= decoder)
         else:
             limits = limit is None or text + virtual + new <= limit
         return (
@@ -165,9 +156,7 @@ class FallbackRunner:
     def check(self, request: Request) -> None:
         """Refuse a request that could never run: as ``check_request``, without input, or beyond the bounds."""
         if not request.ids:
-            raise DataError(
-                "the input has no tokens, there is nothing for the model to read; give it text"
-            )
+            raise DataError("the input has no tokens, there is nothing for the model to read; give it text")
         check_request(self._base, request)
         need, bounds = _need(request), self._bounds
         if request.n > bounds.max_batch_rows or need * request.n > bounds.max_cached_tokens:
@@ -201,12 +190,7 @@ class FallbackRunner:
         for job in jobs:
             if job.request.echo and not job.is_over:
                 self._echo(job)
-        rows = [
-            (job, answer)
-            for job in jobs
-            for answer in job.answers
-            if not (job.is_over or job.ticket.is_done)
-        ]
+        rows = [(job, answer) for job in jobs for answer in job.answers if not (job.is_over or job.ticket.is_done)]
         if rows:
             self._generate(
                 [answer.request for _, answer in rows],
@@ -302,9 +286,7 @@ def beam_search(generate: PaddedGenerate, jobs: Sequence[Job]) -> None:
         num_beams=options.num_beams,
         max_time=options.max_time,
         logits_processor=LogitsProcessorList(processors),
-        stopping_criteria=StoppingCriteriaList(
-            [StopTexts(answers[0].stops)] if options.stop_sequences else []
-        ),
+        stopping_criteria=StoppingCriteriaList([StopTexts(answers[0].stops)] if options.stop_sequences else []),
     )
     # The best beam of a row, with the padding behind its end; taken token by token it ends where it did.
     for answer, row in zip(answers, rows.tolist(), strict=True):

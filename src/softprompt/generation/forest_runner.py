@@ -10,15 +10,7 @@ from torch import Tensor
 
 from softprompt.backbone import Base
 from softprompt.engine import DecodeForest, Key, Lane, NewTokens, ResidentPrompts, Wanted
-from softprompt.generation.answer import (
-    Admission,
-    Answer,
-    Echo,
-    Job,
-    model_failed,
-    not_finite,
-    scored,
-)
+from softprompt.generation.answer import Admission, Answer, Echo, Job, model_failed, not_finite, scored
 from softprompt.generation.options import Bounds
 from softprompt.generation.request import Request, beyond_bounds, check_request
 from softprompt.generation.ticket import TopLogProbs
@@ -56,8 +48,7 @@ class Prefill:
         virtual = [(_NO_TEXT, vocabulary + i) for i in range(prompt.input_tokens)]
         whole = [*text[:at], *virtual, *text[at:]]
         ids = tuple(token for _, token in whole)
-        # Behind all of its input a prompt is this row's alone; tokens before it that are to be
-        # scored must be run.
+        # Behind all of its input a prompt is this row's alone; tokens before it that are to be scored must be run.
         if not virtual or at == len(text) or (request.echo and at):
             return cls(ids, _followers(whole))
         end = at + len(virtual)
@@ -129,9 +120,7 @@ class ForestRunner:
     name = "forest"
 
     def __init__(self, base: Base, bounds: Bounds) -> None:
-        self.forest = DecodeForest(
-            base, bounds.max_cached_tokens, ordered_weights=bounds.ordered_weights
-        )
+        self.forest = DecodeForest(base, bounds.max_cached_tokens, ordered_weights=bounds.ordered_weights)
         self.residents = ResidentPrompts(bounds.max_prompts_resident, bounds.max_prompt_tokens)
         self._base = base
         self._bounds = bounds
@@ -165,9 +154,7 @@ class ForestRunner:
         if self.rows + request.n > self._bounds.max_batch_rows:
             return "no room"
         prefill = Prefill.of(request, self.forest.vocabulary)
-        if prefill.key and any(
-            each.keeps and each.prefill.key == prefill.key for each in self._rows
-        ):
+        if prefill.key and any(each.keeps and each.prefill.key == prefill.key for each in self._rows):
             return "later"
         lanes = self.forest.store.take(_need(request), request.n)
         if lanes is None:
@@ -287,9 +274,7 @@ class ForestRunner:
         finite = torch.isfinite(best).tolist()
         tokens = [
             int(token) if answer.is_plain or not sound else answer.choose(row)
-            for (_, answer), token, row, sound in zip(
-                ready, greedy.tolist(), logits, finite, strict=True
-            )
+            for (_, answer), token, row, sound in zip(ready, greedy.tolist(), logits, finite, strict=True)
         ]
         scores = self._scores(ready, logits, tokens)
         for (row, answer), token, sound, score in zip(ready, tokens, finite, scores, strict=True):
@@ -311,9 +296,7 @@ class ForestRunner:
             self._end(row)
         row.job.send(events)
 
-    def _scores(
-        self, ready: list[tuple[ForestRow, Answer]], logits: Tensor, tokens: list[int]
-    ) -> list[Score]:
+    def _scores(self, ready: list[tuple[ForestRow, Answer]], logits: Tensor, tokens: list[int]) -> list[Score]:
         found: list[Score] = [(None, ())] * len(ready)
         wanting = [i for i, (_, answer) in enumerate(ready) if answer.request.logprobs is not None]
         if wanting:

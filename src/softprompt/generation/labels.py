@@ -51,9 +51,7 @@ def label_set(given: Sequence[str] | None, own: Sequence[str] | None) -> tuple[s
         ConfigError: One text is given, whose characters would be the labels.
     """
     if isinstance(given, str):
-        raise ConfigError(
-            f"labels expects a list of texts, got the text {given!r}; put it in a list"
-        )
+        raise ConfigError(f"labels expects a list of texts, got the text {given!r}; put it in a list")
     chosen = own if given is None else given
     return None if chosen is None else tuple(chosen)
 
@@ -92,9 +90,7 @@ def label_scores(
             probabilities=dict(zip(labels, share, strict=True)),
             input_cut=was_cut,
         )
-        for index, row, share, was_cut in zip(
-            best, scores.tolist(), shares.tolist(), cut, strict=True
-        )
+        for index, row, share, was_cut in zip(best, scores.tolist(), shares.tolist(), cut, strict=True)
     ]
 
 
@@ -124,11 +120,7 @@ class Labelling:
 
     def rows(self, prompt: Prompt | None) -> list[EngineRow]:
         """Return a batch row for each label of each input behind a prompt, input by input."""
-        return [
-            row
-            for each in self.inputs
-            for row in label_rows(each.ids, self.label_ids, prompt, each.at)
-        ]
+        return [row for each in self.inputs for row in label_rows(each.ids, self.label_ids, prompt, each.at)]
 
     def answers(self, sums: Tensor, *, normalize: bool) -> list[LabelScores]:
         """Return what the rows' log-probabilities ``[N·K]`` say; normalised they are per token."""
@@ -139,10 +131,7 @@ class Labelling:
 
 
 def label_rows(
-    source: Sequence[int],
-    label_ids: Sequence[Sequence[int]],
-    prompt: Prompt | None,
-    at: int = 0,
+    source: Sequence[int], label_ids: Sequence[Sequence[int]], prompt: Prompt | None, at: int = 0
 ) -> list[EngineRow]:
     """Return one batch row for each of an input's K labels, whose prompt stands behind ``at`` source tokens."""
     return [EngineRow(tuple(source), tuple(label), prompt, at) for label in label_ids]

@@ -44,14 +44,9 @@ class GenerationOptions:
     decoding_method: DecodingMethod = setting(
         "GREEDY", "GREEDY takes the most likely token, SAMPLING samples one.", group=_SAMPLING
     )
-    num_beams: int = setting(
-        1, "Beam width; 1 is no beam search. GREEDY only.", least=1, group=_SAMPLING
-    )
+    num_beams: int = setting(1, "Beam width; 1 is no beam search. GREEDY only.", least=1, group=_SAMPLING)
     top_k: int | None = setting(
-        None,
-        "Top-k sampling: number of most likely tokens to keep. SAMPLING only.",
-        least=1,
-        group=_SAMPLING,
+        None, "Top-k sampling: number of most likely tokens to keep. SAMPLING only.", least=1, group=_SAMPLING
     )
     top_p: float | None = setting(
         None, "Nucleus (top-p) sampling threshold. SAMPLING only.", above=0, most=1, group=_SAMPLING
@@ -66,14 +61,9 @@ class GenerationOptions:
     typical_p: float | None = setting(
         None, "Locally typical sampling threshold. SAMPLING only.", above=0, most=1, group=_SAMPLING
     )
-    temperature: float | None = setting(
-        None, "Sampling temperature. SAMPLING only.", above=0, group=_SAMPLING
-    )
+    temperature: float | None = setting(None, "Sampling temperature. SAMPLING only.", above=0, group=_SAMPLING)
     repetition_penalty: float = setting(
-        1.0,
-        "Repetition penalty on tokens of the input and the answer; 1 is off.",
-        above=0,
-        group=_PENALTIES,
+        1.0, "Repetition penalty on tokens of the input and the answer; 1 is off.", above=0, group=_PENALTIES
     )
     frequency_penalty: float = setting(
         0.0,
@@ -95,12 +85,8 @@ class GenerationOptions:
         "logit grows with each token after it.",
         group=_LENGTHS,
     )
-    max_time: float | None = setting(
-        None, "Time limit of a batch, in seconds.", above=0, group=_LENGTHS
-    )
-    stop_sequences: tuple[str, ...] = setting(
-        (), "Stop sequences; they are cut from the answer.", group=_LENGTHS
-    )
+    max_time: float | None = setting(None, "Time limit of a batch, in seconds.", above=0, group=_LENGTHS)
+    stop_sequences: tuple[str, ...] = setting((), "Stop sequences; they are cut from the answer.", group=_LENGTHS)
     seed: int | None = setting(
         None, "Random seed of each answer. SAMPLING only.", least=0, most=2**63 - 1, group=_SAMPLING
     )
@@ -112,17 +98,14 @@ class GenerationOptions:
         """Check every value, and the values against each other."""
         if isinstance(self.stop_sequences, str):
             raise ConfigError(
-                f"stop_sequences expects a list of texts, not the text {self.stop_sequences!r}; "
-                "put it in a list"
+                f"stop_sequences expects a list of texts, not the text {self.stop_sequences!r}; put it in a list"
             )
         object.__setattr__(self, "stop_sequences", tuple(self.stop_sequences))
         self._check_length_penalty()
         check(self)
         for stop in self.stop_sequences:
             if not isinstance(stop, str) or not stop:
-                raise ConfigError(
-                    f"stop_sequences expects texts of at least one character, got {stop!r}"
-                )
+                raise ConfigError(f"stop_sequences expects texts of at least one character, got {stop!r}")
         if self.min_new_tokens > self.max_new_tokens:
             raise ConfigError(
                 f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens "
@@ -186,8 +169,7 @@ class Bounds:
     )
     max_step_tokens: int = setting(
         512,
-        "Maximum tokens in one forward pass; longer inputs are split over several (chunked "
-        "prefill).",
+        "Maximum tokens in one forward pass; longer inputs are split over several (chunked prefill).",
         least=1,
         group=_BATCHING,
     )
@@ -195,25 +177,16 @@ class Bounds:
         65_536, "KV-cache size of the running answers, in tokens.", least=1, group=_BATCHING
     )
     max_queue: int = setting(
-        256,
-        "Maximum number of waiting requests; more are refused (HTTP 429).",
-        least=1,
-        group=_BATCHING,
+        256, "Maximum number of waiting requests; more are refused (HTTP 429).", least=1, group=_BATCHING
     )
     max_score_rows: int = setting(
-        512,
-        "Maximum number of labels scored in one forward pass, over all inputs.",
-        least=1,
-        group=_BATCHING,
+        512, "Maximum number of labels scored in one forward pass, over all inputs.", least=1, group=_BATCHING
     )
     max_prompts_resident: int = setting(
         64, "LRU cache of prompts: how many are kept in memory.", least=0, group=_BATCHING
     )
     max_prompt_tokens: int = setting(
-        16_384,
-        "LRU cache of prompt keys and values: its size in virtual tokens.",
-        least=0,
-        group=_BATCHING,
+        16_384, "LRU cache of prompt keys and values: its size in virtual tokens.", least=0, group=_BATCHING
     )
     ordered_weights: bool = setting(
         True,

@@ -75,17 +75,13 @@ class Request:
         if self.n < 1:
             raise ConfigError(f"n expects at least 1 answer, got {self.n}")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_TOP_LOGPROBS:
-            raise ConfigError(
-                f"logprobs expects 0 to {MAX_TOP_LOGPROBS} most likely tokens, got {self.logprobs}"
-            )
+            raise ConfigError(f"logprobs expects 0 to {MAX_TOP_LOGPROBS} most likely tokens, got {self.logprobs}")
         if min(self.ids, default=0) < 0:
             raise DataError(
                 f"token ids are at least 0, got {min(self.ids)}; use the tokenizer that belongs to the model"
             )
         if not self.generate and not self.echo:
-            raise ConfigError(
-                "the request wants neither an answer nor its input's scores; ask for one"
-            )
+            raise ConfigError("the request wants neither an answer nor its input's scores; ask for one")
 
     @classmethod
     def of(cls, given: Input, prompt: Prompt | None, **settings: Any) -> Request:

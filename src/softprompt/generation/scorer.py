@@ -113,13 +113,7 @@ class Scorer:
     """
 
     def __init__(
-        self,
-        base: Base,
-        *,
-        max_rows: int,
-        max_tokens: int,
-        max_waiting: int,
-        residents: ResidentPrompts,
+        self, base: Base, *, max_rows: int, max_tokens: int, max_waiting: int, residents: ResidentPrompts
     ) -> None:
         self._base = base
         self._max_rows = max_rows
@@ -152,9 +146,7 @@ class Scorer:
         try:
             with self._guard:
                 if self._stopped:
-                    raise NotServingError(
-                        "serving is stopping and takes no more requests; ask another server"
-                    )
+                    raise NotServingError("serving is stopping and takes no more requests; ask another server")
                 self._waiting.put_nowait(scoring)
         except queue.Full:
             raise QueueFullError(
@@ -220,11 +212,7 @@ class Scorer:
         rows = [row for each in batch for row in each.rows]
         try:
             sums = score_rows(
-                self._engine,
-                rows,
-                max_rows=self._max_rows,
-                max_tokens=self._max_tokens,
-                residents=self._front,
+                self._engine, rows, max_rows=self._max_rows, max_tokens=self._max_tokens, residents=self._front
             )
         except Exception as error:  # whatever a model's own code raises on one of the rows
             if len(batch) == 1:

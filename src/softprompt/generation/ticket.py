@@ -118,9 +118,7 @@ class Generation:
             ConfigError: It was cancelled.
         """
         if end.ended_by is None:
-            raise ConfigError(
-                "the request was cancelled before its end, as serving was closed; ask again"
-            )
+            raise ConfigError("the request was cancelled before its end, as serving was closed; ask again")
         return cls(end.text, end.input_tokens, len(end.tokens), end.ended_by, end.seed, cut)
 
     def to_dict(self) -> dict[str, Any]:
@@ -175,9 +173,7 @@ class Ticket:
         """
         with self._changed:
             if not self._changed.wait_for(lambda: self._closed, timeout):
-                raise TimeoutError(
-                    f"the request is not done after {timeout} s; wait longer or cancel it"
-                )
+                raise TimeoutError(f"the request is not done after {timeout} s; wait longer or cancel it")
         return self._answers()
 
     def __iter__(self) -> Iterator[Event]:

@@ -145,11 +145,7 @@ def _check_paths(*given: object) -> None:
 
 
 def _opened(
-    source: str | Path,
-    read: Read,
-    target: Format,
-    base_model: Named | None,
-    reading: Mapping[str, Any],
+    source: str | Path, read: Read, target: Format, base_model: Named | None, reading: Mapping[str, Any]
 ) -> tuple[StoredPrompt, Base | None]:
     """Read the source, with the base where one is named or the output needs one."""
     base = None if base_model is None else _load(base_model, target, reading)
@@ -222,29 +218,22 @@ def _check_output(target: Format, output: Path, overwrite: bool) -> None:
         return
     if found.read is not target.read:
         raise OutputExistsError(
-            f"{output} holds a prompt in the format {found.name}, and would be two at once; choose "
-            "another folder"
+            f"{output} holds a prompt in the format {found.name}, and would be two at once; choose another folder"
         )
 
 
-def _others(
-    add: Mapping[str, str | Path], tasks: Mapping[str, str | int]
-) -> dict[str, StoredPrompt]:
+def _others(add: Mapping[str, str | Path], tasks: Mapping[str, str | int]) -> dict[str, StoredPrompt]:
     """Return further prompts by name, one task of each."""
     found = {}
     for name, path in add.items():
         origin = detect(path)
         if origin.reads_with_base:
-            raise ConfigError(
-                f"{path} ({origin.name}) does not name its base; convert it to softprompt first"
-            )
+            raise ConfigError(f"{path} ({origin.name}) does not name its base; convert it to softprompt first")
         stored = _reader(origin, path)(path, None)
         try:
             found[name] = stored.of_task(str(tasks[name]) if name in tasks else None)
         except ConfigError as error:
-            raise ConfigError(
-                f"further prompt {name}: {error}; say --add-task {name}=..."
-            ) from error
+            raise ConfigError(f"further prompt {name}: {error}; say --add-task {name}=...") from error
     return found
 
 
@@ -257,11 +246,7 @@ def _load(base_model: Named, target: Format, reading: Mapping[str, Any]) -> Base
 
 
 def _recorded(
-    stored: StoredPrompt,
-    origin: Format,
-    target: Format,
-    base: Base | None,
-    template: str | None,
+    stored: StoredPrompt, origin: Format, target: Format, base: Base | None, template: str | None
 ) -> StoredPrompt:
     """Return a prompt with the manifest that its output needs: its own, or one made for a base."""
     manifest = stored.manifest
@@ -273,9 +258,7 @@ def _recorded(
             )
         manifest = manifest_of(Origin.of_base(base), base)
     elif template is not None and not origin.reads_with_base:
-        raise ConfigError(
-            f"{stored.location} has a template of its own ({origin.name}); leave --template out"
-        )
+        raise ConfigError(f"{stored.location} has a template of its own ({origin.name}); leave --template out")
     if manifest is None:
         return stored
     try:

@@ -11,14 +11,7 @@ from torch import Tensor
 
 from softprompt.engine import Engine, sees_input_of
 from softprompt.errors import ConfigError, FingerprintError, nearest
-from softprompt.generation import (
-    LabelScores,
-    label_rows,
-    label_scores,
-    per_token,
-    rows_of_whole_inputs,
-    score_rows,
-)
+from softprompt.generation import LabelScores, label_rows, label_scores, per_token, rows_of_whole_inputs, score_rows
 from softprompt.inference.inputs import Fields, Task
 from softprompt.inference.tuned import TunedPrompt
 
@@ -113,11 +106,7 @@ class Ensemble:
         return answers[0] if isinstance(requests, str | Mapping) else answers
 
     def classify(
-        self,
-        requests: Fields | Iterable[Fields],
-        *,
-        normalize: bool = False,
-        batch_size: int = 64,
+        self, requests: Fields | Iterable[Fields], *, normalize: bool = False, batch_size: int = 64
     ) -> list[LabelScores]:
         """Return the ensemble's answer to each input; ``scores`` are means over the members.
 
@@ -135,16 +124,10 @@ class Ensemble:
         scores = self.scores([sources for sources, _ in found], batch_size=batch_size)
         answer = self.combined(self.ranked(scores) if normalize else scores)
         cut = [any(lost) for lost in zip(*(cuts for _, cuts in found), strict=True)]
-        return label_scores(
-            self.labels, answer.scores, cut, shares=answer.shares, best=answer.predicted
-        )
+        return label_scores(self.labels, answer.scores, cut, shares=answer.shares, best=answer.predicted)
 
     def scores(
-        self,
-        sources: Sequence[Sequence[Sequence[int]]],
-        *,
-        engine: Engine | None = None,
-        batch_size: int = 64,
+        self, sources: Sequence[Sequence[Sequence[int]]], *, engine: Engine | None = None, batch_size: int = 64
     ) -> Tensor:
         """Return the log-probability of each label under each member, ``[M, N, K]`` in nats.
 
@@ -169,9 +152,7 @@ class Ensemble:
         chosen = torch.nn.functional.one_hot(scores.argmax(dim=2), scores.shape[2])
         votes = chosen.sum(dim=0)
         most = votes == votes.max(dim=1, keepdim=True).values
-        return Combined(
-            _best(mean.masked_fill(~most, -torch.inf)), mean, votes.float() / len(scores)
-        )
+        return Combined(_best(mean.masked_fill(~most, -torch.inf)), mean, votes.float() / len(scores))
 
     def ranked(self, scores: Tensor) -> Tensor:
         """Return scores ``[M, N, K]`` divided by the tokens of each label under each member."""
@@ -185,9 +166,7 @@ class Ensemble:
     def _shared_labels(self) -> tuple[str, ...]:
         for name, member in zip(self.names, self.members, strict=True):
             if not member.labels:
-                raise ConfigError(
-                    f"an ensemble scores labels, and prompt {name} generates free text; leave it out"
-                )
+                raise ConfigError(f"an ensemble scores labels, and prompt {name} generates free text; leave it out")
         first = self.members[0].labels or ()
         for name, member in zip(self.names, self.members, strict=True):
             odd = set(member.labels or ()) ^ set(first)
@@ -202,9 +181,7 @@ class Ensemble:
         first = self.members[0]
         for name, member in zip(self.names[1:], self.members[1:], strict=True):
             other = member.base
-            if other.model is not first.base.model and not other.fingerprint.matches(
-                first.base.fingerprint
-            ):
+            if other.model is not first.base.model and not other.fingerprint.matches(first.base.fingerprint):
                 raise FingerprintError(
                     f"the members of an ensemble share one base, prompts {self.names[0]} and {name} do "
                     "not; use prompts of one base"

@@ -47,8 +47,7 @@ def fields_of(request: Fields, template_fields: Sequence[str]) -> dict[str, str]
         return {names[0]: request}
     if not isinstance(request, Mapping):
         raise DataError(
-            f"an input is a text or a mapping of fields, got {type(request).__name__}; "
-            "pass a str or a dict"
+            f"an input is a text or a mapping of fields, got {type(request).__name__}; pass a str or a dict"
         )
     given = dict(request)
     if "input" not in given and "text" in given:
@@ -73,9 +72,7 @@ def require_tokens(sources: Sequence[Sequence[int]]) -> None:
 
 
 def row_tokenizer(
-    tokenizer: PreTrainedTokenizerBase,
-    manifest: Manifest,
-    placement: Placement = Placement.PREFIX,
+    tokenizer: PreTrainedTokenizerBase, manifest: Manifest, placement: Placement = Placement.PREFIX
 ) -> RowTokenizer:
     """Return what turns fields into token ids as a prompt's manifest says; raises as ``RowTokenizer``."""
     return RowTokenizer(
@@ -137,9 +134,7 @@ def check_names(names: Iterable[object]) -> None:
         raise ConfigError("expected at least one prompt to serve, got none; name one")
     for name in given:
         if not isinstance(name, str) or not name:
-            raise ConfigError(
-                f"expected a text as the name of a prompt, got {name!r}; call it by a word"
-            )
+            raise ConfigError(f"expected a text as the name of a prompt, got {name!r}; call it by a word")
 
 
 def addressed(requests: Inputs, prompts: Names, task_name: Tasks) -> list[Addressed]:
@@ -157,9 +152,7 @@ def addressed(requests: Inputs, prompts: Names, task_name: Tasks) -> list[Addres
         tasks = list(task_name)
     for what, count in (("prompts", len(names)), ("task_name", len(tasks))):
         if count != len(inputs):
-            raise ConfigError(
-                f"{what} expects one name, or one for each of the {len(inputs)} inputs, got {count}"
-            )
+            raise ConfigError(f"{what} expects one name, or one for each of the {len(inputs)} inputs, got {count}")
     return [Addressed(*each) for each in zip(inputs, names, tasks, strict=True)]
 
 
@@ -184,6 +177,4 @@ def task_number(task: Task | None, manifest: Manifest, count: int) -> int:
     if number < count:
         return number
     given = repr(excerpt(task)) if isinstance(task, str) else task
-    raise ConfigError(
-        f"this prompt has no task {given}{nearest(str(task), names)}; its tasks are {known}"
-    )
+    raise ConfigError(f"this prompt has no task {given}{nearest(str(task), names)}; its tasks are {known}")

@@ -45,9 +45,7 @@ class Reading(TypedDict, total=False):
 
 
 @overload
-def load(
-    prompts: str | Path, base_model: Named | None = None, **reading: Unpack[Reading]
-) -> TunedPrompt: ...
+def load(prompts: str | Path, base_model: Named | None = None, **reading: Unpack[Reading]) -> TunedPrompt: ...
 
 
 @overload
@@ -97,9 +95,7 @@ def load(
         check_names(prompts)
         folders = list(prompts.values())
     elif bounds is not None:
-        raise ConfigError(
-            "bounds are for prompts by name, load({name: folder}); leave them out for one prompt"
-        )
+        raise ConfigError("bounds are for prompts by name, load({name: folder}); leave them out for one prompt")
     else:
         folders = [prompts]
     for folder in folders:
@@ -111,9 +107,7 @@ def load(
 
 
 def load_many(
-    directories: Sequence[str | Path],
-    base_model: Named | None = None,
-    **reading: Unpack[Reading],
+    directories: Sequence[str | Path], base_model: Named | None = None, **reading: Unpack[Reading]
 ) -> list[TunedPrompt]:
     """Load several prompts of one base model, which is loaded once; see ``load``.
 
@@ -150,9 +144,7 @@ def tuned_of(stored: StoredPrompt, base: Base, *, ignore_fingerprint: bool = Fal
     return TunedPrompt(base, module, config, manifest, heads=_loaded_heads(stored, config, base))
 
 
-def _loaded_heads(
-    stored: StoredPrompt, config: PromptLearningConfig, base: Base
-) -> dict[str, nn.Module]:
+def _loaded_heads(stored: StoredPrompt, config: PromptLearningConfig, base: Base) -> dict[str, nn.Module]:
     """Return the trained modules of a stored prompt in float32, by the path of the module they replace."""
     paths = modules_named(base.model, config.modules_to_save or [])
     heads = {path: copy.deepcopy(base.model.get_submodule(path)).float() for path in paths}

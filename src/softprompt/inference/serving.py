@@ -29,16 +29,7 @@ from softprompt.generation import (
     options_from,
     pieces,
 )
-from softprompt.inference.inputs import (
-    Fields,
-    Inputs,
-    Names,
-    Task,
-    Tasks,
-    addressed,
-    check_names,
-    inputs_of,
-)
+from softprompt.inference.inputs import Fields, Inputs, Names, Task, Tasks, addressed, check_names, inputs_of
 from softprompt.inference.tuned import TunedPrompt
 
 
@@ -95,9 +86,7 @@ class Serving(AbstractContextManager["Serving"]):
         """
         check_names([name])
         if prompt.base.model is not self._base.model:
-            raise ConfigError(
-                f"prompt {name!r} is on another base model; load it onto the same one"
-            )
+            raise ConfigError(f"prompt {name!r} is on another base model; load it onto the same one")
         prompt.check_served()
         self._prompts[name] = prompt.snapshot()
 
@@ -146,15 +135,11 @@ class Serving(AbstractContextManager["Serving"]):
         chosen = options_from(settings, "agenerate")
         # In a thread, as it waits while the queue is full.
         tickets = await in_thread(
-            lambda: self._submitted(requests, prompts, task_name, chosen),
-            lambda each: each[0].cancel(),
+            lambda: self._submitted(requests, prompts, task_name, chosen), lambda each: each[0].cancel()
         )
         with _cancelled(ticket for ticket, _ in tickets):
             ends = await asyncio.gather(*(ticket for ticket, _ in tickets))
-        return [
-            Generation.of(end[0], cut=given.cut)
-            for end, (_, given) in zip(ends, tickets, strict=True)
-        ]
+        return [Generation.of(end[0], cut=given.cut) for end, (_, given) in zip(ends, tickets, strict=True)]
 
     def stream(
         self, request: Fields, prompt: str, *, task_name: Task | None = None, **settings: Any
@@ -202,8 +187,7 @@ class Serving(AbstractContextManager["Serving"]):
     ) -> list[LabelScores]:
         """Answer as ``classify``, without blocking the event loop."""
         scored = await in_thread(
-            lambda: self._scored(requests, prompts, labels, task_name),
-            lambda each: each.sums.cancel(),
+            lambda: self._scored(requests, prompts, labels, task_name), lambda each: each.sums.cancel()
         )
         with _cancelled(each.sums for each in scored):
             sums = await asyncio.gather(*(asyncio.wrap_future(each.sums) for each in scored))
@@ -221,9 +205,7 @@ class Serving(AbstractContextManager["Serving"]):
     def _known(self, name: str, task: Task | None) -> TunedPrompt:
         if name not in self._prompts:
             known = ", ".join(self._prompts)
-            raise AdapterError(
-                f"there is no prompt {name!r}{nearest(name, self._prompts)}; there are {known}"
-            )
+            raise AdapterError(f"there is no prompt {name!r}{nearest(name, self._prompts)}; there are {known}")
         return self._prompts[name].of_task(task)
 
     def _submitted(
@@ -246,11 +228,7 @@ class Serving(AbstractContextManager["Serving"]):
         return tickets
 
     def _scored(
-        self,
-        requests: Inputs,
-        prompts: Names,
-        labels: Sequence[str] | None,
-        task_name: Tasks,
+        self, requests: Inputs, prompts: Names, labels: Sequence[str] | None, task_name: Tasks
     ) -> list[Scored]:
         """Give the scorer the inputs of each prompt together."""
         grouped: dict[tuple[str, Task | None], dict[int, Fields]] = {}
@@ -261,9 +239,7 @@ class Serving(AbstractContextManager["Serving"]):
             own = self._known(name, task)
             chosen = label_set(labels, own.manifest.labels)
             if chosen is None:
-                raise ConfigError(
-                    f"prompt {name!r} generates free text and has no label set; pass labels=[...]"
-                )
+                raise ConfigError(f"prompt {name!r} generates free text and has no label set; pass labels=[...]")
             inputs = inputs_of(own.rows, of_prompt.values())
             labelling = Labelling(chosen, label_ids_of(own.rows, chosen), inputs)
             queued.append((list(of_prompt), labelling, labelling.rows(own.prompt())))
@@ -288,9 +264,7 @@ def _cancelled(begun: Iterable[Ticket | Future[Tensor]]) -> Iterator[None]:
             each.cancel()
 
 
-def _in_order(
-    scored: Sequence[Scored], sums: Sequence[Tensor], *, normalize: bool
-) -> list[LabelScores]:
+def _in_order(scored: Sequence[Scored], sums: Sequence[Tensor], *, normalize: bool) -> list[LabelScores]:
     """Return the answers of several prompts in the order of a call's inputs."""
     found: dict[int, LabelScores] = {}
     for each, own in zip(scored, sums, strict=True):

@@ -102,18 +102,14 @@ class TunedPrompt:
             return self
         number = self._number(task)
         if number not in self._shared.tasks:
-            own = TunedPrompt(
-                self.base, self.module, self.config, self.whole, task=number, heads=self.heads
-            )
+            own = TunedPrompt(self.base, self.module, self.config, self.whole, task=number, heads=self.heads)
             own._shared = self._shared
             self._shared.tasks[number] = own
         return self._shared.tasks[number]
 
     def snapshot(self) -> TunedPrompt:
         """Return this prompt as it is now: training it further does not change what is returned."""
-        found = TunedPrompt(
-            self.base, self.module, self.config, self.whole, task=self.task, heads=self.heads
-        )
+        found = TunedPrompt(self.base, self.module, self.config, self.whole, task=self.task, heads=self.heads)
         every = [self.of_task(number) for number in range(self.module.num_tasks)]
         found._shared.prompts = tuple(each.prompt() for each in every)
         return found
@@ -131,9 +127,7 @@ class TunedPrompt:
         """
         names = [chosen] * rows if isinstance(chosen, str | int) else chosen
         if len(names) != rows:
-            raise ConfigError(
-                f"task_name takes one task, or one for each of the {rows:,} rows; got {len(names):,}"
-            )
+            raise ConfigError(f"task_name takes one task, or one for each of the {rows:,} rows; got {len(names):,}")
         found: dict[int, list[int]] = {}
         for row, task in enumerate(names):
             found.setdefault(self._number(task), []).append(row)
@@ -143,10 +137,7 @@ class TunedPrompt:
         return task_number(task, self.whole, self.module.num_tasks)
 
     def _of_tasks(
-        self,
-        requests: Inputs,
-        chosen: TaskNames,
-        answer: Callable[[TunedPrompt, list[Fields]], list[_Answer]],
+        self, requests: Inputs, chosen: TaskNames, answer: Callable[[TunedPrompt, list[Fields]], list[_Answer]]
     ) -> list[_Answer]:
         """Return the answers to all requests in their order, those of one task given together."""
         given = listed(requests)
@@ -204,9 +195,7 @@ class TunedPrompt:
     def __call__(self, requests: Fields, *, task_name: Task | None = None) -> str: ...  # type: ignore[overload-overlap]
 
     @overload
-    def __call__(
-        self, requests: Iterable[Fields], *, task_name: TaskNames | None = None
-    ) -> list[str]: ...
+    def __call__(self, requests: Iterable[Fields], *, task_name: TaskNames | None = None) -> list[str]: ...
 
     def __call__(self, requests: Inputs, *, task_name: TaskNames | None = None) -> str | list[str]:
         """Return the best label, or the generated text, of one input or of each in a list.
@@ -255,15 +244,12 @@ class TunedPrompt:
             return self._of_tasks(
                 requests,
                 task_name,
-                lambda own, part: own.classify(
-                    part, labels, normalize=normalize, batch_size=batch_size
-                ),
+                lambda own, part: own.classify(part, labels, normalize=normalize, batch_size=batch_size),
             )
         names = label_set(labels, self.labels)
         if names is None:
             raise ConfigError(
-                "this prompt generates free text and has no label set; pass labels=[...] or "
-                "call generate"
+                "this prompt generates free text and has no label set; pass labels=[...] or call generate"
             )
         labelling = Labelling(names, self.label_ids(names), inputs_of(self.rows, requests))
         size = rows_of_whole_inputs(batch_size, len(names))
@@ -272,12 +258,7 @@ class TunedPrompt:
         return labelling.answers(sums, normalize=normalize)
 
     def generate(
-        self,
-        requests: Inputs,
-        *,
-        task_name: TaskNames | None = None,
-        batch_size: int = 16,
-        **settings: Any,
+        self, requests: Inputs, *, task_name: TaskNames | None = None, batch_size: int = 16, **settings: Any
     ) -> list[Generation]:
         """Return one generated answer for each input.
 
@@ -295,17 +276,13 @@ class TunedPrompt:
         """
         if task_name is not None:
             return self._of_tasks(
-                requests,
-                task_name,
-                lambda own, part: own.generate(part, batch_size=batch_size, **settings),
+                requests, task_name, lambda own, part: own.generate(part, batch_size=batch_size, **settings)
             )
         chosen = options_from(settings, "generate")
         given = inputs_of(self.rows, requests)
         return self._generated(given, self.prompt(), chosen, batch_size)
 
-    def stream(
-        self, request: Fields, *, task_name: Task | None = None, **settings: Any
-    ) -> Iterator[str]:
+    def stream(self, request: Fields, *, task_name: Task | None = None, **settings: Any) -> Iterator[str]:
         """Yield the generated answer to one input piece by piece; together they are ``generate``'s text.
 
         The input, the task of a multitask prompt, and the options are as for ``generate``.
@@ -330,17 +307,12 @@ class TunedPrompt:
         """Return one generated answer for each row of token ids; see ``generate``."""
         prompt = None if without_prompt else self.prompt()
         given = [
-            Input(tuple(ids), 0 if prompt is None else self.rows.offset(ids), self.rows.decode)
-            for ids in sources
+            Input(tuple(ids), 0 if prompt is None else self.rows.offset(ids), self.rows.decode) for ids in sources
         ]
         return self._generated(given, prompt, options, batch_size)
 
     def _generated(
-        self,
-        given: Sequence[Input],
-        prompt: Prompt | None,
-        options: GenerationOptions,
-        batch_size: int,
+        self, given: Sequence[Input], prompt: Prompt | None, options: GenerationOptions, batch_size: int
     ) -> list[Generation]:
         requests = [Request.of(each, prompt, options=options) for each in given]
         if batch_size not in self._shared.decoders:

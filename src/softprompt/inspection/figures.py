@@ -45,9 +45,7 @@ def training_curve(
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
-        raise ConfigError(
-            'figures need matplotlib, it is not installed: pip install "softprompt[plot]"'
-        ) from error
+        raise ConfigError('figures need matplotlib, it is not installed: pip install "softprompt[plot]"') from error
     points = [_flat(point) for point in history]
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
     figure = Figure(figsize=(8.0, 4.6), dpi=150, layout=layout, facecolor="white")
@@ -68,9 +66,7 @@ def _series(points: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float],
     return [epoch for epoch, _ in pairs], [value for _, value in pairs]
 
 
-def _draw(
-    figure: Any, points: Sequence[Mapping[str, Any]], title: str, base_accuracy: float | None
-) -> None:
+def _draw(figure: Any, points: Sequence[Mapping[str, Any]], title: str, base_accuracy: float | None) -> None:
     losses = figure.add_subplot()
     dots = {"marker": "o", "markersize": 4.5, "linewidth": 2.0}
     losses.plot(*_series(points, "loss"), color=_TRAINING, label="training loss", **dots)
@@ -97,9 +93,7 @@ def _draw(
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=10, labelcolor=_INK)
 
 
-def _draw_accuracy(
-    axis: Any, points: Sequence[Mapping[str, Any]], base_accuracy: float | None
-) -> None:
+def _draw_accuracy(axis: Any, points: Sequence[Mapping[str, Any]], base_accuracy: float | None) -> None:
     scored = _series(points, "validation_accuracy")
     axis.set_ylabel("validation accuracy", color=_ACCURACY, fontsize=11)
     _frame(axis, _ACCURACY)

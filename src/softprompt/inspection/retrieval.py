@@ -46,11 +46,7 @@ class Retrieval:
 
 
 def similar_prompts(
-    prompt: str | Path,
-    folder: str | Path,
-    *,
-    top: int | None = None,
-    measure: Measure = "mean",
+    prompt: str | Path, folder: str | Path, *, top: int | None = None, measure: Measure = "mean"
 ) -> Retrieval:
     """Compare a stored prompt with those in the subfolders of a folder.
 
@@ -93,9 +89,7 @@ def similar_prompts(
 
 def _weighted(best: Sequence[tuple[float, str]]) -> tuple[Similar, ...]:
     total = sum(max(cosine, 0.0) for cosine, _ in best)
-    return tuple(
-        Similar(path, cosine, max(cosine, 0.0) / total if total else 0.0) for cosine, path in best
-    )
+    return tuple(Similar(path, cosine, max(cosine, 0.0) / total if total else 0.0) for cosine, path in best)
 
 
 def _subfolders(folder: Path) -> list[Path]:

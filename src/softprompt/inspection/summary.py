@@ -87,9 +87,7 @@ class PromptSummary:
 
 
 def describe(
-    stored: StoredPrompt,
-    table: Tensor | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    stored: StoredPrompt, table: Tensor | None = None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> PromptSummary:
     """Summarise a stored prompt; nothing is loaded here.
 

@@ -16,24 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softprompt.artifacts import Manifest, started_prompt
-from softprompt.backbone import (
-    Base,
-    Facts,
-    freeze,
-    in_own_dtype,
-    modules_named,
-    set_module,
-    vocabulary_of,
-)
+from softprompt.backbone import Base, Facts, freeze, in_own_dtype, modules_named, set_module, vocabulary_of
 from softprompt.engine import TASK_RULES, completed
 from softprompt.errors import AdapterError, ConfigError, nearest
-from softprompt.prompts import (
-    PeftConfig,
-    PrefixTuningConfig,
-    PromptLearningConfig,
-    PromptModule,
-    TaskType,
-)
+from softprompt.prompts import PeftConfig, PrefixTuningConfig, PromptLearningConfig, PromptModule, TaskType
 
 logger = logging.getLogger(__name__)
 
@@ -102,10 +88,7 @@ class Adapters(nn.Module, ABC):
         """
         _check_new(adapter_name, self)
         config = completed(
-            peft_config,
-            self.base,
-            shared=next(iter(self.peft_config.values()), None),
-            own=self.task,
+            peft_config, self.base, shared=next(iter(self.peft_config.values()), None), own=self.task
         )
         optional = TASK_RULES[cast(TaskType, config.task_type)].heads
         paths = modules_named(self.base_model, config.modules_to_save or [], optional=optional)
@@ -211,13 +194,9 @@ def _check_new(name: str, adapters: Adapters) -> None:
     if name in adapters.peft_config:
         raise AdapterError(f"Adapter with name '{name}' already exists.")
     if not _NAME.fullmatch(name) or name == BASE:
-        raise AdapterError(
-            f"adapter name must match {_NAME.pattern} and not be {BASE!r}, got {name!r}"
-        )
+        raise AdapterError(f"adapter name must match {_NAME.pattern} and not be {BASE!r}, got {name!r}")
     if hasattr(adapters.prompt_encoder, name):
-        raise AdapterError(
-            f"adapter name {name!r} is a word torch keeps for itself; choose another"
-        )
+        raise AdapterError(f"adapter name {name!r} is a word torch keeps for itself; choose another")
 
 
 BASE = "__base__"
@@ -272,10 +251,7 @@ def require_free(model: nn.Module, paths: Sequence[str], adapter: str) -> None:
 
 
 def add_heads(
-    model: nn.Module,
-    paths: Sequence[str],
-    adapter: str,
-    trained: Mapping[str, nn.Module] | None = None,
+    model: nn.Module, paths: Sequence[str], adapter: str, trained: Mapping[str, nn.Module] | None = None
 ) -> None:
     """Replace each module by a switch, with an adapter's module among ``trained`` or a float32 copy."""
     for path in paths:

@@ -23,12 +23,7 @@ from softprompt.bundled import DEMO, model_directory
 from softprompt.engine import infer_task
 from softprompt.errors import ConfigError
 from softprompt.peft.model import PeftModel as PeftModel  # noqa: PLC0414 - these classes come with it
-from softprompt.prompts import (
-    PROMPT_KEY,
-    PeftConfig,
-    TaskType,
-    prompt_embeddings_from_past_key_values,
-)
+from softprompt.prompts import PROMPT_KEY, PeftConfig, TaskType, prompt_embeddings_from_past_key_values
 
 
 class PeftModelForCausalLM(PeftModel, task=TaskType.CAUSAL_LM):
@@ -55,9 +50,7 @@ class PeftModelForFeatureExtraction(PeftModel, task=TaskType.FEATURE_EXTRACTION)
     """Prompts before a bare encoder or decoder; hidden states cover P + T columns."""
 
 
-def get_peft_model(
-    model: PreTrainedModel, peft_config: PeftConfig, adapter_name: str = "default"
-) -> PeftModel:
+def get_peft_model(model: PreTrainedModel, peft_config: PeftConfig, adapter_name: str = "default") -> PeftModel:
     """Freeze a model and attach a new prompt.
 
     Raises:
@@ -118,9 +111,7 @@ class AutoPeftModel:
             )
         task = TaskType(config.task_type)
         if cls.task not in (None, task):
-            raise ConfigError(
-                f"{cls.__name__} loads task_type {cls.task}, the prompt is for {task}"
-            )
+            raise ConfigError(f"{cls.__name__} loads task_type {cls.task}, the prompt is for {task}")
         name = config.base_model_name_or_path
         source = str(model_directory()) if name == DEMO else name
         model = _LOADERS[task].from_pretrained(source, revision=config.revision, **kwargs)
@@ -210,8 +201,7 @@ def initialize_kv_prefix_from_text(
     ids = _token_ids(tokenizer, text, use_chat_template, max_length)[:length]
     if len(ids) < length:
         raise ConfigError(
-            f"Need at least {length} cached tokens, got {len(ids)}; give a longer text, or lower "
-            "num_virtual_tokens"
+            f"Need at least {length} cached tokens, got {len(ids)}; give a longer text, or lower num_virtual_tokens"
         )
     key_values = text_key_values(model.base_model, ids)
     cache = [(layer[0][None], layer[1][None]) for layer in key_values]
@@ -234,15 +224,11 @@ def _length(model: PeftModel, name: str, given: int | None) -> int:
         )
     length = int(config.num_virtual_tokens or 0)
     if given not in (None, length):
-        raise ConfigError(
-            f"num_virtual_tokens is {given}, but the prompt {name!r} has {length}; leave it out"
-        )
+        raise ConfigError(f"num_virtual_tokens is {given}, but the prompt {name!r} has {length}; leave it out")
     return length
 
 
-def _token_ids(
-    tokenizer: PreTrainedTokenizerBase, text: str, templated: bool, max_length: int | None
-) -> list[int]:
+def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str, templated: bool, max_length: int | None) -> list[int]:
     """Return the token ids of a text, in the system turn of a chat where there is a template."""
     if templated and getattr(tokenizer, "chat_template", None):
         turn = [{"role": "system", "content": text}]

@@ -89,9 +89,7 @@ def prompted_inputs(call: Call) -> tuple[dict[str, Any], Layout | None]:
     return _at_the_start(call, inputs, tokens)
 
 
-def _at_the_start(
-    call: Call, inputs: dict[str, Any], tokens: Tensor
-) -> tuple[dict[str, Any], Layout]:
+def _at_the_start(call: Call, inputs: dict[str, Any], tokens: Tensor) -> tuple[dict[str, Any], Layout]:
     facts, prompts = call.facts, call.prompts
     given: Tensor | None = inputs.get("attention_mask")
     mask = text_mask(inputs, tokens)
@@ -172,9 +170,7 @@ def _behind_cache(call: Call, inputs: dict[str, Any], tokens: Tensor, seen: int)
     width, new = call.prompts.width, tokens.shape[1]
     mask = inputs.get("attention_mask")
     if mask is None:
-        mask = torch.ones(
-            tokens.shape[0], seen - width + new, dtype=torch.long, device=tokens.device
-        )
+        mask = torch.ones(tokens.shape[0], seen - width + new, dtype=torch.long, device=tokens.device)
     if mask.dim() == 2:
         if mask.shape[1] == seen - width + new:
             mask = Layout.of(mask, call.prompts).mask
@@ -188,9 +184,7 @@ def _behind_cache(call: Call, inputs: dict[str, Any], tokens: Tensor, seen: int)
         if call.facts.accepts_position_ids:
             given = inputs.get("position_ids")
             counted = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -new:]
-            inputs["position_ids"] = (
-                counted if given is None else given + _column(call.prompts, given)
-            )
+            inputs["position_ids"] = counted if given is None else given + _column(call.prompts, given)
     return inputs
 
 
@@ -221,9 +215,7 @@ def _extended_4d(mask: Tensor, prompts: PromptTable) -> Tensor:
     return out
 
 
-def bound(
-    parameters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any], *, what: str
-) -> dict[str, Any]:
+def bound(parameters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any], *, what: str) -> dict[str, Any]:
     """Return all arguments of a call of the method ``what`` by name.
 
     Raises:
@@ -309,8 +301,7 @@ def check_prefixed(base: Base, prefixes: Prefixes, inputs: dict[str, Any]) -> No
         mask = inputs.get(name)
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             raise ConfigError(
-                f"{name} must be [B, T] behind a prefix, which each layer masks by its own rule; pass "
-                "padding alone"
+                f"{name} must be [B, T] behind a prefix, which each layer masks by its own rule; pass padding alone"
             )
     positions = inputs.get("position_ids")
     if positions is not None and positions.dim() == 2 and is_packed(positions):

@@ -18,30 +18,9 @@ from softprompt.engine import TASK_RULES, BatchPrompts, generate_with_prompts, i
 from softprompt.errors import ConfigError
 from softprompt.peft import saving
 from softprompt.peft.adapters import BASE, Adapters, active_heads
-from softprompt.peft.inputs import (
-    Call,
-    batch_size,
-    bound,
-    check_prefixed,
-    decoder_inputs,
-    prompted_pass,
-)
-from softprompt.peft.rows import (
-    PromptAt,
-    RowPrompt,
-    TaskIds,
-    chosen_rows,
-    prompt_offsets,
-    without_context_labels,
-)
-from softprompt.prompts import (
-    PROMPT_KEY,
-    CPTEmbedding,
-    PeftType,
-    Prompt,
-    PromptLearningConfig,
-    TaskType,
-)
+from softprompt.peft.inputs import Call, batch_size, bound, check_prefixed, decoder_inputs, prompted_pass
+from softprompt.peft.rows import PromptAt, RowPrompt, TaskIds, chosen_rows, prompt_offsets, without_context_labels
+from softprompt.prompts import PROMPT_KEY, CPTEmbedding, PeftType, Prompt, PromptLearningConfig, TaskType
 
 if TYPE_CHECKING:
     from softprompt.inference import TunedPrompt
@@ -89,9 +68,7 @@ class PeftModel(Adapters):
         """
         inputs = bound(self._arguments_of_forward, args, kwargs, what="forward")
         rows = self._rows(inputs, adapter_names, task_ids)
-        inputs, context = without_context_labels(
-            inputs, [row.name for row in rows], self.peft_config
-        )
+        inputs, context = without_context_labels(inputs, [row.name for row in rows], self.peft_config)
         at = prompt_offsets(self.base_model, rows, self.peft_config, inputs, prompt_at)
         prompts = BatchPrompts.of(self._prompts_of(rows), at=at)
         with self._ready(rows), prompts.injected(self.base, self._vocabulary):
@@ -134,9 +111,7 @@ class PeftModel(Adapters):
         at = prompt_offsets(self.base_model, rows, self.peft_config, inputs, prompt_at)
         prompts = self._prompts_of(rows)
         with self._ready(rows):
-            return generate_with_prompts(
-                self.base, prompts, inputs, at=at, vocabulary=self._vocabulary
-            )
+            return generate_with_prompts(self.base, prompts, inputs, at=at, vocabulary=self._vocabulary)
 
     def _rows(
         self, inputs: dict[str, Any], chosen: Sequence[str] | None, task_ids: TaskIds | None
@@ -155,9 +130,7 @@ class PeftModel(Adapters):
         return [RowPrompt(BASE)] * batch if self._disabled else rows
 
     def _tasks_of(self, name: str) -> int | None:
-        multitask = (
-            self.peft_config[self._known(name)].peft_type is PeftType.MULTITASK_PROMPT_TUNING
-        )
+        multitask = self.peft_config[self._known(name)].peft_type is PeftType.MULTITASK_PROMPT_TUNING
         return self.encoder_of(name).num_tasks if multitask else None
 
     def _prompts_of(self, rows: Sequence[RowPrompt]) -> list[Prompt | None]:
@@ -239,11 +212,7 @@ class PeftModel(Adapters):
         """
         task = cast(TaskType, tuned.config.task_type)
         attached = cls.classes[task](
-            tuned.base.model,
-            tuned.config,
-            adapter_name,
-            module=tuned.module,
-            trained_heads=tuned.heads,
+            tuned.base.model, tuned.config, adapter_name, module=tuned.module, trained_heads=tuned.heads
         )
         attached.manifests[adapter_name] = tuned.whole
         return attached
@@ -280,8 +249,7 @@ class PeftModel(Adapters):
         target = cls.classes.get(cast(TaskType, config.task_type), cls)
         if cls is not PeftModel and target is not cls:
             raise ConfigError(
-                f"{model_id} holds a prompt for task_type {config.task_type}, "
-                f"load it with {target.__name__}"
+                f"{model_id} holds a prompt for task_type {config.task_type}, load it with {target.__name__}"
             )
         check_base(stored, model, ignore=ignore_fingerprint)
         attached = target(model, config, adapter_name)

@@ -16,14 +16,7 @@ from softprompt.engine import IGNORED, Layout, cached_tokens, placement_of
 from softprompt.errors import AdapterError, ConfigError
 from softprompt.peft.adapters import BASE
 from softprompt.peft.inputs import text_mask, tokens_of
-from softprompt.prompts import (
-    CPTConfig,
-    Placement,
-    PromptLearningConfig,
-    TaskType,
-    cpt_columns,
-    cpt_loss,
-)
+from softprompt.prompts import CPTConfig, Placement, PromptLearningConfig, TaskType, cpt_columns, cpt_loss
 
 TaskIds = Tensor | Sequence[int] | int
 """One task for the batch, or one a row."""
@@ -58,21 +51,15 @@ def chosen_rows(
     """
     chosen = [active] * batch if names is None else list(names)
     if len(chosen) != batch:
-        raise AdapterError(
-            f"adapter_names must hold one name a row: {batch} rows, got {len(chosen)} names"
-        )
+        raise AdapterError(f"adapter_names must hold one name a row: {batch} rows, got {len(chosen)} names")
     known = {name: None if name == BASE else tasks_of(name) for name in dict.fromkeys(chosen)}
     if task_ids is None:
         for name, count in known.items():
             if count is not None and count > 1:
-                raise ConfigError(
-                    f"task_ids cannot be None: {name!r} has {count} tasks; give the task of each row"
-                )
+                raise ConfigError(f"task_ids cannot be None: {name!r} has {count} tasks; give the task of each row")
         return [RowPrompt(name) for name in chosen]
     if all(count is None for count in known.values()):
-        raise ConfigError(
-            "task_ids belong to multitask prompts; this prompt has one task, leave them out"
-        )
+        raise ConfigError("task_ids belong to multitask prompts; this prompt has one task, leave them out")
     tasks = one_a_row("task_ids", task_ids, batch)
     for name, task in set(zip(chosen, tasks, strict=True)):
         count = known[name]
@@ -81,9 +68,7 @@ def chosen_rows(
                 f"task_ids of rows without tasks are 0, row prompt {name!r} has got {task}; use 0 there"
             )
         if count is not None and not 0 <= task < count:
-            raise ConfigError(
-                f"task_ids of {name!r} go from 0 to {count - 1}, got {task}; use one of those"
-            )
+            raise ConfigError(f"task_ids of {name!r} go from 0 to {count - 1}, got {task}; use one of those")
     return [RowPrompt(name, task) for name, task in zip(chosen, tasks, strict=True)]
 
 
@@ -101,8 +86,7 @@ def one_a_row(what: str, values: Tensor | Sequence[int] | int, batch: int) -> li
     if given is None or not whole or given.dim() > 1 or given.numel() not in (1, batch):
         got = repr(values) if given is None else f"{given.dtype} {list(given.shape)}"
         raise ConfigError(
-            f"{what} must be one integer, or one for each of the {batch} rows, got "
-            f"{got.removeprefix('torch.')}"
+            f"{what} must be one integer, or one for each of the {batch} rows, got {got.removeprefix('torch.')}"
         )
     return [int(value) for value in given.expand(batch).tolist()]
 
@@ -128,9 +112,7 @@ def prompt_offsets(
             raise ConfigError(f"prompt_at counts tokens from 0 on, got {min(offsets)}")
         _check_in_input(rows, configs, offsets)
         return offsets
-    placements = [
-        Placement.PREFIX if row.name == BASE else placement_of(configs[row.name]) for row in rows
-    ]
+    placements = [Placement.PREFIX if row.name == BASE else placement_of(configs[row.name]) for row in rows]
     encoded = inputs.get("encoder_outputs") is not None
     if encoded or all(placement is Placement.PREFIX for placement in placements):
         return None
@@ -143,11 +125,7 @@ def prompt_offsets(
     none = [0] * len(rows)
     begins = _begins(model, inputs, mask) if Placement.AFTER_BOS in placements else none
     predicts = any(config.task_type is TaskType.CAUSAL_LM for config in configs.values())
-    labels = (
-        inputs.get("labels")
-        if predicts and not cached_tokens(inputs.get("past_key_values"))
-        else None
-    )
+    labels = inputs.get("labels") if predicts and not cached_tokens(inputs.get("past_key_values")) else None
     behind = Placement.SUFFIX in placements
     ends = _ends(mask, labels, [p is Placement.SUFFIX for p in placements]) if behind else none
     return [
@@ -157,9 +135,7 @@ def prompt_offsets(
 
 
 def _check_in_input(
-    rows: Sequence[RowPrompt],
-    configs: dict[str, PromptLearningConfig],
-    offsets: Sequence[int],
+    rows: Sequence[RowPrompt], configs: dict[str, PromptLearningConfig], offsets: Sequence[int]
 ) -> None:
     """Refuse an offset of a prompt that has no virtual tokens in the (encoder's) input."""
     for row, offset in zip(rows, offsets, strict=True):
@@ -169,9 +145,7 @@ def _check_in_input(
         decoder = "ENCODER" not in config.model_types()
         if offset and (decoder or config.keys_and_values):
             where = "before the decoder's input" if decoder else "before all tokens of each layer"
-            raise ConfigError(
-                f"prompt_at would be ignored: the prompt {row.name!r} stands {where}; leave it out"
-            )
+            raise ConfigError(f"prompt_at would be ignored: the prompt {row.name!r} stands {where}; leave it out")
 
 
 def _ends(mask: Tensor, labels: Tensor | None, wanted: Sequence[bool]) -> list[int]:
@@ -227,9 +201,7 @@ class ContextLabels:
                 "labels of a context-aware prompt need the whole row, this call goes on from a cache; "
                 "leave past_key_values or labels out"
             )
-        labels, types = cpt_columns(
-            self.config, self.labels, self.types, context=layout.slot, text=layout.text
-        )
+        labels, types = cpt_columns(self.config, self.labels, self.types, context=layout.slot, text=layout.text)
         if isinstance(outputs, tuple):
             return (cpt_loss(outputs[0], labels, types, self.config), *outputs)
         loss = cpt_loss(outputs.logits, labels, types, self.config)

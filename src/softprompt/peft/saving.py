@@ -34,9 +34,7 @@ def get_peft_model_state_dict(model: PeftModel, adapter_name: str = "default") -
     return state | {name: value.cpu().clone() for name, value in heads.items()}
 
 
-def set_peft_model_state_dict(
-    model: PeftModel, state: Mapping[str, Tensor], adapter_name: str = "default"
-) -> None:
+def set_peft_model_state_dict(model: PeftModel, state: Mapping[str, Tensor], adapter_name: str = "default") -> None:
     """Copy what ``get_peft_model_state_dict`` returned into an attached prompt, all of it or nothing.
 
     Raises:
@@ -106,6 +104,5 @@ def _log_what_is_trained(stored: StoredPrompt) -> None:
     kind = (settings.get("tuning_config") or {}).get("parameterization", Parameterization.DIRECT)
     if kind != Parameterization.DIRECT:
         logger.info(
-            "the virtual tokens of a %s prompt are baked: training goes on with the tokens themselves",
-            kind,
+            "the virtual tokens of a %s prompt are baked: training goes on with the tokens themselves", kind
         )

@@ -41,9 +41,7 @@ from .methods.cpt import context_labels as context_labels
 from .methods.cpt import cpt_columns as cpt_columns
 from .methods.cpt import cpt_loss as cpt_loss
 from .methods.key_values import FlatOrder as FlatOrder
-from .methods.key_values import (
-    prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values,
-)
+from .methods.key_values import prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values
 from .methods.multitask import COLS_KEY as COLS_KEY
 from .methods.multitask import ROWS_KEY as ROWS_KEY
 from .methods.multitask import SOURCE_INITS as SOURCE_INITS

@@ -163,9 +163,7 @@ def similarity(first: Tensor, second: Tensor, measure: Measure = "mean") -> floa
         ConfigError: If the widths differ, or there is no such measure.
     """
     if measure not in MEASURES:
-        raise ConfigError(
-            f"measure is one of {', '.join(MEASURES)}, got {measure!r}{nearest(measure, MEASURES)}"
-        )
+        raise ConfigError(f"measure is one of {', '.join(MEASURES)}, got {measure!r}{nearest(measure, MEASURES)}")
     if first.shape[-1] != second.shape[-1]:
         raise ConfigError(
             f"only prompts of one base can be compared, got embeddings {first.shape[-1]} and "
@@ -181,9 +179,7 @@ def similarity(first: Tensor, second: Tensor, measure: Measure = "mean") -> floa
 def _shares(weights: Sequence[float], count: int) -> list[float]:
     numbers = [float(weight) for weight in weights]
     if len(numbers) != count:
-        raise ConfigError(
-            f"an average of {count} prompts needs {count} weights, got {len(numbers)}"
-        )
+        raise ConfigError(f"an average of {count} prompts needs {count} weights, got {len(numbers)}")
     total = sum(numbers)
     if not all(math.isfinite(each) and each >= 0 for each in numbers) or total <= 0:
         raise ConfigError(

@@ -54,9 +54,7 @@ def config_class(peft_type: str) -> type[PromptLearningConfig]:
     """
     _check_method(peft_type)
     file, name = _CLASSES[PeftType(peft_type)]
-    found: type[PromptLearningConfig] = getattr(
-        importlib.import_module(f"softprompt.prompts.methods.{file}"), name
-    )
+    found: type[PromptLearningConfig] = getattr(importlib.import_module(f"softprompt.prompts.methods.{file}"), name)
     return found
 
 
@@ -66,9 +64,7 @@ class PeftConfig:
 
     task_type: TaskType | str | None = setting(None, "Type of the task.")
     peft_type: PeftType | str | None = setting(None, "Method.")
-    auto_mapping: dict[str, Any] | None = setting(
-        None, "Base model class, for models without a task type."
-    )
+    auto_mapping: dict[str, Any] | None = setting(None, "Base model class, for models without a task type.")
     peft_version: str | None = setting(None, "Version that wrote it.")
     base_model_name_or_path: str | None = setting(None, "Base model.")
     revision: str | None = setting(None, "Revision of the base model.")
@@ -147,10 +143,7 @@ class PeftConfig:
 
     @classmethod
     def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        subfolder: str | None = None,
-        revision: str | None = None,
+        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, revision: str | None = None
     ) -> Self:
         """Read the configuration from a folder or a Hub repository.
 
@@ -164,9 +157,7 @@ class PeftConfig:
         path = Path(name, subfolder or "", CONFIG_NAME)
         try:
             if not path.is_file():
-                path = Path(
-                    hf_hub_download(name, CONFIG_NAME, subfolder=subfolder, revision=revision)
-                )
+                path = Path(hf_hub_download(name, CONFIG_NAME, subfolder=subfolder, revision=revision))
             values = json.loads(path.read_text(encoding="utf-8"))
         except Exception as cause:
             raise ArtifactError(
@@ -209,9 +200,7 @@ class PromptLearningConfig(PeftConfig):
     num_transformer_submodules: int | None = setting(None, "Submodules a prompt feeds (S).")
     num_attention_heads: int | None = setting(None, "Attention heads (A).")
     num_layers: int | None = setting(None, "Transformer layers (L).")
-    modules_to_save: list[str] | None = setting(
-        None, "Further modules to train and save, such as a new head."
-    )
+    modules_to_save: list[str] | None = setting(None, "Further modules to train and save, such as a new head.")
 
     keys_and_values: ClassVar[bool] = False
     """Whether the method trains keys and values of layers instead of virtual tokens of the input."""
@@ -231,9 +220,7 @@ class PromptLearningConfig(PeftConfig):
             ConfigError: If the length is missing, or ``token_dim`` is another width.
         """
         if self.num_virtual_tokens is None:
-            raise ConfigError(
-                "num_virtual_tokens is missing; give the length of the prompt, such as 20"
-            )
+            raise ConfigError("num_virtual_tokens is missing; give the length of the prompt, such as 20")
         if self.token_dim not in (None, width):
             raise ConfigError(
                 f"token_dim is {self.token_dim}, but the base's embeddings are {width} wide; leave it out"
@@ -259,9 +246,7 @@ class PromptLearningConfig(PeftConfig):
         if self.keys_and_values:
             return Prompt(prefix=values)
         types = self.model_types()
-        parts = dict(
-            zip(types, values.chunk(len(types)) if len(types) > 1 else [values], strict=True)
-        )
+        parts = dict(zip(types, values.chunk(len(types)) if len(types) > 1 else [values], strict=True))
         return Prompt(
             input=parts.get("ENCODER"),
             decoder=parts.get("DECODER"),
@@ -287,9 +272,7 @@ def member(kind: type[_Member], name: str, value: object) -> _Member:
         ConfigError: If there is none.
     """
     if value not in list(kind):
-        raise ConfigError(
-            f"{name} must be one of {', '.join(kind)}, got {value!r}{nearest(str(value), kind)}"
-        )
+        raise ConfigError(f"{name} must be one of {', '.join(kind)}, got {value!r}{nearest(str(value), kind)}")
     return kind(str(value))
 
 

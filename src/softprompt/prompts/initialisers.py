@@ -55,9 +55,7 @@ def from_tokens(length: int, ids: Sequence[int], embed: Embed) -> Tensor:
     return _embed(fitted(ids, length, "prompt_tuning_init_text"), embed)
 
 
-def sampled(
-    length: int, vocabulary: int, embed: Embed, *, generator: torch.Generator | None
-) -> Tensor:
+def sampled(length: int, vocabulary: int, embed: Embed, *, generator: torch.Generator | None) -> Tensor:
     """Embed ``length`` tokens drawn uniformly from the vocabulary."""
     return _embed(torch.randint(0, vocabulary, (length,), generator=generator).tolist(), embed)
 
@@ -103,9 +101,7 @@ def text_token_ids(text: str, tokenizer: str, options: Mapping[str, Any] | None)
     """
     given = dict(options or {})
     special = bool(given.pop("add_special_tokens", True))
-    ids: list[int] = load_tokenizer(tokenizer, **given)(text, add_special_tokens=special)[
-        "input_ids"
-    ]
+    ids: list[int] = load_tokenizer(tokenizer, **given)(text, add_special_tokens=special)["input_ids"]
     return ids
 
 

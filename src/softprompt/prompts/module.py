@@ -120,9 +120,7 @@ def check_task(task: int, count: int) -> None:
         ConfigError: If it is none of 0 to ``count`` - 1.
     """
     if not 0 <= task < count:
-        raise ConfigError(
-            f"task_ids go from 0 to {count - 1} with num_tasks={count}, got {task}; use one of those"
-        )
+        raise ConfigError(f"task_ids go from 0 to {count - 1} with num_tasks={count}, got {task}; use one of those")
 
 
 def check_fit(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
@@ -133,9 +131,7 @@ def check_fit(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> N
     """
     for name, target in targets.items():
         if name not in tensors:
-            raise ArtifactError(
-                f"the saved prompt lacks {name}, expected {list(target.shape)}; save it again"
-            )
+            raise ArtifactError(f"the saved prompt lacks {name}, expected {list(target.shape)}; save it again")
         if tensors[name].shape != target.shape:
             raise ArtifactError(
                 f"{name} is {list(tensors[name].shape)}, but this model needs {list(target.shape)}; "

@@ -44,9 +44,7 @@ class Prompt:
         if self.prefix is None:
             return
         if self.prefix.dim() != 5:
-            raise ConfigError(
-                f"prefix of a prompt must be [L, 2, A_kv, P, D], got {list(self.prefix.shape)}"
-            )
+            raise ConfigError(f"prefix of a prompt must be [L, 2, A_kv, P, D], got {list(self.prefix.shape)}")
         if self.input is not None or self.decoder is not None:
             raise ConfigError("a prompt is a prefix or virtual tokens, not both; split it in two")
 

@@ -45,8 +45,7 @@ _FOLDER = Path(__file__).with_name("page")
 _HEADERS = {
     # Only this server's own files are loaded or requested.
     "content-security-policy": (
-        "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'none'"
+        "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -72,8 +71,7 @@ def serve(settings: ServeSettings) -> None:
         app = build_app(settings, root)
         if not settings.is_local and settings.api_key_file is None:
             logger.warning(
-                "everybody who reaches %s can use this server; --api-key-file requires a key",
-                settings.host,
+                "everybody who reaches %s can use this server; --api-key-file requires a key", settings.host
             )
         address = sock.getsockname()
         host = f"[{address[0]}]" if ":" in address[0] else address[0]
@@ -86,10 +84,7 @@ def build_app(settings: ServeSettings, root: PromptFolder) -> FastAPI:
     base = load_base(settings.base_model, torch_dtype=settings.torch_dtype, device=settings.device)
     freeze(base.model)
     registry = Registry(
-        root,
-        base,
-        max_resident=settings.bounds.max_prompts_resident,
-        max_bytes=settings.max_prompt_bytes,
+        root, base, max_resident=settings.bounds.max_prompts_resident, max_bytes=settings.max_prompt_bytes
     )
     bounds = settings.bounds
     batcher = Batcher(base, bounds)
@@ -187,9 +182,7 @@ def _run(app: FastAPI, settings: ServeSettings, sock: socket.socket) -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def create_app(
-    settings: ServeSettings, registry: Registry, batcher: Batcher, scorer: Scorer
-) -> FastAPI:
+def create_app(settings: ServeSettings, registry: Registry, batcher: Batcher, scorer: Scorer) -> FastAPI:
     """Return the application; it owns the batcher and the scorer, which already run, and stops them at its end.
 
     Raises:
@@ -219,15 +212,7 @@ def create_app(
         },
     )
     app.state.service = service
-    for router in (
-        completions.router,
-        chat.router,
-        classify.router,
-        models.public,
-        models.admin,
-        health,
-        _page(),
-    ):
+    for router in (completions.router, chat.router, classify.router, models.public, models.admin, health, _page()):
         app.include_router(router)
     install_handlers(app)
     _add_middleware(app, service)

@@ -28,15 +28,7 @@ from softprompt.server.protocol import (
     Whole,
     options_of,
 )
-from softprompt.server.service import (
-    STREAMED,
-    USER,
-    EventStream,
-    Run,
-    Service,
-    in_thread,
-    service_of,
-)
+from softprompt.server.service import STREAMED, USER, EventStream, Run, Service, in_thread, service_of
 
 if TYPE_CHECKING:
     from softprompt.server.served import Served
@@ -119,29 +111,16 @@ def _whole(service: Service, body: ChatBody, choice: Choice) -> dict[str, Any]:
     return _choice(choice, "message", message, scores, choice.reason)
 
 
-def _choice(
-    choice: Choice, key: str, value: dict[str, str], scores: Any, reason: str | None
-) -> dict[str, Any]:
-    return {
-        "index": choice.index,
-        key: value,
-        "logprobs": scores,
-        "finish_reason": reason,
-        "seed": choice.seed,
-    }
+def _choice(choice: Choice, key: str, value: dict[str, str], scores: Any, reason: str | None) -> dict[str, Any]:
+    return {"index": choice.index, key: value, "logprobs": scores, "finish_reason": reason, "seed": choice.seed}
 
 
-async def _pieces(
-    service: Service, body: ChatBody, reply: Reply, run: Run
-) -> AsyncGenerator[dict[str, Any]]:
+async def _pieces(service: Service, body: ChatBody, reply: Reply, run: Run) -> AsyncGenerator[dict[str, Any]]:
     """Yield the chunks of a stream: role, each token's text, finish reasons, and usage if requested."""
     kind = f"{reply.kind}.chunk"
 
     def chunk(
-        choice: Choice,
-        delta: dict[str, str],
-        event: TokenEvent | None = None,
-        reason: str | None = None,
+        choice: Choice, delta: dict[str, str], event: TokenEvent | None = None, reason: str | None = None
     ) -> dict[str, Any]:
         scores = Scores.of(event).chat(service.tokens) if event and body.logprobs else None
         return reply.chunk(kind, _choice(choice, "delta", delta, scores, reason))
@@ -194,16 +173,10 @@ def chat_input(served: Served, messages: Sequence[Mapping[str, Any]]) -> Input:
     in_system = served.rows is not None and served.rows.placement is Placement.CHAT_SYSTEM
     if in_system:
         if messages[0]["role"] == "system":
-            raise ConfigError(
-                f"the prompt {served.name!r} stands in the system turn; leave the system message out"
-            )
+            raise ConfigError(f"the prompt {served.name!r} stands in the system turn; leave the system message out")
         messages = [{"role": "system", "content": _PLACEHOLDER}, *messages]
     try:
-        text = str(
-            tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
-        )
+        text = str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
     except Exception as cause:  # templates raise any exception
         first = (str(cause).splitlines() or [type(cause).__name__])[0]
         raise ConfigError(f"the chat template refuses these messages: {first}") from cause

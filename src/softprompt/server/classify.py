@@ -80,9 +80,7 @@ def labelling_of(body: ClassifyBody, served: Served, most_rows: int) -> Labellin
         raise Problem(400, f"the request has {len(texts)} texts, this server takes {most_rows}")
     labels = served.labels if body.labels is None else tuple(body.labels)
     if labels is None:
-        raise ConfigError(
-            f"{served.name!r} generates free text and has no labels of its own; send labels"
-        )
+        raise ConfigError(f"{served.name!r} generates free text and has no labels of its own; send labels")
     inputs = [served.of_fields(text, truncate=body.truncate_input) for text in texts]
     _check_inputs(inputs, served.prompt)
     return Labelling(labels, label_ids_of(served.rows or served.plain.answers, labels), inputs)
@@ -92,11 +90,7 @@ def _check_inputs(inputs: Sequence[Input], prompt: Prompt | None) -> None:
     if prompt is not None and prompt.input is not None:
         return
     # A prefix is attended to, but the label's first token needs a token that predicts it.
-    alone = (
-        "the base model has"
-        if prompt is None or prompt.prefix is None
-        else "a prefix-tuning prompt has"
-    )
+    alone = "the base model has" if prompt is None or prompt.prefix is None else "a prefix-tuning prompt has"
     for number, each in enumerate(inputs, start=1):
         if not each.ids:
             raise DataError(

@@ -128,9 +128,7 @@ async def _gathered(reply: Reply, run: Run) -> Reply:
     return reply
 
 
-def _whole(
-    service: Service, body: CompletionBody, submission: Submission, choice: Choice
-) -> dict[str, Any]:
+def _whole(service: Service, body: CompletionBody, submission: Submission, choice: Choice) -> dict[str, Any]:
     given = submission.inputs[choice.index // (body.n or 1)]
     before = submission.served.plain.decode(given.ids)
     position = Position(0 if body.echo else len(before))
@@ -148,21 +146,11 @@ def _scored(
     return scores.completion(service.tokens, position, top=body.logprobs > 0)
 
 
-def _choice(
-    choice: Choice, text: str, scores: dict[str, Any] | None, reason: str | None
-) -> dict[str, Any]:
-    return {
-        "index": choice.index,
-        "text": text,
-        "logprobs": scores,
-        "finish_reason": reason,
-        "seed": choice.seed,
-    }
+def _choice(choice: Choice, text: str, scores: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:
+    return {"index": choice.index, "text": text, "logprobs": scores, "finish_reason": reason, "seed": choice.seed}
 
 
-async def _pieces(
-    service: Service, body: CompletionBody, reply: Reply, run: Run
-) -> AsyncGenerator[dict[str, Any]]:
+async def _pieces(service: Service, body: CompletionBody, reply: Reply, run: Run) -> AsyncGenerator[dict[str, Any]]:
     """Yield the chunks of a stream: echo, each token's text, finish reasons, and usage if requested."""
     plain, scored = reply.submission.served.plain, body.logprobs is not None
     decoded = [plain.decode(given.ids) for given in reply.submission.inputs]
@@ -170,10 +158,7 @@ async def _pieces(
     positions = [Position(0 if body.echo else len(text)) for text in inputs]
 
     def chunk(
-        choice: Choice,
-        text: str = "",
-        event: TokenEvent | EchoEvent | None = None,
-        reason: str | None = None,
+        choice: Choice, text: str = "", event: TokenEvent | EchoEvent | None = None, reason: str | None = None
     ) -> dict[str, Any]:
         found = None if event is None else Scores.of(event)
         scores = _scored(service, body, found, positions[choice.index])

@@ -91,9 +91,7 @@ class Problem(Exception):
         self.headers = dict(headers or {})
         # Lone surrogates, which JSON allows, cannot be encoded as UTF-8.
         text = message.encode("utf-8", "backslashreplace").decode()
-        self.body = {
-            "error": {"message": text, "type": kind, "param": param, "code": code or usual}
-        }
+        self.body = {"error": {"message": text, "type": kind, "param": param, "code": code or usual}}
 
     def response(self) -> JSONResponse:
         """Return the response."""
@@ -197,9 +195,7 @@ _BOUNDS = {
     "string_too_short": ("min_length", "a text of {:,} or more characters"),
     "string_too_long": ("max_length", "a text of at most {:,} characters"),
 }
-_NO_OBJECT = (
-    "expected a JSON object in the body, and the header 'Content-Type: application/json'; got {}"
-)
+_NO_OBJECT = "expected a JSON object in the body, and the header 'Content-Type: application/json'; got {}"
 
 
 def refusal(errors: Sequence[Mapping[str, Any]], body: Any, known: Sequence[str]) -> Problem:

@@ -15,22 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softprompt.artifacts import (
-    MANIFEST_NAME,
-    WEIGHTS_NAME,
-    Manifest,
-    check_config,
-    manifest_of_task,
-    parse_object,
-)
-from softprompt.errors import (
-    AdapterError,
-    ArtifactError,
-    NotServingError,
-    SoftPromptError,
-    UsageError,
-    excerpt,
-)
+from softprompt.artifacts import MANIFEST_NAME, WEIGHTS_NAME, Manifest, check_config, manifest_of_task, parse_object
+from softprompt.errors import AdapterError, ArtifactError, NotServingError, SoftPromptError, UsageError, excerpt
 from softprompt.prompts import CONFIG_NAME, PeftType
 
 FILES = (CONFIG_NAME, WEIGHTS_NAME, MANIFEST_NAME)

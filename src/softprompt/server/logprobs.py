@@ -135,10 +135,7 @@ class Scores:
         tokens = zip(self.ids, self.values, self.top, strict=True)
         return {
             "content": [
-                {
-                    **_named(texts, token, value),
-                    "top_logprobs": [_named(texts, i, v) for i, v in top],
-                }
+                {**_named(texts, token, value), "top_logprobs": [_named(texts, i, v) for i, v in top]}
                 for token, value, top in tokens
             ],
             "refusal": None,
@@ -153,9 +150,7 @@ _FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SHOWN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _REST = [byte for byte in range(256) if byte not in _SHOWN]
 # The alphabet of byte-level BPE (GPT-2): printable bytes are themselves, the others follow 255.
-_ALPHABET = {chr(byte): byte for byte in _SHOWN} | {
-    chr(256 + number): byte for number, byte in enumerate(_REST)
-}
+_ALPHABET = {chr(byte): byte for byte in _SHOWN} | {chr(256 + number): byte for number, byte in enumerate(_REST)}
 
 
 def bytes_of(symbol: str, text: str) -> bytes | None:

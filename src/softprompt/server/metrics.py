@@ -22,9 +22,7 @@ def _milliseconds(*limits: float) -> tuple[float, ...]:
     return tuple(limit / 1000 for limit in limits)
 
 
-_FIRST = _milliseconds(
-    1, 5, 10, 20, 40, 60, 80, 100, 250, 500, 750, 1000, 2500, 5000, 7500, 10_000, 20_000, 40_000
-)
+_FIRST = _milliseconds(1, 5, 10, 20, 40, 60, 80, 100, 250, 500, 750, 1000, 2500, 5000, 7500, 10_000, 20_000, 40_000)
 _BETWEEN = _milliseconds(1, 2.5, 5, 10, 25, 50, 75, 100, 150, 200, 300, 400, 500, 750, 1000, 2500)
 _WHOLE = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240)
 
@@ -32,10 +30,7 @@ _WHOLE = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40,
 _GAUGES = {
     "running": ("num_requests_running", "Answers being generated."),
     "waiting": ("num_requests_waiting", "Requests in the queue."),
-    "resident_tokens": (
-        "prompt_cache_tokens",
-        "Virtual tokens in the LRU cache of prompt keys and values.",
-    ),
+    "resident_tokens": ("prompt_cache_tokens", "Virtual tokens in the LRU cache of prompt keys and values."),
     "resident_prompts": ("prompt_cache_prompts", "Prompts in that cache."),
 }
 _COUNTS = {
@@ -65,22 +60,13 @@ class Metrics:
         self.input = self._counter("prompt_tokens", "Text tokens of inputs.")
         self.virtual = self._counter("virtual_tokens", "Virtual tokens in front of inputs.")
         self.generated = self._counter("generation_tokens", "Tokens of answers.")
-        self.success = self._counter(
-            "request_success", "Answers by their finish reason.", "finished_reason"
-        )
+        self.success = self._counter("request_success", "Answers by their finish reason.", "finished_reason")
         self.refused = Counter(
-            "softprompt_requests_refused",
-            "Requests answered with an error.",
-            ["code"],
-            registry=self.registry,
+            "softprompt_requests_refused", "Requests answered with an error.", ["code"], registry=self.registry
         )
         self.first = self._histogram("time_to_first_token_seconds", "Time to first token.", _FIRST)
-        self.between = self._histogram(
-            "inter_token_latency_seconds", "Time between tokens.", _BETWEEN
-        )
-        self.whole = self._histogram(
-            "e2e_request_latency_seconds", "End-to-end request latency.", _WHOLE
-        )
+        self.between = self._histogram("inter_token_latency_seconds", "Time between tokens.", _BETWEEN)
+        self.whole = self._histogram("e2e_request_latency_seconds", "End-to-end request latency.", _WHOLE)
 
     def label(self, name: str) -> str:
         """Return a prompt's ``model_name`` label: its name for the first ones, then ``OTHER``."""
@@ -115,9 +101,7 @@ class Metrics:
         return Counter(f"softprompt_{name}", text, ["model_name", *labels], registry=self.registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(
-            f"softprompt_{name}", text, ["model_name"], registry=self.registry, buckets=buckets
-        )
+        return Histogram(f"softprompt_{name}", text, ["model_name"], registry=self.registry, buckets=buckets)
 
 
 def _statistic(batcher: Batcher, field: str) -> float:

@@ -110,9 +110,7 @@ class Access:
         except ValueError:
             host = None
         if host not in self.hosts:
-            raise Problem(
-                421, f"this server is not {excerpt(header)!r}; start it with --allowed-host"
-            )
+            raise Problem(421, f"this server is not {excerpt(header)!r}; start it with --allowed-host")
 
     def check_user(self, request: Request) -> None:
         """Raise Problem 401 unless a known key was sent, where any are required."""
@@ -152,12 +150,7 @@ class Limits:
     """ASGI middleware: connection, body-size and slow-reader limits, and the check of the host."""
 
     def __init__(
-        self,
-        app: ASGIApp,
-        settings: ServeSettings,
-        access: Access,
-        metrics: Metrics,
-        connections: Connections,
+        self, app: ASGIApp, settings: ServeSettings, access: Access, metrics: Metrics, connections: Connections
     ) -> None:
         self._app = app
         self._settings = settings

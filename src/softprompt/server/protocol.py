@@ -11,25 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from softprompt.errors import ConfigError
-from softprompt.generation import (
-    EchoEvent,
-    Event,
-    FinishEvent,
-    GenerationOptions,
-    Input,
-    Request,
-    TokenEvent,
-)
+from softprompt.generation import EchoEvent, Event, FinishEvent, GenerationOptions, Input, Request, TokenEvent
 from softprompt.server.logprobs import Scores
 
 if TYPE_CHECKING:
@@ -90,9 +75,9 @@ class SamplingBody(Body):
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
-    exponential_decay_length_penalty: (
-        Annotated[list[float], Field(min_length=2, max_length=2)] | None
-    ) = Field(None, description="Start, in new tokens, and factor of the end token's logit.")
+    exponential_decay_length_penalty: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="Start, in new tokens, and factor of the end token's logit."
+    )
     seed: Whole | None = Field(None, ge=0, le=_INT64)
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     n: Whole | None = Field(1, ge=1, le=128)
@@ -286,9 +271,7 @@ class Reply:
             "virtual_tokens": virtual,
         }
 
-    def chunk(
-        self, kind: str, *choices: dict[str, Any], usage: dict[str, int] | None = None
-    ) -> dict[str, Any]:
+    def chunk(self, kind: str, *choices: dict[str, Any], usage: dict[str, int] | None = None) -> dict[str, Any]:
         """Return a chunk of a streamed response; ``kind`` is its ``object``."""
         reported = {"usage": usage} if self.reports_usage else {}
         return {**self.head, "object": kind, "choices": list(choices), **reported}

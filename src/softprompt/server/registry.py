@@ -16,14 +16,7 @@ from typing import final
 
 from softprompt.artifacts import StoredPrompt, adapter_of_files
 from softprompt.backbone import Base, is_encoder_decoder
-from softprompt.errors import (
-    AdapterError,
-    ArtifactError,
-    ConfigError,
-    SoftPromptError,
-    excerpt,
-    nearest,
-)
+from softprompt.errors import AdapterError, ArtifactError, ConfigError, SoftPromptError, excerpt, nearest
 from softprompt.inference import Task, task_number, tuned_of
 from softprompt.server.folder import (
     FILES,
@@ -62,9 +55,7 @@ class Registry:
         max_bytes: Largest file of a prompt.
     """
 
-    def __init__(
-        self, root: PromptFolder, base: Base, *, max_resident: int, max_bytes: int
-    ) -> None:
+    def __init__(self, root: PromptFolder, base: Base, *, max_resident: int, max_bytes: int) -> None:
         self.root = root
         self.base = base
         plain = PlainText(base, seq2seq=is_encoder_decoder(base.model))
@@ -213,9 +204,7 @@ class Registry:
             hint = nearest(name, self._listed_like(name)) if is_name(name) else ""
             if not hint:
                 raise
-            raise AdapterError(
-                f"there is no prompt {name!r}{hint}; GET /v1/models lists them"
-            ) from None
+            raise AdapterError(f"there is no prompt {name!r}{hint}; GET /v1/models lists them") from None
 
     def _listed_like(self, name: str) -> list[str]:
         """Return listed names similar to one; of a large folder only similar names are read."""

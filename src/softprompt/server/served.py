@@ -59,11 +59,7 @@ class PlainText:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids without special tokens."""
-        return str(
-            self.tokenizer.decode(
-                list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        )
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 @dataclass(frozen=True, slots=True)

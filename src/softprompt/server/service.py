@@ -45,9 +45,7 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 Result = TypeVar("Result")
 _EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
-STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": _EVENT}}}
-}
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
 """OpenAPI description of a streamed response."""
 CLIENT_GONE = 499
 """Status in access logs when the client has disconnected (nginx's 499)."""
@@ -272,9 +270,7 @@ class Run:
                     self.metrics.virtual.labels(label).inc(event.prompt_tokens)
 
 
-async def _pump(
-    number: int, ticket: Ticket, queue: asyncio.Queue[tuple[int, Event | Exception | None]]
-) -> None:
+async def _pump(number: int, ticket: Ticket, queue: asyncio.Queue[tuple[int, Event | Exception | None]]) -> None:
     try:
         async for event in ticket:
             queue.put_nowait((number, event))

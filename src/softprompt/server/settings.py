@@ -27,20 +27,14 @@ class ServeSettings:
     base_model: str = setting(MISSING, "Base model: folder, Hub id or 'demo'.", group=_SERVER)
     prompts: str = setting(MISSING, "Folder of prompts, one subfolder for each.", group=_PROMPTS)
     host: str = setting("127.0.0.1", "Address to listen on.", group=_SERVER)
-    port: int = setting(
-        8000, "Port to listen on; 0 chooses a free one.", least=0, most=65535, group=_SERVER
-    )
+    port: int = setting(8000, "Port to listen on; 0 chooses a free one.", least=0, most=65535, group=_SERVER)
     device: str | None = setting(None, "Device, such as cpu or cuda:0.", group=_SERVER)
-    torch_dtype: str | None = setting(
-        None, "Data type of the base model; by default its files'.", group=_SERVER
-    )
+    torch_dtype: str | None = setting(None, "Data type of the base model; by default its files'.", group=_SERVER)
     api_key_file: str | None = setting(
         None, "File of API keys, one a line; /v1 and /metrics then require one.", group=_ACCESS
     )
     admin_key_file: str | None = setting(
-        None,
-        "File of keys for loading and unloading prompts; without it administration is off.",
-        group=_ACCESS,
+        None, "File of keys for loading and unloading prompts; without it administration is off.", group=_ACCESS
     )
     allowed_origin: tuple[str, ...] = setting(
         (), "CORS: origin of web pages that may call the server.", group=_ACCESS
@@ -74,18 +68,11 @@ class ServeSettings:
         2**20, "Maximum size of a request's body, in bytes; beyond it 413.", least=1, group=_LIMITS
     )
     body_seconds: float = setting(30.0, "Timeout for receiving a request.", above=0, group=_TIMES)
-    request_seconds: float = setting(
-        300.0, "Time limit of a request; answers end there.", above=0, group=_TIMES
-    )
+    request_seconds: float = setting(300.0, "Time limit of a request; answers end there.", above=0, group=_TIMES)
     stall_seconds: float = setting(
-        30.0,
-        "Timeout of a client that does not read its answer (slow reader).",
-        above=0,
-        group=_TIMES,
+        30.0, "Timeout of a client that does not read its answer (slow reader).", above=0, group=_TIMES
     )
-    drain_seconds: float = setting(
-        30.0, "Time for running answers to finish after SIGTERM.", above=0, group=_TIMES
-    )
+    drain_seconds: float = setting(30.0, "Time for running answers to finish after SIGTERM.", above=0, group=_TIMES)
 
     def __post_init__(self) -> None:
         """Check every value."""

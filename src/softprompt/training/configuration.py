@@ -9,13 +9,7 @@ from enum import Enum
 from typing import Any
 
 from softprompt.errors import ConfigError, nearest
-from softprompt.prompts import (
-    MultitaskPromptTuningInit,
-    PeftType,
-    PromptLearningConfig,
-    PromptTuningInit,
-    TaskType,
-)
+from softprompt.prompts import MultitaskPromptTuningInit, PeftType, PromptLearningConfig, PromptTuningInit, TaskType
 from softprompt.prompts import config_class as class_of
 from softprompt.training.tuning_config import SOURCE_METHODS, TuningConfig
 
@@ -76,9 +70,7 @@ class Origins:
     source: tuple[str, int] = ("source", 0)
 
 
-def configuration_of(
-    tuning: TuningConfig, tuning_type: str, origins: Origins
-) -> PromptLearningConfig:
+def configuration_of(tuning: TuningConfig, tuning_type: str, origins: Origins) -> PromptLearningConfig:
     """Return the configuration that settings mean, its sizes not filled in yet.
 
     Raises:
@@ -129,9 +121,7 @@ def tuning_type_named(method: Any) -> str:
         ConfigError: There is no such method.
     """
     if method not in METHODS:
-        raise ConfigError(
-            f"method is one of {', '.join(METHODS)}; got {method!r}{nearest(str(method), METHODS)}"
-        )
+        raise ConfigError(f"method is one of {', '.join(METHODS)}; got {method!r}{nearest(str(method), METHODS)}")
     return METHODS[method]
 
 

@@ -28,9 +28,7 @@ class Events:
     is the mean loss per target token, in nats.
     """
 
-    def __init__(
-        self, log: Path | None, state: RunState, total: int, *, silent: bool, of: str = ""
-    ) -> None:
+    def __init__(self, log: Path | None, state: RunState, total: int, *, silent: bool, of: str = "") -> None:
         """Open the log file ``log`` behind what it holds of this run; ``of`` names the stage."""
         self._of = of
         self._log = _open_log(log, state.update) if log else None
@@ -47,10 +45,7 @@ class Events:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the bar and the log file."""
         self._bar.close()

@@ -81,9 +81,7 @@ def read_data(train: Data, validation: Data | None, settings: TuneSettings) -> l
         )
     settings.check_tasks([name for name in sets if name])
     if validation is None and settings.early_stopping_patience is not None:
-        raise ConfigError(
-            "early_stopping_patience needs validation_data: nothing is split off the training data"
-        )
+        raise ConfigError("early_stopping_patience needs validation_data: nothing is split off the training data")
     return [_task(name, sets[name], held_out.get(name), settings) for name in sets]
 
 
@@ -111,9 +109,7 @@ def _task(name: str, train: Rows, validation: Rows | None, settings: TuneSetting
 
 
 def _read(source: Rows, verbalizer: Verbalizer, settings: TuneSettings) -> list[Record]:
-    examples = read_records(
-        source, input_field=settings.input_field, output_field=settings.output_field
-    )
+    examples = read_records(source, input_field=settings.input_field, output_field=settings.output_field)
     verbalizer.check(examples, settings.output_field)
     return examples
 
@@ -151,12 +147,7 @@ def first_tokens(rows: Sequence[TokenRow], count: int, tokenizer: RowTokenizer) 
 
 
 def with_context(
-    config: CPTConfig,
-    rows: Sequence[TokenRow],
-    tokenizer: RowTokenizer,
-    *,
-    count: int,
-    room: int | None,
+    config: CPTConfig, rows: Sequence[TokenRow], tokenizer: RowTokenizer, *, count: int, room: int | None
 ) -> tuple[CPTConfig, int]:
     """Return a configuration whose context is the first records, and how many these are.
 
@@ -178,11 +169,7 @@ def with_context(
         kinds += own_kinds
         used += 1
     made = dataclasses.replace(
-        config,
-        num_virtual_tokens=None,
-        cpt_token_ids=ids,
-        cpt_mask=None,
-        cpt_tokens_type_mask=kinds,
+        config, num_virtual_tokens=None, cpt_token_ids=ids, cpt_mask=None, cpt_tokens_type_mask=kinds
     )
     return made, used
 

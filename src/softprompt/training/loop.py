@@ -70,8 +70,7 @@ class Sampling:
         # The budget splits passes, never updates: memory changes, the optimiser does not notice.
         budget = self.max_tokens
         return [
-            [part for batch in update for part in split_batch(batch, self.lengths, budget)]
-            for update in updates
+            [part for batch in update for part in split_batch(batch, self.lengths, budget)] for update in updates
         ]
 
     def _mixed_batches(self, epoch: int) -> list[list[int]]:
@@ -96,9 +95,7 @@ class Sampling:
         return batches
 
 
-def _tasks_of_batch(
-    generator: random.Random, weights: dict[int, float], batch_size: int
-) -> list[int]:
+def _tasks_of_batch(generator: random.Random, weights: dict[int, float], batch_size: int) -> list[int]:
     """Draw the task of each row of a batch: at least two tasks, each of them at least once."""
     most = min(len(weights), batch_size)
     count = generator.randint(min(2, most), most)
@@ -216,9 +213,7 @@ def train(
         save()
 
 
-def _accumulate(
-    stage: Stage, update: Update, state: RunState, check_stop: Callable[[], None]
-) -> Sums:
+def _accumulate(stage: Stage, update: Update, state: RunState, check_stop: Callable[[], None]) -> Sums:
     """Accumulate the gradient of an update over its micro-batches.
 
     Each task's prompt is made once; the passes add their gradients to that value, and only their

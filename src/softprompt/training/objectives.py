@@ -82,10 +82,7 @@ class ContextLikelihood:
         """Score rows; see ``Objective``."""
         context = rows[0].prompt
         assert context is not None and context.input is not None
-        before = [
-            EngineRow((), label.ids, Prompt(input=context.input[: label.start]))
-            for label in self.labels
-        ]
+        before = [EngineRow((), label.ids, Prompt(input=context.input[: label.start])) for label in self.labels]
         scores = self.engine.target_log_probs([*rows, *before])
         own = scores.row_index < len(rows)
         weights = [label.weight for label in self.labels]
@@ -144,9 +141,7 @@ class Distillation:
         student = self.engine.target_outputs(rows)
         with torch.no_grad():
             prompts = {task: self.teachers.prompt(task) for task in sorted(set(tasks))}
-            taught = [
-                replace(row, prompt=prompts[task]) for row, task in zip(rows, tasks, strict=True)
-            ]
+            taught = [replace(row, prompt=prompts[task]) for row, task in zip(rows, tasks, strict=True)]
             teacher = self.engine.target_outputs(taught)
         log_p = student.logits.float().log_softmax(dim=-1)  # [M, V]
         wanted = teacher.logits.float().log_softmax(dim=-1)

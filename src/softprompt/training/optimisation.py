@@ -50,9 +50,7 @@ class Rates:
         return self.task if name.startswith(_TASK_PARAMETERS) else self.prompt
 
 
-def peak_rates(
-    settings: TuneSettings, base: Base, prompt: PromptModule, key_values: Tensor | None = None
-) -> Rates:
+def peak_rates(settings: TuneSettings, base: Base, prompt: PromptModule, key_values: Tensor | None = None) -> Rates:
     """Return the learning rates of a run, and log them with the scale of what they change.
 
     Virtual tokens learn at a share of the embeddings' rms, keys and values at a share of their own rms in
@@ -84,9 +82,7 @@ def peak_rates(
         rate = share * scale
         logger.info("learning rate %.4g (%g x the %s %.4g)", rate, share, what, scale)
     else:
-        logger.info(
-            "learning rate %.4g as given (%.3g x the %s %.4g)", rate, rate / scale, what, scale
-        )
+        logger.info("learning rate %.4g as given (%.3g x the %s %.4g)", rate, rate / scale, what, scale)
     task_rate = 0.0
     if settings.multitask:
         task_rate = settings.task_learning_rate or TASK_RATE
@@ -105,9 +101,7 @@ def _layer_rms(key_values: Tensor) -> Tensor:
     return key_values.float().square().mean(dim=(2, 3, 4)).sqrt()
 
 
-def build_optimizer(
-    settings: TuneSettings, prompt: nn.Module, rates: Rates
-) -> torch.optim.Optimizer:
+def build_optimizer(settings: TuneSettings, prompt: nn.Module, rates: Rates) -> torch.optim.Optimizer:
     """Build the optimizer of a prompt's parameters, each in a group with its own name and peak rate.
 
     Keys and values ``[P, L·2·A_kv·D]`` are one parameter under PEFT's name. Here each layer's keys and each
@@ -130,11 +124,7 @@ def build_optimizer(
     optimizer: torch.optim.Optimizer
     if settings.optimizer == "adafactor":
         optimizer = Adafactor(  # type: ignore[no-untyped-call]
-            groups,
-            lr=rates.prompt,
-            weight_decay=settings.weight_decay,
-            scale_parameter=False,
-            relative_step=False,
+            groups, lr=rates.prompt, weight_decay=settings.weight_decay, scale_parameter=False, relative_step=False
         )
     else:
         optimizer = torch.optim.AdamW(groups, lr=rates.prompt, weight_decay=settings.weight_decay)
@@ -189,9 +179,7 @@ class _Views:
         """Return a parameter group for each part."""
         return [
             _group(f"{name}.{i // 2}.{('keys', 'values')[i % 2]}", part, rates.of(name) * scale)
-            for i, (part, scale) in enumerate(
-                zip(self.parts, self.scales.flatten().tolist(), strict=True)
-            )
+            for i, (part, scale) in enumerate(zip(self.parts, self.scales.flatten().tolist(), strict=True))
         ]
 
     def take_gradient(self, *step: Any) -> None:

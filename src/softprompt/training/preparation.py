@@ -164,9 +164,7 @@ def teacher_prompt(prepared: Prepared, number: int) -> PromptModule:
         return started_prompt(PromptTuningConfig(**values), base.model).to(base.device)
 
 
-def _configuration(
-    base: Base, data: Sequence[TaskData], settings: TuneSettings
-) -> PromptLearningConfig:
+def _configuration(base: Base, data: Sequence[TaskData], settings: TuneSettings) -> PromptLearningConfig:
     """Return the configuration of the run's prompt, its sizes filled in.
 
     Raises:
@@ -195,9 +193,7 @@ def _configuration(
     config.task_type, config.base_model_name_or_path = origins.task_type, base.name
     if isinstance(config, MultitaskPromptTuningConfig):
         if config.num_tasks not in (1, len(data)):
-            raise ConfigError(
-                f"num_tasks is {config.num_tasks}, the data has {len(data)}; leave it out"
-            )
+            raise ConfigError(f"num_tasks is {config.num_tasks}, the data has {len(data)}; leave it out")
         config.num_tasks = len(data)
     config = completed(config, base)
     if source is not None:
@@ -205,9 +201,7 @@ def _configuration(
     return config
 
 
-def _tokenized(
-    task: TaskData, base: Base, config: PromptLearningConfig, settings: TuneSettings
-) -> TaskRows:
+def _tokenized(task: TaskData, base: Base, config: PromptLearningConfig, settings: TuneSettings) -> TaskRows:
     tokenizer = RowTokenizer(
         base.tokenizer,
         Verbalizer(task.template),
@@ -233,9 +227,7 @@ def _loaded(base_model: BaseLike, settings: TuneSettings) -> Base:
     tokenizer = base_model.tokenizer if isinstance(base_model, Base) else None
     if isinstance(source, str | Path) and Path(source).is_dir():
         source = Path(source).resolve()
-    loaded = load_base(
-        source, tokenizer=tokenizer, torch_dtype=settings.torch_dtype, device=settings.device
-    )
+    loaded = load_base(source, tokenizer=tokenizer, torch_dtype=settings.torch_dtype, device=settings.device)
     loaded.model.eval()  # type: ignore[no-untyped-call]
     return loaded
 
@@ -262,9 +254,7 @@ def _check_lengths(
         check_context(target, behind, output_limit(base.model), what="decoder")
 
 
-def _with_context(
-    config: CPTConfig, base: Base, task: TaskRows, settings: TuneSettings
-) -> CPTConfig:
+def _with_context(config: CPTConfig, base: Base, task: TaskRows, settings: TuneSettings) -> CPTConfig:
     """Return the configuration with a context of the first training records."""
     limit = base.facts.context_length
     longest = max(len(row.source) + len(row.target) for row in (*task.train, *task.validation))
@@ -275,15 +265,11 @@ def _with_context(
         count=settings.context_records or CONTEXT_RECORDS,
         room=None if limit is None or settings.context_records else limit - longest,
     )
-    logger.info(
-        "the context is the first %d training records, %d tokens", count, found.num_virtual_tokens
-    )
+    logger.info("the context is the first %d training records, %d tokens", count, found.num_virtual_tokens)
     return found
 
 
-def _key_values(
-    module: PromptModule, base: Base, task: TaskRows, settings: TuneSettings
-) -> Tensor | None:
+def _key_values(module: PromptModule, base: Base, task: TaskRows, settings: TuneSettings) -> Tensor | None:
     """Start keys and values that have no other start at those of the first training records.
 
     Returns:
@@ -304,7 +290,5 @@ def _key_values(
         logger.info("the keys and values start at random: a decoder's depend on the input")
         return values
     module.load_stored({PROMPT_KEY: FlatOrder.of(config).flattened(values)})
-    logger.info(
-        "the keys and values start at those of the first training records, %d tokens", len(ids)
-    )
+    logger.info("the keys and values start at those of the first training records, %d tokens", len(ids))
     return values

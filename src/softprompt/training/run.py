@@ -22,13 +22,7 @@ from softprompt.training.examples import Data, Rows, read_data
 from softprompt.training.preparation import BaseLike, Prepared, prepare
 from softprompt.training.session import Trained, identity, run
 from softprompt.training.settings import TuneOptions, TuneSettings, full_names
-from softprompt.training.state import (
-    StopSignal,
-    kept_if_resumable,
-    load_state,
-    remove_state,
-    state_path,
-)
+from softprompt.training.state import StopSignal, kept_if_resumable, load_state, remove_state, state_path
 from softprompt.training.tuning_config import TuningConfig
 
 
@@ -97,9 +91,7 @@ def _check_names(options: Mapping[str, Any]) -> None:
     known = list(inspect.signature(tune).parameters)
     for name in options:
         if name not in known and name not in TuningConfig.__dataclass_fields__:
-            raise ConfigError(
-                f"tune has no argument {name!r}{nearest(name, known)}; see help(tune)"
-            )
+            raise ConfigError(f"tune has no argument {name!r}{nearest(name, known)}; see help(tune)")
 
 
 def check_output(output: Path | None, *, overwrite: bool) -> None:
@@ -134,8 +126,7 @@ def _require_writable(output: Path) -> None:
         return  # refused as a file, with another message
     if not place.is_dir():
         raise ArtifactError(
-            f"expected an output directory, {output} lies in {place}: Not a directory; choose "
-            "another path"
+            f"expected an output directory, {output} lies in {place}: Not a directory; choose another path"
         )
     if not os.access(place, os.W_OK | os.X_OK):
         raise ArtifactError(
@@ -144,14 +135,9 @@ def _require_writable(output: Path) -> None:
         )
 
 
-def _finished(
-    prepared: Prepared, trained: Trained, plan: _Plan, target: Path | None
-) -> TunedPrompt:
+def _finished(prepared: Prepared, trained: Trained, plan: _Plan, target: Path | None) -> TunedPrompt:
     config = prepared.config
-    if (
-        isinstance(config, MultitaskPromptTuningConfig)
-        and config.prompt_tuning_init in SOURCE_INITS
-    ):
+    if isinstance(config, MultitaskPromptTuningConfig) and config.prompt_tuning_init in SOURCE_INITS:
         # A saved prompt must load where its source is not.
         config.prompt_tuning_init = MultitaskPromptTuningInit.RANDOM
         config.prompt_tuning_init_state_dict_path = None
@@ -176,10 +162,7 @@ class _Plan:
 
     def names(self) -> dict[str, Any]:
         """Return what the run file says of the sources; None for what was in memory."""
-        named = {
-            "base_model": _name(self.base_model),
-            "train_data": _name(self.train_data),
-        }
+        named = {"base_model": _name(self.base_model), "train_data": _name(self.train_data)}
         if self.validation_data is not None:
             named["validation_data"] = _name(self.validation_data)
         return named
@@ -215,13 +198,9 @@ def _resumed(
     if output is None:
         raise UsageError("resume needs the output directory of the interrupted run")
     if not state_path(output).exists():
-        raise UsageError(
-            f"nothing to resume in {output}: it holds no interrupted run; start it without resume"
-        )
+        raise UsageError(f"nothing to resume in {output}: it holds no interrupted run; start it without resume")
     saved = read_run(state_path(output).with_name(RUN_FILE))
-    names = {
-        name: saved.pop(name, None) for name in ("base_model", "train_data", "validation_data")
-    }
+    names = {name: saved.pop(name, None) for name in ("base_model", "train_data", "validation_data")}
     settings = _same_settings(TuneSettings.from_dict(saved), options)
     if names["base_model"] is None and base_model == DEMO:
         raise UsageError("the interrupted run used a model in memory; give base_model again")
@@ -267,18 +246,10 @@ def _signature() -> inspect.Signature:
     written = inspect.signature(tune)
     named = [p for p in written.parameters.values() if p.kind is not p.VAR_KEYWORD]
     options = [
-        inspect.Parameter(
-            item.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=default_of(item),
-            annotation=item.type,
-        )
+        inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=default_of(item), annotation=item.type)
         for item in fields(TuneSettings)
     ]
-    aliases = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-        for name in ("lr", "method")
-    ]
+    aliases = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in ("lr", "method")]
     return written.replace(parameters=[*named, *options, *aliases])
 
 
@@ -320,9 +291,7 @@ def write_run(path: Path, sources: Mapping[str, Any], settings: TuneSettings) ->
     Data sets by task and other mappings are tables.
     """
     given = {name: value for name, value in sources.items() if not _in_memory(value)}
-    lines = [
-        f"# {name} was in memory and has to be given again" for name in sources if name not in given
-    ]
+    lines = [f"# {name} was in memory and has to be given again" for name in sources if name not in given]
     values = given | settings.to_dict()
     tables = {name: value for name, value in values.items() if isinstance(value, Mapping)}
     lines += [f"{name} = {_literal(value)}" for name, value in values.items() if name not in tables]
@@ -336,9 +305,7 @@ def write_run(path: Path, sources: Mapping[str, Any], settings: TuneSettings) ->
 def _check_keys(values: Mapping[str, Any], known: list[str], where: str) -> None:
     for name in values:
         if name not in known:
-            raise ConfigError(
-                f"{where}: unknown key {name!r}{nearest(name, known)}; known: {', '.join(known)}"
-            )
+            raise ConfigError(f"{where}: unknown key {name!r}{nearest(name, known)}; known: {', '.join(known)}")
 
 
 def _check_source(value: Any, name: str, path: str) -> None:

@@ -23,24 +23,11 @@ from softprompt.generation import TargetLikelihood, classify_rows, target_likeli
 from softprompt.prompts import CPTConfig, Prompt, PromptModule, context_labels
 from softprompt.training.events import Events
 from softprompt.training.loop import Measure, Sampling, Stage, train
-from softprompt.training.objectives import (
-    ContextLikelihood,
-    Distillation,
-    Likelihood,
-    Objective,
-    TeacherPrompts,
-)
+from softprompt.training.objectives import ContextLikelihood, Distillation, Likelihood, Objective, TeacherPrompts
 from softprompt.training.optimisation import build_optimizer
 from softprompt.training.preparation import Prepared, teacher_prompt
 from softprompt.training.settings import DISTILLATION_WEIGHT
-from softprompt.training.state import (
-    RunState,
-    Snapshot,
-    StopSignal,
-    how_to_go_on,
-    save_state,
-    state_path,
-)
+from softprompt.training.state import RunState, Snapshot, StopSignal, how_to_go_on, save_state, state_path
 
 logger = logging.getLogger(__name__)
 
@@ -88,10 +75,7 @@ class Validation:
             yield self.rows[start : start + ROWS_BETWEEN_STOPS]
 
     def _likelihood(self, prompt: Prompt) -> dict[str, float]:
-        parts = [
-            target_likelihood(self.engine, rows, prompt, batch_size=self.batch_size)
-            for rows in self._parts()
-        ]
+        parts = [target_likelihood(self.engine, rows, prompt, batch_size=self.batch_size) for rows in self._parts()]
         whole = TargetLikelihood(sum(p.log_prob for p in parts), sum(p.tokens for p in parts))
         return {"perplexity": whole.perplexity, "loss": whole.loss}
 
@@ -111,9 +95,7 @@ class Validation:
         whole = TargetLikelihood(log_prob, sum(len(row.target) for row in self.rows))
         return {"accuracy": accuracy, "loss": whole.loss}
 
-    def _watch_collapse(
-        self, predicted: list[int], gold: list[int], names: list[str], accuracy: float
-    ) -> None:
+    def _watch_collapse(self, predicted: list[int], gold: list[int], names: list[str], accuracy: float) -> None:
         """Say so when all rows get one label, or accuracy stays at the commonest label's share."""
         answers, truth = Counter(predicted), Counter(gold)
         chance = max(truth.values()) / len(gold)
@@ -172,9 +154,7 @@ TEACHERS = "teachers"
 TEACHER_LOG_FILE = "teacher_training_logs.jsonl"
 
 
-def stages_of(
-    prepared: Prepared, earlier: Mapping[str, Tensor], check_stop: Callable[[], None]
-) -> Iterator[Stage]:
+def stages_of(prepared: Prepared, earlier: Mapping[str, Tensor], check_stop: Callable[[], None]) -> Iterator[Stage]:
     """Yield the stages of a run in order, each when those before it are done.
 
     Args:
@@ -186,9 +166,7 @@ def stages_of(
     if len(prepared.tasks) < 2 or weight == 0:
         yield _stage(prepared, prepared.module, _likelihood(prepared), check_stop)
         return
-    teachers = TeacherPrompts(
-        [teacher_prompt(prepared, number) for number in range(len(prepared.tasks))]
-    )
+    teachers = TeacherPrompts([teacher_prompt(prepared, number) for number in range(len(prepared.tasks))])
     if earlier:
         teachers.load_stored(earlier)
     first = _stage(prepared, teachers, Likelihood(prepared.engine), check_stop, mixed=False)
@@ -239,9 +217,7 @@ def _stage(
         rms=prepared.rates.rms,
         validation=_validation(prepared, check_stop),
         task_names=prepared.names,
-        context_tokens=(
-            objective.tokens_per_row if isinstance(objective, ContextLikelihood) else 0
-        ),
+        context_tokens=(objective.tokens_per_row if isinstance(objective, ContextLikelihood) else 0),
         distils=isinstance(objective, Distillation),
     )
 
@@ -273,9 +249,7 @@ class Trained:
     history: list[dict[str, Any]]
 
 
-def run(
-    prepared: Prepared, output: Path | None, stop: StopSignal, found: Snapshot | None = None
-) -> Trained:
+def run(prepared: Prepared, output: Path | None, stop: StopSignal, found: Snapshot | None = None) -> Trained:
     """Train the prompt in place and leave the best one in it.
 
     Args:
@@ -331,12 +305,7 @@ class _Session:
             if self.output is None:
                 return
             snapshot = Snapshot.of(
-                stage.name,
-                state,
-                stage.prompt,
-                optimizer,
-                earlier=self.earlier,
-                results=self.results,
+                stage.name, state, stage.prompt, optimizer, earlier=self.earlier, results=self.results
             )
             save_state(self.output, snapshot, self.identity)
 

@@ -48,9 +48,7 @@ DISTILLATION_WEIGHT = 0.9
 CONTEXT_RECORDS = 4
 """Default number of training records in the context of context-aware prompt tuning."""
 
-TuningType = Literal[
-    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE", "CPT"
-]
+TuningType = Literal["PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE", "CPT"]
 
 _ONLY_WITH: Mapping[str, tuple[str, ...]] = {
     "task_learning_rate": (MULTITASK,),
@@ -98,9 +96,7 @@ class TuneSettings:
         group=_TASKS,
     )
     task_sampling: Literal["proportional", "uniform"] | None = setting(
-        None,
-        "Sampling of tasks: proportional to their records (the default), or uniform.",
-        group=_TASKS,
+        None, "Sampling of tasks: proportional to their records (the default), or uniform.", group=_TASKS
     )
     distillation_weight: float | None = setting(
         None,
@@ -122,9 +118,7 @@ class TuneSettings:
         group="Context-aware prompt tuning",
     )
     accumulate_steps: int = setting(1, "Gradient accumulation steps.", least=1, group=_OPTIMISATION)
-    verbalizer: str = setting(
-        "{{input}}", "Template of the model's input, from a record's fields.", group=_DATA
-    )
+    verbalizer: str = setting("{{input}}", "Template of the model's input, from a record's fields.", group=_DATA)
     task_verbalizers: dict[str, str] | None = setting(
         None, "Templates of single tasks; the others use verbalizer.", group=_TASKS
     )
@@ -143,13 +137,9 @@ class TuneSettings:
     input_field: str | None = setting(None, "Column of the input text.", group=_DATA)
     output_field: str | None = setting(None, "Column of the target.", group=_DATA)
     source_prompt_base: str | None = setting(
-        None,
-        "Folder of source prompts; by default the environment's SOURCE_PROMPT_BASE.",
-        group=_TASKS,
+        None, "Folder of source prompts; by default the environment's SOURCE_PROMPT_BASE.", group=_TASKS
     )
-    torch_dtype: str | None = setting(
-        None, "Data type of the base model; by default its own.", group=_MODEL
-    )
+    torch_dtype: str | None = setting(None, "Data type of the base model; by default its own.", group=_MODEL)
     device: str | None = setting(None, "Device, such as cpu or cuda:0.", group=_MODEL)
     engine: Literal["auto", "forest", "expand", "plain"] = setting(
         "auto",
@@ -159,32 +149,22 @@ class TuneSettings:
     )
     optimizer: Literal["adamw", "adafactor"] = setting("adamw", "Optimizer.", group=_OPTIMISATION)
     weight_decay: float = setting(0.0, "Decoupled weight decay.", least=0, group=_OPTIMISATION)
-    max_grad_norm: float = setting(
-        1.0, "Max gradient norm; 0 disables clipping.", least=0, group=_OPTIMISATION
-    )
+    max_grad_norm: float = setting(1.0, "Max gradient norm; 0 disables clipping.", least=0, group=_OPTIMISATION)
     schedule: Literal["linear", "cosine", "constant"] = setting(
         "linear", "Learning-rate schedule after warmup, per optimizer step.", group=_OPTIMISATION
     )
     warmup_ratio: float = setting(
         0.06, "Warmup, as a fraction of the optimizer steps.", least=0, most=1, group=_OPTIMISATION
     )
-    keep_dropout: bool = setting(
-        False, "Keep the base model's dropout active in training.", group=_OPTIMISATION
-    )
+    keep_dropout: bool = setting(False, "Keep the base model's dropout active in training.", group=_OPTIMISATION)
     keep_best: bool = setting(
-        True,
-        "Keep the prompt of the best validation epoch instead of the last one.",
-        group=_OPTIMISATION,
+        True, "Keep the prompt of the best validation epoch instead of the last one.", group=_OPTIMISATION
     )
     early_stopping_patience: int | None = setting(
         None, "Early-stopping patience, in epochs.", least=1, group=_OPTIMISATION
     )
     seed: int = setting(
-        73,
-        "Random seed of the initial prompt and of shuffling.",
-        least=0,
-        most=2**32 - 1,
-        group=_OPTIMISATION,
+        73, "Random seed of the initial prompt and of shuffling.", least=0, most=2**32 - 1, group=_OPTIMISATION
     )
     silence_progress_bars: bool = setting(False, "Show no progress bars.", group=_OUTPUT)
 
@@ -226,9 +206,7 @@ class TuneSettings:
     def _normalise(self) -> None:
         """Make objects of mappings, and let a configuration say the method."""
         if isinstance(self.tuning_config, Mapping):
-            object.__setattr__(
-                self, "tuning_config", from_mapping(TuningConfig, self.tuning_config)
-            )
+            object.__setattr__(self, "tuning_config", from_mapping(TuningConfig, self.tuning_config))
         if isinstance(self.task_verbalizers, Mapping):
             object.__setattr__(self, "task_verbalizers", dict(self.task_verbalizers))
         if isinstance(self.config, Mapping):
@@ -245,18 +223,12 @@ class TuneSettings:
             return
         own = tuning_type_of(config)
         if self.tuning_type not in (own, METHODS["prompt_tuning"]):
-            raise ConfigError(
-                f"config is of {own}, tuning_type says {self.tuning_type}; leave tuning_type out"
-            )
+            raise ConfigError(f"config is of {own}, tuning_type says {self.tuning_type}; leave tuning_type out")
         if self.tuning_config != TuningConfig():
-            raise ConfigError(
-                "config and tuning_config both say what the prompt is; give one of them"
-            )
+            raise ConfigError("config and tuning_config both say what the prompt is; give one of them")
         if config.inference_mode or config.modules_to_save:
             name = "inference_mode" if config.inference_mode else "modules_to_save"
-            raise ConfigError(
-                f"tune trains the prompt and nothing else; leave {name} out of config"
-            )
+            raise ConfigError(f"tune trains the prompt and nothing else; leave {name} out of config")
         object.__setattr__(self, "tuning_type", own)
 
     def check_tasks(self, tasks: Sequence[str]) -> None:

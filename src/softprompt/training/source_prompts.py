@@ -123,11 +123,7 @@ class SourceInfo:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         made_for = None if self.fingerprint is None else self.fingerprint["short"]
-        return asdict(self) | {
-            "weights": str(self.weights),
-            "tasks": list(self.tasks),
-            "fingerprint": made_for,
-        }
+        return asdict(self) | {"weights": str(self.weights), "tasks": list(self.tasks), "fingerprint": made_for}
 
 
 def source_folder(given: str | None) -> Path | None:
@@ -175,9 +171,7 @@ def find_source(name: str, given: str | None) -> SourceInfo:
     if not path.exists():
         known = [] if folder is None else [source.name for source in list_sources(folder)]
         where = f"there; {folder} holds {', '.join(known) or 'none'}" if folder else "there"
-        raise ConfigError(
-            f"prompt_tuning_init_source_model {name!r} is not {where}{nearest(name, known)}"
-        )
+        raise ConfigError(f"prompt_tuning_init_source_model {name!r} is not {where}{nearest(name, known)}")
     found = _described(path, name)
     if found.problem:
         raise ConfigError(f"the source prompt {name} cannot be used: {found.problem}")
@@ -210,12 +204,7 @@ def _described(path: Path, name: str) -> SourceInfo:
 
 
 _KINDS = frozenset(
-    {
-        PeftType.PROMPT_TUNING,
-        PeftType.EXTENDED_PROMPT_TUNING,
-        PeftType.MULTITASK_PROMPT_TUNING,
-        PeftType.P_TUNING,
-    }
+    {PeftType.PROMPT_TUNING, PeftType.EXTENDED_PROMPT_TUNING, PeftType.MULTITASK_PROMPT_TUNING, PeftType.P_TUNING}
 )
 """Methods whose file holds virtual tokens of the input."""
 

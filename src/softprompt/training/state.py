@@ -219,9 +219,7 @@ def load_state(output: Path, identity: Mapping[str, Any]) -> Snapshot:
                 f"cannot resume {output}: its {name} was {expected!r}, now it is "
                 f"{identity.get(name)!r}; restore it, or start again with overwrite"
             )
-    tensors: dict[str, dict[str, Tensor]] = {
-        kind: {} for kind in ("prompt", "best", "optimizer", "earlier")
-    }
+    tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("prompt", "best", "optimizer", "earlier")}
     for name, tensor in flat.items():
         kind, _, rest = name.partition(":")
         tensors[kind][rest] = tensor
@@ -236,17 +234,13 @@ def remove_state(output: Path) -> None:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
-        raise TrainingError(
-            f"nothing to resume: {path} does not exist; start the run without resume"
-        )
+        raise TrainingError(f"nothing to resume: {path} does not exist; start the run without resume")
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise TrainingError(
-            f"the resume state {path} is damaged ({error}); start again with overwrite"
-        ) from error
+        raise TrainingError(f"the resume state {path} is damaged ({error}); start again with overwrite") from error
     if header.get("format") != FORMAT:
         raise TrainingError(
             f"the resume state {path} has format {header.get('format')!r}, this version reads "
@@ -277,10 +271,7 @@ class StopSignal:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Give the signals back."""
         self._restore()
@@ -312,9 +303,7 @@ class StopSignal:
 def how_to_go_on(where: str, output: Path | None) -> str:
     """Return the sentence that ends an interrupted run: where it stopped, and what continues it."""
     if output is None:
-        return (
-            f"training was stopped {where}; nothing is saved, since the run has no output directory"
-        )
+        return f"training was stopped {where}; nothing is saved, since the run has no output directory"
     command = f"softprompt tune --resume --output {shlex.quote(str(output))}"
     return f"training was stopped {where}; its state is saved, continue with: {command}"
 

@@ -73,20 +73,15 @@ class TuningConfig:
         None, "Initial text, with prompt_tuning_init_method TEXT.", group=_PROMPT
     )
     prompt_tuning_init_special_tokens: bool = setting(
-        True,
-        "Keep the tokenizer's special tokens around the initial text, as PEFT does.",
-        group=_PROMPT,
+        True, "Keep the tokenizer's special tokens around the initial text, as PEFT does.", group=_PROMPT
     )
     prompt_tuning_init_prompt: str | None = setting(
         None,
-        "Initial prompt, of any length and of this base model or another, with "
-        "prompt_tuning_init_method PROMPT.",
+        "Initial prompt, of any length and of this base model or another, with prompt_tuning_init_method PROMPT.",
         group=_PROMPT,
     )
     prompt_tuning_init_source_model: str | None = setting(
-        None,
-        "Source prompt, relative to source_prompt_base, with a method that starts from one.",
-        group=_TASKS,
+        None, "Source prompt, relative to source_prompt_base, with a method that starts from one.", group=_TASKS
     )
     prompt_tuning_init_task: str | None = setting(
         None, "Task of the source prompt, by name or number, with EXACT_SOURCE_TASK.", group=_TASKS
@@ -112,9 +107,7 @@ class TuningConfig:
         "all are saved as embeddings.",
         group=_PROMPT,
     )
-    parameterization_rank: int | None = setting(
-        None, "Rank of low_rank and ulpt.", least=1, group=_PROMPT
-    )
+    parameterization_rank: int | None = setting(None, "Rank of low_rank and ulpt.", least=1, group=_PROMPT)
     prompt_sees_input: bool = setting(
         True,
         "Let the prompt attend to the input in an encoder, as PEFT does; without it the prompt "
@@ -123,8 +116,7 @@ class TuningConfig:
     )
     task_matrix_init: Literal["ones", "normal"] | None = setting(
         None,
-        "First value of a multitask prompt's task matrices: ones (the default), or normal (near zero, "
-        "as in PEFT).",
+        "First value of a multitask prompt's task matrices: ones (the default), or normal (near zero, as in PEFT).",
         group=_TASKS,
     )
     encoder_reparameterization_type: Literal["MLP", "LSTM"] | None = setting(
@@ -132,29 +124,22 @@ class TuningConfig:
     )
     encoder_hidden_size: int | None = setting(
         None,
-        "Inner width of the network, also of a prefix's projection; by default the width of what "
-        "it makes.",
+        "Inner width of the network, also of a prefix's projection; by default the width of what it makes.",
         group=_P_TUNING,
     )
-    encoder_num_layers: int | None = setting(
-        None, "Layers of the LSTM; by default 2.", group=_P_TUNING
-    )
+    encoder_num_layers: int | None = setting(None, "Layers of the LSTM; by default 2.", group=_P_TUNING)
     encoder_dropout: float | None = setting(
         None, "Dropout between the LSTM's layers; by default 0.", group=_P_TUNING
     )
     prefix_projection: bool = setting(
         False, "Train a network that makes the keys and values, instead of these.", group=_PREFIX
     )
-    init_weights: Literal["zero"] | None = setting(
-        None, "Start the keys and values at zero.", group=_PREFIX
-    )
+    init_weights: Literal["zero"] | None = setting(None, "Start the keys and values at zero.", group=_PREFIX)
     prefix_tuning_init_text: str | None = setting(
         None, "Text whose keys and values the prefix starts at.", group=_PREFIX
     )
     freeze_first_token: bool = setting(
-        False,
-        "Do not train the first token of the initial text, the attention sink.",
-        group=_PREFIX,
+        False, "Do not train the first token of the initial text, the attention sink.", group=_PREFIX
     )
     num_frozen_tokens: int | None = setting(
         None, "Virtual tokens at the start that are not trained; by default 1.", group=_CARTRIDGE
@@ -171,9 +156,7 @@ class TuningConfig:
         None, "Weight of each label relative to the next one, with decay.", group=_CPT
     )
     opt_projection_epsilon: float | None = setting(
-        None,
-        "Largest norm of an input token's move, times sqrt(H / 2048); by default 0.1.",
-        group=_CPT,
+        None, "Largest norm of an input token's move, times sqrt(H / 2048); by default 0.1.", group=_CPT
     )
     opt_projection_format_epsilon: float | None = setting(
         None, "The same for tokens of the template; by default 0.1.", group=_CPT
@@ -183,9 +166,7 @@ class TuningConfig:
         """Refuse wrong types and, with caikit's names of initialisations, what one of them would ignore."""
         method = self.prompt_tuning_init_method
         if isinstance(method, Enum):
-            object.__setattr__(
-                self, "prompt_tuning_init_method", _PEFT_NAMES.get(method.value, method.value)
-            )
+            object.__setattr__(self, "prompt_tuning_init_method", _PEFT_NAMES.get(method.value, method.value))
         if isinstance(self.output_model_types, list):
             object.__setattr__(self, "output_model_types", tuple(self.output_model_types))
         if isinstance(self.prompt_tuning_init_task, int):

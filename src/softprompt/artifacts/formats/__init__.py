@@ -16,16 +16,7 @@ from softprompt.errors import ArtifactError, ConfigError, nearest
 
 __all__ = ["FORMATS", "Export", "Format", "Read", "detect", "format_named"]
 
-FORMATS: tuple[Format, ...] = (
-    SOFTPROMPT,
-    PEFT,
-    CAIKIT,
-    TGIS,
-    NPY,
-    TENSOR,
-    EXTENDED_VOCABULARY,
-    VLLM,
-)
+FORMATS: tuple[Format, ...] = (SOFTPROMPT, PEFT, CAIKIT, TGIS, NPY, TENSOR, EXTENDED_VOCABULARY, VLLM)
 
 
 def format_named(name: str) -> Format:

@@ -45,9 +45,7 @@ class Extension:
 
 
 @torch.no_grad()
-def extend(
-    model: PreTrainedModel, tokens: Mapping[str, Tensor], ids: Mapping[str, list[int]]
-) -> Extension:
+def extend(model: PreTrainedModel, tokens: Mapping[str, Tensor], ids: Mapping[str, list[int]]) -> Extension:
     """Append the virtual tokens of prompts to a model, in place, and check it against the original.
 
     Args:
@@ -68,8 +66,7 @@ def extend(
     probe = torch.linspace(0, old - 1, _PROBE_TOKENS, device=table.weight.device).long()
     _check_range(tokens, table, scale)
     before = {
-        name: _logits(model, embeds=torch.cat([own.to(table(probe)), table(probe)]))
-        for name, own in tokens.items()
+        name: _logits(model, embeds=torch.cat([own.to(table(probe)), table(probe)])) for name, own in tokens.items()
     }
     head = _prepare_head(model)
     new = max(each for own in ids.values() for each in own) + 1
@@ -188,14 +185,10 @@ def _logits_bias(model: PreTrainedModel) -> Tensor | None:
     return bias if isinstance(bias, Tensor) else None
 
 
-def _logits(
-    model: PreTrainedModel, *, ids: Tensor | None = None, embeds: Tensor | None = None
-) -> Tensor:
+def _logits(model: PreTrainedModel, *, ids: Tensor | None = None, embeds: Tensor | None = None) -> Tensor:
     """Return logits ``[N, V]`` of one row at each of its tokens (of the decoder's first, in seq2seq)."""
     given: dict[str, Any] = (
-        {"input_ids": ids[None]}
-        if ids is not None
-        else {"inputs_embeds": cast(Tensor, embeds)[None]}
+        {"input_ids": ids[None]} if ids is not None else {"inputs_embeds": cast(Tensor, embeds)[None]}
     )
     if is_encoder_decoder(model):
         config = model.config.get_text_config()

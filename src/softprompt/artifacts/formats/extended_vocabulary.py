@@ -17,14 +17,7 @@ from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.artifacts import StoredPrompt, require_empty, require_no_file, staged_folder
 from softprompt.artifacts.formats.extended_model import extend
-from softprompt.artifacts.formats.format import (
-    MEASURED,
-    Export,
-    Format,
-    input_tokens,
-    plain_prompt,
-    write_failed,
-)
+from softprompt.artifacts.formats.format import MEASURED, Export, Format, input_tokens, plain_prompt, write_failed
 from softprompt.backbone import input_embedding, progress_on_terminals_only
 from softprompt.errors import ArtifactError, ConfigError, OutputExistsError
 
@@ -43,23 +36,15 @@ def _write(export: Export, path: Path) -> Mapping[str, Any]:
     prompts = _prompts(export)
     _check_output(path, overwrite=export.overwrite)
     tokens = {
-        name: input_tokens(plain_prompt(stored, export.to), stored.location)
-        for name, stored in prompts.items()
+        name: input_tokens(plain_prompt(stored, export.to), stored.location) for name, stored in prompts.items()
     }
     tokenizer, model = copy.deepcopy(base.tokenizer), base.model
     vocabulary = input_embedding(model).weight.shape[0]
     ids = add_prompt_tokens(tokenizer, vocabulary, {name: len(own) for name, own in tokens.items()})
     extension = extend(model, tokens, ids)
     _suppress(model, vocabulary, extension.vocabulary)
-    entries = {
-        name: _entry(export, tokenizer, prompts[name], name, own) for name, own in ids.items()
-    }
-    record = {
-        "format_version": 1,
-        "base_model": base.name,
-        **asdict(extension),
-        "prompts": entries,
-    }
+    entries = {name: _entry(export, tokenizer, prompts[name], name, own) for name, own in ids.items()}
+    record = {"format_version": 1, "base_model": base.name, **asdict(extension), "prompts": entries}
     try:
         with staged_folder(path) as staged, progress_on_terminals_only():
             model.save_pretrained(staged)
@@ -104,9 +89,7 @@ def _suppress(model: PreTrainedModel, old: int, new: int) -> None:
         settings.suppress_tokens = sorted({*known, *range(old, new)})
 
 
-def _entry(
-    export: Export, tokenizer: Any, stored: StoredPrompt, name: str, ids: list[int]
-) -> dict[str, Any]:
+def _entry(export: Export, tokenizer: Any, stored: StoredPrompt, name: str, ids: list[int]) -> dict[str, Any]:
     text = "".join(token_text(name, index) for index in range(len(ids)))
     form = None if export.encode is None else text_form(tokenizer, text, ids, export.encode)
     manifest = stored.manifest
@@ -142,8 +125,7 @@ def check_name(name: str) -> None:
     """Raise ConfigError unless a prompt's name can be part of a special token."""
     if not _PROMPT_NAME.fullmatch(name) or set(name) == {"."}:
         raise ConfigError(
-            f"a prompt's name is 1 to 64 letters, digits, '.', '_' and '-', got {name!r}; "
-            "pass another (--name)"
+            f"a prompt's name is 1 to 64 letters, digits, '.', '_' and '-', got {name!r}; pass another (--name)"
         )
 
 
@@ -184,10 +166,7 @@ def add_prompt_tokens(
 
 
 def text_form(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    ids: Sequence[int],
-    encode: Callable[[str], tuple[int, ...]],
+    tokenizer: PreTrainedTokenizerBase, prompt: str, ids: Sequence[int], encode: Callable[[str], tuple[int, ...]]
 ) -> TextForm | None:
     """Return a form of text that gives exactly the ids of a prompted input, None when none does.
 
@@ -210,12 +189,8 @@ def text_form(
     return None
 
 
-def _says(
-    tokenizer: PreTrainedTokenizerBase, form: TextForm, text: str, expected: list[int]
-) -> bool:
-    encoded: Any = tokenizer(
-        form.before + text + form.after, add_special_tokens=form.add_special_tokens
-    )
+def _says(tokenizer: PreTrainedTokenizerBase, form: TextForm, text: str, expected: list[int]) -> bool:
+    encoded: Any = tokenizer(form.before + text + form.after, add_special_tokens=form.add_special_tokens)
     return list(encoded["input_ids"]) == expected
 
 
@@ -223,14 +198,10 @@ def _add(tokenizer: PreTrainedTokenizerBase, texts: list[str], taken: Mapping[st
     known = [text for text in texts if text in taken]
     if known:
         raise ArtifactError(
-            f"the tokenizer already has {known[0]!r}; convert onto the original base, or choose "
-            "another name"
+            f"the tokenizer already has {known[0]!r}; convert onto the original base, or choose another name"
         )
     # Not normalized, nothing stripped: the text around the tokens keeps its spaces.
-    tokens = [
-        AddedToken(text, special=True, normalized=False, lstrip=False, rstrip=False)
-        for text in texts
-    ]
+    tokens = [AddedToken(text, special=True, normalized=False, lstrip=False, rstrip=False) for text in texts]
     tokenizer.add_tokens(tokens, special_tokens=True)
 
 

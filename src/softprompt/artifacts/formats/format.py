@@ -32,15 +32,7 @@ from softprompt.artifacts import (
 )
 from softprompt.backbone import Base, facts_of
 from softprompt.errors import ArtifactError, ConfigError
-from softprompt.prompts import (
-    CONFIG_NAME,
-    PROMPT_KEY,
-    PeftType,
-    Placement,
-    Prompt,
-    PromptTuningConfig,
-    TaskType,
-)
+from softprompt.prompts import CONFIG_NAME, PROMPT_KEY, PeftType, Placement, Prompt, PromptTuningConfig, TaskType
 
 ENCODER: str = "ENCODER"
 DECODER: str = "DECODER"
@@ -107,9 +99,7 @@ class Export:
             ConfigError: None was given.
         """
         if self.base is None:
-            raise ConfigError(
-                f"{self.to} needs the base model of the prompt; pass base_model (--base-model)"
-            )
+            raise ConfigError(f"{self.to} needs the base model of the prompt; pass base_model (--base-model)")
         return self.base
 
 
@@ -167,8 +157,7 @@ _NOTHING: tuple[Any, ...] = (None, (), {}, [], "generation")
 def write_failed(path: Path, error: Exception) -> ArtifactError:
     """Return the error for an output that could not be written."""
     return ArtifactError(
-        f"could not write {path} ({error}); nothing there was changed: free some space or choose "
-        "another path"
+        f"could not write {path} ({error}); nothing there was changed: free some space or choose another path"
     )
 
 
@@ -213,9 +202,7 @@ def input_tokens(prompt: Prompt, where: str) -> Tensor:
     return prompt.input
 
 
-def stored_of_parts(
-    parts: Mapping[str, Tensor], origin: Origin, base: Base | None, where: str
-) -> StoredPrompt:
+def stored_of_parts(parts: Mapping[str, Tensor], origin: Origin, base: Base | None, where: str) -> StoredPrompt:
     """Return virtual tokens as a prompt, with the configuration that PEFT's folder needs.
 
     Args:
@@ -270,14 +257,9 @@ def _inexpressible(stored: StoredPrompt) -> str | None:
     if more is not None:
         return f"{more}; only peft holds those"
     if placement != Placement.PREFIX:
-        return (
-            "the format puts virtual tokens before the input, this prompt stands elsewhere "
-            f"({placement})"
-        )
+        return f"the format puts virtual tokens before the input, this prompt stands elsewhere ({placement})"
     if not config.get("prompt_sees_input", True):
-        return (
-            "the format lets the prompt attend to the input, this one does not (prompt_sees_input)"
-        )
+        return "the format lets the prompt attend to the input, this one does not (prompt_sees_input)"
     return None
 
 
@@ -320,11 +302,7 @@ def _write_for_peft(export: Export, path: Path) -> Mapping[str, Any]:
 
 
 SOFTPROMPT = Format(
-    "softprompt",
-    f"a folder with {CONFIG_NAME}, {WEIGHTS_NAME} and {MANIFEST_NAME}",
-    _lacks_ours,
-    _read,
-    _write,
+    "softprompt", f"a folder with {CONFIG_NAME}, {WEIGHTS_NAME} and {MANIFEST_NAME}", _lacks_ours, _read, _write
 )
 PEFT = Format(
     "peft",

@@ -72,8 +72,7 @@ def check_tokens(tokens: Any, where: str) -> Tensor:
     """Return dense finite virtual tokens ``[P, H]`` on the CPU; raises ArtifactError for anything else."""
     if not isinstance(tokens, Tensor):
         raise ArtifactError(
-            f"expected one tensor [P, H] in {where}, got a {type(tokens).__name__}: "
-            "save the virtual tokens alone"
+            f"expected one tensor [P, H] in {where}, got a {type(tokens).__name__}: save the virtual tokens alone"
         )
     check_values("the tensor", tokens, where)
     check_dtype("the tensor", tokens, where)
@@ -205,9 +204,7 @@ def _stored(tokens: Any, path: Path, base: Base | None) -> StoredPrompt:
 
 def _named(base: Base | None, path: Path) -> Base:
     if base is None:
-        raise ConfigError(
-            f"{path} does not say which base it is for; pass base_model (--base-model)"
-        )
+        raise ConfigError(f"{path} does not say which base it is for; pass base_model (--base-model)")
     return base
 
 
@@ -234,9 +231,7 @@ def _write_tensor(export: Export, path: Path) -> Mapping[str, Any]:
     elif path.suffix in _PICKLED:
         data = tensor_bytes(tokens)
     else:
-        raise ConfigError(
-            f"tensor writes a {_ONE_TENSOR} file, got {path.name!r}; end its name in one of these"
-        )
+        raise ConfigError(f"tensor writes a {_ONE_TENSOR} file, got {path.name!r}; end its name in one of these")
     write_output_file(path, data, overwrite=export.overwrite)
     return {}
 

@@ -111,9 +111,7 @@ def decode_plan(
         else:
             reads.append(_stretch(values, lane, count, at, device))
         for each in together:
-            written.setdefault(capacity, []).extend(
-                (at + i, each.slot, each.length + i) for i in range(count)
-            )
+            written.setdefault(capacity, []).extend((at + i, each.slot, each.length + i) for i in range(count))
             at += count
         done += len(together)
     writes = []
@@ -153,9 +151,7 @@ def _stretch(values: Tensor, lane: Lane, count: int, at: int, device: torch.devi
     )
 
 
-def decode_mask(
-    *, mask_function: MaskRule, dtype: torch.dtype = torch.float32, **_: Any
-) -> DecodeMask:
+def decode_mask(*, mask_function: MaskRule, dtype: torch.dtype = torch.float32, **_: Any) -> DecodeMask:
     """Mask interface: the plan of the pass, under the layer kind's own rule.
 
     Raises:

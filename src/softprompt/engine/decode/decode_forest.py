@@ -81,9 +81,7 @@ class DecodeForest:
 
         The caller holds no lock; the pass holds the model's.
         """
-        plan, order = decode_plan(
-            self.store, [(new.lane, len(new.ids)) for new in news], self._device
-        )
+        plan, order = decode_plan(self.store, [(new.lane, len(new.ids)) for new in news], self._device)
         ids, positions, wanted, counts = self._stream([news[i] for i in order])
         tables = [own for i in order if (own := self._virtual(news[i])) is not None]
         virtual = torch.cat(tables).to(self._device) if tables else None
@@ -102,9 +100,7 @@ class DecodeForest:
         """Return a row's virtual tokens where its ids need them."""
         return new.prompt if new.prompt is not None and max(new.ids) >= self.vocabulary else None
 
-    def _stream(
-        self, news: Sequence[NewTokens]
-    ) -> tuple[list[int], list[int], list[int], list[int]]:
+    def _stream(self, news: Sequence[NewTokens]) -> tuple[list[int], list[int], list[int], list[int]]:
         """Return ids, positions, indices of wanted logits, and how many of those each row wants."""
         ids: list[int] = []
         positions: list[int] = []
@@ -152,9 +148,7 @@ def why_undecodable(base: Base) -> str:
     read in parts, and one leaves in between; their log-probabilities must be those of each row alone on
     the plain path.
     """
-    return remembered(
-        base, "decoding", lambda: _decoding_difference(base), otherwise="no decode forest"
-    )
+    return remembered(base, "decoding", lambda: _decoding_difference(base), otherwise="no decode forest")
 
 
 @torch.no_grad()

@@ -11,15 +11,7 @@ from typing import final
 from torch import Tensor
 
 from softprompt.backbone import Base
-from softprompt.engine import (
-    DecodeForest,
-    Engine,
-    EngineRow,
-    ForestEngine,
-    NewTokens,
-    check_rows,
-    why_undecodable,
-)
+from softprompt.engine import DecodeForest, Engine, EngineRow, ForestEngine, NewTokens, check_rows, why_undecodable
 from softprompt.prompts import Prompt
 
 Key = tuple[str, tuple[int, ...]]
@@ -147,9 +139,7 @@ class FrontPrompts:
     def _takes(self, engine: Engine) -> bool:
         """Return whether keys and values are computed, and read, exactly; probed once per base."""
         return (
-            isinstance(engine, ForestEngine)
-            and not why_undecodable(self._base)
-            and engine.reads_keys_and_values()
+            isinstance(engine, ForestEngine) and not why_undecodable(self._base) and engine.reads_keys_and_values()
         )
 
     def _computed(self, tokens: Tensor) -> Tensor:
@@ -171,8 +161,6 @@ class FrontPrompts:
             limit = self._base.facts.context_length
             most = self._residents.most_tokens
             self._made = DecodeForest(
-                self._base,
-                most if limit is None else min(most, limit),
-                ordered_weights=False,
+                self._base, most if limit is None else min(most, limit), ordered_weights=False
             )
         return self._made

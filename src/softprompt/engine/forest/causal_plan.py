@@ -141,9 +141,7 @@ class Forest:
         roots = _roots(paths)
         root_of = {root.owner: number for number, root in enumerate(roots)}
         groups: list[Group] = []
-        found: dict[
-            tuple[Owner, tuple[int, ...]], tuple[int, int]
-        ] = {}  # -> group, end of the input
+        found: dict[tuple[Owner, tuple[int, ...]], tuple[int, int]] = {}  # -> group, end of the input
         scored: list[tuple[int, int, int, int]] = []
         for row, path in enumerate(paths):
             root = root_of[path.owner]
@@ -207,9 +205,7 @@ class Forest:
         for group, start in zip(self.groups, group_starts, strict=True):
             own = torch.arange(start, start + len(group.tokens))
             above = roots[group.root].keys
-            sees = torch.cat(
-                [torch.ones(len(own), len(above), dtype=torch.bool), group.sees()], dim=1
-            )
+            sees = torch.cat([torch.ones(len(own), len(above), dtype=torch.bool), group.sees()], dim=1)
             groups.append(Span(own, torch.cat([above, own]), sees, roots[group.root].owner))
         return tuple(roots), tuple(groups)
 
@@ -259,10 +255,7 @@ def causal_forest(rows: Sequence[EngineRow], virtual: Sequence[tuple[int, ...]])
 
 
 def decoder_forest(
-    rows: Sequence[EngineRow],
-    virtual: Sequence[tuple[int, ...]],
-    owners: Sequence[int],
-    starts: Sequence[int],
+    rows: Sequence[EngineRow], virtual: Sequence[tuple[int, ...]], owners: Sequence[int], starts: Sequence[int]
 ) -> Forest:
     """Plan the decoder's rows ``[virtual tokens | start | target]`` of a seq2seq model.
 

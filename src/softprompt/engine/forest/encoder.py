@@ -17,16 +17,7 @@ from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softprompt.backbone import Base, has_windows, recomputes_layers, skips_layers
-from softprompt.engine import (
-    Drawn,
-    Layout,
-    difference,
-    one_line,
-    pad_rows,
-    probing,
-    remembered,
-    tolerance_of,
-)
+from softprompt.engine import Drawn, Layout, difference, one_line, pad_rows, probing, remembered, tolerance_of
 from softprompt.engine.forest.forest_attention import NAME, LayerMask, planned
 from softprompt.engine.forest.layers import Packing, layers_of, packed_layers, relative_bias
 from softprompt.engine.forest.plan import Span, Visibility, padded, whole_rows
@@ -93,9 +84,7 @@ def without_padding(base: Base, mask: Tensor, isolated: Layout | None = None) ->
         packing = Packing.of(mask)
         # Windows and relative positions count the columns of the padded batch.
         columns = torch.arange(mask.shape[1]).expand(mask.shape)[mask.bool().cpu()]
-        plan = replace(
-            whole_rows(mask.sum(1).tolist()), query_positions=columns, key_positions=columns
-        )
+        plan = replace(whole_rows(mask.sum(1).tolist()), query_positions=columns, key_positions=columns)
     else:
         packing = Packing.sharing(mask, isolated.slot)
         plan = _shared_prompts(packing, isolated)

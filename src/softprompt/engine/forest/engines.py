@@ -93,10 +93,7 @@ class ForestEngine(Engine):
     def reads_keys_and_values(self) -> bool:
         """Tell whether prompts of keys and values run in the forest too; probed once."""
         return self._trusted or not remembered(
-            self._base,
-            "keys and values in the forest",
-            self._unread,
-            otherwise="prefixes run on the plain path",
+            self._base, "keys and values in the forest", self._unread, otherwise="prefixes run on the plain path"
         )
 
     def _unread(self) -> str:
@@ -145,9 +142,7 @@ def _behind(span: Span, keys: Tensor | None) -> Span:
     if keys is None:
         return span
     sees = torch.ones(len(span.queries), len(keys), dtype=torch.bool)
-    return replace(
-        span, keys=torch.cat([keys, span.keys]), sees=torch.cat([sees, span.sees], dim=1)
-    )
+    return replace(span, keys=torch.cat([keys, span.keys]), sees=torch.cat([sees, span.sees], dim=1))
 
 
 @final
@@ -174,11 +169,7 @@ class PackedSeq2SeqEngine(Engine):
 
     def run_alike(self, rows: Sequence[EngineRow], head: HeadInput | None = None) -> Predictions:
         """Run checked rows; see ``Engine``."""
-        if (
-            recomputes_layers(self._model)
-            or skips_layers(self._model)
-            or any(row.prefix_tokens for row in rows)
-        ):
+        if recomputes_layers(self._model) or skips_layers(self._model) or any(row.prefix_tokens for row in rows):
             # Backward would run the layers again without the hooks that pack them; or the first
             # layer, which does the packing, may be left out. Keys and values stand in padded rows.
             return self._plain.run_alike(rows, head)
@@ -196,17 +187,11 @@ class PackedSeq2SeqEngine(Engine):
         ids = packing.grid(plan.ids, self._filler).to(self._model.device)
         mask = LayerMask.of(plan.visibility().to(ids.device), bias)
         with packed_layers(layers_of(self._encoder), packing.to(ids.device), mask):
-            states: Tensor = self._encoder(
-                input_ids=ids, attention_mask=torch.ones_like(ids)
-            ).last_hidden_state
+            states: Tensor = self._encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
         return states
 
     def _decode(
-        self,
-        rows: Sequence[EngineRow],
-        encoder: EncoderPlan,
-        states: Tensor,
-        head: HeadInput | None,
+        self, rows: Sequence[EngineRow], encoder: EncoderPlan, states: Tensor, head: HeadInput | None
     ) -> Predictions:
         device = self._model.device
         prompts = PromptTable.of([row.prompt for row in rows], "decoder")
@@ -222,9 +207,7 @@ class PackedSeq2SeqEngine(Engine):
             cross=LayerMask.of(plan.visibility_over(encoder.plan, encoder.owned).to(device)),
             keep=wanted.to(device),
         )
-        running = self._base.running(
-            attention=NAME, virtual_tokens=prompts.virtual_tokens, decoder=True
-        )
+        running = self._base.running(attention=NAME, virtual_tokens=prompts.virtual_tokens, decoder=True)
         with running, hooks:
             logits = self._model(
                 encoder_outputs=(states,),
@@ -270,9 +253,7 @@ class EncoderPlan:
     owned: Mapping[Owner, Tensor]
 
 
-def encoder_plan(
-    rows: Sequence[EngineRow], virtual: Sequence[tuple[int, ...]], *, sees_input: bool
-) -> EncoderPlan:
+def encoder_plan(rows: Sequence[EngineRow], virtual: Sequence[tuple[int, ...]], *, sees_input: bool) -> EncoderPlan:
     """Plan the encoder's pass for a batch.
 
     Args:

@@ -29,9 +29,7 @@ NAME = "softprompt_forest"
 """Name of the attention implementation in ``config._attn_implementation``."""
 
 _UNSUPPORTED = ("s_aux", "head_mask")
-_plan: ContextVar[tuple[Visibility, Sequence[Tensor]] | None] = ContextVar(
-    "softprompt_forest_plan", default=None
-)
+_plan: ContextVar[tuple[Visibility, Sequence[Tensor]] | None] = ContextVar("softprompt_forest_plan", default=None)
 
 
 @dataclass(slots=True)
@@ -45,9 +43,7 @@ class LayerMask:
     _flex: list[BlockMask | None]
 
     @classmethod
-    def of(
-        cls, visibility: Visibility, bias: Tensor | None = None, prefixes: Sequence[Tensor] = ()
-    ) -> LayerMask:
+    def of(cls, visibility: Visibility, bias: Tensor | None = None, prefixes: Sequence[Tensor] = ()) -> LayerMask:
         """Wrap a visibility.
 
         Args:
@@ -79,16 +75,13 @@ class LayerMask:
         key = (dtype, repeats)
         if key not in self._additive:
             self._additive[key] = [
-                self._block_mask(block, dtype).repeat(1, 1, repeats, 1)
-                for block in self.visibility.blocks
+                self._block_mask(block, dtype).repeat(1, 1, repeats, 1) for block in self.visibility.blocks
             ]
         return self._additive[key]
 
     def _block_mask(self, block: Block, dtype: torch.dtype) -> Tensor:
         if self.bias is None:
-            values = torch.zeros(block.sees.shape, dtype=dtype, device=block.sees.device).unsqueeze(
-                1
-            )
+            values = torch.zeros(block.sees.shape, dtype=dtype, device=block.sees.device).unsqueeze(1)
         else:
             queries = self.visibility.query_positions[block.queries].unsqueeze(2)
             keys = self.visibility.key_positions[block.keys].unsqueeze(1)
@@ -144,9 +137,7 @@ def forest_attention_forward(
     if kwargs.get("position_bias") not in (None, attention_mask):
         raise BackboneError(f"{type(module).__name__} adds a position bias of its own")
     scale = width**-0.5 if scaling is None else scaling
-    flex = (
-        attention_mask.flex() if query.device.type == "cuda" and not (softcap or dropout) else None
-    )
+    flex = attention_mask.flex() if query.device.type == "cuda" and not (softcap or dropout) else None
     if flex is not None:
         return attend_flex(query, key, value, flex, scale).transpose(1, 2).contiguous(), None
     masks = attention_mask.additive(query.dtype, repeats)
@@ -180,17 +171,13 @@ def _stream(part: Tensor) -> Tensor:
     return part[0].transpose(0, 1).flatten(1)
 
 
-def _gathered(
-    streams: list[Tensor], block: Block, kv_heads: int, repeats: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _gathered(streams: list[Tensor], block: Block, kv_heads: int, repeats: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries ``[G, A_kv, repeats · Tq, D]``, keys and values ``[G, A_kv, Tk, D]``."""
     query, key, value = streams
     groups = block.queries.shape[0]
     q = folded(query, block.queries, kv_heads, repeats)
     k, v = (
-        F.embedding(block.keys, part)
-        .view(groups, block.keys.shape[1], kv_heads, -1)
-        .transpose(1, 2)
+        F.embedding(block.keys, part).view(groups, block.keys.shape[1], kv_heads, -1).transpose(1, 2)
         for part in (key, value)
     )
     return q, k, v
@@ -215,20 +202,11 @@ def flattened(mixed: Tensor, repeats: int) -> Tensor:
 
 
 def attend_block(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor,
-    scale: float,
-    *,
-    softcap: float | None,
-    dropout: float = 0.0,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, *, softcap: float | None, dropout: float = 0.0
 ) -> Tensor:
     """Return what queries ``[G, A_kv, Tq, D]`` take from values under an additive mask."""
     if softcap is None:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale
-        )
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
     scores = softcap * torch.tanh((q @ k.transpose(-1, -2)) * scale / softcap)
     weights = torch.softmax(scores + mask, dim=-1, dtype=torch.float32).to(q.dtype)
     return F.dropout(weights, dropout, training=dropout > 0) @ v

@@ -90,10 +90,7 @@ class Visibility:
         """Return the same visibility on a device."""
         return replace(
             self,
-            blocks=tuple(
-                Block(b.queries.to(device), b.keys.to(device), b.sees.to(device))
-                for b in self.blocks
-            ),
+            blocks=tuple(Block(b.queries.to(device), b.keys.to(device), b.sees.to(device)) for b in self.blocks),
             where=self.where.to(device),
             query_positions=self.query_positions.to(device),
             key_positions=self.key_positions.to(device),
@@ -140,9 +137,7 @@ class Span:
         return cls(queries, keys, torch.ones(len(queries), len(keys), dtype=torch.bool))
 
 
-def padded(
-    kinds: Sequence[Sequence[Span]], query_positions: Tensor, key_positions: Tensor
-) -> Visibility:
+def padded(kinds: Sequence[Sequence[Span]], query_positions: Tensor, key_positions: Tensor) -> Visibility:
     """Pad spans into blocks: kinds apart, and within a kind those of similar length together."""
     blocks: list[Block] = []
     where = torch.zeros(len(query_positions), dtype=torch.long)
@@ -245,7 +240,5 @@ class Plan:
             other: The other stream.
             owned: Tokens of the other stream that each owner's tokens see.
         """
-        spans = [
-            Span.seeing_all(span.queries, owned[span.owner]) for kind in self.kinds for span in kind
-        ]
+        spans = [Span.seeing_all(span.queries, owned[span.owner]) for kind in self.kinds for span in kind]
         return padded([spans], self.positions, other.positions)

@@ -113,9 +113,7 @@ def _shift_decoder(table: nn.Module, prefixes: Prefixes, stack: ExitStack) -> No
 
 
 @contextmanager
-def prefixed_cache(
-    base: Base, prefixes: Prefixes, *, counts_columns: bool = False
-) -> Iterator[None]:
+def prefixed_cache(base: Base, prefixes: Prefixes, *, counts_columns: bool = False) -> Iterator[None]:
     """Inject prefixes into the cache of every pass in the context, masks and positions extended over them.
 
     Args:
@@ -135,8 +133,7 @@ def prefixed_cache(
     def inject(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if recomputes_layers(model) and torch.is_grad_enabled():
             raise ConfigError(
-                f"gradient checkpointing drops the cache that holds the prefix of {facts.architecture}; "
-                "turn it off"
+                f"gradient checkpointing drops the cache that holds the prefix of {facts.architecture}; turn it off"
             )
         kwargs = dict(kwargs)
         tokens = tokens_of(kwargs)

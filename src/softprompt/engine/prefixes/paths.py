@@ -65,8 +65,7 @@ def prefix_path(base: Base) -> PrefixPath:
     unread = remembered(base, "a prefix in a cache", lambda: _Probe(base).unread())
     if unread or base.is_encoder_decoder or _cache_problem(base, left=False):
         raise BackboneError(
-            f"{base.facts.architecture} cannot be run behind a prefix ({unread or problem}); "
-            "use PromptTuningConfig"
+            f"{base.facts.architecture} cannot be run behind a prefix ({unread or problem}); use PromptTuningConfig"
         )
     return PrefixPath(in_attention=False, counts_columns=bool(_cache_problem(base, left=True)))
 
@@ -74,9 +73,7 @@ def prefix_path(base: Base) -> PrefixPath:
 def _cache_problem(base: Base, *, left: bool) -> str:
     side = "left" if left else "right"
     return remembered(
-        base,
-        f"prefixes in a cache, padded on the {side}",
-        lambda: _Probe(base).cache_problem(left=left),
+        base, f"prefixes in a cache, padded on the {side}", lambda: _Probe(base).cache_problem(left=left)
     )
 
 
@@ -197,9 +194,7 @@ class _Probe:
 
 
 def _picked(output: Any, mask: Tensor) -> Tensor:
-    found: Tensor = next(
-        v for v in output.values() if isinstance(v, Tensor) and v.is_floating_point()
-    )
+    found: Tensor = next(v for v in output.values() if isinstance(v, Tensor) and v.is_floating_point())
     if found.shape[:2] == mask.shape:
         return found[mask.bool()].float()
     return found.float()

@@ -145,12 +145,7 @@ def _padding(
 
 
 def prefix_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: PrefixMask | None,
-    **kwargs: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: PrefixMask | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Attention interface: the model's own attention over the prefix and the text.
 
@@ -176,9 +171,7 @@ def prefix_attention_forward(
 
 def _inner(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     if name != EAGER:
-        return cast(
-            Callable[..., tuple[Tensor, Tensor | None]], cast(Any, AttentionInterface)()[name]
-        )
+        return cast(Callable[..., tuple[Tensor, Tensor | None]], cast(Any, AttentionInterface)()[name])
     found = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if found is None:
         raise BackboneError(f"{type(module).__name__} has no eager attention to call")

@@ -72,11 +72,7 @@ class CartridgeEncoder(PromptModule):
     frozen_embedding: nn.Parameter | None
 
     def __init__(
-        self,
-        config: CartridgeConfig,
-        *,
-        text: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        self, config: CartridgeConfig, *, text: Tensor | None = None, generator: torch.Generator | None = None
     ) -> None:
         """Draw the cartridge from N(0, 1), as PEFT does, or start it at a text."""
         super().__init__(config)
@@ -84,9 +80,7 @@ class CartridgeEncoder(PromptModule):
         self.num_frozen_tokens = config.num_frozen_tokens
         self.num_trainable_tokens = order.tokens - config.num_frozen_tokens
         frozen = torch.empty(self.num_frozen_tokens, order.columns, dtype=torch.float32)
-        self.frozen_embedding = (
-            nn.Parameter(frozen, requires_grad=False) if self.num_frozen_tokens else None
-        )
+        self.frozen_embedding = nn.Parameter(frozen, requires_grad=False) if self.num_frozen_tokens else None
         trainable = torch.empty(self.num_trainable_tokens, order.columns, dtype=torch.float32)
         self.trainable_embedding = nn.Parameter(trainable)
         with drawing_from(generator):

@@ -61,17 +61,11 @@ class CPTConfig(PromptLearningConfig):
     cpt_token_ids: list[int] | None = setting(None, "Token ids of the context; its length is P.")
     cpt_mask: list[int] | None = setting(None, "Attention mask of the context; all ones.")
     cpt_tokens_type_mask: list[int] | None = setting(None, "What each token of the context is.")
-    opt_weighted_loss_type: str | None = setting(
-        "none", "Weights of the labels in the loss: none or decay."
-    )
-    opt_loss_decay_factor: float | None = setting(
-        1.0, "Weight of each label relative to the next one, with decay."
-    )
+    opt_weighted_loss_type: str | None = setting("none", "Weights of the labels in the loss: none or decay.")
+    opt_loss_decay_factor: float | None = setting(1.0, "Weight of each label relative to the next one, with decay.")
     opt_projection_epsilon: float | None = setting(0.1, "How far inputs may move.")
     opt_projection_format_epsilon: float | None = setting(0.1, "How far templates may move.")
-    tokenizer_name_or_path: str | None = setting(
-        None, "Tokenizer the context was made with, for the record."
-    )
+    tokenizer_name_or_path: str | None = setting(None, "Tokenizer the context was made with, for the record.")
 
     def __post_init__(self) -> None:
         """Fill in and validate the context.
@@ -108,9 +102,7 @@ class CPTConfig(PromptLearningConfig):
         if self.cpt_tokens_type_mask is None:
             self.cpt_tokens_type_mask = [1] * count
         if not count == len(self.cpt_mask) == len(self.cpt_tokens_type_mask):
-            raise ConfigError(
-                "cpt_token_ids, cpt_mask and cpt_tokens_type_mask must have the same length."
-            )
+            raise ConfigError("cpt_token_ids, cpt_mask and cpt_tokens_type_mask must have the same length.")
         if count == 0 or given not in (None, count):
             raise ConfigError(
                 f"num_virtual_tokens is the length of cpt_token_ids, got {given} and {count} token ids; "
@@ -270,10 +262,7 @@ def cpt_loss(logits: Tensor, labels: Tensor, types: Tensor, config: CPTConfig) -
     """
     labels, types = labels[:, 1:].to(logits.device), types[:, 1:].to(logits.device)
     losses = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(),
-        labels.flatten(),
-        reduction="none",
-        ignore_index=IGNORED,
+        logits[:, :-1].flatten(0, 1).float(), labels.flatten(), reduction="none", ignore_index=IGNORED
     ).view_as(labels)
     if config.opt_weighted_loss_type == "decay":
         losses = losses * _decay(types, config.opt_loss_decay_factor or 0.0)

@@ -16,14 +16,7 @@ from torch import Tensor
 
 from softprompt.errors import ConfigError
 from softprompt.fields import setting
-from softprompt.prompts import (
-    PROMPT_KEY,
-    PromptLearningConfig,
-    Start,
-    TaskType,
-    fitted,
-    text_token_ids,
-)
+from softprompt.prompts import PROMPT_KEY, PromptLearningConfig, Start, TaskType, fitted, text_token_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +53,7 @@ class FlatOrder:
             found.append(int(value))
         tokens, layers, heads, width = found
         if width % heads:
-            raise ConfigError(
-                f"token_dim {width} is not a multiple of num_attention_heads {heads}; leave both out"
-            )
+            raise ConfigError(f"token_dim {width} is not a multiple of num_attention_heads {heads}; leave both out")
         return cls(tokens, layers, heads, width // heads, config.task_type == TaskType.SEQ_2_SEQ_LM)
 
     @property
@@ -127,9 +118,7 @@ class KeyValueConfig(PromptLearningConfig):
     """Name of the option that holds the text."""
 
     tokenizer_name_or_path: str | None = setting(None, "Tokenizer of the text.", ours=True)
-    tokenizer_kwargs: dict[str, Any] | None = setting(
-        None, "Keyword arguments of the tokenizer.", ours=True
-    )
+    tokenizer_kwargs: dict[str, Any] | None = setting(None, "Keyword arguments of the tokenizer.", ours=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields under PEFT's keys: PEFT hands a seq2seq decoder every second of its layers."""
@@ -142,9 +131,7 @@ class KeyValueConfig(PromptLearningConfig):
         """Raise ConfigError if the text lacks its tokenizer, or options (``also`` too) would be ignored."""
         given = getattr(self, self.text_option) is not None
         if given and not self.tokenizer_name_or_path:
-            raise ConfigError(
-                f"{self.text_option} needs tokenizer_name_or_path; name the base's tokenizer"
-            )
+            raise ConfigError(f"{self.text_option} needs tokenizer_name_or_path; name the base's tokenizer")
         for name in ("tokenizer_name_or_path", "tokenizer_kwargs", *also):
             if getattr(self, name) and not given:
                 raise ConfigError(
@@ -172,9 +159,7 @@ class KeyValueConfig(PromptLearningConfig):
         return start.key_values(fitted(ids, self.num_virtual_tokens or 0, self.text_option))
 
 
-def prompt_embeddings_from_past_key_values(
-    past_key_values: Any, *, num_virtual_tokens: int
-) -> Tensor:
+def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_tokens: int) -> Tensor:
     """Return the first tokens of a cache in PEFT's flat order, ``[P, L·2·A_kv·D]``.
 
     Args:

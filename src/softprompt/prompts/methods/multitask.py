@@ -67,15 +67,11 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     prompt_tuning_init: MultitaskPromptTuningInit | str = setting(
         MultitaskPromptTuningInit.RANDOM, "How the prompt starts."
     )
-    prompt_tuning_init_state_dict_path: str | None = setting(
-        None, "Weights file of the source prompt."
-    )
+    prompt_tuning_init_state_dict_path: str | None = setting(None, "Weights file of the source prompt.")
     prompt_tuning_init_task: int | None = setting(0, "Task of the source, for EXACT_SOURCE_TASK.")
     num_ranks: int | None = setting(1, "Rank of the task matrices (R).")
     num_tasks: int | None = setting(1, "Tasks (K).")
-    task_matrix_init: TaskMatrixInit | str = setting(
-        TaskMatrixInit.ONES, "How the task matrices start.", ours=True
-    )
+    task_matrix_init: TaskMatrixInit | str = setting(TaskMatrixInit.ONES, "How the task matrices start.", ours=True)
 
     def __post_init__(self) -> None:
         """Validate what is multitask's own.
@@ -97,9 +93,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
 
     def build(self, word_embeddings: nn.Embedding, start: Start) -> PromptModule:
         """Return the untrained module; see ``PromptLearningConfig``."""
-        return MultitaskPromptEmbedding(
-            self, word_embeddings, source=start.source, generator=start.generator
-        )
+        return MultitaskPromptEmbedding(self, word_embeddings, source=start.source, generator=start.generator)
 
     def _refuse_options(self) -> None:
         options = self.peft_options()
@@ -128,17 +122,13 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     def _check_source(self) -> None:
         init, path = self.prompt_tuning_init, self.prompt_tuning_init_state_dict_path
         if init in SOURCE_INITS and not path:
-            raise ConfigError(
-                f"prompt_tuning_init_state_dict_path needs to be specified with {init} init method"
-            )
+            raise ConfigError(f"prompt_tuning_init_state_dict_path needs to be specified with {init} init method")
         if init not in SOURCE_INITS and path is not None:
             raise ConfigError(
                 f"prompt_tuning_init_state_dict_path would be ignored with prompt_tuning_init {init}; "
                 f"leave it out, or use one of {', '.join(SOURCE_INITS)}"
             )
-        if self.prompt_tuning_init_task != 0 and (
-            init != MultitaskPromptTuningInit.EXACT_SOURCE_TASK
-        ):
+        if self.prompt_tuning_init_task != 0 and (init != MultitaskPromptTuningInit.EXACT_SOURCE_TASK):
             raise ConfigError(
                 f"prompt_tuning_init_task would be ignored with prompt_tuning_init {init}; leave it out, "
                 f"or use {MultitaskPromptTuningInit.EXACT_SOURCE_TASK}"
@@ -239,11 +229,7 @@ class MultitaskPromptEmbedding(PromptModule):
         return torch.stack([prompts[task][row] for task, row in zip(tasks, indices, strict=True)])
 
     def _parts(self) -> dict[str, Tensor]:
-        return {
-            PROMPT_KEY: self.embedding.weight,
-            COLS_KEY: self.prefix_task_cols,
-            ROWS_KEY: self.prefix_task_rows,
-        }
+        return {PROMPT_KEY: self.embedding.weight, COLS_KEY: self.prefix_task_cols, ROWS_KEY: self.prefix_task_rows}
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,9 +240,7 @@ class TaskMatrices:
     rows: Tensor
 
     @classmethod
-    def ones(
-        cls, size: tuple[int, int, int, int], generator: torch.Generator | None
-    ) -> TaskMatrices:
+    def ones(cls, size: tuple[int, int, int, int], generator: torch.Generator | None) -> TaskMatrices:
         """Return factors whose product is exactly 1, for (K, S·P, R, H).
 
         The first rank is ones times ones. U of the others is drawn from N(0, 1) and their V is 0: the
@@ -273,9 +257,7 @@ class TaskMatrices:
         return cls(cols, rows)
 
     @classmethod
-    def normal(
-        cls, size: tuple[int, int, int, int], generator: torch.Generator | None
-    ) -> TaskMatrices:
+    def normal(cls, size: tuple[int, int, int, int], generator: torch.Generator | None) -> TaskMatrices:
         """Return PEFT's start for (K, S·P, R, H): both factors from N(0, 0.02²)."""
         tasks, length, rank, width = size
         cols = torch.normal(0.0, _STD, (tasks, length, rank), generator=generator)

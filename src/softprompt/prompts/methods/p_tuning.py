@@ -48,9 +48,7 @@ class PromptEncoderConfig(PromptLearningConfig):
     encoder_reparameterization_type: PromptEncoderReparameterizationType | str = setting(
         PromptEncoderReparameterizationType.MLP, "The network."
     )
-    encoder_hidden_size: int | None = setting(
-        None, "Width inside the network; None is the embeddings'."
-    )
+    encoder_hidden_size: int | None = setting(None, "Width inside the network; None is the embeddings'.")
     encoder_num_layers: int = setting(_MLP_LAYERS, "Layers of the LSTM.")
     encoder_dropout: float = setting(0.0, "Dropout between the LSTM's layers, while training.")
 
@@ -103,9 +101,7 @@ class PromptEncoder(PromptModule):
     saved is the outcome; a loaded prompt has no network any more, and training it further trains its embeddings.
     """
 
-    def __init__(
-        self, config: PromptEncoderConfig, *, generator: torch.Generator | None = None
-    ) -> None:
+    def __init__(self, config: PromptEncoderConfig, *, generator: torch.Generator | None = None) -> None:
         """Create embeddings and network; under ``inference_mode`` only embeddings."""
         super().__init__(config)
         if config.num_virtual_tokens is None or config.token_dim is None:
@@ -158,8 +154,7 @@ class PromptEncoder(PromptModule):
         if self.mlp_head is not None:
             self.lstm_head = self.mlp_head = None
             logger.info(
-                "the loaded embeddings are baked: training goes on with them, without the %s",
-                self.encoder_type,
+                "the loaded embeddings are baked: training goes on with them, without the %s", self.encoder_type
             )
 
     def forward(self, indices: Tensor) -> Tensor:

@@ -98,9 +98,7 @@ class Residual(Parameterised):
         self.prompt = nn.Parameter(first.clone())
         norm = nn.LayerNorm(width)
         nn.init.zeros_(norm.weight)
-        self.network = nn.Sequential(
-            nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, width), norm
-        )
+        self.network = nn.Sequential(nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, width), norm)
 
     def embeddings(self) -> Tensor:
         """Return P + MLP(P); see ``Parameterised``."""

@@ -41,9 +41,7 @@ class PrefixTuningConfig(KeyValueConfig):
 
     init_weights: str | None = setting(None, 'First values: "zero", or random when left out.')
     encoder_hidden_size: int | None = setting(None, "Inner width of the projection.")
-    prefix_projection: bool = setting(
-        False, "Train a small network that makes the keys and values."
-    )
+    prefix_projection: bool = setting(False, "Train a small network that makes the keys and values.")
     prefix_tuning_init_text: str | None = setting(
         None, "Text whose keys and values the prefix starts as.", ours=True
     )
@@ -69,8 +67,7 @@ class PrefixTuningConfig(KeyValueConfig):
             # PEFT's files carry the size whether it is used or not.
             if not self.prefix_projection and not self.inference_mode:
                 raise ConfigError(
-                    "encoder_hidden_size would be ignored without prefix_projection=True; set that, or "
-                    "leave it out"
+                    "encoder_hidden_size would be ignored without prefix_projection=True; set that, or leave it out"
                 )
         self.check_text("freeze_first_token")
         for name in ("init_weights", "prefix_projection"):
@@ -98,11 +95,7 @@ class PrefixEncoder(PromptModule):
     """Keys and values of the frozen first token ``[1, L·2·A_kv·D]``."""
 
     def __init__(
-        self,
-        config: PrefixTuningConfig,
-        *,
-        text: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        self, config: PrefixTuningConfig, *, text: Tensor | None = None, generator: torch.Generator | None = None
     ) -> None:
         """Create and initialise the prefix."""
         super().__init__(config)

@@ -55,32 +55,22 @@ class PromptTuningConfig(PromptLearningConfig):
     native_model_types: ClassVar[tuple[list[str] | None, ...]] = (None, ["ENCODER"])
     """Values of ``output_model_types`` that mean the same in PEFT."""
 
-    prompt_tuning_init: PromptTuningInit | str = setting(
-        PromptTuningInit.RANDOM, "How the prompt starts."
-    )
-    prompt_tuning_init_text: str | None = setting(
-        None, "Text for TEXT; one label a line for LABELS."
-    )
+    prompt_tuning_init: PromptTuningInit | str = setting(PromptTuningInit.RANDOM, "How the prompt starts.")
+    prompt_tuning_init_text: str | None = setting(None, "Text for TEXT; one label a line for LABELS.")
     tokenizer_name_or_path: str | None = setting(None, "Tokenizer for TEXT and LABELS.")
-    tokenizer_kwargs: dict[str, Any] | None = setting(
-        None, "Keyword arguments of the tokenizer, with TEXT only."
-    )
+    tokenizer_kwargs: dict[str, Any] | None = setting(None, "Keyword arguments of the tokenizer, with TEXT only.")
     prompt_sees_input: bool = setting(
         True, "Whether an encoder's prompt attends to the input, as in PEFT.", ours=True
     )
     output_model_types: list[str] | None = setting(
         None, "Parts of a seq2seq model that get a prompt: ENCODER, DECODER.", ours=True
     )
-    placement: Placement | str = setting(
-        Placement.PREFIX, "Where the prompt stands in the input.", ours=True
-    )
+    placement: Placement | str = setting(Placement.PREFIX, "Where the prompt stands in the input.", ours=True)
     parameterization: Parameterization | str = setting(
         Parameterization.DIRECT, "Parameterisation of the embeddings.", ours=True
     )
     parameterization_rank: int | None = setting(None, "Rank r of low_rank and ulpt.", ours=True)
-    prompt_tuning_init_prompt: str | None = setting(
-        None, "Saved prompt to start from, for PROMPT.", ours=True
-    )
+    prompt_tuning_init_prompt: str | None = setting(None, "Saved prompt to start from, for PROMPT.", ours=True)
 
     def __post_init__(self) -> None:
         """Validate the initialisation.
@@ -182,9 +172,7 @@ class PromptTuningConfig(PromptLearningConfig):
         given = [str(each) for each in self.output_model_types]
         allowed = [["ENCODER"], ["DECODER"], ["ENCODER", "DECODER"]]
         if sorted(given, reverse=True) not in allowed:
-            raise ConfigError(
-                f"output_model_types must be one of {', '.join(map(str, allowed))}, got {given}"
-            )
+            raise ConfigError(f"output_model_types must be one of {', '.join(map(str, allowed))}, got {given}")
         self.output_model_types = sorted(given, reverse=True)
         if given == ["DECODER"] and not self._has_one_input() and not self.prompt_sees_input:
             raise ConfigError(
@@ -206,11 +194,7 @@ class PromptEmbedding(PromptModule):
     parameterisation: Parameterised | None
 
     def __init__(
-        self,
-        config: PromptTuningConfig,
-        word_embeddings: nn.Embedding,
-        *,
-        generator: torch.Generator | None = None,
+        self, config: PromptTuningConfig, word_embeddings: nn.Embedding, *, generator: torch.Generator | None = None
     ) -> None:
         """Create and initialise the embeddings."""
         super().__init__(config)
@@ -261,9 +245,7 @@ class PromptEmbedding(PromptModule):
 
 
 def initial_table(
-    config: PromptTuningConfig,
-    word_embeddings: nn.Embedding,
-    generator: torch.Generator | None,
+    config: PromptTuningConfig, word_embeddings: nn.Embedding, generator: torch.Generator | None
 ) -> nn.Embedding:
     """Return an initialised table ``[S·P, H]`` in float32.
 
@@ -290,10 +272,7 @@ def initial_table(
 
 
 def _initial_part(
-    config: PromptTuningConfig,
-    table: nn.Embedding,
-    length: int,
-    generator: torch.Generator | None,
+    config: PromptTuningConfig, table: nn.Embedding, length: int, generator: torch.Generator | None
 ) -> Tensor:
     """Return the first values ``[P, H]`` of the prompt of one part of the model."""
     vocabulary, width = table.weight.shape
