@@ -76,8 +76,7 @@ def check(settings: Any) -> None:
     """Check type and range of every field of a settings dataclass.
 
     Raises:
-        ConfigError: A value of the wrong type or out of range; names the field, what it takes and
-            the value.
+        ConfigError: A value of the wrong type or out of range; names the field, what it takes and the value.
     """
     for item in fields(settings):
         value = getattr(settings, item.name)

@@ -162,13 +162,11 @@ def transferred_embeddings(
         model: The base they are for.
         num_virtual_tokens: Length wanted (P); longer repeats virtual tokens, shorter cuts them.
         model_types: ``output_model_types`` of the prompt, parts of the model that each get P virtual tokens.
-        tokenizer_name: Tokenizer of ``model``, read only for another base; None takes the one
-            beside the model.
+        tokenizer_name: Tokenizer of ``model``, read only for another base; None takes the one beside the model.
 
     Raises:
         ArtifactError: The prompt cannot be read, or is not virtual tokens of the input.
-        ConfigError: It is for other parts of a model, does not say its base, or the bases share too
-            few tokens.
+        ConfigError: It is for other parts of a model, does not say its base, or the bases share too few tokens.
         BackboneError: The base it was made for cannot be loaded, or is not the one on record.
     """
     stored = load_adapter(source)

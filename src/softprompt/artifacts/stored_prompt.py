@@ -127,8 +127,7 @@ class StoredPrompt:
     def of_task(self, task: str | None) -> StoredPrompt:
         """Return one task of a multitask prompt as plain prompt tuning; any other prompt as it is.
 
-        The virtual tokens are ``prompt_embeddings * (cols[k] @ rows[k])`` (Wang et al. 2023), in
-        float32.
+        The virtual tokens are ``prompt_embeddings * (cols[k] @ rows[k])`` (Wang et al. 2023), in float32.
 
         Args:
             task: a number or a recorded name; required where there are several.

@@ -44,8 +44,7 @@ def load_base(
         name_or_path: Folder, Hub id, ``"demo"``, or a model in memory.
         tokenizer: Used instead of the one beside the model.
         seq2seq: Forces the kind; None reads it from the config.
-        torch_dtype: Such as ``"bfloat16"``; None keeps the checkpoint's. A model in memory is
-            converted in place.
+        torch_dtype: Such as ``"bfloat16"``; None keeps the checkpoint's. A model in memory is converted in place.
         device: Such as ``"cuda:0"``; None keeps the CPU or the model's own.
         revision: Revision on the Hub.
 

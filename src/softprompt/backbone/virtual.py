@@ -124,8 +124,7 @@ def injected(
     Args:
         model: The model; hold its lock around the context.
         virtual_tokens: The virtual tokens, or None.
-        vocabulary: Hooks to inject them through; by default hooks are made where they are needed,
-            and removed.
+        vocabulary: Hooks to inject them through; by default hooks are made where they are needed, and removed.
         decoder: Whether they stand among the ids of a seq2seq model's decoder instead of its input.
     """
     if vocabulary is not None:

@@ -2,9 +2,8 @@
 
 Results go to stdout, everything else to stderr.
 
-click lists options under one heading; ``Command`` lists them under the ``group`` of their fields.
-rich-click and typer have groups as well, but bring rich, pygments and markdown-it and their import
-time for it.
+click lists options under one heading; ``Command`` lists them under the ``group`` of their fields. rich-click and
+typer have groups as well, but bring rich, pygments and markdown-it and their import time for it.
 """
 
 from __future__ import annotations

@@ -239,8 +239,7 @@ def read_source(source: DataSource) -> Iterator[Located]:
     """Yield the records of ``source`` with where each was read; at least one.
 
     Args:
-        source: A path (its suffix names the format), an iterable of mappings, or a
-            ``datasets.Dataset``.
+        source: A path (its suffix names the format), an iterable of mappings, or a ``datasets.Dataset``.
 
     Raises:
         DataError: The source is missing, empty, of an unknown format, or damaged.

@@ -157,8 +157,7 @@ def _decoder_steps(
     """Return a ``prepare_inputs_for_generation`` that puts prompts before a seq2seq decoder's first ids.
 
     Raises:
-        ConfigError: If the rows' prompts differ in length, which a decoder without padding does not
-            support.
+        ConfigError: If the rows' prompts differ in length, which a decoder without padding does not support.
     """
     lengths = sorted(set(prompts.lengths.tolist()))
     if len(lengths) > 1:

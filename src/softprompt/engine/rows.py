@@ -91,8 +91,7 @@ def check_rows(base: Base, rows: Sequence[EngineRow], built: Facts | None = None
         built: The base's facts when the engine was built, from which virtual ids are counted.
 
     Raises:
-        ConfigError: If the embedding table was resized since, or the model cannot have a prompt where a
-            row has it.
+        ConfigError: If the embedding table was resized since, or the model cannot have a prompt where a row has it.
         DataError: If nothing stands before a row's answer, an id is no token of the model, or a
             prompt should stand behind more tokens than there are.
         ContextOverflowError: If a row does not fit behind its prompt.
@@ -167,8 +166,7 @@ Part = Literal["input", "decoder"]
 class PromptTable:
     """The virtual tokens of a batch of rows, made by ``PromptTable.of(prompts, part)``.
 
-    Rows with the same ``Prompt`` object share its virtual tokens; equal prompts that are two objects
-    do not.
+    Rows with the same ``Prompt`` object share its virtual tokens; equal prompts that are two objects do not.
 
     Attributes:
         table: All virtual tokens ``[N, H]``, token n with the id V + n; ``[0, 0]`` where there are none.

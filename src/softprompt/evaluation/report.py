@@ -17,8 +17,7 @@ class Report:
     """How good a prompt, or its base alone, is on some rows; None is not applicable.
 
     Attributes:
-        task: "classification" scores the label set, "generation" generates text, "mixed" is tasks of
-            both kinds.
+        task: "classification" scores the label set, "generation" generates text, "mixed" is tasks of both kinds.
         rows: Rows evaluated.
         without_prompt: Whether the base was evaluated with the template alone.
         accuracy: Share of rows with the right label.

@@ -1,8 +1,7 @@
 """Many requests on one model by the same runners: Batcher, a queue and its thread; Decoder, a list in the caller's.
 
-The thread takes the model's lock for each pass, so other calls on the model take turns with it.
-A request fails alone. If the thread itself fails, all its requests fail with the reason, and
-``healthy`` is False.
+The thread takes the model's lock for each pass, so other calls on the model take turns with it. A request fails
+alone. If the thread itself fails, all its requests fail with the reason, and ``healthy`` is False.
 """
 
 from __future__ import annotations

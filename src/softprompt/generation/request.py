@@ -48,8 +48,7 @@ class Request:
         options: How to generate. ``max_time`` counts from submission; with n > 1 answer i samples with
             ``seed + i``.
         n: Answers.
-        logprobs: Number of most likely tokens to report with each token's log-probability; None
-            reports neither.
+        logprobs: Number of most likely tokens to report with each token's log-probability; None reports neither.
         echo: Whether the input's own log-probabilities are wanted, as an ``EchoEvent``.
         generate: Whether answers are wanted; without them only the input is scored.
         decode: Token ids to text; None is the batcher's own.

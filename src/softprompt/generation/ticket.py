@@ -133,9 +133,8 @@ Event = EchoEvent | TokenEvent | FinishEvent
 class Ticket:
     """A submitted request: its events, its result, and a way to cancel it.
 
-    Iterating, also with ``async for``, gives its events as they come and ends behind the last
-    ``FinishEvent``; a failed request raises its error there. ``await ticket`` and ``result()``
-    give the finish events alone.
+    Iterating, also with ``async for``, gives its events as they come and ends behind the last ``FinishEvent``; a
+    failed request raises its error there. ``await ticket`` and ``result()`` give the finish events alone.
     """
 
     def __init__(self, request: Request, cancelled: Callable[[], None]) -> None:

@@ -67,8 +67,7 @@ def load(
 ) -> TunedPrompt | Serving:
     """Load what softprompt or PEFT wrote, with its base model: one prompt, or many that answer together.
 
-    A folder without ``softprompt.json`` is PEFT's own: its input is put as it is
-    (``{{input}}``), and it generates.
+    A folder without ``softprompt.json`` is PEFT's own: its input is put as it is (``{{input}}``), and it generates.
 
     Args:
         prompts: Folder of the prompt, or ``org/name`` on the Hub; or several of them, of any kinds, by

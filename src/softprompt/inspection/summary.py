@@ -37,10 +37,9 @@ class NearToken:
 class PromptGeometry:
     """Norms, rank and cosines of the stored values ``[P*S, H]``.
 
-    ``rms`` is that of all entries, ``rms_ratio`` divides it by the base's embedding rms (None
-    without the base), ``effective_rank`` is exp of the entropy of the normalised singular values
-    (Roy and Vetterli 2007), between 1 and min(P*S, H), and 0 for a prompt of zeros.
-    ``mean_pairwise_cosine`` is None for one virtual token.
+    ``rms`` is that of all entries, ``rms_ratio`` divides it by the base's embedding rms (None without the base),
+    ``effective_rank`` is exp of the entropy of the normalised singular values (Roy and Vetterli 2007), between 1
+    and min(P*S, H), and 0 for a prompt of zeros. ``mean_pairwise_cosine`` is None for one virtual token.
     """
 
     norms: tuple[float, ...]

@@ -114,9 +114,8 @@ def resized(prompt: Tensor, length: int) -> Tensor:
 def recycle(prompt: Tensor, table_a: Tensor, table_b: Tensor) -> Recycled:
     """Map a prompt from base a to base b; an approximation, tune it further.
 
-    W ``[H_a, H_b]`` minimises ``|| E_a W - E_b ||`` over the embeddings of the tokens that both
-    bases share, and maps the prompt too (Lester et al. 2022, 2208.05577, the linear map from
-    vocabulary to vocabulary).
+    W ``[H_a, H_b]`` minimises ``|| E_a W - E_b ||`` over the embeddings of the tokens that both bases share, and
+    maps the prompt too (Lester et al. 2022, 2208.05577, the linear map from vocabulary to vocabulary).
 
     Args:
         prompt: Embeddings ``[P, H_a]``.

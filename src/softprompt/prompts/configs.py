@@ -1,9 +1,8 @@
 """What the configurations of all methods have in common, under the names and defaults of PEFT.
 
-A configuration knows its own JSON file (``adapter_config.json``), because saving and
-loading one by itself is part of the contract; everything about weights lives in
-``artifacts``. Construction validates and does no I/O. Each method's own options are in
-``methods/``.
+A configuration knows its own JSON file (``adapter_config.json``), because saving and loading one by itself is part
+of the contract; everything about weights lives in ``artifacts``. Construction validates and does no I/O. Each
+method's own options are in ``methods/``.
 """
 
 from __future__ import annotations

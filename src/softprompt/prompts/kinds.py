@@ -71,11 +71,10 @@ class Parameterization(StrEnum):
 class PromptTuningInit(StrEnum):
     """Where the first values of a soft prompt come from.
 
-    ``RANDOM``, ``TEXT`` and ``SAMPLE_VOCAB`` mean what they mean in PEFT. ``RANDOM`` is
-    N(0, 1), 50 to 100 times outside the embedding scale of a Llama; ``RANDOM_SCALED`` is
-    the same draw times the rms of the base's embeddings. ``LABELS`` starts each virtual token at a
-    class label (the mean of its sub-tokens, Lester et al. 2021), the rest from the vocabulary.
-    ``PROMPT`` starts at another prompt (Vu et al. 2022, SPoT).
+    ``RANDOM``, ``TEXT`` and ``SAMPLE_VOCAB`` mean what they mean in PEFT. ``RANDOM`` is N(0, 1), 50 to 100 times
+    outside the embedding scale of a Llama; ``RANDOM_SCALED`` is the same draw times the rms of the base's
+    embeddings. ``LABELS`` starts each virtual token at a class label (the mean of its sub-tokens, Lester et al.
+    2021), the rest from the vocabulary. ``PROMPT`` starts at another prompt (Vu et al. 2022, SPoT).
     """
 
     TEXT = "TEXT"
@@ -89,10 +88,9 @@ class PromptTuningInit(StrEnum):
 class MultitaskPromptTuningInit(StrEnum):
     """Where the first values of a multitask prompt come from.
 
-    The last three read a source prompt, ``prompt_tuning_init_state_dict_path``, and
-    take over its shared embeddings: the task matrix becomes the mean over the source's tasks (both
-    factors averaged each by itself, as in PEFT), that of one task, or starts anew. The others set
-    the shared embeddings as in ``PromptTuningInit``.
+    The last three read a source prompt, ``prompt_tuning_init_state_dict_path``, and take over its shared
+    embeddings: the task matrix becomes the mean over the source's tasks (both factors averaged each by itself, as
+    in PEFT), that of one task, or starts anew. The others set the shared embeddings as in ``PromptTuningInit``.
     """
 
     TEXT = "TEXT"

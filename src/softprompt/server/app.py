@@ -133,8 +133,7 @@ def listening(host: str, port: int) -> socket.socket:
 def reset_unread(sock: socket.socket, seconds: float) -> None:
     """Set TCP_USER_TIMEOUT: the kernel resets connections whose clients do not acknowledge data.
 
-    A closed connection otherwise stays until its last byte is acknowledged, which may be never.
-    Linux only.
+    A closed connection otherwise stays until its last byte is acknowledged, which may be never. Linux only.
     """
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(seconds * 1000))

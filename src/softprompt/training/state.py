@@ -43,9 +43,8 @@ class Sums:
 class RunState:
     """Position, counts and best result of a run, always at the border between two updates.
 
-    ``epoch`` counts finished epochs, ``group`` the updates done in the current one, ``update`` all
-    updates. Nothing random is kept: the order of the rows follows from (seed, epoch), dropout
-    from (seed, update).
+    ``epoch`` counts finished epochs, ``group`` the updates done in the current one, ``update`` all updates. Nothing
+    random is kept: the order of the rows follows from (seed, epoch), dropout from (seed, update).
     """
 
     epoch: int = 0

@@ -1,9 +1,8 @@
 """``tgis``, ``npy``, ``tensor`` and ``vllm``: bare tensors, which do not name their base.
 
-``tgis`` is a prompt in the prefix store of IBM's text-generation-inference: ``PREFIX_STORE/<id>/``
-holds ``encoder.pt`` and ``decoder.pt``, as caikit's folder does; its name is the id in requests.
-The store also takes a PEFT folder, which is the format ``peft``. ``npy`` is what
-google-research/prompt-tuning reads and writes.
+``tgis`` is a prompt in the prefix store of IBM's text-generation-inference: ``PREFIX_STORE/<id>/`` holds
+``encoder.pt`` and ``decoder.pt``, as caikit's folder does; its name is the id in requests. The store also takes a
+PEFT folder, which is the format ``peft``. ``npy`` is what google-research/prompt-tuning reads and writes.
 
 ``vllm`` is the JSON body of one request to vLLM's ``/v1/completions`` with ``prompt_embeds``. The server
 must run with ``--enable-prompt-embeds``. The tensor is what the base's embedding module returns for

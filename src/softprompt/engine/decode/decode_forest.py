@@ -1,8 +1,7 @@
 """One pass over the new tokens of many rows, each behind what it holds already.
 
-Rows join and leave between passes. A row's tokens are run once, as many at a time as the caller
-likes: its prompt, its input in parts, then one token a step. No padding is run, and logits are
-made only where they are wanted.
+Rows join and leave between passes. A row's tokens are run once, as many at a time as the caller likes: its prompt,
+its input in parts, then one token a step. No padding is run, and logits are made only where they are wanted.
 """
 
 from __future__ import annotations
@@ -144,9 +143,8 @@ class DecodeForest:
 def why_undecodable(base: Base) -> str:
     """Return why the decode forest does not serve a base, empty where it does; found by a probe, once.
 
-    Rows of unlike lengths, behind prompts of both kinds and behind none, join at different passes, are
-    read in parts, and one leaves in between; their log-probabilities must be those of each row alone on
-    the plain path.
+    Rows of unlike lengths, behind prompts of both kinds and behind none, join at different passes, are read in
+    parts, and one leaves in between; their log-probabilities must be those of each row alone on the plain path.
     """
     return remembered(base, "decoding", lambda: _decoding_difference(base), otherwise="no decode forest")
 

@@ -22,8 +22,7 @@ Key = tuple[str, tuple[int, ...]]
 class ResidentPrompts:
     """LRU cache of keys and values ``[L, 2, A_kv, P, D]``.
 
-    Rows copy what they need or hold on to it, so dropping one changes no row that runs. Any thread may
-    call.
+    Rows copy what they need or hold on to it, so dropping one changes no row that runs. Any thread may call.
 
     Attributes:
         most_tokens: Tokens that they may have together.

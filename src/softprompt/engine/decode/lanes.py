@@ -1,10 +1,9 @@
 """Where the keys and values of running rows are kept: lanes of equal capacity side by side.
 
-Every running row has a lane, as long as the row can ever get, so that nothing moves and nothing
-must be thrown out while it runs. Lanes of one capacity (a power of two) share a buffer and are
-kept dense in it, so a decode step reads their keys in place, through a view. A row's prompt is
-copied into its lane once; reading it elsewhere would cost a second attention call
-and a merge in every layer of every step.
+Every running row has a lane, as long as the row can ever get, so that nothing moves and nothing must be thrown out
+while it runs. Lanes of one capacity (a power of two) share a buffer and are kept dense in it, so a decode step
+reads their keys in place, through a view. A row's prompt is copied into its lane once; reading it elsewhere would
+cost a second attention call and a merge in every layer of every step.
 """
 
 from __future__ import annotations

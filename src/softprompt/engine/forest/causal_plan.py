@@ -6,11 +6,10 @@
     │  └─ …
     └─ row   …
 
-In a causal model nothing that follows changes what stands before, so every token of a forest
-has the hidden state it would have in its own padded row. Rows are ids, a prompt's from V on, so
-a ``Prompt`` object is shared by what stands before it and no further: by all rows when it is in front of
-them, by the answers of one input when it stands behind it. The last token of a target is never
-fed: nothing is predicted from it.
+In a causal model nothing that follows changes what stands before, so every token of a forest has the hidden state
+it would have in its own padded row. Rows are ids, a prompt's from V on, so a ``Prompt`` object is shared by what
+stands before it and no further: by all rows when it is in front of them, by the answers of one input when it stands
+behind it. The last token of a target is never fed: nothing is predicted from it.
 """
 
 from __future__ import annotations

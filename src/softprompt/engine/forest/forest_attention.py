@@ -1,9 +1,8 @@
 """Attention over a packed stream, registered with transformers' attention and mask interfaces.
 
-The mask interface hands the layers a ``LayerMask`` as their mask, so it reaches them
-as an argument, also when gradient checkpointing runs them again during backward. On a GPU a forest
-is run by FlexAttention, which has no backward on the CPU; equality with the padded blocks is
-tested on the CPU, its speed has not been measured on a GPU.
+The mask interface hands the layers a ``LayerMask`` as their mask, so it reaches them as an argument, also when
+gradient checkpointing runs them again during backward. On a GPU a forest is run by FlexAttention, which has no
+backward on the CPU; equality with the padded blocks is tested on the CPU, its speed has not been measured on a GPU.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
 """The plan of one pass: its tokens, each computed once, what is predicted, and who sees whom.
 
-Causal rows and decoder rows (``causal_plan.py``) and encoder rows (``engines.py``) are all run from
-such a plan; they differ in how it is made. Who sees whom is a few padded blocks instead of one N x N
-mask. A block is a bundle of queries with the keys they may see: all roots form one, the groups of
-similar length another. Its size is G x Tq x Tk, so a batch of many rows stays linear in rows.
-On a GPU a forest is run by FlexAttention instead: its kernel computes for each tile whether a query
-sees a key, from two numbers a token, and nothing is gathered or padded.
+Causal rows and decoder rows (``causal_plan.py``) and encoder rows (``engines.py``) are all run from such a plan;
+they differ in how it is made. Who sees whom is a few padded blocks instead of one N x N mask. A block is a bundle
+of queries with the keys they may see: all roots form one, the groups of similar length another. Its size is G x Tq
+x Tk, so a batch of many rows stays linear in rows. On a GPU a forest is run by FlexAttention instead: its kernel
+computes for each tile whether a query sees a key, from two numbers a token, and nothing is gathered or padded.
 """
 
 from __future__ import annotations
@@ -216,8 +215,7 @@ class Plan:
         positions: Position of each token in its own row, ``[N]``.
         kinds: Who sees whom: bundles of queries with their keys, kinds of unlike shape apart.
         targets: What is predicted.
-        tree: For a forest, where each token stands in depth-first order and where its descendants
-            end, ``[2, N]``.
+        tree: For a forest, where each token stands in depth-first order and where its descendants end, ``[2, N]``.
     """
 
     ids: Tensor
