@@ -1,6 +1,6 @@
 """Every error softprompt raises on purpose, one tree under one root.
 
-Every message says what was expected, what came, and what to do next, in one line.
+Every message says what was expected, what was given, and what to do next, in one line.
 The classes also derive from the builtin that a PEFT or transformers user would
 catch (``ValueError``, ``KeyError``), so swapping libraries keeps handlers working.
 """

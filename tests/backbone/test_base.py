@@ -26,7 +26,7 @@ from softprompt.backbone import (
 )
 from softprompt.backbone import facts as facts_module
 from softprompt.backbone.attention import implementations_of
-from softprompt.backbone.products import bodies_in
+from softprompt.backbone.products import products_in
 from softprompt.errors import BackboneError
 
 V = 64
@@ -69,7 +69,7 @@ def left_behind(model):
     """Return everything that a pass could leave on a model."""
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for m in model.modules()]
     checkpoints = [vars(m).get("_gradient_checkpointing_func") for m in model.modules()]
-    return hooks, checkpoints, implementations_of(model), bodies_in(model)
+    return hooks, checkpoints, implementations_of(model), products_in(model)
 
 
 def virtual_tokens(count=2, width=32):

@@ -28,7 +28,7 @@ from softprompt.backbone import (
     swapped_forwards,
     torch_products,
 )
-from softprompt.backbone.products import FrozenLinear, bodies_in, padded_rows
+from softprompt.backbone.products import FrozenLinear, padded_rows, products_in
 from softprompt.engine import (
     DecodeForest,
     ForestEngine,
@@ -155,9 +155,9 @@ def test_inside_one_another():
     outer = frozen_linears(module)
     with swapped_forwards(outer):
         with swapped_forwards(frozen_linears(module)):
-            assert bodies_in(module) == outer
-        assert bodies_in(module) == outer
-    assert bodies_in(module) == []
+            assert products_in(module) == outer
+        assert products_in(module) == outer
+    assert products_in(module) == []
 
 
 def test_what_others_do_to_a_layer_meanwhile_stays():
@@ -167,7 +167,7 @@ def test_what_others_do_to_a_layer_meanwhile_stays():
         second.forward = own = lambda x: x
     assert "forward" not in vars(first)
     assert second.forward is own
-    assert bodies_in(third) == []
+    assert products_in(third) == []
 
 
 def pickled(module):
@@ -315,7 +315,7 @@ def test_decoding_keeps_no_copy_after_its_end():
     forest = DecodeForest(Base(tiny("llama")), 64)
     (lane,) = forest.store.take(8, 1)
     forest.step([NewTokens(lane, (5, 6, 7))])
-    kept = [weakref.ref(body._kept[2]) for body in forest._bodies if body._kept is not None]
+    kept = [weakref.ref(body._kept[2]) for body in forest._products if body._kept is not None]
     assert kept and all(each() is not None for each in kept)
     del forest, lane
     gc.collect()
@@ -443,7 +443,7 @@ def test_training_pass(monkeypatch, kind, checkpointing):
     for ours, plain in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)
     assert Fingerprint.of(model) == before
-    assert bodies_in(model) == []
+    assert products_in(model) == []
 
 
 @pytest.mark.parametrize("ordered", [False, True])

@@ -73,3 +73,10 @@ def test_the_readme_is_short_and_starts_with_what_it_is():
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name)
+def test_files_that_are_named_exist(page):
+    starts = (ROOT, ROOT / "src" / "softprompt", ROOT / "src" / "softprompt" / page.stem)
+    for name in re.findall(r"`([\w/.]+/\w+\.py)`", page.read_text(encoding="utf-8")):
+        assert any((start / name).exists() for start in starts), f"{page.name}: {name}"

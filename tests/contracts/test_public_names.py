@@ -80,6 +80,19 @@ NAMES = sorted([*PEFT_NAMES, *OWN_NAMES])
 OPTIONAL = ["matplotlib", "fastapi", "datasets", "pyarrow", "peft"]
 
 
+def test_peft_s_paths_have_cartridge_helpers_and_no_names_of_torch():
+    from softprompt.tuners import cartridge
+
+    theirs = importlib.import_module("peft.tuners.cartridge.utils")
+    ours = importlib.import_module("softprompt.tuners.cartridge.utils")
+    helpers = [
+        name for name in vars(theirs) if name.startswith(("initialize_kv", "prompt_embeddings_from", "compose_"))
+    ]
+    assert len(helpers) == 4
+    assert all(getattr(ours, name) is getattr(softprompt, name) for name in helpers)
+    assert not {"Tensor", "torch", "ConfigError", "dataclass"} & set(dir(cartridge))
+
+
 def test_the_public_names_in_order():
     assert softprompt.__all__ == NAMES
     assert set(NAMES) <= set(dir(softprompt))

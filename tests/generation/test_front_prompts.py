@@ -48,7 +48,7 @@ def virtual_tokens_run(model):
 
 @contextmanager
 def scoring(base, residents, **bounds):
-    bounds = {"max_rows": 64, "max_tokens": 10_000, "max_waiting": 16, **bounds}
+    bounds = {"max_rows": 64, "max_tokens": 10_000, "max_queue": 16, **bounds}
     scorer = Scorer(base.base, residents=residents, **bounds)
     scorer.start()
     try:
@@ -88,7 +88,7 @@ def test_kept_prompts_share_a_pass_with_rows_and_prefix_tuning(family):
         base.base,
         max_rows=64,
         max_tokens=10_000,
-        max_waiting=16,
+        max_queue=16,
         residents=ResidentPrompts(8, 100),
     )
     for _ in range(2):

@@ -104,14 +104,20 @@ def test_by_command_line(folder, tuned, tmp_path, capsys, name):
     assert run(generate) == 0
     answer = json.loads(capsys.readouterr().out)["text"]
     assert answer == tuned[name].generate(TEXT, max_new_tokens=4)[0].text
+    with running(app_over(tuned[name].base, tmp_path)) as server, server.client() as client:
+        assert completion(client, name) == answer
 
 
 def test_all_are_served_together(folder, tuned):
     base = next(iter(tuned.values())).base
     with running(app_over(base, folder / "prompts")) as server, server.client() as client:
         for name, prompt in tuned.items():
-            body = {"model": name, "prompt": TEXT, "max_tokens": 4, "temperature": 0}
-            found = client.post("/v1/completions", json=body)
-            assert found.status_code == 200, found.text
-            own = prompt.generate(TEXT, max_new_tokens=4)[0].text
-            assert found.json()["choices"][0]["text"] == own, name
+            assert completion(client, name) == prompt.generate(TEXT, max_new_tokens=4)[0].text, name
+
+
+def completion(client, name):
+    """What a server answers for one of its prompts."""
+    body = {"model": name, "prompt": TEXT, "max_tokens": 4, "temperature": 0}
+    found = client.post("/v1/completions", json=body)
+    assert found.status_code == 200, found.text
+    return found.json()["choices"][0]["text"]

@@ -158,7 +158,7 @@ def app_over(base: Any, root: Any, batcher: Any = None, **changes: Any) -> Any:
         base,
         max_rows=bounds.max_score_rows,
         max_tokens=bounds.max_step_tokens,
-        max_waiting=bounds.max_queue,
+        max_queue=bounds.max_queue,
         residents=getattr(batcher, "residents", ResidentPrompts(0, 0)),
     )
     scorer.start()

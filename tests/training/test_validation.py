@@ -56,7 +56,7 @@ def test_collapse_and_a_plateau_at_chance_are_warned_of_once_each_time(caplog):
     subject = validation()
     for _ in range(3):
         subject.metrics([Prompt(torch.tensor([[9.0]]))])
-    assert caplog.text.count("all 6 validation rows are answered 'yes'") == 3
+    assert caplog.text.count("all 6 validation records are answered 'yes'") == 3
     assert caplog.text.count("is not above the commonest label's share 0.500 for 3 epochs") == 1
 
 

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any, Literal
 
-from softprompt.backbone import Base, Fingerprint, facts_of
+from softprompt.backbone import Base, Fingerprint
 from softprompt.errors import ArtifactError, nearest
 
 FORMAT_VERSION = 1
@@ -146,7 +146,7 @@ class Origin:
     @classmethod
     def of_base(cls, base: Base) -> Origin:
         """Return what a base says of prompts that were made for it."""
-        facts = facts_of(base.model)
+        facts = base.facts
         dtype = str(base.model.dtype).removeprefix("torch.")
         return cls(base.name, facts.is_encoder_decoder, dtype=dtype)
 

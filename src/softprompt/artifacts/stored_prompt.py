@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from softprompt.artifacts.layout import LAYOUTS, OUR_KEYS
 from softprompt.artifacts.manifest import Manifest, manifest_of_task
-from softprompt.backbone import Base, Fingerprint, facts_of, input_embedding
+from softprompt.backbone import Base, Fingerprint, input_embedding
 from softprompt.errors import ArtifactError, ConfigError, FingerprintError, nearest
 from softprompt.prompts import (
     COLS_KEY,
@@ -304,7 +304,7 @@ def check_fit(stored: StoredPrompt, base: Base) -> None:
     Raises:
         ArtifactError: It has others.
     """
-    task, seq2seq = stored.config.get("task_type"), facts_of(base.model).is_encoder_decoder
+    task, seq2seq = stored.config.get("task_type"), base.facts.is_encoder_decoder
     if task in _SEQ2SEQ and _SEQ2SEQ[task] != seq2seq:
         raise ArtifactError(
             f"the prompt in {stored.location} is for {task}, {base.name} is a "
@@ -320,7 +320,7 @@ def check_width(width: int, base: Base, where: str) -> None:
     Raises:
         ArtifactError: The widths differ.
     """
-    own = facts_of(base.model).token_dim
+    own = base.facts.token_dim
     if width != own:
         raise ArtifactError(
             f"expected virtual tokens {own} wide in {where}, as the embeddings of {base.name}, got "

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from softprompt.backbone.products import FrozenLinear, bodies_in, swapped_forwards
+from softprompt.backbone.products import FrozenLinear, products_in, swapped_forwards
 from softprompt.backbone.state import locked, state_of
 from softprompt.errors import BackboneError
 
@@ -100,13 +100,13 @@ def recomputed_alike(model: PreTrainedModel) -> Iterator[None]:
     if torch.compiler.is_compiling() or not recomputes_layers(model):
         yield
         return
-    implementations, bodies = implementations_of(model), bodies_in(model)
+    implementations, products = implementations_of(model), products_in(model)
     changed: list[tuple[nn.Module, Any]] = []
     for module in model.modules():
         if _CHECKPOINT in vars(module):
             original = vars(module)[_CHECKPOINT]
             changed.append((module, original))
-            setattr(module, _CHECKPOINT, _alike(original, model, implementations, bodies))
+            setattr(module, _CHECKPOINT, _alike(original, model, implementations, products))
     try:
         yield
     finally:
@@ -118,11 +118,11 @@ def _alike(
     checkpoint: Callable[..., Any],
     model: PreTrainedModel,
     implementations: Implementations,
-    bodies: Sequence[FrozenLinear],
+    products: Sequence[FrozenLinear],
 ) -> Callable[..., Any]:
     def run(layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         def again(*inputs: Any, **options: Any) -> Any:
-            with locked(model), switched(implementations), swapped_forwards(bodies):
+            with locked(model), switched(implementations), swapped_forwards(products):
                 return layer(*inputs, **options)
 
         return checkpoint(again, *args, **kwargs)

@@ -2,7 +2,7 @@
 
 torch gives float32 products to MKL, which leaves AVX-512 unused on CPUs that are not Intel's.
 oneDNN is in the same torch, computes the same sums, and takes half the time there. Only the
-layers' ``forward`` is swapped for another body inside a pass: the weights stay where and as they are.
+layers' ``forward`` is swapped for another product inside a pass: the weights stay where and as they are.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _has_its_parts() -> bool:
 
 @final
 class FrozenLinear:
-    """The body of a linear layer whose weight takes no gradient; other calls get the layer's own.
+    """The product of a linear layer whose weight takes no gradient; other calls get the layer's own.
 
     Args:
         module: The layer.
@@ -102,7 +102,7 @@ class FrozenLinear:
         return False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Become the layer's own body in a copy: what is swapped in a model is not in its copies."""
+        """Become the layer's own product in a copy: what is swapped in a model is not in its copies."""
         return getattr, (self.module, "forward")
 
     def _ordered(self, weight: Tensor, matrix: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def torch_products() -> Iterator[None]:
 
 
 def frozen_linears(model: nn.Module, *, keep: bool = False) -> list[FrozenLinear]:
-    """Return bodies for a model's float32 linear layers on the CPU; none where torch's own are as fast.
+    """Return products for a model's float32 linear layers on the CPU; none where torch's own are as fast.
 
     ``torch.backends.mkldnn.enabled = False`` leaves all to torch. A model of which parts are compiled
     keeps its own too: those would be compiled again for every pass. One whose layers
@@ -141,38 +141,38 @@ def frozen_linears(model: nn.Module, *, keep: bool = False) -> list[FrozenLinear
         return []
     if not cast(Any, torch.backends).mkldnn.enabled:
         return []
-    bodies = []
+    products = []
     for each in model.modules():
         if isinstance(vars(each).get("forward"), FrozenLinear) or _is_compiled(each):
             return []
         if type(each) in _LINEAR and _is_float32_here(cast(Tensor, each.weight)):
-            bodies.append(FrozenLinear(each, keep=keep))
-    return bodies
+            products.append(FrozenLinear(each, keep=keep))
+    return products
 
 
-def bodies_in(model: nn.Module) -> list[FrozenLinear]:
-    """Return the bodies that a model's layers run now."""
+def products_in(model: nn.Module) -> list[FrozenLinear]:
+    """Return the products that a model's layers run now."""
     found = (vars(each).get("forward") for each in model.modules())
     return [each for each in found if isinstance(each, FrozenLinear)]
 
 
 @contextmanager
-def swapped_forwards(bodies: Iterable[FrozenLinear]) -> Iterator[None]:
-    """Swap the ``forward`` of layers for these bodies inside the context; hold the model's lock around it.
+def swapped_forwards(products: Iterable[FrozenLinear]) -> Iterator[None]:
+    """Swap the ``forward`` of layers for these products inside the context; hold the model's lock around it.
 
     A layer whose ``forward`` somebody has replaced, before or meanwhile, is left alone.
     """
     changed: list[tuple[dict[str, Any], FrozenLinear]] = []
     try:
-        for body in bodies:
-            own = vars(body.module)
+        for product in products:
+            own = vars(product.module)
             if "forward" not in own:
-                own["forward"] = body
-                changed.append((own, body))
+                own["forward"] = product
+                changed.append((own, product))
         yield
     finally:
-        for own, body in changed:
-            if own.get("forward") is body:
+        for own, product in changed:
+            if own.get("forward") is product:
                 del own["forward"]
 
 

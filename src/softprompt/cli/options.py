@@ -42,7 +42,7 @@ class Option(click.Option):
 
 @final
 class Command(click.Command):
-    """A command whose help lists its options in groups, in the order of their first options."""
+    """A command whose help lists its options in groups, in the order of their first options, output at the end."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, group by group."""
@@ -52,9 +52,11 @@ class Command(click.Command):
             if record is not None and isinstance(parameter, click.Option):
                 groups.setdefault(getattr(parameter, "group", None), []).append(record)
         others = groups.pop(None, [])
-        for title, records in [*groups.items(), ("Options", others)]:
-            with formatter.section(title or ""):
-                formatter.write_dl(records)
+        written = groups.pop("Output", [])
+        for title, records in [*groups.items(), ("Output", written), ("Options", others)]:
+            if records:
+                with formatter.section(title or ""):
+                    formatter.write_dl(records)
 
 
 def option(*names: str, group: str | None = None, **attributes: Any) -> Callable[[Decorated], Decorated]:

@@ -304,7 +304,7 @@ class BatchPrompts:
 
     @contextmanager
     def injected(self, base: Base, vocabulary: VirtualVocabulary | None = None) -> Iterator[None]:
-        """Inject the prompts into the base for the passes inside the context, which holds its lock.
+        """Inject a batch's prompts into the base model for one call, inside the context, which holds its lock.
 
         Without any prompt the base runs bit for bit as without this library.
 

@@ -1,4 +1,4 @@
-"""Evaluating a prompt, or its base alone, on rows that were not trained on."""
+"""Evaluating a prompt, or its base alone, on records that were not trained on."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def evaluate(
 
     Args:
         tuned: The prompt with its model, or an ensemble.
-        data: A path, or rows; read as in training.
+        data: A path, or records; read as in training.
         without_prompt: Evaluate the base with the template alone.
         batch_size: Rows, or (row, label) pairs, in one pass.
         input_field: Input column; None takes the one the prompt was tuned with.
@@ -88,7 +88,7 @@ def evaluate(
 
 @dataclass(frozen=True, slots=True)
 class _Settings:
-    """The arguments of ``evaluate`` that hold for the rows of every task."""
+    """The arguments of ``evaluate`` that hold for the records of every task."""
 
     task: Task | None
     without_prompt: bool
@@ -111,8 +111,8 @@ def _tasks_of(examples: Sequence[Record], task_field: str) -> list[str]:
     for number, example in enumerate(examples, start=1):
         if not example.fields.get(task_field):
             raise DataError(
-                f"row {number} has no task in {task_field!r}{nearest(task_field, example.fields)}; "
-                "name the column of the rows' tasks in task_field (--task-field)"
+                f"record {number} has no task in {task_field!r}{nearest(task_field, example.fields)}; "
+                "name the column of the records' tasks in task_field (--task-field)"
             )
         tasks.append(example.fields[task_field])
     return tasks
@@ -222,7 +222,7 @@ def _label_report(
     *,
     without_prompt: bool = False,
 ) -> Report:
-    """Compare the labels found for some rows with the gold ones."""
+    """Compare the labels found for some records with the gold ones."""
     metrics = label_metrics(gold, [labels[k] for k in found.predicted], labels)
     numbers = {label: k for k, label in enumerate(labels)}
     likelihood = found.likelihood([numbers.get(label) for label in gold])
@@ -245,7 +245,7 @@ def _label_report(
 def _ensemble_report(
     ensemble: Ensemble, engine: Engine, rows: Sequence[Sequence[TokenRow]], gold: Sequence[str], how: _Settings
 ) -> Report:
-    """Score the rows under every member's template once, and report the ensemble beside its members."""
+    """Score the records under every member's template once, and report the ensemble beside its members."""
     sources = [[row.source for row in own] for own in rows]
     scores = ensemble.scores(sources, engine=engine, batch_size=how.batch_size)
     ranked = ensemble.ranked(scores) if how.normalize else scores

@@ -14,17 +14,17 @@ _LABELS_SHOWN = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """How good a prompt, or its base alone, is on some rows; None is not applicable.
+    """How good a prompt, or its base alone, is on some records; None is not applicable.
 
     Attributes:
         task: "classification" scores the label set, "generation" generates text, "mixed" is tasks of both kinds.
-        rows: Rows evaluated.
+        rows: Records evaluated.
         without_prompt: Whether the base was evaluated with the template alone.
-        accuracy: Share of rows with the right label.
+        accuracy: Share of records with the right label.
         macro_f1: Mean F1 over the labels that occur in gold or predictions.
         exact_match: Share of generated answers equal to the target, outer white space aside.
         rouge_l: Mean ROUGE-L F-measure of the generated answers.
-        perplexity: Of the target tokens; for labels, over the rows whose gold label is scored.
+        perplexity: Of the target tokens; for labels, over the records whose gold label is scored.
         invalid: Gold labels, or generated answers, outside the label set; such a label counts as wrong.
         inputs_cut: Rows whose input exceeded the prompt's limit and lost its end.
         targets_cut: Rows whose target exceeded the prompt's limit and lost its end.
@@ -33,8 +33,8 @@ class Report:
         per_label: Counts and rates of each label of the set, then of gold labels outside it.
         confusion: Rows by gold label, then by predicted label; zero counts are left out.
         combine: How the members of an ensemble were combined; None for one prompt.
-        members: The report of each member of an ensemble by its name, on the same rows.
-        tasks: The report of each task by its name, on the task's rows, where rows have several.
+        members: The report of each member of an ensemble by its name, on the same records.
+        tasks: The report of each task by its name, on the task's records, where records have several.
     """
 
     task: Literal["classification", "generation", "mixed"]
@@ -137,9 +137,9 @@ def _finite(value: Any) -> Any:
 
 
 def joined(reports: Mapping[str, Report]) -> Report:
-    """Return the report of all rows, which holds those of the tasks.
+    """Return the report of all records, which holds those of the tasks.
 
-    Shares and means are over the rows. What has no meaning across label sets (macro F1, predictions,
+    Shares and means are over the records. What has no meaning across label sets (macro F1, predictions,
     perplexity) is in the tasks' own reports alone.
     """
     parts = list(reports.values())
@@ -159,7 +159,7 @@ def joined(reports: Mapping[str, Report]) -> Report:
 
 
 def _mean(parts: Sequence[Report], values: Sequence[float | None]) -> float | None:
-    """Return the mean over the rows; None where a task has no such value."""
+    """Return the mean over the records; None where a task has no such value."""
     known = [value for value in values if value is not None]
     if len(known) < len(parts):
         return None

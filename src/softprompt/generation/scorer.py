@@ -108,17 +108,17 @@ class Scorer:
         base: The base, whose lock is held for each pass.
         max_rows: Targets in one pass.
         max_tokens: Tokens in one pass, if they are of more than one row.
-        max_waiting: Callers that wait.
+        max_queue: Callers that wait at most.
         residents: Where keys and values of prompts are kept; with no room there, every pass computes them.
     """
 
     def __init__(
-        self, base: Base, *, max_rows: int, max_tokens: int, max_waiting: int, residents: ResidentPrompts
+        self, base: Base, *, max_rows: int, max_tokens: int, max_queue: int, residents: ResidentPrompts
     ) -> None:
         self._base = base
         self._max_rows = max_rows
         self._max_tokens = max_tokens
-        self._waiting: queue.Queue[Scoring | None] = queue.Queue(max_waiting)
+        self._waiting: queue.Queue[Scoring | None] = queue.Queue(max_queue)
         self._front = FrontPrompts(base, residents)
         self._stopped = False
         self._guard = threading.Lock()

@@ -68,7 +68,7 @@ class Serving(AbstractContextManager["Serving"]):
             self._base,
             max_rows=own.max_score_rows,
             max_tokens=own.max_step_tokens,
-            max_waiting=own.max_queue,
+            max_queue=own.max_queue,
             residents=self.batcher.residents,
         )
         self._scorer.start()

@@ -92,7 +92,7 @@ def build_app(settings: ServeSettings, root: PromptFolder) -> FastAPI:
         base,
         max_rows=bounds.max_score_rows,
         max_tokens=bounds.max_step_tokens,
-        max_waiting=bounds.max_queue,
+        max_queue=bounds.max_queue,
         residents=batcher.residents,
     )
     scorer.start()

@@ -108,7 +108,7 @@ class TeacherPrompts(PromptModule):
         self.config = prompts[0].config
 
     def materialize(self, task: int = 0) -> Tensor:
-        """Return the rows ``[S·P, H]`` of a task's own prompt; see ``PromptModule``."""
+        """Return the embeddings ``[S·P, H]`` of a task's own prompt; see ``PromptModule``."""
         check_task(task, self.num_tasks)
         return cast(PromptModule, self.prompts[task]).materialize()
 

@@ -63,7 +63,7 @@ class TaskRows:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A frozen base, an untrained prompt, and the rows to train it on."""
+    """A frozen base, an untrained prompt, and the records to train it on."""
 
     base: Base
     module: PromptModule

@@ -40,7 +40,7 @@ def tune(
 
     Args:
         base_model: A folder, a model name, ``"demo"`` (the bundled model), or a loaded model.
-        train_data: A data file or rows: ``input`` and ``output``, or ``text`` and ``labels``; several
+        train_data: A data file or records: ``input`` and ``output``, or ``text`` and ``labels``; several
             as ``{task: data}``, which trains one source prompt for all of them.
         validation_data: The same, to choose the best epoch by. Nothing is split off by itself.
         output: Directory to write the prompt to; without it nothing is written.
@@ -69,7 +69,7 @@ def tune(
         plan = _Plan(base_model, _kept(train_data), _kept(validation_data), settings)
         check_output(target, overwrite=overwrite)
     if plan.train_data is None:
-        raise UsageError("train_data is missing; give a data file or rows of input and output")
+        raise UsageError("train_data is missing; give a data file or records of input and output")
     data = read_data(plan.train_data, plan.validation_data, plan.settings)
     prepared = prepare(plan.base_model, data, plan.settings)
     found = load_state(target, identity(prepared)) if resume and target is not None else None

@@ -37,7 +37,7 @@ ROWS_BETWEEN_STOPS = 256
 
 @dataclass
 class Validation:
-    """The validation rows of one task and how they are scored; with ``labels`` as a classification.
+    """The validation records of one task and how they are scored; with ``labels`` as a classification.
 
     ``labels`` maps each label to its target ids. ``check_stop`` is called every 256 rows. ``task``
     is the number of the task, ``name`` what it is called among several.
@@ -96,13 +96,13 @@ class Validation:
         return {"accuracy": accuracy, "loss": whole.loss}
 
     def _watch_collapse(self, predicted: list[int], gold: list[int], names: list[str], accuracy: float) -> None:
-        """Say so when all rows get one label, or accuracy stays at the commonest label's share."""
+        """Say so when all records get one label, or accuracy stays at the commonest label's share."""
         answers, truth = Counter(predicted), Counter(gold)
         chance = max(truth.values()) / len(gold)
         self._at_chance = self._at_chance + 1 if accuracy <= chance else 0
         if len(answers) == 1 and len(truth) > 1:
             logger.warning(
-                "all %d validation rows%s are answered %r; if this lasts, change the learning rate, "
+                "all %d validation records%s are answered %r; if this lasts, change the learning rate, "
                 "the initial prompt or the seed",
                 len(gold),
                 self._of_task,
@@ -192,7 +192,7 @@ def _stage(
     *,
     mixed: bool = True,
 ) -> Stage:
-    """Return what trains a prompt on the rows of all tasks; ``mixed`` draws several into a batch."""
+    """Return what trains a prompt on the records of all tasks; ``mixed`` draws several into a batch."""
     settings = prepared.settings
     rows = [row for task in prepared.tasks for row in task.train]
     tasks = [number for number, task in enumerate(prepared.tasks) for _ in task.train]

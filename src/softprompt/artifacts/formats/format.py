@@ -30,7 +30,7 @@ from softprompt.artifacts import (
     save_adapter,
     write_atomically,
 )
-from softprompt.backbone import Base, facts_of
+from softprompt.backbone import Base
 from softprompt.errors import ArtifactError, ConfigError
 from softprompt.prompts import CONFIG_NAME, PROMPT_KEY, PeftType, Placement, Prompt, PromptTuningConfig, TaskType
 
@@ -240,8 +240,8 @@ def stored_of_parts(parts: Mapping[str, Tensor], origin: Origin, base: Base | No
         base_model_name_or_path=origin.base_model,
         inference_mode=True,
         # PEFT reads a seq2seq prompt's layers and heads from its config.
-        num_layers=None if base is None else facts_of(base.model).num_layers,
-        num_attention_heads=None if base is None else facts_of(base.model).num_attention_heads,
+        num_layers=None if base is None else base.facts.num_layers,
+        num_attention_heads=None if base is None else base.facts.num_attention_heads,
     ).to_dict()
     tensors = {PROMPT_KEY: torch.cat(ordered)}
     check_tensors(config, tensors, where)

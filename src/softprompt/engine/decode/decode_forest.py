@@ -73,7 +73,7 @@ class DecodeForest:
         self.store = KeyValueStore(base.key_value_shape, like, max_tokens)
         base.require_attention(NAME)
         self._device = base.device
-        self._bodies = frozen_linears(base.model, keep=ordered_weights)
+        self._products = frozen_linears(base.model, keep=ordered_weights)
 
     def step(self, news: Sequence[NewTokens]) -> list[Tensor]:
         """Run the new tokens of rows, and return each row's wanted logits, float32 ``[k, V]``.
@@ -84,7 +84,7 @@ class DecodeForest:
         ids, positions, wanted, counts = self._stream([news[i] for i in order])
         tables = [own for i in order if (own := self._virtual(news[i])) is not None]
         virtual = torch.cat(tables).to(self._device) if tables else None
-        running = self._base.running(attention=NAME, virtual_tokens=virtual, products=self._bodies)
+        running = self._base.running(attention=NAME, virtual_tokens=virtual, products=self._products)
         token = active.set(plan)
         try:
             with running, torch.no_grad():
