@@ -1,8 +1,11 @@
-"""What every test runs under: no network, and properties that come out the same each time."""
+"""What every test runs under: no network, properties that come out the same each time, quiet logging."""
 
 from __future__ import annotations
 
+import logging
 import os
+
+import pytest
 
 # Read by huggingface_hub when it is imported, so it is set before any test module is.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,3 +16,14 @@ from hypothesis import HealthCheck, settings
 # A busy machine must not turn a property into a failure, and a failure must come back.
 settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("steady")
+
+
+@pytest.fixture(autouse=True)
+def logging_put_back():
+    """The command line sets up logging for its process; tests of every folder share one."""
+    logger = logging.getLogger("softprompt")
+    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
+    yield
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
+    logger.propagate = propagate

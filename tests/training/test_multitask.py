@@ -136,7 +136,7 @@ def test_rows_of_several_tasks_are_evaluated_together(llama, tasks):
     assert "film" in str(report)
     with pytest.raises(ConfigError, match="give one of them"):
         evaluate(tuned, rows, task_name="film", task_field="kind")
-    with pytest.raises(DataError, match=r"row 1 has no task in 'kinds' \(did you mean 'kind'"):
+    with pytest.raises(DataError, match=r"record 1 has no task in 'kinds' \(did you mean 'kind'"):
         evaluate(tuned, rows, task_field="kinds")
 
 
