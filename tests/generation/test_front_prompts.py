@@ -47,9 +47,8 @@ def virtual_tokens_run(model):
 
 
 @contextmanager
-def scoring(base, residents, **bounds):
-    bounds = {"max_rows": 64, "max_tokens": 10_000, "max_queue": 16, **bounds}
-    scorer = Scorer(base.base, residents=residents, **bounds)
+def scoring(base, residents):
+    scorer = Scorer(base.base, Bounds(), residents)
     scorer.start()
     try:
         yield scorer
@@ -84,13 +83,7 @@ def test_kept_prompts_share_a_pass_with_rows_and_prefix_tuning(family):
     asked = [(name, EngineRow((5, 6, 7), (8, 9))) for name in base.values]
     asked += [("plain", EngineRow((), (8,))), ("other", EngineRow((4,) * 20, (3,)))]
     asked += [("suffix", EngineRow((5, 6), (7,), at=2))]
-    waits = Scorer(
-        base.base,
-        max_rows=64,
-        max_tokens=10_000,
-        max_queue=16,
-        residents=ResidentPrompts(8, 100),
-    )
+    waits = Scorer(base.base, Bounds(), ResidentPrompts(8, 100))
     for _ in range(2):
         futures = [submit(waits, base.values[name], [row]) for name, row in asked]
         if not waits.healthy:

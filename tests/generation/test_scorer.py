@@ -10,12 +10,16 @@ import torch
 from oracles.served import served
 from softprompt.engine import EngineRow, PlainEngine, ResidentPrompts
 from softprompt.errors import NotServingError
-from softprompt.generation import Scorer
+from softprompt.generation import Bounds, Scorer
 
 
 def test_a_caller_that_has_gone_does_not_hold_up_the_end():
     base = served("llama", kinds=("plain",))
-    scorer = Scorer(base.base, max_rows=4, max_tokens=64, max_queue=4, residents=ResidentPrompts(0, 0))
+    scorer = Scorer(
+        base.base,
+        Bounds(max_batch_rows=1, max_score_rows=4, max_step_tokens=64, max_queue=4),
+        ResidentPrompts(0, 0),
+    )
     gone, waiting = (scorer.submit(()) for _ in range(2))
     assert gone.cancel()
     scorer.stop()
@@ -32,7 +36,11 @@ def test_a_pass_is_bounded_by_rows_and_tokens(monkeypatch, rows, tokens, passes)
         [EngineRow(text, label, base.values[name]) for text in texts for label in ((7,), (8, 9), (3, 4, 5))]
         for name in ("plain", "other")
     ]
-    scorer = Scorer(base.base, max_rows=rows, max_tokens=tokens, max_queue=4, residents=ResidentPrompts(0, 0))
+    scorer = Scorer(
+        base.base,
+        Bounds(max_batch_rows=1, max_score_rows=rows, max_step_tokens=tokens, max_queue=4),
+        ResidentPrompts(0, 0),
+    )
     seen, own = [], scorer._engine
 
     class Noting:
@@ -56,7 +64,9 @@ def test_a_pass_is_bounded_by_rows_and_tokens(monkeypatch, rows, tokens, passes)
 
 def test_a_row_beyond_the_bound_has_a_pass_of_its_own():
     base = served("llama", kinds=("plain",))
-    scorer = Scorer(base.base, max_rows=4, max_tokens=1, max_queue=4, residents=ResidentPrompts(0, 0))
+    scorer = Scorer(
+        base.base, Bounds(max_batch_rows=1, max_score_rows=4, max_step_tokens=1, max_queue=4), ResidentPrompts(0, 0)
+    )
     scorer.start()
     plain = base.values["plain"]
     sums = scorer.submit([EngineRow((5, 6, 7), (8,), plain), EngineRow((9,), (4,), plain)])
@@ -69,7 +79,11 @@ def test_prompts_that_see_the_input_and_others_are_scored_for_one_caller():
     seeing = base.values["plain"]
     prompts = [seeing, replace(seeing, sees_input=False), None] * 2
     rows = [EngineRow((5, 6, 7 + i), (8, 9), prompt) for i, prompt in enumerate(prompts)]
-    scorer = Scorer(base.base, max_rows=64, max_tokens=999, max_queue=4, residents=ResidentPrompts(0, 0))
+    scorer = Scorer(
+        base.base,
+        Bounds(max_batch_rows=1, max_score_rows=64, max_step_tokens=999, max_queue=4),
+        ResidentPrompts(0, 0),
+    )
     scorer.start()
     sums = scorer.submit(rows).result(30)
     alone = [PlainEngine(base.base).target_log_probs([row]).row_sums(1) for row in rows]

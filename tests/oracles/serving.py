@@ -154,13 +154,7 @@ def app_over(base: Any, root: Any, batcher: Any = None, **changes: Any) -> Any:
         max_bytes=settings.max_prompt_bytes,
     )
     batcher = batcher or Batcher(base, bounds)
-    scorer = Scorer(
-        base,
-        max_rows=bounds.max_score_rows,
-        max_tokens=bounds.max_step_tokens,
-        max_queue=bounds.max_queue,
-        residents=getattr(batcher, "residents", ResidentPrompts(0, 0)),
-    )
+    scorer = Scorer(base, bounds, getattr(batcher, "residents", ResidentPrompts(0, 0)))
     scorer.start()
     return create_app(settings, registry, batcher, scorer)
 

@@ -12,7 +12,7 @@ import pytest
 from oracles.serving import ScriptedBatcher, app_over, running, until
 from softprompt.engine import ResidentPrompts
 from softprompt.errors import NotServingError
-from softprompt.generation import Scorer
+from softprompt.generation import Bounds, Scorer
 from softprompt.server.middleware import Connections
 
 BODY = {"model": "writer", "prompt": "hello", "max_tokens": 3}
@@ -153,7 +153,11 @@ def test_not_ready_while_anything_has_stopped(base, shared_prompts):
 
 
 def test_a_scorer_that_breaks_says_so(base, monkeypatch):
-    scorer = Scorer(base.model, max_rows=4, max_tokens=64, max_queue=4, residents=ResidentPrompts(0, 0))
+    scorer = Scorer(
+        base.model,
+        Bounds(max_batch_rows=1, max_score_rows=4, max_step_tokens=64, max_queue=4),
+        ResidentPrompts(0, 0),
+    )
     waiting = scorer.submit(())
     monkeypatch.setattr(scorer, "_score_all", lambda: 1 / 0)
     scorer.start()
@@ -166,7 +170,11 @@ def test_a_scorer_that_breaks_says_so(base, monkeypatch):
 
 
 def test_a_request_in_the_middle_of_a_stop_is_refused(base, monkeypatch):
-    scorer = Scorer(base.model, max_rows=4, max_tokens=64, max_queue=4, residents=ResidentPrompts(0, 0))
+    scorer = Scorer(
+        base.model,
+        Bounds(max_batch_rows=1, max_score_rows=4, max_step_tokens=64, max_queue=4),
+        ResidentPrompts(0, 0),
+    )
     stopping = threading.Thread(target=scorer.stop)
     put = scorer._waiting.put_nowait
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # Texts to continue from. Which one does not matter as long as its tokens stay apart from the
 # target's; one of these does in every byte-level, metaspace and WordPiece vocabulary seen.
-_CARRIERS = ("a", ":", "the", "0")
+_CONTEXTS = ("a", ":", "the", "0")
 _PROBE = "a"
 # A tokenizer has a mode, whether special tokens are read as such, which two threads that want
 # different ones would change under each other.
@@ -121,10 +121,10 @@ class Continuation:
     def ids(self, target: str) -> tuple[int, ...]:
         """Return the ids of ``target`` behind a source, without special tokens."""
         text = target if target[:1].isspace() else self.separator + target
-        for carrier in _CARRIERS:
+        for context in _CONTEXTS:
             before, whole = encode(
                 self._tokenizer,
-                [carrier + self._line_end, carrier + self._line_end + text],
+                [context + self._line_end, context + self._line_end + text],
                 special=False,
                 marks_are_text=True,
             )

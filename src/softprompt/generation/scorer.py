@@ -17,6 +17,7 @@ from torch import Tensor
 from softprompt.backbone import Base
 from softprompt.engine import Engine, EngineRow, FrontPrompts, ResidentPrompts, build_engine
 from softprompt.errors import ConfigError, NotServingError, QueueFullError
+from softprompt.generation.options import Bounds
 from softprompt.prompts import Prompt
 
 logger = logging.getLogger(__name__)
@@ -106,19 +107,15 @@ class Scorer:
 
     Args:
         base: The base, whose lock is held for each pass.
-        max_rows: Targets in one pass.
-        max_tokens: Tokens in one pass, if they are of more than one row.
-        max_queue: Callers that wait at most.
+        bounds: Of a pass, its targets (``max_score_rows``) and, if they are of more than one row, its tokens
+            (``max_step_tokens``); of the callers, how many wait (``max_queue``).
         residents: Where keys and values of prompts are kept; with no room there, every pass computes them.
     """
 
-    def __init__(
-        self, base: Base, *, max_rows: int, max_tokens: int, max_queue: int, residents: ResidentPrompts
-    ) -> None:
+    def __init__(self, base: Base, bounds: Bounds, residents: ResidentPrompts) -> None:
         self._base = base
-        self._max_rows = max_rows
-        self._max_tokens = max_tokens
-        self._waiting: queue.Queue[Scoring | None] = queue.Queue(max_queue)
+        self._bounds = bounds
+        self._waiting: queue.Queue[Scoring | None] = queue.Queue(bounds.max_queue)
         self._front = FrontPrompts(base, residents)
         self._stopped = False
         self._guard = threading.Lock()
@@ -204,7 +201,7 @@ class Scorer:
             if following is None:
                 return None, batch, True
             rows += len(following.rows)
-            if rows > self._max_rows:
+            if rows > self._bounds.max_score_rows:
                 return following, batch, False
             batch.append(following)
 
@@ -212,7 +209,11 @@ class Scorer:
         rows = [row for each in batch for row in each.rows]
         try:
             sums = score_rows(
-                self._engine, rows, max_rows=self._max_rows, max_tokens=self._max_tokens, residents=self._front
+                self._engine,
+                rows,
+                max_rows=self._bounds.max_score_rows,
+                max_tokens=self._bounds.max_step_tokens,
+                residents=self._front,
             )
         except Exception as error:  # whatever a model's own code raises on one of the rows
             if len(batch) == 1:

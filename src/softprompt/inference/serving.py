@@ -63,14 +63,7 @@ class Serving(AbstractContextManager["Serving"]):
         for name, tuned in prompts.items():
             self.put(name, tuned)
         self.batcher = Batcher(self._base, bounds)
-        own = self.batcher.bounds
-        self._scorer = Scorer(
-            self._base,
-            max_rows=own.max_score_rows,
-            max_tokens=own.max_step_tokens,
-            max_queue=own.max_queue,
-            residents=self.batcher.residents,
-        )
+        self._scorer = Scorer(self._base, self.batcher.bounds, self.batcher.residents)
         self._scorer.start()
 
     @property

@@ -88,13 +88,7 @@ def build_app(settings: ServeSettings, root: PromptFolder) -> FastAPI:
     )
     bounds = settings.bounds
     batcher = Batcher(base, bounds)
-    scorer = Scorer(
-        base,
-        max_rows=bounds.max_score_rows,
-        max_tokens=bounds.max_step_tokens,
-        max_queue=bounds.max_queue,
-        residents=batcher.residents,
-    )
+    scorer = Scorer(base, bounds, batcher.residents)
     scorer.start()
     logger.info(
         "%s with %d prompts, engine %s%s",
