@@ -87,6 +87,14 @@ class TrainingInterrupted(TrainingError):
     """Training was stopped by the user; its state is saved and can be resumed."""
 
 
+IGNORING = "ignore_fingerprint=True"
+
+
+def in_options(message: str) -> str:
+    """Return a message of the library in the words of the command line."""
+    return message.replace(IGNORING, "--ignore-fingerprint")
+
+
 def excerpt(text: str, most: int = 64) -> str:
     """Return the beginning of a text that is too long to be said back."""
     return text if len(text) <= most else f"{text[:most]}..."

@@ -217,7 +217,7 @@ def _recycled(
             f"{stored.location} was made for {name}, which is needed to map it to this "
             f"base and cannot be loaded: {cause}"
         ) from cause
-    check_base(stored, own.model)
+    check_base(stored, own.model, way_out=f"put the model that it was made for where {name} is")
     if Fingerprint.of(own.model).matches(Fingerprint.of(model)):
         return None
     words = load_tokenizer(tokenizer_name or str(model.name_or_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from softprompt.artifacts.layout import LAYOUTS, OUR_KEYS
 from softprompt.artifacts.manifest import Manifest, manifest_of_task
 from softprompt.backbone import Base, Fingerprint, input_embedding
-from softprompt.errors import ArtifactError, ConfigError, FingerprintError, nearest
+from softprompt.errors import IGNORING, ArtifactError, ConfigError, FingerprintError, nearest
 from softprompt.prompts import (
     COLS_KEY,
     KEY_VALUE_METHODS,
@@ -26,6 +27,8 @@ from softprompt.prompts import (
     PromptTuningConfig,
     TaskType,
 )
+
+logger = logging.getLogger(__name__)
 
 _PART_NAMES = {"ENCODER": "input", "DECODER": "answer"}
 """What errors call the parts of the base that ``output_model_types`` names."""
@@ -260,9 +263,8 @@ class RecordedBase:
             return f"its virtual tokens are {other.width} wide, not {self.width}"
         here, there = self.fingerprint, other.fingerprint
         if here is not None and there is not None:
-            if here.matches(there):
-                return None
-            return f"its base is {other.name} ({there.short}), not {self.name} ({here.short})"
+            reason = here.differs(there)
+            return reason and f"its base is {other.name}, not {self.name} ({reason})"
         if self.name != other.name:
             return f"its base is {other.name}, not {self.name}, and not both have a fingerprint"
         return None
@@ -273,28 +275,39 @@ def other_base(first: StoredPrompt, second: StoredPrompt) -> str | None:
     return RecordedBase.of_stored(first).differs(RecordedBase.of_stored(second))
 
 
-def check_base(stored: StoredPrompt, model: PreTrainedModel, *, ignore: bool = False) -> None:
+def check_base(
+    stored: StoredPrompt, model: PreTrainedModel, *, ignore: bool = False, way_out: str = f"pass {IGNORING}"
+) -> None:
     """Check a model's weights against the fingerprint that a prompt records, where it has one.
+
+    The same model stored otherwise (quantised, offloaded, with more tokens) passes, with a line in the log.
 
     Args:
         stored: The prompt.
         model: The base.
         ignore: Use the base all the same.
+        way_out: What to do to use it all the same, for the error.
 
     Raises:
-        FingerprintError: The fingerprints differ and that is not ignored.
+        FingerprintError: It is another model and that is not ignored.
         ArtifactError: The recorded fingerprint is damaged.
     """
     made_for = None if ignore else _recorded_fingerprint(stored)
     if made_for is None:
         return
     here = Fingerprint.of(model)
-    if not made_for.matches(here):
+    name = getattr(model, "name_or_path", "") or f"a {type(model).__name__} in memory"
+    reason = made_for.differs(here)
+    if reason is not None:
         raise FingerprintError(
-            f"the prompt in {stored.location} was made for {stored.base_model} "
-            f"({made_for.model_type}, fingerprint {made_for.short}), this base is {model.name_or_path} "
-            f"({here.model_type}, {here.short}); load its own base, or pass --ignore-fingerprint "
-            "(ignore_fingerprint=True in Python)"
+            f"the prompt in {stored.location} was made for {stored.base_model}, this base is {name}, another model: "
+            f"{reason}; load its own base, or {way_out}"
+        )
+    storage = made_for.stored_otherwise(here)
+    if storage is not None:
+        logger.info(
+            "%s is the base of the prompt in %s (%s), stored otherwise: %s",
+            *(name, stored.location, stored.base_model, storage),
         )
 
 

@@ -1,6 +1,5 @@
 from .attention import recomputes_layers as recomputes_layers
 from .base import Base as Base
-from .base import Fingerprint as Fingerprint
 from .base import freeze as freeze
 from .base import weights_hash as weights_hash
 from .facts import Facts as Facts
@@ -9,6 +8,7 @@ from .facts import has_windows as has_windows
 from .facts import output_limit as output_limit
 from .facts import skips_layers as skips_layers
 from .facts import start_id as start_id
+from .fingerprint import Fingerprint as Fingerprint
 from .keyvalues import KeyValueShape as KeyValueShape
 from .keyvalues import key_values as key_values
 from .keyvalues import text_key_values as text_key_values

@@ -181,10 +181,12 @@ class Ensemble:
         first = self.members[0]
         for name, member in zip(self.names[1:], self.members[1:], strict=True):
             other = member.base
-            if other.model is not first.base.model and not other.fingerprint.matches(first.base.fingerprint):
+            alike = other.model is first.base.model
+            reason = None if alike else first.base.fingerprint.differs(other.fingerprint)
+            if reason is not None:
                 raise FingerprintError(
-                    f"the members of an ensemble share one base, prompts {self.names[0]} and {name} do "
-                    "not; use prompts of one base"
+                    f"the members of an ensemble share one base, prompts {self.names[0]} and {name} do not: "
+                    f"{first.base.name} and {other.name} are different models ({reason}); use prompts of one base"
                 )
             if sees_input_of(member.config) != sees_input_of(first.config):
                 raise ConfigError(

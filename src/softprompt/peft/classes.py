@@ -92,6 +92,7 @@ class AutoPeftModel:
         adapter_name: str = "default",
         is_trainable: bool = False,
         revision: str | None = None,
+        ignore_fingerprint: bool = False,
         **kwargs: Any,
     ) -> PeftModel:
         """Load base and prompt; see ``PeftModel.from_pretrained``.
@@ -116,7 +117,12 @@ class AutoPeftModel:
         source = str(model_directory()) if name == DEMO else name
         model = _LOADERS[task].from_pretrained(source, revision=config.revision, **kwargs)
         return PeftModel.from_pretrained(
-            model, pretrained_model_name_or_path, adapter_name, is_trainable, revision=revision
+            model,
+            pretrained_model_name_or_path,
+            adapter_name,
+            is_trainable,
+            revision=revision,
+            ignore_fingerprint=ignore_fingerprint,
         )
 
 

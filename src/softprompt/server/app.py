@@ -84,7 +84,11 @@ def build_app(settings: ServeSettings, root: PromptFolder) -> FastAPI:
     base = load_base(settings.base_model, torch_dtype=settings.torch_dtype, device=settings.device)
     freeze(base.model)
     registry = Registry(
-        root, base, max_resident=settings.bounds.max_prompts_resident, max_bytes=settings.max_prompt_bytes
+        root,
+        base,
+        max_resident=settings.bounds.max_prompts_resident,
+        max_bytes=settings.max_prompt_bytes,
+        ignore_fingerprint=settings.ignore_fingerprint,
     )
     bounds = settings.bounds
     batcher = Batcher(base, bounds)

@@ -16,7 +16,15 @@ from typing import final
 
 from softprompt.artifacts import StoredPrompt, adapter_of_files
 from softprompt.backbone import Base, is_encoder_decoder
-from softprompt.errors import AdapterError, ArtifactError, ConfigError, SoftPromptError, excerpt, nearest
+from softprompt.errors import (
+    AdapterError,
+    ArtifactError,
+    ConfigError,
+    SoftPromptError,
+    excerpt,
+    in_options,
+    nearest,
+)
 from softprompt.inference import Task, task_number, tuned_of
 from softprompt.server.folder import (
     FILES,
@@ -53,15 +61,25 @@ class Registry:
         base: The base model.
         max_resident: Prompts in the LRU cache.
         max_bytes: Largest file of a prompt.
+        ignore_fingerprint: Whether prompts that were made for another base are served too.
     """
 
-    def __init__(self, root: PromptFolder, base: Base, *, max_resident: int, max_bytes: int) -> None:
+    def __init__(
+        self,
+        root: PromptFolder,
+        base: Base,
+        *,
+        max_resident: int,
+        max_bytes: int,
+        ignore_fingerprint: bool = False,
+    ) -> None:
         self.root = root
         self.base = base
         plain = PlainText(base, seq2seq=is_encoder_decoder(base.model))
         self.base_served = Served(base.name, "base", plain)
         self._max_resident = max_resident
         self._max_bytes = max_bytes
+        self._ignore_fingerprint = ignore_fingerprint
         self._known: OrderedDict[str, Loaded] = OrderedDict()
         self._outlines: dict[str, Outline] = {}
         self._withdrawn: set[str] = set()
@@ -243,7 +261,7 @@ class Registry:
             raise
         except SoftPromptError as error:
             # Cached as well: the same files would fail again.
-            loaded = Loaded(signature, (), None, f"the prompt {name!r} cannot be served: {error}")
+            loaded = Loaded(signature, (), None, in_options(f"the prompt {name!r} cannot be served: {error}"))
         with self._guard:
             self._known[name] = loaded
             self._known.move_to_end(name)
@@ -255,7 +273,7 @@ class Registry:
         stored, version = self.stored(name)
         if name == self.base.name:
             raise ArtifactError("it has the name of the base model; rename its folder")
-        tuned = tuned_of(stored, self.base).snapshot()
+        tuned = tuned_of(stored, self.base, ignore_fingerprint=self._ignore_fingerprint).snapshot()
         tuned.check_served()
         plain = self.base_served.plain
         every = [tuned.of_task(number) for number in range(len(tuned.task_names))]

@@ -36,6 +36,9 @@ class ServeSettings:
     admin_key_file: str | None = setting(
         None, "File of keys for loading and unloading prompts; without it administration is off.", group=_ACCESS
     )
+    ignore_fingerprint: bool = setting(
+        False, "Serve prompts that were made for another base model too.", group=_PROMPTS
+    )
     allowed_origin: tuple[str, ...] = setting(
         (), "CORS: origin of web pages that may call the server.", group=_ACCESS
     )

@@ -65,8 +65,9 @@ class SourceInfo:
             return f"it is {self.width} wide, the base's embeddings are {width}"
         if self.fingerprint is not None:
             made_for = Fingerprint.from_dict(self.fingerprint)
-            if not made_for.matches(base):
-                return f"it was made for {self.base_model} (fingerprint {made_for.short})"
+            reason = made_for.differs(base)
+            if reason is not None:
+                return f"it was made for {self.base_model}, another model ({reason})"
         return ""
 
     def check(self, config: PromptLearningConfig, base: Base) -> None:
