@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 
 import softprompt
 from oracles.peft_pair import TASKS, base, batch
 from softprompt import AutoPeftModel, PeftModel, PromptTuningConfig, TaskType, get_peft_model
-from softprompt.errors import ArtifactError, ConfigError
+from softprompt.errors import ArtifactError, ConfigError, FingerprintError
 
 AUTO = {
     "CAUSAL_LM": softprompt.AutoPeftModelForCausalLM,
@@ -49,6 +52,22 @@ def test_the_wrong_class_is_refused(task, saved):
     wrong = AUTO["SEQ_CLS" if task != "SEQ_CLS" else "CAUSAL_LM"]
     with pytest.raises(ConfigError, match=f"{wrong.__name__} loads task_type {wrong.task}, .* for {task}$"):
         wrong.from_pretrained(saved[task][1])
+
+
+def test_another_base_is_used_when_told_so(saved, tmp_path):
+    folder = saved["CAUSAL_LM"][1]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    other = TASKS["CAUSAL_LM"][0].from_pretrained(config["base_model_name_or_path"])
+    torch.nn.init.normal_(other.get_input_embeddings().weight)
+    other.save_pretrained(tmp_path / "other")
+    shutil.copytree(folder, tmp_path / "prompt")
+    config["base_model_name_or_path"] = str(tmp_path / "other")
+    (tmp_path / "prompt" / "adapter_config.json").write_text(json.dumps(config))
+    for auto in (AUTO["CAUSAL_LM"], AutoPeftModel):
+        with pytest.raises(FingerprintError, match=r"other, another model: .*pass ignore_fingerprint=True"):
+            auto.from_pretrained(tmp_path / "prompt")
+        loaded = auto.from_pretrained(tmp_path / "prompt", ignore_fingerprint=True)
+        assert loaded.active_adapter == "default"
 
 
 def test_options_reach_base_and_prompt(saved):

@@ -157,8 +157,11 @@ def test_a_prompt_of_another_base(registry, prompts, base):
         torch.ones(2, 256),
         base_fingerprint={"model_type": "llama", "sizes": [1, 2, 3, 4], "values": [0.5]},
     )
-    with pytest.raises(ArtifactError, match="was made for"):
+    with pytest.raises(ArtifactError, match=r"was made for .*this base is .*, or pass --ignore-fingerprint"):
         registry.get("foreign")
+    folder = PromptFolder.of(prompts)
+    generous = Registry(folder, base, max_resident=8, max_bytes=2**20, ignore_fingerprint=True)
+    assert generous.get("foreign").prompt.input.shape == (2, 256)
 
 
 def test_trained_heads_are_refused(registry, prompts):

@@ -300,8 +300,8 @@ def check_base(
     reason = made_for.differs(here)
     if reason is not None:
         raise FingerprintError(
-            f"the prompt in {stored.location} was made for {stored.base_model}, this base is {name}, another model: "
-            f"{reason}; load its own base, or {way_out}"
+            f"the prompt in {stored.location} was made for {stored.base_model}, this base is {name}, another "
+            f"model: {reason}; load its own base, or {way_out}"
         )
     storage = made_for.stored_otherwise(here)
     if storage is not None:

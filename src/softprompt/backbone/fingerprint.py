@@ -137,7 +137,7 @@ class Fingerprint:
                 yield name, first[known], second[known]
 
     def _chunks(self, names: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
-        labels = self.names or names or tuple(map(str, range(len(self.values) // _VALUES)))
+        labels = self.names or names or tuple(map(str, range(len(self.values))))
         parts = (self.values[i : i + _VALUES] for i in range(0, len(self.values), _VALUES))
         return dict(zip(labels, parts, strict=False))
 
@@ -236,5 +236,5 @@ def _dequantised(owner: nn.Module, data: Tensor, weight: Any) -> Tensor | None:
     if scales is None:
         scales = getattr(getattr(owner, "state", None), "SCB", None)
     if scales is not None:  # bitsandbytes, 8 bits
-        return data.float() * scales.view(-1, 1).to(data.device) / 127
+        return cast(Tensor, data.float() * scales.view(-1, 1).to(data.device) / 127)
     return None if type(weight) in (Tensor, nn.Parameter) else cast(Tensor, weight.dequantize())
