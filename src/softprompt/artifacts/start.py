@@ -44,6 +44,7 @@ from softprompt.prompts import (
     Start,
     TaskType,
     load_tokenizer,
+    lookup,
     recycle,
     resized,
 )
@@ -226,6 +227,6 @@ def _recycled(
     from_ids, to_ids = shared_ids(own.tokenizer, words, sizes)
     return recycle(
         embeddings,
-        there(torch.tensor(from_ids, dtype=torch.long)),
-        here(torch.tensor(to_ids, dtype=torch.long, device=here.weight.device)),
+        lookup(there)(torch.tensor(from_ids, dtype=torch.long)),
+        lookup(here)(torch.tensor(to_ids, dtype=torch.long)),
     )

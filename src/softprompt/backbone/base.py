@@ -17,7 +17,7 @@ from softprompt.backbone.facts import Facts, facts_of
 from softprompt.backbone.fingerprint import Fingerprint
 from softprompt.backbone.keyvalues import KeyValueShape, key_value_shape
 from softprompt.backbone.products import FrozenLinear, frozen_linears, swapped_forwards, torch_products
-from softprompt.backbone.state import input_embedding, is_encoder_decoder, locked, stamp_of, state_of
+from softprompt.backbone.state import device_of, input_embedding, is_encoder_decoder, locked, stamp_of, state_of
 from softprompt.backbone.virtual import VirtualVocabulary, injected
 from softprompt.errors import BackboneError
 
@@ -101,8 +101,8 @@ class Base:
 
     @property
     def device(self) -> torch.device:
-        """The device of its first weight."""
-        return self.model.device
+        """The device that it takes its inputs on: of its first weight, where that is not offloaded."""
+        return device_of(self.model)
 
     @property
     def dtype(self) -> torch.dtype:

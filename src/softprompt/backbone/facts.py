@@ -8,9 +8,9 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from softprompt.backbone.state import input_embedding, is_encoder_decoder, stamp_of, state_of
@@ -165,7 +165,6 @@ def _counts_positions_from_ids(model: PreTrainedModel) -> bool:
 
 
 def _embedding_rms(table: nn.Embedding) -> float:
-    if table.weight.is_meta:
+    if table.weight.is_meta and not hasattr(table, "_hf_hook"):
         return math.nan
-    device = table.weight.device
-    return initialisers.rms(lambda ids: cast(Tensor, table(ids.to(device))), table.weight.shape[0])
+    return initialisers.rms(initialisers.lookup(table), table.weight.shape[0])

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from softprompt.backbone.state import is_encoder_decoder, locked, state_of
+from softprompt.backbone.state import device_of, is_encoder_decoder, locked, state_of
 from softprompt.errors import BackboneError, ConfigError, SoftPromptError
 
 
@@ -68,7 +68,7 @@ def key_values(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
         BackboneError: If the model keeps more than equal keys and values in every layer.
     """
     try:
-        layers = cached(model, torch.tensor([list(ids)], device=model.device))
+        layers = cached(model, torch.tensor([list(ids)], device=device_of(model)))
         rows = [torch.stack([layer.keys[0], layer.values[0]]) for layer in layers]
         return torch.stack([row.to("cpu", torch.float32) for row in rows])
     except SoftPromptError:

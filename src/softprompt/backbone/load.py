@@ -139,15 +139,28 @@ def _in_memory(
                 f"no tokenizer beside the model in memory (name {name!r}); pass tokenizer=…"
             ) from cause
     if dtype is not None:
-        cast(Any, model).to(dtype)
+        _moved(model, "torch_dtype", dtype)
     if device is not None:
-        cast(Any, model).to(parse_device(device))
+        _moved(model, "device", parse_device(device))
     if not (model.can_generate() or is_encoder_decoder(model)):
         raise BackboneError(
             f"{type(model).__name__} is neither a causal nor a seq2seq language model; "
             "use get_peft_model for other tasks"
         )
     return Base(model, tokenizer, name)
+
+
+def _moved(model: PreTrainedModel, setting: str, to: torch.dtype | torch.device) -> None:
+    """Convert or move a model in place; parts of one that is offloaded would be left out in silence."""
+    try:
+        if any(weight.is_meta for weight in model.parameters()):
+            raise ValueError("its layers are offloaded")  # noqa: TRY301 - as the quantisers do
+        cast(Any, model).to(to)
+    except (ValueError, RuntimeError) as cause:
+        raise ConfigError(
+            f"{setting} cannot be changed on this model ({str(cause).splitlines()[0][:120]}); leave it out, or load "
+            "the model so"
+        ) from cause
 
 
 def _why_not_loaded(name: str, local: bool, cause: Exception) -> str:

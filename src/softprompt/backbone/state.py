@@ -98,6 +98,14 @@ def _locked(model: PreTrainedModel) -> Lock:
     return lock
 
 
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Return the device that a model takes its inputs on; an offloaded weight is on none ("meta")."""
+    if model.device.type != "meta":
+        return model.device
+    place = getattr(getattr(input_embedding(model), "_hf_hook", None), "execution_device", None)
+    return torch.device("cpu" if place is None else place)
+
+
 def is_encoder_decoder(model: PreTrainedModel) -> bool:
     """Tell whether the model has an encoder and a decoder."""
     return bool(getattr(model.config, "is_encoder_decoder", False))

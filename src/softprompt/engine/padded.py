@@ -136,7 +136,7 @@ class PlainEngine(Engine):
 
     def _padded(self, sequences: Sequence[tuple[int, ...]], *, left: bool) -> tuple[Tensor, Tensor]:
         ids, mask = pad_rows(sequences, left=left, pad_id=self._facts.pad_id)
-        return ids.to(self._base.model.device), mask.to(self._base.model.device)
+        return ids.to(self._base.device), mask.to(self._base.device)
 
     def _labels(self, rows: Sequence[EngineRow], width: int, *, left: bool) -> Tensor:
         """Return target ids ``[B, width]``, -100 where a row has none."""
@@ -144,7 +144,7 @@ class PlainEngine(Engine):
         for i, row in enumerate(rows):
             where = slice(width - len(row.target), width) if left else slice(0, len(row.target))
             labels[i, where] = torch.tensor(row.target, dtype=torch.long)
-        return labels.to(self._base.model.device)
+        return labels.to(self._base.device)
 
 
 @final
@@ -194,16 +194,16 @@ class ExpandEngine(Engine):
         assert prefixes is not None, "none of the prompts is keys and values"
         prefixes = prefixes.shifted()
         cache = DynamicCache()
-        prefixes.fill(cache, torch.empty(0, dtype=self._base.model.dtype, device=self._base.model.device))
-        return cache, prefixes.columns().long().to(self._base.model.device)
+        prefixes.fill(cache, torch.empty(0, dtype=self._base.model.dtype, device=self._base.device))
+        return cache, prefixes.columns().long().to(self._base.device)
 
     def _prompt_pass(self, prompts: PromptTable) -> tuple[Cache, Tensor]:
         """Return the keys and values of the prompts, ``[K, A_kv, P, D]`` a layer, and their mask ``[K, P]``."""
         # Virtual token at each column [K, P], negative where padded.
         token = torch.arange(prompts.width) - (prompts.width - prompts.lengths).unsqueeze(1)
         virtual = token + prompts.starts.unsqueeze(1) + self._facts.vocabulary
-        ids = torch.where(token >= 0, virtual, self._facts.pad_id).to(self._base.model.device)
-        mask = (token >= 0).long().to(self._base.model.device)
+        ids = torch.where(token >= 0, virtual, self._facts.pad_id).to(self._base.device)
+        mask = (token >= 0).long().to(self._base.device)
         cache = DynamicCache()
         output = self._base.model(
             input_ids=ids, past_key_values=cache, use_cache=True, **self._positioned(mask, ids.shape[1])
@@ -219,7 +219,7 @@ class ExpandEngine(Engine):
         self, rows: Sequence[EngineRow], used: Sequence[Prompt], cache: Cache, mask: Tensor, head: HeadInput | None
     ) -> Predictions:
         ids, text_mask = pad_rows([row.source + row.target for row in rows], left=False, pad_id=self._facts.pad_id)
-        device = self._base.model.device
+        device = self._base.device
         ids, text_mask = ids.to(device), text_mask.to(device)
         number: dict[Prompt | None, int] = {prompt: i for i, prompt in enumerate(used)}
         owner = torch.tensor([number.get(row.prompt, 0) for row in rows], device=device)

@@ -95,7 +95,7 @@ class Adapters(nn.Module, ABC):
         require_free(self.base_model, paths, adapter_name)
         encoder = module or started_prompt(config, self.base_model, generator=generator)
         with self.base.lock:
-            self.prompt_encoder[adapter_name] = encoder.to(self.base_model.device)
+            self.prompt_encoder[adapter_name] = encoder.to(self.base.device)
             self.peft_config[adapter_name] = config
             add_heads(self.base_model, paths, adapter_name, trained_heads)
         if config.inference_mode:

@@ -20,6 +20,7 @@ from .initialisers import fitted as fitted
 from .initialisers import from_tokens as from_tokens
 from .initialisers import label_token_ids as label_token_ids
 from .initialisers import load_tokenizer as load_tokenizer
+from .initialisers import lookup as lookup
 from .initialisers import text_token_ids as text_token_ids
 from .kinds import KEY_VALUE_METHODS as KEY_VALUE_METHODS
 from .kinds import MEASURES as MEASURES

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from softprompt.bundled import DEMO, model_directory
 from softprompt.errors import ConfigError
@@ -132,6 +132,12 @@ def load_tokenizer(name: str, **options: object) -> PreTrainedTokenizerBase:
             f"the tokenizer {name!r} for the initial prompt cannot be loaded: {first[:160]}"
         ) from cause
     return tokenizer
+
+
+def lookup(table: nn.Embedding) -> Embed:
+    """Return the lookup of ids in a table wherever its weight is; an offloaded one takes them from anywhere."""
+    device = None if table.weight.is_meta else table.weight.device
+    return lambda ids: cast(Tensor, table(ids.to(device)))
 
 
 @torch.no_grad()

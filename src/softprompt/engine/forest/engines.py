@@ -184,7 +184,7 @@ class PackedSeq2SeqEngine(Engine):
     def _encode(self, plan: Plan) -> Tensor:
         """Return packed encoder states ``[1, N, H]``."""
         bias, packing = self._prepared(self._encoder, plan)
-        ids = packing.grid(plan.ids, self._filler).to(self._model.device)
+        ids = packing.grid(plan.ids, self._filler).to(self._base.device)
         mask = LayerMask.of(plan.visibility().to(ids.device), bias)
         with packed_layers(layers_of(self._encoder), packing.to(ids.device), mask):
             states: Tensor = self._encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
@@ -193,7 +193,7 @@ class PackedSeq2SeqEngine(Engine):
     def _decode(
         self, rows: Sequence[EngineRow], encoder: EncoderPlan, states: Tensor, head: HeadInput | None
     ) -> Predictions:
-        device = self._model.device
+        device = self._base.device
         prompts = PromptTable.of([row.prompt for row in rows], "decoder")
         # A decoder may have a vocabulary of its own.
         virtual = prompts.ids(int(decoder_embedding(self._model).weight.shape[0]))

@@ -29,6 +29,7 @@ from softprompt.prompts import (
     TaskType,
     check_task,
     from_tokens,
+    lookup,
     number,
     positive,
     take_over,
@@ -153,8 +154,7 @@ class CPTEmbedding(PromptModule):
                     f"cpt_token_ids holds {max(ids)}, the base's vocabulary ends at {vocabulary - 1}; "
                     "tokenize the context with the base's own tokenizer"
                 )
-            device = word_embeddings.weight.device
-            first = from_tokens(len(ids), ids, lambda each: word_embeddings(each.to(device)))
+            first = from_tokens(len(ids), ids, lookup(word_embeddings))
             self.embedding.weight.data.copy_(first)
         self.embedding.requires_grad_(False)
         self.delta_embedding = nn.Embedding(len(ids), width, dtype=torch.float32)

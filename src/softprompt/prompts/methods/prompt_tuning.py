@@ -276,12 +276,7 @@ def _initial_part(
 ) -> Tensor:
     """Return the first values ``[P, H]`` of the prompt of one part of the model."""
     vocabulary, width = table.weight.shape
-    device = table.weight.device
-
-    def embed(ids: Tensor) -> Tensor:
-        found: Tensor = table(ids.to(device))
-        return found
-
+    embed = initialisers.lookup(table)
     text, tokenizer = config.prompt_tuning_init_text or "", str(config.tokenizer_name_or_path)
     match config.prompt_tuning_init:
         case PromptTuningInit.TEXT:
