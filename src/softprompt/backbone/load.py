@@ -22,7 +22,7 @@ from transformers.utils import logging as hf_logging
 
 from softprompt.backbone.base import Base
 from softprompt.backbone.state import is_encoder_decoder
-from softprompt.bundled import DEMO, model_directory
+from softprompt.bundled import DEMO, source_of
 from softprompt.errors import BackboneError, ConfigError
 
 
@@ -41,7 +41,7 @@ def load_base(
     environment variable ``ALLOW_DOWNLOADS`` is ``true`` (caikit's rule).
 
     Args:
-        name_or_path: Folder, Hub id, ``"demo"``, or a model in memory.
+        name_or_path: Folder, Hub id, ``"demo"``, GGUF file, or a model in memory.
         tokenizer: Used instead of the one beside the model.
         seq2seq: Forces the kind; None reads it from the config.
         torch_dtype: Such as ``"bfloat16"``; None keeps the checkpoint's. A model in memory is converted in place.
@@ -56,9 +56,9 @@ def load_base(
     if isinstance(name_or_path, PreTrainedModel):
         return _in_memory(name_or_path, tokenizer, dtype, device)
     name = str(name_or_path)
-    source = str(model_directory()) if name == DEMO else name
-    local = Path(source).exists()
-    options: dict[str, Any] = {"revision": revision, "local_files_only": not (local or downloads_allowed())}
+    source, options = source_of(name)
+    local = Path(source, options.get("gguf_file", "")).exists()
+    options |= {"revision": revision, "local_files_only": not (local or downloads_allowed())}
     try:
         config = AutoConfig.from_pretrained(source, **options)
         kind = bool(getattr(config, "is_encoder_decoder", False)) if seq2seq is None else seq2seq
@@ -68,6 +68,8 @@ def load_base(
         words = tokenizer or AutoTokenizer.from_pretrained(source, **options)
     except Exception as cause:
         raise BackboneError(_why_not_loaded(name, local, cause)) from cause
+    if "gguf_file" in options:
+        model.name_or_path = model.config._name_or_path = name  # not its folder alone: prompts record it
     if device is not None:
         cast(Any, model).to(parse_device(device))
     return Base(cast(PreTrainedModel, model.eval()), words, name)
@@ -133,7 +135,8 @@ def _in_memory(
     name = str(model.config._name_or_path or model.name_or_path)
     if tokenizer is None:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=not downloads_allowed())
+            source, options = source_of(name)
+            tokenizer = AutoTokenizer.from_pretrained(source, **options, local_files_only=not downloads_allowed())
         except Exception as cause:
             raise BackboneError(
                 f"no tokenizer beside the model in memory (name {name!r}); pass tokenizer=…"
@@ -154,7 +157,7 @@ def _moved(model: PreTrainedModel, setting: str, to: torch.dtype | torch.device)
     """Convert or move a model in place; parts of one that is offloaded would be left out in silence."""
     try:
         if any(weight.is_meta for weight in model.parameters()):
-            raise ValueError("its layers are offloaded")  # noqa: TRY301 - as the quantisers do
+            raise ValueError("its layers are offloaded")
         cast(Any, model).to(to)
     except (ValueError, RuntimeError) as cause:
         raise ConfigError(
@@ -168,6 +171,6 @@ def _why_not_loaded(name: str, local: bool, cause: Exception) -> str:
     if local:
         return f"base model {name!r} cannot be loaded: {first}"
     return (
-        f"base model {name!r} is neither a folder nor in the local Hub cache; check the path, use "
+        f"base model {name!r} is neither a folder nor a GGUF file nor in the local Hub cache; check the path, use "
         f"'{DEMO}', or set ALLOW_DOWNLOADS=true to fetch it ({first[:160]})"
     )

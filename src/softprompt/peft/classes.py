@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from softprompt.backbone import text_key_values
-from softprompt.bundled import DEMO, model_directory
+from softprompt.bundled import source_of
 from softprompt.engine import infer_task
 from softprompt.errors import ConfigError
 from softprompt.peft.model import PeftModel as PeftModel  # noqa: PLC0414 - these classes come with it
@@ -113,9 +113,8 @@ class AutoPeftModel:
         task = TaskType(config.task_type)
         if cls.task not in (None, task):
             raise ConfigError(f"{cls.__name__} loads task_type {cls.task}, the prompt is for {task}")
-        name = config.base_model_name_or_path
-        source = str(model_directory()) if name == DEMO else name
-        model = _LOADERS[task].from_pretrained(source, revision=config.revision, **kwargs)
+        source, file = source_of(config.base_model_name_or_path)
+        model = _LOADERS[task].from_pretrained(source, revision=config.revision, **file, **kwargs)
         return PeftModel.from_pretrained(
             model,
             pretrained_model_name_or_path,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from softprompt.bundled import DEMO, model_directory
+from softprompt.bundled import source_of
 from softprompt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -123,9 +123,9 @@ def load_tokenizer(name: str, **options: object) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer  # a prompt without a text does not wait for it
 
-    source = str(model_directory()) if name == DEMO else name
+    source, more = source_of(name)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **more, **options)
     except Exception as cause:
         first = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         raise ConfigError(

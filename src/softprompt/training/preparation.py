@@ -225,7 +225,7 @@ def _loaded(base_model: BaseLike, settings: TuneSettings) -> Base:
     """Load the base; a folder is recorded with its full path, so that the prompt finds it again."""
     source = base_model.model if isinstance(base_model, Base) else base_model
     tokenizer = base_model.tokenizer if isinstance(base_model, Base) else None
-    if isinstance(source, str | Path) and Path(source).is_dir():
+    if isinstance(source, str | Path) and Path(source).exists():
         source = Path(source).resolve()
     loaded = load_base(source, tokenizer=tokenizer, torch_dtype=settings.torch_dtype, device=settings.device)
     loaded.model.eval()  # type: ignore[no-untyped-call]
