@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LEVELS = [
     {"__main__"},
-    {"cli", "integrations", "peft"},
+    {"as_peft", "cli", "integrations", "peft"},
     {"server"},
     {"inspection", "training"},
     {"evaluation"},

@@ -19,14 +19,21 @@ from softprompt.artifacts import Manifest, started_prompt
 from softprompt.backbone import Base, Facts, freeze, in_own_dtype, modules_named, set_module, vocabulary_of
 from softprompt.engine import TASK_RULES, completed
 from softprompt.errors import AdapterError, ConfigError, nearest
-from softprompt.prompts import PeftConfig, PrefixTuningConfig, PromptLearningConfig, PromptModule, TaskType
+from softprompt.prompts import (
+    KnownToPeft,
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptLearningConfig,
+    PromptModule,
+    TaskType,
+)
 
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
-class Adapters(nn.Module, ABC):
+class Adapters(KnownToPeft, nn.Module, ABC):
     """A frozen base and its prompts: ``prompt_encoder[name]``, ``peft_config[name]``, ``manifests[name]``."""
 
     task: ClassVar[TaskType | None] = None

@@ -5,7 +5,9 @@ One function for every task type and all arguments together, so that none can be
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -29,6 +31,7 @@ from softprompt.engine import (
     without_padding,
 )
 from softprompt.errors import ConfigError
+from softprompt.prompts import TaskType
 
 _PER_TOKEN = {"token_type_ids": 0, "global_attention_mask": 0}
 """Per-token arguments beside ids and mask, with their value on prompt columns."""
@@ -213,6 +216,38 @@ def _extended_4d(mask: Tensor, prompts: PromptTable) -> Tensor:
     out[..., :width, :width] = out[..., :width, :width].masked_fill(~causal, hidden)
     out[..., width:, width:] = mask
     return out
+
+
+_COLUMNS: Mapping[TaskType, str] = {
+    TaskType.CAUSAL_LM: "position_ids labels",
+    TaskType.SEQ_2_SEQ_LM: "decoder_input_ids decoder_attention_mask decoder_inputs_embeds labels",
+    TaskType.SEQ_CLS: "token_type_ids position_ids labels",
+    TaskType.TOKEN_CLS: "token_type_ids position_ids labels",
+    TaskType.QUESTION_ANS: "token_type_ids position_ids start_positions end_positions",
+    TaskType.FEATURE_EXTRACTION: "token_type_ids position_ids",
+}
+"""Arguments of each task's forward that are columns of a data set, beside ids, mask and embeddings."""
+
+
+def with_columns(forward: Callable[..., Any], task: TaskType) -> Callable[..., Any]:
+    """Return a forward whose signature names its task's columns, which transformers' Trainer reads off it.
+
+    Trainer reads the base's own signature instead where it recognises the model as PEFT's.
+    """
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    names = ("input_ids", "attention_mask", "inputs_embeds", *_COLUMNS[task].split(), "task_ids")
+    kind = inspect.Parameter
+    parameters = [
+        kind("self", kind.POSITIONAL_OR_KEYWORD),
+        *(kind(name, kind.POSITIONAL_OR_KEYWORD, default=None) for name in names),
+        kind("kwargs", kind.VAR_KEYWORD),
+    ]
+    cast(Any, run).__signature__ = inspect.Signature(parameters)
+    return run
 
 
 def bound(parameters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any], *, what: str) -> dict[str, Any]:

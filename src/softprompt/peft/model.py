@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,15 @@ from softprompt.engine import TASK_RULES, BatchPrompts, generate_with_prompts, i
 from softprompt.errors import ConfigError
 from softprompt.peft import saving
 from softprompt.peft.adapters import BASE, Adapters, active_heads
-from softprompt.peft.inputs import Call, batch_size, bound, check_prefixed, decoder_inputs, prompted_pass
+from softprompt.peft.inputs import (
+    Call,
+    batch_size,
+    bound,
+    check_prefixed,
+    decoder_inputs,
+    prompted_pass,
+    with_columns,
+)
 from softprompt.peft.rows import PromptAt, RowPrompt, TaskIds, chosen_rows, prompt_offsets, without_context_labels
 from softprompt.prompts import PROMPT_KEY, CPTEmbedding, PeftType, Prompt, PromptLearningConfig, TaskType
 
@@ -38,11 +47,13 @@ class PeftModel(Adapters):
 
     classes: ClassVar[dict[TaskType, type[PeftModel]]] = {}
 
-    def __init_subclass__(cls, task: TaskType) -> None:
+    def __init_subclass__(cls, task: TaskType | None = None) -> None:
         """Register the class of a task type."""
         super().__init_subclass__()
-        cls.task = task
-        PeftModel.classes[task] = cls
+        if task is not None:
+            cls.task = task
+            cls.forward = with_columns(cls.forward, task)  # type: ignore[method-assign]
+            PeftModel.classes[task] = cls
 
     def forward(
         self,
@@ -165,6 +176,8 @@ class PeftModel(Adapters):
         save_directory: str | Path,
         selected_adapters: Sequence[str] | None = None,
         safe_serialization: bool = True,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
         """Write prompts in PEFT's layout: ``default`` into the folder, others into ``<folder>/<name>/``.
@@ -173,6 +186,8 @@ class PeftModel(Adapters):
             save_directory: Made if needed; a prompt already there is replaced, as in PEFT.
             selected_adapters: Names to save; None saves all.
             safe_serialization: Must stay True, no pickle is written.
+            is_main_process: Whether this process is the one of several that writes.
+            state_dict: Taken for Trainer's sake; the attached values are written.
             **kwargs: ``push_to_hub=True`` and its arguments.
 
         Raises:
@@ -181,6 +196,8 @@ class PeftModel(Adapters):
         """
         if not safe_serialization:
             raise ConfigError("safe_serialization=False would write a pickle; leave it out")
+        if not is_main_process:
+            return
         push = kwargs.pop("push_to_hub", False)
         if kwargs and not push:
             raise ConfigError(f"save_pretrained got unknown arguments: {', '.join(kwargs)}")
@@ -270,10 +287,14 @@ class PeftModel(Adapters):
         revision: str | None = None,
         ignore_fingerprint: bool = False,
     ) -> None:
-        """Attach one more saved prompt; see ``from_pretrained``."""
+        """Attach one more saved prompt, or load it into the prompt of that name; see ``from_pretrained``."""
         stored = read_adapter(model_id, subfolder=subfolder, revision=revision)
         config = stored.configuration()
         check_base(stored, self.base_model, ignore=ignore_fingerprint)
+        if adapter_name in self.peft_config:
+            # Trainer resumes and restores the best epoch in this way: an optimiser holds the parameters.
+            saving.refill(self, adapter_name, stored, Path(model_id))
+            return
         self.add_adapter(adapter_name, config)
         try:
             saving.fill(self, adapter_name, stored, trainable=is_trainable)
@@ -286,6 +307,12 @@ class PeftModel(Adapters):
         """The task of the first prompt, which all share."""
         first = next(iter(self.peft_config.values()), None)
         return cast(TaskType, first.task_type) if first else infer_task(self.base_model)
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the base's loss takes Trainer's ``num_items_in_batch``."""
+        kinds = [p.kind for p in inspect.signature(self.base_model.forward).parameters.values()]
+        return bool(getattr(self.base_model, "accepts_loss_kwargs", inspect.Parameter.VAR_KEYWORD in kinds))
 
     @property
     def active_adapters(self) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from softprompt.artifacts import Manifest, Origin, StoredPrompt, save_adapter, tensors_read
@@ -60,8 +61,18 @@ def _heads(model: PeftModel, adapter: str) -> dict[str, Tensor]:
     return head_tensors(dict(heads_of(model.base_model, adapter)))
 
 
+_CHECKPOINT = "checkpoint-"
+"""How the folders begin that transformers' Trainer saves a running training to."""
+
+PARAMETERS_NAME = "training_parameters.safetensors"
+"""File of a checkpoint with the parameters behind a prompt whose saved value does not tell them."""
+
+
 def save(model: PeftModel, adapter: str, directory: Path) -> None:
-    """Write one prompt; see ``PeftModel.save_pretrained``."""
+    """Write one prompt; see ``PeftModel.save_pretrained``.
+
+    A checkpoint of transformers' Trainer also gets the parameters of a reparameterised prompt, to resume from.
+    """
     target = directory if adapter == "default" else directory / adapter
     config = dataclasses.replace(model.peft_config[adapter], inference_mode=True)
     save_adapter(
@@ -71,6 +82,36 @@ def save(model: PeftModel, adapter: str, directory: Path) -> None:
         manifest_of(model, adapter),
         overwrite=True,
     )
+    parameters = model.encoder_of(adapter).state_dict()
+    if directory.name.startswith(_CHECKPOINT) and not _told_by_value(model, adapter):
+        save_file({name: value.cpu().contiguous() for name, value in parameters.items()}, target / PARAMETERS_NAME)
+
+
+def _told_by_value(model: PeftModel, adapter: str) -> bool:
+    """Tell whether a prompt's saved value tells all parameters behind it."""
+    encoder = model.encoder_of(adapter)
+    sizes = [parameter.numel() for parameter in encoder.parameters()]
+    return len(sizes) == 1 or sum(sizes) == sum(value.numel() for value in encoder.stored().values())
+
+
+def refill(model: PeftModel, adapter: str, stored: StoredPrompt, directory: Path) -> None:
+    """Copy a checkpoint's values into an attached prompt's own parameters, which an optimiser may hold.
+
+    Raises:
+        ArtifactError: If they do not fit, or do not tell the parameters and the file of those is missing.
+    """
+    parameters = directory / PARAMETERS_NAME
+    encoder = model.encoder_of(adapter)
+    if _told_by_value(model, adapter):
+        set_peft_model_state_dict(model, stored.tensors, adapter)
+        return
+    if not parameters.is_file():
+        raise ArtifactError(
+            f"{directory} holds the baked value of {adapter!r}, which does not tell the parameters of a "
+            f"reparameterised prompt; expected {PARAMETERS_NAME} beside it, as in a checkpoint of Trainer"
+        )
+    take_over(dict(encoder.named_parameters()), load_file(parameters))
+    take_over(_heads(model, adapter), {n: value for n, value in stored.tensors.items() if n.startswith(HEAD)})
 
 
 def manifest_of(model: PeftModel, adapter: str) -> Manifest:

@@ -63,3 +63,4 @@ from .module import check_fit as check_fit
 from .module import check_task as check_task
 from .module import take_over as take_over
 from .prompt import Prompt as Prompt
+from .recognition import KnownToPeft as KnownToPeft

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 from softprompt.errors import ArtifactError, ConfigError, nearest
 from softprompt.fields import setting
 from softprompt.prompts.kinds import PeftType, Placement, TaskType
+from softprompt.prompts.recognition import KnownToPeft
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +59,7 @@ def config_class(peft_type: str) -> type[PromptLearningConfig]:
 
 
 @dataclass
-class PeftConfig:
+class PeftConfig(KnownToPeft):
     """What every configuration has: the method, the task and the base model's name."""
 
     task_type: TaskType | str | None = setting(None, "Type of the task.")
