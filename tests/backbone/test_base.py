@@ -310,6 +310,8 @@ def test_attention_is_checked_once_and_then_walks_no_modules(monkeypatch):
     checks = counted(monkeypatch, type(model), "set_attn_implementation")
     base.require_attention(NAME)
     assert model.config._attn_implementation == "sdpa"
+    with base.running():  # looks for quantised layers, once
+        pass
     monkeypatch.setattr(type(model), "modules", None)
     for _ in range(3):
         with base.running(attention=NAME, products=()), torch.no_grad():

@@ -10,16 +10,15 @@ import pytest
 import torch
 
 from oracles.families import causal
-from softprompt.backbone import Base
+from softprompt.backbone import Base, most_by_rounding, off_by
 from softprompt.engine import Engine, PlainEngine
 from softprompt.engine.probe import (
-    TOLERANCE,
     Drawn,
     difference,
+    measured,
     probing,
     remembered,
     scoring_difference,
-    tolerance_of,
 )
 from softprompt.errors import BackboneError
 
@@ -95,16 +94,41 @@ def test_drawing_is_the_same_every_time_and_avoids_padding(base):
 
 
 def test_rounding_is_no_difference():
-    assert difference("outputs", 1e-5, 1e-4) == ""
-    assert difference("outputs", 2e-4, 1e-4) == "its outputs differ by 0.0002 on the probe"
-    assert "nan" in difference("outputs", math.nan, 1e-4)
+    expected = torch.linspace(-1, 1, 9)
+    off = torch.tensor([1.0, -1.0] * 4 + [1.0])
+    assert difference("outputs", expected - 2e-5 * off, expected, expected + 1e-5 * off) == ""
+    found = difference("outputs", expected + 2e-4 * off, expected, expected + 1e-5 * off)
+    assert found == "its outputs differ by 0.00031 of their spread on the probe (rounding: 4.7e-05)"
+    for broken in (math.nan, math.inf):
+        wrong = expected.clone()
+        wrong[3] = broken
+        assert difference("outputs", wrong, expected, expected + 1e-5)
+        assert difference("outputs", expected, wrong, expected + 1e-5)
+        assert difference("outputs", expected, expected, wrong)
 
 
-def test_every_dtype_has_its_tolerance(base):
-    assert tolerance_of(base) is TOLERANCE[torch.float32]
-    for dtype in (torch.float64, torch.float16, torch.bfloat16):
-        assert tolerance_of(Base(causal("llama").to(dtype))) is TOLERANCE[dtype]
-    assert TOLERANCE[torch.float32].outputs < TOLERANCE[torch.float16].outputs < TOLERANCE[torch.bfloat16].outputs
+def test_no_noise_lets_another_function_pass():
+    expected = torch.linspace(-1, 1, 9)
+    assert difference("outputs", -expected, expected, expected + 10)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma", "opt"])
+def test_rounding_is_measured_on_the_model_itself(name):
+    """Noise covers what float64 says of float32's error, and half dtypes have theirs."""
+    model = causal(name)
+    ids = torch.arange(1, 9).unsqueeze(0)
+    noise = {}
+    with torch.no_grad():
+        exact = causal(name).double()(input_ids=ids).logits
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            base = Base(model.to(dtype))
+            expected, moved = measured(base, lambda: model(input_ids=ids).logits)
+            assert not torch.equal(expected, moved) and torch.equal(expected, model(input_ids=ids).logits)
+            noise[dtype] = most_by_rounding(expected, moved)
+            error = off_by(expected, exact)
+            if dtype == torch.float32:
+                assert error < noise[dtype] < 100 * error
+    assert noise[torch.float32] < noise[torch.float16] < noise[torch.bfloat16] / 2
 
 
 class Steep(Engine):
@@ -123,4 +147,4 @@ def test_wrong_gradients_are_seen(base, keys_and_values):
     with probing(base):
         assert scoring_difference(plain, plain, base, **options) == ""
         found = scoring_difference(Steep(base), plain, base, **options)
-    assert found.startswith("its prompt gradients differ by 0.5")
+    assert found.startswith("its prompt gradients differ by 0.5 ")

@@ -16,6 +16,7 @@ from softprompt.backbone.attention import recomputed_alike, supported, switched
 from softprompt.backbone.facts import Facts, facts_of
 from softprompt.backbone.fingerprint import Fingerprint
 from softprompt.backbone.keyvalues import KeyValueShape, key_value_shape
+from softprompt.backbone.passes import unpacked
 from softprompt.backbone.products import FrozenLinear, frozen_linears, swapped_forwards, torch_products
 from softprompt.backbone.state import device_of, input_embedding, is_encoder_decoder, locked, stamp_of, state_of
 from softprompt.backbone.virtual import VirtualVocabulary, injected
@@ -163,6 +164,7 @@ class Base:
         model = self.model
         with (
             locked(model),
+            unpacked(model),
             nullcontext() if attention is None else switched(supported(model, attention)),
             torch_products() if bare and not torch.compiler.is_compiling() else nullcontext(),
             swapped_forwards(frozen_linears(model) if products is None else products),

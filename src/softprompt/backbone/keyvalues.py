@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from softprompt.backbone.passes import evaluated
 from softprompt.backbone.state import device_of, is_encoder_decoder, locked, state_of
 from softprompt.errors import BackboneError, ConfigError, SoftPromptError
 
@@ -91,14 +92,8 @@ def cached(model: PreTrainedModel, ids: Tensor) -> Sequence[Any]:
     Raises:
         BackboneError: If they hold more than keys and values.
     """
-    with locked(model):
-        modes = [module for module in model.modules() if module.training]
-        model.train(False)
-        try:
-            cache = _run(model, ids)
-        finally:
-            for module in modes:
-                module.training = True
+    with locked(model), evaluated(model):
+        cache = _run(model, ids)
     if not cache.layers:
         raise _refused(model)
     layers = cast(Sequence[Any], cache.layers)

@@ -37,11 +37,11 @@ from .prefixes.passes import cached_tokens as cached_tokens
 from .prefixes.paths import prefix_path as prefix_path
 from .probe import Drawn as Drawn
 from .probe import difference as difference
+from .probe import measured as measured
 from .probe import one_line as one_line
 from .probe import probing as probing
 from .probe import remembered as remembered
 from .probe import scoring_difference as scoring_difference
-from .probe import tolerance_of as tolerance_of
 from .rows import EngineRow as EngineRow
 from .rows import Prefixes as Prefixes
 from .rows import PromptTable as PromptTable

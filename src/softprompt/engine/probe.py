@@ -3,56 +3,30 @@
 Silent failures are real: models whose state is more than keys and values, attention that ignores
 the mask it is given. So each such way runs a few short rows first, and its outputs and prompt
 gradients must be those of a slower way that is trusted. What was found is kept in ``base.found``.
-The candidates say how they are run; what they run, and which differences are allowed, is said here.
+The candidates say how they are run; what they run is said here, and which differences are rounding is measured.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import cast, final
+from typing import TypeVar, cast, final
 
 import torch
 from torch import Tensor
 
-from softprompt.backbone import Base, torch_products
+from softprompt.backbone import Base, evaluated, key_values, most_by_rounding, off_by, rounded, torch_products
 from softprompt.engine.predictions import Engine
 from softprompt.engine.rows import EngineRow
-from softprompt.errors import SoftPromptError
+from softprompt.errors import BackboneError, SoftPromptError
 from softprompt.prompts import Prompt
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 
-@dataclass(frozen=True, slots=True)
-class Tolerance:
-    """The largest differences from the reference that are rounding.
-
-    Attributes:
-        log_probs: Of a log-probability.
-        outputs: Of any other output of a size of about one; larger outputs may differ by more.
-        gradients: Of a prompt's gradient, relative to its norm.
-    """
-
-    log_probs: float
-    outputs: float
-    gradients: float
-
-
-TOLERANCE: Mapping[torch.dtype, Tolerance] = {
-    # transformers computes softmax and norms in float32, whatever the weights are.
-    torch.float64: Tolerance(log_probs=1e-4, outputs=1e-4, gradients=5e-4),
-    # Sums in another order differ by 1e-5. T5 of random weights has gradients that differ by 9e-4
-    # between one row in a batch and the row alone, on the plain path itself.
-    torch.float32: Tolerance(log_probs=1e-4, outputs=1e-4, gradients=2e-3),
-    # One rounding of a logit between 8 and 16 is 4e-3; a gradient gathers one in every layer.
-    torch.float16: Tolerance(log_probs=2e-2, outputs=2e-2, gradients=5e-2),
-    # Three bits fewer: one rounding of such a logit is 3e-2.
-    torch.bfloat16: Tolerance(log_probs=1e-1, outputs=1e-1, gradients=2e-1),
-}
-"""By the dtype of the weights; others as float32."""
 
 _PROMPT_LENGTHS = (4, 3)
 _ROW_LENGTHS = ((5, 2), (1, 1), (3, 3), (4, 1), (7, 2))
@@ -70,14 +44,27 @@ _PARTS: tuple[tuple[int | None, int | None], ...] = (
 """Which prompt each scored row has in its input, and which before a seq2seq decoder's."""
 
 
-def tolerance_of(base: Base) -> Tolerance:
-    """Return what rounding may do to a base's outputs."""
-    return TOLERANCE.get(base.dtype, TOLERANCE[torch.float32])
+def measured(base: Base, run: Callable[[], T]) -> tuple[T, T]:
+    """Return what the trusted way of running a base gives, and what it gives where rounding moves it."""
+    with torch_products():
+        expected = run()
+        with rounded(base.model):
+            return expected, run()
 
 
-def difference(what: str, largest: float, allowed: float) -> str:
-    """Return that outputs differ, NaN included; empty where it is rounding."""
-    return "" if largest <= allowed else f"its {what} differ by {largest:.2g} on the probe"
+def difference(what: str, got: Tensor, expected: Tensor, moved: Tensor) -> str:
+    """Return that outputs differ by more than rounding, NaN included; empty where they do not.
+
+    Args:
+        what: Their name.
+        got: Those of the way to try.
+        expected: Those of the trusted one.
+        moved: Those of the trusted one where rounding moves it.
+    """
+    found, allowed = off_by(got, expected), most_by_rounding(expected, moved)
+    if found <= allowed:
+        return ""
+    return f"its {what} differ by {found:.2g} of their spread on the probe (rounding: {allowed:.2g})"
 
 
 def remembered(base: Base, name: str, find: Callable[[], str], *, otherwise: str = "") -> str:
@@ -117,21 +104,15 @@ def probing(base: Base) -> Iterator[None]:
 
     The context holds the base's lock. Every module is in its own mode again afterwards.
     """
-    model = base.model
-    with base.lock:
-        training = [module for module in model.modules() if module.training]
-        gradients = torch.is_grad_enabled()
-        model.train(False)
-        try:
-            with (
-                torch.inference_mode(False),
-                torch.set_grad_enabled(gradients),
-                torch.autocast(base.device.type, enabled=False),
-            ):
-                yield
-        finally:
-            for module in training:
-                module.training = True
+    gradients = torch.is_grad_enabled()
+    with (
+        base.lock,
+        evaluated(base.model),
+        torch.inference_mode(False),
+        torch.set_grad_enabled(gradients),
+        torch.autocast(base.device.type, enabled=False),
+    ):
+        yield
 
 
 @final
@@ -161,14 +142,17 @@ class Drawn:
         return (drawn * self._base.facts.embedding_rms).to(self._base.device)
 
     def keys_and_values(self, count: int) -> Tensor:
-        """Return keys and values ``[L, 2, A_kv, P, D]``.
+        """Return keys and values ``[L, 2, A_kv, P, D]``: the base's own of a text, where it keeps any.
 
         Raises:
             BackboneError: If the base's layers keep anything else.
         """
         shape = self._base.key_value_shape
-        size = (shape.layers, 2, shape.heads, count, shape.width)
-        return torch.randn(*size, generator=self._generator).to(self._base.device)
+        try:
+            return key_values(self._base.model, self.tokens(count)).to(self._base.device)
+        except BackboneError:  # an encoder
+            size = (shape.layers, 2, shape.heads, count, shape.width)
+            return torch.randn(*size, generator=self._generator).to(self._base.device)
 
 
 def scoring_difference(
@@ -192,15 +176,11 @@ def scoring_difference(
     values = [draw(length) for length in _PROMPT_LENGTHS]
     seq2seq = hasattr(base.model, "prepare_decoder_input_ids_from_labels")
     kind = _Kind(keys_and_values, seq2seq and not keys_and_values, sees_input)
-    with torch_products():
-        expected, expected_gradients = _run(reference, rows, values, kind, alone=True)
+    (expected, right), (moved, off) = measured(base, lambda: _run(reference, rows, values, kind, alone=True))
     got, gradients = _run(candidate, rows, values, kind, alone=False)
-    allowed = tolerance_of(base)
-    largest = float((got - expected).abs().max())
-    found = difference("log-probabilities", largest, allowed.log_probs)
-    for ours, theirs in zip(gradients, expected_gradients, strict=True):
-        relative = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-12))
-        found = found or difference("prompt gradients", relative, allowed.gradients)
+    found = difference("log-probabilities", got, expected, moved)
+    for ours, theirs, noisy in zip(gradients, right, off, strict=True):
+        found = found or difference("prompt gradients", ours, theirs, noisy)
     return found
 
 

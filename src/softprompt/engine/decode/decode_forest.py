@@ -13,8 +13,8 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from softprompt.backbone import Base, frozen_linears, torch_products
-from softprompt.engine import Drawn, EngineRow, PlainEngine, difference, remembered, tolerance_of
+from softprompt.backbone import Base, frozen_linears
+from softprompt.engine import Drawn, EngineRow, PlainEngine, difference, measured, remembered
 from softprompt.engine.decode.decode_attention import NAME, active, decode_plan
 from softprompt.engine.decode.lanes import KeyValueStore, Lane
 from softprompt.engine.forest import require_packable
@@ -160,10 +160,8 @@ def _decoding_difference(base: Base) -> str:
         text = drawn.tokens(length, padding=True)
         rows.append(EngineRow(text[:1], text[1:], prompt))
     got = _decoded(forest, rows)
-    with torch_products():
-        expected = torch.cat([plain.target_log_probs([row]).values for row in rows])
-    largest = float((got - expected).abs().max())
-    return difference("log-probabilities", largest, tolerance_of(base).log_probs)
+    expected, moved = measured(base, lambda: torch.cat([plain.target_log_probs([row]).values for row in rows]))
+    return difference("log-probabilities", got, expected, moved)
 
 
 def _decoded(forest: DecodeForest, rows: Sequence[EngineRow]) -> Tensor:

@@ -7,26 +7,24 @@ Prompts that do not see the input are computed once for all rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from softprompt.backbone import Base, has_windows, recomputes_layers, skips_layers
-from softprompt.engine import Drawn, Layout, difference, one_line, pad_rows, probing, remembered, tolerance_of
+from softprompt.backbone import Base, has_windows, most_by_rounding, off_by, recomputes_layers, skips_layers
+from softprompt.engine import Drawn, Layout, difference, measured, one_line, pad_rows, probing, remembered
 from softprompt.engine.forest.forest_attention import NAME, LayerMask, planned
 from softprompt.engine.forest.layers import Packing, layers_of, packed_layers, relative_bias
 from softprompt.engine.forest.plan import Span, Visibility, padded, whole_rows
+from softprompt.errors import BackboneError
 
 _LENGTHS = (9, 4, 6)
 """Tokens of each row of the probe."""
-
-_UNMOVED = 1e-6
-"""Largest difference of states that do not depend on what was changed: they are the same sums."""
 
 
 def packs(base: Base, inputs: Mapping[str, Any], *, isolated: bool = False) -> bool:
@@ -123,15 +121,16 @@ def _packed_difference(base: Base) -> str:
     drawn = Drawn(base)
     ids, mask = pad_rows([drawn.tokens(n) for n in _LENGTHS], left=False, pad_id=facts.pad_id)
     ids, mask = ids.to(base.device), mask.to(base.device)
-    states = []
-    for context in (nullcontext(), without_padding(base, mask)):
-        with context:
-            output = model.base_model(input_ids=ids, attention_mask=mask)
+
+    def states() -> Tensor:
+        output = model.base_model(input_ids=ids, attention_mask=mask)
         if getattr(output, "past_key_values", None) is not None:
-            return "it fills a cache"
-        states.append(output.last_hidden_state[mask.bool()].float())
-    largest = float((states[0] - states[1]).abs().max())
-    return difference("hidden states", largest, tolerance_of(base).outputs)
+            raise BackboneError("it fills a cache")
+        return cast(Tensor, output.last_hidden_state)[mask.bool()]
+
+    expected, moved = measured(base, states)
+    with without_padding(base, mask):
+        return difference("hidden states", states(), expected, moved)
 
 
 @torch.no_grad()
@@ -139,8 +138,13 @@ def is_bidirectional(base: Base) -> bool:
     """Tell whether a token's hidden state depends on the tokens behind it."""
     ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=base.device) % base.facts.vocabulary
     with probing(base):
-        states = base.model.base_model(input_ids=ids).last_hidden_state[:, :2]
-    return not torch.allclose(states[0], states[1], atol=_UNMOVED)
+        return not _alike(base, lambda: base.model.base_model(input_ids=ids).last_hidden_state[:, :2])
+
+
+def _alike(base: Base, run: Callable[[], Tensor]) -> bool:
+    """Tell whether the two rows of what a run returns are the same but for rounding."""
+    states, moved = measured(base, run)
+    return off_by(states[0], states[1]) <= most_by_rounding(states, moved)
 
 
 def why_not_isolated(base: Base) -> str:
@@ -159,8 +163,7 @@ def _isolation_problem(base: Base) -> str:
     mask = torch.zeros(2, 1, 4, 4, dtype=base.dtype, device=base.device)
     mask[:, :, :2, 2:] = torch.finfo(base.dtype).min
     try:
-        states = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        same = _alike(base, lambda: encoder(input_ids=ids, attention_mask=mask).last_hidden_state[:, :2])
     except Exception as cause:  # whatever a model's own code raises on such a mask
         return f"it takes no mask of our own ({one_line(cause)})"
-    same = torch.allclose(states[0, :2], states[1, :2], atol=_UNMOVED)
     return "" if same else "it ignores a mask of our own"

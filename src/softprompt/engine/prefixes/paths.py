@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
 from softprompt.backbone import Base
-from softprompt.engine import Drawn, Prefixes, difference, pad_rows, remembered, tolerance_of
+from softprompt.engine import Drawn, Prefixes, difference, measured, pad_rows, remembered
 from softprompt.engine.prefixes.passes import prefixed_attention, prefixed_cache, text_positions
 from softprompt.errors import BackboneError
 from softprompt.prompts import Prompt
@@ -104,24 +104,23 @@ class _Probe:
         if getattr(base.model.config.get_text_config(), "attn_temperature_tuning", False):
             return "it scales attention by column"  # Llama 4; a probe is too short to see it
         if not remembered(base, "a prefix in a cache", self.unread):
-            expected = torch.cat([self._alone(0), self._alone(1)])
+            expected = self._cached_alone
         elif base.facts.takes_cache or not base.facts.accepts_position_ids:
             return "it has no cache of keys and values, and takes no position_ids"
         else:  # an encoder: one row alone, each layer of which reads the prefix
-            expected = torch.cat([self._run(prefixed_attention, [row]) for row in (0, 1)])
+            expected = self._encoded_alone
             unread = self._unread(lambda: self._run(prefixed_attention, [0]))
             if unread:
                 return unread
         # A decoder of a seq2seq model counts columns, so its rows are padded on the right.
         sides = (False,) if base.is_encoder_decoder else (True, False)
-        found = (self._difference(prefixed_attention, expected, left=left) for left in sides)
+        found = (self._difference(prefixed_attention, measured(base, expected), left=left) for left in sides)
         return next(filter(None, found), "")
 
     @torch.no_grad()
     def cache_problem(self, *, left: bool) -> str:
         """Return why prefixes cannot be the first columns of a cache, empty when they can."""
-        expected = torch.cat([self._alone(0), self._alone(1)])
-        return self._difference(prefixed_cache, expected, left=left)
+        return self._difference(prefixed_cache, measured(self._base, self._cached_alone), left=left)
 
     def _unread(self, run: Callable[[], Tensor]) -> str:
         """Return which layer does not read the first row's prefix, empty when all do."""
@@ -141,7 +140,8 @@ class _Probe:
         silent = [i for i, layer in enumerate(gradient) if not bool(layer.any())]
         return f"layer {silent[0]} does not read its prefix" if silent else ""
 
-    def _difference(self, way: Way, expected: Tensor, *, left: bool) -> str:
+    def _difference(self, way: Way, trusted: tuple[Tensor, Tensor], *, left: bool) -> str:
+        expected, moved = trusted
         pooled = expected.shape[0] == 2
         if pooled:  # a batch would need a padding token
             got = torch.cat([self._run(way, [row]) for row in (0, 1)])
@@ -149,9 +149,7 @@ class _Probe:
             got = self._run(way, [0, 1, 2], left=left)[: expected.shape[0]]
         if got.shape != expected.shape:
             return f"its outputs have shape {list(got.shape)}"
-        scale = max(1.0, float(expected.abs().max()))
-        largest = float((got - expected).abs().max())
-        return difference("outputs", largest, tolerance_of(self._base).outputs * scale)
+        return difference("outputs", got, expected, moved)
 
     def _run(self, way: Way, rows: Sequence[int], *, left: bool = False) -> Tensor:
         """Return the outputs of rows run together one way, those of real tokens one after another."""
@@ -164,6 +162,12 @@ class _Probe:
         with way(base, prefixes):
             output = base.model(**inputs, return_dict=True)
         return _picked(output, mask)
+
+    def _encoded_alone(self) -> Tensor:
+        return torch.cat([self._run(prefixed_attention, [row]) for row in (0, 1)])
+
+    def _cached_alone(self) -> Tensor:
+        return torch.cat([self._alone(0), self._alone(1)])
 
     def _alone(self, row: int) -> Tensor:
         """Return the outputs of a row alone, behind a cache filled by hand."""
