@@ -7,6 +7,7 @@ from .composition import resized as resized
 from .composition import shifted as shifted
 from .composition import similarity as similarity
 from .configs import CONFIG_NAME as CONFIG_NAME
+from .configs import HUB_OPTIONS as HUB_OPTIONS
 from .configs import PeftConfig as PeftConfig
 from .configs import PromptLearningConfig as PromptLearningConfig
 from .configs import Start as Start

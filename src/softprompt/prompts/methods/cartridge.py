@@ -33,6 +33,7 @@ from softprompt.prompts.methods.key_values import FlatOrder, KeyValueConfig
 class CartridgeConfig(KeyValueConfig):
     """A cartridge: keys and values ``[L, 2, A_kv, P, D]`` of P virtual tokens, at positions 0 to P - 1."""
 
+    method: ClassVar[PeftType] = PeftType.CARTRIDGE
     text_option: ClassVar[str] = "cartridge_init_text"
 
     num_frozen_tokens: int = setting(1, "Virtual tokens at the start that are not trained.")
@@ -47,7 +48,7 @@ class CartridgeConfig(KeyValueConfig):
             ConfigError: If more tokens are frozen than there are, or options would be ignored.
         """
         super().__post_init__()
-        self.peft_type = PeftType.CARTRIDGE
+        self.peft_type = self.method
         frozen = positive("num_frozen_tokens", self.num_frozen_tokens, least=0)
         if self.num_virtual_tokens is not None and frozen > self.num_virtual_tokens:
             raise ConfigError(
