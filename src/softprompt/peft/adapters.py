@@ -9,7 +9,7 @@ import re
 from abc import ABC
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,14 @@ from softprompt.artifacts import Manifest, started_prompt
 from softprompt.backbone import Base, Facts, freeze, in_own_dtype, modules_named, set_module, vocabulary_of
 from softprompt.engine import TASK_RULES, completed
 from softprompt.errors import AdapterError, ConfigError, InterfaceError, nearest
-from softprompt.prompts import PeftConfig, PrefixTuningConfig, PromptLearningConfig, PromptModule, TaskType
+from softprompt.prompts import (
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptLearningConfig,
+    PromptModule,
+    TaskType,
+    take_over,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -181,6 +188,14 @@ class Adapters(nn.Module, ABC):
             set_module(self.base_model, path, switch.original_module)
         return self.base_model
 
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
+        """Let a model's embeddings take a gradient, which reentrant checkpointing of a frozen base needs.
+
+        A quantised model does that by itself.
+        """
+        if not any(getattr(model, f"is_{how}", False) for how in ("loaded_in_8bit", "loaded_in_4bit", "quantized")):
+            cast(Any, model).enable_input_require_grads()
+
     def encoder_of(self, name: str) -> PromptModule:
         """Return the trainable module of a prompt.
 
@@ -310,3 +325,42 @@ def heads_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module]]:
     for path, switch in switches_of(model):
         if adapter in switch.modules_to_save:
             yield path, switch.modules_to_save[adapter]
+
+
+class LoadResult(NamedTuple):
+    """What loading found: names of the model that were not there, and names that it has no place for."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def get_base_model_state_dict(model: Adapters) -> dict[str, Tensor]:
+    """Return the base's own state dict, under the names that it has without prompts, sharing its memory."""
+    state = dict(model.base_model.state_dict())
+    for path, _ in switches_of(model.base_model):
+        trained, original = f"{path}.modules_to_save.", f"{path}.original_module."
+        state = {
+            name.replace(original, f"{path}.", 1) if name.startswith(original) else name: value
+            for name, value in state.items()
+            if not name.startswith(trained)
+        }
+    return state
+
+
+@torch.no_grad()
+def set_base_model_state_dict(model: Adapters, state_dict: Mapping[str, Tensor], strict: bool = True) -> LoadResult:
+    """Load what ``get_base_model_state_dict`` returned into the base.
+
+    Returns:
+        The names that were missing, and those left over; without ``strict`` both may be.
+
+    Raises:
+        RuntimeError: If names are missing or left over, and ``strict``; nothing is loaded then.
+    """
+    own = get_base_model_state_dict(model)
+    missing, left = [n for n in own if n not in state_dict], [n for n in state_dict if n not in own]
+    if strict and (missing or left):
+        raise RuntimeError(f"Missing key(s) in state_dict: {missing}. Unexpected key(s) in state_dict: {left}.")
+    both = own.keys() & state_dict.keys()
+    take_over({name: own[name] for name in both}, {name: state_dict[name] for name in both})
+    return LoadResult(missing, left)

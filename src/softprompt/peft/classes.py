@@ -104,7 +104,7 @@ def prepare_model_for_kbit_training(
     if quantised and use_gradient_checkpointing:
         if checkpointing.get("use_reentrant", True):
             cast(Any, model).enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing or None)
+        cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing or None)
     return model
 
 
@@ -150,7 +150,9 @@ class AutoPeftModel:
             ArtifactError: If the prompt is missing or damaged.
             ConfigError: If it names no base, or is for another task than this class.
         """
-        hub = {name: kwargs[name] for name in ("token", "cache_dir") if name in kwargs} | {"revision": revision}
+        hub: dict[str, Any] = {name: kwargs[name] for name in ("token", "cache_dir") if name in kwargs} | {
+            "revision": revision
+        }
         given = config
         config = given or PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         if config.task_type is None or config.base_model_name_or_path is None:

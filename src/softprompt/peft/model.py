@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from softprompt.engine import TASK_RULES, BatchPrompts, generate_with_prompts, infer_task
 from softprompt.errors import ConfigError, InterfaceError
 from softprompt.peft import saving
-from softprompt.peft.adapters import BASE, Adapters, active_heads
+from softprompt.peft.adapters import BASE, Adapters, LoadResult, active_heads
 from softprompt.peft.inputs import Call, batch_size, bound, check_prefixed, decoder_inputs, prompted_pass
 from softprompt.peft.rows import PromptAt, RowPrompt, TaskIds, chosen_rows, prompt_offsets, without_context_labels
 from softprompt.prompts import (
@@ -30,10 +30,18 @@ from softprompt.prompts import (
 if TYPE_CHECKING:
     from softprompt.inference import TunedPrompt
 
-_WEIGHTS_ALONE = frozenset(
-    {"merge_adapter", "merge_and_unload", "unload", "unmerge_adapter", "add_weighted_adapter"}
+_MERGED = (
+    "{0} is not there: a prompt is in no weight of the base. detach() gives the base back; `softprompt convert --to "
+    "extended-vocab` writes a model with a saved prompt inside"
 )
-"""What PEFT has for methods that change weights; none of it is there for a prompt, in PEFT neither."""
+_STATUS = (
+    "{0}() got an invalid PeftModel instance; a prompt has no layers inside the base, see active_adapters, "
+    "peft_config and print_trainable_parameters()"
+)
+_OF_WEIGHTS = dict.fromkeys(
+    ("merge_and_unload", "merge_adapter", "unmerge_adapter", "unload", "add_weighted_adapter"), _MERGED
+) | dict.fromkeys(("get_layer_status", "get_model_status"), _STATUS)
+"""What PEFT has for methods that change weights, and what is said to who asks for it of a prompt."""
 
 _GENERATE = ("inputs", "generation_config", "logits_processor", "stopping_criteria")
 """First parameters of transformers' ``generate``, in order."""
@@ -305,7 +313,7 @@ class PeftModel(Adapters):
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
         **kwargs: Any,
-    ) -> saving.Loaded:
+    ) -> LoadResult:
         """Attach one more saved prompt, or load it into the one of that name; see ``from_pretrained``."""
         loading = saving.Loading.of(
             {
@@ -356,28 +364,6 @@ class PeftModel(Adapters):
         """False: a prompt changes no weight that LoRA could stand for."""
         return False
 
-    def get_layer_status(self) -> NoReturn:
-        """Raise ``InterfaceError``, as PEFT does: a prompt has no layers inside the base."""
-        raise InterfaceError(
-            "get_layer_status() got an invalid PeftModel instance; prompts have no layers in the base, see "
-            "active_adapters, peft_config and print_trainable_parameters()"
-        )
-
-    def get_model_status(self) -> NoReturn:
-        """Raise ``InterfaceError``, as PEFT does: a prompt has no layers inside the base."""
-        raise InterfaceError(
-            "get_model_status() got an invalid PeftModel instance; prompts have no layers in the base, see "
-            "active_adapters, peft_config and print_trainable_parameters()"
-        )
-
-    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
-        """Let a model's embeddings take a gradient, which reentrant checkpointing of a frozen base needs.
-
-        A quantised model does that by itself.
-        """
-        if not any(getattr(model, f"is_{how}", False) for how in ("loaded_in_8bit", "loaded_in_4bit", "quantized")):
-            cast(Any, model).enable_input_require_grads()
-
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return how many parameters train, and how many there are."""
         return _count(self, trainable=True), _count(self, trainable=False)
@@ -406,12 +392,8 @@ class PeftModel(Adapters):
         except AttributeError:
             if name == "base_model":
                 raise
-            if name in _WEIGHTS_ALONE:
-                raise InterfaceError(
-                    f"{type(self).__name__} has no {name}: a prompt is in no weight of the base. detach() gives "
-                    "the base back; for a model with the prompt inside, save_pretrained(folder), then `softprompt "
-                    "convert --to extended-vocabulary`"
-                ) from None
+            if name in _OF_WEIGHTS:
+                raise InterfaceError(_OF_WEIGHTS[name].format(name)) from None
             return getattr(self.base_model, name)
 
 

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from softprompt.artifacts import load_adapter as read_adapter
 from softprompt.artifacts import manifest_of as made_manifest
 from softprompt.backbone import HEAD, head_tensors
 from softprompt.errors import ArtifactError, ConfigError
-from softprompt.peft.adapters import heads_of, switches_of
+from softprompt.peft.adapters import LoadResult, heads_of
 from softprompt.prompts import (
     HUB_OPTIONS,
     Parameterization,
@@ -86,7 +86,7 @@ def set_peft_model_state_dict(
     adapter_name: str = "default",
     ignore_mismatched_sizes: bool = False,
     low_cpu_mem_usage: bool = False,
-) -> Loaded:
+) -> LoadResult:
     """Copy what ``get_peft_model_state_dict`` returned into an attached prompt, all of it or nothing.
 
     With ``ignore_mismatched_sizes`` values of another shape leave the prompt as it is, with a warning.
@@ -119,39 +119,7 @@ def set_peft_model_state_dict(
     check_fit(heads, given)
     encoder.load_stored(own)
     take_over(heads, given)
-    return Loaded([], [])
-
-
-def get_base_model_state_dict(model: PeftModel) -> dict[str, Tensor]:
-    """Return the base's own state dict, under the names that it has without prompts, sharing its memory."""
-    state = dict(model.base_model.state_dict())
-    for path, _ in switches_of(model.base_model):
-        trained, original = f"{path}.modules_to_save.", f"{path}.original_module."
-        state = {
-            name.replace(original, f"{path}.", 1) if name.startswith(original) else name: value
-            for name, value in state.items()
-            if not name.startswith(trained)
-        }
-    return state
-
-
-@torch.no_grad()
-def set_base_model_state_dict(model: PeftModel, state_dict: Mapping[str, Tensor], strict: bool = True) -> Loaded:
-    """Load what ``get_base_model_state_dict`` returned into the base.
-
-    Returns:
-        The names that were missing, and those left over; without ``strict`` both may be.
-
-    Raises:
-        RuntimeError: If names are missing or left over, and ``strict``; nothing is loaded then.
-    """
-    own = get_base_model_state_dict(model)
-    missing, left = [n for n in own if n not in state_dict], [n for n in state_dict if n not in own]
-    if strict and (missing or left):
-        raise RuntimeError(f"Missing key(s) in state_dict: {missing}. Unexpected key(s) in state_dict: {left}.")
-    both = own.keys() & state_dict.keys()
-    take_over({name: own[name] for name in both}, {name: state_dict[name] for name in both})
-    return Loaded(missing, left)
+    return LoadResult([], [])
 
 
 def load_peft_weights(
@@ -163,13 +131,6 @@ def load_peft_weights(
     """Return the tensors of a saved prompt, on ``device`` (None is the CPU); see ``PeftModel.from_pretrained``."""
     loading = Loading.of({"key_mapping": key_mapping, **hub})
     return {name: value.to(device or "cpu") for name, value in loading.read(model_id).tensors.items()}
-
-
-class Loaded(NamedTuple):
-    """What loading found: names of the model that were not there, and names that it has no place for."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
 
 
 def _heads(model: PeftModel, adapter: str) -> dict[str, Tensor]:
@@ -375,7 +336,7 @@ def attached(
 
 def attach_another(
     model: PeftModel, model_id: str | Path, adapter: str, *, trainable: bool, loading: Loading
-) -> Loaded:
+) -> LoadResult:
     """Attach one more saved prompt, or load its values into one that is there; see ``PeftModel.load_adapter``."""
     stored = loading.read(model_id)
     check_base(stored, model.base_model, ignore=loading.ignore_fingerprint)
@@ -390,7 +351,7 @@ def attach_another(
         raise
 
 
-def _fill(model: PeftModel, adapter: str, stored: StoredPrompt, loading: Loading, *, trainable: bool) -> Loaded:
+def _fill(model: PeftModel, adapter: str, stored: StoredPrompt, loading: Loading, *, trainable: bool) -> LoadResult:
     """Give an attached prompt its saved values, frozen unless it is to be trained further."""
     loaded = set_peft_model_state_dict(model, stored.tensors, adapter, loading.ignore_mismatched_sizes)
     if loading.device is not None:

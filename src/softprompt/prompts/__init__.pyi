@@ -12,9 +12,6 @@ from .configs import PeftConfig as PeftConfig
 from .configs import PromptLearningConfig as PromptLearningConfig
 from .configs import Start as Start
 from .configs import config_class as config_class
-from .configs import member as member
-from .configs import number as number
-from .configs import positive as positive
 from .initialisers import drawing_from as drawing_from
 from .initialisers import drawn_seed as drawn_seed
 from .initialisers import fitted as fitted

@@ -15,10 +15,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from softprompt.errors import ArtifactError, ConfigError, InterfaceError, nearest
-from softprompt.fields import setting
+from softprompt.fields import positive, setting
 from softprompt.prompts.kinds import PeftType, Placement, TaskType
 
 if TYPE_CHECKING:
@@ -48,8 +48,6 @@ HUB_OPTIONS = frozenset({"revision", "cache_dir", "token", "local_files_only", "
 
 _CODE = "trust_remote_code"
 """Option of tokenizers that lets a file run code; a user may set it, a saved prompt may not."""
-
-_Member = TypeVar("_Member", bound=StrEnum)
 
 
 def config_class(peft_type: str) -> type[PromptLearningConfig]:
@@ -364,40 +362,6 @@ class PromptLearningConfig(PeftConfig):
         super().__post_init__()
         if self.num_virtual_tokens is not None:
             positive("num_virtual_tokens", self.num_virtual_tokens)
-
-
-def member(kind: type[_Member], name: str, value: object) -> _Member:
-    """Return the member of an enumeration that a field's value names.
-
-    Raises:
-        ConfigError: If there is none.
-    """
-    if value not in list(kind):
-        raise ConfigError(f"{name} must be one of {', '.join(kind)}, got {value!r}{nearest(str(value), kind)}")
-    return kind(str(value))
-
-
-def positive(name: str, value: object, *, least: int = 1) -> int:
-    """Return a field's value if it is a whole number of at least ``least``.
-
-    Raises:
-        ConfigError: If it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
-        raise ConfigError(f"{name} must be {wanted}, got {value!r}")
-    return value
-
-
-def number(name: str, value: object) -> float:
-    """Return a field's value if it is a number of at least 0.
-
-    Raises:
-        ConfigError: If it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e38:
-        raise ConfigError(f"{name} must be a number of at least 0, got {value!r}")
-    return value
 
 
 def _unknown(values: Mapping[str, Any], known: Collection[str]) -> list[str]:

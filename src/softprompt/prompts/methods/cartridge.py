@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.errors import ConfigError
-from softprompt.fields import setting
+from softprompt.fields import positive, setting
 from softprompt.prompts import (
     PROMPT_KEY,
     PeftType,
@@ -24,7 +24,6 @@ from softprompt.prompts import (
     check_fit,
     check_task,
     drawing_from,
-    positive,
 )
 from softprompt.prompts.methods.key_values import FlatOrder, KeyValueConfig
 

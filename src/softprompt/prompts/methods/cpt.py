@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softprompt.errors import ConfigError
-from softprompt.fields import setting
+from softprompt.fields import number, positive, setting
 from softprompt.prompts import (
     PROMPT_KEY,
     PeftType,
@@ -29,8 +29,6 @@ from softprompt.prompts import (
     TaskType,
     check_task,
     from_tokens,
-    number,
-    positive,
     take_over,
 )
 

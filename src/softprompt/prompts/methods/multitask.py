@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.errors import ConfigError
-from softprompt.fields import setting
+from softprompt.fields import member, positive, setting
 from softprompt.prompts import (
     PROMPT_KEY,
     MultitaskPromptTuningInit,
@@ -26,8 +26,6 @@ from softprompt.prompts import (
     Start,
     TaskMatrixInit,
     check_task,
-    member,
-    positive,
     take_over,
 )
 from softprompt.prompts.methods.prompt_tuning import PromptTuningConfig, initial_table

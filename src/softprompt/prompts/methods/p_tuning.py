@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.errors import ConfigError
-from softprompt.fields import setting
+from softprompt.fields import member, number, positive, setting
 from softprompt.prompts import (
     PROMPT_KEY,
     PeftType,
@@ -29,9 +29,6 @@ from softprompt.prompts import (
     Start,
     check_task,
     drawing_from,
-    member,
-    number,
-    positive,
     take_over,
 )
 

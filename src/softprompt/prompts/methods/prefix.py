@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.errors import ArtifactError, ConfigError, nearest
-from softprompt.fields import setting
+from softprompt.fields import positive, setting
 from softprompt.prompts import (
     PROMPT_KEY,
     PeftType,
@@ -23,7 +23,6 @@ from softprompt.prompts import (
     Start,
     check_task,
     drawing_from,
-    positive,
     take_over,
 )
 from softprompt.prompts.methods.key_values import FlatOrder, KeyValueConfig

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.errors import ConfigError
-from softprompt.fields import setting
+from softprompt.fields import member, positive, setting
 from softprompt.prompts import (
     PROMPT_KEY,
     Parameterization,
@@ -29,8 +29,6 @@ from softprompt.prompts import (
     TaskType,
     check_task,
     initialisers,
-    member,
-    positive,
     take_over,
 )
 from softprompt.prompts.methods.parameterisations import Parameterised, parameterised
