@@ -78,7 +78,7 @@ def write_prompt(folder: Path, base: Base, virtual: int, *, seed: int, prefix: b
     if not prefix:
         rows = table[torch.randint(0, len(table), (virtual,))]
         values["prompt_embeddings"] = rows + torch.randn(rows.shape) * 0.3
-    prompted.unload()
+    prompted.detach()
     manifest = Manifest(
         template=TEMPLATE,
         task="generation",
@@ -175,7 +175,7 @@ def generated(name: str, tuned: TunedPrompt, text: str, number: int, rng: random
             ids = tuned.sources([text])[0][0]
             prompted = PeftModel.of(tuned)
             found, logprobs = greedy(prompted, ids, tokens, tuned.tokenizer.eos_token_id)
-            prompted.unload()
+            prompted.detach()
             return Case(ASK, body, (tuned.rows.decode(found),), logprobs)
         case 1:
             drawn = {"temperature": 0.8, "top_p": 0.9, "seed": rng.randrange(10**6)}

@@ -15,6 +15,9 @@ from .inference.loading import load_many as load_many
 from .inference.serving import Serving as Serving
 from .inference.tuned import TunedPrompt as TunedPrompt
 from .inspection.retrieval import similar_prompts as similar_prompts
+from .peft.adapters import ModulesToSaveWrapper as ModulesToSaveWrapper
+from .peft.adapters import get_base_model_state_dict as get_base_model_state_dict
+from .peft.adapters import set_base_model_state_dict as set_base_model_state_dict
 from .peft.classes import AutoPeftModel as AutoPeftModel
 from .peft.classes import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from .peft.classes import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -32,7 +35,9 @@ from .peft.classes import PeftModelForTokenClassification as PeftModelForTokenCl
 from .peft.classes import get_peft_model as get_peft_model
 from .peft.classes import initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values
 from .peft.classes import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
+from .peft.classes import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from .peft.saving import get_peft_model_state_dict as get_peft_model_state_dict
+from .peft.saving import load_peft_weights as load_peft_weights
 from .peft.saving import set_peft_model_state_dict as set_peft_model_state_dict
 from .prompts import CartridgeConfig as CartridgeConfig
 from .prompts import CartridgeEncoder as CartridgeEncoder

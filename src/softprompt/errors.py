@@ -27,6 +27,10 @@ class UsageError(ConfigError):
     """An argument of a command or of ``tune`` is wrong."""
 
 
+class InterfaceError(ConfigError, TypeError, AttributeError):
+    """A call of PEFT's interface that a prompt does not support; caught as what PEFT raises there."""
+
+
 class DataError(SoftPromptError, ValueError):
     """A data file, or a record in it, cannot be used."""
 

@@ -10,12 +10,14 @@ import math
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, field, fields, is_dataclass
+from enum import StrEnum
 from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from softprompt.errors import ConfigError, nearest
 
 Settings = TypeVar("Settings")
+_Member = TypeVar("_Member", bound=StrEnum)
 
 
 def setting(
@@ -147,6 +149,40 @@ def check_number(
         raise ConfigError(f"{name} must be above {above}; got {value!r}")
     if most is not None and value > most:
         raise ConfigError(f"{name} must be at most {most}; got {value!r}")
+
+
+def member(kind: type[_Member], name: str, value: object) -> _Member:
+    """Return the member of an enumeration that a field's value names.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if value not in list(kind):
+        raise ConfigError(f"{name} must be one of {', '.join(kind)}, got {value!r}{nearest(str(value), kind)}")
+    return kind(str(value))
+
+
+def positive(name: str, value: object, *, least: int = 1) -> int:
+    """Return a field's value if it is a whole number of at least ``least``.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ConfigError(f"{name} must be {wanted}, got {value!r}")
+    return value
+
+
+def number(name: str, value: object) -> float:
+    """Return a field's value if it is a number of at least 0.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e38:
+        raise ConfigError(f"{name} must be a number of at least 0, got {value!r}")
+    return value
 
 
 def _article(kind: type) -> str:

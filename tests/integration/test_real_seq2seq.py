@@ -54,7 +54,7 @@ def test_without_the_prompt_it_is_the_published_model(shared, tuned, words, real
     prompted = softprompt.PeftModel.of(tuned)
     with prompted.disable_adapter(), torch.no_grad():
         bare = prompted(input_ids=ids, labels=ids)
-    prompted.unload()
+    prompted.detach()
     with torch.no_grad():
         expected = plain(input_ids=ids, labels=ids)
     assert torch.equal(bare.logits, expected.logits)

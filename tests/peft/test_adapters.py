@@ -313,5 +313,5 @@ def test_a_resized_vocabulary_is_refused_until_attached_again(model):
         model(IDS)
     with pytest.raises(ConfigError, match="resize it first"):
         model.generate(IDS, max_new_tokens=2)
-    back = get_peft_model(model.unload(), config())
+    back = get_peft_model(model.detach(), config())
     assert back(torch.tensor([[5, 79]])).logits.shape == (1, 4, 80)

@@ -39,7 +39,7 @@ def test_a_deep_copy_is_independent(task):
         other.prompt_encoder["default"].embedding.weight[:, ::2].mul_(-1)
     assert torch.equal(outputs(model, task), expected)
     assert not torch.equal(outputs(other, task), expected)
-    other.unload()
+    other.detach()
     assert torch.equal(outputs(model, task), expected)
     assert not any(module._forward_hooks for module in other.base_model.modules())
 
@@ -98,7 +98,7 @@ def test_unload_gives_the_base_back(task):
     attached = prompted(task, model)
     attached.add_adapter("b", PromptTuningConfig(num_virtual_tokens=2))
     attached(**batch(task))
-    back = attached.unload()
+    back = attached.detach()
     assert back is model
     assert list(back.state_dict()) == keys
     assert weights_hash(back) == before
@@ -121,7 +121,7 @@ def test_two_prompted_models_on_one_base():
     assert not torch.equal(one, two)
     assert torch.equal(first(IDS).logits, one)
     assert torch.equal(model(IDS).logits, expected)
-    first.unload()
+    first.detach()
     assert torch.equal(second(IDS).logits, two)
     assert torch.equal(model(IDS).logits, expected)
 
@@ -134,5 +134,5 @@ def test_two_heads_of_one_name_on_one_base_are_refused():
     with pytest.raises(AdapterError, match="'default'"):
         prompted("SEQ_CLS", model)
     assert torch.equal(outputs(first, "SEQ_CLS"), expected)
-    first.unload()
+    first.detach()
     assert isinstance(prompted("SEQ_CLS", model), PeftModel)

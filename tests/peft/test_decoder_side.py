@@ -151,7 +151,7 @@ def test_disabled_it_is_the_base():
     with prompted.disable_adapter():
         assert torch.equal(prompted(**inputs).logits, before)
         assert torch.equal(prompted.generate(inputs["input_ids"], max_new_tokens=5), tokens)
-    assert torch.equal(prompted.unload()(**inputs).logits, before)
+    assert torch.equal(prompted.detach()(**inputs).logits, before)
 
 
 @pytest.mark.parametrize(("kind", "right"), [("bert", "ENCODER"), ("llama", "DECODER")])

@@ -138,7 +138,7 @@ def test_each_row_has_the_prompt_of_its_task(task):
         values = {k: ours.encoder_of("default").materialize(k).clone() for k in (0, 2)}
         several = ours.task_type
         plain = softprompt.get_peft_model(
-            ours.unload(), softprompt.PromptTuningConfig(task_type=several, num_virtual_tokens=P)
+            ours.detach(), softprompt.PromptTuningConfig(task_type=several, num_virtual_tokens=P)
         ).eval()
         for row, task_id in enumerate([2, 0, 2]):
             plain.prompt_encoder["default"].embedding.weight.copy_(values[task_id])
@@ -219,7 +219,7 @@ def test_files_go_both_ways(method, tmp_path):
         expected = ours(**inputs).logits
     ours.save_pretrained(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
-    model = ours.unload()
+    model = ours.detach()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         read = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
@@ -235,7 +235,7 @@ def test_files_go_both_ways(method, tmp_path):
 def test_a_saved_prompt_trains_further(method, tmp_path):
     ours, _ = pair(method, "CAUSAL_LM")
     ours.save_pretrained(tmp_path)
-    again = softprompt.PeftModel.from_pretrained(ours.unload(), tmp_path, is_trainable=True)
+    again = softprompt.PeftModel.from_pretrained(ours.detach(), tmp_path, is_trainable=True)
     trained = {n for n, p in again.named_parameters() if p.requires_grad}
     assert trained
     before = again.encoder_of("default").stored()["prompt_embeddings"]

@@ -166,7 +166,7 @@ def test_the_base_is_untouched(name):
         assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), tokens)
     assert torch.equal(base(input_ids=ids, **extra).logits, before)
     assert base.config._attn_implementation == implementation
-    unloaded = model.unload()
+    unloaded = model.detach()
     assert torch.equal(unloaded(input_ids=ids, **extra).logits, before)
     assert not [m for m in unloaded.modules() if m._forward_hooks or m._forward_pre_hooks]
 

@@ -21,7 +21,7 @@ def tuned_of(attached, heads=None):
 
     manifest = manifest_of(attached, name)
     module, config = attached.encoder_of(name), attached.peft_config[name]
-    return TunedPrompt(Base.of(attached.unload()), module, config, manifest, heads=heads)
+    return TunedPrompt(Base.of(attached.detach()), module, config, manifest, heads=heads)
 
 
 def test_shares_base_and_parameters():
@@ -43,7 +43,7 @@ def test_saves_what_was_tuned(tmp_path):
     tuned.whole = dataclasses.replace(tuned.whole, template="{{text}}!")
     model = PeftModel.of(tuned)
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(copy.deepcopy(model).unload(), tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(model).detach(), tmp_path)
     assert again.manifests["default"].template == "{{text}}!"
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 

@@ -88,6 +88,13 @@ def load_pickled(path: Path) -> Any:
         raise damaged(path, len(data), error) from error
 
 
+def pickled_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return what ``torch.save`` writes of named tensors, which ``load_pickled`` reads without running code."""
+    stream = io.BytesIO()
+    torch.save(dict(tensors), stream)
+    return stream.getvalue()
+
+
 def damaged(path: Path, size: int, error: Exception) -> ArtifactError:
     """Return the error for weights that cannot be parsed; ``size`` in bytes."""
     reason = " ".join(str(error).split())[:120]

@@ -23,6 +23,7 @@ from softprompt.artifacts.files import (
     load_pickled,
     load_safetensors,
     parse_object,
+    pickled_bytes,
     read_bytes,
     require_empty,
     require_no_file,
@@ -52,6 +53,7 @@ def save_adapter(
     manifest: Manifest | None = None,
     *,
     overwrite: bool,
+    pickled: bool = False,
 ) -> None:
     """Write PEFT's folder, plus manifest and model card, all of it or nothing.
 
@@ -62,6 +64,7 @@ def save_adapter(
         manifest: the content of ``softprompt.json``; None writes none.
         overwrite: replace the prompt that ``directory`` holds; a README.md that softprompt did
             not write is left as it is.
+        pickled: write the weights as ``adapter_model.bin``, for readers without safetensors.
 
     Raises:
         OutputExistsError: the directory is not empty, or is a file.
@@ -72,13 +75,13 @@ def save_adapter(
         require_no_file(directory)
     else:
         require_empty(directory)
-    files = _files_of(config, tensors, manifest)
+    files = _files_of(config, tensors, manifest, pickled=pickled)
     card = directory / CARD_NAME
     # save_pretrained(".") in a project must not cost the user the project's own README.
     if not card.is_file() or is_own_card(read_bytes(card).decode(errors="replace")):
         files[CARD_NAME] = model_card(config, manifest).encode()
     try:
-        write_folder(directory, files, stale=(PICKLED_WEIGHTS_NAME, MANIFEST_NAME))
+        write_folder(directory, files, stale=(PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, MANIFEST_NAME))
     except OSError as error:
         raise ArtifactError(
             f"could not write the prompt to {directory} ({error}); nothing there was changed: "
@@ -87,7 +90,7 @@ def save_adapter(
 
 
 def _files_of(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], manifest: Manifest | None
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], manifest: Manifest | None, *, pickled: bool
 ) -> dict[str, bytes]:
     """Return the content of the files that loading needs, checked as loading checks it."""
     config_text = config_json(config)
@@ -95,8 +98,8 @@ def _files_of(
     check_tensors(config, tensors, "the tensors to save")
     # clone(): safetensors refuses tensors that share storage, as tied heads do.
     dense = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    weights = bytes_from_tensors(dense, metadata={"format": "pt"})
-    files = {WEIGHTS_NAME: weights, CONFIG_NAME: config_text.encode()}
+    weights = pickled_bytes(dense) if pickled else bytes_from_tensors(dense, metadata={"format": "pt"})
+    files = {PICKLED_WEIGHTS_NAME if pickled else WEIGHTS_NAME: weights, CONFIG_NAME: config_text.encode()}
     if manifest is not None:
         digest = hashlib.sha256(weights).hexdigest()
         hashed = dataclasses.replace(manifest, weights_sha256=digest)
@@ -105,7 +108,7 @@ def _files_of(
 
 
 def load_adapter(
-    directory_or_hub_id: str | Path, *, subfolder: str | None = None, revision: str | None = None
+    directory_or_hub_id: str | Path, *, subfolder: str | None = None, revision: str | None = None, **hub: Any
 ) -> StoredPrompt:
     """Read and check a prompt that softprompt or PEFT wrote.
 
@@ -113,11 +116,12 @@ def load_adapter(
         directory_or_hub_id: a folder, or ``org/name`` on the Hugging Face Hub.
         subfolder: a named adapter's folder inside it.
         revision: a branch, tag or commit, for hub ids only.
+        **hub: other options of a download from there, such as ``token`` and ``cache_dir``.
 
     Raises:
         ArtifactError: missing, damaged, or not a prompt-learning adapter; the message says which.
     """
-    directory = locate(directory_or_hub_id, subfolder, revision)
+    directory = locate(directory_or_hub_id, subfolder, revision, **hub)
     if not (directory / CONFIG_NAME).is_file():
         raise ArtifactError(
             f"expected {CONFIG_NAME} in {directory}, it has none: pass the folder that "
@@ -158,7 +162,8 @@ def _parsed(files: Mapping[str, bytes], directory: Path, location: str) -> Store
         tensors = _unpickled(path)
     else:
         tensors = load_safetensors(weights, path)
-        _check_digest(path, weights, manifest)
+    if manifest is not None:
+        _check_digest(path, read_bytes(path) if weights is None else weights, manifest)
     check_tensors(config, tensors, str(path))
     return StoredPrompt(config, tensors, manifest, location)
 
@@ -170,8 +175,8 @@ def _manifest_of(data: bytes, path: Path) -> Manifest:
         raise ArtifactError(f"{path}: {error}") from error
 
 
-def _check_digest(path: Path, data: bytes, manifest: Manifest | None) -> None:
-    expected = manifest.weights_sha256 if manifest else None
+def _check_digest(path: Path, data: bytes, manifest: Manifest) -> None:
+    expected = manifest.weights_sha256
     found = hashlib.sha256(data).hexdigest()
     if expected is not None and found != expected:
         raise ArtifactError(
@@ -197,7 +202,7 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     return {key: value.detach() for key, value in loaded.items()}
 
 
-def locate(source: str | Path, subfolder: str | None, revision: str | None) -> Path:
+def locate(source: str | Path, subfolder: str | None, revision: str | None, **hub: Any) -> Path:
     """Return the folder that holds the adapter's files, downloaded first when ``source`` is a hub id.
 
     A path that exists wins over a hub id; ``HF_HUB_OFFLINE=1`` uses the local cache alone.
@@ -209,7 +214,7 @@ def locate(source: str | Path, subfolder: str | None, revision: str | None) -> P
         _check_relative(subfolder)
     root = Path(source)
     if not root.exists() and isinstance(source, str) and _HUB_ID.fullmatch(source):
-        root = _snapshot(source, subfolder, revision)
+        root = _snapshot(source, subfolder, revision=revision, **hub)
     elif not root.exists():
         raise ArtifactError(
             f"expected a prompt directory with {CONFIG_NAME} and {WEIGHTS_NAME}, {source} does "
@@ -245,11 +250,11 @@ def _outside(subfolder: str) -> ArtifactError:
     )
 
 
-def _snapshot(repository: str, subfolder: str | None, revision: str | None) -> Path:
+def _snapshot(repository: str, subfolder: str | None, **hub: Any) -> Path:
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     names = (CONFIG_NAME, WEIGHTS_NAME, PICKLED_WEIGHTS_NAME, MANIFEST_NAME)
     try:
-        path = snapshot_download(repository, revision=revision, allow_patterns=[prefix + name for name in names])
+        path = snapshot_download(repository, allow_patterns=[prefix + name for name in names], **hub)
     # OSError and ValueError are the roots of what the hub client raises: HTTP, cache, id.
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from softprompt.prompts import (
     KEY_VALUE_METHODS,
     PROMPT_KEY,
     ROWS_KEY,
+    PeftConfig,
     PeftType,
     Prompt,
     PromptLearningConfig,
@@ -81,7 +82,7 @@ class StoredPrompt:
         """
         # Training further must not tokenise the initial text again: the stored values replace it.
         values = self.config | {"inference_mode": True, "num_transformer_submodules": self._submodules()}
-        return PromptLearningConfig.from_dict(values)
+        return cast(PromptLearningConfig, PeftConfig.from_file(values))
 
     def model_types(self) -> tuple[str, ...]:
         """Return the parts of the base that get virtual tokens, ENCODER, DECODER or both.

@@ -161,8 +161,8 @@ def _moved(model: PreTrainedModel, setting: str, to: torch.dtype | torch.device)
         cast(Any, model).to(to)
     except (ValueError, RuntimeError) as cause:
         raise ConfigError(
-            f"{setting} cannot be changed on this model ({str(cause).splitlines()[0][:120]}); leave it out, or load "
-            "the model so"
+            f"{setting} cannot be changed on this model ({str(cause).splitlines()[0][:120]}); leave it out, or "
+            "load the model so"
         ) from cause
 
 

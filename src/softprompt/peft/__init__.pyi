@@ -1,4 +1,7 @@
 from .adapters import BASE as BASE
+from .adapters import ModulesToSaveWrapper as ModulesToSaveWrapper
+from .adapters import get_base_model_state_dict as get_base_model_state_dict
+from .adapters import set_base_model_state_dict as set_base_model_state_dict
 from .classes import AutoPeftModel as AutoPeftModel
 from .classes import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from .classes import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -16,5 +19,7 @@ from .classes import PeftModelForTokenClassification as PeftModelForTokenClassif
 from .classes import get_peft_model as get_peft_model
 from .classes import initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values
 from .classes import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
+from .classes import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from .saving import get_peft_model_state_dict as get_peft_model_state_dict
+from .saving import load_peft_weights as load_peft_weights
 from .saving import set_peft_model_state_dict as set_peft_model_state_dict

@@ -9,7 +9,7 @@ import re
 from abc import ABC
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from softprompt.artifacts import Manifest, started_prompt
 from softprompt.backbone import Base, Facts, freeze, in_own_dtype, modules_named, set_module, vocabulary_of
 from softprompt.engine import TASK_RULES, completed
-from softprompt.errors import AdapterError, ConfigError, nearest
+from softprompt.errors import AdapterError, ConfigError, InterfaceError, nearest
 from softprompt.prompts import (
     KnownToPeft,
     PeftConfig,
@@ -26,6 +26,7 @@ from softprompt.prompts import (
     PromptLearningConfig,
     PromptModule,
     TaskType,
+    take_over,
 )
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ class Adapters(KnownToPeft, nn.Module, ABC):
         model: PreTrainedModel,
         peft_config: PeftConfig,
         adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
         *,
         module: PromptModule | None = None,
         trained_heads: Mapping[str, nn.Module] | None = None,
@@ -79,6 +82,8 @@ class Adapters(KnownToPeft, nn.Module, ABC):
         self,
         adapter_name: str,
         peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
         *,
         generator: torch.Generator | None = None,
         module: PromptModule | None = None,
@@ -86,6 +91,7 @@ class Adapters(KnownToPeft, nn.Module, ABC):
     ) -> None:
         """Add a prompt; it becomes active only by ``set_adapter``.
 
+        Prompts are float32 and small, so ``low_cpu_mem_usage`` and ``autocast_adapter_dtype`` change nothing.
         ``generator`` draws its first values; None is torch's global one, as in PEFT. ``module`` and
         ``trained_heads``, modules by their paths in the base, are parameters to share instead of new ones.
 
@@ -109,24 +115,35 @@ class Adapters(KnownToPeft, nn.Module, ABC):
             self._frozen.add(adapter_name)
         self._set_gradients()
 
-    def set_adapter(self, adapter_name: str) -> None:
-        """Make a prompt the active one; only the active prompt is trainable.
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Make a prompt the active one; only the active prompt is trainable, none in ``inference_mode``.
 
         Raises:
             AdapterError: If there is no such prompt.
         """
         self.active_adapter = self._known(adapter_name)
         self._set_gradients()
+        if inference_mode:
+            self.encoder_of(adapter_name).set_trainable(False)
+            for _, head in heads_of(self.base_model, adapter_name):
+                head.requires_grad_(False)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Raise ``InterfaceError``, as PEFT does for prompts: ``set_adapter`` says which one trains."""
+        raise InterfaceError(
+            "Setting `requires_grad` is not supported for prompt learning methods like "
+            f"{self.peft_config[self.active_adapter].peft_type}; set_adapter(name) makes a prompt trainable"
+        )
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove a prompt; deleting the active one makes the first of the others active.
 
+        After the last one there is no active prompt, and calls raise until another is added and set.
+
         Raises:
-            AdapterError: If there is no such prompt, or it is the last one.
+            AdapterError: If there is no such prompt.
         """
         self._known(adapter_name)
-        if len(self.peft_config) == 1:
-            raise AdapterError(f"{adapter_name!r} is the last prompt; unload() gives the base back")
         with self.base.lock:
             del self.peft_config[adapter_name]
             del self.prompt_encoder[adapter_name]
@@ -135,8 +152,10 @@ class Adapters(KnownToPeft, nn.Module, ABC):
             for _, switch in switches_of(self.base_model):
                 if adapter_name in switch.modules_to_save:
                     del switch.modules_to_save[adapter_name]
-        if self.active_adapter == adapter_name:
+        if self.active_adapter == adapter_name and self.peft_config:
             self.set_adapter(next(iter(self.peft_config)))
+        elif not self.peft_config:
+            self.active_adapter = ""
 
     def thaw(self, adapter_name: str) -> None:
         """Let a prompt that was loaded frozen be trained further.
@@ -163,12 +182,20 @@ class Adapters(KnownToPeft, nn.Module, ABC):
         finally:
             self._disabled = before
 
-    def unload(self) -> PreTrainedModel:
-        """Detach everything and return the base, its outputs bit-identical to before."""
+    def detach(self) -> PreTrainedModel:
+        """Take everything off and return the base, its outputs bit-identical to before."""
         self._vocabulary.remove()
         for path, switch in list(switches_of(self.base_model)):
             set_module(self.base_model, path, switch.original_module)
         return self.base_model
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
+        """Let a model's embeddings take a gradient, which reentrant checkpointing of a frozen base needs.
+
+        A quantised model does that by itself.
+        """
+        if not any(getattr(model, f"is_{how}", False) for how in ("loaded_in_8bit", "loaded_in_4bit", "quantized")):
+            cast(Any, model).enable_input_require_grads()
 
     def encoder_of(self, name: str) -> PromptModule:
         """Return the trainable module of a prompt.
@@ -188,6 +215,8 @@ class Adapters(KnownToPeft, nn.Module, ABC):
 
     def _known(self, name: str) -> str:
         """Return a name that is attached; raise ``AdapterError`` for any other."""
+        if not self.peft_config:
+            raise AdapterError("no prompt is attached, the last one was deleted; add_adapter and set_adapter first")
         if name not in self.peft_config:
             raise AdapterError(
                 f"Adapter {name} not found.{nearest(name, self.peft_config)} There are: "
@@ -210,7 +239,7 @@ BASE = "__base__"
 """The name that stands for no prompt in ``adapter_names``."""
 
 
-class SwitchedHead(nn.Module):
+class ModulesToSaveWrapper(nn.Module):
     """One module of the base, with a trained copy for each adapter.
 
     ``active`` names the copy to run, one name for the batch or one per row; None and
@@ -250,7 +279,7 @@ def require_free(model: nn.Module, paths: Sequence[str], adapter: str) -> None:
     """Raise ``AdapterError`` for a second trained copy under one name, of another prompted model on the base."""
     for path in paths:
         module = model.get_submodule(path)
-        if isinstance(module, SwitchedHead) and adapter in module.modules_to_save:
+        if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
             raise AdapterError(
                 f"the base already carries a {path} for an adapter named {adapter!r}, of another prompted "
                 "model; unload that one first, or give this adapter another name"
@@ -263,8 +292,8 @@ def add_heads(
     """Replace each module by a switch, with an adapter's module among ``trained`` or a float32 copy."""
     for path in paths:
         current = model.get_submodule(path)
-        if not isinstance(current, SwitchedHead):
-            current = SwitchedHead(current)
+        if not isinstance(current, ModulesToSaveWrapper):
+            current = ModulesToSaveWrapper(current)
             set_module(model, path, current)
         own = (trained or {}).get(path)
         if own is None:
@@ -285,10 +314,10 @@ def active_heads(model: nn.Module, adapters: Sequence[str]) -> Iterator[None]:
             switch.active = None
 
 
-def switches_of(model: nn.Module) -> Iterator[tuple[str, SwitchedHead]]:
+def switches_of(model: nn.Module) -> Iterator[tuple[str, ModulesToSaveWrapper]]:
     """Yield the switched modules of a model with their paths."""
     for path, module in model.named_modules():
-        if isinstance(module, SwitchedHead):
+        if isinstance(module, ModulesToSaveWrapper):
             yield path, module
 
 
@@ -297,3 +326,42 @@ def heads_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module]]:
     for path, switch in switches_of(model):
         if adapter in switch.modules_to_save:
             yield path, switch.modules_to_save[adapter]
+
+
+class LoadResult(NamedTuple):
+    """What loading found: names of the model that were not there, and names that it has no place for."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def get_base_model_state_dict(model: Adapters) -> dict[str, Tensor]:
+    """Return the base's own state dict, under the names that it has without prompts, sharing its memory."""
+    state = dict(model.base_model.state_dict())
+    for path, _ in switches_of(model.base_model):
+        trained, original = f"{path}.modules_to_save.", f"{path}.original_module."
+        state = {
+            name.replace(original, f"{path}.", 1) if name.startswith(original) else name: value
+            for name, value in state.items()
+            if not name.startswith(trained)
+        }
+    return state
+
+
+@torch.no_grad()
+def set_base_model_state_dict(model: Adapters, state_dict: Mapping[str, Tensor], strict: bool = True) -> LoadResult:
+    """Load what ``get_base_model_state_dict`` returned into the base.
+
+    Returns:
+        The names that were missing, and those left over; without ``strict`` both may be.
+
+    Raises:
+        RuntimeError: If names are missing or left over, and ``strict``; nothing is loaded then.
+    """
+    own = get_base_model_state_dict(model)
+    missing, left = [n for n in own if n not in state_dict], [n for n in state_dict if n not in own]
+    if strict and (missing or left):
+        raise RuntimeError(f"Missing key(s) in state_dict: {missing}. Unexpected key(s) in state_dict: {left}.")
+    both = own.keys() & state_dict.keys()
+    take_over({name: own[name] for name in both}, {name: state_dict[name] for name in both})
+    return LoadResult(missing, left)

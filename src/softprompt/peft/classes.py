@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from transformers import (
 from softprompt.backbone import text_key_values
 from softprompt.bundled import source_of
 from softprompt.engine import infer_task
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, InterfaceError
 from softprompt.peft.model import PeftModel as PeftModel  # noqa: PLC0414 - these classes come with it
 from softprompt.prompts import PROMPT_KEY, PeftConfig, TaskType, prompt_embeddings_from_past_key_values
 
@@ -50,16 +51,61 @@ class PeftModelForFeatureExtraction(PeftModel, task=TaskType.FEATURE_EXTRACTION)
     """Prompts before a bare encoder or decoder; hidden states cover P + T columns."""
 
 
-def get_peft_model(model: PreTrainedModel, peft_config: PeftConfig, adapter_name: str = "default") -> PeftModel:
+def get_peft_model(
+    model: PreTrainedModel,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
     """Freeze a model and attach a new prompt.
+
+    ``revision`` is the base's, for the record. Prompts are float32 and small, so ``autocast_adapter_dtype`` and
+    ``low_cpu_mem_usage`` change nothing.
 
     Raises:
         ConfigError: If the model or the configuration cannot be used.
     """
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(f"expected a transformers model, got a {type(model).__name__}")
+    if mixed:
+        raise InterfaceError("mixed=True is for methods that change weights; prompts are mixed by adapter_names")
+    if revision is not None:
+        peft_config = dataclasses.replace(peft_config, revision=revision)
     task = TaskType(peft_config.task_type) if peft_config.task_type else infer_task(model)
     return PeftModel.classes[task](model, peft_config, adapter_name)
+
+
+def prepare_model_for_kbit_training(
+    model: PreTrainedModel,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    auto_clear_cache: bool = True,
+) -> PreTrainedModel:
+    """Freeze a model and cast its half-precision parameters to float32, as PEFT does, and return it.
+
+    A quantised model keeps its packed weights, and gets gradient checkpointing if that is asked for; how it is
+    quantised decides what is cast. ``auto_clear_cache`` gives the freed memory of an accelerator back.
+    """
+    checkpointing = dict(gradient_checkpointing_kwargs or {})
+    method = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    named = str(getattr(method, "quant_method", "") or getattr(model, "quantization_method", "")).lower()
+    packed = any(kind in named for kind in ("gptq", "aqlm", "eetq", "torchao", "hqq"))
+    quantised = packed or any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        half = parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ != "Params4bit"
+        if half and not packed:
+            parameter.data = parameter.data.float()
+    if auto_clear_cache and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if quantised and use_gradient_checkpointing:
+        if checkpointing.get("use_reentrant", True):
+            cast(Any, model).enable_input_require_grads()
+        cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing or None)
+    return model
 
 
 _LOADERS: dict[TaskType, Any] = {
@@ -91,20 +137,25 @@ class AutoPeftModel:
         pretrained_model_name_or_path: str | Path,
         adapter_name: str = "default",
         is_trainable: bool = False,
+        config: PeftConfig | None = None,
         revision: str | None = None,
         ignore_fingerprint: bool = False,
         **kwargs: Any,
     ) -> PeftModel:
         """Load base and prompt; see ``PeftModel.from_pretrained``.
 
-        ``revision`` is the prompt's on the Hub, ``kwargs`` what the base's ``from_pretrained`` takes, such
-        as ``dtype``.
+        ``config`` replaces the file's, ``revision`` is the prompt's on the Hub, ``kwargs`` what the base's
+        ``from_pretrained`` takes, such as ``dtype``; ``token`` and ``cache_dir`` among them are for both.
 
         Raises:
             ArtifactError: If the prompt is missing or damaged.
             ConfigError: If it names no base, or is for another task than this class.
         """
-        config = PeftConfig.from_pretrained(pretrained_model_name_or_path, revision=revision)
+        hub: dict[str, Any] = {name: kwargs[name] for name in ("token", "cache_dir") if name in kwargs} | {
+            "revision": revision
+        }
+        given = config
+        config = given or PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         if config.task_type is None or config.base_model_name_or_path is None:
             raise ConfigError(
                 f"{pretrained_model_name_or_path} names no task_type or base model; "
@@ -120,8 +171,9 @@ class AutoPeftModel:
             pretrained_model_name_or_path,
             adapter_name,
             is_trainable,
-            revision=revision,
+            given,
             ignore_fingerprint=ignore_fingerprint,
+            **hub,
         )
 
 

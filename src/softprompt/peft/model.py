@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
@@ -13,12 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from softprompt.artifacts import check_base, upload
-from softprompt.artifacts import load_adapter as read_adapter
 from softprompt.engine import TASK_RULES, BatchPrompts, generate_with_prompts, infer_task
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, InterfaceError
 from softprompt.peft import saving
-from softprompt.peft.adapters import BASE, Adapters, active_heads
+from softprompt.peft.adapters import BASE, Adapters, LoadResult, active_heads
 from softprompt.peft.inputs import (
     Call,
     batch_size,
@@ -29,10 +26,31 @@ from softprompt.peft.inputs import (
     with_columns,
 )
 from softprompt.peft.rows import PromptAt, RowPrompt, TaskIds, chosen_rows, prompt_offsets, without_context_labels
-from softprompt.prompts import PROMPT_KEY, CPTEmbedding, PeftType, Prompt, PromptLearningConfig, TaskType
+from softprompt.prompts import (
+    PROMPT_KEY,
+    CPTEmbedding,
+    PeftConfig,
+    PeftType,
+    Prompt,
+    PromptLearningConfig,
+    TaskType,
+)
 
 if TYPE_CHECKING:
     from softprompt.inference import TunedPrompt
+
+_MERGED = (
+    "{0} is not there: a prompt is in no weight of the base. detach() gives the base back; `softprompt convert "
+    "--to extended-vocab` writes a model with a saved prompt inside"
+)
+_STATUS = (
+    "{0}() got an invalid PeftModel instance; a prompt has no layers inside the base, see active_adapters, "
+    "peft_config and print_trainable_parameters()"
+)
+_OF_WEIGHTS = dict.fromkeys(
+    ("merge_and_unload", "merge_adapter", "unmerge_adapter", "unload", "add_weighted_adapter"), _MERGED
+) | dict.fromkeys(("get_layer_status", "get_model_status"), _STATUS)
+"""What PEFT has for methods that change weights, and what is said to who asks for it of a prompt."""
 
 _GENERATE = ("inputs", "generation_config", "logits_processor", "stopping_criteria")
 """First parameters of transformers' ``generate``, in order."""
@@ -174,36 +192,53 @@ class PeftModel(Adapters):
     def save_pretrained(
         self,
         save_directory: str | Path,
-        selected_adapters: Sequence[str] | None = None,
         safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
+        path_initial_model_for_weight_conversion: str | None = None,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
         """Write prompts in PEFT's layout: ``default`` into the folder, others into ``<folder>/<name>/``.
 
         Args:
             save_directory: Made if needed; a prompt already there is replaced, as in PEFT.
+            safe_serialization: False writes ``adapter_model.bin``, a pickle, in place of safetensors.
             selected_adapters: Names to save; None saves all.
-            safe_serialization: Must stay True, no pickle is written.
-            is_main_process: Whether this process is the one of several that writes.
-            state_dict: Taken for Trainer's sake; the attached values are written.
-            **kwargs: ``push_to_hub=True`` and its arguments.
+            save_embedding_layers: See ``get_peft_model_state_dict``.
+            is_main_process: Whether to write at all; False is for the other processes of a run.
+            path_initial_model_for_weight_conversion: Must stay None: it turns LoRA into LoRA.
+            state_dict: Values to write instead; see ``get_peft_model_state_dict``.
+            **kwargs: ``push_to_hub=True`` and its arguments; ``save_function`` and ``max_shard_size`` of
+                transformers, which change nothing.
 
         Raises:
             AdapterError: For an unknown name.
             ArtifactError: If the files cannot be written.
+            ConfigError: For arguments that do not exist, or cannot be followed.
         """
-        if not safe_serialization:
-            raise ConfigError("safe_serialization=False would write a pickle; leave it out")
-        if not is_main_process:
-            return
+        if path_initial_model_for_weight_conversion is not None:
+            raise InterfaceError(
+                "path_initial_model_for_weight_conversion converts LoRA, not prompts; leave it out"
+            )
         push = kwargs.pop("push_to_hub", False)
+        for name in ("save_function", "max_shard_size"):
+            kwargs.pop(name, None)
         if kwargs and not push:
             raise ConfigError(f"save_pretrained got unknown arguments: {', '.join(kwargs)}")
         for name in [self._known(n) for n in selected_adapters or self.peft_config]:
-            saving.save(self, name, Path(save_directory))
-        if push:
+            if is_main_process:
+                saving.save(
+                    self,
+                    name,
+                    Path(save_directory),
+                    pickled=not safe_serialization,
+                    state_dict=state_dict,
+                    embeddings=save_embedding_layers,
+                )
+        if push and is_main_process:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -211,14 +246,13 @@ class PeftModel(Adapters):
 
         Args:
             repo_id: Such as ``someone/prompt``.
-            **options: ``commit_message``, ``private``, ``token``, ``revision``, ``create_pr``.
+            **options: ``commit_message``, ``private``, ``token``, ``revision``, ``create_pr``; others are
+                ``save_pretrained``'s.
 
         Raises:
             ArtifactError: If the Hub refuses or cannot be reached.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return upload(Path(folder), repo_id, **options)
+        return saving.push(self, repo_id, **options)
 
     @classmethod
     def of(cls, tuned: TunedPrompt, adapter_name: str = "default") -> PeftModel:
@@ -241,66 +275,66 @@ class PeftModel(Adapters):
         model_id: str | Path,
         adapter_name: str = "default",
         is_trainable: bool = False,
-        *,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        ignore_fingerprint: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        **kwargs: Any,
     ) -> Self:
         """Attach a saved prompt to its base; PEFT's artifacts load as well.
+
+        ``autocast_adapter_dtype``, ``low_cpu_mem_usage`` and ``ephemeral_gpu_offload`` change nothing: a prompt
+        is float32 and small.
 
         Args:
             model: The base the prompt was made for.
             model_id: Folder or Hub id.
             adapter_name: Name to give the prompt.
             is_trainable: Whether to train it further; otherwise it is frozen.
-            subfolder: Folder of a named prompt inside ``model_id``.
-            revision: Revision on the Hub.
-            ignore_fingerprint: Attach to another base than the one it was made for.
+            config: Configuration to use in place of the file's.
+            autocast_adapter_dtype: See above.
+            ephemeral_gpu_offload: See above.
+            low_cpu_mem_usage: See above.
+            key_mapping: Replacements by the pattern of the names of trained modules that they apply to.
+            **kwargs: ``subfolder``, ``revision``, ``token``, ``cache_dir`` ... of the download; ``torch_device`` or
+                ``device_map`` for where the prompt goes, with ``max_memory`` and ``offload_folder`` where the
+                base goes; ``ignore_fingerprint=True`` attaches to another base than the one it was made for.
 
         Raises:
             ArtifactError: If the files are missing or damaged.
             FingerprintError: If the base is another one.
         """
-        stored = read_adapter(model_id, subfolder=subfolder, revision=revision)
-        config = stored.configuration()
-        target = cls.classes.get(cast(TaskType, config.task_type), cls)
-        if cls is not PeftModel and target is not cls:
-            raise ConfigError(
-                f"{model_id} holds a prompt for task_type {config.task_type}, load it with {target.__name__}"
-            )
-        check_base(stored, model, ignore=ignore_fingerprint)
-        attached = target(model, config, adapter_name)
-        try:
-            saving.fill(attached, adapter_name, stored, trainable=is_trainable)
-        except Exception:
-            attached.unload()
-            raise
-        return cast(Self, attached)
+        loading = saving.Loading.of(
+            {**kwargs, "key_mapping": key_mapping, "ephemeral_gpu_offload": ephemeral_gpu_offload}
+        )
+        made = saving.attached(
+            cls, model, model_id, adapter_name, trainable=is_trainable, config=config, loading=loading
+        )
+        return cast(Self, made)
 
     def load_adapter(
         self,
         model_id: str | Path,
         adapter_name: str,
         is_trainable: bool = False,
-        *,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        ignore_fingerprint: bool = False,
-    ) -> None:
-        """Attach one more saved prompt, or load it into the prompt of that name; see ``from_pretrained``."""
-        stored = read_adapter(model_id, subfolder=subfolder, revision=revision)
-        config = stored.configuration()
-        check_base(stored, self.base_model, ignore=ignore_fingerprint)
-        if adapter_name in self.peft_config:
-            # Trainer resumes and restores the best epoch in this way: an optimiser holds the parameters.
-            saving.refill(self, adapter_name, stored, Path(model_id))
-            return
-        self.add_adapter(adapter_name, config)
-        try:
-            saving.fill(self, adapter_name, stored, trainable=is_trainable)
-        except Exception:
-            self.delete_adapter(adapter_name)
-            raise
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> LoadResult:
+        """Attach one more saved prompt, or load it into the one of that name; see ``from_pretrained``."""
+        loading = saving.Loading.of(
+            {
+                **kwargs,
+                "torch_device": torch_device,
+                "key_mapping": key_mapping,
+                "ephemeral_gpu_offload": ephemeral_gpu_offload,
+            }
+        )
+        return saving.attach_another(self, model_id, adapter_name, trainable=is_trainable, loading=loading)
 
     @property
     def task_type(self) -> TaskType:
@@ -317,16 +351,35 @@ class PeftModel(Adapters):
     @property
     def active_adapters(self) -> list[str]:
         """The active prompt, as a list."""
-        return [self.active_adapter]
+        return [self.active_adapter] if self.active_adapter else []
+
+    @property
+    def peft_type(self) -> PeftType | str | None:
+        """The method of the active prompt."""
+        return self.active_peft_config.peft_type
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether a prompt is active, and not disabled."""
+        return bool(self.active_adapter) and not self._disabled
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Names of the modules that are trained with the prompts; None where there are none."""
+        return {name for config in self.peft_config.values() for name in config.modules_to_save or ()} or None
 
     @property
     def active_peft_config(self) -> PromptLearningConfig:
         """Configuration of the active prompt."""
-        return self.peft_config[self.active_adapter]
+        return self.peft_config[self._known(self.active_adapter)]
 
     def get_base_model(self) -> PreTrainedModel:
         """Return the base model."""
         return self.base_model
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: a prompt changes no weight that LoRA could stand for."""
+        return False
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return how many parameters train, and how many there are."""
@@ -356,6 +409,8 @@ class PeftModel(Adapters):
         except AttributeError:
             if name == "base_model":
                 raise
+            if name in _OF_WEIGHTS:
+                raise InterfaceError(_OF_WEIGHTS[name].format(name)) from None
             return getattr(self.base_model, name)
 
 

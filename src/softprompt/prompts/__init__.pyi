@@ -7,13 +7,11 @@ from .composition import resized as resized
 from .composition import shifted as shifted
 from .composition import similarity as similarity
 from .configs import CONFIG_NAME as CONFIG_NAME
+from .configs import HUB_OPTIONS as HUB_OPTIONS
 from .configs import PeftConfig as PeftConfig
 from .configs import PromptLearningConfig as PromptLearningConfig
 from .configs import Start as Start
 from .configs import config_class as config_class
-from .configs import member as member
-from .configs import number as number
-from .configs import positive as positive
 from .initialisers import drawing_from as drawing_from
 from .initialisers import drawn_seed as drawn_seed
 from .initialisers import fitted as fitted

@@ -10,14 +10,15 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
-from softprompt.errors import ArtifactError, ConfigError, nearest
-from softprompt.fields import setting
+from softprompt.errors import ArtifactError, ConfigError, InterfaceError, nearest
+from softprompt.fields import positive, setting
 from softprompt.prompts.kinds import PeftType, Placement, TaskType
 from softprompt.prompts.recognition import KnownToPeft
 
@@ -43,7 +44,11 @@ _CLASSES: Mapping[PeftType, tuple[str, str]] = {
 }
 """Module in ``methods`` and configuration class of each method; imported when they are needed."""
 
-_Member = TypeVar("_Member", bound=StrEnum)
+HUB_OPTIONS = frozenset({"revision", "cache_dir", "token", "local_files_only", "force_download", "etag_timeout"})
+"""Options of a download that the Hub's client takes for one file and for a whole snapshot."""
+
+_CODE = "trust_remote_code"
+"""Option of tokenizers that lets a file run code; a user may set it, a saved prompt may not."""
 
 
 def config_class(peft_type: str) -> type[PromptLearningConfig]:
@@ -70,6 +75,9 @@ class PeftConfig(KnownToPeft):
     revision: str | None = setting(None, "Revision of the base model.")
     inference_mode: bool = setting(False, "Load frozen, for inference.")
 
+    method: ClassVar[PeftType | None] = None
+    """The method's name in PEFT; None where ``peft_type`` names it."""
+
     def __post_init__(self) -> None:
         """Validate the enumerations.
 
@@ -83,7 +91,8 @@ class PeftConfig(KnownToPeft):
                     f"Invalid task type: '{self.task_type}'. Must be one of the following task types: {known}."
                 )
             self.task_type = TaskType(self.task_type)
-        if self.peft_type is not None:
+        # A class of one method has that method, whatever is given, as in PEFT.
+        if self.method is None and self.peft_type is not None:
             _check_method(self.peft_type)
             self.peft_type = PeftType(self.peft_type)
 
@@ -92,44 +101,118 @@ class PeftConfig(KnownToPeft):
         """True: every configuration here trains a prompt."""
         return True
 
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """False: no configuration here is one of adaption prompts."""
+        return False
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON values, under PEFT's keys; fields marked ``ours`` are left out."""
+        """Return the fields as plain JSON values, under PEFT's keys; fields marked ``ours`` are left out.
+
+        So is ``trust_remote_code``, which no file may set.
+        """
         ours = {f.name for f in dataclasses.fields(self) if f.metadata.get("ours")}
-        return {
+        values = {
             key: str(value) if isinstance(value, StrEnum) else value
             for key, value in dataclasses.asdict(self).items()
             if key not in ours
         }
+        return _without_code(values)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Build the configuration that ``peft_type`` names from saved values.
-
-        An unknown key raises unless its value is empty: files of newer PEFT versions
-        carry unset options, and an option that is set changes what the prompt means.
+        """Build the configuration that ``peft_type`` names from a user's plain values, strictly.
 
         Raises:
             ConfigError: For an unknown method, or an unknown key that is set.
         """
-        named = values.get("peft_type")
-        target = cls if named is None else config_class(named)
+        target = cls._named(values)
         known = {f.name for f in dataclasses.fields(target)}
-        kept: dict[str, Any] = {}
-        for key, value in values.items():
-            if key in known:
-                kept[key] = value
-            elif value not in (None, False, {}, [], ""):
-                raise ConfigError(
-                    f"{target.__name__} has no option {key!r}{nearest(key, known)}, and it is set to {value!r}; "
-                    "remove it from the configuration, or upgrade softprompt"
-                )
-        config = target(**kept)
+        for key in _unknown(values, known):
+            raise ConfigError(
+                f"{target.__name__} has no option {key!r}{nearest(key, known)}, and it is set to {values[key]!r}; "
+                "remove it from the configuration, or upgrade softprompt"
+            )
+        config = cls.from_file(values)
         if not isinstance(config, cls):
-            raise ConfigError(f"expected a {cls.__name__}, the file holds a {target.__name__}")
+            raise ConfigError(f"expected a {cls.__name__}, the values are of a {target.__name__}")
         return config
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
+    @classmethod
+    def from_file(cls, values: Mapping[str, Any]) -> PeftConfig:
+        """Build the configuration that ``peft_type`` names from the values of a file; see ``from_peft_type``.
+
+        Raises:
+            ConfigError: For an unknown method, a bad value, or a file that asks to run a tokenizer's code.
+        """
+        if not values.get("inference_mode") and values != _without_code(values):
+            raise ConfigError(
+                "tokenizer_kwargs of a file may not hold trust_remote_code: a saved prompt must not be able to "
+                "run code; remove it there, and give it in Python if you trust the tokenizer"
+            )
+        return cls.from_peft_type(**cls.check_kwargs(**_without_code(values)))
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
+        """Build the configuration that ``peft_type`` names; keys that it lacks are left out, with a warning.
+
+        Files of newer PEFT versions carry them; those that are not set are left out in silence.
+
+        Raises:
+            ConfigError: For an unknown method, or a bad value.
+            InterfaceError: If there are unknown keys and no ``peft_type``: these are no such values.
+        """
+        target = cls._named(kwargs)
+        known = {f.name for f in dataclasses.fields(target)}
+        unknown = _unknown(kwargs, known)
+        if unknown and "peft_type" not in kwargs:
+            raise InterfaceError(
+                f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}."
+            )
+        if unknown:
+            warnings.warn(
+                f"Unexpected keyword arguments {unknown} for class {target.__name__}, these are ignored. A newer "
+                "version has probably written them; upgrade if the prompt does not behave as it should.",
+                stacklevel=2,
+            )
+        return target(**{key: value for key, value in kwargs.items() if key in known})
+
+    @classmethod
+    def _named(cls, values: Mapping[str, Any]) -> type[PeftConfig]:
+        named = values.get("peft_type")
+        return cls if named is None else config_class(named)
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Return the values of a file before they are used; a subclass may change them, as in PEFT."""
+        return kwargs
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | Path, **kwargs: Any) -> dict[str, Any]:
+        """Return the values of a configuration's file, without what only holds while PEFT runs.
+
+        Raises:
+            ArtifactError: If it holds no JSON object.
+        """
+        values = json.loads(Path(path_json_file).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ArtifactError(
+                f"expected a JSON object in {path_json_file}, got a {type(values).__name__}; save the prompt again"
+            )
+        if values.pop("runtime_config", None) is not None:
+            warnings.warn(
+                "The configuration file contains a `runtime_config` key. This is ignored. Runtime configurations "
+                "are only valid at runtime.",
+                stacklevel=2,
+            )
+        return values
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, auto_mapping_dict: dict[str, Any] | None = None
+    ) -> None:
         """Write ``adapter_config.json`` into a directory, made if needed.
+
+        ``auto_mapping_dict`` is written as ``auto_mapping``.
 
         Raises:
             ConfigError: If the path is a file.
@@ -138,14 +221,21 @@ class PeftConfig(KnownToPeft):
         if directory.is_file():
             raise ConfigError(f"Provided path ({directory}) should be a directory, not a file")
         directory.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True)
+        values = self.to_dict() | ({"auto_mapping": auto_mapping_dict} if auto_mapping_dict else {})
+        text = json.dumps(values, indent=2, sort_keys=True)
         (directory / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, revision: str | None = None
+        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **kwargs: Any
     ) -> Self:
-        """Read the configuration from a folder or a Hub repository.
+        """Read the configuration from a folder or a Hub repository; its class is what the file says.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id.
+            subfolder: Folder inside it.
+            **kwargs: Options of the download (``revision``, ``cache_dir``, ``token`` ...), and values of
+                options that the file does not have.
 
         Raises:
             ArtifactError: If there is no readable ``adapter_config.json``.
@@ -157,18 +247,25 @@ class PeftConfig(KnownToPeft):
         path = Path(name, subfolder or "", CONFIG_NAME)
         try:
             if not path.is_file():
-                path = Path(hf_hub_download(name, CONFIG_NAME, subfolder=subfolder, revision=revision))
-            values = json.loads(path.read_text(encoding="utf-8"))
+                hub = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS}
+                path = Path(hf_hub_download(name, CONFIG_NAME, subfolder=subfolder, **hub))
+            values = cls.from_json_file(path)
+        except ArtifactError:
+            raise
         except Exception as cause:
             raise ArtifactError(
                 f"Can't find '{CONFIG_NAME}' at '{name}' ({type(cause).__name__}); "
                 "give the folder that save_pretrained wrote"
             ) from cause
-        if not isinstance(values, dict):
-            raise ArtifactError(
-                f"expected a JSON object in {path}, got a {type(values).__name__}; save the prompt again"
+        known = {f.name for f in dataclasses.fields(cls._named(values))} - HUB_OPTIONS
+        given = {key: value for key, value in kwargs.items() if key in known}
+        config = cls.from_file(given | values)
+        if not isinstance(config, cls):
+            warnings.warn(
+                f"{name} holds a {type(config).__name__}, not a {cls.__name__}; that is what it is loaded as",
+                stacklevel=2,
             )
-        return cls.from_dict(values)
+        return cast(Self, config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +301,9 @@ class PromptLearningConfig(PeftConfig):
 
     keys_and_values: ClassVar[bool] = False
     """Whether the method trains keys and values of layers instead of virtual tokens of the input."""
+
+    def refuse_ignored(self) -> None:
+        """Raise ConfigError for options that would be ignored; ``tune`` asks, PEFT's interface takes them."""
 
     def build(self, word_embeddings: nn.Embedding, start: Start) -> PromptModule:
         """Return this method's untrained module.
@@ -265,38 +365,17 @@ class PromptLearningConfig(PeftConfig):
             positive("num_virtual_tokens", self.num_virtual_tokens)
 
 
-def member(kind: type[_Member], name: str, value: object) -> _Member:
-    """Return the member of an enumeration that a field's value names.
-
-    Raises:
-        ConfigError: If there is none.
-    """
-    if value not in list(kind):
-        raise ConfigError(f"{name} must be one of {', '.join(kind)}, got {value!r}{nearest(str(value), kind)}")
-    return kind(str(value))
+def _unknown(values: Mapping[str, Any], known: Collection[str]) -> list[str]:
+    """Return the keys that are set and not known."""
+    return sorted(key for key in values if key not in known and values[key] not in (None, False, {}, [], ""))
 
 
-def positive(name: str, value: object, *, least: int = 1) -> int:
-    """Return a field's value if it is a whole number of at least ``least``.
-
-    Raises:
-        ConfigError: If it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
-        raise ConfigError(f"{name} must be {wanted}, got {value!r}")
-    return value
-
-
-def number(name: str, value: object) -> float:
-    """Return a field's value if it is a number of at least 0.
-
-    Raises:
-        ConfigError: If it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e38:
-        raise ConfigError(f"{name} must be a number of at least 0, got {value!r}")
-    return value
+def _without_code(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a configuration without the option that runs a tokenizer's code."""
+    given = values.get("tokenizer_kwargs")
+    if not isinstance(given, dict) or _CODE not in given:
+        return dict(values)
+    return {**values, "tokenizer_kwargs": {key: value for key, value in given.items() if key != _CODE}}
 
 
 def _check_method(peft_type: str) -> None:

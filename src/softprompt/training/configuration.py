@@ -90,7 +90,9 @@ def configuration_of(tuning: TuningConfig, tuning_type: str, origins: Origins) -
     else:
         values["num_virtual_tokens"] = tuning.num_virtual_tokens
     try:
-        return kind(**values, task_type=task_type)
+        config = kind(**values, task_type=task_type)
+        config.refuse_ignored()
+        return config
     except ConfigError as error:
         raise ConfigError(_in_caikits_words(str(error))) from None
 
@@ -101,7 +103,9 @@ def config_from(values: Mapping[str, Any], tuning_type: str) -> PromptLearningCo
     Raises:
         ConfigError: There is no such option, or it refuses the value.
     """
-    return PromptLearningConfig.from_dict({"peft_type": tuning_type, **values})
+    config = PromptLearningConfig.from_dict({"peft_type": tuning_type, **values})
+    config.refuse_ignored()
+    return config
 
 
 def plain_config(config: PromptLearningConfig) -> dict[str, Any]:

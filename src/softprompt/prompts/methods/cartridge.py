@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.errors import ConfigError
-from softprompt.fields import setting
+from softprompt.fields import positive, setting
 from softprompt.prompts import (
     PROMPT_KEY,
     PeftType,
@@ -24,7 +24,6 @@ from softprompt.prompts import (
     check_fit,
     check_task,
     drawing_from,
-    positive,
 )
 from softprompt.prompts.methods.key_values import FlatOrder, KeyValueConfig
 
@@ -33,6 +32,7 @@ from softprompt.prompts.methods.key_values import FlatOrder, KeyValueConfig
 class CartridgeConfig(KeyValueConfig):
     """A cartridge: keys and values ``[L, 2, A_kv, P, D]`` of P virtual tokens, at positions 0 to P - 1."""
 
+    method: ClassVar[PeftType] = PeftType.CARTRIDGE
     text_option: ClassVar[str] = "cartridge_init_text"
 
     num_frozen_tokens: int = setting(1, "Virtual tokens at the start that are not trained.")
@@ -47,7 +47,7 @@ class CartridgeConfig(KeyValueConfig):
             ConfigError: If more tokens are frozen than there are, or options would be ignored.
         """
         super().__post_init__()
-        self.peft_type = PeftType.CARTRIDGE
+        self.peft_type = self.method
         frozen = positive("num_frozen_tokens", self.num_frozen_tokens, least=0)
         if self.num_virtual_tokens is not None and frozen > self.num_virtual_tokens:
             raise ConfigError(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softprompt.errors import ConfigError
-from softprompt.fields import setting
+from softprompt.fields import number, positive, setting
 from softprompt.prompts import (
     PROMPT_KEY,
     PeftType,
@@ -30,8 +30,6 @@ from softprompt.prompts import (
     check_task,
     from_tokens,
     lookup,
-    number,
-    positive,
     take_over,
 )
 
@@ -87,8 +85,6 @@ class CPTConfig(PromptLearningConfig):
             )
         for name in ("loss_decay_factor", "projection_epsilon", "projection_format_epsilon"):
             number(f"opt_{name}", getattr(self, f"opt_{name}"))
-        if not self.inference_mode:
-            self._refuse_ignored()
 
     def build(self, word_embeddings: nn.Embedding, start: Start) -> PromptModule:
         """Return the untrained module; see ``PromptLearningConfig``."""
@@ -113,7 +109,8 @@ class CPTConfig(PromptLearningConfig):
             for value in getattr(self, name):
                 positive(f"each of {name}", value, least=0)
 
-    def _refuse_ignored(self) -> None:
+    def refuse_ignored(self) -> None:
+        """Refuse a mask and a factor without effect; see ``PromptLearningConfig``."""
         if any(value != 1 for value in self.cpt_mask or ()):
             raise ConfigError(
                 "cpt_mask must be all ones: a context token with another value would be attended to all the "
@@ -170,6 +167,14 @@ class CPTEmbedding(PromptModule):
         # The difference is zero in value; it carries the gradient of the tokens that may move.
         carried = (delta - delta.detach()) * self.moves
         return self.embedding.weight + self._projected(delta) + carried
+
+    def get_projection(self) -> Tensor:
+        """Return the moves ``[P, H]`` that count, within their balls, as PEFT's module does."""
+        return self._projected(self.delta_embedding.weight)
+
+    def get_epsilon(self) -> Tensor:
+        """Return the radius of each token's ball ``[P]``, as PEFT's module does."""
+        return self.radius[:, 0]
 
     @torch.no_grad()
     def project_(self) -> None:

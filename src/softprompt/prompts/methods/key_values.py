@@ -137,10 +137,6 @@ class KeyValueConfig(PromptLearningConfig):
                 raise ConfigError(
                     f"{name} would be ignored without {self.text_option}; give the text, or leave it out"
                 )
-        if (self.tokenizer_kwargs or {}).get("trust_remote_code"):
-            raise ConfigError(
-                "tokenizer_kwargs may not hold trust_remote_code: a prompt must not be able to run code"
-            )
 
     def initial(self, start: Start) -> Tensor | None:
         """Return keys and values ``[L, 2, A_kv, P, D]`` of the text, repeated or cut to P tokens.

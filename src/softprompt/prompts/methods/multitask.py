@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.errors import ConfigError
-from softprompt.fields import setting
+from softprompt.fields import member, positive, setting
 from softprompt.prompts import (
     PROMPT_KEY,
     MultitaskPromptTuningInit,
@@ -26,8 +26,6 @@ from softprompt.prompts import (
     Start,
     TaskMatrixInit,
     check_task,
-    member,
-    positive,
     take_over,
 )
 from softprompt.prompts.methods.prompt_tuning import PromptTuningConfig, initial_table
@@ -123,6 +121,16 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         init, path = self.prompt_tuning_init, self.prompt_tuning_init_state_dict_path
         if init in SOURCE_INITS and not path:
             raise ConfigError(f"prompt_tuning_init_state_dict_path needs to be specified with {init} init method")
+        takes_factors = init in SOURCE_INITS[:2]
+        if takes_factors and self.task_matrix_init != TaskMatrixInit.ONES:
+            raise ConfigError(
+                f"task_matrix_init would be ignored with prompt_tuning_init {init}, which takes the source's; "
+                "leave it out"
+            )
+
+    def refuse_ignored(self) -> None:
+        """Refuse a source, or a task of it, that nothing reads; see ``PromptLearningConfig``."""
+        init, path = self.prompt_tuning_init, self.prompt_tuning_init_state_dict_path
         if init not in SOURCE_INITS and path is not None:
             raise ConfigError(
                 f"prompt_tuning_init_state_dict_path would be ignored with prompt_tuning_init {init}; "
@@ -132,12 +140,6 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
             raise ConfigError(
                 f"prompt_tuning_init_task would be ignored with prompt_tuning_init {init}; leave it out, "
                 f"or use {MultitaskPromptTuningInit.EXACT_SOURCE_TASK}"
-            )
-        takes_factors = init in SOURCE_INITS[:2]
-        if takes_factors and self.task_matrix_init != TaskMatrixInit.ONES:
-            raise ConfigError(
-                f"task_matrix_init would be ignored with prompt_tuning_init {init}, which takes the source's; "
-                "leave it out"
             )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.errors import ConfigError
-from softprompt.fields import setting
+from softprompt.fields import member, number, positive, setting
 from softprompt.prompts import (
     PROMPT_KEY,
     PeftType,
@@ -28,9 +29,6 @@ from softprompt.prompts import (
     Start,
     check_task,
     drawing_from,
-    member,
-    number,
-    positive,
     take_over,
 )
 
@@ -70,8 +68,6 @@ class PromptEncoderConfig(PromptLearningConfig):
         positive("encoder_num_layers", self.encoder_num_layers)
         if not number("encoder_dropout", self.encoder_dropout) < 1:
             raise ConfigError(f"encoder_dropout must be below 1, got {self.encoder_dropout}")
-        if not self.inference_mode:
-            self._refuse_ignored()
 
     def build(self, word_embeddings: nn.Embedding, start: Start) -> PromptModule:
         """Return the untrained module; see ``PromptLearningConfig``."""
@@ -79,7 +75,8 @@ class PromptEncoderConfig(PromptLearningConfig):
         sized = self if self.token_dim else dataclasses.replace(self, token_dim=width)
         return PromptEncoder(sized, generator=start.generator)
 
-    def _refuse_ignored(self) -> None:
+    def refuse_ignored(self) -> None:
+        """Refuse what acts in an LSTM of several layers alone; see ``PromptLearningConfig``."""
         is_mlp = self.encoder_reparameterization_type == PromptEncoderReparameterizationType.MLP
         if is_mlp and self.encoder_num_layers != _MLP_LAYERS:
             raise ConfigError(
@@ -129,6 +126,12 @@ class PromptEncoder(PromptModule):
                 )
                 sizes = [2 * hidden, 2 * hidden, width]
             else:
+                if config.encoder_num_layers != _MLP_LAYERS:
+                    warnings.warn(
+                        f"for {self.encoder_type}, the argument `encoder_num_layers` is ignored. Exactly "
+                        f"{_MLP_LAYERS} MLP layers are used.",
+                        stacklevel=2,
+                    )
                 sizes = [width, hidden, hidden, width]
             self.mlp_head = _mlp(sizes)
 

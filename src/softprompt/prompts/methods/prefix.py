@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.errors import ArtifactError, ConfigError, nearest
-from softprompt.fields import setting
+from softprompt.fields import positive, setting
 from softprompt.prompts import (
     PROMPT_KEY,
     PeftType,
@@ -23,7 +23,6 @@ from softprompt.prompts import (
     Start,
     check_task,
     drawing_from,
-    positive,
     take_over,
 )
 from softprompt.prompts.methods.key_values import FlatOrder, KeyValueConfig
@@ -37,6 +36,7 @@ class PrefixTuningConfig(KeyValueConfig):
     models the prefix stands before the decoder's own tokens.
     """
 
+    method: ClassVar[PeftType] = PeftType.PREFIX_TUNING
     text_option: ClassVar[str] = "prefix_tuning_init_text"
 
     init_weights: str | None = setting(None, 'First values: "zero", or random when left out.')
@@ -56,7 +56,7 @@ class PrefixTuningConfig(KeyValueConfig):
             ConfigError: For an unknown initialisation, or settings that lack others or would be ignored.
         """
         super().__post_init__()
-        self.peft_type = PeftType.PREFIX_TUNING
+        self.peft_type = self.method
         if self.init_weights not in (None, "zero"):
             raise ConfigError(
                 f'init_weights must be "zero" or None, got {self.init_weights!r}'
@@ -64,11 +64,6 @@ class PrefixTuningConfig(KeyValueConfig):
             )
         if self.encoder_hidden_size is not None:
             positive("encoder_hidden_size", self.encoder_hidden_size)
-            # PEFT's files carry the size whether it is used or not.
-            if not self.prefix_projection and not self.inference_mode:
-                raise ConfigError(
-                    "encoder_hidden_size would be ignored without prefix_projection=True; set that, or leave it out"
-                )
         self.check_text("freeze_first_token")
         for name in ("init_weights", "prefix_projection"):
             if getattr(self, name) and self.prefix_tuning_init_text is not None:
@@ -76,6 +71,13 @@ class PrefixTuningConfig(KeyValueConfig):
                     f"{name}={getattr(self, name)!r} does not go with prefix_tuning_init_text, whose keys "
                     "and values are the first values; leave one of them out"
                 )
+
+    def refuse_ignored(self) -> None:
+        """Refuse a width of a projection that is not there; see ``PromptLearningConfig``."""
+        if self.encoder_hidden_size is not None and not self.prefix_projection:
+            raise ConfigError(
+                "encoder_hidden_size would be ignored without prefix_projection=True; set that, or leave it out"
+            )
 
     def build(self, word_embeddings: nn.Embedding, start: Start) -> PromptModule:
         """Return the untrained module; see ``PromptLearningConfig``."""

