@@ -70,6 +70,8 @@ def load_base(
         raise BackboneError(_why_not_loaded(name, local, cause)) from cause
     if "gguf_file" in options:
         model.name_or_path = model.config._name_or_path = name  # not its folder alone: prompts record it
+        if all(weight.is_floating_point() for weight in model.parameters()):
+            model.hf_quantizer.remove_quantization_config(model)  # it may be saved again
     if device is not None:
         cast(Any, model).to(parse_device(device))
     return Base(cast(PreTrainedModel, model.eval()), words, name)
@@ -161,8 +163,8 @@ def _moved(model: PreTrainedModel, setting: str, to: torch.dtype | torch.device)
         cast(Any, model).to(to)
     except (ValueError, RuntimeError) as cause:
         raise ConfigError(
-            f"{setting} cannot be changed on this model ({str(cause).splitlines()[0][:120]}); leave it out, or load "
-            "the model so"
+            f"{setting} cannot be changed on this model ({str(cause).splitlines()[0][:120]}); leave it out, or "
+            "load the model so"
         ) from cause
 
 
