@@ -57,7 +57,7 @@ def test_tuned_and_loaded_by_the_path_on_record(tuned, files):
     assert load(tuned, files["quantised"])({"input": "It is good."}) == text
     assert load(tuned, "demo").base.name == "demo"  # the same model, not quantised
     assert load(tuned, files["float"]).base.name == files["float"]
-    with pytest.raises(FingerprintError, match="other.gguf, another model"):
+    with pytest.raises(FingerprintError, match=r"other\.gguf, another model"):
         load(tuned, files["other"])
 
 

@@ -1,4 +1,4 @@
-"""A base whose layers lie on the CPU and on disk (``device_map``) is tuned, saved, loaded and run as one in memory."""
+"""A base whose layers lie on the CPU and on disk (``device_map``) is tuned, saved and run as one in memory."""
 
 from __future__ import annotations
 

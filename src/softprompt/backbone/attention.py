@@ -82,7 +82,9 @@ def _set(model: PreTrainedModel, name: str) -> Implementations:
             hf_logging.set_verbosity(verbosity)
         if model.config._attn_implementation != name:
             raise BackboneError(f"{type(model).__name__} does not honour transformers' attention interface")
-        return [each for each in implementations_of(model) if each[1] == name]
+        # Towers (a vision model beside the language model) keep their own.
+        read = (model.config, model.config.get_text_config())
+        return [each for each in implementations_of(model) if each[1] == name and any(each[0] is c for c in read)]
 
 
 def recomputes_layers(model: nn.Module) -> bool:

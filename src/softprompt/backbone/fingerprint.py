@@ -77,8 +77,9 @@ class Fingerprint:
             values += _picked(plain, index)
             if not exact:
                 quantised.append(label)
-        if not quantised and getattr(model.config, "quantization_config", None) is not None:
-            quantised = names  # GGUF: quantised files, read as floats
+        packed = getattr(model.config, "quantization_config", None) is not None
+        if not quantised and (packed or str(getattr(model, "name_or_path", "")).endswith(".gguf")):
+            quantised = names  # quantised files, read as floats
         kind = str(getattr(model.config, "model_type", ""))
         return cls(kind, sizes, tuple(values), tuple(names), tuple(quantised))
 

@@ -56,9 +56,9 @@ def load_base(
     if isinstance(name_or_path, PreTrainedModel):
         return _in_memory(name_or_path, tokenizer, dtype, device)
     name = str(name_or_path)
-    source, options = source_of(name)
-    local = Path(source, options.get("gguf_file", "")).exists()
-    options |= {"revision": revision, "local_files_only": not (local or downloads_allowed())}
+    source, file = source_of(name)
+    local = Path(source, *file.values()).exists()
+    options: dict[str, Any] = {**file, "revision": revision, "local_files_only": not (local or downloads_allowed())}
     try:
         config = AutoConfig.from_pretrained(source, **options)
         kind = bool(getattr(config, "is_encoder_decoder", False)) if seq2seq is None else seq2seq
@@ -68,8 +68,10 @@ def load_base(
         words = tokenizer or AutoTokenizer.from_pretrained(source, **options)
     except Exception as cause:
         raise BackboneError(_why_not_loaded(name, local, cause)) from cause
-    if "gguf_file" in options:
+    if file:
         model.name_or_path = model.config._name_or_path = name  # not its folder alone: prompts record it
+        if all(weight.is_floating_point() for weight in model.parameters()):
+            cast(Any, model).hf_quantizer.remove_quantization_config(model)  # it may be saved again
     if device is not None:
         cast(Any, model).to(parse_device(device))
     return Base(cast(PreTrainedModel, model.eval()), words, name)

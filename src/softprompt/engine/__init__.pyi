@@ -22,9 +22,11 @@ from .forest.engines import ForestEngine as ForestEngine
 from .generate import check_token_ids as check_token_ids
 from .generate import generate_with_prompts as generate_with_prompts
 from .layout import Layout as Layout
+from .layout import counts_images as counts_images
 from .layout import is_packed as is_packed
 from .layout import packed_mask as packed_mask
 from .layout import pad_rows as pad_rows
+from .layout import per_token as per_token
 from .padded import BatchPrompts as BatchPrompts
 from .padded import PlainEngine as PlainEngine
 from .predictions import IGNORED as IGNORED

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedModel
 
 from softprompt.backbone import Base, Facts, VirtualVocabulary, output_limit
-from softprompt.engine.layout import Layout
+from softprompt.engine.layout import Layout, per_token
 from softprompt.engine.padded import BatchPrompts
 from softprompt.engine.prefixes import cached_tokens, prefix_path
 from softprompt.engine.rows import Prefixes, PromptTable, check_context
@@ -72,7 +72,7 @@ def _prepared(base: Base, prompts: BatchPrompts, kwargs: dict[str, Any]) -> Iter
     if prompts.decoder is not None:
         steps = _decoder_steps(original, base.facts, prompts.decoder)
     elif prompts.input is not None and not base.is_encoder_decoder:
-        steps = _Steps(original, prompts.input, base.facts).prepare
+        steps = _Steps(base, prompts.input).prepare
     else:
         yield kwargs
         return
@@ -96,10 +96,11 @@ def _replaced(model: PreTrainedModel, name: str, method: Callable[..., Any]) -> 
 class _Steps:
     """A ``prepare_inputs_for_generation`` that puts prompts into the first pass of a causal model."""
 
-    def __init__(self, original: Callable[..., dict[str, Any]], prompts: PromptTable, facts: Facts) -> None:
-        self._original = original
+    def __init__(self, base: Base, prompts: PromptTable) -> None:
+        self._model = base.model
+        self._original = cast(Any, base.model).prepare_inputs_for_generation
         self._prompts = prompts
-        self._facts = facts
+        self._facts = base.facts
         self._first_pass: int | None = None  # text columns of the first pass, which holds the prompts
 
     def prepare(
@@ -138,8 +139,10 @@ class _Steps:
         elif starts:
             ids = layout.ids(ids, self._facts.vocabulary, self._facts.pad_id)
         if position_ids is not None:
-            given = None if position_ids.shape[1] != text else position_ids
-            kwargs["position_ids"] = layout.positions(given)[:, -(prompts.width + text if starts else fed) :]
+            given = None if position_ids.shape[-1] != text else position_ids
+            kwargs["position_ids"] = layout.positions(given)[..., -(prompts.width + text if starts else fed) :]
+        for name in per_token(self._model, kwargs, (input_ids.shape[0], text)):
+            kwargs[name] = layout.spread(kwargs[name], 0)
         return self._original(
             ids,
             next_sequence_length=None if starts else fed,

@@ -17,12 +17,13 @@ alone. The compact form starts every row at column 0, for encoders that count co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from softprompt.engine.rows import PromptTable
 from softprompt.errors import DataError
@@ -137,15 +138,21 @@ class Layout:
         return torch.where(known, found.to(columns.device), columns + self.prompt_width)
 
     def spread(self, values: Tensor, fill: int) -> Tensor:
-        """Return per-token values ``[B, T]`` at their columns ``[B, W]``, ``fill`` elsewhere."""
-        return torch.where(self.text >= 0, values.gather(1, self.text.clamp(min=0)), fill)
+        """Return per-token values ``[B, T, …]`` at their columns ``[B, W, …]``, ``fill`` elsewhere."""
+        batch = torch.arange(self.text.shape[0], device=values.device).unsqueeze(1)
+        text = self.text.to(values.device)
+        found = values[batch, text.clamp(min=0)]
+        return torch.where((text >= 0).view(*text.shape, *[1] * (found.dim() - 2)), found, fill)
 
     def positions(self, given: Tensor | None = None) -> Tensor:
         """Return position ids ``[B, W]``: counted from the mask, or the caller's moved behind the prompt.
 
         Args:
-            given: Positions of the text ``[B, T]``; those of a row's prompt end where they start.
+            given: Positions of the text ``[B, T]``, or ``[N, B, T]`` of N kinds (of time, height and width
+                in models that see); those of a row's prompt end where they start.
         """
+        if given is not None and given.dim() == 3:
+            return torch.stack([self.positions(each) for each in given])
         prompt = self.slot >= 0
         length = prompt.sum(1, keepdim=True)  # [B, 1]
         row = self.at + prompt.long().cumsum(1) - 1
@@ -176,8 +183,37 @@ def _split(mask: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
     return lead, torch.where(at > 0, behind, lead)
 
 
+_MOVED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "head_mask")
+_ELSEWHERE = ("decoder_", "encoder_", "cross_", "past_", "start_", "end_")
+
+
+def per_token(model: nn.Module, inputs: Mapping[str, Any], shape: Sequence[int]) -> list[str]:
+    """Return the arguments of a call that run along its tokens ``[B, T, …]``, beside those that a layout moves.
+
+    By shape and by the model's signature: what its towers take (``get_image_features``) does not.
+    """
+    towers = [
+        getattr(model, name) for name in dir(type(model)) if name.startswith("get_") and name.endswith("_features")
+    ]
+    seen = {name for tower in towers for name in inspect.signature(tower).parameters}
+    return [
+        name
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and value.dim() > 1 and tuple(value.shape[:2]) == tuple(shape)
+        if name not in _MOVED and name not in seen and not name.startswith(_ELSEWHERE)
+    ]
+
+
+def counts_images(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Tell whether a model makes positions of several kinds from a call's images (M-RoPE), unless it is given some."""
+    grids = any(inputs.get(name) is not None for name in ("image_grid_thw", "video_grid_thw"))
+    return grids and any(hasattr(part, "get_rope_index") for part in (model, getattr(model, "base_model", None)))
+
+
 def is_packed(position_ids: Tensor) -> bool:
-    """Tell whether positions ``[B, T]`` start again inside a row."""
+    """Tell whether positions ``[B, T]`` start again inside a row; those of an image may."""
+    if position_ids.dim() != 2:
+        return False
     return bool((position_ids[:, 1:] <= position_ids[:, :-1]).any())
 
 

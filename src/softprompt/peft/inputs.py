@@ -25,16 +25,15 @@ from softprompt.engine import (
     cached_tokens,
     check_context,
     check_token_ids,
+    counts_images,
     is_packed,
     packed_mask,
     packs,
+    per_token,
     without_padding,
 )
 from softprompt.errors import ConfigError
 from softprompt.prompts import TaskType
-
-_PER_TOKEN = {"token_type_ids": 0, "global_attention_mask": 0}
-"""Per-token arguments beside ids and mask, with their value on prompt columns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +121,8 @@ def _at_the_start(call: Call, inputs: dict[str, Any], tokens: Tensor) -> tuple[d
     elif given is None and positions is not None and is_packed(positions):
         dtype = torch.float32 if prompts.table.numel() == 0 else prompts.table.dtype
         inputs["attention_mask"] = packed_mask(positions, prompts.width, dtype)
-    if facts.accepts_position_ids and (positions is not None or _needs_positions(call, layout)):
+    sees = positions is None and counts_images(call.base.model, inputs)
+    if facts.accepts_position_ids and not sees and (positions is not None or _needs_positions(call, layout)):
         inputs["position_ids"] = layout.positions(positions)
     elif positions is not None:
         raise ConfigError(f"{facts.architecture} takes no position_ids; leave them out")
@@ -152,10 +152,10 @@ def isolated_inputs(base: Base, inputs: dict[str, Any], layout: Layout) -> dict[
 
 
 def _spread(call: Call, inputs: dict[str, Any], layout: Layout) -> None:
-    """Move per-token arguments and labels to their columns."""
-    for name, fill in _PER_TOKEN.items():
-        if inputs.get(name) is not None:
-            inputs[name] = layout.spread(inputs[name], fill)
+    """Move per-token arguments and labels to their columns; those of virtual tokens are 0, as padding's are."""
+    shape = layout.text.shape[0], layout.text.shape[1] - layout.prompt_width
+    for name in per_token(call.base.model, inputs, shape):
+        inputs[name] = layout.spread(inputs[name], 0)
     labels = inputs.get("labels")
     if labels is not None and call.rules.token_labels:
         inputs["labels"] = layout.spread(labels, IGNORED)
