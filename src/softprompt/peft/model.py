@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
@@ -25,7 +26,16 @@ from softprompt.peft.inputs import (
     prompted_pass,
     with_columns,
 )
-from softprompt.peft.rows import PromptAt, RowPrompt, TaskIds, chosen_rows, prompt_offsets, without_context_labels
+from softprompt.peft.rows import (
+    ContextLabels,
+    PromptAt,
+    RowPrompt,
+    TaskIds,
+    chosen_rows,
+    prompt_offsets,
+    without_context_labels,
+)
+from softprompt.peft.training_loss import LossOutput, engine_loss, unchanged
 from softprompt.prompts import (
     PROMPT_KEY,
     CPTEmbedding,
@@ -99,16 +109,44 @@ class PeftModel(Adapters):
         rows = self._rows(inputs, adapter_names, task_ids)
         inputs, context = without_context_labels(inputs, [row.name for row in rows], self.peft_config)
         at = prompt_offsets(self.base_model, rows, self.peft_config, inputs, prompt_at)
-        prompts = BatchPrompts.of(self._prompts_of(rows), at=at)
-        with self._ready(rows), prompts.injected(self.base, self._vocabulary):
-            if prompts.decoder is not None:
-                inputs = decoder_inputs(self.base, prompts.decoder, inputs)
-            if prompts.prefixes is not None:
-                check_prefixed(self.base, prompts.prefixes, inputs)
-            if prompts.input is None:
+        prompts = self._prompts_of(rows)
+        run = partial(self._padded, rows=rows, prompts=prompts, at=at, context=context)
+        if context is None and self._trains(prompts):
+            with self._ready(rows):
+                loss = engine_loss(self.base, prompts, at, inputs)
+            if loss is not None:
+                without = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
+                read = [*prompt_tensors(prompts), *(t for t in without.values() if t is not None)]
+                return LossOutput.of(loss, unchanged(lambda: cast(Tensor, run(without).logits), read))
+        return run(inputs)
+
+    def _trains(self, prompts: Sequence[Prompt | None]) -> bool:
+        """Tell whether a call trains prompts of a causal model, and no heads."""
+        heads = any(config.modules_to_save for config in self.peft_config.values())
+        causal = self.task_type is TaskType.CAUSAL_LM
+        learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in prompt_tensors(prompts))
+        return self.training and causal and learns and not heads
+
+    def _padded(
+        self,
+        inputs: dict[str, Any],
+        *,
+        rows: Sequence[RowPrompt],
+        prompts: Sequence[Prompt | None],
+        at: Sequence[int] | None,
+        context: ContextLabels | None,
+    ) -> Any:
+        """Return the base's outputs for padded rows behind their prompts."""
+        batch = BatchPrompts.of(prompts, at=at)
+        with self._ready(rows), batch.injected(self.base, self._vocabulary):
+            if batch.decoder is not None:
+                inputs = decoder_inputs(self.base, batch.decoder, inputs)
+            if batch.prefixes is not None:
+                check_prefixed(self.base, batch.prefixes, inputs)
+            if batch.input is None:
                 return self.base_model(**inputs)
             rules = TASK_RULES[self.task_type]
-            call = Call(self.base, self.facts, inputs, prompts.input, rules)
+            call = Call(self.base, self.facts, inputs, batch.input, rules)
             with prompted_pass(call) as (prepared, layout):
                 outputs = self.base_model(**prepared)
             return outputs if context is None else context.scored(outputs, layout)
@@ -412,6 +450,11 @@ class PeftModel(Adapters):
             if name in _OF_WEIGHTS:
                 raise InterfaceError(_OF_WEIGHTS[name].format(name)) from None
             return getattr(self.base_model, name)
+
+
+def prompt_tensors(prompts: Sequence[Prompt | None]) -> list[Tensor]:
+    """Return the tensors of a batch's prompts, each prompt's once."""
+    return [tensor for prompt in dict.fromkeys(prompts) if prompt is not None for tensor in prompt.tensors]
 
 
 def _count(module: nn.Module, *, trainable: bool, without: Collection[nn.Parameter] = ()) -> int:

@@ -1,0 +1,186 @@
+"""The loss of a training step on a causal model, by the engine that ``tune`` trains with.
+
+What a call returns in training is read for its loss alone: by transformers' Trainer, and in a loop of one's own. So
+the loss comes from the engine, and the logits, which cover P + T columns, from the padded pass where somebody reads
+them. Whatever the engine would not give exactly as the padded pass does is left to that pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from softprompt.backbone import Base
+from softprompt.engine import (
+    IGNORED,
+    Drawn,
+    EngineRow,
+    build_engine,
+    check_token_ids,
+    difference,
+    remembered,
+    tolerance_of,
+)
+from softprompt.errors import ConfigError
+from softprompt.prompts import Prompt
+
+_TAKEN = {"input_ids", "attention_mask", "labels", "num_items_in_batch"}
+_IDLE = {"use_cache": (None, False), "return_dict": (None, True)}
+"""Further arguments with the values that ask for nothing."""
+
+_ASKS_FOR_MORE = ("output_hidden_states", "output_attentions", "output_router_logits")
+"""Options of a model's configuration that put more into its outputs or its loss."""
+
+
+@final
+class LossOutput(CausalLMOutputWithPast):
+    """A loss, and logits ``[B, P + T, V]`` that are made when they are first read.
+
+    Iterating (``keys``, ``items``) shows what has been made, as it shows of any output what is not None.
+    """
+
+    _make: Callable[[], Tensor] | None = None
+    _made: Tensor | None = None
+
+    @classmethod
+    def of(cls, loss: Tensor, make: Callable[[], Tensor]) -> LossOutput:
+        """Return the outputs of a pass whose logits ``make`` makes."""
+        output = cls(loss=loss)
+        output._make = make
+        return output
+
+    @property
+    def logits(self) -> Tensor | None:
+        """Logits of all columns, made by a pass of their own."""
+        if self._make is not None:
+            make, self._make = self._make, None
+            self.logits = make()
+        return self._made
+
+    @logits.setter
+    def logits(self, value: Tensor | None) -> None:
+        self._made = value
+
+    def __getitem__(self, key: Any) -> Any:
+        """Look up by name, or by number as in ``to_tuple``."""
+        if key in ("loss", 0):
+            return self.loss
+        return self.logits if key == "logits" else super().__getitem__(key)  # type: ignore[no-untyped-call]
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """Look up by name."""
+        return self[key] if key in ("loss", "logits") else super().get(key, default)
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """Return loss and logits."""
+        return self.loss, self.logits
+
+
+def unchanged(make: Callable[[], Tensor], tensors: Iterable[Tensor]) -> Callable[[], Tensor]:
+    """Return a call of ``make`` that refuses if a tensor has been written to since.
+
+    Raises:
+        ConfigError: In the call, where logits would be those of another prompt or input than the loss.
+    """
+    before = [(tensor, tensor._version) for tensor in tensors]
+
+    def checked() -> Tensor:
+        if any(tensor._version != version for tensor, version in before):
+            raise ConfigError(
+                "the prompt or the batch has changed since this forward call, whose logits are made when they are "
+                "read; read outputs.logits before optimizer.step(), or call the model again"
+            )
+        return make()
+
+    return checked
+
+
+def engine_loss(
+    base: Base, prompts: Sequence[Prompt | None], at: Sequence[int] | None, inputs: dict[str, Any]
+) -> Tensor | None:
+    """Return the loss of a batch with labels as the padded pass computes it, None where that is left to that pass.
+
+    Args:
+        base: A causal model.
+        prompts: The prompt of each row, ``[B]``.
+        at: Real tokens of each row before its prompt; None puts all in front.
+        inputs: The arguments of the call.
+    """
+    given = {name: value for name, value in inputs.items() if value is not None}
+    asks = {name for name in given if name not in _TAKEN and given[name] not in _IDLE.get(name, ())}
+    config = base.model.config
+    plain = (
+        asks
+        or not {"input_ids", "labels"} <= given.keys()
+        or torch.is_autocast_enabled(base.device.type)
+        or torch.compiler.is_compiling()
+        or any(getattr(config, name, False) for name in _ASKS_FOR_MORE)
+        or not getattr(config, "return_dict", True)
+        or any(parameter.requires_grad for parameter in base.model.parameters())
+    )
+    if not plain:
+        check_token_ids(given["input_ids"], base.facts.vocabulary)
+    rows = None if plain else _rows(prompts, at, given)
+    if rows is None or remembered(base, "loss of labels", lambda: _difference(base)):
+        return None
+    engine = build_engine(base)
+    if engine.name == "plain":
+        return None
+    scored = engine.target_log_probs([row for row, _ in rows])
+    counts = torch.tensor([keeps for _, row_keeps in rows for keeps in row_keeps], device=scored.values.device)
+    loss = -(scored.values * counts).sum()
+    divisor = given.get("num_items_in_batch")
+    return loss / (counts.sum() if divisor is None else torch.as_tensor(divisor, device=loss.device))
+
+
+def _rows(
+    prompts: Sequence[Prompt | None], at: Sequence[int] | None, inputs: dict[str, Any]
+) -> list[tuple[EngineRow, list[bool]]] | None:
+    """Return the rows that have labels, and which of their target tokens count; None where labels are no target.
+
+    A target goes from a row's first label to its last; tokens behind it change nothing. The first token of a row
+    is predicted by a prompt in front of it, or by nothing.
+    """
+    ids, labels = inputs["input_ids"], inputs["labels"]
+    mask = inputs.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    ids, labels, mask = ids.cpu(), labels.cpu(), mask.cpu()
+    if ids.dim() != 2 or labels.shape != ids.shape or mask.shape != ids.shape:
+        return None
+    real, labelled = mask.bool(), labels != IGNORED
+    if bool((labelled & (~real | (labels != ids))).any()):
+        return None
+    rows = []
+    for index, (prompt, keep) in enumerate(zip(prompts, real, strict=True)):
+        tokens, wanted = ids[index][keep].tolist(), labelled[index][keep].tolist()
+        before = 0 if at is None else at[index]
+        in_front = prompt is not None and prompt.input_tokens > 0 and before == 0
+        if wanted and wanted[0] and not in_front:
+            if not bool(keep[0]):
+                return None  # a model without a prompt there predicts the first token from its padding
+            wanted[0] = False
+        if True not in wanted:
+            continue
+        first, last = wanted.index(True), len(wanted) - wanted[::-1].index(True)
+        if first < before:
+            return None
+        rows.append(
+            (EngineRow(tuple(tokens[:first]), tuple(tokens[first:last]), prompt, before), wanted[first:last])
+        )
+    return rows or None
+
+
+def _difference(base: Base) -> str:
+    """Return how a model's own loss of labels is otherwise than the mean of its targets; empty if it is not."""
+    drawn = Drawn(base)
+    tokens = [drawn.tokens(6) for _ in range(2)]
+    ids = torch.tensor(tokens, device=base.device)
+    with torch.no_grad(), base.lock:
+        loss = float(base.model(input_ids=ids, labels=ids).loss)
+        rows = [EngineRow(row[:1], row[1:]) for row in tokens]
+        scored = build_engine(base).target_log_probs(rows)
+    return difference("losses", abs(float(-scored.values.mean()) - loss), tolerance_of(base).log_probs)
