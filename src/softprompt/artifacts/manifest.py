@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any, Literal
 
-from softprompt.backbone import Base, Fingerprint
+from softprompt.backbone import Base
 from softprompt.errors import ArtifactError, nearest
 
 FORMAT_VERSION = 1
@@ -158,7 +158,7 @@ def manifest_of(origin: Origin, base: Base | None) -> Manifest:
         task="generation",
         labels=None,
         base_model=origin.base_model,
-        base_fingerprint={} if base is None else Fingerprint.of(base.model).to_dict(),
+        base_fingerprint={} if base is None else base.fingerprint_record(),
         max_source_length=_MAX_TOKENS[0],
         max_target_length=_MAX_TOKENS[1],
         dtype=origin.dtype,

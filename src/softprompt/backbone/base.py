@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from softprompt.backbone.products import FrozenLinear, frozen_linears, swapped_f
 from softprompt.backbone.state import device_of, input_embedding, is_encoder_decoder, locked, stamp_of, state_of
 from softprompt.backbone.virtual import VirtualVocabulary, injected
 from softprompt.errors import BackboneError
+
+logger = logging.getLogger(__name__)
 
 
 @final
@@ -80,6 +83,19 @@ class Base:
     def fingerprint(self) -> Fingerprint:
         """What recognises the model by its weights; taken once for each state of them."""
         return fingerprint_of(self.model)
+
+    def fingerprint_record(self) -> dict[str, Any]:
+        """Return the fingerprint for a file; empty where it cannot be taken, for no prompt may be lost over it."""
+        try:
+            return self.fingerprint.to_dict()
+        except Exception as cause:  # whatever a quantised or offloaded weight raises when it is read
+            logger.warning(
+                "no fingerprint of %s can be taken (%r), so the prompt is saved without one: nothing will "
+                "tell whether a base is the one it was made for",
+                type(self.model).__name__,
+                cause,
+            )
+            return {}
 
     @property
     def key_value_shape(self) -> KeyValueShape:

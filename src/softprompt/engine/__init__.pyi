@@ -39,6 +39,7 @@ from .prefixes.passes import cached_tokens as cached_tokens
 from .prefixes.paths import prefix_path as prefix_path
 from .probe import Drawn as Drawn
 from .probe import difference as difference
+from .probe import gradient_problem as gradient_problem
 from .probe import measured as measured
 from .probe import one_line as one_line
 from .probe import probing as probing

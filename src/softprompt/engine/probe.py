@@ -9,6 +9,8 @@ The candidates say how they are run; what they run is said here, and which diffe
 from __future__ import annotations
 
 import logging
+import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +19,17 @@ from typing import TypeVar, cast, final
 import torch
 from torch import Tensor
 
-from softprompt.backbone import Base, evaluated, key_values, most_by_rounding, off_by, rounded, torch_products
+from softprompt.backbone import (
+    MARGIN,
+    Base,
+    evaluated,
+    key_values,
+    most_by_rounding,
+    off_by,
+    rounded,
+    stopping,
+    torch_products,
+)
 from softprompt.engine.predictions import Engine
 from softprompt.engine.rows import EngineRow
 from softprompt.errors import BackboneError, SoftPromptError
@@ -232,3 +244,70 @@ def _run(
         found = torch.cat([engine.target_log_probs(part).values for part in passes])
         gradients = torch.autograd.grad(found.sum(), leaves)
     return found.detach().float(), [gradient.float() for gradient in gradients]
+
+
+_FARTHEST = 2.0**-4
+"""How far a prompt is moved at most to see what its gradient is worth, relative to its norm."""
+
+_CHANGES = (0.3, 0.03, 0.003)
+"""By how many nats it is moved."""
+
+_UNDEFINED = "an autograd kernel was not registered"
+"""What torch says of an operation that it takes to have no gradient, and goes on."""
+
+_BENT = 0.1
+"""Share of a change by which the gradient may miss it: on so short a way a right one misses less."""
+
+
+def gradient_problem(engine: Engine, base: Base, row: EngineRow) -> str:
+    """Return why the gradient of a row's prompt is not that of its loss, empty where it is.
+
+    A module with weights that takes a gradient and returns none is a cause by itself. What no module shows (a
+    detached sum, a wrong backward) shows in the loss: moved along its gradient, a prompt must change it as the
+    gradient says, but for what rounding hides. A short step may be hidden, a long one may bend: one must agree.
+    """
+    prompt = row.prompt
+    assert prompt is not None and prompt.tensors, "the row has no prompt"
+    with probing(base), torch.enable_grad():
+        leaves = prompt.leaves()
+        with stopping(base.model) as stops:
+            score = _score(engine, row, leaves).sum()
+        if not score.requires_grad:
+            return f"{stops[0]} stops it" if stops else "no part of it reaches the prompt"
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            gradients = torch.autograd.grad(score, leaves.tensors, materialize_grads=True)
+        stops += [str(each.message).split(": ")[0] for each in said if _UNDEFINED in str(each.message)]
+        if stops:
+            return f"{stops[0]} stops it"
+        slope = math.hypot(*(float(each.double().norm()) for each in gradients))
+        if not math.isfinite(slope) or slope == 0:
+            return f"its norm is {slope:g} on a training row"
+        with torch.no_grad():
+            return _slope_problem(engine, base, row, gradients, slope)
+
+
+def _slope_problem(engine: Engine, base: Base, row: EngineRow, gradients: Sequence[Tensor], slope: float) -> str:
+    """Return how the score changes otherwise than the slope says along the gradients, empty where it does not."""
+    prompt = cast(Prompt, row.prompt)
+    here = _score(engine, row, prompt)
+    with rounded(base.model):
+        hidden = MARGIN * float((_score(engine, row, prompt) - here).norm())
+    size = math.hypot(*(float(each.double().norm()) for each in prompt.tensors))
+    found = []
+    for nats in _CHANGES:
+        length = min(nats / slope, _FARTHEST * (size or 1.0))
+        ends = []
+        for sign in (1, -1):
+            along = iter(gradients)
+            moved = prompt.map(lambda part: part + next(along).to(part) * (sign * length / slope))  # noqa: B023
+            ends.append(float(_score(engine, row, moved).sum()))
+        change, said = (ends[0] - ends[1]) / 2, length * slope
+        if abs(change - said) <= _BENT * said + hidden:
+            return ""
+        found.append(f"{change:.2g} instead of {said:.2g}")
+    return f"moved along it, a prompt changes the log-probability of a training row by {', '.join(found)}"
+
+
+def _score(engine: Engine, row: EngineRow, prompt: Prompt) -> Tensor:
+    return engine.target_log_probs([replace(row, prompt=prompt)]).values.double()

@@ -240,7 +240,7 @@ def manifest_of(model: PeftModel, adapter: str) -> Manifest:
     base, config = model.base, model.peft_config[adapter]
     known = model.manifests.get(adapter)
     if known is not None:
-        return dataclasses.replace(known, base_fingerprint=base.fingerprint.to_dict())
+        return dataclasses.replace(known, base_fingerprint=base.fingerprint_record())
     dtype = str(base.dtype).removeprefix("torch.")
     origin = Origin(config.base_model_name_or_path or "", base.is_encoder_decoder, dtype=dtype)
     made = made_manifest(origin, base)

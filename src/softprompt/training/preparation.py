@@ -88,7 +88,7 @@ class Prepared:
             task="classification" if kinds == {"classification"} else "generation",
             labels=first.labels if alone else None,
             base_model=self.base.name,
-            base_fingerprint=self.base.fingerprint.to_dict(),
+            base_fingerprint=self.base.fingerprint_record(),
             max_source_length=settings.max_source_length,
             max_target_length=settings.max_target_length,
             dtype=str(self.base.dtype).removeprefix("torch."),

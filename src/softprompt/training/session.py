@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from softprompt.data import TokenRow
-from softprompt.engine import Engine
-from softprompt.errors import TrainingInterrupted
+from softprompt.engine import Engine, EngineRow, gradient_problem
+from softprompt.errors import TrainingError, TrainingInterrupted
 from softprompt.generation import TargetLikelihood, classify_rows, target_likelihood
 from softprompt.prompts import CPTConfig, Prompt, PromptModule, context_labels
 from softprompt.training.events import Events
@@ -310,6 +310,7 @@ class _Session:
             save_state(self.output, snapshot, self.identity)
 
         save()
+        self._check_gradient(stage)
         silent = stage.settings.silence_progress_bars
         log = None if self.output is None else state_path(self.output).with_name(stage.log_file)
         try:
@@ -322,6 +323,23 @@ class _Session:
             raise TrainingInterrupted(how_to_go_on(f"after {where}", self.output)) from None
         return _best(stage, state)
 
+    def _check_gradient(self, stage: Stage) -> None:
+        """Check on the shortest row that the base passes its prompt's gradient on.
+
+        Raises:
+            TrainingError: It does not; training would go nowhere, or anywhere.
+        """
+        base = self.prepared.base
+        shortest = min(range(len(stage.rows)), key=stage.sampling.lengths.__getitem__)
+        row, prompt = stage.rows[shortest], stage.prompt.prompt(stage.sampling.tasks[shortest])
+        checked = EngineRow(row.source, row.target, prompt.detach(), row.at)
+        problem = gradient_problem(self.prepared.engine, base, checked)
+        if problem:
+            raise TrainingError(
+                f"{base.facts.architecture} does not pass on the gradient of a prompt: {problem}; load the base "
+                "anew (a pass without gradients may have packed its quantised weights), or train behind another one"
+            )
+
 
 def identity(prepared: Prepared) -> dict[str, Any]:
     """Return what must be the same for a state to be continued."""
@@ -331,7 +349,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         for split, found in task.data.fingerprints.items()
     }
     return {
-        "base model fingerprint": prepared.base.fingerprint.short,
+        "base model fingerprint": prepared.base.fingerprint_record().get("short", ""),
         **{f"{name} data sha256": digest for name, digest in hashes.items()},
     }
 

@@ -21,7 +21,6 @@ from softprompt.engine import Drawn, Layout, difference, measured, one_line, pad
 from softprompt.engine.forest.forest_attention import NAME, LayerMask, planned
 from softprompt.engine.forest.layers import Packing, layers_of, packed_layers, relative_bias
 from softprompt.engine.forest.plan import Span, Visibility, padded, whole_rows
-from softprompt.errors import BackboneError
 
 _LENGTHS = (9, 4, 6)
 """Tokens of each row of the probe."""
@@ -122,13 +121,16 @@ def _packed_difference(base: Base) -> str:
     ids, mask = pad_rows([drawn.tokens(n) for n in _LENGTHS], left=False, pad_id=facts.pad_id)
     ids, mask = ids.to(base.device), mask.to(base.device)
 
+    caches = []
+
     def states() -> Tensor:
         output = model.base_model(input_ids=ids, attention_mask=mask)
-        if getattr(output, "past_key_values", None) is not None:
-            raise BackboneError("it fills a cache")
+        caches.append(getattr(output, "past_key_values", None))
         return cast(Tensor, output.last_hidden_state)[mask.bool()]
 
     expected, moved = measured(base, states)
+    if any(cache is not None for cache in caches):
+        return "it fills a cache"
     with without_padding(base, mask):
         return difference("hidden states", states(), expected, moved)
 
