@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter
 from fastapi import Request as HTTPRequest
@@ -29,6 +29,7 @@ from softprompt.server.protocol import (
     options_of,
 )
 from softprompt.server.service import STREAMED, USER, EventStream, Run, Service, in_thread, service_of
+from softprompt.server.unserved import OF_MESSAGE, OF_PART, PARAMETERS, Neutral
 
 if TYPE_CHECKING:
     from softprompt.server.served import Served
@@ -44,12 +45,16 @@ _PLACEHOLDER = "SYSTEMTURN"
 class TextPart(Part):
     """A text part of a message."""
 
+    neutral: ClassVar[Neutral] = OF_PART
+
     type: Literal["text"]
     text: Text
 
 
 class Message(Part):
     """One message of a chat."""
+
+    neutral: ClassVar[Neutral] = OF_MESSAGE
 
     role: Annotated[str, StringConstraints(pattern="^[a-z_]{1,32}$")]
     content: Text | list[TextPart]
@@ -66,6 +71,9 @@ class Message(Part):
 
 class ChatBody(SamplingBody):
     """The body of ``POST /v1/chat/completions``."""
+
+    # The chat template prints them.
+    neutral: ClassVar[Neutral] = {**PARAMETERS, "add_special_tokens": (False,)}
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Whole | None = Field(None, ge=1, le=MOST_TOKENS)
@@ -146,15 +154,16 @@ def chat_submission(body: ChatBody, served: Served, seconds: float, most: int) -
     Raises:
         ConfigError: Settings contradict each other, or there is no chat template for this.
     """
-    if body.max_tokens and body.max_completion_tokens:
+    most = body.max_completion_tokens or body.max_tokens or most
+    if body.max_tokens not in (None, most):
         raise ConfigError("max_tokens and max_completion_tokens are the same thing; send one")
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise ConfigError("top_logprobs needs logprobs=true")
     given = chat_input(served, [message.plain() for message in body.messages])
     request = Request.of(
         given,
         served.prompt,
-        options=options_of(body, body.max_completion_tokens or body.max_tokens or most, seconds),
+        options=options_of(body, most, seconds),
         n=body.n or 1,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )

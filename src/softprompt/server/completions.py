@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import APIRouter
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 from starlette.responses import Response
 
 from softprompt.errors import ConfigError, DataError
@@ -64,9 +64,12 @@ class CompletionBody(SamplingBody):
     max_tokens: Whole | None = Field(16, ge=0, le=MOST_TOKENS)
     echo: bool | None = False
     logprobs: Whole | None = Field(None, ge=0, le=20)
-    best_of: Whole | None = Field(None, ge=1, le=1, description="Only 1 is supported.")
-    suffix: None = None
-    logit_bias: None = None
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        """Read false as no log-probabilities, as chats spell it."""
+        return None if value is False else value
 
 
 class TokenLogprobs(BaseModel):

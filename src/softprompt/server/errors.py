@@ -156,10 +156,10 @@ def _plain(request: Request, error: HTTPException) -> Problem:
 
 
 def _fields_of(request: Request) -> list[str]:
-    """Return the field names of a route's body."""
+    """Return the names that a route's body may have."""
     field = getattr(request.scope.get("route"), "body_field", None)
     model = field.field_info.annotation if field is not None else None
-    return list(getattr(model, "model_fields", ()))
+    return [*getattr(model, "model_fields", ()), *getattr(model, "neutral", ())]
 
 
 CHOICES: Mapping[str, str] = {
@@ -213,6 +213,8 @@ def refusal(errors: Sequence[Mapping[str, Any]], body: Any, known: Sequence[str]
         return Problem(400, f"the body is not JSON ({excerpt(str(why))})")
     if first["type"] == "value_error":
         return Problem(400, f"the body cannot be read: {first['ctx']['error']}")
+    if first["type"] == "not_served":
+        inner = [*inner, first["ctx"]["name"]]
     if not inner:
         got = "nothing" if first["type"] == "missing" else _shown(body)
         return Problem(400, _NO_OBJECT.format(got))
@@ -221,8 +223,8 @@ def refusal(errors: Sequence[Mapping[str, Any]], body: Any, known: Sequence[str]
     if first["type"] == "extra_forbidden":
         hint = nearest(where, known) if len(place) == 1 else ""
         return Problem(400, f"{where} is not known here{hint}; leave it out", param=param)
-    if first["type"] == "none_required" and place[-1] not in CHOICES:
-        return Problem(400, f"{where} is not served; leave it out", param=param)
+    if first["type"] == "not_served":
+        return Problem(400, f"{where} is not served; {first['ctx']['instead']}", param=param)
     if first["type"] == "missing":
         return Problem(400, f"{where} is missing; send {_expected(place, None)}", param=param)
     message = f"{where} takes {_expected(place, first)}; got {_shown(_at(body, place))}"

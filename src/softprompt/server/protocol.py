@@ -9,13 +9,14 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from softprompt.errors import ConfigError
 from softprompt.generation import EchoEvent, Event, FinishEvent, GenerationOptions, Input, Request, TokenEvent
 from softprompt.server.logprobs import Scores
+from softprompt.server.unserved import OF_STREAM, PARAMETERS, Neutral, asked
 
 if TYPE_CHECKING:
     from softprompt.server.served import Served
@@ -37,15 +38,27 @@ Fields = Annotated[dict[str, str | float | int], Field(min_length=1)]
 
 
 class Part(BaseModel):
-    """A part of a request; unknown names and values of other types are refused."""
+    """A part of a request; unknown names and values of other types are refused.
+
+    Attributes:
+        neutral: Names that are not served, and their values that ask for nothing.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
+    neutral: ClassVar[Neutral] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _asked(cls, values: Any) -> Any:
+        required = [name for name, field in cls.model_fields.items() if field.is_required()]
+        return asked(values, cls.model_fields, required, cls.neutral)
 
 
 class Body(Part):
     """Parameters of every request."""
 
     model_config = ConfigDict(allow_inf_nan=False)
+    neutral: ClassVar[Neutral] = PARAMETERS
 
     model: str = Field(description="Name of a prompt, or of the base model.")
     task: str | Whole | None = Field(None, description="Task of a multitask prompt.")
@@ -60,6 +73,8 @@ class Body(Part):
 
 class StreamOptions(Part):
     """Options of a streamed response."""
+
+    neutral: ClassVar[Neutral] = OF_STREAM
 
     include_usage: bool = False
 

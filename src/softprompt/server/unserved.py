@@ -1,0 +1,152 @@
+"""Names that clients of OpenAI and vLLM send and that are not served, and which of their values ask for nothing.
+
+Clients fill in defaults and echo whole answers: what asks for nothing is taken, anything else is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from pydantic_core import PydanticCustomError
+
+Neutral = Mapping[str, tuple[Any, ...] | None]
+"""Values of a name that ask for nothing, beside null; None is any value, as it cannot change an answer."""
+
+PARAMETERS: Neutral = {
+    # OpenAI's.
+    "audio": (),
+    "best_of": (1,),
+    "dimensions": (),
+    "echo": (False,),
+    "encoding_format": ("float",),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "metadata": None,
+    "modalities": (["text"],),
+    "moderation": (),
+    "n": (1,),
+    "parallel_tool_calls": None,
+    "prediction": (),
+    "prompt_cache_key": None,
+    "prompt_cache_options": None,
+    "prompt_cache_retention": None,
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "safety_identifier": None,
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "stream": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    # vLLM's.
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (True,),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "cache_salt": (),
+    "chat_template": (),
+    "chat_template_content_format": ("auto", "string"),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "detokenize": (True,),
+    "documents": ([],),
+    "early_stopping": (False,),
+    "guided_choice": (),
+    "guided_decoding_backend": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "ignore_eos": (False,),
+    "include_reasoning": None,
+    "include_stop_str_in_output": (False,),
+    "kv_transfer_params": (),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "mm_processor_kwargs": ({},),
+    "priority": (0,),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "request_id": (),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": None,
+    "stop_token_ids": ([],),
+    "structured_outputs": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+}
+"""Parameters of a request."""
+OF_MESSAGE: Neutral = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "reasoning": ("",),
+    "reasoning_content": ("",),
+    "refusal": ("",),
+    "tool_call_id": (),
+    "tool_calls": ([],),
+}
+OF_PART: Neutral = {"annotations": ([],), "cache_control": None, "prompt_cache_breakpoint": None}
+OF_STREAM: Neutral = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
+
+_ELSEWHERE = frozenset(
+    "fields frequency_penalty input labels logprobs max_completion_tokens max_tokens messages presence_penalty "
+    "prompt seed stop stream_options temperature top_logprobs top_p".split()
+)
+"""Parameters that some routes serve; null asks for nothing at the others."""
+_INSTEAD = {
+    "best_of": "send n for several answers",
+    "function_call": "describe functions in a message",
+    "functions": "describe them in a message",
+    "guided_choice": "send the choices as labels to /v1/classify",
+    "prompt_embeds": "send prompt as a text or token ids",
+    "reasoning_effort": "leave it out",
+    "response_format": "ask for the form in a message",
+    "stop_token_ids": "send stop with texts",
+    "tools": "describe them in a message",
+    "truncate_prompt_tokens": "send truncate_input=true to cut at the prompt's own limit",
+    "use_beam_search": "send temperature 0 for the likeliest tokens",
+}
+
+
+def asked(values: Any, served: Collection[str], required: Collection[str], neutral: Neutral) -> Any:
+    """Return what a part of a request asks for, without the values that ask for nothing.
+
+    Args:
+        values: The part as received; anything but an object is returned as it is.
+        served: Names of the part that are served, of which null is the default.
+        required: Those among them that have no default.
+        neutral: Names that are not served.
+
+    Raises:
+        PydanticCustomError: ``not_served``, a value asks for what is not served.
+    """
+    if not isinstance(values, dict):
+        return values
+    kept = {}
+    for name, value in values.items():
+        known = name in served or name in neutral or name in _ELSEWHERE
+        if value is None and known and name not in required:
+            continue
+        if name in served or name not in neutral:
+            kept[name] = value
+        elif not _asks_for_nothing(name, value, neutral[name]):
+            instead = _INSTEAD.get(name, "leave it out")
+            raise PydanticCustomError("not_served", "{name} is not served", {"name": name, "instead": instead})
+    return kept
+
+
+def _asks_for_nothing(name: str, value: Any, neutral: tuple[Any, ...] | None) -> bool:
+    if neutral is None:
+        return True
+    if name == "logit_bias" and isinstance(value, dict):
+        value = {token: bias for token, bias in value.items() if bias != 0}
+    # To Python True is 1, to JSON it is not.
+    return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in neutral)
