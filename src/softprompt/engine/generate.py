@@ -143,7 +143,7 @@ class _Steps:
             kwargs["position_ids"] = layout.positions(given)[..., -(prompts.width + text if starts else fed) :]
         for name in per_token(self._model, kwargs, (input_ids.shape[0], text)):
             kwargs[name] = layout.spread(kwargs[name], 0)
-        return self._original(
+        found: dict[str, Any] = self._original(
             ids,
             next_sequence_length=None if starts else fed,
             past_key_values=past_key_values,
@@ -152,6 +152,7 @@ class _Steps:
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+        return found
 
 
 def _decoder_steps(

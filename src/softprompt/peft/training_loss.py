@@ -22,8 +22,8 @@ from softprompt.engine import (
     build_engine,
     check_token_ids,
     difference,
+    measured,
     remembered,
-    tolerance_of,
 )
 from softprompt.errors import ConfigError
 from softprompt.prompts import Prompt
@@ -177,10 +177,13 @@ def _rows(
 def _difference(base: Base) -> str:
     """Return how a model's own loss of labels is otherwise than the mean of its targets; empty if it is not."""
     drawn = Drawn(base)
-    tokens = [drawn.tokens(6) for _ in range(2)]
+    tokens = [drawn.tokens(6) for _ in range(8)]
+
+    def own() -> Tensor:
+        return torch.stack([base.model(input_ids=row, labels=row).loss for row in ids[:, None]])
+
     ids = torch.tensor(tokens, device=base.device)
     with torch.no_grad(), base.lock:
-        loss = float(base.model(input_ids=ids, labels=ids).loss)
-        rows = [EngineRow(row[:1], row[1:]) for row in tokens]
-        scored = build_engine(base).target_log_probs(rows)
-    return difference("losses", abs(float(-scored.values.mean()) - loss), tolerance_of(base).log_probs)
+        expected, moved = measured(base, own)
+        scored = build_engine(base).target_log_probs([EngineRow(row[:1], row[1:]) for row in tokens])
+    return difference("losses", -scored.row_sums(len(tokens)) / 5, expected, moved)
