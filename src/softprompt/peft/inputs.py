@@ -28,7 +28,7 @@ from softprompt.engine import (
     packs,
     without_padding,
 )
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, InterfaceError
 
 _PER_TOKEN = {"token_type_ids": 0, "global_attention_mask": 0}
 """Per-token arguments beside ids and mask, with their value on prompt columns."""
@@ -219,10 +219,10 @@ def bound(parameters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, An
     """Return all arguments of a call of the method ``what`` by name.
 
     Raises:
-        ConfigError: For more positional arguments than the base takes.
+        InterfaceError: For more positional arguments than the base takes.
     """
     if len(args) > len(parameters):
-        raise ConfigError(
+        raise InterfaceError(
             f"{what} takes {len(parameters)} positional arguments, got {len(args)}; pass them by name"
         )
     return {**dict(zip(parameters, args, strict=False)), **kwargs}

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from softprompt.inference import TunedPrompt
 
 _MERGED = (
-    "{0} is not there: a prompt is in no weight of the base. detach() gives the base back; `softprompt convert --to "
-    "extended-vocab` writes a model with a saved prompt inside"
+    "{0} is not there: a prompt is in no weight of the base. detach() gives the base back; `softprompt convert "
+    "--to extended-vocab` writes a model with a saved prompt inside"
 )
 _STATUS = (
     "{0}() got an invalid PeftModel instance; a prompt has no layers inside the base, see active_adapters, "
@@ -120,7 +120,9 @@ class PeftModel(Adapters):
             ConfigError: For speculative decoding.
             ContextOverflowError: If prompt, input and new tokens cannot fit.
         """
-        inputs = bound(_GENERATE, args, kwargs, what="generate")
+        # As in PEFT, whose seq2seq models take none by position.
+        names = () if self.task_type is TaskType.SEQ_2_SEQ_LM else _GENERATE
+        inputs = bound(names, args, kwargs, what="generate")
         given = inputs.pop("inputs", None)
         if given is not None:
             inputs["input_ids"] = given
@@ -143,7 +145,7 @@ class PeftModel(Adapters):
             task_ids,
             active=self.active_adapter,
             batch=batch,
-            tasks_of=(lambda name: self._tasks_of(name) and 1) if needless else self._tasks_of,
+            tasks_of=(lambda name: None) if needless else self._tasks_of,
         )
         return [RowPrompt(BASE)] * batch if self._disabled else rows
 
@@ -219,14 +221,8 @@ class PeftModel(Adapters):
             raise ConfigError(f"save_pretrained got unknown arguments: {', '.join(kwargs)}")
         for name in [self._known(n) for n in selected_adapters or self.peft_config]:
             if is_main_process:
-                saving.save(
-                    self,
-                    name,
-                    Path(save_directory),
-                    pickled=not safe_serialization,
-                    state_dict=state_dict,
-                    embeddings=save_embedding_layers,
-                )
+                how: dict[str, Any] = {"pickled": not safe_serialization, "embeddings": save_embedding_layers}
+                saving.save(self, name, Path(save_directory), state_dict=state_dict, **how)
         if push and is_main_process:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
@@ -273,16 +269,13 @@ class PeftModel(Adapters):
     ) -> Self:
         """Attach a saved prompt to its base; PEFT's artifacts load as well.
 
-        ``autocast_adapter_dtype``, ``low_cpu_mem_usage`` and ``ephemeral_gpu_offload`` change nothing: a prompt
-        is float32 and small.
-
         Args:
             model: The base the prompt was made for.
             model_id: Folder or Hub id.
             adapter_name: Name to give the prompt.
             is_trainable: Whether to train it further; otherwise it is frozen.
             config: Configuration to use in place of the file's.
-            autocast_adapter_dtype: See above.
+            autocast_adapter_dtype: Changes nothing, as the next two: a prompt is float32 and small.
             ephemeral_gpu_offload: See above.
             low_cpu_mem_usage: See above.
             key_mapping: Replacements by the pattern of the names of trained modules that they apply to.
@@ -315,14 +308,8 @@ class PeftModel(Adapters):
         **kwargs: Any,
     ) -> LoadResult:
         """Attach one more saved prompt, or load it into the one of that name; see ``from_pretrained``."""
-        loading = saving.Loading.of(
-            {
-                **kwargs,
-                "torch_device": torch_device,
-                "key_mapping": key_mapping,
-                "ephemeral_gpu_offload": ephemeral_gpu_offload,
-            }
-        )
+        options = {"torch_device": torch_device, "key_mapping": key_mapping}
+        loading = saving.Loading.of({**kwargs, **options, "ephemeral_gpu_offload": ephemeral_gpu_offload})
         return saving.attach_another(self, model_id, adapter_name, trainable=is_trainable, loading=loading)
 
     @property
