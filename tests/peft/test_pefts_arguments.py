@@ -286,13 +286,6 @@ def test_preparing_a_quantised_model_turns_checkpointing_on():
     assert model.is_activation_checkpointing
 
 
-def test_generate_takes_the_ids_of_a_decoder_by_position_and_of_seq2seq_by_name():
-    model = prompted()
-    assert torch.equal(model.generate(IDS, max_new_tokens=3), model.generate(input_ids=IDS, max_new_tokens=3))
-    with pytest.raises(TypeError, match="pass them by name"):
-        prompted("SEQ_2_SEQ_LM").generate(IDS)
-
-
 def test_a_one_task_prompt_asks_for_its_task_as_in_peft():
     from softprompt import MultitaskPromptTuningConfig
 

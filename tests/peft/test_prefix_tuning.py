@@ -314,8 +314,9 @@ def test_what_does_not_fit_the_model():
 )  # fmt: skip
 def test_models_no_prefix_can_stand_in(config, loader):
     model = build(loader, config())
+    # Whether layers keep keys and values shows when a prefix is attached, whether they read them in a pass.
     with pytest.raises(BackboneError, match="use PromptTuningConfig"):
-        get_peft_model(model, PrefixTuningConfig(num_virtual_tokens=4))
+        get_peft_model(model, PrefixTuningConfig(num_virtual_tokens=4))(input_ids=torch.tensor([[5, 6, 7]]))
 
 
 @pytest.mark.parametrize("name", ["mpt", "bloom", "gptj"])

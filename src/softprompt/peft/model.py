@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from softprompt.engine import TASK_RULES, BatchPrompts, generate_with_prompts, infer_task
+from softprompt.engine import TASK_RULES, BatchPrompts, generate_with_prompts, infer_task, prefix_path
 from softprompt.errors import ConfigError, InterfaceError
 from softprompt.peft import saving
 from softprompt.peft.adapters import BASE, Adapters, LoadResult, active_heads
@@ -120,9 +120,7 @@ class PeftModel(Adapters):
             ConfigError: For speculative decoding.
             ContextOverflowError: If prompt, input and new tokens cannot fit.
         """
-        # As in PEFT, whose seq2seq models take none by position.
-        names = () if self.task_type is TaskType.SEQ_2_SEQ_LM else _GENERATE
-        inputs = bound(names, args, kwargs, what="generate")
+        inputs = bound(_GENERATE, args, kwargs, what="generate")
         given = inputs.pop("inputs", None)
         if given is not None:
             inputs["input_ids"] = given
@@ -145,7 +143,7 @@ class PeftModel(Adapters):
             task_ids,
             active=self.active_adapter,
             batch=batch,
-            tasks_of=(lambda name: None) if needless else self._tasks_of,
+            tasks_of=(lambda name: None if self._known(name) else 0) if needless else self._tasks_of,
         )
         return [RowPrompt(BASE)] * batch if self._disabled else rows
 
@@ -177,6 +175,8 @@ class PeftModel(Adapters):
                 f"the embedding table had {self._vocabulary.size:,} rows when the prompts were attached, now it "
                 f"has {size:,}; resize it first, then attach"
             )
+        if any(row.name != BASE and self.peft_config[row.name].keys_and_values for row in rows):
+            prefix_path(self.base)  # its probes run other rows, so before these rows' heads are active
         with self.base.lock, active_heads(self.base_model, [row.name for row in rows]):
             yield
 
