@@ -46,11 +46,15 @@ PEFT_NAMES = [
     "PromptTuningInit",
     "TaskType",
     "compose_cartridge_adapters",
+    "get_base_model_state_dict",
     "get_peft_model",
     "get_peft_model_state_dict",
     "initialize_kv_prefix_from_past_key_values",
     "initialize_kv_prefix_from_text",
+    "load_peft_weights",
+    "prepare_model_for_kbit_training",
     "prompt_embeddings_from_past_key_values",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
 ]
 OWN_NAMES = [
@@ -58,6 +62,7 @@ OWN_NAMES = [
     "Ensemble",
     "Generation",
     "GenerationOptions",
+    "ModulesToSaveWrapper",
     "MultitaskPromptEmbedding",
     "PromptLearningConfig",
     "Report",

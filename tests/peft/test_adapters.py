@@ -154,9 +154,14 @@ def test_deleting(model):
     assert model.active_adapter == "c"
     assert weight(model, "c").requires_grad
     assert model(IDS).logits.shape[1] == 8
-    with pytest.raises(AdapterError, match="last prompt"):
-        model.delete_adapter("c")
+    model.delete_adapter("c")
+    assert model.active_adapters == []
+    assert model.peft_config == {}
+    assert not model.has_active_enabled_adapter
+    with pytest.raises(AdapterError, match="no prompt is attached, the last one was deleted; add_adapter"):
+        model(IDS)
     model.add_adapter("a", config())
+    model.set_adapter("a")
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -255,7 +255,6 @@ def test_eager_attention():
     ("options", "message"),
     [
         ({"init_weights": "zeros"}, "init_weights must be"),
-        ({"encoder_hidden_size": 8}, "would be ignored without prefix_projection"),
         ({"encoder_hidden_size": 0, "prefix_projection": True}, "positive"),
         ({"prefix_tuning_init_text": "a"}, "needs tokenizer_name_or_path"),
         ({"tokenizer_name_or_path": "a"}, "would be ignored without prefix_tuning_init_text"),
@@ -264,13 +263,17 @@ def test_eager_attention():
          "does not go with"),
         ({"prefix_tuning_init_text": "a", "tokenizer_name_or_path": "b", "init_weights": "zero"},
          "does not go with"),
-        ({"prefix_tuning_init_text": "a", "tokenizer_name_or_path": "b",
-          "tokenizer_kwargs": {"trust_remote_code": True}}, "run code"),
     ],
 )  # fmt: skip
 def test_settings_that_would_be_ignored(options, message):
     with pytest.raises(ConfigError, match=message):
         PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, **options)
+
+
+def test_a_width_without_a_projection_is_taken_as_pefts_and_refused_where_tune_asks():
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=8)
+    with pytest.raises(ConfigError, match="would be ignored without prefix_projection"):
+        config.refuse_ignored()
 
 
 def test_what_does_not_fit_the_model():
@@ -311,8 +314,9 @@ def test_what_does_not_fit_the_model():
 )  # fmt: skip
 def test_models_no_prefix_can_stand_in(config, loader):
     model = build(loader, config())
+    # Whether layers keep keys and values shows when a prefix is attached, whether they read them in a pass.
     with pytest.raises(BackboneError, match="use PromptTuningConfig"):
-        get_peft_model(model, PrefixTuningConfig(num_virtual_tokens=4))
+        get_peft_model(model, PrefixTuningConfig(num_virtual_tokens=4))(input_ids=torch.tensor([[5, 6, 7]]))
 
 
 @pytest.mark.parametrize("name", ["mpt", "bloom", "gptj"])

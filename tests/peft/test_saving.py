@@ -151,7 +151,7 @@ def test_state_dicts_go_round(task):
     set_peft_model_state_dict(other, state)
     assert torch.equal(other(**batch(task))[0], model(**batch(task))[0])
     with pytest.raises(AdapterError, match="Adapter x not found"):
-        get_peft_model_state_dict(model, "x")
+        get_peft_model_state_dict(model, adapter_name="x")
     with pytest.raises(AdapterError, match="Adapter x not found"):
         set_peft_model_state_dict(model, state, "x")
 
@@ -250,15 +250,35 @@ def test_a_class_loads_only_its_task(tmp_path):
     assert type(loaded) is type(PeftModel.from_pretrained(base("SEQ_CLS"), tmp_path))
 
 
-def test_a_pickle_is_never_written(tmp_path):
-    with pytest.raises(ConfigError, match="would write a pickle"):
-        prompted().save_pretrained(tmp_path, safe_serialization=False)
-    assert not files(tmp_path)
+def test_a_pickle_is_written_where_it_is_asked_for_and_read_without_code(tmp_path):
+    model = prompted()
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    assert "adapter_model.bin" in files(tmp_path)
+    assert "adapter_model.safetensors" not in files(tmp_path)
+    assert torch.load(tmp_path / "adapter_model.bin", weights_only=True).keys() == {"prompt_embeddings"}
+    loaded = PeftModel.from_pretrained(causal("llama"), tmp_path)
+    assert torch.equal(rows(loaded, "default"), rows(model, "default"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(causal("llama"), tmp_path)
+    assert torch.equal(theirs.prompt_encoder.default.embedding.weight, rows(model, "default"))
+    model.save_pretrained(tmp_path)
+    assert "adapter_model.bin" not in files(tmp_path)
+
+
+def test_a_changed_pickle_is_noticed(tmp_path):
+    prompted().save_pretrained(tmp_path, safe_serialization=False)
+    torch.save({"prompt_embeddings": torch.ones(3, 32)}, tmp_path / "adapter_model.bin")
+    with pytest.raises(ArtifactError, match="with sha256"):
+        PeftModel.from_pretrained(causal("llama"), tmp_path)
 
 
 def test_unknown_arguments_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="unknown arguments: save_embedding_layers"):
-        prompted().save_pretrained(tmp_path / "out", save_embedding_layers=True)
+    with pytest.raises(ConfigError, match="unknown arguments: save_embeddings"):
+        prompted().save_pretrained(tmp_path / "out", save_embeddings=True)
+    with pytest.raises(TypeError, match="converts LoRA"):
+        prompted().save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion="x")
     assert not (tmp_path / "out").exists()
 
 

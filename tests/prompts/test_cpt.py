@@ -181,9 +181,7 @@ def test_error_texts_are_pefts(options):
     ("options", "message"),
     [
         ({"num_virtual_tokens": 3}, "got 3 and 9 token ids"),
-        ({"cpt_mask": [0] + [1] * 8}, "cpt_mask must be all ones"),
         ({"opt_weighted_loss_type": "linear"}, "one of none, decay, got 'linear'"),
-        ({"opt_loss_decay_factor": 0.5}, "would be ignored with opt_weighted_loss_type none"),
         ({"opt_projection_epsilon": -1}, "opt_projection_epsilon must be a number of at least 0"),
         ({"cpt_tokens_type_mask": [-1] * 9}, "each of cpt_tokens_type_mask must be an integer"),
         ({"cpt_token_ids": [], "cpt_mask": [], "cpt_tokens_type_mask": []}, "at least one token"),
@@ -193,3 +191,16 @@ def test_settings_that_cannot_be_are_refused(options, message):
     with pytest.raises(ConfigError, match=message) as caught:
         CPTConfig(**(CONTEXT | options))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cpt_mask": [0] + [1] * 8}, "cpt_mask must be all ones"),
+        ({"opt_loss_decay_factor": 0.5}, "would be ignored with opt_weighted_loss_type none"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_taken_as_pefts_and_refused_where_tune_asks(options, message):
+    config = CPTConfig(**(CONTEXT | options))
+    with pytest.raises(ConfigError, match=message):
+        config.refuse_ignored()

@@ -117,15 +117,6 @@ def test_a_finished_prompt_asks_for_no_source():
     ("options", "message"),
     [
         (
-            SOURCE,
-            "prompt_tuning_init_state_dict_path would be ignored with prompt_tuning_init RANDOM",
-        ),
-        ({"prompt_tuning_init_task": 1}, "prompt_tuning_init_task would be ignored"),
-        (
-            {**SOURCE, "prompt_tuning_init": "AVERAGE_SOURCE", "prompt_tuning_init_task": 1},
-            "or use EXACT_SOURCE_TASK",
-        ),
-        (
             {**SOURCE, "prompt_tuning_init": "AVERAGE_SOURCE", "task_matrix_init": "normal"},
             "task_matrix_init would be ignored",
         ),
@@ -158,7 +149,27 @@ def test_settings_that_cannot_be_are_refused(options, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            SOURCE,
+            "prompt_tuning_init_state_dict_path would be ignored with prompt_tuning_init RANDOM",
+        ),
+        ({"prompt_tuning_init_task": 1}, "prompt_tuning_init_task would be ignored"),
+        (
+            {**SOURCE, "prompt_tuning_init": "AVERAGE_SOURCE", "prompt_tuning_init_task": 1},
+            "or use EXACT_SOURCE_TASK",
+        ),
+    ],
+)
+def test_settings_that_would_be_ignored_are_taken_as_pefts_and_refused_where_tune_asks(options, message):
+    config = MultitaskPromptTuningConfig(**options)
+    with pytest.raises(ConfigError, match=message):
+        config.refuse_ignored()
+
+
 def test_methods_are_told_apart():
     values = PromptEncoderConfig(num_virtual_tokens=3).to_dict()
-    with pytest.raises(ConfigError, match="expected a CPTConfig, the file holds a PromptEncoderConfig"):
+    with pytest.raises(ConfigError, match="expected a CPTConfig, the values are of a PromptEncoderConfig"):
         CPTConfig.from_dict(values)

@@ -98,9 +98,6 @@ def test_a_generator_alone_decides():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"encoder_num_layers": 3}, "encoder_num_layers=3 would be ignored with MLP"),
-        ({"encoder_dropout": 0.1}, r"encoder_dropout=0\.1 would be ignored"),
-        ({**LSTM, "encoder_num_layers": 1, "encoder_dropout": 0.1}, "would be ignored"),
         ({"encoder_dropout": 1.0}, "must be below 1"),
         ({"encoder_reparameterization_type": "LSMT"}, "did you mean 'LSTM'"),
         ({"encoder_hidden_size": 0}, "encoder_hidden_size must be a positive integer"),
@@ -110,6 +107,25 @@ def test_settings_that_cannot_be_are_refused(options, message):
     with pytest.raises(ConfigError, match=message) as caught:
         PromptEncoderConfig(**options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"encoder_num_layers": 3}, "encoder_num_layers=3 would be ignored with MLP"),
+        ({"encoder_dropout": 0.1}, r"encoder_dropout=0\.1 would be ignored"),
+        ({**LSTM, "encoder_num_layers": 1, "encoder_dropout": 0.1}, "would be ignored"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_taken_as_pefts_and_refused_where_tune_asks(options, message):
+    config = PromptEncoderConfig(**SIZES, **options)
+    with pytest.raises(ConfigError, match=message):
+        config.refuse_ignored()
+
+
+def test_layers_that_an_mlp_does_not_have_are_warned_of():
+    with pytest.warns(UserWarning, match="for MLP, the argument `encoder_num_layers` is ignored. Exactly 2"):
+        PromptEncoder(PromptEncoderConfig(**SIZES, encoder_num_layers=3))
 
 
 def test_sizes_are_needed():

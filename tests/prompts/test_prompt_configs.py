@@ -8,7 +8,7 @@ import peft
 import pytest
 
 import softprompt
-from softprompt import PeftConfig, PeftType, PromptTuningConfig, PromptTuningInit, TaskType
+from softprompt import CPTConfig, PeftConfig, PeftType, PromptTuningConfig, PromptTuningInit, TaskType
 from softprompt.errors import ArtifactError, ConfigError, SoftPromptError
 
 FULL = {
@@ -107,15 +107,6 @@ def test_error_texts_are_pefts(options, message):
             {**TEXT, "prompt_tuning_init_text": "x", "tokenizer_name_or_path": ""},
             "tokenizer_name_or_path can't be",
         ),
-        (
-            {
-                **TEXT,
-                "prompt_tuning_init_text": "x",
-                "tokenizer_name_or_path": "y",
-                "tokenizer_kwargs": {"trust_remote_code": True},
-            },
-            "must not be able to run code",
-        ),
     ],
 )
 def test_bad_values_are_refused_in_one_line(options, message):
@@ -195,3 +186,49 @@ def test_missing_files_are_one_clear_error(name):
 def test_a_folder_without_the_file(tmp_path):
     with pytest.raises(ArtifactError, match=r"Can't find 'adapter_config\.json' at"):
         PromptTuningConfig.from_pretrained(tmp_path)
+
+
+def with_code():
+    return PromptTuningConfig(
+        **TEXT,
+        num_virtual_tokens=3,
+        prompt_tuning_init_text="x",
+        tokenizer_name_or_path="y",
+        tokenizer_kwargs={"trust_remote_code": True, "use_fast": False},
+    )
+
+
+def test_a_user_may_let_a_tokenizer_run_code_and_no_file_may(tmp_path):
+    config = with_code()
+    assert config.tokenizer_kwargs == {"trust_remote_code": True, "use_fast": False}
+    config.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).tokenizer_kwargs == {"use_fast": False}
+    path = tmp_path / "adapter_config.json"
+    values = json.loads(path.read_text()) | {"tokenizer_kwargs": {"trust_remote_code": True}}
+    path.write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="must not be able to run code"):
+        PeftConfig.from_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="must not be able to run code"):
+        PromptTuningConfig.from_dict(values)
+    # A finished prompt reads no tokenizer, whatever PEFT wrote into its file.
+    path.write_text(json.dumps(values | {"inference_mode": True}))
+    assert not PeftConfig.from_pretrained(tmp_path).tokenizer_kwargs
+
+
+def test_keys_of_newer_versions_are_left_out_with_a_warning(tmp_path):
+    PromptTuningConfig(num_virtual_tokens=3).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"future": 1, "unset": None}))
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['future'\] for class PromptTuningConfig"):
+        config = PeftConfig.from_pretrained(tmp_path)
+    assert config == PromptTuningConfig(num_virtual_tokens=3)
+    path.write_text('{"future": 1}')
+    with pytest.raises(TypeError, match=r"missing required keys: \{'peft_type'\}"):
+        PeftConfig.from_pretrained(tmp_path)
+
+
+def test_a_class_that_reads_anothers_file_warns_and_gives_the_other(tmp_path):
+    PromptTuningConfig(num_virtual_tokens=3).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="holds a PromptTuningConfig, not a CPTConfig"):
+        config = CPTConfig.from_pretrained(tmp_path)
+    assert type(config) is PromptTuningConfig

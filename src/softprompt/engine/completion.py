@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from softprompt.backbone import Base, start_id
 from softprompt.engine.forest import is_bidirectional, why_not_isolated
-from softprompt.engine.prefixes import prefix_path
 from softprompt.errors import ConfigError
 from softprompt.prompts import PeftConfig, PeftType, Placement, PrefixTuningConfig, PromptLearningConfig, TaskType
 
@@ -148,11 +147,10 @@ def _size_key_values(config: PromptLearningConfig, base: Base) -> None:
     """Fill in the sizes of the base's keys and values.
 
     Raises:
-        BackboneError: If the base does not support prefixes.
+        BackboneError: If the base keeps something else; whether it can be run behind a prefix, a run finds out.
         ConfigError: If the configuration names other sizes.
     """
     shape = base.key_value_shape
-    prefix_path(base)
     sizes = {"num_layers": shape.layers, "num_attention_heads": shape.heads, "token_dim": shape.heads * shape.width}
     for name, size in sizes.items():
         given = getattr(config, name)

@@ -104,7 +104,8 @@ def prepare_model_for_kbit_training(
     if quantised and use_gradient_checkpointing:
         if checkpointing.get("use_reentrant", True):
             cast(Any, model).enable_input_require_grads()
-        cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing or None)
+        named = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+        getattr(model, f"{named}_checkpointing_enable")(checkpointing or None)
     return model
 
 

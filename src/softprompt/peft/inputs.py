@@ -32,7 +32,7 @@ from softprompt.engine import (
     per_token,
     without_padding,
 )
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, InterfaceError
 from softprompt.prompts import TaskType
 
 
@@ -254,10 +254,10 @@ def bound(parameters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, An
     """Return all arguments of a call of the method ``what`` by name.
 
     Raises:
-        ConfigError: For more positional arguments than the base takes.
+        InterfaceError: For more positional arguments than the base takes.
     """
     if len(args) > len(parameters):
-        raise ConfigError(
+        raise InterfaceError(
             f"{what} takes {len(parameters)} positional arguments, got {len(args)}; pass them by name"
         )
     return {**dict(zip(parameters, args, strict=False)), **kwargs}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from softprompt.engine import TASK_RULES, BatchPrompts, generate_with_prompts, infer_task
+from softprompt.engine import TASK_RULES, BatchPrompts, generate_with_prompts, infer_task, prefix_path
 from softprompt.errors import ConfigError, InterfaceError
 from softprompt.peft import saving
 from softprompt.peft.adapters import BASE, Adapters, LoadResult, active_heads
@@ -192,7 +192,7 @@ class PeftModel(Adapters):
             task_ids,
             active=self.active_adapter,
             batch=batch,
-            tasks_of=(lambda name: self._tasks_of(name) and 1) if needless else self._tasks_of,
+            tasks_of=(lambda name: None if self._known(name) else 0) if needless else self._tasks_of,
         )
         return [RowPrompt(BASE)] * batch if self._disabled else rows
 
@@ -224,6 +224,8 @@ class PeftModel(Adapters):
                 f"the embedding table had {self._vocabulary.size:,} rows when the prompts were attached, now it "
                 f"has {size:,}; resize it first, then attach"
             )
+        if any(row.name != BASE and self.peft_config[row.name].keys_and_values for row in rows):
+            prefix_path(self.base)  # its probes run other rows, so before these rows' heads are active
         with self.base.lock, active_heads(self.base_model, [row.name for row in rows]):
             yield
 
@@ -268,14 +270,8 @@ class PeftModel(Adapters):
             raise ConfigError(f"save_pretrained got unknown arguments: {', '.join(kwargs)}")
         for name in [self._known(n) for n in selected_adapters or self.peft_config]:
             if is_main_process:
-                saving.save(
-                    self,
-                    name,
-                    Path(save_directory),
-                    pickled=not safe_serialization,
-                    state_dict=state_dict,
-                    embeddings=save_embedding_layers,
-                )
+                how: dict[str, Any] = {"pickled": not safe_serialization, "embeddings": save_embedding_layers}
+                saving.save(self, name, Path(save_directory), state_dict=state_dict, **how)
         if push and is_main_process:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
@@ -322,16 +318,13 @@ class PeftModel(Adapters):
     ) -> Self:
         """Attach a saved prompt to its base; PEFT's artifacts load as well.
 
-        ``autocast_adapter_dtype``, ``low_cpu_mem_usage`` and ``ephemeral_gpu_offload`` change nothing: a prompt
-        is float32 and small.
-
         Args:
             model: The base the prompt was made for.
             model_id: Folder or Hub id.
             adapter_name: Name to give the prompt.
             is_trainable: Whether to train it further; otherwise it is frozen.
             config: Configuration to use in place of the file's.
-            autocast_adapter_dtype: See above.
+            autocast_adapter_dtype: Changes nothing, as the next two: a prompt is float32 and small.
             ephemeral_gpu_offload: See above.
             low_cpu_mem_usage: See above.
             key_mapping: Replacements by the pattern of the names of trained modules that they apply to.
@@ -364,14 +357,8 @@ class PeftModel(Adapters):
         **kwargs: Any,
     ) -> LoadResult:
         """Attach one more saved prompt, or load it into the one of that name; see ``from_pretrained``."""
-        loading = saving.Loading.of(
-            {
-                **kwargs,
-                "torch_device": torch_device,
-                "key_mapping": key_mapping,
-                "ephemeral_gpu_offload": ephemeral_gpu_offload,
-            }
-        )
+        options = {"torch_device": torch_device, "key_mapping": key_mapping}
+        loading = saving.Loading.of({**kwargs, **options, "ephemeral_gpu_offload": ephemeral_gpu_offload})
         return saving.attach_another(self, model_id, adapter_name, trainable=is_trainable, loading=loading)
 
     @property

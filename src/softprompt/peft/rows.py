@@ -55,7 +55,7 @@ def chosen_rows(
     known = {name: None if name == BASE else tasks_of(name) for name in dict.fromkeys(chosen)}
     if task_ids is None:
         for name, count in known.items():
-            if count is not None and count > 1:
+            if count is not None:
                 raise ConfigError(f"task_ids cannot be None: {name!r} has {count} tasks; give the task of each row")
         return [RowPrompt(name) for name in chosen]
     if all(count is None for count in known.values()):

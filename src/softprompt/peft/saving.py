@@ -322,6 +322,8 @@ class Loading:
             whole = getattr(model, "_no_split_modules", None)
             names = list(whole) if whole is not None else None
             device_map = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=names)
+        # accelerate reads the folder wherever one is named, whether something was put there or not.
+        folder = folder if "disk" in device_map.values() else None
         dispatch_model(model, device_map=device_map, offload_dir=folder)
 
 
