@@ -35,7 +35,7 @@ from softprompt.peft.rows import (
     prompt_offsets,
     without_context_labels,
 )
-from softprompt.peft.training_loss import LossOutput, engine_loss, unchanged
+from softprompt.peft.training_loss import training_output
 from softprompt.prompts import (
     PROMPT_KEY,
     CPTEmbedding,
@@ -111,21 +111,13 @@ class PeftModel(Adapters):
         at = prompt_offsets(self.base_model, rows, self.peft_config, inputs, prompt_at)
         prompts = self._prompts_of(rows)
         run = partial(self._padded, rows=rows, prompts=prompts, at=at, context=context)
-        if context is None and self._trains(prompts):
-            with self._ready(rows):
-                loss = engine_loss(self.base, prompts, at, inputs)
-            if loss is not None:
-                without = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
-                read = [*prompt_tensors(prompts), *(t for t in without.values() if t is not None)]
-                return LossOutput.of(loss, unchanged(lambda: cast(Tensor, run(without).logits), read))
-        return run(inputs)
-
-    def _trains(self, prompts: Sequence[Prompt | None]) -> bool:
-        """Tell whether a call trains prompts of a causal model, and no heads."""
         heads = any(config.modules_to_save for config in self.peft_config.values())
-        causal = self.task_type is TaskType.CAUSAL_LM
-        learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in prompt_tensors(prompts))
-        return self.training and causal and learns and not heads
+        if self.training and self.task_type is TaskType.CAUSAL_LM and context is None and not heads:
+            with self._ready(rows):
+                outputs = training_output(self.base, prompts, at, inputs, run)
+            if outputs is not None:
+                return outputs
+        return run(inputs)
 
     def _padded(
         self,
@@ -437,11 +429,6 @@ class PeftModel(Adapters):
             if name in _OF_WEIGHTS:
                 raise InterfaceError(_OF_WEIGHTS[name].format(name)) from None
             return getattr(self.base_model, name)
-
-
-def prompt_tensors(prompts: Sequence[Prompt | None]) -> list[Tensor]:
-    """Return the tensors of a batch's prompts, each prompt's once."""
-    return [tensor for prompt in dict.fromkeys(prompts) if prompt is not None for tensor in prompt.tensors]
 
 
 def _count(module: nn.Module, *, trainable: bool, without: Collection[nn.Parameter] = ()) -> int:

@@ -7,7 +7,7 @@ them. Whatever the engine would not give exactly as the padded pass does is left
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import torch
@@ -80,36 +80,47 @@ class LossOutput(CausalLMOutputWithPast):
         return self.loss, self.logits
 
 
-def unchanged(make: Callable[[], Tensor], tensors: Iterable[Tensor]) -> Callable[[], Tensor]:
-    """Return a call of ``make`` that refuses if a tensor has been written to since.
-
-    Raises:
-        ConfigError: In the call, where logits would be those of another prompt or input than the loss.
-    """
-    before = [(tensor, tensor._version) for tensor in tensors]
-
-    def checked() -> Tensor:
-        if any(tensor._version != version for tensor, version in before):
-            raise ConfigError(
-                "the prompt or the batch has changed since this forward call, whose logits are made when they are "
-                "read; read outputs.logits before optimizer.step(), or call the model again"
-            )
-        return make()
-
-    return checked
-
-
-def engine_loss(
-    base: Base, prompts: Sequence[Prompt | None], at: Sequence[int] | None, inputs: dict[str, Any]
-) -> Tensor | None:
-    """Return the loss of a batch with labels as the padded pass computes it, None where that is left to that pass.
+def training_output(
+    base: Base,
+    prompts: Sequence[Prompt | None],
+    at: Sequence[int] | None,
+    inputs: dict[str, Any],
+    run: Callable[[dict[str, Any]], Any],
+) -> LossOutput | None:
+    """Return the outputs of a training step, None where they are left to the padded pass.
 
     Args:
         base: A causal model.
         prompts: The prompt of each row, ``[B]``.
         at: Real tokens of each row before its prompt; None puts all in front.
         inputs: The arguments of the call.
+        run: The padded pass.
     """
+    tensors = [tensor for prompt in dict.fromkeys(prompts) if prompt is not None for tensor in prompt.tensors]
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+        return None
+    loss = _engine_loss(base, prompts, at, inputs)
+    if loss is None:
+        return None
+    read = {name: inputs[name] for name in ("input_ids", "attention_mask") if inputs.get(name) is not None}
+    before = [(tensor, tensor._version) for tensor in (*tensors, *read.values())]
+
+    def logits() -> Tensor:
+        if any(tensor._version != version for tensor, version in before):
+            raise ConfigError(
+                "the prompt or the batch has changed since this forward call, whose logits are made when they are "
+                "read; read outputs.logits before optimizer.step(), or call the model again"
+            )
+        made: Tensor = run(read).logits
+        return made
+
+    return LossOutput.of(loss, logits)
+
+
+def _engine_loss(
+    base: Base, prompts: Sequence[Prompt | None], at: Sequence[int] | None, inputs: dict[str, Any]
+) -> Tensor | None:
+    """Return the loss that the padded pass would compute, None where it is left to that pass."""
     given = {name: value for name, value in inputs.items() if value is not None}
     asks = {name for name in given if name not in _TAKEN and given[name] not in _IDLE.get(name, ())}
     config = base.model.config
