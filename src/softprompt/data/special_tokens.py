@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, cast
 from weakref import WeakKeyDictionary
 
-from softprompt.errors import BackboneError, ConfigError
+from softprompt.errors import BackboneError, ConfigError, DataError, broken, excerpt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,7 +83,13 @@ def encode(
         special: Let the tokenizer add its special tokens.
         as_target: Tokenise as a target, which some seq2seq tokenizers do differently.
         marks_are_text: Read a text such as ``</s>`` as characters, not as the special token.
+
+    Raises:
+        DataError: A text holds half a surrogate pair.
     """
+    for text in texts:
+        if problem := broken(text):
+            raise DataError(f"expected whole characters, got {problem}: {excerpt(text)!r}; correct the text")
     if not texts:
         return []
     with _guard:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, broken
 from softprompt.fields import check, check_number, from_mapping, setting
 
 DecodingMethod = Literal["GREEDY", "SAMPLING"]
@@ -106,6 +106,8 @@ class GenerationOptions:
         for stop in self.stop_sequences:
             if not isinstance(stop, str) or not stop:
                 raise ConfigError(f"stop_sequences expects texts of at least one character, got {stop!r}")
+            if problem := broken(stop):
+                raise ConfigError(f"the stop sequence {stop!r} holds {problem}; no answer can hold it")
         if self.min_new_tokens > self.max_new_tokens:
             raise ConfigError(
                 f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens "
