@@ -104,6 +104,19 @@ def excerpt(text: str, most: int = 64) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
+def broken(text: str) -> str:
+    """Return what no tokenizer and no file can take of a text, half a surrogate pair; of a whole text nothing.
+
+    Such halves come from JSON escapes, and from bytes that are not UTF-8 on the command line.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        return f"half of a character (a lone surrogate, {half}) at {error.start} of a text"
+    return ""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a hint such as `` (did you mean 'lr'?)`` for a misspelt name, or an empty string."""
     close = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.6)

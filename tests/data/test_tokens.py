@@ -126,13 +126,15 @@ def test_a_bos_in_the_template_is_not_doubled(tokenizers):
     assert source.count(tokenizer.bos_token_id) == 1
 
 
-def test_special_tokens_of_the_template_are_special_and_refused_in_values(tokenizers):
+def test_special_tokens_of_the_template_are_special_and_characters_in_values(tokenizers):
     tokenizer = tokenizers("llama")
     rows = rows_of(tokenizer, "{{input}}</s>answer:")
     source, _ = rows.source({"input": "parcel"})
     assert source.count(tokenizer.eos_token_id) == 1
-    with pytest.raises(DataError, match=r"'input' holds '</s>'.*remove it"):
-        rows.source({"input": "parcel</s>"})
+    marked, _ = rows.source({"input": "parcel</s>"})
+    assert marked.count(tokenizer.eos_token_id) == 1
+    # A space before every text, also behind a special token, is how this tokenizer reads.
+    assert tokenizer.decode(list(marked)) == "<s> parcel</s></s> answer:"
 
 
 @pytest.mark.parametrize("name", [*CAUSAL, *SEQ2SEQ])

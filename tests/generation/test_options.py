@@ -69,3 +69,41 @@ def test_an_unknown_name_gets_the_nearest_known_one():
 
 def test_stop_sequences_are_kept_as_a_tuple():
     assert GenerationOptions(stop_sequences=["a", "b"]).stop_sequences == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0},
+        {"top_p": 1.0, "typical_p": 1, "top_k": 0, "min_p": 0.0},
+        {"num_beams": 1, "repetition_penalty": 1.0, "top_k": None},
+        {"do_sample": False, "num_return_sequences": 1, "use_cache": True, "length_penalty": 1.0},
+        {"do_sample": None, "early_stopping": False, "no_repeat_ngram_size": 0},
+    ],
+)
+def test_values_that_change_nothing_are_taken(settings):
+    assert GenerationOptions.from_settings(settings) == GenerationOptions()
+
+
+def test_filters_that_are_off_are_off_in_sampling_too():
+    off = GenerationOptions(decoding_method="SAMPLING", top_k=0, min_p=0)
+    assert off == GenerationOptions(decoding_method="SAMPLING")
+    assert GenerationOptions(decoding_method="SAMPLING", temperature=1.0).temperature == 1.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"do_sample": True}, "do_sample is called decoding_method here"),
+        ({"num_return_sequences": 2}, "unknown setting 'num_return_sequences'"),
+        ({"length_penalty": 2.0}, "unknown setting 'length_penalty'"),
+        ({"top_k": 50}, "top_k would be ignored under decoding_method GREEDY"),
+        ({"temperature": 0.5}, "temperature would be ignored"),
+        ({"temperature": True}, "temperature takes a number"),
+        ({"top_k": -1}, "top_k must be at least 1"),
+    ],
+)
+def test_values_that_ask_for_something_are_not(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        GenerationOptions.from_settings(settings)

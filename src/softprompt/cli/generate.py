@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+from itertools import count
 from typing import Any
 
 import click
@@ -60,10 +62,7 @@ def _lines() -> dict[int, str]:
     """Return the lines of stdin that are not blank, by their numbers."""
     if sys.stdin.isatty():
         raise UsageError("nothing to answer: give --text, or lines on stdin")
-    try:
-        lines = dict(enumerate((line.rstrip("\r\n") for line in sys.stdin), start=1))
-    except UnicodeDecodeError as error:
-        raise UsageError(f"stdin is not UTF-8 ({error.reason}); convert the text first") from error
+    lines = dict(enumerate(map(_line, _raw_lines(), count(1)), start=1))
     kept = {number: line for number, line in lines.items() if line.strip()}
     if not kept:
         raise UsageError("nothing to answer: stdin is empty; give --text, or lines on stdin")
@@ -72,3 +71,18 @@ def _lines() -> dict[int, str]:
         shown = ", ".join(map(str, blank[:5])) + (", ..." if len(blank) > 5 else "")
         click.echo(f"warning: {len(blank)} blank lines of stdin have no answer: {shown}", err=True)
     return kept
+
+
+def _raw_lines() -> Iterable[bytes]:
+    # In some locales Python would decode bytes that are not UTF-8 to halves of characters.
+    buffer = getattr(sys.stdin, "buffer", None)
+    return (line.encode(errors="surrogatepass") for line in sys.stdin) if buffer is None else buffer
+
+
+def _line(raw: bytes, number: int) -> str:
+    try:
+        return raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"stdin is not UTF-8: byte 0x{raw[error.start]:02x} in line {number}; convert the text first"
+        ) from error

@@ -73,5 +73,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say(message: str, code: int) -> int:
-    click.echo(" ".join(message.split()), err=True)
+    # Names of files may hold bytes that are not UTF-8.
+    shown = message.encode("utf-8", "backslashreplace").decode()
+    click.echo(" ".join(shown.split()), err=True)
     return code

@@ -6,6 +6,7 @@ from .records import data_fingerprint as data_fingerprint
 from .records import label_set as label_set
 from .records import read_records as read_records
 from .records import read_source as read_source
+from .special_tokens import Marks as Marks
 from .special_tokens import SpecialFrame as SpecialFrame
 from .special_tokens import encode as encode
 from .template import Verbalizer as Verbalizer

@@ -196,9 +196,23 @@ def read_arrow(path: Path) -> Iterator[Located]:
 def _column_records(table: Any, path: Path) -> Iterator[Located]:
     number = 0
     for batch in table.to_batches(max_chunksize=4096):
-        for record in batch.to_pylist():
+        try:
+            records = batch.to_pylist()
+        except UnicodeDecodeError:
+            # One by one, to know which.
+            records = (batch.slice(at, 1) for at in range(batch.num_rows))
+        for record in records:
             number += 1
-            yield Located(f"{path.name}, record {number}", record)
+            where = f"{path.name}, record {number}"
+            try:
+                yield Located(where, record if isinstance(record, dict) else record.to_pylist()[0])
+            except UnicodeDecodeError as error:
+                raise not_utf8(error, where) from error
+
+
+def not_utf8(error: UnicodeDecodeError, where: str) -> DataError:
+    """Return the error of bytes that are not text."""
+    return DataError(f"{where}: not UTF-8 (byte 0x{error.object[error.start]:02x}); convert it to UTF-8")
 
 
 def _needs_pyarrow(path: Path) -> DataError:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from softprompt.data.file_formats import BINARY_READERS, SUFFIXES, TEXT_READERS, Located, as_record
-from softprompt.errors import ConfigError, DataError, nearest
+from softprompt.data.file_formats import BINARY_READERS, SUFFIXES, TEXT_READERS, Located, as_record, not_utf8
+from softprompt.errors import ConfigError, DataError, broken, nearest
 
 DataSource: TypeAlias = str | Path | Iterable[Mapping[str, Any]]
 
@@ -118,6 +118,8 @@ def _text(value: Any, name: str, where: str) -> str | None:
     """Return a scalar as text, None for a null; numbers as JSON would spell them."""
     scalar = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
     if isinstance(scalar, str):
+        if problem := broken(scalar):
+            raise DataError(f"{where}: the field {name!r} holds {problem}; correct the record or leave it out")
         return scalar
     if scalar is None or (isinstance(scalar, float) and math.isnan(scalar)):
         return None
@@ -289,9 +291,7 @@ def _decoded(path: Path) -> str:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path.name}, line {line}: not UTF-8 (byte 0x{data[error.start]:02x}); convert the file to UTF-8"
-        ) from error
+        raise not_utf8(error, f"{path.name}, line {line}") from error
     if not text.strip():
         raise DataError(f"{path}: the file is empty; expected at least one record")
     return text

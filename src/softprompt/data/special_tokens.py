@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, cast
 from weakref import WeakKeyDictionary
 
-from softprompt.errors import BackboneError, ConfigError
+from softprompt.errors import BackboneError, ConfigError, DataError, broken, excerpt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,6 +24,10 @@ _locks: WeakKeyDictionary[PreTrainedTokenizerBase, threading.Lock] = WeakKeyDict
 _guard = threading.Lock()
 _SYSTEM, _USER = "SYSTEMTURN", "USERTURN"
 """Stand-ins that a template prints as they are, to see what it puts around them."""
+_ESCAPE, _END = "\ufdd0", "\ufdd1"
+"""Two code points that are no characters in Unicode and are left to programs for such use."""
+_STAND_IN = re.compile(f"{_ESCAPE}([0-9]+){_END}")
+_IN_BRACKETS = re.compile(r"[<\[{(].+[>\]})]", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +83,13 @@ def encode(
         special: Let the tokenizer add its special tokens.
         as_target: Tokenise as a target, which some seq2seq tokenizers do differently.
         marks_are_text: Read a text such as ``</s>`` as characters, not as the special token.
+
+    Raises:
+        DataError: A text holds half a surrogate pair.
     """
+    for text in texts:
+        if problem := broken(text):
+            raise DataError(f"expected whole characters, got {problem}: {excerpt(text)!r}; correct the text")
     if not texts:
         return []
     with _guard:
@@ -93,6 +105,119 @@ def encode(
             split_special_tokens=marks_are_text,
         )
     return [tuple(ids) for ids in encoded["input_ids"]]
+
+
+def _continued(tokenizer: PreTrainedTokenizerBase, text: str, line_end: str = "") -> tuple[int, ...]:
+    """Return the ids of a text as they are behind another one, without special tokens."""
+    for context in _CONTEXTS:
+        given = [context + line_end, context + line_end + text]
+        before, whole = encode(tokenizer, given, special=False, marks_are_text=True)
+        if before and len(whole) > len(before) and whole[: len(before)] == before:
+            return whole[len(before) :]
+    return encode(tokenizer, [text], special=False, marks_are_text=True)[0]
+
+
+class Marks:
+    """The special tokens of a template, apart from texts in its values that only look like them.
+
+    A value is hidden before the template prints it: what reads as a special token gives way to a
+    stand-in, so that every special token of the printed text is the template's own.
+
+    Attributes:
+        found: Whether the template has special tokens at all.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Sequence[str]) -> None:
+        """Take the template's own text, or its source.
+
+        Beside the tokenizer's special tokens those added tokens count that the template has and that stand in
+        brackets, as ``<|User|>`` does in some chat models.
+        """
+        added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+        special = {str(mark) for mark in tokenizer.all_special_tokens}
+        special |= {text for text, token in added.items() if token.special}
+        used = {mark for mark in {*special, *added} if any(mark in literal for literal in template)}
+        self._tokenizer = tokenizer
+        self._added = added
+        self._special = tuple(sorted(special))
+        bracketed = {mark for mark in used - special if _IN_BRACKETS.fullmatch(mark)}
+        self._stand_ins = (_ESCAPE, "", *self._special, *sorted(bracketed))
+        self._pattern = _any_of(self._stand_ins[2:])
+        self._hidden = {True: _any_of((_ESCAPE, *self._special)), False: _any_of((_ESCAPE, *self._stand_ins[2:]))}
+        self.found = bool(used & special or bracketed)
+
+    def hide(self, value: str, *, special_only: bool = False) -> str:
+        """Return a value for the template to print; ``special_only`` leaves other added tokens as they are."""
+        return self._hidden[special_only].sub(lambda found: self._stand_in(found[0]), value)
+
+    def enclosed(self, value: str) -> str:
+        """Return a value hidden, and kept from forming a special token with what stands around it."""
+        edge = self._stand_in("")
+        return edge + self.hide(value) + edge
+
+    def without_end(self, printed: str) -> str:
+        """Return a printed text without spaces at its end."""
+        edge = self._stand_in("")
+        while printed.endswith((" ", edge)):
+            printed = printed.rstrip(" ").removesuffix(edge)
+        return printed
+
+    def spells(self, word: str) -> bool:
+        """Whether a word in brackets is a special token."""
+        return any(re.sub(r"\W", "", mark) == word for mark in self._special)
+
+    def ids(self, printed: Sequence[str]) -> list[tuple[int, ...]]:
+        """Return the ids of printed texts: of the values as characters, of the template with its special tokens."""
+        plain = [_STAND_IN.sub(lambda found: self._stand_ins[int(found[1])], text) for text in printed]
+        found = encode(self._tokenizer, plain, special=False)
+        for number, (text, whole) in enumerate(zip(printed, plain, strict=True)):
+            if len(self._pattern.findall(text)) != len(self._pattern.findall(whole)):
+                found[number] = self._apart(text)
+        return found
+
+    def _apart(self, printed: str) -> tuple[int, ...]:
+        """Return the ids of a text with marks in its values: the texts between the template's marks, each alone."""
+        ids: list[int] = []
+        start, before = 0, ""
+        for match in [*self._pattern.finditer(printed), None]:
+            text = printed[start : match.start() if match else None]
+            if before and getattr(self._added.get(before), "rstrip", False):
+                text = text.lstrip()
+            if match and getattr(self._added.get(match[0]), "lstrip", False):
+                text = text.rstrip()
+            ids += self._between(text, before)
+            if match:
+                ids.append(cast(int, self._tokenizer.convert_tokens_to_ids(match[0])))
+                start, before = match.end(), match[0]
+        return tuple(ids)
+
+    def _between(self, text: str, before: str) -> list[int]:
+        """Return the ids of a text without marks of the template, behind one of them or at the beginning."""
+        pieces = [""]
+        for position, part in enumerate(_STAND_IN.split(text)):
+            mark = self._stand_ins[int(part)] if position % 2 else part
+            if position % 2 and mark not in (_ESCAPE, "", *self._special):
+                # Tokenizers read added tokens that are not special always, so they are broken up.
+                pieces[-1] += mark[0]
+                pieces.append(mark[1:])
+            else:
+                pieces[-1] += mark
+        return [token for piece in pieces if piece for token in self._piece(piece, before)]
+
+    def _piece(self, text: str, before: str) -> tuple[int, ...]:
+        alone, behind = encode(self._tokenizer, [_PROBE, before + _PROBE], special=False)
+        if before and behind[1:] != alone:
+            # This tokenizer puts a space before a text, but none behind a special token.
+            return _continued(self._tokenizer, text)
+        return encode(self._tokenizer, [text], special=False, marks_are_text=True)[0]
+
+    def _stand_in(self, mark: str) -> str:
+        return f"{_ESCAPE}{self._stand_ins.index(mark)}{_END}"
+
+
+def _any_of(marks: Sequence[str]) -> re.Pattern[str]:
+    """Return a pattern that finds the longest mark first, as tokenizers do; of no marks one that finds nothing."""
+    return re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or "(?!)")
 
 
 class Continuation:
@@ -114,23 +239,10 @@ class Continuation:
         self._line_end = kept[len(kept.rstrip()) :]
         self.separator = "" if self._line_end else " "
 
-    def of_source(self, rendered: str) -> str:
-        """Return the source text without the spaces that the separator stands for."""
-        return rendered.rstrip(" ")
-
     def ids(self, target: str) -> tuple[int, ...]:
         """Return the ids of ``target`` behind a source, without special tokens."""
         text = target if target[:1].isspace() else self.separator + target
-        for context in _CONTEXTS:
-            before, whole = encode(
-                self._tokenizer,
-                [context + self._line_end, context + self._line_end + text],
-                special=False,
-                marks_are_text=True,
-            )
-            if before and len(whole) > len(before) and whole[: len(before)] == before:
-                return whole[len(before) :]
-        return encode(self._tokenizer, [text], special=False, marks_are_text=True)[0]
+        return _continued(self._tokenizer, text, self._line_end)
 
     def text(self, decoded: str) -> str:
         """Return a decoded continuation without the separator."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from softprompt.data.records import Record
-from softprompt.errors import TemplateError, nearest
+from softprompt.errors import TemplateError, broken, nearest
 
 _PLACEHOLDER = re.compile(r"{{([_a-zA-Z0-9]+)}}")
 _NEARLY = re.compile(r"{{?\s*([_a-zA-Z0-9]+)\s*}}?")
@@ -38,8 +38,10 @@ class Verbalizer:
         """Parse ``template``.
 
         Raises:
-            TemplateError: It has no placeholder.
+            TemplateError: It has no placeholder, or half a character.
         """
+        if problem := broken(template):
+            raise TemplateError(f"the verbalizer {template!r} holds {problem}; write it in UTF-8")
         # Splitting at a pattern with one group alternates literals and names.
         parts = _PLACEHOLDER.split(template)
         if len(parts) == 1:

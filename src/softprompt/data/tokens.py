@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from softprompt.data.records import Record
-from softprompt.data.special_tokens import ChatFrame, Continuation, SpecialFrame, encode
+from softprompt.data.special_tokens import ChatFrame, Continuation, Marks, SpecialFrame, encode
 from softprompt.data.template import Verbalizer, cut_values
 from softprompt.errors import ConfigError, DataError, TemplateError
 from softprompt.prompts import Placement
@@ -82,8 +82,7 @@ class RowTokenizer:
         self._target_frame = self._frame_of_targets()
         tail = verbalizer.tail if self._chat is None else self._chat.tail
         self._continuation = None if seq2seq else Continuation(tokenizer, tail)
-        self._marks = _special_texts(tokenizer)
-        self._template_has_marks = any(mark in literal for mark in self._marks for literal in verbalizer.literals)
+        self._marks = Marks(tokenizer, verbalizer.literals)
         self._target_ids: dict[str, tuple[int, ...]] = {}
         self._check_limits()
 
@@ -91,7 +90,7 @@ class RowTokenizer:
         """Return the ids of all records, and what the limits truncated.
 
         Raises:
-            DataError: A field is missing, or holds a special token that the template uses as one.
+            DataError: A field is missing, or a text is not whole.
         """
         sources = self._sources([record.fields for record in records])
         targets = [self._target(record.target) for record in records]
@@ -221,24 +220,20 @@ class RowTokenizer:
         return len(self._ids(fields)) <= self.max_source_length
 
     def _text(self, fields: Mapping[str, str]) -> str:
+        if self._marks.found:
+            own = {name: self._marks.enclosed(fields[name]) for name in self.verbalizer.fields if name in fields}
+            fields = {**fields, **own}
         rendered = self.verbalizer.render(fields)
-        if self._template_has_marks:
-            self._refuse_marks(fields)
         if self._continuation is None or self._chat is not None:
             return rendered
-        return self._continuation.of_source(rendered)
-
-    def _refuse_marks(self, fields: Mapping[str, str]) -> None:
-        for name in self.verbalizer.fields:
-            mark = next((mark for mark in self._marks if mark in fields[name]), None)
-            if mark is not None:
-                raise DataError(
-                    f"the field {name!r} holds {mark!r}, which would be read as a special token "
-                    "because the verbalizer uses special tokens; remove it from the data"
-                )
+        # The separator before the target stands for the spaces.
+        return self._marks.without_end(rendered) if self._marks.found else rendered.rstrip(" ")
 
     def _framed(self, texts: list[str]) -> list[tuple[int, ...]]:
-        plain = encode(self.tokenizer, texts, special=False, marks_are_text=not self._template_has_marks)
+        if self._marks.found:
+            plain = self._marks.ids(texts)
+        else:
+            plain = encode(self.tokenizer, texts, special=False, marks_are_text=True)
         return [self._source_frame.around(ids) for ids in plain]
 
     def _target(self, text: str | None) -> tuple[tuple[int, ...], int]:
@@ -255,9 +250,3 @@ class RowTokenizer:
         if self._continuation is not None:
             return self._continuation.ids(text)
         return encode(self.tokenizer, [text], special=False, as_target=True, marks_are_text=True)[0]
-
-
-def _special_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    added = tokenizer.added_tokens_decoder.values()
-    named = {str(mark) for mark in tokenizer.all_special_tokens}
-    return tuple(sorted(named | {token.content for token in added if token.special}))

@@ -14,12 +14,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, broken
 from softprompt.fields import check, check_number, from_mapping, setting
 
 DecodingMethod = Literal["GREEDY", "SAMPLING"]
 
 _SAMPLING_ONLY = ("top_k", "top_p", "min_p", "typical_p", "temperature", "seed")
+_OFF: Mapping[str, tuple[float, ...]] = {"top_k": (0,), "min_p": (0,)}
+_OFF_GREEDY: Mapping[str, tuple[float, ...]] = {**_OFF, "temperature": (0, 1), "top_p": (1,), "typical_p": (1,)}
+"""Values that change nothing, and so are read as None: whatever the decoding method, and under GREEDY."""
+_DEFAULTS_OF_OTHERS: Mapping[str, tuple[float | None, ...]] = {
+    "diversity_penalty": (0,),
+    "do_sample": (False,),
+    "early_stopping": (False,),
+    "length_penalty": (1,),
+    "no_repeat_ngram_size": (0,),
+    "num_beam_groups": (1,),
+    "num_return_sequences": (1,),
+    "use_cache": (True,),
+}
+"""Names of transformers that are not known here, and their values that ask for nothing."""
 _LENGTHS, _SAMPLING, _PENALTIES = "Length and stopping", "Decoding and sampling", "Penalties"
 _BATCHING = "Batching and caching"
 
@@ -102,10 +116,16 @@ class GenerationOptions:
             )
         object.__setattr__(self, "stop_sequences", tuple(self.stop_sequences))
         self._check_length_penalty()
+        for name, values in (_OFF if self.samples else _OFF_GREEDY).items():
+            value = getattr(self, name)
+            if not isinstance(value, bool) and value in values:
+                object.__setattr__(self, name, None)
         check(self)
         for stop in self.stop_sequences:
             if not isinstance(stop, str) or not stop:
                 raise ConfigError(f"stop_sequences expects texts of at least one character, got {stop!r}")
+            if problem := broken(stop):
+                raise ConfigError(f"the stop sequence {stop!r} holds {problem}; no answer can hold it")
         if self.min_new_tokens > self.max_new_tokens:
             raise ConfigError(
                 f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens "
@@ -115,12 +135,16 @@ class GenerationOptions:
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
-        """Build options from names and values.
+        """Build options from names and values; defaults of transformers' other options are taken.
 
         Raises:
             ConfigError: A name is unknown (the nearest known one is named), or a value is out of range.
         """
-        return from_mapping(cls, settings)
+        others = _DEFAULTS_OF_OTHERS
+        known = {n: v for n, v in settings.items() if n not in others or v not in (None, *others[n])}
+        if "do_sample" in known:
+            raise ConfigError("do_sample is called decoding_method here; choose SAMPLING, and leave do_sample out")
+        return from_mapping(cls, known)
 
     @property
     def samples(self) -> bool:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from softprompt.artifacts import Manifest
 from softprompt.data import RowTokenizer, Verbalizer
-from softprompt.errors import ConfigError, DataError, TemplateError, excerpt, nearest
+from softprompt.errors import ConfigError, DataError, TemplateError, broken, excerpt, nearest
 from softprompt.generation import Input
 from softprompt.prompts import Placement
 
@@ -21,10 +21,17 @@ Inputs = Fields | Iterable[Fields]
 
 
 def listed(requests: Inputs) -> list[Fields]:
-    """Return the requests as a list, also when a single one was passed."""
-    if isinstance(requests, str | Mapping):
-        return [requests]
-    return list(requests)
+    """Return the requests as a list, also when a single one was passed.
+
+    Raises:
+        DataError: One of them holds half a character.
+    """
+    found = [requests] if isinstance(requests, str | Mapping) else list(requests)
+    for number, request in enumerate(found, start=1):
+        for text in request.values() if isinstance(request, Mapping) else [request]:
+            if isinstance(text, str) and (problem := broken(text)):
+                raise DataError(f"input {number} holds {problem}; correct the text")
+    return found
 
 
 def fields_of(request: Fields, template_fields: Sequence[str]) -> dict[str, str]:
@@ -90,7 +97,7 @@ def inputs_of(rows: RowTokenizer, requests: Inputs) -> list[Input]:
 
     Raises:
         TemplateError: An input does not have the template's fields.
-        DataError: An input has no tokens.
+        DataError: An input has no tokens, or half a character.
     """
     names = rows.verbalizer.fields
     found = [rows.source(fields_of(each, names)) for each in listed(requests)]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.bundled import source_of
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, broken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,20 +97,27 @@ def text_token_ids(text: str, tokenizer: str, options: Mapping[str, Any] | None)
             among them leaves the tokenizer's special tokens out of the text.
 
     Raises:
-        ConfigError: If the tokenizer cannot be loaded.
+        ConfigError: If the tokenizer cannot be loaded, or the text holds half a character.
     """
+    _check_whole(text)
     given = dict(options or {})
     special = bool(given.pop("add_special_tokens", True))
     ids: list[int] = load_tokenizer(tokenizer, **given)(text, add_special_tokens=special)["input_ids"]
     return ids
 
 
+def _check_whole(text: str) -> None:
+    if problem := broken(text):
+        raise ConfigError(f"the initial text holds {problem}; correct it")
+
+
 def label_token_ids(labels: str, tokenizer: str) -> list[list[int]]:
     """Tokenise each line of a text by itself, without special tokens.
 
     Raises:
-        ConfigError: If the tokenizer cannot be loaded.
+        ConfigError: If the tokenizer cannot be loaded, or the text holds half a character.
     """
+    _check_whole(labels)
     loaded = load_tokenizer(tokenizer)
     return [loaded(line, add_special_tokens=False)["input_ids"] for line in labels.split("\n")]
 

@@ -59,7 +59,7 @@ class CompletionBody(SamplingBody):
     fields: Fields | Annotated[list[Fields], Field(min_length=1)] | None = Field(
         None, description="Fields of a template that has several; instead of prompt."
     )
-    raw: bool = Field(False, description="Put prompt in front of the model without the template.")
+    raw: bool = Field(False, description="Leave the template out, and read special tokens in prompt.")
     truncate_input: bool = Field(False, description="Cut an input that is too long for the prompt.")
     max_tokens: Whole | None = Field(16, ge=0, le=MOST_TOKENS)
     echo: bool | None = False
@@ -237,7 +237,7 @@ def _input(prompt: str | list[int], body: CompletionBody, served: Served) -> Inp
     if isinstance(prompt, list):
         found = served.of_ids(prompt)
     elif body.raw:
-        found = served.of_text(prompt)
+        found = served.of_text(prompt, raw=True)
     else:
         found = served.of_fields(prompt, truncate=body.truncate_input)
     if not found.ids:

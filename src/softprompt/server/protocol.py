@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, broken
 from softprompt.generation import EchoEvent, Event, FinishEvent, GenerationOptions, Input, Request, TokenEvent
 from softprompt.server.logprobs import Scores
 from softprompt.server.unserved import OF_STREAM, PARAMETERS, Neutral, asked
@@ -105,13 +105,8 @@ class SamplingBody(Body):
 def _check_text(value: Any) -> None:
     """Raise on lone surrogates: JSON can spell them, and no tokenizer can encode them."""
     match value:
-        case str() if not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(
-                    f"there is half of a character (a lone surrogate) at {error.start} of a text"
-                ) from error
+        case str() if problem := broken(value):
+            raise ValueError(f"there is {problem}")
         case dict():
             for key, item in value.items():
                 _check_text(key)

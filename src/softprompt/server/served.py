@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
-from softprompt.data import RowTokenizer, SpecialFrame, Verbalizer, encode
+from softprompt.data import Marks, RowTokenizer, SpecialFrame, Verbalizer, encode
 from softprompt.errors import ConfigError, DataError, TemplateError
 from softprompt.generation import Input
 from softprompt.inference import fields_of
@@ -35,6 +35,7 @@ class PlainText:
         tokenizer: The base model's.
         answers: Tokenizes labels for the base model alone.
         frame: Its special tokens around an input.
+        chat_marks: The special tokens of its chat template.
     """
 
     def __init__(self, base: Base, *, seq2seq: bool) -> None:
@@ -48,14 +49,11 @@ class PlainText:
         )
         frame = SpecialFrame.of(base.tokenizer)
         self.frame = frame if seq2seq else SpecialFrame(frame.prefix, ())
+        self.chat_marks = Marks(base.tokenizer, [str(base.tokenizer.chat_template)])
 
-    def ids(self, text: str) -> tuple[int, ...]:
-        """Return the ids of a text; special tokens in the text are parsed as such."""
-        return self.frame.around(self.bare_ids([text])[0])
-
-    def bare_ids(self, texts: list[str]) -> list[tuple[int, ...]]:
-        """Return the ids of texts without added special tokens."""
-        return encode(self.tokenizer, texts, special=False)
+    def ids(self, text: str, *, raw: bool = False) -> tuple[int, ...]:
+        """Return the ids of a text; only in a ``raw`` one special tokens are read as such."""
+        return self.frame.around(encode(self.tokenizer, [text], special=False, marks_are_text=not raw)[0])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids without special tokens."""
@@ -122,9 +120,9 @@ class Served:
             raise DataError(CUT.format(limit=self.rows.max_source_length, name=self.name))
         return Input(ids, self.rows.offset(ids), self.rows.decode, cut)
 
-    def of_text(self, text: str) -> Input:
-        """Return the input of a text without a template."""
-        return self.of_ids(self.plain.ids(text))
+    def of_text(self, text: str, *, raw: bool = False) -> Input:
+        """Return the input of a text without a template; a ``raw`` one is the client's own template."""
+        return self.of_ids(self.plain.ids(text, raw=raw))
 
     def of_ids(self, ids: Sequence[int]) -> Input:
         """Return the input of token ids.

@@ -14,7 +14,7 @@ from typing import Any, Unpack, cast
 
 from softprompt.artifacts import require_empty, require_no_file, write_atomically
 from softprompt.bundled import DEMO
-from softprompt.errors import ArtifactError, ConfigError, OutputExistsError, UsageError, nearest
+from softprompt.errors import ArtifactError, ConfigError, OutputExistsError, UsageError, broken, nearest
 from softprompt.fields import default_of
 from softprompt.inference import TunedPrompt
 from softprompt.prompts import SOURCE_INITS, MultitaskPromptTuningConfig, MultitaskPromptTuningInit
@@ -298,8 +298,12 @@ def write_run(path: Path, sources: Mapping[str, Any], settings: TuneSettings) ->
     for table, entries in tables.items():
         lines += ["", f"[{table}]"]
         lines += [f"{_key(name)} = {_literal(value)}" for name, value in entries.items()]
+    text = "\n".join(lines) + "\n"
+    if problem := broken(text):
+        line = next(line for line in lines if broken(line))
+        raise ConfigError(f"the run file cannot keep {line!r}, it has {problem}; give it another name in UTF-8")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "\n".join(lines) + "\n")
+    write_atomically(path, text)
 
 
 def _check_keys(values: Mapping[str, Any], known: list[str], where: str) -> None:
