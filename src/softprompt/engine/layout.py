@@ -205,7 +205,7 @@ def per_token(model: nn.Module, inputs: Mapping[str, Any], shape: Sequence[int])
 
 
 def counts_images(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    """Tell whether a model makes positions of several kinds from a call's images (M-RoPE), unless it is given some."""
+    """Tell whether a model makes positions of several kinds from a call's images (M-RoPE)."""
     grids = any(inputs.get(name) is not None for name in ("image_grid_thw", "video_grid_thw"))
     return grids and any(hasattr(part, "get_rope_index") for part in (model, getattr(model, "base_model", None)))
 
