@@ -70,7 +70,7 @@ def _prepared(base: Base, prompts: BatchPrompts, kwargs: dict[str, Any]) -> Iter
             @wraps(original)
             def prepare(*args: Any, **given: Any) -> Any:
                 announce()
-                return original(*args, **given)
+                return cast(dict[str, Any], original(*args, **given))
 
             with _replaced(base.model, _PREPARE, prepare):
                 yield kwargs
@@ -86,7 +86,7 @@ def _prepared(base: Base, prompts: BatchPrompts, kwargs: dict[str, Any]) -> Iter
     else:
         yield kwargs
         return
-    with _replaced(base.model, "prepare_inputs_for_generation", steps):
+    with _replaced(base.model, _PREPARE, steps):
         yield kwargs
 
 
@@ -108,7 +108,7 @@ class _Steps:
 
     def __init__(self, base: Base, prompts: PromptTable) -> None:
         self._model = base.model
-        self._original = cast(Any, base.model).prepare_inputs_for_generation
+        self._original: Callable[..., dict[str, Any]] = getattr(base.model, _PREPARE)
         self._prompts = prompts
         self._facts = base.facts
         self._first_pass: int | None = None  # text columns of the first pass, which holds the prompts

@@ -20,6 +20,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -192,16 +193,19 @@ def per_token(model: nn.Module, inputs: Mapping[str, Any], shape: Sequence[int])
 
     By shape and by the model's signature: what its towers take (``get_image_features``) does not.
     """
-    towers = [
-        getattr(model, name) for name in dir(type(model)) if name.startswith("get_") and name.endswith("_features")
-    ]
-    seen = {name for tower in towers for name in inspect.signature(tower).parameters}
+    seen = _taken_by_towers(type(model))
     return [
         name
         for name, value in inputs.items()
         if isinstance(value, Tensor) and value.dim() > 1 and tuple(value.shape[:2]) == tuple(shape)
         if name not in _MOVED and name not in seen and not name.startswith(_ELSEWHERE)
     ]
+
+
+@cache
+def _taken_by_towers(kind: type) -> frozenset[str]:
+    towers = (getattr(kind, name) for name in dir(kind) if name.startswith("get_") and name.endswith("_features"))
+    return frozenset(name for tower in towers for name in inspect.signature(tower).parameters)
 
 
 def counts_images(model: nn.Module, inputs: Mapping[str, Any]) -> bool:

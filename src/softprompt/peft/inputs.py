@@ -258,7 +258,7 @@ def tokens_of(inputs: dict[str, Any]) -> Tensor:
         hint = "run each choice as a row of its own" if tokens.dim() > rank else f"pass {name}[None]"
         form = "[B, T]" if rank == 2 else "[B, T, H]"
         raise ConfigError(f"{name} must be {form}, got {list(tokens.shape)}; {hint}")
-    return tokens
+    return cast(Tensor, tokens)
 
 
 def decoder_inputs(base: Base, prompts: PromptTable, inputs: dict[str, Any]) -> dict[str, Any]:
