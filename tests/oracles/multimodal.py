@@ -93,3 +93,18 @@ def batch(name, *, left=0, right=0):
     if name == "gemma3":
         given["token_type_ids"] = kinds
     return given
+
+
+def row(given, number):
+    """Return one row of a batch without its padding."""
+    real = given["attention_mask"][number].bool()
+    images = len(given["pixel_values"]) // 2
+    alone = {}
+    for name, value in given.items():
+        if name == "pixel_values":
+            alone[name] = value[number * images : (number + 1) * images]
+        elif name == "image_grid_thw":
+            alone[name] = value[number : number + 1]
+        else:
+            alone[name] = value[number][real][None]
+    return alone

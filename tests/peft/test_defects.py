@@ -14,6 +14,7 @@ from oracles.peft_pair import base, batch
 from softprompt import (
     MultitaskPromptTuningConfig,
     PeftModel,
+    PrefixTuningConfig,
     PromptTuningConfig,
     get_peft_model,
 )
@@ -260,10 +261,33 @@ def test_generate_takes_positional_ids_for_seq2seq():
     assert ours.generate(ids, max_new_tokens=5, do_sample=False).tolist() == named.tolist()
 
 
-def test_speculative_decoding_is_refused():
-    ours = prompted(causal("llama"), "CAUSAL_LM")
-    with pytest.raises(ConfigError, match="prompt_lookup_num_tokens"):
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "mistral", "bloom"])
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_drafts_change_no_greedy_token(name, kind):
+    """Prompt lookup and an assistant, which has no prompt, draft tokens that are checked behind the prompt."""
+    model = get_peft_model(causal(name), kind(task_type="CAUSAL_LM", num_virtual_tokens=P)).eval()
+    torch.manual_seed(1)
+    torch.nn.init.normal_(next(p for p in model.parameters() if p.requires_grad))
+    ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    passes = []
+    hook = model.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
+    plain = model.generate(input_ids=ids, **options)
+    count = len(passes)
+    for draft in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": causal(name)}):
+        passes.clear()
+        assert torch.equal(model.generate(input_ids=ids, **options, **draft), plain)
+        assert 0 < len(passes) <= count
+    hook.remove()
+
+
+def test_drafts_are_refused_where_they_would_be_wrong():
+    ours = prompted(seq2seq("t5"), "SEQ_2_SEQ_LM")
+    with pytest.raises(ConfigError, match="prompt_lookup_num_tokens does not work with soft prompts on T5"):
         ours.generate(input_ids=torch.tensor([[5, 6]]), prompt_lookup_num_tokens=2, max_new_tokens=4)
+    with pytest.raises(ConfigError, match="assistant_early_exit"):
+        prompted(causal("llama"), "CAUSAL_LM").generate(input_ids=torch.tensor([[5, 6]]), assistant_early_exit=1)
 
 
 def test_a_prompt_for_another_base_is_refused(tmp_path):

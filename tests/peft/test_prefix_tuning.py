@@ -299,8 +299,8 @@ def test_what_does_not_fit_the_model():
         model(input_ids=ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6]]))
     with pytest.raises(ConfigError, match="static cache"):
         model.generate(ids, max_new_tokens=2, cache_implementation="static")
-    with pytest.raises(ConfigError, match="prompt_lookup_num_tokens does not work"):
-        model.generate(ids, max_new_tokens=2, prompt_lookup_num_tokens=2)
+    with pytest.raises(ConfigError, match="assistant_early_exit does not work"):
+        model.generate(ids, max_new_tokens=2, assistant_early_exit=1)
 
 
 @pytest.mark.parametrize(

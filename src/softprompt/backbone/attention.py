@@ -83,8 +83,10 @@ def _set(model: PreTrainedModel, name: str) -> Implementations:
         if model.config._attn_implementation != name:
             raise BackboneError(f"{type(model).__name__} does not honour transformers' attention interface")
         # Towers (a vision model beside the language model) keep their own.
-        read = (model.config, model.config.get_text_config())
-        return [each for each in implementations_of(model) if each[1] == name and any(each[0] is c for c in read)]
+        text = model.config.get_text_config()
+        beside = () if text is model.config else [getattr(model.config, n, None) for n in model.config.sub_configs]
+        towers = [id(config) for config in beside if config is not text]
+        return [each for each in implementations_of(model) if each[1] == name and id(each[0]) not in towers]
 
 
 def recomputes_layers(model: nn.Module) -> bool:

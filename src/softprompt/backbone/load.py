@@ -56,7 +56,10 @@ def load_base(
     if isinstance(name_or_path, PreTrainedModel):
         return _in_memory(name_or_path, tokenizer, dtype, device)
     name = str(name_or_path)
-    source, file = source_of(name)
+    try:
+        source, file = source_of(name)
+    except ImportError as cause:
+        raise BackboneError(str(cause)) from cause
     local = Path(source, *file.values()).exists()
     options: dict[str, Any] = {**file, "revision": revision, "local_files_only": not (local or downloads_allowed())}
     try:

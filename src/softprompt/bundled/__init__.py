@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from softprompt.errors import BackboneError
-
 DEMO = "demo"
 """Name of the base model that ships with the package."""
 
@@ -22,14 +20,14 @@ def source_of(name: str) -> tuple[str, dict[str, str]]:
     """Return where a base is, and what its ``from_pretrained`` takes more: the file of a GGUF model.
 
     Raises:
-        BackboneError: If it is a GGUF file, and the package that reads those is not installed.
+        ImportError: If it is a GGUF file, and the package that reads those is not installed.
     """
     if name == DEMO:
         return str(model_directory()), {}
     if not name.endswith(".gguf"):
         return name, {}
     if importlib.util.find_spec("gguf") is None:
-        raise BackboneError(f'reading {name} needs gguf, it is not installed: pip install "softprompt[gguf]"')
+        raise ImportError(f'reading {name} needs gguf, it is not installed: pip install "softprompt[gguf]"')
     folder, _, file = name.rpartition("/")
     return folder or ".", {"gguf_file": file}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any, cast
 
 import torch
@@ -19,13 +20,14 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 from softprompt.backbone import Base, Facts, VirtualVocabulary, output_limit
 from softprompt.engine.layout import Layout, per_token
 from softprompt.engine.padded import BatchPrompts
-from softprompt.engine.prefixes import cached_tokens, prefix_path
+from softprompt.engine.prefixes import cached_tokens, own_passes, prefix_path
 from softprompt.engine.rows import Prefixes, PromptTable, check_context
 from softprompt.errors import ConfigError
 from softprompt.prompts import Prompt
 
 _STATIC = ("static", "offloaded_static", "sliding_window", "hybrid", "hybrid_chunked")
-_SPECULATIVE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+_SPECULATIVE = ("assistant_model", "prompt_lookup_num_tokens")
+_PREPARE = "prepare_inputs_for_generation"
 
 
 @torch.no_grad()
@@ -48,8 +50,7 @@ def generate_with_prompts(
         vocabulary: Hooks that are on the base's embeddings already; None makes and removes some.
 
     Raises:
-        ConfigError: For speculative decoding, which rewinds the cache by text lengths, and for
-            arguments that do not go with the prompts.
+        ConfigError: For arguments that do not go with the prompts.
         ContextOverflowError: If prompt, input and new tokens exceed the model's context.
     """
     batch = BatchPrompts.of(prompts, at=at)
@@ -63,7 +64,16 @@ def _prepared(base: Base, prompts: BatchPrompts, kwargs: dict[str, Any]) -> Iter
     if prompts.prefixes is not None:
         _check_prefixed(base, prompts.prefixes, kwargs)
     if prompts.table is None:
-        yield kwargs
+        original = getattr(base.model, _PREPARE)
+        with own_passes() as announce:
+
+            @wraps(original)
+            def prepare(*args: Any, **given: Any) -> Any:
+                announce()
+                return cast(dict[str, Any], original(*args, **given))
+
+            with _replaced(base.model, _PREPARE, prepare):
+                yield kwargs
         return
     kwargs = _checked(base, prompts, kwargs)
     if base.is_encoder_decoder and prompts.input is not None:
@@ -76,7 +86,7 @@ def _prepared(base: Base, prompts: BatchPrompts, kwargs: dict[str, Any]) -> Iter
     else:
         yield kwargs
         return
-    with _replaced(base.model, "prepare_inputs_for_generation", steps):
+    with _replaced(base.model, _PREPARE, steps):
         yield kwargs
 
 
@@ -98,7 +108,7 @@ class _Steps:
 
     def __init__(self, base: Base, prompts: PromptTable) -> None:
         self._model = base.model
-        self._original = cast(Any, base.model).prepare_inputs_for_generation
+        self._original: Callable[..., dict[str, Any]] = getattr(base.model, _PREPARE)
         self._prompts = prompts
         self._facts = base.facts
         self._first_pass: int | None = None  # text columns of the first pass, which holds the prompts
@@ -242,12 +252,11 @@ def _checked(base: Base, prompts: BatchPrompts, kwargs: dict[str, Any]) -> dict[
     """Return the arguments of ``generate`` behind virtual tokens, checked against the context.
 
     Raises:
-        ConfigError: For speculative decoding, ids that are no token of the base, and options that do
-            not go with the prompts.
+        ConfigError: For ids that are no token of the base, and options that do not go with the prompts.
         ContextOverflowError: If prompt, input and new tokens do not fit.
     """
     config: GenerationConfig = kwargs.get("generation_config") or base.model.generation_config
-    _refuse_speculation(config, kwargs)
+    _check_speculation(base, config, kwargs)
     cache = kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() and kwargs.get("prefill_chunk_size"):
         raise ConfigError("prefill_chunk_size does not go with a filled past_key_values; leave one out")
@@ -277,11 +286,11 @@ def _check_prefixed(base: Base, prefixes: Prefixes, kwargs: dict[str, Any]) -> N
     """Refuse arguments of ``generate`` that would be misread behind prefixes.
 
     Raises:
-        ConfigError: For speculative decoding, static caches, and a filled cache where prefixes stand in it.
+        ConfigError: For static caches, and a filled cache where prefixes stand in it.
         ContextOverflowError: If prefix, input and new tokens do not fit.
     """
     config: GenerationConfig = kwargs.get("generation_config") or base.model.generation_config
-    _refuse_speculation(config, kwargs)
+    _check_speculation(base, config, kwargs)
     if kwargs.get("cache_implementation", config.cache_implementation) in _STATIC:
         raise ConfigError(
             "a static cache has its masks made before the layers see the prefix; leave cache_implementation out"
@@ -302,10 +311,11 @@ def _check_prefixed(base: Base, prefixes: Prefixes, kwargs: dict[str, Any]) -> N
         check_context(tokens, prefixes.width, base.facts.context_length, new=new)
 
 
-def _refuse_speculation(config: GenerationConfig, kwargs: dict[str, Any]) -> None:
-    for name in _SPECULATIVE:
+def _check_speculation(base: Base, config: GenerationConfig, kwargs: dict[str, Any]) -> None:
+    """Refuse speculation but on decoders: drafts are made of the text alone, and checked behind the prompt."""
+    for name in (*(_SPECULATIVE if base.is_encoder_decoder else ()), "assistant_early_exit"):
         if kwargs.get(name, getattr(config, name, None)) is not None:
-            raise ConfigError(f"{name} does not work with soft prompts; leave it out")
+            raise ConfigError(f"{name} does not work with soft prompts on {base.facts.architecture}; leave it out")
 
 
 def _text_size(kwargs: dict[str, Any]) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -192,10 +193,7 @@ def per_token(model: nn.Module, inputs: Mapping[str, Any], shape: Sequence[int])
 
     By shape and by the model's signature: what its towers take (``get_image_features``) does not.
     """
-    towers = [
-        getattr(model, name) for name in dir(type(model)) if name.startswith("get_") and name.endswith("_features")
-    ]
-    seen = {name for tower in towers for name in inspect.signature(tower).parameters}
+    seen = _taken_by_towers(type(model))
     return [
         name
         for name, value in inputs.items()
@@ -204,8 +202,14 @@ def per_token(model: nn.Module, inputs: Mapping[str, Any], shape: Sequence[int])
     ]
 
 
+@cache
+def _taken_by_towers(kind: type) -> frozenset[str]:
+    towers = (getattr(kind, name) for name in dir(kind) if name.startswith("get_") and name.endswith("_features"))
+    return frozenset(name for tower in towers for name in inspect.signature(tower).parameters)
+
+
 def counts_images(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    """Tell whether a model makes positions of several kinds (M-RoPE) from a call's images."""
+    """Tell whether a model makes positions of several kinds from a call's images (M-RoPE)."""
     grids = any(inputs.get(name) is not None for name in ("image_grid_thw", "video_grid_thw"))
     return grids and any(hasattr(part, "get_rope_index") for part in (model, getattr(model, "base_model", None)))
 

@@ -30,7 +30,7 @@ from softprompt.inference.tuned import TunedPrompt
 from softprompt.prompts import PromptLearningConfig, check_fit, take_over
 
 Named = str | Path | PreTrainedModel
-"""A base: its folder or Hub id, or a model in memory."""
+"""A base: its folder, GGUF file or Hub id, or a model in memory."""
 
 _SEQ2SEQ = {"CAUSAL_LM": False, "SEQ_2_SEQ_LM": True}
 
@@ -72,7 +72,7 @@ def load(
     Args:
         prompts: Folder of the prompt, or ``org/name`` on the Hub; or several of them, of any kinds, by
             the names that calls use.
-        base_model: Folder, Hub id, or a model in memory, which is frozen and put into evaluation
+        base_model: Folder, GGUF file, Hub id, or a model in memory, which is frozen and put into evaluation
             mode; None takes the one on record (with the first prompt).
         bounds: What many prompts together may use at most.
         **reading: ``tokenizer``, used instead of the base model's own; ``torch_dtype`` of the base, where

@@ -282,12 +282,18 @@ def tokens_of(inputs: dict[str, Any]) -> Tensor:
     """Return the input of a call, ids ``[B, T]`` or embeddings ``[B, T, H]``.
 
     Raises:
-        ConfigError: If it has both or neither.
+        ConfigError: If it has both or neither, or they are of another rank (one row, multiple choice).
     """
     ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
     if (ids is None) == (embeds is None):
         raise ConfigError("pass exactly one of input_ids and inputs_embeds")
-    return cast(Tensor, ids if ids is not None else embeds)
+    name, tokens, rank = ("input_ids", ids, 2) if ids is not None else ("inputs_embeds", embeds, 3)
+    assert tokens is not None
+    if tokens.dim() != rank:
+        hint = "run each choice as a row of its own" if tokens.dim() > rank else f"pass {name}[None]"
+        form = "[B, T]" if rank == 2 else "[B, T, H]"
+        raise ConfigError(f"{name} must be {form}, got {list(tokens.shape)}; {hint}")
+    return cast(Tensor, tokens)
 
 
 def decoder_inputs(base: Base, prompts: PromptTable, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -158,7 +158,7 @@ class PeftModel(Adapters):
 
         Raises:
             AdapterError: For an unknown name, or not one name a row.
-            ConfigError: For speculative decoding.
+            ConfigError: For arguments that do not go with the prompts.
             ContextOverflowError: If prompt, input and new tokens cannot fit.
         """
         inputs = bound(_GENERATE, args, kwargs, what="generate")

@@ -130,8 +130,8 @@ def load_tokenizer(name: str, **options: object) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer  # a prompt without a text does not wait for it
 
-    source, more = source_of(name)
     try:
+        source, more = source_of(name)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **more, **options)
     except Exception as cause:
         first = (str(cause).strip().splitlines() or [type(cause).__name__])[0]

@@ -24,7 +24,7 @@ class ServeSettings:
         ConfigError: A value is of the wrong type or out of range.
     """
 
-    base_model: str = setting(MISSING, "Base model: folder, Hub id or 'demo'.", group=_SERVER)
+    base_model: str = setting(MISSING, "Base model: folder, Hub id, GGUF file or 'demo'.", group=_SERVER)
     prompts: str = setting(MISSING, "Folder of prompts, one subfolder for each.", group=_PROMPTS)
     host: str = setting("127.0.0.1", "Address to listen on.", group=_SERVER)
     port: int = setting(8000, "Port to listen on; 0 chooses a free one.", least=0, most=65535, group=_SERVER)

@@ -7,8 +7,9 @@ transformers' attention interface; and as the first columns of the cache, for th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from softprompt.backbone import Base, Facts, recomputes_layers
-from softprompt.engine import Prefixes
+from softprompt.engine import Prefixes, counts_images
 from softprompt.engine.prefixes.prefix_attention import EAGER, NAME, PrefixPlan, active_plan
 from softprompt.errors import BackboneError, ConfigError
 
@@ -37,6 +38,8 @@ def prefixed_attention(base: Base, prefixes: Prefixes) -> Iterator[None]:
         token = active_plan.set(plan)
         stack.callback(active_plan.reset, token)
         _shift_positions(base, prefixes, stack)
+        first = base.model.register_forward_pre_hook(_only_own_passes, with_kwargs=True, prepend=True)
+        stack.callback(first.remove)
         # Products are swapped by the pass around this one, or not at all.
         stack.enter_context(base.running(attention=NAME, products=()))
         yield
@@ -52,9 +55,16 @@ def _shift_positions(base: Base, prefixes: Prefixes, stack: ExitStack) -> None:
         return
 
     def shift(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        plan = active_plan.get()
+        if plan is None or plan.idle:
+            return None
         kwargs = dict(kwargs)
         given = kwargs.get("position_ids")
+        if given is None and counts_images(model, kwargs):
+            given = image_positions(model, kwargs)
         kwargs["position_ids"] = text_positions(facts, kwargs, given) + _column(prefixes, kwargs)
+        for name in _read_by_masks(model, kwargs):
+            kwargs[name] = _behind(kwargs[name], prefixes.repeated(len(kwargs[name])))
         return args, kwargs
 
     if facts.accepts_position_ids:
@@ -112,6 +122,58 @@ def _shift_decoder(table: nn.Module, prefixes: Prefixes, stack: ExitStack) -> No
     stack.callback(table.register_forward_hook(part).remove)
 
 
+_own_pass: ContextVar[list[bool] | None] = ContextVar("softprompt_own_pass", default=None)
+"""Inside ``generate``, whether its loop has prepared the next pass; None outside."""
+
+
+@contextmanager
+def own_passes() -> Iterator[Callable[[], None]]:
+    """Let only passes that are announced have prefixes: ``generate``'s own, not those of a logits processor."""
+    prepared = [False]
+    token = _own_pass.set(prepared)
+    try:
+        yield lambda: prepared.__setitem__(0, True)
+    finally:
+        _own_pass.reset(token)
+
+
+def _is_own_pass() -> bool:
+    prepared = _own_pass.get()
+    if prepared is None:
+        return True
+    own, prepared[0] = prepared[0], False
+    return own
+
+
+def _only_own_passes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    plan = active_plan.get()
+    if plan is not None:
+        plan.idle = not _is_own_pass()
+
+
+def _read_by_masks(model: nn.Module, kwargs: dict[str, Any]) -> list[str]:
+    """Return the token types of a call that are read by the masks alone: an image's tokens see each other."""
+    make = getattr(model, "create_masks_for_generate", None)
+    names = () if make is None else inspect.signature(make).parameters
+    return [name for name in names if "token_type_ids" in name and kwargs.get(name) is not None]
+
+
+def _behind(types: Tensor, prefixes: Prefixes) -> Tensor:
+    """Return token types ``[B, T]`` with each row's prefix in front, at the columns that masks are asked for."""
+    moved = types.new_zeros(types.shape[0], types.shape[1] + prefixes.width)
+    columns = torch.arange(types.shape[1], device=types.device) + prefixes.lengths.to(types.device).unsqueeze(1)
+    return moved.scatter(1, columns, types)
+
+
+def image_positions(model: nn.Module, kwargs: dict[str, Any]) -> Tensor:
+    """Return the positions ``[3, B, T]`` that a model makes of a call's images."""
+    owner = next(part for part in (model, getattr(model, "base_model", None)) if hasattr(part, "get_rope_index"))
+    make = cast(Any, owner).get_rope_index
+    names = inspect.signature(make).parameters.keys() - {"kwargs"}
+    positions, _ = make(**{name: kwargs.get(name) for name in names})
+    return cast(Tensor, positions)
+
+
 @contextmanager
 def prefixed_cache(base: Base, prefixes: Prefixes, *, counts_columns: bool = False) -> Iterator[None]:
     """Inject prefixes into the cache of every pass in the context, masks and positions extended over them.
@@ -131,6 +193,8 @@ def prefixed_cache(base: Base, prefixes: Prefixes, *, counts_columns: bool = Fal
         return output
 
     def inject(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not _is_own_pass():
+            return None
         if recomputes_layers(model) and torch.is_grad_enabled():
             raise ConfigError(
                 f"gradient checkpointing drops the cache that holds the prefix of {facts.architecture}; turn it off"

@@ -28,7 +28,7 @@ NAME = "softprompt_prefix"
 EAGER = "eager"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PrefixPlan:
     """What the masks of a pass are made from.
 
@@ -36,11 +36,13 @@ class PrefixPlan:
         prefixes: The rows' prefixes.
         inner: The model's own attention implementation, which computes the attention.
         causal_only: Whether only causal attention has them, as in the decoder of a seq2seq model.
+        idle: Whether the pass that runs has none.
     """
 
     prefixes: Prefixes
     inner: str
     causal_only: bool
+    idle: bool = False
 
 
 active_plan: ContextVar[PrefixPlan | None] = ContextVar("softprompt_prefix_plan", default=None)
@@ -87,7 +89,7 @@ def prefix_mask(
     plan = active_plan.get()
     if plan is None:
         raise BackboneError("a prefix mask was requested outside a prefixed pass")
-    if plan.causal_only and not _is_causal(mask_function, device):
+    if plan.idle or (plan.causal_only and not _is_causal(mask_function, device)):
         make = cast(Any, AttentionMaskInterface)()[plan.inner]
         own = make(
             batch_size=batch_size,
@@ -103,8 +105,6 @@ def prefix_mask(
             **kwargs,
         )
         return PrefixMask(own, plan.inner)
-    if use_vmap:
-        raise BackboneError("the model's attention mask depends on more than positions")
     prefixes = plan.prefixes.repeated(batch_size)
     lengths = prefixes.lengths.to(device).view(-1, 1, 1, 1)
     row = torch.arange(batch_size, device=device).view(-1, 1, 1, 1)
@@ -115,8 +115,11 @@ def prefix_mask(
     slot = torch.arange(prefixes.width, device=device).view(1, 1, 1, -1)
     rule = cast(Callable[..., Tensor], mask_function)
     head = torch.zeros_like(row)
-    sees_text = rule(row, head, query, text) & real
-    sees_prefix = rule(row, head, query, slot + lead) & (slot < lengths)
+    try:
+        sees_text = rule(row, head, query, text) & real
+        sees_prefix = rule(row, head, query, slot + lead) & (slot < lengths)
+    except (IndexError, RuntimeError, ValueError, TypeError) as cause:
+        raise BackboneError("the model's attention mask depends on more than positions") from cause
     shape = (batch_size, 1, q_length, -1)
     mask = torch.cat([sees_prefix.expand(*shape), sees_text.expand(*shape)], dim=3)
     if plan.inner == EAGER:
