@@ -193,7 +193,7 @@ def per_token(model: nn.Module, inputs: Mapping[str, Any], shape: Sequence[int])
 
     By shape and by the model's signature: what its towers take (``get_image_features``) does not.
     """
-    seen = _taken_by_towers(type(model))
+    seen = _taken_by_towers(type(model))  # type: ignore[arg-type]
     return [
         name
         for name, value in inputs.items()
