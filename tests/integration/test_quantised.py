@@ -89,7 +89,7 @@ def test_a_prompt_is_trained_saved_and_loaded_and_no_bit_of_the_base_changes(bas
         silence_progress_bars=True,
     )
     assert tuned.history[1]["loss"] < tuned.history[0]["loss"]
-    again = softprompt.load(tmp_path / "prompt", base, ignore_fingerprint=True)
+    again = softprompt.load(tmp_path / "prompt", base.model, tokenizer=base.tokenizer, ignore_fingerprint=True)
     text = RECORDS[0]["input"]
     assert again.classify([text])[0].scores == tuned.classify([text])[0].scores
     after = bits(base.model)

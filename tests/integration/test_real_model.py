@@ -63,7 +63,7 @@ def test_training_lowers_the_loss_and_a_loaded_prompt_scores_alike(base, prompts
     tuned, folder = prompts["seed1"]
     losses = [point["loss"] for point in tuned.history]
     assert losses[-1] < losses[0]
-    loaded = softprompt.load(folder, base)
+    loaded = softprompt.load(folder, base.model, tokenizer=base.tokenizer)
     texts = [record["input"] for record in RECORDS]
     scored, again = tuned.classify(texts), loaded.classify(texts)
     assert [each.scores for each in scored] == [each.scores for each in again]

@@ -14,7 +14,7 @@ class PackingLinear(nn.Module):
     def __init__(self, linear):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        self.quant_state = SimpleNamespace(packed=False)
+        self.quant_state, self.training = SimpleNamespace(packed=False), linear.training
 
     def forward(self, x):
         if not self.training and not x.requires_grad and not self.quant_state.packed:
