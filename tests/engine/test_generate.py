@@ -92,7 +92,7 @@ def test_what_is_refused():
     base, prompt = Base.of(tiny("llama")), Prompt(input=virtual_tokens(0))
     ids = torch.tensor([[3, 7]])
     with pytest.raises(ConfigError, match="does not work with soft prompts"):
-        generate_with_prompts(base, [prompt], {"input_ids": ids, "prompt_lookup_num_tokens": 2})
+        generate_with_prompts(base, [prompt], {"input_ids": ids, "assistant_early_exit": 1})
     with pytest.raises(ContextOverflowError, match="new tokens exceed"):
         generate_with_prompts(base, [prompt], {"input_ids": ids, "max_new_tokens": 10**6})
     with pytest.raises(ConfigError, match="use the tokenizer that belongs to it"):

@@ -21,7 +21,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -193,7 +193,7 @@ def per_token(model: nn.Module, inputs: Mapping[str, Any], shape: Sequence[int])
 
     By shape and by the model's signature: what its towers take (``get_image_features``) does not.
     """
-    seen = _taken_by_towers(type(model))  # type: ignore[arg-type]
+    seen = _taken_by_towers(cast(Any, type(model)))
     return [
         name
         for name, value in inputs.items()
