@@ -36,8 +36,8 @@ from .peft.classes import get_peft_model as get_peft_model
 from .peft.classes import initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values
 from .peft.classes import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
 from .peft.classes import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+from .peft.loading import load_peft_weights as load_peft_weights
 from .peft.saving import get_peft_model_state_dict as get_peft_model_state_dict
-from .peft.saving import load_peft_weights as load_peft_weights
 from .peft.saving import set_peft_model_state_dict as set_peft_model_state_dict
 from .prompts import CartridgeConfig as CartridgeConfig
 from .prompts import CartridgeEncoder as CartridgeEncoder

@@ -24,7 +24,7 @@ from softprompt import (
     set_peft_model_state_dict,
 )
 from softprompt.errors import AdapterError, ArtifactError, ConfigError
-from softprompt.peft.saving import Loading
+from softprompt.peft.loading import Loading
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 KEY = "prompt_embeddings"

@@ -72,7 +72,7 @@ def test_what_is_trained_in_the_place_of_rows_is_saved_as_rows(llama, rows, tmp_
     loaded = load(tmp_path / "out")
     torch.testing.assert_close(values_of(loaded), values_of(tuned))
     assert loaded("the film was good") == tuned("the film was good")
-    with caplog.at_level("INFO", "softprompt.peft.saving"):
+    with caplog.at_level("INFO", "softprompt.peft.loading"):
         PeftModel.from_pretrained(load_base(llama).model, tmp_path / "out", is_trainable=True)
     told = f"the virtual tokens of a {kind} prompt are baked: training goes on with the tokens themselves"
     assert told in caplog.messages

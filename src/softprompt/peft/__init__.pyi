@@ -20,6 +20,6 @@ from .classes import get_peft_model as get_peft_model
 from .classes import initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values
 from .classes import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
 from .classes import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+from .loading import load_peft_weights as load_peft_weights
 from .saving import get_peft_model_state_dict as get_peft_model_state_dict
-from .saving import load_peft_weights as load_peft_weights
 from .saving import set_peft_model_state_dict as set_peft_model_state_dict
