@@ -91,7 +91,8 @@ def test_a_prompt_is_trained_saved_and_loaded_and_no_bit_of_the_base_changes(bas
     assert tuned.history[1]["loss"] < tuned.history[0]["loss"]
     again = softprompt.load(tmp_path / "prompt", base.model, tokenizer=base.tokenizer, ignore_fingerprint=True)
     text = RECORDS[0]["input"]
-    assert again.classify([text])[0].scores == tuned.classify([text])[0].scores
+    labels = [record["output"] for record in RECORDS]
+    assert again.classify([text], labels)[0].scores == tuned.classify([text], labels)[0].scores
     after = bits(base.model)
     assert before.keys() == after.keys()
     assert [name for name in before if not torch.equal(before[name], after[name])] == []

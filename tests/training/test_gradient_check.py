@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from oracles.families import CAUSAL, causal
+from oracles.families import CAUSAL, SEQ2SEQ, causal, seq2seq
 from oracles.quantised import packed, quantised
 from softprompt import PromptTuningConfig, get_peft_model
 from softprompt.backbone import Base, weights_hash
@@ -22,9 +22,10 @@ def problem(model, kind="plain", *, keys_and_values=False):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", sorted(CAUSAL))
+@pytest.mark.parametrize("name", sorted({**CAUSAL, **SEQ2SEQ}))
 def test_sound_bases_raise_no_alarm(name, dtype):
-    assert problem(causal(name).to(dtype), "auto") == ""
+    model = causal(name) if name in CAUSAL else seq2seq(name)
+    assert problem(model.to(dtype), "auto") == ""
 
 
 def detached(forward):

@@ -136,13 +136,19 @@ def stopping(model: nn.Module) -> Iterator[list[str]]:
     handles = [
         each.register_forward_hook(hook_of(name), with_kwargs=True)
         for name, each in model.named_modules()
-        if any(weight.dim() > 1 for weight in each.parameters())
+        if _multiplies(each)
     ]
     try:
         yield found
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Tell whether a module has weights beside embedding tables, which read of a tensor its shape alone."""
+    parts = (part for part in module.modules() if not isinstance(part, nn.Embedding))
+    return any(weight.dim() > 1 for part in parts for weight in part.parameters(recurse=False))
 
 
 def _flows(tensors: list[Tensor]) -> bool:
