@@ -162,8 +162,10 @@ def test_a_head_over_a_bfloat16_base_is_float32():
 
 
 def test_a_head_of_another_size_is_refused(tmp_path):
-    prompted("SEQ_CLS").save_pretrained(tmp_path)
+    model = prompted("SEQ_CLS")
+    model.save_pretrained(tmp_path)
     other = build(tf.AutoModelForSequenceClassification, ENCODERS["bert"](), num_labels=5)
+    other.bert.load_state_dict(model.base_model.bert.state_dict())
     with pytest.raises(ArtifactError, match=r"base_model\.classifier\..* this model needs"):
         PeftModel.from_pretrained(other, tmp_path)
 

@@ -193,13 +193,14 @@ def per_token(model: nn.Module, inputs: Mapping[str, Any], shape: Sequence[int])
 
     By shape and by the model's signature: what its towers take (``get_image_features``) does not.
     """
-    seen = _taken_by_towers(cast(Any, type(model)))
-    return [
+    found = [
         name
         for name, value in inputs.items()
         if isinstance(value, Tensor) and value.dim() > 1 and tuple(value.shape[:2]) == tuple(shape)
-        if name not in _MOVED and name not in seen and not name.startswith(_ELSEWHERE)
+        if name not in _MOVED and not name.startswith(_ELSEWHERE)
     ]
+    # Most calls have none, and a compiled one cannot be asked for a signature.
+    return [name for name in found if name not in _taken_by_towers(cast(Any, type(model)))] if found else found
 
 
 @cache
