@@ -9,12 +9,9 @@ process, the median over rounds.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -25,7 +22,7 @@ import softprompt
 from softprompt.backbone import Base
 from softprompt.engine import EngineRow, build_engine
 from softprompt.prompts import Prompt
-from training_step import SCALE, TARGET, WORKS, Work, batch_of, count, frozen, rows_of
+from training_step import SCALE, TARGET, WORKS, Work, asked, batch_of, count, frozen, rows_of
 
 LIMIT = 1.15
 """How many times ``tune``'s step ours may take through Trainer."""
@@ -136,17 +133,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     """Run the works and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--only", choices=NAMES, help="one row of the table")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    tf.logging.set_verbosity(40)
-    results = [measure(name, options.rounds) for name in ([options.only] if options.only else NAMES)]
-    if options.json:
-        print(json.dumps(results, indent=2))
-        return
+    results = asked(__doc__, NAMES, measure)
     print(
         "| work | GFLOP tune / Trainer / PEFT in Trainer | Trainer over tune (limit): seconds, FLOPs "
         "| PEFT over ours |"

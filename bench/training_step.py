@@ -15,7 +15,7 @@ import multiprocessing
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -350,19 +350,28 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Run the works and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--only", choices=WORKS, help="one row of the table")
+def asked(
+    document: str | None, names: Iterable[str], measure: Callable[[str, int], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Measure the works that the command line asks for; with --json print them and leave."""
+    names = list(names)
+    parser = argparse.ArgumentParser(description=document.splitlines()[0] if document else None)
+    parser.add_argument("--only", choices=names, help="one row of the table")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     tf.logging.set_verbosity(40)
-    results = [measure(name, options.rounds) for name in ([options.only] if options.only else WORKS)]
+    results = [measure(name, options.rounds) for name in ([options.only] if options.only else names)]
     if options.json:
         print(json.dumps(results, indent=2))
-        return
+        raise SystemExit(0)
+    return results
+
+
+def main() -> None:
+    """Run the works and print the table."""
+    results = asked(__doc__, WORKS, measure)
     print(
         "| work | GFLOP PEFT / ours | ratio (target) | seconds ratio (target) | with torch's products "
         "| memory ours / PEFT | over bound: FLOPs, time | ratio at the bound |"

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import softprompt
 from oracles.families import ENCODERS, SEQ2SEQ, build, causal
+from oracles.trainer import SHORT
 from softprompt.errors import ArtifactError
 
 P = 4
@@ -59,18 +60,9 @@ def records(count=16, *, spare=True):
 
 def trainer(model, folder, *, data=None, callbacks=(), collator=None, metrics=None, **options):
     data = records() if data is None else data
-    settings = {
-        "per_device_train_batch_size": 4,
-        "num_train_epochs": 2,
-        "learning_rate": 1e-2,
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-    }
     return tf.Trainer(
         model,
-        tf.TrainingArguments(str(folder), **{**settings, **options}),
+        tf.TrainingArguments(str(folder), **{**SHORT, "save_strategy": "no", **options}),
         train_dataset=data,
         eval_dataset=data,
         callbacks=list(callbacks),

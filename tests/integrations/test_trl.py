@@ -12,6 +12,7 @@ import transformers as tf
 
 import softprompt
 from oracles.tokenizers import byte_bpe
+from oracles.trainer import SHORT
 
 trl = pytest.importorskip("trl", reason="trl is not installed; it is in the dev extra")
 
@@ -58,19 +59,9 @@ def fine_tune(library, how, method, tokenizer, folder, *, callbacks=(), resume=N
     torch.manual_seed(1)
     if how == "wrapped":
         model, extra = library.get_peft_model(model, config), {}
-    settings = {
-        "per_device_train_batch_size": 4,
-        "num_train_epochs": 2,
-        "learning_rate": 1e-2,
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        "save_strategy": "epoch",
-    }
     trainer = trl.SFTTrainer(
         model,
-        args=trl.SFTConfig(str(folder), **{**settings, **options}),
+        args=trl.SFTConfig(str(folder), **{**SHORT, "bf16": False, "save_strategy": "epoch", **options}),
         train_dataset=data(),
         eval_dataset=data(),
         processing_class=copy.deepcopy(tokenizer),

@@ -1,4 +1,4 @@
-"""Named soft prompts on one frozen model, under PEFT's interface: calls, files and counts."""
+"""Named soft prompts on one frozen model, under PEFT's interface: its calls and its files."""
 
 from __future__ import annotations
 
