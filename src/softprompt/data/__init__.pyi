@@ -1,11 +1,11 @@
 from .batches import plan_batches as plan_batches
 from .batches import split_batch as split_batch
-from .records import DataSource as DataSource
 from .records import Record as Record
-from .records import data_fingerprint as data_fingerprint
 from .records import label_set as label_set
 from .records import read_records as read_records
-from .records import read_source as read_source
+from .sources import DataSource as DataSource
+from .sources import data_fingerprint as data_fingerprint
+from .sources import read_source as read_source
 from .special_tokens import Marks as Marks
 from .special_tokens import SpecialFrame as SpecialFrame
 from .special_tokens import encode as encode
