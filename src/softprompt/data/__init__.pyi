@@ -1,11 +1,15 @@
 from .batches import plan_batches as plan_batches
 from .batches import split_batch as split_batch
+from .file_formats import Located as Located
 from .records import Record as Record
 from .records import label_set as label_set
 from .records import read_records as read_records
 from .sources import DataSource as DataSource
+from .sources import Use as Use
 from .sources import data_fingerprint as data_fingerprint
+from .sources import opened as opened
 from .sources import read_source as read_source
+from .sources import validation_split_of as validation_split_of
 from .special_tokens import Marks as Marks
 from .special_tokens import SpecialFrame as SpecialFrame
 from .special_tokens import encode as encode

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from softprompt.data.file_formats import Located
-from softprompt.data.sources import DataSource, read_source
+from softprompt.data.sources import DataSource, Use, read_source
 from softprompt.errors import ConfigError, DataError, broken, nearest
 
 INPUT = "input"
@@ -23,10 +23,12 @@ class Record:
     Attributes:
         fields: Every column but the target, and ``input`` whatever the input column is called.
         target: The wanted answer; None where the data has none.
+        left_out: Columns whose values are no text, such as lists, and the types of these.
     """
 
     fields: Mapping[str, str]
     target: str | None
+    left_out: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
 
 def read_records(
@@ -35,15 +37,18 @@ def read_records(
     input_field: str | None = None,
     output_field: str | None = None,
     require_target: bool = True,
+    label_names: Mapping[str, str] | None = None,
+    use: Use | None = None,
 ) -> list[Record]:
     """Read every record of ``source``.
 
     Args:
-        source: A path to JSONL, JSON, CSV, TSV, Parquet, Arrow or Feather, an iterable of
-            mappings, or a ``datasets.Dataset``.
-        input_field: The input column; ``input`` or ``text`` when not named.
+        source: Anything that ``read_source`` reads, or what it gave.
+        input_field: The input column; ``input`` or ``text`` when not named, none where neither is there.
         output_field: The target column; ``output`` or ``labels`` when not named.
         require_target: Refuse records without a target.
+        label_names: Names of targets, such as ``{"0": "negative", "1": "positive"}``.
+        use: Which split of several is read.
 
     Raises:
         DataError: The source cannot be read, or a record lacks or misuses a field; the message
@@ -51,40 +56,55 @@ def read_records(
     """
     records: list[Record] = []
     columns: Columns | None = None
-    for located in read_source(source):
+    for located in read_source(source, use):
         if columns is None:
             columns = choose_columns(located, input_field, output_field, require_target=require_target)
-        records.append(_record(located, columns, require_target=require_target))
+        records.append(_record(located, columns, label_names or {}, require_target=require_target))
     return records
 
 
-def _record(located: Located, columns: Columns, *, require_target: bool) -> Record:
-    record = located.record
-    fields = {
-        name: text
+def _record(located: Located, columns: Columns, label_names: Mapping[str, str], *, require_target: bool) -> Record:
+    record = {name: value for name, value in located.record.items() if name != columns.target}
+    left_out = {
+        name: type(value).__name__
         for name, value in record.items()
-        if name != columns.target and (text := _text(value, name, located.where)) is not None
+        if name != columns.input and not isinstance(_scalar(value), _SCALARS)
     }
-    if columns.input not in fields:
-        raise DataError(f"{located.where}: {_lack(columns.input, record)}")
-    fields[INPUT] = fields[columns.input]
-    return Record(fields, _target(located, columns, require_target=require_target))
+    texts = {name: _text(value, name, located.where) for name, value in record.items() if name not in left_out}
+    fields = {name: text for name, text in texts.items() if text is not None}
+    if columns.input is not None:
+        if columns.input not in fields:
+            raise DataError(f"{located.where}: {_lack(columns.input, located.record)}")
+        fields[INPUT] = fields[columns.input]
+    return Record(fields, _target(located, columns, label_names, require_target=require_target), left_out)
 
 
-def _target(located: Located, columns: Columns, *, require_target: bool) -> str | None:
+def _target(
+    located: Located, columns: Columns, label_names: Mapping[str, str], *, require_target: bool
+) -> str | None:
     if columns.target is None:
         return None
     value = located.record.get(columns.target)
-    if columns.target == "labels" and isinstance(value, list | tuple):
-        parts = [_text(part, columns.target, located.where) for part in value]
-        text = ",".join(part for part in parts if part is not None)
-    else:
-        text = _text(value, columns.target, located.where) or ""
+    values = value if columns.target == "labels" and isinstance(value, list | tuple) else [value]
+    parts = [_text(each, columns.target, located.where) for each in values]
+    text = ",".join(_named(part, label_names, located.where) for part in parts if part is not None)
     if text.strip():
         return text
     if require_target:
         raise DataError(f"{located.where}: {_lack(columns.target, located.record)}")
     return None
+
+
+def _named(target: str, names: Mapping[str, str], where: str) -> str:
+    """Return the name of a target; one that is a name already stays."""
+    if not names or target in names.values() or not target.strip():
+        return target
+    if target not in names:
+        raise DataError(
+            f"{where}: the target {target!r} has no name in label_names, which has {', '.join(names)}"
+            f"{nearest(target, names)}; add it"
+        )
+    return names[target]
 
 
 def _lack(name: str, record: Mapping[str, Any]) -> str:
@@ -93,9 +113,17 @@ def _lack(name: str, record: Mapping[str, Any]) -> str:
     return f"expected the field {name!r}, got {', '.join(record)}{nearest(name, record)}"
 
 
+_SCALARS = (str, bool, int, float, type(None))
+
+
+def _scalar(value: Any) -> Any:
+    """Return a value of NumPy or of a tensor without dimensions as Python's."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+
+
 def _text(value: Any, name: str, where: str) -> str | None:
     """Return a scalar as text, None for a null; numbers as JSON would spell them."""
-    scalar = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+    scalar = _scalar(value)
     if isinstance(scalar, str):
         if problem := broken(scalar):
             raise DataError(f"{where}: the field {name!r} holds {problem}; correct the record or leave it out")
@@ -114,11 +142,11 @@ class Columns:
     """The input and target column of a source, decided once from its first record.
 
     Attributes:
-        input: The column that ``{{input}}`` stands for.
+        input: The column that ``{{input}}`` stands for, or None where the template has to name its own.
         target: The column that holds the answer, or None where there is none.
     """
 
-    input: str
+    input: str | None
     target: str | None
 
 
@@ -140,7 +168,7 @@ def choose_columns(
             "{{input}}; leave input_field out and name the columns in the verbalizer"
         )
     target = _target_column(first, source, output_field, require_target=require_target)
-    if target == source:
+    if target is not None and target == source:
         raise DataError(f"{first.where}: the column {source!r} cannot be input and target at once")
     return Columns(source, target)
 
@@ -160,37 +188,33 @@ def _whole_pair(first: Located) -> Columns:
     )
 
 
-def _input_column(first: Located, named: str | None, output_field: str | None) -> str:
+def _input_column(first: Located, named: str | None, output_field: str | None) -> str | None:
     present = list(first.record)
     if named is not None:
         _require(named, "input_field", first)
         return named
     found = [source for source, _ in _PAIRS if source in present and source != output_field]
-    if len(found) == 2 and _PAIRS[0][1] in present and output_field in (None, _PAIRS[0][1]):
-        return INPUT
-    if len(found) == 1:
-        return found[0]
-    problem = "both input and text could be the input" if found else "no field input or text"
-    raise DataError(
-        f"{first.where}: {problem} among {_listed(present)}"
-        f"{_first_hint([source for source, _ in _PAIRS], present) if not found else ''}; "
-        "name one with input_field"
-    )
+    if len(found) == 2 and not (_PAIRS[0][1] in present and output_field in (None, _PAIRS[0][1])):
+        raise DataError(
+            f"{first.where}: both input and text could be the input among {_listed(present)}; "
+            "name one with input_field"
+        )
+    return found[0] if found else None
 
 
-def _target_column(first: Located, source: str, named: str | None, *, require_target: bool) -> str | None:
+def _target_column(first: Located, source: str | None, named: str | None, *, require_target: bool) -> str | None:
     present = list(first.record)
     if named is not None:
         if named in present or not require_target:
             return named
         _require(named, "output_field", first)
-    of_pair = dict(_PAIRS).get(source)
+    of_pair = dict(_PAIRS).get(source or "")
     if of_pair in present:
         return of_pair
     found = [target for _, target in _PAIRS if target in present and target != source]
     if len(found) == 1:
         return found[0]
-    if not found and not require_target:
+    if not require_target:
         return None
     problem = "both output and labels could be the target" if found else "no field output or labels"
     raise DataError(
