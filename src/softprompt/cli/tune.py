@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     multiple=True,
     metavar="[TASK=]FILE",
     group="Data",
-    help="Training data: JSONL, CSV, Parquet ..., - for stdin, or org/name:split of the Hub.  Several as TASK=FILE.  "
-    "[repeatable]",
+    help="Training data: JSONL, CSV, Parquet ..., - for stdin, or org/name:split of the Hub.  "
+    "Several as TASK=FILE.  [repeatable]",
 )
 @option(
     "--validation-data",

@@ -1,8 +1,10 @@
 from .batches import plan_batches as plan_batches
 from .batches import split_batch as split_batch
 from .file_formats import Located as Located
+from .records import LabelNames as LabelNames
 from .records import Record as Record
 from .records import label_set as label_set
+from .records import names_of_labels as names_of_labels
 from .records import read_records as read_records
 from .sources import DataSource as DataSource
 from .sources import Use as Use

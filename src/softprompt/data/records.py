@@ -12,6 +12,9 @@ from softprompt.data.file_formats import Located
 from softprompt.data.sources import DataSource, Use, read_source
 from softprompt.errors import ConfigError, DataError, broken, nearest
 
+LabelNames: TypeAlias = Mapping[str, str] | Mapping[int, str] | Sequence[str]
+"""Names of targets by these, or those of 0, 1 and so on."""
+
 INPUT = "input"
 _PAIRS = ((INPUT, "output"), ("text", "labels"))
 
@@ -37,7 +40,7 @@ def read_records(
     input_field: str | None = None,
     output_field: str | None = None,
     require_target: bool = True,
-    label_names: Mapping[str, str] | None = None,
+    label_names: LabelNames | None = None,
     use: Use | None = None,
 ) -> list[Record]:
     """Read every record of ``source``.
@@ -47,7 +50,7 @@ def read_records(
         input_field: The input column; ``input`` or ``text`` when not named, none where neither is there.
         output_field: The target column; ``output`` or ``labels`` when not named.
         require_target: Refuse records without a target.
-        label_names: Names of targets, such as ``{"0": "negative", "1": "positive"}``.
+        label_names: Names of targets, such as ``{0: "negative", 1: "positive"}``.
         use: Which split of several is read.
 
     Raises:
@@ -56,11 +59,24 @@ def read_records(
     """
     records: list[Record] = []
     columns: Columns | None = None
+    names = {} if label_names is None else names_of_labels(label_names)
     for located in read_source(source, use):
         if columns is None:
             columns = choose_columns(located, input_field, output_field, require_target=require_target)
-        records.append(_record(located, columns, label_names or {}, require_target=require_target))
+        records.append(_record(located, columns, names, require_target=require_target))
     return records
+
+
+def names_of_labels(names: Any) -> dict[str, str]:
+    """Return names of targets by the texts of these; a list has the names of 0, 1 and so on.
+
+    Raises:
+        ConfigError: They are no mapping of targets to names.
+    """
+    found = dict(enumerate(names)) if isinstance(names, list | tuple) else names
+    if not isinstance(found, Mapping) or not all(isinstance(name, str) and name.strip() for name in found.values()):
+        raise ConfigError(f"label_names takes names such as {{0: 'negative', 1: 'positive'}}; got {names!r}")
+    return {str(target): name for target, name in found.items()}
 
 
 def _record(located: Located, columns: Columns, label_names: Mapping[str, str], *, require_target: bool) -> Record:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 from softprompt.backbone import replaced_modules
-from softprompt.data import DataSource, Record, TokenRow, read_records
+from softprompt.data import DataSource, LabelNames, Record, TokenRow, read_records
 from softprompt.engine import Engine
 from softprompt.errors import ConfigError, DataError, nearest
 from softprompt.evaluation.metrics import label_metrics, text_metrics
@@ -27,7 +27,7 @@ def evaluate(
     batch_size: int = 32,
     input_field: str | None = None,
     output_field: str | None = None,
-    label_names: Mapping[str, str] | None = None,
+    label_names: LabelNames | None = None,
     task: Task | None = None,
     task_name: TaskNames | None = None,
     task_field: str | None = None,
@@ -174,9 +174,10 @@ def _recorded(name: str, members: Sequence[TunedPrompt], given: Any) -> Any:
     if given is not None:
         return given
     recorded = [member.manifest.settings.get(name) for member in members]
-    if any(each != recorded[0] for each in recorded):
+    if len(different := {str(each) for each in recorded}) > 1:
         raise ConfigError(
-            f"the prompts were tuned with different {name} ({', '.join(sorted(map(str, recorded)))}); give {name}"
+            f"the prompts were tuned with different {name.removesuffix('s')}s ({', '.join(sorted(different))}); "
+            f"give {name}"
         )
     return recorded[0]
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
+from softprompt.data import LabelNames, names_of_labels
 from softprompt.errors import ConfigError, nearest
 from softprompt.fields import check, from_mapping, plain, setting
 from softprompt.prompts import PromptLearningConfig
@@ -322,7 +323,7 @@ class TuneOptions(TypedDict, total=False):
     task: str | None
     input_field: str | None
     output_field: str | None
-    label_names: Mapping[str, str] | Mapping[int, str] | Sequence[str] | None
+    label_names: LabelNames | None
     validation_split: float | None
     limit: int | None
     source_prompt_base: str | None
@@ -339,18 +340,6 @@ class TuneOptions(TypedDict, total=False):
     early_stopping_patience: int | None
     seed: int
     silence_progress_bars: bool
-
-
-def names_of_labels(names: Any) -> dict[str, str]:
-    """Return names of targets by the texts of these; a list has the names of 0, 1 and so on.
-
-    Raises:
-        ConfigError: They are no mapping of targets to names.
-    """
-    found = dict(enumerate(names)) if isinstance(names, list | tuple) else names
-    if not isinstance(found, Mapping) or not all(isinstance(name, str) and name.strip() for name in found.values()):
-        raise ConfigError(f"label_names takes names such as {{0: 'negative', 1: 'positive'}}; got {names!r}")
-    return {str(target): name for target, name in found.items()}
 
 
 def full_names(values: Mapping[str, Any]) -> dict[str, Any]:
