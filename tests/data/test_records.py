@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import types
+from typing import ClassVar
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softprompt.data import Record, data_fingerprint, read_records
-from softprompt.errors import DataError
+from softprompt.data import Record, Verbalizer, data_fingerprint, read_records, read_source
+from softprompt.errors import DataError, TemplateError
 
 
 def refused(match, source, **options):
@@ -143,8 +145,16 @@ class TestWithoutTarget:
         examples = read_records(rows, output_field="Label", require_target=False)
         assert examples == [Record({"input": "a"}, None)]
 
-    def test_an_input_is_still_needed(self):
-        refused("no field input or text among txt .did you mean", [{"txt": "a"}], require_target=False)
+    def test_an_open_target_is_not_asked_for(self):
+        rows = [{"input": "a", "labels": "b"}]
+        assert read_records(rows, require_target=False) == [Record({"input": "a"}, "b")]
+        rows = [{"sentence": "a", "output": "b", "labels": "c"}]
+        assert read_records(rows, input_field="sentence", require_target=False)[0].target is None
+
+    def test_an_input_may_be_the_templates_business(self):
+        rows = [{"Tweet text": "a", "Label": "x"}]
+        assert read_records(rows, output_field="Label") == [Record({"Tweet text": "a"}, "x")]
+        assert read_records([{"txt": "a"}], require_target=False) == [Record({"txt": "a"}, None)]
 
 
 class TestMemory:
@@ -172,33 +182,58 @@ class TestMemory:
         row = types.MappingProxyType({"input": "a", "output": "x"})
         assert read_records([row])[0].target == "x"
 
-    def test_dataset_and_dataset_dict(self):
-        datasets = pytest.importorskip("datasets")
-        dataset = datasets.Dataset.from_list([{"text": "a", "labels": 1}, {"text": "b", "labels": 0}])
-        assert [e.target for e in read_records(dataset)] == ["1", "0"]
-        refused("one DatasetDict; pass one split of train", datasets.DatasetDict(train=dataset))
-        assert data_fingerprint(dataset)["rows"] == 2
-
 
 class TestFingerprint:
+    def of(self, source):
+        return data_fingerprint(source, list(read_source(source)))
+
     def test_of_a_file(self, tmp_path):
         path = tmp_path / "train.jsonl"
         path.write_text('{"input": "a", "output": "x"}\n\n{"input": "b", "output": "y"}\n')
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        assert data_fingerprint(path) == {"path": "train.jsonl", "sha256": digest, "rows": 2}
+        assert self.of(path) == {"path": "train.jsonl", "sha256": digest, "rows": 2}
 
     def test_of_rows_depends_on_their_content_and_order(self):
         rows = [{"input": "a", "output": 1}, {"input": "b", "output": None}]
-        first = data_fingerprint(rows)
+        first = self.of(rows)
         assert first["path"] == "rows in memory"
         assert first["rows"] == 2
-        assert first == data_fingerprint([dict(reversed(row.items())) for row in rows])
-        assert first != data_fingerprint(rows[::-1])
+        assert first == self.of([dict(reversed(row.items())) for row in rows])
+        assert first != self.of(rows[::-1])
         assert json.dumps(first)
 
-    def test_an_iterator_is_refused(self):
-        with pytest.raises(DataError, match="pass a list"):
-            data_fingerprint(iter([{"input": "a"}]))
+
+class TestLabelNames:
+    names: ClassVar = {"0": "negative", "1": "positive"}
+
+    def test_ids_become_names_and_names_stay(self):
+        rows = [{"input": "a", "output": 0}, {"input": "b", "output": "1"}, {"input": "c", "output": "positive"}]
+        found = read_records(rows, label_names=self.names)
+        assert [each.target for each in found] == ["negative", "positive", "positive"]
+
+    def test_each_of_several_labels(self):
+        rows = [{"text": "a", "labels": [0, 1]}]
+        assert read_records(rows, label_names=self.names)[0].target == "negative,positive"
+
+    def test_a_target_without_a_name_is_refused_with_its_place(self):
+        refused(
+            "record 2: the target '2' has no name in label_names, which has 0, 1", self.rows, label_names=self.names
+        )
+
+    rows: ClassVar = [{"input": "a", "output": 0}, {"input": "b", "output": 2}]
+
+
+class TestColumnsThatAreNoText:
+    rows: ClassVar = [{"input": "a", "output": "x", "meta": {"source": [1]}, "day": datetime.date(2024, 5, 1)}]
+
+    def test_block_nothing_and_are_no_fields(self):
+        assert read_records(self.rows) == [Record({"input": "a"}, "x")]
+
+    def test_are_named_where_a_template_uses_them(self):
+        with pytest.raises(
+            TemplateError, match=r"record 1: .*'meta', which holds no text but .* dict; known: input"
+        ):
+            Verbalizer("{{input}} {{meta}}").check(read_records(self.rows))
 
 
 @given(st.lists(st.dictionaries(st.text(), st.none() | st.text() | st.integers() | st.lists(st.text()))))

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 import builtins
+import csv
+import gzip
+import io
 import json
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from softprompt.data import Record, read_records, read_source
-from softprompt.data.file_formats import SUFFIXES
+from softprompt.data.file_formats import SUFFIXES, TEXT_READERS
 from softprompt.errors import DataError
 
 ROWS = [
@@ -226,3 +231,211 @@ class TestColumnFiles:
         parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "null.parquet")
         assert read_records(tmp_path / "good.parquet")[0].target == "1"
         refused(tmp_path / "null.parquet", "null.parquet, record 2: .*'output', got None")
+
+    def test_the_names_of_class_ids_that_datasets_wrote_beside_them(self, tmp_path, classes):
+        classes.to_parquet(tmp_path / "t.parquet")
+        assert [each.target for each in read_records(tmp_path / "t.parquet", **LABEL)] == ["neg", "pos"]
+
+
+LABEL = {"output_field": "label"}
+
+
+@pytest.fixture(scope="module")
+def classes():
+    datasets = pytest.importorskip("datasets")
+    features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])}
+    features["labels"] = datasets.List(datasets.ClassLabel(names=["late", "broken"]))
+    columns = {"text": ["a", "b"], "label": [0, 1], "labels": [[0], [1, 0]]}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+class TestDatasets:
+    def test_class_ids_get_their_names(self, classes):
+        assert [each.target for each in read_records(classes, **LABEL)] == ["neg", "pos"]
+        assert [each.target for each in read_records(classes)] == ["late", "broken,late"]
+        assert [each.target for each in read_records(classes.to_iterable_dataset(), **LABEL)] == ["neg", "pos"]
+
+    def test_no_label_is_no_target(self, classes):
+        unlabelled = classes.map(lambda row: {"label": -1})
+        with pytest.raises(DataError, match="record 1: expected a value in the field 'label', got None"):
+            read_records(unlabelled, **LABEL)
+
+    @pytest.mark.parametrize(
+        ("names", "use", "read"),
+        [
+            (["train", "validation", "test"], "train", 0),
+            (["train", "validation", "test"], "validation", 1),
+            (["train", "validation", "test"], "test", 2),
+            (["train", "dev"], "test", 1),
+            (["default"], "train", 0),
+            (["default"], None, 0),
+        ],
+    )
+    def test_a_dict_gives_the_split_of_its_use(self, classes, names, use, read, caplog):
+        datasets = pytest.importorskip("datasets")
+        splits = {name: classes.map(lambda row, n=n: {"text": str(n)}) for n, name in enumerate(names)}
+        with caplog.at_level("INFO", "softprompt"):
+            found = read_records(datasets.DatasetDict(splits), use=use, **LABEL)
+        assert {each.fields["text"] for each in found} == {str(read)}
+        said = f"of the splits {', '.join(names)}, {names[read]} is read"
+        assert [said] * (len(names) > 1) == caplog.messages
+
+    @pytest.mark.parametrize(
+        ("names", "use"), [(["train", "test"], None), (["train"], "test"), (["a", "b"], "train")]
+    )
+    def test_an_open_choice_of_split_is_refused(self, classes, names, use):
+        datasets = pytest.importorskip("datasets")
+        with pytest.raises(DataError, match=f"among the splits {', '.join(names)}; pass one"):
+            read_records(datasets.DatasetDict(dict.fromkeys(names, classes)), use=use, **LABEL)
+
+
+class TestTablesInMemory:
+    def test_pandas(self):
+        pandas = pytest.importorskip("pandas")
+        frame = pandas.DataFrame({"features": ["a", "b"], "n": [1, None], "output": pandas.Categorical(["x", "y"])})
+        frame["n"] = frame["n"].astype("Int64")
+        found = read_records(frame, input_field="features")
+        assert [each.target for each in found] == ["x", "y"]
+        assert [each.fields.get("n") for each in found] == ["1", None]
+        twice = pandas.concat([frame, frame], axis=1)
+        with pytest.raises(DataError, match="has a column twice"):
+            read_records(twice, input_field="features")
+
+    def test_pyarrow(self):
+        pyarrow = pytest.importorskip("pyarrow")
+        assert read_records(pyarrow.Table.from_pylist(ROWS)) == EXAMPLES
+
+
+class TestPacked:
+    @pytest.mark.parametrize("suffix", TEXT_READERS)
+    @pytest.mark.parametrize("packed", [".gz", ".zst"])
+    def test_every_text_format(self, written, suffix, packed):
+        path = written(f"train{suffix}{packed}", pack(packed, as_bytes(suffix)))
+        assert read_records(path) == EXAMPLES
+        refused(written(f"train{suffix}{packed}", b"junk"), f"train{suffix}{packed}: not a readable")
+
+    @pytest.mark.parametrize("packed", [".gz", ".zst"])
+    def test_a_file_that_ends_too_early_or_goes_on(self, written, packed):
+        whole = pack(packed, as_bytes(".jsonl"))
+        refused(written(f"t.jsonl{packed}", whole[:-3]), f"t.jsonl{packed}: not a readable")
+        assert read_records(written(f"t.jsonl{packed}", whole * 2)) == EXAMPLES * 2
+
+    def test_only_text_is_packed(self, written):
+        refused(written("t.parquet.gz", b"x"), r"got '.parquet.gz'.*those of text may have .gz or .zst behind them")
+
+
+def pack(suffix, data):
+    if suffix == ".gz":
+        return gzip.compress(data)
+    return pytest.importorskip("zstandard").ZstdCompressor().compress(data)
+
+
+class TestCsvOfOthers:
+    @pytest.mark.parametrize(("separator", "word"), [(";", "semicolons"), ("\t", "tabs")])
+    def test_the_separator_is_found_and_said(self, written, separator, word, caplog):
+        text = f'input{separator}output\n"a, b{separator} c"{separator}x\nd, e{separator}y\n'
+        with caplog.at_level("INFO", "softprompt"):
+            found = read_records(written("t.csv", text))
+        assert [each.fields["input"] for each in found] == [f"a, b{separator} c", "d, e"]
+        assert caplog.messages == [f"t.csv: columns are separated by {word}, not by commas"]
+
+    def test_commas_come_first(self, written, caplog):
+        with caplog.at_level("INFO", "softprompt"):
+            assert read_records(written("t.csv", "input,output\na;b,x\n"))[0].fields["input"] == "a;b"
+            assert (
+                read_records(written("one.csv", "input\na;b\n"), require_target=False)[0].fields["input"] == "a;b"
+            )
+        assert caplog.messages == []
+
+    def test_a_cell_longer_than_pythons_limit(self, written):
+        before = csv.field_size_limit()
+        long = "word " * 40_000
+        assert read_records(written("t.csv", f'input,output\n"{long}",x\n'))[0].fields["input"] == long
+        assert csv.field_size_limit() == before
+
+
+class TestStandardInput:
+    @pytest.mark.parametrize("suffix", TEXT_READERS)
+    def test_its_first_character_tells_the_format(self, monkeypatch, suffix):
+        text = as_bytes(suffix) if suffix != ".tsv" else b"input\toutput\nx\ty\n"
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
+        assert read_records("-") == (EXAMPLES if suffix != ".tsv" else [Record({"input": "x"}, "y")])
+
+    def test_errors_name_the_line(self, monkeypatch):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"input": "a", "output": "b"}\n{"x": 1}\n')))
+        refused("-", "standard input, line 2: expected the field 'input'")
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
+        refused("-", "standard input: the file is empty")
+
+
+class TestHub:
+    @pytest.fixture
+    def hub(self, monkeypatch, classes, tmp_path):
+        """A Hub that has one data set, and says what it was asked for."""
+        datasets, asked = pytest.importorskip("datasets"), []
+
+        def info(self, name, **options):
+            if name not in ("org/set", "glue"):
+                raise OSError(f"{name} is not there.\nTry again")
+
+        def load(name, config=None, *, split=None):
+            asked.append((name, config, split))
+            whole = datasets.DatasetDict(train=classes, validation=classes.select([0]))
+            return whole if split is None else whole[split]
+
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", info)
+        monkeypatch.setattr("datasets.load_dataset", load)
+        monkeypatch.chdir(tmp_path)
+        return asked
+
+    @pytest.mark.parametrize(
+        ("name", "asked", "count"),
+        [
+            ("org/set", ("org/set", None, None), 2),
+            ("org/set:validation", ("org/set", None, "validation"), 1),
+            ("glue:sst2:validation", ("glue", "sst2", "validation"), 1),
+            ("glue:sst2:", ("glue", "sst2", None), 2),
+            ("hf://datasets/org/set", ("org/set", None, None), 2),
+        ],
+    )
+    def test_a_name_that_is_no_file_here(self, hub, name, asked, count, caplog):
+        with caplog.at_level("INFO", "softprompt"):
+            found = read_records(name, use="train", **LABEL)
+        assert hub == [asked]
+        assert [each.target for each in found] == ["neg", "pos"][:count]
+        assert (
+            caplog.messages[0] == f"no file {name} here: reading the data set {asked[0]} from the Hugging Face Hub"
+        )
+
+    def test_a_file_wins(self, hub, tmp_path):
+        (tmp_path / "org").mkdir()
+        (tmp_path / "org" / "set").write_text("x")
+        refused("org/set", "expected one of the suffixes")
+        assert hub == []
+
+    @pytest.mark.parametrize(
+        "word", ["trian.jsonl", "data/trian", "set", "./org/set", "org/set.csv", "a/b/c", "org/s.csv:x"]
+    )
+    def test_a_mistyped_file_is_none(self, hub, tmp_path, word):
+        (tmp_path / "data").mkdir()
+        refused(word, f"^{Path(word)}: no such data file")
+        assert hub == []
+
+    def test_what_is_not_there_is_one_line(self, hub):
+        refused(
+            "org/other",
+            r"no file org/other here, and the data set org/other cannot .* \(org/other is not there\); ch",
+        )
+        assert hub == []
+
+    def test_without_datasets_the_extra_is_named(self, hub, monkeypatch):
+        monkeypatch.setitem(sys.modules, "datasets", None)
+        refused("org/set", r'pip install "softprompt\[data\]"')
+
+    def test_without_a_network_the_real_one_is_one_line_too(self):
+        pytest.importorskip("datasets")
+        refused(
+            "no-such-org/no-such-set",
+            "no file no-such-org/no-such-set here, and .* check the name .* and the network",
+        )

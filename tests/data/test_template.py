@@ -30,11 +30,19 @@ def test_a_repeated_field_is_rendered_each_time():
 
 
 def test_braces_that_are_no_placeholder_are_literal():
-    assert Verbalizer("{ {{a}} {{ b }} {{c-d}}").render({"a": "x"}) == "{ x {{ b }} {{c-d}}"
+    literal = '{{ b }} {{"c": 1}} {{-d}} {{e}\n}}'
+    assert Verbalizer("{ {{a}} " + literal).render({"a": "x"}) == "{ x " + literal
     assert Verbalizer("{{{a}}}").render({"a": "x"}) == "{x}"
 
 
-@pytest.mark.parametrize("template", ["", "Text:", "{{}}", "{{a b}}", "{{a-b}}"])
+@pytest.mark.parametrize("name", ["Tweet text", "review-text", "Age (years)", "Größe", "text.en", "price/€", "a"])
+def test_a_name_may_be_that_of_a_column(name):
+    verbalizer = Verbalizer(f"{{{{{name}}}}} Label:")
+    assert verbalizer.fields == (name,)
+    assert verbalizer.render({name: "x"}) == "x Label:"
+
+
+@pytest.mark.parametrize("template", ["", "Text:", "{{}}", "{{-}}", "{{ }}"])
 def test_no_placeholder_is_refused(template):
     with pytest.raises(TemplateError, match=r"at least one placeholder such as {{input}}"):
         Verbalizer(template)
@@ -68,6 +76,12 @@ class TestCheck:
     def test_unknown_field(self):
         with pytest.raises(TemplateError, match=r"record 1: .*'inptu'; known: input, title .did you mean 'input'"):
             Verbalizer("{{inptu}}").check(self.examples, "output")
+
+    def test_no_input_says_how_to_name_it(self):
+        with pytest.raises(
+            TemplateError, match=r"'input'; known: Tweet text; name the column of the input with inp"
+        ):
+            Verbalizer("{{input}}").check([Record({"Tweet text": "a"}, "x")])
 
     def test_a_field_that_one_row_lacks(self):
         with pytest.raises(TemplateError, match=r"record 2: .*'title'; known: input"):

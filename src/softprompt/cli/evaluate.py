@@ -11,6 +11,7 @@ from softprompt.cli.options import (
     Command,
     base_options,
     given,
+    label_names_option,
     load_prompts,
     option,
     output_options,
@@ -28,9 +29,15 @@ _data, _evaluation = partial(option, group="Data"), partial(option, group="Evalu
 
 @click.command("evaluate", cls=Command)
 @click.argument("prompt_dirs", nargs=-1, required=True)
-@_data("--data", required=True, type=click.Path(), help="Held-out records to evaluate on.")
+@_data(
+    "--data",
+    required=True,
+    type=click.Path(),
+    help="Held-out records: a file, - for stdin, or org/name of the Hub.",
+)
 @_data("--input-field", help="Column of the input; by default as in training.")
 @_data("--output-field", help="Column of the target; by default as in training.")
+@label_names_option("Data")
 @_data("--task-field", help="Column with each record's task, for multitask prompts.")
 @_data("--limit", type=int, help="Evaluate the first records only.")
 @_evaluation(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
@@ -128,6 +129,23 @@ input_options = together(
     ),
     option("--task-name", group="Input", help="Task of a multitask prompt, by name or number."),
 )
+
+
+def label_names_option(group: str) -> Callable[[Decorated], Decorated]:
+    """Return a decorator that adds ``--label-names``, whose value is a mapping or None."""
+    return option(
+        "--label-names",
+        metavar="TARGET=NAME,...",
+        callback=_label_names,
+        group=group,
+        help="Names of targets that are numbers, such as 0=negative,1=positive.",
+    )
+
+
+def _label_names(context: click.Context, parameter: click.Parameter, value: str | None) -> dict[str, str] | None:
+    # A comma ends a name only where another target follows, since names may have commas.
+    words = [] if value is None else re.split(r",(?=[^,=]+=)", value)
+    return named(words, "--label-names", "TARGET=NAME,TARGET=NAME") or None
 
 
 def load_prompts(prompt_dirs: Sequence[str], options: dict[str, Any]) -> list[TunedPrompt]:

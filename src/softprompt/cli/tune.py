@@ -12,6 +12,7 @@ import click
 from softprompt.cli.options import (
     Command,
     given,
+    label_names_option,
     named,
     option,
     options_of,
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
     multiple=True,
     metavar="[TASK=]FILE",
     group="Data",
-    help="Training data: JSONL, CSV, Parquet ...  Several as TASK=FILE.  [repeatable]",
+    help="Training data: JSONL, CSV, Parquet ..., - for stdin, or org/name:split of the Hub.  "
+    "Several as TASK=FILE.  [repeatable]",
 )
 @option(
     "--validation-data",
@@ -51,7 +53,8 @@ if TYPE_CHECKING:
     group="Prompt",
     help="Method; --tuning-type under a shorter name.  [default: prompt_tuning]",
 )
-@options_of(TuneSettings, leave_out=("tuning_config", "task_verbalizers", "config"))
+@options_of(TuneSettings, leave_out=("tuning_config", "task_verbalizers", "label_names", "config"))
+@label_names_option("Data")
 @options_of(TuningConfig)
 @option(
     "--task-verbalizers",

@@ -1,7 +1,7 @@
 """Every file format of a data set, by suffix; a new one is a reader and one line of a table.
 
 Text formats (JSON lines, a JSON list, CSV, TSV) keep line numbers for their errors; Parquet and
-Arrow are read through pyarrow.
+Arrow are read through pyarrow. Class ids that ``datasets`` has names for become these names.
 """
 
 from __future__ import annotations
@@ -9,13 +9,17 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from softprompt.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +122,14 @@ def _skip_space(text: str, position: int) -> int:
 
 
 def read_csv(text: str, name: str) -> Iterator[Located]:
-    """Yield the lines of a comma-separated table, whose quoted values may hold commas and line ends."""
-    return _table_records(_csv_lines(text, name), name)
+    """Yield the lines of a table, whose quoted values may hold commas and line ends.
+
+    Columns are separated by commas, or by semicolons or tabs where those and not commas give a table.
+    """
+    separator = _separator(text)
+    if separator != ",":
+        logger.info("%s: columns are separated by %s, not by commas", name, _SEPARATORS[separator])
+    return _table_records(_csv_lines(text, name, separator), name)
 
 
 def read_tsv(text: str, name: str) -> Iterator[Located]:
@@ -129,16 +139,37 @@ def read_tsv(text: str, name: str) -> Iterator[Located]:
     return _table_records(cells, name)
 
 
-def _csv_lines(text: str, name: str) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+_LINES_SNIFFED = 20
+
+
+def _separator(text: str) -> str:
+    """Return the separator whose first lines all have as many cells as the header, two or more; else a comma."""
+    for separator in _SEPARATORS:
+        try:
+            lines = islice(_csv_lines(text, "", separator), _LINES_SNIFFED)
+            widths = {len(cells) for _, cells in lines}
+        except DataError:
+            continue
+        if len(widths) == 1 and widths != {1}:
+            return separator
+    return ","
+
+
+def _csv_lines(text: str, name: str, separator: str) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     while True:
         first_line = reader.line_num + 1
+        # Python's limit is the process's, and smaller than some cells.
+        before = csv.field_size_limit(max(len(text), csv.field_size_limit()))
         try:
             cells = next(reader, None)
         except csv.Error as error:
             raise DataError(
                 f"{name}, line {first_line}: not valid CSV ({error}); check the quotes, or use JSONL"
             ) from error
+        finally:
+            csv.field_size_limit(before)
         if cells is None:
             return
         if cells:
@@ -173,8 +204,8 @@ def read_parquet(path: Path) -> Iterator[Located]:
     try:
         table = parquet.read_table(path, partitioning=None)
     except (ArrowException, OSError) as error:
-        raise _damaged(path, "Parquet", error) from error
-    return _column_records(table, path)
+        raise damaged(path, "Parquet", error) from error
+    return with_class_names(_column_records(table, path), _features(table))
 
 
 def read_arrow(path: Path) -> Iterator[Located]:
@@ -189,8 +220,18 @@ def read_arrow(path: Path) -> Iterator[Located]:
             reader = ipc.open_file(stream) if is_file_form else ipc.open_stream(stream)
             table = reader.read_all()
     except (ArrowException, OSError) as error:
-        raise _damaged(path, "Arrow", error) from error
-    return _column_records(table, path)
+        raise damaged(path, "Arrow", error) from error
+    return with_class_names(_column_records(table, path), _features(table))
+
+
+def _features(table: Any) -> Mapping[str, Any]:
+    """Return the features that ``datasets`` wrote into a file beside its columns."""
+    written = (table.schema.metadata or {}).get(b"huggingface", b"{}")
+    try:
+        found = json.loads(written).get("info", {}).get("features")
+    except (ValueError, AttributeError):
+        return {}
+    return found if isinstance(found, Mapping) else {}
 
 
 def _column_records(table: Any, path: Path) -> Iterator[Located]:
@@ -210,6 +251,36 @@ def _column_records(table: Any, path: Path) -> Iterator[Located]:
                 raise not_utf8(error, where) from error
 
 
+def with_class_names(records: Iterable[Located], features: Mapping[str, Any]) -> Iterator[Located]:
+    """Yield records with the names of class ids in their place, for columns and lists of ``ClassLabel``.
+
+    Args:
+        records: The records.
+        features: Column name to feature, as ``datasets.Features.to_dict`` gives it.
+    """
+    names = {}
+    for column, feature in features.items():
+        inner = feature.get("feature", feature) if isinstance(feature, Mapping) else None
+        if isinstance(inner, Mapping) and inner.get("_type") == "ClassLabel" and inner.get("names"):
+            names[column] = inner["names"]
+    for located in records:
+        named = {
+            column: _class_name(located.record[column], own)
+            for column, own in names.items()
+            if column in located.record
+        }
+        yield Located(located.where, {**located.record, **named}) if named else located
+
+
+def _class_name(value: Any, names: Sequence[str]) -> Any:
+    """Return the name of a class id, or of each in a list; None for -1, which ``datasets`` has for no label."""
+    if isinstance(value, list | tuple):
+        return [_class_name(each, names) for each in value]
+    if not isinstance(value, int) or isinstance(value, bool):
+        return value
+    return names[value] if 0 <= value < len(names) else None
+
+
 def not_utf8(error: UnicodeDecodeError, where: str) -> DataError:
     """Return the error of bytes that are not text."""
     return DataError(f"{where}: not UTF-8 (byte 0x{error.object[error.start]:02x}); convert it to UTF-8")
@@ -219,7 +290,8 @@ def _needs_pyarrow(path: Path) -> DataError:
     return DataError(f'reading {path.name} needs pyarrow: pip install "softprompt[data]", or use JSONL or CSV')
 
 
-def _damaged(path: Path, form: str, error: Exception) -> DataError:
+def damaged(path: Path, form: str, error: Exception) -> DataError:
+    """Return the error of a file that is not what its suffix says."""
     reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
     return DataError(f"{path.name}: not a readable {form} file ({reason}); write it again")
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import codecs
-import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from softprompt.data.file_formats import BINARY_READERS, SUFFIXES, TEXT_READERS, Located, as_record, not_utf8
+from softprompt.data.file_formats import Located
+from softprompt.data.sources import DataSource, Use, read_source
 from softprompt.errors import ConfigError, DataError, broken, nearest
 
-DataSource: TypeAlias = str | Path | Iterable[Mapping[str, Any]]
+LabelNames: TypeAlias = Mapping[str, str] | Mapping[int, str] | Sequence[str]
+"""Names of targets by these, or those of 0, 1 and so on."""
 
 INPUT = "input"
 _PAIRS = ((INPUT, "output"), ("text", "labels"))
@@ -27,10 +26,12 @@ class Record:
     Attributes:
         fields: Every column but the target, and ``input`` whatever the input column is called.
         target: The wanted answer; None where the data has none.
+        left_out: Columns whose values are no text, such as lists, and the types of these.
     """
 
     fields: Mapping[str, str]
     target: str | None
+    left_out: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
 
 def read_records(
@@ -39,15 +40,18 @@ def read_records(
     input_field: str | None = None,
     output_field: str | None = None,
     require_target: bool = True,
+    label_names: LabelNames | None = None,
+    use: Use | None = None,
 ) -> list[Record]:
     """Read every record of ``source``.
 
     Args:
-        source: A path to JSONL, JSON, CSV, TSV, Parquet, Arrow or Feather, an iterable of
-            mappings, or a ``datasets.Dataset``.
-        input_field: The input column; ``input`` or ``text`` when not named.
+        source: Anything that ``read_source`` reads, or what it gave.
+        input_field: The input column; ``input`` or ``text`` when not named, none where neither is there.
         output_field: The target column; ``output`` or ``labels`` when not named.
         require_target: Refuse records without a target.
+        label_names: Names of targets, such as ``{0: "negative", 1: "positive"}``.
+        use: Which split of several is read.
 
     Raises:
         DataError: The source cannot be read, or a record lacks or misuses a field; the message
@@ -55,57 +59,68 @@ def read_records(
     """
     records: list[Record] = []
     columns: Columns | None = None
-    for located in read_source(source):
+    names = {} if label_names is None else names_of_labels(label_names)
+    for located in read_source(source, use):
         if columns is None:
             columns = choose_columns(located, input_field, output_field, require_target=require_target)
-        records.append(_record(located, columns, require_target=require_target))
+        records.append(_record(located, columns, names, require_target=require_target))
     return records
 
 
-def data_fingerprint(source: DataSource) -> dict[str, str | int]:
-    """Return what identifies the data: ``path`` (a name, no folders), ``sha256`` and ``rows``.
+def names_of_labels(names: Any) -> dict[str, str]:
+    """Return names of targets by the texts of these; a list has the names of 0, 1 and so on.
 
     Raises:
-        DataError: The source cannot be read, or can be read only once.
+        ConfigError: They are no mapping of targets to names.
     """
-    if isinstance(source, Iterator):
-        raise DataError("expected records that can be read twice, got an iterator; pass a list")
-    records = [dict(located.record) for located in read_source(source)]
-    if isinstance(source, str | Path):
-        name, content = Path(source).name, Path(source).read_bytes()
-    else:
-        name = "rows in memory"
-        content = json.dumps(records, sort_keys=True, default=str).encode()
-    return {"path": name, "sha256": hashlib.sha256(content).hexdigest(), "rows": len(records)}
+    found = dict(enumerate(names)) if isinstance(names, list | tuple) else names
+    if not isinstance(found, Mapping) or not all(isinstance(name, str) and name.strip() for name in found.values()):
+        raise ConfigError(f"label_names takes names such as {{0: 'negative', 1: 'positive'}}; got {names!r}")
+    return {str(target): name for target, name in found.items()}
 
 
-def _record(located: Located, columns: Columns, *, require_target: bool) -> Record:
-    record = located.record
-    fields = {
-        name: text
+def _record(located: Located, columns: Columns, label_names: Mapping[str, str], *, require_target: bool) -> Record:
+    record = {name: value for name, value in located.record.items() if name != columns.target}
+    left_out = {
+        name: type(value).__name__
         for name, value in record.items()
-        if name != columns.target and (text := _text(value, name, located.where)) is not None
+        if name != columns.input and not isinstance(_scalar(value), _SCALARS)
     }
-    if columns.input not in fields:
-        raise DataError(f"{located.where}: {_lack(columns.input, record)}")
-    fields[INPUT] = fields[columns.input]
-    return Record(fields, _target(located, columns, require_target=require_target))
+    texts = {name: _text(value, name, located.where) for name, value in record.items() if name not in left_out}
+    fields = {name: text for name, text in texts.items() if text is not None}
+    if columns.input is not None:
+        if columns.input not in fields:
+            raise DataError(f"{located.where}: {_lack(columns.input, located.record)}")
+        fields[INPUT] = fields[columns.input]
+    return Record(fields, _target(located, columns, label_names, require_target=require_target), left_out)
 
 
-def _target(located: Located, columns: Columns, *, require_target: bool) -> str | None:
+def _target(
+    located: Located, columns: Columns, label_names: Mapping[str, str], *, require_target: bool
+) -> str | None:
     if columns.target is None:
         return None
     value = located.record.get(columns.target)
-    if columns.target == "labels" and isinstance(value, list | tuple):
-        parts = [_text(part, columns.target, located.where) for part in value]
-        text = ",".join(part for part in parts if part is not None)
-    else:
-        text = _text(value, columns.target, located.where) or ""
+    values = value if columns.target == "labels" and isinstance(value, list | tuple) else [value]
+    parts = [_text(each, columns.target, located.where) for each in values]
+    text = ",".join(_named(part, label_names, located.where) for part in parts if part is not None)
     if text.strip():
         return text
     if require_target:
         raise DataError(f"{located.where}: {_lack(columns.target, located.record)}")
     return None
+
+
+def _named(target: str, names: Mapping[str, str], where: str) -> str:
+    """Return the name of a target; one that is a name already stays."""
+    if not names or target in names.values() or not target.strip():
+        return target
+    if target not in names:
+        raise DataError(
+            f"{where}: the target {target!r} has no name in label_names, which has {', '.join(names)}"
+            f"{nearest(target, names)}; add it"
+        )
+    return names[target]
 
 
 def _lack(name: str, record: Mapping[str, Any]) -> str:
@@ -114,9 +129,17 @@ def _lack(name: str, record: Mapping[str, Any]) -> str:
     return f"expected the field {name!r}, got {', '.join(record)}{nearest(name, record)}"
 
 
+_SCALARS = (str, bool, int, float, type(None))
+
+
+def _scalar(value: Any) -> Any:
+    """Return a value of NumPy or of a tensor without dimensions as Python's."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+
+
 def _text(value: Any, name: str, where: str) -> str | None:
     """Return a scalar as text, None for a null; numbers as JSON would spell them."""
-    scalar = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+    scalar = _scalar(value)
     if isinstance(scalar, str):
         if problem := broken(scalar):
             raise DataError(f"{where}: the field {name!r} holds {problem}; correct the record or leave it out")
@@ -135,11 +158,11 @@ class Columns:
     """The input and target column of a source, decided once from its first record.
 
     Attributes:
-        input: The column that ``{{input}}`` stands for.
+        input: The column that ``{{input}}`` stands for, or None where the template has to name its own.
         target: The column that holds the answer, or None where there is none.
     """
 
-    input: str
+    input: str | None
     target: str | None
 
 
@@ -161,7 +184,7 @@ def choose_columns(
             "{{input}}; leave input_field out and name the columns in the verbalizer"
         )
     target = _target_column(first, source, output_field, require_target=require_target)
-    if target == source:
+    if target is not None and target == source:
         raise DataError(f"{first.where}: the column {source!r} cannot be input and target at once")
     return Columns(source, target)
 
@@ -181,37 +204,33 @@ def _whole_pair(first: Located) -> Columns:
     )
 
 
-def _input_column(first: Located, named: str | None, output_field: str | None) -> str:
+def _input_column(first: Located, named: str | None, output_field: str | None) -> str | None:
     present = list(first.record)
     if named is not None:
         _require(named, "input_field", first)
         return named
     found = [source for source, _ in _PAIRS if source in present and source != output_field]
-    if len(found) == 2 and _PAIRS[0][1] in present and output_field in (None, _PAIRS[0][1]):
-        return INPUT
-    if len(found) == 1:
-        return found[0]
-    problem = "both input and text could be the input" if found else "no field input or text"
-    raise DataError(
-        f"{first.where}: {problem} among {_listed(present)}"
-        f"{_first_hint([source for source, _ in _PAIRS], present) if not found else ''}; "
-        "name one with input_field"
-    )
+    if len(found) == 2 and not (_PAIRS[0][1] in present and output_field in (None, _PAIRS[0][1])):
+        raise DataError(
+            f"{first.where}: both input and text could be the input among {_listed(present)}; "
+            "name one with input_field"
+        )
+    return found[0] if found else None
 
 
-def _target_column(first: Located, source: str, named: str | None, *, require_target: bool) -> str | None:
+def _target_column(first: Located, source: str | None, named: str | None, *, require_target: bool) -> str | None:
     present = list(first.record)
     if named is not None:
         if named in present or not require_target:
             return named
         _require(named, "output_field", first)
-    of_pair = dict(_PAIRS).get(source)
+    of_pair = dict(_PAIRS).get(source or "")
     if of_pair in present:
         return of_pair
     found = [target for _, target in _PAIRS if target in present and target != source]
     if len(found) == 1:
         return found[0]
-    if not found and not require_target:
+    if not require_target:
         return None
     problem = "both output and labels could be the target" if found else "no field output or labels"
     raise DataError(
@@ -235,80 +254,6 @@ def _first_hint(wanted: Iterable[str], present: list[str]) -> str:
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names) or "no fields"
-
-
-def read_source(source: DataSource) -> Iterator[Located]:
-    """Yield the records of ``source`` with where each was read; at least one.
-
-    Args:
-        source: A path (its suffix names the format), an iterable of mappings, or a ``datasets.Dataset``.
-
-    Raises:
-        DataError: The source is missing, empty, of an unknown format, or damaged.
-    """
-    if isinstance(source, str | Path):
-        yield from _at_least_one(_file_records(Path(source)), f"{Path(source).name}")
-    else:
-        yield from _at_least_one(_memory_records(source), "the data")
-
-
-def _at_least_one(records: Iterator[Located], name: str) -> Iterator[Located]:
-    found = False
-    for record in records:
-        found = True
-        yield record
-    if not found:
-        raise DataError(f"{name}: expected at least one record, got none")
-
-
-def _file_records(path: Path) -> Iterator[Located]:
-    check_file(path)
-    suffix = path.suffix.lower()
-    if suffix in BINARY_READERS:
-        return BINARY_READERS[suffix](path)
-    if suffix in TEXT_READERS:
-        return TEXT_READERS[suffix](_decoded(path), path.name)
-    raise DataError(
-        f"{path.name}: expected one of the suffixes {', '.join(SUFFIXES)}, "
-        f"got {path.suffix or 'none'!r}{nearest(suffix, SUFFIXES)}"
-    )
-
-
-def check_file(path: Path) -> None:
-    """Raise DataError if there is no file at ``path``, or an empty one."""
-    if path.is_dir():
-        raise DataError(f"{path}: expected a data file, got a directory; name a file in it")
-    if not path.exists():
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"{path}: no such data file{nearest(path.name, siblings)}")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty; expected at least one record")
-
-
-def _decoded(path: Path) -> str:
-    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise not_utf8(error, f"{path.name}, line {line}") from error
-    if not text.strip():
-        raise DataError(f"{path}: the file is empty; expected at least one record")
-    return text
-
-
-def _memory_records(records: Iterable[Mapping[str, Any]]) -> Iterator[Located]:
-    if isinstance(records, Mapping):
-        # A DatasetDict is a mapping of splits and would otherwise look like one record.
-        splits = getattr(records, "column_names", None)
-        advice = f"pass one split of {', '.join(records)}" if splits else "put it into a list"
-        raise DataError(f"expected a list of records, got one {type(records).__name__}; {advice}")
-    if not isinstance(records, Iterable):
-        raise DataError(
-            f"expected a path, a list of records or a Dataset, got {type(records).__name__}; pass one of these"
-        )
-    for number, record in enumerate(records, start=1):
-        yield as_record(record, f"record {number}")
 
 
 Task: TypeAlias = Literal["classification", "generation"]

@@ -1,7 +1,9 @@
 """The verbalizer: the template that turns the fields of a record into the input text.
 
-caikit's form: ``{{name}}`` with a name of letters, digits and underscores, no spaces inside, at
-least one. Rendering is a single pass, so a value that holds ``{{x}}`` is inserted verbatim.
+caikit's form: ``{{name}}``, at least one. Beyond caikit's names of letters, digits and underscores
+a name may have spaces, dashes and the like inside, as columns of tables do, but neither braces,
+double quotes nor line ends, and no space at its ends. Rendering is a single pass, so a value that
+holds ``{{x}}`` is inserted verbatim.
 """
 
 from __future__ import annotations
@@ -10,11 +12,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from softprompt.data.records import Record
+from softprompt.data.records import INPUT, Record
 from softprompt.errors import TemplateError, broken, nearest
 
-_PLACEHOLDER = re.compile(r"{{([_a-zA-Z0-9]+)}}")
-_NEARLY = re.compile(r"{{?\s*([_a-zA-Z0-9]+)\s*}}?")
+_NAME = r"\w(?:[^{}\"\r\n]*[^{}\"\s])?"
+_PLACEHOLDER = re.compile(f"{{{{({_NAME})}}}}")
+_NEARLY = re.compile(rf"{{{{?\s*({_NAME})\s*}}}}?")
+_NOTHING: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +97,21 @@ class Verbalizer:
                     f"to the model; use {_listed(shared)}"
                 )
         for number, record in enumerate(records, start=1):
-            self._require(record.fields, f"record {number}: ")
+            self._require(record.fields, f"record {number}: ", record.left_out)
 
-    def _require(self, fields: Mapping[str, str], where: str) -> None:
+    def _require(self, fields: Mapping[str, str], where: str, left_out: Mapping[str, str] = _NOTHING) -> None:
         for name in self.fields:
-            if name not in fields:
+            if name in left_out:
                 raise TemplateError(
-                    f"{where}the verbalizer names the unknown field {name!r}; "
-                    f"known: {_listed(fields)}{nearest(name, fields)}"
+                    f"{where}the verbalizer names the field {name!r}, which holds no text but a value of type "
+                    f"{left_out[name]}; known: {_listed(fields)}"
+                )
+            if name not in fields:
+                hint = nearest(name, fields)
+                if name == INPUT and not hint:
+                    hint = "; name the column of the input with input_field, or a known one in the verbalizer"
+                raise TemplateError(
+                    f"{where}the verbalizer names the unknown field {name!r}; known: {_listed(fields)}{hint}"
                 )
 
 

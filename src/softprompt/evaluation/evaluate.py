@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from softprompt.backbone import replaced_modules
-from softprompt.data import DataSource, Record, TokenRow, read_records
+from softprompt.data import DataSource, LabelNames, Record, TokenRow, read_records
 from softprompt.engine import Engine
 from softprompt.errors import ConfigError, DataError, nearest
 from softprompt.evaluation.metrics import label_metrics, text_metrics
@@ -27,6 +27,7 @@ def evaluate(
     batch_size: int = 32,
     input_field: str | None = None,
     output_field: str | None = None,
+    label_names: LabelNames | None = None,
     task: Task | None = None,
     task_name: TaskNames | None = None,
     task_field: str | None = None,
@@ -47,6 +48,7 @@ def evaluate(
         batch_size: Rows, or (row, label) pairs, in one pass.
         input_field: Input column; None takes the one the prompt was tuned with.
         output_field: Target column; None takes the one the prompt was tuned with.
+        label_names: Names of targets such as numbers; None takes those the prompt was tuned with.
         task: Overrides the prompt's own task.
         task_name: The task of a multitask prompt, or of an ensemble's members, by name or number; or a
             list of one for each row.
@@ -66,12 +68,15 @@ def evaluate(
     else:
         tuned = tuned.of_task(cast(TaskName | None, task_name))
     members = tuned.members if isinstance(tuned, Ensemble) else (tuned,)
-    source_field = _column("input_field", members, input_field)
-    target_field = _column("output_field", members, output_field)
+    source_field = _recorded("input_field", members, input_field)
+    target_field = _recorded("output_field", members, output_field)
     how = _Settings(task, without_prompt, batch_size, normalize, engine, target_field)
     if not several:
         _chosen_task(members[0], how)
-    examples = read_records(data, input_field=source_field, output_field=target_field)
+    names = _recorded("label_names", members, label_names)
+    examples = read_records(
+        data, input_field=source_field, output_field=target_field, label_names=names, use="test"
+    )
     kept = _limited(examples, limit)
     if several and isinstance(tuned, TunedPrompt):
         names = _tasks_of(kept, task_field) if task_field else cast(Sequence[TaskName], task_name)
@@ -164,14 +169,17 @@ def _check_ensemble(task: Task, without_prompt: bool) -> None:
         raise ConfigError("without_prompt evaluates the base under one prompt's template; name one prompt for it")
 
 
-def _column(name: str, members: Sequence[TunedPrompt], given: str | None) -> str | None:
-    """Return the column that was given, or the one that the prompts were tuned with."""
-    recorded = {member.manifest.settings.get(name) for member in members}
-    if given is None and len(recorded) > 1:
+def _recorded(name: str, members: Sequence[TunedPrompt], given: Any) -> Any:
+    """Return how the data is read: as was given, or as in the tuning of the prompts."""
+    if given is not None:
+        return given
+    recorded = [member.manifest.settings.get(name) for member in members]
+    if len(different := {str(each) for each in recorded}) > 1:
         raise ConfigError(
-            f"the prompts were tuned with different {name}s ({', '.join(sorted(map(str, recorded)))}); give {name}"
+            f"the prompts were tuned with different {name.removesuffix('s')}s ({', '.join(sorted(different))}); "
+            f"give {name}"
         )
-    return given or next(iter(recorded))
+    return recorded[0]
 
 
 def _rows_of(member: TunedPrompt, examples: Sequence[Record], target_field: str | None) -> list[TokenRow]:

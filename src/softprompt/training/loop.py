@@ -168,7 +168,11 @@ class Stage:
 
     def total_updates(self) -> int:
         """Return the updates of the whole stage."""
-        return self.settings.num_epochs * len(self.sampling.updates(0))
+        return self.settings.max_steps or self.settings.num_epochs * len(self.sampling.updates(0))
+
+    def epochs(self) -> int:
+        """Return the epochs of the whole stage, of which ``max_steps`` may leave the last one unfinished."""
+        return -(-self.total_updates() // len(self.sampling.updates(0)))
 
     def name_of(self, index: int) -> str:
         """Return what a message calls a training row: its number, behind its task's name."""
@@ -193,10 +197,12 @@ def train(
         TrainingInterrupted: ``check_stop`` said so; ``state`` can be saved and continued.
         TrainingError: the loss or the gradient is not finite.
     """
-    settings, total = stage.settings, stage.total_updates()
+    settings, total, epochs = stage.settings, stage.total_updates(), stage.epochs()
     stage.prompt.eval()
-    while state.epoch < settings.num_epochs and not _patience_is_over(settings, state):
-        for update in stage.sampling.updates(state.epoch)[state.group :]:
+    while state.epoch < epochs and not _patience_is_over(settings, state):
+        updates = stage.sampling.updates(state.epoch)
+        done = state.update - state.group
+        for update in updates[state.group : total - done]:
             started = time.perf_counter()
             factor = rate_factor(settings.schedule, state.update, total, settings.warmup_ratio)
             set_rates(optimizer, factor)

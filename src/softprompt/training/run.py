@@ -18,7 +18,7 @@ from softprompt.errors import ArtifactError, ConfigError, OutputExistsError, Usa
 from softprompt.fields import default_of
 from softprompt.inference import TunedPrompt
 from softprompt.prompts import SOURCE_INITS, MultitaskPromptTuningConfig, MultitaskPromptTuningInit
-from softprompt.training.examples import Data, Rows, read_data
+from softprompt.training.examples import Data, read_data
 from softprompt.training.preparation import BaseLike, Prepared, prepare
 from softprompt.training.session import Trained, identity, run
 from softprompt.training.settings import TuneOptions, TuneSettings, full_names
@@ -66,7 +66,7 @@ def tune(
     else:
         _check_names(options)
         settings = TuneSettings.from_dict(options)
-        plan = _Plan(base_model, _kept(train_data), _kept(validation_data), settings)
+        plan = _Plan(base_model, train_data, validation_data, settings)
         check_output(target, overwrite=overwrite)
     if plan.train_data is None:
         raise UsageError("train_data is missing; give a data file or records of input and output")
@@ -175,16 +175,9 @@ def _name(source: BaseLike | Data | None) -> str | dict[str, str | None] | None:
     """
     if isinstance(source, Mapping):
         return {task: cast(str | None, _name(rows)) for task, rows in source.items()}
-    if not isinstance(source, str | Path):
+    if not isinstance(source, str | Path) or str(source) == "-":  # standard input is read once
         return None
     return os.path.abspath(source) if os.path.exists(source) else str(source)
-
-
-def _kept(data: Data | None) -> Data | None:
-    """Return rows as a list, since they are read twice (for training and for their hash)."""
-    if isinstance(data, Mapping):
-        return {task: cast(Rows, _kept(rows)) for task, rows in data.items()}
-    return data if data is None or isinstance(data, str | Path) else list(data)
 
 
 def _resumed(
@@ -209,8 +202,8 @@ def _resumed(
             raise ConfigError(f"the interrupted run has {name} {names[name]}; leave {name} out")
     return _Plan(
         base_model if names["base_model"] is None else names["base_model"],
-        names["train_data"] or _kept(train_data),
-        names["validation_data"] or _kept(validation_data),
+        names["train_data"] or train_data,
+        names["validation_data"] or validation_data,
         settings,
     )
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
+from softprompt.data import LabelNames, names_of_labels
 from softprompt.errors import ConfigError, nearest
 from softprompt.fields import check, from_mapping, plain, setting
 from softprompt.prompts import PromptLearningConfig
@@ -79,6 +80,9 @@ class TuneSettings:
         None, "Configuration of the method, instead of tuning_type and tuning_config."
     )
     num_epochs: int = setting(20, "Number of training epochs.", least=1, group=_OPTIMISATION)
+    max_steps: int | None = setting(
+        None, "Optimizer steps in total, instead of num_epochs.", least=1, group=_OPTIMISATION
+    )
     learning_rate: float | None = setting(
         None,
         f"Peak learning rate; by default {RATE_PER_RMS} x the rms of the base model's embeddings, for "
@@ -136,6 +140,15 @@ class TuneSettings:
     )
     input_field: str | None = setting(None, "Column of the input text.", group=_DATA)
     output_field: str | None = setting(None, "Column of the target.", group=_DATA)
+    label_names: dict[str, str] | None = setting(None, "Names of targets that are numbers.", group=_DATA)
+    validation_split: float | None = setting(
+        None,
+        "Share of the training data to validate on instead, the same of each label; without --validation-data.",
+        above=0,
+        most=0.9,
+        group=_DATA,
+    )
+    limit: int | None = setting(None, "Train on the first records only.", least=1, group=_DATA)
     source_prompt_base: str | None = setting(
         None, "Folder of source prompts; by default the environment's SOURCE_PROMPT_BASE.", group=_TASKS
     )
@@ -209,6 +222,8 @@ class TuneSettings:
             object.__setattr__(self, "tuning_config", from_mapping(TuningConfig, self.tuning_config))
         if isinstance(self.task_verbalizers, Mapping):
             object.__setattr__(self, "task_verbalizers", dict(self.task_verbalizers))
+        if self.label_names is not None:
+            object.__setattr__(self, "label_names", names_of_labels(self.label_names))
         if isinstance(self.config, Mapping):
             object.__setattr__(self, "config", config_from(self.config, self.tuning_type))
 
@@ -252,6 +267,8 @@ class TuneSettings:
                         f"{name} would be ignored with one data set; give several as "
                         "{task: data}, or leave it out"
                     )
+        elif self.label_names is not None:
+            raise ConfigError("label_names would rename the targets of every task; name them in the data")
         for task in self.task_verbalizers or {}:
             if task not in tasks:
                 raise ConfigError(
@@ -288,6 +305,7 @@ class TuneOptions(TypedDict, total=False):
     tuning_config: TuningConfig | Mapping[str, Any]
     config: PromptLearningConfig | Mapping[str, Any] | None
     num_epochs: int
+    max_steps: int | None
     learning_rate: float | None
     lr: float | None
     task_learning_rate: float | None
@@ -305,6 +323,9 @@ class TuneOptions(TypedDict, total=False):
     task: str | None
     input_field: str | None
     output_field: str | None
+    label_names: LabelNames | None
+    validation_split: float | None
+    limit: int | None
     source_prompt_base: str | None
     torch_dtype: Any
     device: str | None

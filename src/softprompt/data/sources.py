@@ -1,0 +1,273 @@
+"""Where records come from: files, standard input, memory, ``datasets`` and the Hub; each record with its place."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import hashlib
+import json
+import logging
+import re
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from softprompt.data.file_formats import (
+    BINARY_READERS,
+    SUFFIXES,
+    TEXT_READERS,
+    Located,
+    as_record,
+    damaged,
+    not_utf8,
+    with_class_names,
+)
+from softprompt.errors import DataError, nearest
+
+logger = logging.getLogger(__name__)
+
+DataSource: TypeAlias = str | Path | Iterable[Mapping[str, Any]] | Iterable[Located]
+"""A path, ``-`` for standard input, a data set of the Hub, records, or an object of ``datasets`` or pandas."""
+
+Use: TypeAlias = Literal["train", "validation", "test"]
+
+_SPLITS: Mapping[str | None, tuple[str, ...]] = {
+    "train": ("train",),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "validation", "valid", "val", "dev"),
+}
+"""Names of the split that is read for a use, the first that exists."""
+
+STANDARD_INPUT = "-"
+_PACKED = {".gz": "gzip", ".zst": "zstd"}
+_HUB = re.compile(r"(hf://datasets/)?([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))??(?::([\w.-]*))?")
+"""``org/name``, ``name:split`` and ``name:config:split``, each with or without ``org/``."""
+
+
+def read_source(source: DataSource, use: Use | None = None) -> Iterator[Located]:
+    """Yield the records of ``source`` with where each was read; at least one.
+
+    Args:
+        source: A path (its suffix names the format), ``-`` for standard input, ``org/name``, ``name:split`` or
+            ``name:config:split`` of the Hub (a file of that name wins), an iterable of mappings, a pandas
+            DataFrame, a ``datasets.Dataset`` or a ``DatasetDict``.
+        use: Which split of several is read; None reads a single one.
+
+    Raises:
+        DataError: The source is missing, empty, of an unknown format, or damaged; or several splits leave
+            the choice open.
+    """
+    source = opened(source)
+    splits = _splits(source)
+    if splits is not None:
+        source = splits[_split_for(use, splits)]
+    if isinstance(source, str | Path):
+        yield from _at_least_one(_file_records(Path(source)), f"{Path(source).name}")
+    else:
+        yield from _at_least_one(_memory_records(source), "the data")
+
+
+def opened(source: DataSource) -> DataSource:
+    """Return a source that can be read again: a data set of the Hub as loaded, standard input as records.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    if isinstance(source, str) and source == STANDARD_INPUT:
+        return _standard_input()
+    hub = _hub_name(source)
+    return source if hub is None else _from_hub(str(source), *hub)
+
+
+def validation_split_of(source: DataSource) -> DataSource | None:
+    """Return the validation split of an opened source; None where it has no splits or none of that name."""
+    splits = _splits(source) or {}
+    return next((splits[name] for name in _SPLITS["validation"] if name in splits), None)
+
+
+def data_fingerprint(source: DataSource, records: Sequence[Located]) -> dict[str, str | int]:
+    """Return what identifies data that was read: ``path`` (a name, no folders), ``sha256`` and ``rows``.
+
+    A file has the hash of its bytes, everything else that of its records.
+    """
+    if isinstance(source, str | Path) and Path(source).is_file():
+        name, content = Path(source).name, Path(source).read_bytes()
+    else:
+        name = "rows in memory"
+        if isinstance(source, str):
+            name = "standard input" if source == STANDARD_INPUT else source
+        content = json.dumps([dict(each.record) for each in records], sort_keys=True, default=str).encode()
+    return {"path": name, "sha256": hashlib.sha256(content).hexdigest(), "rows": len(records)}
+
+
+def _at_least_one(records: Iterator[Located], name: str) -> Iterator[Located]:
+    found = False
+    for record in records:
+        found = True
+        yield record
+    if not found:
+        raise DataError(f"{name}: expected at least one record, got none")
+
+
+def _file_records(path: Path) -> Iterator[Located]:
+    check_file(path)
+    packed = path.suffix.lower() if path.suffix.lower() in _PACKED else ""
+    suffix = (Path(path.stem) if packed else path).suffix.lower()
+    if suffix in TEXT_READERS:
+        return TEXT_READERS[suffix](_decoded(_unpacked(path, packed), path.name), path.name)
+    if suffix in BINARY_READERS and not packed:
+        return BINARY_READERS[suffix](path)
+    raise DataError(
+        f"{path.name}: expected one of the suffixes {', '.join(SUFFIXES)}, "
+        f"got {suffix + packed or 'none'!r}{nearest(suffix, SUFFIXES)}; "
+        f"those of text may have {' or '.join(_PACKED)} behind them"
+    )
+
+
+def check_file(path: Path) -> None:
+    """Raise DataError if there is no file at ``path``, or an empty one."""
+    if path.is_dir():
+        raise DataError(f"{path}: expected a data file, got a directory; name a file in it")
+    if not path.exists():
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        hub = "; a data set of the Hub is org/name or name:split" if str(path) == path.stem else ""
+        raise DataError(f"{path}: no such data file{nearest(path.name, siblings)}{hub}")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty; expected at least one record")
+
+
+def _unpacked(path: Path, packed: str) -> bytes:
+    data = path.read_bytes()
+    try:
+        if packed == ".gz":
+            return gzip.decompress(data)
+        return _without_zstd(data, path) if packed else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise damaged(path, _PACKED[packed], error) from error
+
+
+def _without_zstd(data: bytes, path: Path) -> bytes:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise DataError(f'reading {path.name} needs zstandard: pip install "softprompt[data]"') from error
+    parts = []
+    while data:
+        part = zstandard.ZstdDecompressor().decompressobj()
+        try:
+            parts.append(part.decompress(data))
+        except zstandard.ZstdError as error:
+            raise OSError(str(error)) from error
+        if not part.eof:
+            raise EOFError("it ends too early")
+        data = part.unused_data
+    return b"".join(parts)
+
+
+def _decoded(data: bytes, name: str) -> str:
+    data = data.removeprefix(codecs.BOM_UTF8)
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise not_utf8(error, f"{name}, line {line}") from error
+    if not text.strip():
+        raise DataError(f"{name}: the file is empty; expected at least one record")
+    return text
+
+
+def _standard_input() -> list[Any]:
+    """Read standard input to its end: a JSON list, JSON lines, or a table, by its first character."""
+    if sys.stdin.isatty():
+        raise DataError("no data on standard input; pipe it in, or name a file instead of -")
+    text = _decoded(sys.stdin.buffer.read(), "standard input")
+    suffix = {"[": ".json", "{": ".jsonl"}.get(text.lstrip()[0], ".csv")
+    logger.info("standard input is read as %s", suffix)
+    return list(TEXT_READERS[suffix](text, "standard input"))
+
+
+def _memory_records(records: Any) -> Iterator[Located]:
+    if isinstance(records, Mapping):
+        raise DataError(f"expected a list of records, got one {type(records).__name__}; put it into a list")
+    if hasattr(records, "notna") and hasattr(records, "columns"):
+        records = _frame_rows(records)
+    elif hasattr(records, "to_pylist"):  # a table of pyarrow
+        records = records.to_pylist()
+    if not isinstance(records, Iterable):
+        raise DataError(
+            f"expected a path, a list of records or a Dataset, got {type(records).__name__}; pass one of these"
+        )
+    features: Any = getattr(records, "features", None)
+    found = (
+        row if isinstance(row, Located) else as_record(row, f"record {number}")
+        for number, row in enumerate(records, start=1)
+    )
+    return with_class_names(found, features.to_dict() if features else {})
+
+
+def _frame_rows(frame: Any) -> list[Any]:
+    """Return the rows of a pandas DataFrame, with None for what is missing."""
+    if not frame.columns.is_unique:
+        raise DataError(f"the DataFrame has a column twice, of {', '.join(map(str, frame.columns))}; rename one")
+    rows: list[Any] = frame.astype(object).where(frame.notna(), None).to_dict("records")
+    return rows
+
+
+def _splits(source: Any) -> Mapping[str, Any] | None:
+    """Return the splits of a ``DatasetDict``, whose columns are those of each; None for everything else."""
+    return source if isinstance(source, Mapping) and hasattr(source, "column_names") else None
+
+
+def _split_for(use: Use | None, splits: Mapping[str, Any]) -> str:
+    found = [name for name in _SPLITS.get(use, ()) if name in splits]
+    if use in (None, "train") and len(splits) == 1:
+        found = list(splits)
+    if not found:
+        which = f"one for {use}" if use else "one"
+        raise DataError(f"expected {which} among the splits {', '.join(splits)}; pass one of them (name:split)")
+    if len(splits) > 1:
+        logger.info("of the splits %s, %s is read", ", ".join(splits), found[0])
+    return found[0]
+
+
+def _hub_name(source: Any) -> tuple[str, str | None, str | None] | None:
+    """Return repository, configuration and split of a data set of the Hub; None for what means a file.
+
+    A mistyped file is not taken for one: a name has ``org/`` or ``:split``, no suffix of a data file, and its first
+    part is no folder here.
+    """
+    match = _HUB.fullmatch(source) if isinstance(source, str) else None
+    if match is None or Path(source).exists():
+        return None
+    explicit, name, config, split = match.groups()
+    organisation, slash, _ = name.partition("/")
+    is_file = {suffix.lower() for suffix in Path(name).suffixes} & {*SUFFIXES, *_PACKED}
+    is_here = split is None and (not slash or Path(organisation).exists())
+    if not explicit and (is_file or is_here):
+        return None
+    return name, config, split or None
+
+
+def _from_hub(word: str, name: str, config: str | None, split: str | None) -> Any:
+    logger.info("no file %s here: reading the data set %s from the Hugging Face Hub", word, name)
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise DataError(
+            f'no file {word} here, and a data set of the Hub needs: pip install "softprompt[data]"'
+        ) from (error)
+    from huggingface_hub import HfApi, constants
+
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            # One request, since load_dataset tries for half a minute where there is no network.
+            HfApi().dataset_info(name, timeout=10)
+        return load_dataset(name, config, split=split)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise DataError(
+            f"no file {word} here, and the data set {name} cannot be read from the Hub ({reason}); check the name "
+            "(org/name, name:split or name:config:split) and the network, or name a file"
+        ) from error
