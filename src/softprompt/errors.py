@@ -8,7 +8,11 @@ catch (``ValueError``, ``KeyError``), so swapping libraries keeps handlers worki
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+from pathlib import Path
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 class SoftPromptError(Exception):
@@ -121,3 +125,52 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return a hint such as `` (did you mean 'lr'?)`` for a misspelt name, or an empty string."""
     close = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def no_folder(name: str | Path, *, before_hub: bool = False) -> str:
+    """Return what to say of a path that is not there, such as "no folder runs/tw; did you mean runs/tw0?".
+
+    Empty where it is there, or may as well be a Hub id: it has the form of one, and nothing here is called like it.
+    With ``before_hub``, when the Hub was not asked yet, it is also empty for an id whose own parent folder holds
+    nothing like it, and for one in the local Hub cache.
+    """
+    path = Path(name)
+    if path.exists():
+        return ""
+    is_id = _HUB_ID.fullmatch(str(name)) is not None
+    near, said = _nearest_path(path), f"no {'file' if path.suffix == '.gguf' else 'folder'} {name}"
+    if before_hub and is_id:
+        if near is None or near.parent != path.parent or path.parent == Path() or _is_cached(path):
+            return ""
+        return f"{said}; did you mean {near}? For one on the Hub, download it first: hf download {name}"
+    if near is not None:
+        return f"{said}; did you mean {near}?"
+    held = _folders(path.parent) if path.parent != Path() else []
+    if held:
+        return f"{said}; {path.parent} holds {', '.join(held[:5])}{' ...' if len(held) > 5 else ''}"
+    return "" if is_id else said
+
+
+def _is_cached(path: Path) -> bool:
+    from huggingface_hub.constants import HF_HUB_CACHE  # `softprompt --help` does not wait for it
+
+    return Path(HF_HUB_CACHE, "models--" + "--".join(path.parts)).exists()
+
+
+def _nearest_path(path: Path) -> Path | None:
+    """Return the folder or GGUF file that a misspelt path is likely to mean, its parents misspelt or not."""
+    folder: Path | None = path.parent
+    if not path.parent.is_dir():
+        folder = None if path.parent == path else _nearest_path(path.parent)
+        if folder is not None and (folder / path.name).exists():
+            return folder / path.name
+    close = difflib.get_close_matches(path.name, _folders(folder) if folder else [], n=1)
+    return folder / close[0] if folder and close else None
+
+
+def _folders(folder: Path) -> list[str]:
+    try:
+        found = [each for each in folder.iterdir() if each.is_dir() or each.suffix == ".gguf"]
+    except OSError:  # it may be no folder, or not ours to read
+        return []
+    return sorted(each.name for each in found if not each.name.startswith("."))

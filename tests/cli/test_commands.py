@@ -259,6 +259,7 @@ def test_demo_prints_a_table(capsys, data, tmp_path, monkeypatch):
     out, err = capsys.readouterr()
     assert out.splitlines()[0].split()[-2:] == ["base", "tuned"]
     assert any(line.startswith("accuracy") for line in out.splitlines())
+    assert f"try     softprompt classify {tmp_path / 'demo'} --text" in out
 
 
 def test_ctrl_c_saves_prints_how_to_go_on_and_that_works(capsys, data, tmp_path, monkeypatch):

@@ -20,12 +20,40 @@ def test_every_option_has_help():
         assert each.metadata["help"].endswith("."), each.name
 
 
-@pytest.mark.parametrize("name", ["top_k", "top_p", "typical_p", "temperature", "seed"])
+@pytest.mark.parametrize("name", ["top_k", "top_p", "min_p", "typical_p", "temperature", "seed"])
 def test_a_sampling_option_under_greedy_is_refused_not_ignored(name):
     value = 1 if name in ("top_k", "seed") else 0.5
-    with pytest.raises(ConfigError, match=f"{name} would be ignored under decoding_method GREEDY"):
-        GenerationOptions(**{name: value})
+    with pytest.raises(ConfigError, match=f"{name} would be ignored under decoding_method GREEDY; choose SAMPLING"):
+        GenerationOptions(decoding_method="GREEDY", **{name: value})
     GenerationOptions(decoding_method="SAMPLING", **{name: value})
+
+
+@pytest.mark.parametrize(
+    "asked", [{"temperature": 0.5}, {"temperature": 1}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}]
+)
+def test_sampling_follows_from_what_is_asked(asked):
+    assert GenerationOptions(**asked, seed=3) == GenerationOptions(decoding_method="SAMPLING", **asked, seed=3)
+    assert GenerationOptions.from_settings({"do_sample": True, **asked}) == GenerationOptions(**asked)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"seed": 3}, "seed would be ignored as nothing is sampled; give a temperature or leave it out"),
+        ({"temperature": 0, "top_p": 0.9}, "top_p would be ignored at temperature 0; raise the temperature"),
+        ({"temperature": 0.5, "num_beams": 2}, "num_beams 2 needs decoding_method GREEDY, got temperature"),
+        ({"temperature": 0.5, "do_sample": False}, "temperature would be ignored under decoding_method GREEDY"),
+        ({"do_sample": True, "decoding_method": "GREEDY"}, "do_sample=True contradicts decoding_method GREEDY"),
+        ({"do_sample": 1}, "do_sample takes true or false; got 1"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_one_clear_line(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        GenerationOptions.from_settings(settings)
+
+
+def test_do_sample_alone_samples():
+    assert GenerationOptions.from_settings({"do_sample": True}).samples
 
 
 def test_beams_and_sampling_exclude_each_other():
@@ -74,7 +102,8 @@ def test_stop_sequences_are_kept_as_a_tuple():
 @pytest.mark.parametrize(
     "settings",
     [
-        {"temperature": 1.0},
+        {"temperature": 1.0, "do_sample": False},
+        {"temperature": 1.0, "decoding_method": "GREEDY"},
         {"temperature": 0},
         {"top_p": 1.0, "typical_p": 1, "top_k": 0, "min_p": 0.0},
         {"num_beams": 1, "repetition_penalty": 1.0, "top_k": None},
@@ -95,11 +124,8 @@ def test_filters_that_are_off_are_off_in_sampling_too():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"do_sample": True}, "do_sample is called decoding_method here"),
         ({"num_return_sequences": 2}, "unknown setting 'num_return_sequences'"),
         ({"length_penalty": 2.0}, "unknown setting 'length_penalty'"),
-        ({"top_k": 50}, "top_k would be ignored under decoding_method GREEDY"),
-        ({"temperature": 0.5}, "temperature would be ignored"),
         ({"temperature": True}, "temperature takes a number"),
         ({"top_k": -1}, "top_k must be at least 1"),
     ],

@@ -40,7 +40,7 @@ from softprompt.artifacts.layout import (
 )
 from softprompt.artifacts.manifest import Manifest
 from softprompt.artifacts.stored_prompt import StoredPrompt
-from softprompt.errors import ArtifactError
+from softprompt.errors import ArtifactError, no_folder
 from softprompt.prompts import CONFIG_NAME
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -213,13 +213,16 @@ def locate(source: str | Path, subfolder: str | None, revision: str | None, **hu
     if subfolder is not None:
         _check_relative(subfolder)
     root = Path(source)
-    if not root.exists() and isinstance(source, str) and _HUB_ID.fullmatch(source):
-        root = _snapshot(source, subfolder, revision=revision, **hub)
-    elif not root.exists():
-        raise ArtifactError(
-            f"expected a prompt directory with {CONFIG_NAME} and {WEIGHTS_NAME}, {source} does "
-            "not exist: check the path"
-        )
+    if not root.exists():
+        asks_hub = isinstance(source, str) and _HUB_ID.fullmatch(source) is not None
+        if revision is None and (misspelt := no_folder(source, before_hub=asks_hub)):
+            raise ArtifactError(f"expected a prompt directory: {misspelt}")
+        if not asks_hub:
+            raise ArtifactError(
+                f"expected a prompt directory with {CONFIG_NAME} and {WEIGHTS_NAME}, {source} does "
+                "not exist: check the path"
+            )
+        root = _snapshot(str(source), subfolder, revision=revision, **hub)
     elif revision is not None:
         raise ArtifactError(
             f"a revision ({revision!r}) selects a version on the hub, {source} is a local path: "
@@ -258,8 +261,9 @@ def _snapshot(repository: str, subfolder: str | None, **hub: Any) -> Path:
     # OSError and ValueError are the roots of what the hub client raises: HTTP, cache, id.
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
+        misspelt = no_folder(repository) or f"{repository} is neither"
         raise ArtifactError(
-            f"expected a prompt directory or a repository on the hub, {repository} is neither "
+            f"expected a prompt directory or a repository on the hub, {misspelt} "
             f"({reason}): check the path, or the name and the connection"
         ) from error
     return Path(path)

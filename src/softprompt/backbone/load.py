@@ -23,7 +23,7 @@ from transformers.utils import logging as hf_logging
 from softprompt.backbone.base import Base
 from softprompt.backbone.state import is_encoder_decoder
 from softprompt.bundled import DEMO, source_of
-from softprompt.errors import BackboneError, ConfigError
+from softprompt.errors import BackboneError, ConfigError, nearest, no_folder
 
 
 def load_base(
@@ -61,6 +61,8 @@ def load_base(
     except ImportError as cause:
         raise BackboneError(str(cause)) from cause
     local = Path(source, *file.values()).exists()
+    if revision is None and not local and (misspelt := no_folder(name, before_hub=True)):
+        raise BackboneError(f"base model: {misspelt}")
     options: dict[str, Any] = {**file, "revision": revision, "local_files_only": not (local or downloads_allowed())}
     try:
         config = AutoConfig.from_pretrained(source, **options)
@@ -175,7 +177,10 @@ def _why_not_loaded(name: str, local: bool, cause: Exception) -> str:
     first = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
     if local:
         return f"base model {name!r} cannot be loaded: {first}"
+    if misspelt := no_folder(name):
+        return f"base model: {misspelt} ({first[:160]})"
+    advice = "check the name and the connection" if downloads_allowed() else "set ALLOW_DOWNLOADS=true to fetch it"
     return (
-        f"base model {name!r} is neither a folder nor a GGUF file nor in the local Hub cache; check the path, use "
-        f"'{DEMO}', or set ALLOW_DOWNLOADS=true to fetch it ({first[:160]})"
+        f"base model {name!r}{nearest(name, [DEMO])} is neither a folder nor a GGUF file nor in the local "
+        f"Hub cache; check the path, use '{DEMO}', or {advice} ({first[:160]})"
     )

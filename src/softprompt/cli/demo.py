@@ -90,5 +90,5 @@ def _text(base: Report, tuned: Report, output: str, curve: str | None) -> str:
     lines += ["", f"prompt  {output}"]
     if curve is not None:
         lines.append(f"curve   {curve}")
-    lines.append(f'try     softprompt generate {output} --text "The kettle broke after one day."')
+    lines.append(f'try     softprompt classify {output} --text "The kettle broke after one day."')
     return "\n".join(lines)

@@ -13,9 +13,10 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar, final, get_args, get_origin
 
 import click
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 ALIASES = {"learning_rate": ("--lr",)}
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _BASE = ("base_model", "torch_dtype", "device", "ignore_fingerprint")
 
 
@@ -232,6 +234,45 @@ def _shown(default: Any) -> str:
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 
+def stdin_lines() -> dict[int, str]:
+    """Return the lines of stdin that are not blank, by their numbers.
+
+    Raises:
+        UsageError: stdin is a terminal, empty, or not UTF-8.
+    """
+    if sys.stdin.isatty():
+        raise UsageError("nothing to answer: give --text, or lines on stdin")
+    lines = dict(enumerate(text_lines(), start=1))
+    kept = {number: line for number, line in lines.items() if line.strip()}
+    if not kept:
+        raise UsageError("nothing to answer: stdin is empty; give --text, or lines on stdin")
+    blank = sorted(lines.keys() - kept.keys())
+    if blank:
+        shown = ", ".join(map(str, blank[:5])) + (", ..." if len(blank) > 5 else "")
+        click.echo(f"warning: {len(blank)} blank lines of stdin have no answer: {shown}", err=True)
+    return kept
+
+
+def text_lines() -> Iterator[str]:
+    """Yield the lines of stdin as they come; raise ``UsageError`` for one that is not UTF-8."""
+    return map(_line, _raw_lines(), count(1))
+
+
+def _raw_lines() -> Iterable[bytes]:
+    # In some locales Python would decode bytes that are not UTF-8 to halves of characters.
+    buffer = getattr(sys.stdin, "buffer", None)
+    return (line.encode(errors="surrogatepass") for line in sys.stdin) if buffer is None else buffer
+
+
+def _line(raw: bytes, number: int) -> str:
+    try:
+        return raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"stdin is not UTF-8: byte 0x{raw[error.start]:02x} in line {number}; convert the text first"
+        ) from error
+
+
 def start_logging(*, quiet: bool) -> None:
     """Send softprompt's log lines to stderr, without the loading bars of transformers."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -249,7 +290,17 @@ def start_logging(*, quiet: bool) -> None:
 
 def show(result: Mapping[str, Any], text: str, *, as_json: bool) -> None:
     """Print a result: as one JSON object, or as text for people."""
-    click.echo(json.dumps(result, ensure_ascii=False, allow_nan=False) if as_json else text)
+    write((json.dumps(result, ensure_ascii=False, allow_nan=False) if as_json else text) + "\n")
+
+
+def write(text: str) -> None:
+    """Write to stdout; on a terminal control characters, as a model may write them, are spelt out."""
+    click.echo(harmless(text) if sys.stdout.isatty() else text, nl=False)
+
+
+def harmless(text: str) -> str:
+    """Return a text with what a terminal would obey spelt as in JSON: escape sequences, changes of direction."""
+    return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def table(rows: Mapping[str, Any]) -> str:
@@ -272,4 +323,5 @@ class _ToStandardError(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line; warnings say that they are."""
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        sys.stderr.write(f"{prefix}{record.getMessage()}\n")
+        message = record.getMessage()
+        sys.stderr.write(f"{prefix}{harmless(message) if sys.stderr.isatty() else message}\n")

@@ -30,6 +30,7 @@ from .ticket import Event as Event
 from .ticket import FinishEvent as FinishEvent
 from .ticket import FinishReason as FinishReason
 from .ticket import Generation as Generation
+from .ticket import Reason as Reason
 from .ticket import Ticket as Ticket
 from .ticket import TokenEvent as TokenEvent
 from .ticket import TopLogProbs as TopLogProbs

@@ -1,7 +1,7 @@
 """Generation options of a request, and bounds of what runs requests, checked before a model is used.
 
-A setting that the chosen decoding method would ignore raises: a temperature under GREEDY means that
-the caller expects sampling. Sampling filters left at None are off.
+Sampling follows from what is given: a temperature above 0, or a filter such as ``top_p``, samples. Where the
+decoding method is given as well, a setting that it would ignore raises. Filters left at None are off.
 
 ``max_step_tokens`` is 512 by measurement (``bench/serving.py`` and ``bench/decode_step.py`` use it):
 from 512 to 2048 neither tokens a second nor label scoring gain, while the longest gap between two
@@ -19,13 +19,14 @@ from softprompt.fields import check, check_number, from_mapping, setting
 
 DecodingMethod = Literal["GREEDY", "SAMPLING"]
 
-_SAMPLING_ONLY = ("top_k", "top_p", "min_p", "typical_p", "temperature", "seed")
+_ASKS_FOR_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+_SAMPLING_ONLY = (*_ASKS_FOR_SAMPLING, "seed")
 _OFF: Mapping[str, tuple[float, ...]] = {"top_k": (0,), "min_p": (0,)}
-_OFF_GREEDY: Mapping[str, tuple[float, ...]] = {**_OFF, "temperature": (0, 1), "top_p": (1,), "typical_p": (1,)}
-"""Values that change nothing, and so are read as None: whatever the decoding method, and under GREEDY."""
+_OFF_UNASKED: Mapping[str, tuple[float, ...]] = {**_OFF, "top_p": (1,), "typical_p": (1,)}
+_OFF_GREEDY: Mapping[str, tuple[float, ...]] = {**_OFF_UNASKED, "temperature": (0, 1)}
+"""Values that change nothing, read as None: under SAMPLING, where no method is given, and under GREEDY."""
 _DEFAULTS_OF_OTHERS: Mapping[str, tuple[float | None, ...]] = {
     "diversity_penalty": (0,),
-    "do_sample": (False,),
     "early_stopping": (False,),
     "length_penalty": (1,),
     "no_repeat_ngram_size": (0,),
@@ -55,27 +56,28 @@ class GenerationOptions:
         least=0,
         group=_LENGTHS,
     )
-    decoding_method: DecodingMethod = setting(
-        "GREEDY", "GREEDY takes the most likely token, SAMPLING samples one.", group=_SAMPLING
+    decoding_method: DecodingMethod | None = setting(
+        None,
+        "GREEDY takes the most likely token, SAMPLING samples one; by default SAMPLING where a temperature or "
+        "a threshold is given.",
+        group=_SAMPLING,
     )
     num_beams: int = setting(1, "Beam width; 1 is no beam search. GREEDY only.", least=1, group=_SAMPLING)
     top_k: int | None = setting(
-        None, "Top-k sampling: number of most likely tokens to keep. SAMPLING only.", least=1, group=_SAMPLING
+        None, "Top-k sampling: number of most likely tokens to keep.", least=1, group=_SAMPLING
     )
-    top_p: float | None = setting(
-        None, "Nucleus (top-p) sampling threshold. SAMPLING only.", above=0, most=1, group=_SAMPLING
-    )
+    top_p: float | None = setting(None, "Nucleus (top-p) sampling threshold.", above=0, most=1, group=_SAMPLING)
     min_p: float | None = setting(
         None,
-        "Min-p sampling threshold, relative to the most likely token. SAMPLING only.",
+        "Min-p sampling threshold, relative to the most likely token.",
         above=0,
         most=1,
         group=_SAMPLING,
     )
-    typical_p: float | None = setting(
-        None, "Locally typical sampling threshold. SAMPLING only.", above=0, most=1, group=_SAMPLING
+    typical_p: float | None = setting(None, "Locally typical sampling threshold.", above=0, most=1, group=_SAMPLING)
+    temperature: float | None = setting(
+        None, "Sampling temperature; above 0 it samples, 0 is greedy.", above=0, group=_SAMPLING
     )
-    temperature: float | None = setting(None, "Sampling temperature. SAMPLING only.", above=0, group=_SAMPLING)
     repetition_penalty: float = setting(
         1.0, "Repetition penalty on tokens of the input and the answer; 1 is off.", above=0, group=_PENALTIES
     )
@@ -102,7 +104,7 @@ class GenerationOptions:
     max_time: float | None = setting(None, "Time limit of a batch, in seconds.", above=0, group=_LENGTHS)
     stop_sequences: tuple[str, ...] = setting((), "Stop sequences; they are cut from the answer.", group=_LENGTHS)
     seed: int | None = setting(
-        None, "Random seed of each answer. SAMPLING only.", least=0, most=2**63 - 1, group=_SAMPLING
+        None, "Random seed of each sampled answer.", least=0, most=2**63 - 1, group=_SAMPLING
     )
     preserve_input_text: bool = setting(
         False, "Prepend the input to the answer (decoder-only models).", group="Input"
@@ -116,10 +118,12 @@ class GenerationOptions:
             )
         object.__setattr__(self, "stop_sequences", tuple(self.stop_sequences))
         self._check_length_penalty()
-        for name, values in (_OFF if self.samples else _OFF_GREEDY).items():
-            value = getattr(self, name)
-            if not isinstance(value, bool) and value in values:
-                object.__setattr__(self, name, None)
+        cold = self.decoding_method is None and self._is_off("temperature", (0,))
+        if cold:
+            object.__setattr__(self, "decoding_method", "GREEDY")
+        off = {None: _OFF_UNASKED, "GREEDY": _OFF_GREEDY}.get(self.decoding_method, _OFF)
+        for name in [each for each, values in off.items() if self._is_off(each, values)]:
+            object.__setattr__(self, name, None)
         check(self)
         for stop in self.stop_sequences:
             if not isinstance(stop, str) or not stop:
@@ -131,7 +135,7 @@ class GenerationOptions:
                 f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens "
                 f"{self.max_new_tokens}; lower the one or raise the other"
             )
-        self._check_decoding()
+        self._check_decoding(cold=cold)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
@@ -142,8 +146,14 @@ class GenerationOptions:
         """
         others = _DEFAULTS_OF_OTHERS
         known = {n: v for n, v in settings.items() if n not in others or v not in (None, *others[n])}
-        if "do_sample" in known:
-            raise ConfigError("do_sample is called decoding_method here; choose SAMPLING, and leave do_sample out")
+        if (wanted := known.pop("do_sample", None)) is not None:
+            if not isinstance(wanted, bool):
+                raise ConfigError(f"do_sample takes true or false; got {wanted!r}")
+            method = "SAMPLING" if wanted else "GREEDY"
+            if known.get("decoding_method") not in (None, method):
+                given = known["decoding_method"]
+                raise ConfigError(f"do_sample={wanted} contradicts decoding_method {given}; leave one of them out")
+            known["decoding_method"] = method
         return from_mapping(cls, known)
 
     @property
@@ -164,20 +174,28 @@ class GenerationOptions:
         check_number(f"the second number of {name}", float, factor, above=0)
         object.__setattr__(self, name, (start, factor))
 
-    def _check_decoding(self) -> None:
+    def _is_off(self, name: str, values: tuple[float, ...]) -> bool:
+        value = getattr(self, name)
+        return not isinstance(value, bool) and value in values
+
+    def _check_decoding(self, *, cold: bool) -> None:
+        """Settle the decoding method, and raise where it would ignore a setting; ``cold`` is temperature 0."""
+        advice = f"under decoding_method {self.decoding_method}; choose SAMPLING"
+        asked = [name for name in _ASKS_FOR_SAMPLING if getattr(self, name) is not None]
+        if self.decoding_method is None:
+            object.__setattr__(self, "decoding_method", "SAMPLING" if asked else "GREEDY")
+            advice = "as nothing is sampled; give a temperature"
         if self.samples:
             if self.num_beams > 1:
                 raise ConfigError(
-                    f"num_beams {self.num_beams} needs decoding_method GREEDY, got SAMPLING; "
-                    "leave num_beams at 1 to sample"
+                    f"num_beams {self.num_beams} needs decoding_method GREEDY, got "
+                    f"{', '.join(asked) or 'SAMPLING'}; leave num_beams at 1 to sample"
                 )
             return
         ignored = [name for name in _SAMPLING_ONLY if getattr(self, name) is not None]
         if ignored:
-            raise ConfigError(
-                f"{', '.join(ignored)} would be ignored under decoding_method GREEDY; "
-                "choose SAMPLING or leave it out"
-            )
+            advice = "at temperature 0; raise the temperature" if cold else advice
+            raise ConfigError(f"{', '.join(ignored)} would be ignored {advice} or leave it out")
 
 
 @dataclass(frozen=True, slots=True)

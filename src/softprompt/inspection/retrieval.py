@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.artifacts import load_adapter, other_base, other_parts
-from softprompt.errors import ArtifactError, BackboneError, ConfigError
+from softprompt.errors import ArtifactError, BackboneError, ConfigError, no_folder
 from softprompt.prompts import Measure, similarity
 
 
@@ -94,7 +94,7 @@ def _weighted(best: Sequence[tuple[float, str]]) -> tuple[Similar, ...]:
 
 def _subfolders(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise ArtifactError(f"expected a folder of prompts, {folder} is not a folder")
+        raise ArtifactError(f"expected a folder of prompts, {no_folder(folder) or f'{folder} is not a folder'}")
     found = sorted(each for each in folder.iterdir() if each.is_dir())
     if not found:
         raise ArtifactError(f"{folder} holds no folders; give the one whose subfolders are prompts")

@@ -22,7 +22,7 @@ from transformers import (
 from softprompt.backbone import text_key_values
 from softprompt.bundled import source_of
 from softprompt.engine import infer_task
-from softprompt.errors import ConfigError, InterfaceError
+from softprompt.errors import BackboneError, ConfigError, InterfaceError, no_folder
 from softprompt.peft.model import PeftModel as PeftModel  # noqa: PLC0414 - these classes come with it
 from softprompt.prompts import PROMPT_KEY, PeftConfig, TaskType, prompt_embeddings_from_past_key_values
 
@@ -166,6 +166,8 @@ class AutoPeftModel:
         if cls.task not in (None, task):
             raise ConfigError(f"{cls.__name__} loads task_type {cls.task}, the prompt is for {task}")
         source, file = source_of(config.base_model_name_or_path)
+        if config.revision is None and (said := no_folder(source, before_hub=True)):
+            raise BackboneError(f"base model: {said}")
         model = _LOADERS[task].from_pretrained(source, revision=config.revision, **file, **kwargs)
         return PeftModel.from_pretrained(
             model,

@@ -17,7 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
-from softprompt.errors import ArtifactError, ConfigError, InterfaceError, nearest
+from softprompt.errors import ArtifactError, ConfigError, InterfaceError, nearest, no_folder
 from softprompt.fields import positive, setting
 from softprompt.prompts.kinds import PeftType, Placement, TaskType
 from softprompt.prompts.recognition import KnownToPeft
@@ -247,6 +247,8 @@ class PeftConfig(KnownToPeft):
         path = Path(name, subfolder or "", CONFIG_NAME)
         try:
             if not path.is_file():
+                if kwargs.get("revision") is None and (misspelt := no_folder(name, before_hub=True)):
+                    raise ArtifactError(f"Can't find '{CONFIG_NAME}' at '{name}': {misspelt}")
                 hub = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS}
                 path = Path(hf_hub_download(name, CONFIG_NAME, subfolder=subfolder, **hub))
             values = cls.from_json_file(path)
@@ -254,7 +256,7 @@ class PeftConfig(KnownToPeft):
             raise
         except Exception as cause:
             raise ArtifactError(
-                f"Can't find '{CONFIG_NAME}' at '{name}' ({type(cause).__name__}); "
+                f"Can't find '{CONFIG_NAME}' at '{name}' ({no_folder(name) or type(cause).__name__}); "
                 "give the folder that save_pretrained wrote"
             ) from cause
         known = {f.name for f in dataclasses.fields(cls._named(values))} - HUB_OPTIONS

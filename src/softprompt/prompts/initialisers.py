@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.bundled import source_of
-from softprompt.errors import ConfigError, broken
+from softprompt.errors import ConfigError, broken, no_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -134,7 +134,7 @@ def load_tokenizer(name: str, **options: object) -> PreTrainedTokenizerBase:
         source, more = source_of(name)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **more, **options)
     except Exception as cause:
-        first = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        first = no_folder(name) or (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         raise ConfigError(
             f"the tokenizer {name!r} for the initial prompt cannot be loaded: {first[:160]}"
         ) from cause

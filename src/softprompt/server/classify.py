@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Self, final
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.responses import Response
+from torch import Tensor
 
 from softprompt.errors import ConfigError, DataError
 from softprompt.generation import Input, Labelling, label_ids_of
@@ -21,6 +24,7 @@ from softprompt.server.service import CLIENT_GONE, USER, in_thread, service_of, 
 if TYPE_CHECKING:
     from softprompt.prompts import Prompt
     from softprompt.server.served import Served
+    from softprompt.server.service import Service
 
 router = APIRouter(tags=["classification"], dependencies=[USER])
 
@@ -98,30 +102,67 @@ def _check_inputs(inputs: Sequence[Input], prompt: Prompt | None) -> None:
             )
 
 
+@final
+@dataclass(slots=True)
+class Scoring:
+    """The label scores of one HTTP request, which the scorer computes.
+
+    Attributes:
+        service: The service, whose metrics count it.
+        served: The prompt.
+        labelling: Its texts and labels.
+        future: The scorer's log-probabilities ``[N·K]``.
+        started: When it began, in seconds of the monotonic clock.
+    """
+
+    service: Service
+    served: Served
+    labelling: Labelling
+    future: Future[Tensor]
+    started: float
+
+    @classmethod
+    def start(cls, service: Service, served: Served, labelling: Labelling) -> Self:
+        """Give the texts to the scorer; raises QueueFullError if too many wait."""
+        started = time.monotonic()
+        return cls(service, served, labelling, service.scorer.submit(labelling.rows(served.prompt)), started)
+
+    def cancel(self) -> None:
+        """Cancel it, unless it has ended."""
+        if self.future.cancel():
+            self._count("abort")
+
+    async def sums(self) -> Tensor:
+        """Return the log-probabilities; raises Problem 503 if they take too long."""
+        seconds, metrics = self.service.settings.request_seconds, self.service.metrics
+        try:
+            found = await asyncio.wait_for(asyncio.wrap_future(self.future), seconds)
+        except TimeoutError:
+            self._count("abort")
+            raise Problem(503, f"no answer within {seconds:g} s; try again later") from None
+        usage, label = _usage(self.labelling, self.served.prompt), metrics.label(self.served.name)
+        metrics.input.labels(label).inc(usage["prompt_tokens"])
+        metrics.virtual.labels(label).inc(usage["virtual_tokens"])
+        metrics.whole.labels(label).observe(time.monotonic() - self.started)
+        self._count("classified")
+        return found
+
+    def _count(self, reason: str) -> None:
+        metrics = self.service.metrics
+        metrics.success.labels(metrics.label(self.served.name), reason).inc(len(self.labelling.inputs))
+
+
 @router.post("/v1/classify", response_model=Classification)
 async def classify(body: ClassifyBody, request: Request) -> Response:
     """Score the labels of one text or several, in one forward pass."""
-    service, started = service_of(request), time.monotonic()
-    seconds = service.settings.request_seconds
+    service = service_of(request)
     served = await service.served(body.model, body.task)
     labelling = await in_thread(labelling_of, body, served, service.settings.max_request_rows)
-    count, prompt = len(labelling.inputs), served.prompt
-    future = service.scorer.submit(labelling.rows(prompt))
-    waiting = asyncio.wait_for(asyncio.wrap_future(future), seconds)
-    metrics, label = service.metrics, service.metrics.label(served.name)
-    try:
-        sums = await unless_gone(request, waiting, future.cancel)
-    except TimeoutError:
-        metrics.success.labels(label, "abort").inc(count)
-        raise Problem(503, f"no answer within {seconds:g} s; try again later") from None
+    scoring = Scoring.start(service, served, labelling)
+    sums = await unless_gone(request, scoring.sums(), scoring.cancel)
     if sums is None:
-        metrics.success.labels(label, "abort").inc(count)
         return Response(status_code=CLIENT_GONE)
-    usage = _usage(labelling, prompt)
-    metrics.input.labels(label).inc(usage["prompt_tokens"])
-    metrics.virtual.labels(label).inc(usage["virtual_tokens"])
-    metrics.success.labels(label, "classified").inc(count)
-    metrics.whole.labels(label).observe(time.monotonic() - started)
+    usage = _usage(labelling, served.prompt)
     answers = enumerate(labelling.answers(sums, normalize=body.normalize))
     return JSONResponse(
         {

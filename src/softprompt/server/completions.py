@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, final
 
 from fastapi import APIRouter
 from fastapi import Request as HTTPRequest
@@ -13,7 +14,19 @@ from pydantic import BaseModel, Field, field_validator
 from starlette.responses import Response
 
 from softprompt.errors import ConfigError, DataError
-from softprompt.generation import EchoEvent, FinishEvent, Input, Request, TokenEvent
+from softprompt.generation import (
+    EchoEvent,
+    Event,
+    FinishEvent,
+    GenerationOptions,
+    Input,
+    Labelling,
+    Reason,
+    Request,
+    TokenEvent,
+    label_ids_of,
+)
+from softprompt.server.classify import Scoring
 from softprompt.server.logprobs import Position, Scores
 from softprompt.server.protocol import (
     MOST_TOKENS,
@@ -32,8 +45,8 @@ from softprompt.server.service import (
     CLIENT_GONE,
     STREAMED,
     USER,
+    Answering,
     EventStream,
-    Run,
     Service,
     in_thread,
     service_of,
@@ -99,20 +112,25 @@ class Completion(GenerationResponse):
 
 @router.post("/v1/completions", response_model=Completion, responses=STREAMED)
 async def complete(body: CompletionBody, request: HTTPRequest) -> Response:
-    """Complete one prompt or several, each ``n`` times."""
+    """Complete one prompt or several, each ``n`` times; a classifier that is asked no more answers with a label."""
     service = service_of(request)
     served = await service.served(body.model, body.task)
     seconds = service.settings.request_seconds
     submission = await in_thread(completion_submission, body, served, seconds)
     reply = Reply.of(submission, body, "cmpl", "text_completion")
-    run = service.start(served, submission.requests)
+    run: Answering
+    if (labelling := await in_thread(label_question, body, submission)) is None:
+        run = service.start(served, submission.requests)
+    else:
+        service.check_answers(submission.requests)
+        run = LabelAnswers(Scoring.start(service, served, labelling), submission)
     if body.stream:
         return EventStream(run, _pieces(service, body, reply, run))
     return await answered(request, reply, run, lambda each: _whole(service, body, submission, each))
 
 
 async def answered(
-    request: HTTPRequest, reply: Reply, run: Run, shown: Callable[[Choice], dict[str, Any]]
+    request: HTTPRequest, reply: Reply, run: Answering, shown: Callable[[Choice], dict[str, Any]]
 ) -> Response:
     """Wait for all answers and return them in one response, each as ``shown`` gives it.
 
@@ -124,7 +142,7 @@ async def answered(
     return JSONResponse(done.whole([shown(choice) for choice in done.choices]))
 
 
-async def _gathered(reply: Reply, run: Run) -> Reply:
+async def _gathered(reply: Reply, run: Answering) -> Reply:
     async with aclosing(run.events()) as events:
         async for number, event in events:
             reply.take(number, event)
@@ -153,7 +171,9 @@ def _choice(choice: Choice, text: str, scores: dict[str, Any] | None, reason: st
     return {"index": choice.index, "text": text, "logprobs": scores, "finish_reason": reason, "seed": choice.seed}
 
 
-async def _pieces(service: Service, body: CompletionBody, reply: Reply, run: Run) -> AsyncGenerator[dict[str, Any]]:
+async def _pieces(
+    service: Service, body: CompletionBody, reply: Reply, run: Answering
+) -> AsyncGenerator[dict[str, Any]]:
     """Yield the chunks of a stream: echo, each token's text, finish reasons, and usage if requested."""
     plain, scored = reply.submission.served.plain, body.logprobs is not None
     decoded = [plain.decode(given.ids) for given in reply.submission.inputs]
@@ -186,6 +206,52 @@ async def _pieces(service: Service, body: CompletionBody, reply: Reply, run: Run
             yield chunk(choice, reason=choice.reason)
     if reply.reports_usage:
         yield reply.chunk(reply.kind, usage=reply.usage())
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class LabelAnswers:
+    """The likeliest label of each input as its completion, the same as ``/v1/classify`` gives."""
+
+    scoring: Scoring
+    submission: Submission
+
+    def cancel(self) -> None:
+        """Cancel the scoring, unless it has ended."""
+        self.scoring.cancel()
+
+    async def events(self) -> AsyncGenerator[tuple[int, Event]]:
+        """Yield each label, cut at ``max_tokens``, and its end; raises Problem 503 if that takes too long."""
+        labelling = self.scoring.labelling
+        sums = await self.scoring.sums()
+        ids_of = dict(zip(labelling.labels, labelling.label_ids, strict=True))
+        for number, answer in enumerate(labelling.answers(sums, normalize=False)):
+            request = self.submission.requests[number]
+            whole, decode = ids_of[answer.label], request.decode
+            kept = whole[: request.new_tokens]
+            text = answer.label if decode is None or kept == whole else decode(kept)
+            yield number, TokenEvent(0, kept[0], text)
+            reason: Reason = "stop" if kept == whole else "length"
+            yield number, FinishEvent(0, reason, text, kept, request.virtual_tokens, len(request.ids))
+
+
+def label_question(body: CompletionBody, submission: Submission) -> Labelling | None:
+    """Return the labels to score, for a classifier that is given a text or fields and no sampling setting.
+
+    Raises:
+        SoftPromptError: The prompt's labels cannot be scored.
+    """
+    served, request = submission.served, submission.requests[0]
+    texts = body.prompt if isinstance(body.prompt, list) else [body.prompt]
+    if served.rows is None or served.labels is None or body.raw or isinstance(texts[0], int | list):
+        return None
+    options = request.options
+    plain = GenerationOptions(options.max_new_tokens, decoding_method="SAMPLING", max_time=options.max_time)
+    if options != plain or ("temperature" in body.model_fields_set and body.temperature is not None):
+        return None
+    if request.n > 1 or body.echo or request.logprobs is not None:
+        return None
+    return Labelling(served.labels, label_ids_of(served.rows, served.labels), submission.inputs)
 
 
 def completion_submission(body: CompletionBody, served: Served, seconds: float) -> Submission:

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.artifacts import MANIFEST_NAME, WEIGHTS_NAME, Manifest, check_config, manifest_of_task, parse_object
-from softprompt.errors import AdapterError, ArtifactError, NotServingError, SoftPromptError, UsageError, excerpt
+from softprompt.errors import (
+    AdapterError,
+    ArtifactError,
+    NotServingError,
+    SoftPromptError,
+    UsageError,
+    excerpt,
+    no_folder,
+)
 from softprompt.prompts import CONFIG_NAME, PeftType
 
 FILES = (CONFIG_NAME, WEIGHTS_NAME, MANIFEST_NAME)
@@ -54,10 +62,8 @@ class PromptFolder:
         """Resolve a folder; raises UsageError if it does not exist or is no folder."""
         path = Path(directory)
         if not path.is_dir():
-            found = "is a file" if path.exists() else "does not exist"
-            raise UsageError(
-                f"expected a folder with one folder for each prompt, {directory} {found}; pass --prompts DIR"
-            )
+            found = no_folder(directory) or f"{directory} {'is a file' if path.exists() else 'does not exist'}"
+            raise UsageError(f"expected a folder with one folder for each prompt, {found}; pass --prompts DIR")
         return cls(path.resolve())
 
     def names(self) -> list[str]:

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast, final
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast, final
 
 import anyio
 from fastapi import Depends
@@ -95,9 +95,7 @@ class Service:
             Problem: 400, they want more answers than ``max_request_rows``.
             SoftPromptError: The queue is full, or a request does not fit the model.
         """
-        rows, most = sum(each.n for each in requests), self.settings.max_request_rows
-        if rows > most:
-            raise Problem(400, f"the request has {rows} answers, this server allows {most}")
+        self.check_answers(requests)
         tickets: list[Ticket] = []
         try:
             for request in requests:
@@ -107,6 +105,12 @@ class Service:
                 ticket.cancel()
             raise
         return Run(tickets, served.name, self.metrics, self.settings.request_seconds)
+
+    def check_answers(self, requests: Sequence[Request]) -> None:
+        """Raise Problem 400 where requests want more answers than ``max_request_rows``."""
+        rows, most = sum(each.n for each in requests), self.settings.max_request_rows
+        if rows > most:
+            raise Problem(400, f"the request has {rows} answers, this server allows {most}")
 
     def card(self, name: str) -> dict[str, Any]:
         """Return a prompt's card as plain JSON values; the latest ones are kept."""
@@ -174,6 +178,16 @@ def _user(request: HTTPRequest) -> None:
 
 def _admin(request: HTTPRequest) -> None:
     service_of(request).access.check_admin(request)
+
+
+class Answering(Protocol):
+    """What answers an HTTP request, event by event."""
+
+    def cancel(self) -> None:
+        """Stop what has not ended."""
+
+    def events(self) -> AsyncGenerator[tuple[int, Event]]:
+        """Yield (input, event) in the order of events."""
 
 
 USER, ADMIN = Depends(_user), Depends(_admin)
@@ -286,7 +300,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, run: Run, pieces: AsyncGenerator[Mapping[str, Any]]) -> None:
+    def __init__(self, run: Answering, pieces: AsyncGenerator[Mapping[str, Any]]) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         self._run = run
         self._pieces = pieces

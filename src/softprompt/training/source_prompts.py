@@ -15,7 +15,7 @@ from typing import Any
 
 from softprompt.artifacts import PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, load_adapter, source_of
 from softprompt.backbone import Base, Fingerprint
-from softprompt.errors import ConfigError, SoftPromptError, nearest
+from softprompt.errors import ConfigError, SoftPromptError, nearest, no_folder
 from softprompt.prompts import (
     CONFIG_NAME,
     MultitaskPromptTuningConfig,
@@ -138,7 +138,8 @@ def source_folder(given: str | None) -> Path | None:
         return None
     if not Path(name).is_dir():
         where = "source_prompt_base" if given else VARIABLE
-        raise ConfigError(f"{where} must be a folder of source prompts, {name} is none; check it")
+        found = no_folder(name) or f"{name} is none"
+        raise ConfigError(f"{where} must be a folder of source prompts, {found}; check it")
     return Path(name)
 
 
