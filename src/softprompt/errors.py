@@ -8,6 +8,7 @@ catch (``ValueError``, ``KeyError``), so swapping libraries keeps handlers worki
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -102,6 +103,14 @@ def in_options(message: str) -> str:
 def excerpt(text: str, most: int = 64) -> str:
     """Return the beginning of a text that is too long to be said back."""
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+_PATH = re.compile(r"(?<![\w.:/])/(?!v1/)(?:[^\s/'\",:;()]+/)+([^\s/'\",:;()]*)")
+
+
+def without_folders(text: str) -> str:
+    """Return a text whose absolute paths are their last parts alone, for readers of another machine."""
+    return _PATH.sub(r"\1", text)
 
 
 def broken(text: str) -> str:

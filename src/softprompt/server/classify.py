@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from softprompt.errors import ConfigError, DataError
 from softprompt.generation import Input, Labelling, label_ids_of
+from softprompt.server.access_log import tally
 from softprompt.server.errors import Problem
 from softprompt.server.protocol import Body, Fields, Stop, Text
 from softprompt.server.service import CLIENT_GONE, USER, in_thread, service_of, unless_gone
@@ -118,6 +119,7 @@ async def classify(body: ClassifyBody, request: Request) -> Response:
         metrics.success.labels(label, "abort").inc(count)
         return Response(status_code=CLIENT_GONE)
     usage = _usage(labelling, prompt)
+    tally(tokens=usage["prompt_tokens"], virtual=usage["virtual_tokens"])
     metrics.input.labels(label).inc(usage["prompt_tokens"])
     metrics.virtual.labels(label).inc(usage["virtual_tokens"])
     metrics.success.labels(label, "classified").inc(count)

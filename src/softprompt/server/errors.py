@@ -30,6 +30,7 @@ from softprompt.errors import (
     SoftPromptError,
     excerpt,
     nearest,
+    without_folders,
 )
 
 logger = logging.getLogger(__name__)
@@ -110,16 +111,25 @@ def problem_of(error: BaseException) -> Problem:
             return Problem(404, str(error), code="model_not_found", param="model")
         case ContextOverflowError():
             return Problem(400, str(error), code="context_length_exceeded")
-        case ArtifactError():
-            return Problem(500, str(error), code="prompt_unusable", param="model")
-        case NotServingError():
-            return Problem(503, str(error), headers={"Retry-After": "1"})
-        case ConfigError() | DataError() | ServingError():
+        case ConfigError() | DataError():
             return Problem(400, str(error))
         case SoftPromptError():
-            return Problem(500, str(error))
+            return _of_server(error)
     logger.error("request failed", exc_info=error)
     return Problem(500, "the server failed on this request; its log says why")
+
+
+def _of_server(error: SoftPromptError) -> Problem:
+    """Return the HTTP error for what lies with the server, whose folders are nobody's business."""
+    message = without_folders(str(error))
+    match error:
+        case ArtifactError():
+            return Problem(500, message, code="prompt_unusable", param="model")
+        case NotServingError():
+            return Problem(503, message, headers={"Retry-After": "1"})
+        case ServingError():
+            return Problem(400, message)
+    return Problem(500, message)
 
 
 def install_handlers(app: FastAPI) -> None:

@@ -26,6 +26,7 @@ from softprompt.backbone import input_embedding
 from softprompt.errors import NotServingError
 from softprompt.generation import EchoEvent, Event, FinishEvent, Request, Ticket, TokenEvent
 from softprompt.inspection import describe
+from softprompt.server.access_log import tally
 from softprompt.server.errors import Problem, problem_of
 from softprompt.server.folder import tasks_of
 from softprompt.server.middleware import Connections
@@ -86,7 +87,9 @@ class Service:
 
     async def served(self, name: str, task: Task | None) -> Served:
         """Return the current version of a prompt, loading it if needed."""
-        return await in_thread(self.registry.get, name, task)
+        found = await in_thread(self.registry.get, name, task)
+        tally(prompt=found.name)
+        return found
 
     def start(self, served: Served, requests: Sequence[Request]) -> Run:
         """Submit requests, all of them or none.
@@ -120,7 +123,7 @@ class Service:
                 "location": name,
                 "name": name,
                 # Clients know the base by its name, not by somebody's path.
-                "base_model": base.name,
+                "base_model": self.registry.base_names[0],
                 "version": version,
                 "history": list(stored.manifest.history) if stored.manifest else None,
                 "tasks": tasks_of(stored.config, stored.manifest),
@@ -265,7 +268,9 @@ class Run:
                 self.metrics.success.labels(label, event.reason).inc()
                 self.metrics.generated.labels(label).inc(len(event.tokens))
                 self.metrics.whole.labels(label).observe(now - self.started)
+                tally(output=len(event.tokens))
                 if event.index == 0:
+                    tally(tokens=event.input_tokens, virtual=event.prompt_tokens)
                     self.metrics.input.labels(label).inc(event.input_tokens)
                     self.metrics.virtual.labels(label).inc(event.prompt_tokens)
 
