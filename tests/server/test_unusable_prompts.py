@@ -1,4 +1,4 @@
-"""What cannot be served is listed apart with the reason, under names of its own, and no folder of the machine is told."""
+"""What cannot be served is listed apart with the reason, and no folder of the machine is told."""
 
 import json
 import logging

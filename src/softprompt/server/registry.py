@@ -122,7 +122,7 @@ class Registry:
                 continue
             with self._guard:
                 loaded = self._known.get(name)
-            problem = problem or (loaded and loaded.problem)
+            problem = problem or (loaded.problem if loaded else None)
             if problem:
                 unusable[name] = problem
             else:
