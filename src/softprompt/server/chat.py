@@ -166,7 +166,7 @@ def chat_submission(body: ChatBody, served: Served, seconds: float, most: int) -
     request = Request.of(
         given,
         served.prompt,
-        options=options_of(body, most, seconds),
+        options=options_of(body, served, most, seconds),
         n=body.n or 1,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )

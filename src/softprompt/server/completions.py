@@ -200,7 +200,7 @@ def completion_submission(body: CompletionBody, served: Served, seconds: float) 
     inputs = _inputs(body, served)
     generate = body.max_tokens != 0
     scored = bool(body.echo) and body.logprobs is not None
-    options = options_of(body, 16 if body.max_tokens is None else body.max_tokens, seconds)
+    options = options_of(body, served, 16 if body.max_tokens is None else body.max_tokens, seconds)
     requests = [
         Request(
             each.ids,

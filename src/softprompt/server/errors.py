@@ -178,6 +178,8 @@ CHOICES: Mapping[str, str] = {
     "stop": "a text, or up to 16 texts, each of 1 to 200 characters",
     "input": "a text, or a list of texts",
     "task": "the name or number of a task",
+    "guided_json": "a JSON schema, as an object or its text",
+    "json": "a JSON schema, as an object or its text",
     "content": 'a text, or a list of parts {"type": "text", "text": ...}',
     "role": 'one such as "user", of small letters and underscores',
 }
