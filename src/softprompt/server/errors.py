@@ -137,7 +137,9 @@ def install_handlers(app: FastAPI) -> None:
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return refusal(error.errors(), error.body, _fields_of(request)).response()
+        model = _body_of(request)
+        known = [*getattr(model, "model_fields", ()), *getattr(model, "neutral", ())]
+        return refusal(error.errors(), error.body, known, getattr(model, "expects", {})).response()
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -165,11 +167,10 @@ def _plain(request: Request, error: HTTPException) -> Problem:
     return Problem(error.status_code, message, headers=error.headers)
 
 
-def _fields_of(request: Request) -> list[str]:
-    """Return the names that a route's body may have."""
+def _body_of(request: Request) -> Any:
+    """Return the class of a route's body; None where it has none."""
     field = getattr(request.scope.get("route"), "body_field", None)
-    model = field.field_info.annotation if field is not None else None
-    return [*getattr(model, "model_fields", ()), *getattr(model, "neutral", ())]
+    return field.field_info.annotation if field is not None else None
 
 
 CHOICES: Mapping[str, str] = {
@@ -210,13 +211,16 @@ _BOUNDS = {
 _NO_OBJECT = "expected a JSON object in the body, and the header 'Content-Type: application/json'; got {}"
 
 
-def refusal(errors: Sequence[Mapping[str, Any]], body: Any, known: Sequence[str]) -> Problem:
+def refusal(
+    errors: Sequence[Mapping[str, Any]], body: Any, known: Sequence[str], expects: Mapping[str, str]
+) -> Problem:
     """Return the error for a body that fails validation.
 
     Args:
         errors: pydantic's errors, at least one; the first is reported.
         body: The body as received.
         known: The body's field names.
+        expects: What some of them take in this body, instead of what ``CHOICES`` says.
     """
     first = errors[0]
     inner = [part for part in first["loc"] if part != "body"]
@@ -238,8 +242,8 @@ def refusal(errors: Sequence[Mapping[str, Any]], body: Any, known: Sequence[str]
     if first["type"] == "not_served":
         return Problem(400, f"{where} is not served; {first['ctx']['instead']}", param=param)
     if first["type"] == "missing":
-        return Problem(400, f"{where} is missing; send {_expected(place, None)}", param=param)
-    message = f"{where} takes {_expected(place, first)}; got {_shown(_at(body, place))}"
+        return Problem(400, f"{where} is missing; send {_expected(place, None, expects)}", param=param)
+    message = f"{where} takes {_expected(place, first, expects)}; got {_shown(_at(body, place))}"
     return Problem(400, message, param=param)
 
 
@@ -255,9 +259,9 @@ def _written(place: Sequence[str | int]) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)[1:]
 
 
-def _expected(place: Sequence[str | int], error: Mapping[str, Any] | None) -> str:
+def _expected(place: Sequence[str | int], error: Mapping[str, Any] | None, expects: Mapping[str, str]) -> str:
     if place[-1] in CHOICES:
-        return CHOICES[str(place[-1])]
+        return {**CHOICES, **expects}[str(place[-1])]
     if error is None:
         return _MISSING.get(str(place[-1]), "a value")
     kind = error["type"]

@@ -317,7 +317,9 @@ async def _lines(pieces: AsyncGenerator[Mapping[str, Any]]) -> AsyncGenerator[by
 
 
 def _line(value: Mapping[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"
+    # Clients of /v1/responses may go by the name of an event.
+    name = f"event: {value['type']}\n".encode() if "type" in value else b""
+    return name + b"data: " + json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"
 
 
 async def unless_gone(
