@@ -25,7 +25,7 @@ from softprompt.artifacts import installed_versions
 from softprompt.backbone import freeze, load_base
 from softprompt.errors import UsageError
 from softprompt.generation import Batcher, Scorer
-from softprompt.server import chat, classify, completions, models, responses
+from softprompt.server import chat, classify, completions, embeddings, models, responses
 from softprompt.server.access_log import AccessLog
 from softprompt.server.errors import ErrorBody, Problem, install_handlers
 from softprompt.server.folder import PromptFolder
@@ -208,7 +208,7 @@ def create_app(settings: ServeSettings, registry: Registry, batcher: Batcher, sc
     )
     app.state.service = service
     generating = (completions.router, chat.router, responses.router)
-    for router in (*generating, classify.router, models.public, models.admin, health, _page()):
+    for router in (*generating, classify.router, embeddings.router, models.public, models.admin, health, _page()):
         app.include_router(router)
     install_handlers(app)
     _add_middleware(app, service)

@@ -27,7 +27,7 @@ from softprompt.errors import (
     in_options,
     without_folders,
 )
-from softprompt.prompts import CONFIG_NAME, PeftType
+from softprompt.prompts import CONFIG_NAME, PeftType, TaskType
 
 FILES = (CONFIG_NAME, WEIGHTS_NAME, MANIFEST_NAME)
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -228,6 +228,8 @@ def outlined(root: PromptFolder, name: str, signature: Signature, most: int, fit
         **(_reading(manifest) if tasks is None else _shared(tasks)),
         "tasks": tasks,
     }
+    if config.get("task_type") == TaskType.FEATURE_EXTRACTION:
+        facts |= {"task": "embedding", "labels": None}
     return Outline(signature, created, facts)
 
 

@@ -43,6 +43,7 @@ class Model(BaseModel):
     engine: str
     engine_reason: str
     peft_type: str | None = None
+    task_type: str | None = None
     virtual_tokens: int | None = None
     task: str | None = None
     labels: list[str] | None = None

@@ -23,9 +23,10 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from softprompt.backbone import input_embedding
-from softprompt.errors import NotServingError
+from softprompt.errors import ConfigError, NotServingError
 from softprompt.generation import EchoEvent, Event, FinishEvent, Request, Ticket, TokenEvent
 from softprompt.inspection import describe
+from softprompt.prompts import TaskType
 from softprompt.server.access_log import tally
 from softprompt.server.errors import Problem, problem_of
 from softprompt.server.folder import tasks_of
@@ -71,6 +72,7 @@ class Service:
         draining: Whether running answers are being finished before the end.
         should_stop: Whether the server has received a signal to stop.
         connections: The open connections.
+        embedding: Lets embeddings be computed one request at a time, as the base is one.
     """
 
     settings: ServeSettings
@@ -83,12 +85,23 @@ class Service:
     draining: bool = False
     should_stop: Callable[[], bool] = lambda: False
     connections: Connections = field(default_factory=Connections)
+    embedding: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
     _cards: OrderedDict[tuple[str, str], dict[str, Any]] = field(default_factory=OrderedDict)
 
-    async def served(self, name: str, task: Task | None) -> Served:
-        """Return the current version of a prompt, loading it if needed."""
+    async def served(self, name: str, task: Task | None, *, embeds: bool = False) -> Served:
+        """Return the current version of a prompt, loading it if needed.
+
+        Raises:
+            ConfigError: The prompt is one for embeddings, and the request wants an answer, or the other way round.
+            SoftPromptError: There is no such prompt, or it cannot be served.
+        """
         found = await in_thread(self.registry.get, name, task)
         tally(prompt=found.name)
+        if found.own is not None and embeds != (found.own.config.task_type == TaskType.FEATURE_EXTRACTION):
+            raise ConfigError(
+                f"the prompt {found.name!r} is for {found.own.config.task_type}; "
+                + ("ask for an answer" if embeds else "ask /v1/embeddings")
+            )
         return found
 
     def start(self, served: Served, requests: Sequence[Request]) -> Run:
