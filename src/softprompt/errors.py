@@ -108,6 +108,14 @@ def excerpt(text: str, most: int = 64) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
+_PATH = re.compile(r"(?<![\w.:/])/(?!v1/)(?:[^\s/'\",:;()]+/)+([^\s/'\",:;()]*)")
+
+
+def without_folders(text: str) -> str:
+    """Return a text whose absolute paths are their last parts alone, for readers of another machine."""
+    return _PATH.sub(r"\1", text)
+
+
 def broken(text: str) -> str:
     """Return what no tokenizer and no file can take of a text, half a surrogate pair; of a whole text nothing.
 

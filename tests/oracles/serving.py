@@ -152,6 +152,8 @@ def app_over(base: Any, root: Any, batcher: Any = None, **changes: Any) -> Any:
         base,
         max_resident=bounds.max_prompts_resident,
         max_bytes=settings.max_prompt_bytes,
+        ignore_fingerprint=settings.ignore_fingerprint,
+        base_names=settings.served_model_name,
     )
     batcher = batcher or Batcher(base, bounds)
     scorer = Scorer(base, bounds, getattr(batcher, "residents", ResidentPrompts(0, 0)))

@@ -261,12 +261,39 @@ def test_the_base_is_no_prompt(registry):
             ask("demo")
 
 
-def test_a_prompt_that_shadows_the_base(registry, prompts, base):
-    write_prompt(prompts / "demo", base)
+def test_a_prompt_with_the_bases_name_is_served_under_another(registry, prompts, base):
+    """What ``softprompt demo`` writes to ``runs/demo``, served over the base ``demo``."""
+    write_prompt(prompts / "demo", base, seed=9, length=6)
     assert registry.get("demo").prompt is None
-    assert "demo" not in registry.names()
-    with pytest.raises(ArtifactError, match="name of the base model"):
+    assert "demo-prompt" in registry.names()
+    assert registry.get("demo-prompt").prompt.tokens == 6
+    assert registry.stored("demo-prompt")[0].config["num_virtual_tokens"] == 6
+    with pytest.raises(AdapterError, match="'demo' is the base model, not a prompt"):
         registry.load("demo")
+    # A folder that has that name already keeps it.
+    write_prompt(prompts / "demo-prompt", base, seed=9, length=5)
+    assert registry.get("demo-prompt").prompt.tokens == 5
+    assert registry.get("demo-prompt-prompt").prompt.tokens == 6
+
+
+def test_the_base_answers_to_the_names_it_is_given(prompts, base):
+    write_prompt(prompts / "demo", base, length=6)
+    names = ("small", "complaints")
+    registry = Registry(PromptFolder.of(prompts), base, max_resident=8, max_bytes=2**20, base_names=names)
+    assert registry.get("small") is registry.get("complaints") is registry.base_served
+    assert registry.base_served.name == "small"
+    assert registry.get("demo").prompt.tokens == 6
+    assert {"demo", "complaints-prompt"} < set(registry.names())
+
+
+def test_a_folders_path_is_no_name(prompts, base, tmp_path):
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    for name in (tmp_path / "models" / "llama", "/srv/gone/llama", "/srv/gone/llama.gguf"):
+        there = type(base)(base.model, base.tokenizer, str(name))
+        registry = Registry(PromptFolder.of(prompts), there, max_resident=8, max_bytes=2**20)
+        assert registry.base_names == ("llama" if "gguf" not in str(name) else "llama.gguf",), name
+    hub = type(base)(base.model, base.tokenizer, "org/llama")
+    assert Registry(PromptFolder.of(prompts), hub, max_resident=8, max_bytes=2**20).base_names == ("org/llama",)
 
 
 def test_tasks(registry):

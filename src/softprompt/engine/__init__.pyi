@@ -51,3 +51,4 @@ from .rows import PromptTable as PromptTable
 from .rows import check_context as check_context
 from .rows import check_rows as check_rows
 from .rows import depends_on_neighbours as depends_on_neighbours
+from .states import text_states as text_states

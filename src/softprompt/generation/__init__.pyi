@@ -23,6 +23,7 @@ from .options import options_from as options_from
 from .request import Decode as Decode
 from .request import Input as Input
 from .request import Request as Request
+from .request import check_form as check_form
 from .scorer import Scorer as Scorer
 from .scorer import score_rows as score_rows
 from .ticket import EchoEvent as EchoEvent

@@ -10,10 +10,12 @@ from typing import Literal, Self, cast, final
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from softprompt.backbone import Base
 from softprompt.errors import ServingError
-from softprompt.generation.request import Decode, Request
+from softprompt.generation.forms import form_of
+from softprompt.generation.request import Decode, Request, end_ids_of
 from softprompt.generation.sampling import processors_of, seeds_of
 from softprompt.generation.ticket import (
     REASONS,
@@ -137,12 +139,14 @@ class AnswerRules:
         counts_input: Whether the input's tokens count for the repetition penalty; an encoder's do not.
         offline: Whether answers are wanted at their end alone: no text while they grow, and a first
             token however late it is.
+        tokenizer: The base's, which spells answers of a form.
     """
 
     decode: Decode
     eos_ids: frozenset[int]
     counts_input: bool
     offline: bool = False
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     @classmethod
     def of(cls, base: Base, decode: Decode | None = None, *, offline: bool = False) -> Self:
@@ -156,10 +160,7 @@ class AnswerRules:
         def text(ids: Sequence[int]) -> str:
             return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-        config = getattr(base.model.generation_config, "eos_token_id", None)
-        listed = config if isinstance(config, list) else [config]
-        ends = frozenset(i for i in [*listed, tokenizer.eos_token_id] if i is not None)
-        return cls(decode or text, ends, not base.is_encoder_decoder, offline)
+        return cls(decode or text, end_ids_of(base), not base.is_encoder_decoder, offline, tokenizer)
 
 
 @final
@@ -172,15 +173,18 @@ class Answer:
         self.seed = seed
         self.tokens: list[int] = []
         self.ended_by: FinishReason | None = None
-        self._decode = request.decode or rules.decode
+        options = request.options
+        decode = request.decode or rules.decode
+        # Of a form its leading space is no part.
+        self._decode = (lambda ids: decode(ids).removeprefix(" ")) if options.has_form else decode
         self._eos_ids = rules.eos_ids
         self._deadline = deadline
-        options = request.options
         self.stops = StopSequences(options.stop_sequences, options.min_new_tokens, self._decode)
         self._text = GrowingText(self._decode, self.stops)
         self._reads_text = not rules.offline or bool(options.stop_sequences)
         self._input = request.ids if rules.counts_input else ()
-        self._processors = processors_of(options, seed, rules.eos_ids, len(self._input))
+        matcher = form_of(rules.tokenizer, rules.eos_ids, options)
+        self._processors = processors_of(options, seed, rules.eos_ids, len(self._input), matcher)
 
     @property
     def is_plain(self) -> bool:

@@ -273,13 +273,24 @@ class ForestRunner:
         best, greedy = logits.max(-1)
         finite = torch.isfinite(best).tolist()
         tokens = [
-            int(token) if answer.is_plain or not sound else answer.choose(row)
-            for (_, answer), token, row, sound in zip(ready, greedy.tolist(), logits, finite, strict=True)
+            token if answer.is_plain or not sound else self._chosen(row, answer, own)
+            for (row, answer), token, own, sound in zip(ready, greedy.tolist(), logits, finite, strict=True)
         ]
         scores = self._scores(ready, logits, tokens)
         for (row, answer), token, sound, score in zip(ready, tokens, finite, scores, strict=True):
             if row in self._rows:
                 self._advance(row, answer, token if sound else None, score)
+
+    def _chosen(self, row: ForestRow, answer: Answer, logits: Tensor) -> int:
+        """Return an answer's next token; one whose options cannot be followed fails, and any token will do."""
+        if row not in self._rows:  # another answer of its request failed just now
+            return 0
+        try:
+            return answer.choose(logits)
+        except Exception as cause:  # of a form, beyond the limits of its library
+            self._leave(row.job)
+            row.job.fail(cause)
+            return 0
 
     def _advance(self, row: ForestRow, answer: Answer, token: int | None, score: Score) -> None:
         """Give an answer its next token; None when what the model gave is no number."""

@@ -10,6 +10,7 @@ tokens of an answer, as long inputs arrive, grows threefold.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -37,6 +38,7 @@ _DEFAULTS_OF_OTHERS: Mapping[str, tuple[float | None, ...]] = {
 """Names of transformers that are not known here, and their values that ask for nothing."""
 _LENGTHS, _SAMPLING, _PENALTIES = "Length and stopping", "Decoding and sampling", "Penalties"
 _BATCHING = "Batching and caching"
+_FORM, _LONGEST_FORM = "Form of the answer", 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,13 @@ class GenerationOptions:
     seed: int | None = setting(
         None, "Random seed of each sampled answer.", least=0, most=2**63 - 1, group=_SAMPLING
     )
+    choices: tuple[str, ...] = setting((), "Text that the answer may be; give two or more.", group=_FORM)
+    regex: str | None = setting(
+        None, "Regular expression that the whole answer matches (Rust's syntax, no look-around).", group=_FORM
+    )
+    json_schema: str | None = setting(
+        None, "JSON schema of the answer, which is JSON then; {} is any.", group=_FORM
+    )
     preserve_input_text: bool = setting(
         False, "Prepend the input to the answer (decoder-only models).", group="Input"
     )
@@ -117,6 +126,9 @@ class GenerationOptions:
                 f"stop_sequences expects a list of texts, not the text {self.stop_sequences!r}; put it in a list"
             )
         object.__setattr__(self, "stop_sequences", tuple(self.stop_sequences))
+        if isinstance(self.json_schema, Mapping):
+            object.__setattr__(self, "json_schema", json.dumps(self.json_schema))
+        object.__setattr__(self, "choices", tuple(self.choices))
         self._check_length_penalty()
         cold = self.decoding_method is None and self._is_off("temperature", (0,))
         if cold:
@@ -136,6 +148,8 @@ class GenerationOptions:
                 f"{self.max_new_tokens}; lower the one or raise the other"
             )
         self._check_decoding(cold=cold)
+        if self.has_form:
+            self._check_form()
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
@@ -160,6 +174,32 @@ class GenerationOptions:
     def samples(self) -> bool:
         """Whether tokens are sampled."""
         return self.decoding_method == "SAMPLING"
+
+    @property
+    def has_form(self) -> bool:
+        """Whether answers are held to a form: choices, a regular expression, or JSON."""
+        return bool(self.choices) or self.regex is not None or self.json_schema is not None
+
+    def _check_form(self) -> None:
+        forms = {"choices": self.choices, "regex": self.regex, "json_schema": self.json_schema}
+        (name, form), *others = ((n, each) for n, each in forms.items() if each not in (None, ()))
+        if others:
+            raise ConfigError(f"an answer has one form, got {name} and {others[0][0]}; leave one out")
+        if sum(map(len, form)) > _LONGEST_FORM:
+            raise ConfigError(f"{name} expects at most {_LONGEST_FORM:,} characters, got more; simplify the form")
+        for text in form if name == "choices" else [form]:
+            if not isinstance(text, str) or not text or broken(text):
+                raise ConfigError(f"{name} expects texts of one or more whole characters, got {text!r}")
+        if self.json_schema is not None:
+            try:
+                schema = json.loads(self.json_schema)
+            except ValueError as error:
+                raise ConfigError(f"json_schema is not JSON ({error}); give a schema such as {{}}") from error
+            if not isinstance(schema, dict | bool):
+                raise ConfigError(f"json_schema expects an object, got {self.json_schema[:60]}")
+        if self.min_new_tokens or self.num_beams > 1:
+            named = "min_new_tokens" if self.min_new_tokens else "num_beams"
+            raise ConfigError(f"{name} says when an answer ends, token by token; leave {named} out")
 
     def _check_length_penalty(self) -> None:
         name, given = "exponential_decay_length_penalty", self.exponential_decay_length_penalty

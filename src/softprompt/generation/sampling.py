@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from softprompt.generation.forms import FormMask
 from softprompt.generation.options import GenerationOptions
 
 
@@ -77,12 +79,12 @@ def seeds_of(options: GenerationOptions, count: int) -> list[int | None]:
 
 
 def processors_of(
-    options: GenerationOptions, seed: int | None, end_ids: Collection[int], skip: int
+    options: GenerationOptions, seed: int | None, end_ids: Collection[int], skip: int, matcher: Any = None
 ) -> LogitsProcessorList:
     """Return the processors of one answer, in the order in which transformers applies its own.
 
     ``skip`` ids stand before the answer, which the repetition penalty alone counts; ``seed`` None samples
-    nothing, and ``end_ids`` end an answer.
+    nothing, ``end_ids`` end an answer, and ``matcher`` holds it to a form.
     """
     found = LogitsProcessorList()
     if options.repetition_penalty != 1.0:
@@ -92,6 +94,8 @@ def processors_of(
     if options.exponential_decay_length_penalty is not None and end_ids:
         decay = options.exponential_decay_length_penalty
         found.append(ExponentialDecayLengthPenalty(decay, sorted(end_ids), skip))
+    if matcher is not None:
+        found.append(FormMask(matcher, skip))  # behind the penalties: a length penalty makes nan of -inf
     if seed is None:
         return found
     if options.temperature is not None:

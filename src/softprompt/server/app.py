@@ -25,7 +25,8 @@ from softprompt.artifacts import installed_versions
 from softprompt.backbone import freeze, load_base
 from softprompt.errors import UsageError
 from softprompt.generation import Batcher, Scorer
-from softprompt.server import chat, classify, completions, models
+from softprompt.server import chat, classify, completions, embeddings, models, responses
+from softprompt.server.access_log import AccessLog
 from softprompt.server.errors import ErrorBody, Problem, install_handlers
 from softprompt.server.folder import PromptFolder
 from softprompt.server.logprobs import TokenTexts
@@ -33,6 +34,7 @@ from softprompt.server.metrics import Metrics
 from softprompt.server.middleware import Access, Limits
 from softprompt.server.registry import Registry
 from softprompt.server.service import USER, Service, in_thread, service_of
+from softprompt.server.start_lines import log_addresses, log_prompts
 
 if TYPE_CHECKING:
     from softprompt.server.settings import ServeSettings
@@ -42,6 +44,7 @@ logger = logging.getLogger(__name__)
 _END_SECONDS = 10
 """Seconds after ``drain_seconds`` for the last forward pass and for sending errors to clients."""
 _FOLDER = Path(__file__).with_name("page")
+_ROUTES = {"index.html": "/", "docs.html": "/docs"}
 _HEADERS = {
     # Only this server's own files are loaded or requested.
     "content-security-policy": (
@@ -74,8 +77,8 @@ def serve(settings: ServeSettings) -> None:
                 "everybody who reaches %s can use this server; --api-key-file requires a key", settings.host
             )
         address = sock.getsockname()
-        host = f"[{address[0]}]" if ":" in address[0] else address[0]
-        logger.info("listening on http://%s:%d", host, address[1])
+        registry = app.state.service.registry
+        log_addresses(registry, *address[:2], asks_for_key=settings.api_key_file is not None)
         _run(app, settings, sock)
 
 
@@ -89,18 +92,13 @@ def build_app(settings: ServeSettings, root: PromptFolder) -> FastAPI:
         max_resident=settings.bounds.max_prompts_resident,
         max_bytes=settings.max_prompt_bytes,
         ignore_fingerprint=settings.ignore_fingerprint,
+        base_names=settings.served_model_name,
     )
     bounds = settings.bounds
     batcher = Batcher(base, bounds)
     scorer = Scorer(base, bounds, batcher.residents)
     scorer.start()
-    logger.info(
-        "%s with %d prompts, engine %s%s",
-        base.name,
-        len(registry.names()),
-        batcher.engine,
-        f" ({batcher.reason})" if batcher.reason else "",
-    )
+    log_prompts(registry, batcher)
     return create_app(settings, registry, batcher, scorer)
 
 
@@ -198,7 +196,7 @@ def create_app(settings: ServeSettings, registry: Registry, batcher: Batcher, sc
         title="softprompt",
         version=installed_versions()["softprompt"],
         summary="Many soft prompts of one base model.",
-        # FastAPI's documentation pages load scripts from a CDN.
+        # FastAPI's documentation pages load scripts from a CDN; ours, beside the page, loads none.
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
@@ -209,7 +207,8 @@ def create_app(settings: ServeSettings, registry: Registry, batcher: Batcher, sc
         },
     )
     app.state.service = service
-    for router in (completions.router, chat.router, classify.router, models.public, models.admin, health, _page()):
+    generating = (completions.router, chat.router, responses.router)
+    for router in (*generating, classify.router, embeddings.router, models.public, models.admin, health, _page()):
         app.include_router(router)
     install_handlers(app)
     _add_middleware(app, service)
@@ -232,6 +231,8 @@ def _add_middleware(app: FastAPI, service: Service) -> None:
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type"],
         )
+    if service.settings.access_log:
+        app.add_middleware(AccessLog)
 
 
 @asynccontextmanager
@@ -288,11 +289,11 @@ async def metrics(request: Request) -> Response:
 
 
 def _page() -> APIRouter:
-    """Return a route for each file of the page, and ``/`` for its index."""
+    """Return a route for each file of the page: ``/`` for its index, ``/docs`` for what describes the API."""
     router = APIRouter(include_in_schema=False)
     for path in sorted(_FOLDER.iterdir()):
         if path.is_file() and not path.name.startswith("."):
-            _add(router, "/" if path.name == "index.html" else f"/{path.name}", path)
+            _add(router, _ROUTES.get(path.name, f"/{path.name}"), path)
     return router
 
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 router = APIRouter(tags=["generation"], dependencies=[USER])
 
-_TOKENS = 128
+DEFAULT_TOKENS = 128
 """Default maximum of new tokens where no prompt's record has a limit."""
 _PLACEHOLDER = "SYSTEMTURN"
 """Placeholder for the prompt while the template is rendered, as in training."""
@@ -106,7 +106,7 @@ async def chat(body: ChatBody, request: HTTPRequest) -> Response:
     """Answer a chat, ``n`` times."""
     service = service_of(request)
     served = await service.served(body.model, body.task)
-    most = served.manifest.max_target_length if served.manifest else _TOKENS
+    most = served.manifest.max_target_length if served.manifest else DEFAULT_TOKENS
     seconds = service.settings.request_seconds
     submission = await in_thread(chat_submission, body, served, seconds, most)
     reply = Reply.of(submission, body, "chatcmpl", "chat.completion")
@@ -166,7 +166,7 @@ def chat_submission(body: ChatBody, served: Served, seconds: float, most: int) -
     request = Request.of(
         given,
         served.prompt,
-        options=options_of(body, most, seconds),
+        options=options_of(body, served, most, seconds),
         n=body.n or 1,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )

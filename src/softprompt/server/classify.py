@@ -17,6 +17,7 @@ from torch import Tensor
 
 from softprompt.errors import ConfigError, DataError
 from softprompt.generation import Input, Labelling, label_ids_of
+from softprompt.server.access_log import tally
 from softprompt.server.errors import Problem
 from softprompt.server.protocol import Body, Fields, Stop, Text
 from softprompt.server.service import CLIENT_GONE, USER, in_thread, service_of, unless_gone
@@ -141,6 +142,7 @@ class Scoring:
             self._count("abort")
             raise Problem(503, f"no answer within {seconds:g} s; try again later") from None
         usage, label = _usage(self.labelling, self.served.prompt), metrics.label(self.served.name)
+        tally(tokens=usage["prompt_tokens"], virtual=usage["virtual_tokens"])
         metrics.input.labels(label).inc(usage["prompt_tokens"])
         metrics.virtual.labels(label).inc(usage["virtual_tokens"])
         metrics.whole.labels(label).observe(time.monotonic() - self.started)

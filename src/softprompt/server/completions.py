@@ -136,13 +136,14 @@ async def answered(
 
     A client that disconnects cancels the run.
     """
-    done = await unless_gone(request, _gathered(reply, run), run.cancel)
+    done = await unless_gone(request, gathered(reply, run), run.cancel)
     if done is None:
         return Response(status_code=CLIENT_GONE)
     return JSONResponse(done.whole([shown(choice) for choice in done.choices]))
 
 
-async def _gathered(reply: Reply, run: Answering) -> Reply:
+async def gathered(reply: Reply, run: Answering) -> Reply:
+    """Return a reply once all its answers are whole."""
     async with aclosing(run.events()) as events:
         async for number, event in events:
             reply.take(number, event)
@@ -266,7 +267,7 @@ def completion_submission(body: CompletionBody, served: Served, seconds: float) 
     inputs = _inputs(body, served)
     generate = body.max_tokens != 0
     scored = bool(body.echo) and body.logprobs is not None
-    options = options_of(body, 16 if body.max_tokens is None else body.max_tokens, seconds)
+    options = options_of(body, served, 16 if body.max_tokens is None else body.max_tokens, seconds)
     requests = [
         Request(
             each.ids,

@@ -30,6 +30,7 @@ from softprompt.errors import (
     SoftPromptError,
     excerpt,
     nearest,
+    without_folders,
 )
 
 logger = logging.getLogger(__name__)
@@ -110,16 +111,25 @@ def problem_of(error: BaseException) -> Problem:
             return Problem(404, str(error), code="model_not_found", param="model")
         case ContextOverflowError():
             return Problem(400, str(error), code="context_length_exceeded")
-        case ArtifactError():
-            return Problem(500, str(error), code="prompt_unusable", param="model")
-        case NotServingError():
-            return Problem(503, str(error), headers={"Retry-After": "1"})
-        case ConfigError() | DataError() | ServingError():
+        case ConfigError() | DataError():
             return Problem(400, str(error))
         case SoftPromptError():
-            return Problem(500, str(error))
+            return _of_server(error)
     logger.error("request failed", exc_info=error)
     return Problem(500, "the server failed on this request; its log says why")
+
+
+def _of_server(error: SoftPromptError) -> Problem:
+    """Return the HTTP error for what lies with the server, whose folders are nobody's business."""
+    message = without_folders(str(error))
+    match error:
+        case ArtifactError():
+            return Problem(500, message, code="prompt_unusable", param="model")
+        case NotServingError():
+            return Problem(503, message, headers={"Retry-After": "1"})
+        case ServingError():
+            return Problem(400, message)
+    return Problem(500, message)
 
 
 def install_handlers(app: FastAPI) -> None:
@@ -127,7 +137,9 @@ def install_handlers(app: FastAPI) -> None:
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return refusal(error.errors(), error.body, _fields_of(request)).response()
+        model = _body_of(request)
+        known = [*getattr(model, "model_fields", ()), *getattr(model, "neutral", ())]
+        return refusal(error.errors(), error.body, known, getattr(model, "expects", {})).response()
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -155,11 +167,10 @@ def _plain(request: Request, error: HTTPException) -> Problem:
     return Problem(error.status_code, message, headers=error.headers)
 
 
-def _fields_of(request: Request) -> list[str]:
-    """Return the names that a route's body may have."""
+def _body_of(request: Request) -> Any:
+    """Return the class of a route's body; None where it has none."""
     field = getattr(request.scope.get("route"), "body_field", None)
-    model = field.field_info.annotation if field is not None else None
-    return [*getattr(model, "model_fields", ()), *getattr(model, "neutral", ())]
+    return field.field_info.annotation if field is not None else None
 
 
 CHOICES: Mapping[str, str] = {
@@ -168,6 +179,8 @@ CHOICES: Mapping[str, str] = {
     "stop": "a text, or up to 16 texts, each of 1 to 200 characters",
     "input": "a text, or a list of texts",
     "task": "the name or number of a task",
+    "guided_json": "a JSON schema, as an object or its text",
+    "json": "a JSON schema, as an object or its text",
     "content": 'a text, or a list of parts {"type": "text", "text": ...}',
     "role": 'one such as "user", of small letters and underscores',
 }
@@ -198,13 +211,16 @@ _BOUNDS = {
 _NO_OBJECT = "expected a JSON object in the body, and the header 'Content-Type: application/json'; got {}"
 
 
-def refusal(errors: Sequence[Mapping[str, Any]], body: Any, known: Sequence[str]) -> Problem:
+def refusal(
+    errors: Sequence[Mapping[str, Any]], body: Any, known: Sequence[str], expects: Mapping[str, str]
+) -> Problem:
     """Return the error for a body that fails validation.
 
     Args:
         errors: pydantic's errors, at least one; the first is reported.
         body: The body as received.
         known: The body's field names.
+        expects: What some of them take in this body, instead of what ``CHOICES`` says.
     """
     first = errors[0]
     inner = [part for part in first["loc"] if part != "body"]
@@ -226,8 +242,8 @@ def refusal(errors: Sequence[Mapping[str, Any]], body: Any, known: Sequence[str]
     if first["type"] == "not_served":
         return Problem(400, f"{where} is not served; {first['ctx']['instead']}", param=param)
     if first["type"] == "missing":
-        return Problem(400, f"{where} is missing; send {_expected(place, None)}", param=param)
-    message = f"{where} takes {_expected(place, first)}; got {_shown(_at(body, place))}"
+        return Problem(400, f"{where} is missing; send {_expected(place, None, expects)}", param=param)
+    message = f"{where} takes {_expected(place, first, expects)}; got {_shown(_at(body, place))}"
     return Problem(400, message, param=param)
 
 
@@ -243,9 +259,9 @@ def _written(place: Sequence[str | int]) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)[1:]
 
 
-def _expected(place: Sequence[str | int], error: Mapping[str, Any] | None) -> str:
+def _expected(place: Sequence[str | int], error: Mapping[str, Any] | None, expects: Mapping[str, str]) -> str:
     if place[-1] in CHOICES:
-        return CHOICES[str(place[-1])]
+        return {**CHOICES, **expects}[str(place[-1])]
     if error is None:
         return _MISSING.get(str(place[-1]), "a value")
     kind = error["type"]

@@ -7,10 +7,11 @@ reading, so a file that is replaced meanwhile is either the old version or the n
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from softprompt.errors import (
     SoftPromptError,
     UsageError,
     excerpt,
+    in_options,
     no_folder,
+    without_folders,
 )
-from softprompt.prompts import CONFIG_NAME, PeftType
+from softprompt.prompts import CONFIG_NAME, PeftType, TaskType
 
 FILES = (CONFIG_NAME, WEIGHTS_NAME, MANIFEST_NAME)
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -47,15 +50,21 @@ def is_fresh(signature: Signature) -> bool:
     return any(0 <= time.time_ns() - stamp < FRESH_SECONDS * 1e9 for stamp in stamps)
 
 
+_RENAMED = "-prompt"
+"""What is put behind a prompt's name where the base has that name."""
+
+
 @dataclass(frozen=True, slots=True)
 class PromptFolder:
     """The folder of prompts.
 
     Attributes:
         path: Its real path, symbolic links resolved.
+        taken: Names of the base: a prompt in a folder of such a name is served under another.
     """
 
     path: Path
+    taken: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, directory: str | Path) -> PromptFolder:
@@ -78,11 +87,18 @@ class PromptFolder:
         """Return all legal names in the folder, unchecked; raises NotServingError if it cannot be read."""
         try:
             with os.scandir(self.path) as entries:
-                return [entry.name for entry in entries if is_name(entry.name)]
+                return [self.name_of(entry.name) for entry in entries if is_name(entry.name)]
         except OSError as error:
             raise NotServingError(
                 f"the folder of prompts cannot be read ({error.strerror}); mount it again"
             ) from error
+
+    def name_of(self, folder: str) -> str:
+        """Return the name that the prompt of a subfolder is served by."""
+        name = folder
+        while name in self.taken or (name != folder and (self.path / name).exists()):
+            name += _RENAMED
+        return name
 
     def signature(self, name: str) -> Signature:
         """Return the signature of a prompt's files, without reading them.
@@ -130,13 +146,22 @@ class PromptFolder:
         return data
 
     def _directory(self, name: str) -> Path:
-        path = self.path / name
+        path = self.path / self._subfolder(name)
         # A link out of the folder is treated as missing.
-        if not is_name(name) or not path.is_dir() or not path.resolve().is_relative_to(self.path):
+        if (
+            not is_name(name)
+            or name in self.taken
+            or not path.is_dir()
+            or not path.resolve().is_relative_to(self.path)
+        ):
             if not self.path.is_dir():
                 self.check()
             raise AdapterError(f"there is no prompt {excerpt(name)!r}; GET /v1/models lists them")
         return path
+
+    def _subfolder(self, name: str) -> str:
+        renamed = self.taken if name.endswith(_RENAMED) else ()
+        return next((folder for folder in renamed if self.name_of(folder) == name), name)
 
     def _holds_prompt(self, name: str) -> bool:
         try:
@@ -165,7 +190,7 @@ class Outline:
         signature: Signature of the files it was read from.
         created: When its configuration was written, Unix time in seconds.
         facts: Plain JSON values.
-        problem: Why it cannot be read; None says nothing about the weights, which are not read.
+        problem: Why it cannot be read or served; None says nothing about the weights, which are not read.
     """
 
     signature: Signature
@@ -174,7 +199,11 @@ class Outline:
     problem: str | None = None
 
 
-def outlined(root: PromptFolder, name: str, signature: Signature, most: int) -> Outline:
+Fits = Callable[[dict[str, Any], Manifest | None], None]
+"""Raises SoftPromptError unless a prompt's configuration and record fit the base."""
+
+
+def outlined(root: PromptFolder, name: str, signature: Signature, most: int, fits: Fits) -> Outline:
     """Read the outline of a prompt; raises AdapterError if there is no such prompt."""
     stamp = signature[0]
     created = stamp[2] // 10**9 if stamp else 0
@@ -187,14 +216,19 @@ def outlined(root: PromptFolder, name: str, signature: Signature, most: int) -> 
         record = _object(root, name, MANIFEST_NAME, most)
         manifest = None if record is None else Manifest.from_dict(record)
         tasks = tasks_of(config, manifest)
+        fits(config, manifest)
     except SoftPromptError as error:
-        return Outline(signature, created, {}, str(error))
+        return Outline(signature, created, {}, without_folders(in_options(str(error))))
     facts = {
         "peft_type": str(config["peft_type"]),
+        "task_type": config.get("task_type"),
         "virtual_tokens": config.get("num_virtual_tokens"),
+        "metrics": _scores(manifest),
         **(_reading(manifest) if tasks is None else _shared(tasks)),
         "tasks": tasks,
     }
+    if config.get("task_type") == TaskType.FEATURE_EXTRACTION:
+        facts |= {"task": "embedding", "labels": None}
     return Outline(signature, created, facts)
 
 
@@ -232,6 +266,14 @@ def _reading(manifest: Manifest | None) -> dict[str, Any]:
         return {"task": "generation", "labels": None, "template": "{{input}}"}
     labels = list(manifest.labels) if manifest.labels else None
     return {"task": manifest.task, "labels": labels, "template": manifest.template}
+
+
+def _scores(manifest: Manifest | None) -> dict[str, float] | None:
+    """Return the finite numbers among the recorded metrics."""
+    if manifest is None:
+        return None
+    numbers = {name: value for name, value in manifest.metrics.items() if isinstance(value, float)}
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
 def _shared(tasks: list[dict[str, Any]]) -> dict[str, Any]:

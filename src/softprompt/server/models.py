@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request
@@ -42,19 +43,29 @@ class Model(BaseModel):
     engine: str
     engine_reason: str
     peft_type: str | None = None
+    task_type: str | None = None
     virtual_tokens: int | None = None
     task: str | None = None
     labels: list[str] | None = None
     template: str | None = None
     tasks: list[TaskReading] | None = None
+    metrics: dict[str, float] | None = None
     chat: bool
 
 
+class Unusable(BaseModel):
+    """A prompt of the folder that cannot be served, and why."""
+
+    id: str
+    problem: str
+
+
 class Models(BaseModel):
-    """The base model and all prompts."""
+    """The base model under each of its names, the prompts that answer, and apart those that cannot."""
 
     object: str
     data: list[Model]
+    unusable: list[Unusable]
 
 
 class PromptState(BaseModel):
@@ -76,8 +87,8 @@ class PromptStates(BaseModel):
 
 @public.get("/v1/models", response_model=Models)
 async def list_models(request: Request) -> JSONResponse:
-    """List the base and every prompt whose record can be read."""
-    return JSONResponse({"object": "list", "data": await in_thread(_models, service_of(request))})
+    """List the base and every prompt that is for it; apart, what else lies in the folder, with the reason."""
+    return JSONResponse(await in_thread(_models, service_of(request)))
 
 
 @public.get("/v1/models/{model:path}", response_model=Model)
@@ -135,34 +146,35 @@ def _states(service: Service) -> list[PromptState]:
     ]
 
 
-def _models(service: Service) -> list[dict[str, Any]]:
-    found = [_base(service)]
-    for name in service.registry.names():
-        try:
+def _models(service: Service) -> dict[str, Any]:
+    registry = service.registry
+    ready, unusable = registry.sorted_out()
+    found = [_base(service, name) for name in registry.base_names]
+    for name in ready:
+        with suppress(Problem, AdapterError):  # damaged or deleted meanwhile
             found.append(_prompt(service, name))
-        except (Problem, AdapterError):  # damaged, or deleted meanwhile
-            continue
-    return found
+    apart = [{"id": name, "problem": problem} for name, problem in unusable.items()]
+    return {"object": "list", "data": found, "unusable": apart}
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:
-    if name == service.registry.base.name:
-        return _base(service)
+    if name in service.registry.base_names:
+        return _base(service, name)
     if name in service.registry.withdrawn():
         raise AdapterError(f"the prompt {name!r} is unloaded; load it to have it answer")
     return _prompt(service, name)
 
 
-def _base(service: Service) -> dict[str, Any]:
-    name = service.registry.base.name
-    return {**_common(service, name), "created": 0, "root": name, "parent": None}
+def _base(service: Service, name: str) -> dict[str, Any]:
+    root = service.registry.base_names[0]
+    return {**_common(service, name), "created": 0, "root": root, "parent": None}
 
 
 def _prompt(service: Service, name: str) -> dict[str, Any]:
     outline = service.registry.outline(name)
     if outline.problem is not None:
         raise Problem(500, outline.problem, code="prompt_unusable", param="model")
-    base = service.registry.base.name
+    base = service.registry.base_names[0]
     head = {**_common(service, name), "created": outline.created, "root": base, "parent": base}
     return {**head, **outline.facts}
 

@@ -9,12 +9,21 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from softprompt.errors import ConfigError, broken
-from softprompt.generation import EchoEvent, Event, FinishEvent, GenerationOptions, Input, Request, TokenEvent
+from softprompt.generation import (
+    EchoEvent,
+    Event,
+    FinishEvent,
+    GenerationOptions,
+    Input,
+    Request,
+    TokenEvent,
+    check_form,
+)
 from softprompt.server.logprobs import Scores
 from softprompt.server.unserved import OF_STREAM, PARAMETERS, Neutral, asked
 
@@ -71,12 +80,62 @@ class Body(Part):
         return values
 
 
+Choices = Annotated[list[Text], Field(min_length=1, max_length=1000)]
+
+
 class StreamOptions(Part):
     """Options of a streamed response."""
 
     neutral: ClassVar[Neutral] = OF_STREAM
 
     include_usage: bool = False
+
+
+class JsonSchema(Part):
+    """A schema under OpenAI's names; whether it is strict changes nothing, as answers always follow it."""
+
+    neutral: ClassVar[Neutral] = {"strict": None, "description": None, "name": None}
+
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(Part):
+    """The form of an answer: OpenAI's ``text``, ``json_object``, ``json_schema``, and ``choice`` and ``regex``."""
+
+    type: Literal["text", "json_object", "json_schema", "choice", "regex"]
+    json_schema: JsonSchema | None = None
+    choices: Choices | None = None
+    regex: Text | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Return the form as a generation option, none for plain text; raises ConfigError if a part is missing."""
+        schema = self.json_schema and self.json_schema.schema_
+        forms: dict[str, tuple[str, Any]] = {
+            "json_object": ("json_schema", {"type": "object"}),
+            "json_schema": ("json_schema", schema),
+            "choice": ("choices", self.choices),
+            "regex": ("regex", self.regex),
+        }
+        if self.type == "text":
+            return {}
+        name, form = forms[self.type]
+        if form is None:
+            raise ConfigError(f"response_format of type {self.type} needs {name} beside type; send it")
+        return {name: form}
+
+
+class StructuredOutputs(Part):
+    """The form of an answer under vLLM's names, one of them."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: Text | None = None
+    choice: Choices | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Return the form as a generation option, or as several, where several are asked for."""
+        schema = {"type": "object"} if self.json_ is None and self.json_object else self.json_
+        return {"json_schema": schema, "regex": self.regex, "choices": self.choice}
 
 
 class SamplingBody(Body):
@@ -98,8 +157,32 @@ class SamplingBody(Body):
     n: Whole | None = Field(1, ge=1, le=128)
     min_tokens: Whole | None = Field(0, ge=0, le=MOST_TOKENS)
     max_time: float | None = Field(None, gt=0, le=86400, description="Seconds.")
+    response_format: ResponseFormat | None = Field(None, description="The form that the answer is held to.")
+    structured_outputs: StructuredOutputs | None = None
+    guided_choice: Choices | None = None
+    guided_regex: Text | None = None
+    guided_json: dict[str, Any] | str | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+
+    def form(self) -> dict[str, Any]:
+        """Return the form of the answer as a generation option; raises ConfigError if several are asked for."""
+        asked = {
+            "response_format": self.response_format.options() if self.response_format else {},
+            "structured_outputs": self.structured_outputs.options() if self.structured_outputs else {},
+            "guided_choice": {"choices": self.guided_choice},
+            "guided_regex": {"regex": self.guided_regex},
+            "guided_json": {"json_schema": self.guided_json},
+        }
+        given = {name: (key, v) for name, form in asked.items() for key, v in form.items() if v is not None}
+        count = sum(value is not None for form in asked.values() for value in form.values())
+        if count > 1:
+            raise ConfigError(f"{' and '.join(given)} ask for several forms of one answer; send one")
+        if count and self.min_tokens:
+            raise ConfigError(
+                f"{next(iter(given))} says when the answer ends, token by token; leave min_tokens out"
+            )
+        return dict(given.values())
 
 
 def _check_text(value: Any) -> None:
@@ -120,16 +203,17 @@ _COLDEST = 1e-3
 """Below it logits divided by the temperature overflow float32."""
 
 
-def options_of(body: SamplingBody, tokens: int, seconds: float) -> GenerationOptions:
+def options_of(body: SamplingBody, served: Served, tokens: int, seconds: float) -> GenerationOptions:
     """Return a body's generation options; temperature 0 is greedy decoding.
 
     Args:
         body: The request.
+        served: The prompt that answers.
         tokens: Maximum number of new tokens.
         seconds: The server's time limit of a request.
 
     Raises:
-        ConfigError: A value is out of range.
+        ConfigError: A value is out of range, or no answer can have the form.
     """
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     settings: dict[str, Any] = {
@@ -141,11 +225,15 @@ def options_of(body: SamplingBody, tokens: int, seconds: float) -> GenerationOpt
         "exponential_decay_length_penalty": _length_penalty(body),
         "max_time": min(body.max_time or seconds, seconds),
         "stop_sequences": tuple(stop),
+        **body.form(),
     }
     temperature = 1.0 if body.temperature is None else body.temperature
     if temperature:
         settings |= _sampling(body, temperature)
-    return GenerationOptions(**settings)
+    options = GenerationOptions(**settings)
+    # Here, in a thread, a form takes nobody else's time.
+    check_form(served.plain.base, options)
+    return options
 
 
 def _length_penalty(body: SamplingBody) -> tuple[float, float] | None:

@@ -11,19 +11,24 @@ import hashlib
 import threading
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
-from typing import final
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, final
 
-from softprompt.artifacts import StoredPrompt, adapter_of_files
-from softprompt.backbone import Base, is_encoder_decoder
+from softprompt.artifacts import Manifest, StoredPrompt, adapter_of_files
+from softprompt.backbone import Base, Fingerprint, is_encoder_decoder
+from softprompt.engine import completed
 from softprompt.errors import (
     AdapterError,
     ArtifactError,
     ConfigError,
+    FingerprintError,
     SoftPromptError,
     excerpt,
     in_options,
     nearest,
+    without_folders,
 )
 from softprompt.inference import Task, task_number, tuned_of
 from softprompt.server.folder import (
@@ -40,6 +45,8 @@ from softprompt.server.served import PlainText, Served
 
 _TRIES = 5
 """Attempts to read a prompt whose files keep changing."""
+_SEQ2SEQ = {"CAUSAL_LM": False, "SEQ_2_SEQ_LM": True}
+_SERVED = (*_SEQ2SEQ, "FEATURE_EXTRACTION", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +69,11 @@ class Registry:
         max_resident: Prompts in the LRU cache.
         max_bytes: Largest file of a prompt.
         ignore_fingerprint: Whether prompts that were made for another base are served too.
+        base_names: Names of the base in requests, the first in answers; by default the last part of a path, or its
+            Hub id.
+
+    Attributes:
+        base_names: The same.
     """
 
     def __init__(
@@ -72,11 +84,13 @@ class Registry:
         max_resident: int,
         max_bytes: int,
         ignore_fingerprint: bool = False,
+        base_names: Sequence[str] = (),
     ) -> None:
-        self.root = root
         self.base = base
+        self.base_names = tuple(dict.fromkeys(base_names)) or (_public_name(base.name),)
+        self.root = replace(root, taken=frozenset(self.base_names))
         plain = PlainText(base, seq2seq=is_encoder_decoder(base.model))
-        self.base_served = Served(base.name, "base", plain)
+        self.base_served = Served(self.base_names[0], "base", plain)
         self._max_resident = max_resident
         self._max_bytes = max_bytes
         self._ignore_fingerprint = ignore_fingerprint
@@ -96,7 +110,24 @@ class Registry:
         """Return the prompts that are not unloaded; raises NotServingError if the folder cannot be read."""
         found = self.root.names()
         with self._guard:
-            return [n for n in found if n not in self._withdrawn and n != self.base.name]
+            return [n for n in found if n not in self._withdrawn]
+
+    def sorted_out(self) -> tuple[list[str], dict[str, str]]:
+        """Return the prompts that can be served, as far as their small files say, and why each other cannot."""
+        ready, unusable = [], {}
+        for name in self.names():
+            try:
+                problem = self.outline(name).problem
+            except AdapterError:  # deleted meanwhile
+                continue
+            with self._guard:
+                loaded = self._known.get(name)
+            problem = problem or (loaded.problem if loaded else None)
+            if problem:
+                unusable[name] = problem
+            else:
+                ready.append(name)
+        return ready, unusable
 
     def is_resident(self, name: str) -> bool:
         """Whether a prompt is in memory."""
@@ -116,7 +147,7 @@ class Registry:
             ArtifactError: Its files cannot be used.
             ConfigError: It has several tasks and none is given, or an unknown one.
         """
-        if name == self.base.name:
+        if name in self.base_names:
             if task is not None:
                 raise ConfigError(f"{name!r} is the base model, which has no tasks; leave task out")
             return self.base_served
@@ -177,7 +208,7 @@ class Registry:
         with self._guard:
             known = self._outlines.get(name)
         if known is None or known.signature != signature:
-            known = outlined(self.root, name, signature, self._max_bytes)
+            known = outlined(self.root, name, signature, self._max_bytes, self._check_fits)
             with self._guard:
                 self._outlines[name] = known
         return known
@@ -215,7 +246,7 @@ class Registry:
         try:
             return self.root.signature(name)
         except AdapterError:
-            if name == self.base.name:
+            if name in self.base_names:
                 raise AdapterError(
                     f"{name!r} is the base model, not a prompt; GET /v1/models lists the prompts"
                 ) from None
@@ -226,8 +257,8 @@ class Registry:
 
     def _listed_like(self, name: str) -> list[str]:
         """Return listed names similar to one; of a large folder only similar names are read."""
-        like = difflib.get_close_matches(name, [self.base.name, *self.root.entries()])
-        return [each for each in like if each == self.base.name or self._is_listed(each)]
+        like = difflib.get_close_matches(name, [*self.base_names, *self.root.entries()])
+        return [each for each in like if each in self.base_names or self._is_listed(each)]
 
     def _is_listed(self, name: str) -> bool:
         with self._guard:
@@ -261,7 +292,8 @@ class Registry:
             raise
         except SoftPromptError as error:
             # Cached as well: the same files would fail again.
-            loaded = Loaded(signature, (), None, in_options(f"the prompt {name!r} cannot be served: {error}"))
+            problem = without_folders(in_options(f"the prompt {name!r} cannot be served: {error}"))
+            loaded = Loaded(signature, (), None, problem)
         with self._guard:
             self._known[name] = loaded
             self._known.move_to_end(name)
@@ -271,8 +303,6 @@ class Registry:
 
     def _made(self, name: str, signature: Signature) -> Loaded:
         stored, version = self.stored(name)
-        if name == self.base.name:
-            raise ArtifactError("it has the name of the base model; rename its folder")
         tuned = tuned_of(stored, self.base, ignore_fingerprint=self._ignore_fingerprint).snapshot()
         tuned.check_served()
         plain = self.base_served.plain
@@ -280,11 +310,34 @@ class Registry:
         tasks = tuple(Served(name, version, plain, own) for own in every)
         return Loaded(signature, tasks, tuned.whole.tasks)
 
+    def _check_fits(self, config: dict[str, Any], manifest: Manifest | None) -> None:
+        """Raise SoftPromptError unless a prompt of this configuration and record is one for the base."""
+        task, name = config.get("task_type"), self.base_names[0]
+        if task not in _SERVED:
+            raise ConfigError(f"it is for {task}, with a head of its own; attach it with PeftModel.from_pretrained")
+        if task in _SEQ2SEQ and _SEQ2SEQ[task] != self.base.is_encoder_decoder:
+            kind = "seq2seq" if self.base.is_encoder_decoder else "causal"
+            raise ConfigError(f"it is for {task}, the base {name} is a {kind} model; serve it over its own base")
+        if manifest is not None and manifest.base_fingerprint and not self._ignore_fingerprint:
+            reason = Fingerprint.from_dict(manifest.base_fingerprint).differs(self.base.fingerprint)
+            if reason is not None:
+                raise FingerprintError(
+                    f"it was made for {_public_name(manifest.base_model)}, not for {name}: {reason}; serve it over "
+                    "its own base"
+                )
+        completed(StoredPrompt(config, {}, manifest, "").configuration(), self.base)
+
     def _signature(self, name: str) -> Signature | None:
         try:
             return self.root.signature(name)
         except AdapterError:
             return None
+
+
+def _public_name(name: str) -> str:
+    """Return what clients call a base: its Hub id or ``demo``, of a path the last part alone."""
+    path = Path(name)
+    return path.name if path.exists() or path.is_absolute() else name
 
 
 def _digest(files: dict[str, bytes]) -> str:

@@ -32,13 +32,15 @@ class PlainText:
     """Plain tokenization for the base model, with its leading special tokens and no template.
 
     Attributes:
-        tokenizer: The base model's.
+        base: The base model.
+        tokenizer: Its tokenizer.
         answers: Tokenizes labels for the base model alone.
         frame: Its special tokens around an input.
         chat_marks: The special tokens of its chat template.
     """
 
     def __init__(self, base: Base, *, seq2seq: bool) -> None:
+        self.base = base
         self.tokenizer: PreTrainedTokenizerBase = base.tokenizer
         self.answers = RowTokenizer(
             base.tokenizer,

@@ -23,9 +23,11 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from softprompt.backbone import input_embedding
-from softprompt.errors import NotServingError
+from softprompt.errors import ConfigError, NotServingError
 from softprompt.generation import EchoEvent, Event, FinishEvent, Request, Ticket, TokenEvent
 from softprompt.inspection import describe
+from softprompt.prompts import TaskType
+from softprompt.server.access_log import tally
 from softprompt.server.errors import Problem, problem_of
 from softprompt.server.folder import tasks_of
 from softprompt.server.middleware import Connections
@@ -70,6 +72,7 @@ class Service:
         draining: Whether running answers are being finished before the end.
         should_stop: Whether the server has received a signal to stop.
         connections: The open connections.
+        embedding: Lets embeddings be computed one request at a time, as the base is one.
     """
 
     settings: ServeSettings
@@ -82,11 +85,24 @@ class Service:
     draining: bool = False
     should_stop: Callable[[], bool] = lambda: False
     connections: Connections = field(default_factory=Connections)
+    embedding: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
     _cards: OrderedDict[tuple[str, str], dict[str, Any]] = field(default_factory=OrderedDict)
 
-    async def served(self, name: str, task: Task | None) -> Served:
-        """Return the current version of a prompt, loading it if needed."""
-        return await in_thread(self.registry.get, name, task)
+    async def served(self, name: str, task: Task | None, *, embeds: bool = False) -> Served:
+        """Return the current version of a prompt, loading it if needed.
+
+        Raises:
+            ConfigError: The prompt is one for embeddings, and the request wants an answer, or the other way round.
+            SoftPromptError: There is no such prompt, or it cannot be served.
+        """
+        found = await in_thread(self.registry.get, name, task)
+        tally(prompt=found.name)
+        if found.own is not None and embeds != (found.own.config.task_type == TaskType.FEATURE_EXTRACTION):
+            raise ConfigError(
+                f"the prompt {found.name!r} is for {found.own.config.task_type}; "
+                + ("ask for an answer" if embeds else "ask /v1/embeddings")
+            )
+        return found
 
     def start(self, served: Served, requests: Sequence[Request]) -> Run:
         """Submit requests, all of them or none.
@@ -124,7 +140,7 @@ class Service:
                 "location": name,
                 "name": name,
                 # Clients know the base by its name, not by somebody's path.
-                "base_model": base.name,
+                "base_model": self.registry.base_names[0],
                 "version": version,
                 "history": list(stored.manifest.history) if stored.manifest else None,
                 "tasks": tasks_of(stored.config, stored.manifest),
@@ -279,7 +295,9 @@ class Run:
                 self.metrics.success.labels(label, event.reason).inc()
                 self.metrics.generated.labels(label).inc(len(event.tokens))
                 self.metrics.whole.labels(label).observe(now - self.started)
+                tally(output=len(event.tokens))
                 if event.index == 0:
+                    tally(tokens=event.input_tokens, virtual=event.prompt_tokens)
                     self.metrics.input.labels(label).inc(event.input_tokens)
                     self.metrics.virtual.labels(label).inc(event.prompt_tokens)
 
@@ -326,7 +344,9 @@ async def _lines(pieces: AsyncGenerator[Mapping[str, Any]]) -> AsyncGenerator[by
 
 
 def _line(value: Mapping[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"
+    # Clients of /v1/responses may go by the name of an event.
+    name = f"event: {value['type']}\n".encode() if "type" in value else b""
+    return name + b"data: " + json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"
 
 
 async def unless_gone(

@@ -30,6 +30,9 @@ class ServeSettings:
     port: int = setting(8000, "Port to listen on; 0 chooses a free one.", least=0, most=65535, group=_SERVER)
     device: str | None = setting(None, "Device, such as cpu or cuda:0.", group=_SERVER)
     torch_dtype: str | None = setting(None, "Data type of the base model; by default its files'.", group=_SERVER)
+    served_model_name: tuple[str, ...] = setting(
+        (), "Name of the base model in requests instead of its own; the first is that of answers.", group=_SERVER
+    )
     api_key_file: str | None = setting(
         None, "File of API keys, one a line; /v1 and /metrics then require one.", group=_ACCESS
     )
@@ -38,6 +41,9 @@ class ServeSettings:
     )
     ignore_fingerprint: bool = setting(
         False, "Serve prompts that were made for another base model too.", group=_PROMPTS
+    )
+    access_log: bool = setting(
+        False, "Log each request: method, path, status, seconds, prompt, tokens; no content.", group=_ACCESS
     )
     allowed_origin: tuple[str, ...] = setting(
         (), "CORS: origin of web pages that may call the server.", group=_ACCESS
@@ -85,6 +91,8 @@ class ServeSettings:
         for name in ("base_model", "prompts", "host"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} must not be empty")
+        if not all(self.served_model_name):
+            raise ConfigError("served_model_name must not be empty")
         for origin in self.allowed_origin:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise ConfigError(

@@ -94,6 +94,22 @@ OF_MESSAGE: Neutral = {
     "tool_calls": ([],),
 }
 OF_PART: Neutral = {"annotations": ([],), "cache_control": None, "prompt_cache_breakpoint": None}
+RESPONSES: Neutral = {
+    "access_programs": (),
+    "background": (False,),
+    "context_management": ([],),
+    "conversation": (),
+    "image": (),
+    "include": ([],),
+    "max_tool_calls": None,
+    "previous_response_id": (),
+    "prompt": (),
+    "reasoning": ({}, {"effort": "none"}),
+    "top_logprobs": (0,),
+    "truncation": ("disabled",),
+}
+"""Parameters of /v1/responses beside those of all requests."""
+OF_ITEM: Neutral = {"id": None, "phase": None, "status": None}
 OF_STREAM: Neutral = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
 
 _ELSEWHERE = frozenset(
@@ -105,10 +121,10 @@ _INSTEAD = {
     "best_of": "send n for several answers",
     "function_call": "describe functions in a message",
     "functions": "describe them in a message",
-    "guided_choice": "send the choices as labels to /v1/classify",
+    "conversation": "send the messages so far as input",
+    "previous_response_id": "send the messages so far as input",
     "prompt_embeds": "send prompt as a text or token ids",
     "reasoning_effort": "leave it out",
-    "response_format": "ask for the form in a message",
     "stop_token_ids": "send stop with texts",
     "tools": "describe them in a message",
     "truncate_prompt_tokens": "send truncate_input=true to cut at the prompt's own limit",

@@ -1,0 +1,160 @@
+"""``POST /v1/embeddings``: texts as vectors, behind prompts for FEATURE_EXTRACTION or by the base alone."""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import anyio
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from softprompt.engine import EngineRow, text_states
+from softprompt.errors import ConfigError, DataError, QueueFullError
+from softprompt.server.access_log import tally
+from softprompt.server.errors import Problem
+from softprompt.server.protocol import Body, Text, TokenIds, Whole
+from softprompt.server.service import USER, Service, in_thread, service_of
+
+if TYPE_CHECKING:
+    from softprompt.server.served import Served
+
+router = APIRouter(tags=["embeddings"], dependencies=[USER])
+
+
+class EmbeddingsBody(Body):
+    """The body of ``POST /v1/embeddings``."""
+
+    expects: ClassVar[Mapping[str, str]] = {
+        "input": "a text, token ids from 0 up, or a list of texts or of token id lists; no empty list"
+    }
+
+    input: (
+        Text
+        | Annotated[list[Text], Field(min_length=1)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1)]
+    ) = Field(description="The template's input; or token ids, which are used as they are.")
+    encoding_format: Literal["float", "base64"] | None = Field(None, description="base64: float32, little-endian.")
+    dimensions: Whole | None = Field(None, description="The base's own width, or left out.")
+    pooling: Literal["mean", "last"] = Field("mean", description="Over the text's tokens, virtual ones left out.")
+    normalize: bool = Field(True, description="Scale to length 1.")
+    truncate_input: bool = False
+
+
+class Embedding(BaseModel):
+    """The vector of one text."""
+
+    object: str
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingsUsage(BaseModel):
+    """Tokens of a request."""
+
+    prompt_tokens: int
+    virtual_tokens: int
+    total_tokens: int
+
+
+class Embeddings(BaseModel):
+    """The response of ``POST /v1/embeddings``."""
+
+    object: str
+    data: list[Embedding]
+    model: str
+    system_fingerprint: str
+    usage: EmbeddingsUsage
+
+
+@router.post("/v1/embeddings", response_model=Embeddings)
+async def embed(body: EmbeddingsBody, request: Request) -> JSONResponse:
+    """Return the vector of one text or of several."""
+    service, started = service_of(request), time.monotonic()
+    served = await service.served(body.model, body.task, embeds=True)
+    rows = await in_thread(_rows, body, served, service.settings.max_request_rows)
+    waiting = service.embedding.statistics().tasks_waiting
+    if waiting >= service.settings.bounds.max_queue:
+        raise QueueFullError(f"{waiting} requests wait already; try again later", 1.0)
+    deadline = started + service.settings.request_seconds
+    vectors = await anyio.to_thread.run_sync(_vectors, service, body, rows, deadline, limiter=service.embedding)
+    tokens, virtual = sum(len(row.source) for row in rows), sum(row.prompt.tokens for row in rows if row.prompt)
+    label = service.metrics.label(served.name)
+    service.metrics.input.labels(label).inc(tokens)
+    service.metrics.virtual.labels(label).inc(virtual)
+    service.metrics.success.labels(label, "embedded").inc(len(rows))
+    service.metrics.whole.labels(label).observe(time.monotonic() - started)
+    tally(tokens=tokens, virtual=virtual)
+    return JSONResponse(
+        {
+            "object": "list",
+            "data": [
+                {"object": "embedding", "index": i, "embedding": _written(each, body)}
+                for i, each in enumerate(vectors)
+            ],
+            "model": served.name,
+            "system_fingerprint": f"sp-{served.version[:16]}",
+            "usage": {"prompt_tokens": tokens, "virtual_tokens": virtual, "total_tokens": tokens},
+        }
+    )
+
+
+def _rows(body: EmbeddingsBody, served: Served, most: int) -> list[EngineRow]:
+    """Return a body's texts as rows behind their prompt.
+
+    Raises:
+        ConfigError: The width asked for is another than the base's.
+        DataError: A text is empty, or does not fit the prompt.
+        Problem: 400, there are more texts than ``max_request_rows``.
+    """
+    given: Sequence[Any] = body.input if isinstance(body.input, list) else [body.input]
+    if isinstance(given[0], int):
+        given = [given]
+    if len(given) > most:
+        raise Problem(400, f"the request has {len(given)} texts, this server takes {most}")
+    inputs = [
+        served.of_ids(each) if isinstance(each, list) else served.of_fields(each, truncate=body.truncate_input)
+        for each in given
+    ]
+    for number, each in enumerate(inputs, start=1):
+        if not each.ids:
+            raise DataError(f"text {number} has no tokens, so it has no vector; send some text")
+    prompt = served.prompt
+    return [EngineRow(each.ids, (), prompt, each.at) for each in inputs]
+
+
+def _vectors(service: Service, body: EmbeddingsBody, rows: Sequence[EngineRow], deadline: float) -> list[Tensor]:
+    """Return the vector ``[H]`` of each row, pass after pass; raises Problem 503 past the deadline."""
+    found: list[Tensor] = []
+    for part in _passes(rows, service.settings.bounds.max_step_tokens):
+        if time.monotonic() > deadline:
+            raise Problem(503, f"no answer within {service.settings.request_seconds:g} s; try again later")
+        states = text_states(service.registry.base, part)
+        found += [each.mean(0) if body.pooling == "mean" else each[-1] for each in states]
+    if body.dimensions not in (None, len(found[0])):
+        raise ConfigError(f"vectors of this base have {len(found[0]):,} dimensions; leave dimensions out")
+    return [each / each.norm().clamp(min=1e-12) for each in found] if body.normalize else found
+
+
+def _passes(rows: Sequence[EngineRow], most: int) -> Iterator[list[EngineRow]]:
+    """Cut rows into passes of at most that many tokens, padding counted, or of one row."""
+    part: list[EngineRow] = []
+    for row in rows:
+        grown = [*part, row]
+        width = max(len(each.source) + (each.prompt.tokens if each.prompt else 0) for each in grown)
+        if part and width * len(grown) > most:
+            yield part
+            grown = [row]
+        part = grown
+    yield part
+
+
+def _written(vector: Tensor, body: EmbeddingsBody) -> list[float] | str:
+    if body.encoding_format == "base64":
+        return base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode()
+    return vector.tolist()
