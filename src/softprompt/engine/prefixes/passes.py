@@ -33,7 +33,7 @@ def prefixed_attention(base: Base, prefixes: Prefixes) -> Iterator[None]:
     with base.lock, ExitStack() as stack:
         own = base.model.config.get_text_config()._attn_implementation
         (table,) = stack.enter_context(gathered_gradient(base, [prefixes.table]))
-        prefixes = replace(prefixes, table=table)
+        prefixes = replace(prefixes, table=table, sources=base.prefix_sources)
         plan = PrefixPlan(prefixes, own if own == EAGER else "sdpa", base.is_encoder_decoder)
         token = active_plan.set(plan)
         stack.callback(active_plan.reset, token)
