@@ -91,7 +91,7 @@ def _weightless_layers(model: PreTrainedModel) -> Sequence[Any] | None:
 
 
 def _sharing_layers(model: PreTrainedModel) -> dict[int, str]:
-    """Return the layers that have no keys and values and read those of another, with their kind (Gemma 3n and 4)."""
+    """Return the layers that read the keys and values of another, with their kind (Gemma 3n and 4)."""
     modules = (each for each in model.modules() if getattr(each, "is_kv_shared_layer", False))
     return {cast(Any, each).layer_idx: cast(Any, each).layer_type for each in modules}
 

@@ -62,7 +62,9 @@ def _shift_positions(base: Base, prefixes: Prefixes, stack: ExitStack) -> None:
         given = kwargs.get("position_ids")
         if given is None and counts_images(model, kwargs):
             given = image_positions(model, kwargs)
-        kwargs["position_ids"] = text_positions(facts, kwargs, given) + _column(prefixes, kwargs)
+        kwargs["position_ids"] = text_positions(facts, kwargs, given)
+        if prefixes.source(0) is not None:  # models count what the first layer's cache holds
+            kwargs["position_ids"] = kwargs["position_ids"] + _column(prefixes, kwargs)
         for name in _read_by_masks(model, kwargs):
             kwargs[name] = _behind(kwargs[name], prefixes.repeated(len(kwargs[name])))
         return args, kwargs

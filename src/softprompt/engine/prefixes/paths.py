@@ -187,11 +187,12 @@ class _Probe:
             inputs["past_key_values"] = cache
             inputs["attention_mask"] = mask.new_ones(1, count + ids.shape[1])
             if base.facts.accepts_position_ids:
-                inputs["position_ids"] = text_positions(base.facts, {"input_ids": ids}) + count
+                seen = cache.get_seq_length()
+                inputs["position_ids"] = text_positions(base.facts, {"input_ids": ids}) + seen
         return _picked(base.model(**inputs, use_cache=True, return_dict=True), mask)
 
     def _filled(self, prefix: Tensor) -> DynamicCache:
-        """Return a cache of one row that holds its prefix ``[L, 2, A_kv, P, D]``, in the layers that read their own."""
+        """Return a cache of one row with its prefix ``[L, 2, A_kv, P, D]``, in the layers that read their own."""
         config, sources = self._base.model.config.get_text_config(), self._base.prefix_sources
         cache = DynamicCache() if sources is None else DynamicCache(config=config)
         for index, layer in enumerate(prefix):
