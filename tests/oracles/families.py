@@ -70,6 +70,33 @@ CAUSAL: dict[str, Config] = {
     "stablelm": lambda: tf.StableLmConfig(**GQA),
 }
 
+_SHARING: dict[str, Any] = {
+    **GQA,
+    "num_hidden_layers": 4,
+    "head_dim": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 8,
+    "num_kv_shared_layers": 2,
+    "vocab_size_per_layer_input": V,
+    "hidden_size_per_layer_input": 8,
+}
+SHARING: dict[str, Config] = {
+    "gemma4": lambda: tf.Gemma4TextConfig(
+        **_SHARING, per_layer_config={str(i): {"head_dim": 16} for i in (1, 3)}, num_experts=None
+    ),
+    "gemma4-wide": lambda: tf.Gemma4TextConfig(
+        **_SHARING | {"num_kv_shared_layers": 0},
+        per_layer_config={str(i): {"head_dim": 16, "num_key_value_heads": 1} for i in (1, 3)},
+    ),
+    "gemma3n": lambda: tf.Gemma3nTextConfig(
+        **_SHARING | {"intermediate_size": [48] * 4},
+        altup_num_inputs=2,
+        laurel_rank=4,
+        activation_sparsity_pattern=[0.0] * 4,
+    ),
+}
+"""Decoders of which some layers read the keys and values of others, or have heads of other sizes."""
+
 BART_SIZES: dict[str, Any] = {
     "vocab_size": V,
     "d_model": H,
@@ -184,6 +211,11 @@ def build(loader: type, config: Any, *, seed: int = 0, **changes: Any) -> PreTra
 def causal(name: str, **changes: Any) -> PreTrainedModel:
     """Return a tiny causal language model of an architecture."""
     return build(tf.AutoModelForCausalLM, CAUSAL[name](), **changes)
+
+
+def sharing(name: str) -> PreTrainedModel:
+    """Return a tiny decoder of which layers share keys and values, or have heads of other sizes."""
+    return build(tf.AutoModelForCausalLM, SHARING[name]())
 
 
 def seq2seq(name: str, **changes: Any) -> PreTrainedModel:

@@ -119,6 +119,9 @@ def test_saved_loaded_and_refused_by_peft(tmp_path):
         peft.PeftModel.from_pretrained(classifier("bert"), tmp_path)
 
 
+IDS = torch.tensor([[5, 6, 7]])
+
+
 def test_refused_where_it_would_be_ignored_or_cannot_be_had():
     with pytest.raises(ConfigError, match="would be ignored"):
         isolated(causal("llama"))
@@ -126,9 +129,9 @@ def test_refused_where_it_would_be_ignored_or_cannot_be_had():
         isolated(classifier("roberta"))
     long = tf.LongT5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, local_radius=3)
     with pytest.raises(ConfigError, match=r"in LongT5\w+: it takes no mask of our own"):
-        isolated(build(tf.AutoModelForSeq2SeqLM, long))
+        isolated(build(tf.AutoModelForSeq2SeqLM, long))(input_ids=IDS, labels=IDS)
     with pytest.raises(ConfigError, match="layers see only a window"):
-        isolated(build(tf.AutoModelForTokenClassification, ROTARY_ENCODERS["modernbert"]()))
+        isolated(build(tf.AutoModelForTokenClassification, ROTARY_ENCODERS["modernbert"]()))(input_ids=IDS)
     ours = isolated(classifier("bert"))
     with pytest.raises(ConfigError, match="share prompt_sees_input=False"):
         ours.add_adapter("b", PromptTuningConfig(num_virtual_tokens=2))

@@ -11,7 +11,7 @@ import torch
 import transformers as tf
 
 import softprompt
-from oracles.families import CAUSAL, ENCODERS, A, H, L, build, causal, seq2seq
+from oracles.families import CAUSAL, ENCODERS, SHARING, A, H, L, build, causal, seq2seq, sharing
 from oracles.prefix_pair import P, prefix_pair
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
@@ -20,6 +20,7 @@ CASES = {
     **{name: ("CAUSAL_LM", lambda name=name: causal(name)) for name in (
         "llama", "gpt2", "qwen2", "mistral", "gemma", "gemma2", "gpt_neox", "opt", "bloom", "gptj", "gpt_neo"
     )},
+    **{name: ("CAUSAL_LM", lambda name=name: sharing(name)) for name in SHARING},
     "t5": ("SEQ_2_SEQ_LM", lambda: seq2seq("t5")),
     "bart": ("SEQ_2_SEQ_LM", lambda: seq2seq("bart")),
     "llama-seq": ("SEQ_CLS", lambda: decoder_with_head(tf.AutoModelForSequenceClassification)),
@@ -123,7 +124,7 @@ def test_first_values_names_and_training(options):
         torch.testing.assert_close(value, peers[name], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("case", ["llama", "gpt2", "gemma", "bloom", "t5", "bart", "llama-seq"])
+@pytest.mark.parametrize("case", ["llama", "gpt2", "gemma", "gemma4", "bloom", "t5", "bart", "llama-seq"])
 @pytest.mark.parametrize("projected", [False, True])
 def test_files_both_ways(case, projected, tmp_path):
     task, make = CASES[case]

@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 
 import softprompt
-from oracles.families import CAUSAL, ENCODERS, build, causal, seq2seq
+from oracles.families import CAUSAL, ENCODERS, SHARING, build, causal, seq2seq, sharing
 from oracles.naive import padded
 from oracles.prefixed import solo_decoder_logits, solo_greedy_behind, solo_logits_behind
 from oracles.tokenizers import byte_bpe
@@ -46,6 +46,48 @@ def test_a_row_in_a_batch_is_the_row_alone(name, side):
     for row, adapter, real, got in zip(ROWS, NAMES, mask.bool(), logits, strict=True):
         expected = solo_logits_behind(model.base_model, value(model, adapter), row)
         torch.testing.assert_close(got[real], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("name", SHARING)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.filterwarnings("ignore:Prefix tuning injected")
+def test_rows_where_layers_share_or_differ(name, side):
+    model = prefixed(sharing(name))
+    ids, mask = padded(ROWS, side)
+    logits = model(input_ids=ids, attention_mask=mask, adapter_names=NAMES).logits
+    made = model.generate(
+        input_ids=ids, attention_mask=mask, adapter_names=NAMES, max_new_tokens=9, do_sample=False
+    )
+    for i, row in enumerate(ROWS):
+        one = torch.tensor([row])
+        alone = model(input_ids=one, adapter_names=NAMES[i : i + 1]).logits[0]
+        torch.testing.assert_close(logits[i][mask[i].bool()], alone, **CLOSE)
+        if side == "left":  # each new token is the likeliest behind those before it, all run in one pass
+            whole = torch.cat([one, made[i : i + 1, ids.shape[1] :]], 1)
+            passed = model(input_ids=whole, adapter_names=NAMES[i : i + 1]).logits[0]
+            assert whole[0, len(row) :].tolist() == passed[len(row) - 1 : -1].argmax(-1).tolist()
+
+
+def test_a_text_start_stands_in_the_layers_that_keep_their_own(tmp_path):
+    byte_bpe().save_pretrained(tmp_path)
+    model = sharing("gemma4")
+    ids = byte_bpe()("one two three")["input_ids"][:4]
+    options = {"prefix_tuning_init_text": "one two three", "tokenizer_name_or_path": str(tmp_path)}
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, **options)
+    ours = get_peft_model(copy.deepcopy(model), config).eval()
+    with pytest.warns(
+        UserWarning, match=r"injected into layers \[0, 1\]; skipped \[2, 3\] due to KV shape mismatch"
+    ):
+        got = ours(input_ids=torch.tensor([ROWS[1]])).logits[0]
+    expected = model(input_ids=torch.tensor([[*ids, *ROWS[1]]])).logits[0, 4:]
+    torch.testing.assert_close(got, expected, **CLOSE)
+
+
+def test_a_prefix_that_fits_no_layer_is_refused():
+    model = prefixed(sharing("gemma4"))
+    model.base_model.config.num_key_value_heads = 99
+    with pytest.raises(BackboneError, match="skipped every layer because no layer's KV shape matched"):
+        model(input_ids=torch.tensor([ROWS[1]]))
 
 
 @pytest.mark.parametrize("name", [*INSIDE, "bloom", "gptj"])

@@ -167,15 +167,26 @@ def test_not_outside_training():
         assert not isinstance(model(**batch()), LossOutput)
     with torch.autocast("cpu", torch.bfloat16):
         assert not isinstance(model(**batch()), LossOutput)
-    model.base_model.lm_head.weight.requires_grad_(True)
-    assert not isinstance(model(**batch()), LossOutput)
-    model.base_model.lm_head.weight.requires_grad_(False)
     assert isinstance(model(**batch()), LossOutput)
     assert not isinstance(model.eval()(**batch()), LossOutput)
     headed = prompted()
     headed.add_adapter("headed", heads(headed))
     headed.set_adapter("headed")
     assert not isinstance(quiet(headed)(**batch()), LossOutput)
+
+
+def test_a_base_that_somebody_trains_too_gets_the_same_gradients():
+    model = quiet(prompted())
+    trained = [model.base_model.lm_head.weight, model.base_model.model.layers[0].self_attn.k_proj.weight]
+    for weight in trained:
+        weight.requires_grad_(True)
+    found = []
+    for more in ({}, {"use_cache": True}):
+        outputs = model(**batch(), **more)
+        assert isinstance(outputs, LossOutput) is not bool(more)
+        found.append(torch.autograd.grad(outputs.loss, trained))
+    for fast, padded in zip(*found, strict=True):
+        torch.testing.assert_close(fast, padded, atol=1e-6, rtol=1e-4)
 
 
 def test_a_model_whose_loss_is_another_is_left_to_its_own(monkeypatch):

@@ -9,7 +9,15 @@ from oracles.families import CAUSAL, SEQ2SEQ, causal, seq2seq
 from oracles.quantised import packed, quantised
 from softprompt import PromptTuningConfig, get_peft_model
 from softprompt.backbone import Base, weights_hash
-from softprompt.engine import Drawn, EngineRow, PlainEngine, build_engine, gradient_problem, why_undecodable
+from softprompt.engine import (
+    Drawn,
+    EngineRow,
+    PlainEngine,
+    build_engine,
+    gradient_problem,
+    score_of,
+    why_undecodable,
+)
 from softprompt.prompts import Prompt
 
 
@@ -18,7 +26,8 @@ def problem(model, kind="plain", *, keys_and_values=False):
     drawn = Drawn(base)
     values = drawn.keys_and_values(4) if keys_and_values else drawn.virtual_tokens(4)
     prompt = Prompt(prefix=values) if keys_and_values else Prompt(values)
-    return gradient_problem(build_engine(base, kind), base, EngineRow(drawn.tokens(5), drawn.tokens(2), prompt))
+    row = EngineRow(drawn.tokens(5), drawn.tokens(2))
+    return gradient_problem(base, prompt, score_of(build_engine(base, kind), row))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

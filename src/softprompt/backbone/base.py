@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from softprompt.backbone.attention import recomputed_alike, supported, switched
 from softprompt.backbone.facts import Facts, facts_of
 from softprompt.backbone.fingerprint import Fingerprint
-from softprompt.backbone.keyvalues import KeyValueShape, key_value_shape
+from softprompt.backbone.keyvalues import KeyValueShape, key_value_shape, prefix_sources
 from softprompt.backbone.passes import unpacked
 from softprompt.backbone.products import FrozenLinear, frozen_linears, swapped_forwards, torch_products
 from softprompt.backbone.state import device_of, input_embedding, is_encoder_decoder, locked, stamp_of, state_of
@@ -99,12 +99,21 @@ class Base:
 
     @property
     def key_value_shape(self) -> KeyValueShape:
-        """Sizes of the keys and values of its layers, read from a pass once.
+        """Sizes of the keys and values of its layers, found once without a pass.
 
         Raises:
-            BackboneError: If its layers keep anything else, or differ.
+            BackboneError: If its layers keep anything else.
         """
         return key_value_shape(self.model)
+
+    @property
+    def prefix_sources(self) -> tuple[int | None, ...] | None:
+        """The layer whose prefix each layer reads, None for none; None where each reads its own.
+
+        Raises:
+            BackboneError: If no layer can read one.
+        """
+        return prefix_sources(self.model)
 
     @property
     def found(self) -> dict[str, Any]:

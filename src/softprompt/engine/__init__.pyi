@@ -7,6 +7,7 @@ from .completion import TaskRules as TaskRules
 from .completion import completed as completed
 from .completion import infer_task as infer_task
 from .completion import placement_of as placement_of
+from .completion import require_isolated as require_isolated
 from .completion import sees_input_of as sees_input_of
 from .decode.decode_forest import DecodeForest as DecodeForest
 from .decode.decode_forest import NewTokens as NewTokens
@@ -44,6 +45,8 @@ from .probe import measured as measured
 from .probe import one_line as one_line
 from .probe import probing as probing
 from .probe import remembered as remembered
+from .probe import require_gradient as require_gradient
+from .probe import score_of as score_of
 from .probe import scoring_difference as scoring_difference
 from .rows import EngineRow as EngineRow
 from .rows import Prefixes as Prefixes

@@ -83,6 +83,8 @@ def completed(
 ) -> PromptLearningConfig:
     """Return a copy of ``config`` with the base's sizes, task and heads; the caller's is not changed.
 
+    No pass of the base is run; what only a pass can tell, ``require_isolated`` and ``prefix_path`` do.
+
     Args:
         config: What the user wrote.
         base: The base.
@@ -248,8 +250,16 @@ def _check_isolated(base: Base, task: TaskType) -> None:
             f"prompt_sees_input=False needs explicit positions, which {facts.architecture} does not take; "
             "leave it out"
         )
-    problem = why_not_isolated(base)
+
+
+def require_isolated(config: PromptLearningConfig, base: Base) -> None:
+    """Check by a pass, once a base, that a prompt which does not see the input can be kept from it.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
+    problem = "" if sees_input_of(config) else why_not_isolated(base)
     if problem:
         raise ConfigError(
-            f"prompt_sees_input=False is not supported in {facts.architecture}: {problem}; leave it out"
+            f"prompt_sees_input=False is not supported in {base.facts.architecture}: {problem}; leave it out"
         )

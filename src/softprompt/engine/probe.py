@@ -32,7 +32,7 @@ from softprompt.backbone import (
 )
 from softprompt.engine.predictions import Engine
 from softprompt.engine.rows import EngineRow
-from softprompt.errors import BackboneError, SoftPromptError
+from softprompt.errors import BackboneError, SoftPromptError, TrainingError
 from softprompt.prompts import Prompt
 
 logger = logging.getLogger(__name__)
@@ -259,24 +259,29 @@ _BENT = 0.1
 """Share of a change by which the gradient may miss it: on so short a way a right one misses less."""
 
 
-def gradient_problem(engine: Engine, base: Base, row: EngineRow) -> str:
-    """Return why the gradient of a row's prompt is not that of its loss, empty where it is.
+def gradient_problem(base: Base, prompt: Prompt, score: Callable[[Prompt], Tensor], *, measure: bool = True) -> str:
+    """Return why the gradient of a prompt is not that of its scores, empty where it is.
 
     A module with weights that takes a gradient and returns none is a cause by itself. What no module shows (a
     detached sum, a wrong backward) shows in the loss: moved along its gradient, a prompt must change it as the
     gradient says, but for what rounding hides. A short step may be hidden, a long one may bend: one must agree.
+
+    Args:
+        base: The base.
+        prompt: The prompt.
+        score: Runs the base behind a prompt and returns what it gives a training row, ``[M]``: log-probabilities,
+            or outputs of their size.
+        measure: Whether to move the prompt; without, no pass without gradients is run.
     """
-    prompt = row.prompt
-    assert prompt is not None and prompt.tensors, "the row has no prompt"
     with probing(base), torch.enable_grad():
         leaves = prompt.leaves()
         with stopping(base.model) as stops:
-            score = _score(engine, row, leaves).sum()
-        if not score.requires_grad:
+            total = score(leaves).double().sum()
+        if not total.requires_grad:
             return f"{stops[0]} stops it" if stops else "no part of it reaches the prompt"
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            gradients = torch.autograd.grad(score, leaves.tensors, materialize_grads=True)
+            gradients = torch.autograd.grad(total, leaves.tensors, materialize_grads=True)
         stops += [str(each.message).split(": ")[0] for each in said if _UNDEFINED in str(each.message)]
         if stops:
             return f"{stops[0]} stops it"
@@ -284,15 +289,16 @@ def gradient_problem(engine: Engine, base: Base, row: EngineRow) -> str:
         if not math.isfinite(slope) or slope == 0:
             return f"its norm is {slope:g} on a training row"
         with torch.no_grad():
-            return _slope_problem(engine, base, row, gradients, slope)
+            return _slope_problem(base, prompt, score, gradients, slope) if measure else ""
 
 
-def _slope_problem(engine: Engine, base: Base, row: EngineRow, gradients: Sequence[Tensor], slope: float) -> str:
+def _slope_problem(
+    base: Base, prompt: Prompt, score: Callable[[Prompt], Tensor], gradients: Sequence[Tensor], slope: float
+) -> str:
     """Return how the score changes otherwise than the slope says along the gradients, empty where it does not."""
-    prompt = cast(Prompt, row.prompt)
-    here = _score(engine, row, prompt)
+    here = score(prompt).double()
     with rounded(base.model):
-        hidden = MARGIN * float((_score(engine, row, prompt) - here).norm())
+        hidden = MARGIN * float((score(prompt).double() - here).norm())
     size = math.hypot(*(float(each.double().norm()) for each in prompt.tensors))
     found = []
     for nats in _CHANGES:
@@ -301,7 +307,7 @@ def _slope_problem(engine: Engine, base: Base, row: EngineRow, gradients: Sequen
         for sign in (1, -1):
             along = iter(gradients)
             moved = prompt.map(lambda part: part + next(along).to(part) * (sign * length / slope))  # noqa: B023
-            ends.append(float(_score(engine, row, moved).sum()))
+            ends.append(float(score(moved).double().sum()))
         change, said = (ends[0] - ends[1]) / 2, length * slope
         if abs(change - said) <= _BENT * said + hidden:
             return ""
@@ -309,5 +315,22 @@ def _slope_problem(engine: Engine, base: Base, row: EngineRow, gradients: Sequen
     return f"moved along it, a prompt changes the log-probability of a training row by {', '.join(found)}"
 
 
-def _score(engine: Engine, row: EngineRow, prompt: Prompt) -> Tensor:
-    return engine.target_log_probs([replace(row, prompt=prompt)]).values.double()
+def require_gradient(
+    base: Base, prompt: Prompt, score: Callable[[Prompt], Tensor], *, measure: bool = True
+) -> None:
+    """Check that a base passes on the gradient of a prompt; see ``gradient_problem``.
+
+    Raises:
+        TrainingError: It does not; training would go nowhere, or anywhere.
+    """
+    problem = gradient_problem(base, prompt, score, measure=measure)
+    if problem:
+        raise TrainingError(
+            f"{base.facts.architecture} does not pass on the gradient of a prompt: {problem}; load the base "
+            "anew (a pass without gradients may have packed its quantised weights), or train behind another one"
+        )
+
+
+def score_of(engine: Engine, row: EngineRow) -> Callable[[Prompt], Tensor]:
+    """Return what gives a row's log-probabilities behind a prompt; see ``gradient_problem``."""
+    return lambda prompt: engine.target_log_probs([replace(row, prompt=prompt)]).values

@@ -267,11 +267,13 @@ class Prefixes:
         table: Keys and values, padded behind to the longest, ``[K, L, 2, A_kv, P, D]``.
         owner: Prefix of each row, -1 for none, ``[B]``.
         lengths: Virtual tokens of each row's prefix, 0 for none, ``[B]``.
+        sources: The layer whose prefix each layer reads, None for none; None where each reads its own.
     """
 
     table: Tensor
     owner: Tensor
     lengths: Tensor
+    sources: tuple[int | None, ...] | None = None
 
     @classmethod
     def of(cls, prompts: Sequence[Prompt | None]) -> Self | None:
@@ -317,8 +319,12 @@ class Prefixes:
             self, owner=self.owner.repeat_interleave(times), lengths=self.lengths.repeat_interleave(times)
         )
 
+    def source(self, index: int) -> int | None:
+        """Return the layer whose prefix a layer reads; None where it reads none."""
+        return index if self.sources is None else self.sources[index]
+
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a layer's keys and values ``[B, A_kv, P, D]``, in dtype and on the device of ``like``."""
+        """Return a layer's own keys and values ``[B, A_kv, P, D]``, in dtype and on the device of ``like``."""
         values = self.table[:, index].to(like.device, like.dtype)  # [K, 2, A_kv, P, D]
         owner = self.owner.to(like.device)
         if values.shape[0] == 1:

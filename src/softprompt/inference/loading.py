@@ -21,7 +21,7 @@ from softprompt.artifacts import (
     tensors_read,
 )
 from softprompt.backbone import HEAD, Base, freeze, head_tensors, load_base, modules_named
-from softprompt.engine import completed
+from softprompt.engine import completed, require_isolated
 from softprompt.errors import ArtifactError, ConfigError
 from softprompt.generation import Bounds
 from softprompt.inference.inputs import check_names
@@ -135,6 +135,7 @@ def tuned_of(stored: StoredPrompt, base: Base, *, ignore_fingerprint: bool = Fal
     """
     check_base(stored, base.model, ignore=ignore_fingerprint)
     config = completed(stored.configuration(), base)
+    require_isolated(config, base)
     module = started_prompt(config, base.model).to(base.device)
     own = {name: value for name, value in stored.tensors.items() if not name.startswith(HEAD)}
     module.load_stored(tensors_read(own, config, seq2seq=base.is_encoder_decoder))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.engine import TASK_RULES, BatchPrompts, generate_with_prompts, prefix_path
+from softprompt.engine import TASK_RULES, BatchPrompts, generate_with_prompts, prefix_path, require_isolated
 from softprompt.errors import ConfigError, InterfaceError
 from softprompt.peft import loading, saving
 from softprompt.peft.adapters import BASE, LoadResult, active_heads
@@ -35,7 +35,7 @@ from softprompt.peft.rows import (
     without_context_labels,
 )
 from softprompt.peft.status import StatusOfAdapters
-from softprompt.peft.training_loss import training_output
+from softprompt.peft.training_loss import check_gradient, training_output, trains
 from softprompt.prompts import (
     CPTEmbedding,
     PeftConfig,
@@ -89,33 +89,39 @@ class PeftModel(StatusOfAdapters):
             AdapterError: For an unknown name, or not one name a row.
             ConfigError: If the arguments do not fit together.
             ContextOverflowError: If prompt and input exceed the model's context.
+            TrainingError: At the first training call, if the base does not pass on the prompts' gradient.
         """
         inputs = bound(self._arguments_of_forward, args, kwargs, what="forward")
         rows = self._rows(inputs, adapter_names, task_ids)
         inputs, context = without_context_labels(inputs, [row.name for row in rows], self.peft_config)
         at = prompt_offsets(self.base_model, rows, self.peft_config, inputs, prompt_at)
         prompts = self._prompts_of(rows)
-        run = partial(self._padded, rows=rows, prompts=prompts, at=at, context=context)
-        heads = any(config.modules_to_save for config in self.peft_config.values())
-        if self.training and self.task_type is TaskType.CAUSAL_LM and context is None and not heads:
+        base, run = self.base, partial(self._padded, at=at, context=context)
+
+        def again(inputs: dict[str, Any]) -> Any:
             with self._ready(rows):
-                outputs = training_output(self.base, prompts, at, inputs, run)
-            if outputs is not None:
-                return outputs
-        return run(inputs)
+                return run(inputs, prompts)
+
+        with self._ready(rows):
+            if self.training and trains(prompts):
+                engine = self.task_type is TaskType.CAUSAL_LM and context is None and not self._heads
+                check_gradient(base, prompts, at, inputs, run, causal=engine)
+                outputs = training_output(base, prompts, at, inputs, again) if engine else None
+                if outputs is not None:
+                    return outputs
+            return run(inputs, prompts)
 
     def _padded(
         self,
         inputs: dict[str, Any],
-        *,
-        rows: Sequence[RowPrompt],
         prompts: Sequence[Prompt | None],
+        *,
         at: Sequence[int] | None,
         context: ContextLabels | None,
     ) -> Any:
-        """Return the base's outputs for padded rows behind their prompts."""
+        """Return the base's outputs for padded rows behind their prompts, in ``_ready``."""
         batch = BatchPrompts.of(prompts, at=at)
-        with self._ready(rows), batch.injected(self.base, self._vocabulary):
+        with batch.injected(self.base, self._vocabulary):
             if batch.decoder is not None:
                 inputs = decoder_inputs(self.base, batch.decoder, inputs)
             if batch.prefixes is not None:
@@ -201,10 +207,19 @@ class PeftModel(StatusOfAdapters):
                 f"the embedding table had {self._vocabulary.size:,} rows when the prompts were attached, now it "
                 f"has {size:,}; resize it first, then attach"
             )
-        if any(row.name != BASE and self.peft_config[row.name].keys_and_values for row in rows):
-            prefix_path(self.base)  # its probes run other rows, so before these rows' heads are active
-        with self.base.lock, active_heads(self.base_model, [row.name for row in rows]):
+        base, names = self.base, [row.name for row in rows]
+        for config in (self.peft_config[name] for name in dict.fromkeys(names) if name != BASE):
+            # These probes run other rows, so before these rows' heads are active.
+            require_isolated(config, base)
+            if config.keys_and_values:
+                prefix_path(base)
+        with base.lock, active_heads(self.base_model, names) if self._heads else nullcontext():
             yield
+
+    @property
+    def _heads(self) -> bool:
+        """Whether modules of the base have trained copies."""
+        return any(config.modules_to_save for config in self.peft_config.values())
 
     def save_pretrained(
         self,

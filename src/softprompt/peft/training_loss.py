@@ -19,18 +19,24 @@ from softprompt.engine import (
     IGNORED,
     Drawn,
     EngineRow,
+    PlainEngine,
     build_engine,
     check_token_ids,
     difference,
     measured,
     remembered,
+    require_gradient,
+    score_of,
 )
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, TrainingError
 from softprompt.prompts import Prompt
 
 _TAKEN = {"input_ids", "attention_mask", "labels", "num_items_in_batch"}
 _IDLE = {"use_cache": (None, False), "return_dict": (None, True)}
 """Further arguments with the values that ask for nothing."""
+
+_SCORED = 256
+"""Entries of each output vector, logits of a vocabulary among them, that a gradient is checked with."""
 
 _ASKS_FOR_MORE = ("output_hidden_states", "output_attentions", "output_router_logits")
 """Options of a model's configuration that put more into its outputs or its loss."""
@@ -80,6 +86,83 @@ class LossOutput(CausalLMOutputWithPast):
         return self.loss, self.logits
 
 
+def trains(prompts: Sequence[Prompt | None]) -> bool:
+    """Tell whether a call takes gradients of its rows' prompts."""
+    return torch.is_grad_enabled() and any(_trained(prompt) for prompt in dict.fromkeys(prompts))
+
+
+def _trained(prompt: Prompt | None) -> bool:
+    return prompt is not None and any(tensor.requires_grad for tensor in prompt.tensors)
+
+
+def check_gradient(
+    base: Base,
+    prompts: Sequence[Prompt | None],
+    at: Sequence[int] | None,
+    inputs: dict[str, Any],
+    run: Callable[[dict[str, Any], Sequence[Prompt | None]], Any],
+    *,
+    causal: bool,
+) -> None:
+    """Check at the first training call of a base that it passes on the gradient of a prompt.
+
+    A causal model is checked on the shortest row that is trained on, any other on the whole batch.
+
+    Args:
+        base: The base.
+        prompts: The prompt of each row, ``[B]``.
+        at: Real tokens of each row before its prompt; None puts all in front.
+        inputs: The arguments of the call.
+        run: The padded pass.
+        causal: Whether the rows are those of a causal model without heads.
+
+    Raises:
+        TrainingError: It does not.
+    """
+    prompt = next(each for each in prompts if _trained(each))
+    assert prompt is not None, "no prompt is trained"
+    name = f"gradient of {'keys and values' if prompt.prefix is not None else 'virtual tokens'}"
+    if name in base.found or torch.compiler.is_compiling():
+        return
+    targets = causal and {"input_ids", "labels"} <= {n for n, value in inputs.items() if value is not None}
+    rows = [row for row, _ in (_rows(prompts, at, inputs) if targets else None) or () if row.prompt is prompt]
+    if rows:
+        row = min(rows, key=lambda each: len(each.source) + len(each.target))
+        require_gradient(base, prompt.detach(), score_of(PlainEngine(base, trusted=True), row))
+    else:
+        outputs = _Outputs(lambda moved: run(inputs, [moved if each is prompt else each for each in prompts]))
+        try:
+            require_gradient(base, prompt.detach(), outputs)
+        except TrainingError:
+            if not outputs.blank:
+                raise
+            return
+    base.found[name] = ""
+
+
+class _Outputs:
+    """Outputs of a pass as scores: as a whole of the size of log-probabilities, each weighted otherwise.
+
+    Attributes:
+        blank: Whether they were zero behind the first prompt, as those of a head that starts at zero.
+    """
+
+    def __init__(self, run: Callable[[Prompt], Any]) -> None:
+        self._run = run
+        self._norm: Tensor | None = None
+        self.blank = False
+
+    def __call__(self, prompt: Prompt) -> Tensor:
+        output = self._run(prompt)
+        parts = output if isinstance(output, tuple) else tuple(output.values())
+        found = next(p for p in parts if isinstance(p, Tensor) and p.is_floating_point() and p.dim())
+        values = found[..., :_SCORED].double().flatten()
+        if self._norm is None:
+            self._norm, self.blank = values.detach().norm(), not bool(values.any())
+        weights = torch.arange(1, len(values) + 1, device=values.device).sin()
+        return values * weights / self._norm
+
+
 def training_output(
     base: Base,
     prompts: Sequence[Prompt | None],
@@ -96,12 +179,10 @@ def training_output(
         inputs: The arguments of the call.
         run: The padded pass.
     """
-    tensors = [tensor for prompt in dict.fromkeys(prompts) if prompt is not None for tensor in prompt.tensors]
-    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
-        return None
     loss = _engine_loss(base, prompts, at, inputs)
     if loss is None:
         return None
+    tensors = [tensor for prompt in dict.fromkeys(prompts) if prompt is not None for tensor in prompt.tensors]
     read = {name: inputs[name] for name in ("input_ids", "attention_mask") if inputs.get(name) is not None}
     before = [(tensor, tensor._version) for tensor in (*tensors, *read.values())]
 
@@ -131,7 +212,6 @@ def _engine_loss(
         or torch.compiler.is_compiling()
         or any(getattr(config, name, False) for name in _ASKS_FOR_MORE)
         or not getattr(config, "return_dict", True)
-        or any(parameter.requires_grad for parameter in base.model.parameters())
     )
     if not plain:
         check_token_ids(given["input_ids"], base.facts.vocabulary)

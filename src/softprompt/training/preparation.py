@@ -16,7 +16,19 @@ from transformers import PreTrainedModel
 from softprompt.artifacts import Manifest, started_prompt
 from softprompt.backbone import Base, freeze, key_values, load_base, output_limit
 from softprompt.data import CutSummary, RowTokenizer, TokenRow, Verbalizer
-from softprompt.engine import Engine, build_engine, check_context, completed, placement_of
+from softprompt.engine import (
+    Drawn,
+    Engine,
+    EngineRow,
+    PlainEngine,
+    build_engine,
+    check_context,
+    completed,
+    placement_of,
+    require_gradient,
+    require_isolated,
+    score_of,
+)
 from softprompt.errors import ConfigError
 from softprompt.prompts import (
     PROMPT_KEY,
@@ -24,6 +36,7 @@ from softprompt.prompts import (
     CPTConfig,
     FlatOrder,
     MultitaskPromptTuningConfig,
+    Prompt,
     PromptLearningConfig,
     PromptModule,
     PromptTuningConfig,
@@ -122,10 +135,12 @@ def prepare(base_model: BaseLike, data: Sequence[TaskData], settings: TuneSettin
     Raises:
         ContextOverflowError: a row does not fit behind the prompt.
         BackboneError: the base cannot be loaded.
+        TrainingError: the base passes no gradient on.
         ConfigError: a setting that this base or this data does not support.
     """
     base = _loaded(base_model, settings)
     freeze(base.model)
+    _check_gradient(base)
     config = _configuration(base, data, settings)
     tasks = [_tokenized(task, base, config, settings) for task in data]
     if isinstance(config, CPTConfig) and config.cpt_token_ids == _NO_CONTEXT:
@@ -147,6 +162,18 @@ def prepare(base_model: BaseLike, data: Sequence[TaskData], settings: TuneSettin
         settings=settings,
         rates=peak_rates(settings, base, module, of_a_text),
     )
+
+
+def _check_gradient(base: Base) -> None:
+    """Check that a gradient goes through the base at all, before any pass without gradients.
+
+    Raises:
+        TrainingError: It does not.
+    """
+    drawn = Drawn(base)
+    row = EngineRow(drawn.tokens(3), drawn.tokens(2))
+    score = score_of(PlainEngine(base, trusted=True), row)
+    require_gradient(base, Prompt(drawn.virtual_tokens(2)), score, measure=False)
 
 
 def teacher_prompt(prepared: Prepared, number: int) -> PromptModule:
@@ -196,6 +223,7 @@ def _configuration(base: Base, data: Sequence[TaskData], settings: TuneSettings)
             raise ConfigError(f"num_tasks is {config.num_tasks}, the data has {len(data)}; leave it out")
         config.num_tasks = len(data)
     config = completed(config, base)
+    require_isolated(config, base)
     if source is not None:
         source.check(config, base)
     return config

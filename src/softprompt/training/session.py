@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from softprompt.data import TokenRow
-from softprompt.engine import Engine, EngineRow, gradient_problem
-from softprompt.errors import TrainingError, TrainingInterrupted
+from softprompt.engine import Engine, EngineRow, require_gradient, score_of
+from softprompt.errors import TrainingInterrupted
 from softprompt.generation import TargetLikelihood, classify_rows, target_likelihood
 from softprompt.prompts import CPTConfig, Prompt, PromptModule, context_labels
 from softprompt.training.events import Events
@@ -332,13 +332,8 @@ class _Session:
         base = self.prepared.base
         shortest = min(range(len(stage.rows)), key=stage.sampling.lengths.__getitem__)
         row, prompt = stage.rows[shortest], stage.prompt.prompt(stage.sampling.tasks[shortest])
-        checked = EngineRow(row.source, row.target, prompt.detach(), row.at)
-        problem = gradient_problem(self.prepared.engine, base, checked)
-        if problem:
-            raise TrainingError(
-                f"{base.facts.architecture} does not pass on the gradient of a prompt: {problem}; load the base "
-                "anew (a pass without gradients may have packed its quantised weights), or train behind another one"
-            )
+        checked = EngineRow(row.source, row.target, None, row.at)
+        require_gradient(base, prompt.detach(), score_of(self.prepared.engine, checked))
 
 
 def identity(prepared: Prepared) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def prefixed_attention(base: Base, prefixes: Prefixes) -> Iterator[None]:
     with base.lock, ExitStack() as stack:
         own = base.model.config.get_text_config()._attn_implementation
         (table,) = stack.enter_context(gathered_gradient(base, [prefixes.table]))
-        prefixes = replace(prefixes, table=table)
+        prefixes = replace(prefixes, table=table, sources=base.prefix_sources)
         plan = PrefixPlan(prefixes, own if own == EAGER else "sdpa", base.is_encoder_decoder)
         token = active_plan.set(plan)
         stack.callback(active_plan.reset, token)
@@ -62,7 +62,9 @@ def _shift_positions(base: Base, prefixes: Prefixes, stack: ExitStack) -> None:
         given = kwargs.get("position_ids")
         if given is None and counts_images(model, kwargs):
             given = image_positions(model, kwargs)
-        kwargs["position_ids"] = text_positions(facts, kwargs, given) + _column(prefixes, kwargs)
+        kwargs["position_ids"] = text_positions(facts, kwargs, given)
+        if prefixes.source(0) is not None:  # models count what the first layer's cache holds
+            kwargs["position_ids"] = kwargs["position_ids"] + _column(prefixes, kwargs)
         for name in _read_by_masks(model, kwargs):
             kwargs[name] = _behind(kwargs[name], prefixes.repeated(len(kwargs[name])))
         return args, kwargs

@@ -58,12 +58,12 @@ def prefix_path(base: Base) -> PrefixPath:
     Raises:
         BackboneError: If there is none.
     """
-    _ = base.key_value_shape  # raises in words of its own
+    _ = base.prefix_sources  # raises in words of its own
     problem = remembered(base, "prefixes in attention", lambda: _Probe(base).attention_problem())
     if not problem:
         return PrefixPath(in_attention=True)
     unread = remembered(base, "a prefix in a cache", lambda: _Probe(base).unread())
-    if unread or base.is_encoder_decoder or _cache_problem(base, left=False):
+    if unread or base.is_encoder_decoder or base.prefix_sources is not None or _cache_problem(base, left=False):
         raise BackboneError(
             f"{base.facts.architecture} cannot be run behind a prefix ({unread or problem}); use PromptTuningConfig"
         )
@@ -138,7 +138,8 @@ class _Probe:
                 )
         finally:
             value.requires_grad_(False)
-        silent = [i for i, layer in enumerate(gradient) if not bool(layer.any())]
+        read = self._base.prefix_sources or range(len(gradient))
+        silent = [i for i, layer in enumerate(gradient) if i in read and not bool(layer.any())]
         return f"layer {silent[0]} does not read its prefix" if silent else ""
 
     def _difference(self, way: Way, trusted: tuple[Tensor, Tensor], *, left: bool) -> str:
@@ -175,9 +176,7 @@ class _Probe:
         base, prompt = self._base, self._prompts[row]
         assert prompt is not None and prompt.prefix is not None, "the row has no prefix"
         ids = torch.tensor([self._rows[row]], device=base.device)
-        cache = DynamicCache()
-        for index, layer in enumerate(prompt.prefix.to(base.dtype)):
-            cache.update(layer[:1], layer[1:], index)
+        cache = self._filled(prompt.prefix.to(base.dtype))
         mask = torch.ones_like(ids)
         inputs = self._inputs(ids, mask)
         if base.is_encoder_decoder:
@@ -188,8 +187,22 @@ class _Probe:
             inputs["past_key_values"] = cache
             inputs["attention_mask"] = mask.new_ones(1, count + ids.shape[1])
             if base.facts.accepts_position_ids:
-                inputs["position_ids"] = text_positions(base.facts, {"input_ids": ids}) + count
+                seen = cache.get_seq_length()
+                inputs["position_ids"] = text_positions(base.facts, {"input_ids": ids}) + seen
         return _picked(base.model(**inputs, use_cache=True, return_dict=True), mask)
+
+    def _filled(self, prefix: Tensor) -> DynamicCache:
+        """Return a cache of one row with its prefix ``[L, 2, A_kv, P, D]``, in the layers that read their own."""
+        config, sources = self._base.model.config.get_text_config(), self._base.prefix_sources
+        cache = DynamicCache() if sources is None else DynamicCache(config=config)
+        for index, layer in enumerate(prefix):
+            if sources is None:
+                cache.update(layer[:1], layer[1:], index)
+            elif sources[index] == index:
+                own = config.per_layer_config[index]
+                part = layer[:, : own.num_key_value_heads, :, : own.head_dim]
+                cache.update(part[:1], part[1:], index)
+        return cache
 
     def _inputs(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
         inputs = {"input_ids": ids, "attention_mask": mask}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -65,6 +65,10 @@ class PrefixMask:
     prefixes: Prefixes | None = None
     positions: Tensor | None = None
     bias: Tensor | None = None
+
+    def __getitem__(self, part: Any) -> PrefixMask:
+        """Return the mask of a part of the queries, as Gemma 4 takes of any mask."""
+        return self if self.mask is None else replace(self, mask=self.mask[part])
 
 
 def prefix_mask(
@@ -158,18 +162,22 @@ def prefix_attention_forward(
     if not isinstance(attention_mask, PrefixMask):
         raise BackboneError(f"{type(module).__name__} made its own attention mask")
     run = _inner(module, attention_mask.inner)
-    prefixes = attention_mask.prefixes
+    mask, prefixes = attention_mask.mask, attention_mask.prefixes
     if prefixes is not None:
         index = getattr(module, "layer_idx", None)
         if not isinstance(index, int) or index >= prefixes.layers:
             raise BackboneError(f"{type(module).__name__} does not know its layer")
-        keys, values = prefixes.layer(index, key)
+        source = prefixes.source(index)
+        if source is None:  # a layer that no prefix fits
+            return run(module, query, key, value, cast(Tensor, mask)[..., prefixes.width :], **kwargs)
+        heads, width = key.shape[1], key.shape[3]
+        keys, values = (part[:, :heads, :, :width] for part in prefixes.layer(source, key))
         key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
         if kwargs.get("position_bias") is not None:
             before = _prefix_bias(module, attention_mask, prefixes, query.shape[2])
             own = kwargs["position_bias"].expand(before.shape[0], -1, -1, -1)
             kwargs["position_bias"] = torch.cat([before, own], dim=3)
-    return run(module, query, key, value, attention_mask.mask, **kwargs)
+    return run(module, query, key, value, mask, **kwargs)
 
 
 def _inner(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
