@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -98,9 +98,26 @@ class TrainingInterrupted(TrainingError):
 IGNORING = "ignore_fingerprint=True"
 
 
-def in_options(message: str) -> str:
-    """Return a message of the library in the words of the command line."""
-    return message.replace(IGNORING, "--ignore-fingerprint")
+_AS_A_NAME = r"(?==| (?:takes|must|expects|is one of|would|has no|to \'|[0-9]))"
+
+
+def in_options(message: str, options: Mapping[str, str] | None = None) -> str:
+    """Return a message of the library in the words of the command line.
+
+    An argument without an underscore is an ordinary word too, so it is taken for a name only before a value and
+    before the words that errors of settings use. What stands in quotes is not the library's.
+
+    Args:
+        message: A message that names arguments of Python.
+        options: The option that stands for each argument; None are those of every command.
+    """
+    for name, option in (options or {"ignore_fingerprint": "--ignore-fingerprint"}).items():
+        word = rf"(?<![\w./\'\"-])(?:tuning_config\.)?{name}(?![\w/\'\"-]|\.\w)"
+        if "_" not in name:
+            word += _AS_A_NAME
+        message = re.sub(word + "(=True)?", option, message)
+    # Where a message names the argument and the option, one of them is left.
+    return re.sub(r"(--[\w-]+) \(\1(?: in Python)?\)", r"\1", message)
 
 
 def excerpt(text: str, most: int = 64) -> str:

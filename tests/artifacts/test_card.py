@@ -62,6 +62,8 @@ def test_values_cannot_break_the_markdown(config, manifest):
 def test_several_fields_are_passed_as_a_mapping(config, manifest):
     card = model_card(config, dataclasses.replace(manifest, template="{{a}} and {{b}}"))
     assert 'prompt({"a": "…", "b": "…"})' in card
+    card = model_card(config, dataclasses.replace(manifest, template="{{Tweet text}} {{b}}"))
+    assert 'prompt({"Tweet text": "…", "b": "…"})' in card
 
 
 @pytest.mark.parametrize(

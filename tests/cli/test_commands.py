@@ -124,10 +124,10 @@ def test_a_method_on_the_command_line_goes_before_the_run_files(failure, result,
     assert (saved["peft_type"], saved["num_frozen_tokens"]) == ("CARTRIDGE", 1)
     both = ("--method", "cpt", "--tuning-type", "CPT")
     message = failure("tune", "--train-data", data, "--output", str(tmp_path / "b"), *both)
-    assert "method and tuning_type are the same setting" in message
+    assert "--method='cpt' and --tuning-type='CPT' are the same setting" in message
     wrong = ("--method", "prefix", "--num-frozen-tokens", "2")
     message = failure("tune", "--train-data", data, "--output", str(tmp_path / "b"), *wrong)
-    assert "num_frozen_tokens would be ignored with tuning_type PREFIX_TUNING" in message
+    assert "--num-frozen-tokens would be ignored with --tuning-type PREFIX_TUNING" in message
 
 
 def test_evaluate_reports_one_object(result, prompt_dir, data):
@@ -288,14 +288,14 @@ def test_ctrl_c_saves_prints_how_to_go_on_and_that_works(capsys, data, tmp_path,
         (["tune", "--lerning-rate", "1"], "--learning-rate"),
         (["tune", "--num-epochs", "many"], "'many' is not a valid integer"),
         (["tune", "--train-data", "x"], "tune needs --output DIR"),
-        (["tune", "--output", "o"], "train_data is missing"),
-        (["tune", "--output", "o", "--num-epochs", "0"], "num_epochs must be at least 1"),
+        (["tune", "--output", "o"], "--train-data is missing"),
+        (["tune", "--output", "o", "--num-epochs", "0"], "--num-epochs must be at least 1"),
         (["tune", "--output", "o", "--train-data", "no.jsonl"], "no.jsonl"),
         (["tune", "--output", "o", "--resume"], "holds no interrupted run"),
         (["tune", "--output", "o", "--config", "no.toml"], "cannot read the run file no.toml"),
         (
             ["tune", "--output", "o", "--config", "three.toml"],
-            "train_data takes a text, or a table",
+            "'train_data' takes a text, or a table",
         ),
         (["tune", "--output", "o", "--train-data", "empty.jsonl"], "the file is empty"),
         (["tune", "--output", "o", "--train-data", "bad.jsonl"], "bad.jsonl, line 2: not valid"),
@@ -323,7 +323,7 @@ def test_ctrl_c_saves_prints_how_to_go_on_and_that_works(capsys, data, tmp_path,
         (["evaluate", "nowhere", "--data", "x"], "nowhere does not exist"),
         (["evaluate", "nowhere"], "Missing option '--data'"),
         (["generate", "nowhere", "--text", "x"], "nowhere does not exist"),
-        (["generate", "nowhere", "--text", "x", "--max-new-tokens", "0"], "max_new_tokens"),
+        (["generate", "nowhere", "--text", "x", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["generate", "nowhere", "--field", "x"], "--field takes NAME=TEXT; got 'x'"),
         (
             ["generate", "nowhere", "--text", "hi", "--field", "input=q"],

@@ -122,7 +122,7 @@ def test_cut_rows_are_reported(result, files, tmp_path):
         (["sources", "list"], "no folder to look in; give --source-prompt-base"),
         (["sources", "list", "--source-prompt-base", "none"], "must be a folder of source prompts"),
         (["tune", "--output", "o", "--train-data", "a", "--train-data", "b"], "takes TASK=FILE"),
-        (["tune", "--output", "o", "--train-data", "a=x.jsonl"], "need tuning_type MULTITASK"),
+        (["tune", "--output", "o", "--train-data", "a=x.jsonl"], "need --tuning-type MULTITASK"),
     ],
 )
 def test_mistakes_are_one_line(capsys, monkeypatch, tmp_path, arguments, words):

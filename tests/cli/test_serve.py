@@ -152,7 +152,7 @@ def test_what_is_refused(capsys, tmp_path, prompts):
     assert "is empty" in refused(capsys, *known, "--admin-key-file", str(tmp_path / "file"))
     for origin in ("https://page.example/", "page.example", "https://page.example/a"):
         assert "such as https://page.example, got" in refused(capsys, *known, "--allowed-origin", origin)
-    assert "max_batch_rows" in refused(capsys, *known, "--max-step-tokens", "1")
+    assert "--max-batch-rows" in refused(capsys, *known, "--max-step-tokens", "1")
     assert "neither a folder" in refused(
         capsys, "--base-model", "no/such", "--prompts", str(prompts), "--port", "0"
     )

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softprompt.data import Record, Verbalizer
+import softprompt
+from softprompt.data import PLACEHOLDER, Record, Verbalizer
 from softprompt.errors import TemplateError
 
 NAMES = st.text(alphabet="abAB_09", min_size=1, max_size=6)
@@ -40,6 +43,13 @@ def test_a_name_may_be_that_of_a_column(name):
     verbalizer = Verbalizer(f"{{{{{name}}}}} Label:")
     assert verbalizer.fields == (name,)
     assert verbalizer.render({name: "x"}) == "x Label:"
+
+
+def test_the_page_finds_the_same_fields():
+    page = Path(softprompt.__file__).parent / "server" / "page" / "models.js"
+    ours = PLACEHOLDER.pattern.replace("{{", r"\{\{").replace("}}", r"\}\}").replace(r"\"", '"')
+    ours = ours.replace(r"\w", r"[\p{L}\p{N}_]")
+    assert f"const FIELD = /{ours}/gu;" in page.read_text()
 
 
 @pytest.mark.parametrize("template", ["", "Text:", "{{}}", "{{-}}", "{{ }}"])

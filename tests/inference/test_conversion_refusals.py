@@ -133,3 +133,13 @@ def test_a_request_for_one_task_has_its_template(tmp_path, base):
         for task in ("long", "short")
     ]
     assert counts[0] > counts[1] + 5
+
+
+def test_caikits_names_have_no_spaces(tmp_path, prompt):
+    stored = load_adapter(prompt)
+    manifest = dataclasses.replace(stored.manifest, template="{{input}} of {{Tweet text}}")
+    save_adapter(tmp_path / "p", stored.config, stored.tensors, manifest, overwrite=False)
+    refused(
+        "its template has the field 'Tweet text', and caikit's names", tmp_path / "p", tmp_path / "c", to="caikit"
+    )
+    assert not (tmp_path / "c").exists()

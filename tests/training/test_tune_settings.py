@@ -106,7 +106,7 @@ def test_to_dict_and_back_is_the_same():
             "as in PEFT; leave out prompt_sees_input, or use PROMPT_TUNING",
         ),
         ({"tuning_config": {"output_model_types": "DECODER"}}, r"a list, such as \['DECODER'\]"),
-        ({"lr": 0.1, "learning_rate": 0.1}, "lr and learning_rate are the same setting"),
+        ({"lr": 0.1, "learning_rate": 0.1}, "lr=0.1 and learning_rate=0.1 are the same setting"),
         ({"num_virtual_tokens": 8}, "num_virtual_tokens belongs in tuning_config"),
         ({"num_epochs": 0}, "num_epochs must be at least 1; got 0"),
         ({"num_epochs": True}, "num_epochs takes a whole number; got True"),
@@ -324,7 +324,7 @@ def test_every_option_of_every_method_can_be_set():
     ("values", "message"),
     [
         ({"method": "prefx"}, r"method is one of prompt_tuning, .*did you mean 'prefix'\?"),
-        ({"method": "cpt", "tuning_type": "CPT"}, "method and tuning_type are the same setting"),
+        ({"method": "cpt", "tuning_type": "CPT"}, "method=.cpt. and tuning_type=.CPT. are the same setting"),
         ({"method": "cpt", "config": PrefixTuningConfig()}, "config is of PREFIX_TUNING"),
         (
             {"config": PrefixTuningConfig(), "tuning_config": {"num_virtual_tokens": 3}},

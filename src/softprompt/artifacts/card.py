@@ -9,6 +9,7 @@ from typing import Any
 
 from softprompt.artifacts.layout import OUR_KEYS
 from softprompt.artifacts.manifest import Manifest
+from softprompt.data import PLACEHOLDER
 from softprompt.prompts import PeftType
 
 # The hub rejects a card whose base_model is a path, so only ids go into the front matter.
@@ -24,7 +25,6 @@ _AUTO_CLASSES = {
 _GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 _FOLDER = "path/to/this/folder"
 _OWN_TAG = "- softprompt"
-_PLACEHOLDER = re.compile(r"\{\{([_a-zA-Z0-9]+)\}\}")
 
 
 def model_card(config: Mapping[str, Any], manifest: Manifest | None) -> str:
@@ -83,7 +83,7 @@ def _title(config: Mapping[str, Any], base: str) -> str:
 def _with_softprompt(config: Mapping[str, Any], manifest: Manifest) -> str:
     kind = _task_type(config)
     if kind in _GENERATING:
-        fields = dict.fromkeys(_PLACEHOLDER.findall(manifest.template))
+        fields = dict.fromkeys(PLACEHOLDER.findall(manifest.template))
         argument = '"your text"'
         if len(fields) > 1:
             argument = "{" + ", ".join(f'"{name}": "…"' for name in fields) + "}"
@@ -119,7 +119,7 @@ def _with_peft(config: Mapping[str, Any], base: str, manifest: Manifest | None) 
         lines += [f"base = {auto}.from_pretrained({name})"]
         lines += [f"tokenizer = AutoTokenizer.from_pretrained({name})"]
     lines += [f'model = PeftModel.from_pretrained(base, "{_FOLDER}").eval()']
-    text = _PLACEHOLDER.sub("your text", manifest.template) if manifest else "your text"
+    text = PLACEHOLDER.sub("your text", manifest.template) if manifest else "your text"
     lines += [f'inputs = tokenizer({json.dumps(text, ensure_ascii=False)}, return_tensors="pt")']
     if kind in _GENERATING:
         # Spelt out: tokenizers that also return token_type_ids make generate refuse **inputs.

@@ -10,7 +10,7 @@ from typing import Any, final
 
 import click
 
-from softprompt.errors import SoftPromptError, TrainingInterrupted, in_options, nearest
+from softprompt.errors import SoftPromptError, TrainingInterrupted, nearest
 
 COMMANDS = (
     "tune",
@@ -76,7 +76,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         return _say("interrupted", INTERRUPTED)
     except SoftPromptError as error:
-        return _say(f"Error: {in_options(str(error))}", 2)
+        return _say(f"Error: {error}", 2)
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, final, get_args, get_origin
 
 import click
 
-from softprompt.errors import UsageError
+from softprompt.errors import SoftPromptError, UsageError, in_options
 from softprompt.fields import choices_of, default_of, type_of
 
 if TYPE_CHECKING:
@@ -45,7 +45,23 @@ class Option(click.Option):
 
 @final
 class Command(click.Command):
-    """A command whose help lists its options in groups, in the order of their first options, output at the end."""
+    """A command whose help lists its options in groups, in the order of their first options, output at the end.
+
+    Its errors name options where the library's name arguments.
+    """
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except SoftPromptError as error:
+            error.args = (self.worded(str(error)),)
+            raise
+
+    def worded(self, message: str) -> str:
+        """Return a message of the library in the words of this command."""
+        options = [each for each in self.params if isinstance(each, click.Option)]
+        return in_options(message, {str(each.name): each.opts[0] for each in options})
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, group by group."""
@@ -323,5 +339,8 @@ class _ToStandardError(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line; warnings say that they are."""
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        context = click.get_current_context(silent=True)
+        command = None if context is None else context.command
         message = record.getMessage()
+        message = command.worded(message) if isinstance(command, Command) else message
         sys.stderr.write(f"{prefix}{harmless(message) if sys.stderr.isatty() else message}\n")

@@ -66,9 +66,17 @@ if TYPE_CHECKING:
 @option("--output", type=click.Path(), group="Output", help="Directory to write the prompt to.")
 @overwrite_option
 @option("--resume", is_flag=True, group="Output", help="Resume the interrupted run in the output directory.")
+@option(
+    "--dry-run",
+    is_flag=True,
+    group="Output",
+    help="Train nothing and write nothing: show the first records, their tokens, labels, steps, memory and time.",
+)
 @option("--config", type=click.Path(), help="Run file (TOML); options override it.")
 @output_options
-def command(config: str | None, overwrite: bool, resume: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+def command(
+    *, config: str | None, overwrite: bool, resume: bool, dry_run: bool, as_json: bool, quiet: bool, **options: Any
+) -> None:
     """Tune a soft prompt for a frozen model."""
     options = given(options)
     for name in ("train_data", "validation_data"):
@@ -78,18 +86,23 @@ def command(config: str | None, overwrite: bool, resume: bool, as_json: bool, qu
         options["task_verbalizers"] = named(options["task_verbalizers"], "--task-verbalizers", "TASK=TEMPLATE")
     values = _merged(config, options)
     output = values.pop("output", None)
-    if output is None:
+    if output is None and not dry_run:
         raise UsageError("tune needs --output DIR: without it the prompt would be lost")
     if quiet:
         values["silence_progress_bars"] = True
     start_logging(quiet=quiet)
     from softprompt.training import tune
 
+    if dry_run:
+        found = tune(output=output, overwrite=overwrite, resume=resume, dry_run=True, **values)
+        show(found.to_dict(), str(found), as_json=as_json)
+        return
     tuned = tune(output=output, overwrite=overwrite, resume=resume, **values)
     result = summary(tuned, output)
     shown = {name: value for name, value in result.items() if not isinstance(value, dict | list)}
     shown |= {"truncated": _truncated(result["cut"])}
     shown |= {f"validation {name}": value for name, value in result["metrics"].items()}
+    shown["note"] = shown.pop("nothing_learnt")
     show(result, table(shown), as_json=as_json)
 
 
@@ -126,6 +139,7 @@ def summary(tuned: TunedPrompt, output: str | Path) -> dict[str, Any]:
         "learning_rate": metrics["learning_rate"],
         "tokens_per_second": metrics["tokens_per_second"],
         "seconds": metrics["seconds"],
+        "nothing_learnt": metrics.get("nothing_learnt"),
     }
 
 

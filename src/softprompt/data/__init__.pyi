@@ -15,6 +15,7 @@ from .sources import validation_split_of as validation_split_of
 from .special_tokens import Marks as Marks
 from .special_tokens import SpecialFrame as SpecialFrame
 from .special_tokens import encode as encode
+from .template import PLACEHOLDER as PLACEHOLDER
 from .template import Verbalizer as Verbalizer
 from .tokens import CutSummary as CutSummary
 from .tokens import RowTokenizer as RowTokenizer

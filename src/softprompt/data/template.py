@@ -16,7 +16,7 @@ from softprompt.data.records import INPUT, Record
 from softprompt.errors import TemplateError, broken, nearest
 
 _NAME = r"\w(?:[^{}\"\r\n]*[^{}\"\s])?"
-_PLACEHOLDER = re.compile(f"{{{{({_NAME})}}}}")
+PLACEHOLDER = re.compile(f"{{{{({_NAME})}}}}")
 _NEARLY = re.compile(rf"{{{{?\s*({_NAME})\s*}}}}?")
 _NOTHING: Mapping[str, str] = {}
 
@@ -47,7 +47,7 @@ class Verbalizer:
         if problem := broken(template):
             raise TemplateError(f"the verbalizer {template!r} holds {problem}; write it in UTF-8")
         # Splitting at a pattern with one group alternates literals and names.
-        parts = _PLACEHOLDER.split(template)
+        parts = PLACEHOLDER.split(template)
         if len(parts) == 1:
             raise TemplateError(
                 f"expected at least one placeholder such as {{{{input}}}} in the verbalizer, "

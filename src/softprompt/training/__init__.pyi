@@ -8,4 +8,5 @@ from .source_prompts import VARIABLE as VARIABLE
 from .source_prompts import SourceInfo as SourceInfo
 from .source_prompts import list_sources as list_sources
 from .source_prompts import source_folder as source_folder
+from .summary import DryRun as DryRun
 from .tuning_config import TuningConfig as TuningConfig

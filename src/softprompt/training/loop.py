@@ -10,6 +10,7 @@ target tokens, whatever the micro-batches were, so accumulation gives the gradie
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import time
@@ -30,6 +31,8 @@ from softprompt.training.objectives import BatchLoss, Objective
 from softprompt.training.optimisation import rate_factor, set_rates
 from softprompt.training.settings import RATE_PER_RMS, TuneSettings
 from softprompt.training.state import RunState, Sums
+
+logger = logging.getLogger(__name__)
 
 Update = list[list[int]]
 """Micro-batches of row numbers whose gradients make one update."""
@@ -107,6 +110,12 @@ def _tasks_of_batch(generator: random.Random, weights: dict[int, float], batch_s
     rest = generator.choices(chosen, [weights[task] for task in chosen], k=batch_size - count)
     return chosen + rest
 
+
+TIMED_UPDATES = 10
+"""Updates after which the time of the rest is told."""
+
+WORTH_TELLING = 10
+"""Seconds below which it is not."""
 
 MAIN = "prompt"
 """Name of the stage that trains the prompt itself."""
@@ -215,8 +224,30 @@ def train(
             seconds = time.perf_counter() - started
             state.add_update(sums, seconds=seconds, rate=stage.learning_rate * factor)
             events.update(state, sums.loss / sums.targets)
+            if state.update == TIMED_UPDATES:
+                _tell_time(state, total)
         _finish_epoch(stage, state, events)
         save()
+
+
+def passed(stage: Stage, batch: list[int]) -> None:
+    """Run rows forward and backward as an update would, and keep nothing of it."""
+    _accumulate(stage, [batch], RunState(), lambda: None)
+    for parameter in stage.prompt.parameters():
+        parameter.grad = None
+
+
+def _tell_time(state: RunState, total: int) -> None:
+    left = state.seconds / state.update * (total - state.update)
+    if left >= WORTH_TELLING:
+        logger.info("about %s left for %d steps, without validation", duration(left), total - state.update)
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in the unit that fits it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _accumulate(stage: Stage, update: Update, state: RunState, check_stop: Callable[[], None]) -> Sums:

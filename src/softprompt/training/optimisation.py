@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 _TASK_PARAMETERS = "prefix_task_"
 """How the names of a multitask prompt's task matrices begin (PEFT's)."""
+FAR_ABOVE, FAR_BELOW = 20, 200
+"""Times the default from which on a learning rate is worth a warning (docs/training.md has a sweep)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,6 +85,10 @@ def peak_rates(settings: TuneSettings, base: Base, prompt: PromptModule, key_val
         logger.info("learning rate %.4g (%g x the %s %.4g)", rate, share, what, scale)
     else:
         logger.info("learning rate %.4g as given (%.3g x the %s %.4g)", rate, rate / scale, what, scale)
+        usual = share * scale
+        if not usual / FAR_BELOW <= rate <= usual * FAR_ABOVE:
+            side = "above" if rate > usual else "below"
+            logger.warning("learning_rate %.4g is far %s what suits this base, about %.2g", rate, side, usual)
     task_rate = 0.0
     if settings.multitask:
         task_rate = settings.task_learning_rate or TASK_RATE

@@ -240,11 +240,13 @@ def _tokenized(task: TaskData, base: Base, config: PromptLearningConfig, setting
     )
     of_task = f" of {task.name}" if task.name else ""
     train, cuts = tokenizer.tokenize(task.train)
-    logger.info("training data%s: %s", of_task, cuts)
+    if cuts.sources_cut or cuts.targets_cut:
+        logger.info("training data%s: %s", of_task, cuts)
     validation: list[TokenRow] = []
     if task.validation:
         validation, validation_cuts = tokenizer.tokenize(task.validation)
-        logger.info("validation data%s: %s", of_task, validation_cuts)
+        if validation_cuts.sources_cut or validation_cuts.targets_cut:
+            logger.info("validation data%s: %s", of_task, validation_cuts)
     labels = None if task.labels is None else tokenizer.labels(task.labels)
     return TaskRows(task, tokenizer, train, validation, labels, cuts)
 

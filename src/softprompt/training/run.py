@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import os
 import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, Literal, Unpack, cast, overload
 
 from softprompt.artifacts import require_empty, require_no_file, write_atomically
 from softprompt.bundled import DEMO
@@ -20,12 +21,16 @@ from softprompt.inference import TunedPrompt
 from softprompt.prompts import SOURCE_INITS, MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from softprompt.training.examples import Data, read_data
 from softprompt.training.preparation import BaseLike, Prepared, prepare
-from softprompt.training.session import Trained, identity, run
+from softprompt.training.session import Trained, identity, run, stages_of
 from softprompt.training.settings import TuneOptions, TuneSettings, full_names
 from softprompt.training.state import StopSignal, kept_if_resumable, load_state, remove_state, state_path
+from softprompt.training.summary import DryRun, dry_run_of, nothing_learnt, summarize
 from softprompt.training.tuning_config import TuningConfig
 
+logger = logging.getLogger(__name__)
 
+
+@overload
 def tune(
     base_model: BaseLike = DEMO,
     train_data: Data | None = None,
@@ -34,18 +39,44 @@ def tune(
     output: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    dry_run: Literal[False] = False,
     **options: Unpack[TuneOptions],
-) -> TunedPrompt:
+) -> TunedPrompt: ...
+@overload
+def tune(
+    base_model: BaseLike = DEMO,
+    train_data: Data | None = None,
+    validation_data: Data | None = None,
+    *,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    dry_run: Literal[True],
+    **options: Unpack[TuneOptions],
+) -> DryRun: ...
+def tune(
+    base_model: BaseLike = DEMO,
+    train_data: Data | None = None,
+    validation_data: Data | None = None,
+    *,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    **options: Unpack[TuneOptions],
+) -> TunedPrompt | DryRun:
     """Tune a soft prompt for a frozen model and return it ready for use.
 
     Args:
         base_model: A folder, a model name, ``"demo"`` (the bundled model), or a loaded model.
         train_data: A data file or records: ``input`` and ``output``, or ``text`` and ``labels``; several
             as ``{task: data}``, which trains one source prompt for all of them.
-        validation_data: The same, to choose the best epoch by. Nothing is split off by itself.
+        validation_data: The same, to choose the best epoch by; without it the validation split of a
+            ``DatasetDict``, or ``validation_split`` of the training data.
         output: Directory to write the prompt to; without it nothing is written.
         overwrite: Write into an output directory that is not empty.
         resume: Continue the run that was interrupted in ``output``, with its own settings.
+        dry_run: Train nothing and write nothing, and return what the run would do.
         **options: The fields of `TuneSettings`. What the prompt is, is said by ``config``, such as
             ``PrefixTuningConfig(num_virtual_tokens=8)``, or by ``method`` and ``tuning_config``; ``lr`` is
             another name of ``learning_rate``.
@@ -60,18 +91,23 @@ def tune(
     """
     target = None if output is None else Path(output)
     if resume and overwrite:
-        raise UsageError("resume goes on with a run and overwrite starts anew; give one of them")
+        raise UsageError("resume=True goes on with a run and overwrite=True starts anew; give one of them")
     if resume:
         plan = _resumed(base_model, train_data, validation_data, target, dict(options))
     else:
         _check_names(options)
         settings = TuneSettings.from_dict(options)
         plan = _Plan(base_model, train_data, validation_data, settings)
-        check_output(target, overwrite=overwrite)
+        if not dry_run:
+            check_output(target, overwrite=overwrite)
     if plan.train_data is None:
         raise UsageError("train_data is missing; give a data file or records of input and output")
     data = read_data(plan.train_data, plan.validation_data, plan.settings)
     prepared = prepare(plan.base_model, data, plan.settings)
+    stages = list(stages_of(prepared, {}, lambda: None))
+    summarize(prepared, stages)
+    if dry_run:
+        return dry_run_of(prepared, stages)
     found = load_state(target, identity(prepared)) if resume and target is not None else None
     # From here on a Ctrl-C is noted, so the run's file and its first state are written together.
     with StopSignal() as stop, kept_if_resumable(target):
@@ -79,6 +115,9 @@ def tune(
             remove_state(target)
             write_run(state_path(target).with_name(RUN_FILE), plan.names(), plan.settings)
         trained = run(prepared, target, stop, found)
+    if problem := nothing_learnt(prepared, trained.metrics, trained.history):
+        trained.metrics["nothing_learnt"] = problem
+        logger.warning("%s", problem)
     return _finished(prepared, trained, plan, target)
 
 
@@ -191,7 +230,9 @@ def _resumed(
     if output is None:
         raise UsageError("resume needs the output directory of the interrupted run")
     if not state_path(output).exists():
-        raise UsageError(f"nothing to resume in {output}: it holds no interrupted run; start it without resume")
+        raise UsageError(
+            f"nothing to resume in {output}: it holds no interrupted run; start it without resume=True"
+        )
     saved = read_run(state_path(output).with_name(RUN_FILE))
     names = {name: saved.pop(name, None) for name in ("base_model", "train_data", "validation_data")}
     settings = _same_settings(TuneSettings.from_dict(saved), options)
@@ -222,7 +263,7 @@ def _same_settings(saved: TuneSettings, options: dict[str, Any]) -> TuneSettings
             if item.name != "silence_progress_bars" and was != now:
                 raise ConfigError(
                     f"the interrupted run has {item.name} {was!r}, not {now!r}; leave it out to "
-                    "resume, or start again with overwrite"
+                    "resume, or start again with overwrite=True"
                 )
     return replace(saved, silence_progress_bars=silent)
 
@@ -302,7 +343,8 @@ def write_run(path: Path, sources: Mapping[str, Any], settings: TuneSettings) ->
 def _check_keys(values: Mapping[str, Any], known: list[str], where: str) -> None:
     for name in values:
         if name not in known:
-            raise ConfigError(f"{where}: unknown key {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+            listed = ", ".join(map(repr, known))  # quoted, since the command line has other names for them
+            raise ConfigError(f"{where}: unknown key {name!r}{nearest(name, known)}; known: {listed}")
 
 
 def _check_source(value: Any, name: str, path: str) -> None:
@@ -311,7 +353,7 @@ def _check_source(value: Any, name: str, path: str) -> None:
     by_task = name in DATA and isinstance(value, dict)
     if not by_task or not all(isinstance(each, str) for each in value.values()):
         takes = "a text, or a table of task = text" if name in DATA else "a text"
-        raise ConfigError(f"{path}: {name} takes {takes}; got {value!r}")
+        raise ConfigError(f"{path}: {name!r} takes {takes}; got {value!r}")
 
 
 def _in_memory(source: Any) -> bool:

@@ -353,9 +353,11 @@ def full_names(values: Mapping[str, Any]) -> dict[str, Any]:
         if found.get(short) is None:
             found.pop(short, None)
             continue
-        if name in found:
-            raise ConfigError(f"{short} and {name} are the same setting; give one of them")
         value = found.pop(short)
+        if name in found:
+            raise ConfigError(
+                f"{short}={value!r} and {name}={found[name]!r} are the same setting; give one of them"
+            )
         found[name] = tuning_type_named(value) if short == "method" else value
     return found
 

@@ -216,7 +216,7 @@ def load_state(output: Path, identity: Mapping[str, Any]) -> Snapshot:
         if identity.get(name) != expected:
             raise TrainingError(
                 f"cannot resume {output}: its {name} was {expected!r}, now it is "
-                f"{identity.get(name)!r}; restore it, or start again with overwrite"
+                f"{identity.get(name)!r}; restore it, or start again with overwrite=True"
             )
     tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("prompt", "best", "optimizer", "earlier")}
     for name, tensor in flat.items():
@@ -233,17 +233,19 @@ def remove_state(output: Path) -> None:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
-        raise TrainingError(f"nothing to resume: {path} does not exist; start the run without resume")
+        raise TrainingError(f"nothing to resume: {path} does not exist; start the run without resume=True")
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise TrainingError(f"the resume state {path} is damaged ({error}); start again with overwrite") from error
+        raise TrainingError(
+            f"the resume state {path} is damaged ({error}); start again with overwrite=True"
+        ) from error
     if header.get("format") != FORMAT:
         raise TrainingError(
             f"the resume state {path} has format {header.get('format')!r}, this version reads "
-            f"{FORMAT}; start again with overwrite"
+            f"{FORMAT}; start again with overwrite=True"
         )
     return header, tensors
 

@@ -7,6 +7,7 @@ the base's weights inside (``has_base_model``), its TGIS module runs them as the
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import Iterable, Mapping
 from datetime import datetime
@@ -19,6 +20,7 @@ from softprompt.artifacts import Origin, StoredPrompt, installed_versions, read_
 from softprompt.artifacts.formats.format import MEASURED, USED, Export, Format, Source, stored_of_parts
 from softprompt.artifacts.formats.tensor_files import PART_NAMES, part_files, parts_of, read_part, write_parts
 from softprompt.backbone import Base
+from softprompt.data import PLACEHOLDER
 from softprompt.errors import ArtifactError, FingerprintError
 from softprompt.prompts import TaskType
 
@@ -30,6 +32,7 @@ _MODULE = {
     "name": "Peft generation",
     "version": "0.1.0",
 }
+_NAME = re.compile("[_a-zA-Z0-9]+")
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 _SIZES = ("model_type", "vocab_size", "hidden_size", "d_model", "n_embd", "num_hidden_layers")
 
@@ -63,6 +66,12 @@ def _read(source: Source, base: Base | None) -> StoredPrompt:
 def _write(export: Export, path: Path) -> Mapping[str, Any]:
     stored, base = export.single(), export.loaded()
     manifest = stored.manifest
+    names = PLACEHOLDER.findall(manifest.template) if manifest else []
+    if foreign := [name for name in names if not _NAME.fullmatch(name)]:
+        raise ArtifactError(
+            f"{stored.location} cannot be written as caikit: its template has the field {foreign[0]!r}, and names "
+            "of caikit have letters, digits and underscores alone; tune it with input_field and {{input}}"
+        )
     parts = parts_of(export.prompt(), seq2seq=stored.seq2seq)
     config = base.model.config.to_dict()
     config.pop("_name_or_path", None)

@@ -18,7 +18,8 @@ export function card(name) {
   return get(`v1/prompts/${encodeURIComponent(name)}/card`);
 }
 
-const FIELD = /\{\{([_a-zA-Z0-9]+)\}\}/g;
+// As data/template.py has it.
+const FIELD = /\{\{([\p{L}\p{N}_](?:[^{}"\r\n]*[^{}"\s])?)\}\}/gu;
 const PLAIN = "{{input}}";
 
 function fieldsOf(template) {
