@@ -1,5 +1,10 @@
 from .batches import plan_batches as plan_batches
 from .batches import split_batch as split_batch
+from .chats import Chat as Chat
+from .chats import ChatMessage as ChatMessage
+from .chats import chat_of as chat_of
+from .chats import is_chat as is_chat
+from .records import INPUT as INPUT
 from .records import DataSource as DataSource
 from .records import Record as Record
 from .records import data_fingerprint as data_fingerprint
@@ -9,6 +14,7 @@ from .records import read_source as read_source
 from .special_tokens import Marks as Marks
 from .special_tokens import SpecialFrame as SpecialFrame
 from .special_tokens import encode as encode
+from .template import ALPACA as ALPACA
 from .template import Verbalizer as Verbalizer
 from .tokens import CutSummary as CutSummary
 from .tokens import RowTokenizer as RowTokenizer

@@ -7,10 +7,11 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from softprompt.data.chats import CHAT_COLUMNS, Chat, chat_of, is_chat
 from softprompt.data.file_formats import BINARY_READERS, SUFFIXES, TEXT_READERS, Located, as_record, not_utf8
 from softprompt.errors import ConfigError, DataError, broken, nearest
 
@@ -27,10 +28,12 @@ class Record:
     Attributes:
         fields: Every column but the target, and ``input`` whatever the input column is called.
         target: The wanted answer; None where the data has none.
+        chat: The messages, where the columns hold a chat, or an instruction that can be one.
     """
 
     fields: Mapping[str, str]
     target: str | None
+    chat: Chat | None = field(default=None, repr=False)
 
 
 def read_records(
@@ -81,6 +84,8 @@ def data_fingerprint(source: DataSource) -> dict[str, str | int]:
 
 def _record(located: Located, columns: Columns, *, require_target: bool) -> Record:
     record = located.record
+    if columns.chat:
+        return _chat_record(located, columns.chat, require_target=require_target)
     fields = {
         name: text
         for name, value in record.items()
@@ -90,6 +95,24 @@ def _record(located: Located, columns: Columns, *, require_target: bool) -> Reco
         raise DataError(f"{located.where}: {_lack(columns.input, record)}")
     fields[INPUT] = fields[columns.input]
     return Record(fields, _target(located, columns, require_target=require_target))
+
+
+def _chat_record(located: Located, columns: tuple[str, ...], *, require_target: bool) -> Record:
+    """Return a record of a chat; its texts are fields as well, for templates and bases that take no chats."""
+    chat = chat_of(located.record, located.where, columns)
+    if require_target and not (chat.answer or "").strip():
+        raise DataError(f"{located.where}: expected an answer, a turn of the assistant, in {columns[-1]!r}")
+    own = columns[1:] if len(columns) > 1 else columns
+    fields = {
+        name: text
+        for name, value in located.record.items()
+        if name not in own
+        and not isinstance(value, list | tuple | Mapping)
+        and (text := _text(value, name, located.where)) is not None
+    }
+    if columns[0] in fields and columns[0] != "instruction":
+        fields[INPUT] = fields[columns[0]]
+    return Record(fields, chat.answer, chat)
 
 
 def _target(located: Located, columns: Columns, *, require_target: bool) -> str | None:
@@ -137,10 +160,12 @@ class Columns:
     Attributes:
         input: The column that ``{{input}}`` stands for.
         target: The column that holds the answer, or None where there is none.
+        chat: The columns of a chat; empty where there is none.
     """
 
     input: str
     target: str | None
+    chat: tuple[str, ...] = ()
 
 
 def choose_columns(
@@ -152,6 +177,8 @@ def choose_columns(
         DataError: A named column is missing, or what is there leaves the choice open.
     """
     present = list(first.record)
+    if found := _chat_columns(first, input_field, output_field):
+        return Columns(found[0], found[-1], found)
     if require_target and input_field is None and output_field is None:
         return _whole_pair(first)
     source = _input_column(first, input_field, output_field)
@@ -164,6 +191,23 @@ def choose_columns(
     if target == source:
         raise DataError(f"{first.where}: the column {source!r} cannot be input and target at once")
     return Columns(source, target)
+
+
+def _chat_columns(first: Located, input_field: str | None, output_field: str | None) -> tuple[str, ...]:
+    """Return the columns of a chat: named ones that hold messages, or those known by their names."""
+    if input_field is not None or output_field is not None:
+        named = tuple(name for name in (input_field, output_field) if name is not None)
+        return named if input_field is not None and is_chat(first.record.get(input_field)) else ()
+    found = [each for each in CHAT_COLUMNS if {*each} <= {*first.record}]
+    pairs = [pair for pair in _PAIRS if {*pair} <= {*first.record}]
+    if ("instruction", "output") in found:
+        pairs = []  # its input column is a part of it, and its text column a rendered one
+    if len(found) + len(pairs) > 1 and found:
+        raise DataError(
+            f"{first.where}: {' or '.join('/'.join(each) for each in (*found, *pairs))} could be the records; name "
+            "the columns with input_field and output_field"
+        )
+    return found[0] if found else ()
 
 
 def _whole_pair(first: Located) -> Columns:

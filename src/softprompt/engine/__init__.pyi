@@ -29,7 +29,6 @@ from .layout import pad_rows as pad_rows
 from .layout import per_token as per_token
 from .padded import BatchPrompts as BatchPrompts
 from .padded import PlainEngine as PlainEngine
-from .predictions import IGNORED as IGNORED
 from .predictions import Engine as Engine
 from .predictions import HeadInput as HeadInput
 from .predictions import Predictions as Predictions
@@ -45,6 +44,7 @@ from .probe import one_line as one_line
 from .probe import probing as probing
 from .probe import remembered as remembered
 from .probe import scoring_difference as scoring_difference
+from .rows import IGNORED as IGNORED
 from .rows import EngineRow as EngineRow
 from .rows import Prefixes as Prefixes
 from .rows import PromptTable as PromptTable

@@ -134,6 +134,9 @@ class TuneSettings:
     task: Literal["classification", "generation"] | None = setting(
         None, "Kind of targets; by default inferred from the training data.", group=_DATA
     )
+    train_on: Literal["last", "all"] | None = setting(
+        None, "Answers of a chat that are trained: the last (the default), or all.", group=_DATA
+    )
     input_field: str | None = setting(None, "Column of the input text.", group=_DATA)
     output_field: str | None = setting(None, "Column of the target.", group=_DATA)
     source_prompt_base: str | None = setting(
@@ -303,6 +306,7 @@ class TuneOptions(TypedDict, total=False):
     max_source_length: int
     max_target_length: int
     task: str | None
+    train_on: str | None
     input_field: str | None
     output_field: str | None
     source_prompt_base: str | None
