@@ -117,7 +117,7 @@ class RowTokenizer:
             DataError: A field is missing, or a text is not whole.
         """
         if self.chats is not None:
-            found = [self._chat_row(record) for record in records]
+            found = [self._chat_row(record, number) for number, record in enumerate(records, start=1)]
         else:
             sources = self._sources([record.fields for record in records])
             targets = [self._target(record.target) for record in records]
@@ -318,8 +318,14 @@ class RowTokenizer:
                 "one; use another placement, or train_on last"
             )
 
-    def _chat_row(self, record: Record) -> tuple[TokenRow, int, int]:
+    def _chat_row(self, record: Record, number: int) -> tuple[TokenRow, int, int]:
         """Return the row of a chat, the tokens that it lost, and the messages."""
+        try:
+            return self._row_of_chat(record)
+        except (ConfigError, DataError) as error:
+            raise DataError(f"record {number}: {error}") from error
+
+    def _row_of_chat(self, record: Record) -> tuple[TokenRow, int, int]:
         chat = (record.chat or chat_of(record.fields[INPUT])).to_answer()
         question = chat
         if record.target is not None:

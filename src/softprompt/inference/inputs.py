@@ -84,7 +84,7 @@ def fields_of(request: Fields, template_fields: Sequence[str], optional: Collect
             f"the template expects the fields {', '.join(names)}, got "
             f"{', '.join(map(str, request)) or 'none'}; add {', '.join(missing)}"
         )
-    return {name: _text(name, given[name]) for name in names if given.get(name) is not None or name in missing}
+    return {name: _text(name, given[name]) for name in names if name not in optional or given.get(name) is not None}
 
 
 def require_tokens(sources: Sequence[Sequence[int]]) -> None:
