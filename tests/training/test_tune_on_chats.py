@@ -201,12 +201,12 @@ def test_what_is_chosen_is_said(base, talks, caplog):
         softprompt.tune(base, talks, **QUICK)
         assert "the last answer of each chat is trained; train_on all trains all 8" in caplog.text
         caplog.clear()
-        plain = [{"text": f"{number} a", "labels": "b", "note": "x"} for number in range(4)]
+        plain = [{"text": f"{number} a", "labels": "b", "note": "x", "id": 3} for number in range(4)]
         softprompt.tune(base, plain, verbalizer="{{text}} :", task="generation", **QUICK)
     assert (
         caplog.text.count("the base has a chat template, which the plain template '{{text}} :' does not use") == 1
     )
-    assert "the template leaves out the columns note\n" in caplog.text
+    assert "the template leaves out the columns note, id\n" in caplog.text
 
 
 def test_settings_that_would_be_ignored_are_refused(base, talks, tmp_path):
@@ -233,7 +233,7 @@ def test_settings_that_would_be_ignored_are_refused(base, talks, tmp_path):
 
 def test_a_task_of_several_may_be_chats(base, talks, tmp_path):
     plain = [{"input": f"is it {word}", "output": word} for word in ("good", "bad", "good", "bad")]
-    tuned = softprompt.tune(
+    softprompt.tune(
         base, {"talks": talks, "words": plain}, output=tmp_path / "prompt", method="multitask",
         distillation_weight=0.0, **QUICK,
     )  # fmt: skip

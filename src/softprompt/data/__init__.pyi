@@ -1,5 +1,6 @@
 from .batches import plan_batches as plan_batches
 from .batches import split_batch as split_batch
+from .chats import CHAT_FIELDS as CHAT_FIELDS
 from .chats import Chat as Chat
 from .chats import ChatMessage as ChatMessage
 from .chats import chat_of as chat_of

@@ -13,6 +13,8 @@ from softprompt.errors import DataError, nearest
 
 CHAT_COLUMNS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
 """Columns by which chats, and instructions that can be one, are recognised."""
+CHAT_FIELDS = ("prompt", "instruction", "input", "system")
+"""Columns of texts that a chat is made of."""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 """Roles that templates write in brackets."""
 _SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}

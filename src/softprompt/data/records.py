@@ -112,7 +112,7 @@ def _chat_record(located: Located, columns: tuple[str, ...], *, require_target: 
     }
     if columns[0] in fields and columns[0] != "instruction":
         fields[INPUT] = fields[columns[0]]
-    return Record(fields, chat.answer, chat)
+    return Record(fields, chat.answer, chat=chat)
 
 
 def _target(located: Located, columns: Columns, *, require_target: bool) -> str | None:

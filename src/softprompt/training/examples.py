@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -26,8 +25,6 @@ from softprompt.errors import ConfigError, DataError, TemplateError, UsageError,
 from softprompt.prompts import CPTConfig
 from softprompt.training.settings import TuneSettings
 
-logger = logging.getLogger(__name__)
-
 Rows: TypeAlias = str | Path | Iterable[Mapping[str, Any]]
 Data: TypeAlias = Rows | Mapping[str, Rows]
 """One data set, or one for each task by its name."""
@@ -37,8 +34,7 @@ Data: TypeAlias = Rows | Mapping[str, Rows]
 class TaskData:
     """The examples of one task, what their targets are, and what identifies the files.
 
-    ``name`` is empty for a single data set. ``chats`` says that the examples are chats, and no template was given:
-    a base with a chat template renders them, for others ``template`` is the plain one, empty where there is none.
+    ``name`` is empty for a single data set.
     """
 
     name: str
@@ -47,7 +43,19 @@ class TaskData:
     labels: tuple[str, ...] | None
     template: str
     fingerprints: dict[str, Any]
-    chats: bool = False
+
+    @property
+    def chats(self) -> bool:
+        """Whether the examples are chats, for the chat template of a base that has one: no template was given."""
+        return _are_chats(self.train, self.template)
+
+    @property
+    def plain_template(self) -> str:
+        """The template for a base without a chat template; empty where there is none, for messages."""
+        if not self.chats:
+            return self.template
+        first = self.train[0].fields
+        return ALPACA if "instruction" in first else "{{input}}" if INPUT in first else ""
 
     @property
     def kind(self) -> str:
@@ -99,25 +107,10 @@ def _names(sets: Mapping[str, Rows]) -> str:
 def _task(name: str, train: Rows, validation: Rows | None, settings: TuneSettings) -> TaskData:
     template = (settings.task_verbalizers or {}).get(name, settings.verbalizer)
     try:
-        examples = _read(train, settings)
-        held_out = [] if validation is None else _read(validation, settings)
-        chats = examples[0].chat is not None and template == TuneSettings().verbalizer
-        if examples[0].chat is not None and not chats and not _plain_template(examples[0]):
-            raise ConfigError("verbalizer would be ignored: the base's chat template renders chats; leave it out")
-        if chats:
-            template = _plain_template(examples[0])
-        elif settings.train_on is not None:
-            raise ConfigError(
-                "train_on would be ignored: it is for chats that a chat template renders; leave it out"
-            )
-        if template:
-            _check_template(Verbalizer(template), [examples, held_out], settings)
-        if settings.train_on == "all" and settings.task == "classification":
-            raise ConfigError(
-                "train_on all trains every answer of a chat, and labels are the last one; leave it out"
-            )
-        kind = "generation" if settings.train_on == "all" else settings.task
-        labels = label_set([str(example.target) for example in examples], task=kind)
+        verbalizer = Verbalizer(template)
+        examples = _read(train, verbalizer, settings)
+        held_out = [] if validation is None else _read(validation, verbalizer, settings)
+        labels = label_set([str(example.target) for example in examples], task=settings.task)
         if labels is not None and validation is not None:
             _check_labels(validation, held_out, labels)
     except (DataError, TemplateError) as error:
@@ -127,30 +120,28 @@ def _task(name: str, train: Rows, validation: Rows | None, settings: TuneSetting
     fingerprints: dict[str, Any] = {"train": data_fingerprint(train)}
     if validation is not None:
         fingerprints["validation"] = data_fingerprint(validation)
-    return TaskData(name, examples, held_out, labels, template, fingerprints, chats)
+    return TaskData(name, examples, held_out, labels, template, fingerprints)
 
 
-def _read(source: Rows, settings: TuneSettings) -> list[Record]:
-    return read_records(source, input_field=settings.input_field, output_field=settings.output_field)
+def _read(source: Rows, verbalizer: Verbalizer, settings: TuneSettings) -> list[Record]:
+    examples = read_records(source, input_field=settings.input_field, output_field=settings.output_field)
+    _check_template(verbalizer, examples, settings)
+    return examples
 
 
-def _plain_template(example: Record) -> str:
-    """Return the template of instructions or prompts for a base without a chat template; none renders messages."""
-    if "instruction" in example.fields:
-        return ALPACA
-    return "{{input}}" if INPUT in example.fields else ""
+def _are_chats(examples: Sequence[Record], template: str) -> bool:
+    return bool(examples) and examples[0].chat is not None and template == TuneSettings().verbalizer
 
 
-def _check_template(verbalizer: Verbalizer, parts: Sequence[Sequence[Record]], settings: TuneSettings) -> None:
-    """Check a template against every record, and name the columns that it leaves out."""
-    for examples in parts:
-        verbalizer.check(examples, settings.output_field)
-    first, used = parts[0][0].fields, {*verbalizer.fields}
-    # An input column of another name is there under both.
-    names = {name for name in first if first[name] is first.get(INPUT)}
-    used |= names if used & names else set()
-    if unused := [name for name in first if name not in used]:
-        logger.info("the template leaves out the columns %s", ", ".join(unused))
+def _check_template(verbalizer: Verbalizer, examples: Sequence[Record], settings: TuneSettings) -> None:
+    """Check a template against every record; chats have their own."""
+    if _are_chats(examples, verbalizer.template):
+        return
+    if settings.train_on is not None:
+        raise ConfigError("train_on would be ignored: it is for chats that a chat template renders; leave it out")
+    if examples and examples[0].chat is not None and not {INPUT, "instruction"} & {*examples[0].fields}:
+        raise ConfigError("verbalizer would be ignored: the base's chat template renders chats; leave it out")
+    verbalizer.check(examples, settings.output_field)
 
 
 def _check_labels(source: Rows, examples: Sequence[Record], labels: tuple[str, ...]) -> None:

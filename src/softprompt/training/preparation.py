@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from softprompt.artifacts import Manifest, started_prompt
 from softprompt.backbone import Base, freeze, key_values, load_base, output_limit
-from softprompt.data import CutSummary, RowTokenizer, TokenRow, Verbalizer
+from softprompt.data import CHAT_FIELDS, INPUT, CutSummary, Record, RowTokenizer, TokenRow, Verbalizer
 from softprompt.engine import Engine, build_engine, check_context, completed, placement_of
 from softprompt.errors import ConfigError
 from softprompt.prompts import (
@@ -207,13 +207,15 @@ def _tokenized(task: TaskData, base: Base, config: PromptLearningConfig, setting
     chats = _train_on(task, base, config, settings)
     tokenizer = RowTokenizer(
         base.tokenizer,
-        Verbalizer(settings.verbalizer if chats else task.template),
+        Verbalizer(task.template if chats else task.plain_template),
         max_source_length=settings.max_source_length,
         max_target_length=settings.max_target_length,
         seq2seq=base.is_encoder_decoder,
         placement=placement_of(config),
         chats=chats,
     )
+    if unused := _columns_left_out(task.train[0], tokenizer):
+        logger.info("the template leaves out the columns %s", ", ".join(unused))
     of_task = f" of {task.name}" if task.name else ""
     train, cuts = tokenizer.tokenize(task.train)
     logger.info("training data%s: %s", of_task, cuts)
@@ -234,7 +236,8 @@ def _train_on(
     server's chat endpoint then answers as trained.
     """
     has_template = bool(base.tokenizer.chat_template) and not base.is_encoder_decoder
-    if task.chats and (has_template or not task.template):
+    plain = task.plain_template
+    if task.chats and (has_template or not plain):
         answers = sum(each.chat.answers for each in task.train if each.chat)
         if settings.train_on == "all" and isinstance(config, CPTConfig):
             raise ConfigError("train_on all would train more than the labels that CPT has; leave it out")
@@ -245,14 +248,24 @@ def _train_on(
     if settings.train_on is not None:
         raise ConfigError("train_on would be ignored: this base model has no chat template; leave it out")
     if task.chats:
-        logger.info("the base has no chat template, so the records get the plain template %r", task.template)
+        logger.info("the base has no chat template, so the records get the plain template %r", plain)
     elif has_template:
         logger.info(
             "the base has a chat template, which the plain template %r does not use; records with the columns "
             "prompt and completion, or messages, would get it",
-            task.template,
+            plain,
         )
     return None
+
+
+def _columns_left_out(example: Record, tokenizer: RowTokenizer) -> list[str]:
+    """Return the columns of a record that its rows do not have."""
+    fields = example.fields
+    used = {*CHAT_FIELDS} if tokenizer.chats else {*tokenizer.verbalizer.fields}
+    # An input column of another name is there under both.
+    names = {name for name in fields if fields[name] is fields.get(INPUT)}
+    used |= names if used & names else set()
+    return [name for name in fields if name not in used]
 
 
 def _loaded(base_model: BaseLike, settings: TuneSettings) -> Base:

@@ -184,6 +184,8 @@ class TuneSettings:
                     f"{item.name} would be ignored with tuning_type {self.tuning_type}; set tuning_type "
                     f"{' or '.join(methods)}, or leave it out"
                 )
+        if self.train_on == "all" and self.task == "classification":
+            raise ConfigError("train_on all trains every answer, and the label of a chat is its last; leave it out")
         if self.source_prompt_base is not None and not self.tuning_config.from_source:
             raise ConfigError(
                 "source_prompt_base would be ignored: the prompt does not start from a source "
@@ -212,6 +214,8 @@ class TuneSettings:
             object.__setattr__(self, "tuning_config", from_mapping(TuningConfig, self.tuning_config))
         if isinstance(self.task_verbalizers, Mapping):
             object.__setattr__(self, "task_verbalizers", dict(self.task_verbalizers))
+        if self.train_on == "all" and self.task is None:
+            object.__setattr__(self, "task", "generation")
         if isinstance(self.config, Mapping):
             object.__setattr__(self, "config", config_from(self.config, self.tuning_type))
 
