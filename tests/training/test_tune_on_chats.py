@@ -17,6 +17,7 @@ from softprompt.backbone import input_embedding, load_base
 from softprompt.cli.main import run
 from softprompt.data import ALPACA, read_records
 from softprompt.errors import ConfigError, TemplateError
+from softprompt.generation.answer import AnswerRules
 from softprompt.generation.labels import target_likelihood
 from softprompt.server.chat import chat_input
 from softprompt.server.served import PlainText, Served
@@ -156,6 +157,15 @@ def test_evaluation_renders_chats_and_plain_records_alike(prompt):
     plain = softprompt.evaluate(tuned, [{"input": "thank you", "output": "late"}])
     turns = [{"role": "user", "content": "thank you"}, {"role": "assistant", "content": "late"}]
     assert plain.perplexity == softprompt.evaluate(tuned, [{"messages": turns}]).perplexity
+
+
+def test_answers_end_with_their_turn_even_where_the_tokenizer_ends_texts_otherwise(base):
+    loaded = load_base(base)
+    loaded.tokenizer.eos_token = "</s>"
+    ends = loaded.tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"])
+    assert AnswerRules.of(loaded).eos_ids >= {*ends}
+    loaded.tokenizer.chat_template = "{{ raise_exception('not these') }}"
+    assert ends[1] not in AnswerRules.of(loaded).eos_ids
 
 
 def test_labels_of_chats_are_scored(base):

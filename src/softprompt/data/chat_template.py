@@ -217,6 +217,14 @@ class ChatTemplate:
         return self.marks.ids(texts)
 
 
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the special token that ends an answer in a tokenizer's chat template, if there is one."""
+    try:
+        return ChatTemplate(tokenizer).end[-1:] if tokenizer.chat_template else ()
+    except ConfigError:  # a template that has no turns of these roles
+        return ()
+
+
 def _changed(before: str, after: str, *, every: bool) -> str:
     at = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(after))
     advice = "train the last answer alone (train_on last)" if every else "name columns for a plain template"

@@ -150,8 +150,8 @@ def _message(given: Any, where: str) -> dict[str, Any]:
             raise DataError(f"{where}: expected from human, gpt, system or tool, got {role!r}")
     if isinstance(content, list | tuple):
         kinds = {part.get("type") if isinstance(part, Mapping) else part for part in content}
-        if kinds - {"text"}:
-            raise DataError(f"{where}: expected parts of type text, got {', '.join(map(str, sorted(kinds)))}")
+        if others := kinds - {"text"}:
+            raise DataError(f"{where}: expected parts of type text, got {', '.join(map(str, others))}")
         content = "".join(part["text"] for part in content)
     more = {name: value for name, value in given.items() if name not in names and value}
     if content is None and "tool_calls" in more:

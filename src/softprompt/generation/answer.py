@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from softprompt.backbone import Base
+from softprompt.data import turn_end
 from softprompt.errors import ServingError
 from softprompt.generation.request import Decode, Request
 from softprompt.generation.sampling import processors_of, seeds_of
@@ -148,8 +149,8 @@ class AnswerRules:
     def of(cls, base: Base, decode: Decode | None = None, *, offline: bool = False) -> Self:
         """Read them from a base; ``decode`` None is the tokenizer's, special tokens left out.
 
-        Answers end at the tokenizer's end token, which prompts are trained to give, and at those of the
-        base's own generation settings.
+        Answers end at the tokenizer's end token, which prompts are trained to give, at the end of a turn in its
+        chat template, and at those of the base's own generation settings.
         """
         tokenizer = base.tokenizer
 
@@ -158,7 +159,7 @@ class AnswerRules:
 
         config = getattr(base.model.generation_config, "eos_token_id", None)
         listed = config if isinstance(config, list) else [config]
-        ends = frozenset(i for i in [*listed, tokenizer.eos_token_id] if i is not None)
+        ends = frozenset(i for i in [*listed, tokenizer.eos_token_id, *turn_end(tokenizer)] if i is not None)
         return cls(decode or text, ends, not base.is_encoder_decoder, offline)
 
 
