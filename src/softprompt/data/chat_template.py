@@ -97,8 +97,8 @@ class ChatTemplate:
         head, (text,) = self._split([self._printed(chat, answered=False)])
         return head + self.marks.ids([text])[0], len(head)
 
-    def row(self, chat: Chat, *, every: bool = False) -> tuple[tuple[int, ...], ...]:
-        """Return the ids of a chat that ends in an answer, split where answers begin and end.
+    def row(self, chat: Chat, *, every: bool = False) -> tuple[list[tuple[int, ...]], int]:
+        """Return the ids of a chat that ends in an answer, split where answers begin and end; and as ``opening``.
 
         Args:
             chat: The chat.
@@ -106,9 +106,8 @@ class ChatTemplate:
 
         Raises:
             ConfigError: As ``opening``.
-            DataError: The template leaves out what a message has, or prints a turn in another way later.
+            DataError: The template prints a turn in another way once others follow it.
         """
-        self._check(chat)
         last = len(chat.messages) - 1
         numbers = [i for i, each in enumerate(chat.messages) if each["role"] == "assistant" and i >= chat.given]
         end, tail, _ = self._turn_end
@@ -121,12 +120,11 @@ class ChatTemplate:
             if not after.startswith(before):
                 raise DataError(_changed(before, after, every=len(numbers) > 1 and every))
         head, texts = self._split(printed)
-        first, *rest = self._pieces(texts)
-        ids = list(rest)
-        eos = self._tokenizer.eos_token_id
-        if not end and eos is not None:
-            ids[-1] += (int(eos),)
-        return (head + first, *ids)
+        parts = self._pieces(texts)
+        parts[0] = head + parts[0]
+        if not end:
+            parts[-1] += self.end
+        return parts, len(head)
 
     @property
     def end(self) -> tuple[int, ...]:
@@ -156,8 +154,8 @@ class ChatTemplate:
             at = one.index(last, at) + len(last)
         return one[:at], one[at:], ids[:shared]
 
-    def _check(self, chat: Chat) -> None:
-        """Refuse what a message has and the template does not print."""
+    def check(self, chat: Chat) -> None:
+        """Raise ``DataError`` for what a message has and the template does not print."""
         had = {name for message in chat.messages for name in message} | ({"tools"} if chat.tools else set())
         for name in ("tools", *_MEANINGFUL):
             if name in had and name not in self._source:
@@ -212,7 +210,7 @@ class ChatTemplate:
         whole, ends = found[-1], [len(ids) for ids in found]
         if all(whole[: len(ids)] == ids for ids in found):
             return [whole[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-        # A token would reach over a border, which generation never sees: each part by itself.
+        # A token would reach over a border, where generation begins anew: each part by itself.
         texts = [after.removeprefix(before) for before, after in zip(["", *printed], printed, strict=False)]
         return self.marks.ids(texts)
 

@@ -301,7 +301,7 @@ class RowTokenizer:
 
     def _plain_target(self, text: str) -> tuple[int, ...]:
         if self.chats is not None:
-            answer = self.chat_template.row(chat_of("a").answered(text))[-1]
+            answer = self.chat_template.row(chat_of("a").answered(text))[0][-1]
             return answer[: len(answer) - len(self._target_frame)]
         if self._continuation is not None:
             return self._continuation.ids(text)
@@ -327,36 +327,44 @@ class RowTokenizer:
 
     def _row_of_chat(self, record: Record) -> tuple[TokenRow, int, int]:
         chat = (record.chat or chat_of(record.fields[INPUT])).to_answer()
-        question = chat
-        if record.target is not None:
-            chat = chat if record.chat else chat.answered(record.target)
-            question = replace(chat, messages=chat.messages[:-1])
-        kept = fitted(question, self._chat_fits)
-        loss = len(self._opening(question)) - len(self._opening(kept))
-        turns = len(question.messages) - len(kept.messages)
         if record.target is None:
-            source = self._opening(kept)
-            return TokenRow(source, (), bool(loss), False, self.offset(source)), loss, turns
-        whole = replace(kept, messages=(*kept.messages, chat.messages[-1]))
-        source, *parts = self.chat_template.row(whole, every=self.chats == "all")
-        last = parts.pop()
-        answer, lost = self._ended(last[: len(last) - len(self._target_frame)])
+            kept = fitted(chat, self._chat_fits)
+            parts, loss = [self._opening(kept)], len(self._opening(chat)) - len(self._opening(kept))
+        else:
+            chat = kept = chat if record.chat else chat.answered(record.target)
+            parts = self._parts(chat)
+            before = sum(map(len, parts[:-1]))
+            if before > self.max_source_length:
+                question = fitted(replace(chat, messages=chat.messages[:-1]), self._chat_fits)
+                kept = replace(question, messages=(*question.messages, chat.messages[-1]))
+                parts = self._parts(kept)
+            loss = before - sum(map(len, parts[:-1]))
+        source, *rest = parts
+        answer, lost = self._ended(rest[-1][: len(rest[-1]) - len(self._target_frame)]) if rest else ((), 0)
         target: list[int] = []
         unscored: list[int] = []
-        for number, part in enumerate(parts):
+        for number, part in enumerate([*rest[:-1], answer]):
             if number % 2:  # between two answers
                 unscored += range(len(target), len(target) + len(part))
             target += part
-        row = TokenRow(
-            source, (*target, *answer), kept is not question, bool(lost), self.offset(source), frozenset(unscored)
-        )
-        return row, loss + lost, turns
+        cut = kept is not chat
+        row = TokenRow(source, tuple(target), cut, bool(lost), self.offset(source), frozenset(unscored))
+        return row, loss + lost, len(chat.messages) - len(kept.messages)
 
     def _chat_fits(self, chat: Chat) -> bool:
         return len(self._opening(chat)) <= self.max_source_length
 
     def _opening(self, chat: Chat) -> tuple[int, ...]:
-        ids, at = self.chat_template.opening(chat)
+        self.chat_template.check(chat)
+        return self._placed(*self.chat_template.opening(chat))
+
+    def _parts(self, chat: Chat) -> list[tuple[int, ...]]:
+        self.chat_template.check(chat)
+        (first, *rest), at = self.chat_template.row(chat, every=self.chats == "all")
+        return [self._placed(first, at), *rest]
+
+    def _placed(self, ids: tuple[int, ...], at: int) -> tuple[int, ...]:
+        """Return the ids before an answer, refused where the prompt would stand elsewhere than in other rows."""
         if self._chat is not None and at != self._chat.at:
             raise ConfigError(
                 "the chat template prints something of this chat, such as its tools, before the system turn's "

@@ -287,7 +287,9 @@ class TunedPrompt:
         given = inputs_of(self.rows, requests)
         return self._generated(given, self.prompt(), chosen, batch_size)
 
-    def stream(self, request: Fields, *, task_name: Task | None = None, **settings: Any) -> Iterator[str]:
+    def stream(
+        self, request: Fields | Messages, *, task_name: Task | None = None, **settings: Any
+    ) -> Iterator[str]:
         """Yield the generated answer to one input piece by piece; together they are ``generate``'s text.
 
         The input, the task of a multitask prompt, and the options are as for ``generate``.
