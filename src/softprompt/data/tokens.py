@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from softprompt.data.chat_template import ChatFrame, ChatTemplate
@@ -70,7 +71,6 @@ class RowTokenizer:
 
     Attributes:
         chats: Which answers of a chat are targets, the last or all; None is a verbalizer's texts.
-        chat_template: The tokenizer's chat template, with the prompt where the placement has it.
     """
 
     def __init__(
@@ -98,7 +98,6 @@ class RowTokenizer:
         self.placement = placement
         self.chats = chats
         in_chat = placement is Placement.CHAT_SYSTEM
-        self.chat_template = ChatTemplate(tokenizer, in_system=in_chat)
         if chats is not None:
             self._check_chats()
         self._chat = ChatFrame.of(tokenizer) if in_chat else None
@@ -109,6 +108,11 @@ class RowTokenizer:
         self._marks = Marks(tokenizer, verbalizer.literals)
         self._target_ids: dict[str, tuple[int, ...]] = {}
         self._check_limits()
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The tokenizer's chat template, with the prompt where the placement has it."""
+        return ChatTemplate(self.tokenizer, in_system=self.placement is Placement.CHAT_SYSTEM)
 
     def tokenize(self, records: Sequence[Record]) -> tuple[list[TokenRow], CutSummary]:
         """Return the ids of all records, and what the limits truncated.
