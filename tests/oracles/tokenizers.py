@@ -35,3 +35,20 @@ def byte_bpe(*, bos: bool = False, vocabulary: int = 320) -> PreTrainedTokenizer
         eos_token="</s>",
         unk_token="<unk>",
     )
+
+
+CHATML = (
+    "{% if not messages or messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""A chat template as many models have it, with a system turn where none is given."""
+
+
+def chat_bpe(template: str = CHATML) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE of a chat model, whose turns end in its end token."""
+    found = byte_bpe()
+    found.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    found.eos_token = "<|im_end|>"
+    found.chat_template = template
+    return found

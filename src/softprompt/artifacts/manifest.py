@@ -18,7 +18,7 @@ from softprompt.backbone import Base
 from softprompt.errors import ArtifactError, nearest
 
 FORMAT_VERSION = 1
-_OPTIONAL = frozenset({"tasks", "weights_sha256"})
+_OPTIONAL = frozenset({"tasks", "weights_sha256", "chat"})
 _TUPLES = ("labels", "tasks")
 _RECORDED_PACKAGES = ("softprompt", "torch", "transformers", "safetensors")
 _MAX_TOKENS = (256, 128)
@@ -46,7 +46,8 @@ class Manifest:
 
     ``history`` holds one point per epoch: ``{"epoch", "update", "loss", "learning_rate",
     "validation": {...}}``. ``weights_sha256`` is filled in when the folder is written.
-    ``tasks`` names the tasks of a multitask prompt in the order of their ids.
+    ``tasks`` names the tasks of a multitask prompt in the order of their ids. ``chat`` says that inputs are
+    chats, which the tokenizer's chat template renders, and that a text is one turn of the user.
     """
 
     format_version: int = FORMAT_VERSION
@@ -67,6 +68,7 @@ class Manifest:
     created: str = field(default_factory=_now)
     weights_sha256: str | None = None
     tasks: tuple[str, ...] | None = None
+    chat: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; a number that is not finite becomes ``None``."""
@@ -121,7 +123,8 @@ def manifest_of_task(manifest: Manifest, number: int) -> Manifest:
             f"expected template, task and labels of the task {name!r} in softprompt.json's data: "
             "restore the file from the original"
         )
-    changes = {key: _checked(key, own[key], hints[key]) for key in ("template", "task", "labels")}
+    own = {"chat": False, **own}
+    changes = {key: _checked(key, own[key], hints[key]) for key in ("template", "task", "labels", "chat")}
     return dataclasses.replace(manifest, **changes)
 
 

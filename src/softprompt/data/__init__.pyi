@@ -1,6 +1,13 @@
 from .batches import plan_batches as plan_batches
 from .batches import split_batch as split_batch
+from .chat_template import turn_end as turn_end
+from .chats import CHAT_FIELDS as CHAT_FIELDS
+from .chats import Chat as Chat
+from .chats import ChatMessage as ChatMessage
+from .chats import chat_of as chat_of
+from .chats import is_chat as is_chat
 from .file_formats import Located as Located
+from .records import INPUT as INPUT
 from .records import LabelNames as LabelNames
 from .records import Record as Record
 from .records import label_set as label_set
@@ -15,6 +22,7 @@ from .sources import validation_split_of as validation_split_of
 from .special_tokens import Marks as Marks
 from .special_tokens import SpecialFrame as SpecialFrame
 from .special_tokens import encode as encode
+from .template import ALPACA as ALPACA
 from .template import PLACEHOLDER as PLACEHOLDER
 from .template import Verbalizer as Verbalizer
 from .tokens import CutSummary as CutSummary

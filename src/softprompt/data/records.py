@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from softprompt.data.chats import CHAT_COLUMNS, Chat, chat_of, is_chat
 from softprompt.data.file_formats import Located
 from softprompt.data.sources import DataSource, Use, read_source
 from softprompt.errors import ConfigError, DataError, broken, nearest
@@ -27,11 +28,13 @@ class Record:
         fields: Every column but the target, and ``input`` whatever the input column is called.
         target: The wanted answer; None where the data has none.
         left_out: Columns whose values are no text, such as lists, and the types of these.
+        chat: The messages, where the columns hold a chat, or an instruction that can be one.
     """
 
     fields: Mapping[str, str]
     target: str | None
     left_out: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    chat: Chat | None = field(default=None, repr=False)
 
 
 def read_records(
@@ -80,11 +83,15 @@ def names_of_labels(names: Any) -> dict[str, str]:
 
 
 def _record(located: Located, columns: Columns, label_names: Mapping[str, str], *, require_target: bool) -> Record:
+    if columns.chat:
+        if label_names:
+            raise ConfigError("label_names would be ignored: the answers are turns of chats; leave it out")
+        return _chat_record(located, columns.chat, require_target=require_target)
     record = {name: value for name, value in located.record.items() if name != columns.target}
     left_out = {
         name: type(value).__name__
         for name, value in record.items()
-        if name != columns.input and not isinstance(_scalar(value), _SCALARS)
+        if name != columns.input and not _is_scalar(value)
     }
     texts = {name: _text(value, name, located.where) for name, value in record.items() if name not in left_out}
     fields = {name: text for name, text in texts.items() if text is not None}
@@ -93,6 +100,21 @@ def _record(located: Located, columns: Columns, label_names: Mapping[str, str], 
             raise DataError(f"{located.where}: {_lack(columns.input, located.record)}")
         fields[INPUT] = fields[columns.input]
     return Record(fields, _target(located, columns, label_names, require_target=require_target), left_out)
+
+
+def _chat_record(located: Located, columns: tuple[str, ...], *, require_target: bool) -> Record:
+    """Return a record of a chat; its texts are fields as well, for templates and bases that take no chats."""
+    chat = chat_of(located.record, located.where, columns)
+    if require_target and not (chat.answer or "").strip():
+        raise DataError(f"{located.where}: expected an answer, a turn of the assistant, in {columns[-1]!r}")
+    own = columns[1:] if len(columns) > 1 else columns
+    record = {name: value for name, value in located.record.items() if name not in own}
+    left_out = {name: type(value).__name__ for name, value in record.items() if not _is_scalar(value)}
+    texts = {name: _text(value, name, located.where) for name, value in record.items() if name not in left_out}
+    fields = {name: text for name, text in texts.items() if text is not None}
+    if columns[0] in fields and columns[0] != "instruction":
+        fields[INPUT] = fields[columns[0]]
+    return Record(fields, chat.answer, left_out, chat)
 
 
 def _target(
@@ -137,6 +159,10 @@ def _scalar(value: Any) -> Any:
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
 
 
+def _is_scalar(value: Any) -> bool:
+    return isinstance(_scalar(value), _SCALARS)
+
+
 def _text(value: Any, name: str, where: str) -> str | None:
     """Return a scalar as text, None for a null; numbers as JSON would spell them."""
     scalar = _scalar(value)
@@ -160,10 +186,12 @@ class Columns:
     Attributes:
         input: The column that ``{{input}}`` stands for, or None where the template has to name its own.
         target: The column that holds the answer, or None where there is none.
+        chat: The columns of a chat; empty where there is none.
     """
 
     input: str | None
     target: str | None
+    chat: tuple[str, ...] = ()
 
 
 def choose_columns(
@@ -175,6 +203,8 @@ def choose_columns(
         DataError: A named column is missing, or what is there leaves the choice open.
     """
     present = list(first.record)
+    if found := _chat_columns(first, input_field, output_field):
+        return Columns(found[0], found[-1], found)
     if require_target and input_field is None and output_field is None:
         return _whole_pair(first)
     source = _input_column(first, input_field, output_field)
@@ -187,6 +217,23 @@ def choose_columns(
     if target is not None and target == source:
         raise DataError(f"{first.where}: the column {source!r} cannot be input and target at once")
     return Columns(source, target)
+
+
+def _chat_columns(first: Located, input_field: str | None, output_field: str | None) -> tuple[str, ...]:
+    """Return the columns of a chat: named ones that hold messages, or those known by their names."""
+    if input_field is not None or output_field is not None:
+        named = tuple(name for name in (input_field, output_field) if name is not None)
+        return named if input_field is not None and is_chat(first.record.get(input_field)) else ()
+    found = [each for each in CHAT_COLUMNS if {*each} <= {*first.record}]
+    pairs = [pair for pair in _PAIRS if {*pair} <= {*first.record}]
+    if ("instruction", "output") in found:
+        pairs = []  # its input column is a part of it, and its text column a rendered one
+    if len(found) + len(pairs) > 1 and found:
+        raise DataError(
+            f"{first.where}: {' or '.join('/'.join(each) for each in (*found, *pairs))} could be the records; name "
+            "the columns with input_field and output_field"
+        )
+    return found[0] if found else ()
 
 
 def _whole_pair(first: Located) -> Columns:

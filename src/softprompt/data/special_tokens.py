@@ -1,4 +1,4 @@
-"""Texts to ids: what special tokens and chat templates put around a text, and a target as its continuation."""
+"""Texts to ids: special tokens around a text and within a template, and a target as a text's continuation."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, cast
 from weakref import WeakKeyDictionary
 
-from softprompt.errors import BackboneError, ConfigError, DataError, broken, excerpt
+from softprompt.errors import BackboneError, DataError, broken, excerpt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,8 +22,6 @@ _PROBE = "a"
 # different ones would change under each other.
 _locks: WeakKeyDictionary[PreTrainedTokenizerBase, threading.Lock] = WeakKeyDictionary()
 _guard = threading.Lock()
-_SYSTEM, _USER = "SYSTEMTURN", "USERTURN"
-"""Stand-ins that a template prints as they are, to see what it puts around them."""
 _ESCAPE, _END = "\ufdd0", "\ufdd1"
 """Two code points that are no characters in Unicode and are left to programs for such use."""
 _STAND_IN = re.compile(f"{_ESCAPE}([0-9]+){_END}")
@@ -247,48 +245,3 @@ class Continuation:
     def text(self, decoded: str) -> str:
         """Return a decoded continuation without the separator."""
         return decoded.removeprefix(self.separator)
-
-
-@dataclass(frozen=True, slots=True)
-class ChatFrame:
-    """What a tokenizer's chat template puts around one user turn behind a system turn.
-
-    Attributes:
-        frame: The ids before and behind the user's text.
-        at: Ids of the frame before the content of the system turn, where the prompt goes.
-        tail: Text behind the user's, at the end of which the answer begins.
-    """
-
-    frame: SpecialFrame
-    at: int
-    tail: str
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Self:
-        """Read the frame off the tokenizer's chat template.
-
-        Raises:
-            ConfigError: There is no template, or it has no system turn of its own.
-        """
-        if not tokenizer.chat_template:
-            raise ConfigError(
-                "placement chat_system needs a tokenizer with a chat template, this one has none; "
-                "use prefix, or a chat model"
-            )
-        turns = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}]
-        try:
-            rendered = cast(Any, tokenizer).apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except Exception as cause:  # templates raise what they like
-            raise ConfigError(
-                f"placement chat_system needs a chat template with a system turn, this one says: {cause}; "
-                "use prefix"
-            ) from cause
-        head, system, rest = str(rendered).partition(_SYSTEM)
-        middle, user, tail = rest.partition(_USER)
-        if not (system and user):
-            raise ConfigError(
-                "placement chat_system needs a chat template that prints the system turn before the user's; "
-                "use prefix"
-            )
-        before, between, behind = encode(tokenizer, [head, middle, tail], special=False)
-        return cls(SpecialFrame(before + between, behind), len(before), tail)

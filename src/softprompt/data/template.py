@@ -3,13 +3,14 @@
 caikit's form: ``{{name}}``, at least one. Beyond caikit's names of letters, digits and underscores
 a name may have spaces, dashes and the like inside, as columns of tables do, but neither braces,
 double quotes nor line ends, and no space at its ends. Rendering is a single pass, so a value that
-holds ``{{x}}`` is inserted verbatim.
+holds ``{{x}}`` is inserted verbatim. Mustache's sections print a part where a field has text,
+``{{#name}}...{{/name}}``, or has none, ``{{^name}}...{{/name}}``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from softprompt.data.records import INPUT, Record
@@ -17,16 +18,34 @@ from softprompt.errors import TemplateError, broken, nearest
 
 _NAME = r"\w(?:[^{}\"\r\n]*[^{}\"\s])?"
 PLACEHOLDER = re.compile(f"{{{{({_NAME})}}}}")
+_SECTION = re.compile(rf"{{{{([#^])({_NAME})}}}}(.*?){{{{/\2}}}}", re.DOTALL)
 _NEARLY = re.compile(rf"{{{{?\s*({_NAME})\s*}}}}?")
 _NOTHING: Mapping[str, str] = {}
 
 
+ALPACA = (
+    "Below is an instruction that describes a task{{#input}}, paired with an input that provides further context"
+    "{{/input}}. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{{instruction}}\n\n{{#input}}### Input:\n{{input}}\n\n{{/input}}### Response:\n"
+)
+"""The template of Alpaca's instructions, with and without an input (Taori et al. 2023)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A piece of a template: literal text, or the name of a field to insert."""
+    """A piece of a template: literal text, or the name of a field to insert.
+
+    ``section`` is the field of the section it stands in; it is printed where that has text, or none if ``absent``.
+    """
 
     text: str
     is_field: bool
+    section: str = ""
+    absent: bool = False
+
+    def is_printed(self, fields: Mapping[str, str]) -> bool:
+        """Whether it is printed for these fields."""
+        return not self.section or bool(fields.get(self.section, "").strip()) != self.absent
 
 
 class Verbalizer:
@@ -34,8 +53,9 @@ class Verbalizer:
 
     Attributes:
         template: The text it was made from.
-        segments: Literals and fields in order; joined they are the template.
+        segments: Literals and fields in order.
         fields: The names of the fields in order of first use.
+        optional: Those that need not be there, because they decide over a section.
     """
 
     def __init__(self, template: str) -> None:
@@ -46,16 +66,17 @@ class Verbalizer:
         """
         if problem := broken(template):
             raise TemplateError(f"the verbalizer {template!r} holds {problem}; write it in UTF-8")
-        # Splitting at a pattern with one group alternates literals and names.
-        parts = PLACEHOLDER.split(template)
-        if len(parts) == 1:
+        self.segments = tuple(_segments(template))
+        self.fields = tuple(dict.fromkeys(each.text for each in self.segments if each.is_field))
+        self.optional = {each.section for each in self.segments if each.section}
+        if not {*self.fields} - self.optional:
             raise TemplateError(
                 f"expected at least one placeholder such as {{{{input}}}} in the verbalizer, "
                 f"got {template!r}{_spelling_hint(template)}"
             )
+        if self.segments[-1].section:
+            raise TemplateError(f"a verbalizer cannot end in a section, got {template!r}; put text behind it")
         self.template = template
-        self.segments = tuple(Segment(part, bool(index % 2)) for index, part in enumerate(parts) if part)
-        self.fields = tuple(dict.fromkeys(parts[1::2]))
 
     @property
     def literals(self) -> tuple[str, ...]:
@@ -74,7 +95,8 @@ class Verbalizer:
             TemplateError: A field is missing.
         """
         self._require(fields, "")
-        return "".join(fields[segment.text] if segment.is_field else segment.text for segment in self.segments)
+        shown = [segment for segment in self.segments if segment.is_printed(fields)]
+        return "".join(fields[segment.text] if segment.is_field else segment.text for segment in shown)
 
     def check(self, records: Sequence[Record], output_field: str | None = None) -> None:
         """Check the template against every record, before anything is computed.
@@ -106,13 +128,29 @@ class Verbalizer:
                     f"{where}the verbalizer names the field {name!r}, which holds no text but a value of type "
                     f"{left_out[name]}; known: {_listed(fields)}"
                 )
-            if name not in fields:
+            if name not in fields and name not in self.optional:
                 hint = nearest(name, fields)
                 if name == INPUT and not hint:
                     hint = "; name the column of the input with input_field, or a known one in the verbalizer"
                 raise TemplateError(
                     f"{where}the verbalizer names the unknown field {name!r}; known: {_listed(fields)}{hint}"
                 )
+
+
+def _segments(template: str) -> Iterator[Segment]:
+    start = 0
+    for found in [*_SECTION.finditer(template), None]:
+        yield from _pieces(template[start : found.start() if found else None])
+        if found:
+            start = found.end()
+            yield from _pieces(found[3], found[2], absent=found[1] == "^")
+
+
+def _pieces(text: str, section: str = "", *, absent: bool = False) -> Iterator[Segment]:
+    # Splitting at a pattern with one group alternates literals and names.
+    for index, part in enumerate(PLACEHOLDER.split(text)):
+        if part:
+            yield Segment(part, bool(index % 2), section, absent)
 
 
 def _listed(names: Mapping[str, str] | set[str]) -> str:
@@ -134,6 +172,7 @@ def cut_values(
     All values longer than a common number of characters are cut to it, the largest number that
     fits, so the longest value loses first and short ones stay whole. Empty values must fit.
     """
+    names = tuple(name for name in names if name in fields)
     low, high = 0, max((len(fields[name]) for name in names), default=0)
     best = _cut_to(fields, names, low)
     while high - low > 1:

@@ -30,7 +30,6 @@ from .layout import pad_rows as pad_rows
 from .layout import per_token as per_token
 from .padded import BatchPrompts as BatchPrompts
 from .padded import PlainEngine as PlainEngine
-from .predictions import IGNORED as IGNORED
 from .predictions import Engine as Engine
 from .predictions import HeadInput as HeadInput
 from .predictions import Predictions as Predictions
@@ -48,6 +47,7 @@ from .probe import remembered as remembered
 from .probe import require_gradient as require_gradient
 from .probe import score_of as score_of
 from .probe import scoring_difference as scoring_difference
+from .rows import IGNORED as IGNORED
 from .rows import EngineRow as EngineRow
 from .rows import Prefixes as Prefixes
 from .rows import PromptTable as PromptTable

@@ -15,10 +15,10 @@ from transformers.cache_utils import DynamicLayer
 
 from softprompt.backbone import Base, VirtualVocabulary, decoder_embedding, recomputes_layers
 from softprompt.engine.layout import Layout, pad_rows
-from softprompt.engine.predictions import IGNORED, Engine, HeadInput, Predictions, see_input
+from softprompt.engine.predictions import Engine, HeadInput, Predictions, see_input
 from softprompt.engine.prefixes import prefix_path, prefixed
 from softprompt.engine.probe import remembered, scoring_difference
-from softprompt.engine.rows import EngineRow, Prefixes, PromptTable, depends_on_neighbours
+from softprompt.engine.rows import IGNORED, EngineRow, Prefixes, PromptTable, depends_on_neighbours
 from softprompt.errors import BackboneError, ConfigError
 from softprompt.prompts import Prompt
 
@@ -143,7 +143,7 @@ class PlainEngine(Engine):
         labels = torch.full((len(rows), width), IGNORED)
         for i, row in enumerate(rows):
             where = slice(width - len(row.target), width) if left else slice(0, len(row.target))
-            labels[i, where] = torch.tensor(row.target, dtype=torch.long)
+            labels[i, where] = torch.tensor(row.labels, dtype=torch.long)
         return labels.to(self._base.device)
 
 
@@ -228,7 +228,7 @@ class ExpandEngine(Engine):
         labels = torch.full_like(ids, IGNORED)
         for i, row in enumerate(rows):
             where = slice(len(row.source) - 1, len(row.source) + len(row.target) - 1)
-            labels[i, where] = torch.tensor(row.target)
+            labels[i, where] = torch.tensor(row.labels)
         columns = (labels != IGNORED).any(0).nonzero()[:, 0]
         extra: dict[str, Any] = {"logits_to_keep": columns} if self._keeps_logits else {}
         logits = self._base.model(

@@ -14,11 +14,8 @@ from torch.nn import functional as F
 
 from softprompt.backbone import Base, Facts
 from softprompt.engine.forest import Targets
-from softprompt.engine.rows import EngineRow, check_rows
+from softprompt.engine.rows import IGNORED, EngineRow, check_rows
 from softprompt.errors import BackboneError
-
-IGNORED = -100
-"""Label of a column that nothing is predicted for."""
 
 
 @dataclass(frozen=True, slots=True)

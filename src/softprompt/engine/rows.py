@@ -16,6 +16,9 @@ from softprompt.backbone import Base, Facts, decoder_embedding, output_limit
 from softprompt.errors import ConfigError, ContextOverflowError, DataError
 from softprompt.prompts import Prompt
 
+IGNORED = -100
+"""Label of a token that nothing is predicted for."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineRow:
@@ -28,12 +31,22 @@ class EngineRow:
         target: Token ids of the answer, EOS included; never empty.
         prompt: The row's prompt, None for none; gradients flow into its tensors.
         at: Source tokens before the prompt's input part; 0 puts it in front, ``len(source)`` behind.
+        unscored: Indices of target tokens that are read and not scored, as the user's turns between a chat's
+            answers; of causal models only.
     """
 
     source: tuple[int, ...]
     target: tuple[int, ...]
     prompt: Prompt | None = None
     at: int = 0
+    unscored: frozenset[int] = frozenset()
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The target, -100 where a token is not scored."""
+        if not self.unscored:
+            return self.target
+        return tuple(IGNORED if i in self.unscored else token for i, token in enumerate(self.target))
 
     @property
     def prefix_tokens(self) -> int:
@@ -114,6 +127,11 @@ def check_rows(base: Base, rows: Sequence[EngineRow], built: Facts | None = None
             virtual = row.input_tokens + row.prefix_tokens
             check_context(len(row.source) + len(row.target), virtual, facts.context_length)
             continue
+        if row.unscored:
+            raise ConfigError(
+                f"row {index} has target tokens that are not scored, which {facts.architecture} cannot read in "
+                "its decoder; score the whole target"
+            )
         _check_ids(index, row.source, facts.vocabulary)
         check_context(len(row.source), row.input_tokens, facts.context_length)
         before = row.prefix_tokens + (0 if row.prompt is None else row.prompt.decoder_tokens)

@@ -183,7 +183,7 @@ def _recorded(name: str, members: Sequence[TunedPrompt], given: Any) -> Any:
 
 
 def _rows_of(member: TunedPrompt, examples: Sequence[Record], target_field: str | None) -> list[TokenRow]:
-    member.rows.verbalizer.check(examples, target_field)
+    member.rows.check(examples, target_field)
     rows, _ = member.rows.tokenize(examples)
     require_tokens([row.source for row in rows])
     return rows

@@ -152,8 +152,8 @@ class AnswerRules:
     def of(cls, base: Base, decode: Decode | None = None, *, offline: bool = False) -> Self:
         """Read them from a base; ``decode`` None is the tokenizer's, special tokens left out.
 
-        Answers end at the tokenizer's end token, which prompts are trained to give, and at those of the
-        base's own generation settings.
+        Answers end at the tokenizer's end token, which prompts are trained to give, at the end of a turn in its
+        chat template, and at those of the base's own generation settings.
         """
         tokenizer = base.tokenizer
 

@@ -225,6 +225,6 @@ def target_likelihood(
     Raises:
         ConfigError: ``batch_size``, the rows in one pass, is less than 1.
     """
-    whole = [EngineRow(row.source, row.target, prompt, row.at) for row in rows]
+    whole = [EngineRow(row.source, row.target, prompt, row.at, row.unscored) for row in rows]
     total = float(score_rows(engine, whole, max_rows=batch_size).double().sum())
-    return TargetLikelihood(total, sum(len(row.target) for row in rows))
+    return TargetLikelihood(total, sum(row.scored for row in rows))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from softprompt.backbone import Base, output_limit
+from softprompt.data import turn_end
 from softprompt.engine import EngineRow, check_context, check_rows
 from softprompt.errors import ConfigError, DataError, ServingError
 from softprompt.generation.forms import form_of
@@ -100,10 +101,11 @@ class Request:
 
 
 def end_ids_of(base: Base) -> frozenset[int]:
-    """Return the tokens that end an answer: the tokenizer's, and those of the base's own generation settings."""
+    """Return the tokens that end an answer: the tokenizer's, its chat's, and those of the base's own generation settings."""
     config = getattr(base.model.generation_config, "eos_token_id", None)
     listed = config if isinstance(config, list) else [config]
-    return frozenset(i for i in [*listed, base.tokenizer.eos_token_id] if i is not None)
+    ends = [*listed, base.tokenizer.eos_token_id, *turn_end(base.tokenizer)]
+    return frozenset(i for i in ends if i is not None)
 
 
 def check_form(base: Base, options: GenerationOptions) -> None:

@@ -7,6 +7,7 @@ from .inputs import Fields as Fields
 from .inputs import Task as Task
 from .inputs import TaskNames as TaskNames
 from .inputs import fields_of as fields_of
+from .inputs import given_of as given_of
 from .inputs import require_tokens as require_tokens
 from .inputs import task_number as task_number
 from .loading import load as load

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, final, get_args, overload
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from softprompt.engine import Engine, sees_input_of
 from softprompt.errors import ConfigError, FingerprintError, nearest
 from softprompt.generation import LabelScores, label_rows, label_scores, per_token, rows_of_whole_inputs, score_rows
-from softprompt.inference.inputs import Fields, Task
+from softprompt.inference.inputs import Fields, Task, is_single
 from softprompt.inference.tuned import TunedPrompt
 
 Combine = Literal["mean", "vote"]
@@ -103,7 +103,7 @@ class Ensemble:
     def __call__(self, requests: Fields | Iterable[Fields]) -> str | list[str]:
         """Return the best label of one input, or of each in a list; see ``classify``."""
         answers = [each.label for each in self.classify(requests)]
-        return answers[0] if isinstance(requests, str | Mapping) else answers
+        return answers[0] if is_single(requests) else answers
 
     def classify(
         self, requests: Fields | Iterable[Fields], *, normalize: bool = False, batch_size: int = 64
@@ -119,7 +119,7 @@ class Ensemble:
             TemplateError: An input does not have the fields of a member's template.
             ContextOverflowError: Prompt, input and label exceed the model's context.
         """
-        given = requests if isinstance(requests, str | Mapping) else list(requests)
+        given = requests if is_single(requests) else list(requests)
         found = [member.sources(given) for member in self.members]
         scores = self.scores([sources for sources, _ in found], batch_size=batch_size)
         answer = self.combined(self.ranked(scores) if normalize else scores)

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from softprompt.artifacts import Manifest
-from softprompt.data import RowTokenizer, Verbalizer
+from softprompt.data import Chat, ChatMessage, RowTokenizer, Verbalizer, chat_of, is_chat
 from softprompt.errors import ConfigError, DataError, TemplateError, broken, excerpt, nearest
 from softprompt.generation import Input
 from softprompt.prompts import Placement
 
 Fields = str | Mapping[str, Any]
-"""One input: a text, for templates of one field, or the template's fields by name."""
+"""One input: a text, for templates of one field and for chats, or fields by name, such as a chat's ``messages``."""
 
-Inputs = Fields | Iterable[Fields]
+Messages = Sequence[ChatMessage]
+"""One input of a prompt that was trained on chats."""
+
+Inputs = Fields | Messages | Iterable[Fields | Messages]
 """One input or several."""
+
+
+def is_single(requests: Inputs) -> bool:
+    """Whether it is one input, not several."""
+    return isinstance(requests, str | Mapping) or is_chat(requests)
 
 
 def listed(requests: Inputs) -> list[Fields]:
@@ -26,7 +34,8 @@ def listed(requests: Inputs) -> list[Fields]:
     Raises:
         DataError: One of them holds half a character.
     """
-    found = [requests] if isinstance(requests, str | Mapping) else list(requests)
+    given: Iterable[Any] = [requests] if is_single(requests) else requests
+    found: list[Fields] = [{"messages": each} if is_chat(each) else each for each in given]
     for number, request in enumerate(found, start=1):
         for text in request.values() if isinstance(request, Mapping) else [request]:
             if isinstance(text, str) and (problem := broken(text)):
@@ -34,11 +43,18 @@ def listed(requests: Inputs) -> list[Fields]:
     return found
 
 
-def fields_of(request: Fields, template_fields: Sequence[str]) -> dict[str, str]:
+def given_of(request: Fields, rows: RowTokenizer) -> dict[str, str] | Chat:
+    """Return what a prompt reads of one request: the fields of its template, or a chat; raises as they do."""
+    if rows.chats is not None:
+        return chat_of(request)
+    return fields_of(request, rows.verbalizer.fields, rows.verbalizer.optional)
+
+
+def fields_of(request: Fields, template_fields: Sequence[str], optional: Collection[str] = ()) -> dict[str, str]:
     """Return the template's fields of one request, as text.
 
     A bare text stands for the only field of the template; ``text`` stands in for a missing
-    ``input``, as in data files.
+    ``input``, as in data files. ``optional`` fields need not be there.
 
     Raises:
         TemplateError: The request lacks a field, or a bare text meets several fields.
@@ -46,6 +62,7 @@ def fields_of(request: Fields, template_fields: Sequence[str]) -> dict[str, str]
     """
     names = list(dict.fromkeys(template_fields))
     if isinstance(request, str):
+        names = [name for name in names if name not in optional]
         if len(names) != 1:
             raise TemplateError(
                 f"the template has the fields {', '.join(names)}, so a bare text is ambiguous; "
@@ -59,13 +76,15 @@ def fields_of(request: Fields, template_fields: Sequence[str]) -> dict[str, str]
     given = dict(request)
     if "input" not in given and "text" in given:
         given["input"] = given["text"]
-    missing = [name for name in names if name not in given]
+    missing = [name for name in names if name not in given and name not in optional]
+    if missing and "messages" in given:
+        raise TemplateError(f"this prompt was not trained on chats; pass a text, or the fields {', '.join(names)}")
     if missing:
         raise TemplateError(
             f"the template expects the fields {', '.join(names)}, got "
             f"{', '.join(map(str, request)) or 'none'}; add {', '.join(missing)}"
         )
-    return {name: _text(name, given[name]) for name in names}
+    return {name: _text(name, given[name]) for name in names if name not in optional or given.get(name) is not None}
 
 
 def require_tokens(sources: Sequence[Sequence[int]]) -> None:
@@ -89,6 +108,7 @@ def row_tokenizer(
         max_target_length=manifest.max_target_length,
         seq2seq=manifest.seq2seq,
         placement=placement,
+        chats="last" if manifest.chat else None,
     )
 
 
@@ -99,8 +119,7 @@ def inputs_of(rows: RowTokenizer, requests: Inputs) -> list[Input]:
         TemplateError: An input does not have the template's fields.
         DataError: An input has no tokens, or half a character.
     """
-    names = rows.verbalizer.fields
-    found = [rows.source(fields_of(each, names)) for each in listed(requests)]
+    found = [rows.source(given_of(each, rows)) for each in listed(requests)]
     require_tokens([ids for ids, _ in found])
     return [Input(ids, rows.offset(ids), rows.decode, cut) for ids, cut in found]
 

@@ -34,9 +34,11 @@ from softprompt.generation import (
 from softprompt.inference.inputs import (
     Fields,
     Inputs,
+    Messages,
     Task,
     TaskNames,
     inputs_of,
+    is_single,
     listed,
     row_tokenizer,
     task_number,
@@ -192,16 +194,19 @@ class TunedPrompt:
 
     # A str is iterable too; the first overload is the one meant.
     @overload
-    def __call__(self, requests: Fields, *, task_name: Task | None = None) -> str: ...  # type: ignore[overload-overlap]
+    def __call__(self, requests: Fields | Messages, *, task_name: Task | None = None) -> str: ...  # type: ignore[overload-overlap]
 
     @overload
-    def __call__(self, requests: Iterable[Fields], *, task_name: TaskNames | None = None) -> list[str]: ...
+    def __call__(
+        self, requests: Iterable[Fields | Messages], *, task_name: TaskNames | None = None
+    ) -> list[str]: ...
 
     def __call__(self, requests: Inputs, *, task_name: TaskNames | None = None) -> str | list[str]:
         """Return the best label, or the generated text, of one input or of each in a list.
 
         Args:
-            requests: One input or several: texts, or mappings of the template's fields.
+            requests: One input or several: texts, or mappings of the template's fields; messages of a chat, or
+                several chats, where the prompt was trained on chats.
             task_name: The task of a multitask prompt, by name or number; or one for each input.
 
         Raises:
@@ -215,7 +220,7 @@ class TunedPrompt:
         else:
             limit = self.manifest.max_target_length
             answers = [each.text for each in self.generate(requests, max_new_tokens=limit)]
-        return answers[0] if isinstance(requests, str | Mapping) else answers
+        return answers[0] if is_single(requests) else answers
 
     def classify(
         self,
@@ -263,7 +268,7 @@ class TunedPrompt:
         """Return one generated answer for each input.
 
         Args:
-            requests: One input or several: texts, or mappings of the template's fields.
+            requests: One input or several, as for a call.
             task_name: The task of a multitask prompt, by name or number; or one for each input.
             batch_size: Answers that are generated at the same time, at most.
             **settings: How to generate: fields of ``GenerationOptions``, such as ``max_new_tokens=20``, or
@@ -282,7 +287,9 @@ class TunedPrompt:
         given = inputs_of(self.rows, requests)
         return self._generated(given, self.prompt(), chosen, batch_size)
 
-    def stream(self, request: Fields, *, task_name: Task | None = None, **settings: Any) -> Iterator[str]:
+    def stream(
+        self, request: Fields | Messages, *, task_name: Task | None = None, **settings: Any
+    ) -> Iterator[str]:
         """Yield the generated answer to one input piece by piece; together they are ``generate``'s text.
 
         The input, the task of a multitask prompt, and the options are as for ``generate``.

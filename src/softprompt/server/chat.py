@@ -11,6 +11,7 @@ from fastapi import Request as HTTPRequest
 from pydantic import BaseModel, Field, StringConstraints
 from starlette.responses import Response
 
+from softprompt.data import Chat
 from softprompt.errors import ConfigError
 from softprompt.generation import EchoEvent, Input, Request, TokenEvent
 from softprompt.prompts import Placement
@@ -38,11 +39,6 @@ router = APIRouter(tags=["generation"], dependencies=[USER])
 
 DEFAULT_TOKENS = 128
 """Default maximum of new tokens where no prompt's record has a limit."""
-_PLACEHOLDER = "SYSTEMTURN"
-"""Placeholder for the prompt while the template is rendered, as in training."""
-
-_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-"""Roles that templates write in brackets."""
 
 
 class TextPart(Part):
@@ -179,36 +175,11 @@ def chat_input(served: Served, messages: Sequence[Mapping[str, Any]]) -> Input:
     Raises:
         ConfigError: There is no chat template, or it or the prompt does not support these messages.
     """
-    tokenizer: Any = served.plain.tokenizer
-    marks = served.plain.chat_marks
-    if not tokenizer.chat_template:
+    if not served.plain.tokenizer.chat_template:
         raise ConfigError("this base model has no chat template; send the text to /v1/completions")
-    in_system = served.rows is not None and served.rows.placement is Placement.CHAT_SYSTEM
-    if in_system:
-        if messages[0]["role"] == "system":
-            raise ConfigError(f"the prompt {served.name!r} stands in the system turn; leave the system message out")
-        messages = [{"role": "system", "content": _PLACEHOLDER}, *messages]
-    hidden = [_hidden(served, message) for message in messages]
-    try:
-        text = str(tokenizer.apply_chat_template(hidden, tokenize=False, add_generation_prompt=True))
-    except Exception as cause:  # templates raise any exception
-        first = (str(cause).splitlines() or [type(cause).__name__])[0]
-        raise ConfigError(f"the chat template refuses these messages: {first}") from cause
-    if not in_system:
-        return served.of_ids(marks.ids([text])[0])
-    head, found, tail = text.partition(_PLACEHOLDER)
-    if not found:
-        raise ConfigError("the chat template of this base model prints no system turn")
-    before, behind = marks.ids([head, tail])
-    return Input(before + behind, len(before), served.plain.decode)
-
-
-def _hidden(served: Served, message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message whose text the template cannot take for its own special tokens."""
-    role, marks = message["role"], served.plain.chat_marks
-    if role not in _ROLES and marks.spells(role):
-        raise ConfigError(f"the role {role!r} would be read as a special token; choose another")
-    # Templates take the reasoning out of earlier answers by its tags.
-    own = role == "assistant"
-    texts = {name: marks.hide(text, special_only=own) for name, text in message.items() if name != "role"}
-    return {"role": role, **texts}
+    rows = served.rows or served.plain.answers
+    in_system = rows.placement is Placement.CHAT_SYSTEM
+    if in_system and rows.chats is None and messages[0]["role"] == "system":
+        raise ConfigError(f"the prompt {served.name!r} stands in the system turn; leave the system message out")
+    ids, at = rows.chat_template.opening(Chat(tuple(messages)))
+    return Input(ids, at, served.plain.decode) if in_system else served.of_ids(ids)

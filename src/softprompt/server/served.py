@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
-from softprompt.data import Marks, RowTokenizer, SpecialFrame, Verbalizer, encode
+from softprompt.data import RowTokenizer, SpecialFrame, Verbalizer, encode
 from softprompt.errors import ConfigError, DataError, TemplateError
 from softprompt.generation import Input
-from softprompt.inference import fields_of
+from softprompt.inference import given_of
 from softprompt.prompts import Placement
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ class PlainText:
         tokenizer: Its tokenizer.
         answers: Tokenizes labels for the base model alone.
         frame: Its special tokens around an input.
-        chat_marks: The special tokens of its chat template.
     """
 
     def __init__(self, base: Base, *, seq2seq: bool) -> None:
@@ -51,7 +50,6 @@ class PlainText:
         )
         frame = SpecialFrame.of(base.tokenizer)
         self.frame = frame if seq2seq else SpecialFrame(frame.prefix, ())
-        self.chat_marks = Marks(base.tokenizer, [str(base.tokenizer.chat_template)])
 
     def ids(self, text: str, *, raw: bool = False) -> tuple[int, ...]:
         """Return the ids of a text; only in a ``raw`` one special tokens are read as such."""
@@ -109,15 +107,15 @@ class Served:
             if not isinstance(request, str):
                 raise DataError("the base model has no template; send its text as prompt")
             return self.of_text(request)
-        names = self.rows.verbalizer.fields
+        verbalizer = self.rows.verbalizer
+        names = [name for name in verbalizer.fields if name not in verbalizer.optional]
         if isinstance(request, str) and len(names) > 1:
             own = ", ".join(f'"{field}": "..."' for field in names)
             raise TemplateError(
                 f"the template of {self.name!r} has several fields, so one text is not enough; "
                 f"send fields {{{own}}} instead"
             )
-        fields = fields_of(request, names)
-        ids, cut = self.rows.source(fields)
+        ids, cut = self.rows.source(given_of(request, self.rows))
         if cut and not truncate:
             raise DataError(CUT.format(limit=self.rows.max_source_length, name=self.name))
         return Input(ids, self.rows.offset(ids), self.rows.decode, cut)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 from softprompt.data import (
+    ALPACA,
+    INPUT,
     DataSource,
     Located,
     Record,
@@ -49,6 +51,19 @@ class TaskData:
     template: str
     fingerprints: dict[str, Any]
     beyond_limit: tuple[str, ...] = ()
+
+    @property
+    def chats(self) -> bool:
+        """Whether the examples are chats, for the chat template of a base that has one: no template was given."""
+        return _are_chats(self.train, self.template)
+
+    @property
+    def plain_template(self) -> str:
+        """The template for a base without a chat template; empty where there is none, for messages."""
+        if not self.chats:
+            return self.template
+        first = self.train[0].fields
+        return ALPACA if "instruction" in first else "{{input}}" if INPUT in first else ""
 
     @property
     def kind(self) -> str:
@@ -158,7 +173,7 @@ class _Part:
 
 def _read(source: Rows, places: list[Located], verbalizer: Verbalizer, settings: TuneSettings) -> _Part:
     records = _records(places, settings)
-    verbalizer.check(records, settings.output_field)
+    _check_template(verbalizer, records, settings)
     return _Part(source, places, records)
 
 
@@ -214,6 +229,21 @@ def _labels_beyond(every: list[Located], settings: TuneSettings) -> tuple[str, .
     except DataError:
         return ()
     return tuple(sorted({*(label_set(targets, task=settings.task) or ())} - {*targets[: settings.limit]}))
+
+
+def _are_chats(records: Sequence[Record], template: str) -> bool:
+    return bool(records) and records[0].chat is not None and template == TuneSettings().verbalizer
+
+
+def _check_template(verbalizer: Verbalizer, records: Sequence[Record], settings: TuneSettings) -> None:
+    """Check a template against every record; chats have their own."""
+    if _are_chats(records, verbalizer.template):
+        return
+    if settings.train_on is not None:
+        raise ConfigError("train_on would be ignored: it is for chats that a chat template renders; leave it out")
+    if records and records[0].chat is not None and not {INPUT, "instruction"} & {*records[0].fields}:
+        raise ConfigError("verbalizer would be ignored: the base's chat template renders chats; leave it out")
+    verbalizer.check(records, settings.output_field)
 
 
 def _check_labels(held_out: _Part, labels: tuple[str, ...]) -> None:

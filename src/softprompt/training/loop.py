@@ -258,8 +258,8 @@ def _accumulate(stage: Stage, update: Update, state: RunState, check_stop: Calla
     """
     used = [i for batch in update for i in batch]
     rows = [stage.rows[i] for i in used]
-    targets = sum(len(row.target) for row in rows)
-    sums = Sums(targets=targets, tokens=targets + sum(len(row.source) for row in rows))
+    targets = sum(row.scored for row in rows)
+    sums = Sums(targets=targets, tokens=sum(len(row.source) + len(row.target) for row in rows))
     divisor = targets + len(used) * stage.context_tokens
     tasks = sorted({stage.sampling.tasks[i] for i in used})
     seed = stage.settings.seed
@@ -287,7 +287,7 @@ def _batch_loss(stage: Stage, batch: Sequence[int], prompts: Mapping[int, Prompt
     """Run the rows of a micro-batch, each with the prompt of its task."""
     tasks = [stage.sampling.tasks[i] for i in batch]
     rows = [
-        EngineRow(row.source, row.target, prompts[task], row.at)
+        EngineRow(row.source, row.target, prompts[task], row.at, row.unscored)
         for row, task in zip((stage.rows[i] for i in batch), tasks, strict=True)
     ]
     return stage.objective(rows, tasks)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from softprompt.artifacts import Manifest, started_prompt
 from softprompt.backbone import Base, freeze, key_values, load_base, output_limit
-from softprompt.data import CutSummary, RowTokenizer, TokenRow, Verbalizer
+from softprompt.data import CHAT_FIELDS, INPUT, CutSummary, Record, RowTokenizer, TokenRow, Verbalizer
 from softprompt.engine import (
     Drawn,
     Engine,
@@ -97,7 +97,7 @@ class Prepared:
         alone = len(self.tasks) == 1
         kinds = {task.data.kind for task in self.tasks}
         return Manifest(
-            template=first.template if alone else settings.verbalizer,
+            template=self.tasks[0].tokenizer.verbalizer.template if alone else settings.verbalizer,
             task="classification" if kinds == {"classification"} else "generation",
             labels=first.labels if alone else None,
             base_model=self.base.name,
@@ -111,6 +111,7 @@ class Prepared:
             settings=settings.to_dict(),
             data=self._data(),
             tasks=self.names or None,
+            chat=alone and self.tasks[0].tokenizer.chats is not None,
         )
 
     def _data(self) -> dict[str, Any]:
@@ -119,7 +120,8 @@ class Prepared:
         return {
             "tasks": {
                 task.data.name: {
-                    "template": task.data.template,
+                    "template": task.tokenizer.verbalizer.template,
+                    "chat": task.tokenizer.chats is not None,
                     "task": task.data.kind,
                     "labels": None if task.data.labels is None else list(task.data.labels),
                     **task.record(),
@@ -230,14 +232,18 @@ def _configuration(base: Base, data: Sequence[TaskData], settings: TuneSettings)
 
 
 def _tokenized(task: TaskData, base: Base, config: PromptLearningConfig, settings: TuneSettings) -> TaskRows:
+    chats = _train_on(task, base, config, settings)
     tokenizer = RowTokenizer(
         base.tokenizer,
-        Verbalizer(task.template),
+        Verbalizer(task.template if chats else task.plain_template),
         max_source_length=settings.max_source_length,
         max_target_length=settings.max_target_length,
         seq2seq=base.is_encoder_decoder,
         placement=placement_of(config),
+        chats=chats,
     )
+    if unused := _columns_left_out(task.train[0], tokenizer):
+        logger.info("the template leaves out the columns %s", ", ".join(unused))
     of_task = f" of {task.name}" if task.name else ""
     train, cuts = tokenizer.tokenize(task.train)
     if cuts.sources_cut or cuts.targets_cut:
@@ -249,6 +255,47 @@ def _tokenized(task: TaskData, base: Base, config: PromptLearningConfig, setting
             logger.info("validation data%s: %s", of_task, validation_cuts)
     labels = None if task.labels is None else tokenizer.labels(task.labels)
     return TaskRows(task, tokenizer, train, validation, labels, cuts)
+
+
+def _train_on(
+    task: TaskData, base: Base, config: PromptLearningConfig, settings: TuneSettings
+) -> Literal["last", "all"] | None:
+    """Return which answers of a task's chats are trained; None where a plain template renders its records.
+
+    Instructions and prompts get the chat template of a base that has one, because it was trained on that, and a
+    server's chat endpoint then answers as trained.
+    """
+    has_template = bool(base.tokenizer.chat_template) and not base.is_encoder_decoder
+    plain = task.plain_template
+    if task.chats and (has_template or not plain):
+        answers = sum(each.chat.answers for each in task.train if each.chat)
+        if settings.train_on == "all" and isinstance(config, CPTConfig):
+            raise ConfigError("train_on all would train more than the labels that CPT has; leave it out")
+        logger.info("the base's chat template renders the records")
+        if settings.train_on is None and answers > len(task.train):
+            logger.info("the last answer of each chat is trained; train_on all trains all %s", f"{answers:,}")
+        return settings.train_on or "last"
+    if settings.train_on is not None:
+        raise ConfigError("train_on would be ignored: this base model has no chat template; leave it out")
+    if task.chats:
+        logger.info("the base has no chat template, so the records get the plain template %r", plain)
+    elif has_template:
+        logger.info(
+            "the base has a chat template, which the plain template %r does not use; records with the columns "
+            "prompt and completion, or messages, would get it",
+            plain,
+        )
+    return None
+
+
+def _columns_left_out(example: Record, tokenizer: RowTokenizer) -> list[str]:
+    """Return the columns of a record that its rows do not have."""
+    fields = example.fields
+    used = {*CHAT_FIELDS} if tokenizer.chats else {*tokenizer.verbalizer.fields}
+    # An input column of another name is there under both.
+    names = {name for name in fields if fields[name] is fields.get(INPUT)}
+    used |= names if used & names else set()
+    return [name for name in fields if name not in used]
 
 
 def _loaded(base_model: BaseLike, settings: TuneSettings) -> Base:

@@ -332,7 +332,7 @@ class _Session:
         base = self.prepared.base
         shortest = min(range(len(stage.rows)), key=stage.sampling.lengths.__getitem__)
         row, prompt = stage.rows[shortest], stage.prompt.prompt(stage.sampling.tasks[shortest])
-        checked = EngineRow(row.source, row.target, None, row.at)
+        checked = EngineRow(row.source, row.target, None, row.at, row.unscored)
         require_gradient(base, prompt.detach(), score_of(self.prepared.engine, checked))
 
 

@@ -138,6 +138,9 @@ class TuneSettings:
     task: Literal["classification", "generation"] | None = setting(
         None, "Kind of targets; by default inferred from the training data.", group=_DATA
     )
+    train_on: Literal["last", "all"] | None = setting(
+        None, "Answers of a chat that are trained: the last (the default), or all.", group=_DATA
+    )
     input_field: str | None = setting(None, "Column of the input text.", group=_DATA)
     output_field: str | None = setting(None, "Column of the target.", group=_DATA)
     label_names: dict[str, str] | None = setting(None, "Names of targets that are numbers.", group=_DATA)
@@ -194,6 +197,8 @@ class TuneSettings:
                     f"{item.name} would be ignored with tuning_type {self.tuning_type}; set tuning_type "
                     f"{' or '.join(methods)}, or leave it out"
                 )
+        if self.train_on == "all" and self.task == "classification":
+            raise ConfigError("train_on all trains every answer, and the label of a chat is its last; leave it out")
         if self.source_prompt_base is not None and not self.tuning_config.from_source:
             raise ConfigError(
                 "source_prompt_base would be ignored: the prompt does not start from a source "
@@ -224,6 +229,8 @@ class TuneSettings:
             object.__setattr__(self, "task_verbalizers", dict(self.task_verbalizers))
         if self.label_names is not None:
             object.__setattr__(self, "label_names", names_of_labels(self.label_names))
+        if self.train_on == "all" and self.task is None:
+            object.__setattr__(self, "task", "generation")
         if isinstance(self.config, Mapping):
             object.__setattr__(self, "config", config_from(self.config, self.tuning_type))
 
@@ -321,6 +328,7 @@ class TuneOptions(TypedDict, total=False):
     max_source_length: int
     max_target_length: int
     task: str | None
+    train_on: str | None
     input_field: str | None
     output_field: str | None
     label_names: LabelNames | None

@@ -97,12 +97,14 @@ class Path:
         ids: The ids before its target, virtual ones among them.
         target: The target tokens.
         offset: Positions taken before the first id; the same for all rows of an owner.
+        unscored: Indices of target tokens that are read and not scored.
     """
 
     owner: Owner
     ids: tuple[int, ...]
     target: tuple[int, ...]
     offset: int = 0
+    unscored: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +156,8 @@ class Forest:
                 groups.append(group)
             number, at = found[key]
             for i, token in enumerate(path.target):
-                scored.append((number, at, token, row))
+                if i not in path.unscored:
+                    scored.append((number, at, token, row))
                 if i + 1 < len(path.target):
                     at = groups[number].child(at, token)
         return cls(tuple(roots), tuple(groups), tuple(scored))
@@ -247,7 +250,7 @@ def causal_forest(rows: Sequence[EngineRow], virtual: Sequence[tuple[int, ...]])
     """
     return Forest.of(
         [
-            Path(row.prompt, row.source_with(ids), row.target, row.prefix_tokens)
+            Path(row.prompt, row.source_with(ids), row.target, row.prefix_tokens, row.unscored)
             for row, ids in zip(rows, virtual, strict=True)
         ]
     )
