@@ -101,7 +101,7 @@ class Request:
 
 
 def end_ids_of(base: Base) -> frozenset[int]:
-    """Return the tokens that end an answer: the tokenizer's, its chat's, and those of the base's own generation settings."""
+    """Return the tokens that end an answer: of tokenizer, chat template and generation settings."""
     config = getattr(base.model.generation_config, "eos_token_id", None)
     listed = config if isinstance(config, list) else [config]
     ends = [*listed, base.tokenizer.eos_token_id, *turn_end(base.tokenizer)]
