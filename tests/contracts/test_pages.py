@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import doctest
+import io
 import os
 import re
 import shlex
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 
+from softprompt.cli.main import run
+
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+LOOSE = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
     line
@@ -28,7 +34,7 @@ def run_doctest(text, name):
     test = parser.get_doctest(blocks, {}, name, name, 0)
     assert test.examples, f"{name} shows no code"
     report = []
-    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    runner = doctest.DocTestRunner(optionflags=LOOSE)
     runner.run(test, out=report.append)
     assert not runner.failures, "".join(report)
 
@@ -53,12 +59,68 @@ def test_every_measurement_is_on_its_page():
 def test_the_readmes_commands_in_order(tmp_path):
     """Every softprompt command, in one folder, as a user would type them one after the other."""
     assert len(COMMANDS) >= 4
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     (tmp_path / "data").symlink_to(ROOT / "src/softprompt/bundled/complaints")
     for command in COMMANDS:
         words = shlex.split(command)
-        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(words, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
+
+
+def shell(command, given=""):
+    """Return what a command of bash writes to stdout."""
+    words = ["bash", "-c", command]
+    done = subprocess.run(words, env=ENVIRONMENT, input=given, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stderr}"
+    return done.stdout
+
+
+def softprompt(command, given, monkeypatch):
+    """Return what a softprompt command writes to stdout and to stderr; in this process, which is quicker."""
+    words = shell(f"printf '%s\\0' {command}").split("\0")[1:-1]
+    out, err = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(sys, "stdin", io.StringIO(given))
+    with redirect_stdout(out), redirect_stderr(err):
+        code = run(words)
+    assert code == 0, f"{command}\n{err.getvalue()}"
+    return out.getvalue(), err.getvalue()
+
+
+def typed(line, monkeypatch):
+    """Return what a terminal shows after a line of commands, piped into each other and perhaps into a file."""
+    found, said = "", ""
+    line, _, path = line.partition(" > ")
+    for command in line.split(" | "):
+        if command.startswith("softprompt "):
+            found, noted = softprompt(command, found, monkeypatch)
+            said += noted
+        else:
+            found = shell(f"{command} > {path}" if path else command, found)
+    if path and "softprompt " in line:
+        Path(path).write_text(found, encoding="utf-8")
+        found = ""
+    return said + found
+
+
+@pytest.fixture(scope="module")
+def tutorial_folder(tmp_path_factory):
+    """A folder that all tutorials work in, and what was typed there already: they share training runs."""
+    return tmp_path_factory.mktemp("tutorials"), {}
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs/tutorials").glob("*.md")), ids=lambda p: p.name)
+def test_a_tutorial_shows_what_happens(page, tutorial_folder, monkeypatch):
+    folder, before = tutorial_folder
+    monkeypatch.chdir(folder)
+    for kind, block in re.findall(r"```(console|python)\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
+        if kind == "python":
+            run_doctest(f"```python\n{block}```", page.name)
+            continue
+        for part in re.split(r"^\$ ", block.replace("\\\n", " "), flags=re.M)[1:]:
+            line, _, want = part.partition("\n")
+            if line not in before:
+                before[line] = typed(line, monkeypatch)
+            got = before[line]
+            assert doctest.OutputChecker().check_output(want, got, LOOSE), f"{line}\n{want}\nbut got\n{got}"
 
 
 def test_the_readme_is_short_and_starts_with_what_it_is():
@@ -69,13 +131,13 @@ def test_the_readme_is_short_and_starts_with_what_it_is():
     assert first_code < 15 and install < 50
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name)
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name)
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda p: p.name)
 def test_files_that_are_named_exist(page):
     starts = (ROOT, ROOT / "src" / "softprompt", ROOT / "src" / "softprompt" / page.stem)
     for name in re.findall(r"`([\w/.]+/\w+\.py)`", page.read_text(encoding="utf-8")):

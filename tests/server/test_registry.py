@@ -55,7 +55,7 @@ def test_names_that_are_none(registry, name):
 
 
 def test_a_root_that_is_none(tmp_path):
-    with pytest.raises(UsageError, match="does not exist"):
+    with pytest.raises(UsageError, match="no folder"):
         PromptFolder.of(tmp_path / "absent")
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is a file"):
