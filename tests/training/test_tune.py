@@ -29,6 +29,7 @@ FILES = {
     "adapter_model.safetensors",
     "run.toml",
     "softprompt.json",
+    "training_curve.png",
     "training_logs.jsonl",
 }
 QUICK = {"num_epochs": 2, "batch_size": 4, "tuning_config": {"num_virtual_tokens": 3}}

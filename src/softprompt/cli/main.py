@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextvars import copy_context
 from importlib import import_module, metadata
 from typing import Any, final
 
@@ -55,7 +56,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        result: Any = cli.main(words or ["--help"], "softprompt", standalone_mode=False)
+        # What a command sets for its own time, such as silence, ends with it.
+        result: Any = copy_context().run(cli.main, words or ["--help"], "softprompt", standalone_mode=False)
     except click.ClickException as error:
         return _say(f"Error: {error.format_message()}", error.exit_code)
     except TrainingInterrupted as error:

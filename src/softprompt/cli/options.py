@@ -21,6 +21,7 @@ import click
 
 from softprompt.errors import UsageError
 from softprompt.fields import choices_of, default_of, type_of
+from softprompt.progress import silence
 
 if TYPE_CHECKING:
     from softprompt.inference import TunedPrompt
@@ -215,7 +216,8 @@ def _shown(default: Any) -> str:
 
 
 def start_logging(*, quiet: bool) -> None:
-    """Send softprompt's log lines to stderr, without the loading bars of transformers."""
+    """Send softprompt's log lines to stderr, without the loading bars of transformers; quiet ones warn alone."""
+    silence(silent=quiet)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils.logging import disable_progress_bar

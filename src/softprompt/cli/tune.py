@@ -85,6 +85,8 @@ def command(config: str | None, overwrite: bool, resume: bool, as_json: bool, qu
     tuned = tune(output=output, overwrite=overwrite, resume=resume, **values)
     result = summary(tuned, output)
     shown = {name: value for name, value in result.items() if not isinstance(value, dict | list)}
+    parts = ", ".join(f"{name} {value:g}" for name, value in result["seconds_by_part"].items())
+    shown |= {"seconds": f"{result['seconds']:g} ({parts})"}
     shown |= {"truncated": _truncated(result["cut"])}
     shown |= {f"validation {name}": value for name, value in result["metrics"].items()}
     show(result, table(shown), as_json=as_json)
@@ -123,6 +125,7 @@ def summary(tuned: TunedPrompt, output: str | Path) -> dict[str, Any]:
         "learning_rate": metrics["learning_rate"],
         "tokens_per_second": metrics["tokens_per_second"],
         "seconds": metrics["seconds"],
+        "seconds_by_part": metrics["seconds_by_part"],
     }
 
 

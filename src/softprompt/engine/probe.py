@@ -33,6 +33,7 @@ from softprompt.backbone import (
 from softprompt.engine.predictions import Engine
 from softprompt.engine.rows import EngineRow
 from softprompt.errors import BackboneError, SoftPromptError
+from softprompt.progress import phase
 from softprompt.prompts import Prompt
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ def remembered(base: Base, name: str, find: Callable[[], str], *, otherwise: str
         otherwise: What is done instead, for one line in the log; empty for no line.
     """
     if name not in base.found:
-        with probing(base):
+        with probing(base), phase("probing", f"probing {base.facts.architecture}: {name}"):
             if name not in base.found:  # another thread may have found it meanwhile
                 problem = base.found[name] = _found(find)
                 if problem and otherwise:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, final, overload
+from typing import TYPE_CHECKING, Any, TypeVar, final, overload
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from softprompt.artifacts import Manifest, manifest_of_task, save_adapter
 from softprompt.backbone import Base, head_tensors, replaced_modules
 from softprompt.data import RowTokenizer
+from softprompt.display import curve_html, one_line, page, table, training_figure
 from softprompt.engine import Engine, build_engine, placement_of
 from softprompt.errors import ConfigError
 from softprompt.generation import (
@@ -42,6 +43,9 @@ from softprompt.inference.inputs import (
     task_number,
 )
 from softprompt.prompts import Prompt, PromptLearningConfig, PromptModule
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _Answer = TypeVar("_Answer")
 
@@ -329,6 +333,42 @@ class TunedPrompt:
     def label_ids(self, labels: Sequence[str]) -> list[tuple[int, ...]]:
         """Return the tokens of each label; raise ``ConfigError`` where there is none, or two have the same."""
         return label_ids_of(self.rows, labels)
+
+    def __repr__(self) -> str:
+        """Return task, base, size and what was measured in one line."""
+        labels = None if self.labels is None else f"{len(self.labels)} labels"
+        facts = {"base": self.base.name, "method": self._method, "virtual_tokens": self.config.num_virtual_tokens}
+        return one_line("TunedPrompt", self.manifest.task, *filter(None, [labels]), **facts, **self._measured())
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: facts, metrics, the training curve and the labels."""
+        facts = {
+            "task": self.manifest.task,
+            "base model": self.base.name,
+            "method": self._method,
+            "virtual tokens": self.config.num_virtual_tokens,
+            "template": self.manifest.template,
+            **{name.replace("_", " "): value for name, value in self._measured().items()},
+        }
+        labels = table(enumerate(self.labels or (), start=1), ("", "label"))
+        return page("Soft prompt", table(facts), curve_html(self.history), labels)
+
+    def _measured(self) -> dict[str, Any]:
+        """Return the numbers of the validation, or the training loss where there was none."""
+        found = self.metrics.get("validation") or {"loss": self.metrics.get("loss")}
+        return {name: value for name, value in found.items() if isinstance(value, int | float)}
+
+    @property
+    def _method(self) -> str:
+        return str(self.config.peft_type)
+
+    def plot_training(self) -> Figure:
+        """Return a figure of loss and validation by epoch; ``figure.savefig("curve.png")`` writes it.
+
+        Raises:
+            ConfigError: There is no history, or matplotlib (extra ``plot``) is not installed.
+        """
+        return training_figure(self.history)
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> None:
         """Write the prompt as PEFT's folder with ``softprompt.json`` and a model card.

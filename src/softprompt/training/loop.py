@@ -195,8 +195,10 @@ def train(
     """
     settings, total = stage.settings, stage.total_updates()
     stage.prompt.eval()
-    while state.epoch < settings.num_epochs and not _patience_is_over(settings, state):
+    while state.epoch < settings.num_epochs and not (_patience_is_over(settings, state) or events.stopped):
+        events.begin("epoch")
         for update in stage.sampling.updates(state.epoch)[state.group :]:
+            events.begin("step")
             started = time.perf_counter()
             factor = rate_factor(settings.schedule, state.update, total, settings.warmup_ratio)
             set_rates(optimizer, factor)
@@ -209,6 +211,8 @@ def train(
             seconds = time.perf_counter() - started
             state.add_update(sums, seconds=seconds, rate=stage.learning_rate * factor)
             events.update(state, sums.loss / sums.targets)
+            if events.epoch_stopped:
+                break
         _finish_epoch(stage, state, events)
         save()
 
@@ -266,11 +270,13 @@ def _finish_epoch(stage: Stage, state: RunState, events: Events) -> None:
     if stage.distils:
         point["distillation"] = state.mean_penalty
     if stage.validation is not None:
+        started = time.perf_counter()
         with torch.no_grad():
             prompts = [stage.prompt.prompt(task) for task in range(stage.prompt.num_tasks)]
         metrics = stage.validation.metrics(prompts)
         point["validation"] = metrics
         state.offer(stage.validation.quality(metrics), stage.prompt.state_dict())
+        state.validation_seconds += time.perf_counter() - started
     state.add_epoch(point)
     events.epoch(point)
 

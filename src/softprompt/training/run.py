@@ -6,18 +6,23 @@ import inspect
 import json
 import os
 import re
+import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Unpack, cast
 
 from softprompt.artifacts import require_empty, require_no_file, write_atomically
 from softprompt.bundled import DEMO
+from softprompt.display import CURVE_NAME, training_curve
 from softprompt.errors import ArtifactError, ConfigError, OutputExistsError, UsageError, broken, nearest
 from softprompt.fields import default_of
 from softprompt.inference import TunedPrompt
+from softprompt.progress import timed
 from softprompt.prompts import SOURCE_INITS, MultitaskPromptTuningConfig, MultitaskPromptTuningInit
+from softprompt.training.events import checked_callbacks
 from softprompt.training.examples import Data, Rows, read_data
 from softprompt.training.preparation import BaseLike, Prepared, prepare
 from softprompt.training.session import Trained, identity, run
@@ -34,6 +39,7 @@ def tune(
     output: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    callbacks: Sequence[object] = (),
     **options: Unpack[TuneOptions],
 ) -> TunedPrompt:
     """Tune a soft prompt for a frozen model and return it ready for use.
@@ -46,6 +52,8 @@ def tune(
         output: Directory to write the prompt to; without it nothing is written.
         overwrite: Write into an output directory that is not empty.
         resume: Continue the run that was interrupted in ``output``, with its own settings.
+        callbacks: Objects (or classes) called as transformers' Trainer calls a ``TrainerCallback``; see
+            docs/training.md.
         **options: The fields of `TuneSettings`. What the prompt is, is said by ``config``, such as
             ``PrefixTuningConfig(num_virtual_tokens=8)``, or by ``method`` and ``tuning_config``; ``lr`` is
             another name of ``learning_rate``.
@@ -58,6 +66,7 @@ def tune(
         TrainingError: The loss is not finite, or there is nothing to resume.
         TrainingInterrupted: Ctrl-C or SIGTERM; the state is saved when there is an ``output``.
     """
+    clock, called = time.perf_counter(), checked_callbacks(callbacks)
     target = None if output is None else Path(output)
     if resume and overwrite:
         raise UsageError("resume goes on with a run and overwrite starts anew; give one of them")
@@ -71,15 +80,17 @@ def tune(
     if plan.train_data is None:
         raise UsageError("train_data is missing; give a data file or records of input and output")
     data = read_data(plan.train_data, plan.validation_data, plan.settings)
-    prepared = prepare(plan.base_model, data, plan.settings)
-    found = load_state(target, identity(prepared)) if resume and target is not None else None
-    # From here on a Ctrl-C is noted, so the run's file and its first state are written together.
-    with StopSignal() as stop, kept_if_resumable(target):
-        if target is not None and not resume:
-            remove_state(target)
-            write_run(state_path(target).with_name(RUN_FILE), plan.names(), plan.settings)
-        trained = run(prepared, target, stop, found)
-    return _finished(prepared, trained, plan, target)
+    with timed(silent=plan.settings.silence_progress_bars) as parts:
+        prepared = prepare(plan.base_model, data, plan.settings)
+        found = load_state(target, identity(prepared)) if resume and target is not None else None
+        before = found.seconds if found else 0.0
+        # From here on a Ctrl-C is noted, so the run's file and its first state are written together.
+        with StopSignal() as stop, kept_if_resumable(target):
+            if target is not None and not resume:
+                remove_state(target)
+                write_run(state_path(target).with_name(RUN_FILE), plan.names(), plan.settings)
+            trained = run(prepared, target, stop, found, called)
+    return _finished(prepared, trained.timed(parts, before + time.perf_counter() - clock), plan, target)
 
 
 def _check_names(options: Mapping[str, Any]) -> None:
@@ -148,6 +159,9 @@ def _finished(prepared: Prepared, trained: Trained, plan: _Plan, target: Path | 
         tuned.save(target, overwrite=True)
         write_run(target / RUN_FILE, plan.names(), plan.settings)
         publish_logs(target)
+        with suppress(ConfigError):  # matplotlib is not installed
+            (target / CURVE_NAME).unlink(missing_ok=True)
+            training_curve(trained.history, target / CURVE_NAME)
     return tuned
 
 
