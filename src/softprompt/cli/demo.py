@@ -65,7 +65,8 @@ def command(output: str, overwrite: bool, seed: int, as_json: bool, quiet: bool)
 
 
 def _draw_curve(history: Any, output: Path, base_accuracy: float | None) -> str | None:
-    from softprompt.display import CURVE_NAME, training_curve
+    from softprompt.artifacts import CURVE_NAME
+    from softprompt.display import training_curve
     from softprompt.errors import ConfigError
 
     path = output / CURVE_NAME

@@ -13,7 +13,31 @@ import click
 
 from softprompt.errors import SoftPromptError, TrainingInterrupted, in_options, nearest
 
-COMMANDS = ("tune", "evaluate", "generate", "serve", "info", "sources", "similar", "compose", "convert", "demo")
+GROUPS = {
+    "Train": (
+        "demo",
+        "tune",
+        "sources",
+        "compose",
+    ),
+    "Evaluate": ("evaluate",),
+    "Use": (
+        "generate",
+        "serve",
+    ),
+    "Share": (
+        "push",
+        "pull",
+        "convert",
+    ),
+    "Inspect": (
+        "info",
+        "similar",
+    ),
+    "Shell": ("completion",),
+}
+"""The commands by what they are for, in the order of a prompt's life; each is a module of this folder."""
+COMMANDS = tuple(name for names in GROUPS.values() for name in names)
 INTERRUPTED = 130
 
 
@@ -25,8 +49,21 @@ class Commands(click.Group):
         """Return the names in the order of a prompt's life."""
         return list(COMMANDS)
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands, group by group."""
+        for title, names in GROUPS.items():
+            found = {name: self.get_command(ctx, name) for name in names}
+            with formatter.section(title):
+                width = formatter.width - 6 - max(map(len, COMMANDS))
+                formatter.write_dl(
+                    [(name, each.get_short_help_str(width)) for name, each in found.items() if each is not None],
+                    col_max=max(map(len, COMMANDS)),
+                )
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return a command; a name that does not exist fails, naming the nearest."""
+        if cmd_name not in COMMANDS and ctx.resilient_parsing:  # a shell asks for completions
+            return None
         if cmd_name not in COMMANDS:
             known = ", ".join(COMMANDS)
             ctx.fail(f"no command {cmd_name!r}{nearest(cmd_name, COMMANDS)}; there are {known}")

@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, final, get_args, get_origin
 
 import click
+from click.shell_completion import CompletionItem
 
 from softprompt.errors import UsageError
 from softprompt.fields import choices_of, default_of, type_of
@@ -41,9 +42,32 @@ class Option(click.Option):
         self.group = group
 
 
+_FOLDERS = ("prompt_dir", "prompt_dirs", "first", "second", "folder", "directory", "prompts", "source_prompt_base")
+_FILES = ("base_model", "source", "destination", "train_data", "validation_data", "data", "api_key_file")
+"""Parameters that a shell completes with folders, and with files or folders."""
+
+
+@final
+class Place(click.types.StringParamType):
+    """A text that a shell completes as a path; it may as well be a name, as on the Hub."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Let the shell complete a ``dir`` or a ``file``."""
+        return [CompletionItem(incomplete, type=self._kind)]
+
+
 @final
 class Command(click.Command):
     """A command whose help lists its options in groups, in the order of their first options, output at the end."""
+
+    def __init__(self, *arguments: Any, **attributes: Any) -> None:
+        super().__init__(*arguments, **attributes)
+        for each in self.params:
+            if each.name in (*_FOLDERS, *_FILES) and each.type is click.STRING:
+                each.type = Place("dir" if each.name in _FOLDERS else "file")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, group by group."""

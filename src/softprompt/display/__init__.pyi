@@ -1,4 +1,3 @@
-from .figures import CURVE_NAME as CURVE_NAME
 from .figures import report_figure as report_figure
 from .figures import training_curve as training_curve
 from .figures import training_figure as training_figure

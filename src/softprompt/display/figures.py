@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TRAINING, _VALIDATION, _ACCURACY, _INK = "#1f5fa8", "#7fb0e0", "#c8501e", "#3c3c3c"
-CURVE_NAME = "training_curve.png"
-"""What the curve is called in a prompt's folder."""
-
 _COUNTED, _HALF = 20, 12
 """Most labels of a matrix that shows its counts; most characters of either half of a label."""
 _FRAME, _GRID = "#b0b0b0", "#e8e8e8"

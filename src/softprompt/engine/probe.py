@@ -90,7 +90,7 @@ def remembered(base: Base, name: str, find: Callable[[], str], *, otherwise: str
         otherwise: What is done instead, for one line in the log; empty for no line.
     """
     if name not in base.found:
-        with probing(base), phase("probing", f"probing {base.facts.architecture}: {name}"):
+        with probing(base):
             if name not in base.found:  # another thread may have found it meanwhile
                 problem = base.found[name] = _found(find)
                 if problem and otherwise:
@@ -120,6 +120,7 @@ def probing(base: Base) -> Iterator[None]:
     gradients = torch.is_grad_enabled()
     with (
         base.lock,
+        phase("probing", f"probing {base.facts.architecture}"),
         evaluated(base.model),
         torch.inference_mode(False),
         torch.set_grad_enabled(gradients),

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar, final, overload
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from softprompt.artifacts import Manifest, manifest_of_task, save_adapter
+from softprompt.artifacts import Manifest, manifest_of_task, push, save_adapter
 from softprompt.backbone import Base, head_tensors, replaced_modules
 from softprompt.data import RowTokenizer
 from softprompt.display import curve_html, one_line, page, table, training_figure
@@ -384,6 +385,51 @@ class TunedPrompt:
             self.whole,
             overwrite=overwrite,
         )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload soft prompt",
+        revision: str | None = None,
+        create_pr: bool = False,
+        base_model: str | None = None,
+        license: str | None = None,
+        datasets: Sequence[str] = (),
+    ) -> str:
+        """Put the prompt with its card into a repository of the Hub, made if needed; return the commit's address.
+
+        Args:
+            repo_id: ``org/name``.
+            private: Whether a repository that is made is private; None is the owner's default.
+            token: Access token; None takes that of ``hf auth login``.
+            commit_message: Message of the commit.
+            revision: Branch, made if needed; None is the main one.
+            create_pr: Open a pull request.
+            base_model: Hub id of the base, where the prompt records a folder.
+            license: Identifier of the licence, such as ``apache-2.0``, for the card.
+            datasets: Hub ids of the data sets it was trained on, for the card.
+
+        Raises:
+            ConfigError: The base is a folder of this machine, and ``base_model`` does not name it.
+            ArtifactError: The Hub refuses or cannot be reached.
+        """
+        with TemporaryDirectory() as folder:
+            self.save(folder)
+            return push(
+                folder,
+                repo_id,
+                base_model=base_model,
+                license=license,
+                datasets=datasets,
+                private=private,
+                token=token,
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+            )
 
 
 @dataclass(slots=True)

@@ -9,13 +9,15 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO, final
+from typing import TYPE_CHECKING, Any, Self, TextIO, final
 
 from softprompt.artifacts import write_atomically
 from softprompt.errors import ConfigError
 from softprompt.progress import progress_bar
-from softprompt.training.settings import TuneSettings
-from softprompt.training.state import RunState
+
+if TYPE_CHECKING:
+    from softprompt.training.settings import TuneSettings
+    from softprompt.training.state import RunState
 
 logger = logging.getLogger(__name__)
 

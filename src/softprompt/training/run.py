@@ -14,9 +14,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Unpack, cast
 
-from softprompt.artifacts import require_empty, require_no_file, write_atomically
+from softprompt.artifacts import CURVE_NAME, anchored, portable, require_empty, require_no_file, write_atomically
 from softprompt.bundled import DEMO
-from softprompt.display import CURVE_NAME, training_curve
+from softprompt.display import training_curve
 from softprompt.errors import ArtifactError, ConfigError, OutputExistsError, UsageError, broken, nearest
 from softprompt.fields import default_of
 from softprompt.inference import TunedPrompt
@@ -214,7 +214,9 @@ def _resumed(
     if not state_path(output).exists():
         raise UsageError(f"nothing to resume in {output}: it holds no interrupted run; start it without resume")
     saved = read_run(state_path(output).with_name(RUN_FILE))
-    names = {name: saved.pop(name, None) for name in ("base_model", "train_data", "validation_data")}
+    names: dict[str, Any] = {
+        name: _name(saved.pop(name, None)) for name in ("base_model", "train_data", "validation_data")
+    }
     settings = _same_settings(TuneSettings.from_dict(saved), options)
     if names["base_model"] is None and base_model == DEMO:
         raise UsageError("the interrupted run used a model in memory; give base_model again")
@@ -279,6 +281,8 @@ SOURCES = ("base_model", *DATA, "output")
 def read_run(path: str | Path) -> dict[str, Any]:
     """Read a run file into keyword arguments of `tune`, checking that every key exists.
 
+    A path that starts with ``./`` is found from the working directory, or else from a folder above the file.
+
     Raises:
         ConfigError: the file is missing, is not TOML, has an unknown key, or a source that is no text.
     """
@@ -296,7 +300,7 @@ def read_run(path: str | Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: {name} must be a table, [{name}]")
     tuning = values.get("tuning_config", {})
     _check_keys(tuning, list(TuningConfig.__dataclass_fields__), f"{path} [tuning_config]")
-    return values
+    return dict(anchored(values, Path(path).parent))
 
 
 def write_run(path: Path, sources: Mapping[str, Any], settings: TuneSettings) -> None:
@@ -306,7 +310,7 @@ def write_run(path: Path, sources: Mapping[str, Any], settings: TuneSettings) ->
     """
     given = {name: value for name, value in sources.items() if not _in_memory(value)}
     lines = [f"# {name} was in memory and has to be given again" for name in sources if name not in given]
-    values = given | settings.to_dict()
+    values = portable(given | settings.to_dict(), path.parent)
     tables = {name: value for name, value in values.items() if isinstance(value, Mapping)}
     lines += [f"{name} = {_literal(value)}" for name, value in values.items() if name not in tables]
     for table, entries in tables.items():

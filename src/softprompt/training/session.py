@@ -20,7 +20,6 @@ from softprompt.data import TokenRow
 from softprompt.engine import Engine, EngineRow, gradient_problem
 from softprompt.errors import TrainingError, TrainingInterrupted
 from softprompt.generation import TargetLikelihood, classify_rows, target_likelihood
-from softprompt.progress import phase
 from softprompt.prompts import CPTConfig, Prompt, PromptModule, context_labels
 from softprompt.training.events import Callbacks, Events
 from softprompt.training.loop import Measure, Sampling, Stage, train
@@ -327,8 +326,7 @@ class _Session:
             save_state(self.output, snapshot, self.identity)
 
         save()
-        with phase("probing", "checking the gradient"):
-            self._check_gradient(stage)
+        self._check_gradient(stage)
         silent = stage.settings.silence_progress_bars
         log = None if self.output is None else state_path(self.output).with_name(stage.log_file)
         try:
