@@ -93,7 +93,7 @@ def hub_name(base: str) -> str | None:
 
 def _shown(base: str) -> str:
     """Return what a card calls a base: its id, or its folder without those around it."""
-    return hub_name(base) or (os.path.basename(base) if os.path.isabs(base) else base)
+    return hub_name(base) or (f"path/to/{os.path.basename(base)}" if os.path.isabs(base) else base)
 
 
 def _card_data(
@@ -172,9 +172,7 @@ def _with_peft(config: Mapping[str, Any], base: str, manifest: Manifest | None, 
         lines += [f'loaded = load_base("{_BUNDLED}")  # the model inside the softprompt package']
         lines += ["base, tokenizer = loaded.model, loaded.tokenizer"]
     else:
-        name = json.dumps(
-            base if hub_name(base) or base.startswith("./") else f"path/to/{base or 'the/base/model'}"
-        )
+        name = json.dumps(base or "path/to/the/base/model")
         lines += [f"from transformers import {auto}, AutoTokenizer", ""]
         lines += [f"base = {auto}.from_pretrained({name})"]
         lines += [f"tokenizer = AutoTokenizer.from_pretrained({name})"]
