@@ -14,6 +14,7 @@ import pytest
 from oracles.hub import LocalHub
 from softprompt.artifacts import save_adapter
 from softprompt.cli.main import COMMANDS, GROUPS, run
+from softprompt.server import app
 
 
 @pytest.fixture
@@ -45,6 +46,15 @@ def test_push_and_pull(hub, prompt, tmp_path, capsys, monkeypatch):
     assert Path("prompt/adapter_config.json").is_file()
     assert run(["pull", "me/prompt"]) == 2
     assert "--overwrite" in capsys.readouterr().err
+
+
+def test_a_collection_is_served_like_a_folder(hub, prompt, monkeypatch):
+    slug, seen = "me/prompts-64f9a55bb3115b4f513ec026", []
+    shutil.copytree(prompt, hub.root / "me" / "writer")
+    hub.collections[slug] = [("me/writer", "model")]
+    monkeypatch.setattr(app, "_serve", lambda settings, root: seen.append(root.names()))
+    assert run(["serve", "--base-model", "demo", "--prompts", slug, "--quiet"]) == 0
+    assert seen == [["writer"]]
 
 
 def test_a_hub_out_of_reach_is_one_line(prompt, capsys, tmp_path):
