@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
+from safetensors import safe_open
 from transformers import TrainerCallback
 
 from softprompt import tune
 from softprompt.errors import ConfigError
+from softprompt.training.state import state_path
 
 QUICK = {"num_epochs": 2, "batch_size": 8, "tuning_config": {"num_virtual_tokens": 2}}
 
@@ -92,3 +95,20 @@ def test_seconds_are_wall_time_with_its_parts(llama, rows, held_out):
     assert all(value > 0 for value in parts.values())
     assert sum(parts.values()) <= metrics["seconds"] - 0.2 + 0.05  # the callback's own time is in no part
     assert metrics["seconds"] == pytest.approx(wall, abs=0.3)
+
+
+def test_an_error_of_a_callback_keeps_the_state_and_the_seconds_go_on(llama, rows, held_out, tmp_path):
+    class Fails:
+        def on_epoch_end(self, args, state, control, **kwargs):
+            raise RuntimeError("the tracker is down")
+
+    with pytest.raises(RuntimeError, match="the tracker is down"):
+        tune(llama, rows, held_out, callbacks=[Fails()], output=tmp_path / "out", **QUICK)
+    header = state_path(tmp_path / "out")
+    with safe_open(header, framework="pt") as file:
+        before = json.loads(file.metadata()["state"])["run"]
+    recorder = Recorder()
+    resumed = tune(llama, rows, held_out, callbacks=[recorder], output=tmp_path / "out", resume=True)
+    assert resumed.metrics["seconds"] >= sum(resumed.metrics["seconds_by_part"].values()) - 0.02
+    assert resumed.metrics["seconds"] >= before["seconds"] + before["validation_seconds"]
+    assert recorder.events[-1] == "end"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from softprompt import AutoPeftModelForCausalLM
 from softprompt.backbone import Base, weights_hash
 from softprompt.errors import (
     ArtifactError,
@@ -340,6 +341,7 @@ def test_no_file_of_a_run_names_the_folder_of_its_project(llama, rows, held_out,
     monkeypatch.chdir("/")
     moved = project.rename(tmp_path / "moved")
     assert load(moved / "runs" / "a")(held_out[0]["input"]) == tuned(held_out[0]["input"])
+    assert AutoPeftModelForCausalLM.from_pretrained(moved / "runs" / "a").config.name_or_path == str(moved / "base")
     again = tune(**read_run(moved / "runs" / "a" / "run.toml"))
     assert torch.equal(again.prompt().tensors[0], tuned.prompt().tensors[0])
 

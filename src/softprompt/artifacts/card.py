@@ -88,7 +88,8 @@ def hub_name(base: str) -> str | None:
     cached = _CACHED.search(base)
     if cached:
         return "/".join(filter(None, cached.groups()))
-    return base if _HUB_ID.fullmatch(base) and not os.path.isabs(base) else None
+    is_name = _HUB_ID.fullmatch(base) and (base == _BUNDLED or not os.path.exists(base))
+    return base if is_name else None
 
 
 def _shown(base: str) -> str:
