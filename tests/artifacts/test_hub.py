@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from oracles.hub import LocalHub
+from oracles.served import served
 from softprompt.artifacts import files, load_adapter, local_prompts, pull, push, save_adapter, staged_folder
 from softprompt.errors import ArtifactError, ConfigError, OutputExistsError
 
@@ -54,6 +55,15 @@ def test_a_prompt_goes_to_the_hub_and_back(hub, folder, tmp_path):
     there, here = load_adapter(folder), load_adapter(target)
     assert torch.equal(there.values, here.values)
     assert there.manifest == here.manifest
+
+
+def test_a_prompt_in_memory_publishes_itself(hub):
+    tuned = served("llama", kinds=("plain",)).prompts["plain"]
+    assert tuned.push_to_hub("me/prompt", base_model="org/tiny", create_pr=True).endswith("/commit/1")
+    assert hub.calls["upload"]["create_pr"] is True
+    found = load_adapter(hub.root / "me" / "prompt")
+    assert found.base_model == "org/tiny"
+    assert torch.equal(found.values, tuned.prompt().tensors[0])
 
 
 def test_a_folder_of_this_machine_is_not_published_as_a_base(hub, folder, config, tensors, manifest):

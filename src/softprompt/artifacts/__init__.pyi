@@ -20,6 +20,7 @@ from .formats import Format as Format
 from .formats import Read as Read
 from .formats import detect as detect
 from .formats import format_named as format_named
+from .hub import Publishing as Publishing
 from .hub import local_prompts as local_prompts
 from .hub import pull as pull
 from .hub import push as push

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from huggingface_hub import get_collection
 from safetensors.torch import save as bytes_from_tensors
@@ -33,31 +33,39 @@ _BESIDE = (CARD_NAME, CURVE_NAME, "training_logs.jsonl")
 _COLLECTION = re.compile(r"(?:https://huggingface\.co/collections/)?([\w.-]+/[\w.-]*[0-9a-f]{24})")
 
 
-def push(
-    directory: str | Path,
-    repo_id: str,
-    *,
-    base_model: str | None = None,
-    license: str | None = None,
-    datasets: Sequence[str] = (),
-    **options: Any,
-) -> str:
-    """Put a prompt into a repository of the Hub, made if needed, and return the commit's address.
+class Publishing(TypedDict, total=False):
+    """How a prompt is published.
 
-    Args:
-        directory: Folder of the prompt.
-        repo_id: ``org/name``.
-        base_model: Hub id of its base, where the prompt records a folder.
-        license: Identifier of its licence, for the model card.
-        datasets: Hub ids of the data sets it was trained on, for the model card.
-        **options: ``private``, ``token``, ``commit_message``, ``revision`` and ``create_pr``.
+    Attributes:
+        private: Whether a repository that is made is private; None is the owner's default.
+        token: Access token; None takes that of ``hf auth login``.
+        commit_message: Message of the commit.
+        revision: Branch, made if needed; None is the main one.
+        create_pr: Open a pull request instead of a commit.
+        base_model: Hub id of the base, where the prompt records a folder.
+        license: Identifier of the licence, such as ``apache-2.0``, for the card.
+        datasets: Hub ids of the data sets that the prompt was trained on, for the card.
+    """
+
+    private: bool | None
+    token: str | bool | None
+    commit_message: str
+    revision: str | None
+    create_pr: bool
+    base_model: str | None
+    license: str | None
+    datasets: Sequence[str]
+
+
+def push(directory: str | Path, repo_id: str, **options: Unpack[Publishing]) -> str:
+    """Put a prompt's folder into ``org/name`` on the Hub, made if needed, and return the commit's address.
 
     Raises:
         ArtifactError: The folder is damaged, or the Hub refuses or cannot be reached.
         ConfigError: The base is a folder of this machine, which nobody else has.
     """
-    stored = load_adapter(directory)
-    base = base_model or hub_name(stored.base_model or "")
+    stored, hub = load_adapter(directory), dict[str, Any](options)
+    base = hub.pop("base_model", None) or hub_name(stored.base_model or "")
     if base is None:
         raise ConfigError(
             f"the prompt in {stored.location} is for {stored.base_model}, a folder of this machine; name the "
@@ -68,19 +76,11 @@ def push(
     if manifest is not None:
         manifest = dataclasses.replace(manifest, base_model=base, settings=_nameless(manifest.settings))
     with tempfile.TemporaryDirectory() as folder:
-        save_adapter(
-            Path(folder),
-            config,
-            stored.tensors,
-            manifest,
-            overwrite=True,
-            repo_id=repo_id,
-            license=license,
-            datasets=datasets,
-        )
+        card = {"repo_id": repo_id} | {name: hub.pop(name) for name in ("license", "datasets") if name in hub}
+        save_adapter(Path(folder), config, stored.tensors, manifest, overwrite=True, card=card)
         beside = {name: Path(directory, name) for name in _BESIDE[1:]}
         write_folder(Path(folder), {name: read_bytes(path) for name, path in beside.items() if path.is_file()})
-        return upload(Path(folder), repo_id, **options)
+        return upload(Path(folder), repo_id, **hub)
 
 
 def _nameless(value: Any) -> Any:

@@ -57,7 +57,7 @@ def save_adapter(
     *,
     overwrite: bool,
     pickled: bool = False,
-    **shared: Any,
+    card: Mapping[str, Any] | None = None,
 ) -> None:
     """Write PEFT's folder, plus manifest and model card, all of it or nothing.
 
@@ -69,7 +69,7 @@ def save_adapter(
         overwrite: replace the prompt that ``directory`` holds; a README.md that softprompt did
             not write is left as it is.
         pickled: write the weights as ``adapter_model.bin``, for readers without safetensors.
-        **shared: what the card of a published prompt says besides; see ``model_card``.
+        card: what the card of a published prompt says besides, as keywords of ``model_card``.
 
     Raises:
         OutputExistsError: the directory is not empty, or is a file.
@@ -85,10 +85,10 @@ def save_adapter(
         plain = {name: portable(getattr(manifest, name), directory) for name in ("base_model", "settings", "data")}
         manifest = dataclasses.replace(manifest, **plain)
     files = _files_of(config, tensors, manifest, pickled=pickled)
-    card = directory / CARD_NAME
+    there = directory / CARD_NAME
     # save_pretrained(".") in a project must not cost the user the project's own README.
-    if not card.is_file() or is_own_card(read_bytes(card).decode(errors="replace")):
-        files[CARD_NAME] = model_card(config, manifest, **shared).encode()
+    if not there.is_file() or is_own_card(read_bytes(there).decode(errors="replace")):
+        files[CARD_NAME] = model_card(config, manifest, **card or {}).encode()
     try:
         write_folder(directory, files, stale=(PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, MANIFEST_NAME))
     except OSError as error:

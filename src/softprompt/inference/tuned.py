@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, TypeVar, final, overload
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack, final, overload
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from softprompt.artifacts import Manifest, manifest_of_task, push, save_adapter
+from softprompt.artifacts import Manifest, Publishing, manifest_of_task, push, save_adapter
 from softprompt.backbone import Base, head_tensors, replaced_modules
 from softprompt.data import RowTokenizer
 from softprompt.display import curve_html, one_line, page, table, training_figure
@@ -337,31 +337,20 @@ class TunedPrompt:
 
     def __repr__(self) -> str:
         """Return task, base, size and what was measured in one line."""
-        labels = None if self.labels is None else f"{len(self.labels)} labels"
-        facts = {"base": self.base.name, "method": self._method, "virtual_tokens": self.config.num_virtual_tokens}
-        return one_line("TunedPrompt", self.manifest.task, *filter(None, [labels]), **facts, **self._measured())
+        labels = [] if self.labels is None else [f"{len(self.labels)} labels"]
+        return one_line("TunedPrompt", self.manifest.task, *labels, **self._facts())
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows: facts, metrics, the training curve and the labels."""
-        facts = {
-            "task": self.manifest.task,
-            "base model": self.base.name,
-            "method": self._method,
-            "virtual tokens": self.config.num_virtual_tokens,
-            "template": self.manifest.template,
-            **{name.replace("_", " "): value for name, value in self._measured().items()},
-        }
+        facts = {"task": self.manifest.task, **self._facts(), "template": self.manifest.template}
         labels = table(enumerate(self.labels or (), start=1), ("", "label"))
         return page("Soft prompt", table(facts), curve_html(self.history), labels)
 
-    def _measured(self) -> dict[str, Any]:
-        """Return the numbers of the validation, or the training loss where there was none."""
+    def _facts(self) -> dict[str, Any]:
+        """Return base, method, size, and the numbers of the validation, or the training loss without one."""
         found = self.metrics.get("validation") or {"loss": self.metrics.get("loss")}
-        return {name: value for name, value in found.items() if isinstance(value, int | float)}
-
-    @property
-    def _method(self) -> str:
-        return str(self.config.peft_type)
+        size = {"method": str(self.config.peft_type), "virtual_tokens": self.config.num_virtual_tokens}
+        return {"base": self.base.name, **size, **{n: v for n, v in found.items() if isinstance(v, int | float)}}
 
     def plot_training(self) -> Figure:
         """Return a figure of loss and validation by epoch; ``figure.savefig("curve.png")`` writes it.
@@ -386,50 +375,19 @@ class TunedPrompt:
             overwrite=overwrite,
         )
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        commit_message: str = "Upload soft prompt",
-        revision: str | None = None,
-        create_pr: bool = False,
-        base_model: str | None = None,
-        license: str | None = None,
-        datasets: Sequence[str] = (),
-    ) -> str:
-        """Put the prompt with its card into a repository of the Hub, made if needed; return the commit's address.
+    def push_to_hub(self, repo_id: str, **options: Unpack[Publishing]) -> str:
+        """Put the prompt with its card into ``org/name`` on the Hub, made if needed; return the commit's address.
 
-        Args:
-            repo_id: ``org/name``.
-            private: Whether a repository that is made is private; None is the owner's default.
-            token: Access token; None takes that of ``hf auth login``.
-            commit_message: Message of the commit.
-            revision: Branch, made if needed; None is the main one.
-            create_pr: Open a pull request.
-            base_model: Hub id of the base, where the prompt records a folder.
-            license: Identifier of the licence, such as ``apache-2.0``, for the card.
-            datasets: Hub ids of the data sets it was trained on, for the card.
+        ``options`` are those of a repository, ``private``, ``token``, ``commit_message``, ``revision`` and
+        ``create_pr``, and of the card, ``base_model``, ``license`` and ``datasets``; see docs/sharing.md.
 
         Raises:
-            ConfigError: The base is a folder of this machine, and ``base_model`` does not name it.
+            ConfigError: The base is a folder of this machine, and ``base_model`` does not name its Hub id.
             ArtifactError: The Hub refuses or cannot be reached.
         """
         with TemporaryDirectory() as folder:
             self.save(folder)
-            return push(
-                folder,
-                repo_id,
-                base_model=base_model,
-                license=license,
-                datasets=datasets,
-                private=private,
-                token=token,
-                commit_message=commit_message,
-                revision=revision,
-                create_pr=create_pr,
-            )
+            return push(folder, repo_id, **options)
 
 
 @dataclass(slots=True)
