@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -22,19 +23,49 @@ def code_blocks(card):
     return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
 
 
-def test_front_matter_claims_no_licence(config, manifest):
+def test_front_matter_says_what_the_hub_searches_and_claims_no_licence(config, manifest):
     assert front_matter(model_card(config, manifest)) == {
         "library_name": "peft",
         "base_model": "org/tiny",
+        "base_model_relation": "adapter",
+        "pipeline_tag": "text-classification",
         "tags": ["softprompt", "prompt-tuning"],
+        "widget": [{"text": "Text : your text Label : "}],
     }
 
 
-@pytest.mark.parametrize("base", ["/models/tiny", "../tiny", "a/b/c", "runs/tiny/", ""])
-def test_a_path_is_no_base_model_of_the_hub(config, manifest, base):
+def test_a_published_card_has_licence_data_sets_and_metrics_and_loads_from_its_repository(config, manifest):
+    measured = dataclasses.replace(
+        manifest,
+        metrics={"loss": 1.5, "validation": {"accuracy": 0.875, "loss": 0.4}},
+        data={"validation": {"path": "validation.jsonl"}},
+    )
+    card = model_card(config, measured, repo_id="me/prompt", license="mit", datasets=["org/set"])
+    front = ModelCard(card).data  # as huggingface_hub reads it
+    assert (front.license, front.datasets, front.model_name) == ("mit", ["org/set"], "prompt")
+    found = {
+        each.metric_name: (each.metric_type, each.metric_value, each.dataset_name) for each in front.eval_results
+    }
+    assert found["accuracy"] == ("accuracy", 0.875, "validation.jsonl")
+    assert found["loss"] == ("loss", 0.4, "validation.jsonl")
+    ours, pefts = code_blocks(card)
+    assert 'softprompt.load("me/prompt")' in ours
+    assert 'PeftModel.from_pretrained(base, "me/prompt")' in pefts
+
+
+@pytest.mark.parametrize("base", ["/models/tiny", "../tiny", "a/b/c", "./runs/tiny", ""])
+def test_a_path_is_no_base_model_of_the_hub_and_an_absolute_one_is_not_told(config, manifest, base):
     card = model_card(config, dataclasses.replace(manifest, base_model=base))
     assert "base_model" not in front_matter(card)
-    assert base in card
+    assert base.removeprefix("/models/") in card
+    assert "/models" not in card
+
+
+def test_the_files_of_a_hub_model_are_called_by_its_id(config, manifest):
+    path = "/home/me/.cache/huggingface/hub/models--org--tiny/snapshots/0123abcd"
+    card = model_card(config, dataclasses.replace(manifest, base_model=path))
+    assert front_matter(card)["base_model"] == "org/tiny"
+    assert "/home" not in card
 
 
 def test_the_card_tells_what_the_prompt_is(config, manifest):
@@ -127,5 +158,6 @@ def test_the_peft_code_runs(tmp_path, config, tensors, manifest, capsys):
     manifest = dataclasses.replace(manifest, base_model=base)
     save_adapter(tmp_path / "p", config, tensors, manifest, overwrite=False)
     code = code_blocks((tmp_path / "p" / "README.md").read_text())[1]
+    code = code.replace("path/to/base", base)  # the card names no folder
     exec(code.replace("path/to/this/folder", str(tmp_path / "p")), {})  # noqa: S102 - our own
     assert capsys.readouterr().out.startswith("Text : your text Label :")

@@ -163,4 +163,4 @@ def test_a_readme_of_somebody_else_is_left_alone(tmp_path, config, tensors, text
 
 def test_our_own_card_is_renewed(written, config, tensors, manifest):
     save_adapter(written, {**config, "base_model_name_or_path": "org/b"}, tensors, overwrite=True)
-    assert 'base_model: "org/b"' in (written / "README.md").read_text()
+    assert "base_model: org/b" in (written / "README.md").read_text()

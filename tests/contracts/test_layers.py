@@ -17,11 +17,11 @@ LEVELS = [
     {"inspection", "training"},
     {"evaluation"},
     {"inference"},
-    {"generation"},
+    {"generation", "display"},
     {"engine", "artifacts"},
     {"backbone", "data"},
     {"prompts"},
-    {"fields"},
+    {"fields", "progress"},
     {"errors", "bundled"},
 ]
 """High to low; a folder imports lower levels only, so siblings never import each other."""

@@ -1,12 +1,15 @@
 import inspect
 import json
 import os
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from softprompt import AutoPeftModelForCausalLM
 from softprompt.backbone import Base, weights_hash
 from softprompt.errors import (
     ArtifactError,
@@ -29,6 +32,7 @@ FILES = {
     "adapter_model.safetensors",
     "run.toml",
     "softprompt.json",
+    "training_curve.png",
     "training_logs.jsonl",
 }
 QUICK = {"num_epochs": 2, "batch_size": 4, "tuning_config": {"num_virtual_tokens": 3}}
@@ -321,6 +325,34 @@ def test_the_recorded_base_is_found_from_another_directory(bases, rows, tmp_path
     monkeypatch.chdir(tmp_path)
     assert Path(load("prompt").manifest.base_model) == bases / "llama"
     assert os.path.samefile(read_run("prompt/run.toml")["base_model"], bases / "llama")
+
+
+def test_no_file_of_a_run_names_the_folder_of_its_project(llama, rows, held_out, tmp_path, monkeypatch):
+    """Paths inside the project are relative in all files, and found again wherever one stands."""
+    project = tmp_path / "project"
+    shutil.copytree(llama, project / "base")
+    for name, part in (("train", rows), ("validation", held_out)):
+        (project / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    monkeypatch.chdir(project)
+    data = [str(project / "train.jsonl"), project / "validation.jsonl"]
+    tuned = tune(project / "base", *data, output=project / "runs" / "a", **QUICK)
+    for path in (project / "runs" / "a").iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path.name
+    monkeypatch.chdir("/")
+    moved = project.rename(tmp_path / "moved")
+    assert load(moved / "runs" / "a")(held_out[0]["input"]) == tuned(held_out[0]["input"])
+    assert AutoPeftModelForCausalLM.from_pretrained(moved / "runs" / "a").config.name_or_path == str(moved / "base")
+    again = tune(**read_run(moved / "runs" / "a" / "run.toml"))
+    assert torch.equal(again.prompt().tensors[0], tuned.prompt().tensors[0])
+
+
+def test_the_curve_is_drawn_where_matplotlib_is(llama, rows, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    tune(llama, rows, output=tmp_path / "a", **QUICK)
+    assert (tmp_path / "a" / "training_curve.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    tune(llama, rows, output=tmp_path / "a", overwrite=True, **QUICK)
+    assert not (tmp_path / "a" / "training_curve.png").exists()  # it would be another run's
 
 
 def test_a_token_budget_changes_memory_and_not_the_prompt(llama, rows):

@@ -2,10 +2,12 @@ from .composed import average_prompts as average_prompts
 from .composed import compose_cartridge_adapters as compose_cartridge_adapters
 from .composed import concatenate_prompts as concatenate_prompts
 from .composed import subtract_prompts as subtract_prompts
+from .files import anchored as anchored
 from .files import damaged as damaged
 from .files import load_pickled as load_pickled
 from .files import load_safetensors as load_safetensors
 from .files import parse_object as parse_object
+from .files import portable as portable
 from .files import read_bytes as read_bytes
 from .files import require_empty as require_empty
 from .files import require_new_file as require_new_file
@@ -18,6 +20,11 @@ from .formats import Format as Format
 from .formats import Read as Read
 from .formats import detect as detect
 from .formats import format_named as format_named
+from .hub import Publishing as Publishing
+from .hub import local_prompts as local_prompts
+from .hub import pull as pull
+from .hub import push as push
+from .layout import CURVE_NAME as CURVE_NAME
 from .layout import MANIFEST_NAME as MANIFEST_NAME
 from .layout import PICKLED_WEIGHTS_NAME as PICKLED_WEIGHTS_NAME
 from .layout import WEIGHTS_NAME as WEIGHTS_NAME

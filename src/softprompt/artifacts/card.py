@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
 
 from softprompt.artifacts.layout import OUR_KEYS
 from softprompt.artifacts.manifest import Manifest
@@ -14,6 +17,7 @@ from softprompt.prompts import PeftType
 
 # The hub rejects a card whose base_model is a path, so only ids go into the front matter.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_CACHED = re.compile(r"models--([\w.-]+?)(?:--([\w.-]+))?[/\\]snapshots[/\\]")
 _BUNDLED = "demo"
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -22,24 +26,45 @@ _AUTO_CLASSES = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
+_PIPELINES = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
 _GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 _FOLDER = "path/to/this/folder"
 _OWN_TAG = "- softprompt"
+_YOUR_TEXT = "your text"
 
 
-def model_card(config: Mapping[str, Any], manifest: Manifest | None) -> str:
-    """Return the card as Markdown with YAML front matter; it claims no licence.
+def model_card(
+    config: Mapping[str, Any],
+    manifest: Manifest | None,
+    *,
+    repo_id: str | None = None,
+    license: str | None = None,
+    datasets: Sequence[str] = (),
+) -> str:
+    """Return the card as Markdown with YAML front matter; it claims no licence by itself, and names no folder.
 
     Args:
         config: the content of ``adapter_config.json``.
         manifest: adds template, metrics, data and settings; None for a prompt without them.
+        repo_id: the repository it is published in.
+        license: identifier of its licence.
+        datasets: Hub ids of the data sets it was trained on.
     """
     recorded = config.get("base_model_name_or_path") if manifest is None else manifest.base_model
-    base = str(recorded or "")
-    sections = [_front_matter(base), _title(config, base)]
+    base, folder = _shown(str(recorded or "")), repo_id or _FOLDER
+    found = _card_data(config, manifest, hub_name(base), repo_id)
+    front = ModelCardData(license=license, datasets=list(datasets) or None, **found)
+    sections = [f"---\n{front.to_yaml().strip()}\n---", _title(config, base)]
     if manifest is not None:
-        sections.append(_with_softprompt(config, manifest))
-    sections.append(_with_peft(config, base, manifest))
+        sections.append(_with_softprompt(config, manifest, folder))
+    sections.append(_with_peft(config, base, manifest, folder))
     if manifest is not None:
         versions = {**manifest.versions, "created": manifest.created}
         sections += [
@@ -55,19 +80,53 @@ def model_card(config: Mapping[str, Any], manifest: Manifest | None) -> str:
 def is_own_card(text: str) -> bool:
     """Return whether ``model_card`` wrote a README, which then may be replaced."""
     front = text.split("\n---\n", maxsplit=1)[0]
-    return front.startswith("---\nlibrary_name: peft\n") and _OWN_TAG in front.splitlines()
+    return front.startswith("---\n") and {"library_name: peft", _OWN_TAG} <= set(front.splitlines())
+
+
+def hub_name(base: str) -> str | None:
+    """Return the Hub id that a base's name is, or the one whose cached files it is; None for another folder."""
+    cached = _CACHED.search(base)
+    if cached:
+        return "/".join(filter(None, cached.groups()))
+    is_name = _HUB_ID.fullmatch(base) and (base == _BUNDLED or not os.path.exists(base))
+    return base if is_name else None
+
+
+def _shown(base: str) -> str:
+    """Return what a card calls a base: its id, or its folder without those around it."""
+    return hub_name(base) or (f"path/to/{os.path.basename(base)}" if os.path.isabs(base) else base)
+
+
+def _card_data(
+    config: Mapping[str, Any], manifest: Manifest | None, base: str | None, repo_id: str | None
+) -> dict[str, Any]:
+    """Return the metadata that the Hub searches and shows, as ``ModelCardData`` takes it."""
+    kind = _task_type(config)
+    found: dict[str, Any] = {"library_name": "peft", "tags": ["softprompt", "prompt-tuning"]}
+    found["pipeline_tag"] = _PIPELINES.get(kind)
+    if base and base != _BUNDLED:
+        found |= {"base_model": base, "base_model_relation": "adapter"}
+    if manifest is None:
+        return found
+    if manifest.task == "classification" and kind in _GENERATING:
+        found["pipeline_tag"] = "text-classification"
+    measured = manifest.metrics.get("validation")
+    numbers = {name: value for name, value in (measured or {}).items() if isinstance(value, int | float)}
+    path = str(manifest.data.get("validation", {}).get("path", "validation data"))
+    if numbers:
+        shared = {"task_type": found["pipeline_tag"], "dataset_type": "custom", "dataset_name": path}
+        found["model_name"] = (repo_id or "").rpartition("/")[2] or "soft prompt"
+        found["eval_results"] = [
+            EvalResult(**shared, metric_type=name.split()[-1], metric_name=name, metric_value=value)
+            for name, value in numbers.items()
+        ]
+    found["widget"] = [{"text": PLACEHOLDER.sub(_YOUR_TEXT, manifest.template)}]
+    return found
 
 
 def _task_type(config: Mapping[str, Any]) -> str:
     value = config.get("task_type")
     return str(getattr(value, "value", value) or "")
-
-
-def _front_matter(base: str) -> str:
-    lines = ["---", "library_name: peft"]
-    if _HUB_ID.fullmatch(base):
-        lines.append(f"base_model: {json.dumps(base)}")
-    return "\n".join([*lines, "tags:", _OWN_TAG, "- prompt-tuning", "---"])
 
 
 def _title(config: Mapping[str, Any], base: str) -> str:
@@ -80,25 +139,25 @@ def _title(config: Mapping[str, Any], base: str) -> str:
     )
 
 
-def _with_softprompt(config: Mapping[str, Any], manifest: Manifest) -> str:
+def _with_softprompt(config: Mapping[str, Any], manifest: Manifest, folder: str) -> str:
     kind = _task_type(config)
     if kind in _GENERATING:
         fields = dict.fromkeys(PLACEHOLDER.findall(manifest.template))
         argument = '"your text"'
         if len(fields) > 1:
             argument = "{" + ", ".join(f'"{name}": "…"' for name in fields) + "}"
-        lines = ["import softprompt", "", f'prompt = softprompt.load("{_FOLDER}")']
+        lines = ["import softprompt", "", f'prompt = softprompt.load("{folder}")']
         lines += [f"print(prompt({argument}))"]
     else:
         # PEFT has a class of its own for features, transformers calls that plain AutoModel.
         auto = _AUTO_CLASSES.get(kind, "AutoModel")
         special = "ForFeatureExtraction" if kind == "FEATURE_EXTRACTION" else ""
         name = f"AutoPeft{auto.removeprefix('Auto')}{special}"
-        lines = [f"from softprompt import {name}", "", f'model = {name}.from_pretrained("{_FOLDER}")']
+        lines = [f"from softprompt import {name}", "", f'model = {name}.from_pretrained("{folder}")']
     return _code("Use it with softprompt", *lines)
 
 
-def _with_peft(config: Mapping[str, Any], base: str, manifest: Manifest | None) -> str:
+def _with_peft(config: Mapping[str, Any], base: str, manifest: Manifest | None, folder: str) -> str:
     kind = _task_type(config)
     auto = _AUTO_CLASSES.get(kind, "AutoModel")
     if config.get("peft_type") == PeftType.EXTENDED_PROMPT_TUNING:
@@ -118,8 +177,8 @@ def _with_peft(config: Mapping[str, Any], base: str, manifest: Manifest | None) 
         lines += [f"from transformers import {auto}, AutoTokenizer", ""]
         lines += [f"base = {auto}.from_pretrained({name})"]
         lines += [f"tokenizer = AutoTokenizer.from_pretrained({name})"]
-    lines += [f'model = PeftModel.from_pretrained(base, "{_FOLDER}").eval()']
-    text = PLACEHOLDER.sub("your text", manifest.template) if manifest else "your text"
+    lines += [f'model = PeftModel.from_pretrained(base, "{folder}").eval()']
+    text = PLACEHOLDER.sub(_YOUR_TEXT, manifest.template) if manifest else _YOUR_TEXT
     lines += [f'inputs = tokenizer({json.dumps(text, ensure_ascii=False)}, return_tensors="pt")']
     if kind in _GENERATING:
         # Spelt out: tokenizers that also return token_type_ids make generate refuse **inputs.

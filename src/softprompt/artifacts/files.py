@@ -13,7 +13,7 @@ import os
 import pickle
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -197,6 +197,9 @@ def staged_folder(directory: Path) -> Iterator[Path]:
     try:
         staged.mkdir()
         yield staged
+        # Libraries write through temporary files that nobody else may read (0600); the umask says who may.
+        for path in (each for each in staged.rglob("*") if each.is_file()):
+            path.chmod(staged.stat().st_mode & 0o666)
         _sync_directory(staged)
         if directory.exists():
             os.replace(directory, old)
@@ -210,6 +213,43 @@ def staged_folder(directory: Path) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
     _sync_directory(directory.parent)
+
+
+def portable(value: Any, directory: Path) -> Any:
+    """Return plain values for a file in ``directory``, paths below the working directory relative to it, ``./…``.
+
+    A path stays as it is where ``directory`` is elsewhere, since nothing would lead from it to the path.
+    """
+    here = Path.cwd()
+    if here == here.parent or not directory.resolve().is_relative_to(here):
+        return value
+
+    def named(path: str) -> str:
+        inside = os.path.isabs(path) and Path(path).is_relative_to(here) and os.path.exists(path)
+        return f"./{Path(path).relative_to(here).as_posix()}" if inside else path
+
+    return each_text(value, named)
+
+
+def anchored(value: Any, directory: Path) -> Any:
+    """Return what ``portable`` made for ``directory``, its paths found from here, or from a folder above that."""
+
+    def found(path: str) -> str:
+        if not path.startswith("./") or os.path.exists(path):
+            return path
+        places = (above / path for above in (directory.resolve(), *directory.resolve().parents))
+        return next((str(place) for place in places if place.exists()), path)
+
+    return each_text(value, found)
+
+
+def each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """Return plain values with each text inside, but for the keys of mappings, as ``change`` gives it."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: each_text(inner, change) for name, inner in value.items()}
+    return [each_text(inner, change) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _replace_files(directory: Path, files: Mapping[str, bytes], stale: Iterable[str]) -> None:

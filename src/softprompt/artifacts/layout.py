@@ -21,6 +21,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_WEIGHTS_NAME = "adapter_model.bin"
 MANIFEST_NAME = "softprompt.json"
 CARD_NAME = "README.md"
+CURVE_NAME = "training_curve.png"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 Shape = tuple[int | None, ...]

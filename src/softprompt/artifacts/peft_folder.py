@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,10 +20,12 @@ from torch import Tensor
 
 from softprompt.artifacts.card import is_own_card, model_card
 from softprompt.artifacts.files import (
+    anchored,
     load_pickled,
     load_safetensors,
     parse_object,
     pickled_bytes,
+    portable,
     read_bytes,
     require_empty,
     require_no_file,
@@ -43,7 +45,8 @@ from softprompt.artifacts.stored_prompt import StoredPrompt
 from softprompt.errors import ArtifactError, no_folder
 from softprompt.prompts import CONFIG_NAME
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+PROMPT_FILES = (CONFIG_NAME, WEIGHTS_NAME, PICKLED_WEIGHTS_NAME, MANIFEST_NAME)
 
 
 def save_adapter(
@@ -54,6 +57,7 @@ def save_adapter(
     *,
     overwrite: bool,
     pickled: bool = False,
+    card: Mapping[str, Any] | None = None,
 ) -> None:
     """Write PEFT's folder, plus manifest and model card, all of it or nothing.
 
@@ -65,6 +69,7 @@ def save_adapter(
         overwrite: replace the prompt that ``directory`` holds; a README.md that softprompt did
             not write is left as it is.
         pickled: write the weights as ``adapter_model.bin``, for readers without safetensors.
+        card: what the card of a published prompt says besides, as keywords of ``model_card``.
 
     Raises:
         OutputExistsError: the directory is not empty, or is a file.
@@ -75,11 +80,15 @@ def save_adapter(
         require_no_file(directory)
     else:
         require_empty(directory)
+    config = portable(config, directory)
+    if manifest is not None:
+        plain = {name: portable(getattr(manifest, name), directory) for name in ("base_model", "settings", "data")}
+        manifest = dataclasses.replace(manifest, **plain)
     files = _files_of(config, tensors, manifest, pickled=pickled)
-    card = directory / CARD_NAME
+    there = directory / CARD_NAME
     # save_pretrained(".") in a project must not cost the user the project's own README.
-    if not card.is_file() or is_own_card(read_bytes(card).decode(errors="replace")):
-        files[CARD_NAME] = model_card(config, manifest).encode()
+    if not there.is_file() or is_own_card(read_bytes(there).decode(errors="replace")):
+        files[CARD_NAME] = model_card(config, manifest, **card or {}).encode()
     try:
         write_folder(directory, files, stale=(PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, MANIFEST_NAME))
     except OSError as error:
@@ -155,6 +164,8 @@ def _parsed(files: Mapping[str, bytes], directory: Path, location: str) -> Store
     name = str(directory / CONFIG_NAME)
     config = parse_object(files[CONFIG_NAME].decode(errors="replace"), name)
     check_config(config)
+    base = "base_model_name_or_path"
+    config |= {base: anchored(config.get(base), directory)} if base in config else {}
     record, weights = files.get(MANIFEST_NAME), files.get(WEIGHTS_NAME)
     manifest = None if record is None else _manifest_of(record, directory / MANIFEST_NAME)
     path = directory / (PICKLED_WEIGHTS_NAME if weights is None else WEIGHTS_NAME)
@@ -170,7 +181,8 @@ def _parsed(files: Mapping[str, bytes], directory: Path, location: str) -> Store
 
 def _manifest_of(data: bytes, path: Path) -> Manifest:
     try:
-        return Manifest.from_dict(parse_object(data.decode(errors="replace"), path.name))
+        manifest = Manifest.from_dict(parse_object(data.decode(errors="replace"), path.name))
+        return dataclasses.replace(manifest, base_model=anchored(manifest.base_model, path.parent))
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
 
@@ -214,7 +226,7 @@ def locate(source: str | Path, subfolder: str | None, revision: str | None, **hu
         _check_relative(subfolder)
     root = Path(source)
     if not root.exists():
-        asks_hub = isinstance(source, str) and _HUB_ID.fullmatch(source) is not None
+        asks_hub = isinstance(source, str) and HUB_ID.fullmatch(source) is not None
         if revision is None and (misspelt := no_folder(source, before_hub=asks_hub)):
             raise ArtifactError(f"expected a prompt directory: {misspelt}")
         if not asks_hub:
@@ -222,7 +234,8 @@ def locate(source: str | Path, subfolder: str | None, revision: str | None, **hu
                 f"expected a prompt directory with {CONFIG_NAME} and {WEIGHTS_NAME}, {source} does "
                 "not exist: check the path"
             )
-        root = _snapshot(str(source), subfolder, revision=revision, **hub)
+        prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+        root = snapshot(str(source), [prefix + name for name in PROMPT_FILES], revision=revision, **hub)
     elif revision is not None:
         raise ArtifactError(
             f"a revision ({revision!r}) selects a version on the hub, {source} is a local path: "
@@ -253,11 +266,14 @@ def _outside(subfolder: str) -> ArtifactError:
     )
 
 
-def _snapshot(repository: str, subfolder: str | None, **hub: Any) -> Path:
-    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    names = (CONFIG_NAME, WEIGHTS_NAME, PICKLED_WEIGHTS_NAME, MANIFEST_NAME)
+def snapshot(repository: str, patterns: Sequence[str], **hub: Any) -> Path:
+    """Return a repository's folder in the local cache, its files of these patterns fetched where they can be.
+
+    Raises:
+        ArtifactError: there is no such repository, or it is neither in reach nor in the cache.
+    """
     try:
-        path = snapshot_download(repository, allow_patterns=[prefix + name for name in names], **hub)
+        path = snapshot_download(repository, allow_patterns=list(patterns), **hub)
     # OSError and ValueError are the roots of what the hub client raises: HTTP, cache, id.
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]

@@ -24,6 +24,7 @@ from softprompt.backbone.base import Base
 from softprompt.backbone.state import is_encoder_decoder
 from softprompt.bundled import DEMO, source_of
 from softprompt.errors import BackboneError, ConfigError, nearest, no_folder
+from softprompt.progress import phase
 
 
 def load_base(
@@ -64,21 +65,22 @@ def load_base(
     if revision is None and not local and (misspelt := no_folder(name, before_hub=True)):
         raise BackboneError(f"base model: {misspelt}")
     options: dict[str, Any] = {**file, "revision": revision, "local_files_only": not (local or downloads_allowed())}
-    try:
-        config = AutoConfig.from_pretrained(source, **options)
-        kind = bool(getattr(config, "is_encoder_decoder", False)) if seq2seq is None else seq2seq
-        loader = AutoModelForSeq2SeqLM if kind else AutoModelForCausalLM
-        with progress_on_terminals_only():
-            model = loader.from_pretrained(source, dtype=dtype or "auto", **options)
-        words = tokenizer or AutoTokenizer.from_pretrained(source, **options)
-    except Exception as cause:
-        raise BackboneError(_why_not_loaded(name, local, cause)) from cause
-    if file:
-        model.name_or_path = model.config._name_or_path = name  # not its folder alone: prompts record it
-        if all(weight.is_floating_point() for weight in model.parameters()):
-            cast(Any, model).hf_quantizer.remove_quantization_config(model)  # it may be saved again
-    if device is not None:
-        cast(Any, model).to(parse_device(device))
+    with phase("loading", f"loading {name}"):
+        try:
+            config = AutoConfig.from_pretrained(source, **options)
+            kind = bool(getattr(config, "is_encoder_decoder", False)) if seq2seq is None else seq2seq
+            loader = AutoModelForSeq2SeqLM if kind else AutoModelForCausalLM
+            with progress_on_terminals_only():
+                model = loader.from_pretrained(source, dtype=dtype or "auto", **options)
+            words = tokenizer or AutoTokenizer.from_pretrained(source, **options)
+        except Exception as cause:
+            raise BackboneError(_why_not_loaded(name, local, cause)) from cause
+        if file:
+            model.name_or_path = model.config._name_or_path = name  # not its folder alone: prompts record it
+            if all(weight.is_floating_point() for weight in model.parameters()):
+                cast(Any, model).hf_quantizer.remove_quantization_config(model)  # it may be saved again
+        if device is not None:
+            cast(Any, model).to(parse_device(device))
     return Base(cast(PreTrainedModel, model.eval()), words, name)
 
 

@@ -24,8 +24,6 @@ SETTINGS: dict[str, Any] = {
 }
 """Chosen on the validation split; the test split is used for the table alone."""
 
-CURVE = "training_curve.png"
-
 
 @click.command("demo", cls=Command)
 @option(
@@ -67,10 +65,11 @@ def command(output: str, overwrite: bool, seed: int, as_json: bool, quiet: bool)
 
 
 def _draw_curve(history: Any, output: Path, base_accuracy: float | None) -> str | None:
+    from softprompt.artifacts import CURVE_NAME
+    from softprompt.display import training_curve
     from softprompt.errors import ConfigError
-    from softprompt.inspection import training_curve
 
-    path = output / CURVE
+    path = output / CURVE_NAME
     try:
         training_curve(history, path, base_accuracy=base_accuracy)
     except ConfigError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextvars import copy_context
 from importlib import import_module, metadata
 from typing import Any, final
 
@@ -12,20 +13,16 @@ import click
 
 from softprompt.errors import SoftPromptError, TrainingInterrupted, nearest
 
-COMMANDS = (
-    "tune",
-    "evaluate",
-    "generate",
-    "classify",
-    "chat",
-    "serve",
-    "info",
-    "sources",
-    "similar",
-    "compose",
-    "convert",
-    "demo",
-)
+GROUPS = {
+    "Train": ("demo", "tune", "sources", "compose"),
+    "Evaluate": ("evaluate",),
+    "Use": ("generate", "classify", "chat", "serve"),
+    "Share": ("push", "pull", "convert"),
+    "Inspect": ("info", "similar"),
+    "Shell": ("completion",),
+}
+"""The commands by what they are for, in the order of a prompt's life; each is a module of this folder."""
+COMMANDS = tuple(name for names in GROUPS.values() for name in names)
 INTERRUPTED = 130
 
 
@@ -37,8 +34,21 @@ class Commands(click.Group):
         """Return the names in the order of a prompt's life."""
         return list(COMMANDS)
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands, group by group."""
+        for title, names in GROUPS.items():
+            found = {name: self.get_command(ctx, name) for name in names}
+            with formatter.section(title):
+                width = formatter.width - 6 - max(map(len, COMMANDS))
+                formatter.write_dl(
+                    [(name, each.get_short_help_str(width)) for name, each in found.items() if each is not None],
+                    col_max=max(map(len, COMMANDS)),
+                )
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return a command; a name that does not exist fails, naming the nearest."""
+        if cmd_name not in COMMANDS and ctx.resilient_parsing:  # a shell asks for completions
+            return None
         if cmd_name not in COMMANDS:
             known = ", ".join(COMMANDS)
             ctx.fail(f"no command {cmd_name!r}{nearest(cmd_name, COMMANDS)}; there are {known}")
@@ -68,7 +78,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        result: Any = cli.main(words or ["--help"], "softprompt", standalone_mode=False)
+        # What a command sets for its own time, such as silence, ends with it.
+        result: Any = copy_context().run(cli.main, words or ["--help"], "softprompt", standalone_mode=False)
     except click.ClickException as error:
         return _say(f"Error: {error.format_message()}", error.exit_code)
     except TrainingInterrupted as error:

@@ -20,9 +20,11 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar, final, get_args, get_origin
 
 import click
+from click.shell_completion import CompletionItem
 
 from softprompt.errors import SoftPromptError, UsageError, in_options
 from softprompt.fields import choices_of, default_of, type_of
+from softprompt.progress import silence
 
 if TYPE_CHECKING:
     from softprompt.inference import TunedPrompt
@@ -41,6 +43,23 @@ class Option(click.Option):
     def __init__(self, *names: Any, group: str | None = None, **attributes: Any) -> None:
         super().__init__(*names, **attributes)
         self.group = group
+
+
+_FOLDERS = ("prompt_dir", "prompt_dirs", "first", "second", "folder", "directory", "prompts", "source_prompt_base")
+_FILES = ("base_model", "source", "destination", "train_data", "validation_data", "data", "api_key_file")
+"""Parameters that a shell completes with folders, and with files or folders."""
+
+
+@final
+class Place(click.types.StringParamType):
+    """A text that a shell completes as a path; it may as well be a name, as on the Hub."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Let the shell complete a ``dir`` or a ``file``."""
+        return [CompletionItem(incomplete, type=self._kind)]
 
 
 @final
@@ -62,6 +81,12 @@ class Command(click.Command):
         """Return a message of the library in the words of this command."""
         options = [each for each in self.params if isinstance(each, click.Option)]
         return in_options(message, {str(each.name): each.opts[0] for each in options})
+
+    def __init__(self, *arguments: Any, **attributes: Any) -> None:
+        super().__init__(*arguments, **attributes)
+        for each in self.params:
+            if each.name in (*_FOLDERS, *_FILES) and each.type is click.STRING:
+                each.type = Place("dir" if each.name in _FOLDERS else "file")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, group by group."""
@@ -290,7 +315,8 @@ def _line(raw: bytes, number: int) -> str:
 
 
 def start_logging(*, quiet: bool) -> None:
-    """Send softprompt's log lines to stderr, without the loading bars of transformers."""
+    """Send softprompt's log lines to stderr, without the loading bars of transformers; quiet ones warn alone."""
+    silence(silent=quiet)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils.logging import disable_progress_bar

@@ -100,6 +100,8 @@ def command(
     tuned = tune(output=output, overwrite=overwrite, resume=resume, **values)
     result = summary(tuned, output)
     shown = {name: value for name, value in result.items() if not isinstance(value, dict | list)}
+    parts = ", ".join(f"{name} {value:g}" for name, value in result["seconds_by_part"].items())
+    shown |= {"seconds": f"{result['seconds']:g} ({parts})"}
     shown |= {"truncated": _truncated(result["cut"])}
     shown |= {f"validation {name}": value for name, value in result["metrics"].items()}
     shown["note"] = shown.pop("nothing_learnt")
@@ -140,6 +142,7 @@ def summary(tuned: TunedPrompt, output: str | Path) -> dict[str, Any]:
         "tokens_per_second": metrics["tokens_per_second"],
         "seconds": metrics["seconds"],
         "nothing_learnt": metrics.get("nothing_learnt"),
+        "seconds_by_part": metrics["seconds_by_part"],
     }
 
 

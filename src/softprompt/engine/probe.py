@@ -33,6 +33,7 @@ from softprompt.backbone import (
 from softprompt.engine.predictions import Engine
 from softprompt.engine.rows import EngineRow
 from softprompt.errors import BackboneError, SoftPromptError, TrainingError
+from softprompt.progress import phase
 from softprompt.prompts import Prompt
 
 logger = logging.getLogger(__name__)
@@ -119,6 +120,7 @@ def probing(base: Base) -> Iterator[None]:
     gradients = torch.is_grad_enabled()
     with (
         base.lock,
+        phase("probing", f"probing {base.facts.architecture}"),
         evaluated(base.model),
         torch.inference_mode(False),
         torch.set_grad_enabled(gradients),

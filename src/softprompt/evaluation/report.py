@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
 
+from softprompt.display import one_line, page, report_figure, table
 from softprompt.evaluation.metrics import LabelRow
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _LABELS_SHOWN = 20
+_SHARES = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "mcc": "MCC",
+    "exact_match": "exact match",
+    "rouge_l": "ROUGE-L",
+}
+"""Metrics that share an axis from 0 to 1, and what a figure calls them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +103,44 @@ class Report:
         if self.collapsed:
             lines.append("  collapsed: over 95 % of the predictions are one label")
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        """Return task, size and numbers in one line."""
+        return one_line("Report", self.task, f"{self.rows:,} rows", **self._numbers())
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the numbers, and the table of labels."""
+        head = ("label", "support", "predicted", "precision", "recall", "f1")
+        rows = [[getattr(row, name) for name in head] for row in self.per_label or ()]
+        parts = {**(self.members or {}), **(self.tasks or {})}
+        names = list(dict.fromkeys(name for each in parts.values() for name in each._numbers()))
+        own = [[name, *(each._numbers().get(name, "") for name in names)] for name, each in parts.items()]
+        title = "Base without prompt" if self.without_prompt else "Tuned prompt"
+        facts = table({"task": self.task, "rows": self.rows, **self._numbers()})
+        return page(title, facts, table(own, ("", *names)), table(rows, head))
+
+    def plot(self) -> Figure:
+        """Return a figure: the confusion matrix of labels, or bars of the metrics; its ``savefig`` writes it.
+
+        Raises:
+            ConfigError: There is nothing to draw, or matplotlib (extra ``plot``) is not installed.
+        """
+        parts = {**(self.members or {}), **(self.tasks or {})} or {"": self}
+        bars = {name: each._shares() for name, each in parts.items()}
+        title = ", ".join(
+            [f"{self.rows:,} records", *(f"{key} {value:.3f}" for key, value in self._shares().items())]
+        )
+        labels = [row.label for row in self.per_label or ()]
+        return report_figure(title, bars, None if self.members else self.confusion, labels)
+
+    def _shares(self) -> dict[str, float]:
+        """Return the metrics between 0 and 1, by what a figure calls them."""
+        return {_SHARES[name]: value for name, value in self._numbers().items() if name in _SHARES}
+
+    def _numbers(self) -> dict[str, float]:
+        """Return the metrics that apply, by the names of their fields."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, float)}
 
     def _member_lines(self) -> list[str]:
         rows = [

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, final
 
 from torch import Tensor
 
+from softprompt.display import one_line, page, table
 from softprompt.errors import AdapterError, ConfigError, nearest
 from softprompt.generation import (
     Batcher,
@@ -70,6 +71,18 @@ class Serving(AbstractContextManager["Serving"]):
     def prompts(self) -> tuple[str, ...]:
         """The names of the prompts."""
         return tuple(self._prompts)
+
+    def __repr__(self) -> str:
+        """Return the base and the names of the prompts."""
+        return one_line("Serving", f"{len(self._prompts)} prompts on {self._base.name}: {', '.join(self._prompts)}")
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: a table of the prompts."""
+        rows = [
+            (name, each.whole.task, ", ".join(each.labels or ()), each.config.num_virtual_tokens)
+            for name, each in self._prompts.items()
+        ]
+        return page(f"Serving on {self._base.name}", table(rows, ("prompt", "task", "labels", "virtual tokens")))
 
     def put(self, name: str, prompt: TunedPrompt) -> None:
         """Serve a prompt as it is now under a name; requests that run keep the one they began with.

@@ -6,14 +6,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, final, overload
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack, final, overload
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from softprompt.artifacts import Manifest, manifest_of_task, save_adapter
+from softprompt.artifacts import Manifest, Publishing, manifest_of_task, push, save_adapter
 from softprompt.backbone import Base, head_tensors, replaced_modules
 from softprompt.data import RowTokenizer
+from softprompt.display import curve_html, one_line, page, table, training_figure
 from softprompt.engine import Engine, build_engine, placement_of
 from softprompt.errors import ConfigError
 from softprompt.generation import (
@@ -44,6 +46,9 @@ from softprompt.inference.inputs import (
     task_number,
 )
 from softprompt.prompts import Prompt, PromptLearningConfig, PromptModule
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _Answer = TypeVar("_Answer")
 
@@ -337,6 +342,31 @@ class TunedPrompt:
         """Return the tokens of each label; raise ``ConfigError`` where there is none, or two have the same."""
         return label_ids_of(self.rows, labels)
 
+    def __repr__(self) -> str:
+        """Return task, base, size and what was measured in one line."""
+        labels = [] if self.labels is None else [f"{len(self.labels)} labels"]
+        return one_line("TunedPrompt", self.manifest.task, *labels, **self._facts())
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: facts, metrics, the training curve and the labels."""
+        facts = {"task": self.manifest.task, **self._facts(), "template": self.manifest.template}
+        labels = table(enumerate(self.labels or (), start=1), ("", "label"))
+        return page("Soft prompt", table(facts), curve_html(self.history), labels)
+
+    def _facts(self) -> dict[str, Any]:
+        """Return base, method, size, and the numbers of the validation, or the training loss without one."""
+        found = self.metrics.get("validation") or {"loss": self.metrics.get("loss")}
+        size = {"method": str(self.config.peft_type), "virtual_tokens": self.config.num_virtual_tokens}
+        return {"base": self.base.name, **size, **{n: v for n, v in found.items() if isinstance(v, int | float)}}
+
+    def plot_training(self) -> Figure:
+        """Return a figure of loss and validation by epoch; ``figure.savefig("curve.png")`` writes it.
+
+        Raises:
+            ConfigError: There is no history, or matplotlib (extra ``plot``) is not installed.
+        """
+        return training_figure(self.history)
+
     def save(self, directory: str | Path, *, overwrite: bool = False) -> None:
         """Write the prompt as PEFT's folder with ``softprompt.json`` and a model card.
 
@@ -351,6 +381,20 @@ class TunedPrompt:
             self.whole,
             overwrite=overwrite,
         )
+
+    def push_to_hub(self, repo_id: str, **options: Unpack[Publishing]) -> str:
+        """Put the prompt with its card into ``org/name`` on the Hub, made if needed; return the commit's address.
+
+        ``options`` are those of a repository, ``private``, ``token``, ``commit_message``, ``revision`` and
+        ``create_pr``, and of the card, ``base_model``, ``license`` and ``datasets``; see docs/sharing.md.
+
+        Raises:
+            ConfigError: The base is a folder of this machine, and ``base_model`` does not name its Hub id.
+            ArtifactError: The Hub refuses or cannot be reached.
+        """
+        with TemporaryDirectory() as folder:
+            self.save(folder)
+            return push(folder, repo_id, **options)
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""What a prompt learned, in numbers, and figures drawn from them."""
+"""What a prompt learned, in numbers, and which prompts are alike."""
 
 import lazy_loader
 

@@ -1,4 +1,3 @@
-from .figures import training_curve as training_curve
 from .retrieval import Retrieval as Retrieval
 from .retrieval import similar_prompts as similar_prompts
 from .summary import PromptSummary as PromptSummary

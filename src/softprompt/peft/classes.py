@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from softprompt.artifacts import anchored
 from softprompt.backbone import text_key_values
 from softprompt.bundled import source_of
 from softprompt.engine import infer_task
@@ -165,7 +166,7 @@ class AutoPeftModel:
         task = TaskType(config.task_type)
         if cls.task not in (None, task):
             raise ConfigError(f"{cls.__name__} loads task_type {cls.task}, the prompt is for {task}")
-        source, file = source_of(config.base_model_name_or_path)
+        source, file = source_of(anchored(config.base_model_name_or_path, Path(pretrained_model_name_or_path)))
         if config.revision is None and (said := no_folder(source, before_hub=True)):
             raise BackboneError(f"base model: {said}")
         model = _LOADERS[task].from_pretrained(source, revision=config.revision, **file, **kwargs)

@@ -12,11 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as bytes_from_tensors
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.artifacts import Manifest, Origin, StoredPrompt, save_adapter, tensors_read, upload
+from softprompt.artifacts import (
+    Manifest,
+    Origin,
+    StoredPrompt,
+    save_adapter,
+    tensors_read,
+    upload,
+    write_atomically,
+)
 from softprompt.artifacts import manifest_of as made_manifest
 from softprompt.backbone import HEAD, head_tensors
 from softprompt.errors import ArtifactError
@@ -178,7 +187,8 @@ def save(
     )
     parameters = model.encoder_of(adapter).state_dict()
     if directory.name.startswith(_CHECKPOINT) and not told_by_value(model, adapter):
-        save_file({name: value.cpu().contiguous() for name, value in parameters.items()}, target / PARAMETERS_NAME)
+        values = {name: value.cpu().contiguous() for name, value in parameters.items()}
+        write_atomically(target / PARAMETERS_NAME, bytes_from_tensors(values))
 
 
 def told_by_value(model: PeftModel, adapter: str) -> bool:

@@ -21,7 +21,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import FileResponse, Response
 
-from softprompt.artifacts import installed_versions
+from softprompt.artifacts import installed_versions, local_prompts
 from softprompt.backbone import freeze, load_base
 from softprompt.errors import UsageError
 from softprompt.generation import Batcher, Scorer
@@ -66,8 +66,12 @@ def serve(settings: ServeSettings) -> None:
         BackboneError: The base model cannot be loaded.
     """
     # Errors of the settings are raised before a model is loaded.
-    root = PromptFolder.of(settings.prompts)
     Access.of(settings)
+    with local_prompts(settings.prompts) as folder:
+        _serve(settings, PromptFolder.of(folder))
+
+
+def _serve(settings: ServeSettings, root: PromptFolder) -> None:
     with listening(settings.host, settings.port) as sock:
         # Later than the middleware, which closes the connection and logs it.
         reset_unread(sock, 2 * settings.stall_seconds)

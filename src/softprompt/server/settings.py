@@ -25,7 +25,9 @@ class ServeSettings:
     """
 
     base_model: str = setting(MISSING, "Base model: folder, Hub id, GGUF file or 'demo'.", group=_SERVER)
-    prompts: str = setting(MISSING, "Folder of prompts, one subfolder for each.", group=_PROMPTS)
+    prompts: str = setting(
+        MISSING, "Folder of prompts, one subfolder for each; or a Hub collection or repository.", group=_PROMPTS
+    )
     host: str = setting("127.0.0.1", "Address to listen on.", group=_SERVER)
     port: int = setting(8000, "Port to listen on; 0 chooses a free one.", least=0, most=65535, group=_SERVER)
     device: str | None = setting(None, "Device, such as cpu or cuda:0.", group=_SERVER)

@@ -208,10 +208,12 @@ def train(
     """
     settings, total, epochs = stage.settings, stage.total_updates(), stage.epochs()
     stage.prompt.eval()
-    while state.epoch < epochs and not _patience_is_over(settings, state):
+    while state.epoch < epochs and not (_patience_is_over(settings, state) or events.stopped):
+        events.begin("epoch")
         updates = stage.sampling.updates(state.epoch)
         done = state.update - state.group
         for update in updates[state.group : total - done]:
+            events.begin("step")
             started = time.perf_counter()
             factor = rate_factor(settings.schedule, state.update, total, settings.warmup_ratio)
             set_rates(optimizer, factor)
@@ -226,6 +228,8 @@ def train(
             events.update(state, sums.loss / sums.targets)
             if state.update == TIMED_UPDATES:
                 _tell_time(state, total)
+            if events.epoch_stopped:
+                break
         _finish_epoch(stage, state, events)
         save()
 
@@ -303,11 +307,13 @@ def _finish_epoch(stage: Stage, state: RunState, events: Events) -> None:
     if stage.distils:
         point["distillation"] = state.mean_penalty
     if stage.validation is not None:
+        started = time.perf_counter()
         with torch.no_grad():
             prompts = [stage.prompt.prompt(task) for task in range(stage.prompt.num_tasks)]
         metrics = stage.validation.metrics(prompts)
         point["validation"] = metrics
         state.offer(stage.validation.quality(metrics), stage.prompt.state_dict())
+        state.validation_seconds += time.perf_counter() - started
     state.add_epoch(point)
     events.epoch(point)
 

@@ -7,19 +7,24 @@ import json
 import logging
 import os
 import re
+import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Unpack, cast, overload
 
-from softprompt.artifacts import require_empty, require_no_file, write_atomically
+from softprompt.artifacts import CURVE_NAME, anchored, portable, require_empty, require_no_file, write_atomically
 from softprompt.bundled import DEMO
+from softprompt.display import training_curve
 from softprompt.errors import ArtifactError, ConfigError, OutputExistsError, UsageError, broken, nearest
 from softprompt.fields import default_of
 from softprompt.inference import TunedPrompt
+from softprompt.progress import timed
 from softprompt.prompts import SOURCE_INITS, MultitaskPromptTuningConfig, MultitaskPromptTuningInit
-from softprompt.training.examples import Data, read_data
+from softprompt.training.events import checked_callbacks
+from softprompt.training.examples import Data, Rows, read_data
 from softprompt.training.preparation import BaseLike, Prepared, prepare
 from softprompt.training.session import Trained, identity, run, stages_of
 from softprompt.training.settings import TuneOptions, TuneSettings, full_names
@@ -40,6 +45,7 @@ def tune(
     overwrite: bool = False,
     resume: bool = False,
     dry_run: Literal[False] = False,
+    callbacks: Sequence[object] = (),
     **options: Unpack[TuneOptions],
 ) -> TunedPrompt: ...
 @overload
@@ -52,6 +58,7 @@ def tune(
     overwrite: bool = False,
     resume: bool = False,
     dry_run: Literal[True],
+    callbacks: Sequence[object] = (),
     **options: Unpack[TuneOptions],
 ) -> DryRun: ...
 def tune(
@@ -63,6 +70,7 @@ def tune(
     overwrite: bool = False,
     resume: bool = False,
     dry_run: bool = False,
+    callbacks: Sequence[object] = (),
     **options: Unpack[TuneOptions],
 ) -> TunedPrompt | DryRun:
     """Tune a soft prompt for a frozen model and return it ready for use.
@@ -77,6 +85,8 @@ def tune(
         overwrite: Write into an output directory that is not empty.
         resume: Continue the run that was interrupted in ``output``, with its own settings.
         dry_run: Train nothing and write nothing, and return what the run would do.
+        callbacks: Objects (or classes) called as transformers' Trainer calls a ``TrainerCallback``; see
+            docs/training.md.
         **options: The fields of `TuneSettings`. What the prompt is, is said by ``config``, such as
             ``PrefixTuningConfig(num_virtual_tokens=8)``, or by ``method`` and ``tuning_config``; ``lr`` is
             another name of ``learning_rate``.
@@ -89,6 +99,7 @@ def tune(
         TrainingError: The loss is not finite, or there is nothing to resume.
         TrainingInterrupted: Ctrl-C or SIGTERM; the state is saved when there is an ``output``.
     """
+    clock, called = time.perf_counter(), checked_callbacks(callbacks)
     target = None if output is None else Path(output)
     if resume and overwrite:
         raise UsageError("resume=True goes on with a run and overwrite=True starts anew; give one of them")
@@ -103,22 +114,24 @@ def tune(
     if plan.train_data is None:
         raise UsageError("train_data is missing; give a data file or records of input and output")
     data = read_data(plan.train_data, plan.validation_data, plan.settings)
-    prepared = prepare(plan.base_model, data, plan.settings)
-    stages = list(stages_of(prepared, {}, lambda: None))
-    summarize(prepared, stages)
-    if dry_run:
-        return dry_run_of(prepared, stages)
-    found = load_state(target, identity(prepared)) if resume and target is not None else None
-    # From here on a Ctrl-C is noted, so the run's file and its first state are written together.
-    with StopSignal() as stop, kept_if_resumable(target):
-        if target is not None and not resume:
-            remove_state(target)
-            write_run(state_path(target).with_name(RUN_FILE), plan.names(), plan.settings)
-        trained = run(prepared, target, stop, found)
+    with timed(silent=plan.settings.silence_progress_bars) as parts:
+        prepared = prepare(plan.base_model, data, plan.settings)
+        stages = list(stages_of(prepared, {}, lambda: None))
+        summarize(prepared, stages)
+        if dry_run:
+            return dry_run_of(prepared, stages)
+        found = load_state(target, identity(prepared)) if resume and target is not None else None
+        before = found.seconds if found else 0.0
+        # From here on a Ctrl-C is noted, so the run's file and its first state are written together.
+        with StopSignal() as stop, kept_if_resumable(target):
+            if target is not None and not resume:
+                remove_state(target)
+                write_run(state_path(target).with_name(RUN_FILE), plan.names(), plan.settings)
+            trained = run(prepared, target, stop, found, called)
     if problem := nothing_learnt(prepared, trained.metrics, trained.history):
         trained.metrics["nothing_learnt"] = problem
         logger.warning("%s", problem)
-    return _finished(prepared, trained, plan, target)
+    return _finished(prepared, trained.timed(parts, before + time.perf_counter() - clock), plan, target)
 
 
 def _check_names(options: Mapping[str, Any]) -> None:
@@ -187,6 +200,9 @@ def _finished(prepared: Prepared, trained: Trained, plan: _Plan, target: Path | 
         tuned.save(target, overwrite=True)
         write_run(target / RUN_FILE, plan.names(), plan.settings)
         publish_logs(target)
+        with suppress(ConfigError):  # matplotlib is not installed
+            (target / CURVE_NAME).unlink(missing_ok=True)
+            training_curve(trained.history, target / CURVE_NAME)
     return tuned
 
 
@@ -234,7 +250,9 @@ def _resumed(
             f"nothing to resume in {output}: it holds no interrupted run; start it without resume=True"
         )
     saved = read_run(state_path(output).with_name(RUN_FILE))
-    names = {name: saved.pop(name, None) for name in ("base_model", "train_data", "validation_data")}
+    names: dict[str, Any] = {
+        name: _name(saved.pop(name, None)) for name in ("base_model", "train_data", "validation_data")
+    }
     settings = _same_settings(TuneSettings.from_dict(saved), options)
     if names["base_model"] is None and base_model == DEMO:
         raise UsageError("the interrupted run used a model in memory; give base_model again")
@@ -299,6 +317,8 @@ SOURCES = ("base_model", *DATA, "output")
 def read_run(path: str | Path) -> dict[str, Any]:
     """Read a run file into keyword arguments of `tune`, checking that every key exists.
 
+    A path that starts with ``./`` is found from the working directory, or else from a folder above the file.
+
     Raises:
         ConfigError: the file is missing, is not TOML, has an unknown key, or a source that is no text.
     """
@@ -316,7 +336,7 @@ def read_run(path: str | Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: {name} must be a table, [{name}]")
     tuning = values.get("tuning_config", {})
     _check_keys(tuning, list(TuningConfig.__dataclass_fields__), f"{path} [tuning_config]")
-    return values
+    return dict(anchored(values, Path(path).parent))
 
 
 def write_run(path: Path, sources: Mapping[str, Any], settings: TuneSettings) -> None:
@@ -326,7 +346,7 @@ def write_run(path: Path, sources: Mapping[str, Any], settings: TuneSettings) ->
     """
     given = {name: value for name, value in sources.items() if not _in_memory(value)}
     lines = [f"# {name} was in memory and has to be given again" for name in sources if name not in given]
-    values = given | settings.to_dict()
+    values = portable(given | settings.to_dict(), path.parent)
     tables = {name: value for name, value in values.items() if isinstance(value, Mapping)}
     lines += [f"{name} = {_literal(value)}" for name, value in values.items() if name not in tables]
     for table, entries in tables.items():

@@ -21,7 +21,7 @@ from softprompt.engine import Engine, EngineRow, require_gradient, score_of
 from softprompt.errors import TrainingInterrupted
 from softprompt.generation import TargetLikelihood, classify_rows, target_likelihood
 from softprompt.prompts import CPTConfig, Prompt, PromptModule, context_labels
-from softprompt.training.events import Events
+from softprompt.training.events import Callbacks, Events
 from softprompt.training.loop import Measure, Sampling, Stage, train
 from softprompt.training.objectives import ContextLikelihood, Distillation, Likelihood, Objective, TeacherPrompts
 from softprompt.training.optimisation import build_optimizer
@@ -248,8 +248,22 @@ class Trained:
     metrics: dict[str, Any]
     history: list[dict[str, Any]]
 
+    def timed(self, parts: Mapping[str, float], total: float) -> Trained:
+        """Return it with the wall time of the whole run in seconds, and that of its parts, all stages together."""
+        stages = [self.metrics, *(each for each in self.metrics.values() if isinstance(each, dict))]
+        own = [each["seconds_by_part"] for each in stages if "seconds_by_part" in each]
+        summed = {name: sum(each[name] for each in own) for name in ("training", "validation")}
+        seconds = {name: round(value, 2) for name, value in {**parts, **summed}.items()}
+        return replace(self, metrics=self.metrics | {"seconds": round(total, 2), "seconds_by_part": seconds})
 
-def run(prepared: Prepared, output: Path | None, stop: StopSignal, found: Snapshot | None = None) -> Trained:
+
+def run(
+    prepared: Prepared,
+    output: Path | None,
+    stop: StopSignal,
+    found: Snapshot | None = None,
+    callbacks: Sequence[object] = (),
+) -> Trained:
     """Train the prompt in place and leave the best one in it.
 
     Args:
@@ -257,12 +271,13 @@ def run(prepared: Prepared, output: Path | None, stop: StopSignal, found: Snapsh
         output: Where the state is kept; None keeps none.
         stop: Checked before each batch.
         found: The state of the run to be continued.
+        callbacks: What is called as it goes.
 
     Raises:
         TrainingInterrupted: with the command that continues, when there is an ``output``.
         TrainingError: the loss is not finite.
     """
-    session = _Session(prepared, output, stop, identity(prepared))
+    session = _Session(prepared, output, stop, identity(prepared), callbacks)
     if found is not None:
         session.earlier = dict(found.tensors["earlier"])
         session.results = dict(found.results)
@@ -290,6 +305,7 @@ class _Session:
     output: Path | None
     stop: StopSignal
     identity: Mapping[str, Any]
+    callbacks: Sequence[object] = ()
     earlier: dict[str, Tensor] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
 
@@ -314,8 +330,10 @@ class _Session:
         silent = stage.settings.silence_progress_bars
         log = None if self.output is None else state_path(self.output).with_name(stage.log_file)
         try:
-            total = stage.total_updates()
-            with Events(log, state, total, silent=silent, of=stage.of) as events:
+            total, base = stage.total_updates(), self.prepared.base
+            others = {"model": base.model, "processing_class": base.tokenizer, "optimizer": optimizer}
+            callbacks = Callbacks(self.callbacks, stage.settings, total, **others, stage=stage.name)
+            with Events(log, state, total, silent=silent, of=stage.of, callbacks=callbacks) as events:
                 train(stage, state, optimizer, events, check_stop=self.stop.check, save=save)
         except TrainingInterrupted:
             save()
@@ -363,7 +381,8 @@ def _best(stage: Stage, state: RunState) -> Trained:
         "updates": state.update,
         "learning_rate": stage.learning_rate,
         "tokens_per_second": round(state.tokens_per_second, 1),
-        "seconds": round(state.seconds, 2),
+        "seconds": round(state.seconds + state.validation_seconds, 2),
+        "seconds_by_part": {"training": round(state.seconds, 2), "validation": round(state.validation_seconds, 2)},
     }
     if "validation" in point:
         metrics["validation"] = point["validation"]

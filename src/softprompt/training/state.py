@@ -55,7 +55,8 @@ class RunState:
     epoch_targets: int = 0
     learning_rate: float = 0.0  # of the last update
     tokens: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # of training
+    validation_seconds: float = 0.0
     stale_epochs: int = 0
     best_epoch: int = 0
     best_quality: list[float] | None = None
@@ -138,6 +139,12 @@ class Snapshot:
     tensors: Mapping[str, dict[str, Tensor]]
     numbers: Mapping[str, dict[str, Any]]
     results: Mapping[str, Any]
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training and validation so far, in all stages."""
+        earlier = [float(each["seconds"]) for each in self.results.values()]
+        return self.run.seconds + self.run.validation_seconds + sum(earlier)
 
     @classmethod
     def of(

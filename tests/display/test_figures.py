@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
+from softprompt.display import training_curve
 from softprompt.errors import ConfigError
-from softprompt.inspection import training_curve
 
 HISTORY = [
     {
@@ -104,9 +104,9 @@ def test_matplotlib_is_imported_by_drawing_only_and_pyplot_never(tmp_path):
     pytest.importorskip("matplotlib")
     program = f"""
 import sys
-import softprompt.artifacts, softprompt.inspection
+import softprompt.artifacts, softprompt.display
 assert "matplotlib" not in sys.modules, "imported too early"
-softprompt.inspection.training_curve([{{"epoch": 1, "loss": 1.0}}], {str(tmp_path / "c.png")!r})
+softprompt.display.training_curve([{{"epoch": 1, "loss": 1.0}}], {str(tmp_path / "c.png")!r})
 assert "matplotlib" in sys.modules
 assert "matplotlib.pyplot" not in sys.modules
 """
