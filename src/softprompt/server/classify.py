@@ -14,7 +14,6 @@ from starlette.responses import Response
 
 from softprompt.errors import ConfigError, DataError
 from softprompt.generation import Input, Labelling, label_ids_of
-from softprompt.server.access_log import tally
 from softprompt.server.errors import Problem
 from softprompt.server.protocol import Body, Fields, Stop, Text
 from softprompt.server.service import CLIENT_GONE, USER, in_thread, service_of, unless_gone
@@ -118,12 +117,8 @@ async def classify(body: ClassifyBody, request: Request) -> Response:
     if sums is None:
         metrics.success.labels(label, "abort").inc(count)
         return Response(status_code=CLIENT_GONE)
-    usage = _usage(labelling, prompt)
-    tally(tokens=usage["prompt_tokens"], virtual=usage["virtual_tokens"])
-    metrics.input.labels(label).inc(usage["prompt_tokens"])
-    metrics.virtual.labels(label).inc(usage["virtual_tokens"])
-    metrics.success.labels(label, "classified").inc(count)
-    metrics.whole.labels(label).observe(time.monotonic() - started)
+    tokens = sum(len(each.ids) for each in labelling.inputs)
+    usage = service.count(served, "classified", count, tokens, started)
     answers = enumerate(labelling.answers(sums, normalize=body.normalize))
     return JSONResponse(
         {
@@ -135,12 +130,6 @@ async def classify(body: ClassifyBody, request: Request) -> Response:
             "usage": usage,
         }
     )
-
-
-def _usage(labelling: Labelling, prompt: Prompt | None) -> dict[str, int]:
-    inputs = sum(len(each.ids) for each in labelling.inputs)
-    virtual = prompt.tokens * len(labelling.inputs) if prompt else 0
-    return {"prompt_tokens": inputs, "virtual_tokens": virtual, "total_tokens": inputs}
 
 
 def texts_of(body: ClassifyBody) -> list[str | dict[str, str | float | int]]:

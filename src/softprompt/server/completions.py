@@ -26,6 +26,7 @@ from softprompt.server.protocol import (
     Text,
     TokenIds,
     Whole,
+    gathered,
     options_of,
 )
 from softprompt.server.service import (
@@ -122,14 +123,6 @@ async def answered(
     if done is None:
         return Response(status_code=CLIENT_GONE)
     return JSONResponse(done.whole([shown(choice) for choice in done.choices]))
-
-
-async def gathered(reply: Reply, run: Run) -> Reply:
-    """Return a reply once all its answers are whole."""
-    async with aclosing(run.events()) as events:
-        async for number, event in events:
-            reply.take(number, event)
-    return reply
 
 
 def _whole(service: Service, body: CompletionBody, submission: Submission, choice: Choice) -> dict[str, Any]:

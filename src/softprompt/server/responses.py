@@ -16,7 +16,6 @@ from starlette.responses import Response
 from softprompt.errors import ConfigError
 from softprompt.generation import Input, Request, TokenEvent
 from softprompt.server.chat import DEFAULT_TOKENS, chat_input
-from softprompt.server.completions import gathered
 from softprompt.server.protocol import (
     MOST_TOKENS,
     Choice,
@@ -28,6 +27,7 @@ from softprompt.server.protocol import (
     Submission,
     Text,
     Whole,
+    gathered,
     options_of,
 )
 from softprompt.server.service import (
