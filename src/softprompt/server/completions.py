@@ -26,7 +26,6 @@ from softprompt.server.protocol import (
     Text,
     TokenIds,
     Whole,
-    gathered,
     options_of,
 )
 from softprompt.server.service import (
@@ -119,10 +118,17 @@ async def answered(
 
     A client that disconnects cancels the run.
     """
-    done = await unless_gone(request, gathered(reply, run), run.cancel)
+    done = await unless_gone(request, _gathered(reply, run), run.cancel)
     if done is None:
         return Response(status_code=CLIENT_GONE)
     return JSONResponse(done.whole([shown(choice) for choice in done.choices]))
+
+
+async def _gathered(reply: Reply, run: Run) -> Reply:
+    async with aclosing(run.events()) as events:
+        async for number, event in events:
+            reply.take(number, event)
+    return reply
 
 
 def _whole(service: Service, body: CompletionBody, submission: Submission, choice: Choice) -> dict[str, Any]:

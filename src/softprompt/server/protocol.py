@@ -8,7 +8,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -30,7 +29,6 @@ from softprompt.server.unserved import OF_STREAM, PARAMETERS, Neutral, asked
 
 if TYPE_CHECKING:
     from softprompt.server.served import Served
-    from softprompt.server.service import Run
 
 MOST_TOKENS = 1 << 20
 _INT64 = 2**63 - 1
@@ -379,11 +377,3 @@ class Reply:
     def whole(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the body of a response that is not streamed."""
         return {**self.head, "object": self.kind, "choices": choices, "usage": self.usage()}
-
-
-async def gathered(reply: Reply, run: Run) -> Reply:
-    """Return a reply once all its answers are whole."""
-    async with aclosing(run.events()) as events:
-        async for number, event in events:
-            reply.take(number, event)
-    return reply

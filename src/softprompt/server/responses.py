@@ -27,7 +27,6 @@ from softprompt.server.protocol import (
     Submission,
     Text,
     Whole,
-    gathered,
     options_of,
 )
 from softprompt.server.service import (
@@ -137,10 +136,8 @@ async def respond(body: ResponsesBody, request: HTTPRequest) -> Response:
     run = service.start(served, submission.requests)
     if body.stream:
         return EventStream(run, _events(body, reply, run))
-    done = await unless_gone(request, gathered(reply, run), run.cancel)
-    if done is None:
-        return Response(status_code=CLIENT_GONE)
-    return JSONResponse(_response(body, done, done.choices[0]))
+    whole = await unless_gone(request, _whole(body, reply, run), run.cancel)
+    return Response(status_code=CLIENT_GONE) if whole is None else JSONResponse(whole)
 
 
 def _submission(body: ResponsesBody, served: Served, seconds: float) -> Submission:
@@ -217,6 +214,13 @@ def _response(body: ResponsesBody, reply: Reply, choice: Choice | None) -> dict[
             "virtual_tokens": usage["virtual_tokens"],
         },
     }
+
+
+async def _whole(body: ResponsesBody, reply: Reply, run: Run) -> dict[str, Any]:
+    """Return the response that the last event holds."""
+    async with aclosing(_events(body, reply, run)) as events:
+        *_, last = [event async for event in events]
+    return dict(last["response"])
 
 
 async def _events(body: ResponsesBody, reply: Reply, run: Run) -> AsyncGenerator[Mapping[str, Any]]:
