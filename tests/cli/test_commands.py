@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -216,6 +217,20 @@ def test_info_says_why_no_faster_engine_runs(capsys, prompt_dir, monkeypatch):
     assert run(["info", prompt_dir, "--quiet"]) == 0
     out = capsys.readouterr().out
     assert "engine          plain (forest: it differs; expand: it differs)" in out
+
+
+def test_answers_of_a_form(result, failure, prompt_dir, tmp_path):
+    words = ["generate", prompt_dir, "--text", "it broke", "--max-new-tokens", "40"]
+    assert result(*words, "--choices", "red", "--choices", "green")["text"] in ("red", "green")
+    assert re.fullmatch("[0-9]{3}", result(*words, "--regex", "[0-9]{3}")["text"])
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "array", "items": {"enum": ["a", 3]}, "maxItems": 2}')
+    assert set(json.loads(result(*words, "--json-schema", str(schema))["text"])) <= {"a", 3}
+    assert "one form, got choices and regex" in failure(*words, "--choices", "a", "--regex", "b")
+    assert "unclosed group" in failure(*words, "--quiet", "--regex", "(b")
+    schema.write_text("{")
+    assert "json_schema is not JSON" in failure(*words, "--json-schema", str(schema))
+    assert "No such file" in failure(*words, "--json-schema", str(tmp_path / "none.json"))
 
 
 @pytest.fixture

@@ -79,7 +79,8 @@ def until_up(url):
 
 def test_sigterm_lets_running_answers_finish(prompts):
     with serving(prompts, "--drain-seconds", "20") as (process, url, lines):
-        assert lines[0] == "demo with 1 prompts, engine forest\n"
+        assert lines[:2] == ["demo: 1 prompt ready; forest engine\n", f"page {url}/ and API {url}/docs\n"]
+        assert lines[2].startswith(f"try curl {url}/v1/completions ")
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         ask = {
             "model": "writer",

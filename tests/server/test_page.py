@@ -37,6 +37,10 @@ def write(page, text, box="#text"):
     page.find(box).send_keys(text)
 
 
+def unfold(page):
+    page.script("document.querySelectorAll('#fields details').forEach((each) => { each.open = true; })")
+
+
 def answered(page):
     page.until(lambda: "answered in" in page.text("#progress"))
 
@@ -56,7 +60,7 @@ def panel(name):
 
 def test_base_and_prompts_answer_side_by_side(page, stub):
     ready(page, stub)
-    assert "tiny · forest engine · 27 prompts" in page.text("#about")
+    assert "tiny · forest engine · 28 prompts" in page.text("#about")
     choose(page, "complaints", "reply")
     write(page, "The kettle broke.")
     page.find("#run").click()
@@ -275,8 +279,9 @@ def test_fields_of_a_template(page, stub):
     ready(page, stub)
     choose(page, "two-fields", "reply")
     page.until(lambda: len(page.all("#fields textarea")) == 3)
-    labels = [each.text for each in page.all("#fields label")]
+    labels = [each.get_attribute("textContent") for each in page.all("#fields label")]
     assert sorted(labels) == ["Text", "premise", "question"]
+    unfold(page)
     for i, label in enumerate(labels):
         write(page, f"the {label}", f"#text-{i}" if i else "#text")
     page.find("#run").click()
@@ -285,6 +290,140 @@ def test_fields_of_a_template(page, stub):
     assert sent["two-fields"]["fields"] == {"premise": "the premise", "question": "the question"}
     assert "prompt" not in sent["two-fields"]
     assert sent["reply"]["prompt"] == "the Text"
+
+
+def test_several_templates_do_not_ask_for_everything_at_once(page, stub):
+    ready(page, stub)
+    choose(page, "reply", "two-fields", "banking", "complaints")
+    groups = [each.text for each in page.all("#fields summary")]
+    assert groups == [
+        "Text for complaints, reply",
+        "premise, question for two-fields",
+        "premise, topic for banking",
+    ]
+    shown = [each for each in page.all("#fields textarea") if each.is_displayed()]
+    assert len(shown) == 1
+    write(page, "x")
+    page.find("#run").click()
+    answered(page)
+    assert "3 of 3 answered" in page.text("#progress")
+    assert {body["model"] for _, body in stub.bodies} == {"tiny", "complaints", "reply"}
+    assert page.text(panel("two-fields") + " .note") == "waits for premise, question"
+    assert page.text(panel("two-fields") + " .state") == "not asked"
+    # A field of two templates is written once; what is missing beside it is asked for.
+    stub.bodies.clear()
+    unfold(page)
+    write(page, "it rains", "#text-1")
+    assert page.find("#text-3").get_attribute("value") == "it rains"
+    page.find("#run").click()
+    assert stub.bodies == []
+    told = page.script("return document.querySelector('#text-2').validationMessage")
+    assert told == "two-fields needs question as well, or none of its fields."
+    write(page, "is it wet?", "#text-2")
+    write(page, "weather", "#text-4")
+    page.find("#run").click()
+    page.until(lambda: "5 of 5 answered" in page.text("#progress"))
+    sent = {body["model"]: body for _, body in stub.bodies}
+    assert sent["banking"]["fields"] == {"premise": "it rains", "topic": "weather"}
+
+
+def test_nothing_written_is_nothing_asked(page, stub):
+    ready(page, stub)
+    choose(page, "two-fields", "reply")
+    page.find("#run").click()
+    assert page.script("return document.querySelector('#text').validationMessage") == "Write a text."
+    assert stub.bodies == []
+    assert page.all(".panel") == []
+
+
+def test_many_labels_are_folded(page, stub):
+    ready(page, stub)
+    choose(page, "banking")
+    write(page, "x")
+    write(page, "y", "#text-1")
+    page.find("#run").click()
+    answered(page)
+    bars = page.all(panel("banking") + " .bars li")
+    assert (len(bars), sum(each.is_displayed() for each in bars)) == (77, 10)
+    page.find(panel("banking") + " .more summary").click()
+    assert page.text(panel("banking") + " .more summary") == "67 more labels"
+    assert sum(each.is_displayed() for each in bars) == 77
+    page.find(panel("banking") + " .tools button").click()
+    page.until(lambda: page.all("#sheet .more"))
+    assert page.text("#sheet .more summary").endswith("label 9 and 67 more")
+    page.find("#sheet-close").click()
+
+
+def test_each_panel_is_as_high_as_its_answer(page, stub):
+    ready(page, stub)
+    choose(page, "complaints", "banking")
+    write(page, "x")
+    unfold(page)
+    write(page, "y", "#text-1")
+    write(page, "z", "#text-2")
+    page.find("#run").click()
+    answered(page)
+    heights = {name: page.find(panel(name)).rect["height"] for name in ("complaints", "banking")}
+    assert heights["complaints"] < heights["banking"] / 1.5
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_chosen_prompts_stand_first_and_a_long_list_scrolls_visibly(page, stub, width):
+    ready(page, stub, width=width, height=844)
+    choose(page, "quiet-17", "reply")
+    boxes = page.all("#prompts input")
+    names = [each.get_attribute("value") for each in boxes]
+    assert names[:2] == ["reply", "quiet-17"]
+    assert names[2:] == [key for key in names if key not in ("reply", "quiet-17")]
+    # The box that was ticked keeps the focus where it went.
+    page.script("document.querySelector('#prompts input[value=quiet-19]').focus()")
+    page.keys(" ")
+    page.until(lambda: page.text("#count").startswith("3 chosen"))
+    assert page.script("return document.activeElement.value") == "quiet-19"
+    assert [each.get_attribute("value") for each in page.all("#prompts input")][2] == "quiet-19"
+    size = page.script(
+        "const l = document.querySelector('#prompts');"
+        "return [l.clientHeight, l.scrollHeight, l.offsetWidth - l.clientWidth]"
+    )
+    assert size[0] < size[1]
+    assert size[2] >= 8, "the list has no scroll bar of its own"
+
+
+def test_accuracies_stand_in_the_list(page, stub):
+    ready(page, stub)
+    scores = {
+        row.find_element("css selector", "input").get_attribute("value"): row.text.split("\n")[-1]
+        for row in page.all("#prompts li")
+    }
+    assert scores["complaints"] == "91.2 %"
+    assert scores["several · sort"] == "50.0 %"
+    assert scores["reply"] == "reply", "free text has none"
+
+
+def test_what_cannot_be_chosen_is_told_apart_with_the_reason(page, stub):
+    ready(page, stub)
+    names = [each.get_attribute("value") for each in page.all("#prompts input")]
+    assert not {"foreign", "vectors"} & set(names)
+    assert page.text("#apart-count") == "2 cannot be chosen here"
+    page.find("#apart summary").click()
+    assert page.find("#apart-list").text.startswith("foreign\nit was made for other, not for tiny: <img")
+    assert "vectors\ngives vectors: ask /v1/embeddings" in page.find("#apart-list").text
+    assert page.all("aside img, .apart img") == []
+
+
+def test_the_page_of_the_api(page, server, client):
+    """Drawn from the server's own description, without a file from elsewhere."""
+    page.open(f"{server.url}/docs", width=390, height=844)
+    page.until(lambda: page.all(".route"))
+    shown = {each.text for each in page.all(".route h3 code")}
+    assert shown == set(client.get("/openapi.json").json()["paths"])
+    assert {"/v1/embeddings", "/v1/responses", "/v1/models"} < shown
+    takes = next(each for each in page.all(".route summary") if each.text == "Takes: ResponsesBody")
+    takes.click()
+    rows = {row.text.split("\n")[0].split(" ")[0] for row in page.all(".route details[open] tr")}
+    assert {"input", "instructions", "max_output_tokens", "text"} <= rows
+    assert not page.script("return document.documentElement.scrollWidth > document.documentElement.clientWidth")
+    assert page.complaints() == []
 
 
 def test_an_error_is_said_in_its_panel_alone(page, stub):
@@ -334,6 +473,7 @@ def test_each_task_of_a_prompt_is_a_choice_with_fields_and_labels_of_its_own(pag
     stub.bodies.clear()
     choose(page, "several · tell", "several · sort")
     page.until(lambda: len(page.all("#fields textarea")) == 3)
+    unfold(page)
     for box in page.all("#fields textarea"):
         box.clear()
         box.send_keys(f"the {box.get_attribute('data-field') or 'text'}")
@@ -379,6 +519,7 @@ def test_a_chat_is_offered_where_there_is_a_template(page, stub, chatting):
     to_chat(page)
     assert [each.text for each in page.all("#fields label")] == ["System", "Message"]
     assert "same messages" in page.text("#base-hint")
+    assert "as the base model's chat template says" in page.text("#mode-hint")
     page.find("#options summary").click()
     assert not page.find("#labels").is_displayed()
     write(page, "Hello there")
@@ -438,6 +579,7 @@ def test_no_width_scrolls_sideways(page, stub, width, dark):
     ready(page, stub, width=width, height=800, dark=dark)
     choose(page, "complaints", "reply", "two-fields")
     page.find("#options summary").click()
+    unfold(page)
     for box in [f"#text-{i}" if i else "#text" for i in range(3)]:
         write(page, "long" * 60, box)
     page.find("#run").click()
@@ -460,14 +602,29 @@ const light = (colour) => {
     .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
   return 0.2126 * r + 0.7152 * g + 0.0722 * b;
 };
-const style = getComputedStyle(document.documentElement);
-return Object.fromEntries(arguments[0].map(name => [name, light(style.getPropertyValue('--' + name))]));
+const shown = (name) => {
+  document.body.style.color = `var(--${name})`;
+  return getComputedStyle(document.body).color;
+};
+return Object.fromEntries(arguments[0].map(name => [name, light(shown(name))]));
 """
 
 
-@pytest.mark.parametrize("dark", [False, True])
-def test_colours_can_be_read(page, stub, dark):
+@pytest.mark.parametrize(("dark", "theme"), [(False, ""), (True, ""), (True, "light"), (False, "dark")])
+def test_colours_can_be_read(page, stub, dark, theme):
+    """Of the system's theme, and of one that is chosen against it and kept."""
     ready(page, stub, dark=dark)
+    if theme:
+        dark = theme == "dark"
+        page.script(
+            "const t = document.querySelector('#theme'); t.value = arguments[0];"
+            "t.dispatchEvent(new Event('change'))",
+            theme,
+        )
+        page.driver.refresh()
+        page.until(lambda: page.all("#prompts input"))
+        assert page.find("#theme").get_attribute("value") == theme
+        page.script("localStorage.clear()")
     names = [
         "ground",
         "surface",

@@ -30,6 +30,7 @@ from .layout import pad_rows as pad_rows
 from .layout import per_token as per_token
 from .padded import BatchPrompts as BatchPrompts
 from .padded import PlainEngine as PlainEngine
+from .padded import text_states as text_states
 from .predictions import Engine as Engine
 from .predictions import HeadInput as HeadInput
 from .predictions import Predictions as Predictions
@@ -54,4 +55,3 @@ from .rows import PromptTable as PromptTable
 from .rows import check_context as check_context
 from .rows import check_rows as check_rows
 from .rows import depends_on_neighbours as depends_on_neighbours
-from .states import text_states as text_states

@@ -5,6 +5,7 @@ from .batcher import BatcherStats as BatcherStats
 from .batcher import Decoder as Decoder
 from .batcher import run_requests as run_requests
 from .batcher import streamed as streamed
+from .forms import check_form as check_form
 from .labels import Classified as Classified
 from .labels import Labelling as Labelling
 from .labels import LabelScores as LabelScores
@@ -23,7 +24,6 @@ from .options import options_from as options_from
 from .request import Decode as Decode
 from .request import Input as Input
 from .request import Request as Request
-from .request import check_form as check_form
 from .scorer import Scorer as Scorer
 from .scorer import score_rows as score_rows
 from .ticket import EchoEvent as EchoEvent

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from softprompt.backbone import Base
 from softprompt.errors import ServingError
-from softprompt.generation.forms import form_of
-from softprompt.generation.request import Decode, Request, end_ids_of
+from softprompt.generation.forms import end_ids_of, form_of
+from softprompt.generation.request import Decode, Request
 from softprompt.generation.sampling import processors_of, seeds_of
 from softprompt.generation.ticket import (
     REASONS,
@@ -183,8 +183,9 @@ class Answer:
         self._text = GrowingText(self._decode, self.stops)
         self._reads_text = not rules.offline or bool(options.stop_sequences)
         self._input = request.ids if rules.counts_input else ()
-        matcher = form_of(rules.tokenizer, rules.eos_ids, options)
-        self._processors = processors_of(options, seed, rules.eos_ids, len(self._input), matcher)
+        skip = len(self._input)
+        form = form_of(rules.tokenizer, rules.eos_ids, options, skip)
+        self._processors = processors_of(options, seed, rules.eos_ids, skip, form)
 
     @property
     def is_plain(self) -> bool:

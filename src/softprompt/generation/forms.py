@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
+from softprompt.data import turn_end
 from softprompt.errors import ConfigError, ServingError, excerpt
 
 if TYPE_CHECKING:
+    from softprompt.backbone import Base
     from softprompt.generation.options import GenerationOptions
 
 _KEPT = 64
@@ -100,9 +102,9 @@ class Forms:
 
 
 def form_of(
-    tokenizer: PreTrainedTokenizerBase | None, end_ids: Collection[int], options: GenerationOptions
-) -> Any | None:
-    """Return a matcher of the form that options ask for, None where they ask for none.
+    tokenizer: PreTrainedTokenizerBase | None, end_ids: Collection[int], options: GenerationOptions, skip: int
+) -> FormMask | None:
+    """Return what holds an answer, ``skip`` ids in, to the form that options ask for; None where they ask for none.
 
     Raises:
         ConfigError: As ``Forms``, or no answer can be held to the form.
@@ -113,14 +115,31 @@ def form_of(
         forms = _forms.get(tokenizer)
         if forms is None:
             forms = _forms[tokenizer] = Forms(tokenizer, end_ids)
-    return forms.matcher(options)
+    return FormMask(forms.matcher(options), skip)
+
+
+def end_ids_of(base: Base) -> frozenset[int]:
+    """Return the tokens that end an answer: of tokenizer, chat template and generation settings."""
+    config = getattr(base.model.generation_config, "eos_token_id", None)
+    listed = config if isinstance(config, list) else [config]
+    ends = [*listed, base.tokenizer.eos_token_id, *turn_end(base.tokenizer)]
+    return frozenset(i for i in ends if i is not None)
+
+
+def check_form(base: Base, options: GenerationOptions) -> None:
+    """Check that answers of a base can be held to the form that options ask for, which is kept ready for them.
+
+    Raises:
+        ConfigError: They cannot.
+    """
+    form_of(base.tokenizer, end_ids_of(base), options, 0)
 
 
 class FormMask(LogitsProcessor):
     """Leaves only the tokens that go on towards an answer of a form; of one answer, token by token.
 
     Args:
-        matcher: From ``form_of``, at the beginning.
+        matcher: llguidance's, at the beginning.
         skip: Ids before the answer.
     """
 

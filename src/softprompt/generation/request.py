@@ -9,10 +9,8 @@ from typing import Any
 import torch
 
 from softprompt.backbone import Base, output_limit
-from softprompt.data import turn_end
 from softprompt.engine import EngineRow, check_context, check_rows
 from softprompt.errors import ConfigError, DataError, ServingError
-from softprompt.generation.forms import form_of
 from softprompt.generation.options import Bounds, GenerationOptions
 from softprompt.prompts import Prompt
 
@@ -100,23 +98,6 @@ class Request:
         return 0 if self.prompt is None else self.prompt.tokens
 
 
-def end_ids_of(base: Base) -> frozenset[int]:
-    """Return the tokens that end an answer: of tokenizer, chat template and generation settings."""
-    config = getattr(base.model.generation_config, "eos_token_id", None)
-    listed = config if isinstance(config, list) else [config]
-    ends = [*listed, base.tokenizer.eos_token_id, *turn_end(base.tokenizer)]
-    return frozenset(i for i in ends if i is not None)
-
-
-def check_form(base: Base, options: GenerationOptions) -> None:
-    """Check that answers of a base can be held to the form that options ask for, which is kept ready for them.
-
-    Raises:
-        ConfigError: They cannot.
-    """
-    form_of(base.tokenizer, end_ids_of(base), options)
-
-
 def check_request(base: Base, request: Request) -> None:
     """Check that the model supports a request, before it is queued.
 
@@ -125,7 +106,6 @@ def check_request(base: Base, request: Request) -> None:
         DataError: An id is no token of the model, or there is nothing to read.
         ContextOverflowError: Prompt, input and answer do not fit into the context.
     """
-    check_form(base, request.options)
     facts, prompt, new = base.facts, request.prompt, request.new_tokens
     if prompt is not None:
         _check_prompt(base, prompt)

@@ -25,7 +25,6 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from softprompt.generation.forms import FormMask
 from softprompt.generation.options import GenerationOptions
 
 
@@ -79,12 +78,12 @@ def seeds_of(options: GenerationOptions, count: int) -> list[int | None]:
 
 
 def processors_of(
-    options: GenerationOptions, seed: int | None, end_ids: Collection[int], skip: int, matcher: Any = None
+    options: GenerationOptions, seed: int | None, end_ids: Collection[int], skip: int, form: Any = None
 ) -> LogitsProcessorList:
     """Return the processors of one answer, in the order in which transformers applies its own.
 
     ``skip`` ids stand before the answer, which the repetition penalty alone counts; ``seed`` None samples
-    nothing, ``end_ids`` end an answer, and ``matcher`` holds it to a form.
+    nothing, ``end_ids`` end an answer, and ``form`` masks what it may not go on with.
     """
     found = LogitsProcessorList()
     if options.repetition_penalty != 1.0:
@@ -94,8 +93,8 @@ def processors_of(
     if options.exponential_decay_length_penalty is not None and end_ids:
         decay = options.exponential_decay_length_penalty
         found.append(ExponentialDecayLengthPenalty(decay, sorted(end_ids), skip))
-    if matcher is not None:
-        found.append(FormMask(matcher, skip))  # behind the penalties: a length penalty makes nan of -inf
+    if form is not None:
+        found.append(form)  # behind the penalties: a length penalty makes nan of -inf
     if seed is None:
         return found
     if options.temperature is not None:

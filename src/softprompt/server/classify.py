@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Self, final
 
 from fastapi import APIRouter, Request
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from softprompt.errors import ConfigError, DataError
 from softprompt.generation import Input, Labelling, label_ids_of
-from softprompt.server.access_log import tally
 from softprompt.server.errors import Problem
 from softprompt.server.protocol import Body, Fields, Stop, Text
 from softprompt.server.service import CLIENT_GONE, USER, in_thread, service_of, unless_gone
@@ -114,6 +113,7 @@ class Scoring:
         labelling: Its texts and labels.
         future: The scorer's log-probabilities ``[N·K]``.
         started: When it began, in seconds of the monotonic clock.
+        usage: Its tokens, once the scores are there.
     """
 
     service: Service
@@ -121,6 +121,7 @@ class Scoring:
     labelling: Labelling
     future: Future[Tensor]
     started: float
+    usage: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def start(cls, service: Service, served: Served, labelling: Labelling) -> Self:
@@ -131,27 +132,23 @@ class Scoring:
     def cancel(self) -> None:
         """Cancel it, unless it has ended."""
         if self.future.cancel():
-            self._count("abort")
+            self._abort()
 
     async def sums(self) -> Tensor:
         """Return the log-probabilities; raises Problem 503 if they take too long."""
-        seconds, metrics = self.service.settings.request_seconds, self.service.metrics
+        seconds = self.service.settings.request_seconds
         try:
             found = await asyncio.wait_for(asyncio.wrap_future(self.future), seconds)
         except TimeoutError:
-            self._count("abort")
+            self._abort()
             raise Problem(503, f"no answer within {seconds:g} s; try again later") from None
-        usage, label = _usage(self.labelling, self.served.prompt), metrics.label(self.served.name)
-        tally(tokens=usage["prompt_tokens"], virtual=usage["virtual_tokens"])
-        metrics.input.labels(label).inc(usage["prompt_tokens"])
-        metrics.virtual.labels(label).inc(usage["virtual_tokens"])
-        metrics.whole.labels(label).observe(time.monotonic() - self.started)
-        self._count("classified")
+        tokens, rows = sum(len(each.ids) for each in self.labelling.inputs), len(self.labelling.inputs)
+        self.usage = self.service.count(self.served, "classified", rows, tokens, self.started)
         return found
 
-    def _count(self, reason: str) -> None:
+    def _abort(self) -> None:
         metrics = self.service.metrics
-        metrics.success.labels(metrics.label(self.served.name), reason).inc(len(self.labelling.inputs))
+        metrics.success.labels(metrics.label(self.served.name), "abort").inc(len(self.labelling.inputs))
 
 
 @router.post("/v1/classify", response_model=Classification)
@@ -164,7 +161,7 @@ async def classify(body: ClassifyBody, request: Request) -> Response:
     sums = await unless_gone(request, scoring.sums(), scoring.cancel)
     if sums is None:
         return Response(status_code=CLIENT_GONE)
-    usage = _usage(labelling, served.prompt)
+    usage = scoring.usage
     answers = enumerate(labelling.answers(sums, normalize=body.normalize))
     return JSONResponse(
         {
@@ -176,12 +173,6 @@ async def classify(body: ClassifyBody, request: Request) -> Response:
             "usage": usage,
         }
     )
-
-
-def _usage(labelling: Labelling, prompt: Prompt | None) -> dict[str, int]:
-    inputs = sum(len(each.ids) for each in labelling.inputs)
-    virtual = prompt.tokens * len(labelling.inputs) if prompt else 0
-    return {"prompt_tokens": inputs, "virtual_tokens": virtual, "total_tokens": inputs}
 
 
 def texts_of(body: ClassifyBody) -> list[str | dict[str, str | float | int]]:

@@ -136,14 +136,13 @@ async def answered(
 
     A client that disconnects cancels the run.
     """
-    done = await unless_gone(request, gathered(reply, run), run.cancel)
+    done = await unless_gone(request, _gathered(reply, run), run.cancel)
     if done is None:
         return Response(status_code=CLIENT_GONE)
     return JSONResponse(done.whole([shown(choice) for choice in done.choices]))
 
 
-async def gathered(reply: Reply, run: Answering) -> Reply:
-    """Return a reply once all its answers are whole."""
+async def _gathered(reply: Reply, run: Answering) -> Reply:
     async with aclosing(run.events()) as events:
         async for number, event in events:
             reply.take(number, event)

@@ -14,9 +14,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from softprompt.engine import EngineRow, text_states
-from softprompt.errors import ConfigError, DataError, QueueFullError
-from softprompt.server.access_log import tally
-from softprompt.server.errors import Problem
+from softprompt.errors import ConfigError, DataError, NotServingError, QueueFullError
 from softprompt.server.protocol import Body, Text, TokenIds, Whole
 from softprompt.server.service import USER, Service, in_thread, service_of
 
@@ -83,13 +81,7 @@ async def embed(body: EmbeddingsBody, request: Request) -> JSONResponse:
         raise QueueFullError(f"{waiting} requests wait already; try again later", 1.0)
     deadline = started + service.settings.request_seconds
     vectors = await anyio.to_thread.run_sync(_vectors, service, body, rows, deadline, limiter=service.embedding)
-    tokens, virtual = sum(len(row.source) for row in rows), sum(row.prompt.tokens for row in rows if row.prompt)
-    label = service.metrics.label(served.name)
-    service.metrics.input.labels(label).inc(tokens)
-    service.metrics.virtual.labels(label).inc(virtual)
-    service.metrics.success.labels(label, "embedded").inc(len(rows))
-    service.metrics.whole.labels(label).observe(time.monotonic() - started)
-    tally(tokens=tokens, virtual=virtual)
+    usage = service.count(served, "embedded", len(rows), sum(len(row.source) for row in rows), started)
     return JSONResponse(
         {
             "object": "list",
@@ -99,7 +91,7 @@ async def embed(body: EmbeddingsBody, request: Request) -> JSONResponse:
             ],
             "model": served.name,
             "system_fingerprint": f"sp-{served.version[:16]}",
-            "usage": {"prompt_tokens": tokens, "virtual_tokens": virtual, "total_tokens": tokens},
+            "usage": usage,
         }
     )
 
@@ -108,15 +100,14 @@ def _rows(body: EmbeddingsBody, served: Served, most: int) -> list[EngineRow]:
     """Return a body's texts as rows behind their prompt.
 
     Raises:
-        ConfigError: The width asked for is another than the base's.
+        ConfigError: There are more texts than ``max_request_rows``.
         DataError: A text is empty, or does not fit the prompt.
-        Problem: 400, there are more texts than ``max_request_rows``.
     """
     given: Sequence[Any] = body.input if isinstance(body.input, list) else [body.input]
     if isinstance(given[0], int):
         given = [given]
     if len(given) > most:
-        raise Problem(400, f"the request has {len(given)} texts, this server takes {most}")
+        raise ConfigError(f"the request has {len(given)} texts, this server takes {most}; send fewer")
     inputs = [
         served.of_ids(each) if isinstance(each, list) else served.of_fields(each, truncate=body.truncate_input)
         for each in given
@@ -129,11 +120,11 @@ def _rows(body: EmbeddingsBody, served: Served, most: int) -> list[EngineRow]:
 
 
 def _vectors(service: Service, body: EmbeddingsBody, rows: Sequence[EngineRow], deadline: float) -> list[Tensor]:
-    """Return the vector ``[H]`` of each row, pass after pass; raises Problem 503 past the deadline."""
+    """Return the vector ``[H]`` of each row, pass after pass; raises NotServingError past the deadline."""
     found: list[Tensor] = []
     for part in _passes(rows, service.settings.bounds.max_step_tokens):
         if time.monotonic() > deadline:
-            raise Problem(503, f"no answer within {service.settings.request_seconds:g} s; try again later")
+            raise NotServingError(f"no answer within {service.settings.request_seconds:g} s; try again later")
         states = text_states(service.registry.base, part)
         found += [each.mean(0) if body.pooling == "mean" else each[-1] for each in states]
     if body.dimensions not in (None, len(found[0])):

@@ -16,7 +16,6 @@ from starlette.responses import Response
 from softprompt.errors import ConfigError
 from softprompt.generation import Input, Request, TokenEvent
 from softprompt.server.chat import DEFAULT_TOKENS, chat_input
-from softprompt.server.completions import gathered
 from softprompt.server.protocol import (
     MOST_TOKENS,
     Choice,
@@ -137,10 +136,8 @@ async def respond(body: ResponsesBody, request: HTTPRequest) -> Response:
     run = service.start(served, submission.requests)
     if body.stream:
         return EventStream(run, _events(body, reply, run))
-    done = await unless_gone(request, gathered(reply, run), run.cancel)
-    if done is None:
-        return Response(status_code=CLIENT_GONE)
-    return JSONResponse(_response(body, done, done.choices[0]))
+    whole = await unless_gone(request, _whole(body, reply, run), run.cancel)
+    return Response(status_code=CLIENT_GONE) if whole is None else JSONResponse(whole)
 
 
 def _submission(body: ResponsesBody, served: Served, seconds: float) -> Submission:
@@ -217,6 +214,13 @@ def _response(body: ResponsesBody, reply: Reply, choice: Choice | None) -> dict[
             "virtual_tokens": usage["virtual_tokens"],
         },
     }
+
+
+async def _whole(body: ResponsesBody, reply: Reply, run: Run) -> dict[str, Any]:
+    """Return the response that the last event holds."""
+    async with aclosing(_events(body, reply, run)) as events:
+        *_, last = [event async for event in events]
+    return dict(last["response"])
 
 
 async def _events(body: ResponsesBody, reply: Reply, run: Run) -> AsyncGenerator[Mapping[str, Any]]:

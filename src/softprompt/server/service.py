@@ -26,7 +26,6 @@ from softprompt.backbone import input_embedding
 from softprompt.errors import ConfigError, NotServingError
 from softprompt.generation import EchoEvent, Event, FinishEvent, Request, Ticket, TokenEvent
 from softprompt.inspection import describe
-from softprompt.prompts import TaskType
 from softprompt.server.access_log import tally
 from softprompt.server.errors import Problem, problem_of
 from softprompt.server.folder import tasks_of
@@ -97,7 +96,7 @@ class Service:
         """
         found = await in_thread(self.registry.get, name, task)
         tally(prompt=found.name)
-        if found.own is not None and embeds != (found.own.config.task_type == TaskType.FEATURE_EXTRACTION):
+        if found.own is not None and embeds != (found.own.config.task_type == "FEATURE_EXTRACTION"):
             raise ConfigError(
                 f"the prompt {found.name!r} is for {found.own.config.task_type}; "
                 + ("ask for an answer" if embeds else "ask /v1/embeddings")
@@ -127,6 +126,25 @@ class Service:
         rows, most = sum(each.n for each in requests), self.settings.max_request_rows
         if rows > most:
             raise Problem(400, f"the request has {rows} answers, this server allows {most}")
+
+    def count(self, served: Served, reason: str, rows: int, tokens: int, started: float) -> dict[str, int]:
+        """Count inputs that got no generated answer, and return their usage.
+
+        Args:
+            served: The prompt.
+            reason: The finish reason in the metrics.
+            rows: Inputs.
+            tokens: Their text tokens.
+            started: When the request came, by ``time.monotonic``.
+        """
+        label = self.metrics.label(served.name)
+        virtual = served.prompt.tokens * rows if served.prompt else 0
+        tally(tokens=tokens, virtual=virtual)
+        self.metrics.input.labels(label).inc(tokens)
+        self.metrics.virtual.labels(label).inc(virtual)
+        self.metrics.success.labels(label, reason).inc(rows)
+        self.metrics.whole.labels(label).observe(time.monotonic() - started)
+        return {"prompt_tokens": tokens, "virtual_tokens": virtual, "total_tokens": tokens}
 
     def card(self, name: str) -> dict[str, Any]:
         """Return a prompt's card as plain JSON values; the latest ones are kept."""

@@ -40,7 +40,6 @@ def log_prompts(registry: Registry, batcher: Batcher) -> None:
 def log_addresses(registry: Registry, host: str, port: int, *, asks_for_key: bool) -> None:
     """Log where the server listens, where its page and its API's description are, and a request to try."""
     shown = f"[{host}]" if ":" in host else host
-    logger.info("listening on http://%s:%d", shown, port)
     url = f"http://{'localhost' if host in ('0.0.0.0', '::') else shown}:{port}"
     logger.info("page %s/ and API %s/docs", url, url)
     ready, _ = registry.sorted_out()
@@ -49,6 +48,7 @@ def log_addresses(registry: Registry, host: str, port: int, *, asks_for_key: boo
     words = ["curl", f"{url}/v1/{path}", "-H", "Content-Type: application/json"]
     words += ["-H", "Authorization: Bearer KEY"] * asks_for_key
     logger.info("try %s", shlex.join([*words, "-d", json.dumps(body, ensure_ascii=False)]))
+    logger.info("listening on http://%s:%d", shown, port)
 
 
 def _example(registry: Registry, name: str) -> tuple[str, dict[str, Any]]:

@@ -3,6 +3,9 @@
 import { events, post, Trouble } from "./api.js";
 import { element, seconds } from "./elements.js";
 
+// Labels that are shown before the rest is folded.
+const SHOWN = 10;
+
 export class Answer {
   // `asked` says all of a request: {key, title, note, kind, path, body, tools}.
   constructor(asked) {
@@ -18,6 +21,10 @@ export class Answer {
   }
 
   async run(signal) {
+    if (this.asked.kind === "none") {
+      this.say("not asked");
+      return false;
+    }
     this.began = performance.now();
     this.output.setAttribute("aria-busy", "true");
     this.panel.classList.add("running");
@@ -80,7 +87,12 @@ export class Answer {
     const reply = await post(this.asked.path, this.asked.body, signal);
     const found = reply.data?.[0] ?? reply;
     const shares = Object.entries(found.probabilities ?? {}).sort((a, b) => b[1] - a[1]);
-    this.output.append(element("ol", { class: "bars" }, ...shares.map(([label, share]) => bar(label, share, found.scores?.[label]))));
+    const bars = shares.map(([label, share]) => bar(label, share, found.scores?.[label]));
+    this.output.append(element("ol", { class: "bars" }, ...bars.slice(0, SHOWN)));
+    if (bars.length > SHOWN) {
+      this.output.append(element("details", { class: "more" }, element("summary", { text: `${bars.length - SHOWN} more labels` }),
+        element("ol", { class: "bars rest", start: SHOWN + 1 }, ...bars.slice(SHOWN))));
+    }
     const parts = [seconds(performance.now() - this.began), ...counts(reply.usage)];
     if (found.input_cut) parts.push("the input was cut");
     this.say(parts.join(" · "));

@@ -45,14 +45,40 @@ function isChat() {
 function drawFields() {
   const chat = isChat();
   if (chat) boxes.showTurns();
-  else {
-    const wanted = [...new Set(chooser.chosen.flatMap((model) => boxesOf(model.template)))];
-    boxes.showFields(wanted.length ? wanted : [""]);
-  }
+  else boxes.showGroups(groups());
+  part("mode-hint").hidden = !chat;
+  part("mode-hint").textContent = "Messages are put as the base model's chat template says, not as the prompts' own templates do.";
   for (const id of ["kind-field", "labels-field"]) part(id).hidden = chat;
   if (part("base-hint")) {
     part("base-hint").textContent = `Without a prompt; it gets the ${chat ? "same messages" : "text as the first chosen prompt puts it"}.`;
   }
+}
+
+// The chosen prompts by the boxes that they need.
+function groups() {
+  const found = new Map();
+  for (const model of chooser.chosen) {
+    const names = boxesOf(model.template), key = names.join("\n");
+    found.set(key, { names, prompts: [...(found.get(key)?.prompts ?? []), model.key] });
+  }
+  return found.size ? [...found.values()] : [{ names: [""], prompts: [] }];
+}
+
+// Prompts whose boxes are all empty wait; a box that is empty beside others is asked for. Returns who can be asked.
+function written() {
+  if (isChat()) {
+    if (boxes.chatIsBlank()) return boxes.requireMessage();
+    return chooser.chosen;
+  }
+  for (const model of chooser.chosen) {
+    const names = boxesOf(model.template), missing = names.find((name) => boxes.blank([name]));
+    if (missing !== undefined && !boxes.blank(names)) {
+      return boxes.require(missing, `${model.key} needs ${missing} as well, or none of its fields.`);
+    }
+  }
+  const ready = chooser.chosen.filter((model) => !boxes.blank(boxesOf(model.template)));
+  if (ready.length || (!chooser.chosen.length && !boxes.blank([""]))) return ready;
+  return boxes.require(groups()[0].names[0], "Write a text.");
 }
 
 function optionsLine() {
@@ -91,16 +117,22 @@ function tool(text, label, act) {
   return element("button", { type: "button", class: "plain", text, "aria-label": label, on: { click: act } });
 }
 
-function requests() {
+function requests(ready) {
   const made = chooser.chosen.map((model) => {
+    if (!ready.includes(model)) return waiting(model);
     const asked = request(model, inputOf(model.template, boxes.values));
     asked.key = asked.title = model.key;
     asked.note = [model.virtual_tokens ? `${model.virtual_tokens} virtual tokens` : "", isChat() ? "chat" : model.task ?? ""].filter(Boolean).join(" · ");
     asked.tools = [tool("Card", `Card of ${model.key}`, () => showCard(model)), tool("Code", `Code for ${model.key}`, () => showCode(asked))];
     return asked;
   });
-  if (chooser.base && (chooser.withBase || !made.length)) made.unshift(baseRequest(chooser.base, chooser.chosen[0]));
+  if (chooser.base && (chooser.withBase || !made.length)) made.unshift(baseRequest(chooser.base, ready[0]));
   return made;
+}
+
+function waiting(model) {
+  const names = boxesOf(model.template).map((name) => name || "a text").join(", ");
+  return { kind: "none", key: model.key, title: model.key, note: `waits for ${names}`, tools: [tool("Card", `Card of ${model.key}`, () => showCard(model))] };
 }
 
 // The base is asked as the first prompt is: the same text, and the same labels; or the same messages.
@@ -117,6 +149,8 @@ function baseRequest(base, first) {
 
 async function run() {
   if (running || !part("ask").reportValidity()) return;
+  const ready = written();
+  if (!ready) return;
   running = new AbortController();
   const { signal } = running;
   part("run").disabled = true;
@@ -124,13 +158,14 @@ async function run() {
   trouble(null);
   const began = performance.now();
   try {
-    const answers = requests().map((asked) => new Answer(asked));
+    const answers = requests(ready).map((asked) => new Answer(asked));
+    const count = answers.filter((answer) => answer.asked.kind !== "none").length;
     part("empty").hidden = true;
     part("answers").replaceChildren(...answers.map((answer) => answer.panel));
-    part("progress").textContent = `asking for ${answers.length} ${answers.length === 1 ? "answer" : "answers"}`;
+    part("progress").textContent = `asking for ${count} ${count === 1 ? "answer" : "answers"}`;
     const good = (await Promise.all(answers.map((answer) => answer.run(signal)))).filter(Boolean).length;
     const took = seconds(performance.now() - began);
-    part("progress").textContent = signal.aborted ? "stopped" : `${good} of ${answers.length} answered in ${took}`;
+    part("progress").textContent = signal.aborted ? "stopped" : `${good} of ${count} answered in ${took}`;
   } finally {
     running = null;
     part("run").disabled = false;

@@ -16,19 +16,25 @@ export class Boxes {
     return this.texts;
   }
 
-  // One box for each field; the one without a name is "the text".
-  showFields(names) {
-    this.show(names.map((name, i) => ({
-      name, id: i === 0 ? "text" : `text-${i}`, label: name || "Text", rows: names.length > 1 ? 2 : 3, required: true,
-      placeholder: name ? "" : "Write what the prompts should answer",
+  // A group of boxes for each set of fields, {names, prompts}: the first to write in, the others to unfold. A field
+  // without a name is "the text".
+  showGroups(groups) {
+    const folded = groups.length > 1;
+    let count = 0;
+    this.show(groups.map(({ names, prompts }, i) => ({
+      names: names.map((name) => name || "Text").join(", "), prompts: folded ? prompts : null, open: i === 0,
+      boxes: names.map((name) => ({
+        name, id: count++ ? `text-${count - 1}` : "text", label: name || "Text", rows: names.length > 1 ? 2 : 3,
+        placeholder: name ? "" : "Write what the prompts should answer",
+      })),
     })));
   }
 
   showTurns() {
-    this.show([
-      { name: SYSTEM, id: "system", label: "System", rows: 1, required: false, placeholder: "How to answer; may stay empty" },
-      { name: USER, id: "text", label: "Message", rows: 3, required: true, placeholder: "Write to the prompts" },
-    ]);
+    this.show([{ names: "", prompts: null, open: true, boxes: [
+      { name: SYSTEM, id: "system", label: "System", rows: 1, placeholder: "How to answer; may stay empty" },
+      { name: USER, id: "text", label: "Message", rows: 3, placeholder: "Write to the prompts" },
+    ] }]);
   }
 
   get messages() {
@@ -37,18 +43,59 @@ export class Boxes {
     return system ? [{ role: "system", content: system }, asked] : [asked];
   }
 
-  show(wanted) {
-    const shown = [...this.holder.querySelectorAll("textarea")].map((box) => box.dataset.field);
-    if (shown.length && shown.join("\n") === wanted.map((each) => each.name).join("\n")) return;
-    this.holder.replaceChildren(...wanted.map((each) => this.field(each)));
+  // Whether none of some fields is written.
+  blank(names) {
+    return names.every((name) => !(this.texts[name] ?? "").trim());
   }
 
-  field({ name, id, label, rows, required, placeholder }) {
+  chatIsBlank() {
+    return this.blank([USER]);
+  }
+
+  // Asks the writer for a box, with the reason; unfolds the group that it is in.
+  require(name, why) {
+    const box = [...this.holder.querySelectorAll("textarea")].find((each) => each.dataset.field === name)
+      ?? this.holder.querySelector("#text");
+    const group = box.closest("details");
+    if (group) group.open = true;
+    box.setCustomValidity(why);
+    box.reportValidity();
+  }
+
+  requireMessage() {
+    this.require(USER, "Write a message.");
+  }
+
+  show(groups) {
+    const layout = JSON.stringify(groups.map(({ names, prompts }) => [names, prompts]));
+    if (this.layout === layout) return;
+    const open = new Set([...this.holder.querySelectorAll("details[open]")].map((each) => each.dataset.names));
+    this.layout = layout;
+    this.holder.replaceChildren(...groups.flatMap((group) => {
+      const boxes = group.boxes.map((each) => this.field(each));
+      if (!group.prompts) return boxes;
+      const made = element("details", { class: "group", open: group.open || open.has(group.names) },
+        element("summary", {}, element("span", { class: "group-names", text: group.names }),
+          element("span", { class: "quiet", text: ` for ${group.prompts.join(", ")}` })), ...boxes);
+      made.dataset.names = group.names;
+      return [made];
+    }));
+  }
+
+  field({ name, id, label, rows, placeholder }) {
     const box = element("textarea", {
-      id, rows, required, placeholder, value: this.texts[name] ?? "", spellcheck: false,
-      on: { input: () => { this.texts[name] = box.value; } },
+      id, rows, placeholder, value: this.texts[name] ?? "", spellcheck: false,
+      on: { input: () => { this.texts[name] = box.value; this.mirror(box); } },
     });
     box.dataset.field = name;
     return element("div", { class: "field" }, element("label", { htmlFor: id, text: label }), box);
+  }
+
+  // A field of two groups has one text; and no complaint outlives a change.
+  mirror(box) {
+    for (const each of this.holder.querySelectorAll("textarea")) {
+      each.setCustomValidity("");
+      if (each !== box && each.dataset.field === box.dataset.field) each.value = box.value;
+    }
   }
 }

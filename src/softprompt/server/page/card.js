@@ -3,6 +3,9 @@
 import { curve } from "./curve.js";
 import { bytes, drawn, element, number } from "./elements.js";
 
+// Labels that are shown before the rest is folded.
+const SHOWN = 10;
+
 // Of a multitask prompt the card is that of one task: its kind, labels and template.
 export function cardBody(card, taskName) {
   const own = { ...card, ...card.tasks?.find((task) => task.name === taskName) };
@@ -23,7 +26,7 @@ function pairs(entries) {
   const list = element("dl", { class: "facts" });
   for (const [name, value] of entries) {
     if (value === null || value === undefined || value === "") continue;
-    list.append(element("dt", { text: name }), element("dd", { text: String(value) }));
+    list.append(element("dt", { text: name }), element("dd", {}, value instanceof Node ? value : String(value)));
   }
   return list;
 }
@@ -32,7 +35,7 @@ function facts(card) {
   return pairs([
     ["Task", card.task ?? card.task_type],
     ["Tasks of the prompt", card.tasks?.map((task) => task.name).join(", ")],
-    ["Labels", card.labels?.join(", ")],
+    ["Labels", labels(card.labels)],
     ["Base", card.base_model],
     ["Fingerprint", card.fingerprint],
     ["Virtual tokens", card.virtual_tokens],
@@ -41,6 +44,12 @@ function facts(card) {
     ["Size", card.bytes ? bytes(card.bytes) : null],
     ["Made", moment(card.created)],
   ]);
+}
+
+function labels(names) {
+  if (!names || names.length <= SHOWN) return names?.join(", ");
+  return element("details", { class: "more" },
+    element("summary", { text: `${names.slice(0, SHOWN).join(", ")} and ${names.length - SHOWN} more` }), names.slice(SHOWN).join(", "));
 }
 
 function moment(text) {

@@ -1,10 +1,11 @@
-// The list of prompts: search, choose several, and the base beside them.
+// The list of prompts: search, choose several, and the base beside them; apart, what cannot be chosen and why.
 
 import { element } from "./elements.js";
 
 export class Chooser {
   constructor(onChange) {
     this.byKey = new Map();
+    this.rows = new Map();
     this.keys = new Set();
     this.withBase = true;
     this.onChange = onChange;
@@ -30,11 +31,13 @@ export class Chooser {
     return [...this.list.querySelectorAll("input")];
   }
 
-  show({ base, prompts }) {
+  show({ base, prompts, apart }) {
     this.base = base;
     this.byKey = new Map(prompts.map((prompt) => [prompt.key, prompt]));
     for (const key of this.keys) if (!this.byKey.has(key)) this.keys.delete(key);
-    this.list.replaceChildren(...prompts.map((prompt) => this.row(prompt)));
+    this.rows = new Map(prompts.map((prompt) => [prompt.key, this.row(prompt)]));
+    this.list.replaceChildren();
+    this.arrange();
     this.search.disabled = prompts.length === 0;
     const choice = document.getElementById("base-choice");
     choice.replaceChildren();
@@ -46,6 +49,7 @@ export class Chooser {
       choice.append(element("label", { class: "prompt" }, box, element("span", { class: "name", text: "Base model" })));
       choice.append(element("p", { class: "hint", id: "base-hint" }));
     }
+    this.showApart(apart);
     this.filter();
   }
 
@@ -56,12 +60,34 @@ export class Chooser {
         change: () => {
           if (box.checked) this.keys.add(prompt.key);
           else this.keys.delete(prompt.key);
+          this.arrange();
           this.tell();
           this.onChange();
         },
       },
     });
-    return element("li", {}, element("label", { class: "prompt" }, box, element("span", { class: "name", text: prompt.key })));
+    const score = typeof prompt.accuracy === "number" ? `${(prompt.accuracy * 100).toFixed(1)} %` : null;
+    return element("li", {}, element("label", { class: "prompt" }, box, element("span", { class: "name", text: prompt.key }),
+      score && element("span", { class: "score", title: "accuracy that is recorded with the prompt", text: score })));
+  }
+
+  // Chosen prompts stand first, so that a long list never hides them.
+  arrange() {
+    const focused = document.activeElement, top = this.list.scrollTop;
+    const others = [...this.rows.keys()].filter((key) => !this.keys.has(key));
+    this.list.append(...[...this.keys, ...others].map((key) => this.rows.get(key)));
+    [...this.rows].forEach(([key, item]) => item.classList.toggle("last-chosen", key === [...this.keys].at(-1)));
+    this.list.scrollTop = top;
+    if (this.list.contains(focused)) focused.focus({ preventScroll: true });
+  }
+
+  showApart(apart) {
+    const holder = document.getElementById("apart");
+    holder.hidden = !apart.length;
+    document.getElementById("apart-count").textContent = `${apart.length} cannot be chosen here`;
+    document.getElementById("apart-list").replaceChildren(...apart.flatMap(({ id, problem }) => [
+      element("dt", { text: id }), element("dd", { text: problem }),
+    ]));
   }
 
   chooseFirst() {
@@ -83,9 +109,8 @@ export class Chooser {
 
   filter() {
     const words = this.search.value.toLowerCase().split(/\s+/).filter(Boolean);
-    for (const item of this.list.children) {
-      const name = item.textContent.toLowerCase();
-      item.hidden = !words.every((word) => name.includes(word));
+    for (const [key, item] of this.rows) {
+      item.hidden = !words.every((word) => key.toLowerCase().includes(word));
     }
     this.tell();
   }

@@ -2,16 +2,22 @@
 
 import { get } from "./api.js";
 
+const EMBEDDING = "embedding";
+
 // Every prompt as {key, id, ...}; each task of a multitask prompt is a choice of its own, with its own
 // template, labels and kind.
 export async function listed() {
-  const { data } = await get("v1/models");
-  const prompts = data.filter((each) => each.parent).flatMap((each) =>
+  const { data, unusable } = await get("v1/models");
+  const served = data.filter((each) => each.parent), answering = served.filter((each) => each.task !== EMBEDDING);
+  const prompts = answering.flatMap(({ metrics, ...each }) =>
     each.tasks?.length
-      ? each.tasks.map(({ name, ...own }) => ({ ...each, ...own, key: `${each.id} · ${name}`, taskName: name }))
-      : [{ ...each, key: each.id }]);
+      ? each.tasks.map(({ name, ...own }) => (
+        { ...each, ...own, key: `${each.id} · ${name}`, taskName: name, accuracy: metrics?.[`${name} accuracy`] }))
+      : [{ ...each, key: each.id, accuracy: metrics?.accuracy }]);
   const base = data.find((each) => !each.parent);
-  return { base: base ? { ...base, key: base.id } : null, prompts };
+  const embedding = served.filter((each) => each.task === EMBEDDING)
+    .map(({ id }) => ({ id, problem: "gives vectors: ask /v1/embeddings" }));
+  return { base: base ? { ...base, key: base.id } : null, prompts, apart: [...(unusable ?? []), ...embedding] };
 }
 
 export function card(name) {
