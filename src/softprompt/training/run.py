@@ -24,7 +24,7 @@ from softprompt.inference import TunedPrompt
 from softprompt.progress import timed
 from softprompt.prompts import SOURCE_INITS, MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from softprompt.training.events import checked_callbacks
-from softprompt.training.examples import Data, Rows, read_data
+from softprompt.training.examples import Data, read_data
 from softprompt.training.preparation import BaseLike, Prepared, prepare
 from softprompt.training.session import Trained, identity, run, stages_of
 from softprompt.training.settings import TuneOptions, TuneSettings, full_names
