@@ -92,6 +92,7 @@ def _config_of(model: nn.Module, prompt: PeftConfig) -> PreTrainedConfig:
     if isinstance(given, Mapping):
         values |= given
     layers, heads, width = (getattr(prompt, n, None) for n in ("num_layers", "num_attention_heads", "token_dim"))
-    sizes = {"num_hidden_layers": layers or 1, "num_attention_heads": heads or 1, "hidden_size": width or 1}
-    known = {name: value for name, value in values.items() if isinstance(value, bool | int | float | str)}
-    return PreTrainedConfig(**dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")), **sizes | known)
+    known: dict[str, Any] = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    known |= {"num_hidden_layers": layers or 1, "num_attention_heads": heads or 1, "hidden_size": width or 1}
+    known |= {name: value for name, value in values.items() if isinstance(value, bool | int | float | str)}
+    return PreTrainedConfig(**known)
