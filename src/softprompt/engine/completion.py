@@ -195,6 +195,8 @@ def _submodules(config: PromptLearningConfig, base: Base) -> int:
         _check_no_decoder(named, config)
     elif config.peft_type is PeftType.MULTITASK_PROMPT_TUNING:
         return given or 2
+    elif named is None and given == 2:
+        return 1  # PEFT's number: of its 2 P virtual tokens the first P are read, before the encoder
     count = len(config.model_types()) if named is not None else 1
     if given not in (None, 1, count):
         raise ConfigError(
