@@ -10,6 +10,7 @@ from softprompt.errors import BackboneError, ConfigError
 from softprompt.prompts import (
     MultitaskPromptTuningConfig,
     PrefixTuningConfig,
+    PromptEncoderConfig,
     PromptTuningConfig,
     TaskType,
 )
@@ -41,6 +42,13 @@ def test_keys_and_values_have_the_sizes_of_the_layers():
 def test_a_multitask_prompt_feeds_encoder_and_decoder():
     config = MultitaskPromptTuningConfig(num_virtual_tokens=4, num_tasks=2)
     assert completed(config, Base.of(seq2seq("t5"))).num_transformer_submodules == 2
+
+
+@pytest.mark.parametrize("method", [PromptTuningConfig, PromptEncoderConfig])
+def test_pefts_two_submodules_of_a_seq2seq_model_are_the_one_that_is_read(method):
+    config = method(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=4, num_transformer_submodules=2)
+    done = completed(config, Base.of(seq2seq("t5")))
+    assert (done.num_transformer_submodules, done.model_types()) == (1, ("ENCODER",))
 
 
 @pytest.mark.parametrize(

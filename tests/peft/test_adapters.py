@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import peft
@@ -9,10 +10,13 @@ import pytest
 import torch
 import transformers as tf
 
-from oracles.families import CAUSAL, ENCODERS, build, causal
+import softprompt
+from oracles.families import CAUSAL, ENCODERS, build, causal, seq2seq, sharing
 from oracles.peft_pair import TASKS, base, batch
+from oracles.quantised import packed, quantised
 from softprompt import PeftModel, PromptTuningConfig, get_peft_model
-from softprompt.errors import AdapterError, ConfigError
+from softprompt.backbone import weights_hash
+from softprompt.errors import AdapterError, BackboneError, ConfigError
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 
@@ -234,10 +238,110 @@ def test_the_task_is_read_from_the_model_or_asked_for():
 
 
 def test_what_is_no_model_or_config_is_refused():
-    with pytest.raises(ConfigError, match="expected a transformers model, got a Linear"):
+    with pytest.raises(ConfigError, match=r"expected a model, a torch\.nn\.Module, got a str"):
+        get_peft_model("gpt2", config())
+    with pytest.raises(ConfigError, match=r"Linear has no torch\.nn\.Embedding"):
         get_peft_model(torch.nn.Linear(2, 2), config())
     with pytest.raises(ConfigError, match="expected a PromptTuningConfig"):
         get_peft_model(causal("llama"), peft.LoraConfig(task_type="CAUSAL_LM"))
+
+
+METHODS = {
+    "prompt": PromptTuningConfig(num_virtual_tokens=4),
+    "text": PromptTuningConfig(num_virtual_tokens=4, prompt_tuning_init="SAMPLE_VOCAB"),
+    "multitask": softprompt.MultitaskPromptTuningConfig(num_virtual_tokens=4, num_tasks=2),
+    "p-tuning": softprompt.PromptEncoderConfig(num_virtual_tokens=4),
+    "prefix": softprompt.PrefixTuningConfig(num_virtual_tokens=4),
+    "cartridge": softprompt.CartridgeConfig(num_virtual_tokens=4),
+    "unseeing": PromptTuningConfig(num_virtual_tokens=4, prompt_sees_input=False),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["llama", "bert", "t5", "gemma4"])
+def test_attaching_and_loading_run_no_pass_of_the_base(family, method, tmp_path):
+    if method == "unseeing" and family not in ("bert", "t5"):
+        pytest.skip("it would be ignored there")
+    make = {"bert": lambda: build(tf.AutoModelForTokenClassification, ENCODERS["bert"]()),
+            "t5": lambda: seq2seq("t5"), "gemma4": lambda: sharing("gemma4")}  # fmt: skip
+    base = make.get(family, lambda: causal(family))()
+    before = weights_hash(base)
+    calls = []
+    for module in base.modules():
+        if not isinstance(module, torch.nn.Embedding):
+            module.register_forward_pre_hook(lambda module, _: calls.append(type(module).__name__))
+    model = get_peft_model(base, METHODS[method])
+    model.add_adapter("other", METHODS[method])
+    model.save_pretrained(tmp_path)
+    model.detach()
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    loaded.load_adapter(tmp_path / "other", "another")
+    loaded.detach()
+    assert calls == [] and weights_hash(base) == before
+
+
+def test_a_packing_base_trains_behind_a_prefix():
+    base = quantised(causal("llama"))
+    model = get_peft_model(base, softprompt.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with torch.no_grad():
+        model.eval()(IDS)
+    model.train()(input_ids=IDS, labels=IDS).loss.backward()
+    assert packed(base) == 0
+
+
+class Recurrent(torch.nn.Module):
+    """A language model of its own, with a configuration of its own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = Sizes(vocab_size=50, hidden_size=16, model_type="own")
+        self.device = "cpu"
+        self.embedding, self.head = torch.nn.Embedding(50, 16), torch.nn.Linear(16, 50)
+        self.mix = torch.nn.GRU(16, 16, batch_first=True)
+        self.prepare_inputs_for_generation = None
+
+    def forward(self, input_ids=None, inputs_embeds=None, attention_mask=None, labels=None, **options):
+        states = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        logits = self.head(self.mix(states)[0])
+        loss = None
+        if labels is not None:
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return tf.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
+
+
+class Sizes(dict):
+    def __getattr__(self, name):
+        if name in self:
+            return self[name]
+        raise AttributeError(name)
+
+
+def test_any_module_may_be_the_base(tmp_path):
+    base = Recurrent()
+    model = get_peft_model(base, config(), "a")
+    sizes = {"num_layers": 1, "token_dim": 16, "num_attention_heads": 1}
+    theirs = peft.get_peft_model(
+        Recurrent(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, **sizes)
+    )
+    theirs.prompt_encoder["default"].embedding.weight.data.copy_(weight(model, "a"))
+    inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
+    for each in (model.train(), theirs.train()):
+        each(**inputs).loss.backward()
+    torch.testing.assert_close(weight(model, "a").grad, theirs.prompt_encoder["default"].embedding.weight.grad)
+    assert base.training and not model.eval().get_base_model().training and model.get_base_model() is base
+    assert set(dict(base.named_parameters())) == {
+        n.removeprefix("base_model.") for n in model.state_dict() if n.startswith("base_model.")
+    }
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(**inputs).logits, model(**inputs).logits) and copied.get_base_model() is not base
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(Recurrent(), tmp_path / "a").eval()
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    assert model.detach() is base and not base.embedding._forward_hooks
+    prefix = softprompt.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, **sizes)
+    with pytest.raises(BackboneError, match="cannot be run behind a prefix"):
+        get_peft_model(base, prefix)(**inputs)
 
 
 def test_task_ids_are_refused(model):

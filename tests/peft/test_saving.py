@@ -317,6 +317,22 @@ def test_push_to_hub(hub):
     assert hub["files"] == sorted([*OWN, *(f"b/{name}" for name in OWN)])
 
 
+def test_what_transformers_takes_of_a_push(hub, monkeypatch):
+    from huggingface_hub import HfApi, ModelCard
+
+    keep, cards = HfApi.upload_folder, []
+
+    def upload_folder(api, *, folder_path, **options):
+        cards.append(ModelCard.load(Path(folder_path) / "README.md").data.tags)
+        return keep(api, folder_path=folder_path, **options)
+
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    said = {"commit_message": "first", "commit_description": "of two", "create_pr": True}
+    prompted().push_to_hub("someone/prompt", **said, tags=["mine"], max_shard_size="1GB")
+    assert {name: hub[name] for name in said} == said
+    assert "mine" in cards[0] and len(cards[0]) > 1
+
+
 def test_a_hub_out_of_reach_is_one_clear_error():
     with pytest.raises(ArtifactError, match="could not upload to someone/prompt") as caught:
         prompted().push_to_hub("someone/prompt")

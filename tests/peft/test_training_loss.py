@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import softprompt
+from oracles import peft_pair
 from oracles.families import causal
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, TrainingError
 from softprompt.peft.training_loss import LossOutput
 
 P = 4
@@ -187,6 +188,68 @@ def test_a_base_that_somebody_trains_too_gets_the_same_gradients():
         found.append(torch.autograd.grad(outputs.loss, trained))
     for fast, padded in zip(*found, strict=True):
         torch.testing.assert_close(fast, padded, atol=1e-6, rtol=1e-4)
+
+
+class Steeper(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+SPOILT = {"stopped": lambda x: x.detach(), "steeper": Steeper.apply, "lost": lambda x: x * 0}
+
+
+def spoil(base, how):
+    """Let the first layer of a base stop, double or lose the gradient."""
+    ends = (".layers.0", ".layer.0", ".block.0")
+    layer = next(module for name, module in base.named_modules() if name.endswith(ends))
+
+    def hook(module, inputs, output):
+        return (SPOILT[how](output[0]), *output[1:]) if isinstance(output, tuple) else SPOILT[how](output)
+
+    layer.register_forward_hook(hook)
+
+
+@pytest.mark.parametrize("task", peft_pair.TASKS)
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_base_that_loses_the_gradient_is_refused_at_the_first_training_call(task, how):
+    config = softprompt.PromptTuningConfig(task_type=task, num_virtual_tokens=P)
+    model = softprompt.get_peft_model(peft_pair.base(task), config).train()
+    spoil(model.base_model, how)
+    inputs = peft_pair.batch(task)
+    with torch.no_grad():
+        model(**inputs)
+    for _ in range(2):
+        with pytest.raises(TrainingError, match="does not pass on the gradient of a prompt: "):
+            model(**inputs)
+
+
+@pytest.mark.parametrize("task", peft_pair.TASKS)
+@pytest.mark.parametrize("method", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_the_gradient_is_checked_once_and_found_sound(task, method):
+    config = getattr(softprompt, method)(task_type=task, num_virtual_tokens=P)
+    model, calls = softprompt.get_peft_model(peft_pair.base(task), config).train(), []
+    model.base_model.register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(3):
+        before = len(calls)
+        model(**peft_pair.batch(task))
+    assert len(calls) - before <= 1 < before
+    again = softprompt.get_peft_model(model.detach(), config).train()
+    before = len(calls)
+    again(**peft_pair.batch(task))
+    assert len(calls) - before <= 1
+
+
+def test_a_head_that_starts_at_zero_is_no_alarm():
+    base = peft_pair.base("SEQ_CLS")
+    for weight in base.classifier.parameters():
+        torch.nn.init.zeros_(weight)
+    config = softprompt.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=P)
+    softprompt.get_peft_model(base, config).train()(**peft_pair.batch("SEQ_CLS")).loss.backward()
 
 
 def test_a_model_whose_loss_is_another_is_left_to_its_own(monkeypatch):

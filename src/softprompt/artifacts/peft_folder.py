@@ -289,7 +289,8 @@ def upload(
     folder: Path,
     repo_id: str,
     *,
-    commit_message: str = "Upload soft prompt",
+    commit_message: str | None = None,
+    commit_description: str | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
@@ -306,7 +307,12 @@ def upload(
         if revision is not None and not create_pr:
             api.create_branch(name, branch=revision, exist_ok=True)
         commit = api.upload_folder(
-            repo_id=name, folder_path=folder, commit_message=commit_message, revision=revision, create_pr=create_pr
+            repo_id=name,
+            folder_path=folder,
+            commit_message=commit_message or "Upload soft prompt",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
         )
     # The hub client raises errors of its HTTP library, which share no root with its own.
     except Exception as error:

@@ -23,7 +23,7 @@ from softprompt.artifacts.files import load_pickled
 from softprompt.artifacts.peft_folder import load_adapter
 from softprompt.artifacts.stored_prompt import RecordedBase, StoredPrompt, check_base, other_parts
 from softprompt.backbone import (
-    Fingerprint,
+    Base,
     input_embedding,
     is_encoder_decoder,
     load_base,
@@ -219,7 +219,7 @@ def _recycled(
             f"base and cannot be loaded: {cause}"
         ) from cause
     check_base(stored, own.model, way_out=f"put the model that it was made for where {name} is")
-    if Fingerprint.of(own.model).matches(Fingerprint.of(model)):
+    if own.fingerprint.matches(Base(model).fingerprint):
         return None
     words = load_tokenizer(tokenizer_name or str(model.name_or_path))
     there, here = input_embedding(own.model), input_embedding(model)

@@ -253,7 +253,7 @@ class RecordedBase:
     def of_model(cls, model: PreTrainedModel) -> Self:
         """Return the base that a loaded model is."""
         width = input_embedding(model).weight.shape[1]
-        return cls(str(model.name_or_path) or None, width, Fingerprint.of(model))
+        return cls(str(model.name_or_path) or None, width, Base(model).fingerprint)
 
     def differs(self, other: RecordedBase) -> str | None:
         """Return why the other is not this base; None when it is.
@@ -296,7 +296,7 @@ def check_base(
     made_for = None if ignore else _recorded_fingerprint(stored)
     if made_for is None:
         return
-    here = Fingerprint.of(model)
+    here = Base(model).fingerprint
     name = getattr(model, "name_or_path", "") or f"a {type(model).__name__} in memory"
     reason = made_for.differs(here)
     if reason is not None:

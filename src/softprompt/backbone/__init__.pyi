@@ -5,6 +5,7 @@ from .base import weights_hash as weights_hash
 from .facts import Facts as Facts
 from .facts import facts_of as facts_of
 from .facts import has_windows as has_windows
+from .facts import is_bidirectional as is_bidirectional
 from .facts import output_limit as output_limit
 from .facts import skips_layers as skips_layers
 from .facts import start_id as start_id

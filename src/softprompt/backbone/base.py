@@ -85,7 +85,12 @@ class Base:
         return fingerprint_of(self.model)
 
     def fingerprint_record(self) -> dict[str, Any]:
-        """Return the fingerprint for a file; empty where it cannot be taken, for no prompt may be lost over it."""
+        """Return the fingerprint for a file; empty where it cannot be taken, for no prompt may be lost over it.
+
+        A module that is no model of transformers has none: nothing says which model it is.
+        """
+        if not self.model.config.model_type:
+            return {}
         try:
             return self.fingerprint.to_dict()
         except Exception as cause:  # whatever a quantised or offloaded weight raises when it is read

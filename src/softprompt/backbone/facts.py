@@ -91,6 +91,12 @@ def _read(model: PreTrainedModel, table: nn.Embedding) -> Facts:
     )
 
 
+def is_bidirectional(model: PreTrainedModel) -> bool:
+    """Tell, from what its attention says of itself, whether a token's state depends on the tokens behind it."""
+    flags = {flag for part in model.modules() if isinstance(flag := getattr(part, "is_causal", None), bool)}
+    return True not in flags if flags else not facts_of(model).takes_cache
+
+
 def skips_layers(model: nn.Module) -> bool:
     """Tell whether a pass may leave out layers of the model (LayerDrop, in training)."""
     return model.training and any(getattr(module, "layerdrop", 0.0) for module in model.modules())

@@ -76,7 +76,7 @@ def _weightless_layers(model: PreTrainedModel) -> Sequence[Any] | None:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.device("meta"), no_init_weights():
             warnings.simplefilter("ignore")
             # Grouped products have no shapes in float32.
-            twin = type(model)(config).to(torch.bfloat16).eval()
+            twin: Any = cast(Any, type(model))(config).to(torch.bfloat16).eval()
             for part in twin.modules():
                 if hasattr(part, _LOOKS):
                     setattr(part, _LOOKS, lambda *_: None)
@@ -84,7 +84,7 @@ def _weightless_layers(model: PreTrainedModel) -> Sequence[Any] | None:
                 layers = _run(twin, torch.zeros(1, 1, dtype=torch.long)).layers
     except Exception:  # whatever a model's own code raises without weights
         return None
-    kept = [layer for layer in layers if type(layer) is DynamicLayer and layer.keys is not None]
+    kept: list[Any] = [layer for layer in layers if type(layer) is DynamicLayer and layer.keys is not None]
     if not layers or kept != layers or any(layer.keys.shape != layer.values.shape for layer in kept):
         raise _refused(model)
     return kept

@@ -49,11 +49,10 @@ def list_command(source_prompt_base: str | None, base_model: str | None, as_json
 
 def _misfits(sources: list[SourceInfo], base_model: str) -> list[str | None]:
     """Return why each source does not fit a base; empty texts for those that do."""
-    from softprompt.backbone import Fingerprint, facts_of, load_base
+    from softprompt.backbone import load_base
 
-    model = load_base(base_model).model
-    width, fingerprint = facts_of(model).token_dim, Fingerprint.of(model)
-    return [source.misfit(width, fingerprint) for source in sources]
+    base = load_base(base_model)
+    return [source.misfit(base.facts.token_dim, base.fingerprint) for source in sources]
 
 
 def _line(source: SourceInfo, misfit: str | None) -> str:

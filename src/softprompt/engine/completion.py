@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from softprompt.backbone import Base, start_id
-from softprompt.engine.forest import is_bidirectional, why_not_isolated
+from softprompt.backbone import Base, is_bidirectional, start_id
+from softprompt.engine.forest import why_not_isolated
 from softprompt.errors import ConfigError
 from softprompt.prompts import PeftConfig, PeftType, Placement, PrefixTuningConfig, PromptLearningConfig, TaskType
 
@@ -195,6 +195,8 @@ def _submodules(config: PromptLearningConfig, base: Base) -> int:
         _check_no_decoder(named, config)
     elif config.peft_type is PeftType.MULTITASK_PROMPT_TUNING:
         return given or 2
+    elif named is None and given == 2:
+        return 1  # PEFT's number: of its 2 P virtual tokens the first P are read, before the encoder
     count = len(config.model_types()) if named is not None else 1
     if given not in (None, 1, count):
         raise ConfigError(
@@ -207,7 +209,7 @@ def _submodules(config: PromptLearningConfig, base: Base) -> int:
 
 def _check_only_part(named: list[str] | None, base: Base) -> None:
     """Refuse a part of the base that a model with one input does not have."""
-    kind, part = ("encoder", "ENCODER") if is_bidirectional(base) else ("causal model", "DECODER")
+    kind, part = ("encoder", "ENCODER") if is_bidirectional(base.model) else ("causal model", "DECODER")
     if named not in (None, [part]):
         raise ConfigError(
             f"output_model_types of {base.model.config.model_type}, a{'n' if kind[0] == 'e' else ''} {kind}, is "
@@ -240,7 +242,7 @@ def _check_placement(config: PromptLearningConfig, base: Base) -> None:
 def _check_isolated(base: Base, task: TaskType) -> None:
     """Refuse ``prompt_sees_input=False`` where it changes nothing or is not supported."""
     facts = base.facts
-    if not base.is_encoder_decoder and not is_bidirectional(base):
+    if not base.is_encoder_decoder and not is_bidirectional(base.model):
         raise ConfigError(
             f"prompt_sees_input=False would be ignored: in {facts.architecture} nothing before the input "
             "sees it anyway; leave it out"

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from softprompt.artifacts import Manifest, started_prompt
 from softprompt.backbone import Base, Facts, freeze, in_own_dtype, modules_named, set_module, vocabulary_of
 from softprompt.engine import TASK_RULES, completed
-from softprompt.errors import AdapterError, ConfigError, InterfaceError, nearest
+from softprompt.errors import AdapterError, InterfaceError, nearest
+from softprompt.peft.plain_modules import as_pretrained, original
 from softprompt.prompts import (
     KnownToPeft,
     PeftConfig,
@@ -41,7 +42,7 @@ class Adapters(KnownToPeft, nn.Module, ABC):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | nn.Module,
         peft_config: PeftConfig,
         adapter_name: str = "default",
         autocast_adapter_dtype: bool = True,
@@ -56,8 +57,7 @@ class Adapters(KnownToPeft, nn.Module, ABC):
             ConfigError: If the model or the configuration is not supported.
         """
         super().__init__()
-        if not isinstance(model, PreTrainedModel):
-            raise ConfigError(f"expected a transformers model, got a {type(model).__name__}")
+        model = as_pretrained(model, peft_config)
         self.base_model = model
         self.prompt_encoder = nn.ModuleDict()
         self.peft_config: dict[str, PromptLearningConfig] = {}
@@ -187,7 +187,7 @@ class Adapters(KnownToPeft, nn.Module, ABC):
         self._vocabulary.remove()
         for path, switch in list(switches_of(self.base_model)):
             set_module(self.base_model, path, switch.original_module)
-        return self.base_model
+        return cast(PreTrainedModel, original(self.base_model))
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
         """Let a model's embeddings take a gradient, which reentrant checkpointing of a frozen base needs.

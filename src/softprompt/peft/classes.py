@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -25,6 +25,7 @@ from softprompt.bundled import source_of
 from softprompt.engine import infer_task
 from softprompt.errors import BackboneError, ConfigError, InterfaceError, no_folder
 from softprompt.peft.model import PeftModel as PeftModel  # noqa: PLC0414 - these classes come with it
+from softprompt.peft.plain_modules import as_pretrained
 from softprompt.prompts import PROMPT_KEY, PeftConfig, TaskType, prompt_embeddings_from_past_key_values
 
 
@@ -53,7 +54,7 @@ class PeftModelForFeatureExtraction(PeftModel, task=TaskType.FEATURE_EXTRACTION)
 
 
 def get_peft_model(
-    model: PreTrainedModel,
+    model: PreTrainedModel | nn.Module,
     peft_config: PeftConfig,
     adapter_name: str = "default",
     mixed: bool = False,
@@ -61,7 +62,7 @@ def get_peft_model(
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
 ) -> PeftModel:
-    """Freeze a model and attach a new prompt.
+    """Freeze a model, of transformers or any other module, and attach a new prompt.
 
     ``revision`` is the base's, for the record. Prompts are float32 and small, so ``autocast_adapter_dtype`` and
     ``low_cpu_mem_usage`` change nothing.
@@ -69,12 +70,11 @@ def get_peft_model(
     Raises:
         ConfigError: If the model or the configuration cannot be used.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise ConfigError(f"expected a transformers model, got a {type(model).__name__}")
     if mixed:
         raise InterfaceError("mixed=True is for methods that change weights; prompts are mixed by adapter_names")
     if revision is not None:
         peft_config = dataclasses.replace(peft_config, revision=revision)
+    model = as_pretrained(model, peft_config)
     task = TaskType(peft_config.task_type) if peft_config.task_type else infer_task(model)
     return PeftModel.classes[task](model, peft_config, adapter_name)
 

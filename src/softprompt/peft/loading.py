@@ -20,6 +20,7 @@ from softprompt.artifacts import load_adapter as read_adapter
 from softprompt.backbone import HEAD
 from softprompt.errors import ConfigError
 from softprompt.peft.adapters import LoadResult
+from softprompt.peft.plain_modules import as_pretrained
 from softprompt.peft.saving import refill, set_peft_model_state_dict, told_by_value
 from softprompt.prompts import HUB_OPTIONS, Parameterization, PeftConfig, PromptLearningConfig, TaskType
 
@@ -145,6 +146,7 @@ def attached(
         raise ConfigError(
             f"{model_id} holds a prompt for task_type {config.task_type}, load it with {target.__name__}"
         )
+    model = as_pretrained(model, config)
     check_base(stored, model, ignore=loading.ignore_fingerprint)
     loading.place(model)
     made = target(model, config, adapter)

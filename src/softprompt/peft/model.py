@@ -272,8 +272,8 @@ class PeftModel(StatusOfAdapters):
 
         Args:
             repo_id: Such as ``someone/prompt``.
-            **options: ``commit_message``, ``private``, ``token``, ``revision``, ``create_pr``; others are
-                ``save_pretrained``'s.
+            **options: ``commit_message``, ``commit_description``, ``private``, ``token``, ``revision``,
+                ``create_pr``, and ``tags`` of the card; others are ``save_pretrained``'s.
 
         Raises:
             ArtifactError: If the Hub refuses or cannot be reached.

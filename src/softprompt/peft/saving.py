@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from safetensors.torch import save as bytes_from_tensors
 from torch import Tensor
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_UPLOAD = ("commit_message", "private", "token", "revision", "create_pr")
+_UPLOAD = ("commit_message", "commit_description", "private", "token", "revision", "create_pr")
 
 
 def get_peft_model_state_dict(
@@ -219,8 +220,13 @@ def refill(model: PeftModel, adapter: str, stored: StoredPrompt, directory: Path
 def push(model: PeftModel, repo_id: str, **options: Any) -> str:
     """Save all prompts into a Hub repository; see ``PeftModel.push_to_hub``."""
     hub = {name: options.pop(name) for name in _UPLOAD if name in options}
+    tags = options.pop("tags", None)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, **options)
+        for path in Path(folder).rglob("README.md") if tags else ():
+            card = ModelCard.load(path)
+            card.data.tags = [*(card.data.tags or ()), *tags]
+            card.save(path)
         return upload(Path(folder), repo_id, **hub)
 
 

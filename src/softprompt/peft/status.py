@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from softprompt.engine import infer_task
 from softprompt.errors import InterfaceError
 from softprompt.peft.adapters import Adapters
+from softprompt.peft.plain_modules import original
 from softprompt.prompts import PROMPT_KEY, PeftType, PromptLearningConfig, TaskType
 
 _MERGED = (
@@ -71,7 +72,7 @@ class StatusOfAdapters(Adapters, ABC):
 
     def get_base_model(self) -> PreTrainedModel:
         """Return the base model."""
-        return self.base_model
+        return cast(PreTrainedModel, original(self.base_model))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """False: a prompt changes no weight that LoRA could stand for."""

@@ -124,8 +124,9 @@ def check_gradient(
     name = f"gradient of {'keys and values' if prompt.prefix is not None else 'virtual tokens'}"
     if name in base.found or torch.compiler.is_compiling():
         return
-    targets = causal and {"input_ids", "labels"} <= {n for n, value in inputs.items() if value is not None}
-    rows = [row for row, _ in (_rows(prompts, at, inputs) if targets else None) or () if row.prompt is prompt]
+    given = {n for n, value in inputs.items() if value is not None}
+    scored = causal and base.facts.takes_cache and {"input_ids", "labels"} <= given
+    rows = [row for row, _ in (_rows(prompts, at, inputs) if scored else None) or () if row.prompt is prompt]
     if rows:
         row = min(rows, key=lambda each: len(each.source) + len(each.target))
         require_gradient(base, prompt.detach(), score_of(PlainEngine(base, trusted=True), row))

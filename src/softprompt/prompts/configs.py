@@ -11,7 +11,7 @@ import dataclasses
 import importlib
 import json
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -126,16 +126,9 @@ class PeftConfig(KnownToPeft):
         Raises:
             ConfigError: For an unknown method, or an unknown key that is set.
         """
-        target = cls._named(values)
-        known = {f.name for f in dataclasses.fields(target)}
-        for key in _unknown(values, known):
-            raise ConfigError(
-                f"{target.__name__} has no option {key!r}{nearest(key, known)}, and it is set to {values[key]!r}; "
-                "remove it from the configuration, or upgrade softprompt"
-            )
-        config = cls.from_file(values)
+        config = cls._made(cls.check_kwargs(**_trusted(values)), strict=True)
         if not isinstance(config, cls):
-            raise ConfigError(f"expected a {cls.__name__}, the values are of a {target.__name__}")
+            raise ConfigError(f"expected a {cls.__name__}, the values are of a {type(config).__name__}")
         return config
 
     @classmethod
@@ -145,12 +138,7 @@ class PeftConfig(KnownToPeft):
         Raises:
             ConfigError: For an unknown method, a bad value, or a file that asks to run a tokenizer's code.
         """
-        if not values.get("inference_mode") and values != _without_code(values):
-            raise ConfigError(
-                "tokenizer_kwargs of a file may not hold trust_remote_code: a saved prompt must not be able to "
-                "run code; remove it there, and give it in Python if you trust the tokenizer"
-            )
-        return cls.from_peft_type(**cls.check_kwargs(**_without_code(values)))
+        return cls._made(cls.check_kwargs(**_trusted(values)), strict=False)
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
@@ -162,10 +150,20 @@ class PeftConfig(KnownToPeft):
             ConfigError: For an unknown method, or a bad value.
             InterfaceError: If there are unknown keys and no ``peft_type``: these are no such values.
         """
-        target = cls._named(kwargs)
+        return cls._made(kwargs, strict=False)
+
+    @classmethod
+    def _made(cls, values: Mapping[str, Any], *, strict: bool) -> PeftConfig:
+        """Build the configuration that values are of; unknown keys that are set are refused, or left out."""
+        target = cls._named(values)
         known = {f.name for f in dataclasses.fields(target)}
-        unknown = _unknown(kwargs, known)
-        if unknown and "peft_type" not in kwargs:
+        unknown = sorted(key for key in values if key not in known and values[key] not in (None, False, {}, [], ""))
+        for key in unknown if strict else ():
+            raise ConfigError(
+                f"{target.__name__} has no option {key!r}{nearest(key, known)}, and it is set to {values[key]!r}; "
+                "remove it from the configuration, or upgrade softprompt"
+            )
+        if unknown and "peft_type" not in values:
             raise InterfaceError(
                 f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}."
             )
@@ -173,9 +171,9 @@ class PeftConfig(KnownToPeft):
             warnings.warn(
                 f"Unexpected keyword arguments {unknown} for class {target.__name__}, these are ignored. A newer "
                 "version has probably written them; upgrade if the prompt does not behave as it should.",
-                stacklevel=2,
+                stacklevel=3,
             )
-        return target(**{key: value for key, value in kwargs.items() if key in known})
+        return target(**{key: value for key, value in values.items() if key in known})
 
     @classmethod
     def _named(cls, values: Mapping[str, Any]) -> type[PeftConfig]:
@@ -367,9 +365,15 @@ class PromptLearningConfig(PeftConfig):
             positive("num_virtual_tokens", self.num_virtual_tokens)
 
 
-def _unknown(values: Mapping[str, Any], known: Collection[str]) -> list[str]:
-    """Return the keys that are set and not known."""
-    return sorted(key for key in values if key not in known and values[key] not in (None, False, {}, [], ""))
+def _trusted(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a file, refused where they ask to run a tokenizer's code."""
+    safe = _without_code(values)
+    if not values.get("inference_mode") and values != safe:
+        raise ConfigError(
+            "tokenizer_kwargs of a file may not hold trust_remote_code: a saved prompt must not be able to "
+            "run code; remove it there, and give it in Python if you trust the tokenizer"
+        )
+    return safe
 
 
 def _without_code(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,3 @@
-from .encoder import is_bidirectional as is_bidirectional
 from .encoder import why_not_isolated as why_not_isolated
 from .engines import ForestEngine as ForestEngine
 from .engines import PackedSeq2SeqEngine as PackedSeq2SeqEngine

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softprompt.backbone import Base, has_windows, most_by_rounding, off_by, recomputes_layers, skips_layers
-from softprompt.engine import Drawn, Layout, difference, measured, one_line, pad_rows, probing, remembered
+from softprompt.engine import Drawn, Layout, difference, measured, one_line, pad_rows, remembered
 from softprompt.engine.forest.forest_attention import NAME, LayerMask, planned
 from softprompt.engine.forest.layers import Packing, layers_of, packed_layers, relative_bias
 from softprompt.engine.forest.plan import Span, Visibility, padded, whole_rows
@@ -133,14 +133,6 @@ def _packed_difference(base: Base) -> str:
         return "it fills a cache"
     with without_padding(base, mask):
         return difference("hidden states", states(), expected, moved)
-
-
-@torch.no_grad()
-def is_bidirectional(base: Base) -> bool:
-    """Tell whether a token's hidden state depends on the tokens behind it."""
-    ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=base.device) % base.facts.vocabulary
-    with probing(base):
-        return not _alike(base, lambda: base.model.base_model(input_ids=ids).last_hidden_state[:, :2])
 
 
 def _alike(base: Base, run: Callable[[], Tensor]) -> bool:
