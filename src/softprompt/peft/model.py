@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 _GENERATE = ("inputs", "generation_config", "logits_processor", "stopping_criteria")
 """First parameters of transformers' ``generate``, in order."""
 
+_GENERATES = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
+
 
 class PeftModel(StatusOfAdapters):
     """A frozen base with named prompts, ``prompt_encoder[name]``, whose ``prompt()`` gives the virtual tokens.
@@ -97,7 +99,7 @@ class PeftModel(StatusOfAdapters):
         prompts = self._prompts_of(rows)
         run = partial(self._padded, rows=rows, prompts=prompts, at=at, context=context)
         heads = any(config.modules_to_save for config in self.peft_config.values())
-        if self.training and self.task_type is TaskType.CAUSAL_LM and context is None and not heads:
+        if self.training and self.task_type in _GENERATES and context is None and not heads:
             with self._ready(rows):
                 outputs = training_output(self.base, prompts, at, inputs, run)
             if outputs is not None:
