@@ -12,8 +12,9 @@ import transformers as tf
 
 import softprompt
 from oracles.real_model import smollm2
+from oracles.serving import command_serving, greedy_alone, greedy_over_http, write_prompt
 from softprompt import PromptTuningConfig, get_peft_model
-from softprompt.backbone import Base
+from softprompt.backbone import Base, load_base
 from softprompt.bundled import model_directory
 from softprompt.errors import TrainingError
 
@@ -21,6 +22,8 @@ RECORDS = [
     {"input": "my parcel is lost again", "output": "complaint"},
     {"input": "what a lovely day", "output": "no complaint"},
 ]
+WRITER = {"task": "generation", "labels": None, "template": "{{input}}"}
+TEXTS = ["The kettle broke", "What time do you open on Sunday, and", "It is"]
 KINDS = ("4-bit", "8-bit", "int8")
 PACKAGE = {"4-bit": "bitsandbytes", "8-bit": "bitsandbytes", "int8": "torchao"}
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages
@@ -166,6 +169,28 @@ def test_what_loses_its_scales_before_backward_is_refused(tmp_path):
     cpu_offload(base.model, torch.device("cpu"))
     with pytest.raises(TrainingError, match="does not pass on the gradient of a prompt: backward raises Attr"):
         tuned_on(base, tmp_path / "prompt")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_folder_is_served(kind, tmp_path):
+    """Each request of a mixed batch gets what the base, quantised as its files say, generates for it alone.
+
+    But in 8 bits: bitsandbytes rounds what enters a layer by what else is in the batch, so near ties may turn.
+    """
+    quantised = loaded(kind, model_directory())
+    quantised.model.save_pretrained(tmp_path / "base")
+    quantised.tokenizer.save_pretrained(tmp_path / "base")
+    base = load_base(tmp_path / "base")
+    assert getattr(base.model, "hf_quantizer", None) is not None
+    folders = [write_prompt(tmp_path / "prompts" / f"writer{seed}", base, seed=seed, **WRITER) for seed in (1, 2)]
+    before = bits(base.model)
+    with command_serving(tmp_path / "base", tmp_path / "prompts") as server:
+        found = greedy_over_http(server.url, TEXTS, [folder.name for folder in folders])
+        served = server.app.state.service.registry.base.model
+        assert [name for name, value in bits(served).items() if not torch.equal(value, before[name])] == []
+    expected = greedy_alone(base, folders, TEXTS)
+    equal = sum(ours == alone for ours, alone in zip(found, expected, strict=True))
+    assert equal >= (len(expected) // 2 if kind == "8-bit" else len(expected))
 
 
 def tuned_on(base, output):
