@@ -152,7 +152,7 @@ def _engine_loss(
     if plain or (given["input_ids"].dim(), given["labels"].dim()) != (2, 2):
         return None
     check_token_ids(given["input_ids"], base.facts.vocabulary)
-    rows = (_seq2seq_rows if base.is_encoder_decoder else _causal_rows)(base, prompts, at, given)
+    rows = _seq2seq_rows(base, prompts, at, given) if base.is_encoder_decoder else _rows(prompts, at, given)
     if rows is None or remembered(base, "loss of labels", lambda: _difference(base)):
         return None
     items = given.get("num_items_in_batch")
@@ -175,13 +175,10 @@ def _engine_loss(
 
 
 _Rows = list[tuple[EngineRow, list[bool]]]
-"""Rows that have labels, and which of their target tokens count."""
 
 
-def _causal_rows(
-    base: Base, prompts: Sequence[Prompt | None], at: Sequence[int] | None, inputs: dict[str, Any]
-) -> _Rows | None:
-    """Return the rows of a causal model; None where labels are no target.
+def _rows(prompts: Sequence[Prompt | None], at: Sequence[int] | None, inputs: dict[str, Any]) -> _Rows | None:
+    """Return the rows that have labels, and which of their target tokens count; None where labels are no target.
 
     A target goes from a row's first label to its last; tokens behind it change nothing. The first token of a row
     is predicted by a prompt in front of it, or by nothing.
@@ -215,7 +212,7 @@ def _causal_rows(
 def _seq2seq_rows(
     base: Base, prompts: Sequence[Prompt | None], at: Sequence[int] | None, inputs: dict[str, Any]
 ) -> _Rows | None:
-    """Return the rows of a seq2seq model; None where labels are no target, or its padded pass is as fast."""
+    """Return the same of a seq2seq model; None also where its padded pass is as fast."""
     ids, labels, real = inputs["input_ids"].cpu(), inputs["labels"].cpu(), _real(inputs)
     shift = getattr(base.model, "prepare_decoder_input_ids_from_labels", None)
     if real is None or shift is None or any(each is not None and each.prefix_tokens for each in prompts):
