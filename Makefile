@@ -3,6 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 # `make test-extra` adds the packages that are too heavy for the set-up, and runs the tests that skip without them.
+# The second list is what lm_eval imports and the set-up has not: --no-deps, for it also asks for what nothing here runs.
+HEAVY := bitsandbytes torchao sentence-transformers lm_eval
+OF_LM_EVAL := absl-py aiohappyeyeballs aiohttp aiosignal chardet colorama DataProperty evaluate frozenlist joblib lxml \
+	mbstrdecoder more-itertools multidict nltk pathvalidate portalocker propcache pytablewriter pytz regex rouge_score \
+	sacrebleu sqlitedict tabledata tabulate tcolorpy tenacity typepy word2number yarl
+NEED_HEAVY := tests/integration/test_quantised.py tests/integrations/test_libraries.py tests/server/test_lm_eval.py
 .PHONY: demo test test-extra setup check clean
 
 setup: .venv/.ready
@@ -20,8 +26,8 @@ test: setup check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 test-extra: setup
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps bitsandbytes torchao
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/integration/test_quantised.py -rs
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps $(HEAVY) $(OF_LM_EVAL)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -rs $(NEED_HEAVY)
 
 check: setup
 	$(BIN)/ruff format --check src tests bench pretraining

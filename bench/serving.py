@@ -7,7 +7,7 @@ at a time. One process, one thread of compute. Ours must give the tokens that PE
 request alone. Also: time to the first token with a prompt that is known and one that is not, and
 memory and latency with 1,000 prompts in the folder against 1.
 
-    python bench/serving.py [--model gpt2|demo] [--requests 64] [--rounds 1] [--json]
+    python bench/serving.py [--model gpt2|demo|FOLDER|FILE.gguf] [--requests 64] [--rounds 1] [--json]
 """
 
 from __future__ import annotations
@@ -91,8 +91,10 @@ def throughput(model: Any, tokenizer: Any, requests: int, clients: int, rounds: 
 
 
 def middle(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the round of median speed."""
-    return sorted(rows, key=lambda row: row["tokens_per_cpu_second"])[len(rows) // 2]
+    """Return the round of median speed, with the speeds of the slowest and the fastest."""
+    ordered = sorted(rows, key=lambda row: row["tokens_per_cpu_second"])
+    ends = [ordered[i]["tokens_per_cpu_second"] for i in (0, -1)]
+    return {**ordered[len(rows) // 2], "range_per_cpu_second": ends}
 
 
 def share(found: Sequence[Took], solo: Sequence[Took]) -> float:
@@ -118,12 +120,14 @@ def first_tokens(model: Any, tokenizer: Any, times: int) -> dict[str, float]:
 
 def table(result: dict[str, Any]) -> None:
     """Print everything."""
-    print("| way | tokens/s | tokens per CPU s | first token p50, p95 ms | between tokens p50, p95 ms |")
+    print("| way | tokens/s | tokens per CPU s (range) | first token p50, p95 ms | between tokens p50, p95 ms |")
     print("|---|---|---|---|---|")
     for row in result["rows"]:
         first, between = row["first_ms"], row["between_ms"]
+        least, most = row["range_per_cpu_second"]
         print(
-            f"| {row['way']} | {row['tokens_per_second']:.0f} | {row['tokens_per_cpu_second']:.0f} "
+            f"| {row['way']} | {row['tokens_per_second']:.0f} "
+            f"| {row['tokens_per_cpu_second']:.0f} ({least:.0f}-{most:.0f}) "
             f"| {first[0]:.0f}, {first[1]:.0f} | {between[0]:.0f}, {between[1]:.0f} |"
         )
     print(
@@ -142,7 +146,7 @@ def table(result: dict[str, Any]) -> None:
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", choices=["gpt2", "demo"], default="gpt2", help="what is served")
+    parser.add_argument("--model", default="gpt2", help="gpt2 (its shape), demo, or a model's folder or file")
     parser.add_argument("--requests", type=int, default=64, help="requests in all")
     parser.add_argument("--clients", type=int, default=16, help="clients at once")
     parser.add_argument("--rounds", type=int, default=1, help="timed runs of each way")

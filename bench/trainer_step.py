@@ -22,12 +22,12 @@ import softprompt
 from softprompt.backbone import Base
 from softprompt.engine import EngineRow, build_engine
 from softprompt.prompts import Prompt
-from training_step import SCALE, TARGET, WORKS, Work, asked, batch_of, count, frozen, rows_of
+from training_step import SCALE, WORKS, Work, asked, batch_of, count, frozen, rows_of
 
 LIMIT = 1.15
 """How many times ``tune``'s step ours may take through Trainer."""
 
-NAMES = ("gpt2-p100", "llama-p100", "gpt2-p20")
+NAMES = ("gpt2-p100", "llama-p100", "gpt2-p20", "t5-p100")
 
 
 def without_dropout(work: Work) -> Any:
@@ -48,11 +48,12 @@ def in_tune(work: Work) -> Callable[[], float]:
     width = model.get_input_embeddings().weight.shape[1]
     prompt = torch.nn.Parameter(torch.randn(work.virtual, width) * SCALE)
     optimizer = torch.optim.AdamW([prompt], lr=1e-3, weight_decay=0.0)
+    targets = sum(len(row.target) for row in rows)
 
     def step() -> float:
         leaf = Prompt(prompt).leaves()
         own = [EngineRow(row.source, row.target, leaf) for row in rows]
-        loss = -engine.target_log_probs(own).values.sum() / (TARGET * len(rows))
+        loss = -engine.target_log_probs(own).values.sum() / targets
         loss.backward()  # type: ignore[no-untyped-call]
         assert leaf.input is not None
         prompt.grad = leaf.input.grad

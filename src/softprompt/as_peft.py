@@ -53,6 +53,13 @@ class _Served(ModuleType):
         setattr(self, name, found)  # one class for one name
         return found
 
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        """Refuse to be a function of a module that PEFT has and softprompt has not."""
+        raise ConfigError(
+            f"softprompt, served as peft, has no {self.__name__}; transformers' from_pretrained and load_adapter "
+            "load no prompts, of PEFT's neither: load them with softprompt.AutoPeftModelFor..., and pass the model"
+        )
+
 
 @final
 class _Metadata(Distribution):

@@ -214,3 +214,34 @@ def test_a_file_whose_name_is_not_utf8(failure, prompt, tmp_path):
     assert r"the run file cannot keep 'train_data" in said
     assert not (tmp_path / "out").exists()
     assert run(["evaluate", prompt, "--data", data, "--quiet"]) == 0
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "utf-8"])
+def test_output_that_a_terminal_cannot_show_is_escaped(prompt, monkeypatch, tmp_path, encoding):
+    """As JSON's escapes, in text and JSON alike; what the encoding has is written as it is."""
+    text = "café → 🙂"
+
+    def output(*arguments):
+        pipe = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(pipe, encoding=encoding))
+        assert run(arguments) == 0
+        sys.stdout.flush()
+        return pipe.getvalue().decode(encoding)
+
+    data = written(tmp_path / "rows.jsonl", ROWS)
+    folder = str(tmp_path / "out")
+    output("tune", "--train-data", data, "--output", folder, "--verbalizer", text + " {{input}}", *QUICK)
+    shown = text if encoding == "utf-8" else "café \\u2192 \\ud83d\\ude42"
+    assert shown in output("info", folder)
+    assert json.loads(output("info", folder, "--json"))["template"].startswith(text)
+    asked = output("generate", prompt, "--text", text, "--max-new-tokens", "2", "--preserve-input-text", "--json")
+    assert text in json.dumps(json.loads(asked), ensure_ascii=False)
+    assert "é" in asked
+
+
+def test_the_entry_point_under_another_encoding(prompt):
+    command = [sys.executable, "-m", "softprompt", "generate", prompt, "--text", "→", "--preserve-input-text"]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"\\u2192" in done.stdout

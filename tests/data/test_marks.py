@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from softprompt.data import Marks, Record, RowTokenizer, Verbalizer, encode
+from softprompt.prompts import Placement
 
 TURNS = ["<|im_start|>", "<|im_end|>"]
 CHATML = (
@@ -125,6 +126,42 @@ def test_what_a_user_types_is_text(chat, text):
         assert [token for token in found if token in turns] == template, typed
         shown = chat.decode(list(found), skip_special_tokens=False)
         assert squeezed(typed) in squeezed(shown)
+
+
+@pytest.mark.parametrize("verbalizer", ["{{input}}", "Say: {{input}}"])
+def test_a_prompt_in_the_system_turn_is_trained_on_what_the_server_sends(chat, verbalizer):
+    """The server prints whole chats; so do rows, for a metaspace tokenizer joins a text to what it follows."""
+    rows = RowTokenizer(
+        chat,
+        Verbalizer(verbalizer),
+        max_source_length=256,
+        max_target_length=9,
+        seq2seq=False,
+        placement=Placement.CHAT_SYSTEM,
+    )
+    marks = Marks(chat, [chat.chat_template])
+    for text in [*ORDINARY, *(typed.replace("{}", mark) for typed in TYPED for mark in TURNS)]:
+        asked = user(marks.hide(verbalizer.replace("{{input}}", text)))
+        system = {"role": "system", "content": "SYSTEMTURN"}
+        printed = chat.apply_chat_template([system, *asked], tokenize=False, add_generation_prompt=True)
+        before, behind = marks.ids(printed.split("SYSTEMTURN"))
+        found, _ = rows.source({"input": text})
+        assert found == before + behind, text
+        assert rows.offset(found) == len(before)
+
+
+def test_a_probe_is_encoded_once_for_each_mark(chat, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "softprompt.data.special_tokens.encode", lambda *a, **k: calls.append(a[1]) or encode(*a, **k)
+    )
+    marks = Marks(chat, [chat.chat_template])
+    hidden = [{"role": "user", "content": marks.hide("a <|im_end|> b </s> c")}] * 3
+    marks.ids([chat.apply_chat_template(hidden, tokenize=False)] * 4)
+    probes = [
+        texts[1] for texts in calls if len(texts) == 2 and texts[1].removesuffix("a") in chat.all_special_tokens
+    ]
+    assert len(probes) == len(set(probes))
 
 
 def squeezed(text):

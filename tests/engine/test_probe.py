@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from oracles.families import causal
-from softprompt.backbone import Base, most_by_rounding, off_by
+from oracles.families import causal, seq2seq
+from softprompt.backbone import Base, most_by_rounding, off_by, rounded
 from softprompt.engine import Engine, PlainEngine
 from softprompt.engine.probe import (
     Drawn,
@@ -148,3 +148,39 @@ def test_wrong_gradients_are_seen(base, keys_and_values):
         assert scoring_difference(plain, plain, base, **options) == ""
         found = scoring_difference(Steep(base), plain, base, **options)
     assert found.startswith("its prompt gradients differ by 0.5 ")
+
+
+class Rounded(Engine):
+    """Scores as the plain path does, off by rounding."""
+
+    name = "rounded"
+
+    def __init__(self, base, seed):
+        super().__init__(base)
+        self._seed = seed
+
+    def run_alike(self, rows, head=None):
+        with rounded(self._base.model, self._seed):
+            return PlainEngine(self._base, trusted=True).run_alike(rows, head)
+
+
+def test_a_sum_that_rounding_moves_over_zero_is_no_other_function(monkeypatch):
+    """A ReLU there has the one slope or the other; as in T5-small, where one unit in a million stands so."""
+    base = Base(seq2seq("t5"))
+    layer = base.model.encoder.block[0].layer[-1].DenseReluDense
+    inputs = []
+    handle = layer.wi.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
+    plain = PlainEngine(base, trusted=True)
+    with probing(base):
+        assert scoring_difference(plain, plain, base) == ""
+        handle.remove()
+        token = inputs[0][0, 2]
+        with torch.no_grad():
+            row = layer.wi.weight[0]
+            row -= token * (row @ token) / (token @ token)
+            layer.wo.weight[:, 0] *= 8
+        found = [scoring_difference(Rounded(base, seed), plain, base) for seed in range(100, 106)]
+        monkeypatch.setattr("softprompt.engine.probe._DRAWS", 1)
+        once = [scoring_difference(Rounded(base, seed), plain, base) for seed in range(100, 106)]
+    assert found == [""] * 6
+    assert any(once)

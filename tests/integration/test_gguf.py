@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from oracles import gguf_file
+from oracles.serving import command_serving, greedy_alone, greedy_over_http, write_prompt
 from softprompt import AutoPeftModelForCausalLM, PromptTuningConfig, get_peft_model, load, tune
 from softprompt.artifacts import load_adapter
 from softprompt.backbone import load_base
@@ -98,6 +99,18 @@ def test_commands(tuned, files, tmp_path, capsys):
         assert run(command) == 0, capsys.readouterr().err
     assert run(["generate", str(tuned), "--base-model", files["other"], "--text", "x", "--quiet"]) == 2
     assert "pass --ignore-fingerprint" in capsys.readouterr().err
+
+
+@needs_gguf
+def test_served(files, tmp_path):
+    """``softprompt serve --base-model model.gguf``: a mixed batch, each answer that of the request alone."""
+    base = load_base(files["quantised"])
+    options = {"task": "generation", "labels": None, "template": "{{input}}"}
+    folders = [write_prompt(tmp_path / f"writer{seed}", base, seed=seed, **options) for seed in (1, 2)]
+    texts = ["The kettle broke", "What time do you open on Sunday, and"]
+    with command_serving(files["quantised"], tmp_path) as server:
+        found = greedy_over_http(server.url, texts, [folder.name for folder in folders])
+    assert found == greedy_alone(base, folders, texts)
 
 
 def test_a_missing_extra_is_named(monkeypatch, tmp_path):

@@ -107,6 +107,32 @@ def test_trains_as_peft_does(tmp_path, method):
     torch.testing.assert_close(ours[2], theirs[2], atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["causal bf16", "seq2seq", "seq2seq bf16"])
+def test_the_fast_path_trains_as_peft_does(tmp_path, monkeypatch, kind):
+    """Under autocast both round, each in its own order; the padded pass of ours runs in evaluation alone."""
+    padded, run_padded = [], softprompt.PeftModel._padded
+    monkeypatch.setattr(
+        softprompt.PeftModel, "_padded", lambda self, *a, **k: padded.append(1) or run_padded(self, *a, **k)
+    )
+    found = {}
+    for library in (peft, softprompt):
+        seq2seq = kind.startswith("seq2seq")
+        base = build(tf.AutoModelForSeq2SeqLM, SEQ2SEQ["t5"](), dropout_rate=0.0) if seq2seq else causal("llama")
+        torch.manual_seed(0)
+        config = library.PromptTuningConfig(
+            task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM",
+            num_virtual_tokens=P,
+            num_transformer_submodules=1,
+        )
+        model = library.get_peft_model(base, config)
+        run = trainer(model, tmp_path, logging_steps=1, bf16="bf16" in kind)
+        run.train()
+        found[library] = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert not padded
+    assert len(found[peft]) == 8
+    assert found[softprompt] == pytest.approx(found[peft], abs=5e-3 if "bf16" in kind else 1e-4)
+
+
 @pytest.mark.parametrize("method", CONFIGS)
 def test_resuming_equals_never_having_stopped(tmp_path, method):
     whole = prompted(method=method)

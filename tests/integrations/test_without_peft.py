@@ -107,6 +107,10 @@ print(json.dumps({
         ("import transformers.trainer_utils\nimport softprompt.as_peft", "before all other imports"),
         ("import softprompt.as_peft, peft\npeft.LoraConfig(r=4)", "LoraConfig is PEFT's"),
         ("import softprompt.as_peft, peft\npeft.merge_everything", "served as peft, has no merge_everything"),
+        (  # what transformers' load_adapter calls
+            "import softprompt.as_peft\nfrom peft.utils.other import build_peft_weight_mapping as build\nbuild()",
+            "load no prompts, of PEFT's neither: load them with softprompt.AutoPeftModelFor",
+        ),
     ],
 )
 def test_what_is_refused(tmp_path, lines, expected):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import httpx
 import torch
 
+from softprompt import PeftModel
 from softprompt.artifacts import Manifest, save_adapter
 from softprompt.backbone import Fingerprint
 from softprompt.engine import ResidentPrompts
@@ -25,7 +27,7 @@ from softprompt.generation import (
     Ticket,
     TokenEvent,
 )
-from softprompt.server.app import config_of, create_app, listening, server_of
+from softprompt.server.app import build_app, config_of, create_app, listening, server_of
 from softprompt.server.folder import PromptFolder
 from softprompt.server.registry import Registry
 from softprompt.server.settings import ServeSettings
@@ -253,3 +255,37 @@ class ScriptedBatcher:
 
     def _cancel(self) -> None:
         self.cancelled += 1
+
+
+def greedy_over_http(url: str, texts: Any, names: Any, count: int = 6) -> list[str]:
+    """Ask a server for each text behind each named prompt, all at once; answers in that order."""
+    with ThreadPoolExecutor(8) as pool, httpx.Client(base_url=url, timeout=120) as client:
+
+        def ask(pair: Any) -> str:
+            name, text = pair
+            body = {"model": name, "prompt": text, "max_tokens": count, "temperature": 0}
+            answer = client.post("/v1/completions", json=body)
+            assert answer.status_code == 200, answer.text
+            return str(answer.json()["choices"][0]["text"]).strip()
+
+        return list(pool.map(ask, [(name, text) for name in names for text in texts]))
+
+
+def greedy_alone(base: Any, folders: Any, texts: Any, count: int = 6) -> list[str]:
+    """Return what PEFT's interface generates for each text alone behind each saved prompt."""
+    found = []
+    for folder in folders:
+        model = PeftModel.from_pretrained(base.model, folder, ignore_fingerprint=True).eval()
+        for text in texts:
+            ids = base.tokenizer(text, return_tensors="pt").input_ids
+            answer = model.generate(input_ids=ids, max_new_tokens=count, do_sample=False)[0, ids.shape[1] :]
+            found.append(base.tokenizer.decode(answer, skip_special_tokens=True).strip())
+    return found
+
+
+@contextmanager
+def command_serving(base_model: Any, prompts: Any, **changes: Any) -> Any:
+    """Serve what ``softprompt serve --base-model ... --prompts ...`` serves, in this process."""
+    settings = ServeSettings(base_model=str(base_model), prompts=str(prompts), port=0, **changes)
+    with running(build_app(settings, PromptFolder.of(prompts))) as server:
+        yield server

@@ -237,6 +237,11 @@ def test_what_the_helpers_refuse(words):
     model = get_peft_model(llama(), CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=P))
     with pytest.raises(ConfigError, match="Need at least 5 cached tokens"):
         start(model, tokenizer, text="a")
+    for templated in (True, False):
+        with pytest.raises(
+            ConfigError, match=r"the text holds half of a character .*\\ud83d\) at 5 of a text; corr"
+        ):
+            start(model, tokenizer, text="late \ud83d" + TEXT, use_chat_template=templated)
     with pytest.raises(ConfigError, match="num_virtual_tokens is 3, but the prompt 'default' has 5"):
         start(model, tokenizer, text=TEXT, num_virtual_tokens=3)
     with pytest.raises(AdapterError, match="other"):

@@ -1,4 +1,4 @@
-"""In training, a causal loss comes from the engine: the padded pass's loss and gradients, its logits on demand."""
+"""In training, the loss comes from the engine: the padded pass's loss and gradients, its logits on demand."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import copy
 
 import pytest
 import torch
+import transformers as tf
+from accelerate.utils import convert_outputs_to_fp32
 
 import softprompt
 from oracles import peft_pair
-from oracles.families import causal
+from oracles.families import SEQ2SEQ, build, causal
 from softprompt.errors import ConfigError, TrainingError
 from softprompt.peft.training_loss import LossOutput
 
@@ -43,7 +45,7 @@ def quiet(model):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        for name in ("attention_dropout", "attn_dropout_p"):
+        for name in ("attention_dropout", "attn_dropout_p", "dropout", "activation_dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
     return model
@@ -166,8 +168,6 @@ def test_not_outside_training():
         assert not isinstance(model(**batch()), LossOutput)
     with model.disable_adapter():
         assert not isinstance(model(**batch()), LossOutput)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not isinstance(model(**batch()), LossOutput)
     assert isinstance(model(**batch()), LossOutput)
     assert not isinstance(model.eval()(**batch()), LossOutput)
     headed = prompted()
@@ -281,7 +281,7 @@ def test_logits_are_made_when_they_are_read():
         assert list(outputs) == ["loss"] and outputs["loss"] is outputs[0] and not passes
         torch.testing.assert_close(read(outputs), expected)
         assert len(passes) == 1 and outputs.logits is not None and len(passes) == 1
-        assert list(outputs) == ["loss", "logits"]
+        assert list(outputs)[:2] == ["loss", "logits"] and outputs.past_key_values is not None
     handle.remove()
 
 
@@ -315,3 +315,81 @@ def test_copies_train_alike():
     model = quiet(prompted())
     model(**batch())
     torch.testing.assert_close(copy.deepcopy(model)(**batch()).loss, model(**batch()).loss)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_autocast_rounds_as_the_padded_pass_does(family):
+    """Both are as far from float32; the outputs that accelerate copies make the same logits."""
+    model = quiet(writer(family) if family == "t5" else prompted(family))
+    inputs = answered() if family == "t5" else batch()
+    (_, exact), (expected, _) = both(model, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        (fast, ours), (plain, theirs) = both(model, inputs)
+        copied = convert_outputs_to_fp32(model.forward)(**inputs)
+        wanted = model(**inputs, use_cache=True).logits
+    assert fast.loss.dtype == torch.float32 and plain.logits.dtype == torch.bfloat16
+    for got, noisy, right in zip(ours, theirs, exact, strict=True):
+        assert float((got - right).norm()) < 2 * float((noisy - right).norm()) < 0.1 * float(right.norm())
+        assert not torch.equal(got, right)
+    assert abs(fast.loss.item() - expected.loss.item()) < 0.01
+    assert isinstance(copied, LossOutput) and copied.loss.dtype == copied.logits.dtype == torch.float32
+    assert torch.equal(copied.logits, wanted.float())
+
+
+SEQ2SEQ_METHODS = {
+    "prompt_tuning": METHODS["prompt_tuning"],
+    "both sides": dict(METHODS["prompt_tuning"], output_model_types=["ENCODER", "DECODER"]),
+    "blind": dict(METHODS["prompt_tuning"], prompt_sees_input=False),
+    "decoder": dict(METHODS["prompt_tuning"], output_model_types=["DECODER"]),
+    "p_tuning": METHODS["p_tuning"],
+    "multitask": METHODS["multitask"],
+}
+
+
+def writer(family="t5", method="prompt_tuning", **changes):
+    options = dict(SEQ2SEQ_METHODS[method])
+    config = getattr(softprompt, options.pop("cls"))(task_type="SEQ_2_SEQ_LM", **options, **changes)
+    torch.manual_seed(0)
+    return softprompt.get_peft_model(build(tf.AutoModelForSeq2SeqLM, SEQ2SEQ[family]()), config)
+
+
+def answered():
+    """Three rows of unlike lengths, with answers of 3, 1 and 5 tokens."""
+    inputs = batch()
+    labels = torch.full((3, 5), -100)
+    for row, length in enumerate((3, 1, 5)):
+        labels[row, :length] = torch.arange(7, 7 + length)
+    return inputs | {"labels": labels}
+
+
+@pytest.mark.parametrize("family", SEQ2SEQ)
+def test_seq2seq_families(family):
+    fast, plain = check_equal(quiet(writer(family)), answered())
+    torch.testing.assert_close(fast.logits, plain.logits)
+    torch.testing.assert_close(fast.encoder_last_hidden_state, plain.encoder_last_hidden_state)
+
+
+@pytest.mark.parametrize("method", SEQ2SEQ_METHODS)
+def test_seq2seq_methods(method):
+    more = {"task_ids": torch.tensor([0, 1, 0])} if method == "multitask" else {}
+    check_equal(quiet(writer(method=method)), answered(), **more)
+
+
+def test_what_seq2seq_takes_and_leaves():
+    """A collator's own decoder ids are those of the labels; items count where the model counts them."""
+    model, inputs = quiet(writer()), answered()
+    shifted = model.base_model.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
+    check_equal(model, inputs, decoder_input_ids=shifted)
+    check_equal(model, inputs, num_items_in_batch=torch.tensor(4))
+    gap = inputs["labels"].clone()
+    gap[2, 1] = -100
+    for change in (
+        {"decoder_input_ids": shifted + 1},
+        {"labels": gap},
+        {"attention_mask": torch.zeros(3, 9, dtype=torch.long)},
+        {"decoder_attention_mask": torch.ones(3, 5, dtype=torch.long)},
+    ):
+        assert not isinstance(model(**{**inputs, **change}), LossOutput)
+    prefix = softprompt.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P)
+    behind = softprompt.get_peft_model(build(tf.AutoModelForSeq2SeqLM, SEQ2SEQ["t5"]()), prefix)
+    assert not isinstance(quiet(behind)(**inputs), LossOutput)

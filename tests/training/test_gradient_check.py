@@ -54,6 +54,23 @@ def test_a_module_that_stops_the_gradient_is_named(broken, dtype):
     assert problem(model) == "model.layers.1.mlp (LlamaMLP) stops it"
 
 
+def test_a_backward_that_raises_is_a_cause():
+    """As that of bitsandbytes' 8-bit layers, whose offloaded weights are gone by then."""
+
+    class Gone(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise AttributeError("no scales\nand more")
+
+    model = causal("llama")
+    model.model.norm.register_forward_hook(lambda module, inputs, output: Gone.apply(output))
+    assert problem(model) == "backward raises AttributeError: no scales"
+
+
 def test_a_wrong_backward_is_seen_in_the_loss():
     class Steeper(torch.autograd.Function):
         @staticmethod

@@ -70,25 +70,32 @@ def evaluated(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def rounded(model: PreTrainedModel) -> Iterator[None]:
+def rounded(model: PreTrainedModel, seed: int = 0) -> Iterator[None]:
     """Run a model inside the context with every module's output, and its gradient, off by rounding.
 
     A stored value is off by one rounding of its dtype, a sum of n terms by sqrt(n) of those of its accumulator
-    (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 2.8). The same noise every time.
+    (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 2.8). The latter are of the terms' size,
+    however small their sum: a sum near zero may change its sign, and with it a ReLU its slope. The same noise
+    every time for a seed.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
-    def off(value: Any, terms: int) -> Any:
+    def off(value: Any, terms: int, sums: bool) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
-        drawn = torch.rand(value.shape, generator=generator).to(value.device) * 2 - 1
-        size = max(torch.finfo(value.dtype).eps / 2, math.sqrt(terms) * _SINGLE)
-        return value + value * (drawn * size).to(value.dtype)
+        drawn = (torch.rand(value.shape, generator=generator) * 2 - 1).to(value.device, value.dtype)
+        stored, summed = torch.finfo(value.dtype).eps / 2, math.sqrt(terms) * _SINGLE
+        if not sums:
+            return value + value * drawn * max(stored, summed)
+        size = value.detach().float().square().mean(-1, keepdim=True).sqrt().to(value.dtype)
+        return value + drawn * (value * stored + size * summed)
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         first = next((each for each in inputs if isinstance(each, Tensor) and each.is_floating_point()), None)
         terms = 1 if first is None or not first.dim() else first.shape[-1]
-        return tuple(off(each, terms) for each in output) if type(output) is tuple else off(output, terms)
+        sums = first is not None and _multiplies(module)
+        noisy = [off(each, terms, sums) for each in (output if type(output) is tuple else (output,))]
+        return tuple(noisy) if type(output) is tuple else noisy[0]
 
     leaves = [each for each in model.modules() if next(each.children(), None) is None]
     handles = [each.register_forward_hook(hook) for each in leaves]

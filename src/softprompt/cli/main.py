@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -24,6 +26,9 @@ GROUPS = {
 """The commands by what they are for, in the order of a prompt's life; each is a module of this folder."""
 COMMANDS = tuple(name for names in GROUPS.values() for name in names)
 INTERRUPTED = 130
+
+_ESCAPED = "softprompt-escaped"
+"""Name of the rule for characters that stdout cannot encode."""
 
 
 @final
@@ -77,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     words = sys.argv[1:] if arguments is None else list(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors=_ESCAPED)
     try:
         # What a command sets for its own time, such as silence, ends with it.
         result: Any = copy_context().run(cli.main, words or ["--help"], "softprompt", standalone_mode=False)
@@ -94,6 +101,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that may not be written to
         return _say(f"Error: {error}", 2)
     return result if isinstance(result, int) else 0
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    """Return characters that the encoding of stdout lacks as escapes of JSON, which reads them back."""
+    assert isinstance(error, UnicodeEncodeError)
+    units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4)), error.end
+
+
+codecs.register_error(_ESCAPED, _escaped)
 
 
 def _say(message: str, code: int) -> int:

@@ -52,23 +52,29 @@ class ChatFrame:
                 "placement chat_system needs a tokenizer with a chat template, this one has none; "
                 "use prefix, or a chat model"
             )
-        turns = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}]
         try:
-            rendered = cast(Any, tokenizer).apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            head, rest = cls.printed(tokenizer, _USER)
         except Exception as cause:  # templates raise what they like
             raise ConfigError(
                 f"placement chat_system needs a chat template with a system turn, this one says: {cause}; "
                 "use prefix"
             ) from cause
-        head, system, rest = str(rendered).partition(_SYSTEM)
         middle, user, tail = rest.partition(_USER)
-        if not (system and user):
+        if not user:
             raise ConfigError(
                 "placement chat_system needs a chat template that prints the system turn before the user's; "
                 "use prefix"
             )
         before, between, behind = encode(tokenizer, [head, middle, tail], special=False)
         return cls(SpecialFrame(before + between, behind), len(before), tail)
+
+    @staticmethod
+    def printed(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, str]:
+        """Return what the template prints of a user's text, before and behind the content of the system turn."""
+        turns = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": text}]
+        rendered = cast(Any, tokenizer).apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        head, _, rest = str(rendered).partition(_SYSTEM)
+        return head, rest
 
 
 @final

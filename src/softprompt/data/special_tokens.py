@@ -141,6 +141,7 @@ class Marks:
         bracketed = {mark for mark in used - special if _IN_BRACKETS.fullmatch(mark)}
         self._stand_ins = (_ESCAPE, "", *self._special, *sorted(bracketed))
         self._pattern = _any_of(self._stand_ins[2:])
+        self._joined: dict[str, bool] = {}
         self._hidden = {True: _any_of((_ESCAPE, *self._special)), False: _any_of((_ESCAPE, *self._stand_ins[2:]))}
         self.found = bool(used & special or bracketed)
 
@@ -152,6 +153,11 @@ class Marks:
         """Return a value hidden, and kept from forming a special token with what stands around it."""
         edge = self._stand_in("")
         return edge + self.hide(value) + edge
+
+    def without_edges(self, printed: str) -> str:
+        """Return a printed text that a template may trim: none is before its first character or behind its last."""
+        edge = self._stand_in("")
+        return re.sub(rf"^(\s|{edge})+|(\s|{edge})+$", lambda found: found[0].replace(edge, ""), printed)
 
     def without_end(self, printed: str) -> str:
         """Return a printed text without spaces at its end."""
@@ -203,8 +209,10 @@ class Marks:
         return [token for piece in pieces if piece for token in self._piece(piece, before)]
 
     def _piece(self, text: str, before: str) -> tuple[int, ...]:
-        alone, behind = encode(self._tokenizer, [_PROBE, before + _PROBE], special=False)
-        if before and behind[1:] != alone:
+        if before and before not in self._joined:
+            alone, behind = encode(self._tokenizer, [_PROBE, before + _PROBE], special=False)
+            self._joined[before] = behind[1:] != alone
+        if before and self._joined[before]:
             # This tokenizer puts a space before a text, but none behind a special token.
             return _continued(self._tokenizer, text)
         return encode(self._tokenizer, [text], special=False, marks_are_text=True)[0]

@@ -105,7 +105,8 @@ class RowTokenizer:
         self._target_frame = self._frame_of_targets()
         tail = verbalizer.tail if self._chat is None else self._chat.tail
         self._continuation = None if seq2seq or chats else Continuation(tokenizer, tail)
-        self._marks = Marks(tokenizer, verbalizer.literals)
+        around = [] if self._chat is None else [str(tokenizer.chat_template)]
+        self._marks = Marks(tokenizer, [*verbalizer.literals, *around])
         self._target_ids: dict[str, tuple[int, ...]] = {}
         self._check_limits()
 
@@ -270,7 +271,7 @@ class RowTokenizer:
         return len(self._ids(fields)) <= self.max_source_length
 
     def _text(self, fields: Mapping[str, str]) -> str:
-        if self._marks.found:
+        if self._marks.found or self._chat is not None:
             own = {
                 name: self._marks.enclosed(fields[name])
                 for name in self.verbalizer.fields
@@ -284,6 +285,10 @@ class RowTokenizer:
         return self._marks.without_end(rendered) if self._marks.found else rendered.rstrip(" ")
 
     def _framed(self, texts: list[str]) -> list[tuple[int, ...]]:
+        if self._chat is not None:  # printed whole, as the server prints it: a template may trim, a tokenizer join
+            printed = [self._chat.printed(self.tokenizer, self._marks.without_edges(text)) for text in texts]
+            ids = self._marks.ids([part for parts in printed for part in parts])
+            return [before + behind for before, behind in zip(ids[::2], ids[1::2], strict=True)]
         if self._marks.found:
             plain = self._marks.ids(texts)
         else:

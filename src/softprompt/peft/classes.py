@@ -23,7 +23,7 @@ from softprompt.artifacts import anchored
 from softprompt.backbone import text_key_values
 from softprompt.bundled import source_of
 from softprompt.engine import infer_task
-from softprompt.errors import BackboneError, ConfigError, InterfaceError, no_folder
+from softprompt.errors import BackboneError, ConfigError, InterfaceError, broken, no_folder
 from softprompt.peft.model import PeftModel as PeftModel  # noqa: PLC0414 - these classes come with it
 from softprompt.peft.plain_modules import as_pretrained
 from softprompt.prompts import PROMPT_KEY, PeftConfig, TaskType, prompt_embeddings_from_past_key_values
@@ -291,6 +291,8 @@ def _length(model: PeftModel, name: str, given: int | None) -> int:
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str, templated: bool, max_length: int | None) -> list[int]:
     """Return the token ids of a text, in the system turn of a chat where there is a template."""
+    if problem := broken(text):
+        raise ConfigError(f"the text holds {problem}; correct it")
     if templated and getattr(tokenizer, "chat_template", None):
         turn = [{"role": "system", "content": text}]
         try:

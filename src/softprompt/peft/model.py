@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 _GENERATE = ("inputs", "generation_config", "logits_processor", "stopping_criteria")
 """First parameters of transformers' ``generate``, in order."""
 
+_GENERATES = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
+
 
 class PeftModel(StatusOfAdapters):
     """A frozen base with named prompts, ``prompt_encoder[name]``, whose ``prompt()`` gives the virtual tokens.
@@ -104,8 +106,8 @@ class PeftModel(StatusOfAdapters):
 
         with self._ready(rows):
             if self.training and trains(prompts):
-                engine = self.task_type is TaskType.CAUSAL_LM and context is None and not self._heads
-                check_gradient(base, prompts, at, inputs, run, causal=engine)
+                engine = self.task_type in _GENERATES and context is None and not self._heads
+                check_gradient(base, prompts, at, inputs, run, causal=engine and not base.is_encoder_decoder)
                 outputs = training_output(base, prompts, at, inputs, again) if engine else None
                 if outputs is not None:
                     return outputs

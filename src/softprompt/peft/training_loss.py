@@ -1,18 +1,19 @@
-"""The loss of a training step on a causal model, by the engine that ``tune`` trains with.
+"""The loss of a training step of a language model, by the engine that ``tune`` trains with.
 
 What a call returns in training is read for its loss alone: by transformers' Trainer, and in a loop of one's own. So
-the loss comes from the engine, and the logits, which cover P + T columns, from the padded pass where somebody reads
-them. Whatever the engine would not give exactly as the padded pass does is left to that pass.
+the loss comes from the engine, and all else from the padded pass where somebody reads it. Whatever the engine would
+not give exactly as the padded pass does is left to that pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, final
+from functools import cache
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
 
 from softprompt.backbone import Base
 from softprompt.engine import (
@@ -31,7 +32,7 @@ from softprompt.engine import (
 from softprompt.errors import ConfigError, TrainingError
 from softprompt.prompts import Prompt
 
-_TAKEN = {"input_ids", "attention_mask", "labels", "num_items_in_batch"}
+_TAKEN = {"input_ids", "attention_mask", "labels", "decoder_input_ids", "num_items_in_batch"}
 _IDLE = {"use_cache": (None, False), "return_dict": (None, True)}
 """Further arguments with the values that ask for nothing."""
 
@@ -41,49 +42,56 @@ _SCORED = 256
 _ASKS_FOR_MORE = ("output_hidden_states", "output_attentions", "output_router_logits")
 """Options of a model's configuration that put more into its outputs or its loss."""
 
+_MAKE = "_softprompt_other_outputs"
+"""Attribute of a loss: the function that makes the other outputs."""
 
-@final
-class LossOutput(CausalLMOutputWithPast):
-    """A loss, and logits ``[B, P + T, V]`` that are made when they are first read.
 
-    Iterating (``keys``, ``items``) shows what has been made, as it shows of any output what is not None.
+class LossOutput:
+    """A loss, and all other outputs of the padded pass, which is run when one of them is first read.
+
+    Iterating (``keys``, ``items``) shows what has been made, as it shows of any output what is not None. How to
+    make them hangs on the loss, so copies with the same loss (accelerate's under autocast) can make them too.
     """
 
-    _make: Callable[[], Tensor] | None = None
-    _made: Tensor | None = None
+    loss: Tensor | None
 
-    @classmethod
-    def of(cls, loss: Tensor, make: Callable[[], Tensor]) -> LossOutput:
-        """Return the outputs of a pass whose logits ``make`` makes."""
-        output = cls(loss=loss)
-        output._make = make
-        return output
-
-    @property
-    def logits(self) -> Tensor | None:
-        """Logits of all columns, made by a pass of their own."""
-        if self._make is not None:
-            make, self._make = self._make, None
-            self.logits = make()
-        return self._made
-
-    @logits.setter
-    def logits(self, value: Tensor | None) -> None:
-        self._made = value
+    def __getattribute__(self, name: str) -> Any:
+        """Look up an output, made first where it is not there yet."""
+        found = super().__getattribute__(name)
+        if found is None and name != "loss" and name in cast(Any, type(self)).__dataclass_fields__:
+            make = getattr(self.loss, _MAKE, dict)
+            for key, value in make().items():
+                setattr(self, key, value)
+            return super().__getattribute__(name)
+        return found
 
     def __getitem__(self, key: Any) -> Any:
         """Look up by name, or by number as in ``to_tuple``."""
         if key in ("loss", 0):
             return self.loss
-        return self.logits if key == "logits" else super().__getitem__(key)  # type: ignore[no-untyped-call]
+        return self._all()[key] if isinstance(key, str) else self.to_tuple()[key]
 
-    def get(self, key: Any, default: Any = None) -> Any:
+    def get(self, key: str, default: Any = None) -> Any:
         """Look up by name."""
-        return self[key] if key in ("loss", "logits") else super().get(key, default)
+        return self.loss if key == "loss" else self._all().get(key, default)
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """Return loss and logits."""
-        return self.loss, self.logits
+        """Return loss, logits and whatever else is not None."""
+        return tuple(self._all().values())
+
+    def _all(self) -> dict[str, Any]:
+        whole = {name: getattr(self, name) for name in cast(Any, type(self)).__dataclass_fields__}
+        return {name: value for name, value in whole.items() if value is not None}
+
+
+@final
+class CausalLossOutput(LossOutput, CausalLMOutputWithPast):
+    """Outputs of a training step of a causal model; logits are ``[B, P + T, V]``."""
+
+
+@final
+class Seq2SeqLossOutput(LossOutput, Seq2SeqLMOutput):
+    """Outputs of a training step of a seq2seq model; logits are ``[B, T, V]`` of the labels."""
 
 
 def trains(prompts: Sequence[Prompt | None]) -> bool:
@@ -174,7 +182,7 @@ def training_output(
     """Return the outputs of a training step, None where they are left to the padded pass.
 
     Args:
-        base: A causal model.
+        base: A causal or seq2seq model.
         prompts: The prompt of each row, ``[B]``.
         at: Real tokens of each row before its prompt; None puts all in front.
         inputs: The arguments of the call.
@@ -184,19 +192,28 @@ def training_output(
     if loss is None:
         return None
     tensors = [tensor for prompt in dict.fromkeys(prompts) if prompt is not None for tensor in prompt.tensors]
-    read = {name: inputs[name] for name in ("input_ids", "attention_mask") if inputs.get(name) is not None}
+    needed = ("input_ids", "attention_mask", *(("labels",) if base.is_encoder_decoder else ()))
+    read = {name: inputs[name] for name in needed if inputs.get(name) is not None}
     before = [(tensor, tensor._version) for tensor in (*tensors, *read.values())]
+    device = base.device.type
+    half = torch.is_autocast_enabled(device)
+    cast_as = torch.autocast(device, torch.get_autocast_dtype(device), enabled=half)
 
-    def logits() -> Tensor:
+    @cache
+    def make() -> dict[str, Any]:
         if any(tensor._version != version for tensor, version in before):
             raise ConfigError(
                 "the prompt or the batch has changed since this forward call, whose logits are made when they are "
                 "read; read outputs.logits before optimizer.step(), or call the model again"
             )
-        made: Tensor = run(read).logits
+        with cast_as:
+            made = {name: value for name, value in run(read).items() if name != "loss"}
+        if half:  # as accelerate returns them
+            made = {name: value.float() if isinstance(value, Tensor) else value for name, value in made.items()}
         return made
 
-    return LossOutput.of(loss, logits)
+    setattr(loss, _MAKE, make)
+    return (Seq2SeqLossOutput if base.is_encoder_decoder else CausalLossOutput)(loss=loss)
 
 
 def _engine_loss(
@@ -209,15 +226,25 @@ def _engine_loss(
     plain = (
         asks
         or not {"input_ids", "labels"} <= given.keys()
-        or torch.is_autocast_enabled(base.device.type)
         or torch.compiler.is_compiling()
         or any(getattr(config, name, False) for name in _ASKS_FOR_MORE)
         or not getattr(config, "return_dict", True)
     )
-    if not plain:
-        check_token_ids(given["input_ids"], base.facts.vocabulary)
-    rows = None if plain else _rows(prompts, at, given)
+    if plain or (given["input_ids"].dim(), given["labels"].dim()) != (2, 2):
+        return None
+    check_token_ids(given["input_ids"], base.facts.vocabulary)
+    rows = _seq2seq_rows(base, prompts, at, given) if base.is_encoder_decoder else _rows(prompts, at, given)
     if rows is None or remembered(base, "loss of labels", lambda: _difference(base)):
+        return None
+    items = given.get("num_items_in_batch")
+    divides = items is not None and not remembered(
+        base, "loss over num_items_in_batch", lambda: _difference(base, items=7)
+    )
+    if (
+        items is not None
+        and not divides
+        and remembered(base, "loss beside num_items_in_batch", lambda: _difference(base, items=7, counted=False))
+    ):
         return None
     engine = build_engine(base)
     if engine.name == "plain":
@@ -225,25 +252,22 @@ def _engine_loss(
     scored = engine.target_log_probs([row for row, _ in rows])
     counts = torch.tensor([keeps for _, row_keeps in rows for keeps in row_keeps], device=scored.values.device)
     loss = -(scored.values * counts).sum()
-    divisor = given.get("num_items_in_batch")
-    return loss / (counts.sum() if divisor is None else torch.as_tensor(divisor, device=loss.device))
+    return loss / (torch.as_tensor(items, device=loss.device) if divides else counts.sum())
 
 
-def _rows(
-    prompts: Sequence[Prompt | None], at: Sequence[int] | None, inputs: dict[str, Any]
-) -> list[tuple[EngineRow, list[bool]]] | None:
+_Rows = list[tuple[EngineRow, list[bool]]]
+
+
+def _rows(prompts: Sequence[Prompt | None], at: Sequence[int] | None, inputs: dict[str, Any]) -> _Rows | None:
     """Return the rows that have labels, and which of their target tokens count; None where labels are no target.
 
     A target goes from a row's first label to its last; tokens behind it change nothing. The first token of a row
     is predicted by a prompt in front of it, or by nothing.
     """
-    ids, labels = inputs["input_ids"], inputs["labels"]
-    mask = inputs.get("attention_mask")
-    mask = torch.ones_like(ids) if mask is None else mask
-    ids, labels, mask = ids.cpu(), labels.cpu(), mask.cpu()
-    if ids.dim() != 2 or labels.shape != ids.shape or mask.shape != ids.shape:
+    ids, labels, real = inputs["input_ids"].cpu(), inputs["labels"].cpu(), _real(inputs)
+    if real is None or labels.shape != ids.shape or "decoder_input_ids" in inputs:
         return None
-    real, labelled = mask.bool(), labels != IGNORED
+    labelled = labels != IGNORED
     if bool((labelled & (~real | (labels != ids))).any()):
         return None
     rows = []
@@ -266,16 +290,57 @@ def _rows(
     return rows or None
 
 
-def _difference(base: Base) -> str:
-    """Return how a model's own loss of labels is otherwise than the mean of its targets; empty if it is not."""
+def _seq2seq_rows(
+    base: Base, prompts: Sequence[Prompt | None], at: Sequence[int] | None, inputs: dict[str, Any]
+) -> _Rows | None:
+    """Return the same of a seq2seq model; None also where its padded pass is as fast."""
+    ids, labels, real = inputs["input_ids"].cpu(), inputs["labels"].cpu(), _real(inputs)
+    shift = getattr(base.model, "prepare_decoder_input_ids_from_labels", None)
+    if real is None or shift is None or any(each is not None and each.prefix_tokens for each in prompts):
+        return None
+    given = inputs.get("decoder_input_ids")  # of a collator
+    if given is not None and not torch.equal(given, shift(labels=inputs["labels"])):
+        return None
+    rows = []
+    for index, (prompt, keep) in enumerate(zip(prompts, real, strict=True)):
+        source, wanted = ids[index][keep].tolist(), labels[index] != IGNORED
+        count, before = int(wanted.sum()), 0 if at is None else at[index]
+        if not source or not bool(wanted[:count].all()):
+            return None
+        if count:
+            target = tuple(labels[index][:count].tolist())
+            rows.append((EngineRow(tuple(source), target, prompt, before), [True] * count))
+    return rows or None
+
+
+def _real(inputs: dict[str, Any]) -> Tensor | None:
+    """Return where the input is no padding, ``[B, T]``; None for a mask of another shape."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    if mask is None:
+        return torch.ones_like(ids, dtype=torch.bool).cpu()
+    return cast(Tensor, mask.bool().cpu()) if mask.shape == ids.shape else None
+
+
+def _difference(base: Base, *, items: int | None = None, counted: bool = True) -> str:
+    """Return how a model's own loss of labels is otherwise than that of its targets; empty if it is not.
+
+    Args:
+        base: The base.
+        items: The ``num_items_in_batch`` to give; None gives none.
+        counted: Whether the loss should be the sum over them, or the mean all the same.
+    """
     drawn = Drawn(base)
     tokens = [drawn.tokens(6) for _ in range(8)]
+    named = {} if items is None else {"num_items_in_batch": items}
+    seq2seq = base.is_encoder_decoder
 
     def own() -> Tensor:
-        return torch.stack([base.model(input_ids=row, labels=row).loss for row in ids[:, None]])
+        return torch.stack([base.model(input_ids=row, labels=row, **named).loss for row in ids[:, None]])
 
     ids = torch.tensor(tokens, device=base.device)
+    rows = [EngineRow(row, row) if seq2seq else EngineRow(row[:1], row[1:]) for row in tokens]
     with torch.no_grad(), base.lock:
         expected, moved = measured(base, own)
-        scored = build_engine(base).target_log_probs([EngineRow(row[:1], row[1:]) for row in tokens])
-    return difference("losses", -scored.row_sums(len(tokens)) / 5, expected, moved)
+        scored = build_engine(base).target_log_probs(rows)
+    count = items if items is not None and counted else len(rows[0].target)
+    return difference("losses", -scored.row_sums(len(tokens)) / count, expected, moved)
