@@ -36,7 +36,7 @@ TOKENS = 20
 
 def tuned(seed: int, split: Any, tuning: dict[str, Any], **options: Any) -> softprompt.TunedPrompt:
     """Tune one prompt on the bundled model."""
-    return softprompt.tune(
+    prompt: softprompt.TunedPrompt = softprompt.tune(
         "demo",
         split.train,
         split.validation,
@@ -45,6 +45,7 @@ def tuned(seed: int, split: Any, tuning: dict[str, Any], **options: Any) -> soft
         silence_progress_bars=True,
         **options,
     )
+    return prompt
 
 
 def accuracy(subject: softprompt.TunedPrompt | softprompt.Ensemble, rows: list[Row]) -> float:
