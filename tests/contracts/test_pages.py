@@ -38,7 +38,7 @@ def test_the_readmes_python(tmp_path, monkeypatch):
     run_doctest(README, "README.md")
 
 
-@pytest.mark.parametrize("page", ["engine", "composition", "serving"])
+@pytest.mark.parametrize("page", ["engine", "composition", "serving", "training"])
 def test_the_python_of_a_page(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_doctest((ROOT / f"docs/{page}.md").read_text(encoding="utf-8"), f"docs/{page}.md")

@@ -9,7 +9,6 @@ from typing import Any
 
 from softprompt.artifacts.layout import OUR_KEYS
 from softprompt.artifacts.manifest import Manifest
-from softprompt.data import PLACEHOLDER
 from softprompt.prompts import PeftType
 
 # The hub rejects a card whose base_model is a path, so only ids go into the front matter.
@@ -83,7 +82,7 @@ def _title(config: Mapping[str, Any], base: str) -> str:
 def _with_softprompt(config: Mapping[str, Any], manifest: Manifest) -> str:
     kind = _task_type(config)
     if kind in _GENERATING:
-        fields = dict.fromkeys(PLACEHOLDER.findall(manifest.template))
+        fields = manifest.fields
         argument = '"your text"'
         if len(fields) > 1:
             argument = "{" + ", ".join(f'"{name}": "…"' for name in fields) + "}"
@@ -119,7 +118,9 @@ def _with_peft(config: Mapping[str, Any], base: str, manifest: Manifest | None) 
         lines += [f"base = {auto}.from_pretrained({name})"]
         lines += [f"tokenizer = AutoTokenizer.from_pretrained({name})"]
     lines += [f'model = PeftModel.from_pretrained(base, "{_FOLDER}").eval()']
-    text = PLACEHOLDER.sub("your text", manifest.template) if manifest else "your text"
+    text = manifest.template if manifest else "your text"
+    for field in manifest.fields if manifest else ():
+        text = text.replace(f"{{{{{field}}}}}", "your text")
     lines += [f'inputs = tokenizer({json.dumps(text, ensure_ascii=False)}, return_tensors="pt")']
     if kind in _GENERATING:
         # Spelt out: tokenizers that also return token_type_ids make generate refuse **inputs.

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, final, get_args, get_origin
 
 import click
 
-from softprompt.errors import SoftPromptError, UsageError, in_options
+from softprompt.errors import UsageError, in_options
 from softprompt.fields import choices_of, default_of, type_of
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
+WORDED = "softprompt.worded"
+"""Where a context of click keeps what puts messages into the words of its command."""
 ALIASES = {"learning_rate": ("--lr",)}
 _BASE = ("base_model", "torch_dtype", "device", "ignore_fingerprint")
 
@@ -45,16 +47,13 @@ class Option(click.Option):
 class Command(click.Command):
     """A command whose help lists its options in groups, in the order of their first options, output at the end.
 
-    Its errors name options where the library's name arguments.
+    What it says names options where the library names arguments.
     """
 
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
-        try:
-            return super().invoke(ctx)
-        except SoftPromptError as error:
-            error.args = (self.worded(str(error)),)
-            raise
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the words of the command line; which command they are for is noted for errors."""
+        ctx.meta[WORDED] = self.worded
+        return super().parse_args(ctx, args)
 
     def worded(self, message: str) -> str:
         """Return a message of the library in the words of this command."""
@@ -289,7 +288,5 @@ class _ToStandardError(logging.Handler):
         """Write one line; warnings say that they are."""
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
         context = click.get_current_context(silent=True)
-        command = None if context is None else context.command
-        message = record.getMessage()
-        message = command.worded(message) if isinstance(command, Command) else message
-        sys.stderr.write(f"{prefix}{message}\n")
+        worded = str if context is None else context.meta.get(WORDED, str)
+        sys.stderr.write(f"{prefix}{worded(record.getMessage())}\n")

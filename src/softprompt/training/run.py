@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 
 @overload
+def tune(*sources: Any, dry_run: Literal[True], **options: Any) -> DryRun: ...
+@overload
 def tune(
     base_model: BaseLike = DEMO,
     train_data: Data | None = None,
@@ -42,18 +44,6 @@ def tune(
     dry_run: Literal[False] = False,
     **options: Unpack[TuneOptions],
 ) -> TunedPrompt: ...
-@overload
-def tune(
-    base_model: BaseLike = DEMO,
-    train_data: Data | None = None,
-    validation_data: Data | None = None,
-    *,
-    output: str | Path | None = None,
-    overwrite: bool = False,
-    resume: bool = False,
-    dry_run: Literal[True],
-    **options: Unpack[TuneOptions],
-) -> DryRun: ...
 def tune(
     base_model: BaseLike = DEMO,
     train_data: Data | None = None,
