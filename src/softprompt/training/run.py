@@ -31,7 +31,17 @@ logger = logging.getLogger(__name__)
 
 
 @overload
-def tune(*sources: Any, dry_run: Literal[True], **options: Any) -> DryRun: ...
+def tune(
+    base_model: BaseLike = DEMO,
+    train_data: Data | None = None,
+    validation_data: Data | None = None,
+    *,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    dry_run: Literal[True],
+    **options: Unpack[TuneOptions],
+) -> DryRun: ...
 @overload
 def tune(
     base_model: BaseLike = DEMO,
