@@ -140,6 +140,6 @@ def test_caikits_names_have_no_spaces(tmp_path, prompt):
     manifest = dataclasses.replace(stored.manifest, template="{{input}} of {{Tweet text}}")
     save_adapter(tmp_path / "p", stored.config, stored.tensors, manifest, overwrite=False)
     refused(
-        "its template has the field 'Tweet text', and caikit's names", tmp_path / "p", tmp_path / "c", to="caikit"
+        "its template has the field 'Tweet text', and names of caikit", tmp_path / "p", tmp_path / "c", to="caikit"
     )
     assert not (tmp_path / "c").exists()

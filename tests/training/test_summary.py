@@ -60,7 +60,7 @@ class TestWarnings:
     @pytest.mark.parametrize(
         ("train", "validation", "options", "words"),
         [
-            (sentences(4), sentences(2), {}, "2 of 2 validation records are training records as well"),
+            (sentences(4), sentences(2), {}, "2 of 2 validation records are training records too"),
             (
                 sentences(4, "the film was good"),
                 None,

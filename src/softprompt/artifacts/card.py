@@ -12,7 +12,6 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from softprompt.artifacts.layout import OUR_KEYS
 from softprompt.artifacts.manifest import Manifest
-from softprompt.data import PLACEHOLDER
 from softprompt.prompts import PeftType
 
 # The hub rejects a card whose base_model is a path, so only ids go into the front matter.
@@ -38,6 +37,7 @@ _GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 _FOLDER = "path/to/this/folder"
 _OWN_TAG = "- softprompt"
 _YOUR_TEXT = "your text"
+_SECTION = re.compile(r"\{\{[#^/][^{}]+\}\}")
 
 
 def model_card(
@@ -120,13 +120,23 @@ def _card_data(
             EvalResult(**shared, metric_type=name.split()[-1], metric_name=name, metric_value=value)
             for name, value in numbers.items()
         ]
-    found["widget"] = [{"text": PLACEHOLDER.sub(_YOUR_TEXT, manifest.template)}]
+    found["widget"] = [{"text": _example(manifest)}]
     return found
 
 
 def _task_type(config: Mapping[str, Any]) -> str:
     value = config.get("task_type")
     return str(getattr(value, "value", value) or "")
+
+
+def _example(manifest: Manifest | None) -> str:
+    """Return what a model reads, its template's sections as if all fields had text."""
+    if manifest is None:
+        return _YOUR_TEXT
+    text = _SECTION.sub("", manifest.template)
+    for field in manifest.fields:
+        text = text.replace(f"{{{{{field}}}}}", _YOUR_TEXT)
+    return text
 
 
 def _title(config: Mapping[str, Any], base: str) -> str:
@@ -142,7 +152,7 @@ def _title(config: Mapping[str, Any], base: str) -> str:
 def _with_softprompt(config: Mapping[str, Any], manifest: Manifest, folder: str) -> str:
     kind = _task_type(config)
     if kind in _GENERATING:
-        fields = dict.fromkeys(PLACEHOLDER.findall(manifest.template))
+        fields = manifest.fields
         argument = '"your text"'
         if len(fields) > 1:
             argument = "{" + ", ".join(f'"{name}": "…"' for name in fields) + "}"
@@ -178,7 +188,7 @@ def _with_peft(config: Mapping[str, Any], base: str, manifest: Manifest | None, 
         lines += [f"base = {auto}.from_pretrained({name})"]
         lines += [f"tokenizer = AutoTokenizer.from_pretrained({name})"]
     lines += [f'model = PeftModel.from_pretrained(base, "{folder}").eval()']
-    text = PLACEHOLDER.sub(_YOUR_TEXT, manifest.template) if manifest else _YOUR_TEXT
+    text = _example(manifest)
     lines += [f'inputs = tokenizer({json.dumps(text, ensure_ascii=False)}, return_tensors="pt")']
     if kind in _GENERATING:
         # Spelt out: tokenizers that also return token_type_ids make generate refuse **inputs.

@@ -15,6 +15,7 @@ from importlib import metadata
 from typing import Any, Literal
 
 from softprompt.backbone import Base
+from softprompt.data import PLACEHOLDER
 from softprompt.errors import ArtifactError, nearest
 
 FORMAT_VERSION = 1
@@ -69,6 +70,11 @@ class Manifest:
     weights_sha256: str | None = None
     tasks: tuple[str, ...] | None = None
     chat: bool = False
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The names of the template's fields, each once."""
+        return tuple(dict.fromkeys(PLACEHOLDER.findall(self.template)))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; a number that is not finite becomes ``None``."""

@@ -50,6 +50,14 @@ class Commands(click.Group):
                     col_max=max(map(len, COMMANDS)),
                 )
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; its errors are put into the words of the command line."""
+        try:
+            return super().invoke(ctx)
+        except SoftPromptError as error:
+            error.args = (ctx.meta.get("softprompt.worded", str)(str(error)),)
+            raise
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return a command; a name that does not exist fails, naming the nearest."""
         if cmd_name not in COMMANDS and ctx.resilient_parsing:  # a shell asks for completions

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, final, get_args, get_origin
 import click
 from click.shell_completion import CompletionItem
 
-from softprompt.errors import SoftPromptError, UsageError, in_options
+from softprompt.errors import UsageError, in_options
 from softprompt.fields import choices_of, default_of, type_of
 from softprompt.progress import silence
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
+WORDED = "softprompt.worded"
+"""Where a context of click keeps what puts messages into the words of its command."""
 ALIASES = {"learning_rate": ("--lr",)}
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _BASE = ("base_model", "torch_dtype", "device", "ignore_fingerprint")
@@ -66,16 +68,13 @@ class Place(click.types.StringParamType):
 class Command(click.Command):
     """A command whose help lists its options in groups, in the order of their first options, output at the end.
 
-    Its errors name options where the library's name arguments.
+    What it says names options where the library names arguments.
     """
 
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
-        try:
-            return super().invoke(ctx)
-        except SoftPromptError as error:
-            error.args = (self.worded(str(error)),)
-            raise
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the words of the command line; which command they are for is noted for errors."""
+        ctx.meta[WORDED] = self.worded
+        return super().parse_args(ctx, args)
 
     def worded(self, message: str) -> str:
         """Return a message of the library in the words of this command."""
@@ -366,7 +365,6 @@ class _ToStandardError(logging.Handler):
         """Write one line; warnings say that they are."""
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
         context = click.get_current_context(silent=True)
-        command = None if context is None else context.command
-        message = record.getMessage()
-        message = command.worded(message) if isinstance(command, Command) else message
+        worded = str if context is None else context.meta.get(WORDED, str)
+        message = worded(record.getMessage())
         sys.stderr.write(f"{prefix}{harmless(message) if sys.stderr.isatty() else message}\n")

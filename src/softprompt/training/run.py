@@ -44,10 +44,10 @@ def tune(
     output: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
-    dry_run: Literal[False] = False,
+    dry_run: Literal[True],
     callbacks: Sequence[object] = (),
     **options: Unpack[TuneOptions],
-) -> TunedPrompt: ...
+) -> DryRun: ...
 @overload
 def tune(
     base_model: BaseLike = DEMO,
@@ -57,10 +57,10 @@ def tune(
     output: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
-    dry_run: Literal[True],
+    dry_run: Literal[False] = False,
     callbacks: Sequence[object] = (),
     **options: Unpack[TuneOptions],
-) -> DryRun: ...
+) -> TunedPrompt: ...
 def tune(
     base_model: BaseLike = DEMO,
     train_data: Data | None = None,

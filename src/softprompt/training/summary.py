@@ -147,8 +147,8 @@ def dry_run_of(prepared: Prepared, stages: Sequence[Stage]) -> DryRun:
 
 def _measured(prepared: Prepared, stage: Stage, batch: list[int]) -> tuple[int, float]:
     """Return the bytes and the seconds that a pass over a batch and its gradient take, the base's included."""
-    model, device = prepared.base.model, prepared.base.device
-    weights = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in model.parameters()}
+    storages = (each.untyped_storage() for each in prepared.base.model.parameters())
+    weights = {each.data_ptr(): each.nbytes() for each in storages}
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -157,17 +157,13 @@ def _measured(prepared: Prepared, stage: Stage, batch: list[int]) -> tuple[int, 
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    passed(stage, batch)  # the first one also prepares
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        passed(stage, batch)  # the first one also prepares, so another is timed
     started = time.perf_counter()
     passed(stage, batch)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device), time.perf_counter() - started
+    if prepared.base.device.type == "cuda":
+        torch.cuda.synchronize(prepared.base.device)
     seconds = time.perf_counter() - started
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        passed(stage, batch)
     return sum(weights.values()) + sum(kept.values()), seconds
 
 

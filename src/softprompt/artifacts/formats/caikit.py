@@ -20,7 +20,6 @@ from softprompt.artifacts import Origin, StoredPrompt, installed_versions, read_
 from softprompt.artifacts.formats.format import MEASURED, USED, Export, Format, Source, stored_of_parts
 from softprompt.artifacts.formats.tensor_files import PART_NAMES, part_files, parts_of, read_part, write_parts
 from softprompt.backbone import Base
-from softprompt.data import PLACEHOLDER
 from softprompt.errors import ArtifactError, FingerprintError
 from softprompt.prompts import TaskType
 
@@ -66,7 +65,7 @@ def _read(source: Source, base: Base | None) -> StoredPrompt:
 def _write(export: Export, path: Path) -> Mapping[str, Any]:
     stored, base = export.single(), export.loaded()
     manifest = stored.manifest
-    names = PLACEHOLDER.findall(manifest.template) if manifest else []
+    names = manifest.fields if manifest else ()
     if foreign := [name for name in names if not _NAME.fullmatch(name)]:
         raise ArtifactError(
             f"{stored.location} cannot be written as caikit: its template has the field {foreign[0]!r}, and names "
