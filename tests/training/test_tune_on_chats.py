@@ -159,6 +159,16 @@ def test_evaluation_renders_chats_and_plain_records_alike(prompt):
     assert plain.perplexity == softprompt.evaluate(tuned, [{"messages": turns}]).perplexity
 
 
+def test_card_and_info_name_the_chat_template(prompt, capsys):
+    card = (prompt / "README.md").read_text()
+    assert "Inputs are chats, rendered with the base model's chat template" in card
+    assert "rendered with this template" not in card
+    # PEFT refuses a prompt in the system turn, so its card shows no code for it.
+    assert ("tokenizer.apply_chat_template(" in card) == (prompt.name == "prefix")
+    assert run(["info", str(prompt), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["template"] == "the base's chat template"
+
+
 def test_answers_end_with_their_turn_even_where_the_tokenizer_ends_texts_otherwise(base):
     loaded = load_base(base)
     loaded.tokenizer.eos_token = "</s>"

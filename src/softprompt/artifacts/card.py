@@ -25,6 +25,7 @@ _GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 _FOLDER = "path/to/this/folder"
 _OWN_TAG = "- softprompt"
 _PLACEHOLDER = re.compile(r"\{\{([_a-zA-Z0-9]+)\}\}")
+_SECTION = re.compile(r"\{\{[#^/][^{}]+\}\}")
 
 
 def model_card(config: Mapping[str, Any], manifest: Manifest | None) -> str:
@@ -119,8 +120,13 @@ def _with_peft(config: Mapping[str, Any], base: str, manifest: Manifest | None) 
         lines += [f"base = {auto}.from_pretrained({name})"]
         lines += [f"tokenizer = AutoTokenizer.from_pretrained({name})"]
     lines += [f'model = PeftModel.from_pretrained(base, "{_FOLDER}").eval()']
-    text = _PLACEHOLDER.sub("your text", manifest.template) if manifest else "your text"
-    lines += [f'inputs = tokenizer({json.dumps(text, ensure_ascii=False)}, return_tensors="pt")']
+    text = _PLACEHOLDER.sub("your text", _SECTION.sub("", manifest.template)) if manifest else "your text"
+    if manifest and manifest.chat:
+        lines += ['turn = [{"role": "user", "content": "your text"}]']
+        lines += ["inputs = tokenizer.apply_chat_template("]
+        lines += ['    turn, add_generation_prompt=True, return_dict=True, return_tensors="pt"', ")"]
+    else:
+        lines += [f'inputs = tokenizer({json.dumps(text, ensure_ascii=False)}, return_tensors="pt")']
     if kind in _GENERATING:
         # Spelt out: tokenizers that also return token_type_ids make generate refuse **inputs.
         lines += ["tokens = model.generate("]
@@ -135,7 +141,15 @@ def _with_peft(config: Mapping[str, Any], base: str, manifest: Manifest | None) 
 
 def _format(manifest: Manifest) -> str:
     lines = ["## Input and output", "", "The input is rendered with this template:", ""]
-    lines += [_fenced(manifest.template, ""), "", f"Task: {manifest.task}."]
+    lines += [_fenced(manifest.template, ""), ""]
+    if manifest.chat:
+        lines = [
+            lines[0],
+            "",
+            "Inputs are chats, rendered with the base model's chat template; a text is one turn.",
+            "",
+        ]
+    lines += [f"Task: {manifest.task}."]
     if manifest.labels:
         lines[-1] += f" Labels: {', '.join(f'`{label}`' for label in manifest.labels)}."
     lines[-1] += (

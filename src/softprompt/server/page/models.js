@@ -19,6 +19,7 @@ export function card(name) {
 }
 
 const FIELD = /\{\{([_a-zA-Z0-9]+)\}\}/g;
+const SECTION = /\{\{([#^])([_a-zA-Z0-9]+)\}\}([^]*?)\{\{\/\2\}\}/g;
 const PLAIN = "{{input}}";
 
 function fieldsOf(template) {
@@ -33,7 +34,8 @@ export function boxesOf(template) {
 
 export function rendered(template, values) {
   const single = fieldsOf(template).length <= 1;
-  return (template ?? PLAIN).replace(FIELD, (_, name) => values[single ? "" : name] ?? "");
+  const shown = (template ?? PLAIN).replace(SECTION, (_, sign, name, part) => Boolean(values[name]?.trim()) === (sign === "#") ? part : "");
+  return shown.replace(FIELD, (_, name) => values[single ? "" : name] ?? "");
 }
 
 export function inputOf(template, values) {
