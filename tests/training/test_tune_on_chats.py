@@ -263,13 +263,12 @@ def test_a_task_of_several_may_be_chats(base, talks, tmp_path):
     assert again.of_task("words").sources("is it")[0] == [tuple(again.tokenizer("is it")["input_ids"])]
 
 
-def test_a_real_chat_model_learns_its_answers():
+def test_a_real_chat_model_is_trained_on_its_answers_and_their_ends():
     data = [
         {"messages": [{"role": "user", "content": f"{word}?"}, {"role": "assistant", "content": f"Seven {word}."}]}
         for word in ("cats", "dogs")
     ]
-    tuned = softprompt.tune(str(smollm2()), data, **QUICK | {"num_epochs": 2, "batch_size": 2}, task="generation")
-    assert tuned.history[1]["loss"] < tuned.history[0]["loss"]
+    tuned = softprompt.tune(str(smollm2()), data, **QUICK, task="generation")
     ends = {tuned.tokenizer.convert_tokens_to_ids("<|im_end|>")}
     assert {row.target[-1] for row in tuned.rows.tokenize(read_records(data))[0]} == ends
     likelihood = target_likelihood(tuned.engine, tuned.rows.tokenize(read_records(data))[0], tuned.prompt())
