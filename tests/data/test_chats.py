@@ -108,6 +108,8 @@ class TestReading:
             ({"conversations": [{"from": "humn", "value": "a"}]}, "expected from human, gpt, system or tool, got"),
             ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "parts of type text, got image"),
             ({"instruction": "", "output": "a"}, "record 1: expected text in the field 'instruction', got ''"),
+            ({"messages": [TALK[1], {**TALK[2], "content": ""}]}, "expected an answer, a turn of the assistant"),
+            ({"messages": TALK, "tools": "[{"}, "expected a list of tools as JSON in 'tools'"),
             ({"messages": 3}, "record 1: expected a text or a list of messages"),
         ],
     )
@@ -115,6 +117,16 @@ class TestReading:
         with pytest.raises(DataError, match=says) as caught:
             read_records([record])
         assert "\n" not in str(caught.value)
+
+    def test_an_answer_may_be_a_call_of_a_tool(self):
+        call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "weather"}}]}
+        (found,) = read_records([{"messages": [TALK[1], call], "tools": "[]"}])
+        assert json.loads(found.target) == call["tool_calls"] and found.chat.tools is None
+        prints = CHATML.replace(
+            "{{ m['content'] }}", "{{ m['content'] }}{{ m['tool_calls'] | default('') | tojson }}"
+        )
+        tokenizer = chat_bpe(prints)
+        assert '"name": "weather"' in tokenizer.decode(rows_of(tokenizer).tokenize([found])[0][0].target)
 
     def test_what_is_a_chat(self):
         assert is_chat(TALK) and is_chat([{"from": "human", "value": "a"}])

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from softprompt.data import Marks, Record, RowTokenizer, Verbalizer, encode
+from softprompt.data import Marks, Record, RowTokenizer, Verbalizer, encode, read_records
 from softprompt.prompts import Placement
 
 TURNS = ["<|im_start|>", "<|im_end|>"]
@@ -238,3 +238,23 @@ def test_a_word_that_spells_a_special_token_is_known(chat):
         "s",
         "im_end",
     ]
+
+
+@pytest.mark.parametrize("chats", ["last", "all"])
+def test_rows_of_chats_are_what_transformers_makes_of_them(chat, chats):
+    rows = RowTokenizer(
+        chat, Verbalizer("{{input}}"), max_source_length=200, max_target_length=200, seq2seq=False, chats=chats
+    )
+    for first, second in zip(ORDINARY, ORDINARY[::-1], strict=True):
+        talk = [*user("hi"), answer(first), *user("the parcel"), answer(second)]
+        (row,), _ = rows.tokenize(read_records([{"messages": talk}], require_target=False))
+        ids, whole = [*row.source, *row.target], chat.apply_chat_template(talk, return_dict=False)
+        if "<|Assistant|>" in chat.chat_template:  # ends no turn with a token of its own
+            assert ids.pop() == chat.eos_token_id
+        assert ids == whole[: len(ids)]
+        if chats == "last":
+            assert row.source == ids_of(chat, talk[:-1])
+
+
+def answer(text):
+    return {"role": "assistant", "content": text}

@@ -15,10 +15,12 @@ from oracles.serving import app_over, running
 from oracles.tokenizers import chat_bpe
 from softprompt.backbone import input_embedding, load_base
 from softprompt.cli.main import run
-from softprompt.data import ALPACA, read_records
+from softprompt.data import ALPACA, RowTokenizer, Verbalizer, read_records
+from softprompt.engine import ForestEngine
 from softprompt.errors import ConfigError, TemplateError
 from softprompt.generation.answer import AnswerRules
 from softprompt.generation.labels import target_likelihood
+from softprompt.prompts import Prompt
 from softprompt.server.chat import chat_input
 from softprompt.server.served import PlainText, Served
 
@@ -81,12 +83,10 @@ def prompt(request, base, talks, tmp_path_factory):
     return output
 
 
-def plain_loss(tuned, records):
+def plain_loss(base, virtual, records, placement="prefix"):
     """Return the mean loss of plain transformers on every answer, labels of -100 elsewhere, behind the prompt."""
-    tokenizer, model = tuned.tokenizer, tuned.base.model
+    tokenizer, model, at, losses = base.tokenizer, base.model, 0, []
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    virtual, at = tuned.prompt().input, 0
-    losses = []
     for record in records:
         messages = record["messages"]
         ids = tokenizer.apply_chat_template(messages, return_dict=False)
@@ -98,7 +98,7 @@ def plain_loss(tuned, records):
                 )
                 stop = ids.index(end, len(opening)) + 1
                 labels[len(opening) : stop] = ids[len(opening) : stop]
-        if tuned.config.placement == "chat_system":
+        if placement == "chat_system":
             at = len(tokenizer("<|im_start|>system\n", add_special_tokens=False)["input_ids"])
         embeds = input_embedding(model)(torch.tensor(ids))
         whole = torch.cat([embeds[:at], virtual, embeds[at:]])
@@ -112,8 +112,9 @@ def plain_loss(tuned, records):
 def test_validation_is_the_loss_of_transformers_on_every_answer(prompt):
     tuned = softprompt.load(prompt)
     assert tuned.manifest.chat and tuned.manifest.settings["train_on"] == "all"
+    expected = plain_loss(tuned.base, tuned.prompt().input, TALKS, prompt.name)
     kept = next(point for point in tuned.history if point["epoch"] == tuned.metrics["epoch"])
-    assert kept["validation"]["loss"] == pytest.approx(plain_loss(tuned, TALKS), rel=1e-4)
+    assert kept["validation"]["loss"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_ids_are_the_same_along_all_paths(prompt, capsys):
@@ -157,6 +158,16 @@ def test_evaluation_renders_chats_and_plain_records_alike(prompt):
     plain = softprompt.evaluate(tuned, [{"input": "thank you", "output": "late"}])
     turns = [{"role": "user", "content": "thank you"}, {"role": "assistant", "content": "late"}]
     assert plain.perplexity == softprompt.evaluate(tuned, [{"messages": turns}]).perplexity
+
+
+def test_card_and_info_name_the_chat_template(prompt, capsys):
+    card = (prompt / "README.md").read_text()
+    assert "Inputs are chats, rendered with the base model's chat template" in card
+    assert "rendered with this template" not in card
+    # PEFT refuses a prompt in the system turn, so its card shows no code for it.
+    assert ("tokenizer.apply_chat_template(" in card) == (prompt.name == "prefix")
+    assert run(["info", str(prompt), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["template"] == "the base's chat template"
 
 
 def test_answers_end_with_their_turn_even_where_the_tokenizer_ends_texts_otherwise(base):
@@ -253,14 +264,18 @@ def test_a_task_of_several_may_be_chats(base, talks, tmp_path):
     assert again.of_task("words").sources("is it")[0] == [tuple(again.tokenizer("is it")["input_ids"])]
 
 
-def test_a_real_chat_model_learns_its_answers():
-    data = [
-        {"messages": [{"role": "user", "content": f"{word}?"}, {"role": "assistant", "content": f"Seven {word}."}]}
-        for word in ("cats", "dogs")
-    ]
-    tuned = softprompt.tune(str(smollm2()), data, **QUICK | {"num_epochs": 2, "batch_size": 2}, task="generation")
-    assert tuned.history[1]["loss"] < tuned.history[0]["loss"]
-    ends = {tuned.tokenizer.convert_tokens_to_ids("<|im_end|>")}
-    assert {row.target[-1] for row in tuned.rows.tokenize(read_records(data))[0]} == ends
-    likelihood = target_likelihood(tuned.engine, tuned.rows.tokenize(read_records(data))[0], tuned.prompt())
-    assert likelihood.loss == pytest.approx(plain_loss(tuned, data), rel=1e-3)
+def test_the_loss_of_a_real_chat_model():
+    base = load_base(str(smollm2()))
+    rows = RowTokenizer(
+        base.tokenizer,
+        Verbalizer("{{input}}"),
+        max_source_length=256,
+        max_target_length=64,
+        seq2seq=False,
+        chats="all",
+    )
+    found, _ = rows.tokenize(read_records(TALKS[:2]))
+    assert {row.target[-1] for row in found} == {base.tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    virtual = input_embedding(base.model).weight[100:104].detach().clone()
+    likelihood = target_likelihood(ForestEngine(base, trusted=True), found, Prompt(virtual))
+    assert likelihood.loss == pytest.approx(plain_loss(base, virtual, TALKS[:2]), rel=1e-4)

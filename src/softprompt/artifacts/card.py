@@ -188,8 +188,13 @@ def _with_peft(config: Mapping[str, Any], base: str, manifest: Manifest | None, 
         lines += [f"base = {auto}.from_pretrained({name})"]
         lines += [f"tokenizer = AutoTokenizer.from_pretrained({name})"]
     lines += [f'model = PeftModel.from_pretrained(base, "{folder}").eval()']
-    text = _example(manifest)
-    lines += [f'inputs = tokenizer({json.dumps(text, ensure_ascii=False)}, return_tensors="pt")']
+    if manifest and manifest.chat:
+        lines += ['turn = [{"role": "user", "content": "your text"}]']
+        lines += ["inputs = tokenizer.apply_chat_template("]
+        lines += ['    turn, add_generation_prompt=True, return_dict=True, return_tensors="pt"', ")"]
+    else:
+        text = json.dumps(_example(manifest), ensure_ascii=False)
+        lines += [f'inputs = tokenizer({text}, return_tensors="pt")']
     if kind in _GENERATING:
         # Spelt out: tokenizers that also return token_type_ids make generate refuse **inputs.
         lines += ["tokens = model.generate("]
@@ -204,7 +209,15 @@ def _with_peft(config: Mapping[str, Any], base: str, manifest: Manifest | None, 
 
 def _format(manifest: Manifest) -> str:
     lines = ["## Input and output", "", "The input is rendered with this template:", ""]
-    lines += [_fenced(manifest.template, ""), "", f"Task: {manifest.task}."]
+    lines += [_fenced(manifest.template, ""), ""]
+    if manifest.chat:
+        lines = [
+            lines[0],
+            "",
+            "Inputs are chats, rendered with the base model's chat template; a text is one turn.",
+            "",
+        ]
+    lines += [f"Task: {manifest.task}."]
     if manifest.labels:
         lines[-1] += f" Labels: {', '.join(f'`{label}`' for label in manifest.labels)}."
     lines[-1] += (

@@ -147,18 +147,8 @@ class ChatTemplate:
         asked = chat_of(_USER).answered(_ANSWER)
         more = replace(asked, messages=(*asked.messages, *chat_of(_USER).messages))
         one, other = (self._printed(each, answered=True).rpartition(_ANSWER)[2] for each in (asked, more))
-        ids, others = self.marks.ids([one, other])
-        known = {*self._tokenizer.all_special_ids, *self._tokenizer.added_tokens_decoder}
-        shared = next((i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), len(ids))
-        while shared and ids[shared - 1] not in known:
-            shared -= 1
-        if not shared:
-            return "", one, ()
-        last = str(self._tokenizer.convert_ids_to_tokens(ids[shared - 1]))
-        at = 0
-        for _ in range(ids[:shared].count(ids[shared - 1])):
-            at = one.index(last, at) + len(last)
-        return one[:at], one[at:], ids[:shared]
+        at = max((end for end in self.marks.ends(one) if other.startswith(one[:end])), default=0)
+        return one[:at], one[at:], self.marks.ids([one[:at]])[0]
 
     def check(self, chat: Chat) -> None:
         """Raise ``DataError`` for what a message has and the template does not print."""

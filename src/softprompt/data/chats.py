@@ -49,8 +49,11 @@ class Chat:
     @property
     def answer(self) -> str | None:
         """The text of the last answer; None where the chat has none."""
-        found = [each for each in self.messages[self.given :] if each["role"] == "assistant"]
-        return None if not found else found[-1]["content"] or json.dumps(found[-1].get("tool_calls"))
+        for each in reversed(self.messages[self.given :]):
+            if each["role"] == "assistant":
+                calls = each.get("tool_calls")
+                return json.dumps(calls) if calls and not each["content"] else str(each["content"])
+        return None
 
     def to_answer(self) -> Chat:
         """Return the chat up to its last answer, or all of it where it has none."""
@@ -103,7 +106,12 @@ def chat_of(given: Any, where: str = "the input", columns: Sequence[str] | None 
         before = len(messages)
         messages += _messages(_listed(given[columns[1]], columns[1], where), where, "assistant")
     tools = given.get("tools") or None
-    return Chat(messages, json.loads(tools) if isinstance(tools, str) else tools, before)
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise DataError(f"{where}: expected a list of tools as JSON in 'tools', got {tools[:40]!r}") from error
+    return Chat(messages, tools or None, before)
 
 
 def _text(given: Mapping[str, Any], name: str, where: str) -> str:
@@ -152,7 +160,7 @@ def _message(given: Any, where: str) -> dict[str, Any]:
         kinds = {part.get("type") if isinstance(part, Mapping) else part for part in content}
         if others := kinds - {"text"}:
             raise DataError(f"{where}: expected parts of type text, got {', '.join(map(str, others))}")
-        content = "".join(part["text"] for part in content)
+        content = "".join(str(part.get("text", "")) for part in content)
     more = {name: value for name, value in given.items() if name not in names and value}
     if content is None and "tool_calls" in more:
         content = ""

@@ -170,6 +170,10 @@ class Marks:
         """Whether a word in brackets is a special token."""
         return any(re.sub(r"\W", "", mark) == word for mark in self._special)
 
+    def ends(self, printed: str) -> list[int]:
+        """Return where each of the special tokens of a printed text ends."""
+        return [found.end() for found in self._pattern.finditer(printed)]
+
     def ids(self, printed: Sequence[str]) -> list[tuple[int, ...]]:
         """Return the ids of printed texts: of the values as characters, of the template with its special tokens."""
         plain = [_STAND_IN.sub(lambda found: self._stand_ins[int(found[1])], text) for text in printed]

@@ -118,7 +118,7 @@ def describe(
         task_type=stored.config.get("task_type"),
         task=record.get("task"),
         labels=manifest.labels if manifest else None,
-        template=record.get("template"),
+        template="the base's chat template" if record.get("chat") else record.get("template"),
         virtual_tokens=stored.config["num_virtual_tokens"],
         rows=prompt.shape[0],
         width=prompt.shape[1],

@@ -24,8 +24,10 @@ export function card(name) {
   return get(`v1/prompts/${encodeURIComponent(name)}/card`);
 }
 
-// As data/template.py has it.
-const FIELD = /\{\{([\p{L}\p{N}_](?:[^{}"\r\n]*[^{}"\s])?)\}\}/gu;
+// As data/template.py has them.
+const NAME = String.raw`[\p{L}\p{N}_](?:[^{}"\r\n]*[^{}"\s])?`;
+const FIELD = new RegExp(String.raw`\{\{(${NAME})\}\}`, "gu");
+const SECTION = new RegExp(String.raw`\{\{([#^])(${NAME})\}\}([^]*?)\{\{/\2\}\}`, "gu");
 const PLAIN = "{{input}}";
 
 function fieldsOf(template) {
@@ -40,7 +42,8 @@ export function boxesOf(template) {
 
 export function rendered(template, values) {
   const single = fieldsOf(template).length <= 1;
-  return (template ?? PLAIN).replace(FIELD, (_, name) => values[single ? "" : name] ?? "");
+  const shown = (template ?? PLAIN).replace(SECTION, (_, sign, name, part) => Boolean(values[name]?.trim()) === (sign === "#") ? part : "");
+  return shown.replace(FIELD, (_, name) => values[single ? "" : name] ?? "");
 }
 
 export function inputOf(template, values) {
