@@ -173,7 +173,7 @@ def no_folder(name: str | Path, *, before_hub: bool = False) -> str:
     held = _folders(path.parent) if path.parent != Path() else []
     if held:
         return f"{said}; {path.parent} holds {', '.join(held[:5])}{' ...' if len(held) > 5 else ''}"
-    return "" if is_id else said
+    return "" if is_id else f"{said}; check the path"
 
 
 def _is_cached(path: Path) -> bool:

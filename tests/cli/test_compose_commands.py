@@ -84,7 +84,7 @@ def test_similar(capsys, pair, tmp_path):
         (["compose", "average", "{a}", "{b}"], "--output"),
         (["compose", "average", "{a}", "{b}", "--weight", "1", "--output", "{out}"], "2 weights"),
         (["compose", "concat", "{a}", "{c}", "--output", "{out}"], "--template-from"),
-        (["compose", "difference", "{a}", "{absent}", "--output", "{out}"], "does not exist"),
+        (["compose", "difference", "{a}", "{absent}", "--output", "{out}"], "no folder"),
         (["compose", "difference", "{a}", "{b}", "--scale", "nan", "--output", "{out}"], "finite"),
         (["similar", "{a}", "{a}"], "holds no folders"),
         (["similar", "{a}", "{b}", "--top", "0"], "at least 1"),

@@ -143,7 +143,7 @@ def refused(capsys, *words):
 def test_what_is_refused(capsys, tmp_path, prompts):
     base = ["--base-model", "demo"]
     assert "--prompts" in refused(capsys, *base)
-    assert "does not exist" in refused(capsys, *base, "--prompts", str(tmp_path / "nope"))
+    assert "no folder" in refused(capsys, *base, "--prompts", str(tmp_path / "nope"))
     (tmp_path / "file").write_text("")
     assert "is a file" in refused(capsys, *base, "--prompts", str(tmp_path / "file"))
     known = [*base, "--prompts", str(prompts)]

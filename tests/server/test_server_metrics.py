@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from oracles.serving import ScriptedBatcher, app_over, running, until
 from softprompt.generation import FinishEvent
 
-BODY = {"model": "writer", "prompt": "hello", "max_tokens": 3}
+BODY = {"model": "writer", "prompt": "hello", "max_tokens": 3, "temperature": 0}
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save as bytes_from_tensors
 from torch import Tensor
 
@@ -277,6 +278,8 @@ def snapshot(repository: str, patterns: Sequence[str], **hub: Any) -> Path:
     # OSError and ValueError are the roots of what the hub client raises: HTTP, cache, id.
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
+        if isinstance(error, LocalEntryNotFoundError):
+            reason = "the Hub cannot be reached, and it is not in the local cache"
         misspelt = no_folder(repository) or f"{repository} is neither"
         raise ArtifactError(
             f"expected a prompt directory or a repository on the hub, {misspelt} "

@@ -181,7 +181,7 @@ def _why_not_loaded(name: str, local: bool, cause: Exception) -> str:
         return f"base model {name!r} cannot be loaded: {first}"
     if misspelt := no_folder(name):
         return f"base model: {misspelt} ({first[:160]})"
-    advice = "check the name and the connection" if downloads_allowed() else "set ALLOW_DOWNLOADS=true to fetch it"
+    advice = "check the connection" if downloads_allowed() else "set ALLOW_DOWNLOADS=true to fetch it"
     return (
         f"base model {name!r}{nearest(name, [DEMO])} is neither a folder nor a GGUF file nor in the local "
         f"Hub cache; check the path, use '{DEMO}', or {advice} ({first[:160]})"

@@ -28,7 +28,7 @@ from softprompt.generation import GenerationOptions
 
 if TYPE_CHECKING:
     from softprompt.backbone import Base
-    from softprompt.inference import Answer, Conversation, TunedPrompt
+    from softprompt.inference import Conversation, SpokenAnswer, TunedPrompt
 
 BASE = "base"
 """What the base alone is called."""
@@ -158,7 +158,7 @@ class Terminal:
             self._say(f"{' and '.join(self.asked)} of {others} on {base_name}; /help lists commands, Ctrl-D ends")
 
     def run(self) -> int:
-        """Answer turns until they end; return the exit code, 2 where a piped turn could not be answered."""
+        """SpokenAnswer turns until they end; return the exit code, 2 where a piped turn could not be answered."""
         for line in self._lines():
             text = line.strip()
             try:
@@ -200,7 +200,7 @@ class Terminal:
                 raise
             self._say("\n(stopped)", always=True)
 
-    def _print(self, answer: Answer) -> None:
+    def _print(self, answer: SpokenAnswer) -> None:
         if answer.newly_left_out:
             without = f"answers without the oldest {answer.left_out} turns"
             self._say(f"note: the chat exceeds the model's context; {answer.name} {without}")

@@ -52,10 +52,10 @@ def command(
     GenerationOptions(**parts_of(given(options), GenerationOptions))
     start_logging(quiet=quiet)
     (tuned,) = load_prompts([prompt_dir], options)
-    if tuned.of_task(options.get("task_name")).labels is not None and not quiet:
+    answers = tuned.generate(requests, **given(options))
+    if tuned.of_task(options["task_name"]).labels is not None and not quiet:
         note = f"{prompt_dir} is a classifier, and what it generates need not be one of its labels"
         click.echo(f"note: {note}; softprompt classify {prompt_dir} gives labels with probabilities", err=True)
-    answers = tuned.generate(requests, **given(options))
     found = [answer.to_dict() for answer in answers]
     result = (
         found[0]

@@ -1,5 +1,5 @@
-from .conversation import Answer as Answer
 from .conversation import Conversation as Conversation
+from .conversation import SpokenAnswer as SpokenAnswer
 from .conversion import convert as convert
 from .ensemble import Combine as Combine
 from .ensemble import Ensemble as Ensemble

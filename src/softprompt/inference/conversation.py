@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
-from softprompt.backbone import Base
 from softprompt.data import Marks, SpecialFrame, encode
 from softprompt.errors import ConfigError, ContextOverflowError
 from softprompt.generation import (
@@ -20,8 +19,10 @@ from softprompt.generation import (
     Ticket,
     TokenEvent,
 )
-from softprompt.inference.tuned import TunedPrompt
-from softprompt.prompts import Placement
+
+if TYPE_CHECKING:
+    from softprompt.backbone import Base
+    from softprompt.inference.tuned import TunedPrompt
 
 Message = Mapping[str, str]
 """``role`` and ``content``, as chat templates take them."""
@@ -40,7 +41,7 @@ class Turn:
 
 
 @final
-class Answer:
+class SpokenAnswer:
     """One answer to a turn: iterating gives its text piece by piece, and writes it into the turn's history.
 
     Attributes:
@@ -113,14 +114,14 @@ class Conversation(AbstractContextManager["Conversation"]):
         bounds = Bounds(max_batch_rows=max(1, len(voices)), max_cached_tokens=_UNBOUNDED, ordered_weights=False)
         self._batcher = Batcher(base, bounds)
 
-    def ask(self, text: str, names: Sequence[str]) -> list[Answer]:
+    def ask(self, text: str, names: Sequence[str]) -> list[SpokenAnswer]:
         """Return the answers of some voices to one more turn, which run at the same time.
 
         Raises:
             SoftPromptError: The turn cannot be answered, for one because it alone exceeds the context; then the
                 history is as before.
         """
-        turn, found = Turn(text), list[Answer]()
+        turn, found = Turn(text), list[SpokenAnswer]()
         self._turns.append(turn)
         try:
             for name in names:
@@ -152,7 +153,7 @@ class Conversation(AbstractContextManager["Conversation"]):
         """Cancel what runs and stop."""
         self._batcher.stop()
 
-    def _asked(self, name: str, turn: Turn) -> Answer:
+    def _asked(self, name: str, turn: Turn) -> SpokenAnswer:
         voice = self.voices[name]
         before = self._left_out[name]
         while True:
@@ -161,7 +162,7 @@ class Conversation(AbstractContextManager["Conversation"]):
             )
             try:
                 ticket = self._batcher.submit(request)
-                return Answer(name, ticket, turn, left_out=self._left_out[name], before=before)
+                return SpokenAnswer(name, ticket, turn, left_out=self._left_out[name], before=before)
             except ContextOverflowError:
                 if self._left_out[name] + 1 >= len(self._turns):
                     self._left_out[name] = before
@@ -169,17 +170,17 @@ class Conversation(AbstractContextManager["Conversation"]):
                 self._left_out[name] += 1
 
     def _input(self, messages: Sequence[Message], voice: TunedPrompt | None) -> Input:
-        placement = Placement.PREFIX if voice is None else voice.rows.placement
+        placement = "prefix" if voice is None else str(voice.rows.placement)
         first = SpecialFrame.of(self._tokenizer).prefix
         if self.has_template:
-            ids, at = self._opening(messages, in_system=placement is Placement.CHAT_SYSTEM)
+            ids, at = self._opening(messages, in_system=placement == "chat_system")
         else:
             lines = [f"{each['role'].capitalize()}: {each['content']}\n" for each in messages]
             text = "".join([*lines, "Assistant:"])
             ids, at = first + encode(self._tokenizer, [text], special=False, marks_are_text=True)[0], 0
-        if placement is Placement.SUFFIX:
+        if placement == "suffix":
             at = len(ids)
-        elif placement is Placement.AFTER_BOS and ids[: len(first)] == first:
+        elif placement == "after_bos" and ids[: len(first)] == first:
             at = len(first)
         return Input(ids, at, self._decode)
 

@@ -26,7 +26,7 @@ from softprompt.generation import (
     TokenEvent,
     label_ids_of,
 )
-from softprompt.server.classify import Scoring
+from softprompt.server.classify import LabelRun
 from softprompt.server.logprobs import Position, Scores
 from softprompt.server.protocol import (
     MOST_TOKENS,
@@ -123,7 +123,7 @@ async def complete(body: CompletionBody, request: HTTPRequest) -> Response:
         run = service.start(served, submission.requests)
     else:
         service.check_answers(submission.requests)
-        run = LabelAnswers(Scoring.start(service, served, labelling), submission)
+        run = LabelAnswers(LabelRun.start(service, served, labelling), submission)
     if body.stream:
         return EventStream(run, _pieces(service, body, reply, run))
     return await answered(request, reply, run, lambda each: _whole(service, body, submission, each))
@@ -213,7 +213,7 @@ async def _pieces(
 class LabelAnswers:
     """The likeliest label of each input as its completion, the same as ``/v1/classify`` gives."""
 
-    scoring: Scoring
+    scoring: LabelRun
     submission: Submission
 
     def cancel(self) -> None:
