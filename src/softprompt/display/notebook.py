@@ -25,7 +25,7 @@ def page(title: str, *parts: str) -> str:
 def table(rows: Iterable[Sequence[Any]] | Mapping[str, Any], head: Sequence[str] = ()) -> str:
     """Return a table in HTML: rows under a head, or names and values, without the values that are None."""
     if isinstance(rows, Mapping):
-        rows = [(name, value) for name, value in rows.items() if value is not None]
+        rows = [(name.replace("_", " "), value) for name, value in rows.items() if value is not None]
     top = "".join(f'<th style="text-align: left">{escape(name)}</th>' for name in head)
     lines = [f"<tr>{''.join(_cell(value) for value in row)}</tr>" for row in rows]
     return f"<table>{f'<tr>{top}</tr>' if top else ''}{''.join(lines)}</table>" if lines else ""
