@@ -9,6 +9,7 @@ import transformers
 
 from oracles.serving import app_over, running
 from softprompt import Bounds, convert
+from softprompt.generation import GenerationOptions
 from softprompt.server.settings import ServeSettings
 
 PAGE = (Path(__file__).parents[2] / "docs/serving.md").read_text(encoding="utf-8")
@@ -19,9 +20,11 @@ def blocks(kind):
 
 
 def test_the_openai_snippet(server, capsys):
-    (code,) = [each for each in blocks("python") if "stream=True" in each]
-    exec(compile(code.replace("http://127.0.0.1:8000", server.url), "serving.md", "exec"), {})  # noqa: S102
-    assert capsys.readouterr().out
+    codes = [each for each in blocks("python") if "stream=True" in each or "responses.create" in each]
+    assert len(codes) == 2
+    for code in codes:
+        exec(compile(code.replace("http://127.0.0.1:8000", server.url), "serving.md", "exec"), {})  # noqa: S102
+        assert capsys.readouterr().out
 
 
 def test_every_option_and_path_exists(server):
@@ -29,10 +32,9 @@ def test_every_option_and_path_exists(server):
     for path in re.findall(r"(?:GET|POST) (/v1/[\w/{}]+|/\w+)", PAGE):
         known = path.replace("{name}", "{model}") if "models" in path else path
         assert known in paths or any(each.startswith(known) for each in paths), path
-    settings = {
-        f"--{name.replace('_', '-')}" for owner in (ServeSettings, Bounds) for name in owner.__dataclass_fields__
-    }
-    mine = set(re.findall(r"`(--[a-z-]+)", PAGE)) - {"--overwrite"}
+    owners = (ServeSettings, Bounds, GenerationOptions)
+    settings = {f"--{name.replace('_', '-')}" for owner in owners for name in owner.__dataclass_fields__}
+    mine = set(re.findall(r"`(--[a-z-]+)", PAGE)) - {"--overwrite", "--quiet"}
     assert mine <= settings, mine - settings
 
 
@@ -48,7 +50,7 @@ def test_metrics_are_named_as_they_are(server, client):
     told = re.search(r"## Metrics\n(.*?)\n## ", PAGE, re.S)[1]
     shown = client.get("/metrics").text
     for name in re.findall(r"`([a-z_0-9]{8,})(?:\{[a-z_]+\})?`", told.split("The first")[0]):
-        if name not in ("softprompt_", "classified"):
+        if name not in ("softprompt_", "classified", "embedded"):
             assert f"softprompt_{name.removesuffix('_total')}" in shown, name
 
 

@@ -23,7 +23,8 @@ def other(base, tmp_path_factory):
 @pytest.fixture(scope="module")
 def root(base, other, tmp_path_factory):
     root = tmp_path_factory.mktemp("mixed")
-    write_prompt(root / "good", base)
+    trained = {"loss": 0.1, "seconds": 3.0, "validation": {"accuracy": 0.9, "loss": float("nan"), "rows": 3}}
+    write_prompt(root / "good", base, metrics=trained)
     write_prompt(root / "demo", base)
     write_prompt(root / "foreign", other)
     write_prompt(root / "foreign-peft", other, manifest=False)

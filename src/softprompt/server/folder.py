@@ -269,11 +269,12 @@ def _reading(manifest: Manifest | None) -> dict[str, Any]:
 
 
 def _scores(manifest: Manifest | None) -> dict[str, float] | None:
-    """Return the finite numbers among the recorded metrics."""
+    """Return the finite numbers among the recorded metrics, of the validation split where there was one."""
     if manifest is None:
         return None
-    numbers = {name: value for name, value in manifest.metrics.items() if isinstance(value, float)}
-    return {name: value for name, value in numbers.items() if math.isfinite(value)}
+    split = manifest.metrics.get("validation")
+    found = split if isinstance(split, Mapping) else manifest.metrics
+    return {name: value for name, value in found.items() if isinstance(value, float) and math.isfinite(value)}
 
 
 def _shared(tasks: list[dict[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from typing import Any, final
 
 from softprompt.artifacts import Manifest, StoredPrompt, adapter_of_files
 from softprompt.backbone import Base, Fingerprint, is_encoder_decoder
-from softprompt.engine import completed
 from softprompt.errors import (
     AdapterError,
     ArtifactError,
@@ -31,6 +30,7 @@ from softprompt.errors import (
     without_folders,
 )
 from softprompt.inference import Task, task_number, tuned_of
+from softprompt.prompts import KEY_VALUE_METHODS
 from softprompt.server.folder import (
     FILES,
     FRESH_SECONDS,
@@ -45,6 +45,8 @@ from softprompt.server.served import PlainText, Served
 
 _TRIES = 5
 """Attempts to read a prompt whose files keep changing."""
+_COMPARED = 64
+"""Fingerprints whose comparison with the base is kept."""
 _SEQ2SEQ = {"CAUSAL_LM": False, "SEQ_2_SEQ_LM": True}
 _SERVED = (*_SEQ2SEQ, "FEATURE_EXTRACTION", None)
 
@@ -96,6 +98,7 @@ class Registry:
         self._ignore_fingerprint = ignore_fingerprint
         self._known: OrderedDict[str, Loaded] = OrderedDict()
         self._outlines: dict[str, Outline] = {}
+        self._compared: dict[Fingerprint, str | None] = {}
         self._withdrawn: set[str] = set()
         self._guard = threading.Lock()
         self._loading = threading.Lock()
@@ -319,13 +322,26 @@ class Registry:
             kind = "seq2seq" if self.base.is_encoder_decoder else "causal"
             raise ConfigError(f"it is for {task}, the base {name} is a {kind} model; serve it over its own base")
         if manifest is not None and manifest.base_fingerprint and not self._ignore_fingerprint:
-            reason = Fingerprint.from_dict(manifest.base_fingerprint).differs(self.base.fingerprint)
+            reason = self._differs(Fingerprint.from_dict(manifest.base_fingerprint))
             if reason is not None:
                 raise FingerprintError(
                     f"it was made for {_public_name(manifest.base_model)}, not for {name}: {reason}; serve it over "
                     "its own base"
                 )
-        completed(StoredPrompt(config, {}, manifest, "").configuration(), self.base)
+        # The sizes that its file names; the rest takes its weights, and passes of the base.
+        layered = config["peft_type"] in KEY_VALUE_METHODS
+        key = "num_layers" if layered else "token_dim"
+        own = self.base.facts.num_layers if layered else self.base.facts.token_dim
+        if config.get(key) not in (None, own):
+            raise ConfigError(f"its {key} is {config[key]}, the base {name} has {own}; serve it over its own base")
+
+    def _differs(self, made_for: Fingerprint) -> str | None:
+        """Return why the base is not the one of a fingerprint, which most prompts of a folder share."""
+        if made_for not in self._compared:
+            if len(self._compared) >= _COMPARED:
+                self._compared.clear()
+            self._compared[made_for] = made_for.differs(self.base.fingerprint)
+        return self._compared[made_for]
 
     def _signature(self, name: str) -> Signature | None:
         try:

@@ -118,6 +118,7 @@ export class Chooser {
   tell() {
     const shown = [...this.list.children].filter((item) => !item.hidden).length;
     const all = this.list.children.length;
+    this.list.classList.toggle("long", this.list.scrollHeight > this.list.clientHeight);
     if (!all) this.count.textContent = "No prompts are served.";
     else if (!shown) this.count.textContent = "No name fits.";
     else this.count.textContent = `${this.keys.size} chosen of ${all}${shown < all ? `, ${shown} shown` : ""}`;
