@@ -79,7 +79,7 @@ def get_peft_model(
         raise InterfaceError("mixed=True is for methods that change weights; prompts are mixed by adapter_names")
     if revision is not None:
         peft_config = dataclasses.replace(peft_config, revision=revision)
-    task = TaskType(peft_config.task_type) if peft_config.task_type else infer_task(model)
+    task = TaskType(peft_config.task_type) if peft_config.task_type else infer_task(cast(PreTrainedModel, model))
     return PeftModel.classes[task](model, peft_config, adapter_name)
 
 
