@@ -18,6 +18,8 @@ from .inspection.retrieval import similar_prompts as similar_prompts
 from .peft.adapters import ModulesToSaveWrapper as ModulesToSaveWrapper
 from .peft.adapters import get_base_model_state_dict as get_base_model_state_dict
 from .peft.adapters import set_base_model_state_dict as set_base_model_state_dict
+from .peft.classes import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from .peft.classes import PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING
 from .peft.classes import AutoPeftModel as AutoPeftModel
 from .peft.classes import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from .peft.classes import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -32,6 +34,7 @@ from .peft.classes import PeftModelForQuestionAnswering as PeftModelForQuestionA
 from .peft.classes import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
 from .peft.classes import PeftModelForSequenceClassification as PeftModelForSequenceClassification
 from .peft.classes import PeftModelForTokenClassification as PeftModelForTokenClassification
+from .peft.classes import get_peft_config as get_peft_config
 from .peft.classes import get_peft_model as get_peft_model
 from .peft.classes import initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values
 from .peft.classes import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
@@ -39,6 +42,8 @@ from .peft.classes import prepare_model_for_kbit_training as prepare_model_for_k
 from .peft.loading import load_peft_weights as load_peft_weights
 from .peft.saving import get_peft_model_state_dict as get_peft_model_state_dict
 from .peft.saving import set_peft_model_state_dict as set_peft_model_state_dict
+from .peft.status import get_layer_status as get_layer_status
+from .peft.status import get_model_status as get_model_status
 from .prompts import CartridgeConfig as CartridgeConfig
 from .prompts import CartridgeEncoder as CartridgeEncoder
 from .prompts import CPTConfig as CPTConfig

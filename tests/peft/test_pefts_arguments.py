@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+
+import peft
 import pytest
 import torch
 from torch import nn
 
+import softprompt
 from oracles.families import causal
 from oracles.peft_pair import base, batch
 from softprompt import (
@@ -234,6 +239,8 @@ def test_what_peft_says_of_prompts():
     for name in ("get_layer_status", "get_model_status"):
         with pytest.raises(TypeError, match=rf"{name}\(\) got an invalid PeftModel instance"):
             getattr(model, name)()
+        with pytest.raises(TypeError, match=rf"{name}\(\) got an invalid PeftModel instance"):
+            getattr(softprompt, name)(model)
     assert model.supports_lora_conversion() is False
     assert model.peft_type == "PROMPT_TUNING"
     assert model.modules_to_save == {"classifier", "score"}
@@ -309,3 +316,70 @@ def test_after_the_last_prompt_was_deleted_there_may_be_another():
     model.add_adapter("b", PromptEncoderConfig(task_type="SEQ_CLS", num_virtual_tokens=2))
     model.set_adapter("b")
     assert model(**batch("SEQ_CLS")).logits.shape[0] == len(batch("SEQ_CLS")["input_ids"])
+
+
+@pytest.mark.parametrize("method", ["PromptTuningConfig", "MultitaskPromptTuningConfig", "PrefixTuningConfig"])
+def test_a_prompt_for_every_row_is_what_peft_hands_the_base(method):
+    tasks = {"num_tasks": 2} if method.startswith("Multitask") else {}
+    ids = {"task_ids": torch.tensor([0, 1, 0])} if tasks else {}
+    options = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4, **tasks}
+    model = base("CAUSAL_LM")
+    ours = get_peft_model(copy.deepcopy(model), getattr(softprompt, method)(**options))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(copy.deepcopy(model), getattr(peft, method)(**options))
+        peft.set_peft_model_state_dict(theirs, softprompt.get_peft_model_state_dict(ours))
+    got, expected = ours.get_prompt(3, **ids), theirs.get_prompt(3, **ids)
+    if not isinstance(got, torch.Tensor):
+        got, expected = (torch.stack([layer.keys for layer in each.layers]) for each in (got, expected))
+    torch.testing.assert_close(got, expected)
+    assert ours.word_embeddings is ours.base_model.get_input_embeddings()
+    assert ours.base_model_torch_dtype == theirs.base_model_torch_dtype
+
+
+def test_a_folder_has_one_revision_and_may_have_no_subfolder(folder):
+    model = PeftModel.from_pretrained(base("CAUSAL_LM"), folder, revision="main", subfolder="")
+    model.load_adapter(folder, "other", revision="main", subfolder="")
+    assert set(model.peft_config) == {"default", "other"}
+
+
+def test_the_card_of_a_run_is_written_or_added_to(tmp_path):
+    model = prompted()
+    model.create_or_update_model_card(tmp_path / "new")
+    assert "library_name: peft" in (tmp_path / "new" / "README.md").read_text()
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# A run\n")
+    model.create_or_update_model_card(tmp_path)
+    written = (tmp_path / "README.md").read_text()
+    assert "# A run" in written and "license: mit" in written and "library_name: peft" in written
+
+
+def test_tables_of_types_and_a_configuration_of_values():
+    values = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3}
+    assert softprompt.get_peft_config(values) == softprompt.PrefixTuningConfig(num_virtual_tokens=3)
+    assert softprompt.PEFT_TYPE_TO_CONFIG_MAPPING["PREFIX_TUNING"] is softprompt.PrefixTuningConfig
+    assert softprompt.MODEL_TYPE_TO_PEFT_MODEL_MAPPING["CAUSAL_LM"] is softprompt.PeftModelForCausalLM
+
+
+class Nested(torch.nn.Module):
+    """A module whose parts have the names of an old, or a new, class of transformers."""
+
+    def __init__(self, path):
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = {"vocab_size": 10}
+        parts = torch.nn.ModuleList([torch.nn.Linear(10, 10) for _ in range(2)])
+        for name in reversed(path.split(".")):
+            parts = torch.nn.ModuleDict({name: parts})
+        self.inside = parts
+
+
+@pytest.mark.parametrize("saved", ["model.layers", "model.language_model.layers"])
+@pytest.mark.parametrize("loaded", ["model.layers", "model.language_model.layers"])
+def test_a_prefix_loads_whatever_the_names_of_its_layers_are(saved, loaded, tmp_path):
+    sizes = {"num_layers": 2, "token_dim": 10, "num_attention_heads": 2}
+    config = softprompt.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, **sizes)
+    model = get_peft_model(Nested(saved), config)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(Nested(loaded), tmp_path)
+    weights = (each.prompt_encoder["default"].embedding.weight for each in (model, again))
+    assert torch.equal(*weights)

@@ -333,10 +333,21 @@ def test_what_transformers_takes_of_a_push(hub, monkeypatch):
     assert "mine" in cards[0] and len(cards[0]) > 1
 
 
+def test_a_configuration_is_pushed_alone(hub):
+    config = prompted().peft_config["default"]
+    assert config.push_to_hub("someone/prompt", private=True, token="t") == "https://hub/commit"
+    assert (hub["created"], hub["private"], hub["token"], hub["files"]) == (
+        *("someone/prompt", True, "t"),
+        ["adapter_config.json"],
+    )
+
+
 def test_a_hub_out_of_reach_is_one_clear_error():
-    with pytest.raises(ArtifactError, match="could not upload to someone/prompt") as caught:
-        prompted().push_to_hub("someone/prompt")
-    assert "\n" not in str(caught.value)
+    model = prompted()
+    for what in (model, model.peft_config["default"]):
+        with pytest.raises(ArtifactError, match="could not upload to someone/prompt") as caught:
+            what.push_to_hub("someone/prompt")
+        assert "\n" not in str(caught.value)
 
 
 def test_saving_can_push(hub, tmp_path):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import softprompt
 from oracles.families import CAUSAL, SEQ2SEQ, causal, seq2seq
 from oracles.quantised import packed, quantised
 from softprompt import PromptTuningConfig, get_peft_model
@@ -18,6 +20,7 @@ from softprompt.engine import (
     score_of,
     why_undecodable,
 )
+from softprompt.errors import TrainingError
 from softprompt.prompts import Prompt
 
 
@@ -115,3 +118,36 @@ def test_weights_that_are_packed_already_are_a_problem():
         model(input_ids=torch.tensor([[1, 2]]))
     assert packed(model)
     assert "(PackingLinear) stops it" in problem(model)
+
+
+def tuned(llama, rows, model, method):
+    base = Base(model, AutoTokenizer.from_pretrained(llama), str(llama))
+    return softprompt.tune(
+        base,
+        rows,
+        verbalizer="{{input}}",
+        method=method,
+        tuning_config={"num_virtual_tokens": 3},
+        num_epochs=1,
+        batch_size=4,
+        silence_progress_bars=True,
+    )
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix"])
+def test_tune_runs_nothing_without_gradients_before_it_has_checked_the_gradient(llama, rows, method):
+    model, passes = AutoModelForCausalLM.from_pretrained(llama), []
+    model.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    tuned(llama, rows, model, method)
+    assert passes[0] and not all(passes)
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix"])
+def test_tune_names_what_stops_the_gradient_before_any_other_pass(llama, rows, method):
+    model, passes = AutoModelForCausalLM.from_pretrained(llama), []
+    layer = model.model.layers[1].mlp
+    layer.forward = detached(layer.forward)
+    model.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    with pytest.raises(TrainingError, match=r"model\.layers\.1\.mlp \(LlamaMLP\) stops it"):
+        tuned(llama, rows, model, method)
+    assert passes == [True]

@@ -1,3 +1,4 @@
+from .card import model_card as model_card
 from .composed import average_prompts as average_prompts
 from .composed import compose_cartridge_adapters as compose_cartridge_adapters
 from .composed import concatenate_prompts as concatenate_prompts

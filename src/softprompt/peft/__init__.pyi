@@ -2,6 +2,8 @@ from .adapters import BASE as BASE
 from .adapters import ModulesToSaveWrapper as ModulesToSaveWrapper
 from .adapters import get_base_model_state_dict as get_base_model_state_dict
 from .adapters import set_base_model_state_dict as set_base_model_state_dict
+from .classes import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from .classes import PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING
 from .classes import AutoPeftModel as AutoPeftModel
 from .classes import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from .classes import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -16,6 +18,7 @@ from .classes import PeftModelForQuestionAnswering as PeftModelForQuestionAnswer
 from .classes import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
 from .classes import PeftModelForSequenceClassification as PeftModelForSequenceClassification
 from .classes import PeftModelForTokenClassification as PeftModelForTokenClassification
+from .classes import get_peft_config as get_peft_config
 from .classes import get_peft_model as get_peft_model
 from .classes import initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values
 from .classes import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
@@ -23,3 +26,5 @@ from .classes import prepare_model_for_kbit_training as prepare_model_for_kbit_t
 from .loading import load_peft_weights as load_peft_weights
 from .saving import get_peft_model_state_dict as get_peft_model_state_dict
 from .saving import set_peft_model_state_dict as set_peft_model_state_dict
+from .status import get_layer_status as get_layer_status
+from .status import get_model_status as get_model_status

@@ -25,8 +25,14 @@ from softprompt.bundled import source_of
 from softprompt.engine import infer_task
 from softprompt.errors import BackboneError, ConfigError, InterfaceError, broken, no_folder
 from softprompt.peft.model import PeftModel as PeftModel  # noqa: PLC0414 - these classes come with it
-from softprompt.peft.plain_modules import as_pretrained
-from softprompt.prompts import PROMPT_KEY, PeftConfig, TaskType, prompt_embeddings_from_past_key_values
+from softprompt.prompts import (
+    PROMPT_KEY,
+    PeftConfig,
+    PeftType,
+    TaskType,
+    config_class,
+    prompt_embeddings_from_past_key_values,
+)
 
 
 class PeftModelForCausalLM(PeftModel, task=TaskType.CAUSAL_LM):
@@ -74,8 +80,7 @@ def get_peft_model(
         raise InterfaceError("mixed=True is for methods that change weights; prompts are mixed by adapter_names")
     if revision is not None:
         peft_config = dataclasses.replace(peft_config, revision=revision)
-    model = as_pretrained(model, peft_config)
-    task = TaskType(peft_config.task_type) if peft_config.task_type else infer_task(model)
+    task = TaskType(peft_config.task_type) if peft_config.task_type else infer_task(cast(PreTrainedModel, model))
     return PeftModel.classes[task](model, peft_config, adapter_name)
 
 
@@ -108,6 +113,18 @@ def prepare_model_for_kbit_training(
         named = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
         getattr(model, f"{named}_checkpointing_enable")(checkpointing or None)
     return model
+
+
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING = PeftModel.classes
+"""Class of each task type."""
+
+PEFT_TYPE_TO_CONFIG_MAPPING = {kind: config_class(kind) for kind in PeftType}
+"""Configuration class of each method."""
+
+
+def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+    """Return the configuration whose method ``config_dict["peft_type"]`` names."""
+    return PeftConfig.from_peft_type(**config_dict)
 
 
 _LOADERS: dict[TaskType, Any] = {

@@ -83,7 +83,7 @@ class Loading:
         dispatch = (
             {"device_map": device_map or "auto", "max_memory": memory, "offload_dir": folder} if moves else {}
         )
-        own = {name: given.pop(name) for name in _OWN if name in given}
+        own = {name: value for name in _OWN if (value := given.pop(name, None)) not in (None, "")}
         others = sorted(given.keys() - _NEUTRAL)
         if others:
             warnings.warn(f"{', '.join(others)}: not used for a prompt, as in PEFT; leave it out", stacklevel=3)
@@ -91,7 +91,10 @@ class Loading:
 
     def read(self, model_id: str | Path) -> StoredPrompt:
         """Return a saved prompt, its names replaced as ``key_mapping`` says; see ``load_adapter``."""
-        stored = read_adapter(model_id, subfolder=self.subfolder, **self.hub)
+        hub = dict(self.hub)
+        if Path(model_id).exists():
+            hub.pop("revision", None)  # a folder has one; PEFT's users name the Hub's for both
+        stored = read_adapter(model_id, subfolder=self.subfolder, **hub)
         if not self.key_mapping:
             return stored
         tensors = {_mapped(name, self.key_mapping): value for name, value in stored.tensors.items()}

@@ -282,6 +282,10 @@ class PeftModel(StatusOfAdapters):
         """
         return saving.push(self, repo_id, **options)
 
+    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+        """Write ``README.md`` for the active prompt, or name library and base in the one that is there."""
+        saving.write_card(self, Path(output_dir))
+
     @classmethod
     def of(cls, tuned: TunedPrompt, adapter_name: str = "default") -> PeftModel:
         """Return a tuned prompt as a module on its base, which shares its parameters and is not a copy.

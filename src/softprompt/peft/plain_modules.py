@@ -14,7 +14,7 @@ from softprompt.prompts import PeftConfig, PromptLearningConfig
 
 
 @final
-class PlainModel(PreTrainedModel):
+class PlainModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     """A module under the interface of transformers' models; both have the very same parts and parameters.
 
     What transformers' models have and the module does not is the default: no generation, no name, no fingerprint.
@@ -27,13 +27,13 @@ class PlainModel(PreTrainedModel):
             vars(self)[parts] = vars(module)[parts]
 
     @property
-    def forward(self) -> Callable[..., Any]:
+    def forward(self) -> Callable[..., Any]:  # type: ignore[override]
         """The module's own call, with its signature."""
         module = vars(self)["module"]
         return functools.wraps(module.forward)(functools.partial(module))
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:
         """Whether the module is in training mode."""
         return cast(bool, vars(self)["module"].training)
 

@@ -22,6 +22,7 @@ from softprompt.artifacts import (
     Manifest,
     Origin,
     StoredPrompt,
+    model_card,
     save_adapter,
     tensors_read,
     upload,
@@ -228,6 +229,21 @@ def push(model: PeftModel, repo_id: str, **options: Any) -> str:
             card.data.tags = [*(card.data.tags or ()), *tags]
             card.save(path)
         return upload(Path(folder), repo_id, **hub)
+
+
+def write_card(model: PeftModel, directory: Path) -> None:
+    """Write a model card for the active prompt, or name library and base in the one that is there."""
+    path, config = directory / "README.md", model.active_peft_config
+    if path.is_file():
+        card = ModelCard.load(path, ignore_metadata_errors=True)
+        base = config.base_model_name_or_path or ""
+        known = {"library_name": "peft"} | ({"base_model": base} if base and not Path(base).exists() else {})
+        for name, value in known.items():
+            setattr(card.data, name, value)
+        card.save(path)
+    else:
+        directory.mkdir(parents=True, exist_ok=True)
+        path.write_text(model_card(config.to_dict(), manifest_of(model, model.active_adapter)), encoding="utf-8")
 
 
 def manifest_of(model: PeftModel, adapter: str) -> Manifest:

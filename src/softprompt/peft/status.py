@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 from abc import ABC
 from collections.abc import Collection
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
+import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
-from softprompt.engine import infer_task
+from softprompt.engine import Prefixes, infer_task
 from softprompt.errors import InterfaceError
 from softprompt.peft.adapters import Adapters
 from softprompt.peft.plain_modules import original
@@ -70,6 +71,31 @@ class StatusOfAdapters(Adapters, ABC):
         """Configuration of the active prompt."""
         return self.peft_config[self._known(self.active_adapter)]
 
+    @property
+    def word_embeddings(self) -> nn.Module:
+        """The table that the input's ids are looked up in."""
+        return self.base.embedding
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype:
+        """The dtype of the base."""
+        return self.base.dtype
+
+    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None) -> Tensor | Cache:
+        """Return the active prompt for every row: virtual tokens ``[B, P, H]``, or a cache of keys and values.
+
+        ``task_ids``, ``[B]``, are for multitask prompts.
+        """
+        tasks = [0] * batch_size if task_ids is None else task_ids.tolist()
+        encoder, dtype = self.encoder_of(self.active_adapter), self.base.dtype
+        made = {task: encoder.prompt(task) for task in dict.fromkeys(tasks)}
+        prefixes = Prefixes.of([made[task] for task in tasks])
+        if prefixes is None:
+            return torch.stack([torch.cat(made[task].tensors) for task in tasks]).to(dtype)
+        cache = DynamicCache()
+        prefixes.fill(cache, torch.empty(0, dtype=dtype, device=self.base.device))
+        return cache
+
     def get_base_model(self) -> PreTrainedModel:
         """Return the base model."""
         return cast(PreTrainedModel, original(self.base_model))
@@ -109,6 +135,16 @@ class StatusOfAdapters(Adapters, ABC):
             if name in _OF_WEIGHTS:
                 raise InterfaceError(_OF_WEIGHTS[name].format(name)) from None
             return getattr(self.base_model, name)
+
+
+def get_layer_status(model: nn.Module) -> NoReturn:
+    """Raise ``InterfaceError``, as PEFT does for prompts, which have no layers inside the base."""
+    raise InterfaceError(_STATUS.format("get_layer_status"))
+
+
+def get_model_status(model: nn.Module) -> NoReturn:
+    """Raise ``InterfaceError``; see ``get_layer_status``."""
+    raise InterfaceError(_STATUS.format("get_model_status"))
 
 
 def _count(module: nn.Module, *, trainable: bool, without: Collection[nn.Parameter] = ()) -> int:

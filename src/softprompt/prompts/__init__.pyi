@@ -10,7 +10,6 @@ from .configs import CONFIG_NAME as CONFIG_NAME
 from .configs import HUB_OPTIONS as HUB_OPTIONS
 from .configs import PeftConfig as PeftConfig
 from .configs import PromptLearningConfig as PromptLearningConfig
-from .configs import Start as Start
 from .configs import config_class as config_class
 from .initialisers import drawing_from as drawing_from
 from .initialisers import drawn_seed as drawn_seed
@@ -56,6 +55,7 @@ from .methods.prompt_tuning import PromptEmbedding as PromptEmbedding
 from .methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from .module import PROMPT_KEY as PROMPT_KEY
 from .module import PromptModule as PromptModule
+from .module import Start as Start
 from .module import build_prompt as build_prompt
 from .module import check_fit as check_fit
 from .module import check_task as check_task

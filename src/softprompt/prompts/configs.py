@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -23,11 +24,9 @@ from softprompt.prompts.kinds import PeftType, Placement, TaskType
 from softprompt.prompts.recognition import KnownToPeft
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
-    from softprompt.prompts.methods import SourcePrompt
-    from softprompt.prompts.module import PromptModule
+    from softprompt.prompts.module import PromptModule, Start
     from softprompt.prompts.prompt import Prompt
 
 CONFIG_NAME = "adapter_config.json"
@@ -223,6 +222,28 @@ class PeftConfig(KnownToPeft):
         text = json.dumps(values, indent=2, sort_keys=True)
         (directory / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
+    def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, **options: Any) -> str:
+        """Save the configuration alone into a Hub repository, made if needed, and return the commit's address.
+
+        ``options`` are ``private``, and those of ``HfApi.upload_folder``, such as ``commit_message``.
+
+        Raises:
+            ArtifactError: If the Hub refuses or cannot be reached.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            try:
+                name = api.create_repo(repo_id, private=options.pop("private", None), exist_ok=True).repo_id
+                return str(api.upload_folder(repo_id=name, folder_path=folder, **options).commit_url)
+            except Exception as cause:  # the client raises errors of its HTTP library too
+                raise ArtifactError(
+                    f"could not upload to {repo_id} ({' '.join(str(cause).split())[:160]}); check the name, the "
+                    "connection and `hf auth login`"
+                ) from cause
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **kwargs: Any
@@ -266,22 +287,6 @@ class PeftConfig(KnownToPeft):
                 stacklevel=2,
             )
         return cast(Self, config)
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """What a prompt's first values are made of, besides the configuration and the base's embeddings.
-
-    Attributes:
-        generator: Source of randomness; None is torch's global one, as in PEFT.
-        source: Trained multitask prompt that a multitask prompt starts from.
-        key_values: Returns the base's keys and values ``[L, 2, A_kv, T, D]`` of T token ids; a prefix or
-            cartridge that starts as a text needs it.
-    """
-
-    generator: torch.Generator | None = None
-    source: SourcePrompt | None = None
-    key_values: Callable[[Sequence[int]], Tensor] | None = None
 
 
 @dataclass

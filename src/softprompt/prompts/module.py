@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, final
 
 import torch
 from torch import Tensor, nn
 
 from softprompt.errors import ArtifactError, ConfigError
-from softprompt.prompts.configs import PeftConfig, PromptLearningConfig, Start
+from softprompt.prompts.configs import PeftConfig, PromptLearningConfig
 from softprompt.prompts.prompt import Prompt
 
 if TYPE_CHECKING:
@@ -22,6 +23,22 @@ if TYPE_CHECKING:
 
 PROMPT_KEY = "prompt_embeddings"
 """Name of the baked value in PEFT's weights file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a prompt's first values are made of, besides the configuration and the base's embeddings.
+
+    Attributes:
+        generator: Source of randomness; None is torch's global one, as in PEFT.
+        source: Trained multitask prompt that a multitask prompt starts from.
+        key_values: Returns the base's keys and values ``[L, 2, A_kv, T, D]`` of T token ids; a prefix or
+            cartridge that starts as a text needs it.
+    """
+
+    generator: torch.Generator | None = None
+    source: SourcePrompt | None = None
+    key_values: Callable[[Sequence[int]], Tensor] | None = None
 
 
 class PromptModule(nn.Module, ABC):
