@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from oracles.serving import app_over, greedy_alone, greedy_over_http, running, write_prompt
 from softprompt import (
     PeftModel,
     PrefixTuningConfig,
@@ -79,6 +80,17 @@ def test_tuned_and_used(offloaded, tokenizer, tmp_path):
     loaded = load(tmp_path / "whole", offloaded, tokenizer=tokenizer)
     assert loaded(request) == load(tmp_path / "offloaded")(request)
     assert any(weight.is_meta for weight in offloaded.parameters())
+
+
+def test_served(offloaded, tokenizer, tmp_path):
+    """A mixed batch over HTTP, each answer that of the request alone on the whole model."""
+    whole = load_base("demo")
+    options = {"task": "generation", "labels": None, "template": "{{input}}"}
+    folders = [write_prompt(tmp_path / "prompts" / f"writer{i}", whole, seed=i, **options) for i in (1, 2)]
+    texts = ["The kettle broke", "What time do you open on Sunday, and"]
+    with running(app_over(Base(offloaded, tokenizer, "demo"), tmp_path / "prompts")) as server:
+        found = greedy_over_http(server.url, texts, [folder.name for folder in folders])
+    assert found == greedy_alone(whole, folders, texts)
 
 
 def test_it_is_not_moved(offloaded, tokenizer):

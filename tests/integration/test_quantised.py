@@ -13,6 +13,7 @@ import transformers as tf
 import softprompt
 from oracles.real_model import smollm2
 from oracles.serving import command_serving, greedy_alone, greedy_over_http, write_prompt
+from oracles.trainer import SHORT
 from softprompt import PromptTuningConfig, get_peft_model
 from softprompt.backbone import Base, load_base
 from softprompt.bundled import model_directory
@@ -191,6 +192,29 @@ def test_a_quantised_folder_is_served(kind, tmp_path):
     expected = greedy_alone(base, folders, TEXTS)
     equal = sum(ours == alone for ours, alone in zip(found, expected, strict=True))
     assert equal >= (len(expected) // 2 if kind == "8-bit" else len(expected))
+
+
+@pytest.mark.parametrize("kind", ["4-bit", "8-bit"])
+def test_trainer_as_with_peft(kind, tmp_path):
+    rows = []
+    for text in (*TEXTS, "my parcel is lost again"):
+        ids = tf.AutoTokenizer.from_pretrained(model_directory())(text).input_ids[:4]
+        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids})
+    rows = [row for row in rows if len(row["input_ids"]) == len(rows[0]["input_ids"])] * 2
+    losses = []
+    for library in (peft, softprompt):
+        torch.manual_seed(0)
+        model = library.get_peft_model(
+            loaded(kind, model_directory()).model,
+            library.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        )
+        model.prompt_encoder["default"].embedding.weight.data.mul_(0.1)
+        options = tf.TrainingArguments(str(tmp_path), **SHORT, save_strategy="no", logging_steps=1)
+        trainer = tf.Trainer(model, options, train_dataset=rows)
+        trainer.train()
+        losses.append([each["loss"] for each in trainer.state.log_history if "loss" in each])
+    assert len(losses[0]) > 1
+    assert losses[1] == pytest.approx(losses[0], abs=2e-3 if kind == "4-bit" else 0.05)
 
 
 def tuned_on(base, output):

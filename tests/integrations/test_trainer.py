@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+from pathlib import Path
 
 import datasets
 import peft
@@ -159,6 +160,34 @@ def test_a_checkpoint_holds_the_adapter_alone(tmp_path):
     theirs = peft.PeftModel.from_pretrained(tied(), str(folder))
     saved = theirs.prompt_encoder["default"].embedding.weight
     torch.testing.assert_close(saved, model.prompt_encoder["default"].embedding.weight)
+
+
+def test_every_save_is_pushed_as_an_adapter(tmp_path, monkeypatch):
+    """``push_to_hub=True`` and its arguments; what stands in for the Hub keeps what it is sent."""
+    pushed = []
+
+    class Hub:
+        def create_repo(self, name, **options):
+            pushed.append((name, options["private"], options["token"]))
+            return self
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message, token, **_):
+            names = {path.name for path in Path(folder_path).iterdir()}
+            pushed.append((repo_id, commit_message, token, "adapter_model.safetensors" in names, names))
+            return self
+
+        repo_id = "someone/prompt"
+        done = result = cancel = lambda self: True
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    options = {"hub_model_id": "someone/prompt", "hub_private_repo": True, "hub_token": "secret"}
+    trainer(
+        prompted(), tmp_path, save_strategy="epoch", push_to_hub=True, hub_strategy="every_save", **options
+    ).train()
+    assert pushed[0] == ("someone/prompt", True, "secret")
+    messages = [f"Training in progress, epoch {epoch}" for epoch in (1, 2)]
+    assert [each[:4] for each in pushed[1:]] == [("someone/prompt", m, "secret", True) for m in messages]
+    assert not any({"model.safetensors", "config.json"} & each[4] for each in pushed[1:])
 
 
 def test_a_reparameterised_prompt_is_saved_baked_and_resumed_whole(tmp_path):
