@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from softprompt.cli.options import Command, fingerprint_option, option, output_options, show, start_logging, table
+from softprompt.prompts import CONFIG_NAME
 
 if TYPE_CHECKING:
     from softprompt.artifacts import StoredPrompt
@@ -44,7 +46,13 @@ def command(
     from softprompt.artifacts import load_adapter
     from softprompt.backbone import input_embedding
     from softprompt.inspection import describe
+    from softprompt.training import interruption
 
+    if (where := interruption(Path(prompt_dir))) is not None:
+        if not Path(prompt_dir, CONFIG_NAME).exists():
+            show({"location": prompt_dir, "interrupted": where}, f"{prompt_dir}: {where}", as_json=as_json)
+            return
+        click.echo(f"warning: the prompt is of an earlier run; the one that was to replace it: {where}", err=True)
     stored = load_adapter(prompt_dir)
     base = None if without_base else _base(stored, base_model, ignore_fingerprint)
     if base is None:

@@ -12,7 +12,20 @@ import click
 
 from softprompt.errors import SoftPromptError, TrainingInterrupted, in_options, nearest
 
-COMMANDS = ("tune", "evaluate", "generate", "serve", "info", "sources", "similar", "compose", "convert", "demo")
+COMMANDS = (
+    "tune",
+    "evaluate",
+    "compare",
+    "runs",
+    "generate",
+    "serve",
+    "info",
+    "sources",
+    "similar",
+    "compose",
+    "convert",
+    "demo",
+)
 INTERRUPTED = 130
 
 
