@@ -58,7 +58,9 @@ PEFT_NAMES = [
     "set_peft_model_state_dict",
 ]
 OWN_NAMES = [
+    "Baseline",
     "Bounds",
+    "Comparison",
     "Ensemble",
     "Generation",
     "GenerationOptions",
@@ -72,6 +74,7 @@ OWN_NAMES = [
     "TunedPrompt",
     "TuningConfig",
     "average_prompts",
+    "compare",
     "concatenate_prompts",
     "convert",
     "evaluate",

@@ -19,7 +19,6 @@ from softprompt.cli.options import (
     show,
     start_logging,
 )
-from softprompt.errors import UsageError
 
 if TYPE_CHECKING:
     from softprompt.inference import TunedPrompt
@@ -57,8 +56,6 @@ def command(*, subjects: tuple[str, ...], data: str, as_json: bool, quiet: bool,
 
     folders = [name for name in subjects if name not in BASELINES]
     names = [name for name in subjects if name in BASELINES]
-    if len(subjects) < 2 or len(set(subjects)) < len(subjects):
-        raise UsageError(f"compare two prompts or baselines, or more, each once; got {', '.join(subjects)}")
     found: dict[str, Any] = dict(zip(names, baselines_of(names, folders, options), strict=True))
     if folders:
         found |= _loaded(folders, options)

@@ -23,7 +23,6 @@ from softprompt.cli.options import (
 from softprompt.errors import UsageError, nearest
 
 if TYPE_CHECKING:
-    from softprompt.backbone import Base
     from softprompt.evaluation import Baseline
     from softprompt.inference import Combine, Ensemble, TunedPrompt
 
@@ -169,7 +168,7 @@ def baselines_of(names: Sequence[str], prompt_dirs: Sequence[str], options: dict
     """
     from softprompt.evaluation import Baseline
 
-    shared = given({name: options.pop(name) for name in ("template", "chat")})
+    shared = given({"template": options.pop("template"), "chat": options.pop("chat") or None})
     frame = given({name: options.pop(name) for name in ("labels", "max_source_length", "max_target_length")})
     text = options.pop("instruction")
     shots = given({name: options.pop(name) for name in ("few_shot", "examples", "example_seed")})
@@ -187,7 +186,11 @@ def baselines_of(names: Sequence[str], prompt_dirs: Sequence[str], options: dict
                 f"--{next(iter(values)).replace('_', '-')} would be ignored; {advice}, or leave it out"
             )
     if not prompt_dirs:
-        frame["base_model"] = _base(options)
+        frame |= given({name: options.pop(name) for name in ("base_model", "torch_dtype", "device")})
+        if "base_model" not in frame or options.pop("ignore_fingerprint"):
+            raise UsageError(
+                "without the folder of a prompt there must be a base, --base-model, and no --ignore-fingerprint"
+            )
     found = []
     for name in names:
         if name not in BASELINES:
@@ -196,18 +199,6 @@ def baselines_of(names: Sequence[str], prompt_dirs: Sequence[str], options: dict
         own |= {} if "few-shot" not in name else _demonstrations(shots, prompt_dirs)
         found.append(Baseline(**own, **shared, **frame))
     return found
-
-
-def _base(options: dict[str, Any]) -> Base:
-    """Load the base of baselines that have no prompt beside them."""
-    from softprompt.backbone import load_base
-
-    name, ignore = options.pop("base_model"), options.pop("ignore_fingerprint")
-    if name is None:
-        raise UsageError("nothing to evaluate: name the folder of a prompt, or a base with --base-model")
-    if ignore:
-        raise UsageError("--ignore-fingerprint would be ignored without a prompt; leave it out")
-    return load_base(name, torch_dtype=options.pop("torch_dtype"), device=options.pop("device"))
 
 
 def _text_of(file: str | None) -> str:

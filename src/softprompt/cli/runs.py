@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from softprompt.training import Run
 
 _WIDEST = 32
+_ON_THE_WAY = ("epoch", "epochs", "updates", "learning_rate", "tokens_per_second")
 
 
 @click.command("runs", cls=Command)
@@ -40,7 +41,7 @@ def _text(folder: str, runs: Sequence[Run], names: Sequence[str]) -> str:
         return f"no run in {folder}"
     from softprompt.evaluation import table
 
-    metrics = list(dict.fromkeys(name for run in runs for name, value in _numbers(run).items()))
+    metrics = list(dict.fromkeys(name for run in runs for name in _numbers(run)))
     head = ["run", "state", *(name.replace("_", " ") for name in (*names, *metrics)), "bytes", "created"]
     rows = [
         [
@@ -61,7 +62,15 @@ def _text(folder: str, runs: Sequence[Run], names: Sequence[str]) -> str:
 
 
 def _numbers(run: Run) -> dict[str, Any]:
-    return {name: value for name, value in run.metrics.items() if isinstance(value, int | float)}
+    """Return the metrics by name, those of the validation data too, without what only tells of the way there."""
+    inner = {
+        f"{name} {key}": own
+        for name, part in run.metrics.items()
+        if isinstance(part, dict)
+        for key, own in part.items()
+    }
+    found = {**inner, **run.metrics}
+    return {name: found[name] for name in found if name not in _ON_THE_WAY and isinstance(found[name], int | float)}
 
 
 def _shown(value: Any) -> str:

@@ -14,24 +14,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt.artifacts import Manifest, Origin, manifest_of, started_prompt
+from softprompt.artifacts import Manifest, Origin, manifest_of
 from softprompt.backbone import Base, freeze, load_base
-from softprompt.data import DataSource, Record, SpecialFrame, encode, label_set, read_records
-from softprompt.engine import completed, placement_of
+from softprompt.data import DataSource, Record, encode, label_set, read_records
 from softprompt.errors import ConfigError, DataError
-from softprompt.evaluation.passes import EvaluationSettings
-from softprompt.inference import TunedPrompt
-from softprompt.prompts import PROMPT_KEY, Placement, PromptTuningConfig, from_tokens, lookup
+from softprompt.evaluation import EvaluationSettings
+from softprompt.inference import TunedPrompt, row_tokenizer, written
 
 logger = logging.getLogger(__name__)
 
 _BETWEEN = "\n\n"
 """What stands behind the instruction, and behind each demonstration."""
-
-_NOTHING = (0,)
-"""A prompt has at least one token; this one is never run."""
 
 _KINDS = ("generation", "classification")
 
@@ -53,9 +49,12 @@ class Baseline:
         chat: Put the input into the user turn of the base's chat template.
         max_source_length: Maximum input length, in tokens; 256 without a prompt.
         max_target_length: Maximum target length, in tokens; 128 without a prompt.
+        tokenizer: Tokenizer of ``base_model``, where it is not beside it.
+        torch_dtype: Data type of ``base_model``.
+        device: Device of ``base_model``, such as "cuda:0".
     """
 
-    base_model: str | Path | PreTrainedModel | Base | None = None
+    base_model: str | Path | PreTrainedModel | None = None
     template: str | None = None
     instruction: str | None = None
     few_shot: int = 0
@@ -65,6 +64,9 @@ class Baseline:
     chat: bool = False
     max_source_length: int | None = None
     max_target_length: int | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    torch_dtype: str | torch.dtype | None = None
+    device: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what would be ignored or is missing.
@@ -105,18 +107,16 @@ def prompted(
     """
     pool = [] if baseline.examples is None else _pool(baseline.examples, records, how)
     base, manifest = _frame(baseline, [*records, *pool], how, like)
-    chat = baseline.chat or (like is not None and placement_of(like.config) is Placement.CHAT_SYSTEM)
-    rows = _written(base, manifest, _NOTHING, Placement.PREFIX).rows
+    rows = row_tokenizer(base.tokenizer, manifest)
     parts = [rows.demonstration(record) for record in _drawn(pool, baseline)]
     if baseline.instruction is not None:
         parts[:0] = encode(base.tokenizer, [baseline.instruction.strip()], special=False, marks_are_text=True)
     between = rows.text(_BETWEEN)
     ids = [token for part in parts for token in (*part, *between)]
-    if chat:  # the template ends the system turn itself
-        ids = ids[: max(0, len(ids) - len(between))]
-    first = SpecialFrame.of(base.tokenizer).prefix
-    placement = Placement.CHAT_SYSTEM if chat else Placement.AFTER_BOS if first else Placement.PREFIX
-    return _written(base, manifest, ids or _NOTHING, placement), replace(how, without_prompt=not ids)
+    chat = baseline.chat or (like is not None and like.rows.placement == "chat_system")
+    if chat and ids:  # the template ends the system turn itself
+        ids = ids[: len(ids) - len(between)]
+    return written(base, manifest, ids, chat=chat), replace(how, without_prompt=not ids)
 
 
 def _frame(
@@ -128,13 +128,15 @@ def _frame(
     elif baseline.base_model is None:
         raise ConfigError("a baseline without a prompt needs a base: name it in base_model (--base-model)")
     else:
-        named = baseline.base_model
-        base = named if isinstance(named, Base) else load_base(named)
+        reading: dict[str, Any] = {name: getattr(baseline, name) for name in ("tokenizer", "torch_dtype", "device")}
+        base = load_base(baseline.base_model, **reading)
         freeze(base.model)
     manifest = manifest_of(Origin.of_base(base), None) if like is None else like.manifest
     labels = None if baseline.labels is None else tuple(baseline.labels)
     if like is None and labels is None:
         labels = label_set([str(record.target) for record in records], task=how.task)
+        found = "no label set in the data, so texts are generated" if labels is None else ", ".join(labels)
+        logger.info("labels of the data: %s", found)
     given: dict[str, Any] = {
         "template": baseline.template,
         "labels": labels,
@@ -179,20 +181,3 @@ def _drawn(pool: Sequence[Record], baseline: Baseline) -> list[Record]:
         taken[record.target] += 1
     chosen = [record for *_, record in sorted(turns, key=lambda turn: turn[:2])][: baseline.few_shot]
     return draw.sample(chosen, len(chosen))
-
-
-def _written(base: Base, manifest: Manifest, ids: Sequence[int], placement: Placement) -> TunedPrompt:
-    """Return a text's tokens as a prompt."""
-    config = completed(
-        PromptTuningConfig(
-            task_type="SEQ_2_SEQ_LM" if base.is_encoder_decoder else "CAUSAL_LM",
-            num_virtual_tokens=len(ids),
-            placement=placement,
-            inference_mode=True,  # nothing is drawn
-        ),
-        base,
-    )
-    module = started_prompt(config, base.model)
-    module.load_stored({PROMPT_KEY: from_tokens(len(ids), ids, lookup(base.embedding))})
-    module.set_trainable(False)
-    return TunedPrompt(base, module.to(base.device), config, manifest)

@@ -5,21 +5,34 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.stats import binomtest
 
-from softprompt.artifacts import require_new_file
-from softprompt.data import DataSource
 from softprompt.errors import ConfigError
-from softprompt.evaluation.baselines import Baseline
-from softprompt.evaluation.evaluate import Resolved, Subject, first_prompt, read_numbered, resolved, with_columns
-from softprompt.evaluation.metrics import Interval, intervals
-from softprompt.evaluation.passes import EvaluationSettings, Task
-from softprompt.evaluation.report import Report, interval_text, numbers_table, table, write_predictions
-from softprompt.inference import Task as TaskName
-from softprompt.inference import TunedPrompt
+from softprompt.evaluation import (
+    Baseline,
+    EvaluationSettings,
+    Report,
+    check_predictions,
+    first_prompt,
+    interval_text,
+    intervals,
+    numbers_table,
+    read_numbered,
+    resolved,
+    table,
+    with_columns,
+    write_predictions,
+)
+
+if TYPE_CHECKING:
+    from softprompt.data import DataSource
+    from softprompt.evaluation.evaluate import Resolved, Subject
+    from softprompt.evaluation.metrics import Interval
+    from softprompt.evaluation.passes import Task
+    from softprompt.inference import Task as TaskName
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +150,7 @@ def compare(
         SoftPromptError: As ``evaluate``.
         ConfigError: There are fewer than two, or they differ in their label sets, or in labels against texts.
     """
-    if predictions is not None:
-        require_new_file(Path(predictions), overwrite=overwrite)
+    check_predictions(predictions, overwrite=overwrite)
     named = _named(subjects, task_name)
     how = EvaluationSettings(
         task, False, batch_size, normalize, engine, input_field, output_field, silence_progress_bars
@@ -153,10 +165,8 @@ def compare(
         each.report(records[:1])  # what a first pass sets up is no part of the time of the others
         reports[name] = each.report(records)
     one, *others = reports
-    found = Comparison(reports, {name: _paired(reports[one], reports[name]) for name in others})
-    if predictions is not None:
-        write_predictions(Path(predictions), {name: each.outcomes for name, each in reports.items()})
-    return found
+    write_predictions(predictions, reports)
+    return Comparison(reports, {name: _paired(reports[one], reports[name]) for name in others})
 
 
 def _named(subjects: Mapping[str, Subject] | Sequence[Subject], task: TaskName | None) -> dict[str, Subject]:
@@ -172,10 +182,17 @@ def _named(subjects: Mapping[str, Subject] | Sequence[Subject], task: TaskName |
             f"compare expects two prompts or more, each with a name of its own, got {len(pairs)}: "
             f"{', '.join(name for name, _ in pairs) or 'none'}"
         )
-    return {
-        name: each.of_task(task) if isinstance(each, TunedPrompt) and each.module.num_tasks > 1 else each
-        for name, each in pairs
-    }
+    found = {name: _of_task(each, task) for name, each in pairs}
+    if task is not None and all(found[name] is each for name, each in pairs):
+        raise ConfigError(f"the task {task!r} would be ignored, as no prompt has several; leave it out")
+    return found
+
+
+def _of_task(subject: Subject, task: TaskName | None) -> Subject:
+    first = first_prompt(subject)
+    if isinstance(subject, Baseline) or first is None or first.module.num_tasks < 2:
+        return subject
+    return subject.of_task(task)
 
 
 def _check_alike(ready: Mapping[str, Resolved]) -> None:

@@ -5,18 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from softprompt.artifacts import require_new_file
 from softprompt.data import DataSource, read_records
 from softprompt.errors import ConfigError, ContextOverflowError, DataError, nearest
-from softprompt.evaluation.baselines import Baseline, prompted
-from softprompt.evaluation.passes import EvaluationSettings, Numbered, Task, report_of, task_of
-from softprompt.evaluation.report import Report, joined, write_predictions
+from softprompt.evaluation import (
+    Baseline,
+    EvaluationSettings,
+    Numbered,
+    Report,
+    check_predictions,
+    joined,
+    prompted,
+    report_of,
+    task_of,
+    write_predictions,
+)
 from softprompt.inference import Ensemble, TaskNames, TunedPrompt
 from softprompt.inference import Task as TaskName
 
-Subject = TunedPrompt | Ensemble | Baseline
+if TYPE_CHECKING:
+    from softprompt.evaluation.passes import Task
+
+Subject: TypeAlias = TunedPrompt | Ensemble | Baseline
 """What can be evaluated."""
 
 
@@ -70,8 +81,7 @@ def evaluate(
         ContextOverflowError: Prompt and row together exceed the model's context.
         OutputExistsError: The file of predictions exists, and ``overwrite`` is off.
     """
-    if predictions is not None:
-        require_new_file(Path(predictions), overwrite=overwrite)
+    check_predictions(predictions, overwrite=overwrite)
     several = task_field is not None or not isinstance(task_name, str | int | None)
     if several:
         _check_several(subject, task_field, task_name, baselines)
@@ -97,9 +107,7 @@ def evaluate(
     if baselines:
         likes = [resolved(each, records, how, first_prompt(subject)) for each in _distinct(baselines)]
         report = replace(report, baselines={each.name: each.report(records) for each in likes})
-    if predictions is not None:
-        named = {report.subject: report, **(report.baselines or {})}
-        write_predictions(Path(predictions), {name: each.outcomes for name, each in named.items()})
+    write_predictions(predictions, {report.subject: report, **(report.baselines or {})})
     return report
 
 

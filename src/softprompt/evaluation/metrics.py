@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -200,10 +199,11 @@ def _label_intervals(gold: Sequence[str], predicted: Sequence[str], names: Seque
 
 def _translation_scores(targets: Sequence[str], answers: Sequence[str]) -> tuple[float | None, float | None]:
     """Return BLEU and chrF of the corpus (sacrebleu's defaults, 0 to 100), None where it is not installed."""
-    if find_spec("sacrebleu") is None:
+    try:
+        from sacrebleu.metrics.bleu import BLEU
+        from sacrebleu.metrics.chrf import CHRF
+    except ImportError:
         return None, None
-    from sacrebleu.metrics.bleu import BLEU
-    from sacrebleu.metrics.chrf import CHRF
 
     # Without force it warns of texts that end with a separate full stop, which answers may well do.
     bleu, chrf = (float(each.corpus_score(answers, [targets]).score) for each in (BLEU(force=True), CHRF()))

@@ -6,20 +6,21 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, final
+from typing import TYPE_CHECKING, Literal, final
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from softprompt.backbone import replaced_modules
-from softprompt.data import Record, TokenRow
 from softprompt.engine import Engine, EngineRow, HeadInput, Predictions
 from softprompt.errors import ConfigError
-from softprompt.evaluation.metrics import calibration_error, label_metrics, rouge_l, text_metrics
-from softprompt.evaluation.report import Outcome, Report
+from softprompt.evaluation import Outcome, Report, calibration_error, label_metrics, rouge_l, text_metrics
 from softprompt.generation import Classified, GenerationOptions, classify_rows, target_likelihood
 from softprompt.inference import Ensemble, TunedPrompt, require_tokens
+
+if TYPE_CHECKING:
+    from softprompt.data import Record, TokenRow
 
 Task = Literal["classification", "generation"]
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from softprompt.artifacts import write_atomically
+from softprompt.artifacts import require_new_file, write_atomically
 from softprompt.evaluation.metrics import Interval, LabelRow, mean_intervals
 
 _LABELS_SHOWN, _MATRIX_SHOWN, _SAMPLES_SHOWN, _SAMPLE_WIDTH = 20, 12, 3, 72
@@ -238,16 +238,24 @@ def interval_text(interval: Interval | None) -> str:
     return "" if interval is None else "[{:.4f}, {:.4f}]".format(*interval)
 
 
-def write_predictions(path: Path, outcomes: Mapping[str, Sequence[Outcome]]) -> None:
+def check_predictions(path: str | Path | None, *, overwrite: bool) -> None:
+    """Raise ``OutputExistsError`` where a file of predictions would replace another one."""
+    if path is not None:
+        require_new_file(Path(path), overwrite=overwrite)
+
+
+def write_predictions(path: str | Path | None, reports: Mapping[str, Report]) -> None:
     """Write what became of each record as JSON lines, those of several prompts with the name of each."""
-    several = len(outcomes) > 1
+    if path is None:
+        return
+    several = len(reports) > 1
     lines = [
         json.dumps(({"prompt": name} if several else {}) | each.to_dict(), ensure_ascii=False) + "\n"
-        for name, own in outcomes.items()
-        for each in own
+        for name, report in reports.items()
+        for each in report.outcomes
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(lines))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(path), "".join(lines))
 
 
 def _short(text: str) -> str:

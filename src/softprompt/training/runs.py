@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 
 from softprompt.artifacts import MANIFEST_NAME, load_adapter
 from softprompt.errors import ArtifactError, SoftPromptError
-from softprompt.prompts import CONFIG_NAME
 from softprompt.training.run import RUN_FILE, read_run
 from softprompt.training.state import STATE_DIRECTORY, how_to_go_on, resume_command, state_path
 
+_CONFIG = "adapter_config.json"
 _DEPTH = 4
 """Levels of folders that are looked through."""
 
@@ -87,7 +87,7 @@ def interruption(folder: Path) -> str | None:
 def _folders(top: Path) -> Iterator[Path]:
     for path, below, files in os.walk(top):
         level = len(Path(path).relative_to(top).parts)
-        if {CONFIG_NAME, MANIFEST_NAME} & set(files) or STATE_DIRECTORY in below:
+        if {_CONFIG, MANIFEST_NAME} & set(files) or STATE_DIRECTORY in below:
             yield Path(path)
         below[:] = sorted(name for name in below if level < _DEPTH and not name.startswith("."))
 
@@ -96,7 +96,7 @@ def _runs_of(path: Path, name: str) -> Iterator[Run]:
     """Yield the finished run of a folder, and the one that was to replace it."""
     if (path / STATE_DIRECTORY).is_dir():
         yield _unfinished(path, name)
-    if (path / CONFIG_NAME).exists() or (path / MANIFEST_NAME).exists():
+    if (path / _CONFIG).exists() or (path / MANIFEST_NAME).exists():
         yield _finished(path, name)
 
 
