@@ -181,8 +181,9 @@ def baselines_of(names: Sequence[str], prompt_dirs: Sequence[str], options: dict
         (not prompt_dirs, frame, ""),
     ):
         if values and not used:
-            advice = f"evaluate the baseline {by} too" if by else "a prompt has its own"
-            raise UsageError(
+            flag = next(iter(values)).replace("labels", "label").replace("_", "-")
+            advice = f"evaluate the baseline {by} too, or leave it out" if by else "leave it out, a prompt has its own"
+            raise UsageError(f"--{flag} would be ignored; {advice}")
                 f"--{next(iter(values)).replace('_', '-')} would be ignored; {advice}, or leave it out"
             )
     if not prompt_dirs:

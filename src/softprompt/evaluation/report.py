@@ -126,6 +126,7 @@ class Report:
         """Return plain JSON values; a number that is not finite becomes None."""
         values = {name: _finite(value) for name, value in asdict(replace(self, outcomes=())).items()}
         del values["outcomes"], values["seconds"]
+        values["intervals"] = {name: list(ends) for name, ends in self.intervals.items()}
         if self.per_label is not None:
             values["per_label"] = [asdict(row) for row in self.per_label]
         for part in ("members", "tasks", "baselines"):
