@@ -136,16 +136,16 @@ def test_compare_of_prompts_on_different_bases(result, place):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["evaluate"], "without the folder of a prompt there must be a base, --base-model"),
+        (["evaluate"], "without a prompt's folder name a base, --base-model"),
         (["evaluate", "--base-model", "demo", "--ignore-fingerprint"], "no --ignore-fingerprint"),
         (
             ["evaluate", "runs/a", "--few-shot", "2"],
-            "--few-shot would be ignored; evaluate the baseline few-shot",
+            "--few-shot would be ignored: evaluate few-shot too",
         ),
         (["evaluate", "runs/a", "--chat"], "--chat would be ignored"),
         (
             ["evaluate", "runs/a", "--label", "x", "--baselines", "zero-shot"],
-            "--label would be ignored; leave it out",
+            "--label would be ignored: evaluate a base",
         ),
         (["evaluate", "runs/a", "--baselines", "zero"], "no baseline 'zero' (did you mean 'zero-shot'?)"),
         (["evaluate", "runs/a", "--baselines", "instruction"], "needs --instruction"),

@@ -174,24 +174,19 @@ def baselines_of(names: Sequence[str], prompt_dirs: Sequence[str], options: dict
     shots = given({name: options.pop(name) for name in ("few_shot", "examples", "example_seed")})
     if not prompt_dirs and not names:
         names = ["+".join(["instruction"] * bool(text) + ["few-shot"] * bool(shots)) or "zero-shot"]
-    for used, values, by in (
-        (any("instruction" in name for name in names), given({"instruction": text}), "instruction"),
-        (any("few-shot" in name for name in names), shots, "few-shot"),
-        (bool(names), shared, "zero-shot"),
-        (not prompt_dirs, frame, ""),
+    for used, values, advice in (
+        (any("instruction" in name for name in names), given({"instruction": text}), "evaluate instruction too"),
+        (any("few-shot" in name for name in names), shots, "evaluate few-shot too"),
+        (bool(names), shared, "evaluate a baseline too"),
+        (not prompt_dirs, frame, "evaluate a base without a prompt"),
     ):
         if values and not used:
             flag = next(iter(values)).replace("labels", "label").replace("_", "-")
-            advice = f"evaluate the baseline {by} too, or leave it out" if by else "leave it out, a prompt has its own"
-            raise UsageError(f"--{flag} would be ignored; {advice}")
-                f"--{next(iter(values)).replace('_', '-')} would be ignored; {advice}, or leave it out"
-            )
+            raise UsageError(f"--{flag} would be ignored: {advice}, or leave it out")
     if not prompt_dirs:
         frame |= given({name: options.pop(name) for name in ("base_model", "torch_dtype", "device")})
         if "base_model" not in frame or options.pop("ignore_fingerprint"):
-            raise UsageError(
-                "without the folder of a prompt there must be a base, --base-model, and no --ignore-fingerprint"
-            )
+            raise UsageError("without a prompt's folder name a base, --base-model, and no --ignore-fingerprint")
     found = []
     for name in names:
         if name not in BASELINES:
