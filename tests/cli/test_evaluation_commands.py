@@ -118,6 +118,23 @@ def test_compare_of_folders_and_baselines(result, tmp_path):
     assert len(path.read_text().splitlines()) == 36
 
 
+def test_compare_of_baselines_alone_loads_their_base_once(result, monkeypatch):
+    from softprompt.evaluation import baselines
+
+    load_base, loaded = baselines.load_base, []
+
+    def counted(*given, **more):
+        loaded.append(load_base(*given, **more))
+        return loaded[-1]
+
+    monkeypatch.setattr(baselines, "load_base", counted)
+    words = ("compare", "zero-shot", "few-shot", "--base-model", "demo", "--template", TEMPLATE)
+    found = result(*words, "--data", "test.jsonl", "--examples", "train.jsonl", "--limit", "3")
+    assert list(found["reports"]) == ["zero-shot", "few-shot"]
+    assert len(loaded) == 1
+    assert set(found["reports"]["zero-shot"]["predictions"]) == {"complaint", "no complaint"}
+
+
 def test_compare_of_prompts_on_different_bases(result, place):
     other = place / "base"
     if not other.exists():

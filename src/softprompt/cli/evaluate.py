@@ -35,43 +35,17 @@ BASELINES = ("zero-shot", "instruction", "few-shot", "instruction+few-shot")
 _SHOTS = 4
 
 baseline_options = together(
-    _baseline("--template", help="Template of the input, where no prompt has one, or instead of the prompt's."),
-    _baseline(
-        "--label",
-        "labels",
-        multiple=True,
-        help="Label to score; by default as the prompt, or the data.  [repeatable]",
-    ),
-    _baseline(
-        "--instruction", type=click.Path(), help="File with a hand-written prompt, to stand before the input."
-    ),
-    _baseline(
-        "--few-shot",
-        type=int,
-        help=f"Demonstrations before the input.  [default: {_SHOTS}, where a baseline has some]",
-    ),
-    _baseline(
-        "--examples",
-        type=click.Path(),
-        help="Records to draw demonstrations from, as many of each label; by default the prompt's training data.",
-    ),
-    _baseline("--example-seed", type=int, help="Seed of the demonstrations.  [default: 0]"),
-    _baseline(
-        "--chat",
-        is_flag=True,
-        help="Use the base's chat template: the input is the user's turn, the rest the system's.",
-    ),
-    _baseline(
-        "--max-source-length",
-        type=int,
-        help="Maximum input length of a base without a prompt, in tokens.  [default: 256]",
-    ),
-    _baseline(
-        "--max-target-length",
-        type=int,
-        help="Maximum answer length of a base without a prompt, in tokens.  [default: 128]",
-    ),
+    _baseline("--template", help="Template of the input, where no prompt has one, or instead of its own."),
+    _baseline("--label", "labels", multiple=True, help="Label; by default those of the data.  [repeatable]"),
+    _baseline("--instruction", type=click.Path(), help="File with a hand-written prompt."),
+    _baseline("--few-shot", type=int, help=f"Number of demonstrations.  [default: {_SHOTS}]"),
+    _baseline("--examples", type=click.Path(), help="Demonstrations; by default from the prompt's training data."),
+    _baseline("--example-seed", type=int, help="Seed that draws demonstrations.  [default: 0]"),
+    _baseline("--chat", is_flag=True, help="Chat template: the input as user, what stands before it as system."),
+    _baseline("--max-source-length", type=int, help="Maximum input length, in tokens.  [default: 256]"),
+    _baseline("--max-target-length", type=int, help="Maximum answer length, in tokens.  [default: 128]"),
 )
+"""Options of a base without a tuned prompt; see ``baselines_of``."""
 prediction_options = together(
     option(
         "--predictions",
@@ -194,6 +168,7 @@ def baselines_of(names: Sequence[str], prompt_dirs: Sequence[str], options: dict
         own: dict[str, Any] = {} if "instruction" not in name else {"instruction": _text_of(text)}
         own |= {} if "few-shot" not in name else _demonstrations(shots, prompt_dirs)
         found.append(Baseline(**own, **shared, **frame))
+        frame = {}  # the others are of the first one's base, labels and limits
     return found
 
 

@@ -11,7 +11,7 @@ import click
 from softprompt.cli.options import Command, output_options, show, start_logging
 
 if TYPE_CHECKING:
-    from softprompt.training import Run
+    from softprompt.training import RunSummary
 
 _WIDEST = 32
 _ON_THE_WAY = ("epoch", "epochs", "updates", "learning_rate", "tokens_per_second")
@@ -36,7 +36,7 @@ def command(folder: str | None, as_json: bool, quiet: bool) -> None:
     show(result, _text(chosen, runs, names), as_json=as_json)
 
 
-def _text(folder: str, runs: Sequence[Run], names: Sequence[str]) -> str:
+def _text(folder: str, runs: Sequence[RunSummary], names: Sequence[str]) -> str:
     if not runs:
         return f"no run in {folder}"
     from softprompt.evaluation import table
@@ -61,7 +61,7 @@ def _text(folder: str, runs: Sequence[Run], names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _numbers(run: Run) -> dict[str, Any]:
+def _numbers(run: RunSummary) -> dict[str, Any]:
     """Return the metrics by name, those of the validation data too, without what only tells of the way there."""
     inner = {
         f"{name} {key}": own

@@ -5,7 +5,6 @@ from .compare import compare as compare
 from .evaluate import evaluate as evaluate
 from .evaluate import first_prompt as first_prompt
 from .evaluate import read_numbered as read_numbered
-from .evaluate import resolved as resolved
 from .evaluate import with_columns as with_columns
 from .metrics import calibration_error as calibration_error
 from .metrics import intervals as intervals

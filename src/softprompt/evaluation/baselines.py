@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,8 +21,11 @@ from softprompt.artifacts import Manifest, Origin, manifest_of
 from softprompt.backbone import Base, freeze, load_base
 from softprompt.data import DataSource, Record, encode, label_set, read_records
 from softprompt.errors import ConfigError, DataError
-from softprompt.evaluation import EvaluationSettings
-from softprompt.inference import TunedPrompt, row_tokenizer, written
+from softprompt.evaluation import EvaluationSettings, Numbered
+from softprompt.inference import Ensemble, TunedPrompt, row_tokenizer, written
+
+Answering: TypeAlias = TunedPrompt | Ensemble
+"""What answers records."""
 
 logger = logging.getLogger(__name__)
 
@@ -91,13 +94,16 @@ class Baseline:
 
 
 def prompted(
-    baseline: Baseline, records: Sequence[Record], how: EvaluationSettings, like: TunedPrompt | None
-) -> tuple[TunedPrompt, EvaluationSettings]:
-    """Return a baseline as a prompt, and how to evaluate it: one that has no text runs without the prompt.
+    subject: Answering | Baseline,
+    numbered: Sequence[Numbered],
+    how: EvaluationSettings,
+    like: TunedPrompt | None = None,
+) -> tuple[Answering, EvaluationSettings]:
+    """Return a baseline as a prompt, and how to evaluate it: without that prompt where it has no text.
 
     Args:
-        baseline: What to make.
-        records: The records to evaluate.
+        subject: What to make; others than baselines are returned as they are.
+        numbered: The records of the data.
         how: How the prompt that it is compared with is evaluated.
         like: That prompt, if there is one.
 
@@ -105,6 +111,9 @@ def prompted(
         ConfigError: There is neither a base nor a prompt that has one, or the base has no such chat template.
         DataError: There are not enough records to draw demonstrations from.
     """
+    if not isinstance(subject, Baseline):
+        return subject, how
+    baseline, records = subject, [each.record for each in numbered]
     pool = [] if baseline.examples is None else _pool(baseline.examples, records, how)
     base, manifest = _frame(baseline, [*records, *pool], how, like)
     rows = row_tokenizer(base.tokenizer, manifest)
@@ -116,7 +125,7 @@ def prompted(
     chat = baseline.chat or (like is not None and like.rows.placement == "chat_system")
     if chat and ids:  # the template ends the system turn itself
         ids = ids[: len(ids) - len(between)]
-    return written(base, manifest, ids, chat=chat), replace(how, without_prompt=not ids)
+    return written(base, manifest, ids, chat=chat), replace(how, without_prompt=not ids, baseline=baseline.name)
 
 
 def _frame(
@@ -135,8 +144,10 @@ def _frame(
     labels = None if baseline.labels is None else tuple(baseline.labels)
     if like is None and labels is None:
         labels = label_set([str(record.target) for record in records], task=how.task)
-        found = "no label set in the data, so texts are generated" if labels is None else ", ".join(labels)
-        logger.info("labels of the data: %s", found)
+        found = (
+            "the data has no label set, texts are generated" if labels is None else f"labels: {', '.join(labels)}"
+        )
+        logger.info(found)
     given: dict[str, Any] = {
         "template": baseline.template,
         "labels": labels,

@@ -20,8 +20,9 @@ from softprompt.evaluation import (
     interval_text,
     intervals,
     numbers_table,
+    prompted,
     read_numbered,
-    resolved,
+    report_of,
     table,
     with_columns,
     write_predictions,
@@ -29,7 +30,7 @@ from softprompt.evaluation import (
 
 if TYPE_CHECKING:
     from softprompt.data import DataSource
-    from softprompt.evaluation.evaluate import Resolved, Subject
+    from softprompt.evaluation.evaluate import Subject
     from softprompt.evaluation.metrics import Interval
     from softprompt.evaluation.passes import Task
     from softprompt.inference import Task as TaskName
@@ -156,14 +157,16 @@ def compare(
         task, False, batch_size, normalize, engine, input_field, output_field, silence_progress_bars
     )
     how = with_columns(how, list(named.values()))
-    records, _ = read_numbered(data, how, limit)
+    every = read_numbered(data, how, limit)
+    records = every[:limit]
     like = next((first for each in named.values() if (first := first_prompt(each)) is not None), None)
-    ready = {name: resolved(each, records, how, like) for name, each in named.items()}
-    _check_alike(ready)
-    reports = {}
-    for name, each in ready.items():
-        each.report(records[:1])  # what a first pass sets up is no part of the time of the others
-        reports[name] = each.report(records)
+    ready = {}
+    for name, each in named.items():
+        ready[name] = prompted(each, every, how, like)
+        like = like or first_prompt(ready[name][0])
+    # What a first pass sets up is no part of the time of the others, and shows what cannot be compared.
+    _check_alike({name: report_of(tuned, records[:1], own) for name, (tuned, own) in ready.items()})
+    reports = {name: report_of(tuned, records, own) for name, (tuned, own) in ready.items()}
     one, *others = reports
     write_predictions(predictions, reports)
     return Comparison(reports, {name: _paired(reports[one], reports[name]) for name in others})
@@ -195,19 +198,18 @@ def _of_task(subject: Subject, task: TaskName | None) -> Subject:
     return subject.of_task(task)
 
 
-def _check_alike(ready: Mapping[str, Resolved]) -> None:
+def _check_alike(reports: Mapping[str, Report]) -> None:
     """Refuse prompts that do not give the same kind of answers."""
-    (first, one), *others = ready.items()
+    (first, one), *others = reports.items()
     for name, each in others:
         if one.task != each.task:
             raise ConfigError(
                 f"{first} answers by {one.task} and {name} by {each.task}; give one task for both (--task)"
             )
-        odd = set(one.labels) ^ set(each.labels)
-        if one.task == "classification" and odd:
+        if odd := sorted({*(one.predictions or ())} ^ {*(each.predictions or ())}):
             raise ConfigError(
-                f"{first} and {name} have different label sets, which differ in "
-                f"{', '.join(map(repr, sorted(odd)))}; compare prompts of one label set"
+                f"{first} and {name} have different label sets, which differ in {', '.join(map(repr, odd))}; "
+                "compare prompts of one label set"
             )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from softprompt.data import DataSource, read_records
-from softprompt.errors import ConfigError, ContextOverflowError, DataError, nearest
+from softprompt.errors import ConfigError, DataError, nearest
 from softprompt.evaluation import (
     Baseline,
     EvaluationSettings,
@@ -82,12 +82,16 @@ def evaluate(
         OutputExistsError: The file of predictions exists, and ``overwrite`` is off.
     """
     check_predictions(predictions, overwrite=overwrite)
+    if len({each.name for each in baselines}) < len(baselines):
+        raise ConfigError(f"{', '.join(each.name for each in baselines)}: two baselines are alike; leave one out")
     several = task_field is not None or not isinstance(task_name, str | int | None)
     if several:
         _check_several(subject, task_field, task_name, baselines)
     elif isinstance(subject, Baseline):
-        if task_name is not None:
-            raise ConfigError("task_name would be ignored: a base without a prompt has no tasks; leave it out")
+        if task_name is not None or without_prompt:
+            raise ConfigError(
+                "task_name and without_prompt are for tuned prompts, and a baseline is none; leave them out"
+            )
     else:
         subject = subject.of_task(cast(TaskName | None, task_name))
     how = EvaluationSettings(
@@ -96,62 +100,20 @@ def evaluate(
     how = with_columns(how, [subject])
     if not several and (first := first_prompt(subject)) is not None:
         task_of(first, how)
-    records, total = read_numbered(data, how, limit)
+    every = read_numbered(data, how, limit)
+    records = every[:limit]
     if several and isinstance(subject, TunedPrompt):
         names = _tasks_of(records, task_field) if task_field else cast(Sequence[TaskName], task_name)
-        report = _by_task(
-            subject, records, names if task_field or len(names) != total else names[: len(records)], how
-        )
+        report = _by_task(subject, records, names if task_field or len(names) != len(every) else names[:limit], how)
     else:
-        report = resolved(subject, records, how).report(records)
+        subject, own = prompted(subject, every, how)
+        report = report_of(subject, records, own)
     if baselines:
-        likes = [resolved(each, records, how, first_prompt(subject)) for each in _distinct(baselines)]
-        report = replace(report, baselines={each.name: each.report(records) for each in likes})
+        others = {each.name: prompted(each, every, how, first_prompt(subject)) for each in baselines}
+        found = {name: report_of(tuned, records, own) for name, (tuned, own) in others.items()}
+        report = replace(report, baselines=found)
     write_predictions(predictions, {report.subject: report, **(report.baselines or {})})
     return report
-
-
-@dataclass(frozen=True, slots=True)
-class Resolved:
-    """What answers the records, how it is evaluated, and the name of a baseline; empty for a tuned prompt."""
-
-    tuned: TunedPrompt | Ensemble
-    how: EvaluationSettings
-    name: str = ""
-
-    @property
-    def task(self) -> Task:
-        """How it answers; raises ``ConfigError`` where it cannot."""
-        return task_of(_members(self.tuned)[0], self.how)
-
-    @property
-    def labels(self) -> Sequence[str]:
-        """Its label set; empty where it has none."""
-        return self.tuned.labels or ()
-
-    def report(self, records: Sequence[Numbered]) -> Report:
-        """Evaluate it on records that have one task."""
-        try:
-            report = report_of(self.tuned, records, self.how)
-        except ContextOverflowError as error:
-            if not self.name:
-                raise
-            raise ContextOverflowError(
-                f"{self.name} does not fit: {error}, or lower few_shot (--few-shot): the tokens of its text count "
-                "as virtual ones"
-            ) from error
-        return replace(report, baseline=self.name or None)
-
-
-def resolved(
-    subject: Subject, records: Sequence[Numbered], how: EvaluationSettings, like: TunedPrompt | None = None
-) -> Resolved:
-    """Make a prompt of a baseline, on the base of ``like`` unless it names one; others are what they are."""
-    if not isinstance(subject, Baseline):
-        return Resolved(subject, how)
-    if how.without_prompt and like is None:
-        raise ConfigError("without_prompt would be ignored: a baseline has no tuned prompt; leave it out")
-    return Resolved(*prompted(subject, [each.record for each in records], how, like), subject.name)
 
 
 def with_columns(how: EvaluationSettings, subjects: Sequence[Subject]) -> EvaluationSettings:
@@ -173,19 +135,14 @@ def with_columns(how: EvaluationSettings, subjects: Sequence[Subject]) -> Evalua
     return replace(how, **found)
 
 
-def read_numbered(data: DataSource, how: EvaluationSettings, limit: int | None) -> tuple[list[Numbered], int]:
-    """Return the records to evaluate, and how many there are in the data.
-
-    Raises:
-        ConfigError: The limit is less than 1.
-        DataError: There is no record, or one cannot be used.
-    """
+def read_numbered(data: DataSource, how: EvaluationSettings, limit: int | None) -> list[Numbered]:
+    """Return all records of the data; raise ``ConfigError`` for a limit below 1, ``DataError`` for no record."""
     if limit is not None and limit < 1:
         raise ConfigError(f"limit expects at least 1 row, got {limit}")
     records = read_records(data, input_field=how.input_field, output_field=how.target_field)
     if not records:
         raise DataError("evaluation expects at least one row, got none; check the data file")
-    return [Numbered(number, each) for number, each in enumerate(records[:limit], start=1)], len(records)
+    return [Numbered(number, each) for number, each in enumerate(records, start=1)]
 
 
 def _members(subject: Subject) -> Sequence[TunedPrompt]:
@@ -197,13 +154,6 @@ def _members(subject: Subject) -> Sequence[TunedPrompt]:
 def first_prompt(subject: Subject) -> TunedPrompt | None:
     """Return the prompt that baselines beside a subject resemble; None for a baseline."""
     return next(iter(_members(subject)), None)
-
-
-def _distinct(baselines: Sequence[Baseline]) -> Sequence[Baseline]:
-    names = [each.name for each in baselines]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"the baselines need different names, got {', '.join(names)}; leave one out")
-    return baselines
 
 
 def _check_several(

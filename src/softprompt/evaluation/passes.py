@@ -13,10 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from softprompt.backbone import replaced_modules
-from softprompt.engine import Engine, EngineRow, HeadInput, Predictions
-from softprompt.errors import ConfigError
+from softprompt.engine import Engine, EngineRow, HeadInput, Predictions, check_rows
+from softprompt.errors import ConfigError, ContextOverflowError
 from softprompt.evaluation import Outcome, Report, calibration_error, label_metrics, rouge_l, text_metrics
-from softprompt.generation import Classified, GenerationOptions, classify_rows, target_likelihood
+from softprompt.generation import Classified, GenerationOptions, classify_rows, per_token, target_likelihood
 from softprompt.inference import Ensemble, TunedPrompt, require_tokens
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class EvaluationSettings:
     input_field: str | None = None
     target_field: str | None = None
     silent: bool = False
+    baseline: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +76,14 @@ def report_of(tuned: TunedPrompt | Ensemble, records: Sequence[Numbered], how: E
         _check_ensemble(chosen, how.without_prompt)
         return _ensemble_report(tuned, engine, own, records, how)
     answer = _labelled if chosen == "classification" else _generated
-    with replaced_modules(tuned.base, {} if how.without_prompt else tuned.heads):
-        return answer(tuned, engine, own[0], records, how)
+    try:
+        with replaced_modules(tuned.base, {} if how.without_prompt else tuned.heads):
+            return answer(tuned, engine, own[0], records, how)
+    except ContextOverflowError as error:
+        if how.baseline is None:
+            raise
+        advice = "or lower few_shot (--few-shot): the tokens of its text count as virtual ones"
+        raise ContextOverflowError(f"{how.baseline} does not fit: {error}, {advice}") from error
 
 
 def _check_ensemble(task: Task, without_prompt: bool) -> None:
@@ -119,6 +126,7 @@ def _basics(tuned: TunedPrompt, rows: Sequence[TokenRow], how: EvaluationSetting
         task=task_of(tuned, how),
         rows=len(rows),
         without_prompt=how.without_prompt,
+        baseline=how.baseline,
         prompt_tokens=0 if how.without_prompt else tuned.prompt().tokens,
         input_tokens=sum(len(row.source) for row in rows) / len(rows),
         inputs_cut=sum(row.source_cut for row in rows),
@@ -176,29 +184,23 @@ def _labelled(
 ) -> Report:
     """Score the labels of some records."""
     labels = tuned.labels or ()
+    label_ids, prompt = tuned.label_ids(labels), None if how.without_prompt else tuned.prompt()
+    longest = max(label_ids, key=len)  # what does not fit is refused before hours of passes, not at their end
+    check_rows(tuned.base, [EngineRow(row.source, longest, prompt, row.at) for row in rows])
     begin = time.perf_counter()
     with _bar(len(rows) * len(labels), "label", how) as bar:
         found = classify_rows(
             _Watched(engine, tuned, bar),
             rows,
-            tuned.label_ids(labels),
-            None if how.without_prompt else tuned.prompt(),
+            label_ids,
+            prompt,
             batch_size=how.batch_size,
             normalize=how.normalize,
         )
     seconds = time.perf_counter() - begin
-    # Scores per token rank the labels where they are normalised; they are no distribution by themselves.
-    return _label_report(
-        replace(_basics(tuned, rows, how), seconds=seconds), found, _shares(found, how), records, labels
-    )
-
-
-def _shares(found: Classified, how: EvaluationSettings) -> Tensor:
-    """Return the probabilities of labels ``[N, K]``, as ``classify`` gives them."""
-    scores = found.scores
-    if how.normalize:
-        scores = scores / torch.tensor(found.label_tokens, dtype=scores.dtype)
-    return torch.softmax(scores, dim=1)
+    ranks = per_token(found.scores, found.label_tokens) if how.normalize else found.scores
+    basics = replace(_basics(tuned, rows, how), seconds=seconds)
+    return _label_report(basics, found, torch.softmax(ranks, dim=1), records, labels)
 
 
 def _label_report(

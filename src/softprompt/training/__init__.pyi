@@ -3,7 +3,7 @@ from .events import Events as Events
 from .run import RUN_FILE as RUN_FILE
 from .run import read_run as read_run
 from .run import tune as tune
-from .runs import Run as Run
+from .runs import RunSummary as RunSummary
 from .runs import differing as differing
 from .runs import interruption as interruption
 from .runs import list_runs as list_runs

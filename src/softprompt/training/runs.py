@@ -25,7 +25,7 @@ _APART = ("silence_progress_bars", "output", "config")
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RunSummary:
     """A folder that ``tune`` wrote, or began to, or another prompt.
 
     Attributes:
@@ -53,7 +53,7 @@ class Run:
         return asdict(self)
 
 
-def list_runs(folder: str | Path) -> list[Run]:
+def list_runs(folder: str | Path) -> list[RunSummary]:
     """Return the runs at and below a folder, by their paths; a broken one is listed with its reason.
 
     Raises:
@@ -65,7 +65,7 @@ def list_runs(folder: str | Path) -> list[Run]:
     return [run for path in _folders(top) for run in _runs_of(path, os.path.relpath(path, top))]
 
 
-def differing(runs: Sequence[Run]) -> list[str]:
+def differing(runs: Sequence[RunSummary]) -> list[str]:
     """Return the names of the settings in which runs that are not broken differ."""
     whole = [run.settings for run in runs if run.state != "broken" and run.settings]
     names = dict.fromkeys(name for settings in whole for name in settings)
@@ -92,7 +92,7 @@ def _folders(top: Path) -> Iterator[Path]:
         below[:] = sorted(name for name in below if level < _DEPTH and not name.startswith("."))
 
 
-def _runs_of(path: Path, name: str) -> Iterator[Run]:
+def _runs_of(path: Path, name: str) -> Iterator[RunSummary]:
     """Yield the finished run of a folder, and the one that was to replace it."""
     if (path / STATE_DIRECTORY).is_dir():
         yield _unfinished(path, name)
@@ -100,16 +100,16 @@ def _runs_of(path: Path, name: str) -> Iterator[Run]:
         yield _finished(path, name)
 
 
-def _unfinished(path: Path, name: str) -> Run:
+def _unfinished(path: Path, name: str) -> RunSummary:
     where = interruption(path)
     if where is None:
-        return Run(name, "broken", "it ended before its first state was saved; start it again")
+        return RunSummary(name, "broken", "it ended before its first state was saved; start it again")
     try:
         saved = read_run(state_path(path).with_name(RUN_FILE))
     except SoftPromptError as error:
-        return Run(name, "broken", str(error))
+        return RunSummary(name, "broken", str(error))
     damaged = "damaged" in where
-    return Run(
+    return RunSummary(
         name,
         "broken" if damaged else "interrupted",
         where.partition(";")[0],
@@ -118,11 +118,11 @@ def _unfinished(path: Path, name: str) -> Run:
     )
 
 
-def _finished(path: Path, name: str) -> Run:
+def _finished(path: Path, name: str) -> RunSummary:
     try:
         stored = load_adapter(path)
     except (SoftPromptError, OSError) as error:
-        return Run(name, "broken", str(error))
+        return RunSummary(name, "broken", str(error))
     size = sum(tensor.numel() * tensor.element_size() for tensor in stored.tensors.values())
     manifest = stored.manifest
     recorded = {
@@ -131,11 +131,13 @@ def _finished(path: Path, name: str) -> Run:
         "base_model": stored.base_model,
     }
     if manifest is None:
-        return Run(name, "finished", settings=recorded, bytes=size)
+        return RunSummary(name, "finished", settings=recorded, bytes=size)
     train = manifest.data.get("train")
     data = {"train_data": train.get("path")} if isinstance(train, Mapping) else {}
     settings = {**_flat(manifest.settings), **data, **recorded}
-    return Run(name, "finished", settings=settings, metrics=manifest.metrics, bytes=size, created=manifest.created)
+    return RunSummary(
+        name, "finished", settings=settings, metrics=manifest.metrics, bytes=size, created=manifest.created
+    )
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
