@@ -178,7 +178,7 @@ def test_the_labels_of_a_base_alone_are_those_of_the_data_where_they_look_like_l
         assert evaluate(alone(base, labels=None), RECORDS * 2).predictions.keys() == set(LABELS)
         assert evaluate(alone(base, labels=None, max_target_length=2), RECORDS).task == "generation"
     assert "labels: good, poor, so so" in caplog.text
-    assert "the data has no label set" in caplog.text
+    assert "labels: none, texts are generated" in caplog.text
     found = evaluate(alone(base, labels=None), RECORDS, task="classification")
     assert found == dataclasses.replace(evaluate(alone(base), RECORDS))
 

@@ -39,7 +39,7 @@ def command(folder: str | None, as_json: bool, quiet: bool) -> None:
 def _text(folder: str, runs: Sequence[RunSummary], names: Sequence[str]) -> str:
     if not runs:
         return f"no run in {folder}"
-    from softprompt.evaluation import table
+    from softprompt.evaluation import text_table
 
     metrics = list(dict.fromkeys(name for run in runs for name in _numbers(run)))
     head = ["run", "state", *(name.replace("_", " ") for name in (*names, *metrics)), "bytes", "created"]
@@ -54,7 +54,7 @@ def _text(folder: str, runs: Sequence[RunSummary], names: Sequence[str]) -> str:
         ]
         for run in runs
     ]
-    lines = table(head, rows)
+    lines = text_table(head, rows)
     for run in runs:
         if run.state != "finished":
             lines.append(f"  {run.folder}: {run.reason}" + (f"; resume with: {run.resume}" if run.resume else ""))

@@ -21,5 +21,5 @@ from .report import check_predictions as check_predictions
 from .report import interval_text as interval_text
 from .report import joined as joined
 from .report import numbers_table as numbers_table
-from .report import table as table
+from .report import text_table as text_table
 from .report import write_predictions as write_predictions

@@ -144,10 +144,7 @@ def _frame(
     labels = None if baseline.labels is None else tuple(baseline.labels)
     if like is None and labels is None:
         labels = label_set([str(record.target) for record in records], task=how.task)
-        found = (
-            "the data has no label set, texts are generated" if labels is None else f"labels: {', '.join(labels)}"
-        )
-        logger.info(found)
+        logger.info("labels: %s", "none, texts are generated" if labels is None else ", ".join(labels))
     given: dict[str, Any] = {
         "template": baseline.template,
         "labels": labels,

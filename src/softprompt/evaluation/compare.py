@@ -23,7 +23,7 @@ from softprompt.evaluation import (
     prompted,
     read_numbered,
     report_of,
-    table,
+    text_table,
     with_columns,
     write_predictions,
 )
@@ -107,7 +107,7 @@ class Comparison:
             [
                 f"{reports[0].task}, {reports[0].rows:,} records",
                 *numbers_table("", self.reports, **costs),
-                *table((f"against {self.first}", "difference", "95 %", "won", "lost", "p"), rows),
+                *text_table((f"against {self.first}", "difference", "95 %", "won", "lost", "p"), rows),
             ]
         )
 

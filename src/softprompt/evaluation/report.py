@@ -176,7 +176,7 @@ class Report:
             )
             for each in found
         ]
-        return table((title, "support", "predicted", "precision", "recall", "F1"), rows)
+        return text_table((title, "support", "predicted", "precision", "recall", "F1"), rows)
 
     def _matrix_lines(self) -> list[str]:
         """Return the confusion matrix, a line for each gold label, where it fits a terminal."""
@@ -188,7 +188,7 @@ class Report:
             (f"{number} {gold}", *(f"{self.confusion.get(gold, {}).get(got, 0):,}" for got in labels))
             for number, gold in zip(numbers, labels, strict=True)
         ]
-        return table(("gold \\ predicted", *numbers), rows)
+        return text_table(("gold \\ predicted", *numbers), rows)
 
     def _sample_lines(self) -> list[str]:
         """Return a few generated texts between their inputs and targets."""
@@ -205,7 +205,7 @@ class Report:
         ]
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a table, names to the left and numbers to the right; none without rows."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = []
@@ -231,7 +231,7 @@ def numbers_table(title: str, reports: Mapping[str, Report], **more: Sequence[st
     if len({each.prompt_tokens for each in reports.values()}) > 1:
         columns.append(("prompt tokens", [f"{each.prompt_tokens:,}" for each in reports.values()]))
     heads, cells = zip(*columns, *more.items(), strict=True)
-    return table((title, *heads), list(zip(reports, *cells, strict=True)))
+    return text_table((title, *heads), list(zip(reports, *cells, strict=True)))
 
 
 def interval_text(interval: Interval | None) -> str:
