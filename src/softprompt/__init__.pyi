@@ -3,6 +3,9 @@ from .artifacts.composed import compose_cartridge_adapters as compose_cartridge_
 from .artifacts.composed import concatenate_prompts as concatenate_prompts
 from .artifacts.composed import subtract_prompts as subtract_prompts
 from .errors import SoftPromptError as SoftPromptError
+from .evaluation.baselines import Baseline as Baseline
+from .evaluation.compare import Comparison as Comparison
+from .evaluation.compare import compare as compare
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.report import Report as Report
 from .generation.options import Bounds as Bounds

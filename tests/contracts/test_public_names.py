@@ -63,7 +63,9 @@ PEFT_NAMES = [
     "set_peft_model_state_dict",
 ]
 OWN_NAMES = [
+    "Baseline",
     "Bounds",
+    "Comparison",
     "Ensemble",
     "Generation",
     "GenerationOptions",
@@ -77,6 +79,7 @@ OWN_NAMES = [
     "TunedPrompt",
     "TuningConfig",
     "average_prompts",
+    "compare",
     "concatenate_prompts",
     "convert",
     "evaluate",

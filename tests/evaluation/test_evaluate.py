@@ -7,7 +7,7 @@ import pytest
 
 from softprompt.engine import EngineRow
 from softprompt.errors import ConfigError, ContextOverflowError, DataError, TemplateError
-from softprompt.evaluation import evaluate
+from softprompt.evaluation import evaluate, passes
 from softprompt.generation import GenerationOptions
 
 ROWS = [
@@ -199,3 +199,10 @@ def test_every_engine_gives_the_same_report(make_tuned):
     assert len({report.accuracy for report in reports}) == 1
     for report in reports[1:]:
         assert report.perplexity == pytest.approx(reports[0].perplexity, rel=1e-4)
+
+
+def test_a_row_beyond_the_context_is_refused_before_any_pass(make_tuned, monkeypatch):
+    tuned = make_tuned(max_source_length=300)
+    monkeypatch.setattr(passes, "classify_rows", None)
+    with pytest.raises(ContextOverflowError, match="4 virtual tokens"):
+        evaluate(tuned, [*ROWS, {"input": "x" * 200, "output": "good"}])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from softprompt.cli.options import Command, fingerprint_option, option, output_options, show, start_logging, table
+from softprompt.errors import ArtifactError, BackboneError
 
 if TYPE_CHECKING:
     from softprompt.artifacts import StoredPrompt
@@ -44,8 +46,18 @@ def command(
     from softprompt.artifacts import load_adapter
     from softprompt.backbone import input_embedding
     from softprompt.inspection import describe
+    from softprompt.training import interruption
 
-    stored = load_adapter(prompt_dir)
+    where = interruption(Path(prompt_dir))
+    try:
+        stored = load_adapter(prompt_dir)
+    except ArtifactError:
+        if where is None:
+            raise
+        show({"location": prompt_dir, "interrupted": where}, f"{prompt_dir}: {where}", as_json=as_json)
+        return
+    if where is not None:
+        click.echo(f"warning: the prompt is of an earlier run; the one that was to replace it: {where}", err=True)
     base = None if without_base else _base(stored, base_model, ignore_fingerprint)
     if base is None:
         summary = describe(stored)
@@ -61,7 +73,6 @@ def _base(stored: StoredPrompt, base_model: str | None, ignore_fingerprint: bool
     """Load the base and check that it is the prompt's; the recorded one may be absent."""
     from softprompt.artifacts import check_base
     from softprompt.backbone import load_base
-    from softprompt.errors import BackboneError
 
     recorded = stored.config.get("base_model_name_or_path")
     name = base_model or (stored.manifest.base_model if stored.manifest else recorded)

@@ -16,8 +16,8 @@ import click
 from softprompt.errors import SoftPromptError, TrainingInterrupted, nearest
 
 GROUPS = {
-    "Train": ("demo", "tune", "sources", "compose"),
-    "Evaluate": ("evaluate",),
+    "Train": ("demo", "tune", "runs", "sources", "compose"),
+    "Evaluate": ("evaluate", "compare"),
     "Use": ("generate", "classify", "chat", "serve"),
     "Share": ("push", "pull", "convert"),
     "Inspect": ("info", "similar"),

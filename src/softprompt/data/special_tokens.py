@@ -61,6 +61,10 @@ class SpecialFrame:
         has_suffix = self.suffix and ids[-len(self.suffix) :] == self.suffix
         return (() if has_prefix else self.prefix) + ids + (() if has_suffix else self.suffix)
 
+    def inside(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Return framed ids without the frame."""
+        return ids[len(self.prefix) : len(ids) - len(self.suffix)]
+
     def __len__(self) -> int:
         return len(self.prefix) + len(self.suffix)
 

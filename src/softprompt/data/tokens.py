@@ -207,6 +207,18 @@ class RowTokenizer:
                 )
         return ids
 
+    def demonstration(self, record: Record) -> tuple[int, ...]:
+        """Return the ids of a record and its answer as a text to be read, without special tokens around them.
+
+        Raises:
+            DataError: As for ``tokenize``.
+        """
+        return self._source_frame.inside(self.source(record.fields)[0]) + self.text(record.target or "")
+
+    def text(self, text: str) -> tuple[int, ...]:
+        """Return the ids of a text behind another one, without special tokens."""
+        return self._plain_target(text)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of generated or target ids, without special tokens and separator."""
         text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

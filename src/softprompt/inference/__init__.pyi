@@ -9,9 +9,11 @@ from .inputs import TaskNames as TaskNames
 from .inputs import fields_of as fields_of
 from .inputs import given_of as given_of
 from .inputs import require_tokens as require_tokens
+from .inputs import row_tokenizer as row_tokenizer
 from .inputs import task_number as task_number
 from .loading import load as load
 from .loading import load_many as load_many
 from .loading import tuned_of as tuned_of
+from .loading import written as written
 from .serving import Serving as Serving
 from .tuned import TunedPrompt as TunedPrompt

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.artifacts import (
+    Manifest,
     Origin,
     StoredPrompt,
     check_base,
@@ -21,13 +22,24 @@ from softprompt.artifacts import (
     tensors_read,
 )
 from softprompt.backbone import HEAD, Base, freeze, head_tensors, load_base, modules_named
+from softprompt.data import SpecialFrame
 from softprompt.engine import completed, require_isolated
 from softprompt.errors import ArtifactError, ConfigError
 from softprompt.generation import Bounds
 from softprompt.inference.inputs import check_names
 from softprompt.inference.serving import Serving
 from softprompt.inference.tuned import TunedPrompt
-from softprompt.prompts import PromptLearningConfig, check_fit, take_over
+from softprompt.prompts import (
+    PROMPT_KEY,
+    Placement,
+    PromptLearningConfig,
+    PromptTuningConfig,
+    TaskType,
+    check_fit,
+    from_tokens,
+    lookup,
+    take_over,
+)
 
 Named = str | Path | PreTrainedModel
 """A base: its folder, GGUF file or Hub id, or a model in memory."""
@@ -142,6 +154,29 @@ def tuned_of(stored: StoredPrompt, base: Base, *, ignore_fingerprint: bool = Fal
     module.set_trainable(False)
     manifest = stored.manifest or manifest_of(Origin.of_base(base), base)
     return TunedPrompt(base, module, config, manifest, heads=_loaded_heads(stored, config, base))
+
+
+def written(base: Base, manifest: Manifest, text: Sequence[int], *, chat: bool = False) -> TunedPrompt:
+    """Return a prompt that nobody trained: its virtual tokens are the tokens of a text.
+
+    It stands where the text would: behind the token that starts every input, where there is one, or in the
+    system turn of a chat. Without a text there is one token in its place, for ``without_prompt`` to leave out.
+
+    Raises:
+        ConfigError: The base has no chat template with a system turn.
+    """
+    begins = bool(SpecialFrame.of(base.tokenizer).prefix)
+    wanted = PromptTuningConfig(
+        task_type=TaskType.SEQ_2_SEQ_LM if base.is_encoder_decoder else TaskType.CAUSAL_LM,
+        num_virtual_tokens=max(1, len(text)),
+        placement=Placement.CHAT_SYSTEM if chat else Placement.AFTER_BOS if begins else Placement.PREFIX,
+        inference_mode=True,  # nothing is drawn
+    )
+    config = completed(wanted, base)
+    module = started_prompt(config, base.model)
+    module.load_stored({PROMPT_KEY: from_tokens(max(1, len(text)), text or (0,), lookup(base.embedding))})
+    module.set_trainable(False)
+    return TunedPrompt(base, module.to(base.device), config, manifest)
 
 
 def _loaded_heads(stored: StoredPrompt, config: PromptLearningConfig, base: Base) -> dict[str, nn.Module]:

@@ -1,7 +1,12 @@
 from .configuration import METHODS as METHODS
 from .events import Events as Events
+from .run import RUN_FILE as RUN_FILE
 from .run import read_run as read_run
 from .run import tune as tune
+from .runs import RunSummary as RunSummary
+from .runs import differing as differing
+from .runs import interruption as interruption
+from .runs import list_runs as list_runs
 from .settings import TuneSettings as TuneSettings
 from .settings import full_names as full_names
 from .source_prompts import VARIABLE as VARIABLE

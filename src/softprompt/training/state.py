@@ -312,8 +312,12 @@ def how_to_go_on(where: str, output: Path | None) -> str:
     """Return the sentence that ends an interrupted run: where it stopped, and what continues it."""
     if output is None:
         return f"training was stopped {where}; nothing is saved, since the run has no output directory"
-    command = f"softprompt tune --resume --output {shlex.quote(str(output))}"
-    return f"training was stopped {where}; its state is saved, continue with: {command}"
+    return f"training was stopped {where}; its state is saved, continue with: {resume_command(output)}"
+
+
+def resume_command(output: Path) -> str:
+    """Return the command that continues the run that was interrupted in a folder."""
+    return f"softprompt tune --resume --output {shlex.quote(str(output))}"
 
 
 @contextmanager

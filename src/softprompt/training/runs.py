@@ -1,0 +1,151 @@
+"""The runs in a folder: what each prompt was made with, how good it is, and what was not finished."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
+
+from softprompt.artifacts import MANIFEST_NAME, load_adapter
+from softprompt.errors import ArtifactError, SoftPromptError
+from softprompt.training.run import RUN_FILE, read_run
+from softprompt.training.state import STATE_DIRECTORY, how_to_go_on, resume_command, state_path
+
+_CONFIG = "adapter_config.json"
+_DEPTH = 4
+"""Levels of folders that are looked through."""
+
+_APART = ("silence_progress_bars", "output", "config")
+"""Keys of settings that say nothing of a prompt, or are tables of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """A folder that ``tune`` wrote, or began to, or another prompt.
+
+    Attributes:
+        folder: Its path below the folder that was searched.
+        state: Whether the prompt is there; an interrupted run may also be one that still runs.
+        reason: Why it is broken, or where it was interrupted.
+        resume: Command that continues an interrupted run.
+        settings: Settings by name, those of the prompt and the names of base and data among them.
+        metrics: Metrics recorded when it was made.
+        bytes: Size of its tensors.
+        created: When it was made, as ISO 8601.
+    """
+
+    folder: str
+    state: Literal["finished", "interrupted", "broken"]
+    reason: str | None = None
+    resume: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    bytes: int | None = None
+    created: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+
+def list_runs(folder: str | Path) -> list[RunSummary]:
+    """Return the runs at and below a folder, by their paths; a broken one is listed with its reason.
+
+    Raises:
+        ArtifactError: There is no such folder.
+    """
+    top = Path(folder)
+    if not top.is_dir():
+        raise ArtifactError(f"expected a folder of runs, {top} is not a folder; name the one that your runs are in")
+    return [run for path in _folders(top) for run in _runs_of(path, os.path.relpath(path, top))]
+
+
+def differing(runs: Sequence[RunSummary]) -> list[str]:
+    """Return the names of the settings in which runs that are not broken differ."""
+    whole = [run.settings for run in runs if run.state != "broken" and run.settings]
+    names = dict.fromkeys(name for settings in whole for name in settings)
+    return [name for name in names if len({json.dumps(each.get(name), default=str) for each in whole}) > 1]
+
+
+def interruption(folder: Path) -> str | None:
+    """Return where a run in a folder was interrupted, and how it goes on; None where it was not."""
+    if not state_path(folder).exists():
+        return None
+    try:
+        with safe_open(state_path(folder), framework="pt") as file:
+            at = json.loads((file.metadata() or {})["state"])["run"]
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError):
+        return f"its state is damaged; start again with softprompt tune --overwrite --output {folder}"
+    return how_to_go_on(f"after update {at['update']} (epoch {at['epoch'] + 1})", folder)
+
+
+def _folders(top: Path) -> Iterator[Path]:
+    for path, below, files in os.walk(top):
+        level = len(Path(path).relative_to(top).parts)
+        if {_CONFIG, MANIFEST_NAME} & set(files) or STATE_DIRECTORY in below:
+            yield Path(path)
+        below[:] = sorted(name for name in below if level < _DEPTH and not name.startswith("."))
+
+
+def _runs_of(path: Path, name: str) -> Iterator[RunSummary]:
+    """Yield the finished run of a folder, and the one that was to replace it."""
+    if (path / STATE_DIRECTORY).is_dir():
+        yield _unfinished(path, name)
+    if (path / _CONFIG).exists() or (path / MANIFEST_NAME).exists():
+        yield _finished(path, name)
+
+
+def _unfinished(path: Path, name: str) -> RunSummary:
+    where = interruption(path)
+    if where is None:
+        return RunSummary(name, "broken", "it ended before its first state was saved; start it again")
+    try:
+        saved = read_run(state_path(path).with_name(RUN_FILE))
+    except SoftPromptError as error:
+        return RunSummary(name, "broken", str(error))
+    damaged = "damaged" in where
+    return RunSummary(
+        name,
+        "broken" if damaged else "interrupted",
+        where.partition(";")[0],
+        None if damaged else resume_command(path),
+        _flat(saved),
+    )
+
+
+def _finished(path: Path, name: str) -> RunSummary:
+    try:
+        stored = load_adapter(path)
+    except (SoftPromptError, OSError) as error:
+        return RunSummary(name, "broken", str(error))
+    size = sum(tensor.numel() * tensor.element_size() for tensor in stored.tensors.values())
+    manifest = stored.manifest
+    recorded = {
+        "method": stored.config.get("peft_type"),
+        "num_virtual_tokens": stored.config.get("num_virtual_tokens"),
+        "base_model": stored.base_model,
+    }
+    if manifest is None:
+        return RunSummary(name, "finished", settings=recorded, bytes=size)
+    train = manifest.data.get("train")
+    data = {"train_data": train.get("path")} if isinstance(train, Mapping) else {}
+    settings = {**_flat(manifest.settings), **data, **recorded}
+    return RunSummary(
+        name, "finished", settings=settings, metrics=manifest.metrics, bytes=size, created=manifest.created
+    )
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without tables, and data by name without its folder, as manifests have it."""
+    found = dict(settings)
+    inner = found.pop("tuning_config", None)
+    found |= inner if isinstance(inner, Mapping) else {}
+    found["method"] = found.pop("tuning_type", "PROMPT_TUNING")
+    if isinstance(data := found.get("train_data"), str):
+        found["train_data"] = Path(data).name
+    return {name: value for name, value in found.items() if name not in _APART and value is not None}
