@@ -89,24 +89,10 @@ def evaluate(
     several = task_field is not None or not isinstance(task_name, str | int | None)
     if several:
         _check_several(subject, task_field, task_name, baselines)
-    elif isinstance(subject, Baseline):
-        if task_name is not None or without_prompt:
-            raise ConfigError(
-                "task_name and without_prompt are for tuned prompts, and a baseline is none; leave them out"
-            )
     else:
-        subject = subject.of_task(cast(TaskName | None, task_name))
-    how = EvaluationSettings(
-        task,
-        without_prompt,
-        batch_size,
-        normalize,
-        engine,
-        input_field,
-        output_field,
-        label_names,
-        silence_progress_bars,
-    )
+        subject = _of_task(subject, cast(TaskName | None, task_name), without_prompt=without_prompt)
+    columns = input_field, output_field, label_names
+    how = EvaluationSettings(task, without_prompt, batch_size, normalize, engine, *columns, silence_progress_bars)
     how = with_columns(how, [subject])
     if not several and (first := first_prompt(subject)) is not None:
         task_of(first, how)
@@ -124,6 +110,16 @@ def evaluate(
         report = replace(report, baselines=found)
     write_predictions(predictions, {report.subject: report, **(report.baselines or {})})
     return report
+
+
+def _of_task(subject: Subject, task: TaskName | None, *, without_prompt: bool) -> Subject:
+    if not isinstance(subject, Baseline):
+        return subject.of_task(task)
+    if task is not None or without_prompt:
+        raise ConfigError(
+            "task_name and without_prompt are for tuned prompts, and a baseline is none; leave them out"
+        )
+    return subject
 
 
 def with_columns(how: EvaluationSettings, subjects: Sequence[Subject]) -> EvaluationSettings:

@@ -251,15 +251,12 @@ class TunedPrompt:
             ContextOverflowError: Prompt, input and label exceed the model's context.
         """
         if task_name is not None:
-            return self._of_tasks(
-                requests,
-                task_name,
-                lambda own, part: own.classify(part, labels, normalize=normalize, batch_size=batch_size),
-            )
+            more: dict[str, Any] = {"normalize": normalize, "batch_size": batch_size}
+            return self._of_tasks(requests, task_name, lambda own, part: own.classify(part, labels, **more))
         names = label_set(labels, self.labels)
         if names is None:
             raise ConfigError(
-                "this prompt generates free text and has no label set; pass labels=[...] or call generate"
+                "this prompt generates free text and has no labels; pass labels=[...] or call generate"
             )
         labelling = Labelling(names, self.label_ids(names), inputs_of(self.rows, requests))
         size = rows_of_whole_inputs(batch_size, len(names))
@@ -366,11 +363,7 @@ class TunedPrompt:
         return {"base": self.base.name, **size, **{n: v for n, v in found.items() if isinstance(v, int | float)}}
 
     def plot_training(self) -> Figure:
-        """Return a figure of loss and validation by epoch; ``figure.savefig("curve.png")`` writes it.
-
-        Raises:
-            ConfigError: There is no history, or matplotlib (extra ``plot``) is not installed.
-        """
+        """Return a figure of loss and validation by epoch; raise ``ConfigError`` without matplotlib, or epochs."""
         return training_figure(self.history)
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> None:
@@ -380,13 +373,8 @@ class TunedPrompt:
             OutputExistsError: The directory is not empty and ``overwrite`` is off.
         """
         heads = {name: value.cpu().clone() for name, value in head_tensors(self.heads).items()}
-        save_adapter(
-            Path(directory),
-            replace(self.config, inference_mode=True).to_dict(),
-            self.module.stored() | heads,
-            self.whole,
-            overwrite=overwrite,
-        )
+        config = replace(self.config, inference_mode=True).to_dict()
+        save_adapter(Path(directory), config, self.module.stored() | heads, self.whole, overwrite=overwrite)
 
     def push_to_hub(self, repo_id: str, **options: Unpack[Publishing]) -> str:
         """Put the prompt with its card into ``org/name`` on the Hub, made if needed; return the commit's address.
