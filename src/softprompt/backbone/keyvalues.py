@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
-from transformers.initialization import no_init_weights
 
 from softprompt.backbone.passes import evaluated
 from softprompt.backbone.state import device_of, is_encoder_decoder, locked, state_of
@@ -73,7 +72,7 @@ def _weightless_layers(model: PreTrainedModel) -> Sequence[Any] | None:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         config._attn_implementation = "eager"
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.device("meta"), no_init_weights():
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
             # Grouped products have no shapes in float32.
             twin: Any = cast(Any, type(model))(config).to(torch.bfloat16).eval()
@@ -112,11 +111,13 @@ def _sources(model: PreTrainedModel) -> tuple[int | None, ...] | None:
     config, sharing, shape = model.config.get_text_config(), _sharing_layers(model), key_value_shape(model)
     if not sharing and not getattr(config, "is_heterogeneous", False):
         return None
-    kinds = list(config.layer_types)
+    kinds = list(getattr(config, "layer_types", None) or ())
     own = [
         index
         for index, each in enumerate(config.per_layer_config)
-        if index not in sharing and each.num_key_value_heads <= shape.heads and each.head_dim <= shape.width
+        if index not in sharing
+        and getattr(each, "num_key_value_heads", shape.heads) <= shape.heads
+        and getattr(each, "head_dim", shape.width) <= shape.width
     ]
     skipped = [index for index in range(shape.layers) if index not in own]
     if not own:
@@ -131,8 +132,8 @@ def _sources(model: PreTrainedModel) -> tuple[int | None, ...] | None:
             stacklevel=2,
         )
     first = min(sharing, default=shape.layers)
-    stored = {kinds[index]: index for index in range(first)}  # the last layer of each kind
-    found = {index: stored[kind] for index, kind in sharing.items()} | {index: index for index in own}
+    stored = {kind: index for index, kind in enumerate(kinds[:first])}  # the last layer of each kind
+    found = {index: stored.get(kind) for index, kind in sharing.items()} | {index: index for index in own}
     return tuple(source if (source := found.get(i)) in own else None for i in range(shape.layers))
 
 
