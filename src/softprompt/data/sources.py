@@ -132,7 +132,11 @@ def check_file(path: Path) -> None:
         raise DataError(f"{path}: expected a data file, got a directory; name a file in it")
     if not path.exists():
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        hub = "; a data set of the Hub is org/name or name:split" if str(path) == path.stem else ""
+        hub = (
+            f"; a data set of the Hub is hf://datasets/{path}"
+            if not path.suffix and _HUB.fullmatch(str(path))
+            else ""
+        )
         raise DataError(f"{path}: no such data file{nearest(path.name, siblings)}{hub}")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty; expected at least one record")
