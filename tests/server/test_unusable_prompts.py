@@ -170,7 +170,7 @@ def test_the_access_log_tells_everything_but_what_was_said(base, root, caplog):
     ):
         caplog.clear()
         with server.client() as client:
-            body = {"model": "good", "prompt": secret, "max_tokens": 3}
+            body = {"model": "good", "prompt": secret, "max_tokens": 3, "temperature": 0}
             usage = client.post("/v1/completions", json=body).json()["usage"]
             client.post("/v1/completions?key=hidden", json={**body, "stream": True, "ignored": 1})
             with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as stream:
