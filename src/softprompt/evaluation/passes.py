@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from softprompt.backbone import replaced_modules
 from softprompt.engine import Engine, EngineRow, HeadInput, Predictions, check_rows
@@ -18,6 +17,7 @@ from softprompt.errors import ConfigError, ContextOverflowError
 from softprompt.evaluation import Outcome, Report, calibration_error, label_metrics, rouge_l, text_metrics
 from softprompt.generation import Classified, GenerationOptions, classify_rows, per_token, target_likelihood
 from softprompt.inference import Ensemble, TunedPrompt, require_tokens
+from softprompt.progress import progress_bar
 
 if TYPE_CHECKING:
     from softprompt.data import LabelNames, Record, TokenRow
@@ -102,16 +102,15 @@ def _rows_of(member: TunedPrompt, records: Sequence[Numbered], target_field: str
     return rows
 
 
-def _bar(total: int, unit: str, how: EvaluationSettings) -> tqdm[None]:
-    hidden = how.silent or not sys.stderr.isatty()
-    return tqdm(total=total, unit=unit, delay=_BAR_SECONDS, leave=False, file=sys.stderr, disable=hidden)
+def _bar(total: int, unit: str, how: EvaluationSettings) -> AbstractContextManager[Any]:
+    return progress_bar(total, unit, silent=how.silent, delay=_BAR_SECONDS)
 
 
 @final
 class _Watched(Engine):
     """An engine that moves a progress bar by the rows it has run."""
 
-    def __init__(self, engine: Engine, tuned: TunedPrompt, bar: tqdm[None]) -> None:
+    def __init__(self, engine: Engine, tuned: TunedPrompt, bar: Any) -> None:
         super().__init__(tuned.base)
         self.name, self._engine, self._bar = engine.name, engine, bar
 
