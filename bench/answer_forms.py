@@ -1,7 +1,7 @@
 """What holding an answer to a form costs: llguidance, which is used, beside outlines-core, where that is installed.
 
-Of three JSON schemas: CPU seconds from the schema to the first mask, MiB of memory that came with it, and
-milliseconds of each mask, over the tokens of a document (of the first schema), on one tokenizer.
+Of three JSON schemas: CPU seconds from the schema to the first mask, MiB of memory that came with it, and the
+milliseconds of each mask over the tokens of a document (of the first schema), on one tokenizer.
 
     python bench/answer_forms.py [--tokenizer FOLDER] [--json]
 """

@@ -144,7 +144,7 @@ def test_names_that_are_none(asked, name):
         ("GET", "/v1/prompts/a%00b/card", 404),
         ("GET", "/..%2fapp.py", 404),
         ("GET", "/page/../app.py", 404),
-        ("GET", "/docs", 404),
+        ("GET", "/docs.html", 404),
     ],
 )
 def test_paths_that_are_none(asked, method, path, status):

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, final
 
-from softprompt.data import Marks, SpecialFrame, encode
+from softprompt.data import Chat, ChatTemplate, SpecialFrame, encode
 from softprompt.errors import ConfigError, ContextOverflowError
 from softprompt.generation import (
     Batcher,
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 Message = Mapping[str, str]
 """``role`` and ``content``, as chat templates take them."""
 
-_SYSTEM = "SYSTEMTURN"
-"""Stand-in for the content of the system turn, to see where a prompt in it begins."""
 _UNBOUNDED = 2**62
 
 
@@ -107,7 +105,6 @@ class Conversation(AbstractContextManager["Conversation"]):
         self.system = system
         self.has_template = bool(base.tokenizer.chat_template)
         self._tokenizer: Any = base.tokenizer
-        self._marks = Marks(base.tokenizer, [str(base.tokenizer.chat_template)])
         self._options = options
         self._turns: list[Turn] = []
         self._left_out = dict.fromkeys(voices, 0)
@@ -173,7 +170,10 @@ class Conversation(AbstractContextManager["Conversation"]):
         placement = "prefix" if voice is None else str(voice.rows.placement)
         first = SpecialFrame.of(self._tokenizer).prefix
         if self.has_template:
-            ids, at = self._opening(messages, in_system=placement == "chat_system")
+            in_system = placement == "chat_system"
+            if in_system and voice and voice.rows.chats is None and messages[0]["role"] == "system":
+                raise ConfigError("the prompt stands in the system turn; leave the system message out")
+            ids, at = ChatTemplate(self._tokenizer, in_system=in_system).opening(Chat(tuple(messages)))
         else:
             lines = [f"{each['role'].capitalize()}: {each['content']}\n" for each in messages]
             text = "".join([*lines, "Assistant:"])
@@ -187,31 +187,3 @@ class Conversation(AbstractContextManager["Conversation"]):
     def _decode(self, ids: Sequence[int]) -> str:
         text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text) if self.has_template else str(text).removeprefix(" ")
-
-    def _opening(self, messages: Sequence[Message], *, in_system: bool) -> tuple[tuple[int, ...], int]:
-        """Return the ids before an answer, and how many of them stand before a prompt in the system turn.
-
-        Raises:
-            ConfigError: The chat template refuses these messages, or the system turn is the prompt's.
-        """
-        if in_system:
-            if messages[0]["role"] == "system":
-                raise ConfigError("the prompt stands in the system turn; leave the system message out")
-            messages = [{"role": "system", "content": _SYSTEM}, *messages]
-        # Templates take the reasoning out of earlier answers by its tags.
-        hidden = [
-            {**each, "content": self._marks.hide(each["content"], special_only=each["role"] == "assistant")}
-            for each in messages
-        ]
-        try:
-            text = str(self._tokenizer.apply_chat_template(hidden, tokenize=False, add_generation_prompt=True))
-        except Exception as cause:  # templates raise any exception
-            first = (str(cause).splitlines() or [type(cause).__name__])[0]
-            raise ConfigError(f"the chat template refuses these messages: {first}") from cause
-        if not in_system:
-            return self._marks.ids([text])[0], 0
-        head, found, tail = text.partition(_SYSTEM)
-        if not found:
-            raise ConfigError("the chat template of this base model prints no system turn")
-        before, behind = self._marks.ids([head, tail])
-        return before + behind, len(before)

@@ -328,12 +328,10 @@ class Registry:
                     f"it was made for {_public_name(manifest.base_model)}, not for {name}: {reason}; serve it over "
                     "its own base"
                 )
-        # The sizes that its file names; the rest takes its weights, and passes of the base.
-        layered = config["peft_type"] in KEY_VALUE_METHODS
-        key = "num_layers" if layered else "token_dim"
-        own = self.base.facts.num_layers if layered else self.base.facts.token_dim
-        if config.get(key) not in (None, own):
-            raise ConfigError(f"its {key} is {config[key]}, the base {name} has {own}; serve it over its own base")
+        # What else there is to check takes its weights, and passes of the base.
+        width, own = config.get("token_dim"), self.base.facts.token_dim
+        if width not in (None, own) and config["peft_type"] not in KEY_VALUE_METHODS:
+            raise ConfigError(f"its token_dim is {width}, the base {name} has {own}; serve it over its own base")
 
     def _differs(self, made_for: Fingerprint) -> str | None:
         """Return why the base is not the one of a fingerprint, which most prompts of a folder share."""
