@@ -99,7 +99,7 @@ def test_a_chat_that_exceeds_the_context_goes_on_and_says_so(chat):
     [
         ([], "x\n", "nobody to chat with: name the folder of a prompt, or a base model with --base-model"),
         (["--base-model", "demo", "--compare"], "x\n", "--compare needs a prompt to compare the base with"),
-        (["a", "--temperature", "0", "--top-p", "0.5"], "x\n", "top_p would be ignored at temperature 0"),
+        (["a", "--temperature", "0", "--top-p", "0.5"], "x\n", "--top-p would be ignored at --temperature 0"),
         (["a", "a"], "x\n", "a prompt is named twice"),
         (["a"], "/sistem x\n", "no command /sistem (did you mean '/system'?)"),
         (["a"], "/prompt c\n", "no prompt 'c'"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import json
 import sys
+from contextlib import contextmanager
 
 import pytest
-from tqdm import tqdm
 
 from softprompt.errors import OutputExistsError
 from softprompt.evaluation import Baseline, calibration_error, evaluate, passes
@@ -125,14 +125,16 @@ def test_a_bar_shows_on_terminals_what_takes_longer_than_its_delay(make_tuned, m
         def isatty(self):
             return True
 
-    totals, bars = [], []
+    totals, bars, real = [], [], passes.progress_bar
 
-    def watched(*arguments, **options):
-        bars.append(tqdm(*arguments, **options))
-        totals.append(options["total"])
-        return bars[-1]
+    @contextmanager
+    def watched(total, unit, **options):
+        with real(total, unit, **options) as shown:
+            totals.append(total)
+            bars.append(shown)
+            yield shown
 
-    monkeypatch.setattr(passes, "tqdm", watched)
+    monkeypatch.setattr(passes, "progress_bar", watched)
     monkeypatch.setattr(passes, "_BAR_SECONDS", 0.0)
     monkeypatch.setattr(sys, "stderr", Terminal())
     evaluate(make_tuned(**changes), ROWS, batch_size=3)

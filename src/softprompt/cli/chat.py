@@ -13,11 +13,11 @@ import click
 from softprompt.cli.options import (
     Command,
     base_options,
+    generation_options,
     given,
     harmless,
     load_prompts,
     option,
-    options_of,
     parts_of,
     start_logging,
     text_lines,
@@ -57,7 +57,7 @@ _COMMANDS = {
     group="Length and stopping",
     help=f"Maximum number of new tokens.  [default: {_TOKENS}, or a quarter of the context]",
 )
-@options_of(GenerationOptions, leave_out=("max_new_tokens", "num_beams", "preserve_input_text"))
+@generation_options("max_new_tokens", "num_beams", "preserve_input_text")
 @base_options
 @option("--quiet", is_flag=True, group="Output", help="Show answers, warnings and errors only.")
 def command(

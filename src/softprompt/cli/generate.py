@@ -9,11 +9,11 @@ import click
 from softprompt.cli.options import (
     Command,
     base_options,
+    generation_options,
     given,
     input_options,
     load_prompts,
     option,
-    options_of,
     output_options,
     parts_of,
     request_of,
@@ -29,14 +29,7 @@ from softprompt.generation import GenerationOptions
 @option("--text", group="Input", help="Input text; without it each line of stdin is an input.")
 @input_options
 @option("--batch-size", type=int, group="Input", help="Batch size: inputs in one forward pass.")
-@options_of(GenerationOptions, leave_out=("json_schema",))
-@option(
-    "--json-schema",
-    type=click.File(encoding="utf-8"),
-    callback=lambda context, parameter, file: file and file.read(),
-    group="Form of the answer",
-    help="File with a JSON schema of the answer, which is JSON then.",
-)
+@generation_options()
 @base_options
 @output_options
 def command(

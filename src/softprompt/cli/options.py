@@ -127,6 +127,20 @@ def options_of(owner: type, *, leave_out: Collection[str] = ()) -> Callable[[Dec
     return together(*(_option(owner, each) for each in fields(owner) if each.name not in leave_out))
 
 
+def generation_options(*leave_out: str) -> Callable[[Decorated], Decorated]:
+    """Return a decorator that adds the options of ``GenerationOptions``; a JSON schema is in a file."""
+    from softprompt.generation import GenerationOptions
+
+    schema = option(
+        "--json-schema",
+        type=click.File(encoding="utf-8"),
+        callback=lambda context, parameter, file: file and file.read(),
+        group="Form of the answer",
+        help="File with a JSON schema of the answer, which is JSON then.",
+    )
+    return together(options_of(GenerationOptions, leave_out=("json_schema", *leave_out)), schema)
+
+
 def given(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that were given."""
     return {name: value for name, value in values.items() if value not in (None, ())}

@@ -26,6 +26,7 @@ from softprompt.generation import (
     TokenEvent,
     label_ids_of,
 )
+from softprompt.server.access_log import tally
 from softprompt.server.classify import LabelRun
 from softprompt.server.logprobs import Position, Scores
 from softprompt.server.protocol import (
@@ -230,6 +231,7 @@ class LabelAnswers:
             whole, decode = ids_of[answer.label], request.decode
             kept = whole[: request.new_tokens]
             text = answer.label if decode is None or kept == whole else decode(kept)
+            tally(output=len(kept))
             yield number, TokenEvent(0, kept[0], text)
             reason: Reason = "stop" if kept == whole else "length"
             yield number, FinishEvent(0, reason, text, kept, request.virtual_tokens, len(request.ids))
