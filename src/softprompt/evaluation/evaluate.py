@@ -52,8 +52,9 @@ def evaluate(
 ) -> Report:
     """Evaluate a prompt, an ensemble of prompts or a base alone on every record of ``data``.
 
-    Labels are scored over the label set; free text is generated greedily, with at most ``max_target_length``
-    tokens, and compared with the target.
+    Labels are scored over the label set; free text is generated greedily, with at most
+    ``max_target_length`` tokens, and compared with the target. The report of an ensemble holds those of
+    its members, and ``outcomes`` holds what became of each record.
 
     Args:
         subject: The prompt with its model, an ensemble, or a baseline with a base model of its own.
@@ -64,7 +65,8 @@ def evaluate(
         input_field: Input column; None takes the one the prompt was tuned with.
         output_field: Target column; None takes the one the prompt was tuned with.
         task: Overrides the prompt's own task.
-        task_name: The task of a multitask prompt or an ensemble's members, by name or number; or one for each row.
+        task_name: The task of a multitask prompt, or of an ensemble's members, by name or number; or a
+            list of one for each row.
         task_field: Column that names each row's task. The report of several tasks holds those of each.
         limit: Rows from the start of ``data`` to evaluate; None is all.
         normalize: Divide a label's log-probability by its token count.
@@ -80,28 +82,21 @@ def evaluate(
         OutputExistsError: The file of predictions exists, and ``overwrite`` is off.
     """
     check_predictions(predictions, overwrite=overwrite)
+    if len({each.name for each in baselines}) < len(baselines):
+        raise ConfigError(f"{', '.join(each.name for each in baselines)}: two baselines are alike; leave one out")
+    several = task_field is not None or not isinstance(task_name, str | int | None)
+    if several:
+        _check_several(subject, task_field, task_name, baselines)
+    elif isinstance(subject, Baseline):
+        if task_name is not None or without_prompt:
+            raise ConfigError(
+                "task_name and without_prompt are for tuned prompts, and a baseline is none; leave them out"
+            )
+    else:
+        subject = subject.of_task(cast(TaskName | None, task_name))
     how = EvaluationSettings(
         task, without_prompt, batch_size, normalize, engine, input_field, output_field, silence_progress_bars
     )
-    report = _evaluated(subject, data, how, limit, task_field, task_name, baselines)
-    write_predictions(predictions, {report.subject: report, **(report.baselines or {})})
-    return report
-
-
-def _evaluated(
-    subject: Subject,
-    data: DataSource,
-    how: EvaluationSettings,
-    limit: int | None,
-    task_field: str | None,
-    task_name: TaskNames | None,
-    baselines: Sequence[Baseline],
-) -> Report:
-    """Return the report of ``evaluate``."""
-    several = task_field is not None or not isinstance(task_name, str | int | None)
-    _check(subject, how, task_field, task_name, baselines, several=several)
-    if not several and not isinstance(subject, Baseline):
-        subject = subject.of_task(cast(TaskName | None, task_name))
     how = with_columns(how, [subject])
     if not several and (first := first_prompt(subject)) is not None:
         task_of(first, how)
@@ -109,15 +104,16 @@ def _evaluated(
     records = every[:limit]
     if several and isinstance(subject, TunedPrompt):
         names = _tasks_of(records, task_field) if task_field else cast(Sequence[TaskName], task_name)
-        return _by_task(subject, records, names if task_field or len(names) != len(every) else names[:limit], how)
-    subject, own = prompted(subject, every, how)
-    report = report_of(subject, records, own)
-    if not baselines:
-        return report
-    others = {each.name: prompted(each, every, how, first_prompt(subject)) for each in baselines}
-    return replace(
-        report, baselines={name: report_of(tuned, records, own) for name, (tuned, own) in others.items()}
-    )
+        report = _by_task(subject, records, names if task_field or len(names) != len(every) else names[:limit], how)
+    else:
+        subject, own = prompted(subject, every, how)
+        report = report_of(subject, records, own)
+    if baselines:
+        others = {each.name: prompted(each, every, how, first_prompt(subject)) for each in baselines}
+        found = {name: report_of(tuned, records, own) for name, (tuned, own) in others.items()}
+        report = replace(report, baselines=found)
+    write_predictions(predictions, {report.subject: report, **(report.baselines or {})})
+    return report
 
 
 def with_columns(how: EvaluationSettings, subjects: Sequence[Subject]) -> EvaluationSettings:
@@ -160,26 +156,15 @@ def first_prompt(subject: Subject) -> TunedPrompt | None:
     return next(iter(_members(subject)), None)
 
 
-def _check(
-    subject: Subject,
-    how: EvaluationSettings,
-    task_field: str | None,
-    task_name: TaskNames | None,
-    baselines: Sequence[Baseline],
-    *,
-    several: bool,
+def _check_several(
+    subject: Subject, task_field: str | None, task_name: TaskNames | None, baselines: Sequence[Baseline]
 ) -> None:
-    """Refuse arguments that contradict each other, or mean nothing for what is evaluated."""
-    if len({each.name for each in baselines}) < len(baselines):
-        raise ConfigError(f"{', '.join(each.name for each in baselines)}: two baselines are alike; leave one out")
     if task_field is not None and task_name is not None:
         raise ConfigError("task_field and task_name both say which task a row is of; give one of them")
-    if several and isinstance(subject, Ensemble):
+    if isinstance(subject, Ensemble):
         raise ConfigError("an ensemble answers for one task at a time; give one task_name")
-    if several and (isinstance(subject, Baseline) or baselines):
+    if isinstance(subject, Baseline) or baselines:
         raise ConfigError("a baseline answers for one task; give the records of one, and its task_name")
-    if isinstance(subject, Baseline) and (task_name is not None or how.without_prompt):
-        raise ConfigError("task_name and without_prompt are for tuned prompts, not for a baseline; leave them out")
 
 
 def _by_task(
