@@ -73,6 +73,13 @@ def test_the_predictions_of_texts_are_the_report(make_tuned, tmp_path):
     assert "probabilities" not in found[0]
 
 
+def test_texts_stay_with_their_records_however_they_are_batched(make_tuned):
+    rows = [{"input": "x" * (7 * i % 11 + 1) + str(i), "output": "y"} for i in range(20)]
+    few, many = (evaluate(make_tuned(**FREE), rows, batch_size=size).outcomes for size in (2, 50))
+    assert few == many
+    assert [each.fields["input"] for each in few] == [row["input"] for row in rows]
+
+
 def test_predictions_replace_nothing_unasked_and_appear_whole(make_tuned, tmp_path):
     path = tmp_path / "out.jsonl"
     path.write_text("mine\n")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Task = Literal["classification", "generation"]
 
+_BATCHES = 8
 _BAR_SECONDS = 2.0
 """Seconds after which a progress bar appears."""
 
@@ -144,18 +145,24 @@ def _generated(
     """Generate the answers to some records."""
     prompt = None if how.without_prompt else tuned.prompt()
     begin = time.perf_counter()
+    # Like lengths together, and some batches between two steps of the bar, so that none runs half empty for long.
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number].source))
+    found: dict[int, str] = {}
     with _bar(len(rows), "answer", how) as bar:
-        answers = tuned.generate_rows(
-            [row.source for row in rows],
-            GenerationOptions(max_new_tokens=tuned.manifest.max_target_length),
-            batch_size=how.batch_size,
-            without_prompt=how.without_prompt,
-            ended=lambda count: bar.update(count - bar.n),
-        )
+        for start in range(0, len(rows), _BATCHES * how.batch_size):
+            part = order[start : start + _BATCHES * how.batch_size]
+            answers = tuned.generate_rows(
+                [rows[number].source for number in part],
+                GenerationOptions(max_new_tokens=tuned.manifest.max_target_length),
+                batch_size=how.batch_size,
+                without_prompt=how.without_prompt,
+            )
+            found |= zip(part, (answer.text for answer in answers), strict=True)
+            bar.update(len(part))
     seconds = time.perf_counter() - begin
     with _bar(len(rows), "target", how) as bar:
         likelihood = target_likelihood(_Watched(engine, tuned, bar), rows, prompt, batch_size=how.batch_size)
-    texts, targets = [answer.text for answer in answers], [str(each.record.target) for each in records]
+    texts, targets = [found[number] for number in range(len(rows))], [str(each.record.target) for each in records]
     metrics = text_metrics(targets, texts, tuned.labels)
     outcomes = [
         Outcome(each.number, each.record.fields, target, text, text.strip() == target.strip(), overlap)

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Self, final
 
@@ -326,12 +326,8 @@ class Decoder:
         )
         return cls(base, bounds)
 
-    def run(
-        self, requests: Sequence[Request], *, ended: Callable[[int], object] | None = None
-    ) -> list[tuple[FinishEvent, ...]]:
+    def run(self, requests: Sequence[Request]) -> list[tuple[FinishEvent, ...]]:
         """Return the answers to each request, in order; ``max_time`` counts from when a request starts.
-
-        ``ended`` is told, after each pass, how many answers have ended so far; beams do not tell.
 
         Raises:
             SoftPromptError: A request could never be run, or the model failed on it.
@@ -345,17 +341,16 @@ class Decoder:
             if beams:
                 self._search(beams)
             if others:
-                self._run(others, ended)
+                self._run(others)
         return [ticket.result() for ticket in tickets]
 
-    def _run(self, tickets: Sequence[Ticket], ended: Callable[[int], object] | None) -> None:
+    def _run(self, tickets: Sequence[Ticket]) -> None:
         # A runner that raised may hold rows, and is not used again.
         runner = self._runner or runner_of(self._base, self._bounds, self._rules)
         self._runner = None
         for ticket in tickets:
             runner.check(ticket.request)
         waiting, held = deque(tickets), list[Job]()
-        total = sum(ticket.request.n for ticket in tickets)
         while waiting or held or runner.rows:
             rows = runner.rows + sum(job.request.n for job in held)
             while waiting and rows + waiting[0].request.n <= self._bounds.max_batch_rows:
@@ -363,9 +358,6 @@ class Decoder:
                 rows += held[-1].request.n
             held = [job for job in held if runner.admit(job) != "started"]
             runner.step()
-            if ended is not None:
-                left = [*(ticket.request.n for ticket in waiting), *(job.request.n for job in held)]
-                ended(total - runner.rows - sum(left))
         self._runner = runner
 
     def _search(self, tickets: Sequence[Ticket]) -> None:

@@ -312,28 +312,22 @@ class TunedPrompt:
         *,
         batch_size: int = 16,
         without_prompt: bool = False,
-        ended: Callable[[int], object] | None = None,
     ) -> list[Generation]:
-        """Return one generated answer for each row of token ids, as ``generate``; ``ended`` is ``Decoder``'s."""
+        """Return one generated answer for each row of token ids; see ``generate``."""
         prompt = None if without_prompt else self.prompt()
         given = [
             Input(tuple(ids), 0 if prompt is None else self.rows.offset(ids), self.rows.decode) for ids in sources
         ]
-        return self._generated(given, prompt, options, batch_size, ended)
+        return self._generated(given, prompt, options, batch_size)
 
     def _generated(
-        self,
-        given: Sequence[Input],
-        prompt: Prompt | None,
-        options: GenerationOptions,
-        batch_size: int,
-        ended: Callable[[int], object] | None = None,
+        self, given: Sequence[Input], prompt: Prompt | None, options: GenerationOptions, batch_size: int
     ) -> list[Generation]:
         requests = [Request.of(each, prompt, options=options) for each in given]
         if batch_size not in self._shared.decoders:
             self._shared.decoders[batch_size] = Decoder.of_batches(self.base, batch_size)
         with replaced_modules(self.base, {} if prompt is None else self.heads):
-            ends = self._shared.decoders[batch_size].run(requests, ended=ended)
+            ends = self._shared.decoders[batch_size].run(requests)
         return [Generation.of(end, cut=each.cut) for (end,), each in zip(ends, given, strict=True)]
 
     def sources(self, requests: Inputs) -> tuple[list[tuple[int, ...]], list[bool]]:
