@@ -60,7 +60,9 @@ def phase(part: str, doing: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar(total: int, unit: str, *, done: int = 0, silent: bool = False) -> Iterator[Any]:
+def progress_bar(
+    total: int, unit: str, *, done: int = 0, silent: bool = False, delay: float = 0.0
+) -> Iterator[Any]:
     """Yield a bar of tqdm: ``update`` counts one, ``set_postfix_str`` says more.
 
     Args:
@@ -68,12 +70,14 @@ def progress_bar(total: int, unit: str, *, done: int = 0, silent: bool = False) 
         unit: Name of one, such as ``row``.
         done: Units done before.
         silent: Show nothing.
+        delay: Seconds after which it appears; one that waits is gone when it ends.
     """
     from tqdm.asyncio import tqdm
     from tqdm.auto import tqdm as fitting
 
     silent = silent or _silent.get()
     options: dict[str, Any] = {"total": total, "initial": done, "unit": unit, "disable": silent}
+    options |= {"delay": delay, "leave": False} if delay else {}
     if sys.stderr.isatty() and fitting is tqdm and not silent:
         with _on_terminal(options) as shown:
             yield shown
