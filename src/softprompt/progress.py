@@ -70,14 +70,14 @@ def progress_bar(
         unit: Name of one, such as ``row``.
         done: Units done before.
         silent: Show nothing.
-        delay: Seconds before it shows on a terminal or in a notebook; a delayed one is wiped when it ends.
+        delay: Seconds after which it appears; one that waits is gone when it ends.
     """
     from tqdm.asyncio import tqdm
     from tqdm.auto import tqdm as fitting
 
     silent = silent or _silent.get()
     options: dict[str, Any] = {"total": total, "initial": done, "unit": unit, "disable": silent}
-    options |= {"delay": delay, "leave": not delay}
+    options |= {"delay": delay, "leave": False} if delay else {}
     if sys.stderr.isatty() and fitting is tqdm and not silent:
         with _on_terminal(options) as shown:
             yield shown

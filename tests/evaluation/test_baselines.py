@@ -141,6 +141,19 @@ def test_a_chat_has_the_text_in_its_system_turn(base):
     assert (zero.baseline, zero.prompt_tokens) == ("zero-shot", 0)
 
 
+def test_chats_are_evaluated_as_they_are_behind_an_instruction(base):
+    base.tokenizer.chat_template = CHAT
+    turns = [{"role": "user", "content": "So?"}, {"role": "assistant", "content": "good"}]
+    chats = [{"messages": turns}] * 2
+    found = evaluate(alone(base, template=None, chat=True, instruction="Be brief."), chats)
+    ids = text_ids(base, "<system>", "Be brief.", "</system><user>So?</user><assistant>")
+    zero = evaluate(alone(base, template=None, chat=True), chats)
+    assert found.prompt_tokens == len(text_ids(base, "Be brief."))
+    assert found.input_tokens + found.prompt_tokens == len(ids) + zero.prompt_tokens
+    with pytest.raises(ConfigError, match="few_shot fills in a template"):
+        evaluate(alone(base, template=None, chat=True, few_shot=1, examples=chats), chats)
+
+
 def test_a_text_beyond_the_context_is_refused_with_what_to_do(make_tuned):
     baseline = Baseline(few_shot=12, examples=EXAMPLES)
     with pytest.raises(ContextOverflowError, match=r"12-shot does not fit: .* model's 128.*lower few_shot"):

@@ -23,6 +23,7 @@ from softprompt.data import DataSource, Record, encode, label_set, read_records
 from softprompt.errors import ConfigError, DataError
 from softprompt.evaluation import EvaluationSettings, Numbered
 from softprompt.inference import Ensemble, TunedPrompt, row_tokenizer, written
+from softprompt.progress import timed
 
 Answering: TypeAlias = TunedPrompt | Ensemble
 """What answers records."""
@@ -49,7 +50,8 @@ class Baseline:
         examples: Records for demonstrations; those that are evaluated too are left out.
         seed: Seed of the draw and of the order.
         labels: Label set; by default that of the prompt, or of the data where its targets look like labels.
-        chat: Put the input into the user turn of the base's chat template.
+        chat: Put the input into the user turn of the base's chat template; chats, where there is no template, as
+            they are.
         max_source_length: Maximum input length, in tokens; 256 without a prompt.
         max_target_length: Maximum target length, in tokens; 128 without a prompt.
         tokenizer: Tokenizer of ``base_model``, where it is not beside it.
@@ -116,13 +118,15 @@ def prompted(
     baseline, records = subject, [each.record for each in numbered]
     pool = [] if baseline.examples is None else _pool(baseline.examples, records, how)
     base, manifest = _frame(baseline, [*records, *pool], how, like)
-    rows = row_tokenizer(base.tokenizer, manifest)
+    if manifest.chat and baseline.few_shot:
+        raise ConfigError("few_shot fills in a template, these inputs are chats; show examples in the instruction")
+    rows = row_tokenizer(base.tokenizer, replace(manifest, chat=False))
     parts = [rows.demonstration(record) for record in _drawn(pool, baseline)]
     if baseline.instruction is not None:
         parts[:0] = encode(base.tokenizer, [baseline.instruction.strip()], special=False, marks_are_text=True)
     between = rows.text(_BETWEEN)
     ids = [token for part in parts for token in (*part, *between)]
-    chat = baseline.chat or (like is not None and like.rows.placement == "chat_system")
+    chat = baseline.chat or manifest.chat or (like is not None and like.rows.placement == "chat_system")
     if chat and ids:  # the template ends the system turn itself
         ids = ids[: len(ids) - len(between)]
     return written(base, manifest, ids, chat=chat), replace(how, without_prompt=not ids, baseline=baseline.name)
@@ -138,7 +142,8 @@ def _frame(
         raise ConfigError("a baseline without a prompt needs a base: name it in base_model (--base-model)")
     else:
         reading: dict[str, Any] = {name: getattr(baseline, name) for name in ("tokenizer", "torch_dtype", "device")}
-        base = load_base(baseline.base_model, **reading)
+        with timed(silent=how.silent):
+            base = load_base(baseline.base_model, **reading)
         freeze(base.model)
     manifest = manifest_of(Origin.of_base(base), None) if like is None else like.manifest
     labels = None if baseline.labels is None else tuple(baseline.labels)
@@ -149,6 +154,7 @@ def _frame(
         "template": baseline.template,
         "labels": labels,
         "task": None if like is not None and baseline.labels is None else _KINDS[labels is not None],
+        "chat": (baseline.chat and baseline.template is None and all(each.chat for each in records)) or None,
         "max_source_length": baseline.max_source_length,
         "max_target_length": baseline.max_target_length,
     }

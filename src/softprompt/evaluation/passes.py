@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, final
 
@@ -17,7 +16,7 @@ from softprompt.errors import ConfigError, ContextOverflowError
 from softprompt.evaluation import Outcome, Report, calibration_error, label_metrics, rouge_l, text_metrics
 from softprompt.generation import Classified, GenerationOptions, classify_rows, per_token, target_likelihood
 from softprompt.inference import Ensemble, TunedPrompt, require_tokens
-from softprompt.progress import progress_bar
+from softprompt.progress import progress_bar, timed
 
 if TYPE_CHECKING:
     from softprompt.data import LabelNames, Record, TokenRow
@@ -70,6 +69,17 @@ def task_of(tuned: TunedPrompt, how: EvaluationSettings) -> Task:
 
 def report_of(tuned: TunedPrompt | Ensemble, records: Sequence[Numbered], how: EvaluationSettings) -> Report:
     """Return the report of records that have one task."""
+    try:
+        with timed(silent=how.silent):
+            return _report(tuned, records, how)
+    except ContextOverflowError as error:
+        if how.baseline is None:
+            raise
+        advice = "or lower few_shot (--few-shot): the tokens of its text count as virtual ones"
+        raise ContextOverflowError(f"{how.baseline} does not fit: {error}, {advice}") from error
+
+
+def _report(tuned: TunedPrompt | Ensemble, records: Sequence[Numbered], how: EvaluationSettings) -> Report:
     members = tuned.members if isinstance(tuned, Ensemble) else (tuned,)
     chosen = task_of(members[0], how)
     own = [_rows_of(member, records, how.target_field) for member in members]
@@ -78,14 +88,8 @@ def report_of(tuned: TunedPrompt | Ensemble, records: Sequence[Numbered], how: E
         _check_ensemble(chosen, how.without_prompt)
         return _ensemble_report(tuned, engine, own, records, how)
     answer = _labelled if chosen == "classification" else _generated
-    try:
-        with replaced_modules(tuned.base, {} if how.without_prompt else tuned.heads):
-            return answer(tuned, engine, own[0], records, how)
-    except ContextOverflowError as error:
-        if how.baseline is None:
-            raise
-        advice = "or lower few_shot (--few-shot): the tokens of its text count as virtual ones"
-        raise ContextOverflowError(f"{how.baseline} does not fit: {error}, {advice}") from error
+    with replaced_modules(tuned.base, {} if how.without_prompt else tuned.heads):
+        return answer(tuned, engine, own[0], records, how)
 
 
 def _check_ensemble(task: Task, without_prompt: bool) -> None:
@@ -101,10 +105,6 @@ def _rows_of(member: TunedPrompt, records: Sequence[Numbered], target_field: str
     rows, _ = member.rows.tokenize(plain)
     require_tokens([row.source for row in rows])
     return rows
-
-
-def _bar(total: int, unit: str, how: EvaluationSettings) -> AbstractContextManager[Any]:
-    return progress_bar(total, unit, silent=how.silent, delay=_BAR_SECONDS)
 
 
 @final
@@ -147,7 +147,7 @@ def _generated(
     # Like lengths together, and some batches between two steps of the bar, so that none runs half empty for long.
     order = sorted(range(len(rows)), key=lambda number: len(rows[number].source))
     found: dict[int, str] = {}
-    with _bar(len(rows), "answer", how) as bar:
+    with progress_bar(len(rows), "answer", delay=_BAR_SECONDS) as bar:
         for start in range(0, len(rows), _BATCHES * how.batch_size):
             part = order[start : start + _BATCHES * how.batch_size]
             answers = tuned.generate_rows(
@@ -159,7 +159,7 @@ def _generated(
             found |= zip(part, (answer.text for answer in answers), strict=True)
             bar.update(len(part))
     seconds = time.perf_counter() - begin
-    with _bar(len(rows), "target", how) as bar:
+    with progress_bar(len(rows), "target", delay=_BAR_SECONDS) as bar:
         likelihood = target_likelihood(_Watched(engine, tuned, bar), rows, prompt, batch_size=how.batch_size)
     texts, targets = [found[number] for number in range(len(rows))], [str(each.record.target) for each in records]
     metrics = text_metrics(targets, texts, tuned.labels)
@@ -195,7 +195,7 @@ def _labelled(
     longest = max(label_ids, key=len)  # what does not fit is refused before hours of passes, not at their end
     check_rows(tuned.base, [EngineRow(row.source, longest, prompt, row.at) for row in rows])
     begin = time.perf_counter()
-    with _bar(len(rows) * len(labels), "label", how) as bar:
+    with progress_bar(len(rows) * len(labels), "label", delay=_BAR_SECONDS) as bar:
         found = classify_rows(
             _Watched(engine, tuned, bar),
             rows,
@@ -256,7 +256,7 @@ def _ensemble_report(
 ) -> Report:
     """Score the records under every member's template once, and report the ensemble beside its members."""
     begin = time.perf_counter()
-    with _bar(len(rows) * len(records) * len(ensemble.labels), "label", how) as bar:
+    with progress_bar(len(rows) * len(records) * len(ensemble.labels), "label", delay=_BAR_SECONDS) as bar:
         scores = ensemble.scores(
             [[row.source for row in own] for own in rows],
             engine=_Watched(engine, ensemble.members[0], bar),
