@@ -7,6 +7,7 @@ import io
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -101,6 +102,33 @@ def typed(line, monkeypatch):
     return said + found
 
 
+@pytest.fixture
+def started():
+    """Start commands in the background; returns what each wrote to stderr up to a line with some words."""
+    running = []
+
+    def start(command, words):
+        process = subprocess.Popen(shlex.split(command), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+        running.append(process)
+        said = ""
+        while words not in said:
+            line = process.stderr.readline()
+            assert line, f"{command}\n{said}"
+            said += line
+        return said
+
+    yield start
+    for process in running:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def tutorial_folder(tmp_path_factory):
     """A folder that all tutorials work in, and what was typed there already: they share training runs."""
@@ -108,15 +136,19 @@ def tutorial_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs/tutorials").glob("*.md")), ids=lambda p: p.name)
-def test_a_tutorial_shows_what_happens(page, tutorial_folder, monkeypatch):
+def test_a_tutorial_shows_what_happens(page, tutorial_folder, started, monkeypatch):
     folder, before = tutorial_folder
     monkeypatch.chdir(folder)
-    for kind, block in re.findall(r"```(console|python)\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
+    text = page.read_text(encoding="utf-8").replace(":8000", f":{(port := free_port())}")
+    text = text.replace("--port 8000", f"--port {port}")
+    for kind, block in re.findall(r"```(console|python)\n(.*?)```", text, re.S):
         if kind == "python":
             run_doctest(f"```python\n{block}```", page.name)
             continue
         for part in re.split(r"^\$ ", block.replace("\\\n", " "), flags=re.M)[1:]:
             line, _, want = part.partition("\n")
+            if line.endswith(" &"):
+                before[line] = started(line.removesuffix(" &"), "listening")
             if line not in before:
                 before[line] = typed(line, monkeypatch)
             got = before[line]
