@@ -28,7 +28,7 @@ from softprompt.errors import (
     no_folder,
     without_folders,
 )
-from softprompt.prompts import CONFIG_NAME, PeftType, TaskType
+from softprompt.prompts import CONFIG_NAME, PeftType, Placement, TaskType
 
 FILES = (CONFIG_NAME, WEIGHTS_NAME, MANIFEST_NAME)
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -224,7 +224,7 @@ def outlined(root: PromptFolder, name: str, signature: Signature, most: int, fit
         "task_type": config.get("task_type"),
         "virtual_tokens": config.get("num_virtual_tokens"),
         "metrics": _scores(manifest),
-        **(_reading(manifest) if tasks is None else _shared(tasks)),
+        **(_reading(config, manifest) if tasks is None else _shared(tasks)),
         "tasks": tasks,
     }
     if config.get("task_type") == TaskType.FEATURE_EXTRACTION:
@@ -233,7 +233,7 @@ def outlined(root: PromptFolder, name: str, signature: Signature, most: int, fit
 
 
 def tasks_of(config: Mapping[str, Any], manifest: Manifest | None) -> list[dict[str, Any]] | None:
-    """Return kind, labels and template of each task; None unless it is a multitask prompt.
+    """Return kind, labels, template and ``chat`` of each task; None unless it is a multitask prompt.
 
     Raises:
         ArtifactError: The record of a task is invalid.
@@ -242,7 +242,7 @@ def tasks_of(config: Mapping[str, Any], manifest: Manifest | None) -> list[dict[
     if not names:
         return None
     return [
-        {"name": name, **_reading(manifest and manifest_of_task(manifest, number))}
+        {"name": name, **_reading(config, manifest and manifest_of_task(manifest, number))}
         for number, name in enumerate(names)
     ]
 
@@ -260,12 +260,20 @@ def _numbers(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(map(str, range(count)))
 
 
-def _reading(manifest: Manifest | None) -> dict[str, Any]:
-    """Return kind, labels and template of one task; a prompt without a record generates from any text."""
+def is_chat(manifest: Manifest, placement: object) -> bool:
+    """Whether the chat template puts a prompt's inputs, as recorded: a text is then one turn of the user."""
+    return manifest.chat or (placement == Placement.CHAT_SYSTEM and manifest.template == "{{input}}")
+
+
+def _reading(config: Mapping[str, Any], manifest: Manifest | None) -> dict[str, Any]:
+    """Return kind, labels and template of one task; a prompt without a record generates from any text.
+
+    ``chat`` is ``is_chat``, None without a record.
+    """
     if manifest is None:
-        return {"task": "generation", "labels": None, "template": "{{input}}"}
-    labels = list(manifest.labels) if manifest.labels else None
-    return {"task": manifest.task, "labels": labels, "template": manifest.template}
+        return {"task": "generation", "labels": None, "template": "{{input}}", "chat": None}
+    labels, chat = list(manifest.labels) if manifest.labels else None, is_chat(manifest, config.get("placement"))
+    return {"task": manifest.task, "labels": labels, "template": manifest.template, "chat": chat}
 
 
 def _scores(manifest: Manifest | None) -> dict[str, float] | None:
@@ -282,7 +290,7 @@ def _shared(tasks: list[dict[str, Any]]) -> dict[str, Any]:
     first, *others = tasks
     return {
         key: first[key] if all(each[key] == first[key] for each in others) else None
-        for key in ("task", "labels", "template")
+        for key in ("task", "labels", "template", "chat")
     }
 
 

@@ -47,11 +47,21 @@ function drawFields() {
   if (chat) boxes.showTurns();
   else boxes.showGroups(groups());
   part("mode-hint").hidden = !chat;
-  part("mode-hint").textContent = "Messages are put as the base model's chat template says, not as the prompts' own templates do.";
+  part("mode-hint").textContent = chatHint();
   for (const id of ["kind-field", "labels-field"]) part(id).hidden = chat;
   if (part("base-hint")) {
     part("base-hint").textContent = `Without a prompt; it gets the ${chat ? "same messages" : "text as the first chosen prompt puts it"}.`;
   }
+}
+
+// Which template puts the messages, and for which prompts that is another than in training.
+function chatHint() {
+  const named = (chat) => chooser.chosen.filter((model) => model.chat === chat).map((model) => model.key).join(", ");
+  const said = ["Messages are put as the base model's chat template says."];
+  if (named(true)) said.push(`So they were for ${named(true)} in training.`);
+  if (named(false)) said.push(`Not so for ${named(false)}: trained on a template of its own, which the Text tab uses.`);
+  if (named(null)) said.push(`How ${named(null)} was trained is not recorded.`);
+  return said.join(" ");
 }
 
 // The chosen prompts by the boxes that they need.
