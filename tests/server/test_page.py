@@ -520,9 +520,7 @@ def test_a_chat_is_offered_where_there_is_a_template(page, stub, chatting):
     assert [each.text for each in page.all("#fields label")] == ["System", "Message"]
     assert "same messages" in page.text("#base-hint")
     hint = page.text("#mode-hint")
-    assert (
-        "as the base model's chat template says. So they were for reply in training. Not so for complaints:" in hint
-    )
+    assert "chat template says. So they were for reply in training. Not so for complaints:" in hint
     assert "recorded" not in hint
     choose(page, "endless")
     assert page.text("#mode-hint").endswith("says. How endless was trained is not recorded.")

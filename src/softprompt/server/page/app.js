@@ -6,7 +6,7 @@ import { Boxes } from "./boxes.js";
 import { cardBody } from "./card.js";
 import { Chooser } from "./chooser.js";
 import { element, seconds } from "./elements.js";
-import { boxesOf, card, classifies, inputOf, listed, rendered } from "./models.js";
+import { boxesOf, card, classifies, inputOf, listed, rendered, requiredOf } from "./models.js";
 import { curl, python, snippet } from "./snippets.js";
 
 const part = (id) => document.getElementById(id);
@@ -68,10 +68,11 @@ function chatHint() {
 function groups() {
   const found = new Map();
   for (const model of chooser.chosen) {
-    const names = boxesOf(model.template), key = names.join("\n");
-    found.set(key, { names, prompts: [...(found.get(key)?.prompts ?? []), model.key] });
+    const names = boxesOf(model.template), key = names.join("\n"), before = found.get(key) ?? { prompts: [], required: [] };
+    const required = [...before.required, ...requiredOf(model.template)];
+    found.set(key, { names, required, prompts: [...before.prompts, model.key] });
   }
-  return found.size ? [...found.values()] : [{ names: [""], prompts: [] }];
+  return found.size ? [...found.values()] : [{ names: [""], required: [""], prompts: [] }];
 }
 
 // Prompts whose boxes are all empty wait; a box that is empty beside others is asked for. Returns who can be asked.
@@ -81,14 +82,14 @@ function written() {
     return chooser.chosen;
   }
   for (const model of chooser.chosen) {
-    const names = boxesOf(model.template), missing = names.find((name) => boxes.blank([name]));
-    if (missing !== undefined && !boxes.blank(names)) {
+    const missing = requiredOf(model.template).find((name) => boxes.blank([name]));
+    if (missing !== undefined && !boxes.blank(boxesOf(model.template))) {
       return boxes.require(missing, `${model.key} needs ${missing} as well, or none of its fields.`);
     }
   }
   const ready = chooser.chosen.filter((model) => !boxes.blank(boxesOf(model.template)));
   if (ready.length || (!chooser.chosen.length && !boxes.blank([""]))) return ready;
-  return boxes.require(groups()[0].names[0], "Write a text.");
+  return boxes.require(groups()[0].required[0], "Write a text.");
 }
 
 function optionsLine() {
@@ -141,7 +142,7 @@ function requests(ready) {
 }
 
 function waiting(model) {
-  const names = boxesOf(model.template).map((name) => name || "a text").join(", ");
+  const names = requiredOf(model.template).map((name) => name || "a text").join(", ");
   return { kind: "none", key: model.key, title: model.key, note: `waits for ${names}`, tools: [tool("Card", `Card of ${model.key}`, () => showCard(model))] };
 }
 
