@@ -28,7 +28,7 @@ from softprompt.errors import (
     no_folder,
     without_folders,
 )
-from softprompt.prompts import CONFIG_NAME, PeftType, Placement, TaskType
+from softprompt.prompts import CONFIG_NAME, PeftType, TaskType
 
 FILES = (CONFIG_NAME, WEIGHTS_NAME, MANIFEST_NAME)
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -260,19 +260,14 @@ def _numbers(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(map(str, range(count)))
 
 
-def is_chat(manifest: Manifest, placement: object) -> bool:
-    """Whether the chat template puts a prompt's inputs, as recorded: a text is then one turn of the user."""
-    return manifest.chat or (placement == Placement.CHAT_SYSTEM and manifest.template == "{{input}}")
-
-
 def _reading(config: Mapping[str, Any], manifest: Manifest | None) -> dict[str, Any]:
     """Return kind, labels and template of one task; a prompt without a record generates from any text.
 
-    ``chat`` is ``is_chat``, None without a record.
+    ``chat`` is the record's ``is_of_chats``, None without one.
     """
     if manifest is None:
         return {"task": "generation", "labels": None, "template": "{{input}}", "chat": None}
-    labels, chat = list(manifest.labels) if manifest.labels else None, is_chat(manifest, config.get("placement"))
+    labels, chat = list(manifest.labels) if manifest.labels else None, manifest.is_of_chats(config.get("placement"))
     return {"task": manifest.task, "labels": labels, "template": manifest.template, "chat": chat}
 
 

@@ -37,7 +37,6 @@ from softprompt.server.folder import (
     Outline,
     PromptFolder,
     Signature,
-    is_chat,
     is_fresh,
     is_name,
     outlined,
@@ -312,7 +311,7 @@ class Registry:
         tuned.check_served()
         plain = self.base_served.plain
         every = [tuned.of_task(number) for number in range(len(tuned.task_names))]
-        chats = [is_chat(own.manifest, own.rows.placement) if stored.manifest else None for own in every]
+        chats = [own.manifest.is_of_chats(own.rows.placement) if stored.manifest else None for own in every]
         tasks = tuple(Served(name, version, plain, *each) for each in zip(every, chats, strict=True))
         return Loaded(signature, tasks, tuned.whole.tasks)
 
