@@ -110,6 +110,23 @@ def test_a_phase_says_what_it_does_and_is_counted_once(monkeypatch):
     assert "in between ..." not in lines
 
 
+def test_elsewhere_a_phase_is_a_line_where_it_takes_long(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with phase("loading", "loading a model"):
+        pass
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.01)
+    with timed(silent=True), phase("probing", "silent"):
+        time.sleep(0.1)
+    assert stream.getvalue() == ""
+    with phase("probing", "probing it"), phase("loading", "inside"):
+        end = time.monotonic() + 10
+        while not stream.getvalue() and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(0.05)
+    assert stream.getvalue() == "probing it ...\n"
+
+
 def test_a_silent_phase_is_counted_alone(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -42,19 +43,26 @@ def timed(*, silent: bool) -> Iterator[dict[str, float]]:
 
 @contextmanager
 def phase(part: str, doing: str) -> Iterator[None]:
-    """Say on a terminal what is being done, such as ``loading demo``, and count its seconds for ``timed``.
+    """Say what is being done, such as ``loading demo``, and count its seconds for ``timed``.
 
-    Within another phase, or while a bar is shown, it is part of that.
+    Elsewhere than on a terminal it is a line, of what takes longer than the time between two. Within another phase,
+    or while a bar is shown, it is part of that.
     """
     if _within.get():
         yield
         return
     started, parts = time.perf_counter(), _parts.get()
-    status = {"bar_format": "{desc}", "desc": f"{doing} ...", "leave": False}
-    with _on_terminal(status) if sys.stderr.isatty() and not _silent.get() else _once():
+    doing, terminal = f"{doing} ...", sys.stderr.isatty()
+    later = threading.Timer(SECONDS_BETWEEN_LINES, print, (doing,), {"file": sys.stderr, "flush": True})
+    later.daemon = True
+    if not terminal and not _silent.get():
+        later.start()
+    status = {"bar_format": "{desc}", "desc": doing, "leave": False}
+    with _on_terminal(status) if terminal and not _silent.get() else _once():
         try:
             yield
         finally:
+            later.cancel()
             if parts is not None:
                 parts[part] = parts.get(part, 0.0) + time.perf_counter() - started
 

@@ -173,3 +173,12 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_ends(folder):
         session.process.kill()
         session.process.wait()
         os.close(session.end)
+
+
+def test_a_prompt_that_was_not_trained_on_chats_is_noted(chat, base, tmp_path, monkeypatch):
+    template = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}assistant :"
+    monkeypatch.setattr(base.tokenizer, "chat_template", template)
+    own = {"task": "generation", "labels": None, "template": "{{input}}", "chat": True}
+    write_prompt(tmp_path / "talk", base, **own)
+    assert "note: a records no training on chats, its template is 'Text : {{input}}" in chat("Hello\n", "a").err
+    assert "no training on chats" not in chat("Hello\n", str(tmp_path / "talk")).err

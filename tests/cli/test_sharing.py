@@ -77,9 +77,9 @@ def test_the_help_lists_commands_in_groups(capsys):
         assert GROUPS[title]
 
 
-def completions(words, number):
-    """Return what a shell is offered for a word of a command line."""
-    asked = {"COMP_WORDS": words, "COMP_CWORD": str(number), "_SOFTPROMPT_COMPLETE": "bash_complete"}
+def completions(words, word, shell="bash"):
+    """Return what a shell is offered for a word of a command line, given by its number, in fish by itself."""
+    asked = {"COMP_WORDS": words, "COMP_CWORD": str(word), "_SOFTPROMPT_COMPLETE": f"{shell}_complete"}
     program = [sys.executable, "-c", "from softprompt.cli.main import main; main()"]
     done = subprocess.run(program, env=os.environ | asked, capture_output=True, text=True, check=True)
     assert done.stderr == ""
@@ -105,15 +105,16 @@ def test_a_command_that_does_not_exist_breaks_no_completion():
     assert "plain,tune" in completions("softprompt nothing ", 2)
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_the_script_of_a_shell(shell, capsys):
+@pytest.mark.parametrize(("shell", "word"), [("bash", 1), ("zsh", 1), ("fish", "pus")])
+def test_the_script_of_a_shell(shell, word, tmp_path, capsys):
     assert run(["completion", shell]) == 0
     script = capsys.readouterr().out
-    assert "_SOFTPROMPT_COMPLETE" in script
-    if shell == "fish" or shutil.which(shell) is None:
-        return
-    done = subprocess.run([shell, "-n"], input=script, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert f"_SOFTPROMPT_COMPLETE={shell}_complete" in script, "how it asks"
+    assert completions("softprompt pus", word, shell)[0].startswith("plain"), "what it is answered"
+    if shutil.which(shell) is not None:
+        (tmp_path / "script").write_text(script, encoding="utf-8")
+        done = subprocess.run([shell, "-n", tmp_path / "script"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
 
 
 def test_bash_completes_with_the_script(tmp_path, capsys):
@@ -124,10 +125,10 @@ def test_bash_completes_with_the_script(tmp_path, capsys):
     program.write_text(f"#!{sys.executable}\nfrom softprompt.cli.main import main\nmain()\n")
     program.chmod(0o755)
     script = f"""{capsys.readouterr().out}
-COMP_WORDS=(softprompt comp); COMP_CWORD=1
-_softprompt_completion softprompt comp softprompt
+COMP_WORDS=(softprompt compl); COMP_CWORD=1
+_softprompt_completion softprompt compl softprompt
 echo "${{COMPREPLY[@]}}"
 """
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["compose", "completion"]
+    assert done.stdout.split() == ["completion"]

@@ -47,9 +47,11 @@ def test_a_name_may_be_that_of_a_column(name):
 
 def test_the_page_finds_the_same_fields():
     page = Path(softprompt.__file__).parent / "server" / "page" / "models.js"
-    ours = PLACEHOLDER.pattern.replace("{{", r"\{\{").replace("}}", r"\}\}").replace(r"\"", '"')
-    ours = ours.replace(r"\w", r"[\p{L}\p{N}_]")
-    assert f"const FIELD = /{ours}/gu;" in page.read_text()
+    name = PLACEHOLDER.pattern.removeprefix("{{(").removesuffix(")}}").replace(r"\"", '"')
+    name = name.replace(r"\w", r"[\p{L}\p{N}_]")
+    code = page.read_text(encoding="utf-8")
+    assert f"const NAME = String.raw`{name}`;" in code
+    assert r"const FIELD = new RegExp(String.raw`\{\{(${NAME})\}\}`, " in code
 
 
 @pytest.mark.parametrize("template", ["", "Text:", "{{}}", "{{-}}", "{{ }}"])
@@ -105,3 +107,13 @@ class TestCheck:
     def test_an_ordinary_column_called_labels(self):
         examples = [Record({"input": "a", "labels": "b"}, "x")]
         Verbalizer("{{input}} {{labels}}").check(examples)
+
+
+def test_a_field_that_only_decides_over_a_section_is_one_of_its_fields():
+    verbalizer = Verbalizer("{{#vip}}Dear {{/vip}}{{input}} :")
+    assert verbalizer.fields == ("input", "vip")
+    assert verbalizer.optional == {"vip"}
+    records = [Record(fields={"input": "x"}, target="y")]
+    verbalizer.check(records)
+    with pytest.raises(TemplateError, match="show the answer"):
+        Verbalizer("{{#output}}Right {{/output}}{{input}} :").check(records, "output")

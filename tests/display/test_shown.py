@@ -99,11 +99,18 @@ def test_members_stand_beside_each_other():
 
 
 def test_a_serving_lists_its_prompts(prompts):
-    with Serving({HOSTILE: prompts["plain"]}) as serving:
-        assert repr(serving).startswith("Serving(1 prompts on ")
-        tags = Tags(serving._repr_html_())
+    tuned = prompts["plain"].snapshot()
+    tuned.manifest.metrics["validation"] = {"accuracy": 2 / 3, "note": "none"}
+    try:
+        with Serving({HOSTILE: tuned}) as serving:
+            assert repr(serving).startswith("Serving(1 prompt on ")
+            tags = Tags(serving._repr_html_())
+    finally:
+        del tuned.manifest.metrics["validation"]
     assert "script" not in tags.seen
     assert HOSTILE in tags.text
+    assert {"metrics", "accuracy", "0.6667"} <= set(tags.text.split())
+    assert "note" not in tags.text
 
 
 def test_the_confusion_matrix_has_its_counts_and_labels():

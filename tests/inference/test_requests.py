@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from softprompt.data import Verbalizer
 from softprompt.errors import DataError, TemplateError
 from softprompt.inference import fields_of
 from softprompt.inference.inputs import listed
@@ -18,6 +19,12 @@ def test_a_bare_text_for_several_fields_names_them():
 
 def test_a_mapping_gives_the_fields_and_may_hold_more():
     assert fields_of({"a": "x", "b": 3, "z": []}, ("b", "a")) == {"b": "3", "a": "x"}
+
+
+def test_a_field_that_only_decides_over_a_section_is_read():
+    template = Verbalizer("{{#vip}}Dear {{/vip}}{{input}} :")
+    for given, shown in (({"input": "x", "vip": "yes"}, "Dear x :"), ({"input": "x"}, "x :"), ("x", "x :")):
+        assert template.render(fields_of(given, template.fields, template.optional)) == shown
 
 
 def test_text_stands_in_for_input_as_in_data_files():

@@ -63,6 +63,7 @@ def card(name, **changes):
         ],
         "created": "2026-01-01T00:00:00+00:00",
         "versions": {},
+        "chat": False,
         **changes,
     }
 
@@ -83,9 +84,9 @@ TASKS = [
 ]
 CARDS = {
     "complaints": card("complaints"),
-    "reply": card("reply", task="generation", labels=None, template="Message: {{text}}\nReply:"),
+    "reply": card("reply", task="generation", labels=None, template="Message: {{text}}\nReply:", chat=True),
     "two-fields": card("two-fields", task="generation", labels=None, template="{{premise}} / {{question}}"),
-    "endless": card("endless", task="generation", labels=None),
+    "endless": card("endless", task="generation", labels=None, chat=None),
     "breaks": card("breaks", task="generation", labels=None),
     "several": card("several", task=None, labels=None, template=None, tasks=TASKS),
     "banking": card("banking", labels=[f"label {i}" for i in range(77)], template="{{premise}} / {{topic}}"),
@@ -96,15 +97,14 @@ CARDS = {
 UNUSABLE = [{"id": "foreign", "problem": f"it was made for other, not for tiny: {MARKUP}"}]
 
 
-def listed(name, chat):
-    keys = ("task", "labels", "template", "virtual_tokens", "tasks")
+def listed(name):
+    keys = ("task", "labels", "template", "virtual_tokens", "tasks", "chat")
     facts = {key: CARDS[name].get(key) for key in keys}
     return {
         "id": name,
         "object": "model",
         "parent": "tiny",
         "engine": "forest",
-        "chat": chat,
         "metrics": {"accuracy": 0.912, "sort accuracy": 0.5} if name in ("complaints", "several") else None,
         **facts,
     }
@@ -147,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "v1/models":
             chat = self.state.chat
             base = {"id": "tiny", "parent": None, "engine": "forest", "chat": chat}
-            prompts = [listed(name, chat) for name in CARDS]
+            prompts = [listed(name) for name in CARDS]
             vectors = {"id": "vectors", "parent": "tiny", "task": "embedding", "template": "{{input}}"}
             return self.json(200, {"object": "list", "data": [base, *prompts, vectors], "unusable": UNUSABLE})
         if path.startswith("v1/prompts/") and path.endswith("/card"):

@@ -519,7 +519,12 @@ def test_a_chat_is_offered_where_there_is_a_template(page, stub, chatting):
     to_chat(page)
     assert [each.text for each in page.all("#fields label")] == ["System", "Message"]
     assert "same messages" in page.text("#base-hint")
-    assert "as the base model's chat template says" in page.text("#mode-hint")
+    hint = page.text("#mode-hint")
+    assert "chat template says. So they were for reply in training. Not so for complaints:" in hint
+    assert "recorded" not in hint
+    choose(page, "endless")
+    assert page.text("#mode-hint").endswith("says. How endless was trained is not recorded.")
+    choose(page, "reply", "complaints")
     page.find("#options summary").click()
     assert not page.find("#labels").is_displayed()
     write(page, "Hello there")

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from oracles.serving import app_over, running, write_tasks
+from oracles.serving import app_over, running, write_prompt, write_tasks
 
 
 def opened(page, server, **looks):
@@ -75,6 +75,33 @@ def test_cards_and_fields(page, server, client):
     assert len(page.all("#sheet tbody tr")) == card["rows"]
     assert len(page.all("#sheet .near")) == 3 * card["rows"]
     page.find("#sheet-close").click()
+
+
+def test_fields_of_sections(page, base, tmp_path):
+    template = "{{#vip}}Dear{{/vip}}{{^vip}}To{{/vip}} {{name}}{{#about}} on {{about}}{{/about}} :"
+    write_prompt(tmp_path / "letter", base, task="generation", labels=None, template=template)
+    with running(app_over(base, tmp_path)) as server, server.client() as client:
+        opened(page, server)
+        assert [each.text for each in page.all("#fields label")] == ["name", "about", "vip"]
+        shown = [each.get_attribute("placeholder") for each in page.all("#fields textarea")]
+        assert shown == ["", "May stay empty", "May stay empty"]
+        fill(page, "", "parcels", "")
+        page.find("#run").click()
+        page.until(lambda: "needs name" in page.find("#text").get_property("validationMessage"))
+        for fields, rendered in (
+            ({"name": "one", "about": "", "vip": ""}, "To one :"),
+            ({"name": "one", "about": "parcels", "vip": "yes"}, "Dear one on parcels :"),
+        ):
+            fill(page, *fields.values())
+            run(page)
+            own = {"max_tokens": 64, "temperature": 0}
+            asked = {"letter": {"fields": fields}, "demo": {"prompt": rendered}}
+            for name, body in asked.items():
+                said = client.post("/v1/completions", json={"model": name, **body, **own}).json()
+                assert page.text(panel(name) + " .text") == said["choices"][0]["text"]
+            raw = {"model": "letter", "prompt": rendered, "raw": True, **own}
+            same = client.post("/v1/completions", json=raw).json()["choices"][0]["text"]
+            assert page.text(panel("letter") + " .text").strip() == same.strip()
 
 
 def test_a_chat_is_the_servers(page, chat_server, server):

@@ -146,7 +146,7 @@ def test_a_prompt_of_another_width(registry, prompts, base):
     rewritten(directory, torch.ones(3, 64))
     config = directory / "adapter_config.json"
     config.write_text(config.read_text().replace('"token_dim": 256', '"token_dim": 64'))
-    with pytest.raises(ArtifactError, match="embeddings are 256 wide"):
+    with pytest.raises(ArtifactError, match="token_dim is 64, the base demo has 256"):
         registry.get("writer")
 
 
@@ -157,7 +157,7 @@ def test_a_prompt_of_another_base(registry, prompts, base):
         torch.ones(2, 256),
         base_fingerprint={"model_type": "llama", "sizes": [1, 2, 3, 4], "values": [0.5]},
     )
-    with pytest.raises(ArtifactError, match=r"was made for .*this base is .*, or pass --ignore-fingerprint"):
+    with pytest.raises(ArtifactError, match=r"was made for .*, not for demo: .*, or pass --ignore-fingerprint"):
         registry.get("foreign")
     folder = PromptFolder.of(prompts)
     generous = Registry(folder, base, max_resident=8, max_bytes=2**20, ignore_fingerprint=True)

@@ -44,7 +44,7 @@ def client(root, base):
 
 def test_the_listing_says_what_each_task_takes(client):
     found = {each["id"]: each for each in client.get("/v1/models").json()["data"]}
-    expected = [{"name": name, **own} for name, own in TASKS.items()]
+    expected = [{"name": name, "chat": False, **own} for name, own in TASKS.items()]
     assert found["several"]["tasks"] == expected
     assert client.get("/v1/models/several").json() == found["several"]
     for key in ("task", "labels", "template"):
@@ -57,7 +57,7 @@ def test_the_listing_says_what_each_task_takes(client):
 
 def test_the_card_says_it_too(client):
     found = client.get("/v1/prompts/several/card").json()
-    assert found["tasks"] == [{"name": name, **own} for name, own in TASKS.items()]
+    assert found["tasks"] == [{"name": name, "chat": False, **own} for name, own in TASKS.items()]
     assert client.get("/v1/prompts/plain-peft/card").json()["tasks"][0]["name"] == "0"
 
 

@@ -177,8 +177,12 @@ def test_the_access_log_tells_everything_but_what_was_said(base, root, caplog):
                 stream.read()
             client.post("/v1/classify", json={"model": "good", "input": [secret, secret]})
             client.get("/v1/prompts/a%0Ab/card")
+            label = {"model": "good", "prompt": [secret, secret]}
+            labels = client.post("/v1/completions", json=label).json()["usage"]
+            with client.stream("POST", "/v1/completions", json={**label, "stream": True}) as stream:
+                stream.read()
         # A line comes once all of its answer is sent, which its client need not wait for.
-        until(lambda: len(of_access(caplog)) == 5)
+        until(lambda: len(of_access(caplog)) == 7)
     lines = of_access(caplog)
     tokens = f"input={usage['prompt_tokens']} virtual=4 output={usage['completion_tokens']}"
     number = r"\d+\.\d{3}s"
@@ -188,6 +192,10 @@ def test_the_access_log_tells_everything_but_what_was_said(base, root, caplog):
     assert match(rf"POST /v1/completions 200 {number} prompt=good input=\d+ virtual=4 output=\d", lines[2])
     assert match(rf"POST /v1/classify 200 {number} prompt=good input=\d+ virtual=8 output=0", lines[3])
     assert match(rf"GET /v1/prompts/a%0Ab/card 404 {number}", lines[4])
+    tokens = f"input={labels['prompt_tokens']} virtual=8 output={labels['completion_tokens']}"
+    assert labels["completion_tokens"] > 2
+    for line in lines[5:]:
+        assert match(rf"POST /v1/completions 200 {number} prompt=good {tokens}", line), line
     assert secret not in caplog.text
     assert "hidden" not in caplog.text
 

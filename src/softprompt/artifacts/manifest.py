@@ -76,6 +76,10 @@ class Manifest:
         """The names of the template's fields, each once."""
         return tuple(dict.fromkeys(PLACEHOLDER.findall(self.template)))
 
+    def is_of_chats(self, placement: object) -> bool:
+        """Whether the chat template puts the inputs of a prompt so placed: a text is one turn of the user."""
+        return self.chat or (placement == "chat_system" and self.template == "{{input}}")
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; a number that is not finite becomes ``None``."""
         pairs = ((item.name, getattr(self, item.name)) for item in dataclasses.fields(self))

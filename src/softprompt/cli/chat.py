@@ -23,7 +23,7 @@ from softprompt.cli.options import (
     text_lines,
     write,
 )
-from softprompt.errors import SoftPromptError, UsageError, in_options, nearest
+from softprompt.errors import SoftPromptError, UsageError, excerpt, in_options, nearest
 from softprompt.generation import GenerationOptions
 
 if TYPE_CHECKING:
@@ -153,6 +153,12 @@ class Terminal:
         for name, voice in self.talk.voices.items():
             if voice is not None and voice.labels is not None:
                 self._say(f"note: {name} is a classifier; softprompt classify gives its labels with probabilities")
+            elif voice is not None and self.talk.has_template:
+                if not voice.manifest.is_of_chats(voice.rows.placement):
+                    own = excerpt(voice.manifest.template)
+                    self._say(
+                        f"note: {name} records no training on chats, its template is {own!r}; generate uses that"
+                    )
         if self.is_interactive:
             others = ", ".join(self.talk.voices)
             self._say(f"{' and '.join(self.asked)} of {others} on {base_name}; /help lists commands, Ctrl-D ends")

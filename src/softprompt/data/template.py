@@ -54,7 +54,7 @@ class Verbalizer:
     Attributes:
         template: The text it was made from.
         segments: Literals and fields in order.
-        fields: The names of the fields in order of first use.
+        fields: The names of the fields in order of first use, then those that only decide over a section.
         optional: Those that need not be there, because they decide over a section.
     """
 
@@ -67,8 +67,9 @@ class Verbalizer:
         if problem := broken(template):
             raise TemplateError(f"the verbalizer {template!r} holds {problem}; write it in UTF-8")
         self.segments = tuple(_segments(template))
-        self.fields = tuple(dict.fromkeys(each.text for each in self.segments if each.is_field))
-        self.optional = {each.section for each in self.segments if each.section}
+        inserted = [each.text for each in self.segments if each.is_field]
+        sections = [each.section for each in self.segments if each.section]
+        self.fields, self.optional = tuple(dict.fromkeys([*inserted, *sections])), {*sections}
         if not {*self.fields} - self.optional:
             raise TemplateError(
                 f"expected at least one placeholder such as {{{{input}}}} in the verbalizer, "

@@ -74,15 +74,19 @@ class Serving(AbstractContextManager["Serving"]):
 
     def __repr__(self) -> str:
         """Return the base and the names of the prompts."""
-        return one_line("Serving", f"{len(self._prompts)} prompts on {self._base.name}: {', '.join(self._prompts)}")
+        prompts = f"{len(self._prompts)} prompt{'' if len(self._prompts) == 1 else 's'}"
+        return one_line("Serving", f"{prompts} on {self._base.name}: {', '.join(self._prompts)}")
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows: a table of the prompts."""
-        rows = [
-            (name, each.whole.task, ", ".join(each.labels or ()), each.config.num_virtual_tokens)
-            for name, each in self._prompts.items()
-        ]
-        return page(f"Serving on {self._base.name}", table(rows, ("prompt", "task", "labels", "virtual tokens")))
+        head = ("prompt", "task", "labels", "virtual tokens", "metrics")
+        rows = []
+        for name, each in self._prompts.items():
+            scores = ", ".join(f"{score} {value:.4g}" for score, value in each.scores.items())
+            rows.append(
+                (name, each.whole.task, ", ".join(each.labels or ()), each.config.num_virtual_tokens, scores)
+            )
+        return page(f"Serving on {self._base.name}", table(rows, head))
 
     def put(self, name: str, prompt: TunedPrompt) -> None:
         """Serve a prompt as it is now under a name; requests that run keep the one they began with.

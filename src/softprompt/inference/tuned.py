@@ -351,10 +351,15 @@ class TunedPrompt:
         return page("Soft prompt", table(facts), curve_html(self.history), labels)
 
     def _facts(self) -> dict[str, Any]:
-        """Return base, method, size, and the numbers of the validation, or the training loss without one."""
-        found = self.metrics.get("validation") or {"loss": self.metrics.get("loss")}
+        """Return base, method, size and scores."""
         size = {"method": str(self.config.peft_type), "virtual_tokens": self.config.num_virtual_tokens}
-        return {"base": self.base.name, **size, **{n: v for n, v in found.items() if isinstance(v, int | float)}}
+        return {"base": self.base.name, **size, **self.scores}
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The recorded numbers of the validation; the training loss without one."""
+        found = self.metrics.get("validation") or {"loss": self.metrics.get("loss")}
+        return {name: value for name, value in found.items() if isinstance(value, int | float)}
 
     def plot_training(self) -> Figure:
         """Return a figure of loss and validation by epoch; raise ``ConfigError`` without matplotlib, or epochs."""

@@ -105,6 +105,7 @@ async def chat(body: ChatBody, request: HTTPRequest) -> Response:
     most = served.manifest.max_target_length if served.manifest else DEFAULT_TOKENS
     seconds = service.settings.request_seconds
     submission = await in_thread(chat_submission, body, served, seconds, most)
+    service.note_chat(served)
     reply = Reply.of(submission, body, "chatcmpl", "chat.completion")
     run = service.start(served, submission.requests)
     if body.stream:

@@ -224,7 +224,7 @@ def outlined(root: PromptFolder, name: str, signature: Signature, most: int, fit
         "task_type": config.get("task_type"),
         "virtual_tokens": config.get("num_virtual_tokens"),
         "metrics": _scores(manifest),
-        **(_reading(manifest) if tasks is None else _shared(tasks)),
+        **(_reading(config, manifest) if tasks is None else _shared(tasks)),
         "tasks": tasks,
     }
     if config.get("task_type") == TaskType.FEATURE_EXTRACTION:
@@ -233,7 +233,7 @@ def outlined(root: PromptFolder, name: str, signature: Signature, most: int, fit
 
 
 def tasks_of(config: Mapping[str, Any], manifest: Manifest | None) -> list[dict[str, Any]] | None:
-    """Return kind, labels and template of each task; None unless it is a multitask prompt.
+    """Return kind, labels, template and ``chat`` of each task; None unless it is a multitask prompt.
 
     Raises:
         ArtifactError: The record of a task is invalid.
@@ -242,7 +242,7 @@ def tasks_of(config: Mapping[str, Any], manifest: Manifest | None) -> list[dict[
     if not names:
         return None
     return [
-        {"name": name, **_reading(manifest and manifest_of_task(manifest, number))}
+        {"name": name, **_reading(config, manifest and manifest_of_task(manifest, number))}
         for number, name in enumerate(names)
     ]
 
@@ -260,12 +260,15 @@ def _numbers(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(map(str, range(count)))
 
 
-def _reading(manifest: Manifest | None) -> dict[str, Any]:
-    """Return kind, labels and template of one task; a prompt without a record generates from any text."""
+def _reading(config: Mapping[str, Any], manifest: Manifest | None) -> dict[str, Any]:
+    """Return kind, labels and template of one task; a prompt without a record generates from any text.
+
+    ``chat`` is the record's ``is_of_chats``, None without one.
+    """
     if manifest is None:
-        return {"task": "generation", "labels": None, "template": "{{input}}"}
-    labels = list(manifest.labels) if manifest.labels else None
-    return {"task": manifest.task, "labels": labels, "template": manifest.template}
+        return {"task": "generation", "labels": None, "template": "{{input}}", "chat": None}
+    labels, chat = list(manifest.labels) if manifest.labels else None, manifest.is_of_chats(config.get("placement"))
+    return {"task": manifest.task, "labels": labels, "template": manifest.template, "chat": chat}
 
 
 def _scores(manifest: Manifest | None) -> dict[str, float] | None:
@@ -282,7 +285,7 @@ def _shared(tasks: list[dict[str, Any]]) -> dict[str, Any]:
     first, *others = tasks
     return {
         key: first[key] if all(each[key] == first[key] for each in others) else None
-        for key in ("task", "labels", "template")
+        for key in ("task", "labels", "template", "chat")
     }
 
 

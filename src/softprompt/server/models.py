@@ -20,18 +20,21 @@ Name = Annotated[str, Path(description="Name of a prompt.")]
 
 
 class TaskReading(BaseModel):
-    """Kind, labels and template of one task of a multitask prompt."""
+    """Kind, labels and template of one task of a multitask prompt, and whether it is a chat's."""
 
     name: str
     task: str
     labels: list[str] | None
     template: str
+    chat: bool | None
 
 
 class Model(BaseModel):
     """A prompt, or the base, under OpenAI's names; ``parent`` is the base.
 
-    For a multitask prompt ``task``, ``labels`` and ``template`` are those that all tasks share.
+    ``chat`` says of the base whether it has a chat template, and of a prompt whether that template puts its
+    inputs as in training; None is unknown. For a multitask prompt it, ``task``, ``labels`` and ``template`` are
+    those that all tasks share.
     """
 
     id: str
@@ -50,7 +53,7 @@ class Model(BaseModel):
     template: str | None = None
     tasks: list[TaskReading] | None = None
     metrics: dict[str, float] | None = None
-    chat: bool
+    chat: bool | None
 
 
 class Unusable(BaseModel):
@@ -167,7 +170,8 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 
 def _base(service: Service, name: str) -> dict[str, Any]:
     root = service.registry.base_names[0]
-    return {**_common(service, name), "created": 0, "root": root, "parent": None}
+    chat = bool(service.registry.base.tokenizer.chat_template)
+    return {**_common(service, name), "created": 0, "root": root, "parent": None, "chat": chat}
 
 
 def _prompt(service: Service, name: str) -> dict[str, Any]:
@@ -186,5 +190,4 @@ def _common(service: Service, name: str) -> dict[str, Any]:
         "owned_by": "softprompt",
         "engine": service.batcher.engine,
         "engine_reason": service.batcher.reason,
-        "chat": bool(service.registry.base.tokenizer.chat_template),
     }

@@ -294,8 +294,9 @@ class Registry:
         except AdapterError:
             raise
         except SoftPromptError as error:
-            # Cached as well: the same files would fail again.
-            problem = without_folders(in_options(f"the prompt {name!r} cannot be served: {error}"))
+            # Cached as well: the same files would fail again. What the listing says is said here too.
+            why = self._outlined(name, signature).problem or error
+            problem = without_folders(in_options(f"the prompt {name!r} cannot be served: {why}"))
             loaded = Loaded(signature, (), None, problem)
         with self._guard:
             self._known[name] = loaded
@@ -310,7 +311,8 @@ class Registry:
         tuned.check_served()
         plain = self.base_served.plain
         every = [tuned.of_task(number) for number in range(len(tuned.task_names))]
-        tasks = tuple(Served(name, version, plain, own) for own in every)
+        chats = [own.manifest.is_of_chats(own.rows.placement) if stored.manifest else None for own in every]
+        tasks = tuple(Served(name, version, plain, *each) for each in zip(every, chats, strict=True))
         return Loaded(signature, tasks, tuned.whole.tasks)
 
     def _check_fits(self, config: dict[str, Any], manifest: Manifest | None) -> None:
@@ -326,7 +328,7 @@ class Registry:
             if reason is not None:
                 raise FingerprintError(
                     f"it was made for {_public_name(manifest.base_model)}, not for {name}: {reason}; serve it over "
-                    "its own base"
+                    "its own base, or pass --ignore-fingerprint"
                 )
         # What else there is to check takes its weights, and passes of the base.
         width, own = config.get("token_dim"), self.base.facts.token_dim

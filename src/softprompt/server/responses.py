@@ -132,6 +132,8 @@ async def respond(body: ResponsesBody, request: HTTPRequest) -> Response:
     service = service_of(request)
     served = await service.served(body.model, body.task)
     submission = await in_thread(_submission, body, served, service.settings.request_seconds)
+    if served.plain.tokenizer.chat_template:
+        service.note_chat(served)
     reply = Reply.of(submission, body, "resp", "response")
     run = service.start(served, submission.requests)
     if body.stream:

@@ -69,12 +69,14 @@ class Served:
         version: Content hash of its files.
         plain: Tokenization without a template.
         own: The prompt with its record; None for the base model alone.
+        chat: Whether the chat template puts its inputs as in training; None is unknown, or the base alone.
     """
 
     name: str
     version: str
     plain: PlainText
     own: TunedPrompt | None = None
+    chat: bool | None = None
 
     @property
     def prompt(self) -> Prompt | None:

@@ -23,7 +23,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from softprompt.backbone import input_embedding
-from softprompt.errors import ConfigError, NotServingError
+from softprompt.errors import ConfigError, NotServingError, excerpt
 from softprompt.generation import EchoEvent, Event, FinishEvent, Request, Ticket, TokenEvent
 from softprompt.inspection import describe
 from softprompt.server.access_log import tally
@@ -86,6 +86,7 @@ class Service:
     connections: Connections = field(default_factory=Connections)
     embedding: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
     _cards: OrderedDict[tuple[str, str], dict[str, Any]] = field(default_factory=OrderedDict)
+    _put_otherwise: set[str] = field(default_factory=set)
 
     async def served(self, name: str, task: Task | None, *, embeds: bool = False) -> Served:
         """Return the current version of a prompt, loading it if needed.
@@ -102,6 +103,17 @@ class Service:
                 + ("ask for an answer" if embeds else "ask /v1/embeddings")
             )
         return found
+
+    def note_chat(self, served: Served) -> None:
+        """Warn, once for each prompt, that chats are put otherwise than the inputs it was trained on."""
+        if served.chat is False and served.manifest and served.name not in self._put_otherwise:
+            self._put_otherwise.add(served.name)
+            logger.warning(
+                "the prompt %s was trained with its template %r, and is asked in chats, which the base's chat "
+                "template puts; /v1/completions puts texts as in its training",
+                served.name,
+                excerpt(served.manifest.template),
+            )
 
     def start(self, served: Served, requests: Sequence[Request]) -> Run:
         """Submit requests, all of them or none.

@@ -6,7 +6,7 @@ import { Boxes } from "./boxes.js";
 import { cardBody } from "./card.js";
 import { Chooser } from "./chooser.js";
 import { element, seconds } from "./elements.js";
-import { boxesOf, card, classifies, inputOf, listed, rendered } from "./models.js";
+import { boxesOf, card, classifies, inputOf, listed, rendered, requiredOf } from "./models.js";
 import { curl, python, snippet } from "./snippets.js";
 
 const part = (id) => document.getElementById(id);
@@ -47,21 +47,32 @@ function drawFields() {
   if (chat) boxes.showTurns();
   else boxes.showGroups(groups());
   part("mode-hint").hidden = !chat;
-  part("mode-hint").textContent = "Messages are put as the base model's chat template says, not as the prompts' own templates do.";
+  part("mode-hint").textContent = chatHint();
   for (const id of ["kind-field", "labels-field"]) part(id).hidden = chat;
   if (part("base-hint")) {
     part("base-hint").textContent = `Without a prompt; it gets the ${chat ? "same messages" : "text as the first chosen prompt puts it"}.`;
   }
 }
 
+// Which template puts the messages, and for which prompts that is another than in training.
+function chatHint() {
+  const named = (chat) => chooser.chosen.filter((model) => model.chat === chat).map((model) => model.key).join(", ");
+  const said = ["Messages are put as the base model's chat template says."];
+  if (named(true)) said.push(`So they were for ${named(true)} in training.`);
+  if (named(false)) said.push(`Not so for ${named(false)}: trained on a template of its own, which the Text tab uses.`);
+  if (named(null)) said.push(`How ${named(null)} was trained is not recorded.`);
+  return said.join(" ");
+}
+
 // The chosen prompts by the boxes that they need.
 function groups() {
   const found = new Map();
   for (const model of chooser.chosen) {
-    const names = boxesOf(model.template), key = names.join("\n");
-    found.set(key, { names, prompts: [...(found.get(key)?.prompts ?? []), model.key] });
+    const names = boxesOf(model.template), key = names.join("\n"), before = found.get(key) ?? { prompts: [], required: [] };
+    const required = [...before.required, ...requiredOf(model.template)];
+    found.set(key, { names, required, prompts: [...before.prompts, model.key] });
   }
-  return found.size ? [...found.values()] : [{ names: [""], prompts: [] }];
+  return found.size ? [...found.values()] : [{ names: [""], required: [""], prompts: [] }];
 }
 
 // Prompts whose boxes are all empty wait; a box that is empty beside others is asked for. Returns who can be asked.
@@ -71,14 +82,14 @@ function written() {
     return chooser.chosen;
   }
   for (const model of chooser.chosen) {
-    const names = boxesOf(model.template), missing = names.find((name) => boxes.blank([name]));
-    if (missing !== undefined && !boxes.blank(names)) {
+    const missing = requiredOf(model.template).find((name) => boxes.blank([name]));
+    if (missing !== undefined && !boxes.blank(boxesOf(model.template))) {
       return boxes.require(missing, `${model.key} needs ${missing} as well, or none of its fields.`);
     }
   }
   const ready = chooser.chosen.filter((model) => !boxes.blank(boxesOf(model.template)));
   if (ready.length || (!chooser.chosen.length && !boxes.blank([""]))) return ready;
-  return boxes.require(groups()[0].names[0], "Write a text.");
+  return boxes.require(groups()[0].required[0], "Write a text.");
 }
 
 function optionsLine() {
@@ -131,7 +142,7 @@ function requests(ready) {
 }
 
 function waiting(model) {
-  const names = boxesOf(model.template).map((name) => name || "a text").join(", ");
+  const names = requiredOf(model.template).map((name) => name || "a text").join(", ");
   return { kind: "none", key: model.key, title: model.key, note: `waits for ${names}`, tools: [tool("Card", `Card of ${model.key}`, () => showCard(model))] };
 }
 

@@ -16,16 +16,16 @@ export class Boxes {
     return this.texts;
   }
 
-  // A group of boxes for each set of fields, {names, prompts}: the first to write in, the others to unfold. A field
+  // A group of boxes for each set of fields, {names, required, prompts}: the first to write in, the others to unfold. A field
   // without a name is "the text".
   showGroups(groups) {
     const folded = groups.length > 1;
     let count = 0;
-    this.show(groups.map(({ names, prompts }, i) => ({
+    this.show(groups.map(({ names, required, prompts }, i) => ({
       names: names.map((name) => name || "Text").join(", "), prompts: folded ? prompts : null, open: i === 0,
       boxes: names.map((name) => ({
         name, id: count++ ? `text-${count - 1}` : "text", label: name || "Text", rows: names.length > 1 ? 2 : 3,
-        placeholder: name ? "" : "Write what the prompts should answer",
+        placeholder: !name ? "Write what the prompts should answer" : required.includes(name) ? "" : "May stay empty",
       })),
     })));
   }

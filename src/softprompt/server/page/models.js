@@ -30,14 +30,24 @@ const FIELD = new RegExp(String.raw`\{\{(${NAME})\}\}`, "gu");
 const SECTION = new RegExp(String.raw`\{\{([#^])(${NAME})\}\}([^]*?)\{\{/\2\}\}`, "gu");
 const PLAIN = "{{input}}";
 
+function sectionsOf(template) {
+  return [...(template ?? PLAIN).matchAll(SECTION)].map((match) => match[2]);
+}
+
 function fieldsOf(template) {
-  return [...new Set([...(template ?? PLAIN).matchAll(FIELD)].map((match) => match[1]))];
+  return [...new Set([...[...(template ?? PLAIN).matchAll(FIELD)].map((match) => match[1]), ...sectionsOf(template)])];
 }
 
 // One field is "the text", whatever a template calls it, so that prompts can share a box.
 export function boxesOf(template) {
   const names = fieldsOf(template);
   return names.length > 1 ? names : [""];
+}
+
+// The boxes that may not stay empty: what a section has or is decided by may.
+export function requiredOf(template) {
+  const sections = sectionsOf(template);
+  return boxesOf(template).filter((name) => !sections.includes(name));
 }
 
 export function rendered(template, values) {
