@@ -232,3 +232,18 @@ def test_a_class_that_reads_anothers_file_warns_and_gives_the_other(tmp_path):
     with pytest.warns(UserWarning, match="holds a PromptTuningConfig, not a CPTConfig"):
         config = CPTConfig.from_pretrained(tmp_path)
     assert type(config) is PromptTuningConfig
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (PromptTuningConfig, TEXT | {"prompt_tuning_init_text": "x"}),
+        (CPTConfig, {"task_type": "CAUSAL_LM", "cpt_token_ids": [1], "cpt_mask": [1], "cpt_tokens_type_mask": [1]}),
+    ],
+)
+def test_paths_are_taken_as_text(kind, options, tmp_path):
+    given = options | {"tokenizer_name_or_path": tmp_path / "base", "base_model_name_or_path": tmp_path / "base"}
+    config = kind(**given)
+    config.save_pretrained(tmp_path)
+    again = PeftConfig.from_pretrained(tmp_path)
+    assert again.tokenizer_name_or_path == again.base_model_name_or_path == str(tmp_path / "base")

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import softprompt
 from oracles.families import CAUSAL, SEQ2SEQ, causal, seq2seq
 from oracles.quantised import packed, quantised
-from softprompt import PromptTuningConfig, get_peft_model
+from softprompt import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from softprompt.backbone import Base, weights_hash
 from softprompt.engine import (
     Drawn,
@@ -151,3 +151,22 @@ def test_tune_names_what_stops_the_gradient_before_any_other_pass(llama, rows, m
     with pytest.raises(TrainingError, match=r"model\.layers\.1\.mlp \(LlamaMLP\) stops it"):
         tuned(llama, rows, model, method)
     assert passes == [True]
+
+
+@pytest.mark.parametrize(("layer", "cause"), [(0, "keys and values of layer 0"), (-1, "LlamaDecoderLayer")])
+def test_a_base_that_stops_the_gradient_still_answers_behind_a_prefix_and_names_what_stops_it(layer, cause):
+    ids = torch.tensor([[4, 5, 6, 7]])
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    base = causal("llama")
+    model = get_peft_model(base, config).eval()
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    stopping = causal("llama")
+    stopping.load_state_dict(base.state_dict())
+    stopping.model.layers[layer].register_forward_hook(lambda module, given, output: output.detach())
+    again = get_peft_model(stopping, config).eval()
+    again.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, expected)
+    with pytest.raises(TrainingError, match=cause):
+        again.train()(input_ids=ids, labels=ids)

@@ -315,10 +315,14 @@ def gradient_problem(base: Base, prompt: Prompt, score: Callable[[Prompt], Tenso
 def _slope_problem(
     base: Base, prompt: Prompt, score: Callable[[Prompt], Tensor], gradients: Sequence[Tensor], slope: float
 ) -> str:
-    """Return how the score changes otherwise than the slope says along the gradients, empty where it does not."""
+    """Return how the score changes otherwise than the gradients say, empty where it does not."""
     here = score(prompt).double()
     with rounded(base.model):
         hidden = MARGIN * float((score(prompt).double() - here).norm())
+    if prompt.prefix is not None:
+        unfed = _unfed_layer(prompt, lambda moved: float((score(moved).double() - here).norm()) > hidden, gradients)
+        if unfed is not None:
+            return f"none comes back to the keys and values of layer {unfed}, which it reads"
     size = math.hypot(*(float(each.double().norm()) for each in prompt.tensors))
     found = []
     for nats in _CHANGES:
@@ -333,6 +337,21 @@ def _slope_problem(
             return ""
         found.append(f"{change:.2g} instead of {said:.2g}")
     return f"moved along it, a prompt changes the log-probability of a training row by {', '.join(found)}"
+
+
+def _unfed_layer(prompt: Prompt, differs: Callable[[Prompt], bool], gradients: Sequence[Tensor]) -> int | None:
+    """Return the first layer whose keys and values move the score and have a gradient of zeros, None without.
+
+    A step along the whole gradient leaves such a layer where it is, so it would not show.
+    """
+    for layer, gradient in enumerate(gradients[0]):
+        if not bool(gradient.any()):
+            signs = torch.ones(len(gradients[0]), device=gradient.device).index_fill(
+                0, torch.tensor([layer], device=gradient.device), -1
+            )
+            if differs(prompt.map(lambda part: part * signs.to(part).view(-1, 1, 1, 1, 1))):  # noqa: B023
+                return layer
+    return None
 
 
 def require_gradient(

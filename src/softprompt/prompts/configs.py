@@ -78,11 +78,14 @@ class PeftConfig(KnownToPeft):
     """The method's name in PEFT; None where ``peft_type`` names it."""
 
     def __post_init__(self) -> None:
-        """Validate the enumerations.
+        """Validate the enumerations, and spell paths as the text that a file holds.
 
         Raises:
             ConfigError: For a task type or method that does not exist.
         """
+        for name, value in vars(self).items():
+            if isinstance(value, Path):
+                setattr(self, name, str(value))
         if self.task_type is not None:
             known = ", ".join(TaskType)
             if self.task_type not in list(TaskType):

@@ -133,13 +133,16 @@ class _Probe:
                 outputs = run()
                 # From 1 on: a single output must not weigh sin(0).
                 weights = torch.arange(1, outputs.numel() + 1, device=outputs.device).sin()
-                (gradient,) = torch.autograd.grad(
-                    (outputs * weights.view_as(outputs)).sum(), value, materialize_grads=True
-                )
+                total = (outputs * weights.view_as(outputs)).sum()
+                gradient = torch.zeros_like(value)
+                if total.requires_grad:
+                    (gradient,) = torch.autograd.grad(total, value, materialize_grads=True)
         finally:
             value.requires_grad_(False)
         read = self._base.prefix_sources or range(len(gradient))
         silent = [i for i, layer in enumerate(gradient) if i in read and not bool(layer.any())]
+        # A base may stop the gradient and read the prefix all the same, which is enough to answer behind it.
+        silent = [i for i in silent if not _moves(run, value[i])]
         return f"layer {silent[0]} does not read its prefix" if silent else ""
 
     def _difference(self, way: Way, trusted: tuple[Tensor, Tensor], *, left: bool) -> str:
@@ -216,3 +219,14 @@ def _picked(output: Any, mask: Tensor) -> Tensor:
     if found.shape[:2] == mask.shape:
         return found[mask.bool()].float()
     return found.float()
+
+
+def _moves(run: Callable[[], Tensor], values: Tensor) -> bool:
+    """Return whether what a pass gives depends on values, by more than two passes on the same ones differ."""
+    first, second = run(), run()
+    kept = values.clone()
+    values.mul_(-1)
+    try:
+        return bool((run() - first).abs().max() > (second - first).abs().max())
+    finally:
+        values.copy_(kept)
