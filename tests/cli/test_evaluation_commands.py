@@ -157,7 +157,7 @@ def test_compare_of_prompts_on_different_bases(result, place):
         (["evaluate", "--base-model", "demo", "--ignore-fingerprint"], "no --ignore-fingerprint"),
         (
             ["evaluate", "runs/a", "--few-shot", "2"],
-            "--few-shot would be ignored: evaluate few-shot too",
+            "--few-shot would be ignored: name the baseline few-shot too",
         ),
         (["evaluate", "runs/a", "--chat"], "--chat would be ignored"),
         (
