@@ -201,6 +201,7 @@ def test_runs_lists_all_there_is(result, place):
 def test_runs_for_people(result, failure, tmp_path):
     lines = result("runs", text=True).splitlines()
     assert {"run", "state", "num", "virtual", "tokens", "loss", "bytes"} <= set(lines[0].split())
+    assert not {"part", "learnt"} & set(lines[0].split())
     assert [line.split()[0] for line in lines[1:6]] == ["a", "b", "d", "e", "group/c"]
     assert any(line.endswith("resume with: softprompt tune --resume --output runs/group/c") for line in lines)
     assert result("runs", str(tmp_path), text=True) == f"no run in {tmp_path}\n"

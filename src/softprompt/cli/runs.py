@@ -62,7 +62,7 @@ def _text(folder: str, runs: Sequence[RunSummary], names: Sequence[str]) -> str:
 
 
 def _numbers(run: RunSummary) -> dict[str, Any]:
-    """Return the numbers among the metrics by name, those of the validation data too, without those of the way there."""
+    """Return the numbers among the metrics, those of the validation data too, not those of the way there."""
     inner = {
         f"{name} {key}": own
         for name, part in run.metrics.items()
