@@ -53,6 +53,15 @@ def test_a_published_card_has_licence_data_sets_and_metrics_and_loads_from_its_r
     assert 'PeftModel.from_pretrained(base, "me/prompt")' in pefts
 
 
+def test_a_remark_on_the_metrics_is_no_number_of_the_hub(config, manifest):
+    remark = "the prompt learnt nothing: validation accuracy 0.5 is not above 0.5, the share of the commonest label"
+    noted = dataclasses.replace(manifest, metrics={"nothing_learnt": remark, "validation": {"accuracy": 0.5}})
+    card = ModelCard(model_card(config, noted))
+    assert [each.metric_name for each in card.data.eval_results] == ["accuracy"]
+    assert f"## Results\n\nNote: {remark}.\n\n| name | value |" in card.text
+    assert "nothing_learnt" not in str(card)
+
+
 @pytest.mark.parametrize("base", ["/models/tiny", "../tiny", "a/b/c", "./runs/tiny", ""])
 def test_a_path_is_no_base_model_of_the_hub_and_an_absolute_one_is_not_told(config, manifest, base):
     card = model_card(config, dataclasses.replace(manifest, base_model=base))

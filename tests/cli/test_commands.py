@@ -173,6 +173,20 @@ def test_generate_answers_lines_of_stdin(result, prompt_dir, monkeypatch):
     assert found["results"][0] == {"line": 1} | alone
 
 
+def test_generate_answers_the_records_of_a_file(result, failure, prompt_dir, tmp_path):
+    (tmp_path / "new.jsonl").write_text('{"text": "it broke"}\n\n{"text": "lovely", "label": "x"}\n')
+    data = ("--data", str(tmp_path / "new.jsonl"))
+    found = result("generate", prompt_dir, *data, "--max-new-tokens", "3")["results"]
+    alone = [
+        result("generate", prompt_dir, "--text", each, "--max-new-tokens", "3") for each in ("it broke", "lovely")
+    ]
+    assert found == [{"record": number} | each for number, each in enumerate(alone, start=1)]
+    said = "--data holds the inputs; leave --text and --field out"
+    assert said in failure("generate", prompt_dir, *data, "--text", "x")
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "empty.jsonl" in failure("generate", prompt_dir, "--data", str(tmp_path / "empty.jsonl"))
+
+
 def test_blank_lines_of_stdin_are_named(capsys, prompt_dir, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\nit broke\n \n"))
     assert run(["generate", prompt_dir, "--max-new-tokens", "1", "--quiet"]) == 0
@@ -229,7 +243,7 @@ def test_answers_of_a_form(result, failure, prompt_dir, tmp_path):
     assert "one form, got choices and regex" in failure(*words, "--choices", "a", "--regex", "b")
     assert "unclosed group" in failure(*words, "--quiet", "--regex", "(b")
     schema.write_text("{")
-    assert "json_schema is not JSON" in failure(*words, "--json-schema", str(schema))
+    assert "--json-schema is not JSON" in failure(*words, "--json-schema", str(schema))
     assert "No such file" in failure(*words, "--json-schema", str(tmp_path / "none.json"))
 
 

@@ -157,7 +157,7 @@ def test_compare_of_prompts_on_different_bases(result, place):
         (["evaluate", "--base-model", "demo", "--ignore-fingerprint"], "no --ignore-fingerprint"),
         (
             ["evaluate", "runs/a", "--few-shot", "2"],
-            "--few-shot would be ignored: evaluate few-shot too",
+            "--few-shot would be ignored: name the baseline few-shot too",
         ),
         (["evaluate", "runs/a", "--chat"], "--chat would be ignored"),
         (
@@ -201,6 +201,7 @@ def test_runs_lists_all_there_is(result, place):
 def test_runs_for_people(result, failure, tmp_path):
     lines = result("runs", text=True).splitlines()
     assert {"run", "state", "num", "virtual", "tokens", "loss", "bytes"} <= set(lines[0].split())
+    assert not {"part", "learnt"} & set(lines[0].split())
     assert [line.split()[0] for line in lines[1:6]] == ["a", "b", "d", "e", "group/c"]
     assert any(line.endswith("resume with: softprompt tune --resume --output runs/group/c") for line in lines)
     assert result("runs", str(tmp_path), text=True) == f"no run in {tmp_path}\n"

@@ -50,6 +50,8 @@ class TestPairs:
         ("row", "names"),
         [
             ({"input": "a", "labels": "b"}, "input, labels"),
+            ({"input": "a", "label": "b"}, "input, label"),
+            ({"input": "x", "text": "a", "label": "b"}, "input, text, label"),
             ({"text": "a", "output": "b"}, "text, output"),
             ({"input": "x", "text": "a", "labels": "b"}, "input, text, labels"),
             ({}, "no fields"),
@@ -81,7 +83,16 @@ class TestPairs:
         refused(f"record 1: .*{wrong!r} .*got text, category .did you mean {hint!r}", rows, **right)
 
     def test_a_misspelt_pair_names_the_nearest(self):
-        refused("did you mean 'label'", [{"text": "a", "label": "b"}])
+        refused("did you mean 'lable'", [{"text": "a", "lable": "b"}])
+
+    def test_text_and_label_are_a_pair(self):
+        row = {"text": "late", "label": 1}
+        assert read_records([row]) == [Record({"text": "late", "input": "late"}, "1")]
+        assert read_records([row], require_target=False)[0].target == "1"
+        assert read_records([{"sentence": "late", "label": 1}], input_field="sentence")[0].target == "1"
+        assert read_records([{"Tweet text": "late", "label": 1}]) == [Record({"Tweet text": "late"}, "1")]
+        refused("got text, label, labels.*input_field and output_field", [row | {"labels": [1]}])
+        refused("both labels and label could be the target", [row | {"labels": [1]}], input_field="text")
 
 
 class TestValues:

@@ -252,7 +252,7 @@ def classes():
 class TestDatasets:
     def test_class_ids_get_their_names(self, classes):
         assert [each.target for each in read_records(classes, **LABEL)] == ["neg", "pos"]
-        assert [each.target for each in read_records(classes)] == ["late", "broken,late"]
+        assert [each.target for each in read_records(classes, output_field="labels")] == ["late", "broken,late"]
         assert [each.target for each in read_records(classes.to_iterable_dataset(), **LABEL)] == ["neg", "pos"]
 
     def test_no_label_is_no_target(self, classes):

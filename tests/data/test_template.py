@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -47,11 +48,12 @@ def test_a_name_may_be_that_of_a_column(name):
 
 def test_the_page_finds_the_same_fields():
     page = Path(softprompt.__file__).parent / "server" / "page" / "models.js"
-    name = PLACEHOLDER.pattern.removeprefix("{{(").removesuffix(")}}").replace(r"\"", '"')
-    name = name.replace(r"\w", r"[\p{L}\p{N}_]")
-    code = page.read_text(encoding="utf-8")
-    assert f"const NAME = String.raw`{name}`;" in code
-    assert r"const FIELD = new RegExp(String.raw`\{\{(${NAME})\}\}`, " in code
+    ours = PLACEHOLDER.pattern.replace("{{", r"\{\{").replace("}}", r"\}\}").replace(r"\"", '"')
+    ours = ours.replace(r"\w", r"[\p{L}\p{N}_]")
+    text = page.read_text()
+    (name,) = re.findall(r"^const NAME = String\.raw`(.*)`;$", text, re.MULTILINE)
+    (field,) = re.findall(r'^const FIELD = new RegExp\(String\.raw`(.*)`, "gu"\);$', text, re.MULTILINE)
+    assert field.replace("${NAME}", name) == ours
 
 
 @pytest.mark.parametrize("template", ["", "Text:", "{{}}", "{{-}}", "{{ }}"])

@@ -148,6 +148,7 @@ def test_chats_are_evaluated_as_they_are_behind_an_instruction(base):
     found = evaluate(alone(base, template=None, chat=True, instruction="Be brief."), chats)
     ids = text_ids(base, "<system>", "Be brief.", "</system><user>So?</user><assistant>")
     zero = evaluate(alone(base, template=None, chat=True), chats)
+    assert evaluate(alone(base, template=None), chats) == zero  # as tune renders what no template can show
     assert found.prompt_tokens == len(text_ids(base, "Be brief."))
     assert found.input_tokens + found.prompt_tokens == len(ids) + zero.prompt_tokens
     with pytest.raises(ConfigError, match="few_shot fills in a template"):

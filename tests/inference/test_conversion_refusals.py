@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -142,4 +143,15 @@ def test_caikits_names_have_no_spaces(tmp_path, prompt):
     refused(
         "its template has the field 'Tweet text', and names of caikit", tmp_path / "p", tmp_path / "c", to="caikit"
     )
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("mark", ["#", "^"])
+def test_caikit_has_no_sections(tmp_path, prompt, mark):
+    stored = load_adapter(prompt)
+    section = f"{{{{{mark}topic}}}}"
+    manifest = dataclasses.replace(stored.manifest, template=f"{section}One: {{{{/topic}}}}{{{{input}}}} Label:")
+    save_adapter(tmp_path / "p", stored.config, stored.tensors, manifest, overwrite=False)
+    said = f"its template has the section {re.escape(section)}, and caikit would print its marks"
+    refused(said, tmp_path / "p", tmp_path / "c", to="caikit")
     assert not (tmp_path / "c").exists()

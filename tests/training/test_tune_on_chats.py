@@ -160,6 +160,19 @@ def test_evaluation_renders_chats_and_plain_records_alike(prompt):
     assert plain.perplexity == softprompt.evaluate(tuned, [{"messages": turns}]).perplexity
 
 
+def test_the_records_of_a_file_are_asked_without_their_last_answer(prompt, talks, capsys):
+    tuned = softprompt.load(prompt)
+    asked = [talk["messages"][:-1] for talk in TALKS]
+    words = ["--data", talks, "--json", "--quiet"]
+    assert run(["generate", str(prompt), *words, "--max-new-tokens", "3"]) == 0
+    found = json.loads(capsys.readouterr().out)["results"]
+    assert [each["text"] for each in found] == [each.text for each in tuned.generate(asked, max_new_tokens=3)]
+    assert run(["classify", str(prompt), *words, "--label", "late", "--label", "service"]) == 0
+    found = json.loads(capsys.readouterr().out)["results"]
+    expected = tuned.classify(asked, labels=["late", "service"])
+    assert [each["scores"] for each in found] == [each.scores for each in expected]
+
+
 def test_card_and_info_name_the_chat_template(prompt, capsys):
     card = (prompt / "README.md").read_text()
     assert "Inputs are chats, rendered with the base model's chat template" in card

@@ -69,7 +69,7 @@ def model_card(
         versions = {**manifest.versions, "created": manifest.created}
         sections += [
             _format(manifest),
-            _table("Results", manifest.metrics),
+            _results(manifest.metrics),
             _table("Data", manifest.data),
             _table("Training settings", manifest.settings),
             _table("Versions", versions),
@@ -224,6 +224,13 @@ def _format(manifest: Manifest) -> str:
         f" At most {manifest.max_source_length} tokens of input and {manifest.max_target_length} of output."
     )
     return "\n".join(lines)
+
+
+def _results(metrics: Mapping[str, Any]) -> str:
+    """Return the numbers as a table, and what is a remark on them above it."""
+    remarks = [str(value) for value in metrics.values() if isinstance(value, str)]
+    found = _table("Results", {name: value for name, value in metrics.items() if not isinstance(value, str)})
+    return found.replace("\n\n", "\n\n" + "".join(f"Note: {each}.\n\n" for each in remarks), 1)
 
 
 def _table(title: str, values: Mapping[str, Any]) -> str:

@@ -10,11 +10,13 @@ import click
 from softprompt.cli.options import (
     Command,
     base_options,
+    data_option,
     given,
     input_options,
     load_prompts,
     option,
     output_options,
+    records_of,
     request_of,
     show,
     start_logging,
@@ -34,9 +36,7 @@ _SHOWN = 10
 @click.argument("prompt_dirs", nargs=-1, required=True)
 @option("--text", group="Input", help="Input text; without it each line of stdin is an input.")
 @input_options
-@option(
-    "--data", type=click.Path(), group="Input", help="Data file; each record is an input, targets are not read."
-)
+@data_option
 @option("--batch-size", type=int, group="Input", help="Batch size: (input, label) pairs in one forward pass.")
 @option(
     "--label", "labels", multiple=True, group="Labels", help="Label, instead of the prompt's own.  [repeatable]"
@@ -72,9 +72,11 @@ def command(
     if not single and data is None:
         inputs.update(stdin_lines())
     start_logging(quiet=quiet)
+    from softprompt.inference import TunedPrompt
+
     subject = _subject(prompt_dirs, options)
     if data is not None:
-        inputs = _records(data, subject)
+        inputs = records_of(data, subject if isinstance(subject, TunedPrompt) else subject.members[0])
     found = subject.classify(list(inputs.values()), **given(options))
     if single:
         show(found[0].to_dict(), _ranked(found[0]), as_json=as_json)
@@ -102,16 +104,6 @@ def _subject(prompt_dirs: Sequence[str], options: dict[str, Any]) -> TunedPrompt
     if options["labels"]:
         raise UsageError("--label is for one prompt; the prompts of an ensemble score the labels they share")
     return Ensemble(load_prompts(prompt_dirs, options), combine=combine or "mean", names=prompt_dirs, task=task)
-
-
-def _records(data: str, subject: TunedPrompt | Ensemble) -> dict[int, Fields]:
-    from softprompt.data import read_records
-    from softprompt.inference import Ensemble
-
-    first = subject.members[0] if isinstance(subject, Ensemble) else subject
-    column = first.manifest.settings.get("input_field")
-    records = read_records(data, input_field=column, require_target=False)
-    return dict(enumerate((record.fields for record in records), start=1))
 
 
 def _ranked(scores: LabelScores) -> str:

@@ -156,9 +156,13 @@ def baselines_of(names: Sequence[str], prompt_dirs: Sequence[str], options: dict
     if not prompt_dirs and not names:
         names = ["+".join(["instruction"] * bool(text) + ["few-shot"] * bool(shots)) or "zero-shot"]
     for used, values, advice in (
-        (any("instruction" in name for name in names), given({"instruction": text}), "evaluate instruction too"),
-        (any("few-shot" in name for name in names), shots, "evaluate few-shot too"),
-        (bool(names), shared, "evaluate a baseline too"),
+        (
+            any("instruction" in name for name in names),
+            given({"instruction": text}),
+            "name the baseline instruction too",
+        ),
+        (any("few-shot" in name for name in names), shots, "name the baseline few-shot too"),
+        (bool(names), shared, "name a baseline too"),
         (not prompt_dirs, frame, "evaluate a base without a prompt"),
     ):
         if values and not used:

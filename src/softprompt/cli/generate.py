@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from softprompt.cli.options import (
     Command,
     base_options,
+    data_option,
     generation_options,
     given,
     input_options,
@@ -16,43 +17,61 @@ from softprompt.cli.options import (
     option,
     output_options,
     parts_of,
+    records_of,
     request_of,
     show,
     start_logging,
     stdin_lines,
 )
+from softprompt.errors import UsageError
 from softprompt.generation import GenerationOptions
+
+if TYPE_CHECKING:
+    from softprompt.inference import Fields
 
 
 @click.command("generate", cls=Command)
 @click.argument("prompt_dir")
 @option("--text", group="Input", help="Input text; without it each line of stdin is an input.")
 @input_options
+@data_option
 @option("--batch-size", type=int, group="Input", help="Batch size: inputs in one forward pass.")
 @generation_options()
 @base_options
 @output_options
 def command(
-    *, prompt_dir: str, text: str | None, pairs: tuple[str, ...], as_json: bool, quiet: bool, **options: Any
+    *,
+    prompt_dir: str,
+    text: str | None,
+    pairs: tuple[str, ...],
+    data: str | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
 ) -> None:
-    """Generate answers to a text, or to each line of stdin.
+    """Generate answers to a text, to each line of stdin, or to each record of a file.
 
-    With --json the answer to --text is one object; answers to lines are in "results", each with
-    the number of its "line". Blank lines have no answer, and a warning says which they are.
+    With --json the answer to --text is one object; answers to lines or records are in "results", each with
+    its "line" or "record". Blank lines have no answer, and a warning says which they are.
     """
-    lines = stdin_lines() if text is None and not pairs else None
-    requests = [request_of(text, pairs)] if lines is None else list(lines.values())
+    single = text is not None or bool(pairs)
+    if data is not None and single:
+        raise UsageError("--data holds the inputs; leave --text and --field out")
+    inputs: dict[int, Fields] = {1: request_of(text, pairs)} if single else {}
+    if not single and data is None:
+        inputs.update(stdin_lines())
     GenerationOptions(**parts_of(given(options), GenerationOptions))
     start_logging(quiet=quiet)
     (tuned,) = load_prompts([prompt_dir], options)
-    answers = tuned.generate(requests, **given(options))
+    inputs = inputs if data is None else records_of(data, tuned)
+    answers = tuned.generate(list(inputs.values()), **given(options))
     if tuned.of_task(options["task_name"]).labels is not None and not quiet:
         note = f"{prompt_dir} is a classifier, and what it generates need not be one of its labels"
         click.echo(f"note: {note}; softprompt classify {prompt_dir} gives labels with probabilities", err=True)
-    found = [answer.to_dict() for answer in answers]
-    result = (
-        found[0]
-        if lines is None
-        else {"results": [{"line": n} | each for n, each in zip(lines, found, strict=True)]}
+    key = "line" if data is None else "record"
+    found = [{key: n} | answer.to_dict() for n, answer in zip(inputs, answers, strict=True)]
+    show(
+        answers[0].to_dict() if single else {"results": found},
+        "\n".join(answer.text for answer in answers),
+        as_json=as_json,
     )
-    show(result, "\n".join(answer.text for answer in answers), as_json=as_json)

@@ -27,7 +27,7 @@ from softprompt.fields import choices_of, default_of, type_of
 from softprompt.progress import silence
 
 if TYPE_CHECKING:
-    from softprompt.inference import TunedPrompt
+    from softprompt.inference import Fields, TunedPrompt
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -164,6 +164,9 @@ write_options = together(
     overwrite_option,
 )
 _base = partial(option, group="Base model")
+data_option = option(
+    "--data", type=click.Path(), group="Input", help="Data file; each record is an input, targets are not read."
+)
 fingerprint_option = _base(
     "--ignore-fingerprint", is_flag=True, help="Use a base model that the prompt was not trained for."
 )
@@ -252,6 +255,20 @@ def request_of(text: str | None, pairs: Sequence[str]) -> str | dict[str, str]:
     return fields
 
 
+def records_of(data: str, tuned: TunedPrompt) -> dict[int, Fields]:
+    """Return what each record of a data file asks, by its number; the columns are those of the prompt's tuning."""
+    from softprompt.data import read_records
+
+    columns = {name: tuned.manifest.settings.get(name) for name in ("input_field", "output_field")}
+    found: dict[int, Fields] = {}
+    for number, record in enumerate(read_records(data, **columns, require_target=False), start=1):
+        chat = record.chat.asked() if record.chat and tuned.manifest.chat else None
+        found[number] = record.fields if chat is None else {"messages": chat.messages, "tools": chat.tools}
+    if not found:
+        raise UsageError(f"nothing to answer: {data} has no records")
+    return found
+
+
 def _option(owner: type, item: Field[Any]) -> Callable[[Decorated], Decorated]:
     flag = "--" + item.name.replace("_", "-")
     kind = type_of(owner, item.name)
@@ -295,11 +312,11 @@ def stdin_lines() -> dict[int, str]:
         UsageError: stdin is a terminal, empty, or not UTF-8.
     """
     if sys.stdin.isatty():
-        raise UsageError("nothing to answer: give --text, or lines on stdin")
+        raise UsageError("nothing to answer: give --text, --data, or lines on stdin")
     lines = dict(enumerate(text_lines(), start=1))
     kept = {number: line for number, line in lines.items() if line.strip()}
     if not kept:
-        raise UsageError("nothing to answer: stdin is empty; give --text, or lines on stdin")
+        raise UsageError("nothing to answer: stdin is empty; give --text, --data, or lines on stdin")
     blank = sorted(lines.keys() - kept.keys())
     if blank:
         shown = ", ".join(map(str, blank[:5])) + (", ..." if len(blank) > 5 else "")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from softprompt.training import RunSummary
 
 _WIDEST = 32
-_ON_THE_WAY = ("epoch", "epochs", "updates", "learning_rate", "tokens_per_second")
+_ON_THE_WAY = ("epoch", "epochs", "updates", "learning_rate", "tokens_per_second", "seconds_by_part")
 
 
 @click.command("runs", cls=Command)
@@ -62,11 +62,11 @@ def _text(folder: str, runs: Sequence[RunSummary], names: Sequence[str]) -> str:
 
 
 def _numbers(run: RunSummary) -> dict[str, Any]:
-    """Return the metrics by name, those of the validation data too, without what only tells of the way there."""
+    """Return the numbers among the metrics, those of the validation data too, not those of the way there."""
     inner = {
         f"{name} {key}": own
         for name, part in run.metrics.items()
-        if isinstance(part, dict)
+        if isinstance(part, dict) and name not in _ON_THE_WAY
         for key, own in part.items()
     }
     found = {**inner, **run.metrics}

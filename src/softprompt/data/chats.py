@@ -62,6 +62,11 @@ class Chat:
             end -= 1
         return replace(self, messages=self.messages[:end])
 
+    def asked(self) -> Chat:
+        """Return the chat before its last answer, or all of it where it has none."""
+        whole = self.to_answer()
+        return self if self.answer is None else replace(whole, messages=whole.messages[:-1])
+
     def answered(self, text: str) -> Chat:
         """Return the chat with an answer behind it."""
         return replace(self, messages=(*self.messages, {"role": "assistant", "content": text}))

@@ -17,7 +17,7 @@ LabelNames: TypeAlias = Mapping[str, str] | Mapping[int, str] | Sequence[str]
 """Names of targets by these, or those of 0, 1 and so on."""
 
 INPUT = "input"
-_PAIRS = ((INPUT, "output"), ("text", "labels"))
+_PAIRS = ((INPUT, "output"), ("text", "labels"), ("text", "label"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def read_records(
     Args:
         source: Anything that ``read_source`` reads, or what it gave.
         input_field: The input column; ``input`` or ``text`` when not named, none where neither is there.
-        output_field: The target column; ``output`` or ``labels`` when not named.
+        output_field: The target column; ``output``, ``labels`` or ``label`` when not named.
         require_target: Refuse records without a target.
         label_names: Names of targets, such as ``{0: "negative", 1: "positive"}``.
         use: Which split of several is read.
@@ -197,7 +197,7 @@ class Columns:
 def choose_columns(
     first: Located, input_field: str | None, output_field: str | None, *, require_target: bool
 ) -> Columns:
-    """Decide the columns: named ones, else ``input``/``output``, else ``text``/``labels``.
+    """Decide the columns: named ones, else ``input``/``output``, else ``text`` with ``labels`` or ``label``.
 
     Raises:
         DataError: A named column is missing, or what is there leaves the choice open.
@@ -238,14 +238,15 @@ def _chat_columns(first: Located, input_field: str | None, output_field: str | N
 
 def _whole_pair(first: Located) -> Columns:
     present = list(first.record)
-    for source, target in _PAIRS:
-        if source in present and target in present:
-            if source != INPUT and INPUT in present:
-                break
-            return Columns(source, target)
+    whole = [pair for pair in _PAIRS if {*pair} <= {*present}]
+    if whole and (whole[0][0] == INPUT or (len(whole) == 1 and INPUT not in present)):
+        return Columns(*whole[0])
+    targets = [target for _, target in _PAIRS if target in present]
+    if len(targets) == 1 and not any(source in present for source, _ in _PAIRS):
+        return Columns(None, targets[0])
     wanted = [name for pair in _PAIRS for name in pair if name not in present]
     raise DataError(
-        f"{first.where}: expected the fields input and output, or text and labels, got "
+        f"{first.where}: expected the fields input and output, text and labels, or text and label, got "
         f"{_listed(present)}{_first_hint(wanted, present)}; name them with input_field and "
         "output_field"
     )
@@ -256,7 +257,7 @@ def _input_column(first: Located, named: str | None, output_field: str | None) -
     if named is not None:
         _require(named, "input_field", first)
         return named
-    found = [source for source, _ in _PAIRS if source in present and source != output_field]
+    found = list(dict.fromkeys(source for source, _ in _PAIRS if source in present and source != output_field))
     if len(found) == 2 and not (_PAIRS[0][1] in present and output_field in (None, _PAIRS[0][1])):
         raise DataError(
             f"{first.where}: both input and text could be the input among {_listed(present)}; "
@@ -271,15 +272,13 @@ def _target_column(first: Located, source: str | None, named: str | None, *, req
         if named in present or not require_target:
             return named
         _require(named, "output_field", first)
-    of_pair = dict(_PAIRS).get(source or "")
-    if of_pair in present:
-        return of_pair
-    found = [target for _, target in _PAIRS if target in present and target != source]
+    found = [target for of, target in _PAIRS if of == source and target in present]
+    found = found or [target for _, target in _PAIRS if target in present and target != source]
     if len(found) == 1:
         return found[0]
     if not require_target:
         return None
-    problem = "both output and labels could be the target" if found else "no field output or labels"
+    problem = f"both {' and '.join(found)} could be the target" if found else "no field output, labels or label"
     raise DataError(
         f"{first.where}: {problem} among {_listed(present)}"
         f"{_first_hint([target for _, target in _PAIRS], present) if not found else ''}; "

@@ -112,7 +112,7 @@ class Verbalizer:
         if not records:
             return
         shared = set(records[0].fields)
-        hidden = {output_field} if output_field else {"output", "labels"} - shared
+        hidden = {output_field} if output_field else {"output", "labels", "label"} - shared
         for name in self.fields:
             if name in hidden:
                 raise TemplateError(

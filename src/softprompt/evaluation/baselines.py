@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.artifacts import Manifest, Origin, manifest_of
 from softprompt.backbone import Base, freeze, load_base
-from softprompt.data import DataSource, Record, encode, label_set, read_records
+from softprompt.data import INPUT, DataSource, Record, encode, label_set, read_records
 from softprompt.errors import ConfigError, DataError
 from softprompt.evaluation import EvaluationSettings, Numbered
 from softprompt.inference import Ensemble, TunedPrompt, row_tokenizer, written
@@ -150,11 +150,17 @@ def _frame(
     if like is None and labels is None:
         labels = label_set([str(record.target) for record in records], task=how.task)
         logger.info("labels: %s", "none, texts are generated" if labels is None else ", ".join(labels))
+    chats = baseline.template is None and all(each.chat for each in records)
+    only = chats and not any(
+        {INPUT, "instruction"} & {*each.fields} for each in records
+    )  # no template can show them
+    if like is None and only and not baseline.chat:
+        logger.info("the base's chat template renders the records")
     given: dict[str, Any] = {
         "template": baseline.template,
         "labels": labels,
         "task": None if like is not None and baseline.labels is None else _KINDS[labels is not None],
-        "chat": (baseline.chat and baseline.template is None and all(each.chat for each in records)) or None,
+        "chat": (chats and (baseline.chat or (like is None and only))) or None,
         "max_source_length": baseline.max_source_length,
         "max_target_length": baseline.max_target_length,
     }

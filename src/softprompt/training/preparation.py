@@ -271,7 +271,8 @@ def _train_on(
         answers = sum(each.chat.answers for each in task.train if each.chat)
         if settings.train_on == "all" and isinstance(config, CPTConfig):
             raise ConfigError("train_on all would train more than the labels that CPT has; leave it out")
-        logger.info("the base's chat template renders the records")
+        if has_template:  # otherwise the tokenizer of the rows refuses them
+            logger.info("the base's chat template renders the records")
         if settings.train_on is None and answers > len(task.train):
             logger.info("the last answer of each chat is trained; train_on all trains all %s", f"{answers:,}")
         return settings.train_on or "last"

@@ -70,7 +70,8 @@ class TaskSummary:
             shown = [f"{label} {count:,}" for label, count in self.labels.items()]
             if len(shown) > MOST_LABELS_SHOWN:
                 fewest, most = min(self.labels.values()), max(self.labels.values())
-                shown = [f"{len(shown)} of {fewest:,} to {most:,} records each"]
+                span = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+                shown = [f"{len(shown)} of {span} records each"]
             parts.append(f"labels: {', '.join(shown)}")
         return f"{self.name}: {'; '.join(parts)}" if self.name else "; ".join(parts)
 

@@ -71,6 +71,11 @@ def _write(export: Export, path: Path) -> Mapping[str, Any]:
             f"{stored.location} cannot be written as caikit: its template has the field {foreign[0]!r}, and names "
             "of caikit have letters, digits and underscores alone; tune it with input_field and {{input}}"
         )
+    if manifest and (section := re.search(r"\{\{[#^][^{}]+\}\}", manifest.template)):
+        raise ArtifactError(
+            f"{stored.location} cannot be written as caikit: its template has the section {section[0]}, and caikit "
+            "would print its marks as text; tune it with a template of fields alone"
+        )
     parts = parts_of(export.prompt(), seq2seq=stored.seq2seq)
     config = base.model.config.to_dict()
     config.pop("_name_or_path", None)

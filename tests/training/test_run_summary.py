@@ -47,7 +47,7 @@ def test_rows_labels_cuts_the_longest_row_and_steps(said, llama, rows, held_out)
 
 def test_many_labels_are_counted_and_free_text_has_none(said, base):
     many = [{"input": "a film", "output": f"{a} {b}"} for a in ("good", "bad", "fine") for b in "abcd"] * 2
-    assert any("labels: 12 of 2 to 2 records each" in line for line in said(base, many)[0])
+    assert any("labels: 12 of 2 records each" in line for line in said(base, many)[0])
     assert not any("labels:" in line for line in said(base, many[:12])[0][-4:])
 
 
