@@ -45,7 +45,7 @@ def set_weights(directory, **tensors):
 
 
 def test_a_missing_directory_says_what_was_looked_for(tmp_path):
-    message = refused("does not exist", tmp_path / "absent")
+    message = refused("no folder", tmp_path / "absent")
     assert "adapter_config.json" in message
     assert WEIGHTS in message
 

@@ -135,7 +135,7 @@ def test_calling_a_generator_gives_text_of_at_most_the_target_length(llama_folde
 
 def test_labels_can_be_chosen_at_the_call_and_are_needed(llama_folder):
     prompt = make(llama_folder)
-    with pytest.raises(ConfigError, match="no label set"):
+    with pytest.raises(ConfigError, match="no labels"):
         prompt.classify("x")
     assert prompt.classify("x", labels=["u", "v", "w"])[0].label in {"u", "v", "w"}
 

@@ -209,7 +209,7 @@ def test_rows_for_the_answer_do_not_start_rows_for_the_input(root, source, tmp_p
 
 
 def test_what_cannot_be_started_from(root, source):
-    with pytest.raises(ArtifactError, match="does not exist"):
+    with pytest.raises(ArtifactError, match="no folder"):
         started(root, "/no/such/prompt", 4)
     with pytest.raises(ConfigError, match="use get_peft_model"):
         PromptEmbedding(

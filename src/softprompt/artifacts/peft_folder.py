@@ -229,7 +229,7 @@ def locate(source: str | Path, subfolder: str | None, revision: str | None, **hu
     if not root.exists():
         asks_hub = isinstance(source, str) and HUB_ID.fullmatch(source) is not None
         if revision is None and (misspelt := no_folder(source, before_hub=asks_hub)):
-            raise ArtifactError(f"expected a prompt directory: {misspelt}")
+            raise ArtifactError(f"expected a prompt directory with {CONFIG_NAME} and {WEIGHTS_NAME}: {misspelt}")
         if not asks_hub:
             raise ArtifactError(
                 f"expected a prompt directory with {CONFIG_NAME} and {WEIGHTS_NAME}, {source} does "

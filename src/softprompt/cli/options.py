@@ -2,8 +2,7 @@
 
 Results go to stdout, everything else to stderr.
 
-click lists options under one heading; ``Command`` lists them under the ``group`` of their fields. rich-click and
-typer have groups as well, but bring rich, pygments and markdown-it and their import time for it.
+click lists options under one heading; ``Command`` does by their fields' groups, without rich's import time.
 """
 
 from __future__ import annotations
@@ -396,7 +395,6 @@ class _ToStandardError(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line; warnings say that they are."""
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        context = click.get_current_context(silent=True)
-        worded = str if context is None else context.meta.get(WORDED, str)
-        message = worded(record.getMessage())
+        context, message = click.get_current_context(silent=True), record.getMessage()
+        message = message if context is None else context.meta.get(WORDED, str)(message)
         sys.stderr.write(f"{prefix}{harmless(message) if sys.stderr.isatty() else message}\n")

@@ -142,12 +142,7 @@ class Service:
     def count(self, served: Served, reason: str, rows: int, tokens: int, started: float) -> dict[str, int]:
         """Count inputs that got no generated answer, and return their usage.
 
-        Args:
-            served: The prompt.
-            reason: The finish reason in the metrics.
-            rows: Inputs.
-            tokens: Their text tokens.
-            started: When the request came, by ``time.monotonic``.
+        ``tokens`` are those of all ``rows`` inputs; ``started`` is in seconds of the monotonic clock.
         """
         label = self.metrics.label(served.name)
         virtual = served.prompt.tokens * rows if served.prompt else 0
