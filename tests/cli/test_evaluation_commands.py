@@ -84,6 +84,8 @@ def test_evaluate_shows_a_prompt_beside_its_baselines(result, tmp_path):
     assert found["accuracy"] == own.accuracy
     for name, each in own.baselines.items():
         assert found["baselines"][name] == each.to_dict()
+    implied = result("evaluate", "runs/a", "--data", "test.jsonl", "--instruction", "instruction.txt")
+    assert implied["baselines"] == {"instruction": found["baselines"]["instruction"]}
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["prompt"] for line in lines[::12]] == ["tuned prompt", "zero-shot", "instruction", "2-shot"]
 
@@ -156,7 +158,7 @@ def test_compare_of_prompts_on_different_bases(result, place):
         (["evaluate"], "without a prompt's folder name a base, --base-model"),
         (["evaluate", "--base-model", "demo", "--ignore-fingerprint"], "no --ignore-fingerprint"),
         (
-            ["evaluate", "runs/a", "--few-shot", "2"],
+            ["compare", "runs/a", "zero-shot", "--few-shot", "2"],
             "--few-shot would be ignored: name the baseline few-shot too",
         ),
         (["evaluate", "runs/a", "--chat"], "--chat would be ignored"),

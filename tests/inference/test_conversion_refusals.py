@@ -146,6 +146,14 @@ def test_caikits_names_have_no_spaces(tmp_path, prompt):
     assert not (tmp_path / "c").exists()
 
 
+def test_caikit_has_no_chats(tmp_path, prompt):
+    stored = load_adapter(prompt)
+    manifest = dataclasses.replace(stored.manifest, chat=True)
+    save_adapter(tmp_path / "p", stored.config, stored.tensors, manifest, overwrite=False)
+    refused("it was trained on chats", tmp_path / "p", tmp_path / "c", to="caikit")
+    assert not (tmp_path / "c").exists()
+
+
 @pytest.mark.parametrize("mark", ["#", "^"])
 def test_caikit_has_no_sections(tmp_path, prompt, mark):
     stored = load_adapter(prompt)

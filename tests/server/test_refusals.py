@@ -102,6 +102,7 @@ def test_classify(client, change, expected):
         (b"{", "the body is not JSON (Expecting property name enclosed in double quotes)"),
         (b'{"a": "\\ud800"}', "the body cannot be read: there is half of a character"),
         (b'{"seed": ' + b"9" * 5000 + b"}", "the body cannot be read as JSON"),
+        ('{"prompt": "é"}'.encode("latin-1"), "the body cannot be read as JSON in UTF-8"),
     ],
 )
 def test_bodies(client, body, expected):

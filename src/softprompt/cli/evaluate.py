@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,19 +113,26 @@ def command(
 
     Several prompts of one base and one label set are evaluated as an ensemble, and each by itself.
     Without a prompt, --base-model is evaluated with --template, and with --instruction or --few-shot
-    where these are given. With --baselines a prompt stands beside what it should beat.
+    where these are given. With --baselines, or one of these, a prompt stands beside what it should beat.
     """
     if combine is not None and len(prompt_dirs) < 2:
         raise UsageError("--combine would be ignored with one prompt; name two or more, or leave it out")
     start_logging(quiet=quiet)
     from softprompt.evaluation import evaluate
 
-    names = [] if baselines is None else [name.strip() for name in baselines.split(",")]
+    names = _implied(prompt_dirs, options) if baselines is None else [each.strip() for each in baselines.split(",")]
     made = baselines_of(names, prompt_dirs, options)
     subject: TunedPrompt | Ensemble | Baseline
     subject = _prompts(prompt_dirs, combine, options) if prompt_dirs else made.pop(0)
     report = evaluate(subject, data, baselines=made, silence_progress_bars=quiet, **given(options))
     show(report.to_dict(), str(report), as_json=as_json)
+
+
+def _implied(prompt_dirs: Sequence[str], options: Mapping[str, Any]) -> list[str]:
+    """Return the baselines that stand beside a prompt because their options were given."""
+    shown = any(options[name] is not None for name in ("few_shot", "examples", "example_seed"))
+    told = options["instruction"] is not None
+    return [] if not prompt_dirs else ["instruction"] * told + ["few-shot"] * shown
 
 
 def _prompts(

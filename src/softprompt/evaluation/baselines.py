@@ -156,6 +156,8 @@ def _frame(
     )  # no template can show them
     if like is None and only and not baseline.chat:
         logger.info("the base's chat template renders the records")
+    elif like is None and chats and not baseline.chat and base.tokenizer.chat_template:
+        logger.info("the records fill in the template; with chat (--chat) the base's own renders them, as in tune")
     given: dict[str, Any] = {
         "template": baseline.template,
         "labels": labels,

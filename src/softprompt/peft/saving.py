@@ -243,7 +243,7 @@ def write_card(model: PeftModel, directory: Path) -> None:
         card.save(path)
     else:
         directory.mkdir(parents=True, exist_ok=True)
-        path.write_text(model_card(config.to_dict(), manifest_of(model, model.active_adapter)), encoding="utf-8")
+        write_atomically(path, model_card(config.to_dict(), manifest_of(model, model.active_adapter)))
 
 
 def manifest_of(model: PeftModel, adapter: str) -> Manifest:

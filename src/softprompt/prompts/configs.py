@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -223,7 +224,12 @@ class PeftConfig(KnownToPeft):
         directory.mkdir(parents=True, exist_ok=True)
         values = self.to_dict() | ({"auto_mapping": auto_mapping_dict} if auto_mapping_dict else {})
         text = json.dumps(values, indent=2, sort_keys=True)
-        (directory / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        temporary = directory / f".{CONFIG_NAME}.{os.getpid()}"
+        try:
+            temporary.write_text(text + "\n", encoding="utf-8")
+            temporary.replace(directory / CONFIG_NAME)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, **options: Any) -> str:
         """Save the configuration alone into a Hub repository, made if needed, and return the commit's address.

@@ -159,7 +159,7 @@ def _plain(request: Request, error: HTTPException) -> Problem:
     path = excerpt(request.url.path)
     texts = {
         # FastAPI's own, for JSON that Python cannot parse, such as numbers of 5,000 digits.
-        400: "the body cannot be read as JSON; send an object of usual values",
+        400: "the body cannot be read as JSON in UTF-8; send an object of usual values",
         404: f"there is no {path}; see /openapi.json",
         405: f"{path} does not take {request.method}",
     }

@@ -76,6 +76,11 @@ def _write(export: Export, path: Path) -> Mapping[str, Any]:
             f"{stored.location} cannot be written as caikit: its template has the section {section[0]}, and caikit "
             "would print its marks as text; tune it with a template of fields alone"
         )
+    if manifest and manifest.chat:
+        raise ArtifactError(
+            f"{stored.location} cannot be written as caikit: it was trained on chats, and caikit has templates of "
+            "fields alone; tune it with --verbalizer"
+        )
     parts = parts_of(export.prompt(), seq2seq=stored.seq2seq)
     config = base.model.config.to_dict()
     config.pop("_name_or_path", None)
