@@ -211,9 +211,7 @@ class PeftConfig(KnownToPeft):
     def save_pretrained(
         self, save_directory: str | Path, *, auto_mapping_dict: dict[str, Any] | None = None
     ) -> None:
-        """Write ``adapter_config.json`` into a directory, made if needed.
-
-        ``auto_mapping_dict`` is written as ``auto_mapping``.
+        """Write ``adapter_config.json`` into a directory, made if needed; ``auto_mapping_dict`` is its ``auto_mapping``.
 
         Raises:
             ConfigError: If the path is a file.
@@ -223,13 +221,9 @@ class PeftConfig(KnownToPeft):
             raise ConfigError(f"Provided path ({directory}) should be a directory, not a file")
         directory.mkdir(parents=True, exist_ok=True)
         values = self.to_dict() | ({"auto_mapping": auto_mapping_dict} if auto_mapping_dict else {})
-        text = json.dumps(values, indent=2, sort_keys=True)
-        temporary = directory / f".{CONFIG_NAME}.{os.getpid()}"
-        try:
-            temporary.write_text(text + "\n", encoding="utf-8")
-            temporary.replace(directory / CONFIG_NAME)
-        finally:
-            temporary.unlink(missing_ok=True)
+        temporary = directory / f".{CONFIG_NAME}.{os.getpid()}"  # which replaces a file of this name whole
+        temporary.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.replace(directory / CONFIG_NAME)
 
     def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, **options: Any) -> str:
         """Save the configuration alone into a Hub repository, made if needed, and return the commit's address.
