@@ -211,7 +211,7 @@ class PeftConfig(KnownToPeft):
     def save_pretrained(
         self, save_directory: str | Path, *, auto_mapping_dict: dict[str, Any] | None = None
     ) -> None:
-        """Write ``adapter_config.json`` into a directory, made if needed; ``auto_mapping_dict`` is its ``auto_mapping``.
+        """Write ``adapter_config.json`` into a directory, made if needed; a given ``auto_mapping_dict`` too.
 
         Raises:
             ConfigError: If the path is a file.
