@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 class SoftPromptError(Exception):
@@ -162,7 +162,7 @@ def no_folder(name: str | Path, *, before_hub: bool = False) -> str:
     path = Path(name)
     if path.exists():
         return ""
-    is_id = _HUB_ID.fullmatch(str(name)) is not None
+    is_id = HUB_NAME.fullmatch(str(name)) is not None
     near, said = _nearest_path(path), f"no {'file' if path.suffix == '.gguf' else 'folder'} {name}"
     if before_hub and is_id:
         if near is None or near.parent != path.parent or path.parent == Path() or _is_cached(path):

@@ -12,10 +12,10 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from softprompt.artifacts.layout import OUR_KEYS
 from softprompt.artifacts.manifest import Manifest
+from softprompt.errors import HUB_NAME
 from softprompt.prompts import PeftType
 
 # The hub rejects a card whose base_model is a path, so only ids go into the front matter.
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _CACHED = re.compile(r"models--([\w.-]+?)(?:--([\w.-]+))?[/\\]snapshots[/\\]")
 _BUNDLED = "demo"
 _AUTO_CLASSES = {
@@ -88,7 +88,7 @@ def hub_name(base: str) -> str | None:
     cached = _CACHED.search(base)
     if cached:
         return "/".join(filter(None, cached.groups()))
-    is_name = _HUB_ID.fullmatch(base) and (base == _BUNDLED or not os.path.exists(base))
+    is_name = HUB_NAME.fullmatch(base) and (base == _BUNDLED or not os.path.exists(base))
     return base if is_name else None
 
 

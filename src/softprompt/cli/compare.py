@@ -8,12 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.evaluate import BASELINES, baseline_options, baselines_of, prediction_options
+from softprompt.cli.evaluate import (
+    BASELINES,
+    baseline_options,
+    baselines_of,
+    prediction_options,
+    record_options,
+    scoring_options,
+    task_option,
+)
 from softprompt.cli.options import (
     Command,
     base_options,
     given,
-    label_names_option,
     load_prompts,
     option,
     output_options,
@@ -29,24 +36,11 @@ _data, _evaluation = partial(option, group="Data"), partial(option, group="Evalu
 
 @click.command("compare", cls=Command)
 @click.argument("subjects", nargs=-1, required=True, metavar="PROMPT|BASELINE...")
-@_data(
-    "--data",
-    required=True,
-    type=click.Path(),
-    help="Held-out records: a file, - for stdin, or org/name of the Hub.",
-)
-@_data("--input-field", help="Column of the input; by default as in training.")
-@_data("--output-field", help="Column of the target; by default as in training.")
-@label_names_option("Data")
+@record_options
 @_data("--limit", type=int, help="Compare on the first records only.")
-@_evaluation(
-    "--task",
-    type=click.Choice(["classification", "generation"]),
-    help="Kind of targets; by default as in training.",
-)
+@task_option
 @_evaluation("--task-name", help="Task of the multitask prompts, by name or number.")
-@_evaluation("--normalize", is_flag=True, help="Length-normalise label scores: divide by the label's token count.")
-@_evaluation("--batch-size", type=int, help="Batch size.")
+@scoring_options
 @baseline_options
 @base_options
 @prediction_options

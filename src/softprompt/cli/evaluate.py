@@ -35,6 +35,28 @@ BASELINES = ("zero-shot", "instruction", "few-shot", "instruction+few-shot")
 """Names of baselines on the command line."""
 _SHOTS = 4
 
+record_options = together(
+    _data(
+        "--data",
+        required=True,
+        type=click.Path(),
+        help="Held-out records: a file, - for stdin, or org/name of the Hub.",
+    ),
+    _data("--input-field", help="Column of the input; by default as in training."),
+    _data("--output-field", help="Column of the target; by default as in training."),
+    label_names_option("Data"),
+)
+task_option = _evaluation(
+    "--task",
+    type=click.Choice(["classification", "generation"]),
+    help="Kind of targets; by default as in training.",
+)
+scoring_options = together(
+    _evaluation(
+        "--normalize", is_flag=True, help="Length-normalise label scores: divide by the label's token count."
+    ),
+    _evaluation("--batch-size", type=int, help="Batch size."),
+)
 baseline_options = together(
     _baseline("--template", help="Template of the input, where no prompt has one, or instead of its own."),
     _baseline("--label", "labels", multiple=True, help="Label; by default those of the data.  [repeatable]"),
@@ -60,22 +82,10 @@ prediction_options = together(
 
 @click.command("evaluate", cls=Command)
 @click.argument("prompt_dirs", nargs=-1)
-@_data(
-    "--data",
-    required=True,
-    type=click.Path(),
-    help="Held-out records: a file, - for stdin, or org/name of the Hub.",
-)
-@_data("--input-field", help="Column of the input; by default as in training.")
-@_data("--output-field", help="Column of the target; by default as in training.")
-@label_names_option("Data")
+@record_options
 @_data("--task-field", help="Column with each record's task, for multitask prompts.")
 @_data("--limit", type=int, help="Evaluate the first records only.")
-@_evaluation(
-    "--task",
-    type=click.Choice(["classification", "generation"]),
-    help="Kind of targets; by default as in training.",
-)
+@task_option
 @_evaluation("--task-name", help="Task of a multitask prompt, by name or number.")
 @_evaluation(
     "--combine",
@@ -83,8 +93,7 @@ prediction_options = together(
     help="Ensemble of several prompts: mean log-probability (default), or majority vote.",
 )
 @_evaluation("--without-prompt", is_flag=True, help="Evaluate the base model with the template alone.")
-@_evaluation("--normalize", is_flag=True, help="Length-normalise label scores: divide by the label's token count.")
-@_evaluation("--batch-size", type=int, help="Batch size.")
+@scoring_options
 @_evaluation(
     "--engine",
     type=click.Choice(["auto", "forest", "expand", "plain"]),

@@ -9,7 +9,6 @@ from .evaluate import with_columns as with_columns
 from .metrics import calibration_error as calibration_error
 from .metrics import intervals as intervals
 from .metrics import label_metrics as label_metrics
-from .metrics import rouge_l as rouge_l
 from .metrics import text_metrics as text_metrics
 from .passes import EvaluationSettings as EvaluationSettings
 from .passes import Numbered as Numbered

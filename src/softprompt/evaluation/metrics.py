@@ -60,8 +60,13 @@ class LabelMetrics:
 
 @dataclass(frozen=True, slots=True)
 class TextMetrics:
-    """How well texts were generated; what each number is, ``Report`` says."""
+    """How well texts were generated; what each number is, ``Report`` says.
 
+    ``right`` and ``overlaps`` are of each answer: whether it is the target, and its ROUGE-L F-measure.
+    """
+
+    right: tuple[bool, ...]
+    overlaps: tuple[float, ...]
     exact_match: float
     rouge_l: float
     bleu: float | None
@@ -107,6 +112,8 @@ def text_metrics(
     equal, overlap = list(map(str.__eq__, stripped, wanted)), rouge_l(wanted, stripped)
     bleu, chrf = _translation_scores(wanted, stripped)
     return TextMetrics(
+        right=tuple(equal),
+        overlaps=tuple(overlap),
         exact_match=sum(equal) / len(wanted),
         rouge_l=sum(overlap) / len(wanted),
         bleu=bleu,

@@ -13,7 +13,7 @@ from torch import Tensor
 from softprompt.backbone import replaced_modules
 from softprompt.engine import Engine, EngineRow, HeadInput, Predictions, check_rows
 from softprompt.errors import ConfigError, ContextOverflowError
-from softprompt.evaluation import Outcome, Report, calibration_error, label_metrics, rouge_l, text_metrics
+from softprompt.evaluation import Outcome, Report, calibration_error, label_metrics, text_metrics
 from softprompt.generation import Classified, GenerationOptions, classify_rows, per_token, target_likelihood
 from softprompt.inference import Ensemble, TunedPrompt, require_tokens
 from softprompt.progress import progress_bar, timed
@@ -164,8 +164,10 @@ def _generated(
     texts, targets = [found[number] for number in range(len(rows))], [str(each.record.target) for each in records]
     metrics = text_metrics(targets, texts, tuned.labels)
     outcomes = [
-        Outcome(each.number, each.record.fields, target, text, text.strip() == target.strip(), overlap)
-        for each, target, text, overlap in zip(records, targets, texts, rouge_l(targets, texts), strict=True)
+        Outcome(each.number, each.record.fields, target, text, right, overlap)
+        for each, target, text, right, overlap in zip(
+            records, targets, texts, metrics.right, metrics.overlaps, strict=True
+        )
     ]
     return replace(
         _basics(tuned, rows, how),
