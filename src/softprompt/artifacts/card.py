@@ -15,7 +15,6 @@ from softprompt.artifacts.manifest import Manifest
 from softprompt.errors import HUB_NAME
 from softprompt.prompts import PeftType
 
-# The hub rejects a card whose base_model is a path, so only ids go into the front matter.
 _CACHED = re.compile(r"models--([\w.-]+?)(?:--([\w.-]+))?[/\\]snapshots[/\\]")
 _BUNDLED = "demo"
 _AUTO_CLASSES = {
@@ -88,6 +87,7 @@ def hub_name(base: str) -> str | None:
     cached = _CACHED.search(base)
     if cached:
         return "/".join(filter(None, cached.groups()))
+    # The hub rejects a card whose base_model is a path, so only ids go into the front matter.
     is_name = HUB_NAME.fullmatch(base) and (base == _BUNDLED or not os.path.exists(base))
     return base if is_name else None
 
