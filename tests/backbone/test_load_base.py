@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from contextlib import suppress
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from oracles.families import ENCODERS, build, causal, seq2seq
 from oracles.tokenizers import byte_bpe
 from softprompt.backbone import load_base, weights_hash
 from softprompt.errors import BackboneError, ConfigError
+from softprompt.prompts.initialisers import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +127,43 @@ def test_a_folder_that_needs_its_own_code_is_refused(tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps(values))
     (tmp_path / "code.py").write_text("raise SystemExit('executed')\n")
-    with pytest.raises(BackboneError, match="cannot be loaded"):
+    with pytest.raises(BackboneError, match=r"would run code that it brings along .* trust_remote_code=True"):
         load_base(tmp_path)
+
+
+@pytest.mark.parametrize("answer", ["y\n", ""])
+def test_code_beside_a_model_or_a_tokenizer_runs_only_where_the_user_says_so(tmp_path, monkeypatch, answer):
+    folder, mark = tmp_path / "base", tmp_path / "ran"
+    causal("llama").save_pretrained(folder)
+    byte_bpe().save_pretrained(folder)
+    config = folder / "config.json"
+    auto = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "mine", "auto_map": auto}))
+    code = f"open({str(mark)!r}, 'w').close()\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
+    code += "class Config(LlamaConfig):\n    model_type = 'mine'\n"
+    (folder / "code.py").write_text(code + "class Model(LlamaForCausalLM):\n    config_class = Config\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO(answer))  # transformers would ask
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with pytest.raises(BackboneError, match="would run code"):
+        load_base(folder)
+    assert not mark.exists()
+    assert type(load_base(folder, trust_remote_code=True).model).__name__ == "Model"
+    assert mark.exists()
+
+
+@pytest.mark.parametrize("answer", ["y\n", ""])
+def test_code_of_a_tokenizer_for_the_start_does_not_run(tmp_path, monkeypatch, answer):
+    mark = tmp_path / "ran"
+    byte_bpe().save_pretrained(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    auto = {"AutoTokenizer": ["code.Words", None]}
+    config.write_text(json.dumps({"tokenizer_class": "Words", "auto_map": auto}))
+    (tmp_path / "code.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO(answer))
+    with suppress(ConfigError):
+        load_tokenizer(str(tmp_path))
+    assert not mark.exists()
 
 
 def test_the_bundled_model_goes_by_name():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 
@@ -99,3 +100,34 @@ def test_the_class_is_not_instantiated():
 
 def test_there_is_one_for_every_task():
     assert {str(task) for task in TaskType} == set(AUTO)
+
+
+def test_a_base_inside_the_prompts_folder_is_not_loaded_unasked(saved, tmp_path):
+    folder = saved["CAUSAL_LM"][1]
+    shutil.copytree(folder, tmp_path / "prompt")
+    shutil.copytree(folder.parent / "base", tmp_path / "prompt" / "base")
+    (tmp_path / "prompt" / "softprompt.json").unlink()  # it names the base too
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for inside in ("./base", str(tmp_path / "prompt" / "base")):
+        config["base_model_name_or_path"] = inside
+        (tmp_path / "prompt" / "adapter_config.json").write_text(json.dumps(config))
+        for load in (AutoPeftModel.from_pretrained, softprompt.load):
+            with pytest.raises(ArtifactError, match="inside its own folder"):
+                load(tmp_path / "prompt")
+
+
+def test_a_base_that_brings_code_along_is_not_run(saved, tmp_path, monkeypatch):
+    folder = saved["CAUSAL_LM"][1]
+    shutil.copytree(folder, tmp_path / "prompt")
+    shutil.copytree(folder.parent / "base", tmp_path / "base")
+    settings = json.loads((tmp_path / "base" / "config.json").read_text())
+    settings |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "base" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "base")
+    (tmp_path / "prompt" / "adapter_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        AutoPeftModel.from_pretrained(tmp_path / "prompt")
+    assert not (tmp_path / "ran").exists()

@@ -7,6 +7,7 @@ from .files import anchored as anchored
 from .files import damaged as damaged
 from .files import load_pickled as load_pickled
 from .files import load_safetensors as load_safetensors
+from .files import outside as outside
 from .files import parse_object as parse_object
 from .files import portable as portable
 from .files import read_bytes as read_bytes

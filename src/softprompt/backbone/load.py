@@ -35,6 +35,7 @@ def load_base(
     torch_dtype: str | torch.dtype | None = None,
     device: str | None = None,
     revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Base:
     """Load a causal or seq2seq language model with its tokenizer.
 
@@ -48,6 +49,7 @@ def load_base(
         torch_dtype: Such as ``"bfloat16"``; None keeps the checkpoint's. A model in memory is converted in place.
         device: Such as ``"cuda:0"``; None keeps the CPU or the model's own.
         revision: Revision on the Hub.
+        trust_remote_code: Run the code that the model or its tokenizer brings along (``auto_map``).
 
     Raises:
         BackboneError: If there is no such model, or it is not one of these kinds.
@@ -55,7 +57,7 @@ def load_base(
     """
     dtype = parse_dtype(torch_dtype)
     if isinstance(name_or_path, PreTrainedModel):
-        return _in_memory(name_or_path, tokenizer, dtype, device)
+        return _in_memory(name_or_path, tokenizer, dtype, device, trust_remote_code)
     name = str(name_or_path)
     try:
         source, file = source_of(name)
@@ -64,7 +66,12 @@ def load_base(
     local = Path(source, *file.values()).exists()
     if revision is None and not local and (misspelt := no_folder(name, before_hub=True)):
         raise BackboneError(f"base model: {misspelt}")
-    options: dict[str, Any] = {**file, "revision": revision, "local_files_only": not (local or downloads_allowed())}
+    options: dict[str, Any] = {
+        **file,
+        "revision": revision,
+        "local_files_only": not (local or downloads_allowed()),
+        "trust_remote_code": trust_remote_code,  # unset, transformers asks on stdin
+    }
     with phase("loading", f"loading {name}"):
         try:
             config = AutoConfig.from_pretrained(source, **options)
@@ -139,13 +146,19 @@ def parse_device(value: str) -> torch.device:
 
 
 def _in_memory(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype | None, device: str | None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: torch.dtype | None,
+    device: str | None,
+    trust_remote_code: bool,
 ) -> Base:
     name = str(model.config._name_or_path or model.name_or_path)
     if tokenizer is None:
         try:
             source, options = source_of(name)
-            tokenizer = AutoTokenizer.from_pretrained(source, **options, local_files_only=not downloads_allowed())
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, **options, local_files_only=not downloads_allowed(), trust_remote_code=trust_remote_code
+            )
         except Exception as cause:
             raise BackboneError(
                 f"no tokenizer beside the model in memory (name {name!r}); pass tokenizer=…"
@@ -177,6 +190,11 @@ def _moved(model: PreTrainedModel, setting: str, to: torch.dtype | torch.device)
 
 def _why_not_loaded(name: str, local: bool, cause: Exception) -> str:
     first = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+    if "trust_remote_code" in str(cause):
+        return (
+            f"base model {name!r} would run code that it brings along (auto_map in its files); read it, and "
+            "pass trust_remote_code=True in Python if you trust it"
+        )
     if local:
         return f"base model {name!r} cannot be loaded: {first}"
     if misspelt := no_folder(name):

@@ -71,7 +71,7 @@ def command(
 
 def _base(stored: StoredPrompt, base_model: str | None, ignore_fingerprint: bool) -> Base | None:
     """Load the base and check that it is the prompt's; the recorded one may be absent."""
-    from softprompt.artifacts import check_base
+    from softprompt.artifacts import check_base, outside
     from softprompt.backbone import load_base
 
     recorded = stored.config.get("base_model_name_or_path")
@@ -79,10 +79,10 @@ def _base(stored: StoredPrompt, base_model: str | None, ignore_fingerprint: bool
     if not name:
         return None
     try:
-        base = load_base(name)
+        base = load_base(base_model or outside(name, stored.location))
         if _writes_text(stored):  # under another head the sample of weights is another one
             check_base(stored, base.model, ignore=ignore_fingerprint)
-    except BackboneError as error:
+    except (ArtifactError, BackboneError) as error:
         if base_model is not None:
             raise
         click.echo(f"warning: shown without its base: {error}", err=True)

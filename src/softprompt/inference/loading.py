@@ -18,6 +18,7 @@ from softprompt.artifacts import (
     check_base,
     load_adapter,
     manifest_of,
+    outside,
     started_prompt,
     tensors_read,
 )
@@ -53,6 +54,7 @@ class Reading(TypedDict, total=False):
     tokenizer: PreTrainedTokenizerBase | None
     torch_dtype: str | torch.dtype | None
     device: str | None
+    trust_remote_code: bool
     ignore_fingerprint: bool
 
 
@@ -89,8 +91,9 @@ def load(
         bounds: What many prompts together may use at most.
         **reading: ``tokenizer``, used instead of the base model's own; ``torch_dtype`` of the base, where
             None takes the recorded one, or leaves a model in memory as it is; ``device`` such as
-            "cuda:0", where None is the CPU, or where a model in memory is; ``ignore_fingerprint`` to use
-            prompts on a base they were not made for.
+            "cuda:0", where None is the CPU, or where a model in memory is; ``trust_remote_code`` to run the
+            code that a base brings along; ``ignore_fingerprint`` to use prompts on a base they were not
+            made for.
 
     Returns:
         A ``TunedPrompt`` for a folder, a ``Serving`` for a mapping.
@@ -225,12 +228,12 @@ def _read(
 
 
 def recorded_base(stored: StoredPrompt) -> str:
-    """Return the base that a prompt names; raise ``ArtifactError`` where it names none."""
+    """Return the base that a prompt names; raise ``ArtifactError`` where it names none, or one it brings along."""
     if stored.base_model is None:
         raise ArtifactError(
             f"{stored.location} does not say which base model it is for; pass base_model (--base-model)"
         )
-    return stored.base_model
+    return outside(stored.base_model, stored.location)
 
 
 def _recorded_dtype(found: Sequence[StoredPrompt]) -> str | None:

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from softprompt.artifacts import anchored
+from softprompt.artifacts import anchored, outside
 from softprompt.backbone import text_key_values
 from softprompt.bundled import source_of
 from softprompt.engine import infer_task
@@ -183,9 +183,12 @@ class AutoPeftModel:
         task = TaskType(config.task_type)
         if cls.task not in (None, task):
             raise ConfigError(f"{cls.__name__} loads task_type {cls.task}, the prompt is for {task}")
-        source, file = source_of(anchored(config.base_model_name_or_path, Path(pretrained_model_name_or_path)))
+        folder = Path(pretrained_model_name_or_path)
+        source, file = source_of(outside(anchored(config.base_model_name_or_path, folder), folder))
         if config.revision is None and (said := no_folder(source, before_hub=True)):
             raise BackboneError(f"base model: {said}")
+        # Unset, transformers asks on stdin whether to run the code that a base names.
+        kwargs.setdefault("trust_remote_code", False)
         model = _LOADERS[task].from_pretrained(source, revision=config.revision, **file, **kwargs)
         return PeftModel.from_pretrained(
             model,

@@ -132,7 +132,9 @@ def load_tokenizer(name: str, **options: object) -> PreTrainedTokenizerBase:
 
     try:
         source, more = source_of(name)
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **more, **options)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source, **more, **{"trust_remote_code": False, **options}
+        )
     except Exception as cause:
         first = no_folder(name) or (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         raise ConfigError(
