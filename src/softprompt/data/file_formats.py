@@ -198,30 +198,57 @@ def _check_header(header: list[str], where: str) -> None:
 def read_parquet(path: Path) -> Iterator[Located]:
     """Yield the records of a Parquet file; raises DataError if pyarrow is not installed, or the file is damaged."""
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import parquet
     except ImportError as error:
         raise _needs_pyarrow(path) from error
-    try:
-        table = parquet.read_table(path, partitioning=None)
-    except (ArrowException, OSError) as error:
-        raise damaged(path, "Parquet", error) from error
-    return with_class_names(_column_records(table, path), _features(table))
+    return _table_of(path, "Parquet", lambda: parquet.read_table(path, partitioning=None))
 
 
 def read_arrow(path: Path) -> Iterator[Located]:
     """Yield the records of an Arrow file, of the file form (Feather 2) or the stream form; see ``read_parquet``."""
     try:
-        from pyarrow import ArrowException, ipc
+        from pyarrow import ipc
     except ImportError as error:
         raise _needs_pyarrow(path) from error
-    is_file_form = path.read_bytes()[:6] == b"ARROW1"
-    try:
+
+    def read() -> Any:
         with path.open("rb") as stream:
-            reader = ipc.open_file(stream) if is_file_form else ipc.open_stream(stream)
-            table = reader.read_all()
-    except (ArrowException, OSError) as error:
-        raise damaged(path, "Arrow", error) from error
+            is_file_form = stream.read(6) == b"ARROW1"
+            stream.seek(0)
+            return (ipc.open_file(stream) if is_file_form else ipc.open_stream(stream)).read_all()
+
+    return _table_of(path, "Arrow", read)
+
+
+def _table_of(path: Path, form: str, read: Callable[[], Any]) -> Iterator[Located]:
+    """Yield the records of a table that is read and then checked, for its offsets may point anywhere.
+
+    Raises:
+        DataError: The file is damaged, or has more records than it has values for.
+    """
+    try:
+        table = read()
+        _validate(table)
+    except Exception as error:  # pyarrow lets errors of many kinds through
+        raise damaged(path, form, error) from error
+    if table.num_rows > 8 * table.nbytes:
+        raise DataError(f"{path.name}: {table.num_rows:,} records without a value; write it again")
     return with_class_names(_column_records(table, path), _features(table))
+
+
+def _validate(table: Any) -> None:
+    """Check every offset of a table; a text that is not UTF-8 is left to the message with its record."""
+    try:
+        table.validate(full=True)
+    except ValueError as error:
+        if "Invalid UTF8" not in str(error):
+            raise
+        # Which stops at the first text: the offsets of the others are still to be checked.
+        import pyarrow
+
+        as_bytes = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
+        for column in table.columns:
+            (column.view(as_bytes[column.type]) if column.type in as_bytes else column).validate(full=True)
 
 
 def _features(table: Any) -> Mapping[str, Any]:
