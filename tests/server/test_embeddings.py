@@ -104,7 +104,7 @@ def test_the_base_alone_has_vectors_too(ai, base):
         ({"model": "writer"}, "the prompt 'writer' is for CAUSAL_LM; ask for an answer"),
         ({"dimensions": 8}, "dimensions; leave dimensions out"),
         ({"encoding_format": "hex"}, "encoding_format takes"),
-        ({"input": []}, "input takes a text, token ids from 0 up, or a list of texts"),
+        ({"input": []}, "input takes a text, token ids from 0 up, or a list of up to 2,048 texts"),
         ({"input": ["x"] * 9}, "9 texts, this server takes 8"),
         ({"input": ""}, "no tokens"),
         ({"input": "word " * 3000}, "truncate_input=true"),

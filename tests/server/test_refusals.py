@@ -12,7 +12,9 @@ from softprompt.server.completions import CompletionBody
 from softprompt.server.errors import CHOICES
 
 COMPLETIONS, CHAT, CLASSIFY = "/v1/completions", "/v1/chat/completions", "/v1/classify"
-PROMPT = "prompt takes a text, token ids from 0 up, or a list of texts or of token id lists; no empty list; got "
+PROMPT = (
+    "prompt takes a text, token ids from 0 up, or a list of up to 2,048 texts or token id lists, none empty; got "
+)
 STOP = "stop takes a text, or up to 16 texts, each of 1 to 200 characters; got "
 CONTENT = 'a text, or a list of parts {"type": "text", "text": ...}'
 NO_OBJECT = "expected a JSON object in the body, and the header 'Content-Type: application/json'; got "

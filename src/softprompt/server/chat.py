@@ -21,9 +21,11 @@ from softprompt.server.protocol import (
     MOST_TOKENS,
     Choice,
     GenerationResponse,
+    Items,
     Part,
     Reply,
     SamplingBody,
+    Several,
     Submission,
     Text,
     Whole,
@@ -56,7 +58,7 @@ class Message(Part):
     neutral: ClassVar[Neutral] = OF_MESSAGE
 
     role: Annotated[str, StringConstraints(pattern="^[a-z_]{1,32}$")]
-    content: Text | list[TextPart]
+    content: Text | Items[TextPart]
     name: str | None = None
 
     def plain(self) -> dict[str, Any]:
@@ -74,7 +76,7 @@ class ChatBody(SamplingBody):
     # The chat template prints them.
     neutral: ClassVar[Neutral] = {**PARAMETERS, "add_special_tokens": (False,)}
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Several[Message]
     max_tokens: Whole | None = Field(None, ge=1, le=MOST_TOKENS)
     max_completion_tokens: Whole | None = Field(None, ge=1, le=MOST_TOKENS)
     logprobs: bool | None = False

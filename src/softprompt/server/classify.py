@@ -18,7 +18,7 @@ from torch import Tensor
 from softprompt.errors import ConfigError, DataError
 from softprompt.generation import Input, Labelling, label_ids_of
 from softprompt.server.errors import Problem
-from softprompt.server.protocol import Body, Fields, Stop, Text
+from softprompt.server.protocol import Body, Fields, Several, Stop, Text
 from softprompt.server.service import CLIENT_GONE, USER, in_thread, service_of, unless_gone
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ router = APIRouter(tags=["classification"], dependencies=[USER])
 class ClassifyBody(Body):
     """The body of ``POST /v1/classify``."""
 
-    input: Text | Annotated[list[Text], Field(min_length=1)] | None = None
-    fields: Fields | Annotated[list[Fields], Field(min_length=1)] | None = None
-    labels: Annotated[list[Stop], Field(min_length=1, max_length=1000)] | None = Field(
+    input: Text | Several[Text] | None = None
+    fields: Fields | Several[Fields] | None = None
+    labels: Annotated[list[Stop], Field(min_length=1, max_length=1000, fail_fast=True)] | None = Field(
         None, description="Instead of the prompt's own."
     )
     normalize: bool = Field(False, description="Divide scores by the labels' token counts.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, final
+from typing import TYPE_CHECKING, Any, final
 
 from fastapi import APIRouter
 from fastapi import Request as HTTPRequest
@@ -36,6 +36,7 @@ from softprompt.server.protocol import (
     GenerationResponse,
     Reply,
     SamplingBody,
+    Several,
     Submission,
     Text,
     TokenIds,
@@ -63,14 +64,10 @@ router = APIRouter(tags=["generation"], dependencies=[USER])
 class CompletionBody(SamplingBody):
     """The body of ``POST /v1/completions``."""
 
-    prompt: (
-        Text
-        | Annotated[list[Text], Field(min_length=1)]
-        | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1)]
-        | None
-    ) = Field(None, description="The template's input; or token ids, which are used as they are.")
-    fields: Fields | Annotated[list[Fields], Field(min_length=1)] | None = Field(
+    prompt: Text | Several[Text] | TokenIds | Several[TokenIds] | None = Field(
+        None, description="The template's input; or token ids, which are used as they are."
+    )
+    fields: Fields | Several[Fields] | None = Field(
         None, description="Fields of a template that has several; instead of prompt."
     )
     raw: bool = Field(False, description="Leave the template out, and read special tokens in prompt.")

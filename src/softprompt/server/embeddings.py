@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import anyio
 from fastapi import APIRouter, Request
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softprompt.engine import EngineRow, text_states
 from softprompt.errors import ConfigError, DataError, NotServingError, QueueFullError
-from softprompt.server.protocol import Body, Text, TokenIds, Whole
+from softprompt.server.protocol import Body, Several, Text, TokenIds, Whole
 from softprompt.server.service import USER, Service, in_thread, service_of
 
 if TYPE_CHECKING:
@@ -28,15 +28,12 @@ class EmbeddingsBody(Body):
     """The body of ``POST /v1/embeddings``."""
 
     expects: ClassVar[Mapping[str, str]] = {
-        "input": "a text, token ids from 0 up, or a list of texts or of token id lists; no empty list"
+        "input": "a text, token ids from 0 up, or a list of up to 2,048 texts or token id lists, none empty"
     }
 
-    input: (
-        Text
-        | Annotated[list[Text], Field(min_length=1)]
-        | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1)]
-    ) = Field(description="The template's input; or token ids, which are used as they are.")
+    input: Text | Several[Text] | TokenIds | Several[TokenIds] = Field(
+        description="The template's input; or token ids, which are used as they are."
+    )
     encoding_format: Literal["float", "base64"] | None = Field(None, description="base64: float32, little-endian.")
     dimensions: Whole | None = Field(None, description="The base's own width, or left out.")
     pooling: Literal["mean", "last"] = Field("mean", description="Over the text's tokens, virtual ones left out.")

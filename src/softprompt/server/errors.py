@@ -174,7 +174,7 @@ def _body_of(request: Request) -> Any:
 
 
 CHOICES: Mapping[str, str] = {
-    "prompt": "a text, token ids from 0 up, or a list of texts or of token id lists; no empty list",
+    "prompt": "a text, token ids from 0 up, or a list of up to 2,048 texts or token id lists, none empty",
     "fields": "an object that gives each field of the template a text or number, or a list of such objects",
     "stop": "a text, or up to 16 texts, each of 1 to 200 characters",
     "input": "a text, or a list of texts",

@@ -19,11 +19,14 @@ from softprompt.server.chat import DEFAULT_TOKENS, chat_input
 from softprompt.server.protocol import (
     MOST_TOKENS,
     Choice,
+    Choices,
+    Items,
     JsonSchema,
     Part,
     Reply,
     ResponseFormat,
     SamplingBody,
+    Several,
     Submission,
     Text,
     Whole,
@@ -63,7 +66,7 @@ class Item(Part):
 
     type: Literal["message"] = "message"
     role: Annotated[str, StringConstraints(pattern="^[a-z_]{1,32}$")]
-    content: Text | list[ItemPart]
+    content: Text | Items[ItemPart]
 
     def plain(self) -> dict[str, str]:
         """Return the message as chat templates expect it."""
@@ -81,7 +84,7 @@ class TextFormat(Part):
 
     type: Literal["text", "json_object", "json_schema", "choice", "regex"]
     schema_: dict[str, Any] | None = Field(None, alias="schema")
-    choices: list[Text] | None = None
+    choices: Choices | None = None
     regex: Text | None = None
 
     def format(self) -> ResponseFormat:
@@ -106,7 +109,7 @@ class ResponsesBody(SamplingBody):
         "input": "a text, or a list of messages, each with its role and content"
     }
 
-    input: Text | Annotated[list[Item], Field(min_length=1)]
+    input: Text | Several[Item]
     instructions: Text | None = Field(None, description="The system turn of the chat.")
     max_output_tokens: Whole | None = Field(None, ge=1, le=MOST_TOKENS)
     text: TextConfig | None = None

@@ -132,6 +132,10 @@ _INSTEAD = {
 }
 
 
+_MOST_UNKNOWN = 8
+"""Unknown names that are looked at: one is reported, and each costs an error of its own."""
+
+
 def asked(values: Any, served: Collection[str], required: Collection[str], neutral: Neutral) -> Any:
     """Return what a part of a request asks for, without the values that ask for nothing.
 
@@ -146,13 +150,16 @@ def asked(values: Any, served: Collection[str], required: Collection[str], neutr
     """
     if not isinstance(values, dict):
         return values
-    kept = {}
+    kept: dict[str, Any] = {}
+    unknown = 0
     for name, value in values.items():
         known = name in served or name in neutral or name in _ELSEWHERE
         if value is None and known and name not in required:
             continue
         if name in served or name not in neutral:
-            kept[name] = value
+            unknown += name not in served
+            if name in served or unknown <= _MOST_UNKNOWN:
+                kept[name] = value
         elif not _asks_for_nothing(name, value, neutral[name]):
             instead = _INSTEAD.get(name, "leave it out")
             raise PydanticCustomError("not_served", "{name} is not served", {"name": name, "instead": instead})
