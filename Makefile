@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# `make test-all` runs the tests marked slow as well.
 # `make test-extra` adds the packages that are too heavy for the set-up, and runs the tests that skip without them.
 # The second list is what lm_eval imports and the set-up has not: --no-deps, for it also asks for what nothing here runs.
 HEAVY := bitsandbytes torchao sentence-transformers lm_eval
@@ -9,7 +10,7 @@ OF_LM_EVAL := absl-py aiohappyeyeballs aiohttp aiosignal chardet colorama DataPr
 	mbstrdecoder more-itertools multidict nltk pathvalidate portalocker propcache pytablewriter pytz regex rouge_score \
 	sacrebleu sqlitedict tabledata tabulate tcolorpy tenacity typepy word2number yarl
 NEED_HEAVY := tests/integration/test_quantised.py tests/integrations/test_libraries.py tests/server/test_lm_eval.py
-.PHONY: demo test test-extra setup check clean
+.PHONY: demo test test-all test-extra setup check clean
 
 setup: .venv/.ready
 
@@ -24,6 +25,9 @@ demo: setup
 
 test: setup check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+test-all: setup check
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "slow or not slow"
 
 test-extra: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps $(HEAVY) $(OF_LM_EVAL)
