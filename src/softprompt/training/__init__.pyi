@@ -1,12 +1,14 @@
 from .configuration import METHODS as METHODS
 from .events import Events as Events
-from .run import RUN_FILE as RUN_FILE
-from .run import read_run as read_run
 from .run import tune as tune
+from .run_file import RUN_FILE as RUN_FILE
+from .run_file import read_run as read_run
 from .runs import RunSummary as RunSummary
 from .runs import differing as differing
 from .runs import interruption as interruption
 from .runs import list_runs as list_runs
+from .seeds import ensemble_command as ensemble_command
+from .seeds import in_words as in_words
 from .settings import TuneSettings as TuneSettings
 from .settings import full_names as full_names
 from .source_prompts import VARIABLE as VARIABLE
