@@ -27,6 +27,7 @@ from .runs import list_runs as list_runs
 from .seeds import ensemble_command as ensemble_command
 from .seeds import in_words as in_words
 from .session import Member as Member
+from .session import candidate_of as candidate_of
 from .session import Trained as Trained
 from .session import identity as identity
 from .session import stages_of as stages_of
