@@ -114,7 +114,7 @@ class RunState:
 
 STATE_DIRECTORY = ".state"
 STATE_FILE = "state.safetensors"
-FORMAT = 4
+FORMAT = 5
 
 
 def state_path(output: Path) -> Path:
@@ -193,18 +193,33 @@ class Snapshot:
 
 def save_state(output: Path, snapshot: Snapshot, identity: Mapping[str, Any]) -> None:
     """Write the state of a run atomically; ``identity`` says what it may be resumed with."""
-    header = {
-        "format": FORMAT,
-        "stage": snapshot.stage,
-        "run": snapshot.run.to_dict(),
-        "optimizer": snapshot.numbers,
-        "results": snapshot.results,
-        "identity": identity,
+    save_states(output, {"": snapshot}, identity)
+
+
+def save_states(
+    output: Path,
+    snapshots: Mapping[str, Snapshot],
+    identity: Mapping[str, Any],
+    record: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the states of runs that are trained together, by name, atomically.
+
+    Args:
+        output: Directory of the run.
+        snapshots: Where each of them is.
+        identity: What they may be resumed with.
+        record: What else is needed to go on, as JSON values.
+    """
+    runs = {
+        name: {"stage": each.stage, "run": each.run.to_dict(), "optimizer": each.numbers, "results": each.results}
+        for name, each in snapshots.items()
     }
+    header = {"format": FORMAT, "runs": runs, "identity": identity, "record": record or {}}
     flat = {
-        f"{kind}:{name}": tensor.detach().cpu().contiguous()
+        f"{name}:{kind}:{key}": tensor.detach().cpu().contiguous()
+        for name, snapshot in snapshots.items()
         for kind, tensors in snapshot.tensors.items()
-        for name, tensor in tensors.items()
+        for key, tensor in tensors.items()
     }
     path = state_path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,7 +227,12 @@ def save_state(output: Path, snapshot: Snapshot, identity: Mapping[str, Any]) ->
 
 
 def load_state(output: Path, identity: Mapping[str, Any]) -> Snapshot:
-    """Read a state back.
+    """Read the state of a run that was trained alone; see ``load_states``."""
+    return next(iter(load_states(output, identity)[0].values()))
+
+
+def load_states(output: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Snapshot], dict[str, Any]]:
+    """Read back what ``save_states`` wrote: the snapshots and the record.
 
     Raises:
         TrainingError: there is no state, it is damaged, or it belongs to other data, another base
@@ -225,12 +245,24 @@ def load_state(output: Path, identity: Mapping[str, Any]) -> Snapshot:
                 f"cannot resume {output}: its {name} was {expected!r}, now it is "
                 f"{identity.get(name)!r}; restore it, or start again with overwrite=True"
             )
-    tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("prompt", "best", "optimizer", "earlier")}
-    for name, tensor in flat.items():
-        kind, _, rest = name.partition(":")
-        tensors[kind][rest] = tensor
-    run = RunState(**header["run"], best=tensors["best"] or None)
-    return Snapshot(header["stage"], run, tensors, header["optimizer"], header["results"])
+    kinds = ("prompt", "best", "optimizer", "earlier")
+    tensors: dict[str, dict[str, dict[str, Tensor]]] = {
+        name: {kind: {} for kind in kinds} for name in header["runs"]
+    }
+    for whole, tensor in flat.items():
+        name, kind, key = whole.split(":", 2)
+        tensors[name][kind][key] = tensor
+    snapshots = {
+        name: Snapshot(
+            each["stage"],
+            RunState(**each["run"], best=tensors[name]["best"] or None),
+            tensors[name],
+            each["optimizer"],
+            each["results"],
+        )
+        for name, each in header["runs"].items()
+    }
+    return snapshots, header["record"]
 
 
 def remove_state(output: Path) -> None:
@@ -308,21 +340,21 @@ class StopSignal:
         self._previous = {}
 
 
-def how_to_go_on(where: str, output: Path | None) -> str:
+def how_to_go_on(where: str, output: Path | None, command: str = "tune") -> str:
     """Return the sentence that ends an interrupted run: where it stopped, and what continues it."""
     if output is None:
         return f"training was stopped {where}; nothing is saved, since the run has no output directory"
-    return f"training was stopped {where}; its state is saved, continue with: {resume_command(output)}"
+    return f"training was stopped {where}; its state is saved, continue with: {resume_command(output, command)}"
 
 
-def resume_command(output: Path) -> str:
+def resume_command(output: Path, command: str = "tune") -> str:
     """Return the command that continues the run that was interrupted in a folder."""
-    return f"softprompt tune --resume --output {shlex.quote(str(output))}"
+    return f"softprompt {command} --resume --output {shlex.quote(str(output))}"
 
 
 @contextmanager
-def kept_if_resumable(output: Path | None) -> Iterator[None]:
-    """Leave nothing of a run that ends inside without a state it could be continued from.
+def kept_if_resumable(output: Path | None, command: str = "tune") -> Iterator[None]:
+    """Leave nothing of a run of a ``command`` that ends inside without a state it could be continued from.
 
     One whose numbers are not finite would fail again, so its state goes too.
 
@@ -339,7 +371,7 @@ def kept_if_resumable(output: Path | None) -> Iterator[None]:
         failed = isinstance(error, TrainingError)
         if state_path(output).exists() and not failed:
             if isinstance(error, KeyboardInterrupt):
-                raise TrainingInterrupted(how_to_go_on("at once", output)) from None
+                raise TrainingInterrupted(how_to_go_on("at once", output, command)) from None
             raise
         remove_state(output)
         if output.is_dir() and not any(output.iterdir()):

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from softprompt.data import TokenRow
-from softprompt.training.loop import Stage, duration, passed
+from softprompt.training.gradients import passed
+from softprompt.training.loop import duration
 from softprompt.training.preparation import Prepared, TaskRows
+from softprompt.training.stage import Stage
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +144,7 @@ def dry_run_of(prepared: Prepared, stages: Sequence[Stage]) -> DryRun:
         steps=steps,
         parameters=sum(each.numel() for each in stage.prompt.parameters() if each.requires_grad),
         memory=memory,
-        seconds=seconds * tokens / sum(lengths[i] for i in largest),
+        seconds=seconds * tokens / sum(lengths[i] for i in largest) * prepared.settings.seeds,
     )
 
 
