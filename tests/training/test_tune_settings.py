@@ -32,7 +32,7 @@ def test_defaults_are_those_of_caikits_document():
 
 
 def test_the_typed_keywords_are_the_fields_and_the_alias():
-    names = {item.name for item in fields(TuneSettings)} | {"lr", "method"}
+    names = {item.name for item in fields(TuneSettings)} | {"lr", "method", "init"}
     assert set(TuneOptions.__annotations__) == names
 
 

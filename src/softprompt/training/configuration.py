@@ -11,7 +11,7 @@ from typing import Any
 from softprompt.errors import ConfigError, nearest
 from softprompt.prompts import MultitaskPromptTuningInit, PeftType, PromptLearningConfig, PromptTuningInit, TaskType
 from softprompt.prompts import config_class as class_of
-from softprompt.training.tuning_config import SOURCE_METHODS, TuningConfig
+from softprompt.training.tuning_config import AUTO, SOURCE_METHODS, TuningConfig
 
 METHODS: Mapping[str, str] = {
     "prompt_tuning": "PROMPT_TUNING",
@@ -32,8 +32,9 @@ INITS: Mapping[str, PromptTuningInit] = {
     "SAMPLE_VOCAB": PromptTuningInit.SAMPLE_VOCAB,
     "LABELS": PromptTuningInit.LABELS,
     "PROMPT": PromptTuningInit.PROMPT,
+    AUTO: PromptTuningInit.RANDOM_SCALED,
 }
-"""caikit's names of initialisations, and PEFT's: there RANDOM is N(0, 1)."""
+"""caikit's names of initialisations, and PEFT's: there RANDOM is N(0, 1). AUTO is resolved with the data read."""
 
 _OPTION_OF: Mapping[str, str] = {
     "prompt_tuning_init_method": "prompt_tuning_init",
@@ -138,16 +139,16 @@ def tuning_type_of(config: PromptLearningConfig) -> str:
 def _check_known(tuning: TuningConfig, tuning_type: str) -> None:
     """Refuse a setting that the method does not have."""
     for name in tuning.given():
-        if not _has(tuning_type, name):
-            own = [item.name for item in fields(tuning) if _has(tuning_type, item.name)]
-            others = " or ".join(each for each in METHODS.values() if _has(each, name))
+        if not has_setting(tuning_type, name):
+            own = [item.name for item in fields(tuning) if has_setting(tuning_type, item.name)]
+            others = " or ".join(each for each in METHODS.values() if has_setting(each, name))
             raise ConfigError(
                 f"tuning_config.{name} would be ignored with tuning_type {tuning_type}"
                 f"{nearest(name, own)}; set tuning_type {others}, or leave it out"
             )
 
 
-def _has(tuning_type: str, setting: str) -> bool:
+def has_setting(tuning_type: str, setting: str) -> bool:
     """Return whether a method has the option that a setting goes into."""
     if setting == "num_virtual_tokens":  # CPT's is the length of its context
         return tuning_type != CPT
@@ -177,7 +178,7 @@ def _initialisation(tuning: TuningConfig, tuning_type: str, origins: Origins) ->
         }
     if method == "LABELS":
         text = labels_text(origins.labels)
-    special = tuning.prompt_tuning_init_special_tokens
+    special = tuning.prompt_tuning_init_special_tokens or method == AUTO
     reads = text or tuning.prompt_tuning_init_prompt or method == "TEXT"
     return {
         "prompt_tuning_init": str(INITS[method]),

@@ -26,6 +26,7 @@ from softprompt.data import TokenRow, plan_batches, split_batch
 from softprompt.engine import EngineRow
 from softprompt.errors import TrainingError
 from softprompt.prompts import CPTEmbedding, Prompt, PromptModule
+from softprompt.training.collapse import CollapseWatch
 from softprompt.training.events import LOG_FILE, Events
 from softprompt.training.objectives import BatchLoss, Objective
 from softprompt.training.optimisation import rate_factor, set_rates
@@ -124,6 +125,11 @@ MAIN = "prompt"
 class Measure(Protocol):
     """Says how good prompts are on rows that were not trained on."""
 
+    @property
+    def collapse(self) -> Mapping[str, str]:
+        """The signs of collapse that were seen so far, and what was said of them."""
+        ...
+
     def metrics(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         """Measure the prompts of all tasks, in the order of the tasks."""
         ...
@@ -199,6 +205,7 @@ def train(
     *,
     check_stop: Callable[[], None],
     save: Callable[[], None],
+    watch: CollapseWatch | None = None,
 ) -> None:
     """Train ``stage.prompt`` from ``state`` to the end, both always at the border of an update.
 
@@ -226,6 +233,8 @@ def train(
             seconds = time.perf_counter() - started
             state.add_update(sums, seconds=seconds, rate=stage.learning_rate * factor)
             events.update(state, sums.loss / sums.targets)
+            if watch is not None:
+                watch.update(state, sums.loss / sums.targets)
             if state.update == TIMED_UPDATES:
                 _tell_time(state, total)
             if events.epoch_stopped:
@@ -312,6 +321,7 @@ def _finish_epoch(stage: Stage, state: RunState, events: Events) -> None:
             prompts = [stage.prompt.prompt(task) for task in range(stage.prompt.num_tasks)]
         metrics = stage.validation.metrics(prompts)
         point["validation"] = metrics
+        state.collapse |= stage.validation.collapse
         state.offer(stage.validation.quality(metrics), stage.prompt.state_dict())
         state.validation_seconds += time.perf_counter() - started
     state.add_epoch(point)

@@ -43,6 +43,7 @@ from softprompt.prompts import (
     PromptTuningInit,
     TaskType,
 )
+from softprompt.training.automatic_start import resolved
 from softprompt.training.configuration import Origins, labels_text
 from softprompt.training.examples import TaskData, first_tokens, with_context
 from softprompt.training.optimisation import Rates, peak_rates
@@ -143,6 +144,7 @@ def prepare(base_model: BaseLike, data: Sequence[TaskData], settings: TuneSettin
     base = _loaded(base_model, settings)
     freeze(base.model)
     _check_gradient(base)
+    settings = resolved(settings, base, data)
     config = _configuration(base, data, settings)
     tasks = [_tokenized(task, base, config, settings) for task in data]
     if isinstance(config, CPTConfig) and config.cpt_token_ids == _NO_CONTEXT:

@@ -27,7 +27,7 @@ from softprompt.training.events import checked_callbacks
 from softprompt.training.examples import Data, read_data
 from softprompt.training.preparation import BaseLike, Prepared, prepare
 from softprompt.training.session import Trained, identity, run, stages_of
-from softprompt.training.settings import TuneOptions, TuneSettings, full_names
+from softprompt.training.settings import ALIASES, TuneOptions, TuneSettings, full_names
 from softprompt.training.state import StopSignal, kept_if_resumable, load_state, remove_state, state_path
 from softprompt.training.summary import DryRun, dry_run_of, nothing_learnt, summarize
 from softprompt.training.tuning_config import TuningConfig
@@ -89,7 +89,7 @@ def tune(
             docs/training.md.
         **options: The fields of `TuneSettings`. What the prompt is, is said by ``config``, such as
             ``PrefixTuningConfig(num_virtual_tokens=8)``, or by ``method`` and ``tuning_config``; ``lr`` is
-            another name of ``learning_rate``.
+            another name of ``learning_rate``, ``init`` of tuning_config's ``prompt_tuning_init_method``.
 
     Raises:
         ConfigError: An unknown or contradictory setting.
@@ -301,7 +301,7 @@ def _signature() -> inspect.Signature:
         inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=default_of(item), annotation=item.type)
         for item in fields(TuneSettings)
     ]
-    aliases = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in ("lr", "method")]
+    aliases = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in ALIASES]
     return written.replace(parameters=[*named, *options, *aliases])
 
 
@@ -328,7 +328,7 @@ def read_run(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read the run file {path}: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    _check_keys(values, [*SOURCES, "lr", "method", *TuneSettings.__dataclass_fields__], str(path))
+    _check_keys(values, [*SOURCES, *ALIASES, *TuneSettings.__dataclass_fields__], str(path))
     for name in SOURCES:
         _check_source(values.get(name, ""), name, str(path))
     for name in ("tuning_config", "config"):

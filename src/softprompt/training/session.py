@@ -6,7 +6,6 @@ A run has one stage, its prompt; with several tasks teachers are trained first, 
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from softprompt.engine import Engine, EngineRow, require_gradient, score_of
 from softprompt.errors import TrainingInterrupted
 from softprompt.generation import TargetLikelihood, classify_rows, target_likelihood
 from softprompt.prompts import CPTConfig, Prompt, PromptModule, context_labels
+from softprompt.training.collapse import CollapseWatch, LabelWatch
 from softprompt.training.events import Callbacks, Events
 from softprompt.training.loop import Measure, Sampling, Stage, train
 from softprompt.training.objectives import ContextLikelihood, Distillation, Likelihood, Objective, TeacherPrompts
@@ -31,7 +31,6 @@ from softprompt.training.state import RunState, Snapshot, StopSignal, how_to_go_
 
 logger = logging.getLogger(__name__)
 
-PLATEAU_EPOCHS = 3
 ROWS_BETWEEN_STOPS = 256
 
 
@@ -50,7 +49,16 @@ class Validation:
     check_stop: Callable[[], None] = lambda: None
     task: int = 0
     name: str = ""
-    _at_chance: int = field(default=0, init=False)
+    _watch: LabelWatch = field(default_factory=LabelWatch, init=False)
+
+    def __post_init__(self) -> None:
+        """Begin to watch the answers."""
+        self._watch.of = f" of task {self.name}" if self.name else ""
+
+    @property
+    def collapse(self) -> Mapping[str, str]:
+        """What the answers showed so far; see ``LabelWatch``."""
+        return self._watch.found
 
     def metrics(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         """Measure the task's own of the prompts of all tasks.
@@ -91,36 +99,9 @@ class Validation:
         predicted = scores.argmax(dim=1)
         accuracy = (predicted == gold).double().mean().item()
         log_prob = scores[torch.arange(len(gold)), gold].sum().item()
-        self._watch_collapse(predicted.tolist(), gold.tolist(), names, accuracy)
+        self._watch.look(predicted.tolist(), gold.tolist(), names, accuracy)
         whole = TargetLikelihood(log_prob, sum(len(row.target) for row in self.rows))
         return {"accuracy": accuracy, "loss": whole.loss}
-
-    def _watch_collapse(self, predicted: list[int], gold: list[int], names: list[str], accuracy: float) -> None:
-        """Say so when all records get one label, or accuracy stays at the commonest label's share."""
-        answers, truth = Counter(predicted), Counter(gold)
-        chance = max(truth.values()) / len(gold)
-        self._at_chance = self._at_chance + 1 if accuracy <= chance else 0
-        if len(answers) == 1 and len(truth) > 1:
-            logger.warning(
-                "all %d validation records%s are answered %r; if this lasts, change the learning rate, "
-                "the initial prompt or the seed",
-                len(gold),
-                self._of_task,
-                names[predicted[0]],
-            )
-        if self._at_chance == PLATEAU_EPOCHS:
-            logger.warning(
-                "validation accuracy %.3f%s is not above the commonest label's share %.3f for %d "
-                "epochs; change the learning rate, the initial prompt or the base model",
-                accuracy,
-                self._of_task,
-                chance,
-                PLATEAU_EPOCHS,
-            )
-
-    @property
-    def _of_task(self) -> str:
-        return f" of task {self.name}" if self.name else ""
 
 
 @final
@@ -129,6 +110,11 @@ class TaskValidations:
     """Validation of several tasks: each by itself, and the means by which epochs are compared."""
 
     parts: Sequence[Validation]
+
+    @property
+    def collapse(self) -> Mapping[str, str]:
+        """What the answers of all tasks showed so far; see ``LabelWatch``."""
+        return {sign: said for part in self.parts for sign, said in part.collapse.items()}
 
     def metrics(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         """Measure the prompts of all tasks, in the order of the tasks.
@@ -312,7 +298,8 @@ class _Session:
     def run(self, stage: Stage, found: Snapshot | None) -> Trained:
         """Train one stage, from its snapshot when it was interrupted."""
         optimizer = build_optimizer(stage.settings, stage.prompt, self.prepared.rates)
-        state = RunState()
+        state, total = RunState(), stage.total_updates()
+        watch = CollapseWatch(stage.prompt, stage.rms, stage.learning_rate, total)
         if found is not None:
             found.restore(stage.prompt, optimizer)
             state = found.run
@@ -330,11 +317,11 @@ class _Session:
         silent = stage.settings.silence_progress_bars
         log = None if self.output is None else state_path(self.output).with_name(stage.log_file)
         try:
-            total, base = stage.total_updates(), self.prepared.base
+            base = self.prepared.base
             others = {"model": base.model, "processing_class": base.tokenizer, "optimizer": optimizer}
             callbacks = Callbacks(self.callbacks, stage.settings, total, **others, stage=stage.name)
             with Events(log, state, total, silent=silent, of=stage.of, callbacks=callbacks) as events:
-                train(stage, state, optimizer, events, check_stop=self.stop.check, save=save)
+                train(stage, state, optimizer, events, check_stop=self.stop.check, save=save, watch=watch)
         except TrainingInterrupted:
             save()
             where = f"update {state.update} (epoch {state.epoch + 1}{stage.of})"
@@ -386,4 +373,6 @@ def _best(stage: Stage, state: RunState) -> Trained:
     }
     if "validation" in point:
         metrics["validation"] = point["validation"]
+    if state.collapse:
+        metrics["collapse"] = list(state.collapse.values())
     return Trained(metrics, state.history)

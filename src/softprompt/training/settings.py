@@ -22,6 +22,7 @@ from softprompt.training.configuration import (
     Origins,
     config_from,
     configuration_of,
+    has_setting,
     plain_config,
     tuning_type_named,
     tuning_type_of,
@@ -61,6 +62,9 @@ _ONLY_WITH: Mapping[str, tuple[str, ...]] = {
 }
 """Settings that mean something with some methods only."""
 
+ALIASES = ("lr", "method", "init")
+"""Other names of learning_rate, tuning_type and tuning_config's prompt_tuning_init_method."""
+_INIT = "prompt_tuning_init_method"
 _DATA, _PROMPT, _TASKS = "Data", "Prompt", "Several tasks"
 _OPTIMISATION, _MODEL, _OUTPUT = "Optimisation", "Model and engine", "Output"
 
@@ -217,6 +221,11 @@ class TuneSettings:
         return dataclasses.replace(self.config)
 
     @property
+    def starts_from_a_method(self) -> bool:
+        """Whether ``prompt_tuning_init_method`` says what the prompt starts from."""
+        return self.config is None and has_setting(self.tuning_type, _INIT)
+
+    @property
     def multitask(self) -> bool:
         """Whether a shared prompt and task matrices are trained."""
         return self.tuning_type == MULTITASK
@@ -305,9 +314,10 @@ class TuneSettings:
 
 
 class TuneOptions(TypedDict, total=False):
-    """Keyword arguments of `tune`, for type checkers: the fields of `TuneSettings`, ``lr``, ``method``."""
+    """Keyword arguments of `tune`, for type checkers: the fields of `TuneSettings`, and the aliases."""
 
     method: str
+    init: str
     tuning_type: str
     tuning_config: TuningConfig | Mapping[str, Any]
     config: PromptLearningConfig | Mapping[str, Any] | None
@@ -351,12 +361,19 @@ class TuneOptions(TypedDict, total=False):
 
 
 def full_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings with ``lr`` as ``learning_rate``, and ``method`` as the ``tuning_type`` it stands for.
+    """Return settings with ``lr``, ``method`` and ``init`` under the names that they stand for.
 
     Raises:
         ConfigError: One is given under both names, or there is no such method.
     """
     found = dict(values)
+    if (init := found.pop("init", None)) is not None:
+        tuning = found.get("tuning_config") or {}
+        if isinstance(tuning, TuningConfig):
+            tuning = {name: getattr(tuning, name) for name in tuning.given()}
+        if _INIT in tuning:
+            raise ConfigError(f"init={init!r} and {_INIT}={tuning[_INIT]!r} are the same setting; give one of them")
+        found["tuning_config"] = {**tuning, _INIT: str(init).upper()}
     for short, name in (("lr", "learning_rate"), ("method", "tuning_type")):
         if found.get(short) is None:
             found.pop(short, None)
