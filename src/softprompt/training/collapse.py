@@ -76,7 +76,9 @@ class CollapseWatch:
             )
         if 2 * state.update < self._total:
             return
-        if drift < LEAST_DRIFT and state.update >= MIN_UPDATES and not isinstance(self._prompt, CPTEmbedding):  # which moves little by design
+        if (
+            drift < LEAST_DRIFT and state.update >= MIN_UPDATES and not isinstance(self._prompt, CPTEmbedding)
+        ):  # which moves little by design
             say(
                 state.collapse,
                 "drift",
