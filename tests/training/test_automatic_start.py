@@ -13,7 +13,7 @@ from oracles.tokenizers import chat_bpe
 from softprompt.cli.main import run
 from softprompt.errors import ConfigError
 from softprompt.training import TuneSettings, read_run, tune
-from softprompt.training.settings import full_names
+from softprompt.training.keywords import full_names
 
 QUICK = {"max_steps": 2, "batch_size": 4, "silence_progress_bars": True}
 

@@ -10,7 +10,7 @@ from softprompt.fields import choices_of, type_of
 from softprompt.prompts import PrefixTuningConfig, PromptLearningConfig, config_class
 from softprompt.training import TuneSettings, TuningConfig
 from softprompt.training.configuration import METHODS, Origins
-from softprompt.training.settings import TuneOptions
+from softprompt.training.keywords import TuneOptions
 
 SOURCE = {"prompt_tuning_init_source_model": "somewhere"}
 

@@ -64,6 +64,20 @@ class Place(click.types.StringParamType):
 
 
 @final
+class NumberOr(click.ParamType):
+    """A number, or the word that stands for one."""
+
+    name = "float"
+
+    def __init__(self, word: str) -> None:
+        self._word = word
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the word as it is, and anything else as a number."""
+        return value if value == self._word else click.FLOAT.convert(value, param, ctx)
+
+
+@final
 class Command(click.Command):
     """A command whose help lists its options in groups, in the order of their first options, output at the end.
 
@@ -282,6 +296,8 @@ def _option(owner: type, item: Field[Any]) -> Callable[[Decorated], Decorated]:
     choices = choices_of(owner, item.name)
     if choices is not None:
         kind = click.Choice(choices, case_sensitive=False)
+    if word := item.metadata.get("word"):
+        kind = NumberOr(word)
     if get_origin(kind) is tuple and Ellipsis not in get_args(kind):
         return option(flag, item.name, type=get_args(kind), **shared)
     if get_origin(kind) is tuple:

@@ -178,6 +178,10 @@ def _on(base: Base, data: Sequence[TaskData], settings: TuneSettings, beside: Pr
     if not any(each.numel() for each in module.parameters() if each.requires_grad):
         raise ConfigError("num_frozen_tokens leaves no virtual token to train; lower it")
     of_a_text = _key_values(module, base, tasks[0], settings)
+    if beside is not None and dataclasses.replace(settings, seed=beside.settings.seed) == beside.settings:
+        rates = beside.rates
+    else:
+        rates = peak_rates(settings, base, module, of_a_text)
     return Prepared(
         base=base,
         module=module,
@@ -185,7 +189,7 @@ def _on(base: Base, data: Sequence[TaskData], settings: TuneSettings, beside: Pr
         engine=build_engine(base, settings.engine) if beside is None else beside.engine,
         tasks=tasks,
         settings=settings,
-        rates=peak_rates(settings, base, module, of_a_text),
+        rates=rates,
     )
 
 

@@ -104,7 +104,7 @@ def probe(prepared: Prepared, check_stop: Callable[[], None] = lambda: None) -> 
                 prompt = each.stage.prompt
                 loss = measure.metrics([prompt.prompt(task) for task in range(prompt.num_tasks)])["loss"]
         losses.append(loss if loss == loss else None)
-        logger.info("  learning rate %-8.3g %s", rate_of(each), "not finite" if loss != loss else f"loss {loss:.4f}")
+        logger.info("  learning rate %-8.3g %s", each.stage.learning_rate, "not finite" if loss != loss else f"loss {loss:.4f}")
     sound = [(loss, rate) for loss, rate in zip(losses, rates, strict=True) if loss is not None]
     if not sound:
         raise next(each.problem for each in candidates if each.problem is not None)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
-from softprompt.data import LabelNames, names_of_labels
+from softprompt.data import names_of_labels
 from softprompt.errors import ConfigError, nearest
 from softprompt.fields import check, from_mapping, plain, setting
 from softprompt.prompts import PromptLearningConfig
@@ -24,10 +24,13 @@ from softprompt.training.configuration import (
     configuration_of,
     has_setting,
     plain_config,
-    tuning_type_named,
     tuning_type_of,
 )
+from softprompt.training.keywords import full_names
 from softprompt.training.tuning_config import TuningConfig
+
+AUTO_RATE = "auto"
+"""The learning rate that a probe finds; see ``rate_probe``."""
 
 RATE_PER_RMS = 0.57
 """Default learning rate in units of the embedding's rms (measured, see docs/training.md)."""
@@ -62,9 +65,6 @@ _ONLY_WITH: Mapping[str, tuple[str, ...]] = {
 }
 """Settings that mean something with some methods only."""
 
-ALIASES = ("lr", "method", "init")
-"""Other names of learning_rate, tuning_type and tuning_config's prompt_tuning_init_method."""
-_INIT = "prompt_tuning_init_method"
 _DATA, _PROMPT, _TASKS = "Data", "Prompt", "Several tasks"
 _OPTIMISATION, _MODEL, _OUTPUT = "Optimisation", "Model and engine", "Output"
 
@@ -87,13 +87,14 @@ class TuneSettings:
     max_steps: int | None = setting(
         None, "Optimizer steps in total, instead of num_epochs.", least=1, group=_OPTIMISATION
     )
-    learning_rate: float | None = setting(
+    learning_rate: float | str | None = setting(
         None,
-        f"Peak learning rate; by default {RATE_PER_RMS} x the rms of the base model's embeddings, for "
+        f"Peak learning rate, or {AUTO_RATE}: a few tried side by side and the best kept; by default {RATE_PER_RMS} x the rms of the base model's embeddings, for "
         f"keys and values {KEY_VALUE_RATE_PER_RMS} x theirs, for networks {NETWORK_RATE}, for a context "
         f"{CONTEXT_RATE} x what it may move by.",
         above=0,
         most=1e6,
+        word=AUTO_RATE,
         group=_OPTIMISATION,
     )
     task_learning_rate: float | None = setting(
@@ -186,6 +187,18 @@ class TuneSettings:
     seed: int = setting(
         73, "Random seed of the initial prompt and of shuffling.", least=0, most=2**32 - 1, group=_OPTIMISATION
     )
+    seeds: int = setting(
+        1,
+        "Prompts to train side by side, from the seeds seed, seed + 1 ...; the best is kept.",
+        least=1,
+        group=_OPTIMISATION,
+    )
+    restarts: int = setting(
+        0,
+        "Times to start again with the next seed, where the prompt learnt nothing; the best is kept.",
+        least=0,
+        group=_OPTIMISATION,
+    )
     silence_progress_bars: bool = setting(False, "Show no progress bars.", group=_OUTPUT)
 
     def __post_init__(self) -> None:
@@ -201,6 +214,8 @@ class TuneSettings:
                     f"{item.name} would be ignored with tuning_type {self.tuning_type}; set tuning_type "
                     f"{' or '.join(methods)}, or leave it out"
                 )
+        if self.seeds > 1 and self.restarts:
+            raise ConfigError("restarts would be ignored with several seeds, which start at once; give one of them")
         if self.train_on == "all" and self.task == "classification":
             raise ConfigError("train_on all trains every answer, and the label of a chat is its last; leave it out")
         if self.source_prompt_base is not None and not self.tuning_config.from_source:
@@ -223,7 +238,7 @@ class TuneSettings:
     @property
     def starts_from_a_method(self) -> bool:
         """Whether ``prompt_tuning_init_method`` says what the prompt starts from."""
-        return self.config is None and has_setting(self.tuning_type, _INIT)
+        return self.config is None and has_setting(self.tuning_type, "prompt_tuning_init_method")
 
     @property
     def multitask(self) -> bool:
@@ -311,80 +326,6 @@ class TuneSettings:
             del values["tuning_config"]
             values["config"] = plain_config(self.config)
         return values
-
-
-class TuneOptions(TypedDict, total=False):
-    """Keyword arguments of `tune`, for type checkers: the fields of `TuneSettings`, and the aliases."""
-
-    method: str
-    init: str
-    tuning_type: str
-    tuning_config: TuningConfig | Mapping[str, Any]
-    config: PromptLearningConfig | Mapping[str, Any] | None
-    num_epochs: int
-    max_steps: int | None
-    learning_rate: float | None
-    lr: float | None
-    task_learning_rate: float | None
-    task_sampling: str | None
-    distillation_weight: float | None
-    init_from_records: bool
-    context_records: int | None
-    accumulate_steps: int
-    verbalizer: str
-    task_verbalizers: Mapping[str, str] | None
-    batch_size: int
-    max_tokens_per_batch: int | None
-    max_source_length: int
-    max_target_length: int
-    task: str | None
-    train_on: str | None
-    input_field: str | None
-    output_field: str | None
-    label_names: LabelNames | None
-    validation_split: float | None
-    limit: int | None
-    source_prompt_base: str | None
-    torch_dtype: Any
-    device: str | None
-    engine: str
-    optimizer: str
-    weight_decay: float
-    max_grad_norm: float
-    schedule: str
-    warmup_ratio: float
-    keep_dropout: bool
-    keep_best: bool
-    early_stopping_patience: int | None
-    seed: int
-    silence_progress_bars: bool
-
-
-def full_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings with ``lr``, ``method`` and ``init`` under the names that they stand for.
-
-    Raises:
-        ConfigError: One is given under both names, or there is no such method.
-    """
-    found = dict(values)
-    if (init := found.pop("init", None)) is not None:
-        tuning = found.get("tuning_config") or {}
-        if isinstance(tuning, TuningConfig):
-            tuning = {name: getattr(tuning, name) for name in tuning.given()}
-        if _INIT in tuning:
-            raise ConfigError(f"init={init!r} and {_INIT}={tuning[_INIT]!r} are the same setting; give one of them")
-        found["tuning_config"] = {**tuning, _INIT: str(init).upper()}
-    for short, name in (("lr", "learning_rate"), ("method", "tuning_type")):
-        if found.get(short) is None:
-            found.pop(short, None)
-            continue
-        value = found.pop(short)
-        if name in found:
-            raise ConfigError(
-                f"{short}={value!r} and {name}={found[name]!r} are the same setting; give one of them"
-            )
-        found[name] = tuning_type_named(value) if short == "method" else value
-    return found
 
 
 def _plain_value(value: Any) -> Any:
