@@ -19,8 +19,8 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar, final, get_args, get_origin
 
 import click
-from click.shell_completion import CompletionItem
 
+from softprompt.cli.parameter_types import NumberOr, Place
 from softprompt.errors import UsageError, in_options
 from softprompt.fields import choices_of, default_of, type_of
 from softprompt.progress import silence
@@ -49,32 +49,6 @@ class Option(click.Option):
 _FOLDERS = ("prompt_dir", "prompt_dirs", "first", "second", "folder", "directory", "prompts", "source_prompt_base")
 _FILES = ("base_model", "source", "destination", "train_data", "validation_data", "data", "api_key_file")
 """Parameters that a shell completes with folders, and with files or folders."""
-
-
-@final
-class Place(click.types.StringParamType):
-    """A text that a shell completes as a path; it may as well be a name, as on the Hub."""
-
-    def __init__(self, kind: str) -> None:
-        self._kind = kind
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Let the shell complete a ``dir`` or a ``file``."""
-        return [CompletionItem(incomplete, type=self._kind)]
-
-
-@final
-class NumberOr(click.ParamType):
-    """A number, or the word that stands for one."""
-
-    name = "float"
-
-    def __init__(self, word: str) -> None:
-        self._word = word
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the word as it is, and anything else as a number."""
-        return value if value == self._word else click.FLOAT.convert(value, param, ctx)
 
 
 @final

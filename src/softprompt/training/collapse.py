@@ -71,8 +71,8 @@ class CollapseWatch:
             say(
                 state.collapse,
                 "norm",
-                f"{at} the rms of the prompt{self._of} is {norm:.3g} x the base's own, outside anything it was trained "
-                f"on: lower learning_rate {self._rate:.3g}, or set max_grad_norm or weight_decay",
+                f"{at} the rms of the prompt{self._of} is {norm:.3g} x the base's own, outside anything it was "
+                f"trained on: lower learning_rate {self._rate:.3g}, or set max_grad_norm or weight_decay",
             )
         if 2 * state.update < self._total:
             return
@@ -90,8 +90,8 @@ class CollapseWatch:
             say(
                 state.collapse,
                 "loss",
-                f"{at} the loss{self._of} is where it began, {first:.4f} then and {last:.4f} now: change the learning "
-                "rate or the initial prompt, or see whether the base model can do the task at all",
+                f"{at} the loss{self._of} is where it began, {first:.4f} then and {last:.4f} now: change the "
+                "learning rate or the initial prompt, or see whether the base model can do the task at all",
             )
 
 

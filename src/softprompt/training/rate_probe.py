@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,10 +20,11 @@ from typing import Any
 import torch
 
 from softprompt.artifacts import write_atomically
-from softprompt.training.loop import train_together
+from softprompt.training.loop import Candidate, train_together
 from softprompt.training.preparation import Prepared, TaskRows, varied
 from softprompt.training.session import candidate_of
 from softprompt.training.settings import AUTO_RATE
+from softprompt.training.stage import Measure
 from softprompt.training.state import state_path
 
 logger = logging.getLogger(__name__)
@@ -65,8 +67,8 @@ def probe(prepared: Prepared, check_stop: Callable[[], None] = lambda: None) -> 
     """Try the rates and return what was found; the run itself is left as it was.
 
     Returns:
-        ``learning_rate``, the best; ``rates``, each with its ``loss`` (nats per token, None where it was not finite);
-        ``updates`` that each had; ``judged_by``, the records.
+        ``learning_rate``, the best; ``rates``, each with its ``loss`` (nats per token, None where that was not
+        finite); ``updates`` that each had; ``judged_by``, the records.
 
     Raises:
         TrainingError: No rate kept the loss finite.
@@ -75,7 +77,9 @@ def probe(prepared: Prepared, check_stop: Callable[[], None] = lambda: None) -> 
     updates = min(whole, MOST_UPDATES, max(LEAST_UPDATES, whole // SHARE))
     tasks = [_judged(task, prepared.settings.seed) for task in prepared.tasks]
     own = all(task.validation for task in prepared.tasks)
-    judged_by = f"{sum(len(task.validation) for task in tasks)} {'validation' if own else 'held-out training'} records"
+    judged_by = (
+        f"{sum(len(task.validation) for task in tasks)} {'validation' if own else 'held-out training'} records"
+    )
     rates = [factor * prepared.rates.prompt for factor in FACTORS]
     shown = ", ".join(f"{rate:.3g}" for rate in rates)
     logger.info(
@@ -85,26 +89,14 @@ def probe(prepared: Prepared, check_stop: Callable[[], None] = lambda: None) -> 
         100 * updates * len(rates) / whole,
         judged_by,
     )
-    candidates, measures = [], []
-    for rate in rates:
-        settings = replace(prepared.settings, learning_rate=rate, max_steps=updates, early_stopping_patience=None)
-        module, of_rate = copy.deepcopy(prepared.module), replace(prepared.rates, prompt=rate)
-        each = candidate_of(
-            replace(prepared, module=module, rates=of_rate, settings=settings, tasks=tasks), check_stop
-        )
-        measures.append(each.stage.validation)
+    candidates = [_candidate(replace(prepared, tasks=tasks), rate, updates, check_stop) for rate in rates]
+    measures = [each.stage.validation for each in candidates]
+    for each in candidates:
         each.stage = replace(each.stage, validation=None)  # once, at its end
-        candidates.append(each)
     train_together(candidates, check_stop=check_stop)
-    losses: list[float | None] = []
-    for each, measure in zip(candidates, measures, strict=True):
-        loss = float("nan")
-        if each.problem is None and measure is not None:
-            with torch.no_grad():
-                prompt = each.stage.prompt
-                loss = measure.metrics([prompt.prompt(task) for task in range(prompt.num_tasks)])["loss"]
-        losses.append(loss if loss == loss else None)
-        logger.info("  learning rate %-8.3g %s", each.stage.learning_rate, "not finite" if loss != loss else f"loss {loss:.4f}")
+    losses = [_loss(each, measure) for each, measure in zip(candidates, measures, strict=True)]
+    for rate, loss in zip(rates, losses, strict=True):
+        logger.info("  learning rate %-8.3g %s", rate, "not finite" if loss is None else f"loss {loss:.4f}")
     sound = [(loss, rate) for loss, rate in zip(losses, rates, strict=True) if loss is not None]
     if not sound:
         raise next(each.problem for each in candidates if each.problem is not None)
@@ -112,6 +104,23 @@ def probe(prepared: Prepared, check_stop: Callable[[], None] = lambda: None) -> 
     logger.info("learning rate %.4g, the best of them", best)
     table = [{"learning_rate": rate, "loss": loss} for rate, loss in zip(rates, losses, strict=True)]
     return {"learning_rate": best, "rates": table, "updates": updates, "judged_by": judged_by}
+
+
+def _candidate(prepared: Prepared, rate: float, updates: int, check_stop: Callable[[], None]) -> Candidate:
+    """Return a short run from the start with a rate."""
+    settings = replace(prepared.settings, learning_rate=rate, max_steps=updates, early_stopping_patience=None)
+    rates, module = replace(prepared.rates, prompt=rate), copy.deepcopy(prepared.module)
+    return candidate_of(replace(prepared, module=module, rates=rates, settings=settings), check_stop)
+
+
+@torch.no_grad()
+def _loss(candidate: Candidate, measure: Measure | None) -> float | None:
+    """Return the loss of a trained candidate on the records that judge; None where it is not finite."""
+    if candidate.problem is not None or measure is None:
+        return None
+    prompt = candidate.stage.prompt
+    loss = measure.metrics([prompt.prompt(task) for task in range(prompt.num_tasks)])["loss"]
+    return loss if math.isfinite(loss) else None
 
 
 def _judged(task: TaskRows, seed: int) -> TaskRows:
@@ -123,4 +132,6 @@ def _judged(task: TaskRows, seed: int) -> TaskRows:
     count = min(MOST_ROWS, max(1, round(HELD_OUT * len(task.train))))
     held_out = set(draw.sample(range(len(task.train)), count)) if len(task.train) > 1 else set()
     validation = [row for i, row in enumerate(task.train) if i in held_out] or task.train
-    return replace(task, train=[row for i, row in enumerate(task.train) if i not in held_out], validation=validation)
+    return replace(
+        task, train=[row for i, row in enumerate(task.train) if i not in held_out], validation=validation
+    )

@@ -89,9 +89,9 @@ class TuneSettings:
     )
     learning_rate: float | str | None = setting(
         None,
-        f"Peak learning rate, or {AUTO_RATE}: a few tried side by side and the best kept; by default {RATE_PER_RMS} x the rms of the base model's embeddings, for "
-        f"keys and values {KEY_VALUE_RATE_PER_RMS} x theirs, for networks {NETWORK_RATE}, for a context "
-        f"{CONTEXT_RATE} x what it may move by.",
+        f"Peak learning rate, or {AUTO_RATE}: a few are tried side by side, and the best is taken; by default "
+        f"{RATE_PER_RMS} x the rms of the base model's embeddings, for keys and values {KEY_VALUE_RATE_PER_RMS} x "
+        f"theirs, for networks {NETWORK_RATE}, for a context {CONTEXT_RATE} x what it may move by.",
         above=0,
         most=1e6,
         word=AUTO_RATE,

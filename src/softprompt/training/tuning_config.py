@@ -106,13 +106,15 @@ class TuningConfig:
         "chat_system (in the system turn of the chat template).",
         group=_PROMPT,
     )
-    parameterization: Literal["direct", "low_rank", "ulpt", "residual"] = setting(
+    parameterization: Literal["direct", "low_rank", "ulpt", "residual", "superpos"] = setting(
         "direct",
-        "Reparameterisation in training: direct (the embeddings), low_rank, ulpt or residual; "
-        "all are saved as embeddings.",
+        "Reparameterisation in training: direct (the embeddings), low_rank, ulpt, residual or superpos (mixtures "
+        "of sampled embeddings); all are saved as embeddings.",
         group=_PROMPT,
     )
-    parameterization_rank: int | None = setting(None, "Rank of low_rank and ulpt.", least=1, group=_PROMPT)
+    parameterization_rank: int | None = setting(
+        None, "Rank of low_rank and ulpt; embeddings that superpos mixes, by default 128.", least=1, group=_PROMPT
+    )
     prompt_sees_input: bool = setting(
         True,
         "Let the prompt attend to the input in an encoder, as PEFT does; without it the prompt "
