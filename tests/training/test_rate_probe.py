@@ -71,13 +71,19 @@ def test_without_validation_records_that_are_not_trained_on_judge(llama, rows, m
 
 
 def test_a_rate_whose_loss_is_not_finite_loses_and_all_of_them_are_an_error(llama, rows, held_out, monkeypatch):
+    train = rate_probe.train_together
+
+    def broken(them, **options):
+        train(them[:-1], **options)
+        them[-1].problem = TrainingError("the gradient is inf")
+
+    monkeypatch.setattr(rate_probe, "train_together", broken)
     first = prepared(llama, rows, held_out)
-    monkeypatch.setattr(rate_probe, "FACTORS", (1.0, 1e38))
     found = rate_probe.probe(first)
-    assert found["learning_rate"] == first.rates.prompt
-    assert found["rates"][1]["loss"] is None
-    monkeypatch.setattr(rate_probe, "FACTORS", (1e38,))
-    with pytest.raises(TrainingError, match="not finite|gradient is"):
+    assert found["rates"][-1]["loss"] is None
+    assert found["learning_rate"] != found["rates"][-1]["learning_rate"]
+    monkeypatch.setattr(rate_probe, "FACTORS", (1.0,))
+    with pytest.raises(TrainingError, match="the gradient is inf"):
         rate_probe.probe(first)
 
 

@@ -32,6 +32,9 @@ class TuneOptions(TypedDict, total=False):
     task_sampling: str | None
     distillation_weight: float | None
     init_from_records: bool
+    demonstrations: int | None
+    leave_one_out: bool
+    token_dropout: float
     context_records: int | None
     accumulate_steps: int
     verbalizer: str

@@ -101,6 +101,7 @@ def _stage(
         task_names=prepared.names,
         context_tokens=(objective.tokens_per_row if isinstance(objective, ContextLikelihood) else 0),
         distils=isinstance(objective, Distillation),
+        hidden=prepared.hidden,
     )
 
 

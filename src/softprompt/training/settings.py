@@ -55,12 +55,16 @@ CONTEXT_RECORDS = 4
 
 TuningType = Literal["PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE", "CPT"]
 
+_KEYS_AND_VALUES = (METHODS["prefix"], METHODS["cartridge"])
 _ONLY_WITH: Mapping[str, tuple[str, ...]] = {
     "task_learning_rate": (MULTITASK,),
     "task_sampling": (MULTITASK,),
     "distillation_weight": (MULTITASK,),
     "task_verbalizers": (MULTITASK,),
-    "init_from_records": (METHODS["prefix"], METHODS["cartridge"]),
+    "init_from_records": _KEYS_AND_VALUES,
+    "demonstrations": _KEYS_AND_VALUES,
+    "leave_one_out": _KEYS_AND_VALUES,
+    "token_dropout": _KEYS_AND_VALUES,
     "context_records": (CPT,),
 }
 """Settings that mean something with some methods only."""
@@ -118,6 +122,23 @@ class TuneSettings:
     init_from_records: bool = setting(
         True,
         "Start keys and values that have no other start at those of the first training records.",
+        group="Prefix tuning",
+    )
+    demonstrations: int | None = setting(
+        None,
+        "Start keys and values at those of this many training records in full, as many of each label, and make the "
+        "prompt as long as they are.",
+        least=1,
+        group="Prefix tuning",
+    )
+    leave_one_out: bool = setting(
+        True, "Hide from a demonstration, while it is trained on, its own virtual tokens.", group="Prefix tuning"
+    )
+    token_dropout: float = setting(
+        0.0,
+        "Share of the virtual tokens, but for the first, that each update leaves out, such as 0.05.",
+        least=0,
+        most=0.9,
         group="Prefix tuning",
     )
     context_records: int | None = setting(
@@ -216,6 +237,10 @@ class TuneSettings:
                 )
         if self.seeds > 1 and self.restarts:
             raise ConfigError("restarts would be ignored with several seeds, which start at once; give one of them")
+        if self.demonstrations is None and not self.leave_one_out:
+            raise ConfigError("leave_one_out would be ignored without demonstrations; give their number")
+        if self.demonstrations is not None and "num_virtual_tokens" in self.tuning_config.given():
+            raise ConfigError("num_virtual_tokens would be ignored: the prompt is as long as its demonstrations")
         if self.train_on == "all" and self.task == "classification":
             raise ConfigError("train_on all trains every answer, and the label of a chat is its last; leave it out")
         if self.source_prompt_base is not None and not self.tuning_config.from_source:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch.nn import Module
@@ -55,6 +55,7 @@ class Stage:
         name: What its state and its results are kept under.
         log_file: Where its updates are logged in the output directory.
         is_needed: Whether a later stage needs what it trained.
+        hidden: The virtual tokens of a prefix that a row does not see in training.
     """
 
     prompt: PromptModule
@@ -72,6 +73,7 @@ class Stage:
     name: str = MAIN
     log_file: str = LOG_FILE
     is_needed: bool = False
+    hidden: Mapping[TokenRow, frozenset[int]] = field(default_factory=dict)
 
     @property
     def of(self) -> str:
