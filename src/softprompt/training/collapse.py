@@ -53,7 +53,7 @@ class CollapseWatch:
     def __init__(self, prompt: PromptModule, rms: float, rate: float, total: int, of: str = "") -> None:
         self._prompt, self._rms, self._rate, self._total, self._of = prompt, rms, rate, total, of
         self._start = _values(prompt)
-        self._window = min(WINDOW, max(1, total // 8))
+        self._window = min(WINDOW, max(4, total // 8))
 
     def update(self, state: RunState, loss: float) -> None:
         """Note the loss of the update that was just done, and look where a quarter of the run is over."""

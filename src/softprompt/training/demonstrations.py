@@ -52,7 +52,7 @@ def with_demonstrations(
         settings: Say how many.
 
     Raises:
-        ConfigError: Something else says how long the prompt is, or what it starts from; or there are too few records.
+        ConfigError: Something else says what the prompt is, or there are too few records.
     """
     count = settings.demonstrations or 0
     given = [name for name in (*_TEXTS, "init_weights", "prefix_projection") if getattr(config, name, None)]
