@@ -1,6 +1,7 @@
 """``learning_rate="auto"``: what the probe tries, who judges, and that the run is then as with that rate."""
 
 import json
+import logging
 import os
 import signal
 
@@ -30,10 +31,15 @@ def weights(tuned):
     return tuned.module.embedding.weight.detach()
 
 
-def test_the_run_is_the_one_with_that_rate_and_says_what_was_tried(llama, rows, held_out, tmp_path):
+def test_the_run_is_the_one_with_that_rate_and_says_what_was_tried(llama, rows, held_out, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     found = tune(llama, rows, held_out, lr="auto", output=tmp_path / "out", **QUICK)
     probed = found.metrics["learning_rate_probe"]
     rate = probed["learning_rate"]
+    assert "8 updates each, 267 % of the run together; the loss on 8 validation records decides" in caplog.text
+    for each in probed["rates"]:
+        assert f"learning rate {each['learning_rate']:<8.3g} loss {each['loss']:.4f}" in caplog.text
+    assert caplog.text.count("epoch 1:") == 1  # the run's own
     given = tune(llama, rows, held_out, lr=rate, **QUICK)
     assert torch.equal(weights(found), weights(given))
     assert found.history == given.history

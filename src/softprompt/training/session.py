@@ -144,7 +144,8 @@ def candidate_of(prepared: Prepared, check_stop: Callable[[], None] = lambda: No
     """Return a run as a candidate for `train_together`: from its start, nothing shown and nothing written."""
     stage = _stage(prepared, prepared.module, _likelihood(prepared), check_stop)
     optimizer, state = build_optimizer(stage.settings, stage.prompt, prepared.rates), RunState()
-    return Candidate(stage, state, optimizer, Events(None, state, stage.total_updates(), silent=True))
+    events = Events(None, state, stage.total_updates(), silent=True, level=logging.DEBUG)
+    return Candidate(stage, state, optimizer, events)
 
 
 @dataclass(eq=False)
