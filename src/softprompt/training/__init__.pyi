@@ -16,4 +16,7 @@ from .source_prompts import SourceInfo as SourceInfo
 from .source_prompts import list_sources as list_sources
 from .source_prompts import source_folder as source_folder
 from .summary import DryRun as DryRun
+from .sweep import Sweep as Sweep
+from .sweep import sweep as sweep
+from .sweep_space import SweepSettings as SweepSettings
 from .tuning_config import TuningConfig as TuningConfig
