@@ -7,15 +7,18 @@ words of the template, or of the chat template that renders the records; else sa
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from softprompt.backbone import Base
 from softprompt.data import Verbalizer
-from softprompt.training.examples import TaskData
-from softprompt.training.settings import TuneSettings
 from softprompt.training.tuning_config import AUTO
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from softprompt.backbone import Base
+    from softprompt.training.examples import TaskData
+    from softprompt.training.settings import TuneSettings
 
 logger = logging.getLogger(__name__)
 

@@ -11,13 +11,17 @@ import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import torch
-from torch import Tensor
 
-from softprompt.prompts import CPTEmbedding, PromptModule
-from softprompt.training.state import RunState
+from softprompt.prompts import CPTEmbedding
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from softprompt.prompts import PromptModule
+    from softprompt.training.state import RunState
 
 logger = logging.getLogger(__name__)
 

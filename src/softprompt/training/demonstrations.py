@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from softprompt.backbone import Base, key_values
-from softprompt.data import RowTokenizer, TokenRow
+from softprompt.backbone import key_values
 from softprompt.errors import ConfigError
-from softprompt.prompts import PROMPT_KEY, FlatOrder, PromptLearningConfig, PromptModule
+from softprompt.prompts import PROMPT_KEY, FlatOrder
 from softprompt.training.examples import first_tokens, tokens_of_example
-from softprompt.training.settings import TuneSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from softprompt.backbone import Base
+    from softprompt.data import RowTokenizer, TokenRow
+    from softprompt.prompts import PromptLearningConfig, PromptModule
+    from softprompt.training.settings import TuneSettings
 
 logger = logging.getLogger(__name__)
 

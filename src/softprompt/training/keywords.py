@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from softprompt.data import LabelNames
 from softprompt.errors import ConfigError
-from softprompt.prompts import PromptLearningConfig
 from softprompt.training.configuration import tuning_type_named
 from softprompt.training.tuning_config import TuningConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from softprompt.data import LabelNames
+    from softprompt.prompts import PromptLearningConfig
 
 ALIASES = ("lr", "method", "init")
 """Other names of learning_rate, tuning_type and tuning_config's prompt_tuning_init_method."""

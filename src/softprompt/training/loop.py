@@ -14,18 +14,20 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 
 from softprompt.errors import TrainingError
-from softprompt.training.collapse import CollapseWatch
 from softprompt.training.events import Events
 from softprompt.training.gradients import steps_of
 from softprompt.training.sampling import Update
 from softprompt.training.settings import TuneSettings
 from softprompt.training.stage import Stage
 from softprompt.training.state import RunState
+
+if TYPE_CHECKING:
+    from softprompt.training.collapse import CollapseWatch
 
 logger = logging.getLogger(__name__)
 

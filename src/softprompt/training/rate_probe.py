@@ -12,20 +12,24 @@ import json
 import logging
 import math
 import random
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from softprompt.artifacts import write_atomically
-from softprompt.training.loop import Candidate, train_together
-from softprompt.training.preparation import Prepared, TaskRows, varied
+from softprompt.training.loop import train_together
+from softprompt.training.preparation import varied
 from softprompt.training.session import candidate_of
-from softprompt.training.settings import AUTO_RATE
-from softprompt.training.stage import Measure
 from softprompt.training.state import state_path
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from softprompt.training.loop import Candidate
+    from softprompt.training.preparation import Prepared, TaskRows
+    from softprompt.training.stage import Measure
 
 logger = logging.getLogger(__name__)
 
@@ -40,18 +44,19 @@ FILE = "learning_rate.json"
 
 def with_rate(
     prepared: Prepared, output: Path | None, check_stop: Callable[[], None]
-) -> tuple[Prepared, dict[str, Any] | None]:
-    """Return a run with the rate that the probe chose, and what it found; as it is where a rate is set.
+) -> tuple[Prepared, dict[str, Any]]:
+    """Return a run with the rate that the probe chose, and what it adds to the metrics.
 
-    What was found is kept in the state of ``output``, where a resumed run finds it again.
+    Where a rate is set, the run is as it was and there is nothing to add. What was found is kept in the state of
+    ``output``, where a resumed run finds it again.
 
     Raises:
         TrainingInterrupted: ``check_stop`` said so.
         TrainingError: No rate kept the loss finite.
     """
     settings = prepared.settings
-    if settings.learning_rate != AUTO_RATE:
-        return prepared, None
+    if not isinstance(settings.learning_rate, str):
+        return prepared, {}
     kept = None if output is None else state_path(output).with_name(FILE)
     if kept is not None and kept.is_file():
         found = json.loads(kept.read_text(encoding="utf-8"))
@@ -60,7 +65,7 @@ def with_rate(
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(kept, json.dumps(found))
-    return varied(prepared, replace(settings, learning_rate=found["learning_rate"])), found
+    return varied(prepared, replace(settings, learning_rate=found["learning_rate"])), {"learning_rate_probe": found}
 
 
 def probe(prepared: Prepared, check_stop: Callable[[], None] = lambda: None) -> dict[str, Any]:

@@ -132,8 +132,7 @@ def tune(
                 write_run(state_path(target).with_name(RUN_FILE), plan.names(), plan.settings)
             prepared, probed = with_rate(prepared, target, stop.check)
             best, seeds = train_seeds(prepared, Session(target, stop, found, called))
-    if probed:
-        seeds[best].trained.metrics["learning_rate_probe"] = probed
+    seeds[best].trained.metrics.update(probed)
     if problem := seeds[best].nothing_learnt:
         seeds[best].trained.metrics["nothing_learnt"] = problem
         logger.warning("%s", problem)
