@@ -25,10 +25,17 @@ VARIED = {
 }
 
 
+RECORDS = [
+    {"input": f"the film was {word} {more}", "output": "yes" if word in ("good", "fine") else "no"}
+    for word in ("good", "bad", "fine", "poor")
+    for more in ("news", "report it", "this is a film")
+]
+
+
 @pytest.fixture(scope="module")
-def first():
+def first(bases):
     settings = TuneSettings.from_dict(OPTIONS)
-    return prepare("demo", read_data(complaints("train"), None, settings), settings)
+    return prepare(bases / "llama", read_data(RECORDS, None, settings), settings)
 
 
 def candidates(first, *variants):
@@ -66,6 +73,19 @@ def test_each_of_several_prompts_becomes_what_it_would_alone(first, alone):
     train_together(together)
     for name, candidate in zip(VARIED, together, strict=True):
         assert_alike(candidate, alone[name])
+
+
+def test_they_are_as_alone_on_a_trained_model_too():
+    settings = TuneSettings.from_dict(OPTIONS | {"max_steps": 3})
+    demo = prepare("demo", read_data(complaints("train"), None, settings), settings)
+    pairs = [
+        [candidate_of(varied(demo, TuneSettings.from_dict(OPTIONS | {"max_steps": 3} | each))) for _ in range(2)]
+        for each in ({"seed": 5}, {"tuning_config": {"num_virtual_tokens": 7}, "learning_rate": 0.02})
+    ]
+    train_together([each for each, _ in pairs])
+    for candidate, alone in pairs:
+        train_together([alone])
+        assert_alike(candidate, alone)
 
 
 def test_the_rows_of_all_go_through_the_base_in_one_pass(first, monkeypatch):

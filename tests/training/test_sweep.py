@@ -14,17 +14,17 @@ import softprompt
 from softprompt.cli.main import run
 from softprompt.errors import ConfigError, TrainingInterrupted, UsageError
 from softprompt.training import Events, TuneSettings, tune
-from softprompt.training.halving import steps_of_rungs
 from softprompt.training.state import state_path
-from softprompt.training.sweep_space import SweepSettings, grid_of
+from softprompt.training.sweeps.halving import steps_of_rungs
+from softprompt.training.sweeps.space import SweepSettings, grid_of
 
 SETTINGS = {
-    "max_steps": 8,
+    "max_steps": 4,
     "batch_size": 4,
     "tuning_config": {"num_virtual_tokens": 3},
     "silence_progress_bars": True,
 }
-SPACE = {"learning_rates": ["x0.1", "x1", 0.02], "inits": ["RANDOM", "SAMPLE_VOCAB"], "eta": 2}
+SPACE = {"learning_rates": ["x0.1", "x1"], "inits": ["RANDOM", "SAMPLE_VOCAB"], "eta": 2}
 RECORDS = [
     {"input": f"the film was {word} {more}", "output": "yes" if word in ("good", "fine") else "no"}
     for word in ("good", "bad", "fine", "poor")
@@ -44,7 +44,7 @@ def undrawn(swept, monkeypatch):
     def missing(*args, **options):
         raise ConfigError("no matplotlib")
 
-    for module, name in (("run", "training_curve"), ("sweep", "sweep_figure")):
+    for module, name in (("run", "training_curve"), ("sweeps.sweep", "sweep_figure")):
         monkeypatch.setattr(importlib.import_module(f"softprompt.training.{module}"), name, missing)
 
 
@@ -60,10 +60,10 @@ def quality(point):
 
 def test_the_better_half_goes_on_and_the_last_is_trained_to_the_end(swept):
     found, _ = swept
-    assert found.rungs == [2, 4, 8]
-    assert [len(each.points) for each in found.candidates] == [3, 2, 2, 1, 1, 1]
-    assert [point["steps"] for point in found.candidates[0].points] == [2, 4, 8]
-    for rung, count in ((0, 3), (1, 1)):
+    assert found.rungs == [1, 2, 4]
+    assert [len(each.points) for each in found.candidates] == [3, 2, 1, 1]
+    assert [point["steps"] for point in found.candidates[0].points] == [1, 2, 4]
+    for rung, count in ((0, 2), (1, 1)):
         there = [each for each in found.candidates if len(each.points) > rung]
         on = {each.name for each in there if len(each.points) > rung + 1}
         ranked = sorted(there, key=lambda each: quality(each.points[rung]), reverse=True)
@@ -74,7 +74,7 @@ def test_the_best_prompt_is_what_tune_makes_of_its_settings(swept, llama):
     found, output = swept
     stored = softprompt.load(output)
     assert torch.equal(values(stored), values(found.prompt))
-    assert stored.metrics["sweep"] == {"candidates": 6, "rungs": [2, 4, 8], "by": "validation accuracy"}
+    assert stored.metrics["sweep"] == {"candidates": 4, "rungs": [1, 2, 4], "by": "validation accuracy"}
     own = {k: v for k, v in stored.whole.settings.items() if k != "silence_progress_bars"}
     alone = tune(llama, RECORDS, HELD_OUT, **own)
     assert alone.metrics["learning_rate"] == pytest.approx(found.candidates[0].learning_rate)
@@ -94,18 +94,17 @@ def test_the_files_of_a_sweep_hold_every_candidate(swept):
     assert (output / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     assert (output / "training_logs.jsonl").exists()
     assert not state_path(output).parent.exists()
-    assert len(str(found).splitlines()) == 7
+    assert len(str(found).splitlines()) == 5
 
 
-@pytest.mark.parametrize(("update", "name"), [(1, 2), (4, 1)])
-def test_an_interrupted_sweep_ends_as_if_it_never_was(swept, llama, tmp_path, monkeypatch, update, name):
+def test_an_interrupted_sweep_ends_as_if_it_never_was(swept, llama, tmp_path, monkeypatch):
     straight, _ = swept
     told, done = Events.update, []
-    name = name if update == 1 else straight.candidates[0].name
+    on = straight.candidates[0].name
 
     def tell(self, state, loss):
         told(self, state, loss)
-        if state.update == update and self._of == f" of candidate {name}" and not done:
+        if state.update == 2 and self._of == f" of candidate {on}" and not done:  # in the second rung
             done.append(os.kill(os.getpid(), signal.SIGINT))
 
     with monkeypatch.context() as patch:
@@ -127,7 +126,7 @@ def test_a_sweep_needs_records_to_decide_by(llama, tmp_path):
 
 def test_a_candidate_that_diverges_is_no_end_of_the_sweep(llama, tmp_path):
     space = {"learning_rates": ["1e5", "x1"]}
-    options = SETTINGS | {"optimizer": "adamw", "max_grad_norm": 0, "weight_decay": 30.0}
+    options = SETTINGS | {"optimizer": "adamw", "max_grad_norm": 0, "weight_decay": 30.0, "max_steps": 8}
     found = softprompt.sweep(llama, RECORDS, HELD_OUT, output=tmp_path, space=space, **options)
     failed = [each for each in found.candidates if each.problem]
     assert [each.choice.learning_rate for each in failed] == ["1e5"]

@@ -174,7 +174,7 @@ class Member:
         """Put a stage where it begins, or where it was interrupted."""
         self.stage, self.state = stage, RunState()
         self.optimizer = build_optimizer(stage.settings, stage.prompt, self.prepared.rates)
-        of = f" of seed {self.seed}" if self.seed else ""
+        of = f" of {self.what} {self.name}" if self.name else ""
         total = stage.total_updates()
         self.watch = CollapseWatch(stage.prompt, stage.rms, stage.learning_rate, total, of + stage.of)
         if self.found is not None:

@@ -13,13 +13,23 @@ from typing import Any, final
 import torch
 
 from softprompt.errors import TrainingError, TrainingInterrupted
-from softprompt.training.loop import Candidate, train_together
-from softprompt.training.preparation import Prepared, varied
-from softprompt.training.session import Member, Trained, identity, stages_of
-from softprompt.training.settings import TuneSettings
-from softprompt.training.state import Snapshot, StopSignal, how_to_go_on, save_states
-from softprompt.training.sweep_space import Choice
-from softprompt.training.validation import quality_of
+from softprompt.training import (
+    Candidate,
+    Member,
+    Prepared,
+    Snapshot,
+    StopSignal,
+    Trained,
+    TuneSettings,
+    how_to_go_on,
+    identity,
+    quality_of,
+    save_states,
+    stages_of,
+    train_together,
+    varied,
+)
+from softprompt.training.sweeps.space import Choice
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,7 @@ from typing import Any, Literal, final
 
 from softprompt.errors import ConfigError
 from softprompt.fields import check, plain, setting
-from softprompt.training.configuration import METHODS, has_setting, tuning_type_named
-from softprompt.training.settings import TuneSettings
+from softprompt.training import METHODS, TuneSettings, has_setting, tuning_type_named
 
 _GROUP, _INIT, _LENGTH = "Sweep", "prompt_tuning_init_method", "num_virtual_tokens"
 TRIALS = 12

@@ -18,16 +18,32 @@ from softprompt.errors import ConfigError, UsageError
 from softprompt.fields import from_mapping, plain
 from softprompt.inference import TunedPrompt
 from softprompt.progress import timed
-from softprompt.training.examples import Data, read_data
-from softprompt.training.halving import Halving, Tried, steps_of_rungs, unsaid
-from softprompt.training.preparation import BaseLike, prepare
-from softprompt.training.run import Plan, check_output, publish_logs, resumed, tuned_of, write_output
-from softprompt.training.run_file import RUN_FILE, write_run
-from softprompt.training.session import identity
-from softprompt.training.settings import TuneOptions, TuneSettings
-from softprompt.training.state import StopSignal, kept_if_resumable, load_states, remove_state, state_path
-from softprompt.training.summary import summarize
-from softprompt.training.sweep_space import (
+from softprompt.training import (
+    RUN_FILE,
+    BaseLike,
+    Data,
+    Plan,
+    StopSignal,
+    TuneOptions,
+    TuneSettings,
+    check_output,
+    identity,
+    kept_if_resumable,
+    load_states,
+    prepare,
+    publish_logs,
+    quality_of,
+    read_data,
+    remove_state,
+    resumed,
+    state_path,
+    summarize,
+    tuned_of,
+    write_output,
+    write_run,
+)
+from softprompt.training.sweeps.halving import Halving, Tried, steps_of_rungs, unsaid
+from softprompt.training.sweeps.space import (
     TRIALS,
     Choice,
     SweepSettings,
@@ -36,7 +52,6 @@ from softprompt.training.sweep_space import (
     refuse_ignored,
     suggested,
 )
-from softprompt.training.validation import quality_of
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,3 @@
+from .space import SweepSettings as SweepSettings
+from .sweep import Sweep as Sweep
+from .sweep import sweep as sweep
