@@ -4,6 +4,8 @@ from .configuration import tuning_type_named as tuning_type_named
 from .events import Events as Events
 from .examples import Data as Data
 from .examples import read_data as read_data
+from .keywords import TuneOptions as TuneOptions
+from .keywords import full_names as full_names
 from .loop import Candidate as Candidate
 from .loop import train_together as train_together
 from .preparation import BaseLike as BaseLike
@@ -27,13 +29,11 @@ from .runs import list_runs as list_runs
 from .seeds import ensemble_command as ensemble_command
 from .seeds import in_words as in_words
 from .session import Member as Member
-from .session import candidate_of as candidate_of
 from .session import Trained as Trained
+from .session import candidate_of as candidate_of
 from .session import identity as identity
 from .session import stages_of as stages_of
-from .settings import TuneOptions as TuneOptions
 from .settings import TuneSettings as TuneSettings
-from .settings import full_names as full_names
 from .source_prompts import VARIABLE as VARIABLE
 from .source_prompts import SourceInfo as SourceInfo
 from .source_prompts import list_sources as list_sources
