@@ -36,10 +36,9 @@ def _lacks(path: Path) -> str | None:
 
 def _other_caches(base: Base) -> bool:
     config = base.model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or [
-        "sliding" if getattr(config, "sliding_window", None) else _FULL
-    ]
-    return base.prefix_sources is not None or set(kinds) != {_FULL}
+    kinds = getattr(config, "layer_types", None)
+    plain = set(kinds) == {"full_attention"} if kinds else getattr(config, "sliding_window", None) is None
+    return not plain or base.prefix_sources is not None
 
 
 def _write(export: Export, path: Path) -> Mapping[str, Any]:
