@@ -63,11 +63,8 @@ def _write(export: Export, path: Path) -> Mapping[str, Any]:
         raise ArtifactError(
             f"the keys and values of {where} overflow {dtype}, the base's dtype; train it in bfloat16"
         )
-    tensors = {
-        f"{i}.{j}": part.unsqueeze(0).contiguous() for i, layer in enumerate(prefix) for j, part in enumerate(layer)
-    }
     metadata = {"0.model": stored.base_model or base.name, "0.tokenizer_config": "{}", "2.0": ""}
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for layer, (keys, values) in enumerate(prefix):
         tensors |= {f"{layer}.0": keys[None].contiguous(), f"{layer}.1": values[None].contiguous()}
         tensors[f"{layer}.2"] = torch.tensor(order.tokens, dtype=torch.int32)
