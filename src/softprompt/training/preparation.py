@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -45,9 +45,13 @@ from softprompt.prompts import (
 )
 from softprompt.training.configuration import Origins, labels_text
 from softprompt.training.examples import TaskData, first_tokens, with_context
+from softprompt.training.objectives import Objective
 from softprompt.training.optimisation import Rates, peak_rates
 from softprompt.training.settings import CONTEXT_RECORDS, TuneSettings
 from softprompt.training.source_prompts import find_source
+
+if TYPE_CHECKING:
+    from softprompt.training.loop import Measure
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +80,11 @@ class TaskRows:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A frozen base, an untrained prompt, and the records to train it on."""
+    """A frozen base, an untrained prompt, and the records to train it on.
+
+    ``objective`` and ``measure`` are what is minimised and how it is validated; None is what the method and the
+    targets call for.
+    """
 
     base: Base
     module: PromptModule
@@ -85,6 +93,8 @@ class Prepared:
     tasks: list[TaskRows]
     settings: TuneSettings
     rates: Rates
+    objective: Objective | None = None
+    measure: Measure | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -140,7 +150,7 @@ def prepare(base_model: BaseLike, data: Sequence[TaskData], settings: TuneSettin
         TrainingError: the base passes no gradient on.
         ConfigError: a setting that this base or this data does not support.
     """
-    base = _loaded(base_model, settings)
+    base = loaded(base_model, settings)
     freeze(base.model)
     _check_gradient(base)
     config = _configuration(base, data, settings)
@@ -299,15 +309,15 @@ def _columns_left_out(example: Record, tokenizer: RowTokenizer) -> list[str]:
     return [name for name in fields if name not in used]
 
 
-def _loaded(base_model: BaseLike, settings: TuneSettings) -> Base:
+def loaded(base_model: BaseLike, settings: TuneSettings) -> Base:
     """Load the base; a folder is recorded with its full path, so that the prompt finds it again."""
     source = base_model.model if isinstance(base_model, Base) else base_model
     tokenizer = base_model.tokenizer if isinstance(base_model, Base) else None
     if isinstance(source, str | Path) and Path(source).exists():
         source = Path(source).resolve()
-    loaded = load_base(source, tokenizer=tokenizer, torch_dtype=settings.torch_dtype, device=settings.device)
-    loaded.model.eval()  # type: ignore[no-untyped-call]
-    return loaded
+    base = load_base(source, tokenizer=tokenizer, torch_dtype=settings.torch_dtype, device=settings.device)
+    base.model.eval()  # type: ignore[no-untyped-call]
+    return base
 
 
 def _check_lengths(

@@ -26,9 +26,17 @@ from softprompt.prompts import SOURCE_INITS, MultitaskPromptTuningConfig, Multit
 from softprompt.training.events import checked_callbacks
 from softprompt.training.examples import Data, read_data
 from softprompt.training.preparation import BaseLike, Prepared, prepare
-from softprompt.training.session import Trained, identity, run, stages_of
+from softprompt.training.session import Trained, identity, run_stages, stages_of
 from softprompt.training.settings import TuneOptions, TuneSettings, full_names
-from softprompt.training.state import StopSignal, kept_if_resumable, load_state, remove_state, state_path
+from softprompt.training.state import (
+    StopSignal,
+    command_of,
+    is_begun,
+    kept_if_resumable,
+    load_state,
+    remove_state,
+    state_path,
+)
 from softprompt.training.summary import DryRun, dry_run_of, nothing_learnt, summarize
 from softprompt.training.tuning_config import TuningConfig
 
@@ -127,7 +135,7 @@ def tune(
             if target is not None and not resume:
                 remove_state(target)
                 write_run(state_path(target).with_name(RUN_FILE), plan.names(), plan.settings)
-            trained = run(prepared, target, stop, found, called)
+            trained = run_stages(prepared, target, stop, found, called)
     if problem := nothing_learnt(prepared, trained.metrics, trained.history):
         trained.metrics["nothing_learnt"] = problem
         logger.warning("%s", problem)
@@ -162,7 +170,7 @@ def check_output(output: Path | None, *, overwrite: bool) -> None:
     if overwrite:
         require_no_file(output)
         return
-    if state_path(output).exists():
+    if is_begun(output):
         raise OutputExistsError(
             f"{output} holds an interrupted run; continue it with --resume (resume=True in "
             "Python), or start again with --overwrite (overwrite=True)"
@@ -217,19 +225,19 @@ class _Plan:
 
     def names(self) -> dict[str, Any]:
         """Return what the run file says of the sources; None for what was in memory."""
-        named = {"base_model": _name(self.base_model), "train_data": _name(self.train_data)}
+        named = {"base_model": named_source(self.base_model), "train_data": named_source(self.train_data)}
         if self.validation_data is not None:
-            named["validation_data"] = _name(self.validation_data)
+            named["validation_data"] = named_source(self.validation_data)
         return named
 
 
-def _name(source: BaseLike | Data | None) -> str | dict[str, str | None] | None:
+def named_source(source: BaseLike | Data | None) -> str | dict[str, str | None] | None:
     """Return a path that means the same from every directory, or a name as it is.
 
     Data sets by task give their names by task; None is what was in memory.
     """
     if isinstance(source, Mapping):
-        return {task: cast(str | None, _name(rows)) for task, rows in source.items()}
+        return {task: cast(str | None, named_source(rows)) for task, rows in source.items()}
     if not isinstance(source, str | Path) or str(source) == "-":  # standard input is read once
         return None
     return os.path.abspath(source) if os.path.exists(source) else str(source)
@@ -245,19 +253,19 @@ def _resumed(
     """Return the plan of the run that was interrupted in ``output``."""
     if output is None:
         raise UsageError("resume needs the output directory of the interrupted run")
-    if not state_path(output).exists():
+    if command_of(output) != "tune" or not state_path(output).exists():
         raise UsageError(
-            f"nothing to resume in {output}: it holds no interrupted run; start it without resume=True"
+            f"nothing to resume in {output}: it holds no interrupted run of tune; start it without resume=True"
         )
     saved = read_run(state_path(output).with_name(RUN_FILE))
     names: dict[str, Any] = {
-        name: _name(saved.pop(name, None)) for name in ("base_model", "train_data", "validation_data")
+        name: named_source(saved.pop(name, None)) for name in ("base_model", "train_data", "validation_data")
     }
     settings = _same_settings(TuneSettings.from_dict(saved), options)
     if names["base_model"] is None and base_model == DEMO:
         raise UsageError("the interrupted run used a model in memory; give base_model again")
     for name, given in (("train_data", train_data), ("validation_data", validation_data)):
-        if given is not None and names[name] not in (None, _name(given)):
+        if given is not None and names[name] not in (None, named_source(given)):
             raise ConfigError(f"the interrupted run has {name} {names[name]}; leave {name} out")
     return _Plan(
         base_model if names["base_model"] is None else names["base_model"],

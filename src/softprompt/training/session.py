@@ -23,7 +23,14 @@ from softprompt.generation import TargetLikelihood, classify_rows, target_likeli
 from softprompt.prompts import CPTConfig, Prompt, PromptModule, context_labels
 from softprompt.training.events import Callbacks, Events
 from softprompt.training.loop import Measure, Sampling, Stage, train
-from softprompt.training.objectives import ContextLikelihood, Distillation, Likelihood, Objective, TeacherPrompts
+from softprompt.training.objectives import (
+    ContextLikelihood,
+    Distillation,
+    Likelihood,
+    Objective,
+    TeacherPrompts,
+    TopDivergence,
+)
 from softprompt.training.optimisation import build_optimizer
 from softprompt.training.preparation import Prepared, teacher_prompt
 from softprompt.training.settings import DISTILLATION_WEIGHT
@@ -178,7 +185,9 @@ def stages_of(prepared: Prepared, earlier: Mapping[str, Tensor], check_stop: Cal
 
 
 def _likelihood(prepared: Prepared) -> Objective:
-    """Return the loss of the prompt's method."""
+    """Return what is minimised: what was asked for, or the loss of the prompt's method."""
+    if prepared.objective is not None:
+        return prepared.objective
     config = prepared.config
     labels = context_labels(config) if isinstance(config, CPTConfig) else ()
     return ContextLikelihood(prepared.engine, labels) if labels else Likelihood(prepared.engine)
@@ -218,11 +227,13 @@ def _stage(
         validation=_validation(prepared, check_stop),
         task_names=prepared.names,
         context_tokens=(objective.tokens_per_row if isinstance(objective, ContextLikelihood) else 0),
-        distils=isinstance(objective, Distillation),
+        distils=isinstance(objective, Distillation | TopDivergence),
     )
 
 
 def _validation(prepared: Prepared, check_stop: Callable[[], None]) -> Measure | None:
+    if prepared.measure is not None:
+        return prepared.measure
     parts = [
         Validation(
             prepared.engine,
@@ -257,7 +268,7 @@ class Trained:
         return replace(self, metrics=self.metrics | {"seconds": round(total, 2), "seconds_by_part": seconds})
 
 
-def run(
+def run_stages(
     prepared: Prepared,
     output: Path | None,
     stop: StopSignal,

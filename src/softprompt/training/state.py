@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shlex
 import shutil
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -114,6 +115,8 @@ class RunState:
 
 STATE_DIRECTORY = ".state"
 STATE_FILE = "state.safetensors"
+PLAN_FILE = "plan.json"
+"""What a run of another command than ``tune`` goes on by; its ``command`` names that."""
 FORMAT = 4
 
 
@@ -317,7 +320,20 @@ def how_to_go_on(where: str, output: Path | None) -> str:
 
 def resume_command(output: Path) -> str:
     """Return the command that continues the run that was interrupted in a folder."""
-    return f"softprompt tune --resume --output {shlex.quote(str(output))}"
+    return f"softprompt {command_of(output)} --resume --output {shlex.quote(str(output))}"
+
+
+def is_begun(output: Path) -> bool:
+    """Whether a folder holds a run that was interrupted and can be continued."""
+    return state_path(output).exists() or state_path(output).with_name(PLAN_FILE).exists()
+
+
+def command_of(output: Path) -> str:
+    """Return the command that a run in a folder was begun by."""
+    with suppress(OSError, ValueError):
+        plan = json.loads(state_path(output).with_name(PLAN_FILE).read_text(encoding="utf-8"))
+        return re.sub(r"\W", "", str(plan.get("command"))) if isinstance(plan, dict) else "tune"
+    return "tune"
 
 
 @contextmanager

@@ -1,0 +1,9 @@
+from .held_out import Distilled as Distilled
+from .held_out import Divergence as Divergence
+from .held_out import HeldOut as HeldOut
+from .held_out import divergence_of as divergence_of
+from .questions import Question as Question
+from .run import distill as distill
+from .settings import DistillSettings as DistillSettings
+from .teacher import Teacher as Teacher
+from .texts import Passage as Passage

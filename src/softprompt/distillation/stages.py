@@ -1,0 +1,132 @@
+"""The stages before training: the questions with their answers, and what the teacher predicts for these."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from softprompt.data import INPUT, TokenRow
+from softprompt.distillation.questions import Question, Study, problem
+from softprompt.distillation.settings import DistillSettings
+from softprompt.distillation.store import Store
+from softprompt.distillation.teacher import Teacher
+from softprompt.errors import ConfigError, DataError
+from softprompt.progress import progress_bar
+from softprompt.training import TopTargets
+
+logger = logging.getLogger(__name__)
+
+BLOCK = 32
+"""Questions, or rows, after which a stage is saved."""
+
+
+def answered(
+    given: Sequence[Question], teacher: Teacher, store: Store, check_stop: Callable[[], None]
+) -> list[Question]:
+    """Return given questions, those without an answer answered by the teacher; useless answers are left out.
+
+    Raises:
+        DataError: None is left.
+    """
+    saved = store.study() or {"read": 0, "questions": [], "dropped": {}}
+    found = [Question.from_dict(each) for each in saved["questions"]]
+    dropped = Counter[str](saved["dropped"])
+    with progress_bar(len(given), "question", done=saved["read"], delay=2.0) as bar:
+        for start in range(saved["read"], len(given), BLOCK):
+            check_stop()
+            block = given[start : start + BLOCK]
+            texts = iter(teacher.answers([each for each in block if each.answer is None]))
+            for each in block:
+                answer = next(texts) if each.answer is None else each.answer
+                if not each.labelled and (reason := problem(answer)):
+                    dropped[f"answers {reason}"] += 1
+                else:
+                    found.append(replace(each, answer=answer))
+            _save(store, found, dropped, read=start + len(block))
+            bar.update(len(block))
+    return _usable(found, dropped)
+
+
+def studied(
+    settings: DistillSettings, teacher: Teacher, store: Store, check_stop: Callable[[], None]
+) -> list[Question]:
+    """Return questions of self-study with their answers.
+
+    Raises:
+        ConfigError: The template has other fields than ``input``.
+        DataError: None is left.
+    """
+    if not teacher.manifest.chat and teacher.manifest.fields != (INPUT,):
+        raise ConfigError(
+            "self_study needs a template whose one field is input; give questions, or another verbalizer"
+        )
+    count = settings.self_study or 0
+    apart = max(1, round(settings.held_out * count)) if settings.held_out else 0
+    study = Study(count, apart, len(teacher.passages), teacher.manifest.chat, settings.seed)
+    if saved := store.study():
+        study.drawn, study.dropped = saved["drawn"], Counter(saved["dropped"])
+        study.questions = [Question.from_dict(each) for each in saved["questions"]]
+    with progress_bar(count + apart, "question", done=len(study.questions)) as bar:
+        while seeds := study.wanted(BLOCK):
+            check_stop()
+            before = len(study.questions)
+            asked = study.kept([each for each, _ in seeds], teacher.generate(seeds))
+            study.add(asked, teacher.answers(asked))
+            _save(store, study.questions, study.dropped, drawn=study.drawn)
+            bar.update(len(study.questions) - before)
+    if len(study.questions) < count + apart:
+        logger.warning(
+            "self-study found %d of %d questions; the others were useless", len(study.questions), count + apart
+        )
+    return _usable(study.questions, study.dropped)
+
+
+def _save(store: Store, found: Sequence[Question], dropped: Counter[str], **position: object) -> None:
+    store.save_study({"questions": [each.to_dict() for each in found], "dropped": dict(dropped), **position})
+
+
+def _usable(found: list[Question], dropped: Counter[str]) -> list[Question]:
+    if dropped:
+        logger.info("left out: %s", ", ".join(f"{count:,} {what}" for what, count in sorted(dropped.items())))
+    if all(each.held_out for each in found):
+        raise DataError(
+            "no question is left to train on: the base's own questions or answers are empty or repetitive; give "
+            "questions with answers, or use another base"
+        )
+    return found
+
+
+def taught(
+    questions: Sequence[Question],
+    rows: Sequence[TokenRow],
+    k: int,
+    teacher: Teacher,
+    store: Store,
+    check_stop: Callable[[], None],
+) -> list[TopTargets]:
+    """Return what the teacher predicts for the target tokens of each row, passage after passage.
+
+    Args:
+        questions: The questions of the rows.
+        rows: The rows as the teacher reads them.
+        k: Tokens kept for each.
+        teacher: The teacher.
+        store: Keeps what is done.
+        check_stop: Called between passes.
+    """
+    order = sorted(
+        range(len(rows)), key=lambda i: (questions[i].passage, len(rows[i].source) + len(rows[i].target))
+    )
+    found: dict[int, TopTargets] = {}
+    with progress_bar(len(rows), "row", delay=2.0) as bar:
+        for block, start in enumerate(range(0, len(order), BLOCK)):
+            part = order[start : start + BLOCK]
+            targets = store.targets(block)
+            if targets is None:
+                targets = teacher.targets([questions[i] for i in part], [rows[i] for i in part], k, check_stop)
+                store.save_targets(block, targets)
+            found.update(zip(part, targets, strict=True))
+            bar.update(len(part))
+    return [found[i] for i in range(len(rows))]

@@ -1,0 +1,126 @@
+"""The student: the base with a prompt and without the text, its first values, and what it is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+from softprompt.backbone import key_values
+from softprompt.data import TokenRow
+from softprompt.distillation.held_out import HeldOut, HeldOutMeasure
+from softprompt.distillation.questions import Question
+from softprompt.distillation.settings import DistillSettings
+from softprompt.distillation.teacher import Teacher
+from softprompt.distillation.texts import start_ids
+from softprompt.engine import placement_of
+from softprompt.errors import ConfigError, DataError
+from softprompt.prompts import PROMPT_KEY, FlatOrder, Placement, PromptLearningConfig, from_tokens, lookup
+from softprompt.training import Prepared, TaskData, TopDivergence, TopTargets, prepare
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Student:
+    """A prompt that was not trained yet, and the questions it is trained and validated on.
+
+    Attributes:
+        prepared: The prompt, its base and its rows, as a run of ``tune`` has them.
+        questions: The questions, those to train on before those that are kept apart.
+        asked: Their rows as the teacher reads them.
+        rows: Their rows as the student reads them.
+    """
+
+    prepared: Prepared
+    questions: tuple[Question, ...]
+    asked: tuple[TokenRow, ...]
+    rows: tuple[TokenRow, ...]
+
+    @classmethod
+    def of(
+        cls, teacher: Teacher, questions: Sequence[Question], settings: DistillSettings, data: Mapping[str, Any]
+    ) -> Student:
+        """Prepare a student for answered questions.
+
+        Args:
+            teacher: The teacher.
+            questions: The questions.
+            settings: The settings.
+            data: What identifies the data, for the manifest and for resuming.
+
+        Raises:
+            ConfigError: The prompt would be longer than the text, or stand where the base has no place for it.
+            DataError: An answer has other tokens behind the text than without it.
+        """
+        chat = teacher.manifest.chat
+        ordered = sorted(questions, key=lambda each: each.held_out)
+        records = [each.record(chat=chat) for each in ordered]
+        count = sum(not each.held_out for each in ordered)
+        config = configuration_of(teacher, settings)
+        ids = start_ids(
+            settings.start,
+            teacher.passages,
+            settings.num_virtual_tokens,
+            teacher.base.facts.vocabulary,
+            settings.seed,
+        )
+        task = TaskData(
+            name="",
+            train=records[:count],
+            validation=records[count:],
+            labels=teacher.manifest.labels,
+            template=settings.verbalizer,
+            fingerprints=dict(data),
+        )
+        prepared = prepare(teacher.base, [task], settings.tuning(config))
+        asked, _ = teacher.rows.tokenize(records)
+        rows = (*prepared.tasks[0].train, *prepared.tasks[0].validation)
+        for question, one, other in zip(ordered, asked, rows, strict=True):
+            if one.target != other.target:
+                raise DataError(
+                    f"the answer to {question.text[:40]!r} has other tokens behind the text than without it; leave it out"
+                )
+        _start(prepared, asked[0], ids)
+        return cls(prepared, tuple(ordered), tuple(asked), rows)
+
+    def taught(
+        self, targets: Sequence[TopTargets], label_weight: float, check_stop: Callable[[], None]
+    ) -> tuple[Prepared, HeldOut]:
+        """Return what to train, given what the teacher predicts for each row, and what was kept apart."""
+        count = len(self.prepared.tasks[0].train)
+        apart = slice(count, None)
+        held_out = HeldOut(self.questions[apart], self.asked[apart], self.rows[apart], targets[apart])
+        keys = [(row.source, row.target) for row in self.rows[:count]]
+        labelled = [key for key, each in zip(keys, self.questions[:count], strict=True) if each.labelled]
+        engine, size = self.prepared.engine, self.prepared.settings.batch_size
+        objective = TopDivergence(
+            engine, dict(zip(keys, targets[:count], strict=True)), dict.fromkeys(labelled, label_weight)
+        )
+        measure = HeldOutMeasure(engine, held_out, 2 * size, check_stop) if held_out.questions else None
+        return replace(self.prepared, objective=objective, measure=measure), held_out
+
+
+def configuration_of(teacher: Teacher, settings: DistillSettings) -> PromptLearningConfig:
+    """Return the configuration of the student's prompt.
+
+    Raises:
+        ConfigError: It would stand in front of a chat that no chat template renders.
+    """
+    config = settings.configuration(chat=teacher.chat)
+    if teacher.chat and not teacher.manifest.chat and placement_of(config) is not Placement.CHAT_SYSTEM:
+        raise ConfigError(
+            "a chat with a template of one's own needs the prompt in its system turn: kind virtual-tokens and "
+            "placement auto; or leave chat out"
+        )
+    return config
+
+
+def _start(prepared: Prepared, asked: TokenRow, ids: Sequence[int]) -> None:
+    """Start the prompt at tokens; keys and values at theirs behind what stands before the teacher's text."""
+    base, config = prepared.base, prepared.config
+    if config.keys_and_values:
+        whole = [*asked.source[: asked.at], *ids][: len(ids)]
+        values = FlatOrder.of(config).flattened(key_values(base.model, whole))
+    else:
+        values = from_tokens(len(ids), ids, lookup(base.embedding))
+    prepared.module.load_stored({PROMPT_KEY: values})
