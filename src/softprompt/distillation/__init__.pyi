@@ -1,3 +1,4 @@
+from .forecast import Forecast as Forecast
 from .held_out import Distilled as Distilled
 from .held_out import Divergence as Divergence
 from .held_out import HeldOut as HeldOut

@@ -9,17 +9,15 @@ from typing import Any, final
 
 import torch
 
-from softprompt.distillation.questions import OTHER_SEEDS, SEEDS, Question
+from softprompt.distillation.questions import Question, Study
 from softprompt.distillation.settings import DistillSettings
 from softprompt.distillation.student import Student
 from softprompt.distillation.teacher import Teacher
 from softprompt.generation import GenerationOptions
 from softprompt.training import DryRun, TopTargets, dry_run_of, duration, stages_of
 
-_MEASURED_TOKENS = 8
+_TIMED = 8
 """Tokens of the answers whose generation is timed."""
-_BYTES_PER_TOKEN = 8
-"""Of an id and a log-probability."""
 
 
 @final
@@ -32,9 +30,9 @@ class Forecast:
         passages: Passages that the teacher reads, each by itself.
         questions: Questions to train on.
         held_out: Questions to keep apart.
-        unanswered: Answers to generate, and questions to ask, at most.
-        target_bytes: Bytes of the teacher's log-probabilities on disk, at most.
-        seconds: What each stage would take, generation at most: its answers may end earlier.
+        generated: Texts to generate: questions of self-study, and answers.
+        target_bytes: Bytes of the teacher's log-probabilities on disk.
+        seconds: What each stage would take, with answers of half the maximum length.
         training: What the training would do.
     """
 
@@ -42,7 +40,7 @@ class Forecast:
     passages: int
     questions: int
     held_out: int
-    unanswered: int
+    generated: int
     target_bytes: int
     seconds: dict[str, float]
     training: DryRun
@@ -52,80 +50,55 @@ class Forecast:
         return asdict(self)
 
     def __str__(self) -> str:
-        passages = "" if self.passages == 1 else f" in {self.passages:,} passages"
         stages = ", ".join(f"{name} {duration(value)}" for name, value in self.seconds.items())
-        return "\n".join(
-            [
-                f"text: {self.text_tokens:,} tokens{passages}",
-                f"questions: {self.questions:,} to train on, {self.held_out:,} kept apart, "
-                f"{self.unanswered:,} texts to generate",
-                f"teacher's log-probabilities: at most {self.target_bytes / 1e6:,.1f} MB",
-                f"seconds by stage, at most: {stages}",
-                str(self.training),
-            ]
+        return (
+            f"text: {self.text_tokens:,} tokens, passages: {self.passages:,}\n"
+            f"questions: {self.questions:,} to train on, {self.held_out:,} kept apart; texts to generate: "
+            f"{self.generated:,}\nteacher's log-probabilities: {self.target_bytes / 1e6:,.1f} MB\n"
+            f"by stage, about: {stages}\n{self.training}"
         )
 
 
 def forecast_of(teacher: Teacher, settings: DistillSettings, given: Sequence[Question]) -> Forecast:
-    """Return what a distillation would do; questions that are not there yet are stood in for.
+    """Return what a distillation would do; questions and answers that are not there yet are stood in for.
 
     Args:
         teacher: The teacher.
         settings: The settings.
         given: Questions that were given; none for self-study.
     """
-    count = settings.self_study or 0
-    apart = max(1, round(settings.held_out * count)) if settings.held_out and count else 0
-    asked = list(given) or [
-        *_stand_ins(teacher, SEEDS, count, False),
-        *_stand_ins(teacher, OTHER_SEEDS, apart, True),
-    ]
-    unanswered = sum(each.answer is None for each in asked)
+    asked = list(given)
+    if not given:
+        study = Study.of(settings, teacher.manifest.chat, len(teacher.passages))
+        seeds = [study.seed_of(n, apart=apart) for apart in (False, True) for n in range(study.counts[apart])]
+        asked = [replace(each, request={**each.request, "number": n}) for n, (each, _) in enumerate(seeds)]
+    generated = sum(each.answer is None for each in asked) * (1 if given else 2)
     stand_in = _text(teacher, settings.max_target_length // 2)
-    answered = [replace(each, answer=stand_in) if each.answer is None else each for each in asked]
-    student = Student.of(teacher, answered, settings, {})
-    batch = slice(0, settings.batch_size)
+    student = Student.of(teacher, [replace(each, answer=each.answer or stand_in) for each in asked], settings, {})
+    batch, passes = slice(0, settings.batch_size), -(-len(asked) // settings.batch_size)
+    seconds, started = {}, time.perf_counter()
+    if generated and teacher.manifest.labels is None:
+        options = GenerationOptions(max_new_tokens=_TIMED, min_new_tokens=_TIMED)
+        teacher.generate([(each, options) for each in asked[batch]])
+        of_a_batch = (time.perf_counter() - started) / _TIMED * settings.max_target_length / 2
+        seconds["questions"] = of_a_batch * generated / min(len(asked), settings.batch_size)
     started = time.perf_counter()
     teacher.targets(student.questions[batch], student.asked[batch], settings.top_k, lambda: None)
-    passes = -(-len(asked) // settings.batch_size)
-    seconds = {"teacher": (time.perf_counter() - started) * passes}
-    generated = unanswered * (2 if not given else 1)
-    if generated and teacher.manifest.labels is None:
-        options = GenerationOptions(max_new_tokens=_MEASURED_TOKENS, min_new_tokens=_MEASURED_TOKENS)
-        started = time.perf_counter()
-        teacher.generate([(each, options) for each in asked[batch]])
-        each_token = (time.perf_counter() - started) / _MEASURED_TOKENS
-        seconds = {"questions": each_token * settings.max_target_length * generated / len(asked[batch])} | seconds
-    targets = [_uniform(len(row.target), settings.top_k) for row in student.rows]
-    prepared, _ = student.taught(targets, settings.label_weight, lambda: None)
+    seconds["teacher"] = (time.perf_counter() - started) * passes
+    k = min(settings.top_k, teacher.base.facts.vocabulary)
+    flat = [TopTargets(torch.arange(k).expand(n, k), -torch.ones(n, k), -torch.ones(n)) for n in student.lengths]
+    prepared, held_out = student.taught(flat, settings.label_weight, lambda: None)
     training = dry_run_of(prepared, list(stages_of(prepared, {}, lambda: None)))
-    tokens = sum(len(row.target) for row in student.rows)
     return Forecast(
         text_tokens=teacher.tokens,
         passages=len(teacher.passages),
-        questions=sum(not each.held_out for each in asked),
-        held_out=sum(each.held_out for each in asked),
-        unanswered=generated,
-        target_bytes=tokens * (settings.top_k * _BYTES_PER_TOKEN + 4),
-        seconds=seconds | {"training": training.seconds},
+        questions=len(asked) - len(held_out.questions),
+        held_out=len(held_out.questions),
+        generated=generated,
+        target_bytes=sum(student.lengths) * (8 * k + 4),
+        seconds={**seconds, "training": training.seconds},
         training=training,
     )
-
-
-def _stand_ins(teacher: Teacher, seeds: dict[str, tuple[str, ...]], count: int, apart: bool) -> list[Question]:
-    texts = [text for each in seeds.values() for text in each]
-    chat = teacher.manifest.chat
-    return [
-        Question(
-            {"messages": [{"role": "user", "content": f"{n} {texts[n % len(texts)]}"}]}
-            if chat
-            else {"input": f"{n} {texts[n % len(texts)]}"},
-            None,
-            n % len(teacher.passages),
-            held_out=apart,
-        )
-        for n in range(count)
-    ]
 
 
 def _text(teacher: Teacher, tokens: int) -> str:
@@ -134,11 +107,3 @@ def _text(teacher: Teacher, tokens: int) -> str:
         return teacher.manifest.labels[0]
     ids = teacher.passages[0].ids
     return teacher.rows.decode((ids * -(-tokens // len(ids)))[:tokens]).strip() or "a"
-
-
-def _uniform(tokens: int, k: int) -> TopTargets:
-    return TopTargets(
-        torch.arange(k, dtype=torch.int32).expand(tokens, k),
-        torch.full((tokens, k), -3.0),
-        torch.full((tokens,), -3.0),
-    )

@@ -106,7 +106,7 @@ def divergence_of(
             logits = found.logits[found.predictor]
             own = wanted.divergence(logits).double().cpu()
             agreeing += int(wanted.agreement(logits).sum())
-        for i, value in zip(part, own.split([len(targets[i]) for i in part]), strict=True):
+        for i, value in zip(part, torch.split(own, [len(targets[i]) for i in part]), strict=True):
             sums[i] = float(value.sum())
     counts = [len(each) for each in targets]
     by_row = tuple(total / count for total, count in zip(sums, counts, strict=True))

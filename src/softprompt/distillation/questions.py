@@ -11,11 +11,12 @@ import logging
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
-from softprompt.data import INPUT, DataSource, Record, Verbalizer, chat_of, read_records
+from softprompt.data import INPUT, DataSource, Record, RowTokenizer, chat_of, read_records
+from softprompt.distillation.settings import DistillSettings
 from softprompt.errors import DataError
 from softprompt.generation import GenerationOptions
 
@@ -36,11 +37,11 @@ SEEDS: Mapping[str, tuple[str, ...]] = {
         "Write a request to explain the main points of one section of the text above briefly.",
     ),
     "question": (
-        "Ask one question that tests whether somebody knows a detail of the text above, such as a name or a number.",
+        "Ask one question that tests the knowledge of a detail of the text above, such as a name or a number.",
         "Write a short question that the text above answers.",
     ),
     "use case": (
-        "Think of somebody who needs the text above for a task. Write the message in which that person asks for help.",
+        "Think of somebody who needs the text above for a task. Write that person's message that asks for help.",
         "Write a practical question of a user to whom the text above matters.",
     ),
     "creative": (
@@ -63,7 +64,10 @@ OTHER_SEEDS: Mapping[str, tuple[str, ...]] = {
 """Those of questions that are kept apart."""
 
 _ONLY = " Answer only with the message itself, nothing else."
-_TEMPERATURE, _QUESTION_TOKENS = 0.6, 96
+_TEMPERATURE, _NEW = 0.6, 96
+"""How a question is sampled, and its tokens at most."""
+_MOST_DRAWN = 6
+"""Questions drawn at most for each that is wanted."""
 _REPEATED_WORDS, _LEAST_VARIED = 16, 0.25
 """Words from which on a text is degenerate that has a smaller share of different ones."""
 
@@ -115,39 +119,33 @@ class Question:
 
 def given_questions(
     source: DataSource,
-    verbalizer: Verbalizer,
-    *,
-    chat: bool,
+    rows: RowTokenizer,
     passages: int,
-    held_out: float,
-    seed: int,
-    **columns: str | None,
+    settings: DistillSettings,
+    columns: Mapping[str, str | None],
 ) -> list[Question]:
     """Read questions, with answers or without, and draw those that are kept apart.
 
     Args:
         source: Records of a question each; ``passage`` says which of several passages it is about.
-        verbalizer: The template that renders them, where they are no chats.
-        chat: Whether the base's chat template renders them.
+        rows: What renders them, as chats or by a template.
         passages: How many passages there are.
-        held_out: Share that is kept apart.
-        seed: Seed of the draw.
-        **columns: Names of the columns, as ``read_records`` has them.
+        settings: Say how many are kept apart.
+        columns: Names of the columns, for ``read_records``.
 
     Raises:
         DataError: There are none, one does not fit the template, or one does not say its passage.
     """
-    records = read_records(source, require_target=False, **columns)
-    if not records:
-        raise DataError("the questions are empty; give at least one")
-    if not chat:
-        verbalizer.check(records, columns.get("output_field"))
+    records = read_records(source, require_target=False, use="train", **cast(Any, columns))
+    rows.check(records, columns["output_field"])
+    chat = rows.chats is not None
     found = [_given(each, n, chat, passages) for n, each in enumerate(records, start=1)]
     unique = list({each.text: each for each in reversed(found)}.values())[::-1]
     if len(unique) < len(found):
         logger.warning("%s questions are there twice; each is used once", f"{len(found) - len(unique):,}")
-    count = min(round(held_out * len(unique)) or int(held_out > 0), len(unique) - 1)
-    apart = set(random.Random(f"held out {seed}").sample(range(len(unique)), count))
+    share, draw = settings.held_out, random.Random(f"held out {settings.seed}")
+    count = min(round(share * len(unique)) or int(share > 0), len(unique) - 1)
+    apart = set(draw.sample(range(len(unique)), count))
     return [replace(each, held_out=i in apart) for i, each in enumerate(unique)]
 
 
@@ -168,7 +166,7 @@ def _given(record: Record, number: int, chat: bool, passages: int) -> Question:
         request = {"messages": [dict(each) for each in asked.messages]}
         request |= {} if asked.tools is None else {"tools": asked.tools}
     elif INPUT in record.fields:
-        request = {"messages": [{"role": "user", "content": record.fields[INPUT]}]}
+        request = request_of(record.fields[INPUT], chat=True)
     else:
         raise DataError(
             f"question {number}: expected a text or messages, got {', '.join(record.fields) or 'nothing'}"
@@ -181,8 +179,7 @@ class Study:
     """Self-study, as far as it has come: a function of the seed and of how many questions were drawn.
 
     Attributes:
-        count: Questions to train on.
-        held_out: Questions to keep apart.
+        counts: Questions wanted, to train on and to keep apart.
         passages: How many passages there are.
         chat: Whether a question is a chat.
         seed: Seed of everything drawn.
@@ -191,8 +188,7 @@ class Study:
         dropped: Why others were not, and how many.
     """
 
-    count: int
-    held_out: int
+    counts: tuple[int, int]
     passages: int
     chat: bool
     seed: int
@@ -200,39 +196,31 @@ class Study:
     questions: list[Question] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
 
-    _MOST_DRAWN = 6
+    @classmethod
+    def of(cls, settings: DistillSettings, chat: bool, passages: int) -> Study:
+        """Return the study of a run, before its first question."""
+        count = settings.self_study or 0
+        apart = max(1, round(settings.held_out * count)) if settings.held_out else 0
+        return cls((count, apart), passages, chat, settings.seed)
 
     def wanted(self, size: int) -> list[tuple[Question, GenerationOptions]]:
         """Return the next seeds to ask, ``size`` at most; none when there are enough questions."""
-        for part, (count, seeds) in enumerate(((self.count, SEEDS), (self.held_out, OTHER_SEEDS))):
-            have = sum(each.held_out == bool(part) for each in self.questions)
-            left = min(count - have, self._MOST_DRAWN * count - self.drawn[part], size)
+        for apart in (False, True):
+            count, first = self.counts[apart], self.drawn[apart]
+            have = sum(each.held_out == apart for each in self.questions)
+            left = min(count - have, _MOST_DRAWN * count - first, size)
             if left > 0:
-                first = self.drawn[part]
-                self.drawn[part] += left
-                return [self._seed(seeds, n, apart=bool(part)) for n in range(first, first + left)]
+                self.drawn[apart] += left
+                return [self.seed_of(n, apart=apart) for n in range(first, first + left)]
         return []
 
-    def _seed(
-        self, seeds: Mapping[str, tuple[str, ...]], number: int, *, apart: bool
-    ) -> tuple[Question, GenerationOptions]:
-        draw = random.Random(f"self-study {self.seed} {apart} {number}")
+    def seed_of(self, number: int, *, apart: bool) -> tuple[Question, GenerationOptions]:
+        """Return what asks for a question, and how that is sampled."""
+        draw, seeds = random.Random(f"self-study {self.seed} {apart} {number}"), OTHER_SEEDS if apart else SEEDS
         kind = list(seeds)[number % len(seeds)]
-        asked = Question(
-            self.request(draw.choice(seeds[kind]) + _ONLY),
-            None,
-            draw.randrange(self.passages),
-            kind,
-            held_out=apart,
-        )
-        options = GenerationOptions(
-            max_new_tokens=_QUESTION_TOKENS, temperature=_TEMPERATURE, seed=draw.getrandbits(31)
-        )
-        return asked, options
-
-    def request(self, text: str) -> dict[str, Any]:
-        """Return a text as a request."""
-        return {"messages": [{"role": "user", "content": text}]} if self.chat else {INPUT: text}
+        asked = request_of(draw.choice(seeds[kind]) + _ONLY, chat=self.chat)
+        how = GenerationOptions(max_new_tokens=_NEW, temperature=_TEMPERATURE, seed=draw.getrandbits(31))
+        return Question(asked, None, draw.randrange(self.passages), kind, held_out=apart), how
 
     def kept(self, seeds: Sequence[Question], texts: Sequence[str]) -> list[Question]:
         """Return the questions that can be used of what the base asked; the others are counted."""
@@ -246,7 +234,7 @@ class Study:
                 self.dropped[f"questions {reason}"] += 1
                 continue
             known.add(_alike(asked))
-            found.append(replace(seed, request=self.request(asked)))
+            found.append(replace(seed, request=request_of(asked, chat=self.chat)))
         return found
 
     def add(self, questions: Sequence[Question], answers: Sequence[str]) -> None:
@@ -256,6 +244,11 @@ class Study:
                 self.dropped[f"answers {reason}"] += 1
             else:
                 self.questions.append(replace(question, answer=answer))
+
+
+def request_of(text: str, *, chat: bool) -> dict[str, Any]:
+    """Return a text as a request."""
+    return {"messages": [{"role": "user", "content": text}]} if chat else {INPUT: text}
 
 
 def problem(text: str) -> str:
@@ -269,9 +262,3 @@ def problem(text: str) -> str:
 
 def _alike(text: str) -> str:
     return re.sub(r"\W+", " ", text.lower()).strip()
-
-
-def parts(count: int, size: int) -> Iterator[slice]:
-    """Yield the slices of ``count`` things, ``size`` in each."""
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 from softprompt.errors import ConfigError
 from softprompt.fields import check, from_mapping, plain, setting
@@ -34,8 +34,8 @@ class DistillSettings:
     )
     placement: Literal["auto", "prefix"] = setting(
         "auto",
-        "Where virtual tokens stand: auto is the system turn of a chat, where the text stood; prefix is in front of "
-        "everything, as PEFT has it.",
+        "Where virtual tokens stand: auto is the system turn of a chat, where the text stood; prefix is in "
+        "front of everything, as PEFT has it.",
         group=_PROMPT,
     )
     self_study: int | None = setting(
@@ -155,39 +155,9 @@ class DistillSettings:
     def tuning(self, config: PromptLearningConfig) -> TuneSettings:
         """Return the settings of the student's training."""
         names = {item.name for item in fields(TuneSettings)}
-        shared = {item.name: getattr(self, item.name) for item in fields(self) if item.name in names}
-        more = {"init_from_records": False} if self.kind == "kv" else {}
-        return TuneSettings(**shared, **more, config=config)
-
-
-class DistillOptions(TypedDict, total=False):
-    """Keyword arguments of `distill`, for type checkers: the fields of `DistillSettings`, and ``lr``."""
-
-    kind: str
-    num_virtual_tokens: int
-    start: str
-    placement: str
-    self_study: int | None
-    held_out: float
-    input_field: str | None
-    output_field: str | None
-    verbalizer: str
-    chat: bool | None
-    task: str | None
-    chunk_tokens: int | None
-    top_k: int
-    label_weight: float
-    max_source_length: int
-    max_target_length: int
-    num_epochs: int
-    max_steps: int | None
-    learning_rate: float | None
-    lr: float | None
-    batch_size: int
-    max_tokens_per_batch: int | None
-    early_stopping_patience: int | None
-    seed: int
-    torch_dtype: str | None
-    device: str | None
-    engine: str
-    silence_progress_bars: bool
+        shared: dict[str, Any] = {
+            item.name: getattr(self, item.name) for item in fields(self) if item.name in names
+        }
+        if self.kind == "kv":
+            shared["init_from_records"] = False
+        return TuneSettings(**shared, config=config)

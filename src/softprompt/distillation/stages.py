@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from softprompt.data import INPUT, TokenRow
+from softprompt.data import TokenRow
 from softprompt.distillation.questions import Question, Study, problem
 from softprompt.distillation.settings import DistillSettings
 from softprompt.distillation.store import Store
@@ -21,16 +21,16 @@ logger = logging.getLogger(__name__)
 BLOCK = 32
 """Questions, or rows, after which a stage is saved."""
 
+CheckStop = Callable[[], None]
 
-def answered(
-    given: Sequence[Question], teacher: Teacher, store: Store, check_stop: Callable[[], None]
-) -> list[Question]:
+
+def answered(given: Sequence[Question], teacher: Teacher, store: Store, check_stop: CheckStop) -> list[Question]:
     """Return given questions, those without an answer answered by the teacher; useless answers are left out.
 
     Raises:
         DataError: None is left.
     """
-    saved = store.study() or {"read": 0, "questions": [], "dropped": {}}
+    saved = store.questions() or {"read": 0, "questions": [], "dropped": {}}
     found = [Question.from_dict(each) for each in saved["questions"]]
     dropped = Counter[str](saved["dropped"])
     with progress_bar(len(given), "question", done=saved["read"], delay=2.0) as bar:
@@ -49,26 +49,20 @@ def answered(
     return _usable(found, dropped)
 
 
-def studied(
-    settings: DistillSettings, teacher: Teacher, store: Store, check_stop: Callable[[], None]
-) -> list[Question]:
+def studied(settings: DistillSettings, teacher: Teacher, store: Store, check_stop: CheckStop) -> list[Question]:
     """Return questions of self-study with their answers.
 
     Raises:
         ConfigError: The template has other fields than ``input``.
         DataError: None is left.
     """
-    if not teacher.manifest.chat and teacher.manifest.fields != (INPUT,):
-        raise ConfigError(
-            "self_study needs a template whose one field is input; give questions, or another verbalizer"
-        )
-    count = settings.self_study or 0
-    apart = max(1, round(settings.held_out * count)) if settings.held_out else 0
-    study = Study(count, apart, len(teacher.passages), teacher.manifest.chat, settings.seed)
-    if saved := store.study():
+    if not teacher.manifest.chat and teacher.manifest.fields != ("input",):
+        raise ConfigError("self_study needs a verbalizer whose one field is input; change it, or give questions")
+    study = Study.of(settings, teacher.manifest.chat, len(teacher.passages))
+    if saved := store.questions():
         study.drawn, study.dropped = saved["drawn"], Counter(saved["dropped"])
         study.questions = [Question.from_dict(each) for each in saved["questions"]]
-    with progress_bar(count + apart, "question", done=len(study.questions)) as bar:
+    with progress_bar(sum(study.counts), "question", done=len(study.questions)) as bar:
         while seeds := study.wanted(BLOCK):
             check_stop()
             before = len(study.questions)
@@ -76,20 +70,20 @@ def studied(
             study.add(asked, teacher.answers(asked))
             _save(store, study.questions, study.dropped, drawn=study.drawn)
             bar.update(len(study.questions) - before)
-    if len(study.questions) < count + apart:
-        logger.warning(
-            "self-study found %d of %d questions; the others were useless", len(study.questions), count + apart
-        )
+    if len(study.questions) < sum(study.counts):
+        logger.warning("self-study found %d of %d questions", len(study.questions), sum(study.counts))
     return _usable(study.questions, study.dropped)
 
 
 def _save(store: Store, found: Sequence[Question], dropped: Counter[str], **position: object) -> None:
-    store.save_study({"questions": [each.to_dict() for each in found], "dropped": dict(dropped), **position})
+    values = {"questions": [each.to_dict() for each in found], "dropped": dict(dropped)}
+    store.save_questions(values | position)
 
 
 def _usable(found: list[Question], dropped: Counter[str]) -> list[Question]:
     if dropped:
-        logger.info("left out: %s", ", ".join(f"{count:,} {what}" for what, count in sorted(dropped.items())))
+        counts = sorted(dropped.items())
+        logger.info("left out: %s", ", ".join(f"{count:,} {what}" for what, count in counts))
     if all(each.held_out for each in found):
         raise DataError(
             "no question is left to train on: the base's own questions or answers are empty or repetitive; give "
@@ -104,7 +98,7 @@ def taught(
     k: int,
     teacher: Teacher,
     store: Store,
-    check_stop: Callable[[], None],
+    check_stop: CheckStop,
 ) -> list[TopTargets]:
     """Return what the teacher predicts for the target tokens of each row, passage after passage.
 
@@ -116,9 +110,8 @@ def taught(
         store: Keeps what is done.
         check_stop: Called between passes.
     """
-    order = sorted(
-        range(len(rows)), key=lambda i: (questions[i].passage, len(rows[i].source) + len(rows[i].target))
-    )
+    lengths = [len(row.source) + len(row.target) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: (questions[i].passage, lengths[i]))
     found: dict[int, TopTargets] = {}
     with progress_bar(len(rows), "row", delay=2.0) as bar:
         for block, start in enumerate(range(0, len(order), BLOCK)):

@@ -1,8 +1,8 @@
 """The stages of a distillation on disk: what is done is not repeated, and never mixed with anything else.
 
-In the state folder of the output: ``plan.json`` says what the run is made of, ``questions.json`` holds the questions
-so far, ``targets-N.safetensors`` what the teacher predicts for a block of rows; the training has a state of its own.
-All but the plan carry the plan's digest.
+In the state folder of the output: ``plan.json`` is all that the run is made of, text and given questions included,
+``questions.json`` the XX
+training has a state of its own. All of them carry the plan's digest.
 """
 
 from __future__ import annotations
@@ -23,84 +23,73 @@ from softprompt.artifacts import write_atomically
 from softprompt.errors import TrainingError, TrainingInterrupted, UsageError
 from softprompt.training import PLAN_FILE, TopTargets, how_to_go_on, state_path
 
-COMMAND = "distill"
-QUESTIONS_NAME = "questions.jsonl"
-"""The questions in the finished output."""
-
 
 @final
 @dataclass(frozen=True, slots=True)
 class Store:
-    """What a run keeps between its stages; without an output directory nothing.
+    """What a run keeps between its stages.
 
     Attributes:
         output: The output directory; None keeps nothing.
-        identity: What may not change before the run is done, by the names of its parts.
+        plan: What the run is made of, as plain values.
     """
 
     output: Path | None
-    identity: Mapping[str, Any]
+    plan: Mapping[str, Any]
+
+    @classmethod
+    def found(cls, output: Path) -> Store:
+        """Return that of the run that was interrupted in a folder.
+
+        Raises:
+            UsageError: There is none.
+            TrainingError: Its plan is damaged.
+        """
+        path = state_path(output).with_name(PLAN_FILE)
+        if not path.exists():
+            raise UsageError(f"nothing to resume in {output}: it holds no interrupted run of distill")
+        return cls(output, _json(path))
 
     @property
     def digest(self) -> str:
         """What the files of this run are known by."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.plan, sort_keys=True).encode()).hexdigest()
 
-    def begin(self, values: Mapping[str, Any]) -> None:
-        """Write the plan: ``values`` repeat the run."""
-        plan = {"command": COMMAND, "identity": dict(self.identity), **values}
-        self._write(PLAN_FILE, json.dumps(plan, indent=2, ensure_ascii=False))
+    def begin(self) -> None:
+        """Write the plan."""
+        self._write(PLAN_FILE, json.dumps(self.plan, indent=2, ensure_ascii=False))
 
-    def check(self) -> None:
-        """Refuse to go on with something else than what was begun.
-
-        Raises:
-            TrainingError: A part has changed since; it is named.
-        """
-        assert self.output is not None
-        before = plan_of(self.output)["identity"]
-        for name, now in self.identity.items():
-            if before.get(name) != now:
-                raise TrainingError(
-                    f"cannot resume {self.output}: its {name} was {before.get(name)!r}, now it is {now!r}; restore "
-                    "it, or start again with overwrite=True"
-                )
-
-    def save_study(self, values: Mapping[str, Any]) -> None:
+    def save_questions(self, values: Mapping[str, Any]) -> None:
         """Keep the questions as far as they have come."""
-        self._write("questions.json", json.dumps({"plan": self.digest, **values}, ensure_ascii=False))
+        self._write("questions.json", json.dumps({"digest": self.digest, **values}, ensure_ascii=False))
 
-    def study(self) -> dict[str, Any] | None:
-        """Return what ``save_study`` kept; None where there is nothing."""
-        path = self._path("questions.json")
-        if path is None or not path.exists():
+    def questions(self) -> dict[str, Any] | None:
+        """Return what ``save_questions`` kept; None where there is nothing."""
+        if (path := self._existing("questions.json")) is None:
             return None
         values = _json(path)
-        self._require(values.pop("plan", None), path)
+        self._require(values.pop("digest", None), path)
         return values
 
     def save_targets(self, block: int, targets: Sequence[TopTargets]) -> None:
         """Keep what the teacher predicts for the rows of a block."""
-        if self.output is None:
-            return
-        whole = TopTargets.joined(targets)
+        whole, counts = TopTargets.joined(targets), [len(each) for each in targets]
         tensors = {"ids": whole.ids, "log_probs": whole.log_probs, "tail": whole.tail}
-        tensors["tokens"] = torch.tensor([len(each) for each in targets], dtype=torch.int32)
-        self._write(f"targets-{block}.safetensors", save(tensors, metadata={"plan": self.digest}))
+        tensors["ends"] = torch.tensor(counts).cumsum(0)
+        self._write(_targets(block), save(tensors, metadata={"digest": self.digest}))
 
     def targets(self, block: int) -> list[TopTargets] | None:
         """Return what ``save_targets`` kept of a block; None where there is nothing."""
-        path = self._path(f"targets-{block}.safetensors")
-        if path is None or not path.exists():
+        if (path := self._existing(_targets(block))) is None:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                plan = (file.metadata() or {}).get("plan")
+                digest = (file.metadata() or {}).get("digest")
                 whole = TopTargets(*(file.get_tensor(name) for name in ("ids", "log_probs", "tail")))
-                ends = file.get_tensor("tokens").cumsum(0).tolist()
+                ends = file.get_tensor("ends").tolist()
         except (SafetensorError, OSError) as error:
             raise _damaged(path, error) from error
-        self._require(plan, path)
+        self._require(digest, path)
         return [whole.part(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
     @contextmanager
@@ -108,45 +97,32 @@ class Store:
         """Say how to go on where the work inside is stopped; ``where`` is what it was at."""
         try:
             yield
-        except (TrainingInterrupted, KeyboardInterrupt) as error:
-            said = str(error)  # the training says more of where it was
-            told = said if "training was stopped " in said else how_to_go_on(where, self.output)
-            raise TrainingInterrupted(told) from None
+        except (TrainingInterrupted, KeyboardInterrupt):
+            raise TrainingInterrupted(how_to_go_on(where, self.output)) from None
 
-    def _path(self, name: str) -> Path | None:
-        return None if self.output is None else state_path(self.output).with_name(name)
+    def _existing(self, name: str) -> Path | None:
+        path = None if self.output is None else state_path(self.output).with_name(name)
+        return path if path is not None and path.exists() else None
 
     def _write(self, name: str, data: bytes | str) -> None:
-        if (path := self._path(name)) is not None:
+        if self.output is not None:
+            path = state_path(self.output).with_name(name)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, data)
 
-    def _require(self, plan: Any, path: Path) -> None:
-        if plan != self.digest:
+    def _require(self, digest: Any, path: Path) -> None:
+        if digest != self.digest:
             raise TrainingError(f"cannot resume: {path} belongs to another run; start again with overwrite=True")
 
 
-def plan_of(output: Path) -> dict[str, Any]:
-    """Return the plan of the run that was interrupted in a folder.
-
-    Raises:
-        UsageError: There is none.
-        TrainingError: It is damaged.
-    """
-    path = state_path(output).with_name(PLAN_FILE)
-    if not path.exists():
-        raise UsageError(
-            f"nothing to resume in {output}: it holds no interrupted run of distill; start it without resume=True"
-        )
-    return _json(path)
+def _targets(block: int) -> str:
+    return f"targets-{block}.safetensors"
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it is no JSON object")
-    except (OSError, ValueError) as error:
+        values: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise _damaged(path, error) from error
     return values
 

@@ -36,6 +36,11 @@ class Student:
     asked: tuple[TokenRow, ...]
     rows: tuple[TokenRow, ...]
 
+    @property
+    def lengths(self) -> list[int]:
+        """Target tokens of each row."""
+        return [len(row.target) for row in self.rows]
+
     @classmethod
     def of(
         cls, teacher: Teacher, questions: Sequence[Question], settings: DistillSettings, data: Mapping[str, Any]
@@ -77,9 +82,8 @@ class Student:
         rows = (*prepared.tasks[0].train, *prepared.tasks[0].validation)
         for question, one, other in zip(ordered, asked, rows, strict=True):
             if one.target != other.target:
-                raise DataError(
-                    f"the answer to {question.text[:40]!r} has other tokens behind the text than without it; leave it out"
-                )
+                asked_for = question.text[:40]
+                raise DataError(f"the answer to {asked_for!r} is other tokens behind the text; leave it out")
         _start(prepared, asked[0], ids)
         return cls(prepared, tuple(ordered), tuple(asked), rows)
 

@@ -1,0 +1,102 @@
+"""``softprompt distill``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from softprompt.cli.options import (
+    Command,
+    given,
+    option,
+    options_of,
+    output_options,
+    overwrite_option,
+    show,
+    start_logging,
+    table,
+)
+from softprompt.distillation import DistillSettings
+from softprompt.errors import UsageError
+
+if TYPE_CHECKING:
+    from softprompt.inference import TunedPrompt
+
+_FILE = click.Path(dir_okay=False)
+
+
+@click.command("distill", cls=Command)
+@option("--system-prompt", type=_FILE, metavar="FILE", group="Text", help="File with the text of a system prompt.")
+@option(
+    "--document",
+    "documents",
+    type=_FILE,
+    multiple=True,
+    metavar="FILE",
+    group="Text",
+    help="Text file; cut into chunks where it is too long.  [repeatable]",
+)
+@option("--examples", metavar="FILE", group="Text", help="Data file of examples, shown one behind the other.")
+@option(
+    "--questions",
+    metavar="FILE",
+    group="Questions",
+    help="Data file of questions, with answers or without, or inputs of a task; instead of --self-study.",
+)
+@option("--base-model", group="Model and engine", help="Base model: folder or name.  [default: demo]")
+@options_of(DistillSettings)
+@option("--output", type=click.Path(), group="Output", help="Directory to write the prompt to.")
+@overwrite_option
+@option("--resume", is_flag=True, group="Output", help="Resume the interrupted run in the output directory.")
+@option(
+    "--dry-run",
+    is_flag=True,
+    group="Output",
+    help="Train nothing and write nothing: show tokens, rows, memory and the time of each stage.",
+)
+@output_options
+def command(*, dry_run: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Distil a text into a prompt: a system prompt, documents, or examples."""
+    values = given(options)
+    if "output" not in values and not dry_run:
+        raise UsageError("distill needs --output DIR: without it the prompt would be lost")
+    if "system_prompt" in values:
+        values["system_prompt"] = Path(values["system_prompt"])
+    if "documents" in values:
+        values["documents"] = [Path(each) for each in values["documents"]]
+    if quiet:
+        values["silence_progress_bars"] = True
+    start_logging(quiet=quiet)
+    from softprompt.distillation import Forecast, distill
+
+    found = distill(dry_run=dry_run, **values)
+    if isinstance(found, Forecast):
+        show(found.to_dict(), str(found), as_json=as_json)
+        return
+    result = summary(cast("TunedPrompt", found), values["output"])
+    shown = {name: value for name, value in result.items() if not isinstance(value, dict)}
+    parts = ", ".join(f"{name} {value:g}" for name, value in result["seconds_by_part"].items())
+    shown |= {f"held-out {name}": value for name, value in result["held_out"].items()}
+    show(result, table({**shown, "seconds": f"{result['seconds']:g} ({parts})"}), as_json=as_json)
+
+
+def summary(tuned: TunedPrompt, output: str) -> dict[str, Any]:
+    """Return what ``distill --json`` prints."""
+    manifest, metrics = tuned.whole, tuned.metrics
+    return {
+        "output": output,
+        "base_model": manifest.base_model,
+        "kind": manifest.settings["distillation"]["kind"],
+        "virtual_tokens": tuned.config.num_virtual_tokens,
+        "text_tokens": manifest.settings["text_tokens"],
+        "questions": manifest.data["train"]["rows"],
+        "steps": metrics["updates"],
+        "kept_epoch": metrics["epoch"],
+        "learning_rate": metrics["learning_rate"],
+        "held_out": metrics.get("validation", {}),
+        "nothing_learnt": metrics.get("nothing_learnt"),
+        "seconds": metrics["seconds"],
+        "seconds_by_part": metrics["seconds_by_part"],
+    }
