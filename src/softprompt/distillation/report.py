@@ -7,10 +7,13 @@ teacher forcing could write next to nothing of it by themselves.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, final
+from pathlib import Path
+from typing import Any, Self, final
 
+from softprompt.artifacts import write_atomically
 from softprompt.data import INPUT, DataSource, TokenRow, read_records
 from softprompt.distillation.held_out import Distilled, HeldOut, divergence_of
 from softprompt.distillation.questions import Question
@@ -42,6 +45,8 @@ UNRELATED: tuple[tuple[str, str], ...] = (
 )
 """Questions that have nothing to do with most texts, with an answer each."""
 
+TOP_K = 20
+"""Most likely tokens that are compared, where nothing else was set."""
 _SUMMARY = "Summarise the text above in at most {} words. Keep every rule, name and number that matters."
 _WORDS_PER_TOKEN = 0.7
 _NAME_WIDTH = 26
@@ -81,8 +86,9 @@ class DistillationReport:
         readers: No text, the text's first P tokens, a summary of at most P tokens, the prompt, the whole text.
         tokens_saved: Tokens of a request that need not be read any more.
         bytes_saved: Bytes of keys and values that they would fill in the base's dtype.
-        training_tokens: Tokens that the run read, a token that was trained on counted twice (forward and backward).
-        requests_to_pay: Requests after which it has paid: ``training_tokens / tokens_saved``, for a server that reads
+        tokens_read: Tokens that the run read, roughly: each trained one counts twice (forward and backward), each
+            one of the teacher's too (it writes the answers, and predicts them).
+        requests_to_pay: Requests after which it has paid: ``tokens_read / tokens_saved``, for a server that reads
             the text anew for each request.
         damage: KL(bare base || base with the prompt), and with the text, on answers to unrelated questions, in nats
             per token.
@@ -95,7 +101,7 @@ class DistillationReport:
     readers: tuple[Reader, ...]
     tokens_saved: float
     bytes_saved: float
-    training_tokens: float
+    tokens_read: float
     requests_to_pay: float | None
     damage: Mapping[str, float]
     unrelated: int
@@ -109,11 +115,20 @@ class DistillationReport:
         """Return everything as plain JSON values."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the report of ``to_dict``'s values."""
+        return cls(**{**values, "readers": tuple(Reader(**each) for each in values["readers"])})
+
+    def write(self, directory: Path) -> None:
+        """Write it beside a prompt, as JSON."""
+        write_atomically(directory / REPORT_NAME, json.dumps(self.to_dict(), indent=2) + "\n")
+
     def metrics(self) -> dict[str, float]:
-        """Return the numbers of the prompt alone, for its record and its card."""
-        own = {"nats per token": self.prompt.nats, "top-1 agreement": self.prompt.agreement}
-        own |= {"share of the text": self.prompt.share, "tokens saved": self.tokens_saved}
-        return own | {f"unrelated nats, {name}": value for name, value in self.damage.items()}
+        """Return the main numbers, for the prompt's record and its card."""
+        own = {"nats_per_token": self.prompt.nats, "top_1_agreement": self.prompt.agreement}
+        own |= {"share_of_the_way_to_the_text": self.prompt.share, "tokens_saved_per_request": self.tokens_saved}
+        return own | {"nats_per_token_on_unrelated_text": self.damage[PROMPT]}
 
     def __str__(self) -> str:
         labelled = any(each.accuracy is not None for each in self.readers)
@@ -138,19 +153,17 @@ NOTHING, PROMPT, WHOLE = "no text", "the prompt", "the whole text"
 
 def report_of(
     distilled: Distilled,
+    trained_on: int,
     *,
     unrelated: DataSource | None = None,
-    training_tokens: float = 0.0,
-    top_k: int = 20,
     check_stop: Callable[[], None] = lambda: None,
 ) -> DistillationReport:
     """Measure a distilled prompt on the questions that were kept apart.
 
     Args:
         distilled: The prompt, its teacher, and what was kept apart.
+        trained_on: Questions that the run answered.
         unrelated: Records with answers that have nothing to do with the text; None takes a few of our own.
-        training_tokens: Tokens that the run read, as in ``DistillationReport``.
-        top_k: Most likely tokens that are compared on unrelated answers.
         check_stop: Called between passes.
 
     Raises:
@@ -176,11 +189,11 @@ def report_of(
     text_tokens = measure.mean([each.ids for each in teacher.passages])
     whole = measure.accuracy(held_out.with_text(teacher.prompts))
     readers.append(Reader(WHOLE, text_tokens, 0.0, 1.0, 1.0, whole))
-    others = _unrelated(distilled, unrelated, top_k, check_stop)
+    others = _unrelated(distilled, unrelated, check_stop)
     rows = {PROMPT: others.with_prompt(prompt), WHOLE: others.with_text(teacher.prompts)}
     shape = teacher.base.key_value_shape
     each_token = shape.layers * 2 * shape.heads * shape.width * teacher.base.model.dtype.itemsize
-    saved = text_tokens - length
+    saved, read = text_tokens - length, _tokens_read(distilled, trained_on)
     return DistillationReport(
         questions=len(held_out.questions),
         kinds=tuple(sorted({each.kind for each in held_out.questions})),
@@ -188,8 +201,8 @@ def report_of(
         readers=tuple(readers),
         tokens_saved=saved,
         bytes_saved=saved * each_token,
-        training_tokens=training_tokens,
-        requests_to_pay=training_tokens / saved if saved > 0 else None,
+        tokens_read=read,
+        requests_to_pay=read / saved if saved > 0 else None,
         damage={name: measure.nats(own, others) for name, own in rows.items()},
         unrelated=len(others.questions),
     )
@@ -200,7 +213,7 @@ def measured_on(
     teacher: Teacher,
     questions: Sequence[Question],
     *,
-    top_k: int = 20,
+    top_k: int = TOP_K,
     check_stop: Callable[[], None] = lambda: None,
 ) -> Distilled:
     """Return a prompt with questions to measure it on; the teacher answers those that have no answer.
@@ -270,7 +283,7 @@ class _Measure:
 def _summaries(teacher: Teacher, length: int) -> list[tuple[int, ...]]:
     """Return the base's own summary of each passage, at most ``length`` tokens; none where it cannot be asked."""
     chat, fields = teacher.manifest.chat, teacher.manifest.fields
-    if not chat and fields != (INPUT,) or teacher.manifest.labels is not None:
+    if (not chat and fields != (INPUT,)) or teacher.manifest.labels is not None:
         return []
     text = _SUMMARY.format(max(1, int(_WORDS_PER_TOKEN * length)))
     request: dict[str, Any] = {"messages": [{"role": "user", "content": text}]} if chat else {INPUT: text}
@@ -279,9 +292,15 @@ def _summaries(teacher: Teacher, length: int) -> list[tuple[int, ...]]:
     return [tuple(teacher.rows.text(each))[:length] for each in teacher.generate(asked)]
 
 
-def _unrelated(
-    distilled: Distilled, source: DataSource | None, top_k: int, check_stop: Callable[[], None]
-) -> HeldOut:
+def _tokens_read(distilled: Distilled, count: int) -> float:
+    """Return about how many tokens the run read, as ``DistillationReport`` counts them."""
+    metrics, rows, teacher = distilled.tuned.metrics, distilled.held_out.asked, distilled.teacher
+    trained = metrics.get("tokens_per_second", 0.0) * metrics.get("seconds_by_part", {}).get("training", 0.0)
+    asked = count * sum(len(row.source) + len(row.target) for row in rows) / len(rows)
+    return float(2 * trained + 2 * (asked + teacher.tokens * -(-count // teacher.batch_size)))
+
+
+def _unrelated(distilled: Distilled, source: DataSource | None, check_stop: Callable[[], None]) -> HeldOut:
     """Return unrelated questions with what the bare base predicts for their answers."""
     teacher, tuned = distilled.teacher, distilled.tuned
     chat, fields = teacher.manifest.chat, teacher.manifest.fields
@@ -294,5 +313,5 @@ def _unrelated(
     ]
     asked, rows = _rows(questions, teacher, tuned)
     bare = [EngineRow(row.source, row.target, None) for row in rows]
-    targets = targets_of(tuned.engine, bare, top_k, batch_size=teacher.batch_size, check_stop=check_stop)
+    targets = targets_of(tuned.engine, bare, TOP_K, batch_size=teacher.batch_size, check_stop=check_stop)
     return HeldOut(questions, asked, rows, targets)

@@ -20,6 +20,7 @@ from softprompt.display import training_curve
 from softprompt.distillation.forecast import Forecast, forecast_of
 from softprompt.distillation.held_out import Distilled
 from softprompt.distillation.questions import Question, given_questions
+from softprompt.distillation.report import DistillationReport, report_of
 from softprompt.distillation.settings import DistillSettings
 from softprompt.distillation.stages import answered, studied, taught
 from softprompt.distillation.store import Store
@@ -62,6 +63,8 @@ def distill(
     overwrite: bool = False,
     resume: bool = False,
     dry_run: bool = False,
+    report: bool = True,
+    unrelated: DataSource | None = None,
     callbacks: Sequence[object] = (),
     **options: Any,
 ) -> TunedPrompt | Forecast:
@@ -77,6 +80,9 @@ def distill(
         overwrite: Write into an output directory that is not empty.
         resume: Continue the run that was interrupted in ``output``, with its own text, questions and settings.
         dry_run: Train nothing and write nothing, and return what the run would do.
+        report: Measure the prompt at the end on the questions that were kept apart; its numbers go into
+            ``distillation.json`` beside it, and the main ones into its record.
+        unrelated: Records with answers that have nothing to do with the text, to measure damage on.
         callbacks: As for ``tune``.
         **options: The fields of `DistillSettings`; ``lr`` is another name of ``learning_rate``.
 
@@ -130,7 +136,10 @@ def distill(
                 remove_state(target)
                 store.begin()
             distilled, found = _run(teacher, settings, given, store, stop, called)
-        return _finished(distilled, found, target)
+            measured = None
+            if report and distilled.held_out.questions:
+                measured = report_of(distilled, len(found), unrelated=unrelated, check_stop=stop.check)
+        return _finished(distilled, found, measured, target)
 
 
 def _resumed(output: Path | None, given: dict[str, Any]) -> Store:
@@ -189,12 +198,19 @@ def _run(
     return Distilled(tuned, teacher, held_out), found
 
 
-def _finished(distilled: Distilled, questions: Sequence[Question], target: Path | None) -> TunedPrompt:
-    """Write the prompt with its questions, and remove the state."""
+def _finished(
+    distilled: Distilled, questions: Sequence[Question], report: DistillationReport | None, target: Path | None
+) -> TunedPrompt:
+    """Write the prompt with its questions and its report, and remove the state."""
     tuned = distilled.tuned
+    if report is not None:
+        manifest = replace(tuned.whole, metrics={**tuned.whole.metrics, "distilled": report.metrics()})
+        tuned = TunedPrompt(tuned.base, tuned.module, tuned.config, manifest)
     if target is not None:
         tuned.save(target, overwrite=True)
         write_atomically(target / QUESTIONS_NAME, _lines(questions))
+        if report is not None:
+            report.write(target)
         publish_logs(target)
         with suppress(ConfigError):  # matplotlib is not installed
             (target / CURVE_NAME).unlink(missing_ok=True)
