@@ -317,7 +317,7 @@ def loaded(base_model: BaseLike, settings: TuneSettings) -> Base:
         source = Path(source).resolve()
     base = load_base(source, tokenizer=tokenizer, torch_dtype=settings.torch_dtype, device=settings.device)
     base.model.eval()  # type: ignore[no-untyped-call]
-    return base
+    return Base(base.model, base.tokenizer, base_model.name) if isinstance(base_model, Base) else base
 
 
 def _check_lengths(
