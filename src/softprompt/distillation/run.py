@@ -41,7 +41,7 @@ from softprompt.training import (
     nothing_learnt,
     publish_logs,
     remove_state,
-    run_stages,
+    run_together,
     state_path,
 )
 
@@ -113,6 +113,7 @@ def distill(
         if dry_run:
             return forecast_of(teacher, settings, given)
         now = {
+            "command": "distill",
             "base_model": named_source(base_model),
             "fingerprint": base.fingerprint_record().get("short", ""),
             "settings": plan.get("settings") or settings.to_dict(),
@@ -175,8 +176,8 @@ def _run(
     apart = len(held_out.questions)
     logger.info("%d questions to train on, %d kept apart", len(found) - apart, apart)
     begun = output is not None and state_path(output).exists()
-    before = load_state(output, identity(prepared)) if output is not None and begun else None
-    trained = run_stages(prepared, output, stop, before, callbacks)
+    before = {"": load_state(output, identity(prepared))} if output is not None and begun else None
+    trained = run_together({"": prepared}, output, stop, before, callbacks)[""]
     if problem := nothing_learnt(prepared, trained.metrics, trained.history):
         trained.metrics["nothing_learnt"] = problem
         logger.warning("%s", problem)

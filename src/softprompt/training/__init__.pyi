@@ -21,7 +21,7 @@ from .runs import interruption as interruption
 from .runs import list_runs as list_runs
 from .session import Trained as Trained
 from .session import identity as identity
-from .session import run_stages as run_stages
+from .session import run_together as run_together
 from .session import stages_of as stages_of
 from .settings import RATE_PER_RMS as RATE_PER_RMS
 from .settings import TuneSettings as TuneSettings

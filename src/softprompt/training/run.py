@@ -26,7 +26,7 @@ from softprompt.prompts import SOURCE_INITS, MultitaskPromptTuningConfig, Multit
 from softprompt.training.events import checked_callbacks
 from softprompt.training.examples import Data, read_data
 from softprompt.training.preparation import BaseLike, Prepared, prepare
-from softprompt.training.session import Trained, identity, run_stages, stages_of
+from softprompt.training.session import Trained, identity, run, stages_of
 from softprompt.training.settings import TuneOptions, TuneSettings, full_names
 from softprompt.training.state import (
     StopSignal,
@@ -135,7 +135,7 @@ def tune(
             if target is not None and not resume:
                 remove_state(target)
                 write_run(state_path(target).with_name(RUN_FILE), plan.names(), plan.settings)
-            trained = run_stages(prepared, target, stop, found, called)
+            trained = run(prepared, target, stop, found, called)
     if problem := nothing_learnt(prepared, trained.metrics, trained.history):
         trained.metrics["nothing_learnt"] = problem
         logger.warning("%s", problem)
