@@ -15,7 +15,7 @@ from softprompt.data import RowTokenizer, TokenRow, encode
 from softprompt.distillation.questions import Question
 from softprompt.distillation.settings import DistillSettings
 from softprompt.distillation.texts import BETWEEN, Passage, Reading
-from softprompt.engine import EngineRow, build_engine
+from softprompt.engine import Engine, EngineRow, build_engine
 from softprompt.errors import ConfigError
 from softprompt.generation import Decoder, GenerationOptions, Request
 from softprompt.inference import TunedPrompt, inputs_of, row_tokenizer, written
@@ -134,16 +134,31 @@ class Teacher:
             k: Tokens kept.
             check_stop: Called between passes.
         """
+        pairs = zip(questions, rows, strict=True)
+        given = [EngineRow(row.source, row.target, self.prompts[each.passage], row.at) for each, row in pairs]
         engine = build_engine(self.base, self.engine_name)
-        found: list[TopTargets] = []
-        for start in range(0, len(rows), self.batch_size):
-            check_stop()
-            part = slice(start, start + self.batch_size)
-            pairs = zip(questions[part], rows[part], strict=True)
-            given = [EngineRow(row.source, row.target, self.prompts[q.passage], row.at) for q, row in pairs]
-            with torch.no_grad():
-                predicted = engine.predict(given)
-                every = TopTargets.of(predicted.logits[predicted.predictor], k)
-            ends = torch.tensor([len(row.target) for row in given]).cumsum(0).tolist()
-            found += [every.part(end - len(row.target), end) for end, row in zip(ends, given, strict=True)]
-        return found
+        return targets_of(engine, given, k, batch_size=self.batch_size, check_stop=check_stop)
+
+
+def targets_of(
+    engine: Engine, rows: Sequence[EngineRow], k: int, *, batch_size: int, check_stop: Callable[[], None]
+) -> list[TopTargets]:
+    """Return what an engine's base predicts for the target tokens of each row, its ``k`` likeliest tokens.
+
+    Args:
+        engine: Runs the rows.
+        rows: Each with its prompt or without one.
+        k: Tokens kept.
+        batch_size: Rows in a pass, at most.
+        check_stop: Called between passes.
+    """
+    found: list[TopTargets] = []
+    for start in range(0, len(rows), batch_size):
+        check_stop()
+        part = rows[start : start + batch_size]
+        with torch.no_grad():
+            predicted = engine.predict(part)
+            every = TopTargets.of(predicted.logits[predicted.predictor], k)
+        ends = torch.tensor([len(row.target) for row in part]).cumsum(0).tolist()
+        found += [every.part(end - len(row.target), end) for end, row in zip(ends, part, strict=True)]
+    return found
