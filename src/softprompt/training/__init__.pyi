@@ -33,7 +33,6 @@ from .source_prompts import source_folder as source_folder
 from .state import PLAN_FILE as PLAN_FILE
 from .state import StopSignal as StopSignal
 from .state import how_to_go_on as how_to_go_on
-from .state import is_begun as is_begun
 from .state import load_state as load_state
 from .state import remove_state as remove_state
 from .state import state_path as state_path

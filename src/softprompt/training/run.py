@@ -31,7 +31,6 @@ from softprompt.training.settings import TuneOptions, TuneSettings, full_names
 from softprompt.training.state import (
     StopSignal,
     command_of,
-    is_begun,
     kept_if_resumable,
     load_state,
     remove_state,
@@ -170,7 +169,7 @@ def check_output(output: Path | None, *, overwrite: bool) -> None:
     if overwrite:
         require_no_file(output)
         return
-    if is_begun(output):
+    if command_of(output) is not None:
         raise OutputExistsError(
             f"{output} holds an interrupted run; continue it with --resume (resume=True in "
             "Python), or start again with --overwrite (overwrite=True)"
@@ -253,7 +252,7 @@ def _resumed(
     """Return the plan of the run that was interrupted in ``output``."""
     if output is None:
         raise UsageError("resume needs the output directory of the interrupted run")
-    if command_of(output) != "tune" or not state_path(output).exists():
+    if command_of(output) != "tune":
         raise UsageError(
             f"nothing to resume in {output}: it holds no interrupted run of tune; start it without resume=True"
         )

@@ -352,20 +352,15 @@ def how_to_go_on(where: str, output: Path | None) -> str:
 
 def resume_command(output: Path) -> str:
     """Return the command that continues the run that was interrupted in a folder."""
-    return f"softprompt {command_of(output)} --resume --output {shlex.quote(str(output))}"
+    return f"softprompt {command_of(output) or 'tune'} --resume --output {shlex.quote(str(output))}"
 
 
-def is_begun(output: Path) -> bool:
-    """Whether a folder holds a run that was interrupted and can be continued."""
-    return state_path(output).exists() or state_path(output).with_name(PLAN_FILE).exists()
-
-
-def command_of(output: Path) -> str:
-    """Return the command that a run in a folder was begun by."""
-    with suppress(OSError, ValueError):
+def command_of(output: Path) -> str | None:
+    """Return the command of the run that was interrupted in a folder; None where there is none to continue."""
+    with suppress(OSError, ValueError, AttributeError):
         plan = json.loads(state_path(output).with_name(PLAN_FILE).read_text(encoding="utf-8"))
-        return re.sub(r"\W", "", str(plan.get("command"))) if isinstance(plan, dict) else "tune"
-    return "tune"
+        return re.sub(r"\W", "", str(plan.get("command")))
+    return "tune" if state_path(output).exists() else None
 
 
 @contextmanager
