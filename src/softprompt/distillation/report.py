@@ -270,7 +270,7 @@ class _Measure:
 def _summaries(teacher: Teacher, length: int) -> list[tuple[int, ...]]:
     """Return the base's own summary of each passage, at most ``length`` tokens; none where it cannot be asked."""
     chat, fields = teacher.manifest.chat, teacher.manifest.fields
-    if not chat and fields != (INPUT,) or teacher.manifest.labels is not None:
+    if (not chat and fields != (INPUT,)) or teacher.manifest.labels is not None:
         return []
     text = _SUMMARY.format(max(1, int(_WORDS_PER_TOKEN * length)))
     request: dict[str, Any] = {"messages": [{"role": "user", "content": text}]} if chat else {INPUT: text}

@@ -178,7 +178,8 @@ def _run(
     begun = output is not None and state_path(output).exists()
     before = {"": load_state(output, identity(prepared))} if output is not None and begun else None
     trained = run_together({"": prepared}, output, stop, before, callbacks)[""]
-    if problem := nothing_learnt(prepared, trained.metrics, trained.history):
+    judged = [{**point, "loss": point["distillation"]} for point in trained.history]
+    if problem := nothing_learnt(prepared, trained.metrics, judged):
         trained.metrics["nothing_learnt"] = problem
         logger.warning("%s", problem)
     parts = {"questions": clock[1] - clock[0], "teacher": clock[2] - clock[1]}

@@ -30,7 +30,7 @@ from softprompt.training.session import Trained, identity, run, stages_of
 from softprompt.training.settings import TuneOptions, TuneSettings, full_names
 from softprompt.training.state import (
     StopSignal,
-    command_of,
+    begun_by,
     kept_if_resumable,
     load_state,
     remove_state,
@@ -169,7 +169,7 @@ def check_output(output: Path | None, *, overwrite: bool) -> None:
     if overwrite:
         require_no_file(output)
         return
-    if command_of(output) is not None:
+    if begun_by(output) is not None:
         raise OutputExistsError(
             f"{output} holds an interrupted run; continue it with --resume (resume=True in "
             "Python), or start again with --overwrite (overwrite=True)"
@@ -252,7 +252,7 @@ def _resumed(
     """Return the plan of the run that was interrupted in ``output``."""
     if output is None:
         raise UsageError("resume needs the output directory of the interrupted run")
-    if command_of(output) != "tune":
+    if begun_by(output) != "tune":
         raise UsageError(
             f"nothing to resume in {output}: it holds no interrupted run of tune; start it without resume=True"
         )

@@ -352,10 +352,10 @@ def how_to_go_on(where: str, output: Path | None) -> str:
 
 def resume_command(output: Path) -> str:
     """Return the command that continues the run that was interrupted in a folder."""
-    return f"softprompt {command_of(output) or 'tune'} --resume --output {shlex.quote(str(output))}"
+    return f"softprompt {begun_by(output) or 'tune'} --resume --output {shlex.quote(str(output))}"
 
 
-def command_of(output: Path) -> str | None:
+def begun_by(output: Path) -> str | None:
     """Return the command of the run that was interrupted in a folder; None where there is none to continue."""
     with suppress(OSError, ValueError, AttributeError):
         plan = json.loads(state_path(output).with_name(PLAN_FILE).read_text(encoding="utf-8"))
