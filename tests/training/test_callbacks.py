@@ -106,7 +106,7 @@ def test_an_error_of_a_callback_keeps_the_state_and_the_seconds_go_on(llama, row
         tune(llama, rows, held_out, callbacks=[Fails()], output=tmp_path / "out", **QUICK)
     header = state_path(tmp_path / "out")
     with safe_open(header, framework="pt") as file:
-        before = json.loads(file.metadata()["state"])["run"]
+        before = json.loads(file.metadata()["state"])["runs"][""]["run"]
     recorder = Recorder()
     resumed = tune(llama, rows, held_out, callbacks=[recorder], output=tmp_path / "out", resume=True)
     assert resumed.metrics["seconds"] >= sum(resumed.metrics["seconds_by_part"].values()) - 0.02

@@ -14,9 +14,11 @@ from softprompt.errors import TrainingError, TrainingInterrupted
 from softprompt.prompts import Prompt, PromptModule
 from softprompt.training import Events, TuneSettings
 from softprompt.training.events import LOG_FILE
-from softprompt.training.loop import Sampling, Stage, train
+from softprompt.training.loop import train
 from softprompt.training.objectives import Likelihood
 from softprompt.training.optimisation import Rates, build_optimizer
+from softprompt.training.sampling import Sampling
+from softprompt.training.stage import Stage
 from softprompt.training.state import RunState, Snapshot, Sums, load_state, save_state
 
 

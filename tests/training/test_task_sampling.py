@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from softprompt.training.loop import Sampling
+from softprompt.training.sampling import Sampling
 
 TASKS = [0] * 60 + [1] * 20 + [2] * 4
 

@@ -3,7 +3,7 @@ import torch
 from softprompt.data import TokenRow
 from softprompt.engine import TargetLogProbs
 from softprompt.prompts import Prompt
-from softprompt.training.session import Validation
+from softprompt.training.validation import Validation
 
 LABELS = {"no": (5, 1), "yes": (6, 1)}
 ROWS = [TokenRow((i,), LABELS["yes" if i % 2 else "no"], False, False) for i in range(6)]

@@ -42,7 +42,7 @@ from softprompt.training import (
     nothing_learnt,
     publish_logs,
     remove_state,
-    run_stages,
+    run_together,
     state_path,
 )
 
@@ -119,6 +119,7 @@ def distill(
         if dry_run:
             return forecast_of(teacher, settings, given)
         now = {
+            "command": "distill",
             "base_model": named_source(base_model),
             "fingerprint": base.fingerprint_record().get("short", ""),
             "settings": plan.get("settings") or settings.to_dict(),
@@ -184,9 +185,10 @@ def _run(
     apart = len(held_out.questions)
     logger.info("%d questions to train on, %d kept apart", len(found) - apart, apart)
     begun = output is not None and state_path(output).exists()
-    before = load_state(output, identity(prepared)) if output is not None and begun else None
-    trained = run_stages(prepared, output, stop, before, callbacks)
-    if problem := nothing_learnt(prepared, trained.metrics, trained.history):
+    before = {"": load_state(output, identity(prepared))} if output is not None and begun else None
+    trained = run_together({"": prepared}, output, stop, before, callbacks)[""]
+    judged = [{**point, "loss": point["distillation"]} for point in trained.history]
+    if problem := nothing_learnt(prepared, trained.metrics, judged):
         trained.metrics["nothing_learnt"] = problem
         logger.warning("%s", problem)
     parts = {"questions": clock[1] - clock[0], "teacher": clock[2] - clock[1]}

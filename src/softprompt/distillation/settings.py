@@ -81,7 +81,7 @@ class DistillSettings:
         most=1,
         group=_TEACHER,
     )
-    max_source_length: int = setting(512, "Maximum length of a question, in tokens.", least=1, group=_QUESTIONS)
+    max_source_length: int = setting(256, "Maximum length of a question, in tokens.", least=1, group=_QUESTIONS)
     max_target_length: int = setting(128, "Maximum length of an answer, in tokens.", least=1, group=_QUESTIONS)
     num_epochs: int = setting(8, "Number of training epochs.", least=1, group=_OPTIMISATION)
     max_steps: int | None = setting(

@@ -1,8 +1,8 @@
 """The stages of a distillation on disk: what is done is not repeated, and never mixed with anything else.
 
-In the state folder of the output: ``plan.json`` is all that the run is made of, text and given questions included,
-``questions.json`` the XX
-training has a state of its own. All of them carry the plan's digest.
+In the state folder of the output: ``plan.json`` is all that the run is made of, text and given questions
+included, ``questions.json`` the questions so far, ``targets-N.safetensors`` what the teacher predicts for a block
+of rows; the training has a state of its own. All of them carry the plan's digest.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from .runs import interruption as interruption
 from .runs import list_runs as list_runs
 from .session import Trained as Trained
 from .session import identity as identity
-from .session import run_stages as run_stages
+from .session import run_together as run_together
 from .session import stages_of as stages_of
 from .settings import RATE_PER_RMS as RATE_PER_RMS
 from .settings import TuneSettings as TuneSettings
@@ -33,7 +33,6 @@ from .source_prompts import source_folder as source_folder
 from .state import PLAN_FILE as PLAN_FILE
 from .state import StopSignal as StopSignal
 from .state import how_to_go_on as how_to_go_on
-from .state import is_begun as is_begun
 from .state import load_state as load_state
 from .state import remove_state as remove_state
 from .state import state_path as state_path

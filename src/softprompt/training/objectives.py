@@ -36,6 +36,18 @@ class BatchLoss:
         likelihood = -(self.values if self.weights is None else self.weights * self.values).sum()
         return likelihood if self.penalty is None else likelihood + self.penalty
 
+    def divided(self, sizes: Sequence[int]) -> list[BatchLoss]:
+        """Return the losses of parts of the batch, ``sizes`` rows each; the only part may have a penalty."""
+        if len(sizes) == 1:
+            return [self]
+        owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(self.row_index.device)
+        parts, first = [], 0
+        for number, size in enumerate(sizes):
+            own = owner[self.row_index] == number
+            parts.append(BatchLoss(self.values[own], self.row_index[own] - first))
+            first += size
+        return parts
+
 
 class Objective(Protocol):
     """The loss of a batch, differentiable in its rows' prompts."""

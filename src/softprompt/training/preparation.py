@@ -51,7 +51,7 @@ from softprompt.training.settings import CONTEXT_RECORDS, TuneSettings
 from softprompt.training.source_prompts import find_source
 
 if TYPE_CHECKING:
-    from softprompt.training.loop import Measure
+    from softprompt.training.stage import Measure
 
 logger = logging.getLogger(__name__)
 
@@ -153,8 +153,29 @@ def prepare(base_model: BaseLike, data: Sequence[TaskData], settings: TuneSettin
     base = loaded(base_model, settings)
     freeze(base.model)
     _check_gradient(base)
+    return _on(base, data, settings)
+
+
+def varied(prepared: Prepared, settings: TuneSettings) -> Prepared:
+    """Return another run on the same base, engine and records, to be trained beside the first one.
+
+    Args:
+        prepared: The first run.
+        settings: Its settings with another seed, learning rate, method or configuration of the prompt.
+
+    Raises:
+        ConfigError: A setting that this base or this data does not support.
+    """
+    return _on(prepared.base, [task.data for task in prepared.tasks], settings, prepared)
+
+
+def _on(base: Base, data: Sequence[TaskData], settings: TuneSettings, beside: Prepared | None = None) -> Prepared:
+    """Return a run on a base; ``beside`` another one its engine serves, and its rows where they are the same."""
     config = _configuration(base, data, settings)
-    tasks = [_tokenized(task, base, config, settings) for task in data]
+    if beside is not None and _reads_alike(config, beside.config):
+        tasks = beside.tasks
+    else:
+        tasks = [_tokenized(task, base, config, settings) for task in data]
     if isinstance(config, CPTConfig) and config.cpt_token_ids == _NO_CONTEXT:
         config = _with_context(config, base, tasks[0], settings)
     rows = [row for task in tasks for row in (*task.train, *task.validation)]
@@ -169,11 +190,16 @@ def prepare(base_model: BaseLike, data: Sequence[TaskData], settings: TuneSettin
         base=base,
         module=module,
         config=config,
-        engine=build_engine(base, settings.engine),
+        engine=build_engine(base, settings.engine) if beside is None else beside.engine,
         tasks=tasks,
         settings=settings,
         rates=peak_rates(settings, base, module, of_a_text),
     )
+
+
+def _reads_alike(one: PromptLearningConfig, other: PromptLearningConfig) -> bool:
+    """Return whether the records are the same rows of tokens with both prompts."""
+    return placement_of(one) == placement_of(other) and isinstance(one, CPTConfig) == isinstance(other, CPTConfig)
 
 
 def _check_gradient(base: Base) -> None:
@@ -317,7 +343,7 @@ def loaded(base_model: BaseLike, settings: TuneSettings) -> Base:
         source = Path(source).resolve()
     base = load_base(source, tokenizer=tokenizer, torch_dtype=settings.torch_dtype, device=settings.device)
     base.model.eval()  # type: ignore[no-untyped-call]
-    return base
+    return Base(base.model, base.tokenizer, base_model.name) if isinstance(base_model, Base) else base
 
 
 def _check_lengths(

@@ -26,12 +26,11 @@ from softprompt.prompts import SOURCE_INITS, MultitaskPromptTuningConfig, Multit
 from softprompt.training.events import checked_callbacks
 from softprompt.training.examples import Data, read_data
 from softprompt.training.preparation import BaseLike, Prepared, prepare
-from softprompt.training.session import Trained, identity, run_stages, stages_of
+from softprompt.training.session import Trained, identity, run, stages_of
 from softprompt.training.settings import TuneOptions, TuneSettings, full_names
 from softprompt.training.state import (
     StopSignal,
-    command_of,
-    is_begun,
+    begun_by,
     kept_if_resumable,
     load_state,
     remove_state,
@@ -135,7 +134,7 @@ def tune(
             if target is not None and not resume:
                 remove_state(target)
                 write_run(state_path(target).with_name(RUN_FILE), plan.names(), plan.settings)
-            trained = run_stages(prepared, target, stop, found, called)
+            trained = run(prepared, target, stop, found, called)
     if problem := nothing_learnt(prepared, trained.metrics, trained.history):
         trained.metrics["nothing_learnt"] = problem
         logger.warning("%s", problem)
@@ -170,7 +169,7 @@ def check_output(output: Path | None, *, overwrite: bool) -> None:
     if overwrite:
         require_no_file(output)
         return
-    if is_begun(output):
+    if begun_by(output) is not None:
         raise OutputExistsError(
             f"{output} holds an interrupted run; continue it with --resume (resume=True in "
             "Python), or start again with --overwrite (overwrite=True)"
@@ -253,7 +252,7 @@ def _resumed(
     """Return the plan of the run that was interrupted in ``output``."""
     if output is None:
         raise UsageError("resume needs the output directory of the interrupted run")
-    if command_of(output) != "tune" or not state_path(output).exists():
+    if begun_by(output) != "tune":
         raise UsageError(
             f"nothing to resume in {output}: it holds no interrupted run of tune; start it without resume=True"
         )

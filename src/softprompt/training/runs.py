@@ -78,8 +78,8 @@ def interruption(folder: Path) -> str | None:
         return None
     try:
         with safe_open(state_path(folder), framework="pt") as file:
-            at = json.loads((file.metadata() or {})["state"])["run"]
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError):
+            at = next(iter(json.loads((file.metadata() or {})["state"])["runs"].values()))["run"]
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, StopIteration):
         return f"its state is damaged; start again with softprompt tune --overwrite --output {folder}"
     return how_to_go_on(f"after update {at['update']} (epoch {at['epoch'] + 1})", folder)
 

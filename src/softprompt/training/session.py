@@ -6,23 +6,19 @@ A run has one stage, its prompt; with several tasks teachers are trained first, 
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import fmean
-from typing import Any, final
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from softprompt.data import TokenRow
-from softprompt.engine import Engine, EngineRow, require_gradient, score_of
-from softprompt.errors import TrainingInterrupted
-from softprompt.generation import TargetLikelihood, classify_rows, target_likelihood
-from softprompt.prompts import CPTConfig, Prompt, PromptModule, context_labels
+from softprompt.engine import EngineRow, require_gradient, score_of
+from softprompt.errors import TrainingError, TrainingInterrupted
+from softprompt.prompts import CPTConfig, PromptModule, context_labels
 from softprompt.training.events import Callbacks, Events
-from softprompt.training.loop import Measure, Sampling, Stage, train
+from softprompt.training.loop import Candidate, train_together
 from softprompt.training.objectives import (
     ContextLikelihood,
     Distillation,
@@ -33,128 +29,13 @@ from softprompt.training.objectives import (
 )
 from softprompt.training.optimisation import build_optimizer
 from softprompt.training.preparation import Prepared, teacher_prompt
+from softprompt.training.sampling import Sampling
 from softprompt.training.settings import DISTILLATION_WEIGHT
-from softprompt.training.state import RunState, Snapshot, StopSignal, how_to_go_on, save_state, state_path
+from softprompt.training.stage import Measure, Stage
+from softprompt.training.state import RunState, Snapshot, StopSignal, how_to_go_on, save_states, state_path
+from softprompt.training.validation import TaskValidations, Validation
 
 logger = logging.getLogger(__name__)
-
-PLATEAU_EPOCHS = 3
-ROWS_BETWEEN_STOPS = 256
-
-
-@dataclass
-class Validation:
-    """The validation records of one task and how they are scored; with ``labels`` as a classification.
-
-    ``labels`` maps each label to its target ids. ``check_stop`` is called every 256 rows. ``task``
-    is the number of the task, ``name`` what it is called among several.
-    """
-
-    engine: Engine
-    rows: Sequence[TokenRow]
-    labels: dict[str, tuple[int, ...]] | None
-    batch_size: int
-    check_stop: Callable[[], None] = lambda: None
-    task: int = 0
-    name: str = ""
-    _at_chance: int = field(default=0, init=False)
-
-    def metrics(self, prompts: Sequence[Prompt]) -> dict[str, float]:
-        """Measure the task's own of the prompts of all tasks.
-
-        Returns:
-            ``accuracy`` (labels) or ``perplexity`` (free text), and ``loss`` (nats per token).
-        """
-        prompt = prompts[self.task]
-        return self._likelihood(prompt) if self.labels is None else self._accuracy(prompt)
-
-    def quality(self, metrics: dict[str, float]) -> list[float]:
-        """Return what decides which epoch is best, first things first; more is better.
-
-        The loss decides between equal accuracies, of which a small data set has many.
-        """
-        by_loss = [-metrics["loss"]]
-        return by_loss if self.labels is None else [metrics["accuracy"], *by_loss]
-
-    def _parts(self) -> Iterator[Sequence[TokenRow]]:
-        for start in range(0, len(self.rows), ROWS_BETWEEN_STOPS):
-            self.check_stop()
-            yield self.rows[start : start + ROWS_BETWEEN_STOPS]
-
-    def _likelihood(self, prompt: Prompt) -> dict[str, float]:
-        parts = [target_likelihood(self.engine, rows, prompt, batch_size=self.batch_size) for rows in self._parts()]
-        whole = TargetLikelihood(sum(p.log_prob for p in parts), sum(p.tokens for p in parts))
-        return {"perplexity": whole.perplexity, "loss": whole.loss}
-
-    def _accuracy(self, prompt: Prompt) -> dict[str, float]:
-        assert self.labels is not None
-        names, ids = list(self.labels), list(self.labels.values())
-        parts = [
-            classify_rows(self.engine, rows, ids, prompt, batch_size=self.batch_size).scores
-            for rows in self._parts()
-        ]
-        scores = torch.cat(parts).double()  # [N, K]
-        gold = torch.tensor([ids.index(row.target) for row in self.rows])
-        predicted = scores.argmax(dim=1)
-        accuracy = (predicted == gold).double().mean().item()
-        log_prob = scores[torch.arange(len(gold)), gold].sum().item()
-        self._watch_collapse(predicted.tolist(), gold.tolist(), names, accuracy)
-        whole = TargetLikelihood(log_prob, sum(len(row.target) for row in self.rows))
-        return {"accuracy": accuracy, "loss": whole.loss}
-
-    def _watch_collapse(self, predicted: list[int], gold: list[int], names: list[str], accuracy: float) -> None:
-        """Say so when all records get one label, or accuracy stays at the commonest label's share."""
-        answers, truth = Counter(predicted), Counter(gold)
-        chance = max(truth.values()) / len(gold)
-        self._at_chance = self._at_chance + 1 if accuracy <= chance else 0
-        if len(answers) == 1 and len(truth) > 1:
-            logger.warning(
-                "all %d validation records%s are answered %r; if this lasts, change the learning rate, "
-                "the initial prompt or the seed",
-                len(gold),
-                self._of_task,
-                names[predicted[0]],
-            )
-        if self._at_chance == PLATEAU_EPOCHS:
-            logger.warning(
-                "validation accuracy %.3f%s is not above the commonest label's share %.3f for %d "
-                "epochs; change the learning rate, the initial prompt or the base model",
-                accuracy,
-                self._of_task,
-                chance,
-                PLATEAU_EPOCHS,
-            )
-
-    @property
-    def _of_task(self) -> str:
-        return f" of task {self.name}" if self.name else ""
-
-
-@final
-@dataclass
-class TaskValidations:
-    """Validation of several tasks: each by itself, and the means by which epochs are compared."""
-
-    parts: Sequence[Validation]
-
-    def metrics(self, prompts: Sequence[Prompt]) -> dict[str, float]:
-        """Measure the prompts of all tasks, in the order of the tasks.
-
-        Returns:
-            ``accuracy`` (mean over the tasks with labels, if any) and ``loss`` (mean over all
-            tasks), then each task's own metrics as ``<task> accuracy`` and so on.
-        """
-        found = {part.name: part.metrics(prompts) for part in self.parts}
-        accuracies = [each["accuracy"] for each in found.values() if "accuracy" in each]
-        means = {"accuracy": fmean(accuracies)} if accuracies else {}
-        means["loss"] = fmean(each["loss"] for each in found.values())
-        own = {f"{task} {name}": v for task, each in found.items() for name, v in each.items()}
-        return means | own
-
-    def quality(self, metrics: dict[str, float]) -> list[float]:
-        """Return what decides which epoch is best: the mean accuracy, then the mean loss."""
-        accuracy = [metrics["accuracy"]] if "accuracy" in metrics else []
-        return [*accuracy, -metrics["loss"]]
 
 
 TEACHERS = "teachers"
@@ -268,101 +149,170 @@ class Trained:
         return replace(self, metrics=self.metrics | {"seconds": round(total, 2), "seconds_by_part": seconds})
 
 
-def run_stages(
+def candidate_of(prepared: Prepared, check_stop: Callable[[], None] = lambda: None) -> Candidate:
+    """Return a run as a candidate for `train_together`: from its start, nothing shown and nothing written."""
+    stage = _stage(prepared, prepared.module, _likelihood(prepared), check_stop)
+    optimizer, state = build_optimizer(stage.settings, stage.prompt, prepared.rates), RunState()
+    return Candidate(stage, state, optimizer, Events(None, state, stage.total_updates(), silent=True))
+
+
+def run(
     prepared: Prepared,
     output: Path | None,
     stop: StopSignal,
     found: Snapshot | None = None,
     callbacks: Sequence[object] = (),
 ) -> Trained:
-    """Train the prompt in place and leave the best one in it.
+    """Train one prompt; see ``run_together``."""
+    snapshots = None if found is None else {"": found}
+    return run_together({"": prepared}, output, stop, snapshots, callbacks)[""]
+
+
+def run_together(
+    runs: Mapping[str, Prepared],
+    output: Path | None,
+    stop: StopSignal,
+    found: Mapping[str, Snapshot] | None = None,
+    callbacks: Sequence[object] = (),
+) -> dict[str, Trained]:
+    """Train prompts in place, side by side, and leave the best of each in its module.
 
     Args:
-        prepared: What is trained on what.
-        output: Where the state is kept; None keeps none.
+        runs: What is trained on what, by seed (empty for one alone), on one base and alike in what makes stages.
+        output: Where the state of all is kept; None keeps none.
         stop: Checked before each batch.
-        found: The state of the run to be continued.
-        callbacks: What is called as it goes.
+        found: The states of the runs to be continued.
+        callbacks: What is called as it goes, for each of the prompts.
+
+    Returns:
+        What became of each, without those whose loss was not finite.
 
     Raises:
         TrainingInterrupted: with the command that continues, when there is an ``output``.
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, of all of them.
     """
-    session = _Session(prepared, output, stop, identity(prepared), callbacks)
-    if found is not None:
-        session.earlier = dict(found.tensors["earlier"])
-        session.results = dict(found.results)
-    trained = Trained({}, [])
-    for stage in stages_of(prepared, session.earlier, stop.check):
-        if stage.name in session.results:
-            continue
-        trained = session.run(stage, found)
-        found = None
-        session.results[stage.name] = trained.metrics
-        if stage.is_needed:
-            session.earlier = dict(stage.prompt.state_dict())
-    earlier = dict(list(session.results.items())[:-1])
-    return Trained(trained.metrics | earlier, trained.history)
+    members = [_Member(seed, each, callbacks, (found or {}).get(seed)) for seed, each in runs.items()]
+    session = _Session(members, output, stop)
+    for stages in zip(*(stages_of(each.prepared, each.earlier, stop.check) for each in members), strict=True):
+        if stages[0].name not in members[0].results:
+            session.run(stages)
+    return {each.seed: each.whole() for each in members if each.problem is None}
 
 
-@dataclass
-class _Session:
-    """What the stages of a run share.
+@dataclass(eq=False)
+class _Member:
+    """One run among those that are trained together.
 
-    ``earlier`` holds the parameters of finished stages that later ones need, ``results`` their metrics.
+    ``found`` is where an interrupted one was, ``earlier`` holds the parameters of finished stages that later ones
+    need, ``results`` their metrics.
     """
 
+    seed: str
     prepared: Prepared
-    output: Path | None
-    stop: StopSignal
-    identity: Mapping[str, Any]
-    callbacks: Sequence[object] = ()
+    callbacks: Sequence[object]
+    found: Snapshot | None = None
     earlier: dict[str, Tensor] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
+    problem: TrainingError | None = None
+    trained: Trained = field(default_factory=lambda: Trained({}, []))
 
-    def run(self, stage: Stage, found: Snapshot | None) -> Trained:
-        """Train one stage, from its snapshot when it was interrupted."""
-        optimizer = build_optimizer(stage.settings, stage.prompt, self.prepared.rates)
-        state = RunState()
-        if found is not None:
-            found.restore(stage.prompt, optimizer)
-            state = found.run
+    def __post_init__(self) -> None:
+        if self.found is not None:
+            self.earlier, self.results = dict(self.found.tensors["earlier"]), dict(self.found.results)
 
-        def save() -> None:
-            if self.output is None:
-                return
-            snapshot = Snapshot.of(
-                stage.name, state, stage.prompt, optimizer, earlier=self.earlier, results=self.results
-            )
-            save_state(self.output, snapshot, self.identity)
+    def begin(self, stage: Stage) -> None:
+        """Put a stage where it begins, or where it was interrupted."""
+        self.stage, self.state = stage, RunState()
+        self.optimizer = build_optimizer(stage.settings, stage.prompt, self.prepared.rates)
+        if self.found is not None:
+            self.found.restore(stage.prompt, self.optimizer)
+            self.state, self.found = self.found.run, None
 
-        save()
-        self._check_gradient(stage)
-        silent = stage.settings.silence_progress_bars
-        log = None if self.output is None else state_path(self.output).with_name(stage.log_file)
-        try:
-            total, base = stage.total_updates(), self.prepared.base
-            others = {"model": base.model, "processing_class": base.tokenizer, "optimizer": optimizer}
-            callbacks = Callbacks(self.callbacks, stage.settings, total, **others, stage=stage.name)
-            with Events(log, state, total, silent=silent, of=stage.of, callbacks=callbacks) as events:
-                train(stage, state, optimizer, events, check_stop=self.stop.check, save=save)
-        except TrainingInterrupted:
-            save()
-            where = f"update {state.update} (epoch {state.epoch + 1}{stage.of})"
-            raise TrainingInterrupted(how_to_go_on(f"after {where}", self.output)) from None
-        return _best(stage, state)
+    def snapshot(self) -> Snapshot:
+        """Return where it is."""
+        stage = self.stage
+        return Snapshot.of(
+            stage.name, self.state, stage.prompt, self.optimizer, earlier=self.earlier, results=self.results
+        )
 
-    def _check_gradient(self, stage: Stage) -> None:
+    def check_gradient(self) -> None:
         """Check on the shortest row that the base passes its prompt's gradient on.
 
         Raises:
             TrainingError: It does not; training would go nowhere, or anywhere.
         """
-        base = self.prepared.base
+        stage, base = self.stage, self.prepared.base
         shortest = min(range(len(stage.rows)), key=stage.sampling.lengths.__getitem__)
         row, prompt = stage.rows[shortest], stage.prompt.prompt(stage.sampling.tasks[shortest])
         checked = EngineRow(row.source, row.target, None, row.at, row.unscored)
         require_gradient(base, prompt.detach(), score_of(self.prepared.engine, checked))
+
+    def candidate(self, output: Path | None, *, silent: bool) -> Candidate:
+        """Return it as a candidate of the loop; its log lies in the state of ``output``."""
+        stage, base, total = self.stage, self.prepared.base, self.stage.total_updates()
+        name = f"{self.seed}.{stage.log_file}" if self.seed else stage.log_file
+        log = None if output is None else state_path(output).with_name(name)
+        of = f" of seed {self.seed}{stage.of}" if self.seed else stage.of
+        others = {"model": base.model, "processing_class": base.tokenizer, "optimizer": self.optimizer}
+        callbacks = Callbacks(self.callbacks, stage.settings, total, **others, stage=stage.name)
+        events = Events(log, self.state, total, silent=silent, of=of, callbacks=callbacks)
+        return Candidate(stage, self.state, self.optimizer, events)
+
+    def end(self, problem: TrainingError | None) -> None:
+        """Keep what the stage came to."""
+        self.problem = problem
+        if problem is None:
+            self.trained = _best(self.stage, self.state)
+            self.results[self.stage.name] = self.trained.metrics
+            if self.stage.is_needed:
+                self.earlier = dict(self.stage.prompt.state_dict())
+
+    def whole(self) -> Trained:
+        """Return the metrics of all stages, and the history of the last one."""
+        earlier = dict(list(self.results.items())[:-1])
+        return Trained(self.trained.metrics | earlier, self.trained.history)
+
+
+@dataclass
+class _Session:
+    """The stages of runs that are trained together."""
+
+    members: Sequence[_Member]
+    output: Path | None
+    stop: StopSignal
+
+    def run(self, stages: Sequence[Stage]) -> None:
+        """Train a stage of each, from its snapshot when it was interrupted."""
+        going = [each for each in self.members if each.problem is None]
+        for member, stage in zip(self.members, stages, strict=True):
+            member.begin(stage)
+        self.save()
+        for member in going:
+            member.check_gradient()
+        try:
+            with ExitStack() as stack:
+                candidates: list[Candidate] = []
+                for member in going:
+                    silent = bool(candidates) or member.stage.settings.silence_progress_bars
+                    candidates.append(member.candidate(self.output, silent=silent))
+                    stack.enter_context(candidates[-1].events)
+                train_together(candidates, check_stop=self.stop.check, save=self.save)
+                problems = [each.problem for each in candidates if each.problem is not None]
+                if len(problems) == len(candidates):
+                    raise problems[0]
+        except TrainingInterrupted:
+            self.save()
+            first = self.members[0]
+            where = f"update {first.state.update} (epoch {first.state.epoch + 1}{first.stage.of})"
+            raise TrainingInterrupted(how_to_go_on(f"after {where}", self.output)) from None
+        for member, candidate in zip(going, candidates, strict=True):
+            member.end(candidate.problem)
+
+    def save(self) -> None:
+        """Write where all of them are."""
+        if self.output is not None:
+            snapshots = {each.seed: each.snapshot() for each in self.members}
+            save_states(self.output, snapshots, identity(self.members[0].prepared))
 
 
 def identity(prepared: Prepared) -> dict[str, Any]:

@@ -117,7 +117,7 @@ STATE_DIRECTORY = ".state"
 STATE_FILE = "state.safetensors"
 PLAN_FILE = "plan.json"
 """What a run of another command than ``tune`` goes on by; its ``command`` names that."""
-FORMAT = 4
+FORMAT = 5
 
 
 def state_path(output: Path) -> Path:
@@ -196,18 +196,33 @@ class Snapshot:
 
 def save_state(output: Path, snapshot: Snapshot, identity: Mapping[str, Any]) -> None:
     """Write the state of a run atomically; ``identity`` says what it may be resumed with."""
-    header = {
-        "format": FORMAT,
-        "stage": snapshot.stage,
-        "run": snapshot.run.to_dict(),
-        "optimizer": snapshot.numbers,
-        "results": snapshot.results,
-        "identity": identity,
+    save_states(output, {"": snapshot}, identity)
+
+
+def save_states(
+    output: Path,
+    snapshots: Mapping[str, Snapshot],
+    identity: Mapping[str, Any],
+    record: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the states of runs that are trained together, by name, atomically.
+
+    Args:
+        output: Directory of the run.
+        snapshots: Where each of them is.
+        identity: What they may be resumed with.
+        record: What else is needed to go on, as JSON values.
+    """
+    runs = {
+        name: {"stage": each.stage, "run": each.run.to_dict(), "optimizer": each.numbers, "results": each.results}
+        for name, each in snapshots.items()
     }
+    header = {"format": FORMAT, "runs": runs, "identity": identity, "record": record or {}}
     flat = {
-        f"{kind}:{name}": tensor.detach().cpu().contiguous()
+        f"{name}:{kind}:{key}": tensor.detach().cpu().contiguous()
+        for name, snapshot in snapshots.items()
         for kind, tensors in snapshot.tensors.items()
-        for name, tensor in tensors.items()
+        for key, tensor in tensors.items()
     }
     path = state_path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -215,7 +230,12 @@ def save_state(output: Path, snapshot: Snapshot, identity: Mapping[str, Any]) ->
 
 
 def load_state(output: Path, identity: Mapping[str, Any]) -> Snapshot:
-    """Read a state back.
+    """Read the state of a run that was trained alone; see ``load_states``."""
+    return next(iter(load_states(output, identity)[0].values()))
+
+
+def load_states(output: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Snapshot], dict[str, Any]]:
+    """Read back what ``save_states`` wrote: the snapshots and the record.
 
     Raises:
         TrainingError: there is no state, it is damaged, or it belongs to other data, another base
@@ -228,12 +248,24 @@ def load_state(output: Path, identity: Mapping[str, Any]) -> Snapshot:
                 f"cannot resume {output}: its {name} was {expected!r}, now it is "
                 f"{identity.get(name)!r}; restore it, or start again with overwrite=True"
             )
-    tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("prompt", "best", "optimizer", "earlier")}
-    for name, tensor in flat.items():
-        kind, _, rest = name.partition(":")
-        tensors[kind][rest] = tensor
-    run = RunState(**header["run"], best=tensors["best"] or None)
-    return Snapshot(header["stage"], run, tensors, header["optimizer"], header["results"])
+    kinds = ("prompt", "best", "optimizer", "earlier")
+    tensors: dict[str, dict[str, dict[str, Tensor]]] = {
+        name: {kind: {} for kind in kinds} for name in header["runs"]
+    }
+    for whole, tensor in flat.items():
+        name, kind, key = whole.split(":", 2)
+        tensors[name][kind][key] = tensor
+    snapshots = {
+        name: Snapshot(
+            each["stage"],
+            RunState(**each["run"], best=tensors[name]["best"] or None),
+            tensors[name],
+            each["optimizer"],
+            each["results"],
+        )
+        for name, each in header["runs"].items()
+    }
+    return snapshots, header["record"]
 
 
 def remove_state(output: Path) -> None:
@@ -320,20 +352,15 @@ def how_to_go_on(where: str, output: Path | None) -> str:
 
 def resume_command(output: Path) -> str:
     """Return the command that continues the run that was interrupted in a folder."""
-    return f"softprompt {command_of(output)} --resume --output {shlex.quote(str(output))}"
+    return f"softprompt {begun_by(output) or 'tune'} --resume --output {shlex.quote(str(output))}"
 
 
-def is_begun(output: Path) -> bool:
-    """Whether a folder holds a run that was interrupted and can be continued."""
-    return state_path(output).exists() or state_path(output).with_name(PLAN_FILE).exists()
-
-
-def command_of(output: Path) -> str:
-    """Return the command that a run in a folder was begun by."""
-    with suppress(OSError, ValueError):
+def begun_by(output: Path) -> str | None:
+    """Return the command of the run that was interrupted in a folder; None where there is none to continue."""
+    with suppress(OSError, ValueError, AttributeError):
         plan = json.loads(state_path(output).with_name(PLAN_FILE).read_text(encoding="utf-8"))
-        return re.sub(r"\W", "", str(plan.get("command"))) if isinstance(plan, dict) else "tune"
-    return "tune"
+        return re.sub(r"\W", "", str(plan.get("command")))
+    return "tune" if state_path(output).exists() else None
 
 
 @contextmanager

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from softprompt.data import TokenRow
-from softprompt.training.loop import Stage, duration, passed
+from softprompt.training.gradients import passed
+from softprompt.training.loop import duration
 from softprompt.training.preparation import Prepared, TaskRows
+from softprompt.training.stage import Stage
 
 logger = logging.getLogger(__name__)
 

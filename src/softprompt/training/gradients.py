@@ -1,0 +1,257 @@
+"""The gradients of updates: micro-batches of several prompts in one pass, dropout, clipping, numbers not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from itertools import zip_longest
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from softprompt.engine import EngineRow
+from softprompt.errors import TrainingError
+from softprompt.prompts import CPTEmbedding, PromptModule
+from softprompt.training.objectives import BatchLoss, Likelihood
+from softprompt.training.optimisation import rate_factor, set_rates
+from softprompt.training.sampling import Update
+from softprompt.training.settings import RATE_PER_RMS
+from softprompt.training.stage import Stage
+from softprompt.training.state import RunState, Sums
+
+JOINED_TOKENS = 4096
+"""Padded tokens up to which batches of several prompts make one pass, where ``max_tokens_per_batch`` is not set."""
+
+
+@final
+class Step:
+    """The gradient of one update of one prompt.
+
+    Each task's prompt is made once; the passes add their gradients to that value, and only their
+    sum goes through the parameters behind it, which is the same by the chain rule.
+    """
+
+    def __init__(self, stage: Stage, state: RunState, update: Update) -> None:
+        self.stage, self.update, self._state = stage, update, state
+        self.problem: TrainingError | None = None
+        used = [i for batch in update for i in batch]
+        rows = [stage.rows[i] for i in used]
+        targets = sum(row.scored for row in rows)
+        self.sums = Sums(targets=targets, tokens=sum(len(row.source) + len(row.target) for row in rows))
+        self._divisor = targets + len(used) * stage.context_tokens
+        seed = stage.settings.seed * 1_000_033 + state.update
+        with _dropout(stage.prompt, _drops(stage.prompt), seed):
+            self._prompts = {
+                task: stage.prompt.prompt(task) for task in sorted({stage.sampling.tasks[i] for i in used})
+            }
+        self._leaves = {task: prompt.leaves() for task, prompt in self._prompts.items()}
+        for parameter in stage.prompt.parameters():
+            parameter.grad = None
+
+    @property
+    def mixes_with(self) -> object:
+        """What steps must have in common to share passes."""
+        objective, first = self.stage.objective, next(iter(self._prompts.values()))
+        if not isinstance(objective, Likelihood) or self.stage.settings.keep_dropout:
+            return id(self)
+        return id(objective.engine), first.prefix is None, first.decoder is None, first.sees_input
+
+    def dropout(self) -> AbstractContextManager[None]:
+        """Return the context that its passes run in."""
+        seed = self.stage.settings.seed * 1_000_003 + self._state.update
+        return _dropout(self.stage.model, self.stage.settings.keep_dropout, seed)
+
+    def padded(self, batch: list[int]) -> int:
+        """Return the tokens of the longest row of a micro-batch."""
+        return max(self.stage.sampling.lengths[i] for i in batch)
+
+    def rows(self, batch: list[int]) -> tuple[list[EngineRow], list[int]]:
+        """Return the rows of a micro-batch, each with the prompt of its task, and their tasks."""
+        tasks = [self.stage.sampling.tasks[i] for i in batch]
+        rows = [
+            EngineRow(row.source, row.target, self._leaves[task], row.at, row.unscored)
+            for row, task in zip((self.stage.rows[i] for i in batch), tasks, strict=True)
+        ]
+        return rows, tasks
+
+    def check(self, batch: list[int], part: BatchLoss) -> None:
+        """Note a loss that is not finite as the problem."""
+        try:
+            _check_loss(self.stage, self._state, batch, part)
+        except TrainingError as error:
+            self.problem = error
+
+    def add(self, part: BatchLoss) -> Tensor:
+        """Count a micro-batch, and return its share of the loss."""
+        self.sums.loss -= part.values.detach().sum().item()
+        self.sums.penalty += 0.0 if part.penalty is None else part.penalty.item()
+        return part.loss / self._divisor
+
+    def is_finite(self) -> bool:
+        """Return whether the gradient is."""
+        grads = [leaf.grad for prompt in self._leaves.values() for leaf in prompt.tensors]
+        return all(bool(torch.isfinite(each).all()) for each in grads if each is not None)
+
+    def apply(self, optimizer: torch.optim.Optimizer) -> float:
+        """Change the parameters, where the gradient is sound; return the learning rate."""
+        stage, state, settings = self.stage, self._state, self.stage.settings
+        factor = rate_factor(settings.schedule, state.update, stage.total_updates(), settings.warmup_ratio)
+        set_rates(optimizer, factor)
+        if self.problem is None:
+            try:
+                self.hand_on()
+                _clip(stage, state)
+            except TrainingError as error:
+                self.problem = error
+            else:
+                optimizer.step()
+                if isinstance(stage.prompt, CPTEmbedding):
+                    stage.prompt.project_()
+        optimizer.zero_grad(set_to_none=True)
+        return stage.learning_rate * factor
+
+    def hand_on(self) -> None:
+        """Hand the gradients of the prompts on to the parameters behind them."""
+        made = [tensor for prompt in self._prompts.values() for tensor in prompt.tensors]
+        summed = [leaf.grad for prompt in self._leaves.values() for leaf in prompt.tensors]
+        pairs = [pair for pair in zip(made, summed, strict=True) if pair[1] is not None]
+        torch.autograd.backward([tensor for tensor, _ in pairs], [grad for _, grad in pairs])
+
+
+def steps_of(due: Sequence[tuple[Stage, RunState, Update]], check_stop: Callable[[], None]) -> list[Step]:
+    """Return the gradients of updates; a prompt whose numbers are not finite does not reach into another's."""
+    steps = [Step(*each) for each in due]
+    accumulate(steps, check_stop)
+    if len(steps) > 1:
+        # In backward NaN times the zeros of padding is NaN, which the other one of a pass may get.
+        for number, step in enumerate(steps):
+            if step.problem is None and not step.is_finite():
+                steps[number] = Step(*due[number])
+                accumulate([steps[number]], check_stop)
+    return steps
+
+
+def accumulate(steps: Sequence[Step], check_stop: Callable[[], None]) -> None:
+    """Accumulate the gradients of updates over their micro-batches, those that mix in passes together."""
+    groups: dict[object, list[Step]] = {}
+    for step in steps:
+        groups.setdefault(step.mixes_with, []).append(step)
+    for group in groups.values():
+        with group[0].dropout():
+            for joined in _passes(group):
+                check_stop()
+                _backward(joined)
+
+
+def _backward(joined: Sequence[tuple[Step, list[int]]]) -> None:
+    """Run micro-batches in one pass, and again without those whose loss is not finite."""
+    going = [(step, batch) for step, batch in joined if step.problem is None]
+    if not going:
+        return
+    parts = _losses(going)
+    for (step, batch), part in zip(going, parts, strict=True):
+        step.check(batch, part)
+    if any(step.problem for step, _ in going):
+        return _backward(going)
+    total = torch.stack([step.add(part) for (step, _), part in zip(going, parts, strict=True)]).sum()
+    total.backward()  # type: ignore[no-untyped-call]
+    return None
+
+
+def _passes(steps: Sequence[Step]) -> Iterator[list[tuple[Step, list[int]]]]:
+    """Yield micro-batches that run as one pass: one of each step, as many as the limit allows."""
+    limit = min(step.stage.sampling.max_tokens or JOINED_TOKENS for step in steps)
+    for turn in zip_longest(*(step.update for step in steps)):
+        joined: list[tuple[Step, list[int]]] = []
+        rows = longest = 0
+        for step, batch in zip(steps, turn, strict=True):
+            if batch is None:
+                continue
+            rows, longest = rows + len(batch), max(longest, step.padded(batch))
+            if joined and rows * longest > limit:
+                yield joined
+                joined, rows, longest = [], len(batch), step.padded(batch)
+            joined.append((step, batch))
+        yield joined
+
+
+def _losses(joined: Sequence[tuple[Step, list[int]]]) -> list[BatchLoss]:
+    """Run micro-batches in one pass, and return the loss of each."""
+    parts = [step.rows(batch) for step, batch in joined]
+    objective = joined[0][0].stage.objective  # the others' are the same
+    whole = objective([row for rows, _ in parts for row in rows], [task for _, tasks in parts for task in tasks])
+    return whole.divided([len(rows) for rows, _ in parts])
+
+
+def passed(stage: Stage, batch: list[int]) -> None:
+    """Run rows forward and backward as an update would, and keep nothing of it."""
+    step = Step(stage, RunState(), [batch])
+    accumulate([step], lambda: None)
+    for parameter in stage.prompt.parameters():
+        parameter.grad = None
+    if step.problem is not None:
+        raise step.problem
+
+
+@contextmanager
+def _dropout(module: Module, active: bool, seed: int) -> Iterator[None]:
+    """Run a module with its dropout, seeded and leaving global randomness alone, or without any."""
+    if not active:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module.train()
+        try:
+            yield
+        finally:
+            module.eval()
+
+
+def _drops(prompt: PromptModule) -> bool:
+    """Return whether a prompt has dropout of its own, as P-tuning's LSTM may have."""
+    return any(getattr(module, "dropout", 0.0) for module in prompt.modules())
+
+
+def _clip(stage: Stage, state: RunState) -> None:
+    limit = stage.settings.max_grad_norm or math.inf
+    norm = torch.nn.utils.clip_grad_norm_(stage.prompt.parameters(), limit)
+    if not torch.isfinite(norm):
+        raise TrainingError(f"{_where(state)}: the gradient is {norm.item()}; {_cause(stage)}")
+
+
+def _check_loss(stage: Stage, state: RunState, batch: list[int], loss: BatchLoss) -> None:
+    finite = torch.isfinite(loss.values)
+    sound = loss.penalty is None or bool(torch.isfinite(loss.penalty))
+    if bool(finite.all()) and sound:
+        return
+    bad = sorted({batch[i] for i in loss.row_index[~finite].tolist()}) or batch
+    rows = ", ".join(stage.name_of(i) for i in bad[:10]) + (" ..." if len(bad) > 10 else "")
+    raise TrainingError(
+        f"{_where(state)}: the loss is not finite for {len(bad)} of {len(batch)} rows of the "
+        f"batch (training rows {rows}); {_cause(stage)}"
+    )
+
+
+def _where(state: RunState) -> str:
+    return f"update {state.update + 1} (epoch {state.epoch + 1})"
+
+
+def _cause(stage: Stage) -> str:
+    """Name the likely cause of a number that is not finite, and what to do."""
+    with torch.no_grad():
+        rms = stage.prompt.materialize().double().pow(2).mean().sqrt().item()
+    relative = stage.learning_rate / stage.rms
+    if not math.isfinite(rms) or rms > 100 * stage.rms:
+        return (
+            f"the prompt's rms grew to {rms:.3g} against {stage.rms:.3g} in the base "
+            f"at learning rate {stage.learning_rate:.3g} ({relative:.3g} x that rms); "
+            f"try {RATE_PER_RMS * stage.rms:.2g} or less"
+        )
+    return (
+        f"the prompt itself is sound (rms {rms:.3g}, learning rate {relative:.3g} x the "
+        "base's rms), so look at these rows, or use torch_dtype float32"
+    )

@@ -1,0 +1,89 @@
+"""Which rows make which update: a function of (seed, epoch), so that nothing random is kept.
+
+One data set is shuffled and cut, each row once in an epoch. Several are mixed: each batch draws how many tasks
+stand in it, which, and then its rows (Wang et al. 2023, stochastic task sampling).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from softprompt.data import plan_batches, split_batch
+
+Update = list[list[int]]
+"""Micro-batches of row numbers whose gradients make one update."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How rows are drawn.
+
+    Attributes:
+        lengths: Tokens of each row.
+        tasks: The task of each row, from 0; rows of a task stand together.
+        batch_size: Rows in a batch.
+        accumulate_steps: Batches in an update.
+        seed: With the epoch the only source of randomness.
+        max_tokens: Padded tokens of a pass at most; None is no limit.
+        mixed: None goes through all rows; ``proportional`` and ``uniform`` draw mixed batches.
+    """
+
+    lengths: Sequence[int]
+    tasks: Sequence[int]
+    batch_size: int
+    accumulate_steps: int
+    seed: int
+    max_tokens: int | None = None
+    mixed: str | None = None
+
+    def updates(self, epoch: int) -> list[Update]:
+        """Return the updates of an epoch, counted from 0."""
+        if self.mixed is None:
+            batches = plan_batches(self.lengths, self.batch_size, seed=self.seed, epoch=epoch)
+        else:
+            batches = self._mixed_batches(epoch)
+        size = self.accumulate_steps
+        updates = [batches[start : start + size] for start in range(0, len(batches), size)]
+        if self.max_tokens is None:
+            return updates
+        # The budget splits passes, never updates: memory changes, the optimiser does not notice.
+        budget = self.max_tokens
+        return [
+            [part for batch in update for part in split_batch(batch, self.lengths, budget)] for update in updates
+        ]
+
+    def _mixed_batches(self, epoch: int) -> list[list[int]]:
+        """Return as many batches as the rows fill; a task runs through its rows in a random order.
+
+        A task whose rows are used up starts again in another order, so a small one is repeated.
+        """
+        generator = random.Random(f"mixed_batches {self.seed} {epoch}")
+        rows: dict[int, list[int]] = {}
+        for index, task in enumerate(self.tasks):
+            rows.setdefault(task, []).append(index)
+        weights = {task: 1.0 if self.mixed == "uniform" else len(own) for task, own in rows.items()}
+        waiting: dict[int, list[int]] = {task: [] for task in rows}
+        batches = []
+        for _ in range(-(-len(self.tasks) // self.batch_size)):
+            batch = []
+            for task in _tasks_of_batch(generator, weights, self.batch_size):
+                if not waiting[task]:
+                    waiting[task] = generator.sample(rows[task], len(rows[task]))
+                batch.append(waiting[task].pop())
+            batches.append(batch)
+        return batches
+
+
+def _tasks_of_batch(generator: random.Random, weights: dict[int, float], batch_size: int) -> list[int]:
+    """Draw the task of each row of a batch: at least two tasks, each of them at least once."""
+    most = min(len(weights), batch_size)
+    count = generator.randint(min(2, most), most)
+    left, chosen = dict(weights), []
+    for _ in range(count):
+        task = generator.choices(list(left), list(left.values()))[0]
+        del left[task]
+        chosen.append(task)
+    rest = generator.choices(chosen, [weights[task] for task in chosen], k=batch_size - count)
+    return chosen + rest

@@ -1,0 +1,89 @@
+"""What is trained to its end, on what, and how it is validated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch.nn import Module
+
+from softprompt.data import TokenRow
+from softprompt.prompts import Prompt, PromptModule
+from softprompt.training.events import LOG_FILE
+from softprompt.training.objectives import Objective
+from softprompt.training.sampling import Sampling
+from softprompt.training.settings import TuneSettings
+
+MAIN = "prompt"
+"""Name of the stage that trains the prompt itself."""
+
+
+class Measure(Protocol):
+    """Says how good prompts are on rows that were not trained on."""
+
+    def metrics(self, prompts: Sequence[Prompt]) -> dict[str, float]:
+        """Measure the prompts of all tasks, in the order of the tasks."""
+        ...
+
+    def quality(self, metrics: dict[str, float]) -> list[float]:
+        """Return what decides which epoch is best, first things first; more is better."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What is trained to its end, on what: fixed from its start, also across a resume.
+
+    Attributes:
+        prompt: The module whose parameters are trained.
+        objective: What is minimised.
+        rows: The tokenised training records.
+        sampling: Which of them make which update, and the task of each.
+        model: The frozen base.
+        learning_rate: Peak learning rate of the prompt.
+        rms: Root mean square of the base's own embeddings, or keys and values: the scale of the rate.
+        validation: How the prompts are validated after each epoch; None for not at all.
+        task_names: Names of the tasks; empty for a single data set.
+        context_tokens: Tokens that the objective scores for each row besides its target.
+        distils: Whether the objective has a part to report besides the likelihood.
+        name: What its state and its results are kept under.
+        log_file: Where its updates are logged in the output directory.
+        is_needed: Whether a later stage needs what it trained.
+    """
+
+    prompt: PromptModule
+    objective: Objective
+    rows: Sequence[TokenRow]
+    sampling: Sampling
+    model: Module
+    settings: TuneSettings
+    learning_rate: float
+    rms: float
+    validation: Measure | None = None
+    task_names: tuple[str, ...] = ()
+    context_tokens: int = 0
+    distils: bool = False
+    name: str = MAIN
+    log_file: str = LOG_FILE
+    is_needed: bool = False
+
+    @property
+    def of(self) -> str:
+        """What a message adds to the number of an epoch."""
+        return "" if self.name == MAIN else f" of the {self.name}"
+
+    def total_updates(self) -> int:
+        """Return the updates of the whole stage."""
+        return self.settings.max_steps or self.settings.num_epochs * len(self.sampling.updates(0))
+
+    def epochs(self) -> int:
+        """Return the epochs of the whole stage, of which ``max_steps`` may leave the last one unfinished."""
+        return -(-self.total_updates() // len(self.sampling.updates(0)))
+
+    def name_of(self, index: int) -> str:
+        """Return what a message calls a training row: its number, behind its task's name."""
+        task = self.sampling.tasks[index]
+        before = sum(other < task for other in self.sampling.tasks)
+        number = str(index - before + 1)
+        return f"{self.task_names[task]} {number}" if self.task_names else number

@@ -1,0 +1,137 @@
+"""How good prompts are on records that were not trained on, and when they have collapsed."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import final
+
+import torch
+
+from softprompt.data import TokenRow
+from softprompt.engine import Engine
+from softprompt.generation import TargetLikelihood, classify_rows, target_likelihood
+from softprompt.prompts import Prompt
+
+logger = logging.getLogger(__name__)
+
+PLATEAU_EPOCHS = 3
+ROWS_BETWEEN_STOPS = 256
+
+
+@dataclass
+class Validation:
+    """The validation records of one task and how they are scored; with ``labels`` as a classification.
+
+    ``labels`` maps each label to its target ids. ``check_stop`` is called every 256 rows. ``task``
+    is the number of the task, ``name`` what it is called among several.
+    """
+
+    engine: Engine
+    rows: Sequence[TokenRow]
+    labels: dict[str, tuple[int, ...]] | None
+    batch_size: int
+    check_stop: Callable[[], None] = lambda: None
+    task: int = 0
+    name: str = ""
+    _at_chance: int = field(default=0, init=False)
+
+    def metrics(self, prompts: Sequence[Prompt]) -> dict[str, float]:
+        """Measure the task's own of the prompts of all tasks.
+
+        Returns:
+            ``accuracy`` (labels) or ``perplexity`` (free text), and ``loss`` (nats per token).
+        """
+        prompt = prompts[self.task]
+        return self._likelihood(prompt) if self.labels is None else self._accuracy(prompt)
+
+    def quality(self, metrics: dict[str, float]) -> list[float]:
+        """Return what decides which epoch is best, first things first; more is better.
+
+        The loss decides between equal accuracies, of which a small data set has many.
+        """
+        by_loss = [-metrics["loss"]]
+        return by_loss if self.labels is None else [metrics["accuracy"], *by_loss]
+
+    def _parts(self) -> Iterator[Sequence[TokenRow]]:
+        for start in range(0, len(self.rows), ROWS_BETWEEN_STOPS):
+            self.check_stop()
+            yield self.rows[start : start + ROWS_BETWEEN_STOPS]
+
+    def _likelihood(self, prompt: Prompt) -> dict[str, float]:
+        parts = [target_likelihood(self.engine, rows, prompt, batch_size=self.batch_size) for rows in self._parts()]
+        whole = TargetLikelihood(sum(p.log_prob for p in parts), sum(p.tokens for p in parts))
+        return {"perplexity": whole.perplexity, "loss": whole.loss}
+
+    def _accuracy(self, prompt: Prompt) -> dict[str, float]:
+        assert self.labels is not None
+        names, ids = list(self.labels), list(self.labels.values())
+        parts = [
+            classify_rows(self.engine, rows, ids, prompt, batch_size=self.batch_size).scores
+            for rows in self._parts()
+        ]
+        scores = torch.cat(parts).double()  # [N, K]
+        gold = torch.tensor([ids.index(row.target) for row in self.rows])
+        predicted = scores.argmax(dim=1)
+        accuracy = (predicted == gold).double().mean().item()
+        log_prob = scores[torch.arange(len(gold)), gold].sum().item()
+        self._watch_collapse(predicted.tolist(), gold.tolist(), names, accuracy)
+        whole = TargetLikelihood(log_prob, sum(len(row.target) for row in self.rows))
+        return {"accuracy": accuracy, "loss": whole.loss}
+
+    def _watch_collapse(self, predicted: list[int], gold: list[int], names: list[str], accuracy: float) -> None:
+        """Say so when all records get one label, or accuracy stays at the commonest label's share."""
+        answers, truth = Counter(predicted), Counter(gold)
+        chance = max(truth.values()) / len(gold)
+        self._at_chance = self._at_chance + 1 if accuracy <= chance else 0
+        if len(answers) == 1 and len(truth) > 1:
+            logger.warning(
+                "all %d validation records%s are answered %r; if this lasts, change the learning rate, "
+                "the initial prompt or the seed",
+                len(gold),
+                self._of_task,
+                names[predicted[0]],
+            )
+        if self._at_chance == PLATEAU_EPOCHS:
+            logger.warning(
+                "validation accuracy %.3f%s is not above the commonest label's share %.3f for %d "
+                "epochs; change the learning rate, the initial prompt or the base model",
+                accuracy,
+                self._of_task,
+                chance,
+                PLATEAU_EPOCHS,
+            )
+
+    @property
+    def _of_task(self) -> str:
+        return f" of task {self.name}" if self.name else ""
+
+
+@final
+@dataclass
+class TaskValidations:
+    """Validation of several tasks: each by itself, and the means by which epochs are compared."""
+
+    parts: Sequence[Validation]
+
+    def metrics(self, prompts: Sequence[Prompt]) -> dict[str, float]:
+        """Measure the prompts of all tasks, in the order of the tasks.
+
+        Returns:
+            ``accuracy`` (mean over the tasks with labels, if any) and ``loss`` (mean over all
+            tasks), then each task's own metrics as ``<task> accuracy`` and so on.
+        """
+        found = {part.name: part.metrics(prompts) for part in self.parts}
+        accuracies = [each["accuracy"] for each in found.values() if "accuracy" in each]
+        means = {"accuracy": fmean(accuracies)} if accuracies else {}
+        means["loss"] = fmean(each["loss"] for each in found.values())
+        own = {f"{task} {name}": v for task, each in found.items() for name, v in each.items()}
+        return means | own
+
+    def quality(self, metrics: dict[str, float]) -> list[float]:
+        """Return what decides which epoch is best: the mean accuracy, then the mean loss."""
+        accuracy = [metrics["accuracy"]] if "accuracy" in metrics else []
+        return [*accuracy, -metrics["loss"]]
