@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -47,6 +48,13 @@ _FILE = click.Path(dir_okay=False)
 )
 @option("--base-model", group="Model and engine", help="Base model: folder or name.  [default: demo]")
 @options_of(DistillSettings)
+@option("--no-report", is_flag=True, group="Output", help="Do not measure the prompt on what was kept apart.")
+@option(
+    "--unrelated",
+    metavar="FILE",
+    group="Output",
+    help="Data file of questions with answers that have nothing to do with the text, to measure damage on.",
+)
 @option("--output", type=click.Path(), group="Output", help="Directory to write the prompt to.")
 @overwrite_option
 @option("--resume", is_flag=True, group="Output", help="Resume the interrupted run in the output directory.")
@@ -57,7 +65,7 @@ _FILE = click.Path(dir_okay=False)
     help="Train nothing and write nothing: show tokens, rows, memory and the time of each stage.",
 )
 @output_options
-def command(*, dry_run: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+def command(*, dry_run: bool, no_report: bool, as_json: bool, quiet: bool, **options: Any) -> None:
     """Distil a text into a prompt: a system prompt, documents, or examples."""
     values = given(options)
     if "output" not in values and not dry_run:
@@ -69,9 +77,9 @@ def command(*, dry_run: bool, as_json: bool, quiet: bool, **options: Any) -> Non
     if quiet:
         values["silence_progress_bars"] = True
     start_logging(quiet=quiet)
-    from softprompt.distillation import Forecast, distill
+    from softprompt.distillation import REPORT_NAME, DistillationReport, Forecast, distill
 
-    found = distill(dry_run=dry_run, **values)
+    found = distill(dry_run=dry_run, report=not no_report, **values)
     if isinstance(found, Forecast):
         show(found.to_dict(), str(found), as_json=as_json)
         return
@@ -79,7 +87,12 @@ def command(*, dry_run: bool, as_json: bool, quiet: bool, **options: Any) -> Non
     shown = {name: value for name, value in result.items() if not isinstance(value, dict)}
     parts = ", ".join(f"{name} {value:g}" for name, value in result["seconds_by_part"].items())
     shown |= {f"held-out {name}": value for name, value in result["held_out"].items()}
-    show(result, table({**shown, "seconds": f"{result['seconds']:g} ({parts})"}), as_json=as_json)
+    text = table({**shown, "seconds": f"{result['seconds']:g} ({parts})"})
+    written = Path(values["output"], REPORT_NAME)
+    if written.exists():
+        result["report"] = json.loads(written.read_text(encoding="utf-8"))
+        text += f"\n\n{DistillationReport.from_dict(result['report'])}"
+    show(result, text, as_json=as_json)
 
 
 def summary(tuned: TunedPrompt, output: str) -> dict[str, Any]:
