@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 from softprompt.backbone import key_values
-from softprompt.data import TokenRow
-from softprompt.distillation.held_out import HeldOut, HeldOutMeasure
-from softprompt.distillation.questions import Question
-from softprompt.distillation.settings import DistillSettings
-from softprompt.distillation.teacher import Teacher
-from softprompt.distillation.texts import start_ids
+from softprompt.distillation import HeldOut, HeldOutMeasure, start_ids
 from softprompt.engine import placement_of
 from softprompt.errors import ConfigError, DataError
 from softprompt.prompts import PROMPT_KEY, FlatOrder, Placement, PromptLearningConfig, from_tokens, lookup
-from softprompt.training import Prepared, TaskData, TopDivergence, TopTargets, prepare
+from softprompt.training import Goal, Prepared, TaskData, TopDivergence, TopTargets, prepare
+
+if TYPE_CHECKING:
+    from softprompt.data import TokenRow
+    from softprompt.distillation import DistillSettings, Question, Teacher
 
 
 @final
@@ -101,7 +100,7 @@ class Student:
             engine, dict(zip(keys, targets[:count], strict=True)), dict.fromkeys(labelled, label_weight)
         )
         measure = HeldOutMeasure(engine, held_out, 2 * size, check_stop) if held_out.questions else None
-        return replace(self.prepared, objective=objective, measure=measure), held_out
+        return replace(self.prepared, goal=Goal(objective, measure)), held_out
 
 
 def configuration_of(teacher: Teacher, settings: DistillSettings) -> PromptLearningConfig:
