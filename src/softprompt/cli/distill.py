@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,6 +27,17 @@ if TYPE_CHECKING:
     from softprompt.inference import TunedPrompt
 
 _FILE = click.Path(dir_okay=False)
+_report = partial(option, group="Report")
+_MEASURED = {
+    "system_prompt",
+    "documents",
+    "examples",
+    "questions",
+    "unrelated",
+    "base_model",
+    "silence_progress_bars",
+}
+"""What can be given to measure a finished prompt with."""
 
 
 @click.command("distill", cls=Command)
@@ -56,22 +69,39 @@ _FILE = click.Path(dir_okay=False)
     group="Output",
     help="Train nothing and write nothing: show tokens, rows, memory and the time of each stage.",
 )
+@_report("--report/--no-report", default=True, show_default=True, help="Measure the prompt at the end.")
+@_report("--unrelated", metavar="FILE", help="Data file of unrelated questions with answers, to measure damage on.")
+@_report(
+    "--measure",
+    type=click.Path(),
+    metavar="PROMPT_DIR",
+    help="Train nothing: measure a finished prompt again, on --questions or on those that it kept apart.",
+)
 @output_options
-def command(*, dry_run: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+def command(
+    *, dry_run: bool, report: bool, measure: str | None, as_json: bool, quiet: bool, **options: Any
+) -> None:
     """Distil a text into a prompt: a system prompt, documents, or examples."""
     values = given(options)
-    if "output" not in values and not dry_run:
+    if "output" not in values and not dry_run and measure is None:
         raise UsageError("distill needs --output DIR: without it the prompt would be lost")
     if "system_prompt" in values:
         values["system_prompt"] = Path(values["system_prompt"])
     if "documents" in values:
         values["documents"] = [Path(each) for each in values["documents"]]
+    start_logging(quiet=quiet)
+    from softprompt.distillation import REPORT_NAME, DistillationReport, Forecast, distill, measure_distilled
+
+    if measure is not None:
+        odd = sorted({name for name, each in values.items() if each} - _MEASURED)
+        if odd or dry_run:
+            raise UsageError(f"{odd[0] if odd else 'dry_run'} would be ignored with measure; leave it out")
+        measured = measure_distilled(measure, **{name: values[name] for name in _MEASURED & values.keys()})
+        show(measured.to_dict(), str(measured), as_json=as_json)
+        return
     if quiet:
         values["silence_progress_bars"] = True
-    start_logging(quiet=quiet)
-    from softprompt.distillation import Forecast, distill
-
-    found = distill(dry_run=dry_run, **values)
+    found = distill(dry_run=dry_run, report=report, **values)
     if isinstance(found, Forecast):
         show(found.to_dict(), str(found), as_json=as_json)
         return
@@ -79,7 +109,14 @@ def command(*, dry_run: bool, as_json: bool, quiet: bool, **options: Any) -> Non
     shown = {name: value for name, value in result.items() if not isinstance(value, dict)}
     parts = ", ".join(f"{name} {value:g}" for name, value in result["seconds_by_part"].items())
     shown |= {f"held-out {name}": value for name, value in result["held_out"].items()}
-    show(result, table({**shown, "seconds": f"{result['seconds']:g} ({parts})"}), as_json=as_json)
+    text, kept = (
+        table({**shown, "seconds": f"{result['seconds']:g} ({parts})"}),
+        Path(values["output"], REPORT_NAME),
+    )
+    if report and kept.exists():
+        result["report"] = json.loads(kept.read_text(encoding="utf-8"))
+        text += f"\n\n{DistillationReport.from_dict(result['report'])}"
+    show(result, text, as_json=as_json)
 
 
 def summary(tuned: TunedPrompt, output: str) -> dict[str, Any]:

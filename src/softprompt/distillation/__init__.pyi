@@ -4,10 +4,12 @@ from .held_out import Divergence as Divergence
 from .held_out import HeldOut as HeldOut
 from .held_out import divergence_of as divergence_of
 from .questions import Question as Question
+from .report import REPORT_NAME as REPORT_NAME
 from .report import DistillationReport as DistillationReport
 from .report import measured_on as measured_on
 from .report import report_of as report_of
 from .run import distill as distill
+from .run import measure_distilled as measure_distilled
 from .settings import DistillSettings as DistillSettings
 from .teacher import Teacher as Teacher
 from .texts import Passage as Passage

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from softprompt.artifacts import CURVE_NAME, write_atomically
+from softprompt.artifacts import CURVE_NAME, read_bytes, write_atomically
 from softprompt.backbone import freeze
 from softprompt.bundled import DEMO
 from softprompt.data import DataSource
@@ -20,7 +20,7 @@ from softprompt.display import training_curve
 from softprompt.distillation.forecast import Forecast, forecast_of
 from softprompt.distillation.held_out import Distilled
 from softprompt.distillation.questions import Question, given_questions
-from softprompt.distillation.report import DistillationReport, report_of
+from softprompt.distillation.report import DistillationReport, measured_on, report_of
 from softprompt.distillation.settings import DistillSettings
 from softprompt.distillation.stages import answered, studied, taught
 from softprompt.distillation.store import Store
@@ -28,7 +28,7 @@ from softprompt.distillation.student import Student
 from softprompt.distillation.teacher import Teacher
 from softprompt.distillation.texts import Reading, Text
 from softprompt.errors import ConfigError, TrainingError, UsageError
-from softprompt.inference import TunedPrompt
+from softprompt.inference import TunedPrompt, load
 from softprompt.progress import timed
 from softprompt.training import (
     BaseLike,
@@ -141,6 +141,47 @@ def distill(
             if report and distilled.held_out.questions:
                 measured = report_of(distilled, len(found), unrelated=unrelated, check_stop=stop.check)
         return _finished(distilled, found, measured, target)
+
+
+def measure_distilled(
+    prompt: str | Path,
+    *,
+    system_prompt: Text | None = None,
+    documents: Sequence[Text] = (),
+    examples: DataSource | None = None,
+    questions: DataSource | None = None,
+    unrelated: DataSource | None = None,
+    base_model: Any = None,
+) -> DistillationReport:
+    """Measure a finished prompt again, perhaps on other questions; nothing is written.
+
+    Args:
+        prompt: Directory that ``distill`` wrote.
+        system_prompt: The text it was made of, as for ``distill``; it is not kept with the prompt.
+        documents: Likewise.
+        examples: Likewise.
+        questions: Records to measure on, with answers or without; None takes those that were kept apart.
+        unrelated: As for ``distill``.
+        base_model: As for ``load``.
+
+    Raises:
+        ConfigError: The prompt was not made by ``distill``.
+        DataError: No question was kept apart, or the text or the questions cannot be used.
+        ArtifactError: The directory cannot be read.
+    """
+    tuned = load(prompt, base_model)
+    if "distillation" not in tuned.whole.settings:
+        raise ConfigError(f"{prompt} was not made by distill; evaluate measures other prompts")
+    settings = DistillSettings.from_dict(tuned.whole.settings["distillation"])
+    columns = {"input_field": settings.input_field, "output_field": settings.output_field}
+    teacher = Teacher.of(tuned.base, Reading.of(system_prompt, documents, examples, columns), settings)
+    own = [json.loads(each) for each in read_bytes(Path(prompt) / QUESTIONS_NAME).splitlines()]
+    asked = [each for each in map(Question.from_dict, own) if each.held_out]
+    if questions is not None:
+        asked = given_questions(
+            questions, teacher.rows, len(teacher.passages), replace(settings, held_out=0), columns
+        )
+    return report_of(measured_on(tuned, teacher, asked, top_k=settings.top_k), len(own), unrelated=unrelated)
 
 
 def _resumed(output: Path | None, given: dict[str, Any]) -> Store:
