@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,16 +26,7 @@ if TYPE_CHECKING:
     from softprompt.inference import TunedPrompt
 
 _FILE = click.Path(dir_okay=False)
-_report = partial(option, group="Report")
-_MEASURED = {
-    "system_prompt",
-    "documents",
-    "examples",
-    "questions",
-    "unrelated",
-    "base_model",
-    "silence_progress_bars",
-}
+_MEASURED = {"system_prompt", "documents", "examples", "questions", "unrelated", "base_model"}
 """What can be given to measure a finished prompt with."""
 
 
@@ -60,6 +50,20 @@ _MEASURED = {
 )
 @option("--base-model", group="Model and engine", help="Base model: folder or name.  [default: demo]")
 @options_of(DistillSettings)
+@option("--no-report", is_flag=True, group="Output", help="Do not measure the prompt on what was kept apart.")
+@option(
+    "--unrelated",
+    metavar="FILE",
+    group="Output",
+    help="Data file of questions with answers that have nothing to do with the text, to measure damage on.",
+)
+@option(
+    "--measure",
+    type=click.Path(),
+    metavar="PROMPT_DIR",
+    group="Output",
+    help="Train nothing: measure a finished prompt again, on --questions or on those that it kept apart.",
+)
 @option("--output", type=click.Path(), group="Output", help="Directory to write the prompt to.")
 @overwrite_option
 @option("--resume", is_flag=True, group="Output", help="Resume the interrupted run in the output directory.")
@@ -69,17 +73,9 @@ _MEASURED = {
     group="Output",
     help="Train nothing and write nothing: show tokens, rows, memory and the time of each stage.",
 )
-@_report("--report/--no-report", default=True, show_default=True, help="Measure the prompt at the end.")
-@_report("--unrelated", metavar="FILE", help="Data file of unrelated questions with answers, to measure damage on.")
-@_report(
-    "--measure",
-    type=click.Path(),
-    metavar="PROMPT_DIR",
-    help="Train nothing: measure a finished prompt again, on --questions or on those that it kept apart.",
-)
 @output_options
 def command(
-    *, dry_run: bool, report: bool, measure: str | None, as_json: bool, quiet: bool, **options: Any
+    *, dry_run: bool, no_report: bool, measure: str | None, as_json: bool, quiet: bool, **options: Any
 ) -> None:
     """Distil a text into a prompt: a system prompt, documents, or examples."""
     values = given(options)
@@ -101,7 +97,7 @@ def command(
         return
     if quiet:
         values["silence_progress_bars"] = True
-    found = distill(dry_run=dry_run, report=report, **values)
+    found = distill(dry_run=dry_run, report=not no_report, **values)
     if isinstance(found, Forecast):
         show(found.to_dict(), str(found), as_json=as_json)
         return
@@ -109,12 +105,10 @@ def command(
     shown = {name: value for name, value in result.items() if not isinstance(value, dict)}
     parts = ", ".join(f"{name} {value:g}" for name, value in result["seconds_by_part"].items())
     shown |= {f"held-out {name}": value for name, value in result["held_out"].items()}
-    text, kept = (
-        table({**shown, "seconds": f"{result['seconds']:g} ({parts})"}),
-        Path(values["output"], REPORT_NAME),
-    )
-    if report and kept.exists():
-        result["report"] = json.loads(kept.read_text(encoding="utf-8"))
+    text = table({**shown, "seconds": f"{result['seconds']:g} ({parts})"})
+    written = Path(values["output"], REPORT_NAME)
+    if written.exists():
+        result["report"] = json.loads(written.read_text(encoding="utf-8"))
         text += f"\n\n{DistillationReport.from_dict(result['report'])}"
     show(result, text, as_json=as_json)
 

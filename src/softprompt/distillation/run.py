@@ -20,7 +20,7 @@ from softprompt.display import training_curve
 from softprompt.distillation.forecast import Forecast, forecast_of
 from softprompt.distillation.held_out import Distilled
 from softprompt.distillation.questions import Question, given_questions
-from softprompt.distillation.report import DistillationReport, measured_on, report_of
+from softprompt.distillation.report import REPORT_NAME, DistillationReport, measured_on, report_of
 from softprompt.distillation.settings import DistillSettings
 from softprompt.distillation.stages import answered, studied, taught
 from softprompt.distillation.store import Store
@@ -139,7 +139,8 @@ def distill(
             distilled, found = _run(teacher, settings, given, store, stop, called)
             measured = None
             if report and distilled.held_out.questions:
-                measured = report_of(distilled, len(found), unrelated=unrelated, check_stop=stop.check)
+                with store.interrupted("while the prompt was measured"):
+                    measured = report_of(distilled, len(found), unrelated=unrelated, check_stop=stop.check)
         return _finished(distilled, found, measured, target)
 
 
@@ -252,6 +253,7 @@ def _finished(
     if target is not None:
         tuned.save(target, overwrite=True)
         write_atomically(target / QUESTIONS_NAME, _lines(questions))
+        (target / REPORT_NAME).unlink(missing_ok=True)
         if report is not None:
             report.write(target)
         publish_logs(target)
