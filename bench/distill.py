@@ -7,8 +7,8 @@ without its Trainer, so without what a Trainer costs. Ours predicts the teacher'
 conversation, the document once for a batch, and trains on them for several epochs; a conversation's share of the
 teacher's pass is counted. A training token is a token of an answer; conversations are the same on both sides.
 
-Random weights in the shape of SmolLM2-135M, one thread, both in one process and alternating. FLOPs come from torch's
-counter and have no noise; seconds are CPU seconds of the process.
+Random weights in the shape of SmolLM2-135M, one thread, both in one process and alternating. FLOPs come from
+torch's counter and have no noise; seconds are CPU seconds of the process.
 
     python bench/distill.py [--document 1024] [--rows 8] [--epochs 8] [--rounds 3] [--json]
 """

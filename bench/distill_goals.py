@@ -27,7 +27,6 @@ from typing import Any
 import httpx
 
 import softprompt
-from softprompt.data import Record
 from softprompt.distillation import DistillSettings, Question, Teacher, distill, measured_on, report_of
 from softprompt.distillation.texts import SourceText
 
@@ -182,7 +181,7 @@ def examples(arguments: argparse.Namespace) -> dict[str, Any]:
         max_source_length=128,
         max_target_length=16,
     )
-    reading = SourceText("examples", examples=tuple(Record({"input": text}, name) for text, name in shown))
+    reading = SourceText("examples", examples=[({"input": text}, name) for text, name in shown])
     teacher = teacher_of(tuned, reading)
     rows = [(text, name) for name in teacher.manifest.labels or () for text in test[name][: arguments.rows // 10]]
     questions = [Question({"input": text}, name, labelled=True) for text, name in rows]
@@ -191,24 +190,7 @@ def examples(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"report": report.to_dict(), "rows": len(rows), "demonstrations": len(shown)}
 
 
-DOCUMENTS = {
-    "hotel": (
-        "The Hotel Aurora stands on Birch Street in Lindau and has 48 rooms on four floors. The front desk is open from "
-        "6 in the morning until midnight; after that the night clerk, Mr Okafor, opens the door with the green bell. "
-        "Breakfast is served in the Winter Garden from 7 to 10 and costs 14 euros. The pool is on the roof and opens at "
-        "8. Dogs are welcome for 9 euros a night, cats are not. The password of the network is silverheron. A taxi to "
-        "the station takes 12 minutes. Guests leave their rooms by 11; a late departure until 14 costs 30 euros. Bicycles "
-        "are lent for free at the garage. The safe in room 12 is broken and will be repaired in May."
-    ),
-    "ferry": (
-        "The ferry Skua sails from Port Hallow to Gull Island four times a day, at 7, 11, 15 and 19. The crossing takes "
-        "50 minutes. A ticket costs 18 euros, a return ticket 30, and children below six travel for free. Cars are "
-        "taken on board only at 7 and 15 and must be there 40 minutes before. Captain Brandt commands a crew of nine. "
-        "In a storm of force 8 or more the ferry stays in the harbour, and tickets are valid on the next day. The "
-        "cafeteria on deck two sells fish soup. Bicycles cost 5 euros. Lost things are kept in the office at pier 3 "
-        "until the end of the month. Gull Island has no cash machine, so bring money."
-    ),
-}
+DOCUMENTS = {name: (HERE / f"distill_{name}.txt").read_text(encoding="utf-8") for name in ("hotel", "ferry")}
 ABOUT = {
     "hotel": (
         [
@@ -249,7 +231,7 @@ def documents(arguments: argparse.Namespace) -> dict[str, Any]:
             max_source_length=64,
             max_target_length=24,
         )
-        teachers[name] = teacher_of(tuned, SourceText("document", ((name, text),)))
+        teachers[name] = teacher_of(tuned, SourceText("document", ((name, text.strip()),)))
         apart[name] = [Question({"input": each}, None) for each in kept]
         folders.append(Path(arguments.output) / name)
     both = Path(arguments.output) / "both"

@@ -62,7 +62,9 @@ def test_the_teachers_targets_are_those_of_a_plain_pass_over_a_chat(chat_base):
 
 
 def test_the_teachers_targets_are_those_of_a_plain_pass_over_a_text():
-    teacher = teacher_of("demo", SourceText("system prompt", [("text", TEXT)]), verbalizer="Text: {{input}}\nLabel:")
+    teacher = teacher_of(
+        "demo", SourceText("system prompt", [("text", TEXT)]), verbalizer="Text: {{input}}\nLabel:"
+    )
     row, found = targets_of(teacher, {"input": "is it late"}, "yes")
     tokenizer, model = teacher.base.tokenizer, teacher.base.model
     bos = tokenizer("", add_special_tokens=True)["input_ids"][: row.at]
@@ -75,7 +77,9 @@ def test_the_teachers_targets_are_those_of_a_plain_pass_over_a_text():
 def test_examples_are_shown_as_the_baseline_of_an_evaluation_shows_them():
     records = [{"input": f"text {n}", "output": ("good", "bad")[n % 2]} for n in range(4)]
     template = "Text: {{input}}\nLabel:"
-    teacher = teacher_of("demo", SourceText.of(None, (), records, {"input_field": None, "output_field": None}), verbalizer=template)
+    teacher = teacher_of(
+        "demo", SourceText.of(None, (), records, {"input_field": None, "output_field": None}), verbalizer=template
+    )
     baseline = Baseline(base_model="demo", template=template, few_shot=4, examples=records, labels=("bad", "good"))
     shown, _ = prompted(baseline, [], EvaluationSettings())
     texts = {tuned.tokenizer.decode(ids) for tuned, ids in ((shown, teacher.passages[0].ids),)}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from softprompt.backbone import freeze, load_base
-from softprompt.data import Record
+from softprompt.cli.main import run
 from softprompt.distillation import DistillSettings, Question, Teacher, measured_on, report_of
 from softprompt.distillation.texts import SourceText
 from softprompt.errors import DataError
@@ -120,7 +120,7 @@ def test_damage_on_questions_of_ones_own(teacher, beginning, tmp_path):
 
 def test_labels_are_scored_as_the_prompt_classifies():
     examples = tuple(
-        Record({"input": text}, label)
+        ({"input": text}, label)
         for text, label in [
             ("It broke.", "complaint"),
             ("Thanks!", "no complaint"),
@@ -142,3 +142,40 @@ def test_labels_are_scored_as_the_prompt_classifies():
 def test_nothing_was_kept_apart(teacher):
     with pytest.raises(DataError, match="raise held_out"):
         report_of(measured_on(teacher.tuned[0], teacher, []), 40)
+
+
+def test_a_run_ends_with_its_report_and_can_be_measured_again(tmp_path, capsys):
+    text, questions, other = (tmp_path / name for name in ("text.txt", "questions.jsonl", "other.jsonl"))
+    text.write_text(TEXT)
+    questions.write_text("".join(json.dumps({"input": f"Parcel {n} is late."}) + "\n" for n in range(6)))
+    other.write_text(json.dumps({"input": "It is broken!"}) + "\n")
+    prompt = tmp_path / "prompt"
+    common = ["distill", "--system-prompt", str(text), "--json", "--quiet"]
+    options = ["--verbalizer", TEMPLATE, "--no-chat", "--num-virtual-tokens", "4", "--num-epochs", "1"]
+    options += [
+        "--max-source-length",
+        "48",
+        "--max-target-length",
+        "4",
+        "--held-out",
+        "0.3",
+        "--output",
+        str(prompt),
+    ]
+    assert run([*common, *options, "--questions", str(questions)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    kept = json.loads((prompt / "distillation.json").read_text())
+    assert found["report"] == kept
+    assert kept["questions"] == 2
+    card = (prompt / "README.md").read_text()
+    assert f"| distilled.nats_per_token | {kept['readers'][3]['nats']:.4g} |" in card
+    assert run([*common, "--measure", str(prompt)]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["readers"][3]["nats"] == pytest.approx(kept["readers"][3]["nats"], rel=1e-3)
+    assert run([*common, "--measure", str(prompt), "--questions", str(other)]) == 0
+    assert json.loads(capsys.readouterr().out)["questions"] == 1
+    assert run([*common, "--measure", str(prompt), "--num-epochs", "3"]) == 2
+    assert "would be ignored" in capsys.readouterr().err
+    plain = tmp_path / "plain"
+    assert run([*common, *options[:-1], str(plain), "--questions", str(questions), "--no-report"]) == 0
+    assert not (plain / "distillation.json").exists()

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from softprompt.inference import TunedPrompt
 
 _FILE = click.Path(dir_okay=False)
+_MEASURED = {"system_prompt", "documents", "examples", "questions", "unrelated", "base_model"}
+"""What can be given to measure a finished prompt with."""
 
 
 @click.command("distill", cls=Command)
@@ -55,6 +57,13 @@ _FILE = click.Path(dir_okay=False)
     group="Output",
     help="Data file of questions with answers that have nothing to do with the text, to measure damage on.",
 )
+@option(
+    "--measure",
+    type=click.Path(),
+    metavar="PROMPT_DIR",
+    group="Output",
+    help="Train nothing: measure a finished prompt again, on --questions or on those that it kept apart.",
+)
 @option("--output", type=click.Path(), group="Output", help="Directory to write the prompt to.")
 @overwrite_option
 @option("--resume", is_flag=True, group="Output", help="Resume the interrupted run in the output directory.")
@@ -65,20 +74,29 @@ _FILE = click.Path(dir_okay=False)
     help="Train nothing and write nothing: show tokens, rows, memory and the time of each stage.",
 )
 @output_options
-def command(*, dry_run: bool, no_report: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+def command(
+    *, dry_run: bool, no_report: bool, measure: str | None, as_json: bool, quiet: bool, **options: Any
+) -> None:
     """Distil a text into a prompt: a system prompt, documents, or examples."""
     values = given(options)
-    if "output" not in values and not dry_run:
+    if "output" not in values and not dry_run and measure is None:
         raise UsageError("distill needs --output DIR: without it the prompt would be lost")
     if "system_prompt" in values:
         values["system_prompt"] = Path(values["system_prompt"])
     if "documents" in values:
         values["documents"] = [Path(each) for each in values["documents"]]
+    start_logging(quiet=quiet)
+    from softprompt.distillation import REPORT_NAME, DistillationReport, Forecast, distill, measure_distilled
+
+    if measure is not None:
+        odd = sorted({name for name, each in values.items() if each} - _MEASURED)
+        if odd or dry_run:
+            raise UsageError(f"{odd[0] if odd else 'dry_run'} would be ignored with measure; leave it out")
+        measured = measure_distilled(measure, **{name: values[name] for name in _MEASURED & values.keys()})
+        show(measured.to_dict(), str(measured), as_json=as_json)
+        return
     if quiet:
         values["silence_progress_bars"] = True
-    start_logging(quiet=quiet)
-    from softprompt.distillation import REPORT_NAME, DistillationReport, Forecast, distill
-
     found = distill(dry_run=dry_run, report=not no_report, **values)
     if isinstance(found, Forecast):
         show(found.to_dict(), str(found), as_json=as_json)

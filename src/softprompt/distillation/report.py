@@ -1,4 +1,4 @@
-"""What a distillation achieved: how a prompt answers that replaced a text, beside cheaper texts and the text itself.
+"""What a distillation achieved: how a prompt answers that replaced a text, beside cheaper texts and the whole one.
 
 Measured on questions that were kept apart, asked by seeds of other kinds than those trained on. The aim is what the
 base does behind the prompt, never how well it recites the text: prompts that reconstructed 99 % of a text under
@@ -11,17 +11,17 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Self, final
+from typing import TYPE_CHECKING, Any, Self, final
 
 from softprompt.artifacts import write_atomically
 from softprompt.data import INPUT, DataSource, TokenRow, read_records
-from softprompt.distillation.held_out import Distilled, HeldOut, divergence_of
-from softprompt.distillation.questions import Question
-from softprompt.distillation.teacher import Teacher, targets_of
+from softprompt.distillation import Distilled, HeldOut, Question, Teacher, divergence_of, targets_of
 from softprompt.engine import Engine, EngineRow
 from softprompt.errors import DataError
 from softprompt.generation import GenerationOptions, rows_of_whole_inputs, score_rows
-from softprompt.inference import TunedPrompt
+
+if TYPE_CHECKING:
+    from softprompt.inference import TunedPrompt
 
 REPORT_NAME = "distillation.json"
 """The report in the finished output."""
@@ -135,13 +135,14 @@ class DistillationReport:
         head = f"{'':{_NAME_WIDTH}} {'tokens':>7} {'KL, nats':>9} {'top-1':>6} {'share':>7}"
         lines = [head + (f" {'accuracy':>8}" if labelled else "")]
         for each in self.readers:
-            line = f"{each.name:{_NAME_WIDTH}} {each.tokens:7,.0f} {each.nats:9.4f} {each.agreement:6.3f} {each.share:7.1%}"
+            line = f"{each.name:{_NAME_WIDTH}} {each.tokens:7,.0f} {each.nats:9.4f} {each.agreement:6.3f}"
+            line += f" {each.share:7.1%}"
             lines.append(line + (f" {each.accuracy:8.3f}" if each.accuracy is not None else ""))
         pays = "never" if self.requests_to_pay is None else f"after {self.requests_to_pay:,.0f} requests"
         lines += [
             f"{self.questions:,} questions ({', '.join(self.kinds)}), {self.answer_tokens:,} tokens of answers",
-            f"saves {self.tokens_saved:,.0f} tokens a request, {self.bytes_saved / 2**20:,.2f} MiB of keys and values; "
-            f"has paid {pays}",
+            f"saves {self.tokens_saved:,.0f} tokens a request, {self.bytes_saved / 2**20:,.2f} MiB of keys and "
+            f"values; has paid {pays}",
             f"unrelated questions ({self.unrelated}): "
             + ", ".join(f"{value:.4f} nats with {name}" for name, value in self.damage.items()),
         ]

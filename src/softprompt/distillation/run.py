@@ -17,8 +17,8 @@ from softprompt.backbone import freeze
 from softprompt.display import training_curve
 from softprompt.distillation import (
     REPORT_NAME,
-    Distilled,
     DistillationReport,
+    Distilled,
     DistillSettings,
     Forecast,
     Question,
@@ -40,8 +40,8 @@ from softprompt.training import (
     BaseLike,
     Session,
     StopSignal,
-    checked_callbacks,
     check_output,
+    checked_callbacks,
     identity,
     load_states,
     loaded,
@@ -109,7 +109,7 @@ def distill(
     if resume:
         plan = _resumed(target, {**sources, **options, "overwrite": overwrite})
         settings = DistillSettings.from_dict({**plan["settings"], **options})
-        base_model, text = plan["base_model"] or base_model, SourceText.from_dict(plan["text"])
+        base_model, text = plan["base_model"] or base_model, SourceText(**plan["text"])
     else:
         plan, settings = {}, DistillSettings.from_dict(options)
         if not dry_run:

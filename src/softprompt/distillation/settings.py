@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from softprompt.errors import ConfigError
@@ -48,6 +49,12 @@ class DistillSettings:
         least=0,
         most=0.9,
         group=_QUESTIONS,
+    )
+    distractors: tuple[str, ...] = setting(
+        (),
+        "Other kv prompt of the same base that stands before the trained one in about every second batch, frozen, "
+        "so that the two can be composed.",
+        group=_PROMPT,
     )
     input_field: str | None = setting(None, "Column of the questions.", group=_QUESTIONS)
     output_field: str | None = setting(None, "Column of their answers.", group=_QUESTIONS)
@@ -123,6 +130,8 @@ class DistillSettings:
         check(self)
         if self.kind == "kv" and self.placement == "prefix":
             raise ConfigError("placement would be ignored with kind kv, which stands in front; leave it out")
+        if self.distractors and self.kind != "kv":
+            raise ConfigError("distractors would be ignored: only prompts of kind kv are composed; leave them out")
         if self.early_stopping_patience is not None and not self.held_out:
             raise ConfigError("early_stopping_patience needs held_out questions to validate on; raise held_out")
         self.tuning(self.configuration(chat=False))
@@ -137,6 +146,8 @@ class DistillSettings:
         given = {"learning_rate" if name == "lr" else name: value for name, value in values.items()}
         if len(given) < len(values):
             raise ConfigError("lr and learning_rate are the same setting; give one of them")
+        others = given.get("distractors", ())
+        given["distractors"] = (str(others),) if isinstance(others, str | Path) else tuple(map(str, others))
         return from_mapping(cls, given)
 
     def to_dict(self) -> dict[str, Any]:

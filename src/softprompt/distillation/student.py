@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, final
 
-from softprompt.backbone import key_values
+from softprompt.artifacts import check_base, load_adapter
+from softprompt.backbone import Base, key_values
 from softprompt.distillation import HeldOut, HeldOutMeasure, start_ids
 from softprompt.engine import placement_of
 from softprompt.errors import ConfigError, DataError
@@ -14,6 +15,8 @@ from softprompt.prompts import PROMPT_KEY, FlatOrder, Placement, PromptLearningC
 from softprompt.training import Goal, Prepared, TaskData, TopDivergence, TopTargets, prepare
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from softprompt.data import TokenRow
     from softprompt.distillation import DistillSettings, Question, Teacher
 
@@ -28,12 +31,14 @@ class Student:
         questions: The questions, those to train on before those that are kept apart.
         asked: Their rows as the teacher reads them.
         rows: Their rows as the student reads them.
+        distractors: Keys and values of other prompts to train beside, ``[L, 2, A_kv, P, D]`` each.
     """
 
     prepared: Prepared
     questions: tuple[Question, ...]
     asked: tuple[TokenRow, ...]
     rows: tuple[TokenRow, ...]
+    distractors: tuple[Tensor, ...] = ()
 
     @property
     def lengths(self) -> list[int]:
@@ -84,7 +89,8 @@ class Student:
                 asked_for = question.text[:40]
                 raise DataError(f"the answer to {asked_for!r} is other tokens behind the text; leave it out")
         _start(prepared, asked[0], ids)
-        return cls(prepared, tuple(ordered), tuple(asked), rows)
+        others = tuple(_distractor(each, teacher.base, prepared.config) for each in settings.distractors)
+        return cls(prepared, tuple(ordered), tuple(asked), rows, others)
 
     def taught(
         self, targets: Sequence[TopTargets], label_weight: float, check_stop: Callable[[], None]
@@ -97,7 +103,10 @@ class Student:
         labelled = [key for key, each in zip(keys, self.questions[:count], strict=True) if each.labelled]
         engine, size = self.prepared.engine, self.prepared.settings.batch_size
         objective = TopDivergence(
-            engine, dict(zip(keys, targets[:count], strict=True)), dict.fromkeys(labelled, label_weight)
+            engine,
+            dict(zip(keys, targets[:count], strict=True)),
+            dict.fromkeys(labelled, label_weight),
+            self.distractors,
         )
         measure = HeldOutMeasure(engine, held_out, 2 * size, check_stop) if held_out.questions else None
         return replace(self.prepared, goal=Goal(objective, measure)), held_out
@@ -127,3 +136,23 @@ def _start(prepared: Prepared, asked: TokenRow, ids: Sequence[int]) -> None:
     else:
         values = from_tokens(len(ids), ids, lookup(base.embedding))
     prepared.module.load_stored({PROMPT_KEY: values})
+
+
+def _distractor(path: str, base: Base, config: PromptLearningConfig) -> Tensor:
+    """Return the keys and values of a stored prompt.
+
+    Raises:
+        ConfigError: It holds none, or its layers have other sizes.
+        FingerprintError: It is of another base.
+        ArtifactError: It cannot be read.
+    """
+    stored = load_adapter(path)
+    check_base(stored, base.model)
+    other = stored.configuration()
+    if not other.keys_and_values or FlatOrder.of(other).shape[:3] != FlatOrder.of(config).shape[:3]:
+        raise ConfigError(
+            f"the distractor {path} is {stored.config['peft_type']} of other sizes than a kv prompt of this base; "
+            "give prompts that distill made with kind kv"
+        )
+    order = FlatOrder.of(other)
+    return order.unflattened(order.read(stored.tensors)[PROMPT_KEY])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, Self, TypeAlias, cast, final
@@ -237,6 +238,10 @@ RowTokens: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 """Source and target of a row."""
 
 
+_UNDISTRACTED = 0.5
+"""Share of the batches without a distractor."""
+
+
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class TopDivergence:
@@ -250,18 +255,30 @@ class TopDivergence:
         taught: What the teacher predicted for each row.
         labels: The weight w of the likelihood in rows whose target is a label: their loss is
             (1 - w) KL - w log p; rows that are not named have w = 0.
+        distractors: Keys and values ``[L, 2, A_kv, P, D]`` of other prompts; one of them stands before the
+            trained one in every second batch (arXiv:2606.04557), drawn by the batch's content.
     """
 
     engine: Engine
     taught: Mapping[RowTokens, TopTargets]
     labels: Mapping[RowTokens, float]
+    distractors: tuple[Tensor, ...] = ()
 
     def __call__(self, rows: Sequence[EngineRow], tasks: Sequence[int]) -> BatchLoss:
         """Score rows; see ``Objective``."""
-        found = self.engine.predict(rows)
+        found = self.engine.predict(self._distracted(rows))
         keys = [(row.source, row.target) for row in rows]
         wanted = TopTargets.joined([self.taught[key] for key in keys])
         scores = found.log_probs()
         weights = scores.values.new_tensor([self.labels.get(key, 0.0) for key in keys])[scores.row_index]
         divergence = wanted.divergence(found.logits[found.predictor])
         return BatchLoss(scores.values, scores.row_index, ((1 - weights) * divergence).sum(), weights)
+
+    def _distracted(self, rows: Sequence[EngineRow]) -> Sequence[EngineRow]:
+        """Return the rows of a batch with a distractor before their one prompt, or as they are."""
+        draw, prompt = random.Random(repr([row.source for row in rows])), rows[0].prompt
+        if not self.distractors or draw.random() < _UNDISTRACTED:
+            return rows
+        assert prompt is not None and prompt.prefix is not None
+        both = Prompt(prefix=torch.cat([draw.choice(self.distractors).to(prompt.prefix), prompt.prefix], dim=3))
+        return [replace(row, prompt=both) for row in rows]
