@@ -21,6 +21,7 @@ from softprompt.errors import DataError
 from softprompt.generation import GenerationOptions, rows_of_whole_inputs, score_rows
 
 if TYPE_CHECKING:
+    from softprompt.distillation import Divergence
     from softprompt.inference import TunedPrompt
 
 REPORT_NAME = "distillation.json"
@@ -276,7 +277,7 @@ class _Measure:
         right = scores.argmax(dim=1) == scores.new_tensor([number for _, number in pairs])
         return float(right.double().mean())
 
-    def _divergence(self, rows: Sequence[EngineRow], kept: HeldOut) -> Any:
+    def _divergence(self, rows: Sequence[EngineRow], kept: HeldOut) -> Divergence:
         size = self.teacher.batch_size
         return divergence_of(self.engine, rows, kept.targets, batch_size=size, check_stop=self.check_stop)
 

@@ -33,7 +33,7 @@ from softprompt.distillation import (
     studied,
     taught,
 )
-from softprompt.errors import ConfigError, TrainingError, UsageError
+from softprompt.errors import ConfigError, UsageError
 from softprompt.inference import TunedPrompt
 from softprompt.progress import timed
 from softprompt.training import (
@@ -121,19 +121,13 @@ def distill(
         base = loaded(base_model, settings.tuning(settings.configuration(chat=False)))
         freeze(base.model)
         teacher = Teacher.of(base, text, settings)
-        count = len(teacher.passages)
-        logger.info("the teacher reads %s tokens (%s), passages: %d", f"{teacher.tokens:,}", text.kind, count)
         given = [Question.from_dict(each) for each in plan.get("questions", ())]
         if questions is not None:
-            given = given_questions(questions, teacher.rows, count, settings)
+            given = given_questions(questions, teacher.rows, len(teacher.passages), settings)
         if dry_run:
             return forecast_of(teacher, settings, given)
         store = Store(target, plan or _plan(named_source(base_model), teacher, settings, text, given))
-        if plan and plan["fingerprint"] != _fingerprint(teacher):
-            raise TrainingError(
-                f"cannot resume {target}: its base model fingerprint was {plan['fingerprint']}, now it is "
-                f"{_fingerprint(teacher)}; restore the model, or start again with overwrite=True"
-            )
+        store.check("fingerprint", _fingerprint(teacher))
         with StopSignal() as stop:
             if target is not None and not resume:
                 remove_state(target)
