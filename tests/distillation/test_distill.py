@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import peft
 import pytest
@@ -201,6 +202,20 @@ def test_a_document_is_cut_into_equal_chunks_that_are_the_whole(chat_base):
     assert len(pieces) == 20
     text_of = " ".join(map(str, whole))
     assert all(" ".join(map(str, pieces[i : i + 8])) in text_of for i in (0, 8))
+
+
+def test_a_question_names_its_passage_and_only_the_student_cannot_see_it(chat_base):
+    texts = ["The first parcel is late.", "The second one is good."]
+    teacher = teacher_of(chat_base, SourceText("document", [(str(n), text) for n, text in enumerate(texts)]))
+    records = [{"input": "late", "passage": 2}, {"input": "good", "passage": 1}, {"input": "late", "passage": 1}]
+    found = questions.given_questions(records, teacher.rows, 2, DistillSettings(held_out=0.0, self_study=1))
+    assert [each.passage for each in found] == [1, 0]  # one question has one teacher
+    alone = [teacher_of(chat_base, SourceText("system prompt", [("", text)])) for text in texts]
+    rows = [teacher.rows.tokenize([replace(each, answer="yes").record(chat=True)])[0][0] for each in found]
+    both = teacher.targets(found, rows, 5, lambda: None)
+    for each, row, targets in zip(found, rows, both, strict=True):
+        (wanted,) = alone[each.passage].targets([replace(each, passage=0)], [row], 5, lambda: None)
+        torch.testing.assert_close(targets.log_probs, wanted.log_probs, atol=2e-4, rtol=1e-4)
 
 
 def test_self_study_keeps_other_kinds_apart_and_is_the_same_again(chat_base, monkeypatch):

@@ -14,7 +14,7 @@ from distillation.conftest import TEXT
 from softprompt.cli.main import run
 from softprompt.distillation import Teacher, questions, stages
 from softprompt.errors import OutputExistsError, TrainingError, TrainingInterrupted, UsageError
-from softprompt.training import Events
+from softprompt.training import Events, list_runs
 from softprompt.training.state import state_path
 
 RUN = {
@@ -147,6 +147,13 @@ def stopped(chat_base, asked, tmp_path, monkeypatch):
         with pytest.raises(TrainingInterrupted):
             softprompt.distill(chat_base, system_prompt=TEXT, questions=asked, output=tmp_path / "out", **RUN)
     return tmp_path / "out"
+
+
+def test_it_is_among_the_interrupted_runs(stopped):
+    (found,) = list_runs(stopped)
+    assert (found.state, found.resume) == ("interrupted", f"softprompt distill --resume --output {stopped}")
+    assert found.settings["num_virtual_tokens"] == 3
+    assert found.settings["method"] == "distill"
 
 
 @pytest.mark.parametrize("given", [{"system_prompt": "Another text."}, {"num_epochs": 9}, {"overwrite": True}])

@@ -140,7 +140,8 @@ def given_questions(
     rows.check(records, settings.output_field)
     chat = rows.chats is not None
     found = [_given(each, n, chat, passages) for n, each in enumerate(records, start=1)]
-    unique = list({each.text: each for each in reversed(found)}.values())[::-1]
+    unique = list({each.text: each for each in found[::-1]}.values())
+    unique.sort(key=found.index)
     if len(unique) < len(found):
         logger.warning("%s questions are there twice; each is used once", f"{len(found) - len(unique):,}")
     share, draw = settings.held_out, random.Random(f"held out {settings.seed}")

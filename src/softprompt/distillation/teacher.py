@@ -142,7 +142,7 @@ class Teacher:
         pairs = zip(questions, rows, strict=True)
         given = [EngineRow(row.source, row.target, self.prompts[each.passage], row.at) for each, row in pairs]
         engine = build_engine(self.base, self.engine_name)
-        return targets_of(engine, given, k, batch_size=self.batch_size, check_stop=check_stop)
+        return targets_of(engine, given, k, batch_size=2 * self.batch_size, check_stop=check_stop)
 
 
 def targets_of(
