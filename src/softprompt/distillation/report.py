@@ -15,7 +15,7 @@ from typing import Any, Self, final
 
 from softprompt.artifacts import write_atomically
 from softprompt.data import INPUT, DataSource, TokenRow, read_records
-from softprompt.distillation.held_out import Distilled, HeldOut, divergence_of
+from softprompt.distillation.held_out import Distilled, Divergence, HeldOut, divergence_of
 from softprompt.distillation.questions import Question
 from softprompt.distillation.teacher import Teacher, targets_of
 from softprompt.engine import Engine, EngineRow
@@ -276,7 +276,7 @@ class _Measure:
         right = scores.argmax(dim=1) == scores.new_tensor([number for _, number in pairs])
         return float(right.double().mean())
 
-    def _divergence(self, rows: Sequence[EngineRow], kept: HeldOut) -> Any:
+    def _divergence(self, rows: Sequence[EngineRow], kept: HeldOut) -> Divergence:
         size = self.teacher.batch_size
         return divergence_of(self.engine, rows, kept.targets, batch_size=size, check_stop=self.check_stop)
 
