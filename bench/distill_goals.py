@@ -28,7 +28,7 @@ import httpx
 
 import softprompt
 from softprompt.distillation import DistillSettings, Question, Teacher, distill, measured_on, report_of
-from softprompt.distillation.texts import Reading
+from softprompt.distillation.texts import SourceText
 
 HERE = Path(__file__).parent
 SYSTEM_PROMPT = HERE / "distill_system_prompt.txt"
@@ -109,7 +109,7 @@ def distilled(
     return softprompt.load(folder, base_model=arguments.base)
 
 
-def teacher_of(tuned: softprompt.TunedPrompt, reading: Reading) -> Teacher:
+def teacher_of(tuned: softprompt.TunedPrompt, reading: SourceText) -> Teacher:
     """Return the base of a prompt with the text that it was made of."""
     return Teacher.of(tuned.base, reading, DistillSettings.from_dict(tuned.whole.settings["distillation"]))
 
@@ -130,7 +130,7 @@ def rules(arguments: argparse.Namespace) -> dict[str, Any]:
         max_target_length=32,
     )
     text = SYSTEM_PROMPT.read_text(encoding="utf-8").strip()
-    teacher = teacher_of(tuned, Reading("system prompt", (("rules", text),)))
+    teacher = teacher_of(tuned, SourceText("system prompt", (("rules", text),)))
     inputs = [{"input": each} for each in APART]
     found = measured_on(tuned, teacher, [Question(each, None) for each in inputs])
     report = report_of(found, len(questions))
@@ -181,7 +181,7 @@ def examples(arguments: argparse.Namespace) -> dict[str, Any]:
         max_source_length=128,
         max_target_length=16,
     )
-    reading = Reading("examples", examples=[({"input": text}, name) for text, name in shown])
+    reading = SourceText("examples", examples=[({"input": text}, name) for text, name in shown])
     teacher = teacher_of(tuned, reading)
     rows = [(text, name) for name in teacher.manifest.labels or () for text in test[name][: arguments.rows // 10]]
     questions = [Question({"input": text}, name, labelled=True) for text, name in rows]
@@ -231,7 +231,7 @@ def documents(arguments: argparse.Namespace) -> dict[str, Any]:
             max_source_length=64,
             max_target_length=24,
         )
-        teachers[name] = teacher_of(tuned, Reading("document", ((name, text.strip()),)))
+        teachers[name] = teacher_of(tuned, SourceText("document", ((name, text.strip()),)))
         apart[name] = [Question({"input": each}, None) for each in kept]
         folders.append(Path(arguments.output) / name)
     both = Path(arguments.output) / "both"

@@ -17,7 +17,7 @@ from softprompt.backbone import Base, freeze, key_values, load_base
 from softprompt.distillation import DistillSettings, Question, Teacher, divergence_of, questions
 from softprompt.distillation.held_out import HeldOut
 from softprompt.distillation.student import Student
-from softprompt.distillation.texts import Reading, start_ids
+from softprompt.distillation.texts import SourceText, start_ids
 from softprompt.errors import SoftPromptError, UsageError
 from softprompt.evaluation import EvaluationSettings
 from softprompt.evaluation.baselines import Baseline, prompted
@@ -49,7 +49,7 @@ def plain_top(model, ids, behind):
 
 
 def test_the_teachers_targets_are_those_of_a_plain_pass_over_a_chat(chat_base):
-    teacher = teacher_of(chat_base, Reading("system prompt", [("text", TEXT)]))
+    teacher = teacher_of(chat_base, SourceText("system prompt", [("text", TEXT)]))
     row, found = targets_of(teacher, {"messages": [{"role": "user", "content": "is it late"}]}, "thank you")
     tokenizer, model = AutoTokenizer.from_pretrained(chat_base), AutoModelForCausalLM.from_pretrained(chat_base)
     turns = [("system", TEXT), ("user", "is it late"), ("assistant", "thank you")]
@@ -62,7 +62,9 @@ def test_the_teachers_targets_are_those_of_a_plain_pass_over_a_chat(chat_base):
 
 
 def test_the_teachers_targets_are_those_of_a_plain_pass_over_a_text():
-    teacher = teacher_of("demo", Reading("system prompt", [("text", TEXT)]), verbalizer="Text: {{input}}\nLabel:")
+    teacher = teacher_of(
+        "demo", SourceText("system prompt", [("text", TEXT)]), verbalizer="Text: {{input}}\nLabel:"
+    )
     row, found = targets_of(teacher, {"input": "is it late"}, "yes")
     tokenizer, model = teacher.base.tokenizer, teacher.base.model
     bos = tokenizer("", add_special_tokens=True)["input_ids"][: row.at]
@@ -75,7 +77,9 @@ def test_the_teachers_targets_are_those_of_a_plain_pass_over_a_text():
 def test_examples_are_shown_as_the_baseline_of_an_evaluation_shows_them():
     records = [{"input": f"text {n}", "output": ("good", "bad")[n % 2]} for n in range(4)]
     template = "Text: {{input}}\nLabel:"
-    teacher = teacher_of("demo", Reading.of(None, (), records, {}), verbalizer=template)
+    teacher = teacher_of(
+        "demo", SourceText.of(None, (), records, {"input_field": None, "output_field": None}), verbalizer=template
+    )
     baseline = Baseline(base_model="demo", template=template, few_shot=4, examples=records, labels=("bad", "good"))
     shown, _ = prompted(baseline, [], EvaluationSettings())
     texts = {tuned.tokenizer.decode(ids) for tuned, ids in ((shown, teacher.passages[0].ids),)}
@@ -115,7 +119,7 @@ def test_the_prompt_comes_clearly_nearer_to_the_text_than_no_prompt(distilled):
     apart = [Question.from_dict(each) for each in lines if each["held_out"]]
     assert len(apart) == 6
     assert len(lines) == 24
-    teacher = teacher_of("demo", Reading("system prompt", [("text", text)]), verbalizer=tuned.manifest.template)
+    teacher = teacher_of("demo", SourceText("system prompt", [("text", text)]), verbalizer=tuned.manifest.template)
     records = [each.record(chat=False) for each in apart]
     asked, rows = teacher.rows.tokenize(records)[0], tuned.rows.tokenize(records)[0]
     kept = HeldOut(apart, asked, rows, teacher.targets(apart, asked, 20, lambda: None))
@@ -150,7 +154,7 @@ def test_a_chat_prompt_stands_where_the_text_stood(chat_base, asked):
     tuned = softprompt.distill(chat_base, system_prompt=TEXT, questions=asked, max_steps=2, **QUICK)
     assert tuned.config.placement is Placement.CHAT_SYSTEM
     assert tuned.manifest.chat
-    teacher = teacher_of(chat_base, Reading("system prompt", [("text", TEXT)]))
+    teacher = teacher_of(chat_base, SourceText("system prompt", [("text", TEXT)]))
     assert tuned.sources("is it late") == teacher.tuned[0].sources("is it late")
     in_front = softprompt.distill(
         chat_base, system_prompt=TEXT, questions=asked, max_steps=2, placement="prefix", **QUICK
@@ -159,7 +163,7 @@ def test_a_chat_prompt_stands_where_the_text_stood(chat_base, asked):
 
 
 def test_kv_starts_at_the_texts_own_keys_and_values_and_is_pefts_cartridge(chat_base, asked, tmp_path):
-    teacher = teacher_of(chat_base, Reading("system prompt", [("text", TEXT)]), kind="kv")
+    teacher = teacher_of(chat_base, SourceText("system prompt", [("text", TEXT)]), kind="kv")
     settings = DistillSettings.from_dict({**QUICK, "kind": "kv"})
     answered = [Question({"messages": [{"role": "user", "content": "late"}]}, "thank you")]
     student = Student.of(teacher, answered, settings, {"train": {"path": "x", "sha256": "y", "rows": 1}})
@@ -182,7 +186,7 @@ def test_kv_starts_at_the_texts_own_keys_and_values_and_is_pefts_cartridge(chat_
 
 def test_a_document_is_cut_into_equal_chunks_that_are_the_whole(chat_base):
     text = " ".join(f"fact {n}" for n in range(90))
-    reading = Reading("document", [("a.txt", text), ("b.txt", TEXT)])
+    reading = SourceText("document", [("a.txt", text), ("b.txt", TEXT)])
     teacher = teacher_of(chat_base, reading, chunk_tokens=100)
     sizes = [len(each.ids) for each in teacher.passages]
     whole = [token for each in teacher.passages for token in each.ids]

@@ -10,7 +10,7 @@ import torch
 from softprompt.backbone import freeze, load_base
 from softprompt.cli.main import run
 from softprompt.distillation import DistillSettings, Question, Teacher, measured_on, report_of
-from softprompt.distillation.texts import Reading
+from softprompt.distillation.texts import SourceText
 from softprompt.errors import DataError
 
 TEXT = "Text: It broke.\nLabel: complaint\n\nText: When do you open?\nLabel: no complaint"
@@ -34,7 +34,7 @@ def teacher_of(reading, **settings):
 
 @pytest.fixture(scope="module")
 def teacher():
-    return teacher_of(Reading("system prompt", (("text", TEXT),)))
+    return teacher_of(SourceText("system prompt", (("text", TEXT),)))
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_labels_are_scored_as_the_prompt_classifies():
             ("Open today?", "no complaint"),
         ]
     )
-    teacher = teacher_of(Reading("examples", examples=examples), task="classification")
+    teacher = teacher_of(SourceText("examples", examples=examples), task="classification")
     gold = ["complaint", "no complaint", "complaint"]
     questions = [Question({"input": t}, g, labelled=True) for t, g in zip(ASKED, gold, strict=True)]
     tuned = teacher.with_ids(teacher.passages[0].ids[:LENGTH])

@@ -105,6 +105,12 @@ def command(
     shown |= {"truncated": _truncated(result["cut"])}
     shown |= {f"validation {name}": value for name, value in result["metrics"].items()}
     shown["note"] = shown.pop("nothing_learnt")
+    if result["seeds"]:
+        from softprompt.training import ensemble_command, in_words
+
+        shown["seeds"] = in_words(result["seeds"])
+        if result["labels"] and (Path(output) / "seeds").is_dir():
+            shown["ensemble"] = ensemble_command(Path(output), result["seeds"])
     show(result, table(shown), as_json=as_json)
 
 
@@ -142,6 +148,7 @@ def summary(tuned: TunedPrompt, output: str | Path) -> dict[str, Any]:
         "tokens_per_second": metrics["tokens_per_second"],
         "seconds": metrics["seconds"],
         "nothing_learnt": metrics.get("nothing_learnt"),
+        "seeds": metrics.get("seeds"),
         "seconds_by_part": metrics["seconds_by_part"],
     }
 

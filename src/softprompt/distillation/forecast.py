@@ -5,16 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 
-from softprompt.distillation.questions import Question, Study
-from softprompt.distillation.settings import DistillSettings
-from softprompt.distillation.student import Student
-from softprompt.distillation.teacher import Teacher
+from softprompt.distillation import Student, Study
 from softprompt.generation import GenerationOptions
 from softprompt.training import DryRun, TopTargets, dry_run_of, duration, stages_of
+
+if TYPE_CHECKING:
+    from softprompt.distillation import DistillSettings, Question, Teacher
 
 _TIMED = 8
 """Tokens of the answers whose generation is timed."""

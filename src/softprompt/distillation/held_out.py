@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import torch
 
-from softprompt.data import TokenRow
-from softprompt.distillation.questions import Question
-from softprompt.distillation.teacher import Teacher
 from softprompt.engine import Engine, EngineRow
-from softprompt.inference import TunedPrompt
-from softprompt.prompts import Prompt
 from softprompt.training import TopTargets
+
+if TYPE_CHECKING:
+    from softprompt.data import TokenRow
+    from softprompt.distillation import Question, Teacher
+    from softprompt.inference import TunedPrompt
+    from softprompt.prompts import Prompt
 
 
 @final

@@ -13,12 +13,14 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from softprompt.data import INPUT, DataSource, Record, RowTokenizer, chat_of, read_records
-from softprompt.distillation.settings import DistillSettings
 from softprompt.errors import DataError
 from softprompt.generation import GenerationOptions
+
+if TYPE_CHECKING:
+    from softprompt.distillation import DistillSettings
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +124,6 @@ def given_questions(
     rows: RowTokenizer,
     passages: int,
     settings: DistillSettings,
-    columns: Mapping[str, str | None],
 ) -> list[Question]:
     """Read questions, with answers or without, and draw those that are kept apart.
 
@@ -130,14 +131,13 @@ def given_questions(
         source: Records of a question each; ``passage`` says which of several passages it is about.
         rows: What renders them, as chats or by a template.
         passages: How many passages there are.
-        settings: Say how many are kept apart.
-        columns: Names of the columns, for ``read_records``.
+        settings: Say how many are kept apart, and name the columns.
 
     Raises:
         DataError: There are none, one does not fit the template, or one does not say its passage.
     """
-    records = read_records(source, require_target=False, use="train", **cast(Any, columns))
-    rows.check(records, columns["output_field"])
+    records = read_records(source, require_target=False, use="train", **cast(Any, settings.columns))
+    rows.check(records, settings.output_field)
     chat = rows.chats is not None
     found = [_given(each, n, chat, passages) for n, each in enumerate(records, start=1)]
     unique = list({each.text: each for each in reversed(found)}.values())[::-1]

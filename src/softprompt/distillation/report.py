@@ -11,17 +11,20 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Self, final
+from typing import TYPE_CHECKING, Any, Self, final
 
 from softprompt.artifacts import write_atomically
-from softprompt.data import INPUT, DataSource, TokenRow, read_records
-from softprompt.distillation.held_out import Distilled, Divergence, HeldOut, divergence_of
-from softprompt.distillation.questions import Question
-from softprompt.distillation.teacher import Teacher, targets_of
-from softprompt.engine import Engine, EngineRow
+from softprompt.data import INPUT, read_records
+from softprompt.distillation import Distilled, HeldOut, Question, divergence_of, targets_of
+from softprompt.engine import EngineRow
 from softprompt.errors import DataError
 from softprompt.generation import GenerationOptions, rows_of_whole_inputs, score_rows
-from softprompt.inference import TunedPrompt
+
+if TYPE_CHECKING:
+    from softprompt.data import DataSource, TokenRow
+    from softprompt.distillation import Divergence, Teacher
+    from softprompt.engine import Engine
+    from softprompt.inference import TunedPrompt
 
 REPORT_NAME = "distillation.json"
 """The report in the finished output."""

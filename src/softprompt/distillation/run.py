@@ -10,41 +10,52 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from softprompt.artifacts import CURVE_NAME, read_bytes, write_atomically
 from softprompt.backbone import freeze
-from softprompt.bundled import DEMO
-from softprompt.data import DataSource
 from softprompt.display import training_curve
-from softprompt.distillation.forecast import Forecast, forecast_of
-from softprompt.distillation.held_out import Distilled
-from softprompt.distillation.questions import Question, given_questions
-from softprompt.distillation.report import REPORT_NAME, DistillationReport, measured_on, report_of
-from softprompt.distillation.settings import DistillSettings
-from softprompt.distillation.stages import answered, studied, taught
-from softprompt.distillation.store import Store
-from softprompt.distillation.student import Student
-from softprompt.distillation.teacher import Teacher
-from softprompt.distillation.texts import Reading, Text
+from softprompt.distillation import (
+    REPORT_NAME,
+    DistillationReport,
+    Distilled,
+    DistillSettings,
+    Forecast,
+    Question,
+    SourceText,
+    Store,
+    Student,
+    Teacher,
+    answered,
+    forecast_of,
+    given_questions,
+    measured_on,
+    report_of,
+    studied,
+    taught,
+)
 from softprompt.errors import ConfigError, TrainingError, UsageError
 from softprompt.inference import TunedPrompt, load
 from softprompt.progress import timed
 from softprompt.training import (
     BaseLike,
+    Session,
     StopSignal,
     check_output,
     checked_callbacks,
     identity,
-    load_state,
+    load_states,
     loaded,
     named_source,
     nothing_learnt,
     publish_logs,
     remove_state,
-    run_together,
     state_path,
 )
+
+if TYPE_CHECKING:
+    from softprompt.data import DataSource
+    from softprompt.distillation import Text
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +64,7 @@ QUESTIONS_NAME = "questions.jsonl"
 
 
 def distill(
-    base_model: BaseLike = DEMO,
+    base_model: BaseLike = "demo",
     *,
     system_prompt: Text | None = None,
     documents: Sequence[Text] = (),
@@ -94,44 +105,36 @@ def distill(
         TrainingError: The loss is not finite, or there is nothing to resume.
         TrainingInterrupted: Ctrl-C or SIGTERM; what is done is saved when there is an ``output``.
     """
-    called, target, plan = checked_callbacks(callbacks), None if output is None else Path(output), dict[str, Any]()
+    called, target = checked_callbacks(callbacks), None if output is None else Path(output)
     sources = {"system_prompt": system_prompt, "documents": documents, "examples": examples, "questions": questions}
     if resume:
-        plan = dict(_resumed(target, {**sources, **options, "overwrite": overwrite}).plan)
-        options = {**plan["settings"], **options}
-        base_model = plan["base_model"] or base_model
-    settings = DistillSettings.from_dict(options)
-    if not (resume or dry_run):
-        check_output(target, overwrite=overwrite)
-    if not resume and (questions is None) == (settings.self_study is None):
-        raise UsageError("expected questions (with answers or without) or self_study N; give one of them")
-    columns = {"input_field": settings.input_field, "output_field": settings.output_field}
-    read = Reading(**plan["reading"]) if plan else Reading.of(system_prompt, documents, examples, columns)
+        plan = _resumed(target, {**sources, **options, "overwrite": overwrite})
+        settings = DistillSettings.from_dict({**plan["settings"], **options})
+        base_model, text = plan["base_model"] or base_model, SourceText.from_dict(plan["text"])
+    else:
+        plan, settings = {}, DistillSettings.from_dict(options)
+        if not dry_run:
+            check_output(target, overwrite=overwrite)
+        if (questions is None) == (settings.self_study is None):
+            raise UsageError("expected questions (with answers or without) or self_study N; give one of them")
+        text = SourceText.of(system_prompt, documents, examples, settings.columns)
     with timed(silent=settings.silence_progress_bars):
         base = loaded(base_model, settings.tuning(settings.configuration(chat=False)))
         freeze(base.model)
-        teacher = Teacher.of(base, read, settings)
+        teacher = Teacher.of(base, text, settings)
         count = len(teacher.passages)
-        logger.info("the teacher reads %s tokens (%s), passages: %d", f"{teacher.tokens:,}", read.kind, count)
+        logger.info("the teacher reads %s tokens (%s), passages: %d", f"{teacher.tokens:,}", text.kind, count)
         given = [Question.from_dict(each) for each in plan.get("questions", ())]
         if questions is not None:
-            given = given_questions(questions, teacher.rows, count, settings, columns)
+            given = given_questions(questions, teacher.rows, count, settings)
         if dry_run:
             return forecast_of(teacher, settings, given)
-        now = {
-            "command": "distill",
-            "base_model": named_source(base_model),
-            "fingerprint": base.fingerprint_record().get("short", ""),
-            "settings": plan.get("settings") or settings.to_dict(),
-            "reading": read.to_dict(),
-            "questions": [each.to_dict() for each in given],
-        }
-        if plan and plan["fingerprint"] != now["fingerprint"]:
+        store = Store(target, plan or _plan(named_source(base_model), teacher, settings, text, given))
+        if plan and plan["fingerprint"] != _fingerprint(teacher):
             raise TrainingError(
                 f"cannot resume {target}: its base model fingerprint was {plan['fingerprint']}, now it is "
-                f"{now['fingerprint']}; restore the model, or start again with overwrite=True"
+                f"{_fingerprint(teacher)}; restore the model, or start again with overwrite=True"
             )
-        store = Store(target, plan or now)
         with StopSignal() as stop:
             if target is not None and not resume:
                 remove_state(target)
@@ -175,7 +178,7 @@ def measure_distilled(
         raise ConfigError(f"{prompt} was not made by distill; evaluate measures other prompts")
     settings = DistillSettings.from_dict(tuned.whole.settings["distillation"])
     columns = {"input_field": settings.input_field, "output_field": settings.output_field}
-    teacher = Teacher.of(tuned.base, Reading.of(system_prompt, documents, examples, columns), settings)
+    teacher = Teacher.of(tuned.base, SourceText.of(system_prompt, documents, examples, columns), settings)
     own = [json.loads(each) for each in read_bytes(Path(prompt) / QUESTIONS_NAME).splitlines()]
     asked = [each for each in map(Question.from_dict, own) if each.held_out]
     if questions is not None:
@@ -185,8 +188,26 @@ def measure_distilled(
     return report_of(measured_on(tuned, teacher, asked, top_k=settings.top_k), len(own), unrelated=unrelated)
 
 
-def _resumed(output: Path | None, given: dict[str, Any]) -> Store:
-    """Return what the run that was interrupted in a folder keeps; it has all that it is made of but the base.
+def _fingerprint(teacher: Teacher) -> str:
+    return str(teacher.base.fingerprint_record().get("short", ""))
+
+
+def _plan(
+    base_model: Any, teacher: Teacher, settings: DistillSettings, text: SourceText, given: Sequence[Question]
+) -> dict[str, Any]:
+    """Return all that a run is made of, as plain values."""
+    return {
+        "command": "distill",
+        "base_model": base_model,
+        "fingerprint": _fingerprint(teacher),
+        "settings": settings.to_dict(),
+        "text": text.to_dict(),
+        "questions": [each.to_dict() for each in given],
+    }
+
+
+def _resumed(output: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the plan of the run that was interrupted in a folder: it has all that the run is made of but the base.
 
     Raises:
         UsageError: There is none, or something is given that could be another thing than the run has.
@@ -196,7 +217,7 @@ def _resumed(output: Path | None, given: dict[str, Any]) -> Store:
     named = [name for name, each in given.items() if each and name not in ("silence_progress_bars", "device")]
     if named:
         raise UsageError(f"resume goes on with the run's own text, questions and settings; leave {named[0]} out")
-    return Store.found(output)
+    return dict(Store.found(output).plan)
 
 
 def _run(
@@ -227,8 +248,8 @@ def _run(
     apart = len(held_out.questions)
     logger.info("%d questions to train on, %d kept apart", len(found) - apart, apart)
     begun = output is not None and state_path(output).exists()
-    before = {"": load_state(output, identity(prepared))} if output is not None and begun else None
-    trained = run_together({"": prepared}, output, stop, before, callbacks)[""]
+    before = load_states(output, identity(prepared))[0] if output is not None and begun else None
+    trained = Session(output, stop, before, callbacks).train({"": prepared})[""]
     judged = [{**point, "loss": point["distillation"]} for point in trained.history]
     if problem := nothing_learnt(prepared, trained.metrics, judged):
         trained.metrics["nothing_learnt"] = problem
@@ -256,7 +277,7 @@ def _finished(
         (target / REPORT_NAME).unlink(missing_ok=True)
         if report is not None:
             report.write(target)
-        publish_logs(target)
+        publish_logs(target, {"": target})
         with suppress(ConfigError):  # matplotlib is not installed
             (target / CURVE_NAME).unlink(missing_ok=True)
             training_curve(tuned.history, target / CURVE_NAME)

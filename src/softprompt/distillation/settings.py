@@ -154,6 +154,11 @@ class DistillSettings:
         """Return what is set as plain values; ``from_dict`` of it gives equal settings."""
         return plain(self)
 
+    @property
+    def columns(self) -> dict[str, str | None]:
+        """Names of the columns of questions and examples, for ``read_records``."""
+        return {"input_field": self.input_field, "output_field": self.output_field}
+
     def configuration(self, *, chat: bool) -> PromptLearningConfig:
         """Return the configuration of the student's prompt, its sizes not filled in yet."""
         if self.kind == "kv":

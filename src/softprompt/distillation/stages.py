@@ -6,15 +6,16 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from softprompt.data import TokenRow
-from softprompt.distillation.questions import Question, Study, problem
-from softprompt.distillation.settings import DistillSettings
-from softprompt.distillation.store import Store
-from softprompt.distillation.teacher import Teacher
+from softprompt.distillation import Question, Study, problem
 from softprompt.errors import ConfigError, DataError
 from softprompt.progress import progress_bar
-from softprompt.training import TopTargets
+
+if TYPE_CHECKING:
+    from softprompt.data import TokenRow
+    from softprompt.distillation import DistillSettings, Store, Teacher
+    from softprompt.training import TopTargets
 
 logger = logging.getLogger(__name__)
 

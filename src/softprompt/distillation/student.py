@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 from torch import Tensor
 
 from softprompt.artifacts import check_base, load_adapter
-from softprompt.backbone import Base, key_values
-from softprompt.data import TokenRow
-from softprompt.distillation.held_out import HeldOut, HeldOutMeasure
-from softprompt.distillation.questions import Question
-from softprompt.distillation.settings import DistillSettings
-from softprompt.distillation.teacher import Teacher
-from softprompt.distillation.texts import start_ids
+from softprompt.backbone import key_values
+from softprompt.distillation import HeldOut, HeldOutMeasure, start_ids
 from softprompt.engine import placement_of
 from softprompt.errors import ConfigError, DataError
 from softprompt.prompts import PROMPT_KEY, FlatOrder, Placement, PromptLearningConfig, from_tokens, lookup
-from softprompt.training import Prepared, TaskData, TopDivergence, TopTargets, prepare
+from softprompt.training import Goal, Prepared, TaskData, TopDivergence, TopTargets, prepare
+
+if TYPE_CHECKING:
+    from softprompt.backbone import Base
+    from softprompt.data import TokenRow
+    from softprompt.distillation import DistillSettings, Question, Teacher
 
 
 @final
@@ -110,7 +110,7 @@ class Student:
             self.distractors,
         )
         measure = HeldOutMeasure(engine, held_out, 2 * size, check_stop) if held_out.questions else None
-        return replace(self.prepared, objective=objective, measure=measure), held_out
+        return replace(self.prepared, goal=Goal(objective, measure)), held_out
 
 
 def configuration_of(teacher: Teacher, settings: DistillSettings) -> PromptLearningConfig:

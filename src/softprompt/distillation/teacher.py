@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import torch
 
 from softprompt.artifacts import Manifest, Origin, manifest_of
-from softprompt.backbone import Base
 from softprompt.data import RowTokenizer, TokenRow, encode
-from softprompt.distillation.questions import Question
-from softprompt.distillation.settings import DistillSettings
-from softprompt.distillation.texts import BETWEEN, Passage, Reading
+from softprompt.distillation import BETWEEN, DistillSettings, Passage, Question, SourceText
 from softprompt.engine import Engine, EngineRow, build_engine
 from softprompt.errors import ConfigError
 from softprompt.generation import Decoder, GenerationOptions, Request
 from softprompt.inference import TunedPrompt, inputs_of, row_tokenizer, written
-from softprompt.prompts import Prompt
 from softprompt.training import TopTargets
+
+if TYPE_CHECKING:
+    from softprompt.backbone import Base
+    from softprompt.prompts import Prompt
 
 
 @final
@@ -45,7 +45,7 @@ class Teacher:
     engine_name: str = "auto"
 
     @classmethod
-    def of(cls, base: Base, reading: Reading, settings: DistillSettings) -> Teacher:
+    def of(cls, base: Base, text: SourceText, settings: DistillSettings) -> Teacher:
         """Let a base read texts.
 
         Raises:
@@ -55,8 +55,8 @@ class Teacher:
         if base.is_encoder_decoder:
             raise ConfigError(f"distill needs a causal language model, {base.name} has an encoder and a decoder")
         has_template = bool(base.tokenizer.chat_template)
-        chat = settings.chat if settings.chat is not None else has_template and reading.kind != "examples"
-        labels = reading.labels(settings.task)
+        chat = settings.chat if settings.chat is not None else has_template and text.kind != "examples"
+        labels = text.labels(settings.task)
         manifest = replace(
             manifest_of(Origin.of_base(base), None),
             template=settings.verbalizer,
@@ -64,13 +64,13 @@ class Teacher:
             labels=labels,
             max_source_length=settings.max_source_length,
             max_target_length=settings.max_target_length,
-            chat=chat and reading.kind != "examples" and settings.verbalizer == "{{input}}",
+            chat=chat and text.kind != "examples" and settings.verbalizer == "{{input}}",
         )
         limit = base.facts.context_length
         behind = 0 if chat else len(encode(base.tokenizer, [BETWEEN], special=False)[0])
         room = None if limit is None else limit - settings.max_source_length - settings.max_target_length - behind
         plain = row_tokenizer(base.tokenizer, replace(manifest, chat=False))
-        passages = reading.passages(plain, room, settings.chunk_tokens)
+        passages = text.passages(plain, room, settings.chunk_tokens)
         return cls(base, manifest, chat, passages, settings.batch_size, settings.engine)
 
     @cached_property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
@@ -32,18 +32,18 @@ class Passage:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class SourceText:
     """Texts, read and not tokenised yet.
 
     Attributes:
         kind: ``system prompt``, ``document`` or ``examples``.
         texts: Where each text is from, and the text; of examples none.
-        examples: Fields and target of each example.
+        examples: The examples.
     """
 
     kind: str
     texts: Sequence[tuple[str, str]] = ()
-    examples: Sequence[tuple[Mapping[str, str], str]] = ()
+    examples: Sequence[Record] = ()
 
     @classmethod
     def of(
@@ -52,7 +52,7 @@ class Reading:
         documents: Sequence[Text],
         examples: DataSource | None,
         columns: Mapping[str, str | None],
-    ) -> Reading:
+    ) -> SourceText:
         """Read the one of the three that is given; ``columns`` are those of examples, for ``read_records``.
 
         Raises:
@@ -65,19 +65,24 @@ class Reading:
             named = " and ".join(names) or "none of them"
             raise UsageError(f"expected one of system_prompt, documents and examples to distil, got {named}")
         if examples is not None:
-            found = read_records(examples, use="train", **cast(Any, columns))
-            return cls("examples", examples=[(dict(each.fields), str(each.target)) for each in found])
+            return cls("examples", examples=read_records(examples, use="train", **cast(Any, columns)))
         if system_prompt is not None:
             return cls("system prompt", [_read(system_prompt, "the system prompt")])
         return cls("document", [_read(each, f"document {n}") for n, each in enumerate(documents, start=1)])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, of which ``Reading(**values)`` is equal."""
-        return asdict(self)
+        """Return plain values, of which ``from_dict`` makes an equal one."""
+        examples = [(dict(each.fields), each.target) for each in self.examples]
+        return {"kind": self.kind, "texts": list(self.texts), "examples": examples}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SourceText:
+        """Return the text of ``to_dict``'s values."""
+        return cls(values["kind"], values["texts"], [Record(*each) for each in values["examples"]])
 
     def labels(self, task: Literal["classification", "generation"] | None) -> tuple[str, ...] | None:
         """Return the label set of examples whose targets are labels, or look like some where no task is named."""
-        return label_set([target for _, target in self.examples], task=task) if self.examples else None
+        return label_set([str(each.target) for each in self.examples], task=task) if self.examples else None
 
     def passages(self, rows: RowTokenizer, room: int | None, chunk_tokens: int | None) -> tuple[Passage, ...]:
         """Return what the teacher reads, in the order of the texts.
@@ -94,8 +99,8 @@ class Reading:
             raise ConfigError(f"chunk_tokens would be ignored: documents are cut, no {self.kind}; leave it out")
         if self.kind == "examples":
             between, shown = rows.text(BETWEEN), list[int]()
-            for fields, target in self.examples:
-                shown += (*(between if shown else ()), *rows.demonstration(Record(fields, target)))
+            for example in self.examples:
+                shown += (*(between if shown else ()), *rows.demonstration(example))
             whole = [(f"{len(self.examples)} examples", tuple(shown))]
         else:
             ids = encode(rows.tokenizer, [text for _, text in self.texts], special=False, marks_are_text=True)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -45,13 +45,10 @@ from softprompt.prompts import (
 )
 from softprompt.training.configuration import Origins, labels_text
 from softprompt.training.examples import TaskData, first_tokens, with_context
-from softprompt.training.objectives import Objective
 from softprompt.training.optimisation import Rates, peak_rates
 from softprompt.training.settings import CONTEXT_RECORDS, TuneSettings
 from softprompt.training.source_prompts import find_source
-
-if TYPE_CHECKING:
-    from softprompt.training.stage import Measure
+from softprompt.training.stage import Goal
 
 logger = logging.getLogger(__name__)
 
@@ -80,11 +77,7 @@ class TaskRows:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A frozen base, an untrained prompt, and the records to train it on.
-
-    ``objective`` and ``measure`` are what is minimised and how it is validated; None is what the method and the
-    targets call for.
-    """
+    """A frozen base, an untrained prompt, and the records to train it on; to a ``goal`` of its own, if any."""
 
     base: Base
     module: PromptModule
@@ -93,8 +86,7 @@ class Prepared:
     tasks: list[TaskRows]
     settings: TuneSettings
     rates: Rates
-    objective: Objective | None = None
-    measure: Measure | None = None
+    goal: Goal | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -186,6 +178,10 @@ def _on(base: Base, data: Sequence[TaskData], settings: TuneSettings, beside: Pr
     if not any(each.numel() for each in module.parameters() if each.requires_grad):
         raise ConfigError("num_frozen_tokens leaves no virtual token to train; lower it")
     of_a_text = _key_values(module, base, tasks[0], settings)
+    if beside is not None and dataclasses.replace(settings, seed=beside.settings.seed) == beside.settings:
+        rates = beside.rates
+    else:
+        rates = peak_rates(settings, base, module, of_a_text)
     return Prepared(
         base=base,
         module=module,
@@ -193,7 +189,7 @@ def _on(base: Base, data: Sequence[TaskData], settings: TuneSettings, beside: Pr
         engine=build_engine(base, settings.engine) if beside is None else beside.engine,
         tasks=tasks,
         settings=settings,
-        rates=peak_rates(settings, base, module, of_a_text),
+        rates=rates,
     )
 
 

@@ -1,24 +1,21 @@
-"""`tune`: from data to a prompt that can be used at once, and ``run.toml``, which repeats or resumes a run."""
+"""`tune`: from data to a prompt that can be used at once."""
 
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import os
-import re
 import time
-import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Unpack, cast, overload
 
-from softprompt.artifacts import CURVE_NAME, anchored, portable, require_empty, require_no_file, write_atomically
+from softprompt.artifacts import CURVE_NAME, require_empty, require_no_file
 from softprompt.bundled import DEMO
 from softprompt.display import training_curve
-from softprompt.errors import ArtifactError, ConfigError, OutputExistsError, UsageError, broken, nearest
+from softprompt.errors import ArtifactError, ConfigError, OutputExistsError, UsageError, nearest
 from softprompt.fields import default_of
 from softprompt.inference import TunedPrompt
 from softprompt.progress import timed
@@ -26,17 +23,12 @@ from softprompt.prompts import SOURCE_INITS, MultitaskPromptTuningConfig, Multit
 from softprompt.training.events import checked_callbacks
 from softprompt.training.examples import Data, read_data
 from softprompt.training.preparation import BaseLike, Prepared, prepare
-from softprompt.training.session import Trained, identity, run, stages_of
+from softprompt.training.run_file import RUN_FILE, read_run, write_run
+from softprompt.training.seeds import SEEDS_FOLDER, train_seeds
+from softprompt.training.session import Session, Trained, identity, stages_of
 from softprompt.training.settings import TuneOptions, TuneSettings, full_names
-from softprompt.training.state import (
-    StopSignal,
-    begun_by,
-    kept_if_resumable,
-    load_state,
-    remove_state,
-    state_path,
-)
-from softprompt.training.summary import DryRun, dry_run_of, nothing_learnt, summarize
+from softprompt.training.state import StopSignal, begun_by, kept_if_resumable, load_states, remove_state, state_path
+from softprompt.training.summary import DryRun, dry_run_of, summarize
 from softprompt.training.tuning_config import TuningConfig
 
 logger = logging.getLogger(__name__)
@@ -127,18 +119,29 @@ def tune(
         summarize(prepared, stages)
         if dry_run:
             return dry_run_of(prepared, stages)
-        found = load_state(target, identity(prepared)) if resume and target is not None else None
-        before = found.seconds if found else 0.0
+        found = load_states(target, identity(prepared))[0] if resume and target is not None else {}
+        before = sum(each.seconds for each in found.values())
         # From here on a Ctrl-C is noted, so the run's file and its first state are written together.
         with StopSignal() as stop, kept_if_resumable(target):
             if target is not None and not resume:
                 remove_state(target)
                 write_run(state_path(target).with_name(RUN_FILE), plan.names(), plan.settings)
-            trained = run(prepared, target, stop, found, called)
-    if problem := nothing_learnt(prepared, trained.metrics, trained.history):
-        trained.metrics["nothing_learnt"] = problem
+            best, seeds = train_seeds(prepared, Session(target, stop, found, called))
+    if problem := seeds[best].nothing_learnt:
+        seeds[best].trained.metrics["nothing_learnt"] = problem
         logger.warning("%s", problem)
-    return _finished(prepared, trained.timed(parts, before + time.perf_counter() - clock), plan, target)
+    trained = seeds[best].trained.timed(parts, before + time.perf_counter() - clock)
+    tuned = _tuned(seeds[best].prepared, trained)
+    if target is not None:
+        folders = {best: target}
+        if plan.settings.seeds > 1:
+            folders |= {seed: target / SEEDS_FOLDER / seed for seed in seeds if seed != best}
+        for seed, folder in reversed(folders.items()):
+            each = tuned if seed == best else _tuned(seeds[seed].prepared, seeds[seed].trained)
+            settings = plan.settings if seed == best else seeds[seed].prepared.settings
+            write_output(each, folder, plan.names(), settings)
+        publish_logs(target, folders)
+    return tuned
 
 
 def _check_names(options: Mapping[str, Any]) -> None:
@@ -194,7 +197,7 @@ def _require_writable(output: Path) -> None:
         )
 
 
-def _finished(prepared: Prepared, trained: Trained, plan: _Plan, target: Path | None) -> TunedPrompt:
+def _tuned(prepared: Prepared, trained: Trained) -> TunedPrompt:
     config = prepared.config
     if isinstance(config, MultitaskPromptTuningConfig) and config.prompt_tuning_init in SOURCE_INITS:
         # A saved prompt must load where its source is not.
@@ -202,15 +205,16 @@ def _finished(prepared: Prepared, trained: Trained, plan: _Plan, target: Path | 
         config.prompt_tuning_init_state_dict_path = None
         config.prompt_tuning_init_task = 0
     manifest = prepared.manifest(trained.metrics, trained.history)
-    tuned = TunedPrompt(prepared.base, prepared.module, config, manifest)
-    if target is not None:
-        tuned.save(target, overwrite=True)
-        write_run(target / RUN_FILE, plan.names(), plan.settings)
-        publish_logs(target)
-        with suppress(ConfigError):  # matplotlib is not installed
-            (target / CURVE_NAME).unlink(missing_ok=True)
-            training_curve(trained.history, target / CURVE_NAME)
-    return tuned
+    return TunedPrompt(prepared.base, prepared.module, config, manifest)
+
+
+def write_output(tuned: TunedPrompt, target: Path, sources: Mapping[str, Any], settings: TuneSettings) -> None:
+    """Write a finished prompt, the run file that repeats it, and its curve."""
+    tuned.save(target, overwrite=True)
+    write_run(target / RUN_FILE, sources, settings)
+    with suppress(ConfigError):  # matplotlib is not installed
+        (target / CURVE_NAME).unlink(missing_ok=True)
+        training_curve(tuned.whole.history, target / CURVE_NAME)
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,10 +297,12 @@ def _same_settings(saved: TuneSettings, options: dict[str, Any]) -> TuneSettings
     return replace(saved, silence_progress_bars=silent)
 
 
-def publish_logs(output: Path) -> None:
-    """Move the finished run's logs out of its state, and remove the state."""
-    for log in sorted(state_path(output).parent.glob("*.jsonl")):
-        os.replace(log, output / log.name)
+def publish_logs(output: Path, folders: Mapping[str, Path]) -> None:
+    """Move the logs of finished runs, by seed, out of the state of ``output``, and remove that."""
+    for seed, folder in folders.items():
+        before = f"{seed}." if seed else ""
+        for log in sorted(state_path(output).parent.glob(f"{before}*.jsonl")):
+            os.replace(log, folder / log.name.removeprefix(before))
     remove_state(output)
 
 
@@ -313,89 +319,3 @@ def _signature() -> inspect.Signature:
 
 
 tune.__signature__ = _signature()  # type: ignore[attr-defined]
-
-
-RUN_FILE = "run.toml"
-DATA = ("train_data", "validation_data")
-SOURCES = ("base_model", *DATA, "output")
-"""Keys besides the settings."""
-
-
-def read_run(path: str | Path) -> dict[str, Any]:
-    """Read a run file into keyword arguments of `tune`, checking that every key exists.
-
-    A path that starts with ``./`` is found from the working directory, or else from a folder above the file.
-
-    Raises:
-        ConfigError: the file is missing, is not TOML, has an unknown key, or a source that is no text.
-    """
-    try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the run file {path}: {error}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    _check_keys(values, [*SOURCES, "lr", "method", *TuneSettings.__dataclass_fields__], str(path))
-    for name in SOURCES:
-        _check_source(values.get(name, ""), name, str(path))
-    for name in ("tuning_config", "config"):
-        if not isinstance(values.get(name, {}), dict):
-            raise ConfigError(f"{path}: {name} must be a table, [{name}]")
-    tuning = values.get("tuning_config", {})
-    _check_keys(tuning, list(TuningConfig.__dataclass_fields__), f"{path} [tuning_config]")
-    return dict(anchored(values, Path(path).parent))
-
-
-def write_run(path: Path, sources: Mapping[str, Any], settings: TuneSettings) -> None:
-    """Write a run file; a source that is None was in memory and is noted as a comment.
-
-    Data sets by task and other mappings are tables.
-    """
-    given = {name: value for name, value in sources.items() if not _in_memory(value)}
-    lines = [f"# {name} was in memory and has to be given again" for name in sources if name not in given]
-    values = portable(given | settings.to_dict(), path.parent)
-    tables = {name: value for name, value in values.items() if isinstance(value, Mapping)}
-    lines += [f"{name} = {_literal(value)}" for name, value in values.items() if name not in tables]
-    for table, entries in tables.items():
-        lines += ["", f"[{table}]"]
-        lines += [f"{_key(name)} = {_literal(value)}" for name, value in entries.items()]
-    text = "\n".join(lines) + "\n"
-    if problem := broken(text):
-        line = next(line for line in lines if broken(line))
-        raise ConfigError(f"the run file cannot keep {line!r}, it has {problem}; give it another name in UTF-8")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text)
-
-
-def _check_keys(values: Mapping[str, Any], known: list[str], where: str) -> None:
-    for name in values:
-        if name not in known:
-            listed = ", ".join(map(repr, known))  # quoted, since the command line has other names for them
-            raise ConfigError(f"{where}: unknown key {name!r}{nearest(name, known)}; known: {listed}")
-
-
-def _check_source(value: Any, name: str, path: str) -> None:
-    if isinstance(value, str):
-        return
-    by_task = name in DATA and isinstance(value, dict)
-    if not by_task or not all(isinstance(each, str) for each in value.values()):
-        takes = "a text, or a table of task = text" if name in DATA else "a text"
-        raise ConfigError(f"{path}: {name!r} takes {takes}; got {value!r}")
-
-
-def _in_memory(source: Any) -> bool:
-    return source is None or (isinstance(source, Mapping) and None in source.values())
-
-
-def _key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _literal(name)
-
-
-def _literal(value: Any) -> str:
-    """Return a value as TOML: its texts, numbers and booleans are spelt as in JSON."""
-    if isinstance(value, list):
-        return "[" + ", ".join(_literal(item) for item in value) + "]"
-    if isinstance(value, Mapping):
-        inside = ", ".join(f"{_key(name)} = {_literal(each)}" for name, each in value.items())
-        return "{ " + inside + " }"
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from softprompt.artifacts import MANIFEST_NAME, load_adapter
 from softprompt.errors import ArtifactError, SoftPromptError
-from softprompt.training.run import RUN_FILE, read_run
+from softprompt.training.run_file import RUN_FILE, read_run
 from softprompt.training.state import STATE_DIRECTORY, how_to_go_on, resume_command, state_path
 
 _CONFIG = "adapter_config.json"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from torch import Tensor
 
@@ -67,8 +67,8 @@ def stages_of(prepared: Prepared, earlier: Mapping[str, Tensor], check_stop: Cal
 
 def _likelihood(prepared: Prepared) -> Objective:
     """Return what is minimised: what was asked for, or the loss of the prompt's method."""
-    if prepared.objective is not None:
-        return prepared.objective
+    if prepared.goal is not None:
+        return prepared.goal.objective
     config = prepared.config
     labels = context_labels(config) if isinstance(config, CPTConfig) else ()
     return ContextLikelihood(prepared.engine, labels) if labels else Likelihood(prepared.engine)
@@ -113,8 +113,8 @@ def _stage(
 
 
 def _validation(prepared: Prepared, check_stop: Callable[[], None]) -> Measure | None:
-    if prepared.measure is not None:
-        return prepared.measure
+    if prepared.goal is not None:
+        return prepared.goal.measure
     parts = [
         Validation(
             prepared.engine,
@@ -156,49 +156,6 @@ def candidate_of(prepared: Prepared, check_stop: Callable[[], None] = lambda: No
     return Candidate(stage, state, optimizer, Events(None, state, stage.total_updates(), silent=True))
 
 
-def run(
-    prepared: Prepared,
-    output: Path | None,
-    stop: StopSignal,
-    found: Snapshot | None = None,
-    callbacks: Sequence[object] = (),
-) -> Trained:
-    """Train one prompt; see ``run_together``."""
-    snapshots = None if found is None else {"": found}
-    return run_together({"": prepared}, output, stop, snapshots, callbacks)[""]
-
-
-def run_together(
-    runs: Mapping[str, Prepared],
-    output: Path | None,
-    stop: StopSignal,
-    found: Mapping[str, Snapshot] | None = None,
-    callbacks: Sequence[object] = (),
-) -> dict[str, Trained]:
-    """Train prompts in place, side by side, and leave the best of each in its module.
-
-    Args:
-        runs: What is trained on what, by seed (empty for one alone), on one base and alike in what makes stages.
-        output: Where the state of all is kept; None keeps none.
-        stop: Checked before each batch.
-        found: The states of the runs to be continued.
-        callbacks: What is called as it goes, for each of the prompts.
-
-    Returns:
-        What became of each, without those whose loss was not finite.
-
-    Raises:
-        TrainingInterrupted: with the command that continues, when there is an ``output``.
-        TrainingError: the loss is not finite, of all of them.
-    """
-    members = [_Member(seed, each, callbacks, (found or {}).get(seed)) for seed, each in runs.items()]
-    session = _Session(members, output, stop)
-    for stages in zip(*(stages_of(each.prepared, each.earlier, stop.check) for each in members), strict=True):
-        if stages[0].name not in members[0].results:
-            session.run(stages)
-    return {each.seed: each.whole() for each in members if each.problem is None}
-
-
 @dataclass(eq=False)
 class _Member:
     """One run among those that are trained together.
@@ -213,7 +170,6 @@ class _Member:
     found: Snapshot | None = None
     earlier: dict[str, Tensor] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
-    problem: TrainingError | None = None
     trained: Trained = field(default_factory=lambda: Trained({}, []))
 
     def __post_init__(self) -> None:
@@ -229,10 +185,11 @@ class _Member:
             self.state, self.found = self.found.run, None
 
     def snapshot(self) -> Snapshot:
-        """Return where it is."""
+        """Return where it is; a finished one is at the end of its last stage."""
         stage = self.stage
+        results = {name: each for name, each in self.results.items() if name != stage.name}
         return Snapshot.of(
-            stage.name, self.state, stage.prompt, self.optimizer, earlier=self.earlier, results=self.results
+            stage.name, self.state, stage.prompt, self.optimizer, earlier=self.earlier, results=results
         )
 
     def check_gradient(self) -> None:
@@ -258,14 +215,12 @@ class _Member:
         events = Events(log, self.state, total, silent=silent, of=of, callbacks=callbacks)
         return Candidate(stage, self.state, self.optimizer, events)
 
-    def end(self, problem: TrainingError | None) -> None:
+    def end(self) -> None:
         """Keep what the stage came to."""
-        self.problem = problem
-        if problem is None:
-            self.trained = _best(self.stage, self.state)
-            self.results[self.stage.name] = self.trained.metrics
-            if self.stage.is_needed:
-                self.earlier = dict(self.stage.prompt.state_dict())
+        self.trained = best_of(self.stage, self.state)
+        self.results[self.stage.name] = self.trained.metrics
+        if self.stage.is_needed:
+            self.earlier = dict(self.stage.prompt.state_dict())
 
     def whole(self) -> Trained:
         """Return the metrics of all stages, and the history of the last one."""
@@ -273,20 +228,56 @@ class _Member:
         return Trained(self.trained.metrics | earlier, self.trained.history)
 
 
-@dataclass
-class _Session:
-    """The stages of runs that are trained together."""
+@final
+class Session:
+    """Prompts that are trained in place, side by side or some after others, and whose states are kept together."""
 
-    members: Sequence[_Member]
-    output: Path | None
-    stop: StopSignal
+    def __init__(
+        self,
+        output: Path | None,
+        stop: StopSignal,
+        found: Mapping[str, Snapshot] | None = None,
+        callbacks: Sequence[object] = (),
+    ) -> None:
+        """Begin, or go on.
 
-    def run(self, stages: Sequence[Stage]) -> None:
+        Args:
+            output: Where the states are kept; None keeps none.
+            stop: Checked before each batch.
+            found: The states of the runs to be continued, by seed.
+            callbacks: What is called as it goes, for each of the prompts.
+        """
+        self.problems: dict[str, TrainingError] = {}
+        self._output, self._stop, self._callbacks = output, stop, callbacks
+        self._found, self._members = dict(found or {}), list[_Member]()
+
+    def train(self, runs: Mapping[str, Prepared]) -> dict[str, Trained]:
+        """Train prompts side by side and leave the best of each in its module.
+
+        Args:
+            runs: What is trained on what, by seed (empty for one alone), on one base, with stages alike.
+
+        Returns:
+            What became of each, without those whose loss was not finite: these are among the ``problems``.
+
+        Raises:
+            TrainingInterrupted: with the command that continues, when there is an ``output``.
+            TrainingError: the loss is not finite, of all of them.
+        """
+        members = [_Member(seed, each, self._callbacks, self._found.get(seed)) for seed, each in runs.items()]
+        self._members += members
+        check = self._stop.check
+        for stages in zip(*(stages_of(each.prepared, each.earlier, check) for each in members), strict=True):
+            if stages[0].name not in members[0].results:
+                self._run(members, stages)
+        return {each.seed: each.whole() for each in members if each.seed not in self.problems}
+
+    def _run(self, members: Sequence[_Member], stages: Sequence[Stage]) -> None:
         """Train a stage of each, from its snapshot when it was interrupted."""
-        going = [each for each in self.members if each.problem is None]
-        for member, stage in zip(self.members, stages, strict=True):
+        for member, stage in zip(members, stages, strict=True):
             member.begin(stage)
-        self.save()
+        going = [each for each in members if each.seed not in self.problems]
+        self._save()
         for member in going:
             member.check_gradient()
         try:
@@ -294,25 +285,30 @@ class _Session:
                 candidates: list[Candidate] = []
                 for member in going:
                     silent = bool(candidates) or member.stage.settings.silence_progress_bars
-                    candidates.append(member.candidate(self.output, silent=silent))
+                    candidates.append(member.candidate(self._output, silent=silent))
                     stack.enter_context(candidates[-1].events)
-                train_together(candidates, check_stop=self.stop.check, save=self.save)
-                problems = [each.problem for each in candidates if each.problem is not None]
-                if len(problems) == len(candidates):
-                    raise problems[0]
+                train_together(candidates, check_stop=self._stop.check, save=self._save)
+                self.problems |= {
+                    member.seed: each.problem
+                    for member, each in zip(going, candidates, strict=True)
+                    if each.problem
+                }
+                if all(each.problem for each in candidates):
+                    raise self.problems[going[0].seed]
         except TrainingInterrupted:
-            self.save()
-            first = self.members[0]
+            self._save()
+            first = members[0]
             where = f"update {first.state.update} (epoch {first.state.epoch + 1}{first.stage.of})"
-            raise TrainingInterrupted(how_to_go_on(f"after {where}", self.output)) from None
-        for member, candidate in zip(going, candidates, strict=True):
-            member.end(candidate.problem)
+            raise TrainingInterrupted(how_to_go_on(f"after {where}", self._output)) from None
+        for member in going:
+            if member.seed not in self.problems:
+                member.end()
 
-    def save(self) -> None:
+    def _save(self) -> None:
         """Write where all of them are."""
-        if self.output is not None:
-            snapshots = {each.seed: each.snapshot() for each in self.members}
-            save_states(self.output, snapshots, identity(self.members[0].prepared))
+        if self._output is not None:
+            snapshots = self._found | {each.seed: each.snapshot() for each in self._members}
+            save_states(self._output, snapshots, identity(self._members[0].prepared))
 
 
 def identity(prepared: Prepared) -> dict[str, Any]:
@@ -328,7 +324,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def _best(stage: Stage, state: RunState) -> Trained:
+def best_of(stage: Stage, state: RunState) -> Trained:
     """Put the prompt to keep into its module and sum the stage up."""
     kept = state.epoch
     if stage.settings.keep_best and state.best is not None:

@@ -182,6 +182,18 @@ class TuneSettings:
     seed: int = setting(
         73, "Random seed of the initial prompt and of shuffling.", least=0, most=2**32 - 1, group=_OPTIMISATION
     )
+    seeds: int = setting(
+        1,
+        "Prompts to train side by side, from the seeds seed, seed + 1 ...; the best is kept.",
+        least=1,
+        group=_OPTIMISATION,
+    )
+    restarts: int = setting(
+        0,
+        "Times to start again with the next seed, where the prompt learnt nothing; the best is kept.",
+        least=0,
+        group=_OPTIMISATION,
+    )
     silence_progress_bars: bool = setting(False, "Show no progress bars.", group=_OUTPUT)
 
     def __post_init__(self) -> None:
@@ -197,6 +209,8 @@ class TuneSettings:
                     f"{item.name} would be ignored with tuning_type {self.tuning_type}; set tuning_type "
                     f"{' or '.join(methods)}, or leave it out"
                 )
+        if self.seeds > 1 and self.restarts:
+            raise ConfigError("restarts would be ignored with several seeds, which start at once; give one of them")
         if self.train_on == "all" and self.task == "classification":
             raise ConfigError("train_on all trains every answer, and the label of a chat is its last; leave it out")
         if self.source_prompt_base is not None and not self.tuning_config.from_source:
@@ -347,6 +361,8 @@ class TuneOptions(TypedDict, total=False):
     keep_best: bool
     early_stopping_patience: int | None
     seed: int
+    seeds: int
+    restarts: int
     silence_progress_bars: bool
 
 

@@ -144,7 +144,7 @@ def dry_run_of(prepared: Prepared, stages: Sequence[Stage]) -> DryRun:
         steps=steps,
         parameters=sum(each.numel() for each in stage.prompt.parameters() if each.requires_grad),
         memory=memory,
-        seconds=seconds * tokens / sum(lengths[i] for i in largest),
+        seconds=seconds * tokens / sum(lengths[i] for i in largest) * prepared.settings.seeds,
     )
 
 

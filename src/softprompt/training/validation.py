@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import final
@@ -49,12 +49,8 @@ class Validation:
         return self._likelihood(prompt) if self.labels is None else self._accuracy(prompt)
 
     def quality(self, metrics: dict[str, float]) -> list[float]:
-        """Return what decides which epoch is best, first things first; more is better.
-
-        The loss decides between equal accuracies, of which a small data set has many.
-        """
-        by_loss = [-metrics["loss"]]
-        return by_loss if self.labels is None else [metrics["accuracy"], *by_loss]
+        """Return what decides which epoch is best; see ``quality_of``."""
+        return quality_of(metrics)
 
     def _parts(self) -> Iterator[Sequence[TokenRow]]:
         for start in range(0, len(self.rows), ROWS_BETWEEN_STOPS):
@@ -133,5 +129,13 @@ class TaskValidations:
 
     def quality(self, metrics: dict[str, float]) -> list[float]:
         """Return what decides which epoch is best: the mean accuracy, then the mean loss."""
-        accuracy = [metrics["accuracy"]] if "accuracy" in metrics else []
-        return [*accuracy, -metrics["loss"]]
+        return quality_of(metrics)
+
+
+def quality_of(metrics: Mapping[str, float]) -> list[float]:
+    """Return what decides which prompt is best, first things first; more is better.
+
+    The loss decides between equal accuracies, of which a small data set has many.
+    """
+    accuracy = [metrics["accuracy"]] if "accuracy" in metrics else []
+    return [*accuracy, -metrics["loss"]]
