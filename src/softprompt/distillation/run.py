@@ -177,14 +177,12 @@ def measure_distilled(
     if "distillation" not in tuned.whole.settings:
         raise ConfigError(f"{prompt} was not made by distill; evaluate measures other prompts")
     settings = DistillSettings.from_dict(tuned.whole.settings["distillation"])
-    columns = {"input_field": settings.input_field, "output_field": settings.output_field}
-    teacher = Teacher.of(tuned.base, SourceText.of(system_prompt, documents, examples, columns), settings)
+    text = SourceText.of(system_prompt, documents, examples, settings.columns)
+    teacher = Teacher.of(tuned.base, text, settings)
     own = [json.loads(each) for each in read_bytes(Path(prompt) / QUESTIONS_NAME).splitlines()]
     asked = [each for each in map(Question.from_dict, own) if each.held_out]
     if questions is not None:
-        asked = given_questions(
-            questions, teacher.rows, len(teacher.passages), replace(settings, held_out=0), columns
-        )
+        asked = given_questions(questions, teacher.rows, len(teacher.passages), replace(settings, held_out=0))
     return report_of(measured_on(tuned, teacher, asked, top_k=settings.top_k), len(own), unrelated=unrelated)
 
 
