@@ -27,7 +27,6 @@ from typing import Any
 import httpx
 
 import softprompt
-from softprompt.data import Record
 from softprompt.distillation import DistillSettings, Question, Teacher, distill, measured_on, report_of
 from softprompt.distillation.texts import SourceText
 
@@ -182,7 +181,7 @@ def examples(arguments: argparse.Namespace) -> dict[str, Any]:
         max_source_length=128,
         max_target_length=16,
     )
-    reading = SourceText("examples", examples=[Record({"input": text}, name) for text, name in shown])
+    reading = SourceText("examples", examples=[({"input": text}, name) for text, name in shown])
     teacher = teacher_of(tuned, reading)
     rows = [(text, name) for name in teacher.manifest.labels or () for text in test[name][: arguments.rows // 10]]
     questions = [Question({"input": text}, name, labelled=True) for text, name in rows]

@@ -158,7 +158,7 @@ def test_nothing_else_is_taken_when_a_run_goes_on(stopped, given):
 def test_another_model_in_the_place_of_the_base_is_refused(stopped):
     plan = state_path(stopped).with_name("plan.json")
     plan.write_text(plan.read_text().replace(json.loads(plan.read_text())["fingerprint"], "elsewhere"))
-    with pytest.raises(TrainingError, match="base model fingerprint was elsewhere"):
+    with pytest.raises(TrainingError, match="base model's fingerprint was elsewhere"):
         softprompt.distill(output=stopped, resume=True)
 
 

@@ -9,7 +9,6 @@ import torch
 
 from softprompt.backbone import freeze, load_base
 from softprompt.cli.main import run
-from softprompt.data import Record
 from softprompt.distillation import DistillSettings, Question, Teacher, measured_on, report_of
 from softprompt.distillation.texts import SourceText
 from softprompt.errors import DataError
@@ -121,7 +120,7 @@ def test_damage_on_questions_of_ones_own(teacher, beginning, tmp_path):
 
 def test_labels_are_scored_as_the_prompt_classifies():
     examples = tuple(
-        Record({"input": text}, label)
+        ({"input": text}, label)
         for text, label in [
             ("It broke.", "complaint"),
             ("Thanks!", "no complaint"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -101,7 +101,7 @@ def command(
     if isinstance(found, Forecast):
         show(found.to_dict(), str(found), as_json=as_json)
         return
-    result = summary(cast("TunedPrompt", found), values["output"])
+    result = summary(found, values["output"])
     shown = {name: value for name, value in result.items() if not isinstance(value, dict)}
     parts = ", ".join(f"{name} {value:g}" for name, value in result["seconds_by_part"].items())
     shown |= {f"held-out {name}": value for name, value in result["held_out"].items()}

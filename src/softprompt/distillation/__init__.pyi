@@ -5,6 +5,7 @@ from .held_out import Divergence as Divergence
 from .held_out import HeldOut as HeldOut
 from .held_out import HeldOutMeasure as HeldOutMeasure
 from .held_out import divergence_of as divergence_of
+from .measurement import measure_distilled as measure_distilled
 from .questions import Question as Question
 from .questions import Study as Study
 from .questions import given_questions as given_questions
@@ -13,8 +14,8 @@ from .report import REPORT_NAME as REPORT_NAME
 from .report import DistillationReport as DistillationReport
 from .report import measured_on as measured_on
 from .report import report_of as report_of
+from .run import QUESTIONS_NAME as QUESTIONS_NAME
 from .run import distill as distill
-from .run import measure_distilled as measure_distilled
 from .settings import DistillSettings as DistillSettings
 from .stages import answered as answered
 from .stages import studied as studied

@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, final
 
 from softprompt.artifacts import write_atomically
-from softprompt.data import INPUT, read_records
-from softprompt.distillation import Distilled, HeldOut, Question, divergence_of, targets_of
-from softprompt.engine import EngineRow
+from softprompt.data import INPUT, DataSource, TokenRow, read_records
+from softprompt.distillation import Distilled, HeldOut, Question, Teacher, divergence_of, targets_of
+from softprompt.engine import Engine, EngineRow
 from softprompt.errors import DataError
 from softprompt.generation import GenerationOptions, rows_of_whole_inputs, score_rows
 
 if TYPE_CHECKING:
-    from softprompt.data import DataSource, TokenRow
-    from softprompt.distillation import Divergence, Teacher
-    from softprompt.engine import Engine
+    from softprompt.distillation import Divergence
     from softprompt.inference import TunedPrompt
 
 REPORT_NAME = "distillation.json"

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softprompt.artifacts import CURVE_NAME, read_bytes, write_atomically
+from softprompt.artifacts import CURVE_NAME, write_atomically
 from softprompt.backbone import freeze
 from softprompt.display import training_curve
 from softprompt.distillation import (
@@ -29,13 +29,12 @@ from softprompt.distillation import (
     answered,
     forecast_of,
     given_questions,
-    measured_on,
     report_of,
     studied,
     taught,
 )
-from softprompt.errors import ConfigError, TrainingError, UsageError
-from softprompt.inference import TunedPrompt, load
+from softprompt.errors import ConfigError, UsageError
+from softprompt.inference import TunedPrompt
 from softprompt.progress import timed
 from softprompt.training import (
     BaseLike,
@@ -110,7 +109,7 @@ def distill(
     if resume:
         plan = _resumed(target, {**sources, **options, "overwrite": overwrite})
         settings = DistillSettings.from_dict({**plan["settings"], **options})
-        base_model, text = plan["base_model"] or base_model, SourceText.from_dict(plan["text"])
+        base_model, text = plan["base_model"] or base_model, SourceText(**plan["text"])
     else:
         plan, settings = {}, DistillSettings.from_dict(options)
         if not dry_run:
@@ -122,19 +121,13 @@ def distill(
         base = loaded(base_model, settings.tuning(settings.configuration(chat=False)))
         freeze(base.model)
         teacher = Teacher.of(base, text, settings)
-        count = len(teacher.passages)
-        logger.info("the teacher reads %s tokens (%s), passages: %d", f"{teacher.tokens:,}", text.kind, count)
         given = [Question.from_dict(each) for each in plan.get("questions", ())]
         if questions is not None:
-            given = given_questions(questions, teacher.rows, count, settings)
+            given = given_questions(questions, teacher.rows, len(teacher.passages), settings)
         if dry_run:
             return forecast_of(teacher, settings, given)
         store = Store(target, plan or _plan(named_source(base_model), teacher, settings, text, given))
-        if plan and plan["fingerprint"] != _fingerprint(teacher):
-            raise TrainingError(
-                f"cannot resume {target}: its base model fingerprint was {plan['fingerprint']}, now it is "
-                f"{_fingerprint(teacher)}; restore the model, or start again with overwrite=True"
-            )
+        store.check("fingerprint", _fingerprint(teacher))
         with StopSignal() as stop:
             if target is not None and not resume:
                 remove_state(target)
@@ -145,45 +138,6 @@ def distill(
                 with store.interrupted("while the prompt was measured"):
                     measured = report_of(distilled, len(found), unrelated=unrelated, check_stop=stop.check)
         return _finished(distilled, found, measured, target)
-
-
-def measure_distilled(
-    prompt: str | Path,
-    *,
-    system_prompt: Text | None = None,
-    documents: Sequence[Text] = (),
-    examples: DataSource | None = None,
-    questions: DataSource | None = None,
-    unrelated: DataSource | None = None,
-    base_model: Any = None,
-) -> DistillationReport:
-    """Measure a finished prompt again, perhaps on other questions; nothing is written.
-
-    Args:
-        prompt: Directory that ``distill`` wrote.
-        system_prompt: The text it was made of, as for ``distill``; it is not kept with the prompt.
-        documents: Likewise.
-        examples: Likewise.
-        questions: Records to measure on, with answers or without; None takes those that were kept apart.
-        unrelated: As for ``distill``.
-        base_model: As for ``load``.
-
-    Raises:
-        ConfigError: The prompt was not made by ``distill``.
-        DataError: No question was kept apart, or the text or the questions cannot be used.
-        ArtifactError: The directory cannot be read.
-    """
-    tuned = load(prompt, base_model)
-    if "distillation" not in tuned.whole.settings:
-        raise ConfigError(f"{prompt} was not made by distill; evaluate measures other prompts")
-    settings = DistillSettings.from_dict(tuned.whole.settings["distillation"])
-    text = SourceText.of(system_prompt, documents, examples, settings.columns)
-    teacher = Teacher.of(tuned.base, text, settings)
-    own = [json.loads(each) for each in read_bytes(Path(prompt) / QUESTIONS_NAME).splitlines()]
-    asked = [each for each in map(Question.from_dict, own) if each.held_out]
-    if questions is not None:
-        asked = given_questions(questions, teacher.rows, len(teacher.passages), replace(settings, held_out=0))
-    return report_of(measured_on(tuned, teacher, asked, top_k=settings.top_k), len(own), unrelated=unrelated)
 
 
 def _fingerprint(teacher: Teacher) -> str:

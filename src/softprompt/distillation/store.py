@@ -59,6 +59,14 @@ class Store:
         """Write the plan."""
         self._write(PLAN_FILE, json.dumps(self.plan, indent=2, ensure_ascii=False))
 
+    def check(self, part: str, now: Any) -> None:
+        """Raise ``TrainingError`` where a part of the plan has changed since it was written."""
+        if (before := self.plan[part]) != now:
+            raise TrainingError(
+                f"cannot resume {self.output}: the base model's {part} was {before}, now it is {now}; restore it, "
+                "or start again with overwrite=True"
+            )
+
     def save_questions(self, values: Mapping[str, Any]) -> None:
         """Keep the questions as far as they have come."""
         self._write("questions.json", json.dumps({"digest": self.digest, **values}, ensure_ascii=False))

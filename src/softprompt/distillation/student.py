@@ -6,10 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, final
 
-from torch import Tensor
-
 from softprompt.artifacts import check_base, load_adapter
-from softprompt.backbone import key_values
+from softprompt.backbone import Base, key_values
 from softprompt.distillation import HeldOut, HeldOutMeasure, start_ids
 from softprompt.engine import placement_of
 from softprompt.errors import ConfigError, DataError
@@ -17,7 +15,8 @@ from softprompt.prompts import PROMPT_KEY, FlatOrder, Placement, PromptLearningC
 from softprompt.training import Goal, Prepared, TaskData, TopDivergence, TopTargets, prepare
 
 if TYPE_CHECKING:
-    from softprompt.backbone import Base
+    from torch import Tensor
+
     from softprompt.data import TokenRow
     from softprompt.distillation import DistillSettings, Question, Teacher
 

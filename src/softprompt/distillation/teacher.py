@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,6 +22,8 @@ from softprompt.training import TopTargets
 if TYPE_CHECKING:
     from softprompt.backbone import Base
     from softprompt.prompts import Prompt
+
+logger = logging.getLogger(__name__)
 
 
 @final
@@ -71,7 +74,9 @@ class Teacher:
         room = None if limit is None else limit - settings.max_source_length - settings.max_target_length - behind
         plain = row_tokenizer(base.tokenizer, replace(manifest, chat=False))
         passages = text.passages(plain, room, settings.chunk_tokens)
-        return cls(base, manifest, chat, passages, settings.batch_size, settings.engine)
+        found = cls(base, manifest, chat, passages, settings.batch_size, settings.engine)
+        logger.info("the teacher reads %s tokens (%s), passages: %d", f"{found.tokens:,}", text.kind, len(passages))
+        return found
 
     @cached_property
     def tuned(self) -> tuple[TunedPrompt, ...]:

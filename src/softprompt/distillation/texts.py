@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
@@ -38,12 +38,12 @@ class SourceText:
     Attributes:
         kind: ``system prompt``, ``document`` or ``examples``.
         texts: Where each text is from, and the text; of examples none.
-        examples: The examples.
+        examples: Fields and target of each example.
     """
 
     kind: str
     texts: Sequence[tuple[str, str]] = ()
-    examples: Sequence[Record] = ()
+    examples: Sequence[tuple[Mapping[str, str], str]] = ()
 
     @classmethod
     def of(
@@ -65,24 +65,19 @@ class SourceText:
             named = " and ".join(names) or "none of them"
             raise UsageError(f"expected one of system_prompt, documents and examples to distil, got {named}")
         if examples is not None:
-            return cls("examples", examples=read_records(examples, use="train", **cast(Any, columns)))
+            found = read_records(examples, use="train", **cast(Any, columns))
+            return cls("examples", examples=[(dict(each.fields), str(each.target)) for each in found])
         if system_prompt is not None:
             return cls("system prompt", [_read(system_prompt, "the system prompt")])
         return cls("document", [_read(each, f"document {n}") for n, each in enumerate(documents, start=1)])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, of which ``from_dict`` makes an equal one."""
-        examples = [(dict(each.fields), each.target) for each in self.examples]
-        return {"kind": self.kind, "texts": list(self.texts), "examples": examples}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SourceText:
-        """Return the text of ``to_dict``'s values."""
-        return cls(values["kind"], values["texts"], [Record(*each) for each in values["examples"]])
+        """Return plain values, of which ``SourceText(**values)`` is an equal one."""
+        return asdict(self)
 
     def labels(self, task: Literal["classification", "generation"] | None) -> tuple[str, ...] | None:
         """Return the label set of examples whose targets are labels, or look like some where no task is named."""
-        return label_set([str(each.target) for each in self.examples], task=task) if self.examples else None
+        return label_set([target for _, target in self.examples], task=task) if self.examples else None
 
     def passages(self, rows: RowTokenizer, room: int | None, chunk_tokens: int | None) -> tuple[Passage, ...]:
         """Return what the teacher reads, in the order of the texts.
@@ -100,7 +95,7 @@ class SourceText:
         if self.kind == "examples":
             between, shown = rows.text(BETWEEN), list[int]()
             for example in self.examples:
-                shown += (*(between if shown else ()), *rows.demonstration(example))
+                shown += (*(between if shown else ()), *rows.demonstration(Record(*example)))
             whole = [(f"{len(self.examples)} examples", tuple(shown))]
         else:
             ids = encode(rows.tokenizer, [text for _, text in self.texts], special=False, marks_are_text=True)
