@@ -10,7 +10,7 @@ teacher's pass is counted. A training token is a token of an answer; conversatio
 Random weights in the shape of SmolLM2-135M, one thread, both in one process and alternating. FLOPs come from
 torch's counter and have no noise; seconds are CPU seconds of the process.
 
-    python bench/distill.py [--document 1024] [--rows 8] [--epochs 8] [--rounds 3] [--json]
+    python bench/distill.py [--document 1024] [--rows 8] [--layers 30] [--epochs 8] [--rounds 3] [--json]
 """
 
 from __future__ import annotations
@@ -97,7 +97,10 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure both loops, alternating."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = llama_135m().eval().requires_grad_(False)
+    model = llama_135m()
+    del model.model.layers[arguments.layers :]
+    model.config.num_hidden_layers = arguments.layers
+    model.eval().requires_grad_(False)
     draw = torch.Generator().manual_seed(1)
 
     def ids(count: int) -> list[int]:
@@ -128,15 +131,22 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         "gflops_per_training_token": [each / ANSWER / 1e9 for each in counted[:2]],
         "flops_ratio": counted[0] / counted[1],
         "teachers_share_of_ours": counted[2] / counted[1],
-        "seconds_per_training_token": [min(each[i] for each in timed) / ANSWER for i in (0, 1)],
-        "seconds_ratio": [ratios[0], ratios[-1]],
+        "seconds_per_training_token": [min(each[i] for each in timed) / ANSWER for i in (0, 1) if timed],
+        "seconds_ratio": [ratios[0], ratios[-1]] if ratios else None,
     }
 
 
 def main() -> None:
     """Print the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("document", 1024), ("virtual", 128), ("rows", 8), ("epochs", 8), ("rounds", 3)):
+    for name, default in (
+        ("document", 1024),
+        ("layers", 30),
+        ("virtual", 128),
+        ("rows", 8),
+        ("epochs", 8),
+        ("rounds", 3),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--peft-rows", type=int, default=2, help="conversations of PEFT's loop in a round")
     parser.add_argument("--json", action="store_true")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from distillation.conftest import TEXT
+from softprompt import PromptTuningConfig, get_peft_model
 from softprompt.artifacts import load_adapter
 from softprompt.backbone import load_base
 from softprompt.distillation import DistillSettings, distill
@@ -46,35 +47,37 @@ def test_a_distractor_stands_before_the_prompt_in_about_half_of_the_batches():
     assert own.grad is not None and other.grad is None
 
 
-def test_a_cartridge_is_trained_beside_another(chat_base, asked, tmp_path):
-    first = distill(chat_base, documents=[TEXT], questions=asked, output=tmp_path / "first", **KV)
-    before = load_adapter(tmp_path / "first").values.clone()
-    options = {**KV, "num_epochs": 3, "batch_size": 2}
-    alone = distill(chat_base, documents=[TEXT[::-1]], questions=asked, **options)
-    beside = distill(
-        chat_base, documents=[TEXT[::-1]], questions=asked, distractors=[tmp_path / "first"], **options
-    )
-    assert not torch.equal(alone.module.weight, beside.module.weight)
-    assert torch.equal(load_adapter(tmp_path / "first").values, before)
-    assert beside.whole.settings["distillation"]["distractors"] == [str(tmp_path / "first")]
-    assert first.module.weight.shape == beside.module.weight.shape
-
-
-def test_what_cannot_stand_beside_it(chat_base, asked, tmp_path):
-    with pytest.raises(ConfigError, match="distractors would be ignored"):
-        DistillSettings.from_dict({"distractors": ["x"]})
+@pytest.fixture(scope="module")
+def other(chat_base, tmp_path_factory):
+    """A cartridge of another text."""
+    folder = tmp_path_factory.mktemp("other") / "cartridge"
     distill(
         chat_base,
-        system_prompt=TEXT,
-        questions=asked,
-        output=tmp_path / "tokens",
-        num_epochs=1,
-        report=False,
-        **QUICK,
+        documents=[TEXT],
+        questions=[{"input": "is it late"}, {"input": "good or bad"}],
+        output=folder,
+        **KV,
     )
-    with pytest.raises(ConfigError, match="is EXTENDED_PROMPT_TUNING"):
-        distill(chat_base, documents=[TEXT], questions=asked, distractors=(tmp_path / "tokens",), **KV)
-    kettle = [{"input": "the kettle is late"}, {"input": "the box is late"}]
-    distill("demo", documents=[TEXT], questions=kettle, output=tmp_path / "demo", **KV)
+    return folder
+
+
+def test_a_cartridge_is_trained_beside_another(chat_base, asked, other):
+    before = load_adapter(other).values.clone()
+    options = {**KV, "num_epochs": 2, "batch_size": 2}
+    alone = distill(chat_base, documents=[TEXT[::-1]], questions=asked, **options)
+    beside = distill(chat_base, documents=[TEXT[::-1]], questions=asked, distractors=[other], **options)
+    assert not torch.equal(alone.module.weight, beside.module.weight)
+    assert torch.equal(load_adapter(other).values, before)
+    assert beside.whole.settings["distillation"]["distractors"] == [str(other)]
+
+
+def test_what_cannot_stand_beside_it(chat_base, other, tmp_path):
+    answered = [{"input": "is it late", "output": "good"}, {"input": "is it here", "output": "bad"}]
+    with pytest.raises(ConfigError, match="distractors would be ignored"):
+        DistillSettings.from_dict({"distractors": ["x"]})
+    tokens = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    get_peft_model(load_base(chat_base).model, tokens).save_pretrained(tmp_path / "tokens")
+    with pytest.raises(ConfigError, match="is PROMPT_TUNING"):
+        distill(chat_base, documents=[TEXT], questions=answered, distractors=(tmp_path / "tokens",), **KV)
     with pytest.raises(FingerprintError):
-        distill(chat_base, documents=[TEXT], questions=asked, distractors=tmp_path / "demo", **KV)
+        distill("demo", documents=[TEXT], questions=answered, distractors=other, **KV)
