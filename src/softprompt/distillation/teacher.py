@@ -119,7 +119,8 @@ class Teacher:
     def answers(self, questions: Sequence[Question]) -> list[str]:
         """Return the answer to each question: the likeliest label where there are labels, or a greedy text."""
         if self.manifest.labels is None:
-            greedy = GenerationOptions(max_new_tokens=self.manifest.max_target_length)
+            room = max(1, self.manifest.max_target_length - 1)  # its end is a token too
+            greedy = GenerationOptions(max_new_tokens=room)
             return self.generate([(each, greedy) for each in questions])
         found: dict[int, str] = {}
         for passage, tuned in enumerate(self.tuned):
