@@ -201,7 +201,8 @@ def _run(
     logger.info("%d questions to train on, %d kept apart", len(found) - apart, apart)
     begun = output is not None and state_path(output).exists()
     before = load_states(output, identity(prepared))[0] if output is not None and begun else None
-    trained = Session(output, stop, before, callbacks).train({"": prepared})[""]
+    with store.interrupted("at once", (KeyboardInterrupt,)):
+        trained = Session(output, stop, before, callbacks).train({"": prepared})[""]
     judged = [{**point, "loss": point["distillation"]} for point in trained.history]
     if problem := nothing_learnt(prepared, trained.metrics, judged):
         trained.metrics["nothing_learnt"] = problem

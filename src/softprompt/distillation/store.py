@@ -101,11 +101,13 @@ class Store:
         return [whole.part(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
     @contextmanager
-    def interrupted(self, where: str) -> Iterator[None]:
-        """Say how to go on where the work inside is stopped; ``where`` is what it was at."""
+    def interrupted(
+        self, where: str, kinds: tuple[type[BaseException], ...] = (TrainingInterrupted, KeyboardInterrupt)
+    ) -> Iterator[None]:
+        """Say how to go on where the work inside is stopped by one of ``kinds``; ``where`` is what it was at."""
         try:
             yield
-        except (TrainingInterrupted, KeyboardInterrupt):
+        except kinds:
             raise TrainingInterrupted(how_to_go_on(where, self.output)) from None
 
     def _existing(self, name: str) -> Path | None:
