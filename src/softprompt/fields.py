@@ -29,6 +29,7 @@ def setting(
     most: float | None = None,
     group: str | None = None,
     ours: bool | None = None,
+    word: str | None = None,
 ) -> Any:
     """Declare a field of a dataclass with its default, help text and range.
 
@@ -40,9 +41,10 @@ def setting(
         most: Largest legal value.
         group: Heading of the command's help that the option stands under.
         ours: Whether a configuration's field is one that PEFT's file has no key for.
+        word: A text that a number may be instead.
     """
     known = {"help": help_text, "least": least, "above": above, "most": most, "group": group}
-    known["ours"] = ours
+    known |= {"ours": ours, "word": word}
     return field(default=default, metadata={k: v for k, v in known.items() if v is not None})
 
 
@@ -82,7 +84,7 @@ def check(settings: Any) -> None:
     """
     for item in fields(settings):
         value = getattr(settings, item.name)
-        if value is None and item.default is None:
+        if (value is None and item.default is None) or value == item.metadata.get("word", item):
             continue
         _check_value(type(settings), item, value)
 

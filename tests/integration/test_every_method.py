@@ -59,6 +59,7 @@ def test_the_table_has_every_method():
         "low-rank",
         "ulpt",
         "residual",
+        "superpos",
         "multitask",
         "p-tuning",
         "prefix",

@@ -13,13 +13,14 @@ from torch import nn
 from softprompt import PromptEmbedding, PromptTuningConfig
 from softprompt.errors import ArtifactError, ConfigError
 from softprompt.prompts import build_prompt
-from softprompt.prompts.methods.parameterisations import FixedBasis, LowRank, Residual
+from softprompt.prompts.methods.parameterisations import FixedBasis, LowRank, Residual, Superposition
 
 V, H, P = 21, 12, 6
 KINDS = {
     "low_rank": {"parameterization": "low_rank", "parameterization_rank": 3},
     "ulpt": {"parameterization": "ulpt", "parameterization_rank": 4},
     "residual": {"parameterization": "residual"},
+    "superpos": {"parameterization": "superpos", "parameterization_rank": 15},
 }
 
 
@@ -51,6 +52,39 @@ def test_residual_and_direct_start_at_the_rows(table):
     direct = prompt(table, seed=4).materialize()
     assert torch.equal(prompt(table, "residual", seed=4).materialize(), direct)
     assert prompt(table).embedding.weight.shape == (P, H)
+
+
+def test_superpos_is_a_mixture_of_sampled_embeddings_that_starts_at_the_first_values(table):
+    direct = prompt(table, seed=4, prompt_tuning_init="SAMPLE_VOCAB").materialize().detach()
+    made = prompt(table, "superpos", seed=4, prompt_tuning_init="SAMPLE_VOCAB")
+    assert torch.allclose(made.materialize(), direct, atol=1e-6)
+    behind = made.parameterisation
+    unit = behind.weights[0, 0].item()  # the weights begin as a unit matrix in this unit
+    vocabulary = table.weight.detach()
+    nearest = torch.cdist(behind.basis * unit, vocabulary).min(dim=1)
+    assert nearest.values.max() < 1e-5  # all that is mixed are tokens
+    with torch.no_grad():
+        behind.weights.normal_()
+    tokens = vocabulary[nearest.indices]
+    mixture = sum(behind.weights[:, j, None] / unit * tokens[j] for j in range(15))
+    assert torch.allclose(made.materialize(), mixture, atol=1e-5)
+    assert {name for name, _ in behind.named_parameters()} == {"weights"}
+
+
+def test_a_step_of_the_weights_moves_an_embedding_as_a_step_of_its_own():
+    torch.manual_seed(0)
+    made = Superposition(torch.randn(4, 64) * 3, 40, lambda count: torch.randn(count, 64) * 3)
+    before = made.embeddings().detach()
+    with torch.no_grad():
+        made.weights += 0.1 * torch.randn_like(made.weights).sign()
+    moved = (made.embeddings().detach() - before).square().mean().sqrt()
+    assert 0.08 < float(moved) < 0.12
+
+
+def test_superpos_needs_room_for_its_start_and_has_the_papers_default(table):
+    with pytest.raises(ConfigError, match="parameterization_rank 5 of superpos"):
+        prompt(table, parameterization="superpos", parameterization_rank=5)
+    assert prompt(table, parameterization="superpos").parameterisation.weights.shape == (P, 128)
 
 
 def test_low_rank_starts_at_the_best_approximation(table):

@@ -43,6 +43,9 @@ METHODS = {
         }
     },
     "residual": {"tuning_config": {"num_virtual_tokens": 3, "parameterization": "residual"}},
+    "superpos": {
+        "tuning_config": {"num_virtual_tokens": 3, "parameterization": "superpos", "parameterization_rank": 6}
+    },
     "multitask": {"method": "multitask", "tuning_config": {"num_virtual_tokens": 3}},
     "mlp": {"method": "p_tuning", "tuning_config": {"num_virtual_tokens": 3}},
     "lstm": {

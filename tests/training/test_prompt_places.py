@@ -63,7 +63,7 @@ def test_a_decoder_prompt_counts_against_the_decoders_context(bases):
         tune(bases / "bart", long, tuning_config=config)
 
 
-@pytest.mark.parametrize(("kind", "rank"), [("low_rank", 2), ("ulpt", 2), ("residual", None)])
+@pytest.mark.parametrize(("kind", "rank"), [("low_rank", 2), ("ulpt", 2), ("residual", None), ("superpos", 8)])
 def test_what_is_trained_in_the_place_of_rows_is_saved_as_rows(llama, rows, tmp_path, caplog, kind, rank):
     config = {"num_virtual_tokens": 6, "parameterization": kind}
     config |= {} if rank is None else {"parameterization_rank": rank}

@@ -10,7 +10,7 @@ from softprompt.fields import choices_of, type_of
 from softprompt.prompts import PrefixTuningConfig, PromptLearningConfig, config_class
 from softprompt.training import TuneSettings, TuningConfig
 from softprompt.training.configuration import METHODS, Origins
-from softprompt.training.settings import TuneOptions
+from softprompt.training.keywords import TuneOptions
 
 SOURCE = {"prompt_tuning_init_source_model": "somewhere"}
 
@@ -32,7 +32,7 @@ def test_defaults_are_those_of_caikits_document():
 
 
 def test_the_typed_keywords_are_the_fields_and_the_alias():
-    names = {item.name for item in fields(TuneSettings)} | {"lr", "method"}
+    names = {item.name for item in fields(TuneSettings)} | {"lr", "method", "init"}
     assert set(TuneOptions.__annotations__) == names
 
 

@@ -19,8 +19,8 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar, final, get_args, get_origin
 
 import click
-from click.shell_completion import CompletionItem
 
+from softprompt.cli.parameter_types import NumberOr, Place
 from softprompt.errors import UsageError, in_options
 from softprompt.fields import choices_of, default_of, type_of
 from softprompt.progress import silence
@@ -32,7 +32,7 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 WORDED = "softprompt.worded"
 """Where a context of click keeps what puts messages into the words of its command."""
-ALIASES = {"learning_rate": ("--lr",)}
+ALIASES = {"learning_rate": ("--lr",), "prompt_tuning_init_method": ("--init",)}
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _BASE = ("base_model", "torch_dtype", "device", "ignore_fingerprint")
 
@@ -49,18 +49,6 @@ class Option(click.Option):
 _FOLDERS = ("prompt_dir", "prompt_dirs", "first", "second", "folder", "directory", "prompts", "source_prompt_base")
 _FILES = ("base_model", "source", "destination", "train_data", "validation_data", "data", "api_key_file")
 """Parameters that a shell completes with folders, and with files or folders."""
-
-
-@final
-class Place(click.types.StringParamType):
-    """A text that a shell completes as a path; it may as well be a name, as on the Hub."""
-
-    def __init__(self, kind: str) -> None:
-        self._kind = kind
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Let the shell complete a ``dir`` or a ``file``."""
-        return [CompletionItem(incomplete, type=self._kind)]
 
 
 @final
@@ -281,16 +269,17 @@ def _option(owner: type, item: Field[Any]) -> Callable[[Decorated], Decorated]:
         return option(f"{flag}/--no-{flag[2:]}", item.name, default=None, **shared)
     choices = choices_of(owner, item.name)
     if choices is not None:
-        return option(flag, item.name, type=click.Choice(choices), **shared)
+        kind = click.Choice(choices, case_sensitive=False)
+    if word := item.metadata.get("word"):
+        kind = NumberOr(word)
     if get_origin(kind) is tuple and Ellipsis not in get_args(kind):
         return option(flag, item.name, type=get_args(kind), **shared)
     if get_origin(kind) is tuple:
         shared["help"] = text + "  [repeatable]"
         return option(flag, item.name, multiple=True, **shared)
     if item.name in ALIASES:
-        names = (flag, *ALIASES[item.name], item.name)
-        return option(*names, type=kind, multiple=True, callback=_once, **shared)
-    return option(flag, item.name, type=kind, **shared)
+        shared |= {"multiple": True, "callback": _once}
+    return option(flag, *ALIASES.get(item.name, ()), item.name, type=kind, **shared)
 
 
 def _once(context: click.Context, parameter: click.Parameter, values: tuple[Any, ...]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
@@ -124,6 +124,11 @@ class HeldOutMeasure:
     held_out: HeldOut
     batch_size: int
     check_stop: Callable[[], None]
+
+    @property
+    def collapse(self) -> Mapping[str, str]:
+        """The signs of collapse, of which a divergence shows none."""
+        return {}
 
     def metrics(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         """Measure the prompt; see ``Measure``.

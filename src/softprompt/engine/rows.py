@@ -54,6 +54,11 @@ class EngineRow:
         return 0 if self.prompt is None else self.prompt.prefix_tokens
 
     @property
+    def prefix_positions(self) -> int:
+        """Positions that they take."""
+        return 0 if self.prompt is None else self.prompt.prefix_places[-1]
+
+    @property
     def input_tokens(self) -> int:
         """Virtual tokens in the row's input."""
         return 0 if self.prompt is None else self.prompt.input_tokens
@@ -124,7 +129,7 @@ def check_rows(base: Base, rows: Sequence[EngineRow], built: Facts | None = None
             )
         if not facts.is_encoder_decoder:
             _check_ids(index, row.source + row.target, facts.vocabulary)
-            virtual = row.input_tokens + row.prefix_tokens
+            virtual = row.input_tokens + row.prefix_positions
             check_context(len(row.source) + len(row.target), virtual, facts.context_length)
             continue
         if row.unscored:
@@ -285,12 +290,14 @@ class Prefixes:
         table: Keys and values, padded behind to the longest, ``[K, L, 2, A_kv, P, D]``.
         owner: Prefix of each row, -1 for none, ``[B]``.
         lengths: Virtual tokens of each row's prefix, 0 for none, ``[B]``.
+        positions: Positions that they take, ``[B]``.
         sources: The layer whose prefix each layer reads, None for none; None where each reads its own.
     """
 
     table: Tensor
     owner: Tensor
     lengths: Tensor
+    positions: Tensor
     sources: tuple[int | None, ...] | None = None
 
     @classmethod
@@ -310,12 +317,15 @@ class Prefixes:
         width = max(prompt.prefix_tokens for prompt in found)
         number: dict[Prompt | None, int] = {prompt: i for i, prompt in enumerate(found)}
         padded = [F.pad(p, (0, 0, 0, width - int(p.shape[3]))) for p in found.values()]
-        lengths = [p.prefix_tokens if p is not None and p in number else 0 for p in prompts]
+        owned = [p if p in number else None for p in prompts]
+        lengths = [0 if p is None else p.prefix_tokens for p in owned]
+        positions = [0 if p is None else p.prefix_places[-1] for p in owned]
         device = padded[0].device
         return cls(
             torch.stack(padded) if len(padded) > 1 else padded[0].unsqueeze(0),
             torch.tensor([number.get(prompt, -1) for prompt in prompts], device=device),
             torch.tensor(lengths, device=device),
+            torch.tensor(positions, device=device),
         )
 
     @property
@@ -334,7 +344,10 @@ class Prefixes:
         if times == 1:
             return self
         return replace(
-            self, owner=self.owner.repeat_interleave(times), lengths=self.lengths.repeat_interleave(times)
+            self,
+            owner=self.owner.repeat_interleave(times),
+            lengths=self.lengths.repeat_interleave(times),
+            positions=self.positions.repeat_interleave(times),
         )
 
     def source(self, index: int) -> int | None:

@@ -66,6 +66,9 @@ class Parameterization(StrEnum):
     arXiv:2502.04501)."""
     RESIDUAL = "residual"
     """P + MLP(P) (Razdaibiedina et al. 2023, arXiv:2305.03937)."""
+    SUPERPOS = "superpos"
+    """W ``[P, m]`` times m fixed embeddings of the vocabulary (SuperPos, Sadraei Javaheri et al. 2024,
+    arXiv:2406.05279)."""
 
 
 class PromptTuningInit(StrEnum):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
@@ -25,6 +25,7 @@ class Prompt:
         prefix: Keys and values of the decoder's layers ``[L, 2, A_kv, P, D]``, or None.
         placement: Where ``input`` stands among the input's tokens.
         sees_input: Whether an encoder's virtual tokens attend to the input.
+        places: Positions of the prefix's virtual tokens and, last, of the token behind them; None is 0 to P.
 
     Raises:
         ConfigError: If a part has another rank, or a prefix stands beside other parts.
@@ -35,6 +36,7 @@ class Prompt:
     prefix: Tensor | None = None
     placement: Placement = Placement.PREFIX
     sees_input: bool = True
+    places: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, rank, shape in (("input", 2, "[P, H]"), ("decoder", 2, "[P, H]")):
@@ -64,6 +66,11 @@ class Prompt:
         return 0 if self.prefix is None else int(self.prefix.shape[3])
 
     @property
+    def prefix_places(self) -> tuple[int, ...]:
+        """Positions of the prefix's virtual tokens and, last, of the token behind them."""
+        return self.places or tuple(range(self.prefix_tokens + 1))
+
+    @property
     def tokens(self) -> int:
         """Virtual tokens in all parts."""
         return self.input_tokens + self.decoder_tokens + self.prefix_tokens
@@ -82,6 +89,15 @@ class Prompt:
         }
         return replace(self, **parts)
 
+    def without(self, hidden: Collection[int]) -> Self:
+        """Return a prefix without some of its virtual tokens; the others, and the text, stay at their positions."""
+        if self.prefix is None or not hidden:
+            return self
+        kept = [i for i in range(self.prefix_tokens) if i not in hidden]
+        index, places = torch.tensor(kept, device=self.prefix.device), self.prefix_places
+        left = self.prefix.index_select(3, index)
+        return replace(self, prefix=left, places=(*(places[i] for i in kept), places[-1]))
+
     def detach(self) -> Self:
         """Return the prompt without its graph; its memory is shared."""
         return self.map(torch.Tensor.detach)
@@ -99,7 +115,7 @@ class Prompt:
     @cached_property
     def key(self) -> str:
         """A hash of the content: equal keys are equal values, wherever they stand in the input."""
-        digest = hashlib.sha256(str(self.sees_input).encode())
+        digest = hashlib.sha256(f"{self.sees_input} {self.places or ''}".strip().encode())
         for part in (self.input, self.decoder, self.prefix):
             if part is None:
                 digest.update(b"none")

@@ -6,6 +6,8 @@ from .events import checked_callbacks as checked_callbacks
 from .examples import Data as Data
 from .examples import TaskData as TaskData
 from .examples import read_data as read_data
+from .keywords import TuneOptions as TuneOptions
+from .keywords import full_names as full_names
 from .loop import Candidate as Candidate
 from .loop import duration as duration
 from .loop import train_together as train_together
@@ -40,9 +42,7 @@ from .session import candidate_of as candidate_of
 from .session import identity as identity
 from .session import stages_of as stages_of
 from .settings import RATE_PER_RMS as RATE_PER_RMS
-from .settings import TuneOptions as TuneOptions
 from .settings import TuneSettings as TuneSettings
-from .settings import full_names as full_names
 from .source_prompts import VARIABLE as VARIABLE
 from .source_prompts import SourceInfo as SourceInfo
 from .source_prompts import list_sources as list_sources

@@ -11,7 +11,7 @@ from typing import Any
 from softprompt.errors import ConfigError, nearest
 from softprompt.prompts import MultitaskPromptTuningInit, PeftType, PromptLearningConfig, PromptTuningInit, TaskType
 from softprompt.prompts import config_class as class_of
-from softprompt.training.tuning_config import SOURCE_METHODS, TuningConfig
+from softprompt.training.tuning_config import AUTO, SOURCE_METHODS, TuningConfig
 
 METHODS: Mapping[str, str] = {
     "prompt_tuning": "PROMPT_TUNING",
@@ -32,8 +32,9 @@ INITS: Mapping[str, PromptTuningInit] = {
     "SAMPLE_VOCAB": PromptTuningInit.SAMPLE_VOCAB,
     "LABELS": PromptTuningInit.LABELS,
     "PROMPT": PromptTuningInit.PROMPT,
+    AUTO: PromptTuningInit.RANDOM_SCALED,
 }
-"""caikit's names of initialisations, and PEFT's: there RANDOM is N(0, 1)."""
+"""caikit's names of initialisations, and PEFT's: there RANDOM is N(0, 1). AUTO is resolved with the data read."""
 
 _OPTION_OF: Mapping[str, str] = {
     "prompt_tuning_init_method": "prompt_tuning_init",
@@ -177,7 +178,7 @@ def _initialisation(tuning: TuningConfig, tuning_type: str, origins: Origins) ->
         }
     if method == "LABELS":
         text = labels_text(origins.labels)
-    special = tuning.prompt_tuning_init_special_tokens
+    special = tuning.prompt_tuning_init_special_tokens or method == AUTO
     reads = text or tuning.prompt_tuning_init_prompt or method == "TEXT"
     return {
         "prompt_tuning_init": str(INITS[method]),

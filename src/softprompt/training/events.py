@@ -103,9 +103,13 @@ class Events:
         silent: bool,
         of: str = "",
         callbacks: Callbacks | None = None,
+        level: int = logging.INFO,
     ) -> None:
-        """Open the log file ``log`` behind what it holds of this run, None for no file; ``of`` names the stage."""
-        self._of, self._state, self._callbacks = of, state, callbacks or Callbacks()
+        """Open the log file ``log`` behind what it holds of this run, None for no file.
+
+        ``of`` names the stage, ``level`` is that of a line for each epoch.
+        """
+        self._of, self._state, self._callbacks, self._level = of, state, callbacks or Callbacks(), level
         self._log = _open_log(log, state.update) if log else None
         self._open = ExitStack()
         self._bar = self._open.enter_context(progress_bar(total, "update", done=state.update, silent=silent))
@@ -164,7 +168,7 @@ class Events:
         validation = point.get("validation", {})
         measured = {"loss": point["loss"]} | {f"validation {name}": v for name, v in validation.items()}
         numbers = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
-        logger.info("epoch %d%s: %s", point["epoch"], self._of, numbers)
+        logger.log(self._level, "epoch %d%s: %s", point["epoch"], self._of, numbers)
         if validation:
             metrics = {f"eval_{name}": value for name, value in validation.items()}
             self._callbacks.call("log", self._state, logs=metrics)

@@ -270,10 +270,15 @@ def first_tokens(rows: Sequence[TokenRow], count: int, tokenizer: RowTokenizer) 
     """
     ids: list[int] = []
     for number, row in enumerate(rows):
-        ids += (*row.source[_starts_text(row, number, tokenizer) :], *row.target)
+        ids += tokens_of_example(row, number, tokenizer)
         if len(ids) >= count:
             break
     return (ids * -(-count // len(ids)))[:count]
+
+
+def tokens_of_example(row: TokenRow, number: int, tokenizer: RowTokenizer) -> tuple[int, ...]:
+    """Return the tokens of a record with its answer behind ``number`` others."""
+    return (*row.source[_starts_text(row, number, tokenizer) :], *row.target)
 
 
 def with_context(

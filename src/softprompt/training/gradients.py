@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import zip_longest
 from typing import final
@@ -14,7 +15,7 @@ from torch.nn import Module
 
 from softprompt.engine import EngineRow
 from softprompt.errors import TrainingError
-from softprompt.prompts import CPTEmbedding, PromptModule
+from softprompt.prompts import CPTEmbedding, Prompt, PromptModule
 from softprompt.training.objectives import BatchLoss, Likelihood
 from softprompt.training.optimisation import rate_factor, set_rates
 from softprompt.training.sampling import Update
@@ -47,6 +48,7 @@ class Step:
             self._prompts = {
                 task: stage.prompt.prompt(task) for task in sorted({stage.sampling.tasks[i] for i in used})
             }
+        self._dropped = _dropped_tokens(stage, state, self._prompts)
         self._leaves = {task: prompt.leaves() for task, prompt in self._prompts.items()}
         for parameter in stage.prompt.parameters():
             parameter.grad = None
@@ -71,10 +73,14 @@ class Step:
     def rows(self, batch: list[int]) -> tuple[list[EngineRow], list[int]]:
         """Return the rows of a micro-batch, each with the prompt of its task, and their tasks."""
         tasks = [self.stage.sampling.tasks[i] for i in batch]
-        rows = [
-            EngineRow(row.source, row.target, self._leaves[task], row.at, row.unscored)
-            for row, task in zip((self.stage.rows[i] for i in batch), tasks, strict=True)
-        ]
+        seen: dict[tuple[int, frozenset[int]], Prompt] = {}
+        rows = []
+        for row, task in zip((self.stage.rows[i] for i in batch), tasks, strict=True):
+            # The rows that see the same virtual tokens share a prompt, which the engine then computes once.
+            key = (task, self._dropped | self.stage.hidden.get(row, frozenset()))
+            if key not in seen:
+                seen[key] = self._leaves[task].without(key[1])
+            rows.append(EngineRow(row.source, row.target, seen[key], row.at, row.unscored))
         return rows, tasks
 
     def add(self, batch: list[int], part: BatchLoss) -> Tensor:
@@ -204,6 +210,13 @@ def _dropout(module: Module, active: bool, seed: int) -> Iterator[None]:
             yield
         finally:
             module.eval()
+
+
+def _dropped_tokens(stage: Stage, state: RunState, prompts: Mapping[int, Prompt]) -> frozenset[int]:
+    """Draw the virtual tokens of a prefix that an update leaves out, never the first, the attention sink."""
+    share, count = stage.settings.token_dropout, max(prompt.prefix_tokens for prompt in prompts.values())
+    draw = random.Random(f"token_dropout {stage.settings.seed} {state.update}")
+    return frozenset(i for i in range(1, count) if share and draw.random() < share)
 
 
 def _drops(prompt: PromptModule) -> bool:

@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 
@@ -25,6 +25,9 @@ from softprompt.training.sampling import Update
 from softprompt.training.settings import TuneSettings
 from softprompt.training.stage import Stage
 from softprompt.training.state import RunState
+
+if TYPE_CHECKING:
+    from softprompt.training.collapse import CollapseWatch
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +48,7 @@ class Candidate:
         state: Where it is, always at the border of an update.
         optimizer: The optimizer of its parameters; see ``build_optimizer``.
         events: Who is told.
+        watch: What looks for signs of collapse; None for nothing.
         problem: Why it goes no further, where a loss or gradient of its own was not finite.
     """
 
@@ -52,6 +56,7 @@ class Candidate:
     state: RunState
     optimizer: torch.optim.Optimizer
     events: Events
+    watch: CollapseWatch | None = None
     problem: TrainingError | None = None
 
 
@@ -140,7 +145,10 @@ def _round(due: Sequence[tuple[Candidate, Update]], check_stop: Callable[[], Non
         each.problem = step.problem
         if step.problem is None:
             each.state.add_update(step.sums, seconds=seconds * step.sums.tokens, rate=rate)
-            each.events.update(each.state, step.sums.loss / step.sums.targets)
+            loss = step.sums.loss / step.sums.targets
+            each.events.update(each.state, loss)
+            if each.watch is not None:
+                each.watch.update(each.state, loss)
     if due[0][0].state.update == TIMED_UPDATES:
         _tell_time([each for each, _ in due])
 
@@ -174,6 +182,7 @@ def _finish_epoch(stage: Stage, state: RunState, events: Events) -> None:
             prompts = [stage.prompt.prompt(task) for task in range(stage.prompt.num_tasks)]
         metrics = stage.validation.metrics(prompts)
         point["validation"] = metrics
+        state.collapse |= stage.validation.collapse
         state.offer(stage.validation.quality(metrics), stage.prompt.state_dict())
         state.validation_seconds += time.perf_counter() - started
     state.add_epoch(point)

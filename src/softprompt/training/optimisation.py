@@ -80,7 +80,7 @@ def peak_rates(settings: TuneSettings, base: Base, prompt: PromptModule, key_val
             *(each for part in own.unbind(1) for each in (part.min().item(), part.max().item())),
         )
     rate = settings.learning_rate
-    if rate is None:
+    if rate is None or isinstance(rate, str):  # which has yet to be probed
         rate = share * scale
         logger.info("learning rate %.4g (%g x the %s %.4g)", rate, share, what, scale)
     else:

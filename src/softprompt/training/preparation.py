@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.artifacts import Manifest, started_prompt
-from softprompt.backbone import Base, freeze, key_values, load_base, output_limit
+from softprompt.backbone import Base, freeze, load_base, output_limit
 from softprompt.data import CHAT_FIELDS, INPUT, CutSummary, Record, RowTokenizer, TokenRow, Verbalizer
 from softprompt.engine import (
     Drawn,
@@ -31,10 +30,8 @@ from softprompt.engine import (
 )
 from softprompt.errors import ConfigError
 from softprompt.prompts import (
-    PROMPT_KEY,
     SOURCE_INITS,
     CPTConfig,
-    FlatOrder,
     MultitaskPromptTuningConfig,
     Prompt,
     PromptLearningConfig,
@@ -43,8 +40,10 @@ from softprompt.prompts import (
     PromptTuningInit,
     TaskType,
 )
+from softprompt.training.automatic_start import resolved
 from softprompt.training.configuration import Origins, labels_text
-from softprompt.training.examples import TaskData, first_tokens, with_context
+from softprompt.training.demonstrations import key_values_start, with_demonstrations
+from softprompt.training.examples import TaskData, with_context
 from softprompt.training.optimisation import Rates, peak_rates
 from softprompt.training.settings import CONTEXT_RECORDS, TuneSettings
 from softprompt.training.source_prompts import find_source
@@ -77,7 +76,10 @@ class TaskRows:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A frozen base, an untrained prompt, and the records to train it on; to a ``goal`` of its own, if any."""
+    """A frozen base, an untrained prompt, and the records to train it on; to a ``goal`` of its own, if any.
+
+    ``hidden`` has the virtual tokens that a record does not see in training: those that it is the start of.
+    """
 
     base: Base
     module: PromptModule
@@ -87,6 +89,7 @@ class Prepared:
     settings: TuneSettings
     rates: Rates
     goal: Goal | None = None
+    hidden: Mapping[TokenRow, frozenset[int]] = dataclasses.field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -163,6 +166,7 @@ def varied(prepared: Prepared, settings: TuneSettings) -> Prepared:
 
 def _on(base: Base, data: Sequence[TaskData], settings: TuneSettings, beside: Prepared | None = None) -> Prepared:
     """Return a run on a base; ``beside`` another one its engine serves, and its rows where they are the same."""
+    settings = resolved(settings, base, data)
     config = _configuration(base, data, settings)
     if beside is not None and _reads_alike(config, beside.config):
         tasks = beside.tasks
@@ -170,6 +174,9 @@ def _on(base: Base, data: Sequence[TaskData], settings: TuneSettings, beside: Pr
         tasks = [_tokenized(task, base, config, settings) for task in data]
     if isinstance(config, CPTConfig) and config.cpt_token_ids == _NO_CONTEXT:
         config = _with_context(config, base, tasks[0], settings)
+    chosen = None
+    if settings.demonstrations is not None:
+        config, chosen = with_demonstrations(config, tasks[0].train, tasks[0].tokenizer, settings)
     rows = [row for task in tasks for row in (*task.train, *task.validation)]
     _check_lengths(base, config, rows, settings)
     with torch.random.fork_rng():
@@ -177,7 +184,7 @@ def _on(base: Base, data: Sequence[TaskData], settings: TuneSettings, beside: Pr
         module = started_prompt(config, base.model).to(base.device)
     if not any(each.numel() for each in module.parameters() if each.requires_grad):
         raise ConfigError("num_frozen_tokens leaves no virtual token to train; lower it")
-    of_a_text = _key_values(module, base, tasks[0], settings)
+    of_a_text = key_values_start(module, base, tasks[0].train, tasks[0].tokenizer, settings, chosen)
     if beside is not None and dataclasses.replace(settings, seed=beside.settings.seed) == beside.settings:
         rates = beside.rates
     else:
@@ -190,6 +197,7 @@ def _on(base: Base, data: Sequence[TaskData], settings: TuneSettings, beside: Pr
         tasks=tasks,
         settings=settings,
         rates=rates,
+        hidden={} if chosen is None or not settings.leave_one_out else chosen.hidden,
     )
 
 
@@ -377,28 +385,3 @@ def _with_context(config: CPTConfig, base: Base, task: TaskRows, settings: TuneS
     )
     logger.info("the context is the first %d training records, %d tokens", count, found.num_virtual_tokens)
     return found
-
-
-def _key_values(module: PromptModule, base: Base, task: TaskRows, settings: TuneSettings) -> Tensor | None:
-    """Start keys and values that have no other start at those of the first training records.
-
-    Returns:
-        Keys and values of a text in the base, ``[L, 2, A_kv, T, D]``; None where none are trained.
-    """
-    config = module.config
-    if config is None or not config.keys_and_values:
-        return None
-    names = ("prefix_tuning_init_text", "cartridge_init_text")
-    if any(getattr(config, name, None) for name in names):
-        return module.prompt().detach().prefix
-    ids = first_tokens(task.train, config.num_virtual_tokens or 1, task.tokenizer)
-    values = key_values(base.model, ids)
-    chosen = getattr(config, "init_weights", None) or getattr(config, "prefix_projection", False)
-    if chosen or not settings.init_from_records:
-        return values
-    if base.is_encoder_decoder:
-        logger.info("the keys and values start at random: a decoder's depend on the input")
-        return values
-    module.load_stored({PROMPT_KEY: FlatOrder.of(config).flattened(values)})
-    logger.info("the keys and values start at those of the first training records, %d tokens", len(ids))
-    return values

@@ -22,11 +22,13 @@ from softprompt.progress import timed
 from softprompt.prompts import SOURCE_INITS, MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from softprompt.training.events import checked_callbacks
 from softprompt.training.examples import Data, read_data
+from softprompt.training.keywords import ALIASES, TuneOptions, full_names
 from softprompt.training.preparation import BaseLike, Prepared, prepare
+from softprompt.training.rate_probe import with_rate
 from softprompt.training.run_file import RUN_FILE, SWEEP, read_run, write_run
 from softprompt.training.seeds import SEEDS_FOLDER, train_seeds
 from softprompt.training.session import Session, Trained, identity, stages_of
-from softprompt.training.settings import TuneOptions, TuneSettings, full_names
+from softprompt.training.settings import TuneSettings
 from softprompt.training.state import (
     StopSignal,
     begun_by,
@@ -96,7 +98,7 @@ def tune(
             docs/training.md.
         **options: The fields of `TuneSettings`. What the prompt is, is said by ``config``, such as
             ``PrefixTuningConfig(num_virtual_tokens=8)``, or by ``method`` and ``tuning_config``; ``lr`` is
-            another name of ``learning_rate``.
+            another name of ``learning_rate``, ``init`` of tuning_config's ``prompt_tuning_init_method``.
 
     Raises:
         ConfigError: An unknown or contradictory setting.
@@ -134,7 +136,9 @@ def tune(
             if target is not None and not resume:
                 remove_state(target)
                 write_run(state_path(target).with_name(RUN_FILE), plan.names(), plan.settings)
+            prepared, probed = with_rate(prepared, target, stop.check)
             best, seeds = train_seeds(prepared, Session(target, stop, found, called))
+    seeds[best].trained.metrics.update(probed)
     if problem := seeds[best].nothing_learnt:
         seeds[best].trained.metrics["nothing_learnt"] = problem
         logger.warning("%s", problem)
@@ -326,7 +330,7 @@ def _signature() -> inspect.Signature:
         inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=default_of(item), annotation=item.type)
         for item in fields(TuneSettings)
     ]
-    aliases = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in ("lr", "method")]
+    aliases = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in ALIASES]
     return written.replace(parameters=[*named, *options, *aliases])
 
 

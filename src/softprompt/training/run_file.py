@@ -11,6 +11,7 @@ from typing import Any
 
 from softprompt.artifacts import anchored, portable, write_atomically
 from softprompt.errors import ConfigError, broken, nearest
+from softprompt.training.keywords import ALIASES
 from softprompt.training.settings import TuneSettings
 from softprompt.training.tuning_config import TuningConfig
 
@@ -36,7 +37,7 @@ def read_run(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read the run file {path}: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    _check_keys(values, [*SOURCES, SWEEP, "lr", "method", *TuneSettings.__dataclass_fields__], str(path))
+    _check_keys(values, [*SOURCES, SWEEP, *ALIASES, *TuneSettings.__dataclass_fields__], str(path))
     for name in SOURCES:
         _check_source(values.get(name, ""), name, str(path))
     for name in ("tuning_config", "config", SWEEP):

@@ -17,6 +17,7 @@ from torch import Tensor
 from softprompt.engine import EngineRow, require_gradient, score_of
 from softprompt.errors import TrainingError, TrainingInterrupted
 from softprompt.prompts import CPTConfig, PromptModule, context_labels
+from softprompt.training.collapse import CollapseWatch
 from softprompt.training.events import Callbacks, Events
 from softprompt.training.loop import Candidate, train_together
 from softprompt.training.objectives import (
@@ -109,6 +110,7 @@ def _stage(
         task_names=prepared.names,
         context_tokens=(objective.tokens_per_row if isinstance(objective, ContextLikelihood) else 0),
         distils=isinstance(objective, Distillation | TopDivergence),
+        hidden=prepared.hidden,
     )
 
 
@@ -153,7 +155,8 @@ def candidate_of(prepared: Prepared, check_stop: Callable[[], None] = lambda: No
     """Return a run as a candidate for `train_together`: from its start, nothing shown and nothing written."""
     stage = _stage(prepared, prepared.module, _likelihood(prepared), check_stop)
     optimizer, state = build_optimizer(stage.settings, stage.prompt, prepared.rates), RunState()
-    return Candidate(stage, state, optimizer, Events(None, state, stage.total_updates(), silent=True))
+    events = Events(None, state, stage.total_updates(), silent=True, level=logging.DEBUG)
+    return Candidate(stage, state, optimizer, events)
 
 
 @final
@@ -182,6 +185,9 @@ class Member:
         """Put a stage where it begins, or where it was interrupted."""
         self.stage, self.state = stage, RunState()
         self.optimizer = build_optimizer(stage.settings, stage.prompt, self.prepared.rates)
+        of = f" of {self.what} {self.name}" if self.name else ""
+        total = stage.total_updates()
+        self.watch = CollapseWatch(stage.prompt, stage.rms, stage.learning_rate, total, of + stage.of)
         if self.found is not None:
             self.found.restore(stage.prompt, self.optimizer)
             self.state, self.found = self.found.run, None
@@ -215,7 +221,7 @@ class Member:
         others = {"model": base.model, "processing_class": base.tokenizer, "optimizer": self.optimizer}
         callbacks = Callbacks(self.callbacks, stage.settings, total, **others, stage=stage.name)
         events = Events(log, self.state, total, silent=silent, of=of, callbacks=callbacks)
-        return Candidate(stage, self.state, self.optimizer, events)
+        return Candidate(stage, self.state, self.optimizer, events, self.watch)
 
     def end(self) -> None:
         """Keep what the stage came to."""
@@ -345,4 +351,6 @@ def best_of(stage: Stage, state: RunState) -> Trained:
     }
     if "validation" in point:
         metrics["validation"] = point["validation"]
+    if state.collapse:
+        metrics["collapse"] = list(state.collapse.values())
     return Trained(metrics, state.history)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
-from softprompt.data import LabelNames, names_of_labels
+from softprompt.data import names_of_labels
 from softprompt.errors import ConfigError, nearest
 from softprompt.fields import check, from_mapping, plain, setting
 from softprompt.prompts import PromptLearningConfig
@@ -22,11 +22,15 @@ from softprompt.training.configuration import (
     Origins,
     config_from,
     configuration_of,
+    has_setting,
     plain_config,
-    tuning_type_named,
     tuning_type_of,
 )
+from softprompt.training.keywords import full_names
 from softprompt.training.tuning_config import TuningConfig
+
+AUTO_RATE = "auto"
+"""The learning rate that a probe finds; see ``rate_probe``."""
 
 RATE_PER_RMS = 0.57
 """Default learning rate in units of the embedding's rms (measured, see docs/training.md)."""
@@ -51,12 +55,16 @@ CONTEXT_RECORDS = 4
 
 TuningType = Literal["PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE", "CPT"]
 
+_KEYS_AND_VALUES = (METHODS["prefix"], METHODS["cartridge"])
 _ONLY_WITH: Mapping[str, tuple[str, ...]] = {
     "task_learning_rate": (MULTITASK,),
     "task_sampling": (MULTITASK,),
     "distillation_weight": (MULTITASK,),
     "task_verbalizers": (MULTITASK,),
-    "init_from_records": (METHODS["prefix"], METHODS["cartridge"]),
+    "init_from_records": _KEYS_AND_VALUES,
+    "demonstrations": _KEYS_AND_VALUES,
+    "leave_one_out": _KEYS_AND_VALUES,
+    "token_dropout": _KEYS_AND_VALUES,
     "context_records": (CPT,),
 }
 """Settings that mean something with some methods only."""
@@ -83,13 +91,14 @@ class TuneSettings:
     max_steps: int | None = setting(
         None, "Optimizer steps in total, instead of num_epochs.", least=1, group=_OPTIMISATION
     )
-    learning_rate: float | None = setting(
+    learning_rate: float | str | None = setting(
         None,
-        f"Peak learning rate; by default {RATE_PER_RMS} x the rms of the base model's embeddings, for "
-        f"keys and values {KEY_VALUE_RATE_PER_RMS} x theirs, for networks {NETWORK_RATE}, for a context "
-        f"{CONTEXT_RATE} x what it may move by.",
+        f"Peak learning rate, or {AUTO_RATE}: a few are tried side by side, and the best is taken; by default "
+        f"{RATE_PER_RMS} x the rms of the base model's embeddings, for keys and values {KEY_VALUE_RATE_PER_RMS} x "
+        f"theirs, for networks {NETWORK_RATE}, for a context {CONTEXT_RATE} x what it may move by.",
         above=0,
         most=1e6,
+        word=AUTO_RATE,
         group=_OPTIMISATION,
     )
     task_learning_rate: float | None = setting(
@@ -113,6 +122,23 @@ class TuneSettings:
     init_from_records: bool = setting(
         True,
         "Start keys and values that have no other start at those of the first training records.",
+        group="Prefix tuning",
+    )
+    demonstrations: int | None = setting(
+        None,
+        "Start keys and values at those of this many training records in full, as many of each label, and make the "
+        "prompt as long as they are.",
+        least=1,
+        group="Prefix tuning",
+    )
+    leave_one_out: bool = setting(
+        True, "Hide from a demonstration, while it is trained on, its own virtual tokens.", group="Prefix tuning"
+    )
+    token_dropout: float = setting(
+        0.0,
+        "Share of the virtual tokens, but for the first, that each update leaves out, such as 0.05.",
+        least=0,
+        most=0.9,
         group="Prefix tuning",
     )
     context_records: int | None = setting(
@@ -211,6 +237,10 @@ class TuneSettings:
                 )
         if self.seeds > 1 and self.restarts:
             raise ConfigError("restarts would be ignored with several seeds, which start at once; give one of them")
+        if self.demonstrations is None and not self.leave_one_out:
+            raise ConfigError("leave_one_out would be ignored without demonstrations; give their number")
+        if self.demonstrations is not None and "num_virtual_tokens" in self.tuning_config.given():
+            raise ConfigError("num_virtual_tokens would be ignored: the prompt is as long as its demonstrations")
         if self.train_on == "all" and self.task == "classification":
             raise ConfigError("train_on all trains every answer, and the label of a chat is its last; leave it out")
         if self.source_prompt_base is not None and not self.tuning_config.from_source:
@@ -229,6 +259,11 @@ class TuneSettings:
         if self.config is None:
             return configuration_of(self.tuning_config, self.tuning_type, origins)
         return dataclasses.replace(self.config)
+
+    @property
+    def starts_from_a_method(self) -> bool:
+        """Whether ``prompt_tuning_init_method`` says what the prompt starts from."""
+        return self.config is None and has_setting(self.tuning_type, "prompt_tuning_init_method")
 
     @property
     def multitask(self) -> bool:
@@ -316,74 +351,6 @@ class TuneSettings:
             del values["tuning_config"]
             values["config"] = plain_config(self.config)
         return values
-
-
-class TuneOptions(TypedDict, total=False):
-    """Keyword arguments of `tune`, for type checkers: the fields of `TuneSettings`, ``lr``, ``method``."""
-
-    method: str
-    tuning_type: str
-    tuning_config: TuningConfig | Mapping[str, Any]
-    config: PromptLearningConfig | Mapping[str, Any] | None
-    num_epochs: int
-    max_steps: int | None
-    learning_rate: float | None
-    lr: float | None
-    task_learning_rate: float | None
-    task_sampling: str | None
-    distillation_weight: float | None
-    init_from_records: bool
-    context_records: int | None
-    accumulate_steps: int
-    verbalizer: str
-    task_verbalizers: Mapping[str, str] | None
-    batch_size: int
-    max_tokens_per_batch: int | None
-    max_source_length: int
-    max_target_length: int
-    task: str | None
-    train_on: str | None
-    input_field: str | None
-    output_field: str | None
-    label_names: LabelNames | None
-    validation_split: float | None
-    limit: int | None
-    source_prompt_base: str | None
-    torch_dtype: Any
-    device: str | None
-    engine: str
-    optimizer: str
-    weight_decay: float
-    max_grad_norm: float
-    schedule: str
-    warmup_ratio: float
-    keep_dropout: bool
-    keep_best: bool
-    early_stopping_patience: int | None
-    seed: int
-    seeds: int
-    restarts: int
-    silence_progress_bars: bool
-
-
-def full_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings with ``lr`` as ``learning_rate``, and ``method`` as the ``tuning_type`` it stands for.
-
-    Raises:
-        ConfigError: One is given under both names, or there is no such method.
-    """
-    found = dict(values)
-    for short, name in (("lr", "learning_rate"), ("method", "tuning_type")):
-        if found.get(short) is None:
-            found.pop(short, None)
-            continue
-        value = found.pop(short)
-        if name in found:
-            raise ConfigError(
-                f"{short}={value!r} and {name}={found[name]!r} are the same setting; give one of them"
-            )
-        found[name] = tuning_type_named(value) if short == "method" else value
-    return found
 
 
 def _plain_value(value: Any) -> Any:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch.nn import Module
@@ -21,6 +21,11 @@ MAIN = "prompt"
 
 class Measure(Protocol):
     """Says how good prompts are on rows that were not trained on."""
+
+    @property
+    def collapse(self) -> Mapping[str, str]:
+        """The signs of collapse that were seen so far, and what was said of them."""
+        ...
 
     def metrics(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         """Measure the prompts of all tasks, in the order of the tasks."""
@@ -58,6 +63,7 @@ class Stage:
         name: What its state and its results are kept under.
         log_file: Where its updates are logged in the output directory.
         is_needed: Whether a later stage needs what it trained.
+        hidden: The virtual tokens of a prefix that a row does not see in training.
     """
 
     prompt: PromptModule
@@ -75,6 +81,7 @@ class Stage:
     name: str = MAIN
     log_file: str = LOG_FILE
     is_needed: bool = False
+    hidden: Mapping[TokenRow, frozenset[int]] = field(default_factory=dict)
 
     @property
     def of(self) -> str:

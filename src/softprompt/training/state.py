@@ -63,6 +63,9 @@ class RunState:
     best_quality: list[float] | None = None
     best: dict[str, Tensor] | None = None  # the prompt's parameters
     history: list[dict[str, Any]] = field(default_factory=list)
+    first_losses: list[float] = field(default_factory=list)  # of the first updates and the last, for the watch
+    last_losses: list[float] = field(default_factory=list)
+    collapse: dict[str, str] = field(default_factory=dict)  # what it found, by the sign
 
     def add_update(self, sums: Sums, *, seconds: float, rate: float) -> None:
         """Count one finished update: its sums, its seconds, its learning rate."""

@@ -24,9 +24,12 @@ SOURCE_METHODS: Mapping[str, MultitaskPromptTuningInit] = {
 }
 """Methods that start from a source prompt, and what PEFT calls each."""
 
+AUTO = "AUTO"
+"""The initialisation that is chosen by what is known of the task; see ``automatic_start``."""
+
 _NEEDS: Mapping[str, tuple[str, ...]] = {
-    "prompt_tuning_init_text": ("TEXT",),
-    "prompt_tuning_init_special_tokens": ("TEXT",),
+    "prompt_tuning_init_text": ("TEXT", AUTO),
+    "prompt_tuning_init_special_tokens": ("TEXT", AUTO),
     "prompt_tuning_init_source_model": tuple(SOURCE_METHODS),
     "prompt_tuning_init_task": ("EXACT_SOURCE_TASK",),
 }
@@ -39,6 +42,7 @@ _PEFT_NAMES: Mapping[str, str] = {"RANDOM": "STANDARD_NORMAL", "RANDOM_SCALED": 
 
 InitMethod = Literal[
     "RANDOM",
+    "AUTO",
     "TEXT",
     "SAMPLE_VOCAB",
     "LABELS",
@@ -62,7 +66,8 @@ class TuningConfig:
     num_virtual_tokens: int = setting(20, "Number of virtual tokens.", least=1, group=_PROMPT)
     prompt_tuning_init_method: InitMethod = setting(
         "RANDOM",
-        "Initialisation: RANDOM (normal, at the scale of the base model's embeddings), TEXT "
+        "Initialisation: RANDOM (normal, at the scale of the base model's embeddings), AUTO (the class labels "
+        "if there are any, else the initial text, else the template's words), TEXT "
         "(embeddings of prompt_tuning_init_text), SAMPLE_VOCAB (random tokens), LABELS (class "
         "labels), PROMPT (a saved prompt), STANDARD_NORMAL (N(0, 1), PEFT's RANDOM); from a "
         "source prompt AVERAGE_SOURCE (shared prompt and mean of its tasks), "
@@ -70,7 +75,7 @@ class TuningConfig:
         group=_PROMPT,
     )
     prompt_tuning_init_text: str | None = setting(
-        None, "Initial text, with prompt_tuning_init_method TEXT.", group=_PROMPT
+        None, "Initial text, with prompt_tuning_init_method TEXT or AUTO.", group=_PROMPT
     )
     prompt_tuning_init_special_tokens: bool = setting(
         True, "Keep the tokenizer's special tokens around the initial text, as PEFT does.", group=_PROMPT
@@ -101,13 +106,15 @@ class TuningConfig:
         "chat_system (in the system turn of the chat template).",
         group=_PROMPT,
     )
-    parameterization: Literal["direct", "low_rank", "ulpt", "residual"] = setting(
+    parameterization: Literal["direct", "low_rank", "ulpt", "residual", "superpos"] = setting(
         "direct",
-        "Reparameterisation in training: direct (the embeddings), low_rank, ulpt or residual; "
-        "all are saved as embeddings.",
+        "Reparameterisation in training: direct (the embeddings), low_rank, ulpt, residual or superpos (mixtures "
+        "of sampled embeddings); all are saved as embeddings.",
         group=_PROMPT,
     )
-    parameterization_rank: int | None = setting(None, "Rank of low_rank and ulpt.", least=1, group=_PROMPT)
+    parameterization_rank: int | None = setting(
+        None, "Rank of low_rank and ulpt; embeddings that superpos mixes, by default 128.", least=1, group=_PROMPT
+    )
     prompt_sees_input: bool = setting(
         True,
         "Let the prompt attend to the input in an encoder, as PEFT does; without it the prompt "

@@ -1,9 +1,7 @@
-"""How good prompts are on records that were not trained on, and when they have collapsed."""
+"""How good prompts are on records that were not trained on."""
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -15,10 +13,8 @@ from softprompt.data import TokenRow
 from softprompt.engine import Engine
 from softprompt.generation import TargetLikelihood, classify_rows, target_likelihood
 from softprompt.prompts import Prompt
+from softprompt.training.collapse import LabelWatch
 
-logger = logging.getLogger(__name__)
-
-PLATEAU_EPOCHS = 3
 ROWS_BETWEEN_STOPS = 256
 
 
@@ -37,7 +33,15 @@ class Validation:
     check_stop: Callable[[], None] = lambda: None
     task: int = 0
     name: str = ""
-    _at_chance: int = field(default=0, init=False)
+    _watch: LabelWatch = field(default_factory=LabelWatch, init=False)
+
+    def __post_init__(self) -> None:
+        self._watch.of = f" of task {self.name}" if self.name else ""
+
+    @property
+    def collapse(self) -> Mapping[str, str]:
+        """What the answers showed so far; see ``LabelWatch``."""
+        return self._watch.found
 
     def metrics(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         """Measure the task's own of the prompts of all tasks.
@@ -74,36 +78,9 @@ class Validation:
         predicted = scores.argmax(dim=1)
         accuracy = (predicted == gold).double().mean().item()
         log_prob = scores[torch.arange(len(gold)), gold].sum().item()
-        self._watch_collapse(predicted.tolist(), gold.tolist(), names, accuracy)
+        self._watch.look(predicted.tolist(), gold.tolist(), names, accuracy)
         whole = TargetLikelihood(log_prob, sum(len(row.target) for row in self.rows))
         return {"accuracy": accuracy, "loss": whole.loss}
-
-    def _watch_collapse(self, predicted: list[int], gold: list[int], names: list[str], accuracy: float) -> None:
-        """Say so when all records get one label, or accuracy stays at the commonest label's share."""
-        answers, truth = Counter(predicted), Counter(gold)
-        chance = max(truth.values()) / len(gold)
-        self._at_chance = self._at_chance + 1 if accuracy <= chance else 0
-        if len(answers) == 1 and len(truth) > 1:
-            logger.warning(
-                "all %d validation records%s are answered %r; if this lasts, change the learning rate, "
-                "the initial prompt or the seed",
-                len(gold),
-                self._of_task,
-                names[predicted[0]],
-            )
-        if self._at_chance == PLATEAU_EPOCHS:
-            logger.warning(
-                "validation accuracy %.3f%s is not above the commonest label's share %.3f for %d "
-                "epochs; change the learning rate, the initial prompt or the base model",
-                accuracy,
-                self._of_task,
-                chance,
-                PLATEAU_EPOCHS,
-            )
-
-    @property
-    def _of_task(self) -> str:
-        return f" of task {self.name}" if self.name else ""
 
 
 @final
@@ -112,6 +89,11 @@ class TaskValidations:
     """Validation of several tasks: each by itself, and the means by which epochs are compared."""
 
     parts: Sequence[Validation]
+
+    @property
+    def collapse(self) -> Mapping[str, str]:
+        """What the answers of all tasks showed so far; see ``LabelWatch``."""
+        return {sign: said for part in self.parts for sign, said in part.collapse.items()}
 
     def metrics(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         """Measure the prompts of all tasks, in the order of the tasks.

@@ -250,7 +250,7 @@ def causal_forest(rows: Sequence[EngineRow], virtual: Sequence[tuple[int, ...]])
     """
     return Forest.of(
         [
-            Path(row.prompt, row.source_with(ids), row.target, row.prefix_tokens, row.unscored)
+            Path(row.prompt, row.source_with(ids), row.target, row.prefix_positions, row.unscored)
             for row, ids in zip(rows, virtual, strict=True)
         ]
     )

@@ -130,7 +130,7 @@ def forest_prefixes(plan: Plan, rows: Sequence[EngineRow]) -> ForestPrefixes:
     for prompt in values:
         count = prompt.prefix_tokens
         keys[prompt] = torch.arange(first, first + count)
-        positions.append(torch.arange(count))
+        positions.append(torch.tensor(prompt.prefix_places[:-1]))
         first += count
     kinds = [[_behind(span, keys.get(span.owner)) for span in kind] for kind in plan.kinds]
     seen = padded(kinds, plan.positions, torch.cat(positions))

@@ -89,7 +89,7 @@ def text_positions(facts: Facts, kwargs: dict[str, Any], given: Tensor | None = 
 
 def _column(prefixes: Prefixes, kwargs: dict[str, Any]) -> Tensor:
     tokens = tokens_of(kwargs)
-    return prefixes.repeated(tokens.shape[0]).lengths.to(tokens.device).unsqueeze(1)
+    return prefixes.repeated(tokens.shape[0]).positions.to(tokens.device).unsqueeze(1)
 
 
 def tokens_of(kwargs: dict[str, Any]) -> Tensor:
@@ -186,7 +186,12 @@ def prefixed_cache(base: Base, prefixes: Prefixes, *, counts_columns: bool = Fal
         counts_columns: Whether the model counts columns rather than positions, so that padding may not
             stand between prefix and text.
     """
-    model, facts, prefixes = base.model, base.facts, prefixes.shifted()
+    model, facts = base.model, base.facts
+    if not torch.equal(prefixes.positions, prefixes.lengths):
+        raise ConfigError(
+            f"virtual tokens of a prefix of {facts.architecture} cannot be left out: its cache holds them"
+        )
+    prefixes = prefixes.shifted()
 
     def drop_cache(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         # A caller without a cache feeds the whole text again, which must not meet its own past.

@@ -110,12 +110,12 @@ def prefix_mask(
         )
         return PrefixMask(own, plan.inner)
     prefixes = plan.prefixes.repeated(batch_size)
-    lengths = prefixes.lengths.to(device).view(-1, 1, 1, 1)
+    lengths, before = (part.to(device).view(-1, 1, 1, 1) for part in (prefixes.lengths, prefixes.positions))
     row = torch.arange(batch_size, device=device).view(-1, 1, 1, 1)
     lead, real = _padding(attention_mask, batch_size, kv_length, kv_offset, device)
     # Columns as they would be with the prefix behind a row's padding and before its text.
-    query = (torch.arange(q_length, device=device) + q_offset).view(1, 1, -1, 1) + lengths
-    text = (torch.arange(kv_length, device=device) + kv_offset).view(1, 1, 1, -1) + lengths
+    query = (torch.arange(q_length, device=device) + q_offset).view(1, 1, -1, 1) + before
+    text = (torch.arange(kv_length, device=device) + kv_offset).view(1, 1, 1, -1) + before
     slot = torch.arange(prefixes.width, device=device).view(1, 1, 1, -1)
     rule = cast(Callable[..., Tensor], mask_function)
     head = torch.zeros_like(row)

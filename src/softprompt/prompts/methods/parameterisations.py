@@ -3,6 +3,8 @@
 - low rank: E = A B, A ``[S·P, r]``, B ``[r, H]`` (Xiao et al. 2023, arXiv:2310.10094)
 - ULPT: E = Z R ∘ s + b, Z ``[S·P, r]`` trained, R ``[r, H]`` fixed and random (Wu et al. 2025, arXiv:2502.04501)
 - residual: E = P + MLP(P), P ``[S·P, H]`` (Razdaibiedina et al. 2023, arXiv:2305.03937)
+- SuperPos: E = W T, W ``[S·P, m]`` trained, T ``[m, H]`` fixed, sampled from the vocabulary (Sadraei Javaheri et
+  al. 2024, arXiv:2406.05279)
 
 Each starts at or near given embeddings, so that every initialisation of a prompt keeps its meaning.
 """
@@ -10,6 +12,7 @@ Each starts at or near given embeddings, so that every initialisation of a promp
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import final
 
 import torch
@@ -21,6 +24,9 @@ from softprompt.prompts import Parameterization, drawing_from, drawn_seed
 BOTTLENECK = 400
 """Width inside the residual network. On T5-Large it gives the 925K parameters that Xiao et al. 2023 count
 for residual prompt tuning (100 tokens, one network shared by all)."""
+
+MIXED = 128
+"""Embeddings that SuperPos mixes by default: beyond it Sadraei Javaheri et al. 2024 gained nothing more."""
 
 
 class Parameterised(nn.Module, ABC):
@@ -106,10 +112,52 @@ class Residual(Parameterised):
         return self.prompt + added
 
 
+@final
+class Superposition(Parameterised):
+    """W ``[S·P, m]`` times fixed embeddings T ``[m, H]``: SuperPos (Sadraei Javaheri et al. 2024).
+
+    Every virtual token is a mixture of the same m embeddings, with any weights (no softmax). T is the first values,
+    so that the prompt starts at exactly these, and for the rest embeddings drawn from the vocabulary; with first
+    values from the vocabulary (TEXT, SAMPLE_VOCAB) all of T is. The weights are in units in which a step of theirs
+    moves an embedding by as much as a step of the embedding itself, so that a learning rate means the same.
+    """
+
+    basis: Tensor
+
+    def __init__(self, first: Tensor, mixed: int, sampled: Callable[[int], Tensor]) -> None:
+        """Draw what is mixed; ``sampled`` returns embeddings ``[N, H]`` of N tokens.
+
+        Raises:
+            ConfigError: ``mixed`` (m) embeddings do not hold the first values.
+        """
+        super().__init__()
+        count = len(first)
+        if mixed < count:
+            raise ConfigError(
+                f"parameterization_rank {mixed} of superpos is the number of embeddings that are mixed, and the "
+                f"{count} that the prompt starts at are among them; use at least {count}"
+            )
+        mixture = torch.cat([first, sampled(mixed - count)])
+        unit = float(mixture.square().mean().sqrt()) * mixed**0.5
+        self.register_buffer("basis", mixture / unit)
+        self.weights = nn.Parameter(torch.eye(count, mixed) * unit)
+
+    def embeddings(self) -> Tensor:
+        """Return W T; see ``Parameterised``."""
+        return self.weights @ self.basis
+
+
 def parameterised(
-    kind: Parameterization, first: Tensor, rank: int, generator: torch.Generator | None
+    kind: Parameterization,
+    first: Tensor,
+    rank: int,
+    generator: torch.Generator | None,
+    sampled: Callable[[int], Tensor],
 ) -> Parameterised | None:
-    """Return parameters for first values ``[S·P, H]``; None for the embeddings themselves; see ``LowRank``."""
+    """Return parameters for first values ``[S·P, H]``; None for the embeddings themselves.
+
+    ``sampled`` draws the embeddings ``[N, H]`` of N tokens; see ``LowRank`` for the rest.
+    """
     match kind:
         case Parameterization.LOW_RANK:
             return LowRank(first, rank)
@@ -118,6 +166,8 @@ def parameterised(
         case Parameterization.RESIDUAL:
             with drawing_from(generator):
                 return Residual(first)
+        case Parameterization.SUPERPOS:
+            return Superposition(first, rank or MIXED, sampled)
     return None
 
 

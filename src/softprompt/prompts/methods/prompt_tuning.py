@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any, ClassVar, final
 
 import torch
@@ -67,7 +68,9 @@ class PromptTuningConfig(PromptLearningConfig):
     parameterization: Parameterization | str = setting(
         Parameterization.DIRECT, "Parameterisation of the embeddings.", ours=True
     )
-    parameterization_rank: int | None = setting(None, "Rank r of low_rank and ulpt.", ours=True)
+    parameterization_rank: int | None = setting(
+        None, "Rank r of low_rank and ulpt; embeddings m that superpos mixes.", ours=True
+    )
     prompt_tuning_init_prompt: str | None = setting(None, "Saved prompt to start from, for PROMPT.", ours=True)
 
     def __post_init__(self) -> None:
@@ -149,11 +152,13 @@ class PromptTuningConfig(PromptLearningConfig):
         rank = self.parameterization_rank
         if ranked:
             positive(f"parameterization_rank of {self.parameterization}", rank)
-        elif rank is not None:
+        elif rank is not None and self.parameterization is not Parameterization.SUPERPOS:
             raise ConfigError(
                 f"parameterization_rank would be ignored with parameterization {self.parameterization}; "
-                "leave it out, or use low_rank or ulpt"
+                "leave it out, or use low_rank, ulpt or superpos"
             )
+        elif rank is not None:
+            positive("parameterization_rank", rank)
 
     def _check_model_types(self) -> None:
         if self.output_model_types is None:
@@ -201,6 +206,7 @@ class PromptEmbedding(PromptModule):
                 table.weight.detach(),
                 config.parameterization_rank or 0,
                 generator,
+                partial(_sampled, word_embeddings, generator),
             )
         )
         if self.parameterisation is None:
@@ -236,6 +242,11 @@ class PromptEmbedding(PromptModule):
     def forward(self, indices: Tensor) -> Tensor:
         """Return embeddings ``[..., H]`` for indices, as PEFT's module does."""
         return self.materialize()[indices]
+
+
+def _sampled(table: nn.Embedding, generator: torch.Generator | None, length: int) -> Tensor:
+    """Return the embeddings ``[N, H]`` of tokens drawn from the vocabulary."""
+    return initialisers.sampled(length, table.weight.shape[0], initialisers.lookup(table), generator=generator)
 
 
 def initial_table(
