@@ -2,6 +2,8 @@ from .artifacts.composed import average_prompts as average_prompts
 from .artifacts.composed import compose_cartridge_adapters as compose_cartridge_adapters
 from .artifacts.composed import concatenate_prompts as concatenate_prompts
 from .artifacts.composed import subtract_prompts as subtract_prompts
+from .distillation.run import distill as distill
+from .distillation.settings import DistillSettings as DistillSettings
 from .errors import SoftPromptError as SoftPromptError
 from .evaluation.baselines import Baseline as Baseline
 from .evaluation.compare import Comparison as Comparison

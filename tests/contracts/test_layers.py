@@ -14,6 +14,7 @@ LEVELS = [
     {"__main__"},
     {"as_peft", "cli", "integrations", "peft"},
     {"server"},
+    {"distillation"},
     {"inspection", "training"},
     {"evaluation"},
     {"inference"},

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import softprompt
 from oracles.families import CAUSAL, build, causal, seq2seq
+from oracles.prefixed import solo_logits_behind
 from oracles.tokenizers import byte_bpe
 from softprompt import CartridgeConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from softprompt.errors import AdapterError, ConfigError, FingerprintError
@@ -307,7 +308,28 @@ def test_what_cannot_be_composed(tmp_path):
         compose([tmp_path / "one"] * 2, output_path=out, safe_serialization=False)
     assert not out.exists()
     with pytest.raises(softprompt.SoftPromptError, match="keys and values of every layer"):
-        softprompt.concatenate_prompts([tmp_path / "one"] * 2)
+        softprompt.average_prompts([tmp_path / "one"] * 2)
+    with pytest.raises(ConfigError, match="for attribute 'peft_type': 'CARTRIDGE' in"):
+        softprompt.concatenate_prompts([tmp_path / "one", tmp_path / "prefix"])
+
+
+def test_concatenated_cartridges_are_read_side_by_side(tmp_path, caplog):
+    model = causal("llama")
+    folders, parts = [], []
+    for number in (1, 2):
+        torch.manual_seed(number)
+        config = CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=P + number)
+        peer = get_peft_model(copy.deepcopy(model), config)
+        parts.append(peer.encoder_of("default").materialize().detach())
+        folders.append(tmp_path / str(number))
+        peer.save_pretrained(folders[-1])
+    made = softprompt.concatenate_prompts(folders, tmp_path / "both")
+    assert "usually answer worse than each alone" in caplog.text
+    assert made.manifest.settings["composition"] == {"operation": "concatenation"}
+    ids = [5, 9, 7, 20]
+    loaded = softprompt.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "both").eval()
+    expected = solo_logits_behind(model, torch.cat(parts, dim=3), ids)
+    torch.testing.assert_close(loaded(input_ids=torch.tensor([ids])).logits[0, -4:], expected, **TOLERANCE)
 
 
 def test_rows_of_a_batch_with_cartridges_a_prefix_and_none():

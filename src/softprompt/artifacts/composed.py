@@ -15,6 +15,7 @@ from softprompt.artifacts.peft_folder import load_adapter, save_adapter
 from softprompt.artifacts.stored_prompt import StoredPrompt, other_base
 from softprompt.errors import ConfigError, FingerprintError, nearest
 from softprompt.prompts import (
+    KEY_VALUE_METHODS,
     PROMPT_KEY,
     PeftType,
     PromptTuningConfig,
@@ -32,7 +33,7 @@ _INHERITED = ("template", "task", "labels", "max_source_length", "max_target_len
 _OF_THE_BASE = ("base_model", "base_fingerprint", "seq2seq")
 _READ_BY_EVALUATION = ("input_field", "output_field")
 _INITIALISATION = ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs")
-_CARTRIDGE_SIZES = ("task_type", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
+_SIZES = ("task_type", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
 
 
 def average_prompts(
@@ -79,8 +80,21 @@ def concatenate_prompts(
     template_from: str | Path | None = None,
     overwrite: bool = False,
 ) -> StoredPrompt:
-    """Concatenate the virtual tokens of stored prompts; see ``average_prompts``."""
+    """Concatenate the virtual tokens of stored prompts; see ``average_prompts``.
+
+    Prompts of keys and values (all cartridges, or all prefixes) stand side by side in every layer: the base reads
+    them as if it had read all their texts. Those that were trained apart answer worse so than alone
+    (arXiv:2606.04557), so a warning says to measure the result.
+
+    Raises:
+        ConfigError: Templates or options differ, or the sizes of keys and values.
+        FingerprintError: The prompts are of different bases.
+        ArtifactError: A folder cannot be read or composed.
+        OutputExistsError: The output is not empty.
+    """
     members = _members(prompts)
+    if members[0].config["peft_type"] in KEY_VALUE_METHODS:
+        return _written(_side_by_side(members, _pattern(members, template_from)), output, overwrite)
     joined = concatenation([member.virtual_tokens() for member in members])
     result = _result(members, joined, {"operation": "concatenation"}, template_from)
     return _written(result, output, overwrite)
@@ -227,8 +241,8 @@ def compose_cartridge_adapters(
 ) -> None:
     """Put the virtual tokens of cartridges one after the other; PEFT's helper under its name.
 
-    The first cartridge's frozen tokens stay frozen, and its template and record are taken over. Cartridges
-    that were trained apart may answer worse side by side than alone: measure the result.
+    The first cartridge's frozen tokens stay frozen, and its template and record are taken over; see
+    ``concatenate_prompts`` for what to expect of it.
 
     Args:
         adapter_paths: Folders of two cartridges or more, of one base.
@@ -243,19 +257,34 @@ def compose_cartridge_adapters(
     if not safe_serialization:
         raise ConfigError("safe_serialization=False would write a pickle; leave it out")
     members = _members(adapter_paths)
+    for member in members:
+        kind = member.config["peft_type"]
+        if kind != PeftType.CARTRIDGE:
+            raise ConfigError(f"Adapter at '{member.location}' is not a CARTRIDGE adapter (got {kind}).")
+    _written(_side_by_side(members, members[0]), output_path, overwrite=True)
+
+
+def _side_by_side(members: Sequence[StoredPrompt], pattern: StoredPrompt) -> StoredPrompt:
+    """Return prompts of keys and values one after the other, with the record of one of them.
+
+    Raises:
+        ConfigError: If they are of different methods or sizes.
+    """
     first = members[0]
     for member in members:
-        if member.config["peft_type"] != PeftType.CARTRIDGE:
-            raise ConfigError(
-                f"Adapter at '{member.location}' is not a CARTRIDGE adapter (got {member.config['peft_type']})."
-            )
-        for name in _CARTRIDGE_SIZES:
-            if member.config.get(name) != first.config.get(name):
+        for name in ("peft_type", *_SIZES):
+            mine, its = first.config.get(name), member.config.get(name)
+            if mine != its:
                 raise ConfigError(
-                    f"Incompatible CARTRIDGE configs for attribute '{name}': {first.config.get(name)!r} in "
-                    f"{first.location}, {member.config.get(name)!r} in {member.location}"
+                    f"Incompatible {first.config['peft_type']} configs for attribute '{name}': {mine!r} in "
+                    f"{first.location}, {its!r} in {member.location}"
                 )
+    logger.warning(
+        "%d prompts of keys and values side by side usually answer worse than each alone, unless they were trained "
+        "with distractors (arXiv:2606.04557): evaluate the result",
+        len(members),
+    )
     values = concatenation([member.values for member in members])
     config = first.config | {"num_virtual_tokens": values.shape[0]}
-    manifest = first.manifest and _manifest(first.manifest, members, {"operation": "concatenation"})
-    save_adapter(Path(output_path), config, {PROMPT_KEY: values}, manifest, overwrite=True)
+    manifest = pattern.manifest and _manifest(pattern.manifest, members, {"operation": "concatenation"})
+    return StoredPrompt(config, {PROMPT_KEY: values}, manifest, "")

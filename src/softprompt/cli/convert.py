@@ -31,7 +31,7 @@ _extended, _base = (partial(option, group=each) for each in ("Extended vocabular
     required=True,
     metavar="FORMAT",
     group="Output",
-    help="softprompt, peft, caikit, tgis, npy, tensor, extended-vocab or vllm.",
+    help="softprompt, peft, caikit, tgis, npy, mlx-lm, tensor, extended-vocab or vllm.",
 )
 @option("--overwrite", is_flag=True, group="Output", help="Overwrite the destination.")
 @option("--template", group="Input", help="Template of a source that has none, such as 'Text: {{input}} Label:'.")

@@ -51,7 +51,7 @@ def sweep_figure(found: Mapping[str, Any]) -> Figure:
     rungs.minorticks_off()
     rates.set_xlabel("peak learning rate", color=INK, fontsize=11)
     rates.set_ylabel("validation accuracy" if by == "accuracy" else "validation loss (nats per token)", fontsize=11)
-    rates.set_title(f"all candidates, after {found['rungs'][0]:,} steps", color=INK, fontsize=11)
+    rates.set_title(f"all candidates, at step {found['rungs'][0]:,}", color=INK, fontsize=11)
     rungs.set_xlabel("optimizer steps", color=INK, fontsize=11)
     rungs.set_title("those that went on", color=INK, fontsize=11)
     for axis in (rates, rungs):

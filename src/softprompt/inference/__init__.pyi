@@ -8,6 +8,7 @@ from .inputs import Task as Task
 from .inputs import TaskNames as TaskNames
 from .inputs import fields_of as fields_of
 from .inputs import given_of as given_of
+from .inputs import inputs_of as inputs_of
 from .inputs import require_tokens as require_tokens
 from .inputs import row_tokenizer as row_tokenizer
 from .inputs import task_number as task_number

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, cast, final
+from typing import Protocol, Self, TypeAlias, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +23,18 @@ class BatchLoss:
         values: log p of every target token, ``[M]``.
         row_index: The row each value belongs to, ``[M]``.
         penalty: What is added to the loss, summed over the target tokens; None for nothing.
+        weights: What each value counts in the loss, ``[M]``; None is one each.
     """
 
     values: Tensor
     row_index: Tensor
     penalty: Tensor | None = None
+    weights: Tensor | None = None
 
     @property
     def loss(self) -> Tensor:
         """The sum that is minimised, in nats."""
-        likelihood = -self.values.sum()
+        likelihood = -(self.values if self.weights is None else self.weights * self.values).sum()
         return likelihood if self.penalty is None else likelihood + self.penalty
 
     def is_finite(self) -> bool:
@@ -167,3 +170,120 @@ class Distillation:
         chosen = log_p.gather(1, student.labels[:, None])[:, 0]
         penalty = self.weight * (divergence + distance.mean(dim=-1).sum())
         return BatchLoss(chosen, student.row_index, penalty)
+
+
+_NOTHING = -1e4
+"""Log of a mass that float32 cannot tell from zero; minus infinity would make a product with zero undefined."""
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class TopTargets:
+    """What a teacher predicts for M target tokens: its k most likely tokens, and the mass of all others.
+
+    Attributes:
+        ids: The teacher's most likely tokens, ``[M, k]``.
+        log_probs: Their log-probabilities, float32 ``[M, k]``.
+        tail: Log of the mass of all other tokens together, float32 ``[M]``.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    tail: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, k: int) -> Self:
+        """Keep the k largest of logits ``[M, V]``, all of them where V is smaller; on the CPU."""
+        logits = logits.detach().float()
+        _, ids = logits.topk(min(k, logits.shape[1]))
+        log_probs, tail = _of_classes(logits, ids)
+        return cls(ids.to("cpu", torch.int32), log_probs.cpu(), tail.cpu())
+
+    @classmethod
+    def joined(cls, parts: Sequence[TopTargets]) -> Self:
+        """Return those of several rows, one behind the other."""
+        return cls(*(torch.cat([getattr(each, name) for each in parts]) for name in ("ids", "log_probs", "tail")))
+
+    def part(self, start: int, end: int) -> TopTargets:
+        """Return those of the target tokens from ``start`` to ``end``."""
+        return TopTargets(self.ids[start:end], self.log_probs[start:end], self.tail[start:end])
+
+    def __len__(self) -> int:
+        return len(self.tail)
+
+    def divergence(self, logits: Tensor) -> Tensor:
+        """Return KL(teacher || student) in nats for each token, ``[M]``, of a student's logits ``[M, V]``.
+
+        The k tokens are a class each, and all others together one more, so it is at most the divergence over the
+        whole vocabulary, and equal to it where k is V (Eyuboglu et al. 2025, arXiv:2506.06266, without the tail).
+        """
+        ids = self.ids.to(logits.device, torch.long)
+        chosen, rest = _of_classes(logits.float(), ids)
+        student = torch.cat([chosen, rest[:, None]], dim=1)
+        teacher = torch.cat([self.log_probs, self.tail[:, None]], dim=1).to(logits.device)
+        return kl_div(student, teacher, log_target=True, reduction="none").sum(dim=1)
+
+    def agreement(self, logits: Tensor) -> Tensor:
+        """Return whether a student's most likely token is the teacher's, for each token, ``[M]``."""
+        return logits.argmax(dim=1) == self.ids[:, 0].to(logits.device)
+
+
+def _of_classes(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log-probabilities of some tokens ``[M, k]`` and of all others together ``[M]``."""
+    whole = logits.logsumexp(dim=1)
+    chosen = logits.gather(1, ids) - whole[:, None]
+    if ids.shape[1] == logits.shape[1]:
+        return chosen, torch.full_like(whole, _NOTHING)
+    # 1 minus the others' sum would lose a small tail to rounding.
+    rest = logits.scatter(1, ids, -torch.inf).logsumexp(dim=1) - whole
+    return chosen, rest.clamp(min=_NOTHING)
+
+
+RowTokens: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+"""Source and target of a row."""
+
+
+_UNDISTRACTED = 0.5
+"""Share of the batches without a distractor."""
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class TopDivergence:
+    """The divergence from what a teacher predicted for each target token, mixed with the likelihood of labels.
+
+    A row is known by its tokens: the student sees nothing else of it, so two rows of the same tokens could not be
+    taught different answers.
+
+    Attributes:
+        engine: Runs rows.
+        taught: What the teacher predicted for each row.
+        labels: The weight w of the likelihood in rows whose target is a label: their loss is
+            (1 - w) KL - w log p; rows that are not named have w = 0.
+        distractors: Keys and values ``[L, 2, A_kv, P, D]`` of other prompts; one of them stands before the
+            trained one in every second batch (arXiv:2606.04557), drawn by the batch's content.
+    """
+
+    engine: Engine
+    taught: Mapping[RowTokens, TopTargets]
+    labels: Mapping[RowTokens, float]
+    distractors: tuple[Tensor, ...] = ()
+
+    def __call__(self, rows: Sequence[EngineRow], tasks: Sequence[int]) -> BatchLoss:
+        """Score rows; see ``Objective``."""
+        found = self.engine.predict(self._distracted(rows))
+        keys = [(row.source, row.target) for row in rows]
+        wanted = TopTargets.joined([self.taught[key] for key in keys])
+        scores = found.log_probs()
+        weights = scores.values.new_tensor([self.labels.get(key, 0.0) for key in keys])[scores.row_index]
+        divergence = wanted.divergence(found.logits[found.predictor])
+        return BatchLoss(scores.values, scores.row_index, ((1 - weights) * divergence).sum(), weights)
+
+    def _distracted(self, rows: Sequence[EngineRow]) -> Sequence[EngineRow]:
+        """Return the rows of a batch with a distractor before their one prompt, or as they are."""
+        draw, prompt = random.Random(repr([row.source for row in rows])), rows[0].prompt
+        if not self.distractors or draw.random() < _UNDISTRACTED:
+            return rows
+        assert prompt is not None and prompt.prefix is not None
+        both = Prompt(prefix=torch.cat([draw.choice(self.distractors).to(prompt.prefix), prompt.prefix], dim=3))
+        return [replace(row, prompt=both) for row in rows]

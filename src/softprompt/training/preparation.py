@@ -47,6 +47,7 @@ from softprompt.training.examples import TaskData, with_context
 from softprompt.training.optimisation import Rates, peak_rates
 from softprompt.training.settings import CONTEXT_RECORDS, TuneSettings
 from softprompt.training.source_prompts import find_source
+from softprompt.training.stage import Goal
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class TaskRows:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A frozen base, an untrained prompt, and the records to train it on.
+    """A frozen base, an untrained prompt, and the records to train it on; to a ``goal`` of its own, if any.
 
     ``hidden`` has the virtual tokens that a record does not see in training: those that it is the start of.
     """
@@ -87,6 +88,7 @@ class Prepared:
     tasks: list[TaskRows]
     settings: TuneSettings
     rates: Rates
+    goal: Goal | None = None
     hidden: Mapping[TokenRow, frozenset[int]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -143,7 +145,7 @@ def prepare(base_model: BaseLike, data: Sequence[TaskData], settings: TuneSettin
         TrainingError: the base passes no gradient on.
         ConfigError: a setting that this base or this data does not support.
     """
-    base = _loaded(base_model, settings)
+    base = loaded(base_model, settings)
     freeze(base.model)
     _check_gradient(base)
     return _on(base, data, settings)
@@ -337,15 +339,15 @@ def _columns_left_out(example: Record, tokenizer: RowTokenizer) -> list[str]:
     return [name for name in fields if name not in used]
 
 
-def _loaded(base_model: BaseLike, settings: TuneSettings) -> Base:
+def loaded(base_model: BaseLike, settings: TuneSettings) -> Base:
     """Load the base; a folder is recorded with its full path, so that the prompt finds it again."""
     source = base_model.model if isinstance(base_model, Base) else base_model
     tokenizer = base_model.tokenizer if isinstance(base_model, Base) else None
     if isinstance(source, str | Path) and Path(source).exists():
         source = Path(source).resolve()
-    loaded = load_base(source, tokenizer=tokenizer, torch_dtype=settings.torch_dtype, device=settings.device)
-    loaded.model.eval()  # type: ignore[no-untyped-call]
-    return loaded
+    base = load_base(source, tokenizer=tokenizer, torch_dtype=settings.torch_dtype, device=settings.device)
+    base.model.eval()  # type: ignore[no-untyped-call]
+    return Base(base.model, base.tokenizer, base_model.name) if isinstance(base_model, Base) else base
 
 
 def _check_lengths(

@@ -29,7 +29,15 @@ from softprompt.training.run_file import RUN_FILE, SWEEP, read_run, write_run
 from softprompt.training.seeds import SEEDS_FOLDER, train_seeds
 from softprompt.training.session import Session, Trained, identity, stages_of
 from softprompt.training.settings import TuneSettings
-from softprompt.training.state import StopSignal, kept_if_resumable, load_states, remove_state, state_path
+from softprompt.training.state import (
+    StopSignal,
+    begun_by,
+    kept_if_resumable,
+    load_states,
+    remove_state,
+    resume_command,
+    state_path,
+)
 from softprompt.training.summary import DryRun, dry_run_of, summarize
 from softprompt.training.tuning_config import TuningConfig
 
@@ -105,9 +113,7 @@ def tune(
     if resume and overwrite:
         raise UsageError("resume=True goes on with a run and overwrite=True starts anew; give one of them")
     if resume:
-        plan = resumed(base_model, train_data, validation_data, target, dict(options))
-        if plan.sweep is not None:
-            raise UsageError(f"{target} holds an interrupted sweep; continue it with softprompt sweep --resume")
+        plan = resumed("tune", base_model, train_data, validation_data, target, dict(options))
     else:
         _check_names(options)
         settings = TuneSettings.from_dict(options)
@@ -178,7 +184,7 @@ def check_output(output: Path | None, *, overwrite: bool) -> None:
     if overwrite:
         require_no_file(output)
         return
-    if state_path(output).exists():
+    if begun_by(output) is not None:
         raise OutputExistsError(
             f"{output} holds an interrupted run; continue it with --resume (resume=True in "
             "Python), or start again with --overwrite (overwrite=True)"
@@ -236,48 +242,48 @@ class Plan:
 
     def names(self) -> dict[str, Any]:
         """Return what the run file says of the sources; None for what was in memory."""
-        named = {"base_model": _name(self.base_model), "train_data": _name(self.train_data)}
+        named = {"base_model": named_source(self.base_model), "train_data": named_source(self.train_data)}
         if self.validation_data is not None:
-            named["validation_data"] = _name(self.validation_data)
+            named["validation_data"] = named_source(self.validation_data)
         return named
 
 
-def _name(source: BaseLike | Data | None) -> str | dict[str, str | None] | None:
+def named_source(source: BaseLike | Data | None) -> str | dict[str, str | None] | None:
     """Return a path that means the same from every directory, or a name as it is.
 
     Data sets by task give their names by task; None is what was in memory.
     """
     if isinstance(source, Mapping):
-        return {task: cast(str | None, _name(rows)) for task, rows in source.items()}
+        return {task: cast(str | None, named_source(rows)) for task, rows in source.items()}
     if not isinstance(source, str | Path) or str(source) == "-":  # standard input is read once
         return None
     return os.path.abspath(source) if os.path.exists(source) else str(source)
 
 
 def resumed(
+    command: str,
     base_model: BaseLike,
     train_data: Data | None,
     validation_data: Data | None,
     output: Path | None,
     options: dict[str, Any],
 ) -> Plan:
-    """Return the plan of the run that was interrupted in ``output``."""
+    """Return the plan of the run of a command that was interrupted in ``output``."""
     if output is None:
         raise UsageError("resume needs the output directory of the interrupted run")
-    if not state_path(output).exists():
-        raise UsageError(
-            f"nothing to resume in {output}: it holds no interrupted run; start it without resume=True"
-        )
+    if begun_by(output) != command:
+        advice = f"continue with {resume_command(output)}" if begun_by(output) else "start it without resume=True"
+        raise UsageError(f"nothing to resume in {output}: it holds no interrupted run of {command}; {advice}")
     saved = read_run(state_path(output).with_name(RUN_FILE))
     names: dict[str, Any] = {
-        name: _name(saved.pop(name, None)) for name in ("base_model", "train_data", "validation_data")
+        name: named_source(saved.pop(name, None)) for name in ("base_model", "train_data", "validation_data")
     }
     sweep = saved.pop(SWEEP, None)
     settings = _same_settings(TuneSettings.from_dict(saved), options)
     if names["base_model"] is None and base_model == DEMO:
         raise UsageError("the interrupted run used a model in memory; give base_model again")
     for name, given in (("train_data", train_data), ("validation_data", validation_data)):
-        if given is not None and names[name] not in (None, _name(given)):
+        if given is not None and names[name] not in (None, named_source(given)):
             raise ConfigError(f"the interrupted run has {name} {names[name]}; leave {name} out")
     return Plan(
         base_model if names["base_model"] is None else names["base_model"],

@@ -14,13 +14,20 @@ from safetensors import SafetensorError, safe_open
 from softprompt.artifacts import MANIFEST_NAME, load_adapter
 from softprompt.errors import ArtifactError, SoftPromptError
 from softprompt.training.run_file import RUN_FILE, read_run
-from softprompt.training.state import STATE_DIRECTORY, how_to_go_on, resume_command, state_path
+from softprompt.training.state import (
+    PLAN_FILE,
+    STATE_DIRECTORY,
+    begun_by,
+    how_to_go_on,
+    resume_command,
+    state_path,
+)
 
 _CONFIG = "adapter_config.json"
 _DEPTH = 4
 """Levels of folders that are looked through."""
 
-_APART = ("silence_progress_bars", "output", "config", "sweep")
+_APART = ("silence_progress_bars", "output", "config")
 """Keys of settings that say nothing of a prompt, or are tables of their own."""
 
 
@@ -74,16 +81,16 @@ def differing(runs: Sequence[RunSummary]) -> list[str]:
 
 def interruption(folder: Path) -> str | None:
     """Return where a run in a folder was interrupted, and how it goes on; None where it was not."""
-    if not state_path(folder).exists():
+    if begun_by(folder) is None:
         return None
+    if not state_path(folder).exists():
+        return how_to_go_on("before its training", folder)
     try:
         with safe_open(state_path(folder), framework="pt") as file:
-            header = json.loads((file.metadata() or {})["state"])
-        at = next(iter(header["runs"].values()))["run"]
+            at = next(iter(json.loads((file.metadata() or {})["state"])["runs"].values()))["run"]
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, StopIteration):
-        return f"its state is damaged; start again with softprompt tune --overwrite --output {folder}"
-    command = "sweep" if header.get("record") else "tune"
-    return how_to_go_on(f"after update {at['update']} (epoch {at['epoch'] + 1})", folder, command)
+        return f"its state is damaged; start again with softprompt {begun_by(folder)} --overwrite --output {folder}"
+    return how_to_go_on(f"after update {at['update']} (epoch {at['epoch'] + 1})", folder)
 
 
 def _folders(top: Path) -> Iterator[Path]:
@@ -107,7 +114,7 @@ def _unfinished(path: Path, name: str) -> RunSummary:
     if where is None:
         return RunSummary(name, "broken", "it ended before its first state was saved; start it again")
     try:
-        saved = read_run(state_path(path).with_name(RUN_FILE))
+        saved = _planned(path) if begun_by(path) != "tune" else read_run(state_path(path).with_name(RUN_FILE))
     except SoftPromptError as error:
         return RunSummary(name, "broken", str(error))
     damaged = "damaged" in where
@@ -115,9 +122,16 @@ def _unfinished(path: Path, name: str) -> RunSummary:
         name,
         "broken" if damaged else "interrupted",
         where.partition(";")[0],
-        None if damaged else resume_command(path, "sweep" if "sweep" in saved else "tune"),
+        None if damaged else resume_command(path),
         _flat(saved),
     )
+
+
+def _planned(path: Path) -> dict[str, Any]:
+    """Return the settings of an interrupted run of another command than ``tune``."""
+    plan = json.loads(state_path(path).with_name(PLAN_FILE).read_text(encoding="utf-8"))
+    own = {"base_model": plan.get("base_model"), "tuning_type": begun_by(path)}
+    return {**plan.get("settings", {}), **own}
 
 
 def _finished(path: Path, name: str) -> RunSummary:

@@ -20,7 +20,14 @@ from softprompt.prompts import CPTConfig, PromptModule, context_labels
 from softprompt.training.collapse import CollapseWatch
 from softprompt.training.events import Callbacks, Events
 from softprompt.training.loop import Candidate, train_together
-from softprompt.training.objectives import ContextLikelihood, Distillation, Likelihood, Objective, TeacherPrompts
+from softprompt.training.objectives import (
+    ContextLikelihood,
+    Distillation,
+    Likelihood,
+    Objective,
+    TeacherPrompts,
+    TopDivergence,
+)
 from softprompt.training.optimisation import build_optimizer
 from softprompt.training.preparation import Prepared, teacher_prompt
 from softprompt.training.sampling import Sampling
@@ -60,7 +67,9 @@ def stages_of(prepared: Prepared, earlier: Mapping[str, Tensor], check_stop: Cal
 
 
 def _likelihood(prepared: Prepared) -> Objective:
-    """Return the loss of the prompt's method."""
+    """Return what is minimised: what was asked for, or the loss of the prompt's method."""
+    if prepared.goal is not None:
+        return prepared.goal.objective
     config = prepared.config
     labels = context_labels(config) if isinstance(config, CPTConfig) else ()
     return ContextLikelihood(prepared.engine, labels) if labels else Likelihood(prepared.engine)
@@ -100,12 +109,14 @@ def _stage(
         validation=_validation(prepared, check_stop),
         task_names=prepared.names,
         context_tokens=(objective.tokens_per_row if isinstance(objective, ContextLikelihood) else 0),
-        distils=isinstance(objective, Distillation),
+        distils=isinstance(objective, Distillation | TopDivergence),
         hidden=prepared.hidden,
     )
 
 
 def _validation(prepared: Prepared, check_stop: Callable[[], None]) -> Measure | None:
+    if prepared.goal is not None:
+        return prepared.goal.measure
     parts = [
         Validation(
             prepared.engine,

@@ -37,6 +37,14 @@ class Measure(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Goal:
+    """What is minimised, and how it is validated (None for not at all), where the method does not say."""
+
+    objective: Objective
+    measure: Measure | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Stage:
     """What is trained to its end, on what: fixed from its start, also across a resume.
 

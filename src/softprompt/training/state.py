@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shlex
 import shutil
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -117,6 +118,8 @@ class RunState:
 
 STATE_DIRECTORY = ".state"
 STATE_FILE = "state.safetensors"
+PLAN_FILE = "plan.json"
+"""What a run of another command than ``tune`` goes on by; its ``command`` names that."""
 FORMAT = 5
 
 
@@ -343,21 +346,29 @@ class StopSignal:
         self._previous = {}
 
 
-def how_to_go_on(where: str, output: Path | None, command: str = "tune") -> str:
+def how_to_go_on(where: str, output: Path | None) -> str:
     """Return the sentence that ends an interrupted run: where it stopped, and what continues it."""
     if output is None:
         return f"training was stopped {where}; nothing is saved, since the run has no output directory"
-    return f"training was stopped {where}; its state is saved, continue with: {resume_command(output, command)}"
+    return f"training was stopped {where}; its state is saved, continue with: {resume_command(output)}"
 
 
-def resume_command(output: Path, command: str = "tune") -> str:
+def resume_command(output: Path) -> str:
     """Return the command that continues the run that was interrupted in a folder."""
-    return f"softprompt {command} --resume --output {shlex.quote(str(output))}"
+    return f"softprompt {begun_by(output) or 'tune'} --resume --output {shlex.quote(str(output))}"
+
+
+def begun_by(output: Path) -> str | None:
+    """Return the command of the run that was interrupted in a folder; None where there is none to continue."""
+    with suppress(OSError, ValueError, AttributeError):
+        plan = json.loads(state_path(output).with_name(PLAN_FILE).read_text(encoding="utf-8"))
+        return re.sub(r"\W", "", str(plan.get("command")))
+    return "tune" if state_path(output).exists() else None
 
 
 @contextmanager
-def kept_if_resumable(output: Path | None, command: str = "tune") -> Iterator[None]:
-    """Leave nothing of a run of a ``command`` that ends inside without a state it could be continued from.
+def kept_if_resumable(output: Path | None) -> Iterator[None]:
+    """Leave nothing of a run that ends inside without a state it could be continued from.
 
     One whose numbers are not finite would fail again, so its state goes too.
 
@@ -374,7 +385,7 @@ def kept_if_resumable(output: Path | None, command: str = "tune") -> Iterator[No
         failed = isinstance(error, TrainingError)
         if state_path(output).exists() and not failed:
             if isinstance(error, KeyboardInterrupt):
-                raise TrainingInterrupted(how_to_go_on("at once", output, command)) from None
+                raise TrainingInterrupted(how_to_go_on("at once", output)) from None
             raise
         remove_state(output)
         if output.is_dir() and not any(output.iterdir()):

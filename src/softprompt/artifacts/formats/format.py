@@ -255,7 +255,7 @@ def _inexpressible(stored: StoredPrompt) -> str | None:
         return f"it is for {config.get('task_type')}, the format for models that write text"
     more = stored.beyond_tokens()
     if more is not None:
-        return f"{more}; only peft holds those"
+        return f"{more}; only peft holds those (mlx-lm holds keys and values)"
     if placement != Placement.PREFIX:
         return f"the format puts virtual tokens before the input, this prompt stands elsewhere ({placement})"
     if not config.get("prompt_sees_input", True):

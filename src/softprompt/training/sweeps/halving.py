@@ -146,7 +146,7 @@ class Halving:
                     self._measure(tried, candidate)
         except TrainingInterrupted:
             self._save()
-            raise TrainingInterrupted(how_to_go_on(f"in {title}", self._output, "sweep")) from None
+            raise TrainingInterrupted(how_to_go_on(f"in {title}", self._output)) from None
         if all(each.problem for each in self.tried.values()):
             raise TrainingError(f"no candidate is left: {going[0].problem}")
         self._save()

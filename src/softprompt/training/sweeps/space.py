@@ -17,11 +17,11 @@ _GROUP, _INIT, _LENGTH = "Sweep", "prompt_tuning_init_method", "num_virtual_toke
 TRIALS = 12
 """Candidates that Optuna proposes, where their number is not given."""
 _OF_INIT = {
-    "prompt_tuning_init_text": "TEXT",
-    "prompt_tuning_init_special_tokens": "TEXT",
-    "prompt_tuning_init_prompt": "PROMPT",
+    "prompt_tuning_init_text": ("TEXT", "AUTO"),
+    "prompt_tuning_init_special_tokens": ("TEXT", "AUTO"),
+    "prompt_tuning_init_prompt": ("PROMPT",),
 }
-"""Settings of a run that go with one of its initialisations only."""
+"""Settings of a run that go with some of its initialisations only."""
 
 
 @final
@@ -105,7 +105,7 @@ class Choice:
         tuning = {name: value for name, value in plain(run.tuning_config).items() if has_setting(method, name)}
         tuning |= {} if self.length is None else {_LENGTH: self.length}
         tuning |= {} if self.init is None else {_INIT: self.init}
-        tuning = {k: v for k, v in tuning.items() if k not in _OF_INIT or _OF_INIT[k] == self.init}
+        tuning = {k: v for k, v in tuning.items() if k not in _OF_INIT or self.init in _OF_INIT[k]}
         values |= {"tuning_type": method, "tuning_config": tuning}
         if self.factor is None:
             values["learning_rate"] = float(self.learning_rate)

@@ -19,6 +19,7 @@ from softprompt.fields import from_mapping, plain
 from softprompt.inference import TunedPrompt
 from softprompt.progress import timed
 from softprompt.training import (
+    PLAN_FILE,
     RUN_FILE,
     BaseLike,
     Data,
@@ -133,12 +134,10 @@ def sweep(
         raise UsageError("a sweep needs an output directory, for its state and for the best prompt")
     target = Path(output)
     if resume:
-        plan = resumed(base_model, train_data, validation_data, target, dict(options))
-        if plan.sweep is None:
-            raise UsageError(f"{target} holds an interrupted run; continue it with softprompt tune --resume")
+        plan = resumed("sweep", base_model, train_data, validation_data, target, dict(options))
         if space:
             raise UsageError("the interrupted sweep tries what it was started with; leave that out to resume")
-        tried = from_mapping(SweepSettings, plan.sweep)
+        tried = from_mapping(SweepSettings, plan.sweep or {})
     else:
         tried = space if isinstance(space, SweepSettings) else from_mapping(SweepSettings, space or {})
         plan = Plan(base_model, train_data, validation_data, TuneSettings.from_dict(options), plain(tried))
@@ -156,11 +155,17 @@ def sweep(
     with timed(silent=plan.settings.silence_progress_bars) as parts, unsaid():
         first = prepare(plan.base_model, data, choices[0].settings(plan.settings))
         summarize(first, [])
-        snapshots, record = load_states(target, identity(first)) if resume else ({}, {})
-        with StopSignal() as stop, kept_if_resumable(target, "sweep"):
+        begun = resume and state_path(target).exists()
+        snapshots, record = load_states(target, identity(first)) if begun else ({}, {})
+        with StopSignal() as stop, kept_if_resumable(target):
             if not resume:
                 remove_state(target)
                 write_run(state_path(target).with_name(RUN_FILE), plan.names(), plan.settings, plan.sweep)
+                known = {"command": "sweep", "base_model": plan.names()["base_model"]}
+                settings = plan.settings.to_dict() | {"sweep": plan.sweep}
+                write_atomically(
+                    state_path(target).with_name(PLAN_FILE), json.dumps(known | {"settings": settings})
+                )
             halving = Halving(first, plan.settings, target, stop, snapshots, record)
             best, steps = _halved(halving, tried, choices, study)
             prepared, trained = halving.finished(best)

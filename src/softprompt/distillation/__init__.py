@@ -1,0 +1,5 @@
+"""Distillation: a system prompt, documents or examples into a prompt that answers as if it had read them."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

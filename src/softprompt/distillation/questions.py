@@ -1,0 +1,265 @@
+"""What the teacher is asked: questions that are given, or self-study, in which the base asks about its own text.
+
+Self-study (Eyuboglu et al. 2025, arXiv:2506.06266): a passage is in context, a generic seed of one of five kinds
+asks for a question, which is sampled; the passage answers it greedily. What is kept apart comes from seeds of
+other kinds.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, cast
+
+from softprompt.data import INPUT, DataSource, Record, RowTokenizer, chat_of, read_records
+from softprompt.errors import DataError
+from softprompt.generation import GenerationOptions
+
+if TYPE_CHECKING:
+    from softprompt.distillation import DistillSettings
+
+logger = logging.getLogger(__name__)
+
+GIVEN = "given"
+"""The kind of a question that was given."""
+PASSAGE = "passage"
+"""Column that says which passage a given question is about, from 1, where there are several."""
+
+SEEDS: Mapping[str, tuple[str, ...]] = {
+    "structure": (
+        "Ask for one part of the text above to be put into a table, a list or another structure. Name the part.",
+        "Write an instruction to organise some facts of the text above in a given format, such as JSON or a list.",
+    ),
+    "summary": (
+        "Ask for a summary of one part of the text above. Name the part.",
+        "Write a request to explain the main points of one section of the text above briefly.",
+    ),
+    "question": (
+        "Ask one question that tests the knowledge of a detail of the text above, such as a name or a number.",
+        "Write a short question that the text above answers.",
+    ),
+    "use case": (
+        "Think of somebody who needs the text above for a task. Write that person's message that asks for help.",
+        "Write a practical question of a user to whom the text above matters.",
+    ),
+    "creative": (
+        "Write an imaginative question that was inspired by the text above, to start a conversation.",
+        "Ask for something original, such as a story or a poem, that uses what the text above says.",
+    ),
+}
+"""What asks the base for a question to train on, by kind."""
+
+OTHER_SEEDS: Mapping[str, tuple[str, ...]] = {
+    "comparison": (
+        "Ask how two things that the text above mentions differ.",
+        "Write a question that compares two statements of the text above.",
+    ),
+    "consequence": (
+        "Ask what follows from something that the text above says.",
+        "Write a question that starts with why or what if, about the text above.",
+    ),
+}
+"""Those of questions that are kept apart."""
+
+_ONLY = " Answer only with the message itself, nothing else."
+_TEMPERATURE, _NEW = 0.6, 96
+"""How a question is sampled, and its tokens at most."""
+_MOST_DRAWN = 6
+"""Questions drawn at most for each that is wanted."""
+_REPEATED_WORDS, _LEAST_VARIED = 16, 0.25
+"""Words from which on a text is degenerate that has a smaller share of different ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question about a passage.
+
+    Attributes:
+        request: What is asked, as a prompt takes it: fields of the template, or the ``messages`` of a chat.
+        answer: The answer; None before there is one.
+        passage: Number of the passage that answers it.
+        kind: ``given``, or the kind of the seed it was asked by.
+        labelled: Whether the answer was given.
+        held_out: Whether it is kept apart.
+    """
+
+    request: Mapping[str, Any]
+    answer: str | None
+    passage: int = 0
+    kind: str = GIVEN
+    labelled: bool = False
+    held_out: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; ``from_dict`` of them gives an equal question."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Question:
+        """Return the question of ``to_dict``'s values."""
+        return cls(**values)
+
+    @property
+    def text(self) -> str:
+        """The question as one text."""
+        messages = self.request.get("messages")
+        texts = self.request.values() if messages is None else [each["content"] for each in messages]
+        return "\n".join(map(str, texts))
+
+    def record(self, *, chat: bool) -> Record:
+        """Return it as a record to train on, as a chat or as the fields of a template."""
+        if not chat:
+            return Record({name: str(value) for name, value in self.request.items()}, self.answer)
+        asked = chat_of(self.request)
+        whole = asked if self.answer is None else replace(asked.answered(self.answer), given=len(asked.messages))
+        return Record({INPUT: self.text}, self.answer, chat=whole)
+
+
+def given_questions(
+    source: DataSource,
+    rows: RowTokenizer,
+    passages: int,
+    settings: DistillSettings,
+) -> list[Question]:
+    """Read questions, with answers or without, and draw those that are kept apart.
+
+    Args:
+        source: Records of a question each; ``passage`` says which of several passages it is about.
+        rows: What renders them, as chats or by a template.
+        passages: How many passages there are.
+        settings: Say how many are kept apart, and name the columns.
+
+    Raises:
+        DataError: There are none, one does not fit the template, or one does not say its passage.
+    """
+    records = read_records(source, require_target=False, use="train", **cast(Any, settings.columns))
+    rows.check(records, settings.output_field)
+    chat = rows.chats is not None
+    found = [_given(each, n, chat, passages) for n, each in enumerate(records, start=1)]
+    unique = list({each.text: each for each in found[::-1]}.values())
+    unique.sort(key=found.index)
+    if len(unique) < len(found):
+        logger.warning("%s questions are there twice; each is used once", f"{len(found) - len(unique):,}")
+    share, draw = settings.held_out, random.Random(f"held out {settings.seed}")
+    count = min(round(share * len(unique)) or int(share > 0), len(unique) - 1)
+    apart = set(draw.sample(range(len(unique)), count))
+    return [replace(each, held_out=i in apart) for i, each in enumerate(unique)]
+
+
+def _given(record: Record, number: int, chat: bool, passages: int) -> Question:
+    passage = 1
+    if passages > 1:
+        named = record.fields.get(PASSAGE, "")
+        passage = int(named) if named.isdecimal() else 0
+        if not 1 <= passage <= passages:
+            raise DataError(
+                f"question {number}: the text is {passages} passages, so expected the number of one in the column "
+                f"{PASSAGE!r}, got {named or 'none'}; add it, or use self_study"
+            )
+    if not chat:
+        request: dict[str, Any] = {name: text for name, text in record.fields.items() if name != PASSAGE}
+    elif record.chat is not None:
+        asked = record.chat.asked()
+        request = {"messages": [dict(each) for each in asked.messages]}
+        request |= {} if asked.tools is None else {"tools": asked.tools}
+    elif INPUT in record.fields:
+        request = request_of(record.fields[INPUT], chat=True)
+    else:
+        raise DataError(
+            f"question {number}: expected a text or messages, got {', '.join(record.fields) or 'nothing'}"
+        )
+    return Question(request, record.target, passage - 1, labelled=record.target is not None)
+
+
+@dataclass
+class Study:
+    """Self-study, as far as it has come: a function of the seed and of how many questions were drawn.
+
+    Attributes:
+        counts: Questions wanted, to train on and to keep apart.
+        passages: How many passages there are.
+        chat: Whether a question is a chat.
+        seed: Seed of everything drawn.
+        drawn: Questions drawn so far, to train on and to keep apart.
+        questions: Those that were kept.
+        dropped: Why others were not, and how many.
+    """
+
+    counts: tuple[int, int]
+    passages: int
+    chat: bool
+    seed: int
+    drawn: list[int] = field(default_factory=lambda: [0, 0])
+    questions: list[Question] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def of(cls, settings: DistillSettings, chat: bool, passages: int) -> Study:
+        """Return the study of a run, before its first question."""
+        count = settings.self_study or 0
+        apart = max(1, round(settings.held_out * count)) if settings.held_out else 0
+        return cls((count, apart), passages, chat, settings.seed)
+
+    def wanted(self, size: int) -> list[tuple[Question, GenerationOptions]]:
+        """Return the next seeds to ask, ``size`` at most; none when there are enough questions."""
+        for apart in (False, True):
+            count, first = self.counts[apart], self.drawn[apart]
+            have = sum(each.held_out == apart for each in self.questions)
+            left = min(count - have, _MOST_DRAWN * count - first, size)
+            if left > 0:
+                self.drawn[apart] += left
+                return [self.seed_of(n, apart=apart) for n in range(first, first + left)]
+        return []
+
+    def seed_of(self, number: int, *, apart: bool) -> tuple[Question, GenerationOptions]:
+        """Return what asks for a question, and how that is sampled."""
+        draw, seeds = random.Random(f"self-study {self.seed} {apart} {number}"), OTHER_SEEDS if apart else SEEDS
+        kind = list(seeds)[number % len(seeds)]
+        asked = request_of(draw.choice(seeds[kind]) + _ONLY, chat=self.chat)
+        how = GenerationOptions(max_new_tokens=_NEW, temperature=_TEMPERATURE, seed=draw.getrandbits(31))
+        return Question(asked, None, draw.randrange(self.passages), kind, held_out=apart), how
+
+    def kept(self, seeds: Sequence[Question], texts: Sequence[str]) -> list[Question]:
+        """Return the questions that can be used of what the base asked; the others are counted."""
+        known = {_alike(each.text) for each in self.questions}
+        found = []
+        for seed, text in zip(seeds, texts, strict=True):
+            asked = text.strip().strip('"').strip()
+            if not (reason := problem(asked)) and _alike(asked) in known:
+                reason = "asked before"
+            if reason:
+                self.dropped[f"questions {reason}"] += 1
+                continue
+            known.add(_alike(asked))
+            found.append(replace(seed, request=request_of(asked, chat=self.chat)))
+        return found
+
+    def add(self, questions: Sequence[Question], answers: Sequence[str]) -> None:
+        """Take answered questions; those with an unusable answer are counted."""
+        for question, answer in zip(questions, answers, strict=True):
+            if reason := problem(answer):
+                self.dropped[f"answers {reason}"] += 1
+            else:
+                self.questions.append(replace(question, answer=answer))
+
+
+def request_of(text: str, *, chat: bool) -> dict[str, Any]:
+    """Return a text as a request."""
+    return {"messages": [{"role": "user", "content": text}]} if chat else {INPUT: text}
+
+
+def problem(text: str) -> str:
+    """Return what makes a generated text useless: ``empty`` or ``repetitive``; empty where nothing does."""
+    words = text.lower().split()
+    if not words:
+        return "empty"
+    repeats = len(words) >= _REPEATED_WORDS and len(set(words)) < _LEAST_VARIED * len(words)
+    return "repetitive" if repeats else ""
+
+
+def _alike(text: str) -> str:
+    return re.sub(r"\W+", " ", text.lower()).strip()

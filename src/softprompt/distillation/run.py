@@ -1,0 +1,241 @@
+"""`distill`: from a text to a prompt that answers as the base does that has read it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from softprompt.artifacts import CURVE_NAME, write_atomically
+from softprompt.backbone import freeze
+from softprompt.display import training_curve
+from softprompt.distillation import (
+    REPORT_NAME,
+    DistillationReport,
+    Distilled,
+    DistillSettings,
+    Forecast,
+    Question,
+    SourceText,
+    Store,
+    Student,
+    Teacher,
+    answered,
+    forecast_of,
+    given_questions,
+    report_of,
+    studied,
+    taught,
+)
+from softprompt.errors import ConfigError, UsageError
+from softprompt.inference import TunedPrompt
+from softprompt.progress import timed
+from softprompt.training import (
+    BaseLike,
+    Session,
+    StopSignal,
+    check_output,
+    checked_callbacks,
+    identity,
+    load_states,
+    loaded,
+    named_source,
+    nothing_learnt,
+    publish_logs,
+    remove_state,
+    state_path,
+)
+
+if TYPE_CHECKING:
+    from softprompt.data import DataSource
+    from softprompt.distillation import Text
+
+logger = logging.getLogger(__name__)
+
+QUESTIONS_NAME = "questions.jsonl"
+"""The questions beside the finished prompt: they are part of what was learnt."""
+
+
+def distill(
+    base_model: BaseLike = "demo",
+    *,
+    system_prompt: Text | None = None,
+    documents: Sequence[Text] = (),
+    examples: DataSource | None = None,
+    questions: DataSource | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    report: bool = True,
+    unrelated: DataSource | None = None,
+    callbacks: Sequence[object] = (),
+    **options: Any,
+) -> TunedPrompt | Forecast:
+    """Distil a text into a prompt: the base with the prompt answers as the base does that has read the text.
+
+    Args:
+        base_model: A folder, a model name, ``"demo"`` (the bundled model), or a loaded model.
+        system_prompt: The text; a ``Path`` is a file that holds it.
+        documents: Texts that are cut into chunks where they are too long; likewise.
+        examples: Records with targets, which the teacher sees as demonstrations.
+        questions: Records of what the teacher is asked, with answers or without; instead of ``self_study``.
+        output: Directory to write the prompt to; without it nothing is written.
+        overwrite: Write into an output directory that is not empty.
+        resume: Continue the run that was interrupted in ``output``, with its own text, questions and settings.
+        dry_run: Train nothing and write nothing, and return what the run would do.
+        report: Measure the prompt at the end on the questions that were kept apart; its numbers go into
+            ``distillation.json`` beside it, and the main ones into its record.
+        unrelated: Records with answers that have nothing to do with the text, to measure damage on.
+        callbacks: As for ``tune``.
+        **options: The fields of `DistillSettings`; ``lr`` is another name of ``learning_rate``.
+
+    Raises:
+        ConfigError: An unknown or contradictory setting.
+        DataError: A text, examples or questions that cannot be used.
+        ContextOverflowError: The text does not fit into the context.
+        OutputExistsError: The output directory is not empty.
+        TrainingError: The loss is not finite, or there is nothing to resume.
+        TrainingInterrupted: Ctrl-C or SIGTERM; what is done is saved when there is an ``output``.
+    """
+    called, target = checked_callbacks(callbacks), None if output is None else Path(output)
+    sources = {"system_prompt": system_prompt, "documents": documents, "examples": examples, "questions": questions}
+    if resume:
+        plan = _resumed(target, {**sources, **options, "overwrite": overwrite})
+        settings = DistillSettings.from_dict({**plan["settings"], **options})
+        base_model, text = plan["base_model"] or base_model, SourceText(**plan["text"])
+    else:
+        plan, settings = {}, DistillSettings.from_dict(options)
+        if not dry_run:
+            check_output(target, overwrite=overwrite)
+        if (questions is None) == (settings.self_study is None):
+            raise UsageError("expected questions (with answers or without) or self_study N; give one of them")
+        text = SourceText.of(system_prompt, documents, examples, settings.columns)
+    with timed(silent=settings.silence_progress_bars):
+        base = loaded(base_model, settings.tuning(settings.configuration(chat=False)))
+        freeze(base.model)
+        teacher = Teacher.of(base, text, settings)
+        given = [Question.from_dict(each) for each in plan.get("questions", ())]
+        if questions is not None:
+            given = given_questions(questions, teacher.rows, len(teacher.passages), settings)
+        if dry_run:
+            return forecast_of(teacher, settings, given)
+        store = Store(target, plan or _plan(named_source(base_model), teacher, settings, text, given))
+        store.check("fingerprint", _fingerprint(teacher))
+        with StopSignal() as stop:
+            if target is not None and not resume:
+                remove_state(target)
+                store.begin()
+            distilled, found = _run(teacher, settings, given, store, stop, called)
+            measured = None
+            if report and distilled.held_out.questions:
+                with store.interrupted("while the prompt was measured"):
+                    measured = report_of(distilled, len(found), unrelated=unrelated, check_stop=stop.check)
+        return _finished(distilled, found, measured, target)
+
+
+def _fingerprint(teacher: Teacher) -> str:
+    return str(teacher.base.fingerprint_record().get("short", ""))
+
+
+def _plan(
+    base_model: Any, teacher: Teacher, settings: DistillSettings, text: SourceText, given: Sequence[Question]
+) -> dict[str, Any]:
+    """Return all that a run is made of, as plain values."""
+    return {
+        "command": "distill",
+        "base_model": base_model,
+        "fingerprint": _fingerprint(teacher),
+        "settings": settings.to_dict(),
+        "text": text.to_dict(),
+        "questions": [each.to_dict() for each in given],
+    }
+
+
+def _resumed(output: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the plan of the run that was interrupted in a folder: it has all that the run is made of but the base.
+
+    Raises:
+        UsageError: There is none, or something is given that could be another thing than the run has.
+    """
+    if output is None:
+        raise UsageError("resume needs the output directory of the interrupted run")
+    named = [name for name, each in given.items() if each and name not in ("silence_progress_bars", "device")]
+    if named:
+        raise UsageError(f"resume goes on with the run's own text, questions and settings; leave {named[0]} out")
+    return dict(Store.found(output).plan)
+
+
+def _run(
+    teacher: Teacher,
+    settings: DistillSettings,
+    given: Sequence[Question],
+    store: Store,
+    stop: StopSignal,
+    callbacks: Sequence[object],
+) -> tuple[Distilled, list[Question]]:
+    """Run the stages, each from where it was; return what came of it, and all questions.
+
+    Raises:
+        TrainingInterrupted: With the command that goes on.
+    """
+    output, clock = store.output, [time.perf_counter()]
+    with store.interrupted("while questions were answered"):
+        stage = answered(given, teacher, store, stop.check) if given else None
+        found = studied(settings, teacher, store, stop.check) if stage is None else stage
+    clock.append(time.perf_counter())
+    digest = hashlib.sha256(_lines(found).encode()).hexdigest()
+    data = {"train": {"path": QUESTIONS_NAME, "sha256": digest, "rows": len(found)}}
+    student = Student.of(teacher, found, settings, data)
+    with store.interrupted("while the teacher read the answers"):
+        targets = taught(student.questions, student.asked, settings.top_k, teacher, store, stop.check)
+    clock.append(time.perf_counter())
+    prepared, held_out = student.taught(targets, settings.label_weight, stop.check)
+    apart = len(held_out.questions)
+    logger.info("%d questions to train on, %d kept apart", len(found) - apart, apart)
+    begun = output is not None and state_path(output).exists()
+    before = load_states(output, identity(prepared))[0] if output is not None and begun else None
+    with store.interrupted("at once", (KeyboardInterrupt,)):
+        trained = Session(output, stop, before, callbacks).train({"": prepared})[""]
+    judged = [{**point, "loss": point["distillation"]} for point in trained.history]
+    if problem := nothing_learnt(prepared, trained.metrics, judged):
+        trained.metrics["nothing_learnt"] = problem
+        logger.warning("%s", problem)
+    parts = {"questions": clock[1] - clock[0], "teacher": clock[2] - clock[1]}
+    trained = trained.timed(parts, clock[2] - clock[0] + trained.metrics["seconds"])
+    manifest = prepared.manifest(trained.metrics, trained.history)
+    own = {"distillation": settings.to_dict(), "text_tokens": teacher.tokens}
+    manifest = replace(manifest, settings=manifest.settings | own)
+    tuned = TunedPrompt(prepared.base, prepared.module, prepared.config, manifest)
+    return Distilled(tuned, teacher, held_out), found
+
+
+def _finished(
+    distilled: Distilled, questions: Sequence[Question], report: DistillationReport | None, target: Path | None
+) -> TunedPrompt:
+    """Write the prompt with its questions and its report, and remove the state."""
+    tuned = distilled.tuned
+    if report is not None:
+        manifest = replace(tuned.whole, metrics={**tuned.whole.metrics, "distilled": report.metrics()})
+        tuned = TunedPrompt(tuned.base, tuned.module, tuned.config, manifest)
+    if target is not None:
+        tuned.save(target, overwrite=True)
+        write_atomically(target / QUESTIONS_NAME, _lines(questions))
+        (target / REPORT_NAME).unlink(missing_ok=True)
+        if report is not None:
+            report.write(target)
+        publish_logs(target, {"": target})
+        with suppress(ConfigError):  # matplotlib is not installed
+            (target / CURVE_NAME).unlink(missing_ok=True)
+            training_curve(tuned.history, target / CURVE_NAME)
+    return tuned
+
+
+def _lines(questions: Sequence[Question]) -> str:
+    return "".join(json.dumps(each.to_dict(), ensure_ascii=False) + "\n" for each in questions)

@@ -1,0 +1,126 @@
+"""The stages before training: the questions with their answers, and what the teacher predicts for these."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from softprompt.distillation import Question, Study, problem
+from softprompt.errors import ConfigError, DataError
+from softprompt.progress import progress_bar
+
+if TYPE_CHECKING:
+    from softprompt.data import TokenRow
+    from softprompt.distillation import DistillSettings, Store, Teacher
+    from softprompt.training import TopTargets
+
+logger = logging.getLogger(__name__)
+
+BLOCK = 32
+"""Questions, or rows, after which a stage is saved."""
+
+CheckStop = Callable[[], None]
+
+
+def answered(given: Sequence[Question], teacher: Teacher, store: Store, check_stop: CheckStop) -> list[Question]:
+    """Return given questions, those without an answer answered by the teacher; useless answers are left out.
+
+    Raises:
+        DataError: None is left.
+    """
+    saved = store.questions() or {"read": 0, "questions": [], "dropped": {}}
+    found = [Question.from_dict(each) for each in saved["questions"]]
+    dropped = Counter[str](saved["dropped"])
+    with progress_bar(len(given), "question", done=saved["read"], delay=2.0) as bar:
+        for start in range(saved["read"], len(given), BLOCK):
+            check_stop()
+            block = given[start : start + BLOCK]
+            texts = iter(teacher.answers([each for each in block if each.answer is None]))
+            for each in block:
+                answer = next(texts) if each.answer is None else each.answer
+                if not each.labelled and (reason := problem(answer)):
+                    dropped[f"answers {reason}"] += 1
+                else:
+                    found.append(replace(each, answer=answer))
+            _save(store, found, dropped, read=start + len(block))
+            bar.update(len(block))
+    return _usable(found, dropped)
+
+
+def studied(settings: DistillSettings, teacher: Teacher, store: Store, check_stop: CheckStop) -> list[Question]:
+    """Return questions of self-study with their answers.
+
+    Raises:
+        ConfigError: The template has other fields than ``input``.
+        DataError: None is left.
+    """
+    if not teacher.manifest.chat and teacher.manifest.fields != ("input",):
+        raise ConfigError("self_study needs a verbalizer whose one field is input; change it, or give questions")
+    study = Study.of(settings, teacher.manifest.chat, len(teacher.passages))
+    if saved := store.questions():
+        study.drawn, study.dropped = saved["drawn"], Counter(saved["dropped"])
+        study.questions = [Question.from_dict(each) for each in saved["questions"]]
+    with progress_bar(sum(study.counts), "question", done=len(study.questions)) as bar:
+        while seeds := study.wanted(BLOCK):
+            check_stop()
+            before = len(study.questions)
+            asked = study.kept([each for each, _ in seeds], teacher.generate(seeds))
+            study.add(asked, teacher.answers(asked))
+            _save(store, study.questions, study.dropped, drawn=study.drawn)
+            bar.update(len(study.questions) - before)
+    if len(study.questions) < sum(study.counts):
+        logger.warning("self-study found %d of %d questions", len(study.questions), sum(study.counts))
+    return _usable(study.questions, study.dropped)
+
+
+def _save(store: Store, found: Sequence[Question], dropped: Counter[str], **position: object) -> None:
+    values = {"questions": [each.to_dict() for each in found], "dropped": dict(dropped)}
+    store.save_questions(values | position)
+
+
+def _usable(found: list[Question], dropped: Counter[str]) -> list[Question]:
+    if dropped:
+        counts = sorted(dropped.items())
+        logger.info("left out: %s", ", ".join(f"{count:,} {what}" for what, count in counts))
+    if all(each.held_out for each in found):
+        raise DataError(
+            "no question is left to train on: the base's own questions or answers are empty or repetitive; give "
+            "questions with answers, or use another base"
+        )
+    return found
+
+
+def taught(
+    questions: Sequence[Question],
+    rows: Sequence[TokenRow],
+    k: int,
+    teacher: Teacher,
+    store: Store,
+    check_stop: CheckStop,
+) -> list[TopTargets]:
+    """Return what the teacher predicts for the target tokens of each row, passage after passage.
+
+    Args:
+        questions: The questions of the rows.
+        rows: The rows as the teacher reads them.
+        k: Tokens kept for each.
+        teacher: The teacher.
+        store: Keeps what is done.
+        check_stop: Called between passes.
+    """
+    lengths = [len(row.source) + len(row.target) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: (questions[i].passage, lengths[i]))
+    found: dict[int, TopTargets] = {}
+    with progress_bar(len(rows), "row", delay=2.0) as bar:
+        for block, start in enumerate(range(0, len(order), BLOCK)):
+            part = order[start : start + BLOCK]
+            targets = store.targets(block)
+            if targets is None:
+                targets = teacher.targets([questions[i] for i in part], [rows[i] for i in part], k, check_stop)
+                store.save_targets(block, targets)
+            found.update(zip(part, targets, strict=True))
+            bar.update(len(part))
+    return [found[i] for i in range(len(rows))]

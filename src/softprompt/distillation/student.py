@@ -1,0 +1,158 @@
+"""The student: the base with a prompt and without the text, its first values, and what it is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, final
+
+from softprompt.artifacts import check_base, load_adapter
+from softprompt.backbone import Base, key_values
+from softprompt.distillation import HeldOut, HeldOutMeasure, start_ids
+from softprompt.engine import placement_of
+from softprompt.errors import ConfigError, DataError
+from softprompt.prompts import PROMPT_KEY, FlatOrder, Placement, PromptLearningConfig, from_tokens, lookup
+from softprompt.training import Goal, Prepared, TaskData, TopDivergence, TopTargets, prepare
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from softprompt.data import TokenRow
+    from softprompt.distillation import DistillSettings, Question, Teacher
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Student:
+    """A prompt that was not trained yet, and the questions it is trained and validated on.
+
+    Attributes:
+        prepared: The prompt, its base and its rows, as a run of ``tune`` has them.
+        questions: The questions, those to train on before those that are kept apart.
+        asked: Their rows as the teacher reads them.
+        rows: Their rows as the student reads them.
+        distractors: Keys and values of other prompts to train beside, ``[L, 2, A_kv, P, D]`` each.
+    """
+
+    prepared: Prepared
+    questions: tuple[Question, ...]
+    asked: tuple[TokenRow, ...]
+    rows: tuple[TokenRow, ...]
+    distractors: tuple[Tensor, ...] = ()
+
+    @property
+    def lengths(self) -> list[int]:
+        """Target tokens of each row."""
+        return [len(row.target) for row in self.rows]
+
+    @classmethod
+    def of(
+        cls, teacher: Teacher, questions: Sequence[Question], settings: DistillSettings, data: Mapping[str, Any]
+    ) -> Student:
+        """Prepare a student for answered questions.
+
+        Args:
+            teacher: The teacher.
+            questions: The questions.
+            settings: The settings.
+            data: What identifies the data, for the manifest and for resuming.
+
+        Raises:
+            ConfigError: The prompt would be longer than the text, or stand where the base has no place for it.
+            DataError: An answer has other tokens behind the text than without it.
+        """
+        chat = teacher.manifest.chat
+        ordered = sorted(questions, key=lambda each: each.held_out)
+        records = [each.record(chat=chat) for each in ordered]
+        count = sum(not each.held_out for each in ordered)
+        config = configuration_of(teacher, settings)
+        ids = start_ids(
+            settings.start,
+            teacher.passages,
+            settings.num_virtual_tokens,
+            teacher.base.facts.vocabulary,
+            settings.seed,
+        )
+        task = TaskData(
+            name="",
+            train=records[:count],
+            validation=records[count:],
+            labels=teacher.manifest.labels,
+            template=settings.verbalizer,
+            fingerprints=dict(data),
+        )
+        prepared = prepare(teacher.base, [task], settings.tuning(config))
+        asked, _ = teacher.rows.tokenize(records)
+        rows = (*prepared.tasks[0].train, *prepared.tasks[0].validation)
+        for question, one, other in zip(ordered, asked, rows, strict=True):
+            if one.target != other.target:
+                asked_for = question.text[:40]
+                raise DataError(f"the answer to {asked_for!r} is other tokens behind the text; leave it out")
+        _start(prepared, asked[0], ids)
+        others = tuple(_distractor(each, teacher.base, prepared.config) for each in settings.distractors)
+        return cls(prepared, tuple(ordered), tuple(asked), rows, others)
+
+    def taught(
+        self, targets: Sequence[TopTargets], label_weight: float, check_stop: Callable[[], None]
+    ) -> tuple[Prepared, HeldOut]:
+        """Return what to train, given what the teacher predicts for each row, and what was kept apart."""
+        count = len(self.prepared.tasks[0].train)
+        apart = slice(count, None)
+        held_out = HeldOut(self.questions[apart], self.asked[apart], self.rows[apart], targets[apart])
+        keys = [(row.source, row.target) for row in self.rows[:count]]
+        labelled = [key for key, each in zip(keys, self.questions[:count], strict=True) if each.labelled]
+        engine, size = self.prepared.engine, self.prepared.settings.batch_size
+        objective = TopDivergence(
+            engine,
+            dict(zip(keys, targets[:count], strict=True)),
+            dict.fromkeys(labelled, label_weight),
+            self.distractors,
+        )
+        measure = HeldOutMeasure(engine, held_out, 2 * size, check_stop) if held_out.questions else None
+        return replace(self.prepared, goal=Goal(objective, measure)), held_out
+
+
+def configuration_of(teacher: Teacher, settings: DistillSettings) -> PromptLearningConfig:
+    """Return the configuration of the student's prompt.
+
+    Raises:
+        ConfigError: It would stand in front of a chat that no chat template renders.
+    """
+    config = settings.configuration(chat=teacher.chat)
+    if teacher.chat and not teacher.manifest.chat and placement_of(config) is not Placement.CHAT_SYSTEM:
+        raise ConfigError(
+            "a chat with a template of one's own needs the prompt in its system turn: kind virtual-tokens and "
+            "placement auto; or leave chat out"
+        )
+    return config
+
+
+def _start(prepared: Prepared, asked: TokenRow, ids: Sequence[int]) -> None:
+    """Start the prompt at tokens; keys and values at theirs behind what stands before the teacher's text."""
+    base, config = prepared.base, prepared.config
+    if config.keys_and_values:
+        whole = [*asked.source[: asked.at], *ids][: len(ids)]
+        values = FlatOrder.of(config).flattened(key_values(base.model, whole))
+    else:
+        values = from_tokens(len(ids), ids, lookup(base.embedding))
+    prepared.module.load_stored({PROMPT_KEY: values})
+
+
+def _distractor(path: str, base: Base, config: PromptLearningConfig) -> Tensor:
+    """Return the keys and values of a stored prompt.
+
+    Raises:
+        ConfigError: It holds none, or its layers have other sizes.
+        FingerprintError: It is of another base.
+        ArtifactError: It cannot be read.
+    """
+    stored = load_adapter(path)
+    check_base(stored, base.model)
+    other = stored.configuration()
+    if not other.keys_and_values or FlatOrder.of(other).shape[:3] != FlatOrder.of(config).shape[:3]:
+        raise ConfigError(
+            f"the distractor {path} is {stored.config['peft_type']} of other sizes than a kv prompt of this base; "
+            "give prompts that distill made with kind kv"
+        )
+    order = FlatOrder.of(other)
+    return order.unflattened(order.read(stored.tensors)[PROMPT_KEY])

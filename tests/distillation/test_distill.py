@@ -1,0 +1,283 @@
+"""A text into a prompt: the teacher against plain passes, the student against no prompt, the text, and PEFT."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import softprompt
+from distillation.conftest import TEXT
+from oracles import families
+from oracles.tokenizers import byte_bpe
+from softprompt.backbone import Base, freeze, key_values, load_base
+from softprompt.distillation import DistillSettings, Question, Teacher, divergence_of, questions
+from softprompt.distillation.held_out import HeldOut
+from softprompt.distillation.student import Student
+from softprompt.distillation.texts import SourceText, start_ids
+from softprompt.errors import SoftPromptError, UsageError
+from softprompt.evaluation import EvaluationSettings
+from softprompt.evaluation.baselines import Baseline, prompted
+from softprompt.prompts import Placement
+
+# PEFT 0.21 reads a property that transformers 5.23 has renamed; nothing of ours is involved.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+QUICK = {"num_virtual_tokens": 4, "max_source_length": 48, "max_target_length": 8, "silence_progress_bars": True}
+
+
+def teacher_of(base_model, reading, **settings):
+    base = load_base(base_model)
+    freeze(base.model)
+    return Teacher.of(base, reading, DistillSettings.from_dict({**QUICK, **settings}))
+
+
+def targets_of(teacher, question, answer):
+    """The teacher's top 5 for an answer, and that of a plain pass over text, question and answer."""
+    found = Question(question, answer)
+    rows, _ = teacher.rows.tokenize([found.record(chat=teacher.manifest.chat)])
+    return rows[0], teacher.targets([found], rows, 5, lambda: None)[0]
+
+
+def plain_top(model, ids, behind):
+    with torch.no_grad():
+        scores = model(input_ids=torch.tensor([ids])).logits[0, -behind - 1 : -1].log_softmax(1)
+    return scores.topk(5)
+
+
+def test_the_teachers_targets_are_those_of_a_plain_pass_over_a_chat(chat_base):
+    teacher = teacher_of(chat_base, SourceText("system prompt", [("text", TEXT)]))
+    row, found = targets_of(teacher, {"messages": [{"role": "user", "content": "is it late"}]}, "thank you")
+    tokenizer, model = AutoTokenizer.from_pretrained(chat_base), AutoModelForCausalLM.from_pretrained(chat_base)
+    turns = [("system", TEXT), ("user", "is it late"), ("assistant", "thank you")]
+    chat = [{"role": role, "content": text} for role, text in turns]
+    text = tokenizer.apply_chat_template(chat, tokenize=False).rstrip("\n")
+    wanted = plain_top(model, tokenizer(text, add_special_tokens=False)["input_ids"], len(row.target))
+    torch.testing.assert_close(found.log_probs, wanted.values, atol=2e-4, rtol=1e-4)
+    assert torch.equal(found.ids.long(), wanted.indices)
+    torch.testing.assert_close(found.tail.exp(), 1 - wanted.values.exp().sum(1), atol=1e-4, rtol=1e-4)
+
+
+def test_the_teachers_targets_are_those_of_a_plain_pass_over_a_text():
+    teacher = teacher_of(
+        "demo", SourceText("system prompt", [("text", TEXT)]), verbalizer="Text: {{input}}\nLabel:"
+    )
+    row, found = targets_of(teacher, {"input": "is it late"}, "yes")
+    tokenizer, model = teacher.base.tokenizer, teacher.base.model
+    bos = tokenizer("", add_special_tokens=True)["input_ids"][: row.at]
+    text = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    ids = [*bos, *text, *teacher.rows.text("\n\n"), *row.source[row.at :], *row.target]
+    wanted = plain_top(model, ids, len(row.target))
+    torch.testing.assert_close(found.log_probs, wanted.values, atol=2e-4, rtol=1e-4)
+
+
+def test_examples_are_shown_as_the_baseline_of_an_evaluation_shows_them():
+    records = [{"input": f"text {n}", "output": ("good", "bad")[n % 2]} for n in range(4)]
+    template = "Text: {{input}}\nLabel:"
+    teacher = teacher_of(
+        "demo", SourceText.of(None, (), records, {"input_field": None, "output_field": None}), verbalizer=template
+    )
+    baseline = Baseline(base_model="demo", template=template, few_shot=4, examples=records, labels=("bad", "good"))
+    shown, _ = prompted(baseline, [], EvaluationSettings())
+    texts = {tuned.tokenizer.decode(ids) for tuned, ids in ((shown, teacher.passages[0].ids),)}
+    (text,) = texts
+    assert sorted(text.split("\n\n")) == sorted(
+        f"Text: text {n}\nLabel: {('good', 'bad')[n % 2]}" for n in range(4)
+    )
+    assert teacher.prompts[0].tokens == shown.prompt().tokens
+    assert teacher.manifest.labels == ("bad", "good")
+    assert teacher.answers([Question({"input": "text 1"}, None)])[0] in ("bad", "good")
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory):
+    """The demo model's few-shot text in a prompt, and where it lies."""
+    output = tmp_path_factory.mktemp("distilled") / "prompt"
+    text = "Text: It broke.\nLabel: complaint\n\nText: When do you open?\nLabel: no complaint"
+    words = ["kettle", "lamp", "chair", "phone", "book", "coat", "lock", "shoe", "table", "fan", "pen", "cup"]
+    asked = [{"input": f"The {one} {what}."} for one in words for what in ("leaks", "is nice")]
+    tuned = softprompt.distill(
+        system_prompt=text,
+        questions=asked,
+        verbalizer="Text: {{input}}\nLabel:",
+        num_epochs=6,
+        batch_size=8,
+        start="vocabulary",
+        output=output,
+        held_out=0.25,
+        **QUICK,
+    )
+    return tuned, output, text
+
+
+def test_the_prompt_comes_clearly_nearer_to_the_text_than_no_prompt(distilled):
+    tuned, output, text = distilled
+    lines = [json.loads(line) for line in (output / "questions.jsonl").read_text().splitlines()]
+    apart = [Question.from_dict(each) for each in lines if each["held_out"]]
+    assert len(apart) == 6
+    assert len(lines) == 24
+    teacher = teacher_of("demo", SourceText("system prompt", [("text", text)]), verbalizer=tuned.manifest.template)
+    records = [each.record(chat=False) for each in apart]
+    asked, rows = teacher.rows.tokenize(records)[0], tuned.rows.tokenize(records)[0]
+    kept = HeldOut(apart, asked, rows, teacher.targets(apart, asked, 20, lambda: None))
+    nats = [
+        divergence_of(tuned.engine, each, kept.targets, batch_size=4)
+        for each in (kept.with_prompt(None), kept.with_prompt(tuned.prompt()), kept.with_text(teacher.prompts))
+    ]
+    assert nats[1].nats < 0.5 * nats[0].nats
+    assert nats[2].nats == pytest.approx(0.0, abs=1e-5)
+    assert nats[2].agreement == 1.0
+    assert nats[1].nats == pytest.approx(tuned.metrics["validation"]["divergence"], rel=1e-3)
+
+
+def test_the_artifact_is_pefts_and_nothing_of_the_run_is_left(distilled):
+    tuned, output, _ = distilled
+    assert json.loads((output / "adapter_config.json").read_text())["peft_type"] == "PROMPT_TUNING"
+    assert not (output / ".state").exists()
+    ids = torch.tensor([tuned.sources("The door sticks.")[0][0]])
+    model = AutoModelForCausalLM.from_pretrained(tuned.base.model.name_or_path)
+    theirs = peft.PeftModel.from_pretrained(model, str(output)).eval()
+    with torch.no_grad():
+        wanted = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1]
+        embeds = torch.cat([tuned.prompt().input, tuned.base.embedding(ids[0])])
+        found = tuned.base.model(inputs_embeds=embeds[None]).logits[0, -1]
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    again = softprompt.load(output)
+    assert again("The door sticks.") == tuned("The door sticks.")
+    assert again.manifest.settings["distillation"]["start"] == "vocabulary"
+
+
+def test_a_chat_prompt_stands_where_the_text_stood(chat_base, asked):
+    tuned = softprompt.distill(chat_base, system_prompt=TEXT, questions=asked, max_steps=2, **QUICK)
+    assert tuned.config.placement is Placement.CHAT_SYSTEM
+    assert tuned.manifest.chat
+    teacher = teacher_of(chat_base, SourceText("system prompt", [("text", TEXT)]))
+    assert tuned.sources("is it late") == teacher.tuned[0].sources("is it late")
+    in_front = softprompt.distill(
+        chat_base, system_prompt=TEXT, questions=asked, max_steps=2, placement="prefix", **QUICK
+    )
+    assert str(in_front.config.peft_type) == "PROMPT_TUNING"
+
+
+def test_kv_starts_at_the_texts_own_keys_and_values_and_is_pefts_cartridge(chat_base, asked, tmp_path):
+    teacher = teacher_of(chat_base, SourceText("system prompt", [("text", TEXT)]), kind="kv")
+    settings = DistillSettings.from_dict({**QUICK, "kind": "kv"})
+    answered = [Question({"messages": [{"role": "user", "content": "late"}]}, "thank you")]
+    student = Student.of(teacher, answered, settings, {"train": {"path": "x", "sha256": "y", "rows": 1}})
+    head = student.asked[0].source[: student.asked[0].at]
+    ids = [*head, *teacher.passages[0].ids][:4]
+    wanted = key_values(teacher.base.model, ids)
+    torch.testing.assert_close(student.prepared.module.prompt().prefix, wanted)
+    tuned = softprompt.distill(
+        chat_base, system_prompt=TEXT, questions=asked, max_steps=2, kind="kv", output=tmp_path / "kv", **QUICK
+    )
+    moved = (tuned.prompt().prefix - wanted).abs().amax(dim=(0, 1, 2, 4))
+    assert moved[0] == 0  # the sink stays
+    assert (moved[1:] > 0).all()
+    assert softprompt.load(tmp_path / "kv")("is it late") == tuned("is it late")
+    config = json.loads((tmp_path / "kv" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "CARTRIDGE"
+    loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(chat_base), str(tmp_path / "kv"))
+    assert loaded.peft_config["default"].num_virtual_tokens == 4
+
+
+def test_a_document_is_cut_into_equal_chunks_that_are_the_whole(chat_base):
+    text = " ".join(f"fact {n}" for n in range(90))
+    reading = SourceText("document", [("a.txt", text), ("b.txt", TEXT)])
+    teacher = teacher_of(chat_base, reading, chunk_tokens=100)
+    sizes = [len(each.ids) for each in teacher.passages]
+    whole = [token for each in teacher.passages for token in each.ids]
+    split = [teacher.base.tokenizer(each, add_special_tokens=False)["input_ids"] for each in (text, TEXT)]
+    assert whole == [*split[0], *split[1]]
+    assert max(sizes) <= 100
+    assert max(sizes[:-1]) - min(sizes[:-1]) <= 1
+    assert teacher.passages[0].source == f"a.txt, chunk 1 of {len(sizes) - 1}"
+    assert [each.number for each in teacher.passages] == list(range(len(sizes)))
+    assert start_ids("text", teacher.passages, 5, 330, 0) == whole[:5]
+    pieces = start_ids("chunks", teacher.passages, 20, 330, 0)
+    assert len(pieces) == 20
+    text_of = " ".join(map(str, whole))
+    assert all(" ".join(map(str, pieces[i : i + 8])) in text_of for i in (0, 8))
+
+
+def test_a_question_names_its_passage_and_only_the_student_cannot_see_it(chat_base):
+    texts = ["The first parcel is late.", "The second one is good."]
+    teacher = teacher_of(chat_base, SourceText("document", [(str(n), text) for n, text in enumerate(texts)]))
+    records = [{"input": "late", "passage": 2}, {"input": "good", "passage": 1}, {"input": "late", "passage": 1}]
+    found = questions.given_questions(records, teacher.rows, 2, DistillSettings(held_out=0.0, self_study=1))
+    assert [each.passage for each in found] == [1, 0]  # one question has one teacher
+    alone = [teacher_of(chat_base, SourceText("system prompt", [("", text)])) for text in texts]
+    rows = [teacher.rows.tokenize([replace(each, answer="yes").record(chat=True)])[0][0] for each in found]
+    both = teacher.targets(found, rows, 5, lambda: None)
+    for each, row, targets in zip(found, rows, both, strict=True):
+        (wanted,) = alone[each.passage].targets([replace(each, passage=0)], [row], 5, lambda: None)
+        torch.testing.assert_close(targets.log_probs, wanted.log_probs, atol=2e-4, rtol=1e-4)
+
+
+def test_self_study_keeps_other_kinds_apart_and_is_the_same_again(chat_base, monkeypatch):
+    monkeypatch.setattr(questions, "_NEW", 12)
+    runs = [
+        softprompt.distill(chat_base, documents=[TEXT], self_study=5, held_out=0.4, max_steps=1, **QUICK)
+        for _ in range(2)
+    ]
+    assert torch.equal(runs[0].prompt().input, runs[1].prompt().input)
+    assert runs[0].manifest.data == runs[1].manifest.data
+    assert runs[0].manifest.data["train"]["rows"] == 7
+    assert "divergence" in runs[0].metrics["validation"]
+
+
+def test_a_dry_run_says_what_it_would_do_and_writes_nothing(chat_base, tmp_path):
+    found = softprompt.distill(
+        chat_base, documents=[TEXT], self_study=12, max_steps=9, dry_run=True, output=tmp_path / "new", **QUICK
+    )
+    assert (found.questions, found.held_out, found.generated, found.training.steps) == (12, 1, 26, 9)
+    assert set(found.seconds) == {"questions", "teacher", "training"}
+    assert f"{found.text_tokens:,} tokens" in str(found)
+    assert json.dumps(found.to_dict())
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"system_prompt": TEXT}, "expected questions .* or self_study"),
+        ({"system_prompt": TEXT, "questions": [{"input": "a"}], "self_study": 2}, "give one of them"),
+        ({"self_study": 2}, "expected one of system_prompt, documents and examples to distil, got none"),
+        ({"system_prompt": TEXT, "documents": [TEXT], "self_study": 2}, "got system_prompt and documents"),
+        ({"system_prompt": " \n", "self_study": 2}, "the system prompt is empty"),
+        (
+            {"system_prompt": TEXT, "self_study": 2, "num_virtual_tokens": 300},
+            "num_virtual_tokens 300 is more than",
+        ),
+        ({"system_prompt": TEXT * 30, "self_study": 2}, "does? not fit|has room for .*as a document"),
+        ({"system_prompt": TEXT, "self_study": 2, "chunk_tokens": 64}, "chunk_tokens would be ignored"),
+        ({"documents": [TEXT], "self_study": 2, "chunk_tokens": 4000, "top_k": 0}, "top_k must be at least 1"),
+        ({"examples": [{"input": "a"}], "self_study": 2}, "expected the fields input and output"),
+        ({"system_prompt": TEXT, "questions": []}, "at least one record"),
+        (
+            {"system_prompt": TEXT, "self_study": 2, "kind": "kv", "placement": "prefix"},
+            "placement would be ignored",
+        ),
+        ({"system_prompt": TEXT, "self_study": 2, "learning": 1}, "unknown setting 'learning'"),
+        ({"documents": [TEXT * 30], "questions": [{"input": "a"}]}, "number of one in the column 'passage'"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(chat_base, given, says):
+    with pytest.raises(SoftPromptError, match=says) as error:
+        softprompt.distill(chat_base, **{**QUICK, **given})
+    assert "\n" not in str(error.value)
+
+
+def test_a_base_with_an_encoder_is_refused():
+    base = Base(families.tiny("t5"), byte_bpe(), "t5")
+    with pytest.raises(SoftPromptError, match="causal language model"):
+        softprompt.distill(base, system_prompt=TEXT, self_study=2, **QUICK)
+
+
+def test_overwrite_without_output_is_refused(chat_base):
+    with pytest.raises(UsageError, match="overwrite has no meaning"):
+        softprompt.distill(chat_base, system_prompt=TEXT, self_study=2, overwrite=True)

@@ -1,0 +1,206 @@
+"""A distillation that was stopped in any of its stages ends as one that never was; nothing is mixed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+import softprompt
+from distillation.conftest import TEXT
+from softprompt.cli.main import run
+from softprompt.distillation import Teacher, questions, stages
+from softprompt.errors import OutputExistsError, TrainingError, TrainingInterrupted, UsageError
+from softprompt.training import Events, list_runs
+from softprompt.training.state import state_path
+
+RUN = {
+    "num_virtual_tokens": 3,
+    "max_source_length": 48,
+    "max_target_length": 6,
+    "num_epochs": 2,
+    "batch_size": 4,
+    "silence_progress_bars": True,
+}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    small(monkeypatch)
+
+
+def small(patch):
+    patch.setattr(stages, "BLOCK", 4)
+    patch.setattr(questions, "_NEW", 12)
+
+
+@pytest.fixture(scope="module")
+def straight(chat_base, tmp_path_factory):
+    """Runs that were not stopped: of given questions, and of self-study."""
+    given = [{"input": f"is parcel {number} late"} for number in range(9)]
+    kinds = {"given": {"questions": given}, "studied": {"self_study": 5}}
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        small(patch)
+        for name, each in kinds.items():
+            output = tmp_path_factory.mktemp("straight") / name
+            found[name] = (
+                softprompt.distill(chat_base, system_prompt=TEXT, output=output, **each, **RUN),
+                output,
+                each,
+            )
+    return found
+
+
+def stop_at(patch, owner, name, call):
+    """Raise Ctrl-C, as a second one does, in the n-th call of a method."""
+    method, calls = getattr(owner, name), []
+
+    def counted(self, *arguments, **options):
+        calls.append(name)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return method(self, *arguments, **options)
+
+    patch.setattr(owner, name, counted)
+
+
+@pytest.mark.parametrize(
+    ("kind", "owner", "method", "call", "where"),
+    [
+        ("given", Teacher, "answers", 2, "while questions were answered"),
+        ("studied", Teacher, "generate", 3, "while questions were answered"),
+        ("given", Teacher, "targets", 2, "while the teacher read"),
+    ],
+)
+def test_a_run_stopped_in_a_stage_ends_as_one_that_was_not(
+    chat_base, straight, tmp_path, monkeypatch, kind, owner, method, call, where
+):
+    tuned, reference, given = straight[kind]
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_at(patch, owner, method, call)
+        with pytest.raises(TrainingInterrupted, match=where) as error:
+            softprompt.distill(chat_base, system_prompt=TEXT, output=output, **given, **RUN)
+    assert str(error.value).endswith(f"softprompt distill --resume --output {output}")
+    with pytest.raises(OutputExistsError, match="holds an interrupted run"):
+        softprompt.distill(chat_base, system_prompt=TEXT, output=output, **given, **RUN)
+    again = counted_calls(monkeypatch, method)
+    resumed = softprompt.distill(output=output, resume=True)
+    assert torch.equal(resumed.prompt().input, tuned.prompt().input)
+    assert (output / "questions.jsonl").read_text() == (reference / "questions.jsonl").read_text()
+    assert not state_path(output).parent.exists()
+    assert 0 < len(again) < total_calls(tuned, method)
+
+
+def counted_calls(monkeypatch, method):
+    calls, original = [], getattr(Teacher, method)
+
+    def counted(self, *arguments, **options):
+        calls.append(method)
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(Teacher, method, counted)
+    return calls
+
+
+def total_calls(tuned, method):
+    """Blocks of a whole run, for blocks of 4: what a stage that began anew would need at least."""
+    rows = tuned.manifest.data["train"]["rows"]
+    return -(-rows // 4) + (10 if method == "generate" else 0)
+
+
+def test_a_run_stopped_in_training_ends_bit_equal(chat_base, straight, tmp_path, monkeypatch):
+    tuned, _, given = straight["given"]
+    output = tmp_path / "out"
+    told = Events.update
+
+    def tell(self, state, loss):
+        told(self, state, loss)
+        if state.update == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Events, "update", tell)
+        with pytest.raises(TrainingInterrupted, match=r"after update 3 .*softprompt distill --resume"):
+            softprompt.distill(chat_base, system_prompt=TEXT, output=output, **given, **RUN)
+    assert sorted(path.name for path in state_path(output).parent.glob("targets-*")) == [
+        f"targets-{block}.safetensors" for block in range(3)
+    ]
+    with pytest.raises(UsageError, match="holds no interrupted run of tune"):
+        softprompt.tune(output=output, resume=True)
+    calls = counted_calls(monkeypatch, "answers") + counted_calls(monkeypatch, "targets")
+    resumed = softprompt.distill(output=output, resume=True)
+    assert calls == []
+    assert torch.equal(resumed.prompt().input, tuned.prompt().input)
+    assert resumed.history == tuned.history
+
+
+def test_a_second_ctrl_c_in_training_says_how_to_go_on_too(chat_base, asked, tmp_path, monkeypatch):
+    stop_at(monkeypatch, Events, "update", 2)
+    with pytest.raises(TrainingInterrupted, match=r"stopped at once.*softprompt distill --resume"):
+        softprompt.distill(chat_base, system_prompt=TEXT, questions=asked, output=tmp_path / "out", **RUN)
+
+
+@pytest.fixture
+def stopped(chat_base, asked, tmp_path, monkeypatch):
+    """The output of a run that was stopped while the teacher read."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, Teacher, "targets", 3)
+        with pytest.raises(TrainingInterrupted):
+            softprompt.distill(chat_base, system_prompt=TEXT, questions=asked, output=tmp_path / "out", **RUN)
+    return tmp_path / "out"
+
+
+def test_it_is_among_the_interrupted_runs(stopped):
+    (found,) = list_runs(stopped)
+    assert (found.state, found.resume) == ("interrupted", f"softprompt distill --resume --output {stopped}")
+    assert found.settings["num_virtual_tokens"] == 3
+    assert found.settings["method"] == "distill"
+
+
+@pytest.mark.parametrize("given", [{"system_prompt": "Another text."}, {"num_epochs": 9}, {"overwrite": True}])
+def test_nothing_else_is_taken_when_a_run_goes_on(stopped, given):
+    with pytest.raises(UsageError, match=f"leave {next(iter(given))} out"):
+        softprompt.distill(output=stopped, resume=True, **given)
+
+
+def test_another_model_in_the_place_of_the_base_is_refused(stopped):
+    plan = state_path(stopped).with_name("plan.json")
+    plan.write_text(plan.read_text().replace(json.loads(plan.read_text())["fingerprint"], "elsewhere"))
+    with pytest.raises(TrainingError, match="base model's fingerprint was elsewhere"):
+        softprompt.distill(output=stopped, resume=True)
+
+
+def test_a_stage_of_another_plan_is_not_mixed_in(stopped):
+    plan = state_path(stopped).with_name("plan.json")
+    plan.write_text(plan.read_text().replace(TEXT, TEXT + " Be kind."))
+    with pytest.raises(TrainingError, match="belongs to another run"):
+        softprompt.distill(output=stopped, resume=True)
+
+
+@pytest.mark.parametrize("name", ["plan.json", "questions.json", "targets-0.safetensors"])
+def test_a_damaged_stage_is_said(stopped, name):
+    state_path(stopped).with_name(name).write_bytes(b"{")
+    with pytest.raises(TrainingError, match=rf"{name} is damaged.*start again with overwrite=True"):
+        softprompt.distill(output=stopped, resume=True)
+
+
+def test_the_command_writes_a_prompt_and_says_what_was_kept_apart(chat_base, tmp_path, capsys, asked):
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(each) + "\n" for each in asked))
+    words = ["distill", "--base-model", chat_base, "--system-prompt", str(tmp_path / "text.txt"), "--quiet"]
+    words += ["--questions", str(tmp_path / "asked.jsonl"), "--num-virtual-tokens", "3", "--max-target-length", "6"]
+    words += ["--max-steps", "2", "--lr", "0.01", "--output", str(tmp_path / "out")]
+    assert run([*words, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["virtual_tokens"], shown["steps"], shown["learning_rate"]) == (3, 2, 0.01)
+    assert shown["questions"] == 9
+    assert set(shown["held_out"]) >= {"divergence", "agreement"}
+    assert run(words) == 2
+    assert "pass --overwrite" in capsys.readouterr().err
+    assert run(["distill", "--resume", "--output", str(tmp_path / "out")]) == 2
+    assert "no interrupted run of distill" in capsys.readouterr().err
