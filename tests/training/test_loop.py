@@ -277,7 +277,7 @@ class ListedValidation:
     """Gives listed qualities epoch by epoch."""
 
     def __init__(self, qualities):
-        self.qualities, self.seen = list(qualities), []
+        self.qualities, self.seen, self.collapse = list(qualities), [], {}
 
     def metrics(self, prompts):
         self.seen.append(prompts[0].input.clone())

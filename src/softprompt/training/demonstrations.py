@@ -101,11 +101,10 @@ def key_values_start(
     """Start keys and values that have no other start at those of training records.
 
     Returns:
-        Keys and values of a text in the base, ``[L, 2, A_kv, T, D]``; None where none are trained.
+        Keys and values of a text in the base, ``[L, 2, A_kv, T, D]``.
     """
     config = module.config
-    if config is None or not config.keys_and_values:
-        return None
+    assert config is not None
     if any(getattr(config, name, None) for name in _TEXTS):
         return module.prompt().detach().prefix
     ids = first_tokens(rows, config.num_virtual_tokens or 1, tokenizer) if chosen is None else chosen.ids

@@ -184,7 +184,9 @@ def _on(base: Base, data: Sequence[TaskData], settings: TuneSettings, beside: Pr
         module = started_prompt(config, base.model).to(base.device)
     if not any(each.numel() for each in module.parameters() if each.requires_grad):
         raise ConfigError("num_frozen_tokens leaves no virtual token to train; lower it")
-    of_a_text = key_values_start(module, base, tasks[0].train, tasks[0].tokenizer, settings, chosen)
+    of_a_text = None
+    if config.keys_and_values:
+        of_a_text = key_values_start(module, base, tasks[0].train, tasks[0].tokenizer, settings, chosen)
     if beside is not None and dataclasses.replace(settings, seed=beside.settings.seed) == beside.settings:
         rates = beside.rates
     else:

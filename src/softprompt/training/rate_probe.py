@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from softprompt.artifacts import write_atomically
+from softprompt.errors import TrainingInterrupted
 from softprompt.training.loop import train_together
 from softprompt.training.preparation import varied
 from softprompt.training.session import candidate_of
@@ -61,7 +62,12 @@ def with_rate(
     if kept is not None and kept.is_file():
         found = json.loads(kept.read_text(encoding="utf-8"))
     else:
-        found = probe(prepared, check_stop)
+        try:
+            found = probe(prepared, check_stop)
+        except TrainingInterrupted:
+            raise TrainingInterrupted(
+                "training was stopped while learning rates were tried; nothing is saved yet, start it again"
+            ) from None
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(kept, json.dumps(found))
