@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, final
 
 from softprompt.artifacts import check_base, load_adapter
 from softprompt.backbone import Base, key_values
-from softprompt.distillation import HeldOut, HeldOutMeasure, start_ids
+from softprompt.distillation import TEXT_RATE_PER_RMS, HeldOut, HeldOutMeasure, start_ids
 from softprompt.errors import ConfigError, DataError
 from softprompt.prompts import PROMPT_KEY, FlatOrder, PromptLearningConfig, from_tokens, lookup
 from softprompt.training import Goal, Prepared, TaskData, TopDivergence, TopTargets, prepare
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
     from softprompt.data import TokenRow
     from softprompt.distillation import DistillSettings, Question, Teacher
+
+logger = logging.getLogger(__name__)
 
 
 @final
@@ -81,6 +84,12 @@ class Student:
             fingerprints=dict(data),
         )
         prepared = prepare(teacher.base, [task], settings.tuning(config))
+        if settings.kind == "kv" and settings.learning_rate is None:
+            rates = replace(prepared.rates, prompt=TEXT_RATE_PER_RMS * prepared.rates.rms)
+            prepared = replace(prepared, rates=rates)
+            logger.info(
+                "learning rate %.4g instead, as they start at a text (%g x)", rates.prompt, TEXT_RATE_PER_RMS
+            )
         asked, _ = teacher.rows.tokenize(records)
         rows = (*prepared.tasks[0].train, *prepared.tasks[0].validation)
         for question, one, other in zip(ordered, asked, rows, strict=True):
