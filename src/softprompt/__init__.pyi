@@ -71,6 +71,9 @@ from .prompts import TaskType as TaskType
 from .prompts import prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values
 from .training.run import tune as tune
 from .training.settings import TuneSettings as TuneSettings
+from .training.sweep import Sweep as Sweep
+from .training.sweep import sweep as sweep
+from .training.sweep_space import SweepSettings as SweepSettings
 from .training.tuning_config import TuningConfig as TuningConfig
 
 __version__: str

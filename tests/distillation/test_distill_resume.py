@@ -141,7 +141,7 @@ def test_a_run_stopped_in_training_ends_bit_equal(chat_base, straight, tmp_path,
 
 def test_a_second_ctrl_c_in_training_says_how_to_go_on_too(chat_base, asked, tmp_path, monkeypatch):
     stop_at(monkeypatch, Events, "update", 2)
-    with pytest.raises(TrainingInterrupted, match="stopped at once.*softprompt distill --resume"):
+    with pytest.raises(TrainingInterrupted, match=r"stopped at once.*softprompt distill --resume"):
         softprompt.distill(chat_base, system_prompt=TEXT, questions=asked, output=tmp_path / "out", **RUN)
 
 

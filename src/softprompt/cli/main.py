@@ -16,7 +16,7 @@ import click
 from softprompt.errors import SoftPromptError, TrainingInterrupted, nearest
 
 GROUPS = {
-    "Train": ("demo", "tune", "distill", "runs", "sources", "compose"),
+    "Train": ("demo", "tune", "sweep", "distill", "runs", "sources", "compose"),
     "Evaluate": ("evaluate", "compare"),
     "Use": ("generate", "classify", "chat", "serve"),
     "Share": ("push", "pull", "convert"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import click
 
 from softprompt.cli.options import (
     Command,
+    Decorated,
     given,
     label_names_option,
     named,
@@ -22,6 +23,7 @@ from softprompt.cli.options import (
     show,
     start_logging,
     table,
+    together,
 )
 from softprompt.errors import UsageError
 from softprompt.training import METHODS, TuneSettings, TuningConfig, full_names
@@ -30,54 +32,55 @@ if TYPE_CHECKING:
     from softprompt.inference import TunedPrompt
 
 
-@click.command("tune", cls=Command)
-@option(
-    "--train-data",
-    multiple=True,
-    metavar="[TASK=]FILE",
-    group="Data",
-    help="Training data: JSONL, CSV, Parquet ..., - for stdin, or org/name:split of the Hub.  "
-    "Several as TASK=FILE.  [repeatable]",
-)
-@option(
-    "--validation-data",
-    multiple=True,
-    metavar="[TASK=]FILE",
-    group="Data",
-    help="Validation data, to keep the best epoch; several with the same tasks.  [repeatable]",
-)
-@option("--base-model", group="Model and engine", help="Base model: folder or name.  [default: demo]")
-@option(
-    "--method",
-    type=click.Choice(list(METHODS)),
-    group="Prompt",
-    help="Method; --tuning-type under a shorter name.  [default: prompt_tuning]",
-)
-@options_of(TuneSettings, leave_out=("tuning_config", "task_verbalizers", "label_names", "config"))
-@label_names_option("Data")
-@options_of(TuningConfig)
-@option(
-    "--task-verbalizers",
-    multiple=True,
-    metavar="TASK=TEMPLATE",
-    group="Several tasks",
-    help="Template of one task; the others use --verbalizer.  [repeatable]",
-)
-@option("--output", type=click.Path(), group="Output", help="Directory to write the prompt to.")
-@overwrite_option
-@option("--resume", is_flag=True, group="Output", help="Resume the interrupted run in the output directory.")
-@option(
-    "--dry-run",
-    is_flag=True,
-    group="Output",
-    help="Train nothing and write nothing: show the first records, their tokens, labels, steps, memory and time.",
-)
-@option("--config", type=click.Path(), help="Run file (TOML); options override it.")
-@output_options
-def command(
-    *, config: str | None, overwrite: bool, resume: bool, dry_run: bool, as_json: bool, quiet: bool, **options: Any
-) -> None:
-    """Tune a soft prompt for a frozen model."""
+def run_options(*leave_out: str) -> Callable[[Decorated], Decorated]:
+    """Return a decorator that adds the options of a run: data, base, settings and output; see ``run_values``."""
+    return together(
+        option(
+            "--train-data",
+            multiple=True,
+            metavar="[TASK=]FILE",
+            group="Data",
+            help="Training data: JSONL, CSV, Parquet ..., - for stdin, or org/name:split of the Hub.  "
+            "Several as TASK=FILE.  [repeatable]",
+        ),
+        option(
+            "--validation-data",
+            multiple=True,
+            metavar="[TASK=]FILE",
+            group="Data",
+            help="Validation data, to keep the best epoch; several with the same tasks.  [repeatable]",
+        ),
+        option("--base-model", group="Model and engine", help="Base model: folder or name.  [default: demo]"),
+        option(
+            "--method",
+            type=click.Choice(list(METHODS)),
+            group="Prompt",
+            help="Method; --tuning-type under a shorter name.  [default: prompt_tuning]",
+        ),
+        options_of(
+            TuneSettings, leave_out=("tuning_config", "task_verbalizers", "label_names", "config", *leave_out)
+        ),
+        label_names_option("Data"),
+        options_of(TuningConfig),
+        option(
+            "--task-verbalizers",
+            multiple=True,
+            metavar="TASK=TEMPLATE",
+            group="Several tasks",
+            help="Template of one task; the others use --verbalizer.  [repeatable]",
+        ),
+        option("--output", type=click.Path(), group="Output", help="Directory to write the prompt to."),
+        overwrite_option,
+        option(
+            "--resume", is_flag=True, group="Output", help="Resume the interrupted run in the output directory."
+        ),
+        option("--config", type=click.Path(), help="Run file (TOML); options override it."),
+        output_options,
+    )
+
+
+def run_values(config: str | None, options: dict[str, Any], *, quiet: bool) -> dict[str, Any]:
+    """Return the keyword arguments of a run: the run file's, overridden by options; logging is started."""
     options = given(options)
     for name in ("train_data", "validation_data"):
         if name in options:
@@ -85,12 +88,29 @@ def command(
     if "task_verbalizers" in options:
         options["task_verbalizers"] = named(options["task_verbalizers"], "--task-verbalizers", "TASK=TEMPLATE")
     values = _merged(config, options)
-    output = values.pop("output", None)
-    if output is None and not dry_run:
-        raise UsageError("tune needs --output DIR: without it the prompt would be lost")
     if quiet:
         values["silence_progress_bars"] = True
     start_logging(quiet=quiet)
+    return values
+
+
+@click.command("tune", cls=Command)
+@option(
+    "--dry-run",
+    is_flag=True,
+    group="Output",
+    help="Train nothing and write nothing: show the first records, their tokens, labels, steps, memory and time.",
+)
+@run_options()
+def command(
+    *, config: str | None, overwrite: bool, resume: bool, dry_run: bool, as_json: bool, quiet: bool, **options: Any
+) -> None:
+    """Tune a soft prompt for a frozen model."""
+    values = run_values(config, options, quiet=quiet)
+    values.pop("sweep", None)  # a run file may serve both commands
+    output = values.pop("output", None)
+    if output is None and not dry_run:
+        raise UsageError("tune needs --output DIR: without it the prompt would be lost")
     from softprompt.training import tune
 
     if dry_run:

@@ -1,3 +1,4 @@
+from .figures import png_of as png_of
 from .figures import report_figure as report_figure
 from .figures import training_curve as training_curve
 from .figures import training_figure as training_figure
@@ -5,3 +6,4 @@ from .notebook import curve_html as curve_html
 from .notebook import one_line as one_line
 from .notebook import page as page
 from .notebook import table as table
+from .sweep_figure import sweep_figure as sweep_figure

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from softprompt.errors import ConfigError
 from softprompt.fields import check, from_mapping, plain, setting
-from softprompt.prompts import CartridgeConfig, Placement, PromptLearningConfig, PromptTuningConfig
+from softprompt.prompts import PeftType, Placement, PromptLearningConfig, config_class
 from softprompt.training import RATE_PER_RMS, TuneSettings
 
 _PROMPT, _QUESTIONS, _TEACHER = "Prompt", "Questions", "Teacher"
@@ -161,12 +161,13 @@ class DistillSettings:
 
     def configuration(self, *, chat: bool) -> PromptLearningConfig:
         """Return the configuration of the student's prompt, its sizes not filled in yet."""
+        values: dict[str, Any] = {"num_virtual_tokens": self.num_virtual_tokens}
         if self.kind == "kv":
-            frozen = min(1, self.num_virtual_tokens - 1)
-            return CartridgeConfig(num_virtual_tokens=self.num_virtual_tokens, num_frozen_tokens=frozen)
+            values["num_frozen_tokens"] = min(1, self.num_virtual_tokens - 1)
+            return config_class(PeftType.CARTRIDGE)(**values)
         in_system = chat and self.placement == "auto"
-        placement = Placement.CHAT_SYSTEM if in_system else Placement.PREFIX
-        return PromptTuningConfig(num_virtual_tokens=self.num_virtual_tokens, placement=placement)
+        values["placement"] = Placement.CHAT_SYSTEM if in_system else Placement.PREFIX
+        return config_class(PeftType.PROMPT_TUNING)(**values)
 
     def tuning(self, config: PromptLearningConfig) -> TuneSettings:
         """Return the settings of the student's training."""

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, final
 from softprompt.artifacts import check_base, load_adapter
 from softprompt.backbone import Base, key_values
 from softprompt.distillation import HeldOut, HeldOutMeasure, start_ids
-from softprompt.engine import placement_of
 from softprompt.errors import ConfigError, DataError
-from softprompt.prompts import PROMPT_KEY, FlatOrder, Placement, PromptLearningConfig, from_tokens, lookup
+from softprompt.prompts import PROMPT_KEY, FlatOrder, PromptLearningConfig, from_tokens, lookup
 from softprompt.training import Goal, Prepared, TaskData, TopDivergence, TopTargets, prepare
 
 if TYPE_CHECKING:
@@ -118,13 +117,13 @@ def configuration_of(teacher: Teacher, settings: DistillSettings) -> PromptLearn
     Raises:
         ConfigError: It would stand in front of a chat that no chat template renders.
     """
-    config = settings.configuration(chat=teacher.chat)
-    if teacher.chat and not teacher.manifest.chat and placement_of(config) is not Placement.CHAT_SYSTEM:
+    in_front = settings.kind == "kv" or settings.placement == "prefix"
+    if teacher.chat and not teacher.manifest.chat and in_front:
         raise ConfigError(
             "a chat with a template of one's own needs the prompt in its system turn: kind virtual-tokens and "
             "placement auto; or leave chat out"
         )
-    return config
+    return settings.configuration(chat=teacher.chat)
 
 
 def _start(prepared: Prepared, asked: TokenRow, ids: Sequence[int]) -> None:

@@ -42,4 +42,7 @@ from .state import state_path as state_path
 from .summary import DryRun as DryRun
 from .summary import dry_run_of as dry_run_of
 from .summary import nothing_learnt as nothing_learnt
+from .sweep import Sweep as Sweep
+from .sweep import sweep as sweep
+from .sweep_space import SweepSettings as SweepSettings
 from .tuning_config import TuningConfig as TuningConfig

@@ -138,16 +138,16 @@ def tuning_type_of(config: PromptLearningConfig) -> str:
 def _check_known(tuning: TuningConfig, tuning_type: str) -> None:
     """Refuse a setting that the method does not have."""
     for name in tuning.given():
-        if not _has(tuning_type, name):
-            own = [item.name for item in fields(tuning) if _has(tuning_type, item.name)]
-            others = " or ".join(each for each in METHODS.values() if _has(each, name))
+        if not has_setting(tuning_type, name):
+            own = [item.name for item in fields(tuning) if has_setting(tuning_type, item.name)]
+            others = " or ".join(each for each in METHODS.values() if has_setting(each, name))
             raise ConfigError(
                 f"tuning_config.{name} would be ignored with tuning_type {tuning_type}"
                 f"{nearest(name, own)}; set tuning_type {others}, or leave it out"
             )
 
 
-def _has(tuning_type: str, setting: str) -> bool:
+def has_setting(tuning_type: str, setting: str) -> bool:
     """Return whether a method has the option that a setting goes into."""
     if setting == "num_virtual_tokens":  # CPT's is the length of its context
         return tuning_type != CPT

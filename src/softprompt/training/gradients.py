@@ -77,15 +77,10 @@ class Step:
         ]
         return rows, tasks
 
-    def check(self, batch: list[int], part: BatchLoss) -> None:
-        """Note a loss that is not finite as the problem."""
-        try:
-            _check_loss(self.stage, self._state, batch, part)
-        except TrainingError as error:
-            self.problem = error
-
-    def add(self, part: BatchLoss) -> Tensor:
-        """Count a micro-batch, and return its share of the loss."""
+    def add(self, batch: list[int], part: BatchLoss) -> Tensor:
+        """Count a micro-batch, and return its share of the loss; one that is not finite is the problem."""
+        if not part.is_finite():
+            self.problem = _not_finite(self.stage, self._state, batch, part)
         self.sums.loss -= part.values.detach().sum().item()
         self.sums.penalty += 0.0 if part.penalty is None else part.penalty.item()
         return part.loss / self._divisor
@@ -147,18 +142,18 @@ def accumulate(steps: Sequence[Step], check_stop: Callable[[], None]) -> None:
 
 
 def _backward(joined: Sequence[tuple[Step, list[int]]]) -> None:
-    """Run micro-batches in one pass, and again without those whose loss is not finite."""
+    """Run micro-batches in one pass, and each alone where a loss is not finite: NaN reaches into others there."""
     going = [(step, batch) for step, batch in joined if step.problem is None]
     if not going:
         return
     parts = _losses(going)
-    for (step, batch), part in zip(going, parts, strict=True):
-        step.check(batch, part)
-    if any(step.problem for step, _ in going):
-        return _backward(going)
-    total = torch.stack([step.add(part) for (step, _), part in zip(going, parts, strict=True)]).sum()
-    total.backward()  # type: ignore[no-untyped-call]
-    return None
+    if len(going) > 1 and not all(part.is_finite() for part in parts):
+        for each in going:
+            _backward([each])
+        return
+    total = [step.add(batch, part) for (step, batch), part in zip(going, parts, strict=True)]
+    if going[0][0].problem is None:
+        torch.stack(total).sum().backward()  # type: ignore[no-untyped-call]
 
 
 def _passes(steps: Sequence[Step]) -> Iterator[list[tuple[Step, list[int]]]]:
@@ -223,14 +218,11 @@ def _clip(stage: Stage, state: RunState) -> None:
         raise TrainingError(f"{_where(state)}: the gradient is {norm.item()}; {_cause(stage)}")
 
 
-def _check_loss(stage: Stage, state: RunState, batch: list[int], loss: BatchLoss) -> None:
+def _not_finite(stage: Stage, state: RunState, batch: list[int], loss: BatchLoss) -> TrainingError:
     finite = torch.isfinite(loss.values)
-    sound = loss.penalty is None or bool(torch.isfinite(loss.penalty))
-    if bool(finite.all()) and sound:
-        return
     bad = sorted({batch[i] for i in loss.row_index[~finite].tolist()}) or batch
     rows = ", ".join(stage.name_of(i) for i in bad[:10]) + (" ..." if len(bad) > 10 else "")
-    raise TrainingError(
+    return TrainingError(
         f"{_where(state)}: the loss is not finite for {len(bad)} of {len(batch)} rows of the "
         f"batch (training rows {rows}); {_cause(stage)}"
     )

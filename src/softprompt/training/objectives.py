@@ -37,6 +37,11 @@ class BatchLoss:
         likelihood = -(self.values if self.weights is None else self.weights * self.values).sum()
         return likelihood if self.penalty is None else likelihood + self.penalty
 
+    def is_finite(self) -> bool:
+        """Return whether all of its numbers are."""
+        sound = self.penalty is None or bool(torch.isfinite(self.penalty))
+        return sound and bool(torch.isfinite(self.values).all())
+
     def divided(self, sizes: Sequence[int]) -> list[BatchLoss]:
         """Return the losses of parts of the batch, ``sizes`` rows each; the only part may have a penalty."""
         if len(sizes) == 1:

@@ -23,7 +23,7 @@ from softprompt.prompts import SOURCE_INITS, MultitaskPromptTuningConfig, Multit
 from softprompt.training.events import checked_callbacks
 from softprompt.training.examples import Data, read_data
 from softprompt.training.preparation import BaseLike, Prepared, prepare
-from softprompt.training.run_file import RUN_FILE, read_run, write_run
+from softprompt.training.run_file import RUN_FILE, SWEEP, read_run, write_run
 from softprompt.training.seeds import SEEDS_FOLDER, train_seeds
 from softprompt.training.session import Session, Trained, identity, stages_of
 from softprompt.training.settings import TuneOptions, TuneSettings, full_names
@@ -103,11 +103,13 @@ def tune(
     if resume and overwrite:
         raise UsageError("resume=True goes on with a run and overwrite=True starts anew; give one of them")
     if resume:
-        plan = _resumed(base_model, train_data, validation_data, target, dict(options))
+        plan = resumed(base_model, train_data, validation_data, target, dict(options))
+        if plan.sweep is not None:
+            raise UsageError(f"{target} holds an interrupted sweep; continue it with softprompt sweep --resume")
     else:
         _check_names(options)
         settings = TuneSettings.from_dict(options)
-        plan = _Plan(base_model, train_data, validation_data, settings)
+        plan = Plan(base_model, train_data, validation_data, settings)
         if not dry_run:
             check_output(target, overwrite=overwrite)
     if plan.train_data is None:
@@ -131,13 +133,13 @@ def tune(
         seeds[best].trained.metrics["nothing_learnt"] = problem
         logger.warning("%s", problem)
     trained = seeds[best].trained.timed(parts, before + time.perf_counter() - clock)
-    tuned = _tuned(seeds[best].prepared, trained)
+    tuned = tuned_of(seeds[best].prepared, trained)
     if target is not None:
         folders = {best: target}
         if plan.settings.seeds > 1:
             folders |= {seed: target / SEEDS_FOLDER / seed for seed in seeds if seed != best}
         for seed, folder in reversed(folders.items()):
-            each = tuned if seed == best else _tuned(seeds[seed].prepared, seeds[seed].trained)
+            each = tuned if seed == best else tuned_of(seeds[seed].prepared, seeds[seed].trained)
             settings = plan.settings if seed == best else seeds[seed].prepared.settings
             write_output(each, folder, plan.names(), settings)
         publish_logs(target, folders)
@@ -197,7 +199,8 @@ def _require_writable(output: Path) -> None:
         )
 
 
-def _tuned(prepared: Prepared, trained: Trained) -> TunedPrompt:
+def tuned_of(prepared: Prepared, trained: Trained) -> TunedPrompt:
+    """Return a trained prompt, ready for use."""
     config = prepared.config
     if isinstance(config, MultitaskPromptTuningConfig) and config.prompt_tuning_init in SOURCE_INITS:
         # A saved prompt must load where its source is not.
@@ -218,13 +221,14 @@ def write_output(tuned: TunedPrompt, target: Path, sources: Mapping[str, Any], s
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class Plan:
     """What a run is made of, before anything is read."""
 
     base_model: BaseLike
     train_data: Data | None
     validation_data: Data | None
     settings: TuneSettings
+    sweep: Mapping[str, Any] | None = None
 
     def names(self) -> dict[str, Any]:
         """Return what the run file says of the sources; None for what was in memory."""
@@ -246,13 +250,13 @@ def named_source(source: BaseLike | Data | None) -> str | dict[str, str | None] 
     return os.path.abspath(source) if os.path.exists(source) else str(source)
 
 
-def _resumed(
+def resumed(
     base_model: BaseLike,
     train_data: Data | None,
     validation_data: Data | None,
     output: Path | None,
     options: dict[str, Any],
-) -> _Plan:
+) -> Plan:
     """Return the plan of the run that was interrupted in ``output``."""
     if output is None:
         raise UsageError("resume needs the output directory of the interrupted run")
@@ -264,17 +268,19 @@ def _resumed(
     names: dict[str, Any] = {
         name: named_source(saved.pop(name, None)) for name in ("base_model", "train_data", "validation_data")
     }
+    sweep = saved.pop(SWEEP, None)
     settings = _same_settings(TuneSettings.from_dict(saved), options)
     if names["base_model"] is None and base_model == DEMO:
         raise UsageError("the interrupted run used a model in memory; give base_model again")
     for name, given in (("train_data", train_data), ("validation_data", validation_data)):
         if given is not None and names[name] not in (None, named_source(given)):
             raise ConfigError(f"the interrupted run has {name} {names[name]}; leave {name} out")
-    return _Plan(
+    return Plan(
         base_model if names["base_model"] is None else names["base_model"],
         names["train_data"] or train_data,
         names["validation_data"] or validation_data,
         settings,
+        sweep,
     )
 
 

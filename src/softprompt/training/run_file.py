@@ -18,6 +18,8 @@ RUN_FILE = "run.toml"
 DATA = ("train_data", "validation_data")
 SOURCES = ("base_model", *DATA, "output")
 """Keys besides the settings."""
+SWEEP = "sweep"
+"""Table of what a sweep tries; a run passes over it."""
 
 
 def read_run(path: str | Path) -> dict[str, Any]:
@@ -34,10 +36,10 @@ def read_run(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read the run file {path}: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    _check_keys(values, [*SOURCES, "lr", "method", *TuneSettings.__dataclass_fields__], str(path))
+    _check_keys(values, [*SOURCES, SWEEP, "lr", "method", *TuneSettings.__dataclass_fields__], str(path))
     for name in SOURCES:
         _check_source(values.get(name, ""), name, str(path))
-    for name in ("tuning_config", "config"):
+    for name in ("tuning_config", "config", SWEEP):
         if not isinstance(values.get(name, {}), dict):
             raise ConfigError(f"{path}: {name} must be a table, [{name}]")
     tuning = values.get("tuning_config", {})
@@ -45,14 +47,16 @@ def read_run(path: str | Path) -> dict[str, Any]:
     return dict(anchored(values, Path(path).parent))
 
 
-def write_run(path: Path, sources: Mapping[str, Any], settings: TuneSettings) -> None:
-    """Write a run file; a source that is None was in memory and is noted as a comment.
+def write_run(
+    path: Path, sources: Mapping[str, Any], settings: TuneSettings, sweep: Mapping[str, Any] | None = None
+) -> None:
+    """Write a run file, also of a ``sweep``; a source that is None was in memory and is noted as a comment.
 
     Data sets by task and other mappings are tables.
     """
     given = {name: value for name, value in sources.items() if not _in_memory(value)}
     lines = [f"# {name} was in memory and has to be given again" for name in sources if name not in given]
-    values = portable(given | settings.to_dict(), path.parent)
+    values = portable(given | settings.to_dict(), path.parent) | ({SWEEP: sweep} if sweep else {})
     tables = {name: value for name, value in values.items() if isinstance(value, Mapping)}
     lines += [f"{name} = {_literal(value)}" for name, value in values.items() if name not in tables]
     for table, entries in tables.items():

@@ -27,7 +27,7 @@ _CONFIG = "adapter_config.json"
 _DEPTH = 4
 """Levels of folders that are looked through."""
 
-_APART = ("silence_progress_bars", "output", "config")
+_APART = ("silence_progress_bars", "output", "config", "sweep")
 """Keys of settings that say nothing of a prompt, or are tables of their own."""
 
 
@@ -87,10 +87,12 @@ def interruption(folder: Path) -> str | None:
         return how_to_go_on("before its training", folder)
     try:
         with safe_open(state_path(folder), framework="pt") as file:
-            at = next(iter(json.loads((file.metadata() or {})["state"])["runs"].values()))["run"]
+            header = json.loads((file.metadata() or {})["state"])
+        at = next(iter(header["runs"].values()))["run"]
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, StopIteration):
         return f"its state is damaged; start again with softprompt {begun_by(folder)} --overwrite --output {folder}"
-    return how_to_go_on(f"after update {at['update']} (epoch {at['epoch'] + 1})", folder)
+    command = "sweep" if header.get("record") else None
+    return how_to_go_on(f"after update {at['update']} (epoch {at['epoch'] + 1})", folder, command)
 
 
 def _folders(top: Path) -> Iterator[Path]:
@@ -122,7 +124,7 @@ def _unfinished(path: Path, name: str) -> RunSummary:
         name,
         "broken" if damaged else "interrupted",
         where.partition(";")[0],
-        None if damaged else resume_command(path),
+        None if damaged else resume_command(path, "sweep" if "sweep" in saved else None),
         _flat(saved),
     )
 

@@ -156,18 +156,20 @@ def candidate_of(prepared: Prepared, check_stop: Callable[[], None] = lambda: No
     return Candidate(stage, state, optimizer, Events(None, state, stage.total_updates(), silent=True))
 
 
+@final
 @dataclass(eq=False)
-class _Member:
-    """One run among those that are trained together.
+class Member:
+    """One run among those that are trained together, with a name (empty for one alone) of the kind ``what``.
 
     ``found`` is where an interrupted one was, ``earlier`` holds the parameters of finished stages that later ones
     need, ``results`` their metrics.
     """
 
-    seed: str
+    name: str
     prepared: Prepared
     callbacks: Sequence[object]
     found: Snapshot | None = None
+    what: str = "seed"
     earlier: dict[str, Tensor] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     trained: Trained = field(default_factory=lambda: Trained({}, []))
@@ -207,9 +209,9 @@ class _Member:
     def candidate(self, output: Path | None, *, silent: bool) -> Candidate:
         """Return it as a candidate of the loop; its log lies in the state of ``output``."""
         stage, base, total = self.stage, self.prepared.base, self.stage.total_updates()
-        name = f"{self.seed}.{stage.log_file}" if self.seed else stage.log_file
+        name = f"{self.name}.{stage.log_file}" if self.name else stage.log_file
         log = None if output is None else state_path(output).with_name(name)
-        of = f" of seed {self.seed}{stage.of}" if self.seed else stage.of
+        of = f" of {self.what} {self.name}{stage.of}" if self.name else stage.of
         others = {"model": base.model, "processing_class": base.tokenizer, "optimizer": self.optimizer}
         callbacks = Callbacks(self.callbacks, stage.settings, total, **others, stage=stage.name)
         events = Events(log, self.state, total, silent=silent, of=of, callbacks=callbacks)
@@ -249,7 +251,7 @@ class Session:
         """
         self.problems: dict[str, TrainingError] = {}
         self._output, self._stop, self._callbacks = output, stop, callbacks
-        self._found, self._members = dict(found or {}), list[_Member]()
+        self._found, self._members = dict(found or {}), list[Member]()
 
     def train(self, runs: Mapping[str, Prepared]) -> dict[str, Trained]:
         """Train prompts side by side and leave the best of each in its module.
@@ -264,19 +266,19 @@ class Session:
             TrainingInterrupted: with the command that continues, when there is an ``output``.
             TrainingError: the loss is not finite, of all of them.
         """
-        members = [_Member(seed, each, self._callbacks, self._found.get(seed)) for seed, each in runs.items()]
+        members = [Member(seed, each, self._callbacks, self._found.get(seed)) for seed, each in runs.items()]
         self._members += members
         check = self._stop.check
         for stages in zip(*(stages_of(each.prepared, each.earlier, check) for each in members), strict=True):
             if stages[0].name not in members[0].results:
                 self._run(members, stages)
-        return {each.seed: each.whole() for each in members if each.seed not in self.problems}
+        return {each.name: each.whole() for each in members if each.name not in self.problems}
 
-    def _run(self, members: Sequence[_Member], stages: Sequence[Stage]) -> None:
+    def _run(self, members: Sequence[Member], stages: Sequence[Stage]) -> None:
         """Train a stage of each, from its snapshot when it was interrupted."""
         for member, stage in zip(members, stages, strict=True):
             member.begin(stage)
-        going = [each for each in members if each.seed not in self.problems]
+        going = [each for each in members if each.name not in self.problems]
         self._save()
         for member in going:
             member.check_gradient()
@@ -289,25 +291,25 @@ class Session:
                     stack.enter_context(candidates[-1].events)
                 train_together(candidates, check_stop=self._stop.check, save=self._save)
                 self.problems |= {
-                    member.seed: each.problem
+                    member.name: each.problem
                     for member, each in zip(going, candidates, strict=True)
                     if each.problem
                 }
                 if all(each.problem for each in candidates):
-                    raise self.problems[going[0].seed]
+                    raise self.problems[going[0].name]
         except TrainingInterrupted:
             self._save()
             first = members[0]
             where = f"update {first.state.update} (epoch {first.state.epoch + 1}{first.stage.of})"
             raise TrainingInterrupted(how_to_go_on(f"after {where}", self._output)) from None
         for member in going:
-            if member.seed not in self.problems:
+            if member.name not in self.problems:
                 member.end()
 
     def _save(self) -> None:
         """Write where all of them are."""
         if self._output is not None:
-            snapshots = self._found | {each.seed: each.snapshot() for each in self._members}
+            snapshots = self._found | {each.name: each.snapshot() for each in self._members}
             save_states(self._output, snapshots, identity(self._members[0].prepared))
 
 

@@ -343,16 +343,16 @@ class StopSignal:
         self._previous = {}
 
 
-def how_to_go_on(where: str, output: Path | None) -> str:
+def how_to_go_on(where: str, output: Path | None, command: str | None = None) -> str:
     """Return the sentence that ends an interrupted run: where it stopped, and what continues it."""
     if output is None:
         return f"training was stopped {where}; nothing is saved, since the run has no output directory"
-    return f"training was stopped {where}; its state is saved, continue with: {resume_command(output)}"
+    return f"training was stopped {where}; its state is saved, continue with: {resume_command(output, command)}"
 
 
-def resume_command(output: Path) -> str:
+def resume_command(output: Path, command: str | None = None) -> str:
     """Return the command that continues the run that was interrupted in a folder."""
-    return f"softprompt {begun_by(output) or 'tune'} --resume --output {shlex.quote(str(output))}"
+    return f"softprompt {command or begun_by(output) or 'tune'} --resume --output {shlex.quote(str(output))}"
 
 
 def begun_by(output: Path) -> str | None:
@@ -364,8 +364,8 @@ def begun_by(output: Path) -> str | None:
 
 
 @contextmanager
-def kept_if_resumable(output: Path | None) -> Iterator[None]:
-    """Leave nothing of a run that ends inside without a state it could be continued from.
+def kept_if_resumable(output: Path | None, command: str = "tune") -> Iterator[None]:
+    """Leave nothing of a run of a ``command`` that ends inside without a state it could be continued from.
 
     One whose numbers are not finite would fail again, so its state goes too.
 
@@ -382,7 +382,7 @@ def kept_if_resumable(output: Path | None) -> Iterator[None]:
         failed = isinstance(error, TrainingError)
         if state_path(output).exists() and not failed:
             if isinstance(error, KeyboardInterrupt):
-                raise TrainingInterrupted(how_to_go_on("at once", output)) from None
+                raise TrainingInterrupted(how_to_go_on("at once", output, command)) from None
             raise
         remove_state(output)
         if output.is_dir() and not any(output.iterdir()):

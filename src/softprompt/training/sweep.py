@@ -1,0 +1,197 @@
+"""`sweep`: the best rate, length, initialisation and method of a prompt, by successive halving."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Unpack, final
+
+from softprompt.artifacts import write_atomically
+from softprompt.bundled import DEMO
+from softprompt.display import png_of, sweep_figure
+from softprompt.errors import ConfigError, UsageError
+from softprompt.fields import from_mapping, plain
+from softprompt.inference import TunedPrompt
+from softprompt.progress import timed
+from softprompt.training.examples import Data, read_data
+from softprompt.training.halving import Halving, Tried, steps_of_rungs, unsaid
+from softprompt.training.preparation import BaseLike, prepare
+from softprompt.training.run import Plan, check_output, publish_logs, resumed, tuned_of, write_output
+from softprompt.training.run_file import RUN_FILE, write_run
+from softprompt.training.session import identity
+from softprompt.training.settings import TuneOptions, TuneSettings
+from softprompt.training.state import StopSignal, kept_if_resumable, load_states, remove_state, state_path
+from softprompt.training.summary import summarize
+from softprompt.training.sweep_space import (
+    TRIALS,
+    Choice,
+    SweepSettings,
+    grid_of,
+    optuna_of,
+    refuse_ignored,
+    suggested,
+)
+from softprompt.training.validation import quality_of
+
+logger = logging.getLogger(__name__)
+
+SWEEP_FILE, SWEEP_FIGURE = "sweep.json", "sweep.png"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What a sweep found.
+
+    Attributes:
+        prompt: The best prompt, trained to the full steps.
+        candidates: All that was tried, the best first.
+        rungs: Steps at the end of each rung.
+        by: The metric that decided.
+    """
+
+    prompt: TunedPrompt
+    candidates: Sequence[Tried]
+    rungs: Sequence[int]
+    by: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values, as ``sweep.json`` has them."""
+        found = [each.to_dict() for each in self.candidates]
+        return {"by": self.by, "rungs": list(self.rungs), "best": self.candidates[0].name, "candidates": found}
+
+    def __str__(self) -> str:
+        names = ("candidate", "method", "init", "tokens", "rate", "learning rate", "steps", self.by, "loss")
+        lines = [names, *(self._line(each) for each in self.candidates)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        rows = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in lines]
+        return "\n".join(row.rstrip() for row in rows)
+
+    def _line(self, tried: Tried) -> tuple[str, ...]:
+        choice, last = tried.choice, tried.points[-1] if tried.points else None
+        said = [tried.name, choice.method, choice.init or "-", str(choice.length or "-"), choice.learning_rate]
+        said += [f"{tried.learning_rate:.4g}", str(last["steps"]) if last else "-"]
+        if last is None:
+            return *said, "not finite", "-"
+        return *said, f"{last['validation'][self.by]:.4f}", f"{last['validation']['loss']:.4f}"
+
+
+def sweep(
+    base_model: BaseLike = DEMO,
+    train_data: Data | None = None,
+    validation_data: Data | None = None,
+    *,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    space: SweepSettings | Mapping[str, Any] | None = None,
+    **options: Unpack[TuneOptions],
+) -> Sweep:
+    """Find the settings of a soft prompt, and train it with them.
+
+    Candidates are trained side by side. At the end of each rung the validation data decide which of them go on, one
+    in ``eta``, with their prompts and optimizers as they are: the last one is what `tune` makes of its settings.
+    Report its quality on a third data set, since the second one chose it.
+
+    Args:
+        base_model: See `tune`.
+        train_data: See `tune`; a single data set.
+        validation_data: What decides; or ``validation_split``.
+        output: Directory to write the best prompt, ``sweep.json`` and ``sweep.png`` to.
+        overwrite: Write into an output directory that is not empty.
+        resume: Continue the sweep that was interrupted in ``output``, with its own settings.
+        space: What is tried, such as ``{"learning_rates": ["x0.3", "x1"], "inits": ["RANDOM", "TEXT"]}``.
+        **options: What all candidates share: the fields of `TuneSettings`.
+
+    Raises:
+        UsageError: There is no output, or nothing to resume.
+        ConfigError: An unknown or contradictory setting, no validation data, or Optuna is not installed.
+        TrainingInterrupted: Ctrl-C or SIGTERM; the state is saved.
+    """
+    clock = time.perf_counter()
+    if output is None:
+        raise UsageError("a sweep needs an output directory, for its state and for the best prompt")
+    target = Path(output)
+    if resume:
+        plan = resumed(base_model, train_data, validation_data, target, dict(options))
+        if plan.sweep is None:
+            raise UsageError(f"{target} holds an interrupted run; continue it with softprompt tune --resume")
+        if space:
+            raise UsageError("the interrupted sweep tries what it was started with; leave that out to resume")
+        tried = from_mapping(SweepSettings, plan.sweep)
+    else:
+        tried = space if isinstance(space, SweepSettings) else from_mapping(SweepSettings, space or {})
+        plan = Plan(base_model, train_data, validation_data, TuneSettings.from_dict(options), plain(tried))
+        check_output(target, overwrite=overwrite)
+    if plan.train_data is None:
+        raise UsageError("train_data is missing; give a data file or records of input and output")
+    refuse_ignored(plan.settings)
+    choices = grid_of(plan.settings, tried)
+    data = read_data(plan.train_data, plan.validation_data, plan.settings)
+    if len(data) > 1:
+        raise ConfigError("a sweep takes one data set; sweep each task by itself")
+    if not data[0].validation:
+        raise ConfigError("a sweep needs validation data to decide by: give validation_data or validation_split")
+    study = optuna_of(plan.settings, tried) if tried.driver == "optuna" else None
+    with timed(silent=plan.settings.silence_progress_bars) as parts, unsaid():
+        first = prepare(plan.base_model, data, choices[0].settings(plan.settings))
+        summarize(first, [])
+        snapshots, record = load_states(target, identity(first)) if resume else ({}, {})
+        with StopSignal() as stop, kept_if_resumable(target, "sweep"):
+            if not resume:
+                remove_state(target)
+                write_run(state_path(target).with_name(RUN_FILE), plan.names(), plan.settings, plan.sweep)
+            halving = Halving(first, plan.settings, target, stop, snapshots, record)
+            best, steps = _halved(halving, tried, choices, study)
+            prepared, trained = halving.finished(best)
+    ranked = sorted(halving.tried.values(), key=lambda each: each.standing, reverse=True)
+    by = "accuracy" if "accuracy" in best.points[-1]["validation"] else "loss"
+    trained.metrics["sweep"] = {"candidates": len(ranked), "rungs": steps, "by": f"validation {by}"}
+    result = Sweep(tuned_of(prepared, trained.timed(parts, time.perf_counter() - clock)), ranked, steps, by)
+    write_output(result.prompt, target, plan.names(), prepared.settings)
+    write_atomically(target / SWEEP_FILE, json.dumps(result.to_dict(), indent=2) + "\n")
+    with suppress(ConfigError):  # matplotlib is not installed
+        (target / SWEEP_FIGURE).unlink(missing_ok=True)
+        write_atomically(target / SWEEP_FIGURE, png_of(sweep_figure(result.to_dict())))
+    publish_logs(target, {best.name: target})
+    return result
+
+
+def _halved(halving: Halving, tried: SweepSettings, choices: list[Choice], study: Any) -> tuple[Tried, list[int]]:
+    """Train the candidates rung by rung, and return the best one and the steps of the rungs."""
+    count = len(choices) if study is None else tried.candidates or TRIALS
+    steps = steps_of_rungs(halving.total_steps, count, tried.eta, tried.rungs)
+    titles = [f"rung {number} of {len(steps)}" for number in range(1, len(steps) + 1)]
+    untils = [*steps[:-1], None]
+    if study is None:
+        group = [halving.add(choice) for choice in choices]
+        halving.train(group, 0, untils[0], titles[0])
+    else:
+        group = []
+        while len(group) < count:
+            trials = [study.ask() for _ in range(min(tried.eta, count - len(group)))]
+            part = [halving.add(suggested(trial, choices)) for trial in trials]
+            halving.train(part, 0, untils[0], titles[0])
+            group += part
+            for trial, each in zip(trials, part, strict=True):
+                study.tell(trial, quality_of(each.points[0]["validation"])[0] if each.points else -1e9)
+    for rung in range(1, len(steps)):
+        group = halving.keep(group, max(1, len(group) // tried.eta))
+        logger.info("best so far: %s", _said(group[0]))
+        halving.train(group, rung, untils[rung], titles[rung])
+    (best,) = halving.keep(group, 1)
+    logger.info("best: %s", _said(best))
+    return best, steps
+
+
+def _said(tried: Tried) -> str:
+    rate = None if tried.learning_rate is None else f"{tried.learning_rate:.4g}"
+    choice = {"init": tried.choice.init, "tokens": tried.choice.length, "learning rate": rate}
+    named = ", ".join(f"{name} {value}" for name, value in choice.items() if value is not None)
+    measured = ", ".join(f"{name} {value:.4f}" for name, value in tried.points[-1]["validation"].items())
+    return f"{tried.choice.method}, {named}: validation {measured}"
