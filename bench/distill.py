@@ -53,7 +53,7 @@ def by_peft(model: Any, virtual: int, document: list[int], rows: list[EngineRow]
         wanted = F.log_softmax(teacher, dim=-1).gather(-1, ids).exp()
         loss = -(wanted * F.log_softmax(own, dim=-1).gather(-1, ids)).sum(dim=-1).mean()
         student.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def steps() -> None:
         for row in rows:
@@ -81,7 +81,7 @@ def by_us(
         prompt = module.prompt()
         own = [EngineRow(row.source, row.target, prompt) for row in rows]
         module.zero_grad()
-        objective(own, [0] * len(own)).loss.backward()
+        objective(own, [0] * len(own)).loss.backward()  # type: ignore[no-untyped-call]
 
     return teacher, step
 

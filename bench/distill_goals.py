@@ -214,29 +214,34 @@ FORMS = ("{}", "Please tell me: {}", "A guest asks: {}", "Short question. {}")
 
 
 def documents(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Distil two documents into cartridges: each alone on questions about it, and both side by side."""
-    folders, teachers, apart = [], {}, {}
-    for name, text in DOCUMENTS.items():
-        asked = [question for part in ABOUT[name] for question in part]
-        kept, used = asked[::4], [each for each in asked if each not in asked[::4]]
-        tuned = distilled(
-            arguments,
-            name,
-            [{"input": form.format(each)} for each in used for form in FORMS],
-            documents=[text],
-            kind="kv",
-            num_virtual_tokens=64,
-            verbalizer="Question: {{input}}\nAnswer:",
-            chat=False,
-            max_source_length=64,
-            max_target_length=24,
-        )
-        teachers[name] = teacher_of(tuned, SourceText("document", ((name, text.strip()),)))
-        apart[name] = [Question({"input": each}, None) for each in kept]
-        folders.append(Path(arguments.output) / name)
-    both = Path(arguments.output) / "both"
-    softprompt.concatenate_prompts(folders, both, overwrite=True)
-    prompts = {path.name: softprompt.load(path, base_model=arguments.base) for path in (*folders, both)}
+    """Distil two documents into cartridges, apart and beside each other; each alone, and both side by side."""
+    root, apart = Path(arguments.output), {}
+    prompts: dict[str, softprompt.TunedPrompt] = {}
+    teachers: dict[str, Teacher] = {}
+    for how in ("apart", "beside"):
+        for name, text in DOCUMENTS.items():
+            asked = [question for part in ABOUT[name] for question in part]
+            apart[name] = [Question({"input": each}, None) for each in asked[::4]]
+            used = [each for i, each in enumerate(asked) if i % 4]
+            others = [root / f"{other}-apart" for other in DOCUMENTS if other != name]
+            prompts[f"{name}-{how}"] = tuned = distilled(
+                arguments,
+                f"{name}-{how}",
+                [{"input": form.format(each)} for each in used for form in FORMS],
+                documents=[text],
+                kind="kv",
+                num_virtual_tokens=64,
+                verbalizer="Question: {{input}}\nAnswer:",
+                chat=False,
+                max_source_length=64,
+                max_target_length=24,
+                report=False,
+                **({"distractors": others} if how == "beside" else {}),
+            )
+            teachers[name] = teacher_of(tuned, SourceText("document", ((name, text.strip()),)))
+        both = root / f"both-{how}"
+        softprompt.concatenate_prompts([root / f"{name}-{how}" for name in DOCUMENTS], both, overwrite=True)
+        prompts[f"both-{how}"] = softprompt.load(both, base_model=arguments.base)
     found: dict[str, Any] = {}
     for name, teacher in teachers.items():
         for prompt, tuned in prompts.items():

@@ -23,10 +23,12 @@ from softprompt.errors import SoftPromptError, UsageError
 from softprompt.evaluation import EvaluationSettings
 from softprompt.evaluation.baselines import Baseline, prompted
 from softprompt.prompts import Placement
+from softprompt.training.settings import KEY_VALUE_RATE_PER_RMS
 
 # PEFT 0.21 reads a property that transformers 5.23 has renamed; nothing of ours is involved.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
+SHOTS = [{"input": f"parcel {n}", "output": "late"} for n in range(4)]
 QUICK = {"num_virtual_tokens": 4, "max_source_length": 48, "max_target_length": 8, "silence_progress_bars": True}
 
 
@@ -98,7 +100,7 @@ def distilled(tmp_path_factory):
     """The demo model's few-shot text in a prompt, and where it lies."""
     output = tmp_path_factory.mktemp("distilled") / "prompt"
     text = "Text: It broke.\nLabel: complaint\n\nText: When do you open?\nLabel: no complaint"
-    words = ["kettle", "lamp", "chair", "phone", "book", "coat", "lock", "shoe", "table", "fan", "pen", "cup"]
+    words = ["kettle", "lamp", "chair", "phone", "book", "coat", "lock", "shoe"]
     asked = [{"input": f"The {one} {what}."} for one in words for what in ("leaks", "is nice")]
     tuned = softprompt.distill(
         system_prompt=text,
@@ -118,8 +120,8 @@ def test_the_prompt_comes_clearly_nearer_to_the_text_than_no_prompt(distilled):
     tuned, output, text = distilled
     lines = [json.loads(line) for line in (output / "questions.jsonl").read_text().splitlines()]
     apart = [Question.from_dict(each) for each in lines if each["held_out"]]
-    assert len(apart) == 6
-    assert len(lines) == 24
+    assert len(apart) == 4
+    assert len(lines) == 16
     teacher = teacher_of("demo", SourceText("system prompt", [("text", text)]), verbalizer=tuned.manifest.template)
     records = [each.record(chat=False) for each in apart]
     asked, rows = teacher.rows.tokenize(records)[0], tuned.rows.tokenize(records)[0]
@@ -177,6 +179,9 @@ def test_kv_starts_at_the_texts_own_keys_and_values_and_is_pefts_cartridge(chat_
     )
     moved = (tuned.prompt().prefix - wanted).abs().amax(dim=(0, 1, 2, 4))
     assert moved[0] == 0  # the sink stays
+    assert tuned.metrics["learning_rate"] == pytest.approx(
+        0.1 * KEY_VALUE_RATE_PER_RMS * student.prepared.rates.rms
+    )
     assert (moved[1:] > 0).all()
     assert softprompt.load(tmp_path / "kv")("is it late") == tuned("is it late")
     config = json.loads((tmp_path / "kv" / "adapter_config.json").read_text())
@@ -264,6 +269,10 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(chat_base, tmp_path)
         ),
         ({"system_prompt": TEXT, "self_study": 2, "learning": 1}, "unknown setting 'learning'"),
         ({"documents": [TEXT * 30], "questions": [{"input": "a"}]}, "number of one in the column 'passage'"),
+        (
+            {"examples": [{"input": "a", "output": "b"}] * 9, "self_study": 2, "chat": True, "kind": "kv"},
+            "leave chat out",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(chat_base, given, says):

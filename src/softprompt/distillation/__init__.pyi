@@ -16,6 +16,7 @@ from .report import measured_on as measured_on
 from .report import report_of as report_of
 from .run import QUESTIONS_NAME as QUESTIONS_NAME
 from .run import distill as distill
+from .settings import TEXT_RATE_PER_RMS as TEXT_RATE_PER_RMS
 from .settings import DistillSettings as DistillSettings
 from .stages import answered as answered
 from .stages import studied as studied

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.artifacts import CURVE_NAME, write_atomically
-from softprompt.backbone import freeze
 from softprompt.display import training_curve
 from softprompt.distillation import (
     REPORT_NAME,
@@ -119,7 +118,6 @@ def distill(
         text = SourceText.of(system_prompt, documents, examples, settings.columns)
     with timed(silent=settings.silence_progress_bars):
         base = loaded(base_model, settings.tuning(settings.configuration(chat=False)))
-        freeze(base.model)
         teacher = Teacher.of(base, text, settings)
         given = [Question.from_dict(each) for each in plan.get("questions", ())]
         if questions is not None:

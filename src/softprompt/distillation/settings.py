@@ -12,6 +12,9 @@ from softprompt.fields import check, from_mapping, plain, setting
 from softprompt.prompts import PeftType, Placement, PromptLearningConfig, config_class
 from softprompt.training import RATE_PER_RMS, TuneSettings
 
+TEXT_RATE_PER_RMS = 0.02
+"""Default rate of keys and values in units of their rms: a tenth of tune's, which leaves a text's in one step."""
+
 _PROMPT, _QUESTIONS, _TEACHER = "Prompt", "Questions", "Teacher"
 _OPTIMISATION, _MODEL, _OUTPUT = "Optimisation", "Model and engine", "Output"
 
@@ -96,7 +99,8 @@ class DistillSettings:
     )
     learning_rate: float | None = setting(
         None,
-        f"Peak learning rate; by default as tune's, {RATE_PER_RMS} x the rms of the base model's embeddings.",
+        f"Peak learning rate; by default as tune's, {RATE_PER_RMS} x the rms of the base model's embeddings, for "
+        f"kv {TEXT_RATE_PER_RMS} x that of its keys and values.",
         above=0,
         most=1e6,
         group=_OPTIMISATION,

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, final
 
 from softprompt.artifacts import check_base, load_adapter
 from softprompt.backbone import Base, key_values
-from softprompt.distillation import HeldOut, HeldOutMeasure, start_ids
-from softprompt.engine import placement_of
+from softprompt.distillation import TEXT_RATE_PER_RMS, HeldOut, HeldOutMeasure, start_ids
 from softprompt.errors import ConfigError, DataError
-from softprompt.prompts import PROMPT_KEY, FlatOrder, Placement, PromptLearningConfig, from_tokens, lookup
+from softprompt.prompts import PROMPT_KEY, FlatOrder, PromptLearningConfig, from_tokens, lookup
 from softprompt.training import Goal, Prepared, TaskData, TopDivergence, TopTargets, prepare
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from softprompt.data import TokenRow
     from softprompt.distillation import DistillSettings, Question, Teacher
+
+logger = logging.getLogger(__name__)
 
 
 @final
@@ -82,6 +84,12 @@ class Student:
             fingerprints=dict(data),
         )
         prepared = prepare(teacher.base, [task], settings.tuning(config))
+        if settings.kind == "kv" and settings.learning_rate is None:
+            rates = replace(prepared.rates, prompt=TEXT_RATE_PER_RMS * prepared.rates.rms)
+            prepared = replace(prepared, rates=rates)
+            logger.info(
+                "learning rate %.4g instead, as they start at a text (%g x)", rates.prompt, TEXT_RATE_PER_RMS
+            )
         asked, _ = teacher.rows.tokenize(records)
         rows = (*prepared.tasks[0].train, *prepared.tasks[0].validation)
         for question, one, other in zip(ordered, asked, rows, strict=True):
@@ -118,13 +126,13 @@ def configuration_of(teacher: Teacher, settings: DistillSettings) -> PromptLearn
     Raises:
         ConfigError: It would stand in front of a chat that no chat template renders.
     """
-    config = settings.configuration(chat=teacher.chat)
-    if teacher.chat and not teacher.manifest.chat and placement_of(config) is not Placement.CHAT_SYSTEM:
+    in_front = settings.kind == "kv" or settings.placement == "prefix"
+    if teacher.chat and not teacher.manifest.chat and in_front:
         raise ConfigError(
             "a chat with a template of one's own needs the prompt in its system turn: kind virtual-tokens and "
             "placement auto; or leave chat out"
         )
-    return config
+    return settings.configuration(chat=teacher.chat)
 
 
 def _start(prepared: Prepared, asked: TokenRow, ids: Sequence[int]) -> None:

@@ -274,8 +274,12 @@ class TopDivergence:
         found = self.engine.predict(self._distracted(rows))
         keys = [(row.source, row.target) for row in rows]
         wanted = TopTargets.joined([self.taught[key] for key in keys])
-        scores = found.log_probs()
-        weights = scores.values.new_tensor([self.labels.get(key, 0.0) for key in keys])[scores.row_index]
+        each = [self.labels.get(key, 0.0) for key in keys]
+        with torch.set_grad_enabled(
+            any(each) and torch.is_grad_enabled()
+        ):  # without labels the likelihood is only reported
+            scores = found.log_probs()
+        weights = scores.values.new_tensor(each)[scores.row_index]
         divergence = wanted.divergence(found.logits[found.predictor])
         return BatchLoss(scores.values, scores.row_index, ((1 - weights) * divergence).sum(), weights)
 
