@@ -1,3 +1,4 @@
+from .figures import png_of as png_of
 from .figures import report_figure as report_figure
 from .figures import training_curve as training_curve
 from .figures import training_figure as training_figure
@@ -5,3 +6,9 @@ from .notebook import curve_html as curve_html
 from .notebook import one_line as one_line
 from .notebook import page as page
 from .notebook import table as table
+from .prompt_figures import contest_figure as contest_figure
+from .prompt_figures import cosines_figure as cosines_figure
+from .prompt_figures import drift_figure as drift_figure
+from .prompt_figures import layers_figure as layers_figure
+from .prompt_figures import norms_figure as norms_figure
+from .prompt_figures import tokens_figure as tokens_figure

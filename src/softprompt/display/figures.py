@@ -17,10 +17,10 @@ from softprompt.errors import ConfigError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_TRAINING, _VALIDATION, _ACCURACY, _INK = "#1f5fa8", "#7fb0e0", "#c8501e", "#3c3c3c"
+BLUE, PALE, ORANGE, INK = "#1f5fa8", "#7fb0e0", "#c8501e", "#3c3c3c"
 _COUNTED, _HALF = 20, 12
 """Most labels of a matrix that shows its counts; most characters of either half of a label."""
-_FRAME, _GRID = "#b0b0b0", "#e8e8e8"
+_FRAME, GRID = "#b0b0b0", "#e8e8e8"
 
 
 def training_curve(
@@ -59,7 +59,7 @@ def training_figure(
     """
     if not history:
         raise ConfigError("expected at least one epoch to draw, the history is empty: train first")
-    figure = _figure(8.0, 4.6)
+    figure = empty_figure(8.0, 4.6)
     _draw(figure, [_flat(point) for point in history], title, base_accuracy)
     return figure
 
@@ -83,15 +83,15 @@ def report_figure(
     """
     if confusion and labels:
         size = min(3.2 + 0.45 * len(labels), 5.5 + 0.12 * len(labels))
-        figure = _figure(size + 1.6, size)
+        figure = empty_figure(size + 1.6, size)
         _draw_matrix(figure, [[confusion.get(gold, {}).get(got, 0) for got in labels] for gold in labels], labels)
     elif any(groups.values()):
         bars = sum(len(each) for each in groups.values())
-        figure = _figure(8.0, 1.6 + 0.34 * bars)
+        figure = empty_figure(8.0, 1.6 + 0.34 * bars)
         _draw_bars(figure, groups)
     else:
         raise ConfigError("expected a metric between 0 and 1 to draw, the report has none")
-    figure.suptitle(title, fontsize=13, fontweight="bold", color=_INK)
+    figure.suptitle(title, fontsize=13, fontweight="bold", color=INK)
     return figure
 
 
@@ -102,7 +102,7 @@ def png_of(figure: Figure) -> bytes:
     return image.getvalue()
 
 
-def _figure(width: float, height: float) -> Figure:
+def empty_figure(width: float, height: float) -> Figure:
     """Return an empty figure, sizes in inches; notebooks show it as it is returned."""
     try:
         from matplotlib.figure import Figure
@@ -126,36 +126,36 @@ def _draw_matrix(figure: Any, counts: Sequence[Sequence[int]], labels: Sequence[
     turned = {"rotation": 90} if many else {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
     axis.set_xticks(range(len(labels)), names, fontsize=size, **turned)
     axis.set_yticks(range(len(labels)), names, fontsize=size)
-    axis.set_xlabel("predicted label", color=_INK, fontsize=11)
-    axis.set_ylabel("gold label", color=_INK, fontsize=11)
+    axis.set_xlabel("predicted label", color=INK, fontsize=11)
+    axis.set_ylabel("gold label", color=INK, fontsize=11)
     for row, (own, share) in enumerate(zip(counts, shares, strict=True)):
         for column, count in enumerate(own if not many else ()):
-            color = "white" if share[column] > 0.5 else _INK
+            color = "white" if share[column] > 0.5 else INK
             axis.text(column, row, f"{count:,}", ha="center", va="center", color=color, fontsize=10)
     bar = figure.colorbar(image, ax=axis, fraction=0.05, format=lambda value, _: f"{value:.0%}")
-    bar.set_label("share of the gold label's records", color=_INK, fontsize=10)
+    bar.set_label("share of the gold label's records", color=INK, fontsize=10)
 
 
 def _draw_bars(figure: Any, groups: Mapping[str, Mapping[str, float]]) -> None:
     axis = figure.add_subplot()
     names = list(dict.fromkeys(name for each in groups.values() for name in each))
     height = 0.8 / len(groups)
-    colors = [_TRAINING, _ACCURACY, _VALIDATION, _INK]
+    colors = [BLUE, ORANGE, PALE, INK]
     for number, (group, metrics) in enumerate(groups.items()):
         places = [names.index(name) + (number - (len(groups) - 1) / 2) * height for name in metrics]
         values = list(metrics.values())
         bars = axis.barh(places, values, height * 0.9, color=colors[number % len(colors)], label=group)
-        axis.bar_label(bars, [f"{value:.3f}" for value in values], padding=4, color=_INK, fontsize=10)
+        axis.bar_label(bars, [f"{value:.3f}" for value in values], padding=4, color=INK, fontsize=10)
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
     axis.set_xlim(0, 1.1)
     axis.set_xticks([0, 0.25, 0.5, 0.75, 1.0])
-    axis.set_xlabel("value (0 to 1)", color=_INK, fontsize=11)
-    axis.grid(visible=True, axis="x", color=_GRID, linewidth=0.8)
-    _frame(axis, _INK)
+    axis.set_xlabel("value (0 to 1)", color=INK, fontsize=11)
+    axis.grid(visible=True, axis="x", color=GRID, linewidth=0.8)
+    framed(axis, INK)
     axis.spines["right"].set_visible(False)
     if len(groups) > 1:
-        figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=10, labelcolor=_INK)
+        figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=10, labelcolor=INK)
 
 
 def _flat(point: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,17 +171,17 @@ def _series(points: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float],
 def _draw(figure: Any, points: Sequence[Mapping[str, Any]], title: str, base_accuracy: float | None) -> None:
     losses = figure.add_subplot()
     dots = {"marker": "o", "markersize": 4.5, "linewidth": 2.0}
-    losses.plot(*_series(points, "loss"), color=_TRAINING, label="training loss", **dots)
+    losses.plot(*_series(points, "loss"), color=BLUE, label="training loss", **dots)
     validated = _series(points, "validation_loss")
     if validated[0]:
-        losses.plot(*validated, color=_VALIDATION, label="validation loss", **dots)
-    losses.set_xlabel("epoch", color=_INK, fontsize=11)
-    losses.set_ylabel("loss (nats per target token)", color=_TRAINING, fontsize=11)
+        losses.plot(*validated, color=PALE, label="validation loss", **dots)
+    losses.set_xlabel("epoch", color=INK, fontsize=11)
+    losses.set_ylabel("loss (nats per target token)", color=BLUE, fontsize=11)
     losses.set_xlim(points[0]["epoch"] - 0.5, points[-1]["epoch"] + 0.5)
     losses.set_ylim(0, 1.08 * losses.get_ylim()[1])
     losses.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    losses.grid(visible=True, color=_GRID, linewidth=0.8)
-    _frame(losses, _TRAINING)
+    losses.grid(visible=True, color=GRID, linewidth=0.8)
+    framed(losses, BLUE)
     scored = _series(points, "validation_accuracy")
     if scored[0] or base_accuracy is not None:
         _draw_accuracy(losses.twinx(), points, base_accuracy)
@@ -189,38 +189,39 @@ def _draw(figure: Any, points: Sequence[Mapping[str, Any]], title: str, base_acc
         losses.spines["right"].set_visible(False)
     if validated[0] and not scored[0]:
         best = min(zip(validated[1], validated[0], strict=True))
-        _mark_best(losses, best[1], best[0], f"{best[0]:.3f}", _VALIDATION)
-    figure.suptitle(title, fontsize=13, fontweight="bold", color=_INK)
+        _mark_best(losses, best[1], best[0], f"{best[0]:.3f}", PALE)
+    figure.suptitle(title, fontsize=13, fontweight="bold", color=INK)
     # Outside the axes, so that it never covers a curve.
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=10, labelcolor=_INK)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=10, labelcolor=INK)
 
 
 def _draw_accuracy(axis: Any, points: Sequence[Mapping[str, Any]], base_accuracy: float | None) -> None:
     scored = _series(points, "validation_accuracy")
-    axis.set_ylabel("validation accuracy", color=_ACCURACY, fontsize=11)
-    _frame(axis, _ACCURACY)
+    axis.set_ylabel("validation accuracy", color=ORANGE, fontsize=11)
+    framed(axis, ORANGE)
     axis.set_ylim(0, 1.05)
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axis.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
     if scored[0]:
-        line = {"marker": "s", "markersize": 4.5, "linewidth": 2.0, "color": _ACCURACY}
+        line = {"marker": "s", "markersize": 4.5, "linewidth": 2.0, "color": ORANGE}
         axis.plot(*scored, label="validation accuracy", **line)
         best = min(
             (p for p in points if p.get("validation_accuracy") is not None),
             key=lambda p: (-p["validation_accuracy"], p.get("validation_loss") or 0.0),
         )
         accuracy = best["validation_accuracy"]
-        _mark_best(axis, best["epoch"], accuracy, f"{accuracy:.1%}", _ACCURACY)
+        _mark_best(axis, best["epoch"], accuracy, f"{accuracy:.1%}", ORANGE)
     if base_accuracy is not None:
         label = f"accuracy without the prompt ({base_accuracy:.1%})"
-        axis.axhline(base_accuracy, color=_ACCURACY, linestyle="--", linewidth=1.3, label=label)
+        axis.axhline(base_accuracy, color=ORANGE, linestyle="--", linewidth=1.3, label=label)
 
 
-def _frame(axis: Any, color: str) -> None:
+def framed(axis: Any, color: str) -> None:
+    """Give an axis the frame of all figures, its y axis in a color."""
     axis.set_axisbelow(True)
     axis.spines[:].set_color(_FRAME)
     axis.spines["top"].set_visible(False)
-    axis.tick_params(axis="x", colors=_INK)
+    axis.tick_params(axis="x", colors=INK)
     axis.tick_params(axis="y", colors=color)
 
 

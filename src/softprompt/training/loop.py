@@ -27,6 +27,7 @@ from softprompt.engine import EngineRow
 from softprompt.errors import TrainingError
 from softprompt.prompts import CPTEmbedding, Prompt, PromptModule
 from softprompt.training.events import LOG_FILE, Events
+from softprompt.training.movement import Movement
 from softprompt.training.objectives import BatchLoss, Objective
 from softprompt.training.optimisation import rate_factor, set_rates
 from softprompt.training.settings import RATE_PER_RMS, TuneSettings
@@ -152,6 +153,7 @@ class Stage:
         name: What its state and its results are kept under.
         log_file: Where its updates are logged in the output directory.
         is_needed: Whether a later stage needs what it trained.
+        movement: What notes after each epoch how far the prompt has moved; None for nothing.
     """
 
     prompt: PromptModule
@@ -169,6 +171,7 @@ class Stage:
     name: str = MAIN
     log_file: str = LOG_FILE
     is_needed: bool = False
+    movement: Movement | None = None
 
     @property
     def of(self) -> str:
@@ -314,6 +317,7 @@ def _finish_epoch(stage: Stage, state: RunState, events: Events) -> None:
         point["validation"] = metrics
         state.offer(stage.validation.quality(metrics), stage.prompt.state_dict())
         state.validation_seconds += time.perf_counter() - started
+    point |= {} if stage.movement is None else stage.movement.point()
     state.add_epoch(point)
     events.epoch(point)
 

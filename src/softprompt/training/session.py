@@ -23,6 +23,7 @@ from softprompt.generation import TargetLikelihood, classify_rows, target_likeli
 from softprompt.prompts import CPTConfig, Prompt, PromptModule, context_labels
 from softprompt.training.events import Callbacks, Events
 from softprompt.training.loop import Measure, Sampling, Stage, train
+from softprompt.training.movement import Movement
 from softprompt.training.objectives import ContextLikelihood, Distillation, Likelihood, Objective, TeacherPrompts
 from softprompt.training.optimisation import build_optimizer
 from softprompt.training.preparation import Prepared, teacher_prompt
@@ -219,6 +220,7 @@ def _stage(
         task_names=prepared.names,
         context_tokens=(objective.tokens_per_row if isinstance(objective, ContextLikelihood) else 0),
         distils=isinstance(objective, Distillation),
+        movement=Movement(prompt),
     )
 
 
