@@ -48,7 +48,7 @@ def tokens_figure(
         lines = {"ecolor": INK, "error_kw": {"linewidth": 1.0}}
         axis.bar(range(1, count + 1, every), change, 0.75 * every, yerr=error, color=colors, **lines)
         axis.axhline(0, color=INK, linewidth=0.8)
-        axis.set_ylabel("loss without it,\nless loss (nats/token)", color=INK, fontsize=10)
+        axis.set_ylabel("added loss without it\n(nats per token)", color=INK, fontsize=10)
         _plain(axis)
     if attention:
         image = axes[-1].imshow(
@@ -90,14 +90,14 @@ def norms_figure(norms: Sequence[float], quantiles: Sequence[float]) -> Figure:
         (five, most, 0.3, "90 %"),
         (quarter, three, 0.5, "50 %"),
     ):
-        axis.axhspan(lower, upper, color=PALE, alpha=alpha, linewidth=0, label=f"{share} of the vocabulary")
-    axis.axhline(half, color=BLUE, linewidth=1.2, label="its median")
+        axis.axhspan(lower, upper, color=PALE, alpha=alpha, linewidth=0, label=f"vocabulary, {share}")
+    axis.axhline(half, color=BLUE, linewidth=1.2, label="vocabulary, median")
     axis.plot(range(1, len(norms) + 1), norms, "o", color=ORANGE, markersize=5, label="virtual tokens")
     axis.set_ylabel("norm of the embedding", color=INK, fontsize=11)
     axis.set_ylim(bottom=0)
     _plain(axis)
     _virtual_tokens(axis, len(norms))
-    return _titled(figure, "Norms against the vocabulary's", columns=5)
+    return _titled(figure, "Norms against the vocabulary's", columns=3)
 
 
 def drift_figure(epochs: Sequence[int], drift: Sequence[Sequence[float]], every: int = 1) -> Figure:

@@ -121,7 +121,12 @@ def attention_mass(
     engine, sums = PlainEngine(base, trusted=True), dict[str, _Sum]()
     for row in rows:
         with base.running(attention="eager"), _watched(base) as seen:
-            engine.target_log_probs([row])
+            try:
+                engine.target_log_probs([row])
+            except (AttributeError, RuntimeError, TypeError, ValueError) as cause:  # a model's own code
+                raise BackboneError(
+                    f"{base.facts.architecture} does not run with its weights told: {cause}"
+                ) from cause
         for name, weights in _weights(seen, row).items():
             _add(sums.setdefault(name, _Sum()), name, weights, row, base.is_encoder_decoder)
         done()

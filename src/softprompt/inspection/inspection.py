@@ -98,7 +98,8 @@ class Inspection:
                 (str(number), *(f"{each.token!r} {each.cosine:.2f}" for each in row[:_NEAREST_SHOWN]))
                 for number, row in enumerate(part.nearest or (), start=1)
             ]
-            yield from text_table(("token", "nearest by cosine", *[""] * (len(rows[0]) - 2)) if rows else (), rows)
+            if rows:
+                yield from text_table(("token", "nearest by cosine", *[""] * (len(rows[0]) - 2)), rows)
 
     def _similarity_lines(self) -> list[str]:
         rows = [

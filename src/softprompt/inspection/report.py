@@ -86,7 +86,7 @@ def _of_answers(found: Inspection) -> _Drawings:
     words = [row[0].token for row in part.nearest] if part is not None and part.nearest else []
     if left is not None or by_token:
         lost = {} if left is None else {"change": left.change, "error": left.standard_error, "every": left.every}
-        title = f"What each virtual token is for ({found.records} records)"
+        title = "What each virtual token is for"
         yield "tokens", lambda: tokens_figure(title, words, attention=by_token, **lost)
     for place, mass in places.items():
         yield (

@@ -141,9 +141,8 @@ def numbers_of(values: Tensor, base: Base | None, count: int) -> PartValues:
 def _scale(base: Base) -> float:
     """Return by what the model multiplies the embeddings of its table."""
     ids = torch.arange(min(64, len(base.embedding.weight)))
-    with torch.no_grad():
-        seen = lookup(base.embedding)(ids).float().norm()
-    return float(seen / base.embedding.weight[ids].float().norm())
+    seen, table = lookup(base.embedding)(ids), base.embedding.weight[ids]
+    return float(seen.detach().float().norm() / table.detach().float().norm())
 
 
 def _scaled(nearest: tuple[tuple[NearToken, ...], ...], scale: float) -> tuple[tuple[NearToken, ...], ...]:
