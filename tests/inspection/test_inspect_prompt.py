@@ -44,10 +44,12 @@ def test_the_contest_is_that_of_compare_seen_from_the_prompt(found, learnt, reco
     if own.interval is not None:
         assert own.interval == pytest.approx((-other.interval[1], -other.interval[0]))
     assert found.contest.scores["prompt"]["accuracy"] == expected.reports["prompt"].accuracy
-    shown = [*own.examples_won, *own.examples_lost]
-    assert len(own.examples_won) == min(3, own.won)
+    shown = found.contest.examples["zero-shot"]
+    assert sum(each.won for each in shown) == min(3, own.won)
+    assert len(shown) == min(3, own.won) + min(3, own.lost)
     assert all(records[each.record - 1]["output"] == each.target for each in shown)
-    assert all((each.prompt == each.target) != (each.other == each.target) for each in shown)
+    assert all((each.prompt == each.target) == each.won for each in shown)
+    assert all((each.other == each.target) != each.won for each in shown)
 
 
 def test_the_words_are_the_nearest_tokens_and_are_scored(found, learnt):

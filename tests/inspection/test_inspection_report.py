@@ -62,11 +62,11 @@ def test_what_files_and_data_say_is_text_and_nothing_else(found, tmp_path):
         found.summary, location=HOSTILE, template=HOSTILE, labels=(HOSTILE,), metrics={HOSTILE: 1.0}
     )
     own = found.contest.against["zero-shot"]
-    example = Example(1, {HOSTILE: HOSTILE}, target=HOSTILE, prompt=HOSTILE, other=HOSTILE)
-    versus = dataclasses.replace(own, examples_won=(example,))
+    example = Example(1, True, {HOSTILE: HOSTILE}, target=HOSTILE, prompt=HOSTILE, other=HOSTILE)
     contest = dataclasses.replace(
         found.contest,
-        against={HOSTILE: versus, "$a_b$ {": own},
+        against={HOSTILE: own, "$a_b$ {": own},
+        examples={HOSTILE: [example]},
         scores={**found.contest.scores, HOSTILE: {"accuracy": 0.5}},
     )
     hostile = dataclasses.replace(

@@ -33,7 +33,13 @@ _data, _base = partial(option, group="Data"), partial(option, group="Base model"
 )
 @_data("--limit", type=int, help="Records to look at, evenly spaced over the data.  [default: 64]")
 @_data("--batch-size", type=int, help="Batch size.  [default: 32]")
-@_base("--no-base", is_flag=True, help="Do not load the base model: what the artifact alone can say.")
+@_base(
+    "--no-base",
+    "--without-base",
+    "no_base",
+    is_flag=True,
+    help="Do not load the base model: what the artifact alone can say.",
+)
 @base_options
 @option(
     "--output", type=click.Path(), group="Output", help="Directory for the numbers, figures and an HTML report."

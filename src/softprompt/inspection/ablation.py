@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from softprompt.engine import EngineRow
 from softprompt.generation import score_rows
-from softprompt.inference import TunedPrompt
-from softprompt.prompts import Prompt
+from softprompt.progress import progress_bar
 
+if TYPE_CHECKING:
+    from softprompt.inference import TunedPrompt
+    from softprompt.prompts import Prompt
+
+_BAR_SECONDS = 2.0
 MOST_TOKENS = 64
 """Virtual tokens that are left out in turn; of a longer prompt evenly spaced ones."""
 
@@ -45,21 +49,10 @@ class LeaveOneOut:
     standard_error: tuple[float, ...]
 
 
-def leave_one_out(
-    tuned: TunedPrompt, rows: Sequence[EngineRow], batch_size: int, done: Callable[[int], Any] = lambda count: None
-) -> LeaveOneOut:
+def leave_one_out(tuned: TunedPrompt, rows: Sequence[EngineRow], batch_size: int) -> LeaveOneOut:
     """Score rows behind their prompt, behind none, and behind what is left without each virtual token.
 
-    Several of these prompts share a pass as long as ``batch_size`` rows leave room.
-
-    Args:
-        tuned: The prompt.
-        rows: Rows with it, at least one.
-        batch_size: Rows in one pass.
-        done: Called with the number of virtual tokens that were left out since the last call.
-
-    Raises:
-        SoftPromptError: As ``score_rows``.
+    Several of these prompts share a pass of ``batch_size`` rows where there is room. Raises as ``score_rows``.
     """
     prompt = tuned.prompt()
     length = max(prompt.input_tokens, prompt.decoder_tokens, prompt.prefix_tokens)
@@ -69,16 +62,17 @@ def leave_one_out(
 
     def losses(prompts: Sequence[Prompt | None]) -> Tensor:
         """Return the summed loss of each row behind each prompt, ``[K, N]`` in nats."""
-        behind = [_behind(row, each) for each in prompts for row in rows]
+        behind = [replace(row, prompt=each, at=row.at if each else 0) for each in prompts for row in rows]
         return -score_rows(tuned.engine, behind, max_rows=batch_size).double().view(len(prompts), len(rows))
 
     whole, bare = losses([prompt, None])
     together = max(1, batch_size // len(rows))
     parts = []
-    for start in range(0, len(left_out), together):
-        some = left_out[start : start + together]
-        parts.append(losses([without(prompt, number) for number in some]))
-        done(len(some))
+    with progress_bar(len(left_out), "virtual token", delay=_BAR_SECONDS) as bar:
+        for start in range(0, len(left_out), together):
+            some = left_out[start : start + together]
+            parts.append(losses([without(prompt, number) for number in some]))
+            bar.update(len(some))
     changes = torch.cat(parts) - whole  # [K, N]
     total = float(lengths.sum())
     means = changes.sum(1, keepdim=True) / total  # [K, 1]
@@ -100,13 +94,9 @@ def without(prompt: Prompt, number: int) -> Prompt | None:
 
     def cut(part: Tensor) -> Tensor:
         axis = 0 if part.dim() == 2 else 3
-        kept = [i for i in range(part.shape[axis]) if i != number]
-        return part.index_select(axis, torch.tensor(kept, device=part.device))
+        return torch.cat(
+            [part.narrow(axis, 0, number), part.narrow(axis, number + 1, part.shape[axis] - number - 1)], axis
+        )
 
-    if all(part.shape[0 if part.dim() == 2 else 3] == 1 for part in prompt.tensors):
-        return None
-    return prompt.map(cut)
-
-
-def _behind(row: EngineRow, prompt: Prompt | None) -> EngineRow:
-    return EngineRow(row.source, row.target, prompt, 0 if prompt is None else row.at, row.unscored)
+    left = prompt.map(cut)
+    return left if left.tokens else None

@@ -7,17 +7,23 @@ nothing of what was learned: hence the mass on each virtual token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from softprompt.backbone import Base
 from softprompt.engine import EngineRow, PlainEngine
 from softprompt.errors import BackboneError
+from softprompt.progress import progress_bar
+
+if TYPE_CHECKING:
+    from softprompt.backbone import Base
+
+_BAR_SECONDS = 2.0
+"""Seconds after which a progress bar appears."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,53 +63,36 @@ class AttentionMass:
     layers: tuple[LayerMass, ...]
 
 
-@dataclass(slots=True)
-class _Sum:
-    """Sums over the rows: the shares of each layer, head and virtual token ``[L, A, P]``, and their counts."""
+class _Row(NamedTuple):
+    """Attention of one row to each virtual token, summed over its text tokens, and over those that answer."""
 
-    rows: int = 0
-    tokens: int = 0
-    answering: int = 0
-    uniform: float = 0.0
-    all: Tensor | float = 0.0
-    answers: Tensor | float = 0.0
+    text: Tensor  # [L, A, P]
+    answering: Tensor  # [L, A, P]
+    tokens: int
+    answers: int
+    uniform: float
 
-    def add(self, weights: Tensor, columns: slice, seen: Tensor, answering: slice | None) -> None:
-        """Add a row's weights ``[L, A, Q, K]``: what tokens in the order of the batch see of virtual ``columns``.
 
-        ``seen`` ``[Q]`` counts what each query sees, 0 for those that do not count.
-        """
-        mass = weights[..., columns].double().cpu()  # [L, A, Q, P]
-        counts = seen > 0
-        self.rows, self.tokens = self.rows + 1, self.tokens + int(counts.sum())
-        self.all = self.all + mass[:, :, counts].sum(2)
-        self.uniform += float((mass.shape[-1] / seen[counts]).sum())
-        if answering is not None:
-            part = mass[:, :, answering]
-            self.answers, self.answering = self.answers + part.sum(2), self.answering + part.shape[2]
-
-    def mass(self) -> AttentionMass:
-        """Return the means."""
-        found = cast(Tensor, self.all) / self.tokens  # [L, A, P]
-        heads = found.sum(2)
-        answers = cast(Tensor, self.answers / self.answering).sum(2).mean(1).tolist() if self.answering else None
-        layers = [
-            LayerMass(
-                share=float(own.mean()),
-                head_min=float(own.min()),
-                head_max=float(own.max()),
-                answering=None if answers is None else answers[index],
-                by_token=tuple(round(value, 6) for value in found[index].mean(0).tolist()),
-            )
-            for index, own in enumerate(heads)
-        ]
-        return AttentionMass(self.rows, self.tokens, self.uniform / self.tokens, tuple(layers))
+def _mean(rows: Sequence[_Row]) -> AttentionMass:
+    tokens, answers = sum(row.tokens for row in rows), sum(row.answers for row in rows)
+    found = torch.stack([row.text for row in rows]).sum(0) / tokens  # [L, A, P]
+    heads = found.sum(2)
+    answering = torch.stack([row.answering for row in rows]).sum((0, 3)).mean(1) / max(answers, 1)
+    layers = [
+        LayerMass(
+            share=float(own.mean()),
+            head_min=float(own.min()),
+            head_max=float(own.max()),
+            answering=float(answering[index]) if answers else None,
+            by_token=tuple(round(value, 6) for value in found[index].mean(0).tolist()),
+        )
+        for index, own in enumerate(heads)
+    ]
+    return AttentionMass(len(rows), tokens, sum(row.uniform for row in rows) / tokens, tuple(layers))
 
 
 @torch.no_grad()
-def attention_mass(
-    base: Base, rows: Sequence[EngineRow], done: Callable[[], Any] = lambda: None
-) -> dict[str, AttentionMass]:
+def attention_mass(base: Base, rows: Sequence[EngineRow]) -> dict[str, AttentionMass]:
     """Return the attention mass on the prompt of some rows, which all have the same one.
 
     ``self`` is the attention of a causal model, or of a decoder to what stands in the decoder; ``encoder`` that of
@@ -112,50 +101,52 @@ def attention_mass(
     Args:
         base: The base.
         rows: The rows, each with its prompt and a target.
-        done: Called after each row.
 
     Raises:
         BackboneError: The model does not tell its attention weights.
         SoftPromptError: A row does not fit the model.
     """
-    engine, sums = PlainEngine(base, trusted=True), dict[str, _Sum]()
-    for row in rows:
-        with base.running(attention="eager"), _watched(base) as seen:
-            try:
-                engine.target_log_probs([row])
-            except (AttributeError, RuntimeError, TypeError, ValueError) as cause:  # a model's own code
-                raise BackboneError(
-                    f"{base.facts.architecture} does not run with its weights told: {cause}"
-                ) from cause
-        for name, weights in _weights(seen, row).items():
-            _add(sums.setdefault(name, _Sum()), name, weights, row, base.is_encoder_decoder)
-        done()
-    if not sums:
+    engine, found = PlainEngine(base, trusted=True), dict[str, list[_Row]]()
+    with progress_bar(len(rows), "row", delay=_BAR_SECONDS) as bar:
+        for row in rows:
+            with base.running(attention="eager"), _watched(base) as seen:
+                try:
+                    engine.target_log_probs([row])
+                except (AttributeError, RuntimeError, TypeError, ValueError) as cause:  # a model's own code
+                    raise BackboneError(f"{base.facts.architecture} does not tell its weights: {cause}") from cause
+            for place, weights in _weights(seen, row).items():
+                found.setdefault(place, []).append(_row(place, weights, row, base.is_encoder_decoder))
+            bar.update()
+    if not found:
         raise BackboneError(f"{base.facts.architecture} does not tell its attention weights")
-    return {name: each.mass() for name, each in sums.items()}
+    return {place: _mean(each) for place, each in found.items()}
 
 
-def _add(sums: _Sum, name: str, weights: Tensor, row: EngineRow, seq2seq: bool) -> None:
-    """Add one row's weights ``[L, A, Q, K]`` of one place."""
-    queries, keys, answer = weights.shape[2], weights.shape[3], len(row.target)
-    prompt = row.prompt
+def _row(place: str, weights: Tensor, row: EngineRow, seq2seq: bool) -> _Row:
+    """Return what one row's weights ``[L, A, Q, K]`` in one place give to the virtual tokens."""
+    queries, keys, answer, prompt = weights.shape[2], weights.shape[3], len(row.target), row.prompt
     assert prompt is not None, "attention to a prompt needs one"
-    if name == "self" and seq2seq:
-        start, count, first = 0, prompt.decoder_tokens + prompt.prefix_tokens, prompt.decoder_tokens
-    else:
-        start, count = row.at, prompt.input_tokens + prompt.prefix_tokens
-        first = 0 if prompt.prefix is not None else row.at + count
-    if name == "self":
+    in_decoder = place == "self" and seq2seq
+    start, inside = (0, prompt.decoder_tokens) if in_decoder else (row.at, prompt.input_tokens)
+    columns = slice(start, start + inside + prompt.prefix_tokens)
+    seen = torch.full((queries,), keys)  # tokens that each query sees; 0 for those that do not count
+    if place == "self":
         seen = torch.arange(1, queries + 1) + keys - queries  # keys in front of the queries are a prefix
-        seen[:first] = 0  # the virtual tokens, and text before them
-        seen[-1] = seen[-1] if seq2seq else 0  # nothing is predicted from the last token
-        answering = slice(-answer, None) if seq2seq else slice(-answer - 1, -1)
-    else:
-        seen = torch.full((queries,), keys)
-        if name == "encoder":
-            seen[start : start + count] = 0
-        answering = None if name == "encoder" else slice(-answer, None)
-    sums.add(weights, slice(start, start + count), seen, answering)
+        seen[: start + inside if inside else 0] = 0  # virtual tokens, and text before them
+        seen[-1] *= seq2seq  # nothing is predicted from the last token of a causal model
+    elif place == "encoder":
+        seen[columns] = 0
+    answering = torch.zeros(queries, dtype=torch.bool)
+    if place != "encoder":
+        answering[slice(-answer, None) if seq2seq else slice(-answer - 1, -1)] = True
+    mass = weights[..., columns].double().cpu()  # [L, A, Q, P]
+    return _Row(
+        text=mass[:, :, seen > 0].sum(2),
+        answering=mass[:, :, answering].sum(2),
+        tokens=int((seen > 0).sum()),
+        answers=int(answering.sum()),
+        uniform=float((mass.shape[3] / seen[seen > 0]).sum()),
+    )
 
 
 def _weights(seen: Sequence[Any], row: EngineRow) -> dict[str, Tensor]:

@@ -13,14 +13,14 @@ from torch.nn.functional import cosine_similarity
 from softprompt.artifacts import started_prompt
 from softprompt.engine import completed
 from softprompt.errors import ConfigError
-from softprompt.prompts import PromptTuningConfig, PromptTuningInit, drift
+from softprompt.prompts import PromptTuningConfig, drift
 
 if TYPE_CHECKING:
     from softprompt.artifacts import StoredPrompt
     from softprompt.backbone import Base
 
 _REMADE = ("PROMPT_TUNING", "EXTENDED_PROMPT_TUNING")
-_ORDINARY = tuple(PromptTuningInit[name] for name in ("RANDOM", "RANDOM_SCALED", "TEXT", "SAMPLE_VOCAB", "LABELS"))
+_ORDINARY = ("RANDOM", "RANDOM_SCALED", "TEXT", "SAMPLE_VOCAB", "LABELS")
 """Initialisations that need the base and the seed alone."""
 _DIGITS = 0.02
 """Relative difference that rounding and another machine may make."""

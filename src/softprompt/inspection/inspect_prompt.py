@@ -32,10 +32,9 @@ from softprompt.inspection import (
     parts_of,
     similarity_of,
 )
-from softprompt.progress import progress_bar, timed
+from softprompt.progress import timed
 
 LIMIT, NEAREST, LEFT_OUT_ROWS = 64, 5, 32
-_BAR_SECONDS = 2.0
 _WRITE_TEXT = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 _OF_RECORDS = ("attention", "leave_one_out", "contest")
 
@@ -73,8 +72,7 @@ def inspect_prompt(
 
     Raises:
         ArtifactError: The prompt, or one of the others, cannot be read.
-        BackboneError: A base that is named here cannot be loaded.
-        FingerprintError: The base is not the one that the prompt was made for.
+        BackboneError: A base that is named here cannot be loaded, or is not the prompt's.
         ConfigError: A number is out of range, or there is no such task.
         DataError: The data cannot be read.
     """
@@ -96,7 +94,7 @@ def inspect_prompt(
         if tuned is not None and (chosen := _of_task(found, tuned, task_name)) is not None:
             named = _words(found, chosen)
             if data is None:
-                found.missing |= dict.fromkeys(_OF_RECORDS, "no data was given (--data)")
+                found.lack("no data was given (--data)", *_OF_RECORDS)
             else:
                 _look_at_answers(found, chosen, named | _loaded(found, chosen, others), data, limit, batch_size)
     return found
@@ -110,21 +108,18 @@ def _opened(
     name = named or stored.base_model
     try:
         if not with_base or name is None:
-            why = "left out as asked" if name else "the prompt does not say which it is for (--base-model)"
-            raise BackboneError(why)
+            raise BackboneError("left out as asked" if name else "the prompt names none; give base_model")
         if task in _WRITE_TEXT:
             tuned = load(stored.location, name, **reading)
             return tuned.base, tuned
-        kept = {key: value for key, value in reading.items() if key != "ignore_fingerprint"}
-        base = load_base(name, **kept)
+        reading.pop("ignore_fingerprint", None)
+        base = load_base(name, **reading)
     except BackboneError as error:
         if named is not None and with_base:
             raise
-        sections = ("nearest", "first_values", "words", *_OF_RECORDS)
-        found.missing |= dict.fromkeys(sections, f"no base model: {error}")
+        found.lack(f"no base model: {error}", "nearest", "first_values", "words", *_OF_RECORDS)
         return None, None
-    why = f"the prompt is for {task} and writes no text; attach it with PeftModel.from_pretrained"
-    found.missing |= dict.fromkeys(("words", *_OF_RECORDS), why)
+    found.lack(f"a {task} prompt writes no text; attach it with PeftModel.from_pretrained", "words", *_OF_RECORDS)
     return base, None
 
 
@@ -132,7 +127,7 @@ def _look_at_values(
     found: Inspection, stored: StoredPrompt, others: Mapping[str, StoredPrompt], base: Base | None, nearest: int
 ) -> None:
     parts = parts_of(stored)
-    if KEYS_AND_VALUES in parts:
+    if list(parts) == [KEYS_AND_VALUES]:
         found.missing["nearest"] = "keys and values of layers have no neighbours in the vocabulary"
         base = None
     elif base is not None and base.embedding.weight.shape[1] != stored.values.shape[1]:
@@ -169,7 +164,7 @@ def _of_task(found: Inspection, tuned: TunedPrompt, task: Task | None) -> TunedP
     several = tuned.module.num_tasks > 1
     if several and task is None and tuned.task is None:
         why = f"the prompt has the tasks {', '.join(tuned.task_names)}; choose one: task_name (--task-name)"
-        found.missing |= dict.fromkeys(("words", *_OF_RECORDS), why)
+        found.lack(why, "words", *_OF_RECORDS)
         return None
     chosen = tuned.of_task(task)
     found.task_name = tuned.task_names[chosen.task or 0] if several else None
@@ -186,8 +181,7 @@ def _words(found: Inspection, tuned: TunedPrompt) -> dict[str, TunedPrompt]:
     ids = [row[0].token_id for row in part.nearest]
     found.words = str(tuned.tokenizer.decode(ids))
     in_chat = tuned.rows.placement == "chat_system"
-    prompt = found.tried("words", lambda: written(tuned.base, tuned.manifest, ids, chat=in_chat))
-    return {} if prompt is None else {WORDS: prompt}
+    return {WORDS: written(tuned.base, tuned.manifest, ids, chat=in_chat)}
 
 
 def _loaded(found: Inspection, tuned: TunedPrompt, others: Mapping[str, StoredPrompt]) -> dict[str, TunedPrompt]:
@@ -227,13 +221,9 @@ def _look_at_answers(
         EngineRow(row.source, row.target, prompt, row.at, row.unscored) for row in tuned.rows.tokenize(records)[0]
     ]
     found.records = len(rows)
+    some = rows[:: -(-len(rows) // LEFT_OUT_ROWS)]
     with replaced_modules(tuned.base, tuned.heads):
-        with progress_bar(len(rows), "row", delay=_BAR_SECONDS) as bar:
-            found.attention = found.tried("attention", lambda: attention_mass(tuned.base, rows, bar.update))
-        with progress_bar(prompt.tokens, "virtual token", delay=_BAR_SECONDS) as bar:
-            some = rows[:: -(-len(rows) // LEFT_OUT_ROWS)]
-            found.leave_one_out = found.tried(
-                "leave_one_out", lambda: leave_one_out(tuned, some, batch_size, bar.update)
-            )
+        found.attention = found.tried("attention", lambda: attention_mass(tuned.base, rows))
+        found.leave_one_out = found.tried("leave_one_out", lambda: leave_one_out(tuned, some, batch_size))
     places = [number + 1 for number in numbers]
     found.contest = found.tried("contest", lambda: contest(tuned, others, chosen, places, batch_size=batch_size))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     )
 
 _Found = TypeVar("_Found")
-_NEAREST_SHOWN, _CHANGES_SHOWN = 3, 5
+_NEAREST_SHOWN, _SHOWN = 3, 5
 
 
 @final
@@ -69,6 +69,10 @@ class Inspection:
             self.missing[section] = str(error)
             return None
 
+    def lack(self, why: str, *sections: str) -> None:
+        """Note why some sections are missing."""
+        self.missing |= dict.fromkeys(sections, why)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; a number that is not finite becomes None."""
         found: dict[str, Any] = _finite(asdict(self))
@@ -78,97 +82,80 @@ class Inspection:
 
     def __str__(self) -> str:
         """Return the numbers for people; those of each virtual token are in ``to_dict``."""
-        parts = (self._value_lines(), self._similarity_lines(), self._drift_lines(), self._answer_lines())
+        lines = [self.summary.location, *self._value_lines(), *self._training_lines(), *self._answer_lines()]
         why = [f"  {name}: {reason}" for name, reason in self.missing.items()]
-        return "\n".join(
-            [self.summary.location, *(line for part in parts for line in part), *_titled("not here", why)]
-        )
+        return "\n".join([*lines, *(["", "not here", *why] if why else [])])
 
     def _value_lines(self) -> Iterator[str]:
         for name, part in self.values.items():
             numbers, shell = part.geometry, part.shell
-            ratio = "" if numbers.rms_ratio is None else f", {numbers.rms_ratio:.2f} x the vocabulary's"
+            ratio = "" if numbers.rms_ratio is None else f" ({numbers.rms_ratio:.2f} x the vocabulary's)"
             yield f"\n{name}: {part.tokens} virtual tokens"
-            yield f"  rms {numbers.rms:.4f}{ratio}; effective rank {numbers.effective_rank:.1f}"
-            if shell is not None:
-                low, middle, high = shell.quantiles[1], shell.quantiles[3], shell.quantiles[5]
-                yield f"  norms {numbers.norm_min:.3g} to {numbers.norm_max:.3g}"
-                yield f"  the vocabulary's norms {middle:.3g}, 90 % of them {low:.3g} to {high:.3g}"
-            rows = [
-                (str(number), *(f"{each.token!r} {each.cosine:.2f}" for each in row[:_NEAREST_SHOWN]))
-                for number, row in enumerate(part.nearest or (), start=1)
-            ]
-            if rows:
-                yield from text_table(("token", "nearest by cosine", *[""] * (len(rows[0]) - 2)), rows)
-
-    def _similarity_lines(self) -> list[str]:
-        rows = [
-            (
-                f"{each.first} - {each.second}",
-                *("-" if value is None else f"{value:.3f}" for value in (each.mean, each.pairs, each.matched)),
+            yield f"  rms {numbers.rms:.4f}{ratio}, effective rank {numbers.effective_rank:.1f}"
+            ends = (
+                ""
+                if shell is None
+                else f"; 90 % of the vocabulary's {shell.quantiles[1]:.3g} to {shell.quantiles[5]:.3g}"
             )
-            for each in self.similarity
+            yield f"  norms {numbers.norm_min:.3g} to {numbers.norm_max:.3g}{ends}"
+            for number, row in enumerate(part.nearest or (), start=1):
+                shown = "  ".join(f"{each.token!r} {each.cosine:.2f}" for each in row[:_NEAREST_SHOWN])
+                yield f"{number:>4}  {shown}"
+        rows = [
+            (f"{one.first} - {one.second}", *map(_number, (one.mean, one.pairs, one.matched)))
+            for one in self.similarity
         ]
-        return ["", *text_table(("cosine of", "means", "all pairs", "same number"), rows)] if rows else []
+        yield from _table(("cosine of", "means", "all pairs", "same number"), rows)
 
-    def _drift_lines(self) -> list[str]:
-        found = self.drift
-        if found is None:
-            return []
-        last, size = found.drift[-1], found.rms[-1]
-        mean, most = sum(last) / len(last), max(range(len(last)), key=last.__getitem__)
-        return _titled(
-            f"drift from the start, {len(found.epochs)} epochs (rms)",
-            [
-                f"  mean {mean:.4f}, against values of {sum(size) / len(size):.4f}",
-                f"  most: virtual token {most * found.every + 1}, {last[most]:.4f}",
-            ],
-        )
+    def _training_lines(self) -> Iterator[str]:
+        if (found := self.drift) is not None:
+            last, size = found.drift[-1], found.rms[-1]
+            most = f"most {max(last):.4f} (token {last.index(max(last)) * found.every + 1})"
+            yield f"\ndrift from the start in {len(found.epochs)} epochs: mean {sum(last) / len(last):.4f}, {most}"
+            yield f"  root mean squares; of the values {sum(size) / len(size):.4f}"
 
     def _answer_lines(self) -> Iterator[str]:
         for place, mass in (self.attention or {}).items():
             shares = [layer.share for layer in mass.layers]
-            most = f"most in layer {shares.index(max(shares)) + 1} ({max(shares):.1%})"
-            yield f"\nattention of the text to the prompt ({place}), {mass.rows} rows"
-            yield f"  mean {sum(shares) / len(shares):.1%}, {most}; uniform attention {mass.uniform:.1%}"
+            most = f"{max(shares):.1%} (layer {shares.index(max(shares)) + 1})"
+            yield f"\nattention to the prompt ({place}): mean {sum(shares) / len(shares):.1%}, most {most}"
+            yield f"  uniform attention would be {mass.uniform:.1%}; {mass.rows} rows"
         if (left := self.leave_one_out) is not None:
-            yield f"\nleave one out, {left.rows} rows (nats per target token)"
-            yield f"  loss {left.loss:.4f}, without the prompt {left.without_prompt:.4f}"
-            order = sorted(range(len(left.change)), key=lambda i: -left.change[i])[:_CHANGES_SHOWN]
+            yield f"\nloss {left.loss:.4f} nats per target token, {left.rows} rows"
+            yield f"  without the prompt {left.without_prompt:.4f}"
+            pairs = sorted(
+                zip(left.change, left.standard_error, range(len(left.change)), strict=True), reverse=True
+            )
             rows = [
-                (str(i * left.every + 1), f"{left.change[i]:+.4f}", f"{left.standard_error[i]:.4f}") for i in order
+                (f"{i * left.every + 1}", f"{change:+.4f}", f"{error:.4f}") for change, error, i in pairs[:_SHOWN]
             ]
-            yield from text_table(("without token", "change", "standard error"), rows)
+            yield from _table(("without token", "change", "standard error"), rows)
         if self.words is not None:
             yield f"\nin words: {self.words!r}"
         if (found := self.contest) is not None:
             metrics = list(found.scores["prompt"])
-            yield f"\n{found.task}, {found.rows} records"
-            yield from text_table(
-                ("", *(name.replace("_", " ") for name in metrics)),
-                [
-                    (name, *(f"{own.get(each, math.nan):.4f}" for each in metrics))
-                    for name, own in found.scores.items()
-                ],
-            )
-            yield from text_table(
-                ("the prompt against", "won", "lost", "difference", "95 %", "p"),
-                [
-                    (
-                        name,
-                        f"{each.won}",
-                        f"{each.lost}",
-                        f"{each.difference:+.4f}",
-                        interval_text(each.interval),
-                        f"{each.p_value:.2g}",
-                    )
-                    for name, each in found.against.items()
-                ],
-            )
+            rows = [(name, *(_number(own.get(each)) for each in metrics)) for name, own in found.scores.items()]
+            yield from _table((f"{found.task}, {found.rows} records", *metrics), rows)
+            rows = [
+                (
+                    name,
+                    f"{one.won}",
+                    f"{one.lost}",
+                    f"{one.difference:+.4f}",
+                    interval_text(one.interval),
+                    f"{one.p_value:.2g}",
+                )
+                for name, one in found.against.items()
+            ]
+            yield from _table(("the prompt against", "won", "lost", "difference", "95 %", "p"), rows)
 
 
-def _titled(title: str, lines: Sequence[str]) -> list[str]:
-    return ["", title, *lines] if lines else []
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["", *text_table(head, rows)] if rows else []
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _finite(value: Any) -> Any:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
-from softprompt.evaluation import Baseline, Outcome, compare
-from softprompt.inference import TunedPrompt
+from softprompt.evaluation import Baseline, Outcome, Paired, compare
+
+if TYPE_CHECKING:
+    from softprompt.inference import TunedPrompt
 
 ZERO_SHOT, WORDS = "zero-shot", "nearest words"
 EXAMPLES = 3
@@ -16,36 +19,14 @@ _METRICS = ("accuracy", "macro_f1", "exact_match", "rouge_l", "perplexity")
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One record, with the answers of the prompt and of what it is compared with."""
+    """One record that a prompt won or lost, its number in the data from 1, and both answers."""
 
     record: int
+    won: bool
     fields: Mapping[str, str]
     target: str
     prompt: str
     other: str
-
-
-@dataclass(frozen=True, slots=True)
-class Versus:
-    """A prompt against another answerer on the same records, seen from the prompt.
-
-    Attributes:
-        won: Records that the prompt has right and the other has not; for texts, those with a higher ROUGE-L.
-        lost: Records the other way round.
-        difference: The prompt's accuracy, or mean ROUGE-L, less the other's.
-        interval: 95 % interval of the difference, from a paired bootstrap; None for one record.
-        p_value: Of an exact binomial test of won against lost.
-        examples_won: The first of the records won.
-        examples_lost: The first of those lost.
-    """
-
-    won: int
-    lost: int
-    difference: float
-    interval: tuple[float, float] | None
-    p_value: float
-    examples_won: tuple[Example, ...]
-    examples_lost: tuple[Example, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +37,15 @@ class Contest:
         task: Whether labels are scored (classification) or texts generated (generation).
         rows: Number of records.
         scores: Metrics of each answerer by its name; the prompt's is ``prompt``.
-        against: The prompt against each of the others.
+        against: The prompt against each of the others: ``won`` and ``difference`` are the prompt's.
+        examples: The first records won and lost against each of them.
     """
 
     task: str
     rows: int
     scores: Mapping[str, Mapping[str, float]]
-    against: Mapping[str, Versus]
+    against: Mapping[str, Paired]
+    examples: Mapping[str, Sequence[Example]]
 
 
 def contest(
@@ -85,34 +68,31 @@ def contest(
         SoftPromptError: As ``compare``.
     """
     found = compare({"prompt": tuned, ZERO_SHOT: Baseline(), **others}, records, **options)
-    own = found.reports["prompt"]
+    own, reports = found.reports["prompt"], found.reports
     scores = {
         name: {metric: value for metric in _METRICS if (value := getattr(report, metric)) is not None}
-        for name, report in found.reports.items()
+        for name, report in reports.items()
     }
-    versus = {}
-    for name, paired in found.against.items():
-        pairs = list(zip(own.outcomes, found.reports[name].outcomes, numbers, strict=True))
-        ends = paired.interval
-        versus[name] = Versus(
-            won=paired.lost,
-            lost=paired.won,
-            difference=-paired.difference,
-            interval=None if ends is None else (-ends[1], -ends[0]),
-            p_value=paired.p_value,
-            examples_won=_examples(pairs, 1),
-            examples_lost=_examples(pairs, -1),
+    examples = {name: _examples(own.outcomes, reports[name].outcomes, numbers) for name in found.against}
+    against = {name: _turned(each) for name, each in found.against.items()}
+    return Contest(own.task, own.rows, scores, against, examples)
+
+
+def _turned(paired: Paired) -> Paired:
+    """Return a result as the other side sees it."""
+    ends = paired.interval and (-paired.interval[1], -paired.interval[0])
+    return replace(paired, won=paired.lost, lost=paired.won, difference=-paired.difference, interval=ends)
+
+
+def _examples(ours: Sequence[Outcome], theirs: Sequence[Outcome], numbers: Sequence[int]) -> list[Example]:
+    pairs = list(zip(ours, theirs, numbers, strict=True))
+    return [
+        Example(number, won, dict(one.fields), one.target, one.answer, other.answer)
+        for won in (True, False)
+        for one, other, number in islice(
+            (each for each in pairs if (_worth(each[0]) - _worth(each[1])) * (1 if won else -1) > 0), EXAMPLES
         )
-    return Contest(own.task, own.rows, scores, versus)
-
-
-def _examples(pairs: Sequence[tuple[Outcome, Outcome, int]], sign: int) -> tuple[Example, ...]:
-    """Return the first records that the first of two won (1), or lost (-1)."""
-    chosen = [pair for pair in pairs if sign * (_worth(pair[0]) - _worth(pair[1])) > 0]
-    return tuple(
-        Example(number, dict(ours.fields), ours.target, ours.answer, theirs.answer)
-        for ours, theirs, number in chosen[:EXAMPLES]
-    )
+    ]
 
 
 def _worth(outcome: Outcome) -> float:
