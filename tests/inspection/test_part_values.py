@@ -56,13 +56,16 @@ def test_cosines_of_each_pair_and_of_evenly_spaced_tokens_of_many():
     )
 
 
-def test_similarity_of_matched_tokens_and_of_other_lengths():
+def test_similarity_of_matched_tokens_and_of_other_lengths(tmp_path):
     one, two = drawn(1, 3), drawn(2, 3)
     found = similarity_of(one, two, "one", "two")
     assert found.matched == pytest.approx(float(torch.cosine_similarity(one, two, dim=1).mean()))
     assert found.mean == pytest.approx(float(torch.cosine_similarity(one.mean(0), two.mean(0), dim=0)))
     assert similarity_of(one, drawn(2, 5), "one", "two").matched is None
-    assert [each.first for each in alike({"input": one, "decoder": two}, {"decoder": two}, "other")] == ["decoder"]
+    stored = load_adapter(folder(tmp_path / "plain", two))
+    assert [(each.first, each.mean) for each in alike({"input": two, "decoder": one}, stored, "other")] == [
+        ("input", pytest.approx(1))
+    ]
 
 
 def test_the_parts_of_each_kind_of_prompt(tmp_path):

@@ -36,7 +36,9 @@ def tokens_figure(
     count = len(attention[0]) if attention else (len(change) - 1) * every + 1
     heights = [2.0] * bool(change) + [2.6] * bool(attention)
     figure = empty_figure(min(10.0, max(6.4, 2.0 + 0.3 * count)), sum(heights) + 1.3)
-    axes = list(figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0])
+    axes: list[Any] = list(
+        figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+    )
     if change:
         colors = [ORANGE if value > 0 else PALE for value in change]
         axes[0].bar(range(1, count + 1, every), change, 0.75 * every, yerr=error, color=colors, ecolor=INK)
@@ -62,8 +64,8 @@ def tokens_figure(
 
 def cosines_figure(cosines: Sequence[Sequence[float]], every: int = 1) -> Figure:
     """Draw the cosines of virtual tokens with each other ``[P, P]``, of every ``every``-th one."""
-    figure = empty_figure(6.0, 5.0)
-    axis, end = figure.add_subplot(), len(cosines) * every + 0.5
+    figure, axis = _axis(6.0, 5.0)
+    end = len(cosines) * every + 0.5
     image = axis.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1, extent=(0.5, end, end, 0.5))
     _counted(axis, "virtual token")
     axis.set_ylabel("virtual token", color=INK, fontsize=11)
@@ -74,8 +76,7 @@ def cosines_figure(cosines: Sequence[Sequence[float]], every: int = 1) -> Figure
 
 def norms_figure(norms: Sequence[float], quantiles: Sequence[float]) -> Figure:
     """Draw the norm of each virtual token ``[P]`` over the vocabulary's at 0, 5, 25, 50, 75, 95 and 100 %."""
-    figure = empty_figure(7.2, 3.6)
-    axis = figure.add_subplot()
+    figure, axis = _axis(7.2, 3.6)
     for i, (share, alpha) in enumerate((("all", 0.15), ("90 %", 0.3), ("50 %", 0.5))):
         band = {"color": PALE, "alpha": alpha, "linewidth": 0, "label": f"vocabulary, {share}"}
         axis.axhspan(quantiles[i], quantiles[6 - i], **band)
@@ -89,8 +90,8 @@ def norms_figure(norms: Sequence[float], quantiles: Sequence[float]) -> Figure:
 
 def drift_figure(epochs: Sequence[int], drift: Sequence[Sequence[float]], every: int = 1) -> Figure:
     """Draw how far each virtual token is from its start after each epoch ``[E, P]``, rms over its values."""
-    figure = empty_figure(7.2, 3.8)
-    axis, many = figure.add_subplot(), [0, *epochs]
+    figure, axis = _axis(7.2, 3.8)
+    many = [0, *epochs]
     for number, own in enumerate(zip(*drift, strict=True)):
         axis.plot(many, [0.0, *own], color=PALE, linewidth=1.0, label="" if number else "each virtual token")
     means = [sum(row) / len(row) for row in drift]
@@ -120,8 +121,8 @@ def layers_figure(
         uniform: what attention alike to all tokens would give.
         place: whose attention it is.
     """
-    figure = empty_figure(7.2, 3.8)
-    axis, layers = figure.add_subplot(), range(1, len(share) + 1)
+    figure, axis = _axis(7.2, 3.8)
+    layers = range(1, len(share) + 1)
     axis.fill_between(
         layers, *zip(*heads, strict=True), color=PALE, alpha=0.35, linewidth=0, label="range of the heads"
     )
@@ -139,8 +140,8 @@ def layers_figure(
 
 def contest_figure(versus: Mapping[str, tuple[int, int]], rows: int) -> Figure:
     """Draw the records that the prompt won and lost against others ``{name: (won, lost)}``, of ``rows``."""
-    figure = empty_figure(7.2, 1.9 + 0.45 * len(versus))
-    axis, places = figure.add_subplot(), range(len(versus))
+    figure, axis = _axis(7.2, 1.9 + 0.45 * len(versus))
+    places = range(len(versus))
     for i, sign, color, label in ((0, 1, BLUE, "won by the prompt"), (1, -1, ORANGE, "lost")):
         bars = axis.barh(places, [sign * pair[i] for pair in versus.values()], 0.62, color=color, label=label)
         axis.bar_label(bars, [f"{pair[i]}" for pair in versus.values()], padding=4, color=INK, fontsize=10)
@@ -153,6 +154,11 @@ def contest_figure(versus: Mapping[str, tuple[int, int]], rows: int) -> Figure:
     axis.xaxis.set_major_formatter(lambda value, _: f"{abs(value):.0f}")
     _plain(axis, "x")
     return _titled(figure, "Records won and lost against", columns=2)
+
+
+def _axis(width: float, height: float) -> tuple[Figure, Any]:
+    figure = empty_figure(width, height)
+    return figure, figure.add_subplot()
 
 
 def _printable(text: str) -> str:

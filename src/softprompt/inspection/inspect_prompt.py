@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -85,9 +86,9 @@ def inspect_prompt(
         stored = load_adapter(folder if isinstance(prompt, TunedPrompt) else prompt)
         others = {str(each): load_adapter(each) for each in against}
         found = Inspection(describe(stored))
-        if isinstance(prompt, TunedPrompt):
-            base, tuned = prompt.base, prompt
-        else:
+        tuned = prompt if isinstance(prompt, TunedPrompt) else None
+        base = None if tuned is None else tuned.base
+        if tuned is None:
             base, tuned = _opened(found, stored, with_base, reading)
         _look_at_values(found, stored, others, base, nearest)
         _look_at_training(found, stored, base)
@@ -140,7 +141,7 @@ def _look_at_values(
         if (reason := other_base(stored, other)) is not None:
             found.missing[section] = reason
             continue
-        cosines = found.tried(section, lambda other=other, name=name: alike(parts, parts_of(other), name))
+        cosines = found.tried(section, partial(alike, parts, other, name))
         if cosines == []:
             found.missing[section] = "its virtual tokens stand elsewhere in the model, or are of other tasks"
         similar += cosines or []
@@ -173,7 +174,7 @@ def _of_task(found: Inspection, tuned: TunedPrompt, task: Task | None) -> TunedP
 
 def _words(found: Inspection, tuned: TunedPrompt) -> dict[str, TunedPrompt]:
     """Return the nearest discrete prompt: the base with the nearest tokens where a text would stand."""
-    names = (found.task_name, f"{found.task_name}, input", "input")
+    names = (f"{found.task_name}", f"{found.task_name}, input", "input")
     part = next((found.values[name] for name in names if name in found.values), None)
     if part is None or part.nearest is None:
         found.missing["words"] = found.missing.get("nearest", "no virtual tokens stand in the input")
@@ -195,8 +196,7 @@ def _loaded(found: Inspection, tuned: TunedPrompt, others: Mapping[str, StoredPr
         return other
 
     answering = {
-        name: found.tried(f"contest with {name}", lambda stored=stored: on_base(stored))
-        for name, stored in others.items()
+        name: found.tried(f"contest with {name}", partial(on_base, stored)) for name, stored in others.items()
     }
     return {name: other for name, other in answering.items() if other is not None}
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, final
 
 from softprompt.errors import SoftPromptError
-from softprompt.evaluation import interval_text, text_table
+from softprompt.evaluation import text_table
 
 if TYPE_CHECKING:
     from softprompt.inspection import (
@@ -123,31 +123,20 @@ class Inspection:
         if (left := self.leave_one_out) is not None:
             yield f"\nloss {left.loss:.4f} nats per target token, {left.rows} rows"
             yield f"  without the prompt {left.without_prompt:.4f}"
-            pairs = sorted(
-                zip(left.change, left.standard_error, range(len(left.change)), strict=True), reverse=True
-            )
-            rows = [
-                (f"{i * left.every + 1}", f"{change:+.4f}", f"{error:.4f}") for change, error, i in pairs[:_SHOWN]
+            order = sorted(range(len(left.change)), key=lambda i: -left.change[i])[:_SHOWN]
+            changes = [
+                (f"{i * left.every + 1}", f"{left.change[i]:+.4f}", f"{left.standard_error[i]:.4f}") for i in order
             ]
-            yield from _table(("without token", "change", "standard error"), rows)
+            yield from _table(("without token", "change", "standard error"), changes)
         if self.words is not None:
             yield f"\nin words: {self.words!r}"
         if (found := self.contest) is not None:
-            metrics = list(found.scores["prompt"])
-            rows = [(name, *(_number(own.get(each)) for each in metrics)) for name, own in found.scores.items()]
-            yield from _table((f"{found.task}, {found.rows} records", *metrics), rows)
-            rows = [
-                (
-                    name,
-                    f"{one.won}",
-                    f"{one.lost}",
-                    f"{one.difference:+.4f}",
-                    interval_text(one.interval),
-                    f"{one.p_value:.2g}",
-                )
-                for name, one in found.against.items()
-            ]
-            yield from _table(("the prompt against", "won", "lost", "difference", "95 %", "p"), rows)
+            metrics, rows = list(found.scores["prompt"]), []
+            for name, own in found.scores.items():
+                one = found.against.get(name)
+                result = ("", "", "") if one is None else (f"{one.won}", f"{one.lost}", f"{one.p_value:.2g}")
+                rows.append((name, *(_number(own.get(each)) for each in metrics), *result))
+            yield from _table((f"{found.task}, {found.rows} records", *metrics, "won", "lost", "p"), rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,29 +57,30 @@ def write_report(found: Inspection, directory: str | Path, *, overwrite: bool = 
 def _drawings(found: Inspection) -> Iterator[tuple[str, Callable[[], Figure]]]:
     """Yield each figure that there are numbers for, by its name."""
     if found.history:
-        yield "training", lambda: display.training_figure(found.history)
+        yield "training", partial(display.training_figure, found.history)
     if (moved := found.drift) is not None:
-        yield "drift", lambda: display.drift_figure(moved.epochs, moved.drift, moved.every)
+        yield "drift", partial(display.drift_figure, moved.epochs, moved.drift, moved.every)
     left, places = found.leave_one_out, found.attention or {}
     by_token = next(([layer.by_token for layer in mass.layers] for mass in places.values()), [])
-    part = next((part for name, part in found.values.items() if name.startswith(found.task_name or name)), None)
-    words = [row[0].token for row in part.nearest] if part is not None and part.nearest else []
-    if left is not None or by_token:
-        lost = {} if left is None else {"change": left.change, "error": left.standard_error, "every": left.every}
-        yield "tokens", lambda: display.tokens_figure(words, attention=by_token, **lost)
+    chosen = [part.nearest or () for name, part in found.values.items() if name.startswith(found.task_name or name)]
+    words = [row[0].token for row in chosen[0]] if chosen else []
+    if left is not None:
+        lost = left.change, left.standard_error
+        yield "tokens", partial(display.tokens_figure, words, *lost, attention=by_token, every=left.every)
+    elif by_token:
+        yield "tokens", partial(display.tokens_figure, words, attention=by_token)
     for place, mass in places.items():
         layers = [(each.share, (each.head_min, each.head_max), each.answering) for each in mass.layers]
-        shown = (*zip(*layers, strict=True), mass.uniform, place)
-        yield f"attention_{place}", lambda shown=shown: display.layers_figure(*shown)
+        shares, heads, answering = zip(*layers, strict=True)
+        yield f"attention_{place}", partial(display.layers_figure, shares, heads, answering, mass.uniform, place)
     if (versus := found.contest) is not None:
         results = {name: (each.won, each.lost) for name, each in versus.against.items()}
-        yield "contest", lambda: display.contest_figure(results, versus.rows)
+        yield "contest", partial(display.contest_figure, results, versus.rows)
     for number, part in enumerate(found.values.values(), start=1):
-        if (shell := part.shell) is not None:
-            norms = part.geometry.norms, shell.quantiles
-            yield f"norms_{number}", lambda norms=norms: display.norms_figure(*norms)
+        if part.shell is not None:
+            yield f"norms_{number}", partial(display.norms_figure, part.geometry.norms, part.shell.quantiles)
         if part.tokens > 1:
-            yield f"cosines_{number}", lambda part=part: display.cosines_figure(part.cosines, part.every)
+            yield f"cosines_{number}", partial(display.cosines_figure, part.cosines, part.every)
 
 
 def _number(value: Any) -> str:

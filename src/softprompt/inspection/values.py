@@ -150,16 +150,18 @@ def _scaled(nearest: tuple[tuple[NearToken, ...], ...], scale: float) -> tuple[t
 
 
 def _shell(values: Tensor, table: Tensor, tokenizer: PreTrainedTokenizerBase, scale: float) -> Shell:
-    known = table[: len(tokenizer)].detach()
-    norms = torch.cat([part.float().norm(dim=1).cpu() for part in known.split(_CHUNK)]).sort().values
+    known = range(0, min(len(table), len(tokenizer)), _CHUNK)
+    parts = [table[start : min(start + _CHUNK, len(tokenizer))].detach() for start in known]
+    norms = torch.cat([part.float().norm(dim=1).cpu() for part in parts]).sort().values
     at = torch.tensor([round(share * (len(norms) - 1)) for share in QUANTILES])
     shares = torch.searchsorted(norms, values.norm(dim=1)) / len(norms)
     return Shell(tuple((scale * norms[at]).tolist()), tuple(shares.tolist()))
 
 
-def alike(first: Mapping[str, Tensor], second: Mapping[str, Tensor], name: str) -> list[PartSimilarity]:
-    """Return how alike the parts of a prompt are to those of one name in another; ``ConfigError`` as below."""
-    return [similarity_of(first[part], second[part], part, name) for part in first if part in second]
+def alike(parts: Mapping[str, Tensor], other: StoredPrompt, name: str) -> list[PartSimilarity]:
+    """Return how alike parts are to those of the same names in another prompt; raises as ``parts_of``."""
+    theirs = parts_of(other)
+    return [similarity_of(parts[part], theirs[part], part, name) for part in parts if part in theirs]
 
 
 def similarity_of(first: Tensor, second: Tensor, name: str, other: str) -> PartSimilarity:
