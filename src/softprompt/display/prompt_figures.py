@@ -48,13 +48,15 @@ def tokens_figure(
         ends = (0.5, count + 0.5, len(attention) + 0.5, 0.5)
         image = axes[-1].imshow(attention, cmap="Blues", vmin=0, aspect="auto", extent=ends)
         axes[-1].set_ylabel("layer", color=INK, fontsize=10)
-        axes[-1].yaxis.get_major_locator().set_params(integer=True)
+        axes[-1].yaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         bar = figure.colorbar(image, ax=axes[-1], orientation="horizontal", fraction=0.06, pad=0.03)
         bar.ax.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         bar.set_label("share of the text's attention", color=INK, fontsize=10)
     axes[-1].set_xlim(0.5, count + 0.5)
     if words and count <= _MOST_NAMED:
-        labels = [f"{number}  {_printable(word)[:_NAMED]}" for number, word in enumerate(words, start=1)]
+        labels = [
+            f"{number}  {_printable(word.strip() or word)[:_NAMED]}" for number, word in enumerate(words, start=1)
+        ]
         axes[-1].set_xticks(range(1, count + 1), labels, rotation=90, fontsize=9, parse_math=False)
         axes[-1].set_xlabel("virtual token, and the vocabulary's nearest (cosine)", color=INK, fontsize=11)
     else:
@@ -149,7 +151,8 @@ def contest_figure(versus: Mapping[str, tuple[int, int]], rows: int) -> Figure:
     axis.set_yticks(places, [_printable(name) for name in names], parse_math=False)
     axis.invert_yaxis()
     axis.axvline(0, color=INK, linewidth=0.8)
-    axis.margins(x=0.15)
+    lost, won = (max(1, *(pair[i] for pair in versus.values())) for i in (1, 0))
+    axis.set_xlim(-1.1 * lost - 0.1 * won, 1.1 * won + 0.1 * lost)
     _counted(axis, f"records, of {rows}")
     axis.xaxis.set_major_formatter(lambda value, _: f"{abs(value):.0f}")
     _plain(axis, "x")
