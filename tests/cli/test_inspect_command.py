@@ -65,7 +65,7 @@ def test_text_of_the_artifact_alone(called):
     code, out, err = called("--no-base", "--quiet")
     assert (code, err) == (0, "")
     assert "effective rank" in out
-    assert "contest: no base model: left out as asked" in out
+    assert "contest: without its base: left out as asked" in out
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from softprompt.errors import BackboneError
 from softprompt.inspection import attention_mass
 from softprompt.prompts import Prompt
 
-P = 3
+P, BEHIND = 3, -1
 ROWS = [((5, 9, 7, 11), (8, 2)), ((6, 4, 12, 3, 10), (9, 13, 2))]
 
 
@@ -22,7 +22,7 @@ def drawn(*shape, seed=1):
 
 
 def rows_of(prompt, at=0):
-    return [EngineRow(source, target, prompt, at) for source, target in ROWS]
+    return [EngineRow(source, target, prompt, len(source) if at == BEHIND else at) for source, target in ROWS]
 
 
 def stacked(layers):
@@ -46,22 +46,23 @@ def check(mass, masses, answers):
         assert [layer.answering for layer in mass.layers] == pytest.approx(expected.tolist(), abs=1e-5)
 
 
-@pytest.mark.parametrize("at", [0, 2])
-def test_a_causal_prompt(at):
+@pytest.mark.parametrize("place", [0, 2, BEHIND])
+def test_a_causal_prompt(place):
     model = tiny("llama", seed=3)
     virtual = drawn(P, model.config.hidden_size)
-    mass = attention_mass(Base(model), rows_of(Prompt(input=virtual), at))
+    mass = attention_mass(Base(model), rows_of(Prompt(input=virtual), place))
     assert list(mass) == ["self"]
     model.set_attn_implementation("eager")
     masses, answers, uniform = [], [], []
     for source, target in ROWS:
+        at = len(source) if place == BEHIND else place
         text = model.get_input_embeddings()(torch.tensor(source + target))
         embeds = torch.cat([text[:at], virtual, text[at:]])[None]
         with torch.no_grad():
             weights = stacked(model(inputs_embeds=embeds, output_attentions=True).attentions)
         seeing = weights[:, :, at + P : -1, at : at + P]
         masses.append(seeing)
-        answers.append(seeing[:, :, -len(target) :])
+        answers.append(seeing[:, :, -len(target) :])  # behind the text a virtual token predicts the first one
         uniform += [P / (n + 1) for n in range(at + P, embeds.shape[1] - 1)]
     check(mass["self"], masses, answers)
     assert mass["self"].uniform == pytest.approx(sum(uniform) / len(uniform))

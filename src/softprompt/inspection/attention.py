@@ -139,6 +139,7 @@ def _row(place: str, weights: Tensor, row: EngineRow, seq2seq: bool) -> _Row:
     answering = torch.zeros(queries, dtype=torch.bool)
     if place != "encoder":
         answering[slice(-answer, None) if seq2seq else slice(-answer - 1, -1)] = True
+        answering &= seen > 0  # behind the text a virtual token may predict the first one
     mass = weights[..., columns].double().cpu()  # [L, A, Q, P]
     return _Row(
         text=mass[:, :, seen > 0].sum(2),

@@ -109,7 +109,9 @@ def _opened(
     name = named or stored.base_model
     try:
         if not with_base or name is None:
-            raise BackboneError("left out as asked" if name else "the prompt names none; give base_model")
+            raise BackboneError(
+                "left out as asked" if name else "the prompt names none; give base_model (--base-model)"
+            )
         if task in _WRITE_TEXT:
             tuned = load(stored.location, name, **reading)
             return tuned.base, tuned
@@ -118,7 +120,7 @@ def _opened(
     except BackboneError as error:
         if named is not None and with_base:
             raise
-        found.lack(f"no base model: {error}", "nearest", "first_values", "words", *_OF_RECORDS)
+        found.lack(f"without its base: {error}", "nearest", "first_values", "words", *_OF_RECORDS)
         return None, None
     found.lack(f"a {task} prompt writes no text; attach it with PeftModel.from_pretrained", "words", *_OF_RECORDS)
     return base, None

@@ -83,7 +83,10 @@ class Inspection:
     def __str__(self) -> str:
         """Return the numbers for people; those of each virtual token are in ``to_dict``."""
         lines = [self.summary.location, *self._value_lines(), *self._training_lines(), *self._answer_lines()]
-        why = [f"  {name}: {reason}" for name, reason in self.missing.items()]
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.missing.items():
+            reasons.setdefault(reason, []).append(name)
+        why = [f"  {', '.join(names)}: {reason}" for reason, names in reasons.items()]
         return "\n".join([*lines, *(["", "not here", *why] if why else [])])
 
     def _value_lines(self) -> Iterator[str]:
