@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from softprompt import tune
+from softprompt import inspect_prompt, tune
 
 
 class Letters:
@@ -57,3 +57,9 @@ def learnt(records, tmp_path_factory):
         silence_progress_bars=True,
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def found(learnt, records):
+    """Its inspection on eight of the records, set against itself."""
+    return inspect_prompt(learnt, records, against=[learnt], silence_progress_bars=True, limit=8)

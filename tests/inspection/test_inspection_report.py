@@ -17,14 +17,11 @@ from softprompt.inspection.records import Example
 HOSTILE = '<script>alert("x")</script><img src=http://evil/x>{{ 7 * 7 }}\u202e\ud800'
 
 
-@pytest.fixture(scope="module")
-def found(learnt, records):
-    return inspect_prompt(learnt, records, limit=4, against=[learnt], silence_progress_bars=True)
-
-
 @pytest.fixture
 def bare(learnt):
-    return inspect_prompt(learnt, with_base=False)
+    bare = inspect_prompt(learnt, with_base=False)
+    bare.history, bare.values = [], {}  # one figure is left, which is quick
+    return bare
 
 
 def test_numbers_figures_and_page(found, monkeypatch, tmp_path):
@@ -54,7 +51,7 @@ def test_numbers_figures_and_page(found, monkeypatch, tmp_path):
         "epoch",
     } <= labels
     assert {"norm of the embedding", "distance from the start\n(rms over the values)", "cosine"} <= labels
-    assert "records, of 4" in labels
+    assert "records, of 8" in labels
 
 
 def test_what_files_and_data_say_is_text_and_nothing_else(found, tmp_path):
@@ -71,6 +68,13 @@ def test_what_files_and_data_say_is_text_and_nothing_else(found, tmp_path):
     )
     hostile = dataclasses.replace(
         found, summary=summary, contest=contest, words=HOSTILE, missing={"x": HOSTILE}, task_name=HOSTILE
+    )
+    hostile.history, hostile.drift, hostile.attention, hostile.leave_one_out, hostile.values = (
+        [],
+        None,
+        None,
+        None,
+        {},
     )
     write_report(hostile, tmp_path / "new")
     page = (tmp_path / "new" / "report.html").read_text(encoding="utf-8")
