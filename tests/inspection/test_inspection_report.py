@@ -80,7 +80,7 @@ def test_what_files_and_data_say_is_text_and_nothing_else(found, tmp_path):
     page = (tmp_path / "new" / "report.html").read_text(encoding="utf-8")
     assert "<script" not in page
     assert "<img src=http" not in page
-    assert "49" not in re.sub(r"[\d.]*\d49|49[\d.]+|base64,[^\"]*", "", page)
+    assert "{{ 7 * 7 }}" in page
     assert "&lt;script&gt;" in page
     assert json.loads((tmp_path / "new" / "inspection.json").read_text())["words"] == HOSTILE
 
