@@ -1,8 +1,6 @@
-"""What training notes of each virtual token, and the start that is made again."""
+"""What training notes of each virtual token."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ import torch
 from softprompt.artifacts import load_adapter
 from softprompt.backbone import load_base
 from softprompt.errors import ConfigError
-from softprompt.inspection import drift_of, first_values, parts_of
+from softprompt.inspection import drift_of, parts_of
 
 
 @pytest.fixture
@@ -33,29 +31,6 @@ def test_the_history_notes_how_far_each_virtual_token_is(stored, base):
     assert noted.drift[kept] == pytest.approx((values - start).square().mean(1).sqrt().tolist(), rel=1e-3)
     assert noted.rms[kept] == pytest.approx(values.square().mean(1).sqrt().tolist(), rel=1e-3)
     assert min(noted.drift[0]) > 0
-
-
-def test_the_start_is_made_again_and_confirmed_by_the_notes(stored, base):
-    values = parts_of(stored)["input"]
-    noted = drift_of(stored.manifest.history, stored.manifest.metrics)
-    found = first_values(stored, base, values, noted)
-    assert found.confirmed
-    assert found.drift == noted.drift[noted.epochs.index(noted.kept)]
-    assert all(0 < cosine < 1 for cosine in found.cosines)
-    assert not first_values(stored, base, values, None).confirmed
-
-
-def test_a_start_that_is_another_one_is_not_shown(stored, base):
-    values = parts_of(stored)["input"]
-    noted = drift_of(stored.manifest.history, stored.manifest.metrics)
-    wrong = dataclasses.replace(noted, drift=tuple(tuple(2 * each for each in row) for row in noted.drift))
-    with pytest.raises(ConfigError, match="not the one that training noted"):
-        first_values(stored, base, values, wrong)
-    stored.config["prompt_tuning_init"] = "PROMPT"
-    stored.config["prompt_tuning_init_prompt"] = "/somewhere"
-    stored.config["peft_type"] = "EXTENDED_PROMPT_TUNING"
-    with pytest.raises(ConfigError, match="more than a seed"):
-        first_values(stored, base, values, None)
 
 
 def test_only_the_evenly_spaced_tokens_of_a_long_prompt_are_noted(monkeypatch):

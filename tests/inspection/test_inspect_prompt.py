@@ -21,7 +21,6 @@ def test_every_section_of_a_prompt_of_virtual_tokens_is_there(found):
     assert list(found.values) == ["input"]
     assert list(found.attention) == ["self"]
     assert len(found.leave_one_out.change) == 4
-    assert found.first_values.confirmed
     assert [point["epoch"] for point in found.history] == [1, 2]
     (alike,) = found.similarity
     assert (alike.mean, alike.matched) == pytest.approx((1, 1))
@@ -78,7 +77,6 @@ def test_a_prompt_in_memory(learnt):
     found = inspect_prompt(tuned)
     assert found.words
     assert found.values["input"].tokens == tuned.prompt().tokens
-    assert found.first_values.confirmed
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +95,7 @@ def test_a_seq2seq_prompt(other_kinds, records):
     assert set(found.attention) == {"encoder", "cross", "self"}
     assert found.leave_one_out.rows == 2
     assert found.contest.task == "generation"
-    assert set(found.missing) <= {"history", "drift", "first_values", "words"}
+    assert set(found.missing) <= {"history", "drift", "words"}
 
 
 def test_keys_and_values(other_kinds, records):
@@ -117,7 +115,6 @@ def test_keys_and_values(other_kinds, records):
     assert len(found.leave_one_out.change) == 3
     assert "no neighbours" in found.missing["nearest"]
     assert "no neighbours" in found.missing["words"]
-    assert "PREFIX_TUNING" in found.missing["first_values"]
 
 
 def test_a_multitask_prompt_shows_each_task_and_asks_for_one(other_kinds, records):

@@ -3,9 +3,7 @@ from .ablation import leave_one_out as leave_one_out
 from .attention import AttentionMass as AttentionMass
 from .attention import attention_mass as attention_mass
 from .drift import Drift as Drift
-from .drift import FirstValues as FirstValues
 from .drift import drift_of as drift_of
-from .drift import first_values as first_values
 from .inspect_prompt import inspect_prompt as inspect_prompt
 from .inspection import Inspection as Inspection
 from .records import WORDS as WORDS

@@ -9,8 +9,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
 from softprompt.artifacts import StoredPrompt, load_adapter, other_base
 from softprompt.backbone import Base, load_base, replaced_modules
 from softprompt.data import DataSource, read_source
@@ -27,7 +25,6 @@ from softprompt.inspection import (
     contest,
     describe,
     drift_of,
-    first_values,
     leave_one_out,
     numbers_of,
     parts_of,
@@ -91,7 +88,11 @@ def inspect_prompt(
         if tuned is None:
             base, tuned = _opened(found, stored, with_base, reading)
         _look_at_values(found, stored, others, base, nearest)
-        _look_at_training(found, stored, base)
+        manifest = stored.manifest
+        found.history, metrics = (manifest.history, manifest.metrics) if manifest else ([], {})
+        if not found.history:
+            found.missing["history"] = "no training is on record"
+        found.drift = found.tried("drift", lambda: drift_of(found.history, metrics))
         if tuned is not None and (chosen := _of_task(found, tuned, task_name)) is not None:
             named = _words(found, chosen)
             if data is None:
@@ -120,7 +121,7 @@ def _opened(
     except BackboneError as error:
         if named is not None and with_base:
             raise
-        found.lack(f"without its base: {error}", "nearest", "first_values", "words", *_OF_RECORDS)
+        found.lack(f"without its base: {error}", "nearest", "words", *_OF_RECORDS)
         return None, None
     found.lack(f"a {task} prompt writes no text; attach it with PeftModel.from_pretrained", "words", *_OF_RECORDS)
     return base, None
@@ -148,18 +149,6 @@ def _look_at_values(
             found.missing[section] = "its virtual tokens stand elsewhere in the model, or are of other tasks"
         similar += cosines or []
     found.similarity = similar
-
-
-def _look_at_training(found: Inspection, stored: StoredPrompt, base: Base | None) -> None:
-    manifest = stored.manifest
-    history, metrics = (manifest.history, manifest.metrics) if manifest else ([], {})
-    found.history = history
-    if not history:
-        found.missing["history"] = "no training is on record"
-    found.drift = found.tried("drift", lambda: drift_of(history, metrics))
-    if base is not None:
-        values = torch.cat(list(parts_of(stored).values()))
-        found.first_values = found.tried("first_values", lambda: first_values(stored, base, values, found.drift))
 
 
 def _of_task(found: Inspection, tuned: TunedPrompt, task: Task | None) -> TunedPrompt | None:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
         AttentionMass,
         Contest,
         Drift,
-        FirstValues,
         LeaveOneOut,
         PartSimilarity,
         PartValues,
@@ -38,7 +37,6 @@ class Inspection:
         similarity: Cosines between its parts, and with the prompts it is set against.
         history: The points of the training curve.
         drift: How far each virtual token moved in each epoch.
-        first_values: The virtual tokens against their first values.
         records: Number of records that were looked at.
         attention: Attention mass on the virtual tokens by layer, for each place in the model.
         leave_one_out: Change of the loss without each virtual token.
@@ -53,7 +51,6 @@ class Inspection:
     similarity: Sequence[PartSimilarity] = ()
     history: Sequence[Mapping[str, Any]] = ()
     drift: Drift | None = None
-    first_values: FirstValues | None = None
     records: int | None = None
     attention: Mapping[str, AttentionMass] | None = None
     leave_one_out: LeaveOneOut | None = None

@@ -2,7 +2,6 @@ from .composition import Recycled as Recycled
 from .composition import average as average
 from .composition import concatenation as concatenation
 from .composition import difference as difference
-from .composition import drift as drift
 from .composition import recycle as recycle
 from .composition import resized as resized
 from .composition import shifted as shifted

@@ -175,18 +175,6 @@ def similarity(first: Tensor, second: Tensor, measure: Measure = "mean") -> floa
     return float(normalize(a, dim=1).mean(dim=0) @ normalize(b, dim=1).mean(dim=0))
 
 
-def drift(start: Tensor, now: Tensor, every: int = 1) -> list[float]:
-    """Return how far virtual tokens have moved: root mean squares of the change, to four digits.
-
-    Args:
-        start: Values of each virtual token before ``[..., P, X]``.
-        now: The same at present.
-        every: Of every which virtual token, from the first on.
-    """
-    moved = (now - start).double().square().movedim(-2, 0).flatten(1).mean(1).sqrt()
-    return [float(f"{value:.4g}") for value in moved[::every].tolist()]
-
-
 def _shares(weights: Sequence[float], count: int) -> list[float]:
     numbers = [float(weight) for weight in weights]
     if len(numbers) != count:

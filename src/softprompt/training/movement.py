@@ -7,7 +7,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from softprompt.prompts import PromptModule, drift
+from softprompt.prompts import PromptModule
 
 MOST_TOKENS = 128
 """Virtual tokens of which numbers are kept; of a longer prompt they are those of evenly spaced ones."""
@@ -32,10 +32,15 @@ class Movement:
         """
         now = _values(self._prompt)  # [K, P, X]
         every = -(-now.shape[1] // MOST_TOKENS)
-        found = {"drift": drift(self._start, now, every), "rms": drift(torch.zeros(()), now, every)}
+        found = {"drift": _rms(now - self._start, every), "rms": _rms(now, every)}
         return {"virtual_tokens": {"every": every, **found}}
 
 
 @torch.no_grad()
 def _values(prompt: PromptModule) -> Tensor:
     return torch.stack([prompt.prompt(task).by_token.detach().clone() for task in range(prompt.num_tasks)])
+
+
+def _rms(values: Tensor, every: int) -> list[float]:
+    found = values.double().square().mean((0, 2)).sqrt()  # [P]
+    return [float(f"{value:.4g}") for value in found[::every].tolist()]
