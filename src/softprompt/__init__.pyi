@@ -19,6 +19,8 @@ from .inference.loading import load as load
 from .inference.loading import load_many as load_many
 from .inference.serving import Serving as Serving
 from .inference.tuned import TunedPrompt as TunedPrompt
+from .inspection.inspect_prompt import inspect_prompt as inspect_prompt
+from .inspection.inspection import Inspection as Inspection
 from .inspection.retrieval import similar_prompts as similar_prompts
 from .peft.adapters import ModulesToSaveWrapper as ModulesToSaveWrapper
 from .peft.adapters import get_base_model_state_dict as get_base_model_state_dict

@@ -40,7 +40,7 @@ def command(
 ) -> None:
     """Show what a prompt is, for which base, how it was made, and how good it is.
 
-    With its base it also says which engine runs it, and why no faster one does.
+    With its base it also says which engine runs it, and why no faster one does. `inspect` shows what it learned.
     """
     start_logging(quiet=quiet)
     from softprompt.artifacts import load_adapter

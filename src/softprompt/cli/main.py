@@ -20,7 +20,7 @@ GROUPS = {
     "Evaluate": ("evaluate", "compare"),
     "Use": ("generate", "classify", "chat", "serve"),
     "Share": ("push", "pull", "convert"),
-    "Inspect": ("info", "similar"),
+    "Inspect": ("info", "inspect", "similar"),
     "Shell": ("completion",),
 }
 """The commands by what they are for, in the order of a prompt's life; each is a module of this folder."""

@@ -1,6 +1,7 @@
 from .baselines import Baseline as Baseline
 from .baselines import prompted as prompted
 from .compare import Comparison as Comparison
+from .compare import Paired as Paired
 from .compare import compare as compare
 from .evaluate import evaluate as evaluate
 from .evaluate import first_prompt as first_prompt

@@ -6,10 +6,11 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
 
 from softprompt.errors import FingerprintError
 from softprompt.prompts import KEY_VALUE_METHODS
@@ -26,11 +27,15 @@ _CHUNK = 16_384
 
 @dataclass(frozen=True, slots=True)
 class NearToken:
-    """A vocabulary token close to a virtual token; ``cosine`` is between -1 and 1."""
+    """A vocabulary token close to a virtual token.
+
+    ``cosine`` is between -1 and 1, ``distance`` that of Euclid, in the unit of the embeddings.
+    """
 
     token_id: int
     token: str
     cosine: float
+    distance: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,37 +177,44 @@ def mean_pairwise_cosine(tokens: Tensor) -> float | None:
     if count < 2:
         return None
     # The squared norm of the sum of unit vectors counts every ordered pair and every token itself.
-    units = torch.nn.functional.normalize(tokens.double(), dim=1)
+    units = normalize(tokens.double(), dim=1)
     own = float(units.square().sum())
     return (float(units.sum(dim=0).square().sum()) - own) / (count * (count - 1))
 
 
 def nearest_tokens(
-    prompt: Tensor, table: Tensor, tokenizer: PreTrainedTokenizerBase, count: int = NEAREST
+    prompt: Tensor,
+    table: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int = NEAREST,
+    measure: Literal["cosine", "euclid"] = "cosine",
 ) -> tuple[tuple[NearToken, ...], ...]:
-    """Return the tokens of highest cosine for each virtual token of ``prompt`` ``[P, H]``, best first.
+    """Return the tokens nearest to each virtual token of ``prompt`` ``[P, H]``, best first.
 
     A diagnostic, not an explanation: a virtual token between two tokens need mean neither of them.
     Entries of ``table`` ``[V, H]`` past the tokenizer's length are padding and are left out.
     """
-    units = torch.nn.functional.normalize(prompt.detach().float(), dim=1)
+    tokens = prompt.detach().cpu().float()
     vocabulary = min(table.shape[0], len(tokenizer))
     best = torch.empty(prompt.shape[0], 0)
     ids = torch.empty(prompt.shape[0], 0, dtype=torch.int64)
     # Chunks: a float32 copy of a large bf16 table would take gigabytes.
     for start in range(0, vocabulary, _CHUNK):
         chunk = table[start : min(start + _CHUNK, vocabulary)].detach().cpu().float()
-        found = units.cpu() @ torch.nn.functional.normalize(chunk, dim=1).T  # [P, chunk]
+        found = -torch.cdist(tokens, chunk) if measure == "euclid" else normalize(tokens) @ normalize(chunk).T
         numbers = torch.arange(start, start + chunk.shape[0]).expand_as(found)
         best, ids = torch.cat([best, found], dim=1), torch.cat([ids, numbers], dim=1)
         best, order = best.topk(min(count, best.shape[1]), dim=1)
         ids = ids.gather(1, order)
+    near = table[ids.flatten().to(table.device)].detach().cpu().float().view(*ids.shape, -1)  # [P, count, H]
+    cosines = cosine_similarity(tokens.unsqueeze(1), near, dim=-1)
+    distances = (tokens.unsqueeze(1) - near).norm(dim=-1)
     return tuple(
         tuple(
-            NearToken(token_id, _shown(tokenizer, token_id), cosine)
-            for token_id, cosine in zip(token_ids, cosines, strict=True)
+            NearToken(token_id, _shown(tokenizer, token_id), cosine, distance)
+            for token_id, cosine, distance in zip(*each, strict=True)
         )
-        for token_ids, cosines in zip(ids.tolist(), best.tolist(), strict=True)
+        for each in zip(ids.tolist(), cosines.tolist(), distances.tolist(), strict=True)
     )
 
 

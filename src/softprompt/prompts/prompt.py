@@ -80,6 +80,11 @@ class Prompt:
         """The parts that are there: input, decoder, prefix."""
         return tuple(part for part in (self.input, self.decoder, self.prefix) if part is not None)
 
+    @property
+    def by_token(self) -> Tensor:
+        """The values of each virtual token, ``[P, X]``: X is H, or L·2·A_kv·D for keys and values."""
+        return torch.cat([part if part.dim() == 2 else part.movedim(3, 0).flatten(1) for part in self.tensors])
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """Return a prompt whose parts are changed one by one."""
         parts: dict[str, Any] = {

@@ -185,6 +185,7 @@ def _finish_epoch(stage: Stage, state: RunState, events: Events) -> None:
         state.collapse |= stage.validation.collapse
         state.offer(stage.validation.quality(metrics), stage.prompt.state_dict())
         state.validation_seconds += time.perf_counter() - started
+    point |= {} if stage.movement is None else stage.movement.point()
     state.add_epoch(point)
     events.epoch(point)
 

@@ -20,6 +20,7 @@ from softprompt.prompts import CPTConfig, PromptModule, context_labels
 from softprompt.training.collapse import CollapseWatch
 from softprompt.training.events import Callbacks, Events
 from softprompt.training.loop import Candidate, train_together
+from softprompt.training.movement import Movement
 from softprompt.training.objectives import (
     ContextLikelihood,
     Distillation,
@@ -111,6 +112,7 @@ def _stage(
         context_tokens=(objective.tokens_per_row if isinstance(objective, ContextLikelihood) else 0),
         distils=isinstance(objective, Distillation | TopDivergence),
         hidden=prepared.hidden,
+        movement=Movement(prompt),
     )
 
 

@@ -11,6 +11,7 @@ from torch.nn import Module
 from softprompt.data import TokenRow
 from softprompt.prompts import Prompt, PromptModule
 from softprompt.training.events import LOG_FILE
+from softprompt.training.movement import Movement
 from softprompt.training.objectives import Objective
 from softprompt.training.sampling import Sampling
 from softprompt.training.settings import TuneSettings
@@ -64,6 +65,7 @@ class Stage:
         log_file: Where its updates are logged in the output directory.
         is_needed: Whether a later stage needs what it trained.
         hidden: The virtual tokens of a prefix that a row does not see in training.
+        movement: What notes after each epoch how far the prompt has moved; None for nothing.
     """
 
     prompt: PromptModule
@@ -81,6 +83,7 @@ class Stage:
     name: str = MAIN
     log_file: str = LOG_FILE
     is_needed: bool = False
+    movement: Movement | None = None
     hidden: Mapping[TokenRow, frozenset[int]] = field(default_factory=dict)
 
     @property

@@ -1,0 +1,94 @@
+"""``softprompt inspect``."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from softprompt.cli.options import (
+    Command,
+    base_options,
+    given,
+    option,
+    output_options,
+    overwrite_option,
+    show,
+    start_logging,
+)
+from softprompt.errors import UsageError
+
+_data, _base = partial(option, group="Data"), partial(option, group="Base model")
+
+
+@click.command("inspect", cls=Command)
+@click.argument("prompt_dir")
+@option("--against", multiple=True, group="Inspection", help="Prompt to set it against.  [repeatable]")
+@option("--nearest", type=int, group="Inspection", help="Nearest tokens of each virtual token.  [default: 5]")
+@option("--task-name", group="Inspection", help="Task of a multitask prompt, by name or number.")
+@_data(
+    "--data", type=click.Path(), help="Records with targets; by default the validation data, or else training data."
+)
+@_data("--limit", type=int, help="Records to look at, evenly spaced over the data.  [default: 64]")
+@_data("--batch-size", type=int, help="Batch size.  [default: 32]")
+@_base(
+    "--no-base",
+    "--without-base",
+    "no_base",
+    is_flag=True,
+    help="Do not load the base model: what the artifact alone can say.",
+)
+@base_options
+@option(
+    "--output", type=click.Path(), group="Output", help="Directory for the numbers, figures and an HTML report."
+)
+@overwrite_option
+@output_options
+def command(
+    *,
+    prompt_dir: str,
+    data: str | None,
+    no_base: bool,
+    output: str | None,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Show what a prompt learned: values, training, and what it does on records.
+
+    Nearest vocabulary tokens, norms, similarity and drift; with its base and records attention to the prompt by
+    layer, the loss without each virtual token, records won and lost against zero-shot and other prompts, and the
+    prompt in words. What is not there is named, with the reason. `info` is the short form.
+    """
+    start_logging(quiet=quiet)
+    from softprompt.artifacts import require_empty, require_no_file
+    from softprompt.inspection import inspect_prompt, write_report
+
+    if output is not None:
+        (require_no_file if overwrite else require_empty)(Path(output))
+    elif overwrite:
+        raise UsageError("--overwrite would be ignored without --output; leave it out")
+    if no_base and (data is not None or options["base_model"] is not None):
+        raise UsageError("--no-base leaves --data and --base-model unused; leave it out, or these")
+    if data is None and not no_base and (data := _recorded(prompt_dir)) is not None and not quiet:
+        click.echo(f"records of {data}, which the prompt was made with; name others by --data", err=True)
+    found = inspect_prompt(prompt_dir, data, with_base=not no_base, silence_progress_bars=quiet, **given(options))
+    if output is not None:
+        write_report(found, output, overwrite=overwrite)
+        click.echo(f"written: {output}", err=True)
+    show(found.to_dict(), str(found), as_json=as_json)
+
+
+def _recorded(prompt_dir: str) -> str | None:
+    """Return the data that a prompt was validated or trained on, where it is still there."""
+    from softprompt.training import RUN_FILE, read_run
+
+    run = Path(prompt_dir, RUN_FILE)
+    if not run.is_file():
+        return None
+    recorded = read_run(run)
+    names = (recorded.get(name) for name in ("validation_data", "train_data"))
+    return next((name for name in names if isinstance(name, str) and Path(name).exists()), None)
