@@ -23,7 +23,6 @@ from softprompt.errors import SoftPromptError, UsageError
 from softprompt.evaluation import EvaluationSettings
 from softprompt.evaluation.baselines import Baseline, prompted
 from softprompt.prompts import Placement
-from softprompt.training.settings import KEY_VALUE_RATE_PER_RMS
 
 # PEFT 0.21 reads a property that transformers 5.23 has renamed; nothing of ours is involved.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
