@@ -178,9 +178,8 @@ def test_kv_starts_at_the_texts_own_keys_and_values_and_is_pefts_cartridge(chat_
     )
     moved = (tuned.prompt().prefix - wanted).abs().amax(dim=(0, 1, 2, 4))
     assert moved[0] == 0  # the sink stays
-    assert tuned.metrics["learning_rate"] == pytest.approx(
-        0.1 * KEY_VALUE_RATE_PER_RMS * student.prepared.rates.rms
-    )
+    rate = TEXT_RATE_PER_RMS * student.prepared.rates.rms
+    assert tuned.metrics["learning_rate"] == pytest.approx(rate)
     assert (moved[1:] > 0).all()
     assert softprompt.load(tmp_path / "kv")("is it late") == tuned("is it late")
     config = json.loads((tmp_path / "kv" / "adapter_config.json").read_text())
