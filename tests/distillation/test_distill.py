@@ -15,7 +15,7 @@ from distillation.conftest import TEXT
 from oracles import families
 from oracles.tokenizers import byte_bpe
 from softprompt.backbone import Base, freeze, key_values, load_base
-from softprompt.distillation import DistillSettings, Question, Teacher, divergence_of, questions
+from softprompt.distillation import TEXT_RATE_PER_RMS, DistillSettings, Question, Teacher, divergence_of, questions
 from softprompt.distillation.held_out import HeldOut
 from softprompt.distillation.student import Student
 from softprompt.distillation.texts import SourceText, start_ids
