@@ -15,7 +15,7 @@ from distillation.conftest import TEXT
 from oracles import families
 from oracles.tokenizers import byte_bpe
 from softprompt.backbone import Base, freeze, key_values, load_base
-from softprompt.distillation import DistillSettings, Question, Teacher, divergence_of, questions
+from softprompt.distillation import TEXT_RATE_PER_RMS, DistillSettings, Question, Teacher, divergence_of, questions
 from softprompt.distillation.held_out import HeldOut
 from softprompt.distillation.student import Student
 from softprompt.distillation.texts import SourceText, start_ids
@@ -23,7 +23,6 @@ from softprompt.errors import SoftPromptError, UsageError
 from softprompt.evaluation import EvaluationSettings
 from softprompt.evaluation.baselines import Baseline, prompted
 from softprompt.prompts import Placement
-from softprompt.training.settings import KEY_VALUE_RATE_PER_RMS
 
 # PEFT 0.21 reads a property that transformers 5.23 has renamed; nothing of ours is involved.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -179,9 +178,8 @@ def test_kv_starts_at_the_texts_own_keys_and_values_and_is_pefts_cartridge(chat_
     )
     moved = (tuned.prompt().prefix - wanted).abs().amax(dim=(0, 1, 2, 4))
     assert moved[0] == 0  # the sink stays
-    assert tuned.metrics["learning_rate"] == pytest.approx(
-        0.1 * KEY_VALUE_RATE_PER_RMS * student.prepared.rates.rms
-    )
+    rate = TEXT_RATE_PER_RMS * student.prepared.rates.rms
+    assert tuned.metrics["learning_rate"] == pytest.approx(rate)
     assert (moved[1:] > 0).all()
     assert softprompt.load(tmp_path / "kv")("is it late") == tuned("is it late")
     config = json.loads((tmp_path / "kv" / "adapter_config.json").read_text())

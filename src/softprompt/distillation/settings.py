@@ -12,8 +12,8 @@ from softprompt.fields import check, from_mapping, plain, setting
 from softprompt.prompts import PeftType, Placement, PromptLearningConfig, config_class
 from softprompt.training import RATE_PER_RMS, TuneSettings
 
-TEXT_RATE_PER_RMS = 0.02
-"""Default rate of keys and values in units of their rms: a tenth of tune's, which leaves a text's in one step."""
+TEXT_RATE_PER_RMS = 0.06
+"""Default rate of keys and values in units of their rms (measured, see docs/distillation.md)."""
 
 _PROMPT, _QUESTIONS, _TEACHER = "Prompt", "Questions", "Teacher"
 _OPTIMISATION, _MODEL, _OUTPUT = "Optimisation", "Model and engine", "Output"
