@@ -26,7 +26,7 @@ from softprompt.training.keywords import ALIASES, TuneOptions, full_names
 from softprompt.training.preparation import BaseLike, Prepared, prepare
 from softprompt.training.rate_probe import with_rate
 from softprompt.training.run_file import RUN_FILE, SWEEP, read_run, write_run
-from softprompt.training.seeds import SEEDS_FOLDER, train_seeds
+from softprompt.training.seeds import SEEDS_FOLDER, Seeded, train_seeds
 from softprompt.training.session import Session, Trained, identity, stages_of
 from softprompt.training.settings import TuneSettings
 from softprompt.training.state import (
@@ -145,14 +145,7 @@ def tune(
     trained = seeds[best].trained.timed(parts, before + time.perf_counter() - clock)
     tuned = tuned_of(seeds[best].prepared, trained)
     if target is not None:
-        folders = {best: target}
-        if plan.settings.seeds > 1:
-            folders |= {seed: target / SEEDS_FOLDER / seed for seed in seeds if seed != best}
-        for seed, folder in reversed(folders.items()):
-            each = tuned if seed == best else tuned_of(seeds[seed].prepared, seeds[seed].trained)
-            settings = plan.settings if seed == best else seeds[seed].prepared.settings
-            write_output(each, folder, plan.names(), settings)
-        publish_logs(target, folders)
+        _write_all(target, plan, best, seeds, tuned)
     return tuned
 
 
@@ -207,6 +200,18 @@ def _require_writable(output: Path) -> None:
             f"expected an output directory that can be written to, {place} is read-only for this "
             "user; choose another path, or change its permissions"
         )
+
+
+def _write_all(target: Path, plan: RunPlan, best: str, seeds: Mapping[str, Seeded], tuned: TunedPrompt) -> None:
+    """Write the best prompt, those of the other seeds where several were wanted, and their logs."""
+    folders = {best: target}
+    if plan.settings.seeds > 1:
+        folders |= {seed: target / SEEDS_FOLDER / seed for seed in seeds if seed != best}
+    for seed, folder in reversed(folders.items()):
+        each = tuned if seed == best else tuned_of(seeds[seed].prepared, seeds[seed].trained)
+        settings = plan.settings if seed == best else seeds[seed].prepared.settings
+        write_output(each, folder, plan.names(), settings)
+    publish_logs(target, folders)
 
 
 def tuned_of(prepared: Prepared, trained: Trained) -> TunedPrompt:

@@ -173,13 +173,18 @@ def sweep(
     by = "accuracy" if "accuracy" in best.points[-1]["validation"] else "loss"
     trained.metrics["sweep"] = {"candidates": len(ranked), "rungs": steps, "by": f"validation {by}"}
     result = Sweep(tuned_of(prepared, trained.timed(parts, time.perf_counter() - clock)), ranked, steps, by)
-    write_output(result.prompt, target, plan.names(), prepared.settings)
+    _write(result, target, plan)
+    publish_logs(target, {best.name: target})
+    return result
+
+
+def _write(result: Sweep, target: Path, plan: RunPlan) -> None:
+    """Write the best prompt, what was tried, and its figure."""
+    write_output(result.prompt, target, plan.names(), TuneSettings.from_dict(result.prompt.whole.settings))
     write_atomically(target / SWEEP_FILE, json.dumps(result.to_dict(), indent=2) + "\n")
     with suppress(ConfigError):  # matplotlib is not installed
         (target / SWEEP_FIGURE).unlink(missing_ok=True)
         write_atomically(target / SWEEP_FIGURE, png_of(sweep_figure(result.to_dict())))
-    publish_logs(target, {best.name: target})
-    return result
 
 
 def _halved(
