@@ -77,6 +77,8 @@ OWN_NAMES = [
     "Report",
     "Serving",
     "SoftPromptError",
+    "Sweep",
+    "SweepSettings",
     "TuneSettings",
     "TunedPrompt",
     "TuningConfig",
@@ -91,6 +93,7 @@ OWN_NAMES = [
     "load_many",
     "similar_prompts",
     "subtract_prompts",
+    "sweep",
     "tune",
 ]
 NAMES = sorted([*PEFT_NAMES, *OWN_NAMES])

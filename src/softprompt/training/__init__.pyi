@@ -18,7 +18,7 @@ from .preparation import Prepared as Prepared
 from .preparation import loaded as loaded
 from .preparation import prepare as prepare
 from .preparation import varied as varied
-from .run import Plan as Plan
+from .run import RunPlan as RunPlan
 from .run import check_output as check_output
 from .run import named_source as named_source
 from .run import publish_logs as publish_logs

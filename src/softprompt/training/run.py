@@ -117,7 +117,7 @@ def tune(
     else:
         _check_names(options)
         settings = TuneSettings.from_dict(options)
-        plan = Plan(base_model, train_data, validation_data, settings)
+        plan = RunPlan(base_model, train_data, validation_data, settings)
         if not dry_run:
             check_output(target, overwrite=overwrite)
     if plan.train_data is None:
@@ -214,6 +214,18 @@ def _require_writable(output: Path) -> None:
         )
 
 
+def _write_all(target: Path, plan: RunPlan, best: str, seeds: Mapping[str, Seeded], tuned: TunedPrompt) -> None:
+    """Write the best prompt, those of the other seeds where several were wanted, and their logs."""
+    folders = {best: target}
+    if plan.settings.seeds > 1:
+        folders |= {seed: target / SEEDS_FOLDER / seed for seed in seeds if seed != best}
+    for seed, folder in reversed(folders.items()):
+        each = tuned if seed == best else tuned_of(seeds[seed].prepared, seeds[seed].trained)
+        settings = plan.settings if seed == best else seeds[seed].prepared.settings
+        write_output(each, folder, plan.names(), settings)
+    publish_logs(target, folders)
+
+
 def tuned_of(prepared: Prepared, trained: Trained) -> TunedPrompt:
     """Return a trained prompt, ready for use."""
     config = prepared.config
@@ -236,7 +248,7 @@ def write_output(tuned: TunedPrompt, target: Path, sources: Mapping[str, Any], s
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RunPlan:
     """What a run is made of, before anything is read."""
 
     base_model: BaseLike
@@ -272,7 +284,7 @@ def resumed(
     validation_data: Data | None,
     output: Path | None,
     options: dict[str, Any],
-) -> Plan:
+) -> RunPlan:
     """Return the plan of the run of a command that was interrupted in ``output``."""
     if output is None:
         raise UsageError("resume needs the output directory of the interrupted run")
@@ -290,7 +302,7 @@ def resumed(
     for name, given in (("train_data", train_data), ("validation_data", validation_data)):
         if given is not None and names[name] not in (None, named_source(given)):
             raise ConfigError(f"the interrupted run has {name} {names[name]}; leave {name} out")
-    return Plan(
+    return RunPlan(
         base_model if names["base_model"] is None else names["base_model"],
         names["train_data"] or train_data,
         names["validation_data"] or validation_data,

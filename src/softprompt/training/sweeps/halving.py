@@ -29,7 +29,7 @@ from softprompt.training import (
     train_together,
     varied,
 )
-from softprompt.training.sweeps.space import Choice
+from softprompt.training.sweeps.space import Combination
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Tried:
     """
 
     name: str
-    choice: Choice
+    choice: Combination
     learning_rate: float | None = None
     points: list[dict[str, Any]] = field(default_factory=list)
     problem: str | None = None
@@ -65,7 +65,7 @@ class Tried:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Tried:
         """Return what ``to_dict`` gave."""
-        return cls(**(dict(values) | {"choice": Choice(**values["choice"])}))
+        return cls(**(dict(values) | {"choice": Combination(**values["choice"])}))
 
 
 @final
@@ -108,7 +108,7 @@ class Halving:
         (stage,) = stages_of(self._first, {}, self._stop.check)
         return stage.total_updates()
 
-    def add(self, choice: Choice) -> Tried:
+    def add(self, choice: Combination) -> Tried:
         """Take in a candidate, which an interrupted sweep may have had."""
         self._added += 1
         name = str(self._added)
@@ -199,7 +199,7 @@ class Halving:
         save_states(self._output, snapshots, identity(self._first), record)
 
 
-def prepared_for(first: Prepared, run: TuneSettings, choice: Choice) -> Prepared:
+def prepared_for(first: Prepared, run: TuneSettings, choice: Combination) -> Prepared:
     """Return a candidate's run on the base and the records of the first one."""
     prepared = varied(first, choice.settings(run))
     if choice.factor is None:

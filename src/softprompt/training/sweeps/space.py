@@ -75,7 +75,7 @@ def _factor_or_rate(text: str) -> float | None:
 
 @final
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Combination:
     """One candidate; None is what its method does not have.
 
     Attributes:
@@ -112,7 +112,7 @@ class Choice:
         return TuneSettings.from_dict(values)
 
 
-def grid_of(run: TuneSettings, sweep: SweepSettings) -> list[Choice]:
+def grid_of(run: TuneSettings, sweep: SweepSettings) -> list[Combination]:
     """Return the combinations to try, each once, or as many of them drawn with the run's seed as are wanted.
 
     Raises:
@@ -127,16 +127,16 @@ def grid_of(run: TuneSettings, sweep: SweepSettings) -> list[Choice]:
     return found
 
 
-def _combinations(run: TuneSettings, sweep: SweepSettings) -> Iterator[Choice]:
+def _combinations(run: TuneSettings, sweep: SweepSettings) -> Iterator[Combination]:
     names = {tuning_type: name for name, tuning_type in METHODS.items()}
     methods = sweep.methods or (names[run.tuning_type],)
     inits = sweep.inits or (run.tuning_config.prompt_tuning_init_method,)
     lengths = sweep.lengths or (str(run.tuning_config.num_virtual_tokens),)
     for method, init, length, rate in itertools.product(methods, inits, lengths, sweep.learning_rates):
-        yield applicable(Choice(method, init, int(length), rate))
+        yield applicable(Combination(method, init, int(length), rate))
 
 
-def applicable(choice: Choice) -> Choice:
+def applicable(choice: Combination) -> Combination:
     """Return a choice without what its method does not have."""
     kind = METHODS[choice.method]
     return replace(
@@ -178,7 +178,7 @@ def optuna_of(run: TuneSettings, sweep: SweepSettings) -> Any:
     return optuna.create_study(direction="maximize", sampler=sampler)
 
 
-def suggested(trial: Any, choices: list[Choice]) -> Choice:
+def suggested(trial: Any, choices: list[Combination]) -> Combination:
     """Return what a trial of Optuna suggests within the space of all combinations.
 
     Learning rates of one kind, relative or absolute, are suggested between the least and the largest of them.
@@ -190,5 +190,5 @@ def suggested(trial: Any, choices: list[Choice]) -> Choice:
         rate = f"{before}{trial.suggest_float('learning_rate', min(numbers), max(numbers), log=True):.4g}"
     else:
         rate = trial.suggest_categorical("learning_rate", rates)
-    kinds: Mapping[str, Choice] = {f"{c.method}, {c.init}, {c.length}": c for c in choices}
+    kinds: Mapping[str, Combination] = {f"{c.method}, {c.init}, {c.length}": c for c in choices}
     return replace(kinds[trial.suggest_categorical("prompt", list(kinds))], learning_rate=rate)

@@ -23,7 +23,7 @@ from softprompt.training import (
     RUN_FILE,
     BaseLike,
     Data,
-    Plan,
+    RunPlan,
     StopSignal,
     TuneOptions,
     TuneSettings,
@@ -46,7 +46,7 @@ from softprompt.training import (
 from softprompt.training.sweeps.halving import Halving, Tried, steps_of_rungs, unsaid
 from softprompt.training.sweeps.space import (
     TRIALS,
-    Choice,
+    Combination,
     SweepSettings,
     grid_of,
     optuna_of,
@@ -140,7 +140,7 @@ def sweep(
         tried = from_mapping(SweepSettings, plan.sweep or {})
     else:
         tried = space if isinstance(space, SweepSettings) else from_mapping(SweepSettings, space or {})
-        plan = Plan(base_model, train_data, validation_data, TuneSettings.from_dict(options), plain(tried))
+        plan = RunPlan(base_model, train_data, validation_data, TuneSettings.from_dict(options), plain(tried))
         check_output(target, overwrite=overwrite)
     if plan.train_data is None:
         raise UsageError("train_data is missing; give a data file or records of input and output")
@@ -173,16 +173,23 @@ def sweep(
     by = "accuracy" if "accuracy" in best.points[-1]["validation"] else "loss"
     trained.metrics["sweep"] = {"candidates": len(ranked), "rungs": steps, "by": f"validation {by}"}
     result = Sweep(tuned_of(prepared, trained.timed(parts, time.perf_counter() - clock)), ranked, steps, by)
-    write_output(result.prompt, target, plan.names(), prepared.settings)
-    write_atomically(target / SWEEP_FILE, json.dumps(result.to_dict(), indent=2) + "\n")
-    with suppress(ConfigError):  # matplotlib is not installed
-        (target / SWEEP_FIGURE).unlink(missing_ok=True)
-        write_atomically(target / SWEEP_FIGURE, png_of(sweep_figure(result.to_dict())))
+    _write(result, target, plan)
     publish_logs(target, {best.name: target})
     return result
 
 
-def _halved(halving: Halving, tried: SweepSettings, choices: list[Choice], study: Any) -> tuple[Tried, list[int]]:
+def _write(result: Sweep, target: Path, plan: RunPlan) -> None:
+    """Write the best prompt, what was tried, and its figure."""
+    write_output(result.prompt, target, plan.names(), TuneSettings.from_dict(result.prompt.whole.settings))
+    write_atomically(target / SWEEP_FILE, json.dumps(result.to_dict(), indent=2) + "\n")
+    with suppress(ConfigError):  # matplotlib is not installed
+        (target / SWEEP_FIGURE).unlink(missing_ok=True)
+        write_atomically(target / SWEEP_FIGURE, png_of(sweep_figure(result.to_dict())))
+
+
+def _halved(
+    halving: Halving, tried: SweepSettings, choices: list[Combination], study: Any
+) -> tuple[Tried, list[int]]:
     """Train the candidates rung by rung, and return the best one and the steps of the rungs."""
     count = len(choices) if study is None else tried.candidates or TRIALS
     steps = steps_of_rungs(halving.total_steps, count, tried.eta, tried.rungs)
