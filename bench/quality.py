@@ -115,8 +115,9 @@ def complete(
             **vars(found),
             "seconds": round(time.perf_counter() - start, 1),
         }
+        begun = output.exists() and not output.read_bytes().endswith(b"\n")  # a line that was killed half written
         with output.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(row) + "\n")
+            lines.write("\n" * begun + json.dumps(row) + "\n")
         results[cell.key] = row
         print(f"{pair.name}: {' '.join(map(str, cell.key[2:]))}: {found.score:.3f} {found.loss:.3f}", flush=True)
 
