@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,42 +31,41 @@ from quality_pairs import MINILM, PAIRS, Pair, base_of
 from quality_report import report
 from real_data import AbsentError
 from softprompt.backbone import load_base
+from softprompt.training.settings import RATE_PER_RMS
 
+PHASES = 3
 SEEDS = (73, 74, 75)
 PEFT_RATES, PEFT_STARTS = (1e-3, 1e-2, 1e-1, 3e-1), ("N(0,1)", "TEXT", "SAMPLE_VOCAB")
+DEFAULT_START = "RANDOM"
 OUR_RATES, OUR_STARTS = (0.2, 0.57, 1.5), ("RANDOM", "TEXT", "LABELS", "SAMPLE_VOCAB")
 CEILINGS = {"lora": (1e-3, 3e-3, 1e-2), "full": (3e-5, 1e-4, 1e-3)}
 
 Results = Mapping[tuple[Any, ...], Mapping[str, Any]]
 
 
-def wanted(pair: Pair, results: Results) -> Iterator[Cell]:
-    """Yield the cells of a pair in their order; later ones depend on what earlier ones came to."""
-    seeds = [replace(Cell(pair, "ours", "RANDOM"), seed=seed) for seed in SEEDS]
-    default = Cell(pair, "peft", "N(0,1)", 1e-3)
-    starts = [each for each in OUR_STARTS if pair.has_labels or each != "LABELS"]
-    yield Cell(pair, "head" if pair.base == MINILM else "zero-shot")
-    yield seeds[0]
+def wanted(pair: Pair, results: Results, phase: int) -> Iterator[Cell]:
+    """Yield the cells of a pair in a phase, in their order; later ones depend on what earlier ones came to.
+
+    First the defaults against PEFT's grid and our sweep, then the other methods, then their other seeds.
+    """
+    default = Cell(pair, "ours", DEFAULT_START, RATE_PER_RMS)
     peft = [Cell(pair, "peft", init, rate) for rate in reversed(PEFT_RATES) for init in PEFT_STARTS]
-    yield from peft
-    yield from again(best(peft, results))
-    yield from seeds[1:]
-    ours = [Cell(pair, "ours", init, rate) for init in starts for rate in OUR_RATES]
-    yield from ours
-    yield from again(best(ours, results))
-    for method, rates in CEILINGS.items():
-        cells = [Cell(pair, method, rate=rate) for rate in rates]
-        yield from cells
-        yield from again(best(cells, results))
-    if pair.base != MINILM:
-        starts = ("",) if pair.seq2seq else ("", "TEXT")
-        cells = [Cell(pair, method, init) for method in ("prefix", "cartridge") for init in starts]
-        yield from cells
-        yield from again(best(cells, results))
-        if pair.shots:
-            yield from again(Cell(pair, "few-shot"), SEEDS)
-        yield Cell(pair, "peft-real", "SAMPLE_VOCAB", 1e-1)
-    yield from again(default)
+    starts = [each for each in OUR_STARTS if pair.has_labels or each != "LABELS"]
+    ours = [Cell(pair, "ours", init, rate) for rate in OUR_RATES for init in starts]
+    tuned = {method: [Cell(pair, method, rate=rate) for rate in rates] for method, rates in CEILINGS.items()}
+    stores = [] if pair.base == MINILM else ["prefix", "cartridge"]
+    texts = ["", "TEXT"] if stores and not pair.seq2seq else [""]
+    tuned["stores"] = [Cell(pair, method, init) for method in stores for init in texts]
+    if phase == 0:
+        yield from [Cell(pair, "head" if pair.base == MINILM else "zero-shot"), default, *peft, *ours]
+        yield from [*again(default), *again(best(peft, results)), *again(best(ours, results))]
+    elif phase == 1:
+        yield from again(Cell(pair, "peft", "N(0,1)", 1e-3))
+        yield from [cell for cells in tuned.values() for cell in cells]
+        yield from again(Cell(pair, "few-shot"), SEEDS if pair.shots and stores else ())
+        yield from [Cell(pair, "peft-real", "SAMPLE_VOCAB", 1e-1)] if stores else []
+    else:
+        yield from [cell for cells in tuned.values() for cell in again(best(cells, results))]
 
 
 def again(cell: Cell | None, seeds: Sequence[int] = SEEDS[1:]) -> list[Cell]:
@@ -75,7 +75,7 @@ def again(cell: Cell | None, seeds: Sequence[int] = SEEDS[1:]) -> list[Cell]:
 
 def best(cells: Sequence[Cell], results: Results) -> Cell | None:
     """Return the cell with the highest score, the lower loss among equals; None while one is not done."""
-    if any(cell.key not in results for cell in cells):
+    if not cells or any(cell.key not in results for cell in cells):
         return None
 
     def quality(cell: Cell) -> tuple[float, float]:
@@ -94,14 +94,24 @@ def read(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
 
 
 def complete(
-    pair: Pair, output: Path, results: dict[tuple[Any, ...], dict[str, Any]], data: Path, smollm2: Path
+    pair: Pair, phase: int, results: dict[tuple[Any, ...], dict[str, Any]], options: argparse.Namespace
 ) -> None:
-    """Run the cells of a pair that are not there yet."""
+    """Run the cells of a pair that are not there yet.
+
+    Args:
+        pair: What is tuned on what.
+        phase: Which of its cells.
+        results: The cells that are there; gets what is run.
+        options: The command line: ``output``, ``data`` and ``smollm2``.
+    """
+    if all(cell.key in results for cell in wanted(pair, results, phase)):
+        return
+    output, data = options.output, options.data
     split = pair.split(data)
-    source = base_of(pair.base, data, smollm2)
+    source = base_of(pair.base, data, options.smollm2)
     base = None if pair.base == MINILM else load_base(source)
     while True:
-        left = [cell for cell in wanted(pair, results) if cell.key not in results]
+        left = [cell for cell in wanted(pair, results, phase) if cell.key not in results]
         if not left:
             return
         cell, start = left[0], time.perf_counter()
@@ -140,9 +150,9 @@ def main() -> None:
     if options.report:
         print(report(pairs, results.values()))
         return
-    for pair in pairs:
+    for phase, pair in product(range(PHASES), pairs):
         try:
-            complete(pair, options.output, results, options.data, options.smollm2)
+            complete(pair, phase, results, options)
         except AbsentError as error:
             print(f"{pair.name}: skipped, {error}", file=sys.stderr)
 

@@ -9,12 +9,13 @@ from statistics import mean, stdev
 from typing import Any
 
 from quality_pairs import Pair
+from softprompt.training.settings import RATE_PER_RMS
 
 Row = Mapping[str, Any]
 Recipe = tuple[str, str, float | None, str]
 """Method, start, rate and other settings of a cell: all but the seed."""
 
-OURS, PEFT = ("ours", "RANDOM", None, ""), ("peft", "N(0,1)", 1e-3, "")
+OURS, PEFT = ("ours", "RANDOM", RATE_PER_RMS, ""), ("peft", "N(0,1)", 1e-3, "")
 COLUMNS = ("zero-shot", "few-shot", "PEFT's default", "PEFT's best", "our default", "our best", "keys and values")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -24,15 +25,18 @@ def quality(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # what peft calls
 def test_a_killed_run_goes_on_and_the_installed_peft_learns_the_same(quality, monkeypatch, tmp_path):
-    pair = replace(next(each for each in quality.PAIRS if each.name == "complaints on demo"), rows=(16, 6), updates=2)
+    pair = replace(
+        next(each for each in quality.PAIRS if each.name == "complaints on demo"), rows=(16, 6), updates=2
+    )
     cells = [quality.Cell(pair, "peft-real", "SAMPLE_VOCAB", 0.1), quality.Cell(pair, "ours", "RANDOM")]
     output, results = tmp_path / "cells.jsonl", {}
+    options = Namespace(output=output, data=tmp_path, smollm2=None)
     monkeypatch.setattr(quality, "wanted", lambda *_: cells[:1])
-    quality.complete(pair, output, results, tmp_path, None)
+    quality.complete(pair, 0, results, options)
     with output.open("a") as lines:
         lines.write('{"base": "demo", "half a')
     monkeypatch.setattr(quality, "wanted", lambda *_: cells)
-    quality.complete(pair, output, results := quality.read(output), tmp_path, None)
+    quality.complete(pair, 0, results := quality.read(output), options)
     rows = list(results.values())
     assert [row["method"] for row in rows] == ["peft-real", "ours"]
     assert len(output.read_text().splitlines()) == 3
