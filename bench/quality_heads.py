@@ -24,7 +24,7 @@ from softprompt.training.optimisation import rate_factor
 from softprompt.training.settings import RATE_PER_RMS
 
 HEAD_RATE = 1e-2
-STARTS = {"N(0,1)": "RANDOM", "RANDOM": "RANDOM_SCALED"}
+STARTS = {"N(0,1)": "RANDOM", "RANDOM": "RANDOM_SCALED", "WORDS": "TEXT"}
 
 
 def run_head(cell: Cell, split: Split) -> Found:
@@ -55,7 +55,7 @@ def _model(cell: Cell, encoder: Any, labels: Sequence[str]) -> Any:
     if cell.method in ("head", "full"):
         encoder.classifier.requires_grad_(True)
         return encoder
-    text = {"TEXT": cell.pair.text, "LABELS": "\n".join(labels)}.get(cell.init)
+    text = {"TEXT": cell.pair.text, "LABELS": "\n".join(labels), "WORDS": " ".join(labels)}.get(cell.init)
     config = softprompt.PromptTuningConfig(
         task_type="SEQ_CLS",
         num_virtual_tokens=cell.pair.tokens,

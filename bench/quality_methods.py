@@ -35,8 +35,8 @@ from softprompt.training.session import stages_of
 NOTEBOOK = {"warmup_ratio": 0.0, "max_grad_norm": 0.0, "weight_decay": 0.01}
 """How PEFT's example notebooks for prompt tuning train: torch's AdamW, linear decay, no warm-up, no clipping."""
 
-STARTS = {"N(0,1)": "STANDARD_NORMAL"}
-"""What is called otherwise in `tune`: PEFT's RANDOM."""
+STARTS = {"N(0,1)": "STANDARD_NORMAL", "WORDS": "TEXT"}
+"""What is called otherwise in `tune`: PEFT's RANDOM, and a text of the template's words and the labels."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,12 @@ def run(cell: Cell, base: Base, split: Split) -> Found:
         return _weights(cell, base, split)
     if cell.method == "peft-real":
         return _real_peft(cell, base, split)
-    prompt = softprompt.tune(base, split.train, seed=cell.seed, **_settings(cell, base))
+    prompt = softprompt.tune(base, split.train, seed=cell.seed, **_settings(cell, base, split))
     found = _measured(cell, prompt, split)
     return Found(found.score, found.loss, found.hits, prompt.metrics["loss"], prompt.metrics["learning_rate"])
 
 
-def _settings(cell: Cell, base: Base) -> dict[str, Any]:
+def _settings(cell: Cell, base: Base, split: Split) -> dict[str, Any]:
     """Return the settings of `tune` that a cell means."""
     tuning: dict[str, Any] = {"num_virtual_tokens": cell.pair.tokens}
     options = cell.pair.options() | dict(_value(each) for each in cell.more.split())
@@ -102,8 +102,8 @@ def _settings(cell: Cell, base: Base) -> dict[str, Any]:
             tuning[f"{cell.method}_{'tuning_' * (cell.method == 'prefix')}init_text"] = cell.pair.text
         return options | {"tuning_config": tuning, "learning_rate": cell.rate}
     tuning["prompt_tuning_init_method"] = STARTS.get(cell.init, cell.init)
-    if cell.init == "TEXT":
-        tuning["prompt_tuning_init_text"] = cell.pair.text
+    if tuning["prompt_tuning_init_method"] == "TEXT":
+        tuning["prompt_tuning_init_text"] = cell.pair.text if cell.init == "TEXT" else words(cell.pair, split)
     scale = 1.0
     if cell.method in ("peft", "peft-real"):
         options |= NOTEBOOK
@@ -111,6 +111,12 @@ def _settings(cell: Cell, base: Base) -> dict[str, Any]:
         scale = base.facts.embedding_rms
     rate = None if cell.rate is None else cell.rate * scale
     return options | {"tuning_config": tuning, "learning_rate": rate}
+
+
+def words(pair: Pair, split: Split) -> str:
+    """Return the words of the template and the labels, as a text to start from without one."""
+    labels = sorted({row["output"] for row in split.train}) if pair.has_labels else []
+    return " ".join([*re.sub(r"{{\w+}}", "", pair.template).split(), ", ".join(labels)]).strip() or "text"
 
 
 def _value(text: str) -> tuple[str, Any]:
@@ -160,13 +166,13 @@ def _measured(cell: Cell, subject: Any, split: Split) -> Found:
         hits = "".join(str(int(end is not None and end[1] == want)) for end, want in zip(ends, wanted, strict=True))
         note = f"format {sum(end is not None for end in ends) / len(ends):.3f}"
         return Found(hits.count("1") / len(hits), loss, hits, note=note)
-    hits = "".join(str(int(each.right)) for each in outcomes)
+    hits = "".join(str(int(each.right)) for each in outcomes) if cell.pair.metric == "exact_match" else ""
     return Found(getattr(report, cell.pair.metric) or 0.0, loss, hits)
 
 
 def _stage(cell: Cell, base: Base, split: Split) -> Stage:
     """Return what `tune` would train, with the rows and their order: the same for every method."""
-    options = _settings(Cell(cell.pair, "peft", cell.init or "N(0,1)", cell.rate, cell.seed), base)
+    options = _settings(Cell(cell.pair, "peft", cell.init or "N(0,1)", cell.rate, cell.seed), base, split)
     settings = TuneSettings.from_dict(options | {"seed": cell.seed})
     prepared = prepare(base, read_data(split.train, None, settings), settings)
     return next(stages_of(prepared, {}, lambda: None))

@@ -25,10 +25,15 @@ def report(pairs: Sequence[Pair], results: Iterable[Row]) -> str:
     for row in results:
         found[f"{row['data']} on {row['base']}"][recipe(row)].append(row)
     shown = [pair for pair in pairs if pair.name in found]
-    tables = [_scores(shown, found), _goals(shown, found), _checks(shown, found), _means(shown, found)]
-    tables += [_grid(pair, found[pair.name]) for pair in shown]
     missing = [pair.name for pair in pairs if pair.name not in found]
-    return "\n\n".join([*tables, f"Not run: {', '.join(missing) or 'nothing'}."])
+    sections = {
+        "Scores": [_scores(shown, found), f"Not run: {', '.join(missing) or 'nothing'}."],
+        "Differences": [_goals(shown, found)],
+        "Our starts and rates, in units of the embeddings' rms": [_recipes("ours", shown, found)],
+        "PEFT's grid": [_recipes("peft", shown, found)],
+        "The installed peft": [_checks(shown, found)],
+    }
+    return "\n\n".join(part for title, parts in sections.items() for part in (f"### {title}", *parts))
 
 
 def recipe(row: Row) -> Recipe:
@@ -86,27 +91,13 @@ def _named(one: Recipe) -> str:
 
 def _goals(pairs: Sequence[Pair], found: Mapping[str, Mapping[Recipe, list[Row]]]) -> str:
     """Return the differences that matter, with standard errors over the test rows, paired."""
-    lines = [
-        [
-            "pair",
-            "our default - PEFT's best",
-            "our default - PEFT's default",
-            "our best - PEFT's best",
-            "way to full",
-        ]
-    ]
+    compared = [("our default", "PEFT's best"), ("our default", "PEFT's default"), ("our best", "PEFT's best")]
+    lines = [["pair", *(" - ".join(names) for names in compared), "way to full"]]
     for pair in pairs:
         cells, columns = found[pair.name], columns_of(found[pair.name])
         pick = {name: cells[one] if one else [] for name, one in columns.items()}
-        lines.append(
-            [
-                pair.name,
-                difference(pick["our default"], pick["PEFT's best"]),
-                difference(pick["our default"], pick["PEFT's default"]),
-                difference(pick["our best"], pick["PEFT's best"]),
-                _way(pick["zero-shot"], pick["our best"], pick["full"]),
-            ]
-        )
+        apart = [difference(pick[ours], pick[theirs]) for ours, theirs in compared]
+        lines.append([pair.name, *apart, _way(pick["zero-shot"], pick["our best"], pick["full"])])
     return _table(lines)
 
 
@@ -115,7 +106,7 @@ def difference(ours: Sequence[Row], theirs: Sequence[Row]) -> str:
     if not ours or not theirs:
         return "-"
     apart = mean(row["score"] for row in ours) - mean(row["score"] for row in theirs)
-    if not ours[0]["hits"] or abs(apart) > 1:
+    if not ours[0]["hits"]:
         return f"{apart:+.3f}"
     rights = [
         [mean(int(row["hits"][i]) for row in rows) for i in range(len(ours[0]["hits"]))] for rows in (ours, theirs)
@@ -140,28 +131,14 @@ def _checks(pairs: Sequence[Pair], found: Mapping[str, Mapping[Recipe, list[Row]
     return _table(lines)
 
 
-def _means(pairs: Sequence[Pair], found: Mapping[str, Mapping[Recipe, list[Row]]]) -> str:
-    """Return the mean score and loss of each of our recipes over the pairs that have all of them."""
-    every = sorted(
-        {one for pair in pairs for one in found[pair.name] if one[0] == "ours" and one[1] != "LABELS"}, key=str
-    )
-    lines = [["ours", *(pair.name for pair in pairs)]]
-    labels = {one for pair in pairs for one in found[pair.name] if one[:2] == ("ours", "LABELS")}
-    for one in [*every, *sorted(labels, key=str)]:
-        rows = [found[pair.name].get(one, [])[:1] for pair in pairs]
-        name = _named(one).strip(" ()") or "default"
+def _recipes(method: str, pairs: Sequence[Pair], found: Mapping[str, Mapping[Recipe, list[Row]]]) -> str:
+    """Return score and loss of every start and rate of a method at the first seed."""
+    every = {one[1:] for pair in pairs for one in found[pair.name] if one[0] == method}
+    lines = [["start, rate", *(pair.name for pair in pairs)]]
+    for init, rate, more in sorted(every, key=lambda one: (one[2], one[1] or 0.0, one[0])):
+        rows = [found[pair.name].get((method, init, rate, more), [])[:1] for pair in pairs]
+        name = ", ".join(each for each in (init, f"{rate:g}", more) if each)
         lines.append([name, *(f"{own[0]['score']:.3f} / {own[0]['loss']:.3f}" if own else "-" for own in rows)])
-    return _table(lines)
-
-
-def _grid(pair: Pair, cells: Mapping[Recipe, list[Row]]) -> str:
-    """Return PEFT's grid on a pair: score and loss at the first seed."""
-    own = {(init, rate): rows[0] for (method, init, rate, _), rows in cells.items() if method == "peft"}
-    rates = sorted({rate for _, rate in own if rate is not None})
-    lines = [[f"PEFT, {pair.name}", *(f"{rate:g}" for rate in rates)]]
-    for init in dict.fromkeys(init for init, _ in own):
-        made = (own.get((init, rate)) for rate in rates)
-        lines.append([init, *(f"{row['score']:.3f} / {row['loss']:.3f}" if row else "-" for row in made)])
     return _table(lines)
 
 
