@@ -32,7 +32,7 @@ from softprompt.training.loop import Stage
 from softprompt.training.preparation import prepare
 from softprompt.training.session import stages_of
 
-NOTEBOOK = {"warmup_ratio": 0.0, "max_grad_norm": 0.0, "weight_decay": 0.01}
+NOTEBOOK = {"warmup_ratio": 0.0, "max_grad_norm": 0.0, "weight_decay": 0.01, "label_weight": 0.0}
 """How PEFT's example notebooks for prompt tuning train: torch's AdamW, linear decay, no warm-up, no clipping."""
 
 STARTS = {"N(0,1)": "STANDARD_NORMAL", "WORDS": "TEXT"}

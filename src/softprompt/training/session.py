@@ -23,7 +23,14 @@ from softprompt.generation import TargetLikelihood, classify_rows, target_likeli
 from softprompt.prompts import CPTConfig, Prompt, PromptModule, context_labels
 from softprompt.training.events import Callbacks, Events
 from softprompt.training.loop import Measure, Sampling, Stage, train
-from softprompt.training.objectives import ContextLikelihood, Distillation, Likelihood, Objective, TeacherPrompts
+from softprompt.training.objectives import (
+    ContextLikelihood,
+    Distillation,
+    LabelChoice,
+    Likelihood,
+    Objective,
+    TeacherPrompts,
+)
 from softprompt.training.optimisation import build_optimizer
 from softprompt.training.preparation import Prepared, teacher_prompt
 from softprompt.training.settings import DISTILLATION_WEIGHT
@@ -180,8 +187,12 @@ def stages_of(prepared: Prepared, earlier: Mapping[str, Tensor], check_stop: Cal
 def _likelihood(prepared: Prepared) -> Objective:
     """Return the loss of the prompt's method."""
     config = prepared.config
-    labels = context_labels(config) if isinstance(config, CPTConfig) else ()
-    return ContextLikelihood(prepared.engine, labels) if labels else Likelihood(prepared.engine)
+    if labels := context_labels(config) if isinstance(config, CPTConfig) else ():
+        return ContextLikelihood(prepared.engine, labels)
+    targets, weight = tuple((prepared.tasks[0].labels or {}).values()), prepared.settings.label_weight
+    if len(prepared.tasks) > 1 or len(targets) < 2 or not weight or isinstance(config, CPTConfig):
+        return Likelihood(prepared.engine)
+    return LabelChoice(prepared.engine, targets, weight)
 
 
 def _stage(
@@ -196,9 +207,10 @@ def _stage(
     settings = prepared.settings
     rows = [row for task in prepared.tasks for row in task.train]
     tasks = [number for number, task in enumerate(prepared.tasks) for _ in task.train]
+    more = objective.tokens_per_row if isinstance(objective, LabelChoice) else 0
     several = mixed and len(prepared.tasks) > 1
     sampling = Sampling(
-        lengths=[len(row.source) + len(row.target) for row in rows],
+        lengths=[len(row.source) + len(row.target) + more for row in rows],
         tasks=tasks,
         batch_size=settings.batch_size,
         accumulate_steps=settings.accumulate_steps,
