@@ -58,8 +58,10 @@ def wanted(pair: Pair, results: Results, phase: int) -> Iterator[Cell]:
     texts = ["", "TEXT"] if stores and not pair.seq2seq else [""]
     tuned["stores"] = [Cell(pair, method, init) for method in stores for init in texts]
     if phase == 0:
-        yield from [Cell(pair, "head" if pair.base == MINILM else "zero-shot"), default, *peft, *ours]
-        yield from [*again(default), *again(best(peft, results)), *again(best(ours, results))]
+        yield from [Cell(pair, "head" if pair.base == MINILM else "zero-shot"), default, *again(default)]
+        yield from [*peft, *ours, *again(best(peft, results)), *again(best(ours, results))]
+        plain = replace(default, more="label_weight=0")
+        yield from again(plain, SEEDS if pair.has_labels and stores else ())
     elif phase == 1:
         yield from again(Cell(pair, "peft", "N(0,1)", 1e-3))
         yield from [cell for cells in tuned.values() for cell in cells]

@@ -33,9 +33,7 @@ def test_the_loss_is_that_of_the_label_and_of_its_choice(engine):
     own = start.clone().requires_grad_()
     prompt, wanted = Prompt(own), torch.tensor(0.0)
     for row in rows_behind(prompt):
-        sums = [
-            engine.target_log_probs([EngineRow(row.source, ids, prompt)]).values.sum() for ids in LABELS
-        ]
+        sums = [engine.target_log_probs([EngineRow(row.source, ids, prompt)]).values.sum() for ids in LABELS]
         right = sums[LABELS.index(row.target)]
         wanted = wanted - right - 2.0 * (right - torch.logsumexp(torch.stack(sums), dim=0))
     wanted.backward()
@@ -55,7 +53,9 @@ def test_of_many_labels_a_row_gets_some_whatever_the_batch(engine, monkeypatch):
     assert choice.tokens_per_row == 3
 
 
-RECORDS = [{"input": text, "output": label} for text in ("the film", "a report", "was it") for label in ("good", "bad")]
+RECORDS = [
+    {"input": text, "output": label} for text in ("the film", "a report", "was it") for label in ("good", "bad")
+]
 
 
 @pytest.mark.parametrize("base", ["llama", "bart"])
