@@ -16,6 +16,7 @@ Recipe = tuple[str, str, float | None, str]
 """Method, start, rate and other settings of a cell: all but the seed."""
 
 OURS, PEFT = ("ours", "RANDOM", RATE_PER_RMS, ""), ("peft", "N(0,1)", 1e-3, "")
+PLAIN = (*OURS[:3], "label_weight=0")
 COLUMNS = ("zero-shot", "few-shot", "PEFT's default", "PEFT's best", "our default", "our best", "keys and values")
 
 
@@ -29,6 +30,7 @@ def report(pairs: Sequence[Pair], results: Iterable[Row]) -> str:
     sections = {
         "Scores": [_scores(shown, found), f"Not run: {', '.join(missing) or 'nothing'}."],
         "Differences": [_goals(shown, found)],
+        "The likelihood alone": [_choice(shown, found)],
         "Our starts and rates, in units of the embeddings' rms": [_recipes("ours", shown, found)],
         "PEFT's grid": [_recipes("peft", shown, found)],
         "The installed peft": [_checks(shown, found)],
@@ -98,6 +100,18 @@ def _goals(pairs: Sequence[Pair], found: Mapping[str, Mapping[Recipe, list[Row]]
         pick = {name: cells[one] if one else [] for name, one in columns.items()}
         apart = [difference(pick[ours], pick[theirs]) for ours, theirs in compared]
         lines.append([pair.name, *apart, _way(pick["zero-shot"], pick["our best"], pick["full"])])
+    return _table(lines)
+
+
+def _choice(pairs: Sequence[Pair], found: Mapping[str, Mapping[Recipe, list[Row]]]) -> str:
+    """Return our default with and without the choice among the labels in its loss."""
+    lines = [["pair", "our default", "the same, label_weight=0", "difference"]]
+    for pair in pairs:
+        both = [one for one in (OURS, PLAIN) if one in found[pair.name]]
+        if pair.has_labels and PLAIN in both:
+            made = [_score(found[pair.name], one if one in both else None) for one in (OURS, PLAIN)]
+            apart = difference(*(found[pair.name].get(one, []) for one in (OURS, PLAIN)))
+            lines.append([pair.name, *(each.split(" (")[0] for each in made), apart])
     return _table(lines)
 
 

@@ -71,7 +71,7 @@ class LabelChoice:
     """The likelihood of a row's label, and its choice: the cross-entropy of the labels' likelihoods over the set.
 
     The likelihood alone has a short run learn how labels are written before it learns which is right; the choice is
-    what evaluation measures (the label loss of Tam et al. 2021, arXiv:2103.11955). All labels of a row stand below
+    what evaluation measures (as in Schick and Schütze 2021, arXiv:2001.07676). All labels of a row stand below
     it in the forest, so a label costs its own tokens alone. docs/quality.md has the gain.
 
     Attributes:
