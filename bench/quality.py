@@ -153,6 +153,9 @@ def main() -> None:
     parser.add_argument(
         "--report", nargs="?", const="", help="print the tables of what is there, or put them in a page"
     )
+    parser.add_argument(
+        "--phases", type=int, default=PHASES, help="1: defaults and grids; 2: the other methods; 3: their seeds"
+    )
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     tf.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -164,7 +167,7 @@ def main() -> None:
         tables = report(pairs, results.values())
         print(tables if not options.report else in_page(Path(options.report), tables))
         return
-    for phase, pair in product(range(PHASES), pairs):
+    for phase, pair in product(range(options.phases), pairs):
         try:
             complete(pair, phase, results, options)
         except AbsentError as error:

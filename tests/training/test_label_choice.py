@@ -50,7 +50,7 @@ def test_of_many_labels_a_row_gets_some_whatever_the_batch(engine, monkeypatch):
     choice = LabelChoice(engine, LABELS, 1.0)
     alone = sum(choice([row], [0]).loss for row in rows)
     torch.testing.assert_close(choice(rows, [0, 0]).loss, alone)
-    assert choice.tokens_per_row == 3
+    assert choice.other_tokens == 3
 
 
 RECORDS = [

@@ -94,7 +94,7 @@ class LabelChoice:
         return BatchLoss(scores.values[own], scores.row_index[own] // offered, self.weight * choice)
 
     @property
-    def tokens_per_row(self) -> int:
+    def other_tokens(self) -> int:
         """Tokens that the other labels add to a row, at most."""
         return sum(sorted(map(len, self.labels))[1 - min(len(self.labels), OFFERED_LABELS) :])
 
@@ -104,6 +104,11 @@ class LabelChoice:
         if len(others) >= offered:
             others = random.Random(repr(row.source)).sample(others, offered - 1)
         return [row, *(replace(row, target=ids) for ids in others)]
+
+
+def likelihood_of(engine: Engine, labels: Sequence[tuple[int, ...]] = (), weight: float = 0.0) -> Objective:
+    """Return the loss of targets, of which all are labels if there are any."""
+    return LabelChoice(engine, labels, weight) if len(labels) > 1 and weight else Likelihood(engine)
 
 
 @final

@@ -23,14 +23,7 @@ from softprompt.generation import TargetLikelihood, classify_rows, target_likeli
 from softprompt.prompts import CPTConfig, Prompt, PromptModule, context_labels
 from softprompt.training.events import Callbacks, Events
 from softprompt.training.loop import Measure, Sampling, Stage, train
-from softprompt.training.objectives import (
-    ContextLikelihood,
-    Distillation,
-    LabelChoice,
-    Likelihood,
-    Objective,
-    TeacherPrompts,
-)
+from softprompt.training.objectives import ContextLikelihood, Distillation, Objective, TeacherPrompts, likelihood_of
 from softprompt.training.optimisation import build_optimizer
 from softprompt.training.preparation import Prepared, teacher_prompt
 from softprompt.training.settings import DISTILLATION_WEIGHT
@@ -176,7 +169,7 @@ def stages_of(prepared: Prepared, earlier: Mapping[str, Tensor], check_stop: Cal
     teachers = TeacherPrompts([teacher_prompt(prepared, number) for number in range(len(prepared.tasks))])
     if earlier:
         teachers.load_stored(earlier)
-    first = _stage(prepared, teachers, Likelihood(prepared.engine), check_stop, mixed=False)
+    first = _stage(prepared, teachers, likelihood_of(prepared.engine), check_stop, mixed=False)
     yield replace(first, name=TEACHERS, log_file=TEACHER_LOG_FILE, is_needed=True)
     teachers.requires_grad_(False)
     weight = DISTILLATION_WEIGHT if weight is None else weight
@@ -187,12 +180,11 @@ def stages_of(prepared: Prepared, earlier: Mapping[str, Tensor], check_stop: Cal
 def _likelihood(prepared: Prepared) -> Objective:
     """Return the loss of the prompt's method."""
     config = prepared.config
-    if labels := context_labels(config) if isinstance(config, CPTConfig) else ():
-        return ContextLikelihood(prepared.engine, labels)
-    targets, weight = tuple((prepared.tasks[0].labels or {}).values()), prepared.settings.label_weight
-    if len(prepared.tasks) > 1 or len(targets) < 2 or not weight or isinstance(config, CPTConfig):
-        return Likelihood(prepared.engine)
-    return LabelChoice(prepared.engine, targets, weight)
+    if isinstance(config, CPTConfig):
+        labels = context_labels(config)
+        return ContextLikelihood(prepared.engine, labels) if labels else likelihood_of(prepared.engine)
+    targets = (prepared.tasks[0].labels or {}) if len(prepared.tasks) == 1 else {}
+    return likelihood_of(prepared.engine, tuple(targets.values()), prepared.settings.label_weight)
 
 
 def _stage(
@@ -207,7 +199,7 @@ def _stage(
     settings = prepared.settings
     rows = [row for task in prepared.tasks for row in task.train]
     tasks = [number for number, task in enumerate(prepared.tasks) for _ in task.train]
-    more = objective.tokens_per_row if isinstance(objective, LabelChoice) else 0
+    more = getattr(objective, "other_tokens", 0)
     several = mixed and len(prepared.tasks) > 1
     sampling = Sampling(
         lengths=[len(row.source) + len(row.target) + more for row in rows],
