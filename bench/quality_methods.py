@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import peft
 import torch
@@ -124,12 +124,11 @@ def _value(text: str) -> tuple[str, Any]:
     return name, json.loads(value)
 
 
-def _bare(cell: Cell, base: Base | nn.Module, split: Split, shots: int = 0) -> softprompt.Baseline:
+def _bare(cell: Cell, base: Base, split: Split, shots: int = 0) -> softprompt.Baseline:
     """Return a base without a prompt, with demonstrations or without."""
     pair = cell.pair
-    model = base.model if isinstance(base, Base) else base
     return softprompt.Baseline(
-        base_model=model,
+        base_model=base.model,
         tokenizer=base.tokenizer,
         template=pair.template,
         labels=sorted({row["output"] for row in split.train}) if pair.has_labels else None,
@@ -152,7 +151,7 @@ def _shown(cell: Cell, base: Base, split: Split, shots: int) -> Found:
 
 def _measured(cell: Cell, subject: Any, split: Split) -> Found:
     """Evaluate on the test rows."""
-    kind = "classification" if cell.pair.has_labels else "generation"
+    kind: Literal["classification", "generation"] = "classification" if cell.pair.has_labels else "generation"
     report = softprompt.evaluate(subject, split.test, task=kind, silence_progress_bars=True)
     outcomes = report.outcomes or ()
     if cell.pair.has_labels:
@@ -236,13 +235,13 @@ def _real_peft(cell: Cell, base: Base, split: Split) -> Found:
     config = peft.PromptTuningConfig(
         task_type=task, num_virtual_tokens=cell.pair.tokens, num_transformer_submodules=1
     )
-    model = peft.get_peft_model(copy.deepcopy(base.model), config).eval()
+    model: Any = peft.get_peft_model(copy.deepcopy(base.model), config).eval()
     model.prompt_encoder["default"].embedding.weight.data.copy_(start)
     pad = base.tokenizer.pad_token_id or 0
     theirs = fitted(model, stage, cell.pair.updates, cell.rate or 0.0, decay=NOTEBOOK["weight_decay"], pad=pad)
     with tempfile.TemporaryDirectory() as name:
-        prompt = softprompt.tune(
-            base, split.train, seed=cell.seed, output=name, overwrite=True, **_settings(cell, base)
+        prompt: Any = softprompt.tune(
+            base, split.train, seed=cell.seed, output=name, overwrite=True, **_settings(cell, base, split)
         )
         lines = (Path(name) / "training_logs.jsonl").read_text("utf-8").splitlines()
     ours = [json.loads(line)["data"]["value"] for line in lines]
