@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import mean, stdev
+from statistics import mean, stdev, variance
 from typing import Any
 
 from quality_pairs import Pair
@@ -116,7 +116,7 @@ def _choice(pairs: Sequence[Pair], found: Mapping[str, Mapping[Recipe, list[Row]
 
 
 def difference(ours: Sequence[Row], theirs: Sequence[Row]) -> str:
-    """Return the difference of two mean scores, and its standard error over the test rows."""
+    """Return the difference of two mean scores, and its standard error over test rows (paired) and seeds."""
     if not ours or not theirs:
         return "-"
     apart = mean(row["score"] for row in ours) - mean(row["score"] for row in theirs)
@@ -126,7 +126,9 @@ def difference(ours: Sequence[Row], theirs: Sequence[Row]) -> str:
         [mean(int(row["hits"][i]) for row in rows) for i in range(len(ours[0]["hits"]))] for rows in (ours, theirs)
     ]
     each = [a - b for a, b in zip(*rights, strict=True)]
-    return f"{apart:+.3f} ± {stdev(each) / math.sqrt(len(each)):.3f}"
+    several = [[row["score"] for row in rows] for rows in (ours, theirs) if len(rows) > 1]
+    spread = variance(each) / len(each) + sum(variance(scores) / len(scores) for scores in several)
+    return f"{apart:+.3f} ± {math.sqrt(spread):.3f}"
 
 
 def _way(zero: Sequence[Row], ours: Sequence[Row], full: Sequence[Row]) -> str:
