@@ -112,21 +112,58 @@ def sst2(shared: Path) -> list[Split]:
     return [Split(train, validation, test)]
 
 
-def banking(shared: Path) -> list[Split]:
-    """The first ten intents of Banking77's own list."""
+def banking(shared: Path, intents: int = INTENTS, each: tuple[int, int, int] = (40, 10, 30)) -> list[Split]:
+    """The first intents of Banking77's own list, with as many rows of each in training, validation and test."""
     folder = shared / "data/banking77"
-    intents = json.loads(present(folder / "categories.json").read_text(encoding="utf-8"))[:INTENTS]
+    names = json.loads(present(folder / "categories.json").read_text(encoding="utf-8"))[:intents]
 
     def read(name: str) -> list[Row]:
         rows = table(folder / f"{name}.csv", "text", "category")
-        kept = distinct(row for row in rows if row["output"] in intents)
+        kept = distinct(row for row in rows if row["output"] in names)
         return [row | {"output": row["output"].replace("_", " ")} for row in kept]
 
-    test = balanced(read("test"), (300,))[0]
+    test = balanced(read("test"), (each[2] * intents,))[0]
     held_out = {row["input"] for row in read("test")}
     rows = [row for row in read("train") if row["input"] not in held_out]
-    train, validation = balanced(rows, (400, 100))
+    train, validation = balanced(rows, (each[0] * intents, each[1] * intents))
     return [Split(train, validation, test)]
+
+
+def boolq(shared: Path) -> list[Split]:
+    """Yes or no about a passage: FewGLUE's 32 training rows, tested on rows of the official dev file."""
+
+    def read(name: str) -> list[Row]:
+        lines = present(shared / f"data/fewglue_32dev/BoolQ/{name}.jsonl").read_text("utf-8").splitlines()
+        found = [json.loads(line) for line in lines]
+        texts = [f"{row['passage']}\nQuestion: {row['question']}?" for row in found]
+        answers = ["yes" if row["label"] in (True, "true", "True") else "no" for row in found]
+        return distinct({"input": text, "output": answer} for text, answer in zip(texts, answers, strict=True))
+
+    return [Split(read("train"), read("dev32"), balanced(read("val"), (300,))[0])]
+
+
+def e2e(shared: Path) -> list[Split]:
+    """Facts about a restaurant to a sentence: the dev file's first for each, tested on the test file's."""
+
+    def read(name: str) -> list[Row]:
+        rows = list(distinct(reversed(list(table(shared / f"data/e2e_nlg/{name}.csv", "mr", "ref")))))
+        return random.Random(0).sample(rows, len(rows))
+
+    train = read("devset")
+    known = {row["input"] for row in train}
+    return [Split(train[:400], train[400:], [row for row in read("testset_w_refs") if row["input"] not in known])]
+
+
+def gsm8k(shared: Path) -> list[Split]:
+    """Word problems with their steps, without the calculator's marks."""
+
+    def read(name: str) -> list[Row]:
+        lines = present(shared / f"data/gsm8k/{name}.jsonl").read_text("utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        return [{"input": row["question"], "output": re.sub("<<.*?>>", "", row["answer"])} for row in rows]
+
+    train = read("train")
+    return [Split(train[:-200], train[-200:], read("test"))]
 
 
 def demo_complaints(_: Path) -> list[Split]:

@@ -74,8 +74,8 @@ class HeadWork:
         tokenizer, model = load_encoder(len(labels), seed)
         features: dict[str, Tensor] = {}
         with torch.no_grad():
-            for rows in _parts([*split.train, *split.validation, *split.test], 64):
-                pooled = model.bert(**_inputs(tokenizer, rows)).pooler_output
+            for rows in parts([*split.train, *split.validation, *split.test], 64):
+                pooled = model.bert(**inputs(tokenizer, rows)).pooler_output
                 features |= {row["input"]: one for row, one in zip(rows, pooled, strict=True)}
 
         def classify(rows: Sequence[Row]) -> Tensor:
@@ -98,7 +98,7 @@ class HeadWork:
         model = softprompt.get_peft_model(encoder, config).eval()
 
         def classify(rows: Sequence[Row]) -> Tensor:
-            logits: Tensor = model(**_inputs(tokenizer, rows)).logits
+            logits: Tensor = model(**inputs(tokenizer, rows)).logits
             return logits
 
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -126,7 +126,7 @@ class HeadWork:
         for epoch in range(self.epochs):
             order = torch.Generator().manual_seed(1000 * seed + epoch)
             shuffled = torch.randperm(len(split.train), generator=order).tolist()
-            for rows in _parts([split.train[i] for i in shuffled], self.batch):
+            for rows in parts([split.train[i] for i in shuffled], self.batch):
                 gold = torch.tensor([labels.index(row["output"]) for row in rows])
                 optimizer.zero_grad()
                 loss = nn.functional.cross_entropy(classify(rows), gold)
@@ -150,11 +150,13 @@ def load_encoder(labels: int, seed: int) -> tuple[Any, Any]:
     return tf.AutoTokenizer.from_pretrained(folder, local_files_only=True), model.eval()
 
 
-def _parts(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
+def parts(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
+    """Return rows in parts of a size."""
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def _inputs(tokenizer: Any, rows: Sequence[Row]) -> Any:
+def inputs(tokenizer: Any, rows: Sequence[Row]) -> Any:
+    """Return a padded batch of rows."""
     texts = [row["input"] for row in rows]
     return tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="pt")
 
@@ -162,7 +164,7 @@ def _inputs(tokenizer: Any, rows: Sequence[Row]) -> Any:
 def _share_right(classify: Classifier, rows: Sequence[Row], labels: Sequence[str]) -> float:
     right = 0
     with torch.no_grad():
-        for part in _parts(rows, 64):
+        for part in parts(rows, 64):
             found = classify(part).argmax(dim=1).tolist()
             right += sum(labels[k] == row["output"] for k, row in zip(found, part, strict=True))
     return right / len(rows)

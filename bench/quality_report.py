@@ -1,0 +1,163 @@
+"""The tables of `quality.py`, made of the cells that are there; a cell that was not run is a dash."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import mean, stdev, variance
+from typing import Any
+
+from quality_pairs import Pair
+from softprompt.training.settings import RATE_PER_RMS
+
+Row = Mapping[str, Any]
+Recipe = tuple[str, str, float | None, str]
+"""Method, start, rate and other settings of a cell: all but the seed."""
+
+OURS, PEFT = ("ours", "RANDOM", RATE_PER_RMS, ""), ("peft", "N(0,1)", 1e-3, "")
+CHOICE = (*OURS[:3], "choice_weight=1")
+COLUMNS = ("zero-shot", "few-shot", "PEFT's default", "PEFT's best", "our default", "our best", "keys and values")
+
+
+def report(pairs: Sequence[Pair], results: Iterable[Row]) -> str:
+    """Return all tables as Markdown."""
+    found: dict[str, dict[Recipe, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in results:
+        found[f"{row['data']} on {row['base']}"][recipe(row)].append(row)
+    shown = [pair for pair in pairs if pair.name in found]
+    missing = [pair.name for pair in pairs if pair.name not in found]
+    sections = {
+        "Scores": [_scores(shown, found), f"Not run: {', '.join(missing) or 'nothing'}."],
+        "Differences": [_goals(shown, found)],
+        "With the choice among the labels": [_choice(shown, found)],
+        "Our starts and rates, in units of the embeddings' rms": [_recipes("ours", shown, found)],
+        "PEFT's grid": [_recipes("peft", shown, found)],
+        "The installed peft": [_checks(shown, found)],
+    }
+    return "\n\n".join(part for title, parts in sections.items() for part in (f"### {title}", *parts))
+
+
+def recipe(row: Row) -> Recipe:
+    """Return what a cell ran."""
+    return row["method"], row["init"], row["lr"], row["more"]
+
+
+def chosen(cells: Mapping[Recipe, list[Row]], *methods: str) -> Recipe | None:
+    """Return the recipe of some methods that is best at the first seed, as `quality.py` chooses it."""
+    own = [each for each in cells if each[0] in methods and (each[0] != "few-shot")]
+    return max(own, key=lambda each: (cells[each][0]["score"], -cells[each][0]["loss"]), default=None)
+
+
+def columns_of(cells: Mapping[Recipe, list[Row]]) -> dict[str, Recipe | None]:
+    """Return the recipe of each column of the first table."""
+    return {
+        "zero-shot": chosen(cells, "zero-shot", "head"),
+        "few-shot": ("few-shot", "", None, "") if ("few-shot", "", None, "") in cells else None,
+        "PEFT's default": PEFT if PEFT in cells else None,
+        "PEFT's best": chosen(cells, "peft"),
+        "our default": OURS if OURS in cells else None,
+        "our best": chosen(cells, "ours"),
+        "keys and values": chosen(cells, "prefix", "cartridge"),
+        "LoRA": chosen(cells, "lora"),
+        "full": chosen(cells, "full"),
+    }
+
+
+def _scores(pairs: Sequence[Pair], found: Mapping[str, Mapping[Recipe, list[Row]]]) -> str:
+    """Return the scores of every method: means over the seeds, with their standard deviation."""
+    lines = [["pair", "steps x batch", *COLUMNS, "LoRA", "full"]]
+    for pair in pairs:
+        cells = found[pair.name]
+        made = [_score(cells, each) for each in columns_of(cells).values()]
+        lines.append([pair.name, f"{pair.updates} x {pair.batch}", *made])
+    return _table(lines)
+
+
+def _score(cells: Mapping[Recipe, list[Row]], one: Recipe | None) -> str:
+    if one is None:
+        return "-"
+    scores = [row["score"] for row in cells[one]]
+    spread = f" ± {stdev(scores):.3f}" if len(scores) > 1 else ""
+    return f"{mean(scores):.3f}{spread}{_named(one)}"
+
+
+def _named(one: Recipe) -> str:
+    method, init, rate, more = one
+    if one in (OURS, PEFT) or method in ("zero-shot", "few-shot", "head"):
+        return ""
+    words = [method] if method in ("prefix", "cartridge") else []
+    words += [each for each in (init, "" if rate is None else f"{rate:g}", more) if each]
+    return f" ({', '.join(words)})"
+
+
+def _goals(pairs: Sequence[Pair], found: Mapping[str, Mapping[Recipe, list[Row]]]) -> str:
+    """Return the differences that matter, with standard errors over the test rows, paired."""
+    compared = [("our default", "PEFT's best"), ("our default", "PEFT's default"), ("our best", "PEFT's best")]
+    lines = [["pair", *(" - ".join(names) for names in compared), "way to full"]]
+    for pair in pairs:
+        cells, columns = found[pair.name], columns_of(found[pair.name])
+        pick = {name: cells[one] if one else [] for name, one in columns.items()}
+        apart = [difference(pick[ours], pick[theirs]) for ours, theirs in compared]
+        lines.append([pair.name, *apart, _way(pick["zero-shot"], pick["our best"], pick["full"])])
+    return _table(lines)
+
+
+def _choice(pairs: Sequence[Pair], found: Mapping[str, Mapping[Recipe, list[Row]]]) -> str:
+    """Return our default with and without the choice among the labels in its loss."""
+    lines = [["pair", "our default", "the same, choice_weight=1", "difference"]]
+    for pair in pairs:
+        both = [one for one in (OURS, CHOICE) if one in found[pair.name]]
+        if pair.has_labels and CHOICE in both:
+            made = [_score(found[pair.name], one if one in both else None) for one in (OURS, CHOICE)]
+            apart = difference(*(found[pair.name].get(one, []) for one in (CHOICE, OURS)))
+            lines.append([pair.name, *(each.split(" (")[0] for each in made), apart])
+    return _table(lines)
+
+
+def difference(ours: Sequence[Row], theirs: Sequence[Row]) -> str:
+    """Return the difference of two mean scores, and its standard error over test rows (paired) and seeds."""
+    if not ours or not theirs:
+        return "-"
+    apart = mean(row["score"] for row in ours) - mean(row["score"] for row in theirs)
+    if not ours[0]["hits"]:
+        return f"{apart:+.3f}"
+    rights = [
+        [mean(int(row["hits"][i]) for row in rows) for i in range(len(ours[0]["hits"]))] for rows in (ours, theirs)
+    ]
+    each = [a - b for a, b in zip(*rights, strict=True)]
+    several = [[row["score"] for row in rows] for rows in (ours, theirs) if len(rows) > 1]
+    spread = variance(each) / len(each) + sum(variance(scores) / len(scores) for scores in several)
+    return f"{apart:+.3f} ± {math.sqrt(spread):.3f}"
+
+
+def _way(zero: Sequence[Row], ours: Sequence[Row], full: Sequence[Row]) -> str:
+    if not (zero and ours and full):
+        return "-"
+    start, middle, end = (mean(row["score"] for row in rows) for rows in (zero, ours, full))
+    return f"{(middle - start) / (end - start):.0%}" if end > start else "-"
+
+
+def _checks(pairs: Sequence[Pair], found: Mapping[str, Mapping[Recipe, list[Row]]]) -> str:
+    """Return how far the installed peft is from the same recipe in our engine."""
+    lines = [["the installed peft against the same recipe in our engine", "largest relative difference"]]
+    for pair in pairs:
+        rows = [row for one, own in found[pair.name].items() if one[0] == "peft-real" for row in own]
+        lines += [[f"{pair.name}, {row['init']}, {row['lr']:g}", row["note"]] for row in rows]
+    return _table(lines)
+
+
+def _recipes(method: str, pairs: Sequence[Pair], found: Mapping[str, Mapping[Recipe, list[Row]]]) -> str:
+    """Return score and loss of every start and rate of a method at the first seed."""
+    every = {one[1:] for pair in pairs for one in found[pair.name] if one[0] == method}
+    lines = [["start, rate", *(pair.name for pair in pairs)]]
+    for init, rate, more in sorted(every, key=lambda one: (one[2], one[1] or 0.0, one[0])):
+        rows = [found[pair.name].get((method, init, rate, more), [])[:1] for pair in pairs]
+        name = ", ".join(each for each in (init, f"{rate:g}", more) if each)
+        lines.append([name, *(f"{own[0]['score']:.3f} / {own[0]['loss']:.3f}" if own else "-" for own in rows)])
+    return _table(lines)
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    rows = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]])
