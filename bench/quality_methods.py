@@ -28,9 +28,9 @@ from softprompt.backbone import Base
 from softprompt.errors import ContextOverflowError
 from softprompt.training import TuneSettings
 from softprompt.training.examples import read_data
-from softprompt.training.loop import Stage
 from softprompt.training.preparation import prepare
 from softprompt.training.session import stages_of
+from softprompt.training.stage import Stage
 
 NOTEBOOK = {"warmup_ratio": 0.0, "max_grad_norm": 0.0, "weight_decay": 0.01, "choice_weight": 0.0}
 """How PEFT's example notebooks for prompt tuning train: torch's AdamW, linear decay, no warm-up, no clipping."""

@@ -6,10 +6,10 @@ from .notebook import curve_html as curve_html
 from .notebook import one_line as one_line
 from .notebook import page as page
 from .notebook import table as table
-from .sweep_figure import sweep_figure as sweep_figure
 from .prompt_figures import contest_figure as contest_figure
 from .prompt_figures import cosines_figure as cosines_figure
 from .prompt_figures import drift_figure as drift_figure
 from .prompt_figures import layers_figure as layers_figure
 from .prompt_figures import norms_figure as norms_figure
 from .prompt_figures import tokens_figure as tokens_figure
+from .sweep_figure import sweep_figure as sweep_figure

@@ -149,18 +149,6 @@ def tune(
     return tuned
 
 
-def _write_all(target: Path, plan: Plan, best: str, seeds: Mapping[str, Seeded], tuned: TunedPrompt) -> None:
-    """Write the prompt that was kept, those of the other seeds below it, and their logs."""
-    folders = {best: target}
-    if plan.settings.seeds > 1:
-        folders |= {seed: target / SEEDS_FOLDER / seed for seed in seeds if seed != best}
-    for seed, folder in reversed(folders.items()):
-        each = tuned if seed == best else tuned_of(seeds[seed].prepared, seeds[seed].trained)
-        settings = plan.settings if seed == best else seeds[seed].prepared.settings
-        write_output(each, folder, plan.names(), settings)
-    publish_logs(target, folders)
-
-
 def _check_names(options: Mapping[str, Any]) -> None:
     """Refuse a name that neither ``tune`` nor its settings have.
 
