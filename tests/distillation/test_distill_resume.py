@@ -182,6 +182,11 @@ def test_a_stage_of_another_plan_is_not_mixed_in(stopped):
         softprompt.distill(output=stopped, resume=True)
 
 
+def test_another_base_named_is_refused(stopped):
+    with pytest.raises(UsageError, match="leave base_model out"):
+        softprompt.distill("org/another", output=stopped, resume=True)
+
+
 def test_a_run_of_another_command_is_not_gone_on_with(stopped):
     state_path(stopped).with_name("plan.json").write_text('{"command": "sweep"}')
     with pytest.raises(UsageError, match="a run of sweep"):

@@ -109,7 +109,7 @@ def distill(
     called, target = checked_callbacks(callbacks), None if output is None else Path(output)
     sources = {"system_prompt": system_prompt, "documents": documents, "examples": examples, "questions": questions}
     if resume:
-        plan = _resumed(target, {**sources, **options, "overwrite": overwrite})
+        plan = _resumed(target, base_model, {**sources, **options, "overwrite": overwrite})
         settings = DistillSettings.from_dict({**plan["settings"], **options})
         base_model, text = plan["base_model"] or base_model, SourceText(**plan["text"])
     else:
@@ -164,7 +164,7 @@ def _plan(
     }
 
 
-def _resumed(output: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+def _resumed(output: Path | None, base_model: BaseLike, given: dict[str, Any]) -> dict[str, Any]:
     """Return the plan of the run that was interrupted in a folder: it has all that the run is made of but the base.
 
     Raises:
@@ -175,7 +175,11 @@ def _resumed(output: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     named = [name for name, each in given.items() if each and name not in ("silence_progress_bars", "device")]
     if named:
         raise UsageError(f"resume goes on with the run's own text, questions and settings; leave {named[0]} out")
-    return dict(Store.found(output).plan)
+    plan = dict(Store.found(output).plan)
+    own, other = plan["base_model"], named_source(base_model)
+    if own is not None and other not in ("demo", own):
+        raise UsageError(f"resume goes on with the run's own base model, {own}; leave base_model out")
+    return plan
 
 
 def _run(
