@@ -231,12 +231,14 @@ def test_the_first_question_need_not_have_an_answer_and_a_template_may_name_a_pa
     assert found[1].request == {"input": "b", "passage": "q"}
 
 
-def test_self_study_keeps_other_kinds_apart_and_is_the_same_again(chat_base, monkeypatch):
+def test_self_study_keeps_other_kinds_apart_and_is_the_same_again(chat_base, tmp_path, monkeypatch):
     monkeypatch.setattr(questions, "_NEW", 12)
-    runs = [
-        softprompt.distill(chat_base, documents=[TEXT], self_study=5, held_out=0.4, max_steps=1, **QUICK)
-        for _ in range(2)
-    ]
+    options = {"documents": [TEXT], "self_study": 5, "held_out": 0.4, "max_steps": 1, **QUICK}
+    runs = [softprompt.distill(chat_base, output=tmp_path / name, **options) for name in "ab"]
+    lines = map(json.loads, (tmp_path / "a" / "questions.jsonl").read_text().splitlines())
+    kinds = {(each["held_out"], each["kind"]) for each in lines}
+    assert {kind for apart, kind in kinds if apart} == {*questions.OTHER_SEEDS}
+    assert {kind for apart, kind in kinds if not apart} <= {*questions.SEEDS}
     assert torch.equal(runs[0].prompt().input, runs[1].prompt().input)
     assert runs[0].manifest.data == runs[1].manifest.data
     assert runs[0].manifest.data["train"]["rows"] == 7
