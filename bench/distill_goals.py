@@ -118,10 +118,11 @@ def rules(arguments: argparse.Namespace) -> dict[str, Any]:
     """Distil the system prompt: the share of the way, and the answers that keep its form."""
     questions = [{"input": form.format(item)} for form in ASKED for item in ITEMS]
     random.Random(0).shuffle(questions)
+    del questions[arguments.questions :]
     tuned = distilled(
         arguments,
         "rules",
-        questions[: arguments.questions],
+        questions,
         system_prompt=SYSTEM_PROMPT,
         verbalizer=TEMPLATE,
         chat=False,

@@ -221,12 +221,24 @@ def test_a_question_names_its_passage_and_only_the_student_cannot_see_it(chat_ba
         torch.testing.assert_close(targets.log_probs, wanted.log_probs, atol=2e-4, rtol=1e-4)
 
 
-def test_self_study_keeps_other_kinds_apart_and_is_the_same_again(chat_base, monkeypatch):
+def test_the_first_question_need_not_have_an_answer_and_a_template_may_name_a_passage():
+    template = "{{passage}} {{input}}?"
+    teacher = teacher_of("demo", SourceText("system prompt", [("text", TEXT)]), verbalizer=template)
+    records = [{"input": "a", "passage": "p"}, {"input": "b", "passage": "q", "output": "yes"}]
+    settings = DistillSettings(held_out=0.0, self_study=1, verbalizer=template)
+    found = questions.given_questions(records, teacher.rows, 1, settings)
+    assert [(each.answer, each.labelled) for each in found] == [(None, False), ("yes", True)]
+    assert found[1].request == {"input": "b", "passage": "q"}
+
+
+def test_self_study_keeps_other_kinds_apart_and_is_the_same_again(chat_base, tmp_path, monkeypatch):
     monkeypatch.setattr(questions, "_NEW", 12)
-    runs = [
-        softprompt.distill(chat_base, documents=[TEXT], self_study=5, held_out=0.4, max_steps=1, **QUICK)
-        for _ in range(2)
-    ]
+    options = {"documents": [TEXT], "self_study": 5, "held_out": 0.4, "max_steps": 1, **QUICK}
+    runs = [softprompt.distill(chat_base, output=tmp_path / name, **options) for name in "ab"]
+    lines = map(json.loads, (tmp_path / "a" / "questions.jsonl").read_text().splitlines())
+    kinds = {(each["held_out"], each["kind"]) for each in lines}
+    assert {kind for apart, kind in kinds if apart} == {*questions.OTHER_SEEDS}
+    assert {kind for apart, kind in kinds if not apart} <= {*questions.SEEDS}
     assert torch.equal(runs[0].prompt().input, runs[1].prompt().input)
     assert runs[0].manifest.data == runs[1].manifest.data
     assert runs[0].manifest.data["train"]["rows"] == 7
@@ -283,6 +295,31 @@ def test_a_base_with_an_encoder_is_refused():
     base = Base(families.tiny("t5"), byte_bpe(), "t5")
     with pytest.raises(SoftPromptError, match="causal language model"):
         softprompt.distill(base, system_prompt=TEXT, self_study=2, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"num_virtual_tokens": 300}, "num_virtual_tokens 300 is more than"),
+        ({"kind": "kv", "distractors": ["nonesuch"]}, "nonesuch does not exist"),
+        ({"unrelated": "nonesuch.jsonl"}, "no such data file"),
+        (
+            {
+                "unrelated": [
+                    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+                ]
+            },
+            "1: expected a text",
+        ),
+        ({"verbalizer": "{{a}} {{b}}", "chat": False}, "one field is input"),
+    ],
+)
+def test_what_would_fail_later_is_refused_before_anything_is_written(chat_base, tmp_path, given, says):
+    with pytest.raises(SoftPromptError, match=says):
+        softprompt.distill(
+            chat_base, system_prompt=TEXT, self_study=2, output=tmp_path / "out", **{**QUICK, **given}
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_overwrite_without_output_is_refused(chat_base):

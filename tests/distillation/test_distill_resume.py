@@ -182,6 +182,17 @@ def test_a_stage_of_another_plan_is_not_mixed_in(stopped):
         softprompt.distill(output=stopped, resume=True)
 
 
+def test_another_base_named_is_refused(stopped):
+    with pytest.raises(UsageError, match="leave base_model out"):
+        softprompt.distill("org/another", output=stopped, resume=True)
+
+
+def test_a_run_of_another_command_is_not_gone_on_with(stopped):
+    state_path(stopped).with_name("plan.json").write_text('{"command": "sweep"}')
+    with pytest.raises(UsageError, match="a run of sweep"):
+        softprompt.distill(output=stopped, resume=True)
+
+
 @pytest.mark.parametrize("name", ["plan.json", "questions.json", "targets-0.safetensors"])
 def test_a_damaged_stage_is_said(stopped, name):
     state_path(stopped).with_name(name).write_bytes(b"{")

@@ -12,6 +12,7 @@ import torch
 import softprompt
 from oracles.peft_pair import TASKS, base, batch
 from softprompt import AutoPeftModel, PeftModel, PromptTuningConfig, TaskType, get_peft_model
+from softprompt.artifacts import outside
 from softprompt.errors import ArtifactError, ConfigError, FingerprintError
 
 AUTO = {
@@ -114,6 +115,14 @@ def test_a_base_inside_the_prompts_folder_is_not_loaded_unasked(saved, tmp_path)
         for load in (AutoPeftModel.from_pretrained, softprompt.load):
             with pytest.raises(ArtifactError, match="inside its own folder"):
                 load(tmp_path / "prompt")
+
+
+def test_a_name_is_no_base_inside_the_folder_that_one_works_in(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert outside("org/name", ".") == "org/name"
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    with pytest.raises(ArtifactError, match="inside its own folder"):
+        outside("org/name", ".")
 
 
 def test_a_base_that_brings_code_along_is_not_run(saved, tmp_path, monkeypatch):

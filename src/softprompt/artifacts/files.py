@@ -251,7 +251,8 @@ def outside(base_model: str, directory: str | Path) -> str:
     Raises:
         ArtifactError: It does.
     """
-    if Path(base_model).resolve().is_relative_to(Path(directory).resolve()):
+    found = Path(base_model).resolve()  # which a name of the Hub is too, below the working directory
+    if found.exists() and found.is_relative_to(Path(directory).resolve()):
         raise ArtifactError(
             f"{directory} names a base model inside its own folder ({base_model}), which is not loaded unasked; if "
             "you trust it, pass base_model (--base-model), or load it yourself for PeftModel.from_pretrained"

@@ -276,8 +276,8 @@ def _target_column(first: Located, source: str | None, named: str | None, *, req
     found = found or [target for _, target in _PAIRS if target in present and target != source]
     if len(found) == 1:
         return found[0]
-    if not require_target:
-        return None
+    if not require_target:  # the first record need not have one
+        return _PAIRS[0][1] if source == INPUT and not found else None
     problem = f"both {' and '.join(found)} could be the target" if found else "no field output, labels or label"
     raise DataError(
         f"{first.where}: {problem} among {_listed(present)}"

@@ -14,6 +14,7 @@ from .report import REPORT_NAME as REPORT_NAME
 from .report import DistillationReport as DistillationReport
 from .report import measured_on as measured_on
 from .report import report_of as report_of
+from .report import unrelated_pairs as unrelated_pairs
 from .run import QUESTIONS_NAME as QUESTIONS_NAME
 from .run import distill as distill
 from .settings import TEXT_RATE_PER_RMS as TEXT_RATE_PER_RMS
@@ -23,6 +24,7 @@ from .stages import studied as studied
 from .stages import taught as taught
 from .store import Store as Store
 from .student import Student as Student
+from .student import check_student as check_student
 from .teacher import Teacher as Teacher
 from .teacher import targets_of as targets_of
 from .texts import BETWEEN as BETWEEN

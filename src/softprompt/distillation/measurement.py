@@ -20,7 +20,7 @@ from softprompt.distillation import (
     measured_on,
     report_of,
 )
-from softprompt.errors import ConfigError
+from softprompt.errors import ArtifactError, ConfigError, DataError
 from softprompt.inference import load
 
 if TYPE_CHECKING:
@@ -55,13 +55,22 @@ def measure_distilled(
         ArtifactError: The directory cannot be read.
     """
     tuned = load(prompt, base_model)
-    if "distillation" not in tuned.whole.settings:
+    if not isinstance(recorded := tuned.whole.settings.get("distillation"), dict):
         raise ConfigError(f"{prompt} was not made by distill; evaluate measures other prompts")
-    settings = DistillSettings.from_dict(tuned.whole.settings["distillation"])
+    settings = DistillSettings.from_dict(recorded)
     text = SourceText.of(system_prompt, documents, examples, settings.columns)
     teacher = Teacher.of(tuned.base, text, settings)
-    own = [json.loads(each) for each in read_bytes(Path(prompt) / QUESTIONS_NAME).splitlines()]
-    asked = [each for each in map(Question.from_dict, own) if each.held_out]
+    path = Path(prompt) / QUESTIONS_NAME
+    try:
+        own = [Question.from_dict(json.loads(each)) for each in read_bytes(path).splitlines()]
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}); copy it again from the original") from error
+    asked = [each for each in own if each.held_out]
     if questions is not None:
-        asked = given_questions(questions, teacher.rows, len(teacher.passages), replace(settings, held_out=0.0))
+        every = replace(settings, held_out=0.0, early_stopping_patience=None)
+        asked = given_questions(questions, teacher.rows, len(teacher.passages), every)
+    elif teacher.tokens != (made := tuned.whole.settings.get("text_tokens")):
+        raise DataError(
+            f"{prompt} was made of a text of {made} tokens, this one has {teacher.tokens}; give that one"
+        )
     return report_of(measured_on(tuned, teacher, asked, top_k=settings.top_k), len(own), unrelated=unrelated)

@@ -140,8 +140,10 @@ def given_questions(
     rows.check(records, settings.output_field)
     chat = rows.chats is not None
     found = [_given(each, n, chat, passages) for n, each in enumerate(records, start=1)]
-    unique = list({each.text: each for each in found[::-1]}.values())
-    unique.sort(key=found.index)
+    first: dict[str, Question] = {}
+    for each in found:
+        first.setdefault(each.text, each)
+    unique = list(first.values())
     if len(unique) < len(found):
         logger.warning("%s questions are there twice; each is used once", f"{len(found) - len(unique):,}")
     share, draw = settings.held_out, random.Random(f"held out {settings.seed}")
@@ -161,7 +163,8 @@ def _given(record: Record, number: int, chat: bool, passages: int) -> Question:
                 f"{PASSAGE!r}, got {named or 'none'}; add it, or use self_study"
             )
     if not chat:
-        request: dict[str, Any] = {name: text for name, text in record.fields.items() if name != PASSAGE}
+        own = passages == 1  # else that column is no field of a template
+        request: dict[str, Any] = {name: text for name, text in record.fields.items() if own or name != PASSAGE}
     elif record.chat is not None:
         asked = record.chat.asked()
         request = {"messages": [dict(each) for each in asked.messages]}

@@ -302,13 +302,26 @@ def _tokens_read(distilled: Distilled, count: int) -> float:
     return float(2 * trained + 2 * (asked + teacher.tokens * -(-count // teacher.batch_size)))
 
 
+def unrelated_pairs(source: DataSource) -> list[tuple[str, str]]:
+    """Read unrelated questions with their answers.
+
+    Raises:
+        DataError: They cannot be read, or one is no text.
+    """
+    records = read_records(source)
+    for number, each in enumerate(records, start=1):
+        if not each.fields:
+            raise DataError(f"unrelated question {number}: expected a text and its answer; give input and output")
+    return [(next(iter(each.fields.values())), each.target or "") for each in records]
+
+
 def _unrelated(distilled: Distilled, source: DataSource | None, check_stop: Callable[[], None]) -> HeldOut:
     """Return unrelated questions with what the bare base predicts for their answers."""
     teacher, tuned = distilled.teacher, distilled.tuned
     chat, fields = teacher.manifest.chat, teacher.manifest.fields
     pairs: Sequence[tuple[str, str]] = UNRELATED
     if source is not None:
-        pairs = [(next(iter(each.fields.values())), each.target or "") for each in read_records(source)]
+        pairs = unrelated_pairs(source)
     questions = [
         Question({"messages": [{"role": "user", "content": text}]} if chat else dict.fromkeys(fields, text), answer)
         for text, answer in pairs

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.artifacts import CURVE_NAME, write_atomically
+from softprompt.data import read_source
 from softprompt.display import training_curve
 from softprompt.distillation import (
     REPORT_NAME,
@@ -26,11 +27,13 @@ from softprompt.distillation import (
     Student,
     Teacher,
     answered,
+    check_student,
     forecast_of,
     given_questions,
     report_of,
     studied,
     taught,
+    unrelated_pairs,
 )
 from softprompt.errors import ConfigError, UsageError
 from softprompt.inference import TunedPrompt
@@ -106,7 +109,7 @@ def distill(
     called, target = checked_callbacks(callbacks), None if output is None else Path(output)
     sources = {"system_prompt": system_prompt, "documents": documents, "examples": examples, "questions": questions}
     if resume:
-        plan = _resumed(target, {**sources, **options, "overwrite": overwrite})
+        plan = _resumed(target, base_model, {**sources, **options, "overwrite": overwrite})
         settings = DistillSettings.from_dict({**plan["settings"], **options})
         base_model, text = plan["base_model"] or base_model, SourceText(**plan["text"])
     else:
@@ -122,6 +125,9 @@ def distill(
         given = [Question.from_dict(each) for each in plan.get("questions", ())]
         if questions is not None:
             given = given_questions(questions, teacher.rows, len(teacher.passages), settings)
+        check_student(teacher, settings)
+        if unrelated is not None:
+            unrelated_pairs(unrelated := list(read_source(unrelated)))
         if dry_run:
             return forecast_of(teacher, settings, given)
         store = Store(target, plan or _plan(named_source(base_model), teacher, settings, text, given))
@@ -132,7 +138,9 @@ def distill(
                 store.begin()
             distilled, found = _run(teacher, settings, given, store, stop, called)
             measured = None
-            if report and distilled.held_out.questions:
+            if report and not distilled.held_out.questions:
+                logger.warning("no question was kept apart, so there is nothing to report on; raise held_out")
+            elif report:
                 with store.interrupted("while the prompt was measured"):
                     measured = report_of(distilled, len(found), unrelated=unrelated, check_stop=stop.check)
         return _finished(distilled, found, measured, target)
@@ -156,7 +164,7 @@ def _plan(
     }
 
 
-def _resumed(output: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+def _resumed(output: Path | None, base_model: BaseLike, given: dict[str, Any]) -> dict[str, Any]:
     """Return the plan of the run that was interrupted in a folder: it has all that the run is made of but the base.
 
     Raises:
@@ -167,7 +175,11 @@ def _resumed(output: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     named = [name for name, each in given.items() if each and name not in ("silence_progress_bars", "device")]
     if named:
         raise UsageError(f"resume goes on with the run's own text, questions and settings; leave {named[0]} out")
-    return dict(Store.found(output).plan)
+    plan = dict(Store.found(output).plan)
+    own, other = plan["base_model"], named_source(base_model)
+    if own is not None and other not in ("demo", own):
+        raise UsageError(f"resume goes on with the run's own base model, {own}; leave base_model out")
+    return plan
 
 
 def _run(

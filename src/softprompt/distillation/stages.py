@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from softprompt.distillation import Question, Study, problem
-from softprompt.errors import ConfigError, DataError
+from softprompt.errors import DataError
 from softprompt.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -54,11 +54,8 @@ def studied(settings: DistillSettings, teacher: Teacher, store: Store, check_sto
     """Return questions of self-study with their answers.
 
     Raises:
-        ConfigError: The template has other fields than ``input``.
         DataError: None is left.
     """
-    if not teacher.manifest.chat and teacher.manifest.fields != ("input",):
-        raise ConfigError("self_study needs a verbalizer whose one field is input; change it, or give questions")
     study = Study.of(settings, teacher.manifest.chat, len(teacher.passages))
     if saved := store.questions():
         study.drawn, study.dropped = saved["drawn"], Counter(saved["dropped"])

@@ -48,7 +48,10 @@ class Store:
         path = state_path(output).with_name(PLAN_FILE)
         if not path.exists():
             raise UsageError(f"nothing to resume in {output}: it holds no interrupted run of distill")
-        return cls(output, _json(path))
+        plan = _json(path)
+        if (command := plan.get("command")) != "distill":
+            raise UsageError(f"nothing to resume in {output}: it holds a run of {command}, none of distill")
+        return cls(output, plan)
 
     @property
     def digest(self) -> str:

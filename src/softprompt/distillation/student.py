@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from softprompt.artifacts import check_base, load_adapter
 from softprompt.backbone import Base, key_values
+from softprompt.data import INPUT
 from softprompt.distillation import TEXT_RATE_PER_RMS, HeldOut, HeldOutMeasure, start_ids
 from softprompt.errors import ConfigError, DataError
 from softprompt.prompts import PROMPT_KEY, FlatOrder, PromptLearningConfig, from_tokens, lookup
@@ -67,14 +68,7 @@ class Student:
         ordered = sorted(questions, key=lambda each: each.held_out)
         records = [each.record(chat=chat) for each in ordered]
         count = sum(not each.held_out for each in ordered)
-        config = configuration_of(teacher, settings)
-        ids = start_ids(
-            settings.start,
-            teacher.passages,
-            settings.num_virtual_tokens,
-            teacher.base.facts.vocabulary,
-            settings.seed,
-        )
+        config, ids = configuration_of(teacher, settings), _start_ids(teacher, settings)
         task = TaskData(
             name="",
             train=records[:count],
@@ -118,6 +112,25 @@ class Student:
         )
         measure = HeldOutMeasure(engine, held_out, 2 * size, check_stop) if held_out.questions else None
         return replace(self.prepared, goal=Goal(objective, measure)), held_out
+
+
+def check_student(teacher: Teacher, settings: DistillSettings) -> None:
+    """Refuse what would fail once the questions are answered, before that work is begun.
+
+    Raises:
+        SoftPromptError: As for ``Student.of``, or the template has other fields than self-study can fill.
+    """
+    configuration_of(teacher, settings)
+    _start_ids(teacher, settings)
+    for path in settings.distractors:
+        check_base(load_adapter(path), teacher.base.model)
+    if settings.self_study and not teacher.manifest.chat and teacher.manifest.fields != (INPUT,):
+        raise ConfigError("self_study needs a verbalizer whose one field is input; change it, or give questions")
+
+
+def _start_ids(teacher: Teacher, settings: DistillSettings) -> list[int]:
+    count, vocabulary = settings.num_virtual_tokens, teacher.base.facts.vocabulary
+    return start_ids(settings.start, teacher.passages, count, vocabulary, settings.seed)
 
 
 def configuration_of(teacher: Teacher, settings: DistillSettings) -> PromptLearningConfig:

@@ -176,6 +176,11 @@ def test_a_run_ends_with_its_report_and_can_be_measured_again(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["questions"] == 1
     assert run([*common, "--measure", str(prompt), "--num-epochs", "3"]) == 2
     assert "would be ignored" in capsys.readouterr().err
+    assert run(["distill", "--system-prompt", str(questions), "--measure", str(prompt), "--quiet"]) == 2
+    assert "was made of a text of" in capsys.readouterr().err
+    (prompt / "questions.jsonl").write_text("[1")
+    assert run([*common, "--measure", str(prompt)]) == 2
+    assert "questions.jsonl is damaged" in capsys.readouterr().err
     plain = tmp_path / "plain"
     assert run([*common, *options[:-1], str(plain), "--questions", str(questions), "--no-report"]) == 0
     assert not (plain / "distillation.json").exists()
