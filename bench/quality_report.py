@@ -153,7 +153,7 @@ def _recipes(method: str, pairs: Sequence[Pair], found: Mapping[str, Mapping[Rec
     lines = [["start, rate", *(pair.name for pair in pairs)]]
     for init, rate, more in sorted(every, key=lambda one: (one[2], one[1] or 0.0, one[0])):
         rows = [found[pair.name].get((method, init, rate, more), [])[:1] for pair in pairs]
-        name = ", ".join(each for each in (init, f"{rate:g}", more) if each)
+        name = ", ".join(each for each in (init, "default rate" if rate is None else f"{rate:g}", more) if each)
         lines.append([name, *(f"{own[0]['score']:.3f} / {own[0]['loss']:.3f}" if own else "-" for own in rows)])
     return _table(lines)
 

@@ -5,6 +5,7 @@ import torch
 
 import softprompt
 from softprompt.engine import EngineRow, PlainEngine
+from softprompt.errors import ConfigError
 from softprompt.prompts import Prompt
 from softprompt.training import objectives
 from softprompt.training.objectives import LabelChoice, Likelihood
@@ -59,7 +60,7 @@ RECORDS = [
 
 
 @pytest.mark.parametrize("base", ["llama", "bart"])
-def test_tune_trains_it_for_labels_and_not_for_texts(bases, base):
+def test_tune_trains_it_for_labels(bases, base):
     def learnt(**options):
         settings = {"num_epochs": 1, "batch_size": 3, "silence_progress_bars": True, "task": "classification"}
         prompt = softprompt.tune(str(bases / base), RECORDS, **settings | options)
@@ -68,4 +69,9 @@ def test_tune_trains_it_for_labels_and_not_for_texts(bases, base):
     chosen, likelihood = learnt(choice_weight=1.0), learnt(choice_weight=0)
     assert not torch.equal(chosen, likelihood)
     torch.testing.assert_close(learnt(choice_weight=1.0, max_tokens_per_batch=24), chosen)
-    assert torch.equal(learnt(task="generation", choice_weight=1.0), learnt(task="generation", choice_weight=0))
+
+
+@pytest.mark.parametrize("other", [{"task": "generation"}, {"method": "cpt"}])
+def test_a_weight_that_would_be_ignored_is_refused(bases, other):
+    with pytest.raises(ConfigError, match="choice_weight would be ignored"):
+        softprompt.tune(str(bases / "llama"), RECORDS, choice_weight=1.0, dry_run=True, **other)

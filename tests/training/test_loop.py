@@ -14,12 +14,12 @@ from softprompt.errors import TrainingError, TrainingInterrupted
 from softprompt.prompts import Prompt, PromptModule
 from softprompt.training import Events, TuneSettings
 from softprompt.training.events import LOG_FILE
-from softprompt.training.loop import train
+from softprompt.training.loop import Candidate, train_together
 from softprompt.training.objectives import Likelihood
 from softprompt.training.optimisation import Rates, build_optimizer
 from softprompt.training.sampling import Sampling
 from softprompt.training.stage import Stage
-from softprompt.training.state import RunState, Snapshot, Sums, load_state, save_state
+from softprompt.training.state import RunState, Snapshot, Sums, load_states, save_states
 
 
 class Rows(PromptModule):
@@ -115,10 +115,10 @@ class Run:
     def save(self):
         if self.output:
             snapshot = Snapshot.of("toy", self.state, self.module, self.optimizer)
-            save_state(self.output, snapshot, {})
+            save_states(self.output, {"": snapshot}, {})
 
     def load(self):
-        snapshot = load_state(self.output, {})
+        snapshot = load_states(self.output, {})[0][""]
         assert snapshot.stage == "toy"
         snapshot.restore(self.module, self.optimizer)
         self.state = snapshot.run
@@ -134,14 +134,10 @@ class Run:
         total = self.stage.total_updates()
         log = self.output / LOG_FILE if self.output else None
         with Events(log, self.state, total, silent=True) as events:
-            train(
-                self.stage,
-                self.state,
-                self.optimizer,
-                events,
-                check_stop=self.check_stop,
-                save=self.save,
-            )
+            alone = Candidate(self.stage, self.state, self.optimizer, events)
+            train_together([alone], check_stop=self.check_stop, save=self.save)
+        if alone.problem is not None:
+            raise alone.problem
         return self.module.materialize().detach().clone()
 
 
@@ -301,7 +297,7 @@ def test_a_resumed_run_knows_the_best_quality(tmp_path):
     run = Run(output=tmp_path, num_epochs=2)
     run.stage = replace(run.stage, validation=ListedValidation([0.5, 0.8]))
     run.go()
-    state = load_state(tmp_path, {}).run
+    state = load_states(tmp_path, {})[0][""].run
     assert state.best_quality == run.state.best_quality == [0.8]
     assert torch.equal(state.best["weight"], run.state.best["weight"])
     state.offer([0.8], run.module.state_dict())

@@ -76,6 +76,13 @@ def test_without_validation_records_that_are_not_trained_on_judge(llama, rows, m
     assert rate_probe.probe(first) == found  # the seed decides
 
 
+def test_no_demonstration_of_the_prompt_judges_a_rate(llama, rows):
+    task = prepared(llama, rows).tasks[0]
+    judged = rate_probe._judged(task, 73, {*task.train} - {task.train[-1]})
+    assert judged.validation
+    assert {*judged.validation} == {task.train[-1]}
+
+
 def test_a_rate_whose_loss_is_not_finite_loses_and_all_of_them_are_an_error(llama, rows, held_out, monkeypatch):
     train = rate_probe.train_together
 

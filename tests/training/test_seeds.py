@@ -9,8 +9,9 @@ import torch
 
 import softprompt
 from softprompt.cli.main import run
-from softprompt.errors import ConfigError, TrainingInterrupted
+from softprompt.errors import ConfigError, TrainingError, TrainingInterrupted
 from softprompt.training import Events, tune
+from softprompt.training.gradients import Step
 from softprompt.training.state import state_path
 
 SETTINGS = {"num_epochs": 2, "batch_size": 4, "tuning_config": {"num_virtual_tokens": 3}, "learning_rate": 0.05}
@@ -120,6 +121,21 @@ def test_a_run_that_learns_nothing_starts_again_with_the_next_seed(llama, caplog
     assert "starting again with seed 74, restart 1 of 2" in caplog.text
     losses = {seed: each["loss"] for seed, each in record["runs"].items()}
     assert str(record["kept"]) == min(losses, key=losses.get)
+
+
+def test_a_restart_whose_loss_is_not_finite_does_not_lose_the_prompts_before_it(llama, monkeypatch, tmp_path):
+    apply = Step.apply
+
+    def broken(step, optimizer):
+        if step.stage.settings.seed == 74:
+            step.problem = TrainingError("the loss is not finite")
+        return apply(step, optimizer)
+
+    monkeypatch.setattr(Step, "apply", broken)
+    tuned = tune(llama, RECORDS, output=tmp_path, restarts=2, **(SETTINGS | {"learning_rate": 1e-9}))
+    runs = tuned.metrics["seeds"]["runs"]
+    assert runs["74"] == {"problem": "the loss is not finite"}
+    assert set(runs) == {"73", "74", "75"} and (tmp_path / "adapter_config.json").exists()
 
 
 def test_a_run_that_learns_does_not_start_again(llama):

@@ -12,8 +12,9 @@ import torch
 
 import softprompt
 from softprompt.cli.main import run
-from softprompt.errors import ConfigError, TrainingInterrupted, UsageError
+from softprompt.errors import ConfigError, TrainingError, TrainingInterrupted, UsageError
 from softprompt.training import Events, TuneSettings, tune
+from softprompt.training.gradients import Step
 from softprompt.training.state import state_path
 from softprompt.training.sweeps.halving import steps_of_rungs
 from softprompt.training.sweeps.space import SweepSettings, grid_of
@@ -132,6 +133,38 @@ def test_a_candidate_that_diverges_is_no_end_of_the_sweep(llama, tmp_path):
     assert [each.choice.learning_rate for each in failed] == ["1e5"]
     assert "not finite" in failed[0].problem
     assert found.candidates[0].points[-1]["steps"] == 8
+
+
+@pytest.mark.parametrize("from_update", [0, 2])
+def test_a_sweep_whose_candidates_all_diverge_ends_in_one_line(llama, tmp_path, monkeypatch, from_update):
+    apply = Step.apply
+
+    def broken(step, optimizer):
+        done = max((int(each["step"]) for each in optimizer.state.values()), default=0)
+        if done >= from_update:
+            step.problem = TrainingError("the loss is not finite")
+        return apply(step, optimizer)
+
+    monkeypatch.setattr(Step, "apply", broken)
+    with pytest.raises(TrainingError, match="no candidate is left: the loss is not finite"):
+        softprompt.sweep(llama, RECORDS, HELD_OUT, output=tmp_path / "out", space=SPACE, **SETTINGS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_candidate_that_its_patience_ends_counts_with_the_epoch_that_is_kept(llama, tmp_path):
+    options = {**SETTINGS, "max_steps": None, "num_epochs": 9, "early_stopping_patience": 1}
+    worse = [{"input": "it is good", "output": "no"}, {"input": "it is good", "output": "yes"}]
+    found = softprompt.sweep(llama, RECORDS, worse, output=tmp_path, space={"learning_rates": ["0.5"]}, **options)
+    history, (point,) = found.prompt.history, found.candidates[0].points
+    assert len(history) < 9
+    assert point["validation"] == found.prompt.metrics["validation"] != history[-1]["validation"]
+
+
+def test_a_prompt_as_long_as_its_demonstrations_has_no_length_of_its_own():
+    settings = TuneSettings.from_dict({"method": "prefix", "demonstrations": 4})
+    assert {each.length for each in grid_of(settings, SweepSettings())} == {None}
+    with pytest.raises(ConfigError, match="as long as its demonstrations"):
+        grid_of(settings, SweepSettings(lengths=["4"]))
 
 
 def test_what_a_method_does_not_have_makes_no_more_candidates():

@@ -95,27 +95,6 @@ def train_together(
         running = {each: running[each] for each, _ in due if each.problem is None}
 
 
-def train(
-    stage: Stage,
-    state: RunState,
-    optimizer: torch.optim.Optimizer,
-    events: Events,
-    *,
-    check_stop: Callable[[], None],
-    save: Callable[[], None],
-) -> None:
-    """Train ``stage.prompt`` from ``state`` to the end, both always at the border of an update.
-
-    Raises:
-        TrainingInterrupted: ``check_stop`` said so; ``state`` can be saved and continued.
-        TrainingError: the loss or the gradient is not finite.
-    """
-    alone = Candidate(stage, state, optimizer, events)
-    train_together([alone], check_stop=check_stop, save=save)
-    if alone.problem is not None:
-        raise alone.problem
-
-
 def _updates(candidate: Candidate, until: int | None) -> Iterator[Update]:
     """Yield the updates that a candidate has before it; between two of them it finishes its epochs."""
     stage, state, events = candidate.stage, candidate.state, candidate.events

@@ -25,9 +25,10 @@ from softprompt.training.session import candidate_of
 from softprompt.training.state import state_path
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
     from pathlib import Path
 
+    from softprompt.data import TokenRow
     from softprompt.training.loop import Candidate
     from softprompt.training.preparation import Prepared, TaskRows
     from softprompt.training.stage import Measure
@@ -86,7 +87,7 @@ def probe(prepared: Prepared, check_stop: Callable[[], None] = lambda: None) -> 
     """
     whole = candidate_of(prepared).stage.total_updates()
     updates = min(whole, MOST_UPDATES, max(LEAST_UPDATES, whole // SHARE))
-    tasks = [_judged(task, prepared.settings.seed) for task in prepared.tasks]
+    tasks = [_judged(task, prepared.settings.seed, prepared.hidden) for task in prepared.tasks]
     own = all(task.validation for task in prepared.tasks)
     judged_by = (
         f"{sum(len(task.validation) for task in tasks)} {'validation' if own else 'held-out training'} records"
@@ -134,14 +135,15 @@ def _loss(candidate: Candidate, measure: Measure | None) -> float | None:
     return loss if math.isfinite(loss) else None
 
 
-def _judged(task: TaskRows, seed: int) -> TaskRows:
-    """Return a task with the records that judge a probe as its validation, drawn with the seed."""
+def _judged(task: TaskRows, seed: int, shown: Collection[TokenRow]) -> TaskRows:
+    """Return a task with the records that judge a probe as its validation, drawn with the seed, none ``shown``."""
     draw = random.Random(f"rate_probe {seed}")
     if task.validation:
         rows = task.validation
         return replace(task, validation=rows if len(rows) <= MOST_ROWS else draw.sample(rows, MOST_ROWS))
-    count = min(MOST_ROWS, max(1, round(HELD_OUT * len(task.train))))
-    held_out = set(draw.sample(range(len(task.train)), count)) if len(task.train) > 1 else set()
+    new = [i for i, row in enumerate(task.train) if row not in shown]
+    count = min(MOST_ROWS, len(new), max(1, round(HELD_OUT * len(task.train))))
+    held_out = set(draw.sample(new, count)) if len(task.train) > 1 else set()
     validation = [row for i, row in enumerate(task.train) if i in held_out] or task.train
     return replace(
         task, train=[row for i, row in enumerate(task.train) if i not in held_out], validation=validation

@@ -15,7 +15,7 @@ from typing import Any, final
 from torch import Tensor
 
 from softprompt.engine import EngineRow, require_gradient, score_of
-from softprompt.errors import TrainingError, TrainingInterrupted
+from softprompt.errors import ConfigError, TrainingError, TrainingInterrupted
 from softprompt.prompts import CPTConfig, PromptModule, context_labels
 from softprompt.training.collapse import CollapseWatch
 from softprompt.training.events import Callbacks, Events
@@ -24,6 +24,7 @@ from softprompt.training.movement import Movement
 from softprompt.training.objectives import (
     ContextLikelihood,
     Distillation,
+    LabelChoice,
     Objective,
     TeacherPrompts,
     TopDivergence,
@@ -51,8 +52,16 @@ def stages_of(prepared: Prepared, earlier: Mapping[str, Tensor], check_stop: Cal
         prepared: The run.
         earlier: The teachers' parameters, when an interrupted run had them already.
         check_stop: Called between the batches of a validation.
+
+    Raises:
+        ConfigError: There is no choice among labels that ``choice_weight`` could count.
     """
-    weight = prepared.settings.distillation_weight
+    weight, choice = prepared.settings.distillation_weight, prepared.settings.choice_weight
+    if choice and not isinstance(_likelihood(prepared), LabelChoice):
+        raise ConfigError(
+            "choice_weight would be ignored: it needs one data set whose targets are labels, two or more, and "
+            "another method than CPT; leave it out"
+        )
     if len(prepared.tasks) < 2 or weight == 0:
         yield _stage(prepared, prepared.module, _likelihood(prepared), check_stop)
         return
@@ -307,7 +316,7 @@ class Session:
                     for member, each in zip(going, candidates, strict=True)
                     if each.problem
                 }
-                if all(each.problem for each in candidates):
+                if len(self.problems) == len(self._members):  # of restarts the earlier ones are kept
                     raise self.problems[going[0].name]
         except TrainingInterrupted:
             self._save()

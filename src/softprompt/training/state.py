@@ -197,11 +197,6 @@ class Snapshot:
         optimizer.load_state_dict({**fresh, "state": numbered})
 
 
-def save_state(output: Path, snapshot: Snapshot, identity: Mapping[str, Any]) -> None:
-    """Write the state of a run atomically; ``identity`` says what it may be resumed with."""
-    save_states(output, {"": snapshot}, identity)
-
-
 def save_states(
     output: Path,
     snapshots: Mapping[str, Snapshot],
@@ -230,11 +225,6 @@ def save_states(
     path = state_path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, save(flat, metadata={"state": json.dumps(header)}))
-
-
-def load_state(output: Path, identity: Mapping[str, Any]) -> Snapshot:
-    """Read the state of a run that was trained alone; see ``load_states``."""
-    return next(iter(load_states(output, identity)[0].values()))
 
 
 def load_states(output: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Snapshot], dict[str, Any]]:

@@ -125,7 +125,6 @@ class Halving:
 
         Raises:
             TrainingInterrupted: with the command that continues.
-            TrainingError: the loss of all of them is not finite.
         """
         going = [each for each in group if each.problem is None and len(each.points) <= rung]
         if not going:
@@ -143,19 +142,24 @@ class Halving:
                     stack.enter_context(candidates[-1].events)
                 train_together(candidates, check_stop=self._stop.check, save=self._save, until=until)
                 for tried, candidate in zip(going, candidates, strict=True):
-                    self._measure(tried, candidate)
+                    ended = until is None or candidate.state.update < until  # as by its patience
+                    self._measure(tried, candidate, ended=ended)
         except TrainingInterrupted:
             self._save()
             raise TrainingInterrupted(how_to_go_on(f"in {title}", self._output)) from None
-        if all(each.problem for each in self.tried.values()):
-            raise TrainingError(f"no candidate is left: {going[0].problem}")
         self._save()
 
     def keep(self, group: Sequence[Tried], count: int) -> list[Tried]:
-        """Return the best of candidates, at most ``count``, and let go of the prompts of the others."""
+        """Return the best of candidates, at most ``count``, and let go of the prompts of the others.
+
+        Raises:
+            TrainingError: the loss of all of them is not finite.
+        """
         ranked = sorted((each for each in group if not each.problem), key=lambda each: each.standing, reverse=True)
-        for each in self.tried.values():
-            if each not in ranked[:count] and each in group:
+        if not ranked:
+            raise TrainingError(f"no candidate is left: {group[0].problem}; sweep lower learning rates")
+        for each in group:
+            if each not in ranked[:count]:
                 self._members.pop(each.name, None)
                 self._found.pop(each.name, None)
         return ranked[:count]
@@ -177,7 +181,7 @@ class Halving:
             self._members[tried.name] = member
         return self._members[tried.name]
 
-    def _measure(self, tried: Tried, candidate: Candidate) -> None:
+    def _measure(self, tried: Tried, candidate: Candidate, *, ended: bool) -> None:
         """Note where a candidate is at the end of a rung; at its own end its best epoch counts."""
         stage, state = candidate.stage, candidate.state
         if candidate.problem is not None:
@@ -185,7 +189,7 @@ class Halving:
             return
         assert stage.validation is not None
         metrics = state.history[-1]["validation"] if state.history and not state.group else None
-        if state.update == stage.total_updates() and stage.settings.keep_best:
+        if ended and stage.settings.keep_best:
             metrics = state.history[state.best_epoch - 1]["validation"]
         if metrics is None:
             with torch.no_grad():

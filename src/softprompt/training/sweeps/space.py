@@ -133,17 +133,14 @@ def _combinations(run: TuneSettings, sweep: SweepSettings) -> Iterator[Combinati
     inits = sweep.inits or (run.tuning_config.prompt_tuning_init_method,)
     lengths = sweep.lengths or (str(run.tuning_config.num_virtual_tokens),)
     for method, init, length, rate in itertools.product(methods, inits, lengths, sweep.learning_rates):
-        yield applicable(Combination(method, init, int(length), rate))
-
-
-def applicable(choice: Combination) -> Combination:
-    """Return a choice without what its method does not have."""
-    kind = METHODS[choice.method]
-    return replace(
-        choice,
-        init=choice.init if has_setting(kind, _INIT) else None,
-        length=choice.length if has_setting(kind, _LENGTH) else None,
-    )
+        kind = METHODS[method]
+        own_length = has_setting(kind, _LENGTH) and (sweep.lengths or run.demonstrations is None)
+        yield Combination(
+            method,
+            init=init if has_setting(kind, _INIT) else None,
+            length=int(length) if own_length else None,
+            learning_rate=rate,
+        )
 
 
 def refuse_ignored(run: TuneSettings) -> None:
