@@ -1,7 +1,6 @@
 """``prompt_tuning_init_method AUTO``: which initialisation it becomes, and that the run is then that one's."""
 
 import json
-import logging
 
 import peft
 import pytest
@@ -28,7 +27,7 @@ def record(folder):
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_labels_are_taken_and_peft_loads_what_came_of_it(llama, rows, tmp_path, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level("INFO", "softprompt")
     found = tune(llama, rows, output=tmp_path / "a", init="auto", tuning_config=tuning(), **QUICK)
     given = tune(llama, rows, init="LABELS", tuning_config=tuning(), **QUICK)
     assert torch.equal(found.module.embedding.weight, given.module.embedding.weight)
@@ -59,7 +58,7 @@ def test_without_labels_the_text_then_the_templates_words(llama, rows, options, 
 
 
 def test_labels_without_room_are_refused_by_name_and_passed_over_by_auto(llama, rows, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level("INFO", "softprompt")
     one = {"num_virtual_tokens": 1}
     with pytest.raises(ConfigError, match="virtual token for each of the 2 labels, num_virtual_tokens is 1"):
         tune(llama, rows, init="labels", tuning_config=one, **QUICK)
@@ -69,7 +68,7 @@ def test_labels_without_room_are_refused_by_name_and_passed_over_by_auto(llama, 
 
 
 def test_a_chat_base_starts_from_what_its_template_says(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level("INFO", "softprompt")
     chats = [{"prompt": "good film", "completion": "yes it was"}, {"prompt": "bad film", "completion": "no , poor"}]
     families.causal("llama", vocab_size=330).save_pretrained(tmp_path)
     chat_bpe().save_pretrained(tmp_path)

@@ -1,7 +1,6 @@
 """``learning_rate="auto"``: what the probe tries, who judges, and that the run is then as with that rate."""
 
 import json
-import logging
 import os
 import signal
 
@@ -32,7 +31,7 @@ def weights(tuned):
 
 
 def test_the_run_is_the_one_with_that_rate_and_says_what_was_tried(llama, rows, held_out, tmp_path, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level("INFO", "softprompt")
     found = tune(llama, rows, held_out, lr="auto", output=tmp_path / "out", **QUICK)
     probed = found.metrics["learning_rate_probe"]
     rate = probed["learning_rate"]

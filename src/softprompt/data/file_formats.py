@@ -247,8 +247,8 @@ def _validate(table: Any) -> None:
         import pyarrow
 
         as_bytes = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
-        for column in table.columns:
-            (column.view(as_bytes[column.type]) if column.type in as_bytes else column).validate(full=True)
+        for chunk in (chunk for column in table.columns for chunk in column.chunks):
+            (chunk.view(as_bytes[chunk.type]) if chunk.type in as_bytes else chunk).validate(full=True)
 
 
 def _features(table: Any) -> Mapping[str, Any]:

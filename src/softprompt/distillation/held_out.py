@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
@@ -119,10 +119,8 @@ class HeldOutMeasure:
     batch_size: int
     check_stop: Callable[[], None]
 
-    @property
-    def collapse(self) -> Mapping[str, str]:
-        """The signs of collapse, of which a divergence shows none."""
-        return {}
+    def watch(self, found: dict[str, str], streaks: dict[str, int]) -> None:
+        """Look for no signs of collapse: a divergence shows none."""
 
     def metrics(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         """Measure the prompt; see ``Measure``.

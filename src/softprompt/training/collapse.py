@@ -102,30 +102,36 @@ class CollapseWatch:
 @final
 @dataclass
 class LabelWatch:
-    """Looks at the answers of each validation of a task with labels; ``of`` names the task in messages."""
+    """Looks at the answers of each validation of a task with labels.
+
+    Attributes:
+        of: Names the task in messages.
+        found: What was said, by the sign; the run's state holds it.
+        streaks: Validations in a row with each sign; likewise.
+    """
 
     of: str = ""
     found: dict[str, str] = field(default_factory=dict)
-    _one_label: int = 0
-    _at_chance: int = 0
+    streaks: dict[str, int] = field(default_factory=dict)
 
     def look(self, predicted: list[int], gold: list[int], names: list[str], accuracy: float) -> None:
         """Say so when all records get one label, or accuracy stays at the commonest label's share."""
         truth = Counter(gold)
         chance = max(truth.values()) / len(gold)
-        self._one_label = self._one_label + 1 if len({*predicted}) == 1 < len(truth) else 0
-        self._at_chance = self._at_chance + 1 if accuracy <= chance else 0
-        if self._one_label == ONE_LABEL_EPOCHS:
+        labels, at_chance = f"labels{self.of}", f"chance{self.of}"
+        shown = {labels: len({*predicted}) == 1 < len(truth), at_chance: accuracy <= chance}
+        self.streaks |= {sign: self.streaks.get(sign, 0) + 1 if seen else 0 for sign, seen in shown.items()}
+        if self.streaks[labels] == ONE_LABEL_EPOCHS:
             say(
                 self.found,
-                f"labels{self.of}",
+                labels,
                 f"all {len(gold)} validation records{self.of} are answered {names[predicted[0]]!r}, "
                 f"{ONE_LABEL_EPOCHS} epochs in a row; change the learning rate, the initial prompt or the seed",
             )
-        if self._at_chance == PLATEAU_EPOCHS:
+        if self.streaks[at_chance] == PLATEAU_EPOCHS:
             say(
                 self.found,
-                f"chance{self.of}",
+                at_chance,
                 f"validation accuracy {accuracy:.3f}{self.of} is not above the commonest label's share "
                 f"{chance:.3f} for {PLATEAU_EPOCHS} epochs; change the learning rate, the initial prompt or the "
                 "base model",

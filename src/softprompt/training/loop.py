@@ -100,6 +100,8 @@ def _updates(candidate: Candidate, until: int | None) -> Iterator[Update]:
     stage, state, events = candidate.stage, candidate.state, candidate.events
     total, epochs = stage.total_updates(), stage.epochs()
     stage.prompt.eval()
+    if stage.validation is not None:
+        stage.validation.watch(state.collapse, state.streaks)
     while state.epoch < epochs and not (_patience_is_over(stage.settings, state) or events.stopped):
         events.begin("epoch")
         updates = stage.sampling.updates(state.epoch)
@@ -161,7 +163,6 @@ def _finish_epoch(stage: Stage, state: RunState, events: Events) -> None:
             prompts = [stage.prompt.prompt(task) for task in range(stage.prompt.num_tasks)]
         metrics = stage.validation.metrics(prompts)
         point["validation"] = metrics
-        state.collapse |= stage.validation.collapse
         state.offer(stage.validation.quality(metrics), stage.prompt.state_dict())
         state.validation_seconds += time.perf_counter() - started
     point |= {} if stage.movement is None else stage.movement.point()

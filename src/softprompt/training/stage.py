@@ -23,9 +23,8 @@ MAIN = "prompt"
 class Measure(Protocol):
     """Says how good prompts are on rows that were not trained on."""
 
-    @property
-    def collapse(self) -> Mapping[str, str]:
-        """The signs of collapse that were seen so far, and what was said of them."""
+    def watch(self, found: dict[str, str], streaks: dict[str, int]) -> None:
+        """Keep the signs of collapse, and the epochs in a row with each, in a run's state from now on."""
         ...
 
     def metrics(self, prompts: Sequence[Prompt]) -> dict[str, float]:

@@ -65,7 +65,8 @@ class RunState:
     history: list[dict[str, Any]] = field(default_factory=list)
     first_losses: list[float] = field(default_factory=list)  # of the first updates and the last, for the watch
     last_losses: list[float] = field(default_factory=list)
-    collapse: dict[str, str] = field(default_factory=dict)  # what it found, by the sign
+    collapse: dict[str, str] = field(default_factory=dict)  # what was found, by the sign
+    streaks: dict[str, int] = field(default_factory=dict)  # validations in a row with a sign
 
     def add_update(self, sums: Sums, *, seconds: float, rate: float) -> None:
         """Count one finished update: its sums, its seconds, its learning rate."""

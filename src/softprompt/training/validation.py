@@ -38,10 +38,9 @@ class Validation:
     def __post_init__(self) -> None:
         self._watch.of = f" of task {self.name}" if self.name else ""
 
-    @property
-    def collapse(self) -> Mapping[str, str]:
-        """What the answers showed so far; see ``LabelWatch``."""
-        return self._watch.found
+    def watch(self, found: dict[str, str], streaks: dict[str, int]) -> None:
+        """Keep in a run's state what the answers show; see ``LabelWatch``."""
+        self._watch.found, self._watch.streaks = found, streaks
 
     def metrics(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         """Measure the task's own of the prompts of all tasks.
@@ -90,10 +89,10 @@ class TaskValidations:
 
     parts: Sequence[Validation]
 
-    @property
-    def collapse(self) -> Mapping[str, str]:
-        """What the answers of all tasks showed so far; see ``LabelWatch``."""
-        return {sign: said for part in self.parts for sign, said in part.collapse.items()}
+    def watch(self, found: dict[str, str], streaks: dict[str, int]) -> None:
+        """Keep in a run's state what the answers of all tasks show; see ``LabelWatch``."""
+        for part in self.parts:
+            part.watch(found, streaks)
 
     def metrics(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         """Measure the prompts of all tasks, in the order of the tasks.
