@@ -114,7 +114,7 @@ def in_options(message: str, options: Mapping[str, str] | None = None) -> str:
     for name, option in (options or {"ignore_fingerprint": "--ignore-fingerprint"}).items():
         word = rf"(?<![\w./\'\"-])(?:tuning_config\.)?{name}(?![\w/\'\"-]|\.\w)"
         if "_" not in name:
-            word += _AS_A_NAME
+            word = rf"(?<!of )(?<!kept ){word}{_AS_A_NAME}"
         message = re.sub(word + "(=True)?", option, message)
     # Where a message names the argument and the option, one of them is left.
     return re.sub(r"(--[\w-]+) \(\1(?: in Python)?\)", r"\1", message)

@@ -141,6 +141,7 @@ def test_words_of_the_command_line(failure, prompt, tmp_path, words):
     assert r"\udce9" in failure(*words)
 
 
+@pytest.mark.slow
 def test_a_real_process_in_a_latin_1_world(prompt):
     program = [sys.executable, "-c", "from softprompt.cli.main import main; main()"]
     asked = [*program, "generate", prompt, "--quiet"]

@@ -82,7 +82,10 @@ def test_by_python(folder, tuned, name):
     assert served.text == answer
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(
+    "name",
+    [each if each in ("prompt-tuning", "prefix") else pytest.param(each, marks=pytest.mark.slow) for each in ROWS],
+)
 def test_by_command_line(folder, tuned, tmp_path, capsys, name):
     """The same prompt, to the bit, as Python makes it; evaluated and generated from."""
     output = tmp_path / name

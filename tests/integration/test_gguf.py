@@ -74,6 +74,7 @@ def test_pefts_interface(files, tmp_path):
 
 
 @needs_gguf
+@pytest.mark.slow
 def test_commands(tuned, files, tmp_path, capsys):
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, RECORDS)))
@@ -102,6 +103,7 @@ def test_commands(tuned, files, tmp_path, capsys):
 
 
 @needs_gguf
+@pytest.mark.slow
 def test_served(files, tmp_path):
     """``softprompt serve --base-model model.gguf``: a mixed batch, each answer that of the request alone."""
     base = load_base(files["quantised"])

@@ -101,7 +101,7 @@ def test_trained_validated_saved_and_used_again(bases, rows, held_out, tmp_path,
     assert evaluate(loaded, held_out).accuracy == tuned.metrics["validation"]["accuracy"]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adafactor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_resumed_run_ends_bit_equal(llama, rows, held_out, tmp_path, monkeypatch, name, optimizer):
     options = METHODS[name] | QUICK | {"optimizer": optimizer, "keep_dropout": True}

@@ -208,6 +208,7 @@ def test_a_wrong_space_is_refused_in_one_line(space, match, tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="needs optuna")
+@pytest.mark.slow
 def test_optuna_proposes_the_same_candidates_for_a_seed_also_after_an_interruption(llama, tmp_path, monkeypatch):
     space = SPACE | {"learning_rates": ["x0.1", "x3"], "driver": "optuna", "candidates": 4}
     straight = softprompt.sweep(llama, RECORDS, HELD_OUT, output=tmp_path / "a", space=space, **SETTINGS)
