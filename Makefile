@@ -24,10 +24,10 @@ demo: setup
 	$(BIN)/softprompt demo --output runs/demo --overwrite
 
 test: setup check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 test-all: setup check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "slow or not slow"
 
 test-extra: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps $(HEAVY) $(OF_LM_EVAL)

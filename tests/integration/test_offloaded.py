@@ -46,7 +46,7 @@ def offloaded(tmp_path):
     return model
 
 
-@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
+@pytest.mark.parametrize("config", [PromptTuningConfig, pytest.param(PrefixTuningConfig, marks=pytest.mark.slow)])
 def test_the_same_pass_gradient_and_tokens(config, offloaded, tokenizer, tmp_path):
     ids = tokenizer("Hello there, I am", return_tensors="pt").input_ids
     found = []

@@ -23,6 +23,7 @@ def quality(monkeypatch):
             del sys.modules[name]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # what peft calls
 def test_a_killed_run_goes_on_and_the_installed_peft_learns_the_same(quality, monkeypatch, tmp_path):
     pair = replace(

@@ -109,7 +109,7 @@ def test_trains_as_peft_does(tmp_path, method):
     torch.testing.assert_close(ours[2], theirs[2], atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["causal bf16", "seq2seq", "seq2seq bf16"])
+@pytest.mark.parametrize("kind", ["causal bf16", "seq2seq", pytest.param("seq2seq bf16", marks=pytest.mark.slow)])
 def test_the_fast_path_trains_as_peft_does(tmp_path, monkeypatch, kind):
     """Every step's loss is the engine's; under autocast both round, each in its own order."""
     steps, make = [], model_module.training_output

@@ -106,7 +106,9 @@ class Stop(tf.TrainerCallback):
         control.should_training_stop = True
 
 
-@pytest.mark.parametrize("method", ["PromptTuningConfig", "PromptEncoderConfig"])
+@pytest.mark.parametrize(
+    "method", ["PromptTuningConfig", pytest.param("PromptEncoderConfig", marks=pytest.mark.slow)]
+)
 def test_resuming_equals_never_having_stopped(tmp_path, tokenizer, method):
     how = (softprompt, "peft_config", method, tokenizer)
     whole, _ = fine_tune(*how, tmp_path / "whole")

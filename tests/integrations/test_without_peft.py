@@ -88,6 +88,7 @@ print(json.dumps({
     assert "adapter_model.safetensors" in found["files"] and "model.safetensors" not in found["files"]
 
 
+@pytest.mark.slow
 def test_without_that_line_a_model_trains_and_evaluates(tmp_path):
     body = """
 model, trainer = train()

@@ -273,7 +273,10 @@ class ListedValidation:
     """Gives listed qualities epoch by epoch."""
 
     def __init__(self, qualities):
-        self.qualities, self.seen, self.collapse = list(qualities), [], {}
+        self.qualities, self.seen = list(qualities), []
+
+    def watch(self, found, streaks):
+        pass
 
     def metrics(self, prompts):
         self.seen.append(prompts[0].input.clone())
