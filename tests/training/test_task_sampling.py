@@ -79,3 +79,14 @@ def test_a_token_budget_splits_mixed_batches_too():
     for one, other in zip(whole.updates(0), split.updates(0), strict=True):
         assert [i for batch in one for i in batch] == [i for batch in other for i in batch]
         assert all(len(batch) <= 2 for batch in other)
+
+
+@pytest.mark.parametrize("mixed", [None, "proportional", "uniform"])
+@pytest.mark.parametrize("size", [1, 3, 4, 5, 100])
+@pytest.mark.parametrize("accumulated", [1, 2, 3])
+def test_the_updates_of_an_epoch_are_counted_without_planning_it(mixed, size, accumulated):
+    planned = sampling(mixed=mixed, batch_size=size, accumulate_steps=accumulated)
+    for epoch in range(3):
+        assert len(planned.updates(epoch)) == planned.updates_per_epoch
+    alone = sampling(tasks=[0] * 7, lengths=[3, 9, 4, 4, 8, 2, 6], mixed=None, batch_size=size, max_tokens=9)
+    assert len(alone.updates(0)) == alone.updates_per_epoch

@@ -38,6 +38,12 @@ class Sampling:
     max_tokens: int | None = None
     mixed: str | None = None
 
+    @property
+    def updates_per_epoch(self) -> int:
+        """Updates of every epoch, known without planning one; a budget of tokens splits passes, not updates."""
+        batches = -(-len(self.tasks) // self.batch_size)
+        return -(-batches // self.accumulate_steps)
+
     def updates(self, epoch: int) -> list[Update]:
         """Return the updates of an epoch, counted from 0."""
         if self.mixed is None:

@@ -92,11 +92,11 @@ class Stage:
 
     def total_updates(self) -> int:
         """Return the updates of the whole stage."""
-        return self.settings.max_steps or self.settings.num_epochs * len(self.sampling.updates(0))
+        return self.settings.max_steps or self.settings.num_epochs * self.sampling.updates_per_epoch
 
     def epochs(self) -> int:
         """Return the epochs of the whole stage, of which ``max_steps`` may leave the last one unfinished."""
-        return -(-self.total_updates() // len(self.sampling.updates(0)))
+        return -(-self.total_updates() // self.sampling.updates_per_epoch)
 
     def name_of(self, index: int) -> str:
         """Return what a message calls a training row: its number, behind its task's name."""

@@ -124,9 +124,8 @@ def summarize(prepared: Prepared, stages: Sequence[Stage]) -> None:
         for problem in _problems(task):
             logger.warning("%s%s", f"task {task.data.name}: " if task.data.name else "", problem)
     for stage in stages:
-        per_epoch = len(stage.sampling.updates(0))
-        total = stage.total_updates()
-        logger.info("%d steps%s, %d of them an epoch", total, stage.of, per_epoch)
+        per_epoch = stage.sampling.updates_per_epoch
+        logger.info("%d steps%s, %d of them an epoch", stage.total_updates(), stage.of, per_epoch)
 
 
 def dry_run_of(prepared: Prepared, stages: Sequence[Stage]) -> DryRun:
@@ -137,7 +136,7 @@ def dry_run_of(prepared: Prepared, stages: Sequence[Stage]) -> DryRun:
     largest = max(parts, key=lambda part: sum(lengths[i] for i in part))
     memory, seconds = _measured(prepared, stage, largest)
     steps = sum(each.total_updates() for each in stages)
-    tokens = sum(lengths) / len(stage.sampling.updates(0)) * steps
+    tokens = sum(lengths) / stage.sampling.updates_per_epoch * steps
     return DryRun(
         tasks=tuple(TaskSummary.of(task) for task in prepared.tasks),
         samples=tuple(_sample(row, task, prepared) for task in prepared.tasks for row in task.train[:SAMPLES]),
