@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING, final
 
-import torch
-
 from softprompt.prompts import CPTEmbedding
+from softprompt.training.movement import Movement
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +55,8 @@ class CollapseWatch:
 
     def __init__(self, prompt: PromptModule, rms: float, rate: float, total: int, of: str = "") -> None:
         self._prompt, self._rms, self._rate, self._total, self._of = prompt, rms, rate, total, of
-        self._start = _values(prompt)
+        self._movement = Movement(prompt)
+        self._limit = MOST_NORM * max(1.0, _rms(self._movement.values()[0]) / rms)
         self._window = min(WINDOW, max(4, total // 8))
 
     def update(self, state: RunState, loss: float) -> None:
@@ -68,10 +68,9 @@ class CollapseWatch:
             self._look(state)
 
     def _look(self, state: RunState) -> None:
-        now, at = _values(self._prompt), f"after {state.update} of {self._total} updates"
-        norm, drift = _rms(now) / self._rms, _rms(now - self._start) / self._rms
-        limit = MOST_NORM * max(1.0, _rms(self._start) / self._rms)
-        if norm > limit:
+        at = f"after {state.update} of {self._total} updates"
+        norm, drift = (_rms(each) / self._rms for each in self._movement.values())
+        if norm > self._limit:
             say(
                 state.collapse,
                 "norm",
@@ -145,12 +144,5 @@ def say(found: dict[str, str], sign: str, problem: str) -> None:
         logger.warning("%s", problem)
 
 
-@torch.no_grad()
-def _values(prompt: PromptModule) -> Tensor:
-    """Return all numbers of a module's prompts, ``[N]``."""
-    parts = [part for task in range(prompt.num_tasks) for part in prompt.prompt(task).tensors]
-    return torch.cat([part.detach().double().flatten() for part in parts]).clone()
-
-
 def _rms(values: Tensor) -> float:
-    return float(values.square().mean().sqrt())
+    return float(values.double().square().mean().sqrt())

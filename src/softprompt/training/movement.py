@@ -24,15 +24,20 @@ class Movement:
         prompt.eval()  # one with dropout of its own would start elsewhere each time
         self._prompt, self._start = prompt, _values(prompt)
 
+    def values(self) -> tuple[Tensor, Tensor]:
+        """Return the values of each task's virtual tokens ``[K, P, X]``, and what training changed of them."""
+        now = _values(self._prompt)
+        return now, now - self._start
+
     def point(self) -> dict[str, Any]:
         """Return what goes into the history: root mean squares over the values of a virtual token.
 
         ``drift`` is that of what training changed, ``rms`` that of the values, both for every ``every``-th virtual
         token, from the first on, to four digits; with several tasks they are root mean squares over these too.
         """
-        now = _values(self._prompt)  # [K, P, X]
+        now, change = self.values()
         every = -(-now.shape[1] // MOST_TOKENS)
-        found = {"drift": _rms(now - self._start, every), "rms": _rms(now, every)}
+        found = {"drift": _rms(change, every), "rms": _rms(now, every)}
         return {"virtual_tokens": {"every": every, **found}}
 
 
