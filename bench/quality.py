@@ -33,7 +33,7 @@ from real_data import AbsentError
 from softprompt.backbone import load_base
 from softprompt.training.settings import RATE_PER_RMS
 
-PHASES = 3
+PHASES = 4
 MARKS = ("<!-- tables of bench/quality.py -->", "<!-- end of the tables -->")
 SEEDS = (73, 74, 75)
 PEFT_RATES, PEFT_STARTS = (1e-3, 1e-2, 1e-1, 3e-1), ("N(0,1)", "TEXT", "SAMPLE_VOCAB")
@@ -47,28 +47,46 @@ Results = Mapping[tuple[Any, ...], Mapping[str, Any]]
 def wanted(pair: Pair, results: Results, phase: int) -> Iterator[Cell]:
     """Yield the cells of a pair in a phase, in their order; later ones depend on what earlier ones came to.
 
-    First the defaults against PEFT's grid and our sweep, then the other methods, then their other seeds.
+    First the defaults, then PEFT's grid and our sweep, then the other methods, then their other seeds.
     """
     default = Cell(pair, "ours", DEFAULT_START, RATE_PER_RMS)
-    peft = [Cell(pair, "peft", init, rate) for rate in reversed(PEFT_RATES) for init in PEFT_STARTS]
-    starts = [each for each in OUR_STARTS if pair.has_labels or each not in ("LABELS", "WORDS")]
-    ours = [Cell(pair, "ours", init, rate) for rate in OUR_RATES for init in starts[: 5 if rate < 1 else 2]]
-    tuned = {method: [Cell(pair, method, rate=rate) for rate in rates] for method, rates in CEILINGS.items()}
     stores = [] if pair.base == MINILM else ["prefix", "cartridge"]
-    texts = ["", "TEXT"] if stores and not pair.seq2seq else [""]
-    tuned["stores"] = [Cell(pair, method, init) for method in stores for init in texts]
     if phase == 0:
         yield from [Cell(pair, "head" if pair.base == MINILM else "zero-shot"), default, *again(default)]
-        yield from [*peft, *ours, *again(best(peft, results)), *again(best(ours, results))]
         chosen = replace(default, more="choice_weight=1")
         yield from again(chosen, SEEDS if pair.has_labels and stores else ())
     elif phase == 1:
+        peft, ours = list(grid(pair)), list(sweep(pair))
+        yield from [*peft, *ours, *again(best(peft, results)), *again(best(ours, results))]
         yield from again(Cell(pair, "peft", "N(0,1)", 1e-3))
-        yield from [cell for cells in tuned.values() for cell in cells]
+    elif phase == 2:
+        yield from [cell for cells in others(pair, stores).values() for cell in cells]
         yield from again(Cell(pair, "few-shot"), SEEDS if pair.shots and stores else ())
         yield from [Cell(pair, "peft-real", "SAMPLE_VOCAB", 1e-1)] if stores else []
     else:
-        yield from [cell for cells in tuned.values() for cell in again(best(cells, results))]
+        yield from [cell for cells in others(pair, stores).values() for cell in again(best(cells, results))]
+
+
+def grid(pair: Pair) -> Iterator[Cell]:
+    """Yield PEFT's recipes; of a thin pair without the lower two rates, but for its default."""
+    rates = PEFT_RATES[2:] if pair.thin else PEFT_RATES
+    yield from (Cell(pair, "peft", init, rate) for rate in reversed(rates) for init in PEFT_STARTS)
+    if pair.thin:
+        yield Cell(pair, "peft", "N(0,1)", PEFT_RATES[0])
+
+
+def sweep(pair: Pair) -> Iterator[Cell]:
+    """Yield our starts and rates; of a thin pair the starts alone at the default rate."""
+    starts = [each for each in OUR_STARTS if pair.has_labels or each not in ("LABELS", "WORDS")]
+    for rate in OUR_RATES[:1] if pair.thin else OUR_RATES:
+        yield from (Cell(pair, "ours", init, rate) for init in starts[: 5 if rate < 1 else 2])
+
+
+def others(pair: Pair, stores: Sequence[str]) -> dict[str, list[Cell]]:
+    """Return the cells of LoRA, full fine-tuning, and prompts of keys and values."""
+    tuned = {method: [Cell(pair, method, rate=rate) for rate in rates] for method, rates in CEILINGS.items()}
+    texts = ["", "TEXT"] if stores and not pair.seq2seq else [""]
+    return tuned | {"stores": [Cell(pair, method, init) for method in stores for init in texts]}
 
 
 def again(cell: Cell | None, seeds: Sequence[int] = SEEDS[1:]) -> list[Cell]:
@@ -154,7 +172,7 @@ def main() -> None:
         "--report", nargs="?", const="", help="print the tables of what is there, or put them in a page"
     )
     parser.add_argument(
-        "--phases", type=int, default=PHASES, help="1: defaults and grids; 2: the other methods; 3: their seeds"
+        "--phases", type=int, default=PHASES, help="1: defaults; 2: grids; 3: the other methods; 4: their seeds"
     )
     options = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -49,6 +49,7 @@ class Pair:
         updates, batch, tokens: The budget, and the length of the prompt.
         shots: Demonstrations of few-shot.
         lengths: Tokens of an input and of a target at most.
+        thin: Whether the grids leave out what won on no base before (PEFT's lower rates, our other rates).
     """
 
     base: str
@@ -63,6 +64,7 @@ class Pair:
     tokens: int = 20
     shots: int = 8
     lengths: tuple[int, int] = (128, 32)
+    thin: bool = False
 
     @property
     def name(self) -> str:
@@ -130,15 +132,15 @@ PAIRS = [
     Pair(DEMO, *_COMPLAINTS),
     Pair(MINILM, *_SST2, tokens=10),
     Pair(SMOL, *_SST2),
-    Pair(SMOL, *_BANKING, shots=10),
+    Pair(SMOL, *_BANKING, shots=10, thin=True),
     Pair(DEMO, *_BANKING, shots=10),
     Pair(MINILM, *_BANKING, tokens=10),
-    Pair(SMOL, *_SMS),
-    Pair(SMOL, *_RAFT, rows=(40, 10)),
-    Pair(SMOL, *_E2E, "chrf", rows=(320, 60), shots=4, lengths=(96, 64)),
-    Pair(SMOL, *_WHOLE, rows=(770, 231), shots=0),
-    Pair(SMOL, *_BOOLQ, rows=(32, 100), shots=2, lengths=(256, 8)),
-    Pair(SMOL, *_GSM8K, "gsm8k", rows=(160, 40), shots=2, lengths=(160, 160)),
+    Pair(SMOL, *_SMS, thin=True),
+    Pair(SMOL, *_RAFT, rows=(40, 10), thin=True),
+    Pair(SMOL, *_E2E, "chrf", rows=(320, 60), shots=4, lengths=(96, 64), thin=True),
+    Pair(SMOL, *_WHOLE, rows=(770, 231), shots=0, thin=True),
+    Pair(SMOL, *_BOOLQ, rows=(32, 100), shots=2, lengths=(256, 8), thin=True),
+    Pair(SMOL, *_GSM8K, "gsm8k", rows=(160, 40), shots=2, lengths=(160, 160), thin=True),
 ]
 
 

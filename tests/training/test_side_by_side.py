@@ -22,6 +22,8 @@ VARIED = {
     "smaller batches": {"batch_size": 2, "accumulate_steps": 2},
     "prefix": {"method": "prefix"},
     "context": {"method": "cpt"},
+    "choice": {"choice_weight": 1.0},
+    "choice, another seed": {"choice_weight": 1.0, "seed": 5},
 }
 
 
@@ -92,8 +94,9 @@ def test_the_rows_of_all_go_through_the_base_in_one_pass(first, monkeypatch):
     passes = []
     run = type(first.engine).run_alike
     monkeypatch.setattr(type(first.engine), "run_alike", lambda *args: passes.append(len(args[1])) or run(*args))
-    train_together(candidates(first, {}, {"seed": 5}, {"method": "prefix"}), until=1)
-    assert passes == [6, 3]  # two prompts of virtual tokens, then the keys and values
+    chosen = {"choice_weight": 1.0}
+    train_together(candidates(first, {}, {"seed": 5}, {"method": "prefix"}, chosen, chosen | {"seed": 5}), until=1)
+    assert passes == [6, 3, 12]  # prompts of virtual tokens; keys and values; two labels a row of two prompts
 
     monkeypatch.setattr(gradients, "JOINED_TOKENS", 1)
     passes.clear()

@@ -16,7 +16,7 @@ from torch.nn import Module
 from softprompt.engine import EngineRow
 from softprompt.errors import TrainingError
 from softprompt.prompts import CPTEmbedding, Prompt, PromptModule
-from softprompt.training.objectives import BatchLoss, Likelihood
+from softprompt.training.objectives import BatchLoss
 from softprompt.training.optimisation import rate_factor, set_rates
 from softprompt.training.sampling import Update
 from softprompt.training.settings import RATE_PER_RMS
@@ -57,9 +57,9 @@ class Step:
     def mixes_with(self) -> object:
         """What steps must have in common to share passes."""
         objective, first = self.stage.objective, next(iter(self._prompts.values()))
-        if not isinstance(objective, Likelihood) or self.stage.settings.keep_dropout:
+        if not objective.joins or self.stage.settings.keep_dropout:
             return id(self)
-        return id(objective.engine), first.prefix is None, first.decoder is None, first.sees_input
+        return objective, first.prefix is None, first.decoder is None, first.sees_input
 
     def dropout(self) -> AbstractContextManager[None]:
         """Return the context that its passes run in."""
@@ -88,7 +88,7 @@ class Step:
         if not part.is_finite():
             self.problem = _not_finite(self.stage, self._state, batch, part)
         self.sums.loss -= part.values.detach().sum().item()
-        self.sums.penalty += 0.0 if part.penalty is None else part.penalty.item()
+        self.sums.penalty += 0.0 if part.penalty is None else part.penalty.sum().item()
         return part.loss / self._divisor
 
     def is_finite(self) -> bool:

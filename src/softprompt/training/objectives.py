@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, Self, TypeAlias, cast, final
+from typing import ClassVar, Protocol, Self, TypeAlias, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,8 @@ class BatchLoss:
     Attributes:
         values: log p of every target token, ``[M]``.
         row_index: The row each value belongs to, ``[M]``.
-        penalty: What is added to the loss, summed over the target tokens; None for nothing.
+        penalty: What is added to the loss, summed over the target tokens: of each row ``[B]``, or of the batch
+            ``[]``; None for nothing.
         weights: What each value counts in the loss, ``[M]``; None is one each.
     """
 
@@ -38,28 +39,34 @@ class BatchLoss:
     def loss(self) -> Tensor:
         """The sum that is minimised, in nats."""
         likelihood = -(self.values if self.weights is None else self.weights * self.values).sum()
-        return likelihood if self.penalty is None else likelihood + self.penalty
+        return likelihood if self.penalty is None else likelihood + self.penalty.sum()
 
     def is_finite(self) -> bool:
         """Return whether all of its numbers are."""
-        sound = self.penalty is None or bool(torch.isfinite(self.penalty))
+        sound = self.penalty is None or bool(torch.isfinite(self.penalty).all())
         return sound and bool(torch.isfinite(self.values).all())
 
     def divided(self, sizes: Sequence[int]) -> list[BatchLoss]:
-        """Return the losses of parts of the batch, ``sizes`` rows each; the only part may have a penalty."""
+        """Return the losses of parts of the batch, ``sizes`` rows each; a penalty of the batch needs a single part."""
         if len(sizes) == 1:
             return [self]
         owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(self.row_index.device)
         parts, first = [], 0
         for number, size in enumerate(sizes):
             own = owner[self.row_index] == number
-            parts.append(BatchLoss(self.values[own], self.row_index[own] - first))
+            penalty = None if self.penalty is None else self.penalty[first : first + size]
+            parts.append(BatchLoss(self.values[own], self.row_index[own] - first, penalty))
             first += size
         return parts
 
 
 class Objective(Protocol):
     """The loss of a batch, differentiable in its rows' prompts."""
+
+    @property
+    def joins(self) -> bool:
+        """Whether rows of several prompts may be in one pass, under equal objectives."""
+        ...
 
     def __call__(self, rows: Sequence[EngineRow], tasks: Sequence[int]) -> BatchLoss:
         """Score the targets of a batch.
@@ -77,6 +84,7 @@ class Likelihood:
     """Cross-entropy of the targets."""
 
     engine: Engine
+    joins: ClassVar[bool] = True
 
     def __call__(self, rows: Sequence[EngineRow], tasks: Sequence[int]) -> BatchLoss:
         """Score rows; see ``Objective``."""
@@ -100,15 +108,16 @@ class LabelChoice:
     """
 
     engine: Engine
-    labels: Sequence[tuple[int, ...]]
+    labels: tuple[tuple[int, ...], ...]
     weight: float
+    joins: ClassVar[bool] = True
 
     def __call__(self, rows: Sequence[EngineRow], tasks: Sequence[int]) -> BatchLoss:
         """Score rows; see ``Objective``."""
         offered = min(len(self.labels), OFFERED_LABELS)  # of each row, its own first
         scores = self.engine.target_log_probs([each for row in rows for each in self._rows(row, offered)])
         sums = scores.row_sums(len(rows) * offered).view(-1, offered)
-        choice = cross_entropy(sums, sums.new_zeros(len(rows), dtype=torch.long), reduction="sum")
+        choice = cross_entropy(sums, sums.new_zeros(len(rows), dtype=torch.long), reduction="none")
         own = scores.row_index % offered == 0
         return BatchLoss(scores.values[own], scores.row_index[own] // offered, self.weight * choice)
 
@@ -125,7 +134,7 @@ class LabelChoice:
         return [row, *(replace(row, target=ids) for ids in others)]
 
 
-def likelihood_of(engine: Engine, labels: Sequence[tuple[int, ...]] = (), weight: float = 0.0) -> Objective:
+def likelihood_of(engine: Engine, labels: tuple[tuple[int, ...], ...] = (), weight: float = 0.0) -> Objective:
     """Return the loss of targets, of which all are labels if there are any."""
     return LabelChoice(engine, labels, weight) if len(labels) > 1 and weight else Likelihood(engine)
 
@@ -146,6 +155,7 @@ class ContextLikelihood:
 
     engine: Engine
     labels: tuple[ContextLabel, ...]
+    joins: ClassVar[bool] = False
 
     def __call__(self, rows: Sequence[EngineRow], tasks: Sequence[int]) -> BatchLoss:
         """Score rows; see ``Objective``."""
@@ -204,6 +214,7 @@ class Distillation:
     engine: Engine
     teachers: PromptModule
     weight: float
+    joins: ClassVar[bool] = False
 
     def __call__(self, rows: Sequence[EngineRow], tasks: Sequence[int]) -> BatchLoss:
         """Score rows; see ``Objective``. All sums are over the target tokens of the rows."""
@@ -317,6 +328,7 @@ class TopDivergence:
     taught: Mapping[RowTokens, TopTargets]
     labels: Mapping[RowTokens, float]
     distractors: tuple[Tensor, ...] = ()
+    joins: ClassVar[bool] = False
 
     def __call__(self, rows: Sequence[EngineRow], tasks: Sequence[int]) -> BatchLoss:
         """Score rows; see ``Objective``."""
