@@ -69,6 +69,8 @@ def test_tune_trains_it_for_labels(bases, base):
     chosen, likelihood = learnt(choice_weight=1.0), learnt(choice_weight=0)
     assert not torch.equal(chosen, likelihood)
     torch.testing.assert_close(learnt(choice_weight=1.0, max_tokens_per_batch=24), chosen)
+    assert torch.equal(learnt(), chosen)  # the default for labels
+    assert torch.equal(learnt(task="generation"), learnt(task="generation", choice_weight=0))
 
 
 @pytest.mark.parametrize("other", [{"task": "generation"}, {"method": "cpt"}])

@@ -62,7 +62,7 @@ class TuneOptions(TypedDict, total=False):
     max_grad_norm: float
     schedule: str
     warmup_ratio: float
-    choice_weight: float
+    choice_weight: float | None
     keep_dropout: bool
     keep_best: bool
     early_stopping_patience: int | None

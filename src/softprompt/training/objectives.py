@@ -14,6 +14,9 @@ from torch.nn.functional import cross_entropy, kl_div, mse_loss
 from softprompt.engine import Engine, EngineRow
 from softprompt.prompts import ContextLabel, Prompt, PromptModule, check_task
 
+CHOICE_WEIGHT = 1.0
+"""Weight of the choice among labels: gains on most bases and data, up to 0.16 (docs/quality.md)."""
+
 OFFERED_LABELS = 10
 """Labels that are scored for a row in training, its own among them, where there are more."""
 
@@ -134,8 +137,11 @@ class LabelChoice:
         return [row, *(replace(row, target=ids) for ids in others)]
 
 
-def likelihood_of(engine: Engine, labels: tuple[tuple[int, ...], ...] = (), weight: float = 0.0) -> Objective:
-    """Return the loss of targets, of which all are labels if there are any."""
+def likelihood_of(
+    engine: Engine, labels: tuple[tuple[int, ...], ...] = (), weight: float | None = None
+) -> Objective:
+    """Return the loss of targets, of which all are labels if there are any; ``weight`` is that of their choice."""
+    weight = CHOICE_WEIGHT if weight is None else weight
     return LabelChoice(engine, labels, weight) if len(labels) > 1 and weight else Likelihood(engine)
 
 

@@ -198,9 +198,10 @@ class TuneSettings:
     warmup_ratio: float = setting(
         0.06, "Warmup, as a fraction of the optimizer steps.", least=0, most=1, group=_OPTIMISATION
     )
-    choice_weight: float = setting(
-        0.0,
-        "Weight of the choice among the labels against their likelihood; 0 trains the likelihood alone.",
+    choice_weight: float | None = setting(
+        None,
+        "Weight of the choice among the labels against their likelihood; by default 1 where the targets of one data "
+        "set are labels; 0 trains the likelihood alone, as PEFT does.",
         least=0,
         most=1e6,
         group=_OPTIMISATION,
