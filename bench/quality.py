@@ -53,8 +53,8 @@ def wanted(pair: Pair, results: Results, phase: int) -> Iterator[Cell]:
     stores = [] if pair.base == MINILM else ["prefix", "cartridge"]
     if phase == 0:
         yield from [Cell(pair, "head" if pair.base == MINILM else "zero-shot"), default, *again(default)]
-        chosen = replace(default, more="choice_weight=1")
-        yield from again(chosen, SEEDS if pair.has_labels and stores else ())
+        alone = replace(default, more="choice_weight=0")
+        yield from again(alone, SEEDS if pair.has_labels and stores else ())
     elif phase == 1:
         peft, ours = list(grid(pair)), list(sweep(pair))
         yield from [*peft, *ours, *again(best(peft, results)), *again(best(ours, results))]

@@ -16,7 +16,7 @@ Recipe = tuple[str, str, float | None, str]
 """Method, start, rate and other settings of a cell: all but the seed."""
 
 OURS, PEFT = ("ours", "RANDOM", RATE_PER_RMS, ""), ("peft", "N(0,1)", 1e-3, "")
-CHOICE = (*OURS[:3], "choice_weight=1")
+LIKELIHOOD = (*OURS[:3], "choice_weight=0")
 COLUMNS = ("zero-shot", "few-shot", "PEFT's default", "PEFT's best", "our default", "our best", "keys and values")
 
 
@@ -30,7 +30,7 @@ def report(pairs: Sequence[Pair], results: Iterable[Row]) -> str:
     sections = {
         "Scores": [_scores(shown, found), f"Not run: {', '.join(missing) or 'nothing'}."],
         "Differences": [_goals(shown, found)],
-        "With the choice among the labels": [_choice(shown, found)],
+        "Without the choice among the labels": [_likelihood(shown, found)],
         "Our starts and rates, in units of the embeddings' rms": [_recipes("ours", shown, found)],
         "PEFT's grid": [_recipes("peft", shown, found)],
         "The installed peft": [_checks(shown, found)],
@@ -103,14 +103,14 @@ def _goals(pairs: Sequence[Pair], found: Mapping[str, Mapping[Recipe, list[Row]]
     return _table(lines)
 
 
-def _choice(pairs: Sequence[Pair], found: Mapping[str, Mapping[Recipe, list[Row]]]) -> str:
+def _likelihood(pairs: Sequence[Pair], found: Mapping[str, Mapping[Recipe, list[Row]]]) -> str:
     """Return our default with and without the choice among the labels in its loss."""
-    lines = [["pair", "our default", "the same, choice_weight=1", "difference"]]
+    lines = [["pair", "our default", "the same, choice_weight=0", "difference"]]
     for pair in pairs:
-        both = [one for one in (OURS, CHOICE) if one in found[pair.name]]
-        if pair.has_labels and CHOICE in both:
-            made = [_score(found[pair.name], one if one in both else None) for one in (OURS, CHOICE)]
-            apart = difference(*(found[pair.name].get(one, []) for one in (CHOICE, OURS)))
+        both = [one for one in (OURS, LIKELIHOOD) if one in found[pair.name]]
+        if pair.has_labels and LIKELIHOOD in both:
+            made = [_score(found[pair.name], one if one in both else None) for one in (OURS, LIKELIHOOD)]
+            apart = difference(*(found[pair.name].get(one, []) for one in (OURS, LIKELIHOOD)))
             lines.append([pair.name, *(each.split(" (")[0] for each in made), apart])
     return _table(lines)
 

@@ -50,7 +50,7 @@ class BatchLoss:
         return sound and bool(torch.isfinite(self.values).all())
 
     def divided(self, sizes: Sequence[int]) -> list[BatchLoss]:
-        """Return the losses of parts of the batch, ``sizes`` rows each; a penalty of the batch needs a single part."""
+        """Return the losses of parts of the batch, ``sizes`` rows each; a penalty of the batch has one part."""
         if len(sizes) == 1:
             return [self]
         owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(self.row_index.device)

@@ -200,8 +200,8 @@ class TuneSettings:
     )
     choice_weight: float | None = setting(
         None,
-        "Weight of the choice among the labels against their likelihood; by default 1 where the targets of one data "
-        "set are labels; 0 trains the likelihood alone, as PEFT does.",
+        "Weight of the choice among the labels against their likelihood; by default 1 where the targets of one "
+        "data set are labels; 0 trains the likelihood alone, as PEFT does.",
         least=0,
         most=1e6,
         group=_OPTIMISATION,
