@@ -10,7 +10,7 @@ OF_LM_EVAL := absl-py aiohappyeyeballs aiohttp aiosignal chardet colorama DataPr
 	mbstrdecoder more-itertools multidict nltk pathvalidate portalocker propcache pytablewriter pytz regex rouge_score \
 	sacrebleu sqlitedict tabledata tabulate tcolorpy tenacity typepy word2number yarl
 NEED_HEAVY := tests/integration/test_quantised.py tests/integrations/test_libraries.py tests/server/test_lm_eval.py
-.PHONY: demo test test-all test-extra setup check clean
+.PHONY: demo test test-all test-extra test-oldest test-latest upstream coverage audit setup check clean
 
 setup: .venv/.ready
 
@@ -33,10 +33,34 @@ test-extra: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps $(HEAVY) $(OF_LM_EVAL)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -rs $(NEED_HEAVY)
 
+# The suite on the oldest and the newest transformers that pyproject.toml allows, each in an environment of its own;
+# another torch by OTHERS="torch==2.14.1". `make upstream` is what a new transformers is asked every day.
+FREE := ^(transformers|tokenizers|huggingface_hub|hf-xet|safetensors|torch)==
+test-oldest: OTHERS ?= torch==2.13.0 transformers==5.20.0
+test-latest upstream: OTHERS ?= torch==2.13.0 --upgrade transformers
+test-oldest test-latest upstream:
+	$(PYTHON) -m venv .venv-$@
+	grep -vE '$(FREE)' constraints.txt > .venv-$@/constraints.txt
+	.venv-$@/bin/pip install --quiet --constraint .venv-$@/constraints.txt --editable '.[dev]' $(OTHERS)
+	.venv-$@/bin/pip list 2>/dev/null | grep -E '^(torch|transformers|huggingface_hub|safetensors) '
+	OMP_NUM_THREADS=1 .venv-$@/bin/pytest -n 2 --dist worksteal $(if $(filter upstream,$@),tests/backbone tests/engine tests/peft)
+
+# Which lines no test runs (of the tests that run in this process), and known faults of the pinned packages.
+coverage: setup
+	$(BIN)/pip install --quiet pytest-cov
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --cov softprompt --cov-report term-missing:skip-covered
+
+audit: setup
+	$(BIN)/pip install --quiet pip-audit pip-licenses
+	$(BIN)/pip-licenses --order license
+	$(BIN)/pip-audit --local
+
 check: setup
 	$(BIN)/ruff format --check src tests bench pretraining
 	$(BIN)/ruff check src tests bench pretraining
+	$(BIN)/vulture
+	$(BIN)/deptry .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -27,7 +27,6 @@ from softprompt.prompts import Placement
 # PEFT 0.21 reads a property that transformers 5.23 has renamed; nothing of ours is involved.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
-SHOTS = [{"input": f"parcel {n}", "output": "late"} for n in range(4)]
 QUICK = {"num_virtual_tokens": 4, "max_source_length": 48, "max_target_length": 8, "silence_progress_bars": True}
 
 
