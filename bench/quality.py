@@ -76,10 +76,12 @@ def grid(pair: Pair) -> Iterator[Cell]:
 
 
 def sweep(pair: Pair) -> Iterator[Cell]:
-    """Yield our starts and rates; of a thin pair the starts alone at the default rate."""
+    """Yield our starts and rates; of a thin pair the starts at the default rate, and the labels at a low one."""
     starts = [each for each in OUR_STARTS if pair.has_labels or each not in ("LABELS", "WORDS")]
     for rate in OUR_RATES[:1] if pair.thin else OUR_RATES:
         yield from (Cell(pair, "ours", init, rate) for init in starts[: 5 if rate < 1 else 2])
+    if pair.thin and pair.has_labels:
+        yield Cell(pair, "ours", "LABELS", OUR_RATES[1])
 
 
 def others(pair: Pair, stores: Sequence[str]) -> dict[str, list[Cell]]:

@@ -131,7 +131,7 @@ PAIRS = [
     ),
     Pair(DEMO, *_COMPLAINTS),
     Pair(MINILM, *_SST2, tokens=10),
-    Pair(SMOL, *_SST2),
+    Pair(SMOL, *_SST2, thin=True),
     Pair(SMOL, *_BANKING, shots=10, thin=True),
     Pair(DEMO, *_BANKING, shots=10),
     Pair(MINILM, *_BANKING, tokens=10),
