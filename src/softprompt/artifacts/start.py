@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.artifacts.files import load_pickled
+from softprompt.artifacts.files import load_pickled, outside
 from softprompt.artifacts.peft_folder import load_adapter
 from softprompt.artifacts.stored_prompt import RecordedBase, StoredPrompt, check_base, other_parts
 from softprompt.backbone import (
@@ -212,7 +212,8 @@ def _recycled(
     seq2seq = stored.config.get("task_type") == TaskType.SEQ_2_SEQ_LM
     # The whole base is loaded, not its table alone: its fingerprint tells whether it is the right one.
     try:
-        own = load_base(name, seq2seq=seq2seq, torch_dtype=manifest.dtype if manifest else None)
+        dtype = manifest.dtype if manifest else None
+        own = load_base(outside(name, stored.location), seq2seq=seq2seq, torch_dtype=dtype, trust_remote_code=False)
     except BackboneError as cause:
         raise BackboneError(
             f"{stored.location} was made for {name}, which is needed to map it to this "

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.options import Command, fingerprint_option, option, output_options, show, start_logging, table
+from softprompt.cli.options import (
+    Command,
+    fingerprint_option,
+    option,
+    output_options,
+    show,
+    start_logging,
+    table,
+    trust_option,
+)
 from softprompt.errors import ArtifactError, BackboneError
 
 if TYPE_CHECKING:
@@ -21,6 +30,7 @@ if TYPE_CHECKING:
 @click.command("info", cls=Command)
 @click.argument("prompt_dir")
 @option("--base-model", group="Base model", help="Base model to compare with instead of the recorded one.")
+@trust_option
 @option(
     "--without-base",
     is_flag=True,

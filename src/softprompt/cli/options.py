@@ -157,11 +157,28 @@ data_option = option(
 fingerprint_option = _base(
     "--ignore-fingerprint", is_flag=True, help="Use a base model that the prompt was not trained for."
 )
+
+
+def _trust(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        from softprompt.backbone import trust_code
+
+        trust_code()
+
+
+trust_option = _base(
+    "--trust-remote-code",
+    is_flag=True,
+    expose_value=False,
+    callback=_trust,
+    help="Run the Python code in the base model's files (auto_map) with your rights; read it first.",
+)
 base_options = together(
     fingerprint_option,
     _base("--base-model", help="Base model instead of the recorded one; its fingerprint is checked."),
     _base("--torch-dtype", help="Data type of the base model; by default the recorded one."),
     _base("--device", help="Device, such as cpu or cuda:0."),
+    trust_option,
 )
 """Options of loading the base model of a saved prompt; see ``load_prompts``."""
 input_options = together(
