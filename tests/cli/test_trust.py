@@ -70,7 +70,7 @@ def test_every_command_that_loads_a_base_has_the_option():
     commands = {name: Commands().get_command(None, name) for name in COMMANDS}
     flagged = {name for name, command in commands.items() if "--trust-remote-code" in flags(command)}
     based = {name for name, command in commands.items() if "--base-model" in flags(command)}
-    assert flagged == LOADING | {"inspect"} == based - {"push"}
+    assert flagged == LOADING | {"info", "inspect"} == based - {"push"}
 
 
 def flags(command):

@@ -13,6 +13,7 @@ from softprompt.cli.options import (
     fingerprint_option,
     option,
     output_options,
+    say,
     show,
     start_logging,
     table,
@@ -67,7 +68,7 @@ def command(
         show({"location": prompt_dir, "interrupted": where}, f"{prompt_dir}: {where}", as_json=as_json)
         return
     if where is not None:
-        click.echo(f"warning: the prompt is of an earlier run; the one that was to replace it: {where}", err=True)
+        say(f"warning: the prompt is of an earlier run; the one that was to replace it: {where}")
     base = None if without_base else _base(stored, base_model, ignore_fingerprint)
     if base is None:
         summary = describe(stored)
@@ -95,7 +96,7 @@ def _base(stored: StoredPrompt, base_model: str | None, ignore_fingerprint: bool
     except (ArtifactError, BackboneError) as error:
         if base_model is not None:
             raise
-        click.echo(f"warning: shown without its base: {error}", err=True)
+        say(f"warning: shown without its base: {error}")
         return None
     return base
 
