@@ -45,6 +45,7 @@ from softprompt.artifacts.manifest import Manifest
 from softprompt.artifacts.stored_prompt import StoredPrompt
 from softprompt.errors import ArtifactError, no_folder
 from softprompt.prompts import CONFIG_NAME
+from softprompt.untrusted import MOST_TEXT_BYTES
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PROMPT_FILES = (CONFIG_NAME, WEIGHTS_NAME, PICKLED_WEIGHTS_NAME, MANIFEST_NAME)
@@ -139,7 +140,8 @@ def load_adapter(
         )
     names = (CONFIG_NAME, WEIGHTS_NAME, MANIFEST_NAME)
     found = {name: directory / name for name in names if (directory / name).is_file()}
-    files = {name: read_bytes(path) for name, path in found.items()}
+    most = {WEIGHTS_NAME: None}
+    files = {name: read_bytes(path, most.get(name, MOST_TEXT_BYTES)) for name, path in found.items()}
     return _parsed(files, directory, str(directory))
 
 
