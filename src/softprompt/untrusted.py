@@ -15,7 +15,7 @@ from typing import Any
 
 from softprompt.errors import ArtifactError, SoftPromptError, broken, excerpt
 
-MOST_TEXT_BYTES = 4 << 20
+MOST_TEXT_BYTES = 2 << 20
 """Bytes of a file of plain values, such as JSON."""
 MOST_HEADER_BYTES = 1 << 20
 """Bytes of what describes the tensors of a file of weights."""
@@ -97,7 +97,7 @@ def check_plain(values: Any, name: str, error: type[SoftPromptError] = ArtifactE
                 else:
                     left += [(each, depth + 1) for each in inside]
             case str():
-                why = broken(value)
+                why = broken(value) or ("a text has a zero character" if "\0" in value else "")
                 if len(value) > MOST_CHARACTERS:
                     why = f"a text has {len(value):,} characters, more than {MOST_CHARACTERS:,}"
             case float() if not math.isfinite(value):

@@ -24,6 +24,12 @@ _OPTIONAL = frozenset({"tasks", "weights_sha256", "chat"})
 _TUPLES = ("labels", "tasks")
 _MOST = {"template": MOST_TEMPLATE, "labels": MOST_LABELS, "tasks": MOST_LABELS}
 """Characters of a text, items of a list."""
+_PARTS: Mapping[str, Mapping[str, type]] = {
+    "data": {"train": dict, "validation": dict},
+    "metrics": {"validation": dict},
+    "settings": {"input_field": str, "output_field": str},
+}
+"""Types of what is read of nested values."""
 _RECORDED_PACKAGES = ("softprompt", "torch", "transformers", "safetensors")
 _MAX_TOKENS = (256, 128)
 """Input and answer lengths where a format does not record them."""
@@ -208,6 +214,11 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
             f"expected at most {_MOST[name]:,} for {name} in softprompt.json, in a list {MOST_LABEL:,} characters "
             f"each, got {len(value):,}: check that it is what it should be"
         )
+    parts = {part: value.get(part) for part in _PARTS.get(name, ())} if isinstance(value, dict) else {}
+    for part, inner in parts.items():
+        if inner is not None and not isinstance(inner, _PARTS[name][part]):
+            name, value, hint = f"{name}.{part}", inner, _PARTS[name][part]
+            break
     if fits(value, hint) and (hint is not int or value > 0):
         return tuple(value) if name in _TUPLES and value is not None else value
     raise ArtifactError(

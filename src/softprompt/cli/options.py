@@ -374,7 +374,7 @@ def say(text: str) -> None:
 
 def table(rows: Mapping[str, Any]) -> str:
     """Return names and values in two columns, leaving out what is None."""
-    width = max(len(name) for name in rows)
+    width = max(map(len, rows), default=0)
     return "\n".join(
         f"{name.replace('_', ' '):<{width}}  {_number(value)}" for name, value in rows.items() if value is not None
     )
