@@ -7,12 +7,14 @@ folder each file is replaced by one rename, and when one of them fails, those al
 
 from __future__ import annotations
 
+import ctypes
 import io
 import os
 import pickle
 import pickletools
 import secrets
 import shutil
+import sys
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -227,18 +229,26 @@ def staged_folder(directory: Path) -> Iterator[Path]:
         for path in (each for each in staged.rglob("*") if each.is_file()):
             path.chmod(staged.stat().st_mode & 0o666)
         _sync_directory(staged)
-        if directory.exists():
-            os.replace(directory, old)
-        try:
-            os.replace(staged, directory)
-        except BaseException:
-            if old.exists():
-                os.replace(old, directory)
-            raise
+        if not (directory.exists() and _exchanged(staged, directory)):
+            if directory.exists():
+                os.replace(directory, old)
+            try:
+                os.replace(staged, directory)
+            except BaseException:
+                if old.exists():
+                    os.replace(old, directory)
+                raise
     finally:
         shutil.rmtree(staged, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
     _sync_directory(directory.parent)
+
+
+def _exchanged(staged: Path, directory: Path) -> bool:
+    """Exchange two folders in one step, so that a kill leaves one of them under the name; False where none can."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(staged), here, os.fsencode(directory), exchange) == 0
 
 
 def portable(value: Any, directory: Path) -> Any:
