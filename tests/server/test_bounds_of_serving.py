@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+from collections import deque
 from contextlib import ExitStack
 from types import SimpleNamespace
 
@@ -159,7 +160,7 @@ def test_a_scorer_that_breaks_says_so(base, monkeypatch):
         ResidentPrompts(0, 0),
     )
     waiting = scorer.submit(())
-    monkeypatch.setattr(scorer, "_score_all", lambda: 1 / 0)
+    monkeypatch.setattr(scorer, "_turn", lambda: 1 / 0)
     scorer.start()
     with pytest.raises(NotServingError, match="scoring has failed"):
         waiting.result(5)
@@ -176,14 +177,14 @@ def test_a_request_in_the_middle_of_a_stop_is_refused(base, monkeypatch):
         ResidentPrompts(0, 0),
     )
     stopping = threading.Thread(target=scorer.stop)
-    put = scorer._waiting.put_nowait
 
-    def late(item):
-        stopping.start()
-        time.sleep(0.05)
-        put(item)
+    class Late(deque):
+        def append(self, item):
+            stopping.start()
+            time.sleep(0.05)
+            super().append(item)
 
-    monkeypatch.setattr(scorer._waiting, "put_nowait", late)
+    monkeypatch.setattr(scorer, "_waiting", Late())
     answer = scorer.submit(())
     stopping.join(5)
     with pytest.raises(NotServingError):

@@ -157,7 +157,7 @@ async def classify(body: ClassifyBody, request: Request) -> Response:
     service = service_of(request)
     served = await service.served(body.model, body.task)
     labelling = await in_thread(labelling_of, body, served, service.settings.max_request_rows)
-    scoring = LabelRun.start(service, served, labelling)
+    scoring = await in_thread(LabelRun.start, service, served, labelling)
     sums = await unless_gone(request, scoring.sums(), scoring.cancel)
     if sums is None:
         return Response(status_code=CLIENT_GONE)

@@ -121,7 +121,7 @@ async def complete(body: CompletionBody, request: HTTPRequest) -> Response:
         run = service.start(served, submission.requests)
     else:
         service.check_answers(submission.requests)
-        run = LabelAnswers(LabelRun.start(service, served, labelling), submission)
+        run = LabelAnswers(await in_thread(LabelRun.start, service, served, labelling), submission)
     if body.stream:
         return EventStream(run, _pieces(service, body, reply, run))
     return await answered(request, reply, run, lambda each: _whole(service, body, submission, each))
