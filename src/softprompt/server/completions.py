@@ -27,6 +27,7 @@ from softprompt.generation import (
     label_ids_of,
 )
 from softprompt.server.access_log import tally
+from softprompt.server.bodies import BodyRoute
 from softprompt.server.classify import LabelRun
 from softprompt.server.logprobs import Position, Scores
 from softprompt.server.protocol import (
@@ -58,7 +59,7 @@ from softprompt.server.service import (
 if TYPE_CHECKING:
     from softprompt.server.served import Served
 
-router = APIRouter(tags=["generation"], dependencies=[USER])
+router = APIRouter(tags=["generation"], dependencies=[USER], route_class=BodyRoute)
 
 
 class CompletionBody(SamplingBody):
