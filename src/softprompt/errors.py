@@ -12,6 +12,24 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+MOST_OF_A_LINE = 1000
+"""Characters of an error or a log line."""
+
+
+def visible(text: str) -> str:
+    """Return a text with what a terminal would obey spelt as in JSON: escape sequences, changes of direction."""
+    return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def line(text: str, most: int = MOST_OF_A_LINE) -> str:
+    """Return a text as one visible line; of a longer one its beginning and its end, which says what to do."""
+    if len(text) > 2 * most:  # what follows takes as long as the text
+        text = f"{text[:most]} {text[-most:]}"
+    shown = visible(re.sub(r"\s*[\r\n]\s*", " ", text.strip()))
+    return shown if len(shown) <= most else f"{shown[: most * 2 // 3]} ... {shown[-most // 4 :]}"
+
+
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -19,8 +37,8 @@ class SoftPromptError(Exception):
     """Root of all deliberate errors; the command line turns each into one line and exit code 2."""
 
     def __str__(self) -> str:
-        """Return the message as written, also where the builtin parent would quote it."""
-        return " ".join(str(part) for part in self.args)
+        """Return the message as one short line, whatever the strings in it are that are not ours."""
+        return line(" ".join(str(part) for part in self.args))
 
 
 class ConfigError(SoftPromptError, ValueError):

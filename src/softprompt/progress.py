@@ -15,6 +15,8 @@ from contextlib import contextmanager, redirect_stderr
 from contextvars import ContextVar
 from typing import Any, TextIO
 
+from softprompt.errors import line
+
 SECONDS_BETWEEN_LINES = 5.0
 """Seconds between two lines where there is no terminal; what ends sooner shows none."""
 
@@ -52,7 +54,7 @@ def phase(part: str, doing: str) -> Iterator[None]:
         yield
         return
     started, parts = time.perf_counter(), _parts.get()
-    doing, terminal = f"{doing} ...", sys.stderr.isatty()
+    doing, terminal = f"{line(doing)} ...", sys.stderr.isatty()
     later = threading.Timer(SECONDS_BETWEEN_LINES, print, (doing,), {"file": sys.stderr, "flush": True})
     later.daemon = True
     if not terminal and not _silent.get():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 
@@ -159,6 +160,23 @@ def test_the_old_folder_comes_back_when_the_exchange_fails(tmp_path, monkeypatch
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", second_fails)
+    monkeypatch.setattr(files, "_exchanged", lambda *folders: False)
     with pytest.raises(OSError, match="refused"), staged_folder(tmp_path / "out") as staged:
         (staged / "new").write_text("new")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["old"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges folders in one step")
+def test_a_folder_is_never_missing_while_it_is_replaced(tmp_path, monkeypatch):
+    place = tmp_path / "prompt"
+    place.mkdir()
+    (place / "old").touch()
+
+    def killed(source, target):
+        raise AssertionError("between two renames nothing is under the name")
+
+    monkeypatch.setattr("os.replace", killed)
+    with staged_folder(place) as staged:
+        (staged / "new").touch()
+    assert [each.name for each in place.iterdir()] == ["new"]
+    assert [each.name for each in tmp_path.iterdir()] == ["prompt"]

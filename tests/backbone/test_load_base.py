@@ -127,7 +127,7 @@ def test_a_folder_that_needs_its_own_code_is_refused(tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps(values))
     (tmp_path / "code.py").write_text("raise SystemExit('executed')\n")
-    with pytest.raises(BackboneError, match=r"would run code that it brings along .* trust_remote_code=True"):
+    with pytest.raises(BackboneError, match=r"would run code that .* --trust-remote-code .trust_remote_code=True"):
         load_base(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -90,3 +91,69 @@ def test_prompts_that_see_the_input_and_others_are_scored_for_one_caller():
     scorer.stop()
     assert torch.allclose(sums, torch.cat(alone).detach(), atol=1e-5)
     assert len({round(float(value), 6) for value in sums}) == len(rows)
+
+
+class Counting:
+    """An engine that takes a while for each pass and notes how many rows each had."""
+
+    def __init__(self, engine, base=None):
+        self.engine, self.base, self.seen = engine, base, []
+
+    def target_log_probs(self, part):
+        with self.base.lock:
+            self.seen.append(len(part))
+            time.sleep(0.02)
+            return self.engine.target_log_probs(part)
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """Return a scorer that runs, its engine, and the rows of a request of fifty passes."""
+    base = served("llama", kinds=("plain",))
+    scorer = Scorer(
+        base.base,
+        Bounds(max_batch_rows=1, max_score_rows=8, max_step_tokens=999, max_queue=4),
+        ResidentPrompts(0, 0),
+    )
+    engine = Counting(scorer._engine, base.base)
+    monkeypatch.setattr(scorer, "_engine", engine)
+    scorer.start()
+    yield scorer, engine, [EngineRow((5, 6, number % 50), (7,), base.values["plain"]) for number in range(400)]
+    scorer.stop()
+
+
+def test_a_large_request_holds_up_no_other_for_more_than_a_pass_or_two(large):
+    scorer, engine, rows = large
+    long = scorer.submit(rows)
+    while not engine.seen:
+        time.sleep(0.001)
+    begun = len(engine.seen)
+    scorer.submit(rows[:2]).result(30)
+    assert len(engine.seen) - begun <= 3
+    assert not long.done()
+    alone = engine.engine.target_log_probs(rows[:2]).row_sums(2).detach()
+    assert torch.allclose(long.result(60)[:2], alone.float(), atol=1e-5)
+
+
+def test_a_large_request_whose_caller_has_gone_ends_at_the_next_pass(large):
+    scorer, engine, rows = large
+    long = scorer.submit(rows)
+    while not engine.seen:
+        time.sleep(0.001)
+    assert long.cancel()
+    scorer.submit(rows[:1]).result(30)
+    assert len(engine.seen) <= 4
+
+
+def test_between_the_passes_of_a_large_request_others_get_the_base(large):
+    scorer, engine, rows = large
+    long = scorer.submit(rows)
+    while not engine.seen:
+        time.sleep(0.001)
+    passes = []
+    for _ in range(5):
+        with engine.base.lock:
+            passes.append(len(engine.seen))
+    assert not long.done()
+    assert passes[-1] < 25
+    long.cancel()

@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+from collections import deque
 from contextlib import ExitStack
 from types import SimpleNamespace
 
@@ -66,6 +67,54 @@ def test_openais_client_waits_and_comes_again(narrow):
     found = narrow.openai(max_retries=2).completions.create(**BODY)
     assert found.choices[0].text == " 5 6 7"
     closing.join()
+
+
+def asked_again(server, head, times=2):
+    """Ask on one connection until it is closed; returns how often there was an answer."""
+    port = int(server.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
+        for number in range(times):
+            try:
+                sock.sendall(head)
+                if not sock.recv(65536):
+                    return number
+            except OSError:
+                return number
+    return times
+
+
+def test_connections_that_only_probe_make_room_where_it_is_scarce(base, shared_prompts, tmp_path):
+    (tmp_path / "keys").write_text("one\n")
+    app = app_over(
+        base, shared_prompts, ScriptedBatcher(auto=True), max_connections=4, api_key_file=str(tmp_path / "keys")
+    )
+    head, key = "GET {} HTTP/1.1\r\nHost: localhost\r\n{}\r\n", "Authorization: Bearer one\r\n"
+    with running(app) as server, ExitStack() as stack:
+        assert asked_again(server, head.format("/health", "").encode()) == 2
+        port = int(server.url.rpartition(":")[2])
+        for _ in range(2):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        until(connected(server, 2))
+        assert asked_again(server, head.format("/health", key).encode()) == 1
+        until(connected(server, 2))
+        assert asked_again(server, head.format("/v1/models", "").encode()) == 1
+        until(connected(server, 2))
+        assert asked_again(server, head.format("/v1/models", key).encode()) == 2
+
+
+def test_a_request_of_two_lengths_is_refused_and_closed(narrow):
+    body = b"0\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    both = (b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n")
+    for lengths in (both, both[::-1]):
+        port = int(narrow.url.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
+            sock.sendall(head + b"".join(lengths) + b"\r\n" + body + HEAD + b"\r\n")
+            came = b""
+            while piece := sock.recv(65536):
+                came += piece
+        assert came.startswith(b"HTTP/1.1 400")
+        assert came.count(b"HTTP/1.1") == 1
 
 
 HEAD = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
@@ -159,7 +208,7 @@ def test_a_scorer_that_breaks_says_so(base, monkeypatch):
         ResidentPrompts(0, 0),
     )
     waiting = scorer.submit(())
-    monkeypatch.setattr(scorer, "_score_all", lambda: 1 / 0)
+    monkeypatch.setattr(scorer, "_turn", lambda: 1 / 0)
     scorer.start()
     with pytest.raises(NotServingError, match="scoring has failed"):
         waiting.result(5)
@@ -176,14 +225,14 @@ def test_a_request_in_the_middle_of_a_stop_is_refused(base, monkeypatch):
         ResidentPrompts(0, 0),
     )
     stopping = threading.Thread(target=scorer.stop)
-    put = scorer._waiting.put_nowait
 
-    def late(item):
-        stopping.start()
-        time.sleep(0.05)
-        put(item)
+    class Late(deque):
+        def append(self, item):
+            stopping.start()
+            time.sleep(0.05)
+            super().append(item)
 
-    monkeypatch.setattr(scorer._waiting, "put_nowait", late)
+    monkeypatch.setattr(scorer, "_waiting", Late())
     answer = scorer.submit(())
     stopping.join(5)
     with pytest.raises(NotServingError):

@@ -45,5 +45,5 @@ def test_a_wrong_run_file_is_refused(tmp_path, text, message):
 
 
 def test_a_missing_run_file_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"cannot read the run file .*run\.toml"):
+    with pytest.raises(ConfigError, match=r"could not read .*run\.toml"):
         read_run(tmp_path / "run.toml")

@@ -1,19 +1,22 @@
-"""Reading files that may be damaged or hostile, and writing that a crash cannot leave half done.
+"""Reading weights that may be damaged or hostile, and writing that a crash cannot leave half done.
 
-Code in a pickle never runs. What is written is fsynced under a temporary name on the same file
-system, then renamed. A new folder appears in one rename. In an existing folder each file is
-replaced by one rename, and when one of them fails, those already replaced are put back.
+Code in a pickle never runs, and no tensor is larger than a file may be (``untrusted``). What is written is fsynced
+under a temporary name on the same file system, then renamed. A new folder appears in one rename. In an existing
+folder each file is replaced by one rename, and when one of them fails, those already replaced are put back.
 """
 
 from __future__ import annotations
 
+import ctypes
 import io
-import json
 import os
 import pickle
+import pickletools
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+import zipfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,37 +26,12 @@ from safetensors.torch import load as tensors_from_bytes
 from torch import Tensor
 
 from softprompt.errors import ArtifactError, OutputExistsError
+from softprompt.untrusted import MOST_HEADER_BYTES, most_weight_bytes
+from softprompt.untrusted import parse_object as parse_object  # noqa: PLC0414 - part of the door
+from softprompt.untrusted import read_bytes as read_bytes  # noqa: PLC0414
 
-
-def read_bytes(path: Path) -> bytes:
-    """Return the content of a file.
-
-    Raises:
-        ArtifactError: it cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ArtifactError(f"could not read {path} ({error}): check its permissions and the disk") from error
-
-
-def parse_object(text: str, name: str) -> dict[str, Any]:
-    """Read one JSON object from the text of the file ``name``.
-
-    Raises:
-        ArtifactError: not JSON, or not an object.
-    """
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(
-            f"expected JSON in {name}, it cannot be read ({error}): restore it from the original"
-        ) from error
-    if not isinstance(value, dict):
-        raise ArtifactError(
-            f"expected a JSON object in {name}, got a {type(value).__name__}: restore it from the original"
-        )
-    return value
+_MOST_STEPS = 100_000
+"""Instructions of a pickle, which has about thirty for each tensor."""
 
 
 def load_safetensors(data: bytes, path: Path) -> dict[str, Tensor]:
@@ -63,6 +41,8 @@ def load_safetensors(data: bytes, path: Path) -> dict[str, Tensor]:
         ArtifactError: it is damaged.
     """
     try:
+        if int.from_bytes(data[:8], "little") > MOST_HEADER_BYTES:
+            raise ValueError(f"its header is larger than {MOST_HEADER_BYTES:,} bytes")
         return tensors_from_bytes(data)
     # A damaged header can fail in the parser, in the dtype table or in torch.
     except Exception as error:
@@ -77,7 +57,10 @@ def load_pickled(path: Path) -> Any:
     """
     data = read_bytes(path)
     try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        sizes = _check_pickle(data)
+        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        _check_storages(loaded, sizes)
+        return loaded
     except pickle.UnpicklingError as error:
         raise ArtifactError(
             f"expected tensors only in {path}, it is damaged or holds code, which is never run: "
@@ -86,6 +69,51 @@ def load_pickled(path: Path) -> Any:
     # A damaged stream can fail anywhere in the unpickler, IndexError and AttributeError included.
     except Exception as error:
         raise damaged(path, len(data), error) from error
+
+
+def _check_pickle(data: bytes) -> Collection[int]:
+    """Check what ``torch.load`` unpacks, and return the sizes of its records; none in the old form, which has none.
+
+    Raises:
+        ValueError: it would become more than it is: packed records, a long program, or tuples in tuples again and
+            again, whose hash takes for ever.
+    """
+    stream, sizes = io.BytesIO(data), list[int]()
+    if zipfile.is_zipfile(stream):
+        with zipfile.ZipFile(stream) as archive:
+            found = archive.infolist()
+            sizes = [each.file_size for each in found]
+            if any(each.compress_type for each in found) or sum(sizes) > len(data):
+                raise ValueError("its records are packed")
+            programs = [archive.read(each) for each in found if each.filename.endswith(".pkl")]
+        stream = io.BytesIO(b"".join(programs))
+    end, steps, after_tuple, tuples = stream.seek(0, io.SEEK_END), 0, False, set[Any]()
+    stream.seek(0)
+    for _ in range(5):  # which the old form has
+        for code, argument, at in pickletools.genops(stream) if stream.tell() < end else ():
+            steps, name = steps + 1, code.name
+            if steps > _MOST_STEPS or (name.endswith("GET") and argument in tuples):
+                raise ValueError(f"its program is too long or shares tuples, at byte {at:,}")
+            if after_tuple and "PUT" in name:
+                tuples.add(argument)
+            after_tuple = name.startswith("TUPLE")
+    return sizes
+
+
+def _check_storages(loaded: Any, sizes: Collection[int]) -> None:
+    """Check that tensors have the values that they say they have, and are no larger than a file may be.
+
+    Raises:
+        ValueError: a storage is longer than its record, or a small one is expanded to many values.
+    """
+    held = [
+        each for each in (loaded.values() if isinstance(loaded, dict) else [loaded]) if isinstance(each, Tensor)
+    ]
+    if sum(each.numel() * each.element_size() for each in held) > most_weight_bytes():
+        raise ValueError("its tensors are larger than the file")
+    strided = [each for each in held if each.layout == torch.strided and not each.is_meta]
+    if sizes and any(each.untyped_storage().nbytes() not in sizes for each in strided):
+        raise ValueError("a tensor is longer than its record")
 
 
 def pickled_bytes(tensors: Mapping[str, Tensor]) -> bytes:
@@ -201,18 +229,26 @@ def staged_folder(directory: Path) -> Iterator[Path]:
         for path in (each for each in staged.rglob("*") if each.is_file()):
             path.chmod(staged.stat().st_mode & 0o666)
         _sync_directory(staged)
-        if directory.exists():
-            os.replace(directory, old)
-        try:
-            os.replace(staged, directory)
-        except BaseException:
-            if old.exists():
-                os.replace(old, directory)
-            raise
+        if not (directory.exists() and _exchanged(staged, directory)):
+            if directory.exists():
+                os.replace(directory, old)
+            try:
+                os.replace(staged, directory)
+            except BaseException:
+                if old.exists():
+                    os.replace(old, directory)
+                raise
     finally:
         shutil.rmtree(staged, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
     _sync_directory(directory.parent)
+
+
+def _exchanged(staged: Path, directory: Path) -> bool:
+    """Exchange two folders in one step, so that a kill leaves one of them under the name; False where none can."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(staged), here, os.fsencode(directory), exchange) == 0
 
 
 def portable(value: Any, directory: Path) -> Any:

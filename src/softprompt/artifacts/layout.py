@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
-from softprompt.errors import ArtifactError, nearest
+from softprompt.errors import ArtifactError, excerpt, nearest
+from softprompt.fields import UNSET, fits, type_name
 from softprompt.prompts import COLS_KEY, CONFIG_NAME, PROMPT_KEY, ROWS_KEY, PeftType, config_class
+from softprompt.untrusted import MOST_SIZE, MOST_VIRTUAL_TOKENS
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_WEIGHTS_NAME = "adapter_model.bin"
@@ -36,14 +38,19 @@ class PeftLayout:
     """What the folder of one method holds.
 
     Attributes:
-        keys: What ``adapter_config.json`` may hold.
+        types: What ``adapter_config.json`` may hold, and the types of these values.
         shapes: The tensors that a config needs, by name.
         meaning: How the sizes of ``prompt_embeddings`` are made, for messages.
     """
 
-    keys: frozenset[str]
+    types: Mapping[str, Any]
     shapes: Callable[[Mapping[str, Any]], dict[str, Shape]]
     meaning: str = "num_virtual_tokens * num_transformer_submodules, token_dim"
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """What ``adapter_config.json`` may hold."""
+        return frozenset(self.types)
 
 
 def layout_of(config: Mapping[str, Any]) -> PeftLayout:
@@ -70,10 +77,11 @@ def count_in(config: Mapping[str, Any], key: str, *, required: bool = False) -> 
     value = config.get(key)
     if value is None and not required:
         return None
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    most = MOST_VIRTUAL_TOKENS if key == "num_virtual_tokens" else MOST_SIZE
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
         raise ArtifactError(
-            f"expected {key} in {CONFIG_NAME} to be a whole number above 0, got {value!r}: "
-            "restore it from the original"
+            f"expected {key} in {CONFIG_NAME} to be a whole number above 0, of at most {most:,}, got "
+            f"{excerpt(repr(value))}: restore it from the original"
         )
     return value
 
@@ -95,9 +103,10 @@ def _keys_and_values(config: Mapping[str, Any]) -> dict[str, Shape]:
     return {PROMPT_KEY: (count_in(config, "num_virtual_tokens", required=True), columns)}
 
 
-def _keys(kind: PeftType) -> frozenset[str]:
+def _types(kind: PeftType) -> dict[str, Any]:
+    hints, extended = get_type_hints(config_class(kind)), kind is PeftType.EXTENDED_PROMPT_TUNING
     own = {item.name for item in fields(config_class(kind)) if not item.metadata.get("ours")}
-    return frozenset(own | OUR_KEYS if kind is PeftType.EXTENDED_PROMPT_TUNING else own)
+    return {name: hints[name] for name in (own | OUR_KEYS if extended else own)}
 
 
 _PER_LAYER = (_keys_and_values, "num_virtual_tokens, num_layers * 2 * token_dim")
@@ -107,7 +116,7 @@ _OTHERS: Mapping[PeftType, tuple[Any, ...]] = {
     PeftType.CARTRIDGE: _PER_LAYER,
 }
 LAYOUTS: Mapping[PeftType, PeftLayout] = {
-    kind: PeftLayout(_keys(kind), *_OTHERS.get(kind, (_virtual_tokens,))) for kind in PeftType
+    kind: PeftLayout(_types(kind), *_OTHERS.get(kind, (_virtual_tokens,))) for kind in PeftType
 }
 
 
@@ -133,12 +142,19 @@ def config_json(config: Mapping[str, Any]) -> str:
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Check what reading the weights needs of a configuration: the method and the sizes.
+    """Check a configuration before the weights are read: the method, the types of all values, and the sizes.
 
     Raises:
-        ArtifactError: the method is not supported, or a size is not a count.
+        ArtifactError: the method is not supported, a value has another type, or a size is not a count.
     """
-    layout_of(config).shapes(config)
+    layout = layout_of(config)
+    layout.shapes(config)
+    for name, hint in layout.types.items():
+        if not fits(config.get(name, UNSET), hint):
+            raise ArtifactError(
+                f"expected {name} in {CONFIG_NAME} to be {type_name(hint)}, got {excerpt(repr(config[name]))}: "
+                "restore it from the original"
+            )
 
 
 def check_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> None:
@@ -188,8 +204,9 @@ def check_values(name: str, tensor: Tensor, where: str) -> None:
     plain = tensor.layout == torch.strided and not tensor.is_nested
     if not plain or tensor.is_quantized or tensor.is_meta:
         raise ArtifactError(f"expected plain dense tensors in {where}, {name} is not: save it as .to_dense()")
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-        broken = int((~torch.isfinite(tensor.float())).sum())
+    # Part by part, for the masks take memory too.
+    parts = torch.split(tensor.reshape(-1), 1 << 20) if tensor.is_floating_point() else ()
+    if broken := sum(int((~torch.isfinite(part.float())).sum()) for part in parts):
         raise ArtifactError(
             f"expected finite numbers in {name} of {where}, {broken} of {tensor.numel()} are NaN "
             "or infinite: use an earlier checkpoint, or train again at a lower learning rate"

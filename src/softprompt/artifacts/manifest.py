@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import platform
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,10 +16,20 @@ from typing import Any, Literal
 from softprompt.backbone import Base
 from softprompt.data import PLACEHOLDER
 from softprompt.errors import ArtifactError, nearest
+from softprompt.fields import fits, type_name
+from softprompt.untrusted import MOST_LABEL, MOST_LABELS, MOST_TEMPLATE
 
 FORMAT_VERSION = 1
 _OPTIONAL = frozenset({"tasks", "weights_sha256", "chat"})
 _TUPLES = ("labels", "tasks")
+_MOST = {"template": MOST_TEMPLATE, "labels": MOST_LABELS, "tasks": MOST_LABELS}
+"""Characters of a text, items of a list."""
+_PARTS: Mapping[str, Mapping[str, type]] = {
+    "data": {"train": dict, "validation": dict},
+    "metrics": {"validation": dict},
+    "settings": {"input_field": str, "output_field": str},
+}
+"""Types of what is read of nested values."""
 _RECORDED_PACKAGES = ("softprompt", "torch", "transformers", "safetensors")
 _MAX_TOKENS = (256, 128)
 """Input and answer lengths where a format does not record them."""
@@ -195,28 +204,27 @@ def _check_version(values: Mapping[str, Any]) -> None:
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
-    if _fits(value, hint):
+    counted = name in _MOST and value is not None
+    if (
+        counted
+        and fits(value, hint)
+        and (len(value) > _MOST[name] or (name != "template" and max(map(len, value), default=0) > MOST_LABEL))
+    ):
+        raise ArtifactError(
+            f"expected at most {_MOST[name]:,} for {name} in softprompt.json, in a list {MOST_LABEL:,} characters "
+            f"each, got {len(value):,}: check that it is what it should be"
+        )
+    parts = {part: value.get(part) for part in _PARTS.get(name, ())} if isinstance(value, dict) else {}
+    for part, inner in parts.items():
+        if inner is not None and not isinstance(inner, _PARTS[name][part]):
+            name, value, hint = f"{name}.{part}", inner, _PARTS[name][part]
+            break
+    if fits(value, hint) and (hint is not int or value > 0):
         return tuple(value) if name in _TUPLES and value is not None else value
-    expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
     raise ArtifactError(
-        f"expected {name} in softprompt.json to be {expected}, got {type(value).__name__} "
+        f"expected {name} in softprompt.json to be {type_name(hint)}, got {type(value).__name__} "
         f"{str(value)[:40]!r}: restore the file from the original"
     )
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return any(_fits(value, option) for option in arguments)
-    if origin is Literal:
-        return value in arguments
-    if origin is tuple:
-        return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, origin or hint)
 
 
 def _plain(value: Any, where: str) -> Any:

@@ -45,8 +45,11 @@ from softprompt.artifacts.manifest import Manifest
 from softprompt.artifacts.stored_prompt import StoredPrompt
 from softprompt.errors import ArtifactError, no_folder
 from softprompt.prompts import CONFIG_NAME
+from softprompt.untrusted import MOST_TEXT_BYTES
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_MOST_OF_A_NAME = 255
+"""Characters of a part of a path, which no file system exceeds."""
 PROMPT_FILES = (CONFIG_NAME, WEIGHTS_NAME, PICKLED_WEIGHTS_NAME, MANIFEST_NAME)
 
 
@@ -139,7 +142,8 @@ def load_adapter(
         )
     names = (CONFIG_NAME, WEIGHTS_NAME, MANIFEST_NAME)
     found = {name: directory / name for name in names if (directory / name).is_file()}
-    files = {name: read_bytes(path) for name, path in found.items()}
+    most = {WEIGHTS_NAME: None}
+    files = {name: read_bytes(path, most.get(name, MOST_TEXT_BYTES)) for name, path in found.items()}
     return _parsed(files, directory, str(directory))
 
 
@@ -166,7 +170,7 @@ def _parsed(files: Mapping[str, bytes], directory: Path, location: str) -> Store
     config = parse_object(files[CONFIG_NAME].decode(errors="replace"), name)
     check_config(config)
     base = "base_model_name_or_path"
-    config |= {base: anchored(config.get(base), directory)} if base in config else {}
+    config |= {base: _named(config[base], directory / CONFIG_NAME)} if base in config else {}
     record, weights = files.get(MANIFEST_NAME), files.get(WEIGHTS_NAME)
     manifest = None if record is None else _manifest_of(record, directory / MANIFEST_NAME)
     path = directory / (PICKLED_WEIGHTS_NAME if weights is None else WEIGHTS_NAME)
@@ -183,9 +187,16 @@ def _parsed(files: Mapping[str, bytes], directory: Path, location: str) -> Store
 def _manifest_of(data: bytes, path: Path) -> Manifest:
     try:
         manifest = Manifest.from_dict(parse_object(data.decode(errors="replace"), path.name))
-        return dataclasses.replace(manifest, base_model=anchored(manifest.base_model, path.parent))
+        return dataclasses.replace(manifest, base_model=_named(manifest.base_model, path))
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
+
+
+def _named(base: str | None, path: Path) -> Any:
+    """Return the base that a file names, found from here."""
+    if base and max(map(len, base.split("/"))) > _MOST_OF_A_NAME:
+        raise ArtifactError(f"expected the name of a base in {path}, got {base[:40]!r}...: restore it")
+    return anchored(base, path.parent)
 
 
 def _check_digest(path: Path, data: bytes, manifest: Manifest) -> None:

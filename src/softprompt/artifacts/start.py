@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.artifacts.files import load_pickled
+from softprompt.artifacts.files import load_pickled, load_safetensors, outside, read_bytes
 from softprompt.artifacts.peft_folder import load_adapter
 from softprompt.artifacts.stored_prompt import RecordedBase, StoredPrompt, check_base, other_parts
 from softprompt.backbone import (
@@ -129,8 +128,9 @@ def source_of(config: PromptLearningConfig) -> SourcePrompt | None:
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     try:
-        loaded = load_file(path) if path.suffix == ".safetensors" else load_pickled(path)
-    except (ArtifactError, SafetensorError, OSError) as cause:
+        safe = path.suffix == ".safetensors"
+        loaded: Any = load_safetensors(read_bytes(path), path) if safe else load_pickled(path)
+    except ArtifactError as cause:
         raise ConfigError(
             f"the source prompt {path} cannot be read, it is damaged or holds more than tensors; "
             "save it again as .safetensors from a source you trust"
@@ -212,7 +212,8 @@ def _recycled(
     seq2seq = stored.config.get("task_type") == TaskType.SEQ_2_SEQ_LM
     # The whole base is loaded, not its table alone: its fingerprint tells whether it is the right one.
     try:
-        own = load_base(name, seq2seq=seq2seq, torch_dtype=manifest.dtype if manifest else None)
+        dtype = manifest.dtype if manifest else None
+        own = load_base(outside(name, stored.location), seq2seq=seq2seq, torch_dtype=dtype, trust_remote_code=False)
     except BackboneError as cause:
         raise BackboneError(
             f"{stored.location} was made for {name}, which is needed to map it to this "

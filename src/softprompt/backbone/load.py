@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +27,13 @@ from softprompt.bundled import DEMO, source_of
 from softprompt.errors import BackboneError, ConfigError, nearest, no_folder
 from softprompt.progress import phase
 
+_trusting: ContextVar[bool] = ContextVar("trusting", default=False)
+
+
+def trust_code() -> None:
+    """Let the bases that this context loads from now on run the code that they bring along, as a user asked for."""
+    _trusting.set(True)
+
 
 def load_base(
     name_or_path: str | Path | PreTrainedModel,
@@ -35,7 +43,7 @@ def load_base(
     torch_dtype: str | torch.dtype | None = None,
     device: str | None = None,
     revision: str | None = None,
-    trust_remote_code: bool = False,
+    trust_remote_code: bool | None = None,
 ) -> Base:
     """Load a causal or seq2seq language model with its tokenizer.
 
@@ -49,13 +57,15 @@ def load_base(
         torch_dtype: Such as ``"bfloat16"``; None keeps the checkpoint's. A model in memory is converted in place.
         device: Such as ``"cuda:0"``; None keeps the CPU or the model's own.
         revision: Revision on the Hub.
-        trust_remote_code: Run the code that the model or its tokenizer brings along (``auto_map``).
+        trust_remote_code: Run the code that the model or its tokenizer brings along (``auto_map``); None does where
+            ``trust_code`` was called.
 
     Raises:
         BackboneError: If there is no such model, or it is not one of these kinds.
         ConfigError: For an unknown dtype.
     """
     dtype = parse_dtype(torch_dtype)
+    trust_remote_code = _trusting.get() if trust_remote_code is None else trust_remote_code
     if isinstance(name_or_path, PreTrainedModel):
         return _in_memory(name_or_path, tokenizer, dtype, device, trust_remote_code)
     name = str(name_or_path)
@@ -193,7 +203,7 @@ def _why_not_loaded(name: str, local: bool, cause: Exception) -> str:
     if "trust_remote_code" in str(cause):
         return (
             f"base model {name!r} would run code that it brings along (auto_map in its files); read it, and "
-            "pass trust_remote_code=True in Python if you trust it"
+            "pass --trust-remote-code (trust_remote_code=True in Python) if you trust it"
         )
     if local:
         return f"base model {name!r} cannot be loaded: {first}"

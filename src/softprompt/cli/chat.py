@@ -15,10 +15,10 @@ from softprompt.cli.options import (
     base_options,
     generation_options,
     given,
-    harmless,
     load_prompts,
     option,
     parts_of,
+    say,
     start_logging,
     text_lines,
     write,
@@ -247,5 +247,4 @@ class Terminal:
 
     def _say(self, message: str, *, always: bool = False) -> None:
         if always or not self.quiet:
-            lines = "\n".join(map(harmless, message.split("\n"))) if sys.stderr.isatty() else message
-            click.echo(lines, err=True)
+            say(message)

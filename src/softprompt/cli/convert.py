@@ -18,6 +18,7 @@ from softprompt.cli.options import (
     show,
     start_logging,
     table,
+    trust_option,
 )
 
 _extended, _base = (partial(option, group=each) for each in ("Extended vocabulary", "Base model"))
@@ -49,6 +50,7 @@ _extended, _base = (partial(option, group=each) for each in ("Extended vocabular
 @_base("--base-model", help="Base model of the prompt; by default the recorded one.")
 @_base("--torch-dtype", help="Data type of the base model; by default its files'.")
 @_base("--device", help="Device, such as cpu or cuda:0.")
+@trust_option
 @fingerprint_option
 @output_options
 def command(

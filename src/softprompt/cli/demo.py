@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.options import Command, option, output_options, overwrite_option, show, start_logging
+from softprompt.cli.options import Command, option, output_options, overwrite_option, say, show, start_logging
 
 if TYPE_CHECKING:
     from softprompt.evaluation import Report
@@ -73,7 +73,7 @@ def _draw_curve(history: Any, output: Path, base_accuracy: float | None) -> str 
     try:
         training_curve(history, path, base_accuracy=base_accuracy)
     except ConfigError as error:
-        click.echo(f"warning: no training curve: {error}", err=True)
+        say(f"warning: no training curve: {error}")
         return None
     return str(path)
 

@@ -18,6 +18,7 @@ from softprompt.cli.options import (
     show,
     start_logging,
     table,
+    trust_option,
 )
 from softprompt.distillation import DistillSettings
 from softprompt.errors import UsageError
@@ -49,6 +50,7 @@ _MEASURED = {"system_prompt", "documents", "examples", "questions", "unrelated",
     help="Data file of questions, with answers or without, or inputs of a task; instead of --self-study.",
 )
 @option("--base-model", group="Model and engine", help="Base model: folder or name.  [default: demo]")
+@trust_option
 @options_of(DistillSettings)
 @option("--no-report", is_flag=True, group="Output", help="Do not measure the prompt on what was kept apart.")
 @option(

@@ -19,6 +19,7 @@ from softprompt.cli.options import (
     parts_of,
     records_of,
     request_of,
+    say,
     show,
     start_logging,
     stdin_lines,
@@ -67,7 +68,7 @@ def command(
     answers = tuned.generate(list(inputs.values()), **given(options))
     if tuned.of_task(options["task_name"]).labels is not None and not quiet:
         note = f"{prompt_dir} is a classifier, and what it generates need not be one of its labels"
-        click.echo(f"note: {note}; softprompt classify {prompt_dir} gives labels with probabilities", err=True)
+        say(f"note: {note}; softprompt classify {prompt_dir} gives labels with probabilities")
     key = "line" if data is None else "record"
     found = [{key: n} | answer.to_dict() for n, answer in zip(inputs, answers, strict=True)]
     show(

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.options import Command, fingerprint_option, option, output_options, show, start_logging, table
+from softprompt.cli.options import (
+    Command,
+    fingerprint_option,
+    option,
+    output_options,
+    say,
+    show,
+    start_logging,
+    table,
+    trust_option,
+)
 from softprompt.errors import ArtifactError, BackboneError
 
 if TYPE_CHECKING:
@@ -21,6 +31,7 @@ if TYPE_CHECKING:
 @click.command("info", cls=Command)
 @click.argument("prompt_dir")
 @option("--base-model", group="Base model", help="Base model to compare with instead of the recorded one.")
+@trust_option
 @option(
     "--without-base",
     is_flag=True,
@@ -57,7 +68,7 @@ def command(
         show({"location": prompt_dir, "interrupted": where}, f"{prompt_dir}: {where}", as_json=as_json)
         return
     if where is not None:
-        click.echo(f"warning: the prompt is of an earlier run; the one that was to replace it: {where}", err=True)
+        say(f"warning: the prompt is of an earlier run; the one that was to replace it: {where}")
     base = None if without_base else _base(stored, base_model, ignore_fingerprint)
     if base is None:
         summary = describe(stored)
@@ -85,7 +96,7 @@ def _base(stored: StoredPrompt, base_model: str | None, ignore_fingerprint: bool
     except (ArtifactError, BackboneError) as error:
         if base_model is not None:
             raise
-        click.echo(f"warning: shown without its base: {error}", err=True)
+        say(f"warning: shown without its base: {error}")
         return None
     return base
 

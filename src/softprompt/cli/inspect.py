@@ -15,6 +15,7 @@ from softprompt.cli.options import (
     option,
     output_options,
     overwrite_option,
+    say,
     show,
     start_logging,
 )
@@ -74,11 +75,11 @@ def command(
     if no_base and (data is not None or options["base_model"] is not None):
         raise UsageError("--no-base leaves --data and --base-model unused; leave it out, or these")
     if data is None and not no_base and (data := _recorded(prompt_dir)) is not None and not quiet:
-        click.echo(f"records of {data}, which the prompt was made with; name others by --data", err=True)
+        say(f"records of {data}, which the prompt was made with; name others by --data")
     found = inspect_prompt(prompt_dir, data, with_base=not no_base, silence_progress_bars=quiet, **given(options))
     if output is not None:
         write_report(found, output, overwrite=overwrite)
-        click.echo(f"written: {output}", err=True)
+        say(f"written: {output}")
     show(found.to_dict(), str(found), as_json=as_json)
 
 

@@ -13,7 +13,7 @@ from typing import Any, final
 
 import click
 
-from softprompt.errors import SoftPromptError, TrainingInterrupted, nearest
+from softprompt.errors import SoftPromptError, TrainingInterrupted, line, nearest
 
 GROUPS = {
     "Train": ("demo", "tune", "sweep", "distill", "runs", "sources", "compose"),
@@ -122,7 +122,5 @@ codecs.register_error(_ESCAPED, _escaped)
 
 
 def _say(message: str, code: int) -> int:
-    # Names of files may hold bytes that are not UTF-8.
-    shown = message.encode("utf-8", "backslashreplace").decode()
-    click.echo(" ".join(shown.split()), err=True)
+    click.echo(line(message), err=True)
     return code

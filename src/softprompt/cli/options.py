@@ -15,13 +15,14 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from functools import partial
+from importlib import import_module
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar, final, get_args, get_origin
 
 import click
 
 from softprompt.cli.parameter_types import NumberOr, Place
-from softprompt.errors import UsageError, in_options
+from softprompt.errors import UsageError, in_options, line, visible
 from softprompt.fields import choices_of, default_of, type_of
 from softprompt.progress import silence
 
@@ -33,7 +34,6 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 WORDED = "softprompt.worded"
 """Where a context of click keeps what puts messages into the words of its command."""
 ALIASES = {"learning_rate": ("--lr",), "prompt_tuning_init_method": ("--init",)}
-_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _BASE = ("base_model", "torch_dtype", "device", "ignore_fingerprint")
 
 
@@ -157,11 +157,19 @@ data_option = option(
 fingerprint_option = _base(
     "--ignore-fingerprint", is_flag=True, help="Use a base model that the prompt was not trained for."
 )
+trust_option = _base(
+    "--trust-remote-code",
+    is_flag=True,
+    expose_value=False,
+    callback=lambda context, parameter, value: value and import_module("softprompt.backbone").trust_code(),
+    help="Run the Python code in the base model's files (auto_map) with your rights; read it first.",
+)
 base_options = together(
     fingerprint_option,
     _base("--base-model", help="Base model instead of the recorded one; its fingerprint is checked."),
     _base("--torch-dtype", help="Data type of the base model; by default the recorded one."),
     _base("--device", help="Device, such as cpu or cuda:0."),
+    trust_option,
 )
 """Options of loading the base model of a saved prompt; see ``load_prompts``."""
 input_options = together(
@@ -308,7 +316,7 @@ def stdin_lines() -> dict[int, str]:
     blank = sorted(lines.keys() - kept.keys())
     if blank:
         shown = ", ".join(map(str, blank[:5])) + (", ..." if len(blank) > 5 else "")
-        click.echo(f"warning: {len(blank)} blank lines of stdin have no answer: {shown}", err=True)
+        say(f"warning: {len(blank)} blank lines of stdin have no answer: {shown}")
     return kept
 
 
@@ -356,17 +364,17 @@ def show(result: Mapping[str, Any], text: str, *, as_json: bool) -> None:
 
 def write(text: str) -> None:
     """Write to stdout; on a terminal control characters, as a model may write them, are spelt out."""
-    click.echo(harmless(text) if sys.stdout.isatty() else text, nl=False)
+    click.echo(visible(text) if sys.stdout.isatty() else text, nl=False)
 
 
-def harmless(text: str) -> str:
-    """Return a text with what a terminal would obey spelt as in JSON: escape sequences, changes of direction."""
-    return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+def say(text: str) -> None:
+    """Write lines to stderr, visible whatever they hold."""
+    click.echo("\n".join(map(visible, text.split("\n"))), err=True)
 
 
 def table(rows: Mapping[str, Any]) -> str:
     """Return names and values in two columns, leaving out what is None."""
-    width = max(len(name) for name in rows)
+    width = max(map(len, rows), default=0)
     return "\n".join(
         f"{name.replace('_', ' '):<{width}}  {_number(value)}" for name, value in rows.items() if value is not None
     )
@@ -386,4 +394,4 @@ class _ToStandardError(logging.Handler):
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
         context, message = click.get_current_context(silent=True), record.getMessage()
         message = message if context is None else context.meta.get(WORDED, str)(message)
-        sys.stderr.write(f"{prefix}{harmless(message) if sys.stderr.isatty() else message}\n")
+        sys.stderr.write(f"{prefix}{line(message)}\n")

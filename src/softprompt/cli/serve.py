@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from softprompt.cli.options import Command, given, option, options_of, parts_of, start_logging
+from softprompt.cli.options import Command, given, option, options_of, parts_of, start_logging, trust_option
 from softprompt.errors import UsageError
 from softprompt.generation import Bounds
 from softprompt.server.settings import ServeSettings
@@ -15,6 +15,7 @@ from softprompt.server.settings import ServeSettings
 @click.command("serve", cls=Command)
 @options_of(ServeSettings, leave_out=("bounds",))
 @options_of(Bounds)
+@trust_option
 @option("--quiet", is_flag=True, help="Show warnings and errors only.")
 def command(*, quiet: bool, **options: Any) -> None:
     """Serve all prompts of a folder over an OpenAI-compatible HTTP API.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from softprompt.cli.options import Command, option, output_options, show, start_logging
+from softprompt.cli.options import Command, option, output_options, say, show, start_logging
 from softprompt.prompts import MEASURES, Measure
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def command(prompt_dir: str, folder: str, top: int | None, measure: Measure, as_
 
     answer = similar_prompts(prompt_dir, folder, top=top, measure=measure)
     for each in answer.skipped:
-        click.echo(f"warning: skipped {each.folder}: {each.reason}", err=True)
+        say(f"warning: skipped {each.folder}: {each.reason}")
     show(answer.to_dict(), _text(answer), as_json=as_json)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.options import Command, option, output_options, show, start_logging
+from softprompt.cli.options import Command, option, output_options, show, start_logging, trust_option
 from softprompt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def command() -> None:
     help="Folder of source prompts; by default the environment's SOURCE_PROMPT_BASE.",
 )
 @option("--base-model", group="Sources", help="Base model; shows which sources fit it, and why others do not.")
+@trust_option
 @output_options
 def list_command(source_prompt_base: str | None, base_model: str | None, as_json: bool, quiet: bool) -> None:
     """List the source prompts there are: tasks, sizes, base, metrics."""

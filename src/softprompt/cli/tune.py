@@ -24,6 +24,7 @@ from softprompt.cli.options import (
     start_logging,
     table,
     together,
+    trust_option,
 )
 from softprompt.errors import UsageError
 from softprompt.training import METHODS, TuneSettings, TuningConfig, full_names
@@ -51,6 +52,7 @@ def run_options(*leave_out: str) -> Callable[[Decorated], Decorated]:
             help="Validation data, to keep the best epoch; several with the same tasks.  [repeatable]",
         ),
         option("--base-model", group="Model and engine", help="Base model: folder or name.  [default: demo]"),
+        trust_option,
         option(
             "--method",
             type=click.Choice(list(METHODS)),

@@ -114,7 +114,7 @@ def chat_of(given: Any, where: str = "the input", columns: Sequence[str] | None 
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: expected a list of tools as JSON in 'tools', got {tools[:40]!r}") from error
     return Chat(messages, tools or None, before)
 
@@ -128,7 +128,7 @@ def _text(given: Mapping[str, Any], name: str, where: str) -> str:
 def _listed(value: Any, name: str, where: str) -> Any:
     """Return a text or a list of messages; a table's cell holds the list as JSON."""
     if isinstance(value, str) and value.lstrip().startswith("["):
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             value = found if is_chat(found := json.loads(value)) else value
     if value is None or (not isinstance(value, str) and hasattr(value, "__len__") and not len(value)):
         raise DataError(f"{where}: expected messages in the field {name!r}, got {value!r}")

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -57,7 +58,7 @@ def read_json_lines(text: str, name: str) -> Iterator[Located]:
         where = f"{name}, line {number}"
         try:
             value = json.loads(line, object_pairs_hook=partial(_no_repeats, where=where))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise _malformed(error, where) from error
         yield as_record(value, where)
 
@@ -76,7 +77,7 @@ def read_json_list(text: str, name: str) -> Iterator[Located]:
         counted = position
         try:
             value, position = decoder.raw_decode(text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             at = error.lineno if isinstance(error, json.JSONDecodeError) else line
             raise _malformed(error, f"{name}, line {at}") from error
         yield as_record(value, f"{name}, line {line}")
@@ -100,9 +101,13 @@ def _no_repeats(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
     return record
 
 
-def _malformed(error: json.JSONDecodeError | RecursionError, where: str) -> DataError:
+def _malformed(error: ValueError | RecursionError, where: str) -> DataError:
+    if isinstance(error, DataError):
+        return error
     if isinstance(error, RecursionError):
         return DataError(f"{where}: expected a flat record, got JSON nested too deeply to read")
+    if not isinstance(error, json.JSONDecodeError):  # Python reads no number of more than 4,300 digits
+        return DataError(f"{where}: a number has too many digits ({error}); write it as text")
     return DataError(
         f"{where}: not valid JSON ({error.msg} at column {error.colno}); "
         'expected one object such as {"input": "...", "output": "..."}'
@@ -190,9 +195,9 @@ def _table_records(lines: Iterator[tuple[int, list[str]]], name: str) -> Iterato
 def _check_header(header: list[str], where: str) -> None:
     if "" in header:
         raise DataError(f"{where}: column {header.index('') + 1} of the header has no name")
-    repeated = sorted({column for column in header if header.count(column) > 1})
-    if repeated:
-        raise DataError(f"{where}: the header names {repeated[0]!r} twice; rename one")
+    repeated = min((column for column, times in Counter(header).items() if times > 1), default=None)
+    if repeated is not None:
+        raise DataError(f"{where}: the header names {repeated!r} twice; rename one")
 
 
 def read_parquet(path: Path) -> Iterator[Located]:

@@ -12,6 +12,7 @@ from softprompt.data.chats import CHAT_COLUMNS, Chat, chat_of, is_chat
 from softprompt.data.file_formats import Located
 from softprompt.data.sources import DataSource, Use, read_source
 from softprompt.errors import ConfigError, DataError, broken, nearest
+from softprompt.untrusted import MOST_CHARACTERS
 
 LabelNames: TypeAlias = Mapping[str, str] | Mapping[int, str] | Sequence[str]
 """Names of targets by these, or those of 0, 1 and so on."""
@@ -169,6 +170,11 @@ def _text(value: Any, name: str, where: str) -> str | None:
     if isinstance(scalar, str):
         if problem := broken(scalar):
             raise DataError(f"{where}: the field {name!r} holds {problem}; correct the record or leave it out")
+        if len(scalar) > MOST_CHARACTERS:  # no context holds it, and a tokenizer takes minutes
+            raise DataError(
+                f"{where}: the field {name!r} has {len(scalar):,} characters, and at most {MOST_CHARACTERS:,} are "
+                "read; cut it"
+            )
         return scalar
     if scalar is None or (isinstance(scalar, float) and math.isnan(scalar)):
         return None

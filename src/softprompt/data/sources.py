@@ -138,6 +138,8 @@ def check_file(path: Path) -> None:
             else ""
         )
         raise DataError(f"{path}: no such data file{nearest(path.name, siblings)}{hub}")
+    if not path.is_file():
+        raise DataError(f"{path}: expected a data file, got a device or a pipe; pipe data in and name - instead")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty; expected at least one record")
 

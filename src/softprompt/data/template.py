@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from softprompt.data.records import INPUT, Record
-from softprompt.errors import TemplateError, broken, nearest
+from softprompt.errors import TemplateError, broken, excerpt, nearest
 
 _NAME = r"\w(?:[^{}\"\r\n]*[^{}\"\s])?"
 PLACEHOLDER = re.compile(f"{{{{({_NAME})}}}}")
 _SECTION = re.compile(rf"{{{{([#^])({_NAME})}}}}(.*?){{{{/\2}}}}", re.DOTALL)
 _NEARLY = re.compile(rf"{{{{?\s*({_NAME})\s*}}}}?")
+_MOST_SECTIONS = 100
 _NOTHING: Mapping[str, str] = {}
 
 
@@ -66,6 +67,10 @@ class Verbalizer:
         """
         if problem := broken(template):
             raise TemplateError(f"the verbalizer {template!r} holds {problem}; write it in UTF-8")
+        if template.count("{{#") + template.count("{{^") > _MOST_SECTIONS:  # each is looked for to the end
+            raise TemplateError(
+                f"expected at most {_MOST_SECTIONS} sections in the verbalizer {excerpt(template)!r}"
+            )
         self.segments = tuple(_segments(template))
         inserted = [each.text for each in self.segments if each.is_field]
         sections = [each.section for each in self.segments if each.section]

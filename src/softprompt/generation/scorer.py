@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import atexit
 import logging
-import queue
 import threading
+import time
+from collections import deque
 from collections.abc import Sequence, Set
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ from softprompt.prompts import Prompt
 logger = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 1.0
+_BREATH = 0.001
+"""Seconds between two turns, in which who waits for the base gets its lock: locks are not fair by themselves."""
 
 
 @torch.no_grad()
@@ -94,16 +98,40 @@ def _tokens_beside(row: EngineRow, last: EngineRow | None, known: Set[Prompt | N
     return virtual + len(row.target) + (0 if shared else len(row.source))
 
 
-class Scoring(NamedTuple):
-    """The rows of one caller, and what gets the log-probability of each row's target, float32 on the CPU."""
+@final
+@dataclass(slots=True, eq=False)
+class Scoring:
+    """One caller: its rows, those still to be scored in parts of about a pass, and the sums, float32 on the CPU."""
 
     rows: tuple[EngineRow, ...]
-    answer: Future[Tensor]
+    left: deque[list[int]]
+    sums: Tensor
+    answer: Future[Tensor] = field(default_factory=Future)
+
+    @property
+    def part(self) -> list[EngineRow]:
+        """The rows of its next turn."""
+        return [self.rows[i] for i in self.left[0]]
+
+    def take(self, scores: Tensor) -> bool:
+        """Take the sums of the turn, and return whether more are to be scored."""
+        self.sums[self.left.popleft()] = scores
+        if not self.left and self.answer.set_running_or_notify_cancel():
+            self.answer.set_result(self.sums)
+        return bool(self.left)
+
+    def fail(self, error: Exception) -> None:
+        """End with an error, unless the caller has gone."""
+        if self.answer.set_running_or_notify_cancel():
+            self.answer.set_exception(error)
 
 
 @final
 class Scorer:
     """Dynamic batching of label scores: a thread that scores what waits in shared passes.
+
+    Callers take turns of about a pass, so that one with many rows holds up no other for longer, and one that has
+    gone is dropped at its next turn.
 
     Args:
         base: The base, whose lock is held for each pass.
@@ -115,10 +143,10 @@ class Scorer:
     def __init__(self, base: Base, bounds: Bounds, residents: ResidentPrompts) -> None:
         self._base = base
         self._bounds = bounds
-        self._waiting: queue.Queue[Scoring | None] = queue.Queue(bounds.max_queue)
+        self._waiting: deque[Scoring] = deque()
         self._front = FrontPrompts(base, residents)
         self._stopped = False
-        self._guard = threading.Lock()
+        self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="softprompt-scorer", daemon=True)
 
     @property
@@ -133,98 +161,93 @@ class Scorer:
         atexit.register(self.stop)
 
     def submit(self, rows: Sequence[EngineRow]) -> Future[Tensor]:
-        """Queue targets to be scored.
+        """Queue targets to be scored; cancelling what is returned ends the work on them.
 
         Raises:
             QueueFullError: Too many callers wait.
             NotServingError: It has stopped.
         """
-        scoring = Scoring(tuple(rows), Future())
-        try:
-            with self._guard:
-                if self._stopped:
-                    raise NotServingError("serving is stopping and takes no more requests; ask another server")
-                self._waiting.put_nowait(scoring)
-        except queue.Full:
-            raise QueueFullError(
-                f"{self._waiting.maxsize} requests wait already; try again later", _RETRY_SECONDS
-            ) from None
+        # A turn is cut into passes once more, with what is known of its prompts then.
+        parts = _passes(rows, self._bounds.max_score_rows, 2 * self._bounds.max_step_tokens)
+        scoring = Scoring(tuple(rows), deque(parts or [[]]), torch.zeros(len(rows)))
+        with self._changed:
+            if self._stopped:
+                raise NotServingError("serving is stopping and takes no more requests; ask another server")
+            if len(self._waiting) >= self._bounds.max_queue:
+                raise QueueFullError(f"{len(self._waiting)} requests wait already; try again later", _RETRY_SECONDS)
+            self._waiting.append(scoring)
+            self._changed.notify()
         return scoring.answer
 
     def stop(self) -> None:
-        """Finish what runs, and fail what waits."""
+        """Finish the turn that runs, and fail what waits."""
         self._fail_waiting("serving has stopped; ask again")
-        self._waiting.put(None)
         if self._thread.is_alive():
             self._thread.join()
         atexit.unregister(self.stop)
 
     def _fail_waiting(self, why: str) -> None:
-        with self._guard:  # what is put behind the end would never be answered
+        with self._changed:
             self._stopped = True
-        while True:
-            try:
-                left = self._waiting.get_nowait()
-            except queue.Empty:
-                return
-            if left is not None and left.answer.set_running_or_notify_cancel():
-                left.answer.set_exception(NotServingError(why))
+            left, self._waiting = self._waiting, deque()
+            self._changed.notify()
+        for each in left:
+            each.fail(NotServingError(why))
 
     def _work(self) -> None:
         try:
-            self._score_all()
+            while batch := self._turn():
+                if more := self._scored(batch):
+                    self._wait_again(more)
+                    time.sleep(_BREATH)
         except Exception:
             logger.exception("scoring has failed")
             self._fail_waiting("scoring has failed; start it again")
 
-    def _score_all(self) -> None:
-        held: Scoring | None = None
-        while True:
-            first = held or self._waiting.get()
-            if first is None:
-                return
-            held, batch, ends = self._batch(first)
-            alive = [each for each in batch if each.answer.set_running_or_notify_cancel()]
-            if alive:
-                self._answer(alive)
-            if ends:
-                return
+    def _turn(self) -> list[Scoring]:
+        """Wait for callers, and take the first and those that fit beside it; none at the end."""
+        batch, rows = list[Scoring](), 0
+        with self._changed:
+            while not batch and not self._stopped:
+                self._changed.wait_for(lambda: self._waiting or self._stopped)
+                for each in list(self._waiting):
+                    gone = each.answer.cancelled()
+                    fits = not batch or rows + len(each.left[0]) <= self._bounds.max_score_rows
+                    if gone:
+                        each.answer.set_running_or_notify_cancel()
+                    elif fits:
+                        batch.append(each)
+                        rows += len(each.left[0])
+                    if gone or fits:
+                        self._waiting.remove(each)
+        return batch
 
-    def _batch(self, first: Scoring) -> tuple[Scoring | None, list[Scoring], bool]:
-        """Take what waits and may share a pass; what may not is first next time."""
-        batch, rows = [first], len(first.rows)
-        while True:
-            try:
-                following = self._waiting.get_nowait()
-            except queue.Empty:
-                return None, batch, False
-            if following is None:
-                return None, batch, True
-            rows += len(following.rows)
-            if rows > self._bounds.max_score_rows:
-                return following, batch, False
-            batch.append(following)
+    def _wait_again(self, more: Sequence[Scoring]) -> None:
+        """Put callers behind those that have waited meanwhile."""
+        with self._changed:
+            stopped = self._stopped
+            self._waiting.extend(() if stopped else more)
+        for each in more if stopped else ():
+            each.fail(NotServingError("serving has stopped; ask again"))
 
-    def _answer(self, batch: Sequence[Scoring]) -> None:
-        rows = [row for each in batch for row in each.rows]
+    def _scored(self, batch: Sequence[Scoring]) -> list[Scoring]:
+        """Score a turn of each caller, and return those that have more."""
+        parts = [each.part for each in batch]
         try:
             sums = score_rows(
                 self._engine,
-                rows,
+                [row for part in parts for row in part],
                 max_rows=self._bounds.max_score_rows,
                 max_tokens=self._bounds.max_step_tokens,
                 residents=self._front,
             )
         except Exception as error:  # whatever a model's own code raises on one of the rows
-            if len(batch) == 1:
-                batch[0].answer.set_exception(error)
-                return
-            for each in batch:
-                self._answer([each])
-            return
-        parts = torch.split(sums, [len(each.rows) for each in batch])
-        for each, scores in zip(batch, parts, strict=True):
-            each.answer.set_result(scores)
+            if len(batch) > 1:
+                return [more for each in batch for more in self._scored([each])]
+            batch[0].fail(error)
+            return []
+        scores = torch.split(sums, [len(part) for part in parts])
+        return [each for each, own in zip(batch, scores, strict=True) if each.take(own)]
 
     @cached_property
     def _engine(self) -> Engine:

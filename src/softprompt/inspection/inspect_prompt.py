@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from softprompt.artifacts import StoredPrompt, load_adapter, other_base
+from softprompt.artifacts import StoredPrompt, load_adapter, other_base, outside
 from softprompt.backbone import Base, load_base, replaced_modules
 from softprompt.data import DataSource, read_source
 from softprompt.engine import EngineRow
@@ -113,6 +113,7 @@ def _opened(
             raise BackboneError(
                 "left out as asked" if name else "the prompt names none; give base_model (--base-model)"
             )
+        name = named or outside(name, stored.location)
         if task in _WRITE_TEXT:
             tuned = load(stored.location, name, **reading)
             return tuned.base, tuned

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.artifacts import load_adapter, other_base, other_parts
-from softprompt.errors import ArtifactError, BackboneError, ConfigError, no_folder
+from softprompt.errors import ArtifactError, ConfigError, SoftPromptError, no_folder
 from softprompt.prompts import Measure, similarity
 
 
@@ -77,7 +77,7 @@ def similar_prompts(
             other = load_adapter(path)
             reason = other_base(query, other) or other_parts(other.model_types(), parts)
             candidate = tokens if reason else other.virtual_tokens().flatten(0, 1)
-        except (ArtifactError, BackboneError, ConfigError) as error:
+        except (SoftPromptError, OSError) as error:
             reason = str(error)
         if reason is not None:
             skipped.append(Skipped(str(path), reason))

@@ -23,6 +23,7 @@ from softprompt.errors import ArtifactError, ConfigError, InterfaceError, neares
 from softprompt.fields import positive, setting
 from softprompt.prompts.kinds import PeftType, Placement, TaskType
 from softprompt.prompts.recognition import KnownToPeft
+from softprompt.untrusted import MOST_TEXT_BYTES, parse_object, read_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -195,11 +196,8 @@ class PeftConfig(KnownToPeft):
         Raises:
             ArtifactError: If it holds no JSON object.
         """
-        values = json.loads(Path(path_json_file).read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ArtifactError(
-                f"expected a JSON object in {path_json_file}, got a {type(values).__name__}; save the prompt again"
-            )
+        data = read_bytes(Path(path_json_file), MOST_TEXT_BYTES)
+        values = parse_object(data.decode(errors="replace"), str(path_json_file))
         if values.pop("runtime_config", None) is not None:
             warnings.warn(
                 "The configuration file contains a `runtime_config` key. This is ignored. Runtime configurations "

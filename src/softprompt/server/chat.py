@@ -15,6 +15,7 @@ from softprompt.data import Chat
 from softprompt.errors import ConfigError
 from softprompt.generation import EchoEvent, Input, Request, TokenEvent
 from softprompt.prompts import Placement
+from softprompt.server.bodies import BodyRoute
 from softprompt.server.completions import answered
 from softprompt.server.logprobs import Scores
 from softprompt.server.protocol import (
@@ -37,7 +38,7 @@ from softprompt.server.unserved import OF_MESSAGE, OF_PART, PARAMETERS, Neutral
 if TYPE_CHECKING:
     from softprompt.server.served import Served
 
-router = APIRouter(tags=["generation"], dependencies=[USER])
+router = APIRouter(tags=["generation"], dependencies=[USER], route_class=BodyRoute)
 
 DEFAULT_TOKENS = 128
 """Default maximum of new tokens where no prompt's record has a limit."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from softprompt.errors import ConfigError, DataError
 from softprompt.generation import Input, Labelling, label_ids_of
+from softprompt.server.bodies import BodyRoute
 from softprompt.server.errors import Problem
 from softprompt.server.protocol import Body, Fields, Several, Stop, Text
 from softprompt.server.service import CLIENT_GONE, USER, in_thread, service_of, unless_gone
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from softprompt.server.served import Served
     from softprompt.server.service import Service
 
-router = APIRouter(tags=["classification"], dependencies=[USER])
+router = APIRouter(tags=["classification"], dependencies=[USER], route_class=BodyRoute)
 
 
 class ClassifyBody(Body):
@@ -157,7 +158,7 @@ async def classify(body: ClassifyBody, request: Request) -> Response:
     service = service_of(request)
     served = await service.served(body.model, body.task)
     labelling = await in_thread(labelling_of, body, served, service.settings.max_request_rows)
-    scoring = LabelRun.start(service, served, labelling)
+    scoring = await in_thread(LabelRun.start, service, served, labelling)
     sums = await unless_gone(request, scoring.sums(), scoring.cancel)
     if sums is None:
         return Response(status_code=CLIENT_GONE)

@@ -27,6 +27,7 @@ from softprompt.generation import (
     label_ids_of,
 )
 from softprompt.server.access_log import tally
+from softprompt.server.bodies import BodyRoute
 from softprompt.server.classify import LabelRun
 from softprompt.server.logprobs import Position, Scores
 from softprompt.server.protocol import (
@@ -58,7 +59,7 @@ from softprompt.server.service import (
 if TYPE_CHECKING:
     from softprompt.server.served import Served
 
-router = APIRouter(tags=["generation"], dependencies=[USER])
+router = APIRouter(tags=["generation"], dependencies=[USER], route_class=BodyRoute)
 
 
 class CompletionBody(SamplingBody):
@@ -121,7 +122,7 @@ async def complete(body: CompletionBody, request: HTTPRequest) -> Response:
         run = service.start(served, submission.requests)
     else:
         service.check_answers(submission.requests)
-        run = LabelAnswers(LabelRun.start(service, served, labelling), submission)
+        run = LabelAnswers(await in_thread(LabelRun.start, service, served, labelling), submission)
     if body.stream:
         return EventStream(run, _pieces(service, body, reply, run))
     return await answered(request, reply, run, lambda each: _whole(service, body, submission, each))

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from softprompt.engine import EngineRow, text_states
 from softprompt.errors import ConfigError, DataError, NotServingError, QueueFullError
+from softprompt.server.bodies import BodyRoute
 from softprompt.server.protocol import Body, Several, Text, TokenIds, Whole
 from softprompt.server.service import USER, Service, in_thread, service_of
 
 if TYPE_CHECKING:
     from softprompt.server.served import Served
 
-router = APIRouter(tags=["embeddings"], dependencies=[USER])
+router = APIRouter(tags=["embeddings"], dependencies=[USER], route_class=BodyRoute)
 
 
 class EmbeddingsBody(Body):

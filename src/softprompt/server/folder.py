@@ -29,6 +29,7 @@ from softprompt.errors import (
     without_folders,
 )
 from softprompt.prompts import CONFIG_NAME, PeftType, TaskType
+from softprompt.untrusted import MOST_TEXT_BYTES
 
 FILES = (CONFIG_NAME, WEIGHTS_NAME, MANIFEST_NAME)
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -290,5 +291,5 @@ def _shared(tasks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _object(root: PromptFolder, name: str, file: str, most: int) -> dict[str, Any] | None:
-    data = root.read(name, file, most)
+    data = root.read(name, file, min(most, MOST_TEXT_BYTES))
     return None if data is None else parse_object(data.decode(errors="replace"), f"{name}/{file}")

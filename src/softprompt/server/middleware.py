@@ -112,24 +112,26 @@ class Access:
         if host not in self.hosts:
             raise Problem(421, f"this server is not {excerpt(header)!r}; start it with --allowed-host")
 
+    def knows(self, headers: Headers) -> bool:
+        """Whether a known key was sent, or none is required."""
+        key = _bearer(headers)
+        return not self.users or self.users.accept(key) | self.admins.accept(key)
+
     def check_user(self, request: Request) -> None:
         """Raise Problem 401 unless a known key was sent, where any are required."""
-        if not self.users:
-            return
-        key = _bearer(request)
-        if not (self.users.accept(key) | self.admins.accept(key)):
+        if not self.knows(request.headers):
             raise _unknown_key()
 
     def check_admin(self, request: Request) -> None:
         """Raise Problem 403 where administration is off, 401 unless an administrator's key was sent."""
         if not self.admins:
             raise Problem(403, "administration is off; start the server with --admin-key-file")
-        if not self.admins.accept(_bearer(request)):
+        if not self.admins.accept(_bearer(request.headers)):
             raise _unknown_key()
 
 
-def _bearer(request: Request) -> str:
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+def _bearer(headers: Headers) -> str:
+    scheme, _, key = headers.get("authorization", "").partition(" ")
     return key.strip() if scheme.lower() == "bearer" else ""
 
 
@@ -165,8 +167,12 @@ class Limits:
             return
 
         async def counted(message: Message) -> None:
-            if message["type"] == "http.response.start" and message["status"] >= 400:
-                self._metrics.refused.labels(str(message["status"])).inc()
+            if message["type"] == "http.response.start":
+                if message["status"] >= 400:
+                    self._metrics.refused.labels(str(message["status"])).inc()
+                # A connection that is kept for probes alone is one less for those who have a key.
+                if 2 * self._connections.count > self._settings.max_connections and self._is_stranger(scope):
+                    message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
             await send(message)
 
         bounded = _Bounded(receive, counted, self._settings)
@@ -185,9 +191,15 @@ class Limits:
             response.headers["connection"] = "close"
             await response(scope, receive, counted)
 
+    def _is_stranger(self, scope: Scope) -> bool:
+        """Whether a request is a probe, or has no known key where one is required."""
+        return scope["path"] in _PROBES or not self._access.knows(Headers(scope=scope))
+
     def _check(self, headers: Headers, path: str) -> None:
         settings = self._settings
         self._access.check_host(headers.get("host", ""))
+        if "content-length" in headers and "transfer-encoding" in headers:  # a proxy may read the other one
+            raise Problem(400, "the request has Content-Length beside Transfer-Encoding; send one of them")
         # The request's own connection is counted, too.
         if self._connections.count > settings.max_connections and path not in _PROBES:
             raise Problem(

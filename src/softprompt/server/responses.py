@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from softprompt.errors import ConfigError
 from softprompt.generation import Input, Request, TokenEvent
+from softprompt.server.bodies import BodyRoute
 from softprompt.server.chat import DEFAULT_TOKENS, chat_input
 from softprompt.server.protocol import (
     MOST_TOKENS,
@@ -47,7 +48,7 @@ from softprompt.server.unserved import OF_ITEM, OF_PART, PARAMETERS, RESPONSES, 
 if TYPE_CHECKING:
     from softprompt.server.served import Served
 
-router = APIRouter(tags=["generation"], dependencies=[USER])
+router = APIRouter(tags=["generation"], dependencies=[USER], route_class=BodyRoute)
 
 
 class ItemPart(Part):

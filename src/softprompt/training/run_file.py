@@ -14,11 +14,13 @@ from softprompt.errors import ConfigError, broken, nearest
 from softprompt.training.keywords import ALIASES
 from softprompt.training.settings import TuneSettings
 from softprompt.training.tuning_config import TuningConfig
+from softprompt.untrusted import check_plain, read_bytes
 
 RUN_FILE = "run.toml"
 DATA = ("train_data", "validation_data")
 SOURCES = ("base_model", *DATA, "output")
 """Keys besides the settings."""
+_MOST_BYTES = 1 << 18
 SWEEP = "sweep"
 """Table of what a sweep tries; a run passes over it."""
 
@@ -31,12 +33,12 @@ def read_run(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, is not TOML, has an unknown key, or a source that is no text.
     """
+    data = read_bytes(Path(path), _MOST_BYTES, ConfigError)
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the run file {path}: {error}") from error
-    except tomllib.TOMLDecodeError as error:
+        values = tomllib.loads(data.decode())
+    except (ValueError, RecursionError) as error:  # which TOMLDecodeError is
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    check_plain(values, str(path), ConfigError)
     _check_keys(values, [*SOURCES, SWEEP, *ALIASES, *TuneSettings.__dataclass_fields__], str(path))
     for name in SOURCES:
         _check_source(values.get(name, ""), name, str(path))

@@ -182,13 +182,18 @@ def find_source(name: str, given: str | None) -> SourceInfo:
 
 def _places(folder: Path) -> Iterator[Path]:
     """Yield folders in PEFT's layout and bare files, in the order of their names."""
-    for path in sorted(folder.iterdir()):
+    try:
+        found = sorted(folder.iterdir())
+    except OSError:  # which its description says
+        found = []
+        yield folder
+    for path in found:
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            if (path / CONFIG_NAME).is_file():
+            if os.path.isfile(path / CONFIG_NAME):
                 yield path
-            else:
+            elif not path.is_symlink():  # which may lead round and round
                 yield from _places(path)
         elif path.suffix in SUFFIXES:
             yield path
@@ -201,7 +206,7 @@ def _described(path: Path, name: str) -> SourceInfo:
         weights = weights if weights.is_file() else path / PICKLED_WEIGHTS_NAME
     try:
         return _read(path, weights, name)
-    except SoftPromptError as error:
+    except (SoftPromptError, OSError) as error:
         return SourceInfo(name, weights, problem=str(error))
 
 

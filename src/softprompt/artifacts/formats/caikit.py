@@ -22,6 +22,7 @@ from softprompt.artifacts.formats.tensor_files import PART_NAMES, part_files, pa
 from softprompt.backbone import Base
 from softprompt.errors import ArtifactError, FingerprintError
 from softprompt.prompts import TaskType
+from softprompt.untrusted import MOST_DEPTH
 
 CONFIG_FILE = "config.yml"
 MODULE_ID = "6655831b-960a-4dc5-8df4-867026e2cd41"
@@ -31,6 +32,8 @@ _MODULE = {
     "name": "Peft generation",
     "version": "0.1.0",
 }
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_MOST_BYTES = 1 << 18
 _NAME = re.compile("[_a-zA-Z0-9]+")
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 _SIZES = ("model_type", "vocab_size", "hidden_size", "d_model", "n_embd", "num_hidden_layers")
@@ -110,7 +113,14 @@ def _write(export: Export, path: Path) -> Mapping[str, Any]:
 
 def _config(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(read_bytes(path).decode(errors="replace"))
+        text = read_bytes(path, _MOST_BYTES).decode(errors="replace")
+        depth = 0
+        # What an alias stands for may hold aliases, and so grow without end; caikit writes none.
+        for event in yaml.parse(text, Loader=_LOADER):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > MOST_DEPTH:
+                raise ValueError(f"it has an alias, or is nested more than {MOST_DEPTH} deep")
+        values = yaml.load(text, Loader=_LOADER)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:120]
         raise ArtifactError(

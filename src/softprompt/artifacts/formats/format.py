@@ -33,6 +33,7 @@ from softprompt.artifacts import (
 from softprompt.backbone import Base
 from softprompt.errors import ArtifactError, ConfigError
 from softprompt.prompts import CONFIG_NAME, PROMPT_KEY, PeftType, Placement, Prompt, PromptTuningConfig, TaskType
+from softprompt.untrusted import MOST_TEXT_BYTES
 
 ENCODER: str = "ENCODER"
 DECODER: str = "DECODER"
@@ -277,7 +278,7 @@ def _lacks_ours(path: Path) -> str | None:
     missing = _lacks_folder(path)
     if missing is not None or (path / MANIFEST_NAME).is_file():
         return missing
-    text = read_bytes(path / CONFIG_NAME).decode(errors="replace")
+    text = read_bytes(path / CONFIG_NAME, MOST_TEXT_BYTES).decode(errors="replace")
     kind = parse_object(text, str(path / CONFIG_NAME)).get("peft_type")
     return None if kind == PeftType.EXTENDED_PROMPT_TUNING else f"no {MANIFEST_NAME}"
 

@@ -53,6 +53,7 @@ from softprompt.artifacts.formats.format import (
 from softprompt.backbone import Base, input_embedding, is_encoder_decoder, side_embeddings
 from softprompt.errors import ArtifactError, ConfigError
 from softprompt.prompts import PROMPT_KEY, Prompt
+from softprompt.untrusted import MOST_VIRTUAL_TOKENS
 
 PART_NAMES: Mapping[str, str] = {ENCODER: "encoder.pt", DECODER: "decoder.pt"}
 """Files of a folder of parts; a causal model's virtual tokens are the decoder's."""
@@ -75,9 +76,9 @@ def check_tokens(tokens: Any, where: str) -> Tensor:
         )
     check_values("the tensor", tokens, where)
     check_dtype("the tensor", tokens, where)
-    if tokens.dim() != 2 or not tokens.numel():
+    if tokens.dim() != 2 or not 0 < len(tokens) <= MOST_VIRTUAL_TOKENS or not tokens.numel():
         raise ArtifactError(
-            f"expected one tensor [P, H] (virtual tokens, width) in {where}, got "
+            f"expected one tensor [P, H] (at most {MOST_VIRTUAL_TOKENS:,} virtual tokens, width) in {where}, got "
             f"{list(tokens.shape)}: save the virtual tokens alone"
         )
     return tokens.detach().cpu()

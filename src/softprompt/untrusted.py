@@ -1,0 +1,112 @@
+"""Files that others wrote, read within bounds: the one place that limits bytes, nesting, numbers and texts.
+
+Every reader of a prompt, a record or a run file goes through here, so that none costs more than two seconds or
+200 MB, taken or refused. ``SOFTPROMPT_MAX_PROMPT_BYTES`` raises the limit of weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from softprompt.errors import ArtifactError, SoftPromptError, broken, excerpt
+
+MOST_TEXT_BYTES = 2 << 20
+"""Bytes of a file of plain values, such as JSON."""
+MOST_HEADER_BYTES = 1 << 20
+"""Bytes of what describes the tensors of a file of weights."""
+MOST_DEPTH, MOST_VALUES, MOST_CHARACTERS, MOST_INTEGER = 32, 100_000, 1 << 20, 1 << 63
+MOST_TEMPLATE, MOST_LABELS, MOST_LABEL = 1 << 17, 4_096, 1_000
+"""Characters of a template; labels, and characters of one."""
+MOST_VIRTUAL_TOKENS, MOST_SIZE = 1 << 16, 1 << 20
+"""Virtual tokens of a prompt, and any other size that its configuration names."""
+_VARIABLE = "SOFTPROMPT_MAX_PROMPT_BYTES"
+
+
+def most_weight_bytes() -> int:
+    """Return how many bytes the weights of a prompt may have: 64 MiB, or what the environment says."""
+    given = os.environ.get(_VARIABLE, "")
+    return int(given) if given.isdecimal() else 64 << 20
+
+
+def read_bytes(path: Path, most: int | None = None, error: type[SoftPromptError] = ArtifactError) -> bytes:
+    """Return the content of a file of at most so many bytes; None is the limit of weights.
+
+    Raises:
+        SoftPromptError: it cannot be read, is larger, or is no file but a device or a pipe.
+    """
+    limit = most_weight_bytes() if most is None else most
+    try:
+        # NONBLOCK never waits on a pipe.
+        with open(
+            path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+        ) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise error(f"expected a file, {path} is a device or a pipe: copy what it gives into a file")
+            data = file.read(limit + 1) if found.st_size <= limit else None
+    except OSError as cause:
+        raise error(f"could not read {path} ({cause}): check its permissions and the disk") from cause
+    if data is None or len(data) > limit:
+        raised = f"; if you trust it, set {_VARIABLE}={found.st_size}" if most is None else ""
+        raise error(f"{path} is larger than {limit:,} bytes: check that it is what it should be{raised}")
+    return data
+
+
+def parse_object(text: str, name: str) -> dict[str, Any]:
+    """Read one JSON object from the text of the file ``name``.
+
+    Raises:
+        ArtifactError: not JSON, not an object, or beyond the bounds of ``check_plain``.
+    """
+    try:
+        if len(text) > MOST_TEXT_BYTES:
+            raise ValueError(f"{len(text):,} characters, more than {MOST_TEXT_BYTES:,}")
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(
+            f"expected JSON in {name}, it cannot be read ({error}): restore it from the original"
+        ) from error
+    if not isinstance(value, dict):
+        raise ArtifactError(
+            f"expected a JSON object in {name}, got a {type(value).__name__}: restore it from the original"
+        )
+    check_plain(value, name)
+    return value
+
+
+def check_plain(values: Any, name: str, error: type[SoftPromptError] = ArtifactError) -> None:
+    """Check plain values of the file ``name``: nesting, how many, lengths of texts, whole characters, numbers.
+
+    Raises:
+        SoftPromptError: they are beyond the bounds, or not plain.
+    """
+    left, seen, why = [(values, 0)], 0, ""
+    while left and not why:
+        value, depth = left.pop()
+        seen += 1
+        match value:
+            case dict() | list():
+                inside = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+                if depth == MOST_DEPTH or seen + len(left) + len(inside) > MOST_VALUES:
+                    why = f"it is nested more than {MOST_DEPTH} deep or has more than {MOST_VALUES:,} values"
+                else:
+                    left += [(each, depth + 1) for each in inside]
+            case str():
+                why = broken(value) or ("a text has a zero character" if "\0" in value else "")
+                if len(value) > MOST_CHARACTERS:
+                    why = f"a text has {len(value):,} characters, more than {MOST_CHARACTERS:,}"
+            case float() if not math.isfinite(value):
+                why = f"it has the number {value}"
+            case int() if abs(value) >= MOST_INTEGER:
+                why = "it has a number of more than 64 bits"
+            case None | float() | int():
+                pass
+            case _:
+                why = f"{excerpt(repr(value))} is a {type(value).__name__}"
+    if why:
+        raise error(f"expected plain values within bounds in {name}, {why}: restore it from the original")

@@ -1,0 +1,269 @@
+"""Artifact files made to be wrong or costly: softprompt's errors come out, soon, in little memory, in one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from oracles.stored import drawn, folder
+from softprompt.artifacts import RecordedBase, load_adapter, model_card
+from softprompt.cli.main import run
+from softprompt.errors import SoftPromptError
+from softprompt.inspection import describe, inspect_prompt, similar_prompts
+from softprompt.server.folder import PromptFolder, outlined
+from softprompt.training import list_sources
+
+CONFIG, RECORD = "adapter_config.json", "softprompt.json"
+EXAMPLES = os.environ.get("FUZZ_EXAMPLES")
+"""How many a long run tries (``make fuzz``), other ones each time."""
+MOST_SECONDS, MOST_MEGABYTES = 2.0, 200
+
+HOSTILE = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.sampled_from(
+        [[], {}, [[]], {"a": []}, "\ud800", "\x1b[31m", 10**30, -1, 0, 1e308, "x" * 300, "x" * 3_000_000, "a\0b"]
+    ),
+    st.recursive(
+        st.none(), lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(), inner, max_size=2)
+    ),
+)
+INNER = st.sampled_from(
+    ["validation", "train", "tasks", "path", "input_field", "sizes", "values", "model_type", "epoch"]
+)
+PLACES = st.sampled_from(["", "data", "metrics", "settings", "base_fingerprint", "versions", "history"])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Return a folder of a sound prompt, and beside it another, both to be copied."""
+    root = tmp_path_factory.mktemp("sound")
+    return folder(root / "sound", drawn(0), data={"validation": {"path": "v.jsonl"}}, metrics={"validation": {}})
+
+
+def looked_at(path: Path) -> None:
+    """Do with a folder what reads it without its base."""
+    stored = load_adapter(path)
+    stored.configuration()
+    str(stored.base_model)
+    json.dumps(describe(stored).to_dict())
+    model_card(stored.config, stored.manifest, repo_id="a/b")
+    RecordedBase.of_stored(stored)
+    columns_of(stored)
+    inspect_prompt(path, with_base=False).to_dict()
+
+
+def columns_of(stored) -> None:
+    """Look the columns of a record up, as evaluation does."""
+    for name in ("input_field", "output_field"):
+        {}.get(stored.manifest.settings.get(name) if stored.manifest else None)
+
+
+@settings(max_examples=int(EXAMPLES or 40), derandomize=not EXAMPLES)
+@given(file=st.sampled_from([CONFIG, RECORD]), key=st.integers(0, 60), place=PLACES, inner=INNER, value=HOSTILE)
+def test_a_wrong_value_anywhere_is_an_error_of_ours(whole, tmp_path_factory, file, key, place, inner, value):
+    path = tmp_path_factory.mktemp("p") / "one"
+    shutil.copytree(whole, path)
+    values = json.loads((path / file).read_text())
+    name = sorted(values)[key % len(values)]
+    if file == RECORD and place:
+        values[place] = {**values[place], inner: value} if isinstance(values[place], dict) else [value]
+    else:
+        values[name] = value
+    (path / file).write_text(json.dumps(values))
+    for look in (looked_at, lambda path: outline(path.parent), lambda path: list_sources(path.parent)):
+        try:
+            look(path)
+        except SoftPromptError as error:
+            assert len(str(error)) <= 1000
+            assert "\x1b" not in str(error)
+            assert "\n" not in str(error)
+    assert similar_prompts(whole, path.parent) is not None
+    assert run(["info", str(path), "--without-base"]) in (0, 2)
+
+
+def outline(root: Path) -> None:
+    found = PromptFolder.of(root)
+    for name in found.names():
+        outlined(found, name, found.signature(name), 64 << 20, lambda config, manifest: None)
+
+
+def changed(path: Path, file: str, **values) -> None:
+    (path / file).write_text(json.dumps(json.loads((path / file).read_text()) | values))
+
+
+def pickled(path: Path, tensors) -> None:
+    (path / "adapter_model.safetensors").unlink()
+    (path / RECORD).unlink()
+    torch.save(tensors, path / "adapter_model.bin")
+
+
+def packed(path: Path) -> None:
+    pickled(path, {"prompt_embeddings": torch.zeros(1_000_000)})
+    file, stream = path / "adapter_model.bin", io.BytesIO()
+    with zipfile.ZipFile(file) as whole, zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as small:
+        for each in whole.infolist():
+            small.writestr(each.filename, whole.read(each))
+    file.write_bytes(stream.getvalue())
+
+
+def shared_tuples(path: Path) -> None:
+    """Write a dict whose key is a pair of pairs of pairs ... of the same pair, 39 deep."""
+    pickled(path, {})
+    pairs = b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(1, 40))
+    with zipfile.ZipFile(path / "adapter_model.bin", "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02}(K\x01\x85q\x01" + pairs + b"K\x01u.")
+        archive.writestr("a/version", "3")
+
+
+def program(path: Path) -> None:
+    pickled(path, {})
+    (path / "adapter_model.bin").write_bytes(b"\x80\x02" + b"N0" * 1_000_000)
+
+
+def sparse(path: Path, file: str) -> None:
+    with (path / file).open("r+b") as stream:
+        stream.truncate(20 << 30)
+
+
+def long_prompt(path: Path) -> None:
+    rows = torch.zeros(1_000_000, 2)
+    save_file({"prompt_embeddings": rows}, path / "adapter_model.safetensors")
+    (path / RECORD).unlink()
+    changed(path, CONFIG, num_virtual_tokens=1_000_000, token_dim=2)
+
+
+def long_header(path: Path) -> None:
+    entries = {f"t{number}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for number in range(20_000)}
+    header = json.dumps(entries).encode()
+    (path / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def caikit(path: Path, text: str) -> None:
+    (path / CONFIG).unlink()
+    (path / "config.yml").write_text(text)
+
+
+def array(path: Path) -> None:
+    with (path / "p.npy").open("wb") as stream:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (2, 9_999_999_999)}
+        np.lib.format.write_array_header_1_0(stream, header)
+
+
+def large(path: Path) -> None:
+    save_file({"prompt_embeddings": torch.zeros(30_000, 1024).bfloat16()}, path / "adapter_model.safetensors")
+    (path / RECORD).unlink()
+    changed(path, CONFIG, num_virtual_tokens=30_000, token_dim=1024)
+
+
+LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30))
+MERGES = "a0: &a0 {k: v}\n" + "".join(
+    f"a{n}: &a{n} {{<<: [{','.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 30)
+)
+BOMBS = {
+    "expanded": lambda path: pickled(path, {"prompt_embeddings": torch.zeros(1).expand(2_000_000_000)}),
+    "packed": packed,
+    "tuples": shared_tuples,
+    "program": lambda path: (
+        pickled(path, {}),
+        (path / "adapter_model.bin").write_bytes(b"\x80\x02" + b"N0" * 20_000_000),
+    ),
+    "sparse weights": lambda path: sparse(path, "adapter_model.safetensors"),
+    "sparse record": lambda path: sparse(path, RECORD),
+    "sparse configuration": lambda path: sparse(path, CONFIG),
+    "large": large,
+    "a million tokens": long_prompt,
+    "header": long_header,
+    "template": lambda path: changed(path, RECORD, template="{{input}}" + "x" * 2_500_000),
+    "sections": lambda path: changed(path, RECORD, template="{{input}}" + "{{#a}}" * 20_000),
+    "labels": lambda path: changed(path, RECORD, labels=[str(number) for number in range(20_000)]),
+    "lists": lambda path: (path / RECORD).write_text('{"data": [' + ",".join(["[]"] * 690_000) + "]}"),
+    "deep": lambda path: (path / RECORD).write_text("[" * 2_000_000),
+    "deep enough": lambda path: (path / CONFIG).write_text('{"a":' * 900 + "1" + "}" * 900),
+    "digits": lambda path: (path / CONFIG).write_text('{"num_virtual_tokens": ' + "9" * 1_900_000 + "}"),
+    "laughs": lambda path: caikit(path, LAUGHS),
+    "merges": lambda path: caikit(path, MERGES),
+    "deep yaml": lambda path: caikit(path, "[" * 200_000),
+    "array": array,
+    "pipe": lambda path: ((path / CONFIG).unlink(), os.mkfifo(path / CONFIG)),
+    "loop": lambda path: ((path / RECORD).unlink(), (path / RECORD).symlink_to(RECORD)),
+    "device": lambda path: ((path / CONFIG).unlink(), (path / CONFIG).symlink_to("/dev/zero")),
+}
+READ = """
+import sys, time
+from pathlib import Path
+from softprompt.artifacts import detect, load_adapter
+from softprompt.errors import SoftPromptError
+from softprompt.data import Verbalizer
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+
+sound, *others = map(Path, sys.argv[1:])
+load_adapter(sound)
+for format in ("caikit", "npy"):
+    __import__("softprompt.artifacts.formats")
+import numpy, yaml
+for path in others:
+    before, started = peak(), time.process_time()
+    try:
+        place = path / "p.npy" if (path / "p.npy").exists() else path
+        stored = detect(place).read(place, object())
+        said = "taken"
+        if stored.manifest:
+            Verbalizer(stored.manifest.template)
+    except SoftPromptError as error:
+        said = str(error)
+    print(path.name, round(time.process_time() - started, 2), round(peak() - before), said, sep="\\t")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_no_artifact_costs_much_before_it_is_refused(whole, tmp_path):
+    for name, make in BOMBS.items():
+        shutil.copytree(whole, tmp_path / name)
+        make(tmp_path / name)
+    words = [sys.executable, "-c", READ, str(whole), *(str(tmp_path / name) for name in BOMBS)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split("\t") for line in done.stdout.splitlines()]
+    assert [name for name, *_ in lines] == list(BOMBS)
+    assert [line for line in lines if float(line[1]) > MOST_SECONDS] == []
+    assert sum(float(line[2]) for line in lines) < MOST_MEGABYTES
+    assert {name for name, _, _, said in lines if said == "taken"} == {"large", "loop"}
+    assert max(len(said) for *_, said in lines) <= 1000
+
+
+def test_one_hostile_folder_ends_neither_a_search_nor_a_list(whole, tmp_path, capsys):
+    for name in ("expanded", "tuples", "sparse weights", "labels", "deep", "laughs", "pipe", "loop"):
+        shutil.copytree(whole, tmp_path / name)
+        BOMBS[name](tmp_path / name)
+    shutil.copytree(whole, tmp_path / "good")
+    (tmp_path / "round").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "round" / name).symlink_to(tmp_path)
+    (tmp_path / "\x1b]0;title\x07").mkdir()
+    assert run(["similar", str(whole), str(tmp_path), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert {Path(each["prompt"]).name for each in json.loads(out)["found"]} == {"good", "loop"}
+    assert "\x1b" not in err
+    assert "u001b" in err
+    assert run(["sources", "list", "--source-prompt-base", str(tmp_path)]) == 0
+    assert "good" in capsys.readouterr().out
