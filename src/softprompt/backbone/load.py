@@ -63,7 +63,7 @@ def load_base(
     place = None if shard is None else device_of_process(shard)
     if isinstance(name_or_path, PreTrainedModel):
         base = _in_memory(name_or_path, tokenizer, dtype, device, trust_remote_code)
-        if shard == "tp":
+        if shard == "tp" and not base.shard:
             raise ConfigError("shard tp splits a base while it is read; give its folder or name, or use shard fsdp")
         return base if place is None else _sharded(base, place)
     name = str(name_or_path)

@@ -38,6 +38,11 @@ def whole(tensor: Tensor) -> Tensor:
     return cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """Return what this process has of a tensor: all of it, or its shard."""
+    return cast(Any, tensor).to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def require_readable(model: nn.Module, table: Tensor) -> None:
     """Refuse a model whose embedding table has no values outside a pass.
 
