@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import final
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from oracles import families
 from oracles.processes import run_together
 from oracles.tiny_bases import write_base
-from softprompt import PrefixTuningConfig, get_peft_model, load, tune
+from softprompt import PrefixTuningConfig, PromptTuningConfig, get_peft_model, load, tune
 from softprompt.backbone import Base, load_base, own_part, weights_hash
 from softprompt.engine import EngineRow, build_engine
 from softprompt.errors import BackboneError, ConfigError
@@ -101,8 +102,10 @@ def further_work(bases, others, odd):
         "prefix": said_of(lambda: get_peft_model(split.model, PrefixTuningConfig(num_virtual_tokens=2))),
         "heads": said_of(lambda: load_base(odd, shard="tp")),
         "plan": said_of(lambda: load_base(bases["gptj"], shard="tp")),
+        "gguf": said_of(lambda: load_base(f"{odd}/model.gguf", shard="fsdp")),
         "in memory": said_of(lambda: load_base(load_base(llama).model, shard="tp")),
     }
+    found["prompted"] = [prompted(load_base(llama, shard=shard)) for shard in (None, "fsdp", "tp")]
     tuned = [tune(llama, RECORDS[:8], RECORDS[8:], shard=shard, **HOW) for shard in (None, "tp")]
     found["tuned"] = [each.prompt().input.detach() for each in tuned]
     found["answers"] = [[each.label for each in one.classify(["It is late.", "So"])] for one in tuned]
@@ -110,6 +113,17 @@ def further_work(bases, others, odd):
         tune(llama, RECORDS, shard=shard, dry_run=True, **HOW).memory for shard in (None, "fsdp", "tp")
     ]
     return found
+
+
+def prompted(base):
+    """Logits, gradient and greedy tokens of PEFT's interface."""
+    torch.manual_seed(0)
+    model = get_peft_model(base.model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    ids = torch.arange(5, 19).view(2, 7)
+    output = model(input_ids=ids, labels=ids)
+    output.loss.backward()
+    (gradient,) = (each.grad for each in model.parameters() if each.requires_grad)
+    return output.logits.detach(), gradient, model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
 
 
 @final
@@ -162,6 +176,7 @@ def further_ranks(tmp_path_factory, bases):
     folder = tmp_path_factory.mktemp("further")
     others = {name: write_base(folder / name, name) for name in OTHERS}
     odd = write_base(folder / "odd", "llama", num_key_value_heads=1)
+    Path(odd, "model.gguf").touch()
     return run_together(further_work, tmp_path_factory.mktemp("group"), bases, others, odd)
 
 
@@ -231,6 +246,16 @@ def test_tensor_parallel_training(further_ranks):
 
 
 @pytest.mark.slow
+def test_pefts_interface_over_them(further_ranks):
+    for found in further_ranks:
+        (logits, gradient, tokens), *others = found["prompted"]
+        for other, bent, same in others:
+            torch.testing.assert_close(other, logits, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(bent, gradient, rtol=1e-5, atol=1e-6)
+            assert torch.equal(same, tokens)
+
+
+@pytest.mark.slow
 def test_the_wire_carries_what_the_cost_model_says(further_ranks):
     for found in further_ranks:
         (gathered, weights), (summed, _) = found["wire"]
@@ -245,10 +270,11 @@ def test_the_wire_carries_what_the_cost_model_says(further_ranks):
         ("prefix", "is split by heads (shard tp)"),
         ("heads", "heads (1 of keys) do not split into 2 processes"),
         ("plan", "GPTJForCausalLM has no plan for tensor parallelism; use shard='fsdp'"),
+        ("gguf", "a GGUF file cannot be sharded"),
         ("in memory", "shard tp splits a base while it is read"),
     ],
 )
-def test_what_tensor_parallelism_cannot_do_is_refused_by_all(further_ranks, what, said):
+def test_what_cannot_be_sharded_is_refused_by_all(further_ranks, what, said):
     for found in further_ranks:
         assert said in found["refused"][what]
 

@@ -71,6 +71,8 @@ def load_base(
         source, file = source_of(name)
     except ImportError as cause:
         raise BackboneError(str(cause)) from cause
+    if shard is not None and file:
+        raise ConfigError("a GGUF file cannot be sharded; give the folder of the model that it was made from")
     local = Path(source, *file.values()).exists()
     if revision is None and not local and (misspelt := no_folder(name, before_hub=True)):
         raise BackboneError(f"base model: {misspelt}")

@@ -191,7 +191,7 @@ def baselines_of(names: Sequence[str], prompt_dirs: Sequence[str], options: dict
             flag = next(iter(values)).replace("labels", "label").replace("_", "-")
             raise UsageError(f"--{flag} would be ignored: {advice}, or leave it out")
     if not prompt_dirs:
-        frame |= given({name: options.pop(name) for name in ("base_model", "torch_dtype", "device", "shard")})
+        frame |= given({name: options.pop(name, None) for name in ("base_model", "torch_dtype", "device", "shard")})
         if "base_model" not in frame or options.pop("ignore_fingerprint"):
             raise UsageError("without a prompt's folder name a base, --base-model, and no --ignore-fingerprint")
     found = []
