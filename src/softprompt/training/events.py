@@ -179,9 +179,10 @@ class Events:
 def _open_log(path: Path, updates: int) -> TextIO:
     """Open the log behind the lines of the first ``updates`` updates.
 
-    Lines past them belong to work that was lost when an earlier run died and is done again now.
+    Lines past them belong to work that was lost when an earlier run died and is done again now; so may a torn one.
     """
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() and updates else []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    lines = text.split("\n") if updates else []
     kept = [line for line in lines if _step_of(line) <= updates]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(line + "\n" for line in kept))

@@ -20,9 +20,9 @@ import torch
 from softprompt.artifacts import write_atomically
 from softprompt.errors import TrainingInterrupted
 from softprompt.training.loop import train_together
+from softprompt.training.output import state_path
 from softprompt.training.preparation import varied
 from softprompt.training.session import candidate_of
-from softprompt.training.state import state_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection

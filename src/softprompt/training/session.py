@@ -31,11 +31,12 @@ from softprompt.training.objectives import (
     likelihood_of,
 )
 from softprompt.training.optimisation import build_optimizer
+from softprompt.training.output import how_to_go_on, state_path
 from softprompt.training.preparation import Prepared, teacher_prompt
 from softprompt.training.sampling import Sampling
 from softprompt.training.settings import DISTILLATION_WEIGHT
 from softprompt.training.stage import Measure, Stage
-from softprompt.training.state import RunState, Snapshot, StopSignal, how_to_go_on, save_states, state_path
+from softprompt.training.state import RunState, Saving, Snapshot, StopSignal, save_states
 from softprompt.training.validation import TaskValidations, Validation
 
 logger = logging.getLogger(__name__)
@@ -300,7 +301,8 @@ class Session:
         for member, stage in zip(members, stages, strict=True):
             member.begin(stage)
         going = [each for each in members if each.name not in self.problems]
-        self._save()
+        saving = Saving(self._save, members[0].prepared.settings.save_every)
+        saving.now()
         for member in going:
             member.check_gradient()
         try:
@@ -310,7 +312,7 @@ class Session:
                     silent = bool(candidates) or member.stage.settings.silence_progress_bars
                     candidates.append(member.candidate(self._output, silent=silent))
                     stack.enter_context(candidates[-1].events)
-                train_together(candidates, check_stop=self._stop.check, save=self._save)
+                train_together(candidates, check_stop=self._stop.check, saving=saving)
                 self.problems |= {
                     member.name: each.problem
                     for member, each in zip(going, candidates, strict=True)
@@ -319,7 +321,7 @@ class Session:
                 if len(self.problems) == len(self._members):  # of restarts the earlier ones are kept
                     raise self.problems[going[0].name]
         except TrainingInterrupted:
-            self._save()
+            saving.now()
             first = members[0]
             where = f"update {first.state.update} (epoch {first.state.epoch + 1}{first.stage.of})"
             raise TrainingInterrupted(how_to_go_on(f"after {where}", self._output)) from None

@@ -17,6 +17,7 @@ from softprompt.training import (
     Candidate,
     Member,
     Prepared,
+    Saving,
     Snapshot,
     StopSignal,
     Trained,
@@ -132,7 +133,8 @@ class Halving:
         with unsaid():
             members = [self._member(each) for each in going]
         logger.info("%s: %d prompts to step %d", title, len(going), until or members[0].stage.total_updates())
-        self._save()
+        saving = Saving(self._save, self._run.save_every)
+        saving.now()
         try:
             with ExitStack() as stack, unsaid():
                 candidates: list[Candidate] = []
@@ -140,7 +142,7 @@ class Halving:
                     silent = bool(candidates) or member.stage.settings.silence_progress_bars
                     candidates.append(member.candidate(self._output, silent=silent))
                     stack.enter_context(candidates[-1].events)
-                train_together(candidates, check_stop=self._stop.check, save=self._save, until=until)
+                train_together(candidates, check_stop=self._stop.check, saving=saving, until=until)
                 for tried, candidate in zip(going, candidates, strict=True):
                     ended = until is None or candidate.state.update < until  # as by its patience
                     self._measure(tried, candidate, ended=ended)

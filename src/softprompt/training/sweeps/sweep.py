@@ -21,13 +21,15 @@ from softprompt.progress import timed
 from softprompt.training import (
     PLAN_FILE,
     RUN_FILE,
+    SEAL,
     BaseLike,
     Data,
     RunPlan,
     StopSignal,
     TuneOptions,
     TuneSettings,
-    check_output,
+    claimed,
+    clear_state,
     identity,
     kept_if_resumable,
     load_states,
@@ -35,13 +37,13 @@ from softprompt.training import (
     publish_logs,
     quality_of,
     read_data,
-    remove_state,
     resumed,
     state_path,
     summarize,
     tuned_of,
     write_output,
     write_run,
+    write_sealed,
 )
 from softprompt.training.sweeps.halving import Halving, Tried, steps_of_rungs, unsaid
 from softprompt.training.sweeps.space import (
@@ -129,19 +131,24 @@ def sweep(
         ConfigError: An unknown or contradictory setting, no validation data, or Optuna is not installed.
         TrainingInterrupted: Ctrl-C or SIGTERM; the state is saved.
     """
-    clock = time.perf_counter()
     if output is None:
         raise UsageError("a sweep needs an output directory, for its state and for the best prompt")
-    target = Path(output)
-    if resume:
-        plan = resumed("sweep", base_model, train_data, validation_data, target, dict(options))
-        if space:
-            raise UsageError("the interrupted sweep tries what it was started with; leave that out to resume")
-        tried = from_mapping(SweepSettings, plan.sweep or {})
-    else:
+    target, plan = Path(output), None
+    if not resume:
         tried = space if isinstance(space, SweepSettings) else from_mapping(SweepSettings, space or {})
         plan = RunPlan(base_model, train_data, validation_data, TuneSettings.from_dict(options), plain(tried))
-        check_output(target, overwrite=overwrite)
+    with claimed(target, overwrite=overwrite, resume=resume):
+        if plan is None:
+            plan = resumed("sweep", base_model, train_data, validation_data, target, dict(options))
+            if space:
+                raise UsageError("the interrupted sweep tries what it was started with; leave that out to resume")
+            tried = from_mapping(SweepSettings, plan.sweep or {})
+        return _swept(plan, tried, target, resume=resume)
+
+
+def _swept(plan: RunPlan, tried: SweepSettings, target: Path, *, resume: bool) -> Sweep:
+    """Run a plan."""
+    clock = time.perf_counter()
     if plan.train_data is None:
         raise UsageError("train_data is missing; give a data file or records of input and output")
     refuse_ignored(plan.settings)
@@ -159,13 +166,12 @@ def sweep(
         snapshots, record = load_states(target, identity(first)) if begun else ({}, {})
         with StopSignal() as stop, kept_if_resumable(target):
             if not resume:
-                remove_state(target)
+                clear_state(target)
                 write_run(state_path(target).with_name(RUN_FILE), plan.names(), plan.settings, plan.sweep)
                 known = {"command": "sweep", "base_model": plan.names()["base_model"]}
                 settings = plan.settings.to_dict() | {"sweep": plan.sweep}
-                write_atomically(
-                    state_path(target).with_name(PLAN_FILE), json.dumps(known | {"settings": settings})
-                )
+                plan_file = json.dumps({**SEAL, **known, "settings": settings}).encode()
+                write_sealed(state_path(target).with_name(PLAN_FILE), plan_file)
             halving = Halving(first, plan.settings, target, stop, snapshots, record)
             best, steps = _halved(halving, tried, choices, study)
             prepared, trained = halving.finished(best)
