@@ -198,7 +198,7 @@ def load_prompts(prompt_dirs: Sequence[str], options: dict[str, Any]) -> list[Tu
     """Load prompts of one base model with the options of ``base_options``, popped from ``options``."""
     from softprompt.inference import load_many
 
-    return load_many(prompt_dirs, **{name: options.pop(name) for name in _BASE})
+    return load_many(prompt_dirs, **{name: options.pop(name) for name in (*_BASE, "shard") if name in options})
 
 
 def named(words: Sequence[str], flag: str, form: str) -> dict[str, str]:
