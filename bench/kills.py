@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -26,7 +27,7 @@ from safetensors.torch import load_file
 from softprompt.bundled import complaints
 from softprompt.training import state_path, tune
 
-SETTINGS = {"num_epochs": 3, "batch_size": 4, "limit": 40, "silence_progress_bars": True}
+SETTINGS: dict[str, Any] = {"num_epochs": 3, "batch_size": 4, "limit": 40, "silence_progress_bars": True}
 
 
 def main(words: list[str] | None = None) -> int:
@@ -64,7 +65,7 @@ def main(words: list[str] | None = None) -> int:
     return 0
 
 
-def ended(output: Path, options: dict[str, object], *, seconds: float | None) -> bool:
+def ended(output: Path, options: dict[str, Any], *, seconds: float | None) -> bool:
     """Run, or go on, in a process of its own; return whether it ended before it was killed."""
     child = os.fork()
     if child == 0:

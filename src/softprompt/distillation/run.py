@@ -54,6 +54,7 @@ from softprompt.training import (
     publish_logs,
     state_path,
 )
+from softprompt.world import joined, world
 
 if TYPE_CHECKING:
     from softprompt.data import DataSource
@@ -111,8 +112,9 @@ def distill(
     sources = {"system_prompt": system_prompt, "documents": documents, "examples": examples, "questions": questions}
     if resume and overwrite:
         raise UsageError("resume goes on with a run, overwrite starts anew; leave overwrite out")
-    with nullcontext() if dry_run else claimed(target, overwrite=overwrite, resume=resume):
+    with joined() as ranks, nullcontext() if dry_run else claimed(target, overwrite=overwrite, resume=resume):
         plan, settings, base_model, text = _begun(target, base_model, sources, options, resume=resume)
+        target = target if ranks.is_main else None
         with timed(silent=settings.silence_progress_bars):
             base = loaded(base_model, settings.tuning(settings.configuration(chat=False)))
             teacher = Teacher.of(base, text, settings)
@@ -145,7 +147,7 @@ def _begun(
 ) -> tuple[dict[str, Any], DistillSettings, BaseLike, SourceText]:
     """Return the plan of a run that is resumed, or none, its settings, its base and its text."""
     if resume:
-        plan = _resumed(target, base_model, {**sources, **options})
+        plan = world().from_main(lambda: _resumed(target, base_model, {**sources, **options}))
         settings = DistillSettings.from_dict({**plan["settings"], **options})
         return plan, settings, plan["base_model"] or base_model, SourceText(**plan["text"])
     settings = DistillSettings.from_dict(options)
@@ -218,8 +220,10 @@ def _run(
     prepared, held_out = student.taught(targets, settings.label_weight, stop.check)
     apart = len(held_out.questions)
     logger.info("%d questions to train on, %d kept apart", len(found) - apart, apart)
-    begun = output is not None and state_path(output).exists()
-    before = load_states(output, identity(prepared))[0] if output is not None and begun else None
+    known = identity(prepared)
+    before = world().from_main(
+        lambda: load_states(output, known)[0] if output and state_path(output).exists() else {}
+    )
     with store.interrupted("at once", (KeyboardInterrupt,)):
         trained = Session(output, stop, before, callbacks).train({"": prepared})[""]
     judged = [{**point, "loss": point["distillation"]} for point in trained.history]

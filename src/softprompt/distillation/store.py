@@ -30,6 +30,7 @@ from softprompt.training import (
     state_path,
     write_sealed,
 )
+from softprompt.world import world
 
 
 @final
@@ -84,6 +85,9 @@ class Store:
 
     def questions(self) -> dict[str, Any] | None:
         """Return what ``save_questions`` kept; None where there is nothing."""
+        return world().from_main(self._questions)
+
+    def _questions(self) -> dict[str, Any] | None:
         if (path := self._existing("questions.json")) is None:
             return None
         values = _json(path)
@@ -99,6 +103,9 @@ class Store:
 
     def targets(self, block: int) -> list[TopTargets] | None:
         """Return what ``save_targets`` kept of a block; None where there is nothing."""
+        return world().from_main(lambda: self._block(block))
+
+    def _block(self, block: int) -> list[TopTargets] | None:
         if (path := self._existing(_targets(block))) is None:
             return None
         read_sealed(path)

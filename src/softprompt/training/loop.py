@@ -10,6 +10,7 @@ target tokens, whatever the micro-batches were, so accumulation gives the gradie
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,13 +19,14 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 
-from softprompt.errors import TrainingError
+from softprompt.errors import DistributedError, TrainingError
 from softprompt.training.events import Events
 from softprompt.training.gradients import steps_of
 from softprompt.training.sampling import Update
 from softprompt.training.settings import TuneSettings
 from softprompt.training.stage import Stage
 from softprompt.training.state import RunState, Saving
+from softprompt.world import world
 
 if TYPE_CHECKING:
     from softprompt.training.collapse import CollapseWatch
@@ -33,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 TIMED_UPDATES = 10
 """Updates after which the time of the rest is told."""
+
+UPDATES_BETWEEN_CHECKS = 50
+"""Updates after which the processes of a run compare their prompts."""
 
 WORTH_TELLING = 10
 """Seconds below which it is not."""
@@ -97,8 +102,31 @@ def train_together(
             saving.now()
         if due:
             _round(due, check_stop)
+            if due[0][0].state.update % UPDATES_BETWEEN_CHECKS == 1:
+                _require_same([each for each, _ in due])
             saving.updated()
         running = {each: running[each] for each, _ in due if each.problem is None}
+    _require_same(candidates)
+
+
+def _require_same(candidates: Sequence[Candidate]) -> None:
+    """Compare the prompts of all processes, which are the same to the bit.
+
+    Raises:
+        DistributedError: They are not: their machines compute unlike each other, or one of them is broken.
+    """
+    if world().size == 1:
+        return
+    digest = hashlib.sha256()
+    for each in candidates:
+        for value in each.stage.prompt.parameters():
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    found = world().gather(digest.hexdigest())
+    if other := [str(rank) for rank, each in enumerate(found) if each != found[0]]:
+        raise DistributedError(
+            f"after update {candidates[0].state.update} the prompt of rank {', '.join(other)} is not that of rank "
+            "0; a machine is faulty or has other software: go on with resume=True on others"
+        )
 
 
 def _updates(candidate: Candidate, until: int | None) -> Iterator[Update]:

@@ -17,12 +17,13 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
 from softprompt.artifacts import remove_leftovers, require_empty, require_no_file, write_atomically
 from softprompt.errors import ArtifactError, OutputExistsError, TrainingError, TrainingInterrupted, UsageError
+from softprompt.world import world
 
 try:
     import fcntl
@@ -92,11 +93,20 @@ def _require_writable(output: Path) -> None:
 def claimed(output: Path | None, *, overwrite: bool = False, resume: bool = False) -> Iterator[None]:
     """Hold an output directory for one run; without ``resume`` it has to be one that can be written to in the end.
 
+    Of several processes the first one does.
+
     Raises:
         UsageError: There is nothing to overwrite.
         OutputExistsError: It holds something that would be lost, or another run is at work there.
         ArtifactError: It may not be written to.
     """
+    with ExitStack() as held:
+        world().from_main(lambda: held.enter_context(_claimed(output, overwrite=overwrite, resume=resume)))
+        yield
+
+
+@contextmanager
+def _claimed(output: Path | None, *, overwrite: bool, resume: bool) -> Iterator[None]:
     if output is not None:
         _refuse_running(output)
     if not resume:

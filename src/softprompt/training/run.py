@@ -41,6 +41,7 @@ from softprompt.training.settings import TuneSettings
 from softprompt.training.state import StopSignal, load_states
 from softprompt.training.summary import DryRun, dry_run_of, summarize
 from softprompt.training.tuning_config import TuningConfig
+from softprompt.world import joined, world
 
 logger = logging.getLogger(__name__)
 
@@ -119,12 +120,12 @@ def tune(
     if not resume:
         _check_names(options)
         settings = TuneSettings.from_dict(options)
-    with claimed(target, overwrite=overwrite, resume=resume) if not dry_run else nullcontext():
+    with joined() as ranks, claimed(target, overwrite=overwrite, resume=resume) if not dry_run else nullcontext():
         if settings is None:
             plan = resumed("tune", base_model, train_data, validation_data, target, dict(options))
         else:
             plan = RunPlan(base_model, train_data, validation_data, settings)
-        return _tuned(plan, target, called, resume=resume, dry_run=dry_run)
+        return _tuned(plan, target if ranks.is_main else None, called, resume=resume, dry_run=dry_run)
 
 
 def _tuned(
@@ -141,7 +142,8 @@ def _tuned(
         summarize(prepared, stages)
         if dry_run:
             return dry_run_of(prepared, stages)
-        found = load_states(target, identity(prepared))[0] if resume and target is not None else {}
+        known = identity(prepared)
+        found = world().from_main(lambda: load_states(target, known)[0] if resume and target else {})
         before = sum(each.seconds for each in found.values())
         # From here on a Ctrl-C is noted, so the run's file and its first state are written together.
         with StopSignal() as stop, kept_if_resumable(target):
@@ -245,12 +247,7 @@ def resumed(
     options: dict[str, Any],
 ) -> RunPlan:
     """Return the plan of the run of a command that was interrupted in ``output``."""
-    if output is None:
-        raise UsageError("resume needs the output directory of the interrupted run")
-    if begun_by(output) != command:
-        advice = f"continue with {resume_command(output)}" if begun_by(output) else "start it without resume=True"
-        raise UsageError(f"nothing to resume in {output}: it holds no interrupted run of {command}; {advice}")
-    saved = read_run(state_path(output).with_name(RUN_FILE))
+    saved = world().from_main(lambda: _saved(command, output))
     names: dict[str, Any] = {
         name: named_source(saved.pop(name, None)) for name in ("base_model", "train_data", "validation_data")
     }
@@ -270,6 +267,16 @@ def resumed(
         settings,
         sweep,
     )
+
+
+def _saved(command: str, output: Path | None) -> dict[str, Any]:
+    """Return the run file of the run of a command that was interrupted in ``output``."""
+    if output is None:
+        raise UsageError("resume needs the output directory of the interrupted run")
+    if begun_by(output) != command:
+        advice = f"continue with {resume_command(output)}" if begun_by(output) else "start it without resume=True"
+        raise UsageError(f"nothing to resume in {output}: it holds no interrupted run of {command}; {advice}")
+    return read_run(state_path(output).with_name(RUN_FILE))
 
 
 def _same_settings(saved: TuneSettings, options: dict[str, Any]) -> TuneSettings:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from softprompt.errors import TrainingError, TrainingInterrupted
 from softprompt.training.output import SEAL, damaged, read_sealed, state_path, write_sealed
+from softprompt.world import world
 
 
 @dataclass(slots=True)
@@ -334,11 +335,12 @@ class StopSignal:
         self.requested = True
 
     def check(self) -> None:
-        """Stop here if the run is to be stopped.
+        """Stop here if the run is to be stopped, in any of its processes.
 
         Raises:
             TrainingInterrupted: after a signal, or a call of `request`.
         """
+        self.requested = world().any(self.requested)
         if self.requested:
             raise TrainingInterrupted("training was stopped")
 

@@ -81,7 +81,7 @@ class Halving:
         self,
         first: Prepared,
         run: TuneSettings,
-        output: Path,
+        output: Path | None,
         stop: StopSignal,
         found: Mapping[str, Snapshot],
         record: Mapping[str, Any],
@@ -91,7 +91,7 @@ class Halving:
         Args:
             first: A run on the base and the records of all.
             run: The settings that all share.
-            output: Where the states are kept.
+            output: Where the states are kept; None in all but the first process.
             stop: Checked before each batch.
             found: The snapshots of an interrupted sweep, by candidate.
             record: What it kept beside them.
@@ -200,6 +200,8 @@ class Halving:
         tried.points.append({"steps": state.update, "loss": loss, "validation": metrics})
 
     def _save(self) -> None:
+        if self._output is None:
+            return
         snapshots = self._found | {name: each.snapshot() for name, each in self._members.items()}
         record = {"candidates": {name: each.to_dict() for name, each in self.tried.items()}}
         save_states(self._output, snapshots, identity(self._first), record)

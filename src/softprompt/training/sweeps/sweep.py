@@ -37,6 +37,7 @@ from softprompt.training import (
     publish_logs,
     quality_of,
     read_data,
+    require_alike,
     resumed,
     state_path,
     summarize,
@@ -55,6 +56,7 @@ from softprompt.training.sweeps.space import (
     refuse_ignored,
     suggested,
 )
+from softprompt.world import joined, world
 
 logger = logging.getLogger(__name__)
 
@@ -137,16 +139,16 @@ def sweep(
     if not resume:
         tried = space if isinstance(space, SweepSettings) else from_mapping(SweepSettings, space or {})
         plan = RunPlan(base_model, train_data, validation_data, TuneSettings.from_dict(options), plain(tried))
-    with claimed(target, overwrite=overwrite, resume=resume):
+    with joined() as ranks, claimed(target, overwrite=overwrite, resume=resume):
         if plan is None:
             plan = resumed("sweep", base_model, train_data, validation_data, target, dict(options))
             if space:
                 raise UsageError("the interrupted sweep tries what it was started with; leave that out to resume")
             tried = from_mapping(SweepSettings, plan.sweep or {})
-        return _swept(plan, tried, target, resume=resume)
+        return _swept(plan, tried, target if ranks.is_main else None, resume=resume)
 
 
-def _swept(plan: RunPlan, tried: SweepSettings, target: Path, *, resume: bool) -> Sweep:
+def _swept(plan: RunPlan, tried: SweepSettings, target: Path | None, *, resume: bool) -> Sweep:
     """Run a plan."""
     clock = time.perf_counter()
     if plan.train_data is None:
@@ -162,10 +164,13 @@ def _swept(plan: RunPlan, tried: SweepSettings, target: Path, *, resume: bool) -
     with timed(silent=plan.settings.silence_progress_bars) as parts, unsaid():
         first = prepare(plan.base_model, data, choices[0].settings(plan.settings))
         summarize(first, [])
-        begun = resume and state_path(target).exists()
-        snapshots, record = load_states(target, identity(first)) if begun else ({}, {})
+        require_alike(first)
+        known = identity(first)
+        snapshots, record = world().from_main(
+            lambda: load_states(target, known) if resume and target and state_path(target).exists() else ({}, {})
+        )
         with StopSignal() as stop, kept_if_resumable(target):
-            if not resume:
+            if target is not None and not resume:
                 clear_state(target)
                 write_run(state_path(target).with_name(RUN_FILE), plan.names(), plan.settings, plan.sweep)
                 known = {"command": "sweep", "base_model": plan.names()["base_model"]}
@@ -179,8 +184,9 @@ def _swept(plan: RunPlan, tried: SweepSettings, target: Path, *, resume: bool) -
     by = "accuracy" if "accuracy" in best.points[-1]["validation"] else "loss"
     trained.metrics["sweep"] = {"candidates": len(ranked), "rungs": steps, "by": f"validation {by}"}
     result = Sweep(tuned_of(prepared, trained.timed(parts, time.perf_counter() - clock)), ranked, steps, by)
-    _write(result, target, plan)
-    publish_logs(target, {best.name: target})
+    if target is not None:
+        _write(result, target, plan)
+        publish_logs(target, {best.name: target})
     return result
 
 
