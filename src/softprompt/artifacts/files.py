@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pickle
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -117,6 +118,13 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _sync_directory(path.parent)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what writing by the functions here left of unfinished files and folders where it was killed."""
+    for path in directory.glob(".*.tmp") if directory.is_dir() else ():
+        if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def require_new_file(path: Path, *, overwrite: bool) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, distributed, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from softprompt.errors import BackboneError, ConfigError
+from softprompt.world import World, world
 
 SHARDS = ("fsdp", "tp")
 
@@ -31,6 +32,11 @@ def shard_of(model: nn.Module) -> str:
     if any(getattr(part, "_is_fsdp_managed_module", False) for part in model.modules()):
         return "fsdp"
     return "tp" if (getattr(model, "_tp_size", None) or 1) > 1 else ""
+
+
+def split_of(model: nn.Module) -> World:
+    """Return the processes that rows can be shared out to: one alone where all of them must run the same passes."""
+    return World() if shard_of(model) else world()
 
 
 def whole(tensor: Tensor) -> Tensor:

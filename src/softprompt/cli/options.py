@@ -24,6 +24,7 @@ from softprompt.cli.parameter_types import NumberOr, Place
 from softprompt.errors import UsageError, in_options
 from softprompt.fields import choices_of, default_of, type_of
 from softprompt.progress import silence
+from softprompt.world import world
 
 if TYPE_CHECKING:
     from softprompt.inference import Fields, TunedPrompt
@@ -334,7 +335,8 @@ def _line(raw: bytes, number: int) -> str:
 
 def start_logging(*, quiet: bool) -> None:
     """Send softprompt's log lines to stderr, without the loading bars of transformers; quiet ones warn alone."""
-    silence(silent=quiet)
+    main = world().is_main
+    silence(silent=quiet or not main)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # errors are one line, also after six attempts to connect
@@ -345,7 +347,7 @@ def start_logging(*, quiet: bool) -> None:
     for old in [each for each in logger.handlers if isinstance(each, _ToStandardError)]:
         logger.removeHandler(old)
     logger.addHandler(_ToStandardError())
-    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.setLevel(logging.CRITICAL + 1 if not main else logging.WARNING if quiet else logging.INFO)
     logger.propagate = False
 
 

@@ -129,6 +129,12 @@ class DistillSettings:
     engine: Literal["auto", "forest", "expand", "plain"] = setting(
         "auto", "Engine of the forward passes; see tune.", group=_MODEL
     )
+    save_every: int | None = setting(
+        None,
+        "Save the resume state every so many steps; by default every 30 seconds.",
+        least=1,
+        group=_OUTPUT,
+    )
     silence_progress_bars: bool = setting(False, "Show no progress bars.", group=_OUTPUT)
 
     def __post_init__(self) -> None:

@@ -70,6 +70,7 @@ class TuneOptions(TypedDict, total=False):
     seed: int
     seeds: int
     restarts: int
+    save_every: int | None
     silence_progress_bars: bool
 
 

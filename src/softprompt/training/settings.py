@@ -233,6 +233,12 @@ class TuneSettings:
         least=0,
         group=_OPTIMISATION,
     )
+    save_every: int | None = setting(
+        None,
+        "Save the resume state every so many steps; by default every 30 seconds.",
+        least=1,
+        group=_OUTPUT,
+    )
     silence_progress_bars: bool = setting(False, "Show no progress bars.", group=_OUTPUT)
 
     def __post_init__(self) -> None:
