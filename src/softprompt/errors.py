@@ -113,6 +113,14 @@ class TrainingInterrupted(TrainingError):
     """Training was stopped by the user; its state is saved and can be resumed."""
 
 
+class DistributedError(SoftPromptError, RuntimeError):
+    """The processes of a run do not go the same way any more; its last saved state can be resumed."""
+
+
+class ProcessLostError(DistributedError):
+    """Another process of the run has ended."""
+
+
 IGNORING = "ignore_fingerprint=True"
 
 

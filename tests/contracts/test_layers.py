@@ -22,6 +22,7 @@ LEVELS = [
     {"engine", "artifacts"},
     {"backbone", "data"},
     {"prompts"},
+    {"world"},
     {"fields", "progress"},
     {"errors", "bundled"},
 ]

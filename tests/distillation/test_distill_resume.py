@@ -15,7 +15,7 @@ from softprompt.cli.main import run
 from softprompt.distillation import Teacher, questions, stages
 from softprompt.errors import OutputExistsError, TrainingError, TrainingInterrupted, UsageError
 from softprompt.training import Events, list_runs
-from softprompt.training.state import state_path
+from softprompt.training.output import SEAL, state_path, write_sealed
 
 RUN = {
     "num_virtual_tokens": 3,
@@ -168,16 +168,21 @@ def test_nothing_else_is_taken_when_a_run_goes_on(stopped, given):
         softprompt.distill(output=stopped, resume=True, **given)
 
 
+def edit_plan(output, change):
+    """Write the plan of a run as a run of this version with other values would have."""
+    path = state_path(output).with_name("plan.json")
+    values = {**json.loads(path.read_text()), **SEAL}
+    write_sealed(path, json.dumps(change(values)).encode())
+
+
 def test_another_model_in_the_place_of_the_base_is_refused(stopped):
-    plan = state_path(stopped).with_name("plan.json")
-    plan.write_text(plan.read_text().replace(json.loads(plan.read_text())["fingerprint"], "elsewhere"))
+    edit_plan(stopped, lambda plan: {**plan, "fingerprint": "elsewhere"})
     with pytest.raises(TrainingError, match="base model's fingerprint was elsewhere"):
         softprompt.distill(output=stopped, resume=True)
 
 
 def test_a_stage_of_another_plan_is_not_mixed_in(stopped):
-    plan = state_path(stopped).with_name("plan.json")
-    plan.write_text(plan.read_text().replace(TEXT, TEXT + " Be kind."))
+    edit_plan(stopped, lambda plan: json.loads(json.dumps(plan).replace(TEXT, TEXT + " Be kind.")))
     with pytest.raises(TrainingError, match="belongs to another run"):
         softprompt.distill(output=stopped, resume=True)
 
@@ -188,16 +193,20 @@ def test_another_base_named_is_refused(stopped):
 
 
 def test_a_run_of_another_command_is_not_gone_on_with(stopped):
-    state_path(stopped).with_name("plan.json").write_text('{"command": "sweep"}')
+    edit_plan(stopped, lambda plan: plan | {"command": "sweep"})
     with pytest.raises(UsageError, match="a run of sweep"):
         softprompt.distill(output=stopped, resume=True)
 
 
 @pytest.mark.parametrize("name", ["plan.json", "questions.json", "targets-0.safetensors"])
 def test_a_damaged_stage_is_said(stopped, name):
-    state_path(stopped).with_name(name).write_bytes(b"{")
-    with pytest.raises(TrainingError, match=rf"{name} is damaged.*start again with overwrite=True"):
-        softprompt.distill(output=stopped, resume=True)
+    path = state_path(stopped).with_name(name)
+    flipped = bytearray(path.read_bytes())
+    flipped[-9] ^= 1
+    for content in (bytes(flipped), b"{"):
+        path.write_bytes(content)
+        with pytest.raises(TrainingError, match=rf"{name} is damaged.*start again with overwrite=True"):
+            softprompt.distill(output=stopped, resume=True)
 
 
 def test_the_command_writes_a_prompt_and_says_what_was_kept_apart(chat_base, tmp_path, capsys, asked):

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from softprompt import tune
 from softprompt.errors import ConfigError
-from softprompt.training.state import state_path
+from softprompt.training.output import state_path
 
 QUICK = {"num_epochs": 2, "batch_size": 8, "tuning_config": {"num_virtual_tokens": 2}}
 

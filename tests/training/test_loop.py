@@ -19,7 +19,7 @@ from softprompt.training.objectives import Likelihood
 from softprompt.training.optimisation import Rates, build_optimizer
 from softprompt.training.sampling import Sampling
 from softprompt.training.stage import Stage
-from softprompt.training.state import RunState, Snapshot, Sums, load_states, save_states
+from softprompt.training.state import RunState, Saving, Snapshot, Sums, load_states, save_states
 
 
 class Rows(PromptModule):
@@ -135,7 +135,7 @@ class Run:
         log = self.output / LOG_FILE if self.output else None
         with Events(log, self.state, total, silent=True) as events:
             alone = Candidate(self.stage, self.state, self.optimizer, events)
-            train_together([alone], check_stop=self.check_stop, save=self.save)
+            train_together([alone], check_stop=self.check_stop, saving=Saving(self.save))
         if alone.problem is not None:
             raise alone.problem
         return self.module.materialize().detach().clone()

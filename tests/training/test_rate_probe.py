@@ -87,7 +87,7 @@ def test_a_rate_whose_loss_is_not_finite_loses_and_all_of_them_are_an_error(llam
 
     def broken(them, **options):
         train(them[:-1], **options)
-        them[-1].problem = TrainingError("the gradient is inf")
+        them[-1].state.problem = "the gradient is inf"
 
     monkeypatch.setattr(rate_probe, "train_together", broken)
     first = prepared(llama, rows, held_out)

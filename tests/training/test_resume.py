@@ -1,7 +1,11 @@
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
+from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -14,8 +18,10 @@ from softprompt.errors import (
     TrainingInterrupted,
     UsageError,
 )
-from softprompt.training import Events, tune
-from softprompt.training.state import StopSignal, state_path
+from softprompt.inference import TunedPrompt
+from softprompt.training import Events, claimed, list_runs, tune
+from softprompt.training.output import state_path
+from softprompt.training.state import Saving, StopSignal, load_states
 
 SETTINGS = {
     "num_epochs": 3,
@@ -227,3 +233,203 @@ def test_what_a_killed_start_left_is_no_interrupted_run(llama, rows, tmp_path):
     (left / "run.toml").write_text("num_epochs = 3\n")
     tune(llama, rows, output=tmp_path / "out", **SETTINGS)
     assert not left.exists()
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_killed_run_loses_at_most_the_updates_between_two_saves(
+    llama, rows, held_out, tmp_path, monkeypatch, every
+):
+    """Prompts of several seeds side by side, in the middle of an epoch."""
+    options = SETTINGS | {"seeds": 2, "early_stopping_patience": 2, "accumulate_steps": 1}
+    straight = tune(llama, rows, held_out, output=tmp_path / "a", **options)
+    with monkeypatch.context() as patch:
+        updates = fail_at(patch, 10)  # of each of the two, in the second epoch
+        with pytest.raises(MemoryError):
+            tune(llama, rows, held_out, output=tmp_path / "b", save_every=every, **options)
+    made = len(updates)
+    updates = fail_at(monkeypatch, None)
+    resumed = tune(llama, rows, held_out, output=tmp_path / "b", resume=True, save_every=50)
+    assert torch.equal(prompt_of(resumed), prompt_of(straight))
+    assert resumed.history == straight.history
+    assert made + len(updates) - 2 * straight.metrics["updates"] <= 2 * every
+    logs = [(tmp_path / name / "training_logs.jsonl").read_text().count("\n") for name in "ab"]
+    assert logs[0] == logs[1]
+
+
+def fail_at(monkeypatch, update):
+    """Let a run die behind an update; return the list of all updates from now on."""
+    told, seen = Events.update, []
+
+    def tell(self, state, loss):
+        told(self, state, loss)
+        seen.append(state.update)
+        if state.update == update and seen.count(update) == 2:
+            raise MemoryError
+
+    monkeypatch.setattr(Events, "update", tell)
+    return seen
+
+
+def test_the_state_is_saved_by_time_where_nothing_else_is_said(monkeypatch):
+    now, saved = [0.0], []
+    monkeypatch.setattr("softprompt.training.state.time.monotonic", lambda: now[0])
+
+    def save():
+        saved.append(now[0])
+        now[0] += 2.5  # a slow disk, which may cost a twentieth of the time
+
+    saving = Saving(save)
+    for second in range(200):
+        now[0] = max(now[0], float(second))
+        saving.updated()
+    assert saved == [30.0, 83.0, 136.0, 189.0]
+    saved.clear()
+    saving = Saving(save, every=3)
+    for _ in range(7):
+        saving.updated()
+    assert len(saved) == 2
+
+
+def test_a_hangup_saves_as_ctrl_c_does_but_not_under_nohup(llama, rows, held_out, tmp_path, signal_at):
+    signal_at(4, signal.SIGHUP)
+    assert "after update 4 " in interrupted(llama, rows, held_out, tmp_path / "out")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        tune(llama, rows, held_out, output=tmp_path / "other", **SETTINGS)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_two_runs_do_not_share_an_output(llama, rows, held_out, stopped, tmp_path, monkeypatch):
+    with claimed(tmp_path / "new"):
+        for options in ({}, {"overwrite": True}, {"resume": True}):
+            with pytest.raises(OutputExistsError, match=rf"another run is at work in .*process {os.getpid()} on "):
+                tune(
+                    llama, rows, output=tmp_path / "new", **(options if "resume" in options else SETTINGS | options)
+                )
+    assert not (tmp_path / "new").exists()
+    with claimed(stopped, resume=True), pytest.raises(OutputExistsError, match="another run is at work"):
+        tune(llama, rows, held_out, output=stopped, resume=True)
+    (run,) = list_runs(stopped)
+    assert run.state == "interrupted"
+    # The lock file of a run that was killed means nothing.
+    lock = state_path(stopped).with_name("lock")
+    lock.write_text("process 1 on another machine")
+    tune(llama, rows, held_out, output=stopped, resume=True)
+    assert not lock.exists()
+
+
+@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_kill_at_the_very_end_leaves_a_run_to_resume_or_a_finished_one(
+    llama, rows, held_out, tmp_path, monkeypatch, stride
+):
+    """Before each call that changes the disk after the last state."""
+    short = SETTINGS | {"num_epochs": 1}
+    straight = tune(llama, rows, held_out, output=tmp_path / "a", **short)
+    names = {path.name for path in (tmp_path / "a").iterdir()}
+    ends = 0
+    for number in range(0, 100, stride):
+        output = tmp_path / f"b{number}"
+        try:
+            with monkeypatch.context() as patch:
+                dies_at_end(patch, number)
+                tune(llama, rows, held_out, output=output, **short)
+        except KeyboardInterrupt:
+            ends += 1
+        else:
+            break
+        if state_path(output).exists():
+            resumed = tune(llama, rows, held_out, output=output, resume=True)
+            assert torch.equal(prompt_of(resumed), prompt_of(straight))
+        else:
+            with pytest.raises(UsageError, match="nothing to resume"):
+                tune(llama, rows, held_out, output=output, resume=True)
+        found = {path.name for path in output.iterdir()}
+        assert found == names, number
+        logs = [(folder / "training_logs.jsonl").read_text().count("\n") for folder in (tmp_path / "a", output)]
+        assert logs[0] == logs[1]
+    assert ends > 10 / stride
+
+
+def dies_at_end(monkeypatch, number):
+    """Kill a run at a rename of its end; what would clean up does not run either, as behind ``kill -9``."""
+    left, ended, dead = [number], [], []
+    replace, unlink, rmtree = os.replace, Path.unlink, shutil.rmtree
+    save = TunedPrompt.save
+
+    def ending(self, *arguments, **options):
+        ended.append(True)
+        return save(self, *arguments, **options)
+
+    def step(do):
+        def done(*arguments, **options):
+            if dead:
+                return None
+            if ended and left[0] == 0:
+                dead.append(True)
+                raise KeyboardInterrupt
+            left[0] -= bool(ended)
+            return do(*arguments, **options)
+
+        return done
+
+    monkeypatch.setattr(TunedPrompt, "save", ending)
+    monkeypatch.setattr(os, "replace", step(replace))
+    monkeypatch.setattr(Path, "unlink", step(unlink))
+    monkeypatch.setattr(shutil, "rmtree", step(rmtree))
+
+
+def test_flipped_bits_and_edited_headers_are_one_clear_line(llama, rows, held_out, stopped):
+    content = state_path(stopped).read_bytes()
+    size = len(content)
+    for place in (0, 3, 12, size // 4, size // 2, size - 1, content.index(b'"sha256":"') + 12):
+        flipped = bytearray(content)
+        flipped[place] ^= 1
+        state_path(stopped).write_bytes(flipped)
+        with pytest.raises(TrainingError, match=r"is damaged .*start again with overwrite"):
+            tune(llama, rows, held_out, output=stopped, resume=True)
+    state_path(stopped).write_bytes(content.replace(b"learning_rate", b"learning_rata", 1))
+    with pytest.raises(TrainingError, match=r"is damaged .*start again with overwrite"):
+        tune(llama, rows, held_out, output=stopped, resume=True)
+
+
+def test_a_torn_tail_of_the_log_is_cut(llama, rows, held_out, stopped):
+    log = state_path(stopped).with_name("training_logs.jsonl")
+    log.write_bytes(log.read_bytes() + b'{"name": "loss", "data": {"st\xc3\x00')
+    tune(llama, rows, held_out, output=stopped, resume=True)
+    lines = (stopped / "training_logs.jsonl").read_text().splitlines()
+    assert [json.loads(line)["data"]["step"] for line in lines] == list(range(1, 10))
+
+
+def test_another_base_is_refused(llama, rows, held_out, stopped, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(llama, other)
+    with pytest.raises(ConfigError, match=r"has base_model .*; leave base_model out"):
+        tune(other, rows, held_out, output=stopped, resume=True)
+
+
+KILLED = """
+import os, signal, sys
+from softprompt.training import Events, tune
+told = Events.update
+def tell(self, state, loss):
+    told(self, state, loss)
+    if state.update == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+Events.update = tell
+tune(sys.argv[1], sys.argv[2], output=sys.argv[3], save_every=1, num_epochs=3, batch_size=4, accumulate_steps=2,
+     tuning_config={"num_virtual_tokens": 3})
+"""
+
+
+def test_kill_9_loses_an_update_and_no_bit(llama, rows, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    straight = tune(llama, data, output=tmp_path / "a", **SETTINGS)
+    output = tmp_path / "b"
+    killed = subprocess.run([sys.executable, "-c", KILLED, llama, data, output], check=False, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert load_states(output, {"base model fingerprint": ANY, "train data sha256": ANY})[0][""].run.update == 5
+    resumed = tune(output=output, resume=True)
+    assert torch.equal(prompt_of(resumed), prompt_of(straight))
+    assert {path.name for path in output.iterdir()} == {path.name for path in (tmp_path / "a").iterdir()}

@@ -12,7 +12,7 @@ from softprompt.cli.main import run
 from softprompt.errors import ConfigError, TrainingError, TrainingInterrupted
 from softprompt.training import Events, tune
 from softprompt.training.gradients import Step
-from softprompt.training.state import state_path
+from softprompt.training.output import state_path
 
 SETTINGS = {"num_epochs": 2, "batch_size": 4, "tuning_config": {"num_virtual_tokens": 3}, "learning_rate": 0.05}
 RECORDS = [

@@ -15,7 +15,7 @@ from softprompt.cli.main import run
 from softprompt.errors import ConfigError, TrainingError, TrainingInterrupted, UsageError
 from softprompt.training import Events, TuneSettings, tune
 from softprompt.training.gradients import Step
-from softprompt.training.state import state_path
+from softprompt.training.output import state_path
 from softprompt.training.sweeps.halving import steps_of_rungs
 from softprompt.training.sweeps.space import SweepSettings, grid_of
 

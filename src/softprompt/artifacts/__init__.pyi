@@ -11,6 +11,7 @@ from .files import outside as outside
 from .files import parse_object as parse_object
 from .files import portable as portable
 from .files import read_bytes as read_bytes
+from .files import remove_leftovers as remove_leftovers
 from .files import require_empty as require_empty
 from .files import require_new_file as require_new_file
 from .files import require_no_file as require_no_file

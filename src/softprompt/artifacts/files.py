@@ -12,6 +12,7 @@ import io
 import os
 import pickle
 import pickletools
+import re
 import secrets
 import shutil
 import sys
@@ -145,6 +146,13 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _sync_directory(path.parent)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what writing by the functions here left of unfinished files and folders where it was killed."""
+    for path in directory.glob(".*.tmp") if directory.is_dir() else ():
+        if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def require_new_file(path: Path, *, overwrite: bool) -> None:

@@ -31,6 +31,9 @@ from .replaced import in_own_dtype as in_own_dtype
 from .replaced import modules_named as modules_named
 from .replaced import replaced_modules as replaced_modules
 from .replaced import set_module as set_module
+from .sharding import own_part as own_part
+from .sharding import shard_of as shard_of
+from .sharding import split_of as split_of
 from .state import decoder_embedding as decoder_embedding
 from .state import input_embedding as input_embedding
 from .state import is_encoder_decoder as is_encoder_decoder

@@ -19,6 +19,7 @@ from softprompt.backbone.fingerprint import Fingerprint
 from softprompt.backbone.keyvalues import KeyValueShape, key_value_shape, prefix_sources
 from softprompt.backbone.passes import unpacked
 from softprompt.backbone.products import FrozenLinear, frozen_linears, swapped_forwards, torch_products
+from softprompt.backbone.sharding import shard_of, whole
 from softprompt.backbone.state import device_of, input_embedding, is_encoder_decoder, locked, stamp_of, state_of
 from softprompt.backbone.virtual import VirtualVocabulary, injected
 from softprompt.errors import BackboneError
@@ -136,6 +137,11 @@ class Base:
         return device_of(self.model)
 
     @property
+    def shard(self) -> str:
+        """How its weights are spread over processes, "fsdp" or "tp"; empty where each process has all of them."""
+        return shard_of(self.model)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of its first weight."""
         return self.model.dtype
@@ -224,7 +230,7 @@ def weights_hash(model: nn.Module) -> str:
     """Return the SHA-256 over every name, shape, dtype and byte of the model's state."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        data = tensor.detach().cpu().contiguous()
+        data = whole(tensor.detach()).cpu().contiguous()
         digest.update(f"{name}{tuple(data.shape)}{data.dtype}".encode())
         digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from softprompt.backbone.sharding import require_readable
 from softprompt.backbone.state import input_embedding, is_encoder_decoder, stamp_of, state_of
 from softprompt.errors import BackboneError
 from softprompt.prompts import initialisers
@@ -73,6 +74,7 @@ def _read(model: PreTrainedModel, table: nn.Embedding) -> Facts:
     from_ids = _counts_positions_from_ids(model)
     pad = config.pad_token_id
     arguments = inspect.signature(model.forward).parameters
+    require_readable(model, table.weight)
     vocabulary, width = table.weight.shape
     return Facts(
         architecture=type(model).__name__,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softprompt.backbone.facts import facts_of
+from softprompt.backbone.sharding import whole
 from softprompt.errors import ArtifactError, BackboneError
 
 _MATRICES, _VECTORS = 16, 16
@@ -218,6 +219,7 @@ def _plain(owner: nn.Module, name: str, weight: Tensor) -> tuple[Tensor | None, 
         if offloaded is None:
             return None, True
         weight = offloaded[name]
+    weight = whole(weight)
     if type(weight) in (Tensor, nn.Parameter) and weight.dtype in _FLOATS:
         return weight.detach(), True
     try:

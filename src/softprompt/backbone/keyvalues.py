@@ -14,6 +14,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedMod
 from transformers.cache_utils import DynamicLayer
 
 from softprompt.backbone.passes import evaluated
+from softprompt.backbone.sharding import shard_of
 from softprompt.backbone.state import device_of, is_encoder_decoder, locked, state_of
 from softprompt.errors import BackboneError, ConfigError, SoftPromptError
 
@@ -44,6 +45,11 @@ def key_value_shape(model: PreTrainedModel) -> KeyValueShape:
 
 
 def _shape(model: PreTrainedModel) -> KeyValueShape:
+    if shard_of(model) == "tp":
+        raise BackboneError(
+            f"{type(model).__name__} is split by heads (shard tp), so a prefix fits the layers of no process; use "
+            "PromptTuningConfig, or shard fsdp"
+        )
     try:
         layers = _weightless_layers(model)
     except BackboneError:

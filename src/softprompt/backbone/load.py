@@ -21,7 +21,8 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from softprompt.backbone.base import Base
+from softprompt.backbone.base import Base, freeze
+from softprompt.backbone.sharding import device_of_process, reading, shard_layers
 from softprompt.backbone.state import is_encoder_decoder
 from softprompt.bundled import DEMO, source_of
 from softprompt.errors import BackboneError, ConfigError, nearest, no_folder
@@ -44,6 +45,7 @@ def load_base(
     device: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool | None = None,
+    shard: str | None = None,
 ) -> Base:
     """Load a causal or seq2seq language model with its tokenizer.
 
@@ -59,20 +61,28 @@ def load_base(
         revision: Revision on the Hub.
         trust_remote_code: Run the code that the model or its tokenizer brings along (``auto_map``); None does where
             ``trust_code`` was called.
+        shard: Spread the weights over the processes of torch.distributed: ``"fsdp"`` or ``"tp"``; see
+            docs/distributed.md. The base is frozen, and every process must call this and run the same passes.
 
     Raises:
-        BackboneError: If there is no such model, or it is not one of these kinds.
-        ConfigError: For an unknown dtype.
+        BackboneError: If there is no such model, it is not one of these kinds, or cannot be sharded.
+        ConfigError: For an unknown dtype, or ``shard`` in a process that was started alone.
     """
     dtype = parse_dtype(torch_dtype)
     trust_remote_code = _trusting.get() if trust_remote_code is None else trust_remote_code
+    place = None if shard is None else device_of_process(shard)
     if isinstance(name_or_path, PreTrainedModel):
-        return _in_memory(name_or_path, tokenizer, dtype, device, trust_remote_code)
+        base = _in_memory(name_or_path, tokenizer, dtype, device, trust_remote_code)
+        if shard == "tp" and not base.shard:
+            raise ConfigError("shard tp splits a base while it is read; give its folder or name, or use shard fsdp")
+        return base if place is None else _sharded(base, place)
     name = str(name_or_path)
     try:
         source, file = source_of(name)
     except ImportError as cause:
         raise BackboneError(str(cause)) from cause
+    if shard is not None and file:
+        raise ConfigError("a GGUF file cannot be sharded; give the folder of the model that it was made from")
     local = Path(source, *file.values()).exists()
     if revision is None and not local and (misspelt := no_folder(name, before_hub=True)):
         raise BackboneError(f"base model: {misspelt}")
@@ -87,9 +97,12 @@ def load_base(
             config = AutoConfig.from_pretrained(source, **options)
             kind = bool(getattr(config, "is_encoder_decoder", False)) if seq2seq is None else seq2seq
             loader = AutoModelForSeq2SeqLM if kind else AutoModelForCausalLM
+            more = {} if shard is None else reading(shard, loader, config)
             with progress_on_terminals_only():
-                model = loader.from_pretrained(source, dtype=dtype or "auto", **options)
+                model = loader.from_pretrained(source, dtype=dtype or "auto", **options, **more)
             words = tokenizer or AutoTokenizer.from_pretrained(source, **options)
+        except BackboneError:
+            raise
         except Exception as cause:
             raise BackboneError(_why_not_loaded(name, local, cause)) from cause
         if file:
@@ -98,7 +111,17 @@ def load_base(
                 cast(Any, model).hf_quantizer.remove_quantization_config(model)  # it may be saved again
         if device is not None:
             cast(Any, model).to(parse_device(device))
-    return Base(cast(PreTrainedModel, model.eval()), words, name)
+        base = Base(cast(PreTrainedModel, model.eval()), words, name)
+        return base if place is None else _sharded(base, place)
+
+
+def _sharded(base: Base, place: torch.device) -> Base:
+    """Return a base frozen, and sharded where its loading has not; keep its fingerprint, which all take part in."""
+    if not base.shard:
+        shard_layers(base.model, place)
+    freeze(base.model)
+    base.fingerprint_record()
+    return base
 
 
 @contextmanager

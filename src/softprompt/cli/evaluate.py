@@ -106,6 +106,12 @@ prediction_options = together(
 )
 @baseline_options
 @base_options
+@option(
+    "--shard",
+    type=click.Choice(["fsdp", "tp"]),
+    group="Base model",
+    help="Spread the base over torchrun's processes; see tune.",
+)
 @prediction_options
 @output_options
 def command(
@@ -185,7 +191,7 @@ def baselines_of(names: Sequence[str], prompt_dirs: Sequence[str], options: dict
             flag = next(iter(values)).replace("labels", "label").replace("_", "-")
             raise UsageError(f"--{flag} would be ignored: {advice}, or leave it out")
     if not prompt_dirs:
-        frame |= given({name: options.pop(name) for name in ("base_model", "torch_dtype", "device")})
+        frame |= given({name: options.pop(name, None) for name in ("base_model", "torch_dtype", "device", "shard")})
         if "base_model" not in frame or options.pop("ignore_fingerprint"):
             raise UsageError("without a prompt's folder name a base, --base-model, and no --ignore-fingerprint")
     found = []

@@ -6,14 +6,17 @@ import codecs
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stdout
 from contextvars import copy_context
 from importlib import import_module, metadata
 from typing import Any, final
 
 import click
 
-from softprompt.errors import SoftPromptError, TrainingInterrupted, line, nearest
+from softprompt.errors import SoftPromptError, TrainingInterrupted, UsageError, line, nearest
+from softprompt.world import joined, launched
 
 GROUPS = {
     "Train": ("demo", "tune", "sweep", "distill", "runs", "sources", "compose"),
@@ -25,6 +28,8 @@ GROUPS = {
 }
 """The commands by what they are for, in the order of a prompt's life; each is a module of this folder."""
 COMMANDS = tuple(name for names in GROUPS.values() for name in names)
+SHARED = ("tune", "sweep", "distill", "evaluate", "compare")
+"""Commands whose work the processes of a launcher (torchrun) share."""
 INTERRUPTED = 130
 
 _ESCAPED = "softprompt-escaped"
@@ -94,7 +99,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors=_ESCAPED)
     try:
         # What a command sets for its own time, such as silence, ends with it.
-        result: Any = copy_context().run(cli.main, words or ["--help"], "softprompt", standalone_mode=False)
+        result: Any = copy_context().run(_shared, words or ["--help"])
     except click.ClickException as error:
         return _say(f"Error: {error.format_message()}", error.exit_code)
     except TrainingInterrupted as error:
@@ -121,6 +126,32 @@ def _escaped(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error(_ESCAPED, _escaped)
 
 
+def _shared(words: list[str]) -> Any:
+    """Run the words of a command line, in each of the processes of a launcher, of which the first alone speaks.
+
+    Raises:
+        UsageError: It started several for a command that is for one.
+    """
+    ranks = launched()
+    if ranks.size > 1 and words[0] not in SHARED:
+        if not ranks.is_main:
+            return 2
+        raise UsageError(
+            f"{words[0]} runs in one process, {', '.join(SHARED)} in several; start it without torchrun"
+        )
+    with ExitStack() as stack:
+        if ranks.size > 1 and not ranks.is_main:
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
+            stack.enter_context(warnings.catch_warnings(action="ignore"))
+        stack.enter_context(joined())
+        return cli.main(words, "softprompt", standalone_mode=False)
+
+
 def _say(message: str, code: int) -> int:
+    ranks = launched()
+    if not ranks.speaks():
+        return code
+    if not ranks.is_main:
+        message = f"rank {ranks.rank} of {ranks.size}: {message}"
     click.echo(line(message), err=True)
     return code

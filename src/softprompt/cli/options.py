@@ -25,6 +25,7 @@ from softprompt.cli.parameter_types import NumberOr, Place
 from softprompt.errors import UsageError, in_options, line, visible
 from softprompt.fields import choices_of, default_of, type_of
 from softprompt.progress import silence
+from softprompt.world import world
 
 if TYPE_CHECKING:
     from softprompt.inference import Fields, TunedPrompt
@@ -206,7 +207,7 @@ def load_prompts(prompt_dirs: Sequence[str], options: dict[str, Any]) -> list[Tu
     """Load prompts of one base model with the options of ``base_options``, popped from ``options``."""
     from softprompt.inference import load_many
 
-    return load_many(prompt_dirs, **{name: options.pop(name) for name in _BASE})
+    return load_many(prompt_dirs, **{name: options.pop(name) for name in (*_BASE, "shard") if name in options})
 
 
 def named(words: Sequence[str], flag: str, form: str) -> dict[str, str]:
@@ -342,7 +343,8 @@ def _line(raw: bytes, number: int) -> str:
 
 def start_logging(*, quiet: bool) -> None:
     """Send softprompt's log lines to stderr, without the loading bars of transformers; quiet ones warn alone."""
-    silence(silent=quiet)
+    main = world().is_main
+    silence(silent=quiet or not main)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # errors are one line, also after six attempts to connect
@@ -353,7 +355,7 @@ def start_logging(*, quiet: bool) -> None:
     for old in [each for each in logger.handlers if isinstance(each, _ToStandardError)]:
         logger.removeHandler(old)
     logger.addHandler(_ToStandardError())
-    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.setLevel(logging.CRITICAL + 1 if not main else logging.WARNING if quiet else logging.INFO)
     logger.propagate = False
 
 

@@ -95,18 +95,23 @@ def divergence_of(
         check_stop: Called between passes.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].source) + len(rows[i].target))
-    nats, agreeing = 0.0, 0
-    for start in range(0, len(order), batch_size):
-        check_stop()
-        part = order[start : start + batch_size]
-        wanted = TopTargets.joined([targets[i] for i in part])
-        with torch.no_grad():
-            found = engine.predict([rows[i] for i in part])
-            logits = found.logits[found.predictor]
-            nats += float(wanted.divergence(logits).double().sum())
-            agreeing += int(wanted.agreement(logits).sum())
+
+    def measured(own: Sequence[int]) -> list[tuple[float, int]]:
+        each = [(0.0, 0)] * len(own)
+        for start in range(0, len(own), batch_size):
+            check_stop()
+            part = own[start : start + batch_size]
+            wanted = TopTargets.joined([targets[i] for i in part])
+            with torch.no_grad():
+                found = engine.predict([rows[i] for i in part])
+                logits = found.logits[found.predictor]
+                nats = float(wanted.divergence(logits).double().sum())
+                each[start] = nats, int(wanted.agreement(logits).sum())  # of the whole batch
+        return each
+
+    sums = engine.processes.split(order, measured)
     tokens = sum(len(each) for each in targets)
-    return Divergence(nats / tokens, agreeing / tokens, tokens)
+    return Divergence(sum(nats for nats, _ in sums) / tokens, sum(count for _, count in sums) / tokens, tokens)
 
 
 @final

@@ -328,5 +328,5 @@ def _unrelated(distilled: Distilled, source: DataSource | None, check_stop: Call
     ]
     asked, rows = _rows(questions, teacher, tuned)
     bare = [EngineRow(row.source, row.target, None) for row in rows]
-    targets = targets_of(tuned.engine, bare, TOP_K, batch_size=teacher.batch_size, check_stop=check_stop)
+    targets = targets_of(tuned.engine, bare, k=TOP_K, batch_size=teacher.batch_size, check_stop=check_stop)
     return HeldOut(questions, asked, rows, targets)

@@ -6,8 +6,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,20 +39,22 @@ from softprompt.errors import ConfigError, UsageError
 from softprompt.inference import TunedPrompt
 from softprompt.progress import timed
 from softprompt.training import (
+    ANEW,
     BaseLike,
     Session,
     StopSignal,
-    check_output,
     checked_callbacks,
+    claimed,
+    clear_state,
     identity,
     load_states,
     loaded,
     named_source,
     nothing_learnt,
     publish_logs,
-    remove_state,
     state_path,
 )
+from softprompt.world import joined, world
 
 if TYPE_CHECKING:
     from softprompt.data import DataSource
@@ -108,42 +110,51 @@ def distill(
     """
     called, target = checked_callbacks(callbacks), None if output is None else Path(output)
     sources = {"system_prompt": system_prompt, "documents": documents, "examples": examples, "questions": questions}
+    if resume and overwrite:
+        raise UsageError("resume goes on with a run, overwrite starts anew; leave overwrite out")
+    with joined() as ranks, nullcontext() if dry_run else claimed(target, overwrite=overwrite, resume=resume):
+        plan, settings, base_model, text = _begun(target, base_model, sources, options, resume=resume)
+        target = target if ranks.is_main else None
+        with timed(silent=settings.silence_progress_bars):
+            base = loaded(base_model, settings.tuning(settings.configuration(chat=False)))
+            teacher = Teacher.of(base, text, settings)
+            given = [Question.from_dict(each) for each in plan.get("questions", ())]
+            if questions is not None:
+                given = given_questions(questions, teacher.rows, len(teacher.passages), settings)
+            check_student(teacher, settings)
+            if unrelated is not None:
+                unrelated_pairs(unrelated := list(read_source(unrelated)))
+            if dry_run:
+                return forecast_of(teacher, settings, given)
+            store = Store(target, plan or _plan(named_source(base_model), teacher, settings, text, given))
+            store.check("fingerprint", _fingerprint(teacher))
+            with StopSignal() as stop:
+                if target is not None and not resume:
+                    clear_state(target)
+                    store.begin()
+                distilled, found = _run(teacher, settings, given, store, stop, called)
+                measured = None
+                if report and not distilled.held_out.questions:
+                    logger.warning("no question was kept apart, so there is nothing to report on; raise held_out")
+                elif report:
+                    with store.interrupted("while the prompt was measured"):
+                        measured = report_of(distilled, len(found), unrelated=unrelated, check_stop=stop.check)
+            return _finished(distilled, found, measured, target)
+
+
+def _begun(
+    target: Path | None, base_model: BaseLike, sources: Mapping[str, Any], options: dict[str, Any], *, resume: bool
+) -> tuple[dict[str, Any], DistillSettings, BaseLike, SourceText]:
+    """Return the plan of a run that is resumed, or none, its settings, its base and its text."""
     if resume:
-        plan = _resumed(target, base_model, {**sources, **options, "overwrite": overwrite})
+        plan = world().from_main(lambda: _resumed(target, base_model, {**sources, **options}))
         settings = DistillSettings.from_dict({**plan["settings"], **options})
-        base_model, text = plan["base_model"] or base_model, SourceText(**plan["text"])
-    else:
-        plan, settings = {}, DistillSettings.from_dict(options)
-        if not dry_run:
-            check_output(target, overwrite=overwrite)
-        if (questions is None) == (settings.self_study is None):
-            raise UsageError("expected questions (with answers or without) or self_study N; give one of them")
-        text = SourceText.of(system_prompt, documents, examples, settings.columns)
-    with timed(silent=settings.silence_progress_bars):
-        base = loaded(base_model, settings.tuning(settings.configuration(chat=False)))
-        teacher = Teacher.of(base, text, settings)
-        given = [Question.from_dict(each) for each in plan.get("questions", ())]
-        if questions is not None:
-            given = given_questions(questions, teacher.rows, len(teacher.passages), settings)
-        check_student(teacher, settings)
-        if unrelated is not None:
-            unrelated_pairs(unrelated := list(read_source(unrelated)))
-        if dry_run:
-            return forecast_of(teacher, settings, given)
-        store = Store(target, plan or _plan(named_source(base_model), teacher, settings, text, given))
-        store.check("fingerprint", _fingerprint(teacher))
-        with StopSignal() as stop:
-            if target is not None and not resume:
-                remove_state(target)
-                store.begin()
-            distilled, found = _run(teacher, settings, given, store, stop, called)
-            measured = None
-            if report and not distilled.held_out.questions:
-                logger.warning("no question was kept apart, so there is nothing to report on; raise held_out")
-            elif report:
-                with store.interrupted("while the prompt was measured"):
-                    measured = report_of(distilled, len(found), unrelated=unrelated, check_stop=stop.check)
-        return _finished(distilled, found, measured, target)
+        return plan, settings, plan["base_model"] or base_model, SourceText(**plan["text"])
+    settings = DistillSettings.from_dict(options)
+    if (sources["questions"] is None) == (settings.self_study is None):
+        raise UsageError("expected questions (with answers or without) or self_study N; give one of them")
+    named = {name: sources[name] for name in ("system_prompt", "documents", "examples")}
+    return {}, settings, base_model, SourceText.of(**named, columns=settings.columns)
 
 
 def _fingerprint(teacher: Teacher) -> str:
@@ -172,7 +183,7 @@ def _resumed(output: Path | None, base_model: BaseLike, given: dict[str, Any]) -
     """
     if output is None:
         raise UsageError("resume needs the output directory of the interrupted run")
-    named = [name for name, each in given.items() if each and name not in ("silence_progress_bars", "device")]
+    named = [name for name, each in given.items() if each and name not in (*ANEW, "device")]
     if named:
         raise UsageError(f"resume goes on with the run's own text, questions and settings; leave {named[0]} out")
     plan = dict(Store.found(output).plan)
@@ -209,8 +220,10 @@ def _run(
     prepared, held_out = student.taught(targets, settings.label_weight, stop.check)
     apart = len(held_out.questions)
     logger.info("%d questions to train on, %d kept apart", len(found) - apart, apart)
-    begun = output is not None and state_path(output).exists()
-    before = load_states(output, identity(prepared))[0] if output is not None and begun else None
+    known = identity(prepared)
+    before = world().from_main(
+        lambda: load_states(output, known)[0] if output and state_path(output).exists() else {}
+    )
     with store.interrupted("at once", (KeyboardInterrupt,)):
         trained = Session(output, stop, before, callbacks).train({"": prepared})[""]
     judged = [{**point, "loss": point["distillation"]} for point in trained.history]

@@ -120,8 +120,20 @@ class DistillSettings:
     )
     torch_dtype: str | None = setting(None, "Data type of the base model; by default its own.", group=_MODEL)
     device: str | None = setting(None, "Device, such as cpu or cuda:0.", group=_MODEL)
+    shard: Literal["fsdp", "tp"] | None = setting(
+        None,
+        "Spread a base larger than one device over torchrun's processes: fsdp (its layers, gathered when they run) "
+        "or tp (the inside of each layer).",
+        group=_MODEL,
+    )
     engine: Literal["auto", "forest", "expand", "plain"] = setting(
         "auto", "Engine of the forward passes; see tune.", group=_MODEL
+    )
+    save_every: int | None = setting(
+        None,
+        "Save the resume state every so many steps; by default every 30 seconds.",
+        least=1,
+        group=_OUTPUT,
     )
     silence_progress_bars: bool = setting(False, "Show no progress bars.", group=_OUTPUT)
 

@@ -19,9 +19,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from softprompt.artifacts import write_atomically
 from softprompt.errors import TrainingError, TrainingInterrupted, UsageError
-from softprompt.training import PLAN_FILE, TopTargets, how_to_go_on, state_path
+from softprompt.training import (
+    PLAN_FILE,
+    SEAL,
+    TopTargets,
+    damaged,
+    how_to_go_on,
+    read_sealed,
+    state_path,
+    write_sealed,
+)
+from softprompt.world import world
 
 
 @final
@@ -60,7 +69,7 @@ class Store:
 
     def begin(self) -> None:
         """Write the plan."""
-        self._write(PLAN_FILE, json.dumps(self.plan, indent=2, ensure_ascii=False))
+        self._write(PLAN_FILE, json.dumps({**SEAL, **self.plan}, indent=2, ensure_ascii=False))
 
     def check(self, part: str, now: Any) -> None:
         """Raise ``TrainingError`` where a part of the plan has changed since it was written."""
@@ -72,10 +81,13 @@ class Store:
 
     def save_questions(self, values: Mapping[str, Any]) -> None:
         """Keep the questions as far as they have come."""
-        self._write("questions.json", json.dumps({"digest": self.digest, **values}, ensure_ascii=False))
+        self._write("questions.json", json.dumps({**SEAL, "digest": self.digest, **values}, ensure_ascii=False))
 
     def questions(self) -> dict[str, Any] | None:
         """Return what ``save_questions`` kept; None where there is nothing."""
+        return world().from_main(self._questions)
+
+    def _questions(self) -> dict[str, Any] | None:
         if (path := self._existing("questions.json")) is None:
             return None
         values = _json(path)
@@ -87,19 +99,23 @@ class Store:
         whole, counts = TopTargets.joined(targets), [len(each) for each in targets]
         tensors = {"ids": whole.ids, "log_probs": whole.log_probs, "tail": whole.tail}
         tensors["ends"] = torch.tensor(counts).cumsum(0)
-        self._write(_targets(block), save(tensors, metadata={"digest": self.digest}))
+        self._write(_targets(block), save(tensors, metadata={**SEAL, "digest": self.digest}))
 
     def targets(self, block: int) -> list[TopTargets] | None:
         """Return what ``save_targets`` kept of a block; None where there is nothing."""
+        return world().from_main(lambda: self._block(block))
+
+    def _block(self, block: int) -> list[TopTargets] | None:
         if (path := self._existing(_targets(block))) is None:
             return None
+        read_sealed(path)
         try:
             with safe_open(path, framework="pt") as file:
                 digest = (file.metadata() or {}).get("digest")
                 whole = TopTargets(*(file.get_tensor(name) for name in ("ids", "log_probs", "tail")))
                 ends = file.get_tensor("ends").tolist()
         except (SafetensorError, OSError) as error:
-            raise _damaged(path, error) from error
+            raise damaged(path, str(error)) from error
         self._require(digest, path)
         return [whole.part(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
@@ -119,9 +135,9 @@ class Store:
 
     def _write(self, name: str, data: bytes | str) -> None:
         if self.output is not None:
-            path = state_path(self.output).with_name(name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, data)
+            write_sealed(
+                state_path(self.output).with_name(name), data if isinstance(data, bytes) else data.encode()
+            )
 
     def _require(self, digest: Any, path: Path) -> None:
         if digest != self.digest:
@@ -134,11 +150,8 @@ def _targets(block: int) -> str:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        values: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise _damaged(path, error) from error
+        values: dict[str, Any] = dict(json.loads(read_sealed(path)))
+        del values["sha256"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise damaged(path, str(error)) from error
     return values
-
-
-def _damaged(path: Path, error: Exception) -> TrainingError:
-    return TrainingError(f"the resume state {path} is damaged ({error}); start again with overwrite=True")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, final
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 
 from softprompt.artifacts import Manifest, Origin, manifest_of
+from softprompt.backbone import split_of
 from softprompt.data import RowTokenizer, TokenRow, encode
 from softprompt.distillation import BETWEEN, DistillSettings, Passage, Question, SourceText
 from softprompt.engine import Engine, EngineRow, build_engine
@@ -22,6 +23,7 @@ from softprompt.training import TopTargets
 if TYPE_CHECKING:
     from softprompt.backbone import Base
     from softprompt.prompts import Prompt
+    from softprompt.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +105,10 @@ class Teacher:
         behind = () if self.chat else encode(self.base.tokenizer, [BETWEEN], special=False)[0]
         return written(self.base, self.manifest, (*ids, *behind), chat=self.chat)
 
+    @property
+    def _processes(self) -> World:
+        return split_of(self.base.model)
+
     @cached_property
     def _decoder(self) -> Decoder:
         return Decoder.of_batches(self.base, self.batch_size)
@@ -114,7 +120,7 @@ class Teacher:
             Request.of(given, self.prompts[question.passage], options=options)
             for given, (question, options) in zip(inputs, asked, strict=True)
         ]
-        return [end.text for (end,) in self._decoder.run(requests)]
+        return self._processes.split(requests, lambda own: [end.text for (end,) in self._decoder.run(own)])
 
     def answers(self, questions: Sequence[Question]) -> list[str]:
         """Return the answer to each question: the likeliest label where there are labels, or a greedy text."""
@@ -125,8 +131,9 @@ class Teacher:
         found: dict[int, str] = {}
         for passage, tuned in enumerate(self.tuned):
             own = [i for i, each in enumerate(questions) if each.passage == passage]
-            scores = tuned.classify([questions[i].request for i in own]) if own else []
-            found |= {i: each.label for i, each in zip(own, scores, strict=True)}
+            asked = [questions[i].request for i in own]
+            labels = self._processes.split(asked, partial(_labels, tuned))
+            found |= dict(zip(own, labels, strict=True))
         return [found[i] for i in range(len(questions))]
 
     def targets(
@@ -143,11 +150,16 @@ class Teacher:
         pairs = zip(questions, rows, strict=True)
         given = [EngineRow(row.source, row.target, self.prompts[each.passage], row.at) for each, row in pairs]
         engine = build_engine(self.base, self.engine_name)
-        return targets_of(engine, given, k, batch_size=2 * self.batch_size, check_stop=check_stop)
+        read = partial(targets_of, engine, k=k, batch_size=2 * self.batch_size, check_stop=check_stop)
+        return self._processes.split(given, read)
+
+
+def _labels(tuned: TunedPrompt, asked: Sequence[Any]) -> list[str]:
+    return [each.label for each in tuned.classify(list(asked))]
 
 
 def targets_of(
-    engine: Engine, rows: Sequence[EngineRow], k: int, *, batch_size: int, check_stop: Callable[[], None]
+    engine: Engine, rows: Sequence[EngineRow], *, k: int, batch_size: int, check_stop: Callable[[], None]
 ) -> list[TopTargets]:
     """Return what an engine's base predicts for the target tokens of each row, its ``k`` likeliest tokens.
 

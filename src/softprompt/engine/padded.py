@@ -220,6 +220,11 @@ class ExpandEngine(Engine):
             raise BackboneError(
                 f"{self._facts.architecture} keeps more than keys and values, which cannot be expanded"
             )
+        if self._base.shard:
+            # FSDP2 gathers a layer in backward when the gradient of its output comes, and of the last layer of
+            # this pass only the keys and values are read (pytorch #173709).
+            last = cast(DynamicLayer, cache.layers[-1])
+            last.keys = cast(Tensor, last.keys) + 0 * output.logits.sum()
         return cache, mask
 
     def _text_pass(

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from softprompt.backbone import Base, Facts
+from softprompt.backbone import Base, Facts, split_of
 from softprompt.engine.forest import Targets
 from softprompt.engine.rows import IGNORED, EngineRow, check_rows
 from softprompt.errors import BackboneError
+from softprompt.world import World
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +163,11 @@ class Engine(ABC):
         """Prepare for a base."""
         self._base = base
         self._facts: Facts = base.facts
+
+    @property
+    def processes(self) -> World:
+        """The processes that rows can be shared out to."""
+        return split_of(self._base.model)
 
     @abstractmethod
     def run_alike(self, rows: Sequence[EngineRow], head: HeadInput | None = None) -> Predictions:

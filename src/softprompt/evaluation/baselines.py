@@ -57,6 +57,7 @@ class Baseline:
         tokenizer: Tokenizer of ``base_model``, where it is not beside it.
         torch_dtype: Data type of ``base_model``.
         device: Device of ``base_model``, such as "cuda:0".
+        shard: How ``base_model`` is spread over processes, "fsdp" or "tp".
     """
 
     base_model: str | Path | PreTrainedModel | None = None
@@ -72,6 +73,7 @@ class Baseline:
     tokenizer: PreTrainedTokenizerBase | None = None
     torch_dtype: str | torch.dtype | None = None
     device: str | None = None
+    shard: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what would be ignored or is missing.
@@ -141,7 +143,8 @@ def _frame(
     elif baseline.base_model is None:
         raise ConfigError("a baseline without a prompt needs a base: name it in base_model (--base-model)")
     else:
-        reading: dict[str, Any] = {name: getattr(baseline, name) for name in ("tokenizer", "torch_dtype", "device")}
+        told = ("tokenizer", "torch_dtype", "device", "shard")
+        reading: dict[str, Any] = {name: getattr(baseline, name) for name in told}
         with timed(silent=how.silent):
             base = load_base(baseline.base_model, **reading)
         freeze(base.model)

@@ -27,6 +27,7 @@ from softprompt.evaluation import (
     with_columns,
     write_predictions,
 )
+from softprompt.world import world
 
 if TYPE_CHECKING:
     from softprompt.data import DataSource, LabelNames
@@ -153,7 +154,7 @@ def compare(
         SoftPromptError: As ``evaluate``.
         ConfigError: There are fewer than two, or they differ in their label sets, or in labels against texts.
     """
-    check_predictions(predictions, overwrite=overwrite)
+    world().from_main(lambda: check_predictions(predictions, overwrite=overwrite))
     named = _named(subjects, task_name)
     how = EvaluationSettings(
         task, False, batch_size, normalize, engine, input_field, output_field, label_names, silence_progress_bars
@@ -170,7 +171,8 @@ def compare(
     _check_alike({name: report_of(tuned, records[:1], own) for name, (tuned, own) in ready.items()})
     reports = {name: report_of(tuned, records, own) for name, (tuned, own) in ready.items()}
     one, *others = reports
-    write_predictions(predictions, reports)
+    if world().is_main:
+        write_predictions(predictions, reports)
     return Comparison(reports, {name: _paired(reports[one], reports[name]) for name in others})
 
 

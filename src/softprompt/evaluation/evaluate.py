@@ -23,6 +23,7 @@ from softprompt.evaluation import (
 )
 from softprompt.inference import Ensemble, TaskNames, TunedPrompt
 from softprompt.inference import Task as TaskName
+from softprompt.world import world
 
 if TYPE_CHECKING:
     from softprompt.evaluation.passes import Task
@@ -83,7 +84,7 @@ def evaluate(
         ContextOverflowError: Prompt and row together exceed the model's context.
         OutputExistsError: The file of predictions exists, and ``overwrite`` is off.
     """
-    check_predictions(predictions, overwrite=overwrite)
+    world().from_main(lambda: check_predictions(predictions, overwrite=overwrite))
     if len({each.name for each in baselines}) < len(baselines):
         raise ConfigError(f"{', '.join(each.name for each in baselines)}: two baselines are alike; leave one out")
     several = task_field is not None or not isinstance(task_name, str | int | None)
@@ -108,7 +109,8 @@ def evaluate(
         others = {each.name: prompted(each, every, how, first_prompt(subject)) for each in baselines}
         found = {name: report_of(tuned, records, own) for name, (tuned, own) in others.items()}
         report = replace(report, baselines=found)
-    write_predictions(predictions, {report.subject: report, **(report.baselines or {})})
+    if world().is_main:
+        write_predictions(predictions, {report.subject: report, **(report.baselines or {})})
     return report
 
 

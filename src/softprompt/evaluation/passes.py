@@ -146,18 +146,23 @@ def _generated(
     begin = time.perf_counter()
     # Like lengths together, and some batches between two steps of the bar, so that none runs half empty for long.
     order = sorted(range(len(rows)), key=lambda number: len(rows[number].source))
-    found: dict[int, str] = {}
-    with progress_bar(len(rows), "answer", delay=_BAR_SECONDS) as bar:
-        for start in range(0, len(rows), _BATCHES * how.batch_size):
-            part = order[start : start + _BATCHES * how.batch_size]
-            answers = tuned.generate_rows(
-                [rows[number].source for number in part],
-                GenerationOptions(max_new_tokens=tuned.manifest.max_target_length),
-                batch_size=how.batch_size,
-                without_prompt=how.without_prompt,
-            )
-            found |= zip(part, (answer.text for answer in answers), strict=True)
-            bar.update(len(part))
+
+    def answered(own: Sequence[int]) -> Sequence[str]:
+        texts: list[str] = []
+        with progress_bar(len(own), "answer", delay=_BAR_SECONDS) as bar:
+            for start in range(0, len(own), _BATCHES * how.batch_size):
+                part = own[start : start + _BATCHES * how.batch_size]
+                answers = tuned.generate_rows(
+                    [rows[number].source for number in part],
+                    GenerationOptions(max_new_tokens=tuned.manifest.max_target_length),
+                    batch_size=how.batch_size,
+                    without_prompt=how.without_prompt,
+                )
+                texts += [answer.text for answer in answers]
+                bar.update(len(part))
+        return texts
+
+    found = dict(zip(order, engine.processes.split(order, answered), strict=True))
     seconds = time.perf_counter() - begin
     with progress_bar(len(rows), "target", delay=_BAR_SECONDS) as bar:
         likelihood = target_likelihood(_Watched(engine, tuned, bar), rows, prompt, batch_size=how.batch_size)

@@ -209,9 +209,13 @@ def classify_rows(
     Raises:
         ConfigError: ``batch_size`` is less than 1.
     """
-    whole = [each for row in rows for each in label_rows(row.source, label_ids, prompt, row.at)]
     size = rows_of_whole_inputs(batch_size, len(label_ids))
-    scores = score_rows(engine, whole, max_rows=size).view(len(rows), len(label_ids))
+
+    def scored(own: Sequence[TokenRow]) -> Sequence[Tensor]:
+        whole = [each for row in own for each in label_rows(row.source, label_ids, prompt, row.at)]
+        return tuple(score_rows(engine, whole, max_rows=size).view(len(own), len(label_ids)))
+
+    scores = torch.stack(engine.processes.split(rows, scored))
     lengths = tuple(len(ids) for ids in label_ids)
     ranked = per_token(scores, lengths) if normalize else scores
     return Classified(scores, lengths, tuple(ranked.argmax(dim=1).tolist()))
@@ -225,6 +229,11 @@ def target_likelihood(
     Raises:
         ConfigError: ``batch_size``, the rows in one pass, is less than 1.
     """
-    whole = [EngineRow(row.source, row.target, prompt, row.at, row.unscored) for row in rows]
-    total = float(score_rows(engine, whole, max_rows=batch_size).double().sum())
+
+    def scored(own: Sequence[TokenRow]) -> Sequence[float]:
+        whole = [EngineRow(row.source, row.target, prompt, row.at, row.unscored) for row in own]
+        found: list[float] = score_rows(engine, whole, max_rows=batch_size).tolist()
+        return found
+
+    total = math.fsum(engine.processes.split(rows, scored))
     return TargetLikelihood(total, sum(row.scored for row in rows))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, final, get_args, overload
 
 import torch
 from torch import Tensor
 
-from softprompt.engine import Engine, sees_input_of
+from softprompt.engine import Engine, EngineRow, sees_input_of
 from softprompt.errors import ConfigError, FingerprintError, nearest
 from softprompt.generation import LabelScores, label_rows, label_scores, per_token, rows_of_whole_inputs, score_rows
 from softprompt.inference.inputs import Fields, Task, is_single
@@ -141,8 +142,13 @@ class Ensemble:
             for source in inputs:
                 rows += label_rows(source, labels, prompt, member.rows.offset(source))
         size = rows_of_whole_inputs(batch_size, len(self.labels))
-        scores = score_rows(engine or first.engine, rows, max_rows=size)
-        return scores.view(len(self.members), -1, len(self.labels))
+        engine, count = engine or first.engine, len(self.labels)
+        inputs_of_rows = [rows[start : start + count] for start in range(0, len(rows), count)]
+
+        def scored(own: Sequence[Sequence[EngineRow]]) -> Sequence[Tensor]:
+            return tuple(score_rows(engine, list(chain(*own)), max_rows=size).view(-1, count))
+
+        return torch.stack(engine.processes.split(inputs_of_rows, scored)).view(len(self.members), -1, count)
 
     def combined(self, scores: Tensor) -> Combined:
         """Combine the members' scores ``[M, N, K]``."""

@@ -54,6 +54,7 @@ class Reading(TypedDict, total=False):
     tokenizer: PreTrainedTokenizerBase | None
     torch_dtype: str | torch.dtype | None
     device: str | None
+    shard: str | None
     trust_remote_code: bool
     ignore_fingerprint: bool
 
@@ -91,7 +92,8 @@ def load(
         bounds: What many prompts together may use at most.
         **reading: ``tokenizer``, used instead of the base model's own; ``torch_dtype`` of the base, where
             None takes the recorded one, or leaves a model in memory as it is; ``device`` such as
-            "cuda:0", where None is the CPU, or where a model in memory is; ``trust_remote_code`` to run the
+            "cuda:0", where None is the CPU, or where a model in memory is; ``shard`` to spread a base over
+            processes, "fsdp" or "tp"; ``trust_remote_code`` to run the
             code that a base brings along; ``ignore_fingerprint`` to use prompts on a base they were not
             made for.
 

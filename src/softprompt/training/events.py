@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO, final
 from softprompt.artifacts import write_atomically
 from softprompt.errors import ConfigError
 from softprompt.progress import progress_bar
+from softprompt.world import world
 
 if TYPE_CHECKING:
     from softprompt.training.settings import TuneSettings
@@ -48,7 +49,8 @@ class Callbacks:
     """The callbacks of a stage, each called as transformers' Trainer calls a ``TrainerCallback``.
 
     A method gets the run's `TuneSettings`, a ``TrainerState`` and a ``TrainerControl``, and by name what ``others``
-    holds. ``control.should_training_stop`` ends the run with this update, ``should_epoch_stop`` the epoch.
+    holds. ``control.should_training_stop`` ends the run with this update, ``should_epoch_stop`` the epoch. Of
+    several processes the first one calls, and all do what it wishes.
     """
 
     def __init__(
@@ -65,11 +67,13 @@ class Callbacks:
 
     def wants(self, wish: str) -> bool:
         """Return whether a callback set a wish, such as ``should_training_stop``."""
-        return bool(getattr(self._control, wish, False))
+        if not self._called:
+            return False
+        return world().from_main(lambda: bool(getattr(self._control, wish, False)))
 
     def call(self, event: str, run: RunState, **values: Any) -> None:
         """Call the method of an event; ``values`` are further arguments by name."""
-        if self._state is None:
+        if self._state is None or not world().is_main:
             return
         if event == "epoch_begin":
             self._control.should_epoch_stop = False
@@ -179,9 +183,10 @@ class Events:
 def _open_log(path: Path, updates: int) -> TextIO:
     """Open the log behind the lines of the first ``updates`` updates.
 
-    Lines past them belong to work that was lost when an earlier run died and is done again now.
+    Lines past them belong to work that was lost when an earlier run died and is done again now; so may a torn one.
     """
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() and updates else []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    lines = text.split("\n") if updates else []
     kept = [line for line in lines if _step_of(line) <= updates]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(line + "\n" for line in kept))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from softprompt.backbone import shard_of
 from softprompt.engine import EngineRow
 from softprompt.errors import TrainingError
 from softprompt.prompts import CPTEmbedding, Prompt, PromptModule
@@ -22,6 +23,7 @@ from softprompt.training.sampling import Update
 from softprompt.training.settings import RATE_PER_RMS
 from softprompt.training.stage import Stage
 from softprompt.training.state import RunState, Sums
+from softprompt.world import world
 
 JOINED_TOKENS = 4096
 """Padded tokens up to which batches of several prompts make one pass, where ``max_tokens_per_batch`` is not set."""
@@ -36,7 +38,8 @@ class Step:
     """
 
     def __init__(self, stage: Stage, state: RunState, update: Update) -> None:
-        self.stage, self.update, self._state = stage, update, state
+        self.stage, self._state = stage, state
+        self.update, self._idle = part_of_process(stage, update)
         self.problem: TrainingError | None = None
         used = [i for batch in update for i in batch]
         rows = [stage.rows[i] for i in used]
@@ -57,13 +60,14 @@ class Step:
     def mixes_with(self) -> object:
         """What steps must have in common to share passes."""
         objective, first = self.stage.objective, next(iter(self._prompts.values()))
-        if not objective.joins or self.stage.settings.keep_dropout:
+        sharded = world().size > 1 and shard_of(self.stage.model)  # all processes run the same number of passes
+        if not objective.joins or self.stage.settings.keep_dropout or sharded:
             return id(self)
         return objective, first.prefix is None, first.decoder is None, first.sees_input
 
     def dropout(self) -> AbstractContextManager[None]:
         """Return the context that its passes run in."""
-        seed = self.stage.settings.seed * 1_000_003 + self._state.update
+        seed = self.stage.settings.seed * 1_000_003 + self._state.update + world().rank * 1_000_000_007
         return _dropout(self.stage.model, self.stage.settings.keep_dropout, seed)
 
     def padded(self, batch: list[int]) -> int:
@@ -85,16 +89,22 @@ class Step:
 
     def add(self, batch: list[int], part: BatchLoss) -> Tensor:
         """Count a micro-batch, and return its share of the loss; one that is not finite is the problem."""
+        if any(batch is each for each in self._idle):
+            return 0.0 * part.loss
         if not part.is_finite():
             self.problem = _not_finite(self.stage, self._state, batch, part)
         self.sums.loss -= part.values.detach().sum().item()
         self.sums.penalty += 0.0 if part.penalty is None else part.penalty.sum().item()
         return part.loss / self._divisor
 
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What the passes add their gradients to."""
+        return [leaf for prompt in self._leaves.values() for leaf in prompt.tensors]
+
     def is_finite(self) -> bool:
         """Return whether the gradient is."""
-        grads = [leaf.grad for prompt in self._leaves.values() for leaf in prompt.tensors]
-        return all(bool(torch.isfinite(each).all()) for each in grads if each is not None)
+        return all(bool(torch.isfinite(each.grad).all()) for each in self.leaves if each.grad is not None)
 
     def apply(self, optimizer: torch.optim.Optimizer) -> float:
         """Change the parameters, where the gradient is sound; return the learning rate."""
@@ -117,7 +127,7 @@ class Step:
     def hand_on(self) -> None:
         """Hand the gradients of the prompts on to the parameters behind them."""
         made = [tensor for prompt in self._prompts.values() for tensor in prompt.tensors]
-        summed = [leaf.grad for prompt in self._leaves.values() for leaf in prompt.tensors]
+        summed = [leaf.grad for leaf in self.leaves]
         pairs = [pair for pair in zip(made, summed, strict=True) if pair[1] is not None]
         torch.autograd.backward([tensor for tensor, _ in pairs], [grad for _, grad in pairs])
 
@@ -125,6 +135,9 @@ class Step:
 def steps_of(due: Sequence[tuple[Stage, RunState, Update]], check_stop: Callable[[], None]) -> list[Step]:
     """Return the gradients of updates; a prompt whose numbers are not finite does not reach into another's."""
     steps = [Step(*each) for each in due]
+    if world().size > 1:  # they stop together, between two updates
+        check_stop()
+        check_stop = _go_on
     accumulate(steps, check_stop)
     if len(steps) > 1:
         # In backward NaN times the zeros of padding is NaN, which the other one of a pass may get.
@@ -132,7 +145,56 @@ def steps_of(due: Sequence[tuple[Stage, RunState, Update]], check_stop: Callable
             if step.problem is None and not step.is_finite():
                 steps[number] = Step(*due[number])
                 accumulate([steps[number]], check_stop)
+    if shard_of(steps[0].stage.model) != "tp":
+        _add_up(steps)
     return steps
+
+
+def _go_on() -> None:
+    """Go on."""
+
+
+def part_of_process(stage: Stage, update: Update) -> tuple[Update, Update]:
+    """Return this process's part of an update, and what of it does not count.
+
+    Each has its share of the rows of each micro-batch, short and long ones; a batch that an objective looks at as a
+    whole stays in one process. With tensor parallelism all processes run all rows, and where layers are sharded all
+    run as many passes, so one without rows runs one for nothing.
+    """
+    ranks, sharded = world(), shard_of(stage.model)
+    if ranks.size == 1 or sharded == "tp":
+        return update, []
+    if getattr(stage.objective, "distractors", ()):
+        parts = [batch if number % ranks.size == ranks.rank else [] for number, batch in enumerate(update)]
+    else:
+        lengths = stage.sampling.lengths
+        parts = [sorted(batch, key=lengths.__getitem__)[ranks.rank :: ranks.size] for batch in update]
+    if not sharded:
+        return [part for part in parts if part], []
+    idle = [batch[:1] for batch, part in zip(update, parts, strict=True) if not part]
+    waiting = iter(idle)
+    return [part or next(waiting) for part in parts], idle
+
+
+def _add_up(steps: Sequence[Step]) -> None:
+    """Sum the gradients, losses and problems of updates over all processes, in one exchange."""
+    ranks = world()
+    if ranks.size == 1:
+        return
+    leaves = [leaf for step in steps for leaf in step.leaves]
+    parts = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+    numbers = [[step.sums.loss, step.sums.penalty, float(step.problem is not None)] for step in steps]
+    known = [[float(leaf.grad is not None) for leaf in leaves], *numbers]
+    flat = torch.cat([*(part.flatten() for part in parts), *(parts[0].new_tensor(each) for each in known)])
+    ranks.add_up(flat)
+    sizes = [part.numel() for part in parts]
+    *summed, there, totals = torch.split(flat, [*sizes, len(leaves), 3 * len(steps)])
+    for leaf, total, part, count in zip(leaves, summed, parts, there.tolist(), strict=True):
+        leaf.grad = total.view_as(part) if count else None
+    for step, (loss, penalty, problems) in zip(steps, totals.view(-1, 3).tolist(), strict=True):
+        step.sums.loss, step.sums.penalty = loss, penalty
+        if problems:
+            step.problem = next(each for each in ranks.gather(step.problem) if each is not None)
 
 
 def accumulate(steps: Sequence[Step], check_stop: Callable[[], None]) -> None:

@@ -56,6 +56,7 @@ class TuneOptions(TypedDict, total=False):
     source_prompt_base: str | None
     torch_dtype: Any
     device: str | None
+    shard: str | None
     engine: str
     optimizer: str
     weight_decay: float
@@ -69,6 +70,7 @@ class TuneOptions(TypedDict, total=False):
     seed: int
     seeds: int
     restarts: int
+    save_every: int | None
     silence_progress_bars: bool
 
 

@@ -10,6 +10,7 @@ target tokens, whatever the micro-batches were, so accumulation gives the gradie
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,13 +19,14 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 
-from softprompt.errors import TrainingError
+from softprompt.errors import DistributedError, TrainingError
 from softprompt.training.events import Events
 from softprompt.training.gradients import steps_of
 from softprompt.training.sampling import Update
 from softprompt.training.settings import TuneSettings
 from softprompt.training.stage import Stage
-from softprompt.training.state import RunState
+from softprompt.training.state import RunState, Saving
+from softprompt.world import world
 
 if TYPE_CHECKING:
     from softprompt.training.collapse import CollapseWatch
@@ -33,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 TIMED_UPDATES = 10
 """Updates after which the time of the rest is told."""
+
+UPDATES_BETWEEN_CHECKS = 50
+"""Updates after which the processes of a run compare their prompts."""
 
 WORTH_TELLING = 10
 """Seconds below which it is not."""
@@ -49,7 +54,6 @@ class Candidate:
         optimizer: The optimizer of its parameters; see ``build_optimizer``.
         events: Who is told.
         watch: What looks for signs of collapse; None for nothing.
-        problem: Why it goes no further, where a loss or gradient of its own was not finite.
     """
 
     stage: Stage
@@ -57,14 +61,18 @@ class Candidate:
     optimizer: torch.optim.Optimizer
     events: Events
     watch: CollapseWatch | None = None
-    problem: TrainingError | None = None
+
+    @property
+    def problem(self) -> TrainingError | None:
+        """Why it goes no further, where a loss or gradient of its own was not finite."""
+        return None if self.state.problem is None else TrainingError(self.state.problem)
 
 
 def train_together(
     candidates: Sequence[Candidate],
     *,
     check_stop: Callable[[], None] = lambda: None,
-    save: Callable[[], None] = lambda: None,
+    saving: Saving | None = None,
     until: int | None = None,
 ) -> None:
     """Train several prompts side by side, each from its state to its end, an update of every one at a time.
@@ -81,18 +89,44 @@ def train_together(
     Args:
         candidates: The prompts; one with a ``problem`` is left out.
         check_stop: Called before each pass; raises what ends the run. All states can be saved and continued then.
-        save: Called when epochs were finished, all candidates at the border of an update.
+        saving: Saves the states, all candidates at the border of an update: when epochs were finished, and when it
+            is time.
         until: Updates of each candidate to stop at, in the middle of an epoch if need be; None for its end.
     """
+    saving = saving or Saving(lambda: None)
     running = {each: _updates(each, until) for each in candidates if each.problem is None}
     while running:
         epochs = sum(each.state.epoch for each in running)
         due = [(each, update) for each, own in running.items() if (update := next(own, None)) is not None]
         if sum(each.state.epoch for each in running) > epochs:
-            save()
+            saving.now()
         if due:
             _round(due, check_stop)
+            if due[0][0].state.update % UPDATES_BETWEEN_CHECKS == 1:
+                _require_same([each for each, _ in due])
+            saving.updated()
         running = {each: running[each] for each, _ in due if each.problem is None}
+    _require_same(candidates)
+
+
+def _require_same(candidates: Sequence[Candidate]) -> None:
+    """Compare the prompts of all processes, which are the same to the bit.
+
+    Raises:
+        DistributedError: They are not: their machines compute unlike each other, or one of them is broken.
+    """
+    if world().size == 1:
+        return
+    digest = hashlib.sha256()
+    for each in candidates:
+        for value in each.stage.prompt.parameters():
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    found = world().gather(digest.hexdigest())
+    if other := [str(rank) for rank, each in enumerate(found) if each != found[0]]:
+        raise DistributedError(
+            f"after update {candidates[0].state.update} the prompt of rank {', '.join(other)} is not that of rank "
+            "0; a machine is faulty or has other software: go on with resume=True on others"
+        )
 
 
 def _updates(candidate: Candidate, until: int | None) -> Iterator[Update]:
@@ -123,8 +157,9 @@ def _round(due: Sequence[tuple[Candidate, Update]], check_stop: Callable[[], Non
     rates = [step.apply(each.optimizer) for (each, _), step in zip(due, steps, strict=True)]
     seconds = (time.perf_counter() - started) / sum(step.sums.tokens for step in steps)
     for (each, _), step, rate in zip(due, steps, rates, strict=True):
-        each.problem = step.problem
-        if step.problem is None:
+        if step.problem is not None:
+            each.state.problem = str(step.problem)
+        else:
             each.state.add_update(step.sums, seconds=seconds * step.sums.tokens, rate=rate)
             loss = step.sums.loss / step.sums.targets
             each.events.update(each.state, loss)

@@ -20,9 +20,10 @@ import torch
 from softprompt.artifacts import write_atomically
 from softprompt.errors import TrainingInterrupted
 from softprompt.training.loop import train_together
+from softprompt.training.output import state_path
 from softprompt.training.preparation import varied
 from softprompt.training.session import candidate_of
-from softprompt.training.state import state_path
+from softprompt.world import world
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -60,9 +61,12 @@ def with_rate(
     if not isinstance(settings.learning_rate, str):
         return prepared, {}
     kept = None if output is None else state_path(output).with_name(FILE)
-    if kept is not None and kept.is_file():
-        found = json.loads(kept.read_text(encoding="utf-8"))
-    else:
+
+    def earlier() -> dict[str, Any] | None:
+        there = kept is not None and kept.is_file()
+        return json.loads(kept.read_text(encoding="utf-8")) if there and kept is not None else None
+
+    if (found := world().from_main(earlier)) is None:
         try:
             found = probe(prepared, check_stop)
         except TrainingInterrupted:

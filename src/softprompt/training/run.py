@@ -7,15 +7,15 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Unpack, cast, overload
 
-from softprompt.artifacts import CURVE_NAME, require_empty, require_no_file
+from softprompt.artifacts import CURVE_NAME, write_atomically
 from softprompt.bundled import DEMO
 from softprompt.display import training_curve
-from softprompt.errors import ArtifactError, ConfigError, OutputExistsError, UsageError, nearest
+from softprompt.errors import ConfigError, UsageError, nearest
 from softprompt.fields import default_of
 from softprompt.inference import TunedPrompt
 from softprompt.progress import timed
@@ -23,25 +23,30 @@ from softprompt.prompts import SOURCE_INITS, MultitaskPromptTuningConfig, Multit
 from softprompt.training.events import checked_callbacks
 from softprompt.training.examples import Data, read_data
 from softprompt.training.keywords import ALIASES, TuneOptions, full_names
+from softprompt.training.output import (
+    begun_by,
+    claimed,
+    clear_state,
+    kept_if_resumable,
+    remove_state,
+    resume_command,
+    state_path,
+)
 from softprompt.training.preparation import BaseLike, Prepared, prepare
 from softprompt.training.rate_probe import with_rate
 from softprompt.training.run_file import RUN_FILE, SWEEP, read_run, write_run
 from softprompt.training.seeds import SEEDS_FOLDER, Seeded, train_seeds
 from softprompt.training.session import Session, Trained, identity, stages_of
 from softprompt.training.settings import TuneSettings
-from softprompt.training.state import (
-    StopSignal,
-    begun_by,
-    kept_if_resumable,
-    load_states,
-    remove_state,
-    resume_command,
-    state_path,
-)
+from softprompt.training.state import StopSignal, load_states
 from softprompt.training.summary import DryRun, dry_run_of, summarize
 from softprompt.training.tuning_config import TuningConfig
+from softprompt.world import joined, world
 
 logger = logging.getLogger(__name__)
+
+ANEW = ("silence_progress_bars", "save_every")
+"""Settings that a resumed run may be given anew."""
 
 
 @overload
@@ -108,18 +113,26 @@ def tune(
         TrainingError: The loss is not finite, or there is nothing to resume.
         TrainingInterrupted: Ctrl-C or SIGTERM; the state is saved when there is an ``output``.
     """
-    clock, called = time.perf_counter(), checked_callbacks(callbacks)
-    target = None if output is None else Path(output)
+    called, target = checked_callbacks(callbacks), None if output is None else Path(output)
     if resume and overwrite:
         raise UsageError("resume=True goes on with a run and overwrite=True starts anew; give one of them")
-    if resume:
-        plan = resumed("tune", base_model, train_data, validation_data, target, dict(options))
-    else:
+    settings = None
+    if not resume:
         _check_names(options)
         settings = TuneSettings.from_dict(options)
-        plan = RunPlan(base_model, train_data, validation_data, settings)
-        if not dry_run:
-            check_output(target, overwrite=overwrite)
+    with joined() as ranks, claimed(target, overwrite=overwrite, resume=resume) if not dry_run else nullcontext():
+        if settings is None:
+            plan = resumed("tune", base_model, train_data, validation_data, target, dict(options))
+        else:
+            plan = RunPlan(base_model, train_data, validation_data, settings)
+        return _tuned(plan, target if ranks.is_main else None, called, resume=resume, dry_run=dry_run)
+
+
+def _tuned(
+    plan: RunPlan, target: Path | None, called: Sequence[object], *, resume: bool, dry_run: bool
+) -> TunedPrompt | DryRun:
+    """Run a plan, or say what it would do."""
+    clock = time.perf_counter()
     if plan.train_data is None:
         raise UsageError("train_data is missing; give a data file or records of input and output")
     data = read_data(plan.train_data, plan.validation_data, plan.settings)
@@ -129,12 +142,13 @@ def tune(
         summarize(prepared, stages)
         if dry_run:
             return dry_run_of(prepared, stages)
-        found = load_states(target, identity(prepared))[0] if resume and target is not None else {}
+        known = identity(prepared)
+        found = world().from_main(lambda: load_states(target, known)[0] if resume and target else {})
         before = sum(each.seconds for each in found.values())
         # From here on a Ctrl-C is noted, so the run's file and its first state are written together.
         with StopSignal() as stop, kept_if_resumable(target):
             if target is not None and not resume:
-                remove_state(target)
+                clear_state(target)
                 write_run(state_path(target).with_name(RUN_FILE), plan.names(), plan.settings)
             prepared, probed = with_rate(prepared, target, stop.check)
             best, seeds = train_seeds(prepared, Session(target, stop, found, called))
@@ -159,47 +173,6 @@ def _check_names(options: Mapping[str, Any]) -> None:
     for name in options:
         if name not in known and name not in TuningConfig.__dataclass_fields__:
             raise ConfigError(f"tune has no argument {name!r}{nearest(name, known)}; see help(tune)")
-
-
-def check_output(output: Path | None, *, overwrite: bool) -> None:
-    """Refuse an output directory that could not be written to in the end.
-
-    Raises:
-        UsageError: there is nothing to overwrite.
-        OutputExistsError: it holds something that would be lost.
-        ArtifactError: it may not be written to.
-    """
-    if output is None:
-        if overwrite:
-            raise UsageError("overwrite has no meaning without output; name an output directory")
-        return
-    _require_writable(output)
-    if overwrite:
-        require_no_file(output)
-        return
-    if begun_by(output) is not None:
-        raise OutputExistsError(
-            f"{output} holds an interrupted run; continue it with --resume (resume=True in "
-            "Python), or start again with --overwrite (overwrite=True)"
-        )
-    # A run that was killed before its first state left nothing to continue.
-    remove_state(output)
-    require_empty(output)
-
-
-def _require_writable(output: Path) -> None:
-    place = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if place == output and not place.is_dir():
-        return  # refused as a file, with another message
-    if not place.is_dir():
-        raise ArtifactError(
-            f"expected an output directory, {output} lies in {place}: Not a directory; choose another path"
-        )
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ArtifactError(
-            f"expected an output directory that can be written to, {place} is read-only for this "
-            "user; choose another path, or change its permissions"
-        )
 
 
 def _write_all(target: Path, plan: RunPlan, best: str, seeds: Mapping[str, Seeded], tuned: TunedPrompt) -> None:
@@ -274,12 +247,7 @@ def resumed(
     options: dict[str, Any],
 ) -> RunPlan:
     """Return the plan of the run of a command that was interrupted in ``output``."""
-    if output is None:
-        raise UsageError("resume needs the output directory of the interrupted run")
-    if begun_by(output) != command:
-        advice = f"continue with {resume_command(output)}" if begun_by(output) else "start it without resume=True"
-        raise UsageError(f"nothing to resume in {output}: it holds no interrupted run of {command}; {advice}")
-    saved = read_run(state_path(output).with_name(RUN_FILE))
+    saved = world().from_main(lambda: _saved(command, output))
     names: dict[str, Any] = {
         name: named_source(saved.pop(name, None)) for name in ("base_model", "train_data", "validation_data")
     }
@@ -287,7 +255,9 @@ def resumed(
     settings = _same_settings(TuneSettings.from_dict(saved), options)
     if names["base_model"] is None and base_model == DEMO:
         raise UsageError("the interrupted run used a model in memory; give base_model again")
-    for name, given in (("train_data", train_data), ("validation_data", validation_data)):
+    given_base = None if base_model == DEMO else base_model
+    given_data = {"base_model": given_base, "train_data": train_data, "validation_data": validation_data}
+    for name, given in given_data.items():
         if given is not None and names[name] not in (None, named_source(given)):
             raise ConfigError(f"the interrupted run has {name} {names[name]}; leave {name} out")
     return RunPlan(
@@ -299,31 +269,41 @@ def resumed(
     )
 
 
+def _saved(command: str, output: Path | None) -> dict[str, Any]:
+    """Return the run file of the run of a command that was interrupted in ``output``."""
+    if output is None:
+        raise UsageError("resume needs the output directory of the interrupted run")
+    if begun_by(output) != command:
+        advice = f"continue with {resume_command(output)}" if begun_by(output) else "start it without resume=True"
+        raise UsageError(f"nothing to resume in {output}: it holds no interrupted run of {command}; {advice}")
+    return read_run(state_path(output).with_name(RUN_FILE))
+
+
 def _same_settings(saved: TuneSettings, options: dict[str, Any]) -> TuneSettings:
-    """Return the saved settings; only whether a progress bar is shown may be set anew.
+    """Return the saved settings; only what changes nothing of the prompt, as ``ANEW`` names it, may be set anew.
 
     Raises:
         ConfigError: A setting differs from the interrupted run's.
     """
-    silent = bool(options.pop("silence_progress_bars", saved.silence_progress_bars))
+    anew = {name: options.pop(name) for name in ANEW if name in options}
     if options:
         given = TuneSettings.from_dict({**saved.to_dict(), **full_names(options)})
         for item in fields(TuneSettings):
             was, now = getattr(saved, item.name), getattr(given, item.name)
-            if item.name != "silence_progress_bars" and was != now:
+            if was != now:
                 raise ConfigError(
                     f"the interrupted run has {item.name} {was!r}, not {now!r}; leave it out to "
                     "resume, or start again with overwrite=True"
                 )
-    return replace(saved, silence_progress_bars=silent)
+    return replace(saved, **anew)
 
 
 def publish_logs(output: Path, folders: Mapping[str, Path]) -> None:
-    """Move the logs of finished runs, by seed, out of the state of ``output``, and remove that."""
+    """Copy the logs of finished runs, by seed, out of the state of ``output``, and remove that."""
     for seed, folder in folders.items():
         before = f"{seed}." if seed else ""
         for log in sorted(state_path(output).parent.glob(f"{before}*.jsonl")):
-            os.replace(log, folder / log.name.removeprefix(before))
+            write_atomically(folder / log.name.removeprefix(before), log.read_bytes())
     remove_state(output)
 
 

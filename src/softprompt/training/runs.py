@@ -13,8 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from softprompt.artifacts import MANIFEST_NAME, load_adapter
 from softprompt.errors import ArtifactError, SoftPromptError
-from softprompt.training.run_file import RUN_FILE, read_run
-from softprompt.training.state import (
+from softprompt.training.output import (
     PLAN_FILE,
     STATE_DIRECTORY,
     begun_by,
@@ -22,6 +21,7 @@ from softprompt.training.state import (
     resume_command,
     state_path,
 )
+from softprompt.training.run_file import RUN_FILE, read_run
 
 _CONFIG = "adapter_config.json"
 _DEPTH = 4

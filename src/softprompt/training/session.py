@@ -15,7 +15,7 @@ from typing import Any, final
 from torch import Tensor
 
 from softprompt.engine import EngineRow, require_gradient, score_of
-from softprompt.errors import ConfigError, TrainingError, TrainingInterrupted
+from softprompt.errors import ConfigError, DistributedError, ProcessLostError, TrainingError, TrainingInterrupted
 from softprompt.prompts import CPTConfig, PromptModule, context_labels
 from softprompt.training.collapse import CollapseWatch
 from softprompt.training.events import Callbacks, Events
@@ -31,12 +31,14 @@ from softprompt.training.objectives import (
     likelihood_of,
 )
 from softprompt.training.optimisation import build_optimizer
+from softprompt.training.output import how_to_go_on, state_path
 from softprompt.training.preparation import Prepared, teacher_prompt
 from softprompt.training.sampling import Sampling
 from softprompt.training.settings import DISTILLATION_WEIGHT
 from softprompt.training.stage import Measure, Stage
-from softprompt.training.state import RunState, Snapshot, StopSignal, how_to_go_on, save_states, state_path
+from softprompt.training.state import RunState, Saving, Snapshot, StopSignal, save_states
 from softprompt.training.validation import TaskValidations, Validation
+from softprompt.world import world
 
 logger = logging.getLogger(__name__)
 
@@ -287,6 +289,7 @@ class Session:
             TrainingInterrupted: with the command that continues, when there is an ``output``.
             TrainingError: the loss is not finite, of all of them.
         """
+        require_alike(next(iter(runs.values())))
         members = [Member(seed, each, self._callbacks, self._found.get(seed)) for seed, each in runs.items()]
         self._members += members
         check = self._stop.check
@@ -300,7 +303,8 @@ class Session:
         for member, stage in zip(members, stages, strict=True):
             member.begin(stage)
         going = [each for each in members if each.name not in self.problems]
-        self._save()
+        saving = Saving(self._save, members[0].prepared.settings.save_every)
+        saving.now()
         for member in going:
             member.check_gradient()
         try:
@@ -310,7 +314,7 @@ class Session:
                     silent = bool(candidates) or member.stage.settings.silence_progress_bars
                     candidates.append(member.candidate(self._output, silent=silent))
                     stack.enter_context(candidates[-1].events)
-                train_together(candidates, check_stop=self._stop.check, save=self._save)
+                train_together(candidates, check_stop=self._stop.check, saving=saving)
                 self.problems |= {
                     member.name: each.problem
                     for member, each in zip(going, candidates, strict=True)
@@ -318,11 +322,14 @@ class Session:
                 }
                 if len(self.problems) == len(self._members):  # of restarts the earlier ones are kept
                     raise self.problems[going[0].name]
-        except TrainingInterrupted:
-            self._save()
+        except (TrainingInterrupted, ProcessLostError) as error:
+            saving.now()
             first = members[0]
             where = f"update {first.state.update} (epoch {first.state.epoch + 1}{first.stage.of})"
-            raise TrainingInterrupted(how_to_go_on(f"after {where}", self._output)) from None
+            message = how_to_go_on(f"after {where}", self._output)
+            if isinstance(error, ProcessLostError):
+                raise ProcessLostError(f"{error}; {message}" if world().is_main else str(error)) from None
+            raise TrainingInterrupted(message) from None
         for member in going:
             if member.name not in self.problems:
                 member.end()
@@ -345,6 +352,18 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         "base model fingerprint": prepared.base.fingerprint_record().get("short", ""),
         **{f"{name} data sha256": digest for name, digest in hashes.items()},
     }
+
+
+def require_alike(prepared: Prepared) -> None:
+    """Raise ``DistributedError`` where the processes of a run do not have the same base and the same data."""
+    found = world().gather(identity(prepared))
+    for rank, other in enumerate(found):
+        for name, own in found[0].items():
+            if other.get(name) != own:
+                raise DistributedError(
+                    f"the {name} of rank {rank} is {other.get(name)!r}, that of rank 0 is {own!r}; give all "
+                    "machines the same files"
+                )
 
 
 def best_of(stage: Stage, state: RunState) -> Trained:

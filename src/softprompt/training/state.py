@@ -9,25 +9,24 @@ from __future__ import annotations
 
 import json
 import logging
-import re
-import shlex
-import shutil
+import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, Self, final
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from softprompt.artifacts import write_atomically
 from softprompt.errors import TrainingError, TrainingInterrupted
+from softprompt.training.output import SEAL, damaged, read_sealed, state_path, write_sealed
+from softprompt.world import world
 
 
 @dataclass(slots=True)
@@ -67,6 +66,7 @@ class RunState:
     last_losses: list[float] = field(default_factory=list)
     collapse: dict[str, str] = field(default_factory=dict)  # what was found, by the sign
     streaks: dict[str, int] = field(default_factory=dict)  # validations in a row with a sign
+    problem: str | None = None  # why it goes no further, where a number was not finite
 
     def add_update(self, sums: Sums, *, seconds: float, rate: float) -> None:
         """Count one finished update: its sums, its seconds, its learning rate."""
@@ -117,16 +117,7 @@ class RunState:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-STATE_DIRECTORY = ".state"
-STATE_FILE = "state.safetensors"
-PLAN_FILE = "plan.json"
-"""What a run of another command than ``tune`` goes on by; its ``command`` names that."""
-FORMAT = 5
-
-
-def state_path(output: Path) -> Path:
-    """Return where an output directory keeps its resume state."""
-    return output / STATE_DIRECTORY / STATE_FILE
+FORMAT = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,9 +214,7 @@ def save_states(
         for kind, tensors in snapshot.tensors.items()
         for key, tensor in tensors.items()
     }
-    path = state_path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, save(flat, metadata={"state": json.dumps(header)}))
+    write_sealed(state_path(output), save(flat, metadata={"state": json.dumps(header), **SEAL}))
 
 
 def load_states(output: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Snapshot], dict[str, Any]]:
@@ -262,37 +251,61 @@ def load_states(output: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Sn
     return snapshots, header["record"]
 
 
-def remove_state(output: Path) -> None:
-    """Remove the resume state of a finished run."""
-    shutil.rmtree(output / STATE_DIRECTORY, ignore_errors=True)
-
-
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
         raise TrainingError(f"nothing to resume: {path} does not exist; start the run without resume=True")
+    data = read_sealed(path)
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = load(data)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise TrainingError(
-            f"the resume state {path} is damaged ({error}); start again with overwrite=True"
-        ) from error
+        raise damaged(path, str(error)) from error
     if header.get("format") != FORMAT:
-        raise TrainingError(
-            f"the resume state {path} has format {header.get('format')!r}, this version reads "
-            f"{FORMAT}; start again with overwrite=True"
-        )
+        raise damaged(path, f"it has format {header.get('format')!r}, this version reads {FORMAT}")
     return header, tensors
 
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)  # SIGHUP: the terminal has gone; Windows has none
+
+SECONDS_BETWEEN_SAVES = 30.0
+_SHARE_OF_SAVING = 20
+"""Times as long as a save took that the next one waits at least."""
+
+
+@final
+class Saving:
+    """When the states of a run are saved: where epochs end, and between them after some updates or some time.
+
+    Args:
+        save: Writes the states.
+        every: Updates after which they are saved; None goes by time.
+    """
+
+    def __init__(self, save: Callable[[], None], every: int | None = None) -> None:
+        self._write, self._every = save, every
+        self._updates, self._due = 0, time.monotonic() + SECONDS_BETWEEN_SAVES
+
+    def now(self) -> None:
+        """Save."""
+        started = time.monotonic()
+        self._write()
+        ended = time.monotonic()
+        self._updates, self._due = 0, ended + max(SECONDS_BETWEEN_SAVES, _SHARE_OF_SAVING * (ended - started))
+
+    def updated(self) -> None:
+        """Count an update of all candidates, and save where it is time."""
+        self._updates += 1
+        if self._updates >= self._every if self._every else time.monotonic() >= self._due:
+            self.now()
 
 
 class StopSignal:
-    """While entered, notes the first Ctrl-C or SIGTERM; a second one acts at once.
+    """While entered, notes the first Ctrl-C, SIGTERM or SIGHUP; a second one acts at once.
 
     Signals can only be caught in the main thread; elsewhere `request` does the same.
     """
@@ -300,11 +313,15 @@ class StopSignal:
     def __init__(self) -> None:
         self.requested = False
         self._previous: dict[signal.Signals, Any] = {}
+        self._terminal: list[int] = []
 
     def __enter__(self) -> Self:
         """Take over the signals."""
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+            # What `nohup` lets a run ignore stays ignored.
+            caught = [each for each in SIGNALS if each == signal.SIGINT or signal.getsignal(each) != signal.SIG_IGN]
+            self._terminal = [number for number in (1, 2) if os.isatty(number)]
+            self._previous = {number: signal.signal(number, self._note) for number in caught}
         return self
 
     def __exit__(
@@ -318,67 +335,24 @@ class StopSignal:
         self.requested = True
 
     def check(self) -> None:
-        """Stop here if the run is to be stopped.
+        """Stop here if the run is to be stopped, in any of its processes.
 
         Raises:
             TrainingInterrupted: after a signal, or a call of `request`.
         """
+        self.requested = world().any(self.requested)
         if self.requested:
             raise TrainingInterrupted("training was stopped")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        logger.info("stopping after this batch; a second Ctrl-C stops at once")
         self.requested = True
+        if number not in (signal.SIGINT, signal.SIGTERM):  # writing to a terminal that has gone fails
+            for gone in self._terminal:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), gone)
+        logger.info("stopping after this batch; a second Ctrl-C stops at once")
         self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
-
-
-def how_to_go_on(where: str, output: Path | None) -> str:
-    """Return the sentence that ends an interrupted run: where it stopped, and what continues it."""
-    if output is None:
-        return f"training was stopped {where}; nothing is saved, since the run has no output directory"
-    return f"training was stopped {where}; its state is saved, continue with: {resume_command(output)}"
-
-
-def resume_command(output: Path) -> str:
-    """Return the command that continues the run that was interrupted in a folder."""
-    return f"softprompt {begun_by(output) or 'tune'} --resume --output {shlex.quote(str(output))}"
-
-
-def begun_by(output: Path) -> str | None:
-    """Return the command of the run that was interrupted in a folder; None where there is none to continue."""
-    with suppress(OSError, ValueError, AttributeError):
-        plan = json.loads(state_path(output).with_name(PLAN_FILE).read_text(encoding="utf-8"))
-        return re.sub(r"\W", "", str(plan.get("command")))
-    return "tune" if state_path(output).exists() else None
-
-
-@contextmanager
-def kept_if_resumable(output: Path | None) -> Iterator[None]:
-    """Leave nothing of a run that ends inside without a state it could be continued from.
-
-    One whose numbers are not finite would fail again, so its state goes too.
-
-    Raises:
-        TrainingInterrupted: after a second Ctrl-C, where the state of the last epoch is there.
-    """
-    try:
-        yield
-    except TrainingInterrupted:
-        raise
-    except BaseException as error:
-        if output is None:
-            raise
-        failed = isinstance(error, TrainingError)
-        if state_path(output).exists() and not failed:
-            if isinstance(error, KeyboardInterrupt):
-                raise TrainingInterrupted(how_to_go_on("at once", output)) from None
-            raise
-        remove_state(output)
-        if output.is_dir() and not any(output.iterdir()):
-            output.rmdir()
-        raise

@@ -13,6 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from softprompt.backbone import own_part
 from softprompt.data import TokenRow
 from softprompt.training.gradients import passed
 from softprompt.training.loop import duration
@@ -149,24 +150,26 @@ def dry_run_of(prepared: Prepared, stages: Sequence[Stage]) -> DryRun:
 
 def _measured(prepared: Prepared, stage: Stage, batch: list[int]) -> tuple[int, float]:
     """Return the bytes and the seconds that a pass over a batch and its gradient take, the base's included."""
-    storages = (each.untyped_storage() for each in prepared.base.model.parameters())
+    storages = (own_part(each).untyped_storage() for each in prepared.base.model.parameters())
     weights = {each.data_ptr(): each.nbytes() for each in storages}
-    kept: dict[int, int] = {}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
+        storage = own_part(tensor).untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+            kept[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         passed(stage, batch)  # the first one also prepares, so another is timed
+    held = sum(each.nbytes() for each in kept.values())  # nothing of a sharded layer that was gathered
+    kept.clear()
     started = time.perf_counter()
     passed(stage, batch)
     if prepared.base.device.type == "cuda":
         torch.cuda.synchronize(prepared.base.device)
     seconds = time.perf_counter() - started
-    return sum(weights.values()) + sum(kept.values()), seconds
+    return sum(weights.values()) + held, seconds
 
 
 def _sample(row: TokenRow, task: TaskRows, prepared: Prepared) -> dict[str, Any]:

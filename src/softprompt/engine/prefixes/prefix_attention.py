@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -57,14 +57,15 @@ class PrefixMask:
         inner: Name of the inner implementation.
         prefixes: The rows' prefixes; None where the attention has none.
         positions: Position of the first query of each row, by which relative biases count, ``[B]``.
-        bias: Relative bias of the prefix that a layer made for those above it, ``[B, A, Tq, P]``.
+        biases: Relative bias of the prefix that a layer made for those above it, ``[B, A, Tq, P]``, once it has;
+            a list, which copies of the mask share (FSDP2 copies what layers are given).
     """
 
     mask: Tensor | None
     inner: str
     prefixes: Prefixes | None = None
     positions: Tensor | None = None
-    bias: Tensor | None = None
+    biases: list[Tensor] = field(default_factory=list)
 
     def __getitem__(self, part: Any) -> PrefixMask:
         """Return the mask of a part of the queries, as Gemma 4 takes of any mask."""
@@ -197,10 +198,10 @@ def _prefix_bias(module: nn.Module, mask: PrefixMask, prefixes: Prefixes, querie
             start: cast(Any, module).compute_bias(queries, prefixes.width, past_seen_tokens=start)
             for start in set(starts)
         }
-        mask.bias = torch.cat([of[start] for start in starts])
-    if mask.bias is None:
+        mask.biases[:] = [torch.cat([of[start] for start in starts])]
+    if not mask.biases:
         raise BackboneError(f"{type(module).__name__} adds a position bias of its own")
-    return mask.bias
+    return mask.biases[0]
 
 
 AttentionInterface.register(NAME, prefix_attention_forward)

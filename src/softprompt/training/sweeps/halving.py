@@ -17,6 +17,7 @@ from softprompt.training import (
     Candidate,
     Member,
     Prepared,
+    Saving,
     Snapshot,
     StopSignal,
     Trained,
@@ -80,7 +81,7 @@ class Halving:
         self,
         first: Prepared,
         run: TuneSettings,
-        output: Path,
+        output: Path | None,
         stop: StopSignal,
         found: Mapping[str, Snapshot],
         record: Mapping[str, Any],
@@ -90,7 +91,7 @@ class Halving:
         Args:
             first: A run on the base and the records of all.
             run: The settings that all share.
-            output: Where the states are kept.
+            output: Where the states are kept; None in all but the first process.
             stop: Checked before each batch.
             found: The snapshots of an interrupted sweep, by candidate.
             record: What it kept beside them.
@@ -132,7 +133,8 @@ class Halving:
         with unsaid():
             members = [self._member(each) for each in going]
         logger.info("%s: %d prompts to step %d", title, len(going), until or members[0].stage.total_updates())
-        self._save()
+        saving = Saving(self._save, self._run.save_every)
+        saving.now()
         try:
             with ExitStack() as stack, unsaid():
                 candidates: list[Candidate] = []
@@ -140,7 +142,7 @@ class Halving:
                     silent = bool(candidates) or member.stage.settings.silence_progress_bars
                     candidates.append(member.candidate(self._output, silent=silent))
                     stack.enter_context(candidates[-1].events)
-                train_together(candidates, check_stop=self._stop.check, save=self._save, until=until)
+                train_together(candidates, check_stop=self._stop.check, saving=saving, until=until)
                 for tried, candidate in zip(going, candidates, strict=True):
                     ended = until is None or candidate.state.update < until  # as by its patience
                     self._measure(tried, candidate, ended=ended)
@@ -198,6 +200,8 @@ class Halving:
         tried.points.append({"steps": state.update, "loss": loss, "validation": metrics})
 
     def _save(self) -> None:
+        if self._output is None:
+            return
         snapshots = self._found | {name: each.snapshot() for name, each in self._members.items()}
         record = {"candidates": {name: each.to_dict() for name, each in self.tried.items()}}
         save_states(self._output, snapshots, identity(self._first), record)

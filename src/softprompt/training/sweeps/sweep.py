@@ -21,13 +21,15 @@ from softprompt.progress import timed
 from softprompt.training import (
     PLAN_FILE,
     RUN_FILE,
+    SEAL,
     BaseLike,
     Data,
     RunPlan,
     StopSignal,
     TuneOptions,
     TuneSettings,
-    check_output,
+    claimed,
+    clear_state,
     identity,
     kept_if_resumable,
     load_states,
@@ -35,13 +37,14 @@ from softprompt.training import (
     publish_logs,
     quality_of,
     read_data,
-    remove_state,
+    require_alike,
     resumed,
     state_path,
     summarize,
     tuned_of,
     write_output,
     write_run,
+    write_sealed,
 )
 from softprompt.training.sweeps.halving import Halving, Tried, steps_of_rungs, unsaid
 from softprompt.training.sweeps.space import (
@@ -53,6 +56,7 @@ from softprompt.training.sweeps.space import (
     refuse_ignored,
     suggested,
 )
+from softprompt.world import joined, world
 
 logger = logging.getLogger(__name__)
 
@@ -129,19 +133,24 @@ def sweep(
         ConfigError: An unknown or contradictory setting, no validation data, or Optuna is not installed.
         TrainingInterrupted: Ctrl-C or SIGTERM; the state is saved.
     """
-    clock = time.perf_counter()
     if output is None:
         raise UsageError("a sweep needs an output directory, for its state and for the best prompt")
-    target = Path(output)
-    if resume:
-        plan = resumed("sweep", base_model, train_data, validation_data, target, dict(options))
-        if space:
-            raise UsageError("the interrupted sweep tries what it was started with; leave that out to resume")
-        tried = from_mapping(SweepSettings, plan.sweep or {})
-    else:
+    target, plan = Path(output), None
+    if not resume:
         tried = space if isinstance(space, SweepSettings) else from_mapping(SweepSettings, space or {})
         plan = RunPlan(base_model, train_data, validation_data, TuneSettings.from_dict(options), plain(tried))
-        check_output(target, overwrite=overwrite)
+    with joined() as ranks, claimed(target, overwrite=overwrite, resume=resume):
+        if plan is None:
+            plan = resumed("sweep", base_model, train_data, validation_data, target, dict(options))
+            if space:
+                raise UsageError("the interrupted sweep tries what it was started with; leave that out to resume")
+            tried = from_mapping(SweepSettings, plan.sweep or {})
+        return _swept(plan, tried, target if ranks.is_main else None, resume=resume)
+
+
+def _swept(plan: RunPlan, tried: SweepSettings, target: Path | None, *, resume: bool) -> Sweep:
+    """Run a plan."""
+    clock = time.perf_counter()
     if plan.train_data is None:
         raise UsageError("train_data is missing; give a data file or records of input and output")
     refuse_ignored(plan.settings)
@@ -155,17 +164,19 @@ def sweep(
     with timed(silent=plan.settings.silence_progress_bars) as parts, unsaid():
         first = prepare(plan.base_model, data, choices[0].settings(plan.settings))
         summarize(first, [])
-        begun = resume and state_path(target).exists()
-        snapshots, record = load_states(target, identity(first)) if begun else ({}, {})
+        require_alike(first)
+        known = identity(first)
+        snapshots, record = world().from_main(
+            lambda: load_states(target, known) if resume and target and state_path(target).exists() else ({}, {})
+        )
         with StopSignal() as stop, kept_if_resumable(target):
-            if not resume:
-                remove_state(target)
+            if target is not None and not resume:
+                clear_state(target)
                 write_run(state_path(target).with_name(RUN_FILE), plan.names(), plan.settings, plan.sweep)
                 known = {"command": "sweep", "base_model": plan.names()["base_model"]}
                 settings = plan.settings.to_dict() | {"sweep": plan.sweep}
-                write_atomically(
-                    state_path(target).with_name(PLAN_FILE), json.dumps(known | {"settings": settings})
-                )
+                plan_file = json.dumps({**SEAL, **known, "settings": settings}).encode()
+                write_sealed(state_path(target).with_name(PLAN_FILE), plan_file)
             halving = Halving(first, plan.settings, target, stop, snapshots, record)
             best, steps = _halved(halving, tried, choices, study)
             prepared, trained = halving.finished(best)
@@ -173,8 +184,9 @@ def sweep(
     by = "accuracy" if "accuracy" in best.points[-1]["validation"] else "loss"
     trained.metrics["sweep"] = {"candidates": len(ranked), "rungs": steps, "by": f"validation {by}"}
     result = Sweep(tuned_of(prepared, trained.timed(parts, time.perf_counter() - clock)), ranked, steps, by)
-    _write(result, target, plan)
-    publish_logs(target, {best.name: target})
+    if target is not None:
+        _write(result, target, plan)
+        publish_logs(target, {best.name: target})
     return result
 
 

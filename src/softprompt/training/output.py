@@ -1,0 +1,272 @@
+"""The output directory of a run: who may write to it, what an interrupted run left there, and how to go on with it.
+
+While a run is at work it holds a lock on ``.state/lock``, which the kernel drops when the process ends, in whatever
+way; so a lock file that nobody holds means nothing. Files that only a run itself reads again are sealed: they carry
+the SHA-256 of their bytes, so that damage and edits do not pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shlex
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
+
+from softprompt.artifacts import remove_leftovers, require_empty, require_no_file, write_atomically
+from softprompt.errors import ArtifactError, OutputExistsError, TrainingError, TrainingInterrupted, UsageError
+from softprompt.world import world
+
+try:
+    import fcntl
+except ImportError:  # Windows has none, and no lock is held there
+    fcntl = None  # type: ignore[assignment]
+
+
+STATE_DIRECTORY = ".state"
+STATE_FILE = "state.safetensors"
+PLAN_FILE = "plan.json"
+"""What a run of another command than ``tune`` goes on by; its ``command`` names that."""
+LOCK_FILE = "lock"
+
+SEAL = {"sha256": "0" * 64}
+"""What a file has in it (metadata of safetensors, the first key of JSON): where its digest will stand."""
+_PLACE = re.compile(rb'"sha256": ?"([0-9a-f]{64})"')  # within a text of JSON its quotes would be escaped
+
+
+def state_path(output: Path) -> Path:
+    """Return where an output directory keeps its resume state."""
+    return output / STATE_DIRECTORY / STATE_FILE
+
+
+def check_output(output: Path | None, *, overwrite: bool) -> None:
+    """Refuse an output directory that could not be written to in the end.
+
+    Raises:
+        UsageError: there is nothing to overwrite.
+        OutputExistsError: it holds something that would be lost.
+        ArtifactError: it may not be written to.
+    """
+    if output is None:
+        if overwrite:
+            raise UsageError("overwrite has no meaning without output; name an output directory")
+        return
+    _require_writable(output)
+    if overwrite:
+        require_no_file(output)
+        return
+    if begun_by(output) is not None:
+        raise OutputExistsError(
+            f"{output} holds an interrupted run; continue it with --resume (resume=True in "
+            "Python), or start again with --overwrite (overwrite=True)"
+        )
+    # A run that was killed before its first state left nothing to continue.
+    remove_state(output)
+    remove_leftovers(output)
+    require_empty(output)
+
+
+def _require_writable(output: Path) -> None:
+    place = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if place == output and not place.is_dir():
+        return  # refused as a file, with another message
+    if not place.is_dir():
+        raise ArtifactError(
+            f"expected an output directory, {output} lies in {place}: Not a directory; choose another path"
+        )
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ArtifactError(
+            f"expected an output directory that can be written to, {place} is read-only for this "
+            "user; choose another path, or change its permissions"
+        )
+
+
+@contextmanager
+def claimed(output: Path | None, *, overwrite: bool = False, resume: bool = False) -> Iterator[None]:
+    """Hold an output directory for one run; without ``resume`` it has to be one that can be written to in the end.
+
+    Of several processes the first one does.
+
+    Raises:
+        UsageError: There is nothing to overwrite.
+        OutputExistsError: It holds something that would be lost, or another run is at work there.
+        ArtifactError: It may not be written to.
+    """
+    with ExitStack() as held:
+        world().from_main(lambda: held.enter_context(_claimed(output, overwrite=overwrite, resume=resume)))
+        yield
+
+
+@contextmanager
+def _claimed(output: Path | None, *, overwrite: bool, resume: bool) -> Iterator[None]:
+    if output is not None:
+        _refuse_running(output)
+    if not resume:
+        check_output(output, overwrite=overwrite)
+    if output is None:
+        yield
+        return
+    made = [path for path in (output, *output.parents) if not path.exists()]
+    with _locked(output):
+        remove_leftovers(output)
+        try:
+            yield
+        finally:
+            if [path.name for path in _left(output)] == [LOCK_FILE]:
+                remove_state(output)
+            with suppress(OSError):
+                for path in made:
+                    path.rmdir()  # where nothing was written
+
+
+def how_to_go_on(where: str, output: Path | None) -> str:
+    """Return the sentence that ends an interrupted run: where it stopped, and what continues it."""
+    if output is None:
+        return f"training was stopped {where}; nothing is saved, since the run has no output directory"
+    return f"training was stopped {where}; its state is saved, continue with: {resume_command(output)}"
+
+
+def resume_command(output: Path) -> str:
+    """Return the command that continues the run that was interrupted in a folder."""
+    return f"softprompt {begun_by(output) or 'tune'} --resume --output {shlex.quote(str(output))}"
+
+
+def begun_by(output: Path) -> str | None:
+    """Return the command of the run that was interrupted in a folder; None where there is none to continue."""
+    with suppress(OSError, ValueError, AttributeError):
+        plan = json.loads(state_path(output).with_name(PLAN_FILE).read_text(encoding="utf-8"))
+        return re.sub(r"\W", "", str(plan.get("command")))
+    return "tune" if state_path(output).exists() else None
+
+
+def clear_state(output: Path) -> None:
+    """Remove what an earlier run left in the state of an output directory, but for the lock."""
+    # First what makes it an interrupted run, so that half of one is none.
+    for name in (PLAN_FILE, STATE_FILE):
+        state_path(output).with_name(name).unlink(missing_ok=True)
+    for path in _left(output):
+        if path.name != LOCK_FILE:
+            path.unlink()
+
+
+def remove_state(output: Path) -> None:
+    """Remove the resume state of a finished run; a kill leaves all of it, or none that could be resumed."""
+    gone = output / f"{STATE_DIRECTORY}.{secrets.token_hex(4)}.tmp"
+    with suppress(OSError):
+        os.replace(output / STATE_DIRECTORY, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _left(output: Path) -> list[Path]:
+    directory = output / STATE_DIRECTORY
+    return list(directory.iterdir()) if directory.is_dir() else []
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    path = state_path(output).with_name(LOCK_FILE)
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+", encoding="utf-8") as file:
+            _lock(file, output)
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                continue  # the run that held it removed it just now
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield
+            return
+
+
+def _refuse_running(output: Path) -> None:
+    """Raise ``OutputExistsError`` where a run is at work."""
+    with suppress(OSError):
+        with state_path(output).with_name(LOCK_FILE).open("a+", encoding="utf-8") as file:
+            _lock(file, output)
+
+
+def _lock(file: TextIO, output: Path) -> None:
+    """Lock a file until it is closed; without a word where the file system has no locks."""
+    for left in (2, 1, 0):
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if left:
+                time.sleep(0.05)  # somebody may only be looking
+        except OSError:
+            return
+    file.seek(0)
+    raise OutputExistsError(
+        f"another run is at work in {output} ({file.read(200) or 'it just began'}); wait for its end, or choose "
+        "another output directory"
+    )
+
+
+def write_sealed(path: Path, data: bytes) -> None:
+    """Write a file that holds ``SEAL`` atomically, its digest in that place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, _with_digest(data, hashlib.sha256(data).hexdigest()))
+
+
+def read_sealed(path: Path) -> bytes:
+    """Return the bytes of a file of ``write_sealed``.
+
+    Raises:
+        TrainingError: It cannot be read, or is not as it was written.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise damaged(path, str(error)) from error
+    found = _PLACE.search(data)
+    digest = hashlib.sha256(_with_digest(data, SEAL["sha256"])).hexdigest()
+    if found is None or found[1].decode() != digest:
+        raise damaged(path, "it is not as it was written, or of another version")
+    return data
+
+
+def damaged(path: Path, why: str) -> TrainingError:
+    """Return the error for a file of the resume state that cannot be used."""
+    return TrainingError(f"the resume state {path} is damaged ({why}); start again with overwrite=True")
+
+
+def _with_digest(data: bytes, digest: str) -> bytes:
+    found = _PLACE.search(data)
+    return data if found is None else data[: found.start(1)] + digest.encode() + data[found.end(1) :]
+
+
+@contextmanager
+def kept_if_resumable(output: Path | None) -> Iterator[None]:
+    """Leave nothing of a run that ends inside without a state it could be continued from.
+
+    One whose numbers are not finite would fail again, so its state goes too.
+
+    Raises:
+        TrainingInterrupted: after a second Ctrl-C, where the state of the last epoch is there.
+    """
+    try:
+        yield
+    except TrainingInterrupted:
+        raise
+    except BaseException as error:
+        if output is None:
+            raise
+        failed = isinstance(error, TrainingError)
+        if state_path(output).exists() and not failed:
+            if isinstance(error, KeyboardInterrupt):
+                raise TrainingInterrupted(how_to_go_on("at once", output)) from None
+            raise
+        remove_state(output)
+        if output.is_dir() and not any(output.iterdir()):
+            output.rmdir()
+        raise

@@ -1,0 +1,167 @@
+"""Jobs that one process does alone, and several share: what they came to is compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+import softprompt
+from softprompt import evaluate
+from softprompt.cli.main import run
+from softprompt.errors import SoftPromptError
+from softprompt.inference import Ensemble
+from softprompt.training import Events, sweep, tune
+from softprompt.world import joined, launched, world
+
+SETTINGS = {"num_epochs": 3, "batch_size": 5, "accumulate_steps": 2, "silence_progress_bars": True}
+SETTINGS |= {"tuning_config": {"num_virtual_tokens": 3}, "max_target_length": 8}
+TEXT = "Answer with one word: good or bad. The parcel service is late again, and label every input."
+
+
+def came_to(tuned):
+    """What is compared of a prompt."""
+    manifest = tuned.whole
+    validation = {name: value for name, value in manifest.metrics.get("validation", {}).items()}
+    losses = [each["loss"] for each in manifest.history]
+    return {**tuned.module.stored(), "losses": torch.tensor(losses), "validation": validation}
+
+
+def tuned_of(folder, output, base="llama", **options):
+    tuning = {**SETTINGS["tuning_config"], **options.pop("tuning_config", {})}
+    data = options.pop("data", folder / "train.jsonl"), options.pop("validation", folder / "test.jsonl")
+    return tune(folder / base, *data, output=output, **{**SETTINGS, **options, "tuning_config": tuning})
+
+
+def labels(folder, output):
+    tuned = tuned_of(folder, output)
+    with joined():
+        found = [
+            evaluate(tuned, folder / "test.jsonl", batch_size=4, **each) for each in ({}, {"task": "generation"})
+        ]
+        found.append(evaluate(Ensemble([tuned, tuned]), folder / "test.jsonl"))
+    reports = [{name: each.to_dict()[name] for name in ("accuracy", "rouge_l", "perplexity")} for each in found]
+    outcomes = [[each.answer for each in report.outcomes] for report in found]
+    return {**came_to(tuned), "reports": reports, "outcomes": outcomes, "world": (world().size, launched().size)}
+
+
+def seeds(folder, output):
+    options = {"seeds": 3, "num_epochs": 2, "early_stopping_patience": 1, "learning_rate": "auto"}
+    return came_to(tuned_of(folder, output, **options, accumulate_steps=1))
+
+
+def texts(folder, output):
+    options = {"task": "generation", "max_tokens_per_batch": 40, "optimizer": "adafactor", "num_epochs": 1}
+    return came_to(tuned_of(folder, output, base="bart", **options))
+
+
+def stopped(folder, output):
+    """A run that one of the processes is asked to stop, from its fourth update on."""
+    told = Events.update
+
+    def tell(self, state, loss):
+        told(self, state, loss)
+        if state.update == 4 and launched().rank == launched().size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Events.update = tell
+    try:
+        tuned_of(folder, output)
+    except SoftPromptError as error:
+        return {"said": str(error)}
+    finally:
+        Events.update = told
+
+
+def diverged(folder, output):
+    """Prompts that start from another seed in each process."""
+    try:
+        tuned_of(folder, output, seed=73 + launched().rank)
+    except SoftPromptError as error:
+        return {"said": str(error)}
+
+
+def refused(folder, output):
+    """What is wrong for one is wrong for all."""
+    said = []
+    for options in ({"output": folder}, {"data": folder / "none.jsonl"}, {"learning_rate": 1e6, "num_epochs": 1}):
+        try:
+            tuned_of(folder, **{"output": output, **options})
+        except SoftPromptError as error:
+            said.append(str(error))
+    return {"said": said}
+
+
+def method_job(options):
+    def job(folder, output):
+        return came_to(tuned_of(folder, output, num_epochs=2, **options))
+
+    return job
+
+
+METHODS = {
+    "prompt_tuning": {},
+    "p_tuning": {"method": "p_tuning", "tuning_config": {"encoder_hidden_size": 8}},
+    "prefix": {"method": "prefix"},
+    "cartridge": {"method": "cartridge"},
+    "cpt": {"method": "cpt", "context_records": 2},
+}
+
+
+def multitask(folder, output):
+    data = {"one": folder / "train.jsonl", "two": folder / "test.jsonl"}
+    tuned = tuned_of(folder, output, method="multitask", data=data, validation=data, num_epochs=2)
+    return came_to(tuned)
+
+
+def swept(folder, output):
+    space = {"learning_rates": ["x0.3", "x1", "x3"], "inits": ["RANDOM", "TEXT"], "eta": 2}
+    options = {"tuning_config": {"prompt_tuning_init_text": "good bad", **SETTINGS["tuning_config"]}}
+    settings = {**SETTINGS, **options, "num_epochs": 4, "accumulate_steps": 1}
+    found = sweep(
+        folder / "llama", folder / "train.jsonl", folder / "test.jsonl", output=output, space=space, **settings
+    )
+    return {**came_to(found.prompt), "best": [each.name for each in found.candidates]}
+
+
+def distilled(folder, output):
+    run_options = {"max_source_length": 48, "max_target_length": 6, "num_epochs": 2, "batch_size": 4}
+    options = run_options | {"num_virtual_tokens": 3, "silence_progress_bars": True}
+    asked = [{"input": f"is parcel {number} late"} for number in range(9)]
+    tuned = softprompt.distill(folder / "chat", system_prompt=TEXT, questions=asked, output=output, **options)
+    return came_to(tuned)
+
+
+JOBS = {
+    each.__name__: each for each in (labels, seeds, texts, stopped, refused, diverged, multitask, swept, distilled)
+}
+JOBS |= {name: method_job(options) for name, options in METHODS.items()}
+
+
+def killed(folder):
+    """The command line, whose last process is killed at its sixth update."""
+    told = Events.update
+
+    def tell(self, state, loss):
+        told(self, state, loss)
+        if state.update == 6 and launched().rank == launched().size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Events.update = tell
+    words = ["tune", "--base-model", folder / "llama", "--train-data", folder / "train.jsonl", "--batch-size", 4]
+    words += ["--num-epochs", 3, "--num-virtual-tokens", 3, "--output", folder / "killed", "--accumulate-steps", 2]
+    sys.exit(run([*map(str, words)]))
+
+
+def main():
+    """Do jobs in one of several processes and keep what they came to."""
+    torch.set_num_threads(1)
+    folder, names = Path(sys.argv[1]), json.loads(sys.argv[2])
+    found = {name: JOBS[name](folder, folder / f"{name}-{launched().size}") for name in names if name != "killed"}
+    torch.save(found, folder / f"found-{launched().size}-{launched().rank}.pt")
+    if "killed" in names:
+        killed(folder)

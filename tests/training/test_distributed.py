@@ -1,0 +1,152 @@
+"""Several processes give the prompt, the validation and the reports of one, and one that ends is named."""
+
+import json
+import shutil
+import signal
+
+import pytest
+import torch
+
+from oracles.ranks import run_ranks
+from oracles.shared_jobs import JOBS, METHODS
+from softprompt.cli.main import run
+from softprompt.errors import ConfigError
+from softprompt.training import tune
+from softprompt.training.output import state_path
+from softprompt.world import World, joined, world
+
+SCRIPT = "from oracles.shared_jobs import main; main()"
+
+
+def assert_close(one, other, where):
+    if isinstance(one, torch.Tensor):
+        torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-5, msg=lambda text: f"{where}: {text}")
+    elif isinstance(one, float):
+        assert other == pytest.approx(one, abs=1e-5), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for name, each in one.items():
+            assert_close(each, other[name], f"{where} {name}")
+    else:
+        assert one == other, where
+
+
+@pytest.fixture(scope="module")
+def folder(bases, tmp_path_factory):
+    """Bases and data, which all processes read."""
+    folder = tmp_path_factory.mktemp("shared")
+    for name in ("llama", "bart"):
+        shutil.copytree(bases / name, folder / name)
+    kinds, tails = [("good", "yes"), ("bad", "no"), ("fine", "yes"), ("poor", "no")], ["", " news", " report it"]
+    rows = [
+        {"input": f"the film was {kinds[i % 4][0]}{tails[i % 3]}", "output": kinds[i % 4][1]} for i in range(22)
+    ]
+    for name, records in (("train", rows), ("test", rows[:9])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    return folder
+
+
+def shared(folder, *names, count=2):
+    """What jobs came to in several processes: by rank, and as they ended."""
+    ended = run_ranks(SCRIPT, folder, json.dumps(names), count=count, seconds=900)
+    paths = [folder / f"found-{count}-{rank}.pt" for rank in range(count)]
+    assert all(path.exists() for path in paths), ended
+    return [torch.load(path) for path in paths], ended
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    """One start of two processes for all that is looked at, since each imports torch anew."""
+    return shared(folder, "labels", "seeds", "texts", "stopped", "refused", "diverged", "killed")
+
+
+@pytest.mark.parametrize("name", ["labels", "seeds", "texts"])
+def test_two_processes_give_what_one_gives(folder, two, name):
+    (first, second), _ = two
+    alone = JOBS[name](folder, folder / name)
+    sizes = [each[name].pop("world", None) for each in (first, second, {name: alone})]
+    assert sizes in ([(1, 2), (1, 2), (1, 1)], [None] * 3)  # outside a job a process is a world of its own
+    assert_close(alone, first[name], name)
+    for key, value in first[name].items():  # to the bit
+        equal = torch.equal if isinstance(value, torch.Tensor) else lambda one, other: one == other
+        assert equal(value, second[name][key]), key
+    names = [
+        sorted(each.relative_to(path) for each in path.rglob("*")) for path in (folder / name, folder / f"{name}-2")
+    ]
+    assert names[0] == names[1]
+
+
+def test_they_stop_together_and_another_number_goes_on(folder, two):
+    (first, second), _ = two
+    output = folder / "stopped-2"
+    assert "after update 4 " in first["stopped"]["said"] and "after update 4 " in second["stopped"]["said"]
+    assert f"--resume --output {output}" in first["stopped"]["said"]
+    resumed = tune(output=output, resume=True)
+    for name, value in resumed.module.stored().items():
+        torch.testing.assert_close(value, first["labels"][name], atol=1e-5, rtol=1e-5)
+
+
+def test_a_mistake_is_one_for_all(folder, two):
+    (first, second), _ = two
+    assert first["refused"] == second["refused"]
+    exists, missing, infinite = first["refused"]["said"]
+    assert "expected a new or empty output directory" in exists
+    assert "none.jsonl" in missing
+    assert "is not finite" in infinite or "the gradient is" in infinite
+
+
+def test_unlike_prompts_fail_loudly(two):
+    for found in two[0]:
+        assert "after update 1 the prompt of rank 1 is not that of rank 0" in found["diverged"]["said"]
+
+
+def test_a_process_that_is_killed_is_named_and_the_others_end(folder, two):
+    (code, stdout, stderr), (killed, silent, mute) = two[1]
+    assert (code, killed) == (2, -signal.SIGKILL)
+    assert stdout == silent == mute == ""
+    last = stderr.splitlines()[-1]
+    assert last.startswith("Error: rank 1 of 2 ended: without a word; training was stopped after update 6 (epoch ")
+    assert last.endswith(f"continue with: softprompt tune --resume --output {folder / 'killed'}")
+    resumed = tune(output=folder / "killed", resume=True)
+    words = {"num_epochs": 3, "batch_size": 4, "accumulate_steps": 2, "tuning_config": {"num_virtual_tokens": 3}}
+    straight = tune(folder / "llama", folder / "train.jsonl", **words)
+    torch.testing.assert_close(resumed.prompt().input, straight.prompt().input, atol=1e-5, rtol=1e-5)
+    assert not state_path(folder / "killed").parent.exists()
+
+
+def test_commands_for_one_process_say_so(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, said in (("0", "serve runs in one process"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert run(["serve", "x"]) == 2
+        assert capsys.readouterr().err.strip().startswith(f"Error: {said}" if said else "")
+
+
+def test_a_launcher_says_where_to_meet(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ConfigError, match="nothing says where they meet"), joined():
+        pass
+    assert world() == World()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_every_method_sweep_and_distillation(folder, chat_folder, count):
+    names = [*METHODS, "multitask", "swept", "distilled"]
+    alone = {name: JOBS[name](folder, folder / f"{name}-alone-{count}") for name in names}
+    found, _ = shared(folder, *names, count=count)
+    for name in names:
+        for rank in range(count):
+            assert_close(alone[name], found[rank][name], f"{name} of rank {rank} of {count}")
+
+
+@pytest.fixture
+def chat_folder(folder):
+    from oracles import families
+    from oracles.tokenizers import chat_bpe
+
+    model = families.widened(families.causal("llama", vocab_size=330, max_position_embeddings=512))
+    model.save_pretrained(folder / "chat")
+    chat_bpe().save_pretrained(folder / "chat")
