@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from softprompt.backbone.base import Base
+from softprompt.backbone.embedding_alone import embedding_alone
 from softprompt.backbone.state import is_encoder_decoder
 from softprompt.bundled import DEMO, source_of
 from softprompt.errors import BackboneError, ConfigError, nearest, no_folder
@@ -36,6 +37,7 @@ def load_base(
     device: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    runs: bool = True,
 ) -> Base:
     """Load a causal or seq2seq language model with its tokenizer.
 
@@ -50,6 +52,7 @@ def load_base(
         device: Such as ``"cuda:0"``; None keeps the CPU or the model's own.
         revision: Revision on the Hub.
         trust_remote_code: Run the code that the model or its tokenizer brings along (``auto_map``).
+        runs: Whether it will be run here; otherwise its embedding alone is kept in memory.
 
     Raises:
         BackboneError: If there is no such model, or it is not one of these kinds.
@@ -78,7 +81,10 @@ def load_base(
             kind = bool(getattr(config, "is_encoder_decoder", False)) if seq2seq is None else seq2seq
             loader = AutoModelForSeq2SeqLM if kind else AutoModelForCausalLM
             with progress_on_terminals_only():
-                model = loader.from_pretrained(source, dtype=dtype or "auto", **options)
+                if runs:
+                    model = loader.from_pretrained(source, dtype=dtype or "auto", **options)
+                else:
+                    model = embedding_alone(loader, config, source, dtype, **options)
             words = tokenizer or AutoTokenizer.from_pretrained(source, **options)
         except Exception as cause:
             raise BackboneError(_why_not_loaded(name, local, cause)) from cause

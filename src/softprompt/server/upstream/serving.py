@@ -1,0 +1,116 @@
+"""The vLLM servers of a server's settings, asked what they are and what they take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from softprompt.backbone import Base
+from softprompt.errors import ServingError, SoftPromptError, UpstreamError, UsageError
+from softprompt.generation import AnswerRules, GenerationOptions, Request
+from softprompt.prompts import KEY_VALUE_METHODS, Prompt
+from softprompt.server.upstream.answers import UpstreamAnswers, scores_of
+from softprompt.server.upstream.carriage import NO_EMBEDS, Carriage
+from softprompt.server.upstream.fleet import Fleet, Question, UpstreamFacts, UpstreamServer, check_ids
+from softprompt.server.upstream.scores import UpstreamScores
+
+if TYPE_CHECKING:
+    from softprompt.server.settings import ServeSettings
+
+_ALIKE = 0.05
+"""Most difference of two log-probabilities that only the way of the input sets apart, in nats; bfloat16's is 0.02."""
+
+
+def upstream_of(base: Base, settings: ServeSettings) -> tuple[UpstreamAnswers, UpstreamScores]:
+    """Return what computes on the servers that settings name, of which one must answer now.
+
+    Raises:
+        UsageError: None answers, one has another model, or vLLM does not serve this kind of base.
+    """
+    if base.is_encoder_decoder:
+        raise UsageError("vLLM has no prompts before an encoder; serve this base with --engine own")
+    rules = AnswerRules.of(base)
+    carriage = Carriage(base, rules.eos_ids, settings.bounds.max_prompts_resident)
+
+    async def ask(server: UpstreamServer) -> UpstreamFacts:
+        return await asked(server, base, carriage)
+
+    key = None if settings.upstream_key_file is None else Path(settings.upstream_key_file).read_text().strip()
+    fleet = Fleet(settings.upstream, ask, seconds=settings.upstream_seconds, key=key)
+    try:
+        fleet.run(fleet.ask_all()).result()
+    except SoftPromptError as error:
+        fleet.stop()
+        raise UsageError(f"{error}; start vLLM first, and see --upstream") from error
+    # Forms are vLLM's to follow, so none of ours is made.
+    own = AnswerRules(rules.decode, rules.eos_ids, rules.counts_input)
+    answers = UpstreamAnswers(base, settings.bounds, own, carriage, fleet)
+    return answers, UpstreamScores(base, settings.bounds, carriage, fleet)
+
+
+def why_not_on_vllm(config: Mapping[str, Any]) -> str:
+    """Return why vLLM does not run prompts of a configuration, and what does; empty where it does."""
+    if config.get("peft_type") in KEY_VALUE_METHODS:
+        return f"{config['peft_type']} is keys and values, which vLLM does not take; serve it with --engine own"
+    if config.get("task_type") == "FEATURE_EXTRACTION":
+        return "it gives vectors, which vLLM does not give behind a prompt; serve it with --engine own"
+    return ""
+
+
+async def asked(server: UpstreamServer, base: Base, carriage: Carriage) -> UpstreamFacts:
+    """Return what a server says and shows: its model, whether it takes embeddings, and what its template does.
+
+    The same input is sent as ids, as embeddings, and as embeddings beside a text: what is taken, and means the same
+    as the ids, is used.
+
+    Raises:
+        UpstreamError: It has another model than the base.
+    """
+    listed = (await server.whole(Question("/v1/models", {}), method="GET"))["data"][0]
+    version = (await server.whole(Question("/version", {}), method="GET")).get("version", "")
+    facts = UpstreamFacts(listed["id"], version, listed.get("max_model_len"))
+    ids = base.tokenizer("The answer is 42.", add_special_tokens=False)["input_ids"]
+    known = (*carriage.extra, *ids)  # an export's last id, so that a server without it is found out
+    if max(known) not in ids:
+        await _scored(server, Question("/v1/completions", {"model": facts.model, "prompt": [max(known)]}))
+    with torch.no_grad():
+        first = Prompt(base.embedding(torch.tensor(ids[:1])))
+    options = GenerationOptions(max_new_tokens=1)
+    plain = Request(tuple(ids), options=options, logprobs=5)
+    behind = Request(tuple(ids[1:]), first, options=options, logprobs=5)
+    expected = await _scored(server, carriage.question(plain, facts, stream=False))
+    embeds = UpstreamFacts(*_of(facts), takes_embeds=True)
+    try:
+        found = await _scored(server, carriage.question(behind, embeds, stream=False))
+    except ServingError as error:
+        if isinstance(error, UpstreamError):
+            raise
+        return facts
+    if any(abs(found.get(token, value) - value) > _ALIKE for token, value in expected.items()):
+        raise UpstreamError(
+            f"{server.address} has another model than {base.name}: the base's embeddings of a text give other "
+            "log-probabilities than its ids; pass the --base-model that vLLM serves"
+        )
+    parts = UpstreamFacts(*_of(facts), takes_embeds=True, takes_parts=True)
+    question = carriage.question(behind, parts, stream=False)
+    try:
+        beside = await _scored(server, question)
+    except ServingError:  # its template puts more than it is given, or does not know such parts
+        return embeds
+    return parts if question.ids is not None and beside.keys() == found.keys() else embeds
+
+
+def _of(facts: UpstreamFacts) -> tuple[str, str, int | None]:
+    return facts.model, facts.version, facts.context_length
+
+
+async def _scored(server: UpstreamServer, question: Question) -> dict[int, float]:
+    """Return log p of the likeliest first tokens; raises UpstreamError if a text became other tokens."""
+    answer = await server.whole(question)
+    if question.ids is not None:
+        check_ids(question, answer["prompt_token_ids"])
+    choice = answer["choices"][0]
+    return scores_of(choice)[0][1] if choice.get("logprobs") else {}
