@@ -1,8 +1,8 @@
 """A base of which only the input embedding is in memory: for a server whose passes run elsewhere.
 
-Everything that is asked of such a base without a pass is answered: its facts, its fingerprint, what an id's embedding
-is. The other weights are mapped from their safetensors files, so that they take no memory until they are looked at;
-those that a file has under another name than the model stay away.
+Everything that is asked of such a base without a pass is answered: its facts, its fingerprint, an id's embedding.
+The other weights are mapped from their safetensors files, so that they take no memory until they are looked at; those
+that a file has under another name than the model stay away.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from softprompt.backbone.state import input_embedding
 from softprompt.errors import BackboneError
@@ -71,7 +71,7 @@ def _weights_on_meta() -> Iterator[None]:
     def on_meta(module: nn.Module, name: str, weight: nn.Parameter | None) -> None:
         register(module, name, None if weight is None else nn.Parameter(weight.to("meta"), requires_grad=False))
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -88,5 +88,5 @@ def _mapped(source: str, options: dict[str, Any]) -> Iterator[tuple[str, Tensor]
         if path is None:
             raise BackboneError(f"expected {file} in {source}, it has none; save the base as safetensors")
         with safe_open(path, "pt") as stored:
-            for name in stored.keys():  # noqa: SIM118 - it is no mapping
+            for name in stored.keys():
                 yield name, stored.get_tensor(name)

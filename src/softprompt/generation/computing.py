@@ -1,4 +1,4 @@
-"""Who computes answers and scores: this process (``Batcher``, ``Scorer``), or servers elsewhere (``server/upstream``)."""
+"""Who computes: this process (``Batcher``, ``Scorer``), or servers behind it (``server/upstream``)."""
 
 from __future__ import annotations
 

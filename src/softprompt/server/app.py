@@ -35,7 +35,7 @@ from softprompt.server.middleware import Access, Limits
 from softprompt.server.registry import Registry
 from softprompt.server.service import USER, Service, in_thread, service_of
 from softprompt.server.start_lines import log_addresses, log_prompts
-from softprompt.server.upstream.serving import upstream_of, why_not_on_vllm
+from softprompt.server.upstream.serving import upstream_of
 
 if TYPE_CHECKING:
     from softprompt.server.settings import ServeSettings
@@ -95,12 +95,13 @@ def build_app(settings: ServeSettings, root: PromptFolder) -> FastAPI:
     bounds = settings.bounds
     batcher: AnswerSource
     scorer: ScoreSource
+    refuses = None
     if own:
         batcher = running = Batcher(base, bounds)
         scorer = Scorer(base, bounds, running.residents)
         scorer.start()
     else:
-        batcher, scorer = upstream_of(base, settings)
+        batcher, scorer, refuses = upstream_of(base, settings)
     registry = Registry(
         root,
         base,
@@ -108,7 +109,7 @@ def build_app(settings: ServeSettings, root: PromptFolder) -> FastAPI:
         max_bytes=settings.max_prompt_bytes,
         ignore_fingerprint=settings.ignore_fingerprint,
         base_names=settings.served_model_name,
-        refuses=None if own else why_not_on_vllm,
+        refuses=refuses,
     )
     log_prompts(registry, batcher)
     return create_app(settings, registry, batcher, scorer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, Metric
@@ -91,7 +91,7 @@ class Metrics:
             self._gauge(name, text, partial(_statistic, batcher, field))
         for field, (name, text) in _COUNTS.items():
             value = partial(_statistic, batcher, field)
-            self.registry.register(_Count(f"softprompt_{name}", text, lambda value=value: {(): value()}))
+            self.registry.register(_Count(f"softprompt_{name}", text, partial(_alone, value)))
         text, labels = "Failures of the vLLM servers behind this one.", ("upstream", "error")
         errors = _Count("softprompt_upstream_errors", text, lambda: batcher.stats.upstream_errors, labels)
         self.registry.register(errors)
@@ -111,6 +111,10 @@ def _statistic(batcher: AnswerSource, field: str) -> float:
     return float(getattr(batcher.stats, field))
 
 
+def _alone(value: Callable[[], float]) -> Mapping[Any, float]:
+    return {(): value()}
+
+
 @final
 class _Count(Collector):
     """A counter whose value is read from elsewhere; prometheus_client's own cannot be set."""
@@ -119,7 +123,7 @@ class _Count(Collector):
         self,
         name: str,
         text: str,
-        values: Callable[[], Mapping[tuple[str, ...], float]],
+        values: Callable[[], Mapping[Any, float]],
         labels: tuple[str, ...] = (),
     ) -> None:
         self._name, self._text, self._values, self._labels = name, text, values, labels

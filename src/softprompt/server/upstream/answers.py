@@ -35,8 +35,8 @@ _ID = "token_id:"
 class UpstreamAnswers:
     """Runs requests on servers elsewhere: the counterpart of ``Batcher``.
 
-    Stop sequences, the end of an answer, its text and its time are ours, from the ids that come, so they are the same
-    whatever computes; a connection that is closed ends the answer on its server.
+    Stop sequences, an answer's end, its text and its time are ours, from the ids that come, so they are the same
+    whatever computes. A connection that is closed ends the answer on its server.
 
     Args:
         base: The base, with its embedding alone.
@@ -97,7 +97,7 @@ class UpstreamAnswers:
                 raise QueueFullError(
                     f"{len(self._open)} requests are open, which is max_queue; try again later", 1.0
                 )
-            ticket = Ticket(request, lambda: work.cancel())
+            ticket = Ticket(request, lambda: work.cancel())  # noqa: PLW0108 - made below
             job = Job.of(ticket, self._rules)
             work = self._fleet.run(self._answered(job))
             self._open[ticket] = request.n
@@ -181,7 +181,7 @@ class UpstreamAnswers:
 
 
 def tokens_of(choice: Mapping[str, Any], count: int | None) -> list[tuple[int, float | None, TopLogProbs]]:
-    """Return the tokens of a piece of a stream, with log p and the ``count`` likeliest tokens where they are wanted."""
+    """Return the tokens of a piece of a stream, with log p and the ``count`` likeliest tokens if they are wanted."""
     ids = choice.get("token_ids") or ()
     if count is None or not ids:
         return [(token, None, ()) for token in ids]
@@ -210,6 +210,7 @@ def _likeliest(found: Mapping[int, float], count: int) -> TopLogProbs:
 
 
 def first_of(group: BaseExceptionGroup[BaseException]) -> Exception:
+    """Return the first error of a group."""
     error = group.exceptions[0]
     if isinstance(error, BaseExceptionGroup):
         return first_of(error)

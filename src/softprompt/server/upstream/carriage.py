@@ -2,8 +2,8 @@
 
 - Ids: the base alone; and a prompt whose virtual tokens the server has as extra vocabulary (an ``extended-vocab``
   export, which is then our base as well).
-- Parts: P virtual tokens, encoded once for each prompt, and the text, in a chat whose template passes both on. Only for
-  ids that are what the tokenizer makes of their text, which is checked for each request.
+- Parts: P virtual tokens, encoded once for each prompt, and the text, in a chat whose template passes both on. Only
+  for ids that are what the tokenizer makes of their text, which is checked for each request.
 - Embeds: the whole input embedded here. Always exact on ids.
 
 vLLM reads embeddings with ``torch.load``; nothing that a client sent is ever among them but through its ids.
@@ -76,8 +76,8 @@ class Carriage:
         for name, asked in (("repetition_penalty", options.repetition_penalty != 1), ("echo", request.echo)):
             if asked and not by_ids:
                 raise ConfigError(
-                    f"{name} looks at the input's tokens, which vLLM does not have behind embeddings; leave it out, "
-                    "or serve the prompt as extra vocabulary (convert --to extended-vocab)"
+                    f"{name} looks at the input's tokens, which vLLM lacks behind embeddings; leave it out, or "
+                    "serve the prompt as extra vocabulary (convert --to extended-vocab)"
                 )
 
     def question(self, request: Request, facts: UpstreamFacts, seed: int | None = None, **more: Any) -> Question:
@@ -138,16 +138,16 @@ class Carriage:
             found["structured_outputs"] = asked
         return found
 
-    def _texts(self, *parts: list[int]) -> tuple[str, ...] | None:
+    def _texts(self, before: list[int], behind: list[int]) -> tuple[str, str] | None:
         """Return the texts of ids, None where one does not become these ids again."""
-        tokenizer, texts = self._base.tokenizer, []
-        for ids in parts:
+        tokenizer, texts = self._base.tokenizer, list[str]()
+        for ids in (before, behind):
             text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
             again = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
             if again != ids or _PLACEHOLDER in text:
                 return None
             texts.append(text)
-        return tuple(texts)
+        return texts[0], texts[1]
 
     def _encoded_once(self, prompt: Prompt) -> str:
         found = self._encoded.pop(prompt, None)
@@ -161,8 +161,8 @@ class Carriage:
 
 
 NO_EMBEDS = (
-    "the vLLM server takes no embeddings; start it with --enable-prompt-embeds, or serve the prompt as extra vocabulary "
-    "(convert --to extended-vocab, and that folder as --base-model here and there)"
+    "the vLLM server takes no embeddings; start it with --enable-prompt-embeds, or serve the prompt as extra "
+    "vocabulary (convert --to extended-vocab, and that folder as --base-model here and there)"
 )
 
 

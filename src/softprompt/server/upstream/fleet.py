@@ -1,7 +1,7 @@
 """The vLLM servers: which of them is asked, and what their failures mean to a client.
 
-They are asked in turn. One that cannot be reached, or breaks off, is set aside for some seconds. A request goes to the
-next server only where nothing of it was sent.
+They are asked in turn. One that cannot be reached, or breaks off, is set aside for some seconds. A request goes to
+the next server only where nothing of it was sent.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Targets scored by vLLM servers: one question for each place where they part.
 
-vLLM gives no log-probabilities of an input behind embeddings, but those of listed tokens at the first place behind it
-(``logprob_token_ids``). So the targets of an input become a trie, and each of its inner nodes a request for one token:
-input and the node's tokens go in, log p of the node's children comes out, before any sampling setting. A server's
-prefix cache has the input after the first.
+vLLM gives no log-probabilities of an input with embeddings, but those of listed tokens at the first place behind it
+(``logprob_token_ids``). So the targets of an input become a trie, and each of its inner nodes a request for one
+token: input and the node's tokens go in, log p of the node's children comes out, before any sampling setting. A
+server's prefix cache has the input after the first.
 """
 
 from __future__ import annotations

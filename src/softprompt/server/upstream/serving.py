@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,16 @@ from softprompt.server.upstream.scores import UpstreamScores
 if TYPE_CHECKING:
     from softprompt.server.settings import ServeSettings
 
+Refuses = Callable[[Mapping[str, Any]], str]
+
 _ALIKE = 0.05
-"""Most difference of two log-probabilities that only the way of the input sets apart, in nats; bfloat16's is 0.02."""
+"""Most difference, in nats, of two log-probabilities of one input put in two ways; bfloat16's is 0.02."""
 
 
-def upstream_of(base: Base, settings: ServeSettings) -> tuple[UpstreamAnswers, UpstreamScores]:
-    """Return what computes on the servers that settings name, of which one must answer now.
+def upstream_of(base: Base, settings: ServeSettings) -> tuple[UpstreamAnswers, UpstreamScores, Refuses]:
+    """Return what computes on the servers that settings name, and what says why some prompt is not for them.
+
+    One of the servers must answer now.
 
     Raises:
         UsageError: None answers, one has another model, or vLLM does not serve this kind of base.
@@ -48,16 +53,20 @@ def upstream_of(base: Base, settings: ServeSettings) -> tuple[UpstreamAnswers, U
     # Forms are vLLM's to follow, so none of ours is made.
     own = AnswerRules(rules.decode, rules.eos_ids, rules.counts_input)
     answers = UpstreamAnswers(base, settings.bounds, own, carriage, fleet)
-    return answers, UpstreamScores(base, settings.bounds, carriage, fleet)
+    takes = bool(carriage.extra) or any(facts.takes_embeds for facts in fleet.facts)
+    return answers, UpstreamScores(base, settings.bounds, carriage, fleet), partial(why_not_on_vllm, takes)
 
 
-def why_not_on_vllm(config: Mapping[str, Any]) -> str:
-    """Return why vLLM does not run prompts of a configuration, and what does; empty where it does."""
+def why_not_on_vllm(takes: bool, config: Mapping[str, Any]) -> str:
+    """Return why vLLM does not run prompts of a configuration, and what does; empty where it does.
+
+    ``takes`` says whether some server takes prompts at all.
+    """
     if config.get("peft_type") in KEY_VALUE_METHODS:
         return f"{config['peft_type']} is keys and values, which vLLM does not take; serve it with --engine own"
     if config.get("task_type") == "FEATURE_EXTRACTION":
         return "it gives vectors, which vLLM does not give behind a prompt; serve it with --engine own"
-    return ""
+    return "" if takes else NO_EMBEDS
 
 
 async def asked(server: UpstreamServer, base: Base, carriage: Carriage) -> UpstreamFacts:
