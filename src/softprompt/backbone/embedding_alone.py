@@ -1,8 +1,8 @@
 """A base of which only the input embedding is in memory: for a server whose passes run elsewhere.
 
 Everything that is asked of such a base without a pass is answered: its facts, its fingerprint, an id's embedding.
-The other weights are mapped from their safetensors files, so that they take no memory until they are looked at; those
-that a file has under another name than the model stay away.
+The other weights are mapped from their safetensors files, so that they take no memory until they are looked at;
+those that a file has under another name than the model stay away.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def embedding_alone(
         loader: The Auto class of its kind.
         config: Its configuration.
         source: Its folder or Hub id.
-        dtype: Of the embedding; None is the files'.
+        dtype: Of the embedding; None is the configuration's, or else the files'.
         **options: ``revision``, ``local_files_only`` and ``trust_remote_code``, as transformers takes them.
 
     Raises:
@@ -54,8 +54,9 @@ def embedding_alone(
     table = input_embedding(model)
     if table.weight.is_meta:
         raise BackboneError(f"the files of {source} hold no tensor for {type(model).__name__}'s input embedding")
+    dtype = dtype or config.dtype or table.weight.dtype
     # A copy: pages of a file may go while it is replaced.
-    table.weight = nn.Parameter(table.weight.detach().to(dtype or table.weight.dtype, copy=True), False)
+    table.weight = nn.Parameter(table.weight.detach().to(dtype, copy=True), requires_grad=False)
     try:
         model.generation_config = GenerationConfig.from_pretrained(source, **options)
     except OSError:  # there is no such file, and what the configuration says holds

@@ -181,7 +181,7 @@ class UpstreamAnswers:
 
 
 def tokens_of(choice: Mapping[str, Any], count: int | None) -> list[tuple[int, float | None, TopLogProbs]]:
-    """Return the tokens of a piece of a stream, with log p and the ``count`` likeliest tokens if they are wanted."""
+    """Return the tokens of a piece of a stream, with log p and the ``count`` likeliest tokens if wanted."""
     ids = choice.get("token_ids") or ()
     if count is None or not ids:
         return [(token, None, ()) for token in ids]

@@ -140,17 +140,16 @@ class Fleet:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     async def ask_all(self) -> None:
-        """Ask every server for its facts; raises UpstreamError where none answers."""
-        problems: list[Exception] = []
+        """Ask every server for its facts; raises UpstreamError, with the reasons, where none can be used."""
+        problems = []
         for server in self.servers:
             try:
                 with self._failing(server):
                     await self._known(server)
-            except (httpx.TransportError, UpstreamError) as error:
-                problems.append(error)
-                logger.warning("%s does not answer (%s)", server.address, error or type(error).__name__)
+            except (*_NOT_SENT, UpstreamError) as error:
+                problems.append(f"{server.address}: {error}")
         if len(problems) == len(self.servers):
-            raise UpstreamError(f"no vLLM server answers at {', '.join(s.address for s in self.servers)}")
+            raise UpstreamError(f"no vLLM server can be used ({'; '.join(problems)})")
 
     async def whole(self, make: Callable[[UpstreamFacts], Question]) -> Any:
         """Return the JSON answer to what ``make`` asks of the server whose turn it is; raises as ``events``."""

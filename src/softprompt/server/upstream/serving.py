@@ -49,7 +49,7 @@ def upstream_of(base: Base, settings: ServeSettings) -> tuple[UpstreamAnswers, U
         fleet.run(fleet.ask_all()).result()
     except SoftPromptError as error:
         fleet.stop()
-        raise UsageError(f"{error}; start vLLM first, and see --upstream") from error
+        raise UsageError(f"{error}; start vLLM first, or see --upstream") from error
     # Forms are vLLM's to follow, so none of ours is made.
     own = AnswerRules(rules.decode, rules.eos_ids, rules.counts_input)
     answers = UpstreamAnswers(base, settings.bounds, own, carriage, fleet)
@@ -82,12 +82,15 @@ async def asked(server: UpstreamServer, base: Base, carriage: Carriage) -> Upstr
     version = (await server.whole(Question("/version", {}), method="GET")).get("version", "")
     facts = UpstreamFacts(listed["id"], version, listed.get("max_model_len"))
     ids = base.tokenizer("The answer is 42.", add_special_tokens=False)["input_ids"]
-    known = (*carriage.extra, *ids)  # an export's last id, so that a server without it is found out
-    if max(known) not in ids:
-        await _scored(server, Question("/v1/completions", {"model": facts.model, "prompt": [max(known)]}))
+    options = GenerationOptions(max_new_tokens=1)
+    if carriage.extra:
+        last = Request((max(carriage.extra),), options=options)
+        try:
+            await server.whole(carriage.question(last, facts, stream=False))
+        except ServingError as error:
+            raise UpstreamError(f"it has not the extra vocabulary of {base.name}; serve that folder there") from error
     with torch.no_grad():
         first = Prompt(base.embedding(torch.tensor(ids[:1])))
-    options = GenerationOptions(max_new_tokens=1)
     plain = Request(tuple(ids), options=options, logprobs=5)
     behind = Request(tuple(ids[1:]), first, options=options, logprobs=5)
     expected = await _scored(server, carriage.question(plain, facts, stream=False))
@@ -100,8 +103,8 @@ async def asked(server: UpstreamServer, base: Base, carriage: Carriage) -> Upstr
         return facts
     if any(abs(found.get(token, value) - value) > _ALIKE for token, value in expected.items()):
         raise UpstreamError(
-            f"{server.address} has another model than {base.name}: the base's embeddings of a text give other "
-            "log-probabilities than its ids; pass the --base-model that vLLM serves"
+            f"it has another model than {base.name}, whose embeddings of a text give other log-probabilities than "
+            "the text's ids; pass the --base-model that vLLM serves"
         )
     parts = UpstreamFacts(*_of(facts), takes_embeds=True, takes_parts=True)
     question = carriage.question(behind, parts, stream=False)
@@ -121,5 +124,4 @@ async def _scored(server: UpstreamServer, question: Question) -> dict[int, float
     answer = await server.whole(question)
     if question.ids is not None:
         check_ids(question, answer["prompt_token_ids"])
-    choice = answer["choices"][0]
-    return scores_of(choice)[0][1] if choice.get("logprobs") else {}
+    return scores_of(answer["choices"][0])[0][1]
