@@ -1,4 +1,4 @@
-"""A server that answers as ``vllm serve`` does, over real HTTP: plain greedy decoding of a small model in this process.
+"""A server that answers as ``vllm serve`` does, over real HTTP: plain greedy decoding of a small model.
 
 Bodies, events and errors have the shapes that vLLM 0.32.0 (CPU build, V1 runner) sent on the same requests; what a
 client of it never reads is left out.
@@ -28,7 +28,7 @@ _EMBEDS = "You must set `--enable-prompt-embeds` to input `prompt_embeds`."
 class FakeVLLM:
     """The server's state, which a test reads and sets.
 
-    ``embeds`` and ``through`` are ``--enable-prompt-embeds`` and a pass-through ``--chat-template``. ``behaviour`` says
+    ``embeds`` and ``through`` are ``--enable-prompt-embeds`` and a template that passes on. ``behaviour`` says
     how generating requests fail: a status, "hang", "break" (in the middle of a stream), "error" (an event of it).
     """
 

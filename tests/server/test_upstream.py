@@ -1,4 +1,4 @@
-"""Prompts over vLLM: what is sent, that answers are ours, and what failures become. tests/vllm has the real server."""
+"""Prompts over vLLM: what is sent, answers that are ours, what failures become. tests/vllm has the real server."""
 
 import base64
 import io
