@@ -168,9 +168,7 @@ def test_greedy_answers_and_log_probabilities_are_ours(case, requests, expected)
 
 def test_label_scores_are_ours(case, base, folder):
     prompt = values(folder, "complaints")
-    labels = [
-        tuple(base.tokenizer(f" {text}")["input_ids"]) + (2,) for text in ("complaint", "no complaint", "praise")
-    ]
+    labels = [(*base.tokenizer(f" {text}")["input_ids"], 2) for text in ("complaint", "no complaint", "praise")]
     sources = [tuple(base.tokenizer(text)["input_ids"]) for text in TEXTS]
     rows = [EngineRow(source, label, own) for own in (prompt, None) for source in sources for label in labels]
     batcher = Batcher(base)

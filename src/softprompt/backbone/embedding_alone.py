@@ -26,7 +26,7 @@ _FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def embedding_alone(
-    loader: Any, config: Any, source: str, dtype: torch.dtype | None, **options: Any
+    loader: Any, config: Any, source: str, dtype: torch.dtype | None, *, trust_remote_code: bool, **options: Any
 ) -> PreTrainedModel:
     """Return a model that cannot be run, with its embedding in memory.
 
@@ -35,14 +35,14 @@ def embedding_alone(
         config: Its configuration.
         source: Its folder or Hub id.
         dtype: Of the embedding; None is the configuration's, or else the files'.
-        **options: ``revision``, ``local_files_only`` and ``trust_remote_code``, as transformers takes them.
+        trust_remote_code: Whether to run code that it brings along.
+        **options: ``revision`` and ``local_files_only``, as transformers takes them.
 
     Raises:
         BackboneError: Its weights are no safetensors files, or the embedding is not among them.
     """
-    trust = options.pop("trust_remote_code")
     with _weights_on_meta():
-        model: PreTrainedModel = loader.from_config(config, trust_remote_code=trust)
+        model: PreTrainedModel = loader.from_config(config, trust_remote_code=trust_remote_code)
     prefix = f"{model.base_model_prefix}."
     known = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     found: dict[str, Tensor] = {}

@@ -8,25 +8,17 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import aclosing
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
-from softprompt.backbone import Base
 from softprompt.engine import check_context
 from softprompt.errors import NotServingError, QueueFullError, UpstreamError
-from softprompt.generation import (
-    Answer,
-    AnswerRules,
-    BatcherStats,
-    Bounds,
-    EchoEvent,
-    Job,
-    Request,
-    Ticket,
-    TopLogProbs,
-    check_request,
-)
-from softprompt.server.upstream.carriage import Carriage
-from softprompt.server.upstream.fleet import Fleet, Question, UpstreamFacts
+from softprompt.generation import BatcherStats, EchoEvent, Job, Ticket, TopLogProbs, check_request
+
+if TYPE_CHECKING:
+    from softprompt.backbone import Base
+    from softprompt.generation import Answer, AnswerRules, Bounds, Request
+    from softprompt.server.upstream.carriage import Carriage
+    from softprompt.server.upstream.fleet import Fleet, UpstreamFacts, UpstreamRequest
 
 _ID = "token_id:"
 
@@ -147,7 +139,7 @@ class UpstreamAnswers:
     async def _stream(self, job: Job, answer: Answer) -> None:
         """Take the tokens of one answer until it ends."""
 
-        def question(facts: UpstreamFacts) -> Question:
+        def question(facts: UpstreamFacts) -> UpstreamRequest:
             return self._carriage.question(job.request, facts, answer.seed)
 
         async with aclosing(self._fleet.events(question)) as events:

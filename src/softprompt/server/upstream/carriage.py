@@ -17,17 +17,20 @@ import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
 
 from softprompt.artifacts import PROMPTS_FILE
-from softprompt.backbone import Base
 from softprompt.errors import ConfigError
-from softprompt.generation import GenerationOptions, Request
-from softprompt.prompts import Prompt
-from softprompt.server.upstream.fleet import Question, UpstreamFacts
+from softprompt.server.upstream.fleet import UpstreamRequest
+
+if TYPE_CHECKING:
+    from softprompt.backbone import Base
+    from softprompt.generation import GenerationOptions, Request
+    from softprompt.prompts import Prompt
+    from softprompt.server.upstream.fleet import UpstreamFacts
 
 _PLACEHOLDER = "<prompt_embeds>"
 """What vLLM keeps for itself in texts that stand beside embeddings."""
@@ -80,7 +83,9 @@ class Carriage:
                     "serve the prompt as extra vocabulary (convert --to extended-vocab)"
                 )
 
-    def question(self, request: Request, facts: UpstreamFacts, seed: int | None = None, **more: Any) -> Question:
+    def question(
+        self, request: Request, facts: UpstreamFacts, seed: int | None = None, **more: Any
+    ) -> UpstreamRequest:
         """Return what to send to a server for one answer to a request; ``more`` are further settings.
 
         Raises:
@@ -89,9 +94,9 @@ class Carriage:
         settings = {**self._settings(request, seed), "model": facts.model, **more}
         ids, at, prompt = list(request.ids), request.at, request.prompt
         if prompt is None:
-            return Question(_COMPLETIONS, {**settings, "prompt": ids})
+            return UpstreamRequest(_COMPLETIONS, {**settings, "prompt": ids})
         if (extra := self.extra_ids(prompt)) is not None:
-            return Question(_COMPLETIONS, {**settings, "prompt": [*ids[:at], *extra, *ids[at:]]})
+            return UpstreamRequest(_COMPLETIONS, {**settings, "prompt": [*ids[:at], *extra, *ids[at:]]})
         if not facts.takes_embeds:
             raise ConfigError(NO_EMBEDS)
         if facts.takes_parts and (texts := self._texts(ids[:at], ids[at:])) is not None:
@@ -101,18 +106,18 @@ class Carriage:
         with torch.no_grad():
             before, behind = (table(torch.tensor(part, dtype=torch.long)) for part in (ids[:at], ids[at:]))
         whole = torch.cat([before, prompt.input.to(before), behind])
-        return Question(_COMPLETIONS, {**settings, "prompt_embeds": encoded(whole)})
+        return UpstreamRequest(_COMPLETIONS, {**settings, "prompt_embeds": encoded(whole)})
 
     def _parts(
         self, settings: dict[str, Any], prompt: Prompt, texts: tuple[str, str], ids: Sequence[int], at: int
-    ) -> Question:
+    ) -> UpstreamRequest:
         before, behind = ([{"type": "text", "text": text}] if text else [] for text in texts)
         virtual = {"type": "prompt_embeds", "data": self._encoded_once(prompt)}
         likeliest = settings.pop("logprobs", None)
         if likeliest is not None:
             settings |= {"logprobs": True, "top_logprobs": likeliest}
         message = {"role": "user", "content": [*before, virtual, *behind]}
-        return Question(_CHATS, {**settings, "messages": [message], "add_generation_prompt": False}, ids, at)
+        return UpstreamRequest(_CHATS, {**settings, "messages": [message], "add_generation_prompt": False}, ids, at)
 
     def _settings(self, request: Request, seed: int | None) -> dict[str, Any]:
         """Return the settings that both routes know; all are given, for a server has defaults of its own."""

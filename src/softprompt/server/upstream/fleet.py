@@ -52,7 +52,7 @@ class UpstreamFacts:
     takes_parts: bool = False
 
 
-class Question(NamedTuple):
+class UpstreamRequest(NamedTuple):
     """A request to a server: path and body; and for a text beside embeddings the token ids that it must become."""
 
     path: str
@@ -72,13 +72,13 @@ class UpstreamServer:
         self.client = client
         self.asking = asyncio.Lock()
 
-    async def send(self, question: Question, *, method: str = "POST") -> httpx.Response:
+    async def send(self, question: UpstreamRequest, *, method: str = "POST") -> httpx.Response:
         """Send a request and return the head of the answer, whose body is left to be read."""
         body = None if method == "GET" else question.body
         sending = self.client.build_request(method, self.address + question.path, json=body)
         return await self.client.send(sending, stream=True)
 
-    async def whole(self, question: Question, *, method: str = "POST") -> Any:
+    async def whole(self, question: UpstreamRequest, *, method: str = "POST") -> Any:
         """Send a request and return its JSON answer; raises as ``refusal_of``."""
         response = await self.send(question, method=method)
         try:
@@ -151,13 +151,13 @@ class Fleet:
         if len(problems) == len(self.servers):
             raise UpstreamError(f"no vLLM server can be used ({'; '.join(problems)})")
 
-    async def whole(self, make: Callable[[UpstreamFacts], Question]) -> Any:
+    async def whole(self, make: Callable[[UpstreamFacts], UpstreamRequest]) -> Any:
         """Return the JSON answer to what ``make`` asks of the server whose turn it is; raises as ``events``."""
         async with self._sent(make) as (_, response):
             data = await response.aread()
         return json.loads(data)
 
-    async def events(self, make: Callable[[UpstreamFacts], Question]) -> AsyncGenerator[Body]:
+    async def events(self, make: Callable[[UpstreamFacts], UpstreamRequest]) -> AsyncGenerator[Body]:
         """Yield the events of a streamed answer; leaving early hangs up, which ends it there.
 
         Raises:
@@ -197,8 +197,8 @@ class Fleet:
 
     @asynccontextmanager
     async def _sent(
-        self, make: Callable[[UpstreamFacts], Question]
-    ) -> AsyncIterator[tuple[Question, httpx.Response]]:
+        self, make: Callable[[UpstreamFacts], UpstreamRequest]
+    ) -> AsyncIterator[tuple[UpstreamRequest, httpx.Response]]:
         """Send a request to the first server that can be reached; its answer has the status 200."""
         for server in self._in_turn():
             with self._failing(server):
@@ -271,7 +271,7 @@ def refusal_of(status: int, data: bytes) -> Exception:
     return UpstreamError(f"the vLLM server behind this one failed: {why}", status=503 if status == 503 else 502)
 
 
-def check_ids(question: Question, seen: Sequence[int]) -> None:
+def check_ids(question: UpstreamRequest, seen: Sequence[int]) -> None:
     """Raise UpstreamError unless a text beside embeddings became the tokens that it stands for."""
     assert question.ids is not None
     virtual = len(seen) - len(question.ids)

@@ -12,19 +12,23 @@ import asyncio
 import math
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import NamedTuple, final
+from typing import TYPE_CHECKING, NamedTuple, final
 
 import torch
 from torch import Tensor
 
-from softprompt.backbone import Base
-from softprompt.engine import EngineRow, check_rows
+from softprompt.engine import check_rows
 from softprompt.errors import QueueFullError
-from softprompt.generation import Bounds, GenerationOptions, Request
-from softprompt.prompts import Prompt
+from softprompt.generation import GenerationOptions, Request
 from softprompt.server.upstream.answers import first_of, scores_of
-from softprompt.server.upstream.carriage import Carriage
-from softprompt.server.upstream.fleet import Fleet
+
+if TYPE_CHECKING:
+    from softprompt.backbone import Base
+    from softprompt.engine import EngineRow
+    from softprompt.generation import Bounds
+    from softprompt.prompts import Prompt
+    from softprompt.server.upstream.carriage import Carriage
+    from softprompt.server.upstream.fleet import Fleet
 
 _MOST_CHILDREN = 128
 """Tokens that vLLM lists for one request."""

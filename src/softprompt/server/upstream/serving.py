@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from softprompt.backbone import Base
 from softprompt.errors import ServingError, SoftPromptError, UpstreamError, UsageError
 from softprompt.generation import AnswerRules, GenerationOptions, Request
 from softprompt.prompts import KEY_VALUE_METHODS, Prompt
 from softprompt.server.upstream.answers import UpstreamAnswers, scores_of
 from softprompt.server.upstream.carriage import NO_EMBEDS, Carriage
-from softprompt.server.upstream.fleet import Fleet, Question, UpstreamFacts, UpstreamServer, check_ids
+from softprompt.server.upstream.fleet import Fleet, UpstreamFacts, UpstreamRequest, UpstreamServer, check_ids
 from softprompt.server.upstream.scores import UpstreamScores
 
 if TYPE_CHECKING:
+    from softprompt.backbone import Base
     from softprompt.server.settings import ServeSettings
 
 Refuses = Callable[[Mapping[str, Any]], str]
@@ -78,8 +78,8 @@ async def asked(server: UpstreamServer, base: Base, carriage: Carriage) -> Upstr
     Raises:
         UpstreamError: It has another model than the base.
     """
-    listed = (await server.whole(Question("/v1/models", {}), method="GET"))["data"][0]
-    version = (await server.whole(Question("/version", {}), method="GET")).get("version", "")
+    listed = (await server.whole(UpstreamRequest("/v1/models", {}), method="GET"))["data"][0]
+    version = (await server.whole(UpstreamRequest("/version", {}), method="GET")).get("version", "")
     facts = UpstreamFacts(listed["id"], version, listed.get("max_model_len"))
     ids = base.tokenizer("The answer is 42.", add_special_tokens=False)["input_ids"]
     options = GenerationOptions(max_new_tokens=1)
@@ -88,7 +88,9 @@ async def asked(server: UpstreamServer, base: Base, carriage: Carriage) -> Upstr
         try:
             await server.whole(carriage.question(last, facts, stream=False))
         except ServingError as error:
-            raise UpstreamError(f"it has not the extra vocabulary of {base.name}; serve that folder there") from error
+            raise UpstreamError(
+                f"it has not the extra vocabulary of {base.name}; serve that folder there"
+            ) from error
     with torch.no_grad():
         first = Prompt(base.embedding(torch.tensor(ids[:1])))
     plain = Request(tuple(ids), options=options, logprobs=5)
@@ -119,7 +121,7 @@ def _of(facts: UpstreamFacts) -> tuple[str, str, int | None]:
     return facts.model, facts.version, facts.context_length
 
 
-async def _scored(server: UpstreamServer, question: Question) -> dict[int, float]:
+async def _scored(server: UpstreamServer, question: UpstreamRequest) -> dict[int, float]:
     """Return log p of the likeliest first tokens; raises UpstreamError if a text became other tokens."""
     answer = await server.whole(question)
     if question.ids is not None:
