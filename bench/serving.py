@@ -150,9 +150,8 @@ def table(result: dict[str, Any]) -> None:
         f"PEFT's batches {result['peft_batches_equal_to_solo']:.0%}"
     )
     if "vllm_equal_to_solo" in result:
-        print(
-            f"vLLM's answers equal to the request alone: {result['vllm_equal_to_solo']:.0%}; its CPU is not counted"
-        )
+        equal = result["vllm_equal_to_solo"]
+        print(f"vLLM's answers equal to the request alone: {equal:.0%}; its seconds of CPU are not counted")
     first = result["first_token"]
     print(f"first token, idle: known prompt {first['warm_ms']:.0f} ms, new {first['cold_ms']:.0f}")
     for row in result.get("registered", []):

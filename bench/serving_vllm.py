@@ -1,8 +1,7 @@
-"""vLLM as a peer of `serving.py`: the same base and prompts as extra vocabulary, started here, or one that runs.
+"""vLLM as a peer of `serving.py`: the same base, the same prompts as extra vocabulary.
 
-python bench/serving.py --model FOLDER --vllm PATH/TO/vllm            # exports, starts it, measures, ends it
-python bench/serving.py --model FOLDER --vllm http://127.0.0.1:8000   # one that serves the export of this command:
-python bench/serving_vllm.py --model FOLDER --export EXPORT
+`--vllm PROGRAM` exports them, starts the program and ends it; `--vllm URL` is one that serves this command's export:
+`python bench/serving_vllm.py --model FOLDER --export EXPORT`, then `vllm serve EXPORT`.
 """
 
 from __future__ import annotations
