@@ -1,7 +1,7 @@
 """vLLM as a peer of `serving.py`: the same base, the same prompts as extra vocabulary.
 
-`--vllm PROGRAM` exports them, starts the program and ends it; `--vllm URL` is one that serves this command's export:
-`python bench/serving_vllm.py --model FOLDER --export EXPORT`, then `vllm serve EXPORT`.
+`--vllm PROGRAM` exports them, starts the program and ends it; `--vllm URL` is one that serves the export of
+`python bench/serving_vllm.py --model FOLDER --export EXPORT`.
 """
 
 from __future__ import annotations

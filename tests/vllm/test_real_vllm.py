@@ -29,7 +29,10 @@ from softprompt.server.upstream.serving import upstream_of
 
 HERE = Path(__file__).parent
 PROGRAM = Path(os.environ.get("SOFTPROMPT_VLLM", HERE.parents[1] / ".venv-vllm" / "bin" / "vllm"))
-pytestmark = pytest.mark.skipif(not PROGRAM.exists(), reason=f"needs vLLM at {PROGRAM}: run make test-vllm")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PROGRAM.exists(), reason=f"needs vLLM at {PROGRAM}: run make test-vllm"),
+]
 
 TEXTS = [
     "<|im_start|>user\nThe kettle broke after  one day.<|im_end|>\n<|im_start|>assistant\n",

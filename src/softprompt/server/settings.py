@@ -89,7 +89,7 @@ class ServeSettings:
     )
     body_seconds: float = setting(30.0, "Timeout for receiving a request.", above=0, group=_TIMES)
     request_seconds: float = setting(300.0, "Time limit of a request; answers end there.", above=0, group=_TIMES)
-    upstream_seconds: float = setting(60.0, "Timeout of a vLLM server that sends nothing.", above=0, group=_TIMES)
+    upstream_seconds: float = setting(120.0, "Timeout of a vLLM server that sends nothing.", above=0, group=_TIMES)
     stall_seconds: float = setting(
         30.0, "Timeout of a client that does not read its answer (slow reader).", above=0, group=_TIMES
     )

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar, final
 
 import httpx
 
-from softprompt.errors import QueueFullError, ServingError, UpstreamError, excerpt
+from softprompt.errors import NotServingError, QueueFullError, ServingError, UpstreamError, excerpt
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,14 @@ class Fleet:
         return [each.facts for each in self.servers if each.facts is not None]
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
-        """Run something in the thread; cancelling what is returned cancels it."""
+        """Run something in the thread; cancelling what is returned cancels it.
+
+        Raises:
+            NotServingError: It has been stopped.
+        """
+        if not self._thread.is_alive():
+            work.close()
+            raise NotServingError("serving has stopped and takes no more requests; ask another server")
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     async def ask_all(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +97,7 @@ async def asked(server: UpstreamServer, base: Base, carriage: Carriage) -> Upstr
     plain = Request(tuple(ids), options=options, logprobs=5)
     behind = Request(tuple(ids[1:]), first, options=options, logprobs=5)
     expected = await _scored(server, carriage.question(plain, facts, stream=False))
-    embeds = UpstreamFacts(*_of(facts), takes_embeds=True)
+    embeds = replace(facts, takes_embeds=True)
     try:
         found = await _scored(server, carriage.question(behind, embeds, stream=False))
     except ServingError as error:
@@ -108,17 +109,13 @@ async def asked(server: UpstreamServer, base: Base, carriage: Carriage) -> Upstr
             f"it has another model than {base.name}, whose embeddings of a text give other log-probabilities than "
             "the text's ids; pass the --base-model that vLLM serves"
         )
-    parts = UpstreamFacts(*_of(facts), takes_embeds=True, takes_parts=True)
+    parts = replace(embeds, takes_parts=True)
     question = carriage.question(behind, parts, stream=False)
     try:
         beside = await _scored(server, question)
     except ServingError:  # its template puts more than it is given, or does not know such parts
         return embeds
     return parts if question.ids is not None and beside.keys() == found.keys() else embeds
-
-
-def _of(facts: UpstreamFacts) -> tuple[str, str, int | None]:
-    return facts.model, facts.version, facts.context_length
 
 
 async def _scored(server: UpstreamServer, question: UpstreamRequest) -> dict[int, float]:
