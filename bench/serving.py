@@ -7,7 +7,11 @@ at a time. One process, one thread of compute. Ours must give the tokens that PE
 request alone. Also: time to the first token with a prompt that is known and one that is not, and
 memory and latency with 1,000 prompts in the folder against 1.
 
+With `--vllm`, also vLLM with the same prompts as extra vocabulary, in a process of its own, over HTTP
+(`serving_vllm.py`); its seconds of CPU are not counted, and its answers too are held to PEFT's.
+
     python bench/serving.py [--model gpt2|demo|FOLDER|FILE.gguf] [--requests 64] [--rounds 1] [--json]
+        [--vllm URL|PROGRAM]
 """
 
 from __future__ import annotations
@@ -21,7 +25,8 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +34,7 @@ import transformers as tf
 
 from serving_peft import PeftServer
 from serving_registry import registered
+from serving_vllm import running
 from serving_work import (
     OUTPUT,
     PROMPTS,
@@ -49,6 +55,7 @@ from softprompt.prompts import Prompt
 OURS, ALONE = "ours", "PEFT, one request at a time"
 LARGEST = "PEFT, a batch for each prompt, largest first"
 OLDEST = "PEFT, a batch for each prompt, oldest first"
+PEER = "vLLM, prompts as extra vocabulary"
 
 
 def answered(batcher: Batcher, ask: Ask, values: Sequence[Prompt]) -> Took:
@@ -62,8 +69,10 @@ def answered(batcher: Batcher, ask: Ask, values: Sequence[Prompt]) -> Took:
     return took
 
 
-def throughput(model: Any, tokenizer: Any, requests: int, clients: int, rounds: int) -> dict[str, Any]:
-    """Measure the four ways, alternating; the medians of the rounds count."""
+def throughput(
+    model: Any, tokenizer: Any, requests: int, clients: int, rounds: int, vllm: str | None = None
+) -> dict[str, Any]:
+    """Measure the ways, alternating; the medians of the rounds count."""
     tables = prompt_tables(model, PROMPTS)
     values, todo = values_of(tables), asks(model, requests)
     some = todo[: max(4, requests // 4)]
@@ -72,18 +81,24 @@ def throughput(model: Any, tokenizer: Any, requests: int, clients: int, rounds: 
     rows: dict[str, list[dict[str, Any]]] = {}
     answers: dict[str, list[Took]] = {}
     by_clients(clients, todo[:PROMPTS], lambda ask: answered(batcher, ask, values))
-    for _ in range(rounds):
-        for way, work in (
-            (OURS, lambda: by_clients(clients, todo, lambda ask: answered(batcher, ask, values))),
-            (LARGEST, lambda: peft.by_prompt(todo, clients, largest=True)),
-            (OLDEST, lambda: peft.by_prompt(todo, clients, largest=False)),
-            (ALONE, lambda: peft.one_by_one(some)),
-        ):
-            row, answers[way] = timed(work, way)
-            rows.setdefault(way, []).append(row)
+    ways: dict[str, Callable[[], list[Took]]] = {
+        OURS: lambda: by_clients(clients, todo, lambda ask: answered(batcher, ask, values)),
+        LARGEST: lambda: peft.by_prompt(todo, clients, largest=True),
+        OLDEST: lambda: peft.by_prompt(todo, clients, largest=False),
+        ALONE: lambda: peft.one_by_one(some),
+    }
+    with running(vllm, model, tokenizer, tables) if vllm else nullcontext() as peer:
+        if peer is not None:
+            by_clients(clients, todo[:PROMPTS], peer.answered)
+            ways[PEER] = lambda: by_clients(clients, todo, peer.answered)
+        for _ in range(rounds):
+            for way, work in ways.items():
+                row, answers[way] = timed(work, way)
+                rows.setdefault(way, []).append(row)
     batcher.stop()
     return {
         "rows": [middle(found) for found in rows.values()],
+        **({"vllm_equal_to_solo": share(answers[PEER], answers[ALONE])} if PEER in answers else {}),
         "equal_to_solo": share(answers[OURS], answers[ALONE]),
         "peft_batches_equal_to_solo": share(answers[LARGEST], answers[ALONE]),
         "engine": batcher.engine,
@@ -134,6 +149,9 @@ def table(result: dict[str, Any]) -> None:
         f"\nanswers equal to the request alone: ours {result['equal_to_solo']:.0%}, "
         f"PEFT's batches {result['peft_batches_equal_to_solo']:.0%}"
     )
+    if "vllm_equal_to_solo" in result:
+        equal = result["vllm_equal_to_solo"]
+        print(f"vLLM's answers equal to the request alone: {equal:.0%}; its seconds of CPU are not counted")
     first = result["first_token"]
     print(f"first token, idle: known prompt {first['warm_ms']:.0f} ms, new {first['cold_ms']:.0f}")
     for row in result.get("registered", []):
@@ -151,6 +169,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16, help="clients at once")
     parser.add_argument("--rounds", type=int, default=1, help="timed runs of each way")
     parser.add_argument("--registered", type=int, default=1000, help="prompts in the folder")
+    parser.add_argument("--vllm", help="address of a vLLM server of the export, or the program that starts one")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -160,7 +179,7 @@ def main() -> None:
     result = {
         "model": options.model,
         "new_tokens": OUTPUT,
-        **throughput(model, tokenizer, options.requests, options.clients, options.rounds),
+        **throughput(model, tokenizer, options.requests, options.clients, options.rounds, options.vllm),
         "first_token": first_tokens(*model_named(options.model), 5),
         "registered": [registered(count) for count in (1, options.registered)],
     }

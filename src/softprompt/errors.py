@@ -105,6 +105,18 @@ class NotServingError(ServingError):
     """Serving has stopped, is stopping, or has failed."""
 
 
+class UpstreamError(NotServingError):
+    """A server that computes for this one cannot be reached, or failed.
+
+    Attributes:
+        status: What a gateway answers then: 502, or 503 where it may soon be otherwise.
+    """
+
+    def __init__(self, message: str, *, status: int = 502) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class TrainingError(SoftPromptError, RuntimeError):
     """The optimisation cannot go on."""
 

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from softprompt.backbone.base import Base, freeze
+from softprompt.backbone.embedding_alone import embedding_alone
 from softprompt.backbone.sharding import device_of_process, reading, shard_layers
 from softprompt.backbone.state import is_encoder_decoder
 from softprompt.bundled import DEMO, source_of
@@ -46,6 +47,7 @@ def load_base(
     revision: str | None = None,
     trust_remote_code: bool | None = None,
     shard: str | None = None,
+    runs: bool = True,
 ) -> Base:
     """Load a causal or seq2seq language model with its tokenizer.
 
@@ -63,6 +65,7 @@ def load_base(
             ``trust_code`` was called.
         shard: Spread the weights over the processes of torch.distributed: ``"fsdp"`` or ``"tp"``; see
             docs/distributed.md. The base is frozen, and every process must call this and run the same passes.
+        runs: Whether it will be run here; otherwise its embedding alone is kept in memory.
 
     Raises:
         BackboneError: If there is no such model, it is not one of these kinds, or cannot be sharded.
@@ -99,7 +102,10 @@ def load_base(
             loader = AutoModelForSeq2SeqLM if kind else AutoModelForCausalLM
             more = {} if shard is None else reading(shard, loader, config)
             with progress_on_terminals_only():
-                model = loader.from_pretrained(source, dtype=dtype or "auto", **options, **more)
+                if runs:
+                    model = loader.from_pretrained(source, dtype=dtype or "auto", **options, **more)
+                else:
+                    model = embedding_alone(loader, config, source, dtype, **options)
             words = tokenizer or AutoTokenizer.from_pretrained(source, **options)
         except BackboneError:
             raise

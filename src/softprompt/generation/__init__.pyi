@@ -1,10 +1,14 @@
+from .answer import Answer as Answer
 from .answer import AnswerRules as AnswerRules
+from .answer import Job as Job
 from .answer import StopSequences as StopSequences
 from .batcher import Batcher as Batcher
 from .batcher import BatcherStats as BatcherStats
 from .batcher import Decoder as Decoder
 from .batcher import run_requests as run_requests
 from .batcher import streamed as streamed
+from .computing import AnswerSource as AnswerSource
+from .computing import ScoreSource as ScoreSource
 from .forms import check_form as check_form
 from .labels import Classified as Classified
 from .labels import Labelling as Labelling
@@ -24,6 +28,7 @@ from .options import options_from as options_from
 from .request import Decode as Decode
 from .request import Input as Input
 from .request import Request as Request
+from .request import check_request as check_request
 from .scorer import Scorer as Scorer
 from .scorer import score_rows as score_rows
 from .ticket import EchoEvent as EchoEvent

@@ -11,8 +11,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Self, final
 
 from softprompt.backbone import Base
@@ -65,6 +65,7 @@ class BatcherStats:
         prompt_hits: Requests so far that found their prompt's keys and values.
         prompt_misses: Requests so far that had to compute them.
         steps: Passes run so far.
+        upstream_errors: Failures of servers that compute for this one, by address and kind.
     """
 
     waiting: int = 0
@@ -75,6 +76,7 @@ class BatcherStats:
     prompt_hits: int = 0
     prompt_misses: int = 0
     steps: int = 0
+    upstream_errors: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
 
 @final

@@ -137,7 +137,7 @@ class Ticket:
     failed request raises its error there. ``await ticket`` and ``result()`` give the finish events alone.
     """
 
-    def __init__(self, request: Request, cancelled: Callable[[], None]) -> None:
+    def __init__(self, request: Request, cancelled: Callable[[], object]) -> None:
         self.request = request
         self._notify_cancelled = cancelled
         self._events: list[Event] = []

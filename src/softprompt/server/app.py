@@ -24,7 +24,7 @@ from starlette.responses import FileResponse, Response
 from softprompt.artifacts import installed_versions, local_prompts
 from softprompt.backbone import freeze, load_base
 from softprompt.errors import UsageError
-from softprompt.generation import Batcher, Scorer
+from softprompt.generation import AnswerSource, Batcher, Scorer, ScoreSource
 from softprompt.server import chat, classify, completions, embeddings, models, responses
 from softprompt.server.access_log import AccessLog
 from softprompt.server.errors import ErrorBody, Problem, install_handlers
@@ -35,6 +35,7 @@ from softprompt.server.middleware import Access, Limits
 from softprompt.server.registry import Registry
 from softprompt.server.service import USER, Service, in_thread, service_of
 from softprompt.server.start_lines import log_addresses, log_prompts
+from softprompt.server.upstream.serving import upstream_of
 
 if TYPE_CHECKING:
     from softprompt.server.settings import ServeSettings
@@ -88,8 +89,19 @@ def _serve(settings: ServeSettings, root: PromptFolder) -> None:
 
 def build_app(settings: ServeSettings, root: PromptFolder) -> FastAPI:
     """Load the base model and return the application; raises BackboneError if the base model cannot be loaded."""
-    base = load_base(settings.base_model, torch_dtype=settings.torch_dtype, device=settings.device)
+    own = settings.engine == "own"
+    base = load_base(settings.base_model, torch_dtype=settings.torch_dtype, device=settings.device, runs=own)
     freeze(base.model)
+    bounds = settings.bounds
+    batcher: AnswerSource
+    scorer: ScoreSource
+    refuses = None
+    if own:
+        batcher = running = Batcher(base, bounds)
+        scorer = Scorer(base, bounds, running.residents)
+        scorer.start()
+    else:
+        batcher, scorer, refuses = upstream_of(base, settings)
     registry = Registry(
         root,
         base,
@@ -97,11 +109,8 @@ def build_app(settings: ServeSettings, root: PromptFolder) -> FastAPI:
         max_bytes=settings.max_prompt_bytes,
         ignore_fingerprint=settings.ignore_fingerprint,
         base_names=settings.served_model_name,
+        refuses=refuses,
     )
-    bounds = settings.bounds
-    batcher = Batcher(base, bounds)
-    scorer = Scorer(base, bounds, batcher.residents)
-    scorer.start()
     log_prompts(registry, batcher)
     return create_app(settings, registry, batcher, scorer)
 
@@ -181,7 +190,7 @@ def _run(app: FastAPI, settings: ServeSettings, sock: socket.socket) -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def create_app(settings: ServeSettings, registry: Registry, batcher: Batcher, scorer: Scorer) -> FastAPI:
+def create_app(settings: ServeSettings, registry: Registry, batcher: AnswerSource, scorer: ScoreSource) -> FastAPI:
     """Return the application; it owns the batcher and the scorer, which already run, and stops them at its end.
 
     Raises:

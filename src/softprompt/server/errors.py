@@ -28,6 +28,7 @@ from softprompt.errors import (
     QueueFullError,
     ServingError,
     SoftPromptError,
+    UpstreamError,
     excerpt,
     nearest,
     without_folders,
@@ -47,6 +48,7 @@ _CODES: Mapping[int, tuple[str, str | None]] = {
     421: (INVALID, "wrong_host"),
     429: ("rate_limit_error", "queue_full"),
     500: ("server_error", "internal_error"),
+    502: ("server_error", "upstream_failed"),
     503: ("server_error", "unavailable"),
 }
 
@@ -125,6 +127,8 @@ def _of_server(error: SoftPromptError) -> Problem:
     match error:
         case ArtifactError():
             return Problem(500, message, code="prompt_unusable", param="model")
+        case UpstreamError():
+            return Problem(error.status, message, headers={"Retry-After": "1"})
         case NotServingError():
             return Problem(503, message, headers={"Retry-After": "1"})
         case ServingError():

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from softprompt.generation import Batcher
+    from softprompt.generation import AnswerSource
 
 OTHER = "other"
 """The label that prompts share beyond the first ``max_metric_prompts``."""
@@ -51,7 +51,7 @@ class Metrics:
         most_prompts: Prompts with a label of their own.
     """
 
-    def __init__(self, batcher: Batcher, resident: Callable[[], int], most_prompts: int) -> None:
+    def __init__(self, batcher: AnswerSource, resident: Callable[[], int], most_prompts: int) -> None:
         self.registry = CollectorRegistry()
         self._most = most_prompts
         self._named: set[str] = set()
@@ -79,7 +79,7 @@ class Metrics:
         """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
-    def _watch(self, batcher: Batcher) -> None:
+    def _watch(self, batcher: AnswerSource) -> None:
         """Register the batcher's statistics, read at each scrape."""
         room = batcher.bounds.max_cached_tokens
         self._gauge(
@@ -91,7 +91,10 @@ class Metrics:
             self._gauge(name, text, partial(_statistic, batcher, field))
         for field, (name, text) in _COUNTS.items():
             value = partial(_statistic, batcher, field)
-            self.registry.register(_Count(f"softprompt_{name}", text, value))
+            self.registry.register(_Count(f"softprompt_{name}", text, partial(_alone, value)))
+        text, labels = "Failures of the vLLM servers behind this one.", ("upstream", "error")
+        errors = _Count("softprompt_upstream_errors", text, lambda: batcher.stats.upstream_errors, labels)
+        self.registry.register(errors)
 
     def _gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         gauge = Gauge(f"softprompt_{name}", text, registry=self.registry)
@@ -104,20 +107,33 @@ class Metrics:
         return Histogram(f"softprompt_{name}", text, ["model_name"], registry=self.registry, buckets=buckets)
 
 
-def _statistic(batcher: Batcher, field: str) -> float:
+def _statistic(batcher: AnswerSource, field: str) -> float:
     return float(getattr(batcher.stats, field))
+
+
+def _alone(value: Callable[[], float]) -> Mapping[Any, float]:
+    return {(): value()}
 
 
 @final
 class _Count(Collector):
     """A counter whose value is read from elsewhere; prometheus_client's own cannot be set."""
 
-    def __init__(self, name: str, text: str, value: Callable[[], float]) -> None:
-        self._name, self._text, self._value = name, text, value
+    def __init__(
+        self,
+        name: str,
+        text: str,
+        values: Callable[[], Mapping[Any, float]],
+        labels: tuple[str, ...] = (),
+    ) -> None:
+        self._name, self._text, self._values, self._labels = name, text, values, labels
 
     def collect(self) -> Iterable[Metric]:
-        """Return the current count."""
-        return [CounterMetricFamily(self._name, self._text, value=self._value())]
+        """Return the current counts, by the values of the labels."""
+        family = CounterMetricFamily(self._name, self._text, labels=self._labels)
+        for values, count in self._values().items():
+            family.add_metric(values, count)
+        return [family]
 
     def describe(self) -> Iterable[Metric]:
         """Return the name alone, so that registering does not read the value."""

@@ -11,7 +11,7 @@ import hashlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
@@ -73,6 +73,7 @@ class Registry:
         ignore_fingerprint: Whether prompts that were made for another base are served too.
         base_names: Names of the base in requests, the first in answers; by default the last part of a path, or its
             Hub id.
+        refuses: Says of a prompt's configuration why it cannot be computed here; empty where it can.
 
     Attributes:
         base_names: The same.
@@ -87,6 +88,7 @@ class Registry:
         max_bytes: int,
         ignore_fingerprint: bool = False,
         base_names: Sequence[str] = (),
+        refuses: Callable[[Mapping[str, Any]], str] | None = None,
     ) -> None:
         self.base = base
         self.base_names = tuple(dict.fromkeys(base_names)) or (_public_name(base.name),)
@@ -100,6 +102,7 @@ class Registry:
         self._outlines: dict[str, Outline] = {}
         self._compared: dict[Fingerprint, str | None] = {}
         self._withdrawn: set[str] = set()
+        self._refuses = refuses
         self._guard = threading.Lock()
         self._loading = threading.Lock()
 
@@ -307,6 +310,7 @@ class Registry:
 
     def _made(self, name: str, signature: Signature) -> Loaded:
         stored, version = self.stored(name)
+        self._check_fits(stored.config, stored.manifest)
         tuned = tuned_of(stored, self.base, ignore_fingerprint=self._ignore_fingerprint).snapshot()
         tuned.check_served()
         plain = self.base_served.plain
@@ -318,6 +322,8 @@ class Registry:
     def _check_fits(self, config: dict[str, Any], manifest: Manifest | None) -> None:
         """Raise SoftPromptError unless a prompt of this configuration and record is one for the base."""
         task, name = config.get("task_type"), self.base_names[0]
+        if self._refuses is not None and (why := self._refuses(config)):
+            raise ConfigError(why)
         if task not in _SERVED:
             raise ConfigError(f"it is for {task}, with a head of its own; attach it with PeftModel.from_pretrained")
         if task in _SEQ2SEQ and _SEQ2SEQ[task] != self.base.is_encoder_decoder:

@@ -32,7 +32,7 @@ from softprompt.server.folder import tasks_of
 from softprompt.server.middleware import Connections
 
 if TYPE_CHECKING:
-    from softprompt.generation import Batcher, Scorer
+    from softprompt.generation import AnswerSource, ScoreSource
     from softprompt.inference import Task
     from softprompt.server.logprobs import TokenTexts
     from softprompt.server.metrics import Metrics
@@ -76,8 +76,8 @@ class Service:
 
     settings: ServeSettings
     registry: Registry
-    batcher: Batcher
-    scorer: Scorer
+    batcher: AnswerSource
+    scorer: ScoreSource
     access: Access
     metrics: Metrics
     tokens: TokenTexts
@@ -95,6 +95,8 @@ class Service:
             ConfigError: The prompt is one for embeddings, and the request wants an answer, or the other way round.
             SoftPromptError: There is no such prompt, or it cannot be served.
         """
+        if embeds and self.settings.engine == "vllm":
+            raise ConfigError("vectors are not served with --engine vllm; ask a server with --engine own")
         found = await in_thread(self.registry.get, name, task)
         tally(prompt=found.name)
         if found.own is not None and embeds != (found.own.config.task_type == "FEATURE_EXTRACTION"):

@@ -6,12 +6,14 @@ import ipaddress
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
+from typing import Literal
 
 from softprompt.errors import ConfigError
 from softprompt.fields import check, from_mapping, setting
 from softprompt.generation import Bounds
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+")
+_SERVER_ADDRESS = re.compile(r"https?://[^/?#\s]+(/[^?#\s]*)?")
 _SERVER, _ACCESS, _PROMPTS = "Model and address", "Access", "Prompts"
 _LIMITS, _TIMES = "Request limits", "Timeouts"
 
@@ -25,6 +27,13 @@ class ServeSettings:
     """
 
     base_model: str = setting(MISSING, "Base model: folder, Hub id, GGUF file or 'demo'.", group=_SERVER)
+    engine: Literal["own", "vllm"] = setting(
+        "own", "What computes: this process, or vLLM servers (--upstream).", group=_SERVER
+    )
+    upstream: tuple[str, ...] = setting(
+        (), "Address of a vLLM server, such as http://host:8000; several are used in turn.", group=_SERVER
+    )
+    upstream_key_file: str | None = setting(None, "File with the API key of the vLLM servers.", group=_ACCESS)
     prompts: str = setting(
         MISSING, "Folder of prompts, one subfolder for each; or a Hub collection or repository.", group=_PROMPTS
     )
@@ -80,6 +89,7 @@ class ServeSettings:
     )
     body_seconds: float = setting(30.0, "Timeout for receiving a request.", above=0, group=_TIMES)
     request_seconds: float = setting(300.0, "Time limit of a request; answers end there.", above=0, group=_TIMES)
+    upstream_seconds: float = setting(120.0, "Timeout of a vLLM server that sends nothing.", above=0, group=_TIMES)
     stall_seconds: float = setting(
         30.0, "Timeout of a client that does not read its answer (slow reader).", above=0, group=_TIMES
     )
@@ -95,6 +105,13 @@ class ServeSettings:
                 raise ConfigError(f"{name} must not be empty")
         if not all(self.served_model_name):
             raise ConfigError("served_model_name must not be empty")
+        addresses = tuple(each.strip() for given in self.upstream for each in given.split(",") if each.strip())
+        object.__setattr__(self, "upstream", addresses)
+        if (self.engine == "vllm") != bool(addresses):
+            raise ConfigError("engine vllm and upstream go together: --engine vllm --upstream http://host:8000")
+        for address in addresses:
+            if not _SERVER_ADDRESS.fullmatch(address):
+                raise ConfigError(f"upstream expects an address such as http://host:8000, got {address!r}")
         for origin in self.allowed_origin:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise ConfigError(

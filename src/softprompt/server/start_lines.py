@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from softprompt.data import Verbalizer
 
 if TYPE_CHECKING:
-    from softprompt.generation import Batcher
+    from softprompt.generation import AnswerSource
     from softprompt.server.registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 _TEXT = "My parcel is two weeks late"
 
 
-def log_prompts(registry: Registry, batcher: Batcher) -> None:
+def log_prompts(registry: Registry, batcher: AnswerSource) -> None:
     """Log how many prompts are ready, and those that are not, or not under their own names."""
     ready, unusable = registry.sorted_out()
     parts = [f"{len(ready)} prompt{'s' * (len(ready) != 1)} ready"]

@@ -1,0 +1,1 @@
+"""Answers and scores computed by vLLM servers: what is sent to them, what they say of themselves, how they fail."""

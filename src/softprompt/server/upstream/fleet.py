@@ -1,0 +1,288 @@
+"""The vLLM servers: which of them is asked, and what their failures mean to a client.
+
+They are asked in turn. One that cannot be reached, or breaks off, is set aside for some seconds. A request goes to
+the next server only where nothing of it was sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar, final
+
+import httpx
+
+from softprompt.errors import NotServingError, QueueFullError, ServingError, UpstreamError, excerpt
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+Body = Mapping[str, Any]
+
+_CONNECT_SECONDS, _ASIDE_SECONDS = 5.0, 10.0
+_IDLE_SECONDS = 2.0
+"""Less than servers keep idle connections (uvicorn: 5 s), so that none is used that is being closed."""
+_NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamFacts:
+    """What a server says, or shows, of itself.
+
+    Attributes:
+        model: The name of its model in requests.
+        version: vLLM's.
+        context_length: Most tokens of input and answer; None is unknown.
+        takes_embeds: Whether inputs may be embeddings (``--enable-prompt-embeds``).
+        takes_parts: Whether embeddings may also stand beside a text, which a chat template passes on as it is.
+    """
+
+    model: str
+    version: str = ""
+    context_length: int | None = None
+    takes_embeds: bool = False
+    takes_parts: bool = False
+
+
+class UpstreamRequest(NamedTuple):
+    """A request to a server: path and body; and for a text beside embeddings the token ids that it must become."""
+
+    path: str
+    body: Body
+    ids: Sequence[int] | None = None
+    at: int = 0
+
+
+@final
+class UpstreamServer:
+    """One server; ``facts`` are None until it was asked for them."""
+
+    def __init__(self, address: str, client: httpx.AsyncClient) -> None:
+        self.address = address.rstrip("/")
+        self.facts: UpstreamFacts | None = None
+        self.aside_until = 0.0
+        self.client = client
+        self.asking = asyncio.Lock()
+
+    async def send(self, question: UpstreamRequest, *, method: str = "POST") -> httpx.Response:
+        """Send a request and return the head of the answer, whose body is left to be read."""
+        body = None if method == "GET" else question.body
+        sending = self.client.build_request(method, self.address + question.path, json=body)
+        return await self.client.send(sending, stream=True)
+
+    async def whole(self, question: UpstreamRequest, *, method: str = "POST") -> Any:
+        """Send a request and return its JSON answer; raises as ``refusal_of``."""
+        response = await self.send(question, method=method)
+        try:
+            data = await response.aread()
+            if response.status_code != 200:
+                raise refusal_of(response.status_code, data)
+            return json.loads(data)
+        finally:
+            await response.aclose()
+
+
+Ask = Callable[[UpstreamServer], Coroutine[Any, Any, UpstreamFacts]]
+
+
+@final
+class Fleet:
+    """All servers, and the thread whose event loop talks to them.
+
+    Args:
+        addresses: Where they are, such as ``http://host:8000``.
+        ask: Asks a server for its facts.
+        seconds: How long a server may send nothing.
+        key: Their API key, if they want one.
+
+    Attributes:
+        servers: The servers.
+        errors: Failures so far, by address and kind.
+    """
+
+    def __init__(self, addresses: Sequence[str], ask: Ask, *, seconds: float, key: str | None = None) -> None:
+        headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        client = httpx.AsyncClient(
+            headers=headers,
+            timeout=httpx.Timeout(seconds, connect=_CONNECT_SECONDS),
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=_IDLE_SECONDS),
+            trust_env=False,
+        )
+        self.servers = [UpstreamServer(each, client) for each in addresses]
+        self.errors: Counter[tuple[str, str]] = Counter()
+        self._ask = ask
+        self._client = client
+        self._turn = 0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="softprompt-upstream", daemon=True)
+        self._thread.start()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether some server is not set aside."""
+        return self._thread.is_alive() and any(each.aside_until <= time.monotonic() for each in self.servers)
+
+    @property
+    def facts(self) -> list[UpstreamFacts]:
+        """What is known of the servers that were asked."""
+        return [each.facts for each in self.servers if each.facts is not None]
+
+    def run(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
+        """Run something in the thread; cancelling what is returned cancels it.
+
+        Raises:
+            NotServingError: It has been stopped.
+        """
+        if not self._thread.is_alive():
+            work.close()
+            raise NotServingError("serving has stopped and takes no more requests; ask another server")
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    async def ask_all(self) -> None:
+        """Ask every server for its facts; raises UpstreamError, with the reasons, where none can be used."""
+        problems = []
+        for server in self.servers:
+            try:
+                with self._failing(server):
+                    await self._known(server)
+            except (*_NOT_SENT, UpstreamError) as error:
+                problems.append(f"{server.address}: {error}")
+        if len(problems) == len(self.servers):
+            raise UpstreamError(f"no vLLM server can be used ({'; '.join(problems)})")
+
+    async def whole(self, make: Callable[[UpstreamFacts], UpstreamRequest]) -> Any:
+        """Return the JSON answer to what ``make`` asks of the server whose turn it is; raises as ``events``."""
+        async with self._sent(make) as (_, response):
+            data = await response.aread()
+        return json.loads(data)
+
+    async def events(self, make: Callable[[UpstreamFacts], UpstreamRequest]) -> AsyncGenerator[Body]:
+        """Yield the events of a streamed answer; leaving early hangs up, which ends it there.
+
+        Raises:
+            UpstreamError: No server can be reached, or it failed.
+            QueueFullError: The server has too many requests.
+            ServingError: The server refuses the request.
+        """
+        async with self._sent(make) as (question, response):
+            async for line in response.aiter_lines():
+                if not line.startswith("data:"):
+                    continue
+                data = line[5:].strip()
+                if data == "[DONE]":
+                    return
+                event = json.loads(data)
+                if "error" in event:
+                    raise refusal_of(500, data.encode())
+                if question.ids is not None and (seen := event.get("prompt_token_ids")):
+                    check_ids(question, seen)
+                yield event
+            raise httpx.RemoteProtocolError("the stream has no end")
+
+    def stop(self) -> None:
+        """End everything that runs, and the thread."""
+        if self._thread.is_alive():
+            self.run(self._end()).result()
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    async def _end(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._client.aclose()
+
+    @asynccontextmanager
+    async def _sent(
+        self, make: Callable[[UpstreamFacts], UpstreamRequest]
+    ) -> AsyncIterator[tuple[UpstreamRequest, httpx.Response]]:
+        """Send a request to the first server that can be reached; its answer has the status 200."""
+        for server in self._in_turn():
+            with self._failing(server):
+                try:
+                    question = make(await self._known(server))
+                    response = await server.send(question)
+                except _NOT_SENT as error:
+                    self._set_aside(server, "connect", error)
+                    continue
+                try:
+                    if response.status_code != 200:
+                        raise refusal_of(response.status_code, await response.aread())
+                    yield question, response
+                    return
+                finally:
+                    await response.aclose()
+        raise UpstreamError("none of the vLLM servers behind this one can be reached; try again later")
+
+    async def _known(self, server: UpstreamServer) -> UpstreamFacts:
+        async with server.asking:
+            if server.facts is None:
+                server.facts = await self._ask(server)
+        return server.facts
+
+    def _in_turn(self) -> list[UpstreamServer]:
+        """Return the servers in the order in which they are tried: those set aside last, the longest ago first."""
+        first, self._turn = self._turn, (self._turn + 1) % len(self.servers)
+        now = time.monotonic()
+        turned = self.servers[first:] + self.servers[:first]
+        return sorted(turned, key=lambda server: server.aside_until if server.aside_until > now else 0.0)
+
+    @contextmanager
+    def _failing(self, server: UpstreamServer) -> Iterator[None]:
+        """Count and translate what goes wrong once a request was sent."""
+        try:
+            yield
+        except _NOT_SENT as error:
+            self._set_aside(server, "connect", error)
+            raise
+        except httpx.TimeoutException as error:
+            self._set_aside(server, "timeout", error)
+            raise UpstreamError("the vLLM server behind this one did not answer in time; try again") from error
+        except (httpx.HTTPError, json.JSONDecodeError) as error:
+            self._set_aside(server, "broken", error)
+            raise UpstreamError("the vLLM server behind this one broke off; try again") from error
+        except UpstreamError as error:
+            self._set_aside(server, "status", error)
+            raise
+
+    def _set_aside(self, server: UpstreamServer, kind: str, error: Exception) -> None:
+        self.errors[server.address, kind] += 1
+        server.aside_until = time.monotonic() + _ASIDE_SECONDS
+        server.facts = None  # what comes back may be another one
+        logger.warning("%s is set aside for %g s: %s", server.address, _ASIDE_SECONDS, str(error) or repr(error))
+
+
+def refusal_of(status: int, data: bytes) -> Exception:
+    """Return the error that a server's answer means: ours to repair, the client's, or nobody's."""
+    try:
+        said = json.loads(data)["error"]
+        why = excerpt(str(said["message"] if isinstance(said, dict) else said), 300)
+    except (ValueError, KeyError, TypeError):
+        why = f"status {status}"
+    if status in (400, 413, 422):
+        return ServingError(f"vLLM refuses the request: {why}")
+    if status == 429:
+        return QueueFullError(f"vLLM has too many requests ({why}); try again later", 1.0)
+    if status in (401, 403):
+        why = f"it wants an API key ({why}), which --upstream-key-file gives"
+    return UpstreamError(f"the vLLM server behind this one failed: {why}", status=503 if status == 503 else 502)
+
+
+def check_ids(question: UpstreamRequest, seen: Sequence[int]) -> None:
+    """Raise UpstreamError unless a text beside embeddings became the tokens that it stands for."""
+    assert question.ids is not None
+    virtual = len(seen) - len(question.ids)
+    if [*seen[: question.at], *seen[question.at + virtual :]] != list(question.ids):
+        raise UpstreamError(
+            "the vLLM server behind this one reads other tokens than were meant; see its chat template"
+        )
