@@ -52,6 +52,7 @@ from softprompt.training import (
     publish_logs,
     remove_state,
     state_path,
+    trackers_of,
 )
 
 if TYPE_CHECKING:
@@ -209,10 +210,11 @@ def _run(
     prepared, held_out = student.taught(targets, settings.label_weight, stop.check)
     apart = len(held_out.questions)
     logger.info("%d questions to train on, %d kept apart", len(found) - apart, apart)
+    trackers = trackers_of(settings.track, output, lambda: store.plan["settings"])
     begun = output is not None and state_path(output).exists()
     before = load_states(output, identity(prepared))[0] if output is not None and begun else None
     with store.interrupted("at once", (KeyboardInterrupt,)):
-        trained = Session(output, stop, before, callbacks).train({"": prepared})[""]
+        trained = Session(output, stop, before, [*callbacks, *trackers]).train({"": prepared})[""]
     judged = [{**point, "loss": point["distillation"]} for point in trained.history]
     if problem := nothing_learnt(prepared, trained.metrics, judged):
         trained.metrics["nothing_learnt"] = problem
@@ -223,6 +225,8 @@ def _run(
     own = {"distillation": settings.to_dict(), "text_tokens": teacher.tokens}
     manifest = replace(manifest, settings=manifest.settings | own)
     tuned = TunedPrompt(prepared.base, prepared.module, prepared.config, manifest)
+    for each in trackers:
+        each.finish(tuned, prepared.tasks)
     return Distilled(tuned, teacher, held_out), found
 
 

@@ -39,6 +39,7 @@ from softprompt.training.state import (
     state_path,
 )
 from softprompt.training.summary import DryRun, dry_run_of, summarize
+from softprompt.training.tracking import trackers_of
 from softprompt.training.tuning_config import TuningConfig
 
 logger = logging.getLogger(__name__)
@@ -122,6 +123,7 @@ def tune(
             check_output(target, overwrite=overwrite)
     if plan.train_data is None:
         raise UsageError("train_data is missing; give a data file or records of input and output")
+    trackers = trackers_of(plan.settings.track, target, plan.known)
     data = read_data(plan.train_data, plan.validation_data, plan.settings)
     with timed(silent=plan.settings.silence_progress_bars) as parts:
         prepared = prepare(plan.base_model, data, plan.settings)
@@ -137,7 +139,7 @@ def tune(
                 remove_state(target)
                 write_run(state_path(target).with_name(RUN_FILE), plan.names(), plan.settings)
             prepared, probed = with_rate(prepared, target, stop.check)
-            best, seeds = train_seeds(prepared, Session(target, stop, found, called))
+            best, seeds = train_seeds(prepared, Session(target, stop, found, [*called, *trackers]))
     seeds[best].trained.metrics.update(probed)
     if problem := seeds[best].nothing_learnt:
         seeds[best].trained.metrics["nothing_learnt"] = problem
@@ -146,6 +148,8 @@ def tune(
     tuned = tuned_of(seeds[best].prepared, trained)
     if target is not None:
         _write_all(target, plan, best, seeds, tuned)
+    for each in trackers:
+        each.finish(tuned, prepared.tasks)
     return tuned
 
 
@@ -251,6 +255,10 @@ class RunPlan:
         if self.validation_data is not None:
             named["validation_data"] = named_source(self.validation_data)
         return named
+
+    def known(self) -> dict[str, Any]:
+        """Return all that the run is made of as plain values, for trackers."""
+        return self.names() | self.settings.to_dict() | ({"sweep": self.sweep} if self.sweep else {})
 
 
 def named_source(source: BaseLike | Data | None) -> str | dict[str, str | None] | None:

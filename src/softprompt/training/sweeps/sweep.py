@@ -39,6 +39,7 @@ from softprompt.training import (
     resumed,
     state_path,
     summarize,
+    trackers_of,
     tuned_of,
     write_output,
     write_run,
@@ -146,6 +147,7 @@ def sweep(
         raise UsageError("train_data is missing; give a data file or records of input and output")
     refuse_ignored(plan.settings)
     choices = grid_of(plan.settings, tried)
+    trackers = trackers_of(plan.settings.track, target, plan.known)
     data = read_data(plan.train_data, plan.validation_data, plan.settings)
     if len(data) > 1:
         raise ConfigError("a sweep takes one data set; sweep each task by itself")
@@ -166,7 +168,7 @@ def sweep(
                 write_atomically(
                     state_path(target).with_name(PLAN_FILE), json.dumps(known | {"settings": settings})
                 )
-            halving = Halving(first, plan.settings, target, stop, snapshots, record)
+            halving = Halving(first, plan.settings, target, stop, snapshots, record, trackers)
             best, steps = _halved(halving, tried, choices, study)
             prepared, trained = halving.finished(best)
     ranked = sorted(halving.tried.values(), key=lambda each: each.standing, reverse=True)
@@ -175,6 +177,8 @@ def sweep(
     result = Sweep(tuned_of(prepared, trained.timed(parts, time.perf_counter() - clock)), ranked, steps, by)
     _write(result, target, plan)
     publish_logs(target, {best.name: target})
+    for each in trackers:
+        each.finish(result.prompt, prepared.tasks)
     return result
 
 
