@@ -72,6 +72,8 @@ class HarnessModel(_api.TemplateLM):  # type: ignore[misc]
         self._offset: Callable[[Sequence[int]], int]
         if unknown := sorted(others.keys() - {"max_batch_size"}):
             raise ConfigError(f"model_args has no {unknown[0]}; give base, prompt, dtype or max_gen_toks")
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            device = None  # cuda:0 is what the harness says where nobody did
         how: dict[str, Any] = {"torch_dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         if prompt is not None:
             (tuned,) = load_many([prompt], base, ignore_fingerprint=ignore_fingerprint, **how)

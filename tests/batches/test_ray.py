@@ -115,5 +115,5 @@ def test_what_cannot_be_loaded_or_read_ends_in_one_line(prompts, tmp_path, data)
         run_batch(
             Answering("generate", prompts_in(str(prompts), "which"), "which"), [str(tmp_path / "notes.txt")], "o"
         )
-    with pytest.raises(ConfigError, match="a worker could not load its prompts: .*absent"):
+    with pytest.raises(ConfigError, match=r"a worker could not load its prompts: .*absent"):
         run_batch(Answering("generate", {"a": str(tmp_path / "absent")}), [str(data)], tmp_path / "out")

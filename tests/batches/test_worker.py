@@ -41,7 +41,7 @@ def test_a_bad_record_has_an_error_and_the_others_their_answers(prompts, texts):
 def test_only_the_record_that_the_model_refuses_has_an_error(prompts, texts):
     worker = BatchWorker(Answering("classify", {"complaints": str(prompts / "complaints")}))
     rows = [{"input": text} for text in texts[:5]]
-    rows[3] = {"input": "x", "messages": 3}
+    rows[3] = {"input": "x"}
     plain = worker._serving.classify
 
     def classify(inputs, names, **options):

@@ -1,8 +1,8 @@
 """`run_batch`: the driver of a batch. Ray Data reads, workers answer, finished parts are written as they come.
 
 A part is one call of one worker, and one file. Ray restarts a worker that is lost, loads its base again and repeats
-its parts; nothing is written but by the driver, so no part is lost or written twice. Workers are restarted without end;
-a part that ends its worker each of ``RETRIES`` more times has errors for answers.
+its parts; nothing is written but by the driver, so no part is lost or written twice. Workers are restarted without
+end; a part that ends its worker each of ``RETRIES`` more times has errors for answers.
 """
 
 from __future__ import annotations
