@@ -12,8 +12,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LEVELS = [
     {"__main__"},
-    {"as_peft", "cli", "integrations", "peft"},
-    {"server"},
+    {"as_peft", "cli", "integrations", "lm_eval", "peft"},
+    {"batches", "server"},
     {"distillation"},
     {"inspection", "training"},
     {"evaluation"},

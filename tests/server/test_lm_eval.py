@@ -44,6 +44,8 @@ def test_multiple_choice(server, base, shared_prompts, tmp_path, monkeypatch, ta
     from lm_eval.models.openai_completions import LocalCompletionsAPI
     from lm_eval.tasks import TaskManager
 
+    from softprompt.lm_eval import HarnessModel
+
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     base.tokenizer.save_pretrained(tmp_path / "tokenizer")
     model = LocalCompletionsAPI(
@@ -71,3 +73,12 @@ def test_multiple_choice(server, base, shared_prompts, tmp_path, monkeypatch, ta
         assert [float(each[0][0]) for each in sample["resps"]] == pytest.approx(sums, abs=1e-4)
         right += CHOICES[sums.index(max(sums))] == example["output"]
     assert found["results"]["complaints_offline"]["acc,none"] == pytest.approx(right / COUNT)
+
+    own = HarnessModel("demo", None if name == "demo" else str(shared_prompts / name), ignore_fingerprint=True)
+    without_server = simple_evaluate(model=own, tasks=[task], task_manager=manager, bootstrap_iters=0)
+    for one, other in zip(
+        *(each["samples"]["complaints_offline"] for each in (found, without_server)), strict=True
+    ):
+        for (served,), (direct,) in zip(one["resps"], other["resps"], strict=True):
+            assert float(served[0]) == pytest.approx(float(direct[0]), abs=1e-4)
+            assert served[1] == direct[1]

@@ -22,6 +22,7 @@ from softprompt.cli.options import (
     start_logging,
     stdin_lines,
 )
+from softprompt.cli.ray_options import on_ray, ray_options, refused_without_ray
 from softprompt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ _SHOWN = 10
     help="Ensemble of several prompts: mean log-probability (default), or majority vote.",
 )
 @base_options
+@ray_options
 @output_options
 def command(
     *,
@@ -67,6 +69,10 @@ def command(
     """
     if data is not None and (text is not None or pairs):
         raise UsageError("--data holds the inputs; leave --text and --field out")
+    if options["address"] is not None:
+        on_ray("classify", prompt_dirs, data, options, as_json=as_json, quiet=quiet)
+        return
+    refused_without_ray(options)
     single = data is None and (text is not None or bool(pairs))
     inputs: dict[int, Fields] = {1: request_of(text, pairs)} if single else {}
     if not single and data is None:

@@ -21,6 +21,7 @@ from softprompt.cli.options import (
     start_logging,
     together,
 )
+from softprompt.cli.ray_options import on_ray, ray_options, refused_without_ray
 from softprompt.errors import UsageError, nearest
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ prediction_options = together(
     help="Spread the base over torchrun's processes; see tune.",
 )
 @prediction_options
+@ray_options
 @output_options
 def command(
     *,
@@ -132,6 +134,10 @@ def command(
     """
     if combine is not None and len(prompt_dirs) < 2:
         raise UsageError("--combine would be ignored with one prompt; name two or more, or leave it out")
+    if options["address"] is not None:
+        on_ray("evaluate", prompt_dirs, data, options | {"baselines": baselines}, as_json=as_json, quiet=quiet)
+        return
+    refused_without_ray(options)
     start_logging(quiet=quiet)
     from softprompt.evaluation import evaluate
 

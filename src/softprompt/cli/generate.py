@@ -24,6 +24,7 @@ from softprompt.cli.options import (
     start_logging,
     stdin_lines,
 )
+from softprompt.cli.ray_options import on_ray, ray_options, refused_without_ray
 from softprompt.errors import UsageError
 from softprompt.generation import GenerationOptions
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 @option("--batch-size", type=int, group="Input", help="Batch size: inputs in one forward pass.")
 @generation_options()
 @base_options
+@ray_options
 @output_options
 def command(
     *,
@@ -58,6 +60,11 @@ def command(
     single = text is not None or bool(pairs)
     if data is not None and single:
         raise UsageError("--data holds the inputs; leave --text and --field out")
+    if options["address"] is not None:
+        GenerationOptions(**given({name: options[name] for name in GenerationOptions.__dataclass_fields__}))
+        on_ray("generate", [prompt_dir], data, options, as_json=as_json, quiet=quiet)
+        return
+    refused_without_ray(options)
     inputs: dict[int, Fields] = {1: request_of(text, pairs)} if single else {}
     if not single and data is None:
         inputs.update(stdin_lines())

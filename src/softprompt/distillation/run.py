@@ -53,6 +53,7 @@ from softprompt.training import (
     nothing_learnt,
     publish_logs,
     state_path,
+    trackers_of,
 )
 from softprompt.world import joined, world
 
@@ -220,12 +221,18 @@ def _run(
     prepared, held_out = student.taught(targets, settings.label_weight, stop.check)
     apart = len(held_out.questions)
     logger.info("%d questions to train on, %d kept apart", len(found) - apart, apart)
+<<<<<<< HEAD
     known = identity(prepared)
     before = world().from_main(
         lambda: load_states(output, known)[0] if output and state_path(output).exists() else {}
     )
+=======
+    trackers = trackers_of(settings.track, output, lambda: store.plan["settings"])
+    begun = output is not None and state_path(output).exists()
+    before = load_states(output, identity(prepared))[0] if output is not None and begun else None
+>>>>>>> i13R
     with store.interrupted("at once", (KeyboardInterrupt,)):
-        trained = Session(output, stop, before, callbacks).train({"": prepared})[""]
+        trained = Session(output, stop, before, [*callbacks, *trackers]).train({"": prepared})[""]
     judged = [{**point, "loss": point["distillation"]} for point in trained.history]
     if problem := nothing_learnt(prepared, trained.metrics, judged):
         trained.metrics["nothing_learnt"] = problem
@@ -236,6 +243,8 @@ def _run(
     own = {"distillation": settings.to_dict(), "text_tokens": teacher.tokens}
     manifest = replace(manifest, settings=manifest.settings | own)
     tuned = TunedPrompt(prepared.base, prepared.module, prepared.config, manifest)
+    for each in trackers:
+        each.finish(tuned, prepared.tasks)
     return Distilled(tuned, teacher, held_out), found
 
 

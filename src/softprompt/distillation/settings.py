@@ -10,7 +10,7 @@ from typing import Any, Literal
 from softprompt.errors import ConfigError
 from softprompt.fields import check, from_mapping, plain, setting
 from softprompt.prompts import PeftType, Placement, PromptLearningConfig, config_class
-from softprompt.training import RATE_PER_RMS, TuneSettings
+from softprompt.training import RATE_PER_RMS, TuneSettings, tracker_names
 
 TEXT_RATE_PER_RMS = 0.06
 """Default rate of keys and values in units of their rms (measured, see docs/distillation.md)."""
@@ -135,6 +135,7 @@ class DistillSettings:
         least=1,
         group=_OUTPUT,
     )
+    track: tuple[str, ...] | None = setting(None, "Tracker to send the training to; see tune.", group=_OUTPUT)
     silence_progress_bars: bool = setting(False, "Show no progress bars.", group=_OUTPUT)
 
     def __post_init__(self) -> None:
@@ -164,6 +165,8 @@ class DistillSettings:
             raise ConfigError("lr and learning_rate are the same setting; give one of them")
         others = given.get("distractors", ())
         given["distractors"] = (str(others),) if isinstance(others, str | Path) else tuple(map(str, others))
+        if given.get("track"):
+            given["track"] = tracker_names(given["track"])
         return from_mapping(cls, given)
 
     def to_dict(self) -> dict[str, Any]:

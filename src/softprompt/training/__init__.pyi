@@ -8,6 +8,7 @@ from .examples import TaskData as TaskData
 from .examples import read_data as read_data
 from .keywords import TuneOptions as TuneOptions
 from .keywords import full_names as full_names
+from .keywords import tracker_names as tracker_names
 from .loop import Candidate as Candidate
 from .loop import duration as duration
 from .loop import train_together as train_together
@@ -71,5 +72,7 @@ from .summary import summarize as summarize
 from .sweeps.space import SweepSettings as SweepSettings
 from .sweeps.sweep import Sweep as Sweep
 from .sweeps.sweep import sweep as sweep
+from .tracking import Tracking as Tracking
+from .tracking import trackers_of as trackers_of
 from .tuning_config import TuningConfig as TuningConfig
 from .validation import quality_of as quality_of

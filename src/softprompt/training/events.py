@@ -130,8 +130,7 @@ class Events:
         self._open.close()
         if self._log is not None:
             self._log.close()
-        if kind is None:
-            self._callbacks.call("train_end", self._state)
+        self._callbacks.call("train_end" if kind is None else "interrupted", self._state)
 
     @property
     def stopped(self) -> bool:

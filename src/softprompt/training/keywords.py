@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, nearest
 from softprompt.training.configuration import tuning_type_named
 from softprompt.training.tuning_config import TuningConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from softprompt.data import LabelNames
     from softprompt.prompts import PromptLearningConfig
 
 ALIASES = ("lr", "method", "init")
 """Other names of learning_rate, tuning_type and tuning_config's prompt_tuning_init_method."""
+TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
 _INIT = "prompt_tuning_init_method"
 
 
@@ -71,6 +72,7 @@ class TuneOptions(TypedDict, total=False):
     seeds: int
     restarts: int
     save_every: int | None
+    track: str | Sequence[str] | None
     silence_progress_bars: bool
 
 
@@ -99,3 +101,17 @@ def full_names(values: Mapping[str, Any]) -> dict[str, Any]:
             )
         found[name] = tuning_type_named(value) if short == "method" else value
     return found
+
+
+def tracker_names(given: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the names of trackers, which may be a list with commas.
+
+    Raises:
+        ConfigError: There is no such tracker.
+    """
+    words = [given] if isinstance(given, str) else given
+    names = tuple(dict.fromkeys(name.strip() for word in words for name in str(word).split(",") if name.strip()))
+    for name in names:
+        if name not in TRACKERS:
+            raise ConfigError(f"track is one of {', '.join(TRACKERS)}; got {name!r}{nearest(name, TRACKERS)}")
+    return names

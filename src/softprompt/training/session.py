@@ -236,7 +236,8 @@ class Member:
         log = None if output is None else state_path(output).with_name(name)
         of = f" of {self.what} {self.name}{stage.of}" if self.name else stage.of
         others = {"model": base.model, "processing_class": base.tokenizer, "optimizer": self.optimizer}
-        callbacks = Callbacks(self.callbacks, stage.settings, total, **others, stage=stage.name)
+        run = f"{self.what}-{self.name}" if self.name else ""
+        callbacks = Callbacks(self.callbacks, stage.settings, total, **others, stage=stage.name, run=run)
         events = Events(log, self.state, total, silent=silent, of=of, callbacks=callbacks)
         return Candidate(stage, self.state, self.optimizer, events, self.watch)
 

@@ -26,7 +26,7 @@ from softprompt.training.configuration import (
     plain_config,
     tuning_type_of,
 )
-from softprompt.training.keywords import full_names
+from softprompt.training.keywords import full_names, tracker_names
 from softprompt.training.tuning_config import TuningConfig
 
 AUTO_RATE = "auto"
@@ -240,6 +240,11 @@ class TuneSettings:
         least=1,
         group=_OUTPUT,
     )
+    track: tuple[str, ...] | None = setting(
+        None,
+        "Tracker of the run: tensorboard, mlflow, wandb or trackio; or several, with commas.",
+        group=_OUTPUT,
+    )
     silence_progress_bars: bool = setting(False, "Show no progress bars.", group=_OUTPUT)
 
     def __post_init__(self) -> None:
@@ -298,6 +303,8 @@ class TuneSettings:
             object.__setattr__(self, "task_verbalizers", dict(self.task_verbalizers))
         if self.label_names is not None:
             object.__setattr__(self, "label_names", names_of_labels(self.label_names))
+        if self.track is not None:
+            object.__setattr__(self, "track", tracker_names(self.track))
         if self.train_on == "all" and self.task is None:
             object.__setattr__(self, "task", "generation")
         if isinstance(self.config, Mapping):

@@ -85,6 +85,7 @@ class Halving:
         stop: StopSignal,
         found: Mapping[str, Snapshot],
         record: Mapping[str, Any],
+        callbacks: Sequence[object] = (),
     ) -> None:
         """Begin, or go on from the snapshots and the record of an interrupted sweep.
 
@@ -95,11 +96,12 @@ class Halving:
             stop: Checked before each batch.
             found: The snapshots of an interrupted sweep, by candidate.
             record: What it kept beside them.
+            callbacks: What is called as it goes, for each of the candidates.
         """
         self.tried: dict[str, Tried] = {
             name: Tried.from_dict(each) for name, each in record.get("candidates", {}).items()
         }
-        self._added = 0
+        self._added, self._callbacks = 0, callbacks
         self._first, self._run, self._output, self._stop = first, run, output, stop
         self._found, self._members = dict(found), dict[str, Member]()
 
@@ -176,7 +178,8 @@ class Halving:
     def _member(self, tried: Tried) -> Member:
         if tried.name not in self._members:
             prepared = prepared_for(self._first, self._run, tried.choice)
-            member = Member(tried.name, prepared, (), self._found.pop(tried.name, None), what="candidate")
+            found = self._found.pop(tried.name, None)
+            member = Member(tried.name, prepared, self._callbacks, found, what="candidate")
             (stage,) = stages_of(prepared, {}, self._stop.check)
             member.begin(stage)
             tried.learning_rate = stage.learning_rate

@@ -41,6 +41,7 @@ from softprompt.training import (
     resumed,
     state_path,
     summarize,
+    trackers_of,
     tuned_of,
     write_output,
     write_run,
@@ -155,6 +156,7 @@ def _swept(plan: RunPlan, tried: SweepSettings, target: Path | None, *, resume: 
         raise UsageError("train_data is missing; give a data file or records of input and output")
     refuse_ignored(plan.settings)
     choices = grid_of(plan.settings, tried)
+    trackers = trackers_of(plan.settings.track, target, plan.known)
     data = read_data(plan.train_data, plan.validation_data, plan.settings)
     if len(data) > 1:
         raise ConfigError("a sweep takes one data set; sweep each task by itself")
@@ -177,7 +179,7 @@ def _swept(plan: RunPlan, tried: SweepSettings, target: Path | None, *, resume: 
                 settings = plan.settings.to_dict() | {"sweep": plan.sweep}
                 plan_file = json.dumps({**SEAL, **known, "settings": settings}).encode()
                 write_sealed(state_path(target).with_name(PLAN_FILE), plan_file)
-            halving = Halving(first, plan.settings, target, stop, snapshots, record)
+            halving = Halving(first, plan.settings, target, stop, snapshots, record, trackers)
             best, steps = _halved(halving, tried, choices, study)
             prepared, trained = halving.finished(best)
     ranked = sorted(halving.tried.values(), key=lambda each: each.standing, reverse=True)
@@ -187,6 +189,8 @@ def _swept(plan: RunPlan, tried: SweepSettings, target: Path | None, *, resume: 
     if target is not None:
         _write(result, target, plan)
         publish_logs(target, {best.name: target})
+    for each in trackers:
+        each.finish(result.prompt, prepared.tasks)
     return result
 
 

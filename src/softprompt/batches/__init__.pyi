@@ -1,0 +1,7 @@
+from .parts import Parts as Parts
+from .run import LOCAL as LOCAL
+from .run import prompts_in as prompts_in
+from .run import run_batch as run_batch
+from .settings import BatchSettings as BatchSettings
+from .worker import Answering as Answering
+from .worker import BatchWorker as BatchWorker

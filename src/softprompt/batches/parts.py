@@ -1,0 +1,112 @@
+"""The output of a batch: one file a part, written at once, and the plan that a run must have to go on with it."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+from softprompt.artifacts import require_empty, write_atomically
+from softprompt.errors import OutputExistsError, UsageError
+
+PLAN = "batch.json"
+
+Row = dict[str, Any]
+"""A record, or what was answered to one."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The files of a batch in a folder, in the order of their names; a part is there whole, or not at all.
+
+    Attributes:
+        folder: Where they are.
+        form: ``jsonl`` or ``parquet``.
+    """
+
+    folder: Path
+    form: str
+
+    @classmethod
+    def begun(cls, folder: Path, form: str, plan: Mapping[str, Any], *, resume: bool) -> Parts:
+        """Begin a batch in an empty folder, or go on with the same one.
+
+        Raises:
+            OutputExistsError: The folder is not empty, and this is no resumption.
+            UsageError: It holds no batch, or another one.
+        """
+        file, wanted = folder / PLAN, json.loads(json.dumps(plan))
+        if not resume:
+            if file.exists():
+                raise OutputExistsError(
+                    f"{folder} holds a batch; continue it with --resume, or name another output"
+                )
+            require_empty(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, json.dumps(wanted, indent=2) + "\n")
+            return cls(folder, form)
+        if not file.exists():
+            raise UsageError(f"nothing to resume in {folder}: it holds no batch; start it without --resume")
+        found = json.loads(file.read_text(encoding="utf-8"))
+        for name in wanted:
+            if found.get(name) != wanted[name]:
+                raise UsageError(
+                    f"the batch in {folder} has {name} {found.get(name)!r}, not {wanted[name]!r}; give the same to "
+                    "resume, or name another output"
+                )
+        return cls(folder, form)
+
+    def path(self, number: int) -> Path:
+        """Return the file of a part."""
+        return self.folder / f"part-{number:06d}.{self.form}"
+
+    def has(self, number: int) -> bool:
+        """Whether a part is finished."""
+        return self.path(number).exists()
+
+    def write(self, number: int, rows: Sequence[Row]) -> None:
+        """Write a part, in whole."""
+        if self.form == "parquet":
+            write_atomically(self.path(number), _parquet(rows))
+        else:
+            write_atomically(self.path(number), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    def rows(self) -> Iterator[Row]:
+        """Yield what is written, in order."""
+        for path in sorted(self.folder.glob(f"part-*.{self.form}")):
+            if self.form == "parquet":
+                from pyarrow import parquet
+
+                yield from ({**row, "probabilities": _read(row)} for row in parquet.read_table(path).to_pylist())
+            else:
+                yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())
+
+
+def _read(row: Mapping[str, Any]) -> Any:
+    return json.loads(row["probabilities"]) if row.get("probabilities") else None
+
+
+def _parquet(rows: Sequence[Row]) -> bytes:
+    """Return rows as a Parquet file; columns are those of all rows, and what is no scalar is JSON."""
+    import pyarrow
+    from pyarrow import parquet
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {name: [_scalar(row.get(name)) for row in rows] for name in names}
+    # A column without a value in one part must have the type that it has in others.
+    texts = {name: pyarrow.array(each, pyarrow.string()) for name, each in columns.items() if _is_text(each)}
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns | texts), buffer)
+    return buffer.getvalue()
+
+
+def _scalar(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value
+
+
+def _is_text(values: Sequence[Any]) -> bool:
+    return all(value is None or isinstance(value, str) for value in values)

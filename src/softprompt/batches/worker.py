@@ -1,0 +1,124 @@
+"""What one worker of a batch does: it holds the base and all prompts, and answers records or says why not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, final
+
+from softprompt.data import read_records
+from softprompt.errors import SoftPromptError, UsageError, nearest
+from softprompt.inference import Serving, load_many
+
+if TYPE_CHECKING:
+    from softprompt.batches.parts import Row
+    from softprompt.inference import Fields
+
+LINE = "text of the line"
+"""The column that holds a line of JSON that was not read yet."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Answering:
+    """What is asked of each record.
+
+    Attributes:
+        command: ``generate``, ``classify``, or ``evaluate``: the label, or the text of a prompt without labels.
+        prompts: Folders of the prompts, by the names in ``column``.
+        column: The column that names the prompt; None where there is one.
+        options: Arguments of ``Serving.generate`` or ``Serving.classify``.
+        reading: How the base is read: arguments of ``load``.
+        columns: Names of the input and the target column, where they are not those of the prompt's tuning.
+    """
+
+    command: Literal["generate", "classify", "evaluate"]
+    prompts: Mapping[str, str]
+    column: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    reading: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, str | None] = field(default_factory=dict)
+
+
+@final
+class BatchWorker:
+    """Answers records with prompts of one base, which are loaded once."""
+
+    def __init__(self, asked: Answering) -> None:
+        self._asked = asked
+        found = load_many(list(asked.prompts.values()), **asked.reading)
+        self._prompts = dict(zip(asked.prompts, found, strict=True))
+        self._serving = Serving(self._prompts)
+
+    def ready(self) -> bool:
+        """Return true, once everything is loaded."""
+        return True
+
+    def answer(self, rows: Sequence[Row], first: int) -> list[Row]:
+        """Return one answer for each record, in order, numbered from ``first``; a bad one has an ``error``."""
+        found = [dict[str, Any](record=number) for number in range(first, first + len(rows))]
+        asked: list[tuple[Row, str, Fields]] = []
+        for row, answer in zip(rows, found, strict=True):
+            try:
+                asked.append((answer, *self._read(row, answer)))
+            except SoftPromptError as error:
+                answer["error"] = str(error)
+        kinds = [self._kind(name) for _, name, _ in asked]
+        for kind in dict.fromkeys(kinds):
+            self._fill([each for each, own in zip(asked, kinds, strict=True) if own == kind], kind)
+        return [answer | {"error": answer.get("error")} for answer in found]
+
+    def _read(self, row: Row, answer: Row) -> tuple[str, Fields]:
+        """Return the prompt and the input of a record; its number, prompt and target go into the answer."""
+        if LINE in row:
+            row = _parsed(row[LINE])
+        column = self._asked.column
+        name = next(iter(self._prompts)) if column is None else row.pop(column, None)
+        if column is not None:
+            answer["prompt"] = name
+        if name not in self._prompts:
+            raise UsageError(
+                f"there is no prompt {name!r}{nearest(str(name), self._prompts)}, which {column} names"
+            )
+        tuned = self._prompts[name]
+        own = {each: tuned.manifest.settings.get(each) for each in ("input_field", "output_field")}
+        own |= {each: given for each, given in self._asked.columns.items() if given is not None}
+        (record,) = read_records([row], **own, require_target=self._asked.command == "evaluate")
+        if self._asked.command == "evaluate":
+            answer["target"] = record.target
+        chat = record.chat.asked() if record.chat and tuned.manifest.chat else None
+        return name, record.fields if chat is None else {"messages": chat.messages, "tools": chat.tools}
+
+    def _kind(self, name: str) -> int | None:
+        """Return what records of a prompt share in one call: None for labels, or the most new tokens, 0 for any."""
+        tuned, command = self._prompts[name], self._asked.command
+        if command == "evaluate":
+            return None if tuned.labels is not None else tuned.manifest.max_target_length
+        return None if command == "classify" else 0
+
+    def _fill(self, asked: Sequence[tuple[Row, str, Fields]], kind: int | None) -> None:
+        """Answer all at once; where one is refused, halves, so that it alone has the error."""
+        names, inputs = [name for _, name, _ in asked], [given for _, _, given in asked]
+        answer: Any = self._serving.classify if kind is None else self._serving.generate
+        options = {**self._asked.options, **({"max_new_tokens": kind} if kind else {})}
+        try:
+            for (row, _, _), found in zip(asked, answer(inputs, names, **options), strict=True):
+                row.update(found.to_dict())
+        except SoftPromptError as error:
+            if len(asked) == 1:
+                asked[0][0]["error"] = str(error)
+                return
+            half = len(asked) // 2
+            self._fill(asked[:half], kind)
+            self._fill(asked[half:], kind)
+
+
+def _parsed(line: str) -> Row:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"expected an object of JSON, got {type(value).__name__}")
+    return value
