@@ -221,16 +221,11 @@ def _run(
     prepared, held_out = student.taught(targets, settings.label_weight, stop.check)
     apart = len(held_out.questions)
     logger.info("%d questions to train on, %d kept apart", len(found) - apart, apart)
-<<<<<<< HEAD
     known = identity(prepared)
+    trackers = trackers_of(settings.track, output, lambda: store.plan["settings"])
     before = world().from_main(
         lambda: load_states(output, known)[0] if output and state_path(output).exists() else {}
     )
-=======
-    trackers = trackers_of(settings.track, output, lambda: store.plan["settings"])
-    begun = output is not None and state_path(output).exists()
-    before = load_states(output, identity(prepared))[0] if output is not None and begun else None
->>>>>>> i13R
     with store.interrupted("at once", (KeyboardInterrupt,)):
         trained = Session(output, stop, before, [*callbacks, *trackers]).train({"": prepared})[""]
     judged = [{**point, "loss": point["distillation"]} for point in trained.history]
