@@ -11,7 +11,7 @@ from softprompt.training.objectives import Likelihood
 from softprompt.training.preparation import prepare, varied
 from softprompt.training.session import candidate_of
 
-OPTIONS = {"max_steps": 5, "batch_size": 3, "limit": 12, "validation_split": 0.25}
+OPTIONS = {"max_steps": 5, "batch_size": 3, "limit": 12, "validation_split": 0.25, "choice_weight": 0}
 VARIED = {
     "another seed": {"seed": 5},
     "rate": {"learning_rate": 0.02},
