@@ -184,7 +184,7 @@ def _rows_apart(stage: Stage) -> bool:
     """
     sharded, engine = shard_of(stage.model), cast(Any, stage.objective).engine
     return not sharded or (
-        sharded == "fsdp" and engine.name == "forest" and facts_of(stage.model).rope_changes_at is None
+        sharded == "fsdp" and engine.name == "forest" and facts_of(cast(Any, stage.model)).rope_changes_at is None
     )
 
 
