@@ -122,7 +122,7 @@ class World:
     def _lost(self, error: RuntimeError) -> str:
         """Return which processes have ended, and why."""
         ends, missing = time.monotonic() + _ROLL_CALL, [rank for rank in range(self.size) if rank != self.rank]
-        if not self._tell("here", ""):  # nobody keeps what they tell each other any more
+        if not self._tell("here", "yes"):  # nobody keeps what they tell each other any more
             return f"rank 0 of {self.size} ended: without a word"
         while missing and time.monotonic() < ends:
             missing = [rank for rank in missing if self._told("here", rank) is None]
@@ -149,7 +149,7 @@ class World:
     def _tell(self, what: str, text: str) -> bool:
         """Leave word in the store; return whether there is one still: rank 0 may keep it, or the launcher."""
         try:
-            self._store.set(f"softprompt/{what}/{self.rank}", text or "-")
+            self._store.set(f"softprompt/{what}/{self.rank}", text)
         except (RuntimeError, AttributeError):
             return False
         return True
@@ -157,7 +157,7 @@ class World:
     def _told(self, what: str, rank: int) -> str | None:
         key = f"softprompt/{what}/{rank}"
         try:
-            return self._store.get(key).decode() if self._store.check([key]) else None
+            return (self._store.get(key).decode() if self._store.check([key]) else "") or None
         except (RuntimeError, AttributeError):
             return None
 
@@ -196,6 +196,8 @@ def joined() -> Iterator[World]:
         _joined.append(_meet())
     ranks, logger = _joined[0], logging.getLogger("softprompt")
     token, level = _current.set(ranks), logger.level
+    for what in ("failed", "here"):
+        ranks._tell(what, "")  # what was left of an earlier job
     if not ranks.is_main:
         logger.setLevel(logging.CRITICAL + 1)
     try:
@@ -223,8 +225,8 @@ def _meet() -> World:
             store, rank, size = next(rendezvous("env://"))
         except ValueError as error:
             raise ConfigError(
-                f"RANK says that this is one of several processes, nothing says where they meet ({error}); start it "
-                "with torchrun or accelerate launch, or unset RANK"
+                f"RANK says that this is one of several processes, nothing says where they meet ({error}); start "
+                "it with torchrun or accelerate launch, or unset RANK"
             ) from error
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank, world_size=size

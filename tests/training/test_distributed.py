@@ -23,6 +23,8 @@ def assert_close(one, other, where):
         torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-5, msg=lambda text: f"{where}: {text}")
     elif isinstance(one, float):
         assert other == pytest.approx(one, abs=1e-5), where
+    elif isinstance(one, list):
+        assert_close(dict(enumerate(one)), dict(enumerate(other)), where)
     elif isinstance(one, dict):
         assert one.keys() == other.keys(), where
         for name, each in one.items():
@@ -57,10 +59,10 @@ def shared(folder, *names, count=2):
 @pytest.fixture(scope="module")
 def two(folder):
     """One start of two processes for all that is looked at, since each imports torch anew."""
-    return shared(folder, "labels", "seeds", "texts", "stopped", "refused", "diverged", "killed")
+    return shared(folder, "labels", "seeds", "stopped", "refused", "diverged", "killed")
 
 
-@pytest.mark.parametrize("name", ["labels", "seeds", "texts"])
+@pytest.mark.parametrize("name", ["labels", "seeds"])
 def test_two_processes_give_what_one_gives(folder, two, name):
     (first, second), _ = two
     alone = JOBS[name](folder, folder / name)
@@ -92,7 +94,7 @@ def test_a_mistake_is_one_for_all(folder, two):
     exists, missing, infinite = first["refused"]["said"]
     assert "expected a new or empty output directory" in exists
     assert "none.jsonl" in missing
-    assert "is not finite" in infinite or "the gradient is" in infinite
+    assert infinite == "the loss of a row is not finite"
 
 
 def test_unlike_prompts_fail_loudly(two):
@@ -134,7 +136,7 @@ def test_a_launcher_says_where_to_meet(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_every_method_sweep_and_distillation(folder, chat_folder, count):
-    names = [*METHODS, "multitask", "swept", "distilled"]
+    names = [*METHODS, "probed", "texts", "multitask", "swept", "distilled"]
     alone = {name: JOBS[name](folder, folder / f"{name}-alone-{count}") for name in names}
     found, _ = shared(folder, *names, count=count)
     for name in names:
