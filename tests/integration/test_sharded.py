@@ -7,7 +7,7 @@ from typing import final
 
 import pytest
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
@@ -21,7 +21,9 @@ from softprompt.engine import EngineRow, build_engine
 from softprompt.errors import BackboneError, ConfigError
 from softprompt.prompts import Prompt
 
-RECORDS = [{"input": f"It is {word}.", "output": word} for word in ("good", "bad", "late", "early") * 3]
+WORDS = ("good", "bad", "late", "early", "so bad that all of us left", "fine")
+ALL = [{"input": f"It is {word}.", "output": word.split()[-1]} for word in WORDS * 2]
+RECORDS = ALL[:9], ALL[9:]
 HOW = {"verbalizer": "{{input}} Label: ", "num_epochs": 2, "batch_size": 4, "learning_rate": 0.05}
 HOW |= {"tuning_config": {"num_virtual_tokens": 3}, "silence_progress_bars": True}
 PROMPTS = ("virtual tokens", "keys and values")
@@ -80,14 +82,15 @@ def work(bases, output):
         for name, folder in bases.items()
     }
     found["table"] = said_of(lambda: Base(sharded_everywhere(llama)).facts)
-    whole, sharded = (tune(llama, RECORDS[:8], RECORDS[8:], shard=shard, **HOW) for shard in (None, "fsdp"))
-    found["tuned"] = [each.prompt().input.detach() for each in (whole, sharded)]
-    if distributed.get_rank() == 0:
-        sharded.save(output)
-    found["answers"] = [
-        [each.text for each in one.generate(["It", "So"], max_new_tokens=4)] for one in (whole, sharded)
-    ]
+    found["tuned"] = used(tune(llama, *RECORDS, output=output, shard="fsdp", **HOW))
     return found
+
+
+def used(prompt):
+    """A prompt's virtual tokens, and what it answers."""
+    answers = [each.text for each in prompt.generate(["It", "So"], max_new_tokens=4)]
+    scored = prompt.classify(["It is late.", "So"], labels=["good", "late"])
+    return prompt.prompt().input.detach(), answers, [each.label for each in scored]
 
 
 def further_work(bases, others, odd):
@@ -106,11 +109,10 @@ def further_work(bases, others, odd):
         "in memory": said_of(lambda: load_base(load_base(llama).model, shard="tp")),
     }
     found["prompted"] = [prompted(load_base(llama, shard=shard)) for shard in (None, "fsdp", "tp")]
-    tuned = [tune(llama, RECORDS[:8], RECORDS[8:], shard=shard, **HOW) for shard in (None, "tp")]
-    found["tuned"] = [each.prompt().input.detach() for each in tuned]
-    found["answers"] = [[each.label for each in one.classify(["It is late.", "So"])] for one in tuned]
+    found["tuned by expand"] = used(tune(bases["gptj"], *RECORDS, shard="fsdp", **HOW))
+    found["tuned"] = used(tune(llama, *RECORDS, shard="tp", **HOW))
     found["memory"] = [
-        tune(llama, RECORDS, shard=shard, dry_run=True, **HOW).memory for shard in (None, "fsdp", "tp")
+        tune(llama, *RECORDS, shard=shard, dry_run=True, **HOW).memory for shard in (None, "fsdp", "tp")
     ]
     return found
 
@@ -207,13 +209,25 @@ def test_a_process_holds_its_share(ranks):
         assert sum(each[1] for each in shares) >= 1
 
 
-def test_the_same_prompt_and_answers(ranks, saved):
+def assert_used_alike(found, whole):
+    torch.testing.assert_close(found[0], whole[0], rtol=0, atol=1e-5)
+    assert found[1:] == whole[1:]
+
+
+def test_rows_shared_out_give_the_prompt_of_one_process(ranks, bases, saved):
+    """Of nine records the last batch has one, so a process has none."""
+    whole = used(tune(bases["llama"], *RECORDS, **HOW))
     for found in ranks:
-        whole, sharded = found["tuned"]
-        torch.testing.assert_close(sharded, whole, rtol=0, atol=1e-5)
-        torch.testing.assert_close(sharded, ranks[0]["tuned"][1], rtol=0, atol=0)
-        assert found["answers"][0] == found["answers"][1]
-    torch.testing.assert_close(load(saved).prompt().input, ranks[0]["tuned"][0], rtol=0, atol=1e-5)
+        assert_used_alike(found["tuned"], whole)
+        torch.testing.assert_close(found["tuned"][0], ranks[0]["tuned"][0], rtol=0, atol=0)
+    torch.testing.assert_close(load(saved).prompt().input, ranks[0]["tuned"][0].to(whole[0]), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_passes_that_could_differ_in_number_are_run_by_all(further_ranks, bases):
+    whole = used(tune(bases["gptj"], *RECORDS, **HOW))
+    for found in further_ranks:
+        assert_used_alike(found["tuned by expand"], whole)
 
 
 def test_a_table_that_somebody_sharded_is_refused(ranks):
@@ -237,11 +251,10 @@ def test_split_layers_and_layers_that_run_again(further_ranks, name):
 
 
 @pytest.mark.slow
-def test_tensor_parallel_training(further_ranks):
+def test_tensor_parallel_training(further_ranks, bases):
+    whole = used(tune(bases["llama"], *RECORDS, **HOW))
     for found in further_ranks:
-        whole, split = found["tuned"]
-        torch.testing.assert_close(split, whole, rtol=0, atol=1e-5)
-        assert found["answers"][0] == found["answers"][1]
+        assert_used_alike(found["tuned"], whole)
         assert max(found["memory"][1:]) < found["memory"][0]
 
 

@@ -7,13 +7,13 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import zip_longest
-from typing import final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from softprompt.backbone import shard_of
+from softprompt.backbone import facts_of, shard_of
 from softprompt.engine import EngineRow
 from softprompt.errors import TrainingError
 from softprompt.prompts import CPTEmbedding, Prompt, PromptModule
@@ -145,7 +145,7 @@ def steps_of(due: Sequence[tuple[Stage, RunState, Update]], check_stop: Callable
             if step.problem is None and not step.is_finite():
                 steps[number] = Step(*due[number])
                 accumulate([steps[number]], check_stop)
-    if shard_of(steps[0].stage.model) != "tp":
+    if _rows_apart(steps[0].stage):
         _add_up(steps)
     return steps
 
@@ -158,11 +158,11 @@ def part_of_process(stage: Stage, update: Update) -> tuple[Update, Update]:
     """Return this process's part of an update, and what of it does not count.
 
     Each has its share of the rows of each micro-batch, short and long ones; a batch that an objective looks at as a
-    whole stays in one process. With tensor parallelism all processes run all rows, and where layers are sharded all
-    run as many passes, so one without rows runs one for nothing.
+    whole stays in one process. Where layers are sharded all run as many passes, so one without rows runs one for
+    nothing.
     """
     ranks, sharded = world(), shard_of(stage.model)
-    if ranks.size == 1 or sharded == "tp":
+    if ranks.size == 1 or not _rows_apart(stage):
         return update, []
     if getattr(stage.objective, "distractors", ()):
         parts = [batch if number % ranks.size == ranks.rank else [] for number, batch in enumerate(update)]
@@ -174,6 +174,18 @@ def part_of_process(stage: Stage, update: Update) -> tuple[Update, Update]:
     idle = [batch[:1] for batch, part in zip(update, parts, strict=True) if not part]
     waiting = iter(idle)
     return [part or next(waiting) for part in parts], idle
+
+
+def _rows_apart(stage: Stage) -> bool:
+    """Tell whether processes run rows of their own; all run all rows where their passes could differ in number.
+
+    Layers that are split run the same rows in all processes. Layers that are sharded run the same number of passes,
+    which the forest makes of any rows, but for positions that depend on the longest row.
+    """
+    sharded, engine = shard_of(stage.model), cast(Any, stage.objective).engine
+    return not sharded or (
+        sharded == "fsdp" and engine.name == "forest" and facts_of(cast(Any, stage.model)).rope_changes_at is None
+    )
 
 
 def _add_up(steps: Sequence[Step]) -> None:
@@ -211,7 +223,8 @@ def accumulate(steps: Sequence[Step], check_stop: Callable[[], None]) -> None:
 
 def _backward(joined: Sequence[tuple[Step, list[int]]]) -> None:
     """Run micro-batches in one pass, and each alone where a loss is not finite: NaN reaches into others there."""
-    going = [(step, batch) for step, batch in joined if step.problem is None]
+    together = world().size > 1 and shard_of(joined[0][0].stage.model)  # nobody leaves a pass to the others
+    going = [(step, batch) for step, batch in joined if step.problem is None or together]
     if not going:
         return
     parts = _losses(going)
@@ -220,7 +233,7 @@ def _backward(joined: Sequence[tuple[Step, list[int]]]) -> None:
             _backward([each])
         return
     total = [step.add(batch, part) for (step, batch), part in zip(going, parts, strict=True)]
-    if going[0][0].problem is None:
+    if going[0][0].problem is None or together:
         torch.stack(total).sum().backward()  # type: ignore[no-untyped-call]
 
 
