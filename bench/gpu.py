@@ -60,8 +60,9 @@ def llama_1b() -> Any:
 
 
 def tiny() -> Any:
-    """Two layers of 128, for a run that only shows that everything runs."""
-    return tf.GPT2LMHeadModel(tf.GPT2Config(n_layer=2, n_embd=128, n_head=2))
+    """Two layers of 64, for a run that only shows that everything runs."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=50_257, **sizes))
 
 
 @dataclass
