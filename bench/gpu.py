@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import statistics
 import time
@@ -23,6 +24,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,8 @@ def llama_1b() -> Any:
 
 def tiny() -> Any:
     """Two layers of 64, for a run that only shows that everything runs."""
-    return tf.GPT2LMHeadModel(tf.GPT2Config(n_layer=2, n_embd=64, n_head=2))
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=50_257, **sizes))
 
 
 @dataclass
@@ -112,7 +115,7 @@ def attention(way: str) -> Iterator[None]:
     """Run the forest's attention in a way: ``compiled``, ``eager`` or ``packed``."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    patches = {
+    patches: dict[str, Any] = {
         "compiled": nullcontext(),
         "eager": mock.patch(f"{ATTENTION}._compiled", lambda: flex_attention),
         "packed": mock.patch("softprompt.engine.forest.plan.Visibility.flex", lambda self: None),
@@ -138,18 +141,18 @@ def training(bench: Bench, model: Any, work: steps.Work) -> Iterator[dict[str, A
         assert prompt.shape == (work.virtual, width)
 
         with attention(way):
-            engine = build_engine(Base(model), "forest")
+            engine = build_engine(Base(model))
 
         def step(prompt: torch.nn.Parameter = prompt, engine: Any = engine) -> float:
             prompt.grad = None
             value = Prompt(prompt)
             loss = -engine.target_log_probs([replace(row, prompt=value) for row in rows]).values.sum() / tokens
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             return float(loss.detach())
 
         with attention(way):
             losses[way] = step()
-            found[way] = bench.measured(step)
+            found[way] = bench.measured(step) | {"engine": engine.name}
     for way, numbers in found.items():
         ratio = _ratio(found["PEFT"]["seconds"], numbers["seconds"])
         apart = abs(losses[way] - losses["PEFT"])
@@ -175,15 +178,20 @@ def labels(bench: Bench, model: Any, inputs: int, count: int) -> Iterator[dict[s
     value = Prompt(torch.randn(100, width, device=bench.device) * steps.SCALE)
     sources = [ids(10 + i % 21) for i in range(inputs)]
     rows = [EngineRow(source, label, value) for source, label in product(sources, answers)]
-    for way in ("forest", "expand"):
-        engine = build_engine(Base(model), way)
+    for kind in ("auto", "expand"):
+        engine = build_engine(Base(model), kind)
 
         @torch.no_grad()
         def score(engine: Any = engine) -> None:
             for start in range(0, len(rows), 4 * count):
                 engine.target_log_probs(rows[start : start + 4 * count])
 
-        yield {"case": "labels", "work": f"{count} labels x {inputs} inputs", "way": way, **bench.measured(score)}
+        yield {
+            "case": "labels",
+            "work": f"{count} labels x {inputs} inputs",
+            "way": engine.name,
+            **bench.measured(score),
+        }
 
 
 def decoding(bench: Bench, model: Any, rows: int) -> Iterator[dict[str, Any]]:
@@ -230,19 +238,14 @@ def kernels(bench: Bench, batch: int, virtual: int, length: int) -> Iterator[dic
 
     work = f"B={batch}, P={virtual}, T={length}"
     yield {"case": "attention", "work": work, "way": "FlexAttention, forest", **bench.measured(forest)}
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return
+    varlen: Any = importlib.import_module("torch.nn.attention.varlen")
     ends = torch.arange(batch + 1, device=bench.device, dtype=torch.int32) * (virtual + length)
 
     def repeated() -> None:
-        varlen_attn(*rest, ends, ends, virtual + length, virtual + length, **CAUSAL).sum().backward()
+        found = varlen.varlen_attn(*rest, ends, ends, virtual + length, virtual + length, window_size=(-1, 0))
+        found.sum().backward()
 
     yield {"case": "attention", "work": work, "way": "varlen, prompt repeated", **bench.measured(repeated)}
-
-
-CAUSAL: dict[str, Any] = {"window_size": (-1, 0)}
 
 
 def cases(bench: Bench, *, small: bool) -> Iterator[tuple[str, Callable[[], Iterator[dict[str, Any]]]]]:
@@ -254,12 +257,12 @@ def cases(bench: Bench, *, small: bool) -> Iterator[tuple[str, Callable[[], Iter
         model = bench.model(build)
         for virtual, rows in sizes:
             work = steps.Work(f"{name}, P={virtual}, B={rows}", build, virtual, steps.spread(11, 53, rows), 0, 0)
-            yield work.title, lambda model=model, work=work: training(bench, model, work)
-        yield f"{name}, labels", lambda model=model: labels(bench, model, 2 if small else 16, 5 if small else 77)
+            yield work.title, partial(training, bench, model, work)
+        yield f"{name}, labels", partial(labels, bench, model, 2 if small else 16, 5 if small else 77)
         for rows in (2,) if small else (16, 64):
-            yield f"{name}, decoding {rows}", lambda model=model, rows=rows: decoding(bench, model, rows)
+            yield f"{name}, decoding {rows}", partial(decoding, bench, model, rows)
     if bench.device.type == "cuda":
-        yield "attention alone", lambda: kernels(bench, 32, 100, 32)
+        yield "attention alone", partial(kernels, bench, 32, 100, 32)
 
 
 def run(bench: Bench, *, small: bool) -> dict[str, Any]:

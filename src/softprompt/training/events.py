@@ -25,8 +25,18 @@ logger = logging.getLogger(__name__)
 LOG_FILE = "training_logs.jsonl"
 
 
-CALLS = ("train_begin", "epoch_begin", "step_begin", "step_end", "log", "evaluate", "epoch_end", "train_end")
-"""The events that callbacks get, as transformers' Trainer names them behind ``on_``."""
+CALLS = (
+    "train_begin",
+    "epoch_begin",
+    "step_begin",
+    "step_end",
+    "log",
+    "evaluate",
+    "epoch_end",
+    "train_end",
+    "interrupted",
+)
+"""The events that callbacks get, as transformers' Trainer names them behind ``on_``, and ours, the last one."""
 
 
 def checked_callbacks(callbacks: Sequence[object]) -> list[object]:
