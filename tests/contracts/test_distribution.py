@@ -65,7 +65,11 @@ def test_the_sdist_can_be_built_from(built):
 
 def test_every_extra_that_a_message_names_exists():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    extras = set(re.findall(r"^(\w+) = \[", project.partition("[project.optional-dependencies]")[2], re.M))
+    extras = set(
+        re.findall(
+            r"^(\w+) = \[", project.partition("[project.optional-dependencies]")[2].partition("\n[")[0], re.M
+        )
+    )
     source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
     named = set(re.findall(r"softprompt\[(\w+)\]", source))
     assert named and named <= extras
