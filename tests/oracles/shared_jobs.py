@@ -33,7 +33,8 @@ def came_to(tuned):
 
 
 def tuned_of(folder, output, base="llama", **options):
-    tuning = {**SETTINGS["tuning_config"], **options.pop("tuning_config", {})}
+    length = {} if options.get("method") == "cpt" else SETTINGS["tuning_config"]
+    tuning = {**length, **options.pop("tuning_config", {})}
     data = options.pop("data", (folder / "train.jsonl", folder / "test.jsonl"))
     return tune(folder / base, *data, output=output, **{**SETTINGS, **options, "tuning_config": tuning})
 
