@@ -133,9 +133,8 @@ def multitask(folder, output):
 
 
 def swept(folder, output):
-    space = {"learning_rates": ["x0.3", "x1", "x3"], "inits": ["RANDOM", "TEXT"], "eta": 2}
-    options = {"tuning_config": {"prompt_tuning_init_text": "good bad", **SETTINGS["tuning_config"]}}
-    settings = {**SETTINGS, **options, "num_epochs": 4, "accumulate_steps": 1}
+    space = {"learning_rates": ["x0.3", "x1", "x3"], "lengths": ["2", "3"], "eta": 2}
+    settings = {**SETTINGS, "num_epochs": 4, "accumulate_steps": 1, "tuning_config": {}}
     found = sweep(
         folder / "llama", folder / "train.jsonl", folder / "test.jsonl", output=output, space=space, **settings
     )
