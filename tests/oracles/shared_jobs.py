@@ -13,9 +13,10 @@ import torch
 import softprompt
 from softprompt import evaluate
 from softprompt.cli.main import run
-from softprompt.errors import SoftPromptError
+from softprompt.errors import SoftPromptError, TrainingError
 from softprompt.inference import Ensemble
 from softprompt.training import Events, sweep, tune
+from softprompt.training.gradients import Step
 from softprompt.world import joined, launched, world
 
 SETTINGS = {"num_epochs": 3, "batch_size": 5, "accumulate_steps": 2, "silence_progress_bars": True}
@@ -32,8 +33,9 @@ def came_to(tuned):
 
 
 def tuned_of(folder, output, base="llama", **options):
-    tuning = {**SETTINGS["tuning_config"], **options.pop("tuning_config", {})}
-    data = options.pop("data", folder / "train.jsonl"), options.pop("validation", folder / "test.jsonl")
+    length = {} if options.get("method") == "cpt" else SETTINGS["tuning_config"]
+    tuning = {**length, **options.pop("tuning_config", {})}
+    data = options.pop("data", (folder / "train.jsonl", folder / "test.jsonl"))
     return tune(folder / base, *data, output=output, **{**SETTINGS, **options, "tuning_config": tuning})
 
 
@@ -50,8 +52,12 @@ def labels(folder, output):
 
 
 def seeds(folder, output):
-    options = {"seeds": 3, "num_epochs": 2, "early_stopping_patience": 1, "learning_rate": "auto"}
+    options = {"seeds": 2, "num_epochs": 2, "early_stopping_patience": 1}
     return came_to(tuned_of(folder, output, **options, accumulate_steps=1))
+
+
+def probed(folder, output):
+    return came_to(tuned_of(folder, output, learning_rate="auto"))
 
 
 def texts(folder, output):
@@ -86,13 +92,21 @@ def diverged(folder, output):
 
 
 def refused(folder, output):
-    """What is wrong for one is wrong for all."""
-    said = []
-    for options in ({"output": folder}, {"data": folder / "none.jsonl"}, {"learning_rate": 1e6, "num_epochs": 1}):
+    """What is wrong for one is wrong for all: an output, data, a row that the last process has."""
+    said, add = [], Step.add
+
+    def broken(step, batch, part):
+        if launched().rank == launched().size - 1:
+            step.problem = TrainingError("the loss of a row is not finite")
+        return add(step, batch, part)
+
+    for options in ({"output": folder}, {"data": (folder / "none.jsonl", None)}, {}):
+        Step.add = add if options else broken
         try:
             tuned_of(folder, **{"output": output, **options})
         except SoftPromptError as error:
             said.append(str(error))
+    Step.add = add
     return {"said": said}
 
 
@@ -114,14 +128,13 @@ METHODS = {
 
 def multitask(folder, output):
     data = {"one": folder / "train.jsonl", "two": folder / "test.jsonl"}
-    tuned = tuned_of(folder, output, method="multitask", data=data, validation=data, num_epochs=2)
+    tuned = tuned_of(folder, output, method="multitask", data=(data, data), num_epochs=2)
     return came_to(tuned)
 
 
 def swept(folder, output):
-    space = {"learning_rates": ["x0.3", "x1", "x3"], "inits": ["RANDOM", "TEXT"], "eta": 2}
-    options = {"tuning_config": {"prompt_tuning_init_text": "good bad", **SETTINGS["tuning_config"]}}
-    settings = {**SETTINGS, **options, "num_epochs": 4, "accumulate_steps": 1}
+    space = {"learning_rates": ["x0.3", "x1", "x3"], "lengths": ["2", "3"], "eta": 2}
+    settings = {**SETTINGS, "num_epochs": 4, "accumulate_steps": 1, "tuning_config": {}}
     found = sweep(
         folder / "llama", folder / "train.jsonl", folder / "test.jsonl", output=output, space=space, **settings
     )
@@ -136,9 +149,8 @@ def distilled(folder, output):
     return came_to(tuned)
 
 
-JOBS = {
-    each.__name__: each for each in (labels, seeds, texts, stopped, refused, diverged, multitask, swept, distilled)
-}
+_JOBS = labels, seeds, probed, texts, stopped, refused, diverged, multitask, swept, distilled
+JOBS = {each.__name__: each for each in _JOBS}
 JOBS |= {name: method_job(options) for name, options in METHODS.items()}
 
 
