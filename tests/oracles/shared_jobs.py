@@ -33,7 +33,8 @@ def came_to(tuned):
 
 
 def tuned_of(folder, output, base="llama", **options):
-    tuning = {**SETTINGS["tuning_config"], **options.pop("tuning_config", {})}
+    length = {} if options.get("method") == "cpt" else SETTINGS["tuning_config"]
+    tuning = {**length, **options.pop("tuning_config", {})}
     data = options.pop("data", (folder / "train.jsonl", folder / "test.jsonl"))
     return tune(folder / base, *data, output=output, **{**SETTINGS, **options, "tuning_config": tuning})
 
@@ -132,9 +133,8 @@ def multitask(folder, output):
 
 
 def swept(folder, output):
-    space = {"learning_rates": ["x0.3", "x1", "x3"], "inits": ["RANDOM", "TEXT"], "eta": 2}
-    options = {"tuning_config": {"prompt_tuning_init_text": "good bad", **SETTINGS["tuning_config"]}}
-    settings = {**SETTINGS, **options, "num_epochs": 4, "accumulate_steps": 1}
+    space = {"learning_rates": ["x0.3", "x1", "x3"], "lengths": ["2", "3"], "eta": 2}
+    settings = {**SETTINGS, "num_epochs": 4, "accumulate_steps": 1, "tuning_config": {}}
     found = sweep(
         folder / "llama", folder / "train.jsonl", folder / "test.jsonl", output=output, space=space, **settings
     )

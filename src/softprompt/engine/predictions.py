@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast, final
+from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ from softprompt.backbone import Base, Facts, split_of
 from softprompt.engine.forest import Targets
 from softprompt.engine.rows import IGNORED, EngineRow, check_rows
 from softprompt.errors import BackboneError
-from softprompt.world import World
+
+if TYPE_CHECKING:
+    from softprompt.world import World
 
 
 @dataclass(frozen=True, slots=True)
