@@ -4,6 +4,7 @@ import json
 import random
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -45,7 +46,7 @@ class StandIn(types.ModuleType):
         self.killed += 1
 
     def read_text(self, paths):
-        lines = [line for path in paths for line in open(path, encoding="utf-8").read().splitlines() if line]
+        lines = [line for path in paths for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
 
         def batches(batch_size, batch_format):
             for start in range(0, len(lines), batch_size):

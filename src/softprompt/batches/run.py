@@ -100,7 +100,9 @@ def _answered(
             return worker
 
         for number, rows in enumerate(read, start=1):
+            bar.total = number  # of those that have been read
             if parts.has(number - 1):
+                bar.update()
                 continue
             load = [sum(each[2] == i for each in running.values()) for i in range(len(workers))]
             worker = finish() if len(running) >= _AHEAD * len(workers) else load.index(min(load))

@@ -44,6 +44,7 @@ from softprompt.training import (
     StopSignal,
     check_output,
     checked_callbacks,
+    finish_trackers,
     identity,
     load_states,
     loaded,
@@ -210,7 +211,7 @@ def _run(
     prepared, held_out = student.taught(targets, settings.label_weight, stop.check)
     apart = len(held_out.questions)
     logger.info("%d questions to train on, %d kept apart", len(found) - apart, apart)
-    trackers = trackers_of(settings.track, output, lambda: store.plan["settings"])
+    trackers = trackers_of(settings.track or (), output, store.plan["settings"])
     begun = output is not None and state_path(output).exists()
     before = load_states(output, identity(prepared))[0] if output is not None and begun else None
     with store.interrupted("at once", (KeyboardInterrupt,)):
@@ -225,8 +226,7 @@ def _run(
     own = {"distillation": settings.to_dict(), "text_tokens": teacher.tokens}
     manifest = replace(manifest, settings=manifest.settings | own)
     tuned = TunedPrompt(prepared.base, prepared.module, prepared.config, manifest)
-    for each in trackers:
-        each.finish(tuned, prepared.tasks)
+    finish_trackers(trackers, tuned, prepared.tasks)
     return Distilled(tuned, teacher, held_out), found
 
 
