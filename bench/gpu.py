@@ -36,6 +36,7 @@ import transformers as tf
 import training_step as steps
 from decode_step import served, tokenizer
 from softprompt.backbone import Base
+from softprompt.bundled import model_directory
 from softprompt.engine import EngineRow, build_engine
 from softprompt.generation import Batcher
 from softprompt.prompts import Prompt
@@ -60,9 +61,8 @@ def llama_1b() -> Any:
 
 
 def tiny() -> Any:
-    """Two layers of 64, for a run that only shows that everything runs."""
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=50_257, **sizes))
+    """The bundled model, to see that everything runs; a random one of its size has no fast path."""
+    return tf.AutoModelForCausalLM.from_pretrained(model_directory())
 
 
 @dataclass

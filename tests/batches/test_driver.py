@@ -4,11 +4,12 @@ import json
 import random
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
 from softprompt import load
-from softprompt.batches import Answering, BatchSettings, Parts, run_batch
+from softprompt.batches import BatchSettings, BatchTask, Parts, run_batch
 from softprompt.errors import ConfigError, DataError, UsageError
 
 
@@ -45,7 +46,7 @@ class StandIn(types.ModuleType):
         self.killed += 1
 
     def read_text(self, paths):
-        lines = [line for path in paths for line in open(path, encoding="utf-8").read().splitlines() if line]
+        lines = [line for path in paths for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
 
         def batches(batch_size, batch_format):
             for start in range(0, len(lines), batch_size):
@@ -99,7 +100,7 @@ def test_answers_stand_in_the_order_of_the_records_and_only_lost_parts_have_erro
     prompts, texts, data, tmp_path, stand_in
 ):
     ray = stand_in(lost={21})
-    asked = Answering("classify", {"complaints": str(prompts / "complaints")})
+    asked = BatchTask("classify", {"complaints": str(prompts / "complaints")})
     out, how = tmp_path / "out", BatchSettings(part_size=5, workers=2)
     found = run_batch(asked, [str(data)], out, how)
     assert found == {"records": 48, "parts": 10, "computed": 10, "errors": 5}
@@ -122,7 +123,7 @@ def test_answers_stand_in_the_order_of_the_records_and_only_lost_parts_have_erro
 
 
 def test_what_cannot_be_read_or_has_no_ray_is_refused(prompts, data, tmp_path, stand_in, monkeypatch):
-    asked = Answering("generate", {"writer": str(prompts / "writer")})
+    asked = BatchTask("generate", {"writer": str(prompts / "writer")})
     stand_in()
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(DataError, match="expected files of one of"):

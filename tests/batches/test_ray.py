@@ -7,7 +7,7 @@ import time
 import pytest
 
 from softprompt import load
-from softprompt.batches import Answering, BatchSettings, Parts, prompts_in, run_batch
+from softprompt.batches import BatchSettings, BatchTask, Parts, prompts_in, run_batch
 from softprompt.cli.main import run
 from softprompt.errors import ConfigError, DataError
 
@@ -45,7 +45,7 @@ def workers():
 
 
 def test_a_killed_worker_loses_nothing_and_nothing_comes_twice(prompts, texts, data, tmp_path):
-    asked = Answering("generate", {"writer": str(prompts / "writer")}, options={"max_new_tokens": 16})
+    asked = BatchTask("generate", {"writer": str(prompts / "writer")}, options={"max_new_tokens": 16})
     out, killed = tmp_path / "out", []
 
     def kill():
@@ -113,7 +113,7 @@ def test_what_cannot_be_loaded_or_read_ends_in_one_line(prompts, tmp_path, data)
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(DataError, match="expected files of one of"):
         run_batch(
-            Answering("generate", prompts_in(str(prompts), "which"), "which"), [str(tmp_path / "notes.txt")], "o"
+            BatchTask("generate", prompts_in(str(prompts), "which"), "which"), [str(tmp_path / "notes.txt")], "o"
         )
     with pytest.raises(ConfigError, match=r"a worker could not load its prompts: .*absent"):
-        run_batch(Answering("generate", {"a": str(tmp_path / "absent")}), [str(data)], tmp_path / "out")
+        run_batch(BatchTask("generate", {"a": str(tmp_path / "absent")}), [str(data)], tmp_path / "out")

@@ -5,14 +5,14 @@ import json
 import pytest
 
 from softprompt import load
-from softprompt.batches import Answering, BatchWorker, Parts, prompts_in
+from softprompt.batches import BatchTask, BatchWorker, Parts, prompts_in
 from softprompt.batches.worker import LINE
 from softprompt.cli.main import run
 from softprompt.errors import OutputExistsError, UsageError
 
 
 def test_each_record_is_answered_by_the_prompt_its_column_names(prompts, texts):
-    asked = Answering("generate", prompts_in(str(prompts), "which"), "which", {"max_new_tokens": 5})
+    asked = BatchTask("generate", prompts_in(str(prompts), "which"), "which", {"max_new_tokens": 5})
     rows = [{"input": text, "which": ("writer", "complaints")[i % 2]} for i, text in enumerate(texts[:6])]
     found = BatchWorker(asked).answer([dict(row) for row in rows], 11)
     assert [each["record"] for each in found] == list(range(11, 17))
@@ -29,7 +29,7 @@ def test_a_bad_record_has_an_error_and_the_others_their_answers(prompts, texts):
     long = " ".join(texts) * 8
     lines = [json.dumps({"text": texts[0]}), "{not json", json.dumps({"text": texts[1]}), "[1]", '{"other": 3}']
     lines += [json.dumps({"text": long}), json.dumps({"text": texts[2]})]
-    asked = Answering("generate", {"writer": str(prompts / "writer")}, options={"max_new_tokens": 240})
+    asked = BatchTask("generate", {"writer": str(prompts / "writer")}, options={"max_new_tokens": 240})
     found = BatchWorker(asked).answer([{LINE: line} for line in lines], 1)
     errors = {each["record"]: each["error"] for each in found if each["error"]}
     assert errors.keys() == {2, 4, 5} | ({6} if found[5]["error"] else set())
@@ -39,7 +39,7 @@ def test_a_bad_record_has_an_error_and_the_others_their_answers(prompts, texts):
 
 
 def test_only_the_record_that_the_model_refuses_has_an_error(prompts, texts):
-    worker = BatchWorker(Answering("classify", {"complaints": str(prompts / "complaints")}))
+    worker = BatchWorker(BatchTask("classify", {"complaints": str(prompts / "complaints")}))
     rows = [{"input": text} for text in texts[:5]]
     rows[3] = {"input": "x"}
     plain = worker._serving.classify

@@ -158,7 +158,7 @@ def test_a_tracker_that_fails_is_left_and_the_run_goes_on(llama, rows, held_out,
 
 def test_only_the_first_process_of_several_has_trackers(monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "1")
-    assert tracking.trackers_of(["wandb"], tmp_path, dict) == []
+    assert tracking.trackers_of(["wandb"], tmp_path, {}) == []
 
 
 def test_names_and_packages_are_checked_before_anything_is_read(tmp_path, monkeypatch, capsys):

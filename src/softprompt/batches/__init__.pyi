@@ -3,5 +3,5 @@ from .run import LOCAL as LOCAL
 from .run import prompts_in as prompts_in
 from .run import run_batch as run_batch
 from .settings import BatchSettings as BatchSettings
-from .worker import Answering as Answering
+from .worker import BatchTask as BatchTask
 from .worker import BatchWorker as BatchWorker

@@ -18,7 +18,7 @@ from typing import Any
 
 from softprompt.batches.parts import Parts, Row
 from softprompt.batches.settings import BatchSettings
-from softprompt.batches.worker import LINE, Answering, BatchWorker
+from softprompt.batches.worker import LINE, BatchTask, BatchWorker
 from softprompt.errors import ConfigError, DataError, UsageError
 from softprompt.progress import progress_bar
 
@@ -33,7 +33,7 @@ _READERS = {".jsonl": "read_text", ".json": "read_text", ".csv": "read_csv", ".p
 
 
 def run_batch(
-    asked: Answering,
+    asked: BatchTask,
     data: Sequence[str],
     output: str | Path,
     settings: BatchSettings | None = None,
@@ -76,7 +76,7 @@ def run_batch(
 
 
 def _answered(
-    ray: Any, asked: Answering, read: Iterator[list[Row]], parts: Parts, how: BatchSettings
+    ray: Any, asked: BatchTask, read: Iterator[list[Row]], parts: Parts, how: BatchSettings
 ) -> tuple[int, int]:
     """Give the parts that are not there to the workers, and write each when it is done; return all, and these."""
     workers = _workers(ray, asked, how)
@@ -100,7 +100,9 @@ def _answered(
             return worker
 
         for number, rows in enumerate(read, start=1):
+            bar.total = number  # of those that have been read
             if parts.has(number - 1):
+                bar.update()
                 continue
             load = [sum(each[2] == i for each in running.values()) for i in range(len(workers))]
             worker = finish() if len(running) >= _AHEAD * len(workers) else load.index(min(load))
@@ -114,7 +116,7 @@ def _answered(
     return number, computed
 
 
-def _workers(ray: Any, asked: Answering, how: BatchSettings) -> list[Any]:
+def _workers(ray: Any, asked: BatchTask, how: BatchSettings) -> list[Any]:
     """Return the workers, all with their prompts loaded.
 
     Raises:

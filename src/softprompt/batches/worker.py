@@ -21,7 +21,7 @@ LINE = "text of the line"
 
 @final
 @dataclass(frozen=True, slots=True)
-class Answering:
+class BatchTask:
     """What is asked of each record.
 
     Attributes:
@@ -45,7 +45,7 @@ class Answering:
 class BatchWorker:
     """Answers records with prompts of one base, which are loaded once."""
 
-    def __init__(self, asked: Answering) -> None:
+    def __init__(self, asked: BatchTask) -> None:
         self._asked = asked
         found = load_many(list(asked.prompts.values()), **asked.reading)
         self._prompts = dict(zip(asked.prompts, found, strict=True))

@@ -12,7 +12,7 @@ from softprompt.cli.options import given, option, options_of, parts_of, show, st
 from softprompt.errors import UsageError
 
 if TYPE_CHECKING:
-    from softprompt.batches import Answering
+    from softprompt.batches import BatchTask
 
 _GROUP = "Batches on Ray"
 _BASE = ("base_model", "torch_dtype", "device", "ignore_fingerprint")
@@ -60,7 +60,7 @@ def on_ray(
         UsageError: There is no data or output, several prompts, or an option that a batch would ignore.
     """
     start_logging(quiet=quiet)
-    from softprompt.batches import Answering, Parts, prompts_in, run_batch
+    from softprompt.batches import BatchTask, Parts, prompts_in, run_batch
 
     settings = BatchSettings(**given(parts_of(options, BatchSettings)))
     address, output, resume = options.pop("address"), options.pop("output"), options.pop("resume")
@@ -77,14 +77,14 @@ def on_ray(
     if "batch_size" in asked:
         raise UsageError("--batch-size would be ignored with --ray; --part-size says what a worker gets at a time")
     prompts = prompts_in(folders[0], settings.prompt_column)
-    answering = Answering(command, prompts, settings.prompt_column, asked, given(reading), columns)
+    answering = BatchTask(command, prompts, settings.prompt_column, asked, given(reading), columns)
     found: dict[str, Any] = dict(run_batch(answering, [data], output, settings, address=address, resume=resume))
     if command == "evaluate":
         found |= _measured(list(Parts(output, settings.output_format).rows()), answering)
     show({"output": output} | found, table({"output": output} | found), as_json=as_json)
 
 
-def _measured(rows: Sequence[Mapping[str, Any]], asked: Answering) -> dict[str, Any]:
+def _measured(rows: Sequence[Mapping[str, Any]], asked: BatchTask) -> dict[str, Any]:
     """Return the metrics of answers with targets; records with an error count in no metric."""
     from softprompt.evaluation import label_metrics, text_metrics
 

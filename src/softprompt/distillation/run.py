@@ -46,6 +46,7 @@ from softprompt.training import (
     checked_callbacks,
     claimed,
     clear_state,
+    finish_trackers,
     identity,
     load_states,
     loaded,
@@ -222,7 +223,7 @@ def _run(
     apart = len(held_out.questions)
     logger.info("%d questions to train on, %d kept apart", len(found) - apart, apart)
     known = identity(prepared)
-    trackers = trackers_of(settings.track, output, lambda: store.plan["settings"])
+    trackers = trackers_of(settings.track or (), output, store.plan["settings"])
     before = world().from_main(
         lambda: load_states(output, known)[0] if output and state_path(output).exists() else {}
     )
@@ -238,8 +239,7 @@ def _run(
     own = {"distillation": settings.to_dict(), "text_tokens": teacher.tokens}
     manifest = replace(manifest, settings=manifest.settings | own)
     tuned = TunedPrompt(prepared.base, prepared.module, prepared.config, manifest)
-    for each in trackers:
-        each.finish(tuned, prepared.tasks)
+    finish_trackers(trackers, tuned, prepared.tasks)
     return Distilled(tuned, teacher, held_out), found
 
 

@@ -73,6 +73,7 @@ from .sweeps.space import SweepSettings as SweepSettings
 from .sweeps.sweep import Sweep as Sweep
 from .sweeps.sweep import sweep as sweep
 from .tracking import Tracking as Tracking
+from .tracking import finish_trackers as finish_trackers
 from .tracking import trackers_of as trackers_of
 from .tuning_config import TuningConfig as TuningConfig
 from .validation import quality_of as quality_of

@@ -40,7 +40,7 @@ from softprompt.training.session import Session, Trained, identity, stages_of
 from softprompt.training.settings import TuneSettings
 from softprompt.training.state import StopSignal, load_states
 from softprompt.training.summary import DryRun, dry_run_of, summarize
-from softprompt.training.tracking import trackers_of
+from softprompt.training.tracking import Tracking, finish_trackers, trackers_of
 from softprompt.training.tuning_config import TuningConfig
 from softprompt.world import joined, world
 
@@ -136,7 +136,7 @@ def _tuned(
     clock = time.perf_counter()
     if plan.train_data is None:
         raise UsageError("train_data is missing; give a data file or records of input and output")
-    trackers = trackers_of(plan.settings.track, target, plan.known)
+    trackers = plan.trackers(target)
     data = read_data(plan.train_data, plan.validation_data, plan.settings)
     with timed(silent=plan.settings.silence_progress_bars) as parts:
         prepared = prepare(plan.base_model, data, plan.settings)
@@ -162,8 +162,7 @@ def _tuned(
     tuned = tuned_of(seeds[best].prepared, trained)
     if target is not None:
         _write_all(target, plan, best, seeds, tuned)
-    for each in trackers:
-        each.finish(tuned, prepared.tasks)
+    finish_trackers(trackers, tuned, prepared.tasks)
     return tuned
 
 
@@ -229,9 +228,10 @@ class RunPlan:
             named["validation_data"] = named_source(self.validation_data)
         return named
 
-    def known(self) -> dict[str, Any]:
-        """Return all that the run is made of as plain values, for trackers."""
-        return self.names() | self.settings.to_dict() | ({"sweep": self.sweep} if self.sweep else {})
+    def trackers(self, output: Path | None) -> list[Tracking]:
+        """Return the callback that sends the run to trackers, where it has any; raises as ``trackers_of``."""
+        known = self.names() | self.settings.to_dict() | ({"sweep": self.sweep} if self.sweep else {})
+        return trackers_of(self.settings.track, output, known) if self.settings.track else []
 
 
 def named_source(source: BaseLike | Data | None) -> str | dict[str, str | None] | None:

@@ -38,15 +38,13 @@ _SAMPLES, _MOST = 3, 64
 """Answers that are sent, and their tokens at most."""
 
 
-def trackers_of(
-    names: Sequence[str] | None, output: Path | None, known: Callable[[], Mapping[str, Any]]
-) -> list[Tracking]:
+def trackers_of(names: Sequence[str], output: Path | None, known: Mapping[str, Any]) -> list[Tracking]:
     """Return the callback that sends a run to trackers, none where there are none; only the first process has one.
 
     Args:
-        names: The trackers; None for none.
+        names: The trackers.
         output: The output directory; what continues a tracker's run lies in its state.
-        known: Returns what the run is made of, for the trackers' settings.
+        known: What the run is made of, for the trackers' settings.
 
     Raises:
         ConfigError: A tracker's package is not installed.
@@ -59,7 +57,13 @@ def trackers_of(
                 f"track takes trackers that are installed; got {', '.join(names)} without the package {package}: "
                 f"pip install {package}, or leave track out"
             )
-    return [Tracking(names, output, known())]
+    return [Tracking(names, output, known)]
+
+
+def finish_trackers(trackers: Sequence[Tracking], tuned: TunedPrompt, tasks: Sequence[TaskRows]) -> None:
+    """Send a few answers of the finished prompt and where it is written, and close the trackers' runs."""
+    for each in trackers:
+        each.finish(tuned, tasks)
 
 
 @final

@@ -30,6 +30,7 @@ from softprompt.training import (
     TuneSettings,
     claimed,
     clear_state,
+    finish_trackers,
     identity,
     kept_if_resumable,
     load_states,
@@ -41,7 +42,6 @@ from softprompt.training import (
     resumed,
     state_path,
     summarize,
-    trackers_of,
     tuned_of,
     write_output,
     write_run,
@@ -156,7 +156,7 @@ def _swept(plan: RunPlan, tried: SweepSettings, target: Path | None, *, resume: 
         raise UsageError("train_data is missing; give a data file or records of input and output")
     refuse_ignored(plan.settings)
     choices = grid_of(plan.settings, tried)
-    trackers = trackers_of(plan.settings.track, target, plan.known)
+    trackers = plan.trackers(target)
     data = read_data(plan.train_data, plan.validation_data, plan.settings)
     if len(data) > 1:
         raise ConfigError("a sweep takes one data set; sweep each task by itself")
@@ -188,19 +188,18 @@ def _swept(plan: RunPlan, tried: SweepSettings, target: Path | None, *, resume: 
     result = Sweep(tuned_of(prepared, trained.timed(parts, time.perf_counter() - clock)), ranked, steps, by)
     if target is not None:
         _write(result, target, plan)
-        publish_logs(target, {best.name: target})
-    for each in trackers:
-        each.finish(result.prompt, prepared.tasks)
+    finish_trackers(trackers, result.prompt, prepared.tasks)
     return result
 
 
 def _write(result: Sweep, target: Path, plan: RunPlan) -> None:
-    """Write the best prompt, what was tried, and its figure."""
+    """Write the best prompt, what was tried, its figure and its log; the state is removed."""
     write_output(result.prompt, target, plan.names(), TuneSettings.from_dict(result.prompt.whole.settings))
     write_atomically(target / SWEEP_FILE, json.dumps(result.to_dict(), indent=2) + "\n")
     with suppress(ConfigError):  # matplotlib is not installed
         (target / SWEEP_FIGURE).unlink(missing_ok=True)
         write_atomically(target / SWEEP_FIGURE, png_of(sweep_figure(result.to_dict())))
+    publish_logs(target, {result.candidates[0].name: target})
 
 
 def _halved(
