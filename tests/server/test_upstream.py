@@ -61,7 +61,7 @@ def fake(base):
 
 @pytest.fixture(scope="module")
 def shared_front(fake, shared_prompts):
-    with over([fake], shared_prompts, upstream_seconds=0.5) as server, server.client() as client:
+    with over([fake], shared_prompts, upstream_seconds=3.0) as server, server.client() as client:
         yield server, client
 
 

@@ -33,7 +33,6 @@ class ServeSettings:
     upstream: tuple[str, ...] = setting(
         (), "Address of a vLLM server, such as http://host:8000; several are used in turn.", group=_SERVER
     )
-    upstream_key_file: str | None = setting(None, "File with the API key of the vLLM servers.", group=_ACCESS)
     prompts: str = setting(
         MISSING, "Folder of prompts, one subfolder for each; or a Hub collection or repository.", group=_PROMPTS
     )
@@ -50,6 +49,7 @@ class ServeSettings:
     admin_key_file: str | None = setting(
         None, "File of keys for loading and unloading prompts; without it administration is off.", group=_ACCESS
     )
+    upstream_key_file: str | None = setting(None, "File with the API key of the vLLM servers.", group=_ACCESS)
     ignore_fingerprint: bool = setting(
         False, "Serve prompts that were made for another base model too.", group=_PROMPTS
     )

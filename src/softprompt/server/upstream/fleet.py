@@ -63,11 +63,12 @@ class UpstreamRequest(NamedTuple):
 
 @final
 class UpstreamServer:
-    """One server; ``facts`` are None until it was asked for them."""
+    """One server; ``facts`` are None until it was asked for them, and asked for again where it is not ``known``."""
 
     def __init__(self, address: str, client: httpx.AsyncClient) -> None:
         self.address = address.rstrip("/")
         self.facts: UpstreamFacts | None = None
+        self.known = False
         self.aside_until = 0.0
         self.client = client
         self.asking = asyncio.Lock()
@@ -226,9 +227,10 @@ class Fleet:
 
     async def _known(self, server: UpstreamServer) -> UpstreamFacts:
         async with server.asking:
-            if server.facts is None:
+            if server.facts is None or not server.known:
                 server.facts = await self._ask(server)
-        return server.facts
+                server.known = True
+            return server.facts
 
     def _in_turn(self) -> list[UpstreamServer]:
         """Return the servers in the order in which they are tried: those set aside last, the longest ago first."""
@@ -258,7 +260,7 @@ class Fleet:
     def _set_aside(self, server: UpstreamServer, kind: str, error: Exception) -> None:
         self.errors[server.address, kind] += 1
         server.aside_until = time.monotonic() + _ASIDE_SECONDS
-        server.facts = None  # what comes back may be another one
+        server.known = False  # what comes back may be another one
         logger.warning("%s is set aside for %g s: %s", server.address, _ASIDE_SECONDS, str(error) or repr(error))
 
 
