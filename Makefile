@@ -5,12 +5,12 @@ BIN := .venv/bin
 # `make test-all` runs the tests marked slow as well.
 # `make test-extra` adds the packages that are too heavy for the set-up, and runs the tests that skip without them.
 # The second list is what lm_eval imports and the set-up has not: --no-deps, for it also asks for what nothing here runs.
-HEAVY := bitsandbytes torchao sentence-transformers lm_eval
+HEAVY := bitsandbytes torchao sentence-transformers lm_eval tensorboard ray psutil
 OF_LM_EVAL := absl-py aiohappyeyeballs aiohttp aiosignal chardet colorama DataProperty evaluate frozenlist joblib lxml \
 	mbstrdecoder more-itertools multidict nltk pathvalidate portalocker propcache pytablewriter pytz regex rouge_score \
 	sacrebleu sqlitedict tabledata tabulate tcolorpy tenacity typepy word2number yarl
 NEED_HEAVY := tests/integration/test_quantised.py tests/integrations/test_libraries.py tests/server/test_lm_eval.py
-.PHONY: demo test test-all test-extra fuzz test-oldest test-latest upstream coverage audit setup check clean
+.PHONY: demo test test-all test-extra test-vllm fuzz test-oldest test-latest upstream coverage audit setup check clean
 
 setup: .venv/.ready
 
@@ -37,6 +37,11 @@ fuzz: setup
 test-extra: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps $(HEAVY) $(OF_LM_EVAL)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -rs $(NEED_HEAVY)
+
+# The tests against a real vLLM, whose CPU build gets an environment of its own.
+test-vllm: setup
+	PYTHON=$(PYTHON) sh tests/vllm/environment.sh .venv-vllm
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -rs -s -m "slow or not slow" tests/vllm
 
 # The suite on the oldest and the newest transformers that pyproject.toml allows, each in an environment of its own;
 # another torch by OTHERS="torch==2.14.1". `make upstream` is what a new transformers is asked every day.
