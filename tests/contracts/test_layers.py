@@ -22,7 +22,7 @@ LEVELS = [
     {"engine", "artifacts"},
     {"backbone", "data"},
     {"prompts"},
-    {"fields", "progress"},
+    {"fields", "progress", "untrusted"},
     {"errors", "bundled"},
 ]
 """High to low; a folder imports lower levels only, so siblings never import each other."""
