@@ -187,34 +187,6 @@ def number(name: str, value: object) -> float:
     return value
 
 
-UNSET = object()
-"""In place of a value that is not given, which fits every type."""
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a value of a file has a type; an int is a float, and a list a tuple."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (types.UnionType, Union):
-        return any(fits(value, option) for option in arguments)
-    if value is UNSET or hint is Any:
-        return True
-    if origin is Literal:
-        return isinstance(value, str) and value in arguments
-    if origin in (list, tuple):
-        return isinstance(value, list | tuple) and all(fits(item, arguments[0]) for item in value)
-    if origin in (dict, Mapping):
-        return isinstance(value, dict) and all(fits(item, arguments[1]) for item in value.values())
-    kind = origin or hint
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
-def type_name(hint: Any) -> str:
-    """Return what errors call a type."""
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-
-
 def _article(kind: type) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(
         kind, f"a {kind.__name__}"

@@ -1,4 +1,4 @@
-"""Files that others wrote, read within bounds: the one place that limits bytes, nesting, numbers and texts.
+"""Files that others wrote, read within bounds: the one place that limits bytes, nesting, numbers, texts and types.
 
 Every reader of a prompt, a record or a run file goes through here, so that none costs more than two seconds or
 200 MB, taken or refused. ``SOFTPROMPT_MAX_PROMPT_BYTES`` raises the limit of weights.
@@ -10,8 +10,11 @@ import json
 import math
 import os
 import stat
+import types
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from softprompt.errors import ArtifactError, SoftPromptError, broken, excerpt
 
@@ -110,3 +113,41 @@ def check_plain(values: Any, name: str, error: type[SoftPromptError] = ArtifactE
                 why = f"{excerpt(repr(value))} is a {type(value).__name__}"
     if why:
         raise error(f"expected plain values within bounds in {name}, {why}: restore it from the original")
+
+
+def check_types(owner: type, values: Mapping[str, Any], where: str, error: type[SoftPromptError]) -> None:
+    """Check the values of a file against the types of a dataclass's fields; names that it lacks are passed over.
+
+    Raises:
+        SoftPromptError: One has another type.
+    """
+    hints = get_type_hints(owner)
+    for name in [each.name for each in fields(owner) if each.name in values]:
+        if not fits(values[name], hints[name]):
+            wanted = type_name(hints[name])
+            got = excerpt(repr(values[name]))
+            raise error(f"expected {name} in {where} to be {wanted}, got {got}: restore it from the original")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value of a file has a type; an int is a float, and a list a tuple."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (types.UnionType, Union):
+        return any(fits(value, option) for option in arguments)
+    if hint is Any:
+        return True
+    if origin is Literal:
+        return isinstance(value, str) and value in arguments
+    if origin in (list, tuple):
+        return isinstance(value, list | tuple) and all(fits(item, arguments[0]) for item in value)
+    if origin in (dict, Mapping):
+        return isinstance(value, dict) and all(fits(item, arguments[1]) for item in value.values())
+    kind = origin or hint
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def type_name(hint: Any) -> str:
+    """Return what errors call a type."""
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

@@ -23,7 +23,7 @@ LEVELS = [
     {"backbone", "data"},
     {"prompts"},
     {"world"},
-    {"fields", "progress"},
+    {"fields", "progress", "untrusted"},
     {"errors", "bundled"},
 ]
 """High to low; a folder imports lower levels only, so siblings never import each other."""

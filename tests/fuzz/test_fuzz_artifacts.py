@@ -23,6 +23,7 @@ from softprompt.artifacts import RecordedBase, load_adapter, model_card
 from softprompt.cli.main import run
 from softprompt.errors import SoftPromptError
 from softprompt.inspection import describe, inspect_prompt, similar_prompts
+from softprompt.prompts import PeftConfig
 from softprompt.server.folder import PromptFolder, outlined
 from softprompt.training import list_sources
 
@@ -87,7 +88,12 @@ def test_a_wrong_value_anywhere_is_an_error_of_ours(whole, tmp_path_factory, fil
     else:
         values[name] = value
     (path / file).write_text(json.dumps(values))
-    for look in (looked_at, lambda path: outline(path.parent), lambda path: list_sources(path.parent)):
+    for look in (
+        looked_at,
+        PeftConfig.from_pretrained,
+        lambda path: outline(path.parent),
+        lambda path: list_sources(path.parent),
+    ):
         try:
             look(path)
         except SoftPromptError as error:

@@ -3,7 +3,11 @@ from .composed import average_prompts as average_prompts
 from .composed import compose_cartridge_adapters as compose_cartridge_adapters
 from .composed import concatenate_prompts as concatenate_prompts
 from .composed import subtract_prompts as subtract_prompts
+from .files import MOST_DEPTH as MOST_DEPTH
+from .files import MOST_TEXT_BYTES as MOST_TEXT_BYTES
+from .files import MOST_VIRTUAL_TOKENS as MOST_VIRTUAL_TOKENS
 from .files import anchored as anchored
+from .files import check_plain as check_plain
 from .files import damaged as damaged
 from .files import load_pickled as load_pickled
 from .files import load_safetensors as load_safetensors

@@ -27,9 +27,18 @@ from safetensors.torch import load as tensors_from_bytes
 from torch import Tensor
 
 from softprompt.errors import ArtifactError, OutputExistsError
-from softprompt.untrusted import MOST_HEADER_BYTES, most_weight_bytes
-from softprompt.untrusted import parse_object as parse_object  # noqa: PLC0414 - part of the door
-from softprompt.untrusted import read_bytes as read_bytes  # noqa: PLC0414
+from softprompt.untrusted import (  # some for the door alone
+    MOST_DEPTH,
+    MOST_HEADER_BYTES,
+    MOST_TEXT_BYTES,
+    MOST_VIRTUAL_TOKENS,
+    check_plain,
+    most_weight_bytes,
+    parse_object,
+    read_bytes,
+)
+
+__all__ = ["MOST_DEPTH", "MOST_TEXT_BYTES", "MOST_VIRTUAL_TOKENS", "check_plain", "parse_object", "read_bytes"]
 
 _MOST_STEPS = 100_000
 """Instructions of a pickle, which has about thirty for each tensor."""

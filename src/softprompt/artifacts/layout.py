@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from softprompt.errors import ArtifactError, excerpt, nearest
-from softprompt.fields import UNSET, fits, type_name
 from softprompt.prompts import COLS_KEY, CONFIG_NAME, PROMPT_KEY, ROWS_KEY, PeftType, config_class
-from softprompt.untrusted import MOST_SIZE, MOST_VIRTUAL_TOKENS
+from softprompt.untrusted import MOST_SIZE, MOST_VIRTUAL_TOKENS, check_types
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_WEIGHTS_NAME = "adapter_model.bin"
@@ -38,19 +37,14 @@ class PeftLayout:
     """What the folder of one method holds.
 
     Attributes:
-        types: What ``adapter_config.json`` may hold, and the types of these values.
+        keys: What ``adapter_config.json`` may hold.
         shapes: The tensors that a config needs, by name.
         meaning: How the sizes of ``prompt_embeddings`` are made, for messages.
     """
 
-    types: Mapping[str, Any]
+    keys: frozenset[str]
     shapes: Callable[[Mapping[str, Any]], dict[str, Shape]]
     meaning: str = "num_virtual_tokens * num_transformer_submodules, token_dim"
-
-    @property
-    def keys(self) -> frozenset[str]:
-        """What ``adapter_config.json`` may hold."""
-        return frozenset(self.types)
 
 
 def layout_of(config: Mapping[str, Any]) -> PeftLayout:
@@ -103,10 +97,9 @@ def _keys_and_values(config: Mapping[str, Any]) -> dict[str, Shape]:
     return {PROMPT_KEY: (count_in(config, "num_virtual_tokens", required=True), columns)}
 
 
-def _types(kind: PeftType) -> dict[str, Any]:
-    hints, extended = get_type_hints(config_class(kind)), kind is PeftType.EXTENDED_PROMPT_TUNING
+def _keys(kind: PeftType) -> frozenset[str]:
     own = {item.name for item in fields(config_class(kind)) if not item.metadata.get("ours")}
-    return {name: hints[name] for name in (own | OUR_KEYS if extended else own)}
+    return frozenset(own | OUR_KEYS if kind is PeftType.EXTENDED_PROMPT_TUNING else own)
 
 
 _PER_LAYER = (_keys_and_values, "num_virtual_tokens, num_layers * 2 * token_dim")
@@ -116,7 +109,7 @@ _OTHERS: Mapping[PeftType, tuple[Any, ...]] = {
     PeftType.CARTRIDGE: _PER_LAYER,
 }
 LAYOUTS: Mapping[PeftType, PeftLayout] = {
-    kind: PeftLayout(_types(kind), *_OTHERS.get(kind, (_virtual_tokens,))) for kind in PeftType
+    kind: PeftLayout(_keys(kind), *_OTHERS.get(kind, (_virtual_tokens,))) for kind in PeftType
 }
 
 
@@ -147,14 +140,8 @@ def check_config(config: Mapping[str, Any]) -> None:
     Raises:
         ArtifactError: the method is not supported, a value has another type, or a size is not a count.
     """
-    layout = layout_of(config)
-    layout.shapes(config)
-    for name, hint in layout.types.items():
-        if not fits(config.get(name, UNSET), hint):
-            raise ArtifactError(
-                f"expected {name} in {CONFIG_NAME} to be {type_name(hint)}, got {excerpt(repr(config[name]))}: "
-                "restore it from the original"
-            )
+    layout_of(config).shapes(config)
+    check_types(config_class(config["peft_type"]), config, CONFIG_NAME, ArtifactError)
 
 
 def check_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> None:

@@ -16,8 +16,7 @@ from typing import Any, Literal
 from softprompt.backbone import Base
 from softprompt.data import PLACEHOLDER
 from softprompt.errors import ArtifactError, nearest
-from softprompt.fields import fits, type_name
-from softprompt.untrusted import MOST_LABEL, MOST_LABELS, MOST_TEMPLATE
+from softprompt.untrusted import MOST_LABEL, MOST_LABELS, MOST_TEMPLATE, fits, type_name
 
 FORMAT_VERSION = 1
 _OPTIONAL = frozenset({"tasks", "weights_sha256", "chat"})

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from softprompt.artifacts.card import is_own_card, model_card
 from softprompt.artifacts.files import (
+    MOST_TEXT_BYTES,
     anchored,
     load_pickled,
     load_safetensors,
@@ -45,7 +46,6 @@ from softprompt.artifacts.manifest import Manifest
 from softprompt.artifacts.stored_prompt import StoredPrompt
 from softprompt.errors import ArtifactError, no_folder
 from softprompt.prompts import CONFIG_NAME
-from softprompt.untrusted import MOST_TEXT_BYTES
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _MOST_OF_A_NAME = 255

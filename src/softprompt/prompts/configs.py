@@ -19,11 +19,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
-from softprompt.errors import ArtifactError, ConfigError, InterfaceError, nearest, no_folder
+from softprompt.errors import ArtifactError, ConfigError, InterfaceError, line, nearest, no_folder
 from softprompt.fields import positive, setting
 from softprompt.prompts.kinds import PeftType, Placement, TaskType
 from softprompt.prompts.recognition import KnownToPeft
-from softprompt.untrusted import MOST_TEXT_BYTES, parse_object, read_bytes
+from softprompt.untrusted import MOST_TEXT_BYTES, check_types, parse_object, read_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -142,6 +142,7 @@ class PeftConfig(KnownToPeft):
         Raises:
             ConfigError: For an unknown method, a bad value, or a file that asks to run a tokenizer's code.
         """
+        check_types(cls._named(values), values, CONFIG_NAME, ConfigError)
         return cls._made(cls.check_kwargs(**_trusted(values)), strict=False)
 
     @classmethod
@@ -173,8 +174,9 @@ class PeftConfig(KnownToPeft):
             )
         if unknown:
             warnings.warn(
-                f"Unexpected keyword arguments {unknown} for class {target.__name__}, these are ignored. A newer "
-                "version has probably written them; upgrade if the prompt does not behave as it should.",
+                f"Unexpected keyword arguments {line(repr(unknown))} for class {target.__name__}, these are "
+                "ignored. A newer version has probably written them; upgrade if the prompt does not behave as it "
+                "should.",
                 stacklevel=3,
             )
         return target(**{key: value for key, value in values.items() if key in known})

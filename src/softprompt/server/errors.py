@@ -30,6 +30,7 @@ from softprompt.errors import (
     SoftPromptError,
     UpstreamError,
     excerpt,
+    line,
     nearest,
     without_folders,
 )
@@ -92,9 +93,7 @@ class Problem(Exception):
         kind, usual = _CODES.get(status, (INVALID if status < 500 else "server_error", None))
         self.status = status
         self.headers = dict(headers or {})
-        # Lone surrogates, which JSON allows, cannot be encoded as UTF-8.
-        text = message.encode("utf-8", "backslashreplace").decode()
-        self.body = {"error": {"message": text, "type": kind, "param": param, "code": code or usual}}
+        self.body = {"error": {"message": line(message), "type": kind, "param": param, "code": code or usual}}
 
     def response(self) -> JSONResponse:
         """Return the response."""

@@ -16,7 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softprompt.artifacts import MANIFEST_NAME, WEIGHTS_NAME, Manifest, check_config, manifest_of_task, parse_object
+from softprompt.artifacts import (
+    MANIFEST_NAME,
+    MOST_TEXT_BYTES,
+    WEIGHTS_NAME,
+    Manifest,
+    check_config,
+    manifest_of_task,
+    parse_object,
+)
 from softprompt.errors import (
     AdapterError,
     ArtifactError,
@@ -29,7 +37,6 @@ from softprompt.errors import (
     without_folders,
 )
 from softprompt.prompts import CONFIG_NAME, PeftType, TaskType
-from softprompt.untrusted import MOST_TEXT_BYTES
 
 FILES = (CONFIG_NAME, WEIGHTS_NAME, MANIFEST_NAME)
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")

@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from softprompt.artifacts import anchored, portable, write_atomically
+from softprompt.artifacts import anchored, check_plain, portable, read_bytes, write_atomically
 from softprompt.errors import ConfigError, broken, nearest
 from softprompt.training.keywords import ALIASES
 from softprompt.training.settings import TuneSettings
 from softprompt.training.tuning_config import TuningConfig
-from softprompt.untrusted import check_plain, read_bytes
 
 RUN_FILE = "run.toml"
 DATA = ("train_data", "validation_data")

@@ -130,7 +130,8 @@ class Tracking:
 
     def finish(self, tuned: TunedPrompt, tasks: Sequence[TaskRows]) -> None:
         """Send a few answers of the finished prompt and where it is written, and close the trackers' runs."""
-        texts = {"samples": _samples(tuned, tasks)}
+        # Every process of a sharded base would have to run what the first one runs here.
+        texts = {} if tuned.base.shard else {"samples": _samples(tuned, tasks)}
         if self._output is not None:
             texts["artifact"] = str(self._output.absolute())
         if "end" not in self._record["told"]:
@@ -196,7 +197,8 @@ def _tell(tracker: Any, texts: Mapping[str, str]) -> None:
         tracker.log(dict(texts))
         return
     mlflow = import_module("mlflow")  # its metrics are numbers
-    mlflow.log_text(texts["samples"], "samples.md")
+    if "samples" in texts:
+        mlflow.log_text(texts["samples"], "samples.md")
     if "artifact" in texts:
         mlflow.set_tag("artifact", texts["artifact"])
 

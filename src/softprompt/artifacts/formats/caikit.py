@@ -16,13 +16,12 @@ from typing import Any
 
 import yaml
 
-from softprompt.artifacts import Origin, StoredPrompt, installed_versions, read_bytes
+from softprompt.artifacts import MOST_DEPTH, Origin, StoredPrompt, installed_versions, read_bytes
 from softprompt.artifacts.formats.format import MEASURED, USED, Export, Format, Source, stored_of_parts
 from softprompt.artifacts.formats.tensor_files import PART_NAMES, part_files, parts_of, read_part, write_parts
 from softprompt.backbone import Base
 from softprompt.errors import ArtifactError, FingerprintError
 from softprompt.prompts import TaskType
-from softprompt.untrusted import MOST_DEPTH
 
 CONFIG_FILE = "config.yml"
 MODULE_ID = "6655831b-960a-4dc5-8df4-867026e2cd41"

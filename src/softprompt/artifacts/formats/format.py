@@ -15,6 +15,7 @@ from torch import Tensor
 
 from softprompt.artifacts import (
     MANIFEST_NAME,
+    MOST_TEXT_BYTES,
     PICKLED_WEIGHTS_NAME,
     WEIGHTS_NAME,
     Manifest,
@@ -33,7 +34,6 @@ from softprompt.artifacts import (
 from softprompt.backbone import Base
 from softprompt.errors import ArtifactError, ConfigError
 from softprompt.prompts import CONFIG_NAME, PROMPT_KEY, PeftType, Placement, Prompt, PromptTuningConfig, TaskType
-from softprompt.untrusted import MOST_TEXT_BYTES
 
 ENCODER: str = "ENCODER"
 DECODER: str = "DECODER"

@@ -25,6 +25,7 @@ from safetensors.torch import save as bytes_from_tensors
 from torch import Tensor
 
 from softprompt.artifacts import (
+    MOST_VIRTUAL_TOKENS,
     Origin,
     StoredPrompt,
     check_dtype,
@@ -53,7 +54,6 @@ from softprompt.artifacts.formats.format import (
 from softprompt.backbone import Base, input_embedding, is_encoder_decoder, side_embeddings
 from softprompt.errors import ArtifactError, ConfigError
 from softprompt.prompts import PROMPT_KEY, Prompt
-from softprompt.untrusted import MOST_VIRTUAL_TOKENS
 
 PART_NAMES: Mapping[str, str] = {ENCODER: "encoder.pt", DECODER: "decoder.pt"}
 """Files of a folder of parts; a causal model's virtual tokens are the decoder's."""
