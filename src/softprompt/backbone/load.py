@@ -78,7 +78,7 @@ def load_base(
         base = _in_memory(name_or_path, tokenizer, dtype, device, trust_remote_code)
         if shard == "tp" and not base.shard:
             raise ConfigError("shard tp splits a base while it is read; give its folder or name, or use shard fsdp")
-        return base if place is None else _sharded(base, place)
+        return _sharded(base, place)
     name = str(name_or_path)
     try:
         source, file = source_of(name)
@@ -97,15 +97,8 @@ def load_base(
     }
     with phase("loading", f"loading {name}"):
         try:
-            config = AutoConfig.from_pretrained(source, **options)
-            kind = bool(getattr(config, "is_encoder_decoder", False)) if seq2seq is None else seq2seq
-            loader = AutoModelForSeq2SeqLM if kind else AutoModelForCausalLM
-            more = {} if shard is None else reading(shard, loader, config)
             with progress_on_terminals_only():
-                if runs:
-                    model = loader.from_pretrained(source, dtype=dtype or "auto", **options, **more)
-                else:
-                    model = embedding_alone(loader, config, source, dtype, **options)
+                model = _read(source, seq2seq, dtype, shard, options, runs=runs)
             words = tokenizer or AutoTokenizer.from_pretrained(source, **options)
         except BackboneError:
             raise
@@ -118,11 +111,29 @@ def load_base(
         if device is not None:
             cast(Any, model).to(parse_device(device))
         base = Base(cast(PreTrainedModel, model.eval()), words, name)
-        return base if place is None else _sharded(base, place)
+        return _sharded(base, place)
 
 
-def _sharded(base: Base, place: torch.device) -> Base:
-    """Return a base frozen, and sharded where its loading has not; keep its fingerprint, which all take part in."""
+def _read(
+    source: str, seq2seq: bool | None, dtype: Any, shard: str | None, options: Mapping[str, Any], *, runs: bool
+) -> PreTrainedModel:
+    """Read a model, or its embedding alone where it does not run here; ``options`` are those of transformers."""
+    config = AutoConfig.from_pretrained(source, **options)
+    kind = bool(getattr(config, "is_encoder_decoder", False)) if seq2seq is None else seq2seq
+    loader = AutoModelForSeq2SeqLM if kind else AutoModelForCausalLM
+    if not runs:
+        return embedding_alone(loader, config, source, dtype, **options)
+    more = {} if shard is None else reading(shard, loader, config)
+    return cast(PreTrainedModel, loader.from_pretrained(source, dtype=dtype or "auto", **options, **more))
+
+
+def _sharded(base: Base, place: torch.device | None) -> Base:
+    """Return a base, for devices of several processes frozen and sharded where its loading has not.
+
+    Its fingerprint, which all take part in, is kept.
+    """
+    if place is None:
+        return base
     if not base.shard:
         shard_layers(base.model, place)
     freeze(base.model)
