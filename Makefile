@@ -10,7 +10,7 @@ OF_LM_EVAL := absl-py aiohappyeyeballs aiohttp aiosignal chardet colorama DataPr
 	mbstrdecoder more-itertools multidict nltk pathvalidate portalocker propcache pytablewriter pytz regex rouge_score \
 	sacrebleu sqlitedict tabledata tabulate tcolorpy tenacity typepy word2number yarl
 NEED_HEAVY := tests/integration/test_quantised.py tests/integrations/test_libraries.py tests/server/test_lm_eval.py
-.PHONY: demo test test-all test-extra setup check clean
+.PHONY: demo test test-all test-extra docs setup check clean
 
 setup: .venv/.ready
 
@@ -33,10 +33,15 @@ test-extra: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps $(HEAVY) $(OF_LM_EVAL)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -rs $(NEED_HEAVY)
 
+# The site, into site/; docs/draw_concepts.py and docs/run_notebooks.py make its pictures and its notebooks' outputs anew.
+docs: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 check: setup
 	$(BIN)/ruff format --check src tests bench pretraining
 	$(BIN)/ruff check src tests bench pretraining
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -135,8 +135,18 @@ def tutorial_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("tutorials"), {}
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs/tutorials").glob("*.md")), ids=lambda p: p.name)
-def test_a_tutorial_shows_what_happens(page, tutorial_folder, started, monkeypatch):
+def worked_through():
+    """Return the pages of the site whose commands and Python are run in order, most of them marked slow."""
+    quick = {"chat", "classify", "compare", "generate", "serve", "peft", "resume", "templates"}
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        if page.parent.name in ("tutorials", "how-to", "migrate") or page.stem == "index":
+            if re.search(r"```(console|python)\n", page.read_text(encoding="utf-8")):
+                marks = () if page.stem in quick else pytest.mark.slow
+                yield pytest.param(page, marks=marks, id=page.relative_to(ROOT / "docs").as_posix())
+
+
+@pytest.mark.parametrize("page", list(worked_through()))
+def test_a_page_shows_what_happens(page, tutorial_folder, started, monkeypatch):
     folder, before = tutorial_folder
     monkeypatch.chdir(folder)
     text = page.read_text(encoding="utf-8").replace(":8000", f":{(port := free_port())}")
