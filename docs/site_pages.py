@@ -1,7 +1,7 @@
 """What the site has besides the pages in docs/: notebooks, and the pages at the root of the repository.
 
-mkdocs calls the functions ``on_...`` (``hooks`` in mkdocs.yml). A link that leaves docs/ leads to such a page where there
-is one, and is plain text otherwise: the site is read without the repository.
+mkdocs calls the functions ``on_...`` (``hooks`` in mkdocs.yml). A link that leaves docs/ leads to
+such a page where there is one, and is plain text otherwise: the site is read without the repository.
 """
 
 from __future__ import annotations
