@@ -1,4 +1,4 @@
-"""Run the notebooks of docs/notebooks/ and keep what their cells print: ``python docs/run_notebooks.py``.
+"""Run notebooks and keep what they print: ``python docs/run_notebooks.py [FILE...]``, by default all of docs/notebooks/.
 
 No kernel is needed: a cell is plain Python, its last expression is its result, and figures become PNGs.
 """
@@ -10,6 +10,7 @@ import base64
 import io
 import json
 import os
+import sys
 import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -51,7 +52,7 @@ def run(notebook: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+    for path in [Path(each).resolve() for each in sys.argv[1:]] or sorted(NOTEBOOKS.glob("*.ipynb")):
         notebook = json.loads(path.read_text(encoding="utf-8"))
         with tempfile.TemporaryDirectory() as folder:
             os.chdir(folder)

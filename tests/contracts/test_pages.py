@@ -139,7 +139,7 @@ def tutorial_folder(tmp_path_factory):
 
 def worked_through():
     """Return the pages of the site whose commands and Python are run in order, most of them marked slow."""
-    quick = {"chat", "classify", "compare", "generate", "serve", "peft", "resume", "templates"}
+    quick = {"chat", "classify", "compare", "generate", "serve"}
     for page in sorted((ROOT / "docs").rglob("*.md")):
         if page.parent.name in ("tutorials", "how-to", "migrate") or page.stem == "index":
             if re.search(r"```(console|python)\n", page.read_text(encoding="utf-8")):
@@ -155,9 +155,9 @@ def test_a_page_shows_what_happens(page, tutorial_folder, started, monkeypatch):
     text = page.read_text(encoding="utf-8").replace(":8000", f":{(port := free_port())}")
     text = text.replace("--port 8000", f"--port {port}")
     names = {}
-    for kind, block in re.findall(r"```(console|python)\n(.*?)```", text, re.S):
+    for number, (kind, block) in enumerate(re.findall(r"```(console|python)\n(.*?)```", text, re.S), start=1):
         if kind == "python":
-            run_doctest(f"```python\n{block}```", page.name, names)
+            run_doctest(f"```python\n{block}```", f"{page.name}, block {number}", names)
             continue
         for part in re.split(r"^\$ ", block.replace("\\\n", " "), flags=re.M)[1:]:
             line, _, want = part.partition("\n")
