@@ -1,4 +1,4 @@
-"""Run notebooks and keep what they print: ``python docs/run_notebooks.py [FILE...]``, by default all of docs/notebooks/.
+"""Run notebooks and keep what they print: ``python docs/run_notebooks.py [FILE...]``, by default all there are.
 
 No kernel is needed: a cell is plain Python, its last expression is its result, and figures become PNGs.
 """
