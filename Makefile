@@ -10,7 +10,7 @@ OF_LM_EVAL := absl-py aiohappyeyeballs aiohttp aiosignal chardet colorama DataPr
 	mbstrdecoder more-itertools multidict nltk pathvalidate portalocker propcache pytablewriter pytz regex rouge_score \
 	sacrebleu sqlitedict tabledata tabulate tcolorpy tenacity typepy word2number yarl
 NEED_HEAVY := tests/integration/test_quantised.py tests/integrations/test_libraries.py tests/server/test_lm_eval.py
-.PHONY: demo test test-all test-extra test-vllm fuzz test-oldest test-latest upstream coverage audit setup check clean
+.PHONY: demo test test-all test-extra test-vllm fuzz test-oldest test-latest upstream coverage audit docs setup check clean
 
 setup: .venv/.ready
 
@@ -64,6 +64,10 @@ audit: setup
 	$(BIN)/pip install --quiet pip-audit pip-licenses
 	$(BIN)/pip-licenses --order license
 	$(BIN)/pip-audit --local
+# The site, into site/; docs/draw_concepts.py and docs/run_notebooks.py make its pictures and its notebooks' outputs anew.
+docs: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 check: setup
 	$(BIN)/ruff format --check src tests bench pretraining
@@ -74,3 +78,4 @@ check: setup
 
 clean:
 	rm -rf .venv .venv-* runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -71,7 +71,7 @@ def by_us(
     embedded = model.get_input_embeddings()(torch.tensor(document)).detach()
     text = Prompt(input=embedded)
     read = [EngineRow(row.source, row.target, text) for row in rows]
-    teacher = partial(targets_of, engine, read, TOP_K, batch_size=len(rows), check_stop=lambda: None)
+    teacher = partial(targets_of, engine, read, k=TOP_K, batch_size=len(rows), check_stop=lambda: None)
     config = softprompt.CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual)
     module = softprompt.get_peft_model(model, config).encoder_of("default")
     keys = [(row.source, row.target) for row in rows]

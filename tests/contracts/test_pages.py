@@ -29,14 +29,16 @@ COMMANDS = [
 ]
 
 
-def run_doctest(text, name):
+def run_doctest(text, name, names=None):
+    """Run the Python of a text; ``names`` is a namespace that goes on from block to block."""
     parser = doctest.DocTestParser()
     blocks = "\n".join(re.findall(r"```python\n(.*?)```", text, re.S))
     test = parser.get_doctest(blocks, {}, name, name, 0)
+    test.globs = {} if names is None else names
     assert test.examples, f"{name} shows no code"
     report = []
     runner = doctest.DocTestRunner(optionflags=LOOSE)
-    runner.run(test, out=report.append)
+    runner.run(test, out=report.append, clear_globs=names is None)
     assert not runner.failures, "".join(report)
 
 
@@ -135,15 +137,27 @@ def tutorial_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("tutorials"), {}
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs/tutorials").glob("*.md")), ids=lambda p: p.name)
-def test_a_tutorial_shows_what_happens(page, tutorial_folder, started, monkeypatch):
+def worked_through():
+    """Return the pages of the site whose commands and Python are run in order, most of them marked slow."""
+    quick = {"chat", "classify", "compare", "generate", "serve"}
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        if page.parent.name in ("tutorials", "how-to", "migrate") or page.stem == "index":
+            if re.search(r"```(console|python)\n", page.read_text(encoding="utf-8")):
+                marks = () if page.stem in quick else pytest.mark.slow
+                yield pytest.param(page, marks=marks, id=page.relative_to(ROOT / "docs").as_posix())
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of PEFT's
+@pytest.mark.parametrize("page", list(worked_through()))
+def test_a_page_shows_what_happens(page, tutorial_folder, started, monkeypatch):
     folder, before = tutorial_folder
     monkeypatch.chdir(folder)
     text = page.read_text(encoding="utf-8").replace(":8000", f":{(port := free_port())}")
     text = text.replace("--port 8000", f"--port {port}")
-    for kind, block in re.findall(r"```(console|python)\n(.*?)```", text, re.S):
+    names = {}
+    for number, (kind, block) in enumerate(re.findall(r"```(console|python)\n(.*?)```", text, re.S), start=1):
         if kind == "python":
-            run_doctest(f"```python\n{block}```", page.name)
+            run_doctest(f"```python\n{block}```", f"{page.name}, block {number}", names)
             continue
         for part in re.split(r"^\$ ", block.replace("\\\n", " "), flags=re.M)[1:]:
             line, _, want = part.partition("\n")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from softprompt.errors import ConfigError, SoftPromptError
 from softprompt.generation import GenerationOptions
-from softprompt.training.state import state_path
+from softprompt.training.output import state_path
 
 if TYPE_CHECKING:
     from softprompt.inference import TunedPrompt
