@@ -64,6 +64,7 @@ audit: setup
 	$(BIN)/pip install --quiet pip-audit pip-licenses
 	$(BIN)/pip-licenses --order license
 	$(BIN)/pip-audit --local
+
 # The site, into site/; docs/draw_concepts.py and docs/run_notebooks.py make its pictures and its notebooks' outputs anew.
 docs: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
@@ -77,5 +78,4 @@ check: setup
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-* runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -rf .venv runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis
