@@ -67,7 +67,6 @@ audit: setup
 
 # The site, into site/; docs/draw_concepts.py and docs/run_notebooks.py make its pictures and its notebooks' outputs anew.
 docs: setup
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 check: setup
