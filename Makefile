@@ -23,7 +23,7 @@ setup: .venv/.ready
 demo: setup
 	$(BIN)/softprompt demo --output runs/demo --overwrite
 
-test: setup check
+test: setup check docs
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 test-all: setup check
