@@ -76,6 +76,7 @@ def columns_of(stored) -> None:
         {}.get(stored.manifest.settings.get(name) if stored.manifest else None)
 
 
+@pytest.mark.filterwarnings("ignore:Unexpected keyword")  # of a file without a method
 @settings(max_examples=int(EXAMPLES or 40), derandomize=not EXAMPLES)
 @given(file=st.sampled_from([CONFIG, RECORD]), key=st.integers(0, 60), place=PLACES, inner=INNER, value=HOSTILE)
 def test_a_wrong_value_anywhere_is_an_error_of_ours(whole, tmp_path_factory, file, key, place, inner, value):

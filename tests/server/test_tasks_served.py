@@ -122,7 +122,7 @@ def test_a_record_that_keeps_nonsense_of_a_task(registry, tmp_path, base, kept):
 def test_a_number_of_tasks_fills_no_memory(registry, tmp_path, base):
     directory = write_tasks(tmp_path / "many", base, {"a": None, "b": None}, manifest=False)
     config = directory / "adapter_config.json"
-    config.write_text(config.read_text().replace('"num_tasks": 2', '"num_tasks": 2000000000'))
+    config.write_text(config.read_text().replace('"num_tasks": 2', '"num_tasks": 1000000'))
     assert "at most 1,000 tasks" in registry.outline("many").problem
 
 
