@@ -331,8 +331,8 @@ def test_ctrl_c_saves_prints_how_to_go_on_and_that_works(capsys, data, tmp_path,
         (["tune", "--output", "o", "--train-data", "lacks.jsonl"], "line 1: expected the fields"),
         (["tune", "--output", "o", "--train-data", "data", "--verbalizer", "x"], "placeholder"),
         (
-            ["tune", "--output", "o", "--train-data", "data", "--base-model", "no"],
-            "'no' is neither",
+            ["tune", "--output", "o", "--train-data", "data", "--base-model", "nowhere"],
+            "'nowhere' is neither",
         ),
         (
             [

@@ -53,7 +53,7 @@ def test_what_is_exact_is_not_logged(base, caplog, otherwise):
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (BackboneError("no such layer\nnor any other"), "no such layer"),
+        (BackboneError("no such layer\nnor any other"), "no such layer nor any other"),
         (RuntimeError("shape '[1]' is invalid\nand more"), "RuntimeError: shape '[1]' is invalid"),
         (KeyError(), "KeyError: "),
     ],

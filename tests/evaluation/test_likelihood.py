@@ -10,12 +10,14 @@ from softprompt.engine import TargetLogProbs
 from softprompt.errors import ConfigError
 from softprompt.generation import TargetLikelihood, classify_rows, target_likelihood
 from softprompt.prompts import Prompt
+from softprompt.world import world
 
 
 class ByHand:
     """An engine whose token log-probability is -token / 10, minus 1 behind a prompt."""
 
     name = "by hand"
+    processes = world()
 
     def __init__(self):
         self.sizes = []

@@ -4,6 +4,7 @@ from softprompt.data import TokenRow
 from softprompt.engine import TargetLogProbs
 from softprompt.prompts import Prompt
 from softprompt.training.validation import Validation
+from softprompt.world import world
 
 LABELS = {"no": (5, 1), "yes": (6, 1)}
 ROWS = [TokenRow((i,), LABELS["yes" if i % 2 else "no"], False, False) for i in range(6)]
@@ -13,6 +14,7 @@ class Preferring:
     """Gives a target's first token log p 0 when the prompt prefers it for that source, else -2."""
 
     name = "preferring"
+    processes = world()
 
     def target_log_probs(self, rows):
         values, index = [], []

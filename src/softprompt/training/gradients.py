@@ -182,10 +182,11 @@ def _rows_apart(stage: Stage) -> bool:
     Layers that are split run the same rows in all processes. Layers that are sharded run the same number of passes,
     which the forest makes of any rows, but for positions that depend on the longest row.
     """
-    sharded, engine = shard_of(stage.model), cast(Any, stage.objective).engine
-    return not sharded or (
-        sharded == "fsdp" and engine.name == "forest" and facts_of(cast(Any, stage.model)).rope_changes_at is None
-    )
+    sharded = shard_of(stage.model)
+    if not sharded:
+        return True
+    forest = cast(Any, stage.objective).engine.name == "forest"
+    return sharded == "fsdp" and forest and facts_of(cast(Any, stage.model)).rope_changes_at is None
 
 
 def _add_up(steps: Sequence[Step]) -> None:

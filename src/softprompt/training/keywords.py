@@ -103,13 +103,13 @@ def full_names(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def tracker_names(given: str | Sequence[str]) -> tuple[str, ...]:
+def tracker_names(given: object) -> tuple[str, ...]:
     """Return the names of trackers, which may be a list with commas.
 
     Raises:
         ConfigError: There is no such tracker.
     """
-    words = [given] if isinstance(given, str) else given
+    words = list(given) if isinstance(given, (list, tuple)) else [given]
     names = tuple(dict.fromkeys(name.strip() for word in words for name in str(word).split(",") if name.strip()))
     for name in names:
         if name not in TRACKERS:
