@@ -39,7 +39,7 @@ def test_every_option_and_path_exists(server):
         "--quiet",
         "--enable-prompt-embeds",
         "--disable-radix-cache",
-    }  # the last two of other engines
+    }
     mine = set(re.findall(r"`(--[a-z-]+)", PAGE)) - others
     assert mine <= settings, mine - settings
 
