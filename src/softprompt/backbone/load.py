@@ -110,7 +110,7 @@ def load_base(
                 cast(Any, model).hf_quantizer.remove_quantization_config(model)  # it may be saved again
         if device is not None:
             cast(Any, model).to(parse_device(device))
-        base = Base(cast(PreTrainedModel, model.eval()), words, name)
+        base = Base(cast(Any, model).eval(), words, name)
         return _sharded(base, place)
 
 
