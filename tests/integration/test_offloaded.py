@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,6 +18,8 @@ from softprompt import (
     tune,
 )
 from softprompt.backbone import Base, load_base
+from softprompt.backbone.base import fingerprint_of
+from softprompt.backbone.state import locked
 from softprompt.bundled import model_directory
 from softprompt.errors import ConfigError
 
@@ -91,6 +95,18 @@ def test_served(offloaded, tokenizer, tmp_path):
     with running(app_over(Base(offloaded, tokenizer, "demo"), tmp_path / "prompts")) as server:
         found = greedy_over_http(server.url, texts, [folder.name for folder in folders])
     assert found == greedy_alone(whole, folders, texts)
+
+
+def test_what_is_read_of_it_waits_for_a_pass(offloaded):
+    """Its weights come and go with a pass, so that what reads them beside one would find none."""
+    found = []
+    reader = threading.Thread(target=lambda: found.append(fingerprint_of(offloaded)))
+    with locked(offloaded):
+        reader.start()
+        reader.join(0.2)
+        assert not found
+    reader.join(20)
+    assert found == [fingerprint_of(offloaded)]
 
 
 def test_it_is_not_moved(offloaded, tokenizer):

@@ -20,7 +20,15 @@ from softprompt.backbone.keyvalues import KeyValueShape, key_value_shape, prefix
 from softprompt.backbone.passes import unpacked
 from softprompt.backbone.products import FrozenLinear, frozen_linears, swapped_forwards, torch_products
 from softprompt.backbone.sharding import shard_of, whole
-from softprompt.backbone.state import device_of, input_embedding, is_encoder_decoder, locked, stamp_of, state_of
+from softprompt.backbone.state import (
+    device_of,
+    input_embedding,
+    is_encoder_decoder,
+    locked,
+    resting,
+    stamp_of,
+    state_of,
+)
 from softprompt.backbone.virtual import VirtualVocabulary, injected
 from softprompt.errors import BackboneError
 
@@ -222,8 +230,9 @@ def fingerprint_of(model: PreTrainedModel) -> Fingerprint:
     It is taken again after a weight was written to, replaced, moved or converted; a write through
     ``weight.data`` leaves no trace, so ``Fingerprint.of`` is for weights that somebody edits so.
     """
-    stamp = tuple(stamp_of(weight) for weight in model.base_model.parameters())
-    return state_of(model).once("fingerprint", lambda: Fingerprint.of(model), stamp)
+    with resting(model):
+        stamp = tuple(stamp_of(weight) for weight in model.base_model.parameters())
+        return state_of(model).once("fingerprint", lambda: Fingerprint.of(model), stamp)
 
 
 def weights_hash(model: nn.Module) -> str:

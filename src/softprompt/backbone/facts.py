@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from softprompt.backbone.sharding import require_readable
-from softprompt.backbone.state import input_embedding, is_encoder_decoder, stamp_of, state_of
+from softprompt.backbone.state import input_embedding, is_encoder_decoder, resting, stamp_of, state_of
 from softprompt.errors import BackboneError
 from softprompt.prompts import initialisers
 
@@ -65,8 +65,9 @@ def facts_of(model: PreTrainedModel) -> Facts:
         BackboneError: If it has no input embedding or its config lacks a size.
     """
     table = input_embedding(model)
-    stamp = stamp_of(table.weight), model.config.get_text_config().pad_token_id
-    return state_of(model).once("facts", lambda: _read(model, table), stamp)
+    with resting(model):
+        stamp = stamp_of(table.weight), model.config.get_text_config().pad_token_id
+        return state_of(model).once("facts", lambda: _read(model, table), stamp)
 
 
 def _read(model: PreTrainedModel, table: nn.Embedding) -> Facts:

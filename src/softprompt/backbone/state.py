@@ -87,6 +87,11 @@ def locked(model: PreTrainedModel) -> Lock:
         return state.lock if state is not None and state.lock is not None else _locked(model)
 
 
+def resting(model: PreTrainedModel) -> Lock:
+    """Return a context in which weights stay as they are: an offloaded model's come and go with every pass."""
+    return locked(model) if hasattr(model, "_hf_hook") else nullcontext()
+
+
 def _locked(model: PreTrainedModel) -> Lock:
     """Find or make the lock of a model and its parts, once; its embedding may be replaced later."""
     parts = [model, *(part for part in model.modules() if isinstance(part, PreTrainedModel))]
