@@ -70,9 +70,8 @@ def run_batch(
     parts = Parts.begun(Path(output), how.output_format, plan, resume=resume)
     with _connected(ray, address, how.workers):
         done, computed = _answered(ray, asked, _rows(ray, paths, reader, how.part_size), parts, how)
-    errors = sum(row.get("error") is not None for row in parts.rows())
-    total = sum(1 for _ in parts.rows())
-    return {"records": total, "parts": done, "computed": computed, "errors": errors}
+    errors = [row.get("error") is not None for row in parts.rows()]
+    return {"records": len(errors), "parts": done, "computed": computed, "errors": sum(errors)}
 
 
 def _answered(
@@ -90,10 +89,8 @@ def _answered(
             try:
                 rows = ray.get(ready)
             except ray.exceptions.RayError as error:
-                logger.warning(
-                    "part %d was lost %d times with its worker; its records have errors", part, RETRIES + 1
-                )
-                first, why = part * how.part_size + 1, f"the worker was lost: {_cause(error)}"
+                logger.warning("part %d was lost with its worker, or failed there; its records have errors", part)
+                first, why = part * how.part_size + 1, f"the worker was lost or failed: {_cause(error)}"
                 rows = [{"record": first + i, "error": why} for i in range(size)]
             parts.write(part, rows)
             bar.update()
