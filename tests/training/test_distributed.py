@@ -94,6 +94,11 @@ def test_the_first_process_alone_tells_trackers(two):
     assert second["tracked"]["told"] == []
 
 
+def test_a_group_that_somebody_else_made_names_no_process():
+    said = World(1, 2)._lost(RuntimeError("connection closed"))
+    assert said == "the processes lost each other (connection closed)"
+
+
 def test_a_mistake_is_one_for_all(folder, two):
     (first, second), _ = two
     assert first["refused"] == second["refused"]

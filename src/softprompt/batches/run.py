@@ -7,6 +7,7 @@ end; a part that ends its worker each of ``RETRIES`` more times has errors for a
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,7 +67,16 @@ def run_batch(
     except ImportError as error:
         raise ConfigError("--ray needs Ray: pip install 'softprompt[ray]'") from error
     paths, reader = _listed(data)
-    plan = {"asked": asdict(asked), "data": list(data), "part_size": how.part_size, "format": how.output_format}
+    files = hashlib.sha256("\n".join(paths).encode()).hexdigest()[
+        :12
+    ]  # another one would move the records behind it
+    plan = {
+        "asked": asdict(asked),
+        "data": list(data),
+        "files": files,
+        "part_size": how.part_size,
+        "format": how.output_format,
+    }
     parts = Parts.begun(Path(output), how.output_format, plan, resume=resume)
     with _connected(ray, address, how.workers):
         done, computed = _answered(ray, asked, _rows(ray, paths, reader, how.part_size), parts, how)
