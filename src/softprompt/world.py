@@ -122,6 +122,9 @@ class World:
     def _lost(self, error: RuntimeError) -> str:
         """Return which processes have ended, and why."""
         ends, missing = time.monotonic() + _ROLL_CALL, [rank for rank in range(self.size) if rank != self.rank]
+        unknown = f"the processes lost each other ({str(error).splitlines()[0][:120]})"
+        if self._store is None:  # somebody else made the group, and keeps its store
+            return unknown
         if not self._tell("here", "yes"):  # nobody keeps what they tell each other any more
             return f"rank 0 of {self.size} ended: without a word"
         while missing and time.monotonic() < ends:
@@ -132,7 +135,7 @@ class World:
         known = {rank: self._told("failed", rank) for rank in missing}
         gone = [rank for rank in missing if known[rank] or not self._lives(rank)] or missing
         if not gone:
-            return f"the processes lost each other ({str(error).splitlines()[0][:120]})"
+            return unknown
         return "; ".join(f"rank {rank} of {self.size} ended: {known[rank] or 'without a word'}" for rank in gone)
 
     def _lives(self, rank: int) -> bool:

@@ -170,3 +170,8 @@ def test_the_bundled_model_goes_by_name():
     loaded = load_base("demo")
     assert loaded.name == "demo"
     assert loaded.tokenizer("late")["input_ids"]
+
+
+def test_a_device_is_not_ignored_where_each_process_takes_its_own():
+    with pytest.raises(ConfigError, match="device would be ignored with shard"):
+        load_base("demo", shard="fsdp", device="cpu")

@@ -120,6 +120,9 @@ def test_answers_stand_in_the_order_of_the_records_and_only_lost_parts_have_erro
     assert [row["label"] for row in Parts(out, "jsonl").rows()] == [each.label for each in expected]
     with pytest.raises(UsageError, match="has part_size 5, not 6"):
         run_batch(asked, [str(data)], out, BatchSettings(part_size=6), resume=True)
+    (data / "00.jsonl").write_text("{}\n")
+    with pytest.raises(UsageError, match="has files "):
+        run_batch(asked, [str(data)], out, how, resume=True)
 
 
 def test_what_cannot_be_read_or_has_no_ray_is_refused(prompts, data, tmp_path, stand_in, monkeypatch):

@@ -38,6 +38,14 @@ def test_a_bad_record_has_an_error_and_the_others_their_answers(prompts, texts):
     assert [found[i]["text"] for i in (0, 2, 6)] == [each.text for each in expected]
 
 
+def test_what_names_no_prompt_is_an_error_of_its_record(prompts, texts):
+    asked = BatchTask("generate", prompts_in(str(prompts), "which"), "which", {"max_new_tokens": 2})
+    rows = [{"input": texts[0], "which": name} for name in (["writer"], None, 3, "writter", "writer")]
+    errors = [each["error"] for each in BatchWorker(asked).answer(rows, 1)]
+    assert "got list" in errors[0] and "got NoneType" in errors[1] and "got int" in errors[2]
+    assert "did you mean 'writer'" in errors[3] and errors[4] is None
+
+
 def test_only_the_record_that_the_model_refuses_has_an_error(prompts, texts):
     worker = BatchWorker(BatchTask("classify", {"complaints": str(prompts / "complaints")}))
     rows = [{"input": text} for text in texts[:5]]
@@ -59,7 +67,7 @@ def test_only_the_record_that_the_model_refuses_has_an_error(prompts, texts):
 def test_parts_are_read_as_they_were_written_in_both_formats(tmp_path):
     rows = [
         {"record": 1, "label": "a", "probabilities": {"a": 0.75, "b": 0.25}, "error": None},
-        {"record": 2, "error": "too long: é"},
+        {"record": 2, "error": "too long: é\u2028\x85"},  # which end lines, but none of JSON
     ]
     for form in ("jsonl", "parquet"):
         parts = Parts.begun(tmp_path / form, form, {"n": (1, 2)}, resume=False)

@@ -59,7 +59,7 @@ def shared(folder, *names, count=2):
 @pytest.fixture(scope="module")
 def two(folder):
     """One start of two processes for all that is looked at, since each imports torch anew."""
-    return shared(folder, "labels", "seeds", "stopped", "refused", "diverged", "killed")
+    return shared(folder, "labels", "seeds", "tracked", "stopped", "refused", "diverged", "killed")
 
 
 @pytest.mark.parametrize("name", ["labels", "seeds"])
@@ -86,6 +86,17 @@ def test_they_stop_together_and_another_number_goes_on(folder, two):
     resumed = tune(output=output, resume=True)
     for name, value in resumed.module.stored().items():
         torch.testing.assert_close(value, first["labels"][name], atol=1e-5, rtol=1e-5)
+
+
+def test_the_first_process_alone_tells_trackers(two):
+    first, second = two[0]
+    assert first["tracked"]["told"] == [1, 2, 3, 3, 4, 5, 6, 6, None]  # updates, validations, samples and path
+    assert second["tracked"]["told"] == []
+
+
+def test_a_group_that_somebody_else_made_names_no_process():
+    said = World(1, 2)._lost(RuntimeError("connection closed"))
+    assert said == "the processes lost each other (connection closed)"
 
 
 def test_a_mistake_is_one_for_all(folder, two):

@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import ANY
 
@@ -19,7 +20,7 @@ from softprompt.errors import (
     UsageError,
 )
 from softprompt.inference import TunedPrompt
-from softprompt.training import Events, claimed, list_runs, tune
+from softprompt.training import Events, claimed, list_runs, output, tune
 from softprompt.training.output import state_path
 from softprompt.training.state import Saving, StopSignal, load_states
 
@@ -317,6 +318,20 @@ def test_two_runs_do_not_share_an_output(llama, rows, held_out, stopped, tmp_pat
     lock.write_text("process 1 on another machine")
     tune(llama, rows, held_out, output=stopped, resume=True)
     assert not lock.exists()
+
+
+def test_a_run_that_begins_while_another_looks_keeps_its_lock(tmp_path, monkeypatch):
+    look = output._require_writable
+    with ExitStack() as other:
+
+        def begin(path):
+            monkeypatch.setattr(output, "_require_writable", look)
+            other.enter_context(claimed(path))
+
+        monkeypatch.setattr(output, "_require_writable", begin)
+        with pytest.raises(OutputExistsError, match="another run is at work"), claimed(tmp_path / "new"):
+            pass
+        assert state_path(tmp_path / "new").with_name("lock").exists()
 
 
 @pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])

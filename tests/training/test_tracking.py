@@ -156,11 +156,6 @@ def test_a_tracker_that_fails_is_left_and_the_run_goes_on(llama, rows, held_out,
     assert sum("no space left" in each.message for each in caplog.records) == 1
 
 
-def test_only_the_first_process_of_several_has_trackers(monkeypatch, tmp_path):
-    monkeypatch.setenv("RANK", "1")
-    assert tracking.trackers_of(["wandb"], tmp_path, {}) == []
-
-
 def test_names_and_packages_are_checked_before_anything_is_read(tmp_path, monkeypatch, capsys):
     with pytest.raises(ConfigError, match=r"got 'tensorbord' \(did you mean 'tensorboard'"):
         tune("no such model", tmp_path / "none", track="mlflow,tensorbord")

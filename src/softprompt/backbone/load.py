@@ -73,6 +73,8 @@ def load_base(
     """
     dtype = parse_dtype(torch_dtype)
     trust_remote_code = _trusting.get() if trust_remote_code is None else trust_remote_code
+    if shard is not None and device is not None:
+        raise ConfigError("device would be ignored with shard: each process takes its own; leave it out")
     place = None if shard is None else device_of_process(shard)
     if isinstance(name_or_path, PreTrainedModel):
         base = _in_memory(name_or_path, tokenizer, dtype, device, trust_remote_code)

@@ -83,7 +83,7 @@ class Parts:
 
                 yield from ({**row, "probabilities": _read(row)} for row in parquet.read_table(path).to_pylist())
             else:
-                yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())
+                yield from map(json.loads, path.read_text(encoding="utf-8").split("\n")[:-1])
 
 
 def _read(row: Mapping[str, Any]) -> Any:

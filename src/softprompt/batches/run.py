@@ -7,6 +7,7 @@ end; a part that ends its worker each of ``RETRIES`` more times has errors for a
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,13 +67,21 @@ def run_batch(
     except ImportError as error:
         raise ConfigError("--ray needs Ray: pip install 'softprompt[ray]'") from error
     paths, reader = _listed(data)
-    plan = {"asked": asdict(asked), "data": list(data), "part_size": how.part_size, "format": how.output_format}
+    files = hashlib.sha256("\n".join(paths).encode()).hexdigest()[
+        :12
+    ]  # another one would move the records behind it
+    plan = {
+        "asked": asdict(asked),
+        "data": list(data),
+        "files": files,
+        "part_size": how.part_size,
+        "format": how.output_format,
+    }
     parts = Parts.begun(Path(output), how.output_format, plan, resume=resume)
     with _connected(ray, address, how.workers):
         done, computed = _answered(ray, asked, _rows(ray, paths, reader, how.part_size), parts, how)
-    errors = sum(row.get("error") is not None for row in parts.rows())
-    total = sum(1 for _ in parts.rows())
-    return {"records": total, "parts": done, "computed": computed, "errors": errors}
+    errors = [row.get("error") is not None for row in parts.rows()]
+    return {"records": len(errors), "parts": done, "computed": computed, "errors": sum(errors)}
 
 
 def _answered(
@@ -90,10 +99,8 @@ def _answered(
             try:
                 rows = ray.get(ready)
             except ray.exceptions.RayError as error:
-                logger.warning(
-                    "part %d was lost %d times with its worker; its records have errors", part, RETRIES + 1
-                )
-                first, why = part * how.part_size + 1, f"the worker was lost: {_cause(error)}"
+                logger.warning("part %d was lost with its worker, or failed there; its records have errors", part)
+                first, why = part * how.part_size + 1, f"the worker was lost or failed: {_cause(error)}"
                 rows = [{"record": first + i, "error": why} for i in range(size)]
             parts.write(part, rows)
             bar.update()

@@ -75,6 +75,8 @@ class BatchWorker:
             row = _parsed(row[LINE])
         column = self._asked.column
         name = next(iter(self._prompts)) if column is None else row.pop(column, None)
+        if not isinstance(name, str):
+            raise UsageError(f"expected the name of a prompt in {column}, got {type(name).__name__}")
         if column is not None:
             answer["prompt"] = name
         if name not in self._prompts:

@@ -67,7 +67,8 @@ class Step:
 
     def dropout(self) -> AbstractContextManager[None]:
         """Return the context that its passes run in."""
-        seed = self.stage.settings.seed * 1_000_003 + self._state.update + world().rank * 1_000_000_007
+        seed = self.stage.settings.seed * 1_000_003 + self._state.update
+        seed += world().rank * 1_000_000_007 if _rows_apart(self.stage) else 0  # the same rows, the same dropout
         return _dropout(self.stage.model, self.stage.settings.keep_dropout, seed)
 
     def padded(self, batch: list[int]) -> int:
@@ -142,11 +143,11 @@ def steps_of(due: Sequence[tuple[Stage, RunState, Update]], check_stop: Callable
     if len(steps) > 1:
         # In backward NaN times the zeros of padding is NaN, which the other one of a pass may get.
         for number, step in enumerate(steps):
-            if step.problem is None and not step.is_finite():
+            if step.problem is None and step.mixes_with != id(step) and not step.is_finite():
                 steps[number] = Step(*due[number])
                 accumulate([steps[number]], check_stop)
-    if _rows_apart(steps[0].stage):
-        _add_up(steps)
+    if apart := [step for step in steps if _rows_apart(step.stage)]:
+        _add_up(apart)
     return steps
 
 
@@ -161,15 +162,15 @@ def part_of_process(stage: Stage, update: Update) -> tuple[Update, Update]:
     whole stays in one process. Where layers are sharded all run as many passes, so one without rows runs one for
     nothing.
     """
-    ranks, sharded = world(), shard_of(stage.model)
-    if ranks.size == 1 or not _rows_apart(stage):
+    ranks = world()
+    if not _rows_apart(stage):
         return update, []
     if getattr(stage.objective, "distractors", ()):
         parts = [batch if number % ranks.size == ranks.rank else [] for number, batch in enumerate(update)]
     else:
         lengths = stage.sampling.lengths
         parts = [sorted(batch, key=lengths.__getitem__)[ranks.rank :: ranks.size] for batch in update]
-    if not sharded:
+    if not shard_of(stage.model):
         return [part for part in parts if part], []
     idle = [batch[:1] for batch, part in zip(update, parts, strict=True) if not part]
     waiting = iter(idle)
@@ -177,11 +178,15 @@ def part_of_process(stage: Stage, update: Update) -> tuple[Update, Update]:
 
 
 def _rows_apart(stage: Stage) -> bool:
-    """Tell whether processes run rows of their own; all run all rows where their passes could differ in number.
+    """Tell whether there are several processes and each runs rows of its own.
+
+    All run all rows where their passes could differ in number.
 
     Layers that are split run the same rows in all processes. Layers that are sharded run the same number of passes,
     which the forest makes of any rows, but for positions that depend on the longest row.
     """
+    if world().size == 1:
+        return False
     sharded = shard_of(stage.model)
     if not sharded:
         return True
@@ -192,8 +197,6 @@ def _rows_apart(stage: Stage) -> bool:
 def _add_up(steps: Sequence[Step]) -> None:
     """Sum the gradients, losses and problems of updates over all processes, in one exchange."""
     ranks = world()
-    if ranks.size == 1:
-        return
     leaves = [leaf for step in steps for leaf in step.leaves]
     parts = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
     numbers = [[step.sums.loss, step.sums.penalty, float(step.problem is not None)] for step in steps]

@@ -68,8 +68,9 @@ def check_output(output: Path | None, *, overwrite: bool) -> None:
             f"{output} holds an interrupted run; continue it with --resume (resume=True in "
             "Python), or start again with --overwrite (overwrite=True)"
         )
-    # A run that was killed before its first state left nothing to continue.
-    remove_state(output)
+    if (output / STATE_DIRECTORY).is_dir():
+        with _locked(output):  # unless a run begins there just now
+            remove_state(output)  # one that was killed before its first state left nothing to continue
     remove_leftovers(output)
     require_empty(output)
 
@@ -174,16 +175,32 @@ def _left(output: Path) -> list[Path]:
 def _locked(output: Path) -> Iterator[None]:
     path = state_path(output).with_name(LOCK_FILE)
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+", encoding="utf-8") as file:
+        with _opened(path) as file:
             _lock(file, output)
-            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            if not _is_at(path, file):
                 continue  # the run that held it removed it just now
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
             yield
             return
+
+
+def _opened(path: Path) -> TextIO:
+    """Open the file of a lock; a run that ends may remove its folder meanwhile."""
+    with suppress(FileNotFoundError, FileExistsError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a+", encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("a+", encoding="utf-8")
+
+
+def _is_at(path: Path, file: TextIO) -> bool:
+    """Return whether a path still is an open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _refuse_running(output: Path) -> None:

@@ -39,7 +39,9 @@ _SAMPLES, _MOST = 3, 64
 
 
 def trackers_of(names: Sequence[str], output: Path | None, known: Mapping[str, Any]) -> list[Tracking]:
-    """Return the callback that sends a run to trackers, none where there are none; only the first process has one.
+    """Return the callback that sends a run to trackers, none where there are none.
+
+    All processes of a run have it, since they ask the same callbacks what they wish; the first one calls it.
 
     Args:
         names: The trackers.
@@ -49,7 +51,7 @@ def trackers_of(names: Sequence[str], output: Path | None, known: Mapping[str, A
     Raises:
         ConfigError: A tracker's package is not installed.
     """
-    if not names or os.environ.get("RANK", "0") != "0":
+    if not names:
         return []
     for package in ("accelerate", *names):
         if find_spec(package) is None:
@@ -130,6 +132,8 @@ class Tracking:
 
     def finish(self, tuned: TunedPrompt, tasks: Sequence[TaskRows]) -> None:
         """Send a few answers of the finished prompt and where it is written, and close the trackers' runs."""
+        if self._open is None:  # as in all processes but the first
+            return
         # Every process of a sharded base would have to run what the first one runs here.
         texts = {} if tuned.base.shard else {"samples": _samples(tuned, tasks)}
         if self._output is not None:
