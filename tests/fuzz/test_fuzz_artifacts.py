@@ -144,6 +144,13 @@ def program(path: Path) -> None:
     (path / "adapter_model.bin").write_bytes(b"\x80\x02" + b"N0" * 1_000_000)
 
 
+def disguised(path: Path) -> None:
+    """Write a long program of the old form, with an archive behind it: torch goes by the beginning."""
+    program(path)
+    with zipfile.ZipFile(path / "adapter_model.bin", "a") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02}.")
+
+
 def sparse(path: Path, file: str) -> None:
     with (path / file).open("r+b") as stream:
         stream.truncate(20 << 30)
@@ -191,6 +198,7 @@ BOMBS = {
         pickled(path, {}),
         (path / "adapter_model.bin").write_bytes(b"\x80\x02" + b"N0" * 20_000_000),
     ),
+    "disguised": disguised,
     "sparse weights": lambda path: sparse(path, "adapter_model.safetensors"),
     "sparse record": lambda path: sparse(path, RECORD),
     "sparse configuration": lambda path: sparse(path, CONFIG),

@@ -74,3 +74,15 @@ def test_records_without_values_are_refused(tmp_path):
     )
     with pytest.raises(DataError, match="1,000,000,000 records without a value"):
         list(BINARY_READERS[".feather"](tmp_path / "many.feather"))
+
+
+@pytest.mark.parametrize("names", ["5", '"ab"', '{"a": 1}', '["x"', "[" * 5000])
+def test_names_of_classes_that_are_no_names_are_passed_over(tmp_path, names):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    feature = '{"info": {"features": {"output": {"_type": "ClassLabel", "names": ' + names + "}}}}"
+    table = pa.table({"input": ["a"], "output": [0]}).replace_schema_metadata({"huggingface": feature})
+    parquet.write_table(table, tmp_path / "table.parquet")
+    (found,) = BINARY_READERS[".parquet"](tmp_path / "table.parquet")
+    assert found.record == {"input": "a", "output": 0}

@@ -5,6 +5,7 @@ import io
 import json
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
@@ -14,9 +15,12 @@ import torch
 from oracles.fake_vllm import faked
 from oracles.serving import command_serving, until, write_prefix, write_prompt
 from softprompt.backbone import load_base
-from softprompt.errors import ConfigError, UsageError
+from softprompt.errors import ConfigError, NotServingError, UsageError
+from softprompt.generation import Bounds
 from softprompt.inference import convert
 from softprompt.server.settings import ServeSettings
+from softprompt.server.upstream.fleet import Fleet
+from softprompt.server.upstream.serving import alike
 
 TEXTS = ["the parcel  is late", "Größe é 7", "a <prompt_embeds> b"]
 BODY = {"model": "writer", "prompt": TEXTS[0], "max_tokens": 6, "temperature": 0}
@@ -232,6 +236,9 @@ def test_an_export_whose_prompt_has_changed_since_is_not_taken_for_it(base, expo
     [
         ({"upstream": ()}, "go together"),
         ({"upstream": ("http://a",), "engine": "own"}, "go together"),
+        ({"upstream": ("http://host:99999",)}, "such as"),
+        ({"upstream": ("http://[::1",)}, "such as"),
+        ({"upstream": ("http://name:word@host",)}, "such as"),
         ({"upstream": ("host:8000",)}, "such as http://host:8000, got 'host:8000'"),
     ],
 )
@@ -314,7 +321,8 @@ def test_servers_take_turns_and_one_that_cannot_be_reached_is_passed_over(base, 
             servers[0].address = "http://127.0.0.1:1"
             gone = client.post("/v1/completions", json=BODY)
             assert (gone.status_code, gone.json()["error"]["code"]) == (502, "upstream_failed")
-            assert client.get("/ready").status_code == 503
+            unready = client.get("/ready")
+            assert (unready.status_code, "behind this one can be used" in unready.text) == (503, True)
             servers[1].address = second_url  # it is back: the one set aside longest ago is tried first
             asked(client, **BODY)
 
@@ -339,7 +347,7 @@ def test_a_client_that_hangs_up_is_hung_up_on_there(front, fake):
 
 def test_time_is_kept_here(front, fake):
     fake.slow = 0.05
-    (choice,) = asked(front[1], **{**BODY, "max_tokens": 100, "max_time": 0.4})["choices"]
+    (choice,) = asked(front[1], **{**BODY, "max_tokens": 100, "min_tokens": 100, "max_time": 1.0})["choices"]
     assert choice["finish_reason"] == "time"
     assert choice["text"]
     until(lambda: fake.running == 0)
@@ -390,3 +398,91 @@ def test_a_full_queue_is_refused(front, fake):
         next(lines)
         assert client.post("/v1/completions", json=BODY).status_code == 429
     object.__setattr__(bounds, "max_queue", 256)
+
+
+def test_a_server_that_cannot_be_used_now_leaves_requests_to_the_others(base, shared_prompts):
+    with (
+        faked(base) as first,
+        faked(base, embeds=False) as second,
+        over([first, second], shared_prompts) as server,
+        server.client() as client,
+    ):
+        for _ in range(4):  # the second takes no embeddings
+            asked(client, **BODY)
+        assert [sum(each["max_tokens"] == 6 for each in fake.bodies) for fake in (first, second)] == [4, 0]
+        servers = server.service.batcher._fleet.servers
+        servers[1].known, second.behaviour = False, 500  # asked again, it fails before anything is sent
+        for _ in range(2):
+            asked(client, **BODY)
+        assert 'error="status"' in client.get("/metrics").text
+
+
+def test_answers_that_are_no_answers_are_the_servers_fault(front, fake, monkeypatch):
+    client = front[1]
+    body = {"model": "complaints", "input": "a"}
+    monkeypatch.setattr(fake, "whole", lambda body: {"choices": [{}], "prompt_token_ids": [1]})
+    answer = client.post("/v1/classify", json=body)
+    assert (answer.status_code, "reads other tokens than were meant" in answer.text) == (502, True)
+    monkeypatch.undo()
+    plain = fake.piece
+
+    def unlisted(body, scores, token):
+        return plain({**body, "logprob_token_ids": None}, scores, token)
+
+    monkeypatch.setattr(fake, "piece", unlisted)
+    answer = client.post("/v1/classify", json=body)
+    assert (answer.status_code, "of listed tokens" in answer.text) == (502, True)
+
+
+def test_the_labels_of_one_request_are_bounded(front):
+    labels = [f"{number} {'a b ' * 20}" for number in range(100)]
+    answer = front[1].post("/v1/classify", json={"model": "demo", "input": ["a"] * 64, "labels": labels})
+    assert answer.status_code == 400
+    assert "at most 100,000; send fewer texts at a time" in answer.text
+
+
+def test_callers_of_the_scorer_take_turns(base, shared_prompts):
+    long = {"model": "demo", "input": [f"text {i}" for i in range(4)], "labels": [f"{i} b" for i in range(20)]}
+    bounds = Bounds(max_batch_rows=2)
+    with faked(base) as fake, over([fake], shared_prompts, bounds=bounds) as server, ThreadPoolExecutor(1) as pool:
+        with server.client() as client, server.client() as other:
+            answer = pool.submit(client.post, "/v1/classify", json=long)
+            until(lambda: len(fake.bodies) > 5)
+            asked(other, "/v1/classify", model="complaints", input="a")
+            assert not answer.done()
+            assert len(answer.result(60).json()["data"]) == 4
+
+
+def test_one_input_has_like_scores_however_it_is_put():
+    assert alike({1: -1.0, 2: -2.0}, {1: -1.01, 3: -1.98})
+    assert not alike({1: -1.0, 2: -2.0}, {1: -1.2, 2: -2.0})
+    assert not alike({1: -1.0, 2: -2.0}, {3: -2.5, 4: -3.0})  # none of them alike, and none listed twice
+
+
+@pytest.mark.parametrize("text", ["", "sk-1\nsk-2\n", "Schlüssel\n", "sk-3\tsk-4\x07\n"])
+def test_a_file_that_holds_no_one_key_is_refused_without_showing_it(fake, shared_prompts, tmp_path, text):
+    (tmp_path / "key").write_text(text)
+    with (
+        pytest.raises(UsageError) as refused,
+        over([fake], shared_prompts, upstream_key_file=str(tmp_path / "key")),
+    ):
+        pass
+    assert not any(word in str(refused.value) for word in text.split())
+
+
+def test_a_server_that_is_no_vllm_is_refused_in_one_line(base, shared_prompts, monkeypatch):
+    with faked(base) as fake:
+        monkeypatch.setattr(fake, "whole", lambda body: {"choices": []})
+        with pytest.raises(UsageError, match="does not answer as vLLM does"), over([fake], shared_prompts):
+            pass
+
+
+def test_what_comes_while_the_servers_thread_ends_is_refused():
+    async def nothing():
+        pass
+
+    fleet = Fleet(["http://127.0.0.1:1"], None, seconds=1.0)
+    fleet.stop()
+    with pytest.raises(NotServingError, match="serving has stopped"):
+        fleet.run(nothing())
+    fleet.stop()

@@ -261,7 +261,7 @@ def _features(table: Any) -> Mapping[str, Any]:
     written = (table.schema.metadata or {}).get(b"huggingface", b"{}")
     try:
         found = json.loads(written).get("info", {}).get("features")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return {}
     return found if isinstance(found, Mapping) else {}
 
@@ -290,11 +290,12 @@ def with_class_names(records: Iterable[Located], features: Mapping[str, Any]) ->
         records: The records.
         features: Column name to feature, as ``datasets.Features.to_dict`` gives it.
     """
-    names = {}
+    names: dict[str, Sequence[str]] = {}
     for column, feature in features.items():
         inner = feature.get("feature", feature) if isinstance(feature, Mapping) else None
-        if isinstance(inner, Mapping) and inner.get("_type") == "ClassLabel" and inner.get("names"):
-            names[column] = inner["names"]
+        if isinstance(inner, Mapping) and inner.get("_type") == "ClassLabel":
+            own = inner.get("names")
+            names |= {column: own} if own and isinstance(own, list | tuple) else {}
     for located in records:
         named = {
             column: _class_name(located.record[column], own)

@@ -23,7 +23,7 @@ from starlette.responses import FileResponse, Response
 
 from softprompt.artifacts import installed_versions, local_prompts
 from softprompt.backbone import freeze, load_base
-from softprompt.errors import UsageError
+from softprompt.errors import UpstreamError, UsageError
 from softprompt.generation import AnswerSource, Batcher, Scorer, ScoreSource
 from softprompt.server import chat, classify, completions, embeddings, models, responses
 from softprompt.server.access_log import AccessLog
@@ -280,6 +280,8 @@ async def ready(request: Request) -> dict[str, str]:
         raise Problem(503, "the server is stopping")
     if not service.batcher.healthy:
         failure = service.batcher.failure
+        if isinstance(failure, UpstreamError):  # which needs no restart of this server
+            raise Problem(503, str(failure))
         # The class name only: the message may hold private data.
         why = f" ({type(failure).__name__})" if failure else ""
         raise Problem(503, f"the engine has stopped{why}; see the log and restart the server")

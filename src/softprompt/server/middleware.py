@@ -59,14 +59,7 @@ class Keys:
         """
         if path is None:
             return cls()
-        try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"the file of keys {path} cannot be read ({error})") from error
-        keys = [line.strip() for line in lines if line.strip()]
-        if not keys:
-            raise UsageError(f"the file of keys {path} is empty; put one key on each line")
-        return cls.of(keys)
+        return cls.of(keys_in(path))
 
     def accept(self, key: str) -> bool:
         """Whether a key is among these; takes the same time for every key."""
@@ -78,6 +71,19 @@ class Keys:
 
     def __bool__(self) -> bool:
         return bool(self.digests)
+
+
+def keys_in(path: str) -> list[str]:
+    """Return the keys in a file, one a line; raises UsageError if it cannot be read, or is empty."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UsageError(f"the file of keys {path} cannot be read ({why})") from error
+    keys = [line.strip() for line in lines if line.strip()]
+    if not keys:
+        raise UsageError(f"the file of keys {path} is empty; put one key on each line")
+    return keys
 
 
 @dataclass(frozen=True, slots=True)

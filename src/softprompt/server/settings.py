@@ -7,13 +7,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
 from typing import Literal
+from urllib.parse import urlsplit
 
 from softprompt.errors import ConfigError
 from softprompt.fields import check, from_mapping, setting
 from softprompt.generation import Bounds
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+")
-_SERVER_ADDRESS = re.compile(r"https?://[^/?#\s]+(/[^?#\s]*)?")
+_SERVER_ADDRESS = re.compile(r"https?://[^/?#@\s]+(/[^?#\s]*)?")
+"""Without a name and password, which would be in logs and metrics."""
 _SERVER, _ACCESS, _PROMPTS = "Model and address", "Access", "Prompts"
 _LIMITS, _TIMES = "Request limits", "Timeouts"
 
@@ -110,7 +112,7 @@ class ServeSettings:
         if (self.engine == "vllm") != bool(addresses):
             raise ConfigError("engine vllm and upstream go together: --engine vllm --upstream http://host:8000")
         for address in addresses:
-            if not _SERVER_ADDRESS.fullmatch(address):
+            if not _is_address(address):
                 raise ConfigError(f"upstream expects an address such as http://host:8000, got {address!r}")
         for origin in self.allowed_origin:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
@@ -128,3 +130,10 @@ class ServeSettings:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+
+def _is_address(text: str) -> bool:
+    try:
+        return _SERVER_ADDRESS.fullmatch(text) is not None and urlsplit(text).port != 0
+    except ValueError:  # no port, or no IPv6 address
+        return False

@@ -62,7 +62,7 @@ class UpstreamAnswers:
     @property
     def failure(self) -> Exception | None:
         """Why none is."""
-        return None if self.healthy else UpstreamError("no vLLM server can be reached")
+        return None if self.healthy else UpstreamError("no vLLM server behind this one can be used")
 
     @property
     def stats(self) -> BatcherStats:

@@ -1,7 +1,8 @@
 """The vLLM servers: which of them is asked, and what their failures mean to a client.
 
 They are asked in turn. One that cannot be reached, or breaks off, is set aside for some seconds. A request goes to
-the next server only where nothing of it was sent.
+the next server only where nothing of it was sent: where one cannot be reached, is no longer what it was, or has not
+what the request needs.
 """
 
 from __future__ import annotations
@@ -14,13 +15,21 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, final
 
 import httpx
 
-from softprompt.errors import NotServingError, QueueFullError, ServingError, UpstreamError, excerpt
+from softprompt.errors import (
+    ConfigError,
+    NotServingError,
+    QueueFullError,
+    ServingError,
+    SoftPromptError,
+    UpstreamError,
+    excerpt,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +131,8 @@ class Fleet:
         self._ask = ask
         self._client = client
         self._turn = 0
+        self._stopped = False
+        self._guard = threading.Lock()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="softprompt-upstream", daemon=True)
         self._thread.start()
@@ -142,10 +153,11 @@ class Fleet:
         Raises:
             NotServingError: It has been stopped.
         """
-        if not self._thread.is_alive():
-            work.close()
-            raise NotServingError("serving has stopped and takes no more requests; ask another server")
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._guard:  # what is given to a loop that ends would be waited for without end
+            if not self._stopped:
+                return asyncio.run_coroutine_threadsafe(work, self._loop)
+        work.close()
+        raise NotServingError("serving has stopped and takes no more requests; ask another server")
 
     async def ask_all(self) -> None:
         """Ask every server for its facts; raises UpstreamError, with the reasons, where none can be used."""
@@ -154,16 +166,18 @@ class Fleet:
             try:
                 with self._failing(server):
                     await self._known(server)
-            except (*_NOT_SENT, UpstreamError) as error:
+            except (*_NOT_SENT, ServingError) as error:
                 problems.append(f"{server.address}: {error}")
         if len(problems) == len(self.servers):
             raise UpstreamError(f"no vLLM server can be used ({'; '.join(problems)})")
 
     async def whole(self, make: Callable[[UpstreamFacts], UpstreamRequest]) -> Any:
         """Return the JSON answer to what ``make`` asks of the server whose turn it is; raises as ``events``."""
-        async with self._sent(make) as (_, response):
-            data = await response.aread()
-        return json.loads(data)
+        async with self._sent(make) as (question, response):
+            answer = json.loads(await response.aread())
+            if question.ids is not None:
+                check_ids(question, answer.get("prompt_token_ids") or ())
+            return answer
 
     async def events(self, make: Callable[[UpstreamFacts], UpstreamRequest]) -> AsyncGenerator[Body]:
         """Yield the events of a streamed answer; leaving early hangs up, which ends it there.
@@ -174,6 +188,7 @@ class Fleet:
             ServingError: The server refuses the request.
         """
         async with self._sent(make) as (question, response):
+            checked = question.ids is None
             async for line in response.aiter_lines():
                 if not line.startswith("data:"):
                     continue
@@ -183,15 +198,18 @@ class Fleet:
                 event = json.loads(data)
                 if "error" in event:
                     raise refusal_of(500, data.encode())
-                if question.ids is not None and (seen := event.get("prompt_token_ids")):
-                    check_ids(question, seen)
+                if not checked:  # the first event has them
+                    check_ids(question, event.get("prompt_token_ids") or ())
+                    checked = True
                 yield event
             raise httpx.RemoteProtocolError("the stream has no end")
 
     def stop(self) -> None:
         """End everything that runs, and the thread."""
-        if self._thread.is_alive():
-            self.run(self._end()).result()
+        with self._guard:
+            first, self._stopped = not self._stopped, True
+        if first:
+            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
@@ -207,23 +225,33 @@ class Fleet:
     async def _sent(
         self, make: Callable[[UpstreamFacts], UpstreamRequest]
     ) -> AsyncIterator[tuple[UpstreamRequest, httpx.Response]]:
-        """Send a request to the first server that can be reached; its answer has the status 200."""
+        """Send a request and give its answer, of the status 200, whose body is left to be read."""
+        server, question, response = await self._reached(make)
+        with self._failing(server):
+            try:
+                if response.status_code != 200:
+                    raise refusal_of(response.status_code, await response.aread())
+                yield question, response
+            finally:
+                await response.aclose()
+
+    async def _reached(
+        self, make: Callable[[UpstreamFacts], UpstreamRequest]
+    ) -> tuple[UpstreamServer, UpstreamRequest, httpx.Response]:
+        """Send a request to the first server that can be reached and has what it needs, once."""
+        problem: SoftPromptError | None = None
         for server in self._in_turn():
-            with self._failing(server):
-                try:
+            try:
+                with self._failing(server):
                     question = make(await self._known(server))
-                    response = await server.send(question)
-                except _NOT_SENT as error:
-                    self._set_aside(server, "connect", error)
-                    continue
-                try:
-                    if response.status_code != 200:
-                        raise refusal_of(response.status_code, await response.aread())
-                    yield question, response
-                    return
-                finally:
-                    await response.aclose()
-        raise UpstreamError("none of the vLLM servers behind this one can be reached; try again later")
+            except _NOT_SENT:
+                continue
+            except (ConfigError, ServingError) as error:
+                problem = error
+                continue
+            with suppress(*_NOT_SENT), self._failing(server):
+                return server, question, await server.send(question)
+        raise problem or UpstreamError("none of the vLLM servers behind this one can be reached; try again later")
 
     async def _known(self, server: UpstreamServer) -> UpstreamFacts:
         async with server.asking:
@@ -233,11 +261,15 @@ class Fleet:
             return server.facts
 
     def _in_turn(self) -> list[UpstreamServer]:
-        """Return the servers in the order in which they are tried: those set aside last, the longest ago first."""
+        """Return the servers in the order in which they are tried.
+
+        Last come those set aside, the longest ago first, and those that are being asked what they are.
+        """
         first, self._turn = self._turn, (self._turn + 1) % len(self.servers)
         now = time.monotonic()
         turned = self.servers[first:] + self.servers[:first]
-        return sorted(turned, key=lambda server: server.aside_until if server.aside_until > now else 0.0)
+        aside = {each: now if each.asking.locked() else each.aside_until for each in turned}
+        return sorted(turned, key=lambda server: aside[server] if aside[server] >= now else 0.0)
 
     @contextmanager
     def _failing(self, server: UpstreamServer) -> Iterator[None]:
@@ -250,7 +282,7 @@ class Fleet:
         except httpx.TimeoutException as error:
             self._set_aside(server, "timeout", error)
             raise UpstreamError("the vLLM server behind this one did not answer in time; try again") from error
-        except (httpx.HTTPError, json.JSONDecodeError) as error:
+        except (httpx.HTTPError, json.JSONDecodeError, UnicodeDecodeError) as error:
             self._set_aside(server, "broken", error)
             raise UpstreamError("the vLLM server behind this one broke off; try again") from error
         except UpstreamError as error:

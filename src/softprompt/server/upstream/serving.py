@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from softprompt.errors import ServingError, SoftPromptError, UpstreamError, UsageError
+from softprompt.errors import QueueFullError, ServingError, SoftPromptError, UpstreamError, UsageError
 from softprompt.generation import AnswerRules, GenerationOptions, Request
 from softprompt.prompts import KEY_VALUE_METHODS, Prompt
+from softprompt.server.middleware import keys_in
 from softprompt.server.upstream.answers import UpstreamAnswers, scores_of
 from softprompt.server.upstream.carriage import NO_EMBEDS, Carriage
 from softprompt.server.upstream.fleet import Fleet, UpstreamFacts, UpstreamRequest, UpstreamServer, check_ids
@@ -42,10 +42,12 @@ def upstream_of(base: Base, settings: ServeSettings) -> tuple[UpstreamAnswers, U
     carriage = Carriage(base, rules.eos_ids, settings.bounds.max_prompts_resident)
 
     async def ask(server: UpstreamServer) -> UpstreamFacts:
-        return await asked(server, base, carriage)
+        try:
+            return await asked(server, base, carriage)
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise UpstreamError("it does not answer as vLLM does; see --upstream") from error
 
-    key = None if settings.upstream_key_file is None else Path(settings.upstream_key_file).read_text().strip()
-    fleet = Fleet(settings.upstream, ask, seconds=settings.upstream_seconds, key=key)
+    fleet = Fleet(settings.upstream, ask, seconds=settings.upstream_seconds, key=_key(settings.upstream_key_file))
     try:
         fleet.run(fleet.ask_all()).result()
     except SoftPromptError as error:
@@ -56,6 +58,15 @@ def upstream_of(base: Base, settings: ServeSettings) -> tuple[UpstreamAnswers, U
     answers = UpstreamAnswers(base, settings.bounds, own, carriage, fleet)
     takes = bool(carriage.extra) or any(facts.takes_embeds for facts in fleet.facts)
     return answers, UpstreamScores(base, settings.bounds, carriage, fleet), partial(why_not_on_vllm, takes)
+
+
+def _key(path: str | None) -> str | None:
+    if path is None:
+        return None
+    first, *more = keys_in(path)
+    if more or not (first.isascii() and first.isprintable()):
+        raise UsageError(f"the file {path} is to hold one API key, on one line, of ASCII characters")
+    return first
 
 
 def why_not_on_vllm(takes: bool, config: Mapping[str, Any]) -> str:
@@ -101,10 +112,10 @@ async def asked(server: UpstreamServer, base: Base, carriage: Carriage) -> Upstr
     try:
         found = await _scored(server, carriage.question(behind, embeds, stream=False))
     except ServingError as error:
-        if isinstance(error, UpstreamError):
+        if isinstance(error, UpstreamError | QueueFullError):
             raise
         return facts
-    if any(abs(found.get(token, value) - value) > _ALIKE for token, value in expected.items()):
+    if not alike(expected, found):
         raise UpstreamError(
             f"it has another model than {base.name}, whose embeddings of a text give other log-probabilities than "
             "the text's ids; pass the --base-model that vLLM serves"
@@ -115,7 +126,16 @@ async def asked(server: UpstreamServer, base: Base, carriage: Carriage) -> Upstr
         beside = await _scored(server, question)
     except ServingError:  # its template puts more than it is given, or does not know such parts
         return embeds
-    return parts if question.ids is not None and beside.keys() == found.keys() else embeds
+    return parts if question.ids is not None and alike(found, beside) else embeds
+
+
+def alike(one: Mapping[int, float], other: Mapping[int, float]) -> bool:
+    """Whether log p of the likeliest tokens may be of one input; a token that one does not list is no likelier."""
+    least = min(other.values())
+    return all(
+        abs(other[token] - value) <= _ALIKE if token in other else value <= least + _ALIKE
+        for token, value in one.items()
+    )
 
 
 async def _scored(server: UpstreamServer, question: UpstreamRequest) -> dict[int, float]:
