@@ -50,6 +50,7 @@ from .session import Member as Member
 from .session import Session as Session
 from .session import Trained as Trained
 from .session import candidate_of as candidate_of
+from .session import ended_by as ended_by
 from .session import identity as identity
 from .session import require_alike as require_alike
 from .session import stages_of as stages_of

@@ -15,7 +15,14 @@ from typing import Any, final
 from torch import Tensor
 
 from softprompt.engine import EngineRow, require_gradient, score_of
-from softprompt.errors import ConfigError, DistributedError, ProcessLostError, TrainingError, TrainingInterrupted
+from softprompt.errors import (
+    ConfigError,
+    DistributedError,
+    ProcessLostError,
+    SoftPromptError,
+    TrainingError,
+    TrainingInterrupted,
+)
 from softprompt.prompts import CPTConfig, PromptModule, context_labels
 from softprompt.training.collapse import CollapseWatch
 from softprompt.training.events import Callbacks, Events
@@ -327,10 +334,7 @@ class Session:
             saving.now()
             first = members[0]
             where = f"update {first.state.update} (epoch {first.state.epoch + 1}{first.stage.of})"
-            message = how_to_go_on(f"after {where}", self._output)
-            if isinstance(error, ProcessLostError):
-                raise ProcessLostError(f"{error}; {message}" if world().is_main else str(error)) from None
-            raise TrainingInterrupted(message) from None
+            raise ended_by(error, how_to_go_on(f"after {where}", self._output)) from None
         for member in going:
             if member.name not in self.problems:
                 member.end()
@@ -340,6 +344,13 @@ class Session:
         if self._output is not None:
             snapshots = self._found | {each.name: each.snapshot() for each in self._members}
             save_states(self._output, snapshots, identity(self._members[0].prepared))
+
+
+def ended_by(error: TrainingInterrupted | ProcessLostError, message: str) -> SoftPromptError:
+    """Return the error of a run that was stopped, or lost a process; how to go on is the first one's to say."""
+    if isinstance(error, ProcessLostError):
+        return ProcessLostError(f"{error}; {message}" if world().is_main else str(error))
+    return TrainingInterrupted(message)
 
 
 def identity(prepared: Prepared) -> dict[str, Any]:
