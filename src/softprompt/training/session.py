@@ -15,14 +15,7 @@ from typing import Any, final
 from torch import Tensor
 
 from softprompt.engine import EngineRow, require_gradient, score_of
-from softprompt.errors import (
-    ConfigError,
-    DistributedError,
-    ProcessLostError,
-    SoftPromptError,
-    TrainingError,
-    TrainingInterrupted,
-)
+from softprompt.errors import ConfigError, DistributedError, ProcessLostError, TrainingError, TrainingInterrupted
 from softprompt.prompts import CPTConfig, PromptModule, context_labels
 from softprompt.training.collapse import CollapseWatch
 from softprompt.training.events import Callbacks, Events
@@ -38,7 +31,7 @@ from softprompt.training.objectives import (
     likelihood_of,
 )
 from softprompt.training.optimisation import build_optimizer
-from softprompt.training.output import how_to_go_on, state_path
+from softprompt.training.output import ended_by, how_to_go_on, state_path
 from softprompt.training.preparation import Prepared, teacher_prompt
 from softprompt.training.sampling import Sampling
 from softprompt.training.settings import DISTILLATION_WEIGHT
@@ -344,13 +337,6 @@ class Session:
         if self._output is not None:
             snapshots = self._found | {each.name: each.snapshot() for each in self._members}
             save_states(self._output, snapshots, identity(self._members[0].prepared))
-
-
-def ended_by(error: TrainingInterrupted | ProcessLostError, message: str) -> SoftPromptError:
-    """Return the error of a run that was stopped, or lost a process; how to go on is the first one's to say."""
-    if isinstance(error, ProcessLostError):
-        return ProcessLostError(f"{error}; {message}" if world().is_main else str(error))
-    return TrainingInterrupted(message)
 
 
 def identity(prepared: Prepared) -> dict[str, Any]:
