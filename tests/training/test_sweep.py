@@ -12,10 +12,11 @@ import torch
 
 import softprompt
 from softprompt.cli.main import run
-from softprompt.errors import ConfigError, TrainingError, TrainingInterrupted, UsageError
+from softprompt.errors import ConfigError, ProcessLostError, TrainingError, TrainingInterrupted, UsageError
 from softprompt.training import Events, TuneSettings, tune
 from softprompt.training.gradients import Step
 from softprompt.training.output import state_path
+from softprompt.training.sweeps import halving
 from softprompt.training.sweeps.halving import steps_of_rungs
 from softprompt.training.sweeps.space import SweepSettings, grid_of
 
@@ -117,6 +118,19 @@ def test_an_interrupted_sweep_ends_as_if_it_never_was(swept, llama, tmp_path, mo
     resumed = softprompt.sweep(llama, RECORDS, HELD_OUT, output=tmp_path, resume=True)
     assert resumed.to_dict() == straight.to_dict()
     assert torch.equal(values(resumed.prompt), values(straight.prompt))
+
+
+def test_a_sweep_that_loses_a_process_says_how_to_go_on(llama, tmp_path, monkeypatch):
+    def lost(*given, **options):
+        raise ProcessLostError("rank 1 of 2 ended: without a word")
+
+    monkeypatch.setattr(halving, "train_together", lost)
+    said = (
+        f"^rank 1 of 2 ended: .*; training was stopped in rung 1 .* softprompt sweep --resume --output {tmp_path}"
+    )
+    with pytest.raises(ProcessLostError, match=said):
+        softprompt.sweep(llama, RECORDS, HELD_OUT, output=tmp_path / "out", space=SPACE, **SETTINGS)
+    assert state_path(tmp_path / "out").exists()
 
 
 def test_a_sweep_needs_records_to_decide_by(llama, tmp_path):

@@ -19,6 +19,7 @@ from .output import SEAL as SEAL
 from .output import claimed as claimed
 from .output import clear_state as clear_state
 from .output import damaged as damaged
+from .output import ended_by as ended_by
 from .output import how_to_go_on as how_to_go_on
 from .output import kept_if_resumable as kept_if_resumable
 from .output import read_sealed as read_sealed

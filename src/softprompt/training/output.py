@@ -22,7 +22,15 @@ from pathlib import Path
 from typing import TextIO
 
 from softprompt.artifacts import remove_leftovers, require_empty, require_no_file, write_atomically
-from softprompt.errors import ArtifactError, OutputExistsError, TrainingError, TrainingInterrupted, UsageError
+from softprompt.errors import (
+    ArtifactError,
+    OutputExistsError,
+    ProcessLostError,
+    SoftPromptError,
+    TrainingError,
+    TrainingInterrupted,
+    UsageError,
+)
 from softprompt.world import world
 
 try:
@@ -133,6 +141,13 @@ def how_to_go_on(where: str, output: Path | None) -> str:
     if output is None:
         return f"training was stopped {where}; nothing is saved, since the run has no output directory"
     return f"training was stopped {where}; its state is saved, continue with: {resume_command(output)}"
+
+
+def ended_by(error: TrainingInterrupted | ProcessLostError, message: str) -> SoftPromptError:
+    """Return the error of a run that was stopped, or lost a process; how to go on is the first one's to say."""
+    if isinstance(error, ProcessLostError):
+        return ProcessLostError(f"{error}; {message}" if world().is_main else str(error))
+    return TrainingInterrupted(message)
 
 
 def resume_command(output: Path) -> str:

@@ -31,7 +31,7 @@ from softprompt.training.objectives import (
     likelihood_of,
 )
 from softprompt.training.optimisation import build_optimizer
-from softprompt.training.output import how_to_go_on, state_path
+from softprompt.training.output import ended_by, how_to_go_on, state_path
 from softprompt.training.preparation import Prepared, teacher_prompt
 from softprompt.training.sampling import Sampling
 from softprompt.training.settings import DISTILLATION_WEIGHT
@@ -327,10 +327,7 @@ class Session:
             saving.now()
             first = members[0]
             where = f"update {first.state.update} (epoch {first.state.epoch + 1}{first.stage.of})"
-            message = how_to_go_on(f"after {where}", self._output)
-            if isinstance(error, ProcessLostError):
-                raise ProcessLostError(f"{error}; {message}" if world().is_main else str(error)) from None
-            raise TrainingInterrupted(message) from None
+            raise ended_by(error, how_to_go_on(f"after {where}", self._output)) from None
         for member in going:
             if member.name not in self.problems:
                 member.end()

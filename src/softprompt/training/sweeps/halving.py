@@ -12,7 +12,7 @@ from typing import Any, final
 
 import torch
 
-from softprompt.errors import TrainingError, TrainingInterrupted
+from softprompt.errors import ProcessLostError, TrainingError, TrainingInterrupted
 from softprompt.training import (
     Candidate,
     Member,
@@ -22,6 +22,7 @@ from softprompt.training import (
     StopSignal,
     Trained,
     TuneSettings,
+    ended_by,
     how_to_go_on,
     identity,
     quality_of,
@@ -148,9 +149,9 @@ class Halving:
                 for tried, candidate in zip(going, candidates, strict=True):
                     ended = until is None or candidate.state.update < until  # as by its patience
                     self._measure(tried, candidate, ended=ended)
-        except TrainingInterrupted:
+        except (TrainingInterrupted, ProcessLostError) as error:
             self._save()
-            raise TrainingInterrupted(how_to_go_on(f"in {title}", self._output)) from None
+            raise ended_by(error, how_to_go_on(f"in {title}", self._output)) from None
         self._save()
 
     def keep(self, group: Sequence[Tried], count: int) -> list[Tried]:
