@@ -2,8 +2,9 @@
 
 Every method of a pair (`quality_pairs.py`) gets the same rows, updates and batch. Cells are run one after the
 other, most telling first, and each is appended to a JSON-lines file when it is done; cells that are there are
-skipped, so a run goes on where it was killed; those behind docs/quality.md are in `quality.jsonl`. The best of a grid is chosen by its test score at the first seed,
-which favours large grids (PEFT's has twelve cells), and then run with the other seeds.
+skipped, so a run goes on where it was killed; those behind docs/quality.md are in `quality.jsonl`. The best of a
+grid is chosen by its test score at the first seed, which favours large grids (PEFT's has twelve cells), and then
+run with the other seeds.
 
     python bench/quality.py [--only TEXT ...] [--smollm2 FOLDER] [--data ../shared/data]
     python bench/quality.py --report docs/quality.md      # writes its tables anew
