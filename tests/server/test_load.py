@@ -34,6 +34,7 @@ FIRED = (
 )
 
 
+@pytest.mark.slow
 def test_every_answer_under_load_is_the_answer_alone():
     script = ROOT / "bench" / "serving_load.py"
     size = ["--seconds", "10", "--prompts", "4", "--each", "4", "--clients", "6"]
