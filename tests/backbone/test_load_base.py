@@ -11,6 +11,7 @@ import torch
 import transformers as tf
 
 from oracles.families import ENCODERS, build, causal, seq2seq
+from oracles.foreign_code import base_with_code
 from oracles.tokenizers import byte_bpe
 from softprompt.backbone import load_base, weights_hash
 from softprompt.errors import BackboneError, ConfigError
@@ -133,18 +134,8 @@ def test_a_folder_that_needs_its_own_code_is_refused(tmp_path):
 
 @pytest.mark.parametrize("answer", ["y\n", ""])
 def test_code_beside_a_model_or_a_tokenizer_runs_only_where_the_user_says_so(tmp_path, monkeypatch, answer):
-    folder, mark = tmp_path / "base", tmp_path / "ran"
-    causal("llama").save_pretrained(folder)
-    byte_bpe().save_pretrained(folder)
-    config = folder / "config.json"
-    auto = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "mine", "auto_map": auto}))
-    code = f"open({str(mark)!r}, 'w').close()\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
-    code += "class Config(LlamaConfig):\n    model_type = 'mine'\n"
-    (folder / "code.py").write_text(code + "class Model(LlamaForCausalLM):\n    config_class = Config\n")
+    folder, mark = base_with_code(tmp_path, monkeypatch)
     monkeypatch.setattr("sys.stdin", io.StringIO(answer))  # transformers would ask
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     with pytest.raises(BackboneError, match="would run code"):
         load_base(folder)
     assert not mark.exists()

@@ -78,16 +78,22 @@ def tracked(folder, output):
     return {"told": told}
 
 
-def stopped(folder, output):
-    """A run that one of the processes is asked to stop, from its fourth update on."""
+def signalled(number, update):
+    """Have the last process send itself a signal after an update; return what told of updates before."""
     told = Events.update
 
     def tell(self, state, loss):
         told(self, state, loss)
-        if state.update == 4 and launched().rank == launched().size - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if state.update == update and launched().rank == launched().size - 1:
+            os.kill(os.getpid(), number)
 
     Events.update = tell
+    return told
+
+
+def stopped(folder, output):
+    """A run that one of the processes is asked to stop, from its fourth update on."""
+    told = signalled(signal.SIGTERM, update=4)
     try:
         tuned_of(folder, output)
     except SoftPromptError as error:
@@ -169,14 +175,7 @@ JOBS |= {name: method_job(options) for name, options in METHODS.items()}
 
 def killed(folder):
     """The command line, whose last process is killed at its sixth update."""
-    told = Events.update
-
-    def tell(self, state, loss):
-        told(self, state, loss)
-        if state.update == 6 and launched().rank == launched().size - 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    Events.update = tell
+    signalled(signal.SIGKILL, update=6)
     words = ["tune", "--base-model", folder / "llama", "--train-data", folder / "train.jsonl", "--batch-size", 4]
     words += ["--num-epochs", 3, "--num-virtual-tokens", 3, "--output", folder / "killed", "--accumulate-steps", 2]
     sys.exit(run([*map(str, words)]))

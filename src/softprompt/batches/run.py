@@ -67,13 +67,11 @@ def run_batch(
     except ImportError as error:
         raise ConfigError("--ray needs Ray: pip install 'softprompt[ray]'") from error
     paths, reader = _listed(data)
-    files = hashlib.sha256("\n".join(paths).encode()).hexdigest()[
-        :12
-    ]  # another one would move the records behind it
+    listed = hashlib.sha256("\n".join(paths).encode()).hexdigest()
     plan = {
         "asked": asdict(asked),
         "data": list(data),
-        "files": files,
+        "files": listed[:12],  # others would move the records behind them
         "part_size": how.part_size,
         "format": how.output_format,
     }
