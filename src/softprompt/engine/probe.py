@@ -266,8 +266,8 @@ def _run(
 _FARTHEST = 2.0**-4
 """How far a prompt is moved at most to see what its gradient is worth, relative to its norm."""
 
-_CHANGES = (0.3, 0.03, 0.003)
-"""By how many nats it is moved."""
+_CHANGES = (0.3, 0.03, 0.003, 0.001)
+"""By how many nats it is moved; the last only where rounding leaves half of it, for scores bent so sharply."""
 
 _UNDEFINED = "an autograd kernel was not registered"
 """What torch says of an operation that it takes to have no gradient, and goes on."""
@@ -325,7 +325,7 @@ def _slope_problem(
             return f"none comes back to the keys and values of layer {unfed}, which it reads"
     size = math.hypot(*(float(each.double().norm()) for each in prompt.tensors))
     found = []
-    for nats in _CHANGES:
+    for nats in _CHANGES if hidden < _CHANGES[-1] / 2 else _CHANGES[:-1]:
         length = min(nats / slope, _FARTHEST * (size or 1.0))
         ends = []
         for sign in (1, -1):
