@@ -63,7 +63,8 @@ def wanted(pair: Pair, results: Results, phase: int) -> Iterator[Cell]:
     elif phase == 2:
         yield from [cell for cells in others(pair, stores).values() for cell in cells]
         yield from again(Cell(pair, "few-shot"), SEEDS if pair.shots and stores else ())
-        yield from [Cell(pair, "peft-real", "SAMPLE_VOCAB", 1e-1)] if stores else []
+        first = stores and pair is next(each for each in PAIRS if each.base == pair.base)
+        yield from [Cell(pair, "peft-real", "SAMPLE_VOCAB", 1e-1)] if first else []
     else:
         yield from [cell for cells in others(pair, stores).values() for cell in again(best(cells, results))]
 
@@ -86,9 +87,10 @@ def sweep(pair: Pair) -> Iterator[Cell]:
 
 
 def others(pair: Pair, stores: Sequence[str]) -> dict[str, list[Cell]]:
-    """Return the cells of LoRA, full fine-tuning, and prompts of keys and values."""
-    tuned = {method: [Cell(pair, method, rate=rate) for rate in rates] for method, rates in CEILINGS.items()}
-    texts = ["", "TEXT"] if stores and not pair.seq2seq else [""]
+    """Return the cells of LoRA, full fine-tuning, and prompts of keys and values; of a thin pair the middle rate."""
+    ceilings = {method: rates[1:2] if pair.thin else rates for method, rates in CEILINGS.items()}
+    tuned = {method: [Cell(pair, method, rate=rate) for rate in rates] for method, rates in ceilings.items()}
+    texts = [""] if pair.seq2seq or not stores else ["TEXT"] if pair.thin else ["", "TEXT"]
     return tuned | {"stores": [Cell(pair, method, init) for method in stores for init in texts]}
 
 
