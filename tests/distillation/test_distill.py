@@ -90,7 +90,9 @@ def test_examples_are_shown_as_the_baseline_of_an_evaluation_shows_them():
     )
     assert teacher.prompts[0].tokens == shown.prompt().tokens
     assert teacher.manifest.labels == ("bad", "good")
-    assert teacher.answers([Question({"input": "text 1"}, None)])[0] in ("bad", "good")
+    (answered,) = teacher.answered([Question({"input": "text 1"}, None)])
+    assert set(answered.scores) == {"bad", "good"}
+    assert answered.answer == max(answered.scores, key=answered.scores.get)
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,7 @@ def stop_at(patch, owner, name, call):
 @pytest.mark.parametrize(
     ("kind", "owner", "method", "call", "where"),
     [
-        ("given", Teacher, "answers", 2, "while questions were answered"),
+        ("given", Teacher, "answered", 2, "while questions were answered"),
         ("studied", Teacher, "generate", 3, "while questions were answered"),
         ("given", Teacher, "targets", 2, "while the teacher read"),
     ],
@@ -132,7 +132,7 @@ def test_a_run_stopped_in_training_ends_bit_equal(chat_base, straight, tmp_path,
     ]
     with pytest.raises(UsageError, match="holds no interrupted run of tune"):
         softprompt.tune(output=output, resume=True)
-    calls = counted_calls(monkeypatch, "answers") + counted_calls(monkeypatch, "targets")
+    calls = counted_calls(monkeypatch, "answered") + counted_calls(monkeypatch, "targets")
     resumed = softprompt.distill(output=output, resume=True)
     assert calls == []
     assert torch.equal(resumed.prompt().input, tuned.prompt().input)

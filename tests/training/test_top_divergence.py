@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from oracles import families
 from softprompt.backbone import Base
 from softprompt.engine import EngineRow, ForestEngine
 from softprompt.prompts import Prompt
-from softprompt.training import TopDivergence, TopTargets
+from softprompt.training import LabelChoice, TopDivergence, TopTargets
 from softprompt.training.objectives import BatchLoss
 
 M, V = 7, 33
@@ -91,6 +92,28 @@ def test_a_row_finds_its_teacher_by_its_tokens_and_labels_are_mixed_in():
     wanted = kl[:3].sum() + 0.75 * kl[3:].sum() - 0.25 * log_p[3:].sum()
     torch.testing.assert_close(objective(rows, [0, 0]).loss, wanted, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(objective(rows[::-1], [0, 0]).loss, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("given", [0.0, 0.25])
+def test_a_choice_among_labels_adds_its_divergence_from_the_teachers(given):
+    model = families.tiny("llama")
+    engine = ForestEngine(Base(model, None, "tiny"), trusted=True)
+    prompt, labels = Prompt(torch.randn(2, model.config.hidden_size)), ((7, 8), (9,), (10, 11, 12))
+    rows = [EngineRow((5, 6), labels[2], prompt), EngineRow((5, 7), labels[0], prompt)]
+    taught = {(row.source, row.target): TopTargets.of(torch.randn(len(row.target), 64), 4) for row in rows}
+    scores = {key: [-1.0 * n, -2.0, -0.5] for n, key in enumerate(taught, start=1)}
+    weights = {(rows[1].source, rows[1].target): given}
+    with_choice = TopDivergence(engine, taught, weights, (), LabelChoice(engine, labels, 2.0), scores)
+    wanted = TopDivergence(engine, taught, weights)(rows, [0, 0]).loss
+    for row, part in zip(rows, (0.0, given), strict=True):
+        sums = [engine.target_log_probs([replace(row, target=ids)]).values.sum() for ids in labels]
+        teacher = (1 - part) * torch.tensor(scores[row.source, row.target]).softmax(0)
+        teacher[labels.index(row.target)] += part
+        wanted = wanted + 2.0 * (teacher * (teacher.log() - torch.stack(sums).log_softmax(0))).sum()
+    found = with_choice(rows, [0, 0])
+    torch.testing.assert_close(found.loss, wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(with_choice(rows[::-1], [0, 0]).loss, wanted, atol=1e-4, rtol=1e-4)
+    assert found.row_index.tolist() == [0, 0, 0, 1, 1]
 
 
 def test_weights_count_in_the_loss_alone():

@@ -85,6 +85,7 @@ class Question:
         kind: ``given``, or the kind of the seed it was asked by.
         labelled: Whether the answer was given.
         held_out: Whether it is kept apart.
+        scores: What the passage's reader gives each label as the answer, in nats; None without labels.
     """
 
     request: Mapping[str, Any]
@@ -93,6 +94,7 @@ class Question:
     kind: str = GIVEN
     labelled: bool = False
     held_out: bool = False
+    scores: Mapping[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; ``from_dict`` of them gives an equal question."""
@@ -241,13 +243,13 @@ class Study:
             found.append(replace(seed, request=request_of(asked, chat=self.chat)))
         return found
 
-    def add(self, questions: Sequence[Question], answers: Sequence[str]) -> None:
+    def add(self, questions: Sequence[Question]) -> None:
         """Take answered questions; those with an unusable answer are counted."""
-        for question, answer in zip(questions, answers, strict=True):
-            if reason := problem(answer):
+        for question in questions:
+            if reason := problem(question.answer or ""):
                 self.dropped[f"answers {reason}"] += 1
             else:
-                self.questions.append(replace(question, answer=answer))
+                self.questions.append(question)
 
 
 def request_of(text: str, *, chat: bool) -> dict[str, Any]:

@@ -227,8 +227,7 @@ def measured_on(
         top_k: Most likely tokens that are compared.
         check_stop: Called between passes.
     """
-    texts = iter(teacher.answers([each for each in questions if each.answer is None]))
-    answered = [replace(each, answer=next(texts)) if each.answer is None else each for each in questions]
+    answered = teacher.answered(questions, scored=False)
     asked, rows = _rows(answered, teacher, tuned)
     return Distilled(
         tuned, teacher, HeldOut(answered, asked, rows, teacher.targets(answered, asked, top_k, check_stop))

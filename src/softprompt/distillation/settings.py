@@ -91,6 +91,13 @@ class DistillSettings:
         most=1,
         group=_TEACHER,
     )
+    choice_weight: float | None = setting(
+        None,
+        "Weight of the teacher's choice among the examples' labels; by default 1 where they have labels.",
+        least=0,
+        most=1e6,
+        group=_TEACHER,
+    )
     max_source_length: int = setting(256, "Maximum length of a question, in tokens.", least=1, group=_QUESTIONS)
     max_target_length: int = setting(128, "Maximum length of an answer, in tokens.", least=1, group=_QUESTIONS)
     num_epochs: int = setting(8, "Number of training epochs.", least=1, group=_OPTIMISATION)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from softprompt.distillation import Question, Study, problem
@@ -38,13 +37,11 @@ def answered(given: Sequence[Question], teacher: Teacher, store: Store, check_st
         for start in range(saved["read"], len(given), BLOCK):
             check_stop()
             block = given[start : start + BLOCK]
-            texts = iter(teacher.answers([each for each in block if each.answer is None]))
-            for each in block:
-                answer = next(texts) if each.answer is None else each.answer
-                if not each.labelled and (reason := problem(answer)):
+            for each in teacher.answered(block):
+                if not each.labelled and (reason := problem(each.answer or "")):
                     dropped[f"answers {reason}"] += 1
                 else:
-                    found.append(replace(each, answer=answer))
+                    found.append(each)
             _save(store, found, dropped, read=start + len(block))
             bar.update(len(block))
     return _usable(found, dropped)
@@ -65,7 +62,7 @@ def studied(settings: DistillSettings, teacher: Teacher, store: Store, check_sto
             check_stop()
             before = len(study.questions)
             asked = study.kept([each for each, _ in seeds], teacher.generate(seeds))
-            study.add(asked, teacher.answers(asked))
+            study.add(teacher.answered(asked))
             _save(store, study.questions, study.dropped, drawn=study.drawn)
             bar.update(len(study.questions) - before)
     if len(study.questions) < sum(study.counts):

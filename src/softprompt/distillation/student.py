@@ -13,7 +13,15 @@ from softprompt.data import INPUT
 from softprompt.distillation import TEXT_RATE_PER_RMS, HeldOut, HeldOutMeasure, start_ids
 from softprompt.errors import ConfigError, DataError
 from softprompt.prompts import PROMPT_KEY, FlatOrder, PromptLearningConfig, from_tokens, lookup
-from softprompt.training import Goal, Prepared, TaskData, TopDivergence, TopTargets, prepare
+from softprompt.training import (
+    Goal,
+    LabelChoice,
+    Prepared,
+    TaskData,
+    TopDivergence,
+    TopTargets,
+    prepare,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,11 +112,16 @@ class Student:
         keys = [(row.source, row.target) for row in self.rows[:count]]
         labelled = [key for key, each in zip(keys, self.questions[:count], strict=True) if each.labelled]
         engine, size = self.prepared.engine, self.prepared.settings.batch_size
+        labels = self.prepared.tasks[0].labels or {}
+        choice = LabelChoice.of(engine, tuple(labels.values()), self.prepared.settings.choice_weight)
+        scores = [[(each.scores or {})[name] for name in labels] for each in self.questions[:count]]
         objective = TopDivergence(
             engine,
             dict(zip(keys, targets[:count], strict=True)),
             dict.fromkeys(labelled, label_weight),
             self.distractors,
+            choice,
+            dict(zip(keys, scores, strict=True)),
         )
         measure = HeldOutMeasure(engine, held_out, 2 * size, check_stop) if held_out.questions else None
         return replace(self.prepared, goal=Goal(objective, measure)), held_out
@@ -122,6 +135,10 @@ def check_student(teacher: Teacher, settings: DistillSettings) -> None:
     """
     configuration_of(teacher, settings)
     _start_ids(teacher, settings)
+    if settings.choice_weight and len(teacher.manifest.labels or ()) < 2:
+        raise ConfigError(
+            "choice_weight would be ignored: it needs examples with labels, two or more; leave it out"
+        )
     for path in settings.distractors:
         check_base(load_adapter(path), teacher.base.model)
     if settings.self_study and not teacher.manifest.chat and teacher.manifest.fields != (INPUT,):

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 import torch
 
@@ -122,19 +122,28 @@ class Teacher:
         ]
         return self._processes.split(requests, lambda own: [end.text for (end,) in self._decoder.run(own)])
 
-    def answers(self, questions: Sequence[Question]) -> list[str]:
-        """Return the answer to each question: the likeliest label where there are labels, or a greedy text."""
-        if self.manifest.labels is None:
+    def answered(self, questions: Sequence[Question], *, scored: bool = True) -> list[Question]:
+        """Return questions with an answer where they have none: the likeliest label, or a greedy text.
+
+        Args:
+            questions: The questions.
+            scored: Whether all get the scores of the labels where there are some, or only those without an answer.
+        """
+        labels = self.manifest.labels is not None
+        left = [i for i, each in enumerate(questions) if each.answer is None or (scored and labels)]
+        found = list(questions)
+        if not labels:
             room = max(1, self.manifest.max_target_length - 1)  # its end is a token too
             greedy = GenerationOptions(max_new_tokens=room)
-            return self.generate([(each, greedy) for each in questions])
-        found: dict[int, str] = {}
+            for i, text in zip(left, self.generate([(questions[i], greedy) for i in left]), strict=True):
+                found[i] = replace(questions[i], answer=text)
+            return found
         for passage, tuned in enumerate(self.tuned):
-            own = [i for i, each in enumerate(questions) if each.passage == passage]
+            own = [i for i in left if questions[i].passage == passage]
             asked = [questions[i].request for i in own]
-            labels = self._processes.split(asked, partial(_labels, tuned))
-            found |= dict(zip(own, labels, strict=True))
-        return [found[i] for i in range(len(questions))]
+            for i, each in zip(own, self._processes.split(asked, tuned.classify), strict=True):
+                found[i] = replace(questions[i], answer=questions[i].answer or each.label, scores=each.scores)
+        return found
 
     def targets(
         self, questions: Sequence[Question], rows: Sequence[TokenRow], k: int, check_stop: Callable[[], None]
@@ -152,10 +161,6 @@ class Teacher:
         engine = build_engine(self.base, self.engine_name)
         read = partial(targets_of, engine, k=k, batch_size=2 * self.batch_size, check_stop=check_stop)
         return self._processes.split(given, read)
-
-
-def _labels(tuned: TunedPrompt, asked: Sequence[Any]) -> list[str]:
-    return [each.label for each in tuned.classify(list(asked))]
 
 
 def targets_of(

@@ -1,6 +1,8 @@
 from .configuration import METHODS as METHODS
 from .configuration import has_setting as has_setting
 from .configuration import tuning_type_named as tuning_type_named
+from .divergence import TopDivergence as TopDivergence
+from .divergence import TopTargets as TopTargets
 from .events import Events as Events
 from .events import checked_callbacks as checked_callbacks
 from .examples import Data as Data
@@ -12,8 +14,7 @@ from .keywords import tracker_names as tracker_names
 from .loop import Candidate as Candidate
 from .loop import duration as duration
 from .loop import train_together as train_together
-from .objectives import TopDivergence as TopDivergence
-from .objectives import TopTargets as TopTargets
+from .objectives import LabelChoice as LabelChoice
 from .output import PLAN_FILE as PLAN_FILE
 from .output import SEAL as SEAL
 from .output import claimed as claimed

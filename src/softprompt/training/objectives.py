@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol, Self, TypeAlias, cast, final
+from typing import ClassVar, Protocol, Self, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -115,34 +115,46 @@ class LabelChoice:
     weight: float
     joins: ClassVar[bool] = True
 
+    @classmethod
+    def of(cls, engine: Engine, labels: tuple[tuple[int, ...], ...], weight: float | None) -> Self | None:
+        """Return the choice among labels at a weight, by default 1; None where there is none, or it is 0."""
+        weight = CHOICE_WEIGHT if weight is None else weight
+        return cls(engine, labels, weight) if len(labels) > 1 and weight else None
+
     def __call__(self, rows: Sequence[EngineRow], tasks: Sequence[int]) -> BatchLoss:
         """Score rows; see ``Objective``."""
-        offered = min(len(self.labels), OFFERED_LABELS)  # of each row, its own first
-        scores = self.engine.target_log_probs([each for row in rows for each in self._rows(row, offered)])
-        sums = scores.row_sums(len(rows) * offered).view(-1, offered)
+        scores = self.engine.target_log_probs(self.offered(rows))
+        sums = scores.row_sums(len(rows) * self.count).view(-1, self.count)
         choice = cross_entropy(sums, sums.new_zeros(len(rows), dtype=torch.long), reduction="none")
-        own = scores.row_index % offered == 0
-        return BatchLoss(scores.values[own], scores.row_index[own] // offered, self.weight * choice)
+        own = scores.row_index % self.count == 0
+        return BatchLoss(scores.values[own], scores.row_index[own] // self.count, self.weight * choice)
+
+    @property
+    def count(self) -> int:
+        """Labels that a row is offered."""
+        return min(len(self.labels), OFFERED_LABELS)
 
     @property
     def other_tokens(self) -> int:
         """Tokens that the other labels add to a row, at most."""
-        return sum(sorted(map(len, self.labels))[1 - min(len(self.labels), OFFERED_LABELS) :])
+        return sum(sorted(map(len, self.labels))[1 - self.count :])
 
-    def _rows(self, row: EngineRow, offered: int) -> list[EngineRow]:
-        """Return a row with its own label and with others; of many, some that the row alone decides."""
-        others = [ids for ids in self.labels if ids != row.target]
-        if len(others) >= offered:
-            others = random.Random(repr(row.source)).sample(others, offered - 1)
-        return [row, *(replace(row, target=ids) for ids in others)]
+    def offered(self, rows: Sequence[EngineRow]) -> list[EngineRow]:
+        """Return ``count`` rows for each: with its own label, then with others; of many, a draw of its own."""
+        found = []
+        for row in rows:
+            others = [ids for ids in self.labels if ids != row.target]
+            if len(others) >= self.count:
+                others = random.Random(repr(row.source)).sample(others, self.count - 1)
+            found += [row, *(replace(row, target=ids) for ids in others)]
+        return found
 
 
 def likelihood_of(
     engine: Engine, labels: tuple[tuple[int, ...], ...] = (), weight: float | None = None
 ) -> Objective:
     """Return the loss of targets, of which all are labels if there are any; ``weight`` is that of their choice."""
-    weight = CHOICE_WEIGHT if weight is None else weight
-    return LabelChoice(engine, labels, weight) if len(labels) > 1 and weight else Likelihood(engine)
+    return LabelChoice.of(engine, labels, weight) or Likelihood(engine)
 
 
 @final
@@ -236,125 +248,3 @@ class Distillation:
         chosen = log_p.gather(1, student.labels[:, None])[:, 0]
         penalty = self.weight * (divergence + distance.mean(dim=-1).sum())
         return BatchLoss(chosen, student.row_index, penalty)
-
-
-_NOTHING = -1e4
-"""Log of a mass that float32 cannot tell from zero; minus infinity would make a product with zero undefined."""
-
-
-@final
-@dataclass(frozen=True, slots=True, eq=False)
-class TopTargets:
-    """What a teacher predicts for M target tokens: its k most likely tokens, and the mass of all others.
-
-    Attributes:
-        ids: The teacher's most likely tokens, ``[M, k]``.
-        log_probs: Their log-probabilities, float32 ``[M, k]``.
-        tail: Log of the mass of all other tokens together, float32 ``[M]``.
-    """
-
-    ids: Tensor
-    log_probs: Tensor
-    tail: Tensor
-
-    @classmethod
-    def of(cls, logits: Tensor, k: int) -> Self:
-        """Keep the k largest of logits ``[M, V]``, all of them where V is smaller; on the CPU."""
-        logits = logits.detach().float()
-        _, ids = logits.topk(min(k, logits.shape[1]))
-        log_probs, tail = _of_classes(logits, ids)
-        return cls(ids.to("cpu", torch.int32), log_probs.cpu(), tail.cpu())
-
-    @classmethod
-    def joined(cls, parts: Sequence[TopTargets]) -> Self:
-        """Return those of several rows, one behind the other."""
-        return cls(*(torch.cat([getattr(each, name) for each in parts]) for name in ("ids", "log_probs", "tail")))
-
-    def part(self, start: int, end: int) -> TopTargets:
-        """Return those of the target tokens from ``start`` to ``end``."""
-        return TopTargets(self.ids[start:end], self.log_probs[start:end], self.tail[start:end])
-
-    def __len__(self) -> int:
-        return len(self.tail)
-
-    def divergence(self, logits: Tensor) -> Tensor:
-        """Return KL(teacher || student) in nats for each token, ``[M]``, of a student's logits ``[M, V]``.
-
-        The k tokens are a class each, and all others together one more, so it is at most the divergence over the
-        whole vocabulary, and equal to it where k is V (Eyuboglu et al. 2025, arXiv:2506.06266, without the tail).
-        """
-        ids = self.ids.to(logits.device, torch.long)
-        chosen, rest = _of_classes(logits.float(), ids)
-        student = torch.cat([chosen, rest[:, None]], dim=1)
-        teacher = torch.cat([self.log_probs, self.tail[:, None]], dim=1).to(logits.device)
-        return kl_div(student, teacher, log_target=True, reduction="none").sum(dim=1)
-
-    def agreement(self, logits: Tensor) -> Tensor:
-        """Return whether a student's most likely token is the teacher's, for each token, ``[M]``."""
-        return logits.argmax(dim=1) == self.ids[:, 0].to(logits.device)
-
-
-def _of_classes(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the log-probabilities of some tokens ``[M, k]`` and of all others together ``[M]``."""
-    whole = logits.logsumexp(dim=1)
-    chosen = logits.gather(1, ids) - whole[:, None]
-    if ids.shape[1] == logits.shape[1]:
-        return chosen, torch.full_like(whole, _NOTHING)
-    # 1 minus the others' sum would lose a small tail to rounding.
-    rest = logits.scatter(1, ids, -torch.inf).logsumexp(dim=1) - whole
-    return chosen, rest.clamp(min=_NOTHING)
-
-
-RowTokens: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
-"""Source and target of a row."""
-
-
-_UNDISTRACTED = 0.5
-"""Share of the batches without a distractor."""
-
-
-@final
-@dataclass(frozen=True, slots=True, eq=False)
-class TopDivergence:
-    """The divergence from what a teacher predicted for each target token, mixed with the likelihood of labels.
-
-    A row is known by its tokens: the student sees nothing else of it, so two rows of the same tokens could not be
-    taught different answers.
-
-    Attributes:
-        engine: Runs rows.
-        taught: What the teacher predicted for each row.
-        labels: The weight w of the likelihood in rows whose target is a label: their loss is
-            (1 - w) KL - w log p; rows that are not named have w = 0.
-        distractors: Keys and values ``[L, 2, A_kv, P, D]`` of other prompts; one of them stands before the
-            trained one in every second batch (arXiv:2606.04557), drawn by the batch's content.
-    """
-
-    engine: Engine
-    taught: Mapping[RowTokens, TopTargets]
-    labels: Mapping[RowTokens, float]
-    distractors: tuple[Tensor, ...] = ()
-    joins: ClassVar[bool] = False
-
-    def __call__(self, rows: Sequence[EngineRow], tasks: Sequence[int]) -> BatchLoss:
-        """Score rows; see ``Objective``."""
-        found = self.engine.predict(self._distracted(rows))
-        keys = [(row.source, row.target) for row in rows]
-        wanted = TopTargets.joined([self.taught[key] for key in keys])
-        each = [self.labels.get(key, 0.0) for key in keys]
-        with torch.set_grad_enabled(
-            any(each) and torch.is_grad_enabled()
-        ):  # without labels the likelihood is only reported
-            scores = found.log_probs()
-        weights = scores.values.new_tensor(each)[scores.row_index]
-        divergence = wanted.divergence(found.logits[found.predictor])
-        return BatchLoss(scores.values, scores.row_index, ((1 - weights) * divergence).sum(), weights)
-
-    def _distracted(self, rows: Sequence[EngineRow]) -> Sequence[EngineRow]:
-        """Return the rows of a batch with a distractor before their one prompt, or as they are."""
-        draw, prompt = random.Random(repr([row.source for row in rows])), rows[0].prompt
-        if not self.distractors or draw.random() < _UNDISTRACTED:
-            return rows
-        assert prompt is not None and prompt.prefix is not None
-        both = Prompt(prefix=torch.cat([draw.choice(self.distractors).to(prompt.prefix), prompt.prefix], dim=3))
-        return [replace(row, prompt=both) for row in rows]

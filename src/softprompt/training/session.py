@@ -18,6 +18,7 @@ from softprompt.engine import EngineRow, require_gradient, score_of
 from softprompt.errors import ConfigError, DistributedError, ProcessLostError, TrainingError, TrainingInterrupted
 from softprompt.prompts import CPTConfig, PromptModule, context_labels
 from softprompt.training.collapse import CollapseWatch
+from softprompt.training.divergence import TopDivergence
 from softprompt.training.events import Callbacks, Events
 from softprompt.training.loop import Candidate, train_together
 from softprompt.training.movement import Movement
@@ -27,7 +28,6 @@ from softprompt.training.objectives import (
     LabelChoice,
     Objective,
     TeacherPrompts,
-    TopDivergence,
     likelihood_of,
 )
 from softprompt.training.optimisation import build_optimizer
@@ -59,7 +59,7 @@ def stages_of(prepared: Prepared, earlier: Mapping[str, Tensor], check_stop: Cal
         ConfigError: There is no choice among labels that ``choice_weight`` could count.
     """
     weight, choice = prepared.settings.distillation_weight, prepared.settings.choice_weight
-    if choice and not isinstance(_likelihood(prepared), LabelChoice):
+    if choice and prepared.goal is None and not isinstance(_likelihood(prepared), LabelChoice):
         raise ConfigError(
             "choice_weight would be ignored: it needs one data set whose targets are labels, two or more, and "
             "another method than CPT; leave it out"
