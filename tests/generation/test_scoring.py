@@ -63,6 +63,19 @@ def test_normalised_scores_are_per_token(llama):
     assert torch.allclose(each, raw / torch.tensor([2.0, 4.0, 3.0]))
 
 
+def test_a_long_prompt_is_run_once_for_all_passes(llama, answer_log_prob, monkeypatch):
+    prompt = torch.randn(64, 32, generator=torch.Generator().manual_seed(3))
+    engine, lengths = build_engine(llama), []
+    score_labels(engine, Prompt(prompt), SOURCES, LABELS, batch_size=1)  # probes are over now
+    hook = llama.model.layers[0].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    scores = score_labels(engine, Prompt(prompt), SOURCES, LABELS, batch_size=1)
+    hook.remove()
+    assert len(lengths) == 1 + len(SOURCES)
+    assert sum(lengths) < 2 * 64
+    expected = torch.tensor([[answer_log_prob(llama, prompt, s, k) for k in LABELS] for s in SOURCES])
+    assert torch.allclose(scores, expected, atol=2e-5)
+
+
 class CountingEngine:
     name = "counting"
 

@@ -167,6 +167,11 @@ class Engine(ABC):
         self._facts: Facts = base.facts
 
     @property
+    def base(self) -> Base:
+        """What it runs."""
+        return self._base
+
+    @property
     def processes(self) -> World:
         """The processes that rows can be shared out to."""
         return split_of(self._base.model)

@@ -24,6 +24,8 @@ from softprompt.prompts import Prompt
 
 logger = logging.getLogger(__name__)
 
+_LONG, _MOST_KEPT = 64, 65536
+"""Virtual tokens from which on a prompt is kept between the passes of a call, and most that all prompts have."""
 _RETRY_SECONDS = 1.0
 _BREATH = 0.001
 """Seconds between two turns, in which who waits for the base gets its lock: locks are not fair by themselves."""
@@ -43,7 +45,7 @@ def score_rows(
     Rows may come in any order. Those of one source stay together, because the forest engine then runs it
     once; those of one prompt and of like lengths share passes, so that a prompt is run seldom and a padded
     engine pads little. A pass has at most ``max_rows`` rows and, if more than one, ``max_tokens`` tokens
-    (None is no limit). ``residents`` keep prompts in front as keys and values; None runs them in every pass.
+    (None is no limit). ``residents`` keep prompts in front as keys and values; None keeps long ones for the call.
 
     Raises:
         SoftPromptError: The rows do not fit the model.
@@ -51,12 +53,22 @@ def score_rows(
     """
     if max_rows < 1:
         raise ConfigError(f"batch_size expects at least 1 row, got {max_rows}")
+    if residents is None and len(rows) > max_rows:
+        residents = _for_one_call(engine, rows)
     own = rows if residents is None else residents.in_front(rows, engine)
     sums = torch.zeros(len(rows))
     for numbers in _passes(own, max_rows, max_tokens):
         part = [own[i] for i in numbers]
         sums[numbers] = engine.target_log_probs(part).row_sums(len(part)).float().cpu()
     return sums
+
+
+def _for_one_call(engine: Engine, rows: Sequence[EngineRow]) -> FrontPrompts | None:
+    """Return what keeps prompts between the passes of a call, such as a text before all; None if it is not worth it."""
+    lengths = {row.prompt: row.prompt.tokens for row in rows if row.prompt is not None}
+    if max(lengths.values(), default=0) < _LONG or sum(lengths.values()) > _MOST_KEPT:
+        return None
+    return FrontPrompts(engine.base, ResidentPrompts(len(lengths), sum(lengths.values())))
 
 
 def _passes(rows: Sequence[EngineRow], max_rows: int, max_tokens: int | None) -> list[list[int]]:
