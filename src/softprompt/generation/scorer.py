@@ -64,7 +64,7 @@ def score_rows(
 
 
 def _for_one_call(engine: Engine, rows: Sequence[EngineRow]) -> FrontPrompts | None:
-    """Return what keeps prompts between the passes of a call, such as a text before all; None if it is not worth it."""
+    """Return what keeps prompts between the passes of a call, such as a text before all; None if not worth it."""
     lengths = {row.prompt: row.prompt.tokens for row in rows if row.prompt is not None}
     if max(lengths.values(), default=0) < _LONG or sum(lengths.values()) > _MOST_KEPT:
         return None
