@@ -26,7 +26,7 @@ from softprompt.backbone.embedding_alone import embedding_alone
 from softprompt.backbone.sharding import device_of_process, reading, shard_layers
 from softprompt.backbone.state import is_encoder_decoder
 from softprompt.bundled import DEMO, source_of
-from softprompt.errors import BackboneError, ConfigError, nearest, no_folder
+from softprompt.errors import BackboneError, ConfigError, first_line, nearest, no_folder
 from softprompt.progress import phase
 
 _trusting: ContextVar[bool] = ContextVar("trusting", default=False)
@@ -191,9 +191,7 @@ def parse_device(value: str) -> torch.device:
         device = torch.device(value)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as cause:
-        raise ConfigError(
-            f"device {value!r} cannot be used here ({str(cause).splitlines()[0]}); try 'cpu'"
-        ) from cause
+        raise ConfigError(f"device {value!r} cannot be used here ({first_line(cause)}); try 'cpu'") from cause
     return device
 
 
@@ -235,8 +233,7 @@ def _moved(model: PreTrainedModel, setting: str, to: torch.dtype | torch.device)
         cast(Any, model).to(to)
     except (ValueError, RuntimeError) as cause:
         raise ConfigError(
-            f"{setting} cannot be changed on this model ({str(cause).splitlines()[0][:120]}); leave it out, or "
-            "load the model so"
+            f"{setting} cannot be changed on this model ({first_line(cause)}); leave it out, or load the model so"
         ) from cause
 
 

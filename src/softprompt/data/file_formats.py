@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from softprompt.errors import DataError
+from softprompt.errors import DataError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -325,8 +325,7 @@ def _needs_pyarrow(path: Path) -> DataError:
 
 def damaged(path: Path, form: str, error: Exception) -> DataError:
     """Return the error of a file that is not what its suffix says."""
-    reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-    return DataError(f"{path.name}: not a readable {form} file ({reason}); write it again")
+    return DataError(f"{path.name}: not a readable {form} file ({first_line(error)}); write it again")
 
 
 TEXT_READERS: Mapping[str, Callable[[str, str], Iterator[Located]]] = {

@@ -24,7 +24,7 @@ from softprompt.data.file_formats import (
     not_utf8,
     with_class_names,
 )
-from softprompt.errors import DataError, nearest
+from softprompt.errors import DataError, first_line, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -272,8 +272,7 @@ def _from_hub(word: str, name: str, config: str | None, split: str | None) -> An
             HfApi().dataset_info(name, timeout=10)
         return load_dataset(name, config, split=split)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise DataError(
-            f"no file {word} here, and the data set {name} cannot be read from the Hub ({reason}); check the name "
-            "(org/name, name:split or name:config:split) and the network, or name a file"
+            f"no file {word} here, and the data set {name} cannot be read from the Hub ({first_line(error)}); check "
+            "the name (org/name, name:split or name:config:split) and the network, or name a file"
         ) from error

@@ -32,7 +32,7 @@ from softprompt.backbone import (
 )
 from softprompt.engine.predictions import Engine
 from softprompt.engine.rows import EngineRow
-from softprompt.errors import BackboneError, SoftPromptError, TrainingError
+from softprompt.errors import BackboneError, SoftPromptError, TrainingError, first_line
 from softprompt.progress import phase
 from softprompt.prompts import Prompt
 
@@ -111,7 +111,7 @@ def _found(find: Callable[[], str]) -> str:
 
 def one_line(cause: Exception) -> str:
     """Return the first line of what a model raised, after the exception's name where it is not ours."""
-    first = (str(cause).strip().splitlines() or [""])[0]
+    first = first_line(cause)
     return first if isinstance(cause, SoftPromptError) else f"{type(cause).__name__}: {first}"
 
 
