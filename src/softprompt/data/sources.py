@@ -273,6 +273,6 @@ def _from_hub(word: str, name: str, config: str | None, split: str | None) -> An
         return load_dataset(name, config, split=split)
     except Exception as error:
         raise DataError(
-            f"no file {word} here, and the data set {name} cannot be read from the Hub ({first_line(error)}); check "
-            "the name (org/name, name:split or name:config:split) and the network, or name a file"
+            f"no file {word} here, and the data set {name} cannot be read from the Hub ({first_line(error)}); "
+            "check the name (org/name, name:split or name:config:split) and the network, or name a file"
         ) from error
