@@ -26,7 +26,7 @@ from typing import Any
 
 import transformers as tf
 
-from quality_heads import run_head
+import quality_heads
 from quality_methods import Cell, run
 from quality_pairs import MINILM, PAIRS, Pair, base_of
 from quality_report import report
@@ -38,7 +38,7 @@ PHASES = 4
 MARKS = ("<!-- tables of bench/quality.py -->", "<!-- end of the tables -->")
 SEEDS = (73, 74, 75)
 PEFT_RATES, PEFT_STARTS = (1e-3, 1e-2, 1e-1, 3e-1), ("N(0,1)", "TEXT", "SAMPLE_VOCAB")
-DEFAULT_START = "RANDOM"
+DEFAULT = ("RANDOM", RATE_PER_RMS)
 OUR_RATES, OUR_STARTS = (0.57, 0.2, 1.5), ("RANDOM", "TEXT", "WORDS", "LABELS", "SAMPLE_VOCAB")
 CEILINGS = {"lora": (1e-3, 3e-3, 1e-2), "full": (3e-5, 1e-4, 1e-3)}
 
@@ -50,12 +50,11 @@ def wanted(pair: Pair, results: Results, phase: int) -> Iterator[Cell]:
 
     First the defaults, then PEFT's grid and our sweep, then the other methods, then their other seeds.
     """
-    default = Cell(pair, "ours", DEFAULT_START, RATE_PER_RMS)
     stores = [] if pair.base == MINILM else ["prefix", "cartridge"]
     if phase == 0:
-        yield from [Cell(pair, "head" if pair.base == MINILM else "zero-shot"), default, *again(default)]
-        alone = replace(default, more="choice_weight=0")
-        yield from again(alone, SEEDS if pair.has_labels and stores else ())
+        default, alone = default_of(pair), Cell(pair, "zero-shot" if stores else "head")
+        yield from [alone, *again(alone, () if stores else SEEDS[1:]), default, *again(default)]
+        yield from again(replace(default, more="choice_weight=0"), SEEDS if pair.has_labels and stores else ())
     elif phase == 1:
         peft, ours = list(grid(pair)), list(sweep(pair))
         yield from [*peft, *ours, *again(best(peft, results)), *again(best(ours, results))]
@@ -67,6 +66,11 @@ def wanted(pair: Pair, results: Results, phase: int) -> Iterator[Cell]:
         yield from [Cell(pair, "peft-real", "SAMPLE_VOCAB", 1e-1)] if first else []
     else:
         yield from [cell for cells in others(pair, stores).values() for cell in again(best(cells, results))]
+
+
+def default_of(pair: Pair) -> Cell:
+    """Return our default."""
+    return Cell(pair, "ours", *(quality_heads.DEFAULT if pair.base == MINILM else DEFAULT))
 
 
 def grid(pair: Pair) -> Iterator[Cell]:
@@ -82,12 +86,14 @@ def sweep(pair: Pair) -> Iterator[Cell]:
     starts = [each for each in OUR_STARTS if pair.has_labels or each not in ("LABELS", "WORDS")]
     for rate in OUR_RATES[:1] if pair.thin else OUR_RATES:
         yield from (Cell(pair, "ours", init, rate) for init in starts[: 5 if rate < 1 else 2])
+    if pair.base == MINILM:
+        yield default_of(pair)
     if pair.thin and pair.has_labels:
         yield Cell(pair, "ours", "LABELS", OUR_RATES[1])
 
 
 def others(pair: Pair, stores: Sequence[str]) -> dict[str, list[Cell]]:
-    """Return the cells of LoRA, full fine-tuning, and prompts of keys and values; of a thin pair the middle rate."""
+    """Return the cells of LoRA, full fine-tuning, keys and values; of a thin pair at the middle rate."""
     ceilings = {method: rates[1:2] if pair.thin else rates for method, rates in CEILINGS.items()}
     tuned = {method: [Cell(pair, method, rate=rate) for rate in rates] for method, rates in ceilings.items()}
     texts = [""] if pair.seq2seq or not stores else ["TEXT"] if pair.thin else ["", "TEXT"]
@@ -141,7 +147,7 @@ def complete(
         if not left:
             return
         cell, start = left[0], time.perf_counter()
-        found = run_head(cell, split) if base is None else run(cell, base, split)
+        found = quality_heads.run_head(cell, split) if base is None else run(cell, base, split)
         row = {
             **dict(zip(("base", "data", "method", "init", "lr", "seed", "more"), cell.key, strict=True)),
             "steps": pair.updates,

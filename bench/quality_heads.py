@@ -21,9 +21,10 @@ from real_heads import inputs, load_encoder, parts
 from softprompt.data import plan_batches
 from softprompt.training import TuneSettings
 from softprompt.training.optimisation import rate_factor
-from softprompt.training.settings import RATE_PER_RMS
 
-HEAD_RATE = 1e-2
+DEFAULT = ("N(0,1)", 2.0)
+"""Start, and rate / rms of the embeddings; larger than elsewhere, as positions are added and all is normalised."""
+HEAD_RATES = {"head": 0.3, "ours": 0.3, "lora": 1e-2, "full": 1e-2}
 STARTS = {"N(0,1)": "RANDOM", "RANDOM": "RANDOM_SCALED", "WORDS": "TEXT"}
 
 
@@ -34,12 +35,13 @@ def run_head(cell: Cell, split: Split) -> Found:
     rms = encoder.get_input_embeddings().weight.detach().pow(2).mean().sqrt().item()
     model, rate = _model(cell, encoder, labels), cell.rate
     if cell.method == "ours":
-        rate = (RATE_PER_RMS if rate is None else rate) * rms
+        rate = (DEFAULT[1] if rate is None else rate) * rms
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            own = cell.method == "peft" or ("classifier" not in name and "head" not in name)
-            groups.setdefault((rate if own else None) or HEAD_RATE, []).append(parameter)
+            of_head = "classifier" in name or "head" in name
+            own = HEAD_RATES.get(cell.method, rate) if of_head else rate
+            groups.setdefault(own or 0.0, []).append(parameter)
     loss = _fit(cell, model, tokenizer, groups, split.train, labels)
     found = _tested(model, tokenizer, split.test, labels)
     return Found(*found, train_loss=loss, rate=rate)

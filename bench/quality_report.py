@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, stdev, variance
 from typing import Any
 
+from quality_heads import DEFAULT
 from quality_pairs import Pair
 from softprompt.training.settings import RATE_PER_RMS
 
@@ -16,6 +17,7 @@ Recipe = tuple[str, str, float | None, str]
 """Method, start, rate and other settings of a cell: all but the seed."""
 
 OURS, PEFT = ("ours", "RANDOM", RATE_PER_RMS, ""), ("peft", "N(0,1)", 1e-3, "")
+OURS_BESIDE_A_HEAD = ("ours", *DEFAULT, "")
 LIKELIHOOD = (*OURS[:3], "choice_weight=0")
 COLUMNS = ("zero-shot", "few-shot", "PEFT's default", "PEFT's best", "our default", "our best", "keys and values")
 
@@ -56,7 +58,7 @@ def columns_of(cells: Mapping[Recipe, list[Row]]) -> dict[str, Recipe | None]:
         "few-shot": ("few-shot", "", None, "") if ("few-shot", "", None, "") in cells else None,
         "PEFT's default": PEFT if PEFT in cells else None,
         "PEFT's best": chosen(cells, "peft"),
-        "our default": OURS if OURS in cells else None,
+        "our default": next((one for one in (OURS_BESIDE_A_HEAD, OURS) if one in cells), None),
         "our best": chosen(cells, "ours"),
         "keys and values": chosen(cells, "prefix", "cartridge"),
         "LoRA": chosen(cells, "lora"),
@@ -84,7 +86,7 @@ def _score(cells: Mapping[Recipe, list[Row]], one: Recipe | None) -> str:
 
 def _named(one: Recipe) -> str:
     method, init, rate, more = one
-    if one in (OURS, PEFT) or method in ("zero-shot", "few-shot", "head"):
+    if one in (OURS, OURS_BESIDE_A_HEAD, PEFT) or method in ("zero-shot", "few-shot", "head"):
         return ""
     words = [method] if method in ("prefix", "cartridge") else []
     words += [each for each in (init, "" if rate is None else f"{rate:g}", more) if each]
