@@ -162,16 +162,19 @@ async def classify(body: ClassifyBody, request: Request) -> Response:
     sums = await unless_gone(request, scoring.sums(), scoring.cancel)
     if sums is None:
         return Response(status_code=CLIENT_GONE)
-    usage = scoring.usage
-    answers = enumerate(labelling.answers(sums, normalize=body.normalize))
+    return await in_thread(_written, body, scoring, sums)
+
+
+def _written(body: ClassifyBody, scoring: LabelRun, sums: Tensor) -> JSONResponse:
+    answers = enumerate(scoring.labelling.answers(sums, normalize=body.normalize))
     return JSONResponse(
         {
             "object": "list",
             "created": int(time.time()),
-            "model": served.name,
-            "system_fingerprint": f"sp-{served.version[:16]}",
+            "model": scoring.served.name,
+            "system_fingerprint": f"sp-{scoring.served.version[:16]}",
             "data": [{"index": index, **each.to_dict()} for index, each in answers],
-            "usage": usage,
+            "usage": scoring.usage,
         }
     )
 
