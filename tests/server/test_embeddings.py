@@ -4,13 +4,17 @@ import base64
 import json
 import math
 import struct
+import time
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import openai
 import pytest
 import torch
 
-from oracles.serving import app_over, running, write_prompt
+from oracles.serving import app_over, running, until, write_prompt
 from softprompt import PeftModel
+from softprompt.server import embeddings
 
 TEXTS = ["Where is my parcel, it is two weeks late", "Thank you", "When do you open on Sunday?"]
 
@@ -142,8 +146,6 @@ def test_they_are_counted(served, ai):
 
 
 def test_answers_and_vectors_at_once(ai):
-    from concurrent.futures import ThreadPoolExecutor
-
     alone = ai.embeddings.create(model="vectors", input=TEXTS).data
     said = ai.completions.create(model="writer", prompt=TEXTS[0], max_tokens=8, temperature=0).choices[0].text
     with ThreadPoolExecutor(8) as pool:
@@ -152,3 +154,29 @@ def test_answers_and_vectors_at_once(ai):
         answers = [pool.submit(ai.completions.create, **ask) for _ in range(8)]
         assert {each.result().choices[0].text for each in answers} == {said}
         assert all([e.embedding for e in each.result().data] == [e.embedding for e in alone] for each in vectors)
+
+
+def test_requests_take_turns_and_end_with_their_client(served, monkeypatch):
+    passes, states = [], embeddings.text_states
+
+    def slow(base, rows):
+        passes.append(len(rows))
+        time.sleep(0.1)
+        return states(base, rows)
+
+    monkeypatch.setattr(embeddings, "text_states", slow)
+    long = {"model": "vectors", "input": TEXTS[:1] * 8}
+    aborted = served.service.metrics.success.labels("vectors", "abort")
+    with served.client() as client, served.client() as other, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.post, "/v1/embeddings", json=long)
+        until(lambda: passes)
+        assert other.post("/v1/embeddings", json={**long, "input": TEXTS[1]}).status_code == 200
+        assert not waiting.done()
+        assert len(waiting.result(60).json()["data"]) == 8
+        assert len(passes) == 9
+        before = aborted._value.get()
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/embeddings", json=long, timeout=0.15)
+        until(lambda: aborted._value.get() == before + 8)
+        time.sleep(0.3)
+        assert len(passes) < 9 + 8

@@ -276,7 +276,8 @@ def test_a_damaged_record_of_an_export_is_one_clear_line(base, tmp_path, record)
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tls")
-    words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 3 -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1"
+    words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 3 -subj /CN=127.0.0.1"
+    words += " -addext subjectAltName=IP:127.0.0.1"
     try:
         subprocess.run(
             ["openssl", *words.split(), "-keyout", folder / "key", "-out", folder / "cert"],

@@ -78,8 +78,7 @@ async def embed(body: EmbeddingsBody, request: Request) -> Response:
     waiting = service.embedding.statistics().tasks_waiting
     if waiting >= service.settings.bounds.max_queue:
         raise QueueFullError(f"{waiting} requests wait already; try again later", 1.0)
-    label = service.metrics.label(served.name)
-    aborted = service.metrics.success.labels(label, "abort")
+    aborted = service.metrics.success.labels(service.metrics.label(served.name), "abort")
     deadline = started + service.settings.request_seconds
     vectors = await unless_gone(request, _vectors(service, body, rows, deadline), lambda: aborted.inc(len(rows)))
     if vectors is None:
@@ -151,16 +150,8 @@ def _written(
     body: EmbeddingsBody, served: Served, vectors: Sequence[Tensor], usage: Mapping[str, int]
 ) -> JSONResponse:
     data = [{"object": "embedding", "index": i, "embedding": _shown(each, body)} for i, each in enumerate(vectors)]
-    fingerprint = f"sp-{served.version[:16]}"
-    return JSONResponse(
-        {
-            "object": "list",
-            "data": data,
-            "model": served.name,
-            "system_fingerprint": fingerprint,
-            "usage": usage,
-        }
-    )
+    head = {"object": "list", "model": served.name, "system_fingerprint": f"sp-{served.version[:16]}"}
+    return JSONResponse({**head, "data": data, "usage": usage})
 
 
 def _shown(vector: Tensor, body: EmbeddingsBody) -> list[float] | str:

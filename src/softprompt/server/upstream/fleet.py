@@ -89,8 +89,7 @@ class UpstreamServer:
 
     async def send(self, path: str, body: bytes | None) -> httpx.Response:
         """Send a request, a GET if it has no body, and return the head of the answer, whose rest is to be read."""
-        method, headers = ("GET", None) if body is None else ("POST", {"content-type": "application/json"})
-        sending = self.client.build_request(method, self.address + path, content=body, headers=headers)
+        sending = self.client.build_request("POST" if body else "GET", self.address + path, content=body)
         return await self.client.send(sending, stream=True)
 
     async def whole(self, path: str, body: Body | None = None) -> Any:
@@ -127,7 +126,8 @@ class Fleet:
     """
 
     def __init__(self, addresses: Sequence[str], ask: Ask, *, seconds: float, key: str | None = None) -> None:
-        headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        headers = {"content-type": "application/json"}
+        headers |= {} if key is None else {"authorization": f"Bearer {key}"}
         client = httpx.AsyncClient(
             headers=headers,
             timeout=httpx.Timeout(seconds, connect=_CONNECT_SECONDS),
