@@ -3,11 +3,11 @@
 import base64
 import json
 import math
+import socket
 import struct
-import time
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import openai
 import pytest
 import torch
@@ -157,26 +157,34 @@ def test_answers_and_vectors_at_once(ai):
 
 
 def test_requests_take_turns_and_end_with_their_client(served, monkeypatch):
-    passes, states = [], embeddings.text_states
+    passes, go_on, states = [], threading.Event(), embeddings.text_states
 
-    def slow(base, rows):
-        passes.append(len(rows))
-        time.sleep(0.1)
+    def held(base, rows):
+        passes.append(len(rows[0].source))
+        assert go_on.wait(60)
         return states(base, rows)
 
-    monkeypatch.setattr(embeddings, "text_states", slow)
-    long = {"model": "vectors", "input": TEXTS[:1] * 8}
-    aborted = served.service.metrics.success.labels("vectors", "abort")
-    with served.client() as client, served.client() as other, ThreadPoolExecutor(1) as pool:
+    monkeypatch.setattr(embeddings, "text_states", held)
+    long = {"model": "vectors", "input": [" ".join(TEXTS)] * 8}
+    turns = served.service.embedding
+    with served.client() as client, served.client() as other, ThreadPoolExecutor(2) as pool:
         waiting = pool.submit(client.post, "/v1/embeddings", json=long)
-        until(lambda: passes)
-        assert other.post("/v1/embeddings", json={**long, "input": TEXTS[1]}).status_code == 200
-        assert not waiting.done()
+        until(lambda: passes, 60)
+        short = pool.submit(other.post, "/v1/embeddings", json={**long, "input": TEXTS[1]})
+        until(lambda: turns.statistics().tasks_waiting == 1, 60)
+        go_on.set()
         assert len(waiting.result(60).json()["data"]) == 8
-        assert len(passes) == 9
-        before = aborted._value.get()
-        with pytest.raises(httpx.ReadTimeout):
-            client.post("/v1/embeddings", json=long, timeout=0.15)
-        until(lambda: aborted._value.get() == before + 8)
-        time.sleep(0.3)
-        assert len(passes) < 9 + 8
+        assert len(short.result(60).json()["data"]) == 1
+    assert len(passes) == 9
+    assert passes[1] == min(passes) < passes[0]
+    go_on.clear()
+    aborted = served.service.metrics.success.labels("vectors", "abort")
+    before, body = aborted._value.get(), json.dumps(long).encode()
+    head = f"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    with socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2]))) as sock:
+        sock.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+        until(lambda: len(passes) == 10, 60)
+    until(lambda: aborted._value.get() == before + 8, 60)
+    go_on.set()
+    until(lambda: turns.statistics().borrowed_tokens == 0, 60)
+    assert len(passes) == 10

@@ -69,8 +69,8 @@ def _base_among(listed: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Ma
     known = {part for name in names for part in (name, Path(name).name)}
     named = [each for each in listed if known & {each["id"], each.get("root")}]
     bases = named or [each for each in listed if not each.get("parent")]
-    if len(bases) > 1 and not named:
-        shown = excerpt(", ".join(each["id"] for each in bases), 200)
+    if not named and len(ids := dict.fromkeys(each["id"] for each in bases)) > 1:
+        shown = excerpt(", ".join(ids), 200)
         raise UpstreamError(f"it has several models ({shown}); name one of them with --served-model-name")
     return bases[0]
 
