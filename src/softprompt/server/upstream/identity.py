@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _PROBE = 'On 7 May 2024 she paid 1,250.00 € for it; "Größe: 42", wrote the  shop.\n\nIt came back the next day.'
 _APART = 0.25
-"""Most nats a token by which the probe's log-probabilities may differ on average; see docs/serving.md."""
+"""Most nats a token by which the probe may be off: in 8 bits SmolLM2-135M is 0.05 off, in 4 bits 1."""
 _MOST_BYTES = 4 << 30
 """Bytes of the largest base that is run once here, with its weights mapped from their files."""
 
