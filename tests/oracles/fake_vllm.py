@@ -20,7 +20,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from oracles.serving import until
+from oracles.serving import command_serving, until
 
 _EMBEDS = "You must set `--enable-prompt-embeds` to input `prompt_embeds`."
 
@@ -41,6 +41,9 @@ class FakeVLLM:
         self.bodies: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self.running = 0
+        self.health: int | str = 200
+        self.listed: list[dict[str, Any]] = [{"id": "served", "object": "model", "max_model_len": 200}]
+        self.tokenizer: Any = base.tokenizer
         self.slow = 0.0
         self.url = ""
 
@@ -100,7 +103,7 @@ class FakeVLLM:
         allowed = scores.clone()
         for token, bias in body.get("logit_bias", {}).items():
             allowed[int(token)] += bias
-        if count < body["min_tokens"]:
+        if count < body.get("min_tokens", 0):
             allowed[body["stop_token_ids"]] = -torch.inf
         return int(allowed.argmax())
 
@@ -169,7 +172,7 @@ class FakeVLLM:
             self.running -= 1
             return Response()
         try:
-            if not body["stream"]:
+            if not body.get("stream"):
                 return JSONResponse(self.whole(body))
             self.read(body)
         except ValueError as error:
@@ -187,7 +190,21 @@ class FakeVLLM:
 
         @app.get("/v1/models")
         async def models() -> dict[str, Any]:
-            return {"object": "list", "data": [{"id": "served", "object": "model", "max_model_len": 200}]}
+            return {"object": "list", "data": self.listed}
+
+        @app.get("/health")
+        async def health(request: Request) -> Response:
+            while self.health == "hang" and not await request.is_disconnected():
+                await asyncio.sleep(0.01)
+            return Response(status_code=self.health if isinstance(self.health, int) else 200)
+
+        @app.post("/tokenize")
+        async def tokenize(request: Request) -> Response:
+            if self.tokenizer is None:
+                return refused(404, "Not Found")
+            body = await request.json()
+            ids = self.tokenizer(body["prompt"], add_special_tokens=body["add_special_tokens"])["input_ids"]
+            return JSONResponse({"count": len(ids), "max_model_len": 200, "tokens": ids, "token_strs": None})
 
         return app
 
@@ -198,13 +215,25 @@ def refused(status: int, message: str) -> JSONResponse:
 
 
 @contextmanager
-def faked(base: Any, **settings: Any) -> Any:
-    """Run such a server on a free port."""
+def over(fakes: Any, prompts: Any, base_model: Any = "demo", **settings: Any) -> Any:
+    """Serve prompts over such servers."""
+    upstream = (",".join(fake.url for fake in fakes),)
+    names = ("demo",)
+    with command_serving(
+        base_model, prompts, engine="vllm", upstream=upstream, served_model_name=names, **settings
+    ) as server:
+        yield server
+
+
+@contextmanager
+def faked(base: Any, *, tls: Any = None, **settings: Any) -> Any:
+    """Run such a server on a free port; ``tls`` are the files of a certificate and its key."""
     fake = FakeVLLM(base, **settings)
+    files = {} if tls is None else {"ssl_certfile": tls[0], "ssl_keyfile": tls[1]}
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
-    fake.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    server = uvicorn.Server(uvicorn.Config(fake.app(), log_level="error", timeout_graceful_shutdown=1))
+    fake.url = f"http{'s' if tls else ''}://127.0.0.1:{sock.getsockname()[1]}"
+    server = uvicorn.Server(uvicorn.Config(fake.app(), log_level="error", timeout_graceful_shutdown=1, **files))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
     try:

@@ -3,14 +3,18 @@
 import base64
 import json
 import math
+import socket
 import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
 import torch
 
-from oracles.serving import app_over, running, write_prompt
+from oracles.serving import app_over, running, until, write_prompt
 from softprompt import PeftModel
+from softprompt.server import embeddings
 
 TEXTS = ["Where is my parcel, it is two weeks late", "Thank you", "When do you open on Sunday?"]
 
@@ -142,8 +146,6 @@ def test_they_are_counted(served, ai):
 
 
 def test_answers_and_vectors_at_once(ai):
-    from concurrent.futures import ThreadPoolExecutor
-
     alone = ai.embeddings.create(model="vectors", input=TEXTS).data
     said = ai.completions.create(model="writer", prompt=TEXTS[0], max_tokens=8, temperature=0).choices[0].text
     with ThreadPoolExecutor(8) as pool:
@@ -152,3 +154,37 @@ def test_answers_and_vectors_at_once(ai):
         answers = [pool.submit(ai.completions.create, **ask) for _ in range(8)]
         assert {each.result().choices[0].text for each in answers} == {said}
         assert all([e.embedding for e in each.result().data] == [e.embedding for e in alone] for each in vectors)
+
+
+def test_requests_take_turns_and_end_with_their_client(served, monkeypatch):
+    passes, go_on, states = [], threading.Event(), embeddings.text_states
+
+    def held(base, rows):
+        passes.append(len(rows[0].source))
+        assert go_on.wait(60)
+        return states(base, rows)
+
+    monkeypatch.setattr(embeddings, "text_states", held)
+    long = {"model": "vectors", "input": [" ".join(TEXTS)] * 8}
+    turns = served.service.embedding
+    with served.client() as client, served.client() as other, ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(client.post, "/v1/embeddings", json=long)
+        until(lambda: passes, 60)
+        short = pool.submit(other.post, "/v1/embeddings", json={**long, "input": TEXTS[1]})
+        until(lambda: turns.statistics().tasks_waiting == 1, 60)
+        go_on.set()
+        assert len(waiting.result(60).json()["data"]) == 8
+        assert len(short.result(60).json()["data"]) == 1
+    assert len(passes) == 9
+    assert passes[1] == min(passes) < passes[0]
+    go_on.clear()
+    aborted = served.service.metrics.success.labels("vectors", "abort")
+    before, body = aborted._value.get(), json.dumps(long).encode()
+    head = f"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    with socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2]))) as sock:
+        sock.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+        until(lambda: len(passes) == 10, 60)
+    until(lambda: aborted._value.get() == before + 8, 60)
+    go_on.set()
+    until(lambda: turns.statistics().borrowed_tokens == 0, 60)
+    assert len(passes) == 10

@@ -178,12 +178,19 @@ def test_a_file_that_is_too_large(prompts, base):
         registry.get("writer")
 
 
-def test_a_pipe_is_not_waited_for(registry, prompts):
-    path = prompts / "writer" / WEIGHTS
+@pytest.mark.parametrize("file", [WEIGHTS, "softprompt.json"])
+def test_a_pipe_is_neither_waited_for_nor_read(registry, prompts, file):
+    path = prompts / "writer" / file
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(ArtifactError, match="truncated or damaged"):
+    with pytest.raises(ArtifactError, match=rf"writer/{file} is a device or a pipe; put a file there"):
         registry.get("writer")
+    end = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    os.write(end, b"secret")
+    with pytest.raises(ArtifactError, match="is a device or a pipe"):
+        registry.get("writer")
+    assert os.read(end, 6) == b"secret"
+    os.close(end)
 
 
 def test_a_change_is_a_new_version(registry, prompts, base):

@@ -162,18 +162,15 @@ async def classify(body: ClassifyBody, request: Request) -> Response:
     sums = await unless_gone(request, scoring.sums(), scoring.cancel)
     if sums is None:
         return Response(status_code=CLIENT_GONE)
-    usage = scoring.usage
-    answers = enumerate(labelling.answers(sums, normalize=body.normalize))
-    return JSONResponse(
-        {
-            "object": "list",
-            "created": int(time.time()),
-            "model": served.name,
-            "system_fingerprint": f"sp-{served.version[:16]}",
-            "data": [{"index": index, **each.to_dict()} for index, each in answers],
-            "usage": usage,
-        }
-    )
+    return await in_thread(_written, body, scoring, sums)
+
+
+def _written(body: ClassifyBody, scoring: LabelRun, sums: Tensor) -> JSONResponse:
+    answers = enumerate(scoring.labelling.answers(sums, normalize=body.normalize))
+    data = [{"index": index, **each.to_dict()} for index, each in answers]
+    head = {"object": "list", "created": int(time.time()), "model": scoring.served.name}
+    fingerprint = f"sp-{scoring.served.version[:16]}"
+    return JSONResponse({**head, "system_fingerprint": fingerprint, "data": data, "usage": scoring.usage})
 
 
 def texts_of(body: ClassifyBody) -> list[str | dict[str, str | float | int]]:

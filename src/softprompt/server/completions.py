@@ -138,7 +138,8 @@ async def answered(
     done = await unless_gone(request, _gathered(reply, run), run.cancel)
     if done is None:
         return Response(status_code=CLIENT_GONE)
-    return JSONResponse(done.whole([shown(choice) for choice in done.choices]))
+    # Log-probabilities of many tokens are text by text, and megabytes: the loop answers others meanwhile.
+    return await in_thread(lambda: JSONResponse(done.whole([shown(choice) for choice in done.choices])))
 
 
 async def _gathered(reply: Reply, run: Answering) -> Reply:

@@ -11,13 +11,14 @@ import anyio
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
+from starlette.responses import Response
 from torch import Tensor
 
 from softprompt.engine import EngineRow, text_states
 from softprompt.errors import ConfigError, DataError, NotServingError, QueueFullError
 from softprompt.server.bodies import BodyRoute
 from softprompt.server.protocol import Body, Several, Text, TokenIds, Whole
-from softprompt.server.service import USER, Service, in_thread, service_of
+from softprompt.server.service import CLIENT_GONE, USER, Service, in_thread, service_of, unless_gone
 
 if TYPE_CHECKING:
     from softprompt.server.served import Served
@@ -69,7 +70,7 @@ class Embeddings(BaseModel):
 
 
 @router.post("/v1/embeddings", response_model=Embeddings)
-async def embed(body: EmbeddingsBody, request: Request) -> JSONResponse:
+async def embed(body: EmbeddingsBody, request: Request) -> Response:
     """Return the vector of one text or of several."""
     service, started = service_of(request), time.monotonic()
     served = await service.served(body.model, body.task, embeds=True)
@@ -77,21 +78,13 @@ async def embed(body: EmbeddingsBody, request: Request) -> JSONResponse:
     waiting = service.embedding.statistics().tasks_waiting
     if waiting >= service.settings.bounds.max_queue:
         raise QueueFullError(f"{waiting} requests wait already; try again later", 1.0)
+    aborted = service.metrics.success.labels(service.metrics.label(served.name), "abort")
     deadline = started + service.settings.request_seconds
-    vectors = await anyio.to_thread.run_sync(_vectors, service, body, rows, deadline, limiter=service.embedding)
+    vectors = await unless_gone(request, _vectors(service, body, rows, deadline), lambda: aborted.inc(len(rows)))
+    if vectors is None:
+        return Response(status_code=CLIENT_GONE)
     usage = service.count(served, "embedded", len(rows), sum(len(row.source) for row in rows), started)
-    return JSONResponse(
-        {
-            "object": "list",
-            "data": [
-                {"object": "embedding", "index": i, "embedding": _written(each, body)}
-                for i, each in enumerate(vectors)
-            ],
-            "model": served.name,
-            "system_fingerprint": f"sp-{served.version[:16]}",
-            "usage": usage,
-        }
-    )
+    return await in_thread(_written, body, served, vectors, usage)
 
 
 def _rows(body: EmbeddingsBody, served: Served, most: int) -> list[EngineRow]:
@@ -117,14 +110,24 @@ def _rows(body: EmbeddingsBody, served: Served, most: int) -> list[EngineRow]:
     return [EngineRow(each.ids, (), prompt, each.at) for each in inputs]
 
 
-def _vectors(service: Service, body: EmbeddingsBody, rows: Sequence[EngineRow], deadline: float) -> list[Tensor]:
-    """Return the vector ``[H]`` of each row, pass after pass; raises NotServingError past the deadline."""
+async def _vectors(
+    service: Service, body: EmbeddingsBody, rows: Sequence[EngineRow], deadline: float
+) -> list[Tensor]:
+    """Return the vector ``[H]`` of each row; of the requests that wait, each has a pass in turn.
+
+    Raises:
+        NotServingError: The deadline has passed.
+    """
     found: list[Tensor] = []
-    for part in _passes(rows, service.settings.bounds.max_step_tokens):
+
+    def run(part: Sequence[EngineRow]) -> None:
         if time.monotonic() > deadline:
             raise NotServingError(f"no answer within {service.settings.request_seconds:g} s; try again later")
         states = text_states(service.registry.base, part)
-        found += [each.mean(0) if body.pooling == "mean" else each[-1] for each in states]
+        found.extend(each.mean(0) if body.pooling == "mean" else each[-1] for each in states)
+
+    for part in _passes(rows, service.settings.bounds.max_step_tokens):
+        await anyio.to_thread.run_sync(run, part, limiter=service.embedding)
     if body.dimensions not in (None, len(found[0])):
         raise ConfigError(f"vectors of this base have {len(found[0]):,} dimensions; leave dimensions out")
     return [each / each.norm().clamp(min=1e-12) for each in found] if body.normalize else found
@@ -143,7 +146,15 @@ def _passes(rows: Sequence[EngineRow], most: int) -> Iterator[list[EngineRow]]:
     yield part
 
 
-def _written(vector: Tensor, body: EmbeddingsBody) -> list[float] | str:
+def _written(
+    body: EmbeddingsBody, served: Served, vectors: Sequence[Tensor], usage: Mapping[str, int]
+) -> JSONResponse:
+    data = [{"object": "embedding", "index": i, "embedding": _shown(each, body)} for i, each in enumerate(vectors)]
+    head = {"object": "list", "model": served.name, "system_fingerprint": f"sp-{served.version[:16]}"}
+    return JSONResponse({**head, "data": data, "usage": usage})
+
+
+def _shown(vector: Tensor, body: EmbeddingsBody) -> list[float] | str:
     if body.encoding_format == "base64":
         return base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode()
     return vector.tolist()

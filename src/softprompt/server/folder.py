@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -142,6 +143,8 @@ class PromptFolder:
             # NOFOLLOW refuses a link created after the check above, NONBLOCK never waits on a pipe.
             handle = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             with os.fdopen(handle, "rb") as stream:
+                if not stat.S_ISREG(os.fstat(handle).st_mode):
+                    raise ArtifactError(f"{name}/{file} is a device or a pipe; put a file there")
                 data = stream.read(most + 1)
         except OSError as error:
             raise ArtifactError(

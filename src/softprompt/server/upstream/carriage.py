@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
 
-from softprompt.artifacts import PROMPTS_FILE
-from softprompt.errors import ConfigError
+from softprompt.artifacts import MOST_TEXT_BYTES, PROMPTS_FILE, parse_object, read_bytes
+from softprompt.errors import ArtifactError, ConfigError
 from softprompt.server.upstream.fleet import UpstreamRequest
 
 if TYPE_CHECKING:
@@ -45,18 +45,21 @@ class Carriage:
     Args:
         base: The base, whose embedding is there.
         eos_ids: Tokens that end an answer.
-        kept: How many prompts' encoded virtual tokens are kept.
+        kept: Of how many prompts the encoded virtual tokens, and their ids, are kept.
+
+    Raises:
+        ArtifactError: The base is an export whose record cannot be read.
     """
 
     def __init__(self, base: Base, eos_ids: frozenset[int], kept: int) -> None:
         self._base = base
         self._eos_ids = sorted(eos_ids)
-        self._kept = kept
-        self._encoded: OrderedDict[Prompt, str] = OrderedDict()
         self._exported = _exported(base)
+        self._encoded: Callable[[Prompt], str] = lru_cache(kept)(self._encode)
         self.extra = frozenset(token for ids, _ in self._exported for token in ids)
+        self.extra_ids: Callable[[Prompt], list[int] | None] = lru_cache(kept)(self._extra_ids)
 
-    def extra_ids(self, prompt: Prompt) -> list[int] | None:
+    def _extra_ids(self, prompt: Prompt) -> list[int] | None:
         """Return the ids of a prompt's virtual tokens, None where the base is no export that has these values."""
         assert prompt.input is not None
         for ids, rows in self._exported:
@@ -112,7 +115,7 @@ class Carriage:
         self, settings: dict[str, Any], prompt: Prompt, texts: tuple[str, str], ids: Sequence[int], at: int
     ) -> UpstreamRequest:
         before, behind = ([{"type": "text", "text": text}] if text else [] for text in texts)
-        virtual = {"type": "prompt_embeds", "data": self._encoded_once(prompt)}
+        virtual = {"type": "prompt_embeds", "data": self._encoded(prompt)}
         likeliest = settings.pop("logprobs", None)
         if likeliest is not None:
             settings |= {"logprobs": True, "top_logprobs": likeliest}
@@ -154,15 +157,9 @@ class Carriage:
             texts.append(text)
         return texts[0], texts[1]
 
-    def _encoded_once(self, prompt: Prompt) -> str:
-        found = self._encoded.pop(prompt, None)
-        if found is None:
-            assert prompt.input is not None
-            found = encoded(prompt.input.to(self._base.embedding.weight.dtype))
-        self._encoded[prompt] = found
-        while len(self._encoded) > self._kept:
-            self._encoded.popitem(last=False)
-        return found
+    def _encode(self, prompt: Prompt) -> str:
+        assert prompt.input is not None
+        return encoded(prompt.input.to(self._base.embedding.weight.dtype))
 
 
 NO_EMBEDS = (
@@ -195,6 +192,12 @@ def _exported(base: Base) -> list[tuple[list[int], Tensor]]:
     path = Path(base.name, PROMPTS_FILE)
     if not path.is_file():
         return []
-    entries = json.loads(path.read_text(encoding="utf-8"))["prompts"].values()
-    with torch.no_grad():
-        return [(each["token_ids"], base.embedding(torch.tensor(each["token_ids"]))) for each in entries]
+    text = read_bytes(path, MOST_TEXT_BYTES).decode(errors="replace")
+    try:
+        entries = [each["token_ids"] for each in parse_object(text, str(path))["prompts"].values()]
+        with torch.no_grad():
+            return [(ids, base.embedding(torch.tensor([index(token) for token in ids]))) for ids in entries]
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise ArtifactError(
+            f"expected prompts with token_ids of {base.name} in {path}, it has others: export it again"
+        ) from error

@@ -1,8 +1,9 @@
 """The vLLM servers: which of them is asked, and what their failures mean to a client.
 
-They are asked in turn. One that cannot be reached, or breaks off, is set aside for some seconds. A request goes to
-the next server only where nothing of it was sent: where one cannot be reached, is no longer what it was, or has not
-what the request needs.
+They are asked in turn. One that cannot be reached, or is no longer what it was, is set aside for some seconds. What
+else fails may be the fault of the request that failed, so the server is asked how it is (``/health``). A request is
+sent to the next server only where nothing of it was sent: where one cannot be reached, is no longer what it was, or
+has not what the request needs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, final
@@ -28,6 +29,7 @@ from softprompt.errors import (
     ServingError,
     SoftPromptError,
     UpstreamError,
+    UsageError,
     excerpt,
 )
 
@@ -40,6 +42,8 @@ _CONNECT_SECONDS, _ASIDE_SECONDS = 5.0, 10.0
 _IDLE_SECONDS = 2.0
 """Less than servers keep idle connections (uvicorn: 5 s), so that none is used that is being closed."""
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+_ILL = frozenset({401, 403, 404, 405, 502, 503})
+"""Statuses that no client's request is the cause of: address, key and the model's name are ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +85,16 @@ class UpstreamServer:
         self.aside_until = 0.0
         self.client = client
         self.asking = asyncio.Lock()
+        self.examined: asyncio.Task[None] | None = None
 
-    async def send(self, question: UpstreamRequest, *, method: str = "POST") -> httpx.Response:
-        """Send a request and return the head of the answer, whose body is left to be read."""
-        body = None if method == "GET" else question.body
-        sending = self.client.build_request(method, self.address + question.path, json=body)
+    async def send(self, path: str, body: bytes | None) -> httpx.Response:
+        """Send a request, a GET if it has no body, and return the head of the answer, whose rest is to be read."""
+        sending = self.client.build_request("POST" if body else "GET", self.address + path, content=body)
         return await self.client.send(sending, stream=True)
 
-    async def whole(self, question: UpstreamRequest, *, method: str = "POST") -> Any:
-        """Send a request and return its JSON answer; raises as ``refusal_of``."""
-        response = await self.send(question, method=method)
+    async def whole(self, path: str, body: Body | None = None) -> Any:
+        """Send a small request and return its JSON answer; raises as ``refusal_of``."""
+        response = await self.send(path, None if body is None else json.dumps(body).encode())
         try:
             data = await response.aread()
             if response.status_code != 200:
@@ -116,15 +120,20 @@ class Fleet:
     Attributes:
         servers: The servers.
         errors: Failures so far, by address and kind.
+
+    Raises:
+        UsageError: The certificates that the environment names cannot be read.
     """
 
     def __init__(self, addresses: Sequence[str], ask: Ask, *, seconds: float, key: str | None = None) -> None:
-        headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        headers = {"content-type": "application/json"}
+        headers |= {} if key is None else {"authorization": f"Bearer {key}"}
         client = httpx.AsyncClient(
             headers=headers,
             timeout=httpx.Timeout(seconds, connect=_CONNECT_SECONDS),
             limits=httpx.Limits(max_connections=None, keepalive_expiry=_IDLE_SECONDS),
-            trust_env=False,
+            trust_env=False,  # no proxies, no .netrc; of the environment the certificates alone
+            verify=_certificates(),
         )
         self.servers = [UpstreamServer(each, client) for each in addresses]
         self.errors: Counter[tuple[str, str]] = Counter()
@@ -133,6 +142,8 @@ class Fleet:
         self._turn = 0
         self._stopped = False
         self._guard = threading.Lock()
+        # Questions are made beside the loop, one at a time and in their order, so that answers are read meanwhile.
+        self._maker = ThreadPoolExecutor(1, "softprompt-questions")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="softprompt-upstream", daemon=True)
         self._thread.start()
@@ -164,7 +175,7 @@ class Fleet:
         problems = []
         for server in self.servers:
             try:
-                with self._failing(server):
+                with self._failing(server, asking=True):
                     await self._known(server)
             except (*_NOT_SENT, ServingError) as error:
                 problems.append(f"{server.address}: {error}")
@@ -174,7 +185,7 @@ class Fleet:
     async def whole(self, make: Callable[[UpstreamFacts], UpstreamRequest]) -> Any:
         """Return the JSON answer to what ``make`` asks of the server whose turn it is; raises as ``events``."""
         async with self._sent(make) as (question, response):
-            answer = json.loads(await response.aread())
+            answer = await self._beside(json.loads, await response.aread())
             if question.ids is not None:
                 check_ids(question, answer.get("prompt_token_ids") or ())
             return answer
@@ -213,6 +224,7 @@ class Fleet:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
+            self._maker.shutdown(wait=False, cancel_futures=True)
 
     async def _end(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
@@ -242,16 +254,21 @@ class Fleet:
         problem: SoftPromptError | None = None
         for server in self._in_turn():
             try:
-                with self._failing(server):
-                    question = make(await self._known(server))
+                with self._failing(server, asking=True):
+                    facts = await self._known(server)
+                question, body = await self._beside(_made, make, facts)
             except _NOT_SENT:
                 continue
             except (ConfigError, ServingError) as error:
                 problem = error
                 continue
             with suppress(*_NOT_SENT), self._failing(server):
-                return server, question, await server.send(question)
+                return server, question, await server.send(question.path, body)
         raise problem or UpstreamError("none of the vLLM servers behind this one can be reached; try again later")
+
+    async def _beside(self, function: Callable[..., Result], *args: Any) -> Result:
+        """Run something in the thread beside the loop; cancelled before its turn, it does not run."""
+        return await self._loop.run_in_executor(self._maker, function, *args)
 
     async def _known(self, server: UpstreamServer) -> UpstreamFacts:
         async with server.asking:
@@ -272,28 +289,65 @@ class Fleet:
         return sorted(turned, key=lambda server: aside[server] if aside[server] >= now else 0.0)
 
     @contextmanager
-    def _failing(self, server: UpstreamServer) -> Iterator[None]:
-        """Count and translate what goes wrong once a request was sent."""
+    def _failing(self, server: UpstreamServer, *, asking: bool = False) -> Iterator[None]:
+        """Count and translate what goes wrong; ``asking`` is of ours alone, and no client's request is in it."""
         try:
             yield
         except _NOT_SENT as error:
-            self._set_aside(server, "connect", error)
+            self._failed(server, "connect", error, ill=True)
             raise
         except httpx.TimeoutException as error:
-            self._set_aside(server, "timeout", error)
+            self._failed(server, "timeout", error, ill=asking)
             raise UpstreamError("the vLLM server behind this one did not answer in time; try again") from error
         except (httpx.HTTPError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            self._set_aside(server, "broken", error)
+            server.known = False  # it may have been another one's end
+            self._failed(server, "broken", error, ill=asking)
             raise UpstreamError("the vLLM server behind this one broke off; try again") from error
         except UpstreamError as error:
-            self._set_aside(server, "status", error)
+            self._failed(server, "status", error, ill=asking or isinstance(error, _IllError))
             raise
 
-    def _set_aside(self, server: UpstreamServer, kind: str, error: Exception) -> None:
+    def _failed(self, server: UpstreamServer, kind: str, error: Exception, *, ill: bool) -> None:
         self.errors[server.address, kind] += 1
+        if ill:
+            self._set_aside(server, error)
+        elif server.examined is None or server.examined.done():
+            server.examined = self._loop.create_task(self._examine(server))
+
+    async def _examine(self, server: UpstreamServer) -> None:
+        """Set a server aside unless it says that it is well; one that has no ``/health`` is there at least."""
+        try:
+            response = await server.client.get(f"{server.address}/health", timeout=_CONNECT_SECONDS)
+        except httpx.HTTPError as error:
+            self._set_aside(server, error)
+        else:
+            if response.status_code >= 500:
+                self._set_aside(server, refusal_of(response.status_code, response.content))
+
+    def _set_aside(self, server: UpstreamServer, error: Exception) -> None:
         server.aside_until = time.monotonic() + _ASIDE_SECONDS
         server.known = False  # what comes back may be another one
         logger.warning("%s is set aside for %g s: %s", server.address, _ASIDE_SECONDS, str(error) or repr(error))
+
+
+@final
+class _IllError(UpstreamError):
+    """What a server answers that no request to it is the cause of."""
+
+
+def _certificates() -> Any:
+    try:
+        return httpx.create_ssl_context()  # SSL_CERT_FILE, SSL_CERT_DIR, or certifi's
+    except OSError as error:
+        raise UsageError(
+            f"the certificates that SSL_CERT_FILE or SSL_CERT_DIR names cannot be read ({error}); correct it"
+        ) from error
+
+
+def _made(make: Callable[[UpstreamFacts], UpstreamRequest], facts: UpstreamFacts) -> tuple[UpstreamRequest, bytes]:
+    """Make a question and its bytes, and keep of it what its answer is checked against."""
+    question = make(facts)
+    return question._replace(body={}), json.dumps(question.body).encode()
 
 
 def refusal_of(status: int, data: bytes) -> Exception:
@@ -309,7 +363,8 @@ def refusal_of(status: int, data: bytes) -> Exception:
         return QueueFullError(f"vLLM has too many requests ({why}); try again later", 1.0)
     if status in (401, 403):
         why = f"it wants an API key ({why}), which --upstream-key-file gives"
-    return UpstreamError(f"the vLLM server behind this one failed: {why}", status=503 if status == 503 else 502)
+    kind = _IllError if status in _ILL else UpstreamError
+    return kind(f"the vLLM server behind this one failed: {why}", status=503 if status == 503 else 502)
 
 
 def check_ids(question: UpstreamRequest, seen: Sequence[int]) -> None:

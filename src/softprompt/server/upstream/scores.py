@@ -82,7 +82,10 @@ class UpstreamScores:
         if len(self._open) >= self._bounds.max_queue:
             raise QueueFullError(f"{len(self._open)} requests wait already; try again later", 1.0)
         paths = _paths(rows)
-        scores = self._fleet.run(self._scores(rows, paths))
+        nodes: dict[_Node, dict[int, float]] = {}
+        for node, token in (step for path in paths for step in path):
+            nodes.setdefault(node, {})[token] = math.nan
+        scores = self._fleet.run(self._scores(rows, paths, nodes))
         self._open.add(scores)
         scores.add_done_callback(self._open.discard)  # of one that is cancelled before it begins, nothing runs
         return scores
@@ -90,10 +93,9 @@ class UpstreamScores:
     def stop(self) -> None:
         """Nothing: what waits ends with the servers' thread."""
 
-    async def _scores(self, rows: Sequence[EngineRow], paths: Sequence[_Path]) -> Tensor:
-        nodes: dict[_Node, dict[int, float]] = {}
-        for node, token in (step for path in paths for step in path):
-            nodes.setdefault(node, {})[token] = math.nan
+    async def _scores(
+        self, rows: Sequence[EngineRow], paths: Sequence[_Path], nodes: dict[_Node, dict[int, float]]
+    ) -> Tensor:
         left = iter(nodes.items())
         try:
             async with asyncio.TaskGroup() as group:

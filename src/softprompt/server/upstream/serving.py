@@ -16,6 +16,7 @@ from softprompt.server.middleware import keys_in
 from softprompt.server.upstream.answers import UpstreamAnswers, scores_of
 from softprompt.server.upstream.carriage import NO_EMBEDS, Carriage
 from softprompt.server.upstream.fleet import Fleet, UpstreamFacts, UpstreamRequest, UpstreamServer, check_ids
+from softprompt.server.upstream.identity import identified, probe_scores
 from softprompt.server.upstream.scores import UpstreamScores
 
 if TYPE_CHECKING:
@@ -40,10 +41,12 @@ def upstream_of(base: Base, settings: ServeSettings) -> tuple[UpstreamAnswers, U
         raise UsageError("vLLM has no prompts before an encoder; serve this base with --engine own")
     rules = AnswerRules.of(base)
     carriage = Carriage(base, rules.eos_ids, settings.bounds.max_prompts_resident)
+    scores = [] if settings.ignore_fingerprint else probe_scores(base)
+    names = (base.name, *settings.served_model_name)
 
     async def ask(server: UpstreamServer) -> UpstreamFacts:
         try:
-            return await asked(server, base, carriage)
+            return await asked(server, base, carriage, await identified(server, base, names, scores))
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise UpstreamError("it does not answer as vLLM does; see --upstream") from error
 
@@ -81,8 +84,8 @@ def why_not_on_vllm(takes: bool, config: Mapping[str, Any]) -> str:
     return "" if takes else NO_EMBEDS
 
 
-async def asked(server: UpstreamServer, base: Base, carriage: Carriage) -> UpstreamFacts:
-    """Return what a server says and shows: its model, whether it takes embeddings, and what its template does.
+async def asked(server: UpstreamServer, base: Base, carriage: Carriage, facts: UpstreamFacts) -> UpstreamFacts:
+    """Return what a server says and shows: ``facts``, whether it takes embeddings, and what its template does.
 
     The same input is sent as ids, as embeddings, and as embeddings beside a text: what is taken, and means the same
     as the ids, is used.
@@ -90,15 +93,12 @@ async def asked(server: UpstreamServer, base: Base, carriage: Carriage) -> Upstr
     Raises:
         UpstreamError: It has another model than the base.
     """
-    listed = (await server.whole(UpstreamRequest("/v1/models", {}), method="GET"))["data"][0]
-    version = (await server.whole(UpstreamRequest("/version", {}), method="GET")).get("version", "")
-    facts = UpstreamFacts(listed["id"], version, listed.get("max_model_len"))
     ids = base.tokenizer("The answer is 42.", add_special_tokens=False)["input_ids"]
     options = GenerationOptions(max_new_tokens=1)
     if carriage.extra:
-        last = Request((max(carriage.extra),), options=options)
+        last = Request((max(carriage.extra),), options=options, logprobs=1)
         try:
-            await server.whole(carriage.question(last, facts, stream=False))
+            await _scored(server, carriage.question(last, facts, stream=False))
         except ServingError as error:
             raise UpstreamError(
                 f"it has not the extra vocabulary of {base.name}; serve that folder there"
@@ -140,7 +140,7 @@ def alike(one: Mapping[int, float], other: Mapping[int, float]) -> bool:
 
 async def _scored(server: UpstreamServer, question: UpstreamRequest) -> dict[int, float]:
     """Return log p of the likeliest first tokens; raises UpstreamError if a text became other tokens."""
-    answer = await server.whole(question)
+    answer = await server.whole(question.path, question.body)
     if question.ids is not None:
         check_ids(question, answer["prompt_token_ids"])
     return scores_of(answer["choices"][0])[0][1]
