@@ -66,7 +66,7 @@ class ServerProcess:
             WrongAnswerError: It ended, or does not answer.
         """
         assert self._process is not None
-        end = time.monotonic() + 120
+        end = time.monotonic() + 600
         while self._process.poll() is None and time.monotonic() < end:
             found = _LISTENING.search(self._log.read_bytes()[self._begun :].decode())
             if found and self._is_ready(int(found[1])):

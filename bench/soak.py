@@ -183,7 +183,7 @@ async def changing(server: ServerProcess, count: int, key: str) -> Curve:
 
 def client_of(server: ServerProcess) -> httpx.AsyncClient:
     """Return a client that gives its connections up before the server does."""
-    return httpx.AsyncClient(base_url=server.address, timeout=120, limits=httpx.Limits(keepalive_expiry=2))
+    return httpx.AsyncClient(base_url=server.address, timeout=900, limits=httpx.Limits(keepalive_expiry=2))
 
 
 def sample(curve: Curve, server: ServerProcess, done: int) -> None:

@@ -15,9 +15,14 @@ from packaging.utils import canonicalize_name
 PAGE = Path(__file__).parent / "dependencies.md"
 LEFT_OUT = ("dev", "docs", "ray")
 """Extras that no user of the package needs, and one whose packages the set-up has not."""
-NAMES = {"Apache Software License": "Apache-2.0", "MIT License": "MIT", "BSD License": "BSD", "Apache": "Apache-2.0"}
-NAMES |= {"Apache 2.0": "Apache-2.0", "Apache 2.0 License": "Apache-2.0", "Python Software Foundation License": "PSF-2.0"}
-NAMES |= {"Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0", "Apache License 2.0": "Apache-2.0"}
+NAMES = {
+    **dict.fromkeys(("Apache", "Apache 2.0", "Apache 2.0 License", "Apache Software License"), "Apache-2.0"),
+    "MIT License": "MIT",
+    "BSD License": "BSD",
+    "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0",
+    "ISC License (ISCL)": "ISC",
+    "Python Software Foundation License": "PSF-2.0",
+}
 
 
 def licence_of(name: str) -> str:
@@ -33,8 +38,8 @@ def licence_of(name: str) -> str:
 def needed_by(name: str, extras: set[str]) -> list[Requirement]:
     """Return what a package asks for here, with some of its extras."""
     asked = [Requirement(each) for each in metadata.requires(name) or []]
-    wanted = extras or {""}
-    return [each for each in asked if not each.marker or any(each.marker.evaluate({"extra": one}) for one in wanted)]
+    markers = [{"extra": each} for each in extras or {""}]
+    return [each for each in asked if not each.marker or any(map(each.marker.evaluate, markers))]
 
 
 def brought_by(asked: list[Requirement]) -> set[str]:

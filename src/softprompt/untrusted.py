@@ -7,6 +7,7 @@ Every reader of a prompt, a record or a run file goes through here, so that none
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import stat
@@ -18,6 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from softprompt.errors import ArtifactError, SoftPromptError, broken, excerpt
 
+logger = logging.getLogger(__name__)
 MOST_TEXT_BYTES = 2 << 20
 """Bytes of a file of plain values, such as JSON."""
 MOST_HEADER_BYTES = 1 << 20
@@ -34,6 +36,16 @@ def most_weight_bytes() -> int:
     """Return how many bytes the weights of a prompt may have: 64 MiB, or what the environment says."""
     given = os.environ.get(_VARIABLE, "")
     return int(given) if given.isdecimal() else 64 << 20
+
+
+def say_if_large(size: int) -> None:
+    """Warn of written weights that have more bytes than are read back unasked."""
+    if size > most_weight_bytes():
+        logger.warning(
+            "the weights have %s bytes, more than are read unasked: set %s=%d where they are loaded, and start a "
+            "server with --max-prompt-bytes %d",
+            f"{size:,}", _VARIABLE, size, size,
+        )  # fmt: skip
 
 
 def read_bytes(path: Path, most: int | None = None, error: type[SoftPromptError] = ArtifactError) -> bytes:
