@@ -40,6 +40,7 @@ fuzz: setup
 test-extra: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps $(HEAVY) $(OF_LM_EVAL)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -rs $(NEED_HEAVY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -rs -m slow tests/contracts/test_pages.py -k quantised
 
 # The tests against a real vLLM, whose CPU build gets an environment of its own.
 test-vllm: setup
