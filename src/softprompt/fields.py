@@ -99,13 +99,7 @@ def renamed(owner: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 @cache
 def say_renamed(was: str, name: str, end: str) -> None:
-    """Warn, once a process, of a name that has another one now: the one helper for what is renamed in public.
-
-    Args:
-        was: The earlier name.
-        name: The present one.
-        end: The version that takes the earlier name no more.
-    """
+    """Warn, once a process, of a public name that is another one now, until the version that ends it."""
     warnings.warn(f"{was} is {name} now; version {end} takes the earlier name no more", FutureWarning, stacklevel=3)
 
 

@@ -19,7 +19,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from softprompt.errors import ArtifactError, SoftPromptError, broken, excerpt
 
-logger = logging.getLogger(__name__)
 MOST_TEXT_BYTES = 2 << 20
 """Bytes of a file of plain values, such as JSON."""
 MOST_HEADER_BYTES = 1 << 20
@@ -41,11 +40,10 @@ def most_weight_bytes() -> int:
 def say_if_large(size: int) -> None:
     """Warn of written weights that have more bytes than are read back unasked."""
     if size > most_weight_bytes():
-        logger.warning(
-            "the weights have %s bytes, more than are read unasked: set %s=%d where they are loaded, and start a "
-            "server with --max-prompt-bytes %d",
-            f"{size:,}", _VARIABLE, size, size,
-        )  # fmt: skip
+        how = f"set {_VARIABLE}={size} where they are loaded, for a server --max-prompt-bytes {size}"
+        logging.getLogger(__name__).warning(
+            "the weights have %s bytes, more than are read unasked: %s", f"{size:,}", how
+        )
 
 
 def read_bytes(path: Path, most: int | None = None, error: type[SoftPromptError] = ArtifactError) -> bytes:
