@@ -72,7 +72,7 @@ def test_weights_beyond_the_limit_say_what_raises_it_and_so_does_writing_them(
     refused(rf"larger than 10 bytes: .*, set SOFTPROMPT_MAX_PROMPT_BYTES={size}$", tmp_path / "large")
     monkeypatch.setenv("SOFTPROMPT_MAX_PROMPT_BYTES", str(size))
     load_adapter(tmp_path / "large")
-    save_adapter(tmp_path / "large", config, tensors, overwrite=True, pickled=pickled)
+    save_adapter(tmp_path / "again", config, tensors, overwrite=False, pickled=pickled)
     assert caplog.messages == [said]
 
 

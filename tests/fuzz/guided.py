@@ -15,14 +15,23 @@ from pathlib import Path
 SEEDS = {
     ".json": b'{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4, "task_type": "CAUSAL_LM"}',
     ".toml": b'seed = 1\nverbalizer = "{{input}}"\n[tuning_config]\nnum_virtual_tokens = 4\n',
-    ".jsonl": b'{"input": "a", "output": "b"}\n{"messages": [{"role": "user", "content": "x"}]}\n',
+    ".jsonl": b'{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}\n',
     ".csv": b"input,output\na,b\n",
     ".tsv": b"input\toutput\na\tb\n",
     ".safetensors": b'6\0\0\0\0\0\0\0{"t":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}\0\0\0\0',
-    ".bin": b"\x80\x02}q\x00X\x01\x00\x00\x00aq\x01K\x01s.",
+    ".bin": b"",
     ".txt": b"Message: {{input}}\n{{#body}}Text: {{body}}\n{{/body}}Label:",
 }
 SUFFIXES = [*SEEDS]
+
+
+def seeds() -> dict[str, bytes]:
+    """Return a sound file of each kind."""
+    import torch
+
+    from softprompt.artifacts.files import pickled_bytes
+
+    return SEEDS | {".bin": pickled_bytes({"prompt_embeddings": torch.ones(1, 2)})}
 
 
 def read(path: Path) -> None:
@@ -73,7 +82,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder, "corpus")
         corpus.mkdir()
-        for number, seed in enumerate(SEEDS.values()):
+        for number, seed in enumerate(seeds().values()):
             (corpus / str(number)).write_bytes(bytes([number]) + seed)
         seconds = sys.argv[1] if len(sys.argv) > 1 else "60"
         words = [sys.argv[0], str(corpus), f"-max_total_time={seconds}", "-timeout=10", "-max_len=65536"]

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from fuzz.guided import SEEDS, SUFFIXES, one, read
+from fuzz.guided import SUFFIXES, one, read, seeds
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_seed_is_read_whole_and_refused_in_one_line_when_it_is_cut(tmp_path, suffix):
-    path = tmp_path / f"seed{suffix}"
-    path.write_bytes(SEEDS[suffix])
+    path, seed = tmp_path / f"seed{suffix}", seeds()[suffix]
+    path.write_bytes(seed)
     read(path)
-    for end in range(0, len(SEEDS[suffix]), 5):
-        one(bytes([SUFFIXES.index(suffix)]) + SEEDS[suffix][:end], tmp_path)
+    for end in range(0, len(seed), 1 + len(seed) // 20):
+        one(bytes([SUFFIXES.index(suffix)]) + seed[:end], tmp_path)
 
 
 def test_what_is_no_error_of_ours_comes_out(tmp_path, monkeypatch):
