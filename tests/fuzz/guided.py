@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +20,7 @@ SEEDS = {
     ".csv": b"input,output\na,b\n",
     ".tsv": b"input\toutput\na\tb\n",
     ".safetensors": b'6\0\0\0\0\0\0\0{"t":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}\0\0\0\0',
-    ".bin": b"",
+    ".bin": b"",  # see seeds()
     ".txt": b"Message: {{input}}\n{{#body}}Text: {{body}}\n{{/body}}Label:",
 }
 SUFFIXES = [*SEEDS]
@@ -75,10 +76,9 @@ def main() -> None:
         return
     import atheris
 
-    with atheris.instrument_imports(include=["softprompt"]):
-        import softprompt.artifacts.files
-        import softprompt.data
-        import softprompt.training  # noqa: F401
+    with atheris.instrument_imports(include=["softprompt"]):  # the doors alone import nothing
+        for name in ("artifacts.files", "data.records", "data.sources", "data.template", "training.run_file"):
+            import_module(f"softprompt.{name}")
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder, "corpus")
         corpus.mkdir()
