@@ -29,14 +29,18 @@ test: setup check docs
 test-all: setup check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "slow or not slow"
 
-# Other examples each time, and many; `make fuzz FUZZ_EXAMPLES=100000` runs for hours.
+# Other examples each time, and many; `make fuzz FUZZ_EXAMPLES=100000` runs for hours. Where atheris is installed, the
+# covered lines guide the inputs of the readers for FUZZ_SECONDS after that.
 FUZZ_EXAMPLES ?= 5000
+FUZZ_SECONDS ?= 600
 fuzz: setup
 	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/fuzz
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/guided.py $(FUZZ_SECONDS)
 
 test-extra: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps $(HEAVY) $(OF_LM_EVAL)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -rs $(NEED_HEAVY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -rs -m slow tests/contracts/test_pages.py -k quantised
 
 # The tests against a real vLLM, whose CPU build gets an environment of its own.
 test-vllm: setup
@@ -44,18 +48,23 @@ test-vllm: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -rs -s -m "slow or not slow" tests/vllm
 
 # The suite on the oldest and the newest transformers that pyproject.toml allows, each in an environment of its own;
-# another torch by OTHERS="torch==2.14.1". `make upstream` is what a new transformers is asked every day.
+# another torch by OTHERS="torch==2.14.1", a part of the suite by TESTS="tests/engine tests/peft". `make upstream` is
+# what a new transformers is asked every day, also one that is not allowed yet. docs/dependencies.md has the results.
 FREE := ^(transformers|tokenizers|huggingface_hub|hf-xet|safetensors|torch)==
 test-oldest: OTHERS ?= torch==2.13.0 transformers==5.20.0
 test-latest upstream: OTHERS ?= torch==2.13.0 --upgrade transformers
+upstream: NEWER := transformers
+upstream: TESTS ?= tests/backbone tests/engine tests/peft
 test-oldest test-latest upstream:
 	$(PYTHON) -m venv .venv-$@
 	grep -vE '$(FREE)' constraints.txt > .venv-$@/constraints.txt
 	.venv-$@/bin/pip install --quiet --constraint .venv-$@/constraints.txt --editable '.[dev]' $(OTHERS)
+	$(if $(NEWER),.venv-$@/bin/pip install --quiet --upgrade --no-deps $(NEWER))
 	.venv-$@/bin/pip list 2>/dev/null | grep -E '^(torch|transformers|huggingface_hub|safetensors) '
-	OMP_NUM_THREADS=1 .venv-$@/bin/pytest -n 2 --dist worksteal $(if $(filter upstream,$@),tests/backbone tests/engine tests/peft)
+	OMP_NUM_THREADS=1 .venv-$@/bin/pytest -n 2 --dist worksteal $(TESTS)
 
-# Which lines no test runs (of the tests that run in this process), and known faults of the pinned packages.
+# Which lines no test runs (of the tests that run in this process), and known faults of the pinned packages; a package
+# that the registry knows no faults of because it has no list of them is an error, not a pass.
 coverage: setup
 	$(BIN)/pip install --quiet pytest-cov
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --cov softprompt --cov-report term-missing:skip-covered
@@ -63,7 +72,7 @@ coverage: setup
 audit: setup
 	$(BIN)/pip install --quiet pip-audit pip-licenses
 	$(BIN)/pip-licenses --order license
-	$(BIN)/pip-audit --local
+	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 # The site, into site/; docs/draw_concepts.py and docs/run_notebooks.py make its pictures and its notebooks' outputs anew.
 docs: setup

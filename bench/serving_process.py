@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import final
 
@@ -32,8 +33,12 @@ class ServerProcess:
         port: Where it listens; 0 until the first start.
     """
 
-    def __init__(self, prompts: Path, log: Path) -> None:
+    def __init__(
+        self, prompts: Path, log: Path, *, base: str = "demo", options: Mapping[str, object] = ROOM | PATIENCE
+    ) -> None:
         self.port = 0
+        self._base = base
+        self._options = options
         self._prompts = prompts
         self._log = log
         self._begun = 0
@@ -46,9 +51,9 @@ class ServerProcess:
 
     def start(self) -> None:
         """Start a process; it takes some seconds until it answers."""
-        command = [sys.executable, "-c", START, "serve", "--base-model", "demo"]
+        command = [sys.executable, "-c", START, "serve", "--base-model", self._base]
         command += ["--prompts", str(self._prompts), "--port", str(self.port)]
-        for option, value in (ROOM | PATIENCE).items():
+        for option, value in self._options.items():
             command += [option, str(value)]
         with self._log.open("ab") as log:
             self._begun = log.tell()
@@ -61,7 +66,7 @@ class ServerProcess:
             WrongAnswerError: It ended, or does not answer.
         """
         assert self._process is not None
-        end = time.monotonic() + 120
+        end = time.monotonic() + 600
         while self._process.poll() is None and time.monotonic() < end:
             found = _LISTENING.search(self._log.read_bytes()[self._begun :].decode())
             if found and self._is_ready(int(found[1])):

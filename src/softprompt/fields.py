@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import types
+import warnings
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, field, fields, is_dataclass
 from enum import StrEnum
@@ -30,6 +31,7 @@ def setting(
     group: str | None = None,
     ours: bool | None = None,
     word: str | None = None,
+    formerly: tuple[str, str] | None = None,
 ) -> Any:
     """Declare a field of a dataclass with its default, help text and range.
 
@@ -42,9 +44,10 @@ def setting(
         group: Heading of the command's help that the option stands under.
         ours: Whether a configuration's field is one that PEFT's file has no key for.
         word: A text that a number may be instead.
+        formerly: An earlier name that is taken still, with a warning, and the version that takes it no more.
     """
-    known = {"help": help_text, "least": least, "above": above, "most": most, "group": group}
-    known |= {"ours": ours, "word": word}
+    known: dict[str, Any] = {"help": help_text, "least": least, "above": above, "most": most, "group": group}
+    known |= {"ours": ours, "word": word, "formerly": formerly}
     return field(default=default, metadata={k: v for k, v in known.items() if v is not None})
 
 
@@ -67,13 +70,37 @@ def from_mapping(owner: type[Settings], values: Mapping[str, Any]) -> Settings:
     """Build a settings dataclass from names and values.
 
     Raises:
-        ConfigError: A name is unknown; the nearest known one is named.
+        ConfigError: A name is unknown; the nearest known one is named. Or a field has its value under two names.
     """
+    values = renamed(owner, values)
     known = [item.name for item in fields(owner)]  # type: ignore[arg-type]
     for name in values:
         if name not in known:
             raise ConfigError(f"unknown setting {name!r}{nearest(name, known)}; known: {', '.join(known)}")
     return owner(**values)
+
+
+def renamed(owner: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values by names, those under earlier names of a dataclass's fields under the present ones.
+
+    Raises:
+        ConfigError: A field has its value under both names.
+    """
+    found = dict(values)
+    for item in fields(owner):
+        was, end = item.metadata.get("formerly", (None, ""))
+        if was in found:
+            if item.name in found:
+                raise ConfigError(f"{was} is the earlier name of {item.name}, and both are given; leave {was} out")
+            say_renamed(was, item.name, end)
+            found[item.name] = found.pop(was)
+    return found
+
+
+@cache
+def say_renamed(was: str, name: str, end: str) -> None:
+    """Warn, once a process, of a public name that is another one now, until the version that ends it."""
+    warnings.warn(f"{was} is {name} now; version {end} takes the earlier name no more", FutureWarning, stacklevel=3)
 
 
 def check(settings: Any) -> None:

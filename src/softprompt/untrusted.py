@@ -7,6 +7,7 @@ Every reader of a prompt, a record or a run file goes through here, so that none
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import stat
@@ -34,6 +35,15 @@ def most_weight_bytes() -> int:
     """Return how many bytes the weights of a prompt may have: 64 MiB, or what the environment says."""
     given = os.environ.get(_VARIABLE, "")
     return int(given) if given.isdecimal() else 64 << 20
+
+
+def say_if_large(size: int) -> None:
+    """Warn of written weights that have more bytes than are read back unasked."""
+    if size > most_weight_bytes():
+        how = f"set {_VARIABLE}={size} where they are loaded, for a server --max-prompt-bytes {size}"
+        logging.getLogger(__name__).warning(
+            "the weights have %s bytes, more than are read unasked: %s", f"{size:,}", how
+        )
 
 
 def read_bytes(path: Path, most: int | None = None, error: type[SoftPromptError] = ArtifactError) -> bytes:

@@ -59,6 +59,23 @@ def test_no_config(written):
     refused("expected adapter_config.json in .*, it has none", written)
 
 
+@pytest.mark.parametrize("pickled", [False, True])
+def test_weights_beyond_the_limit_say_what_raises_it_and_so_does_writing_them(
+    tmp_path, config, tensors, monkeypatch, caplog, pickled
+):
+    monkeypatch.setenv("SOFTPROMPT_MAX_PROMPT_BYTES", "10")
+    save_adapter(tmp_path / "large", config, tensors, overwrite=False, pickled=pickled)
+    size = max(path.stat().st_size for path in (tmp_path / "large").glob("adapter_model.*"))
+    (said,) = caplog.messages
+    assert said.startswith(f"the weights have {size:,} bytes, more than are read unasked")
+    assert f"SOFTPROMPT_MAX_PROMPT_BYTES={size} " in said and f"--max-prompt-bytes {size}" in said
+    refused(rf"larger than 10 bytes: .*, set SOFTPROMPT_MAX_PROMPT_BYTES={size}$", tmp_path / "large")
+    monkeypatch.setenv("SOFTPROMPT_MAX_PROMPT_BYTES", str(size))
+    load_adapter(tmp_path / "large")
+    save_adapter(tmp_path / "again", config, tensors, overwrite=False, pickled=pickled)
+    assert caplog.messages == [said]
+
+
 @pytest.mark.parametrize("text", ["", "{", '{"a": \x00}', "[" * 100_000])
 def test_a_config_that_is_not_json(written, text):
     (written / "adapter_config.json").write_text(text)

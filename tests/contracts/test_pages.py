@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from oracles.hub import LocalHub
 from softprompt.cli.main import run
 
 ROOT = Path(__file__).parents[2]
@@ -152,6 +153,10 @@ def worked_through():
 def test_a_page_shows_what_happens(page, tutorial_folder, started, monkeypatch):
     folder, before = tutorial_folder
     monkeypatch.chdir(folder)
+    if page.stem == "quantised":
+        pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: run make test-extra")
+    if page.stem == "hub":
+        LocalHub(folder / "hub").install(monkeypatch)
     text = page.read_text(encoding="utf-8").replace(":8000", f":{(port := free_port())}")
     text = text.replace("--port 8000", f"--port {port}")
     names = {}

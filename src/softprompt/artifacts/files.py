@@ -36,9 +36,11 @@ from softprompt.untrusted import (  # some for the door alone
     most_weight_bytes,
     parse_object,
     read_bytes,
+    say_if_large,
 )
 
-__all__ = ["MOST_DEPTH", "MOST_TEXT_BYTES", "MOST_VIRTUAL_TOKENS", "check_plain", "parse_object", "read_bytes"]
+__all__ = ["MOST_DEPTH", "MOST_TEXT_BYTES", "MOST_VIRTUAL_TOKENS"]
+__all__ += ["check_plain", "parse_object", "read_bytes", "say_if_large"]
 
 _ZIP = b"PK\x03\x04"
 _MOST_STEPS = 100_000

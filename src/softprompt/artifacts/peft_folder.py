@@ -31,6 +31,7 @@ from softprompt.artifacts.files import (
     read_bytes,
     require_empty,
     require_no_file,
+    say_if_large,
     write_folder,
 )
 from softprompt.artifacts.layout import (
@@ -100,6 +101,7 @@ def save_adapter(
             f"could not write the prompt to {directory} ({error}); nothing there was changed: "
             "free some space or choose another directory"
         ) from error
+    say_if_large(len(files[PICKLED_WEIGHTS_NAME if pickled else WEIGHTS_NAME]))
 
 
 def _files_of(

@@ -20,9 +20,9 @@ from softprompt.cli.options import (
     parts_of,
     say,
     start_logging,
-    text_lines,
     write,
 )
+from softprompt.cli.stdin import text_lines
 from softprompt.errors import SoftPromptError, UsageError, excerpt, in_options, nearest
 from softprompt.generation import GenerationOptions
 

@@ -20,9 +20,9 @@ from softprompt.cli.options import (
     request_of,
     show,
     start_logging,
-    stdin_lines,
 )
 from softprompt.cli.ray_options import on_ray, ray_options, refused_without_ray
+from softprompt.cli.stdin import stdin_lines
 from softprompt.errors import UsageError
 
 if TYPE_CHECKING:

@@ -22,9 +22,9 @@ from softprompt.cli.options import (
     say,
     show,
     start_logging,
-    stdin_lines,
 )
 from softprompt.cli.ray_options import on_ray, ray_options, refused_without_ray
+from softprompt.cli.stdin import stdin_lines
 from softprompt.errors import UsageError
 from softprompt.generation import GenerationOptions
 

@@ -12,18 +12,17 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from functools import partial
 from importlib import import_module
-from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar, final, get_args, get_origin
 
 import click
 
 from softprompt.cli.parameter_types import NumberOr, Place
 from softprompt.errors import UsageError, in_options, line, visible
-from softprompt.fields import choices_of, default_of, type_of
+from softprompt.fields import choices_of, default_of, say_renamed, type_of
 from softprompt.progress import silence
 from softprompt.world import world
 
@@ -40,11 +39,11 @@ _BASE = ("base_model", "torch_dtype", "device", "ignore_fingerprint")
 
 @final
 class Option(click.Option):
-    """An option with a heading; None is the last one, "Options"."""
+    """An option with a heading; None is the last one, "Options"; ``formerly`` is as in ``setting``."""
 
-    def __init__(self, *names: Any, group: str | None = None, **attributes: Any) -> None:
+    def __init__(self, *names: Any, group: str | None = None, formerly: Any = None, **attributes: Any) -> None:
         super().__init__(*names, **attributes)
-        self.group = group
+        self.group, self.formerly = group, formerly
 
 
 _FOLDERS = ("prompt_dir", "prompt_dirs", "first", "second", "folder", "directory", "prompts", "source_prompt_base")
@@ -62,7 +61,18 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the words of the command line; which command they are for is noted for errors."""
         ctx.meta[WORDED] = self.worded
-        return super().parse_args(ctx, args)
+        return super().parse_args(ctx, [self._present(word) for word in args])
+
+    def _present(self, word: str) -> str:
+        """Return a word of the command line, an option's earlier name as the present one."""
+        name, equals, value = word.partition("=")
+        for each in self.params:
+            was, end = getattr(each, "formerly", None) or ("", "")
+            for old, new in zip((f"--{was}", f"--no-{was}"), (*each.opts[:1], *each.secondary_opts), strict=False):
+                if was and name == old.replace("_", "-"):
+                    say_renamed(name, new, end)
+                    return f"{new}{equals}{value}"
+        return word
 
     def worded(self, message: str) -> str:
         """Return a message of the library in the words of this command."""
@@ -271,7 +281,7 @@ def _option(owner: type, item: Field[Any]) -> Callable[[Decorated], Decorated]:
     default = default_of(item)
     no_default = default in (None, (), MISSING)
     text = item.metadata["help"] + ("" if no_default else f"  [default: {_shown(default)}]")
-    shared: dict[str, Any] = {"group": item.metadata.get("group"), "help": text}
+    shared: dict[str, Any] = {name: item.metadata.get(name) for name in ("group", "formerly")} | {"help": text}
     if default is MISSING:
         shared["required"] = True
     if kind is bool:
@@ -300,45 +310,6 @@ def _once(context: click.Context, parameter: click.Parameter, values: tuple[Any,
 
 def _shown(default: Any) -> str:
     return str(default).lower() if isinstance(default, bool) else str(default)
-
-
-def stdin_lines() -> dict[int, str]:
-    """Return the lines of stdin that are not blank, by their numbers.
-
-    Raises:
-        UsageError: stdin is a terminal, empty, or not UTF-8.
-    """
-    if sys.stdin.isatty():
-        raise UsageError("nothing to answer: give --text, --data, or lines on stdin")
-    lines = dict(enumerate(text_lines(), start=1))
-    kept = {number: line for number, line in lines.items() if line.strip()}
-    if not kept:
-        raise UsageError("nothing to answer: stdin is empty; give --text, --data, or lines on stdin")
-    blank = sorted(lines.keys() - kept.keys())
-    if blank:
-        shown = ", ".join(map(str, blank[:5])) + (", ..." if len(blank) > 5 else "")
-        say(f"warning: {len(blank)} blank lines of stdin have no answer: {shown}")
-    return kept
-
-
-def text_lines() -> Iterator[str]:
-    """Yield the lines of stdin as they come; raise ``UsageError`` for one that is not UTF-8."""
-    return map(_line, _raw_lines(), count(1))
-
-
-def _raw_lines() -> Iterable[bytes]:
-    # In some locales Python would decode bytes that are not UTF-8 to halves of characters.
-    buffer = getattr(sys.stdin, "buffer", None)
-    return (line.encode(errors="surrogatepass") for line in sys.stdin) if buffer is None else buffer
-
-
-def _line(raw: bytes, number: int) -> str:
-    try:
-        return raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"stdin is not UTF-8: byte 0x{raw[error.start]:02x} in line {number}; convert the text first"
-        ) from error
 
 
 def start_logging(*, quiet: bool) -> None:

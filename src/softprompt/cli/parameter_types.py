@@ -21,7 +21,7 @@ class Place(click.types.StringParamType):
 
 
 @final
-class NumberOr(click.ParamType[Any]):
+class NumberOr(click.ParamType):  # type: ignore[type-arg] # generic from click 8.4 on
     """A number, or the word that stands for one."""
 
     name = "float"

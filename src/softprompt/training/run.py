@@ -16,7 +16,7 @@ from softprompt.artifacts import CURVE_NAME, write_atomically
 from softprompt.bundled import DEMO
 from softprompt.display import training_curve
 from softprompt.errors import ConfigError, UsageError, nearest
-from softprompt.fields import default_of
+from softprompt.fields import default_of, renamed
 from softprompt.inference import TunedPrompt
 from softprompt.progress import timed
 from softprompt.prompts import SOURCE_INITS, MultitaskPromptTuningConfig, MultitaskPromptTuningInit
@@ -117,13 +117,13 @@ def tune(
     called, target = checked_callbacks(callbacks), None if output is None else Path(output)
     if resume and overwrite:
         raise UsageError("resume=True goes on with a run and overwrite=True starts anew; give one of them")
-    settings = None
+    settings, given = None, renamed(TuneSettings, options)
     if not resume:
-        _check_names(options)
-        settings = TuneSettings.from_dict(options)
+        _check_names(given)
+        settings = TuneSettings.from_dict(given)
     with joined() as ranks, claimed(target, overwrite=overwrite, resume=resume) if not dry_run else nullcontext():
         if settings is None:
-            plan = resumed("tune", base_model, train_data, validation_data, target, dict(options))
+            plan = resumed("tune", base_model, train_data, validation_data, target, given)
         else:
             plan = RunPlan(base_model, train_data, validation_data, settings)
         return _tuned(plan, target if ranks.is_main else None, called, resume=resume, dry_run=dry_run)

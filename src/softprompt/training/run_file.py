@@ -11,6 +11,7 @@ from typing import Any
 
 from softprompt.artifacts import anchored, check_plain, portable, read_bytes, write_atomically
 from softprompt.errors import ConfigError, broken, nearest
+from softprompt.fields import renamed
 from softprompt.training.keywords import ALIASES
 from softprompt.training.settings import TuneSettings
 from softprompt.training.tuning_config import TuningConfig
@@ -38,13 +39,14 @@ def read_run(path: str | Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # which TOMLDecodeError is
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     check_plain(values, str(path), ConfigError)
+    values = renamed(TuneSettings, values)
     _check_keys(values, [*SOURCES, SWEEP, *ALIASES, *TuneSettings.__dataclass_fields__], str(path))
     for name in SOURCES:
         _check_source(values.get(name, ""), name, str(path))
     for name in ("tuning_config", "config", SWEEP):
         if not isinstance(values.get(name, {}), dict):
             raise ConfigError(f"{path}: {name} must be a table, [{name}]")
-    tuning = values.get("tuning_config", {})
+    tuning = renamed(TuningConfig, values.get("tuning_config", {}))
     _check_keys(tuning, list(TuningConfig.__dataclass_fields__), f"{path} [tuning_config]")
     return dict(anchored(values, Path(path).parent))
 
