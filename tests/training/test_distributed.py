@@ -10,7 +10,7 @@ import torch
 from oracles.ranks import run_ranks
 from oracles.shared_jobs import JOBS, METHODS
 from softprompt.cli.main import run
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, ProcessLostError
 from softprompt.training import tune
 from softprompt.training.output import state_path
 from softprompt.world import World, joined, world
@@ -97,6 +97,17 @@ def test_the_first_process_alone_tells_trackers(two):
 def test_a_group_that_somebody_else_made_names_no_process():
     said = World(1, 2)._lost(RuntimeError("connection closed"))
     assert said == "the processes lost each other (connection closed)"
+
+
+def test_only_errors_of_collectives_are_those_of_a_lost_process():
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("a bug of ours")):
+        with pytest.raises(type(error), match=str(error)) as caught, World(1, 2).together():
+            raise error
+        assert caught.value is error
+    gloo = "[/x/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:49798"
+    for error in (RuntimeError(gloo), torch.distributed.DistBackendError("NCCL error")):
+        with pytest.raises(ProcessLostError, match="the processes lost each other"), World(1, 2).together():
+            raise error
 
 
 def test_a_mistake_is_one_for_all(folder, two):
