@@ -221,16 +221,12 @@ def joined() -> Iterator[World]:
 
 
 def meet() -> World:
-    """Return this process among those of its launcher, which it joins the first time; see ``joined``.
+    """Return this process among those of its launcher, joining them first or taking a group that is there.
 
-    A group that is there already is taken. A process with a GPU takes that of its LOCAL_RANK.
+    A process with a GPU takes that of its LOCAL_RANK.
     """
-    if not _joined:
-        _joined.append(_meet())
-    return _joined[0]
-
-
-def _meet() -> World:
+    if _joined:
+        return _joined[0]
     import torch
     from torch import distributed
     from torch.distributed.rendezvous import rendezvous
@@ -252,9 +248,9 @@ def _meet() -> World:
         atexit.register(_part)
     gloo = "gloo" in str(distributed.get_backend_config())
     group = None if gloo else distributed.new_group(backend="gloo")
-    found = World(distributed.get_rank(), distributed.get_world_size(), group, store)
-    found._tell("at", f"{socket.gethostname()} {os.getpid()}")
-    return found
+    _joined.append(World(distributed.get_rank(), distributed.get_world_size(), group, store))
+    _joined[0]._tell("at", f"{socket.gethostname()} {os.getpid()}")
+    return _joined[0]
 
 
 def _part() -> None:

@@ -59,7 +59,7 @@ def shared(folder, *names, count=2):
 @pytest.fixture(scope="module")
 def two(folder):
     """One start of two processes for all that is looked at, since each imports torch anew."""
-    return shared(folder, "labels", "seeds", "tracked", "stopped", "refused", "diverged", "killed")
+    return shared(folder, "labels", "answered", "seeds", "tracked", "stopped", "refused", "diverged", "killed")
 
 
 @pytest.mark.parametrize("name", ["labels", "seeds"])
@@ -76,6 +76,19 @@ def test_two_processes_give_what_one_gives(folder, two, name):
         sorted(each.relative_to(path) for each in path.rglob("*")) for path in (folder / name, folder / f"{name}-2")
     ]
     assert names[0] == names[1]
+
+
+def test_commands_that_answer_share_their_inputs(folder, two):
+    """Of stdin, a file and records on stdin; what is wrong with one is said once, with its number among all."""
+    (first, second), _ = two
+    alone = JOBS["answered"](folder, folder / "answered")
+    assert_close(alone["said"], first["answered"]["said"], "said")
+    assert [code for code, *_ in alone["said"]] == [0, 0, 0, 2] * 2
+    assert alone["said"][3][1] == ["Error: empty.jsonl, line 4: expected a value in the field 'input', got None"]
+    assert [each[1:] for each in second["answered"]["said"]] == [[[], None]] * 8
+    assert alone["counts"] == [3, 2, 9, 3, 2, 9]
+    assert first["answered"]["counts"] == [2, 1, 5] * 2
+    assert second["answered"]["counts"] == [1, 1, 4] * 2
 
 
 def test_they_stop_together_and_another_number_goes_on(folder, two):

@@ -23,7 +23,7 @@ from torch import Tensor, distributed, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from softprompt.errors import BackboneError, ConfigError
-from softprompt.world import World, meet, world
+from softprompt.world import World, launched, meet, world
 
 SHARDS = ("fsdp", "tp")
 
@@ -43,7 +43,7 @@ def split_of(model: nn.Module) -> World:
 def passes_together(model: nn.Module) -> AbstractContextManager[None]:
     """Return the context of a pass or its backward; in those of a sharded model a process that is lost is named."""
     alone = not (distributed.is_available() and distributed.is_initialized() and shard_of(model))
-    return nullcontext() if alone else meet().together()
+    return nullcontext() if alone else launched().together()
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -173,6 +173,6 @@ def _hand_on(parts: list[nn.Module], device: torch.device, tied: PreTrainedModel
     if tied is not None:
         tied.tie_weights()
     tensors = (chain(part.parameters(recurse=False), part.buffers(recurse=False)) for part in parts)
-    with meet().together():
+    with launched().together():
         for tensor in dict.fromkeys(chain.from_iterable(tensors)):
             distributed.broadcast(tensor.detach(), 0)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import click
 
+from softprompt.cli.inputs import text_lines
 from softprompt.cli.options import (
     Command,
     base_options,
@@ -20,7 +21,6 @@ from softprompt.cli.options import (
     parts_of,
     say,
     start_logging,
-    text_lines,
     write,
 )
 from softprompt.errors import SoftPromptError, UsageError, excerpt, in_options, nearest

@@ -12,11 +12,10 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from functools import partial
 from importlib import import_module
-from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar, final, get_args, get_origin
 
 import click
@@ -28,7 +27,7 @@ from softprompt.progress import silence
 from softprompt.world import world
 
 if TYPE_CHECKING:
-    from softprompt.inference import Fields, TunedPrompt
+    from softprompt.inference import TunedPrompt
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -251,20 +250,6 @@ def request_of(text: str | None, pairs: Sequence[str]) -> str | dict[str, str]:
     return fields
 
 
-def records_of(data: str, tuned: TunedPrompt) -> dict[int, Fields]:
-    """Return what each record of a data file asks, by its number; the columns are those of the prompt's tuning."""
-    from softprompt.data import read_records
-
-    columns = {name: tuned.manifest.settings.get(name) for name in ("input_field", "output_field")}
-    found: dict[int, Fields] = {}
-    for number, record in enumerate(read_records(data, **columns, require_target=False), start=1):
-        chat = record.chat.asked() if record.chat and tuned.manifest.chat else None
-        found[number] = record.fields if chat is None else {"messages": chat.messages, "tools": chat.tools}
-    if not found:
-        raise UsageError(f"nothing to answer: {data} has no records")
-    return found
-
-
 def _option(owner: type, item: Field[Any]) -> Callable[[Decorated], Decorated]:
     flag = "--" + item.name.replace("_", "-")
     kind = type_of(owner, item.name)
@@ -302,45 +287,6 @@ def _shown(default: Any) -> str:
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 
-def stdin_lines() -> dict[int, str]:
-    """Return the lines of stdin that are not blank, by their numbers.
-
-    Raises:
-        UsageError: stdin is a terminal, empty, or not UTF-8.
-    """
-    if sys.stdin.isatty():
-        raise UsageError("nothing to answer: give --text, --data, or lines on stdin")
-    lines = dict(enumerate(text_lines(), start=1))
-    kept = {number: line for number, line in lines.items() if line.strip()}
-    if not kept:
-        raise UsageError("nothing to answer: stdin is empty; give --text, --data, or lines on stdin")
-    blank = sorted(lines.keys() - kept.keys())
-    if blank:
-        shown = ", ".join(map(str, blank[:5])) + (", ..." if len(blank) > 5 else "")
-        say(f"warning: {len(blank)} blank lines of stdin have no answer: {shown}")
-    return kept
-
-
-def text_lines() -> Iterator[str]:
-    """Yield the lines of stdin as they come; raise ``UsageError`` for one that is not UTF-8."""
-    return map(_line, _raw_lines(), count(1))
-
-
-def _raw_lines() -> Iterable[bytes]:
-    # In some locales Python would decode bytes that are not UTF-8 to halves of characters.
-    buffer = getattr(sys.stdin, "buffer", None)
-    return (line.encode(errors="surrogatepass") for line in sys.stdin) if buffer is None else buffer
-
-
-def _line(raw: bytes, number: int) -> str:
-    try:
-        return raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"stdin is not UTF-8: byte 0x{raw[error.start]:02x} in line {number}; convert the text first"
-        ) from error
-
-
 def start_logging(*, quiet: bool) -> None:
     """Send softprompt's log lines to stderr, without the loading bars of transformers; quiet ones warn alone."""
     main = world().is_main
@@ -370,8 +316,9 @@ def write(text: str) -> None:
 
 
 def say(text: str) -> None:
-    """Write lines to stderr, visible whatever they hold."""
-    click.echo("\n".join(map(visible, text.split("\n"))), err=True)
+    """Write lines to stderr, visible whatever they hold; of several processes the first one does."""
+    if world().is_main:
+        click.echo("\n".join(map(visible, text.split("\n"))), err=True)
 
 
 def table(rows: Mapping[str, Any]) -> str:
