@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 _AHEAD = 2
 """Parts that each worker has, so that it need not wait for the next."""
 _FORMS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_WRONG = "why the file cannot be read"
+"""The column beside that of a line, empty where the file could be read."""
 _PACKED = (".gz", ".zst")
 """What may stand behind the suffix of a text, which Ray Data unpacks by it."""
 
@@ -128,13 +130,19 @@ def _rows(ray: Any, paths: Sequence[str], form: str, size: int) -> Iterator[list
         else:
             dataset = ray.data.read_binary_files(list(paths), include_paths=True).flat_map(_lines)
         for batch in dataset.iter_batches(batch_size=size, batch_format="pyarrow"):
-            yield batch.to_pylist()
+            rows = batch.to_pylist()
+            if wrong := [why for row in rows if (why := row.pop(_WRONG, ""))]:
+                raise DataError(wrong[0])
+            yield rows
     except ray.exceptions.RayError as error:
         raise DataError(f"the data cannot be read: {cause_of(error)}") from error
 
 
 def _lines(file: Row) -> list[Row]:
-    return [{LINE: line} for line in json_lines(file["bytes"], _unpacked_name(file["path"]))]
+    try:
+        return [{LINE: line, _WRONG: ""} for line in json_lines(file["bytes"], _unpacked_name(file["path"]))]
+    except DataError as error:  # of an error Ray Data would say that it was one, and not which
+        return [{LINE: "", _WRONG: str(error)}]
 
 
 def _unpacked_name(path: str) -> str:
