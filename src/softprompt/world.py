@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -51,7 +52,7 @@ class World:
         if self.size > 1:
             from torch import distributed
 
-            with self._together():
+            with self.together():
                 distributed.all_reduce(tensor, group=None if tensor.is_cuda else self._group)
 
     def any(self, flag: bool) -> bool:
@@ -70,7 +71,7 @@ class World:
         from torch import distributed
 
         found: list[Any] = [None] * self.size
-        with self._together():
+        with self.together():
             distributed.all_gather_object(found, value, group=self._group)
         return found
 
@@ -81,7 +82,7 @@ class World:
         from torch import distributed
 
         found = [_attempted(make) if self.is_main else None]
-        with self._together():
+        with self.together():
             distributed.broadcast_object_list(found, src=0, group=self._group)
         made: T = _outcome(found[0])
         return made
@@ -113,10 +114,17 @@ class World:
         return True
 
     @contextmanager
-    def _together(self) -> Iterator[None]:
+    def together(self) -> Iterator[None]:
+        """Name the process that was lost where a collective of torch.distributed fails inside.
+
+        Raises:
+            ProcessLostError: One did; what else is raised inside is raised.
+        """
         try:
             yield
-        except RuntimeError as error:  # of gloo or NCCL: the connection to another process is gone
+        except RuntimeError as error:
+            if not _of_collective(error):
+                raise
             raise ProcessLostError(self._lost(error)) from error
 
     def _lost(self, error: RuntimeError) -> str:
@@ -195,9 +203,7 @@ def joined() -> Iterator[World]:
     if launched().size == 1 or world().size > 1:
         yield world()
         return
-    if not _joined:
-        _joined.append(_meet())
-    ranks, logger = _joined[0], logging.getLogger("softprompt")
+    ranks, logger = meet(), logging.getLogger("softprompt")
     token, level = _current.set(ranks), logger.level
     for what in ("failed", "here"):
         ranks._tell(what, "")  # what was left of an earlier job
@@ -214,8 +220,13 @@ def joined() -> Iterator[World]:
         _current.reset(token)
 
 
-def _meet() -> World:
-    """Join the process group, or take one that is there; a process with a GPU takes that of its LOCAL_RANK."""
+def meet() -> World:
+    """Return this process among those of its launcher, joining them first or taking a group that is there.
+
+    A process with a GPU takes that of its LOCAL_RANK.
+    """
+    if _joined:
+        return _joined[0]
     import torch
     from torch import distributed
     from torch.distributed.rendezvous import rendezvous
@@ -237,9 +248,9 @@ def _meet() -> World:
         atexit.register(_part)
     gloo = "gloo" in str(distributed.get_backend_config())
     group = None if gloo else distributed.new_group(backend="gloo")
-    found = World(distributed.get_rank(), distributed.get_world_size(), group, store)
-    found._tell("at", f"{socket.gethostname()} {os.getpid()}")
-    return found
+    _joined.append(World(distributed.get_rank(), distributed.get_world_size(), group, store))
+    _joined[0]._tell("at", f"{socket.gethostname()} {os.getpid()}")
+    return _joined[0]
 
 
 def _part() -> None:
@@ -248,6 +259,13 @@ def _part() -> None:
     ranks = _joined[0]
     if distributed.is_initialized() and not any(ranks._told("failed", rank) for rank in range(ranks.size)):
         distributed.destroy_process_group()
+
+
+def _of_collective(error: RuntimeError) -> bool:
+    """Return whether an error is one of torch.distributed: NCCL's has a class, gloo's names its source file."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or re.search(r"/gloo/|pair closure", str(error)) is not None
 
 
 def _attempted(make: Callable[[], T]) -> tuple[T | None, Exception | None]:

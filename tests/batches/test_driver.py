@@ -1,88 +1,25 @@
 """The driver of a batch over a stand-in for Ray in this process, which ends parts in any order and loses some."""
 
+import gzip
 import json
-import random
 import sys
-import types
-from pathlib import Path
+from functools import partial
 
 import pytest
 
+from oracles.ray_stand_in import in_place_of_ray
 from softprompt import load
 from softprompt.batches import BatchSettings, BatchTask, Parts, run_batch
+from softprompt.batches.run import _listed, _rows
+from softprompt.batches.worker import LINE
+from softprompt.cli.main import run
+from softprompt.data import read_source
 from softprompt.errors import ConfigError, DataError, UsageError
-
-
-class StandIn(types.ModuleType):
-    """What the driver uses of Ray: actors in this process, whose calls end in any order."""
-
-    def __init__(self, lost=()):
-        super().__init__("ray")
-        self.lost, self.waiting, self.killed, self.calls = set(lost), {}, 0, 0
-        self.random = random.Random(1)
-        self.exceptions = types.SimpleNamespace(RayError=type("RayError", (Exception,), {}))
-        self.data = types.ModuleType("ray.data")
-        self.data.read_text = self.read_text
-        context = types.SimpleNamespace(execution_options=types.SimpleNamespace(preserve_order=False))
-        self.data.DataContext = types.SimpleNamespace(get_current=lambda: context)
-
-    is_initialized = staticmethod(lambda: True)
-    cluster_resources = staticmethod(lambda: {"CPU": 2.0})
-    nodes = staticmethod(lambda: [{}])
-
-    def remote(self, **options):
-        assert options["max_restarts"] == -1
-        return lambda owner: types.SimpleNamespace(remote=lambda *given: Actor(self, owner(*given)))
-
-    def wait(self, refs, num_returns):
-        assert len(refs) <= 4  # two for each worker
-        done = self.random.choice(refs)
-        return [done], [each for each in refs if each is not done]
-
-    def get(self, ref):
-        return [self.get(each) for each in ref] if isinstance(ref, list) else ref()
-
-    def kill(self, actor):
-        self.killed += 1
-
-    def read_text(self, paths):
-        lines = [line for path in paths for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
-
-        def batches(batch_size, batch_format):
-            for start in range(0, len(lines), batch_size):
-                part = [{"text": line} for line in lines[start : start + batch_size]]
-                yield types.SimpleNamespace(to_pylist=lambda part=part: part)
-
-        return types.SimpleNamespace(iter_batches=batches)
-
-
-class Actor:
-    def __init__(self, ray, worker):
-        self.ray, self.worker = ray, worker
-
-    def __getattr__(self, name):
-        def remote(*given):
-            def call():
-                if name == "answer":
-                    self.ray.calls += 1
-                    if given[1] in self.ray.lost:
-                        raise self.ray.exceptions.RayError("The actor died: out of memory")
-                return getattr(self.worker, name)(*given)
-
-            return call
-
-        return types.SimpleNamespace(remote=remote)
 
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    def use(**options):
-        ray = StandIn(**options)
-        monkeypatch.setitem(sys.modules, "ray", ray)
-        monkeypatch.setitem(sys.modules, "ray.data", ray.data)
-        return ray
-
-    return use
+    return partial(in_place_of_ray, monkeypatch)
 
 
 @pytest.fixture
@@ -137,3 +74,38 @@ def test_what_cannot_be_read_or_has_no_ray_is_refused(prompts, data, tmp_path, s
     with pytest.raises(ConfigError, match=r"pip install 'softprompt\[ray\]'"):
         run_batch(asked, [str(data)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_every_text_format_is_read_as_without_ray(prompts, tmp_path, stand_in):
+    texts = ["The kettle, broke.", "007", "true"]
+    records = [{"input": text, "output": "x"} for text in texts]
+    files = {
+        "list.json": json.dumps(records, indent=1),
+        "semicolons.csv": "input;output\n" + "".join(f"{text};x\n" for text in texts),
+        "tabs.tsv": "input\toutput\n" + "".join(f"{text}\tx\n" for text in texts),
+        "packed.jsonl.gz": "\n\n".join(map(json.dumps, records)),
+    }
+    ray = stand_in()
+    for name, text in files.items():
+        raw, path = text.encode("utf-8-sig" if name.endswith("csv") else "utf-8"), tmp_path / name
+        path.write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+        paths, form = _listed([str(path)])
+        read = [json.loads(row[LINE]) for part in _rows(ray, paths, form, 2) for row in part]
+        assert read == [dict(each.record) for each in read_source(path)] == records, name
+    asked = BatchTask("evaluate", {"complaints": str(prompts / "complaints")})
+    (tmp_path / "broken.json").write_text('{"input": "x"}')
+    with pytest.raises(DataError, match=r"^broken.json, line 1: expected a JSON list"):
+        run_batch(asked, [str(tmp_path / "broken.json")], tmp_path / "out")
+
+
+def test_the_command_evaluates_as_without_ray(prompts, texts, tmp_path, stand_in, capsys):
+    stand_in()
+    labels = ["complaint", "no complaint"]
+    records = [{"input": text, "output": labels[i % 2]} for i, text in enumerate(texts)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    words = ["evaluate", str(prompts / "complaints"), "--data", str(tmp_path / "in.jsonl"), "--json"]
+    assert run(words) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert run([*words, "--ray", "--output", str(tmp_path / "out")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["accuracy"] == pytest.approx(plain["accuracy"])

@@ -1,13 +1,17 @@
 """Batches on a local Ray with two workers, one of which is killed; slow, and skipped where Ray is not installed."""
 
+import gzip
 import json
 import threading
 import time
 
 import pytest
+import torch
 
-from softprompt import load
+from softprompt import load, sweep
 from softprompt.batches import BatchSettings, BatchTask, Parts, prompts_in, run_batch
+from softprompt.batches.run import _listed, _rows
+from softprompt.batches.worker import LINE
 from softprompt.cli.main import run
 from softprompt.errors import ConfigError, DataError
 
@@ -36,11 +40,11 @@ def data(tmp_path, texts):
     return folder
 
 
-def workers():
+def workers(kind="BatchWorker"):
     return [
         each
         for each in psutil.process_iter(["cmdline"])
-        if each.info["cmdline"] and each.info["cmdline"][0].startswith("ray::BatchWorker")
+        if each.info["cmdline"] and each.info["cmdline"][0].startswith(f"ray::{kind}")
     ]
 
 
@@ -76,6 +80,47 @@ def test_a_killed_worker_loses_nothing_and_nothing_comes_twice(prompts, texts, d
     again = run_batch(asked, [str(data)], out, BatchSettings(part_size=4, workers=1), resume=True)
     assert again == found | {"computed": 2}
     assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
+
+
+def test_a_sweep_is_that_without_ray_and_a_killed_worker_trains_again(texts, tmp_path):
+    records = [{"input": text, "output": ("late", "broken")[i % 2]} for i, text in enumerate(texts)]
+    settings = {"max_steps": 8, "batch_size": 4, "silence_progress_bars": True, "num_virtual_tokens": 3}
+    space = {"learning_rates": ["x0.3", "x1"], "lengths": ["2", "3"], "eta": 2}
+    given = ("demo", records[:16], records[16:])
+    straight = sweep(*given, output=tmp_path / "straight", space=space, **settings)
+    killed = []
+
+    def kill():
+        while not killed:
+            for each in workers("RungWorker.train")[:1]:
+                time.sleep(0.5)
+                each.kill()
+                killed.append(each.pid)
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    found = sweep(*given, output=tmp_path / "ray", space=space, ray="auto", workers=2, **settings)
+    thread.join(timeout=10)
+    assert killed
+    assert found.rungs == straight.rungs
+    assert [each.name for each in found.candidates] == [each.name for each in straight.candidates]
+    torch.testing.assert_close(found.prompt.prompt().input, straight.prompt.prompt().input, rtol=0, atol=1e-5)
+
+
+def test_lists_tables_and_packed_lines_are_read_as_without_ray(tmp_path):
+    records = [{"input": text, "output": "x"} for text in ("The kettle, broke.", "007", "true")] * 50
+    packed = gzip.compress("\n".join(map(json.dumps, records)).encode())
+    files = {"list.json": json.dumps(records).encode(), "packed.jsonl.gz": packed}
+    files["semicolons.csv"] = ("input;output\n" + "".join(f"{each['input']};x\n" for each in records)).encode()
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        paths, form = _listed([str(tmp_path / name)])
+        read = [json.loads(row[LINE]) for part in _rows(ray, paths, form, 40) for row in part]
+        assert read == records, name
+    (tmp_path / "broken.json").write_text('{"input": "x"}')
+    with pytest.raises(DataError, match=r"^broken.json, line 1: expected a JSON list"):
+        list(_rows(ray, *_listed([str(tmp_path / "broken.json")]), 40))
 
 
 def test_the_command_classifies_a_parquet_by_column_and_writes_parquet(prompts, texts, tmp_path, capsys):
@@ -115,5 +160,5 @@ def test_what_cannot_be_loaded_or_read_ends_in_one_line(prompts, tmp_path, data)
         run_batch(
             BatchTask("generate", prompts_in(str(prompts), "which"), "which"), [str(tmp_path / "notes.txt")], "o"
         )
-    with pytest.raises(ConfigError, match=r"a worker could not load its prompts: .*absent"):
+    with pytest.raises(ConfigError, match=r"a worker could not be loaded: .*absent"):
         run_batch(BatchTask("generate", {"a": str(tmp_path / "absent")}), [str(data)], tmp_path / "out")

@@ -21,7 +21,7 @@ LEVELS = [
     {"generation", "display"},
     {"engine", "artifacts"},
     {"backbone", "data"},
-    {"prompts"},
+    {"prompts", "cluster"},
     {"world"},
     {"fields", "progress", "untrusted"},
     {"errors", "bundled"},

@@ -38,13 +38,26 @@ def small(patch):
 
 
 @pytest.fixture(scope="module")
-def straight(chat_base, tmp_path_factory):
+def drawn_under():
+    """What another run in the folder is told while the curve is drawn."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def straight(chat_base, tmp_path_factory, drawn_under):
     """Runs that were not stopped: of given questions, and of self-study."""
     given = [{"input": f"is parcel {number} late"} for number in range(9)]
     kinds = {"given": {"questions": given}, "studied": {"self_study": 5}}
     found = {}
+
+    def drawn(history, path):
+        with pytest.raises(OutputExistsError) as error:
+            softprompt.distill(chat_base, system_prompt=TEXT, output=path.parent, overwrite=True, self_study=2)
+        drawn_under.append(str(error.value))
+
     with pytest.MonkeyPatch.context() as patch:
         small(patch)
+        patch.setattr("softprompt.distillation.run.training_curve", drawn)
         for name, each in kinds.items():
             output = tmp_path_factory.mktemp("straight") / name
             found[name] = (
@@ -94,6 +107,11 @@ def test_a_run_stopped_in_a_stage_ends_as_one_that_was_not(
     assert (output / "questions.jsonl").read_text() == (reference / "questions.jsonl").read_text()
     assert not state_path(output).parent.exists()
     assert 0 < len(again) < total_calls(tuned, method)
+
+
+def test_the_output_is_held_until_the_last_of_its_files(straight, drawn_under):
+    assert len(drawn_under) == 2
+    assert all("another run is at work" in each for each in drawn_under)
 
 
 def counted_calls(monkeypatch, method):

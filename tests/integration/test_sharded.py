@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import signal
 from pathlib import Path
 from typing import final
 
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from oracles import families
 from oracles.processes import run_together
+from oracles.ranks import run_ranks
 from oracles.tiny_bases import write_base
 from softprompt import PrefixTuningConfig, PromptTuningConfig, get_peft_model, load, tune
 from softprompt.backbone import Base, load_base, own_part, weights_hash
@@ -155,6 +158,24 @@ def sharded_everywhere(folder):
     return fully_shard(AutoModelForCausalLM.from_pretrained(folder))
 
 
+LOST = """
+import os, signal, sys
+from softprompt.cli.main import run
+from softprompt.training.gradients import Step
+from softprompt.world import launched
+
+done = getattr(Step, sys.argv[1])
+
+def ended(step, *given):
+    if launched().rank == 1 and step._state.update == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return done(step, *given)
+
+setattr(Step, sys.argv[1], ended)
+sys.exit(run(sys.argv[2:]))
+"""
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases")
@@ -288,6 +309,21 @@ def test_the_wire_carries_what_the_cost_model_says(further_ranks):
 def test_what_cannot_be_sharded_is_refused_by_all(further_ranks, what, said):
     for found in further_ranks:
         assert said in found["refused"][what]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", ["rows", "add"])  # a pass, and its backward
+def test_a_process_lost_in_a_pass_is_named_and_resumed_from(bases, tmp_path, before):
+    data, output = tmp_path / "train.jsonl", tmp_path / "prompt"
+    data.write_text("".join(json.dumps(each) + "\n" for each in ALL))
+    words = ["tune", "--base-model", bases["llama"], "--shard", "fsdp", "--train-data", data, "--output", output]
+    words += ["--num-virtual-tokens", 3, "--num-epochs", 2, "--batch-size", 4, "--verbalizer", "{{input}} Label: "]
+    (code, stdout, stderr), (killed, *_) = run_ranks(LOST, before, *words)
+    assert (code, killed, stdout) == (2, -signal.SIGKILL, "")
+    last = stderr.splitlines()[-1]
+    assert last.startswith("Error: rank 1 of 2 ended: without a word; training was stopped after update 4 (epoch ")
+    assert last.endswith(f"continue with: softprompt tune --resume --output {output}")
+    assert "Traceback" not in stderr
 
 
 def test_one_process_is_told_to_start_others(monkeypatch, capsys):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import sys
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,8 @@ import softprompt
 from softprompt import evaluate
 from softprompt.cli.main import run
 from softprompt.errors import SoftPromptError, TrainingError
-from softprompt.inference import Ensemble
+from softprompt.evaluation import passes
+from softprompt.inference import Ensemble, TunedPrompt
 from softprompt.training import Events, sweep, tracking, tune
 from softprompt.training.gradients import Step
 from softprompt.world import joined, launched, world
@@ -41,15 +44,58 @@ def tuned_of(folder, output, base="llama", **options):
 
 
 def labels(folder, output):
-    tuned = tuned_of(folder, output)
+    tuned, bars, shown = tuned_of(folder, output), [], passes.progress_bar
+
+    @contextmanager
+    def watched(*given, **known):
+        with shown(*given, **known) as bar:
+            yield bar
+        bars.append((given[1], bar.n, bar.total))
+
+    passes.progress_bar = watched
     with joined():
         found = [
             evaluate(tuned, folder / "test.jsonl", batch_size=4, **each) for each in ({}, {"task": "generation"})
         ]
         found.append(evaluate(Ensemble([tuned, tuned]), folder / "test.jsonl"))
+        bars = world().from_main(lambda: bars)
+    passes.progress_bar = shown
     reports = [{name: each.to_dict()[name] for name in ("accuracy", "rouge_l", "perplexity")} for each in found]
     outcomes = [[each.answer for each in report.outcomes] for report in found]
-    return {**came_to(tuned), "reports": reports, "outcomes": outcomes, "world": (world().size, launched().size)}
+    found = {"reports": reports, "outcomes": outcomes, "bars": bars}
+    return {**came_to(tuned), **found, "world": (world().size, launched().size)}
+
+
+def answered(folder, output):
+    """What the commands print that answer, and how many inputs this process answered."""
+    tuned_of(folder, output, num_epochs=1)
+    (folder / "empty.jsonl").write_text('{"input": "good"}\n{"input": "bad"}\n{"input": 3.5}\n{"input": null}\n')
+    plain = [TunedPrompt.classify, TunedPrompt.generate]
+    counts, said = [], []
+
+    def counted(method):
+        def call(self, requests, **options):
+            counts.append(len(requests))
+            return method(self, requests, **options)
+
+        return call
+
+    TunedPrompt.classify, TunedPrompt.generate = map(counted, plain)
+    lines = "good\n\nbad\nthe film was fine\n" if launched().is_main else ""
+    for words in (
+        ["classify", output],
+        ["generate", output, "--max-new-tokens", 3, "--seed", 1, "--temperature", 1],
+    ):
+        for data in ([], ["--data", "-"], ["--data", folder / "test.jsonl"], ["--data", folder / "empty.jsonl"]):
+            text = '{"input": "good"}\n{"input": "bad"}\n' if "-" in data and lines else lines
+            sys.stdin = io.TextIOWrapper(io.BytesIO(text.encode()))
+            with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as errors:
+                code = run([*map(str, words + data), "--json"])
+            last = errors.getvalue().splitlines()[-1:] if code else []
+            said.append([code, last, json.loads(out.getvalue() or "null")])
+    sys.stdin = sys.__stdin__
+    TunedPrompt.classify, TunedPrompt.generate = plain
+    return {"said": said, "counts": counts}
 
 
 def seeds(folder, output):
@@ -168,7 +214,7 @@ def distilled(folder, output):
     return came_to(tuned)
 
 
-_JOBS = labels, seeds, probed, texts, tracked, stopped, refused, diverged, multitask, swept, distilled
+_JOBS = labels, answered, seeds, probed, texts, tracked, stopped, refused, diverged, multitask, swept, distilled
 JOBS = {each.__name__: each for each in _JOBS}
 JOBS |= {name: method_job(options) for name, options in METHODS.items()}
 

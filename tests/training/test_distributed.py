@@ -10,7 +10,7 @@ import torch
 from oracles.ranks import run_ranks
 from oracles.shared_jobs import JOBS, METHODS
 from softprompt.cli.main import run
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, ProcessLostError
 from softprompt.training import tune
 from softprompt.training.output import state_path
 from softprompt.world import World, joined, world
@@ -59,7 +59,7 @@ def shared(folder, *names, count=2):
 @pytest.fixture(scope="module")
 def two(folder):
     """One start of two processes for all that is looked at, since each imports torch anew."""
-    return shared(folder, "labels", "seeds", "tracked", "stopped", "refused", "diverged", "killed")
+    return shared(folder, "labels", "answered", "seeds", "tracked", "stopped", "refused", "diverged", "killed")
 
 
 @pytest.mark.parametrize("name", ["labels", "seeds"])
@@ -76,6 +76,21 @@ def test_two_processes_give_what_one_gives(folder, two, name):
         sorted(each.relative_to(path) for each in path.rglob("*")) for path in (folder / name, folder / f"{name}-2")
     ]
     assert names[0] == names[1]
+
+
+def test_commands_that_answer_share_their_inputs(folder, two):
+    """Of stdin, a file and records on stdin; what is wrong with one is said once, with its number among all."""
+    (first, second), _ = two
+    alone = JOBS["answered"](folder, folder / "answered")
+    assert_close(alone["said"], first["answered"]["said"], "said")
+    assert [code for code, *_ in alone["said"]] == [0, 0, 0, 2] * 2
+    assert alone["said"][3][1] == ["Error: empty.jsonl, line 4: expected a value in the field 'input', got None"]
+    assert [(code, out) for code, _, out in second["answered"]["said"]] == [
+        (code, None) for code, *_ in alone["said"]
+    ]
+    assert alone["counts"] == [3, 2, 9, 3, 2, 9]
+    assert first["answered"]["counts"] == [2, 1, 5] * 2
+    assert second["answered"]["counts"] == [1, 1, 4] * 2
 
 
 def test_they_stop_together_and_another_number_goes_on(folder, two):
@@ -97,6 +112,17 @@ def test_the_first_process_alone_tells_trackers(two):
 def test_a_group_that_somebody_else_made_names_no_process():
     said = World(1, 2)._lost(RuntimeError("connection closed"))
     assert said == "the processes lost each other (connection closed)"
+
+
+def test_only_errors_of_collectives_are_those_of_a_lost_process():
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("a bug of ours")):
+        with pytest.raises(type(error), match=str(error)) as caught, World(1, 2).together():
+            raise error
+        assert caught.value is error
+    gloo = "[/x/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:49798"
+    for error in (RuntimeError(gloo), torch.distributed.DistBackendError("NCCL error")):
+        with pytest.raises(ProcessLostError, match="the processes lost each other"), World(1, 2).together():
+            raise error
 
 
 def test_a_mistake_is_one_for_all(folder, two):

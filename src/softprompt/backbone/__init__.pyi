@@ -32,6 +32,7 @@ from .replaced import modules_named as modules_named
 from .replaced import replaced_modules as replaced_modules
 from .replaced import set_module as set_module
 from .sharding import own_part as own_part
+from .sharding import passes_together as passes_together
 from .sharding import shard_of as shard_of
 from .sharding import split_of as split_of
 from .state import decoder_embedding as decoder_embedding

@@ -19,7 +19,7 @@ from softprompt.backbone.fingerprint import Fingerprint
 from softprompt.backbone.keyvalues import KeyValueShape, key_value_shape, prefix_sources
 from softprompt.backbone.passes import unpacked
 from softprompt.backbone.products import FrozenLinear, frozen_linears, swapped_forwards, torch_products
-from softprompt.backbone.sharding import shard_of, whole
+from softprompt.backbone.sharding import passes_together, shard_of, whole
 from softprompt.backbone.state import (
     device_of,
     input_embedding,
@@ -208,6 +208,7 @@ class Base:
         model = self.model
         with (
             locked(model),
+            passes_together(model),
             unpacked(model),
             nullcontext() if attention is None else switched(supported(model, attention)),
             torch_products() if bare and not torch.compiler.is_compiling() else nullcontext(),

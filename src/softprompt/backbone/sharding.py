@@ -14,6 +14,7 @@ table has no values.
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from torch import Tensor, distributed, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from softprompt.errors import BackboneError, ConfigError
-from softprompt.world import World, world
+from softprompt.world import World, launched, meet, world
 
 SHARDS = ("fsdp", "tp")
 
@@ -37,6 +38,12 @@ def shard_of(model: nn.Module) -> str:
 def split_of(model: nn.Module) -> World:
     """Return the processes that rows can be shared out to: one alone where all of them must run the same passes."""
     return World() if shard_of(model) else world()
+
+
+def passes_together(model: nn.Module) -> AbstractContextManager[None]:
+    """Return the context of a pass or its backward; in those of a sharded model a process that is lost is named."""
+    alone = not (distributed.is_available() and distributed.is_initialized() and shard_of(model))
+    return nullcontext() if alone else launched().together()
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -76,17 +83,13 @@ def device_of_process(shard: str) -> torch.device:
     """
     if shard not in SHARDS:
         raise ConfigError(f"shard must be one of {', '.join(SHARDS)}, got {shard!r}")
-    if not distributed.is_initialized():
-        if "WORLD_SIZE" not in os.environ:
-            raise ConfigError(
-                f"shard {shard} spreads the base over processes, and this is one alone; start it with "
-                "torchrun --nproc-per-node N -m softprompt ..., or leave shard out"
-            )
-        distributed.init_process_group()
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cuda", torch.cuda.current_device())
+    if not distributed.is_initialized() and "WORLD_SIZE" not in os.environ:
+        raise ConfigError(
+            f"shard {shard} spreads the base over processes, and this is one alone; start it with "
+            "torchrun --nproc-per-node N -m softprompt ..., or leave shard out"
+        )
+    meet()
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def reading(shard: str, loader: Any, config: PreTrainedConfig) -> dict[str, Any]:
@@ -170,5 +173,6 @@ def _hand_on(parts: list[nn.Module], device: torch.device, tied: PreTrainedModel
     if tied is not None:
         tied.tie_weights()
     tensors = (chain(part.parameters(recurse=False), part.buffers(recurse=False)) for part in parts)
-    for tensor in dict.fromkeys(chain.from_iterable(tensors)):
-        distributed.broadcast(tensor.detach(), 0)
+    with launched().together():
+        for tensor in dict.fromkeys(chain.from_iterable(tensors)):
+            distributed.broadcast(tensor.detach(), 0)

@@ -1,5 +1,4 @@
 from .parts import Parts as Parts
-from .run import LOCAL as LOCAL
 from .run import prompts_in as prompts_in
 from .run import run_batch as run_batch
 from .settings import BatchSettings as BatchSettings

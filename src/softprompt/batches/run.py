@@ -2,7 +2,7 @@
 
 A part is one call of one worker, and one file. Ray restarts a worker that is lost, loads its base again and repeats
 its parts; nothing is written but by the driver, so no part is lost or written twice. Workers are restarted without
-end; a part that ends its worker each of ``RETRIES`` more times has errors for answers.
+end; a part that ends its worker again and again has errors for answers.
 """
 
 from __future__ import annotations
@@ -11,26 +11,27 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
-from importlib import import_module
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from softprompt.batches.parts import Parts, Row
 from softprompt.batches.settings import BatchSettings
 from softprompt.batches.worker import LINE, BatchTask, BatchWorker
-from softprompt.errors import ConfigError, DataError, UsageError
+from softprompt.cluster import LOCAL, cause_of, connected, workers_of
+from softprompt.data import json_lines
+from softprompt.errors import DataError, UsageError
 from softprompt.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
-LOCAL = "local"
-"""The address that starts Ray on this machine."""
-RETRIES = 3
 _AHEAD = 2
 """Parts that each worker has, so that it need not wait for the next."""
-_READERS = {".jsonl": "read_text", ".json": "read_text", ".csv": "read_csv", ".parquet": "read_parquet"}
+_FORMS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_WRONG = "why the file cannot be read"
+"""The column beside that of a line, empty where the file could be read."""
+_PACKED = (".gz", ".zst")
+"""What may stand behind the suffix of a text, which Ray Data unpacks by it."""
 
 
 def run_batch(
@@ -46,7 +47,8 @@ def run_batch(
 
     Args:
         asked: What is asked of each record.
-        data: Files and folders of JSON lines, CSV or Parquet, all of one format, here or where Ray Data reads.
+        data: Files and folders of JSON lines, JSON lists, CSV, TSV or Parquet, all of one format, here or where Ray
+            Data reads; texts may be packed.
         output: The folder of the answers: ``part-000000.jsonl`` and so on.
         settings: How the batch is cut and computed.
         address: Ray's address; ``local`` starts it on this machine, ``auto`` finds the one that runs.
@@ -61,12 +63,7 @@ def run_batch(
         DataError: There is no data, or of several formats.
     """
     how = settings or BatchSettings()
-    try:
-        ray = import_module("ray")
-        import_module("ray.data")
-    except ImportError as error:
-        raise ConfigError("--ray needs Ray: pip install 'softprompt[ray]'") from error
-    paths, reader = _listed(data)
+    paths, form = _listed(data)
     listed = hashlib.sha256("\n".join(paths).encode()).hexdigest()
     plan = {
         "asked": asdict(asked),
@@ -75,18 +72,18 @@ def run_batch(
         "part_size": how.part_size,
         "format": how.output_format,
     }
-    parts = Parts.begun(Path(output), how.output_format, plan, resume=resume)
-    with _connected(ray, address, how.workers):
-        done, computed = _answered(ray, asked, _rows(ray, paths, reader, how.part_size), parts, how)
+    with connected(address, how.workers) as ray:
+        parts = Parts.begun(Path(output), how.output_format, plan, resume=resume)
+        with workers_of(ray, BatchWorker, how.workers, asked) as workers:
+            done, computed = _answered(ray, workers, _rows(ray, paths, form, how.part_size), parts, how)
     errors = [row.get("error") is not None for row in parts.rows()]
     return {"records": len(errors), "parts": done, "computed": computed, "errors": sum(errors)}
 
 
 def _answered(
-    ray: Any, asked: BatchTask, read: Iterator[list[Row]], parts: Parts, how: BatchSettings
+    ray: Any, workers: Sequence[Any], read: Iterator[list[Row]], parts: Parts, how: BatchSettings
 ) -> tuple[int, int]:
     """Give the parts that are not there to the workers, and write each when it is done; return all, and these."""
-    workers = _workers(ray, asked, how)
     running: dict[Any, tuple[int, int, int]] = {}  # a part's number, records and worker
     number = computed = 0
     with progress_bar(0, "part") as bar:
@@ -98,7 +95,7 @@ def _answered(
                 rows = ray.get(ready)
             except ray.exceptions.RayError as error:
                 logger.warning("part %d was lost with its worker, or failed there; its records have errors", part)
-                first, why = part * how.part_size + 1, f"the worker was lost or failed: {_cause(error)}"
+                first, why = part * how.part_size + 1, f"the worker was lost or failed: {cause_of(error)}"
                 rows = [{"record": first + i, "error": why} for i in range(size)]
             parts.write(part, rows)
             bar.update()
@@ -116,61 +113,64 @@ def _answered(
             computed += 1
         while running:
             finish()
-    for each in workers:
-        ray.kill(each)
     return number, computed
 
 
-def _workers(ray: Any, asked: BatchTask, how: BatchSettings) -> list[Any]:
-    """Return the workers, all with their prompts loaded.
+def _rows(ray: Any, paths: Sequence[str], form: str, size: int) -> Iterator[list[Row]]:
+    """Yield the records of the files in order, ``size`` at a time; those of text as lines of JSON.
 
     Raises:
-        ConfigError: One of them cannot load them.
+        DataError: A file cannot be read.
     """
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    if gpus and not asked.reading.get("device"):
-        asked = replace(asked, reading={**asked.reading, "device": "cuda:0"})  # Ray shows each its own
-    made = ray.remote(num_gpus=1 if gpus else 0, num_cpus=1, max_restarts=-1, max_task_retries=RETRIES)(BatchWorker)
-    workers = [made.remote(asked) for _ in range(how.workers or gpus or len(ray.nodes()))]
-    try:
-        ray.get([each.ready.remote() for each in workers])
-    except ray.exceptions.RayError as error:
-        raise ConfigError(f"a worker could not load its prompts: {_cause(error)}") from error
-    return workers
-
-
-def _cause(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:300]
-
-
-def _rows(ray: Any, paths: Sequence[str], reader: str, size: int) -> Iterator[list[Row]]:
-    """Yield the records of the files in order, ``size`` at a time."""
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     ray.data.DataContext.get_current().enable_progress_bars = False
-    dataset = getattr(ray.data, reader)(list(paths))
-    for batch in dataset.iter_batches(batch_size=size, batch_format="pyarrow"):
-        rows = batch.to_pylist()
-        yield [{LINE: row["text"]} for row in rows] if reader == "read_text" else rows
+    try:
+        if form == ".parquet":
+            dataset = ray.data.read_parquet(list(paths))
+        else:
+            dataset = ray.data.read_binary_files(list(paths), include_paths=True).flat_map(_lines)
+        for batch in dataset.iter_batches(batch_size=size, batch_format="pyarrow"):
+            rows = batch.to_pylist()
+            if wrong := [why for row in rows if (why := row.pop(_WRONG, ""))]:
+                raise DataError(wrong[0])
+            yield rows
+    except ray.exceptions.RayError as error:
+        raise DataError(f"the data cannot be read: {cause_of(error)}") from error
+
+
+def _lines(file: Row) -> list[Row]:
+    try:
+        return [{LINE: line, _WRONG: ""} for line in json_lines(file["bytes"], _unpacked_name(file["path"]))]
+    except DataError as error:  # of an error Ray Data would say that it was one, and not which
+        return [{LINE: "", _WRONG: str(error)}]
+
+
+def _unpacked_name(path: str) -> str:
+    name, end = os.path.splitext(os.path.basename(path))
+    return name if end.lower() in _PACKED else name + end
 
 
 def _listed(data: Sequence[str]) -> tuple[list[str], str]:
-    """Return the files in order, those of a local folder by name, and the function of Ray Data that reads them."""
+    """Return the files in order, those of a local folder by name, and the suffix that all of them have."""
     paths = []
     for each in data:
         if os.path.isdir(each):
-            found = sorted(str(path) for path in Path(each).rglob("*") if path.suffix.lower() in _READERS)
+            found = sorted(str(path) for path in Path(each).rglob("*") if _form(str(path)) in _FORMS)
             paths += [os.path.abspath(path) for path in found]
         elif os.path.exists(each) or "://" in each:
             paths.append(each if "://" in each else os.path.abspath(each))
         else:
             raise DataError(f"{each} does not exist; name a file or a folder")
-    forms = {_READERS.get(os.path.splitext(path)[1].lower()) for path in paths}
-    if len(forms) != 1 or None in forms:
+    forms = {_form(path) for path in paths}
+    if len(forms) != 1 or not forms <= set(_FORMS):
         raise DataError(
-            f"expected files of one of {', '.join(_READERS)} in {', '.join(data)}, found {len(forms)} kinds"
+            f"expected files of one of {', '.join(_FORMS)} in {', '.join(data)}, found {len(forms)} kinds"
         )
-    return paths, str(forms.pop())
+    return paths, forms.pop()
+
+
+def _form(path: str) -> str:
+    return os.path.splitext(_unpacked_name(path))[1].lower()
 
 
 def prompts_in(folder: str, column: str | None) -> Mapping[str, str]:
@@ -186,22 +186,3 @@ def prompts_in(folder: str, column: str | None) -> Mapping[str, str]:
     if not found:
         raise UsageError(f"prompt_column chooses among the prompts in a folder, and {folder} has none")
     return found
-
-
-@contextmanager
-def _connected(ray: Any, address: str, workers: int | None) -> Iterator[None]:
-    """Connect to Ray inside the context; one that was connected before stays so."""
-    if ray.is_initialized():
-        yield
-        return
-    how: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
-    if address == LOCAL:  # reading needs CPUs beside the workers'
-        how |= {"num_cpus": (os.cpu_count() or 1) + (workers or 1), "include_dashboard": False}
-    try:
-        ray.init(**how)
-    except (ConnectionError, ValueError) as error:
-        raise ConfigError(f"--ray {address}: {_cause(error)}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()

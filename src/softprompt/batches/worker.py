@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, final
 
+from softprompt.cluster import device_there
 from softprompt.data import read_records
 from softprompt.errors import SoftPromptError, UsageError, nearest
 from softprompt.inference import Serving, load_many
@@ -47,7 +48,8 @@ class BatchWorker:
 
     def __init__(self, asked: BatchTask) -> None:
         self._asked = asked
-        found = load_many(list(asked.prompts.values()), **asked.reading)
+        reading = {"device": device_there(), **asked.reading}
+        found = load_many(list(asked.prompts.values()), **reading)
         self._prompts = dict(zip(asked.prompts, found, strict=True))
         self._serving = Serving(self._prompts)
 

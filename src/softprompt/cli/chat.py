@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import click
 
+from softprompt.cli.inputs import text_lines
 from softprompt.cli.options import (
     Command,
     base_options,

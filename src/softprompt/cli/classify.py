@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from softprompt.cli.inputs import records_of, shared_out, stdin_lines
 from softprompt.cli.options import (
     Command,
     base_options,
@@ -16,7 +17,6 @@ from softprompt.cli.options import (
     load_prompts,
     option,
     output_options,
-    records_of,
     request_of,
     show,
     start_logging,
@@ -83,7 +83,11 @@ def command(
     subject = _subject(prompt_dirs, options)
     if data is not None:
         inputs = records_of(data, subject if isinstance(subject, TunedPrompt) else subject.members[0])
-    found = subject.classify(list(inputs.values()), **given(options))
+    values = list(inputs.values())
+    if isinstance(subject, TunedPrompt):
+        found = shared_out(subject, values, lambda part: subject.classify(part, **given(options)))
+    else:  # which shares its passes out by itself
+        found = subject.classify(values, **given(options))
     if single:
         show(found[0].to_dict(), _ranked(found[0]), as_json=as_json)
         return

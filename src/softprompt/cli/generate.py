@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from softprompt.cli.inputs import records_of, shared_out, stdin_lines
 from softprompt.cli.options import (
     Command,
     base_options,
@@ -17,7 +18,6 @@ from softprompt.cli.options import (
     option,
     output_options,
     parts_of,
-    records_of,
     request_of,
     say,
     show,
@@ -72,8 +72,9 @@ def command(
     start_logging(quiet=quiet)
     (tuned,) = load_prompts([prompt_dir], options)
     inputs = inputs if data is None else records_of(data, tuned)
-    answers = tuned.generate(list(inputs.values()), **given(options))
-    if tuned.of_task(options["task_name"]).labels is not None and not quiet:
+    own = tuned.of_task(options["task_name"])
+    answers = shared_out(own, list(inputs.values()), lambda part: tuned.generate(part, **given(options)))
+    if own.labels is not None and not quiet:
         note = f"{prompt_dir} is a classifier, and what it generates need not be one of its labels"
         say(f"note: {note}; softprompt classify {prompt_dir} gives labels with probabilities")
     key = "line" if data is None else "record"

@@ -28,7 +28,7 @@ GROUPS = {
 }
 """The commands by what they are for, in the order of a prompt's life; each is a module of this folder."""
 COMMANDS = tuple(name for names in GROUPS.values() for name in names)
-SHARED = ("tune", "sweep", "distill", "evaluate", "compare")
+SHARED = ("tune", "sweep", "distill", "evaluate", "compare", "generate", "classify")
 """Commands whose work the processes of a launcher (torchrun) share."""
 INTERRUPTED = 130
 

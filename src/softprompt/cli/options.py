@@ -27,7 +27,7 @@ from softprompt.progress import silence
 from softprompt.world import world
 
 if TYPE_CHECKING:
-    from softprompt.inference import Fields, TunedPrompt
+    from softprompt.inference import TunedPrompt
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -261,20 +261,6 @@ def request_of(text: str | None, pairs: Sequence[str]) -> str | dict[str, str]:
     return fields
 
 
-def records_of(data: str, tuned: TunedPrompt) -> dict[int, Fields]:
-    """Return what each record of a data file asks, by its number; the columns are those of the prompt's tuning."""
-    from softprompt.data import read_records
-
-    columns = {name: tuned.manifest.settings.get(name) for name in ("input_field", "output_field")}
-    found: dict[int, Fields] = {}
-    for number, record in enumerate(read_records(data, **columns, require_target=False), start=1):
-        chat = record.chat.asked() if record.chat and tuned.manifest.chat else None
-        found[number] = record.fields if chat is None else {"messages": chat.messages, "tools": chat.tools}
-    if not found:
-        raise UsageError(f"nothing to answer: {data} has no records")
-    return found
-
-
 def _option(owner: type, item: Field[Any]) -> Callable[[Decorated], Decorated]:
     flag = "--" + item.name.replace("_", "-")
     kind = type_of(owner, item.name)
@@ -341,8 +327,9 @@ def write(text: str) -> None:
 
 
 def say(text: str) -> None:
-    """Write lines to stderr, visible whatever they hold."""
-    click.echo("\n".join(map(visible, text.split("\n"))), err=True)
+    """Write lines to stderr, visible whatever they hold; of several processes the first one does."""
+    if world().is_main:
+        click.echo("\n".join(map(visible, text.split("\n"))), err=True)
 
 
 def table(rows: Mapping[str, Any]) -> str:

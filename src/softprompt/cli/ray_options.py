@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
@@ -13,20 +14,20 @@ from softprompt.errors import UsageError
 
 if TYPE_CHECKING:
     from softprompt.batches import BatchTask
+    from softprompt.cli.options import Decorated
 
 _GROUP = "Batches on Ray"
 _BASE = ("base_model", "torch_dtype", "device", "ignore_fingerprint")
 
+
+def address_option(group: str, text: str) -> Callable[[Decorated], Decorated]:
+    """Return a decorator that adds ``--ray [ADDRESS]``."""
+    flag: dict[str, Any] = {"is_flag": False, "flag_value": "local", "metavar": "[ADDRESS]"}
+    return option("--ray", "address", **flag, group=group, help=text)
+
+
 ray_options = together(
-    option(
-        "--ray",
-        "address",
-        is_flag=False,
-        flag_value="local",
-        metavar="[ADDRESS]",
-        group=_GROUP,
-        help="Compute on Ray, started here, or the cluster at an address; --data may be a folder.",
-    ),
+    address_option(_GROUP, "Compute on Ray, started here, or the cluster at an address; --data may be a folder."),
     option("--output", type=click.Path(), group=_GROUP, help="Folder of the answers, one file a part."),
     option("--resume", is_flag=True, group=_GROUP, help="Go on with the batch in the output folder."),
     options_of(BatchSettings),
@@ -80,7 +81,7 @@ def on_ray(
     answering = BatchTask(command, prompts, settings.prompt_column, asked, given(reading), columns)
     found: dict[str, Any] = dict(run_batch(answering, [data], output, settings, address=address, resume=resume))
     if command == "evaluate":
-        found |= _measured(list(Parts(output, settings.output_format).rows()), answering)
+        found |= _measured(list(Parts(Path(output), settings.output_format).rows()), answering)
     show({"output": output} | found, table({"output": output} | found), as_json=as_json)
 
 

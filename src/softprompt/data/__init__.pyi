@@ -17,6 +17,7 @@ from .records import read_records as read_records
 from .sources import DataSource as DataSource
 from .sources import Use as Use
 from .sources import data_fingerprint as data_fingerprint
+from .sources import json_lines as json_lines
 from .sources import opened as opened
 from .sources import read_source as read_source
 from .sources import validation_split_of as validation_split_of

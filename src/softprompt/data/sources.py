@@ -25,6 +25,7 @@ from softprompt.data.file_formats import (
     with_class_names,
 )
 from softprompt.errors import DataError, first_line, nearest
+from softprompt.world import world
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,18 @@ def validation_split_of(source: DataSource) -> DataSource | None:
     """Return the validation split of an opened source; None where it has no splits or none of that name."""
     splits = _splits(source) or {}
     return next((splits[name] for name in _SPLITS["validation"] if name in splits), None)
+
+
+def json_lines(data: bytes, name: str) -> Iterator[str]:
+    """Return the records of a file of text as lines of JSON; those of ``.jsonl`` as they are, right or wrong.
+
+    Raises:
+        DataError: The file is not what its suffix says.
+    """
+    text, suffix = _decoded(data, name), Path(name).suffix.lower()
+    if suffix == ".jsonl":
+        return (line for line in text.split("\n") if line.strip())
+    return (json.dumps(dict(each.record)) for each in TEXT_READERS[suffix](text, name))
 
 
 def data_fingerprint(source: DataSource, records: Sequence[Located]) -> dict[str, str | int]:
@@ -186,12 +199,16 @@ def _decoded(data: bytes, name: str) -> str:
 
 def _standard_input() -> list[Any]:
     """Read standard input to its end: a JSON list, JSON lines, or a table, by its first character."""
-    if sys.stdin.isatty():
-        raise DataError("no data on standard input; pipe it in, or name a file instead of -")
-    text = _decoded(sys.stdin.buffer.read(), "standard input")
+    text = world().from_main(_standard_text)
     suffix = {"[": ".json", "{": ".jsonl"}.get(text.lstrip()[0], ".csv")
     logger.info("standard input is read as %s", suffix)
     return list(TEXT_READERS[suffix](text, "standard input"))
+
+
+def _standard_text() -> str:
+    if sys.stdin.isatty():
+        raise DataError("no data on standard input; pipe it in, or name a file instead of -")
+    return _decoded(sys.stdin.buffer.read(), "standard input")
 
 
 def _memory_records(records: Any) -> Iterator[Located]:

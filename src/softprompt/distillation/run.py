@@ -257,10 +257,10 @@ def _finished(
         (target / REPORT_NAME).unlink(missing_ok=True)
         if report is not None:
             report.write(target)
-        publish_logs(target, {"": target})
         with suppress(ConfigError):  # matplotlib is not installed
             (target / CURVE_NAME).unlink(missing_ok=True)
             training_curve(tuned.history, target / CURVE_NAME)
+        publish_logs(target, {"": target})  # last, for the lock goes with the state
     return tuned
 
 

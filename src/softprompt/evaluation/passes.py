@@ -114,11 +114,17 @@ class _Watched(Engine):
     def __init__(self, engine: Engine, tuned: TunedPrompt, bar: Any) -> None:
         super().__init__(tuned.base)
         self.name, self._engine, self._bar = engine.name, engine, bar
+        self._share = engine.processes.size
 
     def run_alike(self, rows: Sequence[EngineRow], head: HeadInput | None = None) -> Predictions:
         found = self._engine.run_alike(rows, head)
-        self._bar.update(len(rows))
+        _move(self._bar, len(rows) * self._share)
         return found
+
+
+def _move(bar: Any, count: int) -> None:
+    """Count rows of all processes, of which this one has as many as any: the last ones may be fewer."""
+    bar.update(min(count, bar.total - bar.n))
 
 
 def _basics(tuned: TunedPrompt, rows: Sequence[TokenRow], how: EvaluationSettings) -> Report:
@@ -146,10 +152,11 @@ def _generated(
     begin = time.perf_counter()
     # Like lengths together, and some batches between two steps of the bar, so that none runs half empty for long.
     order = sorted(range(len(rows)), key=lambda number: len(rows[number].source))
+    ranks = engine.processes
 
     def answered(own: Sequence[int]) -> Sequence[str]:
         texts: list[str] = []
-        with progress_bar(len(own), "answer", delay=_BAR_SECONDS) as bar:
+        with progress_bar(len(order), "answer", delay=_BAR_SECONDS) as bar:
             for start in range(0, len(own), _BATCHES * how.batch_size):
                 part = own[start : start + _BATCHES * how.batch_size]
                 answers = tuned.generate_rows(
@@ -159,10 +166,10 @@ def _generated(
                     without_prompt=how.without_prompt,
                 )
                 texts += [answer.text for answer in answers]
-                bar.update(len(part))
+                _move(bar, len(part) * ranks.size)
         return texts
 
-    found = dict(zip(order, engine.processes.split(order, answered), strict=True))
+    found = dict(zip(order, ranks.split(order, answered), strict=True))
     seconds = time.perf_counter() - begin
     with progress_bar(len(rows), "target", delay=_BAR_SECONDS) as bar:
         likelihood = target_likelihood(_Watched(engine, tuned, bar), rows, prompt, batch_size=how.batch_size)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from softprompt.backbone import facts_of, shard_of
+from softprompt.backbone import facts_of, passes_together, shard_of
 from softprompt.engine import EngineRow
 from softprompt.errors import TrainingError
 from softprompt.prompts import CPTEmbedding, Prompt, PromptModule
@@ -238,7 +238,8 @@ def _backward(joined: Sequence[tuple[Step, list[int]]]) -> None:
         return
     total = [step.add(batch, part) for (step, batch), part in zip(going, parts, strict=True)]
     if going[0][0].problem is None or together:
-        torch.stack(total).sum().backward()  # type: ignore[no-untyped-call]
+        with passes_together(joined[0][0].stage.model):
+            torch.stack(total).sum().backward()  # type: ignore[no-untyped-call]
 
 
 def _passes(steps: Sequence[Step]) -> Iterator[list[tuple[Step, list[int]]]]:

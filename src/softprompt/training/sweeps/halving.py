@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -60,6 +60,10 @@ class Tried:
         """What candidates are ranked by: the rungs reached, then the quality at the last one; more is better."""
         return len(self.points), quality_of(self.points[-1]["validation"]) if self.points else []
 
+    def take(self, other: Tried) -> None:
+        """Take over what was found of the same candidate elsewhere."""
+        self.learning_rate, self.points, self.problem = other.learning_rate, other.points, other.problem
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return asdict(self)
@@ -87,6 +91,7 @@ class Halving:
         found: Mapping[str, Snapshot],
         record: Mapping[str, Any],
         callbacks: Sequence[object] = (),
+        elsewhere: Callable[..., Iterator[Any]] | None = None,
     ) -> None:
         """Begin, or go on from the snapshots and the record of an interrupted sweep.
 
@@ -98,11 +103,13 @@ class Halving:
             found: The snapshots of an interrupted sweep, by candidate.
             record: What it kept beside them.
             callbacks: What is called as it goes, for each of the candidates.
+            elsewhere: Trains candidates to the end of a rung and yields what ``kept`` returns of them; None trains
+                them here.
         """
         self.tried: dict[str, Tried] = {
             name: Tried.from_dict(each) for name, each in record.get("candidates", {}).items()
         }
-        self._added, self._callbacks = 0, callbacks
+        self._added, self._callbacks, self._elsewhere = 0, callbacks, elsewhere
         self._first, self._run, self._output, self._stop = first, run, output, stop
         self._found, self._members = dict(found), dict[str, Member]()
 
@@ -133,26 +140,36 @@ class Halving:
         going = [each for each in group if each.problem is None and len(each.points) <= rung]
         if not going:
             return
-        with unsaid():
-            members = [self._member(each) for each in going]
-        logger.info("%s: %d prompts to step %d", title, len(going), until or members[0].stage.total_updates())
-        saving = Saving(self._save, self._run.save_every)
-        saving.now()
+        logger.info("%s: %d prompts to step %d", title, len(going), until or self.total_steps)
         try:
-            with ExitStack() as stack, unsaid():
-                candidates: list[Candidate] = []
-                for member in members:
-                    silent = bool(candidates) or member.stage.settings.silence_progress_bars
-                    candidates.append(member.candidate(self._output, silent=silent))
-                    stack.enter_context(candidates[-1].events)
-                train_together(candidates, check_stop=self._stop.check, saving=saving, until=until)
-                for tried, candidate in zip(going, candidates, strict=True):
-                    ended = until is None or candidate.state.update < until  # as by its patience
-                    self._measure(tried, candidate, ended=ended)
+            if self._elsewhere is None:
+                self._train(going, until)
+            else:
+                for snapshots, record in self._elsewhere(going, self._found, rung, until):
+                    self._found |= snapshots
+                    for name, values in record["candidates"].items():
+                        self.tried[name].take(Tried.from_dict(values))
+                    self._save()
         except (TrainingInterrupted, ProcessLostError) as error:
             self._save()
             raise ended_by(error, how_to_go_on(f"in {title}", self._output)) from None
         self._save()
+
+    def _train(self, going: Sequence[Tried], until: int | None) -> None:
+        with unsaid():
+            members = [self._member(each) for each in going]
+        saving = Saving(self._save, self._run.save_every)
+        saving.now()
+        with ExitStack() as stack, unsaid():
+            candidates: list[Candidate] = []
+            for member in members:
+                silent = bool(candidates) or member.stage.settings.silence_progress_bars
+                candidates.append(member.candidate(self._output, silent=silent))
+                stack.enter_context(candidates[-1].events)
+            train_together(candidates, check_stop=self._stop.check, saving=saving, until=until)
+            for tried, candidate in zip(going, candidates, strict=True):
+                ended = until is None or candidate.state.update < until  # as by its patience
+                self._measure(tried, candidate, ended=ended)
 
     def keep(self, group: Sequence[Tried], count: int) -> list[Tried]:
         """Return the best of candidates, at most ``count``, and let go of the prompts of the others.
@@ -203,12 +220,15 @@ class Halving:
         loss = state.mean_loss if state.group else state.history[-1]["loss"]
         tried.points.append({"steps": state.update, "loss": loss, "validation": metrics})
 
-    def _save(self) -> None:
-        if self._output is None:
-            return
+    def kept(self) -> tuple[dict[str, Snapshot], dict[str, Any]]:
+        """Return where the candidates are, and what is known of them: what another one goes on from."""
         snapshots = self._found | {name: each.snapshot() for name, each in self._members.items()}
-        record = {"candidates": {name: each.to_dict() for name, each in self.tried.items()}}
-        save_states(self._output, snapshots, identity(self._first), record)
+        return snapshots, {"candidates": {name: each.to_dict() for name, each in self.tried.items()}}
+
+    def _save(self) -> None:
+        if self._output is not None:
+            snapshots, record = self.kept()
+            save_states(self._output, snapshots, identity(self._first), record)
 
 
 def prepared_for(first: Prepared, run: TuneSettings, choice: Combination) -> Prepared:

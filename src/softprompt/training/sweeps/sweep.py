@@ -48,6 +48,7 @@ from softprompt.training import (
     write_sealed,
 )
 from softprompt.training.sweeps.halving import Halving, Tried, steps_of_rungs, unsaid
+from softprompt.training.sweeps.on_ray import rungs_on_ray
 from softprompt.training.sweeps.space import (
     TRIALS,
     Combination,
@@ -111,6 +112,8 @@ def sweep(
     overwrite: bool = False,
     resume: bool = False,
     space: SweepSettings | Mapping[str, Any] | None = None,
+    ray: str | None = None,
+    workers: int | None = None,
     **options: Unpack[TuneOptions],
 ) -> Sweep:
     """Find the settings of a soft prompt, and train it with them.
@@ -126,6 +129,9 @@ def sweep(
         output: Directory to write the best prompt, ``sweep.json`` and ``sweep.png`` to.
         overwrite: Write into an output directory that is not empty.
         resume: Continue the sweep that was interrupted in ``output``, with its own settings.
+        ray: Address of a Ray cluster whose workers train the candidates: ``local`` starts it on this machine,
+            ``auto`` finds the one that runs; None trains them here. An interrupted sweep goes on either way.
+        workers: Workers on Ray, by default one for each GPU, or without GPUs one for each machine.
         space: What is tried, such as ``{"learning_rates": ["x0.3", "x1"], "inits": ["RANDOM", "TEXT"]}``.
         **options: What all candidates share: the fields of `TuneSettings`.
 
@@ -146,16 +152,20 @@ def sweep(
             if space:
                 raise UsageError("the interrupted sweep tries what it was started with; leave that out to resume")
             tried = from_mapping(SweepSettings, plan.sweep or {})
-        return _swept(plan, tried, target if ranks.is_main else None, resume=resume)
+        return _swept(plan, tried, target if ranks.is_main else None, (ray, workers), resume=resume)
 
 
-def _swept(plan: RunPlan, tried: SweepSettings, target: Path | None, *, resume: bool) -> Sweep:
-    """Run a plan."""
+def _swept(
+    plan: RunPlan, tried: SweepSettings, target: Path | None, ray: tuple[str | None, int | None], *, resume: bool
+) -> Sweep:
+    """Run a plan; ``ray`` are address and workers."""
     clock = time.perf_counter()
     if plan.train_data is None:
         raise UsageError("train_data is missing; give a data file or records of input and output")
     refuse_ignored(plan.settings)
     choices = grid_of(plan.settings, tried)
+    if ray[0] is not None and plan.settings.track:
+        raise ConfigError("track would be ignored on Ray, whose workers train; leave it out")
     trackers = plan.trackers(target)
     data = read_data(plan.train_data, plan.validation_data, plan.settings)
     if len(data) > 1:
@@ -179,8 +189,10 @@ def _swept(plan: RunPlan, tried: SweepSettings, target: Path | None, *, resume: 
                 settings = plan.settings.to_dict() | {"sweep": plan.sweep}
                 plan_file = json.dumps({**SEAL, **known, "settings": settings}).encode()
                 write_sealed(state_path(target).with_name(PLAN_FILE), plan_file)
-            halving = Halving(first, plan.settings, target, stop, snapshots, record, trackers)
-            best, steps = _halved(halving, tried, choices, study)
+            given = plan.base_model, data, choices[0].settings(plan.settings), plan.settings
+            with rungs_on_ray(*ray, stop.check, *given) as elsewhere:
+                halving = Halving(first, plan.settings, target, stop, snapshots, record, trackers, elsewhere)
+                best, steps = _halved(halving, tried, choices, study)
             prepared, trained = halving.finished(best)
     ranked = sorted(halving.tried.values(), key=lambda each: each.standing, reverse=True)
     by = "accuracy" if "accuracy" in best.points[-1]["validation"] else "loss"

@@ -1,0 +1,84 @@
+"""What commands that answer are asked: lines of stdin, or records; and the processes that answer them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from softprompt.cli.options import say
+from softprompt.errors import UsageError
+from softprompt.world import world
+
+if TYPE_CHECKING:
+    from softprompt.inference import Fields, TunedPrompt
+
+T = TypeVar("T")
+
+
+def records_of(data: str, tuned: TunedPrompt) -> dict[int, Fields]:
+    """Return what each record of a data file asks, by its number; the columns are those of the prompt's tuning."""
+    from softprompt.data import read_records
+
+    columns = {name: tuned.manifest.settings.get(name) for name in ("input_field", "output_field")}
+    found: dict[int, Fields] = {}
+    for number, record in enumerate(read_records(data, **columns, require_target=False), start=1):
+        chat = record.chat.asked() if record.chat and tuned.manifest.chat else None
+        found[number] = record.fields if chat is None else {"messages": chat.messages, "tools": chat.tools}
+    if not found:
+        raise UsageError(f"nothing to answer: {data} has no records")
+    return found
+
+
+def shared_out(tuned: TunedPrompt, inputs: Sequence[Fields], answer: Callable[[Any], Sequence[T]]) -> list[T]:
+    """Return the answers to inputs, of which each process of a launcher gives its share.
+
+    Each reads all of them first, so that an error has the number of an input among all.
+    """
+    if world().size > 1:
+        tuned.sources(inputs)
+    return world().split(inputs, answer)
+
+
+def stdin_lines() -> dict[int, str]:
+    """Return the lines of stdin that are not blank, by their numbers; of several processes the first reads them.
+
+    Raises:
+        UsageError: stdin is a terminal, empty, or not UTF-8.
+    """
+    return world().from_main(_stdin_lines)
+
+
+def _stdin_lines() -> dict[int, str]:
+    if sys.stdin.isatty():
+        raise UsageError("nothing to answer: give --text, --data, or lines on stdin")
+    lines = dict(enumerate(text_lines(), start=1))
+    kept = {number: line for number, line in lines.items() if line.strip()}
+    if not kept:
+        raise UsageError("nothing to answer: stdin is empty; give --text, --data, or lines on stdin")
+    blank = sorted(lines.keys() - kept.keys())
+    if blank:
+        shown = ", ".join(map(str, blank[:5])) + (", ..." if len(blank) > 5 else "")
+        say(f"warning: {len(blank)} blank lines of stdin have no answer: {shown}")
+    return kept
+
+
+def text_lines() -> Iterator[str]:
+    """Yield the lines of stdin as they come; raise ``UsageError`` for one that is not UTF-8."""
+    return map(_line, _raw_lines(), count(1))
+
+
+def _raw_lines() -> Iterable[bytes]:
+    # In some locales Python would decode bytes that are not UTF-8 to halves of characters.
+    buffer = getattr(sys.stdin, "buffer", None)
+    return (line.encode(errors="surrogatepass") for line in sys.stdin) if buffer is None else buffer
+
+
+def _line(raw: bytes, number: int) -> str:
+    try:
+        return raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"stdin is not UTF-8: byte 0x{raw[error.start]:02x} in line {number}; convert the text first"
+        ) from error

@@ -1,0 +1,83 @@
+"""A Ray cluster: reaching it, and workers that hold a base there, which Ray starts again where they are lost."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+from softprompt.errors import ConfigError, UsageError
+from softprompt.world import world
+
+LOCAL = "local"
+"""The address that starts Ray on this machine."""
+RETRIES = 3
+"""Times that a call which ended its worker is repeated."""
+
+
+@contextmanager
+def connected(address: str, workers: int | None = None) -> Iterator[Any]:
+    """Yield Ray, connected to the cluster at an address; a connection that was there before stays.
+
+    Raises:
+        ConfigError: Ray is not installed, or cannot be reached.
+        UsageError: A launcher started several of this process.
+    """
+    if world().size > 1:
+        raise UsageError("--ray and torchrun both share the work out; start it without torchrun")
+    try:
+        ray: Any = import_module("ray")
+        import_module("ray.data")
+    except ImportError as error:
+        raise ConfigError("--ray needs Ray: pip install 'softprompt[ray]'") from error
+    if ray.is_initialized():
+        yield ray
+        return
+    how: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
+    if address == LOCAL:  # reading needs CPUs beside the workers'
+        how |= {"num_cpus": (os.cpu_count() or 1) + (workers or 1), "include_dashboard": False}
+    try:
+        ray.init(**how)
+    except (ConnectionError, ValueError) as error:
+        raise ConfigError(f"--ray {address}: {cause_of(error)}") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def workers_of(ray: Any, kind: type, count: int | None, *given: Any) -> Iterator[list[Any]]:
+    """Yield workers of a class with a method ``ready``, by default one for each GPU or else machine.
+
+    Raises:
+        ConfigError: One of them cannot be made.
+    """
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    made = ray.remote(num_gpus=1 if gpus else 0, num_cpus=1, max_restarts=-1, max_task_retries=RETRIES)(kind)
+    workers = [made.remote(*given) for _ in range(count or gpus or len(ray.nodes()))]
+    try:
+        ray.get([each.ready.remote() for each in workers])
+    except ray.exceptions.RayError as error:
+        raise ConfigError(f"a worker could not be loaded: {cause_of(error)}") from error
+    try:
+        yield workers
+    finally:
+        for each in workers:
+            ray.kill(each)
+
+
+def device_there() -> str | None:
+    """Return the device of a worker: the GPU that Ray shows it, or None, the CPU."""
+    import torch
+
+    return "cuda:0" if torch.cuda.is_available() else None
+
+
+def cause_of(error: Exception) -> str:
+    """Return the last line of an error of Ray, which is the worker's own."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:300]

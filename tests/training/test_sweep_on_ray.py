@@ -1,0 +1,52 @@
+"""A sweep whose candidates train on Ray, over a stand-in for it in this process, is the sweep without."""
+
+import pytest
+import torch
+
+import softprompt
+from oracles.ray_stand_in import in_place_of_ray
+from softprompt.cli.main import run
+from softprompt.errors import ConfigError, ProcessLostError
+from softprompt.training.output import state_path
+from training.test_sweep import HELD_OUT, RECORDS, SETTINGS, SPACE, swept, undrawn, values  # noqa: F401
+
+
+def found_close(found, straight):
+    """The same candidates in the same order, and the prompt to 1e-5."""
+    assert found.rungs == straight.rungs
+    for one, other in zip(found.candidates, straight.candidates, strict=True):
+        assert (one.name, one.choice, one.learning_rate) == (other.name, other.choice, other.learning_rate)
+        for point, expected in zip(one.points, other.points, strict=True):
+            assert point["validation"] == pytest.approx(expected["validation"], abs=1e-5)
+    torch.testing.assert_close(values(found.prompt), values(straight.prompt), rtol=0, atol=1e-5)
+
+
+def test_the_sweep_is_the_same_and_goes_on_after_a_loss(swept, llama, tmp_path, monkeypatch):  # noqa: F811
+    straight, _ = swept
+    ray = in_place_of_ray(monkeypatch, lost={1})
+    with pytest.raises(ProcessLostError, match=r"lost or failed: The actor died.*--resume"):
+        softprompt.sweep(llama, RECORDS, HELD_OUT, output=tmp_path, space=SPACE, ray="local", workers=2, **SETTINGS)
+    assert ray.calls == 3  # two of the first rung, one of the second
+    assert ray.killed == 2
+    ray = in_place_of_ray(monkeypatch)
+    resumed = softprompt.sweep(llama, RECORDS, HELD_OUT, output=tmp_path, resume=True, ray="local", workers=3)
+    assert ray.calls == 3  # two of the second rung, one of the last
+    found_close(resumed, straight)
+    assert not state_path(tmp_path).parent.exists()
+    assert (tmp_path / "sweep.json").exists()
+
+
+def test_it_goes_on_without_ray_as_well(swept, llama, tmp_path, monkeypatch):  # noqa: F811
+    in_place_of_ray(monkeypatch, lost={1})
+    with pytest.raises(ProcessLostError):
+        softprompt.sweep(llama, RECORDS, HELD_OUT, output=tmp_path, space=SPACE, ray="local", **SETTINGS)
+    found_close(softprompt.sweep(llama, RECORDS, HELD_OUT, output=tmp_path, resume=True), swept[0])
+
+
+def test_what_would_be_ignored_is_refused(llama, tmp_path, monkeypatch, capsys):
+    assert run(["sweep", "--workers", "2", "--output", str(tmp_path / "out")]) == 2
+    assert "--workers would be ignored without --ray" in capsys.readouterr().err
+    in_place_of_ray(monkeypatch)
+    options = {**SETTINGS, "track": "tensorboard"}
+    with pytest.raises(ConfigError, match="track would be ignored on Ray"):
+        softprompt.sweep(llama, RECORDS, HELD_OUT, output=tmp_path / "out", ray="local", **options)
