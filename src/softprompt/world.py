@@ -19,7 +19,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, final
 
-from softprompt.errors import ConfigError, ProcessLostError, SoftPromptError
+from softprompt.errors import ConfigError, ProcessLostError, SoftPromptError, first_line
 from softprompt.progress import timed
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class World:
     def _lost(self, error: RuntimeError) -> str:
         """Return which processes have ended, and why."""
         ends, missing = time.monotonic() + _ROLL_CALL, [rank for rank in range(self.size) if rank != self.rank]
-        unknown = f"the processes lost each other ({str(error).splitlines()[0][:120]})"
+        unknown = f"the processes lost each other ({first_line(error)})"
         if self._store is None:  # somebody else made the group, and keeps its store
             return unknown
         if not self._tell("here", "yes"):  # nobody keeps what they tell each other any more

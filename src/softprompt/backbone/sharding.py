@@ -92,10 +92,11 @@ def device_of_process(shard: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def reading(shard: str, loader: Any, config: PreTrainedConfig) -> dict[str, Any]:
+def reading(shard: str, loader: Any, config: PreTrainedConfig, *, trusted: bool) -> dict[str, Any]:
     """Return what ``from_pretrained`` is told so that no process reads more than it needs.
 
-    For ``fsdp`` the first process reads the files into the memory of its CPU and hands them on.
+    For ``fsdp`` the first process reads the files into the memory of its CPU and hands them on. ``trusted`` is
+    whether code that comes with the base may run.
 
     Raises:
         BackboneError: The base is stored quantised, or cannot be split among so many processes.
@@ -106,7 +107,7 @@ def reading(shard: str, loader: Any, config: PreTrainedConfig) -> dict[str, Any]
         return {"device_map": "meta"} if distributed.get_rank() else {}
     count, text = distributed.get_world_size(), config.get_text_config()
     with torch.device("meta"):
-        twin = loader.from_config(config)
+        twin = loader.from_config(config, trust_remote_code=trusted)
     if not twin.supports_tp_plan:
         raise BackboneError(f"{type(twin).__name__} has no plan for tensor parallelism; use shard='fsdp'")
     heads = [getattr(text, name, None) or count for name in ("num_attention_heads", "num_key_value_heads")]

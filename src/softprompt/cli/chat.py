@@ -23,7 +23,6 @@ from softprompt.cli.options import (
     start_logging,
     write,
 )
-from softprompt.cli.stdin import text_lines
 from softprompt.errors import SoftPromptError, UsageError, excerpt, in_options, nearest
 from softprompt.generation import GenerationOptions
 

@@ -22,7 +22,6 @@ from softprompt.cli.options import (
     start_logging,
 )
 from softprompt.cli.ray_options import on_ray, ray_options, refused_without_ray
-from softprompt.cli.stdin import stdin_lines
 from softprompt.errors import UsageError
 
 if TYPE_CHECKING:
