@@ -4,8 +4,8 @@ Sampling follows from what is given: a temperature above 0, or a filter such as 
 decoding method is given as well, a setting that it would ignore raises. Filters left at None are off.
 
 ``max_step_tokens`` is 512 by measurement (``bench/serving.py`` and ``bench/decode_step.py`` use it):
-from 512 to 2048 neither tokens a second nor label scoring gain, while the longest gap between two
-tokens of an answer, as long inputs arrive, grows threefold.
+from 512 to 2048 neither tokens a second nor label scoring gain. ``max_mixed_step_tokens``, the budget of a
+pass while answers run, is measured by ``bench/step_budget.py``.
 """
 
 from __future__ import annotations
