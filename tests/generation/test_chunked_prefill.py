@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from oracles.served import served
-from softprompt.engine import DecodeForest
+from softprompt.engine import DecodeForest, why_undecodable
 from softprompt.errors import ConfigError
 from softprompt.generation import (
     Batcher,
@@ -28,11 +28,13 @@ CHUNKS = (1, 3, 7, 64)
 
 @pytest.fixture(scope="module")
 def llama():
-    return served("llama", kinds=KINDS)
+    base = served("llama", kinds=KINDS)
+    assert not why_undecodable(base.base)  # probed now, before passes are counted
+    return base
 
 
 @pytest.fixture
-def passes(monkeypatch):
+def passes(llama, monkeypatch):
     """The passes that are run: of each row what it held and how many tokens it read."""
     seen = []
     step = DecodeForest.step
@@ -92,6 +94,7 @@ def test_the_parts_of_an_input_change_no_answer(llama, family, chunk):
         torch.testing.assert_close(logprobs_of(ticket), expected, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
 def scores_of(base, request):
     """Log p of every input token but the first, from one pass over all of the request's tokens."""
     prompt, ids = request.prompt, request.ids
@@ -139,7 +142,7 @@ def test_inputs_are_read_whole_where_no_answer_waits(llama, passes):
 
 def test_a_request_that_is_cancelled_while_it_is_read_leaves_others_right(llama):
     asked = [("plain", IDS), ("plain", IDS[:9]), ("plain", IDS[:5])]
-    arrivals = Arrivals(llama, 3, rows=4)
+    arrivals = Arrivals(llama, 1, rows=4)
 
     def cancel():  # the first is in its prompt, for whose keys and values the others wait
         arrivals.tickets[0].cancel()
@@ -156,7 +159,7 @@ def test_a_request_that_is_cancelled_while_it_is_read_leaves_others_right(llama)
 def test_a_prompt_that_is_read_in_parts_is_computed_once(llama, passes):
     arrivals = Arrivals(llama, 1, rows=4)
     tickets = arrivals.run([llama.request("plain", IDS[:n], options=SHORT) for n in (9, 7, 5)])
-    assert all(ticket.result()[0].text for ticket in tickets)
+    assert all(ticket.result()[0].tokens for ticket in tickets)
     kept = arrivals.runner.residents
     assert (kept.misses, kept.hits) == (1, 2)
     assert sum(length == 0 for rows in passes for length, _ in rows) == 2  # the long answer, and the first of these
