@@ -23,6 +23,7 @@ import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import transformers as tf
@@ -31,13 +32,13 @@ from serving_work import OUTPUT, PROMPTS, Took, asks, model_named, prompt_tables
 from softprompt.backbone import Base
 from softprompt.generation import Bounds, GenerationOptions, Request
 from softprompt.generation.answer import AnswerRules, Job
-from softprompt.generation.batcher import runner_of
+from softprompt.generation.batcher import Runner, runner_of
 from softprompt.generation.ticket import Ticket
 
 CLIENTS = 16
 
 
-def requests_of(model: object, count: int, spread: int) -> list[Request]:
+def requests_of(model: Any, count: int, spread: int) -> list[Request]:
     """Return the requests, with answers of ``OUTPUT`` tokens, up to ``spread`` more or fewer."""
     values, rng = values_of(prompt_tables(model, PROMPTS)), random.Random(1)
     lengths = [rng.randint(OUTPUT - spread, OUTPUT + spread) for _ in range(count)]
@@ -47,10 +48,9 @@ def requests_of(model: object, count: int, spread: int) -> list[Request]:
     ]
 
 
-def answered(base: Base, bounds: Bounds, requests: Sequence[Request]) -> tuple[list[Took], float]:
+def answered(runner: Runner, rules: AnswerRules, requests: Sequence[Request]) -> tuple[list[Took], float]:
     """Return when each answer's tokens came since its request did, CPU seconds, and how long all took."""
-    rules = AnswerRules.of(base, lambda _: "")
-    runner, left = runner_of(base, bounds, rules), deque(requests)
+    left = deque(requests)
     waiting: list[tuple[Job, Took, float]] = []
     running: list[tuple[Job, Took, float]] = []
     took: list[Took] = []
@@ -71,7 +71,7 @@ def answered(base: Base, bounds: Bounds, requests: Sequence[Request]) -> tuple[l
     return took, time.thread_time() - start
 
 
-def row(budget: int, took: Sequence[Took], seconds: float) -> dict[str, object]:
+def row(budget: int, took: Sequence[Took], seconds: float) -> dict[str, Any]:
     """Return the figures of one run."""
     gaps, first = [1000 * gap for each in took for gap in each.between], [1000 * each.first for each in took]
     return {
@@ -100,15 +100,20 @@ def main() -> None:
     if not options.json:
         print("| budget | tokens per CPU s | between tokens mean, p50, p95, most ms | first mean, p50, p95 ms |")
         print("|---|---|---|---|")
-    answered(base, Bounds(ordered_weights=False), requests[:CLIENTS])  # compiles the kernels of products
+    rules = AnswerRules.of(base, lambda _: "")
+    runners = {
+        budget: runner_of(base, Bounds(max_mixed_step_tokens=budget), rules)
+        for budget in map(int, options.budgets.split(","))
+    }
+    for runner in runners.values():
+        answered(runner, rules, requests[:PROMPTS])
     for _ in range(options.rounds):
-        for budget in map(int, options.budgets.split(",")):
-            bounds = Bounds(max_mixed_step_tokens=budget, ordered_weights=False)
-            found = row(budget, *answered(base, bounds, requests))
+        for budget, runner in runners.items():
+            found = row(budget, *answered(runner, rules, requests))
             if options.json:
                 print(json.dumps(found), flush=True)
                 continue
-            lists = (", ".join(f"{value:.0f}" for value in found[name]) for name in ("between_ms", "first_ms"))  # type: ignore[attr-defined]
+            lists = (", ".join(f"{value:.0f}" for value in found[name]) for name in ("between_ms", "first_ms"))
             print(f"| {budget} | {found['tokens_per_cpu_second']:.0f} | {' | '.join(lists)} |", flush=True)
 
 
