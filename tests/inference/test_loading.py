@@ -37,7 +37,7 @@ def test_a_folder_is_one_prompt_and_a_mapping_is_many(saved):
     ]
     with load(MappingProxyType(folders), **memory, bounds=bounds) as serving:
         assert isinstance(serving, Serving)
-        assert (serving.prompts, serving.batcher.bounds) == (("a", "b", "c"), bounds)
+        assert (serving.prompts, serving.batcher.bounds) == (("a", "b", "c"), bounds.settled("cpu"))
         assert serving.generate(texts, prompts=["a", "b", "c"], max_new_tokens=6) == alone
         found = serving.agenerate(texts, prompts=["a", "b", "c"], max_new_tokens=6)
         assert asyncio.run(found) == alone

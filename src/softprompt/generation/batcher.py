@@ -94,7 +94,7 @@ class Batcher:
 
     def __init__(self, base: Base, bounds: Bounds | None = None, *, decode: Decode | None = None) -> None:
         base.model.eval()  # type: ignore[no-untyped-call]
-        self.bounds = bounds or Bounds()
+        self.bounds = (bounds or Bounds()).settled(base.device.type)
         self.reason = why_undecodable(base)
         self._rules = AnswerRules.of(base, decode)
         self._runner = runner_of(base, self.bounds, self._rules)
@@ -306,7 +306,7 @@ class Decoder:
     def __init__(self, base: Base, bounds: Bounds | None = None, *, decode: Decode | None = None) -> None:
         base.model.eval()  # type: ignore[no-untyped-call]
         self._base = base
-        self._bounds = bounds or Bounds()
+        self._bounds = (bounds or Bounds()).settled(base.device.type, offline=True)
         self._rules = AnswerRules.of(base, decode, offline=True)
         self._guard = threading.Lock()
         self._runner: Runner | None = None

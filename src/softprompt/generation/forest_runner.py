@@ -198,10 +198,10 @@ class ForestRunner:
         row.done = row.prefill.kept_ids
 
     def _planned(self) -> Work:
-        """Schedule a pass: one token of every answer, and inputs up to ``max_step_tokens`` (chunked prefill)."""
+        """Schedule a pass: one token of every answer, and inputs in parts beside them (chunked prefill)."""
         answering = [each for each in self._rows if each.answer is not None]
         work = [(each, each.next_tokens(1)) for each in answering]
-        budget = self._bounds.max_step_tokens - len(work)
+        budget = self._bounds.step_tokens(len(work)) - len(work)
         for each in self._rows:
             if each.answer is None and budget > 0:
                 work.append((each, each.next_tokens(budget)))

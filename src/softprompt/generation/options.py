@@ -4,15 +4,15 @@ Sampling follows from what is given: a temperature above 0, or a filter such as 
 decoding method is given as well, a setting that it would ignore raises. Filters left at None are off.
 
 ``max_step_tokens`` is 512 by measurement (``bench/serving.py`` and ``bench/decode_step.py`` use it):
-from 512 to 2048 neither tokens a second nor label scoring gain, while the longest gap between two
-tokens of an answer, as long inputs arrive, grows threefold.
+from 512 to 2048 neither tokens a second nor label scoring gain. ``max_mixed_step_tokens``, the budget of a
+pass while answers run, is measured by ``bench/step_budget.py``.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 from softprompt.errors import ConfigError, broken
@@ -238,6 +238,10 @@ class GenerationOptions:
             raise ConfigError(f"{', '.join(ignored)} would be ignored {advice} or leave it out")
 
 
+_MIXED = 64
+"""Default tokens of a pass beside answers on a CPU; a number of rows that its products are not padded to."""
+
+
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """Upper limits of batch, KV cache and queue, for ``Serving`` and the HTTP server alike.
@@ -252,6 +256,13 @@ class Bounds:
     max_step_tokens: int = setting(
         512,
         "Maximum tokens in one forward pass; longer inputs are split over several (chunked prefill).",
+        least=1,
+        group=_BATCHING,
+    )
+    max_mixed_step_tokens: int | None = setting(
+        None,
+        "Maximum tokens in a forward pass while answers run: the next token of each, and parts of new inputs. "
+        "By default 64 on a CPU, at least twice --max-batch-rows, and --max-step-tokens elsewhere.",
         least=1,
         group=_BATCHING,
     )
@@ -280,11 +291,24 @@ class Bounds:
     def __post_init__(self) -> None:
         """Check every bound."""
         check(self)
-        if self.max_step_tokens < self.max_batch_rows:
-            raise ConfigError(
-                f"max_step_tokens {self.max_step_tokens} is below max_batch_rows {self.max_batch_rows}, but "
-                "every row needs a token in each pass; raise the one or lower the other"
-            )
+        for name in ("max_step_tokens", "max_mixed_step_tokens"):
+            most = getattr(self, name)
+            if most is not None and most < self.max_batch_rows:
+                raise ConfigError(
+                    f"{name} {most} is below max_batch_rows {self.max_batch_rows}, but "
+                    "every row needs a token in each pass; raise the one or lower the other"
+                )
+
+    def settled(self, device: str, *, offline: bool = False) -> Self:
+        """Return the same with its default for mixed passes; where nobody waits for single tokens, no bound."""
+        most = self.max_mixed_step_tokens
+        if most is None and not offline and device == "cpu":
+            most = max(_MIXED, 2 * self.max_batch_rows)
+        return replace(self, max_mixed_step_tokens=min(most or self.max_step_tokens, self.max_step_tokens))
+
+    def step_tokens(self, answering: int) -> int:
+        """Return the most tokens of a pass in which so many answers go on."""
+        return (answering and self.max_mixed_step_tokens) or self.max_step_tokens
 
 
 def options_from(settings: Mapping[str, Any], caller: str) -> GenerationOptions:

@@ -22,6 +22,11 @@ _BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3,
 _WHOLE = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240)
 
 
+_LIMITS = {
+    "max_step_tokens": "Most tokens of a forward pass.",
+    "max_mixed_step_tokens": "Most tokens of a forward pass while answers run.",
+}
+"""Name and help of bounds, by the fields of ``Bounds``."""
 _GAUGES = {
     "running": ("num_requests_running", "Answers being generated."),
     "waiting": ("num_requests_waiting", "Requests in the queue."),
@@ -82,6 +87,9 @@ class Metrics:
             "KV-cache usage of running answers; 1 is full.",
             lambda: batcher.stats.cached_tokens / room,
         )
+        for name, text in _LIMITS.items():
+            if batcher.bounds.max_mixed_step_tokens is not None:  # servers behind this one have limits of their own
+                self._gauge(name, text, partial(getattr, batcher.bounds, name))
         for field, (name, text) in _GAUGES.items():
             self._gauge(name, text, partial(_statistic, batcher, field))
         for field, (name, text) in _COUNTS.items():
