@@ -30,10 +30,10 @@ def line(text: str, most: int = MOST_OF_A_LINE) -> str:
     return shown if len(shown) <= most else f"{shown[: most * 2 // 3]} ... {shown[-most // 4 :]}"
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: BaseException, most: int = 120) -> str:
     """Return the first line of another library's error without its full stop; its type where it says nothing."""
     said = str(error).strip() or type(error).__name__
-    return line(said.splitlines()[0].rstrip("."), 120)
+    return line(said.splitlines()[0].rstrip("."), most)
 
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

@@ -326,3 +326,26 @@ def test_what_would_fail_later_is_refused_before_anything_is_written(chat_base, 
 def test_overwrite_without_output_is_refused(chat_base):
     with pytest.raises(UsageError, match="overwrite has no meaning"):
         softprompt.distill(chat_base, system_prompt=TEXT, self_study=2, overwrite=True)
+
+
+def labelled_run(**options):
+    """A distillation of four examples with labels, of six questions without answers."""
+    examples = [{"input": f"text {n}", "output": ("good", "bad")[n % 2]} for n in range(4)]
+    how = {"verbalizer": "Text: {{input}}\nLabel:", "task": "classification", "num_epochs": 1, "report": False}
+    asked = [{"input": f"the {word}"} for word in ("kettle", "lamp", "chair", "phone", "book", "coat")]
+    return softprompt.distill("demo", **{"examples": examples, "questions": asked, **QUICK, **how, **options})
+
+
+def test_the_choice_among_labels_is_learnt_unless_its_weight_is_zero():
+    chosen, alone = labelled_run(), labelled_run(choice_weight=0)
+    assert not torch.equal(chosen.module.materialize(), alone.module.materialize())
+
+
+def test_a_given_answer_that_is_no_label_is_refused_before_the_teacher_reads():
+    with pytest.raises(SoftPromptError, match="question 2: its answer 'neutral' is none of the 2 labels"):
+        labelled_run(questions=[{"input": "a", "output": "good"}, {"input": "b", "output": "neutral"}])
+
+
+def test_a_choice_without_labels_is_refused():
+    with pytest.raises(SoftPromptError, match="choice_weight would be ignored"):
+        softprompt.distill("demo", system_prompt=TEXT, questions=[{"input": "a"}], choice_weight=1.0, **QUICK)

@@ -55,7 +55,7 @@ def test_what_is_exact_is_not_logged(base, caplog, otherwise):
     [
         (BackboneError("no such layer\nnor any other"), "no such layer nor any other"),
         (RuntimeError("shape '[1]' is invalid\nand more"), "RuntimeError: shape '[1]' is invalid"),
-        (KeyError(), "KeyError: "),
+        (KeyError(), "KeyError"),
     ],
 )
 def test_what_a_model_raises_is_one_line(base, error, line):

@@ -125,7 +125,7 @@ def _read(
     loader = AutoModelForSeq2SeqLM if kind else AutoModelForCausalLM
     if not runs:
         return embedding_alone(loader, config, source, dtype, **options)
-    more = {} if shard is None else reading(shard, loader, config, trusted=bool(options.get("trust_remote_code")))
+    more = {} if shard is None else reading(shard, loader, config, options)
     return cast(PreTrainedModel, loader.from_pretrained(source, dtype=dtype or "auto", **options, **more))
 
 

@@ -14,6 +14,7 @@ table has no values.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any, cast
@@ -92,11 +93,11 @@ def device_of_process(shard: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def reading(shard: str, loader: Any, config: PreTrainedConfig, *, trusted: bool) -> dict[str, Any]:
+def reading(shard: str, loader: Any, config: PreTrainedConfig, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return what ``from_pretrained`` is told so that no process reads more than it needs.
 
-    For ``fsdp`` the first process reads the files into the memory of its CPU and hands them on. ``trusted`` is
-    whether code that comes with the base may run.
+    For ``fsdp`` the first process reads the files into the memory of its CPU and hands them on. ``options`` are
+    those of transformers, which say whether code that comes with the base may run.
 
     Raises:
         BackboneError: The base is stored quantised, or cannot be split among so many processes.
@@ -106,8 +107,9 @@ def reading(shard: str, loader: Any, config: PreTrainedConfig, *, trusted: bool)
     if shard == "fsdp":
         return {"device_map": "meta"} if distributed.get_rank() else {}
     count, text = distributed.get_world_size(), config.get_text_config()
+    trust_remote_code = bool(options.get("trust_remote_code"))
     with torch.device("meta"):
-        twin = loader.from_config(config, trust_remote_code=trusted)
+        twin = loader.from_config(config, trust_remote_code=trust_remote_code)
     if not twin.supports_tp_plan:
         raise BackboneError(f"{type(twin).__name__} has no plan for tensor parallelism; use shard='fsdp'")
     heads = [getattr(text, name, None) or count for name in ("num_attention_heads", "num_key_value_heads")]

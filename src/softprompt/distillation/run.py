@@ -123,7 +123,7 @@ def distill(
             given = [Question.from_dict(each) for each in plan.get("questions", ())]
             if questions is not None:
                 given = given_questions(questions, teacher.rows, len(teacher.passages), settings)
-            check_student(teacher, settings)
+            check_student(teacher, settings, given)
             if unrelated is not None:
                 unrelated_pairs(unrelated := list(read_source(unrelated)))
             if dry_run:

@@ -11,7 +11,7 @@ from softprompt.artifacts import check_base, load_adapter
 from softprompt.backbone import Base, key_values
 from softprompt.data import INPUT
 from softprompt.distillation import TEXT_RATE_PER_RMS, HeldOut, HeldOutMeasure, start_ids
-from softprompt.errors import ConfigError, DataError
+from softprompt.errors import ConfigError, DataError, TrainingError, nearest
 from softprompt.prompts import PROMPT_KEY, FlatOrder, PromptLearningConfig, from_tokens, lookup
 from softprompt.training import (
     Goal,
@@ -114,7 +114,12 @@ class Student:
         engine, size = self.prepared.engine, self.prepared.settings.batch_size
         labels = self.prepared.tasks[0].labels or {}
         choice = LabelChoice.of(engine, tuple(labels.values()), self.prepared.settings.choice_weight)
-        scores = [[(each.scores or {})[name] for name in labels] for each in self.questions[:count]]
+        if choice and any(each.scores is None for each in self.questions[:count]):
+            raise TrainingError(
+                "cannot resume: the questions were answered by an earlier version, without scores of the labels; "
+                "start again with overwrite=True"
+            )
+        scores = [[(each.scores or {}).get(name, 0.0) for name in labels] for each in self.questions[:count]]
         objective = TopDivergence(
             engine,
             dict(zip(keys, targets[:count], strict=True)),
@@ -127,11 +132,12 @@ class Student:
         return replace(self.prepared, goal=Goal(objective, measure)), held_out
 
 
-def check_student(teacher: Teacher, settings: DistillSettings) -> None:
+def check_student(teacher: Teacher, settings: DistillSettings, given: Sequence[Question] = ()) -> None:
     """Refuse what would fail once the questions are answered, before that work is begun.
 
     Raises:
-        SoftPromptError: As for ``Student.of``, or the template has other fields than self-study can fill.
+        SoftPromptError: As for ``Student.of``, the template has other fields than self-study can fill, or an answer
+            is none of the examples' labels.
     """
     configuration_of(teacher, settings)
     _start_ids(teacher, settings)
@@ -139,6 +145,13 @@ def check_student(teacher: Teacher, settings: DistillSettings) -> None:
         raise ConfigError(
             "choice_weight would be ignored: it needs examples with labels, two or more; leave it out"
         )
+    labels = teacher.manifest.labels
+    for number, each in enumerate(given, start=1):
+        if labels is not None and each.answer is not None and each.answer not in labels:
+            raise DataError(
+                f"question {number}: its answer {each.answer!r} is none of the {len(labels)} labels of the examples"
+                f"{nearest(each.answer, labels)}; correct it, or set task to 'generation'"
+            )
     for path in settings.distractors:
         check_base(load_adapter(path), teacher.base.model)
     if settings.self_study and not teacher.manifest.chat and teacher.manifest.fields != (INPUT,):

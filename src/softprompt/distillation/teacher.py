@@ -141,8 +141,13 @@ class Teacher:
         for passage, tuned in enumerate(self.tuned):
             own = [i for i in left if questions[i].passage == passage]
             asked = [questions[i].request for i in own]
-            for i, each in zip(own, self._processes.split(asked, tuned.classify), strict=True):
-                found[i] = replace(questions[i], answer=questions[i].answer or each.label, scores=each.scores)
+            scored_by = partial(tuned.classify, batch_size=2 * self.batch_size)
+            for i, each in zip(own, self._processes.split(asked, scored_by), strict=True):
+                found[i] = replace(
+                    questions[i],
+                    answer=each.label if questions[i].answer is None else questions[i].answer,
+                    scores=each.scores,
+                )
         return found
 
     def targets(

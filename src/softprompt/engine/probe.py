@@ -32,7 +32,7 @@ from softprompt.backbone import (
 )
 from softprompt.engine.predictions import Engine
 from softprompt.engine.rows import EngineRow
-from softprompt.errors import BackboneError, SoftPromptError, TrainingError, first_line
+from softprompt.errors import MOST_OF_A_LINE, BackboneError, SoftPromptError, TrainingError, first_line
 from softprompt.progress import phase
 from softprompt.prompts import Prompt
 
@@ -111,8 +111,8 @@ def _found(find: Callable[[], str]) -> str:
 
 def one_line(cause: Exception) -> str:
     """Return the first line of what a model raised, after the exception's name where it is not ours."""
-    first = first_line(cause)
-    return first if isinstance(cause, SoftPromptError) else f"{type(cause).__name__}: {first}"
+    first, name = first_line(cause, MOST_OF_A_LINE), type(cause).__name__
+    return first if isinstance(cause, SoftPromptError) or first == name else f"{name}: {first}"
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from softprompt.prompts import Prompt
 
 logger = logging.getLogger(__name__)
 
-_LONG, _MOST_KEPT = 64, 65536
+_LONG, _MOST_KEPT = 64, 8192
 """Virtual tokens from which on a prompt is kept between the passes of a call, and most that all prompts have."""
 _RETRY_SECONDS = 1.0
 _BREATH = 0.001
@@ -56,6 +56,7 @@ def score_rows(
     if residents is None and len(rows) > max_rows:
         residents = _for_one_call(engine, rows)
     own = rows if residents is None else residents.in_front(rows, engine)
+    residents = None  # it holds a copy of what the rows have now
     sums = torch.zeros(len(rows))
     for numbers in _passes(own, max_rows, max_tokens):
         part = [own[i] for i in numbers]
