@@ -13,9 +13,18 @@ os.environ.pop("ALLOW_DOWNLOADS", None)
 
 from hypothesis import HealthCheck, settings
 
+from softprompt import progress
+
 # A busy machine must not turn a property into a failure, and a failure must come back.
 settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("steady")
+
+
+@pytest.fixture(autouse=True)
+def every_bar_is_closed():
+    """A bar that is left open would hide all that is shown in its process from then on."""
+    yield
+    assert progress._within.get() == 0
 
 
 @pytest.fixture(autouse=True)

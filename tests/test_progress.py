@@ -134,3 +134,15 @@ def test_a_silent_phase_is_counted_alone(monkeypatch):
         pass
     assert list(parts) == ["loading"]
     assert terminal.getvalue() == ""
+
+
+def test_bars_side_by_side_may_end_in_any_order():
+    with timed(silent=True) as parts:
+        bars = [progress_bar(1, "update") for _ in range(2)]
+        for each in bars:
+            each.__enter__()
+        for each in bars:
+            each.__exit__(None, None, None)
+        with phase("loading", "loading it"):
+            pass
+    assert list(parts) == ["loading"]

@@ -22,7 +22,7 @@ SECONDS_BETWEEN_LINES = 5.0
 
 _LINE = "{n_fmt}/{total_fmt} {unit}s [{elapsed}<{remaining}{postfix}]"
 _silent: ContextVar[bool] = ContextVar("silent", default=False)
-_within: ContextVar[bool] = ContextVar("within", default=False)
+_within: ContextVar[int] = ContextVar("within", default=0)
 _parts: ContextVar[dict[str, float] | None] = ContextVar("parts", default=None)
 
 
@@ -102,11 +102,11 @@ def progress_bar(
 @contextmanager
 def _once() -> Iterator[None]:
     """Mark that something is shown or counted, so that nothing inside is a second time."""
-    token = _within.set(True)
+    _within.set(_within.get() + 1)
     try:
         yield
     finally:
-        _within.reset(token)
+        _within.set(_within.get() - 1)  # bars side by side end in any order
 
 
 @contextmanager
