@@ -4,10 +4,14 @@ import pytest
 import torch
 
 import softprompt
-from oracles.ray_stand_in import in_place_of_ray
+from oracles.ray_stand_in import in_place_of_ray, sent
 from softprompt.cli.main import run
 from softprompt.errors import ConfigError, ProcessLostError
+from softprompt.training import Snapshot, TuneSettings
 from softprompt.training.output import state_path
+from softprompt.training.state import RunState
+from softprompt.training.sweeps import on_ray
+from softprompt.training.sweeps.halving import Halving
 from training.test_sweep import HELD_OUT, RECORDS, SETTINGS, SPACE, swept, undrawn, values  # noqa: F401
 
 
@@ -50,3 +54,26 @@ def test_what_would_be_ignored_is_refused(llama, tmp_path, monkeypatch, capsys):
     options = {**SETTINGS, "track": "tensorboard"}
     with pytest.raises(ConfigError, match="track would be ignored on Ray"):
         softprompt.sweep(llama, RECORDS, HELD_OUT, output=tmp_path / "out", ray="local", **options)
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that a process without a GPU cannot read."""
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+    def __reduce_ex__(self, protocol):
+        raise RuntimeError("a tensor of a GPU comes to a driver without one")
+
+
+def test_what_comes_back_is_on_the_cpu(monkeypatch):
+    there = torch.ones(2).as_subclass(OnGpu)
+    tensors = {"prompt": {"p": there}, "best": {"p": there}, "optimizer": {"p/m": there}, "earlier": {"e": there}}
+    found = Snapshot("a", RunState(best={"p": there}), tensors, {}, {})
+    monkeypatch.setattr(on_ray, "prepare", lambda *given: None)
+    monkeypatch.setattr(Halving, "train", lambda *given: None)
+    monkeypatch.setattr(Halving, "kept", lambda halving: ({"1": found}, {}))
+    settings = TuneSettings()
+    back, _ = sent(on_ray.RungWorker("demo", [], settings, settings).train(({}, {}), 0, None))
+    assert torch.equal(back["1"].run.best["p"], torch.ones(2))
+    assert {kind: list(own) for kind, own in back["1"].tensors.items()} == {k: list(v) for k, v in tensors.items()}

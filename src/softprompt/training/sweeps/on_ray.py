@@ -33,7 +33,8 @@ class RungWorker:
         """Train candidates, given and returned as ``Halving.kept`` has them, to the end of a rung."""
         halving = Halving(self._first, self._run, None, StopSignal(), *kept)
         halving.train(list(halving.tried.values()), rung, until, "a rung")
-        return halving.kept()
+        snapshots, record = halving.kept()
+        return {name: each.to_cpu() for name, each in snapshots.items()}, record
 
 
 @contextmanager
