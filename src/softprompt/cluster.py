@@ -54,9 +54,11 @@ def workers_of(ray: Any, kind: type, count: int | None, *given: Any) -> Iterator
     """Yield workers of a class with a method ``ready``, by default one for each GPU or else machine.
 
     Raises:
-        ConfigError: One of them cannot be made.
+        ConfigError: One of them cannot be made, or there are fewer GPUs than the workers asked for.
     """
     gpus = int(ray.cluster_resources().get("GPU", 0))
+    if gpus and count and count > gpus:  # Ray would wait for the others without end
+        raise ConfigError(f"--workers {count}: each takes a GPU, and the cluster has {gpus}; ask for fewer")
     made = ray.remote(num_gpus=1 if gpus else 0, num_cpus=1, max_restarts=-1, max_task_retries=RETRIES)(kind)
     workers = [made.remote(*given) for _ in range(count or gpus or len(ray.nodes()))]
     try:

@@ -1,10 +1,13 @@
 """A sweep whose candidates train on Ray, over a stand-in for it in this process, is the sweep without."""
 
+from contextvars import Context
+
 import pytest
 import torch
 
 import softprompt
 from oracles.ray_stand_in import in_place_of_ray, sent
+from softprompt.backbone import trust_code, trusts_code
 from softprompt.cli.main import run
 from softprompt.errors import ConfigError, ProcessLostError
 from softprompt.training import Snapshot, TuneSettings
@@ -77,3 +80,18 @@ def test_what_comes_back_is_on_the_cpu(monkeypatch):
     back, _ = sent(on_ray.RungWorker("demo", [], settings, settings).train(({}, {}), 0, None))
     assert torch.equal(back["1"].run.best["p"], torch.ones(2))
     assert {kind: list(own) for kind, own in back["1"].tensors.items()} == {k: list(v) for k, v in tensors.items()}
+
+
+def test_workers_trust_code_where_the_command_does(monkeypatch):
+    in_place_of_ray(monkeypatch)
+    told = []
+    monkeypatch.setattr(on_ray, "prepare", lambda *given: told.append(trusts_code()))
+
+    def begun(trust):
+        trust()
+        with on_ray.rungs_on_ray("local", 1, bool, "demo", [], TuneSettings(), TuneSettings()):
+            pass
+
+    for trust in (bool, trust_code):
+        Context().run(begun, trust)
+    assert told == [False, True]

@@ -11,10 +11,11 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from softprompt.backbone import trusts_code
 from softprompt.batches.parts import Parts, Row
 from softprompt.batches.settings import BatchSettings
 from softprompt.batches.worker import LINE, BatchTask, BatchWorker
@@ -74,7 +75,8 @@ def run_batch(
     }
     with connected(address, how.workers) as ray:
         parts = Parts.begun(Path(output), how.output_format, plan, resume=resume)
-        with workers_of(ray, BatchWorker, how.workers, asked) as workers:
+        told = replace(asked, reading={"trust_remote_code": trusts_code(), **asked.reading})
+        with workers_of(ray, BatchWorker, how.workers, told) as workers:
             done, computed = _answered(ray, workers, _rows(ray, paths, form, how.part_size), parts, how)
     errors = [row.get("error") is not None for row in parts.rows()]
     return {"records": len(errors), "parts": done, "computed": computed, "errors": sum(errors)}

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, final
 
+from softprompt.backbone import trust_code, trusts_code
 from softprompt.cluster import cause_of, connected, device_there, workers_of
 from softprompt.errors import ProcessLostError
 from softprompt.progress import progress_bar
@@ -18,7 +19,10 @@ from softprompt.training.sweeps.halving import Halving, Tried, unsaid
 class RungWorker:
     """Trains candidates on a base of its own."""
 
-    def __init__(self, base_model: BaseLike, data: Any, first: TuneSettings, run: TuneSettings) -> None:
+    def __init__(
+        self, base_model: BaseLike, data: Any, first: TuneSettings, run: TuneSettings, trust: Callable[[], object]
+    ) -> None:
+        trust()
         device = device_there()
         if device is not None and run.device is None:
             first, run = replace(first, device=device), replace(run, device=device)
@@ -51,7 +55,8 @@ def rungs_on_ray(
     if address is None:
         yield None
         return
-    with connected(address, workers) as ray, workers_of(ray, RungWorker, workers, *given) as made:
+    trust = trust_code if trusts_code() else bool
+    with connected(address, workers) as ray, workers_of(ray, RungWorker, workers, *given, trust) as made:
 
         def train(going: Sequence[Tried], found: Mapping[str, Snapshot], rung: int, until: int | None) -> Any:
             running: dict[Any, list[str]] = {}
