@@ -11,7 +11,7 @@ import pytest
 import softprompt
 from softprompt.bundled import complaints
 from softprompt.cli.options import Command, options_of
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, UsageError
 from softprompt.fields import from_mapping, say_renamed, setting
 from softprompt.training import TuneSettings, read_run
 
@@ -53,21 +53,26 @@ def test_both_names_at_once_are_refused():
         (["--night-shift"], {"open_late": True}, ["--night-shift is --open-late now"]),
         (["--no-night-shift"], {"open_late": False}, ["--no-night-shift is --no-open-late now"]),
         (["--seats=3", "--name", "chair-count"], {"seats": 3, "name": "chair-count"}, []),
+        (["--name", "--chair-count"], {"name": "--chair-count"}, []),
+        (["--seats", "3", "--", "--chair-count"], {"seats": 3, "rest": ("--chair-count",)}, []),
     ],
 )
 def test_options_by_their_earlier_names(words, found, names):
     @click.command(cls=Command)
     @options_of(Kitchen)
+    @click.argument("rest", nargs=-1)
     def cook(**values):
         return values
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         values = cook.main(words, standalone_mode=False)
-    assert values == {"seats": None, "open_late": None, "name": None, **found}
+    assert values == {"seats": None, "open_late": None, "name": None, "rest": (), **found}
     assert [str(each.message).partition(";")[0] for each in said] == names
     help_text = cook.get_help(click.Context(cook))
     assert "--seats" in help_text and "chair" not in help_text
+    with pytest.raises(UsageError, match="--chair-count is the earlier name of --seats, and both are given"):
+        cook.main(["--seats", "3", "--chair-count=3"], standalone_mode=False)
 
 
 @pytest.fixture

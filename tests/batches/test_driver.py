@@ -121,7 +121,17 @@ def test_every_text_format_is_read_as_without_ray(prompts, tmp_path, stand_in):
         paths, form = _listed([str(path)])
         read = [json.loads(row[LINE]) for part in _rows(ray, paths, form, 2) for row in part]
         assert read == [dict(each.record) for each in read_source(path)] == records, name
+    (tmp_path / "a").mkdir()
+    for name, blank in (("1", b""), ("2", b"\xef\xbb\xbf \n"), ("3", b'{"input": "x"}\n')):
+        (tmp_path / "a" / f"{name}.jsonl").write_bytes(blank)
+    paths, form = _listed([str(tmp_path / "a")])
+    assert [row[LINE] for part in _rows(ray, paths, form, 2) for row in part] == ['{"input": "x"}']
+    (tmp_path / "x.parquet.gz").write_bytes(b"")
+    with pytest.raises(DataError, match=r"x\.parquet\.gz: Parquet is packed inside"):
+        _listed([str(tmp_path / "x.parquet.gz")])
     asked = BatchTask("evaluate", {"complaints": str(prompts / "complaints")})
+    with pytest.raises(DataError, match="expected at least one record"):
+        run_batch(asked, [str(tmp_path / "a" / "1.jsonl")], tmp_path / "none")
     (tmp_path / "broken.json").write_text('{"input": "x"}')
     with pytest.raises(DataError, match=r"^broken.json, line 1: expected a JSON list"):
         run_batch(asked, [str(tmp_path / "broken.json")], tmp_path / "out")

@@ -26,6 +26,7 @@ class StandIn(types.ModuleType):
 
     is_initialized = staticmethod(lambda: True)
     nodes = staticmethod(lambda: [{}])
+    get_gpu_ids = staticmethod(list)
 
     def cluster_resources(self):
         return {"CPU": 2.0, "GPU": float(self.gpus)} if self.gpus else {"CPU": 2.0}
@@ -87,7 +88,12 @@ class Actor:
                     self.ray.calls += 1
                     if given[1] in self.ray.lost:
                         raise self.ray.exceptions.RayError("The actor died: out of memory")
-                return sent(getattr(self.worker, name)(*sent(given)))
+                try:
+                    return sent(getattr(self.worker, name)(*sent(given)))
+                except Exception as error:
+                    raised = self.ray.exceptions.RayError(f"ray::{name}\n{error}")
+                    raised.cause = error
+                    raise raised from error
 
             return call
 
