@@ -22,9 +22,9 @@ RETRIES = 3
 
 @contextmanager
 def connected(address: str, workers: int | None = None, *, parts: str = "ray") -> Iterator[Any]:
-    """Yield Ray, connected to the cluster at an address; a connection that was there before stays.
+    """Yield Ray, connected to the cluster at an address; an earlier connection stays, and what handles SIGTERM.
 
-    ``parts`` is the module of Ray that is needed. What handles SIGTERM handles it still.
+    ``parts`` is the module of Ray that is needed.
 
     Raises:
         ConfigError: Ray is not installed, or cannot be reached.
@@ -57,9 +57,7 @@ def connected(address: str, workers: int | None = None, *, parts: str = "ray") -
 
 
 @contextmanager
-def workers_of(
-    ray: Any, kind: type, count: int | None, *given: Any, most: int | None = None
-) -> Iterator[list[Any]]:
+def workers_of(ray: Any, kind: type, count: int | None, *given: Any, most: int = 1 << 16) -> Iterator[list[Any]]:
     """Yield workers of a class with a method ``ready``, by default one for each GPU or else machine up to ``most``.
 
     Raises:
@@ -69,8 +67,7 @@ def workers_of(
     if gpus and count and count > gpus:  # Ray would wait for the others without end
         raise ConfigError(f"--workers {count}: each takes a GPU, and the cluster has {gpus}; ask for fewer")
     made = ray.remote(num_gpus=1 if gpus else 0, num_cpus=1, max_restarts=-1, max_task_retries=RETRIES)(kind)
-    there = gpus or len(ray.nodes())
-    workers = [made.remote(*given) for _ in range(count or min(there, most or there))]
+    workers = [made.remote(*given) for _ in range(count or min(gpus or len(ray.nodes()), most))]
     try:
         ray.get([each.ready.remote() for each in workers])
     except ray.exceptions.RayError as error:

@@ -83,7 +83,7 @@ def test_what_comes_back_is_on_the_cpu(monkeypatch):
     monkeypatch.setattr(Halving, "train", lambda *given: None)
     monkeypatch.setattr(Halving, "kept", lambda halving: ({"1": found}, {}))
     settings = TuneSettings()
-    back, _ = sent(on_ray.RungWorker("demo", [], settings, settings).train(({}, {}), 0, None))
+    back, _ = sent(on_ray.RungWorker("demo", [], settings, settings, bool).train(({}, {}), 0, None))
     assert torch.equal(back["1"].run.best["p"], torch.ones(2))
     assert {kind: list(own) for kind, own in back["1"].tensors.items()} == {k: list(v) for k, v in tensors.items()}
 
@@ -118,7 +118,7 @@ def test_a_worker_says_its_own_error(monkeypatch):
     monkeypatch.setattr(Halving, "train", fails)
     ray = in_place_of_ray(monkeypatch)
     with on_ray.rungs_on_ray(ray, 1, 1, bool, "demo", [], TuneSettings(), TuneSettings()) as train:
-        with pytest.raises(TrainingError, match="^no candidate is left$"):
+        with pytest.raises(TrainingError, match=r"^no candidate is left$"):
             list(train([Tried("1", Combination("prompt", None, None, "x1"))], {}, 0, None))
 
 

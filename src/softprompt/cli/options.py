@@ -76,29 +76,22 @@ class Command(click.Command):
             olds = (f"--{was}", f"--no-{was}") if was else ()
             for old, new in zip(olds, (*each.opts[:1], *each.secondary_opts), strict=False):
                 earlier[old.replace("_", "-")] = new, end
-        found, given, values = list(words), dict[str | None, str](), 0
+        found, given, free = list(words), dict[str | None, bool](), 0
         for place, word in enumerate(words):
             name, equals, value = word.partition("=")
             new, end = earlier.get(name, (name, ""))
-            if values:
-                values -= 1
-                continue
-            if word == "--":
+            if word == "--" and place >= free:
                 break
-            if new not in known:
+            if place < free or new not in known:
                 continue
             each = known[new]
-            other = given.setdefault(each.name, name)
-            if (other in earlier) != (name in earlier):
-                was = name if name in earlier else other
-                raise UsageError(
-                    f"{was} is the earlier name of {each.opts[0]}, and both are given; leave {was} out"
-                )
+            if given.setdefault(each.name, name in earlier) != (name in earlier):
+                raise UsageError(f"{each.opts[0]} is given under its earlier name too; leave that out")
             if name in earlier:
                 say_renamed(name, new, end)
                 found[place] = f"{new}{equals}{value}"
-            if not (equals or each.is_flag or each.count or getattr(each, "_flag_needs_value", False)):
-                values = each.nargs
+            alone = equals or each.is_flag or each.count or getattr(each, "_flag_needs_value", False)
+            free = place + 1 + (0 if alone else each.nargs)
         return found
 
     def worded(self, message: str) -> str:

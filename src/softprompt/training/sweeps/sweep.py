@@ -161,12 +161,7 @@ def sweep(
 
 
 def _swept(
-    plan: RunPlan,
-    tried: SweepSettings,
-    target: Path | None,
-    ray: tuple[str | None, Any, int | None],
-    *,
-    resume: bool,
+    plan: RunPlan, tried: SweepSettings, target: Path | None, ray: tuple[Any, Any, Any], *, resume: bool
 ) -> Sweep:
     """Run a plan; ``ray`` are address, cluster and workers."""
     clock = time.perf_counter()
