@@ -79,6 +79,7 @@ def test_what_comes_back_is_on_the_cpu(monkeypatch):
     there = torch.ones(2).as_subclass(OnGpu)
     tensors = {"prompt": {"p": there}, "best": {"p": there}, "optimizer": {"p/m": there}, "earlier": {"e": there}}
     found = Snapshot("a", RunState(best={"p": there}), tensors, {}, {})
+    in_place_of_ray(monkeypatch)
     monkeypatch.setattr(on_ray, "prepare", lambda *given: None)
     monkeypatch.setattr(Halving, "train", lambda *given: None)
     monkeypatch.setattr(Halving, "kept", lambda halving: ({"1": found}, {}))
