@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from dataclasses import dataclass
 
@@ -95,3 +96,18 @@ def test_keywords_and_run_files_by_their_earlier_names(tmp_path):
 def test_without_it_a_name_is_unknown():
     with pytest.raises(ConfigError, match="dice"):
         softprompt.tune("demo", complaints("test"), dice=5)
+
+
+@pytest.mark.usefixtures("renamed_seed")
+def test_a_sweep_goes_on_with_a_setting_by_its_earlier_name(tmp_path, monkeypatch):
+    module = importlib.import_module("softprompt.training.sweeps.sweep")
+    came = []
+
+    def resumed(command, base_model, train_data, validation_data, target, options):
+        came.append(options)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(module, "resumed", resumed)
+    with pytest.warns(FutureWarning, match="dice is seed now"), pytest.raises(ConfigError, match="enough"):
+        softprompt.sweep(output=tmp_path, resume=True, dice=5)
+    assert came == [{"seed": 5}]

@@ -47,7 +47,7 @@ def rungs_on_ray(
 ) -> Iterator[Callable[..., Iterator[Any]] | None]:
     """Yield what trains candidates to the end of a rung on the workers of a cluster; None without one.
 
-    A worker is made of ``given``; by default there are ``most`` at most. Ray starts a lost one with its share again.
+    A worker is made of ``given``, by default ``most`` at most. Ray starts a lost one again, with its share.
 
     Raises:
         ConfigError: A worker cannot be made.
