@@ -117,7 +117,9 @@ async def asked(client: httpx.AsyncClient, kind: str, rng: random.Random, base: 
     sent: dict[str, Any] = {"content": body} if isinstance(body, str) else {"json": body}
     if kind == "hung up":
         with suppress(httpx.ReadTimeout):
-            await client.post(path, json={**body, "max_tokens": 200}, timeout=httpx.Timeout(60, read=0.05))
+            early = await client.post(path, json={**body, "max_tokens": 200}, timeout=httpx.Timeout(60, read=0.05))
+            if early.status_code not in allowed:
+                raise WrongAnswerError(f"{kind}: {body} came back with {early.status_code}: {early.text[:500]}")
         return "left"
     if "streamed" in kind:
         sent["json"]["stream"] = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import pytest
 import softprompt
 from softprompt.bundled import complaints
 from softprompt.cli.options import Command, options_of
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, UsageError
 from softprompt.fields import from_mapping, say_renamed, setting
 from softprompt.training import TuneSettings, read_run
 
@@ -53,21 +54,26 @@ def test_both_names_at_once_are_refused():
         (["--night-shift"], {"open_late": True}, ["--night-shift is --open-late now"]),
         (["--no-night-shift"], {"open_late": False}, ["--no-night-shift is --no-open-late now"]),
         (["--seats=3", "--name", "chair-count"], {"seats": 3, "name": "chair-count"}, []),
+        (["--name", "--chair-count"], {"name": "--chair-count"}, []),
+        (["--seats", "3", "--", "--chair-count"], {"seats": 3, "rest": ("--chair-count",)}, []),
     ],
 )
 def test_options_by_their_earlier_names(words, found, names):
     @click.command(cls=Command)
     @options_of(Kitchen)
+    @click.argument("rest", nargs=-1)
     def cook(**values):
         return values
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         values = cook.main(words, standalone_mode=False)
-    assert values == {"seats": None, "open_late": None, "name": None, **found}
+    assert values == {"seats": None, "open_late": None, "name": None, "rest": (), **found}
     assert [str(each.message).partition(";")[0] for each in said] == names
     help_text = cook.get_help(click.Context(cook))
     assert "--seats" in help_text and "chair" not in help_text
+    with pytest.raises(UsageError, match="--seats is given under its earlier name too"):
+        cook.main(["--seats", "3", "--chair-count=3"], standalone_mode=False)
 
 
 @pytest.fixture
@@ -90,3 +96,18 @@ def test_keywords_and_run_files_by_their_earlier_names(tmp_path):
 def test_without_it_a_name_is_unknown():
     with pytest.raises(ConfigError, match="dice"):
         softprompt.tune("demo", complaints("test"), dice=5)
+
+
+@pytest.mark.usefixtures("renamed_seed")
+def test_a_sweep_goes_on_with_a_setting_by_its_earlier_name(tmp_path, monkeypatch):
+    module = importlib.import_module("softprompt.training.sweeps.sweep")
+    came = []
+
+    def resumed(command, base_model, train_data, validation_data, target, options):
+        came.append(options)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(module, "resumed", resumed)
+    with pytest.warns(FutureWarning, match="dice is seed now"), pytest.raises(ConfigError, match="enough"):
+        softprompt.sweep(output=tmp_path, resume=True, dice=5)
+    assert came == [{"seed": 5}]

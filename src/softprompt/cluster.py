@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -19,8 +21,10 @@ RETRIES = 3
 
 
 @contextmanager
-def connected(address: str, workers: int | None = None) -> Iterator[Any]:
-    """Yield Ray, connected to the cluster at an address; a connection that was there before stays.
+def connected(address: str, workers: int | None = None, *, parts: str = "ray") -> Iterator[Any]:
+    """Yield Ray, connected to the cluster at an address; an earlier connection stays, and what handles SIGTERM.
+
+    ``parts`` is the module of Ray that is needed.
 
     Raises:
         ConfigError: Ray is not installed, or cannot be reached.
@@ -29,8 +33,8 @@ def connected(address: str, workers: int | None = None) -> Iterator[Any]:
     if world().size > 1:
         raise UsageError("--ray and torchrun both share the work out; start it without torchrun")
     try:
+        import_module(parts)
         ray: Any = import_module("ray")
-        import_module("ray.data")
     except ImportError as error:
         raise ConfigError("--ray needs Ray: pip install 'softprompt[ray]'") from error
     if ray.is_initialized():
@@ -39,10 +43,13 @@ def connected(address: str, workers: int | None = None) -> Iterator[Any]:
     how: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
     if address == LOCAL:  # reading needs CPUs beside the workers'
         how |= {"num_cpus": (os.cpu_count() or 1) + (workers or 1), "include_dashboard": False}
+    ends = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**how)
     except (ConnectionError, ValueError) as error:
         raise ConfigError(f"--ray {address}: {cause_of(error)}") from error
+    if ends is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, ends)
     try:
         yield ray
     finally:
@@ -50,15 +57,17 @@ def connected(address: str, workers: int | None = None) -> Iterator[Any]:
 
 
 @contextmanager
-def workers_of(ray: Any, kind: type, count: int | None, *given: Any) -> Iterator[list[Any]]:
-    """Yield workers of a class with a method ``ready``, by default one for each GPU or else machine.
+def workers_of(ray: Any, kind: type, count: int | None, *given: Any, most: int = 1 << 16) -> Iterator[list[Any]]:
+    """Yield workers of a class with a method ``ready``, by default one for each GPU or else machine up to ``most``.
 
     Raises:
-        ConfigError: One of them cannot be made.
+        ConfigError: One of them cannot be made, or there are fewer GPUs than the workers asked for.
     """
     gpus = int(ray.cluster_resources().get("GPU", 0))
+    if gpus and count and count > gpus:  # Ray would wait for the others without end
+        raise ConfigError(f"--workers {count}: each takes a GPU, and the cluster has {gpus}; ask for fewer")
     made = ray.remote(num_gpus=1 if gpus else 0, num_cpus=1, max_restarts=-1, max_task_retries=RETRIES)(kind)
-    workers = [made.remote(*given) for _ in range(count or gpus or len(ray.nodes()))]
+    workers = [made.remote(*given) for _ in range(count or min(gpus or len(ray.nodes()), most))]
     try:
         ray.get([each.ready.remote() for each in workers])
     except ray.exceptions.RayError as error:
@@ -72,9 +81,7 @@ def workers_of(ray: Any, kind: type, count: int | None, *given: Any) -> Iterator
 
 def device_there() -> str | None:
     """Return the device of a worker: the GPU that Ray shows it, or None, the CPU."""
-    import torch
-
-    return "cuda:0" if torch.cuda.is_available() else None
+    return "cuda:0" if import_module("ray").get_gpu_ids() else None
 
 
 def cause_of(error: Exception) -> str:

@@ -256,7 +256,7 @@ def meet() -> World:
 def _part() -> None:
     from torch import distributed
 
-    ranks = _joined[0]
+    ranks = next(iter(_joined), _ALONE)  # joining may have failed
     if distributed.is_initialized() and not any(ranks._told("failed", rank) for rank in range(ranks.size)):
         distributed.destroy_process_group()
 

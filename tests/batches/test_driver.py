@@ -3,13 +3,15 @@
 import gzip
 import json
 import sys
+from contextvars import Context
 from functools import partial
 
 import pytest
 
 from oracles.ray_stand_in import in_place_of_ray
 from softprompt import load
-from softprompt.batches import BatchSettings, BatchTask, Parts, run_batch
+from softprompt.backbone import trust_code
+from softprompt.batches import BatchSettings, BatchTask, Parts, run_batch, worker
 from softprompt.batches.run import _listed, _rows
 from softprompt.batches.worker import LINE
 from softprompt.cli.main import run
@@ -62,6 +64,33 @@ def test_answers_stand_in_the_order_of_the_records_and_only_lost_parts_have_erro
         run_batch(asked, [str(data)], out, how, resume=True)
 
 
+def test_more_workers_than_gpus_are_refused(prompts, data, tmp_path, stand_in):
+    ray = stand_in(gpus=1)
+    asked = BatchTask("generate", {"writer": str(prompts / "writer")})
+    with pytest.raises(ConfigError, match="--workers 2: each takes a GPU, and the cluster has 1"):
+        run_batch(asked, [str(data)], tmp_path / "out", BatchSettings(workers=2))
+    assert ray.made == 0
+
+
+def test_workers_trust_code_where_the_command_does(data, tmp_path, stand_in, monkeypatch):
+    stand_in()
+    told = []
+
+    def loaded(prompts, **reading):
+        told.append(reading["trust_remote_code"])
+        raise ConfigError("enough")
+
+    def begun(trust):
+        trust()
+        run_batch(BatchTask("generate", {"a": "a"}), [str(data)], tmp_path / trust.__name__)
+
+    monkeypatch.setattr(worker, "load_many", loaded)
+    for trust in (bool, trust_code):
+        with pytest.raises(ConfigError, match="enough"):
+            Context().run(begun, trust)
+    assert told == [False, True]
+
+
 def test_what_cannot_be_read_or_has_no_ray_is_refused(prompts, data, tmp_path, stand_in, monkeypatch):
     asked = BatchTask("generate", {"writer": str(prompts / "writer")})
     stand_in()
@@ -92,7 +121,17 @@ def test_every_text_format_is_read_as_without_ray(prompts, tmp_path, stand_in):
         paths, form = _listed([str(path)])
         read = [json.loads(row[LINE]) for part in _rows(ray, paths, form, 2) for row in part]
         assert read == [dict(each.record) for each in read_source(path)] == records, name
+    (tmp_path / "a").mkdir()
+    for name, blank in (("1", b""), ("2", b"\xef\xbb\xbf \n"), ("3", b'{"input": "x"}\n')):
+        (tmp_path / "a" / f"{name}.jsonl").write_bytes(blank)
+    paths, form = _listed([str(tmp_path / "a")])
+    assert [row[LINE] for part in _rows(ray, paths, form, 2) for row in part] == ['{"input": "x"}']
+    (tmp_path / "x.parquet.gz").write_bytes(b"")
+    with pytest.raises(DataError, match=r"x\.parquet\.gz: Parquet is packed inside"):
+        _listed([str(tmp_path / "x.parquet.gz")])
     asked = BatchTask("evaluate", {"complaints": str(prompts / "complaints")})
+    with pytest.raises(DataError, match="expected at least one record"):
+        run_batch(asked, [str(tmp_path / "a" / "1.jsonl")], tmp_path / "none")
     (tmp_path / "broken.json").write_text('{"input": "x"}')
     with pytest.raises(DataError, match=r"^broken.json, line 1: expected a JSON list"):
         run_batch(asked, [str(tmp_path / "broken.json")], tmp_path / "out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import gzip
 import pickle
 import random
@@ -13,10 +14,10 @@ from pathlib import Path
 class StandIn(types.ModuleType):
     """What the driver uses of Ray: actors in this process, whose calls end in any order."""
 
-    def __init__(self, lost=()):
+    def __init__(self, lost=(), gpus=0):
         super().__init__("ray")
         self.lost, self.waiting, self.killed, self.calls = set(lost), {}, 0, 0
-        self.random = random.Random(1)
+        self.random, self.gpus, self.made = random.Random(1), gpus, 0
         self.exceptions = types.SimpleNamespace(RayError=type("RayError", (Exception,), {}))
         self.data = types.ModuleType("ray.data")
         self.data.read_binary_files = self.read_binary_files
@@ -24,12 +25,20 @@ class StandIn(types.ModuleType):
         self.data.DataContext = types.SimpleNamespace(get_current=lambda: context)
 
     is_initialized = staticmethod(lambda: True)
-    cluster_resources = staticmethod(lambda: {"CPU": 2.0})
     nodes = staticmethod(lambda: [{}])
+    get_gpu_ids = staticmethod(list)
+
+    def cluster_resources(self):
+        return {"CPU": 2.0, "GPU": float(self.gpus)} if self.gpus else {"CPU": 2.0}
 
     def remote(self, **options):
         assert options["max_restarts"] == -1
-        return lambda owner: types.SimpleNamespace(remote=lambda *given: Actor(self, owner(*sent(given))))
+
+        def made(owner, given):
+            self.made += 1
+            return Actor(self, contextvars.Context().run(owner, *sent(given)))  # of the context nothing comes along
+
+        return lambda owner: types.SimpleNamespace(remote=lambda *given: made(owner, given))
 
     def wait(self, refs, num_returns, timeout=None):
         assert len(refs) <= 4  # two for each worker
@@ -79,7 +88,12 @@ class Actor:
                     self.ray.calls += 1
                     if given[1] in self.ray.lost:
                         raise self.ray.exceptions.RayError("The actor died: out of memory")
-                return sent(getattr(self.worker, name)(*sent(given)))
+                try:
+                    return sent(getattr(self.worker, name)(*sent(given)))
+                except Exception as error:
+                    raised = self.ray.exceptions.RayError(f"ray::{name}\n{error}")
+                    raised.cause = error
+                    raise raised from error
 
             return call
 

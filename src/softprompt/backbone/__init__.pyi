@@ -16,6 +16,7 @@ from .keyvalues import text_key_values as text_key_values
 from .load import load_base as load_base
 from .load import progress_on_terminals_only as progress_on_terminals_only
 from .load import trust_code as trust_code
+from .load import trusts_code as trusts_code
 from .passes import MARGIN as MARGIN
 from .passes import evaluated as evaluated
 from .passes import most_by_rounding as most_by_rounding

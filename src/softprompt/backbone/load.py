@@ -37,6 +37,11 @@ def trust_code() -> None:
     _trusting.set(True)
 
 
+def trusts_code() -> bool:
+    """Whether ``trust_code`` was called, for a process that is to load the same."""
+    return _trusting.get()
+
+
 def load_base(
     name_or_path: str | Path | PreTrainedModel,
     *,

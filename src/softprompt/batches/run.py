@@ -7,14 +7,16 @@ end; a part that ends its worker again and again has errors for answers.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from softprompt.backbone import trusts_code
 from softprompt.batches.parts import Parts, Row
 from softprompt.batches.settings import BatchSettings
 from softprompt.batches.worker import LINE, BatchTask, BatchWorker
@@ -72,9 +74,10 @@ def run_batch(
         "part_size": how.part_size,
         "format": how.output_format,
     }
-    with connected(address, how.workers) as ray:
+    with connected(address, how.workers, parts="ray.data") as ray:
         parts = Parts.begun(Path(output), how.output_format, plan, resume=resume)
-        with workers_of(ray, BatchWorker, how.workers, asked) as workers:
+        told = replace(asked, reading={"trust_remote_code": trusts_code(), **asked.reading})
+        with workers_of(ray, BatchWorker, how.workers, told) as workers:
             done, computed = _answered(ray, workers, _rows(ray, paths, form, how.part_size), parts, how)
     errors = [row.get("error") is not None for row in parts.rows()]
     return {"records": len(errors), "parts": done, "computed": computed, "errors": sum(errors)}
@@ -113,6 +116,8 @@ def _answered(
             computed += 1
         while running:
             finish()
+    if not number:
+        raise DataError("the data: expected at least one record, got none")
     return number, computed
 
 
@@ -139,6 +144,8 @@ def _rows(ray: Any, paths: Sequence[str], form: str, size: int) -> Iterator[list
 
 
 def _lines(file: Row) -> list[Row]:
+    if not file["bytes"].removeprefix(codecs.BOM_UTF8).strip():  # as the output of a job that found nothing
+        return []
     try:
         return [{LINE: line, _WRONG: ""} for line in json_lines(file["bytes"], _unpacked_name(file["path"]))]
     except DataError as error:  # of an error Ray Data would say that it was one, and not which
@@ -166,6 +173,8 @@ def _listed(data: Sequence[str]) -> tuple[list[str], str]:
         raise DataError(
             f"expected files of one of {', '.join(_FORMS)} in {', '.join(data)}, found {len(forms)} kinds"
         )
+    if packed := [path for path in paths if _form(path) == ".parquet" and not path.lower().endswith(".parquet")]:
+        raise DataError(f"{packed[0]}: Parquet is packed inside; unpack the file around it")
     return paths, forms.pop()
 
 

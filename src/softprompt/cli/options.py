@@ -61,18 +61,38 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the words of the command line; which command they are for is noted for errors."""
         ctx.meta[WORDED] = self.worded
-        return super().parse_args(ctx, [self._present(word) for word in args])
+        return super().parse_args(ctx, self._present(args))
 
-    def _present(self, word: str) -> str:
-        """Return a word of the command line, an option's earlier name as the present one."""
-        name, equals, value = word.partition("=")
-        for each in self.params:
+    def _present(self, words: list[str]) -> list[str]:
+        """Return the words of the command line, options' earlier names as the present ones; no value is one.
+
+        Raises:
+            UsageError: An option is given under both names.
+        """
+        known, earlier = dict[str, click.Option](), dict[str, tuple[str, str]]()
+        for each in [each for each in self.params if isinstance(each, click.Option)]:
+            known |= dict.fromkeys((*each.opts, *each.secondary_opts), each)
             was, end = getattr(each, "formerly", None) or ("", "")
-            for old, new in zip((f"--{was}", f"--no-{was}"), (*each.opts[:1], *each.secondary_opts), strict=False):
-                if was and name == old.replace("_", "-"):
-                    say_renamed(name, new, end)
-                    return f"{new}{equals}{value}"
-        return word
+            olds = (f"--{was}", f"--no-{was}") if was else ()
+            for old, new in zip(olds, (*each.opts[:1], *each.secondary_opts), strict=False):
+                earlier[old.replace("_", "-")] = new, end
+        found, given, free = list(words), dict[str | None, bool](), 0
+        for place, word in enumerate(words):
+            name, equals, value = word.partition("=")
+            new, end = earlier.get(name, (name, ""))
+            if word == "--" and place >= free:
+                break
+            if place < free or new not in known:
+                continue
+            each = known[new]
+            if given.setdefault(each.name, name in earlier) != (name in earlier):
+                raise UsageError(f"{each.opts[0]} is given under its earlier name too; leave that out")
+            if name in earlier:
+                say_renamed(name, new, end)
+                found[place] = f"{new}{equals}{value}"
+            alone = equals or each.is_flag or each.count or getattr(each, "_flag_needs_value", False)
+            free = place + 1 + (0 if alone else each.nargs)
+        return found
 
     def worded(self, message: str) -> str:
         """Return a message of the library in the words of this command."""

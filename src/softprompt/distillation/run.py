@@ -36,6 +36,7 @@ from softprompt.distillation import (
     unrelated_pairs,
 )
 from softprompt.errors import ConfigError, UsageError
+from softprompt.fields import renamed
 from softprompt.inference import TunedPrompt
 from softprompt.progress import timed
 from softprompt.training import (
@@ -149,8 +150,9 @@ def _begun(
 ) -> tuple[dict[str, Any], DistillSettings, BaseLike, SourceText]:
     """Return the plan of a run that is resumed, or none, its settings, its base and its text."""
     if resume:
+        options = renamed(DistillSettings, options)
         plan = world().from_main(lambda: _resumed(target, base_model, {**sources, **options}))
-        settings = DistillSettings.from_dict({**plan["settings"], **options})
+        settings = DistillSettings.from_dict({**renamed(DistillSettings, plan["settings"]), **options})
         return plan, settings, plan["base_model"] or base_model, SourceText(**plan["text"])
     settings = DistillSettings.from_dict(options)
     if (sources["questions"] is None) == (settings.self_study is None):

@@ -3,6 +3,7 @@ from .configuration import has_setting as has_setting
 from .configuration import tuning_type_named as tuning_type_named
 from .divergence import TopDivergence as TopDivergence
 from .divergence import TopTargets as TopTargets
+from .events import LOG_FILE as LOG_FILE
 from .events import Events as Events
 from .events import checked_callbacks as checked_callbacks
 from .examples import Data as Data

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self, final
@@ -172,6 +172,11 @@ class Snapshot:
             "earlier": dict(earlier or {}),
         }
         return cls(stage, run, tensors, numbers, dict(results or {}))
+
+    def to_cpu(self) -> Snapshot:
+        """Return it for a process that may not have the device of its tensors."""
+        tensors = {kind: {name: each.cpu() for name, each in own.items()} for kind, own in self.tensors.items()}
+        return replace(self, run=replace(self.run, best=tensors["best"] or None), tensors=tensors)
 
     def restore(self, prompt: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Put parameters and optimizer back to where they were."""

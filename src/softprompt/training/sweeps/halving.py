@@ -92,6 +92,7 @@ class Halving:
         record: Mapping[str, Any],
         callbacks: Sequence[object] = (),
         elsewhere: Callable[..., Iterator[Any]] | None = None,
+        again: str = "",
     ) -> None:
         """Begin, or go on from the snapshots and the record of an interrupted sweep.
 
@@ -105,11 +106,12 @@ class Halving:
             callbacks: What is called as it goes, for each of the candidates.
             elsewhere: Trains candidates to the end of a rung and yields what ``kept`` returns of them; None trains
                 them here.
+            again: What the command that goes on has besides.
         """
         self.tried: dict[str, Tried] = {
             name: Tried.from_dict(each) for name, each in record.get("candidates", {}).items()
         }
-        self._added, self._callbacks, self._elsewhere = 0, callbacks, elsewhere
+        self._added, self._callbacks, self._elsewhere, self._again = 0, callbacks, elsewhere, again
         self._first, self._run, self._output, self._stop = first, run, output, stop
         self._found, self._members = dict(found), dict[str, Member]()
 
@@ -152,7 +154,7 @@ class Halving:
                     self._save()
         except (TrainingInterrupted, ProcessLostError) as error:
             self._save()
-            raise ended_by(error, how_to_go_on(f"in {title}", self._output)) from None
+            raise ended_by(error, how_to_go_on(f"in {title}", self._output) + self._again) from None
         self._save()
 
     def _train(self, going: Sequence[Tried], until: int | None) -> None:

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, final
 
-from softprompt.cluster import cause_of, connected, device_there, workers_of
-from softprompt.errors import ProcessLostError
+from softprompt.backbone import trust_code, trusts_code
+from softprompt.cluster import cause_of, device_there, workers_of
+from softprompt.errors import ProcessLostError, SoftPromptError
 from softprompt.progress import progress_bar
 from softprompt.training import BaseLike, Snapshot, StopSignal, TuneSettings, prepare
 from softprompt.training.sweeps.halving import Halving, Tried, unsaid
@@ -18,7 +19,10 @@ from softprompt.training.sweeps.halving import Halving, Tried, unsaid
 class RungWorker:
     """Trains candidates on a base of its own."""
 
-    def __init__(self, base_model: BaseLike, data: Any, first: TuneSettings, run: TuneSettings) -> None:
+    def __init__(
+        self, base_model: BaseLike, data: Any, first: TuneSettings, run: TuneSettings, trust: Callable[[], object]
+    ) -> None:
+        trust()
         device = device_there()
         if device is not None and run.device is None:
             first, run = replace(first, device=device), replace(run, device=device)
@@ -33,24 +37,26 @@ class RungWorker:
         """Train candidates, given and returned as ``Halving.kept`` has them, to the end of a rung."""
         halving = Halving(self._first, self._run, None, StopSignal(), *kept)
         halving.train(list(halving.tried.values()), rung, until, "a rung")
-        return halving.kept()
+        snapshots, record = halving.kept()
+        return {name: each.to_cpu() for name, each in snapshots.items()}, record
 
 
 @contextmanager
 def rungs_on_ray(
-    address: str | None, workers: int | None, check_stop: Callable[[], None], *given: Any
+    ray: Any, workers: int | None, most: int, check_stop: Callable[[], None], *given: Any
 ) -> Iterator[Callable[..., Iterator[Any]] | None]:
-    """Yield what trains candidates to the end of a rung on the workers of a cluster; None without an address.
+    """Yield what trains candidates to the end of a rung on the workers of a cluster; None without one.
 
-    A worker is made of ``given``. Ray starts one that is lost again, and its share of the rung with it.
+    A worker is made of ``given``, by default ``most`` at most. Ray starts a lost one again, with its share.
 
     Raises:
-        ConfigError: There is no Ray, or a worker cannot be made.
+        ConfigError: A worker cannot be made.
     """
-    if address is None:
+    if ray is None:
         yield None
         return
-    with connected(address, workers) as ray, workers_of(ray, RungWorker, workers, *given) as made:
+    trust = trust_code if trusts_code() else bool
+    with workers_of(ray, RungWorker, workers, *given, trust, most=most) as made:
 
         def train(going: Sequence[Tried], found: Mapping[str, Snapshot], rung: int, until: int | None) -> Any:
             running: dict[Any, list[str]] = {}
@@ -66,6 +72,8 @@ def rungs_on_ray(
                         try:
                             yield ray.get(each)
                         except ray.exceptions.RayError as error:
+                            if isinstance(own := getattr(error, "cause", None), SoftPromptError):
+                                raise own from error
                             raise ProcessLostError(
                                 f"candidate {', '.join(names)}: the worker was lost or failed: {cause_of(error)}"
                             ) from error

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack, final
 
 from softprompt.artifacts import write_atomically
 from softprompt.bundled import DEMO
+from softprompt.cluster import connected
 from softprompt.display import png_of, sweep_figure
 from softprompt.errors import ConfigError, UsageError
-from softprompt.fields import from_mapping, plain
+from softprompt.fields import from_mapping, plain, renamed
 from softprompt.inference import TunedPrompt
 from softprompt.progress import timed
 from softprompt.training import (
+    LOG_FILE,
     PLAN_FILE,
     RUN_FILE,
     SEAL,
@@ -138,6 +141,7 @@ def sweep(
     Raises:
         UsageError: There is no output, or nothing to resume.
         ConfigError: An unknown or contradictory setting, no validation data, or Optuna is not installed.
+        ProcessLostError: A worker on Ray, or a process beside this one, has ended; the state is saved.
         TrainingInterrupted: Ctrl-C or SIGTERM; the state is saved.
     """
     if output is None:
@@ -146,25 +150,27 @@ def sweep(
     if not resume:
         tried = space if isinstance(space, SweepSettings) else from_mapping(SweepSettings, space or {})
         plan = RunPlan(base_model, train_data, validation_data, TuneSettings.from_dict(options), plain(tried))
-    with joined() as ranks, claimed(target, overwrite=overwrite, resume=resume):
+    cluster = nullcontext() if ray is None else connected(ray, workers)
+    with joined() as ranks, claimed(target, overwrite=overwrite, resume=resume), cluster as reached:
         if plan is None:
-            plan = resumed("sweep", base_model, train_data, validation_data, target, dict(options))
+            plan = resumed("sweep", base_model, train_data, validation_data, target, renamed(TuneSettings, options))
             if space:
                 raise UsageError("the interrupted sweep tries what it was started with; leave that out to resume")
             tried = from_mapping(SweepSettings, plan.sweep or {})
-        return _swept(plan, tried, target if ranks.is_main else None, (ray, workers), resume=resume)
+        return _swept(plan, tried, target if ranks.is_main else None, (ray, reached, workers), resume=resume)
 
 
 def _swept(
-    plan: RunPlan, tried: SweepSettings, target: Path | None, ray: tuple[str | None, int | None], *, resume: bool
+    plan: RunPlan, tried: SweepSettings, target: Path | None, ray: tuple[Any, Any, Any], *, resume: bool
 ) -> Sweep:
-    """Run a plan; ``ray`` are address and workers."""
+    """Run a plan; ``ray`` are address, cluster and workers."""
     clock = time.perf_counter()
     if plan.train_data is None:
         raise UsageError("train_data is missing; give a data file or records of input and output")
     refuse_ignored(plan.settings)
     choices = grid_of(plan.settings, tried)
-    if ray[0] is not None and plan.settings.track:
+    address, cluster, workers = ray
+    if address is not None and plan.settings.track:
         raise ConfigError("track would be ignored on Ray, whose workers train; leave it out")
     trackers = plan.trackers(target)
     data = read_data(plan.train_data, plan.validation_data, plan.settings)
@@ -190,8 +196,10 @@ def _swept(
                 plan_file = json.dumps({**SEAL, **known, "settings": settings}).encode()
                 write_sealed(state_path(target).with_name(PLAN_FILE), plan_file)
             given = plan.base_model, data, choices[0].settings(plan.settings), plan.settings
-            with rungs_on_ray(*ray, stop.check, *given) as elsewhere:
-                halving = Halving(first, plan.settings, target, stop, snapshots, record, trackers, elsewhere)
+            again = "" if address is None else f" --ray {shlex.quote(address)}"
+            most = len(choices) if study is None else tried.eta  # that are trained at once
+            with rungs_on_ray(cluster, workers, most, stop.check, *given) as elsewhere:
+                halving = Halving(first, plan.settings, target, stop, snapshots, record, trackers, elsewhere, again)
                 best, steps = _halved(halving, tried, choices, study)
             prepared, trained = halving.finished(best)
     ranked = sorted(halving.tried.values(), key=lambda each: each.standing, reverse=True)
@@ -199,19 +207,20 @@ def _swept(
     trained.metrics["sweep"] = {"candidates": len(ranked), "rungs": steps, "by": f"validation {by}"}
     result = Sweep(tuned_of(prepared, trained.timed(parts, time.perf_counter() - clock)), ranked, steps, by)
     if target is not None:
-        _write(result, target, plan)
+        _write(result, target, plan, logged=address is None)
     finish_trackers(trackers, result.prompt, prepared.tasks)
     return result
 
 
-def _write(result: Sweep, target: Path, plan: RunPlan) -> None:
-    """Write the best prompt, what was tried, its figure and its log; the state is removed."""
+def _write(result: Sweep, target: Path, plan: RunPlan, *, logged: bool) -> None:
+    """Write the best prompt, what was tried, its figure and its log if it has a whole one; the state is removed."""
     write_output(result.prompt, target, plan.names(), TuneSettings.from_dict(result.prompt.whole.settings))
     write_atomically(target / SWEEP_FILE, json.dumps(result.to_dict(), indent=2) + "\n")
     with suppress(ConfigError):  # matplotlib is not installed
         (target / SWEEP_FIGURE).unlink(missing_ok=True)
         write_atomically(target / SWEEP_FIGURE, png_of(sweep_figure(result.to_dict())))
-    publish_logs(target, {result.candidates[0].name: target})
+    (target / LOG_FILE).unlink(missing_ok=True)
+    publish_logs(target, {result.candidates[0].name: target} if logged else {})
 
 
 def _halved(
