@@ -1,9 +1,11 @@
 """vLLM servers that fail, are other ones, or are asked much: one client's request is no other's trouble."""
 
+import asyncio
 import subprocess
 import threading
 import time
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import httpx
@@ -137,6 +139,43 @@ def test_a_server_is_set_aside_for_what_is_its_own_fault_alone(front, fake, monk
     assert (upstream.aside_until > time.monotonic()) == aside == (client.get("/ready").status_code == 503)
     assert sum(fleet.errors.values()) == 1
     assert client.post(COMPLETIONS, json=BODY).status_code == 200
+
+
+def test_a_template_that_changed_is_noticed(front, fake, monkeypatch):
+    server, client = front
+    (upstream,) = server.service.batcher._fleet.servers
+    facts = upstream.facts
+    assert facts.takes_parts
+    monkeypatch.setattr(fake, "through", False)
+    answer = client.post(COMPLETIONS, json=BODY)
+    assert (answer.status_code, "see its chat template" in answer.text) == (502, True)
+    until(upstream.examined.done)
+    assert client.post(COMPLETIONS, json=BODY).status_code == 200, "as embeddings alone"
+    assert (upstream.facts.takes_embeds, upstream.facts.takes_parts) == (True, False)
+    upstream.facts = facts  # as the template is again
+
+
+def test_requests_go_on_while_a_server_that_broke_off_is_asked_anew(front, fake, monkeypatch):
+    server, client = front
+    fleet = server.service.batcher._fleet
+    (upstream,) = fleet.servers
+    ask, asking, go_on = fleet._ask, threading.Event(), threading.Event()
+
+    async def held(each):
+        asking.set()
+        while not go_on.is_set():
+            await asyncio.sleep(0.01)
+        return replace(await ask(each), version="another")
+
+    monkeypatch.setattr(fleet, "_ask", held)
+    fake.behaviour = "break"
+    assert client.post(COMPLETIONS, json=BODY).status_code == 502
+    fake.behaviour = 200
+    assert asking.wait(20)
+    assert client.post(COMPLETIONS, json=BODY, timeout=5).status_code == 200
+    go_on.set()
+    until(upstream.examined.done)
+    assert upstream.facts.version == "another"
 
 
 def test_requests_that_fail_do_not_take_a_server_from_the_others(base, shared_prompts):
