@@ -251,7 +251,9 @@ def test_a_server_of_other_words_is_found_out(base):
 def test_a_server_of_more_positions_is_found_out(base):
     with faked(base, embeds=False) as fake:
         fake.listed = [{**fake.listed[0], "max_model_len": base.facts.context_length + 1}]
-        refused(fake, base, "it takes .* tokens, the base has .* positions")
+        refused(fake, base, "it takes .* tokens, the base has .* positions; .*, or --ignore-fingerprint")
+        answers, *_ = upstream_of(base, settings_of(fake, ignore_fingerprint=True))
+        answers.stop()
 
 
 def test_of_several_models_the_base_is_asked(base):
@@ -261,6 +263,7 @@ def test_of_several_models_the_base_is_asked(base):
             ([adapter, *fake.listed], "served"),
             ([{"id": "x"}, {"id": "demo"}], "demo"),
             ([{"id": "x"}, {"id": "y", "root": "/models/demo"}, {"id": "z", "root": "demo"}], "z"),
+            ([{"id": "a", "root": "/models/x"}, {"id": "b", "root": "/models/x"}, adapter], "a"),
         ):
             fake.listed = listed
             answers, *_ = upstream_of(base, settings_of(fake))
