@@ -315,7 +315,7 @@ class Fleet:
         self.errors[server.address, kind] += 1
         if ill:
             self._set_aside(server, error)
-        elif server.examined is None or server.examined.done():
+        elif not self._stopped and (server.examined is None or server.examined.done()):
             server.examined = self._loop.create_task(self._examine(server))
 
     async def _examine(self, server: UpstreamServer) -> None:
@@ -345,7 +345,7 @@ class _IllError(UpstreamError):
 
 @final
 class _OtherTokensError(UpstreamError):
-    """A text became other tokens: by a chat template that adds to every text, or trims the one that a client sent."""
+    """A text became other tokens: a chat template adds to all of them, or trims the one that a client sent."""
 
 
 def _certificates() -> Any:
