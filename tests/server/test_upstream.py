@@ -66,6 +66,7 @@ def front(fake, shared_front):
     fleet = shared_front[0].service.batcher._fleet
     fleet.errors.clear()
     for each in fleet.servers:
+        until(lambda server=each: server.examined is None or server.examined.done())
         each.aside_until = 0.0
 
 

@@ -47,6 +47,7 @@ def front(fake, served):
     fleet = served[0].service.batcher._fleet
     fleet.errors.clear()
     for each in fleet.servers:
+        until(lambda server=each: server.examined is None or server.examined.done())
         each.aside_until = 0.0
 
 
