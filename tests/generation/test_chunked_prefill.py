@@ -174,3 +174,5 @@ def test_the_bound_is_settled_by_the_device_and_checked():
     assert Bounds(max_mixed_step_tokens=48).settled("cuda", offline=True).max_mixed_step_tokens == 48
     with pytest.raises(ConfigError, match="max_mixed_step_tokens 31 is below max_batch_rows 32"):
         Bounds(max_mixed_step_tokens=31)
+    with pytest.raises(ConfigError, match="max_mixed_step_tokens 513 is above max_step_tokens 512, which bounds"):
+        Bounds(max_mixed_step_tokens=513)

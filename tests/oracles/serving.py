@@ -200,7 +200,7 @@ class ScriptedBatcher:
     reason = "a test"
 
     def __init__(self, *, auto: bool = False, full: bool = False, words: Any = (5, 6, 7)) -> None:
-        self.bounds = Bounds()
+        self.bounds = Bounds().settled("cpu")
         self.healthy = True
         self.failure: Exception | None = None
         self.auto = auto

@@ -179,15 +179,29 @@ def test_a_file_that_is_too_large(prompts, base):
 
 
 @pytest.mark.parametrize("file", [WEIGHTS, "softprompt.json"])
+def test_a_folder_in_the_place_of_a_file_keeps_nothing_open(registry, prompts, file):
+    path = prompts / "writer" / file
+    path.unlink()
+    path.mkdir()
+    for _ in range(3):
+        with pytest.raises(
+            ArtifactError, match=rf"writer/{file} is a folder, a device or a pipe; put a file there"
+        ):
+            registry.get("writer")
+    kept = [os.path.realpath(each.path) for each in os.scandir("/proc/self/fd")]
+    assert str(path.resolve()) not in kept
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, "softprompt.json"])
 def test_a_pipe_is_neither_waited_for_nor_read(registry, prompts, file):
     path = prompts / "writer" / file
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(ArtifactError, match=rf"writer/{file} is a device or a pipe; put a file there"):
+    with pytest.raises(ArtifactError, match=rf"writer/{file} is a folder, a device or a pipe; put a file there"):
         registry.get("writer")
     end = os.open(path, os.O_RDWR | os.O_NONBLOCK)
     os.write(end, b"secret")
-    with pytest.raises(ArtifactError, match="is a device or a pipe"):
+    with pytest.raises(ArtifactError, match="a device or a pipe"):
         registry.get("writer")
     assert os.read(end, 6) == b"secret"
     os.close(end)

@@ -1,5 +1,6 @@
 """Prompts over vLLM: what is sent, answers that are ours, what failures become. tests/vllm has the real server."""
 
+import asyncio
 import base64
 import io
 import json
@@ -65,6 +66,7 @@ def front(fake, shared_front):
     fleet = shared_front[0].service.batcher._fleet
     fleet.errors.clear()
     for each in fleet.servers:
+        until(lambda server=each: server.examined is None or server.examined.done())
         each.aside_until = 0.0
 
 
@@ -467,6 +469,30 @@ def test_a_server_that_is_no_vllm_is_refused_in_one_line(base, shared_prompts, m
         monkeypatch.setattr(fake, "whole", lambda body: {"choices": []})
         with pytest.raises(UsageError, match="does not answer as vLLM does"), over([fake], shared_prompts):
             pass
+
+
+def test_what_breaks_while_the_servers_thread_ends_is_not_examined():
+    fleet, begun = Fleet(["http://127.0.0.1:1"], None, seconds=1.0), threading.Event()
+    (server,) = fleet.servers
+
+    async def broken():
+        with fleet._failing(server):
+            try:
+                begun.set()
+                await asyncio.sleep(60)
+            finally:
+                raise httpx.ReadError("closed")
+
+    ended = fleet.run(broken())
+    assert begun.wait(20)
+    fleet.stop()
+    assert ended.done()
+    assert (fleet.errors[server.address, "broken"], server.examined) == (1, None)
+
+
+def test_limits_that_do_nothing_are_no_metrics(fake, shared_prompts):
+    with over([fake], shared_prompts, bounds={"max_mixed_step_tokens": 64}) as server, server.client() as client:
+        assert "step_tokens" not in client.get("/metrics").text
 
 
 def test_what_comes_while_the_servers_thread_ends_is_refused():

@@ -1,9 +1,11 @@
 """vLLM servers that fail, are other ones, or are asked much: one client's request is no other's trouble."""
 
+import asyncio
 import subprocess
 import threading
 import time
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import httpx
@@ -45,6 +47,7 @@ def front(fake, served):
     fleet = served[0].service.batcher._fleet
     fleet.errors.clear()
     for each in fleet.servers:
+        until(lambda server=each: server.examined is None or server.examined.done())
         each.aside_until = 0.0
 
 
@@ -139,6 +142,43 @@ def test_a_server_is_set_aside_for_what_is_its_own_fault_alone(front, fake, monk
     assert client.post(COMPLETIONS, json=BODY).status_code == 200
 
 
+def test_a_template_that_changed_is_noticed(front, fake, monkeypatch):
+    server, client = front
+    (upstream,) = server.service.batcher._fleet.servers
+    facts = upstream.facts
+    assert facts.takes_parts
+    monkeypatch.setattr(fake, "through", False)
+    answer = client.post(COMPLETIONS, json=BODY)
+    assert (answer.status_code, "see its chat template" in answer.text) == (502, True)
+    until(upstream.examined.done)
+    assert client.post(COMPLETIONS, json=BODY).status_code == 200, "as embeddings alone"
+    assert (upstream.facts.takes_embeds, upstream.facts.takes_parts) == (True, False)
+    upstream.facts = facts  # as the template is again
+
+
+def test_requests_go_on_while_a_server_that_broke_off_is_asked_anew(front, fake, monkeypatch):
+    server, client = front
+    fleet = server.service.batcher._fleet
+    (upstream,) = fleet.servers
+    ask, asking, go_on = fleet._ask, threading.Event(), threading.Event()
+
+    async def held(each):
+        asking.set()
+        while not go_on.is_set():
+            await asyncio.sleep(0.01)
+        return replace(await ask(each), version="another")
+
+    monkeypatch.setattr(fleet, "_ask", held)
+    fake.behaviour = "break"
+    assert client.post(COMPLETIONS, json=BODY).status_code == 502
+    fake.behaviour = 200
+    assert asking.wait(20)
+    assert client.post(COMPLETIONS, json=BODY, timeout=5).status_code == 200
+    go_on.set()
+    until(upstream.examined.done)
+    assert upstream.facts.version == "another"
+
+
 def test_requests_that_fail_do_not_take_a_server_from_the_others(base, shared_prompts):
     with faked(base) as first, faked(base) as second:
         with over([first, second], shared_prompts) as server, server.client() as client:
@@ -212,7 +252,9 @@ def test_a_server_of_other_words_is_found_out(base):
 def test_a_server_of_more_positions_is_found_out(base):
     with faked(base, embeds=False) as fake:
         fake.listed = [{**fake.listed[0], "max_model_len": base.facts.context_length + 1}]
-        refused(fake, base, "it takes .* tokens, the base has .* positions")
+        refused(fake, base, "it takes .* tokens, the base has .* positions; .*, or --ignore-fingerprint")
+        answers, *_ = upstream_of(base, settings_of(fake, ignore_fingerprint=True))
+        answers.stop()
 
 
 def test_of_several_models_the_base_is_asked(base):
@@ -222,6 +264,7 @@ def test_of_several_models_the_base_is_asked(base):
             ([adapter, *fake.listed], "served"),
             ([{"id": "x"}, {"id": "demo"}], "demo"),
             ([{"id": "x"}, {"id": "y", "root": "/models/demo"}, {"id": "z", "root": "demo"}], "z"),
+            ([{"id": "a", "root": "/models/x"}, {"id": "b", "root": "/models/x"}, adapter], "a"),
         ):
             fake.listed = listed
             answers, *_ = upstream_of(base, settings_of(fake))

@@ -262,7 +262,8 @@ class Bounds:
     max_mixed_step_tokens: int | None = setting(
         None,
         "Maximum tokens in a forward pass while answers run: the next token of each, and parts of new inputs. "
-        "By default 64 on a CPU, at least twice --max-batch-rows, and --max-step-tokens elsewhere.",
+        "By default 64 on a CPU, at least twice --max-batch-rows, and --max-step-tokens elsewhere; at most "
+        "--max-step-tokens.",
         least=1,
         group=_BATCHING,
     )
@@ -298,6 +299,11 @@ class Bounds:
                     f"{name} {most} is below max_batch_rows {self.max_batch_rows}, but "
                     "every row needs a token in each pass; raise the one or lower the other"
                 )
+        if (mixed := self.max_mixed_step_tokens or 0) > (most := self.max_step_tokens):
+            raise ConfigError(
+                f"max_mixed_step_tokens {mixed} is above max_step_tokens {most}, which bounds every pass; lower "
+                "the one or raise the other"
+            )
 
     def settled(self, device: str, *, offline: bool = False) -> Self:
         """Return the same with its default for mixed passes; where nobody waits for single tokens, no bound."""

@@ -142,9 +142,10 @@ class PromptFolder:
         try:
             # NOFOLLOW refuses a link created after the check above, NONBLOCK never waits on a pipe.
             handle = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                os.close(handle)  # fdopen would keep that of a folder open
+                raise ArtifactError(f"{name}/{file} is a folder, a device or a pipe; put a file there")
             with os.fdopen(handle, "rb") as stream:
-                if not stat.S_ISREG(os.fstat(handle).st_mode):
-                    raise ArtifactError(f"{name}/{file} is a device or a pipe; put a file there")
                 data = stream.read(most + 1)
         except OSError as error:
             raise ArtifactError(

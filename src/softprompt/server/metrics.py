@@ -88,7 +88,7 @@ class Metrics:
             lambda: batcher.stats.cached_tokens / room,
         )
         for name, text in _LIMITS.items():
-            if batcher.bounds.max_mixed_step_tokens is not None:  # servers behind this one have limits of their own
+            if batcher.engine != "vllm":  # servers behind this one have limits of their own
                 self._gauge(name, text, partial(getattr, batcher.bounds, name))
         for field, (name, text) in _GAUGES.items():
             self._gauge(name, text, partial(_statistic, batcher, field))

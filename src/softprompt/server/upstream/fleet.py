@@ -76,12 +76,15 @@ class UpstreamRequest(NamedTuple):
 
 @final
 class UpstreamServer:
-    """One server; ``facts`` are None until it was asked for them, and asked for again where it is not ``known``."""
+    """One server; ``facts`` are None until it was asked for them, and asked for again where it is not ``known``.
+
+    Where it is ``doubted`` they are asked for beside its requests, which none of them holds up.
+    """
 
     def __init__(self, address: str, client: httpx.AsyncClient) -> None:
         self.address = address.rstrip("/")
         self.facts: UpstreamFacts | None = None
-        self.known = False
+        self.known = self.doubted = False
         self.aside_until = 0.0
         self.client = client
         self.asking = asyncio.Lock()
@@ -300,10 +303,11 @@ class Fleet:
             self._failed(server, "timeout", error, ill=asking)
             raise UpstreamError("the vLLM server behind this one did not answer in time; try again") from error
         except (httpx.HTTPError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            server.known = False  # it may have been another one's end
+            server.doubted = True  # it may have been another one's end
             self._failed(server, "broken", error, ill=asking)
             raise UpstreamError("the vLLM server behind this one broke off; try again") from error
         except UpstreamError as error:
+            server.doubted |= isinstance(error, _OtherTokensError)  # its template may be another
             self._failed(server, "status", error, ill=asking or isinstance(error, _IllError))
             raise
 
@@ -311,18 +315,22 @@ class Fleet:
         self.errors[server.address, kind] += 1
         if ill:
             self._set_aside(server, error)
-        elif server.examined is None or server.examined.done():
+        elif not self._stopped and (server.examined is None or server.examined.done()):
             server.examined = self._loop.create_task(self._examine(server))
 
     async def _examine(self, server: UpstreamServer) -> None:
         """Set a server aside unless it says that it is well; one that has no ``/health`` is there at least."""
         try:
             response = await server.client.get(f"{server.address}/health", timeout=_CONNECT_SECONDS)
-        except httpx.HTTPError as error:
-            self._set_aside(server, error)
-        else:
             if response.status_code >= 500:
-                self._set_aside(server, refusal_of(response.status_code, response.content))
+                raise refusal_of(response.status_code, response.content)
+            while server.doubted:
+                server.doubted = False
+                server.facts = await self._ask(server)
+        except (httpx.HTTPError, UpstreamError) as error:
+            self._set_aside(server, error)
+        except ServingError:  # too busy to be asked
+            server.known = False
 
     def _set_aside(self, server: UpstreamServer, error: Exception) -> None:
         server.aside_until = time.monotonic() + _ASIDE_SECONDS
@@ -333,6 +341,11 @@ class Fleet:
 @final
 class _IllError(UpstreamError):
     """What a server answers that no request to it is the cause of."""
+
+
+@final
+class _OtherTokensError(UpstreamError):
+    """A text became other tokens: a chat template adds to all of them, or trims the one that a client sent."""
 
 
 def _certificates() -> Any:
@@ -372,6 +385,6 @@ def check_ids(question: UpstreamRequest, seen: Sequence[int]) -> None:
     assert question.ids is not None
     virtual = len(seen) - len(question.ids)
     if [*seen[: question.at], *seen[question.at + virtual :]] != list(question.ids):
-        raise UpstreamError(
+        raise _OtherTokensError(
             "the vLLM server behind this one reads other tokens than were meant; see its chat template"
         )

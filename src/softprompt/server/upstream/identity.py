@@ -19,16 +19,18 @@ if TYPE_CHECKING:
 _PROBE = 'On 7 May 2024 she paid 1,250.00 € for it; "Größe: 42", wrote the  shop.\n\nIt came back the next day.'
 _APART = 0.25
 """Most nats a token by which the probe may be off: in 8 bits SmolLM2-135M is 0.05 off, in 4 bits 1."""
+_IGNORE = ", or --ignore-fingerprint"
 _MOST_BYTES = 4 << 30
 """Bytes of the largest base that is run once here, with its weights mapped from their files."""
 
 
 async def identified(
-    server: UpstreamServer, base: Base, names: Sequence[str], own: Sequence[float]
+    server: UpstreamServer, base: Base, names: Sequence[str], own: Sequence[float] | None
 ) -> UpstreamFacts:
     """Return what a server says of itself; raises UpstreamError if it has another model.
 
-    ``names`` are the base's; ``own`` is what ``probe_scores`` gives, which is not compared if empty.
+    ``names`` are the base's; ``own`` is what ``probe_scores`` gives, which is not compared if empty. Of
+    None the positions are not compared either: a server may stretch them by what the base's files do not say.
     """
 
     def other(why: str, instead: str = "") -> UpstreamError:
@@ -40,9 +42,9 @@ async def identified(
     facts = UpstreamFacts(listed["id"], version, listed.get("max_model_len"))
     longest = base.facts.context_length
     # Positions that a rope stretches by a factor go further than the base's own.
-    if "factor" not in str(getattr(base.model.config, "rope_parameters", "")) and longest:
+    if "factor" not in str(getattr(base.model.config, "rope_parameters", "")) and longest and own is not None:
         if (facts.context_length or 0) > longest:
-            raise other(f"it takes {facts.context_length:,} tokens, the base has {longest:,} positions")
+            raise other(f"it takes {facts.context_length:,} tokens, the base has {longest:,} positions", _IGNORE)
     for text in (_PROBE, "".join(base.tokenizer.all_special_tokens[:64])):
         asking = {"model": facts.model, "prompt": text, "add_special_tokens": False}
         try:
@@ -58,9 +60,7 @@ async def identified(
         theirs = [each[str(token)]["logprob"] for token, each in pairs]
         apart = sum(abs(a - b) for a, b in zip(own, theirs, strict=True)) / len(own)
         if not apart <= _APART:
-            raise other(
-                f"log-probabilities of a text differ by {apart:.2f} nats a token", ", or --ignore-fingerprint"
-            )
+            raise other(f"log-probabilities of a text differ by {apart:.2f} nats a token", _IGNORE)
     return facts
 
 
@@ -69,8 +69,8 @@ def _base_among(listed: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Ma
     known = {part for name in names for part in (name, Path(name).name)}
     named = [each for each in listed if known & {each["id"], each.get("root")}]
     bases = named or [each for each in listed if not each.get("parent")]
-    if not named and len(ids := dict.fromkeys(each["id"] for each in bases)) > 1:
-        shown = excerpt(", ".join(ids), 200)
+    if not named and len({each.get("root") or each["id"] for each in bases}) > 1:  # cards of one share a root
+        shown = excerpt(", ".join(dict.fromkeys(each["id"] for each in bases)), 200)
         raise UpstreamError(f"it has several models ({shown}); name one of them with --served-model-name")
     return bases[0]
 

@@ -41,7 +41,7 @@ def upstream_of(base: Base, settings: ServeSettings) -> tuple[UpstreamAnswers, U
         raise UsageError("vLLM has no prompts before an encoder; serve this base with --engine own")
     rules = AnswerRules.of(base)
     carriage = Carriage(base, rules.eos_ids, settings.bounds.max_prompts_resident)
-    scores = [] if settings.ignore_fingerprint else probe_scores(base)
+    scores = None if settings.ignore_fingerprint else probe_scores(base)
     names = (base.name, *settings.served_model_name)
 
     async def ask(server: UpstreamServer) -> UpstreamFacts:
