@@ -13,6 +13,7 @@ from typing import Any, final
 import torch
 
 from softprompt.errors import ProcessLostError, TrainingError, TrainingInterrupted
+from softprompt.progress import progress_bar
 from softprompt.training import (
     Candidate,
     Member,
@@ -147,11 +148,13 @@ class Halving:
             if self._elsewhere is None:
                 self._train(going, until)
             else:
-                for snapshots, record in self._elsewhere(going, self._found, rung, until):
-                    self._found |= snapshots
-                    for name, values in record["candidates"].items():
-                        self.tried[name].take(Tried.from_dict(values))
-                    self._save()
+                with progress_bar(len(going), "candidate") as bar:
+                    for snapshots, record in self._elsewhere(going, self._found, rung, until):
+                        self._found |= snapshots
+                        for name, values in record["candidates"].items():
+                            self.tried[name].take(Tried.from_dict(values))
+                        self._save()
+                        bar.update(len(record["candidates"]))
         except (TrainingInterrupted, ProcessLostError) as error:
             self._save()
             raise ended_by(error, how_to_go_on(f"in {title}", self._output) + self._again) from None

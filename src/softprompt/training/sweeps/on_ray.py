@@ -10,7 +10,6 @@ from typing import Any, final
 from softprompt.backbone import trust_code, trusts_code
 from softprompt.cluster import cause_of, device_there, workers_of
 from softprompt.errors import ProcessLostError, SoftPromptError
-from softprompt.progress import progress_bar
 from softprompt.training import BaseLike, Snapshot, StopSignal, TuneSettings, prepare
 from softprompt.training.sweeps.halving import Halving, Tried, unsaid
 
@@ -64,19 +63,17 @@ def rungs_on_ray(
                 share = {each.name: each.to_dict() for each in going[number :: len(made)]}
                 snapshots = {name: found[name] for name in share if name in found}
                 running[worker.train.remote((snapshots, {"candidates": share}), rung, until)] = list(share)
-            with progress_bar(len(going), "candidate") as bar:
-                while running:
-                    check_stop()
-                    for each in ray.wait(list(running), num_returns=1, timeout=1.0)[0]:
-                        names = running.pop(each)
-                        try:
-                            yield ray.get(each)
-                        except ray.exceptions.RayError as error:
-                            if isinstance(own := getattr(error, "cause", None), SoftPromptError):
-                                raise own from error
-                            raise ProcessLostError(
-                                f"candidate {', '.join(names)}: the worker was lost or failed: {cause_of(error)}"
-                            ) from error
-                        bar.update(len(names))
+            while running:
+                check_stop()
+                for each in ray.wait(list(running), num_returns=1, timeout=1.0)[0]:
+                    names = running.pop(each)
+                    try:
+                        yield ray.get(each)
+                    except ray.exceptions.RayError as error:
+                        if isinstance(own := getattr(error, "cause", None), SoftPromptError):
+                            raise own from error
+                        raise ProcessLostError(
+                            f"candidate {', '.join(names)}: the worker was lost or failed: {cause_of(error)}"
+                        ) from error
 
         yield train
