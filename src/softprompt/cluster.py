@@ -81,7 +81,9 @@ def workers_of(ray: Any, kind: type, count: int | None, *given: Any, most: int =
 
 def device_there() -> str | None:
     """Return the device of a worker: the GPU that Ray shows it, or None, the CPU."""
-    return "cuda:0" if import_module("ray").get_gpu_ids() else None
+    import ray
+
+    return "cuda:0" if ray.get_gpu_ids() else None
 
 
 def cause_of(error: Exception) -> str:
