@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,8 +34,9 @@ def connected(address: str, workers: int | None = None, *, parts: str = "ray") -
     if world().size > 1:
         raise UsageError("--ray and torchrun both share the work out; start it without torchrun")
     try:
+        import ray
+
         import_module(parts)
-        ray: Any = import_module("ray")
     except ImportError as error:
         raise ConfigError("--ray needs Ray: pip install 'softprompt[ray]'") from error
     if ray.is_initialized():
@@ -81,9 +83,8 @@ def workers_of(ray: Any, kind: type, count: int | None, *given: Any, most: int =
 
 def device_there() -> str | None:
     """Return the device of a worker: the GPU that Ray shows it, or None, the CPU."""
-    import ray
-
-    return "cuda:0" if ray.get_gpu_ids() else None
+    ray = sys.modules.get("ray")  # in a worker that Ray started
+    return "cuda:0" if ray and ray.get_gpu_ids() else None
 
 
 def cause_of(error: Exception) -> str:

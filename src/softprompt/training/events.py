@@ -125,11 +125,12 @@ class Events:
         """
         self._of, self._state, self._callbacks, self._level = of, state, callbacks or Callbacks(), level
         self._log = _open_log(log, state.update) if log else None
-        self._open = ExitStack()
-        self._bar = self._open.enter_context(progress_bar(total, "update", done=state.update, silent=silent))
+        self._open, self._bar = ExitStack(), None
+        self._shown = progress_bar(total, "update", done=state.update, silent=silent)
 
     def __enter__(self) -> Self:
-        """Begin."""
+        """Begin, and show the bar."""
+        self._bar = self._open.enter_context(self._shown)
         self._callbacks.call("train_begin", self._state)
         return self
 
@@ -158,12 +159,13 @@ class Events:
 
     def update(self, state: RunState, loss: float) -> None:
         """Tell of a finished update."""
-        self._bar.set_postfix_str(
-            f"epoch {state.epoch + 1}{self._of}, loss {state.mean_loss:.4f}, "
-            f"{state.tokens_per_second:,.0f} tokens/s",
-            refresh=False,
-        )
-        self._bar.update()
+        if self._bar is not None:
+            self._bar.set_postfix_str(
+                f"epoch {state.epoch + 1}{self._of}, loss {state.mean_loss:.4f}, "
+                f"{state.tokens_per_second:,.0f} tokens/s",
+                refresh=False,
+            )
+            self._bar.update()
         if self._log is not None:
             data = {
                 "epoch": state.epoch,
