@@ -102,12 +102,9 @@ def probing(url, process):
             asking.result(60)
 
 
+@pytest.mark.slow  # tests/fuzz/test_fuzz_bodies.py measures the same within a process
 @pytest.mark.parametrize(
-    ("names", "items"),
-    [
-        (1, ("[]", '"\\u00e9"')),
-        pytest.param(9, ("[]", "{}", '""', "0", '{"role":[]}', '"\\u00e9"'), marks=pytest.mark.slow),
-    ],
+    ("names", "items"), [(1, ("[]", '"\\u00e9"')), (9, ("[]", "{}", '""', "0", '{"role":[]}', '"\\u00e9"'))]
 )
 def test_memory_is_linear_in_a_body_and_health_answers_meanwhile(base, tmp_path, names, items):
     write_prompt(tmp_path / "writer", base, task="generation", labels=None, template="{{input}}")
