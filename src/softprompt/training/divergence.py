@@ -140,7 +140,7 @@ class TopDivergence:
         return BatchLoss(scores.values[own], index, penalty, weights[index])
 
     def _choices(self, sums: Tensor, rows: Sequence[EngineRow], weights: Tensor) -> Tensor:
-        """Return the divergence of all rows' choices, each of as many labels as ``sums``; a given one counts as above."""
+        """Return the divergence of all rows' choices, each of as many labels as ``sums``; given ones count w."""
         assert self.choice is not None
         numbers = {ids: number for number, ids in enumerate(self.choice.labels)}
         firsts = [row for row in rows[:: sums.shape[1]] for _ in range(sums.shape[1])]
