@@ -20,7 +20,6 @@ import importlib
 import json
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ import transformers as tf
 
 import training_step as steps
 from decode_step import served, tokenizer
+from quiet import quiet
 from softprompt.backbone import Base
 from softprompt.bundled import model_directory
 from softprompt.engine import EngineRow, build_engine
@@ -309,8 +309,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tiny", action="store_true", help="a model of two layers, to see that everything runs")
     given = parser.parse_args()
-    warnings.simplefilter("ignore")
-    tf.logging.set_verbosity(40)
+    quiet()
     # A case takes up to a minute with its compilation.
     deadline = time.perf_counter() + 60 * given.minutes - (0 if given.tiny else 60)
     bench = Bench(torch.device(given.device), 1 if given.tiny else given.rounds, deadline)

@@ -11,12 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
-import transformers as tf
-
+from quiet import quiet
 from training_step import Work, count, gpt2_small, ours, peft, spread
 
 SKEWED = (11, 11, 12, 12, 13, 14, 15, 16, 17, 19, 21, 24, 28, 34, 42, 53)
@@ -81,8 +79,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="PNG to draw")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    tf.logging.set_verbosity(40)
+    quiet()
     done: dict[Work, dict[str, float]] = {}
     results = {}
     for key, work in works().items():

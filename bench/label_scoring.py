@@ -16,7 +16,6 @@ import argparse
 import json
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import torch
 import transformers as tf
 from torch import Tensor
 
+from quiet import quiet
 from softprompt.backbone import Base
 from softprompt.bundled import model_directory
 from softprompt.engine import EngineRow, build_engine, pad_rows
@@ -125,8 +125,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="timed calls of each side")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    tf.logging.set_verbosity(40)
+    quiet()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)

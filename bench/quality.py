@@ -17,7 +17,6 @@ import json
 import logging
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
@@ -30,6 +29,7 @@ import quality_heads
 from quality_methods import Cell, run
 from quality_pairs import MINILM, PAIRS, Pair, base_of
 from quality_report import report
+from quiet import quiet
 from real_data import AbsentError
 from softprompt.backbone import load_base
 from softprompt.training.settings import RATE_PER_RMS
@@ -187,8 +187,7 @@ def main() -> None:
         "--phases", type=int, default=PHASES, help="1: defaults; 2: grids; 3: the other methods; 4: their seeds"
     )
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    tf.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    quiet()
     tf.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.getLogger("softprompt").setLevel(logging.ERROR)
     results = read(options.output)

@@ -14,7 +14,6 @@ import argparse
 import json
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,6 +23,7 @@ from typing import Any
 import transformers as tf
 
 import softprompt
+from quiet import quiet
 from real_data import (
     G2P,
     AbsentError,
@@ -212,8 +212,7 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=SHARED, help="folder of data and models")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    tf.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    quiet()
     tf.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
     results = []

@@ -24,14 +24,13 @@ import argparse
 import json
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-import transformers as tf
 
+from quiet import quiet
 from serving_peft import PeftServer
 from serving_registry import registered
 from serving_vllm import running
@@ -172,8 +171,7 @@ def main() -> None:
     parser.add_argument("--vllm", help="address of a vLLM server of the export, or the program that starts one")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    tf.logging.set_verbosity(40)
+    quiet()
     torch.set_num_threads(1)
     model, tokenizer = model_named(options.model)
     result = {

@@ -19,15 +19,14 @@ import json
 import random
 import statistics
 import time
-import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-import transformers as tf
 
+from quiet import quiet
 from serving_work import OUTPUT, PROMPTS, Took, asks, model_named, prompt_tables, quantiles, request_of, values_of
 from softprompt.backbone import Base
 from softprompt.generation import Bounds, GenerationOptions, Request
@@ -92,8 +91,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="runs of each value, in turn")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    tf.logging.set_verbosity(40)
+    quiet()
     torch.set_num_threads(1)
     model, tokenizer = model_named(options.model)
     base, requests = Base(model, tokenizer), requests_of(model, options.requests, options.spread)

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import softprompt
 from lower_bound import lower_bound
+from quiet import quiet
 from softprompt.backbone import Base, frozen_linears, swapped_forwards, torch_products
 from softprompt.engine import EngineRow, build_engine, pad_rows
 from softprompt.prompts import Prompt
@@ -360,8 +361,7 @@ def asked(
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    tf.logging.set_verbosity(40)
+    quiet()
     results = [measure(name, options.rounds) for name in ([options.only] if options.only else names)]
     if options.json:
         print(json.dumps(results, indent=2))

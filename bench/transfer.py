@@ -14,7 +14,6 @@ import argparse
 import json
 import sys
 import tempfile
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import transformers as tf
 
 import softprompt
+from quiet import quiet
 from real_data import AbsentError, Row, demo_complaints, sms_spam
 from real_result import spread
 from real_tasks import FIRST_SEED, LABELLED, SHARED
@@ -105,8 +105,7 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=SHARED, help="folder of data and models")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    tf.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    quiet()
     tf.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
     with tempfile.TemporaryDirectory() as name:

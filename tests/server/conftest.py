@@ -5,7 +5,8 @@ import copy
 import browser
 import pytest
 
-from oracles.serving import PAIRS, app_over, running, write_prompt
+from oracles.fake_vllm import faked, over
+from oracles.serving import PAIRS, app_over, running, until, write_prompt
 from softprompt.backbone import load_base
 
 
@@ -82,3 +83,28 @@ def page(tmp_path_factory):
 def chat_server(chat_base, shared_prompts):
     with running(app_over(chat_base, shared_prompts)) as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def fake(base):
+    """A stand-in for a vLLM server that has the base."""
+    with faked(base) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def shared_front(fake, shared_prompts):
+    with over([fake], shared_prompts, upstream_seconds=3.0) as server, server.client() as client:
+        yield server, client
+
+
+@pytest.fixture
+def front(fake, shared_front):
+    """A server of ours before it, and its client; both stand-in and server are well again behind a test."""
+    yield shared_front
+    fake.behaviour, fake.health, fake.slow = 200, 200, 0.0
+    fleet = shared_front[0].service.batcher._fleet
+    fleet.errors.clear()
+    for each in fleet.servers:
+        until(lambda server=each: server.examined is None or server.examined.done())
+        each.aside_until = 0.0

@@ -47,29 +47,6 @@ def way(request, base, export, shared_prompts):
         yield request.param, fake, client
 
 
-@pytest.fixture(scope="module")
-def fake(base):
-    with faked(base) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def shared_front(fake, shared_prompts):
-    with over([fake], shared_prompts, upstream_seconds=3.0) as server, server.client() as client:
-        yield server, client
-
-
-@pytest.fixture
-def front(fake, shared_front):
-    yield shared_front
-    fake.behaviour, fake.slow = 200, 0.0
-    fleet = shared_front[0].service.batcher._fleet
-    fleet.errors.clear()
-    for each in fleet.servers:
-        until(lambda server=each: server.examined is None or server.examined.done())
-        each.aside_until = 0.0
-
-
 def asked(client, path="/v1/completions", **body):
     answer = client.post(path, json=body)
     assert answer.status_code == 200, answer.text

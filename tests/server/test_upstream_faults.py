@@ -28,29 +28,6 @@ BODY = {"model": "writer", "prompt": "the parcel  is late", "max_tokens": 6, "te
 COMPLETIONS = "/v1/completions"
 
 
-@pytest.fixture(scope="module")
-def fake(base):
-    with faked(base) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def served(fake, shared_prompts):
-    with over([fake], shared_prompts, upstream_seconds=3.0) as server, server.client() as client:
-        yield server, client
-
-
-@pytest.fixture
-def front(fake, served):
-    yield served
-    fake.behaviour, fake.health, fake.slow = 200, 200, 0.0
-    fleet = served[0].service.batcher._fleet
-    fleet.errors.clear()
-    for each in fleet.servers:
-        until(lambda server=each: server.examined is None or server.examined.done())
-        each.aside_until = 0.0
-
-
 def test_others_are_answered_while_a_question_is_made(front, fake, monkeypatch):
     client, making, go_on, threads = front[1], threading.Event(), threading.Event(), []
     question = Carriage.question

@@ -34,7 +34,7 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 WORDED = "softprompt.worded"
 """Where a context of click keeps what puts messages into the words of its command."""
 ALIASES = {"learning_rate": ("--lr",), "prompt_tuning_init_method": ("--init",)}
-_BASE = ("base_model", "torch_dtype", "device", "ignore_fingerprint")
+BASE = ("base_model", "torch_dtype", "device", "ignore_fingerprint")
 
 
 @final
@@ -237,7 +237,7 @@ def load_prompts(prompt_dirs: Sequence[str], options: dict[str, Any]) -> list[Tu
     """Load prompts of one base model with the options of ``base_options``, popped from ``options``."""
     from softprompt.inference import load_many
 
-    return load_many(prompt_dirs, **{name: options.pop(name) for name in (*_BASE, "shard") if name in options})
+    return load_many(prompt_dirs, **{name: options.pop(name) for name in (*BASE, "shard") if name in options})
 
 
 def named(words: Sequence[str], flag: str, form: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from softprompt.batches import BatchSettings
-from softprompt.cli.options import given, option, options_of, parts_of, show, start_logging, table, together
+from softprompt.cli.options import BASE, given, option, options_of, parts_of, show, start_logging, table, together
 from softprompt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from softprompt.cli.options import Decorated
 
 _GROUP = "Batches on Ray"
-_BASE = ("base_model", "torch_dtype", "device", "ignore_fingerprint")
 
 
 def address_option(group: str, text: str) -> Callable[[Decorated], Decorated]:
@@ -69,7 +68,7 @@ def on_ray(
         raise UsageError("--ray needs --data, a file or a folder, and --output DIR")
     if len(folders) != 1:
         raise UsageError("--ray takes one prompt, or with --prompt-column the folder of several")
-    reading = {name: options.pop(name) for name in _BASE}
+    reading = {name: options.pop(name) for name in BASE}
     columns = {name: options.pop(name, None) for name in ("input_field", "output_field")}
     known = {"classify": ("labels", "normalize"), "evaluate": ()}.get(command)
     asked = {name: value for name, value in given(options).items() if value is not False}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -125,12 +124,12 @@ class Events:
         """
         self._of, self._state, self._callbacks, self._level = of, state, callbacks or Callbacks(), level
         self._log = _open_log(log, state.update) if log else None
-        self._open, self._bar = ExitStack(), None
+        self._bar: Any = None
         self._shown = progress_bar(total, "update", done=state.update, silent=silent)
 
     def __enter__(self) -> Self:
         """Begin, and show the bar."""
-        self._bar = self._open.enter_context(self._shown)
+        self._bar = self._shown.__enter__()
         self._callbacks.call("train_begin", self._state)
         return self
 
@@ -138,7 +137,7 @@ class Events:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the bar and the log file."""
-        self._open.close()
+        self._shown.__exit__(None, None, None)
         if self._log is not None:
             self._log.close()
         self._callbacks.call("train_end" if kind is None else "interrupted", self._state)
