@@ -1,16 +1,18 @@
 """Prompts come from one folder only, are checked before they are kept, and are noticed when they change."""
 
+import gc
 import os
 import pickle
 import shutil
 import threading
 import time
+import weakref
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from oracles.serving import write_prompt, write_rows
+from oracles.serving import app_over, running, until, write_prompt, write_rows
 from softprompt import load
 from softprompt.errors import AdapterError, ArtifactError, ConfigError, UsageError
 from softprompt.server import folder
@@ -402,3 +404,34 @@ def test_a_write_in_the_same_tick_of_the_clock_is_seen(registry, prompts, base, 
     registry.get("plain-peft")
     expected = load(other, base.model, tokenizer=base.tokenizer).prompt().input
     assert torch.equal(registry.get("plain-peft").prompt.input, expected)
+
+
+def test_what_is_unloaded_is_freed_at_once(prompts, base):
+    """Garbage of cycles waits for a full collection, which is rare beside a model: a server grew 42 kB a load."""
+    gc.disable()
+    try:
+        with running(app_over(base, prompts)) as server, server.client() as client:
+            body = {"model": "complaints", "prompt": "late", "max_tokens": 2}
+            assert client.post("/v1/completions", json=body).status_code == 200
+            texts = {"model": "complaints", "input": ["late", "fine"]}
+            assert client.post("/v1/classify", json=texts).status_code == 200
+            registry = server.service.registry
+            kept = weakref.ref(registry.get("complaints").own)
+            assert kept() is not None
+            registry.unload("complaints")
+            until(lambda: kept() is None)
+    finally:
+        gc.enable()
+
+
+def test_a_loaded_prompt_is_freed_when_nobody_has_it(prompts, base):
+    gc.disable()
+    try:
+        prompt = load(prompts / "complaints", base.model, tokenizer=base.tokenizer)
+        assert prompt("late") == prompt.of_task(0)("late") == prompt.of_task(0).of_task(0)("late")
+        prompt.generate("late", max_new_tokens=2)
+        kept = [weakref.ref(prompt), weakref.ref(prompt.snapshot()), weakref.ref(prompt.module)]
+        del prompt
+        assert [each() for each in kept] == [None, None, None]
+    finally:
+        gc.enable()

@@ -85,6 +85,7 @@ class TunedPrompt:
         self.manifest = manifest_of_task(manifest, task or 0)
         self.heads = dict(heads or {})
         self._shared = _Shared()
+        self._tasks: dict[int, TunedPrompt] = {}  # which know nothing of it: a cycle would keep what is unloaded
 
     @cached_property
     def rows(self) -> RowTokenizer:
@@ -108,11 +109,13 @@ class TunedPrompt:
         if task is None and self.task is not None:
             return self
         number = self._number(task)
-        if number not in self._shared.tasks:
+        if number == self.task:
+            return self
+        if number not in self._tasks:
             own = TunedPrompt(self.base, self.module, self.config, self.whole, task=number, heads=self.heads)
             own._shared = self._shared
-            self._shared.tasks[number] = own
-        return self._shared.tasks[number]
+            self._tasks[number] = own
+        return self._tasks[number]
 
     def snapshot(self) -> TunedPrompt:
         """Return this prompt as it is now: training it further does not change what is returned."""
@@ -392,8 +395,7 @@ class TunedPrompt:
 
 @dataclass(slots=True)
 class _Shared:
-    """The prompt as used for each task, each task's ``Prompt`` in a snapshot, and decoders by batch size."""
+    """What the prompt has for all its tasks: each one's ``Prompt`` in a snapshot, and decoders by batch size."""
 
-    tasks: dict[int, TunedPrompt] = field(default_factory=dict)
     prompts: tuple[Prompt, ...] | None = None
     decoders: dict[int, Decoder] = field(default_factory=dict)
