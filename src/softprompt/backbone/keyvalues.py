@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from softprompt.backbone.caches import with_cache
 from softprompt.backbone.passes import evaluated
 from softprompt.backbone.sharding import shard_of
 from softprompt.backbone.state import device_of, is_encoder_decoder, locked, state_of
@@ -217,7 +218,7 @@ def _run(model: PreTrainedModel, ids: Tensor) -> Cache:
         cache = EncoderDecoderCache(cache, DynamicCache())
         inputs["decoder_input_ids"] = ids
     # Some heads do not return the cache, but it is filled in place.
-    model(**inputs, past_key_values=cache, use_cache=True)
+    model(**with_cache(model, inputs, cache), use_cache=True)
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
