@@ -128,9 +128,9 @@ def _on_terminal(options: dict[str, Any]) -> Iterator[Any]:
 
 
 def _steady(shown: Any) -> Any:
-    """Let a bar go by a clock that nobody sets: tqdm's is the wall's, and a bar stands still till that has caught up."""
-    shown._time = time.monotonic
-    shown.start_t = shown.last_print_t = time.monotonic()
+    """Let a bar go by a clock that nobody sets back; by the wall's, which is tqdm's, it would stand still."""
+    now = time.monotonic()
+    vars(shown).update(_time=time.monotonic, start_t=now, last_print_t=now)
     return shown
 
 

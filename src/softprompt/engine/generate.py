@@ -63,8 +63,8 @@ def _prepared(base: Base, prompts: BatchPrompts, kwargs: dict[str, Any]) -> Iter
     """Yield the checked arguments of ``generate``, whose passes are prompted inside the context."""
     if prompts.prefixes is not None:
         _check_prefixed(base, prompts.prefixes, kwargs)
+    original = getattr(base.model, _PREPARE)
     if prompts.table is None:
-        original = getattr(base.model, _PREPARE)
         with own_passes() as announce:
 
             @wraps(original)
@@ -78,7 +78,6 @@ def _prepared(base: Base, prompts: BatchPrompts, kwargs: dict[str, Any]) -> Iter
     kwargs = _checked(base, prompts, kwargs)
     if base.is_encoder_decoder and prompts.input is not None:
         kwargs = _encoded(base, prompts.input, kwargs)
-    original = cast(Any, base.model).prepare_inputs_for_generation
     if prompts.decoder is not None:
         steps = _decoder_steps(original, base.facts, prompts.decoder)
     elif prompts.input is not None and not base.is_encoder_decoder:

@@ -313,12 +313,9 @@ def _of_encoder(base: Base, inputs: dict[str, Any]) -> Tensor:
 def _of_body(base: Base, inputs: dict[str, Any]) -> Tensor:
     """Return what the model below the head gives; the whole model is called, as prefixes hook on that."""
     seen: list[Tensor] = []
-    hook = base.model.base_model.register_forward_hook(lambda module, args, output: seen.append(output[0]))
     least = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.model.forward).parameters else {}
-    try:
+    with base.model.base_model.register_forward_hook(lambda module, args, output: seen.append(output[0])):
         base.model(**inputs, use_cache=False, **least)
-    finally:
-        hook.remove()
     return seen[0]
 
 

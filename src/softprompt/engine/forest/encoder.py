@@ -128,7 +128,6 @@ def _packed_difference(base: Base) -> str:
     drawn = Drawn(base)
     ids, mask = pad_rows([drawn.tokens(n) for n in _LENGTHS], left=False, pad_id=facts.pad_id)
     ids, mask = ids.to(base.device), mask.to(base.device)
-
     caches = []
 
     def states() -> Tensor:

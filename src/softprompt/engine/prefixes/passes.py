@@ -222,16 +222,9 @@ def prefixed_cache(base: Base, prefixes: Prefixes, *, counts_columns: bool = Fal
             kwargs["position_ids"] = whole.clamp(min=0)[:, -tokens.shape[1] :]
         return args, kwargs
 
-    with base.lock:
-        handles = [
-            model.register_forward_pre_hook(inject, with_kwargs=True),
-            model.register_forward_hook(drop_cache, with_kwargs=True),
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    injected = model.register_forward_pre_hook
+    with base.lock, injected(inject, with_kwargs=True), model.register_forward_hook(drop_cache, with_kwargs=True):
+        yield
 
 
 class _HandOn(torch.autograd.Function):
@@ -283,10 +276,7 @@ def gathered_gradient(base: Base, values: Sequence[Tensor]) -> Iterator[list[Ten
     owners: list[Any] = [model]
     if base.is_encoder_decoder:
         owners = [model.get_encoder(), cast(Any, model).get_decoder()]
-    embeddings = {id(e): e for e in (owner.get_input_embeddings() for owner in owners)}
-    handles = [embedding.register_forward_hook(hand_on) for embedding in embeddings.values()]
-    try:
+    with ExitStack() as stack:
+        for embedding in {owner.get_input_embeddings() for owner in owners}:
+            stack.enter_context(embedding.register_forward_hook(hand_on))
         yield leaves
-    finally:
-        for handle in handles:
-            handle.remove()
