@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from oracles.caches import as_peft_knows
 from oracles.solo import solo
 from oracles.tuned import untrained
 from softprompt.artifacts import Manifest
@@ -255,7 +254,7 @@ def test_a_prompt_that_peft_made_loads_and_answers(folders, tmp_path, name):
     seq2seq = bool(base.model.config.is_encoder_decoder)
     torch.manual_seed(4)
     config = peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM", num_virtual_tokens=4)
-    theirs = peft.get_peft_model(as_peft_knows(base.model), config).eval()
+    theirs = peft.get_peft_model(base.model, config).eval()
     theirs.save_pretrained(tmp_path / "prompt")
     prompt = load(tmp_path / "prompt")
     source, _ = prompt.rows.source({"input": TEXTS[0]})

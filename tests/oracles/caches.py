@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import inspect
 from functools import wraps
+from importlib import import_module
 
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 OLDER = "past_key_values"
 CACHE = "cache" if "cache" in vars(CausalLMOutputWithPast) else OLDER
 
 
-def as_peft_knows(model: PreTrainedModel) -> PreTrainedModel:
-    """Let a base take its cache by the older name too, and prepare it under that: PEFT 0.21.2 looks for no other.
+def let_peft_find_it() -> None:
+    """Let bases take their cache by the older name once PEFT has them, and prepare it under that.
 
-    Without it each step of its ``generate`` gets the prompt again, behind the cache of the last.
+    PEFT 0.21.2 looks for no other name; each step of its ``generate`` would get the prompt again.
     """
-    if CACHE == OLDER:
-        return model
-    forward, prepare = model.forward, getattr(model, "prepare_inputs_for_generation", None)
+    peft = import_module("peft")
+    init = peft.PeftModel.__init__
 
-    @wraps(forward)
-    def run(*args, **kwargs):
-        return forward(*args, **{CACHE if name == OLDER else name: value for name, value in kwargs.items()})
+    @wraps(init)
+    def adapted(self, model, *args, **kwargs):
+        init(self, _as_it_was(model), *args, **kwargs)
 
-    taken = inspect.signature(forward)
-    parameters = [each.replace(name=OLDER) if each.name == CACHE else each for each in taken.parameters.values()]
-    run.__signature__ = taken.replace(parameters=parameters)
-    model.forward = run
-    if prepare is not None:
+    peft.PeftModel.__init__ = adapted
+
+
+def _as_it_was(model):
+    for part in {model, getattr(model, "base_model", model)}:
+        part.forward = _renamed(part.forward)
+    if hasattr(model, "prepare_inputs_for_generation"):
+        prepare = model.prepare_inputs_for_generation
 
         @wraps(prepare)
         def prepared(*args, **kwargs):
@@ -37,3 +39,14 @@ def as_peft_knows(model: PreTrainedModel) -> PreTrainedModel:
 
         model.prepare_inputs_for_generation = prepared
     return model
+
+
+def _renamed(forward):
+    @wraps(forward)
+    def run(*args, **kwargs):
+        return forward(*args, **{CACHE if name == OLDER else name: value for name, value in kwargs.items()})
+
+    taken = inspect.signature(forward)
+    parameters = [each.replace(name=OLDER) if each.name == CACHE else each for each in taken.parameters.values()]
+    run.__signature__ = taken.replace(parameters=parameters)
+    return run

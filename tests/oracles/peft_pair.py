@@ -11,7 +11,6 @@ import transformers as tf
 from transformers import PreTrainedModel
 
 import softprompt
-from oracles.caches import as_peft_knows
 from oracles.families import CAUSAL, ENCODERS, SEQ2SEQ, build
 
 P = 5
@@ -44,7 +43,7 @@ def pair(task: str, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = peft.get_peft_model(
-            as_peft_knows(copy.deepcopy(model)),
+            copy.deepcopy(model),
             peft.PromptTuningConfig(task_type=task, num_virtual_tokens=P, num_transformer_submodules=1),
         )
     rows = ours.prompt_encoder["default"].embedding.weight.data

@@ -10,7 +10,6 @@ import torch
 from transformers import PreTrainedModel
 
 import softprompt
-from oracles.caches import as_peft_knows
 from oracles.families import L
 
 P = 5
@@ -30,7 +29,7 @@ def prefix_pair(task: str, model: PreTrainedModel, **options: Any) -> tuple[Any,
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = peft.get_peft_model(
-            as_peft_knows(copy.deepcopy(model)),
+            copy.deepcopy(model),
             peft.PrefixTuningConfig(
                 task_type=task,
                 num_virtual_tokens=P,

@@ -13,7 +13,7 @@ import transformers as tf
 from safetensors.torch import load_file
 
 import softprompt
-from oracles.caches import CACHE, as_peft_knows
+from oracles.caches import CACHE
 from oracles.families import CAUSAL, build, causal, seq2seq
 from oracles.prefixed import solo_logits_behind
 from oracles.tokenizers import byte_bpe
@@ -54,7 +54,7 @@ def by_peft(model, task, kind="CartridgeConfig", **options):
     config = getattr(peft, kind)(task_type=task, num_virtual_tokens=P, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return peft.get_peft_model(as_peft_knows(copy.deepcopy(model)), config).eval()
+        return peft.get_peft_model(copy.deepcopy(model), config).eval()
 
 
 def batch(task):

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import softprompt
-from oracles.caches import as_peft_knows
 from oracles.peft_pair import TASKS, base, batch
 
 P = 5
@@ -68,7 +67,7 @@ def pair(method, task, submodules=1):
 def attached_by_peft(model, config):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return peft.get_peft_model(as_peft_knows(copy.deepcopy(model)), config)
+        return peft.get_peft_model(copy.deepcopy(model), config)
 
 
 def inputs_of(method, task, **options):

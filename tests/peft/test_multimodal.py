@@ -11,7 +11,6 @@ import transformers as tf
 
 import softprompt
 from oracles import multimodal
-from oracles.caches import as_peft_knows
 from softprompt.errors import ConfigError
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -26,7 +25,7 @@ def pair(model, kind, task="CAUSAL_LM"):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = peft.get_peft_model(
-            as_peft_knows(copy.deepcopy(model)), getattr(peft, kind)(task_type=task, num_virtual_tokens=P)
+            copy.deepcopy(model), getattr(peft, kind)(task_type=task, num_virtual_tokens=P)
         ).eval()
     config = getattr(softprompt, kind)(task_type=task, num_virtual_tokens=P)
     ours = softprompt.get_peft_model(copy.deepcopy(model), config).eval()

@@ -11,7 +11,6 @@ import torch
 import transformers as tf
 
 import softprompt
-from oracles.caches import as_peft_knows
 from oracles.families import CAUSAL, ENCODERS, SHARING, A, H, L, build, causal, seq2seq, sharing
 from oracles.prefix_pair import P, prefix_pair
 
@@ -154,7 +153,7 @@ def test_pefts_own_seq2seq_file_gives_what_peft_gives(tmp_path):
     model = seq2seq("t5")
     torch.manual_seed(2)
     config = peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P)
-    theirs = peft.get_peft_model(as_peft_knows(copy.deepcopy(model)), config).eval()
+    theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
     theirs.save_pretrained(tmp_path)
     inputs = batch("SEQ_2_SEQ_LM")
     here = softprompt.PeftModel.from_pretrained(model, tmp_path, is_trainable=True).eval()
