@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from softprompt.backbone import Base
+from softprompt.backbone import Base, with_cache
 from softprompt.engine import DecodeForest, NewTokens
 from softprompt.generation import Batcher, GenerationOptions, Request
 from softprompt.prompts import Prompt
@@ -54,11 +54,11 @@ def step_ratios(model: Any, rows: int, context: int, repeats: int) -> list[float
         forest.step([NewTokens(lane, tuple((ids[i].tolist() * 2)[:length]))])
     cache = DynamicCache()
     with torch.no_grad():
-        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(**with_cache(model, {"input_ids": ids}, cache), use_cache=True, logits_to_keep=1)
 
     def aligned() -> None:
         with torch.no_grad():
-            model(drawn(rows, 1), past_key_values=cache, use_cache=True)
+            model(**with_cache(model, {"input_ids": drawn(rows, 1)}, cache), use_cache=True)
 
     def ours() -> None:
         forest.step([NewTokens(lane, (7,)) for lane in lanes])

@@ -96,7 +96,7 @@ def progress_bar(
         wait = {"mininterval": SECONDS_BETWEEN_LINES, "delay": SECONDS_BETWEEN_LINES, "miniters": 1}
         options |= {**wait, "bar_format": _LINE, "file": _Lines(sys.stderr)}
     with _once(), fitting(**options) as shown:
-        yield shown
+        yield _steady(shown)
 
 
 @contextmanager
@@ -124,7 +124,14 @@ def _on_terminal(options: dict[str, Any]) -> Iterator[Any]:
         logging_redirect_tqdm(loggers),
         redirect_stderr(DummyTqdmFile(sys.stderr)),
     ):
-        yield shown
+        yield _steady(shown)
+
+
+def _steady(shown: Any) -> Any:
+    """Let a bar go by a clock that nobody sets back; by the wall's, which is tqdm's, it would stand still."""
+    now = time.monotonic()
+    vars(shown).update(_time=time.monotonic, start_t=now, last_print_t=now)
+    return shown
 
 
 def _writes_there(logger: logging.Logger) -> bool:

@@ -9,25 +9,17 @@ import pytest
 import torch
 import transformers as tf
 
-from oracles.families import CAUSAL, GQA, IDS, SEQ2SEQ, H, L, V, build, causal, seq2seq
+from oracles.families import CAUSAL, GQA, IDS, OUTSIDE, SEQ2SEQ, H, L, V, build, causal, seq2seq
 from oracles.rows import RowCase, engine_rows
 from softprompt.backbone import Base
 from softprompt.engine import TargetLogProbs, build_engine, choose, choose_engine
 from softprompt.errors import ConfigError
 
-EXPECTED = {
-    "gptj": "expand",
-    "gpt_neo": "expand",
-    "bloom": "expand",
-    "mpt": "expand",
-    "falcon": "expand",
-}
-
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_causal_models(name):
     choice = choose_engine(Base(causal(name)))
-    assert choice.name == EXPECTED.get(name, "forest")
+    assert choice.name == ("expand" if name in OUTSIDE else "forest")
     assert bool(choice.reason) == (choice.name != "forest")
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from oracles.caches import CACHE
 from oracles.families import H, tiny
 from softprompt.backbone import Base
 from softprompt.engine import generate_with_prompts
@@ -66,7 +67,7 @@ def test_keys_and_values():
         cache.update(layer[:1], layer[1:], index)
     sequence = ids
     for _ in range(6):
-        logits = model(sequence[:, cache.get_seq_length() - P :], past_key_values=cache).logits
+        logits = model(sequence[:, cache.get_seq_length() - P :], **{CACHE: cache}).logits
         sequence = torch.cat([sequence, logits[:, -1:].argmax(-1)], 1)
     single = generate_with_prompts(Base.of(model), [Prompt(prefix=prefix)], greedy(input_ids=ids))
     assert torch.equal(single, sequence)

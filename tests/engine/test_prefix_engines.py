@@ -22,7 +22,7 @@ ROWS = [
     RowCase((30, 31), (32,), -1),
 ]
 FOREST = ["llama", "gpt2", "mistral", "gemma2", "gpt_neox", "opt"]
-CACHED = ["gptj", "bloom", "gpt_neo", "mpt"]
+CACHED = ["bloom", "gpt_neo", "mpt"]
 
 
 def prompts_for(model, lengths=(5, 3)):
@@ -96,17 +96,17 @@ def test_checkpointing_changes_nothing(engine, reentrant, projected):
 
 
 def test_the_cache_path_refuses_checkpointing():
-    model = causal("gptj")
+    model = causal("gpt_neo")
     model.activation_checkpointing_enable()
     model.train()
     with pytest.raises(ConfigError, match="gradient checkpointing drops the cache"):
         PlainEngine(Base(model)).target_log_probs(engine_rows(ROWS[:1], prompts_for(model)))
 
 
-@pytest.mark.parametrize("name", ["llama", "gptj"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neo"])
 @pytest.mark.parametrize("engine", ["forest", "plain"])
 def test_keys_and_values_and_rows_in_one_batch(name, engine):
-    if name == "gptj" and engine == "forest":
+    if name == "gpt_neo" and engine == "forest":
         engine = "expand"
     model = causal(name)
     prefix = random_prefix(model, 4).requires_grad_()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from oracles.caches import CACHE
 from oracles.served import served
 from softprompt.engine import EngineRow, text_states
 from softprompt.errors import ConfigError, DataError
@@ -33,7 +34,7 @@ def alone(base, row):
             cache = DynamicCache()
             for layer, (keys, values) in enumerate(row.prompt.prefix):
                 cache.update(keys.unsqueeze(0), values.unsqueeze(0), layer)
-        return base.model.base_model(input_ids=ids, past_key_values=cache).last_hidden_state[0]
+        return base.model.base_model(input_ids=ids, **{CACHE: cache}).last_hidden_state[0]
     at, virtual = row.at, row.prompt.input.unsqueeze(0)
     states = base.model.base_model(
         inputs_embeds=torch.cat([rows[:, :at], virtual, rows[:, at:]], 1)

@@ -23,7 +23,7 @@ SMALL = Bounds(
 
 SIMPLE = {
     "bloom": ("plain", "other", "suffix"),
-    "gptj": ("plain", "other", "prefix"),
+    "gpt_neo": ("plain", "other", "prefix"),
     "t5": ("plain", "other"),
     "bart": ("plain", "other", "prefix"),
 }

@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 from transformers import DynamicCache
 
+from oracles.caches import CACHE
 from oracles.prefixed import filled, solo_logits_behind
 from oracles.tiny_bases import P, write_base, write_prompt
 from softprompt.backbone import load_base
@@ -76,7 +77,7 @@ def test_the_base_answers_behind_the_cache_as_behind_the_prompt(tmp_path, base, 
     positions = torch.arange(P, P + 4)[None]
     mask = torch.ones(1, P + 4, dtype=torch.long)
     with torch.no_grad():
-        got = prompt.base.model(ids, past_key_values=cache, attention_mask=mask, position_ids=positions).logits[0]
+        got = prompt.base.model(ids, **{CACHE: cache}, attention_mask=mask, position_ids=positions).logits[0]
         wanted = solo_logits_behind(prompt.base.model, prompt.module.prompt().prefix, ids[0].tolist())
         assert torch.allclose(got, wanted, atol=1e-5)
         assert not torch.allclose(got, solo_logits_behind(prompt.base.model, None, ids[0].tolist()), atol=1e-2)

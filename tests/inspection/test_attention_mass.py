@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from oracles.caches import CACHE
 from oracles.families import seq2seq, tiny
 from softprompt.backbone import Base
 from softprompt.engine import EngineRow
@@ -80,7 +81,7 @@ def test_keys_and_values_of_a_causal_model():
         for index, (keys, values) in enumerate(prefix):
             cache.update(keys[None], values[None], index)
         with torch.no_grad():
-            output = model(torch.tensor([source + target]), past_key_values=cache, output_attentions=True)
+            output = model(torch.tensor([source + target]), **{CACHE: cache}, output_attentions=True)
         weights = stacked(output.attentions)[:, :, :-1, :P]
         masses.append(weights)
         answers.append(weights[:, :, -len(target) :])

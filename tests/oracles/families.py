@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -190,8 +191,12 @@ FOREST = [
 ]
 """Causal families that honour transformers' attention interface."""
 
-OUTSIDE = ["gptj", "gpt_neo", "bloom", "mpt", "falcon"]
-"""Causal families that do not."""
+OUTSIDE = [
+    name
+    for name in ("gptj", "gpt_neo", "bloom", "mpt", "falcon")
+    if not hasattr(import_module(f"transformers.models.{name}.modeling_{name}"), "ALL_ATTENTION_FUNCTIONS")
+]
+"""Causal families that do not; GPT-J does since transformers 5.24."""
 
 
 def build(loader: type, config: Any, *, seed: int = 0, **changes: Any) -> PreTrainedModel:

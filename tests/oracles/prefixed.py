@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
+from oracles.caches import CACHE
 from softprompt.backbone import Base
 
 
@@ -35,7 +36,7 @@ def solo_logits_behind(model: PreTrainedModel, prefix: Tensor | None, ids: list[
     length = prefix.shape[3]
     inputs = {
         "input_ids": row,
-        "past_key_values": filled(prefix),
+        CACHE: filled(prefix),
         "attention_mask": torch.ones(1, length + len(ids), dtype=torch.long),
     }
     if "position_ids" in inspect.signature(model.forward).parameters:
@@ -57,5 +58,5 @@ def solo_decoder_logits(
     """Return logits ``[T, V]`` of one row of a seq2seq model, a prefix in its decoder."""
     inputs = {"input_ids": torch.tensor([ids]), "decoder_input_ids": torch.tensor([decoder_ids])}
     if prefix is not None:
-        inputs["past_key_values"] = EncoderDecoderCache(filled(prefix), DynamicCache())
+        inputs[CACHE] = EncoderDecoderCache(filled(prefix), DynamicCache())
     return model(**inputs).logits[0]

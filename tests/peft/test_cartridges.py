@@ -13,6 +13,7 @@ import transformers as tf
 from safetensors.torch import load_file
 
 import softprompt
+from oracles.caches import CACHE
 from oracles.families import CAUSAL, build, causal, seq2seq
 from oracles.prefixed import solo_logits_behind
 from oracles.tokenizers import byte_bpe
@@ -204,7 +205,7 @@ def test_from_a_text_as_pefts_helper_does(kind, chat, words):
 def test_from_a_cache(kind):
     model = llama()
     ids = torch.arange(3, 12)[None]
-    cache = model(ids, use_cache=True).past_key_values
+    cache = model(ids, use_cache=True)[CACHE]
     ours = get_peft_model(model, kind(task_type="CAUSAL_LM", num_virtual_tokens=P)).eval()
     softprompt.initialize_kv_prefix_from_past_key_values(ours, past_key_values=cache)
     rest = ours(input_ids=ids[:, P:]).logits

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers as tf
 
+from oracles.caches import CACHE
 from oracles.families import ENCODERS, SEQ2SEQ, build, causal, seq2seq
 from oracles.naive import padded
 from softprompt import PeftModel, PromptTuningConfig, get_peft_model
@@ -121,7 +122,7 @@ def test_a_filled_cache_is_not_prompted_again():
         rest = prompted(
             encoder_outputs=(first.encoder_last_hidden_state,),
             decoder_input_ids=start[:, 2:],
-            past_key_values=first.past_key_values,
+            **{CACHE: first[CACHE]},
         )
     torch.testing.assert_close(rest.logits[0, -1], whole[0, -1], atol=1e-5, rtol=1e-5)
 

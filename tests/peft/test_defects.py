@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as tf
 
+from oracles.caches import CACHE
 from oracles.families import ENCODERS, build, causal, seq2seq
 from oracles.naive import padded, solo_greedy, solo_logits
 from oracles.peft_pair import base, batch
@@ -206,10 +207,10 @@ def test_forward_continues_from_its_cache():
     ids, mask = padded([[5, 6, 7, 8, 9, 10], [11, 12, 13]], "left")
     expected = ours(input_ids=ids, attention_mask=mask).logits[:, P:]
     first = ours(input_ids=ids[:, :4], attention_mask=mask[:, :4], use_cache=True)
-    second = ours(input_ids=ids[:, 4:], attention_mask=mask, past_key_values=first.past_key_values)
+    second = ours(input_ids=ids[:, 4:], attention_mask=mask, **{CACHE: first[CACHE]})
     torch.testing.assert_close(second.logits, expected[:, 4:], **CLOSE)
     with pytest.raises(ConfigError, match="8 columns"):
-        ours(input_ids=ids[:, 4:], attention_mask=mask[:, 1:4], past_key_values=first.past_key_values)
+        ours(input_ids=ids[:, 4:], attention_mask=mask[:, 1:4], **{CACHE: first[CACHE]})
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"use_cache": False}, {"prefill_chunk_size": 2}])
@@ -239,8 +240,8 @@ def test_generate_continues_from_a_returned_cache():
     options = {"do_sample": False, "return_dict_in_generate": True, "eos_token_id": None}
     first = ours.generate(input_ids=ids, max_new_tokens=3, **options)
     longer = torch.cat([first.sequences, torch.tensor([[20, 21, 22]])], 1)
-    cache = copy.deepcopy(first.past_key_values)
-    continued = ours.generate(input_ids=longer, past_key_values=cache, max_new_tokens=4, **options)
+    cache = copy.deepcopy(first[CACHE])
+    continued = ours.generate(input_ids=longer, **{CACHE: cache}, max_new_tokens=4, **options)
     fresh = ours.generate(input_ids=longer, max_new_tokens=4, **options)
     assert continued.sequences.tolist() == fresh.sequences.tolist()
 

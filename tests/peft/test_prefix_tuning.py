@@ -10,6 +10,7 @@ import torch
 import transformers as tf
 
 import softprompt
+from oracles.caches import CACHE
 from oracles.families import CAUSAL, ENCODERS, SHARING, build, causal, seq2seq, sharing
 from oracles.naive import padded
 from oracles.prefixed import solo_decoder_logits, solo_greedy_behind, solo_logits_behind
@@ -180,14 +181,14 @@ def test_continuing_from_a_cache():
     first = model(input_ids=ids[:, :6], use_cache=True)
     rest = model(
         input_ids=ids[:, 6:],
-        past_key_values=first.past_key_values,
+        **{CACHE: first[CACHE]},
         attention_mask=torch.ones_like(ids),
     )
     torch.testing.assert_close(rest.logits, whole[:, 6:], **CLOSE)
     started = model.generate(input_ids=ids[:, :6], max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-    assert started.past_key_values.get_seq_length() == started.sequences.shape[1] - 1
+    assert started[CACHE].get_seq_length() == started.sequences.shape[1] - 1
     more = {"max_new_tokens": 3, "do_sample": False}
-    again = model.generate(started.sequences, past_key_values=started.past_key_values, **more)
+    again = model.generate(started.sequences, **{CACHE: started[CACHE]}, **more)
     assert again.tolist() == model.generate(started.sequences, **more).tolist()
 
 

@@ -11,6 +11,7 @@ from accelerate.utils import convert_outputs_to_fp32
 
 import softprompt
 from oracles import peft_pair
+from oracles.caches import CACHE
 from oracles.families import SEQ2SEQ, build, causal
 from softprompt.errors import ConfigError, TrainingError
 from softprompt.peft.training_loss import LossOutput
@@ -281,7 +282,7 @@ def test_logits_are_made_when_they_are_read():
         assert list(outputs) == ["loss"] and outputs["loss"] is outputs[0] and not passes
         torch.testing.assert_close(read(outputs), expected)
         assert len(passes) == 1 and outputs.logits is not None and len(passes) == 1
-        assert list(outputs)[:2] == ["loss", "logits"] and outputs.past_key_values is not None
+        assert list(outputs)[:2] == ["loss", "logits"] and outputs[CACHE] is not None
     handle.remove()
 
 

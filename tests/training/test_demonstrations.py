@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from oracles.caches import CACHE
 from softprompt import CartridgeConfig, PrefixTuningConfig
 from softprompt.backbone import key_values, load_base
 from softprompt.engine import EngineRow, ForestEngine, PlainEngine
@@ -41,7 +42,7 @@ def test_left_out_tokens_are_those_that_a_models_mask_hides(llama):
     mask = torch.tensor([[int(i not in hidden) for i in range(count)] + [1] * ids.shape[1]])
     positions = torch.arange(count, count + ids.shape[1])[None]
     with torch.no_grad():
-        logits = base.model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[0]
+        logits = base.model(ids, attention_mask=mask, position_ids=positions, **{CACHE: cache}).logits[0]
     log_probs = logits.log_softmax(-1)[len(source) - 1 :]
     expected = [log_probs[i, token].item() for i, token in enumerate(target)]
     unlike = PlainEngine(base).target_log_probs([EngineRow(source, target, Prompt(prefix=prompt.prefix))])

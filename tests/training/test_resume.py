@@ -1,9 +1,11 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import ANY
@@ -289,6 +291,28 @@ def test_the_state_is_saved_by_time_where_nothing_else_is_said(monkeypatch):
     for _ in range(7):
         saving.updated()
     assert len(saved) == 2
+
+
+def test_a_clock_that_is_set_back_changes_no_seconds(llama, rows, held_out, tmp_path, monkeypatch, capsys):
+    real, behind, told, saves = time.time, [0.0], Events.update, []
+    for name in ("time.time", "tqdm.std.time"):
+        monkeypatch.setattr(name, lambda: real() - behind[0])
+
+    def tell(self, state, loss):
+        told(self, state, loss)
+        behind[0] = 18 * 3600.0 if state.update >= 3 else 0.0
+
+    monkeypatch.setattr(Events, "update", tell)
+    monkeypatch.setattr("softprompt.training.state.SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr("softprompt.training.state._SHARE_OF_SAVING", 0)
+    monkeypatch.setattr("softprompt.progress.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(Saving, "now", lambda self, now=Saving.now: saves.append(behind[0]) or now(self))
+    tuned = tune(llama, rows, held_out, output=tmp_path / "out", **SETTINGS)
+    assert behind[0] and saves.count(behind[0]) >= 6  # the updates after it, one by one
+    parts = tuned.metrics["seconds_by_part"]
+    assert 0 <= tuned.metrics["seconds"] < 3600 and parts and all(0 <= each < 3600 for each in parts.values())
+    shown = capsys.readouterr().err
+    assert "9/9" in shown and "-" not in "".join(re.findall(r"\[.*?\]", shown))
 
 
 def test_a_hangup_saves_as_ctrl_c_does_but_not_under_nohup(llama, rows, held_out, tmp_path, signal_at):

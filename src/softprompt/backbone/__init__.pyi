@@ -2,6 +2,10 @@ from .attention import recomputes_layers as recomputes_layers
 from .base import Base as Base
 from .base import freeze as freeze
 from .base import weights_hash as weights_hash
+from .caches import cache_in as cache_in
+from .caches import cached_tokens as cached_tokens
+from .caches import with_cache as with_cache
+from .caches import without_cache as without_cache
 from .facts import Facts as Facts
 from .facts import facts_of as facts_of
 from .facts import has_windows as has_windows

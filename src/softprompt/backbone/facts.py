@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from softprompt.backbone.caches import takes_cache
 from softprompt.backbone.sharding import require_readable
 from softprompt.backbone.state import input_embedding, is_encoder_decoder, resting, stamp_of, state_of
 from softprompt.errors import BackboneError
@@ -35,7 +36,7 @@ class Facts:
             (rope types dynamic and longrope); None where they never do.
         embedding_rms: Root mean square of an embedding as the model sees it.
         accepts_position_ids: Whether ``forward`` takes ``position_ids``.
-        takes_cache: Whether ``forward`` takes ``past_key_values``, as decoders do.
+        takes_cache: Whether ``forward`` takes a cache of keys and values, as decoders do.
         positions_from_ids: Whether positions are counted from the ids that are not padding (RoBERTa).
         pad_id: An id that is safe to put where the mask is zero.
     """
@@ -88,7 +89,7 @@ def _read(model: PreTrainedModel, table: nn.Embedding) -> Facts:
         rope_changes_at=_rope_changes_at(config),
         embedding_rms=_embedding_rms(table),
         accepts_position_ids="position_ids" in arguments,
-        takes_cache="past_key_values" in arguments,
+        takes_cache=takes_cache(model),
         positions_from_ids=from_ids,
         pad_id=pad if isinstance(pad, int) and 0 <= pad < vocabulary else 0,
     )
@@ -111,7 +112,7 @@ def start_id(model: PreTrainedModel) -> int | None:
     Raises:
         BackboneError: If the model's texts start with no such token (T5).
     """
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
+    if not takes_cache(model):
         return None
     start = getattr(model.config.get_text_config(), "bos_token_id", None)
     if not isinstance(start, int):

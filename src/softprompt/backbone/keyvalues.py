@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from softprompt.backbone.caches import with_cache
 from softprompt.backbone.passes import evaluated
 from softprompt.backbone.sharding import shard_of
 from softprompt.backbone.state import device_of, is_encoder_decoder, locked, state_of
@@ -85,14 +86,11 @@ def _weightless_layers(model: PreTrainedModel) -> Sequence[Any] | None:
             for part in twin.modules():
                 if hasattr(part, _LOOKS):
                     setattr(part, _LOOKS, lambda *_: None)
-            with torch.no_grad():
-                layers = _run(twin, torch.zeros(1, 1, dtype=torch.long)).layers
+            return _layers(twin, torch.zeros(1, 1, dtype=torch.long))
+    except BackboneError:
+        raise
     except Exception:  # whatever a model's own code raises without weights
         return None
-    kept: list[Any] = [layer for layer in layers if type(layer) is DynamicLayer and layer.keys is not None]
-    if not layers or kept != layers or any(layer.keys.shape != layer.values.shape for layer in kept):
-        raise _refused(model)
-    return kept
 
 
 def _sharing_layers(model: PreTrainedModel) -> dict[int, str]:
@@ -171,7 +169,8 @@ def key_values(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
     """
     try:
         shape = key_value_shape(model)
-        layers = cached(model, torch.tensor([list(ids)], device=device_of(model)))
+        with locked(model), evaluated(model):
+            layers = _layers(model, torch.tensor([list(ids)], device=device_of(model)))
         rows = [torch.stack([layer.keys[0], layer.values[0]]).to("cpu", torch.float32) for layer in layers]
         found = torch.zeros(shape.layers, 2, shape.heads, len(ids), shape.width)
         for kept, row in zip(found, rows, strict=False):
@@ -192,23 +191,12 @@ def _refused(model: PreTrainedModel) -> BackboneError:
 
 
 @torch.no_grad()
-def cached(model: PreTrainedModel, ids: Tensor) -> Sequence[Any]:
+def _layers(model: PreTrainedModel, ids: Tensor) -> Sequence[Any]:
     """Return the cache's self-attention layers after ``ids`` ``[B, T]``.
 
     Raises:
-        BackboneError: If they hold more than keys and values.
+        BackboneError: If they hold more than keys and values of one size.
     """
-    with locked(model), evaluated(model):
-        cache = _run(model, ids)
-    if not cache.layers:
-        raise _refused(model)
-    layers = cast(Sequence[Any], cache.layers)
-    if any(type(layer) is not DynamicLayer or layer.keys is None for layer in layers):
-        raise _refused(model)
-    return layers
-
-
-def _run(model: PreTrainedModel, ids: Tensor) -> Cache:
     inputs: dict[str, Any] = {"input_ids": ids}
     if not ids.is_meta:
         inputs["attention_mask"] = torch.ones_like(ids)
@@ -217,8 +205,12 @@ def _run(model: PreTrainedModel, ids: Tensor) -> Cache:
         cache = EncoderDecoderCache(cache, DynamicCache())
         inputs["decoder_input_ids"] = ids
     # Some heads do not return the cache, but it is filled in place.
-    model(**inputs, past_key_values=cache, use_cache=True)
-    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    model(**with_cache(model, inputs, cache), use_cache=True)
+    layers: Sequence[Any] = (cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache).layers
+    plain = (type(each) is DynamicLayer and each.keys is not None for each in layers)
+    if not layers or not all(plain) or any(each.keys.shape != each.values.shape for each in layers):
+        raise _refused(model)
+    return layers
 
 
 def _shape_of_config(model: PreTrainedModel) -> KeyValueShape:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import ref
 
@@ -97,13 +97,11 @@ def rounded(model: PreTrainedModel, seed: int = 0) -> Iterator[None]:
         noisy = [off(each, terms, sums) for each in (output if type(output) is tuple else (output,))]
         return tuple(noisy) if type(output) is tuple else noisy[0]
 
-    leaves = [each for each in model.modules() if next(each.children(), None) is None]
-    handles = [each.register_forward_hook(hook) for each in leaves]
-    try:
+    with ExitStack() as stack:
+        for each in model.modules():
+            if next(each.children(), None) is None:
+                stack.enter_context(each.register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def off_by(got: Tensor, expected: Tensor) -> float:
@@ -140,16 +138,11 @@ def stopping(model: nn.Module) -> Iterator[list[str]]:
 
         return hook
 
-    handles = [
-        each.register_forward_hook(hook_of(name), with_kwargs=True)
-        for name, each in model.named_modules()
-        if _multiplies(each)
-    ]
-    try:
+    with ExitStack() as stack:
+        for name, each in model.named_modules():
+            if _multiplies(each):
+                stack.enter_context(each.register_forward_hook(hook_of(name), with_kwargs=True))
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _multiplies(module: nn.Module) -> bool:

@@ -36,7 +36,6 @@ from .predictions import HeadInput as HeadInput
 from .predictions import Predictions as Predictions
 from .predictions import TargetLogProbs as TargetLogProbs
 from .predictions import TargetOutputs as TargetOutputs
-from .prefixes.passes import cached_tokens as cached_tokens
 from .prefixes.paths import prefix_path as prefix_path
 from .probe import Drawn as Drawn
 from .probe import difference as difference

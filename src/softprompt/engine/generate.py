@@ -15,12 +15,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
-from softprompt.backbone import Base, Facts, VirtualVocabulary, output_limit
+from softprompt.backbone import Base, Facts, VirtualVocabulary, cached_tokens, output_limit
 from softprompt.engine.layout import Layout, per_token
 from softprompt.engine.padded import BatchPrompts
-from softprompt.engine.prefixes import cached_tokens, own_passes, prefix_path
+from softprompt.engine.prefixes import own_passes, prefix_path
 from softprompt.engine.rows import Prefixes, PromptTable, check_context
 from softprompt.errors import ConfigError
 from softprompt.prompts import Prompt
@@ -63,8 +63,8 @@ def _prepared(base: Base, prompts: BatchPrompts, kwargs: dict[str, Any]) -> Iter
     """Yield the checked arguments of ``generate``, whose passes are prompted inside the context."""
     if prompts.prefixes is not None:
         _check_prefixed(base, prompts.prefixes, kwargs)
+    original = getattr(base.model, _PREPARE)
     if prompts.table is None:
-        original = getattr(base.model, _PREPARE)
         with own_passes() as announce:
 
             @wraps(original)
@@ -78,7 +78,6 @@ def _prepared(base: Base, prompts: BatchPrompts, kwargs: dict[str, Any]) -> Iter
     kwargs = _checked(base, prompts, kwargs)
     if base.is_encoder_decoder and prompts.input is not None:
         kwargs = _encoded(base, prompts.input, kwargs)
-    original = cast(Any, base.model).prepare_inputs_for_generation
     if prompts.decoder is not None:
         steps = _decoder_steps(original, base.facts, prompts.decoder)
     elif prompts.input is not None and not base.is_encoder_decoder:
@@ -117,7 +116,6 @@ class _Steps:
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -126,7 +124,7 @@ class _Steps:
     ) -> dict[str, Any]:
         """Replace ``prepare_inputs_for_generation`` of a decoder."""
         prompts = self._prompts.repeated(input_ids.shape[0])
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        seen = cached_tokens(kwargs)
         embeds = inputs_embeds if is_first_iteration and not seen else None
         whole = input_ids if embeds is None else embeds
         fed = whole.shape[1] if next_sequence_length is None else next_sequence_length
@@ -156,7 +154,6 @@ class _Steps:
         found: dict[str, Any] = self._original(
             ids,
             next_sequence_length=None if starts else fed,
-            past_key_values=past_key_values,
             attention_mask=layout.mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
@@ -182,7 +179,7 @@ def _decoder_steps(
 
     def prepare(*args: Any, **kwargs: Any) -> dict[str, Any]:
         prepared = original(*args, **kwargs)
-        if cached_tokens(prepared.get("past_key_values")):
+        if cached_tokens(prepared):
             return prepared
         ids = prepared["decoder_input_ids"]
         layout = Layout.of(torch.ones_like(ids), prompts.repeated(ids.shape[0]))
@@ -257,9 +254,8 @@ def _checked(base: Base, prompts: BatchPrompts, kwargs: dict[str, Any]) -> dict[
     """
     config: GenerationConfig = kwargs.get("generation_config") or base.model.generation_config
     _check_speculation(base, config, kwargs)
-    cache = kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() and kwargs.get("prefill_chunk_size"):
-        raise ConfigError("prefill_chunk_size does not go with a filled past_key_values; leave one out")
+    if cached_tokens(kwargs) and kwargs.get("prefill_chunk_size"):
+        raise ConfigError("prefill_chunk_size does not go with a filled cache; leave one out")
     check_token_ids(kwargs.get("input_ids"), base.facts.vocabulary)
     width, tokens = _text_size(kwargs)
     new = _new_tokens(config, kwargs, width)
@@ -295,11 +291,10 @@ def _check_prefixed(base: Base, prefixes: Prefixes, kwargs: dict[str, Any]) -> N
         raise ConfigError(
             "a static cache has its masks made before the layers see the prefix; leave cache_implementation out"
         )
-    cache = kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() and not prefix_path(base).in_attention:
+    if cached_tokens(kwargs) and not prefix_path(base).in_attention:
         raise ConfigError(
             f"{base.facts.architecture} keeps its prefix in the cache, which generate would count as text; leave "
-            "past_key_values out"
+            "the filled one out"
         )
     check_token_ids(kwargs.get("input_ids"), base.facts.vocabulary)
     width, tokens = _text_size(kwargs)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from softprompt.backbone import Base, VirtualVocabulary, decoder_embedding, recomputes_layers
+from softprompt.backbone import Base, VirtualVocabulary, decoder_embedding, recomputes_layers, with_cache
 from softprompt.engine.layout import Layout, pad_rows
 from softprompt.engine.predictions import Engine, HeadInput, Predictions, see_input
 from softprompt.engine.prefixes import prefix_path, prefixed
@@ -168,9 +168,8 @@ class ExpandEngine(Engine):
         """
         super().__init__(base)
         self._plain = PlainEngine(base)
-        parameters = inspect.signature(base.model.forward).parameters
-        self._keeps_logits = "logits_to_keep" in parameters
-        if self._facts.is_encoder_decoder or "past_key_values" not in parameters:
+        self._keeps_logits = "logits_to_keep" in inspect.signature(base.model.forward).parameters
+        if self._facts.is_encoder_decoder or not self._facts.takes_cache:
             raise BackboneError(f"{self._facts.architecture} has no decoder cache to expand")
 
     def run_alike(self, rows: Sequence[EngineRow], head: HeadInput | None = None) -> Predictions:
@@ -212,11 +211,8 @@ class ExpandEngine(Engine):
         ids = torch.where(token >= 0, virtual, self._facts.pad_id).to(self._base.device)
         mask = (token >= 0).long().to(self._base.device)
         cache = DynamicCache()
-        output = self._base.model(
-            input_ids=ids, past_key_values=cache, use_cache=True, **self._positioned(mask, ids.shape[1])
-        )
-        cache = output.past_key_values
-        if not isinstance(cache, Cache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        output = self._base.model(input_ids=ids, **self._behind_cache(cache, mask, ids.shape[1]))
+        if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
             raise BackboneError(
                 f"{self._facts.architecture} keeps more than keys and values, which cannot be expanded"
             )
@@ -243,21 +239,16 @@ class ExpandEngine(Engine):
             labels[i, where] = torch.tensor(row.labels)
         columns = (labels != IGNORED).any(0).nonzero()[:, 0]
         extra: dict[str, Any] = {"logits_to_keep": columns} if self._keeps_logits else {}
-        logits = self._base.model(
-            input_ids=ids,
-            past_key_values=_expanded(cache, owner),
-            use_cache=True,
-            **self._positioned(whole, ids.shape[1]),
-            **extra,
-        ).logits
+        inputs = self._behind_cache(_expanded(cache, owner), whole, ids.shape[1])
+        logits = self._base.model(input_ids=ids, **inputs, **extra).logits
         hidden = head.states if head is not None else None
         if not self._keeps_logits:
             logits, hidden = logits[:, columns], None if hidden is None else hidden[:, columns]
         return Predictions.of_columns(logits, hidden, labels[:, columns])
 
-    def _positioned(self, mask: Tensor, columns: int) -> dict[str, Tensor]:
-        """Return mask and positions of the last ``columns`` of a batch."""
-        inputs = {"attention_mask": mask}
+    def _behind_cache(self, cache: Cache, mask: Tensor, columns: int) -> dict[str, Any]:
+        """Return cache, mask and positions of the last ``columns`` of a batch."""
+        inputs = with_cache(self._base.model, {"attention_mask": mask, "use_cache": True}, cache)
         if self._facts.accepts_position_ids:
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -columns:]
         return inputs
@@ -322,12 +313,9 @@ def _of_encoder(base: Base, inputs: dict[str, Any]) -> Tensor:
 def _of_body(base: Base, inputs: dict[str, Any]) -> Tensor:
     """Return what the model below the head gives; the whole model is called, as prefixes hook on that."""
     seen: list[Tensor] = []
-    hook = base.model.base_model.register_forward_hook(lambda module, args, output: seen.append(output[0]))
     least = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.model.forward).parameters else {}
-    try:
+    with base.model.base_model.register_forward_hook(lambda module, args, output: seen.append(output[0])):
         base.model(**inputs, use_cache=False, **least)
-    finally:
-        hook.remove()
     return seen[0]
 
 

@@ -243,9 +243,5 @@ def _head_input(base: Base) -> Iterator[HeadInput]:
     if module is None:
         raise BackboneError(f"{base.facts.architecture} has no output embeddings; load it as a language model")
     head = HeadInput()
-    with base.lock:
-        handle = module.register_forward_pre_hook(head.hook, with_kwargs=True)
-        try:
-            yield head
-        finally:
-            handle.remove()
+    with base.lock, module.register_forward_pre_hook(head.hook, with_kwargs=True):
+        yield head

@@ -8,7 +8,7 @@ nothing of what was learned: hence the mass on each virtual token.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -180,10 +180,8 @@ def _watched(base: Base) -> Iterator[list[Any]]:
 
     model = cast(Any, base.model)
     modules = [model, model.get_encoder()] if base.is_encoder_decoder else [model]
-    handles = [each.register_forward_pre_hook(wish, with_kwargs=True) for each in modules]
-    handles += [each.register_forward_hook(lambda module, args, output: seen.append(output)) for each in modules]
-    try:
+    with ExitStack() as stack:
+        for each in modules:
+            stack.enter_context(each.register_forward_pre_hook(wish, with_kwargs=True))
+            stack.enter_context(each.register_forward_hook(lambda module, args, output: seen.append(output)))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

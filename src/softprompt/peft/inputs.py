@@ -15,14 +15,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from softprompt.backbone import Base, Facts, output_limit
+from softprompt.backbone import Base, Facts, cached_tokens, output_limit
 from softprompt.engine import (
     IGNORED,
     Layout,
     Prefixes,
     PromptTable,
     TaskRules,
-    cached_tokens,
     check_context,
     check_token_ids,
     counts_images,
@@ -85,7 +84,7 @@ def prompted_inputs(call: Call) -> tuple[dict[str, Any], Layout | None]:
     if encoder_outputs is not None:
         return _behind_encoder(call, inputs, int(encoder_outputs[0].shape[1])), None
     tokens = tokens_of(inputs)
-    seen = cached_tokens(inputs.get("past_key_values"))
+    seen = cached_tokens(inputs)
     if seen and not call.facts.is_encoder_decoder:
         return _behind_cache(call, inputs, tokens, seen), None
     return _at_the_start(call, inputs, tokens)
@@ -307,7 +306,7 @@ def decoder_inputs(base: Base, prompts: PromptTable, inputs: dict[str, Any]) -> 
         ConfigError: If there are neither ``decoder_input_ids`` nor ``labels``.
         ContextOverflowError: If prompt and answer exceed the decoder's positions.
     """
-    if cached_tokens(inputs.get("past_key_values")):
+    if cached_tokens(inputs):
         return inputs
     inputs = dict(inputs)
     labels = inputs.get("labels")

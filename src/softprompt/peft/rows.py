@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.backbone import start_id
-from softprompt.engine import IGNORED, Layout, cached_tokens, placement_of
+from softprompt.backbone import cached_tokens, start_id
+from softprompt.engine import IGNORED, Layout, placement_of
 from softprompt.errors import AdapterError, ConfigError
 from softprompt.peft.adapters import BASE
 from softprompt.peft.inputs import text_mask, tokens_of
@@ -125,7 +125,7 @@ def prompt_offsets(
     none = [0] * len(rows)
     begins = _begins(model, inputs, mask) if Placement.AFTER_BOS in placements else none
     predicts = any(config.task_type is TaskType.CAUSAL_LM for config in configs.values())
-    labels = inputs.get("labels") if predicts and not cached_tokens(inputs.get("past_key_values")) else None
+    labels = inputs.get("labels") if predicts and not cached_tokens(inputs) else None
     behind = Placement.SUFFIX in placements
     ends = _ends(mask, labels, [p is Placement.SUFFIX for p in placements]) if behind else none
     return [
@@ -199,7 +199,7 @@ class ContextLabels:
         if layout is None:
             raise ConfigError(
                 "labels of a context-aware prompt need the whole row, this call goes on from a cache; "
-                "leave past_key_values or labels out"
+                "leave the cache or labels out"
             )
         labels, types = cpt_columns(self.config, self.labels, self.types, context=layout.slot, text=layout.text)
         if isinstance(outputs, tuple):

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from softprompt.backbone import Base, has_windows, most_by_rounding, off_by, recomputes_layers, skips_layers
+from softprompt.backbone import (
+    Base,
+    cache_in,
+    has_windows,
+    most_by_rounding,
+    off_by,
+    recomputes_layers,
+    skips_layers,
+)
 from softprompt.engine import Drawn, Layout, difference, measured, one_line, pad_rows, remembered
 from softprompt.engine.forest.forest_attention import NAME, LayerMask, planned
 from softprompt.engine.forest.layers import Packing, layers_of, packed_layers, relative_bias
@@ -120,12 +128,11 @@ def _packed_difference(base: Base) -> str:
     drawn = Drawn(base)
     ids, mask = pad_rows([drawn.tokens(n) for n in _LENGTHS], left=False, pad_id=facts.pad_id)
     ids, mask = ids.to(base.device), mask.to(base.device)
-
     caches = []
 
     def states() -> Tensor:
         output = model.base_model(input_ids=ids, attention_mask=mask)
-        caches.append(getattr(output, "past_key_values", None))
+        caches.append(cache_in(output))
         return cast(Tensor, output.last_hidden_state)[mask.bool()]
 
     expected, moved = measured(base, states)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -163,19 +163,15 @@ def packed_layers(
         unpack: Whether to put the padding back after the last layer.
     """
     masks = {_SELF: mask} | ({_CROSS: cross} if cross is not None else {})
-    handles = []
-    for index, layer in enumerate(layers):
-        hook = _before(layer, masks, packing, first=index == 0)
-        handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-    if keep is not None:
-        handles.append(layers[-1].register_forward_hook(_after(lambda hidden: hidden[:, keep])))
-    if unpack:
-        handles.append(layers[-1].register_forward_hook(_after(packing.unpacked)))
-    try:
+    with ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            hook = _before(layer, masks, packing, first=index == 0)
+            stack.enter_context(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        if keep is not None:
+            stack.enter_context(layers[-1].register_forward_hook(_after(lambda hidden: hidden[:, keep])))
+        if unpack:
+            stack.enter_context(layers[-1].register_forward_hook(_after(packing.unpacked)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _before(layer: nn.Module, masks: dict[str, LayerMask], packing: Packing, *, first: bool) -> Any:

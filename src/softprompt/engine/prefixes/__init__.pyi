@@ -1,4 +1,3 @@
-from .passes import cached_tokens as cached_tokens
 from .passes import gathered_gradient as gathered_gradient
 from .passes import own_passes as own_passes
 from .paths import prefix_path as prefix_path

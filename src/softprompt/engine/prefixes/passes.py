@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
-from softprompt.backbone import Base, Facts, recomputes_layers
+from softprompt.backbone import Base, Facts, cache_in, cached_tokens, recomputes_layers, with_cache, without_cache
 from softprompt.engine import Prefixes, counts_images
 from softprompt.engine.prefixes.prefix_attention import EAGER, NAME, PrefixPlan, active_plan
 from softprompt.errors import BackboneError, ConfigError
@@ -80,7 +80,7 @@ def text_positions(facts: Facts, kwargs: dict[str, Any], given: Tensor | None = 
     tokens = tokens_of(kwargs)
     mask = kwargs.get("attention_mask")
     if mask is None:
-        seen = cached_tokens(kwargs.get("past_key_values"))
+        seen = cached_tokens(kwargs)
         counted = torch.arange(seen, seen + tokens.shape[1], device=tokens.device).unsqueeze(0)
     else:
         counted = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
@@ -96,11 +96,6 @@ def tokens_of(kwargs: dict[str, Any]) -> Tensor:
     """Return the input of a forward call, ids or embeddings."""
     ids = kwargs.get("input_ids")
     return cast(Tensor, ids if ids is not None else kwargs["inputs_embeds"])
-
-
-def cached_tokens(cache: object) -> int:
-    """Return how many tokens a cache holds."""
-    return int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
 
 
 def _shift_decoder(table: nn.Module, prefixes: Prefixes, stack: ExitStack) -> None:
@@ -195,9 +190,7 @@ def prefixed_cache(base: Base, prefixes: Prefixes, *, counts_columns: bool = Fal
 
     def drop_cache(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         # A caller without a cache feeds the whole text again, which must not meet its own past.
-        if kwargs.get("use_cache") is False:
-            output.past_key_values = None
-        return output
+        return without_cache(output) if kwargs.get("use_cache") is False else output
 
     def inject(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not _is_own_pass():
@@ -209,8 +202,7 @@ def prefixed_cache(base: Base, prefixes: Prefixes, *, counts_columns: bool = Fal
         kwargs = dict(kwargs)
         tokens = tokens_of(kwargs)
         own = prefixes.repeated(tokens.shape[0])
-        cache = kwargs.get("past_key_values")
-        seen = cached_tokens(cache)
+        cache, seen = cache_in(kwargs), cached_tokens(kwargs)
         text = max(0, seen - own.width) + tokens.shape[1]
         mask = kwargs.get("attention_mask")
         if mask is None:
@@ -223,23 +215,16 @@ def prefixed_cache(base: Base, prefixes: Prefixes, *, counts_columns: bool = Fal
         if not seen:
             filled = cache if isinstance(cache, Cache) else DynamicCache()
             own.fill(filled, torch.empty(0, dtype=base.dtype, device=base.device))
-            kwargs["past_key_values"] = filled
+            kwargs = with_cache(model, kwargs, filled)
         kwargs["attention_mask"] = torch.cat([own.columns().to(mask), mask], dim=1)
         if facts.accepts_position_ids:
             whole = kwargs["attention_mask"].long().cumsum(1) - 1
             kwargs["position_ids"] = whole.clamp(min=0)[:, -tokens.shape[1] :]
         return args, kwargs
 
-    with base.lock:
-        handles = [
-            model.register_forward_pre_hook(inject, with_kwargs=True),
-            model.register_forward_hook(drop_cache, with_kwargs=True),
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    injected = model.register_forward_pre_hook
+    with base.lock, injected(inject, with_kwargs=True), model.register_forward_hook(drop_cache, with_kwargs=True):
+        yield
 
 
 class _HandOn(torch.autograd.Function):
@@ -291,10 +276,7 @@ def gathered_gradient(base: Base, values: Sequence[Tensor]) -> Iterator[list[Ten
     owners: list[Any] = [model]
     if base.is_encoder_decoder:
         owners = [model.get_encoder(), cast(Any, model).get_decoder()]
-    embeddings = {id(e): e for e in (owner.get_input_embeddings() for owner in owners)}
-    handles = [embedding.register_forward_hook(hand_on) for embedding in embeddings.values()]
-    try:
+    with ExitStack() as stack:
+        for embedding in {owner.get_input_embeddings() for owner in owners}:
+            stack.enter_context(embedding.register_forward_hook(hand_on))
         yield leaves
-    finally:
-        for handle in handles:
-            handle.remove()

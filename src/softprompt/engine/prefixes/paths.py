@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
-from softprompt.backbone import Base
+from softprompt.backbone import Base, with_cache
 from softprompt.engine import Drawn, Prefixes, difference, measured, pad_rows, remembered
 from softprompt.engine.prefixes.passes import prefixed_attention, prefixed_cache, text_positions
 from softprompt.errors import BackboneError
@@ -183,11 +183,11 @@ class _Probe:
         mask = torch.ones_like(ids)
         inputs = self._inputs(ids, mask)
         if base.is_encoder_decoder:
-            inputs["past_key_values"] = EncoderDecoderCache(cache, DynamicCache())
+            inputs = with_cache(base.model, inputs, EncoderDecoderCache(cache, DynamicCache()))
             del inputs["decoder_attention_mask"]
         else:
             count = prompt.prefix_tokens
-            inputs["past_key_values"] = cache
+            inputs = with_cache(base.model, inputs, cache)
             inputs["attention_mask"] = mask.new_ones(1, count + ids.shape[1])
             if base.facts.accepts_position_ids:
                 seen = cache.get_seq_length()
