@@ -12,10 +12,6 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("ALLOW_DOWNLOADS", None)
 
-# Two thirds of the seconds of collecting thousands of tests are the collector's, and a tenth of those of running them
-# behind it: more than a million objects that stay to the end, looked through again and again.
-gc.disable()
-
 from hypothesis import HealthCheck, settings
 
 from softprompt import progress
@@ -23,6 +19,10 @@ from softprompt import progress
 # A busy machine must not turn a property into a failure, and a failure must come back.
 settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("steady")
+
+# The collector looks through more than a million objects that stay to the end, again and again: two thirds of the
+# seconds of collecting the tests.
+gc.disable()
 
 
 def pytest_collection_finish():

@@ -10,8 +10,8 @@ import torch
 
 from oracles.families import causal
 from oracles.peft_pair import TASKS, base, batch
+from oracles.weights import weights_hash
 from softprompt import PeftModel, PromptTuningConfig, get_peft_model
-from softprompt.backbone import weights_hash
 from softprompt.errors import AdapterError
 
 IDS = torch.tensor([[5, 6, 7, 8]])

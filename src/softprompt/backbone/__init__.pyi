@@ -1,7 +1,6 @@
 from .attention import recomputes_layers as recomputes_layers
 from .base import Base as Base
 from .base import freeze as freeze
-from .base import weights_hash as weights_hash
 from .facts import Facts as Facts
 from .facts import facts_of as facts_of
 from .facts import has_windows as has_windows
