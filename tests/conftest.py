@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import os
+from functools import wraps
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +16,9 @@ os.environ.pop("ALLOW_DOWNLOADS", None)
 
 from hypothesis import HealthCheck, settings
 
+from oracles.bundled import probed_once
 from softprompt import progress
+from softprompt.display import figures
 
 # A busy machine must not turn a property into a failure, and a failure must come back.
 settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -25,10 +29,32 @@ settings.load_profile("steady")
 gc.disable()
 
 
+FOLDERS = ("batches", "cli", "contracts", "distillation", "evaluation", "inspection", "integrations")
+"""For what is tested there it is all one whether a bundled model was probed for it or before."""
+
+
 def pytest_collection_finish():
     """Leave what was collected out of every later collection of garbage."""
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def curves_without_pixels():
+    """Draw the curve of each run and do not render it, which is a third of a small run; the tests of figures do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "png_of", wraps(figures.png_of)(lambda figure: b"\x89PNG"))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bundled_model_probed_once(request):
+    """Let the bundled models that are loaded by commands have what was found of the first one."""
+    if request.path.relative_to(Path(__file__).parent).parts[0] not in FOLDERS:
+        yield
+        return
+    with probed_once():
+        yield
 
 
 @pytest.fixture(autouse=True)
