@@ -154,7 +154,7 @@ USED = ["get_peft_model", "PeftModel", "AutoPeftModel", "PromptTuningConfig", "T
 
 @pytest.fixture(scope="module")
 def loaded():
-    """The top-level modules that a fresh interpreter holds: at first, after some names were used, after all were."""
+    """The top-level modules of a fresh interpreter: at first, with some names used, and with all of them."""
     show = "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     steps = ["import sys, softprompt"]
     steps += [f"for name in {names}: getattr(softprompt, name)" for names in (USED, "softprompt.__all__")]
