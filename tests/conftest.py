@@ -16,7 +16,7 @@ os.environ.pop("ALLOW_DOWNLOADS", None)
 
 from hypothesis import HealthCheck, settings
 
-from oracles.bundled import probed_once
+from oracles.probed import probed_once
 from softprompt import progress
 from softprompt.display import figures
 
@@ -29,8 +29,8 @@ settings.load_profile("steady")
 gc.disable()
 
 
-FOLDERS = ("batches", "cli", "contracts", "distillation", "evaluation", "inspection", "integrations")
-"""For what is tested there it is all one whether a bundled model was probed for it or before."""
+FOLDERS = ("batches", "cli", "contracts", "distillation", "evaluation", "inference", "inspection", "training")
+"""For what is tested there it is all one whether a base was probed for it or before."""
 
 
 def pytest_collection_finish():
@@ -48,8 +48,8 @@ def curves_without_pixels():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def bundled_model_probed_once(request):
-    """Let the bundled models that are loaded by commands have what was found of the first one."""
+def bases_probed_once(request):
+    """Let each base that is loaded have what was found of those of the same weights before."""
     if request.path.relative_to(Path(__file__).parent).parts[0] not in FOLDERS:
         yield
         return
