@@ -29,7 +29,7 @@ settings.load_profile("steady")
 gc.disable()
 
 
-FOLDERS = ("batches", "cli", "contracts", "distillation", "evaluation", "inference", "inspection", "training")
+FOLDERS = "artifacts batches cli contracts distillation evaluation inference inspection training".split()
 """For what is tested there it is all one whether a base was probed for it or before."""
 
 
