@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from functools import wraps
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -16,9 +16,7 @@ os.environ.pop("ALLOW_DOWNLOADS", None)
 
 from hypothesis import HealthCheck, settings
 
-from oracles.probed import probed_once
 from softprompt import progress
-from softprompt.display import figures
 
 # A busy machine must not turn a property into a failure, and a failure must come back.
 settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -42,8 +40,16 @@ def pytest_collection_finish():
 @pytest.fixture(scope="session", autouse=True)
 def curves_without_pixels():
     """Draw the curve of each run and do not render it, which is a third of a small run; the tests of figures do."""
+    from softprompt.display import figures  # not for the process that only hands tests out
+
+    def drawn(*arguments, **options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(figures, "png_of", lambda figure: b"\x89PNG")
+            figures.training_curve(*arguments, **options)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "png_of", wraps(figures.png_of)(lambda figure: b"\x89PNG"))
+        for name in ("training", "distillation"):
+            patch.setattr(import_module(f"softprompt.{name}.run"), "training_curve", drawn)
         yield
 
 
@@ -53,6 +59,8 @@ def bases_probed_once(request):
     if request.path.relative_to(Path(__file__).parent).parts[0] not in FOLDERS:
         yield
         return
+    from oracles.probed import probed_once
+
     with probed_once():
         yield
 
