@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
+from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -26,12 +29,54 @@ settings.load_profile("steady")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+# The collector looks through more than a million objects that stay to the end, again and again: two thirds of the
+# seconds of collecting the tests.
+gc.disable()
+
+
+FOLDERS = "artifacts batches cli contracts distillation evaluation inference inspection training".split()
+"""For what is tested there it is all one whether a base was probed for it or before."""
+
+
+def pytest_collection_finish():
+    """Leave what was collected out of every later collection of garbage."""
+    gc.freeze()
+    gc.enable()
+
 
 @pytest.fixture(scope="session", autouse=True)
 def peft_finds_the_cache():
     """PEFT 0.21.2 knows no transformers from 5.24 on; what it does there is no oracle."""
     if CACHE != OLDER and find_spec("peft"):
         let_peft_find_it()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def curves_without_pixels():
+    """Draw the curve of each run and do not render it, which is a third of a small run; the tests of figures do."""
+    from softprompt.display import figures  # not for the process that only hands tests out
+
+    def drawn(*arguments, **options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(figures, "png_of", lambda figure: b"\x89PNG")
+            figures.training_curve(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("training", "distillation"):
+            patch.setattr(import_module(f"softprompt.{name}.run"), "training_curve", drawn)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bases_probed_once(request):
+    """Let each base that is loaded have what was found of those of the same weights before."""
+    if request.path.relative_to(Path(__file__).parent).parts[0] not in FOLDERS:
+        yield
+        return
+    from oracles.probed import probed_once
+
+    with probed_once():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import math
 import types
 import warnings
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import MISSING, Field, field, fields, is_dataclass
 from enum import StrEnum
 from functools import cache
@@ -49,6 +50,11 @@ def setting(
     known: dict[str, Any] = {"help": help_text, "least": least, "above": above, "most": most, "group": group}
     known |= {"ours": ours, "word": word, "formerly": formerly}
     return field(default=default, metadata={k: v for k, v in known.items() if v is not None})
+
+
+def same_as(owner: type, name: str) -> Any:
+    """Declare a field as another dataclass has it; only its annotation is written again."""
+    return copy(owner.__dataclass_fields__[name])  # type: ignore[attr-defined]
 
 
 @cache

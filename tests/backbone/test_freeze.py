@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from oracles.families import causal
-from softprompt.backbone import freeze, weights_hash
+from oracles.weights import weights_hash
+from softprompt.backbone import freeze
 
 
 def test_everything_is_frozen():

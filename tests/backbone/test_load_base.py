@@ -13,7 +13,8 @@ import transformers as tf
 from oracles.families import ENCODERS, build, causal, seq2seq
 from oracles.foreign_code import base_with_code
 from oracles.tokenizers import byte_bpe
-from softprompt.backbone import load_base, weights_hash
+from oracles.weights import weights_hash
+from softprompt.backbone import load_base
 from softprompt.errors import BackboneError, ConfigError
 from softprompt.prompts.initialisers import load_tokenizer
 

@@ -217,10 +217,21 @@ def test_a_file_whose_name_is_not_utf8(failure, prompt, tmp_path):
     assert run(["evaluate", prompt, "--data", data, "--quiet"]) == 0
 
 
+SHOWN = "café → 🙂"
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """A prompt whose template has characters that not every terminal can show."""
+    folder = tmp_path_factory.mktemp("shown")
+    words = ["tune", "--train-data", written(folder / "rows.jsonl", ROWS), "--output", str(folder / "out"), *QUICK]
+    assert run([*words, "--verbalizer", SHOWN + " {{input}}"]) == 0
+    return str(folder / "out")
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "utf-8"])
-def test_output_that_a_terminal_cannot_show_is_escaped(prompt, monkeypatch, tmp_path, encoding):
+def test_output_that_a_terminal_cannot_show_is_escaped(prompt, shown, monkeypatch, encoding):
     """As JSON's escapes, in text and JSON alike; what the encoding has is written as it is."""
-    text = "café → 🙂"
 
     def output(*arguments):
         pipe = io.BytesIO()
@@ -229,17 +240,15 @@ def test_output_that_a_terminal_cannot_show_is_escaped(prompt, monkeypatch, tmp_
         sys.stdout.flush()
         return pipe.getvalue().decode(encoding)
 
-    data = written(tmp_path / "rows.jsonl", ROWS)
-    folder = str(tmp_path / "out")
-    output("tune", "--train-data", data, "--output", folder, "--verbalizer", text + " {{input}}", *QUICK)
-    shown = text if encoding == "utf-8" else "café \\u2192 \\ud83d\\ude42"
-    assert shown in output("info", folder)
-    assert json.loads(output("info", folder, "--json"))["template"].startswith(text)
-    asked = output("generate", prompt, "--text", text, "--max-new-tokens", "2", "--preserve-input-text", "--json")
-    assert text in json.dumps(json.loads(asked), ensure_ascii=False)
+    escaped = SHOWN if encoding == "utf-8" else "café \\u2192 \\ud83d\\ude42"
+    assert escaped in output("info", shown)
+    assert json.loads(output("info", shown, "--json"))["template"].startswith(SHOWN)
+    asked = output("generate", prompt, "--text", SHOWN, "--max-new-tokens", "2", "--preserve-input-text", "--json")
+    assert SHOWN in json.dumps(json.loads(asked), ensure_ascii=False)
     assert "é" in asked
 
 
+@pytest.mark.slow
 def test_the_entry_point_under_another_encoding(prompt):
     command = [sys.executable, "-m", "softprompt", "generate", prompt, "--text", "→", "--preserve-input-text"]
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}

@@ -134,7 +134,7 @@ class Session:
         os.close(theirs)
         self.seen = ""
 
-    def until(self, text, seconds=90):
+    def until(self, text, seconds=300):
         deadline = time.monotonic() + seconds
         while text not in self.seen:
             assert time.monotonic() < deadline, f"no {text!r} in {self.seen!r}"

@@ -227,6 +227,7 @@ def test_info_without_its_base_says_so(capsys, prompt_dir, tmp_path):
 
 
 def test_info_says_why_no_faster_engine_runs(capsys, prompt_dir, monkeypatch):
+    monkeypatch.setattr("oracles.probed._found", {})
     monkeypatch.setattr(choose, "scoring_difference", lambda *engines, **options: "it differs")
     assert run(["info", prompt_dir, "--quiet"]) == 0
     out = capsys.readouterr().out

@@ -60,14 +60,16 @@ def test_every_measurement_is_on_its_page():
     assert [name for name in scripts if f"`{name}`" not in page] == []
 
 
-def test_the_readmes_commands_in_order(tmp_path):
-    """Every softprompt command, in one folder, as a user would type them one after the other."""
+def test_the_readmes_commands_in_order(tmp_path, monkeypatch):
+    """Every softprompt command, in one folder, as a user would type them one after the other; on less data."""
     assert len(COMMANDS) >= 4
-    (tmp_path / "data").symlink_to(ROOT / "src/softprompt/bundled/complaints")
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    for path in (ROOT / "src/softprompt/bundled/complaints").glob("*.jsonl"):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        Path("data", path.name).write_text("".join(lines[::6]), encoding="utf-8")
     for command in COMMANDS:
-        words = shlex.split(command)
-        done = subprocess.run(words, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        softprompt(command, "", monkeypatch)
 
 
 def shell(command, given=""):
@@ -140,7 +142,7 @@ def tutorial_folder(tmp_path_factory):
 
 def worked_through():
     """Return the pages of the site whose commands and Python are run in order, most of them marked slow."""
-    quick = {"chat", "classify", "compare", "generate", "serve"}
+    quick = {"classify", "generate", "serve"}
     for page in sorted((ROOT / "docs").rglob("*.md")):
         if page.parent.name in ("tutorials", "how-to", "migrate") or page.stem == "index":
             if re.search(r"```(console|python)\n", page.read_text(encoding="utf-8")):

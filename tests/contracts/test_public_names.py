@@ -149,28 +149,32 @@ def test_types_see_the_same_names():
         assert found is getattr(softprompt, name)
 
 
-def loaded_after(code):
-    """Return the top-level modules a fresh interpreter holds after running code."""
-    code += "\nimport sys; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+USED = ["get_peft_model", "PeftModel", "AutoPeftModel", "PromptTuningConfig", "TunedPrompt"]
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """The top-level modules of a fresh interpreter: at first, with some names used, and with all of them."""
+    show = "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    steps = ["import sys, softprompt"]
+    steps += [f"for name in {names}: getattr(softprompt, name)" for names in (USED, "softprompt.__all__")]
+    code = "\n".join(f"{step}\n{show}" for step in steps)
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(ran.stdout.split())
+    return [set(line.split()) for line in ran.stdout.splitlines()]
 
 
-def test_importing_softprompt_waits_for_nothing_heavy():
-    assert not loaded_after("import softprompt") & {"torch", "transformers", "sklearn", *OPTIONAL}
+def test_importing_softprompt_waits_for_nothing_heavy(loaded):
+    assert not loaded[0] & {"torch", "transformers", "sklearn", *OPTIONAL}
 
 
-def test_using_prompts_imports_no_plots_servers_or_data_sets():
-    names = ["get_peft_model", "PeftModel", "AutoPeftModel", "PromptTuningConfig", "TunedPrompt"]
-    loaded = loaded_after(f"import softprompt\nfor name in {names}: getattr(softprompt, name)")
-    assert "torch" in loaded
-    assert not loaded & {"sklearn", *OPTIONAL}
+def test_using_prompts_imports_no_plots_servers_or_data_sets(loaded):
+    assert "torch" in loaded[1]
+    assert not loaded[1] & {"sklearn", *OPTIONAL}
 
 
-def test_no_public_name_imports_plots_servers_or_data_sets():
+def test_no_public_name_imports_plots_servers_or_data_sets(loaded):
     """sklearn brings pandas and pyarrow, transformers' optimizers bring peft, where installed."""
-    loaded = loaded_after("import softprompt\nfor name in softprompt.__all__: getattr(softprompt, name)")
-    assert not loaded & {"matplotlib", "fastapi", "datasets"}
+    assert not loaded[2] & {"matplotlib", "fastapi", "datasets"}
 
 
 def test_the_second_import_path():

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from oracles.families import causal, seq2seq
 from oracles.naive import solo_logits
 from oracles.rows import RowCase, engine_rows
-from softprompt.backbone import Base, freeze, input_embedding, weights_hash
+from oracles.weights import weights_hash
+from softprompt.backbone import Base, freeze, input_embedding
 from softprompt.engine import PlainEngine, build_engine
 from softprompt.errors import ConfigError, ContextOverflowError, DataError
 

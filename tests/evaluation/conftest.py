@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from oracles.families import tiny
+from oracles.probed import sharing
 from oracles.tokenizers import byte_bpe
 from oracles.tuned import untrained
 from softprompt.artifacts import Manifest
@@ -19,7 +20,7 @@ def make_tuned():
 
     def make(**changes):
         tokenizer = byte_bpe()
-        base = tiny("llama", seed=3, vocab_size=len(tokenizer), max_position_embeddings=128)
+        base = sharing(tiny("llama", seed=3, vocab_size=len(tokenizer), max_position_embeddings=128))
         torch.manual_seed(3)
         config = PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
         values = {

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from oracles.families import tiny
+from oracles.probed import sharing
 from oracles.tokenizers import byte_bpe
 from softprompt.backbone import Base
 from softprompt.data import encode
@@ -33,7 +34,8 @@ CHAT = (
 @pytest.fixture(params=["without BOS", "with BOS"])
 def base(request):
     tokenizer = byte_bpe(bos=request.param == "with BOS")
-    return Base(tiny("llama", seed=3, vocab_size=len(tokenizer), max_position_embeddings=256), tokenizer)
+    model = sharing(tiny("llama", seed=3, vocab_size=len(tokenizer), max_position_embeddings=256))
+    return Base(model, tokenizer)
 
 
 def alone(base, **options):

@@ -7,12 +7,15 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
+
 from softprompt.cli.main import run
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_page_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(ROOT / "src/softprompt/bundled/complaints")

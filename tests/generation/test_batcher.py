@@ -48,7 +48,7 @@ def test_the_runner_is_the_best_that_runs_the_model(base):
     assert bool(batcher.reason) == (model_type in SIMPLE)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_answer_is_its_solo_answer(base, seed):
     rng = random.Random(seed)
     asked = [drawn(rng, [*base.prompts, None]) for _ in range(24)]

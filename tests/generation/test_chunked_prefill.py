@@ -11,12 +11,12 @@ from softprompt.errors import ConfigError
 from softprompt.generation import (
     Batcher,
     Bounds,
+    Decoder,
     EchoEvent,
     GenerationOptions,
     Request,
     Ticket,
     TokenEvent,
-    run_requests,
 )
 
 KINDS = ("plain", "suffix", "after_bos", "prefix")
@@ -136,7 +136,7 @@ def test_inputs_are_read_whole_where_no_answer_waits(llama, passes):
     batcher.stop()
     assert passes[0] == [(0, 21)]
     passes.clear()
-    run_requests(llama.base, [llama.request(None, IDS[:n], options=SHORT) for n in (3, 21)])
+    Decoder(llama.base).run([llama.request(None, IDS[:n], options=SHORT) for n in (3, 21)])
     assert passes[0] == [(0, 3), (0, 21)]
 
 

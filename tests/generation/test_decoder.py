@@ -9,7 +9,7 @@ import torch
 from oracles.solo import solo
 from softprompt.backbone import Base
 from softprompt.errors import ConfigError
-from softprompt.generation import Decoder, Generation, GenerationOptions, Request, run_requests
+from softprompt.generation import Decoder, Generation, GenerationOptions, Request
 from softprompt.generation.answer import AnswerRules
 from softprompt.generation.fallback_runner import PaddedGenerate
 from softprompt.generation.options import Bounds
@@ -198,6 +198,6 @@ def test_requests_of_all_kinds_run_in_one_list(decoder_only):
         for more in ({}, {"num_beams": 2}, {"decoding_method": "SAMPLING", "seed": 3}, {})
     ]
     requests = [Request(source, options=each, decode=decode) for source, each in zip(SOURCES, options, strict=True)]
-    ends = run_requests(decoder_only.base, requests, Bounds(max_batch_rows=2))
+    ends = Decoder(decoder_only.base, Bounds(max_batch_rows=2)).run(requests)
     found = [Generation.of(end, cut=False) for (end,) in ends]
     assert found == [solo(decoder_only.base, request) for request in requests]

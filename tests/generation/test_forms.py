@@ -15,7 +15,7 @@ from oracles.served import served
 from oracles.solo import ends_of
 from softprompt.engine import generate_with_prompts
 from softprompt.errors import ConfigError, ServingError
-from softprompt.generation import Batcher, Bounds, GenerationOptions, check_form, run_requests
+from softprompt.generation import Batcher, Bounds, Decoder, GenerationOptions, check_form
 
 CHOICES = ("yes", "yes, but", "no", 'a "quoted" one', "tür\n", "\\d")
 SCHEMA = {
@@ -100,7 +100,7 @@ class SlowChoices(LogitsProcessor):
 def test_choices_are_those_of_a_search_through_the_vocabulary(base, ids):
     options = GenerationOptions(max_new_tokens=30, choices=CHOICES)
     request = base.request("plain", ids, options=options)
-    (found,) = run_requests(base.base, [request])[0]
+    (found,) = Decoder(base.base).run([request])[0]
     skip = 1 if base.base.is_encoder_decoder else len(ids)
     slow = SlowChoices(base.tokenizer, CHOICES, skip, ends_of(base.base))
     given = torch.tensor([ids])
@@ -121,7 +121,7 @@ def test_every_answer_has_its_form_alone_and_in_a_batch(base, form):
         for settings in (SETTINGS[1:3] if form.get("json_schema") is SCHEMA else SETTINGS)
         for name, ids in zip([*names, None] if settings else names, IDS, strict=False)
     ]
-    alone = [run_requests(base.base, [each])[0][0] for each in asked]
+    alone = [Decoder(base.base).run([each])[0][0] for each in asked]
     for each in alone:
         assert each.reason == "stop", each
         assert is_of(form, each.text), each.text
@@ -138,15 +138,15 @@ def test_every_answer_has_its_form_alone_and_in_a_batch(base, form):
 def test_forms_and_free_answers_share_batches(base):
     free = base.request("plain", IDS[0], options=GenerationOptions(max_new_tokens=8))
     held = base.request("plain", IDS[0], options=GenerationOptions(max_new_tokens=8, choices=("yes", "no")), n=2)
-    alone = run_requests(base.base, [free])[0][0]
-    together = run_requests(base.base, [held, free, held])
+    alone = Decoder(base.base).run([free])[0][0]
+    together = Decoder(base.base).run([held, free, held])
     assert together[1][0].tokens == alone.tokens
     assert {each.text for answers in (together[0], together[2]) for each in answers} <= {"yes", "no"}
 
 
 def test_an_answer_that_is_cut_says_so(base):
     options = GenerationOptions(max_new_tokens=4, json_schema=SCHEMA)
-    (found,) = run_requests(base.base, [base.request("plain", IDS[0], options=options)])[0]
+    (found,) = Decoder(base.base).run([base.request("plain", IDS[0], options=options)])[0]
     assert found.reason == "length"
 
 
@@ -219,7 +219,7 @@ def test_a_form_beyond_the_limits_fails_alone(base):
         both = [batcher.submit(wide), batcher.submit(good)]
         with pytest.raises(ServingError, match="too complex"):
             both[0].result(30)
-        assert both[1].result(30)[0].tokens == run_requests(base.base, [good])[0][0].tokens
+        assert both[1].result(30)[0].tokens == Decoder(base.base).run([good])[0][0].tokens
         assert batcher.healthy
         assert time.monotonic() - began < 10
     finally:
@@ -238,7 +238,7 @@ def test_hostile_forms_cost_little(base):
     began = time.monotonic()
     for form in hostile:
         options = GenerationOptions(max_new_tokens=12, **form)
-        run_requests(base.base, [base.request("plain", IDS[0], options=options)])
+        Decoder(base.base).run([base.request("plain", IDS[0], options=options)])
     assert time.monotonic() - began < 10
 
 

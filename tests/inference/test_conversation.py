@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from oracles.serving import write_prompt
 from softprompt.backbone import Base, load_base
 from softprompt.errors import ConfigError, ContextOverflowError
-from softprompt.generation import GenerationOptions, Request, run_requests
+from softprompt.generation import Decoder, GenerationOptions, Request
 from softprompt.inference import Conversation, load_many
 from softprompt.server.chat import chat_input
 from softprompt.server.served import PlainText, Served
@@ -61,7 +61,7 @@ def test_answers_are_those_of_the_same_tokens_alone(talk, base, prompts):
         alone = [
             Request.of(talk.input_of(n), prompts[n] and prompts[n].prompt(), options=FEW) for n in ("base", "a")
         ]
-        assert found == [end.text for (end,) in run_requests(base, alone)]
+        assert found == [end.text for (end,) in Decoder(base).run(alone)]
     assert found[0] != found[1]
 
 

@@ -30,14 +30,14 @@ def base():
 
 @pytest.fixture(scope="module")
 def prompts(base, tmp_path_factory):
-    """Two prompts trained for three updates each, and their folders."""
+    """Two prompts, trained for three updates and for one, and their folders."""
     found = {}
-    for seed in (1, 2):
+    for seed, epochs in ((1, 3), (2, 1)):
         folder = tmp_path_factory.mktemp("prompts") / f"seed{seed}"
         tuned = softprompt.tune(
             base,
             RECORDS,
-            num_epochs=3,
+            num_epochs=epochs,
             batch_size=4,
             learning_rate=0.01,
             seed=seed,
@@ -86,6 +86,7 @@ def test_mixed_prompts_are_served_as_each_alone(prompts):
         assert answer.text == alone.text
 
 
+@pytest.mark.slow
 def test_the_exported_checkpoint_answers_as_the_prompt(prompts, tmp_path):
     tuned, folder = prompts["seed1"]
     convert(folder, tmp_path / "out", to="extended-vocab")

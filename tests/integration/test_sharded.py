@@ -18,8 +18,9 @@ from oracles import families
 from oracles.processes import run_together
 from oracles.ranks import run_ranks
 from oracles.tiny_bases import write_base
+from oracles.weights import weights_hash
 from softprompt import PrefixTuningConfig, PromptTuningConfig, get_peft_model, load, tune
-from softprompt.backbone import Base, load_base, own_part, weights_hash
+from softprompt.backbone import Base, load_base, own_part
 from softprompt.engine import EngineRow, build_engine
 from softprompt.errors import BackboneError, ConfigError
 from softprompt.prompts import Prompt

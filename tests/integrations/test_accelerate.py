@@ -66,9 +66,8 @@ assert trainer.args.world_size == 2
 """
 
 
-@pytest.mark.parametrize(
-    "body", [pytest.param(LOOP, id="loop", marks=pytest.mark.slow), pytest.param(TRAINER, id="trainer")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("body", [pytest.param(LOOP, id="loop"), pytest.param(TRAINER, id="trainer")])
 def test_two_processes_train_as_one(tmp_path, body):
     base = causal("llama")
     base.save_pretrained(tmp_path / "base")

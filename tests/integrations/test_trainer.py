@@ -223,8 +223,15 @@ def test_the_best_checkpoint_is_restored(tmp_path):
     assert model.prompt_encoder["default"].embedding.weight is weight and weight.requires_grad
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("method", ["prompt_tuning", "prefix"])
+@pytest.mark.parametrize(
+    ("method", "use_reentrant"),
+    [
+        ("prompt_tuning", True),
+        ("prefix", False),
+        pytest.param("prompt_tuning", False, marks=pytest.mark.slow),
+        pytest.param("prefix", True, marks=pytest.mark.slow),
+    ],
+)
 def test_gradient_checkpointing(tmp_path, method, use_reentrant):
     plain, recomputed = prompted(method=method), prompted(method=method)
     trainer(plain, tmp_path).train()

@@ -72,8 +72,17 @@ def fine_tune(library, how, method, tokenizer, folder, *, callbacks=(), resume=N
     return trainer, {"train_loss": loss, **trainer.evaluate()}
 
 
-@pytest.mark.parametrize("how", ["wrapped", "peft_config"])
-@pytest.mark.parametrize("method", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
+@pytest.mark.parametrize(
+    ("method", "how"),
+    [
+        ("PromptTuningConfig", "wrapped"),
+        ("PrefixTuningConfig", "peft_config"),
+        ("PromptEncoderConfig", "wrapped"),
+        pytest.param("PromptTuningConfig", "peft_config", marks=pytest.mark.slow),
+        pytest.param("PrefixTuningConfig", "wrapped", marks=pytest.mark.slow),
+        pytest.param("PromptEncoderConfig", "peft_config", marks=pytest.mark.slow),
+    ],
+)
 def test_as_with_peft(tmp_path, tokenizer, how, method):
     plain = {"gradient_checkpointing": False}  # PEFT has none for prefixes
     trainer, found = fine_tune(softprompt, how, method, tokenizer, tmp_path / "ours", **plain)
@@ -85,8 +94,15 @@ def test_as_with_peft(tmp_path, tokenizer, how, method):
     assert "adapter_model.safetensors" in names and "model.safetensors" not in names
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("method", ["PromptTuningConfig", "PrefixTuningConfig"])
+@pytest.mark.parametrize(
+    ("method", "use_reentrant"),
+    [
+        ("PromptTuningConfig", True),
+        ("PrefixTuningConfig", False),
+        pytest.param("PromptTuningConfig", False, marks=pytest.mark.slow),
+        pytest.param("PrefixTuningConfig", True, marks=pytest.mark.slow),
+    ],
+)
 def test_gradient_checkpointing(tmp_path, tokenizer, method, use_reentrant):
     """PEFT refuses or breaks on it for prefixes."""
     options = {"gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}

@@ -103,24 +103,33 @@ print(json.dumps({
 
 
 @pytest.mark.parametrize(
-    ("lines", "expected"),
+    ("first", "refused"),
     [
-        ("import transformers.trainer_utils\nimport softprompt.as_peft", "before all other imports"),
-        ("import softprompt.as_peft, peft\npeft.LoraConfig(r=4)", "LoraConfig is PEFT's"),
-        ("import softprompt.as_peft, peft\npeft.merge_everything", "served as peft, has no merge_everything"),
-        (  # what transformers' load_adapter calls
-            "import softprompt.as_peft\nfrom peft.utils.other import build_peft_weight_mapping as build\nbuild()",
-            "load no prompts, of PEFT's neither: load them with softprompt.AutoPeftModelFor",
+        (
+            "import transformers.trainer_utils",
+            {"import softprompt.as_peft": "before all other imports"},
+        ),
+        (
+            "import softprompt.as_peft, peft",
+            {
+                "peft.LoraConfig(r=4)": "LoraConfig is PEFT's",
+                "peft.merge_everything": "served as peft, has no merge_everything",
+                # what transformers' load_adapter calls
+                "from peft.utils.other import build_peft_weight_mapping as build; build()": (
+                    "load no prompts, of PEFT's neither: load them with softprompt.AutoPeftModelFor"
+                ),
+            },
         ),
     ],
+    ids=["late", "in time"],
 )
-def test_what_is_refused(tmp_path, lines, expected):
-    script = tmp_path / "script.py"
-    indented = lines.replace("\n", "\n    ")
-    script.write_text(
-        f"import json\ntry:\n    {indented}\nexcept Exception as error:\n    print(json.dumps(str(error)))\n"
-    )
-    assert expected in run_script(script)
+def test_what_is_refused(tmp_path, first, refused):
+    script, lines = tmp_path / "script.py", [first, "import json", "said = []"]
+    for line in refused:
+        lines += ["try:", f"    {line}", "except Exception as error:", "    said.append(str(error))"]
+    script.write_text("\n".join([*lines, "print(json.dumps(said))"]))
+    for said, expected in zip(run_script(script), refused.values(), strict=True):
+        assert expected in said
 
 
 def test_the_harness_hides_peft(tmp_path):

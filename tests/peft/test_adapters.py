@@ -14,8 +14,8 @@ import softprompt
 from oracles.families import CAUSAL, ENCODERS, build, causal, seq2seq, sharing
 from oracles.peft_pair import TASKS, base, batch
 from oracles.quantised import packed, quantised
+from oracles.weights import weights_hash
 from softprompt import PeftModel, PromptTuningConfig, get_peft_model
-from softprompt.backbone import weights_hash
 from softprompt.errors import AdapterError, BackboneError, ConfigError
 
 IDS = torch.tensor([[5, 6, 7, 8]])

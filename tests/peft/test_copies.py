@@ -10,8 +10,8 @@ import torch
 
 from oracles.families import causal
 from oracles.peft_pair import TASKS, base, batch
+from oracles.weights import weights_hash
 from softprompt import PeftModel, PromptTuningConfig, get_peft_model
-from softprompt.backbone import weights_hash
 from softprompt.errors import AdapterError
 
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -67,7 +67,7 @@ def test_state_dict_round_trip():
     assert torch.equal(other(IDS).logits, model(IDS).logits)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 def test_compiled(backend):
     model = prompted("CAUSAL_LM")
     expected = model(IDS).logits

@@ -7,8 +7,8 @@ import torch
 
 from oracles.families import CAUSAL
 from oracles.peft_pair import TASKS, base, batch
+from oracles.weights import weights_hash
 from softprompt import PromptTuningConfig, get_peft_model
-from softprompt.backbone import weights_hash
 
 
 def loss_of(task, model):

@@ -578,8 +578,14 @@ def test_search(page, stub):
     page.until(lambda: page.text("#count") == "No name fits.")
 
 
-@pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("width", [320, 390, 1280])
+@pytest.mark.parametrize(
+    ("width", "dark"),
+    [
+        pytest.param(width, dark, marks=() if (width, dark) in ((320, False), (1280, True)) else pytest.mark.slow)
+        for width in (320, 390, 1280)
+        for dark in (False, True)
+    ],
+)
 def test_no_width_scrolls_sideways(page, stub, width, dark):
     ready(page, stub, width=width, height=800, dark=dark)
     choose(page, "complaints", "reply", "two-fields")

@@ -82,7 +82,9 @@ def test_what_has_no_such_method_is_refused_before_anything_is_read(tmp_path):
         tune("no such model", tmp_path / "no such file", callbacks=[print])
 
 
-def test_seconds_are_wall_time_with_its_parts(llama, rows, held_out):
+def test_seconds_are_wall_time_with_its_parts(llama, rows, held_out, monkeypatch):
+    monkeypatch.setattr("oracles.probed._found", {})
+
     class Slow:
         def on_evaluate(self, args, state, control, **kwargs):
             time.sleep(0.1)

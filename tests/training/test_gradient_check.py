@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import softprompt
 from oracles.families import CAUSAL, SEQ2SEQ, causal, seq2seq
 from oracles.quantised import packed, quantised
+from oracles.weights import weights_hash
 from softprompt import PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from softprompt.backbone import Base, weights_hash
+from softprompt.backbone import Base
 from softprompt.engine import (
     Drawn,
     EngineRow,

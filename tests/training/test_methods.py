@@ -102,7 +102,13 @@ def test_trained_validated_saved_and_used_again(bases, rows, held_out, tmp_path,
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adafactor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(each, marks=pytest.mark.slow) if each in ("low_rank", "ulpt", "superpos", "mlp") else each
+        for each in METHODS
+    ],
+)
 def test_a_resumed_run_ends_bit_equal(llama, rows, held_out, tmp_path, monkeypatch, name, optimizer):
     options = METHODS[name] | QUICK | {"optimizer": optimizer, "keep_dropout": True}
     straight = tune(llama, rows, held_out, output=tmp_path / "a", **options)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from oracles.weights import weights_hash
 from softprompt import AutoPeftModelForCausalLM
-from softprompt.backbone import Base, weights_hash
+from softprompt.backbone import Base
 from softprompt.errors import (
     ArtifactError,
     BackboneError,

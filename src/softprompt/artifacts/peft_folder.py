@@ -176,10 +176,7 @@ def _parsed(files: Mapping[str, bytes], directory: Path, location: str) -> Store
     record, weights = files.get(MANIFEST_NAME), files.get(WEIGHTS_NAME)
     manifest = None if record is None else _manifest_of(record, directory / MANIFEST_NAME)
     path = directory / (PICKLED_WEIGHTS_NAME if weights is None else WEIGHTS_NAME)
-    if weights is None:
-        tensors = _unpickled(path)
-    else:
-        tensors = load_safetensors(weights, path)
+    tensors = _unpickled(path) if weights is None else load_safetensors(weights, path)
     if manifest is not None:
         _check_digest(path, read_bytes(path) if weights is None else weights, manifest)
     check_tensors(config, tensors, str(path))

@@ -1,7 +1,6 @@
 from .attention import recomputes_layers as recomputes_layers
 from .base import Base as Base
 from .base import freeze as freeze
-from .base import weights_hash as weights_hash
 from .caches import cache_in as cache_in
 from .caches import cached_tokens as cached_tokens
 from .caches import with_cache as with_cache

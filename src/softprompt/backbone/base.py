@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,7 +18,7 @@ from softprompt.backbone.fingerprint import Fingerprint
 from softprompt.backbone.keyvalues import KeyValueShape, key_value_shape, prefix_sources
 from softprompt.backbone.passes import unpacked
 from softprompt.backbone.products import FrozenLinear, frozen_linears, swapped_forwards, torch_products
-from softprompt.backbone.sharding import passes_together, shard_of, whole
+from softprompt.backbone.sharding import passes_together, shard_of
 from softprompt.backbone.state import (
     device_of,
     input_embedding,
@@ -234,13 +233,3 @@ def fingerprint_of(model: PreTrainedModel) -> Fingerprint:
     with resting(model):
         stamp = tuple(stamp_of(weight) for weight in model.base_model.parameters())
         return state_of(model).once("fingerprint", lambda: Fingerprint.of(model), stamp)
-
-
-def weights_hash(model: nn.Module) -> str:
-    """Return the SHA-256 over every name, shape, dtype and byte of the model's state."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        data = whole(tensor.detach()).cpu().contiguous()
-        digest.update(f"{name}{tuple(data.shape)}{data.dtype}".encode())
-        digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -101,9 +101,7 @@ prediction_options = together(
     help="Engine of the forward passes; by default the fastest exact one.",
 )
 @_evaluation(
-    "--baselines",
-    metavar="LIST",
-    help=f"Evaluate these as well: {', '.join(BASELINES)}; separated by commas.",
+    "--baselines", metavar="LIST", help=f"Evaluate these as well: {', '.join(BASELINES)}; separated by commas."
 )
 @baseline_options
 @base_options

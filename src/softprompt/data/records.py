@@ -88,14 +88,7 @@ def _record(located: Located, columns: Columns, label_names: Mapping[str, str], 
         if label_names:
             raise ConfigError("label_names would be ignored: the answers are turns of chats; leave it out")
         return _chat_record(located, columns.chat, require_target=require_target)
-    record = {name: value for name, value in located.record.items() if name != columns.target}
-    left_out = {
-        name: type(value).__name__
-        for name, value in record.items()
-        if name != columns.input and not _is_scalar(value)
-    }
-    texts = {name: _text(value, name, located.where) for name, value in record.items() if name not in left_out}
-    fields = {name: text for name, text in texts.items() if text is not None}
+    fields, left_out = _fields(located, (columns.target,), columns.input)
     if columns.input is not None:
         if columns.input not in fields:
             raise DataError(f"{located.where}: {_lack(columns.input, located.record)}")
@@ -108,14 +101,20 @@ def _chat_record(located: Located, columns: tuple[str, ...], *, require_target: 
     chat = chat_of(located.record, located.where, columns)
     if require_target and not (chat.answer or "").strip():
         raise DataError(f"{located.where}: expected an answer, a turn of the assistant, in {columns[-1]!r}")
-    own = columns[1:] if len(columns) > 1 else columns
-    record = {name: value for name, value in located.record.items() if name not in own}
-    left_out = {name: type(value).__name__ for name, value in record.items() if not _is_scalar(value)}
-    texts = {name: _text(value, name, located.where) for name, value in record.items() if name not in left_out}
-    fields = {name: text for name, text in texts.items() if text is not None}
+    fields, left_out = _fields(located, columns[1:] if len(columns) > 1 else columns)
     if columns[0] in fields and columns[0] != "instruction":
         fields[INPUT] = fields[columns[0]]
     return Record(fields, chat.answer, left_out, chat)
+
+
+def _fields(
+    located: Located, apart: Sequence[str | None], needed: str | None = None
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the texts of all columns but those ``apart``, and the types of values that are none."""
+    record = {name: value for name, value in located.record.items() if name not in apart}
+    left_out = {n: type(value).__name__ for n, value in record.items() if n != needed and not _is_scalar(value)}
+    texts = {name: _text(value, name, located.where) for name, value in record.items() if name not in left_out}
+    return {name: text for name, text in texts.items() if text is not None}, left_out
 
 
 def _target(

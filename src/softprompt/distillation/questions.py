@@ -122,10 +122,7 @@ class Question:
 
 
 def given_questions(
-    source: DataSource,
-    rows: RowTokenizer,
-    passages: int,
-    settings: DistillSettings,
+    source: DataSource, rows: RowTokenizer, passages: int, settings: DistillSettings
 ) -> list[Question]:
     """Read questions, with answers or without, and draw those that are kept apart.
 

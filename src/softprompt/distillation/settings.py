@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from softprompt.errors import ConfigError
-from softprompt.fields import check, from_mapping, plain, setting
+from softprompt.fields import check, from_mapping, plain, same_as, setting
 from softprompt.prompts import PeftType, Placement, PromptLearningConfig, config_class
 from softprompt.training import RATE_PER_RMS, TuneSettings, tracker_names
 
@@ -101,9 +101,7 @@ class DistillSettings:
     max_source_length: int = setting(256, "Maximum length of a question, in tokens.", least=1, group=_QUESTIONS)
     max_target_length: int = setting(128, "Maximum length of an answer, in tokens.", least=1, group=_QUESTIONS)
     num_epochs: int = setting(8, "Number of training epochs.", least=1, group=_OPTIMISATION)
-    max_steps: int | None = setting(
-        None, "Optimizer steps in total, instead of num_epochs.", least=1, group=_OPTIMISATION
-    )
+    max_steps: int | None = same_as(TuneSettings, "max_steps")
     learning_rate: float | None = setting(
         None,
         f"Peak learning rate; by default as tune's, {RATE_PER_RMS} x the rms of the base model's embeddings, for "
@@ -113,37 +111,20 @@ class DistillSettings:
         group=_OPTIMISATION,
     )
     batch_size: int = setting(16, "Batch size, in questions.", least=1, group=_OPTIMISATION)
-    max_tokens_per_batch: int | None = setting(
-        None,
-        "Maximum padded tokens of a forward pass; larger batches are split into micro-batches.",
-        least=1,
-        group=_MODEL,
-    )
-    early_stopping_patience: int | None = setting(
-        None, "Early-stopping patience, in epochs.", least=1, group=_OPTIMISATION
-    )
+    max_tokens_per_batch: int | None = same_as(TuneSettings, "max_tokens_per_batch")
+    early_stopping_patience: int | None = same_as(TuneSettings, "early_stopping_patience")
     seed: int = setting(
         73, "Random seed of questions, first values and shuffling.", least=0, most=2**32 - 1, group=_OPTIMISATION
     )
-    torch_dtype: str | None = setting(None, "Data type of the base model; by default its own.", group=_MODEL)
-    device: str | None = setting(None, "Device, such as cpu or cuda:0.", group=_MODEL)
-    shard: Literal["fsdp", "tp"] | None = setting(
-        None,
-        "Spread a base larger than one device over torchrun's processes: fsdp (its layers, gathered when they run) "
-        "or tp (the inside of each layer).",
-        group=_MODEL,
-    )
+    torch_dtype: str | None = same_as(TuneSettings, "torch_dtype")
+    device: str | None = same_as(TuneSettings, "device")
+    shard: Literal["fsdp", "tp"] | None = same_as(TuneSettings, "shard")
     engine: Literal["auto", "forest", "expand", "plain"] = setting(
         "auto", "Engine of the forward passes; see tune.", group=_MODEL
     )
-    save_every: int | None = setting(
-        None,
-        "Save the resume state every so many steps; by default every 30 seconds.",
-        least=1,
-        group=_OUTPUT,
-    )
+    save_every: int | None = same_as(TuneSettings, "save_every")
     track: tuple[str, ...] | None = setting(None, "Tracker to send the training to; see tune.", group=_OUTPUT)
-    silence_progress_bars: bool = setting(False, "Show no progress bars.", group=_OUTPUT)
+    silence_progress_bars: bool = same_as(TuneSettings, "silence_progress_bars")
 
     def __post_init__(self) -> None:
         """Refuse wrong values, and settings that would be ignored.

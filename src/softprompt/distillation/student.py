@@ -13,15 +13,7 @@ from softprompt.data import INPUT
 from softprompt.distillation import TEXT_RATE_PER_RMS, HeldOut, HeldOutMeasure, start_ids
 from softprompt.errors import ConfigError, DataError, TrainingError, nearest
 from softprompt.prompts import PROMPT_KEY, FlatOrder, PromptLearningConfig, from_tokens, lookup
-from softprompt.training import (
-    Goal,
-    LabelChoice,
-    Prepared,
-    TaskData,
-    TopDivergence,
-    TopTargets,
-    prepare,
-)
+from softprompt.training import Goal, LabelChoice, Prepared, TaskData, TopDivergence, TopTargets, prepare
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,7 +5,6 @@ from .answer import StopSequences as StopSequences
 from .batcher import Batcher as Batcher
 from .batcher import BatcherStats as BatcherStats
 from .batcher import Decoder as Decoder
-from .batcher import run_requests as run_requests
 from .batcher import streamed as streamed
 from .computing import AnswerSource as AnswerSource
 from .computing import ScoreSource as ScoreSource

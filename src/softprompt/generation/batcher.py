@@ -379,12 +379,5 @@ class Decoder:
         beam_search(generate, [Job.of(each, self._rules) for each in batch])
 
 
-def run_requests(
-    base: Base, requests: Sequence[Request], bounds: Bounds | None = None
-) -> list[tuple[FinishEvent, ...]]:
-    """Return the answers to each request, run in the caller's thread; see ``Decoder``."""
-    return Decoder(base, bounds).run(requests)
-
-
 def _ignore() -> None:
     """Nobody cancels a request of a list."""

@@ -70,11 +70,7 @@ class GenerationOptions:
     )
     top_p: float | None = setting(None, "Nucleus (top-p) sampling threshold.", above=0, most=1, group=_SAMPLING)
     min_p: float | None = setting(
-        None,
-        "Min-p sampling threshold, relative to the most likely token.",
-        above=0,
-        most=1,
-        group=_SAMPLING,
+        None, "Min-p sampling threshold, relative to the most likely token.", above=0, most=1, group=_SAMPLING
     )
     typical_p: float | None = setting(None, "Locally typical sampling threshold.", above=0, most=1, group=_SAMPLING)
     temperature: float | None = setting(

@@ -36,13 +36,7 @@ from softprompt.peft.rows import (
 )
 from softprompt.peft.status import StatusOfAdapters
 from softprompt.peft.training_loss import check_gradient, training_output, trains
-from softprompt.prompts import (
-    CPTEmbedding,
-    PeftConfig,
-    PeftType,
-    Prompt,
-    TaskType,
-)
+from softprompt.prompts import CPTEmbedding, PeftConfig, PeftType, Prompt, TaskType
 
 if TYPE_CHECKING:
     from softprompt.inference import TunedPrompt

@@ -32,11 +32,7 @@ from softprompt.artifacts import manifest_of as made_manifest
 from softprompt.backbone import HEAD, head_tensors
 from softprompt.errors import ArtifactError
 from softprompt.peft.adapters import LoadResult, heads_of
-from softprompt.prompts import (
-    TaskType,
-    check_fit,
-    take_over,
-)
+from softprompt.prompts import TaskType, check_fit, take_over
 
 if TYPE_CHECKING:
     from softprompt.peft.model import PeftModel

@@ -123,11 +123,7 @@ class _Count(Collector):
     """A counter whose value is read from elsewhere; prometheus_client's own cannot be set."""
 
     def __init__(
-        self,
-        name: str,
-        text: str,
-        values: Callable[[], Mapping[Any, float]],
-        labels: tuple[str, ...] = (),
+        self, name: str, text: str, values: Callable[[], Mapping[Any, float]], labels: tuple[str, ...] = ()
     ) -> None:
         self._name, self._text, self._values, self._labels = name, text, values, labels
 

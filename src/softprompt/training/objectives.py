@@ -69,7 +69,6 @@ class Objective(Protocol):
     @property
     def joins(self) -> bool:
         """Whether rows of several prompts may be in one pass, under equal objectives."""
-        ...
 
     def __call__(self, rows: Sequence[EngineRow], tasks: Sequence[int]) -> BatchLoss:
         """Score the targets of a batch.
@@ -78,7 +77,6 @@ class Objective(Protocol):
             rows: The rows of one pass, those of one task with one prompt.
             tasks: The task of each row, ``[B]``.
         """
-        ...
 
 
 @final

@@ -220,9 +220,8 @@ def _is_at(path: Path, file: TextIO) -> bool:
 
 def _refuse_running(output: Path) -> None:
     """Raise ``OutputExistsError`` where a run is at work."""
-    with suppress(OSError):
-        with state_path(output).with_name(LOCK_FILE).open("a+", encoding="utf-8") as file:
-            _lock(file, output)
+    with suppress(OSError), state_path(output).with_name(LOCK_FILE).open("a+", encoding="utf-8") as file:
+        _lock(file, output)
 
 
 def _lock(file: TextIO, output: Path) -> None:

@@ -348,11 +348,7 @@ def loaded(base_model: BaseLike, settings: TuneSettings) -> Base:
     if isinstance(source, str | Path) and Path(source).exists():
         source = Path(source).resolve()
     base = load_base(
-        source,
-        tokenizer=tokenizer,
-        torch_dtype=settings.torch_dtype,
-        device=settings.device,
-        shard=settings.shard,
+        source, tokenizer=tokenizer, torch_dtype=settings.torch_dtype, device=settings.device, shard=settings.shard
     )
     base.model.eval()  # type: ignore[no-untyped-call]
     return Base(base.model, base.tokenizer, base_model.name) if isinstance(base_model, Base) else base

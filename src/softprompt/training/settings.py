@@ -235,15 +235,10 @@ class TuneSettings:
         group=_OPTIMISATION,
     )
     save_every: int | None = setting(
-        None,
-        "Save the resume state every so many steps; by default every 30 seconds.",
-        least=1,
-        group=_OUTPUT,
+        None, "Save the resume state every so many steps; by default every 30 seconds.", least=1, group=_OUTPUT
     )
     track: tuple[str, ...] | None = setting(
-        None,
-        "Tracker of the run: tensorboard, mlflow, wandb or trackio; or several, with commas.",
-        group=_OUTPUT,
+        None, "Tracker of the run: tensorboard, mlflow, wandb or trackio; or several, with commas.", group=_OUTPUT
     )
     silence_progress_bars: bool = setting(False, "Show no progress bars.", group=_OUTPUT)
 

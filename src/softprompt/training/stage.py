@@ -25,15 +25,12 @@ class Measure(Protocol):
 
     def watch(self, found: dict[str, str], streaks: dict[str, int]) -> None:
         """Keep the signs of collapse, and the epochs in a row with each, in a run's state from now on."""
-        ...
 
     def metrics(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         """Measure the prompts of all tasks, in the order of the tasks."""
-        ...
 
     def quality(self, metrics: dict[str, float]) -> list[float]:
         """Return what decides which epoch is best, first things first; more is better."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

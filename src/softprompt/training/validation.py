@@ -18,6 +18,15 @@ from softprompt.training.collapse import LabelWatch
 ROWS_BETWEEN_STOPS = 256
 
 
+def quality_of(metrics: Mapping[str, float]) -> list[float]:
+    """Return what decides which prompt is best, first things first; more is better.
+
+    The loss decides between equal accuracies, of which a small data set has many.
+    """
+    accuracy = [metrics["accuracy"]] if "accuracy" in metrics else []
+    return [*accuracy, -metrics["loss"]]
+
+
 @dataclass
 class Validation:
     """The validation records of one task and how they are scored; with ``labels`` as a classification.
@@ -34,6 +43,7 @@ class Validation:
     task: int = 0
     name: str = ""
     _watch: LabelWatch = field(default_factory=LabelWatch, init=False)
+    quality = staticmethod(quality_of)
 
     def __post_init__(self) -> None:
         self._watch.of = f" of task {self.name}" if self.name else ""
@@ -50,10 +60,6 @@ class Validation:
         """
         prompt = prompts[self.task]
         return self._likelihood(prompt) if self.labels is None else self._accuracy(prompt)
-
-    def quality(self, metrics: dict[str, float]) -> list[float]:
-        """Return what decides which epoch is best; see ``quality_of``."""
-        return quality_of(metrics)
 
     def _parts(self) -> Iterator[Sequence[TokenRow]]:
         for start in range(0, len(self.rows), ROWS_BETWEEN_STOPS):
@@ -88,6 +94,7 @@ class TaskValidations:
     """Validation of several tasks: each by itself, and the means by which epochs are compared."""
 
     parts: Sequence[Validation]
+    quality = staticmethod(quality_of)
 
     def watch(self, found: dict[str, str], streaks: dict[str, int]) -> None:
         """Keep in a run's state what the answers of all tasks show; see ``LabelWatch``."""
@@ -107,16 +114,3 @@ class TaskValidations:
         means["loss"] = fmean(each["loss"] for each in found.values())
         own = {f"{task} {name}": v for task, each in found.items() for name, v in each.items()}
         return means | own
-
-    def quality(self, metrics: dict[str, float]) -> list[float]:
-        """Return what decides which epoch is best: the mean accuracy, then the mean loss."""
-        return quality_of(metrics)
-
-
-def quality_of(metrics: Mapping[str, float]) -> list[float]:
-    """Return what decides which prompt is best, first things first; more is better.
-
-    The loss decides between equal accuracies, of which a small data set has many.
-    """
-    accuracy = [metrics["accuracy"]] if "accuracy" in metrics else []
-    return [*accuracy, -metrics["loss"]]

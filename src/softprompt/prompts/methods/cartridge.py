@@ -16,15 +16,7 @@ from torch import Tensor, nn
 
 from softprompt.errors import ConfigError
 from softprompt.fields import positive, setting
-from softprompt.prompts import (
-    PROMPT_KEY,
-    PeftType,
-    PromptModule,
-    Start,
-    check_fit,
-    check_task,
-    drawing_from,
-)
+from softprompt.prompts import PROMPT_KEY, PeftType, PromptModule, Start, check_fit, check_task, drawing_from
 from softprompt.prompts.methods.key_values import FlatOrder, KeyValueConfig
 
 
