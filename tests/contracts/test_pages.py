@@ -72,6 +72,13 @@ def test_the_readmes_commands_in_order(tmp_path, monkeypatch):
         softprompt(command, "", monkeypatch)
 
 
+def test_the_readmes_data(tmp_path):
+    """The line before the commands, as typed, finds the data that they read."""
+    link = next(line for line in README.splitlines() if line.startswith("ln -sfn"))
+    shell(f"cd {tmp_path} && {link}")
+    assert (tmp_path / "data" / "train.jsonl").is_file()
+
+
 def shell(command, given=""):
     """Return what a command of bash writes to stdout."""
     words = ["bash", "-c", command]
