@@ -38,8 +38,9 @@ FOLDERS = "artifacts batches cli contracts distillation evaluation inference ins
 """For what is tested there it is all one whether a base was probed for it or before."""
 
 
-def pytest_collection_finish():
-    """Leave what was collected out of every later collection of garbage."""
+@pytest.fixture(scope="session", autouse=True)
+def what_was_collected_stays():
+    """Leave it out of every later collection of garbage."""
     gc.freeze()
     gc.enable()
 
