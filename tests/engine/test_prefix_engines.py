@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from oracles.checkpointing import recompute
 from oracles.families import causal, seq2seq
 from oracles.prefixed import random_prefix, solo_decoder_logits, solo_logits_behind
 from oracles.rows import RowCase, engine_rows
@@ -84,7 +85,7 @@ def test_checkpointing_changes_nothing(engine, reentrant, projected):
     results = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            recompute(model, {"use_reentrant": reentrant})
         model.train()
         prompts = [before.tanh() * before if projected else before, random_prefix(model, 2, 1)]
         values = engine(Base(model)).target_log_probs(engine_rows(ROWS, prompts)).values
@@ -97,7 +98,7 @@ def test_checkpointing_changes_nothing(engine, reentrant, projected):
 
 def test_the_cache_path_refuses_checkpointing():
     model = causal("gpt_neo")
-    model.activation_checkpointing_enable()
+    recompute(model)
     model.train()
     with pytest.raises(ConfigError, match="gradient checkpointing drops the cache"):
         PlainEngine(Base(model)).target_log_probs(engine_rows(ROWS[:1], prompts_for(model)))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import softprompt
 from oracles.caches import CACHE
+from oracles.checkpointing import recompute
 from oracles.families import CAUSAL, build, causal, seq2seq
 from oracles.prefixed import solo_logits_behind
 from oracles.tokenizers import byte_bpe
@@ -160,7 +161,7 @@ def test_what_peft_refuses(case, tmp_path):
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         if checkpointing:
-            again.base_model.activation_checkpointing_enable({"use_reentrant": False})
+            recompute(again.base_model, {"use_reentrant": False})
         again.train()(**inputs, use_cache=False).loss.backward()
         gradients.append(cartridge(again).trainable_embedding.grad)
         assert not cartridge(again).frozen_embedding.requires_grad

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import softprompt
+from oracles.checkpointing import recompute, recomputes
 from oracles.families import causal
 from oracles.peft_pair import base, batch
 from softprompt import (
@@ -271,7 +272,7 @@ def test_gradients_reach_the_prompt_through_checkpoints(reentrant):
         model = prompted().train()
         if checkpointing:
             model.prepare_model_for_gradient_checkpointing(model)
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            recompute(model, {"use_reentrant": reentrant})
         model(input_ids=IDS, labels=IDS).loss.backward()
         return model.prompt_encoder.default.embedding.weight.grad
 
@@ -283,14 +284,14 @@ def test_preparing_for_quantised_training_freezes_and_widens():
     assert prepare_model_for_kbit_training(model) is model
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert not model.is_activation_checkpointing
+    assert not recomputes(model)
 
 
 def test_preparing_a_quantised_model_turns_checkpointing_on():
     model = causal("llama")
     model.is_loaded_in_4bit = True
     prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert model.is_activation_checkpointing
+    assert recomputes(model)
 
 
 def test_a_one_task_prompt_asks_for_its_task_as_in_peft():

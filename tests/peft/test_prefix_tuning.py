@@ -11,6 +11,7 @@ import transformers as tf
 
 import softprompt
 from oracles.caches import CACHE
+from oracles.checkpointing import recompute
 from oracles.families import CAUSAL, ENCODERS, SHARING, build, causal, seq2seq, sharing
 from oracles.naive import padded
 from oracles.prefixed import solo_decoder_logits, solo_greedy_behind, solo_logits_behind
@@ -160,7 +161,7 @@ def test_checkpointing_changes_nothing(name, reentrant, projected):
     for checkpointing in (False, True):
         if checkpointing:
             options = {"use_reentrant": reentrant}
-            model.base_model.activation_checkpointing_enable(options)
+            recompute(model.base_model, options)
         model.train()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
