@@ -84,7 +84,7 @@ def test_a_killed_worker_loses_nothing_and_nothing_comes_twice(prompts, texts, d
 
 def test_a_sweep_is_that_without_ray_and_a_killed_worker_trains_again(texts, tmp_path):
     records = [{"input": text, "output": ("late", "broken")[i % 2]} for i, text in enumerate(texts)]
-    settings = {"max_steps": 8, "batch_size": 4, "silence_progress_bars": True, "num_virtual_tokens": 3}
+    settings = {"max_steps": 8, "batch_size": 4, "silence_progress_bars": True}
     space = {"learning_rates": ["x0.3", "x1"], "lengths": ["2", "3"], "eta": 2}
     given = ("demo", records[:16], records[16:])
     straight = sweep(*given, output=tmp_path / "straight", space=space, **settings)
