@@ -48,7 +48,7 @@ def connected(address: str, workers: int | None = None, *, parts: str = "ray") -
     ends = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**how)
-    except (ConnectionError, ValueError) as error:
+    except Exception as error:  # as which Ray says that its node has not started in time
         raise ConfigError(f"--ray {address}: {cause_of(error)}") from error
     if ends is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, ends)

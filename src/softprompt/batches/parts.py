@@ -81,13 +81,10 @@ class Parts:
             if self.form == "parquet":
                 from pyarrow import parquet
 
-                yield from ({**row, "probabilities": _read(row)} for row in parquet.read_table(path).to_pylist())
+                for row in parquet.read_table(path).to_pylist():
+                    yield {**row, "probabilities": json.loads(row.get("probabilities") or "null")}
             else:
                 yield from map(json.loads, path.read_text(encoding="utf-8").split("\n")[:-1])
-
-
-def _read(row: Mapping[str, Any]) -> Any:
-    return json.loads(row["probabilities"]) if row.get("probabilities") else None
 
 
 def _parquet(rows: Sequence[Row]) -> bytes:
