@@ -10,8 +10,9 @@ memory and latency with 1,000 prompts in the folder against 1.
 Times to and between tokens are seconds of CPU of what computes, so that other work on the machine
 moves them little; where it is idle they are those of the wall.
 
-With `--vllm`, in place of PEFT's batches vLLM with the same prompts as extra vocabulary, in a process of
-its own, over HTTP (`serving_vllm.py`); its answers too are held to those of PEFT alone.
+With `--vllm`, in place of PEFT's batches and of all the rest vLLM with the same prompts as extra
+vocabulary, in a process of its own, over HTTP (`serving_vllm.py`); its answers too are held to those of
+PEFT alone.
 
     python bench/serving.py [--model gpt2|demo|FOLDER|FILE.gguf] [--dtype bfloat16] [--requests 64]
         [--rounds 1] [--json] [--vllm URL|PROGRAM]
@@ -150,8 +151,8 @@ def table(result: dict[str, Any]) -> None:
         )
     equal = ", ".join(f"{way} {part:.0%}" for way, part in result["equal_to_solo"].items())
     print(f"\nanswers equal to the request alone: {equal}")
-    first = result["first_token"]
-    print(f"first token, idle: known prompt {first['warm_ms']:.0f} ms, new {first['cold_ms']:.0f}")
+    if first := result.get("first_token"):
+        print(f"first token, idle: known prompt {first['warm_ms']:.0f} ms, new {first['cold_ms']:.0f}")
     for row in result.get("registered", []):
         print(
             f"{row['prompts']} prompts in the folder: {row['memory_mib']:.1f} MiB more than none, "
@@ -178,9 +179,10 @@ def main() -> None:
         "model": options.model,
         "new_tokens": OUTPUT,
         **throughput(model, tokenizer, options.requests, options.clients, options.rounds, options.vllm),
-        "first_token": first_tokens(*model_named(options.model, options.dtype), 5),
-        "registered": [registered(count) for count in (1, options.registered)],
     }
+    if not options.vllm:
+        result["first_token"] = first_tokens(*model_named(options.model, options.dtype), 5)
+        result["registered"] = [registered(count) for count in (1, options.registered)]
     if options.json:
         print(json.dumps(result, indent=2))
     else:
