@@ -77,7 +77,7 @@ def run_batch(
     with connected(address, how.workers, parts="ray.data") as ray:
         parts = Parts.begun(Path(output), how.output_format, plan, resume=resume)
         told = replace(asked, reading={"trust_remote_code": trusts_code(), **asked.reading})
-        with workers_of(ray, BatchWorker, how.workers, told) as workers:
+        with workers_of(ray, BatchWorker, how.workers, told, beside=1) as workers:
             done, computed = _answered(ray, workers, _rows(ray, paths, form, how.part_size), parts, how)
     errors = [row.get("error") is not None for row in parts.rows()]
     return {"records": len(errors), "parts": done, "computed": computed, "errors": sum(errors)}
