@@ -52,7 +52,7 @@ def model_named(name: str, dtype: str | None = None) -> tuple[Any, Any]:
     else:
         base = load_base(name, torch_dtype=dtype)
         model, tokenizer = base.model, base.tokenizer
-        tokenizer.eos_token = None
+        tokenizer.eos_token = tokenizer.chat_template = None  # whose end of a turn ends answers, too
     model.config.eos_token_id = model.generation_config.eos_token_id = None
     return model.eval().requires_grad_(False), tokenizer
 
