@@ -7,11 +7,15 @@ at a time. One process, one thread of compute. Ours must give the tokens that PE
 request alone. Also: time to the first token with a prompt that is known and one that is not, and
 memory and latency with 1,000 prompts in the folder against 1.
 
-With `--vllm`, also vLLM with the same prompts as extra vocabulary, in a process of its own, over HTTP
-(`serving_vllm.py`); its seconds of CPU are not counted, and its answers too are held to PEFT's.
+Times to and between tokens are seconds of CPU of what computes, so that other work on the machine
+moves them little; where it is idle they are those of the wall.
 
-    python bench/serving.py [--model gpt2|demo|FOLDER|FILE.gguf] [--requests 64] [--rounds 1] [--json]
-        [--vllm URL|PROGRAM]
+With `--vllm`, in place of PEFT's batches and of all the rest vLLM with the same prompts as extra
+vocabulary, in a process of its own, over HTTP (`serving_vllm.py`); its answers too are held to those of
+PEFT alone.
+
+    python bench/serving.py [--model gpt2|demo|FOLDER|FILE.gguf] [--dtype bfloat16] [--requests 64]
+        [--rounds 1] [--json] [--vllm URL|PROGRAM]
 """
 
 from __future__ import annotations
@@ -59,10 +63,10 @@ PEER = "vLLM, prompts as extra vocabulary"
 
 def answered(batcher: Batcher, ask: Ask, values: Sequence[Prompt]) -> Took:
     """Ask the batcher and note when each token comes."""
-    began, took = time.perf_counter(), Took()
+    began, took = time.process_time(), Took()
     for event in batcher.submit(request_of(ask, values)):
         if isinstance(event, TokenEvent):
-            took.times.append(time.perf_counter() - began)
+            took.times.append(time.process_time() - began)
         elif isinstance(event, FinishEvent):
             took.ids = event.tokens
     return took
@@ -84,22 +88,23 @@ def throughput(
         OURS: lambda: by_clients(clients, todo, lambda ask: answered(batcher, ask, values)),
         LARGEST: lambda: peft.by_prompt(todo, clients, largest=True),
         OLDEST: lambda: peft.by_prompt(todo, clients, largest=False),
-        ALONE: lambda: peft.one_by_one(some),
     }
     with running(vllm, model, tokenizer, tables) if vllm else nullcontext() as peer:
         if peer is not None:
             by_clients(clients, todo[:PROMPTS], peer.answered)
-            ways[PEER] = lambda: by_clients(clients, todo, peer.answered)
-        for _ in range(rounds):
+            ways = {OURS: ways[OURS], PEER: lambda: by_clients(clients, todo, peer.answered)}
+        ways[ALONE] = lambda: peft.one_by_one(some)
+        for turn in range(rounds):
             for way, work in ways.items():
-                row, answers[way] = timed(work, way)
+                if way == ALONE and turn and peer:  # there it is only what the others are held to
+                    continue
+                row, answers[way] = timed(work, way, peer.clock if peer and way == PEER else time.process_time)
                 rows.setdefault(way, []).append(row)
     batcher.stop()
     return {
         "rows": [middle(found) for found in rows.values()],
-        **({"vllm_equal_to_solo": share(answers[PEER], answers[ALONE])} if PEER in answers else {}),
-        "equal_to_solo": share(answers[OURS], answers[ALONE]),
-        "peft_batches_equal_to_solo": share(answers[LARGEST], answers[ALONE]),
+        "rounds": rows,
+        "equal_to_solo": {way: share(found, answers[ALONE]) for way, found in answers.items() if way != ALONE},
         "engine": batcher.engine,
     }
 
@@ -144,15 +149,10 @@ def table(result: dict[str, Any]) -> None:
             f"| {row['tokens_per_cpu_second']:.0f} ({least:.0f}-{most:.0f}) "
             f"| {first[0]:.0f}, {first[1]:.0f} | {between[0]:.0f}, {between[1]:.0f} |"
         )
-    print(
-        f"\nanswers equal to the request alone: ours {result['equal_to_solo']:.0%}, "
-        f"PEFT's batches {result['peft_batches_equal_to_solo']:.0%}"
-    )
-    if "vllm_equal_to_solo" in result:
-        equal = result["vllm_equal_to_solo"]
-        print(f"vLLM's answers equal to the request alone: {equal:.0%}; its seconds of CPU are not counted")
-    first = result["first_token"]
-    print(f"first token, idle: known prompt {first['warm_ms']:.0f} ms, new {first['cold_ms']:.0f}")
+    equal = ", ".join(f"{way} {part:.0%}" for way, part in result["equal_to_solo"].items())
+    print(f"\nanswers equal to the request alone: {equal}")
+    if first := result.get("first_token"):
+        print(f"first token, idle: known prompt {first['warm_ms']:.0f} ms, new {first['cold_ms']:.0f}")
     for row in result.get("registered", []):
         print(
             f"{row['prompts']} prompts in the folder: {row['memory_mib']:.1f} MiB more than none, "
@@ -164,6 +164,7 @@ def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="gpt2", help="gpt2 (its shape), demo, or a model's folder or file")
+    parser.add_argument("--dtype", help="of the weights, where the model is no random one; by default as stored")
     parser.add_argument("--requests", type=int, default=64, help="requests in all")
     parser.add_argument("--clients", type=int, default=16, help="clients at once")
     parser.add_argument("--rounds", type=int, default=1, help="timed runs of each way")
@@ -173,14 +174,15 @@ def main() -> None:
     options = parser.parse_args()
     quiet()
     torch.set_num_threads(1)
-    model, tokenizer = model_named(options.model)
+    model, tokenizer = model_named(options.model, options.dtype)
     result = {
         "model": options.model,
         "new_tokens": OUTPUT,
         **throughput(model, tokenizer, options.requests, options.clients, options.rounds, options.vllm),
-        "first_token": first_tokens(*model_named(options.model), 5),
-        "registered": [registered(count) for count in (1, options.registered)],
     }
+    if not options.vllm:
+        result["first_token"] = first_tokens(*model_named(options.model, options.dtype), 5)
+        result["registered"] = [registered(count) for count in (1, options.registered)]
     if options.json:
         print(json.dumps(result, indent=2))
     else:

@@ -22,7 +22,7 @@ class Clock(StoppingCriteria):  # type: ignore[misc, unused-ignore]
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
         """Note the time."""
-        self.times.append(time.perf_counter())
+        self.times.append(time.process_time())
         return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
 
@@ -64,7 +64,7 @@ class PeftServer:
 
     def one_by_one(self, todo: Sequence[Ask]) -> list[Took]:
         """Answer requests alone, each asked for when the one before it is answered."""
-        return [self.batch([ask], [time.perf_counter()])[0] for ask in todo]
+        return [self.batch([ask], [time.process_time()])[0] for ask in todo]
 
     def by_prompt(self, todo: Sequence[Ask], clients: int, *, largest: bool) -> list[Took]:
         """Answer a group of waiting requests for one prompt, again and again.
@@ -73,7 +73,7 @@ class PeftServer:
         are clients. The largest group first gives the most tokens a second and lets rare prompts wait;
         the group that waited longest first is fair.
         """
-        start = time.perf_counter()
+        start = time.process_time()
         waiting = [(i, start) for i in range(min(clients, len(todo)))]
         following = len(waiting)
         took: dict[int, Took] = {}
@@ -85,7 +85,7 @@ class PeftServer:
             chosen = max(groups.values(), key=len) if largest else next(iter(groups.values()))
             answers = self.batch([todo[i] for i, _ in chosen], [began for _, began in chosen])
             took.update(zip([i for i, _ in chosen], answers, strict=True))
-            now = time.perf_counter()
+            now = time.process_time()
             waiting = [each for each in waiting if each not in chosen]
             more = range(following, min(following + len(chosen), len(todo)))
             waiting += [(i, now) for i in more]

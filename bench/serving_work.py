@@ -37,7 +37,7 @@ class Numbers:
         return " ".join(map(str, ids))
 
 
-def model_named(name: str) -> tuple[Any, Any]:
+def model_named(name: str, dtype: str | None = None) -> tuple[Any, Any]:
     """Return a frozen model that ends no answer by itself, and a tokenizer."""
     torch.manual_seed(0)
     model: Any
@@ -50,9 +50,9 @@ def model_named(name: str) -> tuple[Any, Any]:
                 if each.dim() == 2:
                     each.mul_(3)
     else:
-        base = load_base(name)
+        base = load_base(name, torch_dtype=dtype)
         model, tokenizer = base.model, base.tokenizer
-        tokenizer.eos_token = None
+        tokenizer.eos_token = tokenizer.chat_template = None  # whose end of a turn ends answers, too
     model.config.eos_token_id = model.generation_config.eos_token_id = None
     return model.eval().requires_grad_(False), tokenizer
 
@@ -95,7 +95,7 @@ def values_of(tables: Sequence[Tensor]) -> list[Prompt]:
 
 @dataclass
 class Took:
-    """When the tokens of one answer came, seconds since it was asked for."""
+    """When the tokens of one answer came, CPU seconds of what computes since it was asked for."""
 
     ids: tuple[int, ...] = ()
     times: list[float] = field(default_factory=list)
@@ -156,11 +156,13 @@ def by_clients(count: int, todo: Sequence[Ask], answer: Callable[[Ask], Took]) -
     return [each for each in took if each is not None]
 
 
-def timed(work: Callable[[], list[Took]], way: str) -> tuple[dict[str, Any], list[Took]]:
-    """Run a way and return its row and its answers."""
-    wall, cpu = time.perf_counter(), time.process_time()
+def timed(
+    work: Callable[[], list[Took]], way: str, clock: Callable[[], float] = time.process_time
+) -> tuple[dict[str, Any], list[Took]]:
+    """Run a way and return its row and its answers; the clock is that of what computes, CPU seconds."""
+    wall, cpu = time.perf_counter(), clock()
     took = work()
-    return figures(way, took, time.perf_counter() - wall, time.process_time() - cpu), took
+    return figures(way, took, time.perf_counter() - wall, clock() - cpu), took
 
 
 def resident_bytes() -> int:

@@ -15,6 +15,8 @@ from typing import Any
 from softprompt.errors import ConfigError, UsageError
 from softprompt.world import world
 
+logger = logging.getLogger(__name__)
+
 LOCAL = "local"
 """The address that starts Ray on this machine."""
 RETRIES = 3
@@ -48,7 +50,7 @@ def connected(address: str, workers: int | None = None, *, parts: str = "ray") -
     ends = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**how)
-    except (ConnectionError, ValueError) as error:
+    except Exception as error:  # as which Ray says that its node has not started in time
         raise ConfigError(f"--ray {address}: {cause_of(error)}") from error
     if ends is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, ends)
@@ -59,17 +61,22 @@ def connected(address: str, workers: int | None = None, *, parts: str = "ray") -
 
 
 @contextmanager
-def workers_of(ray: Any, kind: type, count: int | None, *given: Any, most: int = 1 << 16) -> Iterator[list[Any]]:
+def workers_of(
+    ray: Any, kind: type, count: int | None, *given: Any, most: int = 1 << 16, beside: int = 0
+) -> Iterator[list[Any]]:
     """Yield workers of a class with a method ``ready``, by default one for each GPU or else machine up to ``most``.
 
     Raises:
         ConfigError: One of them cannot be made, or there are fewer GPUs than the workers asked for.
     """
-    gpus = int(ray.cluster_resources().get("GPU", 0))
+    gpus, cpus = (int(ray.cluster_resources().get(each, 0)) for each in ("GPU", "CPU"))
     if gpus and count and count > gpus:  # Ray would wait for the others without end
         raise ConfigError(f"--workers {count}: each takes a GPU, and the cluster has {gpus}; ask for fewer")
     made = ray.remote(num_gpus=1 if gpus else 0, num_cpus=1, max_restarts=-1, max_task_retries=RETRIES)(kind)
-    workers = [made.remote(*given) for _ in range(count or min(gpus or len(ray.nodes()), most))]
+    wanted = count or min(gpus or len(ray.nodes()), most)
+    if wanted + beside > cpus:  # what is beside them reads; a cluster may grow
+        logger.warning("workers and reading need %d CPUs, Ray has %d and waits for more", wanted + beside, cpus)
+    workers = [made.remote(*given) for _ in range(wanted)]
     try:
         ray.get([each.ready.remote() for each in workers])
     except ray.exceptions.RayError as error:
@@ -89,5 +96,4 @@ def device_there() -> str | None:
 
 def cause_of(error: Exception) -> str:
     """Return the last line of an error of Ray, which is the worker's own."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:300]
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()[:300]

@@ -72,6 +72,15 @@ def test_more_workers_than_gpus_are_refused(prompts, data, tmp_path, stand_in):
     assert ray.made == 0
 
 
+def test_a_cluster_without_a_cpu_to_read_with_is_told(prompts, data, tmp_path, stand_in, caplog):
+    asked = BatchTask("generate", {"writer": str(prompts / "writer")}, options={"max_new_tokens": 1})
+    for workers, told in ((1, []), (2, ["workers and reading need 3 CPUs, Ray has 2 and waits for more"])):
+        stand_in()
+        caplog.clear()
+        run_batch(asked, [str(data)], tmp_path / str(workers), BatchSettings(workers=workers))
+        assert [each.getMessage() for each in caplog.records if each.name == "softprompt.cluster"] == told
+
+
 def test_workers_trust_code_where_the_command_does(data, tmp_path, stand_in, monkeypatch):
     stand_in()
     told = []

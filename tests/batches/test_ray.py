@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import threading
 import time
 
@@ -38,6 +39,16 @@ def data(tmp_path, texts):
             lines[5] = "{broken"
         (folder / f"{number}.jsonl").write_text("\n".join(lines) + "\n")
     return folder
+
+
+@pytest.fixture
+def spoken():
+    """What Ray Data says."""
+    said, listener = [], logging.Handler()
+    listener.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("ray.data").addHandler(listener)
+    yield said
+    logging.getLogger("ray.data").removeHandler(listener)
 
 
 def workers(kind="BatchWorker"):
@@ -84,7 +95,7 @@ def test_a_killed_worker_loses_nothing_and_nothing_comes_twice(prompts, texts, d
 
 def test_a_sweep_is_that_without_ray_and_a_killed_worker_trains_again(texts, tmp_path):
     records = [{"input": text, "output": ("late", "broken")[i % 2]} for i, text in enumerate(texts)]
-    settings = {"max_steps": 8, "batch_size": 4, "silence_progress_bars": True, "num_virtual_tokens": 3}
+    settings = {"max_steps": 8, "batch_size": 4, "silence_progress_bars": True}
     space = {"learning_rates": ["x0.3", "x1"], "lengths": ["2", "3"], "eta": 2}
     given = ("demo", records[:16], records[16:])
     straight = sweep(*given, output=tmp_path / "straight", space=space, **settings)
@@ -123,7 +134,7 @@ def test_lists_tables_and_packed_lines_are_read_as_without_ray(tmp_path):
         list(_rows(ray, *_listed([str(tmp_path / "broken.json")]), 40))
 
 
-def test_the_command_classifies_a_parquet_by_column_and_writes_parquet(prompts, texts, tmp_path, capsys):
+def test_the_command_classifies_a_parquet_by_column_and_writes_parquet(prompts, texts, tmp_path, capsys, spoken):
     import pyarrow
     from pyarrow import parquet
 
@@ -138,6 +149,7 @@ def test_the_command_classifies_a_parquet_by_column_and_writes_parquet(prompts, 
     assert [row["label"] for row in rows] == [each.label for each in expected]
     assert rows[3]["probabilities"] == pytest.approx(expected[3].probabilities, abs=1e-5)
     assert parquet.read_table(tmp_path / "out" / "part-000000.parquet").column("error").null_count == 10
+    assert not spoken  # Ray Data tells each step of reading, unless told not to
 
 
 def test_evaluate_measures_as_it_does_without_ray(prompts, texts, tmp_path, capsys):

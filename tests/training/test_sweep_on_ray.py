@@ -129,6 +129,18 @@ def test_ray_is_looked_for_before_anything_is_loaded(tmp_path, monkeypatch):
         softprompt.sweep(str(tmp_path / "absent"), RECORDS, HELD_OUT, output=tmp_path / "out", ray="local")
 
 
+def test_a_ray_that_does_not_start_is_one_line(monkeypatch):
+    def late(**how):
+        raise Exception("The current node timed out during startup.")  # Ray 2.60 raises just that
+
+    ray = in_place_of_ray(monkeypatch)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", late, raising=False)
+    with pytest.raises(ConfigError, match=r"^--ray local: The current node timed out during startup\.$"):
+        with connected("local"):
+            pass
+
+
 def test_sigterm_is_handled_as_before_and_the_gpu_is_that_of_ray(monkeypatch):
     def handles(number, frame):
         pass

@@ -8,9 +8,10 @@ import signal
 import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import httpx
@@ -20,7 +21,9 @@ import torch
 from oracles.real_model import smollm2
 from oracles.serving import command_serving, until, write_prompt
 from softprompt.backbone import load_base
+from softprompt.bundled import model_directory
 from softprompt.engine import EngineRow, PlainEngine
+from softprompt.errors import UpstreamError
 from softprompt.generation import Batcher, GenerationOptions, Request, TokenEvent, score_rows
 from softprompt.inference import convert
 from softprompt.prompts import Prompt
@@ -47,12 +50,16 @@ SERVED = {
 }
 
 
-@contextmanager
-def started(folder: Any, log: Any, *options: str) -> Any:
-    """Run ``vllm serve`` on a free port, and wait until it answers."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+@contextmanager
+def started(folder: Any, log: Any, *options: str, port: int | None = None) -> Any:
+    """Run ``vllm serve`` on a free port, wait until it answers, and give its address and its process."""
+    port = port or free_port()
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     words = ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--port", str(port), *options]
     environment = {**os.environ, **settings, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
@@ -75,9 +82,10 @@ def started(folder: Any, log: Any, *options: str) -> Any:
 
     try:
         until(ready, 600)
-        yield url
+        yield url, process
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # a test has killed it
+            os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(30)
         except subprocess.TimeoutExpired:
@@ -117,7 +125,7 @@ def case(request, base, folder, tmp_path_factory):
     if way == "ids":
         model = str(place / "exported")
         convert(folder / "writer", model, to="extended-vocab", add={"complaints": folder / "complaints"})
-    with (place / "log").open("w") as log, started(model, log, *SERVED[way]) as url:
+    with (place / "log").open("w") as log, started(model, log, *SERVED[way]) as (url, _):
         light = load_base(model, runs=False)
         settings = ServeSettings(base_model=model, prompts=str(folder), engine="vllm", upstream=(url,))
         answers, scores, _ = upstream_of(light, settings)
@@ -254,6 +262,42 @@ def test_a_request_that_is_hung_up_on_ends_there(case, base):
     ticket.cancel()
     until(lambda: running(case.url) == 0, 60)
     assert ticket.result()[0].reason == "cancelled"
+
+
+def test_one_that_is_killed_comes_back_and_another_in_its_place_is_refused(tmp_path):
+    base, port = load_base("demo"), free_port()
+    write_prompt(tmp_path / "writer", base, seed=1, length=5, task="generation", labels=None, template="{{input}}")
+    prompt, ids = values(tmp_path, "writer"), tuple(base.tokenizer("The kettle broke")["input_ids"])
+    short = Request(ids, prompt, 0, GenerationOptions(12))
+    batcher = Batcher(base)
+    ours = list(batcher.submit(short))[-1]
+    batcher.stop()
+    other = load_base(copytree(model_directory(), tmp_path / "other"))
+    with torch.no_grad():
+        other.model.get_input_embeddings().weight.mul_(-1)
+    other.model.save_pretrained(tmp_path / "other")
+    settings = ServeSettings(
+        base_model="demo", prompts=str(tmp_path), engine="vllm", upstream=(f"http://127.0.0.1:{port}",)
+    )
+    served = (str(model_directory()), "--enable-prompt-embeds")
+    with (tmp_path / "log").open("w") as log:
+        with started(served[0], log, *served[1:], port=port) as (_, process):
+            answers, _, _ = upstream_of(load_base("demo", runs=False), settings)
+            assert list(answers.submit(short))[-1] == ours
+            long = iter(answers.submit(Request(ids, prompt, 0, GenerationOptions(150, min_new_tokens=150))))
+            assert isinstance(next(long), TokenEvent)
+            os.killpg(process.pid, signal.SIGKILL)
+            with pytest.raises(UpstreamError, match="broke off"):
+                list(long)
+        with pytest.raises(UpstreamError, match="can be reached"):
+            answers.submit(short).result()
+        assert not answers.healthy
+        with started(tmp_path / "other", log, *served[1:], port=port):
+            with pytest.raises(UpstreamError, match=r"another model than demo: log-probabilities of a text differ"):
+                answers.submit(short).result()
+        with started(served[0], log, *served[1:], port=port):
+            assert list(answers.submit(short))[-1] == ours
+        answers.stop()
 
 
 def running(url):

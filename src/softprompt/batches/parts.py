@@ -81,13 +81,10 @@ class Parts:
             if self.form == "parquet":
                 from pyarrow import parquet
 
-                yield from ({**row, "probabilities": _read(row)} for row in parquet.read_table(path).to_pylist())
+                for row in parquet.read_table(path).to_pylist():
+                    yield {**row, "probabilities": json.loads(row.get("probabilities") or "null")}
             else:
                 yield from map(json.loads, path.read_text(encoding="utf-8").split("\n")[:-1])
-
-
-def _read(row: Mapping[str, Any]) -> Any:
-    return json.loads(row["probabilities"]) if row.get("probabilities") else None
 
 
 def _parquet(rows: Sequence[Row]) -> bytes:
@@ -98,15 +95,12 @@ def _parquet(rows: Sequence[Row]) -> bytes:
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = {name: [_scalar(row.get(name)) for row in rows] for name in names}
     # A column without a value in one part must have the type that it has in others.
-    texts = {name: pyarrow.array(each, pyarrow.string()) for name, each in columns.items() if _is_text(each)}
+    texts = [name for name, each in columns.items() if set(map(type, each)) <= {str, type(None)}]
+    typed = {name: pyarrow.array(columns[name], pyarrow.string()) for name in texts}
     buffer = io.BytesIO()
-    parquet.write_table(pyarrow.table(columns | texts), buffer)
+    parquet.write_table(pyarrow.table(columns | typed), buffer)
     return buffer.getvalue()
 
 
 def _scalar(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value
-
-
-def _is_text(values: Sequence[Any]) -> bool:
-    return all(value is None or isinstance(value, str) for value in values)

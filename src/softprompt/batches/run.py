@@ -77,7 +77,7 @@ def run_batch(
     with connected(address, how.workers, parts="ray.data") as ray:
         parts = Parts.begun(Path(output), how.output_format, plan, resume=resume)
         told = replace(asked, reading={"trust_remote_code": trusts_code(), **asked.reading})
-        with workers_of(ray, BatchWorker, how.workers, told) as workers:
+        with workers_of(ray, BatchWorker, how.workers, told, beside=1) as workers:
             done, computed = _answered(ray, workers, _rows(ray, paths, form, how.part_size), parts, how)
     errors = [row.get("error") is not None for row in parts.rows()]
     return {"records": len(errors), "parts": done, "computed": computed, "errors": sum(errors)}
@@ -129,6 +129,8 @@ def _rows(ray: Any, paths: Sequence[str], form: str, size: int) -> Iterator[list
     """
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # it would tell each step of reading
+    logging.getLogger("ray.data._internal.progress").disabled = True  # and warn that its bars are off
     try:
         if form == ".parquet":
             dataset = ray.data.read_parquet(list(paths))
@@ -170,9 +172,8 @@ def _listed(data: Sequence[str]) -> tuple[list[str], str]:
             raise DataError(f"{each} does not exist; name a file or a folder")
     forms = {_form(path) for path in paths}
     if len(forms) != 1 or not forms <= set(_FORMS):
-        raise DataError(
-            f"expected files of one of {', '.join(_FORMS)} in {', '.join(data)}, found {len(forms)} kinds"
-        )
+        there = ", ".join(sorted(forms)) or "none"
+        raise DataError(f"expected files of one of {', '.join(_FORMS)} in {', '.join(data)}, found {there}")
     if packed := [path for path in paths if _form(path) == ".parquet" and not path.lower().endswith(".parquet")]:
         raise DataError(f"{packed[0]}: Parquet is packed inside; unpack the file around it")
     return paths, forms.pop()
