@@ -106,9 +106,7 @@ class TunedPrompt:
         Raises:
             ConfigError: There is no such task, or None was given and there are several.
         """
-        if task is None and self.task is not None:
-            return self
-        number = self._number(task)
+        number = self._number(self.task if task is None else task)
         if number == self.task:
             return self
         if number not in self._tasks:
