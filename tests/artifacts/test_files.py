@@ -5,7 +5,14 @@ import sys
 
 import pytest
 
-from softprompt.artifacts import files, require_empty, staged_folder, write_atomically, write_folder
+from softprompt.artifacts import (
+    files,
+    remove_leftovers,
+    require_empty,
+    staged_folder,
+    write_atomically,
+    write_folder,
+)
 from softprompt.errors import OutputExistsError
 
 
@@ -39,6 +46,15 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch,
     with pytest.raises(OSError, match="No space"):
         write_atomically(tmp_path / "a", "new")
     assert listing(tmp_path) == {"a": b"old"}
+
+
+def test_a_leftover_link_goes_and_what_it_leads_to_stays(tmp_path):
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "mine").touch()
+    (tmp_path / ".state.0123abcd.tmp").symlink_to(tmp_path / "victim")
+    (tmp_path / ".out.0123abcd.tmp" / "part").mkdir(parents=True)
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.rglob("*")} == {"victim", "mine"}
 
 
 def test_a_written_file_has_ordinary_permissions(tmp_path):

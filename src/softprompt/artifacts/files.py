@@ -164,7 +164,8 @@ def remove_leftovers(directory: Path) -> None:
     """Remove what writing by the functions here left of unfinished files and folders where it was killed."""
     for path in directory.glob(".*.tmp") if directory.is_dir() else ():
         if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            is_folder = path.is_dir() and not path.is_symlink()  # what a link leads to is not ours
+            shutil.rmtree(path) if is_folder else path.unlink(missing_ok=True)
 
 
 def require_new_file(path: Path, *, overwrite: bool) -> None:

@@ -44,6 +44,10 @@ STATE_FILE = "state.safetensors"
 PLAN_FILE = "plan.json"
 """What a run of another command than ``tune`` goes on by; its ``command`` names that."""
 LOCK_FILE = "lock"
+SEEDS_FOLDER = "seeds"
+"""Folder in the output that keeps the prompts of the other seeds, each in a folder named by its seed."""
+_OWN = (".json", ".jsonl", ".toml", ".safetensors", ".partial", ".tmp")
+"""How names of what a run keeps in its state end."""
 
 SEAL = {"sha256": "0" * 64}
 """What a file has in it (metadata of safetensors, the first key of JSON): where its digest will stand."""
@@ -117,6 +121,11 @@ def claimed(output: Path | None, *, overwrite: bool = False, resume: bool = Fals
 @contextmanager
 def _claimed(output: Path | None, *, overwrite: bool, resume: bool) -> Iterator[None]:
     if output is not None:
+        for path in _led_away(output):
+            raise OutputExistsError(
+                f"{path} is a link or no ordinary file, and a run would write behind it; remove it, "
+                "or choose another output directory"
+            )
         _refuse_running(output)
     if not resume:
         check_output(output, overwrite=overwrite)
@@ -134,6 +143,14 @@ def _claimed(output: Path | None, *, overwrite: bool, resume: bool) -> Iterator[
             with suppress(OSError):
                 for path in made:
                     path.rmdir()  # where nothing was written
+
+
+def _led_away(output: Path) -> Iterator[Path]:
+    """Yield what a run would write behind, where it came with a folder of somebody else."""
+    state, seeds = output / STATE_DIRECTORY, output / SEEDS_FOLDER
+    yield from (path for path in (state, seeds) if path.is_symlink())
+    yield from (path for path in _left(output) if path.is_symlink() or path.is_dir() or path.is_fifo())
+    yield from (path for path in (seeds.iterdir() if seeds.is_dir() else ()) if path.is_symlink())
 
 
 def how_to_go_on(where: str, output: Path | None) -> str:
@@ -169,7 +186,7 @@ def clear_state(output: Path) -> None:
     for name in (PLAN_FILE, STATE_FILE):
         state_path(output).with_name(name).unlink(missing_ok=True)
     for path in _left(output):
-        if path.name != LOCK_FILE:
+        if path.suffix in _OWN:
             path.unlink()
 
 

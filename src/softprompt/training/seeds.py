@@ -10,15 +10,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, final
 
+from softprompt.training.output import SEEDS_FOLDER
 from softprompt.training.preparation import Prepared, varied
 from softprompt.training.session import Session, Trained
 from softprompt.training.summary import nothing_learnt
 from softprompt.training.validation import quality_of
 
 logger = logging.getLogger(__name__)
-
-SEEDS_FOLDER = "seeds"
-"""Folder in the output that keeps the prompts of the other seeds, each in a folder named by its seed."""
 
 
 @final
