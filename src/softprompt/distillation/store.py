@@ -152,6 +152,6 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         values: dict[str, Any] = dict(json.loads(read_sealed(path)))
         del values["sha256"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise damaged(path, str(error)) from error
     return values

@@ -8,7 +8,6 @@ the SHA-256 of their bytes, so that damage and edits do not pass.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import secrets
@@ -21,7 +20,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from softprompt.artifacts import remove_leftovers, require_empty, require_no_file, write_atomically
+from softprompt.artifacts import read_bytes, remove_leftovers, require_empty, require_no_file, write_atomically
 from softprompt.errors import (
     ArtifactError,
     OutputExistsError,
@@ -52,6 +51,9 @@ _OWN = (".json", ".jsonl", ".toml", ".safetensors", ".partial", ".tmp")
 SEAL = {"sha256": "0" * 64}
 """What a file has in it (metadata of safetensors, the first key of JSON): where its digest will stand."""
 _PLACE = re.compile(rb'"sha256": ?"([0-9a-f]{64})"')  # within a text of JSON its quotes would be escaped
+
+
+_COMMAND, _HEAD = re.compile(rb'"command": ?"(distill|sweep)"'), 4096
 
 
 def state_path(output: Path) -> Path:
@@ -174,9 +176,10 @@ def resume_command(output: Path) -> str:
 
 def begun_by(output: Path) -> str | None:
     """Return the command of the run that was interrupted in a folder; None where there is none to continue."""
-    with suppress(OSError, ValueError, AttributeError):
-        plan = json.loads(state_path(output).with_name(PLAN_FILE).read_text(encoding="utf-8"))
-        return re.sub(r"\W", "", str(plan.get("command")))
+    with suppress(ArtifactError):
+        head = read_bytes(state_path(output).with_name(PLAN_FILE), _HEAD, head=True)  # the text may be long
+        if found := _COMMAND.search(head):
+            return found[1].decode()
     return "tune" if state_path(output).exists() else None
 
 

@@ -9,10 +9,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError, safe_open
-
-from softprompt.artifacts import MANIFEST_NAME, load_adapter
-from softprompt.errors import ArtifactError, SoftPromptError
+from softprompt.artifacts import (
+    MANIFEST_NAME,
+    MOST_TEXT_BYTES,
+    check_plain,
+    load_adapter,
+    parse_object,
+    read_bytes,
+)
+from softprompt.errors import ArtifactError, SoftPromptError, excerpt
 from softprompt.training.output import (
     PLAN_FILE,
     STATE_DIRECTORY,
@@ -29,6 +34,8 @@ _DEPTH = 4
 
 _APART = ("silence_progress_bars", "output", "config")
 """Keys of settings that say nothing of a prompt, or are tables of their own."""
+_LONGEST = 64
+"""Characters that no setting's name has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +93,23 @@ def interruption(folder: Path) -> str | None:
     if not state_path(folder).exists():
         return how_to_go_on("before its training", folder)
     try:
-        with safe_open(state_path(folder), framework="pt") as file:
-            at = next(iter(json.loads((file.metadata() or {})["state"])["runs"].values()))["run"]
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, StopIteration):
+        where = _stopped_at(state_path(folder))
+    except (SoftPromptError, KeyError, ValueError, TypeError, AttributeError, StopIteration, RecursionError):
         return f"its state is damaged; start again with softprompt {begun_by(folder)} --overwrite --output {folder}"
-    return how_to_go_on(f"after update {at['update']} (epoch {at['epoch'] + 1})", folder)
+    return how_to_go_on(where, folder)
+
+
+def _stopped_at(path: Path) -> str:
+    """Return where a run stopped, by the header of its state; what else it has is read by who resumes it."""
+    head = read_bytes(path, 8 + MOST_TEXT_BYTES, head=True)
+    size = int.from_bytes(head[:8], "little")
+    if MOST_TEXT_BYTES < size < path.stat().st_size:
+        return "in its training"
+    state = json.loads(json.loads(head[8 : 8 + size])["__metadata__"]["state"])
+    run = next(iter(state["runs"].values()))["run"]
+    update, epoch = run["update"], run["epoch"] + 1
+    check_plain([update, epoch], path.name)
+    return f"after update {update:d} (epoch {epoch:d})"
 
 
 def _folders(top: Path) -> Iterator[Path]:
@@ -104,7 +123,10 @@ def _folders(top: Path) -> Iterator[Path]:
 def _runs_of(path: Path, name: str) -> Iterator[RunSummary]:
     """Yield the finished run of a folder, and the one that was to replace it."""
     if (path / STATE_DIRECTORY).is_dir():
-        yield _unfinished(path, name)
+        try:
+            yield _unfinished(path, name)
+        except (SoftPromptError, OSError) as error:
+            yield RunSummary(name, "broken", str(error))
     if (path / _CONFIG).exists() or (path / MANIFEST_NAME).exists():
         yield _finished(path, name)
 
@@ -113,10 +135,7 @@ def _unfinished(path: Path, name: str) -> RunSummary:
     where = interruption(path)
     if where is None:
         return RunSummary(name, "broken", "it ended before its first state was saved; start it again")
-    try:
-        saved = _planned(path) if begun_by(path) != "tune" else read_run(state_path(path).with_name(RUN_FILE))
-    except SoftPromptError as error:
-        return RunSummary(name, "broken", str(error))
+    saved = _planned(path) if begun_by(path) != "tune" else read_run(state_path(path).with_name(RUN_FILE))
     damaged = "damaged" in where
     return RunSummary(
         name,
@@ -129,9 +148,12 @@ def _unfinished(path: Path, name: str) -> RunSummary:
 
 def _planned(path: Path) -> dict[str, Any]:
     """Return the settings of an interrupted run of another command than ``tune``."""
-    plan = json.loads(state_path(path).with_name(PLAN_FILE).read_text(encoding="utf-8"))
-    own = {"base_model": plan.get("base_model"), "tuning_type": begun_by(path)}
-    return {**plan.get("settings", {}), **own}
+    file, plan = state_path(path).with_name(PLAN_FILE), dict[str, Any]()
+    if file.stat().st_size <= MOST_TEXT_BYTES:  # with a long text it is more than a list has to read
+        plan = parse_object(read_bytes(file, MOST_TEXT_BYTES).decode(errors="replace"), str(file))
+    if not isinstance(settings := plan.get("settings", {}), dict):
+        raise ArtifactError(f"expected a table of settings in {file}, got {excerpt(repr(settings))}")
+    return {**settings, "base_model": plan.get("base_model"), "tuning_type": begun_by(path)}
 
 
 def _finished(path: Path, name: str) -> RunSummary:
@@ -164,4 +186,8 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     found["method"] = found.pop("tuning_type", "PROMPT_TUNING")
     if isinstance(data := found.get("train_data"), str):
         found["train_data"] = Path(data).name
-    return {name: value for name, value in found.items() if name not in _APART and value is not None}
+    return {
+        name: value
+        for name, value in found.items()
+        if name not in _APART and value is not None and len(name) < _LONGEST
+    }
