@@ -12,6 +12,7 @@ from typing import Any, Literal
 from softprompt.artifacts import (
     MANIFEST_NAME,
     MOST_TEXT_BYTES,
+    STATE_DIRECTORY,
     check_plain,
     load_adapter,
     parse_object,
@@ -20,7 +21,6 @@ from softprompt.artifacts import (
 from softprompt.errors import ArtifactError, SoftPromptError, excerpt
 from softprompt.training.output import (
     PLAN_FILE,
-    STATE_DIRECTORY,
     begun_by,
     how_to_go_on,
     resume_command,
