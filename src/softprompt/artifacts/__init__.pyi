@@ -47,7 +47,6 @@ from .manifest import anchored as anchored
 from .manifest import installed_versions as installed_versions
 from .manifest import manifest_of as manifest_of
 from .manifest import manifest_of_task as manifest_of_task
-from .manifest import outside as outside
 from .manifest import portable as portable
 from .peft_folder import adapter_of_files as adapter_of_files
 from .peft_folder import load_adapter as load_adapter
@@ -63,4 +62,5 @@ from .stored_prompt import check_fit as check_fit
 from .stored_prompt import check_width as check_width
 from .stored_prompt import other_base as other_base
 from .stored_prompt import other_parts as other_parts
+from .stored_prompt import outside as outside
 from .stored_prompt import tensors_read as tensors_read

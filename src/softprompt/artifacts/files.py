@@ -2,9 +2,8 @@
 
 Code in a pickle never runs, and no tensor is larger than a file may be (``untrusted``). What is written is fsynced
 under a temporary name on the same file system, then renamed. A new folder appears in one rename. An existing one is
-exchanged in one step for one with the new files, which whatever else it holds is linked into, so that a kill leaves
-the old prompt or the new one. Where that cannot be done (see ``_exchanged_files``) each file is replaced by one
-rename: when one of them fails, those already replaced are put back, but a kill between two leaves some of each.
+exchanged in one step, so that a kill leaves the old prompt or the new one. Where that cannot be done (see
+``_exchanged_files``) each file is replaced by one rename: a failure puts those replaced back, a kill does not.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import sys
 import zipfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -287,11 +287,11 @@ def _exchanged(staged: Path, directory: Path) -> bool:
 def _exchanged_files(directory: Path, files: Mapping[str, bytes], stale: Iterable[str]) -> bool:
     """Write files by exchanging the whole folder; False, and nothing is changed, where that cannot be done.
 
-    So it is where no file is replaced, where the system or the file system has no exchange or no hard links, in a
-    mounted folder or one of another owner, in this process's working directory, in a folder of more than
-    ``_MOST_LINKED`` other files, and in that of a run at work, which writes and can be resumed meanwhile.
+    Whatever else the folder holds is linked into the new one. It cannot be done where the file system has no
+    exchange or no hard links, in a mounted folder, one of another owner or of many files, in the working directory,
+    and in that of a run at work, which can be resumed.
     """
-    beside, ours = _temporary_beside(directory), {*files, *stale}
+    beside, ours, link = _temporary_beside(directory), {*files, *stale}, partial(os.link, follow_symlinks=False)
     try:
         there = {path.name: path for path in directory.iterdir()}
         many = sum(1 for _ in itertools.islice(directory.rglob("*"), _MOST_LINKED + 1)) > _MOST_LINKED
@@ -302,9 +302,9 @@ def _exchanged_files(directory: Path, files: Mapping[str, bytes], stale: Iterabl
             return False
         for name in there.keys() - ours:
             if there[name].is_dir() and not there[name].is_symlink():
-                shutil.copytree(there[name], beside / name, symlinks=True, copy_function=_link)
+                shutil.copytree(there[name], beside / name, symlinks=True, copy_function=link)
             else:
-                _link(there[name], beside / name)
+                link(there[name], beside / name)
         for name, data in files.items():
             _write_synced(beside / name, data)
         shutil.copystat(directory, beside)
@@ -320,10 +320,6 @@ def _exchanged_files(directory: Path, files: Mapping[str, bytes], stale: Iterabl
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return True
-
-
-def _link(source: str, target: str) -> None:
-    os.link(source, target, follow_symlinks=False)
 
 
 def _replace_files(directory: Path, files: Mapping[str, bytes], stale: Iterable[str]) -> None:

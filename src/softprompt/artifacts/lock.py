@@ -1,7 +1,4 @@
-"""The lock of a folder that a run is at work in, ``.state/lock``, which the kernel drops when the process ends.
-
-So a lock file that nobody holds means nothing.
-"""
+"""The lock of a folder that a run is at work in, ``.state/lock``; one that no process holds means nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ except ImportError:  # Windows has none, and no lock is held there
 STATE_DIRECTORY = ".state"
 """What a run keeps in its output while it is at work, or after it was interrupted."""
 LOCK_FILE = "lock"
-_OWN = set[tuple[int, int]]()
+_OWN: list[tuple[int, int] | None] = []
 """Device and inode of the locks that this process holds."""
 
 
@@ -38,25 +35,23 @@ def locked(output: Path) -> Iterator[None]:
     while True:
         with _opened(path) as file:
             _lock(file, output)
-            if not _is_at(path, file):
+            if (own := _identity(file.fileno())) != _identity(path):
                 continue  # the run that held it removed it just now
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
-            held = os.fstat(file.fileno())
-            _OWN.add(own := (held.st_dev, held.st_ino))
+            _OWN.append(own)
             try:
                 yield
             finally:
-                _OWN.discard(own)
+                _OWN.remove(own)
             return
 
 
 def refuse_running(output: Path, *, but_own: bool = False) -> None:
     """Raise ``OutputExistsError`` where a run is at work, ``but_own``: one of another process."""
     with suppress(OSError), (output / STATE_DIRECTORY / LOCK_FILE).open("r+", encoding="utf-8") as file:
-        found = os.fstat(file.fileno())
-        if not (but_own and (found.st_dev, found.st_ino) in _OWN):
+        if not (but_own and _identity(file.fileno()) in _OWN):
             _lock(file, output)
 
 
@@ -69,12 +64,11 @@ def _opened(path: Path) -> TextIO:
     return path.open("a+", encoding="utf-8")
 
 
-def _is_at(path: Path, file: TextIO) -> bool:
-    """Return whether a path still is an open file."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+def _identity(file: Path | int) -> tuple[int, int] | None:
+    """Return device and inode of a file; None where there is none."""
+    with suppress(FileNotFoundError):
+        return (found := os.stat(file)).st_dev, found.st_ino
+    return None
 
 
 def _lock(file: TextIO, output: Path) -> None:

@@ -274,23 +274,6 @@ def anchored(value: Any, directory: Path) -> Any:
     return each_text(value, found)
 
 
-def outside(base_model: str, directory: str | Path) -> str:
-    """Return the base model that a prompt's folder names, refused where that lies in the folder itself.
-
-    Who sends a prompt could send a model with it, and it would be loaded without having been asked for.
-
-    Raises:
-        ArtifactError: It does.
-    """
-    found = Path(base_model).resolve()  # which a name of the Hub is too, below the working directory
-    if found.exists() and found.is_relative_to(Path(directory).resolve()):
-        raise ArtifactError(
-            f"{directory} names a base model inside its own folder ({base_model}), which is not loaded unasked; if "
-            "you trust it, pass base_model (--base-model), or load it yourself for PeftModel.from_pretrained"
-        )
-    return base_model
-
-
 def each_text(value: Any, change: Callable[[str], str]) -> Any:
     """Return plain values with each text inside, but for the keys of mappings, as ``change`` gives it."""
     if isinstance(value, str):

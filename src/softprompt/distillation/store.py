@@ -24,6 +24,7 @@ from softprompt.training import (
     PLAN_FILE,
     SEAL,
     TopTargets,
+    begun_by,
     damaged,
     how_to_go_on,
     read_sealed,
@@ -54,13 +55,10 @@ class Store:
             UsageError: There is none.
             TrainingError: Its plan is damaged.
         """
-        path = state_path(output).with_name(PLAN_FILE)
-        if not path.exists():
-            raise UsageError(f"nothing to resume in {output}: it holds no interrupted run of distill")
-        plan = _json(path)
-        if (command := plan.get("command")) != "distill":
-            raise UsageError(f"nothing to resume in {output}: it holds a run of {command}, none of distill")
-        return cls(output, plan)
+        if (command := begun_by(output)) != "distill":
+            held = f"a run of {command}, none" if command else "no interrupted run"
+            raise UsageError(f"nothing to resume in {output}: it holds {held} of distill")
+        return cls(output, _json(state_path(output).with_name(PLAN_FILE)))
 
     @property
     def digest(self) -> str:

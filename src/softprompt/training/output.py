@@ -12,9 +12,10 @@ import re
 import secrets
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from softprompt.artifacts import (
     LOCK_FILE,
@@ -44,13 +45,10 @@ PLAN_FILE = "plan.json"
 SEEDS_FOLDER = "seeds"
 """Folder in the output that keeps the prompts of the other seeds, each in a folder named by its seed."""
 _OWN = (".json", ".jsonl", ".toml", ".safetensors", ".partial", ".tmp")
-"""How names of what a run keeps in its state end."""
 
 SEAL = {"sha256": "0" * 64}
 """What a file has in it (metadata of safetensors, the first key of JSON): where its digest will stand."""
 _PLACE = re.compile(rb'"sha256": ?"([0-9a-f]{64})"')  # within a text of JSON its quotes would be escaped
-
-
 _COMMAND, _HEAD = re.compile(rb'"command": ?"(distill|sweep)"'), 4096
 
 
@@ -122,10 +120,7 @@ def claimed(output: Path | None, *, overwrite: bool = False, resume: bool = Fals
 def _claimed(output: Path | None, *, overwrite: bool, resume: bool) -> Iterator[None]:
     if output is not None:
         for path in _led_away(output):
-            raise OutputExistsError(
-                f"{path} is a link or no ordinary file, and a run would write behind it; remove it, "
-                "or choose another output directory"
-            )
+            raise OutputExistsError(f"{path} is a link or no ordinary file; remove it, or choose another output")
         refuse_running(output)
     if not resume:
         check_output(output, overwrite=overwrite)
@@ -170,6 +165,13 @@ def ended_by(error: TrainingInterrupted | ProcessLostError, message: str) -> Sof
 def resume_command(output: Path) -> str:
     """Return the command that continues the run that was interrupted in a folder."""
     return f"softprompt {begun_by(output) or 'tune'} --resume --output {shlex.quote(str(output))}"
+
+
+def ensemble_command(output: Path, record: Mapping[str, Any]) -> str:
+    """Return the command that lets the prompts of all seeds answer together."""
+    others = [seed for seed, run in record["runs"].items() if "problem" not in run and seed != str(record["kept"])]
+    folders = [output, *(output / SEEDS_FOLDER / seed for seed in others)]
+    return f"softprompt classify {' '.join(shlex.quote(str(each)) for each in folders)} --data FILE"
 
 
 def begun_by(output: Path) -> str | None:

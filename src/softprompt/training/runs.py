@@ -9,16 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from softprompt.artifacts import (
-    MANIFEST_NAME,
-    MOST_TEXT_BYTES,
-    STATE_DIRECTORY,
-    check_plain,
-    load_adapter,
-    parse_object,
-    read_bytes,
-)
-from softprompt.errors import ArtifactError, SoftPromptError, excerpt
+from softprompt.artifacts import MANIFEST_NAME, STATE_DIRECTORY, load_adapter
+from softprompt.errors import ArtifactError, SoftPromptError
 from softprompt.training.output import (
     PLAN_FILE,
     begun_by,
@@ -27,6 +19,7 @@ from softprompt.training.output import (
     state_path,
 )
 from softprompt.training.run_file import RUN_FILE, read_run
+from softprompt.untrusted import MOST_TEXT_BYTES, check_plain, parse_object, read_bytes
 
 _CONFIG = "adapter_config.json"
 _DEPTH = 4
@@ -34,8 +27,6 @@ _DEPTH = 4
 
 _APART = ("silence_progress_bars", "output", "config")
 """Keys of settings that say nothing of a prompt, or are tables of their own."""
-_LONGEST = 64
-"""Characters that no setting's name has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +142,9 @@ def _planned(path: Path) -> dict[str, Any]:
     file, plan = state_path(path).with_name(PLAN_FILE), dict[str, Any]()
     if file.stat().st_size <= MOST_TEXT_BYTES:  # with a long text it is more than a list has to read
         plan = parse_object(read_bytes(file, MOST_TEXT_BYTES).decode(errors="replace"), str(file))
-    if not isinstance(settings := plan.get("settings", {}), dict):
-        raise ArtifactError(f"expected a table of settings in {file}, got {excerpt(repr(settings))}")
-    return {**settings, "base_model": plan.get("base_model"), "tuning_type": begun_by(path)}
+    settings = plan["settings"] if isinstance(plan.get("settings"), dict) else {}
+    own = {"base_model": plan.get("base_model"), "tuning_type": begun_by(path)}
+    return {name: value for name, value in settings.items() if len(name) < 64} | own
 
 
 def _finished(path: Path, name: str) -> RunSummary:
@@ -186,8 +177,4 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     found["method"] = found.pop("tuning_type", "PROMPT_TUNING")
     if isinstance(data := found.get("train_data"), str):
         found["train_data"] = Path(data).name
-    return {
-        name: value
-        for name, value in found.items()
-        if name not in _APART and value is not None and len(name) < _LONGEST
-    }
+    return {name: value for name, value in found.items() if name not in _APART and value is not None}

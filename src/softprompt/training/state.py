@@ -230,23 +230,12 @@ def load_states(output: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Sn
             or other settings.
     """
     header, flat = _read(state_path(output))
-    try:
-        _require_same(output, header["identity"], identity)
-        return _snapshots(header, flat), header["record"]
-    except (KeyError, ValueError, TypeError, AttributeError) as error:  # sealed by another hand
-        raise damaged(state_path(output), repr(error)[:120]) from error
-
-
-def _require_same(output: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    for name, expected in then.items():
-        if now.get(name) != expected:
+    for name, expected in header["identity"].items():
+        if identity.get(name) != expected:
             raise TrainingError(
-                f"cannot resume {output}: its {name} was {expected!r}, now it is {now.get(name)!r}; restore it, "
-                "or start again with overwrite=True"
+                f"cannot resume {output}: its {name} was {expected!r}, now it is "
+                f"{identity.get(name)!r}; restore it, or start again with overwrite=True"
             )
-
-
-def _snapshots(header: Mapping[str, Any], flat: Mapping[str, Tensor]) -> dict[str, Snapshot]:
     kinds = ("prompt", "best", "optimizer", "earlier")
     tensors: dict[str, dict[str, dict[str, Tensor]]] = {
         name: {kind: {} for kind in kinds} for name in header["runs"]
@@ -254,7 +243,7 @@ def _snapshots(header: Mapping[str, Any], flat: Mapping[str, Tensor]) -> dict[st
     for whole, tensor in flat.items():
         name, kind, key = whole.split(":", 2)
         tensors[name][kind][key] = tensor
-    return {
+    snapshots = {
         name: Snapshot(
             each["stage"],
             RunState(**each["run"], best=tensors[name]["best"] or None),
@@ -264,6 +253,7 @@ def _snapshots(header: Mapping[str, Any], flat: Mapping[str, Tensor]) -> dict[st
         )
         for name, each in header["runs"].items()
     }
+    return snapshots, header["record"]
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -276,8 +266,6 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors = load(data)
     except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
         raise damaged(path, str(error)) from error
-    if not isinstance(header, dict):
-        raise damaged(path, "its header is no object")
     if header.get("format") != FORMAT:
         raise damaged(path, f"it has format {header.get('format')!r}, this version reads {FORMAT}")
     return header, tensors
