@@ -24,7 +24,6 @@ from softprompt.training import (
     PLAN_FILE,
     SEAL,
     TopTargets,
-    begun_by,
     damaged,
     how_to_go_on,
     read_sealed,
@@ -55,10 +54,12 @@ class Store:
             UsageError: There is none.
             TrainingError: Its plan is damaged.
         """
-        if (command := begun_by(output)) != "distill":
+        path = state_path(output).with_name(PLAN_FILE)
+        plan = _json(path) if path.exists() else {}
+        if (command := plan.get("command")) != "distill":
             held = f"a run of {command}, none" if command else "no interrupted run"
             raise UsageError(f"nothing to resume in {output}: it holds {held} of distill")
-        return cls(output, _json(state_path(output).with_name(PLAN_FILE)))
+        return cls(output, plan)
 
     @property
     def digest(self) -> str:

@@ -18,7 +18,6 @@ from .loop import train_together as train_together
 from .objectives import LabelChoice as LabelChoice
 from .output import PLAN_FILE as PLAN_FILE
 from .output import SEAL as SEAL
-from .output import begun_by as begun_by
 from .output import claimed as claimed
 from .output import clear_state as clear_state
 from .output import damaged as damaged
