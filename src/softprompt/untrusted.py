@@ -46,8 +46,10 @@ def say_if_large(size: int) -> None:
         )
 
 
-def read_bytes(path: Path, most: int | None = None, error: type[SoftPromptError] = ArtifactError) -> bytes:
-    """Return the content of a file of at most so many bytes; None is the limit of weights.
+def read_bytes(
+    path: Path, most: int | None = None, error: type[SoftPromptError] = ArtifactError, *, head: bool = False
+) -> bytes:
+    """Return the content of a file of at most so many bytes, or its ``head``; None is the limit of weights.
 
     Raises:
         SoftPromptError: it cannot be read, is larger, or is no file but a device or a pipe.
@@ -61,7 +63,7 @@ def read_bytes(path: Path, most: int | None = None, error: type[SoftPromptError]
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise error(f"expected a file, {path} is a device or a pipe: copy what it gives into a file")
-            data = file.read(limit + 1) if found.st_size <= limit else None
+            data = file.read(limit + (not head)) if head or found.st_size <= limit else None
     except OSError as cause:
         raise error(f"could not read {path} ({cause}): check its permissions and the disk") from cause
     if data is None or len(data) > limit:

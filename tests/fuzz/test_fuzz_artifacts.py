@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -220,6 +222,44 @@ BOMBS = {
     "loop": lambda path: ((path / RECORD).unlink(), (path / RECORD).symlink_to(RECORD)),
     "device": lambda path: ((path / CONFIG).unlink(), (path / CONFIG).symlink_to("/dev/zero")),
 }
+
+
+def state(path: Path, file: str, content: str = "", **metadata) -> None:
+    """Put a file into the state of a run, a pipe where nothing is to be in it."""
+    (path / ".state").mkdir()
+    if metadata:
+        header = json.dumps({"__metadata__": metadata}).encode()
+        (path / ".state" / file).write_bytes(len(header).to_bytes(8, "little") + header)
+    elif content:
+        (path / ".state" / file).write_text(content)
+    else:
+        os.mkfifo(path / ".state" / file)
+
+
+def stopped(path: Path, **run) -> None:
+    state(path, TENSORS, state=json.dumps({"runs": {"": {"run": run}}}))
+
+
+PLAN, TENSORS = "plan.json", "state.safetensors"
+STATES = {
+    "plan pipe": lambda path: state(path, PLAN),
+    "plan sparse": lambda path: (state(path, PLAN, "{"), sparse(path, f".state/{PLAN}")),
+    "plan deep": lambda path: state(path, PLAN, '{"command": "distill", "a": ' + "[" * 200_000),
+    "plan settings": lambda path: state(path, PLAN, '{"command": "sweep", "settings": [1]}'),
+    "plan command": lambda path: state(path, PLAN, json.dumps({"command": "x" * 3_000_000})),
+    "plan name": lambda path: state(path, PLAN, json.dumps({"command": "sweep", "settings": {"x" * 300_000: 1}})),
+    "state pipe": lambda path: state(path, TENSORS),
+    "state sparse": lambda path: (stopped(path, update=1, epoch=1), sparse(path, f".state/{TENSORS}")),
+    "state zeros": lambda path: (state(path, TENSORS, "x"), sparse(path, f".state/{TENSORS}")),
+    "state deep": lambda path: state(path, TENSORS, state="[" * 300_000),
+    "state list": lambda path: state(path, TENSORS, state='{"runs": [1]}'),
+    "state nothing": stopped,
+    "state epoch": lambda path: stopped(path, update=3, epoch="x"),
+    "state update": lambda path: stopped(path, update="\x1b[31m", epoch=1),
+    "state digits": lambda path: stopped(path, update=10**4000, epoch=1),
+    "state run": lambda path: (stopped(path, update=3, epoch=1), os.mkfifo(path / ".state" / "run.toml")),
+    "state loop": lambda path: (path / ".state").symlink_to(".state"),
+}
 READ = """
 import sys, time
 from pathlib import Path
@@ -264,6 +304,28 @@ def test_no_artifact_costs_much_before_it_is_refused(whole, tmp_path):
     assert sum(float(line[2]) for line in lines) < MOST_MEGABYTES
     assert {name for name, _, _, said in lines if said == "taken"} == {"large", "loop"}
     assert max(len(said) for *_, said in lines) <= 1000
+
+
+def test_no_state_that_came_with_a_prompt_hangs_or_ends_what_lists_it(whole, tmp_path, capsys):
+    for name, make in STATES.items():
+        shutil.copytree(whole, tmp_path / name)
+        make(tmp_path / name)
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits on a pipe"))
+    signal.alarm(60)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert run(["runs", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["runs"]
+    for name in STATES:
+        assert run(["info", str(tmp_path / name), "--without-base"]) == 0
+    text = "".join(capsys.readouterr())
+    assert run(["runs", str(tmp_path)]) == 0
+    text += "".join(capsys.readouterr())
+    signal.alarm(0)
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < MOST_MEGABYTES
+    assert sorted({each["folder"] for each in found}) == sorted(STATES)
+    assert all(any(each["state"] == "finished" for each in found if each["folder"] == name) for name in STATES)
+    assert max(map(len, text.splitlines())) <= 1000
+    assert "\x1b" not in text
 
 
 def test_one_hostile_folder_ends_neither_a_search_nor_a_list(whole, tmp_path, capsys):

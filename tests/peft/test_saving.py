@@ -73,6 +73,19 @@ def test_every_prompt_has_its_folder(tmp_path):
         assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
+def test_nothing_is_written_behind_a_link_in_the_folder(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").symlink_to(tmp_path / "mine")
+    (tmp_path / "out" / "other").symlink_to(tmp_path)
+    model = prompted(names=("default", "other"))
+    model.create_or_update_model_card(str(tmp_path / "out"))
+    with pytest.raises(ArtifactError, match="other is a link"):
+        model.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "out"}
+
+
 def test_the_folders_are_those_of_peft(tmp_path):
     model = prompted(names=("default", "b"))
     model.save_pretrained(tmp_path)

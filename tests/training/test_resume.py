@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from softprompt.artifacts import write_atomically
+from softprompt.bundled import complaints
+from softprompt.cli.main import run
 from softprompt.errors import (
     ConfigError,
     OutputExistsError,
@@ -343,6 +345,32 @@ def test_two_runs_do_not_share_an_output(llama, rows, held_out, stopped, tmp_pat
     lock.write_text("process 1 on another machine")
     tune(llama, rows, held_out, output=stopped, resume=True)
     assert not lock.exists()
+
+
+@pytest.mark.parametrize("place", [".state", ".state/lock", ".state/trackers.partial", "seeds", "seeds/1"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_nothing_is_written_or_deleted_behind_a_link_that_came_with_the_folder(tmp_path, place, resume):
+    victim, link = tmp_path / "victim", tmp_path / "out" / place
+    (victim / "1").mkdir(parents=True)
+    (victim / "1" / "README.md").write_text("mine")
+    link.parent.mkdir(parents=True)
+    link.symlink_to(victim)
+    words = ["--resume"] if resume else ["--overwrite", "--train-data", str(complaints("train"))]
+    assert run(["tune", *words, "--output", str(tmp_path / "out"), "--quiet"]) == 2
+    with pytest.raises(OutputExistsError, match=rf"{place} is a link.*remove it"), claimed(tmp_path / "out"):
+        pass
+    assert [path.relative_to(victim).as_posix() for path in victim.rglob("*")] == ["1", "1/README.md"]
+    assert (victim / "1" / "README.md").read_text() == "mine"
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_symlink()] == [link]
+
+
+def test_only_our_own_files_go_with_an_earlier_state(tmp_path):
+    state = tmp_path / ".state"
+    state.mkdir()
+    for name in ("plan.json", "1.training_logs.jsonl", "targets-3.safetensors", "thesis", "lock"):
+        (state / name).write_text("{}")
+    output.clear_state(tmp_path)
+    assert {path.name for path in state.iterdir()} == {"thesis", "lock"}
 
 
 def test_a_run_that_begins_while_another_looks_keeps_its_lock(tmp_path, monkeypatch):

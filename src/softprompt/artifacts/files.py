@@ -1,14 +1,16 @@
 """Reading weights that may be damaged or hostile, and writing that a crash cannot leave half done.
 
 Code in a pickle never runs, and no tensor is larger than a file may be (``untrusted``). What is written is fsynced
-under a temporary name on the same file system, then renamed. A new folder appears in one rename. In an existing
-folder each file is replaced by one rename, and when one of them fails, those already replaced are put back.
+under a temporary name on the same file system, then renamed. A new folder appears in one rename. An existing one is
+exchanged in one step, so that a kill leaves the old prompt or the new one. Where that cannot be done (see
+``_exchanged_files``) each file is replaced by one rename: a failure puts those replaced back, a kill does not.
 """
 
 from __future__ import annotations
 
 import ctypes
 import io
+import itertools
 import os
 import pickle
 import pickletools
@@ -17,8 +19,9 @@ import secrets
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ import torch
 from safetensors.torch import load as tensors_from_bytes
 from torch import Tensor
 
+from softprompt.artifacts.lock import STATE_DIRECTORY, refuse_running
 from softprompt.errors import ArtifactError, OutputExistsError
 from softprompt.untrusted import (  # some for the door alone
     MOST_DEPTH,
@@ -43,6 +47,7 @@ __all__ = ["MOST_DEPTH", "MOST_TEXT_BYTES", "MOST_VIRTUAL_TOKENS"]
 __all__ += ["check_plain", "parse_object", "read_bytes", "say_if_large"]
 
 _ZIP = b"PK\x03\x04"
+_MOST_LINKED = 1_000
 _MOST_STEPS = 100_000
 """Instructions of a pickle, which has about thirty for each tensor."""
 
@@ -164,7 +169,8 @@ def remove_leftovers(directory: Path) -> None:
     """Remove what writing by the functions here left of unfinished files and folders where it was killed."""
     for path in directory.glob(".*.tmp") if directory.is_dir() else ():
         if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            is_folder = path.is_dir() and not path.is_symlink()  # what a link leads to is not ours
+            shutil.rmtree(path) if is_folder else path.unlink(missing_ok=True)
 
 
 def require_new_file(path: Path, *, overwrite: bool) -> None:
@@ -219,10 +225,15 @@ def write_folder(directory: Path, files: Mapping[str, bytes], stale: Iterable[st
         stale: names to remove, because they would contradict the new files.
 
     Raises:
+        OutputExistsError: a run is at work there.
         OSError: the file system refused; what was there before is whole.
     """
+    refuse_running(directory, but_own=True)
     if directory.is_dir():
-        _replace_files(directory, files, [name for name in stale if name not in files])
+        remove_leftovers(directory)
+        gone = [name for name in stale if name not in files]
+        if not _exchanged_files(directory.resolve(), files, gone):
+            _replace_files(directory, files, gone)
         return
     with staged_folder(directory) as staged:
         for name, data in files.items():
@@ -236,10 +247,12 @@ def staged_folder(directory: Path) -> Iterator[Path]:
     The old ``directory`` is put back if the exchange fails.
 
     Raises:
+        OutputExistsError: a run is at work there.
         OSError: the file system refused.
     """
     # Renaming a link would leave what it points to behind.
     directory = directory.resolve()
+    refuse_running(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     staged, old = _temporary_beside(directory), _temporary_beside(directory)
     try:
@@ -271,58 +284,42 @@ def _exchanged(staged: Path, directory: Path) -> bool:
     return rename is not None and rename(here, os.fsencode(staged), here, os.fsencode(directory), exchange) == 0
 
 
-def portable(value: Any, directory: Path) -> Any:
-    """Return plain values for a file in ``directory``, paths below the working directory relative to it, ``./…``.
+def _exchanged_files(directory: Path, files: Mapping[str, bytes], stale: Iterable[str]) -> bool:
+    """Write files by exchanging the whole folder; False, and nothing is changed, where that cannot be done.
 
-    A path stays as it is where ``directory`` is elsewhere, since nothing would lead from it to the path.
+    Whatever else the folder holds is linked into the new one. It cannot be done where the file system has no
+    exchange or no hard links, in a mounted folder, one of another owner or of many files, in the working directory,
+    and in that of a run at work, which can be resumed.
     """
-    here = Path.cwd()
-    if here == here.parent or not directory.resolve().is_relative_to(here):
-        return value
-
-    def named(path: str) -> str:
-        inside = os.path.isabs(path) and Path(path).is_relative_to(here) and os.path.exists(path)
-        return f"./{Path(path).relative_to(here).as_posix()}" if inside else path
-
-    return each_text(value, named)
-
-
-def anchored(value: Any, directory: Path) -> Any:
-    """Return what ``portable`` made for ``directory``, its paths found from here, or from a folder above that."""
-
-    def found(path: str) -> str:
-        if not path.startswith("./") or os.path.exists(path):
-            return path
-        places = (above / path for above in (directory.resolve(), *directory.resolve().parents))
-        return next((str(place) for place in places if place.exists()), path)
-
-    return each_text(value, found)
-
-
-def outside(base_model: str, directory: str | Path) -> str:
-    """Return the base model that a prompt's folder names, refused where that lies in the folder itself.
-
-    Who sends a prompt could send a model with it, and it would be loaded without having been asked for.
-
-    Raises:
-        ArtifactError: It does.
-    """
-    found = Path(base_model).resolve()  # which a name of the Hub is too, below the working directory
-    if found.exists() and found.is_relative_to(Path(directory).resolve()):
-        raise ArtifactError(
-            f"{directory} names a base model inside its own folder ({base_model}), which is not loaded unasked; if "
-            "you trust it, pass base_model (--base-model), or load it yourself for PeftModel.from_pretrained"
-        )
-    return base_model
-
-
-def each_text(value: Any, change: Callable[[str], str]) -> Any:
-    """Return plain values with each text inside, but for the keys of mappings, as ``change`` gives it."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {name: each_text(inner, change) for name, inner in value.items()}
-    return [each_text(inner, change) for inner in value] if isinstance(value, list | tuple) else value
+    beside, ours, link = _temporary_beside(directory), {*files, *stale}, partial(os.link, follow_symlinks=False)
+    try:
+        there = {path.name: path for path in directory.iterdir()}
+        many = sum(1 for _ in itertools.islice(directory.rglob("*"), _MOST_LINKED + 1)) > _MOST_LINKED
+        if many or not ours & set(there) or STATE_DIRECTORY in there or Path.cwd().is_relative_to(directory):
+            return False
+        beside.mkdir()
+        if any(os.lstat(each).st_uid != beside.stat().st_uid for each in (directory, *there.values())):
+            return False
+        for name in there.keys() - ours:
+            if there[name].is_dir() and not there[name].is_symlink():
+                shutil.copytree(there[name], beside / name, symlinks=True, copy_function=link)
+            else:
+                link(there[name], beside / name)
+        for name, data in files.items():
+            _write_synced(beside / name, data)
+        shutil.copystat(directory, beside)
+        _sync_directory(beside)
+        if not _exchanged(beside, directory):
+            return False
+        for path in beside.iterdir():  # what another process put there meanwhile
+            if path.name not in there and path.name not in ours:
+                os.replace(path, directory / path.name)
+        _sync_directory(directory.parent)
+    except OSError:
+        return False
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return True
 
 
 def _replace_files(directory: Path, files: Mapping[str, bytes], stale: Iterable[str]) -> None:

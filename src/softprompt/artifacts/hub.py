@@ -20,8 +20,9 @@ from huggingface_hub import get_collection
 from safetensors.torch import save as bytes_from_tensors
 
 from softprompt.artifacts.card import hub_name
-from softprompt.artifacts.files import each_text, read_bytes, require_empty, require_no_file, write_folder
+from softprompt.artifacts.files import read_bytes, require_empty, require_no_file, write_folder
 from softprompt.artifacts.layout import CARD_NAME, CURVE_NAME, MANIFEST_NAME, PICKLED_WEIGHTS_NAME, WEIGHTS_NAME
+from softprompt.artifacts.manifest import each_text
 from softprompt.artifacts.peft_folder import HUB_ID, PROMPT_FILES, load_adapter, save_adapter, snapshot, upload
 from softprompt.errors import ArtifactError, ConfigError
 from softprompt.prompts import CONFIG_NAME

@@ -22,12 +22,10 @@ from torch import Tensor
 from softprompt.artifacts.card import is_own_card, model_card
 from softprompt.artifacts.files import (
     MOST_TEXT_BYTES,
-    anchored,
     load_pickled,
     load_safetensors,
     parse_object,
     pickled_bytes,
-    portable,
     read_bytes,
     require_empty,
     require_no_file,
@@ -43,7 +41,7 @@ from softprompt.artifacts.layout import (
     check_tensors,
     config_json,
 )
-from softprompt.artifacts.manifest import Manifest
+from softprompt.artifacts.manifest import Manifest, anchored, portable
 from softprompt.artifacts.stored_prompt import StoredPrompt
 from softprompt.errors import ArtifactError, no_folder
 from softprompt.prompts import CONFIG_NAME

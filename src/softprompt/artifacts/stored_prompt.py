@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
@@ -340,6 +341,23 @@ def check_width(width: int, base: Base, where: str) -> None:
             f"expected virtual tokens {own} wide in {where}, as the embeddings of {base.name}, got "
             f"{width}: name the base that the prompt was made for"
         )
+
+
+def outside(base_model: str, directory: str | Path) -> str:
+    """Return the base model that a prompt's folder names, refused where that lies in the folder itself.
+
+    Who sends a prompt could send a model with it, and it would be loaded without having been asked for.
+
+    Raises:
+        ArtifactError: It does.
+    """
+    found = Path(base_model).resolve()  # which a name of the Hub is too, below the working directory
+    if found.exists() and found.is_relative_to(Path(directory).resolve()):
+        raise ArtifactError(
+            f"{directory} names a base model inside its own folder ({base_model}), which is not loaded unasked; if "
+            "you trust it, pass base_model (--base-model), or load it yourself for PeftModel.from_pretrained"
+        )
+    return base_model
 
 
 def _recorded_fingerprint(stored: StoredPrompt) -> Fingerprint | None:

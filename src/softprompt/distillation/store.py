@@ -55,11 +55,10 @@ class Store:
             TrainingError: Its plan is damaged.
         """
         path = state_path(output).with_name(PLAN_FILE)
-        if not path.exists():
-            raise UsageError(f"nothing to resume in {output}: it holds no interrupted run of distill")
-        plan = _json(path)
+        plan = _json(path) if path.exists() else {}
         if (command := plan.get("command")) != "distill":
-            raise UsageError(f"nothing to resume in {output}: it holds a run of {command}, none of distill")
+            held = f"a run of {command}, none" if command else "no interrupted run"
+            raise UsageError(f"nothing to resume in {output}: it holds {held} of distill")
         return cls(output, plan)
 
     @property
@@ -152,6 +151,6 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         values: dict[str, Any] = dict(json.loads(read_sealed(path)))
         del values["sha256"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise damaged(path, str(error)) from error
     return values

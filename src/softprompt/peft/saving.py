@@ -174,6 +174,8 @@ def save(
     A checkpoint of transformers' Trainer also gets the parameters of a reparameterised prompt, to resume from.
     """
     target = directory if adapter == "default" else directory / adapter
+    if target != directory and target.is_symlink():
+        raise ArtifactError(f"{target} is a link; remove it, or save {adapter!r} into another folder")
     config = dataclasses.replace(model.peft_config[adapter], inference_mode=True)
     save_adapter(
         target,
@@ -223,7 +225,7 @@ def push(model: PeftModel, repo_id: str, **options: Any) -> str:
         for path in Path(folder).rglob("README.md") if tags else ():
             card = ModelCard.load(path)
             card.data.tags = [*(card.data.tags or ()), *tags]
-            card.save(path)
+            write_atomically(path, str(card))
         return upload(Path(folder), repo_id, **hub)
 
 
@@ -236,7 +238,7 @@ def write_card(model: PeftModel, directory: Path) -> None:
         known = {"library_name": "peft"} | ({"base_model": base} if base and not Path(base).exists() else {})
         for name, value in known.items():
             setattr(card.data, name, value)
-        card.save(path)
+        write_atomically(path, str(card))  # a link is replaced, not written behind
     else:
         directory.mkdir(parents=True, exist_ok=True)
         write_atomically(path, model_card(config.to_dict(), manifest_of(model, model.active_adapter)))

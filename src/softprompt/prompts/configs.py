@@ -222,6 +222,7 @@ class PeftConfig(KnownToPeft):
         directory.mkdir(parents=True, exist_ok=True)
         values = self.to_dict() | ({"auto_mapping": auto_mapping_dict} if auto_mapping_dict else {})
         temporary = directory / f".{CONFIG_NAME}.{os.getpid()}"  # which replaces a file of this name whole
+        temporary.unlink(missing_ok=True)  # a link that came with the folder
         temporary.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         temporary.replace(directory / CONFIG_NAME)
 

@@ -22,6 +22,7 @@ from .output import claimed as claimed
 from .output import clear_state as clear_state
 from .output import damaged as damaged
 from .output import ended_by as ended_by
+from .output import ensemble_command as ensemble_command
 from .output import how_to_go_on as how_to_go_on
 from .output import kept_if_resumable as kept_if_resumable
 from .output import read_sealed as read_sealed
@@ -47,7 +48,6 @@ from .runs import RunSummary as RunSummary
 from .runs import differing as differing
 from .runs import interruption as interruption
 from .runs import list_runs as list_runs
-from .seeds import ensemble_command as ensemble_command
 from .seeds import in_words as in_words
 from .session import Member as Member
 from .session import Session as Session

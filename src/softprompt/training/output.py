@@ -1,27 +1,33 @@
 """The output directory of a run: who may write to it, what an interrupted run left there, and how to go on with it.
 
-While a run is at work it holds a lock on ``.state/lock``, which the kernel drops when the process ends, in whatever
-way; so a lock file that nobody holds means nothing. Files that only a run itself reads again are sealed: they carry
-the SHA-256 of their bytes, so that damage and edits do not pass.
+While a run is at work it holds a lock on its output. Files that only a run itself reads again are sealed: they
+carry the SHA-256 of their bytes, so that damage and edits do not pass.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import secrets
 import shlex
 import shutil
-import socket
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
-from softprompt.artifacts import remove_leftovers, require_empty, require_no_file, write_atomically
+from softprompt.artifacts import (
+    LOCK_FILE,
+    STATE_DIRECTORY,
+    locked,
+    read_bytes,
+    refuse_running,
+    remove_leftovers,
+    require_empty,
+    require_no_file,
+    write_atomically,
+)
 from softprompt.errors import (
     ArtifactError,
     OutputExistsError,
@@ -33,21 +39,17 @@ from softprompt.errors import (
 )
 from softprompt.world import world
 
-try:
-    import fcntl
-except ImportError:  # Windows has none, and no lock is held there
-    fcntl = None  # type: ignore[assignment]
-
-
-STATE_DIRECTORY = ".state"
 STATE_FILE = "state.safetensors"
 PLAN_FILE = "plan.json"
 """What a run of another command than ``tune`` goes on by; its ``command`` names that."""
-LOCK_FILE = "lock"
+SEEDS_FOLDER = "seeds"
+"""Folder in the output that keeps the prompts of the other seeds, each in a folder named by its seed."""
+_OWN = (".json", ".jsonl", ".toml", ".safetensors", ".partial", ".tmp")
 
 SEAL = {"sha256": "0" * 64}
 """What a file has in it (metadata of safetensors, the first key of JSON): where its digest will stand."""
 _PLACE = re.compile(rb'"sha256": ?"([0-9a-f]{64})"')  # within a text of JSON its quotes would be escaped
+_COMMAND, _HEAD = re.compile(rb'"command": ?"(distill|sweep)"'), 4096
 
 
 def state_path(output: Path) -> Path:
@@ -77,7 +79,7 @@ def check_output(output: Path | None, *, overwrite: bool) -> None:
             "Python), or start again with --overwrite (overwrite=True)"
         )
     if (output / STATE_DIRECTORY).is_dir():
-        with _locked(output):  # unless a run begins there just now
+        with locked(output):  # unless a run begins there just now
             remove_state(output)  # one that was killed before its first state left nothing to continue
     remove_leftovers(output)
     require_empty(output)
@@ -117,14 +119,16 @@ def claimed(output: Path | None, *, overwrite: bool = False, resume: bool = Fals
 @contextmanager
 def _claimed(output: Path | None, *, overwrite: bool, resume: bool) -> Iterator[None]:
     if output is not None:
-        _refuse_running(output)
+        for path in _led_away(output):
+            raise OutputExistsError(f"{path} is a link or no ordinary file; remove it, or choose another output")
+        refuse_running(output)
     if not resume:
         check_output(output, overwrite=overwrite)
     if output is None:
         yield
         return
     made = [path for path in (output, *output.parents) if not path.exists()]
-    with _locked(output):
+    with locked(output):
         remove_leftovers(output)
         try:
             yield
@@ -134,6 +138,14 @@ def _claimed(output: Path | None, *, overwrite: bool, resume: bool) -> Iterator[
             with suppress(OSError):
                 for path in made:
                     path.rmdir()  # where nothing was written
+
+
+def _led_away(output: Path) -> Iterator[Path]:
+    """Yield what a run would write behind, where it came with a folder of somebody else."""
+    state, seeds = output / STATE_DIRECTORY, output / SEEDS_FOLDER
+    yield from (path for path in (state, seeds) if path.is_symlink())
+    yield from (path for path in _left(output) if path.is_symlink() or path.is_dir() or path.is_fifo())
+    yield from (path for path in (seeds.iterdir() if seeds.is_dir() else ()) if path.is_symlink())
 
 
 def how_to_go_on(where: str, output: Path | None) -> str:
@@ -155,11 +167,19 @@ def resume_command(output: Path) -> str:
     return f"softprompt {begun_by(output) or 'tune'} --resume --output {shlex.quote(str(output))}"
 
 
+def ensemble_command(output: Path, record: Mapping[str, Any]) -> str:
+    """Return the command that lets the prompts of all seeds answer together."""
+    others = [seed for seed, run in record["runs"].items() if "problem" not in run and seed != str(record["kept"])]
+    folders = [output, *(output / SEEDS_FOLDER / seed for seed in others)]
+    return f"softprompt classify {' '.join(shlex.quote(str(each)) for each in folders)} --data FILE"
+
+
 def begun_by(output: Path) -> str | None:
     """Return the command of the run that was interrupted in a folder; None where there is none to continue."""
-    with suppress(OSError, ValueError, AttributeError):
-        plan = json.loads(state_path(output).with_name(PLAN_FILE).read_text(encoding="utf-8"))
-        return re.sub(r"\W", "", str(plan.get("command")))
+    with suppress(ArtifactError):
+        head = read_bytes(state_path(output).with_name(PLAN_FILE), _HEAD, head=True)  # the text may be long
+        if found := _COMMAND.search(head):
+            return found[1].decode()
     return "tune" if state_path(output).exists() else None
 
 
@@ -169,7 +189,7 @@ def clear_state(output: Path) -> None:
     for name in (PLAN_FILE, STATE_FILE):
         state_path(output).with_name(name).unlink(missing_ok=True)
     for path in _left(output):
-        if path.name != LOCK_FILE:
+        if path.suffix in _OWN:
             path.unlink()
 
 
@@ -184,63 +204,6 @@ def remove_state(output: Path) -> None:
 def _left(output: Path) -> list[Path]:
     directory = output / STATE_DIRECTORY
     return list(directory.iterdir()) if directory.is_dir() else []
-
-
-@contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    path = state_path(output).with_name(LOCK_FILE)
-    while True:
-        with _opened(path) as file:
-            _lock(file, output)
-            if not _is_at(path, file):
-                continue  # the run that held it removed it just now
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-            yield
-            return
-
-
-def _opened(path: Path) -> TextIO:
-    """Open the file of a lock; a run that ends may remove its folder meanwhile."""
-    with suppress(FileNotFoundError, FileExistsError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("a+", encoding="utf-8")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("a+", encoding="utf-8")
-
-
-def _is_at(path: Path, file: TextIO) -> bool:
-    """Return whether a path still is an open file."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _refuse_running(output: Path) -> None:
-    """Raise ``OutputExistsError`` where a run is at work."""
-    with suppress(OSError), state_path(output).with_name(LOCK_FILE).open("a+", encoding="utf-8") as file:
-        _lock(file, output)
-
-
-def _lock(file: TextIO, output: Path) -> None:
-    """Lock a file until it is closed; without a word where the file system has no locks."""
-    for left in (2, 1, 0):
-        try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if left:
-                time.sleep(0.05)  # somebody may only be looking
-        except OSError:
-            return
-    file.seek(0)
-    raise OutputExistsError(
-        f"another run is at work in {output} ({file.read(200) or 'it just began'}); wait for its end, or choose "
-        "another output directory"
-    )
 
 
 def write_sealed(path: Path, data: bytes) -> None:

@@ -24,6 +24,7 @@ from softprompt.training.events import checked_callbacks
 from softprompt.training.examples import Data, read_data
 from softprompt.training.keywords import ALIASES, TuneOptions, full_names
 from softprompt.training.output import (
+    SEEDS_FOLDER,
     begun_by,
     claimed,
     clear_state,
@@ -35,7 +36,7 @@ from softprompt.training.output import (
 from softprompt.training.preparation import BaseLike, Prepared, prepare
 from softprompt.training.rate_probe import with_rate
 from softprompt.training.run_file import RUN_FILE, SWEEP, read_run, write_run
-from softprompt.training.seeds import SEEDS_FOLDER, Seeded, train_seeds
+from softprompt.training.seeds import Seeded, train_seeds
 from softprompt.training.session import Session, Trained, identity, stages_of
 from softprompt.training.settings import TuneSettings
 from softprompt.training.state import StopSignal, load_states

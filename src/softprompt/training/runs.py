@@ -9,19 +9,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError, safe_open
-
-from softprompt.artifacts import MANIFEST_NAME, load_adapter
+from softprompt.artifacts import MANIFEST_NAME, STATE_DIRECTORY, load_adapter
 from softprompt.errors import ArtifactError, SoftPromptError
 from softprompt.training.output import (
     PLAN_FILE,
-    STATE_DIRECTORY,
     begun_by,
     how_to_go_on,
     resume_command,
     state_path,
 )
 from softprompt.training.run_file import RUN_FILE, read_run
+from softprompt.untrusted import MOST_TEXT_BYTES, check_plain, parse_object, read_bytes
 
 _CONFIG = "adapter_config.json"
 _DEPTH = 4
@@ -86,11 +84,23 @@ def interruption(folder: Path) -> str | None:
     if not state_path(folder).exists():
         return how_to_go_on("before its training", folder)
     try:
-        with safe_open(state_path(folder), framework="pt") as file:
-            at = next(iter(json.loads((file.metadata() or {})["state"])["runs"].values()))["run"]
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, StopIteration):
+        where = _stopped_at(state_path(folder))
+    except (SoftPromptError, KeyError, ValueError, TypeError, AttributeError, StopIteration, RecursionError):
         return f"its state is damaged; start again with softprompt {begun_by(folder)} --overwrite --output {folder}"
-    return how_to_go_on(f"after update {at['update']} (epoch {at['epoch'] + 1})", folder)
+    return how_to_go_on(where, folder)
+
+
+def _stopped_at(path: Path) -> str:
+    """Return where a run stopped, by the header of its state; what else it has is read by who resumes it."""
+    head = read_bytes(path, 8 + MOST_TEXT_BYTES, head=True)
+    size = int.from_bytes(head[:8], "little")
+    if MOST_TEXT_BYTES < size < path.stat().st_size:
+        return "in its training"
+    state = json.loads(json.loads(head[8 : 8 + size])["__metadata__"]["state"])
+    run = next(iter(state["runs"].values()))["run"]
+    update, epoch = run["update"], run["epoch"] + 1
+    check_plain([update, epoch], path.name)
+    return f"after update {update:d} (epoch {epoch:d})"
 
 
 def _folders(top: Path) -> Iterator[Path]:
@@ -104,7 +114,10 @@ def _folders(top: Path) -> Iterator[Path]:
 def _runs_of(path: Path, name: str) -> Iterator[RunSummary]:
     """Yield the finished run of a folder, and the one that was to replace it."""
     if (path / STATE_DIRECTORY).is_dir():
-        yield _unfinished(path, name)
+        try:
+            yield _unfinished(path, name)
+        except (SoftPromptError, OSError) as error:
+            yield RunSummary(name, "broken", str(error))
     if (path / _CONFIG).exists() or (path / MANIFEST_NAME).exists():
         yield _finished(path, name)
 
@@ -113,10 +126,7 @@ def _unfinished(path: Path, name: str) -> RunSummary:
     where = interruption(path)
     if where is None:
         return RunSummary(name, "broken", "it ended before its first state was saved; start it again")
-    try:
-        saved = _planned(path) if begun_by(path) != "tune" else read_run(state_path(path).with_name(RUN_FILE))
-    except SoftPromptError as error:
-        return RunSummary(name, "broken", str(error))
+    saved = _planned(path) if begun_by(path) != "tune" else read_run(state_path(path).with_name(RUN_FILE))
     damaged = "damaged" in where
     return RunSummary(
         name,
@@ -129,9 +139,12 @@ def _unfinished(path: Path, name: str) -> RunSummary:
 
 def _planned(path: Path) -> dict[str, Any]:
     """Return the settings of an interrupted run of another command than ``tune``."""
-    plan = json.loads(state_path(path).with_name(PLAN_FILE).read_text(encoding="utf-8"))
+    file, plan = state_path(path).with_name(PLAN_FILE), dict[str, Any]()
+    if file.stat().st_size <= MOST_TEXT_BYTES:  # with a long text it is more than a list has to read
+        plan = parse_object(read_bytes(file, MOST_TEXT_BYTES).decode(errors="replace"), str(file))
+    settings = plan["settings"] if isinstance(plan.get("settings"), dict) else {}
     own = {"base_model": plan.get("base_model"), "tuning_type": begun_by(path)}
-    return {**plan.get("settings", {}), **own}
+    return {name: value for name, value in settings.items() if len(name) < 64} | own
 
 
 def _finished(path: Path, name: str) -> RunSummary:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, final
 
@@ -16,9 +14,6 @@ from softprompt.training.summary import nothing_learnt
 from softprompt.training.validation import quality_of
 
 logger = logging.getLogger(__name__)
-
-SEEDS_FOLDER = "seeds"
-"""Folder in the output that keeps the prompts of the other seeds, each in a folder named by its seed."""
 
 
 @final
@@ -73,13 +68,6 @@ def in_words(record: Mapping[str, Any]) -> str:
         for name, mean in record["mean"].items()
     )
     return f"{len(record['runs'])} seeds: {numbers}; kept seed {record['kept']}, the best by the {record['by']}"
-
-
-def ensemble_command(output: Path, record: Mapping[str, Any]) -> str:
-    """Return the command that lets the prompts of all seeds answer together."""
-    others = [seed for seed, run in record["runs"].items() if "problem" not in run and seed != str(record["kept"])]
-    folders = [output, *(output / SEEDS_FOLDER / seed for seed in others)]
-    return f"softprompt classify {' '.join(shlex.quote(str(each)) for each in folders)} --data FILE"
 
 
 def _from_seed(first: Prepared, seed: int) -> Prepared:

@@ -264,7 +264,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["state"])
         tensors = load(data)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
         raise damaged(path, str(error)) from error
     if header.get("format") != FORMAT:
         raise damaged(path, f"it has format {header.get('format')!r}, this version reads {FORMAT}")
