@@ -1,7 +1,8 @@
 """Files that others wrote, read within bounds: the one place that limits bytes, nesting, numbers, texts and types.
 
 Every reader of a prompt, a record or a run file goes through here, so that none costs more than two seconds or
-200 MB, taken or refused. ``SOFTPROMPT_MAX_PROMPT_BYTES`` raises the limit of weights.
+200 MB, taken or refused. ``SOFTPROMPT_MAX_PROMPT_BYTES`` raises the limit of weights, and
+``SOFTPROMPT_MAX_UNPACKED_BYTES`` that of what data unpacks to.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from softprompt.errors import ArtifactError, SoftPromptError, broken, excerpt
+from softprompt.errors import ArtifactError, DataError, SoftPromptError, broken, excerpt
 
 MOST_TEXT_BYTES = 2 << 20
 """Bytes of a file of plain values, such as JSON."""
@@ -28,7 +29,7 @@ MOST_TEMPLATE, MOST_LABELS, MOST_LABEL = 1 << 17, 4_096, 1_000
 """Characters of a template; labels, and characters of one."""
 MOST_VIRTUAL_TOKENS, MOST_SIZE = 1 << 16, 1 << 20
 """Virtual tokens of a prompt, and any other size that its configuration names."""
-_VARIABLE = "SOFTPROMPT_MAX_PROMPT_BYTES"
+_VARIABLE, _UNPACKED = "SOFTPROMPT_MAX_PROMPT_BYTES", "SOFTPROMPT_MAX_UNPACKED_BYTES"
 
 
 def most_weight_bytes() -> int:
@@ -43,6 +44,21 @@ def say_if_large(size: int) -> None:
         how = f"set {_VARIABLE}={size} where they are loaded, for a server --max-prompt-bytes {size}"
         logging.getLogger(__name__).warning(
             "the weights have %s bytes, more than are read unasked: %s", f"{size:,}", how
+        )
+
+
+def check_unpacked(size: int, packed: int, name: str) -> None:
+    """Check what a file of data unpacks to: 64 MiB, 200 times its own bytes, or what the environment says.
+
+    Raises:
+        DataError: it is more.
+    """
+    given = os.environ.get(_UNPACKED, "")
+    most = int(given) if given.isdecimal() else max(64 << 20, 200 * packed)
+    if size > most:
+        raise DataError(
+            f"{name}: its {packed:,} bytes unpack to more than {most:,}: check that it is what it should be; "
+            f"if you trust it, set {_UNPACKED} to the bytes that it may have"
         )
 
 

@@ -55,6 +55,15 @@ def test_a_value_that_is_not_plain_is_refused_with_its_place(manifest):
         ({"seq2seq": 1}, "expected seq2seq .* bool, got int"),
         ({"metrics": []}, "expected metrics"),
         ({"history": [1]}, "expected history"),
+        ({"history": [{"loss": 1.0}]}, "expected history.epoch .* int, got NoneType"),
+        ({"history": [{"epoch": 1, "loss": [1.0]}]}, "expected history.loss .* float, got list"),
+        ({"history": [{"epoch": 1, "loss": 1.0, "validation": 3}]}, "expected history.validation .* dict, got int"),
+        (
+            {"history": [{"epoch": 1, "validation": {"accuracy": {}}}]},
+            "history.validation.accuracy .* float, got dict",
+        ),
+        ({"metrics": {"validation": {"loss": "x"}}}, "expected metrics.validation.loss .* float, got str"),
+        ({"settings": {"tuning_config": 3}}, "expected settings.tuning_config .* dict, got int"),
         ({"template": None}, "expected template"),
     ],
 )

@@ -107,6 +107,13 @@ class TestReading:
             ({"messages": [{"rol": "user", "content": "a"}]}, r"got rol, content \(did you mean 'rol'"),
             ({"conversations": [{"from": "humn", "value": "a"}]}, "expected from human, gpt, system or tool, got"),
             ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "parts of type text, got image"),
+            (
+                {"messages": [{"tool_calls": [{}]}]},
+                "expected the fields .role. and .content., got tool",
+            ),
+            ({"messages": [{"role": "user", "content": [[]]}]}, "parts of type text, got list"),
+            ({"messages": [{"role": "user", "content": [{"type": []}]}]}, "parts of type text, got dict"),
+            ({"messages": [{"role": "user", "content": ["text"]}]}, "parts of type text, got str"),
             ({"instruction": "", "output": "a"}, "record 1: expected text in the field 'instruction', got ''"),
             ({"messages": [TALK[1], {**TALK[2], "content": ""}]}, "expected an answer, a turn of the assistant"),
             ({"messages": TALK, "tools": "[{"}, "expected a list of tools as JSON in 'tools'"),

@@ -320,6 +320,17 @@ class TestPacked:
         refused(written(f"t.jsonl{packed}", whole[:-3]), f"t.jsonl{packed}: not a readable")
         assert read_records(written(f"t.jsonl{packed}", whole * 2)) == EXAMPLES * 2
 
+    @pytest.mark.parametrize("packed", [".gz", ".zst"])
+    def test_a_small_file_is_not_unpacked_without_end(self, written, packed, monkeypatch):
+        bomb = written(f"t.jsonl{packed}", pack(packed, b'{"input": "%s", "output": "x"}' % (b"x" * (65 << 20))))
+        refused(
+            bomb, f"t.jsonl{packed}: its .* bytes unpack to more than 67,108,864.*SOFTPROMPT_MAX_UNPACKED_BYTES"
+        )
+        usual = pack(packed, as_bytes(".jsonl") * 2000)
+        assert len(read_records(written(f"u.jsonl{packed}", usual))) == 4000
+        monkeypatch.setenv("SOFTPROMPT_MAX_UNPACKED_BYTES", "100000")
+        refused(written(f"u.jsonl{packed}", usual), "unpack to more than 100,000")
+
     def test_only_text_is_packed(self, written):
         refused(written("t.parquet.gz", b"x"), r"got '.parquet.gz'.*those of text may have .gz or .zst behind them")
 

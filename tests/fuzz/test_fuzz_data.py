@@ -58,6 +58,41 @@ def test_any_text_is_records_or_an_error_of_ours(tmp_path_factory, pieces, suffi
         assert not {"\x1b", "\x00", "\n"} & {*message}
 
 
+DEEP = json.loads("[" * 900 + "]" * 900)
+WORDS = ["text", "type", "role", "content", "from", "value", "user", "assistant", "tool_calls", "human", "gpt", ""]
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from([*WORDS, DEEP]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=3),
+    max_leaves=6,
+)
+PARTS = VALUES | st.lists(VALUES | st.fixed_dictionaries({"type": VALUES, "text": VALUES}), max_size=2)
+TURNS = st.lists(
+    st.fixed_dictionaries({"role": VALUES | st.sampled_from(["user", "assistant"]), "content": PARTS})
+    | st.fixed_dictionaries({"from": VALUES | st.sampled_from(["human", "gpt"]), "value": PARTS})
+    | VALUES,
+    max_size=3,
+)
+CHATS = [
+    ("messages", "tools"),
+    ("conversations", "system"),
+    ("prompt", "completion"),
+    ("instruction", "input", "output"),
+]
+
+
+@settings(max_examples=int(EXAMPLES or 150), derandomize=not EXAMPLES)
+@given(data=st.data(), columns=st.sampled_from(CHATS))
+def test_any_values_in_a_chat_are_a_record_or_an_error_of_ours(data, columns):
+    record = {name: data.draw(TURNS | VALUES) for name in columns}
+    try:
+        (found,) = read_records([record], require_target=False)
+        if found.chat is not None:
+            assert isinstance(found.chat.answer, str | None)
+    except SoftPromptError as error:
+        assert len(str(error)) <= 1000
+        assert "\n" not in str(error)
+
+
 @pytest.mark.parametrize("name", COSTLY)
 def test_what_is_made_to_be_costly_is_refused_soon(tmp_path, name):
     (tmp_path / name).write_text(COSTLY[name])

@@ -72,8 +72,71 @@ def test_records_without_values_are_refused(tmp_path):
     feather.write_feather(
         pa.table({"input": pa.nulls(10**9)}), tmp_path / "many.feather", compression="uncompressed"
     )
-    with pytest.raises(DataError, match="1,000,000,000 records without a value"):
+    with pytest.raises(DataError, match="unpack to more than"):
         list(BINARY_READERS[".feather"](tmp_path / "many.feather"))
+
+
+def bombs():
+    """Yield tables of little that is much when it is unpacked, by what makes them so."""
+    import pyarrow as pa
+
+    text, outputs = "x" * (1 << 20), ["y"] * 80
+    indices = pa.array([0] * 80, pa.int32())
+    yield "dictionary", {"input": pa.DictionaryArray.from_arrays(indices, pa.array([text])), "output": outputs}
+    lists = pa.DictionaryArray.from_arrays(indices, pa.array([[text]]))
+    yield "lists", {"input": lists, "output": outputs}
+    yield "packed", {"input": [text] * 80, "output": outputs}
+    yield "nested", {"messages": [[{"role": "user", "content": text}]] * 80}
+    _, views, long = pa.array([text], pa.string_view()).buffers()
+    repeated = pa.py_buffer(views.to_pybytes() * 80)
+    yield "views", {"input": pa.Array.from_buffers(pa.string_view(), 80, [None, repeated, long]), "output": outputs}
+    yield "lists of nothing", {"input": pa.ListArray.from_arrays([0, 10**9], pa.nulls(10**9))}
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "lists", "packed", "nested", "views", "lists of nothing"])
+@pytest.mark.parametrize("form", ["parquet", "file", "stream"])
+def test_what_unpacks_to_much_is_refused_before(tmp_path, kind, form, monkeypatch):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import ipc, parquet
+
+    if form == "parquet" and kind in ("lists", "views", "lists of nothing"):
+        pytest.skip("Parquet has none")
+    monkeypatch.setenv("SOFTPROMPT_MAX_UNPACKED_BYTES", str(64 << 20))  # where the text itself takes a megabyte
+    table, path = pa.table(dict(bombs())[kind]), tmp_path / f"t.{'parquet' if form == 'parquet' else 'arrow'}"
+    if form == "parquet":
+        parquet.write_table(table, path, compression="zstd")
+    else:
+        options = ipc.IpcWriteOptions(compression="zstd" if kind in ("packed", "nested") else None)
+        with (ipc.new_file if form == "file" else ipc.new_stream)(
+            str(path), table.schema, options=options
+        ) as writer:
+            writer.write_table(table)
+    held = pa.default_memory_pool().max_memory()
+    with pytest.raises(DataError, match="unpack to more than 67,108,864"):
+        list(BINARY_READERS[path.suffix](path))
+    assert pa.default_memory_pool().max_memory() < held + (16 << 20)
+
+
+@pytest.mark.parametrize("form", ["table.parquet", "file.arrow", "stream.arrow"])
+def test_packed_tables_give_the_records_that_were_written(tmp_path, form):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import ipc, parquet
+
+    columns = {
+        "text": pa.array([f"text {number % 7}" for number in range(300)]).dictionary_encode(),
+        "numbers": [[number, None] for number in range(300)],
+        "messages": [[{"role": "user", "content": f"{number}"}] for number in range(300)],
+        "decimal": pa.array(range(300), pa.decimal128(20)),
+    }
+    table = pa.table(columns).slice(5, 250)
+    if form == "table.parquet":
+        parquet.write_table(table, tmp_path / form, row_group_size=100, dictionary_pagesize_limit=200)
+    else:
+        new = ipc.new_file if form == "file.arrow" else ipc.new_stream
+        with new(str(tmp_path / form), table.schema, options=ipc.IpcWriteOptions(compression="lz4")) as writer:
+            writer.write_table(table, max_chunksize=100)
+    read = BINARY_READERS[Path(form).suffix](tmp_path / form)
+    assert [each.record for each in read] == table.to_pylist()
 
 
 @pytest.mark.parametrize("names", ["5", '"ab"', '{"a": 1}', '["x"', "[" * 5000])

@@ -25,12 +25,14 @@ _OPTIONAL = frozenset({"tasks", "weights_sha256", "chat"})
 _TUPLES = ("labels", "tasks")
 _MOST = {"template": MOST_TEMPLATE, "labels": MOST_LABELS, "tasks": MOST_LABELS}
 """Characters of a text, items of a list."""
-_PARTS: Mapping[str, Mapping[str, type]] = {
-    "data": {"train": dict, "validation": dict},
-    "metrics": {"validation": dict},
-    "settings": {"input_field": str, "output_field": str},
+_MEASURED = {"loss": float, "accuracy": float}
+_PARTS: Mapping[str, Mapping[str, Any]] = {
+    "data": {"train": {}, "validation": {}},
+    "metrics": {**_MEASURED, "validation": _MEASURED},
+    "history": {**_MEASURED, "epoch": int, "update": int, "learning_rate": float, "validation": _MEASURED},
+    "settings": {"input_field": str, "output_field": str, "tuning_config": {}},
 }
-"""Types of what is read of nested values."""
+"""Types of what is read of nested values, or what is inside them; all may be absent or null."""
 _RECORDED_PACKAGES = ("softprompt", "torch", "transformers", "safetensors")
 _MAX_TOKENS = (256, 128)
 """Input and answer lengths where a format does not record them."""
@@ -215,14 +217,27 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
             f"expected at most {_MOST[name]:,} for {name} in softprompt.json, in a list {MOST_LABEL:,} characters "
             f"each, got {len(value):,}: check that it is what it should be"
         )
-    parts = {part: value.get(part) for part in _PARTS.get(name, ())} if isinstance(value, dict) else {}
-    for part, inner in parts.items():
-        if inner is not None and not isinstance(inner, _PARTS[name][part]):
-            name, value, hint = f"{name}.{part}", inner, _PARTS[name][part]
-            break
     if fits(value, hint) and (hint is not int or value > 0):
+        for each in value if name == "history" else [value] if name in _PARTS else []:
+            if name == "history" and each.get("epoch") is None:
+                raise _wrong("history.epoch", None, int)
+            _check_parts(name, each, _PARTS[name])
         return tuple(value) if name in _TUPLES and value is not None else value
-    raise ArtifactError(
+    raise _wrong(name, value, hint)
+
+
+def _check_parts(name: str, value: Any, wanted: Any) -> None:
+    """Check the type of a nested value, or with a mapping of types those of what is inside."""
+    hint = dict if isinstance(wanted, Mapping) else wanted
+    if not fits(value, hint):
+        raise _wrong(name, value, hint)
+    for part, inner in wanted.items() if hint is dict else ():
+        if value.get(part) is not None:
+            _check_parts(f"{name}.{part}", value[part], inner)
+
+
+def _wrong(name: str, value: Any, hint: Any) -> ArtifactError:
+    return ArtifactError(
         f"expected {name} in softprompt.json to be {type_name(hint)}, got {type(value).__name__} "
         f"{str(value)[:40]!r}: restore the file from the original"
     )

@@ -151,7 +151,8 @@ def _message(given: Any, where: str) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise DataError(f"{where}: expected 'role' and 'content', got {type(given).__name__}")
     names = ("from", "value") if "from" in given else ("role", "content")
-    if absent := [name for name in names if name not in given and not given.get("tool_calls")]:
+    needed = names[:1] if given.get("tool_calls") else names
+    if absent := [name for name in needed if name not in given]:
         raise DataError(
             f"{where}: expected the fields {names[0]!r} and {names[1]!r}, got {', '.join(given)}"
             f"{nearest(absent[0], given)}"
@@ -162,9 +163,8 @@ def _message(given: Any, where: str) -> dict[str, Any]:
         if role not in ROLES:
             raise DataError(f"{where}: expected from human, gpt, system or tool, got {role!r}")
     if isinstance(content, list | tuple):
-        kinds = {part.get("type") if isinstance(part, Mapping) else part for part in content}
-        if others := kinds - {"text"}:
-            raise DataError(f"{where}: expected parts of type text, got {', '.join(map(str, others))}")
+        if others := {_kind(part): None for part in content if _kind(part) != "text"}:
+            raise DataError(f"{where}: expected parts of type text, got {', '.join(others)}")
         content = "".join(str(part.get("text", "")) for part in content)
     more = {name: value for name, value in given.items() if name not in names and value}
     if content is None and "tool_calls" in more:
@@ -172,6 +172,12 @@ def _message(given: Any, where: str) -> dict[str, Any]:
     if not isinstance(content, str):
         raise DataError(f"{where}: expected text in {names[1]!r}, got {content!r}")
     return {"role": role, "content": content, **more}
+
+
+def _kind(part: Any) -> str:
+    """Return the type of a part of a message; of what is none, the name of its class."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    return kind if isinstance(kind, str) else type(part).__name__
 
 
 def fitted(chat: Chat, fits: Callable[[Chat], bool]) -> Chat:

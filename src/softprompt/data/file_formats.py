@@ -14,11 +14,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from softprompt.errors import DataError, first_line
+from softprompt.untrusted import check_unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -203,24 +204,44 @@ def _check_header(header: list[str], where: str) -> None:
 def read_parquet(path: Path) -> Iterator[Located]:
     """Yield the records of a Parquet file; raises DataError if pyarrow is not installed, or the file is damaged."""
     try:
-        from pyarrow import parquet
+        from pyarrow import Table, parquet
     except ImportError as error:
         raise _needs_pyarrow(path) from error
-    return _table_of(path, "Parquet", lambda: parquet.read_table(path, partitioning=None))
+
+    def read() -> Any:
+        from softprompt.data.unfolded import check_parquet
+
+        texts = check_parquet(parquet.read_metadata(path), path)
+        with parquet.ParquetFile(path, read_dictionary=texts) as file:
+            # A batch over two groups would have two dictionaries, which pyarrow cannot nest.
+            groups = (file.iter_batches(row_groups=[number]) for number in range(file.num_row_groups))
+            return Table.from_batches(chain.from_iterable(groups), file.schema_arrow)
+
+    return _table_of(path, "Parquet", read)
 
 
 def read_arrow(path: Path) -> Iterator[Located]:
     """Yield the records of an Arrow file, of the file form (Feather 2) or the stream form; see ``read_parquet``."""
     try:
-        from pyarrow import ipc
+        from pyarrow import Table, ipc
     except ImportError as error:
         raise _needs_pyarrow(path) from error
 
     def read() -> Any:
+        from softprompt.data.unfolded import check_arrow
+
         with path.open("rb") as stream:
-            is_file_form = stream.read(6) == b"ARROW1"
-            stream.seek(0)
-            return (ipc.open_file(stream) if is_file_form else ipc.open_stream(stream)).read_all()
+            # The file form is a stream behind 8 bytes, with an index at its end, which could point elsewhere.
+            start = 8 if stream.read(6) == b"ARROW1" else 0
+            count = ipc.open_file(stream).num_record_batches if start else None
+            stream.seek(start)
+            check_arrow(stream, path)
+            stream.seek(start)
+            reader = ipc.open_stream(stream)
+            batches = list(reader)
+        if count not in (None, len(batches)):
+            raise ValueError(f"expected {count} batches, got {len(batches)}")
+        return Table.from_batches(batches, reader.schema)
 
     return _table_of(path, "Arrow", read)
 
@@ -229,15 +250,19 @@ def _table_of(path: Path, form: str, read: Callable[[], Any]) -> Iterator[Locate
     """Yield the records of a table that is read and then checked, for its offsets may point anywhere.
 
     Raises:
-        DataError: The file is damaged, or has more records than it has values for.
+        DataError: The file is damaged, or unpacks to too much.
     """
+    from softprompt.data.unfolded import unfolded
+
     try:
         table = read()
         _validate(table)
+        size = 8 * table.num_rows + sum(unfolded(chunk) for each in table.columns for chunk in each.chunks)
+    except DataError:
+        raise
     except Exception as error:  # pyarrow lets errors of many kinds through
         raise damaged(path, form, error) from error
-    if table.num_rows > 8 * table.nbytes:
-        raise DataError(f"{path.name}: {table.num_rows:,} records without a value; write it again")
+    check_unpacked(size, path.stat().st_size, path.name)
     return with_class_names(_column_records(table, path), _features(table))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import gzip
 import hashlib
 import json
 import logging
@@ -25,6 +24,7 @@ from softprompt.data.file_formats import (
     with_class_names,
 )
 from softprompt.errors import DataError, first_line, nearest
+from softprompt.untrusted import check_unpacked
 from softprompt.world import world
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,8 @@ _SPLITS: Mapping[str | None, tuple[str, ...]] = {
 
 STANDARD_INPUT = "-"
 _PACKED = {".gz": "gzip", ".zst": "zstd"}
+_STEP = 1024
+"""Packed bytes at a time; zstd may make 32 MiB of them."""
 _HUB = re.compile(r"(hf://datasets/)?([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))??(?::([\w.-]*))?")
 """``org/name``, ``name:split`` and ``name:config:split``, each with or without ``org/``."""
 
@@ -158,31 +160,37 @@ def check_file(path: Path) -> None:
 
 
 def _unpacked(path: Path, packed: str) -> bytes:
+    """Return the bytes of a file, unpacked in steps, so that too many are noticed in time."""
     data = path.read_bytes()
+    if not packed:
+        return data
+    unpacker, parts, size = _unpacker(path, packed), list[bytes](), 0
     try:
-        if packed == ".gz":
-            return gzip.decompress(data)
-        return _without_zstd(data, path) if packed else data
-    except (OSError, EOFError, zlib.error) as error:
+        for at in range(0, len(data), _STEP):
+            left = data[at : at + _STEP]
+            while left:  # of one stream behind another
+                unpacker = _unpacker(path, packed) if unpacker.eof else unpacker
+                parts.append(unpacker.decompress(left))
+                size += len(parts[-1])
+                check_unpacked(size, len(data), path.name)
+                left = unpacker.unused_data.lstrip(b"\0")  # as tapes are filled up
+        if not unpacker.eof:
+            raise EOFError("it ends too early")
+    except DataError:
+        raise
+    except Exception as error:  # zlib's, zstandard's
         raise damaged(path, _PACKED[packed], error) from error
+    return b"".join(parts)
 
 
-def _without_zstd(data: bytes, path: Path) -> bytes:
+def _unpacker(path: Path, packed: str) -> Any:
+    if packed == ".gz":
+        return zlib.decompressobj(wbits=31)
     try:
         import zstandard
     except ImportError as error:
         raise DataError(f'reading {path.name} needs zstandard: pip install "softprompt[data]"') from error
-    parts = []
-    while data:
-        part = zstandard.ZstdDecompressor().decompressobj()
-        try:
-            parts.append(part.decompress(data))
-        except zstandard.ZstdError as error:
-            raise OSError(str(error)) from error
-        if not part.eof:
-            raise EOFError("it ends too early")
-        data = part.unused_data
-    return b"".join(parts)
+    return zstandard.ZstdDecompressor().decompressobj()
 
 
 def _decoded(data: bytes, name: str) -> str:
