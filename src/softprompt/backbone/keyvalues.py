@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from softprompt.backbone.caches import with_cache
+from softprompt.backbone.facts import with_cache
 from softprompt.backbone.passes import evaluated
 from softprompt.backbone.sharding import shard_of
 from softprompt.backbone.state import device_of, is_encoder_decoder, locked, state_of
