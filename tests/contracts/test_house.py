@@ -28,6 +28,13 @@ MODULES = {module_name(path): path for path in PACKAGE.rglob("*.py")}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 
 
+DOORS = {
+    name: path.with_suffix(".pyi").read_text(encoding="utf-8")
+    for name, path in MODULES.items()
+    if path.with_suffix(".pyi").exists()
+}
+
+
 def type_checking_nodes(tree):
     return {
         id(inner)
@@ -47,7 +54,8 @@ def imports_of(name):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("softprompt"):
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
-                found.add(inner if inner in MODULES else node.module)
+                of_the_door = f" as {alias.name}\n" in DOORS.get(node.module, "")  # a function called as its module
+                found.add(inner if inner in MODULES and not of_the_door else node.module)
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names if alias.name in MODULES}
     return {each for each in found if each in MODULES and each != name}
