@@ -1,27 +1,22 @@
 """What the rest of the library needs to know about a base model, read once.
 
-``backbone`` and ``engine`` are the only places that know how transformers spells things. What it calls a model's
-cache stands here alone: ``cache`` since 5.24, ``past_key_values`` before, which a model's own code may still say.
+``backbone`` and ``engine`` are the only places that know how transformers spells things.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Container, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import Cache, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers import PreTrainedModel
 
 from softprompt.backbone.sharding import require_readable
-from softprompt.backbone.state import input_embedding, is_encoder_decoder, resting, stamp_of, state_of
+from softprompt.backbone.state import input_embedding, is_encoder_decoder, resting, stamp_of, state_of, takes_cache
 from softprompt.errors import BackboneError
 from softprompt.prompts import initialisers
-
-_CACHES = ("cache", "past_key_values")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,37 +92,6 @@ def _read(model: PreTrainedModel, table: nn.Embedding) -> Facts:
         positions_from_ids=from_ids,
         pad_id=pad if isinstance(pad, int) and 0 <= pad < vocabulary else 0,
     )
-
-
-def _known(names: Container[str]) -> list[str]:
-    return [name for name in _CACHES if name in names]
-
-
-def takes_cache(model: nn.Module) -> bool:
-    """Tell whether a model's ``forward`` names a cache of keys and values, as decoders' do."""
-    return bool(_known(inspect.signature(model.forward).parameters))
-
-
-def with_cache(model: nn.Module, inputs: Mapping[str, Any], cache: Cache) -> dict[str, Any]:
-    """Return the arguments of a call with this cache; a forward that names none may hand on all it gets."""
-    name, *_ = _known(inspect.signature(model.forward).parameters) or _known(vars(BaseModelOutputWithPast))
-    return {each: value for each, value in inputs.items() if each not in _CACHES} | {name: cache}
-
-
-def cache_in(values: Mapping[str, Any]) -> Any:
-    """Return the cache among the arguments of a call, or in what it returned; None where there is none."""
-    return next((value for name, value in values.items() if name in _CACHES and value is not None), None)
-
-
-def without_cache(output: Any) -> Any:
-    """Return what a model returned, but the cache."""
-    return replace(output, **dict.fromkeys(_known([each.name for each in fields(output)])))
-
-
-def cached_tokens(values: Mapping[str, Any]) -> int:
-    """Return how many tokens the cache of a call holds; recurrent states alone do not say, and count as 0."""
-    cache = cache_in(values)
-    return int(cache.get_seq_length()) if isinstance(cache, Cache) and not all(cache.is_linear) else 0
 
 
 def is_bidirectional(model: PreTrainedModel) -> bool:

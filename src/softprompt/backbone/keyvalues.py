@@ -13,10 +13,9 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from softprompt.backbone.facts import with_cache
 from softprompt.backbone.passes import evaluated
 from softprompt.backbone.sharding import shard_of
-from softprompt.backbone.state import device_of, is_encoder_decoder, locked, state_of
+from softprompt.backbone.state import device_of, is_encoder_decoder, locked, state_of, with_cache
 from softprompt.errors import BackboneError, ConfigError, SoftPromptError
 
 

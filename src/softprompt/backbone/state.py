@@ -1,22 +1,27 @@
-"""What is kept for each model: its lock, what was read and found, and the embedding modules it is known by."""
+"""What is kept for each model: its lock, what was read and found, the embeddings and the cache it is known by."""
 
 from __future__ import annotations
 
+import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields, replace
 from typing import Any, TypeVar, cast, final
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from softprompt.errors import BackboneError
 
 T = TypeVar("T")
 Lock = AbstractContextManager[Any]
+_CACHES = ("cache", "past_key_values")
+"""What transformers calls a cache since 5.24, and before; a model's own code, or a caller, may still say that."""
 
 
 @final
@@ -158,3 +163,34 @@ def side_embeddings(model: PreTrainedModel) -> list[nn.Embedding]:
         for name, module in model.named_modules()
         if name.endswith("embed_tokens_per_layer") and isinstance(module, nn.Embedding)
     ]
+
+
+def _known(names: Container[str]) -> list[str]:
+    return [name for name in _CACHES if name in names]
+
+
+def takes_cache(model: nn.Module) -> bool:
+    """Tell whether a model's ``forward`` names a cache of keys and values, as decoders' do."""
+    return bool(_known(inspect.signature(model.forward).parameters))
+
+
+def with_cache(model: nn.Module, inputs: Mapping[str, Any], cache: Cache) -> dict[str, Any]:
+    """Return the arguments of a call with this cache; a forward that names none may hand on all it gets."""
+    name, *_ = _known(inspect.signature(model.forward).parameters) or _known(vars(BaseModelOutputWithPast))
+    return {each: value for each, value in inputs.items() if each not in _CACHES} | {name: cache}
+
+
+def cache_in(values: Mapping[str, Any]) -> Any:
+    """Return the cache among the arguments of a call, or in what it returned; None where there is none."""
+    return next((value for name, value in values.items() if name in _CACHES and value is not None), None)
+
+
+def without_cache(output: Any) -> Any:
+    """Return what a model returned, but the cache."""
+    return replace(output, **dict.fromkeys(_known([each.name for each in fields(output)])))
+
+
+def cached_tokens(values: Mapping[str, Any]) -> int:
+    """Return how many tokens the cache of a call holds; recurrent states alone do not say, and count as 0."""
+    cache = cache_in(values)
+    return int(cache.get_seq_length()) if isinstance(cache, Cache) and not all(cache.is_linear) else 0
