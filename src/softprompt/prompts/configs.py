@@ -221,7 +221,7 @@ class PeftConfig(KnownToPeft):
             raise ConfigError(f"Provided path ({directory}) should be a directory, not a file")
         directory.mkdir(parents=True, exist_ok=True)
         values = self.to_dict() | ({"auto_mapping": auto_mapping_dict} if auto_mapping_dict else {})
-        temporary = directory / f".{CONFIG_NAME}.{secrets.token_hex(8)}"  # a name that no link beside it can have
+        temporary = directory / f".{CONFIG_NAME}.{secrets.token_hex(4)}.tmp"  # no link that came waits there
         temporary.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         temporary.replace(directory / CONFIG_NAME)
 
