@@ -22,7 +22,6 @@ from torch import Tensor
 from softprompt.artifacts.card import is_own_card, model_card
 from softprompt.artifacts.files import (
     MOST_TEXT_BYTES,
-    anchored,
     load_pickled,
     load_safetensors,
     parse_object,
@@ -192,10 +191,10 @@ def _manifest_of(data: bytes, path: Path) -> Manifest:
 
 
 def _named(base: str | None, path: Path) -> Any:
-    """Return the base that a file names, found from here."""
+    """Return the base that a file names, whose length is checked."""
     if base and max(map(len, base.split("/"))) > _MOST_OF_A_NAME:
         raise ArtifactError(f"expected the name of a base in {path}, got {base[:40]!r}...: restore it")
-    return anchored(base, path.parent)
+    return base
 
 
 def _check_digest(path: Path, data: bytes, manifest: Manifest) -> None:
