@@ -341,9 +341,13 @@ def test_no_file_of_a_run_names_the_folder_of_its_project(llama, rows, held_out,
         assert str(tmp_path).encode() not in path.read_bytes(), path.name
     monkeypatch.chdir("/")
     moved = project.rename(tmp_path / "moved")
-    assert load(moved / "runs" / "a")(held_out[0]["input"]) == tuned(held_out[0]["input"])
-    assert AutoPeftModelForCausalLM.from_pretrained(moved / "runs" / "a").config.name_or_path == str(moved / "base")
+    for loaded in (load, AutoPeftModelForCausalLM.from_pretrained):
+        with pytest.raises(ArtifactError, match="beside it, not in the working directory"):
+            loaded(moved / "runs" / "a")
     again = tune(**read_run(moved / "runs" / "a" / "run.toml"))
+    monkeypatch.chdir(moved)
+    assert load(moved / "runs" / "a")(held_out[0]["input"]) == tuned(held_out[0]["input"])
+    assert AutoPeftModelForCausalLM.from_pretrained(moved / "runs" / "a").config.name_or_path == "./base"
     assert torch.equal(again.prompt().tensors[0], tuned.prompt().tensors[0])
 
 

@@ -41,7 +41,7 @@ from softprompt.artifacts.layout import (
     check_tensors,
     config_json,
 )
-from softprompt.artifacts.manifest import Manifest, anchored, portable
+from softprompt.artifacts.manifest import Manifest, portable
 from softprompt.artifacts.stored_prompt import StoredPrompt
 from softprompt.errors import ArtifactError, no_folder
 from softprompt.prompts import CONFIG_NAME
@@ -190,10 +190,10 @@ def _manifest_of(data: bytes, path: Path) -> Manifest:
 
 
 def _named(base: str | None, path: Path) -> Any:
-    """Return the base that a file names, found from here."""
+    """Return the base that a file names, whose length is checked."""
     if base and max(map(len, base.split("/"))) > _MOST_OF_A_NAME:
         raise ArtifactError(f"expected the name of a base in {path}, got {base[:40]!r}...: restore it")
-    return anchored(base, path.parent)
+    return base
 
 
 def _check_digest(path: Path, data: bytes, manifest: Manifest) -> None:

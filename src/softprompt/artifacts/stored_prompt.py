@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.artifacts.layout import LAYOUTS, OUR_KEYS
-from softprompt.artifacts.manifest import Manifest, manifest_of_task
+from softprompt.artifacts.manifest import Manifest, anchored, manifest_of_task
 from softprompt.backbone import Base, Fingerprint, input_embedding
 from softprompt.errors import IGNORING, ArtifactError, ConfigError, FingerprintError, nearest
 from softprompt.prompts import (
@@ -344,17 +345,20 @@ def check_width(width: int, base: Base, where: str) -> None:
 
 
 def outside(base_model: str, directory: str | Path) -> str:
-    """Return the base model that a prompt's folder names, refused where that lies in the folder itself.
+    """Return the base model that a prompt names, refused where it came along with the prompt.
 
     Who sends a prompt could send a model with it, and it would be loaded without having been asked for.
 
     Raises:
         ArtifactError: It does.
     """
-    found = Path(base_model).resolve()  # which a name of the Hub is too, below the working directory
-    if found.exists() and found.is_relative_to(Path(directory).resolve()):
+    # A name of the Hub is a path below the working directory too.
+    found = Path(anchored(base_model, Path(directory))).resolve()
+    inside = found.is_relative_to(Path(directory).resolve())
+    if found.exists() and (inside or not os.path.exists(base_model)):
+        where = "inside its own folder" if inside else "beside it, not in the working directory"
         raise ArtifactError(
-            f"{directory} names a base model inside its own folder ({base_model}), which is not loaded unasked; if "
+            f"{directory} names a base model {where} ({found}), which is not loaded unasked; if "
             "you trust it, pass base_model (--base-model), or load it yourself for PeftModel.from_pretrained"
         )
     return base_model

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from softprompt.artifacts import anchored, outside
+from softprompt.artifacts import outside
 from softprompt.backbone import text_key_values
 from softprompt.bundled import source_of
 from softprompt.engine import infer_task
@@ -184,7 +184,7 @@ class AutoPeftModel:
         if cls.task not in (None, task):
             raise ConfigError(f"{cls.__name__} loads task_type {cls.task}, the prompt is for {task}")
         folder = Path(pretrained_model_name_or_path)
-        source, file = source_of(outside(anchored(config.base_model_name_or_path, folder), folder))
+        source, file = source_of(outside(config.base_model_name_or_path, folder))
         if config.revision is None and (said := no_folder(source, before_hub=True)):
             raise BackboneError(f"base model: {said}")
         # Unset, transformers asks on stdin whether to run the code that a base names.
