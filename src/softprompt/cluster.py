@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from typing import Any
 
@@ -55,7 +55,8 @@ def connected(address: str, workers: int | None = None, *, parts: str = "ray") -
     if ends is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, ends)
     try:
-        yield ray
+        with redirect_stdout(sys.stderr):  # Ray prints which worker has died among what a command answers
+            yield ray
     finally:
         ray.shutdown()
 

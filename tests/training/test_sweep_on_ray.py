@@ -141,7 +141,7 @@ def test_a_ray_that_does_not_start_is_one_line(monkeypatch):
             pass
 
 
-def test_sigterm_is_handled_as_before_and_the_gpu_is_that_of_ray(monkeypatch):
+def test_sigterm_is_handled_as_before_and_what_ray_says_and_has_is_told(monkeypatch, capsys):
     def handles(number, frame):
         pass
 
@@ -153,6 +153,8 @@ def test_sigterm_is_handled_as_before_and_the_gpu_is_that_of_ray(monkeypatch):
     try:
         with connected("local"):
             assert signal.getsignal(signal.SIGTERM) == before
+            print("a worker has died")  # as a thread of Ray does
+        assert capsys.readouterr() == ("", "a worker has died\n")
     finally:
         signal.signal(signal.SIGTERM, before)
     assert device_there() is None
