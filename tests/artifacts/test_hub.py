@@ -13,7 +13,16 @@ import torch
 
 from oracles.hub import LocalHub
 from oracles.served import served
-from softprompt.artifacts import files, load_adapter, local_prompts, pull, push, save_adapter, staged_folder
+from softprompt.artifacts import (
+    files,
+    load_adapter,
+    local_prompts,
+    outside,
+    pull,
+    push,
+    save_adapter,
+    staged_folder,
+)
 from softprompt.errors import ArtifactError, ConfigError, OutputExistsError
 
 SLUG = "me/prompts-64f9a55bb3115b4f513ec026"
@@ -161,7 +170,9 @@ def test_paths_move_with_a_project_and_stay_where_they_could_not(tmp_path, monke
     assert load_adapter("runs/a").base_model == "./models/tiny"
     monkeypatch.chdir(elsewhere)
     moved = project.rename(tmp_path / "moved")
-    assert load_adapter(moved / "runs" / "a").base_model == str(moved / "models" / "tiny")
+    # A prompt that was downloaded looks just so: from elsewhere a base beside it is not loaded unasked.
+    with pytest.raises(ArtifactError, match="names a base model beside it, not in the working directory"):
+        outside(load_adapter(moved / "runs" / "a").base_model, moved / "runs" / "a")
     assert load_adapter("a").base_model == base
 
 

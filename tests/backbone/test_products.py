@@ -45,7 +45,7 @@ KINDS = ["linear", "linear without bias", "conv1d"]
 def chosen(monkeypatch):
     """As on a machine where oneDNN is the faster one, for layers of any size."""
     monkeypatch.setattr(products, "is_faster_here", lambda: True)
-    monkeypatch.setattr(products, "_WORTH", 1)
+    monkeypatch.setattr(products, "_WORTH", dict.fromkeys(products._WORTH, 1))
 
 
 def layer(kind, trainable=False):
@@ -76,6 +76,24 @@ def test_same_numbers(monkeypatch, kind, shape, keep):
         strided = torch.randn(16, *shape).movedim(0, -1)
         torch.testing.assert_close(module(strided), type(module).forward(module, strided), atol=1e-6, rtol=1e-5)
     assert len(calls) == 2
+
+
+@pytest.mark.skipif(not products.orders_bfloat16(), reason="this CPU does not multiply bfloat16")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 5, 16, 40])
+def test_ordered_bfloat16_is_torchs(monkeypatch, kind, rows):
+    """To the bit: torch leaves these products to oneDNN too, which orders the weight each time."""
+    module, x = layer(kind).bfloat16(), torch.randn(rows, 16, dtype=torch.bfloat16)
+    calls = used(monkeypatch)
+    assert frozen_linears(module) == []
+    with torch.no_grad(), swapped_forwards(frozen_linears(module, keep=True)):
+        assert torch.equal(module(x), type(module).forward(module, x))
+        assert len(calls) == 1
+        with pytest.raises(RuntimeError, match="dtype"):
+            module(x.float())
+        module.float()
+        module(x.float())
+    assert len(calls) == 1
 
 
 def test_few_numbers_of_rows_are_compiled_for():
@@ -340,7 +358,7 @@ def test_kept_copy_follows_the_weight(change):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_small_products_are_torchs(monkeypatch, kind):
-    monkeypatch.setattr(products, "_WORTH", 3 * 16 * 24)
+    monkeypatch.setattr(products, "_WORTH", {torch.float32: 3 * 16 * 24})
     calls, module = used(monkeypatch), layer(kind)
     with swapped_forwards(frozen_linears(module)):
         module(torch.randn(2, 16))

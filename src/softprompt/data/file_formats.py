@@ -276,9 +276,15 @@ def _validate(table: Any) -> None:
         # Which stops at the first text: the offsets of the others are still to be checked.
         import pyarrow
 
-        as_bytes = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
+        forms = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
+
+        def as_bytes(array: Any) -> Any:
+            if isinstance(array, pyarrow.DictionaryArray):
+                return pyarrow.DictionaryArray.from_arrays(array.indices, as_bytes(array.dictionary))
+            return array.view(forms[array.type]) if array.type in forms else array
+
         for chunk in (chunk for column in table.columns for chunk in column.chunks):
-            (chunk.view(as_bytes[chunk.type]) if chunk.type in as_bytes else chunk).validate(full=True)
+            as_bytes(chunk).validate(full=True)
 
 
 def _features(table: Any) -> Mapping[str, Any]:
