@@ -146,12 +146,10 @@ def frozen_linears(model: nn.Module, *, keep: bool = False) -> list[FrozenLinear
     keeps its own too: those would be compiled again for every pass. One whose layers
     are swapped by a pass around this one needs no others.
     """
+    if torch.compiler.is_compiling() or _torch_only.get() or not cast(Any, torch.backends).mkldnn.enabled:
+        return []
     faster = {torch.float32: is_faster_here(), torch.bfloat16: keep and orders_bfloat16()}
     dtypes = [dtype for dtype, here in faster.items() if here]
-    if torch.compiler.is_compiling() or _torch_only.get() or not dtypes:
-        return []
-    if not cast(Any, torch.backends).mkldnn.enabled:
-        return []
     products = []
     for each in model.modules():
         if isinstance(vars(each).get("forward"), FrozenLinear) or _is_compiled(each):
