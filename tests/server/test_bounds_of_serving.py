@@ -1,5 +1,6 @@
 """Connections are bounded for all but probes, and a scorer that stops leaves nobody waiting."""
 
+import http.client
 import socket
 import threading
 import time
@@ -76,9 +77,10 @@ def asked_again(server, head, times=2):
         for number in range(times):
             try:
                 sock.sendall(head)
-                if not sock.recv(65536):
-                    return number
-            except OSError:
+                with http.client.HTTPResponse(sock) as answer:  # whole: its head may come before its body
+                    answer.begin()
+                    answer.read()
+            except (OSError, http.client.HTTPException):
                 return number
     return times
 
