@@ -48,6 +48,7 @@ __all__ += ["check_plain", "parse_object", "read_bytes", "say_if_large"]
 
 _ZIP = b"PK\x03\x04"
 _MOST_LINKED = 1_000
+"""Other files and folders that an exchanged folder may hold; more take too long to link."""
 _MOST_STEPS = 100_000
 """Instructions of a pickle, which has about thirty for each tensor."""
 
