@@ -191,6 +191,19 @@ def test_the_readme_is_short_and_starts_with_what_it_is():
     assert first_code < 15 and install < 50
 
 
+def test_every_page_is_reached_from_the_first_by_links_in_the_text():
+    docs = ROOT / "docs"
+    left, reached = [docs / "index.md"], set()
+    while left:
+        page = left.pop()
+        if page.suffix == ".md" and page not in reached:
+            reached.add(page)
+            targets = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
+            left += [(page.parent / each).resolve() for each in targets]
+    notebooks = set((docs / "notebooks").glob("*.md"))  # made of the notebooks, which are linked themselves
+    assert {each.relative_to(docs).as_posix() for each in set(docs.rglob("*.md")) - reached - notebooks} == set()
+
+
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
