@@ -108,12 +108,12 @@ def further_work(bases, others, odd):
     found["refused"] = {
         "prefix": said_of(lambda: get_peft_model(split.model, PrefixTuningConfig(num_virtual_tokens=2))),
         "heads": said_of(lambda: load_base(odd, shard="tp")),
-        "plan": said_of(lambda: load_base(bases["gptj"], shard="tp")),
+        "plan": said_of(lambda: load_base(bases["gpt_neo"], shard="tp")),
         "gguf": said_of(lambda: load_base(f"{odd}/model.gguf", shard="fsdp")),
         "in memory": said_of(lambda: load_base(load_base(llama).model, shard="tp")),
     }
     found["prompted"] = [prompted(load_base(llama, shard=shard)) for shard in (None, "fsdp", "tp")]
-    found["tuned by expand"] = used(tune(bases["gptj"], *RECORDS, shard="fsdp", **HOW))
+    found["tuned by expand"] = used(tune(bases["gpt_neo"], *RECORDS, shard="fsdp", **HOW))
     found["tuned"] = used(tune(llama, *RECORDS, shard="tp", **HOW))
     found["memory"] = [tune(llama, *RECORDS, shard=shard, dry_run=True, **HOW).memory for shard in (None, "fsdp")]
     return found
@@ -180,7 +180,7 @@ sys.exit(run(sys.argv[2:]))
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases")
-    return {name: write_base(folder / name, name) for name in ("llama", "gptj")}
+    return {name: write_base(folder / name, name) for name in ("llama", "gpt_neo")}
 
 
 @pytest.fixture(scope="module")
@@ -215,14 +215,14 @@ def assert_alike(found, kinds, engine=None, within=1e-5):
     assert len(set(found["weights"])) == 1  # a whole one's, before the passes and after them
 
 
-@pytest.mark.parametrize(("name", "engine"), [("llama", "forest"), ("gptj", "expand")])
+@pytest.mark.parametrize(("name", "engine"), [("llama", "forest"), ("gpt_neo", "expand")])
 def test_fsdp_gives_the_same_scores_and_gradients_by_the_same_engine(ranks, name, engine):
     for found in ranks:
         assert_alike(found[name], PROMPTS if name == "llama" else PROMPTS[:1], engine)
 
 
 def test_a_process_holds_its_share(ranks):
-    for name in ("llama", "gptj"):
+    for name in ("llama", "gpt_neo"):
         shares = [found[name]["held"] for found in ranks]
         assert {each[0] for each in shares} == {"fsdp"}
         assert all(each[1] < 0.8 for each in shares)  # of so small a base the embeddings are much
@@ -245,7 +245,7 @@ def test_rows_shared_out_give_the_prompt_of_one_process(ranks, bases, saved):
 
 @pytest.mark.slow
 def test_passes_that_could_differ_in_number_are_run_by_all(further_ranks, bases):
-    whole = used(tune(bases["gptj"], *RECORDS, **HOW))
+    whole = used(tune(bases["gpt_neo"], *RECORDS, **HOW))
     for found in further_ranks:
         assert_used_alike(found["tuned by expand"], whole)
 
@@ -302,7 +302,7 @@ def test_the_wire_carries_what_the_cost_model_says(further_ranks):
     [
         ("prefix", "is split by heads (shard tp)"),
         ("heads", "heads (1 of keys) do not split into 2 processes"),
-        ("plan", "GPTJForCausalLM has no plan for tensor parallelism; use shard='fsdp'"),
+        ("plan", "GPTNeoForCausalLM has no plan for tensor parallelism; use shard='fsdp'"),
         ("gguf", "a GGUF file cannot be sharded"),
         ("in memory", "shard tp splits a base while it is read"),
     ],

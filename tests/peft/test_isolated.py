@@ -98,12 +98,14 @@ def test_seq2seq_rows_equal_alone(name):
     ids, mask = padded(ROWS, "right")
     labels = torch.randint(3, 64, (3, 4))
     logits = ours(input_ids=ids, attention_mask=mask, labels=labels).logits
+    # mT5's logits reach 24, and those of the bare base differ by 7e-6 between a batch and a row alone.
+    close = {"atol": 1e-6 * max(1.0, float(logits.detach().abs().max())), "rtol": 1e-5}
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     tokens = ours.generate(input_ids=ids, attention_mask=mask, **options)
     for i, row in enumerate(ROWS):
         one = torch.tensor([row])
         alone = ours(input_ids=one, labels=labels[i : i + 1]).logits[0]
-        torch.testing.assert_close(logits[i], alone, **CLOSE)
+        torch.testing.assert_close(logits[i], alone, **close)
         assert tokens[i].tolist() == ours.generate(input_ids=one, **options)[0].tolist()
 
 
