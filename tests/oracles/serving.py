@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -177,8 +178,10 @@ def running(app: Any, *, grace: int = 10) -> Any:
         yield Server(f"http://127.0.0.1:{sock.getsockname()[1]}", app, server)
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(60)  # a busy machine takes its time: 30 s were too few in one run of many
         sock.close()
+        if thread.is_alive():
+            faulthandler.dump_traceback()  # what it waits for
         assert not thread.is_alive()
 
 
