@@ -1,5 +1,3 @@
-from .batches import plan_batches as plan_batches
-from .batches import split_batch as split_batch
 from .chat_template import ChatTemplate as ChatTemplate
 from .chat_template import turn_end as turn_end
 from .chats import CHAT_FIELDS as CHAT_FIELDS

@@ -5,7 +5,6 @@ from .held_out import Divergence as Divergence
 from .held_out import HeldOut as HeldOut
 from .held_out import HeldOutMeasure as HeldOutMeasure
 from .held_out import divergence_of as divergence_of
-from .measurement import measure_distilled as measure_distilled
 from .questions import Question as Question
 from .questions import Study as Study
 from .questions import given_questions as given_questions
@@ -17,6 +16,7 @@ from .report import report_of as report_of
 from .report import unrelated_pairs as unrelated_pairs
 from .run import QUESTIONS_NAME as QUESTIONS_NAME
 from .run import distill as distill
+from .run import measure_distilled as measure_distilled
 from .settings import TEXT_RATE_PER_RMS as TEXT_RATE_PER_RMS
 from .settings import DistillSettings as DistillSettings
 from .stages import answered as answered

@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 
 from softprompt.errors import DistributedError, TrainingError
-from softprompt.training.events import Events
 from softprompt.training.gradients import steps_of
-from softprompt.training.sampling import Update
-from softprompt.training.settings import TuneSettings
-from softprompt.training.stage import Stage
 from softprompt.training.state import RunState, Saving
 from softprompt.world import world
 
 if TYPE_CHECKING:
     from softprompt.training.collapse import CollapseWatch
+    from softprompt.training.events import Events
+    from softprompt.training.sampling import Update
+    from softprompt.training.settings import TuneSettings
+    from softprompt.training.stage import Stage
 
 logger = logging.getLogger(__name__)
 
