@@ -138,6 +138,15 @@ def plain(settings: Any) -> dict[str, Any]:
     }
 
 
+def flat(values: Mapping[str, Any], between: str, before: str = "") -> dict[str, Any]:
+    """Return nested mappings as one level, the names on the way to a value joined by ``between``."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = isinstance(value, Mapping)
+        found |= flat(value, between, f"{before}{name}{between}") if inner else {f"{before}{name}": value}
+    return found
+
+
 def default_of(item: Field[Any]) -> Any:
     """Return a field's default, also where a factory makes it."""
     if item.default_factory is not MISSING:

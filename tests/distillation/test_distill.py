@@ -342,7 +342,7 @@ def test_the_choice_among_labels_is_learnt_unless_its_weight_is_zero():
 
 
 def test_a_given_answer_that_is_no_label_is_refused_before_the_teacher_reads():
-    with pytest.raises(SoftPromptError, match="question 2: its answer 'neutral' is none of the 2 labels"):
+    with pytest.raises(SoftPromptError, match="question 2: 'neutral' is not among the 2 labels of the exam"):
         labelled_run(questions=[{"input": "a", "output": "good"}, {"input": "b", "output": "neutral"}])
 
 

@@ -9,6 +9,7 @@ from .questions import Question as Question
 from .questions import Study as Study
 from .questions import given_questions as given_questions
 from .questions import problem as problem
+from .questions import request_of as request_of
 from .report import REPORT_NAME as REPORT_NAME
 from .report import DistillationReport as DistillationReport
 from .report import measured_on as measured_on

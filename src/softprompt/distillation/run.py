@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +55,6 @@ from softprompt.training import (
     named_source,
     nothing_learnt,
     publish_logs,
-    state_path,
     trackers_of,
 )
 from softprompt.world import joined, world
@@ -114,9 +113,7 @@ def distill(
     """
     called, target = checked_callbacks(callbacks), None if output is None else Path(output)
     sources = {"system_prompt": system_prompt, "documents": documents, "examples": examples, "questions": questions}
-    if resume and overwrite:
-        raise UsageError("resume goes on with a run, overwrite starts anew; leave overwrite out")
-    with joined() as ranks, nullcontext() if dry_run else claimed(target, overwrite=overwrite, resume=resume):
+    with joined() as ranks, claimed(target, overwrite=overwrite, resume=resume, dry_run=dry_run):
         plan, settings, base_model, text = _begun(target, base_model, sources, options, resume=resume)
         target = target if ranks.is_main else None
         with timed(silent=settings.silence_progress_bars):
@@ -225,11 +222,8 @@ def _run(
     prepared, held_out = student.taught(targets, settings.label_weight, stop.check)
     apart = len(held_out.questions)
     logger.info("%d questions to train on, %d kept apart", len(found) - apart, apart)
-    known = identity(prepared)
     trackers = trackers_of(settings.track or (), output, store.plan["settings"])
-    before = world().from_main(
-        lambda: load_states(output, known)[0] if output and state_path(output).exists() else {}
-    )
+    before, _ = load_states(output, identity(prepared))
     with store.interrupted("at once", (KeyboardInterrupt,)):
         trained = Session(output, stop, before, [*callbacks, *trackers]).train({"": prepared})[""]
     judged = [{**point, "loss": point["distillation"]} for point in trained.history]

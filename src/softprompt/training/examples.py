@@ -15,6 +15,7 @@ from softprompt.data import (
     Located,
     Record,
     Verbalizer,
+    check_label,
     data_fingerprint,
     label_set,
     opened,
@@ -22,7 +23,7 @@ from softprompt.data import (
     read_source,
     validation_split_of,
 )
-from softprompt.errors import ConfigError, DataError, TemplateError, UsageError, nearest
+from softprompt.errors import ConfigError, DataError, TemplateError, UsageError
 from softprompt.training.settings import TuneSettings
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,8 @@ def _read_task(name: str, train: Rows, validation: Rows | None, settings: TuneSe
         named_source = f"{train}:validation" if isinstance(train, str) else own
         held_out = _read(named_source, list(read_source(own)), verbalizer, settings)
     if labels is not None and held_out is not None:
-        _check_labels(held_out, labels)
+        for place, target in zip(held_out.places, held_out.targets, strict=True):
+            check_label(target, labels, f"validation data, {place.where}", "the training data")
     parts = {"train": part} | ({} if held_out is None else {"validation": held_out})
     return TaskData(
         name,
@@ -240,13 +242,3 @@ def _check_template(verbalizer: Verbalizer, records: Sequence[Record], settings:
     if records and records[0].chat is not None and not {INPUT, "instruction"} & {*records[0].fields}:
         raise ConfigError("verbalizer would be ignored: the base's chat template renders chats; leave it out")
     verbalizer.check(records, settings.output_field)
-
-
-def _check_labels(held_out: _Part, labels: tuple[str, ...]) -> None:
-    for place, target in zip(held_out.places, held_out.targets, strict=True):
-        if target not in labels:
-            raise DataError(
-                f"validation data, {place.where}: {target!r} is not among the {len(labels)} labels of "
-                f"the training data{nearest(target, labels)}; correct it, or set task to "
-                "'generation'"
-            )
