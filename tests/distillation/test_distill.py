@@ -119,7 +119,7 @@ def distilled(tmp_path_factory):
 def test_the_prompt_comes_clearly_nearer_to_the_text_than_no_prompt(distilled):
     tuned, output, text = distilled
     lines = [json.loads(line) for line in (output / "questions.jsonl").read_text().splitlines()]
-    apart = [Question.from_dict(each) for each in lines if each["held_out"]]
+    apart = [Question(**each) for each in lines if each["held_out"]]
     assert len(apart) == 4
     assert len(lines) == 16
     teacher = teacher_of("demo", SourceText("system prompt", [("text", text)]), verbalizer=tuned.manifest.template)

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +119,7 @@ def distill(
         with timed(silent=settings.silence_progress_bars):
             base = loaded(base_model, settings.tuning(settings.configuration(chat=False)))
             teacher = Teacher.of(base, text, settings)
-            given = [Question.from_dict(each) for each in plan.get("questions", ())]
+            given = [Question(**each) for each in plan.get("questions", ())]
             if questions is not None:
                 given = given_questions(questions, teacher.rows, len(teacher.passages), settings)
             check_student(teacher, settings, given)
@@ -172,8 +172,8 @@ def _plan(
         "base_model": base_model,
         "fingerprint": _fingerprint(teacher),
         "settings": settings.to_dict(),
-        "text": text.to_dict(),
-        "questions": [each.to_dict() for each in given],
+        "text": asdict(text),
+        "questions": [asdict(each) for each in given],
     }
 
 
@@ -262,7 +262,7 @@ def _finished(
 
 
 def _lines(questions: Sequence[Question]) -> str:
-    return "".join(json.dumps(each.to_dict(), ensure_ascii=False) + "\n" for each in questions)
+    return "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in questions)
 
 
 def measure_distilled(
@@ -299,7 +299,7 @@ def measure_distilled(
     teacher = Teacher.of(tuned.base, text, settings)
     path = Path(prompt) / QUESTIONS_NAME
     try:
-        own = [Question.from_dict(json.loads(each)) for each in read_bytes(path).splitlines()]
+        own = [Question(**json.loads(each)) for each in read_bytes(path).splitlines()]
     except (ValueError, TypeError) as error:
         raise ArtifactError(f"{path} is damaged ({error}); copy it again from the original") from error
     asked = [each for each in own if each.held_out]
