@@ -216,7 +216,6 @@ def measured_on(
     questions: Sequence[Question],
     *,
     top_k: int = TOP_K,
-    check_stop: Callable[[], None] = lambda: None,
 ) -> Distilled:
     """Return a prompt with questions to measure it on; the teacher answers those that have no answer.
 
@@ -225,13 +224,11 @@ def measured_on(
         teacher: The base that has read the text.
         questions: Questions that nothing was trained on.
         top_k: Most likely tokens that are compared.
-        check_stop: Called between passes.
     """
     answered = teacher.answered(questions, scored=False)
     asked, rows = _rows(answered, teacher, tuned)
-    return Distilled(
-        tuned, teacher, HeldOut(answered, asked, rows, teacher.targets(answered, asked, top_k, check_stop))
-    )
+    targets = teacher.targets(answered, asked, top_k, lambda: None)
+    return Distilled(tuned, teacher, HeldOut(answered, asked, rows, targets))
 
 
 def _rows(
