@@ -114,7 +114,7 @@ def claimed(
         ArtifactError: It may not be written to.
     """
     if resume and overwrite:
-        raise UsageError("resume=True goes on with a run and overwrite=True starts anew; give one of them")
+        raise UsageError("resume=True goes on with a run and overwrite=True starts anew; leave overwrite out")
     with ExitStack() as held:
         if not dry_run:
             world().from_main(lambda: held.enter_context(_claimed(output, overwrite=overwrite, resume=resume)))
