@@ -18,9 +18,9 @@ import softprompt
 from quality_methods import NOTEBOOK, Cell, Found
 from real_data import Row, Split
 from real_heads import inputs, load_encoder, parts
-from softprompt.data import plan_batches
 from softprompt.training import TuneSettings
 from softprompt.training.optimisation import rate_factor
+from softprompt.training.sampling import plan_batches
 
 DEFAULT = ("N(0,1)", 2.0)
 """Start, and rate / rms of the embeddings; larger than elsewhere, as positions are added and all is normalised."""

@@ -138,6 +138,15 @@ def plain(settings: Any) -> dict[str, Any]:
     }
 
 
+def flat(values: Mapping[str, Any], between: str, before: str = "") -> dict[str, Any]:
+    """Return nested mappings as one level, the names on the way to a value joined by ``between``."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = isinstance(value, Mapping)
+        found |= flat(value, between, f"{before}{name}{between}") if inner else {f"{before}{name}": value}
+    return found
+
+
 def default_of(item: Field[Any]) -> Any:
     """Return a field's default, also where a factory makes it."""
     if item.default_factory is not MISSING:
@@ -162,7 +171,7 @@ def _check_value(owner: type, item: Field[Any], value: Any) -> None:
 def check_number(
     name: str,
     kind: type,
-    value: Any,
+    value: object,
     *,
     least: float | None = None,
     above: float | None = None,
@@ -195,29 +204,6 @@ def member(kind: type[_Member], name: str, value: object) -> _Member:
     if value not in list(kind):
         raise ConfigError(f"{name} must be one of {', '.join(kind)}, got {value!r}{nearest(str(value), kind)}")
     return kind(str(value))
-
-
-def positive(name: str, value: object, *, least: int = 1) -> int:
-    """Return a field's value if it is a whole number of at least ``least``.
-
-    Raises:
-        ConfigError: If it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
-        raise ConfigError(f"{name} must be {wanted}, got {value!r}")
-    return value
-
-
-def number(name: str, value: object) -> float:
-    """Return a field's value if it is a number of at least 0.
-
-    Raises:
-        ConfigError: If it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e38:
-        raise ConfigError(f"{name} must be a number of at least 0, got {value!r}")
-    return value
 
 
 def _article(kind: type) -> str:

@@ -42,10 +42,10 @@ def lines(axis):
 
 def test_the_png_shows_losses_accuracy_and_the_best_epoch(tmp_path, figures):
     path = tmp_path / "new" / "curve.png"
-    training_curve(HISTORY, path, title="a title", base_accuracy=0.45)
+    training_curve(HISTORY, path, base_accuracy=0.45)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert len(path.read_bytes()) > 10_000
-    assert figures[0].get_suptitle() == "a title"
+    assert figures[0].get_suptitle() == "Training curve"
     losses, accuracy = map(lines, figures[0].axes)
     assert list(losses["training loss"].get_ydata()) == [point["loss"] for point in HISTORY]
     assert list(losses["validation loss"].get_xdata()) == [1, 2, 3, 4]

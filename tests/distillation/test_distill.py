@@ -119,7 +119,7 @@ def distilled(tmp_path_factory):
 def test_the_prompt_comes_clearly_nearer_to_the_text_than_no_prompt(distilled):
     tuned, output, text = distilled
     lines = [json.loads(line) for line in (output / "questions.jsonl").read_text().splitlines()]
-    apart = [Question.from_dict(each) for each in lines if each["held_out"]]
+    apart = [Question(**each) for each in lines if each["held_out"]]
     assert len(apart) == 4
     assert len(lines) == 16
     teacher = teacher_of("demo", SourceText("system prompt", [("text", text)]), verbalizer=tuned.manifest.template)
@@ -342,7 +342,7 @@ def test_the_choice_among_labels_is_learnt_unless_its_weight_is_zero():
 
 
 def test_a_given_answer_that_is_no_label_is_refused_before_the_teacher_reads():
-    with pytest.raises(SoftPromptError, match="question 2: its answer 'neutral' is none of the 2 labels"):
+    with pytest.raises(SoftPromptError, match="question 2: 'neutral' is not among the 2 labels of the exam"):
         labelled_run(questions=[{"input": "a", "output": "good"}, {"input": "b", "output": "neutral"}])
 
 

@@ -35,14 +35,14 @@ def test_the_history_notes_how_far_each_virtual_token_is(stored, base):
 
 def test_only_the_evenly_spaced_tokens_of_a_long_prompt_are_noted(monkeypatch):
     from softprompt.prompts import PromptTuningConfig, Start
-    from softprompt.training import movement
+    from softprompt.training import stage
 
-    monkeypatch.setattr(movement, "MOST_TOKENS", 2)
+    monkeypatch.setattr(stage, "MOST_TOKENS", 2)
     table = torch.nn.Embedding(8, 4)
     module = PromptTuningConfig(num_virtual_tokens=5, token_dim=4, num_transformer_submodules=1).build(
         table, Start()
     )
-    noted = movement.Movement(module)
+    noted = stage.Movement(module)
     with torch.no_grad():
         next(iter(module.parameters()))[3] += 0.5
     point = noted.point()["virtual_tokens"]

@@ -111,7 +111,7 @@ def test_a_generator_decides_everything():
 def test_what_cannot_be_made_or_loaded():
     with pytest.raises(ConfigError, match="num_frozen_tokens must be at most num_virtual_tokens=4"):
         encoder(num_frozen_tokens=P + 1)
-    with pytest.raises(ConfigError, match="num_frozen_tokens must be an integer of at least 0"):
+    with pytest.raises(ConfigError, match="num_frozen_tokens must be at least 0; got -1"):
         CartridgeConfig(num_frozen_tokens=-1)
     with pytest.raises(ConfigError, match="cartridge_init_text needs tokenizer_name_or_path"):
         CartridgeConfig(cartridge_init_text="a")

@@ -182,8 +182,8 @@ def test_error_texts_are_pefts(options):
     [
         ({"num_virtual_tokens": 3}, "got 3 and 9 token ids"),
         ({"opt_weighted_loss_type": "linear"}, "one of none, decay, got 'linear'"),
-        ({"opt_projection_epsilon": -1}, "opt_projection_epsilon must be a number of at least 0"),
-        ({"cpt_tokens_type_mask": [-1] * 9}, "each of cpt_tokens_type_mask must be an integer"),
+        ({"opt_projection_epsilon": -1}, "opt_projection_epsilon must be at least 0; got -1"),
+        ({"cpt_tokens_type_mask": [-1] * 9}, "each of cpt_tokens_type_mask must be at least 0; got -1"),
         ({"cpt_token_ids": [], "cpt_mask": [], "cpt_tokens_type_mask": []}, "at least one token"),
     ],
 )

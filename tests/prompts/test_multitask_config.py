@@ -123,9 +123,9 @@ def test_a_finished_prompt_asks_for_no_source():
         ({"prompt_tuning_init": "EXACT_SOURCE"}, "did you mean 'EXACT_SOURCE_TASK'"),
         ({"prompt_tuning_init": "TEXT"}, "When prompt_tuning_init='TEXT', tokenizer_name_or_path"),
         ({"task_matrix_init": "zeros"}, "task_matrix_init must be one of ones, normal"),
-        ({"num_tasks": 0}, "num_tasks must be a positive integer"),
-        ({"num_ranks": None}, "num_ranks must be a positive integer"),
-        ({"prompt_tuning_init_task": -1}, "an integer of at least 0"),
+        ({"num_tasks": 0}, "num_tasks must be at least 1; got 0"),
+        ({"num_ranks": None}, "num_ranks takes a whole number; got None"),
+        ({"prompt_tuning_init_task": -1}, "prompt_tuning_init_task must be at least 0; got -1"),
         ({"placement": "suffix"}, "leave out placement"),
         ({"prompt_sees_input": False}, "leave out prompt_sees_input"),
         (

@@ -100,7 +100,7 @@ def test_a_generator_alone_decides():
     [
         ({"encoder_dropout": 1.0}, "must be below 1"),
         ({"encoder_reparameterization_type": "LSMT"}, "did you mean 'LSTM'"),
-        ({"encoder_hidden_size": 0}, "encoder_hidden_size must be a positive integer"),
+        ({"encoder_hidden_size": 0}, "encoder_hidden_size must be at least 1; got 0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(options, message):

@@ -97,7 +97,7 @@ def test_error_texts_are_pefts(options, message):
     [
         ({"prompt_tuning_init": "SAMPLE_VOCABULARY"}, "did you mean 'SAMPLE_VOCAB'"),
         ({"prompt_tuning_init": None}, "prompt_tuning_init must be one of"),
-        ({"num_virtual_tokens": 0}, "num_virtual_tokens must be a positive integer, got 0"),
+        ({"num_virtual_tokens": 0}, "num_virtual_tokens must be at least 1; got 0"),
         ({"num_virtual_tokens": -3}, "got -3"),
         ({"num_virtual_tokens": True}, "got True"),
         ({"num_virtual_tokens": 2.0}, r"got 2\.0"),

@@ -153,7 +153,7 @@ def test_wrong_settings_are_refused(values, message):
         ({"prompt_tuning_init_special_tokens": False}, "special_tokens would be ignored"),
         (
             {"parameterization": "low_rank"},
-            "parameterization_rank of low_rank must be a positive integer",
+            "parameterization_rank of low_rank takes a whole number; got None",
         ),
         ({"parameterization_rank": 2}, "parameterization_rank would be ignored"),
         ({"parameterization": "lowrank"}, r"did you mean 'low_rank'\?"),

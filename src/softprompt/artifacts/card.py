@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from softprompt.artifacts.layout import OUR_KEYS
 from softprompt.artifacts.manifest import Manifest
 from softprompt.errors import HUB_NAME
+from softprompt.fields import flat
 from softprompt.prompts import PeftType
 
 _CACHED = re.compile(r"models--([\w.-]+?)(?:--([\w.-]+))?[/\\]snapshots[/\\]")
@@ -236,23 +237,13 @@ def _results(metrics: Mapping[str, Any]) -> str:
 def _table(title: str, values: Mapping[str, Any]) -> str:
     if not values:
         return ""
-    lines = [f"| {_cell(name)} | {_cell(value)} |" for name, value in _flat(values).items()]
+    lines = [f"| {_cell(name)} | {_cell(value)} |" for name, value in flat(values, ".").items()]
     return "\n".join([f"## {title}", "", "| name | value |", "|---|---|", *lines])
 
 
 def _cell(value: Any) -> str:
     shown = f"{value:.4g}" if isinstance(value, float) else str(value)
     return " ".join(shown.split()).replace("|", "\\|")
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + str(name)] = value
-    return flat
 
 
 def _code(title: str, *lines: str) -> str:

@@ -135,10 +135,10 @@ def _check_storages(loaded: Any, sizes: Collection[int]) -> None:
         raise ValueError("a tensor is longer than its record")
 
 
-def pickled_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """Return what ``torch.save`` writes of named tensors, which ``load_pickled`` reads without running code."""
+def pickled_bytes(value: Tensor | dict[str, Tensor]) -> bytes:
+    """Return what ``torch.save`` writes of tensors, which ``load_pickled`` reads without running code."""
     stream = io.BytesIO()
-    torch.save(dict(tensors), stream)
+    torch.save(value, stream)
     return stream.getvalue()
 
 
@@ -189,22 +189,20 @@ def require_new_file(path: Path, *, overwrite: bool) -> None:
         )
 
 
-def require_empty(directory: Path) -> None:
-    """Check that ``directory`` may be written to: it is absent, or an empty folder.
+def require_empty(directory: Path, *, overwrite: bool = False) -> None:
+    """Check that ``directory`` may be written to: it is absent, or an empty folder, with ``overwrite`` any folder.
 
     Raises:
         OutputExistsError: it is a file, or holds something.
     """
-    if directory.is_dir():
-        found = sorted(entry.name for entry in directory.iterdir())
-        if found:
-            raise OutputExistsError(
-                f"expected a new or empty output directory, {directory} holds {len(found)} "
-                f"entries ({', '.join(found[:3])}{', …' if len(found) > 3 else ''}): choose "
-                "another one, or pass --overwrite (overwrite=True in Python)"
-            )
-    else:
-        require_no_file(directory)
+    require_no_file(directory)
+    found = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() and not overwrite else []
+    if found:
+        raise OutputExistsError(
+            f"expected a new or empty output directory, {directory} holds {len(found)} "
+            f"entries ({', '.join(found[:3])}{', …' if len(found) > 3 else ''}): choose "
+            "another one, or pass --overwrite (overwrite=True in Python)"
+        )
 
 
 def require_no_file(directory: Path) -> None:

@@ -20,9 +20,15 @@ from huggingface_hub import get_collection
 from safetensors.torch import save as bytes_from_tensors
 
 from softprompt.artifacts.card import hub_name
-from softprompt.artifacts.files import read_bytes, require_empty, require_no_file, write_folder
-from softprompt.artifacts.layout import CARD_NAME, CURVE_NAME, MANIFEST_NAME, PICKLED_WEIGHTS_NAME, WEIGHTS_NAME
-from softprompt.artifacts.manifest import each_text
+from softprompt.artifacts.files import read_bytes, require_empty, write_folder
+from softprompt.artifacts.layout import (
+    CARD_NAME,
+    CURVE_NAME,
+    MANIFEST_NAME,
+    PICKLED_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    each_text,
+)
 from softprompt.artifacts.peft_folder import HUB_ID, PROMPT_FILES, load_adapter, save_adapter, snapshot, upload
 from softprompt.errors import ArtifactError, ConfigError
 from softprompt.prompts import CONFIG_NAME
@@ -109,7 +115,7 @@ def pull(
         OutputExistsError: The folder is not empty, and ``overwrite`` is off.
     """
     target = Path(directory)
-    (require_no_file if overwrite else require_empty)(target)
+    require_empty(target, overwrite=overwrite)
     _copy(snapshot(repo_id, [*PROMPT_FILES, *_BESIDE], revision=revision, token=token), target)
     return target
 

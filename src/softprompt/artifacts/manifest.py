@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import platform
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
-from pathlib import Path
 from typing import Any, Literal
 
 from softprompt.backbone import Base
@@ -259,40 +257,3 @@ def _plain(value: Any, where: str) -> Any:
         f"expected plain JSON values in softprompt.json, {where} is a {type(value).__name__}: "
         "convert it to a number, text, list or dict first"
     )
-
-
-def portable(value: Any, directory: Path) -> Any:
-    """Return plain values for a file in ``directory``, paths below the working directory relative to it, ``./…``.
-
-    A path stays as it is where ``directory`` is elsewhere, since nothing would lead from it to the path.
-    """
-    here = Path.cwd()
-    if here == here.parent or not directory.resolve().is_relative_to(here):
-        return value
-
-    def named(path: str) -> str:
-        inside = os.path.isabs(path) and Path(path).is_relative_to(here) and os.path.exists(path)
-        return f"./{Path(path).relative_to(here).as_posix()}" if inside else path
-
-    return each_text(value, named)
-
-
-def anchored(value: Any, directory: Path) -> Any:
-    """Return what ``portable`` made for ``directory``, its paths found from here, or from a folder above that."""
-
-    def found(path: str) -> str:
-        if not path.startswith("./") or os.path.exists(path):
-            return path
-        places = (above / path for above in (directory.resolve(), *directory.resolve().parents))
-        return next((str(place) for place in places if place.exists()), path)
-
-    return each_text(value, found)
-
-
-def each_text(value: Any, change: Callable[[str], str]) -> Any:
-    """Return plain values with each text inside, but for the keys of mappings, as ``change`` gives it."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {name: each_text(inner, change) for name, inner in value.items()}
-    return [each_text(inner, change) for inner in value] if isinstance(value, list | tuple) else value

@@ -28,7 +28,6 @@ from softprompt.artifacts.files import (
     pickled_bytes,
     read_bytes,
     require_empty,
-    require_no_file,
     say_if_large,
     write_folder,
 )
@@ -40,8 +39,9 @@ from softprompt.artifacts.layout import (
     check_config,
     check_tensors,
     config_json,
+    portable,
 )
-from softprompt.artifacts.manifest import Manifest, portable
+from softprompt.artifacts.manifest import Manifest
 from softprompt.artifacts.stored_prompt import StoredPrompt
 from softprompt.errors import ArtifactError, no_folder
 from softprompt.prompts import CONFIG_NAME
@@ -79,10 +79,7 @@ def save_adapter(
         ArtifactError: values that could not be read back, or the file system failed.
     """
     directory = Path(directory)
-    if overwrite:
-        require_no_file(directory)
-    else:
-        require_empty(directory)
+    require_empty(directory, overwrite=overwrite)
     config = portable(config, directory)
     if manifest is not None:
         plain = {name: portable(getattr(manifest, name), directory) for name in ("base_model", "settings", "data")}

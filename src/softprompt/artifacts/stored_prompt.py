@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.artifacts.layout import LAYOUTS, OUR_KEYS
-from softprompt.artifacts.manifest import Manifest, anchored, manifest_of_task
+from softprompt.artifacts.layout import LAYOUTS, OUR_KEYS, anchored
+from softprompt.artifacts.manifest import Manifest, manifest_of_task
 from softprompt.backbone import Base, Fingerprint, input_embedding
 from softprompt.errors import IGNORING, ArtifactError, ConfigError, FingerprintError, nearest
 from softprompt.prompts import (

@@ -92,7 +92,8 @@ def command(
         return
     key = "line" if data is None else "record"
     results = [{key: n} | each.to_dict() for n, each in zip(inputs, found, strict=True)]
-    show({"results": results}, _listed(found), as_json=as_json)
+    answers = "\n".join(f"{each.label}\t{each.probabilities[each.label]:.4f}" for each in found)
+    show({"results": results}, answers, as_json=as_json)
 
 
 def _subject(prompt_dirs: Sequence[str], options: dict[str, Any]) -> TunedPrompt | Ensemble:
@@ -122,8 +123,3 @@ def _ranked(scores: LabelScores) -> str:
     lines = [f"{label:<{width}}  {share:.4f}" for label, share in shares[:_SHOWN]]
     left = len(shares) - _SHOWN
     return "\n".join([*lines, f"... and {left} more labels; --json shows all"] if left > 0 else lines)
-
-
-def _listed(found: Sequence[LabelScores]) -> str:
-    """Return the label of each text with its probability."""
-    return "\n".join(f"{each.label}\t{each.probabilities[each.label]:.4f}" for each in found)

@@ -20,6 +20,7 @@ from softprompt.cli.options import (
     trust_option,
 )
 from softprompt.errors import ArtifactError, BackboneError
+from softprompt.fields import flat
 
 if TYPE_CHECKING:
     from softprompt.artifacts import StoredPrompt
@@ -56,6 +57,7 @@ def command(
     start_logging(quiet=quiet)
     from softprompt.artifacts import load_adapter
     from softprompt.backbone import input_embedding
+    from softprompt.engine import choose_engine
     from softprompt.inspection import describe
     from softprompt.training import interruption
 
@@ -74,7 +76,9 @@ def command(
         summary = describe(stored)
     else:
         summary = describe(stored, input_embedding(base.model).weight, base.tokenizer)
-    engine = None if base is None else _engine(stored, base)
+    engine = None
+    if base is not None and _writes_text(stored):  # no engine runs classifiers
+        engine = choose_engine(base, sees_input=bool(stored.config.get("prompt_sees_input", True)))
     made = {"data": stored.manifest.data, "settings": stored.manifest.settings} if stored.manifest else {}
     result = summary.to_dict() | {"engine": None if engine is None else asdict(engine)} | made
     show(result, _text(summary, engine, made), as_json=as_json)
@@ -99,16 +103,6 @@ def _base(stored: StoredPrompt, base_model: str | None, ignore_fingerprint: bool
         say(f"warning: shown without its base: {error}")
         return None
     return base
-
-
-def _engine(stored: StoredPrompt, base: Base) -> EngineChoice | None:
-    """Return what runs the prompt; None for classifiers, which no engine runs."""
-    from softprompt.engine import choose_engine
-
-    if not _writes_text(stored):
-        return None
-    sees_input = bool(stored.config.get("prompt_sees_input", True))
-    return choose_engine(base, sees_input=sees_input)
 
 
 def _writes_text(stored: StoredPrompt) -> bool:
@@ -136,7 +130,8 @@ def _text(summary: PromptSummary, engine: EngineChoice | None, made: dict[str, A
     }
     lines = [table(rows)]
     for title, values in {"results": summary.metrics or {}, **made}.items():
-        lines += ["", title, table(_flat(values, "  "))] if values else []
+        shown = {n: repr(v) if isinstance(v, str) else v for n, v in flat(values, " ", before="  ").items()}
+        lines += ["", title, table(shown)] if values else []
     if summary.nearest is not None:
         lines += ["", "nearest tokens (cosine)"]
         lines += [
@@ -144,13 +139,3 @@ def _text(summary: PromptSummary, engine: EngineChoice | None, made: dict[str, A
             for number, row in enumerate(summary.nearest, start=1)
         ]
     return "\n".join(lines)
-
-
-def _flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name} ")
-        else:
-            flat[f"{prefix}{name}"] = repr(value) if isinstance(value, str) else value
-    return flat

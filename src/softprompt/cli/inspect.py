@@ -65,11 +65,11 @@ def command(
     prompt in words. What is not there is named, with the reason. `info` is the short form.
     """
     start_logging(quiet=quiet)
-    from softprompt.artifacts import require_empty, require_no_file
+    from softprompt.artifacts import require_empty
     from softprompt.inspection import inspect_prompt, write_report
 
     if output is not None:
-        (require_no_file if overwrite else require_empty)(Path(output))
+        require_empty(Path(output), overwrite=overwrite)
     elif overwrite:
         raise UsageError("--overwrite would be ignored without --output; leave it out")
     if no_base and (data is not None or options["base_model"] is not None):

@@ -38,7 +38,10 @@ def list_command(source_prompt_base: str | None, base_model: str | None, as_json
     sources = list_sources(folder)
     misfits: list[str | None] = [None] * len(sources)
     if base_model is not None:
-        misfits = _misfits(sources, base_model)
+        from softprompt.backbone import load_base
+
+        base = load_base(base_model)
+        misfits = [source.misfit(base.facts.token_dim, base.fingerprint) for source in sources]
     found, lines = [], []
     for source, misfit in zip(sources, misfits, strict=True):
         fits = {} if misfit is None else {"fits": not misfit, "misfit": misfit or None}
@@ -46,14 +49,6 @@ def list_command(source_prompt_base: str | None, base_model: str | None, as_json
         lines.append(_line(source, misfit))
     text = "\n".join(lines) or f"no source prompts in {folder}"
     show({"folder": str(folder), "sources": found}, text, as_json=as_json)
-
-
-def _misfits(sources: list[SourceInfo], base_model: str) -> list[str | None]:
-    """Return why each source does not fit a base; empty texts for those that do."""
-    from softprompt.backbone import load_base
-
-    base = load_base(base_model)
-    return [source.misfit(base.facts.token_dim, base.fingerprint) for source in sources]
 
 
 def _line(source: SourceInfo, misfit: str | None) -> str:

@@ -1,5 +1,3 @@
-from .batches import plan_batches as plan_batches
-from .batches import split_batch as split_batch
 from .chat_template import ChatTemplate as ChatTemplate
 from .chat_template import turn_end as turn_end
 from .chats import CHAT_FIELDS as CHAT_FIELDS
@@ -11,6 +9,7 @@ from .file_formats import Located as Located
 from .records import INPUT as INPUT
 from .records import LabelNames as LabelNames
 from .records import Record as Record
+from .records import check_label as check_label
 from .records import label_set as label_set
 from .records import names_of_labels as names_of_labels
 from .records import read_records as read_records

@@ -314,6 +314,15 @@ LONGEST_LABEL = 64  # characters
 FEWEST_RECORDS_PER_LABEL = 2.0
 
 
+def check_label(target: str, labels: Sequence[str], where: str, whose: str) -> None:
+    """Raise ``DataError``, with the nearest label, where a target is none of those of ``whose`` examples."""
+    if target not in labels:
+        raise DataError(
+            f"{where}: {target!r} is not among the {len(labels)} labels of {whose}{nearest(target, labels)}; "
+            "correct it, or set task to 'generation'"
+        )
+
+
 def label_set(targets: Sequence[str], *, task: Task | None = None) -> tuple[str, ...] | None:
     """Return the sorted labels of a classification task, or None for free text.
 

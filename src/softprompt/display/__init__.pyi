@@ -1,5 +1,6 @@
 from .figures import png_of as png_of
 from .figures import report_figure as report_figure
+from .figures import sweep_figure as sweep_figure
 from .figures import training_curve as training_curve
 from .figures import training_figure as training_figure
 from .notebook import curve_html as curve_html
@@ -12,4 +13,3 @@ from .prompt_figures import drift_figure as drift_figure
 from .prompt_figures import layers_figure as layers_figure
 from .prompt_figures import norms_figure as norms_figure
 from .prompt_figures import tokens_figure as tokens_figure
-from .sweep_figure import sweep_figure as sweep_figure

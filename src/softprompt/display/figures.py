@@ -21,14 +21,11 @@ BLUE, PALE, ORANGE, INK = "#1f5fa8", "#7fb0e0", "#c8501e", "#3c3c3c"
 _COUNTED, _HALF = 20, 12
 """Most labels of a matrix that shows its counts; most characters of either half of a label."""
 _FRAME, GRID = "#b0b0b0", "#e8e8e8"
+_COLORS, _MARKERS = (BLUE, ORANGE, "#2f8f5b", "#8a5bb5", PALE, "#b08d2c"), "osD^vP"
 
 
 def training_curve(
-    history: Sequence[Mapping[str, Any]],
-    path: str | Path,
-    *,
-    title: str = "Training curve",
-    base_accuracy: float | None = None,
+    history: Sequence[Mapping[str, Any]], path: str | Path, *, base_accuracy: float | None = None
 ) -> None:
     """Write ``training_figure`` as a PNG to ``path``, atomically.
 
@@ -38,20 +35,17 @@ def training_curve(
     target = Path(path)
     if target.suffix.lower() != ".png":
         raise ConfigError(f"expected a .png file for the training curve, got {target.name}")
-    image = png_of(training_figure(history, title=title, base_accuracy=base_accuracy))
+    image = png_of(training_figure(history, base_accuracy=base_accuracy))
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, image)
 
 
-def training_figure(
-    history: Sequence[Mapping[str, Any]], *, title: str = "Training curve", base_accuracy: float | None = None
-) -> Figure:
+def training_figure(history: Sequence[Mapping[str, Any]], *, base_accuracy: float | None = None) -> Figure:
     """Draw loss and validation accuracy by epoch, the best epoch marked.
 
     Args:
         history: the manifest's points: ``epoch``, ``loss`` and, where validated,
             ``validation_loss`` and ``validation_accuracy`` (or both inside ``validation``).
-        title: above the figure.
         base_accuracy: accuracy without the prompt, between 0 and 1, as a dashed line.
 
     Raises:
@@ -60,7 +54,7 @@ def training_figure(
     if not history:
         raise ConfigError("expected at least one epoch to draw, the history is empty: train first")
     figure = empty_figure(8.0, 4.6)
-    _draw(figure, [_flat(point) for point in history], title, base_accuracy)
+    _draw(figure, [_flat(point) for point in history], base_accuracy)
     return figure
 
 
@@ -92,6 +86,56 @@ def report_figure(
     else:
         raise ConfigError("expected a metric between 0 and 1 to draw, the report has none")
     figure.suptitle(title, fontsize=13, fontweight="bold", color=INK)
+    return figure
+
+
+def sweep_figure(found: Mapping[str, Any]) -> Figure:
+    """Draw the validation metric of each candidate against its learning rate, and along the rungs.
+
+    Args:
+        found: ``sweep.json``'s values: ``by``, ``best``, ``rungs`` and ``candidates``.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    figure, by = empty_figure(10.0, 4.6), found["by"]
+    rates, rungs = figure.subplots(1, 2, sharey=True)
+    measured = [each for each in found["candidates"] if each["points"]]
+    for number, kind in enumerate(dict.fromkeys(map(_kind, measured))):
+        style: dict[str, Any] = {
+            "color": _COLORS[number % len(_COLORS)],
+            "marker": _MARKERS[number % len(_MARKERS)],
+            "markersize": 6,
+        }
+        own = sorted(
+            (each for each in measured if _kind(each) == kind), key=lambda each: float(each["learning_rate"])
+        )
+        first = [each["points"][0]["validation"][by] for each in own]
+        rates.plot([each["learning_rate"] for each in own], first, label=kind, linewidth=1.6, **style)
+        for each in own:
+            steps = [point["steps"] for point in each["points"]]
+            values = [point["validation"][by] for point in each["points"]]
+            rungs.plot(steps, values, linewidth=2.4 if each["name"] == found["best"] else 1.2, **style)
+    best = next(each for each in measured if each["name"] == found["best"])
+    last = best["points"][-1]
+    ring = {"marker": "o", "markersize": 13, "markerfacecolor": "none", "markeredgecolor": INK, "linestyle": "none"}
+    rungs.plot([last["steps"]], [last["validation"][by]], label=f"kept: {last['validation'][by]:.3f}", **ring)
+    rates.plot([best["learning_rate"]], [best["points"][0]["validation"][by]], **ring)
+    rates.set_xscale("log")
+    rungs.set_xscale("log")
+    rungs.set_xticks(found["rungs"], [f"{steps:,}" for steps in found["rungs"]], minor=False)
+    rungs.minorticks_off()
+    rates.set_xlabel("peak learning rate", color=INK, fontsize=11)
+    rates.set_ylabel("validation accuracy" if by == "accuracy" else "validation loss (nats per token)", fontsize=11)
+    rates.set_title(f"all candidates, at step {found['rungs'][0]:,}", color=INK, fontsize=11)
+    rungs.set_xlabel("optimizer steps", color=INK, fontsize=11)
+    rungs.set_title("those that went on", color=INK, fontsize=11)
+    for axis in (rates, rungs):
+        axis.grid(visible=True, color=GRID, linewidth=0.8)
+        framed(axis, INK)
+        axis.spines["right"].set_visible(False)
+    figure.suptitle("Sweep", fontsize=13, fontweight="bold", color=INK)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=10, labelcolor=INK)
     return figure
 
 
@@ -158,6 +202,13 @@ def _draw_bars(figure: Any, groups: Mapping[str, Mapping[str, float]]) -> None:
         figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=10, labelcolor=INK)
 
 
+def _kind(tried: Mapping[str, Any]) -> str:
+    """Return what a candidate is, but for its learning rate."""
+    choice = tried["choice"]
+    length = None if choice["length"] is None else f"{choice['length']} tokens"
+    return ", ".join(part for part in (choice["method"], choice["init"], length) if part)
+
+
 def _flat(point: Mapping[str, Any]) -> dict[str, Any]:
     validation = point.get("validation") or {}
     return {**point, **{f"validation_{name}": value for name, value in validation.items()}}
@@ -168,7 +219,7 @@ def _series(points: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float],
     return [epoch for epoch, _ in pairs], [value for _, value in pairs]
 
 
-def _draw(figure: Any, points: Sequence[Mapping[str, Any]], title: str, base_accuracy: float | None) -> None:
+def _draw(figure: Any, points: Sequence[Mapping[str, Any]], base_accuracy: float | None) -> None:
     losses = figure.add_subplot()
     dots = {"marker": "o", "markersize": 4.5, "linewidth": 2.0}
     losses.plot(*_series(points, "loss"), color=BLUE, label="training loss", **dots)
@@ -190,7 +241,7 @@ def _draw(figure: Any, points: Sequence[Mapping[str, Any]], title: str, base_acc
     if validated[0] and not scored[0]:
         best = min(zip(validated[1], validated[0], strict=True))
         _mark_best(losses, best[1], best[0], f"{best[0]:.3f}", PALE)
-    figure.suptitle(title, fontsize=13, fontweight="bold", color=INK)
+    figure.suptitle("Training curve", fontsize=13, fontweight="bold", color=INK)
     # Outside the axes, so that it never covers a curve.
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=10, labelcolor=INK)
 

@@ -5,11 +5,11 @@ from .held_out import Divergence as Divergence
 from .held_out import HeldOut as HeldOut
 from .held_out import HeldOutMeasure as HeldOutMeasure
 from .held_out import divergence_of as divergence_of
-from .measurement import measure_distilled as measure_distilled
 from .questions import Question as Question
 from .questions import Study as Study
 from .questions import given_questions as given_questions
 from .questions import problem as problem
+from .questions import request_of as request_of
 from .report import REPORT_NAME as REPORT_NAME
 from .report import DistillationReport as DistillationReport
 from .report import measured_on as measured_on
@@ -17,6 +17,7 @@ from .report import report_of as report_of
 from .report import unrelated_pairs as unrelated_pairs
 from .run import QUESTIONS_NAME as QUESTIONS_NAME
 from .run import distill as distill
+from .run import measure_distilled as measure_distilled
 from .settings import TEXT_RATE_PER_RMS as TEXT_RATE_PER_RMS
 from .settings import DistillSettings as DistillSettings
 from .stages import answered as answered

@@ -12,7 +12,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from softprompt.data import INPUT, DataSource, Record, RowTokenizer, chat_of, read_records
@@ -76,7 +76,7 @@ _REPEATED_WORDS, _LEAST_VARIED = 16, 0.25
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question about a passage.
+    """A question about a passage; ``asdict`` gives plain JSON values.
 
     Attributes:
         request: What is asked, as a prompt takes it: fields of the template, or the ``messages`` of a chat.
@@ -95,15 +95,6 @@ class Question:
     labelled: bool = False
     held_out: bool = False
     scores: Mapping[str, float] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values; ``from_dict`` of them gives an equal question."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Question:
-        """Return the question of ``to_dict``'s values."""
-        return cls(**values)
 
     @property
     def text(self) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self, final
 
 from softprompt.artifacts import write_atomically
 from softprompt.data import INPUT, DataSource, TokenRow, read_records
-from softprompt.distillation import Distilled, HeldOut, Question, Teacher, divergence_of, targets_of
+from softprompt.distillation import Distilled, HeldOut, Question, Teacher, divergence_of, request_of, targets_of
 from softprompt.engine import Engine, EngineRow
 from softprompt.errors import DataError
 from softprompt.generation import GenerationOptions, rows_of_whole_inputs, score_rows
@@ -216,7 +216,6 @@ def measured_on(
     questions: Sequence[Question],
     *,
     top_k: int = TOP_K,
-    check_stop: Callable[[], None] = lambda: None,
 ) -> Distilled:
     """Return a prompt with questions to measure it on; the teacher answers those that have no answer.
 
@@ -225,13 +224,11 @@ def measured_on(
         teacher: The base that has read the text.
         questions: Questions that nothing was trained on.
         top_k: Most likely tokens that are compared.
-        check_stop: Called between passes.
     """
     answered = teacher.answered(questions, scored=False)
     asked, rows = _rows(answered, teacher, tuned)
-    return Distilled(
-        tuned, teacher, HeldOut(answered, asked, rows, teacher.targets(answered, asked, top_k, check_stop))
-    )
+    targets = teacher.targets(answered, asked, top_k, lambda: None)
+    return Distilled(tuned, teacher, HeldOut(answered, asked, rows, targets))
 
 
 def _rows(
@@ -287,9 +284,10 @@ def _summaries(teacher: Teacher, length: int) -> list[tuple[int, ...]]:
     if (not chat and fields != (INPUT,)) or teacher.manifest.labels is not None:
         return []
     text = _SUMMARY.format(max(1, int(_WORDS_PER_TOKEN * length)))
-    request: dict[str, Any] = {"messages": [{"role": "user", "content": text}]} if chat else {INPUT: text}
     options = GenerationOptions(max_new_tokens=length)
-    asked = [(Question(request, None, passage), options) for passage in range(len(teacher.passages))]
+    asked = [
+        (Question(request_of(text, chat=chat), None, passage), options) for passage in range(len(teacher.passages))
+    ]
     return [tuple(teacher.rows.text(each))[:length] for each in teacher.generate(asked)]
 
 
@@ -322,7 +320,7 @@ def _unrelated(distilled: Distilled, source: DataSource | None, check_stop: Call
     if source is not None:
         pairs = unrelated_pairs(source)
     questions = [
-        Question({"messages": [{"role": "user", "content": text}]} if chat else dict.fromkeys(fields, text), answer)
+        Question(request_of(text, chat=True) if chat else dict.fromkeys(fields, text), answer)
         for text, answer in pairs
     ]
     asked, rows = _rows(questions, teacher, tuned)

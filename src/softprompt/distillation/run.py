@@ -1,4 +1,4 @@
-"""`distill`: from a text to a prompt that answers as the base does that has read it."""
+"""`distill`: from a text to a prompt that answers as the base does that has read it; and its report, made again."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softprompt.artifacts import CURVE_NAME, write_atomically
+from softprompt.artifacts import CURVE_NAME, read_bytes, write_atomically
 from softprompt.data import read_source
 from softprompt.display import training_curve
 from softprompt.distillation import (
@@ -30,14 +30,15 @@ from softprompt.distillation import (
     check_student,
     forecast_of,
     given_questions,
+    measured_on,
     report_of,
     studied,
     taught,
     unrelated_pairs,
 )
-from softprompt.errors import ConfigError, UsageError
+from softprompt.errors import ArtifactError, ConfigError, DataError, UsageError
 from softprompt.fields import renamed
-from softprompt.inference import TunedPrompt
+from softprompt.inference import TunedPrompt, load
 from softprompt.progress import timed
 from softprompt.training import (
     ANEW,
@@ -54,7 +55,6 @@ from softprompt.training import (
     named_source,
     nothing_learnt,
     publish_logs,
-    state_path,
     trackers_of,
 )
 from softprompt.world import joined, world
@@ -113,15 +113,13 @@ def distill(
     """
     called, target = checked_callbacks(callbacks), None if output is None else Path(output)
     sources = {"system_prompt": system_prompt, "documents": documents, "examples": examples, "questions": questions}
-    if resume and overwrite:
-        raise UsageError("resume goes on with a run, overwrite starts anew; leave overwrite out")
-    with joined() as ranks, nullcontext() if dry_run else claimed(target, overwrite=overwrite, resume=resume):
+    with joined() as ranks, claimed(target, overwrite=overwrite, resume=resume, dry_run=dry_run):
         plan, settings, base_model, text = _begun(target, base_model, sources, options, resume=resume)
         target = target if ranks.is_main else None
         with timed(silent=settings.silence_progress_bars):
             base = loaded(base_model, settings.tuning(settings.configuration(chat=False)))
             teacher = Teacher.of(base, text, settings)
-            given = [Question.from_dict(each) for each in plan.get("questions", ())]
+            given = [Question(**each) for each in plan.get("questions", ())]
             if questions is not None:
                 given = given_questions(questions, teacher.rows, len(teacher.passages), settings)
             check_student(teacher, settings, given)
@@ -174,8 +172,8 @@ def _plan(
         "base_model": base_model,
         "fingerprint": _fingerprint(teacher),
         "settings": settings.to_dict(),
-        "text": text.to_dict(),
-        "questions": [each.to_dict() for each in given],
+        "text": asdict(text),
+        "questions": [asdict(each) for each in given],
     }
 
 
@@ -224,11 +222,8 @@ def _run(
     prepared, held_out = student.taught(targets, settings.label_weight, stop.check)
     apart = len(held_out.questions)
     logger.info("%d questions to train on, %d kept apart", len(found) - apart, apart)
-    known = identity(prepared)
     trackers = trackers_of(settings.track or (), output, store.plan["settings"])
-    before = world().from_main(
-        lambda: load_states(output, known)[0] if output and state_path(output).exists() else {}
-    )
+    before, _ = load_states(output, identity(prepared))
     with store.interrupted("at once", (KeyboardInterrupt,)):
         trained = Session(output, stop, before, [*callbacks, *trackers]).train({"": prepared})[""]
     judged = [{**point, "loss": point["distillation"]} for point in trained.history]
@@ -267,4 +262,52 @@ def _finished(
 
 
 def _lines(questions: Sequence[Question]) -> str:
-    return "".join(json.dumps(each.to_dict(), ensure_ascii=False) + "\n" for each in questions)
+    return "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in questions)
+
+
+def measure_distilled(
+    prompt: str | Path,
+    *,
+    system_prompt: Text | None = None,
+    documents: Sequence[Text] = (),
+    examples: DataSource | None = None,
+    questions: DataSource | None = None,
+    unrelated: DataSource | None = None,
+    base_model: Any = None,
+) -> DistillationReport:
+    """Measure a finished prompt again, perhaps on other questions; nothing is written.
+
+    Args:
+        prompt: Directory that ``distill`` wrote.
+        system_prompt: The text it was made of, as for ``distill``; it is not kept with the prompt.
+        documents: Likewise.
+        examples: Likewise.
+        questions: Records to measure on, with answers or without; None takes those that were kept apart.
+        unrelated: As for ``distill``.
+        base_model: As for ``load``.
+
+    Raises:
+        ConfigError: The prompt was not made by ``distill``.
+        DataError: No question was kept apart, or the text or the questions cannot be used.
+        ArtifactError: The directory cannot be read.
+    """
+    tuned = load(prompt, base_model)
+    if not isinstance(recorded := tuned.whole.settings.get("distillation"), dict):
+        raise ConfigError(f"{prompt} was not made by distill; evaluate measures other prompts")
+    settings = DistillSettings.from_dict(recorded)
+    text = SourceText.of(system_prompt, documents, examples, settings.columns)
+    teacher = Teacher.of(tuned.base, text, settings)
+    path = Path(prompt) / QUESTIONS_NAME
+    try:
+        own = [Question(**json.loads(each)) for each in read_bytes(path).splitlines()]
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}); copy it again from the original") from error
+    asked = [each for each in own if each.held_out]
+    if questions is not None:
+        every = replace(settings, held_out=0.0, early_stopping_patience=None)
+        asked = given_questions(questions, teacher.rows, len(teacher.passages), every)
+    elif teacher.tokens != (made := tuned.whole.settings.get("text_tokens")):
+        raise DataError(
+            f"{prompt} was made of a text of {made} tokens, this one has {teacher.tokens}; give that one"
+        )
+    return report_of(measured_on(tuned, teacher, asked, top_k=settings.top_k), len(own), unrelated=unrelated)

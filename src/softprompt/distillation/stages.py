@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from softprompt.distillation import Question, Study, problem
@@ -31,7 +32,7 @@ def answered(given: Sequence[Question], teacher: Teacher, store: Store, check_st
         DataError: None is left.
     """
     saved = store.questions() or {"read": 0, "questions": [], "dropped": {}}
-    found = [Question.from_dict(each) for each in saved["questions"]]
+    found = [Question(**each) for each in saved["questions"]]
     dropped = Counter[str](saved["dropped"])
     with progress_bar(len(given), "question", done=saved["read"], delay=2.0) as bar:
         for start in range(saved["read"], len(given), BLOCK):
@@ -56,7 +57,7 @@ def studied(settings: DistillSettings, teacher: Teacher, store: Store, check_sto
     study = Study.of(settings, teacher.manifest.chat, len(teacher.passages))
     if saved := store.questions():
         study.drawn, study.dropped = saved["drawn"], Counter(saved["dropped"])
-        study.questions = [Question.from_dict(each) for each in saved["questions"]]
+        study.questions = [Question(**each) for each in saved["questions"]]
     with progress_bar(sum(study.counts), "question", done=len(study.questions)) as bar:
         while seeds := study.wanted(BLOCK):
             check_stop()
@@ -71,7 +72,7 @@ def studied(settings: DistillSettings, teacher: Teacher, store: Store, check_sto
 
 
 def _save(store: Store, found: Sequence[Question], dropped: Counter[str], **position: object) -> None:
-    values = {"questions": [each.to_dict() for each in found], "dropped": dict(dropped)}
+    values = {"questions": [asdict(each) for each in found], "dropped": dict(dropped)}
     store.save_questions(values | position)
 
 

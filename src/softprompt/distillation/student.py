@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, final
 
 from softprompt.artifacts import check_base, load_adapter
 from softprompt.backbone import Base, key_values
-from softprompt.data import INPUT
+from softprompt.data import INPUT, check_label
 from softprompt.distillation import TEXT_RATE_PER_RMS, HeldOut, HeldOutMeasure, start_ids
-from softprompt.errors import ConfigError, DataError, TrainingError, nearest
+from softprompt.errors import ConfigError, DataError, TrainingError
 from softprompt.prompts import PROMPT_KEY, FlatOrder, PromptLearningConfig, from_tokens, lookup
 from softprompt.training import Goal, LabelChoice, Prepared, TaskData, TopDivergence, TopTargets, prepare
 
@@ -139,11 +139,8 @@ def check_student(teacher: Teacher, settings: DistillSettings, given: Sequence[Q
         )
     labels = teacher.manifest.labels
     for number, each in enumerate(given, start=1):
-        if labels is not None and each.answer is not None and each.answer not in labels:
-            raise DataError(
-                f"question {number}: its answer {each.answer!r} is none of the {len(labels)} labels of the examples"
-                f"{nearest(each.answer, labels)}; correct it, or set task to 'generation'"
-            )
+        if labels is not None and each.answer is not None:
+            check_label(each.answer, labels, f"the answer to question {number}", "the examples")
     for path in settings.distractors:
         check_base(load_adapter(path), teacher.base.model)
     if settings.self_study and not teacher.manifest.chat and teacher.manifest.fields != (INPUT,):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
@@ -70,10 +70,6 @@ class SourceText:
         if system_prompt is not None:
             return cls("system prompt", [_read(system_prompt, "the system prompt")])
         return cls("document", [_read(each, f"document {n}") for n, each in enumerate(documents, start=1)])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, of which ``SourceText(**values)`` is an equal one."""
-        return asdict(self)
 
     def labels(self, task: Literal["classification", "generation"] | None) -> tuple[str, ...] | None:
         """Return the label set of examples whose targets are labels, or look like some where no task is named."""

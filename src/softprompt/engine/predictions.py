@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from softprompt.backbone import Base, Facts, split_of
-from softprompt.engine.forest import Targets
 from softprompt.engine.rows import IGNORED, EngineRow, check_rows
 from softprompt.errors import BackboneError
 
 if TYPE_CHECKING:
+    from softprompt.engine.forest import Targets
     from softprompt.world import World
 
 

@@ -85,18 +85,16 @@ def _report(tuned: TunedPrompt | Ensemble, records: Sequence[Numbered], how: Eva
     own = [_rows_of(member, records, how.target_field) for member in members]
     engine = members[0].engine_of(how.engine)
     if isinstance(tuned, Ensemble):
-        _check_ensemble(chosen, how.without_prompt)
+        if chosen != "classification":
+            raise ConfigError("an ensemble scores labels and generates no text; evaluate its members alone")
+        if how.without_prompt:
+            raise ConfigError(
+                "without_prompt evaluates the base under one prompt's template; name one prompt for it"
+            )
         return _ensemble_report(tuned, engine, own, records, how)
     answer = _labelled if chosen == "classification" else _generated
     with replaced_modules(tuned.base, {} if how.without_prompt else tuned.heads):
         return answer(tuned, engine, own[0], records, how)
-
-
-def _check_ensemble(task: Task, without_prompt: bool) -> None:
-    if task != "classification":
-        raise ConfigError("an ensemble scores labels and generates no text; evaluate its members alone")
-    if without_prompt:
-        raise ConfigError("without_prompt evaluates the base under one prompt's template; name one prompt for it")
 
 
 def _rows_of(member: TunedPrompt, records: Sequence[Numbered], target_field: str | None) -> list[TokenRow]:

@@ -22,7 +22,7 @@ from softprompt.generation.answer import AnswerRules, Job
 from softprompt.generation.fallback_runner import FallbackRunner, PaddedGenerate, beam_search
 from softprompt.generation.forest_runner import ForestRunner
 from softprompt.generation.options import Bounds
-from softprompt.generation.request import Decode, Request, check_request
+from softprompt.generation.request import Request, check_request
 from softprompt.generation.ticket import FinishEvent, Ticket, pieces
 
 logger = logging.getLogger(__name__)
@@ -83,20 +83,18 @@ class BatcherStats:
 class Batcher:
     """Continuous batching of requests for any prompts of one base, in a thread.
 
-    The base is put into evaluation mode. ``decode`` turns token ids into text; None is the tokenizer's,
-    special tokens left out.
+    The base is put into evaluation mode.
 
     Attributes:
         bounds: What it uses at most.
         reason: Why it is not the decode forest that runs the requests; empty when it is.
-
     """
 
-    def __init__(self, base: Base, bounds: Bounds | None = None, *, decode: Decode | None = None) -> None:
+    def __init__(self, base: Base, bounds: Bounds | None = None) -> None:
         base.model.eval()  # type: ignore[no-untyped-call]
         self.bounds = (bounds or Bounds()).settled(base.device.type)
         self.reason = why_undecodable(base)
-        self._rules = AnswerRules.of(base, decode)
+        self._rules = AnswerRules.of(base)
         self._runner = runner_of(base, self.bounds, self._rules)
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
@@ -299,15 +297,14 @@ def runner_of(base: Base, bounds: Bounds, rules: AnswerRules) -> Runner:
 class Decoder:
     """Answers lists of requests; keeps its runner, and the prompts' keys and values, from call to call.
 
-    Any thread may call; calls take turns. The base is put into evaluation mode. ``decode`` turns token ids
-    into text; None is the tokenizer's, special tokens left out.
+    Any thread may call; calls take turns. The base is put into evaluation mode.
     """
 
-    def __init__(self, base: Base, bounds: Bounds | None = None, *, decode: Decode | None = None) -> None:
+    def __init__(self, base: Base, bounds: Bounds | None = None) -> None:
         base.model.eval()  # type: ignore[no-untyped-call]
         self._base = base
         self._bounds = (bounds or Bounds()).settled(base.device.type, offline=True)
-        self._rules = AnswerRules.of(base, decode, offline=True)
+        self._rules = AnswerRules.of(base, offline=True)
         self._guard = threading.Lock()
         self._runner: Runner | None = None
 
@@ -334,7 +331,7 @@ class Decoder:
         Raises:
             SoftPromptError: A request could never be run, or the model failed on it.
         """
-        tickets = [Ticket(request, _ignore) for request in requests]
+        tickets = [Ticket(request, lambda: None) for request in requests]  # nobody cancels one of a list
         # Rows of like length share a batch, which keeps the padding small.
         order = sorted(tickets, key=lambda ticket: len(ticket.request.ids))
         beams = [ticket for ticket in order if ticket.request.options.num_beams > 1]
@@ -377,7 +374,3 @@ class Decoder:
                 batch = []
             batch.append(ticket)
         beam_search(generate, [Job.of(each, self._rules) for each in batch])
-
-
-def _ignore() -> None:
-    """Nobody cancels a request of a list."""

@@ -10,17 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from softprompt.data import RowTokenizer, TokenRow
 from softprompt.engine import Engine, EngineRow
 from softprompt.errors import ConfigError
-from softprompt.generation.request import Input
 from softprompt.generation.scorer import score_rows
-from softprompt.prompts import Prompt
+
+if TYPE_CHECKING:
+    from softprompt.data import RowTokenizer, TokenRow
+    from softprompt.generation.request import Input
+    from softprompt.prompts import Prompt
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,7 +115,11 @@ def load(
     else:
         folders = [prompts]
     for folder in folders:
-        _check_folder(folder)
+        if not isinstance(folder, str | Path):
+            raise ConfigError(
+                f"expected a prompt's folder, or folders by name, {{'a': ..., 'b': ...}}, got {folder!r}; "
+                "Serving({name: prompt}) takes prompts that are loaded"
+            )
     found = load_many(folders, base_model, **reading)
     if isinstance(prompts, Mapping):
         return Serving(dict(zip(prompts, found, strict=True)), bounds)
@@ -201,14 +205,6 @@ def _loaded_heads(stored: StoredPrompt, config: PromptLearningConfig, base: Base
     for head in heads.values():
         head.requires_grad_(False)
     return heads
-
-
-def _check_folder(given: object) -> None:
-    if not isinstance(given, str | Path):
-        raise ConfigError(
-            f"expected a prompt's folder, or folders by name, {{'a': ..., 'b': ...}}, got {given!r}; "
-            "Serving({name: prompt}) takes prompts that are loaded"
-        )
 
 
 def _read(

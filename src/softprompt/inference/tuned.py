@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 
 from softprompt.artifacts import Manifest, Publishing, manifest_of_task, push, save_adapter
 from softprompt.backbone import Base, head_tensors, replaced_modules
-from softprompt.data import RowTokenizer
 from softprompt.display import curve_html, one_line, page, table, training_figure
 from softprompt.engine import Engine, build_engine, placement_of
 from softprompt.errors import ConfigError
@@ -45,10 +44,12 @@ from softprompt.inference.inputs import (
     row_tokenizer,
     task_number,
 )
-from softprompt.prompts import Prompt, PromptLearningConfig, PromptModule
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from softprompt.data import RowTokenizer
+    from softprompt.prompts import Prompt, PromptLearningConfig, PromptModule
 
 _Answer = TypeVar("_Answer")
 

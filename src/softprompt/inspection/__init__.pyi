@@ -2,8 +2,6 @@ from .ablation import LeaveOneOut as LeaveOneOut
 from .ablation import leave_one_out as leave_one_out
 from .attention import AttentionMass as AttentionMass
 from .attention import attention_mass as attention_mass
-from .drift import Drift as Drift
-from .drift import drift_of as drift_of
 from .inspect_prompt import inspect_prompt as inspect_prompt
 from .inspection import Inspection as Inspection
 from .records import WORDS as WORDS
@@ -15,9 +13,11 @@ from .retrieval import similar_prompts as similar_prompts
 from .summary import PromptSummary as PromptSummary
 from .summary import describe as describe
 from .values import KEYS_AND_VALUES as KEYS_AND_VALUES
+from .values import Drift as Drift
 from .values import PartSimilarity as PartSimilarity
 from .values import PartValues as PartValues
 from .values import alike as alike
+from .values import drift_of as drift_of
 from .values import numbers_of as numbers_of
 from .values import parts_of as parts_of
 from .values import similarity_of as similarity_of

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from softprompt.engine import EngineRow
 from softprompt.generation import score_rows
 from softprompt.progress import progress_bar
 
 if TYPE_CHECKING:
+    from softprompt.engine import EngineRow
     from softprompt.inference import TunedPrompt
     from softprompt.prompts import Prompt
 

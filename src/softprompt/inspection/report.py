@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt import display
-from softprompt.artifacts import require_empty, require_no_file, write_folder
+from softprompt.artifacts import require_empty, write_folder
 from softprompt.errors import SoftPromptError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def write_report(found: Inspection, directory: str | Path, *, overwrite: bool = 
     from jinja2 import Environment
 
     target = Path(directory)
-    (require_no_file if overwrite else require_empty)(target)
+    require_empty(target, overwrite=overwrite)
     figures: dict[str, bytes] = {}
     for name, draw in _drawings(found):
         try:

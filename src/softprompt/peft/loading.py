@@ -19,12 +19,12 @@ from softprompt.artifacts import StoredPrompt, check_base
 from softprompt.artifacts import load_adapter as read_adapter
 from softprompt.backbone import HEAD
 from softprompt.errors import ConfigError
-from softprompt.peft.adapters import LoadResult
 from softprompt.peft.plain_modules import as_pretrained
 from softprompt.peft.saving import refill, set_peft_model_state_dict, told_by_value
 from softprompt.prompts import HUB_OPTIONS, Parameterization, PeftConfig, PromptLearningConfig, TaskType
 
 if TYPE_CHECKING:
+    from softprompt.peft.adapters import LoadResult
     from softprompt.peft.model import PeftModel
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from softprompt.errors import ArtifactError, ConfigError, InterfaceError, line, nearest, no_folder
-from softprompt.fields import positive, setting
+from softprompt.fields import check_number, setting
 from softprompt.prompts.kinds import PeftType, Placement, TaskType
 from softprompt.prompts.recognition import KnownToPeft
 from softprompt.untrusted import MOST_TEXT_BYTES, check_types, parse_object, read_bytes
@@ -370,7 +370,7 @@ class PromptLearningConfig(PeftConfig):
         """
         super().__post_init__()
         if self.num_virtual_tokens is not None:
-            positive("num_virtual_tokens", self.num_virtual_tokens)
+            check_number("num_virtual_tokens", int, self.num_virtual_tokens, least=1)
 
 
 def _trusted(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from softprompt.errors import ConfigError, DataError
 from softprompt.generation import Input, Labelling, label_ids_of
 from softprompt.server.bodies import BodyRoute
 from softprompt.server.errors import Problem
-from softprompt.server.protocol import Body, Fields, Several, Stop, Text
+from softprompt.server.protocol import Body, Fields, InputUsage, Several, Stop, Text
 from softprompt.server.service import CLIENT_GONE, USER, in_thread, service_of, unless_gone
 
 if TYPE_CHECKING:
@@ -52,14 +52,6 @@ class LabelScore(BaseModel):
     input_cut: bool
 
 
-class ClassifyUsage(BaseModel):
-    """Tokens of a request; each text is counted once, whatever the number of labels."""
-
-    prompt_tokens: int
-    virtual_tokens: int
-    total_tokens: int
-
-
 class Classification(BaseModel):
     """The response of ``POST /v1/classify``."""
 
@@ -68,7 +60,7 @@ class Classification(BaseModel):
     model: str
     system_fingerprint: str
     data: list[LabelScore]
-    usage: ClassifyUsage
+    usage: InputUsage
 
 
 def labelling_of(body: ClassifyBody, served: Served, most_rows: int) -> Labelling:

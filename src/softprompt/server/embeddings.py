@@ -17,7 +17,7 @@ from torch import Tensor
 from softprompt.engine import EngineRow, text_states
 from softprompt.errors import ConfigError, DataError, NotServingError, QueueFullError
 from softprompt.server.bodies import BodyRoute
-from softprompt.server.protocol import Body, Several, Text, TokenIds, Whole
+from softprompt.server.protocol import Body, InputUsage, Several, Text, TokenIds, Whole
 from softprompt.server.service import CLIENT_GONE, USER, Service, in_thread, service_of, unless_gone
 
 if TYPE_CHECKING:
@@ -51,14 +51,6 @@ class Embedding(BaseModel):
     embedding: list[float] | str
 
 
-class EmbeddingsUsage(BaseModel):
-    """Tokens of a request."""
-
-    prompt_tokens: int
-    virtual_tokens: int
-    total_tokens: int
-
-
 class Embeddings(BaseModel):
     """The response of ``POST /v1/embeddings``."""
 
@@ -66,7 +58,7 @@ class Embeddings(BaseModel):
     data: list[Embedding]
     model: str
     system_fingerprint: str
-    usage: EmbeddingsUsage
+    usage: InputUsage
 
 
 @router.post("/v1/embeddings", response_model=Embeddings)

@@ -274,13 +274,18 @@ def _sampling(body: SamplingBody, temperature: float) -> dict[str, Any]:
     return found
 
 
-class Usage(BaseModel):
-    """Token counts of a request; virtual tokens are counted apart from the input's."""
+class InputUsage(BaseModel):
+    """Tokens of a request, each input counted once; virtual tokens are counted apart from the input's."""
 
     prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
     virtual_tokens: int
+    total_tokens: int
+
+
+class Usage(InputUsage):
+    """Tokens of a request and of its answers."""
+
+    completion_tokens: int
 
 
 class GenerationResponse(BaseModel):

@@ -297,11 +297,8 @@ class Run:
                 pump.cancel()
             if not ended:
                 self.cancel()
-                self.metrics.success.labels(self._label, "abort").inc(self._open_answers)
-
-    @property
-    def _open_answers(self) -> int:
-        return sum(ticket.request.n for ticket in self.tickets) - sum(self._ended)
+                left_open = sum(ticket.request.n for ticket in self.tickets) - sum(self._ended)
+                self.metrics.success.labels(self._label, "abort").inc(left_open)
 
     @property
     def _label(self) -> str:

@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, final
 
 from softprompt.prompts import CPTEmbedding
-from softprompt.training.movement import Movement
+from softprompt.training.stage import Movement
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,8 +1,7 @@
-"""The data of a run, read and checked before any model is loaded; and its first records as a start."""
+"""The data of a run, read and checked before any model is loaded."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,9 +14,8 @@ from softprompt.data import (
     DataSource,
     Located,
     Record,
-    RowTokenizer,
-    TokenRow,
     Verbalizer,
+    check_label,
     data_fingerprint,
     label_set,
     opened,
@@ -25,8 +23,7 @@ from softprompt.data import (
     read_source,
     validation_split_of,
 )
-from softprompt.errors import ConfigError, DataError, TemplateError, UsageError, nearest
-from softprompt.prompts import CPTConfig
+from softprompt.errors import ConfigError, DataError, TemplateError, UsageError
 from softprompt.training.settings import TuneSettings
 
 logger = logging.getLogger(__name__)
@@ -141,7 +138,8 @@ def _read_task(name: str, train: Rows, validation: Rows | None, settings: TuneSe
         named_source = f"{train}:validation" if isinstance(train, str) else own
         held_out = _read(named_source, list(read_source(own)), verbalizer, settings)
     if labels is not None and held_out is not None:
-        _check_labels(held_out, labels)
+        for place, target in zip(held_out.places, held_out.targets, strict=True):
+            check_label(target, labels, f"validation data, {place.where}", "the training data")
     parts = {"train": part} | ({} if held_out is None else {"validation": held_out})
     return TaskData(
         name,
@@ -244,91 +242,3 @@ def _check_template(verbalizer: Verbalizer, records: Sequence[Record], settings:
     if records and records[0].chat is not None and not {INPUT, "instruction"} & {*records[0].fields}:
         raise ConfigError("verbalizer would be ignored: the base's chat template renders chats; leave it out")
     verbalizer.check(records, settings.output_field)
-
-
-def _check_labels(held_out: _Part, labels: tuple[str, ...]) -> None:
-    for place, target in zip(held_out.places, held_out.targets, strict=True):
-        if target not in labels:
-            raise DataError(
-                f"validation data, {place.where}: {target!r} is not among the {len(labels)} labels of "
-                f"the training data{nearest(target, labels)}; correct it, or set task to "
-                "'generation'"
-            )
-
-
-_BEFORE, _INPUT, _AFTER, _LABEL = 1, 2, 3, 4
-"""What a token of an example is: template before the input, input, template behind it, label."""
-
-
-def first_tokens(rows: Sequence[TokenRow], count: int, tokenizer: RowTokenizer) -> list[int]:
-    """Return tokens of the first records, one behind the other; repeated where there are too few.
-
-    Args:
-        rows: The records, at least one.
-        count: Tokens wanted.
-        tokenizer: What tokenised the records.
-    """
-    ids: list[int] = []
-    for number, row in enumerate(rows):
-        ids += tokens_of_example(row, number, tokenizer)
-        if len(ids) >= count:
-            break
-    return (ids * -(-count // len(ids)))[:count]
-
-
-def tokens_of_example(row: TokenRow, number: int, tokenizer: RowTokenizer) -> tuple[int, ...]:
-    """Return the tokens of a record with its answer behind ``number`` others."""
-    return (*row.source[_starts_text(row, number, tokenizer) :], *row.target)
-
-
-def with_context(
-    config: CPTConfig, rows: Sequence[TokenRow], tokenizer: RowTokenizer, *, count: int, room: int | None
-) -> tuple[CPTConfig, int]:
-    """Return a configuration whose context is the first records, and how many these are.
-
-    Args:
-        config: The other options.
-        rows: The records, at least one.
-        tokenizer: What tokenised the records; tells the template's tokens from the input's.
-        count: Records wanted.
-        room: Tokens that the context may have; one record is taken whether it fits or not. None is no limit.
-    """
-    ids: list[int] = []
-    kinds: list[int] = []
-    used = 0
-    for number, row in enumerate(rows[:count]):
-        own_ids, own_kinds = _example(row, number, tokenizer)
-        if used and room is not None and len(ids) + len(own_ids) > room:
-            break
-        ids += own_ids
-        kinds += own_kinds
-        used += 1
-    made = dataclasses.replace(
-        config, num_virtual_tokens=None, cpt_token_ids=ids, cpt_mask=None, cpt_tokens_type_mask=kinds
-    )
-    return made, used
-
-
-def _example(row: TokenRow, number: int, tokenizer: RowTokenizer) -> tuple[list[int], list[int]]:
-    """Return the tokens of a record and what each of them is, as ``cpt_tokens_type_mask`` has it."""
-    empty, _ = tokenizer.source(dict.fromkeys(tokenizer.verbalizer.fields, ""))
-    most = min(len(row.source), len(empty))
-    before = _shared(row.source, empty, most)
-    after = _shared(row.source[::-1], empty[::-1], most - before)
-    inside = len(row.source) - before - after
-    kinds = [_BEFORE] * before + [_INPUT] * inside + [_AFTER] * after + [_LABEL] * len(row.target)
-    start = _starts_text(row, number, tokenizer)
-    ids = [*row.source, *row.target]
-    return ids[start:], [kind + _LABEL * number for kind in kinds[start:]]
-
-
-def _shared(one: Sequence[int], other: Sequence[int], most: int) -> int:
-    """Return how many tokens two texts have in common at their start."""
-    pairs = zip(one[:most], other[:most], strict=True)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), most)
-
-
-def _starts_text(row: TokenRow, number: int, tokenizer: RowTokenizer) -> int:
-    """Return how many tokens to leave out: the token that starts every text stands in front alone."""
-    bos = tokenizer.tokenizer.bos_token_id
-    return int(number > 0 and bos is not None and row.source[:1] == (bos,))

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import zip_longest
-from typing import Any, cast, final
+from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
 from torch import Tensor
@@ -17,13 +17,15 @@ from softprompt.backbone import facts_of, passes_together, shard_of
 from softprompt.engine import EngineRow
 from softprompt.errors import TrainingError
 from softprompt.prompts import CPTEmbedding, Prompt, PromptModule
-from softprompt.training.objectives import BatchLoss
 from softprompt.training.optimisation import rate_factor, set_rates
-from softprompt.training.sampling import Update
 from softprompt.training.settings import RATE_PER_RMS
-from softprompt.training.stage import Stage
 from softprompt.training.state import RunState, Sums
 from softprompt.world import world
+
+if TYPE_CHECKING:
+    from softprompt.training.objectives import BatchLoss
+    from softprompt.training.sampling import Update
+    from softprompt.training.stage import Stage
 
 JOINED_TOKENS = 4096
 """Padded tokens up to which batches of several prompts make one pass, where ``max_tokens_per_batch`` is not set."""

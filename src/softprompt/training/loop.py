@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,16 +21,15 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 
 from softprompt.errors import DistributedError, TrainingError
-from softprompt.training.events import Events
 from softprompt.training.gradients import steps_of
-from softprompt.training.sampling import Update
-from softprompt.training.settings import TuneSettings
-from softprompt.training.stage import Stage
 from softprompt.training.state import RunState, Saving
 from softprompt.world import world
 
 if TYPE_CHECKING:
     from softprompt.training.collapse import CollapseWatch
+    from softprompt.training.events import Events
+    from softprompt.training.sampling import Update
+    from softprompt.training.stage import Stage
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,8 @@ def _updates(candidate: Candidate, until: int | None) -> Iterator[Update]:
     stage.prompt.eval()
     if stage.validation is not None:
         stage.validation.watch(state.collapse, state.streaks)
-    while state.epoch < epochs and not (_patience_is_over(stage.settings, state) or events.stopped):
+    patience = stage.settings.early_stopping_patience or math.inf
+    while state.epoch < epochs and state.stale_epochs < patience and not events.stopped:
         events.begin("epoch")
         updates = stage.sampling.updates(state.epoch)
         done = state.update - state.group
@@ -203,8 +204,3 @@ def _finish_epoch(stage: Stage, state: RunState, events: Events) -> None:
     point |= {} if stage.movement is None else stage.movement.point()
     state.add_epoch(point)
     events.epoch(point)
-
-
-def _patience_is_over(settings: TuneSettings, state: RunState) -> bool:
-    patience = settings.early_stopping_patience
-    return patience is not None and state.stale_epochs >= patience

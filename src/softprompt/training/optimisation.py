@@ -72,7 +72,7 @@ def peak_rates(settings: TuneSettings, base: Base, prompt: PromptModule, key_val
     elif isinstance(prompt, CPTEmbedding):
         share, scale, what = CONTEXT_RATE, _largest_move(prompt), "largest move of a number"
     elif key_values is not None:
-        own = _layer_rms(key_values)
+        own = key_values.float().square().mean(dim=(2, 3, 4)).sqrt()  # [L, 2]
         rms = scale = float(own.square().mean().sqrt())
         scales, share, what = own / rms, KEY_VALUE_RATE_PER_RMS, "rms of keys and values"
         logger.info(
@@ -100,11 +100,6 @@ def _largest_move(prompt: CPTEmbedding) -> float:
     """Return what a number of the context moves by where a move fills its ball evenly."""
     radius = float(prompt.radius.max())
     return radius / math.sqrt(prompt.embedding.weight.shape[1])
-
-
-def _layer_rms(key_values: Tensor) -> Tensor:
-    """Return the root mean square of each layer's keys and of its values, ``[L, 2]``."""
-    return key_values.float().square().mean(dim=(2, 3, 4)).sqrt()
 
 
 def build_optimizer(settings: TuneSettings, prompt: nn.Module, rates: Rates) -> torch.optim.Optimizer:

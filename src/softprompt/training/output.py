@@ -101,18 +101,23 @@ def _require_writable(output: Path) -> None:
 
 
 @contextmanager
-def claimed(output: Path | None, *, overwrite: bool = False, resume: bool = False) -> Iterator[None]:
+def claimed(
+    output: Path | None, *, overwrite: bool = False, resume: bool = False, dry_run: bool = False
+) -> Iterator[None]:
     """Hold an output directory for one run; without ``resume`` it has to be one that can be written to in the end.
 
-    Of several processes the first one does.
+    Of several processes the first one does; in a dry run none.
 
     Raises:
-        UsageError: There is nothing to overwrite.
+        UsageError: There is nothing to overwrite, or the run is to go on and to start anew.
         OutputExistsError: It holds something that would be lost, or another run is at work there.
         ArtifactError: It may not be written to.
     """
+    if resume and overwrite:
+        raise UsageError("resume=True goes on with a run and overwrite=True starts anew; leave overwrite out")
     with ExitStack() as held:
-        world().from_main(lambda: held.enter_context(_claimed(output, overwrite=overwrite, resume=resume)))
+        if not dry_run:
+            world().from_main(lambda: held.enter_context(_claimed(output, overwrite=overwrite, resume=resume)))
         yield
 
 

@@ -40,14 +40,13 @@ from softprompt.prompts import (
     PromptTuningInit,
     TaskType,
 )
-from softprompt.training.automatic_start import resolved
 from softprompt.training.configuration import Origins, labels_text
-from softprompt.training.demonstrations import key_values_start, with_demonstrations
-from softprompt.training.examples import TaskData, with_context
+from softprompt.training.examples import TaskData
 from softprompt.training.optimisation import Rates, peak_rates
 from softprompt.training.settings import CONTEXT_RECORDS, TuneSettings
 from softprompt.training.source_prompts import find_source
 from softprompt.training.stage import Goal
+from softprompt.training.starts import key_values_start, resolved, with_context, with_demonstrations
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Unpack, cast, overload
@@ -21,7 +21,7 @@ from softprompt.inference import TunedPrompt
 from softprompt.progress import timed
 from softprompt.prompts import SOURCE_INITS, MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from softprompt.training.events import checked_callbacks
-from softprompt.training.examples import Data, read_data
+from softprompt.training.examples import Data, TaskData, read_data
 from softprompt.training.keywords import ALIASES, TuneOptions, full_names
 from softprompt.training.output import (
     SEEDS_FOLDER,
@@ -116,13 +116,11 @@ def tune(
         TrainingInterrupted: Ctrl-C or SIGTERM; the state is saved when there is an ``output``.
     """
     called, target = checked_callbacks(callbacks), None if output is None else Path(output)
-    if resume and overwrite:
-        raise UsageError("resume=True goes on with a run and overwrite=True starts anew; give one of them")
     settings, given = None, renamed(TuneSettings, options)
     if not resume:
         _check_names(given)
         settings = TuneSettings.from_dict(given)
-    with joined() as ranks, claimed(target, overwrite=overwrite, resume=resume) if not dry_run else nullcontext():
+    with joined() as ranks, claimed(target, overwrite=overwrite, resume=resume, dry_run=dry_run):
         if settings is None:
             plan = resumed("tune", base_model, train_data, validation_data, target, given)
         else:
@@ -135,10 +133,7 @@ def _tuned(
 ) -> TunedPrompt | DryRun:
     """Run a plan, or say what it would do."""
     clock = time.perf_counter()
-    if plan.train_data is None:
-        raise UsageError("train_data is missing; give a data file or records of input and output")
-    trackers = plan.trackers(target)
-    data = read_data(plan.train_data, plan.validation_data, plan.settings)
+    data, trackers = plan.data(), plan.trackers(target)
     with timed(silent=plan.settings.silence_progress_bars) as parts:
         prepared = prepare(plan.base_model, data, plan.settings)
         stages = list(stages_of(prepared, {}, lambda: None))
@@ -146,13 +141,12 @@ def _tuned(
         if dry_run:
             return dry_run_of(prepared, stages)
         known = identity(prepared)
-        found = world().from_main(lambda: load_states(target, known)[0] if resume and target else {})
+        found, _ = load_states(target if resume else None, known)
         before = sum(each.seconds for each in found.values())
         # From here on a Ctrl-C is noted, so the run's file and its first state are written together.
         with StopSignal() as stop, kept_if_resumable(target):
             if target is not None and not resume:
-                clear_state(target)
-                write_run(state_path(target).with_name(RUN_FILE), plan.names(), plan.settings)
+                plan.begin(target)
             prepared, probed = with_rate(prepared, target, stop.check)
             best, seeds = train_seeds(prepared, Session(target, stop, found, [*called, *trackers]))
     seeds[best].trained.metrics.update(probed)
@@ -228,6 +222,17 @@ class RunPlan:
         if self.validation_data is not None:
             named["validation_data"] = named_source(self.validation_data)
         return named
+
+    def data(self) -> list[TaskData]:
+        """Read and check the data sets; raises as ``read_data``, and ``UsageError`` where there is none."""
+        if self.train_data is None:
+            raise UsageError("train_data is missing; give a data file or records of input and output")
+        return read_data(self.train_data, self.validation_data, self.settings)
+
+    def begin(self, output: Path) -> None:
+        """Write the run file into the state of an output, where nothing of an earlier run is left."""
+        clear_state(output)
+        write_run(state_path(output).with_name(RUN_FILE), self.names(), self.settings, self.sweep)
 
     def trackers(self, output: Path | None) -> list[Tracking]:
         """Return the callback that sends the run to trackers, where it has any; raises as ``trackers_of``."""

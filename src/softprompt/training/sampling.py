@@ -10,10 +10,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from softprompt.data import plan_batches, split_batch
+from softprompt.errors import DataError
 
 Update = list[list[int]]
 """Micro-batches of row numbers whose gradients make one update."""
+BATCHES_PER_BUCKET = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,3 +94,57 @@ def _tasks_of_batch(generator: random.Random, weights: dict[int, float], batch_s
         chosen.append(task)
     rest = generator.choices(chosen, [weights[task] for task in chosen], k=batch_size - count)
     return chosen + rest
+
+
+def plan_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
+    """Return batches of row indices, each index exactly once: rows of similar length together, all else random.
+
+    Rows are shuffled, cut into buckets of a few batches, sorted by length inside each bucket, cut
+    into batches, and the batches are shuffled. Small buckets keep batches random from epoch to epoch,
+    large ones save padding; 16 batches save nearly all of it.
+
+    Args:
+        lengths: Tokens of each row.
+        batch_size: Most rows in a batch.
+        seed: With ``epoch``, the only source of randomness.
+        epoch: Changes the plan from epoch to epoch.
+    """
+    order = list(range(len(lengths)))
+    # A text seed is hashed with SHA-512, the same in every process and Python version.
+    generator = random.Random(f"plan_batches {seed} {epoch}")
+    generator.shuffle(order)
+    # At least two buckets, or a small data set would be sorted the same way in every epoch.
+    width = batch_size * max(1, min(BATCHES_PER_BUCKET, -(-len(order) // batch_size) // 2))
+    batches: list[list[int]] = []
+    for start in range(0, len(order), width):
+        bucket = sorted(order[start : start + width], key=lambda index: lengths[index])
+        batches += [bucket[first : first + batch_size] for first in range(0, len(bucket), batch_size)]
+    generator.shuffle(batches)
+    return batches
+
+
+def split_batch(batch: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Split a batch into micro-batches of bounded padded size, whose gradients are accumulated.
+
+    Args:
+        batch: Row indices.
+        lengths: Tokens of each row, by index.
+        max_tokens: Most tokens in a padded part, that is rows x longest row.
+
+    Raises:
+        DataError: A row alone is longer than ``max_tokens``.
+    """
+    parts: list[list[int]] = []
+    longest = 0
+    for index in batch:
+        if lengths[index] > max_tokens:
+            raise DataError(
+                f"record {index + 1} has {lengths[index]} tokens, more than max_tokens={max_tokens} for a "
+                "whole pass; raise it or lower max_source_length"
+            )
+        longest = max(longest, lengths[index])
+        if not parts or (len(parts[-1]) + 1) * longest > max_tokens:
+            parts.append([])
+            longest = lengths[index]
+        parts[-1].append(index)
+    return parts

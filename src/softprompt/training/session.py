@@ -21,7 +21,6 @@ from softprompt.training.collapse import CollapseWatch
 from softprompt.training.divergence import TopDivergence
 from softprompt.training.events import Callbacks, Events
 from softprompt.training.loop import Candidate, train_together
-from softprompt.training.movement import Movement
 from softprompt.training.objectives import (
     ContextLikelihood,
     Distillation,
@@ -35,7 +34,7 @@ from softprompt.training.output import ended_by, how_to_go_on, state_path
 from softprompt.training.preparation import Prepared, teacher_prompt
 from softprompt.training.sampling import Sampling
 from softprompt.training.settings import DISTILLATION_WEIGHT
-from softprompt.training.stage import Measure, Stage
+from softprompt.training.stage import Measure, Movement, Stage
 from softprompt.training.state import RunState, Saving, Snapshot, StopSignal, save_states
 from softprompt.training.validation import TaskValidations, Validation
 from softprompt.world import world

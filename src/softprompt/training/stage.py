@@ -1,20 +1,23 @@
-"""What is trained to its end, on what, and how it is validated."""
+"""What is trained to its end, on what, how it is validated, and how far it moves."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol, final
 
+import torch
+from torch import Tensor
 from torch.nn import Module
 
-from softprompt.data import TokenRow
-from softprompt.prompts import Prompt, PromptModule
 from softprompt.training.events import LOG_FILE
-from softprompt.training.movement import Movement
-from softprompt.training.objectives import Objective
-from softprompt.training.sampling import Sampling
-from softprompt.training.settings import TuneSettings
+
+if TYPE_CHECKING:
+    from softprompt.data import TokenRow
+    from softprompt.prompts import Prompt, PromptModule
+    from softprompt.training.objectives import Objective
+    from softprompt.training.sampling import Sampling
+    from softprompt.training.settings import TuneSettings
 
 MAIN = "prompt"
 """Name of the stage that trains the prompt itself."""
@@ -31,6 +34,48 @@ class Measure(Protocol):
 
     def quality(self, metrics: dict[str, float]) -> list[float]:
         """Return what decides which epoch is best, first things first; more is better."""
+
+
+MOST_TOKENS = 128
+"""Virtual tokens of which numbers are kept; of a longer prompt they are those of evenly spaced ones."""
+
+
+@final
+class Movement:
+    """Remembers where a prompt started, which is where it is now.
+
+    A run that is continued makes its first values again from its seed, so nothing of this is in its state.
+    """
+
+    def __init__(self, prompt: PromptModule) -> None:
+        prompt.eval()  # one with dropout of its own would start elsewhere each time
+        self._prompt, self._start = prompt, _values(prompt)
+
+    def values(self) -> tuple[Tensor, Tensor]:
+        """Return the values of each task's virtual tokens ``[K, P, X]``, and what training changed of them."""
+        now = _values(self._prompt)
+        return now, now - self._start
+
+    def point(self) -> dict[str, Any]:
+        """Return what goes into the history: root mean squares over the values of a virtual token.
+
+        ``drift`` is that of what training changed, ``rms`` that of the values, both for every ``every``-th virtual
+        token, from the first on, to four digits; with several tasks they are root mean squares over these too.
+        """
+        now, change = self.values()
+        every = -(-now.shape[1] // MOST_TOKENS)
+        found = {"drift": _rms(change, every), "rms": _rms(now, every)}
+        return {"virtual_tokens": {"every": every, **found}}
+
+
+@torch.no_grad()
+def _values(prompt: PromptModule) -> Tensor:
+    return torch.stack([prompt.prompt(task).by_token.detach().clone() for task in range(prompt.num_tasks)])
+
+
+def _rms(values: Tensor, every: int) -> list[float]:
+    found = values.double().square().mean((0, 2)).sqrt()  # [P]
+    return [float(f"{value:.4g}") for value in found[::every].tolist()]
 
 
 @dataclass(frozen=True, slots=True)

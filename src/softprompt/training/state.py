@@ -222,13 +222,20 @@ def save_states(
     write_sealed(state_path(output), save(flat, metadata={"state": json.dumps(header), **SEAL}))
 
 
-def load_states(output: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Snapshot], dict[str, Any]]:
-    """Read back what ``save_states`` wrote: the snapshots and the record.
+def load_states(output: Path | None, identity: Mapping[str, Any]) -> tuple[dict[str, Snapshot], dict[str, Any]]:
+    """Read back what ``save_states`` wrote, the snapshots and the record; none where there is no state.
+
+    Of several processes the first one reads.
 
     Raises:
-        TrainingError: there is no state, it is damaged, or it belongs to other data, another base
-            or other settings.
+        TrainingError: it is damaged, or it belongs to other data, another base or other settings.
     """
+    return world().from_main(lambda: _loaded(output, identity))
+
+
+def _loaded(output: Path | None, identity: Mapping[str, Any]) -> tuple[dict[str, Snapshot], dict[str, Any]]:
+    if output is None or not state_path(output).exists():
+        return {}, {}
     header, flat = _read(state_path(output))
     for name, expected in header["identity"].items():
         if identity.get(name) != expected:
@@ -257,8 +264,6 @@ def load_states(output: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Sn
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.is_file():
-        raise TrainingError(f"nothing to resume: {path} does not exist; start the run without resume=True")
     data = read_sealed(path)
     try:
         with safe_open(path, framework="pt") as file:

@@ -8,17 +8,19 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
 
 from softprompt.backbone import own_part
-from softprompt.data import TokenRow
 from softprompt.training.gradients import passed
 from softprompt.training.loop import duration
-from softprompt.training.preparation import Prepared, TaskRows
-from softprompt.training.stage import Stage
+
+if TYPE_CHECKING:
+    from softprompt.data import TokenRow
+    from softprompt.training.preparation import Prepared, TaskRows
+    from softprompt.training.stage import Stage
 
 logger = logging.getLogger(__name__)
 

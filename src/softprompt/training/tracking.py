@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from softprompt.errors import ConfigError, SoftPromptError
+from softprompt.fields import flat
 from softprompt.generation import GenerationOptions
 from softprompt.training.output import state_path
 
@@ -168,7 +169,9 @@ class Tracking:
         if name == "mlflow":
             self._record["mlflow"] = tracker.tracker.info.run_id
         if known:
-            tracker.store_init_configuration(_flat(known))
+            pairs = [(name, value) for name, value in flat(known, "/").items() if value is not None]
+            plain = {n: v if isinstance(v, bool | int | float | str) else json.dumps(v) for n, v in pairs}
+            tracker.store_init_configuration(plain)
         return tracker
 
     def _each(self, call: Callable[[Any], None]) -> None:
@@ -222,17 +225,6 @@ def _samples(tuned: TunedPrompt, tasks: Sequence[TaskRows]) -> str:
             target = tokenizer.decode(list(row.target), skip_special_tokens=True)
             parts.append(f"    {tokenizer.decode(list(row.source))}\n\nanswer: `{answer}`, target: `{target}`")
     return "\n\n".join(parts)
-
-
-def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Return settings as one level of plain values, such as ``tuning_config/num_virtual_tokens``."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{before}{name}/")
-        elif value is not None:
-            found[before + name] = value if isinstance(value, bool | int | float | str) else json.dumps(value)
-    return found
 
 
 def _read(file: Path | None) -> dict[str, Any]:

@@ -25,7 +25,7 @@ SOURCE_METHODS: Mapping[str, MultitaskPromptTuningInit] = {
 """Methods that start from a source prompt, and what PEFT calls each."""
 
 AUTO = "AUTO"
-"""The initialisation that is chosen by what is known of the task; see ``automatic_start``."""
+"""The initialisation that is chosen by what is known of the task; see ``starts``."""
 
 _NEEDS: Mapping[str, tuple[str, ...]] = {
     "prompt_tuning_init_text": ("TEXT", AUTO),

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import torch
 
-from softprompt.data import TokenRow
-from softprompt.engine import Engine
 from softprompt.generation import TargetLikelihood, classify_rows, target_likelihood
-from softprompt.prompts import Prompt
 from softprompt.training.collapse import LabelWatch
+
+if TYPE_CHECKING:
+    from softprompt.data import TokenRow
+    from softprompt.engine import Engine
+    from softprompt.prompts import Prompt
 
 ROWS_BETWEEN_STOPS = 256
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.errors import ConfigError
-from softprompt.fields import positive, setting
+from softprompt.fields import check_number, setting
 from softprompt.prompts import PROMPT_KEY, PeftType, PromptModule, Start, check_fit, check_task, drawing_from
 from softprompt.prompts.methods.key_values import FlatOrder, KeyValueConfig
 
@@ -40,7 +40,8 @@ class CartridgeConfig(KeyValueConfig):
         """
         super().__post_init__()
         self.peft_type = self.method
-        frozen = positive("num_frozen_tokens", self.num_frozen_tokens, least=0)
+        frozen = self.num_frozen_tokens
+        check_number("num_frozen_tokens", int, frozen, least=0)
         if self.num_virtual_tokens is not None and frozen > self.num_virtual_tokens:
             raise ConfigError(
                 f"num_frozen_tokens must be at most num_virtual_tokens={self.num_virtual_tokens}, got {frozen}"

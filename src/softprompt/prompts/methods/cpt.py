@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softprompt.errors import ConfigError
-from softprompt.fields import number, positive, setting
+from softprompt.fields import check_number, setting
 from softprompt.prompts import (
     PROMPT_KEY,
     PeftType,
@@ -84,7 +84,7 @@ class CPTConfig(PromptLearningConfig):
                 f"{self.opt_weighted_loss_type!r}"
             )
         for name in ("loss_decay_factor", "projection_epsilon", "projection_format_epsilon"):
-            number(f"opt_{name}", getattr(self, f"opt_{name}"))
+            check_number(f"opt_{name}", float, getattr(self, f"opt_{name}"), least=0, most=1e38)
 
     def build(self, word_embeddings: nn.Embedding, start: Start) -> PromptModule:
         """Return the untrained module; see ``PromptLearningConfig``."""
@@ -107,7 +107,7 @@ class CPTConfig(PromptLearningConfig):
             )
         for name in ("cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask"):
             for value in getattr(self, name):
-                positive(f"each of {name}", value, least=0)
+                check_number(f"each of {name}", int, value, least=0)
 
     def refuse_ignored(self) -> None:
         """Refuse a mask and a factor without effect; see ``PromptLearningConfig``."""

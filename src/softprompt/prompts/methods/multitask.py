@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.errors import ConfigError
-from softprompt.fields import member, positive, setting
+from softprompt.fields import check_number, member, setting
 from softprompt.prompts import (
     PROMPT_KEY,
     MultitaskPromptTuningInit,
@@ -81,9 +81,9 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         self.prompt_tuning_init = _DOCUMENTED.get(given, self.prompt_tuning_init)
         super().__post_init__()
         self.task_matrix_init = member(TaskMatrixInit, "task_matrix_init", self.task_matrix_init)
-        positive("num_ranks", self.num_ranks)
-        positive("num_tasks", self.num_tasks)
-        positive("prompt_tuning_init_task", self.prompt_tuning_init_task, least=0)
+        check_number("num_ranks", int, self.num_ranks, least=1)
+        check_number("num_tasks", int, self.num_tasks, least=1)
+        check_number("prompt_tuning_init_task", int, self.prompt_tuning_init_task, least=0)
         self._refuse_options()
         self._count_submodules()
         if not self.inference_mode:

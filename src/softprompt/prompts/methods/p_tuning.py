@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.errors import ConfigError
-from softprompt.fields import member, number, positive, setting
+from softprompt.fields import check_number, member, setting
 from softprompt.prompts import (
     PROMPT_KEY,
     PeftType,
@@ -64,9 +64,10 @@ class PromptEncoderConfig(PromptLearningConfig):
             self.encoder_reparameterization_type,
         )
         if self.encoder_hidden_size is not None:
-            positive("encoder_hidden_size", self.encoder_hidden_size)
-        positive("encoder_num_layers", self.encoder_num_layers)
-        if not number("encoder_dropout", self.encoder_dropout) < 1:
+            check_number("encoder_hidden_size", int, self.encoder_hidden_size, least=1)
+        check_number("encoder_num_layers", int, self.encoder_num_layers, least=1)
+        check_number("encoder_dropout", float, self.encoder_dropout, least=0)
+        if self.encoder_dropout >= 1:
             raise ConfigError(f"encoder_dropout must be below 1, got {self.encoder_dropout}")
 
     def build(self, word_embeddings: nn.Embedding, start: Start) -> PromptModule:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.errors import ArtifactError, ConfigError, nearest
-from softprompt.fields import positive, setting
+from softprompt.fields import check_number, setting
 from softprompt.prompts import PROMPT_KEY, PeftType, PromptModule, Start, check_task, drawing_from, take_over
 from softprompt.prompts.methods.key_values import FlatOrder, KeyValueConfig
 
@@ -55,7 +55,7 @@ class PrefixTuningConfig(KeyValueConfig):
                 f"{nearest(str(self.init_weights), ['zero'])}"
             )
         if self.encoder_hidden_size is not None:
-            positive("encoder_hidden_size", self.encoder_hidden_size)
+            check_number("encoder_hidden_size", int, self.encoder_hidden_size, least=1)
         self.check_text("freeze_first_token")
         for name in ("init_weights", "prefix_projection"):
             if getattr(self, name) and self.prefix_tuning_init_text is not None:

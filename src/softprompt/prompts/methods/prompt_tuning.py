@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.errors import ConfigError
-from softprompt.fields import member, positive, setting
+from softprompt.fields import check_number, member, setting
 from softprompt.prompts import (
     PROMPT_KEY,
     Parameterization,
@@ -151,14 +151,14 @@ class PromptTuningConfig(PromptLearningConfig):
         ranked = self.parameterization in (Parameterization.LOW_RANK, Parameterization.ULPT)
         rank = self.parameterization_rank
         if ranked:
-            positive(f"parameterization_rank of {self.parameterization}", rank)
+            check_number(f"parameterization_rank of {self.parameterization}", int, rank, least=1)
         elif rank is not None and self.parameterization is not Parameterization.SUPERPOS:
             raise ConfigError(
                 f"parameterization_rank would be ignored with parameterization {self.parameterization}; "
                 "leave it out, or use low_rank, ulpt or superpos"
             )
         elif rank is not None:
-            positive("parameterization_rank", rank)
+            check_number("parameterization_rank", int, rank, least=1)
 
     def _check_model_types(self) -> None:
         if self.output_model_types is None:

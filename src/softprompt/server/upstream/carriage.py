@@ -12,7 +12,6 @@ vLLM reads embeddings with ``torch.load``; nothing that a client sent is ever am
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from operator import index
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
-from softprompt.artifacts import MOST_TEXT_BYTES, PROMPTS_FILE, parse_object, read_bytes
+from softprompt.artifacts import MOST_TEXT_BYTES, PROMPTS_FILE, parse_object, pickled_bytes, read_bytes
 from softprompt.errors import ArtifactError, ConfigError
 from softprompt.server.upstream.fleet import UpstreamRequest
 
@@ -170,9 +169,7 @@ NO_EMBEDS = (
 
 def encoded(tokens: Tensor) -> str:
     """Return virtual tokens ``[P, H]`` as vLLM takes them: the base64 of what ``torch.save`` writes."""
-    stream = io.BytesIO()
-    torch.save(tokens.detach().cpu().clone(), stream)
-    return base64.b64encode(stream.getvalue()).decode()
+    return base64.b64encode(pickled_bytes(tokens.detach().cpu().clone())).decode()
 
 
 def _sampling(options: GenerationOptions, seed: int | None) -> dict[str, Any]:

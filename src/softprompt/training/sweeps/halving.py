@@ -267,5 +267,5 @@ def unsaid() -> Iterator[None]:
             each.disabled = was
 
 
-_OF_ONE = ("loop", "events", "validation", "optimisation", "preparation", "collapse", "automatic_start")
+_OF_ONE = ("loop", "events", "validation", "optimisation", "preparation", "collapse", "starts")
 """Modules that speak of one prompt."""

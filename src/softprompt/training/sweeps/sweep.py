@@ -23,7 +23,6 @@ from softprompt.progress import timed
 from softprompt.training import (
     LOG_FILE,
     PLAN_FILE,
-    RUN_FILE,
     SEAL,
     BaseLike,
     Data,
@@ -32,7 +31,6 @@ from softprompt.training import (
     TuneOptions,
     TuneSettings,
     claimed,
-    clear_state,
     finish_trackers,
     identity,
     kept_if_resumable,
@@ -40,14 +38,12 @@ from softprompt.training import (
     prepare,
     publish_logs,
     quality_of,
-    read_data,
     require_alike,
     resumed,
     state_path,
     summarize,
     tuned_of,
     write_output,
-    write_run,
     write_sealed,
 )
 from softprompt.training.sweeps.halving import Halving, Tried, steps_of_rungs, unsaid
@@ -61,7 +57,7 @@ from softprompt.training.sweeps.space import (
     refuse_ignored,
     suggested,
 )
-from softprompt.world import joined, world
+from softprompt.world import joined
 
 logger = logging.getLogger(__name__)
 
@@ -165,15 +161,13 @@ def _swept(
 ) -> Sweep:
     """Run a plan; ``ray`` are address, cluster and workers."""
     clock = time.perf_counter()
-    if plan.train_data is None:
-        raise UsageError("train_data is missing; give a data file or records of input and output")
     refuse_ignored(plan.settings)
     choices = grid_of(plan.settings, tried)
     address, cluster, workers = ray
     if address is not None and plan.settings.track:
         raise ConfigError("track would be ignored on Ray, whose workers train; leave it out")
     trackers = plan.trackers(target)
-    data = read_data(plan.train_data, plan.validation_data, plan.settings)
+    data = plan.data()
     if len(data) > 1:
         raise ConfigError("a sweep takes one data set; sweep each task by itself")
     if not data[0].validation:
@@ -184,13 +178,10 @@ def _swept(
         summarize(first, [])
         require_alike(first)
         known = identity(first)
-        snapshots, record = world().from_main(
-            lambda: load_states(target, known) if resume and target and state_path(target).exists() else ({}, {})
-        )
+        snapshots, record = load_states(target if resume else None, known)
         with StopSignal() as stop, kept_if_resumable(target):
             if target is not None and not resume:
-                clear_state(target)
-                write_run(state_path(target).with_name(RUN_FILE), plan.names(), plan.settings, plan.sweep)
+                plan.begin(target)
                 known = {"command": "sweep", "base_model": plan.names()["base_model"]}
                 settings = plan.settings.to_dict() | {"sweep": plan.sweep}
                 plan_file = json.dumps({**SEAL, **known, "settings": settings}).encode()

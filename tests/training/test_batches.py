@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softprompt.data import plan_batches, split_batch
-from softprompt.errors import ConfigError, DataError
+from softprompt.errors import DataError
+from softprompt.training.sampling import plan_batches, split_batch
 
 LENGTHS = st.lists(st.integers(0, 60), max_size=200)
 
@@ -17,9 +17,9 @@ def padded(batches, lengths):
     return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
 
 
-@given(LENGTHS, st.integers(1, 20), st.integers(0, 9), st.integers(0, 3), st.booleans())
-def test_every_index_exactly_once_in_batches_of_the_size(lengths, size, seed, epoch, shuffle):
-    batches = plan_batches(lengths, size, seed=seed, epoch=epoch, shuffle=shuffle)
+@given(LENGTHS, st.integers(1, 20), st.integers(0, 9), st.integers(0, 3))
+def test_every_index_exactly_once_in_batches_of_the_size(lengths, size, seed, epoch):
+    batches = plan_batches(lengths, size, seed=seed, epoch=epoch)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     assert all(1 <= len(batch) <= size for batch in batches)
     assert len(batches) == -(-len(lengths) // size)
@@ -79,17 +79,6 @@ def test_batch_order_is_not_by_length():
     assert 16 < rises < 48
 
 
-def test_without_shuffling_the_longest_come_first():
-    batches = plan_batches([3, 9, 1, 9], 2, seed=0, epoch=0, shuffle=False)
-    assert batches == [[1, 3], [0, 2]]
-    assert batches == plan_batches([3, 9, 1, 9], 2, seed=5, epoch=7, shuffle=False)
-
-
 def test_a_row_above_the_bound_is_refused_with_the_numbers():
     with pytest.raises(DataError, match="record 2 has 40 tokens, more than max_tokens=32"):
         split_batch([0, 1], [3, 40], 32)
-
-
-def test_an_impossible_batch_size_is_refused():
-    with pytest.raises(ConfigError, match="batch_size of at least 1, got 0"):
-        plan_batches([1], 0, seed=0, epoch=0)
