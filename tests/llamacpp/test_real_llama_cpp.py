@@ -133,7 +133,7 @@ def case(request, tmp_path_factory):
         url = process.stdout.readline().strip()
         try:
             with httpx.Client(base_url=url, timeout=300) as client:
-                tuned = softprompt.load(place / "x", base)
+                tuned = softprompt.load(place / "x", str(place / "base"))
                 extended = tf.AutoTokenizer.from_pretrained(place / "exported")
                 yield Case(request.param, client, tuned, entry, model, extended)
         finally:
