@@ -10,7 +10,7 @@ OF_LM_EVAL := absl-py aiohappyeyeballs aiohttp aiosignal chardet colorama DataPr
 	mbstrdecoder more-itertools multidict nltk pathvalidate portalocker propcache pytablewriter pytz regex rouge_score \
 	sacrebleu sqlitedict tabledata tabulate tcolorpy tenacity typepy word2number yarl
 NEED_HEAVY := tests/integration/test_quantised.py tests/integrations/test_libraries.py tests/server/test_lm_eval.py
-.PHONY: demo test test-all test-extra test-vllm fuzz test-oldest test-latest upstream coverage audit docs setup check clean
+.PHONY: demo test test-all test-extra test-vllm test-llamacpp fuzz test-oldest test-latest upstream coverage audit docs setup check clean
 
 setup: .venv/.ready
 
@@ -46,6 +46,11 @@ test-extra: setup
 test-vllm: setup
 	PYTHON=$(PYTHON) sh tests/vllm/environment.sh .venv-vllm
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -rs -s -m "slow or not slow" tests/vllm
+
+# The tests against a real llama.cpp, its converter and its server, of which nothing is compiled.
+test-llamacpp: setup
+	PYTHON=$(BIN)/python sh tests/llamacpp/environment.sh .venv-llamacpp
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -rs -m "slow or not slow" tests/llamacpp
 
 # The suite on the oldest and the newest transformers that pyproject.toml allows, each in an environment of its own;
 # another torch by OTHERS="torch==2.14.1", a part of the suite by TESTS="tests/engine tests/peft". `make upstream` is
