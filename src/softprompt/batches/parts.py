@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
-from softprompt.artifacts import require_empty, write_atomically
+from softprompt.artifacts import require_no_file, write_atomically
 from softprompt.errors import OutputExistsError, UsageError
 
 PLAN = "batch.json"
@@ -26,29 +26,28 @@ class Parts:
     Attributes:
         folder: Where they are.
         form: ``jsonl`` or ``parquet``.
+        plan: What a run must have in common with the one that began the batch.
     """
 
     folder: Path
     form: str
+    plan: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def begun(cls, folder: Path, form: str, plan: Mapping[str, Any], *, resume: bool) -> Parts:
-        """Begin a batch in an empty folder, or go on with the same one.
+    def planned(cls, folder: Path, form: str, plan: Mapping[str, Any], *, resume: bool) -> Parts:
+        """Return the parts of a batch that can begin in an empty folder, or go on there; nothing is written yet.
 
         Raises:
             OutputExistsError: The folder is not empty, and this is no resumption.
             UsageError: It holds no batch, or another one.
         """
         file, wanted = folder / PLAN, json.loads(json.dumps(plan))
+        require_no_file(folder)
         if not resume:
-            if file.exists():
-                raise OutputExistsError(
-                    f"{folder} holds a batch; continue it with --resume, or name another output"
-                )
-            require_empty(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, json.dumps(wanted, indent=2) + "\n")
-            return cls(folder, form)
+            if folder.is_dir() and any(folder.iterdir()):
+                what = "a batch; continue it with --resume, or" if file.exists() else "files of something else;"
+                raise OutputExistsError(f"{folder} holds {what} name another output")
+            return cls(folder, form, wanted)
         if not file.exists():
             raise UsageError(f"nothing to resume in {folder}: it holds no batch; start it without --resume")
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -58,7 +57,12 @@ class Parts:
                     f"the batch in {folder} has {name} {found.get(name)!r}, not {wanted[name]!r}; give the same to "
                     "resume, or name another output"
                 )
-        return cls(folder, form)
+        return cls(folder, form, wanted)
+
+    def begin(self) -> None:
+        """Make the folder, and write down what goes on here."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / PLAN, json.dumps(self.plan, indent=2) + "\n")
 
     def path(self, number: int) -> Path:
         """Return the file of a part."""
