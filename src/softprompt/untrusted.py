@@ -29,7 +29,7 @@ MOST_TEMPLATE, MOST_LABELS, MOST_LABEL = 1 << 17, 4_096, 1_000
 """Characters of a template; labels, and characters of one."""
 MOST_VIRTUAL_TOKENS, MOST_SIZE = 1 << 16, 1 << 20
 """Virtual tokens of a prompt, and any other size that its configuration names."""
-LIMITS = _VARIABLE, _UNPACKED = "SOFTPROMPT_MAX_PROMPT_BYTES", "SOFTPROMPT_MAX_UNPACKED_BYTES"
+_VARIABLE, _UNPACKED = "SOFTPROMPT_MAX_PROMPT_BYTES", "SOFTPROMPT_MAX_UNPACKED_BYTES"
 
 
 def most_weight_bytes() -> int:

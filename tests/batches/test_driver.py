@@ -231,6 +231,45 @@ def test_errors_of_records_are_told_and_those_of_all_end_it(prompts, tmp_path, s
         run_batch(asked, [str(tmp_path / "in.jsonl")], tmp_path / "none")
 
 
+def test_ctrl_c_says_how_to_go_on_and_what_is_finished_stays(prompts, data, tmp_path, stand_in, capsys):
+    words = [
+        "classify",
+        str(prompts / "complaints"),
+        "--ray",
+        "--data",
+        str(data),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    words += ["--part-size", "5", "--workers", "1"]
+    ray = stand_in()
+    wait, waits = ray.wait, []
+
+    def interrupted(refs, num_returns):
+        waits.append(refs)
+        if len(waits) > 3:
+            raise KeyboardInterrupt
+        return wait(refs, num_returns)
+
+    ray.wait = interrupted
+    assert run(words) == 130
+    said = capsys.readouterr().err.splitlines()
+    assert said[-2:] == [f"what is finished stays in {tmp_path / 'out'}; --resume goes on with it", "interrupted"]
+    assert ray.killed == 1
+    kept = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert len(kept) == 4
+    ray = stand_in()
+    assert run([*words, "--resume", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "output": str(tmp_path / "out"),
+        "records": 48,
+        "parts": 10,
+        "computed": 7,
+        "errors": 0,
+    }
+    assert {path: path.read_bytes() for path in kept} == kept
+
+
 def test_the_command_evaluates_as_without_ray(prompts, texts, tmp_path, stand_in, capsys):
     stand_in()
     labels = ["complaint", "no complaint"]

@@ -71,7 +71,7 @@ def test_parts_are_read_as_they_were_written_in_both_formats(tmp_path):
     ]
     for form in ("jsonl", "parquet"):
         parts = Parts.planned(tmp_path / form, form, {"n": (1, 2)}, resume=False)
-        parts.begin()
+        parts.begin({"n": (1, 2)})
         parts.write(1, rows[1:])
         parts.write(0, rows[:1])
         found = [{name: value for name, value in row.items() if value is not None} for row in parts.rows()]
@@ -85,7 +85,7 @@ def test_a_batch_is_resumed_as_it_was_begun_or_not_at_all(tmp_path):
         Parts.planned(out, "jsonl", {"part_size": 4}, resume=True)
     planned = Parts.planned(out, "jsonl", {"part_size": 4}, resume=False)
     assert not out.exists()
-    planned.begin()
+    planned.begin({"part_size": 4})
     with pytest.raises(OutputExistsError, match="holds a batch; continue it with --resume"):
         Parts.planned(out, "jsonl", {"part_size": 4}, resume=False)
     with pytest.raises(UsageError, match="has part_size 4, not 5"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
@@ -26,12 +26,10 @@ class Parts:
     Attributes:
         folder: Where they are.
         form: ``jsonl`` or ``parquet``.
-        plan: What a run must have in common with the one that began the batch.
     """
 
     folder: Path
     form: str
-    plan: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def planned(cls, folder: Path, form: str, plan: Mapping[str, Any], *, resume: bool) -> Parts:
@@ -47,7 +45,7 @@ class Parts:
             if folder.is_dir() and any(folder.iterdir()):
                 what = "a batch; continue it with --resume, or" if file.exists() else "files of something else;"
                 raise OutputExistsError(f"{folder} holds {what} name another output")
-            return cls(folder, form, wanted)
+            return cls(folder, form)
         if not file.exists():
             raise UsageError(f"nothing to resume in {folder}: it holds no batch; start it without --resume")
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -57,12 +55,12 @@ class Parts:
                     f"the batch in {folder} has {name} {found.get(name)!r}, not {wanted[name]!r}; give the same to "
                     "resume, or name another output"
                 )
-        return cls(folder, form, wanted)
+        return cls(folder, form)
 
-    def begin(self) -> None:
-        """Make the folder, and write down what goes on here."""
+    def begin(self, plan: Mapping[str, Any]) -> None:
+        """Make the folder, and write down what a run must have in common with this one to go on."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / PLAN, json.dumps(self.plan, indent=2) + "\n")
+        write_atomically(self.folder / PLAN, json.dumps(plan, indent=2) + "\n")
 
     def path(self, number: int) -> Path:
         """Return the file of a part."""

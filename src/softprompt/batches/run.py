@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 _AHEAD = 2
 """Parts that each worker has, so that it need not wait for the next."""
-_BLOCK = 1000
-"""Lines that Ray Data gets at a time."""
 _LINE, _WRONG = "line", "why the file cannot be read"
 """The columns of what is read: a record as JSON, or what was wrong."""
 
@@ -76,11 +74,16 @@ def run_batch(
     }
     parts = Parts.planned(Path(output), how.output_format, plan, resume=resume)
     told = replace(asked, reading={"trust_remote_code": trusts_code(), **asked.reading})
-    with (
-        connected(address, how.workers, parts="ray.data") as ray,
-        workers_of(ray, BatchWorker, how.workers, told, beside=1) as workers,
-    ):
-        done, computed = _answered(ray, workers, _lines(ray, paths, how.part_size), parts, how)
+    try:
+        with (
+            connected(address, how.workers, parts="ray.data") as ray,
+            workers_of(ray, BatchWorker, how.workers, told, beside=1) as workers,
+        ):
+            done, computed = _answered(ray, workers, _lines(ray, paths, how.part_size), parts, plan)
+    except KeyboardInterrupt:
+        if any(parts.rows()):
+            logger.warning("what is finished stays in %s; --resume goes on with it", output)
+        raise
     errors = [row["error"] for row in parts.rows()]
     if failed := [number for number, error in enumerate(errors, start=1) if error is not None]:
         where = f"record {failed[0]}: "
@@ -92,11 +95,11 @@ def run_batch(
 
 
 def _answered(
-    ray: Any, workers: Sequence[Any], read: Iterator[list[str]], parts: Parts, how: BatchSettings
+    ray: Any, workers: Sequence[Any], read: Iterator[list[str]], parts: Parts, plan: Mapping[str, Any]
 ) -> tuple[int, int]:
     """Give the parts that are not there to the workers, and write each when it is done; return all, and these."""
     running: dict[Any, tuple[int, int, int]] = {}  # a part's number, records and worker
-    number = computed = 0
+    number, computed, most = 0, 0, plan["part_size"]
     with progress_bar(0, "part") as bar:
 
         def finish() -> int:
@@ -106,7 +109,7 @@ def _answered(
                 rows = ray.get(ready)
             except ray.exceptions.RayError as error:
                 logger.warning("part %d was lost with its worker, or failed there; its records have errors", part)
-                first, why = part * how.part_size + 1, f"the worker was lost or failed: {cause_of(error)}"
+                first, why = part * most + 1, f"the worker was lost or failed: {cause_of(error)}"
                 rows = [{"record": first + i, "error": why} for i in range(size)]
             parts.write(part, rows)
             bar.update()
@@ -114,14 +117,14 @@ def _answered(
 
         for number, lines in enumerate(read, start=1):
             if number == 1:
-                parts.begin()
+                parts.begin(plan)
             bar.total = number  # of those that have been read
             if parts.has(number - 1):
                 bar.update()
                 continue
             load = [sum(each[2] == i for each in running.values()) for i in range(len(workers))]
             worker = finish() if len(running) >= _AHEAD * len(workers) else load.index(min(load))
-            answer = workers[worker].answer.remote(lines, (number - 1) * how.part_size + 1)
+            answer = workers[worker].answer.remote(lines, (number - 1) * most + 1)
             running[answer] = (number - 1, len(lines), worker)
             computed += 1
         while running:
@@ -169,7 +172,7 @@ def _blocks(lines: Iterator[str]) -> Iterator[Any]:
     from pyarrow import table
 
     try:
-        while some := list(islice(lines, _BLOCK)):
+        while some := list(islice(lines, 1000)):
             yield table({_LINE: some, _WRONG: [""] * len(some)})
     except DataError as error:  # of an error Ray Data would say that it was one, and not which
         yield table({_LINE: [""], _WRONG: [str(error)]})
@@ -177,21 +180,22 @@ def _blocks(lines: Iterator[str]) -> Iterator[Any]:
 
 def _listed(data: Sequence[str]) -> list[str]:
     """Return the files in order, those of a local folder by name."""
-    paths = []
+    paths = list[str]()
     for each in data:
         if os.path.isdir(each):
             found = [path for path in sorted(Path(each).rglob("*")) if path.is_file() and is_data_file(path.name)]
             if not found:
                 raise DataError(f"{each}: expected data files in the folder, such as .jsonl or .csv, found none")
-            paths += [str(path.absolute()) for path in found]
-            continue
-        is_here = "://" not in each
-        if is_here and not os.path.exists(each):
-            raise DataError(f"{each} does not exist; name a file or a folder")
-        check_name(os.path.basename(each))
-        if is_here:
+            paths += map(os.path.abspath, found)
+        elif os.path.exists(each):
             check_file(Path(each))
-        paths.append(os.path.abspath(each) if is_here else each)
+            paths.append(os.path.abspath(each))
+        elif "://" in each:
+            paths.append(each)
+        else:
+            raise DataError(f"{each} does not exist; name a file or a folder")
+    for path in paths:
+        check_name(os.path.basename(path))
     return paths
 
 
