@@ -20,6 +20,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from alone import alone
 from softprompt.bundled import model_directory
 from softprompt.generation import GenerationOptions
 from softprompt.generation.forms import Forms
@@ -154,4 +155,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    alone()
     main()

@@ -14,6 +14,8 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
+from alone import alone
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -232,4 +234,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    alone()
     main()

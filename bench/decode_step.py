@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from alone import alone
 from softprompt.backbone import Base, with_cache
 from softprompt.engine import DecodeForest, NewTokens
 from softprompt.generation import Batcher, GenerationOptions, Request
@@ -156,4 +157,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    alone()
     main()

@@ -27,6 +27,7 @@ import torch
 from torch.nn import functional as F
 
 import softprompt
+from alone import alone
 from softprompt.backbone import Base
 from softprompt.distillation.teacher import targets_of
 from softprompt.engine import EngineRow, build_engine
@@ -160,4 +161,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    alone()
     main()

@@ -27,6 +27,7 @@ from typing import Any
 import httpx
 
 import softprompt
+from alone import alone
 from softprompt.distillation import DistillSettings, Question, Teacher, distill, measured_on, report_of
 from softprompt.distillation.texts import SourceText
 
@@ -312,4 +313,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    alone()
     main()

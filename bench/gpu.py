@@ -33,6 +33,7 @@ import torch
 import transformers as tf
 
 import training_step as steps
+from alone import alone
 from decode_step import served, tokenizer
 from quiet import quiet
 from softprompt.backbone import Base
@@ -322,4 +323,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    alone()
     main()

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from alone import alone
 from quiet import quiet
 from training_step import Work, count, gpt2_small, ours, peft, spread
 
@@ -102,4 +103,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    alone()
     main()

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from alone import alone
 from softprompt.bundled import complaints
 from softprompt.training import state_path, tune
 
@@ -101,4 +102,5 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 if __name__ == "__main__":
+    alone()
     sys.exit(main())

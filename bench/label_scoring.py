@@ -24,6 +24,7 @@ import torch
 import transformers as tf
 from torch import Tensor
 
+from alone import alone
 from quiet import quiet
 from softprompt.backbone import Base
 from softprompt.bundled import model_directory
@@ -177,4 +178,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    alone()
     main()

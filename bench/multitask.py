@@ -19,6 +19,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 import softprompt
+from alone import alone
 from real_data import Row, demo_complaints, sms_spam, sst2
 
 SHARED = Path(__file__).parents[1].parent / "shared"
@@ -112,4 +113,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    alone()
     main()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers as tf
 
+from alone import alone
 from real_data import G2P, present
 
 SHIFTS = (0, 1, 2, 4, 10)
@@ -85,4 +86,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    alone()
     main()

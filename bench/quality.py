@@ -26,6 +26,7 @@ from typing import Any
 import transformers as tf
 
 import quality_heads
+from alone import alone
 from quality_methods import Cell, run
 from quality_pairs import MINILM, PAIRS, Pair, base_of
 from quality_report import report
@@ -204,4 +205,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    alone()
     main()

@@ -23,6 +23,7 @@ from typing import Any
 import transformers as tf
 
 import softprompt
+from alone import alone
 from quiet import quiet
 from real_data import (
     G2P,
@@ -232,4 +233,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    alone()
     main()

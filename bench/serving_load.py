@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import os
 
+from alone import alone
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
@@ -242,4 +244,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    alone()
     main()

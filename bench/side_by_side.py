@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from alone import alone
 from softprompt.bundled import complaints
 from softprompt.training import Candidate, TuneSettings, candidate_of, prepare, read_data, train_together, varied
 
@@ -76,4 +77,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    alone()
     main()

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import os
 
+from alone import alone
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
@@ -116,4 +118,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    alone()
     main()

@@ -19,6 +19,7 @@ import torch
 import transformers as tf
 
 import softprompt
+from alone import alone
 from softprompt.backbone import Base
 from softprompt.engine import EngineRow, build_engine
 from softprompt.prompts import Prompt
@@ -149,4 +150,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    alone()
     main()

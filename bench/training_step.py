@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import softprompt
+from alone import alone
 from lower_bound import lower_bound
 from quiet import quiet
 from softprompt.backbone import Base, frozen_linears, swapped_forwards, torch_products
@@ -184,8 +185,8 @@ def batch_of(work: Work, rows: list[EngineRow]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def ours(work: Work) -> tuple[Callable[[], float], Any]:
-    """Return a step of ours and the prompt's parameter."""
+def ours(work: Work, share: slice = slice(None)) -> tuple[Callable[[], float], Any]:
+    """Return a step of ours over a share of the rows, its loss a share of theirs, and the prompt's parameter."""
     model = frozen(work)
     rows = rows_of(work, model.config.vocab_size)
     if work.task == "SEQ_CLS":
@@ -194,8 +195,8 @@ def ours(work: Work) -> tuple[Callable[[], float], Any]:
     prompt = torch.nn.Parameter(torch.randn(work.virtual, width) * SCALE)
     engine = build_engine(Base(model))
     value = Prompt(prompt, sees_input=work.sees_input)
-    rows = [replace(row, prompt=value) for row in rows]
     tokens = sum(len(row.target) for row in rows)
+    rows = [replace(row, prompt=value) for row in rows[share]]
 
     def step() -> float:
         prompt.grad = None
@@ -390,4 +391,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    alone()
     main()

@@ -21,6 +21,7 @@ from typing import Any
 import transformers as tf
 
 import softprompt
+from alone import alone
 from quiet import quiet
 from real_data import AbsentError, Row, demo_complaints, sms_spam
 from real_result import spread
@@ -129,4 +130,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    alone()
     main()

@@ -45,6 +45,8 @@ def connected(address: str, workers: int | None = None, *, parts: str = "ray") -
         yield ray
         return
     how: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
+    if own := {name: value for name, value in os.environ.items() if name.startswith("SOFTPROMPT_MAX_")}:
+        how["runtime_env"] = {"env_vars": own}  # bounds of what is read, raised here
     if address == LOCAL:  # reading needs CPUs beside the workers'
         how |= {"num_cpus": (os.cpu_count() or 1) + (workers or 1), "include_dashboard": False}
     ends = signal.getsignal(signal.SIGTERM)

@@ -1,5 +1,6 @@
 """The driver of a batch over a stand-in for Ray in this process, which ends parts in any order and loses some."""
 
+import datetime
 import gzip
 import json
 import sys
@@ -12,11 +13,10 @@ from oracles.ray_stand_in import in_place_of_ray
 from softprompt import load
 from softprompt.backbone import trust_code
 from softprompt.batches import BatchSettings, BatchTask, Parts, run_batch, worker
-from softprompt.batches.run import _listed, _rows
-from softprompt.batches.worker import LINE
+from softprompt.batches.run import _lines, _listed
 from softprompt.cli.main import run
 from softprompt.data import read_source
-from softprompt.errors import ConfigError, DataError, UsageError
+from softprompt.errors import ConfigError, DataError, OutputExistsError, UsageError
 
 
 @pytest.fixture
@@ -104,8 +104,11 @@ def test_what_cannot_be_read_or_has_no_ray_is_refused(prompts, data, tmp_path, s
     asked = BatchTask("generate", {"writer": str(prompts / "writer")})
     stand_in()
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(DataError, match="expected files of one of"):
+    with pytest.raises(DataError, match=r"^notes\.txt: expected one of the suffixes"):
         run_batch(asked, [str(tmp_path / "notes.txt")], tmp_path / "out")
+    with pytest.raises(DataError, match="expected data files in the folder"):
+        (tmp_path / "none").mkdir()
+        run_batch(asked, [str(tmp_path / "none")], tmp_path / "out")
     with pytest.raises(DataError, match="does not exist"):
         run_batch(asked, [str(tmp_path / "absent")], tmp_path / "out")
     monkeypatch.setitem(sys.modules, "ray", None)
@@ -127,23 +130,145 @@ def test_every_text_format_is_read_as_without_ray(prompts, tmp_path, stand_in):
     for name, text in files.items():
         raw, path = text.encode("utf-8-sig" if name.endswith("csv") else "utf-8"), tmp_path / name
         path.write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
-        paths, form = _listed([str(path)])
-        read = [json.loads(row[LINE]) for part in _rows(ray, paths, form, 2) for row in part]
+        read = [json.loads(line) for part in _lines(ray, _listed([str(path)]), 2) for line in part]
         assert read == [dict(each.record) for each in read_source(path)] == records, name
     (tmp_path / "a").mkdir()
     for name, blank in (("1", b""), ("2", b"\xef\xbb\xbf \n"), ("3", b'{"input": "x"}\n')):
         (tmp_path / "a" / f"{name}.jsonl").write_bytes(blank)
-    paths, form = _listed([str(tmp_path / "a")])
-    assert [row[LINE] for part in _rows(ray, paths, form, 2) for row in part] == ['{"input": "x"}']
-    (tmp_path / "x.parquet.gz").write_bytes(b"")
-    with pytest.raises(DataError, match=r"x\.parquet\.gz: Parquet is packed inside"):
-        _listed([str(tmp_path / "x.parquet.gz")])
+    assert list(_lines(ray, _listed([str(tmp_path / "a")]), 2)) == [['{"input": "x"}']]
+
+
+def test_tables_are_read_as_without_ray_and_beside_texts(prompts, texts, tmp_path, stand_in):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import feather, parquet
+
+    names = '{"info": {"features": {"label": {"_type": "ClassLabel", "names": ["late", "broken"]}}}}'
+    table = pa.table({"input": texts[:4], "label": [0, 1, 1, 0], "at": [datetime.date(2026, 1, 1)] * 4})
+    table = table.replace_schema_metadata({"huggingface": names})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    feather.write_feather(table, tmp_path / "b.feather")
+    (tmp_path / "c.csv").write_text("input,label\nx,late\n")
+    (tmp_path / "notes.txt").write_text("which is passed over")
+    read = [json.loads(line) for part in _lines(stand_in(), _listed([str(tmp_path)]), 3) for line in part]
+    labels = ["late", "broken", "broken", "late"]
+    own = [{"input": text, "label": label} for text, label in zip(texts, labels, strict=False)]
+    assert [{name: each[name] for name in ("input", "label")} for each in read] == [
+        *own,
+        *own,
+        {"input": "x", "label": "late"},
+    ]
+    assert read[0]["at"] == ["2026-01-01"]  # a list, which is left out of the fields as a date is
+
+
+@pytest.mark.parametrize("name", ["bomb.jsonl.gz", "bomb.csv.zst", "bomb.parquet", "bomb.feather"])
+def test_what_unpacks_to_much_is_refused_as_without_ray(prompts, tmp_path, stand_in, monkeypatch, name):
+    pa, zstandard = pytest.importorskip("pyarrow"), pytest.importorskip("zstandard")
+    from pyarrow import feather, parquet
+
+    stand_in()
+    path, record = tmp_path / name, b'{"input": "%s"}\n'
+    columns = pa.table({"input": ["x" * (1 << 20)] * 80})
+    if name.endswith(".gz"):
+        path.write_bytes(gzip.compress(record % (b"x" * (80 << 20))))
+    elif name.endswith(".zst"):
+        path.write_bytes(zstandard.ZstdCompressor().compress(b"input\n" + b"x" * (80 << 20)))
+    elif name.endswith(".parquet"):
+        parquet.write_table(columns, path)
+    else:
+        feather.write_feather(columns, path, compression="zstd")
+    asked = BatchTask("classify", {"complaints": str(prompts / "complaints")})
+    with pytest.raises(DataError, match=r"unpack to more than 67,108,864.*SOFTPROMPT_MAX_UNPACKED_BYTES") as plain:
+        list(read_source(path))
+    with pytest.raises(DataError) as found:
+        run_batch(asked, [str(path)], tmp_path / "out")
+    assert str(found.value) == str(plain.value)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setenv("SOFTPROMPT_MAX_UNPACKED_BYTES", str(1 << 30))
+    assert sum(map(len, _lines(stand_in(), _listed([str(path)]), 100))) in (1, 80)
+
+
+def test_a_batch_that_cannot_begin_leaves_nothing_and_is_not_begun(prompts, tmp_path, stand_in):
     asked = BatchTask("evaluate", {"complaints": str(prompts / "complaints")})
-    with pytest.raises(DataError, match="expected at least one record"):
-        run_batch(asked, [str(tmp_path / "a" / "1.jsonl")], tmp_path / "none")
+    stand_in()
+    (tmp_path / "1.jsonl").write_bytes(b"")
+    (tmp_path / "2.jsonl").write_bytes(b"\n")
     (tmp_path / "broken.json").write_text('{"input": "x"}')
-    with pytest.raises(DataError, match=r"^broken.json, line 1: expected a JSON list"):
-        run_batch(asked, [str(tmp_path / "broken.json")], tmp_path / "out")
+    for name, said in (
+        ("1.jsonl", r"1.jsonl: the file is empty"),
+        ("2.jsonl", "expected at least one record"),
+        ("broken.json", r"^broken.json, line 1: expected a JSON list"),
+        ("absent.jsonl", "does not exist"),
+    ):
+        with pytest.raises(DataError, match=said):
+            run_batch(asked, [str(tmp_path / name)], tmp_path / "out")
+        assert not (tmp_path / "out").exists(), name
+    with pytest.raises(UsageError, match="is in the data"):
+        run_batch(asked, [str(tmp_path)], tmp_path / "out")
+
+
+def test_what_is_wrong_with_the_output_is_said_before_ray_starts(prompts, data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)  # which would be said where it were started
+    asked = BatchTask("generate", {"writer": str(prompts / "writer")})
+    with pytest.raises(UsageError, match="nothing to resume"):
+        run_batch(asked, [str(data)], tmp_path / "out", resume=True)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("x")
+    with pytest.raises(OutputExistsError, match="name another output"):
+        run_batch(asked, [str(data)], tmp_path / "out")
+
+
+def test_errors_of_records_are_told_and_those_of_all_end_it(prompts, tmp_path, stand_in, caplog):
+    asked = BatchTask("classify", {"complaints": str(prompts / "complaints")})
+    (tmp_path / "in.jsonl").write_text('{"input": "x"}\n{"inputs": "y"}\n')
+    stand_in()
+    found = run_batch(asked, [str(tmp_path / "in.jsonl")], tmp_path / "out")
+    assert found["errors"] == 1
+    assert [each.getMessage() for each in caplog.records if each.name == "softprompt.batches.run"] == [
+        "1 of 2 records have errors; record 2: the template expects the fields input, got inputs; add input"
+    ]
+    asked = BatchTask("classify", {"complaints": str(prompts / "complaints")}, columns={"input_field": "nope"})
+    with pytest.raises(DataError, match="no record has an answer; record 1: expected the field 'nope'"):
+        run_batch(asked, [str(tmp_path / "in.jsonl")], tmp_path / "none")
+
+
+def test_ctrl_c_says_how_to_go_on_and_what_is_finished_stays(prompts, data, tmp_path, stand_in, capsys):
+    words = [
+        "classify",
+        str(prompts / "complaints"),
+        "--ray",
+        "--data",
+        str(data),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    words += ["--part-size", "5", "--workers", "1"]
+    ray = stand_in()
+    wait, waits = ray.wait, []
+
+    def interrupted(refs, num_returns):
+        waits.append(refs)
+        if len(waits) > 3:
+            raise KeyboardInterrupt
+        return wait(refs, num_returns)
+
+    ray.wait = interrupted
+    assert run(words) == 130
+    said = capsys.readouterr().err.splitlines()
+    assert f"what is finished stays in {tmp_path / 'out'}; --resume goes on with it" in said
+    assert said[-1] == "interrupted"
+    assert ray.killed == 1
+    kept = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert len(kept) == 4
+    ray = stand_in()
+    assert run([*words, "--resume", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "output": str(tmp_path / "out"),
+        "records": 48,
+        "parts": 10,
+        "computed": 7,
+        "errors": 0,
+    }
+    assert {path: path.read_bytes() for path in kept} == kept
 
 
 def test_the_command_evaluates_as_without_ray(prompts, texts, tmp_path, stand_in, capsys):

@@ -11,8 +11,7 @@ import torch
 
 from softprompt import load, sweep
 from softprompt.batches import BatchSettings, BatchTask, Parts, prompts_in, run_batch
-from softprompt.batches.run import _listed, _rows
-from softprompt.batches.worker import LINE
+from softprompt.batches.run import _lines, _listed
 from softprompt.cli.main import run
 from softprompt.errors import ConfigError, DataError
 
@@ -79,7 +78,7 @@ def test_a_killed_worker_loses_nothing_and_nothing_comes_twice(prompts, texts, d
     assert found == {"records": 72, "parts": 18, "computed": 18, "errors": 1}
     rows = list(Parts(out, "jsonl").rows())
     assert [row["record"] for row in rows] == list(range(1, 73))
-    assert rows[29]["error"].startswith("not JSON")
+    assert rows[29]["error"].startswith("record 30: not valid JSON")
     inputs = [f"{number} {text}" for number in range(3) for text in texts]
     expected = load(prompts / "writer").generate(inputs, max_new_tokens=16)
     kept = [i for i in range(72) if i != 29]
@@ -126,12 +125,11 @@ def test_lists_tables_and_packed_lines_are_read_as_without_ray(tmp_path):
     files["semicolons.csv"] = ("input;output\n" + "".join(f"{each['input']};x\n" for each in records)).encode()
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-        paths, form = _listed([str(tmp_path / name)])
-        read = [json.loads(row[LINE]) for part in _rows(ray, paths, form, 40) for row in part]
+        read = [json.loads(line) for part in _lines(ray, _listed([str(tmp_path / name)]), 40) for line in part]
         assert read == records, name
     (tmp_path / "broken.json").write_text('{"input": "x"}')
     with pytest.raises(DataError, match=r"^broken.json, line 1: expected a JSON list"):
-        list(_rows(ray, *_listed([str(tmp_path / "broken.json")]), 40))
+        list(_lines(ray, _listed([str(tmp_path / "broken.json")]), 40))
 
 
 def test_the_command_classifies_a_parquet_by_column_and_writes_parquet(prompts, texts, tmp_path, capsys, spoken):
@@ -169,7 +167,7 @@ def test_evaluate_measures_as_it_does_without_ray(prompts, texts, tmp_path, caps
 
 def test_what_cannot_be_loaded_or_read_ends_in_one_line(prompts, tmp_path, data):
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(DataError, match="expected files of one of"):
+    with pytest.raises(DataError, match="expected one of the suffixes"):
         run_batch(
             BatchTask("generate", prompts_in(str(prompts), "which"), "which"), [str(tmp_path / "notes.txt")], "o"
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from softprompt.data.file_formats import BINARY_READERS
+from softprompt.data import read_source
 from softprompt.errors import DataError
 
 MUTANTS = 150
@@ -48,7 +48,7 @@ def read_mutants(source: Path, count: int) -> None:
             data[at] = generator.choice([0, 255, 127, 128, flipped, generator.randrange(256)])
         changed.write_bytes(data)
         try:
-            list(BINARY_READERS[source.suffix](changed))
+            list(read_source(changed))
         except DataError as error:
             assert "\n" not in str(error)
 
@@ -73,7 +73,7 @@ def test_records_without_values_are_refused(tmp_path):
         pa.table({"input": pa.nulls(10**9)}), tmp_path / "many.feather", compression="uncompressed"
     )
     with pytest.raises(DataError, match="unpack to more than"):
-        list(BINARY_READERS[".feather"](tmp_path / "many.feather"))
+        list(read_source(tmp_path / "many.feather"))
 
 
 def bombs():
@@ -113,7 +113,7 @@ def test_what_unpacks_to_much_is_refused_before(tmp_path, kind, form, monkeypatc
             writer.write_table(table)
     held = pa.default_memory_pool().max_memory()
     with pytest.raises(DataError, match="unpack to more than 67,108,864"):
-        list(BINARY_READERS[path.suffix](path))
+        list(read_source(path))
     assert pa.default_memory_pool().max_memory() < held + (16 << 20)
 
 
@@ -135,8 +135,7 @@ def test_packed_tables_give_the_records_that_were_written(tmp_path, form):
         new = ipc.new_file if form == "file.arrow" else ipc.new_stream
         with new(str(tmp_path / form), table.schema, options=ipc.IpcWriteOptions(compression="lz4")) as writer:
             writer.write_table(table, max_chunksize=100)
-    read = BINARY_READERS[Path(form).suffix](tmp_path / form)
-    assert [each.record for each in read] == table.to_pylist()
+    assert [each.record for each in read_source(tmp_path / form)] == table.to_pylist()
 
 
 @pytest.mark.parametrize("names", ["5", '"ab"', '{"a": 1}', '["x"', "[" * 5000])
@@ -147,5 +146,5 @@ def test_names_of_classes_that_are_no_names_are_passed_over(tmp_path, names):
     feature = '{"info": {"features": {"output": {"_type": "ClassLabel", "names": ' + names + "}}}}"
     table = pa.table({"input": ["a"], "output": [0]}).replace_schema_metadata({"huggingface": feature})
     parquet.write_table(table, tmp_path / "table.parquet")
-    (found,) = BINARY_READERS[".parquet"](tmp_path / "table.parquet")
+    (found,) = read_source(tmp_path / "table.parquet")
     assert found.record == {"input": "a", "output": 0}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextvars
-import gzip
 import pickle
 import random
 import sys
 import types
-from pathlib import Path
+from functools import partial
 
 
 class StandIn(types.ModuleType):
@@ -20,7 +19,8 @@ class StandIn(types.ModuleType):
         self.random, self.gpus, self.made = random.Random(1), gpus, 0
         self.exceptions = types.SimpleNamespace(RayError=type("RayError", (Exception,), {}))
         self.data = types.ModuleType("ray.data")
-        self.data.read_binary_files = self.read_binary_files
+        self.data.datasource = types.SimpleNamespace(FileBasedDatasource=Files)
+        self.data.read_datasource = lambda files: types.SimpleNamespace(iter_batches=partial(self.batches, files))
         context = types.SimpleNamespace(execution_options=types.SimpleNamespace(preserve_order=False))
         self.data.DataContext = types.SimpleNamespace(get_current=lambda: context)
 
@@ -51,25 +51,31 @@ class StandIn(types.ModuleType):
     def kill(self, actor):
         self.killed += 1
 
-    def read_binary_files(self, paths, include_paths):
-        files = [{"path": path, "bytes": Path(path).read_bytes()} for path in paths]
-        for each in files:
-            if each["path"].endswith(".gz"):  # as Ray Data does
-                each["bytes"] = gzip.decompress(each["bytes"])
+    def batches(self, files, batch_size, batch_format):
+        from pyarrow import concat_tables
 
-        def flat_map(read):
-            def batches(batch_size, batch_format):
-                try:
-                    rows = [row for each in files for row in read(each)]
-                except Exception as error:
-                    raise self.exceptions.RayError(f"ray::FlatMap\n{type(error).__name__}: {error}") from error
-                for start in range(0, len(rows), batch_size):
-                    part = rows[start : start + batch_size]
-                    yield types.SimpleNamespace(to_pylist=lambda part=part: part)
+        assert batch_format == "pyarrow"
+        try:
+            blocks = list(files.blocks())
+        except Exception as error:
+            raise self.exceptions.RayError(f"ray::Read\n{type(error).__name__}: {error}") from error
+        table = concat_tables(blocks) if blocks else None
+        for start in range(0, table.num_rows if blocks else 0, batch_size):
+            yield table.slice(start, batch_size)
 
-            return types.SimpleNamespace(iter_batches=batches)
 
-        return types.SimpleNamespace(flat_map=flat_map)
+class Files:
+    """What reads files for Ray Data, which calls two methods of it."""
+
+    def __init__(self, paths):
+        self.paths = paths
+
+    def blocks(self):
+        from pyarrow.fs import LocalFileSystem
+
+        for path in self.paths:
+            with self._open_input_source(LocalFileSystem(), path, buffer_size=None) as file:
+                yield from self._read_stream(file, path)
 
 
 def sent(given):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from softprompt.artifacts import require_empty, write_atomically
+from softprompt.artifacts import require_no_file, write_atomically
 from softprompt.errors import OutputExistsError, UsageError
 
 PLAN = "batch.json"
@@ -32,22 +32,19 @@ class Parts:
     form: str
 
     @classmethod
-    def begun(cls, folder: Path, form: str, plan: Mapping[str, Any], *, resume: bool) -> Parts:
-        """Begin a batch in an empty folder, or go on with the same one.
+    def planned(cls, folder: Path, form: str, plan: Mapping[str, Any], *, resume: bool) -> Parts:
+        """Return the parts of a batch that can begin in an empty folder, or go on there; nothing is written yet.
 
         Raises:
             OutputExistsError: The folder is not empty, and this is no resumption.
             UsageError: It holds no batch, or another one.
         """
         file, wanted = folder / PLAN, json.loads(json.dumps(plan))
+        require_no_file(folder)
         if not resume:
-            if file.exists():
-                raise OutputExistsError(
-                    f"{folder} holds a batch; continue it with --resume, or name another output"
-                )
-            require_empty(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, json.dumps(wanted, indent=2) + "\n")
+            if folder.is_dir() and any(folder.iterdir()):
+                what = "a batch; continue it with --resume, or" if file.exists() else "files of something else;"
+                raise OutputExistsError(f"{folder} holds {what} name another output")
             return cls(folder, form)
         if not file.exists():
             raise UsageError(f"nothing to resume in {folder}: it holds no batch; start it without --resume")
@@ -59,6 +56,11 @@ class Parts:
                     "resume, or name another output"
                 )
         return cls(folder, form)
+
+    def begin(self, plan: Mapping[str, Any]) -> None:
+        """Make the folder, and write down what a run must have in common with this one to go on."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / PLAN, json.dumps(plan, indent=2) + "\n")
 
     def path(self, number: int) -> Path:
         """Return the file of a part."""

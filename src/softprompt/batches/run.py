@@ -7,21 +7,21 @@ end; a part that ends its worker again and again has errors for answers.
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from softprompt.backbone import trusts_code
-from softprompt.batches.parts import Parts, Row
+from softprompt.batches.parts import Parts
 from softprompt.batches.settings import BatchSettings
-from softprompt.batches.worker import LINE, BatchTask, BatchWorker
+from softprompt.batches.worker import BatchTask, BatchWorker
 from softprompt.cluster import LOCAL, cause_of, connected, workers_of
-from softprompt.data import json_lines
+from softprompt.data import check_file, check_name, is_data_file, json_lines
 from softprompt.errors import DataError, UsageError
 from softprompt.progress import progress_bar
 
@@ -29,11 +29,8 @@ logger = logging.getLogger(__name__)
 
 _AHEAD = 2
 """Parts that each worker has, so that it need not wait for the next."""
-_FORMS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-_WRONG = "why the file cannot be read"
-"""The column beside that of a line, empty where the file could be read."""
-_PACKED = (".gz", ".zst")
-"""What may stand behind the suffix of a text, which Ray Data unpacks by it."""
+_LINE, _WRONG = "line", "why the file cannot be read"
+"""The columns of what is read: a record as JSON, or what was wrong."""
 
 
 def run_batch(
@@ -49,8 +46,7 @@ def run_batch(
 
     Args:
         asked: What is asked of each record.
-        data: Files and folders of JSON lines, JSON lists, CSV, TSV or Parquet, all of one format, here or where Ray
-            Data reads; texts may be packed.
+        data: Files, also where Ray Data reads, and folders of files, of the formats of ``read_source``.
         output: The folder of the answers: ``part-000000.jsonl`` and so on.
         settings: How the batch is cut and computed.
         address: Ray's address; ``local`` starts it on this machine, ``auto`` finds the one that runs.
@@ -62,33 +58,48 @@ def run_batch(
     Raises:
         ConfigError: Ray is not installed, or cannot be reached.
         UsageError: There is another batch in the output, or none to resume.
-        DataError: There is no data, or of several formats.
+        DataError: There is no data, or it cannot be read; or no record has an answer.
     """
     how = settings or BatchSettings()
-    paths, form = _listed(data)
+    paths = _listed(data)
+    if any(Path(output).resolve().is_relative_to(Path(each).resolve()) for each in data):
+        raise UsageError(f"the output {output} is in the data, and would be read as such; name another output")
     listed = hashlib.sha256("\n".join(paths).encode()).hexdigest()
     plan = {
         "asked": asdict(asked),
         "data": list(data),
-        "files": listed[:12],  # others would move the records behind them
+        "files": f"{len(paths)} ({listed[:12]})",  # others would move the records behind them
         "part_size": how.part_size,
         "format": how.output_format,
     }
-    with connected(address, how.workers, parts="ray.data") as ray:
-        parts = Parts.begun(Path(output), how.output_format, plan, resume=resume)
-        told = replace(asked, reading={"trust_remote_code": trusts_code(), **asked.reading})
-        with workers_of(ray, BatchWorker, how.workers, told, beside=1) as workers:
-            done, computed = _answered(ray, workers, _rows(ray, paths, form, how.part_size), parts, how)
-    errors = [row.get("error") is not None for row in parts.rows()]
-    return {"records": len(errors), "parts": done, "computed": computed, "errors": sum(errors)}
+    parts = Parts.planned(Path(output), how.output_format, plan, resume=resume)
+    told = replace(asked, reading={"trust_remote_code": trusts_code(), **asked.reading})
+    try:
+        with (
+            connected(address, how.workers, parts="ray.data") as ray,
+            workers_of(ray, BatchWorker, how.workers, told, beside=1) as workers,
+        ):
+            done, computed = _answered(ray, workers, _lines(ray, paths, how.part_size), parts, plan)
+    except KeyboardInterrupt:
+        if any(parts.rows()):
+            logger.warning("what is finished stays in %s; --resume goes on with it", output)
+        raise
+    errors = [row["error"] for row in parts.rows()]
+    if failed := [number for number, error in enumerate(errors, start=1) if error is not None]:
+        where = f"record {failed[0]}: "
+        first = where + errors[failed[0] - 1].removeprefix(where)
+        if len(failed) == len(errors):
+            raise DataError(f"no record has an answer; {first}; correct it, and name another output")
+        logger.warning("%d of %d records have errors; %s", len(failed), len(errors), first)
+    return {"records": len(errors), "parts": done, "computed": computed, "errors": len(failed)}
 
 
 def _answered(
-    ray: Any, workers: Sequence[Any], read: Iterator[list[Row]], parts: Parts, how: BatchSettings
+    ray: Any, workers: Sequence[Any], read: Iterator[list[str]], parts: Parts, plan: Mapping[str, Any]
 ) -> tuple[int, int]:
     """Give the parts that are not there to the workers, and write each when it is done; return all, and these."""
     running: dict[Any, tuple[int, int, int]] = {}  # a part's number, records and worker
-    number = computed = 0
+    number, computed, most = 0, 0, plan["part_size"]
     with progress_bar(0, "part") as bar:
 
         def finish() -> int:
@@ -98,21 +109,23 @@ def _answered(
                 rows = ray.get(ready)
             except ray.exceptions.RayError as error:
                 logger.warning("part %d was lost with its worker, or failed there; its records have errors", part)
-                first, why = part * how.part_size + 1, f"the worker was lost or failed: {cause_of(error)}"
+                first, why = part * most + 1, f"the worker was lost or failed: {cause_of(error)}"
                 rows = [{"record": first + i, "error": why} for i in range(size)]
             parts.write(part, rows)
             bar.update()
             return worker
 
-        for number, rows in enumerate(read, start=1):
+        for number, lines in enumerate(read, start=1):
+            if number == 1:
+                parts.begin(plan)
             bar.total = number  # of those that have been read
             if parts.has(number - 1):
                 bar.update()
                 continue
             load = [sum(each[2] == i for each in running.values()) for i in range(len(workers))]
             worker = finish() if len(running) >= _AHEAD * len(workers) else load.index(min(load))
-            answer = workers[worker].answer.remote(rows, (number - 1) * how.part_size + 1)
-            running[answer] = (number - 1, len(rows), worker)
+            answer = workers[worker].answer.remote(lines, (number - 1) * most + 1)
+            running[answer] = (number - 1, len(lines), worker)
             computed += 1
         while running:
             finish()
@@ -121,8 +134,8 @@ def _answered(
     return number, computed
 
 
-def _rows(ray: Any, paths: Sequence[str], form: str, size: int) -> Iterator[list[Row]]:
-    """Yield the records of the files in order, ``size`` at a time; those of text as lines of JSON.
+def _lines(ray: Any, paths: Sequence[str], size: int) -> Iterator[list[str]]:
+    """Yield the records of the files in order as lines of JSON, ``size`` at a time.
 
     Raises:
         DataError: A file cannot be read.
@@ -132,55 +145,58 @@ def _rows(ray: Any, paths: Sequence[str], form: str, size: int) -> Iterator[list
     logging.getLogger("ray.data").setLevel(logging.WARNING)  # it would tell each step of reading
     logging.getLogger("ray.data._internal.progress").disabled = True  # and warn that its bars are off
     try:
-        if form == ".parquet":
-            dataset = ray.data.read_parquet(list(paths))
-        else:
-            dataset = ray.data.read_binary_files(list(paths), include_paths=True).flat_map(_lines)
-        for batch in dataset.iter_batches(batch_size=size, batch_format="pyarrow"):
-            rows = batch.to_pylist()
-            if wrong := [why for row in rows if (why := row.pop(_WRONG, ""))]:
+        read = ray.data.read_datasource(_reader(ray)(list(paths)))
+        for batch in read.iter_batches(batch_size=size, batch_format="pyarrow"):
+            if wrong := [each for each in batch[_WRONG].to_pylist() if each]:
                 raise DataError(wrong[0])
-            yield rows
+            yield batch[_LINE].to_pylist()
     except ray.exceptions.RayError as error:
         raise DataError(f"the data cannot be read: {cause_of(error)}") from error
 
 
-def _lines(file: Row) -> list[Row]:
-    if not file["bytes"].removeprefix(codecs.BOM_UTF8).strip():  # as the output of a job that found nothing
-        return []
+def _reader(ray: Any) -> Any:
+    """Return the class by which Ray Data reads files as they are; its own would unpack them without bounds."""
+
+    class Files(ray.data.datasource.FileBasedDatasource):  # type: ignore[misc]
+        def _open_input_source(self, filesystem: Any, path: str, **_: Any) -> Any:
+            return filesystem.open_input_stream(path, compression=None)
+
+        def _read_stream(self, f: Any, path: str) -> Iterator[Any]:
+            return _blocks(json_lines(f.readall(), os.path.basename(path)))
+
+    return Files
+
+
+def _blocks(lines: Iterator[str]) -> Iterator[Any]:
+    """Yield tables of the lines of a file, and of why it cannot be read further."""
+    from pyarrow import table
+
     try:
-        return [{LINE: line, _WRONG: ""} for line in json_lines(file["bytes"], _unpacked_name(file["path"]))]
+        while some := list(islice(lines, 1000)):
+            yield table({_LINE: some, _WRONG: [""] * len(some)})
     except DataError as error:  # of an error Ray Data would say that it was one, and not which
-        return [{LINE: "", _WRONG: str(error)}]
+        yield table({_LINE: [""], _WRONG: [str(error)]})
 
 
-def _unpacked_name(path: str) -> str:
-    name, end = os.path.splitext(os.path.basename(path))
-    return name if end.lower() in _PACKED else name + end
-
-
-def _listed(data: Sequence[str]) -> tuple[list[str], str]:
-    """Return the files in order, those of a local folder by name, and the suffix that all of them have."""
-    paths = []
+def _listed(data: Sequence[str]) -> list[str]:
+    """Return the files in order, those of a local folder by name."""
+    paths = list[str]()
     for each in data:
         if os.path.isdir(each):
-            found = sorted(str(path) for path in Path(each).rglob("*") if _form(str(path)) in _FORMS)
-            paths += [os.path.abspath(path) for path in found]
-        elif os.path.exists(each) or "://" in each:
-            paths.append(each if "://" in each else os.path.abspath(each))
+            found = [path for path in sorted(Path(each).rglob("*")) if path.is_file() and is_data_file(path.name)]
+            if not found:
+                raise DataError(f"{each}: expected data files in the folder, such as .jsonl or .csv, found none")
+            paths += map(os.path.abspath, found)
+        elif os.path.exists(each):
+            check_file(Path(each))
+            paths.append(os.path.abspath(each))
+        elif "://" in each:
+            paths.append(each)
         else:
             raise DataError(f"{each} does not exist; name a file or a folder")
-    forms = {_form(path) for path in paths}
-    if len(forms) != 1 or not forms <= set(_FORMS):
-        there = ", ".join(sorted(forms)) or "none"
-        raise DataError(f"expected files of one of {', '.join(_FORMS)} in {', '.join(data)}, found {there}")
-    if packed := [path for path in paths if _form(path) == ".parquet" and not path.lower().endswith(".parquet")]:
-        raise DataError(f"{packed[0]}: Parquet is packed inside; unpack the file around it")
-    return paths, forms.pop()
-
-
-def _form(path: str) -> str:
-    return os.path.splitext(_unpacked_name(path))[1].lower()
+    for path in paths:
+        check_name(os.path.basename(path))
+    return paths
 
 
 def prompts_in(folder: str, column: str | None) -> Mapping[str, str]:

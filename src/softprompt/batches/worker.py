@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, final
 
 from softprompt.cluster import device_there
-from softprompt.data import read_records
+from softprompt.data import Located, json_record, read_records
 from softprompt.errors import SoftPromptError, UsageError, nearest
 from softprompt.inference import Serving, load_many
 
 if TYPE_CHECKING:
     from softprompt.batches.parts import Row
     from softprompt.inference import Fields
-
-LINE = "text of the line"
-"""The column that holds a line of JSON that was not read yet."""
 
 
 @final
@@ -57,13 +53,13 @@ class BatchWorker:
         """Return true, once everything is loaded."""
         return True
 
-    def answer(self, rows: Sequence[Row], first: int) -> list[Row]:
-        """Return one answer for each record, in order, numbered from ``first``; a bad one has an ``error``."""
-        found = [dict[str, Any](record=number) for number in range(first, first + len(rows))]
+    def answer(self, lines: Sequence[str], first: int) -> list[Row]:
+        """Return an answer to each line of JSON, in order, numbered from ``first``; a bad one has an ``error``."""
+        found = [dict[str, Any](record=number) for number in range(first, first + len(lines))]
         asked: list[tuple[Row, str, Fields]] = []
-        for row, answer in zip(rows, found, strict=True):
+        for line, answer in zip(lines, found, strict=True):
             try:
-                asked.append((answer, *self._read(row, answer)))
+                asked.append((answer, *self._read(line, answer)))
             except SoftPromptError as error:
                 answer["error"] = str(error)
         kinds = [self._kind(name) for _, name, _ in asked]
@@ -71,11 +67,10 @@ class BatchWorker:
             self._fill([each for each, own in zip(asked, kinds, strict=True) if own == kind], kind)
         return [answer | {"error": answer.get("error")} for answer in found]
 
-    def _read(self, row: Row, answer: Row) -> tuple[str, Fields]:
-        """Return the prompt and the input of a record; its number, prompt and target go into the answer."""
-        if LINE in row:
-            row = _parsed(row[LINE])
-        column = self._asked.column
+    def _read(self, line: str, answer: Row) -> tuple[str, Fields]:
+        """Return the prompt and the input of a record; its prompt and target go into the answer."""
+        where = f"record {answer['record']}"
+        row, column = dict(json_record(line, where).record), self._asked.column
         name = next(iter(self._prompts)) if column is None else row.pop(column, None)
         if not isinstance(name, str):
             raise UsageError(f"expected the name of a prompt in {column}, got {type(name).__name__}")
@@ -88,7 +83,7 @@ class BatchWorker:
         tuned = self._prompts[name]
         own = {each: tuned.manifest.settings.get(each) for each in ("input_field", "output_field")}
         own |= {each: given for each, given in self._asked.columns.items() if given is not None}
-        (record,) = read_records([row], **own, require_target=self._asked.command == "evaluate")
+        (record,) = read_records([Located(where, row)], **own, require_target=self._asked.command == "evaluate")
         if self._asked.command == "evaluate":
             answer["target"] = record.target
         chat = record.chat.asked() if record.chat and tuned.manifest.chat else None
@@ -116,13 +111,3 @@ class BatchWorker:
             half = len(asked) // 2
             self._fill(asked[:half], kind)
             self._fill(asked[half:], kind)
-
-
-def _parsed(line: str) -> Row:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"expected an object of JSON, got {type(value).__name__}")
-    return value

@@ -6,6 +6,7 @@ from .chats import ChatMessage as ChatMessage
 from .chats import chat_of as chat_of
 from .chats import is_chat as is_chat
 from .file_formats import Located as Located
+from .file_formats import json_record as json_record
 from .records import INPUT as INPUT
 from .records import LabelNames as LabelNames
 from .records import Record as Record
@@ -15,7 +16,10 @@ from .records import names_of_labels as names_of_labels
 from .records import read_records as read_records
 from .sources import DataSource as DataSource
 from .sources import Use as Use
+from .sources import check_file as check_file
+from .sources import check_name as check_name
 from .sources import data_fingerprint as data_fingerprint
+from .sources import is_data_file as is_data_file
 from .sources import json_lines as json_lines
 from .sources import opened as opened
 from .sources import read_source as read_source

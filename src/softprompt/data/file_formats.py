@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
 from softprompt.errors import DataError, first_line
@@ -56,12 +55,16 @@ def read_json_lines(text: str, name: str) -> Iterator[Located]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        where = f"{name}, line {number}"
-        try:
-            value = json.loads(line, object_pairs_hook=partial(_no_repeats, where=where))
-        except (ValueError, RecursionError) as error:
-            raise _malformed(error, where) from error
-        yield as_record(value, where)
+        yield json_record(line, f"{name}, line {number}")
+
+
+def json_record(line: str, where: str) -> Located:
+    """Return the record of a line of JSON; raises DataError if it is not a JSON object."""
+    try:
+        value = json.loads(line, object_pairs_hook=partial(_no_repeats, where=where))
+    except (ValueError, RecursionError) as error:
+        raise _malformed(error, where) from error
+    return as_record(value, where)
 
 
 def read_json_list(text: str, name: str) -> Iterator[Located]:
@@ -201,52 +204,52 @@ def _check_header(header: list[str], where: str) -> None:
         raise DataError(f"{where}: the header names {repeated!r} twice; rename one")
 
 
-def read_parquet(path: Path) -> Iterator[Located]:
+def read_parquet(data: bytes, name: str) -> Iterator[Located]:
     """Yield the records of a Parquet file; raises DataError if pyarrow is not installed, or the file is damaged."""
     try:
-        from pyarrow import Table, parquet
+        from pyarrow import BufferReader, Table, parquet
     except ImportError as error:
-        raise _needs_pyarrow(path) from error
+        raise _needs_pyarrow(name) from error
 
     def read() -> Any:
         from softprompt.data.unfolded import check_parquet
 
-        texts = check_parquet(parquet.read_metadata(path), path)
-        with parquet.ParquetFile(path, read_dictionary=texts) as file:
+        texts = check_parquet(parquet.read_metadata(BufferReader(data)), len(data), name)
+        with parquet.ParquetFile(BufferReader(data), read_dictionary=texts) as file:
             # A batch over two groups would have two dictionaries, which pyarrow cannot nest.
             groups = (file.iter_batches(row_groups=[number]) for number in range(file.num_row_groups))
             return Table.from_batches(chain.from_iterable(groups), file.schema_arrow)
 
-    return _table_of(path, "Parquet", read)
+    return _table_of(data, name, "Parquet", read)
 
 
-def read_arrow(path: Path) -> Iterator[Located]:
+def read_arrow(data: bytes, name: str) -> Iterator[Located]:
     """Yield the records of an Arrow file, of the file form (Feather 2) or the stream form; see ``read_parquet``."""
     try:
-        from pyarrow import Table, ipc
+        from pyarrow import BufferReader, Table, ipc
     except ImportError as error:
-        raise _needs_pyarrow(path) from error
+        raise _needs_pyarrow(name) from error
 
     def read() -> Any:
         from softprompt.data.unfolded import check_arrow
 
-        with path.open("rb") as stream:
-            # The file form is a stream behind 8 bytes, with an index at its end, which could point elsewhere.
-            start = 8 if stream.read(6) == b"ARROW1" else 0
-            count = ipc.open_file(stream).num_record_batches if start else None
-            stream.seek(start)
-            check_arrow(stream, path)
-            stream.seek(start)
-            reader = ipc.open_stream(stream)
-            batches = list(reader)
+        # The file form is a stream behind 8 bytes, with an index at its end, which could point elsewhere.
+        start = 8 if data.startswith(b"ARROW1") else 0
+        count = ipc.open_file(BufferReader(data)).num_record_batches if start else None
+        stream = BufferReader(data)
+        stream.seek(start)
+        check_arrow(stream, len(data), name)
+        stream.seek(start)
+        reader = ipc.open_stream(stream)
+        batches = list(reader)
         if count not in (None, len(batches)):
             raise ValueError(f"expected {count} batches, got {len(batches)}")
         return Table.from_batches(batches, reader.schema)
 
-    return _table_of(path, "Arrow", read)
+    return _table_of(data, name, "Arrow", read)
 
 
-def _table_of(path: Path, form: str, read: Callable[[], Any]) -> Iterator[Located]:
+def _table_of(data: bytes, name: str, form: str, read: Callable[[], Any]) -> Iterator[Located]:
     """Yield the records of a table that is read and then checked, for its offsets may point anywhere.
 
     Raises:
@@ -261,9 +264,9 @@ def _table_of(path: Path, form: str, read: Callable[[], Any]) -> Iterator[Locate
     except DataError:
         raise
     except Exception as error:  # pyarrow lets errors of many kinds through
-        raise damaged(path, form, error) from error
-    check_unpacked(size, path.stat().st_size, path.name)
-    return with_class_names(_column_records(table, path), _features(table))
+        raise damaged(name, form, error) from error
+    check_unpacked(size, len(data), name)
+    return with_class_names(_column_records(table, name), _features(table))
 
 
 def _validate(table: Any) -> None:
@@ -297,7 +300,7 @@ def _features(table: Any) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _column_records(table: Any, path: Path) -> Iterator[Located]:
+def _column_records(table: Any, name: str) -> Iterator[Located]:
     number = 0
     for batch in table.to_batches(max_chunksize=4096):
         try:
@@ -307,7 +310,7 @@ def _column_records(table: Any, path: Path) -> Iterator[Located]:
             records = (batch.slice(at, 1) for at in range(batch.num_rows))
         for record in records:
             number += 1
-            where = f"{path.name}, record {number}"
+            where = f"{name}, record {number}"
             try:
                 yield Located(where, record if isinstance(record, dict) else record.to_pylist()[0])
             except UnicodeDecodeError as error:
@@ -350,13 +353,13 @@ def not_utf8(error: UnicodeDecodeError, where: str) -> DataError:
     return DataError(f"{where}: not UTF-8 (byte 0x{error.object[error.start]:02x}); convert it to UTF-8")
 
 
-def _needs_pyarrow(path: Path) -> DataError:
-    return DataError(f'reading {path.name} needs pyarrow: pip install "softprompt[data]", or use JSONL or CSV')
+def _needs_pyarrow(name: str) -> DataError:
+    return DataError(f'reading {name} needs pyarrow: pip install "softprompt[data]", or use JSONL or CSV')
 
 
-def damaged(path: Path, form: str, error: Exception) -> DataError:
+def damaged(name: str, form: str, error: Exception) -> DataError:
     """Return the error of a file that is not what its suffix says."""
-    return DataError(f"{path.name}: not a readable {form} file ({first_line(error)}); write it again")
+    return DataError(f"{name}: not a readable {form} file ({first_line(error)}); write it again")
 
 
 TEXT_READERS: Mapping[str, Callable[[str, str], Iterator[Located]]] = {
@@ -366,9 +369,10 @@ TEXT_READERS: Mapping[str, Callable[[str, str], Iterator[Located]]] = {
     ".tsv": read_tsv,
 }
 """Readers of the text of a file, which also take its name for errors."""
-BINARY_READERS: Mapping[str, Callable[[Path], Iterator[Located]]] = {
+BINARY_READERS: Mapping[str, Callable[[bytes, str], Iterator[Located]]] = {
     ".parquet": read_parquet,
     ".arrow": read_arrow,
     ".feather": read_arrow,
 }
+"""Readers of the bytes of a file, which also take its name for errors."""
 SUFFIXES = (*TEXT_READERS, *BINARY_READERS)

@@ -91,15 +91,20 @@ def validation_split_of(source: DataSource) -> DataSource | None:
 
 
 def json_lines(data: bytes, name: str) -> Iterator[str]:
-    """Return the records of a file of text as lines of JSON; those of ``.jsonl`` as they are, right or wrong.
+    """Yield the records of a file's bytes as lines of JSON; those of ``.jsonl`` as they are, right or wrong.
 
     Raises:
-        DataError: The file is not what its suffix says.
+        DataError: The file is not what its name says, or unpacks to too much.
     """
-    text, suffix = _decoded(data, name), Path(name).suffix.lower()
+    content, suffix = _unpacked(data, name), _suffixes(name)[0]
+    if not content.removeprefix(codecs.BOM_UTF8).strip():  # as the output of a job that found nothing
+        return
     if suffix == ".jsonl":
-        return (line for line in text.split("\n") if line.strip())
-    return (json.dumps(dict(each.record)) for each in TEXT_READERS[suffix](text, name))
+        yield from (line for line in _decoded(content, name).split("\n") if line.strip())
+    else:  # what is neither text nor a number is none as a list either
+        yield from (
+            json.dumps(dict(each.record), default=lambda value: [str(value)]) for each in _records(content, name)
+        )
 
 
 def data_fingerprint(source: DataSource, records: Sequence[Located]) -> dict[str, str | int]:
@@ -128,17 +133,39 @@ def _at_least_one(records: Iterator[Located], name: str) -> Iterator[Located]:
 
 def _file_records(path: Path) -> Iterator[Located]:
     check_file(path)
-    packed = path.suffix.lower() if path.suffix.lower() in _PACKED else ""
-    suffix = (Path(path.stem) if packed else path).suffix.lower()
-    if suffix in TEXT_READERS:
-        return TEXT_READERS[suffix](_decoded(_unpacked(path, packed), path.name), path.name)
-    if suffix in BINARY_READERS and not packed:
-        return BINARY_READERS[suffix](path)
-    raise DataError(
-        f"{path.name}: expected one of the suffixes {', '.join(SUFFIXES)}, "
-        f"got {suffix + packed or 'none'!r}{nearest(suffix, SUFFIXES)}; "
-        f"those of text may have {' or '.join(_PACKED)} behind them"
-    )
+    check_name(path.name)
+    return _records(_unpacked(path.read_bytes(), path.name), path.name)
+
+
+def _records(data: bytes, name: str) -> Iterator[Located]:
+    """Yield the records of the unpacked bytes of a file."""
+    suffix = _suffixes(name)[0]
+    if suffix in BINARY_READERS:
+        return BINARY_READERS[suffix](data, name)
+    return TEXT_READERS[suffix](_decoded(data, name), name)
+
+
+def _suffixes(name: str) -> tuple[str, str]:
+    """Return the suffix that says the format of a file, and the one behind it if it is packed."""
+    path = Path(name.lower())
+    return (Path(path.stem).suffix, path.suffix) if path.suffix in _PACKED else (path.suffix, "")
+
+
+def is_data_file(name: str) -> bool:
+    """Return whether a file of this name has a format that is read."""
+    suffix, packed = _suffixes(name)
+    return suffix in TEXT_READERS or (suffix in BINARY_READERS and not packed)
+
+
+def check_name(name: str) -> None:
+    """Raise DataError if a file of this name has no format that is read."""
+    suffix, packed = _suffixes(name)
+    if not is_data_file(name):
+        raise DataError(
+            f"{name}: expected one of the suffixes {', '.join(SUFFIXES)}, "
+            f"got {suffix + packed or 'none'!r}{nearest(suffix, SUFFIXES)}; "
+            f"those of text may have {' or '.join(_PACKED)} behind them"
+        )
 
 
 def check_file(path: Path) -> None:
@@ -159,37 +186,37 @@ def check_file(path: Path) -> None:
         raise DataError(f"{path}: the file is empty; expected at least one record")
 
 
-def _unpacked(path: Path, packed: str) -> bytes:
+def _unpacked(data: bytes, name: str) -> bytes:
     """Return the bytes of a file, unpacked in steps, so that too many are noticed in time."""
-    data = path.read_bytes()
+    packed = _suffixes(name)[1]
     if not packed:
         return data
-    unpacker, parts, size = _unpacker(path, packed), list[bytes](), 0
+    unpacker, parts, size = _unpacker(name, packed), list[bytes](), 0
     try:
         for at in range(0, len(data), _STEP):
             left = data[at : at + _STEP]
             while left:  # of one stream behind another
-                unpacker = _unpacker(path, packed) if unpacker.eof else unpacker
+                unpacker = _unpacker(name, packed) if unpacker.eof else unpacker
                 parts.append(unpacker.decompress(left))
                 size += len(parts[-1])
-                check_unpacked(size, len(data), path.name)
+                check_unpacked(size, len(data), name)
                 left = unpacker.unused_data.lstrip(b"\0")  # as tapes are filled up
         if not unpacker.eof:
             raise EOFError("it ends too early")
     except DataError:
         raise
     except Exception as error:  # zlib's, zstandard's
-        raise damaged(path, _PACKED[packed], error) from error
+        raise damaged(name, _PACKED[packed], error) from error
     return b"".join(parts)
 
 
-def _unpacker(path: Path, packed: str) -> Any:
+def _unpacker(name: str, packed: str) -> Any:
     if packed == ".gz":
         return zlib.decompressobj(wbits=31)
     try:
         import zstandard
     except ImportError as error:
-        raise DataError(f'reading {path.name} needs zstandard: pip install "softprompt[data]"') from error
+        raise DataError(f'reading {name} needs zstandard: pip install "softprompt[data]"') from error
     return zstandard.ZstdDecompressor().decompressobj()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from pathlib import Path
 from typing import Any
 
 from softprompt.errors import excerpt
@@ -13,7 +12,7 @@ _VERSION_5 = 4
 """In Arrow's enumeration of versions; those before it note that buffers are packed beside a message."""
 
 
-def check_parquet(metadata: Any, path: Path) -> list[str]:
+def check_parquet(metadata: Any, packed: int, name: str) -> list[str]:
     """Check what a Parquet file says that its columns have; return the texts, which are to be read as dictionaries.
 
     Raises:
@@ -26,18 +25,18 @@ def check_parquet(metadata: Any, path: Path) -> list[str]:
             chunk = group.column(at)
             width = max(4, column.length if column.physical_type == "FIXED_LEN_BYTE_ARRAY" else 0)
             size += max(chunk.total_uncompressed_size, width * max(chunk.num_values, group.num_rows))
-    check_unpacked(size, path.stat().st_size, path.name)
+    check_unpacked(size, packed, name)
     return [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
 
 
-def check_arrow(stream: Any, path: Path) -> None:
+def check_arrow(stream: Any, packed: int, name: str) -> None:
     """Check what the packed buffers of an Arrow stream say that they unpack to; see ``check_parquet``."""
     from pyarrow import ipc
 
     size = 0
     for message in ipc.MessageReader.open_stream(stream):
         size += _announced(message)
-        check_unpacked(size, path.stat().st_size, path.name)
+        check_unpacked(size, packed, name)
 
 
 def _announced(message: Any) -> int:
