@@ -254,7 +254,7 @@ def test_ctrl_c_says_how_to_go_on_and_what_is_finished_stays(prompts, data, tmp_
     ray.wait = interrupted
     assert run(words) == 130
     said = capsys.readouterr().err.splitlines()
-    assert f"what is finished stays in {tmp_path / 'out'}; --resume goes on with it" in said
+    assert f"warning: what is finished stays in {tmp_path / 'out'}; --resume goes on with it" in said
     assert said[-1] == "interrupted"
     assert ray.killed == 1
     kept = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
