@@ -461,6 +461,16 @@ def test_flipped_bits_and_edited_headers_are_one_clear_line(llama, rows, held_ou
         tune(llama, rows, held_out, output=stopped, resume=True)
 
 
+def test_a_state_of_another_version_is_refused_by_its_format(llama, rows, held_out, stopped):
+    content = state_path(stopped).read_bytes()
+    (spelt,) = re.findall(rb'format\\": (\d+)', content)
+    changed = content.replace(b'format\\": ' + spelt, b'format\\": ' + str(int(spelt) + 1).encode())
+    (digest,) = re.findall(rb'"sha256": ?"([0-9a-f]{64})"', changed)
+    output.write_sealed(state_path(stopped), changed.replace(digest, output.SEAL["sha256"].encode()))
+    with pytest.raises(TrainingError, match=rf"it has format {int(spelt) + 1}, this version reads {int(spelt)}"):
+        tune(llama, rows, held_out, output=stopped, resume=True)
+
+
 def test_a_torn_tail_of_the_log_is_cut(llama, rows, held_out, stopped):
     log = state_path(stopped).with_name("training_logs.jsonl")
     log.write_bytes(log.read_bytes() + b'{"name": "loss", "data": {"st\xc3\x00')
