@@ -76,7 +76,7 @@ def test_every_kind_of_source_is_found_and_described(folder, bases):
 def test_a_source_starts_a_multitask_prompt_alone(folder, llama, rows):
     given = {"prompt_tuning_init_method": "AVERAGE_SOURCE", "prompt_tuning_init_source_model": "peft"}
     with pytest.raises(
-        ConfigError, match="source_model would be ignored with .*; set tuning_type MULTITASK_PROMPT_"
+        ConfigError, match=r"source_model would be ignored with .*; set tuning_type MULTITASK_PROMPT_"
     ):
         tune(llama, rows, source_prompt_base=str(folder), tuning_config=given, max_steps=1)
 
