@@ -8,6 +8,7 @@ import os
 import pickle
 import struct
 import warnings
+import zipfile
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from softprompt.artifacts import load_adapter, save_adapter
+from softprompt.artifacts import load_adapter, parse_object, save_adapter
 from softprompt.errors import ArtifactError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -80,6 +81,24 @@ def test_weights_beyond_the_limit_say_what_raises_it_and_so_does_writing_them(
 def test_a_config_that_is_not_json(written, text):
     (written / "adapter_config.json").write_text(text)
     refused("expected JSON in .*adapter_config.json", written)
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("x" * ((1 << 20) + 1), "a text has 1,048,577 characters, more than 1,048,576"),
+        ("a\0b", "a text has a zero character"),
+        ([0] * 100_001, "more than 100,000 values"),
+    ],
+)
+def test_a_config_beyond_bounds(written, value, told):
+    set_config(written, revision=value)
+    refused(f"expected plain values within bounds in .*, {told}|, it is nested .*{told}", written)
+
+
+def test_a_text_beyond_bounds_is_not_parsed():
+    with pytest.raises(ArtifactError, match=r"it cannot be read .2,097,153 characters, more than 2,097,152"):
+        parse_object(" " * ((2 << 20) + 1), "a file")
 
 
 def test_a_config_that_is_not_text(written):
@@ -295,6 +314,25 @@ def test_a_truncated_pickle(written, tensors, size):
     data = (written / "adapter_model.bin").read_bytes()
     (written / "adapter_model.bin").write_bytes(data[:size])
     refused("damaged", written)
+
+
+def test_a_pickle_whose_records_are_packed(written, tensors):
+    pickled(written, tensors)
+    path = written / "adapter_model.bin"
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in records.items():
+            archive.writestr(name, data)
+    refused("damaged .*its records are packed", written)
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "softprompt.json"])
+def test_a_name_of_a_base_that_no_file_system_has(tmp_path, config, tensors, manifest, file):
+    save_adapter(tmp_path / "p", config, tensors, manifest, overwrite=False)
+    path = tmp_path / "p" / file
+    path.write_text(path.read_text().replace("org/tiny", "org/" + "x" * 300))
+    refused(f"expected the name of a base in .*{file}, got 'org/x*'...: restore it", tmp_path / "p")
 
 
 @pytest.mark.parametrize("value", [[1], {"prompt_embeddings": [1.0]}, torch.ones(3, 8)])

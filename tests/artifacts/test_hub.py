@@ -134,6 +134,12 @@ def test_a_collection_or_a_repository_of_prompts_is_a_folder_for_the_server(hub,
         assert names(found) == ["first", "second"]
     with local_prompts("me/a") as found:
         assert names(found) == ["a"]
+    with pytest.raises(ArtifactError, match="expected prompts in me/base, it has none"), local_prompts("me/base"):
+        pass
+    hub.collections[SLUG] = [("me/gone", "model"), ("me/a", "model")]
+    with local_prompts(SLUG) as found:
+        assert names(found) == ["a"]
+    assert "me/gone of the collection is left out: " in caplog.text
 
 
 def test_a_folder_is_served_where_it_is_and_a_mistyped_one_is_not_looked_for_on_the_hub(hub, tmp_path, monkeypatch):

@@ -3,11 +3,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import platform
 from datetime import datetime
+from importlib import metadata
 
 import pytest
 
-from softprompt.artifacts import Manifest
+from softprompt.artifacts import Manifest, manifest_of_task
+from softprompt.artifacts.manifest import installed_versions
 from softprompt.errors import ArtifactError
 
 
@@ -96,3 +99,18 @@ def test_a_file_from_before_there_were_tasks_is_read(manifest):
     values = manifest.to_dict()
     del values["tasks"]
     assert Manifest.from_dict(values).tasks is None
+
+
+def test_a_task_that_the_data_does_not_describe_is_as_the_whole(manifest):
+    own = {"template": "{{input}} ?", "task": "generation", "labels": None}
+    several = dataclasses.replace(manifest, tasks=("a", "b"), data={"tasks": {"b": own}})
+    assert manifest_of_task(several, 0) is several
+    assert manifest_of_task(several, 1).template == "{{input}} ?"
+
+
+def test_a_package_without_metadata_is_recorded_as_not_installed(monkeypatch):
+    def version(package):
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert set(installed_versions().values()) == {platform.python_version(), "not installed"}

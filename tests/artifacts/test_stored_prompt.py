@@ -9,7 +9,7 @@ import torch
 
 from oracles.stored import drawn, folder
 from softprompt.artifacts import load_adapter, other_parts
-from softprompt.errors import ArtifactError
+from softprompt.errors import ArtifactError, ConfigError
 from softprompt.prompts import PrefixTuningConfig, PromptTuningConfig
 
 SEQ2SEQ = {"task_type": "SEQ_2_SEQ_LM", "num_virtual_tokens": 2}
@@ -81,6 +81,10 @@ def test_a_multitask_prompt_is_no_prompt_before_a_task_is_chosen(stored):
     with pytest.raises(ArtifactError, match=r"factors of its tasks.*--task-name"):
         tasks.prompt()
     torch.testing.assert_close(tasks.of_task("1").prompt().input, drawn(0, 4))
+    with pytest.raises(ConfigError, match=r"holds 2 tasks \(0 to 1\); name the one to convert"):
+        tasks.of_task(None)
+    alone = dataclasses.replace(tasks, tensors=tasks.tensors | {name: each[:1] for name, each in factors.items()})
+    torch.testing.assert_close(alone.of_task(None).prompt().input, drawn(0, 4))
 
 
 def test_other_parts_are_named():

@@ -1,5 +1,6 @@
 """Every command run in this process on the bundled model and a handful of rows."""
 
+import errno
 import io
 import json
 import os
@@ -9,14 +10,17 @@ import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from oracles.serving import write_prompt
 from softprompt import bundled
 from softprompt.backbone import load_base
 from softprompt.cli import demo, generate, tune
-from softprompt.cli.main import run
+from softprompt.cli.main import main, run
 from softprompt.engine import choose
+from softprompt.errors import ConfigError
 from softprompt.generation import GenerationOptions
 from softprompt.training import Events, TuneSettings, TuningConfig
 
@@ -226,6 +230,17 @@ def test_info_without_its_base_says_so(capsys, prompt_dir, tmp_path):
     assert "gone" in out
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_info_of_what_writes_no_text_or_names_no_base(result, tmp_path, known):
+    folder = write_prompt(tmp_path / "prompt", load_base("demo"), manifest=False)
+    config = folder / "adapter_config.json"
+    own = {"task_type": "SEQ_CLS"} if known else {"base_model_name_or_path": None}
+    config.write_text(json.dumps(json.loads(config.read_text()) | own))
+    found = result("info", str(folder))
+    assert (found["virtual_tokens"], found["engine"], found["base_model"]) == (4, None, "demo" if known else None)
+    assert (found["nearest"] is None) is not known
+
+
 def test_info_says_why_no_faster_engine_runs(capsys, prompt_dir, monkeypatch):
     monkeypatch.setattr("oracles.probed._found", {})
     monkeypatch.setattr(choose, "scoring_difference", lambda *engines, **options: "it differs")
@@ -282,11 +297,16 @@ def test_demo_does_the_whole_job(result, data, tmp_path, monkeypatch, failure):
     assert result("demo", "--output", output, "--overwrite")["test"] == found["test"]
 
 
-def test_demo_prints_a_table(capsys, data, tmp_path, monkeypatch):
+def test_demo_prints_a_table_also_without_matplotlib(capsys, data, tmp_path, monkeypatch):
+    def missing(*_, **__):
+        raise ConfigError("figures need matplotlib")
+
     monkeypatch.setattr(bundled, "complaints", lambda split: data)
     monkeypatch.setitem(demo.SETTINGS, "num_epochs", 1)
+    monkeypatch.setattr("softprompt.display.training_curve", missing)
     assert run(["demo", "--output", str(tmp_path / "demo"), "--quiet"]) == 0
     out, err = capsys.readouterr()
+    assert "warning: no training curve: figures need matplotlib" in err.splitlines()
     assert out.splitlines()[0].split()[-2:] == ["base", "tuned"]
     assert any(line.startswith("accuracy") for line in out.splitlines())
     assert f"try     softprompt classify {tmp_path / 'demo'} --text" in out
@@ -361,6 +381,7 @@ def test_ctrl_c_saves_prints_how_to_go_on_and_that_works(capsys, data, tmp_path,
         ),
         (["generate", "nowhere", "--field", "a=1", "--field", "a=2"], "'a' is given twice"),
         (["info", "nowhere"], "nowhere does not exist"),
+        (["sweep", "--train-data", "data"], "sweep needs --output DIR, for its state and for the best prompt"),
     ],
 )
 def test_every_mistake_is_one_line_and_code_2(failure, monkeypatch, tmp_path, data, arguments, words):
@@ -392,6 +413,26 @@ def test_without_a_command_the_help_is_shown(capsys):
 def test_no_input_at_all_is_a_mistake(failure, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert "stdin is empty" in failure("generate", "nowhere")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    assert "nothing to answer: give --text, --data, or lines on stdin" in failure("generate", "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "Error: [Errno 28] No space left on device\n"),
+    ],
+)
+def test_what_ends_a_command_from_outside_is_one_line(capsys, monkeypatch, error, code, said):
+    def ended(**_):
+        raise error
+
+    monkeypatch.setattr(generate.command, "callback", ended)
+    with pytest.raises(SystemExit) as raised:
+        main(["generate", "nowhere"])
+    assert raised.value.code == code
+    assert capsys.readouterr().err.lstrip() == said  # a terminal shows ^C before it
 
 
 def test_every_setting_has_an_option():

@@ -69,6 +69,10 @@ def test_similar(capsys, pair, tmp_path):
     assert [each["folder"] for each in found["skipped"]] == [foreign]
     assert err.startswith(f"warning: skipped {foreign}: its base is two")
     assert err.count("\n") == 1
+    (tmp_path / "others").mkdir()
+    folder(tmp_path / "others" / "foreign", drawn(0), base="two")
+    assert run(["similar", pair[0], str(tmp_path / "others")]) == 0
+    assert capsys.readouterr().out == "no prompt to compare with\n"
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,10 @@ def test_compare_of_prompts_on_different_bases(result, place):
         ),
         (["evaluate", "runs/a", "--baselines", "zero"], "no baseline 'zero' (did you mean 'zero-shot'?)"),
         (["evaluate", "runs/a", "--baselines", "instruction"], "needs --instruction"),
+        (
+            ["evaluate", "runs/a", "--baselines", "instruction", "--instruction", "latin.txt"],
+            "latin.txt is not UTF-8 (unexpected end of data); convert it first",
+        ),
         (["evaluate", "--base-model", "demo", "--few-shot", "2"], "few-shot needs --examples"),
         (["evaluate", "--base-model", "demo", "--combine", "mean"], "--combine would be ignored"),
         (["evaluate", "runs/a", "--predictions", "test.jsonl"], "test.jsonl exists"),
@@ -175,7 +179,8 @@ def test_compare_of_prompts_on_different_bases(result, place):
         (["compare", "runs/a", "runs/nothing"], "runs/nothing"),
     ],
 )
-def test_mistakes_are_one_line(failure, words, message):
+def test_mistakes_are_one_line(failure, words, message, place):
+    (place / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     assert message in failure(*words, "--data", "test.jsonl", "--quiet")
 
 

@@ -130,6 +130,12 @@ def test_without_the_extra(capsys, monkeypatch, prompts, package):
     assert 'pip install "softprompt[serve]"' in found
 
 
+def test_a_broken_installation_is_not_taken_for_a_missing_extra(monkeypatch, prompts):
+    monkeypatch.setitem(sys.modules, "softprompt.server.app", None)
+    with pytest.raises(ModuleNotFoundError, match=r"softprompt\.server\.app"):
+        run(["serve", "--base-model", "demo", "--prompts", str(prompts)])
+
+
 def test_every_setting_is_an_option():
     help_text = CliRunner().invoke(command, ["--help"]).output
     names = {*ServeSettings.__dataclass_fields__, *Bounds.__dataclass_fields__} - {"bounds"}

@@ -236,12 +236,23 @@ class TestRendering:
         assert '"name": "weather"' in tokenizer.decode(row.source)
         with pytest.raises(DataError, match="before the system turn's text, so the prompt would move"):
             row_of(rows_of(tokenizer, placement="chat_system"), {"messages": TALK, "tools": [tool]})
+        short = chat_bpe("{% if messages | length > 3 %}{% set messages = messages[1:] %}{% endif %}" + CHATML)
+        with pytest.raises(DataError, match="record 1: the chat template of this base model prints no system turn"):
+            row_of(rows_of(short, placement="chat_system"), {"messages": TALK})
         without = chat_bpe(None)
         with pytest.raises(ConfigError, match="the data is chats and this base model has no chat template"):
             rows_of(without)
         with pytest.raises(ConfigError, match="the chat template refuses these messages: no tools"):
             refuses = chat_bpe(UNMARKED.replace("{{ m['role'] }}", "{{ raise_exception('no tools') }}"))
             rows_of(refuses).source(chat_of("a"))
+
+    def test_a_chat_without_an_answer_is_its_opening(self):
+        tokenizer = chat_bpe()
+        (row,), _ = rows_of(tokenizer).tokenize(read_records([{"messages": TALK[:2]}], require_target=False))
+        assert row.target == ()
+        assert list(row.source) == tokenizer.apply_chat_template(
+            TALK[:2], add_generation_prompt=True, return_dict=False
+        )
 
     def test_labels_are_the_answers_of_rows(self):
         tokenizer = chat_bpe()

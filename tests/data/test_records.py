@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from softprompt.data import Record, Verbalizer, data_fingerprint, read_records, read_source
-from softprompt.errors import DataError, TemplateError
+from softprompt.errors import ConfigError, DataError, TemplateError
 
 
 def refused(match, source, **options):
@@ -230,6 +230,11 @@ class TestLabelNames:
         refused(
             "record 2: the target '2' has no name in label_names, which has 0, 1", self.rows, label_names=self.names
         )
+
+    def test_a_chat_has_no_label_to_name(self):
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        with pytest.raises(ConfigError, match="label_names would be ignored: the answers are turns of chats"):
+            read_records([{"messages": turns}], label_names=self.names)
 
     rows: ClassVar = [{"input": "a", "output": 0}, {"input": "b", "output": 2}]
 

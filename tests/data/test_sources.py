@@ -5,8 +5,10 @@ import csv
 import gzip
 import io
 import json
+import struct
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -222,6 +224,55 @@ class TestColumnFiles:
         monkeypatch.setattr(builtins, "__import__", without_pyarrow)
         refused(path, r'pip install "softprompt\[data\]"')
 
+    def test_an_arrow_file_whose_index_has_more_than_its_stream(self, written):
+        pyarrow = pytest.importorskip("pyarrow")
+        batch = pyarrow.RecordBatch.from_pylist(ROWS)
+        whole, one = pyarrow.BufferOutputStream(), pyarrow.BufferOutputStream()
+        for sink, make, count in ((whole, pyarrow.ipc.new_file, 2), (one, pyarrow.ipc.new_stream, 1)):
+            with make(sink, batch.schema) as writer:
+                for _ in range(count):
+                    writer.write_batch(batch)
+        data, end = bytearray(whole.getvalue().to_pybytes()), b"\xff\xff\xff\xff\0\0\0\0"
+        assert read_records(written("t.arrow", bytes(data))) == EXAMPLES * 2
+        at = 8 + one.getvalue().size - len(end)
+        data[at : at + len(end)] = end
+        refused(written("t.arrow", bytes(data)), r"not a readable Arrow file \(expected 2 batches, got 1\)")
+
+    def test_offsets_that_point_outside_their_values(self, written):
+        pyarrow = pytest.importorskip("pyarrow")
+        sink, table = pyarrow.BufferOutputStream(), pyarrow.table({"input": ["late", "never"]})
+        with pyarrow.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        data, offsets = sink.getvalue().to_pybytes(), struct.pack("<iii", 0, 4, 9)
+        assert data.count(offsets) == 1
+        wrong = data.replace(offsets, struct.pack("<iii", 0, 4, 900))
+        refused(written("t.arrow", wrong), "t.arrow: not a readable Arrow file")
+
+    @pytest.mark.parametrize("form", ["run_end_encoded", "list_view"])
+    def test_columns_that_may_hold_more_than_they_have_are_refused(self, written, form):
+        pyarrow = pytest.importorskip("pyarrow")
+        if form == "list_view":
+            column = pyarrow.array([["a"], ["b"]], pyarrow.list_view(pyarrow.string()))
+        else:
+            column = pyarrow.RunEndEncodedArray.from_arrays([1, 2], ["a", "b"])
+        sink, table = pyarrow.BufferOutputStream(), pyarrow.table({"input": column})
+        with pyarrow.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        refused(
+            written("t.arrow", sink.getvalue().to_pybytes()), f"columns of type {form}<.* are not read; store lists"
+        )
+
+    def test_a_column_of_an_extension_type_is_what_it_stores(self, written):
+        pyarrow = pytest.importorskip("pyarrow")
+        texts = [json.dumps(row["input"]) for row in ROWS]
+        column = pyarrow.ExtensionArray.from_storage(pyarrow.json_(), pyarrow.array(texts))
+        sink = pyarrow.BufferOutputStream()
+        table = pyarrow.table({"input": column, "output": [row["output"] for row in ROWS]})
+        with pyarrow.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        found = read_records(written("t.arrow", sink.getvalue().to_pybytes()))
+        assert [each.fields["input"] for each in found] == texts
+
     def test_nulls_and_numbers(self, tmp_path):
         pyarrow = pytest.importorskip("pyarrow")
         from pyarrow import parquet
@@ -256,9 +307,10 @@ class TestDatasets:
         assert [each.target for each in read_records(classes.to_iterable_dataset(), **LABEL)] == ["neg", "pos"]
 
     def test_no_label_is_no_target(self, classes):
-        unlabelled = classes.map(lambda row: {"label": -1})
-        with pytest.raises(DataError, match="record 1: expected a value in the field 'label', got None"):
-            read_records(unlabelled, **LABEL)
+        for none in (-1, None):
+            unlabelled = classes.map(lambda row, none=none: {"label": none})
+            with pytest.raises(DataError, match="record 1: expected a value in the field 'label', got None"):
+                read_records(unlabelled, **LABEL)
 
     @pytest.mark.parametrize(
         ("names", "use", "read"),
@@ -331,6 +383,12 @@ class TestPacked:
         monkeypatch.setenv("SOFTPROMPT_MAX_UNPACKED_BYTES", "100000")
         refused(written(f"u.jsonl{packed}", usual), "unpack to more than 100,000")
 
+    def test_without_zstandard_the_extra_is_named(self, written, monkeypatch):
+        monkeypatch.setitem(sys.modules, "zstandard", None)
+        refused(
+            written("t.jsonl.zst", b"x"), r'reading t.jsonl.zst needs zstandard: pip install "softprompt\[data\]"'
+        )
+
     def test_only_text_is_packed(self, written):
         refused(written("t.parquet.gz", b"x"), r"got '.parquet.gz'.*those of text may have .gz or .zst behind them")
 
@@ -377,6 +435,10 @@ class TestStandardInput:
         refused("-", "standard input, line 2: expected the field 'input'")
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
         refused("-", "standard input: the file is empty")
+
+    def test_a_terminal_is_not_waited_for(self, monkeypatch):
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+        refused("-", "no data on standard input; pipe it in, or name a file instead of -")
 
 
 class TestHub:

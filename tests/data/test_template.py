@@ -119,3 +119,21 @@ def test_a_field_that_only_decides_over_a_section_is_one_of_its_fields():
     verbalizer.check(records)
     with pytest.raises(TemplateError, match="show the answer"):
         Verbalizer("{{#output}}Right {{/output}}{{input}} :").check(records, "output")
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        (
+            "{{input}}{{#vip}} Dear{{/vip}}",
+            "cannot end in a section, got '{{input}}{{#vip}} Dear{{/vip}}'; put text",
+        ),
+        (
+            "{{^a}}x{{/a}}" * 101 + "{{input}}",
+            "expected at most 100 sections in the verbalizer '{{\\^a}}x.{1,60}\\.\\.\\.'",
+        ),
+    ],
+)
+def test_a_section_that_cannot_be_is_refused(template, told):
+    with pytest.raises(TemplateError, match=told):
+        Verbalizer(template)

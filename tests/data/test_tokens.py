@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from softprompt.data import CutSummary, Record, RowTokenizer, SpecialFrame, TokenRow, Verbalizer
-from softprompt.errors import ConfigError, DataError, TemplateError
+from softprompt.errors import BackboneError, ConfigError, DataError, TemplateError
 
 CAUSAL = ["gpt2", "llama", "llama+eos", "bert", "demo", "stories260K"]
 SEQ2SEQ = ["t5", "bart", "byt5", "g2p"]
@@ -256,3 +256,11 @@ def test_limits_without_room_are_refused(tokenizers, option):
 def test_a_missing_field_is_refused(tokenizers):
     with pytest.raises(TemplateError, match="unknown field 'input'; known: inputs"):
         rows_of(tokenizers("gpt2")).source({"inputs": "late"})
+
+
+def test_a_tokenizer_that_reads_a_text_otherwise_between_special_tokens_is_refused():
+    def tokenizer(*, text, add_special_tokens, **_):
+        return {"input_ids": [[7, 5, 6] if add_special_tokens else [5, 7, 6] for _ in text]}
+
+    with pytest.raises(BackboneError, match=r"into \[7, 5, 6\] with special tokens and \[5, 7, 6\] without"):
+        SpecialFrame.of(tokenizer)

@@ -13,9 +13,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import softprompt
 from distillation.conftest import TEXT
 from oracles import families
+from oracles.serving import write_prompt
 from oracles.tokenizers import byte_bpe
 from softprompt.backbone import Base, freeze, key_values, load_base
-from softprompt.distillation import TEXT_RATE_PER_RMS, DistillSettings, Question, Teacher, divergence_of, questions
+from softprompt.distillation import (
+    TEXT_RATE_PER_RMS,
+    DistillSettings,
+    Question,
+    Teacher,
+    divergence_of,
+    measure_distilled,
+    questions,
+)
 from softprompt.distillation.held_out import HeldOut
 from softprompt.distillation.student import Student
 from softprompt.distillation.texts import SourceText, start_ids
@@ -279,6 +288,12 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(chat_base, tmp_path)
             "placement would be ignored",
         ),
         ({"system_prompt": TEXT, "self_study": 2, "learning": 1}, "unknown setting 'learning'"),
+        ({"system_prompt": TEXT, "self_study": 2, "lr": 1, "learning_rate": 2}, "are the same setting; give one"),
+        (
+            {"system_prompt": TEXT, "self_study": 2, "early_stopping_patience": 1, "held_out": 0},
+            "early_stopping_patience needs held_out questions to validate on; raise held_out",
+        ),
+        ({"resume": True}, "resume needs the output directory of the interrupted run"),
         ({"documents": [TEXT * 30], "questions": [{"input": "a"}]}, "number of one in the column 'passage'"),
         (
             {"examples": [{"input": "a", "output": "b"}] * 9, "self_study": 2, "chat": True, "kind": "kv"},
@@ -323,6 +338,74 @@ def test_what_would_fail_later_is_refused_before_anything_is_written(chat_base, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_document_that_is_no_text_is_refused(chat_base, tmp_path):
+    (tmp_path / "latin.txt").write_bytes("Größe".encode("latin-1"))
+    with pytest.raises(SoftPromptError, match=r"cannot read .*latin\.txt: .*; give a text file in UTF-8"):
+        softprompt.distill(chat_base, documents=[tmp_path / "latin.txt"], self_study=2, **QUICK)
+
+
+def test_a_prompt_that_was_not_distilled_is_not_measured(tmp_path):
+    write_prompt(tmp_path / "trained", load_base("demo"))
+    with pytest.raises(SoftPromptError, match="trained was not made by distill; evaluate measures other prompts"):
+        measure_distilled(tmp_path / "trained", system_prompt=TEXT)
+
+
+def test_a_question_may_be_a_chat_with_its_tools(chat_base):
+    teacher = teacher_of(chat_base, SourceText("system prompt", [("text", TEXT)]))
+    turns = [{"role": "user", "content": "is it late"}, {"role": "assistant", "content": "yes"}]
+    tools = [{"type": "function", "function": {"name": "find"}}]
+    other = [{"role": "user", "content": "is it good"}]
+    records = [{"messages": turns}, {"messages": turns[:1]}, {"messages": other, "tools": tools}]
+    settings = DistillSettings(held_out=0.0, self_study=1)
+    found = questions.given_questions(records, teacher.rows, 1, settings)
+    assert [each.request for each in found] == [{"messages": turns[:1]}, {"messages": other, "tools": tools}]
+    assert [(each.answer, each.labelled) for each in found] == [("yes", True), (None, False)]
+
+
+def test_what_a_base_asks_itself_is_kept_once_and_only_where_it_says_something():
+    settings = DistillSettings(self_study=9, held_out=0.0)
+    study = questions.Study.of(settings, False, 1)
+    seeds = [each for each, _ in study.wanted(5)]
+    texts = ["Is it late?", '"is it LATE"', " \n", "late " * 40, "Who answers?"]
+    kept = study.kept(seeds, texts)
+    assert [each.request for each in kept] == [{"input": "Is it late?"}, {"input": "Who answers?"}]
+    study.add([replace(kept[0], answer="yes"), replace(kept[1], answer="")])
+    assert [each.answer for each in study.questions] == ["yes"]
+    assert study.dropped == {
+        "questions asked before": 1,
+        "questions empty": 1,
+        "questions repetitive": 1,
+        "answers empty": 1,
+    }
+    assert study.kept(seeds[:1], ["is it late!"]) == []
+
+
+@pytest.mark.parametrize("kind", ["questions", "self_study"])
+def test_a_base_that_says_nothing_leaves_nothing_to_train_on(chat_base, asked, monkeypatch, caplog, kind):
+    def silent(self, given):
+        return [replace(each, answer="") for each in given]
+
+    monkeypatch.setattr(Teacher, "answered", silent)
+    monkeypatch.setattr(Teacher, "generate", lambda self, given: ["Is it late?"] * len(given))
+    given = {"questions": asked} if kind == "questions" else {"self_study": 2}
+    with (
+        caplog.at_level("INFO", "softprompt"),
+        pytest.raises(SoftPromptError, match="no question is left to train"),
+    ):
+        softprompt.distill(chat_base, system_prompt=TEXT, **given, **QUICK)
+    (left_out,) = [each for each in caplog.messages if each.startswith("left out: ")]
+    assert "answers empty" in left_out
+    assert ("self-study found 0 of 3 questions" in caplog.messages) == (kind == "self_study")
+
+
+def test_what_learnt_nothing_and_what_cannot_be_reported_on_is_said(chat_base, asked, caplog):
+    still = {"learning_rate": 1e-12, "num_epochs": 2, "held_out": 0.0}
+    tuned = softprompt.distill(chat_base, system_prompt=TEXT, questions=asked, **still, **QUICK)
+    assert "no question was kept apart, so there is nothing to report on; raise held_out" in caplog.messages
+    assert tuned.metrics["nothing_learnt"] in caplog.messages
+    assert tuned.metrics["nothing_learnt"].startswith("the prompt learnt nothing: the loss went from ")
+
+
 def test_overwrite_without_output_is_refused(chat_base):
     with pytest.raises(UsageError, match="overwrite has no meaning"):
         softprompt.distill(chat_base, system_prompt=TEXT, self_study=2, overwrite=True)
@@ -339,6 +422,12 @@ def labelled_run(**options):
 def test_the_choice_among_labels_is_learnt_unless_its_weight_is_zero():
     chosen, alone = labelled_run(), labelled_run(choice_weight=0)
     assert not torch.equal(chosen.module.materialize(), alone.module.materialize())
+
+
+def test_a_dry_run_of_labels_takes_their_answers(tmp_path):
+    found = labelled_run(dry_run=True, output=tmp_path / "new", held_out=0.2)
+    assert (found.questions, found.held_out, found.training.steps) == (5, 1, 1)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_given_answer_that_is_no_label_is_refused_before_the_teacher_reads():

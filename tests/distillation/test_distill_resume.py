@@ -242,3 +242,14 @@ def test_the_command_writes_a_prompt_and_says_what_was_kept_apart(chat_base, tmp
     assert "pass --overwrite" in capsys.readouterr().err
     assert run(["distill", "--resume", "--output", str(tmp_path / "out")]) == 2
     assert "no interrupted run of distill" in capsys.readouterr().err
+
+
+def test_the_command_reads_documents_forecasts_and_asks_for_an_output(chat_base, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    words = ["distill", "--base-model", chat_base, "--document", str(tmp_path / "text.txt"), "--self-study", "4"]
+    words += ["--num-virtual-tokens", "3", "--max-target-length", "6", "--quiet"]
+    assert run(words) == 2
+    assert "distill needs --output DIR: without it the prompt would be lost" in capsys.readouterr().err
+    assert run([*words, "--dry-run", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["questions"], shown["passages"]) == (4, 1)

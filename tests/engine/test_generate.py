@@ -83,6 +83,44 @@ def test_before_an_encoder():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("mask", [True, False])
+def test_before_an_encoder_embeddings_and_outputs_do_what_their_ids_do(mask):
+    model = tiny("bart")
+    base, prompt, ids = Base.of(model), Prompt(input=virtual_tokens(0)), torch.tensor([[3, 7, 9, 11]])
+    masked = {"attention_mask": torch.ones_like(ids)} if mask else {}
+    expected = generate_with_prompts(base, [prompt], greedy(input_ids=ids, **masked))
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(generate_with_prompts(base, [prompt], greedy(inputs_embeds=embeds, **masked)), expected)
+    states = model.get_encoder()(
+        inputs_embeds=torch.cat([prompt.input[None], embeds], 1), attention_mask=torch.ones(1, P + 4)
+    )
+    given = greedy(encoder_outputs=states, **masked)
+    assert torch.equal(generate_with_prompts(base, [prompt], given), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_a_mask_of_the_decoders_own_text_goes_behind_its_prompt(name):
+    """Also in the steps from a cache on; columns of ones change nothing, and padding is not seen."""
+    model = tiny(name)
+    base, prompt, start = Base.of(model), Prompt(decoder=virtual_tokens(0)), model.config.decoder_start_token_id
+    ids = torch.tensor([[3, 7, 9, 11]])
+    rows = [[start, 5, 6], [start, 9]]
+    alone = [
+        generate_with_prompts(base, [prompt], greedy(input_ids=ids, decoder_input_ids=torch.tensor([row])))[0]
+        for row in rows
+    ]
+    begun = {"decoder_input_ids": torch.tensor(rows[:1]), "decoder_attention_mask": torch.ones(1, 3).long()}
+    assert torch.equal(generate_with_prompts(base, [prompt], greedy(input_ids=ids, **begun))[0], alone[0])
+    if name == "t5":  # whose positions are those between tokens
+        padded, mask = torch.tensor([rows[0], [0, *rows[1]]]), torch.tensor([[1, 1, 1], [0, 1, 1]])
+        both = {"decoder_input_ids": padded, "decoder_attention_mask": mask}
+        found = generate_with_prompts(base, [prompt] * 2, greedy(input_ids=ids.repeat(2, 1), **both))
+        assert torch.equal(found[0], alone[0])
+        assert torch.equal(found[1, 1:], alone[1])
+
+
+@torch.no_grad()
 def test_without_any_prompt_it_is_the_models_own():
     model, ids = tiny("llama"), torch.tensor([[3, 7, 9, 11]])
     expected = model.generate(**greedy(input_ids=ids))
@@ -100,3 +138,6 @@ def test_what_is_refused():
         generate_with_prompts(base, [prompt], {"input_ids": ids + 10**6})
     with pytest.raises(ConfigError, match="needs placement prefix"):
         generate_with_prompts(base, [prompt], {"input_ids": ids, "prefill_chunk_size": 1}, at=[1])
+    cache = base.model(ids, use_cache=True)[CACHE]
+    with pytest.raises(ConfigError, match="prefill_chunk_size does not go with a filled cache; leave one out"):
+        generate_with_prompts(base, [prompt], {"input_ids": ids, "prefill_chunk_size": 1, CACHE: cache})

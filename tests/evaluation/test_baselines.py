@@ -143,7 +143,7 @@ def test_a_chat_has_the_text_in_its_system_turn(base):
     assert (zero.baseline, zero.prompt_tokens) == ("zero-shot", 0)
 
 
-def test_chats_are_evaluated_as_they_are_behind_an_instruction(base):
+def test_chats_are_evaluated_as_they_are_behind_an_instruction(base, caplog):
     base.tokenizer.chat_template = CHAT
     turns = [{"role": "user", "content": "So?"}, {"role": "assistant", "content": "good"}]
     chats = [{"messages": turns}] * 2
@@ -153,6 +153,13 @@ def test_chats_are_evaluated_as_they_are_behind_an_instruction(base):
     assert evaluate(alone(base, template=None), chats) == zero  # as tune renders what no template can show
     assert found.prompt_tokens == len(text_ids(base, "Be brief."))
     assert found.input_tokens + found.prompt_tokens == len(ids) + zero.prompt_tokens
+    with caplog.at_level(logging.INFO, "softprompt"):
+        both = [{"instruction": "So?", "input": "late", "output": "good"}] * 2
+        evaluate(alone(base, template=None), both)
+        assert "with chat (--chat) the base's own renders them, as in tune" in caplog.text
+        caplog.clear()
+        evaluate(alone(base, template=None, chat=True), both)
+        assert "--chat" not in caplog.text
     with pytest.raises(ConfigError, match="few_shot fills in a template"):
         evaluate(alone(base, template=None, chat=True, few_shot=1, examples=chats), chats)
 
@@ -185,6 +192,9 @@ def test_a_baseline_without_a_base_or_with_settings_of_prompts_is_refused(make_t
         evaluate(alone(base), RECORDS, without_prompt=True)
     with pytest.raises(ConfigError, match="task_name and without"):
         evaluate(alone(base), RECORDS, task_name="a")
+    for subject, beside in ((alone(base), ()), (make_tuned(), [Baseline()])):
+        with pytest.raises(ConfigError, match="a baseline answers for one task; give the records of one"):
+            evaluate(subject, RECORDS, task_field="task", baselines=beside)
     with pytest.raises(ConfigError, match="zero-shot, zero-shot: two baselines are alike"):
         evaluate(make_tuned(), RECORDS, baselines=[Baseline(), Baseline()])
 

@@ -76,6 +76,9 @@ def test_what_an_ensemble_does_not_do(members, make_tuned):
         evaluate(ensemble, ROWS, task="generation")
     with pytest.raises(ConfigError, match="name one prompt"):
         evaluate(ensemble, ROWS, without_prompt=True)
+    for several in ({"task_name": ["a"] * len(ROWS)}, {"task_field": "task"}):
+        with pytest.raises(ConfigError, match="an ensemble answers for one task at a time; give one task_name"):
+            evaluate(ensemble, ROWS, **several)
     odd = make_tuned(template="{{title}}: {{input}}")
     with pytest.raises(TemplateError, match="title"):
         evaluate(Ensemble([members[0], odd]), ROWS)

@@ -5,6 +5,7 @@ import math
 
 from softprompt.evaluation import Report
 from softprompt.evaluation.metrics import LabelRow
+from softprompt.evaluation.report import numbers_table
 
 
 def test_a_report_is_plain_json_without_nan():
@@ -52,3 +53,15 @@ def test_many_labels_show_the_worst():
     assert "20 lowest F1" in text
     assert "label 3 " in text
     assert "label 70" not in text
+
+
+def test_a_table_of_reports_tells_the_rows_where_they_are_not_the_same():
+    def table(*rows):
+        reports = {
+            name: Report(task="classification", rows=count, without_prompt=False, accuracy=count / 2000)
+            for name, count in zip("ab", rows, strict=True)
+        }
+        return [each.split() for each in numbers_table("task", reports)]
+
+    assert table(5, 1200) == [["task", "rows", "accuracy"], ["a", "5", "0.0025"], ["b", "1,200", "0.6000"]]
+    assert table(5, 5)[0] == ["task", "accuracy"]

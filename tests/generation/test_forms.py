@@ -209,6 +209,19 @@ def test_forms_that_no_answer_can_be_held_to_are_refused_before_they_run(base, f
     assert time.monotonic() - began < 5
 
 
+def test_forms_that_are_no_longer_kept_are_made_again(base, monkeypatch):
+    monkeypatch.setattr("softprompt.generation.forms._KEPT", 1)
+    decoder = Decoder(base.base)
+    requests = [
+        base.request("plain", IDS[0], options=GenerationOptions(max_new_tokens=9, choices=choice))
+        for choice in (("good", "bad"), ("late", "early")) * 2
+    ]
+    found = [answer.text for (answer,) in (decoder.run([each])[0] for each in requests)]
+    assert found[:2] == found[2:]
+    assert found[0] in ("good", "bad")
+    assert found[1] in ("late", "early")
+
+
 def test_a_form_beyond_the_limits_fails_alone(base):
     """A schema that compiles and whose second token already has too many ways to go on."""
     wide = base.request("plain", IDS[0], options=GenerationOptions(max_new_tokens=9, json_schema=WIDE))

@@ -75,3 +75,15 @@ def test_a_long_answer_is_decoded_by_its_end():
         pieces.append(text.new(ended=False))
     assert "".join(pieces) == decode(tokens)
     assert sum(counts) < 60 * len(tokens) + len(tokens) ** 2 / 20
+
+
+def test_a_decoder_that_changes_its_beginning_is_asked_for_the_whole():
+    """As of tokenizers that clean up a text: what the last tokens give is then no end of the whole."""
+
+    def counted(ids):
+        return f"{len(ids)}:{' '.join(map(str, ids))}"
+
+    text, tokens = GrowingText(counted, StopSequences((), 0, counted)), list(range(200))
+    for count in range(1, len(tokens) + 1):
+        text.add(tokens[:count])
+        assert text.answer == counted(tokens[:count])

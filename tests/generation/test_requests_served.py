@@ -153,6 +153,16 @@ def test_awaiting_and_cancelling_from_a_loop(base, batcher):
             ConfigError,
             "finite",
         ),
+        (
+            lambda b: Request(IDS, Prompt(decoder=torch.zeros(3, 32))),
+            ConfigError,
+            "virtual tokens for a decoder beside an encoder, but .* has one input; give them as its input",
+        ),
+        (
+            lambda b: Request(IDS, Prompt(prefix=torch.zeros(1, 2, 1, 3, 8))),
+            ConfigError,
+            r"prompt has shape \[1, 2, 1, 3, 8\], .* takes \[\d+, 2, \d+, P, \d+\]; use the base it was made for",
+        ),
         (lambda b: Request(IDS, Prompt(torch.zeros(3, 32)), at=99), DataError, "99"),
         (lambda b: Request(IDS, n=9), ServingError, "n = 9"),
         (lambda b: Request(IDS, options=GenerationOptions(num_beams=2)), ConfigError, "num_beams"),
@@ -177,6 +187,8 @@ def test_a_failing_request_fails_alone(base, batcher):
     good += [batcher.submit(base.request("suffix", IDS, options=options)) for _ in range(2)]
     with pytest.raises(ValueError, match="no text today"):
         bad.result(30)
+    with pytest.raises(ValueError, match="no text today"):
+        list(bad)
     try:
         endless.result(30)
     except ServingError as error:

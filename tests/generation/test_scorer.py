@@ -10,7 +10,7 @@ import torch
 
 from oracles.served import served
 from softprompt.engine import EngineRow, PlainEngine, ResidentPrompts
-from softprompt.errors import NotServingError
+from softprompt.errors import NotServingError, QueueFullError
 from softprompt.generation import Bounds, Scorer
 
 
@@ -27,6 +27,19 @@ def test_a_caller_that_has_gone_does_not_hold_up_the_end():
     assert gone.cancelled()
     with pytest.raises(NotServingError):
         waiting.result(1)
+
+
+def test_no_more_callers_wait_than_the_queue_has_room_for():
+    base = served("llama", kinds=("plain",))
+    scorer = Scorer(base.base, Bounds(max_batch_rows=1, max_score_rows=4, max_queue=2), ResidentPrompts(0, 0))
+    waiting = [scorer.submit(()) for _ in range(2)]
+    with pytest.raises(QueueFullError, match="2 requests wait already; try again later") as raised:
+        scorer.submit(())
+    assert raised.value.retry_after > 0
+    scorer.stop()
+    for each in waiting:
+        with pytest.raises(NotServingError):
+            each.result(1)
 
 
 @pytest.mark.parametrize(("rows", "tokens", "passes"), [(64, 10_000, 1), (64, 40, 4), (4, 10_000, 6)])

@@ -88,7 +88,7 @@ def test_a_chat_is_rendered_as_the_server_does(tmp_path, base, placement):
     own.write_text(own.read_text().replace("{", f'{{"placement": "{placement}", ', 1))
     (tuned,) = load_many([tmp_path / "own"], base.model, tokenizer=base.tokenizer)
     served = Served("own", "1", PlainText(base, seq2seq=False), tuned)
-    with Conversation(base, {"own": tuned}, FEW) as talk:
+    with Conversation(base, {"base": None, "own": tuned}, FEW) as talk:
         first = said(talk, "Tell <|user|> a", "own")
         said(talk, "b", "own")
         messages = [("user", "Tell <|user|> a"), ("assistant", first[0]), ("user", "b")]
@@ -98,7 +98,9 @@ def test_a_chat_is_rendered_as_the_server_does(tmp_path, base, placement):
         if placement == "chat_system":
             talk.system = "Be brief."
             with pytest.raises(ConfigError, match="stands in the system turn"):
-                talk.ask("c", ["own"])
+                talk.ask("c", ["base", "own"])
+            talk.system = None
+            assert talk.input_of("own").ids == found.ids, "what was begun for the base is left"
 
 
 def test_the_oldest_turns_are_left_out_where_the_context_ends(talk, base):

@@ -48,6 +48,53 @@ def test_bytes_behind_an_array(tmp_path, base):
 def test_the_name_of_a_request(tmp_path, prompt):
     refused("end its name in .json", prompt, tmp_path / "r.txt", to="vllm", text="x",
             error=ConfigError)  # fmt: skip
+    refused("tensor writes a .* file, got 'r.txt'; end its name in one of these", prompt, tmp_path / "r.txt",
+            to="tensor", error=ConfigError)  # fmt: skip
+    refused("vllm writes the request for one input text; pass text", prompt, tmp_path / "r.json", to="vllm",
+            error=ConfigError)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["a: &x [1]\nb: *x\n", "a: " + "[" * 2000 + "]" * 2000])
+def test_yaml_that_could_grow_is_not_loaded(tmp_path, prompt, text):
+    convert(prompt, tmp_path / "c", to="caikit")
+    (tmp_path / "c" / "config.yml").write_text(text)
+    refused(r"expected plain YAML in .*config.yml, it cannot be read \(it has an alias, or is nested more than",
+            tmp_path / "c", tmp_path / "out", to="peft")  # fmt: skip
+
+
+@pytest.mark.parametrize(("to", "name"), [("npy", "p.npy"), ("caikit", "folder"), ("tgis", "folder")])
+def test_a_place_that_cannot_be_written_to(tmp_path, prompt, to, name):
+    (tmp_path / "file").write_text("x")
+    refused("could not write .*; nothing there was changed: free some space or choose another path",
+            prompt, tmp_path / "file" / name, to=to)  # fmt: skip
+
+
+def test_values_beyond_the_bases_dtype(tmp_path, base):
+    large = {"prompt_embeddings": torch.full((P, 32), 1e6)}
+    prompt = write_prompt(tmp_path / "large", base, tensors=large)
+    refused("virtual tokens overflow float16, the base's dtype; pass torch_dtype=float32 or bfloat16", prompt,
+            tmp_path / "r.json", to="vllm", text="x", torch_dtype="float16")  # fmt: skip
+
+
+def test_halves_of_unlike_length(tmp_path):
+    base = write_base(tmp_path / "t5", "t5")
+    (tmp_path / "tgis").mkdir()
+    for name, length in (("encoder", 3), ("decoder", 4)):
+        torch.save(torch.ones(length, 32), tmp_path / "tgis" / f"{name}.pt")
+    refused(r"one shape for encoder and decoder in .*, got \[3, 32\] and \[4, 32\]: convert them one by one",
+            tmp_path / "tgis", tmp_path / "out", to="peft", base_model=base)  # fmt: skip
+
+
+def test_a_configuration_without_weights(tmp_path, prompt):
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "adapter_config.json").write_text((Path(prompt) / "adapter_config.json").read_text())
+    refused("no adapter_model.safetensors or adapter_model.bin", tmp_path / "half", tmp_path / "out", to="npy")
+
+
+def test_a_further_prompt_that_does_not_name_its_base(tmp_path, prompt):
+    convert(prompt, tmp_path / "p.npy", to="npy")
+    refused(r"p.npy \(npy\) does not name its base; convert it to softprompt first", prompt, tmp_path / "out",
+            to="extended-vocab", add={"b": tmp_path / "p.npy"}, error=ConfigError)  # fmt: skip
 
 
 def test_the_dtype_of_torch_is_named_as_ours(tmp_path, prompt):

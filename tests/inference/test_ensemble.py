@@ -155,6 +155,10 @@ def test_what_cannot_be_an_ensemble(folders, prompts):
         Ensemble([prompts[0], make(base, 5, task="generation", labels=None)])
     with pytest.raises(ConfigError, match="differ in 'new', 'so'"):
         Ensemble([prompts[0], make(load_base(folders / "llama"), 5, labels=(*LABELS[:2], "new"))])
+    t5, kinds = load_base(folders / "t5"), {"num_virtual_tokens": 3, "task_type": "SEQ_2_SEQ_LM"}
+    both = [PromptTuningConfig(**kinds, prompt_sees_input=sees) for sees in (True, False)]
+    with pytest.raises(ConfigError, match="share prompt_sees_input, prompts 1 and 2 differ in it"):
+        Ensemble([make(t5, 5, config=config, seq2seq=True) for config in both])
     with pytest.raises(FingerprintError, match="share one base, prompts 1 and 2 do not"):
         Ensemble([prompts[0], make(load_base(folders / "other"), 5)])
 

@@ -19,11 +19,11 @@ LAYERS, HEADS, WIDTH = 2, 2, 8
 KINDS = {"CARTRIDGE": {"num_frozen_tokens": 1}, "PREFIX_TUNING": {}}
 
 
-def prompt_of(folder, base, kind):
+def prompt_of(folder, base, kind, scale=1.0):
     generator = torch.Generator().manual_seed(5)
     sizes = {"num_layers": LAYERS, "num_attention_heads": HEADS, "token_dim": HEADS * WIDTH}
     values = torch.randn(P, LAYERS * 2 * HEADS * WIDTH, generator=generator)
-    tensors = {"prompt_embeddings": values}
+    tensors = {"prompt_embeddings": values * scale}
     return write_prompt(folder, base, tensors=tensors, peft_type=kind, **sizes, **KINDS[kind])
 
 
@@ -114,6 +114,11 @@ def test_what_a_prompt_cache_cannot_hold(tmp_path, base):
     refused("end its name in .safetensors", folder, "x.npy", error=ConfigError)
     sliding = write_base(tmp_path / "sliding", "mistral", num_hidden_layers=LAYERS)
     refused("sliding windows", prompt_of(tmp_path / "other", sliding, "CARTRIDGE"))
+    half = load_base(base, torch_dtype="float16")
+    half.model.save_pretrained(tmp_path / "half")
+    half.tokenizer.save_pretrained(tmp_path / "half")
+    large = prompt_of(tmp_path / "large", str(tmp_path / "half"), "CARTRIDGE", 1e6)
+    refused("the keys and values of .*large overflow torch.float16, the base's dtype; train it in bfloat16", large)
 
 
 def test_it_is_written_in_the_dtype_of_the_base(tmp_path, base):

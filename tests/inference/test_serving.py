@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -20,7 +20,7 @@ from softprompt import (
     TunedPrompt,
     load,
 )
-from softprompt.errors import AdapterError, ConfigError, ContextOverflowError, NotServingError
+from softprompt.errors import AdapterError, ConfigError, ContextOverflowError, NotServingError, QueueFullError
 from softprompt.generation import GenerationOptions, Ticket
 
 TEXTS = ["is it good", "the parcel is late", "bad", "thank you, great"]
@@ -109,6 +109,21 @@ def test_what_cannot_be_asked_whole_is_cancelled(base, serving, monkeypatch):
         serving.generate([*TEXTS, "good " * 40], "plain", max_new_tokens=30)
     assert len(begun) == len(TEXTS)
     assert all(ticket.is_cancelled for ticket in begun)
+
+
+def test_labels_that_cannot_be_asked_whole_are_cancelled(serving, monkeypatch):
+    begun = []
+
+    def refusing(rows):
+        if begun:
+            raise QueueFullError("full", 1.0)
+        begun.append(Future())
+        return begun[-1]
+
+    monkeypatch.setattr(serving._scorer, "submit", refusing)
+    with pytest.raises(QueueFullError):
+        serving.classify(TEXTS[:2], ["plain", "other"], labels=["a", "b"])
+    assert [each.cancelled() for each in begun] == [True]
 
 
 def test_threads_read_texts_each_in_their_own_way(base):

@@ -29,7 +29,8 @@ class FakeVLLM:
     """The server's state, which a test reads and sets.
 
     ``embeds`` and ``through`` are ``--enable-prompt-embeds`` and a template that passes on. ``behaviour`` says
-    how generating requests fail: a status, "hang", "break" (in the middle of a stream), "error" (an event of it).
+    how generating requests fail: a status, "hang", "break" (in the middle of a stream), "error" (an event of it),
+    "short" (a stream that ends before its answer).
     """
 
     def __init__(self, base: Any, *, embeds: bool = True, through: bool = True, key: str = "") -> None:
@@ -117,6 +118,8 @@ class FakeVLLM:
                 first = {"index": 0, "delta": {"role": "user", "content": ""}, "finish_reason": None}
                 yield self.line({**head, "choices": [first], "prompt_token_ids": ids})
             while len(new) < body["max_tokens"]:
+                if self.behaviour == "short" and len(new) == 2:
+                    break
                 if self.behaviour in ("break", "error") and len(new) == 2:
                     if self.behaviour == "error":
                         error = {"message": "EngineCore died", "type": "InternalServerError", "code": 500}

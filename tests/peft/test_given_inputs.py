@@ -82,6 +82,17 @@ def test_a_cache_that_holds_the_prompt_needs_no_mask():
     torch.testing.assert_close(rest, ours(input_ids=ids).logits[:, P + 4 :], **CLOSE)
 
 
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_a_mask_of_the_decoders_text_goes_on_behind_a_cache_that_holds_the_prompt(name):
+    ours = prompted(seq2seq(name), "SEQ_2_SEQ_LM", output_model_types=["DECODER"])
+    ids, answer = torch.tensor([FIRST]), torch.tensor([[2, 11, 12, 13]])
+    whole = ours(input_ids=ids, decoder_input_ids=answer).logits
+    cache = ours(input_ids=ids, decoder_input_ids=answer[:, :2], use_cache=True).past_key_values
+    rest = {"decoder_input_ids": answer[:, 2:], "decoder_attention_mask": torch.ones_like(answer)}
+    found = ours(input_ids=ids, past_key_values=cache, **rest).logits
+    torch.testing.assert_close(found, whole[:, P + 2 :], **CLOSE)
+
+
 def test_position_ids_are_refused_where_the_base_takes_none():
     ours = prompted(causal("bloom"))
     with pytest.raises(ConfigError, match="BloomForCausalLM takes no position_ids; leave them out"):

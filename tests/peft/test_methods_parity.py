@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import softprompt
+from oracles.caches import CACHE
 from oracles.peft_pair import TASKS, base, batch
 
 P = 5
@@ -153,6 +154,14 @@ def test_each_row_has_the_prompt_of_its_task(task):
                         assert torch.allclose(mixed[name][row], value[0], atol=1e-5)
 
 
+def test_a_task_that_is_none_is_refused():
+    ours, _ = pair("multitask", "CAUSAL_LM")
+    inputs = inputs_of("multitask", "CAUSAL_LM")
+    for wrong in (3, -1):
+        with pytest.raises(softprompt.SoftPromptError, match=rf"'default' go from 0 to 2, got {wrong}; use one of"):
+            ours(**inputs | {"task_ids": torch.tensor([0, wrong, 2])})
+
+
 def test_a_multitask_prompt_feeds_both_parts_by_default():
     name, options = METHODS["multitask"]
     options = {"task_type": "SEQ_2_SEQ_LM", **options}
@@ -267,6 +276,19 @@ def test_a_context_under_left_padding_is_the_row_alone():
     alone = {name: value[:, 3:] for name, value in row.items()}
     with torch.no_grad():
         assert abs(ours(**row).loss.item() - ours(**alone).loss.item()) < 1e-5
+
+
+def test_the_loss_of_a_context_stands_first_in_a_tuple_and_needs_the_whole_row():
+    ours, _ = pair("cpt", "CAUSAL_LM")
+    inputs = inputs_of("cpt", "CAUSAL_LM")
+    whole = run(ours, inputs)
+    parts = ours(**{name: value.clone() for name, value in inputs.items()}, return_dict=False)
+    assert torch.equal(parts[0], whole.loss)
+    assert torch.equal(parts[1], whole.logits)
+    ids = inputs["input_ids"]
+    cache = ours(input_ids=ids[:, :4], use_cache=True)[CACHE]
+    with pytest.raises(softprompt.SoftPromptError, match="labels of a context-aware prompt need the whole row"):
+        ours(input_ids=ids[:, 4:], labels=ids[:, 4:], **{CACHE: cache})
 
 
 def test_labels_with_several_prompts_of_which_one_is_a_context():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from softprompt.errors import ConfigError
-from softprompt.prompts import recycle, resized
+from softprompt.prompts import Prompt, recycle, resized
 from softprompt.prompts.composition import average, concatenation, difference, shifted
 
 
@@ -69,6 +69,31 @@ def test_prompts_of_two_parts_are_treated_part_by_part():
     assert torch.equal(resized(two, 2), torch.stack([A[:2], B[:2]]))
     joined = concatenation([two, two])
     assert torch.equal(joined, torch.stack([torch.cat([A, A]), torch.cat([B, B])]))
+
+
+@pytest.mark.parametrize(
+    ("parts", "told"),
+    [
+        ({"input": torch.ones(3)}, r"input of a prompt must be \[P, H\], got \[3\]"),
+        ({"decoder": torch.ones(1, 2, 3)}, r"decoder of a prompt must be \[P, H\], got \[1, 2, 3\]"),
+        ({"prefix": torch.ones(2, 3)}, r"prefix of a prompt must be \[L, 2, A_kv, P, D\], got \[2, 3\]"),
+        (
+            {"prefix": torch.ones(1, 2, 1, 3, 4), "input": torch.ones(3, 4)},
+            "a prompt is a prefix or virtual tokens, not both; split it in two",
+        ),
+    ],
+)
+def test_what_is_no_prompt_is_refused(parts, told):
+    with pytest.raises(ConfigError, match=told):
+        Prompt(**parts)
+
+
+def test_a_prompt_moves_with_all_its_parts():
+    prompt = Prompt(torch.ones(2, 3), torch.ones(1, 3))
+    assert prompt.to(torch.device("cpu")) is prompt
+    moved = prompt.to(torch.device("meta"))
+    assert [tuple(part.shape) for part in moved.tensors] == [(2, 3), (1, 3)]
+    assert all(part.is_meta for part in moved.tensors)
 
 
 def test_widths_must_agree():

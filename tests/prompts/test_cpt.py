@@ -85,6 +85,12 @@ def test_the_trajectory_equals_pefts_with_project(table):
     assert torch.allclose(ours(torch.arange(9)), theirs(torch.arange(9)), atol=1e-6)
 
 
+def test_the_projection_and_its_radius_are_pefts(table):
+    ours, theirs = pair(table)
+    torch.testing.assert_close(ours.get_projection(), theirs.get_projection())
+    torch.testing.assert_close(ours.get_epsilon(), theirs.get_epsilon().to(ours.get_epsilon().dtype))
+
+
 def test_a_radius_of_zero_holds_tokens_still(table):
     ours, _ = pair(table, opt_projection_epsilon=0.0)
     ours.delta_embedding.weight.data[6] = 0

@@ -61,6 +61,18 @@ def test_a_generator_decides_everything():
     assert torch.equal(made[0].materialize(), made[1].materialize())
 
 
+def test_the_frozen_first_token_is_that_of_what_was_loaded_last():
+    options = {"prefix_tuning_init_text": "x", "tokenizer_name_or_path": "x", "freeze_first_token": True}
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", **SIZES, **options)
+    made = PrefixEncoder(config, text=torch.ones(L, 2, A, P, D))
+    rows = torch.randn(P, L * 2 * A * D, generator=torch.Generator().manual_seed(0))
+    made.load_stored({"prompt_embeddings": rows})
+    assert torch.equal(made.stored()["prompt_embeddings"], rows)
+    made.materialize().sum().backward()
+    moved = made.embedding.weight.grad.abs().amax(dim=1) > 0
+    assert moved.tolist() == [False, True, True]
+
+
 def test_what_cannot_be_loaded():
     with pytest.raises(ArtifactError, match="do not tell the parameters of prefix_projection"):
         encoder(prefix_projection=True).load_stored({"prompt_embeddings": torch.zeros(P, 32)})

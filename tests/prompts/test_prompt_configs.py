@@ -227,6 +227,22 @@ def test_keys_of_newer_versions_are_left_out_with_a_warning(tmp_path):
         PeftConfig.from_pretrained(tmp_path)
 
 
+def test_what_only_holds_while_peft_runs_is_left_out_with_its_warning(tmp_path):
+    PromptTuningConfig(num_virtual_tokens=3).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"runtime_config": {"ephemeral_gpu_offload": True}}))
+    with pytest.warns(UserWarning, match="The configuration file contains a `runtime_config` key. This is ignored"):
+        config = PeftConfig.from_pretrained(tmp_path)
+    assert config == PromptTuningConfig(num_virtual_tokens=3)
+    assert not config.is_adaption_prompt
+
+
+def test_a_class_of_any_method_takes_the_name_of_one():
+    assert PeftConfig(peft_type="PROMPT_TUNING").peft_type is PeftType.PROMPT_TUNING
+    with pytest.raises(ConfigError, match="LORA"):
+        PeftConfig(peft_type="LORA")
+
+
 def test_a_class_that_reads_anothers_file_warns_and_gives_the_other(tmp_path):
     PromptTuningConfig(num_virtual_tokens=3).save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="holds a PromptTuningConfig, not a CPTConfig"):

@@ -6,6 +6,7 @@ from fastapi.testclient import TestClient
 from oracles.serving import ScriptedBatcher, app_over, running
 from softprompt.errors import UsageError
 from softprompt.server.middleware import Keys
+from softprompt.server.settings import ServeSettings
 
 
 @pytest.fixture
@@ -179,3 +180,12 @@ def test_administration(opened):
     assert client.post("/v1/completions", json=ASK).status_code == 200
     for name in ("nope", "..", "%2e%2e", "..%2f..%2fetc", "a%00"):
         assert client.post(f"/v1/prompts/{name}/load").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [("localhost", True), ("127.0.0.1", True), ("::1", True), ("0.0.0.0", False), ("host.example", False)],
+)
+def test_an_address_that_only_this_machine_reaches_takes_requests_for_this_machine_alone(host, local):
+    """A page of elsewhere could otherwise reach it by a name of its own that leads here."""
+    assert ServeSettings(base_model="demo", prompts="prompts", host=host).is_local is local

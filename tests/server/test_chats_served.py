@@ -70,3 +70,17 @@ def test_a_prompt_of_another_template_is_warned_of_once(served, caplog, path):
     assert [each.split()[2] for each in warned] == ["in-system-own", "plain", "framed", "both"]
     assert "with its template 'Text: {{input}}'" in warned[2]
     assert "/v1/completions" in warned[2]
+
+
+def test_what_shows_no_system_turn_does_not_reach_a_prompt_in_it(served):
+    """A chat with a system turn of its own has no place for the prompt, and bare text shows none."""
+    system = [{"role": "system", "content": "Be kind"}, {"role": "user", "content": "hello"}]
+    with served.client() as client:
+        chat = client.post("/v1/chat/completions", json={"model": "in-system", "messages": system})
+        raw = client.post("/v1/completions", json={"model": "in-system", "prompt": "hello", "raw": True})
+    for found, told in (
+        (chat, "the prompt 'in-system' stands in the system turn; leave the system message out"),
+        (raw, "the prompt 'in-system' stands in the system turn of a chat; send a text, or messages to "),
+    ):
+        assert found.status_code == 400
+        assert found.json()["error"]["message"].startswith(told)

@@ -36,6 +36,12 @@ def test_scores_are_the_librarys(client, tuned, normalize):
     assert found["usage"]["virtual_tokens"] == 12
 
 
+def test_fields_are_the_texts_they_hold(client):
+    fields = [{"input": text} for text in TEXTS]
+    assert asked(client, fields=fields)["data"] == asked(client, input=TEXTS)["data"]
+    assert asked(client, fields=fields[0])["data"] == asked(client, input=TEXTS[0])["data"]
+
+
 def test_one_text_and_given_labels(client, tuned):
     labels = ["good", "bad", "neither of them"]
     (expected,) = tuned.classify([TEXTS[0]], labels)

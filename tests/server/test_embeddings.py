@@ -6,6 +6,7 @@ import math
 import socket
 import struct
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -188,3 +189,29 @@ def test_requests_take_turns_and_end_with_their_client(served, monkeypatch):
     go_on.set()
     until(lambda: turns.statistics().borrowed_tokens == 0, 60)
     assert len(passes) == 10
+
+
+def test_vectors_wait_in_bounds_and_not_for_ever(base, root, monkeypatch):
+    go_on, begun, states = threading.Event(), threading.Event(), embeddings.text_states
+
+    def held(base, rows):
+        begun.set()
+        assert go_on.wait(60)
+        return states(base, rows)
+
+    monkeypatch.setattr(embeddings, "text_states", held)
+    body = {"model": "vectors", "input": TEXTS[1]}
+    app = app_over(base, root, max_queue=1, request_seconds=0.5)
+    with running(app) as server, server.client() as client, ThreadPoolExecutor(2) as pool:
+        pool.submit(client.post, "/v1/embeddings", json=body)
+        assert begun.wait(60)
+        late = pool.submit(client.post, "/v1/embeddings", json=body)
+        until(lambda: server.service.embedding.statistics().tasks_waiting == 1, 60)
+        full = client.post("/v1/embeddings", json=body)
+        time.sleep(0.6)
+        go_on.set()
+        late = late.result(60)
+    assert (full.status_code, late.status_code) == (429, 503)
+    assert full.headers["retry-after"] == "1"
+    assert full.json()["error"]["message"] == "1 requests wait already; try again later"
+    assert late.json()["error"]["message"] == "no answer within 0.5 s; try again later"

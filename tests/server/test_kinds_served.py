@@ -208,6 +208,18 @@ def test_every_kind_answers_as_alone(kept):
     assert len({tuple(texts) for texts in found}) > 2
 
 
+def test_token_ids_are_answered_as_the_text_they_are(kept):
+    """The prompt stands at its place among ids that no template has put, or in front of those without a BOS."""
+    for kind in kept.alone.keys() & {"rows", "suffix", "after-bos"}:
+        (ids,), _ = kept.alone[kind].sources(TEXTS[:1])
+        text = asked(kind, TEXTS[0], temperature=0)
+        told = [
+            kept.client.post("/v1/completions", json=text | each).json() for each in ({}, {"prompt": list(ids)})
+        ]
+        assert told[0]["choices"][0]["text"].strip() == told[1]["choices"][0]["text"].strip(), kind
+        assert told[0]["usage"] == told[1]["usage"]
+
+
 def test_every_kind_classifies_as_alone(kept):
     seen = set()
     for kind, tuned in kept.alone.items():

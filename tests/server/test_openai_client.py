@@ -188,24 +188,27 @@ def test_echo_with_log_probabilities(ai, tuned, base):
         assert scores.text_offset[1] == len(scores.tokens[0])
 
 
-def test_echo_in_a_stream(ai):
+@pytest.mark.parametrize("most", [4, 0])
+def test_echo_in_a_stream(ai, most):
     ask = {
         "model": "writer",
         "prompt": [TEXT, "Hello"],
-        "max_tokens": 4,
+        "max_tokens": most,
         "temperature": 0,
         "logprobs": 1,
         "echo": True,
     }
     whole = ai.completions.create(**ask)
-    texts, tokens = {0: "", 1: ""}, {0: [], 1: []}
+    texts, tokens, ends = {0: "", 1: ""}, {0: [], 1: []}, {0: [], 1: []}
     for chunk in ai.completions.create(**ask, stream=True):
         for choice in chunk.choices:
             texts[choice.index] += choice.text
             tokens[choice.index] += choice.logprobs.tokens if choice.logprobs else []
+            ends[choice.index] += [choice.finish_reason] if choice.finish_reason else []
     for choice in whole.choices:
         assert texts[choice.index] == choice.text
         assert tokens[choice.index] == choice.logprobs.tokens
+        assert ends[choice.index] == [choice.finish_reason]
     plain = ai.completions.create(**{**ask, "logprobs": None}, stream=True)
     assert "".join(c.choices[0].text for c in plain if c.choices[0].index == 0) == texts[0]
 

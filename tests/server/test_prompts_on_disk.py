@@ -1,5 +1,6 @@
 """Prompt files replaced, truncated and deleted while they are served."""
 
+import logging
 import shutil
 import threading
 
@@ -164,3 +165,23 @@ def test_the_folder_goes_away_and_comes_back(own_server, prompts):
     prompts.with_name("away").rename(prompts)
     assert client.get("/ready").status_code == 200
     assert ask(client).status_code == 200
+
+
+def test_a_folder_that_goes_away_is_said_and_taken_up_when_it_is_back(own_server, prompts, caplog):
+    _, client = own_server
+    assert ask(client).status_code == 200
+    with caplog.at_level(logging.WARNING, logger="softprompt"):
+        prompts.rename(prompts.with_name("away"))
+        until(lambda: "the folder of prompts cannot be read: " in caplog.text)
+    assert client.get("/ready").status_code == 503
+    prompts.with_name("away").rename(prompts)
+    assert ask(client).status_code == 200
+
+
+def test_what_is_kept_of_cards_is_bounded(client, server, monkeypatch):
+    monkeypatch.setattr("softprompt.server.service._CARDS", 2)
+    names = ("complaints", "writer", "pairs")
+    cards = [client.get(f"/v1/prompts/{name}/card").json() for name in names * 2]
+    assert cards[:3] == cards[3:]
+    assert [each["name"] for each in cards[:3]] == list(names)
+    assert len(server.service._cards) == 2

@@ -53,6 +53,9 @@ def message(found, status=400):
         ({"task": "sort"}, "the prompt 'writer' has no task 'sort', as it has no tasks; leave task out"),
         ({"model": "pairs"}, 'the template of \'pairs\' has several fields, so one text is not enough; '
                              'send fields {"first": "...", "second": "..."} instead'),
+        ({"prompt": None, "fields": {"input": "x"}, "raw": True}, "raw takes prompt as it is; leave fields out"),
+        ({"model": "demo", "prompt": None, "fields": {"input": "x"}},
+         "the base model has no template; send its text as prompt"),
     ],
 )  # fmt: skip
 def test_completions(client, change, expected):
@@ -75,6 +78,21 @@ def test_completions(client, change, expected):
 )
 def test_chats(client, messages, expected):
     body = {"model": "writer", "messages": messages}
+    assert message(client.post(CHAT, json=body)) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            {"max_tokens": 3, "max_completion_tokens": 4},
+            "max_tokens and max_completion_tokens are the same thing; send one",
+        ),
+        ({"top_logprobs": 2}, "top_logprobs needs logprobs=true"),
+    ],
+)
+def test_settings_of_chats_that_contradict_each_other(client, change, expected):
+    body = {"model": "writer", "messages": [{"role": "user", "content": "x"}], **change}
     assert message(client.post(CHAT, json=body)) == expected
 
 

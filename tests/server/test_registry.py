@@ -1,6 +1,7 @@
 """Prompts come from one folder only, are checked before they are kept, and are noticed when they change."""
 
 import gc
+import json
 import os
 import pickle
 import shutil
@@ -243,6 +244,56 @@ def test_damage_is_found_once_and_healed(registry, prompts, monkeypatch):
     assert reads == ["writer"]
     path.write_bytes(whole)
     assert registry.get("writer").name == "writer"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_that_cannot_be_opened_is_one_line(registry, prompts, file):
+    """A link to itself, which not even root can open."""
+    path = prompts / "writer" / file
+    path.unlink()
+    path.symlink_to(path)
+    with pytest.raises(
+        ArtifactError,
+        match=f"writer/{file} cannot be read .*; check the file|expected {file} in writer, it has none",
+    ):
+        registry.get("writer")
+    assert registry.get("pairs").name == "pairs"
+
+
+def test_a_prompt_deleted_while_it_is_read_is_not_remembered_as_damaged(registry, prompts, base, monkeypatch):
+    read = PromptFolder.read
+
+    def deleted_meanwhile(self, name, file, most):
+        shutil.rmtree(prompts / name, ignore_errors=True)
+        return read(self, name, file, most)
+
+    monkeypatch.setattr(PromptFolder, "read", deleted_meanwhile)
+    with pytest.raises(AdapterError, match="there is no prompt 'writer'"):
+        registry.get("writer")
+    monkeypatch.undo()
+    write_prompt(prompts / "writer", base)
+    assert registry.get("writer").name == "writer"
+
+
+def test_a_prompt_deleted_while_they_are_listed_is_in_neither_list(registry, monkeypatch):
+    monkeypatch.setattr(PromptFolder, "names", lambda self: ["complaints", "gone", "writer"])
+    assert registry.sorted_out() == (["complaints", "writer"], {})
+
+
+def test_what_is_kept_of_bases_compared_with_is_bounded(registry, prompts, base, monkeypatch):
+    monkeypatch.setattr("softprompt.server.registry._COMPARED", 1)
+    for name in ("complaints", "writer"):
+        record = prompts / name / "softprompt.json"
+        found = json.loads(record.read_text())
+        found["base_fingerprint"]["model_type"] = name
+        record.write_text(json.dumps(found))
+    for _ in range(2):
+        assert registry.outline("pairs").problem is None
+        for name in ("complaints", "writer"):
+            with pytest.raises(ArtifactError, match="it was made for demo"):
+                registry.get(name)
+        assert registry.get("pairs").name == "pairs"
+        assert len(registry._compared) == 1
 
 
 def test_deleted_and_polled(registry, prompts):

@@ -293,6 +293,13 @@ def test_running_answers_finish_when_the_server_stops(base, shared_prompts):
     assert server.service.draining
 
 
+def test_a_server_that_stops_is_not_ready(client, server, monkeypatch):
+    monkeypatch.setattr(server.service, "draining", True)
+    found = client.get("/ready")
+    assert (found.status_code, found.json()["error"]["message"]) == (503, "the server is stopping")
+    assert client.get("/health").status_code == 200
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_answers_that_are_ended_by_the_server_say_so(base, shared_prompts, stream):
     app = app_over(base, shared_prompts, drain_seconds=0.1)

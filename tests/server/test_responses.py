@@ -150,6 +150,14 @@ def test_defaults_that_clients_send_are_taken(ai):
             {"input": TEXT, "text": {"format": {"type": "json_schema", "name": "x"}}},
             "needs json_schema beside type",
         ),
+        (
+            {
+                "input": TEXT,
+                "text": {"format": {"type": "json_object"}},
+                "response_format": {"type": "json_object"},
+            },
+            "text.format and response_format are the same thing; send one",
+        ),
         ({}, "input is missing"),
     ],
 )

@@ -1,6 +1,8 @@
 """Places and bytes of tokens that are parts of characters, against the text decoded so far."""
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from oracles.tokenizers import byte_bpe
 from softprompt.server.logprobs import Position, Scores, TokenTexts, bytes_of
@@ -42,3 +44,15 @@ def test_bytes_of_other_vocabularies():
     assert bytes_of("<0xE2>", "\ufffd") == b"\xe2"
     assert bytes_of("日", "\ufffd") is None
     assert bytes_of("ab", "\ufffd") is None
+
+
+def test_the_space_of_a_sentencepiece_token_is_told():
+    """Decoded alone it is lost, so the words of an answer would run together."""
+    words = {word: number for number, word in enumerate("<unk> \u2581the \u2581parcel \u2581is \u2581late".split())}
+    plain = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    plain.pre_tokenizer, plain.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>")
+    ids = tokenizer("the parcel is late", add_special_tokens=False)["input_ids"]
+    told = Scores(ids, [-1.0] * len(ids), [()] * len(ids)).chat(TokenTexts(tokenizer))
+    assert "".join(each["token"] for each in told["content"]) == " the parcel is late"
+    assert bytes(told["content"][0]["bytes"])[:1] == b" "

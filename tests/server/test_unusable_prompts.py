@@ -141,14 +141,19 @@ def test_what_is_said_at_the_start(served, caplog):
     assert lines[-1] == "listening on http://0.0.0.0:8000"
 
 
-@pytest.mark.parametrize("kind", ["classifier", "fields", "tasks", "base"])
+@pytest.mark.parametrize("kind", ["classifier", "fields", "tasks", "base", "vectors"])
 def test_the_request_to_try_is_answered(base, tmp_path, caplog, kind):
     if kind == "tasks":
         own = {"template": "{{input}}", "labels": ["a", "b"], "task": "classification"}
         write_tasks(tmp_path / "several", base, {"one": own, "two": own})
     elif kind != "base":
         changes = {"template": "{{first}} and {{second}}", "task": "generation", "labels": None}
-        write_prompt(tmp_path / "own", base, **(changes if kind == "fields" else {}))
+        own = write_prompt(
+            tmp_path / "own", base, manifest=kind != "vectors", **(changes if kind == "fields" else {})
+        )
+        if kind == "vectors":
+            file = own / "adapter_config.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"task_type": "FEATURE_EXTRACTION"}))
     with running(app_over(base, tmp_path)) as server, server.client() as client:
         with caplog.at_level(logging.INFO, logger="softprompt"):
             log_addresses(server.service.registry, "127.0.0.1", 8000, asks_for_key=False)

@@ -172,9 +172,14 @@ def test_a_prompt_that_changes_is_sent_anew(fake, base, tmp_path):
 def test_what_vllm_cannot_do_for_a_prompt_is_said_where_prompts_are_listed(fake, base, tmp_path):
     write_prompt(tmp_path / "writer", base)
     write_prefix(tmp_path / "prefix", base)
+    file = write_prompt(tmp_path / "vectors", base, manifest=False) / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"task_type": "FEATURE_EXTRACTION"}))
     with over([fake], tmp_path) as server, server.client() as client:
-        (unusable,) = client.get("/v1/models").json()["unusable"]
-        assert "keys and values, which vLLM does not take; serve it with --engine own" in unusable["problem"]
+        unusable = {each["id"]: each["problem"] for each in client.get("/v1/models").json()["unusable"]}
+        assert "keys and values, which vLLM does not take; serve it with --engine own" in unusable["prefix"]
+        assert (
+            "vectors, which vLLM does not give behind a prompt; serve it with --engine own" in unusable["vectors"]
+        )
         answer = client.post("/v1/completions", json={**BODY, "model": "prefix"})
         assert answer.json()["error"]["code"] == "prompt_unusable"
         vectors = client.post("/v1/embeddings", json={"model": "demo", "input": "a"})
@@ -208,9 +213,13 @@ def test_an_export_whose_prompt_has_changed_since_is_not_taken_for_it(base, expo
         ({"upstream": ("http://[::1",)}, "such as"),
         ({"upstream": ("http://name:word@host",)}, "such as"),
         ({"upstream": ("host:8000",)}, "such as http://host:8000, got 'host:8000'"),
+        ({"base_model": ""}, "base_model must not be empty"),
+        ({"prompts": ""}, "prompts must not be empty"),
+        ({"host": ""}, "host must not be empty"),
+        ({"served_model_name": ("a", "")}, "served_model_name must not be empty"),
     ],
 )
-def test_settings_that_name_no_server_are_refused(changed, problem):
+def test_settings_that_name_nothing_are_refused(changed, problem):
     with pytest.raises(ConfigError, match=problem):
         ServeSettings(**{"base_model": "demo", "prompts": "p", "engine": "vllm", **changed})
 
@@ -246,9 +255,11 @@ def test_what_a_server_refuses_keeps_our_shape(front, fake, given, status, ready
     assert f"it is {given}" in answer.json()["error"]["message"]
     assert fake.url not in answer.text
     assert client.get("/ready").status_code == ready
+    echo = client.post("/v1/completions", json={**BODY, "model": "demo", "echo": True, "logprobs": 1})
+    assert (echo.status_code, f"it is {given}" in echo.text) == (status, True)
 
 
-@pytest.mark.parametrize("how", ["break", "error"])
+@pytest.mark.parametrize("how", ["break", "error", "short"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_that_breaks_off_is_an_error(front, fake, how, stream):
     fake.behaviour = how
@@ -257,8 +268,24 @@ def test_an_answer_that_breaks_off_is_an_error(front, fake, how, stream):
     last = [line for line in answer.text.splitlines() if line.startswith(("data: {", "{"))][-1]
     error = json.loads(last.removeprefix("data: "))["error"]
     assert error["code"] == "upstream_failed"
-    assert ("EngineCore died" if how == "error" else "broke off") in error["message"]
-    assert ('"broken"' if how == "break" else '"status"') in front[1].get("/metrics").text
+    told = {"error": "EngineCore died", "break": "broke off", "short": "ended an answer early; try again"}
+    assert told[how] in error["message"]
+    counted = {"error": '"status"', "break": '"broken"', "short": ""}
+    assert counted[how] in front[1].get("/metrics").text
+
+
+def test_an_answer_that_vllm_ends_by_itself_has_stopped(front, fake, monkeypatch):
+    """As one of a form ends, whose last token is none that ends an answer here."""
+    piece = fake.piece
+
+    def formed(body, scores, token):
+        found = piece(body, scores, token)
+        return {**found, "finish_reason": "stop"}
+
+    whole = asked(front[1], **{**BODY, "max_tokens": 1})["choices"][0]
+    monkeypatch.setattr(fake, "piece", formed)
+    choice = asked(front[1], **BODY)["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == (whole["text"], "stop")
 
 
 def test_a_server_that_says_nothing_is_not_asked_twice(front, fake):
@@ -368,7 +395,24 @@ def test_a_full_queue_is_refused(front, fake):
         lines = answer.iter_lines()
         next(lines)
         assert client.post("/v1/completions", json=BODY).status_code == 429
+    object.__setattr__(bounds, "max_queue", 0)
+    labels = client.post("/v1/classify", json={"model": "complaints", "input": "a"})
+    assert (labels.status_code, labels.json()["error"]["message"]) == (
+        429,
+        "0 requests wait already; try again later",
+    )
     object.__setattr__(bounds, "max_queue", 256)
+
+
+def test_a_server_that_stops_takes_no_more(base, shared_prompts):
+    with faked(base) as fake, over([fake], shared_prompts) as server, server.client() as client:
+        server.service.batcher.drain()
+        answer = client.post("/v1/completions", json=BODY)
+        assert answer.status_code == 503
+        assert (
+            answer.json()["error"]["message"]
+            == "serving is stopping and takes no more requests; ask another server"
+        )
 
 
 def test_a_server_that_cannot_be_used_now_leaves_requests_to_the_others(base, shared_prompts):

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from oracles.fake_vllm import faked, over
+from oracles.families import tiny
 from oracles.serving import until
-from softprompt.backbone import load_base
+from softprompt.backbone import Base, load_base
 from softprompt.errors import ArtifactError, UsageError
 from softprompt.generation import Request
 from softprompt.inference import convert
@@ -22,6 +23,7 @@ from softprompt.prompts import Prompt
 from softprompt.server.settings import ServeSettings
 from softprompt.server.upstream.carriage import Carriage
 from softprompt.server.upstream.fleet import Fleet, UpstreamFacts, UpstreamRequest
+from softprompt.server.upstream.identity import probe_scores
 from softprompt.server.upstream.serving import upstream_of
 
 BODY = {"model": "writer", "prompt": "the parcel  is late", "max_tokens": 6, "temperature": 0}
@@ -196,6 +198,76 @@ def test_another_model_of_the_same_words_and_embedding_is_found_out(base, embeds
         answers, *_ = upstream_of(here, settings_of(fake, ignore_fingerprint=True))
         assert answers.healthy
         answers.stop()
+
+
+def test_a_base_that_is_large_or_has_code_of_its_own_is_compared_by_its_words_alone(base, monkeypatch):
+    """Its pass would be of minutes, or raise: what the servers say of an id and an embedding is left."""
+    here = load_base("demo", runs=False)
+    assert len(probe_scores(here)) > 3
+
+    def raises(*_, **__):
+        raise NotImplementedError("on weights that are only mapped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(here.model, "forward", raises)
+        assert probe_scores(here) == []
+    monkeypatch.setattr("softprompt.server.upstream.identity._MOST_BYTES", 1)
+    assert probe_scores(here) == []
+    with faked(bent(base)) as fake:
+        answers, *_ = upstream_of(here, settings_of(fake))
+        assert answers.healthy
+        answers.stop()
+
+
+def test_a_base_with_an_encoder_is_refused(base):
+    seq2seq = Base(tiny("t5"), base.tokenizer, "demo")
+    with faked(base) as fake:
+        refused(fake, seq2seq, "vLLM has no prompts before an encoder; serve this base with --engine own")
+
+
+def test_a_server_that_takes_no_parts_is_sent_embeddings(base, monkeypatch):
+    with faked(base) as fake:
+        read = fake.read
+
+        def partless(body):
+            if "messages" in body:
+                raise ValueError("Unknown part type: prompt_embeds")
+            return read(body)
+
+        monkeypatch.setattr(fake, "read", partless)
+        answers, *_ = upstream_of(load_base("demo", runs=False), settings_of(fake))
+        (facts,) = answers._fleet.facts
+        answers.stop()
+    assert (facts.takes_embeds, facts.takes_parts) == (True, False)
+
+
+def test_a_server_that_is_too_busy_to_be_asked_is_asked_again_later(front, fake, monkeypatch):
+    """It is well, so it is not set aside; what is known of it is not taken for true."""
+    server, client = front
+    (upstream,) = server.service.batcher._fleet.servers
+    whole = fake.whole
+
+    def busy(body):
+        fake.behaviour = 429
+        return whole(body)
+
+    monkeypatch.setattr(fake, "whole", busy)
+    fake.behaviour = "break"
+    assert client.post(COMPLETIONS, json=BODY).status_code == 502
+    until(lambda: upstream.examined is not None and upstream.examined.done())
+    assert (fake.behaviour, upstream.known) == (429, False)
+    monkeypatch.undo()
+    fake.behaviour = 200
+    assert client.post(COMPLETIONS, json=BODY).status_code == 200
+    assert upstream.known
+    assert upstream.aside_until <= time.monotonic()
+
+
+def test_an_export_behind_which_its_base_stands_is_found_out(base, shared_prompts, tmp_path):
+    convert(shared_prompts / "writer", tmp_path / "exported", to="extended-vocab")
+    with faked(base) as fake:
+        here = load_base(tmp_path / "exported", runs=False)
+        refused(fake, here, "it has not the extra vocabulary of .*; serve that folder there")
 
 
 def test_an_export_of_another_model_is_found_out(base, shared_prompts, tmp_path):

@@ -8,10 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from oracles import families
-from oracles.tokenizers import chat_bpe
+from oracles.tokenizers import CHATML, chat_bpe
 from softprompt.cli.main import run
 from softprompt.errors import ConfigError
-from softprompt.training import TuneSettings, read_run, tune
+from softprompt.training import TuneSettings, TuningConfig, read_run, tune
 from softprompt.training.keywords import full_names
 
 QUICK = {"max_steps": 2, "batch_size": 4, "silence_progress_bars": True}
@@ -78,6 +78,16 @@ def test_a_chat_base_starts_from_what_its_template_says(tmp_path, caplog):
     assert "<" not in found.config.prompt_tuning_init_text
 
 
+def test_a_chat_template_that_takes_no_empty_turn_gives_no_words(tmp_path, caplog):
+    caplog.set_level("INFO", "softprompt")
+    chats = [{"prompt": "good film", "completion": "yes it was"}, {"prompt": "bad film", "completion": "no , poor"}]
+    families.causal("llama", vocab_size=330).save_pretrained(tmp_path)
+    refusing = "{% if not messages[0]['content'] %}{{ raise_exception('empty') }}{% endif %}" + CHATML
+    chat_bpe(refusing).save_pretrained(tmp_path)
+    found = tune(tmp_path, chats, init="auto", tuning_config=tuning(), **QUICK)
+    assert found.config.prompt_tuning_init == "SAMPLE_VOCAB"
+
+
 def test_source_training_starts_shared_prompt_and_teachers_from_their_labels(llama, rows):
     both = {"one": rows, "two": [{"input": each["input"], "output": "film"} for each in rows[:6]] + rows[:2]}
     found = tune(llama, both, method="multitask", init="auto", tuning_config=tuning(), **QUICK)
@@ -89,6 +99,10 @@ def test_other_methods_have_no_such_start_and_two_names_are_refused(llama):
         TuneSettings.from_dict({"method": "prefix", "init": "auto"})
     with pytest.raises(ConfigError, match="are the same setting"):
         full_names({"init": "auto", "tuning_config": {"prompt_tuning_init_method": "TEXT"}})
+    with pytest.raises(ConfigError, match="are the same setting"):
+        full_names({"init": "auto", "tuning_config": TuningConfig(prompt_tuning_init_method="SAMPLE_VOCAB")})
+    both = full_names({"init": "auto", "tuning_config": TuningConfig(num_virtual_tokens=3)})
+    assert both == {"tuning_config": {"num_virtual_tokens": 3, "prompt_tuning_init_method": "AUTO"}}
 
 
 def test_the_command_line_has_a_short_name_for_it(llama, rows, tmp_path):

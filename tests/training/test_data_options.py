@@ -112,6 +112,8 @@ class TestLimit:
         ordered = sorted(rows, key=lambda row: row["output"])
         assert read(ordered, limit=4).beyond_limit == ("yes",)
         assert read(rows, limit=4).beyond_limit == ()
+        unread = [*ordered[:4], {"input": "it", "output": None}]
+        assert read(unread, limit=4).beyond_limit == (), "what is not trained on need not be whole"
 
 
 class TestMaxSteps:

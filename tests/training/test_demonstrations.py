@@ -69,6 +69,8 @@ def test_labels_come_in_turns(llama, rows):
     targets = [row.target for row in first.hidden]
     assert targets == [targets[0], targets[1]] * 2
     assert targets[0] != targets[1]
+    texts = prepared(llama, by_label, demonstrations=4, task="generation")
+    assert [row.target for row in texts.hidden] == [targets[0]] * len(texts.hidden), "in their own order"
 
 
 def test_a_demonstration_does_not_see_itself_and_the_others_share_one_prompt(llama, rows):

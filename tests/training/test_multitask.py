@@ -208,6 +208,8 @@ def test_the_runs_own_file_repeats_several_tasks(llama, tasks, tmp_path):
 def test_the_task_names_of_both_data_sets_must_agree(llama, tasks):
     with pytest.raises(UsageError, match=r"different tasks \(film, news and film\)"):
         tune(llama, tasks, {"film": tasks["film"]}, **QUICK)
+    with pytest.raises(UsageError, match=r"train_data is an empty mapping; give \{task: data\}"):
+        tune(llama, {}, **QUICK)
     with pytest.raises(UsageError, match="task names are texts; got 3"):
         tune(llama, {3: tasks["film"]}, **QUICK)
     with pytest.raises(ConfigError, match="need tuning_type MULTITASK_PROMPT_TUNING"):

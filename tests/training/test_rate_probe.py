@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -11,6 +12,7 @@ from softprompt.cli.main import run
 from softprompt.errors import ConfigError, TrainingError, TrainingInterrupted
 from softprompt.training import Events, TuneSettings, rate_probe, read_run, tune
 from softprompt.training.examples import read_data
+from softprompt.training.output import state_path
 from softprompt.training.preparation import prepare
 
 QUICK = {
@@ -112,10 +114,28 @@ def test_a_resumed_run_keeps_the_rate_it_found(llama, rows, held_out, tmp_path, 
         patch.setattr(Events, "update", interrupt)
         with pytest.raises(TrainingInterrupted, match="after update 5 "):
             tune(llama, rows, held_out, lr="auto", output=tmp_path / "out", **QUICK)
+    shutil.copytree(tmp_path / "out", tmp_path / "damaged")
+    found = state_path(tmp_path / "damaged").with_name(rate_probe.FILE)
+    found.write_bytes(found.read_bytes()[:-5])
+    assert torch.equal(
+        weights(tune(llama, rows, held_out, output=tmp_path / "damaged", resume=True)), weights(straight)
+    )
     monkeypatch.setattr(rate_probe, "probe", None)
     resumed = tune(llama, rows, held_out, output=tmp_path / "out", resume=True)
     assert torch.equal(weights(resumed), weights(straight))
     assert resumed.metrics["learning_rate_probe"] == straight.metrics["learning_rate_probe"]
+
+
+def test_ctrl_c_while_rates_are_tried_leaves_nothing_and_says_so(llama, rows, held_out, tmp_path, monkeypatch):
+    sent = []
+
+    def interrupt(self, state, loss):
+        if not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGINT))
+
+    monkeypatch.setattr(Events, "update", interrupt)
+    with pytest.raises(TrainingInterrupted, match="stopped while learning rates were tried; nothing is saved yet"):
+        tune(llama, rows, held_out, lr="auto", output=tmp_path / "out", **QUICK)
 
 
 def test_the_command_line_takes_the_word_and_no_other(llama, rows, tmp_path, capsys):

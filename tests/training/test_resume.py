@@ -13,6 +13,7 @@ from unittest.mock import ANY
 import pytest
 import torch
 
+from oracles.stored import drawn, folder
 from softprompt.artifacts import write_atomically
 from softprompt.bundled import complaints
 from softprompt.cli.main import run
@@ -459,6 +460,29 @@ def test_flipped_bits_and_edited_headers_are_one_clear_line(llama, rows, held_ou
     state_path(stopped).write_bytes(content.replace(b"learning_rate", b"learning_rata", 1))
     with pytest.raises(TrainingError, match=r"is damaged .*start again with overwrite"):
         tune(llama, rows, held_out, output=stopped, resume=True)
+
+
+def test_a_state_of_another_version_is_refused_by_its_format(llama, rows, held_out, stopped):
+    content = state_path(stopped).read_bytes()
+    (spelt,) = re.findall(rb'format\\": (\d+)', content)
+    changed = content.replace(b'format\\": ' + spelt, b'format\\": ' + str(int(spelt) + 1).encode())
+    (digest,) = re.findall(rb'"sha256": ?"([0-9a-f]{64})"', changed)
+    output.write_sealed(state_path(stopped), changed.replace(digest, output.SEAL["sha256"].encode()))
+    with pytest.raises(TrainingError, match=rf"it has format {int(spelt) + 1}, this version reads {int(spelt)}"):
+        tune(llama, rows, held_out, output=stopped, resume=True)
+
+
+def test_a_state_that_is_more_than_a_list_reads_is_named_without_its_place(stopped, monkeypatch):
+    monkeypatch.setattr("softprompt.training.runs.MOST_TEXT_BYTES", 16)
+    (found,) = list_runs(stopped)
+    assert (found.state, found.reason) == ("interrupted", "training was stopped in its training")
+
+
+def test_a_prompt_without_a_record_is_a_finished_run(tmp_path):
+    folder(tmp_path / "plain", drawn(0), manifest=False)
+    (found,) = list_runs(tmp_path)
+    assert (found.state, found.folder, found.bytes) == ("finished", "plain", 3 * 8 * 4)
+    assert found.settings == {"method": "PROMPT_TUNING", "num_virtual_tokens": 3, "base_model": "one"}
 
 
 def test_a_torn_tail_of_the_log_is_cut(llama, rows, held_out, stopped):

@@ -1,3 +1,5 @@
+import tomllib
+
 import pytest
 
 from softprompt.errors import ConfigError
@@ -21,6 +23,12 @@ def test_a_run_file_repeats_a_run(tmp_path):
     assert TuneSettings.from_dict(values) == settings
 
 
+def test_a_mapping_within_a_table_is_kept(tmp_path):
+    space = {"methods": ["cpt"], "odd": {"a b": [1, True], "c": {"d": 'say "x"'}}}
+    write_run(tmp_path / "run.toml", {"base_model": "demo", "train_data": "a.jsonl"}, TuneSettings(), space)
+    assert tomllib.loads((tmp_path / "run.toml").read_text())["sweep"] == space
+
+
 def test_what_was_in_memory_is_a_comment(tmp_path):
     path = tmp_path / "run.toml"
     write_run(path, {"base_model": "demo", "train_data": None}, TuneSettings())
@@ -35,6 +43,10 @@ def test_what_was_in_memory_is_a_comment(tmp_path):
         ("[tuning_config]\nnum_virtual = 3", r"\[tuning_config\]: unknown key 'num_virtual'"),
         ("tuning_config = 3", "must be a table"),
         ("num_epochs = ", "is not valid TOML"),
+        ("learning_rate = inf", "expected plain values within bounds in .*, it has the number inf"),
+        ("seed = 1979-05-27", "within bounds in .*, datetime.date.* is a date"),
+        ("seed = 9223372036854775808", "it has a number of more than 64 bits"),
+        (f"track = {'[' * 40}{']' * 40}", "it is nested more than 32 deep or has more than 100,000 values"),
     ],
 )
 def test_a_wrong_run_file_is_refused(tmp_path, text, message):

@@ -8,7 +8,9 @@ from safetensors.torch import save_file
 
 from softprompt.backbone import Fingerprint, load_base
 from softprompt.errors import ConfigError
-from softprompt.training import list_sources, source_folder, tune
+from softprompt.training import TuneSettings, list_sources, source_folder, tune
+from softprompt.training.examples import read_data
+from softprompt.training.preparation import prepare, teacher_prompt
 from softprompt.training.source_prompts import find_source
 
 
@@ -73,6 +75,32 @@ def test_every_kind_of_source_is_found_and_described(folder, bases):
     assert "damaged" in found["damaged.safetensors"].problem
 
 
+def test_a_source_starts_a_multitask_prompt_alone(folder, llama, rows):
+    given = {"prompt_tuning_init_method": "AVERAGE_SOURCE", "prompt_tuning_init_source_model": "peft"}
+    with pytest.raises(
+        ConfigError, match=r"source_model would be ignored with .*; set tuning_type MULTITASK_PROMPT_"
+    ):
+        tune(llama, rows, source_prompt_base=str(folder), tuning_config=given, max_steps=1)
+
+
+def test_the_teachers_of_a_prompt_from_a_source_start_without_it(folder, llama, rows):
+    """They are plain prompts, each of one task, of which a source has none."""
+    source = {"prompt_tuning_init_method": "AVERAGE_SOURCE", "prompt_tuning_init_source_model": "peft"}
+    teachers = []
+    for own in (source, {}):
+        options = {"method": "multitask", "tuning_config": {"num_virtual_tokens": 3, "num_ranks": 2, **own}}
+        settings = TuneSettings.from_dict(options | ({"source_prompt_base": str(folder)} if own else {}))
+        prepared = prepare(llama, read_data({"a": rows, "b": rows}, None, settings), settings)
+        teachers.append(teacher_prompt(prepared, 1).materialize())
+    assert torch.equal(*teachers)
+
+
+def test_hidden_files_are_no_sources(folder, tmp_path):
+    save_file(tensors(), tmp_path / ".half-written.safetensors")
+    save_file(tensors(), tmp_path / "whole.safetensors")
+    assert [source.name for source in list_sources(tmp_path)] == ["whole.safetensors"]
+
+
 def test_what_fits_a_base_by_width_and_by_fingerprint(folder, bases):
     found = {source.name: source for source in list_sources(folder)}
     llama, bart = (Fingerprint.of(load_base(bases / name).model) for name in ("llama", "bart"))
@@ -100,6 +128,9 @@ def test_paths_stay_inside_the_folder(folder, tmp_path, monkeypatch):
     assert find_source(str(folder / "caikit.pt"), str(folder)).tasks == ("0", "1")
     (tmp_path / "sources").mkdir()
     (tmp_path / "sources" / "link").symlink_to(folder)
+    (tmp_path / "sources" / "loop").symlink_to("loop")
+    with pytest.raises(ConfigError, match="'loop' is not there"):
+        find_source("loop", str(tmp_path / "sources"))
     for name in ("../caikit.pt", str(folder / "caikit.pt"), "link/caikit.pt"):
         with pytest.raises(ConfigError, match="leads out of the folder of source prompts"):
             find_source(name, str(tmp_path / "sources"))

@@ -12,7 +12,15 @@ import torch
 
 import softprompt
 from softprompt.cli.main import run
-from softprompt.errors import ConfigError, ProcessLostError, TrainingError, TrainingInterrupted, UsageError
+from softprompt.errors import (
+    ConfigError,
+    ProcessLostError,
+    SoftPromptError,
+    TrainingError,
+    TrainingInterrupted,
+    UsageError,
+)
+from softprompt.prompts import PromptTuningConfig
 from softprompt.training import Events, TuneSettings, tune
 from softprompt.training.gradients import Step
 from softprompt.training.output import state_path
@@ -115,6 +123,8 @@ def test_an_interrupted_sweep_ends_as_if_it_never_was(swept, llama, tmp_path, mo
             softprompt.sweep(llama, RECORDS, HELD_OUT, output=tmp_path, space=SPACE, **SETTINGS)
     with pytest.raises(UsageError, match="softprompt sweep --resume"):
         tune(llama, RECORDS, HELD_OUT, output=tmp_path, resume=True)
+    with pytest.raises(UsageError, match="tries what it was started with; leave that out to resume"):
+        softprompt.sweep(llama, RECORDS, HELD_OUT, output=tmp_path, resume=True, space=SPACE)
     resumed = softprompt.sweep(llama, RECORDS, HELD_OUT, output=tmp_path, resume=True)
     assert resumed.to_dict() == straight.to_dict()
     assert torch.equal(values(resumed.prompt), values(straight.prompt))
@@ -133,6 +143,32 @@ def test_a_sweep_that_loses_a_process_says_how_to_go_on(llama, tmp_path, monkeyp
     assert state_path(tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"output": None}, "a sweep needs an output directory, for its state and for the best prompt"),
+        ({"train_data": None}, "train_data is missing; give a data file or records of input and output"),
+        ({"config": PromptTuningConfig(num_virtual_tokens=2)}, "give tuning_config instead of config"),
+        ({"learning_rate": 0.1}, "learning_rate would be ignored by a sweep; give learning_rates"),
+        ({"seeds": 2}, "seeds would be ignored by a sweep; leave it out"),
+        ({"restarts": 2}, "restarts would be ignored by a sweep; leave it out"),
+        (
+            {
+                "train_data": {"a": RECORDS, "b": RECORDS},
+                "validation_data": {"a": HELD_OUT, "b": HELD_OUT},
+                "method": "multitask",
+            },
+            "a sweep takes one data set; sweep each task by itself",
+        ),
+    ],
+)
+def test_what_a_sweep_would_ignore_is_refused_before_anything_is_read(tmp_path, changed, told):
+    given = {"train_data": RECORDS, "validation_data": HELD_OUT, "output": tmp_path / "out", "space": SPACE}
+    with pytest.raises(SoftPromptError, match=told):
+        softprompt.sweep("no such model", **{**given, **changed})
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_sweep_needs_records_to_decide_by(llama, tmp_path):
     with pytest.raises(ConfigError, match="needs validation data"):
         softprompt.sweep(llama, RECORDS, output=tmp_path, space=SPACE, **SETTINGS)
@@ -147,6 +183,8 @@ def test_a_candidate_that_diverges_is_no_end_of_the_sweep(llama, tmp_path):
     assert [each.choice.learning_rate for each in failed] == ["1e5"]
     assert "not finite" in failed[0].problem
     assert found.candidates[0].points[-1]["steps"] == 8
+    lost = next(line for line in str(found).splitlines() if line.startswith(failed[0].name))
+    assert lost.endswith("-      not finite  -")
 
 
 @pytest.mark.parametrize("from_update", [0, 2])

@@ -13,6 +13,7 @@ import softprompt
 from softprompt import tune
 from softprompt.cli.main import run
 from softprompt.errors import ConfigError, TrainingInterrupted
+from softprompt.inference import TunedPrompt
 from softprompt.training import Events, tracking
 
 accelerate_tracking = pytest.importorskip("accelerate.tracking", reason="trackers go through accelerate")
@@ -154,6 +155,29 @@ def test_a_tracker_that_fails_is_left_and_the_run_goes_on(llama, rows, held_out,
     assert tuned.metrics["updates"] == 18
     assert steps_of(recorded, "train/loss") == [1]
     assert sum("no space left" in each.message for each in caplog.records) == 1
+
+
+def test_a_tracker_that_cannot_begin_ends_the_run_and_the_others_are_closed(
+    llama, rows, held_out, tmp_path, recorded, monkeypatch
+):
+    class Offline:
+        def __init__(self, *_, **__):
+            raise OSError("no route to host\nat all")
+
+    monkeypatch.setattr(accelerate_tracking, "TrackioTracker", Offline)
+    with pytest.raises(ConfigError, match=r"^track trackio could not begin: .*no route to host[^\n]*$"):
+        tune(llama, rows, held_out, output=tmp_path / "out", track="tensorboard,trackio", **RUN)
+    assert [each[0] for each in recorded] == ["settings", "finished"]
+
+
+def test_answers_that_cannot_be_given_are_told_as_such(llama, rows, held_out, tmp_path, recorded, monkeypatch):
+    def refused(*_, **__):
+        raise ConfigError("it does not fit")
+
+    monkeypatch.setattr(TunedPrompt, "generate_rows", refused)
+    tune(llama, rows, held_out, output=tmp_path / "out", track="tensorboard", **RUN)
+    (samples,) = [each[1]["samples"] for each in recorded if each[1] and "samples" in each[1]]
+    assert "answer: `(it does not fit)`, target: `yes`" in samples
 
 
 def test_names_and_packages_are_checked_before_anything_is_read(tmp_path, monkeypatch, capsys):

@@ -26,8 +26,6 @@ def records_of(data: str, tuned: TunedPrompt) -> dict[int, Fields]:
     for number, record in enumerate(read_records(data, **columns, require_target=False), start=1):
         chat = record.chat.asked() if record.chat and tuned.manifest.chat else None
         found[number] = record.fields if chat is None else {"messages": chat.messages, "tools": chat.tools}
-    if not found:
-        raise UsageError(f"nothing to answer: {data} has no records")
     return found
 
 

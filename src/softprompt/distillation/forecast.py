@@ -74,7 +74,8 @@ def forecast_of(teacher: Teacher, settings: DistillSettings, given: Sequence[Que
         asked = [replace(each, request={**each.request, "number": n}) for n, (each, _) in enumerate(seeds)]
     generated = sum(each.answer is None for each in asked) * (1 if given else 2)
     stand_in = _text(teacher, settings.max_target_length // 2)
-    student = Student.of(teacher, [replace(each, answer=each.answer or stand_in) for each in asked], settings, {})
+    answered = [replace(each, answer=each.answer or stand_in, scores={}) for each in asked]
+    student = Student.of(teacher, answered, settings, {})
     batch, passes = slice(0, settings.batch_size), -(-len(asked) // settings.batch_size)
     seconds, started = {}, time.perf_counter()
     if generated and teacher.manifest.labels is None:

@@ -179,14 +179,12 @@ def _decoder_steps(
 
     def prepare(*args: Any, **kwargs: Any) -> dict[str, Any]:
         prepared = original(*args, **kwargs)
-        if cached_tokens(prepared):
-            return prepared
-        ids = prepared["decoder_input_ids"]
-        layout = Layout.of(torch.ones_like(ids), prompts.repeated(ids.shape[0]))
-        prepared["decoder_input_ids"] = layout.ids(ids, facts.vocabulary, facts.pad_id)
-        mask = prepared.get("decoder_attention_mask")
-        if mask is not None:
-            prepared["decoder_attention_mask"] = Layout.of(mask, prompts.repeated(ids.shape[0])).mask
+        ids, mask = prepared["decoder_input_ids"], prepared.get("decoder_attention_mask")
+        layout = Layout.of(torch.ones_like(ids) if mask is None else mask, prompts.repeated(ids.shape[0]))
+        if mask is not None:  # it has the text's columns at every step
+            prepared["decoder_attention_mask"] = layout.mask
+        if not cached_tokens(prepared):
+            prepared["decoder_input_ids"] = layout.ids(ids, facts.vocabulary, facts.pad_id)
         return prepared
 
     return prepare

@@ -148,14 +148,12 @@ def with_columns(how: EvaluationSettings, subjects: Sequence[Subject]) -> Evalua
 
 
 def read_numbered(data: DataSource, how: EvaluationSettings, limit: int | None) -> list[Numbered]:
-    """Return all records of the data; raise ``ConfigError`` for a limit below 1, ``DataError`` for no record."""
+    """Return all records of the data; raise ``ConfigError`` for a limit below 1."""
     if limit is not None and limit < 1:
         raise ConfigError(f"limit expects at least 1 row, got {limit}")
     records = read_records(
         data, input_field=how.input_field, output_field=how.target_field, label_names=how.label_names, use="test"
     )
-    if not records:
-        raise DataError("evaluation expects at least one row, got none; check the data file")
     return [Numbered(number, each) for number, each in enumerate(records, start=1)]
 
 

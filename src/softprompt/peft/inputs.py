@@ -306,18 +306,21 @@ def decoder_inputs(base: Base, prompts: PromptTable, inputs: dict[str, Any]) -> 
         ConfigError: If there are neither ``decoder_input_ids`` nor ``labels``.
         ContextOverflowError: If prompt and answer exceed the decoder's positions.
     """
-    if cached_tokens(inputs):
-        return inputs
-    inputs = dict(inputs)
+    inputs, mask = dict(inputs), inputs.get("decoder_attention_mask")
     labels = inputs.get("labels")
     ids: Tensor | None = inputs.get("decoder_input_ids")
+    if (seen := cached_tokens(inputs)) and mask is not None and ids is not None:
+        if mask.shape[1] + prompts.width == seen + ids.shape[1]:  # the text's columns alone
+            held = Layout.of(mask[:, : -ids.shape[1]], prompts, compact=True).mask  # as of the pass that filled it
+            inputs["decoder_attention_mask"] = torch.cat([held, mask[:, -ids.shape[1] :]], dim=1)
+    if seen:
+        return inputs
     if ids is None and labels is not None:
         ids = cast(Any, base.model).prepare_decoder_input_ids_from_labels(labels=labels)
     if ids is None:
         raise ConfigError(
             "a decoder prompt needs decoder_input_ids or labels (decoder_inputs_embeds are not supported)"
         )
-    mask = inputs.get("decoder_attention_mask")
     if mask is None:
         mask = torch.ones_like(ids)
     check_context(int(mask.sum(1).max()), prompts.width, output_limit(base.model), what="decoder")

@@ -134,7 +134,7 @@ class PromptFolder:
         path = self._directory(name) / file
         if not os.path.lexists(path):
             return None
-        real = path.resolve()
+        real = Path(os.path.realpath(path))  # of a link to itself, resolve() raises until Python 3.13
         if not real.is_relative_to(self.path):
             raise ArtifactError(
                 f"{name}/{file} is a link that leads out of the folder of prompts; copy the file there"

@@ -82,7 +82,7 @@ def configuration_of(tuning: TuningConfig, tuning_type: str, origins: Origins) -
     known = {item.name for item in fields(kind)}
     values = {name: getattr(tuning, name) for name in tuning.given() if name in known}
     if "prompt_tuning_init" in known:
-        values |= _initialisation(tuning, tuning_type, origins) | _parts(tuning, origins)
+        values |= _initialisation(tuning, origins) | _parts(tuning, origins)
     elif values.keys() & {"prefix_tuning_init_text", "cartridge_init_text"}:
         values["tokenizer_name_or_path"] = origins.tokenizer
     task_type = origins.task_type
@@ -156,19 +156,14 @@ def has_setting(tuning_type: str, setting: str) -> bool:
     return option in {item.name for item in fields(class_of(tuning_type))}
 
 
-def _initialisation(tuning: TuningConfig, tuning_type: str, origins: Origins) -> dict[str, Any]:
+def _initialisation(tuning: TuningConfig, origins: Origins) -> dict[str, Any]:
     """Return the options of the initialisation.
 
     Raises:
-        ConfigError: It needs another method, or labels that the data does not have.
+        ConfigError: It needs labels that the data does not have.
     """
     method, text = tuning.prompt_tuning_init_method, tuning.prompt_tuning_init_text
     if tuning.from_source:
-        if tuning_type != MULTITASK:
-            raise ConfigError(
-                f"prompt_tuning_init_method {method} needs tuning_type {MULTITASK}; set it, or use "
-                "RANDOM, TEXT, SAMPLE_VOCAB or LABELS"
-            )
         path, task = origins.source
         exact = SOURCE_METHODS[method] is MultitaskPromptTuningInit.EXACT_SOURCE_TASK
         return {

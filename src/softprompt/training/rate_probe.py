@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import random
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +64,9 @@ def with_rate(
     kept = None if output is None else state_path(output).with_name(FILE)
 
     def earlier() -> dict[str, Any] | None:
-        there = kept is not None and kept.is_file()
-        return json.loads(kept.read_text(encoding="utf-8")) if there and kept is not None else None
+        with suppress(OSError, ValueError):  # there is none, or it is damaged: the same is found again
+            return None if kept is None else dict(json.loads(kept.read_text(encoding="utf-8")))
+        return None
 
     if (found := world().from_main(earlier)) is None:
         try:

@@ -165,7 +165,7 @@ def find_source(name: str, given: str | None) -> SourceInfo:
             f"set source_prompt_base, or the environment's {VARIABLE}"
         )
     path = Path(name) if folder is None else folder / name
-    if folder is not None and not path.resolve().is_relative_to(folder.resolve()):
+    if folder is not None and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise ConfigError(
             f"prompt_tuning_init_source_model {name!r} leads out of the folder of source prompts "
             f"{folder}; name one inside it"
