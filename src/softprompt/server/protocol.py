@@ -30,8 +30,7 @@ from softprompt.server.unserved import OF_STREAM, PARAMETERS, Neutral, asked
 if TYPE_CHECKING:
     from softprompt.server.served import Served
 
-MOST_TOKENS = 1 << 20
-MOST_FIELDS = 256
+MOST_TOKENS, MOST_FIELDS = 1 << 20, 256
 _INT64 = 2**63 - 1
 
 
