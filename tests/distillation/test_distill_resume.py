@@ -221,8 +221,11 @@ def test_a_damaged_stage_is_said(stopped, name):
     path = state_path(stopped).with_name(name)
     flipped = bytearray(path.read_bytes())
     flipped[-9] ^= 1
-    for content in (bytes(flipped), b"{"):
-        path.write_bytes(content)
+    for content in (bytes(flipped), b"{", None):
+        if content is None:
+            write_sealed(path, json.dumps([SEAL]).encode())
+        else:
+            path.write_bytes(content)
         with pytest.raises(TrainingError, match=rf"{name} is damaged.*start again with overwrite=True"):
             softprompt.distill(output=stopped, resume=True)
 

@@ -13,6 +13,7 @@ from softprompt.errors import ConfigError, ContextOverflowError, DataError, Serv
 from softprompt.generation import (
     Batcher,
     Bounds,
+    Decoder,
     EchoEvent,
     FinishEvent,
     GenerationOptions,
@@ -173,6 +174,13 @@ def test_what_could_never_run_is_refused_at_once(base, batcher, request_, error,
         return  # its positions have no end
     with pytest.raises(error, match=match):
         batcher.submit(request_(base))
+
+
+def test_beams_give_one_answer_each(base):
+    beams = GenerationOptions(max_new_tokens=2, num_beams=2)
+    for several in ({"n": 2}, {"echo": True, "logprobs": 1}):
+        with pytest.raises(ConfigError, match="beam search gives one answer, and no log-probabilities"):
+            Decoder(base.base).run([Request(IDS, options=beams, **several)])
 
 
 def test_a_failing_request_fails_alone(base, batcher):

@@ -225,6 +225,26 @@ def test_a_base_with_an_encoder_is_refused(base):
         refused(fake, seq2seq, "vLLM has no prompts before an encoder; serve this base with --engine own")
 
 
+def test_a_server_of_another_embedding_or_that_fails_on_embeddings_is_refused(base, monkeypatch):
+    """Also where bases are not compared: prompts are rows of this base's embedding."""
+    other = load_base("demo")
+    with torch.no_grad():
+        other.model.get_input_embeddings().weight.mul_(1.5)
+    here = load_base("demo", runs=False)
+    with faked(other) as fake:
+        told = "whose embeddings of a text give other log-probabilities than the text's ids; pass the --base-model"
+        refused(fake, here, told, ignore_fingerprint=True)
+    with faked(base) as fake:
+        whole = fake.whole
+
+        def failing(body):
+            fake.behaviour = 500  # from the next question on, which is the first of embeddings
+            return whole(body)
+
+        monkeypatch.setattr(fake, "whole", failing)
+        refused(fake, here, r"it is 500\); start vLLM first", ignore_fingerprint=True)
+
+
 def test_a_server_that_takes_no_parts_is_sent_embeddings(base, monkeypatch):
     with faked(base) as fake:
         read = fake.read

@@ -464,6 +464,9 @@ def test_flipped_bits_and_edited_headers_are_one_clear_line(llama, rows, held_ou
 
 def test_a_state_of_another_version_is_refused_by_its_format(llama, rows, held_out, stopped):
     content = state_path(stopped).read_bytes()
+    output.write_sealed(state_path(stopped), json.dumps(output.SEAL).encode())
+    with pytest.raises(TrainingError, match=r"is damaged .*start again with overwrite"):
+        tune(llama, rows, held_out, output=stopped, resume=True)
     (spelt,) = re.findall(rb'format\\": (\d+)', content)
     changed = content.replace(b'format\\": ' + spelt, b'format\\": ' + str(int(spelt) + 1).encode())
     (digest,) = re.findall(rb'"sha256": ?"([0-9a-f]{64})"', changed)
