@@ -23,8 +23,7 @@ from softprompt.prompts import Prompt
 from softprompt.server.settings import ServeSettings
 from softprompt.server.upstream.carriage import Carriage
 from softprompt.server.upstream.fleet import Fleet, UpstreamFacts, UpstreamRequest
-from softprompt.server.upstream.identity import probe_scores
-from softprompt.server.upstream.serving import upstream_of
+from softprompt.server.upstream.serving import probe_scores, upstream_of
 
 BODY = {"model": "writer", "prompt": "the parcel  is late", "max_tokens": 6, "temperature": 0}
 COMPLETIONS = "/v1/completions"
@@ -211,7 +210,7 @@ def test_a_base_that_is_large_or_has_code_of_its_own_is_compared_by_its_words_al
     with monkeypatch.context() as patch:
         patch.setattr(here.model, "forward", raises)
         assert probe_scores(here) == []
-    monkeypatch.setattr("softprompt.server.upstream.identity._MOST_BYTES", 1)
+    monkeypatch.setattr("softprompt.server.upstream.serving._MOST_BYTES", 1)
     assert probe_scores(here) == []
     with faked(bent(base)) as fake:
         answers, *_ = upstream_of(here, settings_of(fake))
