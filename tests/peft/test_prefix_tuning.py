@@ -298,7 +298,7 @@ def test_eager_attention():
     ("options", "message"),
     [
         ({"init_weights": "zeros"}, "init_weights must be"),
-        ({"encoder_hidden_size": 0, "prefix_projection": True}, "positive"),
+        ({"encoder_hidden_size": 0, "prefix_projection": True}, "at least 1; got 0"),
         ({"prefix_tuning_init_text": "a"}, "needs tokenizer_name_or_path"),
         ({"tokenizer_name_or_path": "a"}, "would be ignored without prefix_tuning_init_text"),
         ({"freeze_first_token": True}, "would be ignored without prefix_tuning_init_text"),

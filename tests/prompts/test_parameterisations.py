@@ -191,7 +191,7 @@ def test_ranks_that_restrict_nothing_are_refused(table, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"parameterization": "low_rank"}, "parameterization_rank of low_rank must be a positive"),
+        ({"parameterization": "low_rank"}, "parameterization_rank of low_rank takes a whole number; got None"),
         ({"parameterization": "residual", "parameterization_rank": 3}, "would be ignored"),
         ({"parameterization_rank": 3}, "would be ignored"),
         ({"parameterization": "lowrank"}, "did you mean 'low_rank'"),

@@ -39,6 +39,8 @@ def test_every_option_and_path_exists(server):
         "--quiet",
         "--enable-prompt-embeds",
         "--disable-radix-cache",
+        "--flash-attn",
+        "--override-kv",
     }
     mine = set(re.findall(r"`(--[a-z-]+)", PAGE)) - others
     assert mine <= settings, mine - settings
@@ -68,7 +70,7 @@ def test_the_export_for_vllm(server, shared_prompts, tmp_path, base):
         to="extended-vocab",
         add={"writer": shared_prompts / "writer"},
     )
-    (code,) = [each for each in blocks("python") if "softprompt_prompts.json" in each]
+    (code,) = [each for each in blocks("python") if "OpenAI(base_url" in each and "softprompt_prompts.json" in each]
     code = code.partition("OpenAI(base_url")[0].replace('"exported', f'"{tmp_path}/exported')
     names = {}
     exec(compile(code, "serving.md", "exec"), names)  # noqa: S102

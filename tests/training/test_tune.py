@@ -265,7 +265,7 @@ def test_overwrite_replaces_the_prompt_and_keeps_other_files(llama, rows, tmp_pa
         ({"learning_rte": 1}, ConfigError, r"did you mean 'learning_rate'\?"),
         ({"overwrite": True}, UsageError, "overwrite has no meaning without output"),
         ({"resume": True}, UsageError, "resume needs the output directory"),
-        ({"resume": True, "overwrite": True}, UsageError, "give one of them"),
+        ({"resume": True, "overwrite": True}, UsageError, "leave overwrite out"),
         ({"seed": 2**32}, ConfigError, "seed must be at most"),
         ({}, BackboneError, "no such model"),
     ],

@@ -133,7 +133,7 @@ def _tuned(
 ) -> TunedPrompt | DryRun:
     """Run a plan, or say what it would do."""
     clock = time.perf_counter()
-    data, trackers = plan.data(), plan.trackers(target)
+    trackers, data = plan.trackers(target), plan.data()
     with timed(silent=plan.settings.silence_progress_bars) as parts:
         prepared = prepare(plan.base_model, data, plan.settings)
         stages = list(stages_of(prepared, {}, lambda: None))
