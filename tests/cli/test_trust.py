@@ -77,3 +77,13 @@ def test_looking_at_a_prompt_does_not_load_the_base_that_it_brings_along(tmp_pat
             file.write_text(json.dumps(json.loads(file.read_text()) | {key: str(tmp_path / "sent" / "base")}))
     with pytest.raises(ArtifactError, match="inside its own folder"):
         inspect_prompt(tmp_path / "sent")
+
+
+def test_a_base_that_is_a_link_to_itself_is_one_line(tmp_path, monkeypatch, capsys):
+    write_prompt(tmp_path / "sent", drawn(0), manifest=False)
+    (tmp_path / "sent" / "base").symlink_to("base")
+    file = tmp_path / "sent" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "./base"}))
+    monkeypatch.chdir(tmp_path / "sent")
+    assert run(["classify", ".", "--text", "x"]) == 2
+    assert "Error: base model: no folder ./base; check the path" in capsys.readouterr().err

@@ -353,8 +353,8 @@ def outside(base_model: str, directory: str | Path) -> str:
         ArtifactError: It does.
     """
     # A name of the Hub is a path below the working directory too.
-    found = Path(anchored(base_model, Path(directory))).resolve()
-    inside = found.is_relative_to(Path(directory).resolve())
+    found = Path(os.path.realpath(anchored(base_model, Path(directory))))  # resolve() raises for a link to itself
+    inside = found.is_relative_to(os.path.realpath(directory))
     if found.exists() and (inside or not os.path.exists(base_model)):
         where = "inside its own folder" if inside else "beside it, not in the working directory"
         raise ArtifactError(

@@ -62,7 +62,7 @@ def run_batch(
     """
     how = settings or BatchSettings()
     paths = _listed(data)
-    if any(Path(output).resolve().is_relative_to(Path(each).resolve()) for each in data):
+    if any(Path(os.path.realpath(output)).is_relative_to(os.path.realpath(each)) for each in data):
         raise UsageError(f"the output {output} is in the data, and would be read as such; name another output")
     listed = hashlib.sha256("\n".join(paths).encode()).hexdigest()
     plan = {
