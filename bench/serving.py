@@ -22,8 +22,6 @@ from __future__ import annotations
 
 import os
 
-from alone import alone
-
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
@@ -36,6 +34,7 @@ from typing import Any
 
 import torch
 
+from alone import alone
 from quiet import quiet
 from serving_peft import PeftServer
 from serving_registry import registered

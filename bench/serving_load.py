@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import os
 
-from alone import alone
-
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
@@ -34,6 +32,7 @@ from typing import Any
 
 import torch
 
+from alone import alone
 from serving_asking import Load, ask, leave_early, leave_stream
 from serving_cases import (
     Case,

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import os
 
-from alone import alone
-
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
@@ -33,6 +31,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+from alone import alone
 from serving_cases import ASK, LABELS, bad_cases, damaged, text_of, write_prompt
 from serving_process import ServerProcess, WrongAnswerError
 from softprompt.backbone import load_base

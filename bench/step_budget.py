@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import os
 
-from alone import alone
-
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
@@ -28,6 +26,7 @@ from typing import Any
 
 import torch
 
+from alone import alone
 from quiet import quiet
 from serving_work import OUTPUT, PROMPTS, Took, asks, model_named, prompt_tables, quantiles, request_of, values_of
 from softprompt.backbone import Base
