@@ -84,6 +84,8 @@ class TestPairs:
 
     def test_a_misspelt_pair_names_the_nearest(self):
         refused("did you mean 'lable'", [{"text": "a", "lable": "b"}])
+        refused("did you mean 'txt'", [{"txt": "a", "lbl": "b"}])
+        refused("got input, target; name them", [{"input": "a", "target": "b"}])  # 'target' is no misspelt 'text'
 
     def test_text_and_label_are_a_pair(self):
         row = {"text": "late", "label": 1}

@@ -249,7 +249,8 @@ def _whole_pair(first: Located) -> Columns:
     targets = [target for _, target in _PAIRS if target in present]
     if len(targets) == 1 and not any(source in present for source, _ in _PAIRS):
         return Columns(None, targets[0])
-    wanted = [name for pair in _PAIRS for name in pair if name not in present]
+    begun = [pair for pair in _PAIRS if {*pair} & {*present}]
+    wanted = [name for pair in begun or _PAIRS for name in pair if name not in present]
     raise DataError(
         f"{first.where}: expected the fields input and output, text and labels, or text and label, got "
         f"{_listed(present)}{_first_hint(wanted, present)}; name them with input_field and "
