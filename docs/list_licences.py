@@ -5,6 +5,7 @@ Rewrites the tables of ``dependencies.md``. Run it in the set-up of the README, 
 
 from __future__ import annotations
 
+import re
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +16,8 @@ from packaging.utils import canonicalize_name
 PAGE = Path(__file__).parent / "dependencies.md"
 LEFT_OUT = ("dev", "docs", "ray")
 """Extras that no user of the package needs, and one whose packages the set-up has not."""
+OF_CUDA = re.compile(r"(cuda|nvidia)-|triton$")
+"""What a torch for CUDA brings, and one for CPUs does not; the page says so in words."""
 NAMES = {
     **dict.fromkeys(("Apache", "Apache 2.0", "Apache 2.0 License", "Apache Software License"), "Apache-2.0"),
     "MIT License": "MIT",
@@ -54,7 +57,8 @@ def brought_by(asked: list[Requirement]) -> set[str]:
         except metadata.PackageNotFoundError:
             continue
         found.add(name)
-        new = {(canonicalize_name(each.name), frozenset(each.extras)) for each in more} - seen
+        asked_for = {(canonicalize_name(each.name), frozenset(each.extras)) for each in more}
+        new = {each for each in asked_for if not OF_CUDA.match(each[0])} - seen
         seen |= new
         left += new
     return found
