@@ -85,7 +85,11 @@ def test_those_before_a_refused_input_are_cancelled(serving, monkeypatch):
 
 def test_a_stream_that_was_never_begun_is_cancelled(serving, monkeypatch):
     cancelled = []  # kept, so that no second ticket gets the first one's id
-    monkeypatch.setattr(Ticket, "cancel", lambda ticket: cancelled.append(ticket))  # bound, unlike append
+
+    def note(ticket):
+        cancelled.append(ticket)
+
+    monkeypatch.setattr(Ticket, "cancel", note)
     for stream in (serving.stream, serving.astream):
         stream(TEXTS[0], "plain", max_new_tokens=1)
         gc.collect()

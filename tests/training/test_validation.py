@@ -1,8 +1,10 @@
+import pytest
 import torch
 
 from softprompt.data import TokenRow
 from softprompt.engine import TargetLogProbs
 from softprompt.prompts import Prompt
+from softprompt.training.collapse import LabelWatch
 from softprompt.training.validation import Validation
 from softprompt.world import world
 
@@ -61,9 +63,17 @@ def test_collapse_and_a_plateau_at_chance_are_warned_of_once_and_kept(caplog):
         subject.watch(found, streaks)
         subject.metrics(prompts)
         assert epoch or caplog.text == ""  # a first epoch may well answer everything alike
-    assert caplog.text.count("all 6 validation records are answered 'yes', 2 epochs in a row") == 1
+    assert caplog.text.count("6 of 6 validation records are answered 'yes', 2 epochs in a row") == 1
     assert caplog.text.count("is not above the commonest label's share 0.500 for 3 epochs") == 1
     assert list(found) == ["labels", "chance"]
+
+
+@pytest.mark.parametrize(("others", "gold", "said"), [(1, 20, True), (2, 20, False), (0, 1, False)])
+def test_nearly_one_answer_for_all_is_collapse_where_the_right_ones_are_not(caplog, others, gold, said):
+    watch = LabelWatch()
+    for _ in range(2):
+        watch.look([1] * others + [0] * (30 - others), [1] * gold + [0] * (30 - gold), ["yes", "no"], 0.9)
+    assert (f"{30 - others} of 30 validation records are answered 'yes'" in caplog.text) == said
 
 
 def test_good_answers_are_not_warned_of(caplog):

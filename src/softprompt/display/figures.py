@@ -6,6 +6,7 @@ No global state of matplotlib is touched: styles are set on the objects, pyplot 
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -112,7 +113,7 @@ def sweep_figure(found: Mapping[str, Any]) -> Figure:
         )
         first = [each["points"][0]["validation"][by] for each in own]
         rates.plot([each["learning_rate"] for each in own], first, label=kind, linewidth=1.6, **style)
-        for each in own:
+        for each in own if len(found["rungs"]) == 1 else [each for each in own if len(each["points"]) > 1]:
             steps = [point["steps"] for point in each["points"]]
             values = [point["validation"][by] for point in each["points"]]
             rungs.plot(steps, values, linewidth=2.4 if each["name"] == found["best"] else 1.2, **style)
@@ -121,10 +122,14 @@ def sweep_figure(found: Mapping[str, Any]) -> Figure:
     ring = {"marker": "o", "markersize": 13, "markerfacecolor": "none", "markeredgecolor": INK, "linestyle": "none"}
     rungs.plot([last["steps"]], [last["validation"][by]], label=f"kept: {last['validation'][by]:.3f}", **ring)
     rates.plot([best["learning_rate"]], [best["points"][0]["validation"][by]], **ring)
-    rates.set_xscale("log")
-    rungs.set_xscale("log")
+    for axis in (rates, rungs):
+        axis.set_xscale("log")
+        axis.minorticks_off()
+    low, high = rates.get_xlim()
+    tens = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+    ticks = [digit * 10.0**ten for ten in tens for digit in (1, 2, 5) if low <= digit * 10.0**ten <= high]
+    rates.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
     rungs.set_xticks(found["rungs"], [f"{steps:,}" for steps in found["rungs"]], minor=False)
-    rungs.minorticks_off()
     rates.set_xlabel("peak learning rate", color=INK, fontsize=11)
     rates.set_ylabel("validation accuracy" if by == "accuracy" else "validation loss (nats per token)", fontsize=11)
     rates.set_title(f"all candidates, at step {found['rungs'][0]:,}", color=INK, fontsize=11)

@@ -37,6 +37,8 @@ LEAST_FALL = 0.99
 """Share of its start that the loss has to fall below."""
 WINDOW = 50
 """Updates at most whose mean loss is the start, or the present."""
+ONE_LABEL_SHARE = 0.95
+"""Share of the answers on one label above which they count as one for all, as in an evaluation's ``collapsed``."""
 ONE_LABEL_EPOCHS, PLATEAU_EPOCHS = 2, 3
 """Epochs in a row from which on one answer for all, or accuracy at chance, is worth a warning."""
 
@@ -114,17 +116,17 @@ class LabelWatch:
     streaks: dict[str, int] = field(default_factory=dict)
 
     def look(self, predicted: list[int], gold: list[int], names: list[str], accuracy: float) -> None:
-        """Say so when all records get one label, or accuracy stays at the commonest label's share."""
-        truth = Counter(gold)
-        chance = max(truth.values()) / len(gold)
+        """Say so when nearly all records get one label, or accuracy stays at the commonest label's share."""
+        answers, chance = Counter(predicted), max(Counter(gold).values()) / len(gold)
         labels, at_chance = f"labels{self.of}", f"chance{self.of}"
-        shown = {labels: len({*predicted}) == 1 < len(truth), at_chance: accuracy <= chance}
+        ((top, count),) = answers.most_common(1)
+        shown = {labels: count / len(gold) > ONE_LABEL_SHARE >= chance, at_chance: accuracy <= chance}
         self.streaks |= {sign: self.streaks.get(sign, 0) + 1 if seen else 0 for sign, seen in shown.items()}
         if self.streaks[labels] == ONE_LABEL_EPOCHS:
             say(
                 self.found,
                 labels,
-                f"all {len(gold)} validation records{self.of} are answered {names[predicted[0]]!r}, "
+                f"{count} of {len(gold)} validation records{self.of} are answered {names[top]!r}, "
                 f"{ONE_LABEL_EPOCHS} epochs in a row; change the learning rate, the initial prompt or the seed",
             )
         if self.streaks[at_chance] == PLATEAU_EPOCHS:
