@@ -49,7 +49,7 @@ class Pair:
         updates, batch, tokens: The budget, and the length of the prompt.
         shots: Demonstrations of few-shot.
         lengths: Tokens of an input and of a target at most.
-        thin: Whether the grids leave out what won on no base before (PEFT's lower rates, our other rates).
+        thin: Whether the grids leave out what seldom wins (PEFT's lower rates, our other rates).
     """
 
     base: str
