@@ -136,7 +136,9 @@ def distill(
                 distilled, found = _run(teacher, settings, given, store, stop, called)
                 measured = None
                 if report and not distilled.held_out.questions:
-                    logger.warning("no question was kept apart, so there is nothing to report on; raise held_out")
+                    more = "give more questions=... or a larger self_study"
+                    way_out = more if settings.held_out else "raise held_out"
+                    logger.warning("no question with a usable answer was kept apart to report on; %s", way_out)
                 elif report:
                     with store.interrupted("while the prompt was measured"):
                         measured = report_of(distilled, len(found), unrelated=unrelated, check_stop=stop.check)
@@ -154,7 +156,7 @@ def _begun(
         return plan, settings, plan["base_model"] or base_model, SourceText(**plan["text"])
     settings = DistillSettings.from_dict(options)
     if (sources["questions"] is None) == (settings.self_study is None):
-        raise UsageError("expected questions (with answers or without) or self_study N; give one of them")
+        raise UsageError("expected questions=... (with answers or without) or self_study=N; give one of them")
     named = {name: sources[name] for name in ("system_prompt", "documents", "examples")}
     return {}, settings, base_model, SourceText.of(**named, columns=settings.columns)
 
