@@ -418,7 +418,7 @@ def test_a_base_that_answers_nothing_kept_apart_is_not_told_to_keep_more_apart(
     monkeypatch.setattr(Teacher, "answered", half_silent)
     softprompt.distill(chat_base, system_prompt=TEXT, questions=asked, max_steps=1, **QUICK)
     (said,) = [each for each in caplog.messages if "to report on" in each]
-    assert said.endswith("; give more questions=... or a larger self_study")
+    assert said.endswith("; give more questions=..., with answers where the base gives none")
 
 
 def test_overwrite_without_output_is_refused(chat_base):

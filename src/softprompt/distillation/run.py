@@ -136,7 +136,7 @@ def distill(
                 distilled, found = _run(teacher, settings, given, store, stop, called)
                 measured = None
                 if report and not distilled.held_out.questions:
-                    more = "give more questions=... or a larger self_study"
+                    more = "give more questions=..., with answers where the base gives none"
                     way_out = more if settings.held_out else "raise held_out"
                     logger.warning("no question with a usable answer was kept apart to report on; %s", way_out)
                 elif report:
