@@ -19,7 +19,7 @@ from softprompt.distillation import Distilled, HeldOut, Question, Teacher, diver
 from softprompt.engine import Engine, EngineRow
 from softprompt.errors import DataError
 from softprompt.evaluation import text_metrics
-from softprompt.generation import GenerationOptions, rows_of_whole_inputs, score_rows
+from softprompt.generation import GenerationOptions, Request, rows_of_whole_inputs, score_rows
 
 if TYPE_CHECKING:
     from softprompt.distillation import Divergence
@@ -191,8 +191,7 @@ def report_of(
             readers.append(measure.reader(name, measure.mean(texts), held_out.with_text(prompts), bare.nats))
     readers.append(measure.reader(PROMPT, length, held_out.with_prompt(prompt), bare.nats))
     text_tokens = measure.mean([each.ids for each in teacher.passages])
-    whole = held_out.with_text(teacher.prompts)
-    readers.append(Reader(WHOLE, text_tokens, 0.0, 1.0, 1.0, *measure.right(whole)))
+    readers.append(Reader(WHOLE, text_tokens, 0.0, 1.0, 1.0, *measure.right(held_out.with_text(teacher.prompts))))
     others = _unrelated(distilled, unrelated, check_stop)
     rows = {PROMPT: others.with_prompt(prompt), WHOLE: others.with_text(teacher.prompts)}
     shape = teacher.base.key_value_shape
@@ -268,8 +267,9 @@ class _Measure:
         if not pairs:
             return None, None
         if labels is None:
-            texts = self.teacher.greedy([row for row, _ in pairs])
-            return None, text_metrics([text for _, text in pairs], texts).exact_match
+            how, decode = self.teacher.greedy, self.teacher.rows.decode
+            asked = [Request(row.source, row.prompt, row.at, how, decode=decode) for row, _ in pairs]
+            return None, text_metrics([text for _, text in pairs], self.teacher.texts(asked)).exact_match
         whole = [replace(row, target=tuple(ids)) for row, _ in pairs for ids in self.label_ids]
         size = rows_of_whole_inputs(self.teacher.batch_size, len(self.label_ids))
         scores = score_rows(self.engine, whole, max_rows=size).view(len(pairs), -1)

@@ -117,19 +117,15 @@ class Teacher:
         """Return what the base says to each question behind its passage."""
         inputs = inputs_of(self.rows, [question.request for question, _ in asked])
         both = zip(inputs, asked, strict=True)
-        return self._texts([Request.of(each, self.prompts[q.passage], options=how) for each, (q, how) in both])
-
-    def greedy(self, rows: Sequence[EngineRow]) -> list[str]:
-        """Return what the base says to each row's source behind its prompt; the targets are not read."""
-        how, decode = self._greedy, self.rows.decode
-        return self._texts([Request(each.source, each.prompt, each.at, how, decode=decode) for each in rows])
+        return self.texts([Request.of(each, self.prompts[q.passage], options=how) for each, (q, how) in both])
 
     @property
-    def _greedy(self) -> GenerationOptions:
-        room = self.manifest.max_target_length - 1  # the answer's end is a token too
-        return GenerationOptions(max_new_tokens=max(1, room))
+    def greedy(self) -> GenerationOptions:
+        """How it writes an answer, whose end is a token too."""
+        return GenerationOptions(max_new_tokens=max(1, self.manifest.max_target_length - 1))
 
-    def _texts(self, requests: Sequence[Request]) -> list[str]:
+    def texts(self, requests: Sequence[Request]) -> list[str]:
+        """Return the base's answers to requests, whatever their prompts are."""
         return self._processes.split(requests, lambda own: [end.text for (end,) in self._decoder.run(own)])
 
     def answered(self, questions: Sequence[Question], *, scored: bool = True) -> list[Question]:
@@ -143,7 +139,7 @@ class Teacher:
         left = [i for i, each in enumerate(questions) if each.answer is None or (scored and labels)]
         found = list(questions)
         if not labels:
-            for i, text in zip(left, self.generate([(questions[i], self._greedy) for i in left]), strict=True):
+            for i, text in zip(left, self.generate([(questions[i], self.greedy) for i in left]), strict=True):
                 found[i] = replace(questions[i], answer=text)
             return found
         for passage, tuned in enumerate(self.tuned):
