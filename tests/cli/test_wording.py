@@ -27,6 +27,21 @@ def test_errors_of_a_command_name_its_options(message, worded):
     assert command.worded(message) == worded
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (
+            ["--system-prompt", "t", "--document", "t"],
+            "--document=..., --examples=... to distil, got --sys",
+        ),
+        (["--document", "t", "--examples", "e"], "got --document=... and --examples=...; give one text"),
+    ],
+)
+def test_two_texts_to_distil_are_named_by_their_options(given, says, tmp_path, capsys):
+    assert run(["distill", *given, "--self-study", "2", "--output", str(tmp_path / "o")]) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_every_setting_in_an_error_of_settings_is_an_option():
     """Whatever a setting's own check says on the command line, it says it of the option."""
     for item in fields(TuneSettings):

@@ -269,10 +269,13 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(chat_base, tmp_path)
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"system_prompt": TEXT}, "expected questions .* or self_study"),
+        ({"system_prompt": TEXT}, "expected questions=... .* or self_study=N"),
         ({"system_prompt": TEXT, "questions": [{"input": "a"}], "self_study": 2}, "give one of them"),
-        ({"self_study": 2}, "expected one of system_prompt, documents and examples to distil, got none"),
-        ({"system_prompt": TEXT, "documents": [TEXT], "self_study": 2}, "got system_prompt and documents"),
+        ({"self_study": 2}, "one of system_prompt=..., documents=..., examples=... to distil, got none"),
+        (
+            {"system_prompt": TEXT, "documents": [TEXT], "self_study": 2},
+            "got system_prompt=... and documents=...;",
+        ),
         ({"system_prompt": " \n", "self_study": 2}, "the system prompt is empty"),
         (
             {"system_prompt": TEXT, "self_study": 2, "num_virtual_tokens": 300},
@@ -401,9 +404,21 @@ def test_a_base_that_says_nothing_leaves_nothing_to_train_on(chat_base, asked, m
 def test_what_learnt_nothing_and_what_cannot_be_reported_on_is_said(chat_base, asked, caplog):
     still = {"learning_rate": 1e-12, "num_epochs": 2, "held_out": 0.0}
     tuned = softprompt.distill(chat_base, system_prompt=TEXT, questions=asked, **still, **QUICK)
-    assert "no question was kept apart, so there is nothing to report on; raise held_out" in caplog.messages
+    assert "no question with a usable answer was kept apart to report on; raise held_out" in caplog.messages
     assert tuned.metrics["nothing_learnt"] in caplog.messages
     assert tuned.metrics["nothing_learnt"].startswith("the prompt learnt nothing: the loss went from ")
+
+
+def test_a_base_that_answers_nothing_kept_apart_is_not_told_to_keep_more_apart(
+    chat_base, asked, monkeypatch, caplog
+):
+    def half_silent(self, given):
+        return [replace(each, answer="" if each.held_out else "yes") for each in given]
+
+    monkeypatch.setattr(Teacher, "answered", half_silent)
+    softprompt.distill(chat_base, system_prompt=TEXT, questions=asked, max_steps=1, **QUICK)
+    (said,) = [each for each in caplog.messages if "to report on" in each]
+    assert said.endswith("; give more questions=..., with answers where the base gives none")
 
 
 def test_overwrite_without_output_is_refused(chat_base):

@@ -139,8 +139,30 @@ def test_labels_are_scored_as_the_prompt_classifies():
     assert not any("summary" in each.name for each in report.readers)
 
 
+def test_given_answers_are_compared_with_what_each_reader_writes(teacher):
+    asked = [{"input": text} for text in ASKED]
+    written = [each.text for each in teacher.tuned[0].generate(asked, max_new_tokens=5)]
+    gold = [f" {written[0]}\n", written[1], "something else"]
+    questions = [Question(one, text, labelled=True) for one, text in zip(asked, gold, strict=True)]
+    questions.append(Question({"input": "Not given."}, None))
+    tuned = teacher.with_ids(teacher.passages[0].ids[:LENGTH])
+    report = report_of(measured_on(tuned, teacher, questions), 40)
+    ours = [each.text.strip() for each in tuned.generate(asked, max_new_tokens=5)]
+    assert report.prompt.exact_match == sum(map(str.__eq__, ours, map(str.strip, gold))) / 3
+    assert report.readers[-1].exact_match == 2 / 3
+    assert [each.accuracy for each in report.readers] == [None] * 5
+    head, *lines = str(report).splitlines()
+    assert head.endswith(" exact match")
+    assert lines[4].endswith(" 0.667")
+
+
+def test_without_given_answers_there_is_nothing_to_be_right_about(report):
+    assert [each.exact_match for each in report.readers] == [None] * 5
+    assert "exact match" not in str(report)
+
+
 def test_nothing_was_kept_apart(teacher):
-    with pytest.raises(DataError, match="raise held_out"):
+    with pytest.raises(DataError, match="nothing to measure on; give questions"):
         report_of(measured_on(teacher.tuned[0], teacher, []), 40)
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from distillation.conftest import TEXT
-from softprompt import PromptTuningConfig, get_peft_model
+from softprompt import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from softprompt.artifacts import load_adapter
 from softprompt.backbone import load_base
-from softprompt.distillation import DistillSettings, distill
+from softprompt.distillation import DistillSettings, Teacher, distill
 from softprompt.engine import EngineRow, build_engine
 from softprompt.errors import ConfigError, FingerprintError
 from softprompt.prompts import Prompt
@@ -71,13 +71,22 @@ def test_a_cartridge_is_trained_beside_another(chat_base, asked, other):
     assert beside.whole.settings["distillation"]["distractors"] == [str(other)]
 
 
-def test_what_cannot_stand_beside_it(chat_base, other, tmp_path):
-    answered = [{"input": "is it late", "output": "good"}, {"input": "is it here", "output": "bad"}]
+def test_what_cannot_stand_beside_it_is_refused_before_a_question_is_answered(
+    chat_base, asked, other, tmp_path, monkeypatch
+):
     with pytest.raises(ConfigError, match="distractors would be ignored"):
         DistillSettings.from_dict({"distractors": ["x"]})
     tokens = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     get_peft_model(load_base(chat_base).model, tokens).save_pretrained(tmp_path / "tokens")
-    with pytest.raises(ConfigError, match="is PROMPT_TUNING"):
-        distill(chat_base, documents=[TEXT], questions=answered, distractors=(tmp_path / "tokens",), **KV)
+    wider = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    get_peft_model(load_base("demo").model, wider).save_pretrained(tmp_path / "wider")
+    (tmp_path / "wider" / "softprompt.json").unlink(missing_ok=True)  # another library's says nothing of its base
+    monkeypatch.setattr(Teacher, "answered", lambda *_: pytest.fail("the teacher answered"))
+    out = tmp_path / "out"
+    with pytest.raises(ConfigError, match=r"tokens is PROMPT_TUNING; give prompts that distill made with kind kv"):
+        distill(chat_base, documents=[TEXT], questions=asked, distractors=(tmp_path / "tokens",), output=out, **KV)
+    with pytest.raises(ConfigError, match=r"expected .* \[\d, 2, \d, P, \d+\], .*wider is PREFIX_TUNING \[\d, 2, "):
+        distill(chat_base, documents=[TEXT], questions=asked, distractors=(tmp_path / "wider",), output=out, **KV)
     with pytest.raises(FingerprintError):
-        distill("demo", documents=[TEXT], questions=answered, distractors=other, **KV)
+        distill("demo", documents=[TEXT], questions=asked, distractors=other, output=out, **KV)
+    assert not out.exists()

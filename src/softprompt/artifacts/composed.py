@@ -280,8 +280,8 @@ def _side_by_side(members: Sequence[StoredPrompt], pattern: StoredPrompt) -> Sto
                     f"{first.location}, {its!r} in {member.location}"
                 )
     logger.warning(
-        "%d prompts of keys and values side by side usually answer worse than each alone, unless they were trained "
-        "with distractors (arXiv:2606.04557): evaluate the result",
+        "%d prompts of keys and values side by side usually answer worse than each alone; training them with "
+        "distractors may help (arXiv:2606.04557; docs/distillation.md measures it): evaluate the result",
         len(members),
     )
     values = concatenation([member.values for member in members])

@@ -18,7 +18,8 @@ from softprompt.data import INPUT, DataSource, TokenRow, read_records
 from softprompt.distillation import Distilled, HeldOut, Question, Teacher, divergence_of, request_of, targets_of
 from softprompt.engine import Engine, EngineRow
 from softprompt.errors import DataError
-from softprompt.generation import GenerationOptions, rows_of_whole_inputs, score_rows
+from softprompt.evaluation import text_metrics
+from softprompt.generation import GenerationOptions, Request, rows_of_whole_inputs, score_rows
 
 if TYPE_CHECKING:
     from softprompt.distillation import Divergence
@@ -65,6 +66,7 @@ class Reader:
         agreement: Share of the answers' tokens whose most likely one is the same.
         share: Share of the way from nothing to the whole text, ``1 - nats / nats of no text``.
         accuracy: Share of the given labels that it gives; None where there are none.
+        exact_match: Share of other given answers that it writes, as in ``TextMetrics``; likewise.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Reader:
     agreement: float
     share: float
     accuracy: float | None = None
+    exact_match: float | None = None
 
 
 @final
@@ -132,13 +135,13 @@ class DistillationReport:
         return own | {"nats_per_token_on_unrelated_text": self.damage[PROMPT]}
 
     def __str__(self) -> str:
-        labelled = any(each.accuracy is not None for each in self.readers)
+        scores = [each for each in ("accuracy", "exact_match") if getattr(self.prompt, each) is not None]
         head = f"{'':{_NAME_WIDTH}} {'tokens':>7} {'KL, nats':>9} {'top-1':>6} {'share':>7}"
-        lines = [head + (f" {'accuracy':>8}" if labelled else "")]
+        lines = [head + "".join(f" {each.replace('_', ' '):>11}" for each in scores)]
         for each in self.readers:
             line = f"{each.name:{_NAME_WIDTH}} {each.tokens:7,.0f} {each.nats:9.4f} {each.agreement:6.3f}"
             line += f" {each.share:7.1%}"
-            lines.append(line + (f" {each.accuracy:8.3f}" if each.accuracy is not None else ""))
+            lines.append(line + "".join(f" {getattr(each, name):11.3f}" for name in scores))
         pays = "never" if self.requests_to_pay is None else f"after {self.requests_to_pay:,.0f} requests"
         lines += [
             f"{self.questions:,} questions ({', '.join(self.kinds)}), {self.answer_tokens:,} tokens of answers",
@@ -173,10 +176,9 @@ def report_of(
     """
     held_out, teacher, tuned = distilled.held_out, distilled.teacher, distilled.tuned
     if not held_out.questions:
-        raise DataError("no question was kept apart, so there is nothing to measure on; raise held_out")
-    measure = _Measure(
-        teacher, held_out, tuned.engine, tuned.label_ids(tuned.labels) if tuned.labels else [], check_stop
-    )
+        raise DataError("no question was kept apart, so there is nothing to measure on; give questions=...")
+    label_ids = tuned.label_ids(tuned.labels) if tuned.labels else []
+    measure = _Measure(teacher, held_out, tuned.engine, label_ids, check_stop)
     prompt, length = tuned.prompt(), tuned.prompt().tokens
     bare = measure.reader(NOTHING, 0.0, held_out.with_prompt(None), 0.0)
     readers = [replace(bare, share=0.0)]
@@ -189,8 +191,7 @@ def report_of(
             readers.append(measure.reader(name, measure.mean(texts), held_out.with_text(prompts), bare.nats))
     readers.append(measure.reader(PROMPT, length, held_out.with_prompt(prompt), bare.nats))
     text_tokens = measure.mean([each.ids for each in teacher.passages])
-    whole = measure.accuracy(held_out.with_text(teacher.prompts))
-    readers.append(Reader(WHOLE, text_tokens, 0.0, 1.0, 1.0, whole))
+    readers.append(Reader(WHOLE, text_tokens, 0.0, 1.0, 1.0, *measure.right(held_out.with_text(teacher.prompts))))
     others = _unrelated(distilled, unrelated, check_stop)
     rows = {PROMPT: others.with_prompt(prompt), WHOLE: others.with_text(teacher.prompts)}
     shape = teacher.base.key_value_shape
@@ -205,7 +206,7 @@ def report_of(
         bytes_saved=saved * each_token,
         tokens_read=read,
         requests_to_pay=read / saved if saved > 0 else None,
-        damage={name: measure.nats(own, others) for name, own in rows.items()},
+        damage={name: measure.divergence(own, others).nats for name, own in rows.items()},
         unrelated=len(others.questions),
     )
 
@@ -249,31 +250,33 @@ class _Measure:
     check_stop: Callable[[], None]
 
     def reader(self, name: str, tokens: float, rows: Sequence[EngineRow], bare: float) -> Reader:
-        found = self._divergence(rows, self.held_out)
+        found = self.divergence(rows, self.held_out)
         share = 1 - found.nats / bare if bare else 0.0
-        return Reader(name, tokens, found.nats, found.agreement, share, self.accuracy(rows))
-
-    def nats(self, rows: Sequence[EngineRow], kept: HeldOut) -> float:
-        return self._divergence(rows, kept).nats
+        return Reader(name, tokens, found.nats, found.agreement, share, *self.right(rows))
 
     def mean(self, texts: Sequence[Sequence[int]]) -> float:
         """Return the mean length of the texts that the questions are about."""
         return sum(len(texts[each.passage]) for each in self.held_out.questions) / len(self.held_out.questions)
 
-    def accuracy(self, rows: Sequence[EngineRow]) -> float | None:
-        """Return the share of the given labels that rows of the held-out questions give."""
-        known = {label: number for number, label in enumerate(self.teacher.manifest.labels or ())}
-        gold = [known.get(each.answer or "") if each.labelled else None for each in self.held_out.questions]
-        pairs = [(row, number) for row, number in zip(rows, gold, strict=True) if number is not None]
+    def right(self, rows: Sequence[EngineRow]) -> tuple[float | None, float | None]:
+        """Return accuracy, where there are labels, and else exact match, of the answers that were given."""
+        labels = self.teacher.manifest.labels
+        given = [each.answer if each.labelled else None for each in self.held_out.questions]
+        both = zip(rows, given, strict=True)
+        pairs = [(row, text) for row, text in both if text is not None and (labels is None or text in labels)]
         if not pairs:
-            return None
+            return None, None
+        if labels is None:
+            how, decode = self.teacher.greedy, self.teacher.rows.decode
+            asked = [Request(row.source, row.prompt, row.at, how, decode=decode) for row, _ in pairs]
+            return None, text_metrics([text for _, text in pairs], self.teacher.texts(asked)).exact_match
         whole = [replace(row, target=tuple(ids)) for row, _ in pairs for ids in self.label_ids]
         size = rows_of_whole_inputs(self.teacher.batch_size, len(self.label_ids))
         scores = score_rows(self.engine, whole, max_rows=size).view(len(pairs), -1)
-        right = scores.argmax(dim=1) == scores.new_tensor([number for _, number in pairs])
-        return float(right.double().mean())
+        right = scores.argmax(dim=1) == scores.new_tensor([labels.index(text) for _, text in pairs])
+        return float(right.double().mean()), None
 
-    def _divergence(self, rows: Sequence[EngineRow], kept: HeldOut) -> Divergence:
+    def divergence(self, rows: Sequence[EngineRow], kept: HeldOut) -> Divergence:
         size = self.teacher.batch_size
         return divergence_of(self.engine, rows, kept.targets, batch_size=size, check_stop=self.check_stop)
 

@@ -128,7 +128,7 @@ def distill(
             if dry_run:
                 return forecast_of(teacher, settings, given)
             store = Store(target, plan or _plan(named_source(base_model), teacher, settings, text, given))
-            store.check("fingerprint", _fingerprint(teacher))
+            store.check("fingerprint", str(teacher.base.fingerprint_record().get("short", "")))
             with StopSignal() as stop:
                 if target is not None and not resume:
                     clear_state(target)
@@ -136,7 +136,9 @@ def distill(
                 distilled, found = _run(teacher, settings, given, store, stop, called)
                 measured = None
                 if report and not distilled.held_out.questions:
-                    logger.warning("no question was kept apart, so there is nothing to report on; raise held_out")
+                    more = "give more questions=..., with answers where the base gives none"
+                    way_out = more if settings.held_out else "raise held_out"
+                    logger.warning("no question with a usable answer was kept apart to report on; %s", way_out)
                 elif report:
                     with store.interrupted("while the prompt was measured"):
                         measured = report_of(distilled, len(found), unrelated=unrelated, check_stop=stop.check)
@@ -154,13 +156,9 @@ def _begun(
         return plan, settings, plan["base_model"] or base_model, SourceText(**plan["text"])
     settings = DistillSettings.from_dict(options)
     if (sources["questions"] is None) == (settings.self_study is None):
-        raise UsageError("expected questions (with answers or without) or self_study N; give one of them")
+        raise UsageError("expected questions=... (with answers or without) or self_study=N; give one of them")
     named = {name: sources[name] for name in ("system_prompt", "documents", "examples")}
     return {}, settings, base_model, SourceText.of(**named, columns=settings.columns)
-
-
-def _fingerprint(teacher: Teacher) -> str:
-    return str(teacher.base.fingerprint_record().get("short", ""))
 
 
 def _plan(
@@ -170,7 +168,7 @@ def _plan(
     return {
         "command": "distill",
         "base_model": base_model,
-        "fingerprint": _fingerprint(teacher),
+        "fingerprint": str(teacher.base.fingerprint_record().get("short", "")),
         "settings": settings.to_dict(),
         "text": asdict(text),
         "questions": [asdict(each) for each in given],

@@ -91,7 +91,7 @@ class Student:
                 asked_for = question.text[:40]
                 raise DataError(f"the answer to {asked_for!r} is other tokens behind the text; leave it out")
         _start(prepared, asked[0], ids)
-        others = tuple(_distractor(each, teacher.base, prepared.config) for each in settings.distractors)
+        others = tuple(_distractor(each, teacher.base) for each in settings.distractors)
         return cls(prepared, tuple(ordered), tuple(asked), rows, others)
 
     def taught(
@@ -142,7 +142,7 @@ def check_student(teacher: Teacher, settings: DistillSettings, given: Sequence[Q
         if labels is not None and each.answer is not None:
             check_label(each.answer, labels, f"the answer to question {number}", "the examples")
     for path in settings.distractors:
-        check_base(load_adapter(path), teacher.base.model)
+        _distractor(path, teacher.base)
     if settings.self_study and not teacher.manifest.chat and teacher.manifest.fields != (INPUT,):
         raise ConfigError("self_study needs a verbalizer whose one field is input; change it, or give questions")
 
@@ -178,7 +178,7 @@ def _start(prepared: Prepared, asked: TokenRow, ids: Sequence[int]) -> None:
     prepared.module.load_stored({PROMPT_KEY: values})
 
 
-def _distractor(path: str, base: Base, config: PromptLearningConfig) -> Tensor:
+def _distractor(path: str, base: Base) -> Tensor:
     """Return the keys and values of a stored prompt.
 
     Raises:
@@ -188,11 +188,12 @@ def _distractor(path: str, base: Base, config: PromptLearningConfig) -> Tensor:
     """
     stored = load_adapter(path)
     check_base(stored, base.model)
-    other = stored.configuration()
-    if not other.keys_and_values or FlatOrder.of(other).shape[:3] != FlatOrder.of(config).shape[:3]:
+    other, need = stored.configuration(), base.key_value_shape
+    order = FlatOrder.of(other) if other.keys_and_values else None
+    if order is None or (order.layers, order.heads, order.width) != (need.layers, need.heads, need.width):
+        sizes = f" {list(order.shape)}" if order else ""
         raise ConfigError(
-            f"the distractor {path} is {stored.config['peft_type']} of other sizes than a kv prompt of this base; "
-            "give prompts that distill made with kind kv"
+            f"expected distractors of keys and values [{need.layers}, 2, {need.heads}, P, {need.width}], {path} is "
+            f"{stored.config['peft_type']}{sizes}; give prompts that distill made with kind kv"
         )
-    order = FlatOrder.of(other)
     return order.unflattened(order.read(stored.tensors)[PROMPT_KEY])

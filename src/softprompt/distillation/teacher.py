@@ -116,10 +116,16 @@ class Teacher:
     def generate(self, asked: Sequence[tuple[Question, GenerationOptions]]) -> list[str]:
         """Return what the base says to each question behind its passage."""
         inputs = inputs_of(self.rows, [question.request for question, _ in asked])
-        requests = [
-            Request.of(given, self.prompts[question.passage], options=options)
-            for given, (question, options) in zip(inputs, asked, strict=True)
-        ]
+        both = zip(inputs, asked, strict=True)
+        return self.texts([Request.of(each, self.prompts[q.passage], options=how) for each, (q, how) in both])
+
+    @property
+    def greedy(self) -> GenerationOptions:
+        """How it writes an answer, whose end is a token too."""
+        return GenerationOptions(max_new_tokens=max(1, self.manifest.max_target_length - 1))
+
+    def texts(self, requests: Sequence[Request]) -> list[str]:
+        """Return the base's answers to requests, whatever their prompts are."""
         return self._processes.split(requests, lambda own: [end.text for (end,) in self._decoder.run(own)])
 
     def answered(self, questions: Sequence[Question], *, scored: bool = True) -> list[Question]:
@@ -133,9 +139,7 @@ class Teacher:
         left = [i for i, each in enumerate(questions) if each.answer is None or (scored and labels)]
         found = list(questions)
         if not labels:
-            room = max(1, self.manifest.max_target_length - 1)  # its end is a token too
-            greedy = GenerationOptions(max_new_tokens=room)
-            for i, text in zip(left, self.generate([(questions[i], greedy) for i in left]), strict=True):
+            for i, text in zip(left, self.generate([(questions[i], self.greedy) for i in left]), strict=True):
                 found[i] = replace(questions[i], answer=text)
             return found
         for passage, tuned in enumerate(self.tuned):

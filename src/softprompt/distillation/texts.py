@@ -62,8 +62,8 @@ class SourceText:
         given = {"system_prompt": system_prompt, "documents": documents or None, "examples": examples}
         names = [name for name, each in given.items() if each is not None]
         if len(names) != 1:
-            named = " and ".join(names) or "none of them"
-            raise UsageError(f"expected one of system_prompt, documents and examples to distil, got {named}")
+            named = " and ".join(f"{name}=..." for name in names) or "none"  # with =, a command names its option
+            raise UsageError(f"expected one of {'=..., '.join(given)}=... to distil, got {named}; give one text")
         if examples is not None:
             found = read_records(examples, use="train", **cast(Any, columns))
             return cls("examples", examples=[(dict(each.fields), str(each.target)) for each in found])
