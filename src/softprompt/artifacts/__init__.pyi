@@ -21,6 +21,7 @@ from .files import staged_folder as staged_folder
 from .files import write_atomically as write_atomically
 from .files import write_folder as write_folder
 from .formats import PROMPTS_FILE as PROMPTS_FILE
+from .formats import Ask as Ask
 from .formats import Export as Export
 from .formats import Format as Format
 from .formats import Read as Read

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 from transformers import PreTrainedModel
 
 from softprompt.artifacts import (
+    Ask,
     Export,
     Format,
     Origin,
@@ -30,6 +31,7 @@ from softprompt.data import SpecialFrame, Verbalizer, encode
 from softprompt.errors import ArtifactError, ConfigError, OutputExistsError, TemplateError, nearest
 from softprompt.inference.inputs import Fields, inputs_of, row_tokenizer
 from softprompt.inference.loading import Named, Reading, recorded_base
+from softprompt.prompts import Placement
 
 if TYPE_CHECKING:
     from softprompt.generation import Input
@@ -129,7 +131,9 @@ def convert(
         others=others,
         base=base,
         encode=None if base is None else _encoder_of(base),
+        ask=None if base is None else _asker_of(base),
         source=None if given is None else given.ids,
+        at=0 if given is None else given.at,
         overwrite=overwrite,
     )
     write = cast(Callable[[Export, Path], Mapping[str, Any]], target.write)
@@ -280,10 +284,21 @@ def _encoder_of(base: Base) -> Callable[[str], tuple[int, ...]]:
     return ids
 
 
+def _asker_of(base: Base) -> Ask:
+    def ids(stored: StoredPrompt, request: Mapping[str, Any]) -> tuple[tuple[int, ...], int]:
+        manifest = stored.manifest or manifest_of(Origin.of_base(base), base)
+        whole = replace(stored, manifest=replace(manifest, max_source_length=_NO_LIMIT))
+        given = _input_of(whole, base, request)
+        return given.ids, given.at
+
+    return ids
+
+
 def _input_of(stored: StoredPrompt, base: Base, text: Fields) -> Input:
     """Return the tokens of one input under a prompt's template; truncation is logged."""
     unlimited = replace(manifest_of(Origin.of_base(base), base), max_source_length=_NO_LIMIT)
-    rows = row_tokenizer(base.tokenizer, stored.manifest or unlimited)
+    placement = Placement(stored.config.get("placement", Placement.PREFIX))
+    rows = row_tokenizer(base.tokenizer, stored.manifest or unlimited, placement)
     (given,) = inputs_of(rows, [text])
     if given.cut:
         logger.warning(

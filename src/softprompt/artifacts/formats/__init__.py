@@ -10,12 +10,12 @@ from pathlib import Path
 
 from softprompt.artifacts.formats.caikit import CAIKIT
 from softprompt.artifacts.formats.extended_vocabulary import EXTENDED_VOCABULARY, PROMPTS_FILE
-from softprompt.artifacts.formats.format import PEFT, SOFTPROMPT, Export, Format, Read
+from softprompt.artifacts.formats.format import PEFT, SOFTPROMPT, Ask, Export, Format, Read
 from softprompt.artifacts.formats.prompt_cache import MLX_LM
 from softprompt.artifacts.formats.tensor_files import NPY, TENSOR, TGIS, VLLM
 from softprompt.errors import ArtifactError, ConfigError, nearest
 
-__all__ = ["FORMATS", "PROMPTS_FILE", "Export", "Format", "Read", "detect", "format_named"]
+__all__ = ["FORMATS", "PROMPTS_FILE", "Ask", "Export", "Format", "Read", "detect", "format_named"]
 
 FORMATS: tuple[Format, ...] = (SOFTPROMPT, PEFT, CAIKIT, TGIS, NPY, MLX_LM, TENSOR, EXTENDED_VOCABULARY, VLLM)
 

@@ -1,6 +1,7 @@
 """``extended-vocab``: the base saved with prompts as extra vocabulary, for any engine to serve.
 
-The virtual tokens of prompt NAME are the special tokens ``<sp:NAME:0>`` ..., in front of the input's ids.
+The virtual tokens of prompt NAME are the special tokens ``<sp:NAME:0>`` ..., in front of the input's ids, or as
+text in the system message of a chat.
 """
 
 from __future__ import annotations
@@ -19,12 +20,17 @@ from softprompt.artifacts import StoredPrompt, require_empty, require_no_file, s
 from softprompt.artifacts.formats.extended_model import extend
 from softprompt.artifacts.formats.format import MEASURED, Export, Format, input_tokens, plain_prompt, write_failed
 from softprompt.backbone import input_embedding, progress_on_terminals_only
+from softprompt.data import Verbalizer
 from softprompt.errors import ArtifactError, ConfigError, OutputExistsError
+from softprompt.prompts import Placement
 
 PROMPTS_FILE = "softprompt_prompts.json"
 _NAME = "extended-vocab"
 _PROMPT_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_PLACEMENTS = (Placement.PREFIX, Placement.CHAT_SYSTEM)
 _PROBES = ("it broke again", " two  spaces", "Text : é 7\nLabel :")
+_OWN = "Be brief."
+"""What a probe has in its system message besides the prompt."""
 
 
 def _lacks(path: Path) -> str | None:
@@ -36,14 +42,15 @@ def _write(export: Export, path: Path) -> Mapping[str, Any]:
     prompts = _prompts(export)
     _check_output(path, overwrite=export.overwrite)
     tokens = {
-        name: input_tokens(plain_prompt(stored, export.to), stored.location) for name, stored in prompts.items()
+        name: input_tokens(plain_prompt(stored, export.to, _PLACEMENTS), stored.location)
+        for name, stored in prompts.items()
     }
     tokenizer, model = copy.deepcopy(base.tokenizer), base.model
     vocabulary = input_embedding(model).weight.shape[0]
     ids = add_prompt_tokens(tokenizer, vocabulary, {name: len(own) for name, own in tokens.items()})
+    entries = {name: _entry(export, tokenizer, prompts[name], name, own) for name, own in ids.items()}
     extension = extend(model, tokens, ids)
     _suppress(model, vocabulary, extension.vocabulary)
-    entries = {name: _entry(export, tokenizer, prompts[name], name, own) for name, own in ids.items()}
     record = {"format_version": 1, "base_model": base.name, **asdict(extension), "prompts": entries}
     try:
         with staged_folder(path) as staged, progress_on_terminals_only():
@@ -91,19 +98,59 @@ def _suppress(model: PreTrainedModel, old: int, new: int) -> None:
 
 def _entry(export: Export, tokenizer: Any, stored: StoredPrompt, name: str, ids: list[int]) -> dict[str, Any]:
     text = "".join(token_text(name, index) for index in range(len(ids)))
-    form = None if export.encode is None else text_form(tokenizer, text, ids, export.encode)
-    manifest = stored.manifest
+    manifest, placement = stored.manifest, _placement(stored)
+    chat = placement is Placement.CHAT_SYSTEM or bool(manifest and manifest.chat)
+    messages = _messages(export, tokenizer, stored, text, ids) if chat else None
+    if placement is Placement.CHAT_SYSTEM and messages is None:
+        raise ArtifactError(
+            f"expected the chat template to print the virtual tokens of {stored.location} in a system message "
+            "where softprompt puts them, it prints other ids; train with --placement prefix, or use --to vllm"
+        )
+    form = None if export.encode is None or chat else text_form(tokenizer, text, ids, export.encode)
     template = manifest.template if manifest else "{{input}}"
     return {
         "token_ids": ids,
         "tokens": text,
+        "placement": str(placement),
         # A causal model's answer begins with the space that its template ends in.
-        "template": template if stored.seq2seq else template.rstrip(" "),
+        "template": template if stored.seq2seq or chat else template.rstrip(" "),
+        "messages": messages,
         "max_source_length": manifest.max_source_length if manifest else None,
         "max_target_length": manifest.max_target_length if manifest else None,
         "labels": list(manifest.labels) if manifest and manifest.labels else None,
         "text": None if form is None else asdict(form),
     }
+
+
+def _placement(stored: StoredPrompt) -> Placement:
+    return Placement(stored.config.get("placement", Placement.PREFIX))
+
+
+def _messages(
+    export: Export, tokenizer: Any, stored: StoredPrompt, text: str, ids: list[int]
+) -> list[dict[str, str]] | None:
+    """Return the messages of a request to a prompt, with its template in the user's turn.
+
+    None where the exported tokenizer prints them as other ids than softprompt reads.
+    """
+    assert export.ask is not None  # it comes with the base
+    manifest, in_system = stored.manifest, _placement(stored) is Placement.CHAT_SYSTEM
+    chat = bool(manifest and manifest.chat)
+    template = Verbalizer(manifest.template if manifest and not chat else "{{input}}")
+    for probe in _PROBES:
+        fields = dict.fromkeys(template.fields, probe)
+        turn = {"role": "user", "content": template.render(fields)}
+        # Only a prompt of chats may have text of the caller's behind it in the system message.
+        for own in ("", _OWN) if chat and in_system else ("",):
+            system = [{"role": "system", "content": own}] if own else []
+            asked, at = export.ask(stored, {"messages": [*system, turn]} if chat else fields)
+            if in_system:
+                system = [{"role": "system", "content": text + own}]
+            printed = tokenizer.apply_chat_template([*system, turn], add_generation_prompt=True, return_dict=False)
+            if [*asked[:at], *ids, *asked[at:]] != [*([] if in_system else ids), *printed]:
+                return None
+    system = [{"role": "system", "content": text}] if in_system else []
+    return [*system, {"role": "user", "content": template.template}]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,12 @@ from softprompt.prompts import CONFIG_NAME, PROMPT_KEY, PeftType, Placement, Pro
 
 ENCODER: str = "ENCODER"
 DECODER: str = "DECODER"
+FRONT = (Placement.PREFIX,)
+"""The placement that every format of virtual tokens holds."""
 Encode = Callable[[str], tuple[int, ...]]
 """The ids of a text as they stand behind a prompt, special tokens included."""
+Ask = Callable[[StoredPrompt, Mapping[str, Any]], tuple[tuple[int, ...], int]]
+"""The ids of a request to a prompt, never cut, and how many of them stand before its virtual tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,9 @@ class Export:
         others: Further prompts for the same base, by name.
         base: The base model; None where no format needs it.
         encode: Ids of a text for this base.
+        ask: Ids of requests for this base.
         source: Ids of the input of one request.
+        at: How many of them stand before the prompt.
         overwrite: Whether the output may replace what is there.
     """
 
@@ -64,7 +70,9 @@ class Export:
     others: Mapping[str, StoredPrompt] = field(default_factory=dict)
     base: Base | None = None
     encode: Encode | None = None
+    ask: Ask | None = None
     source: tuple[int, ...] | None = None
+    at: int = 0
     overwrite: bool = False
 
     def single(self) -> StoredPrompt:
@@ -75,23 +83,26 @@ class Export:
         """
         return self.stored.of_task(self.task)
 
-    def prompt(self) -> Prompt:
+    def prompt(self, placements: Collection[Placement] = FRONT) -> Prompt:
         """Return the virtual tokens to write, in their stored dtype.
+
+        Args:
+            placements: Those that the format holds.
 
         Raises:
             ArtifactError: This format cannot express the prompt.
             ConfigError: As for ``single``.
         """
-        return plain_prompt(self.single(), self.to)
+        return plain_prompt(self.single(), self.to, placements)
 
-    def input_tokens(self) -> Tensor:
+    def input_tokens(self, placements: Collection[Placement] = FRONT) -> Tensor:
         """Return the virtual tokens ``[P, H]`` of the input, for formats that hold only one tensor.
 
         Raises:
             ArtifactError: As for ``prompt``, or the prompt has virtual tokens before the decoder's input.
             ConfigError: As for ``single``.
         """
-        return input_tokens(self.prompt(), self.stored.location)
+        return input_tokens(self.prompt(placements), self.stored.location)
 
     def loaded(self) -> Base:
         """Return the base model.
@@ -177,13 +188,13 @@ def write_output_file(path: Path, data: bytes, *, overwrite: bool) -> None:
         raise write_failed(path, error) from error
 
 
-def plain_prompt(stored: StoredPrompt, kind: str) -> Prompt:
-    """Return the virtual tokens of a prompt of one task for a format that holds nothing else.
+def plain_prompt(stored: StoredPrompt, kind: str, placements: Collection[Placement] = FRONT) -> Prompt:
+    """Return the virtual tokens of a prompt of one task for a format that holds nothing else than ``placements``.
 
     Raises:
         ArtifactError: virtual tokens alone would be another model than this prompt, with the reason.
     """
-    reason = _inexpressible(stored)
+    reason = _inexpressible(stored, placements)
     if reason is not None:
         raise ArtifactError(f"{stored.location} cannot be written as {kind}: {reason}")
     return stored.prompt()
@@ -249,7 +260,7 @@ def stored_of_parts(parts: Mapping[str, Tensor], origin: Origin, base: Base | No
     return StoredPrompt(config, tensors, manifest_of(origin, base), where)
 
 
-def _inexpressible(stored: StoredPrompt) -> str | None:
+def _inexpressible(stored: StoredPrompt, placements: Collection[Placement]) -> str | None:
     config = stored.config
     placement = config.get("placement", Placement.PREFIX)
     if config.get("task_type") not in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM):
@@ -257,8 +268,12 @@ def _inexpressible(stored: StoredPrompt) -> str | None:
     more = stored.beyond_tokens()
     if more is not None:
         return f"{more}; only peft holds those (mlx-lm holds keys and values)"
-    if placement != Placement.PREFIX:
-        return f"the format puts virtual tokens before the input, this prompt stands elsewhere ({placement})"
+    if placement not in placements:
+        more = " or into a chat's system turn" if Placement.CHAT_SYSTEM in placements else ""
+        return (
+            f"the format puts virtual tokens before the input{more}, this prompt stands elsewhere ({placement}); "
+            "train with placement prefix (--placement prefix)"
+        )
     if not config.get("prompt_sees_input", True):
         return "the format lets the prompt attend to the input, this one does not (prompt_sees_input)"
     return None

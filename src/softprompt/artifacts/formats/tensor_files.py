@@ -6,7 +6,7 @@ PEFT folder, which is the format ``peft``. ``npy`` is what google-research/promp
 
 ``vllm`` is the JSON body of one request to vLLM's ``/v1/completions`` with ``prompt_embeds``. The server
 must run with ``--enable-prompt-embeds``. The tensor is what the base's embedding module returns for
-the text's ids, prompt in front, in the base's dtype.
+the ids of the rendered text, the prompt in its place among them, in the base's dtype.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from softprompt.artifacts.formats.format import (
 )
 from softprompt.backbone import Base, input_embedding, is_encoder_decoder, side_embeddings
 from softprompt.errors import ArtifactError, ConfigError
-from softprompt.prompts import PROMPT_KEY, Prompt
+from softprompt.prompts import PROMPT_KEY, Placement, Prompt
 
 PART_NAMES: Mapping[str, str] = {ENCODER: "encoder.pt", DECODER: "decoder.pt"}
 """Files of a folder of parts; a causal model's virtual tokens are the decoder's."""
@@ -252,12 +252,13 @@ def _write_vllm(export: Export, path: Path) -> Mapping[str, Any]:
             "use its prompts with softprompt"
         )
     table = input_embedding(base.model)
-    tokens = export.input_tokens()
+    tokens = export.input_tokens(tuple(Placement))
     if path.suffix != ".json":
         raise ConfigError(f"vllm writes a .json file, got {path.name!r}; end its name in .json")
     ids = torch.tensor(export.source, device=table.weight.device)
     text: Tensor = table(ids)
-    joined = torch.cat([tokens.to(text.device, text.dtype), text])  # [P + T, H]
+    before, behind = text[: export.at], text[export.at :]
+    joined = torch.cat([before, tokens.to(text.device, text.dtype), behind])  # [P + T, H]
     if not bool(torch.isfinite(joined).all()):
         raise ArtifactError(
             f"the virtual tokens overflow {str(text.dtype).removeprefix('torch.')}, the base's dtype; pass "
