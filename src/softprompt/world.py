@@ -198,9 +198,10 @@ def joined() -> Iterator[World]:
     """Share the work inside with the other processes of the launcher, if there is one; only the first one speaks.
 
     Raises:
-        ConfigError: The launcher does not say where they meet.
+        ConfigError: The launcher does not say where they meet, or who this one is, or they cannot meet there.
     """
-    if launched().size == 1 or world().size > 1:
+    said = launched()
+    if (said.rank, said.size) == (0, 1) or world().size > 1:
         yield world()
         return
     ranks, logger = meet(), logging.getLogger("softprompt")
@@ -233,14 +234,25 @@ def meet() -> World:
 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    store = None
+    store, said = None, launched()
     if not distributed.is_initialized():
+        if not 0 <= said.rank < said.size:  # the others would wait for the rank that it takes from them
+            raise ConfigError(
+                f"expected a RANK of at least 0 and below WORLD_SIZE, got RANK={said.rank} and "
+                f"WORLD_SIZE={said.size}; start it with torchrun or accelerate launch, or unset both"
+            )
         try:
             store, rank, size = next(rendezvous("env://"))
         except ValueError as error:
             raise ConfigError(
                 f"RANK says that this is one of several processes, nothing says where they meet ({error}); start "
                 "it with torchrun or accelerate launch, or unset RANK"
+            ) from error
+        except distributed.DistError as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise ConfigError(
+                f"rank {said.rank} of {said.size} cannot meet the others at {where} ({first_line(error)}); give "
+                "all of them a MASTER_ADDR of rank 0 that they reach, and a MASTER_PORT that is free there"
             ) from error
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank, world_size=size

@@ -52,8 +52,7 @@ def test_answers_stand_in_the_order_of_the_records_and_only_lost_parts_have_erro
     kept = [i for i in range(48) if not 20 <= i < 25]
     assert [rows[i]["label"] for i in kept] == [expected[i].label for i in kept]
 
-    (out / "part-000004.jsonl").unlink()
-    ray = stand_in()
+    ray = stand_in()  # what was lost is computed again, and nothing else
     assert run_batch(asked, [str(data)], out, how, resume=True) == found | {"computed": 1, "errors": 0}
     assert ray.calls == 1
     assert [row["label"] for row in Parts(out, "jsonl").rows()] == [each.label for each in expected]
@@ -62,6 +61,36 @@ def test_answers_stand_in_the_order_of_the_records_and_only_lost_parts_have_erro
     (data / "00.jsonl").write_text("{}\n")
     with pytest.raises(UsageError, match="has files "):
         run_batch(asked, [str(data)], out, how, resume=True)
+
+
+@pytest.mark.parametrize("content", [b"{broken", b"[1]", b"\xff\xfe", b"", None])
+def test_a_damaged_plan_is_one_clear_line(prompts, data, tmp_path, monkeypatch, content):
+    monkeypatch.setitem(sys.modules, "ray", None)  # which would be said where it were started
+    plan = tmp_path / "out" / "batch.json"
+    plan.parent.mkdir()
+    plan.mkdir() if content is None else plan.write_bytes(content)
+    asked = BatchTask("generate", {"writer": str(prompts / "writer")})
+    with pytest.raises(UsageError, match=r"out/batch\.json.*, or begin anew in another output$"):
+        run_batch(asked, [str(data)], tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_damaged_part_is_named_and_deleting_it_mends_the_batch(prompts, data, tmp_path, stand_in, form):
+    if form == "parquet":
+        pytest.importorskip("pyarrow")
+    asked = BatchTask("classify", {"complaints": str(prompts / "complaints")})
+    out, how = tmp_path / "out", BatchSettings(part_size=24, output_format=form)
+    stand_in()
+    found = run_batch(asked, [str(data)], out, how)
+    part = out / f"part-000001.{form}"
+    whole = part.read_bytes()
+    for content in (b"", b"{broken\n", b"[1]\n", b'"text"\n', b"{}\n", b"\xff\xfe\n", whole[:-9]):
+        part.write_bytes(content)
+        with pytest.raises(DataError, match=rf"{part.name}, it cannot be read .*; delete it, and --resume"):
+            run_batch(asked, [str(data)], out, how, resume=True)
+    part.unlink()
+    assert run_batch(asked, [str(data)], out, how, resume=True) == found | {"computed": 1}
+    assert part.read_bytes() == whole
 
 
 def test_more_workers_than_gpus_are_refused(prompts, data, tmp_path, stand_in):

@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 KUBERNETES = {each["kind"]: each for each in yaml.safe_load_all((ROOT / "deploy" / "kubernetes.yaml").read_text())}
 POD = KUBERNETES["Deployment"]["spec"]["template"]["spec"]
 (CONTAINER,) = POD["containers"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PATHS = {route.path for route in app.health.routes}
 
 
@@ -36,8 +38,6 @@ def commands():
 def test_the_commands_are_those_of_the_program(where):
     name, *words = commands()[where]
     assert name == "serve"
-    if where == "front" and "--engine" not in {word for each in serve.params for word in each.opts}:
-        pytest.skip("serve has no --engine here")
     context = serve.make_context("serve", list(words))
     assert (context.params["host"], context.params["port"]) == ("0.0.0.0", 8000)
     assert context.params["base_model"] == "/models/base"
@@ -68,12 +68,11 @@ def test_health_checks_ask_what_the_server_answers():
     assert POD["terminationGracePeriodSeconds"] > float(drain.split("=")[1])
 
 
-def test_every_extra_that_the_image_installs_exists():
-    import tomllib
-
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+def test_the_image_installs_what_the_project_asks_for():
     (named,) = re.findall(r"'\.\[([\w,]+)\]'", DOCKERFILE)
-    assert set(named.split(",")) <= extras.keys()
+    assert set(named.split(",")) <= PROJECT["optional-dependencies"].keys()
+    (torch,) = re.findall(r'"(torch\b[^"]*)"', DOCKERFILE)
+    assert torch in PROJECT["dependencies"]
 
 
 def test_the_autoscaler_reads_a_metric_of_ours():

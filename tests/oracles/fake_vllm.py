@@ -45,6 +45,7 @@ class FakeVLLM:
         self.health: int | str = 200
         self.listed: list[dict[str, Any]] = [{"id": "served", "object": "model", "max_model_len": 200}]
         self.tokenizer: Any = base.tokenizer
+        self.version: int | str = "0.32.0"
         self.slow = 0.0
         self.url = ""
 
@@ -188,8 +189,10 @@ class FakeVLLM:
             app.post(path)(self.answer)
 
         @app.get("/version")
-        async def version() -> dict[str, str]:
-            return {"version": "0.32.0"}
+        async def version() -> Response:
+            if isinstance(self.version, int):
+                return JSONResponse({"detail": "Not Found"}, self.version)
+            return JSONResponse({"version": self.version})
 
         @app.get("/v1/models")
         async def models() -> dict[str, Any]:

@@ -325,6 +325,25 @@ def test_servers_take_turns_and_one_that_cannot_be_reached_is_passed_over(base, 
             asked(client, **BODY)
 
 
+@pytest.mark.parametrize(
+    ("version", "named"), [(404, "vLLM (version unknown)"), (405, "vLLM (version unknown)"), ("1.2", "vLLM 1.2")]
+)
+def test_a_router_that_does_not_say_the_version_is_served_over(base, shared_prompts, version, named):
+    with faked(base) as fake:
+        fake.version = version
+        with over([fake], shared_prompts) as server, server.client() as client:
+            (reason,) = {each["engine_reason"] for each in client.get("/v1/models").json()["data"]}
+            assert reason == f"{named}, prompts as embeddings beside text"
+            asked(client, **BODY)
+
+
+def test_a_server_that_fails_when_asked_for_its_version_is_refused(base, shared_prompts):
+    with faked(base) as fake, pytest.raises(UsageError, match="status 500"):
+        fake.version = 500
+        with over([fake], shared_prompts):
+            pass
+
+
 def test_a_client_that_hangs_up_is_hung_up_on_there(front, fake):
     server, client = front
     fake.slow = 0.05

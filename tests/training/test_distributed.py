@@ -1,14 +1,19 @@
 """Several processes give the prompt, the validation and the reports of one, and one that ends is named."""
 
 import json
+import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from oracles.ranks import run_ranks
-from oracles.shared_jobs import JOBS, METHODS
+from oracles.shared_jobs import JOBS, METHODS, tuned_of
+from softprompt import load
 from softprompt.cli.main import run
 from softprompt.errors import ConfigError, ProcessLostError
 from softprompt.training import tune
@@ -170,6 +175,34 @@ def test_a_launcher_says_where_to_meet(monkeypatch):
     assert world() == World()
 
 
+@pytest.mark.parametrize(("rank", "size"), [("2", "2"), ("-1", "2"), ("1", "1"), ("0", "0")])
+def test_a_rank_that_is_none_of_the_processes_is_refused_before_they_meet(monkeypatch, capsys, rank, size):
+    for name, value in {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(World, "speaks", lambda _: True)  # without the seconds in which others might
+    assert run(["tune", "--base-model", "none", "--train-data", "none.jsonl", "--output", "none"]) == 2
+    said = capsys.readouterr().err
+    assert f"expected a RANK of at least 0 and below WORLD_SIZE, got RANK={rank} and WORLD_SIZE={size}; " in said
+
+
+def test_a_port_that_is_in_use_is_one_clear_line(monkeypatch, capfd):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for name, value in {
+            "RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }.items():
+            monkeypatch.setenv(name, str(value))
+        assert run(["tune", "--base-model", "none", "--train-data", "none.jsonl", "--output", "none"]) == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"Error: rank 0 of 2 cannot meet the others at 127.0.0.1:{port} (")
+    assert last.endswith("a MASTER_PORT that is free there")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_every_method_sweep_and_distillation(folder, chat_folder, count):
@@ -179,6 +212,38 @@ def test_every_method_sweep_and_distillation(folder, chat_folder, count):
     for name in names:
         for rank in range(count):
             assert_close(alone[name], found[rank][name], f"{name} of rank {rank} of {count}")
+
+
+def under_torchrun(*words):
+    """Run the command line in two processes of torchrun, which chooses their ports."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "softprompt", *map(str, words)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_prompt_of_one_process(folder, tmp_path):
+    words = ["tune", "--base-model", folder / "llama", "--train-data", folder / "train.jsonl", "--batch-size", 5]
+    words += ["--num-epochs", 3, "--num-virtual-tokens", 3, "--accumulate-steps", 2, "--output"]
+    assert run([*map(str, words), str(tmp_path / "one")]) == 0
+    under_torchrun(*words, tmp_path / "two")
+    one, two = (load(tmp_path / name).module.stored() for name in ("one", "two"))
+    assert_close(one, two, "the prompt")
+
+
+@pytest.mark.slow
+def test_torchrun_goes_on_with_what_one_process_began(folder, tmp_path):
+    assert "after update 4 " in JOBS["stopped"](folder, tmp_path / "begun")["said"]
+    under_torchrun("tune", "--resume", "--output", tmp_path / "begun")
+    straight = tuned_of(folder, tmp_path / "straight").module.stored()
+    assert_close(straight, load(tmp_path / "begun").module.stored(), "the prompt")
 
 
 @pytest.fixture

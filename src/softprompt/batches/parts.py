@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from softprompt.artifacts import require_no_file, write_atomically
-from softprompt.errors import OutputExistsError, UsageError
+from softprompt.artifacts import MOST_TEXT_BYTES, parse_object, read_bytes, require_no_file, write_atomically
+from softprompt.errors import ArtifactError, DataError, OutputExistsError, UsageError, first_line
 
 PLAN = "batch.json"
+LOST = "the worker was lost or failed"
+"""How the error begins of all records of a part that has no answer, and is computed again on resumption."""
 
 Row = dict[str, Any]
 """A record, or what was answered to one."""
@@ -37,7 +39,7 @@ class Parts:
 
         Raises:
             OutputExistsError: The folder is not empty, and this is no resumption.
-            UsageError: It holds no batch, or another one.
+            UsageError: It holds no batch, another one, or one whose plan cannot be read.
         """
         file, wanted = folder / PLAN, json.loads(json.dumps(plan))
         require_no_file(folder)
@@ -48,7 +50,10 @@ class Parts:
             return cls(folder, form)
         if not file.exists():
             raise UsageError(f"nothing to resume in {folder}: it holds no batch; start it without --resume")
-        found = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            found = parse_object(read_bytes(file, MOST_TEXT_BYTES).decode(errors="replace"), str(file))
+        except ArtifactError as error:
+            raise UsageError(f"{error}, or begin anew in another output") from error
         for name in wanted:
             if found.get(name) != wanted[name]:
                 raise UsageError(
@@ -67,8 +72,9 @@ class Parts:
         return self.folder / f"part-{number:06d}.{self.form}"
 
     def has(self, number: int) -> bool:
-        """Whether a part is finished."""
-        return self.path(number).exists()
+        """Whether a part is finished, and not lost; raises DataError if it cannot be read."""
+        path = self.path(number)
+        return path.exists() and not str(self._read(path)[0]["error"]).startswith(LOST)
 
     def write(self, number: int, rows: Sequence[Row]) -> None:
         """Write a part, in whole."""
@@ -78,15 +84,28 @@ class Parts:
             write_atomically(self.path(number), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def rows(self) -> Iterator[Row]:
-        """Yield what is written, in order."""
+        """Yield what is written, in order; raises DataError for a part that cannot be read."""
         for path in sorted(self.folder.glob(f"part-*.{self.form}")):
+            yield from self._read(path)
+
+    def _read(self, path: Path) -> list[Row]:
+        try:
             if self.form == "parquet":
                 from pyarrow import parquet
 
-                for row in parquet.read_table(path).to_pylist():
-                    yield {**row, "probabilities": json.loads(row.get("probabilities") or "null")}
+                rows = parquet.read_table(path).to_pylist()
+                found = [{**row, "probabilities": json.loads(row.get("probabilities") or "null")} for row in rows]
             else:
-                yield from map(json.loads, path.read_text(encoding="utf-8").split("\n")[:-1])
+                lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+                found = [dict(json.loads(line)) for line in lines]
+            if not found or any("error" not in row for row in found):
+                raise ValueError("a row has no error, be it null")
+        except (ValueError, TypeError, AttributeError, OSError, RuntimeError) as error:  # of JSON and of Arrow
+            raise DataError(
+                f"expected answers of a batch in {path}, it cannot be read ({first_line(error)}); delete it, and "
+                "--resume computes it again"
+            ) from error
+        return found
 
 
 def _parquet(rows: Sequence[Row]) -> bytes:

@@ -2,7 +2,7 @@
 
 A part is one call of one worker, and one file. Ray restarts a worker that is lost, loads its base again and repeats
 its parts; nothing is written but by the driver, so no part is lost or written twice. Workers are restarted without
-end; a part that ends its worker again and again has errors for answers.
+end; a part that ends its worker again and again has errors for answers, until a resumption computes it again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.backbone import trusts_code
-from softprompt.batches.parts import Parts
+from softprompt.batches.parts import LOST, Parts
 from softprompt.batches.settings import BatchSettings
 from softprompt.batches.worker import BatchTask, BatchWorker
 from softprompt.cluster import LOCAL, cause_of, connected, workers_of
@@ -50,7 +50,7 @@ def run_batch(
         output: The folder of the answers: ``part-000000.jsonl`` and so on.
         settings: How the batch is cut and computed.
         address: Ray's address; ``local`` starts it on this machine, ``auto`` finds the one that runs.
-        resume: Go on with the batch in ``output``; finished parts are not computed again.
+        resume: Go on with the batch in ``output``; finished parts are not computed again, lost ones are.
 
     Returns:
         The number of ``records``, ``parts``, of these the ``computed`` ones, and of ``errors`` among all records.
@@ -58,7 +58,7 @@ def run_batch(
     Raises:
         ConfigError: Ray is not installed, or cannot be reached.
         UsageError: There is another batch in the output, or none to resume.
-        DataError: There is no data, or it cannot be read; or no record has an answer.
+        DataError: There is no data, or it or a part cannot be read; or no record has an answer.
     """
     how = settings or BatchSettings()
     paths = _listed(data)
@@ -109,7 +109,7 @@ def _answered(
                 rows = ray.get(ready)
             except ray.exceptions.RayError as error:
                 logger.warning("part %d was lost with its worker, or failed there; its records have errors", part)
-                first, why = part * most + 1, f"the worker was lost or failed: {cause_of(error)}"
+                first, why = part * most + 1, f"{LOST}: {cause_of(error)}"
                 rows = [{"record": first + i, "error": why} for i in range(size)]
             parts.write(part, rows)
             bar.update()

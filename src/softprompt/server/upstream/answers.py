@@ -212,7 +212,7 @@ def first_of(group: BaseExceptionGroup[BaseException]) -> Exception:
 def _known(fleet: Fleet) -> str:
     """Return what to say of the servers that were asked."""
     ways = {
-        f"vLLM {facts.version}, prompts as "
+        f"vLLM {facts.version or '(version unknown)'}, prompts as "
         + ("embeddings beside text" if facts.takes_parts else "embeddings" if facts.takes_embeds else "ids")
         for facts in fleet.facts
     }

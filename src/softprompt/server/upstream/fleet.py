@@ -52,7 +52,7 @@ class UpstreamFacts:
 
     Attributes:
         model: The name of its model in requests.
-        version: vLLM's.
+        version: vLLM's; empty is unknown, as routers before it do not say.
         context_length: Most tokens of input and answer; None is unknown.
         takes_embeds: Whether inputs may be embeddings (``--enable-prompt-embeds``).
         takes_parts: Whether embeddings may also stand beside a text, which a chat template passes on as it is.
@@ -95,11 +95,16 @@ class UpstreamServer:
         sending = self.client.build_request("POST" if body else "GET", self.address + path, content=body)
         return await self.client.send(sending, stream=True)
 
-    async def whole(self, path: str, body: Body | None = None) -> Any:
-        """Send a small request and return its JSON answer; raises as ``refusal_of``."""
+    async def whole(self, path: str, body: Body | None = None, *, absent: Any = None) -> Any:
+        """Send a small request and return its JSON answer, or what is given for a path that is ``absent``.
+
+        Raises as ``refusal_of``.
+        """
         response = await self.send(path, None if body is None else json.dumps(body).encode())
         try:
             data = await response.aread()
+            if response.status_code in (404, 405) and absent is not None:
+                return absent
             if response.status_code != 200:
                 raise refusal_of(response.status_code, data)
             return json.loads(data)

@@ -108,7 +108,7 @@ async def identified(
         return UpstreamError(f"it has another model than {base.name}: {why}; {what}{instead}")
 
     listed = _base_among((await server.whole("/v1/models"))["data"], names)
-    version = (await server.whole("/version")).get("version", "")
+    version = (await server.whole("/version", absent={})).get("version", "")
     facts = UpstreamFacts(listed["id"], version, listed.get("max_model_len"))
     longest = base.facts.context_length
     # Positions that a rope stretches by a factor go further than the base's own.
