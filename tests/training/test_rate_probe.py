@@ -126,7 +126,15 @@ def test_a_resumed_run_keeps_the_rate_it_found(llama, rows, held_out, tmp_path, 
     assert resumed.metrics["learning_rate_probe"] == straight.metrics["learning_rate_probe"]
 
 
-RATES = ["[1]", "5", "null", "{}", "[[1,2]]", "[" * 100_000, *(f'{{"learning_rate": {each}}}' for each in ("0.5", "[]"))]
+RATES = [
+    "[1]",
+    "5",
+    "null",
+    "{}",
+    "[[1,2]]",
+    "[" * 100_000,
+    *(f'{{"learning_rate": {each}}}' for each in ("0.5", "[]")),
+]
 """What an edited file may hold instead of a sealed mapping."""
 
 
@@ -136,7 +144,9 @@ def test_a_rate_that_no_run_wrote_is_not_used(tmp_path, text):
     assert rate_probe._kept(tmp_path / rate_probe.FILE) is None
 
 
-@pytest.mark.parametrize(("rate", "used"), [(0.5, True), ("0.5", False), (True, False), (-1.0, False), (None, False)])
+@pytest.mark.parametrize(
+    ("rate", "used"), [(0.5, True), ("0.5", False), (True, False), (-1.0, False), (None, False)]
+)
 def test_a_kept_rate_is_a_number_above_zero(tmp_path, rate, used):
     found = {"learning_rate": rate, "updates": 8}
     write_sealed(tmp_path / rate_probe.FILE, json.dumps({**SEAL, **found}).encode())

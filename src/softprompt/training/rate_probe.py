@@ -74,7 +74,7 @@ def with_rate(
 
 
 def _kept(path: Path | None) -> dict[str, Any] | None:
-    """Return what an interrupted run had found; None where it is not there or damaged, for the same is found again."""
+    """Return what an interrupted run had found; None where there is nothing sound: it is found again."""
     with suppress(TrainingError, ValueError, TypeError, KeyError, RecursionError):
         found = {} if path is None else dict(json.loads(read_sealed(path)))
         del found["sha256"]
