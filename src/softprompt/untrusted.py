@@ -29,6 +29,8 @@ MOST_TEMPLATE, MOST_LABELS, MOST_LABEL = 1 << 17, 4_096, 1_000
 """Characters of a template; labels, and characters of one."""
 MOST_VIRTUAL_TOKENS, MOST_SIZE = 1 << 16, 1 << 20
 """Virtual tokens of a prompt, and any other size that its configuration names."""
+_MOST_OF_A_NAME = 255
+"""Characters of a part of a path; more are no name to any file system."""
 _VARIABLE, _UNPACKED = "SOFTPROMPT_MAX_PROMPT_BYTES", "SOFTPROMPT_MAX_UNPACKED_BYTES"
 
 
@@ -141,6 +143,13 @@ def check_plain(values: Any, name: str, error: type[SoftPromptError] = ArtifactE
                 why = f"{excerpt(repr(value))} is a {type(value).__name__}"
     if why:
         raise error(f"expected plain values within bounds in {name}, {why}: restore it from the original")
+
+
+def check_base_name(base: Any, where: str, error: type[SoftPromptError] = ArtifactError) -> Any:
+    """Return the base that a file names; raises ``error`` where no file system has a name that long."""
+    if base and max(map(len, base.split("/"))) > _MOST_OF_A_NAME:
+        raise error(f"expected the name of a base in {where}, got {base[:40]!r}...: restore it")
+    return base
 
 
 def check_types(owner: type, values: Mapping[str, Any], where: str, error: type[SoftPromptError]) -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +177,22 @@ def caikit(path: Path, text: str) -> None:
     (path / "config.yml").write_text(text)
 
 
+CAIKIT = {
+    "task_type": "CAUSAL_LM",
+    "trained_torch_dtype": "float32",
+    "tuning_type": "PROMPT_TUNING",
+    "DECODER": "decoder.pt",
+    "base_model_name": "tiny",
+    "verbalizer": '"{{input}}"',
+}
+
+
+def caikit_with(path: Path, key: str, value: str) -> None:
+    """Write a sound prompt of caikit's, but for one value."""
+    caikit(path, "".join(f"{name}: {each}\n" for name, each in {**CAIKIT, key: value}.items()))
+    torch.save(torch.zeros(2, 8), path / "decoder.pt")
+
+
 def array(path: Path) -> None:
     with (path / "p.npy").open("wb") as stream:
         header = {"descr": "<f4", "fortran_order": False, "shape": (2, 9_999_999_999)}
@@ -217,6 +234,12 @@ BOMBS = {
     "laughs": lambda path: caikit(path, LAUGHS),
     "merges": lambda path: caikit(path, MERGES),
     "deep yaml": lambda path: caikit(path, "[" * 200_000),
+    **{f"base 60 {key}": partial(caikit_with, key=key, value="1" + ":59" * 83_000) for key in CAIKIT},
+    "caikit template": partial(caikit_with, key="verbalizer", value='"' + "x" * 250_000 + '"'),
+    "caikit name": partial(caikit_with, key="base_model_name", value="x" * 200_000),
+    "caikit zero": partial(caikit_with, key="base_model_name", value='"a\\0b"'),
+    "caikit tag": partial(caikit_with, key="tuning_type", value='!!int "' + "9" * 250_000 + '"'),
+    "caikit tagged list": partial(caikit_with, key="tuning_type", value="!!int [1]"),
     "array": array,
     "pipe": lambda path: ((path / CONFIG).unlink(), os.mkfifo(path / CONFIG)),
     "loop": lambda path: ((path / RECORD).unlink(), (path / RECORD).symlink_to(RECORD)),
@@ -280,7 +303,7 @@ for path in others:
     before, started = peak(), time.process_time()
     try:
         place = path / "p.npy" if (path / "p.npy").exists() else path
-        stored = detect(place).read(place, object())
+        stored = detect(place).read(place, None if place == path else object())
         said = "taken"
         if stored.manifest:
             Verbalizer(stored.manifest.template)

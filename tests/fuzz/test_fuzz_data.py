@@ -37,6 +37,8 @@ COSTLY = {
     "digits.json": '[{"input": "x", "output": ' + "9" * 5_000 + "}]",
     "long.jsonl": json.dumps({"input": "word " * 2_000_000, "output": "y"}),
     "long.csv": "input,output\n" + "word " * 2_000_000 + ",y\n",
+    "turn.jsonl": json.dumps({"messages": [{"role": "assistant", "content": "x" * 10_000_000}]}),
+    "system.jsonl": json.dumps({"prompt": "x", "completion": "y", "system": "x" * 10_000_000}),
     "deep.jsonl": '{"input": ' + "[" * 100_000,
     "messages.jsonl": json.dumps({"messages": "[" * 100_000}),
     "tools.jsonl": json.dumps({"messages": [{"role": "user", "content": "x"}], "tools": "[" * 100_000}),
@@ -101,6 +103,11 @@ def test_what_is_made_to_be_costly_is_refused_soon(tmp_path, name):
         read_records(tmp_path / name)
     assert time.process_time() - begun < 2
     assert name in str(caught.value)
+
+
+def test_a_number_of_too_many_digits_is_said_to_be_one():
+    with pytest.raises(SoftPromptError, match="record 1: the number in the field 'input' has too many digits"):
+        read_records([{"input": 10**5_000, "output": "y"}])
 
 
 @pytest.mark.parametrize("name", ["pipe.jsonl", "device.csv"])

@@ -10,9 +10,9 @@ import torch
 
 from softprompt.cli.main import run
 from softprompt.errors import ConfigError, TrainingError, TrainingInterrupted
-from softprompt.training import Events, TuneSettings, rate_probe, read_run, tune
+from softprompt.training import Events, TuneSettings, events, rate_probe, read_run, tracking, tune
 from softprompt.training.examples import read_data
-from softprompt.training.output import state_path
+from softprompt.training.output import SEAL, state_path, write_sealed
 from softprompt.training.preparation import prepare
 
 QUICK = {
@@ -124,6 +124,44 @@ def test_a_resumed_run_keeps_the_rate_it_found(llama, rows, held_out, tmp_path, 
     resumed = tune(llama, rows, held_out, output=tmp_path / "out", resume=True)
     assert torch.equal(weights(resumed), weights(straight))
     assert resumed.metrics["learning_rate_probe"] == straight.metrics["learning_rate_probe"]
+
+
+RATES = [
+    "[1]",
+    "5",
+    "null",
+    "{}",
+    "[[1,2]]",
+    "[" * 100_000,
+    *(f'{{"learning_rate": {each}}}' for each in ("0.5", "[]")),
+]
+"""What an edited file may hold instead of a sealed mapping."""
+
+
+@pytest.mark.parametrize("text", RATES, ids=range(len(RATES)))
+def test_a_rate_that_no_run_wrote_is_not_used(tmp_path, text):
+    (tmp_path / rate_probe.FILE).write_text(text)
+    assert rate_probe._kept(tmp_path / rate_probe.FILE) is None
+
+
+@pytest.mark.parametrize(
+    ("rate", "used"), [(0.5, True), ("0.5", False), (True, False), (-1.0, False), (None, False)]
+)
+def test_a_kept_rate_is_a_number_above_zero(tmp_path, rate, used):
+    found = {"learning_rate": rate, "updates": 8}
+    write_sealed(tmp_path / rate_probe.FILE, json.dumps({**SEAL, **found}).encode())
+    assert rate_probe._kept(tmp_path / rate_probe.FILE) == (found if used else None)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"data": {"step": 1' + "0" * 400 + "}}", '{"data": [1]}', ""])
+def test_a_line_of_a_log_that_has_no_step_is_past_every_update(line):
+    assert events._step_of(line) == float("inf")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "5", "[1]", ""], ids=["deep", "number", "list", "empty"])
+def test_what_a_tracker_cannot_read_it_has_not_kept(tmp_path, text):
+    (tmp_path / "tracking.json").write_text(text)
+    assert tracking._read(tmp_path / "tracking.json") == {}
 
 
 def test_ctrl_c_while_rates_are_tried_leaves_nothing_and_says_so(llama, rows, held_out, tmp_path, monkeypatch):

@@ -211,3 +211,16 @@ def test_prompts_of_other_places_are_no_sources(tmp_path, bases, changes, messag
     if message:
         with pytest.raises(ConfigError, match="other cannot be used"):
             find_source("other", str(tmp_path))
+
+
+def test_folders_that_are_nested_without_end_are_looked_through_to_a_depth(tmp_path):
+    nested = [tmp_path]
+    for _ in range(1_500):
+        nested.append(nested[-1] / "d")
+        nested[-1].mkdir()
+    for level in (8, 9):
+        (nested[level] / "plain.pt").write_bytes(b"")
+    found = [source.name for source in list_sources(tmp_path)]
+    for path in reversed(nested[10:]):  # what cleans up behind a test may recurse
+        path.rmdir()
+    assert found == ["d/" * 8 + "plain.pt"]

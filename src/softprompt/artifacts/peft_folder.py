@@ -45,9 +45,9 @@ from softprompt.artifacts.manifest import Manifest
 from softprompt.artifacts.stored_prompt import StoredPrompt
 from softprompt.errors import ArtifactError, no_folder
 from softprompt.prompts import CONFIG_NAME
+from softprompt.untrusted import check_base_name
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_MOST_OF_A_NAME = 255
 """Characters of a part of a path, which no file system exceeds."""
 PROMPT_FILES = (CONFIG_NAME, WEIGHTS_NAME, PICKLED_WEIGHTS_NAME, MANIFEST_NAME)
 
@@ -167,7 +167,7 @@ def _parsed(files: Mapping[str, bytes], directory: Path, location: str) -> Store
     config = parse_object(files[CONFIG_NAME].decode(errors="replace"), name)
     check_config(config)
     base = "base_model_name_or_path"
-    config |= {base: _named(config[base], directory / CONFIG_NAME)} if base in config else {}
+    config |= {base: check_base_name(config[base], str(directory / CONFIG_NAME))} if base in config else {}
     record, weights = files.get(MANIFEST_NAME), files.get(WEIGHTS_NAME)
     manifest = None if record is None else _manifest_of(record, directory / MANIFEST_NAME)
     path = directory / (PICKLED_WEIGHTS_NAME if weights is None else WEIGHTS_NAME)
@@ -181,16 +181,9 @@ def _parsed(files: Mapping[str, bytes], directory: Path, location: str) -> Store
 def _manifest_of(data: bytes, path: Path) -> Manifest:
     try:
         manifest = Manifest.from_dict(parse_object(data.decode(errors="replace"), path.name))
-        return dataclasses.replace(manifest, base_model=_named(manifest.base_model, path))
+        return dataclasses.replace(manifest, base_model=check_base_name(manifest.base_model, str(path)))
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
-
-
-def _named(base: str | None, path: Path) -> Any:
-    """Return the base that a file names, whose length is checked."""
-    if base and max(map(len, base.split("/"))) > _MOST_OF_A_NAME:
-        raise ArtifactError(f"expected the name of a base in {path}, got {base[:40]!r}...: restore it")
-    return base
 
 
 def _check_digest(path: Path, data: bytes, manifest: Manifest) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 from softprompt.errors import DataError, nearest
+from softprompt.untrusted import MOST_CHARACTERS
 
 CHAT_COLUMNS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
 """Columns by which chats, and instructions that can be one, are recognised."""
@@ -72,6 +73,14 @@ class Chat:
         return replace(self, messages=(*self.messages, {"role": "assistant", "content": text}))
 
 
+def check_length(text: str, what: str, where: str) -> None:
+    """Refuse a text that no context holds, and a tokenizer takes minutes for; raises DataError."""
+    if len(text) > MOST_CHARACTERS:
+        raise DataError(
+            f"{where}: {what} has {len(text):,} characters, and at most {MOST_CHARACTERS:,} are read; cut it"
+        )
+
+
 def is_chat(value: object) -> bool:
     """Whether a value is a list of messages, rather than of texts or fields."""
     return (
@@ -93,7 +102,7 @@ def chat_of(given: Any, where: str = "the input", columns: Sequence[str] | None 
         DataError: It is no chat, or a message is not as expected.
     """
     if isinstance(given, str):
-        return Chat(({"role": "user", "content": given},))
+        return Chat(_messages(given, where))
     if not isinstance(given, Mapping):
         return Chat(_messages(given, where))
     columns = columns or next((each for each in CHAT_COLUMNS if each[0] in given), ("input",))
@@ -105,7 +114,7 @@ def chat_of(given: Any, where: str = "the input", columns: Sequence[str] | None 
         name = "text" if columns[0] not in given and "text" in given else columns[0]
         messages = _messages(_listed(given.get(name), name, where), where)
     if given.get("system") and messages[0]["role"] != "system":
-        messages = ({"role": "system", "content": _text(given, "system", where)}, *messages)
+        messages = (*_messages(_text(given, "system", where), where, "system"), *messages)
     before = 0
     if len(columns) > 1 and given.get(columns[1]) is not None:
         before = len(messages)
@@ -138,6 +147,7 @@ def _listed(value: Any, name: str, where: str) -> Any:
 def _messages(value: Any, where: str, role: str = "user") -> tuple[Mapping[str, Any], ...]:
     """Return a text as one message of a role, or a list of messages as templates take them."""
     if isinstance(value, str):
+        check_length(value, "a message", where)
         return ({"role": role, "content": value},)
     if isinstance(value, Mapping) or not hasattr(value, "__iter__"):
         raise DataError(
@@ -171,6 +181,7 @@ def _message(given: Any, where: str) -> dict[str, Any]:
         content = ""
     if not isinstance(content, str):
         raise DataError(f"{where}: expected text in {names[1]!r}, got {content!r}")
+    check_length(content, repr(names[1]), where)
     return {"role": role, "content": content, **more}
 
 

@@ -8,11 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from softprompt.data.chats import CHAT_COLUMNS, Chat, chat_of, is_chat
+from softprompt.data.chats import CHAT_COLUMNS, Chat, chat_of, check_length, is_chat
 from softprompt.data.file_formats import Located
 from softprompt.data.sources import DataSource, Use, read_source
 from softprompt.errors import ConfigError, DataError, broken, nearest
-from softprompt.untrusted import MOST_CHARACTERS
 
 LabelNames: TypeAlias = Mapping[str, str] | Mapping[int, str] | Sequence[str]
 """Names of targets by these, or those of 0, 1 and so on."""
@@ -169,16 +168,17 @@ def _text(value: Any, name: str, where: str) -> str | None:
     if isinstance(scalar, str):
         if problem := broken(scalar):
             raise DataError(f"{where}: the field {name!r} holds {problem}; correct the record or leave it out")
-        if len(scalar) > MOST_CHARACTERS:  # no context holds it, and a tokenizer takes minutes
-            raise DataError(
-                f"{where}: the field {name!r} has {len(scalar):,} characters, and at most {MOST_CHARACTERS:,} are "
-                "read; cut it"
-            )
+        check_length(scalar, f"the field {name!r}", where)
         return scalar
     if scalar is None or (isinstance(scalar, float) and math.isnan(scalar)):
         return None
     if isinstance(scalar, bool | int | float):
-        return json.dumps(scalar)
+        try:
+            return json.dumps(scalar)
+        except ValueError as error:  # Python writes no number of more than 4,300 digits
+            raise DataError(
+                f"{where}: the number in the field {name!r} has too many digits; write it as text"
+            ) from error
     raise DataError(
         f"{where}: expected text or a number in the field {name!r}, got a value of type {type(scalar).__name__}"
     )

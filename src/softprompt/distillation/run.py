@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softprompt.artifacts import CURVE_NAME, read_bytes, write_atomically
+from softprompt.artifacts import CURVE_NAME, parse_object, read_bytes, write_atomically
 from softprompt.data import read_source
 from softprompt.display import training_curve
 from softprompt.distillation import (
@@ -57,6 +57,7 @@ from softprompt.training import (
     publish_logs,
     trackers_of,
 )
+from softprompt.untrusted import check_types
 from softprompt.world import joined, world
 
 if TYPE_CHECKING:
@@ -296,9 +297,13 @@ def measure_distilled(
     text = SourceText.of(system_prompt, documents, examples, settings.columns)
     teacher = Teacher.of(tuned.base, text, settings)
     path = Path(prompt) / QUESTIONS_NAME
+    lines = read_bytes(path).splitlines()
     try:
-        own = [Question(**json.loads(each)) for each in read_bytes(path).splitlines()]
-    except (ValueError, TypeError) as error:
+        read = [parse_object(each.decode(), path.name) for each in lines]
+        for each in read:
+            check_types(Question, each, path.name, ArtifactError)
+        own = [Question(**each) for each in read]
+    except (ArtifactError, ValueError, TypeError) as error:
         raise ArtifactError(f"{path} is damaged ({error}); copy it again from the original") from error
     asked = [each for each in own if each.held_out]
     if questions is not None:

@@ -286,7 +286,7 @@ class PeftConfig(KnownToPeft):
         config = cls.from_file(given | values)
         if not isinstance(config, cls):
             warnings.warn(
-                f"{name} holds a {type(config).__name__}, not a {cls.__name__}; that is what it is loaded as",
+                line(f"{name} holds a {type(config).__name__}, not a {cls.__name__}; that is what it is loaded as"),
                 stacklevel=2,
             )
         return cast(Self, config)

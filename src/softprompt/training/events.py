@@ -206,5 +206,5 @@ def _open_log(path: Path, updates: int) -> TextIO:
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["data"]["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float("inf")

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from softprompt.artifacts import write_atomically
-from softprompt.errors import TrainingInterrupted
+from softprompt.errors import TrainingError, TrainingInterrupted
 from softprompt.training.loop import train_together
-from softprompt.training.output import state_path
+from softprompt.training.output import SEAL, read_sealed, state_path, write_sealed
 from softprompt.training.preparation import varied
 from softprompt.training.session import candidate_of
 from softprompt.world import world
@@ -62,13 +61,7 @@ def with_rate(
     if not isinstance(settings.learning_rate, str):
         return prepared, {}
     kept = None if output is None else state_path(output).with_name(FILE)
-
-    def earlier() -> dict[str, Any] | None:
-        with suppress(OSError, ValueError):  # there is none, or it is damaged: the same is found again
-            return None if kept is None else dict(json.loads(kept.read_text(encoding="utf-8")))
-        return None
-
-    if (found := world().from_main(earlier)) is None:
+    if (found := world().from_main(lambda: _kept(kept))) is None:
         try:
             found = probe(prepared, check_stop)
         except TrainingInterrupted:
@@ -76,9 +69,18 @@ def with_rate(
                 "training was stopped while learning rates were tried; nothing is saved yet, start it again"
             ) from None
         if kept is not None:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(kept, json.dumps(found))
+            write_sealed(kept, json.dumps({**SEAL, **found}).encode())
     return varied(prepared, replace(settings, learning_rate=found["learning_rate"])), {"learning_rate_probe": found}
+
+
+def _kept(path: Path | None) -> dict[str, Any] | None:
+    """Return what an interrupted run had found; None where there is nothing sound: it is found again."""
+    with suppress(TrainingError, ValueError, TypeError, KeyError, RecursionError):
+        found = {} if path is None else dict(json.loads(read_sealed(path)))
+        del found["sha256"]
+        if isinstance(rate := found["learning_rate"], float) and 0 < rate < math.inf:
+            return found
+    return None
 
 
 def probe(prepared: Prepared, check_stop: Callable[[], None] = lambda: None) -> dict[str, Any]:

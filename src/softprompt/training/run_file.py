@@ -15,6 +15,7 @@ from softprompt.fields import renamed
 from softprompt.training.keywords import ALIASES
 from softprompt.training.settings import TuneSettings
 from softprompt.training.tuning_config import TuningConfig
+from softprompt.untrusted import check_base_name
 
 RUN_FILE = "run.toml"
 DATA = ("train_data", "validation_data")
@@ -83,6 +84,8 @@ def _check_keys(values: Mapping[str, Any], known: list[str], where: str) -> None
 
 def _check_source(value: Any, name: str, path: str) -> None:
     if isinstance(value, str):
+        if name == "base_model":
+            check_base_name(value, path, ConfigError)
         return
     by_task = name in DATA and isinstance(value, dict)
     if not by_task or not all(isinstance(each, str) for each in value.values()):

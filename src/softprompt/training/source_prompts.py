@@ -27,6 +27,8 @@ from softprompt.prompts import (
 
 VARIABLE = "SOURCE_PROMPT_BASE"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+_DEPTH = 8
+"""Levels of folders that are looked through."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +182,7 @@ def find_source(name: str, given: str | None) -> SourceInfo:
     return found
 
 
-def _places(folder: Path) -> Iterator[Path]:
+def _places(folder: Path, level: int = 0) -> Iterator[Path]:
     """Yield folders in PEFT's layout and bare files, in the order of their names."""
     try:
         found = sorted(folder.iterdir())
@@ -193,8 +195,8 @@ def _places(folder: Path) -> Iterator[Path]:
         if path.is_dir():
             if os.path.isfile(path / CONFIG_NAME):
                 yield path
-            elif not path.is_symlink():  # which may lead round and round
-                yield from _places(path)
+            elif level < _DEPTH and not path.is_symlink():  # which may lead round and round
+                yield from _places(path, level + 1)
         elif path.suffix in SUFFIXES:
             yield path
 

@@ -230,7 +230,7 @@ def _samples(tuned: TunedPrompt, tasks: Sequence[TaskRows]) -> str:
 def _read(file: Path | None) -> dict[str, Any]:
     try:
         return dict(json.loads(file.read_text(encoding="utf-8"))) if file is not None else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
 
 

@@ -7,6 +7,7 @@ the base's weights inside (``has_base_model``), its TGIS module runs them as the
 from __future__ import annotations
 
 import json
+import os
 import re
 import uuid
 from collections.abc import Iterable, Mapping
@@ -16,12 +17,13 @@ from typing import Any
 
 import yaml
 
-from softprompt.artifacts import MOST_DEPTH, Origin, StoredPrompt, installed_versions, read_bytes
+from softprompt.artifacts import MOST_DEPTH, Origin, StoredPrompt, check_plain, installed_versions, read_bytes
 from softprompt.artifacts.formats.format import MEASURED, USED, Export, Format, Source, stored_of_parts
 from softprompt.artifacts.formats.tensor_files import PART_NAMES, part_files, parts_of, read_part, write_parts
 from softprompt.backbone import Base
-from softprompt.errors import ArtifactError, FingerprintError
+from softprompt.errors import ArtifactError, FingerprintError, excerpt
 from softprompt.prompts import TaskType
+from softprompt.untrusted import MOST_LABEL, MOST_TEMPLATE, check_base_name
 
 CONFIG_FILE = "config.yml"
 MODULE_ID = "6655831b-960a-4dc5-8df4-867026e2cd41"
@@ -31,7 +33,14 @@ _MODULE = {
     "name": "Peft generation",
     "version": "0.1.0",
 }
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_LOADER: Any = type("_Loader", (getattr(yaml, "CBaseLoader", yaml.BaseLoader),), {})
+"""Reads whole numbers and nulls, all else as texts: YAML's own numbers may be to the base 60, and take minutes."""
+_LOADER.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"-?(?:0|[1-9][0-9]{0,17})$"), list("-0123456789")
+)
+_LOADER.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+_LOADER.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(?:~|null|)$"), ["~", "n", ""])
+_LOADER.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
 _MOST_BYTES = 1 << 18
 _NAME = re.compile("[_a-zA-Z0-9]+")
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -54,12 +63,14 @@ def _read(source: Source, base: Base | None) -> StoredPrompt:
     recorded = config.get("base_model_config")
     if base is not None and isinstance(recorded, dict):
         _check_sizes(recorded, base, path)
+    given = {key: value for key, value in config.items() if value}
+    name = base.name if base else _text(config, "base_model_name", path)
     origin = Origin(
-        base_model=base.name if base else _text(config, "base_model_name", path),
+        base_model=check_base_name(name, str(path / CONFIG_FILE)),
         seq2seq=kinds[kind],
         template=_text(config, "verbalizer", path),
         dtype=_one_of(_DTYPES, dtype, "trained_torch_dtype", path),
-        settings={"tuning_type": str(config.get("tuning_type") or "PROMPT_TUNING")},
+        settings={"tuning_type": _text({"tuning_type": "PROMPT_TUNING"} | given, "tuning_type", path, MOST_LABEL)},
     )
     return stored_of_parts(parts, origin, base, str(path))
 
@@ -129,15 +140,21 @@ def _config(path: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"expected a mapping in {path}, got a {type(values).__name__}: restore it from the original"
         )
+    check_plain(values, str(path))
     return values
 
 
-def _text(config: Mapping[str, Any], key: str, path: Path) -> str:
+def _text(config: Mapping[str, Any], key: str, path: Path, most: int = MOST_TEMPLATE) -> str:
     value = config.get(key)
     if not isinstance(value, str) or not value:
         raise ArtifactError(
-            f"expected a text for {key} in {path / CONFIG_FILE}, got {value!r}: check that it is a "
+            f"expected a text for {key} in {path / CONFIG_FILE}, got {excerpt(repr(value))}: check that it is a "
             "prompt of caikit-nlp's PeftPromptTuning"
+        )
+    if len(value) > most:
+        raise ArtifactError(
+            f"expected at most {most:,} characters for {key} in {path / CONFIG_FILE}, got {len(value):,}: "
+            "check that it is what it should be"
         )
     return value
 
@@ -147,7 +164,7 @@ def _one_of(known: Iterable[str], value: str, key: str, path: Path) -> str:
     name = value.rpartition(".")[2]
     if name not in known:
         raise ArtifactError(
-            f"expected {' or '.join(known)} for {key} in {path / CONFIG_FILE}, got {value!r}: "
+            f"expected {' or '.join(known)} for {key} in {path / CONFIG_FILE}, got {excerpt(value)!r}: "
             "check that it is a prompt of caikit-nlp's PeftPromptTuning"
         )
     return name
@@ -160,12 +177,12 @@ def _inside(path: Path, part: str, name: Any) -> Path:
     """
     if not isinstance(name, str) or Path(name).name != name or name == "..":
         raise ArtifactError(
-            f"expected a file in {path} for {part} in {CONFIG_FILE}, got {name!r}, which leads "
+            f"expected a file in {path} for {part} in {CONFIG_FILE}, got {excerpt(str(name))!r}, which leads "
             "elsewhere: put the file beside it"
         )
-    if not (path / name).is_file():
+    if not os.path.isfile(path / name):  # which takes a name that is too long for one
         raise ArtifactError(
-            f"{CONFIG_FILE} in {path} names {name} for {part}, which is not in it: copy it beside it"
+            f"{CONFIG_FILE} in {path} names {excerpt(name)} for {part}, which is not in it: copy it beside it"
         )
     return path / name
 
