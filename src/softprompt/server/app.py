@@ -196,8 +196,8 @@ def _run(app: FastAPI, settings: ServeSettings, sock: socket.socket) -> None:
 def _uncollected() -> Generator[None]:
     """Leave what the process holds by now, torch's modules for the most part, out of collections of garbage.
 
-    A body of very many lists starts collections while it is parsed. One holds the interpreter, and so the event loop,
-    for as long as it looks through all objects there are.
+    A body of very many lists starts collections while it is parsed. One holds the interpreter, and so the event
+    loop, for as long as it looks through all objects there are.
     """
     gc.collect()
     gc.freeze()
