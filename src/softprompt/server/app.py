@@ -6,12 +6,13 @@ Routers, middleware, lifespan, health endpoints and the page at ``/``.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import math
 import signal
 import socket
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -184,10 +185,26 @@ def _run(app: FastAPI, settings: ServeSettings, sock: socket.socket) -> None:
     log = logging.getLogger("uvicorn.error")
     log.addFilter(keeps)
     try:
-        server.run(sockets=[sock])
+        with _uncollected():
+            server.run(sockets=[sock])
     finally:
         log.removeFilter(keeps)
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _uncollected() -> Generator[None]:
+    """Leave what the process holds by now, torch's modules for the most part, out of collections of garbage.
+
+    A body of very many lists starts collections while it is parsed. One holds the interpreter, and so the event
+    loop, for as long as it looks through all objects there are.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def create_app(settings: ServeSettings, registry: Registry, batcher: AnswerSource, scorer: ScoreSource) -> FastAPI:

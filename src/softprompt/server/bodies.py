@@ -1,13 +1,14 @@
-"""Reading bodies in a thread, one at a time, so that the event loop answers others meanwhile.
+"""Reading bodies in a thread, one at a time, so that the event loop answers others meanwhile; so long ones' texts.
 
 FastAPI parses and checks a body in the event loop. Here it gets one that is parsed and checked already.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Coroutine
-from typing import Any, cast, final
+from typing import Any, ParamSpec, TypeVar, cast, final
 
 import anyio
 from fastapi import Request
@@ -17,8 +18,10 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-_READERS = 1
-"""Bodies read at once: more would only take turns with each other, and with the event loop."""
+P = ParamSpec("P")
+Result = TypeVar("Result")
+_LONG = 20_000
+"""Bytes of a body from which on its texts are tokenised in turn: some 20 ms of a tokenizer."""
 
 
 @final
@@ -60,10 +63,30 @@ class _Read(Request):
         Raises:
             RequestValidationError: It is not valid.
         """
-        body, state = await self.body(), self.app.state
-        if not hasattr(state, "readers"):
-            state.readers = anyio.CapacityLimiter(_READERS)
-        return await anyio.to_thread.run_sync(_checked, body, self.kind, limiter=state.readers)
+        return await anyio.to_thread.run_sync(
+            _checked, await self.body(), self.kind, limiter=_one_at_a_time(self, "read")
+        )
+
+
+async def in_turn(request: Request, function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
+    """Tokenise what a body holds, in a thread; of long bodies one at a time.
+
+    A tokenizer works for one caller at a time. Many long texts would have short ones wait for all of them, and take
+    all threads.
+    """
+    limiter = _one_at_a_time(request, "tokenised") if len(await request.body()) > _LONG else None
+    return await anyio.to_thread.run_sync(functools.partial(function, *args, **kwargs), limiter=limiter)
+
+
+def _one_at_a_time(request: Request, what: str) -> anyio.CapacityLimiter:
+    """Return the application's limiter of bodies that are read, or tokenised.
+
+    More at once would only take turns with each other, and with the event loop.
+    """
+    state = request.app.state
+    if not hasattr(state, what):
+        setattr(state, what, anyio.CapacityLimiter(1))
+    return cast(anyio.CapacityLimiter, getattr(state, what))
 
 
 def _checked(body: bytes, kind: type[BaseModel]) -> BaseModel:

@@ -15,7 +15,7 @@ from softprompt.data import Chat
 from softprompt.errors import ConfigError
 from softprompt.generation import EchoEvent, Input, Request, TokenEvent
 from softprompt.prompts import Placement
-from softprompt.server.bodies import BodyRoute
+from softprompt.server.bodies import BodyRoute, in_turn
 from softprompt.server.completions import answered
 from softprompt.server.logprobs import Scores
 from softprompt.server.protocol import (
@@ -32,7 +32,7 @@ from softprompt.server.protocol import (
     Whole,
     options_of,
 )
-from softprompt.server.service import STREAMED, USER, EventStream, Run, Service, in_thread, service_of
+from softprompt.server.service import STREAMED, USER, EventStream, Run, Service, service_of
 from softprompt.server.unserved import OF_MESSAGE, OF_PART, PARAMETERS, Neutral
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ async def chat(body: ChatBody, request: HTTPRequest) -> Response:
     served = await service.served(body.model, body.task)
     most = served.manifest.max_target_length if served.manifest else DEFAULT_TOKENS
     seconds = service.settings.request_seconds
-    submission = await in_thread(chat_submission, body, served, seconds, most)
+    submission = await in_turn(request, chat_submission, body, served, seconds, most)
     service.note_chat(served)
     reply = Reply.of(submission, body, "chatcmpl", "chat.completion")
     run = service.start(served, submission.requests)

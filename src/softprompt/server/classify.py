@@ -17,7 +17,7 @@ from torch import Tensor
 
 from softprompt.errors import ConfigError, DataError
 from softprompt.generation import Input, Labelling, label_ids_of
-from softprompt.server.bodies import BodyRoute
+from softprompt.server.bodies import BodyRoute, in_turn
 from softprompt.server.errors import Problem
 from softprompt.server.protocol import Body, Fields, InputUsage, Several, Stop, Text
 from softprompt.server.service import CLIENT_GONE, USER, in_thread, service_of, unless_gone
@@ -149,7 +149,7 @@ async def classify(body: ClassifyBody, request: Request) -> Response:
     """Score the labels of one text or several, in one forward pass."""
     service = service_of(request)
     served = await service.served(body.model, body.task)
-    labelling = await in_thread(labelling_of, body, served, service.settings.max_request_rows)
+    labelling = await in_turn(request, labelling_of, body, served, service.settings.max_request_rows)
     scoring = await in_thread(LabelRun.start, service, served, labelling)
     sums = await unless_gone(request, scoring.sums(), scoring.cancel)
     if sums is None:

@@ -27,7 +27,7 @@ from softprompt.generation import (
     label_ids_of,
 )
 from softprompt.server.access_log import tally
-from softprompt.server.bodies import BodyRoute
+from softprompt.server.bodies import BodyRoute, in_turn
 from softprompt.server.classify import LabelRun
 from softprompt.server.logprobs import Position, Scores
 from softprompt.server.protocol import (
@@ -115,7 +115,7 @@ async def complete(body: CompletionBody, request: HTTPRequest) -> Response:
     service = service_of(request)
     served = await service.served(body.model, body.task)
     seconds = service.settings.request_seconds
-    submission = await in_thread(completion_submission, body, served, seconds)
+    submission = await in_turn(request, completion_submission, body, served, seconds)
     reply = Reply.of(submission, body, "cmpl", "text_completion")
     run: Answering
     if (labelling := await in_thread(label_question, body, submission)) is None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from softprompt.engine import EngineRow, text_states
 from softprompt.errors import ConfigError, DataError, NotServingError, QueueFullError
-from softprompt.server.bodies import BodyRoute
+from softprompt.server.bodies import BodyRoute, in_turn
 from softprompt.server.protocol import Body, InputUsage, Several, Text, TokenIds, Whole
 from softprompt.server.service import CLIENT_GONE, USER, Service, in_thread, service_of, unless_gone
 
@@ -66,7 +66,7 @@ async def embed(body: EmbeddingsBody, request: Request) -> Response:
     """Return the vector of one text or of several."""
     service, started = service_of(request), time.monotonic()
     served = await service.served(body.model, body.task, embeds=True)
-    rows = await in_thread(_rows, body, served, service.settings.max_request_rows)
+    rows = await in_turn(request, _rows, body, served, service.settings.max_request_rows)
     waiting = service.embedding.statistics().tasks_waiting
     if waiting >= service.settings.bounds.max_queue:
         raise QueueFullError(f"{waiting} requests wait already; try again later", 1.0)

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from softprompt.errors import ConfigError
 from softprompt.generation import Input, Request, TokenEvent
-from softprompt.server.bodies import BodyRoute
+from softprompt.server.bodies import BodyRoute, in_turn
 from softprompt.server.chat import DEFAULT_TOKENS, chat_input
 from softprompt.server.protocol import (
     MOST_TOKENS,
@@ -39,7 +39,6 @@ from softprompt.server.service import (
     USER,
     EventStream,
     Run,
-    in_thread,
     service_of,
     unless_gone,
 )
@@ -135,7 +134,7 @@ async def respond(body: ResponsesBody, request: HTTPRequest) -> Response:
     """Answer a text, or a chat, once."""
     service = service_of(request)
     served = await service.served(body.model, body.task)
-    submission = await in_thread(_submission, body, served, service.settings.request_seconds)
+    submission = await in_turn(request, _submission, body, served, service.settings.request_seconds)
     if served.plain.tokenizer.chat_template:
         service.note_chat(served)
     reply = Reply.of(submission, body, "resp", "response")
