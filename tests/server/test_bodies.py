@@ -81,7 +81,7 @@ def test_while_the_server_runs_collections_look_through_nothing_loaded_before(mo
     def note():
         walked.append(len(gc.get_objects()))
 
-    server = SimpleNamespace(run=lambda sockets: note(), force_exit=False)
+    server = SimpleNamespace(run=lambda **_: note(), force_exit=False)
     monkeypatch.setattr(app, "config_of", lambda *_: None)
     monkeypatch.setattr(app, "server_of", lambda *_: server)
     gc.unfreeze()  # what tests/conftest.py has frozen

@@ -193,4 +193,7 @@ def without_cache(output: Any) -> Any:
 def cached_tokens(values: Mapping[str, Any]) -> int:
     """Return how many tokens the cache of a call holds; recurrent states alone do not say, and count as 0."""
     cache = cache_in(values)
-    return int(cache.get_seq_length()) if isinstance(cache, Cache) and not all(cache.is_linear) else 0
+    if not isinstance(cache, Cache):
+        return 0
+    own = getattr(cache, "self_attention_cache", cache)  # an encoder-decoder's own has no layers before 5.23
+    return 0 if all(own.is_linear) else int(cache.get_seq_length())
