@@ -32,14 +32,48 @@ def connected(server, count):
     return lambda: len(server.uvicorn.server_state.connections) == count
 
 
+def asking(server):
+    """Return a connection whose request has begun and does not end."""
+    found = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
+    found.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\n")
+    until(lambda: all(each.cycle for each in list(server.uvicorn.server_state.connections)))
+    return found
+
+
+def test_a_silent_connection_makes_room_for_a_request_with_a_key(base, shared_prompts, tmp_path):
+    (tmp_path / "keys").write_text("one\n")
+    app = app_over(
+        base, shared_prompts, ScriptedBatcher(auto=True), max_connections=2, api_key_file=str(tmp_path / "keys")
+    )
+    with running(app) as server, ExitStack() as stack:
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        silent = [stack.enter_context(socket.create_connection(address, timeout=20)) for _ in range(2)]
+        until(connected(server, 2))
+        with server.client() as client:
+            assert client.post("/v1/completions", json=BODY).status_code == 503
+        until(connected(server, 2))
+        with server.client(headers={"Authorization": "Bearer one"}) as client:
+            assert client.post("/v1/completions", json=BODY).status_code == 200
+            until(connected(server, 2))
+        for each in silent:
+            each.setblocking(False)
+        assert [_is_closed(each) for each in silent].count(True) == 1
+
+
+def _is_closed(sock):
+    try:
+        return sock.recv(1) == b""
+    except BlockingIOError:
+        return False
+
+
 def test_connections_are_bounded_and_probes_are_answered(narrow):
-    port = int(narrow.url.rpartition(":")[2])
     with ExitStack() as stack:
         client = stack.enter_context(narrow.client())
-        stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        stack.enter_context(asking(narrow))
         assert client.post("/v1/completions", json=BODY).status_code == 200
-        stack.enter_context(socket.create_connection(("127.0.0.1", port)))
-        until(connected(narrow, 3))
+        stack.enter_context(asking(narrow))
+        until(connected(narrow, 2))  # the client's was idle, and made room
         found = client.post("/v1/completions", json=BODY)
         assert found.status_code == 503
         assert found.headers["retry-after"] == "1"
@@ -48,7 +82,6 @@ def test_connections_are_bounded_and_probes_are_answered(narrow):
         assert (error["code"], error["type"]) == ("unavailable", "server_error")
         assert "2 connections" in error["message"]
         until(connected(narrow, 2))  # the one that was refused is closed, the others stay
-        stack.enter_context(socket.create_connection(("127.0.0.1", port)))
         for path in ("/health", "/ready", "/metrics"):
             assert client.get(path).status_code == 200, path
         assert 'requests_refused_total{code="503"} 1.0' in client.get("/metrics").text
@@ -154,6 +187,9 @@ class Connection:
     def close(self):
         self.closed = True
 
+    def is_closing(self):
+        return self.closed
+
 
 def test_only_silence_closes_a_connection(monkeypatch):
     now = 100.0
@@ -176,6 +212,24 @@ def test_only_silence_closes_a_connection(monkeypatch):
     connections.close_silent(5)
     assert busy.closed
     assert connections.count == 3
+
+
+def test_the_connection_that_is_silent_longest_makes_room(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    busy, first, second = (Connection() for _ in range(3))
+    state = SimpleNamespace(connections={busy, first})
+    connections = Connections(SimpleNamespace(server_state=state))
+    busy.ask(answered=False)
+    connections.close_silent(5)
+    now += 1
+    state.connections.add(second)
+    assert connections.make_room()
+    assert (busy.closed, first.closed, second.closed) == (False, True, False)
+    assert connections.make_room()
+    assert second.closed
+    assert not connections.make_room(), "nobody is silent any more"
+    assert not busy.closed
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready"])

@@ -22,6 +22,7 @@ SIZE = 300_000
 BYTES_PER_BYTE, OF_A_TEXT = 100, 700
 """Of the process, for each byte of a body: an empty list is 3 bytes of JSON and 64 in Python; a token, of which a
 text has up to one a byte, is some hundred bytes in the tokenizer, which works for one request at a time."""
+JSON = {"content-type": "application/json"}
 SECONDS = 1.0
 """Of the server's own time, whatever else the machine does, that /health may take."""
 
@@ -119,10 +120,35 @@ def test_memory_is_linear_in_a_body_and_health_answers_meanwhile(base, tmp_path,
                     for body in hostile(known[:names], items) if made == "hostile" else valid(known[0]):
                         process.forget_peak()
                         content = body.encode()
-                        answer = client.post(path, content=content, headers={"content-type": "application/json"})
+                        answer = client.post(path, content=content, headers=JSON)
                         assert answer.status_code in (200, 400), answer.text
                         grown = (process.mebibytes("VmHWM") - before) * 2**20 / len(content)
                         assert grown < most, (path, body[:60])
         assert len(took) > 5
         assert max(took) < SECONDS
         assert client.get("/ready").status_code == 200
+
+
+@pytest.mark.slow  # 40 s on a busy machine: five texts and five lists of 1 MB, in turn
+def test_a_megabyte_to_every_endpoint_at_once_has_bounded_memory_and_health_answers(base, tmp_path):
+    """Bodies are read and tokenised in turn: what they take at once is that of one, and the bytes of the others."""
+    write_prompt(tmp_path / "writer", base, task="generation", labels=None, template="{{input}}")
+    size = 1_000_000
+    with serving(tmp_path) as (running, url, _), httpx.Client(base_url=url, timeout=120) as client:
+        process = Process(running.pid)
+        for path, (first, *_) in ENDPOINTS.items():
+            client.post(path, json={"model": "writer", first: "x"})
+        before = process.mebibytes("VmRSS")
+        asked = [
+            (path, json.dumps({"model": "writer", name: value}))
+            for path, (name, *_) in ENDPOINTS.items()
+            for value in ([[]] * (size // 4), "ab " * (size // 3))
+        ]
+        with probing(url, process) as took, ThreadPoolExecutor(len(asked)) as pool:
+            answers = [pool.submit(client.post, path, content=body, headers=JSON) for path, body in asked]
+            codes = {each.result(120).status_code for each in answers}
+        assert codes == {400}
+        grown = (process.mebibytes("VmHWM") - before) * 2**20 / size
+        assert grown < OF_A_TEXT
+        assert len(took) > 5
+        assert max(took) < SECONDS

@@ -206,8 +206,9 @@ class Limits:
         self._access.check_host(headers.get("host", ""))
         if "content-length" in headers and "transfer-encoding" in headers:  # a proxy may read the other one
             raise Problem(400, "the request has Content-Length beside Transfer-Encoding; send one of them")
-        # The request's own connection is counted, too.
-        if self._connections.count > settings.max_connections and path not in _PROBES:
+        # The request's own connection is counted, too. Who has no key, where one is required, makes no room.
+        full = self._connections.count > settings.max_connections and path not in _PROBES
+        if full and not (self._access.knows(headers) and self._connections.make_room()):
             raise Problem(
                 503,
                 f"this server has its {settings.max_connections:,} connections open; try again in "
@@ -294,6 +295,20 @@ class Connections:
     def close_silent(self, seconds: float) -> None:
         """Close connections idle for longer than that; to be called in uvicorn's own thread."""
         now = time.monotonic()
+        for each, since in self._idle(now):
+            if now - since > seconds:
+                each.transport.close()
+
+    def make_room(self) -> bool:
+        """Close the connection that has been idle longest; False where none is."""
+        found = self._idle(time.monotonic())
+        if found:
+            min(found, key=lambda each: each[1])[0].transport.close()
+        return bool(found)
+
+    def _idle(self, now: float) -> list[tuple[Any, float]]:
+        """Return the idle connections that nobody closes yet, and since when they are known to be idle."""
+        found = []
         for each in list(self._open):
             cycle = each.cycle
             if cycle is not None and not cycle.response_complete:
@@ -302,5 +317,7 @@ class Connections:
             last, since = self._silent.get(each, (None, None))
             if since is None or last is not cycle:
                 self._silent[each] = (cycle, now)
-            elif now - since > seconds:
-                each.transport.close()
+                since = now
+            if not each.transport.is_closing():
+                found.append((each, since))
+        return found
