@@ -200,9 +200,15 @@ def test_a_run_ends_with_its_report_and_can_be_measured_again(tmp_path, capsys):
     assert "would be ignored" in capsys.readouterr().err
     assert run(["distill", "--system-prompt", str(questions), "--measure", str(prompt), "--quiet"]) == 2
     assert "was made of a text of" in capsys.readouterr().err
-    (prompt / "questions.jsonl").write_text("[1")
-    assert run([*common, "--measure", str(prompt)]) == 2
-    assert "questions.jsonl is damaged" in capsys.readouterr().err
+    for line in (
+        "[1",
+        "[" * 100_000,
+        '{"request": 1, "answer": "x"}',
+        '{"request": {}, "answer": null, "passage": "x"}',
+    ):
+        (prompt / "questions.jsonl").write_text(line)
+        assert run([*common, "--measure", str(prompt)]) == 2
+        assert "questions.jsonl is damaged" in capsys.readouterr().err
     plain = tmp_path / "plain"
     assert run([*common, *options[:-1], str(plain), "--questions", str(questions), "--no-report"]) == 0
     assert not (plain / "distillation.json").exists()

@@ -80,6 +80,26 @@ def test_records_without_values_are_refused(tmp_path):
         list(read_source(tmp_path / "many.feather"))
 
 
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+@pytest.mark.parametrize("columns", [1, 4])
+def test_records_are_counted_as_what_they_take_before_they_are_made(tmp_path, form, columns, monkeypatch):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import feather, parquet
+
+    path, rows = tmp_path / f"t.{form}", 1000
+    table = pa.table({f"c{number}": pa.array([1] * rows, pa.int8()) for number in range(columns)})
+    if form == "parquet":
+        parquet.write_table(table, path, compression="zstd")
+    else:
+        feather.write_feather(table, path, compression="zstd")
+    needed = rows * (300 + columns * (100 + 1))
+    monkeypatch.setenv("SOFTPROMPT_MAX_UNPACKED_BYTES", str(needed))
+    assert len(list(read_source(path))) == rows
+    monkeypatch.setenv("SOFTPROMPT_MAX_UNPACKED_BYTES", str(needed - 1))
+    with pytest.raises(DataError, match="unpack to more than"):
+        list(read_source(path))
+
+
 def bombs():
     """Yield tables of little that is much when it is unpacked, by what makes them so."""
     import pyarrow as pa

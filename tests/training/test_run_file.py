@@ -43,6 +43,7 @@ def test_what_was_in_memory_is_a_comment(tmp_path):
         ("[tuning_config]\nnum_virtual = 3", r"\[tuning_config\]: unknown key 'num_virtual'"),
         ("tuning_config = 3", "must be a table"),
         ("num_epochs = ", "is not valid TOML"),
+        (f"base_model = '{'x' * 100_000}'", "expected the name of a base in .*, got 'xxx"),
         ("learning_rate = inf", "expected plain values within bounds in .*, it has the number inf"),
         ("seed = 1979-05-27", "within bounds in .*, datetime.date.* is a date"),
         ("seed = 9223372036854775808", "it has a number of more than 64 bits"),

@@ -255,12 +255,12 @@ def _table_of(data: bytes, name: str, form: str, read: Callable[[], Any]) -> Ite
     Raises:
         DataError: The file is damaged, or unpacks to too much.
     """
-    from softprompt.data.unfolded import unfolded
+    from softprompt.data.unfolded import ROW, unfolded
 
     try:
         table = read()
         _validate(table)
-        size = 8 * table.num_rows + sum(unfolded(chunk) for each in table.columns for chunk in each.chunks)
+        size = ROW * table.num_rows + sum(unfolded(chunk) for each in table.columns for chunk in each.chunks)
     except DataError:
         raise
     except Exception as error:  # pyarrow lets errors of many kinds through

@@ -8,6 +8,8 @@ from typing import Any
 from softprompt.errors import excerpt
 from softprompt.untrusted import check_unpacked
 
+ROW, _CELL = 300, 100
+"""Bytes that a record, and a value in it, take in Python besides what the value has."""
 _VERSION_5 = 4
 """In Arrow's enumeration of versions; those before it note that buffers are packed beside a message."""
 
@@ -86,17 +88,17 @@ def unfolded(array: Any) -> int:
     kind, count = array.type, len(array)
     if types.is_dictionary(kind):
         found = compute.sum(compute.take(_lengths(array.dictionary), array.indices)).as_py()
-        return 4 * count + (found or 0)
+        return _CELL * count + (found or 0)
     if types.is_struct(kind):
-        return 8 * count + sum(map(unfolded, array.flatten()))
+        return _CELL * count + sum(map(unfolded, array.flatten()))
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind) or types.is_map(kind):
-        return 8 * count + unfolded(array.flatten())
+        return _CELL * count + unfolded(array.flatten())
     if types.is_nested(kind) or types.is_run_end_encoded(kind):
         raise TypeError(f"columns of type {excerpt(str(kind))} are not read; store lists and texts as such")
     if types.is_string_view(kind) or types.is_binary_view(kind):
         lengths = numpy.frombuffer(array.buffers()[1], "<i4")[::4]
-        return int(lengths[array.offset : array.offset + count].clip(0).sum(dtype="i8")) + 16 * count
-    return max(int(array.nbytes), 4 * count)
+        return int(lengths[array.offset : array.offset + count].clip(0).sum(dtype="i8")) + _CELL * count
+    return int(array.nbytes) + _CELL * count
 
 
 def _lengths(values: Any) -> Any:
