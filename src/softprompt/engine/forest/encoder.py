@@ -66,6 +66,8 @@ def _can_run_again(base: Base) -> bool:
     """Tell whether backward runs layers again, if it does, behind the hooks that pack them."""
     if not recomputes_layers(base.model):
         return True
+    if "__call__" in vars(GradientCheckpointingLayer):  # before transformers 5.23 their hooks are run again, too
+        return False
     layers = layers_of(base.model.base_model, windows=True)
     return all(isinstance(layer, GradientCheckpointingLayer) for layer in layers)
 
