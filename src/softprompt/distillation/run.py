@@ -129,7 +129,7 @@ def distill(
             if dry_run:
                 return forecast_of(teacher, settings, given)
             store = Store(target, plan or _plan(named_source(base_model), teacher, settings, text, given))
-            store.check("fingerprint", str(teacher.base.fingerprint_record().get("short", "")))
+            store.check("fingerprint", _fingerprint(teacher))
             with StopSignal() as stop:
                 if target is not None and not resume:
                     clear_state(target)
@@ -162,6 +162,10 @@ def _begun(
     return {}, settings, base_model, SourceText.of(**named, columns=settings.columns)
 
 
+def _fingerprint(teacher: Teacher) -> str:
+    return str(teacher.base.fingerprint_record().get("short", ""))
+
+
 def _plan(
     base_model: Any, teacher: Teacher, settings: DistillSettings, text: SourceText, given: Sequence[Question]
 ) -> dict[str, Any]:
@@ -169,7 +173,7 @@ def _plan(
     return {
         "command": "distill",
         "base_model": base_model,
-        "fingerprint": str(teacher.base.fingerprint_record().get("short", "")),
+        "fingerprint": _fingerprint(teacher),
         "settings": settings.to_dict(),
         "text": asdict(text),
         "questions": [asdict(each) for each in given],
