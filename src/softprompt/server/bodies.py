@@ -5,7 +5,6 @@ FastAPI parses and checks a body in the event loop. Here it gets one that is par
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar, cast, final
@@ -17,6 +16,8 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+
+from softprompt.server.service import in_thread
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -74,8 +75,10 @@ async def in_turn(request: Request, function: Callable[P, Result], *args: P.args
     A tokenizer works for one caller at a time. Many long texts would have short ones wait for all of them, and take
     all threads.
     """
-    limiter = _one_at_a_time(request, "tokenised") if len(await request.body()) > _LONG else None
-    return await anyio.to_thread.run_sync(functools.partial(function, *args, **kwargs), limiter=limiter)
+    if len(await request.body()) <= _LONG:
+        return await in_thread(function, *args, **kwargs)
+    async with _one_at_a_time(request, "tokenised"):
+        return await in_thread(function, *args, **kwargs)
 
 
 def _one_at_a_time(request: Request, what: str) -> anyio.CapacityLimiter:
