@@ -5,15 +5,15 @@ BIN := .venv/bin
 # `make test-all` runs the tests marked slow as well.
 # `make test-extra` adds the packages that are too heavy for the set-up, and runs the tests that skip without them.
 # The second list is what lm_eval imports and the set-up has not: --no-deps, for it also asks for what nothing here runs.
-# The third is installed with all that it asks for.
+# The third is installed with all that it asks for; the whole mlflow wants a pandas before 3, its client does not.
 HEAVY := bitsandbytes torchao sentence-transformers lm_eval
 OF_LM_EVAL := absl-py aiohappyeyeballs aiohttp aiosignal chardet colorama DataProperty evaluate frozenlist joblib lxml \
 	mbstrdecoder more-itertools multidict nltk pathvalidate portalocker propcache pytablewriter pytz regex rouge_score \
 	sacrebleu sqlitedict tabledata tabulate tcolorpy tenacity typepy word2number yarl
-WHOLE := 'ray[data]' tensorboard mlflow wandb
+WHOLE := 'ray[data]' tensorboard wandb mlflow-skinny sqlalchemy alembic
 NEED_HEAVY := tests/integration/test_quantised.py tests/integrations/test_libraries.py tests/server/test_lm_eval.py \
 	tests/integrations/test_lm_eval_model.py tests/batches/test_ray.py tests/training/test_sweep_on_ray.py \
-	tests/training/test_tracking.py
+	tests/training/test_tracking.py tests/distillation/test_distill_tracking.py
 .PHONY: demo test test-all test-extra test-vllm test-llamacpp fuzz test-oldest test-latest upstream coverage audit docs setup check clean
 
 setup: .venv/.ready
