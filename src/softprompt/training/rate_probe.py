@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from softprompt.errors import TrainingError, TrainingInterrupted
+from softprompt.progress import phase
 from softprompt.training.loop import train_together
 from softprompt.training.output import SEAL, read_sealed, state_path, write_sealed
 from softprompt.training.preparation import varied
@@ -63,7 +64,8 @@ def with_rate(
     kept = None if output is None else state_path(output).with_name(FILE)
     if (found := world().from_main(lambda: _kept(kept))) is None:
         try:
-            found = probe(prepared, check_stop)
+            with phase("trying rates", "trying learning rates"):
+                found = probe(prepared, check_stop)
         except TrainingInterrupted:
             raise TrainingInterrupted(
                 "training was stopped while learning rates were tried; nothing is saved yet, start it again"
