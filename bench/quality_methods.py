@@ -38,6 +38,9 @@ NOTEBOOK = {"warmup_ratio": 0.0, "max_grad_norm": 0.0, "weight_decay": 0.01, "ch
 STARTS = {"N(0,1)": "STANDARD_NORMAL", "WORDS": "TEXT"}
 """What is called otherwise in `tune`: PEFT's RANDOM, and a text of the template's words and the labels."""
 
+MIXED = 128
+"""Embeddings of the vocabulary that `superpos` mixes."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -45,7 +48,7 @@ class Cell:
 
     Attributes:
         pair: What is tuned on what.
-        method: One of zero-shot, few-shot, peft, peft-real, ours, prefix, cartridge, lora, full.
+        method: One of zero-shot, few-shot, peft, peft-real, ours, superpos, prefix, cartridge, lora, full.
         init: What the prompt starts from.
         rate: Peak rate: absolute for PEFT, LoRA and full fine-tuning, in units of the embeddings' rms for ours.
         seed: Of the start and of the order of the rows.
@@ -87,9 +90,17 @@ def run(cell: Cell, base: Base, split: Split) -> Found:
         return _weights(cell, base, split)
     if cell.method == "peft-real":
         return _real_peft(cell, base, split)
-    prompt = softprompt.tune(base, split.train, seed=cell.seed, **_settings(cell, base, split))
+    options = _settings(cell, base, split)
+    try:
+        prompt = softprompt.tune(base, split.train, seed=cell.seed, **options)
+    except ContextOverflowError:
+        if "demonstrations" not in options:
+            raise
+        fewer = replace(cell, more=f"demonstrations={options['demonstrations'] // 2}")
+        return run(fewer, base, split)
     found = _measured(cell, prompt, split)
-    return Found(found.score, found.loss, found.hits, prompt.metrics["loss"], prompt.metrics["learning_rate"])
+    note = cell.more if "demonstrations" in options else ""
+    return Found(found.score, found.loss, found.hits, prompt.metrics["loss"], prompt.metrics["learning_rate"], note)
 
 
 def _settings(cell: Cell, base: Base, split: Split) -> dict[str, Any]:
@@ -111,6 +122,8 @@ def _settings(cell: Cell, base: Base, split: Split) -> dict[str, Any]:
         options |= NOTEBOOK
     else:
         scale = base.facts.embedding_rms
+    if cell.method == "superpos":
+        tuning |= {"parameterization": "superpos", "parameterization_rank": MIXED}
     rate = None if cell.rate is None else cell.rate * scale
     return options | {"tuning_config": tuning, "learning_rate": rate}
 

@@ -33,6 +33,7 @@ def report(pairs: Sequence[Pair], results: Iterable[Row]) -> str:
         "Scores": [_scores(shown, found), f"Not run: {', '.join(missing) or 'nothing'}."],
         "Differences": [_goals(shown, found)],
         "Without the choice among the labels": [_likelihood(shown, found)],
+        "Demonstrations as keys and values, and mixtures of embeddings": [_variants(shown, found)],
         "Our starts and rates, in units of the embeddings' rms": [_recipes("ours", shown, found)],
         "PEFT's grid": [_recipes("peft", shown, found)],
         "The installed peft": [_checks(shown, found)],
@@ -47,7 +48,7 @@ def recipe(row: Row) -> Recipe:
 
 def chosen(cells: Mapping[Recipe, list[Row]], *methods: str) -> Recipe | None:
     """Return the recipe of some methods that is best at the first seed, as `quality.py` chooses it."""
-    own = [each for each in cells if each[0] in methods and (each[0] != "few-shot")]
+    own = [each for each in cells if each[0] in methods and not each[3].startswith("demonstrations")]
     return max(own, key=lambda each: (cells[each][0]["score"], -cells[each][0]["loss"]), default=None)
 
 
@@ -114,6 +115,26 @@ def _likelihood(pairs: Sequence[Pair], found: Mapping[str, Mapping[Recipe, list[
             made = [_score(found[pair.name], one if one in both else None) for one in (OURS, LIKELIHOOD)]
             apart = difference(*(found[pair.name].get(one, []) for one in (OURS, LIKELIHOOD)))
             lines.append([pair.name, *(each.split(" (")[0] for each in made), apart])
+    return _table(lines)
+
+
+def _variants(pairs: Sequence[Pair], found: Mapping[str, Mapping[Recipe, list[Row]]]) -> str:
+    """Return what starts as whole demonstrations, and what learns a mixture, beside what each is a variant of."""
+    lines = [["pair", "few-shot", "keys and values", "demonstrations", "our default", "superpos"]]
+    for pair in pairs:
+        cells = found[pair.name]
+        usual = columns_of(cells)
+        shown = next((one for one in cells if one[3].startswith("demonstrations")), None)
+        mixed = next((one for one in cells if one[0] == "superpos"), None)
+        made = [
+            usual["few-shot"],
+            usual["keys and values"],
+            shown,
+            usual["our default"],
+            mixed,
+        ]
+        if shown or mixed:
+            lines.append([pair.name, *(_score(cells, each) for each in made)])
     return _table(lines)
 
 

@@ -21,7 +21,8 @@ import torch
 
 import softprompt
 from oracles.real_model import smollm2
-from oracles.serving import command_serving, until, write_prompt
+from oracles.serving import app_over, command_serving, until, write_prompt
+from oracles.serving import running as running_here
 from softprompt.backbone import load_base
 from softprompt.bundled import model_directory
 from softprompt.engine import EngineRow, PlainEngine
@@ -106,6 +107,9 @@ def folder(tmp_path_factory, base):
     root = tmp_path_factory.mktemp("prompts")
     write_prompt(root / "writer", base, seed=1, length=5, task="generation", labels=None, template="{{input}}")
     write_prompt(root / "complaints", base, seed=2, length=8)
+    write_prompt(root / "persona", base, seed=3, length=6, task="generation", labels=None, template="{{input}}")
+    config = root / "persona" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"placement": "chat_system"}))
     return root
 
 
@@ -127,7 +131,8 @@ def case(request, base, folder, tmp_path_factory):
     model = str(smollm2())
     if way == "ids":
         model = str(place / "exported")
-        convert(folder / "writer", model, to="extended-vocab", add={"complaints": folder / "complaints"})
+        others = {name: folder / name for name in ("complaints", "persona")}
+        convert(folder / "writer", model, to="extended-vocab", add=others)
     with (place / "log").open("w") as log, started(model, log, *SERVED[way]) as (url, _):
         light = load_base(model, runs=False)
         settings = ServeSettings(base_model=model, prompts=str(folder), engine="vllm", upstream=(url,))
@@ -220,7 +225,9 @@ def test_the_server_reads_the_tokens_that_were_meant(case, requests):
 @pytest.fixture(scope="module")
 def complaint(base, folder):
     """What a prompt itself answers to the input of the page, greedily."""
-    text = softprompt.load(folder / "complaints", base_model=base).generate("My parcel is late", max_new_tokens=8)
+    text = softprompt.load(folder / "complaints", base_model=base.name).generate(
+        "My parcel is late", max_new_tokens=8
+    )
     return text.text.strip()
 
 
@@ -228,7 +235,7 @@ def test_a_request_that_was_written_to_a_file(case, folder, base, complaint, tmp
     """``convert --to vllm``: posted as it is, with the name that the server has."""
     if case.way == "ids":
         pytest.skip("started without --enable-prompt-embeds")
-    convert(folder / "complaints", tmp_path / "r.json", to="vllm", text="My parcel is late", base_model=base)
+    convert(folder / "complaints", tmp_path / "r.json", to="vllm", text="My parcel is late", base_model=base.name)
     body = json.loads((tmp_path / "r.json").read_text()) | {"model": case.base_model, "max_tokens": 8}
     answer = httpx.post(f"{case.url}/v1/completions", json=body, timeout=60)
     assert answer.json()["choices"][0]["text"].strip() == complaint
@@ -289,6 +296,23 @@ def test_over_http_many_clients_at_once_get_what_each_gets_alone(case, base):
         )
         assert formed.choices[0].text in ("yes", "no")
         assert formed.choices[0].finish_reason == "stop"
+
+
+def test_a_prompt_in_the_system_turn_is_read_there(case, base):
+    turns = [{"role": "user", "content": text} for text in TEXTS]
+    chats = [turns[:1], [turns[1], {"role": "assistant", "content": "Yes?"}, turns[2]]]
+    asked = [(chat, {"model": model}) for chat in chats for model in ("persona", "smol")]
+
+    def answers_of(server):
+        ask, greedy = server.openai().chat.completions.create, {"max_tokens": 8, "temperature": 0}
+        return [ask(messages=chat, **of, **greedy).choices[0].message.content for chat, of in asked]
+
+    with running_here(app_over(base, case.prompts, served_model_name=("smol",))) as server:
+        ours = answers_of(server)
+    named = {"served_model_name": ("smol",)}
+    with command_serving(case.base_model, case.prompts, engine="vllm", upstream=(case.url,), **named) as server:
+        assert answers_of(server) == ours
+    assert len(set(ours)) == len(asked)
 
 
 def test_a_request_that_is_hung_up_on_ends_there(case, base):
