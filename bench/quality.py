@@ -71,8 +71,8 @@ def wanted(pair: Pair, results: Results, phase: int) -> Iterator[Cell]:
     elif phase == 3:
         yield from [cell for cells in others(pair, stores).values() for cell in again(best(cells, results))]
     else:
-        first = {cell for each in range(phase) for cell in wanted(pair, results, each) if cell.seed == SEEDS[0]}
-        unsteady = [cell for cell in first if spread(cell, results) > LARGE]
+        begun = {cell for each in range(phase) for cell in wanted(pair, results, each)}
+        unsteady = [cell for cell in begun if cell.seed == SEEDS[0] and spread(cell, results) > LARGE]
         yield from [cell for one in sorted(unsteady, key=str) for cell in again(one, MORE_SEEDS)]
 
 
