@@ -225,10 +225,9 @@ def test_the_server_reads_the_tokens_that_were_meant(case, requests):
 @pytest.fixture(scope="module")
 def complaint(base, folder):
     """What a prompt itself answers to the input of the page, greedily."""
-    text = softprompt.load(folder / "complaints", base_model=base.name).generate(
-        "My parcel is late", max_new_tokens=8
-    )
-    return text.text.strip()
+    prompt = softprompt.load(folder / "complaints", base_model=base.name)
+    (answer,) = prompt.generate(["My parcel is late"], max_new_tokens=8)
+    return answer.text.strip()
 
 
 def test_a_request_that_was_written_to_a_file(case, folder, base, complaint, tmp_path):
