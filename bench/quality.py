@@ -29,7 +29,7 @@ import transformers as tf
 import quality_heads
 from alone import alone
 from quality_methods import Cell, run
-from quality_pairs import MINILM, PAIRS, Pair, base_of
+from quality_pairs import MINILM, PAIRS, SMOL, Pair, base_of
 from quality_report import report
 from quiet import quiet
 from real_data import AbsentError
@@ -43,6 +43,8 @@ LARGE = 0.05  # standard deviation of three seeds, as a share of what a score ca
 PEFT_RATES, PEFT_STARTS = (1e-3, 1e-2, 1e-1, 3e-1), ("N(0,1)", "TEXT", "SAMPLE_VOCAB")
 DEFAULT = ("RANDOM", RATE_PER_RMS)
 OUR_RATES, OUR_STARTS = (0.57, 0.2, 1.5), ("RANDOM", "TEXT", "WORDS", "LABELS", "SAMPLE_VOCAB")
+KEY_VALUE_RATES = (0.0162, 0.0325, 0.054, 0.0974)  # 0.01 to 0.06 x the rms of SmolLM2's keys and values
+RATED = [f"{data} on {SMOL}" for data in ("sst2", "banking10")]
 CEILINGS = {"lora": (1e-3, 3e-3, 1e-2), "full": (3e-5, 1e-4, 1e-3)}
 
 Results = Mapping[tuple[Any, ...], Mapping[str, Any]]
@@ -116,6 +118,8 @@ def others(pair: Pair, stores: Sequence[str]) -> dict[str, list[Cell]]:
     if not stores or pair.seq2seq:
         return tuned | kept
     shown = [Cell(pair, "cartridge", more=f"demonstrations={pair.shots}")] if pair.shots else []
+    rates = KEY_VALUE_RATES if pair.name in RATED else ()
+    kept["rates"] = [Cell(pair, "prefix", "TEXT", rate) for rate in rates]
     return tuned | kept | {"demonstrations": shown, "superpos": [Cell(pair, "superpos", start, RATE_PER_RMS)]}
 
 

@@ -28,6 +28,7 @@ def report(pairs: Sequence[Pair], results: Iterable[Row]) -> str:
     for row in results:
         found[f"{row['data']} on {row['base']}"][recipe(row)].append(row)
     shown = [pair for pair in pairs if pair.name in found]
+    rated = [pair for pair in shown if any(one[0] == "prefix" and one[2] for one in found[pair.name])]
     missing = [pair.name for pair in pairs if pair.name not in found]
     sections = {
         "Scores": [_scores(shown, found), f"Not run: {', '.join(missing) or 'nothing'}."],
@@ -36,6 +37,7 @@ def report(pairs: Sequence[Pair], results: Iterable[Row]) -> str:
         "Demonstrations as keys and values, and mixtures of embeddings": [_variants(shown, found)],
         "Our starts and rates, in units of the embeddings' rms": [_recipes("ours", shown, found)],
         "PEFT's grid": [_recipes("peft", shown, found)],
+        "Prefixes at other rates": [_recipes("prefix", rated, found)],
         "The installed peft": [_checks(shown, found)],
     }
     return "\n\n".join(part for title, parts in sections.items() for part in (f"### {title}", *parts))
@@ -47,8 +49,13 @@ def recipe(row: Row) -> Recipe:
 
 
 def chosen(cells: Mapping[Recipe, list[Row]], *methods: str) -> Recipe | None:
-    """Return the recipe of some methods that is best at the first seed, as `quality.py` chooses it."""
+    """Return the recipe of some methods that is best at the first seed, as `quality.py` chooses it.
+
+    Of keys and values that is one at the default rate, with as many virtual tokens as the pair has.
+    """
     own = [each for each in cells if each[0] in methods and not each[3].startswith("demonstrations")]
+    if "prefix" in methods:
+        own = [each for each in own if each[2] is None]
     return max(own, key=lambda each: (cells[each][0]["score"], -cells[each][0]["loss"]), default=None)
 
 

@@ -108,6 +108,7 @@ class Run:
             self.settings,
             0.1,
             rms=1.0,
+            usual_rate=0.1,
         )
         self.optimizer = build_optimizer(self.settings, self.module, Rates(0.1))
         self.state, self.output, self.stopped = RunState(), output, False
@@ -257,7 +258,7 @@ def test_a_loss_that_is_not_finite_names_rows_and_update():
 
 def test_a_prompt_that_left_the_embeddings_scale_blames_the_learning_rate():
     run = Run(engine=ToyEngine(None, broken_at=2))
-    run.stage = replace(run.stage, rms=1e-4)
+    run.stage = replace(run.stage, rms=1e-4, usual_rate=5.7e-5)
     with pytest.raises(TrainingError, match=r"1e\+03 x that rms\); try 5.7e-05 or less"):
         run.go()
 

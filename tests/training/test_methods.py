@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+from shutil import copytree
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from softprompt import (
     CartridgeConfig,
@@ -236,11 +238,27 @@ def test_the_rate_of_keys_and_values_is_relative_to_each_layers(llama, rows, cap
     # The first step of Adam is the learning rate, whatever the gradient.
     from softprompt.training.settings import KEY_VALUE_RATE_PER_RMS
 
+    assert len(own) < 4  # of more layers it is less, see below
     torch.testing.assert_close(step / own, torch.full_like(own, KEY_VALUE_RATE_PER_RMS), rtol=1e-3, atol=0)
     overall = own.square().mean().sqrt().item()
     rate = KEY_VALUE_RATE_PER_RMS * overall
     assert tuned.metrics["learning_rate"] == pytest.approx(rate, rel=1e-4)
     assert f"learning rate {rate:.4g} ({KEY_VALUE_RATE_PER_RMS:g} x the rms of keys and values" in caplog.text
+
+
+def test_keys_and_values_of_many_layers_learn_slowly_which_is_no_collapse(llama, rows, tmp_path, caplog):
+    deep = copytree(llama, tmp_path / "deep")
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(llama, num_hidden_layers=40)
+    AutoModelForCausalLM.from_config(config).save_pretrained(deep)
+    caplog.set_level("INFO", "softprompt")
+    options = {"method": "prefix", "tuning_config": {"num_virtual_tokens": 6}, "max_steps": 16, "batch_size": 4}
+    tune(deep, rows, **options)
+    assert "(0.02 x the rms of keys and values" in caplog.text
+    assert "barely moved" not in caplog.text
+    with caplog.at_level("WARNING"):
+        tune(deep, rows, learning_rate=1e-5, **options)
+    assert "barely moved" in caplog.text
 
 
 class Flat(torch.nn.Module):

@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 LOOKS = 4
 """How often a run is looked at; the first quarter may be warm-up, so the signs below count from the half on."""
 LEAST_DRIFT, MIN_UPDATES = 0.2, 8
-"""Share of the base's rms that a prompt has to be from its start after half of the updates, and that many of them.
+"""Share of the base's rms that a prompt has to be from its start after half of the updates, and that many of them;
+or what one update moves it at the default rate, where that is less (keys and values of many layers).
 
 Healthy runs measured 0.9 (keys and values) to 3.7 (virtual tokens) there; PEFT's rate of 1e-3 on a base of rms 0.14
 was at 0.13 after 30 updates and had not begun to learn."""
@@ -51,12 +52,16 @@ class CollapseWatch:
         prompt: The module, as it was before the first update.
         rms: Root mean square of what it is a prompt among: the base's embeddings, or its keys and values.
         rate: Its peak learning rate.
+        usual: The default for that.
         total: Updates of the run.
         of: What a message adds to the word prompt, such as which seed's it is.
     """
 
-    def __init__(self, prompt: PromptModule, rms: float, rate: float, total: int, of: str = "") -> None:
+    def __init__(
+        self, prompt: PromptModule, rms: float, rate: float, usual: float, total: int, of: str = ""
+    ) -> None:
         self._prompt, self._rms, self._rate, self._total, self._of = prompt, rms, rate, total, of
+        self._least = min(LEAST_DRIFT, usual / rms)
         self._movement = Movement(prompt)
         self._limit = MOST_NORM * max(1.0, _rms(self._movement.values()[0]) / rms)
         self._window = min(WINDOW, max(4, total // 8))
@@ -82,7 +87,7 @@ class CollapseWatch:
         if 2 * state.update < self._total:
             return
         if (
-            drift < LEAST_DRIFT and state.update >= MIN_UPDATES and not isinstance(self._prompt, CPTEmbedding)
+            drift < self._least and state.update >= MIN_UPDATES and not isinstance(self._prompt, CPTEmbedding)
         ):  # which moves little by design
             say(
                 state.collapse,

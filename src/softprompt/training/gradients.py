@@ -18,7 +18,6 @@ from softprompt.engine import EngineRow
 from softprompt.errors import TrainingError
 from softprompt.prompts import CPTEmbedding, Prompt, PromptModule
 from softprompt.training.optimisation import rate_factor, set_rates
-from softprompt.training.settings import RATE_PER_RMS
 from softprompt.training.state import RunState, Sums
 from softprompt.world import world
 
@@ -336,7 +335,7 @@ def _cause(stage: Stage) -> str:
         return (
             f"the prompt's rms grew to {rms:.3g} against {stage.rms:.3g} in the base "
             f"at learning rate {stage.learning_rate:.3g} ({relative:.3g} x that rms); "
-            f"try {RATE_PER_RMS * stage.rms:.2g} or less"
+            f"try {stage.usual_rate:.2g} or less"
         )
     return (
         f"the prompt itself is sound (rms {rms:.3g}, learning rate {relative:.3g} x the "

@@ -15,6 +15,7 @@ from softprompt.backbone import Base
 from softprompt.prompts import CPTEmbedding, PromptEncoder, PromptModule
 from softprompt.training.settings import (
     CONTEXT_RATE,
+    KEY_VALUE_RATE_OVER_LAYERS,
     KEY_VALUE_RATE_PER_RMS,
     NETWORK_RATE,
     RATE_PER_RMS,
@@ -38,6 +39,7 @@ class Rates:
         prompt: Of the prompt.
         task: Of the task matrices, where there are some.
         rms: Root mean square of the base's embeddings, or of its keys and values.
+        usual: The default of ``prompt``.
         scales: What the rate is multiplied with for the keys and for the values of each layer, ``[L, 2]``,
             where these are the parameters; None for everything else.
     """
@@ -45,6 +47,7 @@ class Rates:
     prompt: float
     task: float = 0.0
     rms: float = 1.0
+    usual: float = 1.0
     scales: Tensor | None = None
 
     def of(self, name: str) -> float:
@@ -74,18 +77,18 @@ def peak_rates(settings: TuneSettings, base: Base, prompt: PromptModule, key_val
     elif key_values is not None:
         own = key_values.float().square().mean(dim=(2, 3, 4)).sqrt()  # [L, 2]
         rms = scale = float(own.square().mean().sqrt())
-        scales, share, what = own / rms, KEY_VALUE_RATE_PER_RMS, "rms of keys and values"
+        scales, what = own / rms, "rms of keys and values"
+        share = min(KEY_VALUE_RATE_PER_RMS, KEY_VALUE_RATE_OVER_LAYERS / len(own))
         logger.info(
             "rms of the base's keys %.3g to %.3g, of its values %.3g to %.3g, by layer",
             *(each for part in own.unbind(1) for each in (part.min().item(), part.max().item())),
         )
-    rate = settings.learning_rate
+    rate, usual = settings.learning_rate, share * scale
     if rate is None or isinstance(rate, str):  # which has yet to be probed
-        rate = share * scale
+        rate = usual
         logger.info("learning rate %.4g (%g x the %s %.4g)", rate, share, what, scale)
     else:
         logger.info("learning rate %.4g as given (%.3g x the %s %.4g)", rate, rate / scale, what, scale)
-        usual = share * scale
         if not usual / FAR_BELOW <= rate <= usual * FAR_ABOVE:
             side = "above" if rate > usual else "below"
             logger.warning("learning_rate %.4g is far %s what suits this base, about %.2g", rate, side, usual)
@@ -93,7 +96,7 @@ def peak_rates(settings: TuneSettings, base: Base, prompt: PromptModule, key_val
     if settings.multitask:
         task_rate = settings.task_learning_rate or TASK_RATE
         logger.info("learning rate of the task matrices %.4g", task_rate)
-    return Rates(rate, task_rate, rms, scales)
+    return Rates(rate, task_rate, rms, usual, scales)
 
 
 def _largest_move(prompt: CPTEmbedding) -> float:

@@ -121,6 +121,7 @@ def _stage(
         settings=settings,
         learning_rate=prepared.rates.prompt,
         rms=prepared.rates.rms,
+        usual_rate=prepared.rates.usual,
         validation=_validation(prepared, check_stop),
         task_names=prepared.names,
         context_tokens=(objective.tokens_per_row if isinstance(objective, ContextLikelihood) else 0),
@@ -203,7 +204,8 @@ class Member:
         self.optimizer = build_optimizer(stage.settings, stage.prompt, self.prepared.rates)
         of = f" of {self.what} {self.name}" if self.name else ""
         total = stage.total_updates()
-        self.watch = CollapseWatch(stage.prompt, stage.rms, stage.learning_rate, total, of + stage.of)
+        rates = stage.learning_rate, stage.usual_rate
+        self.watch = CollapseWatch(stage.prompt, stage.rms, *rates, total, of + stage.of)
         if self.found is not None:
             self.found.restore(stage.prompt, self.optimizer)
             self.state, self.found = self.found.run, None

@@ -35,8 +35,9 @@ AUTO_RATE = "auto"
 RATE_PER_RMS = 0.57
 """Default learning rate in units of the embedding's rms (measured, see docs/training.md)."""
 
-KEY_VALUE_RATE_PER_RMS = 0.2
-"""Default learning rate of keys and values in units of their own rms in each layer (likewise)."""
+KEY_VALUE_RATE_PER_RMS, KEY_VALUE_RATE_OVER_LAYERS = 0.2, 0.8
+"""Default learning rate of keys and values in units of their own rms in each layer (likewise), and what it is times
+the number of layers, where that is less: what each layer changes adds up."""
 
 NETWORK_RATE = 0.003
 """Default learning rate of the networks of P-tuning and of prefix projections (likewise)."""
@@ -95,7 +96,8 @@ class TuneSettings:
         None,
         f"Peak learning rate, or {AUTO_RATE}: a few are tried side by side, and the best is taken; by default "
         f"{RATE_PER_RMS} x the rms of the base model's embeddings, for keys and values {KEY_VALUE_RATE_PER_RMS} x "
-        f"theirs, for networks {NETWORK_RATE}, for a context {CONTEXT_RATE} x what it may move by.",
+        f"theirs or {KEY_VALUE_RATE_OVER_LAYERS} / layers, which is less, for networks {NETWORK_RATE}, "
+        f"for a context {CONTEXT_RATE} x what it may move by.",
         above=0,
         most=1e6,
         word=AUTO_RATE,

@@ -98,6 +98,7 @@ class Stage:
         model: The frozen base.
         learning_rate: Peak learning rate of the prompt.
         rms: Root mean square of the base's own embeddings, or keys and values: the scale of the rate.
+        usual_rate: The default learning rate on this base.
         validation: How the prompts are validated after each epoch; None for not at all.
         task_names: Names of the tasks; empty for a single data set.
         context_tokens: Tokens that the objective scores for each row besides its target.
@@ -117,6 +118,7 @@ class Stage:
     settings: TuneSettings
     learning_rate: float
     rms: float
+    usual_rate: float
     validation: Measure | None = None
     task_names: tuple[str, ...] = ()
     context_tokens: int = 0
