@@ -26,6 +26,7 @@ from real_data import (
     gsm8k,
     present,
     raft,
+    raises_schwa,
     sms_spam,
     sst2,
 )
@@ -113,22 +114,17 @@ _COMPLAINTS = (
     "Is this message a complaint or not? Label:",
 )
 _BRITISH = ("british-r", partial(british, wanted=drops_r), "{{input}}", "colour")
+_WEAK = ("british-i", partial(british, wanted=raises_schwa), *_BRITISH[2:])
 _E2E = ("e2e", e2e, "{{input}}\nDescription:", "Describe the restaurant in one sentence, using these facts:")
 _GSM8K = ("gsm8k", gsm8k, "{{input}}\nAnswer:", "Solve the problem step by step and end with #### and the number:")
+_PHONEMES = G2P.rsplit("/", 1)[1]
+_WORDS: dict[str, Any] = {"rows": (640, 200), "batch": 16, "tokens": 1, "shots": 0, "lengths": (40, 40)}
 
 PAIRS = [
     Pair(DEMO, *_SMS),
     Pair(STORIES, *_SMS),
-    Pair(
-        G2P.rsplit("/", 1)[1],
-        *_BRITISH,
-        "exact_match",
-        rows=(640, 200),
-        batch=16,
-        tokens=1,
-        shots=0,
-        lengths=(40, 40),
-    ),
+    Pair(_PHONEMES, *_BRITISH, "exact_match", **_WORDS),
+    Pair(_PHONEMES, *_WEAK, "exact_match", **_WORDS),
     Pair(DEMO, *_COMPLAINTS),
     Pair(MINILM, *_SST2, tokens=10),
     Pair(SMOL, *_SST2, thin=True),

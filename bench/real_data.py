@@ -196,6 +196,11 @@ def british(shared: Path, wanted: Callable[[str, str], bool]) -> list[Split]:
     return [Split(rows[:1200], rows[1200:1328], rows[1328:1628])]
 
 
+def raises_schwa(american: str, gold: str) -> bool:
+    """Tell whether the British form is the American one with ɪ for at least one ə."""
+    return gold != american and bool(re.fullmatch(re.escape(american).replace("ə", "[əɪ]"), gold))
+
+
 def drops_r(american: str, gold: str) -> bool:
     """Tell whether the British form is the American one with at least one ɹ left out."""
     return gold != american and bool(re.fullmatch(re.escape(american).replace("ɹ", "ɹ?"), gold))
