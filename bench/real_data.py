@@ -197,7 +197,7 @@ def british(shared: Path, wanted: Callable[[str, str], bool]) -> list[Split]:
 
 
 def raises_schwa(american: str, gold: str) -> bool:
-    """Tell whether the British form is the American one with ɪ for at least one ə."""
+    """Tell whether the British form is the American one with the vowel of "kit" for at least one schwa."""
     return gold != american and bool(re.fullmatch(re.escape(american).replace("ə", "[əɪ]"), gold))
 
 
