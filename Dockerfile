@@ -5,7 +5,7 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 WORKDIR /build
 RUN python -m venv /opt/softprompt
 ENV PATH=/opt/softprompt/bin:$PATH
-RUN pip install --no-cache-dir --index-url ${TORCH_INDEX} "torch>=2.13"
+RUN pip install --no-cache-dir --index-url ${TORCH_INDEX} "torch>=2.13,<2.15"
 COPY pyproject.toml README.md LICENSE constraints.txt ./
 COPY src src
 RUN grep -v '^torch==' constraints.txt > without-torch.txt \

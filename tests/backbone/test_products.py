@@ -247,7 +247,7 @@ WATCHERS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:.torch.jit:FutureWarning")
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("watcher", list(WATCHERS))
 def test_who_looks_at_operations_sees_torch_s_own(watcher, keep):
@@ -287,7 +287,7 @@ def test_switched_off_by_torch_s_own_switch():
         torch._C._set_mkldnn_enabled(True)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:.torch.jit:FutureWarning")
 def test_compiled_parts_are_compiled_once():
     model, ids = tiny("llama"), torch.tensor([[5, 6, 7, 8]])
     prompted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
