@@ -31,6 +31,7 @@ class Numbers:
 
     eos_token_id = None
     pad_token_id = 0
+    chat_template = None
 
     def decode(self, ids: Sequence[int], **_: Any) -> str:
         """Return the ids as text."""

@@ -1,0 +1,56 @@
+"""Every bench starts and prints its result, in its smallest form: a bench that broke unseen measures nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("peft", reason="the benches compare with PEFT")
+ROOT = Path(__file__).parents[2]
+SMALLEST = {
+    "answer_forms": "--json",
+    "cost_model": "--rows 1 --tokens 16 --answer 4 --virtual 2 --json",
+    "decode_step": "--rows 2 --context 20 --repeats 1 --json",
+    "distill": "--document 32 --rows 2 --layers 1 --virtual 4 --epochs 1 --rounds 1 --peft-rows 1 --json",
+    "label_scoring": "--virtual 4 --inputs 1 --rounds 1 --json",
+    "multitask": "--seeds 1 --rows 8 --json",
+    "serving": "--requests 4 --clients 2 --registered 2 --json",
+    "serving_load": "--seconds 5 --clients 2 --prompts 2 --json",
+    "side_by_side": "--counts 1,2 --rounds 1 --json",
+    "soak": "--requests 50 --cycles 4 --json",
+    "step_budget": "--budgets 32 --requests 4 --rounds 1 --json",
+    "trainer_step": "--only gpt2-p20 --rounds 1 --json",
+    "training_step": "--only gpt2-p20 --rounds 1 --json",
+    "transfer": "--seeds 1 --epochs 1 --json",
+    "kills": "--kills 1",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALLEST)
+def test_a_bench_runs(name, tmp_path):
+    words = [sys.executable, ROOT / f"bench/{name}.py", *SMALLEST[name].split()]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        words, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout) if words[-1] == "--json" else done.stdout
+
+
+def test_every_bench_is_started_by_a_test():
+    elsewhere = {
+        "gpu",
+        "ranks",
+        "quality",
+        "distill_goals",
+        "growth",
+        "real_tasks",
+        "position_shift",
+        "serving_vllm",
+    }
+    scripts = {path.stem for path in (ROOT / "bench").glob("*.py") if "\nif __name__ ==" in path.read_text("utf-8")}
+    assert scripts == SMALLEST.keys() | elsewhere
