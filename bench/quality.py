@@ -71,7 +71,8 @@ def wanted(pair: Pair, results: Results, phase: int) -> Iterator[Cell]:
         first = stores and pair is next(each for each in PAIRS if each.base == pair.base)
         yield from [Cell(pair, "peft-real", "SAMPLE_VOCAB", 1e-1)] if first else []
     elif phase == 3:
-        yield from [cell for cells in others(pair, stores).values() for cell in again(best(cells, results))]
+        kinds = {kind: cells for kind, cells in others(pair, stores).items() if kind != "rates"}
+        yield from [cell for cells in kinds.values() for cell in again(best(cells, results))]
     else:
         begun = {cell for each in range(phase) for cell in wanted(pair, results, each)}
         unsteady = [cell for cell in begun if cell.seed == SEEDS[0] and spread(cell, results) > LARGE]
@@ -79,7 +80,7 @@ def wanted(pair: Pair, results: Results, phase: int) -> Iterator[Cell]:
 
 
 def spread(cell: Cell, results: Results) -> float:
-    """Return the standard deviation of the three seeds, as a share of the highest; 0 while one is not done."""
+    """Return the standard deviation of three seeds, as a share of the highest possible; 0 while one is not done."""
     scores = [results[one.key]["score"] for one in again(cell, SEEDS) if one.key in results]
     return stdev(scores) / (100 if cell.pair.metric == "chrf" else 1) if len(scores) == len(SEEDS) else 0.0
 

@@ -50,7 +50,7 @@ class Cell:
         pair: What is tuned on what.
         method: One of zero-shot, few-shot, peft, peft-real, ours, superpos, prefix, cartridge, lora, full.
         init: What the prompt starts from.
-        rate: Peak rate: absolute for PEFT, LoRA and full fine-tuning, in units of the embeddings' rms for ours.
+        rate: Peak rate: in units of the embeddings' rms for ours and SuperPos, absolute for all others.
         seed: Of the start and of the order of the rows.
         more: Other settings of `tune`, as a text of ``name=value``.
     """

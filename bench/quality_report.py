@@ -37,7 +37,7 @@ def report(pairs: Sequence[Pair], results: Iterable[Row]) -> str:
         "Demonstrations as keys and values, and mixtures of embeddings": [_variants(shown, found)],
         "Our starts and rates, in units of the embeddings' rms": [_recipes("ours", shown, found)],
         "PEFT's grid": [_recipes("peft", shown, found)],
-        "Prefixes at other rates": [_recipes("prefix", rated, found)],
+        "Prefixes at other rates, which are absolute": [_recipes("prefix", rated, found)],
         "The installed peft": [_checks(shown, found)],
     }
     return "\n\n".join(part for title, parts in sections.items() for part in (f"### {title}", *parts))
@@ -89,15 +89,16 @@ def _score(cells: Mapping[Recipe, list[Row]], one: Recipe | None) -> str:
         return "-"
     scores = [row["score"] for row in cells[one]]
     spread = f" ± {stdev(scores):.3f}" if len(scores) > 1 else ""
-    return f"{mean(scores):.3f}{spread}{_named(one)}"
+    note = cells[one][0]["note"] if one[3].startswith("demonstrations") else ""
+    return f"{mean(scores):.3f}{spread}{_named(one, note)}"
 
 
-def _named(one: Recipe) -> str:
+def _named(one: Recipe, note: str) -> str:
     method, init, rate, more = one
     if one in (OURS, OURS_BESIDE_A_HEAD, PEFT) or method in ("zero-shot", "few-shot", "head"):
         return ""
     words = [method] if method in ("prefix", "cartridge") else []
-    words += [each for each in (init, "" if rate is None else f"{rate:g}", more) if each]
+    words += [each for each in (init, "" if rate is None else f"{rate:g}", note or more) if each]
     return f" ({', '.join(words)})"
 
 

@@ -40,7 +40,7 @@ class Fixed(PromptModule):
 def watched(change, losses, caplog):
     """Run a watch over a whole run: ``change(update)`` gives the values, ``losses(update)`` the loss."""
     module, state = Fixed(), RunState()
-    watch = CollapseWatch(module, RMS, 0.1, 0.57 * RMS, TOTAL)
+    watch = CollapseWatch(module, RMS, 0.1, RMS, TOTAL)
     seen = {}
     for number in range(1, TOTAL + 1):
         module.values = change(number)

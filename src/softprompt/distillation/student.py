@@ -79,7 +79,8 @@ class Student:
         )
         prepared = prepare(teacher.base, [task], settings.tuning(config))
         if settings.kind == "kv" and settings.learning_rate is None:
-            rates = replace(prepared.rates, prompt=TEXT_RATE_PER_RMS * prepared.rates.rms)
+            rate = TEXT_RATE_PER_RMS * prepared.rates.rms
+            rates = replace(prepared.rates, prompt=rate, usual=rate)
             prepared = replace(prepared, rates=rates)
             logger.info(
                 "learning rate %.4g instead, as they start at a text (%g x)", rates.prompt, TEXT_RATE_PER_RMS

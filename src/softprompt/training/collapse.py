@@ -52,16 +52,16 @@ class CollapseWatch:
         prompt: The module, as it was before the first update.
         rms: Root mean square of what it is a prompt among: the base's embeddings, or its keys and values.
         rate: Its peak learning rate.
-        usual: The default for that.
+        move: What it moves at least where it learns: of keys and values an update at their default rate.
         total: Updates of the run.
         of: What a message adds to the word prompt, such as which seed's it is.
     """
 
     def __init__(
-        self, prompt: PromptModule, rms: float, rate: float, usual: float, total: int, of: str = ""
+        self, prompt: PromptModule, rms: float, rate: float, move: float, total: int, of: str = ""
     ) -> None:
         self._prompt, self._rms, self._rate, self._total, self._of = prompt, rms, rate, total, of
-        self._least = min(LEAST_DRIFT, usual / rms)
+        self._least = min(LEAST_DRIFT, move / rms)
         self._movement = Movement(prompt)
         self._limit = MOST_NORM * max(1.0, _rms(self._movement.values()[0]) / rms)
         self._window = min(WINDOW, max(4, total // 8))

@@ -78,7 +78,8 @@ def peak_rates(settings: TuneSettings, base: Base, prompt: PromptModule, key_val
         own = key_values.float().square().mean(dim=(2, 3, 4)).sqrt()  # [L, 2]
         rms = scale = float(own.square().mean().sqrt())
         scales, what = own / rms, "rms of keys and values"
-        share = min(KEY_VALUE_RATE_PER_RMS, KEY_VALUE_RATE_OVER_LAYERS / len(own))
+        layers = int(own.any(dim=1).sum())  # those without any of their own hold zeros
+        share = min(KEY_VALUE_RATE_PER_RMS, KEY_VALUE_RATE_OVER_LAYERS / max(1, layers))
         logger.info(
             "rms of the base's keys %.3g to %.3g, of its values %.3g to %.3g, by layer",
             *(each for part in own.unbind(1) for each in (part.min().item(), part.max().item())),

@@ -204,8 +204,8 @@ class Member:
         self.optimizer = build_optimizer(stage.settings, stage.prompt, self.prepared.rates)
         of = f" of {self.what} {self.name}" if self.name else ""
         total = stage.total_updates()
-        rates = stage.learning_rate, stage.usual_rate
-        self.watch = CollapseWatch(stage.prompt, stage.rms, *rates, total, of + stage.of)
+        move = stage.rms if self.prepared.rates.scales is None else stage.usual_rate
+        self.watch = CollapseWatch(stage.prompt, stage.rms, stage.learning_rate, move, total, of + stage.of)
         if self.found is not None:
             self.found.restore(stage.prompt, self.optimizer)
             self.state, self.found = self.found.run, None

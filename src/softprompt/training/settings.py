@@ -35,9 +35,11 @@ AUTO_RATE = "auto"
 RATE_PER_RMS = 0.57
 """Default learning rate in units of the embedding's rms (measured, see docs/training.md)."""
 
-KEY_VALUE_RATE_PER_RMS, KEY_VALUE_RATE_OVER_LAYERS = 0.2, 0.8
-"""Default learning rate of keys and values in units of their own rms in each layer (likewise), and what it is times
-the number of layers, where that is less: what each layer changes adds up."""
+KEY_VALUE_RATE_PER_RMS = 0.2
+"""Default learning rate of keys and values in units of their own rms in each layer (likewise)."""
+
+KEY_VALUE_RATE_OVER_LAYERS = 0.8
+"""That rate times the number of layers, where this makes it less: what each layer changes adds up (likewise)."""
 
 NETWORK_RATE = 0.003
 """Default learning rate of the networks of P-tuning and of prefix projections (likewise)."""
@@ -95,8 +97,8 @@ class TuneSettings:
     learning_rate: float | str | None = setting(
         None,
         f"Peak learning rate, or {AUTO_RATE}: a few are tried side by side, and the best is taken; by default "
-        f"{RATE_PER_RMS} x the rms of the base model's embeddings, for keys and values {KEY_VALUE_RATE_PER_RMS} x "
-        f"theirs or {KEY_VALUE_RATE_OVER_LAYERS} / layers, which is less, for networks {NETWORK_RATE}, "
+        f"{RATE_PER_RMS} x the rms of the base model's embeddings, for keys and values {KEY_VALUE_RATE_PER_RMS} or "
+        f"{KEY_VALUE_RATE_OVER_LAYERS} / layers, whichever is less, x theirs, for networks {NETWORK_RATE}, "
         f"for a context {CONTEXT_RATE} x what it may move by.",
         above=0,
         most=1e6,
