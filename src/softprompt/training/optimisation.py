@@ -15,7 +15,8 @@ from softprompt.backbone import Base
 from softprompt.prompts import CPTEmbedding, PromptEncoder, PromptModule
 from softprompt.training.settings import (
     CONTEXT_RATE,
-    KEY_VALUE_RATE_OVER_LAYERS,
+    FALL_BY_LAYERS,
+    FEW_LAYERS,
     KEY_VALUE_RATE_PER_RMS,
     NETWORK_RATE,
     RATE_PER_RMS,
@@ -79,7 +80,7 @@ def peak_rates(settings: TuneSettings, base: Base, prompt: PromptModule, key_val
         rms = scale = float(own.square().mean().sqrt())
         scales, what = own / rms, "rms of keys and values"
         layers = int(own.any(dim=1).sum())  # those without any of their own hold zeros
-        share = min(KEY_VALUE_RATE_PER_RMS, KEY_VALUE_RATE_OVER_LAYERS / max(1, layers))
+        share = KEY_VALUE_RATE_PER_RMS * (FEW_LAYERS / max(FEW_LAYERS, layers)) ** FALL_BY_LAYERS
         logger.info(
             "rms of the base's keys %.3g to %.3g, of its values %.3g to %.3g, by layer",
             *(each for part in own.unbind(1) for each in (part.min().item(), part.max().item())),

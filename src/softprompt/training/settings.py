@@ -38,8 +38,11 @@ RATE_PER_RMS = 0.57
 KEY_VALUE_RATE_PER_RMS = 0.2
 """Default learning rate of keys and values in units of their own rms in each layer (likewise)."""
 
-KEY_VALUE_RATE_OVER_LAYERS = 0.8
-"""That rate times the number of layers, where this makes it less: what each layer changes adds up (likewise)."""
+FEW_LAYERS = 4
+"""Layers up to which that is their rate."""
+
+FALL_BY_LAYERS = 1.3
+"""Power of the number of layers with which it falls on more, where what the layers change adds up (likewise)."""
 
 NETWORK_RATE = 0.003
 """Default learning rate of the networks of P-tuning and of prefix projections (likewise)."""
@@ -97,9 +100,9 @@ class TuneSettings:
     learning_rate: float | str | None = setting(
         None,
         f"Peak learning rate, or {AUTO_RATE}: a few are tried side by side, and the best is taken; by default "
-        f"{RATE_PER_RMS} x the rms of the base model's embeddings, for keys and values {KEY_VALUE_RATE_PER_RMS} or "
-        f"{KEY_VALUE_RATE_OVER_LAYERS} / layers, whichever is less, x theirs, for networks {NETWORK_RATE}, "
-        f"for a context {CONTEXT_RATE} x what it may move by.",
+        f"{RATE_PER_RMS} x the rms of the base model's embeddings, for keys and values {KEY_VALUE_RATE_PER_RMS} x "
+        f"theirs (of more than {FEW_LAYERS} layers times ({FEW_LAYERS} / layers)^{FALL_BY_LAYERS}), "
+        f"for networks {NETWORK_RATE}, for a context {CONTEXT_RATE} x what it may move by.",
         above=0,
         most=1e6,
         word=AUTO_RATE,
