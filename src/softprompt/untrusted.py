@@ -7,6 +7,7 @@ Every reader of a prompt, a record or a run file goes through here, so that none
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -99,7 +100,7 @@ def parse_object(text: str, name: str) -> dict[str, Any]:
     try:
         if len(text) > MOST_TEXT_BYTES:
             raise ValueError(f"{len(text):,} characters, more than {MOST_TEXT_BYTES:,}")
-        value = json.loads(text)
+        value = _loads(text)
     except (ValueError, RecursionError) as error:
         raise ArtifactError(
             f"expected JSON in {name}, it cannot be read ({error}): restore it from the original"
@@ -110,6 +111,17 @@ def parse_object(text: str, name: str) -> dict[str, Any]:
         )
     check_plain(value, name)
     return value
+
+
+def _loads(text: str) -> Any:
+    """Parse JSON without collecting garbage: many lists would have each collection walk through all of torch."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return json.loads(text)
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def check_plain(values: Any, name: str, error: type[SoftPromptError] = ArtifactError) -> None:
