@@ -23,7 +23,7 @@ SMALLEST = {
     "step_budget": "--budgets 32 --requests 4 --rounds 1 --json",
     "trainer_step": "--only gpt2-p20 --rounds 1 --json",
     "training_step": "--only gpt2-p20 --rounds 1 --json",
-    "transfer": "--seeds 1 --epochs 1 --json",
+    "transfer": "--seeds 2 --epochs 1 --json",
     "kills": "--kills 1",
 }
 
@@ -33,9 +33,11 @@ SMALLEST = {
 def test_a_bench_runs(name, tmp_path):
     words = [sys.executable, ROOT / f"bench/{name}.py", *SMALLEST[name].split()]
     pytest.importorskip("peft", reason="the benches compare with PEFT")
+    if name in ("label_scoring", "multitask", "transfer") and not (ROOT.parent / "shared").is_dir():
+        pytest.skip("needs the real data beside the repository")
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     done = subprocess.run(
-        words, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=600, check=False
+        words, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=1800, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout) if words[-1] == "--json" else done.stdout
