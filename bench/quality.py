@@ -68,11 +68,11 @@ def wanted(pair: Pair, results: Results, phase: int) -> Iterator[Cell]:
     elif phase == 2:
         yield from [cell for cells in others(pair, stores).values() for cell in cells]
         yield from again(Cell(pair, "few-shot"), SEEDS if pair.shots and stores else ())
+        yield from [Cell(pair, "prefix", "TEXT", rate) for rate in KEY_VALUE_RATES if pair.name in RATED]
         first = stores and pair is next(each for each in PAIRS if each.base == pair.base)
         yield from [Cell(pair, "peft-real", "SAMPLE_VOCAB", 1e-1)] if first else []
     elif phase == 3:
-        kinds = {kind: cells for kind, cells in others(pair, stores).items() if kind != "rates"}
-        yield from [cell for cells in kinds.values() for cell in again(best(cells, results))]
+        yield from [cell for cells in others(pair, stores).values() for cell in again(best(cells, results))]
     else:
         begun = {cell for each in range(phase) for cell in wanted(pair, results, each)}
         unsteady = [cell for cell in begun if cell.seed == SEEDS[0] and spread(cell, results) > LARGE]
@@ -114,14 +114,13 @@ def others(pair: Pair, stores: Sequence[str]) -> dict[str, list[Cell]]:
     ceilings = {method: rates[1:2] if pair.thin else rates for method, rates in CEILINGS.items()}
     tuned = {method: [Cell(pair, method, rate=rate) for rate in rates] for method, rates in ceilings.items()}
     texts = [""] if pair.seq2seq or not stores else ["TEXT"] if pair.thin else ["", "TEXT"]
-    kept = {"stores": [Cell(pair, method, init) for method in stores for init in texts]}
-    start = "LABELS" if pair.has_labels else "RANDOM"
-    if not stores or pair.seq2seq:
-        return tuned | kept
-    shown = [Cell(pair, "cartridge", more=f"demonstrations={pair.shots}")] if pair.shots else []
-    rates = KEY_VALUE_RATES if pair.name in RATED else ()
-    kept["rates"] = [Cell(pair, "prefix", "TEXT", rate) for rate in rates]
-    return tuned | kept | {"demonstrations": shown, "superpos": [Cell(pair, "superpos", start, RATE_PER_RMS)]}
+    tuned["stores"] = [Cell(pair, method, init) for method in stores for init in texts]
+    if stores and not pair.seq2seq:
+        start = "LABELS" if pair.has_labels else "RANDOM"
+        tuned["superpos"] = [Cell(pair, "superpos", start, RATE_PER_RMS)]
+        shown = f"demonstrations={pair.shots}"
+        tuned["demonstrations"] = [Cell(pair, "cartridge", more=shown)] if pair.shots else []
+    return tuned
 
 
 def again(cell: Cell | None, seeds: Sequence[int] = SEEDS[1:]) -> list[Cell]:

@@ -134,13 +134,7 @@ def _variants(pairs: Sequence[Pair], found: Mapping[str, Mapping[Recipe, list[Ro
         usual = columns_of(cells)
         shown = next((one for one in cells if one[3].startswith("demonstrations")), None)
         mixed = next((one for one in cells if one[0] == "superpos"), None)
-        made = [
-            usual["few-shot"],
-            usual["keys and values"],
-            shown,
-            usual["our default"],
-            mixed,
-        ]
+        made = [usual["few-shot"], usual["keys and values"], shown, usual["our default"], mixed]
         if shown or mixed:
             lines.append([pair.name, *(_score(cells, each) for each in made)])
     return _table(lines)

@@ -198,9 +198,13 @@ def british(shared: Path, wanted: Callable[[str, str], bool]) -> list[Split]:
 
 def raises_schwa(american: str, gold: str) -> bool:
     """Tell whether the British form is the American one with the vowel of "kit" for at least one schwa."""
-    return gold != american and bool(re.fullmatch(re.escape(american).replace("ə", "[əɪ]"), gold))
+    return _differs(american, gold, "ə", "[əɪ]")
 
 
 def drops_r(american: str, gold: str) -> bool:
     """Tell whether the British form is the American one with at least one ɹ left out."""
-    return gold != american and bool(re.fullmatch(re.escape(american).replace("ɹ", "ɹ?"), gold))
+    return _differs(american, gold, "ɹ", "ɹ?")
+
+
+def _differs(american: str, gold: str, sound: str, forms: str) -> bool:
+    return gold != american and bool(re.fullmatch(re.escape(american).replace(sound, forms), gold))

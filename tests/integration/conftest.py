@@ -1,5 +1,7 @@
 """Real models and data next to the repository; what is absent skips its tests."""
 
+import os
+import subprocess
 import sys
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -33,6 +35,23 @@ def real_data():
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """Return a function that runs a bench in a process of its own and returns what it prints."""
+    pytest.importorskip("peft", reason="the benches compare with PEFT")
+
+    def run(name, *options):
+        words = [sys.executable, ROOT / f"bench/{name}.py", *map(str, options)]
+        own = {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+        done = subprocess.run(
+            words, env=os.environ | own, capture_output=True, text=True, cwd=ROOT, timeout=1800, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,6 @@
-"""Every bench starts and prints its result, in its smallest form: a bench that broke unseen measures nothing."""
+"""Benches start and print their results, in their smallest form: one that broke unseen measures nothing."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,21 +23,17 @@ SMALLEST = {
     "transfer": "--seeds 2 --epochs 1 --json",
     "kills": "--kills 1",
 }
+REAL = ("label_scoring", "multitask", "transfer")
+"""Those on real data."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALLEST)
-def test_a_bench_runs(name, tmp_path):
-    words = [sys.executable, ROOT / f"bench/{name}.py", *SMALLEST[name].split()]
-    pytest.importorskip("peft", reason="the benches compare with PEFT")
-    if name in ("label_scoring", "multitask", "transfer") and not (ROOT.parent / "shared").is_dir():
-        pytest.skip("needs the real data beside the repository")
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
-    done = subprocess.run(
-        words, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=1800, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout) if words[-1] == "--json" else done.stdout
+def test_a_bench_runs(name, bench, shared):
+    if name in REAL:
+        shared("data")
+    printed = bench(name, *SMALLEST[name].split())
+    assert json.loads(printed) if SMALLEST[name].endswith("--json") else printed
 
 
 def test_every_bench_is_among_them_or_has_a_reason():

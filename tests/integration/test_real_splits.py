@@ -49,3 +49,11 @@ def test_dropping_r_is_the_only_difference(real_data):
     assert not real_data.drops_r("wɔɾəɹ", "wɔtə")
     assert not real_data.drops_r("kæt", "kæt")
     assert not real_data.drops_r("kæt", "kæɹt")
+
+
+def test_raising_a_schwa_is_the_only_difference(real_data):
+    kit = "\N{LATIN LETTER SMALL CAPITAL I}"
+    assert real_data.raises_schwa("ənəf", f"{kit}nəf")
+    assert not real_data.raises_schwa("ənəf", f"{kit}n{kit}v")
+    assert not real_data.raises_schwa("ənəf", "ənəf")
+    assert not real_data.raises_schwa(f"k{kit}t", "kət")
