@@ -150,6 +150,30 @@ def test_wrong_gradients_are_seen(base, keys_and_values):
     assert found.startswith("its prompt gradients differ by 0.5 ")
 
 
+class Chained(Engine):
+    """Scores as the plain path does, with a gradient that is off where a row is alone, as in MKL for few rows."""
+
+    name = "chained"
+
+    def __init__(self, base, error):
+        super().__init__(base)
+        self._error = error
+
+    def run_alike(self, rows, head=None):
+        right = PlainEngine(self._base, trusted=True).run_alike(rows, head)
+        error = self._error if len(rows) == 1 else 0
+        return replace(right, logits=right.logits + (right.logits - right.logits.detach()) * error)
+
+
+@pytest.mark.parametrize("keys_and_values", [False, True])
+def test_a_trusted_gradient_that_is_off_in_a_row_alone_refuses_nothing_right(base, keys_and_values):
+    plain, options = PlainEngine(base, trusted=True), {"keys_and_values": keys_and_values}
+    with probing(base):
+        assert scoring_difference(plain, Chained(base, 0.01), base, **options) == ""
+        wrong = scoring_difference(Steep(base), Chained(base, 0.01), base, **options)
+    assert wrong.startswith("its prompt gradients differ by 0.5 ")
+
+
 class Rounded(Engine):
     """Scores as the plain path does, off by rounding."""
 
