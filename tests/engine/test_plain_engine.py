@@ -11,7 +11,7 @@ from oracles.naive import solo_logits
 from oracles.rows import RowCase, engine_rows
 from oracles.weights import weights_hash
 from softprompt.backbone import Base, freeze, input_embedding
-from softprompt.engine import PlainEngine, build_engine
+from softprompt.engine import PlainEngine, build_engine, text_states
 from softprompt.errors import ConfigError, ContextOverflowError, DataError
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -84,16 +84,17 @@ def test_values_and_gradients_against_one_row_at_a_time(name):
         assert mine.abs().sum() > 0
 
 
-@pytest.mark.parametrize("kind", ["plain", "expand"])
-def test_the_head_gets_the_columns_of_the_answers_in_one_piece(kind):
-    """Other states torch multiplies row after row by a frozen head: 17 times as long for 80 rows of three."""
+@pytest.mark.parametrize("kind", ["plain", "expand", "states"])
+def test_the_head_reads_the_columns_of_the_answers_in_one_piece(kind, monkeypatch):
+    """Others torch multiplies row after row by a frozen head: 17 times as long for 80 rows of three."""
     given = Base(causal("llama"))
     cases, taken = [RowCase((5, 6, 7, 8), (9, 10), 0), RowCase((5, 6), (7, 8, 9), 1)], []
-    rows = engine_rows(cases, prompts_for(given.model))
-    with given.model.lm_head.register_forward_pre_hook(lambda module, args: taken.append(args[0])):
-        build_engine(given, kind).target_log_probs(rows)
-    states = taken[-1]
-    assert states.is_contiguous() and states.shape[:2] == (2, {"plain": 3, "expand": 4}[kind])
+    rows, product = engine_rows(cases, prompts_for(given.model)), given.model.lm_head.forward
+    run = text_states if kind == "states" else lambda base, rows: build_engine(base, kind).target_log_probs(rows)
+    run(given, rows)  # probes
+    monkeypatch.setattr(given.model.lm_head, "forward", lambda states: taken.append(states) or product(states))
+    run(given, rows)
+    assert taken and all(states.is_contiguous() and len(states) == 2 for states in taken)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])

@@ -155,23 +155,33 @@ class Chained(Engine):
 
     name = "chained"
 
-    def __init__(self, base, error):
+    def __init__(self, base, alone, together=0):
         super().__init__(base)
-        self._error = error
+        self._errors = alone, together
 
     def run_alike(self, rows, head=None):
         right = PlainEngine(self._base, trusted=True).run_alike(rows, head)
-        error = self._error if len(rows) == 1 else 0
+        error = self._errors[len(rows) > 1]
         return replace(right, logits=right.logits + (right.logits - right.logits.detach()) * error)
 
 
 @pytest.mark.parametrize("keys_and_values", [False, True])
-def test_a_trusted_gradient_that_is_off_in_a_row_alone_refuses_nothing_right(base, keys_and_values):
-    plain, options = PlainEngine(base, trusted=True), {"keys_and_values": keys_and_values}
+def test_a_trusted_gradient_that_is_off_in_a_row_alone_refuses_nothing_right(keys_and_values):
+    base, options = Base(causal("llama", vocab_size=4096)), {"keys_and_values": keys_and_values}
+    plain, chained = PlainEngine(base, trusted=True), Chained(base, alone=1e-4)
     with probing(base):
-        assert scoring_difference(plain, Chained(base, 0.01), base, **options) == ""
-        wrong = scoring_difference(Steep(base), Chained(base, 0.01), base, **options)
-    assert wrong.startswith("its prompt gradients differ by 0.5 ")
+        assert scoring_difference(plain, chained, base, **options) == ""
+        assert scoring_difference(Steep(base), chained, base, **options).startswith(
+            "its prompt gradients differ by 0.5"
+        )
+
+
+@pytest.mark.parametrize(("alone", "together"), [(0, 0.5), (0, 0.01), (0.01, 0)])
+def test_a_batch_is_trusted_only_where_a_sum_in_one_chain_explains_it(alone, together):
+    base = Base(causal("llama", vocab_size=4096))
+    engine = Chained(base, alone, together)
+    with probing(base):
+        assert scoring_difference(engine, engine, base).startswith("its prompt gradients differ by")
 
 
 class Rounded(Engine):

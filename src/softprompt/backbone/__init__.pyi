@@ -18,6 +18,7 @@ from .load import trust_code as trust_code
 from .load import trusts_code as trusts_code
 from .passes import MARGIN as MARGIN
 from .passes import evaluated as evaluated
+from .passes import most_by_chains as most_by_chains
 from .passes import most_by_rounding as most_by_rounding
 from .passes import off_by as off_by
 from .passes import rounded as rounded

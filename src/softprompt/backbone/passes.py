@@ -122,6 +122,11 @@ def most_by_rounding(expected: Tensor, moved: Tensor) -> float:
     return min(found, MOST) if math.isfinite(found) else math.nan
 
 
+def most_by_chains(terms: int) -> float:
+    """Return the largest ``off_by`` of so many terms added one after the other (Higham 2002, section 3.1)."""
+    return min(terms * _SINGLE, MOST)
+
+
 @contextmanager
 def stopping(model: nn.Module) -> Iterator[list[str]]:
     """Yield a list that names the modules, as they run inside the context, which stop a gradient.

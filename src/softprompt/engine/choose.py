@@ -134,7 +134,7 @@ def _problem(name: str, base: Base, sees_input: bool) -> str:
     """Return why a fast path does not run a model exactly, empty where it does."""
 
     def find() -> str:
-        candidate, plain = _FAST[name](base), PlainEngine(base)
+        candidate, plain = _FAST[name](base), PlainEngine(base, trusted=True)
         return scoring_difference(candidate, plain, base, sees_input=sees_input)
 
     return remembered(base, f"{name} engine, {_prompts(sees_input)}", find)

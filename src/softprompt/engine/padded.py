@@ -40,7 +40,7 @@ class PlainEngine(Engine):
         """Prepare for a base; ``trusted`` skips the probe for models that padding disturbs."""
         super().__init__(base)
         self._trusted = trusted
-        self._keeps_logits = _keeps_columns(base)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(base.model.forward).parameters
 
     def run_alike(self, rows: Sequence[EngineRow], head: HeadInput | None = None) -> Predictions:
         """Run checked rows; see ``Engine``."""
@@ -89,14 +89,14 @@ class PlainEngine(Engine):
         }
         if self._facts.accepts_position_ids and not self._facts.positions_from_ids:
             inputs["position_ids"] = layout.positions()
-        longest, width = max(len(row.target) for row in rows), layout.mask.shape[1]
-        columns = torch.arange(width - longest - 1, width - 1, device=self._base.device)
+        longest = max(len(row.target) for row in rows)
         if self._keeps_logits:
-            inputs["logits_to_keep"] = columns
-        with self._behind(prefixes), prompts.injected(self._base):
-            logits = self._base.model(**inputs).logits
-        labels = self._labels(rows, longest, left=True)
-        return Predictions.of_columns(*_at(columns, logits, head, kept=self._keeps_logits), labels)
+            inputs["logits_to_keep"] = longest + 1
+        ends = slice(-(longest + 1), -1)
+        with self._behind(prefixes), prompts.injected(self._base), head_in_one_piece(self._base):
+            logits = self._base.model(**inputs).logits[:, ends]  # [B, longest, V]
+        hidden = head.states[:, ends] if head is not None and head.states is not None else None
+        return Predictions.of_columns(logits, hidden, self._labels(rows, longest, left=True))
 
     def _encoder_decoder(
         self, rows: Sequence[EngineRow], prefixes: Prefixes | None, head: HeadInput | None
@@ -168,7 +168,7 @@ class ExpandEngine(Engine):
         """
         super().__init__(base)
         self._plain = PlainEngine(base)
-        self._keeps_logits = _keeps_columns(base)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(base.model.forward).parameters
         if self._facts.is_encoder_decoder or not self._facts.takes_cache:
             raise BackboneError(f"{self._facts.architecture} has no decoder cache to expand")
 
@@ -241,7 +241,10 @@ class ExpandEngine(Engine):
         extra: dict[str, Any] = {"logits_to_keep": columns} if self._keeps_logits else {}
         inputs = self._behind_cache(_expanded(cache, owner), whole, ids.shape[1])
         logits = self._base.model(input_ids=ids, **inputs, **extra).logits
-        return Predictions.of_columns(*_at(columns, logits, head, kept=self._keeps_logits), labels[:, columns])
+        hidden = head.states if head is not None else None
+        if not self._keeps_logits:
+            logits, hidden = logits[:, columns], None if hidden is None else hidden[:, columns]
+        return Predictions.of_columns(logits, hidden, labels[:, columns])
 
     def _behind_cache(self, cache: Cache, mask: Tensor, columns: int) -> dict[str, Any]:
         """Return cache, mask and positions of the last ``columns`` of a batch."""
@@ -251,22 +254,20 @@ class ExpandEngine(Engine):
         return inputs
 
 
-def _keeps_columns(base: Base) -> bool:
-    """Tell whether a model can be told by a tensor at which columns to compute logits.
+@contextmanager
+def head_in_one_piece(base: Base) -> Iterator[None]:
+    """Let the LM head read its input in one piece inside the context, which is in one that holds the base's lock.
 
-    Of the last ones, counted by an integer, it takes a slice, which is not contiguous: torch multiplies one row of
-    the batch after the other by a frozen LM head then, which takes up to 17 times as long (80 rows of 3 columns).
+    transformers hands it the last columns of a batch as a slice, by whose rows torch multiplies a frozen head one
+    after the other: up to 17 times as long (80 rows of three columns, a vocabulary of 49,152).
     """
-    takes = inspect.signature(base.model.forward).parameters.get("logits_to_keep")
-    return takes is not None and "Tensor" in str(takes.annotation)
+    head = cast(Any, base.model).get_output_embeddings()
 
+    def joined(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(each.contiguous() if isinstance(each, Tensor) else each for each in inputs)
 
-def _at(columns: Tensor, logits: Tensor, head: HeadInput | None, *, kept: bool) -> tuple[Tensor, Tensor | None]:
-    """Return logits ``[B, C, V]`` and states ``[B, C, H]`` at columns ``[C]``; ``kept`` if they are all."""
-    states = None if head is None else head.states
-    if kept:
-        return logits, states
-    return logits[:, columns], None if states is None else states[:, columns]
+    with nullcontext() if head is None else head.register_forward_pre_hook(joined):
+        yield
 
 
 def _expanded(cache: Cache, owner: Tensor) -> Cache:
@@ -329,7 +330,8 @@ def _of_body(base: Base, inputs: dict[str, Any]) -> Tensor:
     """Return what the model below the head gives; the whole model is called, as prefixes hook on that."""
     seen: list[Tensor] = []
     least = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.model.forward).parameters else {}
-    with base.model.base_model.register_forward_hook(lambda module, args, output: seen.append(output[0])):
+    keep = base.model.base_model.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    with keep, head_in_one_piece(base):
         base.model(**inputs, use_cache=False, **least)
     return seen[0]
 

@@ -98,8 +98,8 @@ class ForestEngine(Engine):
 
     def _unread(self) -> str:
         """Return how the forest reads keys and values otherwise than the plain path; empty when alike."""
-        candidate = ForestEngine(self._base, trusted=True)
-        return scoring_difference(candidate, self._plain, self._base, keys_and_values=True)
+        candidate, plain = ForestEngine(self._base, trusted=True), PlainEngine(self._base, trusted=True)
+        return scoring_difference(candidate, plain, self._base, keys_and_values=True)
 
     def _reads(self, rows: Sequence[EngineRow]) -> bool:
         """Tell whether the forest reads the rows' keys and values as the plain path does."""
