@@ -61,6 +61,7 @@ def test_sigterm_lets_running_answers_finish(prompts):
         assert process.stderr.read() == ""
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_does_not_wait(prompts):
     # One answer at a time: all sixty would take a minute.
     one = ("--max-batch-rows", "1", "--drain-seconds", "300")

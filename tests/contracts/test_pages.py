@@ -149,7 +149,7 @@ def tutorial_folder(tmp_path_factory):
 
 def worked_through():
     """Return the pages of the site whose commands and Python are run in order, most of them marked slow."""
-    quick = {"classify", "generate", "serve"}
+    quick = {"classify", "serve"}
     for page in sorted((ROOT / "docs").rglob("*.md")):
         if page.parent.name in ("tutorials", "how-to", "migrate") or page.stem == "index":
             if re.search(r"```(console|python)\n", page.read_text(encoding="utf-8")):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import softprompt
 from oracles.serving import app_over, running
+from oracles.slow import only
 from softprompt.backbone import load_base
 from softprompt.bundled import complaints
 from softprompt.cli.main import run
@@ -84,7 +85,7 @@ def test_by_python(folder, tuned, name):
 
 @pytest.mark.parametrize(
     "name",
-    [each if each in ("prompt-tuning", "prefix") else pytest.param(each, marks=pytest.mark.slow) for each in ROWS],
+    only(["prompt-tuning", "prefix"], ROWS),
 )
 def test_by_command_line(folder, tuned, tmp_path, capsys, name):
     """The same prompt, to the bit, as Python makes it; evaluated and generated from."""

@@ -52,6 +52,7 @@ def test_model_tokenizer_and_chat_template(files):
 
 
 @needs_gguf
+@pytest.mark.slow
 def test_tuned_and_loaded_by_the_path_on_record(tuned, files):
     assert load_adapter(tuned).base_model == files["quantised"]
     text = load(tuned)({"input": "It is good."})

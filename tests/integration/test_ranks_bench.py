@@ -50,6 +50,7 @@ def test_of_several_processes_the_first_says_that_it_is_for_one():
         assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
 
 
+@pytest.mark.slow
 def test_ranks_share_the_rows_of_an_update_whose_gradient_is_that_of_one():
     pytest.importorskip("peft", reason="the module of the works compares with PEFT")
     first, second = run_ranks(TINY, BENCH, "--rounds", 2, "--json", seconds=900)

@@ -13,6 +13,7 @@ def spam(shared, real_data):
     return split
 
 
+@pytest.mark.slow
 def test_a_prompt_tells_spam_from_ham(shared, spam):
     tuned = softprompt.tune(
         shared("models/stories260K"),

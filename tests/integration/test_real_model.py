@@ -103,6 +103,7 @@ def test_the_exported_checkpoint_answers_as_the_prompt(prompts, tmp_path):
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_engines_agree_on_losses_and_gradients(base, prompts):
     tuned, _ = prompts["seed2"]
     tokens = [base.tokenizer(f"{r['input']} {r['output']}").input_ids for r in RECORDS]

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import softprompt
 from oracles.checkpointing import recomputes
 from oracles.families import ENCODERS, SEQ2SEQ, build, causal
+from oracles.slow import only
 from oracles.trainer import SHORT
 from softprompt.errors import ArtifactError
 from softprompt.peft import model as model_module
@@ -135,7 +136,7 @@ def test_the_fast_path_trains_as_peft_does(tmp_path, monkeypatch, kind):
 
 @pytest.mark.parametrize(
     "method",
-    [each if each in ("prompt_tuning", "head") else pytest.param(each, marks=pytest.mark.slow) for each in CONFIGS],
+    only(["prompt_tuning", "head"], CONFIGS),
 )
 def test_resuming_equals_never_having_stopped(tmp_path, method):
     whole = prompted(method=method)

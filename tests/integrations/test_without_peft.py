@@ -67,6 +67,7 @@ def run_script(script, *arguments):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_served_as_peft_trainer_saves_resumes_and_restores_the_adapter(tmp_path):
     body = """
 whole, _ = train()

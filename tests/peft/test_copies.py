@@ -82,6 +82,7 @@ def test_compiled(backend):
     assert not torch.allclose(changed, expected)
 
 
+@pytest.mark.slow
 def test_compiled_with_padding():
     """Encoders run padded inside a graph; the lock is left out of it."""
     model, inputs = prompted("SEQ_CLS"), batch("SEQ_CLS")

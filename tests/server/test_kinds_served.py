@@ -14,6 +14,7 @@ import softprompt
 from oracles import families
 from oracles.served import VOCABULARY
 from oracles.serving import app_over, running
+from oracles.slow import only
 from oracles.tokenizers import byte_bpe
 from softprompt import (
     CartridgeConfig,
@@ -144,7 +145,7 @@ def _write(folder, base, kind, seed):
     TunedPrompt(base, model.encoder_of(kind), model.peft_config[kind], record).save(folder)
 
 
-@pytest.fixture(scope="module", params=BASES)
+@pytest.fixture(scope="module", params=only(["llama", "mamba", "bart"], BASES))
 def kept(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(request.param)
     found = Kept(request.param, root)

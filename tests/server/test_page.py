@@ -188,10 +188,10 @@ def code_of(page, name):
 @pytest.mark.parametrize(
     ("name", "boxes"),
     [
-        ("reply", ["#text"]),
-        ("complaints", ["#text"]),
+        pytest.param("reply", ["#text"], marks=pytest.mark.slow),
+        pytest.param("complaints", ["#text"], marks=pytest.mark.slow),
         ("two-fields", ["#text", "#text-1"]),
-        ("several · sort", ["#text"]),
+        pytest.param("several · sort", ["#text"], marks=pytest.mark.slow),
         ("chat", ["#system", "#text"]),
     ],
 )

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import softprompt
 from oracles.families import CAUSAL, SEQ2SEQ, causal, seq2seq
 from oracles.quantised import packed, quantised
+from oracles.slow import only
 from oracles.weights import weights_hash
 from softprompt import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from softprompt.backbone import Base
@@ -35,7 +36,10 @@ def problem(model, kind="plain", *, keys_and_values=False):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", sorted({**CAUSAL, **SEQ2SEQ}))
+@pytest.mark.parametrize(
+    "name",
+    only(["gpt2", "llama", "mixtral", "gemma3", "opt", "bloom", "t5", "bart"], sorted({**CAUSAL, **SEQ2SEQ})),
+)
 def test_sound_bases_raise_no_alarm(name, dtype):
     model = causal(name) if name in CAUSAL else seq2seq(name)
     assert problem(model.to(dtype), "auto") == ""

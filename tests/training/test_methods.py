@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from oracles.slow import only
 from softprompt import (
     CartridgeConfig,
     CPTConfig,
@@ -74,6 +75,9 @@ METHODS = {
     "cartridge": {"method": "cartridge", "tuning_config": {"num_virtual_tokens": 3}},
     "cpt": {"method": "cpt", "tuning_config": {"opt_projection_epsilon": 2.0}},
 }
+QUICKLY = ["prompt_tuning", "multitask", "mlp", "prefix", "projection", "cartridge", "cpt"]
+"""The others share their loops; `make test-all` has them too."""
+
 SEQ2SEQ = ["prompt_tuning", "multitask", "mlp", "prefix", "cartridge"]
 QUICK = {"num_epochs": 2, "batch_size": 4, "accumulate_steps": 2}
 
@@ -87,7 +91,13 @@ def same(first, second):
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize(("base", "name"), [("llama", n) for n in METHODS] + [("bart", n) for n in SEQ2SEQ])
+@pytest.mark.parametrize(
+    ("base", "name"),
+    only(
+        [("llama", n) for n in QUICKLY] + [("bart", n) for n in ("multitask", "prefix")],
+        [("llama", n) for n in METHODS] + [("bart", n) for n in SEQ2SEQ],
+    ),
+)
 def test_trained_validated_saved_and_used_again(bases, rows, held_out, tmp_path, base, name):
     options = METHODS[name] | {"num_epochs": 4, "batch_size": 6}
     tuned = tune(bases / base, rows, held_out, output=tmp_path / "out", **options)
@@ -104,13 +114,7 @@ def test_trained_validated_saved_and_used_again(bases, rows, held_out, tmp_path,
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adafactor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(each, marks=pytest.mark.slow) if each in ("low_rank", "ulpt", "superpos", "mlp") else each
-        for each in METHODS
-    ],
-)
+@pytest.mark.parametrize("name", only([*QUICKLY, "lstm"], METHODS))
 def test_a_resumed_run_ends_bit_equal(llama, rows, held_out, tmp_path, monkeypatch, name, optimizer):
     options = METHODS[name] | QUICK | {"optimizer": optimizer, "keep_dropout": True}
     straight = tune(llama, rows, held_out, output=tmp_path / "a", **options)
