@@ -134,10 +134,7 @@ def test_the_fast_path_trains_as_peft_does(tmp_path, monkeypatch, kind):
     assert found[softprompt] == pytest.approx(found[peft], abs=5e-3 if "bf16" in kind else 1e-4)
 
 
-@pytest.mark.parametrize(
-    "method",
-    only(["prompt_tuning", "head"], CONFIGS),
-)
+@pytest.mark.parametrize("method", only(["prompt_tuning", "head"], CONFIGS))
 def test_resuming_equals_never_having_stopped(tmp_path, method):
     whole = prompted(method=method)
     trainer(whole, tmp_path / "whole").train()

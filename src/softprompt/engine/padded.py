@@ -93,7 +93,7 @@ class PlainEngine(Engine):
         if self._keeps_logits:
             inputs["logits_to_keep"] = longest + 1
         ends = slice(-(longest + 1), -1)
-        with self._behind(prefixes), prompts.injected(self._base), head_in_one_piece(self._base):
+        with self._behind(prefixes), prompts.injected(self._base), _head_in_one_piece(self._base):
             logits = self._base.model(**inputs).logits[:, ends]  # [B, longest, V]
         hidden = head.states[:, ends] if head is not None and head.states is not None else None
         return Predictions.of_columns(logits, hidden, self._labels(rows, longest, left=True))
@@ -255,7 +255,7 @@ class ExpandEngine(Engine):
 
 
 @contextmanager
-def head_in_one_piece(base: Base) -> Iterator[None]:
+def _head_in_one_piece(base: Base) -> Iterator[None]:
     """Let the LM head read its input in one piece inside the context, which is in one that holds the base's lock.
 
     transformers hands it the last columns of a batch as a slice, by whose rows torch multiplies a frozen head one
@@ -331,7 +331,7 @@ def _of_body(base: Base, inputs: dict[str, Any]) -> Tensor:
     seen: list[Tensor] = []
     least = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.model.forward).parameters else {}
     keep = base.model.base_model.register_forward_hook(lambda module, args, output: seen.append(output[0]))
-    with keep, head_in_one_piece(base):
+    with keep, _head_in_one_piece(base):
         base.model(**inputs, use_cache=False, **least)
     return seen[0]
 

@@ -204,23 +204,23 @@ def scoring_difference(
     def trusted(copies: int = 1) -> tuple[Tensor, list[Tensor]]:
         return _run(reference, rows, values, kind, copies)
 
-    (expected, right), (moved, off) = measured(base, trusted)
+    (expected, alone), (moved, off) = measured(base, trusted)
     got, gradients = _run(candidate, rows, values, kind)
     found, bent = difference("log-probabilities", got, expected, moved), ""
-    alone, noise = right, [one - other for one, other in zip(off, right, strict=True)]
+    right = alone
     for attempt in range(0 if found else 1 + _DRAWS):
         if attempt == 1:
             with torch_products():
                 scored, copied = trusted(_COPIES)
-            chained = all(
-                off_by(*pair) <= most_by_chains(base.facts.vocabulary) for pair in zip(copied, alone, strict=True)
-            )
-            right = copied if chained and not difference("copies", scored, expected, moved) else alone
+            most = most_by_chains(base.facts.vocabulary)
+            chained = all(off_by(*pair) <= most for pair in zip(copied, alone, strict=True))
+            if chained and not difference("log-probabilities", scored, expected, moved):
+                right = copied
         elif attempt:
             with torch_products(), rounded(base.model, attempt - 1):
-                noise = [one - other for one, other in zip(trusted()[1], alone, strict=True)]
-        pairs = zip(gradients, right, noise, strict=True)
-        bent = next(filter(None, (difference("prompt gradients", g, r, r + n) for g, r, n in pairs)), "")
+                _, off = trusted()
+        parts = zip(gradients, right, off, alone, strict=True)
+        bent = next(filter(None, (difference("prompt gradients", g, r, r + (o - a)) for g, r, o, a in parts)), "")
         if not bent:
             break
     return found or bent
