@@ -93,7 +93,7 @@ check: setup
 	$(BIN)/ruff check src tests bench pretraining
 	$(BIN)/vulture
 	$(BIN)/deptry .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 
 clean:
 	rm -rf .venv .venv-* runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -135,8 +135,8 @@ PAIRS = [
     Pair(SMOL, *_RAFT, rows=(40, 10), thin=True),
     Pair(SMOL, *_E2E, "chrf", rows=(320, 60), shots=4, lengths=(96, 64), thin=True),
     Pair(SMOL, *_WHOLE, rows=(770, 231), shots=0, thin=True),
-    Pair(SMOL, *_BOOLQ, rows=(32, 100), shots=2, lengths=(256, 8), thin=True),
-    Pair(SMOL, *_GSM8K, "gsm8k", rows=(160, 40), shots=2, lengths=(160, 160), thin=True),
+    Pair(SMOL, *_BOOLQ, rows=(32, 100), updates=20, shots=2, lengths=(256, 8), thin=True),
+    Pair(SMOL, *_GSM8K, "gsm8k", rows=(160, 40), updates=20, shots=2, lengths=(160, 160), thin=True),
 ]
 
 

@@ -67,7 +67,7 @@ def test_state_dict_round_trip():
     assert torch.equal(other(IDS).logits, model(IDS).logits)
 
 
-@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_compiled(backend):
     model = prompted("CAUSAL_LM")
     expected = model(IDS).logits

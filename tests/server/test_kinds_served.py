@@ -145,7 +145,7 @@ def _write(folder, base, kind, seed):
     TunedPrompt(base, model.encoder_of(kind), model.peft_config[kind], record).save(folder)
 
 
-@pytest.fixture(scope="module", params=only(["llama", "mamba", "bart"], BASES))
+@pytest.fixture(scope="module", params=only(["llama", "mamba", "t5"], BASES))
 def kept(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(request.param)
     found = Kept(request.param, root)

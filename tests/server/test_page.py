@@ -235,6 +235,7 @@ def test_the_copied_code_asks_the_same(page, stub, name, boxes):
     assert page.script("return navigator.clipboard.readText()") == command
 
 
+@pytest.mark.slow
 def test_without_a_clipboard_the_code_is_selected(page, stub):
     asked(page, stub, "reply")
     code_of(page, "reply")
@@ -275,6 +276,7 @@ def test_options_are_sent(page, stub):
     assert all(body["labels"] == ["good", "bad", "neither"] for _, body in stub.bodies)
 
 
+@pytest.mark.slow
 def test_fields_of_a_template(page, stub):
     ready(page, stub)
     choose(page, "two-fields", "reply")
@@ -292,6 +294,7 @@ def test_fields_of_a_template(page, stub):
     assert sent["reply"]["prompt"] == "the Text"
 
 
+@pytest.mark.slow
 def test_several_templates_do_not_ask_for_everything_at_once(page, stub):
     ready(page, stub)
     choose(page, "reply", "two-fields", "banking", "complaints")
@@ -336,6 +339,7 @@ def test_nothing_written_is_nothing_asked(page, stub):
     assert page.all(".panel") == []
 
 
+@pytest.mark.slow
 def test_many_labels_are_folded(page, stub):
     ready(page, stub)
     choose(page, "banking")
@@ -354,6 +358,7 @@ def test_many_labels_are_folded(page, stub):
     page.find("#sheet-close").click()
 
 
+@pytest.mark.slow
 def test_each_panel_is_as_high_as_its_answer(page, stub):
     ready(page, stub)
     choose(page, "complaints", "banking")
@@ -367,7 +372,7 @@ def test_each_panel_is_as_high_as_its_answer(page, stub):
     assert heights["complaints"] < heights["banking"] / 1.5
 
 
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("width", [390, pytest.param(1280, marks=pytest.mark.slow)])
 def test_chosen_prompts_stand_first_and_a_long_list_scrolls_visibly(page, stub, width):
     ready(page, stub, width=width, height=844)
     choose(page, "quiet-17", "reply")
@@ -389,6 +394,7 @@ def test_chosen_prompts_stand_first_and_a_long_list_scrolls_visibly(page, stub, 
     assert size[2] >= 8, "the list has no scroll bar of its own"
 
 
+@pytest.mark.slow
 def test_accuracies_stand_in_the_list(page, stub):
     ready(page, stub)
     scores = {
@@ -411,6 +417,7 @@ def test_what_cannot_be_chosen_is_told_apart_with_the_reason(page, stub):
     assert page.all("aside img, .apart img") == []
 
 
+@pytest.mark.slow
 def test_the_page_of_the_api(page, server, client):
     """Drawn from the server's own description, without a file from elsewhere."""
     page.open(f"{server.url}/docs", width=390, height=844)
@@ -432,6 +439,7 @@ def test_an_error_is_said_in_its_panel_alone(page, stub):
     assert page.text(panel("breaks") + " .error") == "16 requests wait already. Try again in 7 s."
 
 
+@pytest.mark.slow
 def test_a_server_that_is_gone(page, stub):
     ready(page, stub)
     choose(page, "reply")
@@ -441,6 +449,7 @@ def test_a_server_that_is_gone(page, stub):
     page.until(lambda: "does not answer" in page.text(panel("reply") + " .error"))
 
 
+@pytest.mark.slow
 def test_a_key_is_asked_for_and_kept_in_the_tab(page):
     stub = Stub(key="secret")
     try:
@@ -581,7 +590,7 @@ def test_search(page, stub):
 @pytest.mark.parametrize(
     ("width", "dark"),
     [
-        pytest.param(width, dark, marks=() if (width, dark) in ((320, False), (1280, True)) else pytest.mark.slow)
+        pytest.param(width, dark, marks=() if (width, dark) == (320, False) else pytest.mark.slow)
         for width in (320, 390, 1280)
         for dark in (False, True)
     ],
@@ -663,6 +672,7 @@ def test_colours_can_be_read(page, stub, dark, theme):
     assert (light["ground"] < light["ink"]) == dark
 
 
+@pytest.mark.slow
 def test_nothing_moves_where_that_is_asked(page, stub):
     ready(page, stub, still=True)
     choose(page, "endless")
