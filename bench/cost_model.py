@@ -153,12 +153,11 @@ def cost(shape: Shape, work: Work, devices: int, way: str, *, size: int = 2, dev
     flops = products(shape, work) + attention(shape, work)
     layer = size * shape.in_layers / shape.layers
     weights = size * (shape.outside + shape.in_layers / (1 if way == "data" else devices))
-    if way == "data":
-        wire = 2 * others * 4 * work.virtual * shape.width  # the gradient of the prompt, all-reduced
-    elif way == "fsdp":
-        wire = 2 * others * size * shape.in_layers  # every layer gathered, forward and backward
+    wire = 2 * others * 4 * work.virtual * shape.width  # the gradient of the prompt, all-reduced
+    if way == "fsdp":
+        wire += 2 * others * size * shape.in_layers  # every layer gathered, forward and backward
         weights += 2 * layer  # the one that runs, and the next
-    else:
+    elif way == "tp":
         # Sums of a layer: two forward; backward one for each of the five products that read the whole width.
         wire = (2 + 5) * 2 * others * size * shape.layers * work.stream * shape.width
     transfer = wire / device.link(devices) if devices > 1 else 0.0

@@ -185,8 +185,8 @@ def batch_of(work: Work, rows: list[EngineRow]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def ours(work: Work, share: slice = slice(None)) -> tuple[Callable[[], float], Any]:
-    """Return a step of ours over a share of the rows, its loss a share of theirs, and the prompt's parameter."""
+def ours(work: Work) -> tuple[Callable[[], float], Any]:
+    """Return a step of ours and the prompt's parameter."""
     model = frozen(work)
     rows = rows_of(work, model.config.vocab_size)
     if work.task == "SEQ_CLS":
@@ -196,7 +196,7 @@ def ours(work: Work, share: slice = slice(None)) -> tuple[Callable[[], float], A
     engine = build_engine(Base(model))
     value = Prompt(prompt, sees_input=work.sees_input)
     tokens = sum(len(row.target) for row in rows)
-    rows = [replace(row, prompt=value) for row in rows[share]]
+    rows = [replace(row, prompt=value) for row in rows]
 
     def step() -> float:
         prompt.grad = None

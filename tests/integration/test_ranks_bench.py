@@ -8,24 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from oracles import families
 from oracles.ranks import run_ranks
+from oracles.tiny_bases import write_base
 
 BENCH = Path(__file__).parents[2] / "bench"
 ELSEWHERE = ("ranks.py", "serving_vllm.py")
 """What is for several processes, and what runs where this package is not installed."""
 
-TINY = """
+SCRIPT = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
-import transformers as tf
-import training_step
-from training_step import Work, spread
-
-def tiny():
-    return tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64))
-
-training_step.WORKS.clear()
-training_step.WORKS["tiny"] = Work("tiny", tiny, 4, spread(8, 20, 5), 1, 1)
 import ranks
 ranks.main()
 """
@@ -51,11 +44,17 @@ def test_of_several_processes_the_first_says_that_it_is_for_one():
 
 
 @pytest.mark.slow
-def test_ranks_share_the_rows_of_an_update_whose_gradient_is_that_of_one():
-    pytest.importorskip("peft", reason="the module of the works compares with PEFT")
-    first, second = run_ranks(TINY, BENCH, "--rounds", 2, "--json", seconds=900)
+def test_what_ranks_count_is_what_the_formulas_say_and_their_gradient_is_that_of_one(tmp_path):
+    base = write_base(tmp_path, "llama")
+    sizes = {"rounds": 1, "rows": 3, "tokens": 12, "answer": 4, "virtual": 5}
+    words = [word for name, value in sizes.items() for word in (f"--{name}", value)]
+    first, second = run_ranks(SCRIPT, BENCH, "--base", base, *words, "--json", seconds=900)
     assert (first[0], second[0], second[1]) == (0, 0, ""), first[2] + second[2]
-    (found,) = json.loads(first[1])
-    assert (found["ranks"], found["rows"], found["bytes_added_up"]) == (2, 5, 4 * 4 * 32)
-    assert found["gradient_difference"] < 1e-5
-    assert all(each > 0 for each in found["seconds"])
+    found = json.loads(first[1])
+    assert [each["way"] for each in found] == ["data", "fsdp", "tp"]
+    for each in found:
+        assert each["products"][0] == each["products"][1]
+        assert each["wire"][0] == each["wire"][1] > 0, each["way"]
+        assert each["gradient_difference"] < 1e-5
+        assert all(speed > 0 for speed in each["tokens_per_second"])
+    assert found[0]["wire"][0] == 4 * 5 * families.H
