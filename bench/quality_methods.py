@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import peft
 import torch
@@ -28,6 +28,7 @@ from softprompt.backbone import Base
 from softprompt.errors import ContextOverflowError
 from softprompt.training import TuneSettings
 from softprompt.training.examples import read_data
+from softprompt.training.objectives import LabelChoice
 from softprompt.training.preparation import prepare
 from softprompt.training.session import stages_of
 from softprompt.training.stage import Stage
@@ -37,6 +38,9 @@ NOTEBOOK = {"warmup_ratio": 0.0, "max_grad_norm": 0.0, "weight_decay": 0.01, "ch
 
 STARTS = {"N(0,1)": "STANDARD_NORMAL", "WORDS": "TEXT"}
 """What is called otherwise in `tune`: PEFT's RANDOM, and a text of the template's words and the labels."""
+
+CHOICE = "choice_weight=1"
+"""That LoRA and full fine-tuning learn the choice among the labels too, which is our default."""
 
 MIXED = 128
 """Embeddings of the vocabulary that `superpos` mixes."""
@@ -99,8 +103,8 @@ def run(cell: Cell, base: Base, split: Split) -> Found:
         fewer = replace(cell, more=f"demonstrations={options['demonstrations'] // 2}")
         return run(fewer, base, split)
     found = _measured(cell, prompt, split)
-    note = cell.more if "demonstrations" in options else ""
-    return Found(found.score, found.loss, found.hits, prompt.metrics["loss"], prompt.metrics["learning_rate"], note)
+    note = cell.more if "demonstrations" in options else found.note
+    return replace(found, train_loss=prompt.metrics["loss"], rate=prompt.metrics["learning_rate"], note=note)
 
 
 def _settings(cell: Cell, base: Base, split: Split) -> dict[str, Any]:
@@ -161,7 +165,7 @@ def _shown(cell: Cell, base: Base, split: Split, shots: int) -> Found:
         found = _measured(cell, _bare(cell, base, split, shots), split)
     except ContextOverflowError:
         return _shown(cell, base, split, shots // 2)
-    return replace(found, note=f"{shots} shots")
+    return replace(found, note=f"{shots} shots {found.note}".strip())
 
 
 def _measured(cell: Cell, subject: Any, split: Split) -> Found:
@@ -175,13 +179,18 @@ def _measured(cell: Cell, subject: Any, split: Split) -> Found:
         return Found(report.accuracy or 0.0, loss, "".join(str(int(each.right)) for each in outcomes))
     loss = math.log(report.perplexity or math.inf)
     if cell.pair.metric == "gsm8k":
-        ends = [re.search(r"#### *(-?[\d,.]+)", each.answer) for each in outcomes]
-        wanted = [each.target.rsplit("####")[-1].strip() for each in outcomes]
-        hits = "".join(str(int(end is not None and end[1] == want)) for end, want in zip(ends, wanted, strict=True))
+        ends, wanted = ([_number(getattr(each, name)) for each in outcomes] for name in ("answer", "target"))
+        hits = "".join(str(int(end is not None and end == want)) for end, want in zip(ends, wanted, strict=True))
         note = f"format {sum(end is not None for end in ends) / len(ends):.3f}"
         return Found(hits.count("1") / len(hits), loss, hits, note=note)
     hits = "".join(str(int(each.right)) for each in outcomes) if cell.pair.metric == "exact_match" else ""
     return Found(getattr(report, cell.pair.metric) or 0.0, loss, hits)
+
+
+def _number(text: str) -> str | None:
+    """Return the number behind GSM8K's ``####``; None where a text does not end in that format."""
+    found = re.search(r"#### *(-?[\d,.]*\d)", text)
+    return None if found is None else found[1].replace(",", "")
 
 
 def _stage(cell: Cell, base: Base, split: Split) -> Stage:
@@ -192,8 +201,15 @@ def _stage(cell: Cell, base: Base, split: Split) -> Stage:
     return next(stages_of(prepared, {}, lambda: None))
 
 
-def fitted(model: Any, stage: Stage, updates: int, rate: float, *, decay: float, pad: int) -> list[float]:
-    """Train whatever requires a gradient, on padded batches, as PEFT's notebooks do; return the losses."""
+def fitted(
+    model: Any, stage: Stage, updates: int, rate: float, *, decay: float, pad: int, choice: bool = False
+) -> list[float]:
+    """Train whatever requires a gradient, on padded batches, as PEFT's notebooks do; return the losses.
+
+    With ``choice`` the loss has the choice among the labels beside the likelihood, as ours has.
+    """
+    labels = tuple(sorted({row.target for row in stage.rows})) if choice else ()
+    among = LabelChoice.of(cast(Any, None), labels, 1.0)  # no engine: it offers labels here, and scores nothing
     trained = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=decay)
     losses: list[float] = []
@@ -201,12 +217,25 @@ def fitted(model: Any, stage: Stage, updates: int, rate: float, *, decay: float,
         for update in stage.sampling.updates(epoch)[: updates - len(losses)]:
             optimizer.param_groups[0]["lr"] = rate * (1 - len(losses) / stage.total_updates())
             rows = [stage.rows[i] for part in update for i in part]
-            loss = model(**_padded(rows, pad, seq2seq=model.config.is_encoder_decoder)).loss
+            if among is None:
+                loss = model(**_padded(rows, pad, seq2seq=model.config.is_encoder_decoder)).loss
+            else:
+                loss = _chosen(model, _padded(among.offered(cast(Any, rows)), pad, seq2seq=False), among.count)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
     return losses
+
+
+def _chosen(model: Any, batch: dict[str, Tensor], count: int) -> Tensor:
+    """Return the likelihood of the first of each ``count`` rows' targets, and of its choice among them."""
+    labels = batch.pop("labels")[:, 1:]
+    found = model(**batch).logits[:, :-1].log_softmax(dim=-1).gather(2, labels.clamp(min=0).unsqueeze(2)).squeeze(2)
+    sums = (found * (labels >= 0)).sum(dim=1).view(-1, count)
+    choice = nn.functional.cross_entropy(sums, sums.new_zeros(len(sums), dtype=torch.long), reduction="sum")
+    loss: Tensor = (choice - sums[:, 0].sum()) / (labels[::count] >= 0).sum()
+    return loss
 
 
 def _padded(rows: Sequence[Any], pad: int, *, seq2seq: bool) -> dict[str, Tensor]:
@@ -230,10 +259,11 @@ def _weights(cell: Cell, base: Base, split: Split) -> Found:
     if cell.method == "lora":
         model = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=_modules(model)))
     pad = base.tokenizer.pad_token_id or 0
-    losses = fitted(model.eval(), stage, cell.pair.updates, cell.rate or 0.0, decay=0.0, pad=pad)
+    choice = cell.more == CHOICE
+    losses = fitted(model.eval(), stage, cell.pair.updates, cell.rate or 0.0, decay=0.0, pad=pad, choice=choice)
     plain = model.merge_and_unload() if cell.method == "lora" else model
     found = _measured(cell, _bare(cell, Base(plain, base.tokenizer), split), split)
-    return Found(found.score, found.loss, found.hits, losses[-1], cell.rate)
+    return replace(found, train_loss=losses[-1], rate=cell.rate)
 
 
 def _modules(model: nn.Module) -> list[str]:

@@ -19,7 +19,7 @@ Recipe = tuple[str, str, float | None, str]
 OURS, PEFT = ("ours", "RANDOM", RATE_PER_RMS, ""), ("peft", "N(0,1)", 1e-3, "")
 OURS_BESIDE_A_HEAD = ("ours", *DEFAULT, "")
 LIKELIHOOD = (*OURS[:3], "choice_weight=0")
-COLUMNS = ("zero-shot", "few-shot", "PEFT's default", "PEFT's best", "our default", "our best", "keys and values")
+STORES = ("prefix", "cartridge")
 
 
 def report(pairs: Sequence[Pair], results: Iterable[Row]) -> str:
@@ -54,7 +54,7 @@ def chosen(cells: Mapping[Recipe, list[Row]], *methods: str) -> Recipe | None:
     Of keys and values that is one at the default rate, with as many virtual tokens as the pair has.
     """
     own = [each for each in cells if each[0] in methods and not each[3].startswith("demonstrations")]
-    if "prefix" in methods:
+    if set(methods) & set(STORES):
         own = [each for each in own if each[2] is None]
     return max(own, key=lambda each: (cells[each][0]["score"], -cells[each][0]["loss"]), default=None)
 
@@ -68,7 +68,7 @@ def columns_of(cells: Mapping[Recipe, list[Row]]) -> dict[str, Recipe | None]:
         "PEFT's best": chosen(cells, "peft"),
         "our default": next((one for one in (OURS_BESIDE_A_HEAD, OURS) if one in cells), None),
         "our best": chosen(cells, "ours"),
-        "keys and values": chosen(cells, "prefix", "cartridge"),
+        **{method: chosen(cells, method) for method in STORES},
         "LoRA": chosen(cells, "lora"),
         "full": chosen(cells, "full"),
     }
@@ -76,11 +76,12 @@ def columns_of(cells: Mapping[Recipe, list[Row]]) -> dict[str, Recipe | None]:
 
 def _scores(pairs: Sequence[Pair], found: Mapping[str, Mapping[Recipe, list[Row]]]) -> str:
     """Return the scores of every method: means over the seeds, with their standard deviation."""
-    lines = [["pair", "steps x batch", *COLUMNS, "LoRA", "full"]]
+    lines = [["pair", "steps x batch, test rows", *columns_of({})]]
     for pair in pairs:
         cells = found[pair.name]
         made = [_score(cells, each) for each in columns_of(cells).values()]
-        lines.append([pair.name, f"{pair.updates} x {pair.batch}", *made])
+        tested = next(iter(cells.values()))[0]["rows"][1]
+        lines.append([pair.name, f"{pair.updates} x {pair.batch}, {tested}", *made])
     return _table(lines)
 
 
@@ -90,16 +91,18 @@ def _score(cells: Mapping[Recipe, list[Row]], one: Recipe | None) -> str:
     scores = [row["score"] for row in cells[one]]
     spread = f" ± {stdev(scores):.3f}" if len(scores) > 1 else ""
     note = cells[one][0]["note"] if one[3].startswith("demonstrations") else ""
-    return f"{mean(scores):.3f}{spread}{_named(one, note)}"
+    kept = [float(row["note"].split("format ")[1]) for row in cells[one] if "format " in row["note"]]
+    shape = f", format {mean(kept):.2f}" if kept else ""
+    return f"{mean(scores):.3f}{spread}{shape}{_named(one, note)}"
 
 
 def _named(one: Recipe, note: str) -> str:
     method, init, rate, more = one
     if one in (OURS, OURS_BESIDE_A_HEAD, PEFT) or method in ("zero-shot", "few-shot", "head"):
         return ""
-    words = [method] if method in ("prefix", "cartridge") else []
+    words = [method] if method == "cartridge" and more else []
     words += [each for each in (init, "" if rate is None else f"{rate:g}", note or more) if each]
-    return f" ({', '.join(words)})"
+    return f" ({', '.join(words)})" if words else ""
 
 
 def _goals(pairs: Sequence[Pair], found: Mapping[str, Mapping[Recipe, list[Row]]]) -> str:
@@ -128,32 +131,36 @@ def _likelihood(pairs: Sequence[Pair], found: Mapping[str, Mapping[Recipe, list[
 
 def _variants(pairs: Sequence[Pair], found: Mapping[str, Mapping[Recipe, list[Row]]]) -> str:
     """Return what starts as whole demonstrations, and what learns a mixture, beside what each is a variant of."""
-    lines = [["pair", "few-shot", "keys and values", "demonstrations", "our default", "superpos"]]
+    lines = [["pair", "few-shot", *STORES, "demonstrations", "our default", "superpos"]]
     for pair in pairs:
         cells = found[pair.name]
         usual = columns_of(cells)
         shown = next((one for one in cells if one[3].startswith("demonstrations")), None)
         mixed = next((one for one in cells if one[0] == "superpos"), None)
-        made = [usual["few-shot"], usual["keys and values"], shown, usual["our default"], mixed]
+        made = [usual["few-shot"], *(usual[method] for method in STORES), shown, usual["our default"], mixed]
         if shown or mixed:
             lines.append([pair.name, *(_score(cells, each) for each in made)])
     return _table(lines)
 
 
 def difference(ours: Sequence[Row], theirs: Sequence[Row]) -> str:
-    """Return the difference of two mean scores, and its standard error over test rows (paired) and seeds."""
+    """Return the difference of two mean scores, and its standard error over test rows (paired) and seeds.
+
+    Of a score that is no mean of the rows' (chrF) over the seeds alone.
+    """
     if not ours or not theirs:
         return "-"
     apart = mean(row["score"] for row in ours) - mean(row["score"] for row in theirs)
-    if not ours[0]["hits"]:
-        return f"{apart:+.3f}"
-    rights = [
-        [mean(int(row["hits"][i]) for row in rows) for i in range(len(ours[0]["hits"]))] for rows in (ours, theirs)
-    ]
-    each = [a - b for a, b in zip(*rights, strict=True)]
     several = [[row["score"] for row in rows] for rows in (ours, theirs) if len(rows) > 1]
-    spread = variance(each) / len(each) + sum(variance(scores) / len(scores) for scores in several)
-    return f"{apart:+.3f} ± {math.sqrt(spread):.3f}"
+    spread = sum(variance(scores) / len(scores) for scores in several)
+    if ours[0]["hits"]:
+        rights = [
+            [mean(int(row["hits"][i]) for row in rows) for i in range(len(ours[0]["hits"]))]
+            for rows in (ours, theirs)
+        ]
+        each = [a - b for a, b in zip(*rights, strict=True)]
+        spread += variance(each) / len(each)
+    return f"{apart:+.3f}" + (f" ± {math.sqrt(spread):.3f}" if spread else "")
 
 
 def _way(zero: Sequence[Row], ours: Sequence[Row], full: Sequence[Row]) -> str:
