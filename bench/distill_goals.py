@@ -5,8 +5,9 @@
     python bench/distill_goals.py documents BASE OUTPUT         # two cartridges, each alone and side by side
     python bench/distill_goals.py served BASE OUTPUT            # a server's prefill, text against prompt
 
-Each prints one JSON object and keeps it in OUTPUT; a run that was stopped goes on where it was. `served` serves the
-prompt that `rules` made. DATA is the folder with Banking77's `train.csv` and `test.csv`.
+`--set` gives `distill` other settings, e.g. `--set kind=kv learning_rate=0.06`; with a `label_weight` the questions
+of `examples` have labels. Each prints one JSON object and keeps it in OUTPUT; a run that was stopped goes on where it
+was. `served` serves the prompt that `rules` made. DATA is the folder with Banking77's `train.csv` and `test.csv`.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def distilled(
             num_epochs=arguments.epochs,
             batch_size=8,
             seed=arguments.seed,
-            **options,
+            **options | dict(arguments.set),
         )
     return softprompt.load(folder, base_model=arguments.base)
 
@@ -164,6 +165,7 @@ def banking(folder: Path, split: str, intents: int) -> dict[str, list[str]]:
 def examples(arguments: argparse.Namespace) -> dict[str, Any]:
     """Distil 16 demonstrations: accuracy of the demonstrations in context and of the prompt, on test messages."""
     draw, template = random.Random(arguments.seed), "Message: {{input}}\nIntent:"
+    labelled = "label_weight" in dict(arguments.set)
     train, test = (banking(Path(arguments.data), split, 10) for split in ("train", "test"))
     drawn = {name: draw.sample(texts, 2 + arguments.questions // 10) for name, texts in train.items()}
     shown = [(texts[0], name) for name, texts in drawn.items()]
@@ -175,7 +177,7 @@ def examples(arguments: argparse.Namespace) -> dict[str, Any]:
     tuned = distilled(
         arguments,
         "examples",
-        [{"input": text} for text, _ in asked],
+        [{"input": text} | ({"output": name} if labelled else {}) for text, name in asked],
         examples=records,
         verbalizer=template,
         task="classification",
@@ -292,6 +294,15 @@ def answers(client: httpx.Client) -> bool:
         return False
 
 
+def setting(text: str) -> tuple[str, Any]:
+    """Read a setting of `distill`; a value that is no JSON is a text."""
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
 def main() -> None:
     """Run one of the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -303,6 +314,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200, help="test messages of examples")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    more = "settings of distill, e.g. kind=kv"
+    parser.add_argument("--set", type=setting, nargs="+", default=[], metavar="NAME=VALUE", help=more)
     arguments = parser.parse_args()
     begin = time.perf_counter()
     measure = {"rules": rules, "examples": examples, "documents": documents, "served": served}[arguments.what]
