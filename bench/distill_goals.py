@@ -6,8 +6,8 @@
     python bench/distill_goals.py served BASE OUTPUT            # a server's prefill, text against prompt
 
 `--set` gives `distill` other settings, e.g. `--set kind=kv learning_rate=0.06`; with a `label_weight` the questions
-of `examples` have labels. Each prints one JSON object and keeps it in OUTPUT; a run that was stopped goes on. `served`
-serves the prompt that `rules` made. DATA is the folder with Banking77's `train.csv` and `test.csv`.
+of `examples` have labels. Each prints one JSON object and keeps it in OUTPUT; a run that was stopped goes on.
+`served` serves the prompt that `rules` made. DATA is the folder with Banking77's `train.csv` and `test.csv`.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ def _settings(cell: Cell, base: Base, split: Split) -> dict[str, Any]:
     if cell.method in ("prefix", "cartridge"):
         options["method"] = cell.method
         if cell.method == "cartridge":
-            tuning["num_frozen_tokens"] = min(1, cell.pair.tokens - 1)
+            tuning["num_frozen_tokens"] = options.pop("num_frozen_tokens", min(1, cell.pair.tokens - 1))
         if cell.init == "TEXT":
             tuning[f"{cell.method}_{'tuning_' * (cell.method == 'prefix')}init_text"] = cell.pair.text
         return options | {"tuning_config": tuning, "learning_rate": cell.rate}

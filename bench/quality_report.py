@@ -18,7 +18,14 @@ Recipe = tuple[str, str, float | None, str]
 
 OURS, PEFT = ("ours", "RANDOM", RATE_PER_RMS, ""), ("peft", "N(0,1)", 1e-3, "")
 OURS_BESIDE_A_HEAD = ("ours", *DEFAULT, "")
-LIKELIHOOD = (*OURS[:3], "choice_weight=0")
+CARTRIDGE = ("cartridge", "TEXT", None, "")
+VARIANTS = {
+    "Without the choice among the labels": (OURS, (*OURS[:3], "choice_weight=0")),
+    "With the base's dropout": (OURS, (*OURS[:3], "keep_dropout=true")),
+    "Cartridges whose first token learns too": (CARTRIDGE, (*CARTRIDGE[:3], "num_frozen_tokens=0")),
+}
+"""What a default was chosen against; compared alone, and no candidate for the best of a method."""
+
 STORES = ("prefix", "cartridge")
 
 
@@ -33,7 +40,7 @@ def report(pairs: Sequence[Pair], results: Iterable[Row]) -> str:
     sections = {
         "Scores": [_scores(shown, found), f"Not run: {', '.join(missing) or 'nothing'}."],
         "Differences": [_goals(shown, found)],
-        "Without the choice among the labels": [_likelihood(shown, found)],
+        **{title: [_beside(*both, shown, found)] for title, both in VARIANTS.items()},
         "Demonstrations as keys and values, and mixtures of embeddings": [_variants(shown, found)],
         "Our starts and rates, in units of the embeddings' rms": [_recipes("ours", shown, found)],
         "PEFT's grid": [_recipes("peft", shown, found)],
@@ -53,7 +60,8 @@ def chosen(cells: Mapping[Recipe, list[Row]], *methods: str) -> Recipe | None:
 
     Of keys and values that is one at the default rate, with as many virtual tokens as the pair has.
     """
-    own = [each for each in cells if each[0] in methods and not each[3].startswith("demonstrations")]
+    apart = ("demonstrations", "keep_dropout", "num_frozen_tokens")
+    own = [each for each in cells if each[0] in methods and not each[3].startswith(apart)]
     if set(methods) & set(STORES):
         own = [each for each in own if each[2] is None]
     return max(own, key=lambda each: (cells[each][0]["score"], -cells[each][0]["loss"]), default=None)
@@ -117,15 +125,16 @@ def _goals(pairs: Sequence[Pair], found: Mapping[str, Mapping[Recipe, list[Row]]
     return _table(lines)
 
 
-def _likelihood(pairs: Sequence[Pair], found: Mapping[str, Mapping[Recipe, list[Row]]]) -> str:
-    """Return our default with and without the choice among the labels in its loss."""
-    lines = [["pair", "our default", "the same, choice_weight=0", "difference"]]
+def _beside(
+    usual: Recipe, other: Recipe, pairs: Sequence[Pair], found: Mapping[str, Mapping[Recipe, list[Row]]]
+) -> str:
+    """Return a default and what it was chosen against, where both were run."""
+    lines = [["pair", "our default" if usual == OURS else usual[0], f"the same, {other[3]}", "difference"]]
     for pair in pairs:
-        both = [one for one in (OURS, LIKELIHOOD) if one in found[pair.name]]
-        if pair.has_labels and LIKELIHOOD in both:
-            made = [_score(found[pair.name], one if one in both else None) for one in (OURS, LIKELIHOOD)]
-            apart = difference(*(found[pair.name].get(one, []) for one in (OURS, LIKELIHOOD)))
-            lines.append([pair.name, *(each.split(" (")[0] for each in made), apart])
+        cells = found[pair.name]
+        if usual in cells and other in cells:
+            made = [_score(cells, one).split(" (")[0] for one in (usual, other)]
+            lines.append([pair.name, *made, difference(cells[usual], cells[other])])
     return _table(lines)
 
 
