@@ -111,6 +111,12 @@ def distilled(
     return softprompt.load(folder, base_model=arguments.base)
 
 
+def of_the_run(arguments: argparse.Namespace, name: str) -> list[Question]:
+    """Return the questions of a distillation, answered."""
+    lines = (Path(arguments.output) / name / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [Question(**json.loads(line)) for line in lines]
+
+
 def teacher_of(tuned: softprompt.TunedPrompt, reading: SourceText) -> Teacher:
     """Return the base of a prompt with the text that it was made of."""
     return Teacher.of(tuned.base, reading, DistillSettings.from_dict(tuned.whole.settings["distillation"]))
@@ -136,7 +142,7 @@ def rules(arguments: argparse.Namespace) -> dict[str, Any]:
     teacher = teacher_of(tuned, SourceText("system prompt", (("rules", text),)))
     inputs = [{"input": each} for each in APART]
     found = measured_on(tuned, teacher, [Question(each, None) for each in inputs])
-    report = report_of(found, len(questions))
+    report = report_of(found, of_the_run(arguments, "rules"))
     answers = {
         "text": [each.answer or "" for each in found.held_out.questions],
         "prompt": [each.text for each in tuned.generate(inputs, max_new_tokens=32)],
@@ -189,7 +195,7 @@ def examples(arguments: argparse.Namespace) -> dict[str, Any]:
     teacher = teacher_of(tuned, reading)
     rows = [(text, name) for name in teacher.manifest.labels or () for text in test[name][: arguments.rows // 10]]
     questions = [Question({"input": text}, name, labelled=True) for text, name in rows]
-    report = report_of(measured_on(tuned, teacher, questions), len(asked))
+    report = report_of(measured_on(tuned, teacher, questions), of_the_run(arguments, "examples"))
     print(report)
     return {"report": report.to_dict(), "rows": len(rows), "demonstrations": len(shown)}
 
@@ -249,7 +255,7 @@ def documents(arguments: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, teacher in teachers.items():
         for prompt, tuned in prompts.items():
-            reader = report_of(measured_on(tuned, teacher, apart[name]), 1).prompt
+            reader = report_of(measured_on(tuned, teacher, apart[name]), ()).prompt
             found[f"{prompt} on {name}"] = {
                 "nats": reader.nats,
                 "agreement": reader.agreement,

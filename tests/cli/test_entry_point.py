@@ -43,6 +43,12 @@ def test_the_page_of_the_docs_is_the_help():
     assert page == help_page(), "run: python -m softprompt.cli.help_page > docs/cli.md"
 
 
+def test_a_default_that_is_a_list_is_shown_as_it_is_written():
+    words = " ".join(help_page().split())
+    assert "[default: x0.1,x0.3,x1,x3]" in words
+    assert "[default: (" not in words
+
+
 def test_ctrl_c_in_a_real_process(tmp_path):
     data = tmp_path / "rows.jsonl"
     rows = [{"input": f"message {i}", "output": ["yes", "no"][i % 2]} for i in range(12)]

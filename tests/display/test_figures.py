@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from softprompt.display import training_curve
+from softprompt.display import contest_figure, sweep_figure, training_curve
 from softprompt.errors import ConfigError
 
 HISTORY = [
@@ -113,3 +113,53 @@ assert "matplotlib.pyplot" not in sys.modules
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_contest_names_its_counts_and_no_zeros():
+    pytest.importorskip("matplotlib")
+    drawn = contest_figure({"zero-shot": (12, 0), "nearest words": (7, 3), "other": (0, 0)}, 20)
+    (axis,) = drawn.axes
+    assert [text.get_text() for text in axis.texts if text.get_text()] == ["12", "7", "3"]
+    assert [bar.get_width() for bar in axis.patches] == [12, 7, 0, 0, -3, 0]
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["zero-shot", "nearest words", "other"]
+    assert axis.get_xlabel() == "records, of 20"
+
+
+def tried(name, method, rate, *points):
+    """A candidate as ``sweep.json`` has it, with (steps, accuracy, loss) at the end of each rung."""
+    measured = [
+        {"steps": steps, "validation": {"accuracy": accuracy, "loss": loss}} for steps, accuracy, loss in points
+    ]
+    choice = {"method": method, "init": None, "length": 8, "learning_rate": "x1"}
+    return {"name": name, "choice": choice, "learning_rate": rate, "points": measured}
+
+
+@pytest.mark.parametrize(
+    ("by", "label"), [("accuracy", "validation accuracy"), ("loss", "validation loss (nats per token)")]
+)
+def test_a_sweep_draws_each_candidate_by_its_rate_and_those_that_went_on_by_their_steps(by, label):
+    pytest.importorskip("matplotlib")
+    candidates = [
+        tried("2", "prefix", 0.3, (10, 0.7, 0.9), (30, 0.9, 0.4)),
+        tried("0", "prompt_tuning", 0.02, (10, 0.8, 0.8), (30, 0.85, 0.5)),
+        tried("1", "prompt_tuning", 0.01, (10, 0.6, 1.1)),
+        tried("3", "prefix", 3.0),
+    ]
+    drawn = sweep_figure({"by": by, "best": "2", "rungs": [10, 30], "candidates": candidates})
+    rates, rungs = drawn.axes
+    assert (rates.get_xlabel(), rates.get_ylabel()) == ("peak learning rate", label)
+    assert (rungs.get_xlabel(), rates.get_title()) == ("optimizer steps", "all candidates, at step 10")
+    assert [tick.get_text() for tick in rungs.get_xticklabels()] == ["10", "30"]
+    shown = {each["name"]: [point["validation"][by] for point in each["points"]] for each in candidates}
+    first = {
+        name: lines(rates)[name].get_xydata().tolist() for name in ("prompt_tuning, 8 tokens", "prefix, 8 tokens")
+    }
+    assert first == {
+        "prompt_tuning, 8 tokens": [[0.01, shown["1"][0]], [0.02, shown["0"][0]]],
+        "prefix, 8 tokens": [[0.3, shown["2"][0]]],
+    }
+    *on, kept = rungs.get_lines()
+    went = [[list(pair) for pair in zip((10, 30), shown[name], strict=True)] for name in ("2", "0")]
+    assert [line.get_xydata().tolist() for line in on] == went
+    assert kept.get_label() == f"kept: {shown['2'][1]:.3f}"
+    assert kept.get_xydata().tolist() == [[30, shown["2"][1]]]

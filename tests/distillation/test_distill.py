@@ -198,6 +198,20 @@ def test_kv_starts_at_the_texts_own_keys_and_values_and_is_pefts_cartridge(chat_
     assert loaded.peft_config["default"].num_virtual_tokens == 4
 
 
+def test_keys_and_values_of_any_tokens_learn_at_tunes_own_rate(chat_base):
+    teacher = teacher_of(chat_base, SourceText("system prompt", [("text", TEXT)]))
+    answered = [Question({"messages": [{"role": "user", "content": "late"}]}, "thank you")]
+    rates = {}
+    for start in ("text", "chunks", "vocabulary"):
+        settings = DistillSettings.from_dict({**QUICK, "kind": "kv", "start": start})
+        rates[start] = Student.of(teacher, answered, settings, {}).prepared.rates
+    rms = rates["text"].rms
+    assert [each.prompt for each in rates.values()] == pytest.approx([0.06 * rms, 0.06 * rms, 0.2 * rms])
+    assert [each.usual for each in rates.values()] == [each.prompt for each in rates.values()]
+    given = DistillSettings.from_dict({**QUICK, "kind": "kv", "learning_rate": 0.01})
+    assert Student.of(teacher, answered, given, {}).prepared.rates.prompt == 0.01
+
+
 def test_a_document_is_cut_into_equal_chunks_that_are_the_whole(chat_base):
     text = " ".join(f"fact {n}" for n in range(90))
     reading = SourceText("document", [("a.txt", text), ("b.txt", TEXT)])

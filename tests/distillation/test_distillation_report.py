@@ -46,7 +46,7 @@ def beginning(teacher):
 
 @pytest.fixture(scope="module")
 def report(beginning):
-    return report_of(beginning, 40)
+    return report_of(beginning, beginning.held_out.questions)
 
 
 def log_probs(model, ids, behind):
@@ -92,7 +92,7 @@ def test_the_readers_and_what_they_share(teacher, report):
 
 def test_the_whole_text_as_the_prompt_is_no_loss_and_saves_nothing(teacher):
     whole = teacher.tuned[0]
-    report = report_of(measured_on(whole, teacher, [Question({"input": text}, None) for text in ASKED]), 40)
+    report = report_of(measured_on(whole, teacher, [Question({"input": text}, None) for text in ASKED]), ())
     assert report.prompt.nats == pytest.approx(0, abs=1e-5)
     assert report.prompt.agreement == 1
     assert report.prompt.share == pytest.approx(1, abs=1e-5)
@@ -106,14 +106,14 @@ def test_savings_in_tokens_bytes_and_requests(teacher, report):
     shape = teacher.base.key_value_shape
     assert report.tokens_saved == saved > 0
     assert report.bytes_saved == saved * shape.layers * 2 * shape.heads * shape.width * 4
-    assert report.requests_to_pay == report.tokens_read / saved > 40
+    assert report.requests_to_pay == report.tokens_read / saved > 0
     assert f"saves {saved:,.0f} tokens a request" in str(report)
 
 
 def test_damage_on_questions_of_ones_own(teacher, beginning, tmp_path):
     file = tmp_path / "unrelated.jsonl"
     file.write_text(json.dumps({"input": "What is 2 and 2?", "output": "2 and 2 is 4."}) + "\n")
-    report = report_of(beginning, 40, unrelated=file)
+    report = report_of(beginning, (), unrelated=file)
     assert report.unrelated == 1
     assert min(report.damage.values()) > 0
 
@@ -131,7 +131,7 @@ def test_labels_are_scored_as_the_prompt_classifies():
     gold = ["complaint", "no complaint", "complaint"]
     questions = [Question({"input": t}, g, labelled=True) for t, g in zip(ASKED, gold, strict=True)]
     tuned = teacher.with_ids(teacher.passages[0].ids[:LENGTH])
-    report = report_of(measured_on(tuned, teacher, questions), 40)
+    report = report_of(measured_on(tuned, teacher, questions), ())
     for reader, side in ((report.prompt, tuned), (report.readers[-1], teacher.tuned[0])):
         found = [each.label for each in side.classify([each.request for each in questions])]
         assert reader.accuracy == sum(map(str.__eq__, found, gold)) / len(gold)
@@ -146,7 +146,7 @@ def test_given_answers_are_compared_with_what_each_reader_writes(teacher):
     questions = [Question(one, text, labelled=True) for one, text in zip(asked, gold, strict=True)]
     questions.append(Question({"input": "Not given."}, None))
     tuned = teacher.with_ids(teacher.passages[0].ids[:LENGTH])
-    report = report_of(measured_on(tuned, teacher, questions), 40)
+    report = report_of(measured_on(tuned, teacher, questions), ())
     ours = [each.text.strip() for each in tuned.generate(asked, max_new_tokens=5)]
     assert report.prompt.exact_match == sum(map(str.__eq__, ours, map(str.strip, gold))) / 3
     assert report.readers[-1].exact_match == 2 / 3
@@ -163,7 +163,7 @@ def test_without_given_answers_there_is_nothing_to_be_right_about(report):
 
 def test_nothing_was_kept_apart(teacher):
     with pytest.raises(DataError, match="nothing to measure on; give questions"):
-        report_of(measured_on(teacher.tuned[0], teacher, []), 40)
+        report_of(measured_on(teacher.tuned[0], teacher, []), ())
 
 
 def test_a_run_ends_with_its_report_and_can_be_measured_again(tmp_path, capsys):

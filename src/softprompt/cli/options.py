@@ -315,6 +315,8 @@ def _once(context: click.Context, parameter: click.Parameter, values: tuple[Any,
 
 
 def _shown(default: Any) -> str:
+    if isinstance(default, tuple):
+        return ",".join(map(str, default))
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 

@@ -146,7 +146,7 @@ def contest_figure(versus: Mapping[str, tuple[int, int]], rows: int) -> Figure:
     places = range(len(versus))
     for i, sign, color, label in ((0, 1, BLUE, "won by the prompt"), (1, -1, ORANGE, "lost")):
         bars = axis.barh(places, [sign * pair[i] for pair in versus.values()], 0.62, color=color, label=label)
-        axis.bar_label(bars, [f"{pair[i]}" for pair in versus.values()], padding=4, color=INK, fontsize=10)
+        axis.bar_label(bars, [f"{pair[i] or ''}" for pair in versus.values()], padding=4, color=INK, fontsize=10)
     names = [name if len(name) <= 24 else f"...{name[-21:]}" for name in versus]
     axis.set_yticks(places, [_printable(name) for name in names], parse_math=False)
     axis.invert_yaxis()

@@ -10,6 +10,7 @@ from .questions import Study as Study
 from .questions import given_questions as given_questions
 from .questions import problem as problem
 from .questions import request_of as request_of
+from .questions import seeds_of_kinds as seeds_of_kinds
 from .report import REPORT_NAME as REPORT_NAME
 from .report import DistillationReport as DistillationReport
 from .report import measured_on as measured_on
@@ -23,6 +24,7 @@ from .settings import DistillSettings as DistillSettings
 from .stages import answered as answered
 from .stages import studied as studied
 from .stages import taught as taught
+from .stages import tokens_read as tokens_read
 from .store import Store as Store
 from .student import Student as Student
 from .student import check_student as check_student

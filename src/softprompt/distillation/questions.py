@@ -245,6 +245,12 @@ def request_of(text: str, *, chat: bool) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": text}]} if chat else {INPUT: text}
 
 
+def seeds_of_kinds(*, chat: bool) -> dict[str, Question]:
+    """Return one of the seeds of each kind."""
+    seeds = {**SEEDS, **OTHER_SEEDS}.items()
+    return {kind: Question(request_of(texts[0] + _ONLY, chat=chat), None) for kind, texts in seeds}
+
+
 def problem(text: str) -> str:
     """Return what makes a generated text useless: ``empty`` or ``repetitive``; empty where nothing does."""
     words = text.lower().split()

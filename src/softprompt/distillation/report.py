@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any, Self, final
 
 from softprompt.artifacts import write_atomically
 from softprompt.data import INPUT, DataSource, TokenRow, read_records
-from softprompt.distillation import Distilled, HeldOut, Question, Teacher, divergence_of, request_of, targets_of
+from softprompt.distillation import (
+    Distilled,
+    HeldOut,
+    Question,
+    Teacher,
+    divergence_of,
+    request_of,
+    targets_of,
+    tokens_read,
+)
 from softprompt.engine import Engine, EngineRow
 from softprompt.errors import DataError
 from softprompt.evaluation import text_metrics
@@ -90,8 +99,8 @@ class DistillationReport:
         readers: No text, the text's first P tokens, a summary of at most P tokens, the prompt, the whole text.
         tokens_saved: Tokens of a request that need not be read any more.
         bytes_saved: Bytes of keys and values that they would fill in the base's dtype.
-        tokens_read: Tokens that the run read, roughly: each trained one counts twice (forward and backward), each
-            one of the teacher's too (it writes the answers, and predicts them).
+        tokens_read: Tokens that the run read, roughly: each trained one counts twice (forward and backward), those
+            of the teacher in each of its stages, as ``tokens_read`` of the stages has them.
         requests_to_pay: Requests after which it has paid: ``tokens_read / tokens_saved``, for a server that reads
             the text anew for each request.
         damage: KL(bare base || base with the prompt), and with the text, on answers to unrelated questions, in nats
@@ -158,7 +167,7 @@ NOTHING, PROMPT, WHOLE = "no text", "the prompt", "the whole text"
 
 def report_of(
     distilled: Distilled,
-    trained_on: int,
+    questions: Sequence[Question],
     *,
     unrelated: DataSource | None = None,
     check_stop: Callable[[], None] = lambda: None,
@@ -167,7 +176,7 @@ def report_of(
 
     Args:
         distilled: The prompt, its teacher, and what was kept apart.
-        trained_on: Questions that the run answered.
+        questions: All questions of the run, answered.
         unrelated: Records with answers that have nothing to do with the text; None takes a few of our own.
         check_stop: Called between passes.
 
@@ -196,7 +205,7 @@ def report_of(
     rows = {PROMPT: others.with_prompt(prompt), WHOLE: others.with_text(teacher.prompts)}
     shape = teacher.base.key_value_shape
     each_token = shape.layers * 2 * shape.heads * shape.width * teacher.base.model.dtype.itemsize
-    saved, read = text_tokens - length, _tokens_read(distilled, trained_on)
+    saved, read = text_tokens - length, _tokens_read(distilled, questions)
     return DistillationReport(
         questions=len(held_out.questions),
         kinds=tuple(sorted({each.kind for each in held_out.questions})),
@@ -294,12 +303,11 @@ def _summaries(teacher: Teacher, length: int) -> list[tuple[int, ...]]:
     return [tuple(teacher.rows.text(each))[:length] for each in teacher.generate(asked)]
 
 
-def _tokens_read(distilled: Distilled, count: int) -> float:
+def _tokens_read(distilled: Distilled, questions: Sequence[Question]) -> float:
     """Return about how many tokens the run read, as ``DistillationReport`` counts them."""
-    metrics, rows, teacher = distilled.tuned.metrics, distilled.held_out.asked, distilled.teacher
+    metrics = distilled.tuned.metrics
     trained = metrics.get("tokens_per_second", 0.0) * metrics.get("seconds_by_part", {}).get("training", 0.0)
-    asked = count * sum(len(row.source) + len(row.target) for row in rows) / len(rows)
-    return float(2 * trained + 2 * (asked + teacher.tokens * -(-count // teacher.batch_size)))
+    return float(2 * trained + tokens_read(questions, distilled.teacher))
 
 
 def unrelated_pairs(source: DataSource) -> list[tuple[str, str]]:

@@ -142,7 +142,7 @@ def distill(
                     logger.warning("no question with a usable answer was kept apart to report on; %s", way_out)
                 elif report:
                     with store.interrupted("while the prompt was measured"):
-                        measured = report_of(distilled, len(found), unrelated=unrelated, check_stop=stop.check)
+                        measured = report_of(distilled, found, unrelated=unrelated, check_stop=stop.check)
             return _finished(distilled, found, measured, target)
 
 
@@ -317,4 +317,4 @@ def measure_distilled(
         raise DataError(
             f"{prompt} was made of a text of {made} tokens, this one has {teacher.tokens}; give that one"
         )
-    return report_of(measured_on(tuned, teacher, asked, top_k=settings.top_k), len(own), unrelated=unrelated)
+    return report_of(measured_on(tuned, teacher, asked, top_k=settings.top_k), own, unrelated=unrelated)

@@ -10,10 +10,10 @@ from typing import Any, Literal
 from softprompt.errors import ConfigError
 from softprompt.fields import check, from_mapping, plain, same_as, setting
 from softprompt.prompts import PeftType, Placement, PromptLearningConfig, config_class
-from softprompt.training import RATE_PER_RMS, TuneSettings, tracker_names
+from softprompt.training import TuneSettings, tracker_names
 
 TEXT_RATE_PER_RMS = 0.06
-"""Default rate of keys and values in units of their rms (measured, see docs/distillation.md)."""
+"""Default rate of keys and values that start at a text's, in units of their rms (see docs/distillation.md)."""
 
 _PROMPT, _QUESTIONS, _TEACHER = "Prompt", "Questions", "Teacher"
 _OPTIMISATION, _MODEL, _OUTPUT = "Optimisation", "Model and engine", "Output"
@@ -104,8 +104,8 @@ class DistillSettings:
     max_steps: int | None = same_as(TuneSettings, "max_steps")
     learning_rate: float | None = setting(
         None,
-        f"Peak learning rate; by default as tune's, {RATE_PER_RMS} x the rms of the base model's embeddings, for "
-        f"kv {TEXT_RATE_PER_RMS} x that of its keys and values.",
+        f"Peak learning rate; by default tune's, but for kv that starts at the text {TEXT_RATE_PER_RMS} x the rms "
+        "of the base model's keys and values.",
         above=0,
         most=1e6,
         group=_OPTIMISATION,

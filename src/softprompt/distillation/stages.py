@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from softprompt.distillation import Question, Study, problem
+from softprompt.distillation import Question, Study, problem, seeds_of_kinds
 from softprompt.errors import DataError
+from softprompt.generation import Bounds
 from softprompt.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -119,3 +120,40 @@ def taught(
             found.update(zip(part, targets, strict=True))
             bar.update(len(part))
     return [found[i] for i in range(len(rows))]
+
+
+def tokens_read(questions: Sequence[Question], teacher: Teacher) -> int:
+    """Return about how many tokens a teacher runs for questions: to ask, to answer, and to predict.
+
+    The text counts as often as a forest runs it: once for all that is written behind it where the decoder has room
+    to keep it, and once in each pass that scores labels or predicts. Questions that were left out do not count.
+    """
+    chat, labels, bounds = teacher.manifest.chat, teacher.manifest.labels, Bounds()
+
+    def rows_of(asked: Sequence[Question]) -> list[TokenRow]:
+        return teacher.rows.tokenize([each.record(chat=chat) for each in asked])[0]
+
+    def passes(size: int) -> int:
+        order = sorted(each.passage for each in questions)
+        blocks = (order[i : i + BLOCK] for i in range(0, len(order), BLOCK))
+        return sum(texts[each] for own in blocks for i in range(0, len(own), size) for each in {*own[i : i + size]})
+
+    rows, seeds = rows_of(questions), seeds_of_kinds(chat=chat)
+    at = rows[0].at if rows else 0  # tokens before the text, which are run with it
+    texts = Counter({number: at + each.tokens for number, each in enumerate(teacher.prompts)})  # 0 for any other
+    own = [len(row.source) - at + len(row.target) - 1 for row in rows]  # nothing is predicted behind the last
+    read, written = sum(own) + passes(2 * teacher.batch_size), list[int]()
+    for kind, seed in seeds.items():
+        if studied := [each for each in questions if each.kind == kind]:
+            read += len(studied) * (len(rows_of([seed])[0].source) - at)
+            read += sum(len(teacher.rows.text(each.text)) for each in studied)
+            written += [each.passage for each in studied]
+    if labels is None:
+        left = [i for i, each in enumerate(questions) if not each.labelled]
+        read, written = read + sum(own[i] for i in left), written + [questions[i].passage for i in left]
+    else:
+        more = sum(len(ids) - 1 for ids in teacher.tuned[0].label_ids(labels))
+        read += sum(len(row.source) - at + more for row in rows)
+        read += passes(max(1, 2 * teacher.batch_size // len(labels)) if at else BLOCK)  # in front it is kept
+    fits = len(texts) <= bounds.max_prompts_resident and texts.total() <= bounds.max_prompt_tokens
+    return read + sum(texts[each] for each in (set(written) if fits else written))

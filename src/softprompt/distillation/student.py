@@ -78,7 +78,8 @@ class Student:
             fingerprints=dict(data),
         )
         prepared = prepare(teacher.base, [task], settings.tuning(config))
-        if settings.kind == "kv" and settings.learning_rate is None:
+        starts_at_text = settings.kind == "kv" and settings.start != "vocabulary"
+        if starts_at_text and settings.learning_rate is None:
             rate = TEXT_RATE_PER_RMS * prepared.rates.rms
             rates = replace(prepared.rates, prompt=rate, usual=rate)
             prepared = replace(prepared, rates=rates)

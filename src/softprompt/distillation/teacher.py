@@ -1,4 +1,4 @@
-"""The teacher: the frozen base that sees the text, each passage once in the forest for all its questions."""
+"""The teacher: the frozen base that sees the text, each passage once in a pass of the forest."""
 
 from __future__ import annotations
 
