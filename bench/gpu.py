@@ -288,14 +288,14 @@ def kernels(bench: Bench, batch: int, virtual: int, length: int) -> Iterator[dic
     drawn = [torch.randn(1, heads, total, width, device=device, dtype=torch.bfloat16) for _ in range(3)]
     own = torch.arange(virtual, total, device=device).view(batch, length)
     rows = torch.cat([torch.arange(virtual, device=device).expand(batch, -1), own], 1).flatten()
-    flat = [each[0].transpose(0, 1)[rows].contiguous() for each in drawn]  # [B (P + T), A, D]
-    for each in (*drawn, *flat):
+    q, k, v = (each[0].transpose(0, 1)[rows].contiguous() for each in drawn)  # [B (P + T), A, D]
+    for each in (*drawn, q, k, v):
         each.requires_grad_(cuda)
     stretches = Stretches.of(virtual, [length] * batch, device)
     ends = torch.arange(batch + 1, device=device, dtype=torch.int32) * (virtual + length)
     most = virtual + length
     ways: dict[str, Callable[[], Any]] = {
-        "varlen, prompt repeated": lambda: varlen.varlen_attn(*flat, ends, ends, most, most, window_size=CAUSAL),
+        "varlen, prompt repeated": lambda: varlen.varlen_attn(q, k, v, ends, ends, most, most, window_size=CAUSAL),
         "varlen, merged": lambda: merged(drawn[0], drawn[1], drawn[2], stretches, width**-0.5),
         "FlexAttention, forest": lambda: flex(*drawn, block_mask=mask),
     }

@@ -150,5 +150,5 @@ def _backward(
         grads[0][rows] = torch.einsum("aqk,kad->qad", to_scores, k[keys])
         grads[1][keys] = torch.einsum("aqk,qad->kad", to_scores, q[rows])
         grads[2][keys] = torch.einsum("aqk,qad->kad", weights, g[rows])
-    folded = [each.unflatten(1, (-1, repeats)).sum(2) for each in grads[1:]]
+    folded = [each.view(len(each), -1, repeats, each.shape[2]).sum(2) for each in grads[1:]]
     return grads[0].to(query.dtype), folded[0].to(key.dtype), folded[1].to(value.dtype)
