@@ -137,7 +137,7 @@ def _forward(
 
 def _backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, cu_seq_q: Tensor,
-    cu_seq_k: Tensor, max_q: int, max_k: int, is_causal: bool, rng_state: Tensor, scale: float | None = None,
+    cu_seq_k: Tensor, max_q: int, max_k: int, is_causal: bool, _rng: Tensor, scale: float | None = None,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     repeats, factor = query.shape[1] // key.shape[1], query.shape[-1] ** -0.5 if scale is None else scale
