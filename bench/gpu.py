@@ -1,22 +1,26 @@
-"""One GPU in at most eight minutes: training step against PEFT, label scoring, decoding, memory; JSON and a table.
+"""One GPU in about eight minutes: training step against PEFT, label scoring, decoding, memory; JSON and a table.
 
-Random weights in bfloat16 (float32 on a CPU). Every way runs in this process; a way's seconds are the median over
-rounds, waited for to the end (``synchronize``); memory is the allocator's peak above what was held before. A way
-that runs out of memory has no numbers. Cases that no longer fit into ``--minutes`` are left out, and listed.
+Random weights in bfloat16 (float32 on a CPU). No case begins in the last of the ``--minutes``, or later; one that
+has begun is not cut short, so all of it may take longer. Every way runs in this process; a way's seconds are the
+median over rounds, waited for to the end (``synchronize``); memory is the allocator's peak above what was held
+before. A way that runs out of memory has no numbers. Cases that could not begin in time are left out, and listed.
 
     python bench/gpu.py [--output gpu.json] [--device cuda:0] [--minutes 8] [--rounds 5] [--tiny]
 
 The ways of a training step: PEFT's forward on the padded batch; ours with FlexAttention compiled (what ``auto``
-takes on a GPU), with FlexAttention in eager mode, and with the packed attention of CPUs. ``attention`` compares the
-kernels alone, forward and backward: FlexAttention over the forest against variable-length attention
-(``torch.nn.attention.varlen``) over rows that each repeat the prompt.
+takes on a GPU), with FlexAttention in eager mode, with variable-length attention (``gpu_varlen.py``), and with the
+packed attention of CPUs; ``flex calls`` says how often a step really ran FlexAttention. ``attention`` compares the
+kernels alone, forward and backward, over one forest.
+
+``--tiny`` runs every case's code on a CPU: FlexAttention forward only and in eager mode (it has no backward there),
+in the model and alone; variable-length attention by kernels registered with torch's operators; a step in bfloat16.
+What it cannot show is that FlexAttention compiles, its backward, and that the GPU's own kernels take these shapes.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import json
 import statistics
 import time
@@ -31,18 +35,22 @@ from unittest import mock
 
 import torch
 import transformers as tf
+from torch.nn.attention import varlen
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import training_step as steps
 from alone import alone
 from decode_step import served, tokenizer
+from gpu_varlen import CAUSAL, Stretches, merged, on_cpu
 from quiet import quiet
 from softprompt.backbone import Base
 from softprompt.bundled import model_directory
 from softprompt.engine import EngineRow, build_engine
+from softprompt.engine.forest import forest_attention
 from softprompt.generation import Batcher
 from softprompt.prompts import Prompt
 
-ATTENTION = "softprompt.engine.forest.forest_attention"
+WAYS = ("compiled", "eager", "varlen", "packed")
 NEW = 32
 """New tokens of an answer, as ``decode_step`` asks for."""
 
@@ -74,12 +82,12 @@ class Bench:
     rounds: int
     deadline: float
 
-    def model(self, build: Callable[[], Any]) -> Any:
-        """Build a frozen model on the device, in bfloat16 on a GPU."""
+    def model(self, build: Callable[[], Any], dtype: torch.dtype | None = None) -> Any:
+        """Build a frozen model on the device, by default in bfloat16 on a GPU."""
         torch.manual_seed(0)
         with self.device:
             found = build()
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         return found.to(dtype).eval().requires_grad_(False)
 
     def wait(self) -> None:
@@ -112,17 +120,41 @@ class Bench:
 
 
 @contextmanager
-def attention(way: str) -> Iterator[None]:
-    """Run the forest's attention in a way: ``compiled``, ``eager`` or ``packed``."""
-    from torch.nn.attention.flex_attention import flex_attention
-
+def attention(way: str, stretches: Stretches | None = None) -> Iterator[None]:
+    """Run the forest's attention in a way: one of ``WAYS``, or ``flex``, which is FlexAttention on a CPU too."""
     patches: dict[str, Any] = {
         "compiled": nullcontext(),
-        "eager": mock.patch(f"{ATTENTION}._compiled", lambda: flex_attention),
+        "eager": mock.patch.object(forest_attention, "_compiled", lambda: flex_attention),
         "packed": mock.patch("softprompt.engine.forest.plan.Visibility.flex", lambda self: None),
     }
+    if stretches is not None:
+        patches["varlen"] = registered(lambda q, k, v, mask, scale: merged(q, k, v, stretches, scale))
+    patches["flex"] = registered(
+        lambda q, k, v, mask, scale: forest_attention.attend_flex(q, k, v, mask.flex(), scale)
+    )
     with patches[way]:
         yield
+
+
+@contextmanager
+def registered(kernel: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Have a kernel in the place of the forest's whole attention, whatever the device."""
+
+    def forward(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: Any = None, **_: Any) -> Any:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return kernel(query, key, value, mask, scale).transpose(1, 2).contiguous(), None
+
+    tf.AttentionInterface.register(forest_attention.NAME, forward)
+    try:
+        yield
+    finally:
+        tf.AttentionInterface.register(forest_attention.NAME, forest_attention.forest_attention_forward)
+
+
+def flex_calls(step: Callable[[], float]) -> tuple[float, int]:
+    """Return what a step gives, and how often it ran FlexAttention."""
+    with mock.patch.object(forest_attention, "attend_flex", wraps=forest_attention.attend_flex) as flex:
+        return step(), flex.call_count
 
 
 def training(bench: Bench, model: Any, work: steps.Work) -> Iterator[dict[str, Any]]:
@@ -133,15 +165,16 @@ def training(bench: Bench, model: Any, work: steps.Work) -> Iterator[dict[str, A
     width = model.get_input_embeddings().weight.shape[1]
     batch = {name: each.to(bench.device) for name, each in steps.batch_of(work, rows).items()}
     prompted, prompt_of_peft = steps.prompted_step(peft, model, work, batch)
-    losses, found = {}, {}
-    losses["PEFT"] = prompted()
+    losses, found, grads = {}, {}, {}
+    stretches = Stretches.of(work.virtual, [length - 1 for length in work.lengths], bench.device)
+    losses["PEFT"], grads["PEFT"] = prompted(), prompt_of_peft.grad.float()
     found["PEFT"] = bench.measured(prompted)
     tokens = sum(len(row.target) for row in rows)
-    for way in ("compiled", "eager", "packed"):
+    for way in WAYS:
         prompt = torch.nn.Parameter(prompt_of_peft.detach().float().clone())
         assert prompt.shape == (work.virtual, width)
 
-        with attention(way):
+        with nullcontext() if way == "varlen" else attention(way):  # its stretches are not those of the probe
             engine = build_engine(Base(model))
 
         def step(prompt: torch.nn.Parameter = prompt, engine: Any = engine) -> float:
@@ -151,12 +184,14 @@ def training(bench: Bench, model: Any, work: steps.Work) -> Iterator[dict[str, A
             loss.backward()
             return float(loss.detach())
 
-        with attention(way):
-            losses[way] = step()
-            found[way] = bench.measured(step) | {"engine": engine.name}
+        with attention(way, stretches):
+            losses[way], calls = flex_calls(step)
+            grads[way] = prompt.grad
+            found[way] = bench.measured(step) | {"engine": engine.name, "flex calls": calls}
     for way, numbers in found.items():
         ratio = _ratio(found["PEFT"]["seconds"], numbers["seconds"])
         apart = abs(losses[way] - losses["PEFT"])
+        turned = (grads[way] - grads["PEFT"]).norm() / grads["PEFT"].norm()
         yield {
             "case": "training",
             "work": work.title,
@@ -164,7 +199,28 @@ def training(bench: Bench, model: Any, work: steps.Work) -> Iterator[dict[str, A
             **numbers,
             "times PEFT": ratio,
             "loss apart": apart,
+            "gradient apart": float(turned),
         }
+
+
+def forced(bench: Bench, model: Any, work: steps.Work) -> Iterator[dict[str, Any]]:
+    """Yield the loss of a batch by FlexAttention, forward alone, and how far from the packed attention it is."""
+    table = model.get_input_embeddings().weight
+    prompt = Prompt(torch.randn(work.virtual, table.shape[1], device=bench.device) * steps.SCALE)
+    rows = [replace(row, prompt=prompt) for row in steps.rows_of(work, table.shape[0])]
+    engine = build_engine(Base(model))
+
+    @torch.no_grad()
+    def loss() -> float:
+        return -float(engine.target_log_probs(rows).values.mean())
+
+    with attention("packed"):
+        expected = loss()
+    with attention("flex"):
+        value, calls = flex_calls(loss)
+        numbers = bench.measured(loss)
+    here = {"case": "forward", "work": work.title, "way": "FlexAttention"}
+    yield {**here, **numbers, "flex calls": calls, "loss apart": abs(value - expected)}
 
 
 def labels(bench: Bench, model: Any, inputs: int, count: int) -> Iterator[dict[str, Any]]:
@@ -216,37 +272,49 @@ def decoding(bench: Bench, model: Any, rows: int) -> Iterator[dict[str, Any]]:
 
 
 def kernels(bench: Bench, batch: int, virtual: int, length: int) -> Iterator[dict[str, Any]]:
-    """Yield attention alone, forward and backward: FlexAttention over a forest, varlen over repeated prompts."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    """Yield attention alone over one forest; how far an output is off that over repeated prompts is ``apart``.
 
+    Forward and backward on a GPU, forward alone on a CPU.
+    """
     heads, width, total = 32, 64, virtual + batch * length
-    tree = torch.cat([torch.zeros(virtual), 1 + torch.arange(batch).repeat_interleave(length)]).to(bench.device)
+    cuda, device = bench.device.type == "cuda", bench.device
+    tree = torch.cat([torch.zeros(virtual), 1 + torch.arange(batch).repeat_interleave(length)]).to(device)
 
     def visible(b: Any, h: Any, q: Any, k: Any) -> Any:
         return (q >= k) & ((tree[k] == 0) | (tree[k] == tree[q]))
 
-    mask = create_block_mask(visible, None, None, total, total, device=bench.device)
-    compiled: Any = torch.compile(flex_attention, dynamic=True)
+    mask = create_block_mask(visible, None, None, total, total, device=device)
+    flex: Any = forest_attention._compiled() if cuda else flex_attention
+    drawn = [torch.randn(1, heads, total, width, device=device, dtype=torch.bfloat16) for _ in range(3)]
+    own = torch.arange(virtual, total, device=device).view(batch, length)
+    rows = torch.cat([torch.arange(virtual, device=device).expand(batch, -1), own], 1).flatten()
+    q, k, v = (each[0].transpose(0, 1)[rows].contiguous() for each in drawn)  # [B (P + T), A, D]
+    for each in (*drawn, q, k, v):
+        each.requires_grad_(cuda)
+    stretches = Stretches.of(virtual, [length] * batch, device)
+    ends = torch.arange(batch + 1, device=device, dtype=torch.int32) * (virtual + length)
+    most = virtual + length
+    ways: dict[str, Callable[[], Any]] = {
+        "varlen, prompt repeated": lambda: varlen.varlen_attn(q, k, v, ends, ends, most, most, window_size=CAUSAL),
+        "varlen, merged": lambda: merged(drawn[0], drawn[1], drawn[2], stretches, width**-0.5),
+        "FlexAttention, forest": lambda: flex(*drawn, block_mask=mask),
+    }
+    expected: torch.Tensor | None = None
+    for way, run in ways.items():
 
-    def drawn(*size: int) -> list[torch.Tensor]:
-        how: dict[str, Any] = {"device": bench.device, "dtype": torch.bfloat16, "requires_grad": True}
-        return [torch.randn(*size, **how) for _ in range(3)]
+        def step(run: Callable[[], Any] = run) -> None:
+            found = run()
+            if cuda:
+                found.sum().backward()
 
-    one, rest = drawn(1, heads, total, width), drawn(batch * (virtual + length), heads, width)
-
-    def forest() -> None:
-        compiled(*one, block_mask=mask).sum().backward()
-
-    work = f"B={batch}, P={virtual}, T={length}"
-    yield {"case": "attention", "work": work, "way": "FlexAttention, forest", **bench.measured(forest)}
-    varlen: Any = importlib.import_module("torch.nn.attention.varlen")
-    ends = torch.arange(batch + 1, device=bench.device, dtype=torch.int32) * (virtual + length)
-
-    def repeated() -> None:
-        found = varlen.varlen_attn(*rest, ends, ends, virtual + length, virtual + length, window_size=(-1, 0))
-        found.sum().backward()
-
-    yield {"case": "attention", "work": work, "way": "varlen, prompt repeated", **bench.measured(repeated)}
+        numbers = bench.measured(step)
+        with torch.no_grad():
+            found = run()
+            found = found if found.dim() == 3 else found[0].transpose(0, 1)[rows]
+            expected = found if expected is None else expected
+        apart = float((found - expected).abs().max())
+        work = f"B={batch}, P={virtual}, T={length}"
+        yield {"case": "attention", "work": work, "way": way, **numbers, "apart": apart}
 
 
 def cases(bench: Bench, *, small: bool) -> Iterator[tuple[str, Callable[[], Iterator[dict[str, Any]]]]]:
@@ -262,8 +330,12 @@ def cases(bench: Bench, *, small: bool) -> Iterator[tuple[str, Callable[[], Iter
         yield f"{name}, labels", partial(labels, bench, model, 2 if small else 16, 5 if small else 77)
         for rows in (2,) if small else (16, 64):
             yield f"{name}, decoding {rows}", partial(decoding, bench, model, rows)
-    if bench.device.type == "cuda":
-        yield "attention alone", partial(kernels, bench, 32, 100, 32)
+    if small:
+        half = bench.model(tiny, torch.bfloat16)
+        for title, each in (("tiny", model), ("tiny, bfloat16", half)):
+            yield f"{title}, forward", partial(forced, bench, each, replace(work, title=title))
+        yield "tiny, bfloat16", partial(training, bench, half, replace(work, title="tiny, bfloat16"))
+    yield "attention alone", partial(kernels, bench, *((3, 5, 4) if small else (32, 100, 32)))
 
 
 def run(bench: Bench, *, small: bool) -> dict[str, Any]:
@@ -306,12 +378,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, help="file for the JSON")
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--minutes", type=float, default=8.0, help="no case begins after so much of it")
+    parser.add_argument("--minutes", type=float, default=8.0, help="no case begins in the last of them, or later")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tiny", action="store_true", help="a model of two layers, to see that everything runs")
     given = parser.parse_args()
     quiet()
-    # A case takes up to a minute with its compilation.
+    if given.device == "cpu":
+        on_cpu()
     deadline = time.perf_counter() + 60 * given.minutes - (0 if given.tiny else 60)
     bench = Bench(torch.device(given.device), 1 if given.tiny else given.rounds, deadline)
     found = run(bench, small=given.tiny)

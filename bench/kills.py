@@ -1,4 +1,7 @@
-"""`kill -9` at random moments, and what resuming makes of it: the prompt, its log and its folder, bit for bit.
+"""`kill -9` at random moments, and what resuming makes of it: the prompt bit for bit, and all it says but times.
+
+Compared with a run that was never killed: every tensor, every line of the log, `adapter_config.json`, the manifest,
+and which files there are.
 
     python bench/kills.py --kills 50 --save-every 1
 
@@ -10,6 +13,7 @@ started again, one that was killed behind its end is finished.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import random
@@ -27,6 +31,9 @@ from safetensors.torch import load_file
 from alone import alone
 from softprompt.bundled import complaints
 from softprompt.training import state_path, tune
+
+TIMES = ("timestamp", "created", "seconds", "seconds_by_part", "tokens_per_second")
+"""What differs from run to run, in the log and the manifest."""
 
 SETTINGS: dict[str, Any] = {"num_epochs": 3, "batch_size": 4, "limit": 40, "silence_progress_bars": True}
 
@@ -92,13 +99,26 @@ def differences(one: Path, other: Path) -> list[str]:
     """Return what differs between two finished runs."""
     files = [sorted(path.relative_to(each) for path in each.rglob("*")) for each in (one, other)]
     tensors = [load_file(each / "adapter_model.safetensors") for each in (one, other)]
-    lines = [(each / "training_logs.jsonl").read_text().count("\n") for each in (one, other)]
     same = {
         "files": files[0] == files[1],
-        "prompts": all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0]),
-        "logs": lines[0] == lines[1],
+        "prompts": tensors[0].keys() == tensors[1].keys()
+        and all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0]),
     }
+    for name in ("training_logs.jsonl", "adapter_config.json", "softprompt.json"):
+        texts = [(each / name).read_text(encoding="utf-8") for each in (one, other)]
+        parts = [text.splitlines() if name.endswith("l") else [text] for text in texts]
+        said = [[timeless(json.loads(part)) for part in each] for each in parts]
+        same[name] = said[0] == said[1]
     return [name for name, equal in same.items() if not equal]
+
+
+def timeless(value: Any) -> Any:
+    """Return what a file says without the times in it."""
+    if isinstance(value, list):
+        return [timeless(each) for each in value]
+    if isinstance(value, dict):
+        return {name: timeless(each) for name, each in value.items() if name not in TIMES}
+    return value
 
 
 if __name__ == "__main__":

@@ -61,6 +61,15 @@ def test_the_sdist_can_be_built_from(built):
     archive = next(path for name, path in built["one"].items() if name.endswith(".tar.gz"))
     names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "src/softprompt/__init__.py"} <= names
+    read_by_tests = {
+        "Dockerfile",
+        ".dockerignore",
+        "compose.yaml",
+        "deploy/kubernetes.yaml",
+        "mkdocs.yml",
+        "Makefile",
+    }
+    assert read_by_tests | {"tests/integrations/test_deployment.py", "docs/index.md", "bench/gpu.py"} <= names
 
 
 def test_every_extra_that_a_message_names_exists():

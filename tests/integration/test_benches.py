@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[2]
 SMALLEST = {
@@ -34,6 +36,27 @@ def test_a_bench_runs(name, bench, shared):
         shared("data")
     printed = bench(name, *SMALLEST[name].split())
     assert json.loads(printed) if SMALLEST[name].endswith("--json") else printed
+
+
+def test_kills_sees_what_differs_and_no_times(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import kills
+
+    def written(name, loss, second, virtual=20):
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file({"prompt_embeddings": torch.ones(2)}, folder / "adapter_model.safetensors")
+        log = [{"data": {"value": value, "timestamp": second}} for value in (5.0, loss)]
+        (folder / "training_logs.jsonl").write_text("".join(json.dumps(each) + "\n" for each in log))
+        (folder / "adapter_config.json").write_text(json.dumps({"num_virtual_tokens": virtual}))
+        manifest = {"created": second, "metrics": {"seconds": second, "loss": loss}}
+        (folder / "softprompt.json").write_text(json.dumps(manifest))
+        return folder
+
+    one = written("one", 4.0, 1)
+    assert kills.differences(one, written("later", 4.0, 2)) == []
+    assert kills.differences(one, written("other", 4.1, 1)) == ["training_logs.jsonl", "softprompt.json"]
+    assert kills.differences(one, written("shorter", 4.0, 1, virtual=19)) == ["adapter_config.json"]
 
 
 def test_every_bench_is_among_them_or_has_a_reason():

@@ -54,10 +54,26 @@ def test_the_image_runs_as_a_user_and_writes_to_tmp_alone():
     assert ignored[0] == "*" and {f"!{word}" for word in copied} <= set(ignored)
     for name in ("server", "front"):
         service = COMPOSE["services"][name]
-        assert service["read_only"] and service["tmpfs"] == ["/tmp"] and service["cap_drop"] == ["ALL"]
+        assert service["read_only"] and service["tmpfs"] == ["/tmp"]
+    for service in COMPOSE["services"].values():
+        assert service["cap_drop"] == ["ALL"] and service["security_opt"] == ["no-new-privileges:true"]
+    assert "ports" not in COMPOSE["services"]["vllm"]
     assert POD["securityContext"]["runAsNonRoot"] and CONTAINER["securityContext"]["readOnlyRootFilesystem"]
     (mounted,) = [each for each in CONTAINER["volumeMounts"] if not each.get("readOnly")]
     assert mounted["mountPath"] == "/tmp"
+
+
+def test_the_page_and_the_files_say_how_keys_are_asked_for():
+    page = (ROOT / "docs/serving.md").read_text().partition("## Docker and Kubernetes")[2]
+    (override,) = [each for each in page.split("```yaml\n") if "--api-key-file" in each.partition("```")[0]]
+    server = yaml.safe_load(override.partition("```")[0])["services"]["server"]
+    (cmd,) = instructions("CMD")
+    plain, keyed = (
+        serve.make_context("serve", words[1:]).params for words in (ast.literal_eval(cmd), server["command"])
+    )
+    assert keyed == plain | {"api_key_file": server["volumes"][0].split(":")[1]}
+    for path in ("compose.yaml", "deploy/kubernetes.yaml"):
+        assert f"--api-key-file={keyed['api_key_file']}" in (ROOT / path).read_text()
 
 
 def test_health_checks_ask_what_the_server_answers():

@@ -5,7 +5,10 @@ import importlib.util
 import json
 import os
 import signal
+import sys
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -245,6 +248,70 @@ def test_wandb_offline(llama, rows, held_out, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    tune(llama, rows, held_out, output=tmp_path / "out", track="wandb", **(RUN | {"num_epochs": 1}))
+    out = tmp_path / "out"
+    tune(llama, rows, held_out, output=out, track="wandb", **(RUN | {"num_epochs": 1}))
     (file,) = glob.glob(f"{tmp_path}/wandb/offline-run-*/run-out-*.wandb")
-    assert os.path.getsize(file) > 1000
+    told = wandb_history(Path(file).read_bytes())
+    losses = [(values["update"], values["train/loss"]) for values in told if "train/loss" in values]
+    logged = [json.loads(line)["data"]["value"] for line in (out / "training_logs.jsonl").read_text().splitlines()]
+    assert losses == [(update, pytest.approx(loss, rel=1e-6)) for update, loss in enumerate(logged, 1)]
+    assert [values["update"] for values in told if "validation/loss" in values] == [len(logged)]
+    assert [values["artifact"] for values in told if "artifact" in values] == [str(out)]
+
+
+def wandb_history(data):
+    """Read what was logged from W&B's file: LevelDB's log format behind a header of seven bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    records, parts, at, block = [], b"", 7, 1 << 15
+    while at + 7 <= len(data):
+        if block - at % block < 7:  # no room for a header: zeros up to the next block
+            at += block - at % block
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            records.append(Record.FromString(parts))
+            parts = b""
+    history = [each.history.item for each in records if each.WhichOneof("record_type") == "history"]
+    return [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items} for items in history
+    ]
+
+
+def test_trackio_gets_settings_then_values_then_the_end(llama, rows, held_out, tmp_path, monkeypatch):
+    """By accelerate's own tracker, over a stand-in for the package: as its functions are called."""
+    told = []
+
+    class Run:
+        def log(self, values, step=None):
+            told.append(("log", values, step))
+
+        def finish(self):
+            told.append(("finish", None, None))
+
+    class Config:
+        def update(self, values, allow_val_change):
+            told.append(("settings", values, allow_val_change))
+
+    def init(project, **options):
+        told.append(("init", project, options))
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=init, config=Config()))
+    monkeypatch.setattr(tracking, "find_spec", lambda name: name)
+    out = tmp_path / "out"
+    tuned = tune(llama, rows, held_out, output=out, track="trackio", **(RUN | {"num_epochs": 1}))
+    updates = tuned.metrics["updates"]
+    # Updates, the validation of the epoch, samples and path.
+    assert [name for name, _, _ in told] == ["init", "settings", *["log"] * (updates + 2), "finish"]
+    assert told[0][1:] == ("softprompt", {"name": told[0][2]["name"], "resume": "allow"})
+    assert told[0][2]["name"].startswith("out-")
+    assert told[1][1]["tuning_config/num_virtual_tokens"] == 2
+    logged = [json.loads(line)["data"]["value"] for line in (out / "training_logs.jsonl").read_text().splitlines()]
+    losses = [(values["update"], values["train/loss"]) for _, values, _ in told[2 : 2 + updates]]
+    assert losses == [(update, pytest.approx(loss, rel=1e-6)) for update, loss in enumerate(logged, 1)]
+    assert told[-3][1]["update"] == updates and "validation/loss" in told[-3][1]
+    assert told[-2][1].keys() == {"samples", "artifact"}
+    assert {step for name, _, step in told if name == "log"} == {None}

@@ -153,12 +153,12 @@ class Tracking:
 
     def _started(self, name: str, known: Mapping[str, Any]) -> Any:
         tracking, run = import_module("accelerate.tracking"), self._record["run"]
+        tracking.PartialState()  # the trackers' logger refuses to write before there is one
         if name == "tensorboard":
             folder = self._output / FOLDER if self._output else os.environ.get("TENSORBOARD_LOGGING_DIR", FOLDER)
             tracker = tracking.TensorBoardTracker(run, logging_dir=folder)
         elif name == "mlflow":
-            nested = import_module("mlflow").active_run() is not None
-            run_id = self._record["mlflow"]
+            run_id, nested = self._record["mlflow"], import_module("mlflow").active_run() is not None
             tracker = tracking.MLflowTracker(_PROJECT, run_id=run_id, run_name=run, nested_run=nested)
         elif name == "wandb":
             project = os.environ.get("WANDB_PROJECT", _PROJECT)
