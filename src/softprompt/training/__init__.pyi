@@ -56,7 +56,6 @@ from .session import candidate_of as candidate_of
 from .session import identity as identity
 from .session import require_alike as require_alike
 from .session import stages_of as stages_of
-from .settings import RATE_PER_RMS as RATE_PER_RMS
 from .settings import TuneSettings as TuneSettings
 from .source_prompts import VARIABLE as VARIABLE
 from .source_prompts import SourceInfo as SourceInfo
