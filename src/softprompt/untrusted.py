@@ -91,6 +91,15 @@ def read_bytes(
     return data
 
 
+def read_text(path: Path, most: int, error: type[SoftPromptError]) -> str:
+    """Return the text of a file in UTF-8, all line breaks alike; raises as ``read_bytes``, or for other bytes."""
+    try:
+        text = read_bytes(path, most, error).decode("utf-8-sig")
+    except UnicodeDecodeError as cause:
+        raise error(f"{path} is not UTF-8 ({cause.reason}); convert it first") from cause
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def parse_object(text: str, name: str) -> dict[str, Any]:
     """Read one JSON object from the text of the file ``name``.
 

@@ -45,6 +45,14 @@ def test_the_same_tree_gives_the_same_files(built):
     assert list(first) == [f"softprompt-{version}-py3-none-any.whl", f"softprompt-{version}.tar.gz"]
 
 
+def test_the_version_is_the_same_wherever_it_is_written():
+    changes, citation = ((ROOT / name).read_text(encoding="utf-8") for name in ("CHANGELOG.md", "CITATION.cff"))
+    released = re.findall(r"^## (\S+) - (\d{4}-\d\d-\d\d)$", changes, re.M)
+    cited = dict(re.findall(r"^(version|date-released): (\S+)$", citation, re.M))
+    assert cited == {"version": softprompt.__version__, "date-released": released[0][1]}
+    assert released[0][0] == softprompt.__version__
+
+
 def test_the_wheel_ships_the_package_and_nothing_else(built):
     wheel = next(path for name, path in built["one"].items() if name.endswith(".whl"))
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}

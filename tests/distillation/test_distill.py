@@ -357,7 +357,7 @@ def test_what_would_fail_later_is_refused_before_anything_is_written(chat_base, 
 
 def test_a_document_that_is_no_text_is_refused(chat_base, tmp_path):
     (tmp_path / "latin.txt").write_bytes("Größe".encode("latin-1"))
-    with pytest.raises(SoftPromptError, match=r"cannot read .*latin\.txt: .*; give a text file in UTF-8"):
+    with pytest.raises(SoftPromptError, match=r"latin\.txt is not UTF-8 .*; convert it first"):
         softprompt.distill(chat_base, documents=[tmp_path / "latin.txt"], self_study=2, **QUICK)
 
 

@@ -39,14 +39,18 @@ def written(folder: Path) -> list[Path]:
 
 
 def read_mutants(source: Path, count: int) -> None:
-    """Read a file with one to five bytes changed, again and again."""
+    """Read a file with some bytes changed and pieces moved, again and again."""
     good, changed = source.read_bytes(), source.with_name(f"changed{source.suffix}")
     seed = str(random.SystemRandom().getrandbits(64)) if EXAMPLES else source.name
     print("seed", seed, file=sys.stderr, flush=True)  # so that what ended the process can be made again
     generator = random.Random(seed)
     for _ in range(count):
         data = bytearray(good)
-        for _ in range(generator.choice([1, 1, 2, 5])):
+        if generator.random() < 0.2:  # a piece is lost, or stands twice, or is another's
+            start, size = generator.randrange(len(data)), generator.choice([1, 4, 8, 64, 512])
+            put = generator.choice([b"", bytes(size), data[start : start + size] * 2, generator.randbytes(size)])
+            data[start : start + size] = put
+        for _ in range(generator.choice([0, 1, 1, 2, 5]) if data else 0):
             at = generator.randrange(len(data))
             flipped = data[at] ^ (1 << generator.randrange(8))
             data[at] = generator.choice([0, 255, 127, 128, flipped, generator.randrange(256)])

@@ -150,6 +150,12 @@ def test_an_answer_that_is_cut_says_so(base):
     assert found.reason == "length"
 
 
+def deep(schema, depth):
+    for _ in range(depth):
+        schema = {"a": schema}
+    return schema
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
@@ -160,6 +166,10 @@ def test_an_answer_that_is_cut_says_so(base):
         ({"regex": ""}, "regex expects texts"),
         ({"json_schema": "{"}, "json_schema is not JSON"),
         ({"json_schema": "[1]"}, "json_schema expects an object"),
+        ({"json_schema": '{"a":' * 257 + "1" + "}" * 257}, "json_schema is not JSON .*nested more than 256 deep"),
+        ({"json_schema": '{"a":' * 9000 + "1" + "}" * 9000}, "json_schema is not JSON .*recursion"),
+        ({"json_schema": deep({}, 5000)}, "json_schema is not JSON .*recursion"),
+        ({"json_schema": {"a": object()}}, "json_schema is not JSON .*object"),
         ({"regex": "a" * 70_000}, "regex expects at most 65,536 characters"),
         ({"choices": ("a" * 40_000, "b" * 40_000)}, "choices expects at most 65,536 characters"),
         ({"regex": "a", "min_new_tokens": 2}, "leave min_new_tokens out"),

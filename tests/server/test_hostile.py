@@ -120,6 +120,38 @@ def test_values_that_are_refused(asked, change, param):
     assert error["type"] == "invalid_request_error"
 
 
+CHAT = {"messages": [{"role": "user", "content": "x"}]}
+
+
+def deep(depth):
+    return '{"a":' * depth + "1" + "}" * depth
+
+
+@pytest.mark.parametrize("depth", [257, 950, 3000])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (COMPLETIONS, {"prompt": "x", "guided_json": "SCHEMA"}),
+        (COMPLETIONS, {"prompt": "x", "structured_outputs": {"json": "SCHEMA"}}),
+        ("/v1/chat/completions", CHAT | {"guided_json": "SCHEMA"}),
+        (
+            "/v1/chat/completions",
+            CHAT | {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": "SCHEMA"}}},
+        ),
+        (
+            "/v1/responses",
+            {"input": "x", "text": {"format": {"type": "json_schema", "name": "x", "schema": "SCHEMA"}}},
+        ),
+        ("/v1/responses", {"input": "x", "guided_json": "SCHEMA"}),
+    ],
+)
+@pytest.mark.parametrize("as_text", [True, False])
+def test_schemas_too_deep_to_be_read(asked, path, body, depth, as_text):
+    schema = deep(depth)
+    content = json.dumps({"model": "writer", **body}).replace('"SCHEMA"', json.dumps(schema) if as_text else schema)
+    check(asked.post(path, content=content, headers={"content-type": "application/json"}))
+
+
 @pytest.mark.parametrize(
     "name", ["../writer", "..", ".", "", "writer/../complaints", "/etc", "a\x00b", "x" * 10_000]
 )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from softprompt.cli.inputs import recorded_data
 from softprompt.cli.options import (
     Command,
     base_options,
@@ -23,6 +24,7 @@ from softprompt.cli.options import (
 )
 from softprompt.cli.ray_options import on_ray, ray_options, refused_without_ray
 from softprompt.errors import UsageError, nearest
+from softprompt.untrusted import MOST_TEXT_BYTES, read_text
 
 if TYPE_CHECKING:
     from softprompt.evaluation import Baseline
@@ -212,20 +214,14 @@ def baselines_of(names: Sequence[str], prompt_dirs: Sequence[str], options: dict
 def _text_of(file: str | None) -> str:
     if file is None:
         raise UsageError("the baseline instruction needs --instruction, a file with the text")
-    try:
-        return Path(file).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{file} is not UTF-8 ({error.reason}); convert it first") from error
+    return read_text(Path(file), MOST_TEXT_BYTES, UsageError)
 
 
 def _demonstrations(shots: dict[str, Any], prompt_dirs: Sequence[str]) -> dict[str, Any]:
     """Return what a few-shot baseline draws from; by default the records that the first prompt was tuned on."""
-    from softprompt.training import RUN_FILE, read_run
-
     examples = shots.get("examples")
-    if examples is None and prompt_dirs and (run := Path(prompt_dirs[0], RUN_FILE)).exists():
-        recorded = read_run(run).get("train_data")
-        examples = recorded if isinstance(recorded, str) and Path(recorded).exists() else None
+    if examples is None and prompt_dirs:
+        examples = recorded_data(prompt_dirs[0], "--examples", "train_data")
     if examples is None:
         raise UsageError("few-shot needs --examples, a file with records to show; their answers are read")
     return {"few_shot": shots.get("few_shot", _SHOTS), "examples": examples, "seed": shots.get("example_seed", 0)}

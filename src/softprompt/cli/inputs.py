@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from softprompt.cli.options import say
-from softprompt.errors import UsageError
+from softprompt.errors import UsageError, line
 from softprompt.world import world
 
 if TYPE_CHECKING:
@@ -27,6 +29,30 @@ def records_of(data: str, tuned: TunedPrompt) -> dict[int, Fields]:
         chat = record.chat.asked() if record.chat and tuned.manifest.chat else None
         found[number] = record.fields if chat is None else {"messages": chat.messages, "tools": chat.tools}
     return found
+
+
+def recorded_data(prompt_dir: str, option: str = "--data", *names: str) -> str | None:
+    """Return the first records that a prompt's run file names, where they still are and may be read unasked.
+
+    A stranger may have written the file, as it came with the prompt: only what lies in the working directory is
+    read, and in the prompt's own folder no link that leads out of it.
+    """
+    from softprompt.training import RUN_FILE, read_run
+
+    folder = Path(prompt_dir)
+    run = read_run(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
+    for name in names or ("validation_data", "train_data"):
+        recorded = run.get(name)
+        path = os.path.normpath(recorded) if isinstance(recorded, str) else ""  # behind a link ".." is elsewhere
+        if not path or not os.path.exists(path):
+            continue
+        found = Path(os.path.abspath(path))
+        own = found.is_relative_to(os.path.abspath(folder))
+        if found.is_relative_to(Path.cwd()) and (not own or found.resolve().is_relative_to(folder.resolve())):
+            return path
+        where = "is not read unasked outside the working directory"
+        say(line(f"the {name} of {folder}, {path}, {where}: {option} names it"))
+    return None
 
 
 def shared_out(tuned: TunedPrompt, inputs: Sequence[Fields], answer: Callable[[Any], Sequence[T]]) -> list[T]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from softprompt.cli.inputs import recorded_data
 from softprompt.cli.options import (
     Command,
     base_options,
@@ -74,22 +75,10 @@ def command(
         raise UsageError("--overwrite would be ignored without --output; leave it out")
     if no_base and (data is not None or options["base_model"] is not None):
         raise UsageError("--no-base leaves --data and --base-model unused; leave it out, or these")
-    if data is None and not no_base and (data := _recorded(prompt_dir)) is not None and not quiet:
+    if data is None and not no_base and (data := recorded_data(prompt_dir)) and not quiet:
         say(f"records of {data}, which the prompt was made with; name others by --data")
     found = inspect_prompt(prompt_dir, data, with_base=not no_base, silence_progress_bars=quiet, **given(options))
     if output is not None:
         write_report(found, output, overwrite=overwrite)
         say(f"written: {output}")
     show(found.to_dict(), str(found), as_json=as_json)
-
-
-def _recorded(prompt_dir: str) -> str | None:
-    """Return the data that a prompt was validated or trained on, where it is still there."""
-    from softprompt.training import RUN_FILE, read_run
-
-    run = Path(prompt_dir, RUN_FILE)
-    if not run.is_file():
-        return None
-    recorded = read_run(run)
-    names = (recorded.get(name) for name in ("validation_data", "train_data"))
-    return next((name for name in names if isinstance(name, str) and Path(name).exists()), None)

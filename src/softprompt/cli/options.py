@@ -24,6 +24,7 @@ from softprompt.cli.parameter_types import NumberOr, Place
 from softprompt.errors import UsageError, in_options, line, visible
 from softprompt.fields import choices_of, default_of, say_renamed, type_of
 from softprompt.progress import silence
+from softprompt.untrusted import MOST_TEXT_BYTES
 from softprompt.world import world
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def generation_options(*leave_out: str) -> Callable[[Decorated], Decorated]:
     schema = option(
         "--json-schema",
         type=click.File(encoding="utf-8"),
-        callback=lambda context, parameter, file: file and file.read(),
+        callback=lambda context, parameter, file: file and file.read(MOST_TEXT_BYTES),
         group="Form of the answer",
         help="File with a JSON schema of the answer, which is JSON then.",
     )

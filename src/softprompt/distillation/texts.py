@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 from softprompt.data import DataSource, Record, RowTokenizer, encode, label_set, read_records
 from softprompt.errors import ConfigError, ContextOverflowError, DataError, UsageError
+from softprompt.untrusted import read_text
 
 Text: TypeAlias = str | Path
 """A text, or the file that holds it."""
@@ -18,6 +19,7 @@ BETWEEN = "\n\n"
 """What stands behind a text outside a chat, and behind each example, as in the baselines of ``evaluate``."""
 _CHUNK = 2048
 """Tokens of a chunk at most, where nothing else is said (512 to 4,096 in arXiv:2506.06266)."""
+_MOST_BYTES = 64 << 20
 _PIECE = 8
 """Tokens of the pieces that a prompt may start at."""
 
@@ -138,11 +140,7 @@ def start_ids(how: str, passages: Sequence[Passage], count: int, vocabulary: int
 def _read(given: Text, name: str) -> tuple[str, str]:
     text = given
     if isinstance(given, Path):
-        name = given.name
-        try:
-            text = given.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read {given}: {error}; give a text file in UTF-8") from error
+        name, text = given.name, read_text(given, _MOST_BYTES, DataError)
     if not str(text).strip():
         raise DataError(f"{name} is empty; there is nothing to distil")
     return name, str(text).strip()

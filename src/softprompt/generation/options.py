@@ -38,7 +38,7 @@ _DEFAULTS_OF_OTHERS: Mapping[str, tuple[float | None, ...]] = {
 """Names of transformers that are not known here, and their values that ask for nothing."""
 _LENGTHS, _SAMPLING, _PENALTIES = "Length and stopping", "Decoding and sampling", "Penalties"
 _BATCHING = "Batching and caching"
-_FORM, _LONGEST_FORM = "Form of the answer", 1 << 16
+_FORM, _LONGEST_FORM, _DEEPEST_FORM = "Form of the answer", 1 << 16, 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,10 @@ class GenerationOptions:
             )
         object.__setattr__(self, "stop_sequences", tuple(self.stop_sequences))
         if isinstance(self.json_schema, Mapping):
-            object.__setattr__(self, "json_schema", json.dumps(self.json_schema))
+            try:
+                object.__setattr__(self, "json_schema", json.dumps(self.json_schema))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise ConfigError(f"json_schema is not JSON ({error}); give a schema such as {{}}") from error
         object.__setattr__(self, "choices", tuple(self.choices))
         self._check_length_penalty()
         cold = self.decoding_method is None and self._is_off("temperature", (0,))
@@ -189,7 +192,8 @@ class GenerationOptions:
         if self.json_schema is not None:
             try:
                 schema = json.loads(self.json_schema)
-            except ValueError as error:
+                _refuse_deep(schema)
+            except (ValueError, RecursionError) as error:
                 raise ConfigError(f"json_schema is not JSON ({error}); give a schema such as {{}}") from error
             if not isinstance(schema, dict | bool):
                 raise ConfigError(f"json_schema expects an object, got {self.json_schema[:60]}")
@@ -232,6 +236,20 @@ class GenerationOptions:
         if ignored:
             advice = "at temperature 0; raise the temperature" if cold else advice
             raise ConfigError(f"{', '.join(ignored)} would be ignored {advice} or leave it out")
+
+
+def _refuse_deep(schema: Any) -> None:
+    """Raise ValueError for a schema too deep for what reads it recursively, however deep the stack is by then."""
+    level, depth = [schema], 0
+    while level:
+        if (depth := depth + 1) > _DEEPEST_FORM:
+            raise ValueError(f"it is nested more than {_DEEPEST_FORM} deep")
+        level = [
+            part
+            for each in level
+            if isinstance(each, dict | list)
+            for part in (each.values() if isinstance(each, dict) else each)
+        ]
 
 
 _MIXED = 64

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from softprompt.artifacts import Manifest, started_prompt
 from softprompt.backbone import Base, Facts, freeze, in_own_dtype, modules_named, set_module, vocabulary_of
 from softprompt.engine import TASK_RULES, completed
-from softprompt.errors import AdapterError, InterfaceError, nearest
+from softprompt.errors import AdapterError, ConfigError, InterfaceError, nearest
 from softprompt.peft.plain_modules import as_pretrained, original
 from softprompt.prompts import (
     KnownToPeft,
@@ -29,6 +29,7 @@ from softprompt.prompts import (
     TaskType,
     take_over,
 )
+from softprompt.untrusted import most_weight_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,8 @@ class Adapters(KnownToPeft, nn.Module, ABC):
         optional = TASK_RULES[cast(TaskType, config.task_type)].heads
         paths = modules_named(self.base_model, config.modules_to_save or [], optional=optional)
         require_free(self.base_model, paths, adapter_name)
+        if peft_config.came_in_a_file:
+            _check_size(config, self.base_model)
         encoder = module or started_prompt(config, self.base_model, generator=generator)
         with self.base.lock:
             self.prompt_encoder[adapter_name] = encoder.to(self.base.device)
@@ -233,6 +236,27 @@ def _check_new(name: str, adapters: Adapters) -> None:
         raise AdapterError(f"adapter name must match {_NAME.pattern} and not be {BASE!r}, got {name!r}")
     if hasattr(adapters.prompt_encoder, name):
         raise AdapterError(f"adapter name {name!r} is a word torch keeps for itself; choose another")
+
+
+def _check_size(config: PromptLearningConfig, base: nn.Module) -> None:
+    """Raise ``ConfigError`` for a module of more numbers than the base and a file of weights both have."""
+
+    def size(name: str) -> int:
+        return getattr(config, name, None) or 0
+
+    width, tokens = size("token_dim"), size("num_virtual_tokens") * (size("num_transformer_submodules") or 1)
+    columns = 4 * size("num_layers") * width if config.keys_and_values else width
+    ranks = size("num_tasks") * size("num_ranks") + size("parameterization_rank")
+    numbers = tokens * columns + ranks * (tokens + width)
+    if not config.inference_mode and (size("encoder_num_layers") or size("prefix_projection")):
+        hidden, kind = size("encoder_hidden_size") or width, getattr(config, "encoder_reparameterization_type", "")
+        layers = 24 * size("encoder_num_layers") if kind == "LSTM" else 1  # 4 gates, both ways, 3 inputs at most
+        numbers += hidden * (columns + width + hidden * layers)
+    if 4 * numbers > most_weight_bytes() and numbers > sum(each.numel() for each in base.parameters()):
+        raise ConfigError(
+            f"a {config.peft_type} prompt of these sizes may have {numbers:,} numbers, more than its base: lower "
+            "them in adapter_config.json, or give a configuration of your own"
+        )
 
 
 BASE = "__base__"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -79,7 +79,8 @@ def get_peft_model(
     if mixed:
         raise InterfaceError("mixed=True is for methods that change weights; prompts are mixed by adapter_names")
     if revision is not None:
-        peft_config = dataclasses.replace(peft_config, revision=revision)
+        peft_config = copy.copy(peft_config)  # and not replaced, which would forget that it came in a file
+        peft_config.revision = revision
     task = TaskType(peft_config.task_type) if peft_config.task_type else infer_task(cast(PreTrainedModel, model))
     return PeftModel.classes[task](model, peft_config, adapter_name)
 

@@ -78,6 +78,7 @@ class PeftConfig(KnownToPeft):
 
     method: ClassVar[PeftType | None] = None
     """The method's name in PEFT; None where ``peft_type`` names it."""
+    came_in_a_file = False  # no annotation, so that it is no field
 
     def __post_init__(self) -> None:
         """Validate the enumerations, and spell paths as the text that a file holds.
@@ -183,8 +184,7 @@ class PeftConfig(KnownToPeft):
 
     @classmethod
     def _named(cls, values: Mapping[str, Any]) -> type[PeftConfig]:
-        named = values.get("peft_type")
-        return cls if named is None else config_class(named)
+        return cls if values.get("peft_type") is None else config_class(values["peft_type"])
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
@@ -284,6 +284,7 @@ class PeftConfig(KnownToPeft):
         known = {f.name for f in dataclasses.fields(cls._named(values))} - HUB_OPTIONS
         given = {key: value for key, value in kwargs.items() if key in known}
         config = cls.from_file(given | values)
+        config.came_in_a_file = True
         if not isinstance(config, cls):
             warnings.warn(
                 line(f"{name} holds a {type(config).__name__}, not a {cls.__name__}; that is what it is loaded as"),
@@ -342,8 +343,7 @@ class PromptLearningConfig(PeftConfig):
         """
         if self.task_type != TaskType.SEQ_2_SEQ_LM:
             return ("ENCODER",)
-        named: list[str] | None = getattr(self, "output_model_types", None)
-        if named is not None:
+        if (named := getattr(self, "output_model_types", None)) is not None:
             return tuple(named)
         return ("ENCODER", "DECODER") if self.num_transformer_submodules == 2 else ("ENCODER",)
 
