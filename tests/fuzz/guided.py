@@ -30,14 +30,14 @@ def seeds() -> dict[str, bytes]:
     """Return a sound file of each kind."""
     import torch
 
-    from softprompt.artifacts.files import pickled_bytes
+    from softprompt.artifacts import pickled_bytes
 
     return SEEDS | {".bin": pickled_bytes({"prompt_embeddings": torch.ones(1, 2)})}
 
 
 def read(path: Path) -> None:
     """Read a file as the command that is given it does."""
-    from softprompt.artifacts.files import load_pickled, load_safetensors, parse_object
+    from softprompt.artifacts import load_pickled, load_safetensors, parse_object
     from softprompt.data import Verbalizer, read_records
     from softprompt.training import read_run
 
@@ -77,7 +77,14 @@ def main() -> None:
     import atheris
 
     with atheris.instrument_imports(include=["softprompt"]):  # the doors alone import nothing
-        for name in ("artifacts.files", "data.records", "data.sources", "data.template", "training.run_file"):
+        for name in (
+            "artifacts.files",
+            "artifacts.pickled",
+            "data.records",
+            "data.sources",
+            "data.template",
+            "training.run_file",
+        ):
             import_module(f"softprompt.{name}")
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder, "corpus")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickletools
 import resource
 import shutil
 import signal
@@ -154,6 +155,73 @@ def disguised(path: Path) -> None:
         archive.writestr("a/data.pkl", b"\x80\x02}.")
 
 
+def archive(path: Path, program: bytes, name: str = "a/data.pkl", **others: str) -> None:
+    """Write a program in the form of ``torch.save``."""
+    pickled(path, {})
+    with zipfile.ZipFile(path / "adapter_model.bin", "w") as records:
+        for other, content in others.items():
+            records.writestr(f"a/{other}.pkl", content)
+        records.writestr(name, program)
+        records.writestr("a/version", "3")
+
+
+NAMED, CLASS = b"\x80\x02}X\x01\x00\x00\x00a", b"ccollections\nOrderedDict\n"
+SIZE = b"\x8a\x05" + (1 << 29).to_bytes(5, "little")
+MADE = NAMED + b"c__builtin__\nbytearray\n" + SIZE + b"\x85Rs."
+STACKED = NAMED + b"X\x08\x00\x00\x00builtinsX\x09\x00\x00\x00bytearray\x93" + SIZE + b"\x85Rs."
+DOUBLED = b"c_codecs\nencode\n" * 28 + b"X\x01\x00\x00\x00aX\x06\x00\x00\x00latin1\x86R"
+DOUBLED = NAMED + DOUBLED + b"X\x03\x00\x00\x00hex\x86R" * 27 + b"s."
+
+
+def copied(once: bytes) -> bytes:
+    """Return a program that copies a dict of 20,000 entries, in the memo beside its class, 500 times."""
+    entries = b"".join(b"J" + number.to_bytes(4, "little") + b"N" for number in range(20_000))
+    return b"\x80\x02]" + CLASS + b"q\x00)Ra}q\x01(" + entries + b"ua(" + once * 500 + b"e."
+
+
+def two_indexes(path: Path) -> None:
+    """Write an archive whose index torch finds where it is said to be, and Python where it should be."""
+    parts = []
+    for program in (MADE, b"\x80\x02}." + b"N" * (len(MADE) - 4)):
+        archive(path, program)
+        data = (path / "adapter_model.bin").read_bytes()
+        at = int.from_bytes(data[-6:-2], "little")
+        parts += [data[:at], data[at:-22]]
+        (path / "adapter_model.safetensors").touch()
+        (path / RECORD).touch()
+    for name in ("adapter_model.safetensors", RECORD):
+        (path / name).unlink()
+    end = data[-22:-6] + len(parts[0]).to_bytes(4, "little") + bytes(2)
+    (path / "adapter_model.bin").write_bytes(b"".join(parts) + end)
+
+
+def grown(path: Path) -> None:
+    """Write tensors of the old form over one storage, each of which made it larger by a copy."""
+    pickled(path, {})
+    stream = io.BytesIO()
+    torch.save({"a": torch.ones(2)}, stream, _use_new_zipfile_serialization=False)
+    data, parts, at = stream.getvalue(), [], stream.seek(0)
+    for _ in range(5):
+        texts = [argument for code, argument, _ in pickletools.genops(stream) if code.name == "BINUNICODE"]
+        parts.append((data[at : stream.tell()], texts))
+        at = stream.tell()
+    key = parts[3][1][2].encode()
+    storage = b"((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX" + len(key).to_bytes(4, "little") + key
+    storage += b"X\x03\x00\x00\x00cpuK\x02NtQK\x00"
+    tensors = b""
+    for number in range(2):
+        size = b"J" + ((1 << 27) + number).to_bytes(4, "little") + b"\x85K\x01\x85\x89" + CLASS + b")RtR"
+        tensors += (
+            b"X\x01\x00\x00\x00"
+            + b"ab"[number : number + 1]
+            + b"ctorch._utils\n_rebuild_tensor_v2\n"
+            + storage
+            + size
+        )
+    parts[3] = (b"\x80\x02}(" + tensors + b"u.", [])
+    (path / "adapter_model.bin").write_bytes(b"".join(part for part, _ in parts) + data[at:])
+
+
 def sparse(path: Path, file: str) -> None:
     with (path / file).open("r+b") as stream:
         stream.truncate(20 << 30)
@@ -218,6 +286,15 @@ BOMBS = {
         (path / "adapter_model.bin").write_bytes(b"\x80\x02" + b"N0" * 20_000_000),
     ),
     "disguised": disguised,
+    "bytearray": lambda path: archive(path, MADE),
+    "bytearray on the stack": lambda path: archive(path, STACKED),
+    "hex": lambda path: archive(path, DOUBLED),
+    "copies": lambda path: archive(path, copied(b"h\x00h\x01\x85R")),
+    "attributes": lambda path: archive(path, copied(b"h\x00)Rh\x01b")),
+    "behind five": lambda path: archive(path, MADE, programs="N." * 5),
+    "upper case": lambda path: archive(path, MADE, "a/DATA.PKL"),
+    "two indexes": two_indexes,
+    "grown": grown,
     "sparse weights": lambda path: sparse(path, "adapter_model.safetensors"),
     "sparse record": lambda path: sparse(path, RECORD),
     "sparse configuration": lambda path: sparse(path, CONFIG),
