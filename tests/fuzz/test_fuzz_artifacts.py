@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from softprompt.errors import SoftPromptError
 from softprompt.inspection import describe, inspect_prompt, similar_prompts
 from softprompt.prompts import PeftConfig
 from softprompt.server.folder import PromptFolder, outlined
-from softprompt.training import list_sources
+from softprompt.training import list_sources, read_run
 
 CONFIG, RECORD = "adapter_config.json", "softprompt.json"
 EXAMPLES = os.environ.get("FUZZ_EXAMPLES")
@@ -340,6 +341,11 @@ def stopped(path: Path, **run) -> None:
     state(path, TENSORS, state=json.dumps({"runs": {"": {"run": run}}}))
 
 
+def stopped_as(path: Path, text: str) -> None:
+    stopped(path, update=3, epoch=1)
+    (path / ".state" / "run.toml").write_text(text)
+
+
 PLAN, TENSORS = "plan.json", "state.safetensors"
 STATES = {
     "plan pipe": lambda path: state(path, PLAN),
@@ -358,6 +364,8 @@ STATES = {
     "state update": lambda path: stopped(path, update="\x1b[31m", epoch=1),
     "state digits": lambda path: stopped(path, update=10**4000, epoch=1),
     "state run": lambda path: (stopped(path, update=3, epoch=1), os.mkfifo(path / ".state" / "run.toml")),
+    "state run keys": lambda path: stopped_as(path, "a" + ".a" * 12_000 + " = 1\n"),
+    "state run table": lambda path: stopped_as(path, "[" + "a . " * 12_000 + "a]\n"),
     "state loop": lambda path: (path / ".state").symlink_to(".state"),
 }
 READ = """
@@ -426,6 +434,38 @@ def test_no_state_that_came_with_a_prompt_hangs_or_ends_what_lists_it(whole, tmp
     assert all(any(each["state"] == "finished" for each in found if each["folder"] == name) for name in STATES)
     assert max(map(len, text.splitlines())) <= 1000
     assert "\x1b" not in text
+
+
+QUOTES = '"', "'", '"' * 3, "'" * 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [f"{'.'.join(quote + 'a' + quote for _ in range(5_000))} = 1" for quote in QUOTES[:2]]
+    + [f"a = {quote}x{quote} # '\nb = {quote}#{quote}\n[a{'.a' * 5_000}]" for quote in QUOTES]
+    + [f"a = {{b = {quote}x{quote[0]}{quote}, c{'.c' * 5_000} = 1, d = {quote}{quote}}}" for quote in QUOTES[2:]],
+)
+def test_a_key_of_a_run_file_of_many_parts_is_refused(tmp_path, text):
+    (tmp_path / "run.toml").write_text(text)
+    with pytest.raises(SoftPromptError, match="a key has more than 32 parts"):
+        read_run(tmp_path / "run.toml")
+
+
+@pytest.mark.parametrize("quote", QUOTES)
+def test_dots_in_texts_comments_and_numbers_of_a_run_file_are_none_of_a_key(tmp_path, quote):
+    dots = "a." * 100
+    lines = [f"verbalizer = {quote}{{{{input}}}} {dots}{quote} # {dots}", "[sweep]", f"lr = [{'0.1, ' * 100}]"]
+    (tmp_path / "run.toml").write_text("\n".join(lines))
+    assert read_run(tmp_path / "run.toml")["sweep"]["lr"] == [0.1] * 100
+
+
+@pytest.mark.parametrize("piece", ['"', "'", '"\\"', '"' * 3 + "\\", "a", "a ", "a.", "#", "'\n"])
+def test_no_run_file_takes_long_to_be_refused(tmp_path, piece):
+    (tmp_path / "run.toml").write_text("a = " + piece * (260_000 // len(piece)))
+    begun = time.process_time()
+    with pytest.raises(SoftPromptError):
+        read_run(tmp_path / "run.toml")
+    assert time.process_time() - begun < MOST_SECONDS
 
 
 def test_one_hostile_folder_ends_neither_a_search_nor_a_list(whole, tmp_path, capsys):
