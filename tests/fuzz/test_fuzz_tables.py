@@ -18,6 +18,16 @@ MUTANTS = int(EXAMPLES or 150)
 """Of each form; before tables were checked, about one in three hundred ended the process."""
 
 
+def temporal():
+    """Return the types of dates and times that both forms have."""
+    import pyarrow as pa
+
+    units = "ms", "us", "ns"
+    zones = None, "UTC", "Europe/Berlin"
+    stamps = [pa.timestamp(unit, zone) for unit in units for zone in zones]
+    return [*stamps, *map(pa.duration, units), pa.date32(), pa.time32("ms"), pa.time64("us")]
+
+
 def written(folder: Path) -> list[Path]:
     """Write a small table in every form, its columns of the kinds that have offsets."""
     import pyarrow as pa
@@ -29,6 +39,10 @@ def written(folder: Path) -> list[Path]:
         "list": [["p"], [], ["q", "r"]],
         "dictionary": pa.array(["u", "v", "u"]).dictionary_encode(),
         "view": pa.array(["aa", "b" * 20, None], pa.string_view()),
+        "map": pa.array([[("k", 1)], None, [("l", 2), ("m", None)]], pa.map_(pa.string(), pa.int32())),
+        "decimal": pa.array([1, None, 3], pa.decimal128(20, 2)),
+        "half": pa.array([1, 2, None], pa.float32()).cast(pa.float16()),
+        **{str(kind): pa.array([1, None, 3], kind) for kind in temporal()},
     }
     table = pa.table(columns)
     for name, new in (("file.arrow", ipc.new_file), ("stream.arrow", ipc.new_stream)):
@@ -172,3 +186,47 @@ def test_names_of_classes_that_are_no_names_are_passed_over(tmp_path, names):
     parquet.write_table(table, tmp_path / "table.parquet")
     (found,) = read_source(tmp_path / "table.parquet")
     assert found.record == {"input": "a", "output": 0}
+
+
+def saved(table, path):
+    """Write a table in the form of its suffix."""
+    from pyarrow import feather, parquet
+
+    parquet.write_table(table, path) if path.suffix == ".parquet" else feather.write_feather(table, path)
+    return path
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+@pytest.mark.parametrize("kind", ["timestamp", "duration", "zone", "date", "list"])
+def test_a_time_that_python_has_not_is_an_error_with_its_record(tmp_path, form, kind):
+    pa = pytest.importorskip("pyarrow")
+    types = {
+        "timestamp": pa.timestamp("us"),
+        "duration": pa.duration("s"),
+        "zone": pa.timestamp("us", "../../x"),
+        "date": pa.date64(),
+        "list": pa.list_(pa.timestamp("us")),
+    }
+    values = [1, None, 2**62] if kind != "list" else [[1], None, [2**62]]
+    table = pa.table({"input": ["a", "b", "c"], "when": pa.array(values, types[kind])})
+    if kind == "date":
+        whole = pa.array([86_400_000 * 10**9] * 3).view(pa.date64())
+        table = pa.table({"input": ["a", "b", "c"], "when": whole})
+    path, first = saved(table, tmp_path / f"t.{form}"), 1 if kind in ("zone", "date") else 3
+    with pytest.raises(DataError, match=rf"t\.{form}, record {first}: not a readable \w+ file \("):
+        list(read_source(path))
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+def test_maps_are_read_and_counted_as_what_they_hold(tmp_path, form, monkeypatch):
+    pa = pytest.importorskip("pyarrow")
+    kind = pa.map_(pa.string(), pa.list_(pa.string()))
+    values = [[(f"key {number}", ["x" * 100]), ("b", None)] if number % 3 else None for number in range(300)]
+    table = pa.table({"input": ["a"] * 300, "map": pa.array(values, kind)}).slice(5, 250)
+    path = saved(table, tmp_path / f"t.{form}")
+    assert [each.record for each in read_source(path)] == table.to_pylist()
+    monkeypatch.setenv("SOFTPROMPT_MAX_UNPACKED_BYTES", str(250 * 700))
+    with pytest.raises(DataError, match="unpack to more than"):
+        list(read_source(path))
+    monkeypatch.setenv("SOFTPROMPT_MAX_UNPACKED_BYTES", str(250 * 1500))
+    assert len(list(read_source(path))) == 250

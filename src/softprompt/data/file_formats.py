@@ -266,7 +266,7 @@ def _table_of(data: bytes, name: str, form: str, read: Callable[[], Any]) -> Ite
     except Exception as error:  # pyarrow lets errors of many kinds through
         raise damaged(name, form, error) from error
     check_unpacked(size, len(data), name)
-    return with_class_names(_column_records(table, name), _features(table))
+    return with_class_names(_column_records(table, name, form), _features(table))
 
 
 def _validate(table: Any) -> None:
@@ -300,21 +300,24 @@ def _features(table: Any) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _column_records(table: Any, name: str) -> Iterator[Located]:
+def _column_records(table: Any, name: str, form: str) -> Iterator[Located]:
     number = 0
     for batch in table.to_batches(max_chunksize=4096):
         try:
             records = batch.to_pylist()
-        except UnicodeDecodeError:
+        except Exception:  # a text that is not UTF-8, a time that Python has not, an unknown time zone
             # One by one, to know which.
             records = (batch.slice(at, 1) for at in range(batch.num_rows))
         for record in records:
             number += 1
             where = f"{name}, record {number}"
             try:
-                yield Located(where, record if isinstance(record, dict) else record.to_pylist()[0])
+                found = record if isinstance(record, dict) else record.to_pylist()[0]
             except UnicodeDecodeError as error:
                 raise not_utf8(error, where) from error
+            except Exception as error:
+                raise damaged(where, form, error) from error
+            yield Located(where, found)
 
 
 def with_class_names(records: Iterable[Located], features: Mapping[str, Any]) -> Iterator[Located]:

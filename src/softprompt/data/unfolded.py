@@ -91,7 +91,11 @@ def unfolded(array: Any) -> int:
         return _CELL * count + (found or 0)
     if types.is_struct(kind):
         return _CELL * count + sum(map(unfolded, array.flatten()))
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind) or types.is_map(kind):
+    if types.is_map(kind):
+        start = array.offsets[0].as_py()
+        inside = [each.slice(start, array.offsets[-1].as_py() - start) for each in (array.keys, array.items)]
+        return _CELL * count + sum(map(unfolded, inside))
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         return _CELL * count + unfolded(array.flatten())
     if types.is_nested(kind) or types.is_run_end_encoded(kind):
         raise TypeError(f"columns of type {excerpt(str(kind))} are not read; store lists and texts as such")
