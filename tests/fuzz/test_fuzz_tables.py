@@ -230,3 +230,90 @@ def test_maps_are_read_and_counted_as_what_they_hold(tmp_path, form, monkeypatch
         list(read_source(path))
     monkeypatch.setenv("SOFTPROMPT_MAX_UNPACKED_BYTES", str(250 * 1500))
     assert len(list(read_source(path))) == 250
+
+
+def varint(number, width=1):
+    """Return a number of thrift's compact protocol in at least so many bytes."""
+    found, number = [], 2 * number
+    while number or len(found) < width:
+        found.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*found[:-1], found[-1] & 127])
+
+
+def lying(data, *truths):
+    """Return a Parquet file whose footer says 30 in the place of some numbers."""
+    start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    footer = data[start:]
+    for truth in truths:
+        assert varint(truth) in footer
+        footer = footer.replace(varint(truth), varint(30, len(varint(truth))))
+    return data[:start] + footer
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("kind", ["packed", "nested", "prefixes"])
+def test_a_footer_that_lies_is_not_believed(tmp_path, kind, version, monkeypatch):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    monkeypatch.setenv("SOFTPROMPT_MAX_UNPACKED_BYTES", str(64 << 20))
+    path, how = tmp_path / "t.parquet", {"data_page_version": version, "use_dictionary": False}
+    if kind == "prefixes":  # each value is the one before it and nothing more
+        table, how = pa.table({"input": ["x" * 100_000] * 2000}), how | {"column_encoding": "DELTA_BYTE_ARRAY"}
+    elif kind == "packed":
+        table = pa.table({"input": ["x" * (80 << 20)]})
+    else:
+        table = pa.table({"input": [[1] * 20_000_000]})
+    parquet.write_table(table, path, compression="zstd", write_statistics=False, **how)
+    if kind != "prefixes":
+        group = parquet.read_metadata(path).row_group(0)
+        path.write_bytes(lying(path.read_bytes(), group.column(0).total_uncompressed_size))
+    held = pa.default_memory_pool().max_memory()
+    with pytest.raises(DataError, match="unpack to more than 67,108,864"):
+        list(read_source(path))
+    assert pa.default_memory_pool().max_memory() < held + (16 << 20)
+
+
+def test_rows_without_columns_are_counted(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "t.parquet"
+    parquet.write_table(pa.table({"a": pa.nulls(10**6)}), path)
+    with pytest.raises(DataError, match="unpack to more than"):
+        list(read_source(path))
+
+
+@pytest.mark.parametrize("codec", ["none", "snappy", "gzip", "brotli", "zstd", "lz4"])
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_what_writers_make_is_read(tmp_path, codec, version, dictionary):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = {
+        "input": [f"text {number % 50}" * (number % 9) for number in range(3000)],
+        "messages": [[{"role": "user", "content": str(number)}] * (number % 3) for number in range(3000)],
+        "number": [None if number % 5 else number for number in range(3000)],
+        "fixed": pa.array([b"%08d" % number for number in range(3000)], pa.binary(8)),
+        "true": [number % 2 == 0 for number in range(3000)],
+    }
+    how = {"data_page_version": version, "compression": codec, "use_dictionary": dictionary}
+    if not dictionary:
+        how["column_encoding"] = {"number": "DELTA_BINARY_PACKED"}
+        how["column_encoding"]["fixed"] = "BYTE_STREAM_SPLIT"
+    table = pa.table(columns)
+    how |= {"row_group_size": 1000, "data_page_size": 2000, "dictionary_pagesize_limit": 3000}
+    how |= {"write_page_index": True, "write_page_checksum": True, "store_schema": dictionary}
+    parquet.write_table(table, tmp_path / "t.parquet", **how)
+    assert [each.record for each in read_source(tmp_path / "t.parquet")] == table.to_pylist()
+
+
+def test_a_table_of_pandas_is_read(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    frame = pandas.DataFrame({"input": ["a", "b"], "output": ["x", None]}, index=["p", "q"])
+    frame.to_parquet(tmp_path / "t.parquet")
+    found = [each.record for each in read_source(tmp_path / "t.parquet")]
+    assert [each["input"] for each in found] == ["a", "b"]

@@ -214,7 +214,7 @@ def read_parquet(data: bytes, name: str) -> Iterator[Located]:
     def read() -> Any:
         from softprompt.data.unfolded import check_parquet
 
-        texts = check_parquet(parquet.read_metadata(BufferReader(data)), len(data), name)
+        texts = check_parquet(parquet.read_metadata(BufferReader(data)), data, name)
         with parquet.ParquetFile(BufferReader(data), read_dictionary=texts) as file:
             # A batch over two groups would have two dictionaries, which pyarrow cannot nest.
             groups = (file.iter_batches(row_groups=[number]) for number in range(file.num_row_groups))
