@@ -18,7 +18,7 @@ from itertools import chain, islice
 from typing import Any
 
 from softprompt.errors import DataError, first_line
-from softprompt.untrusted import check_unpacked
+from softprompt.untrusted import check_unpacked, no_collection
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,8 @@ def read_json_lines(text: str, name: str) -> Iterator[Located]:
 def json_record(line: str, where: str) -> Located:
     """Return the record of a line of JSON; raises DataError if it is not a JSON object."""
     try:
-        value = json.loads(line, object_pairs_hook=partial(_no_repeats, where=where))
+        with no_collection():
+            value = json.loads(line, object_pairs_hook=partial(_no_repeats, where=where))
     except (ValueError, RecursionError) as error:
         raise _malformed(error, where) from error
     return as_record(value, where)
@@ -80,7 +81,8 @@ def read_json_list(text: str, name: str) -> Iterator[Located]:
         line += text.count("\n", counted, position)
         counted = position
         try:
-            value, position = decoder.raw_decode(text, position)
+            with no_collection():
+                value, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             at = error.lineno if isinstance(error, json.JSONDecodeError) else line
             raise _malformed(error, f"{name}, line {at}") from error
