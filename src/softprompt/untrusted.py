@@ -14,7 +14,8 @@ import math
 import os
 import stat
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -109,7 +110,8 @@ def parse_object(text: str, name: str) -> dict[str, Any]:
     try:
         if len(text) > MOST_TEXT_BYTES:
             raise ValueError(f"{len(text):,} characters, more than {MOST_TEXT_BYTES:,}")
-        value = _loads(text)
+        with no_collection():
+            value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ArtifactError(
             f"expected JSON in {name}, it cannot be read ({error}): restore it from the original"
@@ -122,12 +124,13 @@ def parse_object(text: str, name: str) -> dict[str, Any]:
     return value
 
 
-def _loads(text: str) -> Any:
-    """Parse JSON without collecting garbage: many lists would have each collection walk through all of torch."""
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Parse without collecting garbage: many lists would have each collection walk through all of torch."""
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return json.loads(text)
+        yield
     finally:
         if collecting:
             gc.enable()

@@ -55,8 +55,7 @@ def seeds() -> dict[str, bytes]:
     """Return a sound file of each kind."""
     import torch
 
-    from softprompt.artifacts import Manifest
-    from softprompt.artifacts.files import pickled_bytes
+    from softprompt.artifacts import Manifest, pickled_bytes
 
     array, arrow, columns = io.BytesIO(), io.BytesIO(), io.BytesIO()
     np.save(array, np.ones((4, WIDTH), np.float32))
@@ -85,8 +84,7 @@ def seeds() -> dict[str, bytes]:
 
 def read(path: Path) -> None:
     """Read a file as the command that is given it does."""
-    from softprompt.artifacts import detect
-    from softprompt.artifacts.files import load_pickled, load_safetensors
+    from softprompt.artifacts import detect, load_pickled, load_safetensors
     from softprompt.data import Verbalizer, read_records
     from softprompt.training import read_run
 
@@ -113,8 +111,7 @@ def read_folder(path: Path, text: str) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from softprompt.artifacts import detect
-    from softprompt.artifacts.files import parse_object
+    from softprompt.artifacts import detect, parse_object
 
     with tempfile.TemporaryDirectory(dir=path.parent) as name:
         folder, values = Path(name), torch.ones(4, WIDTH)
@@ -152,7 +149,14 @@ def main() -> None:
     import atheris
 
     with atheris.instrument_imports(include=["softprompt"]):  # the doors alone import nothing
-        for name in ("artifacts.files", "data.records", "data.sources", "data.template", "training.run_file"):
+        for name in (
+            "artifacts.files",
+            "artifacts.pickled",
+            "data.records",
+            "data.sources",
+            "data.template",
+            "training.run_file",
+        ):
             import_module(f"softprompt.{name}")
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder, "corpus")

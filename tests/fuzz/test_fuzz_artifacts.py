@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickletools
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -28,7 +30,7 @@ from softprompt.errors import SoftPromptError
 from softprompt.inspection import describe, inspect_prompt, similar_prompts
 from softprompt.prompts import PeftConfig
 from softprompt.server.folder import PromptFolder, outlined
-from softprompt.training import list_sources
+from softprompt.training import list_sources, read_run
 
 CONFIG, RECORD = "adapter_config.json", "softprompt.json"
 EXAMPLES = os.environ.get("FUZZ_EXAMPLES")
@@ -154,6 +156,73 @@ def disguised(path: Path) -> None:
         archive.writestr("a/data.pkl", b"\x80\x02}.")
 
 
+def archive(path: Path, program: bytes, name: str = "a/data.pkl", **others: str) -> None:
+    """Write a program in the form of ``torch.save``."""
+    pickled(path, {})
+    with zipfile.ZipFile(path / "adapter_model.bin", "w") as records:
+        for other, content in others.items():
+            records.writestr(f"a/{other}.pkl", content)
+        records.writestr(name, program)
+        records.writestr("a/version", "3")
+
+
+NAMED, CLASS = b"\x80\x02}X\x01\x00\x00\x00a", b"ccollections\nOrderedDict\n"
+SIZE = b"\x8a\x05" + (1 << 29).to_bytes(5, "little")
+MADE = NAMED + b"c__builtin__\nbytearray\n" + SIZE + b"\x85Rs."
+STACKED = NAMED + b"X\x08\x00\x00\x00builtinsX\x09\x00\x00\x00bytearray\x93" + SIZE + b"\x85Rs."
+DOUBLED = b"c_codecs\nencode\n" * 28 + b"X\x01\x00\x00\x00aX\x06\x00\x00\x00latin1\x86R"
+DOUBLED = NAMED + DOUBLED + b"X\x03\x00\x00\x00hex\x86R" * 27 + b"s."
+
+
+def copied(once: bytes) -> bytes:
+    """Return a program that copies a dict of 20,000 entries, in the memo beside its class, 500 times."""
+    entries = b"".join(b"J" + number.to_bytes(4, "little") + b"N" for number in range(20_000))
+    return b"\x80\x02]" + CLASS + b"q\x00)Ra}q\x01(" + entries + b"ua(" + once * 500 + b"e."
+
+
+def two_indexes(path: Path) -> None:
+    """Write an archive whose index torch finds where it is said to be, and Python where it should be."""
+    parts = []
+    for program in (MADE, b"\x80\x02}." + b"N" * (len(MADE) - 4)):
+        archive(path, program)
+        data = (path / "adapter_model.bin").read_bytes()
+        at = int.from_bytes(data[-6:-2], "little")
+        parts += [data[:at], data[at:-22]]
+        (path / "adapter_model.safetensors").touch()
+        (path / RECORD).touch()
+    for name in ("adapter_model.safetensors", RECORD):
+        (path / name).unlink()
+    end = data[-22:-6] + len(parts[0]).to_bytes(4, "little") + bytes(2)
+    (path / "adapter_model.bin").write_bytes(b"".join(parts) + end)
+
+
+def grown(path: Path) -> None:
+    """Write tensors of the old form over one storage, each of which made it larger by a copy."""
+    pickled(path, {})
+    stream = io.BytesIO()
+    torch.save({"a": torch.ones(2)}, stream, _use_new_zipfile_serialization=False)
+    data, parts, at = stream.getvalue(), [], stream.seek(0)
+    for _ in range(5):
+        texts = [argument for code, argument, _ in pickletools.genops(stream) if code.name == "BINUNICODE"]
+        parts.append((data[at : stream.tell()], texts))
+        at = stream.tell()
+    key = parts[3][1][2].encode()
+    storage = b"((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX" + len(key).to_bytes(4, "little") + key
+    storage += b"X\x03\x00\x00\x00cpuK\x02NtQK\x00"
+    tensors = b""
+    for number in range(2):
+        size = b"J" + ((1 << 27) + number).to_bytes(4, "little") + b"\x85K\x01\x85\x89" + CLASS + b")RtR"
+        tensors += (
+            b"X\x01\x00\x00\x00"
+            + b"ab"[number : number + 1]
+            + b"ctorch._utils\n_rebuild_tensor_v2\n"
+            + storage
+            + size
+        )
+    parts[3] = (b"\x80\x02}(" + tensors + b"u.", [])
+    (path / "adapter_model.bin").write_bytes(b"".join(part for part, _ in parts) + data[at:])
+
+
 def sparse(path: Path, file: str) -> None:
     with (path / file).open("r+b") as stream:
         stream.truncate(20 << 30)
@@ -218,6 +287,15 @@ BOMBS = {
         (path / "adapter_model.bin").write_bytes(b"\x80\x02" + b"N0" * 20_000_000),
     ),
     "disguised": disguised,
+    "bytearray": lambda path: archive(path, MADE),
+    "bytearray on the stack": lambda path: archive(path, STACKED),
+    "hex": lambda path: archive(path, DOUBLED),
+    "copies": lambda path: archive(path, copied(b"h\x00h\x01\x85R")),
+    "attributes": lambda path: archive(path, copied(b"h\x00)Rh\x01b")),
+    "behind five": lambda path: archive(path, MADE, programs="N." * 5),
+    "upper case": lambda path: archive(path, MADE, "a/DATA.PKL"),
+    "two indexes": two_indexes,
+    "grown": grown,
     "sparse weights": lambda path: sparse(path, "adapter_model.safetensors"),
     "sparse record": lambda path: sparse(path, RECORD),
     "sparse configuration": lambda path: sparse(path, CONFIG),
@@ -263,6 +341,11 @@ def stopped(path: Path, **run) -> None:
     state(path, TENSORS, state=json.dumps({"runs": {"": {"run": run}}}))
 
 
+def stopped_as(path: Path, text: str) -> None:
+    stopped(path, update=3, epoch=1)
+    (path / ".state" / "run.toml").write_text(text)
+
+
 PLAN, TENSORS = "plan.json", "state.safetensors"
 STATES = {
     "plan pipe": lambda path: state(path, PLAN),
@@ -281,6 +364,8 @@ STATES = {
     "state update": lambda path: stopped(path, update="\x1b[31m", epoch=1),
     "state digits": lambda path: stopped(path, update=10**4000, epoch=1),
     "state run": lambda path: (stopped(path, update=3, epoch=1), os.mkfifo(path / ".state" / "run.toml")),
+    "state run keys": lambda path: stopped_as(path, "a" + ".a" * 12_000 + " = 1\n"),
+    "state run table": lambda path: stopped_as(path, "[" + "a . " * 12_000 + "a]\n"),
     "state loop": lambda path: (path / ".state").symlink_to(".state"),
 }
 READ = """
@@ -349,6 +434,38 @@ def test_no_state_that_came_with_a_prompt_hangs_or_ends_what_lists_it(whole, tmp
     assert all(any(each["state"] == "finished" for each in found if each["folder"] == name) for name in STATES)
     assert max(map(len, text.splitlines())) <= 1000
     assert "\x1b" not in text
+
+
+QUOTES = '"', "'", '"' * 3, "'" * 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [f"{'.'.join(quote + 'a' + quote for _ in range(5_000))} = 1" for quote in QUOTES[:2]]
+    + [f"a = {quote}x{quote} # '\nb = {quote}#{quote}\n[a{'.a' * 5_000}]" for quote in QUOTES]
+    + [f"a = {{b = {quote}x{quote[0]}{quote}, c{'.c' * 5_000} = 1, d = {quote}{quote}}}" for quote in QUOTES[2:]],
+)
+def test_a_key_of_a_run_file_of_many_parts_is_refused(tmp_path, text):
+    (tmp_path / "run.toml").write_text(text)
+    with pytest.raises(SoftPromptError, match="a key has more than 32 parts"):
+        read_run(tmp_path / "run.toml")
+
+
+@pytest.mark.parametrize("quote", QUOTES)
+def test_dots_in_texts_comments_and_numbers_of_a_run_file_are_none_of_a_key(tmp_path, quote):
+    dots = "a." * 100
+    lines = [f"verbalizer = {quote}{{{{input}}}} {dots}{quote} # {dots}", "[sweep]", f"lr = [{'0.1, ' * 100}]"]
+    (tmp_path / "run.toml").write_text("\n".join(lines))
+    assert read_run(tmp_path / "run.toml")["sweep"]["lr"] == [0.1] * 100
+
+
+@pytest.mark.parametrize("piece", ['"', "'", '"\\"', '"' * 3 + "\\", "a", "a ", "a.", "#", "'\n"])
+def test_no_run_file_takes_long_to_be_refused(tmp_path, piece):
+    (tmp_path / "run.toml").write_text("a = " + piece * (260_000 // len(piece)))
+    begun = time.process_time()
+    with pytest.raises(SoftPromptError):
+        read_run(tmp_path / "run.toml")
+    assert time.process_time() - begun < MOST_SECONDS
 
 
 def test_one_hostile_folder_ends_neither_a_search_nor_a_list(whole, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import time
@@ -103,6 +104,20 @@ def test_what_is_made_to_be_costly_is_refused_soon(tmp_path, name):
         read_records(tmp_path / name)
     assert time.process_time() - begun < 2
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json"])
+def test_many_lists_do_not_have_garbage_collected_again_and_again(tmp_path, form):
+    line = '{"input": "x", "output": "y", "more": [' + ",".join(["[]"] * 200_000) + "]}"
+    (tmp_path / f"t.{form}").write_text(line if form == "jsonl" else f"[{line}]")
+    begun = []
+    gc.callbacks.append(lambda phase, found: begun.append(found))
+    try:
+        (record,) = read_records(tmp_path / f"t.{form}")
+    finally:
+        gc.callbacks.pop()
+    assert record.left_out == {"more": "list"}
+    assert len(begun) < 20  # 570 where it is not held back
 
 
 def test_a_number_of_too_many_digits_is_said_to_be_one():

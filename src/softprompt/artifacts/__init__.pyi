@@ -8,10 +8,8 @@ from .files import MOST_TEXT_BYTES as MOST_TEXT_BYTES
 from .files import MOST_VIRTUAL_TOKENS as MOST_VIRTUAL_TOKENS
 from .files import check_plain as check_plain
 from .files import damaged as damaged
-from .files import load_pickled as load_pickled
 from .files import load_safetensors as load_safetensors
 from .files import parse_object as parse_object
-from .files import pickled_bytes as pickled_bytes
 from .files import read_bytes as read_bytes
 from .files import remove_leftovers as remove_leftovers
 from .files import require_empty as require_empty
@@ -54,6 +52,8 @@ from .peft_folder import adapter_of_files as adapter_of_files
 from .peft_folder import load_adapter as load_adapter
 from .peft_folder import save_adapter as save_adapter
 from .peft_folder import upload as upload
+from .pickled import load_pickled as load_pickled
+from .pickled import pickled_bytes as pickled_bytes
 from .start import source_of as source_of
 from .start import started_prompt as started_prompt
 from .start import transferred_embeddings as transferred_embeddings

@@ -1,6 +1,6 @@
 """Reading weights that may be damaged or hostile, and writing that a crash cannot leave half done.
 
-Code in a pickle never runs, and no tensor is larger than a file may be (``untrusted``). What is written is fsynced
+What ``torch.save`` wrote is read in ``pickled``. What is written is fsynced
 under a temporary name on the same file system, then renamed. A new folder appears in one rename. An existing one is
 exchanged in one step, so that a kill leaves the old prompt or the new one. Where that cannot be done (see
 ``_exchanged_files``) each file is replaced by one rename: a failure puts those replaced back, a kill does not.
@@ -9,23 +9,17 @@ exchanged in one step, so that a kill leaves the old prompt or the new one. Wher
 from __future__ import annotations
 
 import ctypes
-import io
 import itertools
 import os
-import pickle
-import pickletools
 import re
 import secrets
 import shutil
 import sys
-import zipfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors.torch import load as tensors_from_bytes
 from torch import Tensor
 
@@ -37,7 +31,6 @@ from softprompt.untrusted import (  # some for the door alone
     MOST_TEXT_BYTES,
     MOST_VIRTUAL_TOKENS,
     check_plain,
-    most_weight_bytes,
     parse_object,
     read_bytes,
     say_if_large,
@@ -46,11 +39,8 @@ from softprompt.untrusted import (  # some for the door alone
 __all__ = ["MOST_DEPTH", "MOST_TEXT_BYTES", "MOST_VIRTUAL_TOKENS"]
 __all__ += ["check_plain", "parse_object", "read_bytes", "say_if_large"]
 
-_ZIP = b"PK\x03\x04"
 _MOST_LINKED = 1_000
 """Other files and folders that an exchanged folder may hold; more take too long to link."""
-_MOST_STEPS = 100_000
-"""Instructions of a pickle, which has about thirty for each tensor."""
 
 
 def load_safetensors(data: bytes, path: Path) -> dict[str, Tensor]:
@@ -66,80 +56,6 @@ def load_safetensors(data: bytes, path: Path) -> dict[str, Tensor]:
     # A damaged header can fail in the parser, in the dtype table or in torch.
     except Exception as error:
         raise damaged(path, len(data), error) from error
-
-
-def load_pickled(path: Path) -> Any:
-    """Return what a file of ``torch.save`` holds without running code: tensors in plain containers.
-
-    Raises:
-        ArtifactError: it is damaged, or holds code, which is never run.
-    """
-    data = read_bytes(path)
-    try:
-        sizes = _check_pickle(data)
-        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        _check_storages(loaded, sizes)
-        return loaded
-    except pickle.UnpicklingError as error:
-        raise ArtifactError(
-            f"expected tensors only in {path}, it is damaged or holds code, which is never run: "
-            "save it again as .safetensors from a source you trust"
-        ) from error
-    # A damaged stream can fail anywhere in the unpickler, IndexError and AttributeError included.
-    except Exception as error:
-        raise damaged(path, len(data), error) from error
-
-
-def _check_pickle(data: bytes) -> Collection[int]:
-    """Check what ``torch.load`` unpacks, and return the sizes of its records; none in the old form, which has none.
-
-    Raises:
-        ValueError: it would become more than it is: packed records, a long program, or tuples in tuples again and
-            again, whose hash takes for ever.
-    """
-    stream, sizes = io.BytesIO(data), list[int]()
-    if data.startswith(_ZIP):  # as torch tells the forms apart
-        with zipfile.ZipFile(stream) as archive:
-            found = archive.infolist()
-            sizes = [each.file_size for each in found]
-            if any(each.compress_type for each in found) or sum(sizes) > len(data):
-                raise ValueError("its records are packed")
-            programs = [archive.read(each) for each in found if each.filename.endswith(".pkl")]
-        stream = io.BytesIO(b"".join(programs))
-    end, steps, after_tuple, tuples = stream.seek(0, io.SEEK_END), 0, False, set[Any]()
-    stream.seek(0)
-    for _ in range(5):  # which the old form has
-        for code, argument, at in pickletools.genops(stream) if stream.tell() < end else ():
-            steps, name = steps + 1, code.name
-            if steps > _MOST_STEPS or (name.endswith("GET") and argument in tuples):
-                raise ValueError(f"its program is too long or shares tuples, at byte {at:,}")
-            if after_tuple and "PUT" in name:
-                tuples.add(argument)
-            after_tuple = name.startswith("TUPLE")
-    return sizes
-
-
-def _check_storages(loaded: Any, sizes: Collection[int]) -> None:
-    """Check that tensors have the values that they say they have, and are no larger than a file may be.
-
-    Raises:
-        ValueError: a storage is longer than its record, or a small one is expanded to many values.
-    """
-    held = [
-        each for each in (loaded.values() if isinstance(loaded, dict) else [loaded]) if isinstance(each, Tensor)
-    ]
-    if sum(each.numel() * each.element_size() for each in held) > most_weight_bytes():
-        raise ValueError("its tensors are larger than the file")
-    strided = [each for each in held if each.layout == torch.strided and not each.is_meta]
-    if sizes and any(each.untyped_storage().nbytes() not in sizes for each in strided):
-        raise ValueError("a tensor is longer than its record")
-
-
-def pickled_bytes(value: Tensor | dict[str, Tensor]) -> bytes:
-    """Return what ``torch.save`` writes of tensors, which ``load_pickled`` reads without running code."""
-    stream = io.BytesIO()
-    torch.save(value, stream)
-    return stream.getvalue()
 
 
 def damaged(path: Path, size: int, error: Exception) -> ArtifactError:

@@ -22,10 +22,8 @@ from torch import Tensor
 from softprompt.artifacts.card import is_own_card, model_card
 from softprompt.artifacts.files import (
     MOST_TEXT_BYTES,
-    load_pickled,
     load_safetensors,
     parse_object,
-    pickled_bytes,
     read_bytes,
     require_empty,
     say_if_large,
@@ -42,6 +40,7 @@ from softprompt.artifacts.layout import (
     portable,
 )
 from softprompt.artifacts.manifest import Manifest
+from softprompt.artifacts.pickled import load_pickled, pickled_bytes
 from softprompt.artifacts.stored_prompt import StoredPrompt
 from softprompt.errors import ArtifactError, no_folder
 from softprompt.prompts import CONFIG_NAME

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.artifacts.files import load_pickled, load_safetensors, read_bytes
+from softprompt.artifacts.files import load_safetensors, read_bytes
 from softprompt.artifacts.peft_folder import load_adapter
+from softprompt.artifacts.pickled import load_pickled
 from softprompt.artifacts.stored_prompt import RecordedBase, StoredPrompt, check_base, other_parts, outside
 from softprompt.backbone import Base, input_embedding, is_encoder_decoder, load_base, shared_ids, text_key_values
 from softprompt.errors import ArtifactError, BackboneError, ConfigError

@@ -18,7 +18,7 @@ from itertools import chain, islice
 from typing import Any
 
 from softprompt.errors import DataError, first_line
-from softprompt.untrusted import check_unpacked
+from softprompt.untrusted import check_unpacked, no_collection
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,8 @@ def read_json_lines(text: str, name: str) -> Iterator[Located]:
 def json_record(line: str, where: str) -> Located:
     """Return the record of a line of JSON; raises DataError if it is not a JSON object."""
     try:
-        value = json.loads(line, object_pairs_hook=partial(_no_repeats, where=where))
+        with no_collection():
+            value = json.loads(line, object_pairs_hook=partial(_no_repeats, where=where))
     except (ValueError, RecursionError) as error:
         raise _malformed(error, where) from error
     return as_record(value, where)
@@ -80,7 +81,8 @@ def read_json_list(text: str, name: str) -> Iterator[Located]:
         line += text.count("\n", counted, position)
         counted = position
         try:
-            value, position = decoder.raw_decode(text, position)
+            with no_collection():
+                value, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             at = error.lineno if isinstance(error, json.JSONDecodeError) else line
             raise _malformed(error, f"{name}, line {at}") from error
@@ -214,7 +216,7 @@ def read_parquet(data: bytes, name: str) -> Iterator[Located]:
     def read() -> Any:
         from softprompt.data.unfolded import check_parquet
 
-        texts = check_parquet(parquet.read_metadata(BufferReader(data)), len(data), name)
+        texts = check_parquet(parquet.read_metadata(BufferReader(data)), data, name)
         with parquet.ParquetFile(BufferReader(data), read_dictionary=texts) as file:
             # A batch over two groups would have two dictionaries, which pyarrow cannot nest.
             groups = (file.iter_batches(row_groups=[number]) for number in range(file.num_row_groups))
@@ -266,7 +268,7 @@ def _table_of(data: bytes, name: str, form: str, read: Callable[[], Any]) -> Ite
     except Exception as error:  # pyarrow lets errors of many kinds through
         raise damaged(name, form, error) from error
     check_unpacked(size, len(data), name)
-    return with_class_names(_column_records(table, name), _features(table))
+    return with_class_names(_column_records(table, name, form), _features(table))
 
 
 def _validate(table: Any) -> None:
@@ -300,21 +302,24 @@ def _features(table: Any) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _column_records(table: Any, name: str) -> Iterator[Located]:
+def _column_records(table: Any, name: str, form: str) -> Iterator[Located]:
     number = 0
     for batch in table.to_batches(max_chunksize=4096):
         try:
             records = batch.to_pylist()
-        except UnicodeDecodeError:
+        except Exception:  # a text that is not UTF-8, a time that Python has not, an unknown time zone
             # One by one, to know which.
             records = (batch.slice(at, 1) for at in range(batch.num_rows))
         for record in records:
             number += 1
             where = f"{name}, record {number}"
             try:
-                yield Located(where, record if isinstance(record, dict) else record.to_pylist()[0])
+                found = record if isinstance(record, dict) else record.to_pylist()[0]
             except UnicodeDecodeError as error:
                 raise not_utf8(error, where) from error
+            except Exception as error:
+                raise damaged(where, form, error) from error
+            yield Located(where, found)
 
 
 def with_class_names(records: Iterable[Located], features: Mapping[str, Any]) -> Iterator[Located]:

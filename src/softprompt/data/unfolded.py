@@ -14,20 +14,24 @@ _VERSION_5 = 4
 """In Arrow's enumeration of versions; those before it note that buffers are packed beside a message."""
 
 
-def check_parquet(metadata: Any, packed: int, name: str) -> list[str]:
-    """Check what a Parquet file says that its columns have; return the texts, which are to be read as dictionaries.
+def check_parquet(metadata: Any, data: bytes, name: str) -> list[str]:
+    """Check what a Parquet file's footer and pages have; return the texts, which are to be read as dictionaries.
 
     Raises:
         DataError: It is more than a file of its size may have.
+        ValueError: Footer and pages differ.
     """
+    from softprompt.data.parquet_pages import sizes_of_pages
+
     columns = [metadata.schema.column(at) for at in range(metadata.num_columns)]
-    size = 0
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        for at, column in enumerate(columns):
-            chunk = group.column(at)
-            width = max(4, column.length if column.physical_type == "FIXED_LEN_BYTE_ARRAY" else 0)
-            size += max(chunk.total_uncompressed_size, width * max(chunk.num_values, group.num_rows))
-    check_unpacked(size, packed, name)
+    groups = [metadata.row_group(at) for at in range(metadata.num_row_groups)]
+    size = ROW * sum(group.num_rows for group in groups)
+    chunks = [(group, column, group.column(at)) for group in groups for at, column in enumerate(columns)]
+    pages = sizes_of_pages(data, [chunk for _, _, chunk in chunks])
+    for (group, column, chunk), (unpacked, values) in zip(chunks, pages, strict=True):
+        width = max(16, column.length if column.physical_type == "FIXED_LEN_BYTE_ARRAY" else 0)
+        size += max(unpacked, chunk.total_uncompressed_size, width * max(values, group.num_rows))
+    check_unpacked(size, len(data), name)
     return [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
 
 
@@ -91,7 +95,11 @@ def unfolded(array: Any) -> int:
         return _CELL * count + (found or 0)
     if types.is_struct(kind):
         return _CELL * count + sum(map(unfolded, array.flatten()))
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind) or types.is_map(kind):
+    if types.is_map(kind):
+        start = array.offsets[0].as_py()
+        inside = [each.slice(start, array.offsets[-1].as_py() - start) for each in (array.keys, array.items)]
+        return _CELL * count + sum(map(unfolded, inside))
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         return _CELL * count + unfolded(array.flatten())
     if types.is_nested(kind) or types.is_run_end_encoded(kind):
         raise TypeError(f"columns of type {excerpt(str(kind))} are not read; store lists and texts as such")

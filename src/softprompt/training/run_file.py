@@ -15,13 +15,20 @@ from softprompt.fields import renamed
 from softprompt.training.keywords import ALIASES
 from softprompt.training.settings import TuneSettings
 from softprompt.training.tuning_config import TuningConfig
-from softprompt.untrusted import check_base_name
+from softprompt.untrusted import MOST_DEPTH, check_base_name
 
 RUN_FILE = "run.toml"
 DATA = ("train_data", "validation_data")
 SOURCES = ("base_model", *DATA, "output")
 """Keys besides the settings."""
 _MOST_BYTES = 1 << 18
+_TEXT = re.compile(
+    r"\"{3}(?:[^\"\\]|\\.|\"(?!\"\"))*+(?:\"{3,5}|\Z)|'{3}(?:[^']|'(?!''))*+(?:'{3,5}|\Z)"
+    r"|\"(?:\\.|[^\"\\\n])*+\"?|'[^'\n]*+'?|#[^\n]*+",
+    re.DOTALL,
+)
+"""Texts and comments of TOML, the unfinished ones to their ends."""
+_DEEP = re.compile(rf"(?<![\w-])(?:[\w-]++[ \t]*+\.[ \t]*+){{{MOST_DEPTH}}}")
 SWEEP = "sweep"
 """Table of what a sweep tries; a run passes over it."""
 
@@ -36,7 +43,10 @@ def read_run(path: str | Path) -> dict[str, Any]:
     """
     data = read_bytes(Path(path), _MOST_BYTES, ConfigError)
     try:
-        values = tomllib.loads(data.decode())
+        text = data.decode()
+        if _DEEP.search(_TEXT.sub("text", text)):  # of which tomllib keeps every beginning
+            raise ValueError(f"a key has more than {MOST_DEPTH} parts")
+        values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # which TOMLDecodeError is
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     check_plain(values, str(path), ConfigError)
