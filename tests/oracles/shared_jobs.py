@@ -240,18 +240,19 @@ def wide(folder, output, **more):
     return found
 
 
-def multitask(folder, output, source=None):
+def multitask(folder, output, source=None, **more):
     """A prompt of two tasks that learns from their teachers, or starts from that of a source without."""
     data = {"one": folder / "train.jsonl", "two": folder / "test.jsonl"}
     start = {"prompt_tuning_init_method": "AVERAGE_SOURCE", "prompt_tuning_init_source_model": str(source)}
     options = {"tuning_config": start, "distillation_weight": 0} if source else {}
-    tuned = tuned_of(folder, output, method="multitask", data=(data, data), num_epochs=2, **options)
+    tuned = tuned_of(folder, output, method="multitask", data=(data, data), **{"num_epochs": 2, **options, **more})
     return {**came_to(tuned), "teachers": tuned.metrics.get("teachers", {}).get("updates", 0)}
 
 
 def from_source(folder, output):
-    multitask(folder, source := output.with_name(f"{output.name}-source"))
-    return multitask(folder, output, source)
+    """Few updates: what rounding becomes of them is another test's."""
+    multitask(folder, source := output.with_name(f"{output.name}-source"), max_steps=1)
+    return multitask(folder, output, source, num_epochs=1)
 
 
 def compared(folder, output):

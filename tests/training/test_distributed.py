@@ -231,7 +231,7 @@ def test_every_method_sweep_and_distillation(folder, chat_folder, count):
 
 @pytest.mark.slow
 def test_processes_are_as_near_to_one_as_one_is_with_its_batches_split(folder):
-    """Sums in another order differ in their last bits, and updates that divide by a gradient's size enlarge that."""
+    """Sums in another order differ in their last bits, and Adam, which divides by a gradient, enlarges that."""
     alone, split = JOBS["wide"](folder, None), JOBS["wide"](folder, None, max_tokens_per_batch=20)
     for found in shared(folder, "wide")[0]:
         for name, value in alone.items():
