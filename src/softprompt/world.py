@@ -107,7 +107,7 @@ class World:
     def speaks(self) -> bool:
         """Return whether this process says why it ends: the first one, or the first of those that are left."""
         ends = time.monotonic() + _ROLL_CALL
-        while self.rank and time.monotonic() < ends:
+        while self.rank and self._store not in _unkept and time.monotonic() < ends:
             if any(self._told("failed", rank) for rank in range(self.rank)):
                 return False
             time.sleep(0.05)
@@ -133,15 +133,16 @@ class World:
         unknown = f"the processes lost each other ({first_line(error)})"
         if self._store is None:  # somebody else made the group, and keeps its store
             return unknown
-        if not self._tell("here", "yes"):  # nobody keeps what they tell each other any more
-            return f"rank 0 of {self.size} ended: without a word"
-        while missing and time.monotonic() < ends:
+        self._tell("here", "yes")
+        while missing and self._is_kept and time.monotonic() < ends:
             missing = [rank for rank in missing if self._told("here", rank) is None]
             if any(self._told("failed", rank) for rank in missing):
                 break
             time.sleep(0.05)
         known = {rank: self._told("failed", rank) for rank in missing}
         gone = [rank for rank in missing if known[rank] or not self._lives(rank)] or missing
+        if not self._is_kept:  # what was sent last may still have found somebody to take it
+            return f"rank 0 of {self.size} ended: without a word" if self.rank else unknown
         if not gone:
             return unknown
         return "; ".join(f"rank {rank} of {self.size} ended: {known[rank] or 'without a word'}" for rank in gone)
@@ -157,25 +158,33 @@ class World:
             return False
         return True
 
-    def _tell(self, what: str, text: str) -> bool:
-        """Leave word in the store; return whether there is one still: rank 0 may keep it, or the launcher."""
-        try:
-            self._store.set(f"softprompt/{what}/{self.rank}", text)
-        except (RuntimeError, AttributeError):
-            return False
-        return True
+    @property
+    def _is_kept(self) -> bool:
+        """Whether somebody keeps the store still: rank 0 may, or the launcher."""
+        return self._store is not None and self._store not in _unkept
+
+    def _tell(self, what: str, text: str) -> None:
+        """Leave word in the store, where somebody keeps it."""
+        if self._is_kept:
+            try:
+                self._store.set(f"softprompt/{what}/{self.rank}", text)
+            except RuntimeError:
+                _unkept.append(self._store)  # torch prints a trace whenever it is asked again
 
     def _told(self, what: str, rank: int) -> str | None:
         key = f"softprompt/{what}/{rank}"
-        try:
-            return (self._store.get(key).decode() if self._store.check([key]) else "") or None
-        except (RuntimeError, AttributeError):
-            return None
+        if self._is_kept:
+            try:
+                return (self._store.get(key).decode() if self._store.check([key]) else "") or None
+            except RuntimeError:
+                _unkept.append(self._store)
+        return None
 
 
 _ALONE = World()
 _current: ContextVar[World] = ContextVar("world", default=_ALONE)
 _joined: list[World] = []
+_unkept: list[Any] = []
 
 
 def world() -> World:

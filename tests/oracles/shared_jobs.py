@@ -14,12 +14,12 @@ from types import SimpleNamespace
 import torch
 
 import softprompt
-from softprompt import evaluate
+from softprompt import compare, evaluate
 from softprompt.cli.main import run
-from softprompt.errors import SoftPromptError, TrainingError
-from softprompt.evaluation import passes
+from softprompt.errors import DistributedError, SoftPromptError, TrainingError
+from softprompt.evaluation import Baseline, passes
 from softprompt.inference import Ensemble, TunedPrompt
-from softprompt.training import Events, sweep, tracking, tune
+from softprompt.training import Events, loop, sweep, tracking, tune
 from softprompt.training.gradients import Step
 from softprompt.world import joined, launched, world
 
@@ -124,13 +124,13 @@ def tracked(folder, output):
     return {"told": told}
 
 
-def signalled(number, update):
-    """Have the last process send itself a signal after an update; return what told of updates before."""
-    told = Events.update
+def signalled(number, update, rank=None):
+    """Have a process, or the last, send itself a signal after an update; return what told of updates before."""
+    told, rank = Events.update, launched().size - 1 if rank is None else rank
 
     def tell(self, state, loss):
         told(self, state, loss)
-        if state.update == update and launched().rank == launched().size - 1:
+        if state.update == update and launched().rank == rank:
             os.kill(os.getpid(), number)
 
     Events.update = tell
@@ -154,6 +154,34 @@ def diverged(folder, output):
         tuned_of(folder, output, seed=73 + launched().rank)
     except SoftPromptError as error:
         return {"said": str(error)}
+
+
+def disturbed(folder, output, *, update, every):
+    """A run in which the last process's prompt is bent after an update, and prompts are compared every few."""
+    plain, between = loop._round, loop.UPDATES_BETWEEN_CHECKS
+
+    def bent(due, check_stop):
+        plain(due, check_stop)
+        ((candidate, _),) = due
+        if candidate.state.update == update and launched().rank == launched().size - 1:
+            next(candidate.stage.prompt.parameters()).data[0, 0] += 1e-6
+
+    loop._round, loop.UPDATES_BETWEEN_CHECKS = bent, every
+    try:
+        tuned_of(folder, output, num_epochs=2)
+    except DistributedError as error:
+        return {"said": str(error)}
+    finally:
+        loop._round, loop.UPDATES_BETWEEN_CHECKS = plain, between
+    return {"said": "nothing"}
+
+
+def bent_between(folder, output):
+    return disturbed(folder, output, update=2, every=2)
+
+
+def bent_at_the_end(folder, output):
+    return disturbed(folder, output, update=6, every=50)
 
 
 def refused(folder, output):
@@ -182,8 +210,16 @@ def method_job(options):
     return job
 
 
+def parameterised(name, **tuning):
+    return {"tuning_config": {"parameterization": name, **tuning}}
+
+
 METHODS = {
     "prompt_tuning": {},
+    "low_rank": parameterised("low_rank", parameterization_rank=2),
+    "ulpt": parameterised("ulpt", parameterization_rank=2),
+    "residual": parameterised("residual"),
+    "superpos": parameterised("superpos", parameterization_rank=6),
     "p_tuning": {"method": "p_tuning", "tuning_config": {"encoder_hidden_size": 8}},
     "prefix": {"method": "prefix"},
     "cartridge": {"method": "cartridge"},
@@ -191,10 +227,42 @@ METHODS = {
 }
 
 
-def multitask(folder, output):
+WIDE = {"p_tuning": {"method": "p_tuning"}, "prefix": {"method": "prefix"}, "residual": METHODS["residual"]}
+
+
+def wide(folder, output, **more):
+    """Methods on the bundled model, whose width makes rounding grow."""
+    found = {}
+    for name, options in WIDE.items():
+        tuning = SETTINGS["tuning_config"] | options.get("tuning_config", {})
+        run_options = {**SETTINGS, "num_epochs": 2, **options, **more, "tuning_config": tuning}
+        found |= {name: tune("demo", folder / "train.jsonl", **run_options).module.materialize().detach()}
+    return found
+
+
+def multitask(folder, output, source=None, **more):
+    """A prompt of two tasks that learns from their teachers, or starts from that of a source without."""
     data = {"one": folder / "train.jsonl", "two": folder / "test.jsonl"}
-    tuned = tuned_of(folder, output, method="multitask", data=(data, data), num_epochs=2)
-    return came_to(tuned)
+    start = {"prompt_tuning_init_method": "AVERAGE_SOURCE", "prompt_tuning_init_source_model": str(source)}
+    options = {"tuning_config": start, "distillation_weight": 0} if source else {}
+    tuned = tuned_of(folder, output, method="multitask", data=(data, data), **{"num_epochs": 2, **options, **more})
+    return {**came_to(tuned), "teachers": tuned.metrics.get("teachers", {}).get("updates", 0)}
+
+
+def from_source(folder, output):
+    """Few updates: what rounding becomes of them is another test's."""
+    multitask(folder, source := output.with_name(f"{output.name}-source"), max_steps=1)
+    return multitask(folder, output, source, num_epochs=1)
+
+
+def compared(folder, output):
+    prompts = {f"{seed}": tuned_of(folder, None, num_epochs=1, seed=seed) for seed in (73, 74)}
+    with joined():
+        found = compare(prompts | {"base": Baseline()}, folder / "test.jsonl", batch_size=4)
+    reports = {name: [each.accuracy, each.perplexity] for name, each in found.reports.items()}
+    answers = {name: [each.answer for each in own.outcomes] for name, own in found.reports.items()}
+    against = {name: [each.won, each.lost, each.p_value] for name, each in found.against.items()}
+    return {"reports": reports, "answers": answers, "against": against}
 
 
 def swept(folder, output):
@@ -206,32 +274,49 @@ def swept(folder, output):
     return {**came_to(found.prompt), "best": [each.name for each in found.candidates]}
 
 
-def distilled(folder, output):
+def distilled(folder, output, text=TEXT, **more):
     run_options = {"max_source_length": 48, "max_target_length": 6, "num_epochs": 2, "batch_size": 4}
-    options = run_options | {"num_virtual_tokens": 3, "silence_progress_bars": True}
+    options = run_options | {"num_virtual_tokens": 3, "silence_progress_bars": True, **more}
     asked = [{"input": f"is parcel {number} late"} for number in range(9)]
-    tuned = softprompt.distill(folder / "chat", system_prompt=TEXT, questions=asked, output=output, **options)
+    tuned = softprompt.distill(folder / "chat", system_prompt=text, questions=asked, output=output, **options)
     return came_to(tuned)
 
 
-_JOBS = labels, answered, seeds, probed, texts, tracked, stopped, refused, diverged, multitask, swept, distilled
+def distilled_kv(folder, output):
+    return distilled(folder, output, kind="kv", report=False)
+
+
+def distilled_beside(folder, output):
+    """Beside another cartridge, whose batches stay whole: micro-batches of an update go to processes in turn."""
+    other = output.with_name(f"{output.name}-other")
+    distilled(folder, other, TEXT[::-1], kind="kv", report=False)
+    options = {"distractors": [other], "max_tokens_per_batch": 60}
+    return distilled(folder, output, kind="kv", report=False, **options)
+
+
+_JOBS = labels, answered, seeds, probed, texts, tracked, stopped, refused, diverged, bent_between, bent_at_the_end
+_JOBS += wide, multitask, from_source, compared, swept, distilled, distilled_kv, distilled_beside
 JOBS = {each.__name__: each for each in _JOBS}
 JOBS |= {name: method_job(options) for name, options in METHODS.items()}
 
 
-def killed(folder):
-    """The command line, whose last process is killed at its sixth update."""
-    signalled(signal.SIGKILL, update=6)
+KILLED = {"killed": None, "killed_0": 0, "killed_2": 2}
+"""Who is killed: the last process, or one by its rank."""
+
+
+def killed(folder, name):
+    """The command line, one of whose processes is killed at its sixth update."""
+    signalled(signal.SIGKILL, update=6, rank=KILLED[name])
     words = ["tune", "--base-model", folder / "llama", "--train-data", folder / "train.jsonl", "--batch-size", 4]
-    words += ["--num-epochs", 3, "--num-virtual-tokens", 3, "--output", folder / "killed", "--accumulate-steps", 2]
-    sys.exit(run([*map(str, words)]))
+    words += ["--num-epochs", 3, "--num-virtual-tokens", 3, "--accumulate-steps", 2]
+    sys.exit(run([*map(str, words), "--output", str(folder / f"{name}-{launched().size}")]))
 
 
 def main():
     """Do jobs in one of several processes and keep what they came to."""
     torch.set_num_threads(1)
     folder, names = Path(sys.argv[1]), json.loads(sys.argv[2])
-    found = {name: JOBS[name](folder, folder / f"{name}-{launched().size}") for name in names if name != "killed"}
+    found = {name: JOBS[name](folder, folder / f"{name}-{launched().size}") for name in names if name not in KILLED}
     torch.save(found, folder / f"found-{launched().size}-{launched().rank}.pt")
-    if "killed" in names:
-        killed(folder)
+    for name in KILLED.keys() & set(names):
+        killed(folder, name)

@@ -118,7 +118,12 @@ def claimed(
     with ExitStack() as held:
         if not dry_run:
             world().from_main(lambda: held.enter_context(_claimed(output, overwrite=overwrite, resume=resume)))
-        yield
+        try:
+            yield
+        except ProcessLostError as error:  # whichever process is left says how to go on
+            if output is None or begun_by(output) is None or (how := resume_command(output)) in str(error):
+                raise
+            raise ProcessLostError(f"{error}; rank 0 saved its state before, continue with: {how}") from error
 
 
 @contextmanager
@@ -161,7 +166,7 @@ def how_to_go_on(where: str, output: Path | None) -> str:
 
 
 def ended_by(error: TrainingInterrupted | ProcessLostError, message: str) -> SoftPromptError:
-    """Return the error of a run that was stopped, or lost a process; how to go on is the first one's to say."""
+    """Return the error of a run that was stopped, or lost a process; the first one knows where it has saved it."""
     if isinstance(error, ProcessLostError):
         return ProcessLostError(f"{error}; {message}" if world().is_main else str(error))
     return TrainingInterrupted(message)
