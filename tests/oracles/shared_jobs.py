@@ -7,9 +7,11 @@ import json
 import os
 import signal
 import sys
+import time
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 
@@ -44,7 +46,15 @@ def tuned_of(folder, output, base="llama", **options):
 
 
 def labels(folder, output):
-    tuned, bars, shown = tuned_of(folder, output), [], passes.progress_bar
+    save = TunedPrompt.save
+
+    def slow(*given, **known):  # the others would return before
+        time.sleep(0.5)
+        return save(*given, **known)
+
+    with mock.patch.object(TunedPrompt, "save", slow):
+        tuned, bars, shown = tuned_of(folder, output), [], passes.progress_bar
+    written = (output / "adapter_config.json").is_file()
 
     @contextmanager
     def watched(*given, **known):
@@ -63,7 +73,7 @@ def labels(folder, output):
     reports = [{name: each.to_dict()[name] for name in ("accuracy", "rouge_l", "perplexity")} for each in found]
     outcomes = [[each.answer for each in report.outcomes] for report in found]
     found = {"reports": reports, "outcomes": outcomes, "bars": bars}
-    return {**came_to(tuned), **found, "world": (world().size, launched().size)}
+    return {**came_to(tuned), **found, "written": written, "world": (world().size, launched().size)}
 
 
 def answered(folder, output):

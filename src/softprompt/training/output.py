@@ -120,6 +120,7 @@ def claimed(
             world().from_main(lambda: held.enter_context(_claimed(output, overwrite=overwrite, resume=resume)))
         try:
             yield
+            world().from_main(lambda: None)  # what the first one wrote is there for all when they return
         except ProcessLostError as error:  # whichever process is left says how to go on
             if output is None or begun_by(output) is None or (how := resume_command(output)) in str(error):
                 raise
