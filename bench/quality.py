@@ -122,9 +122,8 @@ def sweep(pair: Pair) -> Iterator[Cell]:
 def others(pair: Pair, stores: Sequence[str]) -> dict[str, list[Cell]]:
     """Return the cells of the other methods by their kind; of a thin pair LoRA and full at the middle rate."""
     ceilings = {method: rates[1:2] if pair.thin else rates for method, rates in CEILINGS.items()}
-    choices = ["", CHOICE] if pair.has_labels and stores else [""]
-    if pair.thin and pair.data in MANY_LABELS:
-        choices = [""]
+    chooses = pair.has_labels and stores and not (pair.thin and pair.data in MANY_LABELS)
+    choices = ["", CHOICE] if chooses else [""]
     tuned = {
         method: [Cell(pair, method, rate=rate, more=more) for more in choices for rate in rates]
         for method, rates in ceilings.items()

@@ -94,7 +94,7 @@ def measure(ranks: World, name: str, way: str, work: Work, rounds: int) -> Measu
     )
     start = whole.facts.embedding_rms * torch.randn(work.virtual, shape.width, generator=drawn)
     step, prompt = update(base, ids[ranks.rank :: ranks.size] if apart else ids, work, start)
-    alone, one = update(whole, ids[: work.rows], work, start)
+    alone, _ = update(whole, ids[: work.rows], work, start)
     every, oracle = update(whole, ids, work, start)
 
     def together() -> None:
@@ -112,11 +112,11 @@ def measure(ranks: World, name: str, way: str, work: Work, rounds: int) -> Measu
     single = timed(ranks, alone if ranks.is_main else lambda: None, rounds)
     several = timed(ranks, together, rounds)
     found = cost_model.cost(shape, work, ranks.size, way, size=4)
-    link = found.wire / timed(ranks, lambda: carry(ranks, found.wire, way), rounds) if found.wire else 1.0
+    carried = timed(ranks, lambda: carry(ranks, found.wire, way), rounds) if found.wire else 0.0
     text = work.rows * work.tokens * (ranks.size if apart else 1)
     cores = min(ranks.size, os.cpu_count() or 1)
     # The work of all ranks on the cores that are there; nothing else computes while gloo carries on the same cores.
-    foretold = single * (ranks.size if apart else 1) / cores + found.wire / link
+    foretold = single * (ranks.size if apart else 1) / cores + carried
     return Measured(
         base=Path(name).name,
         way=way,

@@ -158,7 +158,8 @@ class Tracking:
             folder = self._output / FOLDER if self._output else os.environ.get("TENSORBOARD_LOGGING_DIR", FOLDER)
             tracker = tracking.TensorBoardTracker(run, logging_dir=folder)
         elif name == "mlflow":
-            run_id, nested = self._record["mlflow"], import_module("mlflow").active_run() is not None
+            nested = import_module("mlflow").active_run() is not None
+            run_id = self._record["mlflow"]
             tracker = tracking.MLflowTracker(_PROJECT, run_id=run_id, run_name=run, nested_run=nested)
         elif name == "wandb":
             project = os.environ.get("WANDB_PROJECT", _PROJECT)
