@@ -184,8 +184,7 @@ class PeftConfig(KnownToPeft):
 
     @classmethod
     def _named(cls, values: Mapping[str, Any]) -> type[PeftConfig]:
-        named = values.get("peft_type")
-        return cls if named is None else config_class(named)
+        return cls if (named := values.get("peft_type")) is None else config_class(named)
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
@@ -344,8 +343,7 @@ class PromptLearningConfig(PeftConfig):
         """
         if self.task_type != TaskType.SEQ_2_SEQ_LM:
             return ("ENCODER",)
-        named: list[str] | None = getattr(self, "output_model_types", None)
-        if named is not None:
+        if (named := getattr(self, "output_model_types", None)) is not None:
             return tuple(named)
         return ("ENCODER", "DECODER") if self.num_transformer_submodules == 2 else ("ENCODER",)
 
