@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import bootstrap
 from sklearn.metrics import matthews_corrcoef, precision_recall_fscore_support
 
@@ -130,6 +129,8 @@ def rouge_l(targets: Sequence[str], answers: Sequence[str]) -> list[float]:
     the ``rouge_score`` package; its own tokenizer would drop every other letter (phonemes,
     accents, Cyrillic), which would leave nothing to compare.
     """
+    from rouge_score.rouge_scorer import RougeScorer  # half a second or more of nltk, for this metric alone
+
     scorer = RougeScorer(["rougeL"], use_stemmer=False, tokenizer=_Words())
     return [
         float(scorer.score(target, answer)["rougeL"].fmeasure)
