@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 import softprompt
 from oracles.payloads import read_payload
+from oracles.slow import only
 from oracles.tiny_bases import LOADERS, VOCABULARY, P, write_base, write_prompt
 from oracles.tokenizers import CHATML, chat_bpe
 from softprompt.artifacts import load_adapter, save_adapter
@@ -81,9 +82,14 @@ def check_same(tuned, model, tokenizer, request, messages):
     assert tuned.rows.decode(greedy(model, ids)) == own.text
 
 
-@pytest.mark.parametrize("template", [CHATML, TRIMMING], ids=["chatml", "trimming"])
+@pytest.mark.parametrize("template", only([TRIMMING], [CHATML, TRIMMING]), ids=["chatml", "trimming"])
 @pytest.mark.parametrize(
-    ("chat", "own"), [(True, "{{input}}"), (False, "{{input}}"), (False, "Text : {{input}} Label : ")]
+    ("chat", "own"),
+    [
+        (True, "{{input}}"),
+        pytest.param(False, "{{input}}", marks=pytest.mark.slow),
+        (False, "Text : {{input}} Label : "),
+    ],
 )
 def test_a_system_message_of_the_prompts_tokens_gives_the_prompts_answers(tmp_path, template, chat, own):
     base = base_of(tmp_path / "base", template)

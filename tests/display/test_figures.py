@@ -100,6 +100,7 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
         training_curve(HISTORY, tmp_path / "curve.png")
 
 
+@pytest.mark.slow
 def test_matplotlib_is_imported_by_drawing_only_and_pyplot_never(tmp_path):
     pytest.importorskip("matplotlib")
     program = f"""
