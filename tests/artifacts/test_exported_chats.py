@@ -139,7 +139,10 @@ def test_each_prompt_of_an_export_has_its_own_placement(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    ["| upper", "| replace('<sp:x:0>', '')", "| replace('>', '> ')", "| replace('Be brief.', 'Be short.')"],
+    only(
+        ["| upper", "| replace('Be brief.', 'Be short.')"],
+        ["| upper", "| replace('<sp:x:0>', '')", "| replace('>', '> ')", "| replace('Be brief.', 'Be short.')"],
+    ),
 )
 def test_a_template_that_alters_the_system_message_is_refused(tmp_path, change):
     """Letters of the tokens, a token, what stands between them, and text behind them where they are there."""

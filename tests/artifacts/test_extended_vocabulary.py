@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,6 +116,7 @@ def test_without_suppression_the_highest_logit_is_a_real_token(tmp_path, name):
     assert donors.any(-1).all()
 
 
+@pytest.mark.slow
 def test_the_demo_model_keeps_its_likelihoods(tmp_path):
     write_prompt(tmp_path / "x", "demo", seed=1)
     facts = convert(tmp_path / "x", tmp_path / "out", to="extended-vocab").facts
@@ -210,13 +212,17 @@ def test_a_seq2seq_head_of_its_own_stays_so(tmp_path):
     assert [tuned.rows.decode(ids) for ids in theirs] == own
 
 
+@pytest.fixture(scope="module")
+def prompt(tmp_path_factory):
+    """The folder of a prompt beside its base."""
+    folder = tmp_path_factory.mktemp("prompt")
+    return Path(write_prompt(folder / "x", write_base(folder / "base", "llama")))
+
+
 @pytest.mark.parametrize("name", ["..", "a/b", "", "x y", "é", "a" * 65, ".", "<x>"])
-def test_a_name_is_no_path_and_no_markup(tmp_path, name):
-    base = write_base(tmp_path / "base", "llama")
-    write_prompt(tmp_path / "x", base)
-    add = {name: tmp_path / "x"}
+def test_a_name_is_no_path_and_no_markup(tmp_path, prompt, name):
     with pytest.raises(ConfigError, match="a prompt's name is 1 to 64"):
-        convert(tmp_path / "x", tmp_path / "out", to="extended-vocab", add=add)
+        convert(prompt, tmp_path / "out", to="extended-vocab", add={name: prompt})
     assert not (tmp_path / "out").exists()
 
 

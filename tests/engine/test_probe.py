@@ -199,7 +199,8 @@ class Rounded(Engine):
             return PlainEngine(self._base, trusted=True).run_alike(rows, head)
 
 
-def test_a_sum_that_rounding_moves_over_zero_is_no_other_function(monkeypatch):
+@pytest.mark.parametrize("seeds", only([range(100, 102)], [range(100, 102), range(102, 106)]))
+def test_a_sum_that_rounding_moves_over_zero_is_no_other_function(monkeypatch, seeds):
     """A ReLU there has the one slope or the other; as in T5-small, where one unit in a million stands so."""
     base = Base(seq2seq("t5"))
     layer = base.model.encoder.block[0].layer[-1].DenseReluDense
@@ -214,8 +215,8 @@ def test_a_sum_that_rounding_moves_over_zero_is_no_other_function(monkeypatch):
             row = layer.wi.weight[0]
             row -= token * (row @ token) / (token @ token)
             layer.wo.weight[:, 0] *= 8
-        found = [scoring_difference(Rounded(base, seed), plain, base) for seed in range(100, 106)]
+        found = [scoring_difference(Rounded(base, seed), plain, base) for seed in seeds]
         monkeypatch.setattr("softprompt.engine.probe._DRAWS", 1)
-        once = (scoring_difference(Rounded(base, seed), plain, base) for seed in range(100, 106))
-        assert found == [""] * 6
+        once = (scoring_difference(Rounded(base, seed), plain, base) for seed in seeds)
+        assert not any(found)
         assert any(once)

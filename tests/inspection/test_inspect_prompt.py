@@ -117,6 +117,7 @@ def test_keys_and_values(other_kinds, records):
     assert "no neighbours" in found.missing["words"]
 
 
+@pytest.mark.slow
 def test_a_multitask_prompt_shows_each_task_and_asks_for_one(other_kinds, records):
     base = tiny_bases.write_base(other_kinds / "several", "llama")
     softprompt.tune(
