@@ -91,7 +91,7 @@ def test_the_logits_of_real_tokens_are_the_prompts(tmp_path, name):
     torch.testing.assert_close(came, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("name", ["phi", "bart"])
+@pytest.mark.parametrize("name", only(["phi"], ["phi", "bart"]))
 @torch.no_grad()
 def test_a_bias_masks_exactly(tmp_path, name):
     facts, model, _ = exported(tmp_path, name)
@@ -101,7 +101,7 @@ def test_a_bias_masks_exactly(tmp_path, name):
     assert float(logits.softmax(-1)[..., VOCABULARY:].sum()) == 0
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", only(["llama"], ["gpt2", "llama"]))
 @torch.no_grad()
 def test_without_suppression_the_highest_logit_is_a_real_token(tmp_path, name):
     """An engine that knows nothing of generation_config still gets the same greedy text."""
@@ -141,7 +141,7 @@ def test_several_prompts_in_one_export(tmp_path):
     assert written["prompts"] == facts["prompts"]
 
 
-@pytest.mark.parametrize("extra", only([-40, 7], [-40, 0, 7]))
+@pytest.mark.parametrize("extra", only([-40], [-40, 0, 7]))
 def test_a_tokenizer_with_more_or_fewer_ids_than_rows(tmp_path, extra):
     """The ids of the new tokens are the indices of their rows, in either case."""
     count = len(byte_bpe())

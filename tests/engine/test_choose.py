@@ -34,12 +34,15 @@ def test_seq2seq_models(name):
     "config",
     [
         tf.MambaConfig(vocab_size=V, hidden_size=H, num_hidden_layers=L, state_size=4, **IDS),
-        tf.JambaConfig(
-            **{**GQA, "num_hidden_layers": 2},
-            attn_layer_period=2,
-            attn_layer_offset=1,
-            num_experts=2,
-            mamba_d_state=4,
+        pytest.param(
+            tf.JambaConfig(
+                **{**GQA, "num_hidden_layers": 2},
+                attn_layer_period=2,
+                attn_layer_offset=1,
+                num_experts=2,
+                mamba_d_state=4,
+            ),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["mamba", "jamba"],

@@ -179,7 +179,7 @@ def test_gradient_checkpointing(name, reentrant):
     assert model.config._attn_implementation == before
 
 
-@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("name", only(["llama"], ["llama", "t5"]))
 def test_half_precision(name):
     model = (seq2seq if name in SEQ2SEQ else causal)(name).requires_grad_(False)
     rows = [RowCase((5, 6, 7), (8, 2)), RowCase((5, 9), (8, 4, 2))]

@@ -123,10 +123,10 @@ def test_a_resized_table_is_noticed(kind):
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("llama", "plain"),
-        ("llama", "expand"),
+        pytest.param("llama", "plain", marks=pytest.mark.slow),
+        pytest.param("llama", "expand", marks=pytest.mark.slow),
         ("llama", "forest"),
-        ("t5", "plain"),
+        pytest.param("t5", "plain", marks=pytest.mark.slow),
         ("t5", "forest"),
     ],
 )

@@ -56,7 +56,7 @@ BASES = ("llama", "bloom", "t5")
 IDS = ((1, 40, 41, 42), (1, 99, 100, 101, 102, 103, 104, 105), (1, 50))
 
 
-@pytest.fixture(scope="module", params=BASES)
+@pytest.fixture(scope="module", params=only(["llama", "t5"], BASES))
 def base(request):
     if request.param == "llama":
         return served("llama", kinds=("plain", "suffix"), max_position_embeddings=512)
@@ -99,7 +99,7 @@ class SlowChoices(LogitsProcessor):
         return scores.masked_fill(~allowed, -torch.inf)
 
 
-@pytest.mark.parametrize("ids", only(IDS[:1], IDS[:2]))
+@pytest.mark.parametrize("ids", [IDS[0], pytest.param(IDS[1], marks=pytest.mark.slow)])
 def test_choices_are_those_of_a_search_through_the_vocabulary(base, ids):
     options = GenerationOptions(max_new_tokens=30, choices=CHOICES)
     request = base.request("plain", ids, options=options)

@@ -142,7 +142,7 @@ def test_generation_and_scores_share_what_is_kept():
     assert (stats.resident_prompts, stats.prompt_misses, stats.prompt_hits) == (1, 1, 1)
 
 
-@pytest.mark.parametrize("family", ["bloom", "t5"])
+@pytest.mark.parametrize("family", only(["bloom"], ["bloom", "t5"]))
 def test_models_without_a_decode_forest_keep_their_rows(family):
     base = served(family, kinds=("plain",))
     batcher = Batcher(base.base)

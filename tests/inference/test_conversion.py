@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 
 import numpy as np
 import peft
@@ -67,6 +68,19 @@ def prompts(tmp_path_factory, bases):
     kv = {"peft_type": "PREFIX_TUNING", "num_layers": 2, "token_dim": 16}
     write_prompt(root / "kv", llama, tensors={"prompt_embeddings": torch.ones(P, 64)}, **kv)
     return root
+
+
+@pytest.fixture
+def caikit(tmp_path, written_once):
+    """A causal prompt in caikit's format, to damage."""
+    return shutil.copytree(written_once, tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def written_once(tmp_path_factory, prompts):
+    folder = tmp_path_factory.mktemp("caikit") / "out"
+    convert(prompts / "causal", folder, to="caikit")
+    return folder
 
 
 def rows_of(path):
@@ -458,15 +472,13 @@ def test_hostile_arrays(tmp_path, bases):
         ({"ENCODER": "decoder.pt"}, "a causal model, got ENCODER, DECODER"),
     ],
 )
-def test_damaged_caikit_configs(tmp_path, prompts, change, expected):
-    convert(prompts / "causal", tmp_path / "out", to="caikit")
-    path = tmp_path / "out" / "config.yml"
+def test_damaged_caikit_configs(tmp_path, caikit, change, expected):
+    path = caikit / "config.yml"
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | change))
-    refused(expected, tmp_path / "out", tmp_path / "x", to="peft")
+    refused(expected, caikit, tmp_path / "x", to="peft")
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "a: [", "!!python/object/apply:os.system ['echo bomb']", "\x00"])
-def test_yaml_that_is_no_config(tmp_path, prompts, text):
-    convert(prompts / "causal", tmp_path / "out", to="caikit")
-    (tmp_path / "out" / "config.yml").write_text(text)
-    refused("config.yml", tmp_path / "out", tmp_path / "x", to="peft")
+def test_yaml_that_is_no_config(tmp_path, caikit, text):
+    (caikit / "config.yml").write_text(text)
+    refused("config.yml", caikit, tmp_path / "x", to="peft")

@@ -84,6 +84,7 @@ def other_kinds(tmp_path_factory):
     return tmp_path_factory.mktemp("kinds")
 
 
+@pytest.mark.slow
 def test_a_seq2seq_prompt(other_kinds, records):
     base = tiny_bases.write_base(other_kinds / "bart", "bart")
     types = {"peft_type": "EXTENDED_PROMPT_TUNING", "output_model_types": ["ENCODER", "DECODER"]}

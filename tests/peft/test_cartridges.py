@@ -76,7 +76,7 @@ def cartridge(model):
     return model.prompt_encoder["default"]
 
 
-@pytest.mark.parametrize("frozen", only([0, 2], [0, 1, 2]))
+@pytest.mark.parametrize("frozen", only([2], [0, 1, 2]))
 @pytest.mark.parametrize("case", only(["llama", "bloom", "t5"], CASES))
 def test_outputs_loss_and_gradient(case, frozen):
     task, model = CASES[case]

@@ -140,6 +140,7 @@ def test_refused_where_it_would_be_ignored_or_cannot_be_had():
         ours.add_adapter("b", PromptTuningConfig(num_virtual_tokens=2))
 
 
+@pytest.mark.slow
 def test_tuned_and_used_again(tmp_path):
     from oracles.tokenizers import byte_bpe
 
