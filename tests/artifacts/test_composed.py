@@ -100,10 +100,10 @@ def test_other_bases_are_refused(tmp_path, pair):
     "change",
     [
         {"template": "Text: {{input}}"},
-        {"labels": ("x", "y")},
-        {"task": "generation"},
-        {"max_source_length": 20},
-        {"max_target_length": 4},
+        pytest.param({"labels": ("x", "y")}, marks=pytest.mark.slow),
+        pytest.param({"task": "generation"}, marks=pytest.mark.slow),
+        pytest.param({"max_source_length": 20}, marks=pytest.mark.slow),
+        pytest.param({"max_target_length": 4}, marks=pytest.mark.slow),
         {"dtype": "bfloat16"},
     ],
 )

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 import softprompt
 from oracles.payloads import read_payload
+from oracles.slow import only
 from oracles.tiny_bases import LOADERS, VOCABULARY, P, write_base, write_prompt
 from oracles.tokenizers import CHATML, chat_bpe
 from softprompt.artifacts import load_adapter, save_adapter
@@ -81,9 +82,14 @@ def check_same(tuned, model, tokenizer, request, messages):
     assert tuned.rows.decode(greedy(model, ids)) == own.text
 
 
-@pytest.mark.parametrize("template", [CHATML, TRIMMING], ids=["chatml", "trimming"])
+@pytest.mark.parametrize("template", only([TRIMMING], [CHATML, TRIMMING]), ids=["chatml", "trimming"])
 @pytest.mark.parametrize(
-    ("chat", "own"), [(True, "{{input}}"), (False, "{{input}}"), (False, "Text : {{input}} Label : ")]
+    ("chat", "own"),
+    [
+        (True, "{{input}}"),
+        pytest.param(False, "{{input}}", marks=pytest.mark.slow),
+        (False, "Text : {{input}} Label : "),
+    ],
 )
 def test_a_system_message_of_the_prompts_tokens_gives_the_prompts_answers(tmp_path, template, chat, own):
     base = base_of(tmp_path / "base", template)
@@ -131,10 +137,10 @@ def test_each_prompt_of_an_export_has_its_own_placement(tmp_path):
     check_same(softprompt.load(source), model, tokenizer, request, told)
 
 
-@pytest.mark.parametrize(
-    "change",
-    ["| upper", "| replace('<sp:x:0>', '')", "| replace('>', '> ')", "| replace('Be brief.', 'Be short.')"],
-)
+CHANGES = ["| upper", "| replace('<sp:x:0>', '')", "| replace('>', '> ')", "| replace('Be brief.', 'Be short.')"]
+
+
+@pytest.mark.parametrize("change", only([CHANGES[0], CHANGES[3]], CHANGES))
 def test_a_template_that_alters_the_system_message_is_refused(tmp_path, change):
     """Letters of the tokens, a token, what stands between them, and text behind them where they are there."""
     altered = CHATML.replace("m['content']", f"(m['content'] {change} if m['role'] == 'system' else m['content'])")
@@ -170,7 +176,13 @@ def test_a_request_to_vllm_has_the_prompt_in_its_place(tmp_path, placement):
     assert torch.equal(payload[at : at + P], virtual)
 
 
-@pytest.mark.parametrize(("to", "end"), [("caikit", ""), ("tgis", ""), ("npy", ".npy"), ("tensor", ".safetensors")])
+@pytest.mark.parametrize(
+    ("to", "end"),
+    only(
+        [("caikit", ""), ("npy", ".npy")],
+        [("caikit", ""), ("tgis", ""), ("npy", ".npy"), ("tensor", ".safetensors")],
+    ),
+)
 def test_bare_tensors_refuse_and_say_how_to_train(tmp_path, to, end):
     source = prompt_of(tmp_path / "x", base_of(tmp_path / "base"), **IN_SYSTEM)
     with pytest.raises(ArtifactError, match=r"stands elsewhere \(chat_system\); train with placement prefix"):

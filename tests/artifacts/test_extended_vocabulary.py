@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def answers(model, tokenizer, entry, *, new=12):
     return found
 
 
-@pytest.mark.parametrize("name", only(["gpt2", "llama", "gemma3", "opt", "bloom", "gptj", "t5", "bart"], HEADS))
+@pytest.mark.parametrize("name", only(["llama", "gptj", "t5"], HEADS))
 def test_plain_transformers_gives_the_same_greedy_text(tmp_path, name):
     facts, model, tokenizer = exported(tmp_path, name)
     assert facts["head"] == HEADS[name]
@@ -76,7 +77,7 @@ def test_plain_transformers_gives_the_same_greedy_text(tmp_path, name):
     assert [tuned.rows.decode(ids) for ids in theirs] == own
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma3", "phi", "t5"])
+@pytest.mark.parametrize("name", only(["phi", "t5"], ["gpt2", "gemma3", "phi", "t5"]))
 @torch.no_grad()
 def test_the_logits_of_real_tokens_are_the_prompts(tmp_path, name):
     facts, model, _ = exported(tmp_path, name)
@@ -90,7 +91,7 @@ def test_the_logits_of_real_tokens_are_the_prompts(tmp_path, name):
     torch.testing.assert_close(came, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("name", ["phi", "bart"])
+@pytest.mark.parametrize("name", only(["phi"], ["phi", "bart"]))
 @torch.no_grad()
 def test_a_bias_masks_exactly(tmp_path, name):
     facts, model, _ = exported(tmp_path, name)
@@ -100,7 +101,7 @@ def test_a_bias_masks_exactly(tmp_path, name):
     assert float(logits.softmax(-1)[..., VOCABULARY:].sum()) == 0
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", only(["llama"], ["gpt2", "llama"]))
 @torch.no_grad()
 def test_without_suppression_the_highest_logit_is_a_real_token(tmp_path, name):
     """An engine that knows nothing of generation_config still gets the same greedy text."""
@@ -115,6 +116,7 @@ def test_without_suppression_the_highest_logit_is_a_real_token(tmp_path, name):
     assert donors.any(-1).all()
 
 
+@pytest.mark.slow
 def test_the_demo_model_keeps_its_likelihoods(tmp_path):
     write_prompt(tmp_path / "x", "demo", seed=1)
     facts = convert(tmp_path / "x", tmp_path / "out", to="extended-vocab").facts
@@ -139,7 +141,7 @@ def test_several_prompts_in_one_export(tmp_path):
     assert written["prompts"] == facts["prompts"]
 
 
-@pytest.mark.parametrize("extra", [-40, 0, 7])
+@pytest.mark.parametrize("extra", only([-40], [-40, 0, 7]))
 def test_a_tokenizer_with_more_or_fewer_ids_than_rows(tmp_path, extra):
     """The ids of the new tokens are the indices of their rows, in either case."""
     count = len(byte_bpe())
@@ -210,13 +212,17 @@ def test_a_seq2seq_head_of_its_own_stays_so(tmp_path):
     assert [tuned.rows.decode(ids) for ids in theirs] == own
 
 
+@pytest.fixture(scope="module")
+def prompt(tmp_path_factory):
+    """The folder of a prompt beside its base."""
+    folder = tmp_path_factory.mktemp("prompt")
+    return Path(write_prompt(folder / "x", write_base(folder / "base", "llama")))
+
+
 @pytest.mark.parametrize("name", ["..", "a/b", "", "x y", "é", "a" * 65, ".", "<x>"])
-def test_a_name_is_no_path_and_no_markup(tmp_path, name):
-    base = write_base(tmp_path / "base", "llama")
-    write_prompt(tmp_path / "x", base)
-    add = {name: tmp_path / "x"}
+def test_a_name_is_no_path_and_no_markup(tmp_path, prompt, name):
     with pytest.raises(ConfigError, match="a prompt's name is 1 to 64"):
-        convert(tmp_path / "x", tmp_path / "out", to="extended-vocab", add=add)
+        convert(prompt, tmp_path / "out", to="extended-vocab", add={name: prompt})
     assert not (tmp_path / "out").exists()
 
 

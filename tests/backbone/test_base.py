@@ -360,7 +360,8 @@ def test_layers_run_again_as_they_were_run(reentrant):
     torch.testing.assert_close(tokens.grad, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_pass_may_be_compiled(backend):
     model, tokens = causal("llama"), virtual_tokens()
     vocabulary = vocabulary_of(model)

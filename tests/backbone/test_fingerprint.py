@@ -10,6 +10,7 @@ import torch
 import transformers as tf
 
 from oracles.families import CAUSAL, ENCODERS, SEQ2SEQ, build, causal, seq2seq
+from oracles.slow import only
 from softprompt.backbone import Fingerprint
 from softprompt.errors import ArtifactError
 
@@ -20,14 +21,14 @@ def llama():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "gemma"])
+@pytest.mark.parametrize("name", only(["llama", "gpt2", "t5"], ["llama", "gpt2", "t5", "gemma"]))
 def test_another_dtype_is_the_same_base(name, dtype):
     make = causal if name in CAUSAL else seq2seq
     assert Fingerprint.of(make(name)).matches(Fingerprint.of(make(name).to(dtype)))
     assert Fingerprint.of(make(name).to(dtype)).matches(Fingerprint.of(make(name)))
 
 
-@pytest.mark.parametrize("name", [*CAUSAL, *SEQ2SEQ])
+@pytest.mark.parametrize("name", only(["gpt2", "llama", "mixtral", "gemma3", "t5", "bart"], [*CAUSAL, *SEQ2SEQ]))
 def test_another_seed_is_another_base(name):
     make = causal if name in CAUSAL else seq2seq
     first, same, other = (Fingerprint.of(make(name, seed=seed)) for seed in (0, 0, 1))

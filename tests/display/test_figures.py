@@ -100,6 +100,13 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
         training_curve(HISTORY, tmp_path / "curve.png")
 
 
+def test_drawing_does_without_pyplot(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # an import of it fails
+    training_curve([{"epoch": 1, "loss": 1.0}], tmp_path / "curve.png")
+
+
+@pytest.mark.slow
 def test_matplotlib_is_imported_by_drawing_only_and_pyplot_never(tmp_path):
     pytest.importorskip("matplotlib")
     program = f"""

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from oracles.families import FOREST, OUTSIDE, SEQ2SEQ, causal, seq2seq
 from oracles.rows import RowCase, engine_rows
+from oracles.slow import only
 from softprompt.backbone import Base, facts_of
 from softprompt.engine import ForestEngine, PlainEngine, build_engine
 from softprompt.engine.forest.causal_plan import causal_forest
@@ -77,7 +78,7 @@ def row(draw):
 batch = st.lists(row(), min_size=1, max_size=8)
 
 
-@pytest.mark.parametrize("name", [*FOREST, *SEQ2SEQ])
+@pytest.mark.parametrize("name", only(["gpt2", "llama", "gemma3", "t5", "bart"], [*FOREST, *SEQ2SEQ]))
 @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rows=batch)
 def test_random_forests(name, rows):
@@ -86,7 +87,7 @@ def test_random_forests(name, rows):
     assert_equals_solo(engine, model, rows, prompts_for(model, 5, 3))
 
 
-@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize("name", only(["bloom"], OUTSIDE))
 @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rows=batch)
 def test_random_batches_behind_expanded_prompts(name, rows):
@@ -94,7 +95,7 @@ def test_random_batches_behind_expanded_prompts(name, rows):
     assert_equals_solo(build_engine(Base(model), "expand"), model, rows, prompts_for(model, 5, 3))
 
 
-@pytest.mark.parametrize("name", SEQ2SEQ)
+@pytest.mark.parametrize("name", only(["t5"], SEQ2SEQ))
 @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rows=batch)
 def test_prompts_that_do_not_see_the_input(name, rows):
@@ -146,8 +147,8 @@ def test_blocks_stay_linear_in_rows():
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("reentrant", only([False], [True, False]))
+@pytest.mark.parametrize("name", only(["llama", "t5"], ["llama", "gpt2", "t5"]))
 def test_gradient_checkpointing(name, reentrant):
     model = (seq2seq if name in SEQ2SEQ else causal)(name).requires_grad_(False)
     for module in model.modules():
@@ -178,7 +179,7 @@ def test_gradient_checkpointing(name, reentrant):
     assert model.config._attn_implementation == before
 
 
-@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("name", only(["llama"], ["llama", "t5"]))
 def test_half_precision(name):
     model = (seq2seq if name in SEQ2SEQ else causal)(name).requires_grad_(False)
     rows = [RowCase((5, 6, 7), (8, 2)), RowCase((5, 9), (8, 4, 2))]
@@ -242,7 +243,7 @@ def paths_of(forest):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
+@pytest.mark.parametrize("name", only(["mistral"], ["llama", "gpt2", "mistral"]))
 def test_the_gpu_kernel_gives_the_same_numbers(name, monkeypatch):
     """FlexAttention has no backward on the CPU; its forward there is compared with the blocks'."""
     from softprompt.engine.forest import forest_attention as attention

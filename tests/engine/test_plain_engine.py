@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from oracles.families import causal, seq2seq
 from oracles.naive import solo_logits
 from oracles.rows import RowCase, engine_rows
+from oracles.slow import only
 from oracles.weights import weights_hash
 from softprompt.backbone import Base, freeze, input_embedding
 from softprompt.engine import PlainEngine, build_engine, text_states
@@ -65,7 +66,7 @@ def gradients(values, prompts):
     return torch.autograd.grad((values * torch.arange(1, len(values) + 1)).sum(), prompts)
 
 
-@pytest.mark.parametrize("name", [*CAUSAL, *SEQ2SEQ])
+@pytest.mark.parametrize("name", only(["gpt2", "llama", "gemma3", "bloom", "t5"], [*CAUSAL, *SEQ2SEQ]))
 def test_values_and_gradients_against_one_row_at_a_time(name):
     model = base(name)
     rows = ROWS if name in SEQ2SEQ else [*ROWS, EMPTY_SOURCE]
@@ -97,7 +98,7 @@ def test_the_head_reads_the_columns_of_the_answers_in_one_piece(kind, monkeypatc
     assert taken and all(states.is_contiguous() and len(states) == 2 for states in taken)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("name", only(["llama", "t5"], ["llama", "gpt2", "t5"]))
 def test_each_prompt_learns_from_its_own_rows(name):
     model = base(name)
     prompts = prompts_for(model)
@@ -120,7 +121,7 @@ def test_an_unused_prompt_gets_no_gradient():
     assert prompts[1].grad is None
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "t5", "bart"])
+@pytest.mark.parametrize("name", only(["llama", "t5"], ["llama", "gpt2", "bloom", "t5", "bart"]))
 def test_the_order_and_the_company_of_rows_do_not_matter(name):
     model = base(name)
     prompts = prompts_for(model)
@@ -135,7 +136,7 @@ def test_the_order_and_the_company_of_rows_do_not_matter(name):
         torch.testing.assert_close(split, sums, **CLOSE)
 
 
-@pytest.mark.parametrize("kind", ["plain", "auto"])
+@pytest.mark.parametrize("kind", only(["auto"], ["plain", "auto"]))
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_rows_without_any_prompt(name, kind):
     model = base(name)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from oracles.families import SEQ2SEQ, causal, seq2seq
 from oracles.rows import RowCase, engine_rows
+from oracles.slow import only
 from softprompt.backbone import Base, facts_of
 from softprompt.engine import build_engine
 from softprompt.errors import BackboneError
@@ -29,7 +30,13 @@ def setting(name):
     return model, [torch.randn(n, width, generator=generator).requires_grad_() for n in (5, 3)]
 
 
-@pytest.mark.parametrize(("name", "kind"), [*PAIRS, ("gptj", "expand"), ("llama", "expand")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    only(
+        [("llama", "forest"), ("gemma2", "forest"), ("t5", "forest"), ("t5", "plain"), ("gptj", "expand")],
+        [*PAIRS, ("gptj", "expand"), ("llama", "expand")],
+    ),
+)
 def test_logits_give_the_log_probs_and_hidden_states_the_logits(name, kind):
     model, prompts = setting(name)
     engine = build_engine(Base(model), kind)
@@ -55,7 +62,7 @@ def test_logits_give_the_log_probs_and_hidden_states_the_logits(name, kind):
     assert not model.get_output_embeddings()._forward_pre_hooks
 
 
-@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("name", only(["llama"], ["llama", "t5"]))
 def test_every_engine_gives_the_same(name):
     model, prompts = setting(name)
     kinds = ("forest", "plain") if name == "t5" else ("forest", "expand", "plain")

@@ -9,6 +9,7 @@ from oracles.checkpointing import recompute
 from oracles.families import causal, seq2seq
 from oracles.prefixed import random_prefix, solo_decoder_logits, solo_logits_behind
 from oracles.rows import RowCase, engine_rows
+from oracles.slow import only
 from softprompt.backbone import Base, facts_of
 from softprompt.engine import ForestEngine, PlainEngine, build_engine
 from softprompt.engine.padded import ExpandEngine
@@ -53,7 +54,7 @@ def check(engine, model, rows=ROWS):
         torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
-@pytest.mark.parametrize("name", FOREST)
+@pytest.mark.parametrize("name", only(["llama", "gemma2"], FOREST))
 def test_forest(name, monkeypatch):
     model = causal(name)
     engine = ForestEngine(Base(model))
@@ -62,7 +63,7 @@ def test_forest(name, monkeypatch):
     check(engine, model)
 
 
-@pytest.mark.parametrize("name", [*FOREST, *CACHED])
+@pytest.mark.parametrize("name", only(["llama", "gemma2", "bloom"], [*FOREST, *CACHED]))
 def test_plain(name):
     model = causal(name)
     check(PlainEngine(Base(model)), model)
@@ -76,8 +77,8 @@ def test_expand(name, monkeypatch):
 
 
 @pytest.mark.parametrize("engine", [ForestEngine, PlainEngine])
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("projected", [True, False])
+@pytest.mark.parametrize("reentrant", only([False], [True, False]))
+@pytest.mark.parametrize("projected", only([True], [True, False]))
 def test_checkpointing_changes_nothing(engine, reentrant, projected):
     """A prefix that was made from others has a graph that must not be run through twice."""
     model = causal("llama")
@@ -104,7 +105,7 @@ def test_the_cache_path_refuses_checkpointing():
         PlainEngine(Base(model)).target_log_probs(engine_rows(ROWS[:1], prompts_for(model)))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neo"])
+@pytest.mark.parametrize("name", only(["llama"], ["llama", "gpt_neo"]))
 @pytest.mark.parametrize("engine", ["forest", "plain"])
 def test_keys_and_values_and_rows_in_one_batch(name, engine):
     if name == "gpt_neo" and engine == "forest":
@@ -120,7 +121,7 @@ def test_keys_and_values_and_rows_in_one_batch(name, engine):
     torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("name", only(["t5"], ["t5", "bart"]))
 @pytest.mark.parametrize("field", ["prompt", "decoder"])
 def test_seq2seq(name, field):
     model = seq2seq(name)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from oracles.families import causal, seq2seq
+from oracles.slow import only
 from softprompt.backbone import Base, most_by_rounding, off_by, rounded
 from softprompt.engine import Engine, PlainEngine
 from softprompt.engine.probe import (
@@ -141,7 +142,7 @@ class Steep(Engine):
         return replace(right, logits=right.logits + (right.logits - right.logits.detach()) / 2)
 
 
-@pytest.mark.parametrize("keys_and_values", [False, True])
+@pytest.mark.parametrize("keys_and_values", only([False], [False, True]))
 def test_wrong_gradients_are_seen(base, keys_and_values):
     plain, options = PlainEngine(base, trusted=True), {"keys_and_values": keys_and_values}
     with probing(base):
@@ -165,7 +166,7 @@ class Chained(Engine):
         return replace(right, logits=right.logits + (right.logits - right.logits.detach()) * error)
 
 
-@pytest.mark.parametrize("keys_and_values", [False, True])
+@pytest.mark.parametrize("keys_and_values", only([True], [False, True]))
 def test_a_trusted_gradient_that_is_off_in_a_row_alone_refuses_nothing_right(keys_and_values):
     base, options = Base(causal("llama", vocab_size=4096)), {"keys_and_values": keys_and_values}
     plain, chained = PlainEngine(base, trusted=True), Chained(base, alone=1e-4)
@@ -176,7 +177,7 @@ def test_a_trusted_gradient_that_is_off_in_a_row_alone_refuses_nothing_right(key
         )
 
 
-@pytest.mark.parametrize(("alone", "together"), [(0, 0.5), (0, 0.01), (0.01, 0)])
+@pytest.mark.parametrize(("alone", "together"), only([(0, 0.01), (0.01, 0)], [(0, 0.5), (0, 0.01), (0.01, 0)]))
 def test_a_batch_is_trusted_only_where_a_sum_in_one_chain_explains_it(alone, together):
     base = Base(causal("llama", vocab_size=4096))
     engine = Chained(base, alone, together)
@@ -198,7 +199,8 @@ class Rounded(Engine):
             return PlainEngine(self._base, trusted=True).run_alike(rows, head)
 
 
-def test_a_sum_that_rounding_moves_over_zero_is_no_other_function(monkeypatch):
+@pytest.mark.parametrize("seeds", only([range(100, 102)], [range(100, 102), range(102, 106)]))
+def test_a_sum_that_rounding_moves_over_zero_is_no_other_function(monkeypatch, seeds):
     """A ReLU there has the one slope or the other; as in T5-small, where one unit in a million stands so."""
     base = Base(seq2seq("t5"))
     layer = base.model.encoder.block[0].layer[-1].DenseReluDense
@@ -213,8 +215,8 @@ def test_a_sum_that_rounding_moves_over_zero_is_no_other_function(monkeypatch):
             row = layer.wi.weight[0]
             row -= token * (row @ token) / (token @ token)
             layer.wo.weight[:, 0] *= 8
-        found = [scoring_difference(Rounded(base, seed), plain, base) for seed in range(100, 106)]
+        found = [scoring_difference(Rounded(base, seed), plain, base) for seed in seeds]
         monkeypatch.setattr("softprompt.engine.probe._DRAWS", 1)
-        once = (scoring_difference(Rounded(base, seed), plain, base) for seed in range(100, 106))
-        assert found == [""] * 6
+        once = (scoring_difference(Rounded(base, seed), plain, base) for seed in seeds)
+        assert not any(found)
         assert any(once)

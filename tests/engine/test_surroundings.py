@@ -80,8 +80,11 @@ def test_parts_keep_their_own_attention_implementation():
             intermediate_size=48,
             **IDS,
         ),
-        tf.RecurrentGemmaConfig(
-            **GQA, lru_width=32, attention_window_size=8, block_types=["recurrent", "attention"]
+        pytest.param(
+            tf.RecurrentGemmaConfig(
+                **GQA, lru_width=32, attention_window_size=8, block_types=["recurrent", "attention"]
+            ),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["rwkv", "recurrent_gemma"],
@@ -120,10 +123,10 @@ def test_a_resized_table_is_noticed(kind):
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("llama", "plain"),
-        ("llama", "expand"),
+        pytest.param("llama", "plain", marks=pytest.mark.slow),
+        pytest.param("llama", "expand", marks=pytest.mark.slow),
         ("llama", "forest"),
-        ("t5", "plain"),
+        pytest.param("t5", "plain", marks=pytest.mark.slow),
         ("t5", "forest"),
     ],
 )
@@ -221,6 +224,7 @@ def test_two_checkpointed_passes_in_one_backward():
         torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_model():
     model = causal("llama").requires_grad_(False)

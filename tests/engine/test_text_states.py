@@ -5,13 +5,14 @@ import torch
 
 from oracles.caches import CACHE
 from oracles.served import served
+from oracles.slow import only
 from softprompt.engine import EngineRow, text_states
 from softprompt.errors import ConfigError, DataError
 
 TEXTS = ((1, 40, 41, 42, 43, 44), (1, 99), (1, 50, 51, 52))
 
 
-@pytest.fixture(scope="module", params=["llama", "bloom", "gpt2", "t5"])
+@pytest.fixture(scope="module", params=only(["llama", "bloom", "t5"], ["llama", "bloom", "gpt2", "t5"]))
 def base(request):
     kinds = ("plain", "other") if request.param in ("t5", "bloom") else ("plain", "suffix", "prefix")
     return served(request.param, kinds=kinds)

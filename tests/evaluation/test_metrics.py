@@ -100,7 +100,7 @@ def test_intervals_are_those_of_a_slow_bootstrap_with_scikit_learn(predictions):
 
     gold, predicted = map(np.array, predictions)
     draw = np.random.default_rng(1)
-    resamples = [draw.integers(0, len(gold), len(gold)) for _ in range(300)]
+    resamples = [draw.integers(0, len(gold), len(gold)) for _ in range(100)]
     slow = {
         "accuracy": [accuracy_score(gold[each], predicted[each]) for each in resamples],
         "macro_f1": [f1_score(gold[each], predicted[each], average="macro") for each in resamples],

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from oracles.served import drawn, served
+from oracles.slow import only
 from softprompt.generation import Batcher, Bounds, TokenEvent
 
 NAMES = ["llama", "gpt2", "mistral", "gemma2", "qwen3", "gpt_neox"]
@@ -29,7 +30,7 @@ SIMPLE = {
 }
 
 
-@pytest.fixture(scope="module", params=[*NAMES, *SIMPLE])
+@pytest.fixture(scope="module", params=only(["llama", "t5"], [*NAMES, *SIMPLE]))
 def base(request):
     kinds = SIMPLE.get(request.param, ("plain", "other", "suffix", "prefix"))
     return served(request.param, kinds=kinds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import time
@@ -12,6 +13,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from oracles.served import served
+from oracles.slow import only
 from oracles.solo import ends_of
 from softprompt.engine import generate_with_prompts
 from softprompt.errors import ConfigError, ServingError
@@ -50,10 +52,11 @@ SETTINGS = (
     {"decoding_method": "SAMPLING", "seed": 5, "temperature": 3.0, "top_p": 0.8, "typical_p": 0.9, "min_p": 0.01},
     {"repetition_penalty": 1.5, "frequency_penalty": 1.0, "exponential_decay_length_penalty": (1, 3.0)},
 )
+BASES = ("llama", "bloom", "t5")
 IDS = ((1, 40, 41, 42), (1, 99, 100, 101, 102, 103, 104, 105), (1, 50))
 
 
-@pytest.fixture(scope="module", params=["llama", "bloom", "t5"])
+@pytest.fixture(scope="module", params=only(["llama", "t5"], BASES))
 def base(request):
     if request.param == "llama":
         return served("llama", kinds=("plain", "suffix"), max_position_embeddings=512)
@@ -96,7 +99,7 @@ class SlowChoices(LogitsProcessor):
         return scores.masked_fill(~allowed, -torch.inf)
 
 
-@pytest.mark.parametrize("ids", IDS[:2])
+@pytest.mark.parametrize("ids", [IDS[0], pytest.param(IDS[1], marks=pytest.mark.slow)])
 def test_choices_are_those_of_a_search_through_the_vocabulary(base, ids):
     options = GenerationOptions(max_new_tokens=30, choices=CHOICES)
     request = base.request("plain", ids, options=options)
@@ -113,7 +116,15 @@ def test_choices_are_those_of_a_search_through_the_vocabulary(base, ids):
     assert found.reason == "stop"
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: next(iter(form)))
+@pytest.mark.parametrize(
+    ("base", "form"),
+    only(
+        [("llama", FORMS[1]), ("llama", FORMS[2]), ("t5", FORMS[0]), ("t5", FORMS[3])],
+        itertools.product(BASES, FORMS),
+    ),
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+    indirect=["base"],
+)
 def test_every_answer_has_its_form_alone_and_in_a_batch(base, form):
     names = list(base.prompts)
     asked = [

@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 
 from oracles.served import served
+from oracles.slow import only
 from oracles.tuned import untrained
 from softprompt import (
     MultitaskPromptTuningConfig,
@@ -252,7 +253,7 @@ def test_labels_are_scored_as_by_each_prompt_alone(mixed, tmp_path):
         serving.classify(TEXTS, "two")
 
 
-@pytest.mark.parametrize("types", [["DECODER"], ["ENCODER", "DECODER"]])
+@pytest.mark.parametrize("types", only([["ENCODER", "DECODER"]], [["DECODER"], ["ENCODER", "DECODER"]]))
 def test_prompts_before_a_decoder_are_served_as_alone(types):
     base = served("t5", kinds=("plain",)).prompts["plain"]
     config = PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3, output_model_types=types)

@@ -84,6 +84,7 @@ def other_kinds(tmp_path_factory):
     return tmp_path_factory.mktemp("kinds")
 
 
+@pytest.mark.slow
 def test_a_seq2seq_prompt(other_kinds, records):
     base = tiny_bases.write_base(other_kinds / "bart", "bart")
     types = {"peft_type": "EXTENDED_PROMPT_TUNING", "output_model_types": ["ENCODER", "DECODER"]}
@@ -117,6 +118,7 @@ def test_keys_and_values(other_kinds, records):
     assert "no neighbours" in found.missing["words"]
 
 
+@pytest.mark.slow
 def test_a_multitask_prompt_shows_each_task_and_asks_for_one(other_kinds, records):
     base = tiny_bases.write_base(other_kinds / "several", "llama")
     softprompt.tune(

@@ -92,7 +92,7 @@ class Stop(tf.TrainerCallback):
         control.should_training_stop = True
 
 
-@pytest.mark.parametrize("method", ["prompt_tuning", "prefix"])
+@pytest.mark.parametrize("method", only(["prompt_tuning"], ["prompt_tuning", "prefix"]))
 def test_trains_as_peft_does(tmp_path, method):
     """The same script twice, the import changed: same first prompt, same losses, same prompt afterwards."""
     found = {}
@@ -111,7 +111,7 @@ def test_trains_as_peft_does(tmp_path, method):
     torch.testing.assert_close(ours[2], theirs[2], atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["causal bf16", "seq2seq", pytest.param("seq2seq bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", only(["seq2seq"], ["causal bf16", "seq2seq", "seq2seq bf16"]))
 def test_the_fast_path_trains_as_peft_does(tmp_path, monkeypatch, kind):
     """Every step's loss is the engine's; under autocast both round, each in its own order."""
     steps, make = [], model_module.training_output
@@ -134,7 +134,7 @@ def test_the_fast_path_trains_as_peft_does(tmp_path, monkeypatch, kind):
     assert found[softprompt] == pytest.approx(found[peft], abs=5e-3 if "bf16" in kind else 1e-4)
 
 
-@pytest.mark.parametrize("method", only(["prompt_tuning", "head"], CONFIGS))
+@pytest.mark.parametrize("method", only(["prompt_tuning"], CONFIGS))
 def test_resuming_equals_never_having_stopped(tmp_path, method):
     whole = prompted(method=method)
     trainer(whole, tmp_path / "whole").train()
@@ -225,7 +225,7 @@ def test_the_best_checkpoint_is_restored(tmp_path):
 @pytest.mark.parametrize(
     ("method", "use_reentrant"),
     [
-        ("prompt_tuning", True),
+        pytest.param("prompt_tuning", True, marks=pytest.mark.slow),
         ("prefix", False),
         pytest.param("prompt_tuning", False, marks=pytest.mark.slow),
         pytest.param("prefix", True, marks=pytest.mark.slow),
@@ -320,6 +320,12 @@ def test_what_is_recognised_is_still_itself():
         assert torch.equal(other(ids).logits, model(ids).logits)
     assert type(model.__class__(tied(), config)) is softprompt.PeftModelForCausalLM
     assert "PeftModelForCausalLM(" in repr(model)
+
+
+@pytest.mark.slow
+def test_what_is_recognised_compiles():
+    model, ids = prompted().eval(), torch.arange(3, 9)[None]
+    assert isinstance(model, peft.PeftModel)
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
 

@@ -75,9 +75,9 @@ def fine_tune(library, how, method, tokenizer, folder, *, callbacks=(), resume=N
 @pytest.mark.parametrize(
     ("method", "how"),
     [
-        ("PromptTuningConfig", "wrapped"),
+        pytest.param("PromptTuningConfig", "wrapped", marks=pytest.mark.slow),
         ("PrefixTuningConfig", "peft_config"),
-        ("PromptEncoderConfig", "wrapped"),
+        pytest.param("PromptEncoderConfig", "wrapped", marks=pytest.mark.slow),
         pytest.param("PromptTuningConfig", "peft_config", marks=pytest.mark.slow),
         pytest.param("PrefixTuningConfig", "wrapped", marks=pytest.mark.slow),
         pytest.param("PromptEncoderConfig", "peft_config", marks=pytest.mark.slow),
@@ -98,7 +98,7 @@ def test_as_with_peft(tmp_path, tokenizer, how, method):
     ("method", "use_reentrant"),
     [
         ("PromptTuningConfig", True),
-        ("PrefixTuningConfig", False),
+        pytest.param("PrefixTuningConfig", False, marks=pytest.mark.slow),
         pytest.param("PromptTuningConfig", False, marks=pytest.mark.slow),
         pytest.param("PrefixTuningConfig", True, marks=pytest.mark.slow),
     ],
@@ -122,9 +122,8 @@ class Stop(tf.TrainerCallback):
         control.should_training_stop = True
 
 
-@pytest.mark.parametrize(
-    "method", ["PromptTuningConfig", pytest.param("PromptEncoderConfig", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["PromptTuningConfig", "PromptEncoderConfig"])
 def test_resuming_equals_never_having_stopped(tmp_path, tokenizer, method):
     how = (softprompt, "peft_config", method, tokenizer)
     whole, _ = fine_tune(*how, tmp_path / "whole")

@@ -106,8 +106,13 @@ print(json.dumps({
 @pytest.mark.parametrize(
     ("first", "refused"),
     [
-        (
+        pytest.param(
             "import transformers.trainer_utils",
+            {"import softprompt.as_peft": "before all other imports"},
+            marks=pytest.mark.slow,
+        ),
+        (
+            "import sys; sys.modules['transformers.trainer_utils'] = sys",
             {"import softprompt.as_peft": "before all other imports"},
         ),
         (
@@ -122,7 +127,7 @@ print(json.dumps({
             },
         ),
     ],
-    ids=["late", "in time"],
+    ids=["late", "as if late", "in time"],
 )
 def test_what_is_refused(tmp_path, first, refused):
     script, lines = tmp_path / "script.py", [first, "import json", "said = []"]

@@ -11,6 +11,7 @@ import torch
 
 import softprompt
 from oracles.peft_pair import TASKS, base, batch
+from oracles.slow import only
 from softprompt import AutoPeftModel, PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from softprompt.artifacts import outside
 from softprompt.errors import ArtifactError, ConfigError, FingerprintError
@@ -39,7 +40,7 @@ def saved(tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", only(["CAUSAL_LM", "SEQ_2_SEQ_LM"], TASKS))
 def test_every_task(task, saved):
     prompted, folder = saved[task]
     for auto in (AUTO[task], AutoPeftModel):

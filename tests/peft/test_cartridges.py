@@ -17,6 +17,7 @@ from oracles.caches import CACHE
 from oracles.checkpointing import recompute
 from oracles.families import CAUSAL, build, causal, seq2seq
 from oracles.prefixed import solo_logits_behind
+from oracles.slow import only
 from oracles.tokenizers import byte_bpe
 from softprompt import CartridgeConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from softprompt.errors import AdapterError, ConfigError, FingerprintError
@@ -75,8 +76,8 @@ def cartridge(model):
     return model.prompt_encoder["default"]
 
 
-@pytest.mark.parametrize("frozen", [0, 1, 2])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("frozen", only([2], [0, 1, 2]))
+@pytest.mark.parametrize("case", only(["llama", "bloom", "t5"], CASES))
 def test_outputs_loss_and_gradient(case, frozen):
     task, model = CASES[case]
     ours, theirs = pair(task, model(), num_frozen_tokens=frozen)
@@ -114,7 +115,7 @@ def test_names_first_values_counts_and_training():
     assert torch.equal(cartridge(ours)(indices)[1], cartridge(ours).embedding.weight)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", only(["llama"], CASES))
 def test_files_both_ways(case, tmp_path):
     task, make = CASES[case]
     model = make()
@@ -146,7 +147,7 @@ def test_generated_tokens():
         assert torch.equal(ours.generate(**inputs, **options), theirs.generate(**inputs, **options))
 
 
-@pytest.mark.parametrize("case", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("case", only(["gpt2"], ["llama", "gpt2", "t5"]))
 def test_what_peft_refuses(case, tmp_path):
     """Gradient checkpointing, and training a saved cartridge further."""
     task, make = CASES[case]

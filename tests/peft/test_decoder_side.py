@@ -9,6 +9,7 @@ import transformers as tf
 from oracles.caches import CACHE
 from oracles.families import ENCODERS, SEQ2SEQ, build, causal, seq2seq
 from oracles.naive import padded
+from oracles.slow import only
 from softprompt import PeftModel, PromptTuningConfig, get_peft_model
 from softprompt.backbone import input_embedding
 from softprompt.errors import ConfigError, ContextOverflowError
@@ -42,7 +43,7 @@ def solo_logits(model, prompted, row, decoder_ids, name="default"):
 
 
 @pytest.mark.parametrize("types", TYPES, ids="+".join)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", only(["t5", "bart"], NAMES))
 def test_logits_loss_and_gradients(name, types):
     model = seq2seq(name)
     prompted = get_peft_model(model, config(types))
@@ -63,9 +64,9 @@ def test_logits_loss_and_gradients(name, types):
     assert (got[-P:].abs().sum(1) > 0).all()
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("use_cache", only([True], [True, False]))
 @pytest.mark.parametrize("types", TYPES, ids="+".join)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", only(["t5", "bart"], NAMES))
 def test_generation_equals_solo(name, types, use_cache):
     model = seq2seq(name)
     prompted = get_peft_model(model, config(types))
@@ -87,7 +88,7 @@ def test_generation_equals_solo(name, types, use_cache):
     assert torch.equal(beams[2:], alone)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", only(["t5", "bart"], NAMES))
 def test_mixed_batches_equal_solo(name):
     model = seq2seq(name)
     prompted = get_peft_model(model, config(["DECODER"]), "decoder")
@@ -127,7 +128,7 @@ def test_a_filled_cache_is_not_prompted_again():
     torch.testing.assert_close(rest.logits[0, -1], whole[0, -1], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("types", TYPES, ids="+".join)
+@pytest.mark.parametrize("types", only(TYPES[1:], TYPES), ids="+".join)
 def test_files(types, tmp_path):
     model = seq2seq("bart")
     prompted = get_peft_model(model, config(types))

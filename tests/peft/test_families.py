@@ -7,6 +7,7 @@ import torch
 
 from oracles.families import CAUSAL, causal
 from oracles.naive import padded, solo_greedy, solo_logits
+from oracles.slow import only
 from softprompt import PromptTuningConfig, get_peft_model
 
 ROWS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [20, 21, 22], [30, 31, 32, 33, 34]]
@@ -23,7 +24,7 @@ def attached(name):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", only(["gpt2", "llama", "mixtral", "gemma3", "bloom", "mpt"], CAUSAL))
 def test_mixed_batch_equals_solo(name, side):
     model, prompted = attached(name)
     ids, mask = padded(ROWS, side)
@@ -41,7 +42,7 @@ def test_mixed_batch_equals_solo(name, side):
             torch.testing.assert_close(text, expected, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", only(["gpt2", "llama", "mixtral", "gemma3", "bloom", "mpt"], CAUSAL))
 def test_generate_equals_solo(name):
     model, prompted = attached(name)
     ids, mask = padded(ROWS, "left")

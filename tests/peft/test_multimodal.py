@@ -11,6 +11,7 @@ import transformers as tf
 
 import softprompt
 from oracles import multimodal
+from oracles.slow import only
 from softprompt.errors import ConfigError
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -62,7 +63,7 @@ def embedded(model, given):
 
 
 @pytest.mark.parametrize("side", [{}, {"right": 2}, {"left": 2}])
-@pytest.mark.parametrize("name", SEEING)
+@pytest.mark.parametrize("name", only(["gemma3", "qwen2_vl"], SEEING))
 def test_a_pass_is_the_models_own_on_embeddings(name, side):
     """Every row alone, its prompt in front; token types and the positions of an image follow their tokens."""
     model, given = multimodal.model(name), multimodal.batch(name, **side)
@@ -82,8 +83,8 @@ def test_a_pass_is_the_models_own_on_embeddings(name, side):
         torch.testing.assert_close(got[row][given["attention_mask"][row].bool()], expected, **CLOSE)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", SEEING)
+@pytest.mark.parametrize("kind", only(KINDS[:1], KINDS))
+@pytest.mark.parametrize("name", only(["gemma3", "qwen2_vl"], SEEING))
 def test_generated_as_peft_does(name, kind):
     ours, theirs = pair(multimodal.model(name), kind)
     given = multimodal.batch(name)
@@ -94,7 +95,7 @@ def test_generated_as_peft_does(name, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", SEEING)
+@pytest.mark.parametrize("name", only(["gemma3"], SEEING))
 def test_a_row_in_a_batch_is_the_row_alone(name, kind):
     ours, _ = pair(multimodal.model(name), kind)
     given = multimodal.batch(name, left=3)
@@ -105,7 +106,7 @@ def test_a_row_in_a_batch_is_the_row_alone(name, kind):
         assert torch.equal(generated(ours, alone)[0, int(real.sum()) :], written[row])
 
 
-@pytest.mark.parametrize("name", SEEING)
+@pytest.mark.parametrize("name", only(["gemma3"], SEEING))
 def test_gradients_reach_the_prompt(name):
     for kind in KINDS:
         ours, _ = pair(multimodal.model(name), kind)

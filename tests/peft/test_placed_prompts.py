@@ -8,6 +8,7 @@ import transformers as tf
 
 from oracles.families import CAUSAL, ENCODERS, SEQ2SEQ, build, causal
 from oracles.naive import padded
+from oracles.slow import only
 from softprompt import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from softprompt.backbone import input_embedding
 from softprompt.errors import BackboneError, ConfigError, DataError
@@ -56,7 +57,7 @@ def test_mixed_placements_equal_solo(name, side):
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", only(["llama", "gemma2", "bloom"], MODELS))
 def test_generation_equals_solo(name, use_cache):
     model, prompted = attached(name)
     ids, mask = padded(ROWS, "left")
@@ -119,7 +120,7 @@ def answered(ids, mask, answers):
     return labels
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", only(["left"], ["left", "right"]))
 @pytest.mark.parametrize("name", ["llama", "bloom"])
 def test_a_suffix_stands_between_input_and_answer(name, side):
     model, prompted = attached(name)
@@ -153,7 +154,7 @@ def test_a_suffix_needs_an_input_before_the_answer():
     assert prompted(input_ids=row, labels=row, prompt_at=5).loss.isfinite()
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", only(["left"], ["left", "right"]))
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_labels_of_padded_rows_are_those_of_rows_alone(side, at):
     _, prompted = attached("bloom")

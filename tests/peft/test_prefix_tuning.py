@@ -15,6 +15,7 @@ from oracles.checkpointing import recompute
 from oracles.families import CAUSAL, ENCODERS, SHARING, build, causal, seq2seq, sharing
 from oracles.naive import padded
 from oracles.prefixed import solo_decoder_logits, solo_greedy_behind, solo_logits_behind
+from oracles.slow import only
 from oracles.tokenizers import byte_bpe
 from softprompt import PrefixTuningConfig, get_peft_model
 from softprompt.errors import BackboneError, ConfigError, ContextOverflowError
@@ -38,7 +39,7 @@ def value(model, name):
     return None if name == "__base__" else model.encoder_of(name).materialize().detach()
 
 
-@pytest.mark.parametrize("name", [*INSIDE, "bloom", "gptj", "falcon"])
+@pytest.mark.parametrize("name", only(["gpt2", "gemma2", "bloom"], [*INSIDE, "bloom", "gptj", "falcon"]))
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_row_in_a_batch_is_the_row_alone(name, side):
     model = prefixed(causal(name))
@@ -50,8 +51,8 @@ def test_a_row_in_a_batch_is_the_row_alone(name, side):
         torch.testing.assert_close(got[real], expected, **CLOSE)
 
 
-@pytest.mark.parametrize("name", SHARING)
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", only(["gemma4"], SHARING))
+@pytest.mark.parametrize("side", only(["left"], ["left", "right"]))
 @pytest.mark.filterwarnings("ignore:Prefix tuning injected")
 def test_rows_where_layers_share_or_differ(name, side):
     model = prefixed(sharing(name))
@@ -91,7 +92,7 @@ def test_a_prefix_that_fits_no_layer_is_refused():
         model(input_ids=torch.tensor([ROWS[1]]))
 
 
-@pytest.mark.parametrize("name", [*INSIDE, "bloom", "gptj"])
+@pytest.mark.parametrize("name", only(["gemma2", "bloom"], [*INSIDE, "bloom", "gptj"]))
 def test_generation_from_a_mixed_batch_is_that_of_each_row(name):
     model = prefixed(causal(name))
     model.generation_config.eos_token_id = None
@@ -146,9 +147,9 @@ def test_seq2seq_rows(name):
         assert out[i, :length].tolist() == alone[0].tolist()
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "t5", "bart"])
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("projected", [True, False])
+@pytest.mark.parametrize("name", only(["gpt2", "t5"], ["llama", "gpt2", "mistral", "t5", "bart"]))
+@pytest.mark.parametrize("reentrant", only([False], [True, False]))
+@pytest.mark.parametrize("projected", only([True], [True, False]))
 def test_checkpointing_changes_nothing(name, reentrant, projected):
     inside = name in INSIDE
     model = prefixed(
@@ -214,7 +215,7 @@ def test_the_base_is_untouched(name):
     assert not [m for m in unloaded.modules() if m._forward_hooks or m._forward_pre_hooks]
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "bloom", "gptj"])
+@pytest.mark.parametrize("name", only(["llama", "bloom"], ["llama", "mistral", "gpt2", "bloom", "gptj"]))
 def test_a_text_start_is_the_text_in_front(name, tmp_path):
     """The exact oracle: logits behind the prefix are those behind the text's own tokens."""
     tokenizer = byte_bpe(bos=True)
@@ -362,7 +363,7 @@ def test_models_no_prefix_can_stand_in(config, loader):
         get_peft_model(model, PrefixTuningConfig(num_virtual_tokens=4))(input_ids=torch.tensor([[5, 6, 7]]))
 
 
-@pytest.mark.parametrize("name", ["mpt", "bloom", "gptj"])
+@pytest.mark.parametrize("name", only(["mpt"], ["mpt", "bloom", "gptj"]))
 def test_generation_without_a_cache_of_its_own(name):
     """MPT asks for no cache by default: each step feeds the whole text, behind the prefix once."""
     model = prefixed(causal(name))

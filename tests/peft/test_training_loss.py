@@ -13,6 +13,7 @@ import softprompt
 from oracles import peft_pair
 from oracles.caches import CACHE
 from oracles.families import SEQ2SEQ, build, causal
+from oracles.slow import only
 from softprompt.errors import ConfigError, TrainingError
 from softprompt.peft.training_loss import LossOutput
 
@@ -93,27 +94,27 @@ def check_equal(model, inputs, **more):
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("labels", ["everything", "answers", "gap", "one row"])
+@pytest.mark.parametrize("labels", only(["answers", "gap"], ["everything", "answers", "gap", "one row"]))
 def test_the_loss_is_the_padded_pass_s(side, labels):
     model = quiet(prompted())
     fast, plain = check_equal(model, batch(side, labels))
     torch.testing.assert_close(fast.logits, plain.logits)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ["prompt_tuning", "prefix"])
+@pytest.mark.parametrize("family", only(["gptj"], FAMILIES))
+@pytest.mark.parametrize("method", only(["prompt_tuning"], ["prompt_tuning", "prefix"]))
 def test_families(family, method):
     check_equal(quiet(prompted(family, method)), batch())
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("method", only(["prompt_tuning", "suffix", "prefix", "multitask"], METHODS))
+@pytest.mark.parametrize("side", only(["left"], ["right", "left"]))
 def test_methods(method, side):
     more = {"task_ids": torch.tensor([0, 1, 0])} if method == "multitask" else {}
     check_equal(quiet(prompted(method=method)), batch(side), **more)
 
 
-@pytest.mark.parametrize("items", [7, torch.tensor(7)])
+@pytest.mark.parametrize("items", [pytest.param(7, marks=pytest.mark.slow), torch.tensor(7)])
 def test_num_items_in_batch(items):
     model = quiet(prompted())
     fast, _ = check_equal(model, batch(), num_items_in_batch=items)
@@ -129,7 +130,7 @@ def test_a_prompt_for_each_row():
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("use_reentrant", only([False], [True, False]))
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix"])
 def test_gradient_checkpointing(use_reentrant, method):
     model = quiet(prompted(method=method))
@@ -215,7 +216,7 @@ def spoil(base, how):
     layer.register_forward_hook(hook)
 
 
-@pytest.mark.parametrize("task", peft_pair.TASKS)
+@pytest.mark.parametrize("task", only(["CAUSAL_LM", "SEQ_2_SEQ_LM"], peft_pair.TASKS))
 @pytest.mark.parametrize("how", SPOILT)
 def test_a_base_that_loses_the_gradient_is_refused_at_the_first_training_call(task, how):
     config = softprompt.PromptTuningConfig(task_type=task, num_virtual_tokens=P)
@@ -229,7 +230,7 @@ def test_a_base_that_loses_the_gradient_is_refused_at_the_first_training_call(ta
             model(**inputs)
 
 
-@pytest.mark.parametrize("task", peft_pair.TASKS)
+@pytest.mark.parametrize("task", only(["CAUSAL_LM", "SEQ_CLS"], peft_pair.TASKS))
 @pytest.mark.parametrize("method", ["PromptTuningConfig", "PrefixTuningConfig"])
 def test_the_gradient_is_checked_once_and_found_sound(task, method):
     config = getattr(softprompt, method)(task_type=task, num_virtual_tokens=P)
@@ -318,7 +319,7 @@ def test_copies_train_alike():
     torch.testing.assert_close(copy.deepcopy(model)(**batch()).loss, model(**batch()).loss)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("family", only(["llama", "t5"], ["llama", "gpt2", "t5"]))
 def test_autocast_rounds_as_the_padded_pass_does(family):
     """Both are as far from float32; the outputs that accelerate copies make the same logits."""
     model = quiet(writer(family) if family == "t5" else prompted(family))
@@ -363,14 +364,14 @@ def answered():
     return inputs | {"labels": labels}
 
 
-@pytest.mark.parametrize("family", SEQ2SEQ)
+@pytest.mark.parametrize("family", only(["t5", "bart"], SEQ2SEQ))
 def test_seq2seq_families(family):
     fast, plain = check_equal(quiet(writer(family)), answered())
     torch.testing.assert_close(fast.logits, plain.logits)
     torch.testing.assert_close(fast.encoder_last_hidden_state, plain.encoder_last_hidden_state)
 
 
-@pytest.mark.parametrize("method", SEQ2SEQ_METHODS)
+@pytest.mark.parametrize("method", only(["both sides", "blind"], SEQ2SEQ_METHODS))
 def test_seq2seq_methods(method):
     more = {"task_ids": torch.tensor([0, 1, 0])} if method == "multitask" else {}
     check_equal(quiet(writer(method=method)), answered(), **more)
