@@ -152,6 +152,7 @@ class Session:
         self.process.send_signal(signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_in_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_ends(folder):
     session = Session(folder, "a", "--max-new-tokens", "450", "--min-new-tokens", "450")
     try:

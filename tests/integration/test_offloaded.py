@@ -73,6 +73,7 @@ def test_the_same_pass_gradient_and_tokens(config, offloaded, tokenizer, tmp_pat
     assert torch.equal(again, written)
 
 
+@pytest.mark.slow
 def test_tuned_and_used(offloaded, tokenizer, tmp_path):
     settings = {"num_epochs": 2, "batch_size": 4, "seed": 1, "max_target_length": 8}
     values = []
