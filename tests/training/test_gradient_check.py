@@ -38,7 +38,7 @@ def problem(model, kind="plain", *, keys_and_values=False):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "name",
-    only(["gpt2", "llama", "mixtral", "gemma3", "opt", "bloom", "t5", "bart"], sorted({**CAUSAL, **SEQ2SEQ})),
+    only(["llama", "mixtral", "gemma3", "t5"], sorted({**CAUSAL, **SEQ2SEQ})),
 )
 def test_sound_bases_raise_no_alarm(name, dtype):
     model = causal(name) if name in CAUSAL else seq2seq(name)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from oracles.slow import only
 from oracles.weights import weights_hash
 from softprompt import AutoPeftModelForCausalLM
 from softprompt.backbone import Base
@@ -184,7 +185,7 @@ def test_settings_of_batches_and_types_reach_the_run(llama, rows):
     assert prompt_of(tuned).dtype == torch.float32
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", only(["adafactor"], ["adamw", "adafactor"]))
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_every_optimizer_and_schedule_trains(llama, rows, optimizer, schedule):
     tuned = tune(llama, rows, **(QUICK | {"num_epochs": 5}), optimizer=optimizer, schedule=schedule)
