@@ -153,7 +153,7 @@ USED = ["get_peft_model", "PeftModel", "AutoPeftModel", "PromptTuningConfig", "T
 
 
 def loaded(*uses):
-    """The top-level modules of a fresh interpreter that imports softprompt, and as it uses some names after others."""
+    """The top-level modules of a new interpreter that imports softprompt, and then uses some names after others."""
     show = "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     steps = ["import sys, softprompt", *(f"for name in {names}: getattr(softprompt, name)" for names in uses)]
     code = "\n".join(f"{step}\n{show}" for step in steps)

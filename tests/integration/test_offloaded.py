@@ -87,6 +87,7 @@ def test_tuned_and_used(offloaded, tokenizer, tmp_path):
     assert any(weight.is_meta for weight in offloaded.parameters())
 
 
+@pytest.mark.slow
 def test_served(offloaded, tokenizer, tmp_path):
     """A mixed batch over HTTP, each answer that of the request alone on the whole model."""
     whole = load_base("demo")
