@@ -158,6 +158,7 @@ def test_requests_go_on_while_a_server_that_broke_off_is_asked_anew(front, fake,
     assert upstream.facts.version == "another"
 
 
+@pytest.mark.slow
 def test_requests_that_fail_do_not_take_a_server_from_the_others(base, shared_prompts):
     with faked(base) as first, faked(base) as second:
         with over([first, second], shared_prompts) as server, server.client() as client:
