@@ -44,7 +44,7 @@ def prompt_of(tuned):
     return tuned.module.embedding.weight.detach()
 
 
-@pytest.mark.parametrize("base", ["llama", "bart"])
+@pytest.mark.parametrize("base", only(["bart"], ["llama", "bart"]))
 def test_tuning_lowers_the_loss_and_answers(bases, rows, held_out, base):
     tuned = tune(bases / base, rows, held_out, **(QUICK | {"num_epochs": 8}), lr=0.5)
     losses = [point["loss"] for point in tuned.history]
