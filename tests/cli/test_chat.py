@@ -85,6 +85,7 @@ def test_what_is_done_is_said_once(chat):
     assert chat("Hello\n", "b", "--quiet").err == ""
 
 
+@pytest.mark.slow
 def test_a_chat_that_exceeds_the_context_goes_on_and_says_so(chat):
     found = chat("".join(f"{n} {'word ' * 60}\n" for n in range(12)), "a")
     assert found.out.count("\n") >= 12
@@ -152,6 +153,7 @@ class Session:
         self.process.send_signal(signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_in_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_ends(folder):
     session = Session(folder, "a", "--max-new-tokens", "450", "--min-new-tokens", "450")
     try:

@@ -147,6 +147,7 @@ def test_evaluate_reports_one_object(result, prompt_dir, data):
     assert text["rows"] == 2
 
 
+@pytest.mark.slow
 def test_evaluate_reports_several_prompts_as_an_ensemble(result, failure, capsys, prompt_dir, data, tmp_path):
     pair = [prompt_dir, str(shutil.copytree(prompt_dir, tmp_path / "copy"))]
     alone = result("evaluate", prompt_dir, "--data", data)

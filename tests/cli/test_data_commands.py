@@ -34,6 +34,7 @@ def result(capsys, *words):
     return json.loads(out), err
 
 
+@pytest.mark.slow
 def test_a_table_of_numbers_is_tuned_evaluated_and_recorded(capsys, table, tmp_path, monkeypatch, rows):
     output = str(tmp_path / "p")
     split = ("--validation-split", "0.25", "--limit", "8")

@@ -71,6 +71,7 @@ def failure(place, capsys, monkeypatch):
     return call
 
 
+@pytest.mark.slow
 def test_evaluate_shows_a_prompt_beside_its_baselines(result, tmp_path):
     path = tmp_path / "out.jsonl"
     found = result(

@@ -50,6 +50,7 @@ def called(place, capsys, monkeypatch):
     return call
 
 
+@pytest.mark.slow
 def test_numbers_on_the_recorded_data_with_a_report(called, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # the figures are drawn in a test of their own
     code, out, err = called("--json", "--limit", "2", "--output", tmp_path / "report", "--nearest", "2")

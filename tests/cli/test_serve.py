@@ -28,6 +28,7 @@ def prompts(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_sigterm_lets_running_answers_finish(prompts):
     with serving(prompts, "--drain-seconds", "20") as (process, url, lines):
         assert lines[:2] == ["demo: 1 prompt ready; forest engine\n", f"page {url}/ and API {url}/docs\n"]

@@ -152,29 +152,26 @@ def test_types_see_the_same_names():
 USED = ["get_peft_model", "PeftModel", "AutoPeftModel", "PromptTuningConfig", "TunedPrompt"]
 
 
-@pytest.fixture(scope="module")
-def loaded():
-    """The top-level modules of a fresh interpreter: at first, with some names used, and with all of them."""
+def loaded(*uses):
+    """The top-level modules of a new interpreter that imports softprompt, and then uses some names after others."""
     show = "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
-    steps = ["import sys, softprompt"]
-    steps += [f"for name in {names}: getattr(softprompt, name)" for names in (USED, "softprompt.__all__")]
+    steps = ["import sys, softprompt", *(f"for name in {names}: getattr(softprompt, name)" for names in uses)]
     code = "\n".join(f"{step}\n{show}" for step in steps)
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return [set(line.split()) for line in ran.stdout.splitlines()]
 
 
-def test_importing_softprompt_waits_for_nothing_heavy(loaded):
-    assert not loaded[0] & {"torch", "transformers", "sklearn", *OPTIONAL}
+def test_importing_softprompt_waits_for_nothing_heavy():
+    assert not loaded()[0] & {"torch", "transformers", "sklearn", *OPTIONAL}
 
 
-def test_using_prompts_imports_no_plots_servers_or_data_sets(loaded):
-    assert "torch" in loaded[1]
-    assert not loaded[1] & {"sklearn", *OPTIONAL}
-
-
-def test_no_public_name_imports_plots_servers_or_data_sets(loaded):
+@pytest.mark.slow
+def test_no_public_name_imports_plots_servers_or_data_sets():
     """sklearn brings pandas and pyarrow, transformers' optimizers bring peft, where installed."""
-    assert not loaded[2] & {"matplotlib", "fastapi", "datasets"}
+    _, some, every = loaded(USED, "softprompt.__all__")
+    assert "torch" in some
+    assert not some & {"sklearn", *OPTIONAL}
+    assert not every & {"matplotlib", "fastapi", "datasets"}
 
 
 def test_the_second_import_path():

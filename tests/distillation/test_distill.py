@@ -255,6 +255,7 @@ def test_the_first_question_need_not_have_an_answer_and_a_template_may_name_a_pa
     assert found[1].request == {"input": "b", "passage": "q"}
 
 
+@pytest.mark.slow
 def test_self_study_keeps_other_kinds_apart_and_is_the_same_again(chat_base, tmp_path, monkeypatch):
     monkeypatch.setattr(questions, "_NEW", 12)
     options = {"documents": [TEXT], "self_study": 5, "held_out": 0.4, "max_steps": 1, **QUICK}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -86,7 +87,7 @@ def stop_at(patch, owner, name, call):
     [
         ("given", Teacher, "answered", 2, "while questions were answered"),
         ("studied", Teacher, "generate", 3, "while questions were answered"),
-        ("given", Teacher, "targets", 2, "while the teacher read"),
+        pytest.param("given", Teacher, "targets", 2, "while the teacher read", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_stopped_in_a_stage_ends_as_one_that_was_not(
@@ -163,14 +164,25 @@ def test_a_second_ctrl_c_in_training_says_how_to_go_on_too(chat_base, asked, tmp
         softprompt.distill(chat_base, system_prompt=TEXT, questions=asked, output=tmp_path / "out", **RUN)
 
 
-@pytest.fixture
-def stopped(chat_base, asked, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def left(chat_base, tmp_path_factory):
     """The output of a run that was stopped while the teacher read."""
-    with monkeypatch.context() as patch:
+    output, given = (
+        tmp_path_factory.mktemp("left") / "out",
+        [{"input": f"is parcel {number} late"} for number in range(9)],
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        small(patch)
         stop_at(patch, Teacher, "targets", 3)
         with pytest.raises(TrainingInterrupted):
-            softprompt.distill(chat_base, system_prompt=TEXT, questions=asked, output=tmp_path / "out", **RUN)
-    return tmp_path / "out"
+            softprompt.distill(chat_base, system_prompt=TEXT, questions=given, output=output, **RUN)
+    return output
+
+
+@pytest.fixture
+def stopped(left, tmp_path):
+    """That output, to be changed."""
+    return shutil.copytree(left, tmp_path / "out")
 
 
 def test_it_is_among_the_interrupted_runs(stopped):

@@ -139,6 +139,7 @@ def test_labels_are_scored_as_the_prompt_classifies():
     assert not any("summary" in each.name for each in report.readers)
 
 
+@pytest.mark.slow
 def test_given_answers_are_compared_with_what_each_reader_writes(teacher):
     asked = [{"input": text} for text in ASKED]
     written = [each.text for each in teacher.tuned[0].generate(asked, max_new_tokens=5)]
@@ -166,6 +167,7 @@ def test_nothing_was_kept_apart(teacher):
         report_of(measured_on(teacher.tuned[0], teacher, []), ())
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_its_report_and_can_be_measured_again(tmp_path, capsys):
     text, questions, other = (tmp_path / name for name in ("text.txt", "questions.jsonl", "other.jsonl"))
     text.write_text(TEXT)

@@ -95,6 +95,7 @@ def test_passages_without_room_are_run_for_each_answer(chat_base, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_labels_are_scored_for_every_question():
     examples = [({"input": f"text {n} of the sort"}, ("good", "bad")[n % 2]) for n in range(30)]
     options = {"task": "classification", "verbalizer": "Text: {{input}}\nLabel:"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from oracles.slow import only
 from softprompt.data import read_source
 from softprompt.errors import DataError
 
@@ -75,7 +77,7 @@ def read_mutants(source: Path, count: int) -> None:
             assert "\n" not in str(error)
 
 
-@pytest.mark.parametrize("number", [0, 1, 2], ids=["file", "stream", "parquet"])
+@pytest.mark.parametrize("number", only([1, 2], [0, 1, 2]), ids=["file", "stream", "parquet"])
 def test_changed_bytes_are_read_or_refused(tmp_path, number):
     pytest.importorskip("pyarrow")
     path = written(tmp_path)[number]
@@ -255,8 +257,13 @@ def lying(data, *truths):
     return data[:start] + footer
 
 
-@pytest.mark.parametrize("version", ["1.0", "2.0"])
-@pytest.mark.parametrize("kind", ["packed", "nested", "prefixes"])
+@pytest.mark.parametrize(
+    ("kind", "version"),
+    only(
+        [("packed", "1.0"), ("packed", "2.0"), ("nested", "2.0"), ("prefixes", "1.0")],
+        itertools.product(("packed", "nested", "prefixes"), ("1.0", "2.0")),
+    ),
+)
 def test_a_footer_that_lies_is_not_believed(tmp_path, kind, version, monkeypatch):
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -289,7 +296,9 @@ def test_rows_without_columns_are_counted(tmp_path):
         list(read_source(path))
 
 
-@pytest.mark.parametrize("codec", ["none", "snappy", "gzip", "brotli", "zstd", "lz4"])
+@pytest.mark.parametrize(
+    "codec", only(["none", "snappy", "zstd"], ["none", "snappy", "gzip", "brotli", "zstd", "lz4"])
+)
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
 @pytest.mark.parametrize("dictionary", [True, False])
 def test_what_writers_make_is_read(tmp_path, codec, version, dictionary):

@@ -83,7 +83,7 @@ def test_by_python(folder, tuned, name):
     assert served.text == answer
 
 
-@pytest.mark.parametrize("name", only(["prompt-tuning", "prefix"], ROWS))
+@pytest.mark.parametrize("name", only(["prompt-tuning"], ROWS))
 def test_by_command_line(folder, tuned, tmp_path, capsys, name):
     """The same prompt, to the bit, as Python makes it; evaluated and generated from."""
     output = tmp_path / name

@@ -63,6 +63,7 @@ def test_tuned_and_loaded_by_the_path_on_record(tuned, files):
         load(tuned, files["other"])
 
 
+@pytest.mark.slow
 @needs_gguf
 def test_pefts_interface(files, tmp_path):
     prompted = get_peft_model(

@@ -73,6 +73,7 @@ def test_the_same_pass_gradient_and_tokens(config, offloaded, tokenizer, tmp_pat
     assert torch.equal(again, written)
 
 
+@pytest.mark.slow
 def test_tuned_and_used(offloaded, tokenizer, tmp_path):
     settings = {"num_epochs": 2, "batch_size": 4, "seed": 1, "max_target_length": 8}
     values = []
@@ -86,6 +87,7 @@ def test_tuned_and_used(offloaded, tokenizer, tmp_path):
     assert any(weight.is_meta for weight in offloaded.parameters())
 
 
+@pytest.mark.slow
 def test_served(offloaded, tokenizer, tmp_path):
     """A mixed batch over HTTP, each answer that of the request alone on the whole model."""
     whole = load_base("demo")

@@ -59,6 +59,7 @@ def test_every_fast_path_is_taken(base):
     assert why_undecodable(base) == ""
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_a_loaded_prompt_scores_alike(base, prompts):
     tuned, folder = prompts["seed1"]
     losses = [point["loss"] for point in tuned.history]
@@ -74,6 +75,7 @@ def test_training_lowers_the_loss_and_a_loaded_prompt_scores_alike(base, prompts
             assert score == pytest.approx(own.scores[label], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_mixed_prompts_are_served_as_each_alone(prompts):
     served = {name: tuned for name, (tuned, _) in prompts.items()}
     names = ["seed1", "seed2", "seed1"]

@@ -215,12 +215,14 @@ def assert_alike(found, kinds, engine=None, within=1e-5):
     assert len(set(found["weights"])) == 1  # a whole one's, before the passes and after them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "engine"), [("llama", "forest"), ("gpt_neo", "expand")])
 def test_fsdp_gives_the_same_scores_and_gradients_by_the_same_engine(ranks, name, engine):
     for found in ranks:
         assert_alike(found[name], PROMPTS if name == "llama" else PROMPTS[:1], engine)
 
 
+@pytest.mark.slow
 def test_a_process_holds_its_share(ranks):
     for name in ("llama", "gpt_neo"):
         shares = [found[name]["held"] for found in ranks]
@@ -234,6 +236,7 @@ def assert_used_alike(found, whole):
     assert found[1:] == whole[1:]
 
 
+@pytest.mark.slow
 def test_rows_shared_out_give_the_prompt_of_one_process(ranks, bases, saved):
     """Of nine records the last batch has one, so a process has none."""
     whole = used(tune(bases["llama"], *RECORDS, **HOW))
@@ -250,6 +253,7 @@ def test_passes_that_could_differ_in_number_are_run_by_all(further_ranks, bases)
         assert_used_alike(found["tuned by expand"], whole)
 
 
+@pytest.mark.slow
 def test_a_table_that_somebody_sharded_is_refused(ranks):
     for found in ranks:
         assert "has a sharded embedding table, and prompts need its values outside a pass" in found["table"]

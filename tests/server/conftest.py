@@ -1,6 +1,7 @@
 """One server over the bundled model for all tests that only ask it things."""
 
 import copy
+import shutil
 
 import browser
 import pytest
@@ -46,10 +47,9 @@ def fill(root, base):
 
 
 @pytest.fixture
-def prompts(tmp_path, base):
+def prompts(tmp_path, shared_prompts):
     """A folder of prompts of one's own."""
-    (tmp_path / "prompts").mkdir()
-    return fill(tmp_path / "prompts", base)
+    return shutil.copytree(shared_prompts, tmp_path / "prompts")
 
 
 @pytest.fixture(scope="session")

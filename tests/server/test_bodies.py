@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from oracles.slow import only
 from softprompt.data import special_tokens
 from softprompt.server import app, bodies
 
@@ -48,7 +49,7 @@ def asked(path, text):
     return {"model": model, name: text}
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", only(["completions"], PATHS))
 def test_short_texts_are_answered_while_more_long_ones_wait_than_there_are_threads(chat_server, monkeypatch, path):
     tokenised, go_on, held = threading.Event(), threading.Event(), []
     broken = special_tokens.broken

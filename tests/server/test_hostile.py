@@ -215,7 +215,8 @@ def test_extremes_that_are_allowed(asked):
         assert json.loads(found.text, parse_constant=pytest.fail)
 
 
-def test_the_api_keeps_to_its_own_description(base, shared_prompts):
+@pytest.mark.parametrize("examples", [4, pytest.param(12, marks=pytest.mark.slow)])
+def test_the_api_keeps_to_its_own_description(base, shared_prompts, examples):
     """schemathesis: requests made from our OpenAPI, right and wrong ones."""
     import schemathesis
     from schemathesis.checks import CHECKS, load_all_checks
@@ -227,7 +228,7 @@ def test_the_api_keeps_to_its_own_description(base, shared_prompts):
     # What a schema cannot say (there is no such prompt, it does not fit) is refused as well.
     left_out = [CHECKS.get_one("positive_data_acceptance")]
     chosen = settings(
-        max_examples=12,
+        max_examples=examples,
         deadline=None,
         derandomize=True,
         database=None,

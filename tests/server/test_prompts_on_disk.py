@@ -111,6 +111,7 @@ def test_requests_keep_the_version_they_began_with(prompts, base):
         assert ask(client).status_code == 404
 
 
+@pytest.mark.slow
 def test_prompts_replaced_under_load(own_server, prompts, base, tmp_path):
     """Whatever a client sees is one of the versions, or an error that says the files were changing."""
     _, client = own_server

@@ -51,10 +51,10 @@ def test_names(name):
         "%2e%2e",
     ],
 )
-def test_names_that_are_none(registry, name):
+def test_names_that_are_none(server, name):
     assert not is_name(name)
     with pytest.raises(AdapterError, match="there is no prompt"):
-        registry.get(name)
+        server.service.registry.get(name)
 
 
 def test_a_root_that_is_none(tmp_path):

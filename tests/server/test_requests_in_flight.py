@@ -162,6 +162,7 @@ def test_all_of_a_request_or_none(scripted):
     assert [ticket.is_cancelled for ticket in batcher.tickets] == [True, True]
 
 
+@pytest.mark.slow
 def test_the_client_retries_by_itself(scripted):
     server, batcher = scripted
     batcher.full, batcher.auto = True, True

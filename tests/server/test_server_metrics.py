@@ -75,7 +75,7 @@ def test_refusals_are_counted(scripted):
 
 def test_what_did_not_end_is_counted_by_answers(base, shared_prompts):
     batcher = ScriptedBatcher()
-    app = app_over(base, shared_prompts, batcher, request_seconds=2.0)
+    app = app_over(base, shared_prompts, batcher, request_seconds=1.0)
     with running(app) as server, server.client() as client, ThreadPoolExecutor(1) as thread:
         body = {**BODY, "prompt": ["a", "b", "c"], "n": 2}
         asked = thread.submit(client.post, "/v1/completions", json=body)

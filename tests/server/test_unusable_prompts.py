@@ -9,6 +9,7 @@ import pytest
 
 from oracles.families import tiny
 from oracles.serving import app_over, running, until, write_prompt, write_tasks
+from oracles.slow import only
 from softprompt.backbone import Base
 from softprompt.server.start_lines import log_addresses, log_prompts
 
@@ -141,7 +142,9 @@ def test_what_is_said_at_the_start(served, caplog):
     assert lines[-1] == "listening on http://0.0.0.0:8000"
 
 
-@pytest.mark.parametrize("kind", ["classifier", "fields", "tasks", "base", "vectors"])
+@pytest.mark.parametrize(
+    "kind", only(["fields", "tasks", "vectors"], ["classifier", "fields", "tasks", "base", "vectors"])
+)
 def test_the_request_to_try_is_answered(base, tmp_path, caplog, kind):
     if kind == "tasks":
         own = {"template": "{{input}}", "labels": ["a", "b"], "task": "classification"}

@@ -14,6 +14,7 @@ import torch
 
 from oracles.fake_vllm import faked, over
 from oracles.serving import command_serving, until, write_prefix, write_prompt
+from oracles.slow import only
 from softprompt.backbone import load_base
 from softprompt.errors import ConfigError, NotServingError, UsageError
 from softprompt.generation import Bounds
@@ -34,7 +35,7 @@ def export(tmp_path_factory, base, shared_prompts):
     return folder
 
 
-@pytest.fixture(scope="module", params=WAYS)
+@pytest.fixture(scope="module", params=only(["parts", "ids"], WAYS))
 def way(request, base, export, shared_prompts):
     """A front over one fake, for each way in which prompts are put: (way, fake, client)."""
     exported = request.param == "ids"
@@ -194,6 +195,7 @@ def test_a_server_without_embeddings_serves_no_prompt_that_is_no_vocabulary(base
         assert asked(client, **{**BODY, "model": "demo"})["choices"][0]["text"]
 
 
+@pytest.mark.slow
 def test_an_export_whose_prompt_has_changed_since_is_not_taken_for_it(base, export, tmp_path):
     write_prompt(tmp_path / "writer", base, seed=9, task="generation", labels=None, template="{{input}}")
     behind = load_base(export)
@@ -288,9 +290,10 @@ def test_an_answer_that_vllm_ends_by_itself_has_stopped(front, fake, monkeypatch
     assert (choice["text"], choice["finish_reason"]) == (whole["text"], "stop")
 
 
-def test_a_server_that_says_nothing_is_not_asked_twice(front, fake):
+def test_a_server_that_says_nothing_is_not_asked_twice(front, fake, monkeypatch):
     client = front[1]
     asked(client, **BODY)
+    monkeypatch.setattr(front[0].service.batcher._fleet._client, "timeout", httpx.Timeout(0.5))
     before = len(fake.bodies)
     fake.behaviour = "hang"
     answer = client.post("/v1/completions", json=BODY)
@@ -326,7 +329,12 @@ def test_servers_take_turns_and_one_that_cannot_be_reached_is_passed_over(base, 
 
 
 @pytest.mark.parametrize(
-    ("version", "named"), [(404, "vLLM (version unknown)"), (405, "vLLM (version unknown)"), ("1.2", "vLLM 1.2")]
+    ("version", "named"),
+    [
+        (404, "vLLM (version unknown)"),
+        pytest.param(405, "vLLM (version unknown)", marks=pytest.mark.slow),
+        pytest.param("1.2", "vLLM 1.2", marks=pytest.mark.slow),
+    ],
 )
 def test_a_router_that_does_not_say_the_version_is_served_over(base, shared_prompts, version, named):
     with faked(base) as fake:
@@ -434,6 +442,7 @@ def test_a_server_that_stops_takes_no_more(base, shared_prompts):
         )
 
 
+@pytest.mark.slow
 def test_a_server_that_cannot_be_used_now_leaves_requests_to_the_others(base, shared_prompts):
     with (
         faked(base) as first,
@@ -476,7 +485,7 @@ def test_the_labels_of_one_request_are_bounded(front):
 
 
 def test_callers_of_the_scorer_take_turns(base, shared_prompts):
-    long = {"model": "demo", "input": [f"text {i}" for i in range(4)], "labels": [f"{i} b" for i in range(20)]}
+    long = {"model": "demo", "input": [f"text {i}" for i in range(4)], "labels": [f"{i} b" for i in range(10)]}
     bounds = Bounds(max_batch_rows=2)
     with faked(base) as fake, over([fake], shared_prompts, bounds=bounds) as server, ThreadPoolExecutor(1) as pool:
         with server.client() as client, server.client() as other:

@@ -15,6 +15,7 @@ import torch
 from oracles.fake_vllm import faked, over
 from oracles.families import tiny
 from oracles.serving import until
+from oracles.slow import only
 from softprompt.backbone import Base, load_base
 from softprompt.errors import ArtifactError, UsageError
 from softprompt.generation import Request
@@ -90,17 +91,17 @@ def test_questions_are_made_in_their_order_and_for_those_who_still_wait():
     ("behaviour", "health", "aside"),
     [
         (500, 200, False),
-        (500, 404, False),
+        pytest.param(500, 404, False, marks=pytest.mark.slow),
         (500, 503, True),
-        (500, "hang", True),
-        ("error", 200, False),
-        ("error", 500, True),
+        pytest.param(500, "hang", True, marks=pytest.mark.slow),
+        pytest.param("error", 200, False, marks=pytest.mark.slow),
+        pytest.param("error", 500, True, marks=pytest.mark.slow),
         ("break", 200, False),
         ("hang", 200, False),
-        ("hang", 503, True),
+        pytest.param("hang", 503, True, marks=pytest.mark.slow),
         (502, 200, True),
-        (503, 200, True),
-        (401, 200, True),
+        pytest.param(503, 200, True, marks=pytest.mark.slow),
+        pytest.param(401, 200, True, marks=pytest.mark.slow),
         (418, 200, False),
     ],
 )
@@ -157,6 +158,7 @@ def test_requests_go_on_while_a_server_that_broke_off_is_asked_anew(front, fake,
     assert upstream.facts.version == "another"
 
 
+@pytest.mark.slow
 def test_requests_that_fail_do_not_take_a_server_from_the_others(base, shared_prompts):
     with faked(base) as first, faked(base) as second:
         with over([first, second], shared_prompts) as server, server.client() as client:
@@ -189,7 +191,7 @@ def bent(base):
     return other
 
 
-@pytest.mark.parametrize("embeds", [True, False])
+@pytest.mark.parametrize("embeds", only([False], [True, False]))
 def test_another_model_of_the_same_words_and_embedding_is_found_out(base, embeds):
     with faked(bent(base), embeds=embeds) as fake:
         here = load_base("demo", runs=False)

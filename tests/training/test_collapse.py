@@ -82,6 +82,7 @@ def test_a_loss_that_stays_is_seen_at_the_half(caplog):
 QUICK = {"max_steps": 16, "batch_size": 8, "silence_progress_bars": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix"])
 def test_healthy_runs_of_the_demo_model_print_no_warning(caplog, method):
     tuned = tune("demo", complaints("train"), limit=60, validation_split=0.2, method=method, **QUICK)

@@ -38,7 +38,7 @@ def problem(model, kind="plain", *, keys_and_values=False):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "name",
-    only(["gpt2", "llama", "mixtral", "gemma3", "opt", "bloom", "t5", "bart"], sorted({**CAUSAL, **SEQ2SEQ})),
+    only(["llama", "mixtral", "gemma3", "t5"], sorted({**CAUSAL, **SEQ2SEQ})),
 )
 def test_sound_bases_raise_no_alarm(name, dtype):
     model = causal(name) if name in CAUSAL else seq2seq(name)
@@ -150,7 +150,7 @@ def tuned(llama, rows, model, method):
     )
 
 
-@pytest.mark.parametrize("method", ["prompt_tuning", "prefix"])
+@pytest.mark.parametrize("method", only(["prefix"], ["prompt_tuning", "prefix"]))
 def test_tune_runs_nothing_without_gradients_before_it_has_checked_the_gradient(llama, rows, method):
     model, passes = AutoModelForCausalLM.from_pretrained(llama), []
     model.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))

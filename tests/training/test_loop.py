@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from oracles.slow import only
 from softprompt.data import TokenRow
 from softprompt.engine import EngineRow, TargetLogProbs
 from softprompt.errors import TrainingError, TrainingInterrupted
@@ -185,9 +186,9 @@ def test_gradients_are_clipped():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("dropout", only([True], [False, True]))
 @pytest.mark.parametrize("kind", [Rows, Product])
-@pytest.mark.parametrize("call", [1, 2, 4, 6, 9, 13, 18])
+@pytest.mark.parametrize("call", only([2, 9, 18], [1, 2, 4, 6, 9, 13, 18]))
 def test_interrupted_and_resumed_is_bit_equal_to_uninterrupted(tmp_path, call, dropout, optimizer, kind):
     settings = {"accumulate_steps": 3, "keep_dropout": dropout, "optimizer": optimizer}
     settings["kind"] = kind

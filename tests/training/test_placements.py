@@ -7,6 +7,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 import softprompt
+from oracles.slow import only
 from softprompt.backbone import input_embedding, load_base
 
 CHAT = (
@@ -16,7 +17,7 @@ CHAT = (
 TEXTS = ["The kettle broke after one day.", "Hello"]
 
 
-@pytest.mark.parametrize("placement", ["after_bos", "suffix", "chat_system"])
+@pytest.mark.parametrize("placement", only(["suffix"], ["after_bos", "suffix", "chat_system"]))
 def test_from_tune_to_answers(placement, tmp_path):
     base = load_base("demo")
     if placement == "chat_system":

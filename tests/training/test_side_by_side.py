@@ -77,6 +77,7 @@ def test_each_of_several_prompts_becomes_what_it_would_alone(first, alone):
         assert_alike(candidate, alone[name])
 
 
+@pytest.mark.slow
 def test_they_are_as_alone_on_a_trained_model_too():
     settings = TuneSettings.from_dict(OPTIONS | {"max_steps": 3})
     demo = prepare("demo", read_data(complaints("train"), None, settings), settings)

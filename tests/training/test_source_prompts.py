@@ -1,6 +1,8 @@
 """Source prompts: found, described, checked."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,14 +215,15 @@ def test_prompts_of_other_places_are_no_sources(tmp_path, bases, changes, messag
             find_source("other", str(tmp_path))
 
 
-def test_folders_that_are_nested_without_end_are_looked_through_to_a_depth(tmp_path):
-    nested = [tmp_path]
-    for _ in range(1_500):
-        nested.append(nested[-1] / "d")
-        nested[-1].mkdir()
-    for level in (8, 9):
-        (nested[level] / "plain.pt").write_bytes(b"")
+def test_folders_that_are_nested_without_end_are_looked_through_to_a_depth(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for level in range(1, 1_501):
+        os.mkdir("d")
+        os.chdir("d")  # a path of so many names takes the longer the deeper it is
+        if level in (8, 9):
+            Path("plain.pt").write_bytes(b"")
     found = [source.name for source in list_sources(tmp_path)]
-    for path in reversed(nested[10:]):  # what cleans up behind a test may recurse
-        path.rmdir()
+    for _ in range(1_491):  # what cleans up behind a test may recurse
+        os.chdir("..")
+        os.rmdir("d")
     assert found == ["d/" * 8 + "plain.pt"]

@@ -130,6 +130,7 @@ def test_updates_that_a_kill_lost_are_not_told_again(llama, rows, held_out, tmp_
     assert steps_of(recorded, "train/loss") == [*range(1, 9), *range(12, 19)]
 
 
+@pytest.mark.slow
 def test_seeds_and_the_candidates_of_a_sweep_have_names(llama, rows, held_out, tmp_path, recorded):
     short = RUN | {"num_epochs": 1}
     tune(llama, rows, held_out, seeds=2, track="tensorboard", **short)

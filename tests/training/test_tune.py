@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from oracles.slow import only
 from oracles.weights import weights_hash
 from softprompt import AutoPeftModelForCausalLM
 from softprompt.backbone import Base
@@ -43,7 +44,7 @@ def prompt_of(tuned):
     return tuned.module.embedding.weight.detach()
 
 
-@pytest.mark.parametrize("base", ["llama", "bart"])
+@pytest.mark.parametrize("base", only(["bart"], ["llama", "bart"]))
 def test_tuning_lowers_the_loss_and_answers(bases, rows, held_out, base):
     tuned = tune(bases / base, rows, held_out, **(QUICK | {"num_epochs": 8}), lr=0.5)
     losses = [point["loss"] for point in tuned.history]
@@ -184,7 +185,7 @@ def test_settings_of_batches_and_types_reach_the_run(llama, rows):
     assert prompt_of(tuned).dtype == torch.float32
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", only(["adafactor"], ["adamw", "adafactor"]))
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_every_optimizer_and_schedule_trains(llama, rows, optimizer, schedule):
     tuned = tune(llama, rows, **(QUICK | {"num_epochs": 5}), optimizer=optimizer, schedule=schedule)

@@ -12,6 +12,7 @@ import softprompt
 from oracles import families
 from oracles.real_model import smollm2
 from oracles.serving import app_over, running
+from oracles.slow import only
 from oracles.tokenizers import chat_bpe
 from softprompt.backbone import input_embedding, load_base
 from softprompt.cli.main import run
@@ -62,7 +63,7 @@ def talks(tmp_path_factory):
     return str(path)
 
 
-@pytest.fixture(scope="module", params=["prefix", "chat_system"])
+@pytest.fixture(scope="module", params=only(["chat_system"], ["prefix", "chat_system"]))
 def prompt(request, base, talks, tmp_path_factory):
     """Folder of a prompt that was trained on every answer, from the command line."""
     output = tmp_path_factory.mktemp("prompts") / request.param
@@ -277,6 +278,7 @@ def test_a_task_of_several_may_be_chats(base, talks, tmp_path):
     assert again.of_task("words").sources("is it")[0] == [tuple(again.tokenizer("is it")["input_ids"])]
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_real_chat_model():
     base = load_base(str(smollm2()))
     rows = RowTokenizer(
