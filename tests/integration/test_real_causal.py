@@ -36,6 +36,7 @@ def test_a_prompt_tells_spam_from_ham(shared, spam):
     assert not report.collapsed
 
 
+@pytest.mark.slow
 def test_a_csv_file_with_named_columns(shared, tmp_path):
     train = shared("data/raft_twitter_complaints/train.csv")
     tuned = softprompt.tune(
