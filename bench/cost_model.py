@@ -191,13 +191,13 @@ def cost(shape: Shape, work: Work, devices: int, way: str, *, size: int = 2, dev
     )
 
 
-def table(work: Work) -> Iterator[Cost]:
+def table(work: Work, device: Device) -> Iterator[Cost]:
     """Yield what is worth comparing: the whole base on each device, layers sharded, layers split in a machine."""
     for shape in BASES:
         for devices in (1, 8, 64):
             for way in ("data", "fsdp", "tp"):
-                found = cost(shape, work, devices, way)
-                useful = way == "data" if devices == 1 else way != "tp" or devices == Device().machine
+                found = cost(shape, work, devices, way, device=device)
+                useful = way == "data" if devices == 1 else way != "tp" or devices == device.machine
                 if useful and (devices == 1 or found.fits != "no"):
                     yield found
 
@@ -220,12 +220,13 @@ def row(each: Cost) -> str:
 def main() -> None:
     """Print the table, or its numbers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in asdict(Work()).items():
-        parser.add_argument(f"--{name}", type=int, default=value)
+    for name, value in (asdict(Work()) | asdict(Device())).items():
+        parser.add_argument(f"--{name}", type=type(value), default=value)
     parser.add_argument("--json", action="store_true")
     given = vars(parser.parse_args())
     as_json = given.pop("json")
-    found = list(table(Work(**given)))
+    work, device = (kind(**{name: given[name] for name in asdict(kind())}) for kind in (Work, Device))
+    found = list(table(work, device))
     if as_json:
         print(json.dumps([asdict(each) for each in found], indent=2))
         return

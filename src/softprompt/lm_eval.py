@@ -28,7 +28,11 @@ from softprompt.prompts import Prompt
 try:
     _api: Any = import_module("lm_eval.api.model")
 except ImportError as error:
-    raise ConfigError("softprompt.lm_eval needs lm-evaluation-harness: pip install lm_eval") from error
+    needs = "softprompt.lm_eval needs lm-evaluation-harness: pip install lm_eval"
+    if __name__ == "__main__":
+        click.echo(f"Error: {needs}", err=True)
+        sys.exit(2)
+    raise ConfigError(needs) from error
 
 _BATCH = 16
 _IGNORED = ("do_sample", "max_length", "use_cache")
@@ -261,4 +265,5 @@ else:  # the module is imported under its own name, which registers it
         else:
             import_module("lm_eval.__main__").cli_evaluate()
     except SoftPromptError as error:
-        sys.exit(f"Error: {error}")
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(2)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 
 import peft
 import pytest
@@ -145,3 +147,13 @@ def test_the_harness_scores_and_writes_behind_the_prompt(writer, tokenizer):
     until = {"until": ["\n\n"], "max_gen_toks": 5, "do_sample": False}
     asked = [Instance("generate_until", {}, (text, until), i) for i, text in enumerate(TEXTS)]
     assert harness.generate_until(asked) == [alone(writer, tokenizer, text) for text in TEXTS]
+
+
+def test_the_harness_command_without_the_harness_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("softprompt.lm_eval", run_name="__main__")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == (
+        "Error: softprompt.lm_eval needs lm-evaluation-harness: pip install lm_eval\n"
+    )

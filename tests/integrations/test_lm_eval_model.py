@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 
 from softprompt import load, tune
 from softprompt.bundled import complaints
@@ -132,10 +133,12 @@ def test_the_harness_command_runs_it_by_its_name(prompt, tasks, tmp_path):
 
 
 def test_base_and_prompt_stand_side_by_side(prompt, tasks, tmp_path, monkeypatch):
-    from softprompt.lm_eval import side_by_side
+    from softprompt.lm_eval import _command
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    lines = side_by_side([str(prompt)], [TASK["task"]], include_path=str(tasks), limit=24).splitlines()
+    words = [str(prompt), "--tasks", TASK["task"], "--include-path", str(tasks), "--limit", "24"]
+    ran = CliRunner().invoke(_command, words, catch_exceptions=False)
+    lines = ran.stdout.splitlines()
     assert lines[0].split() == ["task", "metric", "base", str(prompt)]
     task, metric, *values = lines[1].split()
     assert (task, metric) == (TASK["task"], "acc")
@@ -156,5 +159,5 @@ def test_a_wrong_argument_is_one_line(tasks):
     ]
     command = [sys.executable, "-W", "ignore", "-m", "softprompt.lm_eval", *words]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == "Error: model_args has no bse; give base, prompt, dtype or max_gen_toks"

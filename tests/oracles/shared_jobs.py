@@ -292,6 +292,14 @@ def distilled(folder, output, text=TEXT, **more):
     return came_to(tuned)
 
 
+def distilled_of_a_document(folder, output):
+    """Read in parts, asked about and answered by the base itself."""
+    run_options = {"max_source_length": 48, "max_target_length": 6, "num_epochs": 1, "batch_size": 4}
+    options = run_options | {"num_virtual_tokens": 3, "silence_progress_bars": True, "report": False}
+    options |= {"documents": [TEXT * 4], "self_study": 10, "chunk_tokens": 120}
+    return came_to(softprompt.distill(folder / "chat", output=output, **options))
+
+
 def distilled_kv(folder, output):
     return distilled(folder, output, kind="kv", report=False)
 
@@ -305,7 +313,8 @@ def distilled_beside(folder, output):
 
 
 _JOBS = labels, answered, seeds, probed, texts, tracked, stopped, refused, diverged, bent_between, bent_at_the_end
-_JOBS += wide, multitask, from_source, compared, swept, distilled, distilled_kv, distilled_beside
+_JOBS += wide, multitask, from_source, compared, swept, distilled, distilled_of_a_document
+_JOBS += distilled_kv, distilled_beside
 JOBS = {each.__name__: each for each in _JOBS}
 JOBS |= {name: method_job(options) for name, options in METHODS.items()}
 

@@ -4,6 +4,8 @@ import json
 import logging
 import re
 import shlex
+import socket
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +13,8 @@ from oracles.families import tiny
 from oracles.serving import app_over, running, until, write_prompt, write_tasks
 from oracles.slow import only
 from softprompt.backbone import Base
+from softprompt.server import app
+from softprompt.server.settings import ServeSettings
 from softprompt.server.start_lines import log_addresses, log_prompts
 
 
@@ -164,6 +168,22 @@ def test_the_request_to_try_is_answered(base, tmp_path, caplog, kind):
         route = words[2].removeprefix("http://127.0.0.1:8000")
         reply = client.post(route, content=words[-1], headers={"Content-Type": "application/json"})
         assert reply.status_code == 200, reply.text
+
+
+def test_who_reads_the_address_is_not_refused(tmp_path, monkeypatch):
+    """uvicorn takes connections a second after it; until then they wait."""
+    reached = []
+
+    def shown(registry, host, port, **_):
+        with socket.create_connection((host, port), 5):
+            reached.append(registry)
+
+    built = SimpleNamespace(state=SimpleNamespace(service=SimpleNamespace(registry="its prompts")))
+    monkeypatch.setattr(app, "build_app", lambda *_: built)
+    monkeypatch.setattr(app, "log_addresses", shown)
+    monkeypatch.setattr(app, "_run", lambda *_: None)
+    app.serve(ServeSettings(base_model="demo", prompts=str(tmp_path), port=0))
+    assert reached == ["its prompts"]
 
 
 def of_access(caplog):

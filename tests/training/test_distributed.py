@@ -221,7 +221,7 @@ def test_a_port_that_is_in_use_is_one_clear_line(monkeypatch, capfd):
 @pytest.mark.parametrize("count", [2, 4])
 def test_every_method_sweep_and_distillation(folder, chat_folder, count):
     names = [*METHODS, "probed", "texts", "multitask", "from_source", "compared", "swept"]
-    names += ["distilled", "distilled_kv", "distilled_beside"]
+    names += ["distilled", "distilled_of_a_document", "distilled_kv", "distilled_beside"]
     alone = {name: JOBS[name](folder, folder / f"{name}-alone-{count}") for name in names}
     found, _ = shared(folder, *names, count=count)
     for name in names:

@@ -63,25 +63,24 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
+QUIET = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+SMALL = ("--dtype", "float32", "--max-model-len", "512", "--enforce-eager")
+
+
 @contextmanager
-def started(folder: Any, log: Any, *options: str, port: int | None = None) -> Any:
-    """Run ``vllm serve`` on a free port, wait until it answers, and give its address and its process."""
-    port = port or free_port()
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    words = ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--port", str(port), *options]
-    environment = {**os.environ, **settings, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+def answering(command: Any, url: str, log: Any, *, environment: Any, cwd: Any = "/") -> Any:
+    """Run a server, wait until it is healthy, and give its process."""
     process = subprocess.Popen(
-        [PROGRAM, "serve", str(folder), *words],
-        env=environment,
+        command,
+        env={**os.environ, **environment},
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        cwd="/",
+        cwd=cwd,
     )
-    url = f"http://127.0.0.1:{port}"
 
     def ready() -> bool:
-        assert process.poll() is None, f"vLLM has ended; see {log.name}"
+        assert process.poll() is None, f"{command} has ended; see {log.name}"
         try:
             return httpx.get(f"{url}/health", timeout=5).status_code == 200
         except httpx.HTTPError:
@@ -89,7 +88,7 @@ def started(folder: Any, log: Any, *options: str, port: int | None = None) -> An
 
     try:
         until(ready, 600)
-        yield url, process
+        yield process
     finally:
         with suppress(ProcessLookupError):  # a test has killed it
             os.killpg(process.pid, signal.SIGTERM)
@@ -98,6 +97,16 @@ def started(folder: Any, log: Any, *options: str, port: int | None = None) -> An
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+@contextmanager
+def started(folder: Any, log: Any, *options: str, port: int | None = None) -> Any:
+    """Run ``vllm serve`` on a free port, wait until it answers, and give its address and its process."""
+    port = port or free_port()
+    url, words = f"http://127.0.0.1:{port}", [*SMALL, "--port", str(port), *options]
+    environment = {**QUIET, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    with answering([PROGRAM, "serve", str(folder), *words], url, log, environment=environment) as process:
+        yield url, process
 
 
 @pytest.fixture(scope="module")
@@ -261,20 +270,69 @@ def test_a_request_that_was_written_to_a_file(case, folder, base, complaint, tmp
     assert answer.json()["choices"][0]["text"].strip() == complaint
 
 
-def test_the_client_of_the_page(case, complaint):
-    """docs/serving.md, "Without this server": as it stands, but for where the export and the server are."""
-    if case.way != "ids":
-        pytest.skip("no export is served here")
-    (code,) = [
-        each for each in PAGE.split("```python\n") if "OpenAI(base_url" in each and "softprompt_prompts" in each
+@pytest.fixture
+def shell(tmp_path, folder):
+    """A folder with the page's prompts, and an environment with its commands; vLLM's is small and in float32."""
+    copytree(folder, tmp_path / "prompts")
+    for name, command in {
+        "vllm": f'PYTHONPATH= exec {PROGRAM} "$@" {" ".join(SMALL)}',
+        "softprompt": f'exec {sys.executable} -m softprompt "$@"',
+    }.items():
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/sh\n{command}\n")
+        program.chmod(0o755)
+    return {**QUIET, "HF_HUB_OFFLINE": "1", "PATH": f"{program.parent}:{os.environ['PATH']}"}
+
+
+def block(language: str, start: str) -> str:
+    """Return the one block of the page that has these words."""
+    (found,) = [
+        each.partition("```")[0] for each in PAGE.split(f"```{language}\n")[1:] if start in each.partition("```")[0]
     ]
-    code = (
-        code.partition("```")[0].replace('"exported', f'"{case.base_model}').replace("OpenAI(", "answer = OpenAI(")
+    return found
+
+
+def test_the_commands_of_the_page(shell, tmp_path, base):
+    """docs/serving.md, "Serving with vLLM", as typed but for the base and the ports."""
+    first, second = free_port(), free_port()
+    typed = block("sh", "--engine vllm").replace("path/to/base", str(smollm2())).replace("8001", str(first))
+    template, ours = typed.partition("vllm serve")[0], typed.rstrip().rpartition("\n")[2]
+    theirs = typed[len(template) :].partition("\n")[0]
+    subprocess.run(["bash", "-c", template], cwd=tmp_path, check=True)
+    assert (tmp_path / "through.jinja").read_text() == (HERE / "through.jinja").read_text()
+    where = {"environment": shell, "cwd": tmp_path}
+    urls = [f"http://127.0.0.1:{port}" for port in (first, second)]
+    with (
+        (tmp_path / "log").open("w") as log,
+        answering(["bash", "-c", theirs], urls[0], log, **where),
+        answering(["bash", "-c", f"{ours} --port {second}"], urls[1], log, **where),
+    ):
+        sent = {"model": "writer", "prompt": "Once upon a time", "max_tokens": 8, "temperature": 0}
+        answer = httpx.post(f"{urls[1]}/v1/completions", json=sent, timeout=120).raise_for_status().json()
+    own = softprompt.load(tmp_path / "prompts" / "writer", base_model=base.name)
+    assert (
+        answer["choices"][0]["text"].strip() == own.generate(["Once upon a time"], max_new_tokens=8)[0].text.strip()
     )
-    code = code.replace("http://127.0.0.1:8000", case.url).replace('"base"', f'"{case.base_model}"')
-    names: dict[str, Any] = {}
-    exec(compile(code.replace("temperature=0", "temperature=0, max_tokens=8"), "serving.md", "exec"), names)  # noqa: S102
-    assert names["answer"].choices[0].text.strip() == complaint
+
+
+def test_what_the_page_does_without_this_server(shell, tmp_path, complaint):
+    """docs/serving.md, "Without this server": its commands and its client as they stand, but for the port."""
+    port = free_port()
+    export, serve = block("sh", "--add writer=").strip().splitlines()
+    subprocess.run(["bash", "-c", export], cwd=tmp_path, check=True, env={**os.environ, **shell})
+    code = (
+        block("python", "OpenAI(base_url")
+        .replace(":8000/", f":{port}/")
+        .replace("OpenAI(base", "answer = OpenAI(base")
+    )
+    code = code.replace("temperature=0", "temperature=0, max_tokens=8") + "print(answer.choices[0].text.strip())"
+    command, url = ["bash", "-c", f"{serve} --port {port}"], f"http://127.0.0.1:{port}"
+    with (tmp_path / "log").open("w") as log, answering(command, url, log, environment=shell, cwd=tmp_path):
+        said = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True
+        )
+    assert said.stdout.strip() == complaint
 
 
 def test_over_http_many_clients_at_once_get_what_each_gets_alone(case, base):

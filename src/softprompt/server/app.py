@@ -84,6 +84,7 @@ def _serve(settings: ServeSettings, root: PromptFolder) -> None:
             )
         address = sock.getsockname()
         registry = app.state.service.registry
+        sock.listen()  # whoever connects from the next line on waits for uvicorn's start, and is not refused
         log_addresses(registry, *address[:2], asks_for_key=settings.api_key_file is not None)
         _run(app, settings, sock)
 
