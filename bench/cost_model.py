@@ -191,7 +191,7 @@ def cost(shape: Shape, work: Work, devices: int, way: str, *, size: int = 2, dev
     )
 
 
-def table(work: Work, device: Device) -> Iterator[Cost]:
+def table(work: Work, device: Device = Device()) -> Iterator[Cost]:
     """Yield what is worth comparing: the whole base on each device, layers sharded, layers split in a machine."""
     for shape in BASES:
         for devices in (1, 8, 64):
@@ -225,7 +225,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     given = vars(parser.parse_args())
     as_json = given.pop("json")
-    work, device = (kind(**{name: given[name] for name in asdict(kind())}) for kind in (Work, Device))
+    work = Work(**{name: given[name] for name in asdict(Work())})
+    device = Device(**{name: given[name] for name in asdict(Device())})
     found = list(table(work, device))
     if as_json:
         print(json.dumps([asdict(each) for each in found], indent=2))

@@ -156,7 +156,7 @@ def in_options(message: str, options: Mapping[str, str] | None = None) -> str:
         options: The option that stands for each argument; None are those of every command.
     """
     for name, option in (options or {"ignore_fingerprint": "--ignore-fingerprint"}).items():
-        word = rf"(?<![\w./\'\"-])(?:tuning_config\.)?{name}(?![\w/\'\"-]|\.\w)"
+        word = rf"(?<![\w./\'\"-])(?:tuning_config\.)?{name}(?![\w/\'\"-]|\.\w| in \S+\.json)"
         if "_" not in name:
             word = rf"(?<!of )(?<!kept ){word}{_AS_A_NAME}"
         message = re.sub(word + "(=True)?", option, message)

@@ -20,7 +20,7 @@ import torch
 
 from softprompt.backbone import load_base
 from softprompt.engine import EngineRow, build_engine
-from softprompt.errors import ConfigError, SoftPromptError
+from softprompt.errors import ConfigError, SoftPromptError, visible
 from softprompt.generation import Decoder, Generation, GenerationOptions, Request, options_from
 from softprompt.inference import load_many
 from softprompt.prompts import Prompt
@@ -252,7 +252,7 @@ def side_by_side(
 @click.option("--limit", type=int, help="Records of each task.")
 def _command(prompts: tuple[str, ...], tasks: str, **how: Any) -> None:
     """Print a base and prompts on tasks, side by side."""
-    click.echo(side_by_side(prompts, tasks.split(","), bootstrap_iters=1000, **how))
+    click.echo(visible(side_by_side(prompts, tasks.split(","), bootstrap_iters=1000, **how)))
 
 
 if __name__ != "__main__":

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 import stat
 import types
 from collections.abc import Iterator, Mapping
@@ -211,4 +212,4 @@ def fits(value: Any, hint: Any) -> bool:
 
 def type_name(hint: Any) -> str:
     """Return what errors call a type."""
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    return hint.__name__ if isinstance(hint, type) else re.sub(r"(\w+\.)+", "", str(hint))

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+import softprompt
 from oracles.stored import drawn, folder
 from softprompt.cli.main import run
 from softprompt.cli.options import start_logging
@@ -51,6 +52,18 @@ def test_a_prompt_cannot_write_escapes(tmp_path, monkeypatch, words):
     assert run(["info", str(path) + "missing"]) == 2
     assert "u001b" in err.getvalue()
     assert safe(out.getvalue() + err.getvalue())
+
+
+def test_log_lines_of_a_run_from_python(tmp_path, caplog):
+    """Whoever sets up logging himself has no handler of ours."""
+    rows = [f'message {i};"{"good" if i % 2 else ESCAPES}";"x"' for i in range(8)]
+    data = tmp_path / f"{ESCAPES}.csv"
+    data.write_text("\n".join([f'input;output;"{ESCAPES}"', *rows]))
+    with caplog.at_level(logging.INFO, logger="softprompt"):
+        softprompt.tune("demo", data, dry_run=True, tuning_config={"num_virtual_tokens": 2})
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("u001b" in each for each in said) >= 3  # the file, the column left out, a label
+    assert all(map(safe, said))
 
 
 def test_names_in_options_and_usage_errors(capsys):

@@ -21,6 +21,7 @@ from softprompt.training import TuneSettings
         ("pass --overwrite (overwrite=True in Python)", "pass --overwrite"),
         ("tuning_config.placement is one of a, b", "--placement is one of a, b"),
         ("/x/input_field.jsonl has no 'input_field'", "/x/input_field.jsonl has no 'input_field'"),
+        ("expected base_model in softprompt.json to be text", "expected base_model in softprompt.json to be text"),
     ],
 )
 def test_errors_of_a_command_name_its_options(message, worded):

@@ -30,7 +30,7 @@ from softprompt.artifacts.layout import (
     each_text,
 )
 from softprompt.artifacts.peft_folder import HUB_ID, PROMPT_FILES, load_adapter, save_adapter, snapshot, upload
-from softprompt.errors import ArtifactError, ConfigError
+from softprompt.errors import ArtifactError, ConfigError, line
 from softprompt.prompts import CONFIG_NAME
 
 logger = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ def local_prompts(source: str | Path) -> Iterator[Path]:
             try:
                 _copy(folder, Path(root, prompt))
             except ArtifactError as error:
-                logger.warning("%s of %s is left out: %s", prompt, name, error)
+                logger.warning("%s of %s is left out: %s", *map(line, (prompt, name, str(error))))
         if not os.listdir(root):
             raise ArtifactError(
                 f"expected prompts in {name}, it has none; name a folder, a collection or a repository"
@@ -188,5 +188,5 @@ def _collected(slug: str) -> dict[str, Path]:
         try:
             found[short] = snapshot(name, PROMPT_FILES)
         except ArtifactError as error:
-            logger.warning("%s of the collection is left out: %s", name, error)
+            logger.warning("%s of the collection is left out: %s", line(name), line(str(error)))
     return found

@@ -18,6 +18,7 @@ from itertools import chain, islice
 from typing import Any
 
 from softprompt.errors import DataError, first_line
+from softprompt.errors import line as one_line
 from softprompt.untrusted import check_unpacked, no_collection
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,7 @@ def read_csv(text: str, name: str) -> Iterator[Located]:
     """
     separator = _separator(text)
     if separator != ",":
-        logger.info("%s: columns are separated by %s, not by commas", name, _SEPARATORS[separator])
+        logger.info("%s: columns are separated by %s, not by commas", one_line(name), _SEPARATORS[separator])
     return _table_records(_csv_lines(text, name, separator), name)
 
 

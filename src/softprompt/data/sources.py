@@ -23,7 +23,7 @@ from softprompt.data.file_formats import (
     not_utf8,
     with_class_names,
 )
-from softprompt.errors import DataError, first_line, nearest
+from softprompt.errors import DataError, first_line, line, nearest
 from softprompt.untrusted import check_unpacked
 from softprompt.world import world
 
@@ -286,7 +286,7 @@ def _split_for(use: Use | None, splits: Mapping[str, Any]) -> str:
         which = f"one for {use}" if use else "one"
         raise DataError(f"expected {which} among the splits {', '.join(splits)}; pass one of them (name:split)")
     if len(splits) > 1:
-        logger.info("of the splits %s, %s is read", ", ".join(splits), found[0])
+        logger.info("of the splits %s, %s is read", line(", ".join(splits)), line(found[0]))
     return found[0]
 
 

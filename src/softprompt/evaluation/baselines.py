@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from softprompt.artifacts import Manifest, Origin, manifest_of
 from softprompt.backbone import Base, freeze, load_base
 from softprompt.data import INPUT, DataSource, Record, encode, label_set, read_records
-from softprompt.errors import ConfigError, DataError
+from softprompt.errors import ConfigError, DataError, line
 from softprompt.evaluation import EvaluationSettings, Numbered
 from softprompt.inference import Ensemble, TunedPrompt, row_tokenizer, written
 from softprompt.progress import timed
@@ -152,7 +152,7 @@ def _frame(
     labels = None if baseline.labels is None else tuple(baseline.labels)
     if like is None and labels is None:
         labels = label_set([str(record.target) for record in records], task=how.task)
-        logger.info("labels: %s", "none, texts are generated" if labels is None else ", ".join(labels))
+        logger.info("labels: %s", "none, texts are generated" if labels is None else line(", ".join(labels)))
     chats = baseline.template is None and all(each.chat for each in records)
     only = chats and not any(
         {INPUT, "instruction"} & {*each.fields} for each in records

@@ -30,7 +30,7 @@ from softprompt.artifacts import (
 )
 from softprompt.artifacts import manifest_of as made_manifest
 from softprompt.backbone import HEAD, head_tensors
-from softprompt.errors import ArtifactError
+from softprompt.errors import ArtifactError, line
 from softprompt.peft.adapters import LoadResult, heads_of
 from softprompt.prompts import TaskType, check_fit, take_over
 
@@ -112,7 +112,8 @@ def set_peft_model_state_dict(
         for values in (own, given):
             for name in [n for n in values if n in current and values[n].shape != current[n].shape]:
                 found, wanted = list(values[name].shape), list(current[name].shape)
-                warnings.warn(f"{name} is {found}, the model needs {wanted}; it keeps its own value", stacklevel=2)
+                said = f"{line(name)} is {found}, the model needs {wanted}; it keeps its own value"
+                warnings.warn(said, stacklevel=2)
                 values[name] = current[name]
     check_fit(heads, given)
     encoder.load_stored(own)

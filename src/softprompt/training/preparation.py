@@ -28,7 +28,7 @@ from softprompt.engine import (
     require_isolated,
     score_of,
 )
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, line
 from softprompt.prompts import (
     SOURCE_INITS,
     CPTConfig,
@@ -284,8 +284,8 @@ def _tokenized(task: TaskData, base: Base, config: PromptLearningConfig, setting
         chats=chats,
     )
     if unused := _columns_left_out(task.train[0], tokenizer):
-        logger.info("the template leaves out the columns %s", ", ".join(unused))
-    of_task = f" of {task.name}" if task.name else ""
+        logger.info("the template leaves out the columns %s", line(", ".join(unused)))
+    of_task = f" of {line(task.name)}" if task.name else ""
     train, cuts = tokenizer.tokenize(task.train)
     if cuts.sources_cut or cuts.targets_cut:
         logger.info("training data%s: %s", of_task, cuts)

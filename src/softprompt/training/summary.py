@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from softprompt.backbone import own_part
+from softprompt.errors import line
 from softprompt.training.gradients import passed
 from softprompt.training.loop import duration
 
@@ -123,9 +124,9 @@ class DryRun:
 def summarize(prepared: Prepared, stages: Sequence[Stage]) -> None:
     """Log what a run is about to do, and warn of what looks wrong."""
     for task in prepared.tasks:
-        logger.info("%s", TaskSummary.of(task))
+        logger.info("%s", line(str(TaskSummary.of(task))))
         for problem in _problems(task):
-            logger.warning("%s%s", f"task {task.data.name}: " if task.data.name else "", problem)
+            logger.warning("%s", line(f"task {task.data.name}: {problem}" if task.data.name else problem))
     for stage in stages:
         per_epoch = stage.sampling.updates_per_epoch
         logger.info("%d steps%s, %d of them an epoch", stage.total_updates(), stage.of, per_epoch)
