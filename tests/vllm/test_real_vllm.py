@@ -322,7 +322,7 @@ def test_what_the_page_does_without_this_server(shell, tmp_path, complaint):
     export, serve = block("sh", "--add writer=").strip().splitlines()
     subprocess.run(["bash", "-c", export], cwd=tmp_path, check=True, env={**os.environ, **shell})
     code = (
-        block("python", "OpenAI(base_url")
+        block("python", "for each in prompts.values() for i in each")
         .replace(":8000/", f":{port}/")
         .replace("OpenAI(base", "answer = OpenAI(base")
     )
