@@ -212,4 +212,4 @@ def fits(value: Any, hint: Any) -> bool:
 
 def type_name(hint: Any) -> str:
     """Return what errors call a type."""
-    return hint.__name__ if isinstance(hint, type) else re.sub(r"(\w+\.)+", "", str(hint))
+    return hint.__name__ if isinstance(hint, type) else re.sub(r"(\w+\.)+(?=[A-Z])", "", str(hint))

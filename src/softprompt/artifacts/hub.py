@@ -155,7 +155,7 @@ def local_prompts(source: str | Path) -> Iterator[Path]:
             try:
                 _copy(folder, Path(root, prompt))
             except ArtifactError as error:
-                logger.warning("%s of %s is left out: %s", *map(line, (prompt, name, str(error))))
+                logger.warning("%s of %s is left out: %s", line(prompt), line(name), error)
         if not os.listdir(root):
             raise ArtifactError(
                 f"expected prompts in {name}, it has none; name a folder, a collection or a repository"
@@ -188,5 +188,5 @@ def _collected(slug: str) -> dict[str, Path]:
         try:
             found[short] = snapshot(name, PROMPT_FILES)
         except ArtifactError as error:
-            logger.warning("%s of the collection is left out: %s", line(name), line(str(error)))
+            logger.warning("%s of the collection is left out: %s", line(name), error)
     return found
