@@ -87,12 +87,22 @@ def every_bar_is_closed():
     assert progress._within.get() == 0
 
 
+LOGGER = logging.getLogger("softprompt")
+QUIET = list(LOGGER.handlers), LOGGER.level, LOGGER.propagate
+
+
+def put_logging_back() -> None:
+    """Have the library log as it does when it is imported."""
+    LOGGER.handlers[:], LOGGER.propagate = QUIET[0], QUIET[2]
+    LOGGER.setLevel(QUIET[1])
+
+
 @pytest.fixture(autouse=True)
 def logging_put_back():
-    """The command line sets up logging for its process; tests of every folder share one."""
-    logger = logging.getLogger("softprompt")
-    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
+    """The command line sets up logging for its process; tests of every folder share one.
+
+    It is put back before each test too: fixtures of modules come first, and some run commands.
+    """
+    put_logging_back()
     yield
-    logger.handlers[:] = handlers
-    logger.setLevel(level)
-    logger.propagate = propagate
+    put_logging_back()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from oracles.serving import app_over, running, until, write_prompt, write_rows
 from softprompt import load
-from softprompt.errors import AdapterError, ArtifactError, ConfigError, UsageError
+from softprompt.errors import AdapterError, ArtifactError, ConfigError, NotServingError, UsageError
 from softprompt.server import folder
 from softprompt.server.folder import FILES, PromptFolder, is_name
 from softprompt.server.registry import Registry
@@ -305,6 +305,26 @@ def test_deleted_and_polled(registry, prompts):
     assert registry.poll() == ["writer"]
     assert registry.resident == 1
     assert registry.poll() == []
+
+
+def test_a_folder_that_goes_while_it_is_polled_is_missed_from_then_on(registry, prompts, monkeypatch):
+    registry.get("writer")
+    stamp = folder._stamp
+
+    def goes(path):
+        if prompts.exists():
+            prompts.rename(prompts.with_name("away"))
+        return stamp(path)
+
+    monkeypatch.setattr(folder, "_stamp", goes)
+    assert registry.poll() == ["writer"]
+    for _ in range(2):
+        with pytest.raises(NotServingError, match="cannot be read"):
+            registry.poll()
+    monkeypatch.undo()
+    prompts.with_name("away").rename(prompts)
+    assert registry.poll() == []
+    assert registry.get("writer").name == "writer"
 
 
 def test_the_least_used_goes(prompts, base):

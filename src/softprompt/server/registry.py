@@ -193,7 +193,8 @@ class Registry:
         return self.load(name)
 
     def poll(self) -> list[str]:
-        """Evict prompts whose files have changed, and return their names."""
+        """Evict prompts whose files have changed, and return their names; raises NotServingError as `names`."""
+        self.root.check()  # also with no prompt known: one that was looked at while the folder went is evicted
         with self._guard:
             seen = [(name, loaded.signature) for name, loaded in self._known.items()]
             listed = list(self._outlines)
