@@ -205,8 +205,9 @@ def test_a_sweep_whose_candidates_all_diverge_ends_in_one_line(llama, tmp_path, 
 
 def test_a_candidate_that_its_patience_ends_counts_with_the_epoch_that_is_kept(llama, tmp_path):
     options = {**SETTINGS, "max_steps": None, "num_epochs": 9, "early_stopping_patience": 1, "choice_weight": 0}
-    worse = [{"input": "it is good", "output": "no"}, {"input": "it is good", "output": "yes"}]
-    found = softprompt.sweep(llama, RECORDS, worse, output=tmp_path, space={"learning_rates": ["0.5"]}, **options)
+    rare = [*RECORDS[:1], *(each | {"output": "no"} for each in RECORDS[1:])]
+    space = {"learning_rates": ["2"]}
+    found = softprompt.sweep(llama, rare, HELD_OUT[:1], output=tmp_path, space=space, **options)
     history, (point,) = found.prompt.history, found.candidates[0].points
     assert len(history) < 9
     assert point["validation"] == found.prompt.metrics["validation"] != history[-1]["validation"]
