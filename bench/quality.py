@@ -75,11 +75,9 @@ def wanted(pair: Pair, results: Results, phase: int) -> Iterator[Cell]:
         first = stores and pair is next(each for each in PAIRS if each.base == pair.base)
         yield from [Cell(pair, "peft-real", "SAMPLE_VOCAB", 1e-1)] if first else []
         yield from again(replace(default_of(pair), more="keep_dropout=true"), SEEDS if pair.seq2seq else ())
-        free = stores and not pair.seq2seq and (not pair.thin or pair.name in RATED)
-        yield from again(
-            Cell(pair, "cartridge", "TEXT", more="num_frozen_tokens=0"),
-            SEEDS[: 1 if pair.thin else 3] if free else (),
-        )
+        if stores and not pair.seq2seq and (not pair.thin or pair.name in RATED):
+            for more in ("", "num_frozen_tokens=0"):
+                yield from again(Cell(pair, "cartridge", "TEXT", more=more), SEEDS[: 1 if pair.thin else 3])
     elif phase == 3:
         yield from [cell for cells in others(pair, stores).values() for cell in again(best(cells, results))]
         yield from again(Cell(pair, "ours", "LABELS", OUR_RATES[1]) if pair.has_labels and stores else None)
