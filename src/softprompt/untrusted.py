@@ -85,6 +85,8 @@ def read_bytes(
             if not stat.S_ISREG(found.st_mode):
                 raise error(f"expected a file, {path} is a device or a pipe: copy what it gives into a file")
             data = file.read(limit + (not head)) if head or found.st_size <= limit else None
+    except FileNotFoundError as cause:
+        raise error(f"there is no file {path}: check the path") from cause
     except OSError as cause:
         raise error(f"could not read {path} ({cause}): check its permissions and the disk") from cause
     if data is None or len(data) > limit:

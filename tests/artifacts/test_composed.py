@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import warnings
 
@@ -94,6 +95,17 @@ def test_other_bases_are_refused(tmp_path, pair):
     wide = folder(tmp_path / "wide", drawn(3, 3, 9))
     with pytest.raises(FingerprintError, match="9 wide, not 8"):
         concatenate_prompts([pair[0], wide])
+
+
+def test_keys_and_values_do_not_go_together_with_virtual_tokens(tmp_path, pair):
+    other = folder(tmp_path / "other", drawn(3, 3, 16))
+    path = other / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": "CARTRIDGE"}))
+    for prompts in ([pair[0], other], [other, pair[0]]):
+        with pytest.raises(
+            ConfigError, match=r"other is keys and values .*, .* is virtual tokens of the input; only"
+        ):
+            concatenate_prompts(prompts)
 
 
 @pytest.mark.parametrize(

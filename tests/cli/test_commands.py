@@ -343,7 +343,7 @@ def test_ctrl_c_saves_prints_how_to_go_on_and_that_works(capsys, data, tmp_path,
         (["tune", "--output", "o", "--num-epochs", "0"], "--num-epochs must be at least 1"),
         (["tune", "--output", "o", "--train-data", "no.jsonl"], "no.jsonl"),
         (["tune", "--output", "o", "--resume"], "holds no interrupted run"),
-        (["tune", "--output", "o", "--config", "no.toml"], "could not read no.toml"),
+        (["tune", "--output", "o", "--config", "no.toml"], "there is no file no.toml"),
         (
             ["tune", "--output", "o", "--config", "three.toml"],
             "'train_data' takes a text, or a table",

@@ -157,6 +157,7 @@ def test_a_sweep_draws_each_candidate_by_its_rate_and_those_that_went_on_by_thei
     assert (rates.get_xlabel(), rates.get_ylabel()) == ("peak learning rate", label)
     assert (rungs.get_xlabel(), rates.get_title()) == ("optimizer steps", "all candidates, at step 10")
     assert [tick.get_text() for tick in rungs.get_xticklabels()] == ["10", "30"]
+    assert [tick.get_text() for tick in rates.get_xticklabels()] == ["0.01", "0.02", "0.3"]
     shown = {each["name"]: [point["validation"][by] for point in each["points"]] for each in candidates}
     first = {
         name: lines(rates)[name].get_xydata().tolist() for name in ("prompt_tuning, 8 tokens", "prefix, 8 tokens")

@@ -28,7 +28,7 @@ from softprompt.distillation import (
 from softprompt.distillation.held_out import HeldOut
 from softprompt.distillation.student import Student
 from softprompt.distillation.texts import SourceText, start_ids
-from softprompt.errors import SoftPromptError, UsageError
+from softprompt.errors import ContextOverflowError, SoftPromptError, UsageError
 from softprompt.evaluation import EvaluationSettings
 from softprompt.evaluation.baselines import Baseline, prompted
 from softprompt.prompts import Placement
@@ -127,10 +127,10 @@ def distilled(tmp_path_factory):
 
 def test_the_prompt_comes_clearly_nearer_to_the_text_than_no_prompt(distilled):
     tuned, output, text = distilled
-    lines = [json.loads(line) for line in (output / "questions.jsonl").read_text().splitlines()]
-    apart = [Question(**each) for each in lines if each["held_out"]]
-    assert len(apart) == 4
-    assert len(lines) == 16
+    both = [(output / name).read_text().splitlines() for name in ("questions.jsonl", "held_out.jsonl")]
+    assert list(map(len, both)) == [12, 4]
+    apart = [Question.of_record(json.loads(line), {"input_field": None, "output_field": None}) for line in both[1]]
+    assert all(each.held_out and each.answer for each in apart)
     teacher = teacher_of("demo", SourceText("system prompt", [("text", text)]), verbalizer=tuned.manifest.template)
     records = [each.record(chat=False) for each in apart]
     asked, rows = teacher.rows.tokenize(records)[0], tuned.rows.tokenize(records)[0]
@@ -260,13 +260,16 @@ def test_self_study_keeps_other_kinds_apart_and_is_the_same_again(chat_base, tmp
     monkeypatch.setattr(questions, "_NEW", 12)
     options = {"documents": [TEXT], "self_study": 5, "held_out": 0.4, "max_steps": 1, **QUICK}
     runs = [softprompt.distill(chat_base, output=tmp_path / name, **options) for name in "ab"]
-    lines = map(json.loads, (tmp_path / "a" / "questions.jsonl").read_text().splitlines())
-    kinds = {(each["held_out"], each["kind"]) for each in lines}
-    assert {kind for apart, kind in kinds if apart} == {*questions.OTHER_SEEDS}
-    assert {kind for apart, kind in kinds if not apart} <= {*questions.SEEDS}
+    trained, apart = (
+        [json.loads(line) for line in (tmp_path / "a" / name).read_text().splitlines()]
+        for name in ("questions.jsonl", "held_out.jsonl")
+    )
+    assert {each["distillation"]["kind"] for each in apart} == {*questions.OTHER_SEEDS}
+    assert {each["distillation"]["kind"] for each in trained} <= {*questions.SEEDS}
+    assert [each["role"] for each in trained[0]["messages"]] == ["user", "assistant"]
     assert torch.equal(runs[0].prompt().input, runs[1].prompt().input)
     assert runs[0].manifest.data == runs[1].manifest.data
-    assert runs[0].manifest.data["train"]["rows"] == 7
+    assert [runs[0].manifest.data[use]["rows"] for use in ("train", "validation")] == [5, 2]
     assert "divergence" in runs[0].metrics["validation"]
 
 
@@ -422,6 +425,60 @@ def test_what_learnt_nothing_and_what_cannot_be_reported_on_is_said(chat_base, a
     assert "no question with a usable answer was kept apart to report on; raise held_out" in caplog.messages
     assert tuned.metrics["nothing_learnt"] in caplog.messages
     assert tuned.metrics["nothing_learnt"].startswith("the prompt learnt nothing: the loss went from ")
+
+
+def test_a_prompt_that_training_made_worse_is_kept_as_it_started(chat_base, asked, tmp_path, caplog):
+    wild = {"learning_rate": 50.0, "max_steps": 3, "held_out": 0.3, "verbalizer": "Q: {{input}}\nA:", "chat": False}
+    tuned = softprompt.distill(
+        chat_base, system_prompt=TEXT, questions=asked, output=tmp_path / "new", **wild, **QUICK
+    )
+    assert tuned.metrics["epoch"] == 0
+    ids = tuned.tokenizer(TEXT, add_special_tokens=False)["input_ids"][: QUICK["num_virtual_tokens"]]
+    assert torch.equal(tuned.prompt().input, tuned.base.embedding(torch.tensor(ids)))
+    kept, worst = tuned.metrics["validation"]["divergence"], tuned.history[-1]["validation"]["divergence"]
+    assert kept < worst
+    assert f"kept as it started, {kept:.4f} nats from the text" in tuned.metrics["nothing_learnt"]
+    assert tuned.metrics["nothing_learnt"] in caplog.messages
+    assert torch.equal(softprompt.load(tmp_path / "new").prompt().input, tuned.prompt().input)
+    report = json.loads((tmp_path / "new" / "distillation.json").read_text())
+    nats = {each["name"]: each["nats"] for each in report["readers"]}
+    assert nats["the prompt"] == pytest.approx(kept, rel=1e-3)
+
+
+def test_little_movement_is_no_bad_sign_where_a_prompt_starts_as_its_text(chat_base, asked):
+    slow = {"learning_rate": 1e-4, "max_steps": 12, "num_epochs": 12, "batch_size": 8}
+    tuned = softprompt.distill(chat_base, system_prompt=TEXT, questions=asked, **slow, **QUICK)
+    assert not any("barely moved" in each for each in tuned.metrics.get("collapse", []))
+
+
+def test_what_the_context_has_no_room_for_is_refused_before_anything_is_asked(chat_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(Teacher, "generate", None)
+    long = {"documents": [TEXT * 60], "self_study": 2, "num_virtual_tokens": 500, "silence_progress_bars": True}
+    with pytest.raises(ContextOverflowError, match=r"num_virtual_tokens 500, max_source_length 48 and max_target"):
+        softprompt.distill(chat_base, output=tmp_path / "new", **long, max_source_length=48, max_target_length=8)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_questions_of_a_run_are_data_for_other_commands(chat_base, tmp_path):
+    rows = [{"q": f"Is parcel {n} late?", "a": ("yes", "no")[n % 2]} for n in range(6)]
+    common = {"verbalizer": "Q: {{q}}\nA:", "input_field": "q", "output_field": "a", "chat": False, "max_steps": 1}
+    softprompt.distill(
+        chat_base, system_prompt=TEXT, questions=rows, output=tmp_path / "p", held_out=0.5, **common, **QUICK
+    )
+    found = softprompt.evaluate(
+        softprompt.load(tmp_path / "p"), tmp_path / "p" / "held_out.jsonl", silence_progress_bars=True
+    )
+    assert sorted(each.target for each in found.outcomes) == sorted(
+        rows[each]["a"] for each in range(6) if rows[each]["q"] in {one.fields["q"] for one in found.outcomes}
+    )
+    assert found.rows == 3
+    again = measure_distilled(tmp_path / "p", system_prompt=TEXT)
+    assert again.questions == 3
+    other = [{"text": "Is it late?", "said": "yes", "q": "Is it?"}]
+    named = measure_distilled(
+        tmp_path / "p", system_prompt=TEXT, questions=other, input_field="text", output_field="said"
+    )
+    assert named.questions == 1
 
 
 def test_a_base_that_answers_nothing_kept_apart_is_not_told_to_keep_more_apart(

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,7 +129,7 @@ def counted_calls(monkeypatch, method):
 
 def total_calls(tuned, method):
     """Blocks of a whole run, for blocks of 4: what a stage that began anew would need at least."""
-    rows = tuned.manifest.data["train"]["rows"]
+    rows = sum(tuned.manifest.data[use]["rows"] for use in ("train", "validation"))
     return -(-rows // 4) + (10 if method == "generate" else 0)
 
 
@@ -242,7 +243,7 @@ def test_a_damaged_stage_is_said(stopped, name):
             softprompt.distill(output=stopped, resume=True)
 
 
-def test_the_command_writes_a_prompt_and_says_what_was_kept_apart(chat_base, tmp_path, capsys, asked):
+def test_the_command_writes_a_prompt_and_says_what_was_kept_apart(chat_base, tmp_path, capsys, asked, monkeypatch):
     (tmp_path / "text.txt").write_text(TEXT)
     (tmp_path / "asked.jsonl").write_text("".join(json.dumps(each) + "\n" for each in asked))
     words = ["distill", "--base-model", chat_base, "--system-prompt", str(tmp_path / "text.txt"), "--quiet"]
@@ -257,6 +258,13 @@ def test_the_command_writes_a_prompt_and_says_what_was_kept_apart(chat_base, tmp
     assert "pass --overwrite" in capsys.readouterr().err
     assert run(["distill", "--resume", "--output", str(tmp_path / "out")]) == 2
     assert "no interrupted run of distill" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert run(["inspect", "out", "--json"]) == 0
+    found, told = capsys.readouterr()
+    assert f"records of {Path('out', 'held_out.jsonl')}, which the prompt was made with" in told
+    assert json.loads(found)["contest"]["rows"] == 1
+    text = ["--system-prompt", "text.txt", "--base-model", chat_base]
+    assert run(["distill", "--measure", "out", *text, "--silence-progress-bars"]) == 0
 
 
 def test_the_command_reads_documents_forecasts_and_asks_for_an_output(chat_base, tmp_path, capsys):

@@ -202,6 +202,10 @@ def test_a_run_ends_with_its_report_and_can_be_measured_again(tmp_path, capsys):
     assert "would be ignored" in capsys.readouterr().err
     assert run(["distill", "--system-prompt", str(questions), "--measure", str(prompt), "--quiet"]) == 2
     assert "was made of a text of" in capsys.readouterr().err
+    alike = tmp_path / "alike.txt"
+    alike.write_text(TEXT[:-1] + ("!" if TEXT[-1] != "!" else "?"))
+    assert run(["distill", "--system-prompt", str(alike), "--measure", str(prompt), "--quiet"]) == 2
+    assert "this is another of" in capsys.readouterr().err
     for line in (
         "[1",
         "[" * 100_000,
@@ -209,6 +213,7 @@ def test_a_run_ends_with_its_report_and_can_be_measured_again(tmp_path, capsys):
         '{"request": {}, "answer": null, "passage": "x"}',
     ):
         (prompt / "questions.jsonl").write_text(line)
+        (prompt / "held_out.jsonl").unlink(missing_ok=True)
         assert run([*common, "--measure", str(prompt)]) == 2
         assert "questions.jsonl is damaged" in capsys.readouterr().err
     plain = tmp_path / "plain"

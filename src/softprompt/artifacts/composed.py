@@ -144,6 +144,12 @@ def _members(prompts: Sequence[str | Path]) -> list[StoredPrompt]:
         raise ConfigError(f"expected 2 prompts or more, got {named}; name their folders")
     first, *others = [load_adapter(each) for each in listed]
     for other in others:
+        if first.keys_and_values != other.keys_and_values:
+            kinds = [each.location for each in sorted((first, other), key=lambda each: each.keys_and_values)]
+            raise ConfigError(
+                f"{kinds[1]} is keys and values of every layer, {kinds[0]} is virtual tokens of the input; only "
+                "prompts of one kind can be composed"
+            )
         reason = other_base(first, other)
         if reason is not None:
             raise FingerprintError(

@@ -115,10 +115,15 @@ class StoredPrompt:
         """Return the virtual tokens ``[S, P, H]`` of all parts of the base, in float32; see ``prompt``."""
         return torch.stack([part.float() for part in self.prompt().tensors])
 
+    @property
+    def keys_and_values(self) -> bool:
+        """Whether it is keys and values of every layer, rather than virtual tokens."""
+        return self.config["peft_type"] in KEY_VALUE_METHODS
+
     def beyond_tokens(self) -> str | None:
         """Return why this is more than the virtual tokens of one task; None when it is just those."""
         kind = self.config["peft_type"]
-        if kind in KEY_VALUE_METHODS:
+        if self.keys_and_values:
             return "it is keys and values of every layer, not virtual tokens of the input"
         if kind == PeftType.MULTITASK_PROMPT_TUNING:
             return (

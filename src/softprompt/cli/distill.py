@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _FILE = click.Path(dir_okay=False)
 _MEASURED = {"system_prompt", "documents", "examples", "questions", "unrelated", "base_model"}
+_MEASURED |= {"input_field", "output_field"}
 """What can be given to measure a finished prompt with."""
 
 
@@ -91,7 +92,7 @@ def command(
     from softprompt.distillation import REPORT_NAME, DistillationReport, Forecast, distill, measure_distilled
 
     if measure is not None:
-        odd = sorted({name for name, each in values.items() if each} - _MEASURED)
+        odd = sorted({name for name, each in values.items() if each} - _MEASURED - {"silence_progress_bars"})
         if odd or dry_run:
             raise UsageError(f"{odd[0] if odd else 'dry_run'} would be ignored with measure; leave it out")
         measured = measure_distilled(measure, **{name: values[name] for name in _MEASURED & values.keys()})
@@ -124,7 +125,7 @@ def summary(tuned: TunedPrompt, output: str) -> dict[str, Any]:
         "kind": manifest.settings["distillation"]["kind"],
         "virtual_tokens": tuned.config.num_virtual_tokens,
         "text_tokens": manifest.settings["text_tokens"],
-        "questions": manifest.data["train"]["rows"],
+        "questions": sum(manifest.data.get(use, {}).get("rows", 0) for use in ("train", "validation")),
         "steps": metrics["updates"],
         "kept_epoch": metrics["epoch"],
         "learning_rate": metrics["learning_rate"],

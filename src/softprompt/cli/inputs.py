@@ -34,13 +34,17 @@ def records_of(data: str, tuned: TunedPrompt) -> dict[int, Fields]:
 def recorded_data(prompt_dir: str, option: str = "--data", *names: str) -> str | None:
     """Return the first records that a prompt's run file names, where they still are and may be read unasked.
 
+    A distilled prompt has none: its records are the questions beside it.
+
     A stranger may have written the file, as it came with the prompt: only what lies in the working directory is
     read, and in the prompt's own folder no link that leads out of it.
     """
+    from softprompt.distillation import HELD_OUT_NAME, QUESTIONS_NAME
     from softprompt.training import RUN_FILE, read_run
 
     folder = Path(prompt_dir)
-    run = read_run(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
+    beside = {"validation_data": str(folder / HELD_OUT_NAME), "train_data": str(folder / QUESTIONS_NAME)}
+    run = read_run(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else beside
     for name in names or ("validation_data", "train_data"):
         recorded = run.get(name)
         path = os.path.normpath(recorded) if isinstance(recorded, str) else ""  # behind a link ".." is elsewhere

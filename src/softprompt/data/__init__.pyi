@@ -8,6 +8,7 @@ from .chats import is_chat as is_chat
 from .file_formats import Located as Located
 from .file_formats import json_record as json_record
 from .records import INPUT as INPUT
+from .records import TARGET as TARGET
 from .records import LabelNames as LabelNames
 from .records import Record as Record
 from .records import check_label as check_label

@@ -16,8 +16,8 @@ from softprompt.errors import ConfigError, DataError, broken, nearest
 LabelNames: TypeAlias = Mapping[str, str] | Mapping[int, str] | Sequence[str]
 """Names of targets by these, or those of 0, 1 and so on."""
 
-INPUT = "input"
-_PAIRS = ((INPUT, "output"), ("text", "labels"), ("text", "label"))
+INPUT, TARGET = "input", "output"
+_PAIRS = ((INPUT, TARGET), ("text", "labels"), ("text", "label"))
 
 
 @dataclass(frozen=True, slots=True)

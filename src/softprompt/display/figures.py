@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 BLUE, PALE, ORANGE, INK = "#1f5fa8", "#7fb0e0", "#c8501e", "#3c3c3c"
 _COUNTED, _HALF = 20, 12
 """Most labels of a matrix that shows its counts; most characters of either half of a label."""
+_TICKS = 6
+"""Learning rates that are marked one by one at most."""
 _FRAME, GRID = "#b0b0b0", "#e8e8e8"
 _COLORS, _MARKERS = (BLUE, ORANGE, "#2f8f5b", "#8a5bb5", PALE, "#b08d2c"), "osD^vP"
 
@@ -127,8 +129,10 @@ def sweep_figure(found: Mapping[str, Any]) -> Figure:
         axis.minorticks_off()
     low, high = rates.get_xlim()
     tens = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
-    ticks = [digit * 10.0**ten for ten in tens for digit in (1, 2, 5) if low <= digit * 10.0**ten <= high]
-    rates.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
+    ticks = sorted({float(each["learning_rate"]) for each in measured})
+    if len(ticks) > _TICKS:
+        ticks = [digit * 10.0**ten for ten in tens for digit in (1, 2, 5) if low <= digit * 10.0**ten <= high]
+    rates.set_xticks(ticks, [f"{rate:.3g}" for rate in ticks])
     rungs.set_xticks(found["rungs"], [f"{steps:,}" for steps in found["rungs"]], minor=False)
     rates.set_xlabel("peak learning rate", color=INK, fontsize=11)
     rates.set_ylabel("validation accuracy" if by == "accuracy" else "validation loss (nats per token)", fontsize=11)

@@ -16,6 +16,7 @@ from .report import DistillationReport as DistillationReport
 from .report import measured_on as measured_on
 from .report import report_of as report_of
 from .report import unrelated_pairs as unrelated_pairs
+from .run import HELD_OUT_NAME as HELD_OUT_NAME
 from .run import QUESTIONS_NAME as QUESTIONS_NAME
 from .run import distill as distill
 from .run import measure_distilled as measure_distilled

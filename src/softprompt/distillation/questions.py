@@ -12,12 +12,13 @@ import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self, cast
 
-from softprompt.data import INPUT, DataSource, Record, RowTokenizer, chat_of, read_records
-from softprompt.errors import DataError
+from softprompt.data import INPUT, TARGET, DataSource, Record, RowTokenizer, chat_of, read_records
+from softprompt.errors import ArtifactError, DataError
 from softprompt.generation import GenerationOptions
+from softprompt.untrusted import check_types
 
 if TYPE_CHECKING:
     from softprompt.distillation import DistillSettings
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 GIVEN = "given"
 """The kind of a question that was given."""
+OWN = "distillation"
+"""Column of a finished run's questions with what no other command reads of them."""
 PASSAGE = "passage"
 """Column that says which passage a given question is about, from 1, where there are several."""
 
@@ -102,6 +105,40 @@ class Question:
         messages = self.request.get("messages")
         texts = self.request.values() if messages is None else [each["content"] for each in messages]
         return "\n".join(map(str, texts))
+
+    def to_record(self, columns: Mapping[str, str | None]) -> dict[str, Any]:
+        """Return it as a record of a data file with such columns; what only a distillation knows is apart."""
+        own = asdict(self)
+        record, answer = own.pop("request"), own.pop("answer")
+        if isinstance(record.get("messages"), list):
+            record["messages"].append({"role": "assistant", "content": answer})
+        else:
+            record[columns["output_field"] or TARGET] = answer
+            if columns["input_field"] in record.keys() - {INPUT}:
+                del record[INPUT]  # the same text twice
+        return {**record, OWN: own}
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any], columns: Mapping[str, str | None]) -> Self:
+        """Return what ``to_record`` wrote.
+
+        Raises:
+            ArtifactError: A value is not as it wrote it.
+            LookupError: One is missing.
+        """
+        values = dict(record)
+        if OWN in record:  # earlier versions wrote the attributes as they are
+            values, request = dict(record[OWN]), {name: each for name, each in record.items() if name != OWN}
+            if isinstance(request.get("messages"), list):
+                *request["messages"], last = request["messages"]
+                values["answer"] = last["content"]
+            else:
+                values["answer"] = request.pop(columns["output_field"] or TARGET)
+                if columns["input_field"] in request:
+                    request[INPUT] = request[columns["input_field"]]
+            values["request"] = request
+        check_types(cls, values, "a question", ArtifactError)
+        return cls(**values)
 
     def record(self, *, chat: bool) -> Record:
         """Return it as a record to train on, as a chat or as the fields of a template."""

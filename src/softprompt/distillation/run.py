@@ -57,17 +57,19 @@ from softprompt.training import (
     publish_logs,
     trackers_of,
 )
-from softprompt.untrusted import check_types
 from softprompt.world import joined, world
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from softprompt.data import DataSource
     from softprompt.distillation import Text
+    from softprompt.training import Prepared
 
 logger = logging.getLogger(__name__)
 
-QUESTIONS_NAME = "questions.jsonl"
-"""The questions beside the finished prompt: they are part of what was learnt."""
+QUESTIONS_NAME, HELD_OUT_NAME = "questions.jsonl", "held_out.jsonl"
+"""The questions beside the finished prompt, those it was trained on and those kept apart, as data files."""
 
 
 def distill(
@@ -143,7 +145,7 @@ def distill(
                 elif report:
                     with store.interrupted("while the prompt was measured"):
                         measured = report_of(distilled, found, unrelated=unrelated, check_stop=stop.check)
-            return _finished(distilled, found, measured, target)
+            return _finished(distilled, _files(found, settings), measured, target)
 
 
 def _begun(
@@ -216,9 +218,8 @@ def _run(
         stage = answered(given, teacher, store, stop.check) if given else None
         found = studied(settings, teacher, store, stop.check) if stage is None else stage
     clock.append(time.perf_counter())
-    digest = hashlib.sha256(_lines(found).encode()).hexdigest()
-    data = {"train": {"path": QUESTIONS_NAME, "sha256": digest, "rows": len(found)}}
-    student = Student.of(teacher, found, settings, data)
+    student = Student.of(teacher, found, settings, _recorded(_files(found, settings)))
+    start = {name: value.clone() for name, value in student.prepared.module.state_dict().items()}
     with store.interrupted("while the teacher read the answers"):
         targets = taught(student.questions, student.asked, settings.top_k, teacher, store, stop.check)
     clock.append(time.perf_counter())
@@ -229,22 +230,42 @@ def _run(
     before, _ = load_states(output, identity(prepared))
     with store.interrupted("at once", (KeyboardInterrupt,)):
         trained = Session(output, stop, before, [*callbacks, *trackers]).train({"": prepared})[""]
+    with store.interrupted("while the prompt was measured"):
+        problem = _back_to_start(prepared, start, trained.metrics)
     judged = [{**point, "loss": point["distillation"]} for point in trained.history]
-    if problem := nothing_learnt(prepared, trained.metrics, judged):
+    if problem := problem or nothing_learnt(prepared, trained.metrics, judged):
         trained.metrics["nothing_learnt"] = problem
         logger.warning("%s", problem)
     parts = {"questions": clock[1] - clock[0], "teacher": clock[2] - clock[1]}
     trained = trained.timed(parts, clock[2] - clock[0] + trained.metrics["seconds"])
     manifest = prepared.manifest(trained.metrics, trained.history)
-    own = {"distillation": settings.to_dict(), "text_tokens": teacher.tokens}
+    own = {"distillation": settings.to_dict(), "text_tokens": teacher.tokens, "text_sha256": teacher.digest}
     manifest = replace(manifest, settings=manifest.settings | own)
     tuned = TunedPrompt(prepared.base, prepared.module, prepared.config, manifest)
     finish_trackers(trackers, tuned, prepared.tasks)
     return Distilled(tuned, teacher, held_out), found
 
 
+def _back_to_start(prepared: Prepared, start: Mapping[str, Tensor], metrics: dict[str, Any]) -> str | None:
+    """Put the first values back where every epoch is further from the teacher than they are, and say so."""
+    module, measure = prepared.module, None if prepared.goal is None else prepared.goal.measure
+    if measure is None:
+        return None
+    kept = {name: value.clone() for name, value in module.state_dict().items()}
+    module.load_state_dict(start)
+    before, after = measure.metrics([module.prompt()]), metrics["validation"]
+    if measure.quality(before) <= measure.quality(after):
+        module.load_state_dict(kept)
+        return None
+    metrics |= {"epoch": 0, "validation": before}
+    return (
+        f"the prompt is kept as it started, {before['divergence']:.4f} nats from the text, its best epoch ended at "
+        f"{after['divergence']:.4f}: lower learning_rate {metrics['learning_rate']:.3g}, or train for more epochs"
+    )
+
+
 def _finished(
-    distilled: Distilled, questions: Sequence[Question], report: DistillationReport | None, target: Path | None
+    distilled: Distilled, files: Mapping[str, str], report: DistillationReport | None, target: Path | None
 ) -> TunedPrompt:
     """Write the prompt with its questions and its report, and remove the state."""
     tuned = distilled.tuned
@@ -253,7 +274,9 @@ def _finished(
         tuned = TunedPrompt(tuned.base, tuned.module, tuned.config, manifest)
     if target is not None:
         tuned.save(target, overwrite=True)
-        write_atomically(target / QUESTIONS_NAME, _lines(questions))
+        (target / HELD_OUT_NAME).unlink(missing_ok=True)
+        for name, text in files.items():
+            write_atomically(target / name, text)
         (target / REPORT_NAME).unlink(missing_ok=True)
         if report is not None:
             report.write(target)
@@ -264,8 +287,27 @@ def _finished(
     return tuned
 
 
-def _lines(questions: Sequence[Question]) -> str:
-    return "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in questions)
+def _files(questions: Sequence[Question], settings: DistillSettings) -> dict[str, str]:
+    """Return the data files of questions by name: what is trained on and, if anything is, what is kept apart."""
+    texts = dict.fromkeys((QUESTIONS_NAME, HELD_OUT_NAME), "")
+    for each in questions:
+        record = each.to_record(settings.columns)
+        texts[HELD_OUT_NAME if each.held_out else QUESTIONS_NAME] += json.dumps(record, ensure_ascii=False) + "\n"
+    return {name: text for name, text in texts.items() if text}
+
+
+def _recorded(files: Mapping[str, str]) -> dict[str, Any]:
+    """Return what a manifest says of data files."""
+    named = {"train": QUESTIONS_NAME, "validation": HELD_OUT_NAME}
+    return {
+        use: {
+            "path": name,
+            "sha256": hashlib.sha256(files[name].encode()).hexdigest(),
+            "rows": files[name].count("\n"),
+        }
+        for use, name in named.items()
+        if name in files
+    }
 
 
 def measure_distilled(
@@ -277,6 +319,8 @@ def measure_distilled(
     questions: DataSource | None = None,
     unrelated: DataSource | None = None,
     base_model: Any = None,
+    input_field: str | None = None,
+    output_field: str | None = None,
 ) -> DistillationReport:
     """Measure a finished prompt again, perhaps on other questions; nothing is written.
 
@@ -288,6 +332,8 @@ def measure_distilled(
         questions: Records to measure on, with answers or without; None takes those that were kept apart.
         unrelated: As for ``distill``.
         base_model: As for ``load``.
+        input_field: Column of the questions, where they are other than those it was made with.
+        output_field: Column of their answers, likewise.
 
     Raises:
         ConfigError: The prompt was not made by ``distill``.
@@ -300,21 +346,30 @@ def measure_distilled(
     settings = DistillSettings.from_dict(recorded)
     text = SourceText.of(system_prompt, documents, examples, settings.columns)
     teacher = Teacher.of(tuned.base, text, settings)
-    path = Path(prompt) / QUESTIONS_NAME
-    lines = read_bytes(path).splitlines()
-    try:
-        read = [parse_object(each.decode(), path.name) for each in lines]
-        for each in read:
-            check_types(Question, each, path.name, ArtifactError)
-        own = [Question(**each) for each in read]
-    except (ArtifactError, ValueError, TypeError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}); copy it again from the original") from error
+    made, digest = (tuned.whole.settings.get(name) for name in ("text_tokens", "text_sha256"))
+    if teacher.tokens != made or digest not in (None, teacher.digest):
+        raise DataError(
+            f"{prompt} was made of a text of {made} tokens, this is another of {teacher.tokens}; give that one"
+        )
+    paths = [path for name in (QUESTIONS_NAME, HELD_OUT_NAME) if (path := Path(prompt) / name).exists()]
+    own = [question for path in paths for question in _read(path, settings.columns)]
     asked = [each for each in own if each.held_out]
     if questions is not None:
         every = replace(settings, held_out=0.0, early_stopping_patience=None)
+        every = replace(every, input_field=input_field or every.input_field)
+        every = replace(every, output_field=output_field or every.output_field)
         asked = given_questions(questions, teacher.rows, len(teacher.passages), every)
-    elif teacher.tokens != (made := tuned.whole.settings.get("text_tokens")):
-        raise DataError(
-            f"{prompt} was made of a text of {made} tokens, this one has {teacher.tokens}; give that one"
-        )
     return report_of(measured_on(tuned, teacher, asked, top_k=settings.top_k), own, unrelated=unrelated)
+
+
+def _read(path: Path, columns: Mapping[str, str | None]) -> list[Question]:
+    """Read the questions beside a prompt.
+
+    Raises:
+        ArtifactError: The file is damaged.
+    """
+    try:
+        records = [parse_object(each.decode(), path.name) for each in read_bytes(path).splitlines()]
+        return [Question.of_record(each, columns) for each in records]
+    except (ArtifactError, LookupError, ValueError, TypeError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}); copy it again from the original") from error

@@ -11,7 +11,7 @@ from softprompt.artifacts import check_base, load_adapter
 from softprompt.backbone import Base, key_values
 from softprompt.data import INPUT, check_label
 from softprompt.distillation import TEXT_RATE_PER_RMS, HeldOut, HeldOutMeasure, start_ids
-from softprompt.errors import ConfigError, DataError, TrainingError
+from softprompt.errors import ConfigError, ContextOverflowError, DataError, TrainingError
 from softprompt.prompts import PROMPT_KEY, FlatOrder, PromptLearningConfig, from_tokens, lookup
 from softprompt.training import Goal, LabelChoice, Prepared, TaskData, TopDivergence, TopTargets, prepare
 
@@ -130,11 +130,18 @@ def check_student(teacher: Teacher, settings: DistillSettings, given: Sequence[Q
     """Refuse what would fail once the questions are answered, before that work is begun.
 
     Raises:
-        SoftPromptError: As for ``Student.of``, the template has other fields than self-study can fill, or an answer
-            is none of the examples' labels.
+        SoftPromptError: As for ``Student.of``, the context has no room for prompt, question and answer, the
+            template has other fields than self-study can fill, or an answer is none of the examples' labels.
     """
     configuration_of(teacher, settings)
     _start_ids(teacher, settings)
+    limit, tokens = teacher.base.facts.context_length, settings.num_virtual_tokens
+    asked, answered = settings.max_source_length, settings.max_target_length
+    if limit is not None and tokens + asked + answered > limit:
+        raise ContextOverflowError(
+            f"num_virtual_tokens {tokens}, max_source_length {asked} and max_target_length {answered} exceed the "
+            f"model's context of {limit} tokens together; lower one of them"
+        )
     if settings.choice_weight and len(teacher.manifest.labels or ()) < 2:
         raise ConfigError(
             "choice_weight would be ignored: it needs examples with labels, two or more; leave it out"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -99,6 +101,11 @@ class Teacher:
     def tokens(self) -> int:
         """Tokens of the text, all passages together."""
         return sum(len(each.ids) for each in self.passages)
+
+    @property
+    def digest(self) -> str:
+        """What the passages are known by."""
+        return hashlib.sha256(json.dumps([each.ids for each in self.passages]).encode()).hexdigest()
 
     def with_ids(self, ids: Sequence[int]) -> TunedPrompt:
         """Return the base with other tokens in the place of a passage, such as its beginning."""

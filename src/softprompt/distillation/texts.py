@@ -103,7 +103,7 @@ class SourceText:
         for name, each in whole:
             if room is not None and len(each) > room:
                 raise ContextOverflowError(
-                    f"{name} has {len(each):,} tokens, the model's context has room for {max(0, room):,} beside "
+                    f"{name}: {len(each):,} tokens, the model's context has room for {max(0, room):,} beside "
                     "max_source_length and max_target_length; lower these or chunk_tokens, or shorten the text, or "
                     "give it as a document, which is cut"
                 )

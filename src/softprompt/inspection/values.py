@@ -181,7 +181,7 @@ class Drift:
         every: 1 but for prompts of more than 128 virtual tokens.
         drift: Of the change since the start ``[E, P]``.
         rms: Of the values ``[E, P]``.
-        kept: The epoch whose prompt is the stored one; None where that is not recorded.
+        kept: The epoch whose prompt is the stored one, 0 for its start; None where that is not recorded.
     """
 
     epochs: tuple[int, ...]
