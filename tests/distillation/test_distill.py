@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import peft
 import pytest
@@ -457,6 +457,24 @@ def test_what_the_context_has_no_room_for_is_refused_before_anything_is_asked(ch
     with pytest.raises(ContextOverflowError, match=r"num_virtual_tokens 500, max_source_length 48 and max_target"):
         softprompt.distill(chat_base, output=tmp_path / "new", **long, max_source_length=48, max_target_length=8)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"input": "Is it late?"},
+        {"input": "Is it late?", "q": "Is it late?", "shop": "North"},
+        {"messages": [{"role": "user", "content": "Is it late?"}], "tools": [{"name": "clock"}]},
+    ],
+)
+def test_a_question_is_read_as_it_was_written_now_and_by_earlier_versions(request_):
+    columns = {"input_field": "q", "output_field": None}
+    whole = Question(request_, "yes", 2, "given", labelled=True, held_out=True, scores={"yes": -0.1, "no": -2.0})
+    record = json.loads(json.dumps(whole.to_record(columns)))
+    assert Question.of_record(record, columns) == whole
+    assert Question.of_record(json.loads(json.dumps(asdict(whole))), columns) == whole
+    assert ("messages" in record) != (record.get("output") == "yes")
+    assert "input" not in record or "q" not in record
 
 
 def test_the_questions_of_a_run_are_data_for_other_commands(chat_base, tmp_path):
