@@ -14,7 +14,7 @@ from softprompt.bundled import complaints
 from softprompt.cli.main import run
 
 PACKAGE = Path(__file__).parents[2] / "src" / "softprompt"
-MOST_IMPORTS, MOST_LINES, MOST_FILES, LONGEST_CHAIN = 3.8, 49_550, 84, 7
+MOST_IMPORTS, MOST_LINES, MOST_FILES, LONGEST_CHAIN = 3.8, 49_600, 84, 7
 TRIVIAL = 120
 """Bytes below which a module holds no code of its own."""
 

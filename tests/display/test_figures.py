@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from softprompt.display import contest_figure, sweep_figure, training_curve
+from softprompt.display import contest_figure, drift_figure, sweep_figure, training_curve
 from softprompt.errors import ConfigError
 
 HISTORY = [
@@ -68,6 +68,23 @@ def test_without_accuracy_the_lowest_validation_loss_is_best(tmp_path, figures):
     training_curve(points, tmp_path / "curve.png")
     (axis,) = figures[0].axes
     assert "best checkpoint (epoch 2: 1.500)" in lines(axis)
+
+
+def test_a_distillation_shows_its_divergence_from_before_the_first_update_on(tmp_path, figures):
+    points = [{"epoch": n, "loss": 3.0, "validation": {"divergence": d}} for n, d in ((1, 0.5), (2, 0.3))]
+    training_curve(points, tmp_path / "curve.png", start={"divergence": 0.2})
+    shown = lines(figures[0].axes[0])
+    drawn = shown["divergence from the text, kept apart"]
+    assert drawn.get_xydata().tolist() == [[0, 0.2], [1, 0.5], [2, 0.3]]
+    assert list(shown["training loss"].get_xdata()) == [1, 2]
+    assert "best checkpoint (epoch 0: 0.200)" in shown
+
+
+def test_the_drift_marks_the_epoch_that_was_kept():
+    pytest.importorskip("matplotlib")
+    drawn = lines(drift_figure([1, 2], [[0.1, 0.2], [0.3, 0.4]], kept=1).axes[0])
+    assert set(drawn["kept: epoch 1"].get_xdata()) == {1}
+    assert not any(name.startswith("kept") for name in lines(drift_figure([1], [[0.1]]).axes[0]))
 
 
 @pytest.mark.parametrize(

@@ -425,6 +425,12 @@ def test_what_learnt_nothing_and_what_cannot_be_reported_on_is_said(chat_base, a
     assert "no question with a usable answer was kept apart to report on; raise held_out" in caplog.messages
     assert tuned.metrics["nothing_learnt"] in caplog.messages
     assert tuned.metrics["nothing_learnt"].startswith("the prompt learnt nothing: the loss went from ")
+    apart = softprompt.distill(chat_base, system_prompt=TEXT, questions=asked, **still | {"held_out": 0.3}, **QUICK)
+    assert apart.metrics["epoch"] > 0  # what hardly moved is no worse than its start
+    assert apart.metrics["nothing_learnt"].startswith("the prompt learnt nothing: the loss went from ")
+    column = [each | {"distillation": "x"} for each in asked]
+    with pytest.raises(SoftPromptError, match="a column 'distillation', which a run's own files use"):
+        softprompt.distill(chat_base, system_prompt=TEXT, questions=column, **still, **QUICK)
 
 
 def test_a_prompt_that_training_made_worse_is_kept_as_it_started(chat_base, asked, tmp_path, caplog):
@@ -443,6 +449,9 @@ def test_a_prompt_that_training_made_worse_is_kept_as_it_started(chat_base, aske
     report = json.loads((tmp_path / "new" / "distillation.json").read_text())
     nats = {each["name"]: each["nats"] for each in report["readers"]}
     assert nats["the prompt"] == pytest.approx(kept, rel=1e-3)
+    assert "collapse" not in tuned.metrics
+    assert tuned.metrics["start"] == tuned.metrics["validation"]
+    assert "but the prompt was kept as it started" in str(softprompt.inspect_prompt(tuned))
 
 
 def test_little_movement_is_no_bad_sign_where_a_prompt_starts_as_its_text(chat_base, asked):

@@ -52,7 +52,7 @@ def straight(chat_base, tmp_path_factory, drawn_under):
     kinds = {"given": {"questions": given}, "studied": {"self_study": 5}}
     found = {}
 
-    def drawn(history, path):
+    def drawn(history, path, **options):
         with pytest.raises(OutputExistsError) as error:
             softprompt.distill(chat_base, system_prompt=TEXT, output=path.parent, overwrite=True, self_study=2)
         drawn_under.append(str(error.value))

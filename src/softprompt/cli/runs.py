@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from softprompt.training import RunSummary
 
 _WIDEST = 32
-_ON_THE_WAY = ("epoch", "epochs", "updates", "learning_rate", "tokens_per_second", "seconds_by_part")
+_ON_THE_WAY = ("epoch", "epochs", "updates", "learning_rate", "tokens_per_second", "seconds_by_part", "start")
 
 
 @click.command("runs", cls=Command)

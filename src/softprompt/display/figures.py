@@ -28,7 +28,11 @@ _COLORS, _MARKERS = (BLUE, ORANGE, "#2f8f5b", "#8a5bb5", PALE, "#b08d2c"), "osD^
 
 
 def training_curve(
-    history: Sequence[Mapping[str, Any]], path: str | Path, *, base_accuracy: float | None = None
+    history: Sequence[Mapping[str, Any]],
+    path: str | Path,
+    *,
+    base_accuracy: float | None = None,
+    start: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``training_figure`` as a PNG to ``path``, atomically.
 
@@ -38,18 +42,25 @@ def training_curve(
     target = Path(path)
     if target.suffix.lower() != ".png":
         raise ConfigError(f"expected a .png file for the training curve, got {target.name}")
-    image = png_of(training_figure(history, base_accuracy=base_accuracy))
+    image = png_of(training_figure(history, base_accuracy=base_accuracy, start=start))
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, image)
 
 
-def training_figure(history: Sequence[Mapping[str, Any]], *, base_accuracy: float | None = None) -> Figure:
+def training_figure(
+    history: Sequence[Mapping[str, Any]],
+    *,
+    base_accuracy: float | None = None,
+    start: Mapping[str, Any] | None = None,
+) -> Figure:
     """Draw loss and validation accuracy by epoch, the best epoch marked.
 
     Args:
         history: the manifest's points: ``epoch``, ``loss`` and, where validated,
-            ``validation_loss`` and ``validation_accuracy`` (or both inside ``validation``).
+            ``validation_loss`` (of a distillation ``validation_divergence``) and ``validation_accuracy``, or all of
+            them inside ``validation``.
         base_accuracy: accuracy without the prompt, between 0 and 1, as a dashed line.
+        start: the validation before the first update, as epoch 0.
 
     Raises:
         ConfigError: no history, or matplotlib is not installed.
@@ -57,7 +68,8 @@ def training_figure(history: Sequence[Mapping[str, Any]], *, base_accuracy: floa
     if not history:
         raise ConfigError("expected at least one epoch to draw, the history is empty: train first")
     figure = empty_figure(8.0, 4.6)
-    _draw(figure, [_flat(point) for point in history], base_accuracy)
+    before = [] if start is None else [{"epoch": 0, "validation": start}]
+    _draw(figure, [_flat(point) for point in (*before, *history)], base_accuracy)
     return figure
 
 
@@ -232,9 +244,11 @@ def _draw(figure: Any, points: Sequence[Mapping[str, Any]], base_accuracy: float
     losses = figure.add_subplot()
     dots = {"marker": "o", "markersize": 4.5, "linewidth": 2.0}
     losses.plot(*_series(points, "loss"), color=BLUE, label="training loss", **dots)
-    validated = _series(points, "validation_loss")
+    validated, name = _series(points, "validation_loss"), "validation loss"
+    if not validated[0]:
+        validated, name = _series(points, "validation_divergence"), "divergence from the text, kept apart"
     if validated[0]:
-        losses.plot(*validated, color=PALE, label="validation loss", **dots)
+        losses.plot(*validated, color=PALE, label=name, **dots)
     losses.set_xlabel("epoch", color=INK, fontsize=11)
     losses.set_ylabel("loss (nats per target token)", color=BLUE, fontsize=11)
     losses.set_xlim(points[0]["epoch"] - 0.5, points[-1]["epoch"] + 0.5)

@@ -43,7 +43,8 @@ def tokens_figure(
         colors = [ORANGE if value > 0 else PALE for value in change]
         axes[0].bar(range(1, count + 1, every), change, 0.75 * every, yerr=error, color=colors, ecolor=INK)
         axes[0].axhline(0, color=INK, linewidth=0.8)
-        _plain(axes[0], y="added loss without it\n(nats per token)")
+        bars = " ± standard error" * any(error)
+        _plain(axes[0], y=f"added loss without it{bars}\n(nats per token)")
     if attention:
         ends = (0.5, count + 0.5, len(attention) + 0.5, 0.5)
         image = axes[-1].imshow(attention, cmap="Blues", vmin=0, aspect="auto", extent=ends)
@@ -90,8 +91,13 @@ def norms_figure(norms: Sequence[float], quantiles: Sequence[float]) -> Figure:
     return _titled(figure, "Norms against the vocabulary's", columns=3)
 
 
-def drift_figure(epochs: Sequence[int], drift: Sequence[Sequence[float]], every: int = 1) -> Figure:
-    """Draw how far each virtual token is from its start after each epoch ``[E, P]``, rms over its values."""
+def drift_figure(
+    epochs: Sequence[int], drift: Sequence[Sequence[float]], every: int = 1, kept: int | None = None
+) -> Figure:
+    """Draw how far each virtual token is from its start after each epoch ``[E, P]``, rms over its values.
+
+    The epoch whose prompt is ``kept`` is marked; 0 is the start.
+    """
     figure, axis = _axis(7.2, 3.8)
     many = [0, *epochs]
     for number, own in enumerate(zip(*drift, strict=True)):
@@ -101,6 +107,8 @@ def drift_figure(epochs: Sequence[int], drift: Sequence[Sequence[float]], every:
     most = max(range(len(drift[-1])), key=drift[-1].__getitem__)
     label = f"virtual token {most * every + 1}, which moved most"
     axis.plot(many, [0.0, *(row[most] for row in drift)], color=ORANGE, linewidth=1.8, label=label)
+    if kept is not None:
+        axis.axvline(kept, color=INK, linewidth=1.0, linestyle="--", label=f"kept: epoch {kept}")
     axis.set_ylim(bottom=0)
     _counted(axis, "epoch")
     _plain(axis, y="distance from the start\n(rms over the values)")

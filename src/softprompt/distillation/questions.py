@@ -161,10 +161,13 @@ def given_questions(
         settings: Say how many are kept apart, and name the columns.
 
     Raises:
-        DataError: There are none, one does not fit the template, or one does not say its passage.
+        DataError: There are none, one does not fit the template, has a column of a run's own, or does not say its
+            passage.
     """
     records = read_records(source, require_target=False, use="train", **cast(Any, settings.columns))
     rows.check(records, settings.output_field)
+    if any(OWN in each.fields for each in records):
+        raise DataError(f"the questions have a column {OWN!r}, which a run's own files use; name it otherwise")
     chat = rows.chats is not None
     found = [_given(each, n, chat, passages) for n, each in enumerate(records, start=1)]
     first: dict[str, Question] = {}

@@ -42,6 +42,7 @@ from softprompt.inference import TunedPrompt, load
 from softprompt.progress import timed
 from softprompt.training import (
     ANEW,
+    LEAST_FALL,
     BaseLike,
     Session,
     StopSignal,
@@ -247,17 +248,22 @@ def _run(
 
 
 def _back_to_start(prepared: Prepared, start: Mapping[str, Tensor], metrics: dict[str, Any]) -> str | None:
-    """Put the first values back where every epoch is further from the teacher than they are, and say so."""
+    """Note how far the first values are from the teacher; put them back where all epochs are further, and say so.
+
+    What training noted of the values that are given up is no sign of the prompt that is kept.
+    """
     module, measure = prepared.module, None if prepared.goal is None else prepared.goal.measure
     if measure is None:
         return None
     kept = {name: value.clone() for name, value in module.state_dict().items()}
     module.load_state_dict(start)
     before, after = measure.metrics([module.prompt()]), metrics["validation"]
-    if measure.quality(before) <= measure.quality(after):
+    metrics["start"] = before
+    if before["divergence"] >= LEAST_FALL * after["divergence"]:
         module.load_state_dict(kept)
         return None
     metrics |= {"epoch": 0, "validation": before}
+    metrics.pop("collapse", None)
     return (
         f"the prompt is kept as it started, {before['divergence']:.4f} nats from the text, its best epoch ended at "
         f"{after['divergence']:.4f}: lower learning_rate {metrics['learning_rate']:.3g}, or train for more epochs"
@@ -282,7 +288,7 @@ def _finished(
             report.write(target)
         with suppress(ConfigError):  # matplotlib is not installed
             (target / CURVE_NAME).unlink(missing_ok=True)
-            training_curve(tuned.history, target / CURVE_NAME)
+            training_curve(tuned.history, target / CURVE_NAME, start=tuned.metrics.get("start"))
         publish_logs(target, {"": target})  # last, for the lock goes with the state
     return tuned
 

@@ -109,10 +109,14 @@ class Inspection:
 
     def _training_lines(self) -> Iterator[str]:
         if (found := self.drift) is not None:
-            last, size = found.drift[-1], found.rms[-1]
-            most = f"most {max(last):.4f} (token {last.index(max(last)) * found.every + 1})"
-            yield f"\ndrift from the start in {len(found.epochs)} epochs: mean {sum(last) / len(last):.4f}, {most}"
+            at = found.epochs.index(found.kept) if found.kept in found.epochs else -1
+            moved, size = found.drift[at], found.rms[at]
+            most = f"most {max(moved):.4f} (token {moved.index(max(moved)) * found.every + 1})"
+            epoch = f"epoch {found.epochs[at]} of {found.epochs[-1]}"
+            yield f"\ndrift from the start at {epoch}: mean {sum(moved) / len(moved):.4f}, {most}"
             yield f"  root mean squares; of the values {sum(size) / len(size):.4f}"
+            if found.kept == 0:
+                yield "  but the prompt was kept as it started"
 
     def _answer_lines(self) -> Iterator[str]:
         for place, mass in (self.attention or {}).items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,9 +57,11 @@ def write_report(found: Inspection, directory: str | Path, *, overwrite: bool = 
 def _drawings(found: Inspection) -> Iterator[tuple[str, Callable[[], Figure]]]:
     """Yield each figure that there are numbers for, by its name."""
     if found.history:
-        yield "training", partial(display.training_figure, found.history)
+        begun = (found.summary.metrics or {}).get("start")
+        start = begun if isinstance(begun, Mapping) else None  # a stranger's file says what it likes
+        yield "training", partial(display.training_figure, found.history, start=start)
     if (moved := found.drift) is not None:
-        yield "drift", partial(display.drift_figure, moved.epochs, moved.drift, moved.every)
+        yield "drift", partial(display.drift_figure, moved.epochs, moved.drift, moved.every, moved.kept)
     left, places = found.leave_one_out, found.attention or {}
     by_token = next(([layer.by_token for layer in mass.layers] for mass in places.values()), [])
     chosen = [part.nearest or () for name, part in found.values.items() if name.startswith(found.task_name or name)]

@@ -1,3 +1,4 @@
+from .collapse import LEAST_FALL as LEAST_FALL
 from .configuration import METHODS as METHODS
 from .configuration import has_setting as has_setting
 from .configuration import tuning_type_named as tuning_type_named

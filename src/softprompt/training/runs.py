@@ -25,7 +25,7 @@ _CONFIG = "adapter_config.json"
 _DEPTH = 4
 """Levels of folders that are looked through."""
 
-_APART = ("silence_progress_bars", "output", "config")
+_APART = ("silence_progress_bars", "output", "config", "distillation", "text_sha256")
 """Keys of settings that say nothing of a prompt, or are tables of their own."""
 
 
