@@ -38,7 +38,7 @@ def report(pairs: Sequence[Pair], results: Iterable[Row]) -> str:
     rated = [pair for pair in shown if any(one[0] == "prefix" and one[2] for one in found[pair.name])]
     missing = [pair.name for pair in pairs if pair.name not in found]
     sections = {
-        "Scores": [_scores(shown, found), f"Pairs not begun: {', '.join(missing) or 'none'}; a dash is a method that was not run."],
+        "Scores": [_scores(shown, found), f"Pairs not begun: {', '.join(missing) or 'none'}. A dash was not run."],
         "Differences": [_goals(shown, found)],
         **{title: [_beside(*both, shown, found)] for title, both in VARIANTS.items()},
         "Demonstrations as keys and values, and mixtures of embeddings": [_variants(shown, found)],

@@ -46,7 +46,7 @@ def test_numbers_figures_and_page(found, monkeypatch, tmp_path):
     labels = {axis.get_ylabel() for axis in axes} | {axis.get_xlabel() for axis in axes}
     assert {
         "share of attention on the prompt",
-        "added loss without it\n(nats per token)",
+        "added loss without it ± standard error\n(nats per token)",
         "layer",
         "epoch",
     } <= labels

@@ -58,5 +58,5 @@ def test_a_wrong_run_file_is_refused(tmp_path, text, message):
 
 
 def test_a_missing_run_file_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"could not read .*run\.toml"):
+    with pytest.raises(ConfigError, match=r"there is no file .*run\.toml: check the path"):
         read_run(tmp_path / "run.toml")
