@@ -9,6 +9,7 @@ import time
 import httpx
 import openai
 import pytest
+import uvicorn
 from click.testing import CliRunner
 
 from oracles.server_process import serving
@@ -17,6 +18,7 @@ from softprompt.backbone import load_base
 from softprompt.cli.main import run
 from softprompt.cli.serve import command
 from softprompt.generation import Bounds
+from softprompt.server.app import serve
 from softprompt.server.settings import ServeSettings
 
 
@@ -117,6 +119,23 @@ def test_a_port_that_is_taken(capsys, prompts):
         port = str(taken.getsockname()[1])
         found = refused(capsys, "--base-model", "demo", "--prompts", str(prompts), "--port", port)
     assert f"cannot listen on 127.0.0.1:{port}" in found
+
+
+def test_a_signal_to_stop_that_comes_before_uvicorn_listens_to_signals_is_not_lost(prompts, monkeypatch):
+    original = uvicorn.Server.run
+
+    def run_later(self, **options):
+        signal.raise_signal(signal.SIGTERM)
+        original(self, **options)
+
+    monkeypatch.setattr(uvicorn.Server, "run", run_later)
+    given_up = threading.Timer(30, signal.raise_signal, [signal.SIGINT])
+    given_up.start()
+    try:
+        serve(ServeSettings(base_model="demo", prompts=str(prompts), port=0))
+    except KeyboardInterrupt:
+        pytest.fail("it had to be interrupted")
+    given_up.cancel()
 
 
 @pytest.mark.parametrize("package", ["fastapi", "uvicorn", "prometheus_client"])

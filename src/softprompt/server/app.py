@@ -175,9 +175,14 @@ def server_of(app: FastAPI, config: uvicorn.Config) -> uvicorn.Server:
 
 
 def _run(app: FastAPI, settings: ServeSettings, sock: socket.socket) -> None:
-    # uvicorn drains on SIGINT and SIGTERM and then raises them again for the previous handlers.
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
     server = server_of(app, config_of(app, settings))
+
+    def stop(*_: object) -> None:
+        server.should_exit = True
+
+    # uvicorn drains on SIGINT and SIGTERM and then raises them again for the previous handlers; one that comes
+    # before its own handlers are there must not be lost.
+    before = signal.signal(signal.SIGTERM, stop)
 
     def keeps(record: logging.LogRecord) -> bool:
         return not server.force_exit
