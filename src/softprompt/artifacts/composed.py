@@ -145,10 +145,10 @@ def _members(prompts: Sequence[str | Path]) -> list[StoredPrompt]:
     first, *others = [load_adapter(each) for each in listed]
     for other in others:
         if first.keys_and_values != other.keys_and_values:
-            kinds = [each.location for each in sorted((first, other), key=lambda each: each.keys_and_values)]
+            keyed, plain = (first, other) if first.keys_and_values else (other, first)
             raise ConfigError(
-                f"{kinds[1]} is keys and values of every layer, {kinds[0]} is virtual tokens of the input; only "
-                "prompts of one kind can be composed"
+                f"{keyed.location} is keys and values of every layer, {plain.location} is virtual tokens of the "
+                "input; only prompts of one kind can be composed"
             )
         reason = other_base(first, other)
         if reason is not None:

@@ -118,7 +118,7 @@ class StoredPrompt:
     @property
     def keys_and_values(self) -> bool:
         """Whether it is keys and values of every layer, rather than virtual tokens."""
-        return self.config["peft_type"] in KEY_VALUE_METHODS
+        return self.config.get("peft_type") in KEY_VALUE_METHODS
 
     def beyond_tokens(self) -> str | None:
         """Return why this is more than the virtual tokens of one task; None when it is just those."""

@@ -27,8 +27,16 @@ if TYPE_CHECKING:
     from softprompt.inference import TunedPrompt
 
 _FILE = click.Path(dir_okay=False)
-_MEASURED = {"system_prompt", "documents", "examples", "questions", "unrelated", "base_model"}
-_MEASURED |= {"input_field", "output_field"}
+_MEASURED = {
+    "system_prompt",
+    "documents",
+    "examples",
+    "questions",
+    "input_field",
+    "output_field",
+    "unrelated",
+    "base_model",
+}
 """What can be given to measure a finished prompt with."""
 
 

@@ -361,9 +361,13 @@ def measure_distilled(
     own = [question for path in paths for question in _read(path, settings.columns)]
     asked = [each for each in own if each.held_out]
     if questions is not None:
-        every = replace(settings, held_out=0.0, early_stopping_patience=None)
-        every = replace(every, input_field=input_field or every.input_field)
-        every = replace(every, output_field=output_field or every.output_field)
+        every = replace(
+            settings,
+            held_out=0.0,
+            early_stopping_patience=None,
+            input_field=input_field or settings.input_field,
+            output_field=output_field or settings.output_field,
+        )
         asked = given_questions(questions, teacher.rows, len(teacher.passages), every)
     return report_of(measured_on(tuned, teacher, asked, top_k=settings.top_k), own, unrelated=unrelated)
 

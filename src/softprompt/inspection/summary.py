@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from softprompt.errors import FingerprintError
-from softprompt.prompts import KEY_VALUE_METHODS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,7 +103,7 @@ def describe(
         FingerprintError: the table has another width than the prompt.
     """
     prompt, manifest = stored.values.detach().float(), stored.manifest
-    if stored.config.get("peft_type") in KEY_VALUE_METHODS:
+    if stored.keys_and_values:
         table = None  # keys and values of layers have no neighbours among the embeddings
     if table is not None and table.shape[1] != prompt.shape[1]:
         raise FingerprintError(

@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from softprompt.errors import ConfigError
 from softprompt.inspection.summary import NearToken, PromptGeometry, geometry, nearest_tokens, rms_of
-from softprompt.prompts import COLS_KEY, KEY_VALUE_METHODS, PROMPT_KEY, PeftType, lookup, similarity
+from softprompt.prompts import COLS_KEY, PROMPT_KEY, PeftType, lookup, similarity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,7 +94,7 @@ def parts_of(stored: StoredPrompt) -> dict[str, Tensor]:
         ArtifactError: Its tensors are not those of its configuration.
         ConfigError: Its options are not supported.
     """
-    if stored.config.get("peft_type") in KEY_VALUE_METHODS:
+    if stored.keys_and_values:
         return {KEYS_AND_VALUES: stored.values.detach().float()}
     if stored.config.get("peft_type") != PeftType.MULTITASK_PROMPT_TUNING:
         return _of_one(stored)

@@ -205,7 +205,8 @@ class Member:
         of = f" of {self.what} {self.name}" if self.name else ""
         total = stage.total_updates()
         move = stage.rms if self.prepared.rates.scales is None else stage.usual_rate
-        move *= self.prepared.goal is None  # a prompt that starts as its teacher's text may be near it already
+        if self.prepared.goal is not None:
+            move = 0.0  # a prompt that starts as its teacher's text may be near it already
         self.watch = CollapseWatch(stage.prompt, stage.rms, stage.learning_rate, move, total, of + stage.of)
         if self.found is not None:
             self.found.restore(stage.prompt, self.optimizer)
