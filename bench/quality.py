@@ -30,7 +30,7 @@ import quality_heads
 from alone import alone
 from quality_methods import CHOICE, Cell, run
 from quality_pairs import MINILM, PAIRS, SMOL, Pair, base_of
-from quality_report import report
+from quality_report import recipe_of_default, report
 from quiet import quiet
 from real_data import AbsentError
 from softprompt.backbone import load_base
@@ -42,7 +42,6 @@ SEEDS, MORE_SEEDS = (73, 74, 75), (76, 77)
 LARGE = {"chrf": 2.5}  # standard deviation of three seeds from which on two more are run
 LARGE_SHARE = 0.05  # the same for shares of right answers
 PEFT_RATES, PEFT_STARTS = (1e-3, 1e-2, 1e-1, 3e-1), ("N(0,1)", "TEXT", "SAMPLE_VOCAB")
-DEFAULT = ("RANDOM", RATE_PER_RMS)
 OUR_RATES, OUR_STARTS = (0.57, 0.2, 1.5), ("RANDOM", "TEXT", "WORDS", "LABELS", "SAMPLE_VOCAB")
 KEY_VALUE_RATES = (0.0162, 0.0325, 0.054, 0.0974)  # 0.01 to 0.06 x the rms of SmolLM2's keys and values
 RATED = {f"sst2 on {SMOL}": 0.3246, f"banking10 on {SMOL}": 0.3181}  # and 0.2 x the rms of those of its text
@@ -99,7 +98,7 @@ def spread(cell: Cell, results: Results) -> float:
 
 def default_of(pair: Pair) -> Cell:
     """Return our default."""
-    return Cell(pair, "ours", *(quality_heads.DEFAULT if pair.base == MINILM else DEFAULT))
+    return Cell(pair, *recipe_of_default(pair))
 
 
 def grid(pair: Pair) -> Iterator[Cell]:

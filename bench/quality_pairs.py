@@ -78,6 +78,11 @@ class Pair:
         return self.metric == "accuracy"
 
     @property
+    def start(self) -> str:
+        """What the prompt starts from by our default."""
+        return "RANDOM" if self.has_labels else "SAMPLE_VOCAB"
+
+    @property
     def seq2seq(self) -> bool:
         """Whether the base is an encoder-decoder, in which keys and values cannot start as a text."""
         return G2P.endswith(self.base)

@@ -9,22 +9,20 @@ from statistics import mean, stdev, variance
 from typing import Any
 
 from quality_heads import DEFAULT
-from quality_pairs import Pair
+from quality_pairs import MINILM, Pair
 from softprompt.training.settings import RATE_PER_RMS
 
 Row = Mapping[str, Any]
 Recipe = tuple[str, str, float | None, str]
 """Method, start, rate and other settings of a cell: all but the seed."""
 
-OURS, PEFT = ("ours", "RANDOM", RATE_PER_RMS, ""), ("peft", "N(0,1)", 1e-3, "")
-OURS_BESIDE_A_HEAD = ("ours", *DEFAULT, "")
-CARTRIDGE = ("cartridge", "TEXT", None, "")
-VARIANTS = {
-    "Without the choice among the labels": (OURS, (*OURS[:3], "choice_weight=0")),
-    "With the base's dropout": (OURS, (*OURS[:3], "keep_dropout=true")),
-    "Cartridges whose first token learns too": (CARTRIDGE, (*CARTRIDGE[:3], "num_frozen_tokens=0")),
+PEFT, CARTRIDGE = ("peft", "N(0,1)", 1e-3, ""), ("cartridge", "TEXT", None, "")
+VARIANTS: dict[str, tuple[Recipe | None, str]] = {
+    "Without the choice among the labels": (None, "choice_weight=0"),
+    "With the base's dropout": (None, "keep_dropout=true"),
+    "Cartridges whose first token learns too": (CARTRIDGE, "num_frozen_tokens=0"),
 }
-"""What a default was chosen against; compared alone, and no candidate for the best of a method."""
+"""Recipe (our default for None) and what it was chosen against; no candidate for the best of a method."""
 
 STORES = ("prefix", "cartridge")
 
@@ -50,6 +48,11 @@ def report(pairs: Sequence[Pair], results: Iterable[Row]) -> str:
     return "\n\n".join(part for title, parts in sections.items() for part in (f"### {title}", *parts))
 
 
+def recipe_of_default(pair: Pair) -> Recipe:
+    """Return our default."""
+    return "ours", *(DEFAULT if pair.base == MINILM else (pair.start, RATE_PER_RMS)), ""
+
+
 def recipe(row: Row) -> Recipe:
     """Return what a cell ran."""
     return row["method"], row["init"], row["lr"], row["more"]
@@ -67,14 +70,14 @@ def chosen(cells: Mapping[Recipe, list[Row]], *methods: str) -> Recipe | None:
     return max(own, key=lambda each: (cells[each][0]["score"], -cells[each][0]["loss"]), default=None)
 
 
-def columns_of(cells: Mapping[Recipe, list[Row]]) -> dict[str, Recipe | None]:
+def columns_of(cells: Mapping[Recipe, list[Row]], default: Recipe) -> dict[str, Recipe | None]:
     """Return the recipe of each column of the first table."""
     return {
         "zero-shot": chosen(cells, "zero-shot", "head"),
         "few-shot": ("few-shot", "", None, "") if ("few-shot", "", None, "") in cells else None,
         "PEFT's default": PEFT if PEFT in cells else None,
         "PEFT's best": chosen(cells, "peft"),
-        "our default": next((one for one in (OURS_BESIDE_A_HEAD, OURS) if one in cells), None),
+        "our default": default if default in cells else None,
         "our best": chosen(cells, "ours"),
         **{method: chosen(cells, method) for method in STORES},
         "LoRA": chosen(cells, "lora"),
@@ -84,16 +87,16 @@ def columns_of(cells: Mapping[Recipe, list[Row]]) -> dict[str, Recipe | None]:
 
 def _scores(pairs: Sequence[Pair], found: Mapping[str, Mapping[Recipe, list[Row]]]) -> str:
     """Return the scores of every method: means over the seeds, with their standard deviation."""
-    lines = [["pair", "steps x batch, test rows", *columns_of({})]]
+    lines = [["pair", "steps x batch, test rows", *columns_of({}, PEFT)]]
     for pair in pairs:
-        cells = found[pair.name]
-        made = [_score(cells, each) for each in columns_of(cells).values()]
+        cells, default = found[pair.name], recipe_of_default(pair)
+        made = [_score(cells, each, default) for each in columns_of(cells, default).values()]
         tested = next(iter(cells.values()))[0]["rows"][1]
         lines.append([pair.name, f"{pair.updates} x {pair.batch}, {tested}", *made])
     return _table(lines)
 
 
-def _score(cells: Mapping[Recipe, list[Row]], one: Recipe | None) -> str:
+def _score(cells: Mapping[Recipe, list[Row]], one: Recipe | None, default: Recipe) -> str:
     if one is None:
         return "-"
     scores = [row["score"] for row in cells[one]]
@@ -101,12 +104,12 @@ def _score(cells: Mapping[Recipe, list[Row]], one: Recipe | None) -> str:
     note = cells[one][0]["note"] if one[3].startswith("demonstrations") else ""
     kept = [float(row["note"].split("format ")[1]) for row in cells[one] if "format " in row["note"]]
     shape = f", format {mean(kept):.2f}" if kept else ""
-    return f"{mean(scores):.3f}{spread}{shape}{_named(one, note)}"
+    return f"{mean(scores):.3f}{spread}{shape}{'' if one == default else _named(one, note)}"
 
 
 def _named(one: Recipe, note: str) -> str:
     method, init, rate, more = one
-    if one in (OURS, OURS_BESIDE_A_HEAD, PEFT) or method in ("zero-shot", "few-shot", "head"):
+    if one == PEFT or method in ("zero-shot", "few-shot", "head"):
         return ""
     words = [method] if method == "cartridge" and more else []
     words += [each for each in (init, "" if rate is None else f"{rate:g}", note or more) if each]
@@ -118,7 +121,8 @@ def _goals(pairs: Sequence[Pair], found: Mapping[str, Mapping[Recipe, list[Row]]
     compared = [("our default", "PEFT's best"), ("our default", "PEFT's default"), ("our best", "PEFT's best")]
     lines = [["pair", *(" - ".join(names) for names in compared), "way to full"]]
     for pair in pairs:
-        cells, columns = found[pair.name], columns_of(found[pair.name])
+        cells = found[pair.name]
+        columns = columns_of(cells, recipe_of_default(pair))
         pick = {name: cells[one] if one else [] for name, one in columns.items()}
         apart = [difference(pick[ours], pick[theirs]) for ours, theirs in compared]
         lines.append([pair.name, *apart, _way(pick["zero-shot"], pick["our best"], pick["full"])])
@@ -126,14 +130,15 @@ def _goals(pairs: Sequence[Pair], found: Mapping[str, Mapping[Recipe, list[Row]]
 
 
 def _beside(
-    usual: Recipe, other: Recipe, pairs: Sequence[Pair], found: Mapping[str, Mapping[Recipe, list[Row]]]
+    known: Recipe | None, more: str, pairs: Sequence[Pair], found: Mapping[str, Mapping[Recipe, list[Row]]]
 ) -> str:
     """Return a default and what it was chosen against, where both were run."""
-    lines = [["pair", "our default" if usual == OURS else usual[0], f"the same, {other[3]}", "difference"]]
+    lines = [["pair", known[0] if known else "our default", f"the same, {more}", "difference"]]
     for pair in pairs:
-        cells = found[pair.name]
+        cells, usual = found[pair.name], known or recipe_of_default(pair)
+        other = (*usual[:3], more)
         if usual in cells and other in cells:
-            made = [_score(cells, one).split(" (")[0] for one in (usual, other)]
+            made = [_score(cells, one, usual).split(" (")[0] for one in (usual, other)]
             lines.append([pair.name, *made, difference(cells[usual], cells[other])])
     return _table(lines)
 
@@ -142,13 +147,13 @@ def _variants(pairs: Sequence[Pair], found: Mapping[str, Mapping[Recipe, list[Ro
     """Return what starts as whole demonstrations, and what learns a mixture, beside what each is a variant of."""
     lines = [["pair", "few-shot", *STORES, "demonstrations", "our default", "superpos"]]
     for pair in pairs:
-        cells = found[pair.name]
-        usual = columns_of(cells)
+        cells, default = found[pair.name], recipe_of_default(pair)
+        usual = columns_of(cells, default)
         shown = next((one for one in cells if one[3].startswith("demonstrations")), None)
         mixed = next((one for one in cells if one[0] == "superpos"), None)
         made = [usual["few-shot"], *(usual[method] for method in STORES), shown, usual["our default"], mixed]
         if shown or mixed:
-            lines.append([pair.name, *(_score(cells, each) for each in made)])
+            lines.append([pair.name, *(_score(cells, each, default) for each in made)])
     return _table(lines)
 
 

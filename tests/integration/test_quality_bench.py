@@ -106,10 +106,10 @@ def test_the_best_of_a_column_is_that_of_the_first_seed_and_says_its_recipe(tabl
         ("cartridge", "", None, "demonstrations=8"): [row(0.95)],
         ("cartridge", "", None, ""): [row(0.6, note="format 0.50"), row(0.8, note="format 0.70")],
     }
-    columns = tables.columns_of(cells)
+    columns = tables.columns_of(cells, tables.PEFT)
     assert columns["full"] == ("full", "", 1e-4, "choice_weight=1")
     assert columns["prefix"] == ("prefix", "TEXT", None, "")
-    shown = {name: tables._score(cells, columns[name]) for name in ("full", "cartridge", "LoRA")}
+    shown = {name: tables._score(cells, columns[name], tables.PEFT) for name in ("full", "cartridge", "LoRA")}
     assert shown["full"].startswith("0.700 ± 0.212 (0.0001, choice_weight=1")
     assert (shown["cartridge"], shown["LoRA"]) == ("0.700 ± 0.141, format 0.60", "-")
 

@@ -1,4 +1,4 @@
-"""``prompt_tuning_init_method AUTO``: which initialisation it becomes, and that the run is then that one's."""
+"""Initialisations chosen by the data, the default and ``AUTO``: what each becomes, and that the run is its own."""
 
 import json
 
@@ -111,3 +111,27 @@ def test_the_command_line_has_a_short_name_for_it(llama, rows, tmp_path):
     words = ["--base-model", llama, "--train-data", data, "--num-virtual-tokens", 3, "--max-steps", 1, "--quiet"]
     assert run(["tune", *map(str, words), "--init", "auto", "--output", str(tmp_path / "out")]) == 0
     assert record(tmp_path / "out")["prompt_tuning_init"] == "LABELS"
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "init"),
+    [
+        ("classification", {}, "RANDOM_SCALED"),
+        ("generation", {}, "SAMPLE_VOCAB"),
+        ("generation", {"method": "multitask"}, "RANDOM_SCALED"),
+    ],
+)
+def test_the_default_is_a_normal_draw_for_labels_and_sampled_vocabulary_for_texts(
+    llama, rows, task, options, init, caplog
+):
+    caplog.set_level("INFO", "softprompt")
+    data = {"one": rows, "two": rows} if options else rows
+    found = tune(llama, data, task=task, tuning_config=tuning(), **options, **QUICK)
+    assert found.config.prompt_tuning_init == init
+    assert ("starts from SAMPLE_VOCAB, the default where targets are no labels" in caplog.text) == (
+        init == "SAMPLE_VOCAB"
+    )
+    named = {"RANDOM_SCALED": "RANDOM"}.get(init, init)
+    assert found.manifest.settings["tuning_config"]["prompt_tuning_init_method"] == named
+    given = tune(llama, data, task=task, init=named, tuning_config=tuning(), **options, **QUICK)
+    assert all(torch.equal(a, b) for a, b in zip(found.module.parameters(), given.module.parameters(), strict=True))

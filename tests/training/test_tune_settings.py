@@ -27,7 +27,7 @@ def test_defaults_are_those_of_caikits_document():
         256,
         128,
     )
-    assert settings.tuning_config.prompt_tuning_init_method == "RANDOM"
+    assert settings.tuning_config.prompt_tuning_init_method is None  # RANDOM for labels, see test_starts
     assert (settings.seed, settings.silence_progress_bars) == (73, False)
 
 
@@ -132,7 +132,7 @@ def test_wrong_settings_are_refused(values, message):
     [
         (
             {"prompt_tuning_init_text": "x"},
-            "would be ignored with prompt_tuning_init_method RANDOM",
+            "would be ignored; set prompt_tuning_init_method TEXT or AUTO, or leave it out",
         ),
         ({"prompt_tuning_init_method": "TEXT"}, "'TEXT', prompt_tuning_init_text can't be None"),
         (

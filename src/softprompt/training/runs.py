@@ -28,6 +28,8 @@ _DEPTH = 4
 _APART = ("silence_progress_bars", "output", "config", "distillation", "text_sha256")
 """Keys of settings that say nothing of a prompt, or are tables of their own."""
 
+_CHOSEN = "prompt_tuning_init_method"  # by the data where it is not given: an interrupted run does not say it
+
 
 @dataclass(frozen=True, slots=True)
 class RunSummary:
@@ -72,9 +74,15 @@ def list_runs(folder: str | Path) -> list[RunSummary]:
 
 def differing(runs: Sequence[RunSummary]) -> list[str]:
     """Return the names of the settings in which runs that are not broken differ."""
-    whole = [run.settings for run in runs if run.state != "broken" and run.settings]
-    names = dict.fromkeys(name for settings in whole for name in settings)
-    return [name for name in names if len({json.dumps(each.get(name), default=str) for each in whole}) > 1]
+    whole = [run for run in runs if run.state != "broken" and run.settings]
+    names = dict.fromkeys(name for run in whole for name in run.settings)
+    return [name for name in names if len(set(_values(whole, name))) > 1]
+
+
+def _values(runs: Sequence[RunSummary], name: str) -> Iterator[str]:
+    for run in runs:
+        if run.state == "finished" or name in run.settings or name != _CHOSEN:
+            yield json.dumps(run.settings.get(name), default=str)
 
 
 def interruption(folder: Path) -> str | None:

@@ -1,5 +1,7 @@
 """What a prompt starts from, by the task's data: what AUTO stands for, and training records.
 
+The default is a normal draw where all targets are labels, else sampled vocabulary (docs/quality.md has the table).
+
 AUTO is labels where all targets are labels and each has room for a virtual token; else the text that was given;
 else the words of the template, or of the chat template that renders the records; else sampled vocabulary.
 
@@ -41,10 +43,16 @@ _BEFORE, _INPUT, _AFTER, _LABEL = 1, 2, 3, 4
 
 
 def resolved(settings: TuneSettings, base: Base, data: Sequence[TaskData]) -> TuneSettings:
-    """Return settings with an ordinary initialisation in the place of AUTO, and log which; others as they are."""
+    """Return settings that name an initialisation, in the place of AUTO or none, and log which, but for RANDOM."""
     tuning = settings.tuning_config
-    if tuning.prompt_tuning_init_method != AUTO or not settings.starts_from_a_method:
+    if tuning.prompt_tuning_init_method not in (AUTO, None) or not settings.starts_from_a_method:
         return settings
+    if tuning.prompt_tuning_init_method is None:
+        texts = not settings.multitask and any(task.labels is None for task in data)
+        if texts:
+            logger.info("the prompt starts from SAMPLE_VOCAB, the default where targets are no labels")
+        default = replace(tuning, prompt_tuning_init_method="SAMPLE_VOCAB" if texts else "RANDOM")
+        return replace(settings, tuning_config=default)
     labels = {label for task in data for label in task.labels or ()}
     known, given = all(task.labels for task in data), tuning.prompt_tuning_init_text
     text, special, why = given, tuning.prompt_tuning_init_special_tokens, "as given"

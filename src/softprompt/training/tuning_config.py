@@ -64,11 +64,12 @@ class TuningConfig:
     """The prompt itself: how long it is, where it stands, and what it starts from."""
 
     num_virtual_tokens: int = setting(20, "Number of virtual tokens.", least=1, group=_PROMPT)
-    prompt_tuning_init_method: InitMethod = setting(
-        "RANDOM",
-        "Initialisation: RANDOM (normal, at the scale of the base model's embeddings), AUTO (the class labels "
+    prompt_tuning_init_method: InitMethod | None = setting(
+        None,
+        "Initialisation: RANDOM (normal, at the scale of the base model's embeddings; the default for class "
+        "labels), SAMPLE_VOCAB (random tokens; the default for other targets), AUTO (the class labels "
         "if there are any, else the initial text, else the template's words), TEXT "
-        "(embeddings of prompt_tuning_init_text), SAMPLE_VOCAB (random tokens), LABELS (class "
+        "(embeddings of prompt_tuning_init_text), LABELS (class "
         "labels), PROMPT (a saved prompt), STANDARD_NORMAL (N(0, 1), PEFT's RANDOM); from a "
         "source prompt AVERAGE_SOURCE (shared prompt and mean of its tasks), "
         "EXACT_SOURCE_TASK (one of its tasks) or ONLY_SOURCE_SHARED.",
@@ -197,8 +198,9 @@ class TuningConfig:
         method, given = self.prompt_tuning_init_method, set(self.given())
         for name, methods in _NEEDS.items():
             if name in given and method not in methods:
+                ignored = f" with prompt_tuning_init_method {method}" if method else ""
                 raise ConfigError(
-                    f"{name} would be ignored with prompt_tuning_init_method {method}; use "
+                    f"{name} would be ignored{ignored}; set prompt_tuning_init_method "
                     f"{' or '.join(methods)}, or leave it out"
                 )
             if name not in given and method in methods and name in _OF_A_SOURCE:
