@@ -27,7 +27,7 @@ def test_defaults_are_those_of_caikits_document():
         256,
         128,
     )
-    assert settings.tuning_config.prompt_tuning_init_method is None  # RANDOM for labels, see test_starts
+    assert settings.tuning_config.prompt_tuning_init_method is None  # RANDOM for labels: test_automatic_start
     assert (settings.seed, settings.silence_progress_bars) == (73, False)
 
 

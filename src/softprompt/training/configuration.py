@@ -32,8 +32,9 @@ INITS: Mapping[str, PromptTuningInit] = {
     "SAMPLE_VOCAB": PromptTuningInit.SAMPLE_VOCAB,
     "LABELS": PromptTuningInit.LABELS,
     "PROMPT": PromptTuningInit.PROMPT,
+    AUTO: PromptTuningInit.RANDOM_SCALED,
 }
-"""caikit's names of initialisations, and PEFT's: there RANDOM is N(0, 1)."""
+"""caikit's names of initialisations, and PEFT's: there RANDOM is N(0, 1). AUTO is resolved with the data read."""
 
 _OPTION_OF: Mapping[str, str] = {
     "prompt_tuning_init_method": "prompt_tuning_init",
@@ -175,8 +176,7 @@ def _initialisation(tuning: TuningConfig, origins: Origins) -> dict[str, Any]:
     special = tuning.prompt_tuning_init_special_tokens or method == AUTO
     reads = text or tuning.prompt_tuning_init_prompt or method == "TEXT"
     return {
-        # The default and AUTO are resolved with the data read; see ``starts``.
-        "prompt_tuning_init": str(INITS.get(method or AUTO, PromptTuningInit.RANDOM_SCALED)),
+        "prompt_tuning_init": str(INITS[method or AUTO]),  # the default is resolved with the data, as AUTO is
         "prompt_tuning_init_text": text,
         "tokenizer_name_or_path": origins.tokenizer if reads else None,
         "tokenizer_kwargs": None if special else {"add_special_tokens": False},
