@@ -98,7 +98,8 @@ def spread(cell: Cell, results: Results) -> float:
 
 def default_of(pair: Pair) -> Cell:
     """Return our default."""
-    return Cell(pair, *recipe_of_default(pair))
+    method, init, rate, more = recipe_of_default(pair)
+    return Cell(pair, method, init, rate, more=more)
 
 
 def grid(pair: Pair) -> Iterator[Cell]:

@@ -71,6 +71,7 @@ def test_every_finished_cell_is_one_that_the_script_runs(quality):
         for phase in range(quality.PHASES)
         for cell in quality.wanted(pair, results, phase)
     }
+    assert {quality.default_of(pair).seed for pair in quality.PAIRS} == {quality.SEEDS[0]}
     assert [key for key in results if key[:5] + key[6:] not in wanted or key[5] not in seeds] == []
 
 

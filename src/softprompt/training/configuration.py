@@ -34,7 +34,7 @@ INITS: Mapping[str, PromptTuningInit] = {
     "PROMPT": PromptTuningInit.PROMPT,
     AUTO: PromptTuningInit.RANDOM_SCALED,
 }
-"""caikit's names of initialisations, and PEFT's: there RANDOM is N(0, 1). AUTO is resolved with the data read."""
+"""caikit's names of initialisations, and PEFT's: there RANDOM is N(0, 1). AUTO, as none, is resolved with the data."""
 
 _OPTION_OF: Mapping[str, str] = {
     "prompt_tuning_init_method": "prompt_tuning_init",
@@ -162,7 +162,7 @@ def _initialisation(tuning: TuningConfig, origins: Origins) -> dict[str, Any]:
     Raises:
         ConfigError: It needs labels that the data does not have.
     """
-    method, text = tuning.prompt_tuning_init_method, tuning.prompt_tuning_init_text
+    method, text = tuning.prompt_tuning_init_method or AUTO, tuning.prompt_tuning_init_text
     if tuning.from_source:
         path, task = origins.source
         exact = SOURCE_METHODS[method] is MultitaskPromptTuningInit.EXACT_SOURCE_TASK
@@ -176,7 +176,7 @@ def _initialisation(tuning: TuningConfig, origins: Origins) -> dict[str, Any]:
     special = tuning.prompt_tuning_init_special_tokens or method == AUTO
     reads = text or tuning.prompt_tuning_init_prompt or method == "TEXT"
     return {
-        "prompt_tuning_init": str(INITS[method or AUTO]),  # the default is resolved with the data, as AUTO is
+        "prompt_tuning_init": str(INITS[method]),
         "prompt_tuning_init_text": text,
         "tokenizer_name_or_path": origins.tokenizer if reads else None,
         "tokenizer_kwargs": None if special else {"add_special_tokens": False},
