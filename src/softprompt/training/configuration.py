@@ -34,7 +34,7 @@ INITS: Mapping[str, PromptTuningInit] = {
     "PROMPT": PromptTuningInit.PROMPT,
     AUTO: PromptTuningInit.RANDOM_SCALED,
 }
-"""caikit's names of initialisations, and PEFT's: there RANDOM is N(0, 1). AUTO, as none, is resolved with the data."""
+"""caikit's names of initialisations, and PEFT's: there RANDOM is N(0, 1). AUTO, or none, is resolved with data."""
 
 _OPTION_OF: Mapping[str, str] = {
     "prompt_tuning_init_method": "prompt_tuning_init",
